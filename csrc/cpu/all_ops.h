@@ -1,0 +1,28 @@
+// Included once by each isa_*.cpp, which the build compiles with that instruction set's flags.
+// Everything is in an anonymous namespace: no AVX-512 inline function can leak to another unit.
+// Standard headers come first, in every unit alike.
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "kernels.h"
+#include "parallel.h"
+#include "vec.h"
+#include "../math.h"
+
+#include "logprobs.h"
+
+namespace rk {
+
+#define RK_CONCAT_(a, b) a##b
+#define RK_CONCAT(a, b) RK_CONCAT_(a, b)
+#define RK_STRING_(a) #a
+#define RK_STRING(a) RK_STRING_(a)
+
+const Kernels RK_CONCAT(kernels_, RK_ISA) = {
+    RK_STRING(RK_ISA),
+    token_logprobs,
+    token_logprobs_backward,
+};
+
+}  // namespace rk

@@ -1,0 +1,2 @@
+#define RK_ISA avx2
+#include "all_ops.h"

@@ -1,0 +1,2 @@
+#define RK_ISA avx512
+#include "all_ops.h"

@@ -1,0 +1,2 @@
+#define RK_ISA baseline
+#include "all_ops.h"

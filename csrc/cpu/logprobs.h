@@ -1,0 +1,279 @@
+// Token log-probability and entropy of rows of logits, and their gradient.
+//
+// A row is read once from memory, in blocks that stay in the first-level cache: the block's
+// maximum first, then the sums of e = exp((x - m) / T) and e * (x - m). Within a block four
+// accumulators per sum; across blocks in double. Block boundaries depend on the vocabulary alone,
+// so a row's bits do not depend on the batch around it.
+#pragma once
+
+namespace rk {
+namespace {
+
+constexpr int64_t kBlock = 4096;
+constexpr int kUnroll = 4;
+
+// One row's reduction: maximum of the (softcapped) logits, sum of e, sum of e * (x - m).
+struct RowSums {
+  float m = -__builtin_inff();
+  double s = 0.0;
+  double t = 0.0;
+};
+
+template <class E, bool kSoftcap>
+inline Vec load_logits(const typename E::Storage* x, Vec cap, Vec inv_cap) {
+  const Vec v = E::load(x);
+  if constexpr (kSoftcap) return mul(cap, tanh(mul(v, inv_cap)));
+  return v;
+}
+
+inline float softcapped(float x, float cap) {
+  float lanes[kLanes];
+  store(lanes, mul(splat(cap), tanh(mul(splat(x), splat(1.0f / cap)))));
+  return lanes[0];
+}
+
+template <class E>
+inline float block_max(const typename E::Storage* x, int64_t n) {
+  const float lowest = -__builtin_inff();
+  Vec m[kUnroll];
+  for (auto& v : m) v = splat(lowest);
+  int64_t i = 0;
+  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes)
+    for (int u = 0; u < kUnroll; ++u) m[u] = max(m[u], E::load(x + i + u * kLanes));
+  for (; i + kLanes <= n; i += kLanes) m[0] = max(m[0], E::load(x + i));
+  if (i < n) m[1] = max(m[1], load_partial<E>(x + i, static_cast<int>(n - i), lowest));
+  return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
+}
+
+template <class E>
+inline bool has_nan(const typename E::Storage* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float v = E::get(x + i);
+    if (v != v) return true;
+  }
+  return false;
+}
+
+template <class E, bool kSoftcap, bool kEntropy>
+inline RowSums row_sums(const typename E::Storage* x, int64_t vocab, float cap, double inv_t) {
+  RowSums r;
+  const Vec vcap = splat(cap), vinv_cap = splat(kSoftcap ? 1.0f / cap : 0.0f);
+  const Vec rate = splat(static_cast<float>(inv_t * kLog2e));
+  const Vec lowest = splat(static_cast<float>(kExpMin / inv_t));
+  for (int64_t start = 0; start < vocab; start += kBlock) {
+    const typename E::Storage* p = x + start;
+    const int64_t n = vocab - start < kBlock ? vocab - start : kBlock;
+    float bm = block_max<E>(p, n);
+    if (!kSoftcap && bm == -__builtin_inff()) {
+      // Nothing but -inf here, which adds nothing, unless the maximum has hidden a NaN.
+      if (has_nan<E>(p, n)) r.s = __builtin_nan("");
+      continue;
+    }
+    if constexpr (kSoftcap) bm = softcapped(bm, cap);
+    if (bm > r.m) {
+      if (r.s != 0.0) {
+        // Shifting the reference by m' - m scales every e and lowers every (x - m).
+        const double shift = static_cast<double>(r.m) - bm;
+        const double scale = exp(shift * inv_t);
+        r.t = scale * (r.t + r.s * shift);
+        r.s *= scale;
+      }
+      r.m = bm;
+    }
+    const Vec m = splat(r.m);
+    Vec s[kUnroll], t[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) s[u] = t[u] = splat(0.0f);
+    int64_t i = 0;
+    for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
+      for (int u = 0; u < kUnroll; ++u) {
+        const Vec z = load_logits<E, kSoftcap>(p + i + u * kLanes, vcap, vinv_cap);
+        const Vec d = max(lowest, sub(z, m));
+        const Vec e = exp_scaled(d, rate);
+        s[u] = add(s[u], e);
+        if constexpr (kEntropy) t[u] = fma(e, d, t[u]);
+      }
+    }
+    for (; i < n; i += kLanes) {
+      const int left = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
+      Vec z = left == kLanes ? E::load(p + i) : load_partial<E>(p + i, left, 0.0f);
+      if constexpr (kSoftcap) z = mul(vcap, tanh(mul(z, vinv_cap)));
+      // Past the end: -inf, whose e is below the resolution of a sum that holds exp(0).
+      if (left < kLanes) z = keep_first(z, left, -__builtin_inff());
+      const Vec d = max(lowest, sub(z, m));
+      const Vec e = exp_scaled(d, rate);
+      s[0] = add(s[0], e);
+      if constexpr (kEntropy) t[0] = fma(e, d, t[0]);
+    }
+    r.s += reduce_add(add(add(s[0], s[1]), add(s[2], s[3])));
+    if constexpr (kEntropy) r.t += reduce_add(add(add(t[0], t[1]), add(t[2], t[3])));
+  }
+  return r;
+}
+
+inline int64_t load_label(const Tensor& labels, int64_t i, int64_t j) {
+  const int64_t at = i * labels.stride0 + j * labels.stride1;
+  return labels.dtype == kInt32 ? static_cast<const int32_t*>(labels.data)[at]
+                                : static_cast<const int64_t*>(labels.data)[at];
+}
+
+inline double row_temperature(const Tensor& temperatures, double temperature, int64_t i, int64_t j) {
+  if (!temperatures.data) return temperature;
+  return static_cast<const float*>(
+      temperatures.data)[i * temperatures.stride0 + j * temperatures.stride1];
+}
+
+// Data errors are found before anything is read through a label or written.
+template <class Args>
+inline Status check_tokens(const Args& a) {
+  for (int64_t i = 0; i < a.rows; ++i) {
+    for (int64_t j = 0; j < a.cols; ++j) {
+      const int64_t y = load_label(a.labels, i, j);
+      if (y == a.ignore_index) continue;
+      if (y < 0 || y >= a.vocab) return {kLabelOutOfRange, i * a.cols + j};
+      const double t = row_temperature(a.temperatures, a.temperature, i, j);
+      if (!(t > 0.0) || t > 3.0e38) return {kBadTemperature, i * a.cols + j};
+    }
+  }
+  return {};
+}
+
+template <class E, bool kSoftcap, bool kEntropy>
+void logprobs_row(const LogprobsArgs& a, int64_t row) {
+  const int64_t i = row / a.cols, j = row % a.cols;
+  float* logprob = static_cast<float*>(a.logprobs.data) + row;
+  float* entropy = kEntropy ? static_cast<float*>(a.entropy.data) + row : nullptr;
+  float* stats = a.stats + 3 * row;
+  const int64_t label = load_label(a.labels, i, j);
+  if (label == a.ignore_index) {
+    *logprob = 0.0f;
+    if (kEntropy) *entropy = 0.0f;
+    stats[0] = 0.0f, stats[1] = 1.0f, stats[2] = 0.0f;
+    return;
+  }
+  const double inv_t = 1.0 / row_temperature(a.temperatures, a.temperature, i, j);
+  const float cap = static_cast<float>(a.softcap);
+  const auto* x = static_cast<const typename E::Storage*>(a.logits.data) +
+                  i * a.logits.stride0 + j * a.logits.stride1;
+  const RowSums r = row_sums<E, kSoftcap, kEntropy>(x, a.vocab, cap, inv_t);
+  float xy = E::get(x + label);
+  if (kSoftcap) xy = softcapped(xy, cap);
+  const bool empty = r.m == -__builtin_inff();
+  *logprob = empty ? __builtin_nanf("")
+                   : static_cast<float>(logprob_from_stats(xy, r.m, r.s, inv_t));
+  stats[0] = r.m;
+  stats[1] = empty ? __builtin_nanf("") : static_cast<float>(r.s);
+  stats[2] = empty ? __builtin_nanf("") : static_cast<float>(log(r.s) - r.t / r.s * inv_t);
+  if (kEntropy) *entropy = stats[2];
+}
+
+// d z_j = p_j (-g - h (log p_j + H)) / T, plus g / T at the label; p = exp((x - m) / T) / s.
+template <class E, bool kSoftcap, bool kEntropy>
+void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
+  using S = typename E::Storage;
+  const int64_t i = row / a.cols, j = row % a.cols;
+  const auto upstream = [&](const Tensor& g) {
+    return g.data ? static_cast<const float*>(g.data)[i * g.stride0 + j * g.stride1] : 0.0f;
+  };
+  const float g = upstream(a.grad_logprobs);
+  const float h = kEntropy ? upstream(a.grad_entropy) : 0.0f;
+  const int64_t label = load_label(a.labels, i, j);
+  S* out = static_cast<S*>(a.grad_logits.data) + i * a.grad_logits.stride0 +
+           j * a.grad_logits.stride1;
+  if (label == a.ignore_index || (g == 0.0f && h == 0.0f)) {
+    memset(out, 0, sizeof(S) * static_cast<size_t>(a.vocab));
+    return;
+  }
+  const S* x = static_cast<const S*>(a.logits.data) + i * a.logits.stride0 + j * a.logits.stride1;
+  const double inv_t = 1.0 / row_temperature(a.temperatures, a.temperature, i, j);
+  const float* stats = a.stats + 3 * row;
+  const double s = stats[1], entropy = stats[2];
+  const float cap = static_cast<float>(a.softcap);
+  float xy = E::get(x + label);
+  if (kSoftcap) xy = softcapped(xy, cap);
+  const double logprob = logprob_from_stats(xy, stats[0], s, inv_t);
+
+  const Vec m = splat(stats[0]);
+  const Vec rate = splat(static_cast<float>(inv_t * kLog2e));
+  const Vec lowest = splat(static_cast<float>(kExpMin / inv_t));
+  // dz = e * (a0 + a1 * (x - m)): the entropy term is linear in log p.
+  const Vec a0 = splat(static_cast<float>((-g - h * (entropy - log(s))) / s * inv_t));
+  const Vec a1 = splat(static_cast<float>(-h * inv_t / s * inv_t));
+  const Vec vcap = splat(cap), vinv_cap = splat(kSoftcap ? 1.0f / cap : 0.0f);
+  const auto gradient = [&](Vec raw) {
+    Vec z = raw, slope = splat(1.0f);
+    if constexpr (kSoftcap) {
+      const Vec th = tanh(mul(raw, vinv_cap));
+      z = mul(vcap, th);
+      slope = sub(slope, mul(th, th));
+    }
+    const Vec d = sub(z, m);
+    const Vec e = exp_scaled(max(lowest, d), rate);
+    Vec dz = kEntropy ? mul(e, fma(a1, d, a0)) : mul(e, a0);
+    if constexpr (kSoftcap) dz = mul(dz, slope);
+    // Exactly zero, also at -inf, where d * e would be NaN.
+    return select_less(d, lowest, splat(0.0f), dz);
+  };
+  int64_t k = 0;
+  for (; k + kUnroll * kLanes <= a.vocab; k += kUnroll * kLanes) {
+    Vec dz[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) dz[u] = gradient(E::load(x + k + u * kLanes));
+    for (int u = 0; u < kUnroll; ++u) E::store(out + k + u * kLanes, dz[u]);
+  }
+  for (; k < a.vocab; k += kLanes) {
+    const int n = a.vocab - k < kLanes ? static_cast<int>(a.vocab - k) : kLanes;
+    store_partial<E>(out + k, gradient(load_partial<E>(x + k, n, 0.0f)), n);
+  }
+  double at_label = label_gradient(logprob, entropy, g, h, inv_t);
+  if (kSoftcap) {
+    const double th = static_cast<double>(xy) / cap;
+    at_label *= 1.0 - th * th;
+  }
+  E::set(out + label, static_cast<float>(at_label));
+}
+
+// Picks the instantiation for a dtype and two flags.
+template <template <class, bool, bool> class F, class Args>
+inline auto pick(int32_t dtype, bool softcap, bool entropy) -> void (*)(const Args&, int64_t) {
+  const auto flags = [&](auto e) -> void (*)(const Args&, int64_t) {
+    using E = decltype(e);
+    if (softcap) return entropy ? F<E, true, true>::row : F<E, true, false>::row;
+    return entropy ? F<E, false, true>::row : F<E, false, false>::row;
+  };
+  switch (dtype) {
+    case kBFloat16: return flags(BF16{});
+    case kFloat16: return flags(F16{});
+    default: return flags(F32{});
+  }
+}
+
+template <class E, bool kSoftcap, bool kEntropy>
+struct LogprobsForward {
+  static void row(const LogprobsArgs& a, int64_t r) { logprobs_row<E, kSoftcap, kEntropy>(a, r); }
+};
+template <class E, bool kSoftcap, bool kEntropy>
+struct LogprobsBackward {
+  static void row(const LogprobsBackwardArgs& a, int64_t r) {
+    logprobs_backward_row<E, kSoftcap, kEntropy>(a, r);
+  }
+};
+
+Status token_logprobs(const LogprobsArgs& a) {
+  const Status status = check_tokens(a);
+  if (status.code != kOk) return status;
+  const auto row = pick<LogprobsForward, LogprobsArgs>(a.logits.dtype, a.softcap > 0.0,
+                                                       a.entropy.data != nullptr);
+  parallel_for(a.rows * a.cols, a.threads, [&](int64_t r) { row(a, r); });
+  return {};
+}
+
+Status token_logprobs_backward(const LogprobsBackwardArgs& a) {
+  const Status status = check_tokens(a);
+  if (status.code != kOk) return status;
+  const auto row = pick<LogprobsBackward, LogprobsBackwardArgs>(
+      a.logits.dtype, a.softcap > 0.0, a.grad_entropy.data != nullptr);
+  parallel_for(a.rows * a.cols, a.threads, [&](int64_t r) { row(a, r); });
+  return {};
+}
+
+}  // namespace
+}  // namespace rk

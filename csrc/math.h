@@ -1,0 +1,31 @@
+// Per-token formulas shared by the CPU and CUDA backends.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+
+#if defined(__CUDACC__)
+#define RK_HD __host__ __device__ __forceinline__
+#else
+#define RK_HD inline
+#endif
+
+namespace rk {
+namespace {
+
+// log(p_y) from a row's statistics, in double: (x - m) / T - log s, never x - lse, so that a large
+// common offset of the logits costs nothing. s >= 1 and x <= m keep it at or below zero.
+RK_HD double logprob_from_stats(double x, double m, double s, double inv_temperature) {
+  return (x - m) * inv_temperature - log(s);
+}
+
+// d logits_y for the label itself. 1 - p_y is -expm1(log p_y): exact where p_y is close to 1.
+RK_HD double label_gradient(double logprob, double entropy, double g_logprob, double g_entropy,
+                            double inv_temperature) {
+  double g = g_logprob * -expm1(logprob);
+  // p log p is 0 at p = 0, also where log p is -inf.
+  if (g_entropy != 0.0 && logprob > -745.0) g -= g_entropy * exp(logprob) * (logprob + entropy);
+  return g * inv_temperature;
+}
+
+}  // namespace
+}  // namespace rk

@@ -1,0 +1,46 @@
+// What both extension modules share: how a tensor crosses the boundary, and how a status leaves it.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <utility>
+
+#include "abi.h"
+
+namespace rk {
+
+template <class F>
+inline std::pair<int, long long> without_gil(const F& kernel) {
+  pybind11::gil_scoped_release release;
+  const Status status = kernel();
+  return {status.code, status.position};
+}
+
+}  // namespace rk
+
+namespace pybind11::detail {
+
+// None, or the tuple (data_ptr, dtype code, stride0, stride1) that rlhf_kernels.native makes.
+template <>
+struct type_caster<rk::Tensor> {
+  PYBIND11_TYPE_CASTER(rk::Tensor, const_name("tuple[int, int, int, int] | None"));
+
+  bool load(handle source, bool) {
+    if (source.is_none()) {
+      value = rk::Tensor{};
+      return true;
+    }
+    if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 4) return false;
+    const auto item = [&](int i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(source.ptr(), i)); };
+    value.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(source.ptr(), 0));
+    value.dtype = static_cast<int32_t>(item(1));
+    value.stride0 = item(2);
+    value.stride1 = item(3);
+    if (PyErr_Occurred()) {
+      PyErr_Clear();
+      return false;
+    }
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail

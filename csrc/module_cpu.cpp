@@ -1,0 +1,86 @@
+// The extension `_cpu`: integers in, status out. Picks the instruction set and releases the GIL.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "cpu/kernels.h"
+#include "module_common.h"
+
+namespace py = pybind11;
+
+namespace rk {
+namespace {
+
+std::vector<const Kernels*> supported_kernels() {
+  std::vector<const Kernels*> found{&kernels_baseline};
+#ifdef RK_HAVE_X86_LEVELS
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    found.push_back(&kernels_avx2);
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+      found.push_back(&kernels_avx512);
+  }
+#endif
+  return found;
+}
+
+const Kernels* active = supported_kernels().back();
+
+std::vector<std::string> isa_names() {
+  std::vector<std::string> names;
+  for (const Kernels* k : supported_kernels()) names.emplace_back(k->isa);
+  return names;
+}
+
+void select_isa(const std::string& name) {
+  for (const Kernels* k : supported_kernels()) {
+    if (name == k->isa) {
+      active = k;
+      return;
+    }
+  }
+  throw std::invalid_argument("instruction set '" + name + "' is not supported by this CPU or build");
+}
+
+}  // namespace
+}  // namespace rk
+
+PYBIND11_MODULE(_cpu, m) {
+  using namespace rk;
+  m.doc() = "CPU kernels of rlhf_kernels. Takes raw pointers: call it through rlhf_kernels.native.";
+  m.def("isa_names", &isa_names, "Instruction sets that this CPU and this build support, best last.");
+  m.def("isa", [] { return std::string(active->isa); }, "The instruction set in use.");
+  m.def("select_isa", &select_isa, "Use a supported instruction set by name.");
+#ifdef _OPENMP
+  m.attr("openmp") = _OPENMP;
+#else
+  m.attr("openmp") = 0;
+#endif
+
+  m.def("token_logprobs", [](int64_t rows, int64_t cols, int64_t vocab, Tensor logits, Tensor labels,
+                             Tensor temperatures, double temperature, double softcap,
+                             int64_t ignore_index, Tensor logprobs, Tensor entropy, Tensor stats,
+                             int32_t threads) {
+    const LogprobsArgs args{rows, cols, vocab, logits, labels, temperatures, temperature, softcap,
+                            ignore_index, logprobs, entropy, static_cast<float*>(stats.data), threads};
+    return without_gil([&] { return active->token_logprobs(args); });
+  });
+  m.def("token_logprobs_backward", [](int64_t rows, int64_t cols, int64_t vocab, Tensor logits,
+                                      Tensor labels, Tensor temperatures, double temperature,
+                                      double softcap, int64_t ignore_index, Tensor stats,
+                                      Tensor grad_logprobs, Tensor grad_entropy, Tensor grad_logits,
+                                      int32_t threads) {
+    const LogprobsBackwardArgs args{rows, cols, vocab, logits, labels, temperatures, temperature,
+                                    softcap, ignore_index, static_cast<const float*>(stats.data),
+                                    grad_logprobs, grad_entropy, grad_logits, threads};
+    return without_gil([&] { return active->token_logprobs_backward(args); });
+  });
+}

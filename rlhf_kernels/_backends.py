@@ -1,0 +1,119 @@
+"""Which backend serves a call.
+
+A backend that is named, by `use_backend` or RLHF_KERNELS_BACKEND, either serves or raises. In auto
+mode the first in the device's order that exists and has the operation is taken.
+"""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from . import _config, native
+
+REFERENCE = "reference"
+
+# Preference per device type. Every device ends with the reference, which torch runs anywhere.
+_ORDER = {"cpu": ("cpu",)}
+
+_Launcher = Callable[..., object]
+_forced: str = _config.BACKEND
+_warned: set[str] = set()
+
+
+def _launchers(backend: str) -> dict[str, _Launcher]:
+    """Operations that a kernel backend has, by name; empty where it is not built."""
+    return native.launchers(backend)
+
+
+def unavailable_reason(backend: str) -> str | None:
+    """Why `backend` cannot be used here, or None if it can."""
+    return None if backend == REFERENCE else native.unavailable_reason(backend)
+
+
+def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
+    """Backends that can serve tensors of `device`, preferred first; always ends with "reference"."""
+    order = _ORDER.get(torch.device(device).type, ())
+    return (*(b for b in order if unavailable_reason(b) is None), REFERENCE)
+
+
+def select(op: str, device: torch.device) -> str:
+    """The backend for `op` on `device`.
+
+    Raises:
+        RuntimeError: a backend was named and cannot serve this operation on this device.
+    """
+    order = _ORDER.get(device.type, ())
+    if _forced != "auto":
+        if _forced == REFERENCE:
+            return REFERENCE
+        if _forced not in order:
+            raise RuntimeError(f"{op}: backend {_forced!r} does not serve {device.type} tensors")
+        reason = unavailable_reason(_forced)
+        if reason is not None:
+            raise RuntimeError(f"{op}: backend {_forced!r} is not available: {reason}")
+        if op not in _launchers(_forced):
+            raise RuntimeError(f"{op}: backend {_forced!r} does not have this operation")
+        return _forced
+    for backend in order:
+        if op in _launchers(backend):
+            return backend
+        if not torch.compiler.is_compiling():
+            _warn_once(backend)
+    return REFERENCE
+
+
+def _warn_once(backend: str) -> None:
+    reason = unavailable_reason(backend)
+    if reason is not None and backend not in _warned:
+        _warned.add(backend)
+        warnings.warn(
+            f"rlhf_kernels: backend {backend!r} is not available ({reason}); using the plain-torch "
+            "reference. Run `python -m rlhf_kernels` for details.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def launcher(backend: str, op: str) -> _Launcher:
+    """The function of `backend` that runs `op`."""
+    return _launchers(backend)[op]
+
+
+class use_backend:
+    """Forces a backend, for the process or for a `with` block.
+
+    Args:
+        name: "reference", "cpu", or "auto" to choose by device again.
+
+    The choice is global to the process, threads included. A named backend never falls back: an
+    operation or device it cannot serve raises RuntimeError at the call.
+
+    Raises:
+        ValueError: unknown name.
+        RuntimeError: the backend is not available here (the message says why).
+    """
+
+    def __init__(self, name: str) -> None:
+        global _forced
+        if name not in _config.BACKEND_NAMES:
+            raise ValueError(
+                f"use_backend: expected one of {', '.join(_config.BACKEND_NAMES)}, got {name!r}"
+            )
+        reason = None if name == "auto" else unavailable_reason(name)
+        if reason is not None:
+            raise RuntimeError(f"use_backend: {name!r} is not available: {reason}")
+        self._previous = _forced
+        _forced = name
+
+    def __enter__(self) -> "use_backend":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        global _forced
+        _forced = self._previous
+
+
+def current_backend() -> str:
+    """The forced backend's name, or "auto"."""
+    return _forced

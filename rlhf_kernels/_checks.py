@@ -1,0 +1,125 @@
+"""Metadata checks shared by all operations. Each names the argument, what was expected, what came."""
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+LABEL_DTYPES = (torch.int64, torch.int32)
+_INTEGER = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def tensor(op: str, name: str, value: object) -> None:
+    """Requires a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a strided tensor, got layout {value.layout}")
+
+
+def floating(op: str, name: str, value: object, *, double: bool = False) -> None:
+    """Requires a float32, bfloat16 or float16 tensor; also float64 with `double`."""
+    tensor(op, name, value)
+    allowed = (*FLOATING, torch.float64) if double else FLOATING
+    if value.dtype not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{op}: {name} must be one of {names}, got {value.dtype}")
+
+
+def labels(op: str, name: str, value: object) -> None:
+    """Requires an int64 or int32 tensor."""
+    tensor(op, name, value)
+    if value.dtype not in LABEL_DTYPES:
+        raise TypeError(f"{op}: {name} must be int64 or int32, got {value.dtype}")
+
+
+def mask(op: str, name: str, value: object) -> None:
+    """Requires a bool or integer tensor: nonzero keeps a token."""
+    tensor(op, name, value)
+    if value.dtype not in _INTEGER:
+        raise TypeError(
+            f"{op}: {name} must be bool or integer (nonzero = keep), got {value.dtype}; "
+            f"soft masks are not supported, pass {name}.bool()"
+        )
+
+
+def same_shape(op: str, name: str, value: Tensor, like: str, shape: torch.Size) -> None:
+    """Requires `value.shape == shape`, the shape of the argument called `like`."""
+    if value.shape != shape:
+        raise ValueError(
+            f"{op}: {name} must have the shape of {like}, {tuple(shape)}, got {tuple(value.shape)}"
+        )
+
+
+def same_device(op: str, name: str, value: Tensor, like: str, device: torch.device) -> None:
+    """Requires `value` on `device`, the device of the argument called `like`."""
+    if value.device != device:
+        raise ValueError(f"{op}: {name} must be on {like}'s device {device}, got {value.device}")
+
+
+def positive(op: str, name: str, value: object) -> None:
+    """Requires a finite number above zero."""
+    number(op, name, value)
+    if not value > 0:
+        raise ValueError(f"{op}: {name} must be a finite number > 0, got {value}")
+
+
+def number(op: str, name: str, value: object) -> None:
+    """Requires a finite Python number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
+
+
+def one_of(op: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Requires one of the strings in `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def offsets(op: str, cu_seqlens: object, total: int) -> None:
+    """Requires packed-sequence offsets `[S+1]` of int32 or int64 (the values are data: see native)."""
+    tensor(op, "cu_seqlens", cu_seqlens)
+    if cu_seqlens.dtype not in LABEL_DTYPES:
+        raise TypeError(f"{op}: cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(
+            f"{op}: cu_seqlens must be 1-D with at least one entry, got {tuple(cu_seqlens.shape)}"
+        )
+
+
+def out_of_range(op: str, position: int, labels: Tensor, vocab: int) -> IndexError:
+    """The error for the label at flat `position`."""
+    value = labels.reshape(-1)[position].item()
+    return IndexError(
+        f"{op}: label at flat position {position} is {value}; expected 0 <= label < {vocab} "
+        "or ignore_index"
+    )
+
+
+def labels_in_range(op: str, labels: Tensor, vocab: int, ignore_index: int) -> None:
+    """Raises IndexError for the first bad label of a CPU tensor; does nothing on other devices."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
+    if bad.any():
+        raise out_of_range(op, int(bad.reshape(-1).nonzero()[0]), labels, vocab)
+
+
+def temperatures_positive(op: str, temperatures: Tensor | None, keep: Tensor) -> None:
+    """Raises ValueError for the first bad per-token temperature of a CPU tensor."""
+    if temperatures is None or temperatures.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = ~((temperatures > 0) & temperatures.isfinite()) & keep
+    if bad.any():
+        raise bad_temperature(op, int(bad.reshape(-1).nonzero()[0]), temperatures)
+
+
+def bad_temperature(op: str, position: int, temperatures: Tensor) -> ValueError:
+    """The error for the temperature at flat `position`."""
+    value = temperatures.reshape(-1)[position].item()
+    return ValueError(
+        f"{op}: temperature at flat position {position} must be a finite number > 0, got {value}"
+    )

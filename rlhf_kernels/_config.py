@@ -1,0 +1,17 @@
+"""Environment variables, read once at import. The README has the table."""
+
+import os
+
+BACKEND_NAMES = ("auto", "reference", "cpu")
+
+_backend = os.environ.get("RLHF_KERNELS_BACKEND", "auto").strip().lower() or "auto"
+if _backend not in BACKEND_NAMES:
+    raise ValueError(
+        f"RLHF_KERNELS_BACKEND: expected one of {', '.join(BACKEND_NAMES)}, got {_backend!r}"
+    )
+
+#: Backend forced for the whole process, or "auto".
+BACKEND: str = _backend
+
+#: Instruction set of the CPU kernels, or None for the best that this machine has.
+CPU_ISA: str | None = os.environ.get("RLHF_KERNELS_CPU_ISA", "").strip().lower() or None

@@ -1,0 +1,87 @@
+"""Launchers of token_logprobs for the native backends."""
+
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from . import boundary as b
+
+
+def _raise(status: tuple[int, int], labels: Tensor, temperatures: Tensor | None, vocab: int) -> None:
+    code, position = status
+    if code == b.LABEL_OUT_OF_RANGE:
+        raise _checks.out_of_range("token_logprobs", position, labels, vocab)
+    if code == b.BAD_TEMPERATURE:
+        raise _checks.bad_temperature("token_logprobs", position, temperatures)
+
+
+def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
+    """Launchers by operator name, bound to an extension module."""
+
+    def token_logprobs(
+        logits: Tensor,
+        labels: Tensor,
+        temperatures: Tensor | None,
+        temperature: float,
+        softcap: float,
+        entropy: bool,
+        ignore_index: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shape, vocab = labels.shape, logits.shape[-1]
+        logprobs = torch.empty(shape, dtype=torch.float32, device=logits.device)
+        entropies = torch.empty(shape if entropy else (0,), dtype=torch.float32, device=logits.device)
+        stats = torch.empty((*shape, 3), dtype=torch.float32, device=logits.device)
+        if labels.numel() == 0:
+            return logprobs, entropies, stats
+        logits, labels = b.as_rows(logits), b.as_grid(labels)
+        temperatures = b.as_grid(temperatures, torch.float32)
+        status = extension.token_logprobs(
+            *b.grid(shape), vocab, b.pack_rows(logits), b.pack(labels), b.pack(temperatures),
+            temperature, softcap, ignore_index, b.pack(logprobs),
+            b.pack(entropies) if entropy else None, b.pack(stats), b.threads(),
+        )  # fmt: skip
+        _raise(status, labels, temperatures, vocab)
+        return logprobs, entropies, stats
+
+    def backward(
+        logits: Tensor,
+        labels: Tensor,
+        temperatures: Tensor | None,
+        stats: Tensor,
+        grad_logprobs: Tensor | None,
+        grad_entropy: Tensor | None,
+        temperature: float,
+        softcap: float,
+        ignore_index: int,
+        out: Tensor,
+    ) -> None:
+        if labels.numel() == 0:
+            return
+        shape, vocab = labels.shape, logits.shape[-1]
+        logits, labels = b.as_rows(logits), b.as_grid(labels)
+        temperatures = b.as_grid(temperatures, torch.float32)
+        grad_logprobs = b.as_grid(grad_logprobs, torch.float32)
+        grad_entropy = b.as_grid(grad_entropy, torch.float32)
+        status = extension.token_logprobs_backward(
+            *b.grid(shape), vocab, b.pack_rows(logits), b.pack(labels), b.pack(temperatures),
+            temperature, softcap, ignore_index, b.pack(stats), b.pack(grad_logprobs),
+            b.pack(grad_entropy), b.pack_rows(out), b.threads(),
+        )  # fmt: skip
+        _raise(status, labels, temperatures, vocab)
+
+    def token_logprobs_backward(logits: Tensor, labels: Tensor, *args: object) -> Tensor:
+        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        backward(logits, labels, *args, out)
+        return out
+
+    def token_logprobs_backward_inplace(logits: Tensor, labels: Tensor, *args: object) -> None:
+        backward(logits, labels, *args, logits)
+
+    return {
+        "token_logprobs": token_logprobs,
+        "token_logprobs_backward": token_logprobs_backward,
+        "token_logprobs_backward_inplace": token_logprobs_backward_inplace,
+    }

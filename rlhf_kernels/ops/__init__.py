@@ -1,0 +1,1 @@
+"""Operations: registration, autograd and the public functions, one file per operation."""

@@ -1,0 +1,207 @@
+"""token_logprobs: log-probability and entropy of tokens from their logits."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _backends, _checks, reference
+from .._register import define
+
+
+def _forward_fake(
+    logits: Tensor,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float,
+    entropy: bool,
+    ignore_index: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = labels.shape
+    return (
+        logits.new_empty(shape, dtype=torch.float32),
+        logits.new_empty(shape if entropy else (0,), dtype=torch.float32),
+        logits.new_empty((*shape, 3), dtype=torch.float32),
+    )
+
+
+_forward = define(
+    "token_logprobs",
+    "(Tensor logits, Tensor labels, Tensor? temperatures, float temperature, float softcap, "
+    "bool entropy, int ignore_index, str backend) -> (Tensor, Tensor, Tensor)",
+    _forward_fake,
+)
+_BACKWARD_ARGS = (
+    "Tensor labels, Tensor? temperatures, Tensor stats, Tensor? grad_logprobs, "
+    "Tensor? grad_entropy, float temperature, float softcap, int ignore_index, str backend"
+)
+_backward = define(
+    "token_logprobs_backward",
+    f"(Tensor logits, {_BACKWARD_ARGS}) -> Tensor",
+    lambda logits, *_: logits.new_empty(logits.shape),
+)
+_backward_inplace = define(
+    "token_logprobs_backward_inplace",
+    f"(Tensor(a!) logits, {_BACKWARD_ARGS}) -> ()",
+    lambda *_: None,
+)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        temperatures: Tensor | None,
+        temperature: float,
+        softcap: float,
+        entropy: bool,
+        ignore_index: int,
+        inplace_backward: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        logprobs, entropies, stats = _forward(
+            logits, labels, temperatures, temperature, softcap, entropy, ignore_index, backend
+        )
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, labels, temperatures, stats)
+        ctx.options = (temperature, softcap, ignore_index, backend)
+        ctx.inplace = inplace_backward
+        if not entropy:
+            ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple:
+        nothing = (None,) * 8
+        if grad_logprobs is None and grad_entropy is None:
+            return (None, *nothing)
+        logits, labels, temperatures, stats = ctx.saved_tensors
+        args = (labels, temperatures, stats, grad_logprobs, grad_entropy, *ctx.options)
+        if not ctx.inplace:
+            return (_backward(logits, *args), *nothing)
+        memory = logits.detach()
+        _backward_inplace(memory, *args)
+        # The write is invisible to autograd: anyone else who saved these logits must be told.
+        torch.autograd.graph.increment_version(logits)
+        return (memory, *nothing)
+
+
+def _check_inplace(logits: Tensor) -> None:
+    op = "token_logprobs"
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{op}: inplace_backward is not supported under torch.compile")
+    if logits.is_leaf and logits.requires_grad:
+        raise ValueError(
+            f"{op}: inplace_backward would overwrite a leaf tensor; logits must be the result of "
+            "an operation"
+        )
+    if logits.is_neg() or logits.stride(-1) != 1 or 0 in logits.stride():
+        raise ValueError(
+            f"{op}: inplace_backward needs logits whose elements do not share memory and whose "
+            f"last stride is 1, got strides {logits.stride()}"
+        )
+
+
+class TokenLogprobs(NamedTuple):
+    """Result of `token_logprobs` and `linear_token_logprobs`."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+
+
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+) -> TokenLogprobs:
+    """Log-probability of each label, and optionally the entropy of its distribution.
+
+    With z = logits / temperature, or softcap * tanh(logits / softcap) / temperature:
+    logprob = z_y - log sum_j exp(z_j) and entropy = -sum_j p_j log p_j, p = softmax(z). Both are
+    differentiable in logits. One read of the logits forward; one read and one write backward.
+
+    Args:
+        logits: [..., V], float32, bfloat16 or float16. Any [N, V] or [B, T, V] view with unit
+            stride over V is read where it lies: `logits[:, :-1]` costs no copy.
+        labels: [...], int64 or int32.
+        temperature: a finite number > 0, or a float tensor of one per token that broadcasts to the
+            shape of labels (not differentiated).
+        softcap: cap of the final logits (Gemma 2), applied before temperature; None for none.
+        entropy: also return the entropy.
+        ignore_index: label of tokens to skip: result 0, gradient exactly 0, logits never read.
+        inplace_backward: write the gradient into the memory of `logits` and save the buffer. Only
+            for logits that nothing else needs; a later use in the same graph raises in autograd.
+
+    Returns:
+        TokenLogprobs(logprobs [...], entropy [...] or None), float32. A row whose logits are all
+        -inf, or that holds NaN or +inf, is NaN; a label at -inf gives -inf, as in torch.
+
+    Raises:
+        TypeError: wrong dtype or type of an argument.
+        ValueError: shapes or devices that do not match; temperature or softcap not > 0 and finite;
+            inplace_backward on a leaf, on overlapping memory or under torch.compile.
+        IndexError: a label outside [0, V) on CPU, with its position; nothing was read through it.
+    """
+    op = "token_logprobs"
+    _checks.floating(op, "logits", logits, double=True)
+    _checks.labels(op, "labels", labels)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{op}: logits must be [..., V] with V >= 1, got {tuple(logits.shape)}")
+    _checks.same_shape(op, "labels", labels, "logits without V", logits.shape[:-1])
+    _checks.same_device(op, "labels", labels, "logits", logits.device)
+    if softcap is not None:
+        _checks.positive(op, "softcap", softcap)
+    temperatures = None
+    if isinstance(temperature, Tensor):
+        _checks.floating(op, "temperature", temperature, double=True)
+        _checks.same_device(op, "temperature", temperature, "logits", logits.device)
+        try:
+            temperatures = temperature.detach().expand(labels.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"{op}: temperature must broadcast to the shape of labels, {tuple(labels.shape)}, "
+                f"got {tuple(temperature.shape)}"
+            ) from None
+    else:
+        _checks.positive(op, "temperature", temperature)
+
+    backend = _backends.select(op, logits.device)
+    if backend == _backends.REFERENCE:
+        _checks.labels_in_range(op, labels, logits.shape[-1], ignore_index)
+        _checks.temperatures_positive(op, temperatures, labels != ignore_index)
+        return TokenLogprobs(
+            *reference.token_logprobs(
+                logits,
+                labels,
+                temperature=temperature if temperatures is None else temperatures,
+                softcap=softcap,
+                entropy=entropy,
+                ignore_index=ignore_index,
+            )
+        )
+    _checks.floating(op, "logits", logits)
+    if inplace_backward:
+        _check_inplace(logits)
+    logprobs, entropies = _TokenLogprobs.apply(
+        logits,
+        labels,
+        temperatures,
+        float(temperature) if temperatures is None else 1.0,
+        float(softcap or 0.0),
+        entropy,
+        ignore_index,
+        inplace_backward,
+        backend,
+    )
+    return TokenLogprobs(logprobs, entropies if entropy else None)

@@ -1,0 +1,8 @@
+"""The definitions, in plain torch: short, differentiable, on any device, in fp32 (or fp64 if given).
+
+These functions are the meaning of the operations; every backend is tested against them.
+"""
+
+from .logprobs import token_logprobs
+
+__all__ = ["token_logprobs"]

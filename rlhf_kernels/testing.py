@@ -1,0 +1,139 @@
+"""Help for testing these operations, and code built on them: fp64 oracles and error budgets.
+
+The budget: an element's error against the fp64 oracle may be at most twice the error of plain torch
+in the working dtype plus one rounding. The rounding band keeps a reference that is exact by luck
+from failing a kernel that is not worse.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Lengths that cross the kernels' boundaries: one lane, a vector less one, unrolled steps, a block.
+RAGGED_SIZES = (1, 7, 31, 127, 257, 4096, 4099, 8200)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def to_float64(value: Any) -> Any:
+    """`value` with every floating tensor in it as fp64, detached and, if it was, requiring grad."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            return value
+        return value.detach().double().requires_grad_(value.requires_grad)
+    if isinstance(value, tuple | list):
+        return type(value)(to_float64(v) for v in value)
+    if isinstance(value, dict):
+        return {k: to_float64(v) for k, v in value.items()}
+    return value
+
+
+def assert_within_budget(
+    actual: Tensor,
+    oracle: Tensor,
+    torch_result: Tensor,
+    *,
+    scale: Tensor | float = 0.0,
+    factor: float = 2.0,
+) -> None:
+    """Requires |actual - oracle| <= factor * (|torch_result - oracle| + one rounding), per element.
+
+    Args:
+        actual: result under test; its dtype sets the size of one rounding.
+        oracle: fp64 result on the same inputs. NaN and infinities must match exactly.
+        torch_result: plain torch in the working dtype on the same inputs.
+        scale: magnitude of the intermediate values that `actual` is a difference of (for a
+            log-probability max(|x_y - m|, log V)), where that is larger than the result's own.
+        factor: allowed multiple.
+
+    Raises:
+        AssertionError: with the position, the three values and the budget of the worst element.
+    """
+    if actual.shape != oracle.shape:
+        raise AssertionError(f"shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}")
+    a, t = actual.detach().double(), torch_result.detach().double()
+    o = oracle.detach().double()
+    finite = o.isfinite()
+    same = (a == o) | (a.isnan() & o.isnan())
+    if not bool((same | finite).all()):
+        at = int((~(same | finite)).reshape(-1).nonzero()[0])
+        raise AssertionError(f"at {at}: {a.reshape(-1)[at]}, expected {o.reshape(-1)[at]}")
+    info = torch.finfo(actual.dtype)
+    magnitude = torch.maximum(o.abs(), torch.as_tensor(scale, dtype=torch.float64).expand_as(o))
+    one_rounding = info.eps * magnitude + info.smallest_normal
+    # A torch result that overflowed says nothing about the budget.
+    torch_error = torch.where(t.isfinite(), (t - o).abs(), 0.0)
+    excess = (a - o).abs() - factor * (torch_error + one_rounding)
+    excess = torch.where(finite, torch.where(a.isfinite(), excess, torch.inf), -torch.inf)
+    if excess.numel() and float(excess.max()) > 0:
+        at = int(excess.argmax())
+        raise AssertionError(
+            f"at flat position {at}: got {a.reshape(-1)[at]:.9g}, fp64 {o.reshape(-1)[at]:.9g}, "
+            f"torch {t.reshape(-1)[at]:.9g}; error {(a - o).abs().reshape(-1)[at]:.3g} over budget "
+            f"by {float(excess.max()):.3g}"
+        )
+
+
+def assert_bitwise_equal(actual: Tensor, expected: Tensor) -> None:
+    """Requires the same shape, dtype and bits (NaN equals NaN of the same bits).
+
+    Raises:
+        AssertionError: with the first differing position and both values.
+    """
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        raise AssertionError(
+            f"{tuple(actual.shape)} {actual.dtype}, expected {tuple(expected.shape)} "
+            f"{expected.dtype}"
+        )
+    views = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    view = views[actual.element_size()]
+    a = actual.detach().contiguous().view(view).reshape(-1)
+    e = expected.detach().contiguous().view(view).reshape(-1)
+    differs = a != e
+    if bool(differs.any()):
+        at = int(differs.nonzero()[0])
+        raise AssertionError(
+            f"{int(differs.sum())} of {a.numel()} elements differ in bits, first at flat position "
+            f"{at}: {actual.detach().reshape(-1)[at].item()!r}, expected "
+            f"{expected.detach().reshape(-1)[at].item()!r}"
+        )
+
+
+def gradients(
+    function: Callable[..., Tensor | Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    upstream: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    """Gradients of `function(*inputs)` in the inputs that require grad.
+
+    Args:
+        function: returns one tensor or several.
+        inputs: its arguments.
+        upstream: one gradient per output; ones if None.
+
+    Returns:
+        One gradient per input that requires grad, zeros where autograd has none.
+    """
+    outputs = function(*inputs)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    if upstream is None:
+        upstream = tuple(torch.ones_like(o) for o in outputs)
+    wanted = tuple(i for i in inputs if i.requires_grad)
+    pairs = [(o, g) for o, g in zip(outputs, upstream, strict=True) if o.requires_grad]
+    return torch.autograd.grad(
+        [o for o, _ in pairs],
+        wanted,
+        [g.to(o.dtype) for o, g in pairs],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+
+
+def random_mask(rows: int, cols: int, *, keep: float = 0.7, seed: int = 0) -> Tensor:
+    """A bool mask [rows, cols] with gaps inside rows; the last row is wholly masked if rows > 2."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(rows, cols, generator=generator) < keep
+    if rows > 2:
+        mask[-1] = False
+    return mask
