@@ -9,8 +9,8 @@
 #include <omp.h>
 #endif
 
+#include "bind/logprobs.h"
 #include "cpu/kernels.h"
-#include "module_common.h"
 
 namespace py = pybind11;
 
@@ -65,22 +65,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("openmp") = 0;
 #endif
 
-  m.def("token_logprobs", [](int64_t rows, int64_t cols, int64_t vocab, Tensor logits, Tensor labels,
-                             Tensor temperatures, double temperature, double softcap,
-                             int64_t ignore_index, Tensor logprobs, Tensor entropy, Tensor stats,
-                             int32_t threads) {
-    const LogprobsArgs args{rows, cols, vocab, logits, labels, temperatures, temperature, softcap,
-                            ignore_index, logprobs, entropy, static_cast<float*>(stats.data), threads};
-    return without_gil([&] { return active->token_logprobs(args); });
-  });
-  m.def("token_logprobs_backward", [](int64_t rows, int64_t cols, int64_t vocab, Tensor logits,
-                                      Tensor labels, Tensor temperatures, double temperature,
-                                      double softcap, int64_t ignore_index, Tensor stats,
-                                      Tensor grad_logprobs, Tensor grad_entropy, Tensor grad_logits,
-                                      int32_t threads) {
-    const LogprobsBackwardArgs args{rows, cols, vocab, logits, labels, temperatures, temperature,
-                                    softcap, ignore_index, static_cast<const float*>(stats.data),
-                                    grad_logprobs, grad_entropy, grad_logits, threads};
-    return without_gil([&] { return active->token_logprobs_backward(args); });
-  });
+  const auto table = []() -> const Kernels& { return *active; };
+  bind_logprobs(m, table);
 }

@@ -7,6 +7,7 @@ from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 LABEL_DTYPES = (torch.int64, torch.int32)
+_NUMBER = (int, float, torch.SymInt, torch.SymFloat)
 _INTEGER = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -67,9 +68,10 @@ def positive(op: str, name: str, value: object) -> None:
 
 def number(op: str, name: str, value: object) -> None:
     """Requires a finite Python number."""
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, _NUMBER):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if isinstance(value, float) and not math.isfinite(value):
+    # Not math.isfinite: torch.compile traces comparisons of symbolic floats, not that.
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{op}: {name} must be finite, got {value}")
 
 

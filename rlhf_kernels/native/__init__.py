@@ -11,9 +11,11 @@ from types import ModuleType
 import torch  # noqa: F401  (loads libgomp first)
 
 from .. import _config
+from . import logprobs
 
 _NAMES = {"cpu": "_cpu"}
-_OPS = ("logprobs",)
+# One module per operation, each with launchers(extension) -> {operator name: launcher}.
+_OPS = (logprobs,)
 
 
 def _load(backend: str) -> tuple[ModuleType | None, str | None]:
@@ -32,7 +34,17 @@ def _load(backend: str) -> tuple[ModuleType | None, str | None]:
 
 
 _MODULES = {backend: _load(backend) for backend in _NAMES}
-_TABLES: dict[str, dict[str, Callable[..., object]]] = {}
+# Filled at import, not on first use: torch.compile cannot trace an import.
+_LAUNCHERS: dict[str, dict[str, Callable[..., object]]] = {
+    backend: {
+        name: launcher
+        for op in _OPS
+        for name, launcher in op.launchers(extension).items()
+    }
+    if extension is not None
+    else {}
+    for backend, (extension, _) in _MODULES.items()
+}
 
 
 def module(backend: str) -> ModuleType | None:
@@ -49,11 +61,4 @@ def unavailable_reason(backend: str) -> str | None:
 
 def launchers(backend: str) -> dict[str, Callable[..., object]]:
     """Launchers of a native backend by operator name; empty where it is not built."""
-    if backend not in _TABLES:
-        extension = module(backend)
-        table: dict[str, Callable[..., object]] = {}
-        if extension is not None:
-            for op in _OPS:
-                table |= importlib.import_module(f".{op}", __name__).launchers(extension)
-        _TABLES[backend] = table
-    return _TABLES[backend]
+    return _LAUNCHERS[backend]

@@ -1,10 +1,10 @@
-// What both extension modules share: how a tensor crosses the boundary, and how a status leaves it.
+// What the extension modules share: how a tensor crosses the boundary, and how a status leaves it.
 #pragma once
 #include <pybind11/pybind11.h>
 
 #include <utility>
 
-#include "abi.h"
+#include "../abi.h"
 
 namespace rk {
 
