@@ -1,5 +1,6 @@
 // The extension `_cpu`: integers in, status out. Picks the instruction set and releases the GIL.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
