@@ -92,6 +92,26 @@ def offsets(op: str, cu_seqlens: object, total: int) -> None:
         )
 
 
+def bad_offsets(op: str, position: int, cu_seqlens: Tensor, total: int) -> ValueError:
+    """The error for the entry of cu_seqlens at `position`."""
+    return ValueError(
+        f"{op}: cu_seqlens must start at 0, never decrease and end at the number of tokens, "
+        f"{total}; entry {position} is {cu_seqlens[position].item()}"
+    )
+
+
+def offsets_valid(op: str, cu_seqlens: Tensor | None, total: int) -> None:
+    """Raises ValueError for the first bad entry of cu_seqlens (reads the tensor)."""
+    if cu_seqlens is None or torch.compiler.is_compiling():
+        return
+    entries = cu_seqlens.tolist()
+    for i, entry in enumerate(entries):
+        low = entries[i - 1] if i else 0
+        high = total if i else 0
+        if not low <= entry <= high or (i == len(entries) - 1 and entry != total):
+            raise bad_offsets(op, i, cu_seqlens, total)
+
+
 def out_of_range(op: str, position: int, labels: Tensor, vocab: int) -> IndexError:
     """The error for the label at flat `position`."""
     value = labels.reshape(-1)[position].item()

@@ -3,6 +3,14 @@
 These functions are the meaning of the operations; every backend is tested against them.
 """
 
+from .advantages import discounted_returns, gae, group_advantages, ppo_advantages, whiten
 from .logprobs import token_logprobs
 
-__all__ = ["token_logprobs"]
+__all__ = [
+    "discounted_returns",
+    "gae",
+    "group_advantages",
+    "ppo_advantages",
+    "token_logprobs",
+    "whiten",
+]

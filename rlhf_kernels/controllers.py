@@ -1,0 +1,140 @@
+"""Small state between steps: KL coefficient controllers and running moments of the reward."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import _checks
+
+
+class FixedKLController:
+    """A KL coefficient that stays as it is.
+
+    Args:
+        kl_coef: the coefficient, a finite number >= 0.
+    """
+
+    def __init__(self, kl_coef: float) -> None:
+        self.value = _non_negative("FixedKLController", "kl_coef", kl_coef)
+
+    def update(self, current_kl: float | Tensor, n_steps: int) -> float:
+        """Returns the coefficient, unchanged."""
+        return self.value
+
+    def state_dict(self) -> dict[str, float]:
+        """The state, as plain numbers."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Restores what `state_dict` returned."""
+        self.value = float(state["value"])
+
+
+class AdaptiveKLController:
+    """A KL coefficient steered towards a target KL (Ziegler et al., 1909.08593, section 2.2).
+
+    Each update: value *= 1 + clip(kl / target - 1, -0.2, 0.2) * n_steps / horizon.
+
+    Args:
+        init_kl_coef: first coefficient, a finite number >= 0.
+        target: KL to aim at, > 0, in the unit of the `current_kl` that is passed to `update`.
+        horizon: time scale in the unit of `n_steps`, > 0.
+    """
+
+    def __init__(self, init_kl_coef: float, target: float, horizon: float) -> None:
+        op = "AdaptiveKLController"
+        self.value = _non_negative(op, "init_kl_coef", init_kl_coef)
+        _checks.positive(op, "target", target)
+        _checks.positive(op, "horizon", horizon)
+        self.target, self.horizon = float(target), float(horizon)
+
+    def update(self, current_kl: float | Tensor, n_steps: int) -> float:
+        """Moves the coefficient after `n_steps` steps with mean KL `current_kl`.
+
+        Args:
+            current_kl: mean KL; a number or a tensor of one element (read: a device sync).
+            n_steps: steps since the last update, usually the number of sequences.
+
+        Returns:
+            The new coefficient.
+
+        Raises:
+            ValueError: current_kl is not finite: the coefficient would be lost for good.
+        """
+        kl = float(current_kl)
+        if not math.isfinite(kl):
+            raise ValueError(f"AdaptiveKLController: current_kl must be finite, got {kl}")
+        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+        self.value *= 1.0 + error * n_steps / self.horizon
+        return self.value
+
+    def state_dict(self) -> dict[str, float]:
+        """The state, as plain numbers. Target and horizon are configuration and not in it."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Restores what `state_dict` returned."""
+        self.value = float(state["value"])
+
+
+class RunningMoments:
+    """Mean and standard deviation of everything seen so far (Welford; batches merged as by Chan).
+
+    PPO-max (2307.04964) divides rewards by the running standard deviation of the rewards.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = 0.0
+        # Sum of squared differences to the mean.
+        self._m2 = 0.0
+
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Adds the elements of `x` that the mask keeps.
+
+        Args:
+            x: any shape, floating; read on the host (a device sync).
+            mask: the shape of x, bool or integer, nonzero = keep.
+
+        Raises:
+            ValueError: a kept element is not finite: it would stay in the moments for good.
+        """
+        _checks.floating("RunningMoments", "x", x, double=True)
+        kept = x.detach().double()
+        if mask is not None:
+            _checks.mask("RunningMoments", "mask", mask)
+            _checks.same_shape("RunningMoments", "mask", mask, "x", x.shape)
+            kept = kept[mask != 0]
+        count = kept.numel()
+        if count == 0:
+            return
+        mean = kept.mean()
+        mean, m2 = torch.stack([mean, (kept - mean).square().sum()]).tolist()
+        if not math.isfinite(mean):
+            raise ValueError("RunningMoments: every kept element of x must be finite")
+        total, difference = self.count + count, mean - self.mean
+        self._m2 += m2 + difference * difference * self.count * count / total
+        self.mean += difference * count / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """Unbiased standard deviation; 1.0 before two elements, so that dividing is safe."""
+        return math.sqrt(self._m2 / (self.count - 1)) if self.count > 1 else 1.0
+
+    def state_dict(self) -> dict[str, float]:
+        """The state, as plain numbers."""
+        return {"count": self.count, "mean": self.mean, "m2": self._m2}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Restores what `state_dict` returned."""
+        self.count = int(state["count"])
+        self.mean, self._m2 = float(state["mean"]), float(state["m2"])
+
+
+def _non_negative(op: str, name: str, value: float) -> float:
+    _checks.number(op, name, value)
+    if value < 0:
+        raise ValueError(f"{op}: {name} must be a finite number >= 0, got {value}")
+    return float(value)

@@ -1,0 +1,462 @@
+"""Advantages: GAE, discounted returns, PPO's shaped rewards, group baselines and whitening.
+
+Nothing here is differentiable: advantages and returns are constants of the loss.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _backends, _checks, reference
+from .._register import define
+
+_MASKED = ("carry", "zero")
+_ESTIMATORS = ("k1", "k2", "k3", "abs")
+_BASELINES = ("mean", "leave-one-out", "greedy", "none")
+_SCALES = ("group", "batch", "none")
+
+
+def _fp32(like: Tensor) -> Tensor:
+    return like.new_empty(like.shape, dtype=torch.float32)
+
+
+_gae = define(
+    "gae",
+    "(Tensor rewards, Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor? dones, "
+    "Tensor? bootstrap_values, float gamma, float lam, str masked, bool whiten, str backend) "
+    "-> (Tensor, Tensor)",
+    lambda rewards, *_: (_fp32(rewards), _fp32(rewards)),
+)
+_discounted_returns = define(
+    "discounted_returns",
+    "(Tensor rewards, Tensor? mask, Tensor? cu_seqlens, Tensor? dones, Tensor? bootstrap_values, "
+    "float gamma, str masked, str backend) -> Tensor",
+    lambda rewards, *_: _fp32(rewards),
+)
+_ppo_advantages = define(
+    "ppo_advantages",
+    "(Tensor scores, Tensor logprobs, Tensor? ref_logprobs, Tensor values, Tensor? mask, "
+    "Tensor? cu_seqlens, float kl_coef, str kl_estimator, float gamma, float lam, str masked, "
+    "bool whiten, float? reward_clip, str backend) -> (Tensor, Tensor, Tensor)",
+    lambda scores, logprobs, *_: (_fp32(logprobs), _fp32(logprobs), _fp32(logprobs)),
+)
+_group_advantages = define(
+    "group_advantages",
+    "(Tensor rewards, Tensor? group_ids, int group_size, str baseline, str scale, "
+    "Tensor? greedy_rewards, float eps, str backend) -> Tensor",
+    lambda rewards, *_: _fp32(rewards),
+)
+_whiten = define(
+    "whiten",
+    "(Tensor x, Tensor? mask, bool shift_mean, bool unbiased, float eps, str backend) -> Tensor",
+    lambda x, *_: _fp32(x),
+)
+
+
+class Advantages(NamedTuple):
+    """Result of `gae`."""
+
+    advantages: Tensor
+    returns: Tensor
+
+
+class PPOAdvantages(NamedTuple):
+    """Result of `ppo_advantages`."""
+
+    advantages: Tensor
+    returns: Tensor
+    rewards: Tensor
+
+
+def _constant(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach()
+
+
+def _check_scan(
+    op: str,
+    names: tuple[str, ...],
+    tokens: tuple[Tensor | None, ...],
+    masks: dict[str, Tensor | None],
+    sequences: dict[str, Tensor | None],
+    cu_seqlens: Tensor | None,
+    rates: dict[str, float],
+    masked: str,
+) -> None:
+    """Checks what the scans have in common; `tokens[0]` sets shape and device."""
+    for name, t in zip(names, tokens, strict=True):
+        if t is not None:
+            _checks.floating(op, name, t, double=True)
+    first, like = tokens[0], names[0]
+    dims = 2 if cu_seqlens is None else 1
+    if first.dim() != dims:
+        expected = "[B, T]" if cu_seqlens is None else "[N], packed as cu_seqlens says,"
+        raise ValueError(f"{op}: {like} must be {expected}, got {tuple(first.shape)}")
+    for name, t in masks.items():
+        if t is not None:
+            _checks.mask(op, name, t)
+    for name, t in (*zip(names[1:], tokens[1:], strict=True), *masks.items()):
+        if t is not None:
+            _checks.same_shape(op, name, t, like, first.shape)
+            _checks.same_device(op, name, t, like, first.device)
+    count = first.shape[0]
+    if cu_seqlens is not None:
+        _checks.offsets(op, cu_seqlens, first.shape[0])
+        _checks.same_device(op, "cu_seqlens", cu_seqlens, like, first.device)
+        count = cu_seqlens.shape[0] - 1
+    for name, t in sequences.items():
+        if t is not None:
+            _checks.floating(op, name, t, double=True)
+            if t.shape != (count,):
+                raise ValueError(
+                    f"{op}: {name} must have one entry per sequence, ({count},), "
+                    f"got {tuple(t.shape)}"
+                )
+            _checks.same_device(op, name, t, like, first.device)
+    for name, rate in rates.items():
+        _checks.number(op, name, rate)
+        if not 0 <= rate <= 1:
+            raise ValueError(f"{op}: {name} must be in [0, 1], got {rate}")
+    _checks.one_of(op, "masked", masked, _MASKED)
+
+
+def _kernel_dtypes(op: str, **tensors: Tensor | None) -> None:
+    """Kernels take no float64: raises what the reference would have accepted."""
+    for name, t in tensors.items():
+        if t is not None:
+            _checks.floating(op, name, t)
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dones: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    masked: str = "carry",
+    whiten: bool = False,
+) -> Advantages:
+    """Generalised advantage estimation (Schulman et al., 1506.02438).
+
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, returns = A + V.
+    lam = 0 is TD(0), lam = 1 Monte Carlo. Results are detached: constants of the loss.
+
+    Args:
+        rewards: [B, T], or packed [N] with `cu_seqlens`; float32, bfloat16 or float16.
+        values: the shape of rewards; V_t, the value before step t.
+        mask: the shape of rewards, bool or integer, nonzero = keep. None keeps everything.
+        cu_seqlens: [S+1] int32 or int64, sequence s being tokens cu_seqlens[s] to cu_seqlens[s+1].
+        dones: the shape of rewards, bool or integer: the step ended its episode, so nothing behind
+            it counts, neither value nor advantage.
+        bootstrap_values: [B], or [S] if packed: value behind the last step of a sequence that was
+            cut off. 0 if None.
+        gamma: discount, in [0, 1].
+        lam: decay of the estimator, in [0, 1].
+        masked: what a masked step is. "carry" (verl, NeMo-RL, AReaL): nothing at all; the steps
+            around it are neighbours. "zero" (OpenRLHF): a step with reward 0 and value 0, which
+            decays what passes through it; `dones` counts there, and `bootstrap_values` stands
+            behind the padding.
+        whiten: give advantages zero mean and unit variance over the mask, as `whiten` does.
+
+    Returns:
+        Advantages(advantages, returns), float32 in the shape of rewards; exactly 0 at masked
+        positions, whatever the inputs hold there.
+
+    Raises:
+        TypeError: wrong dtype or type of an argument.
+        ValueError: shapes or devices that do not match; an unknown option; on CPU, cu_seqlens that
+            do not rise from 0 to N.
+    """
+    op = "gae"
+    _check_scan(
+        op, ("rewards", "values"), (rewards, values), {"mask": mask, "dones": dones},
+        {"bootstrap_values": bootstrap_values}, cu_seqlens, {"gamma": gamma, "lam": lam}, masked,
+    )  # fmt: skip
+    rewards, values = rewards.detach(), values.detach()
+    bootstrap_values = _constant(bootstrap_values)
+    backend = _backends.select(op, rewards.device)
+    if backend == _backends.REFERENCE:
+        _checks.offsets_valid(op, cu_seqlens, rewards.shape[0])
+        return Advantages(
+            *reference.gae(
+                rewards,
+                values,
+                mask=mask,
+                cu_seqlens=cu_seqlens,
+                dones=dones,
+                bootstrap_values=bootstrap_values,
+                gamma=gamma,
+                lam=lam,
+                masked=masked,
+                whiten=whiten,
+            )
+        )
+    _kernel_dtypes(op, rewards=rewards, values=values, bootstrap_values=bootstrap_values)
+    return Advantages(
+        *_gae(
+            rewards, values, mask, cu_seqlens, dones, bootstrap_values,
+            gamma, lam, masked, whiten, backend,
+        )
+    )  # fmt: skip
+
+
+def discounted_returns(
+    rewards: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dones: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    gamma: float = 1.0,
+    masked: str = "carry",
+) -> Tensor:
+    """Return to go, G_t = r_t + gamma G_{t+1} (REINFORCE, REINFORCE++).
+
+    Args:
+        rewards: [B, T], or packed [N] with `cu_seqlens`; float32, bfloat16 or float16.
+        mask: as in `gae`.
+        cu_seqlens: as in `gae`.
+        dones: as in `gae`.
+        bootstrap_values: [B], or [S] if packed: return behind the last step. 0 if None.
+        gamma: discount, in [0, 1].
+        masked: as in `gae`: "carry" skips masked steps, "zero" discounts through them.
+
+    Returns:
+        Returns, float32 in the shape of rewards, detached; exactly 0 at masked positions.
+
+    Raises:
+        TypeError, ValueError: as in `gae`.
+    """
+    op = "discounted_returns"
+    _check_scan(
+        op, ("rewards",), (rewards,), {"mask": mask, "dones": dones},
+        {"bootstrap_values": bootstrap_values}, cu_seqlens, {"gamma": gamma}, masked,
+    )  # fmt: skip
+    rewards, bootstrap_values = rewards.detach(), _constant(bootstrap_values)
+    backend = _backends.select(op, rewards.device)
+    if backend == _backends.REFERENCE:
+        _checks.offsets_valid(op, cu_seqlens, rewards.shape[0])
+        return reference.discounted_returns(
+            rewards,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            dones=dones,
+            bootstrap_values=bootstrap_values,
+            gamma=gamma,
+            masked=masked,
+        )
+    _kernel_dtypes(op, rewards=rewards, bootstrap_values=bootstrap_values)
+    return _discounted_returns(
+        rewards, mask, cu_seqlens, dones, bootstrap_values, gamma, masked, backend
+    )
+
+
+def ppo_advantages(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    values: Tensor,
+    mask: Tensor | None,
+    *,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k1",
+    cu_seqlens: Tensor | None = None,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    masked: str = "carry",
+    whiten: bool = True,
+    reward_clip: float | None = None,
+) -> PPOAdvantages:
+    """Shaped rewards (InstructGPT, 2203.02155), their GAE and whitening, in one pass.
+
+    r_t = -kl_coef * KL_t, plus the sequence's score at its last kept token. With
+    x = logprob - ref_logprob, KL_t is x (k1), x^2 / 2 (k2), exp(-x) - 1 + x (k3) or |x| (abs).
+    Results are detached: constants of the loss.
+
+    Args:
+        scores: [B], or [S] if packed: the reward of each sequence. Not used where no token is kept.
+        logprobs: [B, T], or packed [N] with `cu_seqlens`: of the policy that sampled.
+        ref_logprobs: the shape of logprobs; None for no KL penalty.
+        values: the shape of logprobs.
+        mask: the shape of logprobs, bool or integer, nonzero = keep. None keeps everything.
+        kl_coef: weight of the penalty, a finite number; 0 does not look at `ref_logprobs`.
+        kl_estimator: "k1", "k2", "k3" or "abs".
+        cu_seqlens: as in `gae`.
+        gamma: as in `gae`.
+        lam: as in `gae`.
+        masked: as in `gae`.
+        whiten: as in `gae`.
+        reward_clip: scores are clipped to [-reward_clip, reward_clip]; None for no clipping.
+
+    Returns:
+        PPOAdvantages(advantages, returns, rewards), float32 in the shape of logprobs; exactly 0 at
+        masked positions. `rewards` are the shaped ones; `gae` of them gives the other two.
+
+    Raises:
+        TypeError, ValueError: as in `gae`.
+    """
+    op = "ppo_advantages"
+    _check_scan(
+        op, ("logprobs", "ref_logprobs", "values"), (logprobs, ref_logprobs, values),
+        {"mask": mask}, {"scores": scores}, cu_seqlens, {"gamma": gamma, "lam": lam}, masked,
+    )  # fmt: skip
+    _checks.number(op, "kl_coef", kl_coef)
+    _checks.one_of(op, "kl_estimator", kl_estimator, _ESTIMATORS)
+    if reward_clip is not None:
+        _checks.positive(op, "reward_clip", reward_clip)
+    scores, logprobs, values = scores.detach(), logprobs.detach(), values.detach()
+    ref_logprobs = _constant(ref_logprobs)
+    backend = _backends.select(op, logprobs.device)
+    if backend == _backends.REFERENCE:
+        _checks.offsets_valid(op, cu_seqlens, logprobs.shape[0])
+        return PPOAdvantages(
+            *reference.ppo_advantages(
+                scores,
+                logprobs,
+                ref_logprobs,
+                values,
+                mask,
+                kl_coef=kl_coef,
+                kl_estimator=kl_estimator,
+                cu_seqlens=cu_seqlens,
+                gamma=gamma,
+                lam=lam,
+                masked=masked,
+                whiten=whiten,
+                reward_clip=reward_clip,
+            )
+        )
+    _kernel_dtypes(op, scores=scores, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
+    return PPOAdvantages(
+        *_ppo_advantages(
+            scores, logprobs, ref_logprobs, values, mask, cu_seqlens, kl_coef, kl_estimator,
+            gamma, lam, masked, whiten, reward_clip, backend,
+        )
+    )  # fmt: skip
+
+
+def group_advantages(
+    rewards: Tensor,
+    groups: int | Tensor,
+    *,
+    baseline: str = "mean",
+    scale: str = "group",
+    greedy_rewards: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Rewards of whole sequences, relative to the other answers to the same prompt.
+
+    GRPO (2402.03300): "mean", "group". Dr.GRPO (2503.20783): "mean", "none". RLOO (2402.14740):
+    "leave-one-out", "none". REINFORCE++ (2501.03262): "none" or "mean", "batch". ReMax
+    (2310.10505): "greedy", "none". Statistics are fp64 and relative to a group's first reward:
+    exact for rewards with a large common offset.
+
+    Args:
+        rewards: [B], float32, float64, bfloat16 or float16.
+        groups: size of consecutive groups (it divides B), or the group of each sequence as an
+            integer tensor [B] of any ids; groups may then differ in size and lie in any order.
+        baseline: what to subtract: "mean" of the group, mean of the others in it
+            ("leave-one-out"), `greedy_rewards` ("greedy"), or "none".
+        scale: what to divide by: std of the group's rewards + eps ("group"); "batch" subtracts the
+            mean of the baselined rewards over the batch and divides by their std + eps; or "none".
+            Standard deviations are unbiased.
+        greedy_rewards: [B], the reward of the greedy answer to each sequence's prompt.
+        eps: added to the standard deviation, >= 0.
+
+    Returns:
+        Advantages [B], float32, detached. Exactly 0 where the scale is a standard deviation of zero
+        (equal rewards, groups of one), and for "mean" and "leave-one-out" also without a scale.
+        A reward that is NaN or infinite poisons its own group alone (with "batch", the batch).
+
+    Raises:
+        TypeError: wrong dtype or type of an argument.
+        ValueError: shapes or devices that do not match; an unknown option; a group size that does
+            not divide B; greedy_rewards without baseline "greedy", or the reverse.
+    """
+    op = "group_advantages"
+    _checks.floating(op, "rewards", rewards, double=True)
+    if rewards.dim() != 1:
+        raise ValueError(f"{op}: rewards must be [B], got {tuple(rewards.shape)}")
+    _checks.one_of(op, "baseline", baseline, _BASELINES)
+    _checks.one_of(op, "scale", scale, _SCALES)
+    _checks.number(op, "eps", eps)
+    if eps < 0:
+        raise ValueError(f"{op}: eps must be >= 0, got {eps}")
+    if isinstance(groups, Tensor):
+        _checks.mask(op, "groups", groups)
+        _checks.same_shape(op, "groups", groups, "rewards", rewards.shape)
+        _checks.same_device(op, "groups", groups, "rewards", rewards.device)
+    elif isinstance(groups, bool) or not isinstance(groups, int | torch.SymInt):
+        raise TypeError(
+            f"{op}: groups must be an int or an integer tensor, got {type(groups).__name__}"
+        )
+    elif groups < 1 or rewards.shape[0] % groups:
+        raise ValueError(
+            f"{op}: groups must be >= 1 and divide the number of rewards, {rewards.shape[0]}, "
+            f"got {groups}"
+        )
+    if (greedy_rewards is None) == (baseline == "greedy"):
+        raise ValueError(
+            f"{op}: greedy_rewards belong to baseline 'greedy'; got baseline {baseline!r} "
+            f"{'without' if greedy_rewards is None else 'with'} greedy_rewards"
+        )
+    if greedy_rewards is not None:
+        _checks.floating(op, "greedy_rewards", greedy_rewards, double=True)
+        _checks.same_shape(op, "greedy_rewards", greedy_rewards, "rewards", rewards.shape)
+        _checks.same_device(op, "greedy_rewards", greedy_rewards, "rewards", rewards.device)
+    rewards, greedy_rewards = rewards.detach(), _constant(greedy_rewards)
+    backend = _backends.select(op, rewards.device)
+    if backend == _backends.REFERENCE:
+        return reference.group_advantages(
+            rewards, groups, baseline=baseline, scale=scale, greedy_rewards=greedy_rewards, eps=eps
+        ).float()
+    ids, size = (groups, 0) if isinstance(groups, Tensor) else (None, groups)
+    return _group_advantages(rewards, ids, size, baseline, scale, greedy_rewards, eps, backend)
+
+
+def whiten(
+    x: Tensor,
+    mask: Tensor | None = None,
+    *,
+    shift_mean: bool = True,
+    unbiased: bool = True,
+    eps: float = 1e-8,
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps), with mean and variance over the kept elements.
+
+    Statistics are two-pass in fp64, never E[x^2] - mean^2.
+
+    Args:
+        x: [...], float32, bfloat16 or float16.
+        mask: the shape of x, bool or integer, nonzero = keep. None keeps everything.
+        shift_mean: False adds the mean back.
+        unbiased: divide the sum of squares by n - 1, not n.
+        eps: added to the variance, >= 0.
+
+    Returns:
+        float32 in the shape of x, detached; exactly 0 at masked positions. One kept element has
+        variance 0, so its result is 0 (its own value with shift_mean=False).
+
+    Raises:
+        TypeError: wrong dtype or type of an argument.
+        ValueError: shapes or devices that do not match; eps below 0.
+    """
+    op = "whiten"
+    _checks.floating(op, "x", x, double=True)
+    if mask is not None:
+        _checks.mask(op, "mask", mask)
+        _checks.same_shape(op, "mask", mask, "x", x.shape)
+        _checks.same_device(op, "mask", mask, "x", x.device)
+    _checks.number(op, "eps", eps)
+    if eps < 0:
+        raise ValueError(f"{op}: eps must be >= 0, got {eps}")
+    x = x.detach()
+    backend = _backends.select(op, x.device)
+    if backend == _backends.REFERENCE:
+        return reference.whiten(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps)
+    _kernel_dtypes(op, x=x)
+    return _whiten(x, mask, shift_mean, unbiased, eps, backend)

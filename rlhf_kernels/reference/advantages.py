@@ -1,0 +1,235 @@
+"""Advantages, returns and whitening, defined."""
+
+import torch
+from torch import Tensor
+
+from ._common import compute
+
+
+def _pad(x: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
+    """Packed [N] as [S, T], T the longest sequence, zeros behind the others; padded input as is."""
+    if x is None or cu_seqlens is None:
+        return x
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    steps = torch.arange(int(lengths.max()) if len(lengths) else 0, device=x.device)
+    inside = steps < lengths.unsqueeze(-1)
+    index = torch.where(inside, starts.unsqueeze(-1) + steps, 0)
+    # An empty packed tensor has no element 0 to stand for the padding.
+    zeros = x.new_zeros(inside.shape)
+    return torch.where(inside, x[index], zeros) if x.numel() else zeros
+
+
+def _pack(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The inverse of `_pad`."""
+    if cu_seqlens is None:
+        return x
+    lengths = cu_seqlens.diff()
+    return x[torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(-1)]
+
+
+def _scan(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dones: Tensor | None,
+    next_value: Tensor | float,
+    next_advantage: Tensor | float,
+    gamma: float,
+    lam: float,
+    masked: str,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence A_t = r_t + gamma V_{t+1} - V_t + gamma lam A_{t+1}; returns (A, keep)."""
+    keep = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask != 0
+    rewards, values = torch.where(keep, rewards, 0), torch.where(keep, values, 0)
+    # Steps that the recurrence sees. Padding behind a packed sequence is never one.
+    exists = _pad(torch.ones_like(keep) if masked == "zero" else keep, cu_seqlens)
+    done = _pad(torch.zeros_like(keep) if dones is None else dones != 0, cu_seqlens)
+    rewards, values = _pad(rewards, cu_seqlens), _pad(values, cu_seqlens)
+    next_value = rewards.new_zeros(rewards.shape[0]) + next_value
+    next_advantage = rewards.new_zeros(rewards.shape[0]) + next_advantage
+    advantages = []
+    for t in reversed(range(rewards.shape[1])):
+        # A done transition looks at nothing behind it: selected away, since 0 * NaN is NaN.
+        value_ahead = torch.where(done[:, t], 0, next_value)
+        advantage_ahead = torch.where(done[:, t], 0, next_advantage)
+        delta = rewards[:, t] + gamma * value_ahead - values[:, t]
+        advantage = delta + gamma * lam * advantage_ahead
+        next_advantage = torch.where(exists[:, t], advantage, next_advantage)
+        next_value = torch.where(exists[:, t], values[:, t], next_value)
+        advantages.append(next_advantage)
+    out = torch.stack(advantages[::-1], dim=1) if advantages else torch.zeros_like(rewards)
+    return torch.where(keep, _pack(out, cu_seqlens), 0), keep
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dones: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    masked: str = "carry",
+    whiten: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation; see `rlhf_kernels.gae`.
+
+    Returns:
+        (advantages, returns), exactly 0 at masked positions.
+    """
+    rewards, values = compute(rewards), compute(values)
+    bootstrap = 0.0 if bootstrap_values is None else compute(bootstrap_values)
+    advantages, keep = _scan(
+        rewards, values, mask, cu_seqlens, dones, bootstrap, 0.0, gamma, lam, masked
+    )
+    returns = torch.where(keep, advantages + values, 0)
+    return (_whiten(advantages, keep) if whiten else advantages), returns
+
+
+def discounted_returns(
+    rewards: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dones: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    gamma: float = 1.0,
+    masked: str = "carry",
+) -> Tensor:
+    """G_t = r_t + gamma G_{t+1}; see `rlhf_kernels.discounted_returns`."""
+    rewards = compute(rewards)
+    zeros = torch.zeros_like(rewards)
+    bootstrap = 0.0 if bootstrap_values is None else compute(bootstrap_values)
+    # The recurrence of gae without values, its end standing in for G behind the last step.
+    return _scan(rewards, zeros, mask, cu_seqlens, dones, 0.0, bootstrap, gamma, 1.0, masked)[0]
+
+
+def ppo_advantages(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    values: Tensor,
+    mask: Tensor | None,
+    *,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k1",
+    cu_seqlens: Tensor | None = None,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    masked: str = "carry",
+    whiten: bool = True,
+    reward_clip: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reward shaping, GAE and whitening; see `rlhf_kernels.ppo_advantages`.
+
+    Returns:
+        (advantages, returns, rewards), exactly 0 at masked positions.
+    """
+    keep = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask != 0
+    rewards = torch.zeros_like(compute(logprobs))
+    if ref_logprobs is not None and kl_coef != 0:
+        x = torch.where(keep, compute(logprobs) - compute(ref_logprobs), 0)
+        kl = {
+            "k1": lambda: x,
+            "k2": lambda: x.square() / 2,
+            "k3": lambda: torch.expm1(-x) + x,
+            "abs": lambda: x.abs(),
+        }[kl_estimator]()
+        rewards = torch.where(keep, -kl_coef * kl, 0)
+    scores = compute(scores)
+    if reward_clip is not None:
+        scores = scores.clamp(-reward_clip, reward_clip)
+    # The last kept token of a sequence is kept and has as many kept tokens up to it as there are.
+    kept = _pad(keep, cu_seqlens)
+    last = kept & (kept.cumsum(1) == kept.sum(1, keepdim=True))
+    at_last = torch.where(last, scores.unsqueeze(-1), 0)
+    rewards = rewards + _pack(at_last, cu_seqlens)
+    advantages, returns = gae(
+        rewards,
+        values,
+        mask=keep,
+        cu_seqlens=cu_seqlens,
+        gamma=gamma,
+        lam=lam,
+        masked=masked,
+        whiten=whiten,
+    )
+    return advantages, returns, rewards
+
+
+def group_advantages(
+    rewards: Tensor,
+    groups: int | Tensor,
+    *,
+    baseline: str = "mean",
+    scale: str = "group",
+    greedy_rewards: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Rewards [B] relative to their group; see `rlhf_kernels.group_advantages`.
+
+    Statistics are fp64 and taken of the differences to the group's first reward, so that a common
+    offset costs nothing and equal rewards have a spread of exactly zero.
+    """
+    r = rewards.double()
+    index = torch.arange(len(r), device=r.device)
+    if isinstance(groups, Tensor):
+        group = groups.unique(return_inverse=True)[1]
+    else:
+        group = index // groups
+    count = group.bincount()
+    first = torch.full_like(count, len(r)).scatter_reduce(0, group, index, "amin")
+
+    def total(x: Tensor) -> Tensor:
+        return x.new_zeros(len(count)).index_add(0, group, x)
+
+    shifted = r - r[first][group]
+    centred = shifted - (total(shifted) / count)[group]
+    if baseline == "mean":
+        a = centred
+    elif baseline == "leave-one-out":
+        # r_i - mean of the others = n / (n - 1) * (r_i - mean of all)
+        a = centred * (count / (count - 1).clamp(min=1))[group]
+    elif baseline == "greedy":
+        a = r - greedy_rewards.double()
+    else:
+        a = r
+    if scale == "group":
+        std = (total(centred.square()) / (count - 1).clamp(min=1)).sqrt()[group]
+        a = torch.where(std == 0, 0, a / (std + eps))
+    elif scale == "batch":
+        if baseline in ("none", "greedy") and len(a):
+            # The other baselines have a mean of zero by construction.
+            a = a - a[0]
+            a = a - a.mean()
+        std = (a.square().sum() / max(len(a) - 1, 1)).sqrt()
+        a = torch.where(std == 0, 0, a / (std + eps))
+    return a.to(compute(rewards).dtype)
+
+
+def whiten(
+    x: Tensor,
+    mask: Tensor | None = None,
+    *,
+    shift_mean: bool = True,
+    unbiased: bool = True,
+    eps: float = 1e-8,
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) over the mask; see `rlhf_kernels.whiten`. Statistics in fp64."""
+    keep = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
+    d = x.double()
+    count = keep.sum()
+    mean = torch.where(keep, d, 0).sum() / count.clamp(min=1)
+    centred = torch.where(keep, d - mean, 0)
+    var = centred.square().sum() / (count - int(unbiased)).clamp(min=1)
+    out = centred / (var + eps).sqrt()
+    if not shift_mean:
+        out = out + mean
+    return torch.where(keep, out, 0).to(compute(x).dtype)
+
+
+# `whiten` is also the name of an option.
+_whiten = whiten
