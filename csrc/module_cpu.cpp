@@ -6,6 +6,9 @@
 #include <string>
 #include <vector>
 
+#ifdef RK_HAVE_X86_LEVELS
+#include <cpuid.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -22,8 +25,10 @@ std::vector<const Kernels*> supported_kernels() {
   std::vector<const Kernels*> found{&kernels_baseline};
 #ifdef RK_HAVE_X86_LEVELS
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
+  // F16C through cpuid: Clang's __builtin_cpu_supports does not know it.
+  unsigned a, b, c, d;
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  if (f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     found.push_back(&kernels_avx2);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))

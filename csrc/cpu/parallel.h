@@ -6,7 +6,7 @@ namespace rk {
 namespace {
 
 template <class F>
-inline void parallel_for(int64_t items, int32_t threads, const F& body) {
+inline void parallel_for(int64_t items, [[maybe_unused]] int32_t threads, const F& body) {
 #ifdef _OPENMP
   if (threads > 1 && items > 1) {
     const int32_t team = items < threads ? static_cast<int32_t>(items) : threads;
