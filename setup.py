@@ -48,7 +48,7 @@ def note(text: str) -> None:
 
 
 class BuildExt(build_ext):
-    """build_ext with flags per source file, found by asking the compiler, and parallel compilation."""
+    """build_ext that asks the compiler what it can, and compiles in parallel, each ISA its way."""
 
     def _error(self, code: str, flags: list[str]) -> str | None:
         """What the compiler says against building `code` into a program, or None if it can."""
@@ -72,7 +72,7 @@ class BuildExt(build_ext):
                 "rlhf_kernels needs GCC or Clang: its kernels use their vector types. On Windows "
                 "install it under WSL."
             )
-        for name in ("compiler_so", "compiler_so_cxx", "compiler_cxx", "linker_so", "linker_so_cxx"):
+        for name in ("compiler_so_cxx", "compiler_cxx", "linker_so", "linker_so_cxx"):
             command = getattr(self.compiler, name)
             setattr(self.compiler, name, [word for word in command if word not in FAST_MATH])
         error = self._error("int main() { return 0; }\n", COMPILE_FLAGS)

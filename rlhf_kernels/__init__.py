@@ -1,6 +1,7 @@
 """rlhf_kernels: fused, exact, deterministic operations of RLHF post-training."""
 
 from ._backends import available_backends, use_backend
+from ._warmup import warmup
 from .controllers import AdaptiveKLController, FixedKLController, RunningMoments
 from .ops.advantages import (
     Advantages,
@@ -29,5 +30,6 @@ __all__ = [
     "ppo_advantages",
     "token_logprobs",
     "use_backend",
+    "warmup",
     "whiten",
 ]

@@ -1,0 +1,47 @@
+# `make demo` and `make test` need python3 with venv, make and a C++17 compiler; the rest they install
+# into .venv. PYTHON chooses the interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+
+# Two threads a worker reach the parallel paths of the kernels; passive: workers share the cores.
+PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest \
+	-n auto --maxprocesses 8 --dist loadgroup
+
+.PHONY: venv test test-all demo bench lint format clean
+
+venv: $(INSTALLED)
+
+# Editable: Python files are used where they lie, the extension is rebuilt when its sources change.
+$(INSTALLED): pyproject.toml constraints.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+test: venv
+	$(PYTEST) -m 'not slow and not gpu'
+
+test-all: venv
+	$(PYTEST) -m 'not gpu'
+
+demo: venv
+	$(BIN)/rlhf-kernels train ppo --config examples/ppo_arithmetic.yaml
+
+bench: venv
+	$(BIN)/python benchmarks/run.py
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
+
+clean:
+	rm -rf .venv build dist *.egg-info rlhf_kernels/*.so .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

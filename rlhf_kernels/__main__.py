@@ -1,0 +1,208 @@
+"""The doctor, `python -m rlhf_kernels`: what is installed, what runs, and whether it is right."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__, _backends, _config, native
+from ._warmup import EXAMPLES, Inputs, gradients, tensors
+from .testing import to_float64
+
+# What changes how kernels are chosen or run.
+_VARIABLES = re.compile(r"(RLHF_KERNELS|OMP|GOMP|KMP|MKL|TRITON|CUDA_VISIBLE)_\w+$")
+_PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate", "flash-attn")
+# Roundings that an element may be off. Coarse: the test suite holds the kernels to far less.
+_ROUNDINGS = 64
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        match = None
+    return match[1] if match else platform.processor() or platform.machine()
+
+
+def openmp_runtimes() -> list[str] | None:
+    """Files of the OpenMP runtimes loaded in this process, or None where that cannot be known.
+
+    One is right. With two, each keeps its own threads and settings.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    return sorted(set(re.findall(r"(/\S*/lib(?:gomp|i?omp5?)[-.]\S*)", maps)))
+
+
+def devices() -> list[torch.device]:
+    """The CPU, and the accelerator if torch has one."""
+    found = [torch.device("cpu")]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return [*found, accelerator] if accelerator is not None else found
+
+
+def _selected(operation: str, device: torch.device) -> str:
+    try:
+        return _backends.select(operation, device)
+    except RuntimeError as error:
+        return f"none: {error}"
+
+
+def check(
+    function: Callable[..., Any], device: torch.device, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Compares an operation, forward and gradient, with its reference in fp64 on the same inputs.
+
+    Returns:
+        name, device, dtype, backend, `error` (the largest, in roundings of the result's dtype at
+        its largest magnitude), ok, and a message where it raised.
+    """
+    result: dict[str, Any] = {
+        "operation": function.__name__,
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "backend": _selected(function.__name__, device),
+        "error": None,
+        "ok": False,
+    }
+    generator = torch.Generator().manual_seed(0)
+    call = EXAMPLES[function](Inputs(5, 1031, dtype, device, generator))
+    try:
+        actual = list(tensors(function(*call[0], **call[1])))
+        actual += gradients(actual, call)
+        exact = to_float64(call)
+        with _backends.use_backend(_backends.REFERENCE):
+            expected = list(tensors(function(*exact[0], **exact[1])))
+        expected += gradients(expected, exact)
+        worst = 0.0
+        for a, e in zip(actual, expected, strict=True):
+            a, e = a.detach(), e.detach()
+            unit = torch.finfo(a.dtype).eps * max(1.0, float(e.abs().max()))
+            error = float((a.double() - e).abs().max()) / unit
+            # A NaN compares false with everything; here it must win.
+            worst = error if not error <= worst else worst
+        result.update(error=round(worst, 2), ok=worst <= _ROUNDINGS)
+    except Exception as error:
+        # A report says what is broken instead of breaking off.
+        result["message"] = f"{type(error).__name__}: {error}"
+    return result
+
+
+def report() -> dict[str, Any]:
+    """Everything the doctor knows, ready for JSON."""
+    cpu = native.module("cpu")
+    backends = {}
+    for name in _config.BACKEND_NAMES[1:]:
+        reason = _backends.unavailable_reason(name)
+        backends[name] = {"available": reason is None, "reason": reason}
+    checks = [
+        check(function, device, dtype)
+        for device in devices()
+        for function in EXAMPLES
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    return {
+        "versions": {
+            "rlhf_kernels": __version__,
+            "python": platform.python_version(),
+            **{p: v for p in _PACKAGES if (v := _version(p)) is not None},
+        },
+        "platform": {"system": platform.platform(), "cpu": _cpu_name(), "cores": os.cpu_count()},
+        "cpu_extension": None
+        if cpu is None
+        else {
+            "file": cpu.__file__,
+            "isa": cpu.isa(),
+            "isas": list(cpu.isa_names()),
+            "openmp": bool(cpu.openmp),
+        },
+        "threads": {"torch": torch.get_num_threads(), "openmp_runtimes": openmp_runtimes()},
+        "backends": backends,
+        "forced_backend": _backends.current_backend(),
+        "selected": {
+            str(device): {f.__name__: _selected(f.__name__, device) for f in EXAMPLES}
+            for device in devices()
+        },
+        "environment": {k: v for k, v in sorted(os.environ.items()) if _VARIABLES.match(k)},
+        "self_check": checks,
+        "ok": all(c["ok"] for c in checks),
+    }
+
+
+def _section(title: str, rows: Sequence[tuple[str, Any]]) -> str:
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
+
+
+def render(r: dict[str, Any]) -> str:
+    """The report as text."""
+    extension, runtimes = r["cpu_extension"], r["threads"]["openmp_runtimes"]
+    machine = [*r["platform"].items(), ("torch threads", r["threads"]["torch"])]
+    if runtimes is not None:
+        machine.append(("OpenMP runtimes", ", ".join(runtimes) or "none"))
+        if len(runtimes) > 1:
+            machine.append(("", "warning: more than one; thread settings may not be shared"))
+    if extension is not None:
+        isas = ", ".join(f"[{i}]" if i == extension["isa"] else i for i in extension["isas"])
+        machine += [("instruction sets", f"{isas}  (in brackets: in use)")]
+        machine += [("extension", extension["file"])]
+        if not extension["openmp"]:
+            machine.append(("", "built without OpenMP: kernels run on one thread"))
+    backends = [
+        (name, "available" if b["available"] else f"missing: {b['reason']}")
+        for name, b in r["backends"].items()
+    ]
+    if r["forced_backend"] != "auto":
+        backends.append(("forced", r["forced_backend"]))
+    checks = [
+        (
+            f"{c['operation']} {c['dtype']} {c['device']}",
+            f"{'ok  ' if c['ok'] else 'FAIL'}  {c['backend']}, "
+            + c.get("message", f"largest error {c['error']} roundings"),
+        )
+        for c in r["self_check"]
+    ]
+    sections = [
+        _section("versions", list(r["versions"].items())),
+        _section("machine", machine),
+        _section("backends", backends),
+        *(
+            _section(f"selected for {device} tensors", list(operations.items()))
+            for device, operations in r["selected"].items()
+        ),
+        _section("environment", list(r["environment"].items()) or [("(no variables set)", "")]),
+        _section("self-check against fp64, forward and gradient", checks),
+    ]
+    verdict = "All is well." if r["ok"] else "The self-check FAILED: do not trust results here."
+    return "\n\n".join([*sections, verdict])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the report; returns 1 if the self-check failed."""
+    parser = argparse.ArgumentParser(prog="python -m rlhf_kernels", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    options = parser.parse_args(argv)
+    found = report()
+    print(json.dumps(found, indent=2) if options.json else render(found))
+    return 0 if found["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Small inputs for every operation: what `warmup` runs and what the doctor checks."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from .ops.logprobs import token_logprobs
+
+
+class Inputs(NamedTuple):
+    """Makes inputs of one size, dtype and device, from a generator of their own."""
+
+    rows: int
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+    generator: torch.Generator
+
+    def floats(self, *shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
+        values = torch.randn(shape, generator=self.generator) * scale
+        return values.to(self.device, self.dtype).requires_grad_(grad)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=self.generator).to(self.device)
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _token_logprobs(x: Inputs) -> Call:
+    logits = x.floats(x.rows, x.size, scale=4.0)
+    return (logits, x.integers(x.size, x.rows)), {"temperature": 0.7, "entropy": True}
+
+
+#: Public operation -> arguments for it. A new operation adds its line here.
+EXAMPLES: dict[Callable[..., Any], Callable[[Inputs], Call]] = {
+    token_logprobs: _token_logprobs,
+}
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Floating tensors in a result: a tensor, a tuple of results, or metrics with `values`."""
+    if isinstance(value, tuple) and not hasattr(value, "values"):
+        for item in value:
+            yield from tensors(item)
+        return
+    value = getattr(value, "values", value) if not isinstance(value, Tensor) else value
+    if isinstance(value, Tensor) and value.is_floating_point():
+        yield value
+
+
+def gradients(results: Sequence[Tensor], call: Call) -> list[Tensor]:
+    """Gradients of a weighted sum of `results` in the arguments of `call` that require grad."""
+    leaves = [v for v in (*call[0], *call[1].values()) if isinstance(v, Tensor) and v.requires_grad]
+    outputs = [r for r in results if r.requires_grad]
+    if not leaves or not outputs:
+        return []
+    # Uneven, so that a backward that mixes up its upstream gradients is noticed.
+    upstream = [torch.linspace(0.5, 1.5, o.numel()).to(o).view(o.shape) for o in outputs]
+    return list(torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True))
+
+
+def warmup(
+    device: str | torch.device = "cpu",
+    dtypes: Sequence[torch.dtype] = _checks.FLOATING,
+) -> None:
+    """Runs every operation forward and backward once on tiny tensors.
+
+    Later calls then meet no first-time cost. On CPU that is loading the kernels' code, the first
+    allocations and, in the calling thread, the start of the OpenMP team (its threads belong to the
+    thread that calls). On GPUs it is compiling and loading kernels, which must not happen while a
+    CUDA graph is captured. Results are thrown away; no random state is touched.
+
+    Args:
+        device: where the tensors live.
+        dtypes: dtypes of the floating inputs, from float32, bfloat16, float16.
+
+    Raises:
+        TypeError: a dtype that no kernel takes.
+        RuntimeError: a backend was named that cannot serve this device.
+    """
+    device = torch.device(device)
+    for dtype in dtypes:
+        if dtype not in _checks.FLOATING:
+            names = ", ".join(str(d).removeprefix("torch.") for d in _checks.FLOATING)
+            raise TypeError(f"warmup: dtypes must be from {names}, got {dtype}")
+    # Enough rows to give every thread of the team one.
+    rows = max(2, torch.get_num_threads())
+    with torch.inference_mode(False), torch.enable_grad():
+        for function, example in EXAMPLES.items():
+            for dtype in dtypes:
+                x = Inputs(rows, 64, dtype, device, torch.Generator().manual_seed(0))
+                call = example(x)
+                gradients(list(tensors(function(*call[0], **call[1]))), call)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
