@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from .ops.advantages import discounted_returns, gae, group_advantages, ppo_advantages, whiten
 from .ops.logprobs import token_logprobs
 
 
@@ -23,6 +24,16 @@ class Inputs(NamedTuple):
         values = torch.randn(shape, generator=self.generator) * scale
         return values.to(self.device, self.dtype).requires_grad_(grad)
 
+    def tokens(self, *, grad: bool = False) -> Tensor:
+        """Per-token values [rows, size]."""
+        return self.floats(self.rows, self.size, grad=grad)
+
+    def mask(self) -> Tensor:
+        """Bool [rows, size] with gaps and one wholly masked row."""
+        mask = torch.rand(self.rows, self.size, generator=self.generator) < 0.8
+        mask[-1] = False
+        return mask.to(self.device)
+
     def integers(self, high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=self.generator).to(self.device)
 
@@ -35,9 +46,35 @@ def _token_logprobs(x: Inputs) -> Call:
     return (logits, x.integers(x.size, x.rows)), {"temperature": 0.7, "entropy": True}
 
 
+def _discounted_returns(x: Inputs) -> Call:
+    return (x.tokens(),), {"mask": x.mask(), "gamma": 0.99}
+
+
+def _gae(x: Inputs) -> Call:
+    return (x.tokens(), x.tokens()), {"mask": x.mask(), "gamma": 0.99, "whiten": True}
+
+
+def _group_advantages(x: Inputs) -> Call:
+    return (x.floats(4 * x.rows, grad=False), 4), {}
+
+
+def _ppo_advantages(x: Inputs) -> Call:
+    arguments = (x.floats(x.rows, grad=False), x.tokens(), x.tokens(), x.tokens(), x.mask())
+    return arguments, {"kl_coef": 0.05, "gamma": 0.99}
+
+
+def _whiten(x: Inputs) -> Call:
+    return (x.tokens(), x.mask()), {}
+
+
 #: Public operation -> arguments for it. A new operation adds its line here.
 EXAMPLES: dict[Callable[..., Any], Callable[[Inputs], Call]] = {
+    discounted_returns: _discounted_returns,
+    gae: _gae,
+    group_advantages: _group_advantages,
+    ppo_advantages: _ppo_advantages,
     token_logprobs: _token_logprobs,
+    whiten: _whiten,
 }
 
 
