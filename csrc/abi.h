@@ -47,4 +47,38 @@ struct LogprobsBackwardArgs {
   int32_t threads;
 };
 
+// kl_divergence over the whole vocabulary. `stats` is fp32 [rows, cols, 5], contiguous: m and s of the
+// policy, m and s of the reference, the divergence. reverse = KL(policy || ref), else KL(ref || policy).
+struct KlArgs {
+  int64_t rows, cols, vocab;
+  Tensor logits, ref_logits;
+  double temperature;
+  bool reverse;
+  Tensor kl;
+  float* stats;
+  int32_t threads;
+};
+
+struct KlBackwardArgs {
+  int64_t rows, cols, vocab;
+  Tensor logits, ref_logits;
+  double temperature;
+  bool reverse;
+  const float* stats;
+  Tensor grad_kl, grad_logits;
+  int32_t threads;
+};
+
+// kl_penalty per token from x = logprob - ref_logprob.
+enum KlEstimator : int32_t { kK1 = 0, kK2 = 1, kK3 = 2, kAbs = 3 };
+struct KlPenaltyArgs {
+  int64_t rows, cols;
+  Tensor logprobs, ref_logprobs;
+  int32_t estimator;
+  bool straight_through;  // backward only: the gradient of k2 whatever the estimator
+  Tensor grad;            // backward only: upstream gradient
+  Tensor out;
+  int32_t threads;
+};
+
 }  // namespace rk

@@ -3,6 +3,8 @@
 #include <math.h>
 #include <stdint.h>
 
+#include "abi.h"
+
 #if defined(__CUDACC__)
 #define RK_HD __host__ __device__ __forceinline__
 #else
@@ -25,6 +27,26 @@ RK_HD double label_gradient(double logprob, double entropy, double g_logprob, do
   // p log p is 0 at p = 0, also where log p is -inf.
   if (g_entropy != 0.0 && logprob > -745.0) g -= g_entropy * exp(logprob) * (logprob + entropy);
   return g * inv_temperature;
+}
+
+// Estimators of KL(policy || ref) from x = logprob - ref_logprob (Schulman, "Approximating KL
+// divergence", 2020): k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x, abs = |x|.
+RK_HD float kl_estimate(float x, int32_t estimator) {
+  switch (estimator) {
+    case kK2: return 0.5f * x * x;
+    case kK3: return expm1f(-x) + x;
+    case kAbs: return fabsf(x);
+    default: return x;
+  }
+}
+
+RK_HD float kl_estimate_slope(float x, int32_t estimator) {
+  switch (estimator) {
+    case kK2: return x;
+    case kK3: return -expm1f(-x);
+    case kAbs: return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : x);
+    default: return 1.0f;
+  }
 }
 
 }  // namespace

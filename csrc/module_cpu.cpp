@@ -13,6 +13,7 @@
 #include <omp.h>
 #endif
 
+#include "bind/kl.h"
 #include "bind/logprobs.h"
 #include "cpu/kernels.h"
 
@@ -73,4 +74,5 @@ PYBIND11_MODULE(_cpu, m) {
 
   const auto table = []() -> const Kernels& { return *active; };
   bind_logprobs(m, table);
+  bind_kl(m, table);
 }

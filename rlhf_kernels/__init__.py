@@ -12,6 +12,7 @@ from .ops.advantages import (
     ppo_advantages,
     whiten,
 )
+from .ops.kl import kl_divergence, kl_penalty
 from .ops.logprobs import TokenLogprobs, token_logprobs
 
 __version__ = "0.1.0"
@@ -27,6 +28,8 @@ __all__ = [
     "discounted_returns",
     "gae",
     "group_advantages",
+    "kl_divergence",
+    "kl_penalty",
     "ppo_advantages",
     "token_logprobs",
     "use_backend",

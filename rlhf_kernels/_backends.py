@@ -32,7 +32,7 @@ def unavailable_reason(backend: str) -> str | None:
 
 
 def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
-    """Backends that can serve tensors of `device`, preferred first; always ends with "reference"."""
+    """Backends that can serve tensors of `device`, preferred first, "reference" last."""
     order = _ORDER.get(torch.device(device).type, ())
     return (*(b for b in order if unavailable_reason(b) is None), REFERENCE)
 

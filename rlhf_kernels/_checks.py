@@ -1,4 +1,4 @@
-"""Metadata checks shared by all operations. Each names the argument, what was expected, what came."""
+"""Checks shared by all operations. Each names the argument, what was expected, what came."""
 
 import math
 
@@ -59,6 +59,12 @@ def same_device(op: str, name: str, value: Tensor, like: str, device: torch.devi
         raise ValueError(f"{op}: {name} must be on {like}'s device {device}, got {value.device}")
 
 
+def same_dtype(op: str, name: str, value: Tensor, like: str, dtype: torch.dtype) -> None:
+    """Requires `value.dtype == dtype`, the dtype of the argument called `like`."""
+    if value.dtype != dtype:
+        raise TypeError(f"{op}: {name} must have {like}'s dtype {dtype}, got {value.dtype}")
+
+
 def positive(op: str, name: str, value: object) -> None:
     """Requires a finite number above zero."""
     number(op, name, value)
@@ -82,7 +88,7 @@ def one_of(op: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def offsets(op: str, cu_seqlens: object, total: int) -> None:
-    """Requires packed-sequence offsets `[S+1]` of int32 or int64 (the values are data: see native)."""
+    """Requires packed-sequence offsets `[S+1]` of int32 or int64; their values are data."""
     tensor(op, "cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in LABEL_DTYPES:
         raise TypeError(f"{op}: cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")

@@ -60,7 +60,8 @@ def assert_within_budget(
         at = int((~(same | finite)).reshape(-1).nonzero()[0])
         raise AssertionError(f"at {at}: {a.reshape(-1)[at]}, expected {o.reshape(-1)[at]}")
     info = torch.finfo(actual.dtype)
-    magnitude = torch.maximum(o.abs(), torch.as_tensor(scale, dtype=torch.float64).expand_as(o))
+    scale = torch.as_tensor(scale, dtype=torch.float64).detach()
+    magnitude = torch.maximum(o.abs(), scale.expand_as(o))
     one_rounding = info.eps * magnitude + info.smallest_normal
     # A torch result that overflowed says nothing about the budget.
     torch_error = torch.where(t.isfinite(), (t - o).abs(), 0.0)

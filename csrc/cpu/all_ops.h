@@ -11,6 +11,7 @@
 #include "../math.h"
 
 #include "logprobs.h"
+#include "kl.h"
 
 namespace rk {
 
@@ -23,6 +24,10 @@ const Kernels RK_CONCAT(kernels_, RK_ISA) = {
     RK_STRING(RK_ISA),
     token_logprobs,
     token_logprobs_backward,
+    kl_divergence,
+    kl_divergence_backward,
+    kl_penalty,
+    kl_penalty_backward,
 };
 
 }  // namespace rk

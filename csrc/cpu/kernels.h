@@ -8,6 +8,10 @@ struct Kernels {
   const char* isa;
   Status (*token_logprobs)(const LogprobsArgs&);
   Status (*token_logprobs_backward)(const LogprobsBackwardArgs&);
+  Status (*kl_divergence)(const KlArgs&);
+  Status (*kl_divergence_backward)(const KlBackwardArgs&);
+  Status (*kl_penalty)(const KlPenaltyArgs&);
+  Status (*kl_penalty_backward)(const KlPenaltyArgs&);
 };
 
 extern const Kernels kernels_baseline;

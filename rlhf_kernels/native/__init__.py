@@ -11,11 +11,11 @@ from types import ModuleType
 import torch  # noqa: F401  (loads libgomp first)
 
 from .. import _config
-from . import logprobs
+from . import kl, logprobs
 
 _NAMES = {"cpu": "_cpu"}
 # One module per operation, each with launchers(extension) -> {operator name: launcher}.
-_OPS = (logprobs,)
+_OPS = (logprobs, kl)
 
 
 def _load(backend: str) -> tuple[ModuleType | None, str | None]:
@@ -36,11 +36,7 @@ def _load(backend: str) -> tuple[ModuleType | None, str | None]:
 _MODULES = {backend: _load(backend) for backend in _NAMES}
 # Filled at import, not on first use: torch.compile cannot trace an import.
 _LAUNCHERS: dict[str, dict[str, Callable[..., object]]] = {
-    backend: {
-        name: launcher
-        for op in _OPS
-        for name, launcher in op.launchers(extension).items()
-    }
+    backend: {name: launcher for op in _OPS for name, launcher in op.launchers(extension).items()}
     if extension is not None
     else {}
     for backend, (extension, _) in _MODULES.items()

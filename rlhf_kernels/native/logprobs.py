@@ -10,7 +10,9 @@ from .. import _checks
 from . import boundary as b
 
 
-def _raise(status: tuple[int, int], labels: Tensor, temperatures: Tensor | None, vocab: int) -> None:
+def _raise(
+    status: tuple[int, int], labels: Tensor, temperatures: Tensor | None, vocab: int
+) -> None:
     code, position = status
     if code == b.LABEL_OUT_OF_RANGE:
         raise _checks.out_of_range("token_logprobs", position, labels, vocab)
@@ -32,7 +34,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     ) -> tuple[Tensor, Tensor, Tensor]:
         shape, vocab = labels.shape, logits.shape[-1]
         logprobs = torch.empty(shape, dtype=torch.float32, device=logits.device)
-        entropies = torch.empty(shape if entropy else (0,), dtype=torch.float32, device=logits.device)
+        entropies = torch.empty_like(logprobs) if entropy else logprobs.new_empty(0)
         stats = torch.empty((*shape, 3), dtype=torch.float32, device=logits.device)
         if labels.numel() == 0:
             return logprobs, entropies, stats

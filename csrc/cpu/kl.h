@@ -1,0 +1,235 @@
+// KL divergence between two rows of logits over the whole vocabulary, and the per-token estimators.
+//
+// With P the distribution that weighs (policy for reverse, reference for forward) and Q the other:
+// KL = sum P (log P - log Q) = t / s_P - (log s_P - log s_Q), t = sum e_P ((x_P - m_P) - (x_Q - m_Q)).
+// The difference is taken element by element: where the two rows are close, so is the sum.
+#pragma once
+
+namespace rk {
+namespace {
+
+// One row pair's reduction. P is the distribution that weighs.
+struct PairSums {
+  RowSums p, q;  // p.t is the sum above; q.t is unused
+};
+
+// The reference point of a row's sums moves from r.m to m: every e shrinks by the factor returned.
+inline double rebase(RowSums& r, float m, double inv_t) {
+  double scale = 1.0;
+  if (r.s != 0.0) scale = exp((static_cast<double>(r.m) - m) * inv_t);
+  r.s *= scale;
+  r.m = m;
+  return scale;
+}
+
+template <class E>
+inline PairSums pair_sums(const typename E::Storage* xp, const typename E::Storage* xq,
+                          int64_t vocab, double inv_t) {
+  // Half a block of each row: both halves together stay in the first-level cache.
+  constexpr int64_t kPairBlock = kBlock / 2;
+  constexpr int kPairUnroll = 2;
+  const float minus_inf = -__builtin_inff();
+  PairSums r;
+  const Vec rate = splat(static_cast<float>(inv_t * kLog2e));
+  const Vec lowest = splat(static_cast<float>(kExpMin / inv_t));
+  const Vec zero = splat(0.0f);
+  for (int64_t start = 0; start < vocab; start += kPairBlock) {
+    const int64_t n = vocab - start < kPairBlock ? vocab - start : kPairBlock;
+    const float mp = block_max<E>(xp + start, n), mq = block_max<E>(xq + start, n);
+    if (mp > r.p.m) {
+      // Every x_P - m_P falls by m' - m as well.
+      const double shift = static_cast<double>(r.p.m) - mp;
+      const bool any = r.p.s != 0.0;
+      const double scale = rebase(r.p, mp, inv_t);
+      // A weight that underflows is nothing, also where its term was infinite.
+      if (any) r.p.t = scale == 0.0 ? 0.0 : scale * r.p.t + r.p.s * shift;
+    }
+    if (mq > r.q.m) {
+      // -(x_Q - m_Q) grows by m' - m; infinite while the reference has seen nothing but -inf.
+      if (r.p.s != 0.0 && r.q.m != minus_inf) r.p.t += r.p.s * (static_cast<double>(mq) - r.q.m);
+      rebase(r.q, mq, inv_t);
+    }
+    if (mp == minus_inf && has_nan<E>(xp + start, n)) r.p.s = __builtin_nan("");
+    if (mq == minus_inf && has_nan<E>(xq + start, n)) r.q.s = __builtin_nan("");
+    // A row that is -inf so far has no reference point yet; any will do for sums of zeros.
+    const Vec vp = splat(r.p.m == minus_inf ? 0.0f : r.p.m);
+    const Vec vq = splat(r.q.m == minus_inf ? 0.0f : r.q.m);
+    Vec sp[kPairUnroll], sq[kPairUnroll], t[kPairUnroll];
+    for (int u = 0; u < kPairUnroll; ++u) sp[u] = sq[u] = t[u] = zero;
+    const auto accumulate = [&](int u, Vec zp, Vec zq) {
+      const Vec dp = sub(zp, vp), dq = sub(zq, vq);
+      // Exactly zero weight below the range of exp, so that -inf of the reference under it is no
+      // 0 * inf, and sums over -inf alone stay 0.
+      const Vec ep = select_less(dp, lowest, zero, exp_scaled(max(lowest, dp), rate));
+      const Vec eq = select_less(dq, lowest, zero, exp_scaled(max(lowest, dq), rate));
+      sp[u] = add(sp[u], ep);
+      sq[u] = add(sq[u], eq);
+      const Vec term = mul(ep, sub(dp, dq));
+      t[u] = add(t[u], select_less(dp, lowest, zero, term));
+    };
+    int64_t i = 0;
+    for (; i + kPairUnroll * kLanes <= n; i += kPairUnroll * kLanes)
+      for (int u = 0; u < kPairUnroll; ++u)
+        accumulate(u, E::load(xp + start + i + u * kLanes), E::load(xq + start + i + u * kLanes));
+    for (; i < n; i += kLanes) {
+      const int left = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
+      accumulate(0, load_partial<E>(xp + start + i, left, minus_inf),
+                 load_partial<E>(xq + start + i, left, minus_inf));
+    }
+    r.p.s += reduce_add(add(sp[0], sp[1]));
+    r.q.s += reduce_add(add(sq[0], sq[1]));
+    r.p.t += reduce_add(add(t[0], t[1]));
+  }
+  return r;
+}
+
+template <class E>
+void kl_row(const KlArgs& a, int64_t row) {
+  using S = typename E::Storage;
+  const int64_t i = row / a.cols, j = row % a.cols;
+  const auto at = [&](const Tensor& x) {
+    return static_cast<const S*>(x.data) + i * x.stride0 + j * x.stride1;
+  };
+  const double inv_t = 1.0 / a.temperature;
+  const Tensor& p = a.reverse ? a.logits : a.ref_logits;
+  const Tensor& q = a.reverse ? a.ref_logits : a.logits;
+  const PairSums r = pair_sums<E>(at(p), at(q), a.vocab, inv_t);
+  const float minus_inf = -__builtin_inff();
+  double kl = __builtin_nan("");
+  if (r.p.m != minus_inf && r.q.m != minus_inf) {
+    kl = r.p.t / r.p.s * inv_t - (log(r.p.s) - log(r.q.s));
+    // Gibbs: never negative. The comparison keeps NaN.
+    if (kl < 0.0) kl = 0.0;
+  }
+  static_cast<float*>(a.kl.data)[row] = static_cast<float>(kl);
+  float* stats = a.stats + 5 * row;
+  const RowSums& policy = a.reverse ? r.p : r.q;
+  const RowSums& ref = a.reverse ? r.q : r.p;
+  stats[0] = policy.m, stats[1] = static_cast<float>(policy.s);
+  stats[2] = ref.m, stats[3] = static_cast<float>(ref.s);
+  stats[4] = static_cast<float>(kl);
+}
+
+// Gradient in the policy's logits. Reverse: p_j (log p_j - log q_j - KL) / T. Forward: (p_j - q_j) / T.
+template <class E, bool kReverse>
+void kl_backward_row(const KlBackwardArgs& a, int64_t row) {
+  using S = typename E::Storage;
+  const int64_t i = row / a.cols, j = row % a.cols;
+  const float g = static_cast<const float*>(
+      a.grad_kl.data)[i * a.grad_kl.stride0 + j * a.grad_kl.stride1];
+  S* out = static_cast<S*>(a.grad_logits.data) + i * a.grad_logits.stride0 +
+           j * a.grad_logits.stride1;
+  if (g == 0.0f) {
+    memset(out, 0, sizeof(S) * static_cast<size_t>(a.vocab));
+    return;
+  }
+  const auto at = [&](const Tensor& x) {
+    return static_cast<const S*>(x.data) + i * x.stride0 + j * x.stride1;
+  };
+  const S* x = at(a.logits);
+  const S* ref = at(a.ref_logits);
+  const float* stats = a.stats + 5 * row;
+  const double inv_t = 1.0 / a.temperature, kl = stats[4];
+  // Where the divergence is infinite or NaN so is every difference below: say NaN, as autograd does.
+  const double poison = kl - kl;
+  const Vec rate = splat(static_cast<float>(inv_t * kLog2e));
+  const Vec lowest = splat(static_cast<float>(kExpMin / inv_t));
+  const Vec mp = splat(stats[0]), mq = splat(stats[2]), zero = splat(0.0f);
+  const Vec wp = splat(static_cast<float>(g * inv_t / stats[1] + poison));
+  const Vec wq = splat(static_cast<float>(g * inv_t / stats[3] + poison));
+  // log p - log q - KL = (x_p - x_q shifted) / T - offset
+  const Vec scale = splat(static_cast<float>(inv_t));
+  const double offset_d = log(static_cast<double>(stats[1])) - log(static_cast<double>(stats[3])) + kl;
+  const Vec offset = splat(static_cast<float>(offset_d));
+  const auto gradient = [&](Vec zp, Vec zq) {
+    const Vec dp = sub(zp, mp), dq = sub(zq, mq);
+    const Vec ep = exp_scaled(max(lowest, dp), rate);
+    if constexpr (kReverse) {
+      const Vec dz = mul(mul(ep, wp), fms(sub(dp, dq), scale, offset));
+      return select_less(dp, lowest, zero, dz);
+    } else {
+      const Vec p = select_less(dp, lowest, zero, mul(ep, wp));
+      const Vec eq = exp_scaled(max(lowest, dq), rate);
+      return sub(p, select_less(dq, lowest, zero, mul(eq, wq)));
+    }
+  };
+  int64_t k = 0;
+  for (; k + 2 * kLanes <= a.vocab; k += 2 * kLanes) {
+    const Vec d0 = gradient(E::load(x + k), E::load(ref + k));
+    const Vec d1 = gradient(E::load(x + k + kLanes), E::load(ref + k + kLanes));
+    E::store(out + k, d0);
+    E::store(out + k + kLanes, d1);
+  }
+  for (; k < a.vocab; k += kLanes) {
+    const int n = a.vocab - k < kLanes ? static_cast<int>(a.vocab - k) : kLanes;
+    store_partial<E>(out + k, gradient(load_partial<E>(x + k, n, 0.0f),
+                                       load_partial<E>(ref + k, n, 0.0f)), n);
+  }
+}
+
+Status kl_divergence(const KlArgs& a) {
+  const auto row = a.logits.dtype == kBFloat16  ? kl_row<BF16>
+                   : a.logits.dtype == kFloat16 ? kl_row<F16>
+                                                : kl_row<F32>;
+  parallel_for(a.rows * a.cols, a.threads, [&](int64_t r) { row(a, r); });
+  return {};
+}
+
+Status kl_divergence_backward(const KlBackwardArgs& a) {
+  const auto choose = [&](auto e) {
+    using E = decltype(e);
+    return a.reverse ? kl_backward_row<E, true> : kl_backward_row<E, false>;
+  };
+  const auto row = a.logits.dtype == kBFloat16  ? choose(BF16{})
+                   : a.logits.dtype == kFloat16 ? choose(F16{})
+                                                : choose(F32{});
+  parallel_for(a.rows * a.cols, a.threads, [&](int64_t r) { row(a, r); });
+  return {};
+}
+
+// A chunk of tokens per item: enough work to be worth a thread, the same cut for any team.
+constexpr int64_t kTokenChunk = 8192;
+
+template <class F>
+inline void for_each_token(int64_t rows, int64_t cols, int32_t threads, const F& body) {
+  const int64_t total = rows * cols, chunks = (total + kTokenChunk - 1) / kTokenChunk;
+  parallel_for(chunks, threads, [&](int64_t c) {
+    const int64_t end = (c + 1) * kTokenChunk < total ? (c + 1) * kTokenChunk : total;
+    int64_t i = c * kTokenChunk / cols, j = c * kTokenChunk % cols;
+    for (int64_t k = c * kTokenChunk; k < end; ++k) {
+      body(i, j, k);
+      if (++j == cols) j = 0, ++i;
+    }
+  });
+}
+
+inline float token_value(const Tensor& t, int64_t i, int64_t j) {
+  return load_scalar(t.data, t.dtype, i * t.stride0 + j * t.stride1);
+}
+
+Status kl_penalty(const KlPenaltyArgs& a) {
+  float* out = static_cast<float*>(a.out.data);
+  for_each_token(a.rows, a.cols, a.threads, [&](int64_t i, int64_t j, int64_t k) {
+    out[k] = kl_estimate(token_value(a.logprobs, i, j) - token_value(a.ref_logprobs, i, j),
+                         a.estimator);
+  });
+  return {};
+}
+
+Status kl_penalty_backward(const KlPenaltyArgs& a) {
+  const int32_t estimator = a.straight_through ? static_cast<int32_t>(kK2) : a.estimator;
+  for_each_token(a.rows, a.cols, a.threads, [&](int64_t i, int64_t j, int64_t k) {
+    const float g = token_value(a.grad, i, j);
+    // Selected, not multiplied: a token without upstream gradient takes none, whatever its value.
+    const float slope =
+        g == 0.0f ? 0.0f
+                  : g * kl_estimate_slope(
+                            token_value(a.logprobs, i, j) - token_value(a.ref_logprobs, i, j),
+                            estimator);
+    store_scalar(a.out.data, a.out.dtype, k, slope);
+  });
+  return {};
+}
+
+}  // namespace
+}  // namespace rk

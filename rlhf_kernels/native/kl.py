@@ -1,0 +1,80 @@
+"""Launchers of kl_divergence and kl_penalty for the native backends."""
+
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import boundary as b
+
+# csrc/abi.h: KlEstimator
+_ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
+
+
+def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
+    """Launchers by operator name, bound to an extension module."""
+
+    def kl_divergence(
+        logits: Tensor, ref_logits: Tensor, temperature: float, reverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        shape, vocab = logits.shape[:-1], logits.shape[-1]
+        kl = torch.empty(shape, dtype=torch.float32, device=logits.device)
+        stats = torch.empty((*shape, 5), dtype=torch.float32, device=logits.device)
+        if kl.numel() > 0:
+            logits, ref_logits = b.as_rows(logits), b.as_rows(ref_logits)
+            extension.kl_divergence(
+                *b.grid(shape), vocab, b.pack_rows(logits), b.pack_rows(ref_logits), temperature,
+                reverse, b.pack(kl), b.pack(stats), b.threads(),
+            )  # fmt: skip
+        return kl, stats
+
+    def kl_divergence_backward(
+        logits: Tensor,
+        ref_logits: Tensor,
+        stats: Tensor,
+        grad: Tensor,
+        temperature: float,
+        reverse: bool,
+    ) -> Tensor:
+        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        shape, vocab = logits.shape[:-1], logits.shape[-1]
+        if out.numel() > 0:
+            logits, ref_logits = b.as_rows(logits), b.as_rows(ref_logits)
+            grad = b.as_grid(grad, torch.float32)
+            extension.kl_divergence_backward(
+                *b.grid(shape), vocab, b.pack_rows(logits), b.pack_rows(ref_logits), temperature,
+                reverse, b.pack(stats), b.pack(grad), b.pack_rows(out), b.threads(),
+            )  # fmt: skip
+        return out
+
+    def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+        out = torch.empty(logprobs.shape, dtype=torch.float32, device=logprobs.device)
+        if out.numel() > 0:
+            logprobs, ref_logprobs = b.as_grid(logprobs), b.as_grid(ref_logprobs)
+            extension.kl_penalty(
+                *b.grid(out.shape), b.pack(logprobs), b.pack(ref_logprobs),
+                _ESTIMATORS[estimator.removesuffix("+")], b.pack(out), b.threads(),
+            )  # fmt: skip
+        return out
+
+    def kl_penalty_backward(
+        logprobs: Tensor, ref_logprobs: Tensor, grad: Tensor, estimator: str
+    ) -> Tensor:
+        out = torch.empty(logprobs.shape, dtype=logprobs.dtype, device=logprobs.device)
+        if out.numel() > 0:
+            logprobs, ref_logprobs = b.as_grid(logprobs), b.as_grid(ref_logprobs)
+            grad = b.as_grid(grad, torch.float32)
+            extension.kl_penalty_backward(
+                *b.grid(out.shape), b.pack(logprobs), b.pack(ref_logprobs),
+                _ESTIMATORS[estimator.removesuffix("+")], estimator.endswith("+"), b.pack(grad),
+                b.pack(out), b.threads(),
+            )  # fmt: skip
+        return out
+
+    return {
+        "kl_divergence": kl_divergence,
+        "kl_divergence_backward": kl_divergence_backward,
+        "kl_penalty": kl_penalty,
+        "kl_penalty_backward": kl_penalty_backward,
+    }

@@ -1,0 +1,154 @@
+"""kl_divergence over the whole vocabulary, and kl_penalty, its per-token estimators."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _backends, _checks, reference
+from .._register import define
+
+ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+")
+
+_divergence = define(
+    "kl_divergence",
+    "(Tensor logits, Tensor ref_logits, float temperature, bool reverse, str backend) "
+    "-> (Tensor, Tensor)",
+    lambda logits, *_: (
+        logits.new_empty(logits.shape[:-1], dtype=torch.float32),
+        logits.new_empty((*logits.shape[:-1], 5), dtype=torch.float32),
+    ),
+)
+_divergence_backward = define(
+    "kl_divergence_backward",
+    "(Tensor logits, Tensor ref_logits, Tensor stats, Tensor grad, float temperature, "
+    "bool reverse, str backend) -> Tensor",
+    lambda logits, *_: logits.new_empty(logits.shape),
+)
+_penalty = define(
+    "kl_penalty",
+    "(Tensor logprobs, Tensor ref_logprobs, str estimator, str backend) -> Tensor",
+    lambda logprobs, *_: logprobs.new_empty(logprobs.shape, dtype=torch.float32),
+)
+_penalty_backward = define(
+    "kl_penalty_backward",
+    "(Tensor logprobs, Tensor ref_logprobs, Tensor grad, str estimator, str backend) -> Tensor",
+    lambda logprobs, *_: logprobs.new_empty(logprobs.shape),
+)
+
+
+class _KlDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        ref_logits: Tensor,
+        temperature: float,
+        reverse: bool,
+        backend: str,
+    ) -> Tensor:
+        kl, stats = _divergence(logits, ref_logits, temperature, reverse, backend)
+        ctx.save_for_backward(logits, ref_logits, stats)
+        ctx.options = (temperature, reverse, backend)
+        return kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        logits, ref_logits, stats = ctx.saved_tensors
+        gradient = _divergence_backward(logits, ref_logits, stats, grad, *ctx.options)
+        return gradient, None, None, None, None
+
+
+class _KlPenalty(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logprobs: Tensor, ref_logprobs: Tensor, estimator: str, backend: str
+    ) -> Tensor:
+        ctx.save_for_backward(logprobs, ref_logprobs)
+        ctx.options = (estimator, backend)
+        return _penalty(logprobs, ref_logprobs, estimator, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return _penalty_backward(*ctx.saved_tensors, grad, *ctx.options), None, None, None
+
+
+def kl_divergence(
+    logits: Tensor, ref_logits: Tensor, *, direction: str = "reverse", temperature: float = 1.0
+) -> Tensor:
+    """Exact per-token KL divergence over the whole vocabulary.
+
+    reverse: KL(policy || ref) = sum_j p_j (log p_j - log q_j), the KL term of RLHF.
+    forward: KL(ref || policy), the loss of distillation. p = softmax(logits / temperature), q the
+    same of ref_logits. One read of each tensor forward; differentiable in `logits` only.
+
+    Args:
+        logits: policy's logits [..., V], float32, bfloat16 or float16.
+        ref_logits: reference's logits, same shape and dtype; a constant.
+        direction: "reverse" or "forward".
+        temperature: a finite number > 0; divides both.
+
+    Returns:
+        [...], float32, never negative; +inf where the second distribution gives no mass to a token
+        that the first does; NaN for a row of NaN, +inf or nothing but -inf.
+
+    Raises:
+        TypeError: wrong dtype, or dtypes that differ.
+        ValueError: shapes or devices that differ, unknown direction, temperature not > 0.
+    """
+    op = "kl_divergence"
+    _checks.floating(op, "logits", logits, double=True)
+    _checks.floating(op, "ref_logits", ref_logits, double=True)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{op}: logits must be [..., V] with V >= 1, got {tuple(logits.shape)}")
+    _checks.same_shape(op, "ref_logits", ref_logits, "logits", logits.shape)
+    _checks.same_device(op, "ref_logits", ref_logits, "logits", logits.device)
+    _checks.same_dtype(op, "ref_logits", ref_logits, "logits", logits.dtype)
+    _checks.one_of(op, "direction", direction, ("reverse", "forward"))
+    _checks.positive(op, "temperature", temperature)
+    backend = _backends.select(op, logits.device)
+    if backend == _backends.REFERENCE:
+        return reference.kl_divergence(
+            logits, ref_logits, direction=direction, temperature=temperature
+        )
+    _checks.floating(op, "logits", logits)
+    return _KlDivergence.apply(
+        logits, ref_logits.detach(), temperature, direction == "reverse", backend
+    )
+
+
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -> Tensor:
+    """Per-token estimate of KL(policy || ref) from log-probabilities of sampled tokens.
+
+    With x = logprobs - ref_logprobs (Schulman, "Approximating KL divergence", 2020):
+    k1 = x; k2 = x^2 / 2; k3 = exp(-x) - 1 + x; abs = |x|. With the suffix "+" the value is the
+    estimator's and the gradient that of k2 (straight-through), whose expectation is the gradient of
+    the KL; as a loss term, k1 alone has zero expected gradient and k3 a biased one.
+
+    Args:
+        logprobs: [...], float32, bfloat16 or float16; differentiated.
+        ref_logprobs: [...], same shape, any of these dtypes; a constant.
+        estimator: "k1", "k2", "k3", "abs", or one of these with "+".
+
+    Returns:
+        [...], float32. k3 of x < -88 is +inf: it grows as exp(-x).
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: shapes or devices that differ, unknown estimator.
+    """
+    op = "kl_penalty"
+    _checks.floating(op, "logprobs", logprobs, double=True)
+    _checks.floating(op, "ref_logprobs", ref_logprobs, double=True)
+    _checks.same_shape(op, "ref_logprobs", ref_logprobs, "logprobs", logprobs.shape)
+    _checks.same_device(op, "ref_logprobs", ref_logprobs, "logprobs", logprobs.device)
+    _checks.one_of(op, "estimator", estimator, ESTIMATORS)
+    backend = _backends.select(op, logprobs.device)
+    if backend == _backends.REFERENCE:
+        return reference.kl_penalty(logprobs, ref_logprobs, estimator=estimator)
+    _checks.floating(op, "logprobs", logprobs)
+    _checks.floating(op, "ref_logprobs", ref_logprobs)
+    return _KlPenalty.apply(logprobs, ref_logprobs.detach(), estimator, backend)

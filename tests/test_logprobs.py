@@ -1,0 +1,507 @@
+"""token_logprobs on every backend: values, gradients, layouts, faults, bits, compilation."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import rlhf_kernels as rk
+from rlhf_kernels import reference
+from rlhf_kernels.testing import (
+    DTYPES,
+    RAGGED_SIZES,
+    assert_bitwise_equal,
+    assert_within_budget,
+    to_float64,
+)
+
+OPTIONS = [
+    {},
+    {"temperature": 0.7},
+    {"softcap": 5.0},
+    {"softcap": 30.0, "temperature": 1.3},
+]
+
+
+def problem(rows, vocab, dtype, *, spread=4.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(rows, vocab, generator=generator) * spread).to(dtype)
+    labels = torch.randint(0, vocab, (rows,), generator=generator)
+    return logits.requires_grad_(), labels
+
+
+def run(function, logits, labels, upstream, **options):
+    """(logprobs, entropy, gradient of both together) of one implementation."""
+    logprobs, entropy = function(logits, labels, entropy=True, **options)
+    loss = (logprobs * upstream[0]).sum() + (entropy * upstream[1]).sum()
+    (gradient,) = torch.autograd.grad(loss, logits)
+    return logprobs, entropy, gradient
+
+
+def check_against_oracle(logits, labels, **options):
+    """Values and gradient within the budget of the fp64 result on the same inputs."""
+    upstream = torch.randn(2, *labels.shape)
+    actual = run(rk.token_logprobs, logits, labels, upstream, **options)
+    plain = run(reference.token_logprobs, logits, labels, upstream, **options)
+    oracle = run(
+        reference.token_logprobs, to_float64(logits), labels, upstream.double(),
+        **to_float64(options),
+    )  # fmt: skip
+    # Magnitude of what a log-probability is a difference of.
+    z = to_float64(logits).detach()
+    scale = torch.maximum(
+        oracle[0].abs(), torch.tensor(math.log(max(2, z.shape[-1])), dtype=torch.float64)
+    )
+    softcap = options.get("softcap")
+    if softcap is not None:
+        scale = scale + softcap
+    assert_within_budget(actual[0], oracle[0], plain[0], scale=scale)
+    assert_within_budget(actual[1], oracle[1], plain[1], scale=scale)
+    # dz_j = p_j (g + h (log p_j + H)); p_j is as exact as its exponent, which rounds with its size.
+    t = torch.as_tensor(options.get("temperature", 1.0), dtype=torch.float64).reshape(-1, 1)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    logp = torch.log_softmax(z / t, -1)
+    g, h = upstream.double().abs().unsqueeze(-1)
+    amplitude = g + h * (logp.abs() + oracle[1].detach().abs().unsqueeze(-1))
+    gradient_scale = logp.exp() * amplitude * (1 + logp.abs()) / t
+    # Probabilities below the smallest normal float count as zero.
+    tiny = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
+    gradient_scale = gradient_scale + tiny * (1 + amplitude) / t
+    if softcap is not None:
+        # Near the cap, and for equal logits, tanh leaves one rounding of the cap.
+        gradient_scale = gradient_scale * (1 + softcap / t)
+    assert_within_budget(actual[2], oracle[2], plain[2], scale=gradient_scale)
+    assert oracle[2].abs().max() > 0 or z.shape[-1] == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", RAGGED_SIZES)
+def test_matches_fp64(backend, vocab, dtype):
+    logits, labels = problem(5, vocab, dtype)
+    check_against_oracle(logits, labels)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_options_match_fp64(backend, dtype, options):
+    logits, labels = problem(6, 4173, dtype)
+    check_against_oracle(logits, labels, **options)
+
+
+def test_temperature_per_token(backend):
+    logits, labels = problem(6, 501, torch.float32)
+    temperature = torch.tensor([0.3, 0.5, 1.0, 1.7, 2.0, 8.0])
+    check_against_oracle(logits, labels, temperature=temperature)
+    one = rk.token_logprobs(logits, labels, temperature=temperature).logprobs
+    for i, t in enumerate(temperature.tolist()):
+        scalar = rk.token_logprobs(logits, labels, temperature=t).logprobs
+        torch.testing.assert_close(one[i], scalar[i], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4, 0.0])
+def test_shift_invariance_and_peaks(backend, offset):
+    # All-negative logits (the identity of max is -inf, not 0), large offsets, labels at the peak.
+    generator = torch.Generator().manual_seed(3)
+    base = torch.randint(-64, 0, (8, 5000), generator=generator).float() / 4
+    base[:, -1] = 12.0
+    labels = torch.full((8,), 4999)
+    exact = rk.token_logprobs(base, labels, entropy=True)
+    moved = rk.token_logprobs(base + offset, labels, entropy=True)
+    # Multiples of 1/4 survive the offset exactly, so nothing may change at all.
+    assert_bitwise_equal(moved.logprobs, exact.logprobs)
+    assert_bitwise_equal(moved.entropy, exact.entropy)
+    check_against_oracle((base + offset).requires_grad_(), labels)
+    assert (exact.logprobs <= 0).all()
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 127, 4097, 50257])
+def test_no_phantom_columns(backend, vocab):
+    logits = torch.zeros(3, vocab)
+    result = rk.token_logprobs(logits, torch.tensor([0, vocab // 2, vocab - 1]), entropy=True)
+    expected = torch.full((3,), -math.log(vocab))
+    torch.testing.assert_close(result.logprobs, expected, rtol=3e-7, atol=0)
+    torch.testing.assert_close(result.entropy, -expected, rtol=5e-7, atol=1e-7)
+
+
+def test_maxima_in_different_blocks(backend):
+    logits, labels = problem(4, 3 * 4096 + 5, torch.float32, spread=0.5)
+    with torch.no_grad():
+        for block in range(4):
+            logits[:, min(block * 4096, logits.shape[1] - 1)] = 40.0 * block
+    check_against_oracle(logits, labels)
+
+
+def test_ignored_tokens_are_not_read(backend):
+    logits, labels = problem(6, 300, torch.float32)
+    labels[[1, 4]] = -100
+    clean = run(rk.token_logprobs, logits, labels, torch.ones(2, 6))
+    poisoned = logits.detach().clone()
+    poisoned[1], poisoned[4] = float("nan"), float("inf")
+    dirty = run(rk.token_logprobs, poisoned.requires_grad_(), labels, torch.ones(2, 6))
+    for a, e in zip(dirty, clean, strict=True):
+        assert_bitwise_equal(a, e)
+    assert (clean[0][[1, 4]] == 0).all() and (clean[2][[1, 4]] == 0).all()
+    assert (clean[0][[0, 2, 3, 5]] != 0).all()
+
+
+def test_all_ignored_gives_connected_zeros(backend):
+    logits, labels = problem(3, 50, torch.float32)
+    result = rk.token_logprobs(logits, torch.full_like(labels, 7), ignore_index=7, entropy=True)
+    assert (result.logprobs == 0).all() and (result.entropy == 0).all()
+    (gradient,) = torch.autograd.grad(result.logprobs.sum() + result.entropy.sum(), logits)
+    assert (gradient == 0).all()
+
+
+def test_empty_batch(backend):
+    logits = torch.randn(0, 4, 11, requires_grad=True)
+    result = rk.token_logprobs(logits, torch.zeros(0, 4, dtype=torch.long), entropy=True)
+    assert result.logprobs.shape == result.entropy.shape == (0, 4)
+    (result.logprobs.sum() + result.entropy.sum()).backward()
+    assert logits.grad.shape == logits.shape
+
+
+def test_nan_logit_spoils_its_row_only(backend):
+    logits, labels = problem(5, 9000, torch.float32)
+    clean = run(rk.token_logprobs, logits, labels, torch.ones(2, 5))
+    for column in (0, 5000, 8999):
+        dirty = logits.detach().clone()
+        dirty[2, column] = float("nan")
+        result = run(rk.token_logprobs, dirty.requires_grad_(), labels, torch.ones(2, 5))
+        keep = [0, 1, 3, 4]
+        for a, e in zip(result, clean, strict=True):
+            assert a[2].isnan().any()
+            assert_bitwise_equal(a[keep], e[keep])
+        assert result[0][2].isnan() and result[1][2].isnan()
+
+
+def test_masked_vocabulary(backend):
+    logits, labels = problem(4, 9000, torch.float32)
+    masked = logits.detach().clone()
+    masked[:, :4500] = -math.inf
+    labels = labels % 4500 + 4500
+    masked.requires_grad_()
+    actual = run(rk.token_logprobs, masked, labels, torch.ones(2, 4))
+    short = logits.detach()[:, 4500:].clone().requires_grad_()
+    expected = run(reference.token_logprobs, short, labels - 4500, torch.ones(2, 4))
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual[1], expected[1], rtol=1e-5, atol=1e-5)
+    assert (actual[2][:, :4500] == 0).all()
+    torch.testing.assert_close(actual[2][:, 4500:], expected[2], rtol=1e-4, atol=1e-6)
+
+
+def test_infinite_logits(backend):
+    logits = torch.randn(3, 40)
+    logits[0] = -math.inf
+    logits[1, 3] = math.inf
+    logits[2, 5] = -math.inf
+    labels = torch.tensor([0, 0, 5])
+    result = rk.token_logprobs(logits, labels, entropy=True)
+    assert result.logprobs[0].isnan() and result.logprobs[1].isnan()
+    assert result.logprobs[2] == -math.inf and result.entropy[2].isfinite()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layouts_are_bitwise_equal(backend, dtype):
+    store = torch.randn(3, 9, 2 * 413 + 3).to(dtype)
+    labels = torch.randint(0, 413, (3, 8))
+    upstream = torch.randn(2, 3, 8)
+    views = {
+        "shifted": store[:, :-1, :413],
+        "offset": store[:, 1:, 1:414],
+        "strided vocabulary": store[:, :-1, 0:826:2],
+        "transposed": store[:, :-1, :413].transpose(0, 1).contiguous().transpose(0, 1),
+        "vocabulary outside": store[:, :-1, :413].permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        "expanded": store[:1, :-1, :413].expand(3, 8, 413),
+    }
+    for name, view in views.items():
+        expected = run(
+            rk.token_logprobs, view.detach().contiguous().requires_grad_(), labels, upstream
+        )
+        actual = run(rk.token_logprobs, view.detach().requires_grad_(), labels, upstream)
+        for a, e in zip(actual, expected, strict=True):
+            assert a.shape == e.shape, name
+            assert_bitwise_equal(a, e)
+
+
+def test_negated_view(backend):
+    logits = torch.view_as_complex(torch.randn(4, 33, 2)).conj().imag
+    assert logits.is_neg()
+    labels = torch.randint(0, 33, (4,))
+    expected = rk.token_logprobs(logits.clone().contiguous(), labels).logprobs
+    assert_bitwise_equal(rk.token_logprobs(logits, labels).logprobs, expected)
+
+
+def test_many_leading_dimensions(backend):
+    store = torch.randn(2, 5, 3, 7, 20)
+    view = store[:, 1:4, :2, ::3]
+    labels = torch.randint(0, 20, view.shape[:-1])
+    expected = rk.token_logprobs(view.contiguous(), labels).logprobs
+    assert_bitwise_equal(rk.token_logprobs(view, labels).logprobs, expected)
+    single = rk.token_logprobs(store[0, 0, 0, 0], labels[0, 0, 0, 0]).logprobs
+    assert single.shape == ()
+
+
+def test_strided_labels_and_upstream_gradients(backend):
+    logits, _ = problem(12, 70, torch.float32)
+    labels = torch.randint(0, 70, (12, 3), dtype=torch.int32)[:, 1]
+    upstream = torch.randn(12, 5)[:, 2]
+    logprobs = rk.token_logprobs(logits, labels).logprobs
+    (strided,) = torch.autograd.grad(logprobs, logits, upstream, retain_graph=True)
+    (plain,) = torch.autograd.grad(logprobs, logits, upstream.contiguous(), retain_graph=True)
+    assert_bitwise_equal(strided, plain)
+    # sum() hands over a stride-0 gradient.
+    (summed,) = torch.autograd.grad(logprobs.sum(), logits, retain_graph=True)
+    (ones,) = torch.autograd.grad(logprobs, logits, torch.ones(12))
+    assert_bitwise_equal(summed, ones)
+
+
+def test_row_invariance():
+    logits, labels = problem(33, 5003, torch.bfloat16)
+    whole = run(rk.token_logprobs, logits, labels, torch.ones(2, 33))
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            again = run(rk.token_logprobs, logits, labels, torch.ones(2, 33))
+            for a, e in zip(again, whole, strict=True):
+                assert_bitwise_equal(a, e)
+    finally:
+        torch.set_num_threads(threads)
+    order = torch.randperm(33)
+    shuffled = run(
+        rk.token_logprobs, logits.detach()[order].requires_grad_(), labels[order], torch.ones(2, 33)
+    )
+    for a, e in zip(shuffled, whole, strict=True):
+        assert_bitwise_equal(a, e[order])
+    for i in (0, 16, 32):
+        alone = logits.detach()[i : i + 1].clone().requires_grad_()
+        single = run(rk.token_logprobs, alone, labels[i : i + 1], torch.ones(2, 1))
+        for a, e in zip(single, whole, strict=True):
+            assert_bitwise_equal(a, e[i : i + 1])
+
+
+def test_repeats_are_bitwise_equal(backend):
+    logits, labels = problem(9, 777, torch.float32)
+    first = run(rk.token_logprobs, logits, labels, torch.ones(2, 9))
+    for _ in range(20):
+        for a, e in zip(
+            run(rk.token_logprobs, logits, labels, torch.ones(2, 9)), first, strict=True
+        ):
+            assert_bitwise_equal(a, e)
+
+
+@pytest.mark.parametrize("bad", [40, -1, 2**40, -(2**40)])
+def test_label_out_of_range(backend, bad):
+    logits, labels = problem(7, 40, torch.float32)
+    labels[3] = bad
+    with pytest.raises(IndexError, match=rf"position 3 is {bad};"):
+        rk.token_logprobs(logits, labels)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
+def test_bad_temperature(backend, bad):
+    logits, labels = problem(4, 20, torch.float32)
+    with pytest.raises(ValueError, match="temperature"):
+        rk.token_logprobs(logits, labels, temperature=bad)
+    per_token = torch.tensor([1.0, 1.0, bad, 1.0])
+    with pytest.raises(ValueError, match="temperature at flat position 2"):
+        rk.token_logprobs(logits, labels, temperature=per_token)
+    labels[2] = -100
+    assert rk.token_logprobs(logits, labels, temperature=per_token).logprobs.isfinite().all()
+
+
+def test_bad_arguments(backend):
+    logits, labels = problem(4, 20, torch.float32)
+    with pytest.raises(TypeError, match=r"labels must be int64 or int32, got torch\.bool"):
+        rk.token_logprobs(logits, labels.bool())
+    with pytest.raises(TypeError, match=r"labels must be int64 or int32, got torch\.int16"):
+        rk.token_logprobs(logits, labels.short())
+    with pytest.raises(TypeError, match="logits must be one of"):
+        rk.token_logprobs(labels, labels)
+    with pytest.raises(TypeError, match="logits must be a Tensor"):
+        rk.token_logprobs([[1.0]], labels)
+    with pytest.raises(TypeError, match="temperature must be a number"):
+        rk.token_logprobs(logits, labels, temperature="1")
+    with pytest.raises(ValueError, match=r"\(4,\), got \(3,\)"):
+        rk.token_logprobs(logits, labels[:3])
+    with pytest.raises(ValueError, match="V >= 1"):
+        rk.token_logprobs(torch.randn(4, 0), labels)
+    with pytest.raises(ValueError, match="V >= 1"):
+        rk.token_logprobs(torch.tensor(1.0), torch.tensor(1))
+    with pytest.raises(ValueError, match="softcap"):
+        rk.token_logprobs(logits, labels, softcap=0.0)
+    with pytest.raises(ValueError, match="must broadcast"):
+        rk.token_logprobs(logits, labels, temperature=torch.ones(3))
+    with pytest.raises(ValueError, match="device"):
+        rk.token_logprobs(logits, labels.to("meta"))
+
+
+def test_float64_is_for_the_reference():
+    logits, labels = problem(2, 9, torch.float64)
+    with rk.use_backend("cpu"), pytest.raises(TypeError, match="float64"):
+        rk.token_logprobs(logits, labels)
+    with rk.use_backend("reference"):
+        assert rk.token_logprobs(logits, labels).logprobs.dtype is torch.float64
+
+
+def test_caller_tensors_and_grad_modes(backend):
+    logits, labels = problem(5, 60, torch.float32)
+    before = logits.detach().clone()
+    expected = run(rk.token_logprobs, logits, labels, torch.ones(2, 5))
+    assert_bitwise_equal(logits, before)
+    with torch.no_grad():
+        assert_bitwise_equal(rk.token_logprobs(logits, labels).logprobs, expected[0])
+    with torch.inference_mode():
+        assert_bitwise_equal(rk.token_logprobs(logits, labels).logprobs, expected[0])
+    assert not rk.token_logprobs(logits.detach(), labels).logprobs.requires_grad
+    # Two uses of one tensor, and a second backward through the same graph.
+    a = rk.token_logprobs(logits, labels).logprobs
+    b = rk.token_logprobs(logits, labels, entropy=True).entropy
+    (both,) = torch.autograd.grad(a.sum() + b.sum(), logits, retain_graph=True)
+    (again,) = torch.autograd.grad(a.sum() + b.sum(), logits)
+    assert_bitwise_equal(both, again)
+    torch.testing.assert_close(both, expected[2])
+
+
+def test_double_backward_is_refused():
+    logits, labels = problem(3, 12, torch.float32)
+    logprobs = rk.token_logprobs(logits, labels).logprobs
+    (gradient,) = torch.autograd.grad((logprobs**2).sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_inplace_backward():
+    logits, labels = problem(6, 500, torch.bfloat16)
+    expected = run(rk.token_logprobs, logits, labels, torch.ones(2, 6))
+    head = logits * 1
+    address = head.data_ptr()
+    logprobs, entropy = rk.token_logprobs(head, labels, entropy=True, inplace_backward=True)
+    version = head._version
+    seen = []
+    head.register_hook(lambda g: seen.append(g))
+    (logprobs.sum() + entropy.sum()).backward()
+    assert seen[0].data_ptr() == address
+    assert head._version > version
+    assert_bitwise_equal(logits.grad, expected[2])
+
+
+def test_inplace_backward_is_refused_where_it_would_corrupt():
+    logits, labels = problem(4, 30, torch.float32)
+    with pytest.raises(ValueError, match="leaf"):
+        rk.token_logprobs(logits, labels, inplace_backward=True)
+    wide = (logits * 1)[:1].expand(4, 30)
+    with pytest.raises(ValueError, match="share memory"):
+        rk.token_logprobs(wide, labels, inplace_backward=True)
+    # Another user of the same logits is told by autograd instead of getting a wrong gradient.
+    head = logits * 1
+    loss = rk.token_logprobs(head, labels, inplace_backward=True).logprobs.sum()
+    other = (head**2).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+def test_frozen_rows_and_single_outputs(backend):
+    logits, labels = problem(4, 30, torch.float32)
+    result = rk.token_logprobs(logits, labels, entropy=True)
+    (only_entropy,) = torch.autograd.grad(result.entropy.sum(), logits, retain_graph=True)
+    (only_logprobs,) = torch.autograd.grad(result.logprobs.sum(), logits, retain_graph=True)
+    (both,) = torch.autograd.grad(result.logprobs.sum() + result.entropy.sum(), logits)
+    torch.testing.assert_close(only_entropy + only_logprobs, both)
+    assert only_entropy.abs().max() > 0 and only_logprobs.abs().max() > 0
+
+
+def test_gradient_sums_to_zero(backend):
+    logits, labels = problem(8, 4100, torch.float32)
+    _, _, gradient = run(rk.token_logprobs, logits, labels, torch.randn(2, 8))
+    assert gradient.sum(-1).abs().max() < 1e-5
+
+
+def test_gradcheck_of_the_reference():
+    logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([1, -100, 6])
+    for options in OPTIONS:
+        torch.autograd.gradcheck(
+            lambda x, o=options: reference.token_logprobs(x, labels, entropy=True, **o), logits
+        )
+
+
+@pytest.mark.parametrize("case", ["plain", "no grad", "strided", "empty", "options"])
+def test_opcheck(case):
+    logits = torch.randn(4, 3, 21)
+    labels = torch.randint(0, 21, (4, 3))
+    temperatures, softcap, entropy = None, 0.0, True
+    if case == "strided":
+        logits, labels = torch.randn(4, 5, 40)[:, 1:4, 3:24], labels.t().contiguous().t()
+    if case == "empty":
+        logits, labels = logits[:0], labels[:0]
+    if case == "options":
+        temperatures, softcap, entropy = torch.rand(4, 3) + 0.5, 9.0, False
+    args = (logits, labels, temperatures, 1.0, softcap, entropy, -100, "cpu")
+    torch.library.opcheck(torch.ops.rlhf_kernels.token_logprobs.default, args)
+    stats = torch.ops.rlhf_kernels.token_logprobs(*args)[2]
+    grad = torch.randn(labels.shape)
+    back = (logits, labels, temperatures, stats, grad, grad if entropy else None, 1.0, softcap)
+    torch.library.opcheck(
+        torch.ops.rlhf_kernels.token_logprobs_backward.default, (*back, -100, "cpu")
+    )
+
+
+def test_compiles_without_graph_break_or_recompilation():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(logits, labels):
+        result = rk.token_logprobs(logits * 1, labels, temperature=0.9, entropy=True)
+        return result.logprobs.sum() - 0.01 * result.entropy.sum()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    for length, vocab in ((5, 11), (9, 33), (17, 65), (40, 700), (3, 4111)):
+        logits, _ = problem(2 * length, vocab, torch.float32)
+        logits = logits.detach().view(2, length, vocab).requires_grad_()
+        labels = torch.randint(0, vocab, (2, length))
+        (actual,) = torch.autograd.grad(compiled(logits, labels), logits)
+        (expected,) = torch.autograd.grad(step(logits, labels), logits)
+        assert_bitwise_equal(actual, expected)
+    assert counter.frame_count <= 2
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    rows=st.integers(1, 9),
+    vocab=st.integers(1, 5000),
+    dtype=st.sampled_from(DTYPES),
+    spread=st.sampled_from([0.01, 1.0, 12.0]),
+    temperature=st.sampled_from([1.0, 0.31, 2.5]),
+    softcap=st.sampled_from([None, 8.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_fuzz(rows, vocab, dtype, spread, temperature, softcap, seed):
+    logits, labels = problem(rows, vocab, dtype, spread=spread, seed=seed)
+    options = {"temperature": temperature} | ({} if softcap is None else {"softcap": softcap})
+    with rk.use_backend("cpu"):
+        check_against_oracle(logits, labels, **options)
+        assert (rk.token_logprobs(logits, labels, **options).logprobs <= 0).all()
+
+
+@pytest.mark.slow
+def test_more_than_2_31_elements(backend):
+    if backend == "reference":
+        pytest.skip("the reference would need 50 GB")
+    rows, vocab = 9, 2**31 // 8 + 3
+    logits = torch.zeros(rows, vocab, dtype=torch.bfloat16)
+    logits[-1, -1] = 20.0
+    labels = torch.full((rows,), vocab - 1)
+    result = rk.token_logprobs(logits, labels).logprobs
+    uniform = -math.log(vocab)
+    assert abs(result[0].item() - uniform) < 1e-4
+    expected = 20.0 - math.log(vocab - 1 + math.exp(20.0))
+    assert abs(result[-1].item() - expected) < 1e-4
