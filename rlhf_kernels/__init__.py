@@ -14,25 +14,47 @@ from .ops.advantages import (
 )
 from .ops.kl import kl_divergence, kl_penalty
 from .ops.logprobs import TokenLogprobs, token_logprobs
+from .ops.policy import PolicyLoss, PolicyMetrics, policy_loss
+from .ops.preference import (
+    DPOLoss,
+    RewardModelLoss,
+    dpo_loss,
+    reward_model_loss,
+    sequence_logprobs,
+)
+from .ops.value import ValueLoss, ValueMetrics, value_loss
+from .policy_config import PolicyLossConfig
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveKLController",
     "Advantages",
+    "DPOLoss",
     "FixedKLController",
     "PPOAdvantages",
+    "PolicyLoss",
+    "PolicyLossConfig",
+    "PolicyMetrics",
+    "RewardModelLoss",
     "RunningMoments",
     "TokenLogprobs",
+    "ValueLoss",
+    "ValueMetrics",
     "available_backends",
     "discounted_returns",
+    "dpo_loss",
     "gae",
     "group_advantages",
     "kl_divergence",
     "kl_penalty",
+    "policy_loss",
     "ppo_advantages",
+    "reward_model_loss",
+    "sequence_logprobs",
     "token_logprobs",
     "use_backend",
     "warmup",
+    "value_loss",
     "whiten",
 ]

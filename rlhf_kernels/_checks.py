@@ -151,3 +151,62 @@ def bad_temperature(op: str, position: int, temperatures: Tensor) -> ValueError:
     return ValueError(
         f"{op}: temperature at flat position {position} must be a finite number > 0, got {value}"
     )
+
+
+def token_inputs(
+    op: str, tokens: dict[str, Tensor | None], mask_: object, cu_seqlens: Tensor | None
+) -> None:
+    """Requires floating tensors and a mask of one shape: [B, T], or packed [N] with cu_seqlens.
+
+    Args:
+        op: operation, for the messages.
+        tokens: by name; None is skipped. The first sets shape and device.
+        mask_: the argument `mask`.
+        cu_seqlens: offsets of packed sequences.
+    """
+    (like, first), *_ = tokens.items()
+    floating(op, like, first, double=True)
+    shape, device = first.shape, first.device
+    if len(shape) != (2 if cu_seqlens is None else 1):
+        expected = "[B, T]" if cu_seqlens is None else "[N], packed as cu_seqlens says,"
+        raise ValueError(f"{op}: {like} must be {expected}, got {tuple(shape)}")
+    for name, value in tokens.items():
+        if value is None or value is first:
+            continue
+        floating(op, name, value, double=True)
+        same_shape(op, name, value, like, shape)
+        same_device(op, name, value, like, device)
+    mask(op, "mask", mask_)
+    same_shape(op, "mask", mask_, like, shape)
+    same_device(op, "mask", mask_, like, device)
+    if cu_seqlens is not None:
+        offsets(op, cu_seqlens, shape[0])
+        same_device(op, "cu_seqlens", cu_seqlens, like, device)
+
+
+def divisor(op: str, value: object) -> tuple[Tensor | None, float]:
+    """A normalizer as (0-d tensor or None, number), the number 0 where there is none."""
+    if value is None:
+        return None, 0.0
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.is_complex() or value.dtype is torch.bool:
+            raise ValueError(
+                f"{op}: normalizer must be a number or a 0-d tensor of real numbers, got "
+                f"{value.dtype} of shape {tuple(value.shape)}"
+            )
+        return value.detach(), 0.0
+    positive(op, "normalizer", value)
+    return None, value
+
+
+def bad_divisor(op: str, value: Tensor) -> ValueError:
+    """The error for a normalizer tensor whose value is not a finite number > 0."""
+    return ValueError(f"{op}: normalizer must be a finite number > 0, got {value.item()}")
+
+
+def divisor_positive(op: str, value: Tensor | None) -> None:
+    """Raises ValueError for a bad normalizer on CPU; does nothing on other devices."""
+    if value is None or value.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not 0 < value.item() < math.inf:
+        raise bad_divisor(op, value)

@@ -6,14 +6,22 @@ These functions are the meaning of the operations; every backend is tested again
 from .advantages import discounted_returns, gae, group_advantages, ppo_advantages, whiten
 from .kl import kl_divergence, kl_penalty
 from .logprobs import token_logprobs
+from .policy import policy_loss
+from .preference import dpo_loss, reward_model_loss, sequence_logprobs
+from .value import value_loss
 
 __all__ = [
     "discounted_returns",
+    "dpo_loss",
     "gae",
     "group_advantages",
     "kl_divergence",
     "kl_penalty",
+    "policy_loss",
     "ppo_advantages",
+    "reward_model_loss",
+    "sequence_logprobs",
     "token_logprobs",
+    "value_loss",
     "whiten",
 ]

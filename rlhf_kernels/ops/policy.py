@@ -1,0 +1,273 @@
+"""policy_loss: the clipped losses of PPO, GRPO and their family, with their gradient."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _backends, _checks, reference
+from .._register import define
+from ..policy_config import PolicyLossConfig
+from ..reference.policy import METRICS
+
+
+def _forward_fake(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, ref: Tensor | None,
+    rollout: Tensor | None, entropy: Tensor | None, cu_seqlens: Tensor | None,
+    normalizer: Tensor | None, divisor: float, codes: list[int], params: list[float],
+    grad: bool, entropy_grad: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    scalar = logprobs.new_empty((), dtype=torch.float32)
+    return (
+        scalar,
+        scalar.new_empty((len(METRICS),)),
+        logprobs.new_empty(logprobs.shape if grad else (0,)),
+        entropy.new_empty(entropy.shape) if entropy_grad else logprobs.new_empty((0,)),
+    )
+
+
+_forward = define(
+    "policy_loss",
+    "(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
+    "Tensor? rollout_logprobs, Tensor? entropy, Tensor? cu_seqlens, Tensor? normalizer, "
+    "float divisor, int[] codes, float[] params, bool grad, bool entropy_grad, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _forward_fake,
+)
+
+
+def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """gradient * upstream; the gradient itself where upstream is 1 and looking costs nothing."""
+    if type(upstream) is Tensor and upstream.device.type == "cpu":
+        if not torch.compiler.is_compiling() and upstream.item() == 1.0:
+            return gradient
+    return gradient * upstream
+
+
+class _PolicyLoss(torch.autograd.Function):
+    """The gradient is computed with the loss; backward only scales it."""
+
+    @staticmethod
+    def forward(ctx: Any, logprobs: Tensor, entropy: Tensor | None, *args: Any) -> tuple:
+        old, advantages, mask, ref, rollout, *options = args
+        loss, metrics, grad, grad_entropy = _forward(
+            logprobs, old, advantages, mask, ref, rollout, entropy, *options
+        )
+        *_, ctx.grad, ctx.entropy_grad, _ = options
+        ctx.nothing = (None,) * len(args)
+        ctx.save_for_backward(grad, grad_entropy)
+        ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)
+        return loss, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple:
+        if upstream is None:
+            return (None, None, *ctx.nothing)
+        grad, grad_entropy = ctx.saved_tensors
+        return (
+            scaled(grad, upstream) if ctx.grad else None,
+            scaled(grad_entropy, upstream) if ctx.entropy_grad else None,
+            *ctx.nothing,
+        )
+
+
+class PolicyMetrics(NamedTuple):
+    """Metrics of one `policy_loss` call, on its device: reading one by name costs no host sync.
+
+    `metrics["clip_frac_high"]` is a 0-d view of `values`; `as_dict()` copies all to the host.
+    Fractions and means are over the unmasked tokens, whatever the aggregation; 0 if there are none.
+
+    loss: pg_loss + kl_coef * kl_loss - entropy_coef * entropy_loss.
+    pg_loss, kl_loss, entropy_loss: the three terms, aggregated as configured.
+    clip_frac_low: clipped at the lower bound (for "clip": where A < 0, so that the gradient stops).
+    clip_frac_high: clipped at the upper bound (for "clip": where A > 0).
+    dual_clip_frac: A < 0 and the ratio above dual_clip or delta.
+    ratio_mean, ratio_min, ratio_max: of the ratio that the objective uses.
+    k1_old, k3_old: estimates of KL(old || new) from each token's log-ratio, k3 after its clamp.
+    k1_ref, k3_ref: estimates of KL(new || ref), without the clamps of the loss term.
+    entropy: mean of the entropy argument.
+    ess: effective sample size (sum r)^2 / (n sum r^2) of the ratios.
+    correction_mean: mean of w; of the token weights where none is configured, 1 without rollout.
+    tokens: unmasked tokens.
+    """
+
+    values: Tensor
+    fields = METRICS
+
+    def __getitem__(self, name: str | int) -> Tensor:
+        if isinstance(name, str):
+            return self.values[METRICS.index(name)]
+        return tuple.__getitem__(self, name)
+
+    def as_dict(self) -> dict[str, float]:
+        """All metrics as Python floats; the only host synchronisation."""
+        return dict(zip(METRICS, self.values.tolist(), strict=True))
+
+
+class PolicyLoss(NamedTuple):
+    """Result of `policy_loss` and `linear_policy_loss`."""
+
+    loss: Tensor
+    metrics: PolicyMetrics
+
+
+_PPO = PolicyLossConfig.ppo()
+
+
+def _constant(t: Tensor | None) -> Tensor | None:
+    return t.detach() if t is not None and t.requires_grad else t
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    ref_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    config: PolicyLossConfig = _PPO,
+) -> PolicyLoss:
+    """Policy-gradient loss of PPO, GRPO, DAPO, GSPO, CISPO, SAPO, REINFORCE and their like.
+
+    The formula is that of `PolicyLossConfig`. Differentiable in logprobs, and in entropy where
+    config.entropy_coef is not 0; everything else is a constant. The kernel backends compute loss,
+    metrics and gradient in one pass over the tokens; backward only scales the gradient.
+
+    Where new and old log-probabilities are equal the ratio is exactly 1, the clip fractions and the
+    KL to old are exactly 0. Log-ratios saturate (config.log_ratio_clamp, and at +-40 in any case),
+    so finite inputs never give NaN and an advantage of 0 gives exactly 0.
+
+    Args:
+        logprobs: [B, T], or packed [N] with cu_seqlens; float32, bfloat16 or float16. Any strides.
+        old_logprobs: same shape, of the policy that sampled (or its recomputation).
+        advantages: same shape, or one per sequence: [B], or [S] with cu_seqlens. A packed tensor
+            with as many tokens as sequences counts as one per token.
+        mask: same shape, bool or integer: nonzero = keep. NaN under the mask changes nothing.
+        ref_logprobs: same shape, of the reference policy. Needed where kl_coef is not 0; given
+            without, it adds the k1_ref and k3_ref metrics only.
+        rollout_logprobs: same shape, as reported by the engine that sampled. Needed for importance
+            correction; given without, it adds the correction_mean metric only.
+        entropy: same shape. Needed where entropy_coef is not 0; given without, a metric only.
+        cu_seqlens: offsets [S + 1] of packed sequences, int32 or int64.
+        normalizer: number or 0-d tensor > 0; overrides config.normalizer. A tensor is not read on
+            the host, except on CPU.
+        config: options.
+
+    Returns:
+        PolicyLoss(loss, metrics): 0-d and PolicyMetrics, float32. With nothing unmasked the loss is
+        0 and connected, its gradients zero.
+
+    Raises:
+        TypeError: wrong dtype or type of an argument; a floating mask.
+        ValueError: shapes or devices that do not match, an input that config needs and is missing,
+            bad cu_seqlens or normalizer.
+    """
+    op = "policy_loss"
+    _checks.token_inputs(
+        op,
+        {
+            "logprobs": logprobs,
+            "old_logprobs": old_logprobs,
+            "ref_logprobs": ref_logprobs,
+            "rollout_logprobs": rollout_logprobs,
+            "entropy": entropy,
+        },
+        mask,
+        cu_seqlens,
+    )
+    _check_advantages(advantages, logprobs, cu_seqlens)
+    _check_config(config, ref_logprobs, rollout_logprobs, entropy, normalizer)
+    count, divisor = _checks.divisor(op, config.normalizer if normalizer is None else normalizer)
+
+    backend = _backends.select(op, logprobs.device)
+    if backend == _backends.REFERENCE:
+        _checks.offsets_valid(op, cu_seqlens, logprobs.shape[0])
+        _checks.divisor_positive(op, count)
+        loss, metrics = reference.policy_loss(
+            logprobs,
+            old_logprobs,
+            advantages,
+            mask,
+            ref_logprobs=ref_logprobs,
+            rollout_logprobs=rollout_logprobs,
+            entropy=entropy,
+            cu_seqlens=cu_seqlens,
+            normalizer=normalizer,
+            config=config,
+        )
+        return PolicyLoss(loss, PolicyMetrics(metrics))
+    for name, t in (
+        ("logprobs", logprobs),
+        ("old_logprobs", old_logprobs),
+        ("advantages", advantages),
+        ("ref_logprobs", ref_logprobs),
+        ("rollout_logprobs", rollout_logprobs),
+        ("entropy", entropy),
+    ):
+        if t is not None:
+            _checks.floating(op, name, t)
+    enabled = torch.is_grad_enabled()
+    grad = enabled and logprobs.requires_grad
+    bonus = config.entropy_coef != 0 and entropy is not None
+    entropy_grad = enabled and bonus and entropy.requires_grad
+    if entropy is not None and not entropy_grad:
+        entropy = _constant(entropy)
+    constants = (
+        _constant(old_logprobs),
+        _constant(advantages),
+        mask,
+        _constant(ref_logprobs),
+        _constant(rollout_logprobs),
+    )
+    options = (
+        cu_seqlens, count, divisor, config._codes, config._params, grad, entropy_grad, backend
+    )  # fmt: skip
+    if grad or entropy_grad:
+        loss, metrics = _PolicyLoss.apply(logprobs, entropy, *constants, *options)
+    else:
+        loss, metrics, _, _ = _forward(_constant(logprobs), *constants, entropy, *options)
+    return PolicyLoss(loss, PolicyMetrics(metrics))
+
+
+def _check_advantages(advantages: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None) -> None:
+    op = "policy_loss"
+    _checks.floating(op, "advantages", advantages, double=True)
+    _checks.same_device(op, "advantages", advantages, "logprobs", logprobs.device)
+    sequences = logprobs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if advantages.shape != logprobs.shape and advantages.shape != (sequences,):
+        raise ValueError(
+            f"{op}: advantages must have the shape of logprobs, {tuple(logprobs.shape)}, or one "
+            f"entry per sequence, ({sequences},), got {tuple(advantages.shape)}"
+        )
+
+
+def _check_config(
+    config: PolicyLossConfig,
+    ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    normalizer: float | Tensor | None,
+) -> None:
+    op = "policy_loss"
+    if not isinstance(config, PolicyLossConfig):
+        raise TypeError(f"{op}: config must be a PolicyLossConfig, got {type(config).__name__}")
+    if config.kl_coef != 0 and ref_logprobs is None:
+        raise ValueError(f"{op}: ref_logprobs must be given, since kl_coef is {config.kl_coef}")
+    if config.entropy_coef != 0 and entropy is None:
+        raise ValueError(
+            f"{op}: entropy must be given, since entropy_coef is {config.entropy_coef}"
+        )
+    if config.correction_level is not None and rollout_logprobs is None:
+        raise ValueError(
+            f"{op}: rollout_logprobs must be given, since correction_level is "
+            f"{config.correction_level!r}"
+        )
+    if config.aggregation == "constant" and config.normalizer is None and normalizer is None:
+        raise ValueError(f"{op}: normalizer must be given with the aggregation 'constant'")

@@ -1,0 +1,170 @@
+"""Preference learning: sequence log-probabilities, DPO and the reward model's loss.
+
+Plain torch on every backend: the tensors are [B], and the kernel work lies in the logprobs.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks, reference
+
+_LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")
+
+
+class DPOLoss(NamedTuple):
+    """Result of `dpo_loss`."""
+
+    loss: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+
+
+class RewardModelLoss(NamedTuple):
+    """Result of `reward_model_loss`."""
+
+    loss: Tensor
+    accuracy: Tensor
+
+
+def _check_pairs(op: str, pairs: dict[str, Tensor]) -> None:
+    (like, first), *_ = pairs.items()
+    for name, value in pairs.items():
+        _checks.floating(op, name, value, double=True)
+        if value.dim() != 1:
+            raise ValueError(f"{op}: {name} must be [B], got {tuple(value.shape)}")
+        _checks.same_shape(op, name, value, like, first.shape)
+        _checks.same_device(op, name, value, like, first.device)
+
+
+def sequence_logprobs(
+    logprobs: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None, average: bool = False
+) -> Tensor:
+    """Log-probability of each sequence: the sum of its unmasked tokens' log-probabilities.
+
+    Args:
+        logprobs: [B, T], or packed [N] with cu_seqlens; float32, bfloat16 or float16.
+        mask: same shape, bool or integer: nonzero = keep. NaN under the mask changes nothing.
+        cu_seqlens: offsets [S + 1] of packed sequences, int32 or int64.
+        average: the mean over the unmasked tokens instead (the length-normalised form of IPO).
+
+    Returns:
+        [B] (packed: [S]), float32, differentiable; 0 for a sequence without unmasked tokens.
+
+    Raises:
+        TypeError: wrong dtype or type of an argument; a floating mask.
+        ValueError: shapes or devices that do not match; bad cu_seqlens.
+    """
+    op = "sequence_logprobs"
+    _checks.token_inputs(op, {"logprobs": logprobs}, mask, cu_seqlens)
+    if logprobs.device.type == "cpu":
+        _checks.offsets_valid(op, cu_seqlens, logprobs.shape[0])
+    return reference.sequence_logprobs(logprobs, mask, cu_seqlens=cu_seqlens, average=average)
+
+
+def dpo_loss(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    ref_chosen_logprobs: Tensor,
+    ref_rejected_logprobs: Tensor,
+    *,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> DPOLoss:
+    """Direct preference optimisation, mean over pairs.
+
+    With d = (chosen - ref_chosen) - (rejected - ref_rejected), z = beta d, s = label_smoothing:
+    "sigmoid": -(1 - s) log sigmoid(z) - s log sigmoid(-z), Rafailov et al. 2023 (arXiv:2305.18290),
+    with s > 0 the conservative form. "ipo": (d - 1 / (2 beta))^2, Azar et al. 2023
+    (arXiv:2310.12036); give it means (`sequence_logprobs(average=True)`) for the form of TRL, sums
+    for that of the paper. "hinge": max(0, 1 - z), Zhao et al. 2023 (arXiv:2305.10425). "robust":
+    (-(1 - s) log sigmoid(z) + s log sigmoid(-z)) / (1 - 2 s), Chowdhury et al. 2024
+    (arXiv:2403.00409).
+
+    Args:
+        chosen_logprobs: [B], of whole sequences (`sequence_logprobs`).
+        rejected_logprobs: [B].
+        ref_chosen_logprobs: [B], of the reference policy.
+        ref_rejected_logprobs: [B].
+        beta: strength of the implicit KL, > 0.
+        loss_type: "sigmoid", "ipo", "hinge" or "robust".
+        label_smoothing: probability that a pair is labelled wrongly, in [0, 0.5); only for
+            "sigmoid" and "robust".
+
+    Returns:
+        DPOLoss(loss, chosen_rewards [B], rejected_rewards [B]), float32; the rewards
+        beta * (logprob - ref) are detached. The loss of no pairs is 0.
+
+    Raises:
+        TypeError: wrong dtype or type of an argument.
+        ValueError: shapes or devices that do not match; bad or contradicting options.
+    """
+    op = "dpo_loss"
+    pairs = {
+        "chosen_logprobs": chosen_logprobs,
+        "rejected_logprobs": rejected_logprobs,
+        "ref_chosen_logprobs": ref_chosen_logprobs,
+        "ref_rejected_logprobs": ref_rejected_logprobs,
+    }
+    _check_pairs(op, pairs)
+    _checks.positive(op, "beta", beta)
+    _checks.one_of(op, "loss_type", loss_type, _LOSS_TYPES)
+    _checks.number(op, "label_smoothing", label_smoothing)
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"{op}: label_smoothing must be in [0, 0.5), got {label_smoothing}")
+    if label_smoothing != 0 and loss_type not in ("sigmoid", "robust"):
+        raise ValueError(
+            f"{op}: label_smoothing must be 0 with loss_type {loss_type!r}, got {label_smoothing}"
+        )
+    return DPOLoss(
+        *reference.dpo_loss(
+            *pairs.values(), beta=beta, loss_type=loss_type, label_smoothing=label_smoothing
+        )
+    )
+
+
+def reward_model_loss(
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    *,
+    margin: float | Tensor | None = None,
+    center_coef: float = 0.0,
+) -> RewardModelLoss:
+    """Pairwise reward-model loss: mean of -log sigmoid(r_w - r_l - margin) + center (r_w + r_l)^2.
+
+    Bradley-Terry, as in Ouyang et al. 2022 (arXiv:2203.02155); margin as in Llama 2
+    (arXiv:2307.09288); centering, which fixes the free offset of the rewards, as in Eisenstein et
+    al. 2023 (arXiv:2312.09244).
+
+    Args:
+        chosen_rewards: [B], float32, bfloat16 or float16.
+        rejected_rewards: [B].
+        margin: a number, a tensor [B] (constant), or None for none.
+        center_coef: weight >= 0 of the centering term.
+
+    Returns:
+        RewardModelLoss(loss, accuracy), 0-d float32; accuracy is the fraction of pairs with
+        r_w > r_l. Both are 0 for no pairs.
+
+    Raises:
+        TypeError: wrong dtype or type of an argument.
+        ValueError: shapes or devices that do not match; a negative center_coef.
+    """
+    op = "reward_model_loss"
+    pairs = {"chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards}
+    if isinstance(margin, Tensor):
+        margin = margin.detach()
+        _check_pairs(op, pairs | {"margin": margin})
+        margin = margin if margin.dtype is torch.float64 else margin.float()
+    else:
+        _check_pairs(op, pairs)
+        if margin is not None:
+            _checks.number(op, "margin", margin)
+    _checks.number(op, "center_coef", center_coef)
+    if center_coef < 0:
+        raise ValueError(f"{op}: center_coef must be >= 0, got {center_coef}")
+    return RewardModelLoss(
+        *reference.reward_model_loss(*pairs.values(), margin=margin, center_coef=center_coef)
+    )

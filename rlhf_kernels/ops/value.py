@@ -1,0 +1,159 @@
+"""value_loss: the clipped squared error of a critic, with its gradient."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _backends, _checks, reference
+from .._register import define
+from ..policy_config import AGGREGATIONS
+from ..reference.value import METRICS
+from .policy import scaled
+
+
+def _forward_fake(
+    values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, cu_seqlens: Tensor | None,
+    normalizer: Tensor | None, divisor: float, clip_range: float, aggregation: int, grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    scalar = values.new_empty((), dtype=torch.float32)
+    return (
+        scalar,
+        scalar.new_empty((len(METRICS),)),
+        values.new_empty(values.shape if grad else (0,)),
+    )
+
+
+_forward = define(
+    "value_loss",
+    "(Tensor values, Tensor old_values, Tensor returns, Tensor mask, Tensor? cu_seqlens, "
+    "Tensor? normalizer, float divisor, float clip_range, int aggregation, bool grad, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
+    _forward_fake,
+)
+
+
+class _ValueLoss(torch.autograd.Function):
+    """The gradient is computed with the loss; backward only scales it."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        loss, metrics, grad = _forward(values, *args)
+        ctx.nothing = (None,) * len(args)
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)
+        return loss, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple:
+        if upstream is None:
+            return (None, *ctx.nothing)
+        (grad,) = ctx.saved_tensors
+        return (scaled(grad, upstream), *ctx.nothing)
+
+
+class ValueMetrics(NamedTuple):
+    """Metrics of one `value_loss` call, on its device: reading one by name costs no host sync.
+
+    loss; clip_frac: unmasked tokens whose clipped error is the larger; value_mean, return_mean;
+    explained_variance: 1 - Var(returns - values) / Var(returns), 0 where the returns do not vary;
+    tokens: unmasked tokens.
+    """
+
+    values: Tensor
+    fields = METRICS
+
+    def __getitem__(self, name: str | int) -> Tensor:
+        if isinstance(name, str):
+            return self.values[METRICS.index(name)]
+        return tuple.__getitem__(self, name)
+
+    def as_dict(self) -> dict[str, float]:
+        """All metrics as Python floats; the only host synchronisation."""
+        return dict(zip(METRICS, self.values.tolist(), strict=True))
+
+
+class ValueLoss(NamedTuple):
+    """Result of `value_loss`."""
+
+    loss: Tensor
+    metrics: ValueMetrics
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip_range: float | None = None,
+    aggregation: str = "token-mean",
+    cu_seqlens: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+) -> ValueLoss:
+    """Value loss of PPO: 0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2), aggregated.
+
+    Differentiable in values alone. At a tie the unclipped branch is taken; where the clipped one
+    wins the gradient is 0. See Schulman et al. 2017 (arXiv:1707.06347) and Engstrom et al. 2020
+    (arXiv:2005.12729).
+
+    Args:
+        values: V, [B, T], or packed [N] with cu_seqlens; float32, bfloat16 or float16. Any strides.
+        old_values: V_old, same shape.
+        returns: R, same shape.
+        mask: same shape, bool or integer: nonzero = keep. NaN under the mask changes nothing.
+        clip_range: c > 0, or None for the plain squared error.
+        aggregation: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum" or "constant", as in
+            PolicyLossConfig.
+        cu_seqlens: offsets [S + 1] of packed sequences, int32 or int64.
+        normalizer: divisor of the aggregation, a number or 0-d tensor > 0, as in PolicyLossConfig.
+
+    Returns:
+        ValueLoss(loss, metrics): 0-d and ValueMetrics, float32. With nothing unmasked the loss is 0
+        and connected, its gradient zero.
+
+    Raises:
+        TypeError: wrong dtype or type of an argument; a floating mask.
+        ValueError: shapes or devices that do not match; bad options, cu_seqlens or normalizer.
+    """
+    op = "value_loss"
+    tokens = {"values": values, "old_values": old_values, "returns": returns}
+    _checks.token_inputs(op, tokens, mask, cu_seqlens)
+    _checks.one_of(op, "aggregation", aggregation, AGGREGATIONS)
+    if aggregation == "constant" and normalizer is None:
+        raise ValueError(f"{op}: normalizer must be given with the aggregation 'constant'")
+    if clip_range is not None:
+        _checks.positive(op, "clip_range", clip_range)
+    count, divisor = _checks.divisor(op, normalizer)
+
+    backend = _backends.select(op, values.device)
+    if backend == _backends.REFERENCE:
+        _checks.offsets_valid(op, cu_seqlens, values.shape[0])
+        _checks.divisor_positive(op, count)
+        loss, metrics = reference.value_loss(
+            values,
+            old_values,
+            returns,
+            mask,
+            clip_range=clip_range,
+            aggregation=aggregation,
+            cu_seqlens=cu_seqlens,
+            normalizer=normalizer,
+        )
+        return ValueLoss(loss, ValueMetrics(metrics))
+    for name, t in tokens.items():
+        _checks.floating(op, name, t)
+    grad = torch.is_grad_enabled() and values.requires_grad
+    args = (
+        old_values.detach(), returns.detach(), mask, cu_seqlens, count, divisor,
+        0.0 if clip_range is None else clip_range, AGGREGATIONS.index(aggregation), grad, backend,
+    )  # fmt: skip
+    if grad:
+        loss, metrics = _ValueLoss.apply(values, *args)
+    else:
+        loss, metrics, _ = _forward(values.detach(), *args)
+    return ValueLoss(loss, ValueMetrics(metrics))

@@ -1,0 +1,315 @@
+"""PolicyLossConfig: which policy loss, with every constant that trainers disagree about."""
+
+import dataclasses
+import math
+from typing import Any
+
+OBJECTIVES = ("clip", "penalty", "reinforce", "cispo", "sapo")
+RATIO_LEVELS = ("token", "sequence", "sequence-token")
+KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+", "abs+")
+CORRECTION_LEVELS = ("token", "sequence")
+CORRECTION_MODES = ("truncate", "mask")
+AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant")
+
+#: exp() of a log-ratio saturates here whatever the options: the products of larger ratios would
+#: overflow fp32 and turn an advantage of 0 into NaN.
+LOG_RATIO_BOUND = 40.0
+
+# In place of an absent upper bound; its negative is an absent lower bound.
+_UNBOUNDED = 3.0e38
+
+Clamp = float | tuple[float, float] | None
+
+
+def _bounds(clamp: Clamp) -> tuple[float, float]:
+    """(low, high) of a clamp: None is no clamp, c is (-c, c)."""
+    if clamp is None:
+        return -math.inf, math.inf
+    return clamp if isinstance(clamp, tuple) else (-clamp, clamp)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyLossConfig:
+    """Options of `policy_loss`. Immutable; checked on construction.
+
+    With x_t = logprobs_t - old_logprobs_t, A the advantage and r = exp(x) the ratio, a token's term
+    is `w * objective + kl_coef * KL_ref - entropy_coef * entropy`, aggregated over the mask.
+
+    Attributes:
+        objective: "clip": max(-A min(r, delta), -A clip(r, 1 - clip_low, 1 + clip_high)), for A < 0
+            at most -A dual_clip. "penalty": -A r + penalty_coef * (r - 1 - x), whose second term
+            estimates KL(old || new) on samples of old without bias (k3). "reinforce": -A logprob.
+            "cispo": -A sg(clip(r)) logprob. "sapo": -A sigmoid(tau (r - 1)) 4 / tau. At a tie the
+            unclipped branch, and so its gradient, is taken.
+        ratio_level: "token": r_t = exp(x_t). "sequence": s = exp(mean of x over the sequence's
+            unmasked tokens) for each of its tokens, differentiated through s (GSPO, as TRL).
+            "sequence-token": value s, gradient sg(s) d logprob_t (GSPO-token, as verl).
+        clip_low: lower clip distance; None for no lower bound.
+        clip_high: upper clip distance; None for no upper bound.
+        clip_absolute: clip_low and clip_high are the bounds themselves, not distances from 1
+            (TRL's CISPO has an absolute upper bound).
+        dual_clip: c > 1 of dual clipping, or None.
+        delta: cap of r in the unclipped branch (two-sided clipping), above 1 + clip_high, or None.
+        penalty_coef: beta of the penalty objective.
+        sapo_tau_pos: tau where A > 0.
+        sapo_tau_neg: tau elsewhere.
+        kl_coef: weight of the KL to the reference policy; 0 for none.
+        kl_estimator: k1, k2, k3, abs of logprob - ref; with "+", value of the estimator and
+            gradient of k2 (straight-through).
+        kl_input_clamp: c or (low, high): clamp of logprob - ref before the estimator; no gradient
+            outside.
+        kl_value_clamp: c: clamp of the estimate to [-c, c]; no gradient outside. A "+" estimator
+            keeps the gradient of the unclamped k2 through both clamps.
+        kl_importance_weighted: multiply the estimate by r, differentiated through r: the unbiased
+            gradient of TRL and DeepSeek-V3.2.
+        entropy_coef: weight of the entropy bonus; 0 for none.
+        correction_level: importance correction of the mismatch between the engine that sampled and
+            the trainer, or None. "token": w = exp(old - rollout). "sequence": exp of its sum over
+            the sequence's unmasked tokens. w is detached and multiplies the objective alone (of
+            "penalty" only -A r).
+        correction_mode: "truncate": clamp w to [correction_min, correction_max]. "mask": w outside
+            them becomes 0.
+        correction_min: lower cap, or None.
+        correction_max: upper cap, or None.
+        log_ratio_clamp: c or (low, high): clamp of log r; no gradient outside, so a token (or
+            sequence) that far off stops learning. None leaves only the saturation at +-40 that all
+            exponentials here have.
+        aggregation: "token-mean": sum of the unmasked terms / normalizer. "seq-mean-token-mean":
+            sum over sequences of their means / normalizer. "seq-mean-token-sum": sum over
+            sequences of their sums / normalizer. "constant": sum / normalizer.
+        normalizer: the divisor. None: unmasked tokens (token-mean) or sequences with at least one
+            unmasked token (seq-mean-*), at least 1. "constant" needs one, here or at the call.
+            Pass the count of the whole step and micro-batches and ranks add up exactly.
+    """
+
+    objective: str = "clip"
+    ratio_level: str = "token"
+    clip_low: float | None = 0.2
+    clip_high: float | None = 0.2
+    clip_absolute: bool = False
+    dual_clip: float | None = None
+    delta: float | None = None
+    penalty_coef: float = 0.0
+    sapo_tau_pos: float = 1.0
+    sapo_tau_neg: float = 1.05
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+    kl_input_clamp: Clamp = None
+    kl_value_clamp: float | None = None
+    kl_importance_weighted: bool = False
+    entropy_coef: float = 0.0
+    correction_level: str | None = None
+    correction_mode: str = "truncate"
+    correction_min: float | None = None
+    correction_max: float | None = None
+    log_ratio_clamp: Clamp = 20.0
+    aggregation: str = "token-mean"
+    normalizer: float | None = None
+
+    def __post_init__(self) -> None:
+        self._check_values()
+        self._check_combinations()
+        # Computed once, so that a call passes two tuples (csrc/abi.h: PolicyConfig).
+        object.__setattr__(self, "_codes", self._encode_codes())
+        object.__setattr__(self, "_params", self._encode_params())
+
+    def _check_values(self) -> None:
+        for name, allowed in (
+            ("objective", OBJECTIVES),
+            ("ratio_level", RATIO_LEVELS),
+            ("kl_estimator", KL_ESTIMATORS),
+            ("correction_mode", CORRECTION_MODES),
+            ("aggregation", AGGREGATIONS),
+        ):
+            if getattr(self, name) not in allowed:
+                self._fail(name, f"one of {', '.join(allowed)}")
+        if self.correction_level is not None and self.correction_level not in CORRECTION_LEVELS:
+            self._fail("correction_level", f"None or one of {', '.join(CORRECTION_LEVELS)}")
+        for name in ("clip_absolute", "kl_importance_weighted"):
+            if not isinstance(getattr(self, name), bool):
+                self._fail(name, "a bool")
+        for name in ("clip_low", "clip_high", "correction_min"):
+            self._number(name, optional=True)
+        for name in ("penalty_coef", "kl_coef", "entropy_coef"):
+            self._number(name)
+        for name in ("dual_clip", "delta"):
+            self._number(name, above=1.0, optional=True)
+        for name in ("kl_value_clamp", "correction_max", "normalizer"):
+            self._number(name, above=0.0, optional=True)
+        for name in ("sapo_tau_pos", "sapo_tau_neg"):
+            self._number(name, above=0.0)
+        for name in ("kl_input_clamp", "log_ratio_clamp"):
+            self._clamp(name)
+
+    def _check_combinations(self) -> None:
+        low, high = self.clip_bounds()
+        if self.clip_low is not None and low < 0:
+            self._fail("clip_low", "at most 1, since 1 - clip_low is a ratio")
+        if low > high:
+            self._fail("clip_low", f"a bound not above that of clip_high, {high}")
+        if self.objective != "clip":
+            for name in ("dual_clip", "delta"):
+                if getattr(self, name) is not None:
+                    self._fail(name, f"None: the objective {self.objective!r} has no such bound")
+        if self.delta is not None and self.delta <= high:
+            self._fail("delta", f"above the upper clip bound, {high}")
+        if self.objective != "penalty" and self.penalty_coef != 0:
+            self._fail("penalty_coef", f"0 with the objective {self.objective!r}")
+        if self.objective == "reinforce" and self.ratio_level != "token":
+            self._fail("ratio_level", "token: the objective 'reinforce' has no ratio")
+        caps = (self.correction_min, self.correction_max)
+        if self.correction_level is None and caps != (None, None):
+            self._fail("correction_level", "'token' or 'sequence' where a correction cap is given")
+        if self.correction_level is not None and caps == (None, None):
+            self._fail("correction_max", "a number, or correction_min, with a correction_level")
+        if None not in caps and self.correction_min > self.correction_max:
+            self._fail("correction_min", f"at most correction_max, {self.correction_max}")
+
+    def _fail(self, name: str, expected: str) -> None:
+        raise ValueError(
+            f"PolicyLossConfig: {name} must be {expected}, got {getattr(self, name)!r}"
+        )
+
+    def _number(self, name: str, *, above: float | None = None, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        limit = "a finite number " + (">= 0" if above is None else f"> {above:g}")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value):
+            self._fail(name, limit + (" or None" if optional else ""))
+        if (value < 0) if above is None else (value <= above):
+            self._fail(name, limit + (" or None" if optional else ""))
+
+    def _clamp(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        pair = value if isinstance(value, tuple) else (0, value)
+        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in pair)
+        if not (numbers and len(pair) == 2 and pair[0] <= 0 < pair[1]):
+            self._fail(name, "None, a number > 0 or a tuple (low <= 0, high > 0)")
+
+    def clip_bounds(self) -> tuple[float, float]:
+        """(low, high) of the clipped ratio; -inf and inf where there is no bound."""
+        low = -math.inf if self.clip_low is None else self.clip_low
+        high = math.inf if self.clip_high is None else self.clip_high
+        if self.clip_absolute:
+            return low, high
+        return (1 - low if self.clip_low is not None else low, 1 + high)
+
+    def log_ratio_bounds(self) -> tuple[float, float]:
+        """(low, high) of the log-ratio, within the saturation at +-LOG_RATIO_BOUND."""
+        low, high = _bounds(self.log_ratio_clamp)
+        return max(low, -LOG_RATIO_BOUND), min(high, LOG_RATIO_BOUND)
+
+    def kl_input_bounds(self) -> tuple[float, float]:
+        """(low, high) of logprob - ref."""
+        return _bounds(self.kl_input_clamp)
+
+    def correction_bounds(self) -> tuple[float, float]:
+        """(low, high) of the correction weight."""
+        low = 0.0 if self.correction_min is None else self.correction_min
+        return low, math.inf if self.correction_max is None else self.correction_max
+
+    def _encode_codes(self) -> tuple[int, ...]:
+        levels = (None, *CORRECTION_LEVELS)
+        return (
+            OBJECTIVES.index(self.objective),
+            RATIO_LEVELS.index(self.ratio_level),
+            KL_ESTIMATORS.index(self.kl_estimator),
+            int(self.kl_importance_weighted),
+            levels.index(self.correction_level),
+            CORRECTION_MODES.index(self.correction_mode),
+            AGGREGATIONS.index(self.aggregation),
+        )
+
+    def _encode_params(self) -> tuple[float, ...]:
+        values = (
+            *self.clip_bounds(),
+            math.inf if self.dual_clip is None else self.dual_clip,
+            math.inf if self.delta is None else self.delta,
+            *self.log_ratio_bounds(),
+            self.penalty_coef,
+            self.sapo_tau_pos,
+            self.sapo_tau_neg,
+            self.kl_coef,
+            *self.kl_input_bounds(),
+            math.inf if self.kl_value_clamp is None else self.kl_value_clamp,
+            self.entropy_coef,
+            *self.correction_bounds(),
+        )
+        # Finite, so that a product with an advantage of 0 is 0.
+        return tuple(float(min(max(v, -_UNBOUNDED), _UNBOUNDED)) for v in values)
+
+    @classmethod
+    def ppo(cls, **options: Any) -> "PolicyLossConfig":
+        """PPO-clip, Schulman et al. 2017 (arXiv:1707.06347): clip 0.2, mean over tokens."""
+        return cls(**options)
+
+    @classmethod
+    def ppo_penalty(cls, **options: Any) -> "PolicyLossConfig":
+        """PPO with a KL(old || new) penalty, Schulman et al. 2017 (arXiv:1707.06347, §4).
+
+        Update `penalty_coef` between rollouts: halve it where the KL is below target / 1.5, double
+        it above 1.5 target.
+        """
+        return cls(**{"objective": "penalty", "penalty_coef": 1.0} | options)
+
+    @classmethod
+    def grpo(cls, **options: Any) -> "PolicyLossConfig":
+        """GRPO, Shao et al. 2024 (arXiv:2402.03300): k3 KL 0.04, mean of sequence means."""
+        return cls(**{"kl_coef": 0.04, "aggregation": "seq-mean-token-mean"} | options)
+
+    @classmethod
+    def dapo(cls, **options: Any) -> "PolicyLossConfig":
+        """DAPO, Yu et al. 2025 (arXiv:2503.14476): clip-higher 0.2/0.28, token mean, no KL."""
+        return cls(**{"clip_high": 0.28} | options)
+
+    @classmethod
+    def dr_grpo(cls, **options: Any) -> "PolicyLossConfig":
+        """Dr. GRPO, Liu et al. 2025 (arXiv:2503.20783): token sum over a constant.
+
+        The normalizer, sequences * maximum completion length, is given here or at the call.
+        """
+        return cls(**{"aggregation": "constant"} | options)
+
+    @classmethod
+    def gspo(cls, **options: Any) -> "PolicyLossConfig":
+        """GSPO, Zheng et al. 2025 (arXiv:2507.18071): sequence ratio, clip 3e-4/4e-4."""
+        defaults = {
+            "ratio_level": "sequence",
+            "clip_low": 3e-4,
+            "clip_high": 4e-4,
+            "aggregation": "seq-mean-token-mean",
+        }
+        return cls(**defaults | options)
+
+    @classmethod
+    def cispo(cls, **options: Any) -> "PolicyLossConfig":
+        """CISPO, MiniMax-M1 2025 (arXiv:2506.13585): detached clipped weight, no lower bound.
+
+        The paper leaves its upper distance open; 4, a weight of at most 5, is what reproductions
+        use.
+        """
+        return cls(**{"objective": "cispo", "clip_low": None, "clip_high": 4.0} | options)
+
+    @classmethod
+    def sapo(cls, **options: Any) -> "PolicyLossConfig":
+        """SAPO, Gao et al. 2025 (arXiv:2511.20347): soft gate, temperatures 1.0/1.05."""
+        return cls(**{"objective": "sapo", "aggregation": "seq-mean-token-mean"} | options)
+
+    @classmethod
+    def reinforce(cls, **options: Any) -> "PolicyLossConfig":
+        """REINFORCE, Williams 1992: -A logprob, mean over tokens."""
+        return cls(**{"objective": "reinforce"} | options)
+
+    @classmethod
+    def reinforce_plus_plus(cls, **options: Any) -> "PolicyLossConfig":
+        """REINFORCE++, Hu 2025 (arXiv:2501.03262): PPO-clip over batch-whitened advantages."""
+        return cls(**options)
+
+    @classmethod
+    def rloo(cls, **options: Any) -> "PolicyLossConfig":
+        """RLOO, Ahmadian et al. 2024 (arXiv:2402.14740): -A log p(sequence), mean of sequences."""
+        return cls(**{"objective": "reinforce", "aggregation": "seq-mean-token-sum"} | options)

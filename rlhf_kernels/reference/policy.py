@@ -1,0 +1,251 @@
+"""The policy loss, defined."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..policy_config import LOG_RATIO_BOUND, PolicyLossConfig
+from ._common import compute
+
+METRICS = (
+    *("loss", "pg_loss", "kl_loss", "entropy_loss"),
+    *("clip_frac_low", "clip_frac_high", "dual_clip_frac"),
+    *("ratio_mean", "ratio_min", "ratio_max"),
+    *("k1_old", "k3_old", "k1_ref", "k3_ref"),
+    *("entropy", "ess", "correction_mean", "tokens"),
+)
+
+
+def sequence_sum(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Each token's sequence sum: [B, 1] of padded [B, T], [N] of packed [N]."""
+    if cu_seqlens is None:
+        return x.sum(-1, keepdim=True)
+    ids = sequence_ids(x, cu_seqlens)
+    return x.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, ids, x)[ids]
+
+
+def sequence_ids(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The sequence of each packed token of x [N]."""
+    tokens = torch.arange(x.shape[0], device=x.device)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
+
+
+def per_token(x: Tensor, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """x as it is if it has the shape of tokens, else one per sequence spread over its tokens."""
+    if x.shape == tokens.shape:
+        return x
+    if cu_seqlens is None:
+        return x.unsqueeze(-1).expand_as(tokens)
+    return x[sequence_ids(tokens, cu_seqlens)]
+
+
+def token_weights(
+    mask: Tensor,
+    aggregation: str,
+    normalizer: float | Tensor | None,
+    dtype: torch.dtype,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """c_t with loss = sum over the mask of c_t * term_t; broadcasts to the mask.
+
+    Args:
+        mask: bool, [B, T] or packed [N].
+        aggregation: see PolicyLossConfig.
+        normalizer: the divisor, or None for the number of unmasked tokens or sequences.
+        dtype: of the result.
+        cu_seqlens: offsets of packed sequences.
+    """
+    kept = mask.to(dtype)
+    length = sequence_sum(kept, cu_seqlens).clamp(min=1)
+    if normalizer is None:
+        # A sequence is the sum over its tokens of 1 / length.
+        count = kept if aggregation == "token-mean" else torch.where(mask, 1 / length, 0)
+        normalizer = count.sum().round().clamp(min=1)
+    weight = torch.ones_like(length) / normalizer
+    return weight / length if aggregation == "seq-mean-token-mean" else weight
+
+
+def kl_term(x: Tensor, config: PolicyLossConfig) -> Tensor:
+    """The KL estimate of config from x = logprob - ref."""
+    estimator = config.kl_estimator
+    z = x.clamp(*config.kl_input_bounds())
+    value = estimate(z, estimator.removesuffix("+"))
+    if config.kl_value_clamp is not None:
+        value = value.clamp(-config.kl_value_clamp, config.kl_value_clamp)
+    if estimator.endswith("+"):
+        k2 = estimate(x, "k2")
+        return value.detach() + (k2 - k2.detach())
+    return value
+
+
+def estimate(x: Tensor, estimator: str) -> Tensor:
+    """Schulman's estimators of KL(p || q) from x = log p - log q at a sample of p."""
+    if estimator == "k1":
+        return x
+    if estimator == "k2":
+        return 0.5 * x * x
+    if estimator == "abs":
+        return x.abs()
+    x = x.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return torch.expm1(-x) + x
+
+
+def correction_weight(
+    log_weight: Tensor, mask: Tensor, cu_seqlens: Tensor | None, config: PolicyLossConfig
+) -> Tensor:
+    """w from old - rollout: exp, over the sequence if so configured, then truncated or masked."""
+    if config.correction_level == "sequence":
+        log_weight = sequence_sum(log_weight, cu_seqlens)
+    w = log_weight.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+    low, high = config.correction_bounds()
+    if config.correction_mode == "truncate":
+        return w.clamp(low, high)
+    return torch.where((w >= low) & (w <= high), w, 0)
+
+
+def objective_term(
+    r: Tensor, log_r: Tensor, logprobs: Tensor, advantages: Tensor, w: Tensor | float,
+    config: PolicyLossConfig,
+) -> Tensor:  # fmt: skip
+    """One token's objective, times the correction weight."""
+    low, high = config.clip_bounds()
+    a = advantages
+    if config.objective == "reinforce":
+        return w * (-a * logprobs)
+    if config.objective == "cispo":
+        return w * (-a * r.detach().clamp(low, high) * logprobs)
+    if config.objective == "penalty":
+        return w * (-a * r) + config.penalty_coef * (torch.expm1(log_r) - log_r)
+    if config.objective == "sapo":
+        tau = torch.where(a > 0, config.sapo_tau_pos, config.sapo_tau_neg).to(r.dtype)
+        return w * (-a * torch.sigmoid(tau * (r - 1)) * (4 / tau))
+    unclipped = -a * (r if config.delta is None else r.clamp(max=config.delta))
+    clipped = -a * r.clamp(low, high)
+    term = torch.where(clipped > unclipped, clipped, unclipped)
+    if config.dual_clip is not None:
+        bound = -a * config.dual_clip
+        term = torch.where((a < 0) & (term > bound), bound, term)
+    return w * term
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    ref_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    config: PolicyLossConfig,
+) -> tuple[Tensor, Tensor]:
+    """The loss of `PolicyLossConfig` and its metrics, differentiable in logprobs and entropy.
+
+    Args:
+        logprobs: [B, T], or packed [N] with cu_seqlens.
+        old_logprobs, ref_logprobs, rollout_logprobs: same shape; constants.
+        advantages: same shape, or one per sequence; constant.
+        mask: bool or integer, nonzero = keep. What lies under it changes nothing.
+        entropy: same shape.
+        cu_seqlens: [S + 1].
+        normalizer: overrides config.normalizer.
+        config: options.
+
+    Returns:
+        (loss, metrics in the order of METRICS).
+    """
+    mask = mask != 0
+
+    def clean(x: Tensor | None, constant: bool = True) -> Tensor | None:
+        if x is None:
+            return None
+        return torch.where(mask, compute(x.detach() if constant else x), 0)
+
+    lp, old = clean(logprobs, constant=False), clean(old_logprobs)
+    a = clean(per_token(advantages, mask, cu_seqlens))
+    ref, rollout = clean(ref_logprobs), clean(rollout_logprobs)
+    bonus = clean(entropy, constant=config.entropy_coef == 0)
+    length = sequence_sum(mask.to(lp.dtype), cu_seqlens).clamp(min=1)
+
+    token_x = lp - old
+    x = token_x if config.ratio_level == "token" else sequence_sum(token_x, cu_seqlens) / length
+    log_r = x.clamp(*config.log_ratio_bounds())
+    if config.ratio_level == "sequence-token":
+        # Value s, and inside the clamp the gradient of the token's own logprob.
+        inside = (log_r == x).to(lp.dtype)
+        log_r = log_r.detach() + inside * (lp - lp.detach())
+    r, log_r = log_r.exp().expand_as(lp), log_r.expand_as(lp)
+
+    w: Tensor | float = 1.0
+    if rollout is not None:
+        w = correction_weight(old - rollout, mask, cu_seqlens, config)
+    applied = w if config.correction_level is not None else 1.0
+    pg_term = objective_term(r, log_r, lp, a, applied, config)
+    kl = torch.zeros_like(lp) if ref is None else kl_term(lp - ref, config)
+    if config.kl_importance_weighted:
+        kl = kl * r
+
+    if normalizer is None:
+        normalizer = config.normalizer
+    weight = token_weights(mask, config.aggregation, normalizer, lp.dtype, cu_seqlens)
+
+    def aggregate(term: Tensor) -> Tensor:
+        return torch.where(mask, weight * term, 0).sum()
+
+    pg_loss, kl_loss = aggregate(pg_term), aggregate(kl)
+    entropy_loss = lp.new_zeros(()) if bonus is None else aggregate(bonus)
+    loss = pg_loss
+    if config.kl_coef != 0:
+        loss = loss + config.kl_coef * kl_loss
+    if config.entropy_coef != 0:
+        loss = loss - config.entropy_coef * entropy_loss
+
+    with torch.no_grad():
+        tokens = mask.sum().to(lp.dtype)
+
+        def mean(x: Tensor) -> Tensor:
+            return torch.where(mask, x, 0).sum() / tokens.clamp(min=1)
+
+        low, high, dual = clipped_tokens(r, a, config)
+        k3_x = token_x.clamp(*config.log_ratio_bounds())
+        ref_x = torch.zeros_like(lp) if ref is None else lp - ref
+        any_token = tokens > 0
+        ratio_min = _extreme(torch.where(mask, r, torch.inf), any_token, torch.amin)
+        ratio_max = _extreme(torch.where(mask, r, -torch.inf), any_token, torch.amax)
+        square = mean(r * r)
+        metrics = torch.stack(
+            [
+                *(loss, pg_loss, kl_loss, entropy_loss),
+                *(mean(flag.to(lp.dtype)) for flag in (low, high, dual)),
+                *(mean(r), ratio_min, ratio_max),
+                *(mean(-token_x), mean(torch.expm1(k3_x) - k3_x)),
+                *(mean(ref_x), mean(estimate(ref_x, "k3"))),
+                mean(torch.zeros_like(lp) if bonus is None else bonus),
+                torch.where(square > 0, mean(r) ** 2 / square, 0),
+                mean(torch.as_tensor(w, dtype=lp.dtype, device=lp.device)),
+                tokens,
+            ]
+        )
+    return loss, metrics
+
+
+def clipped_tokens(r: Tensor, a: Tensor, config: PolicyLossConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the lower clip, the upper clip, and dual_clip or delta take effect."""
+    low, high = config.clip_bounds()
+    nowhere = torch.zeros_like(r, dtype=torch.bool)
+    if config.objective == "cispo":
+        return r < low, r > high, nowhere
+    if config.objective != "clip":
+        return nowhere, nowhere, nowhere
+    dual = nowhere
+    for bound in (config.delta, config.dual_clip):
+        if bound is not None:
+            dual = dual | ((a < 0) & (r > bound))
+    return (a < 0) & (r < low), (a > 0) & (r > high), dual
+
+
+def _extreme(x: Tensor, any_token: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    return torch.where(any_token, reduce(x), 0) if x.numel() else x.new_zeros(())

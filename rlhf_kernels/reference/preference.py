@@ -1,0 +1,71 @@
+"""Sequence log-probabilities and the losses of preference pairs, defined."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._common import compute
+from .policy import sequence_ids
+
+
+def sequence_logprobs(
+    logprobs: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None, average: bool = False
+) -> Tensor:
+    """Sum, or with `average` mean, of each sequence's unmasked token log-probabilities: [B]."""
+    mask = mask != 0
+    x = torch.where(mask, compute(logprobs), 0)
+    if cu_seqlens is None:
+        total, count = x.sum(-1), mask.sum(-1)
+    else:
+        ids, sequences = sequence_ids(x, cu_seqlens), cu_seqlens.shape[0] - 1
+        total = x.new_zeros(sequences).index_add(0, ids, x)
+        count = x.new_zeros(sequences).index_add(0, ids, mask.to(x.dtype))
+    return total / count.clamp(min=1) if average else total
+
+
+def dpo_loss(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    ref_chosen_logprobs: Tensor,
+    ref_rejected_logprobs: Tensor,
+    *,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean loss over pairs, and the implicit rewards beta (logprob - ref) of both sides.
+
+    With d = (chosen - ref_chosen) - (rejected - ref_rejected), z = beta d, s = label_smoothing:
+    sigmoid -(1 - s) log sigmoid(z) - s log sigmoid(-z); ipo (d - 1 / (2 beta))^2; hinge
+    max(0, 1 - z); robust (-(1 - s) log sigmoid(z) + s log sigmoid(-z)) / (1 - 2 s).
+    """
+    chosen = compute(chosen_logprobs) - compute(ref_chosen_logprobs)
+    rejected = compute(rejected_logprobs) - compute(ref_rejected_logprobs)
+    d = chosen - rejected
+    z, s = beta * d, label_smoothing
+    if loss_type == "ipo":
+        term = (d - 1 / (2 * beta)) ** 2
+    elif loss_type == "hinge":
+        term = torch.relu(1 - z)
+    elif loss_type == "robust":
+        term = (-(1 - s) * F.logsigmoid(z) + s * F.logsigmoid(-z)) / (1 - 2 * s)
+    else:
+        term = -(1 - s) * F.logsigmoid(z) - s * F.logsigmoid(-z)
+    loss = term.sum() / max(term.numel(), 1)
+    return loss, beta * chosen.detach(), beta * rejected.detach()
+
+
+def reward_model_loss(
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    *,
+    margin: float | Tensor | None = None,
+    center_coef: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Mean over pairs of -log sigmoid(r_w - r_l - margin) + center_coef (r_w + r_l)^2; accuracy."""
+    chosen, rejected = compute(chosen_rewards), compute(rejected_rewards)
+    d = chosen - rejected
+    z = d if margin is None else d - margin
+    term = -F.logsigmoid(z) + center_coef * (chosen + rejected) ** 2
+    pairs = max(d.numel(), 1)
+    return term.sum() / pairs, (d.detach() > 0).to(d.dtype).sum() / pairs

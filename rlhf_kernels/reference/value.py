@@ -1,0 +1,64 @@
+"""The value loss, defined."""
+
+import torch
+from torch import Tensor
+
+from ._common import compute
+from .policy import token_weights
+
+METRICS = ("loss", "clip_frac", "value_mean", "return_mean", "explained_variance", "tokens")
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip_range: float | None = None,
+    aggregation: str = "token-mean",
+    cu_seqlens: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2), aggregated over the mask.
+
+    Args:
+        values: V, [B, T], or packed [N] with cu_seqlens.
+        old_values: V_old, same shape; constant.
+        returns: R, same shape; constant.
+        mask: bool or integer, nonzero = keep. What lies under it changes nothing.
+        clip_range: c, or None for the plain squared error.
+        aggregation: as in PolicyLossConfig.
+        cu_seqlens: [S + 1].
+        normalizer: as in PolicyLossConfig.
+
+    Returns:
+        (loss, metrics in the order of METRICS).
+    """
+    mask = mask != 0
+    v = torch.where(mask, compute(values), 0)
+    old = torch.where(mask, compute(old_values.detach()), 0)
+    target = torch.where(mask, compute(returns.detach()), 0)
+    term = (v - target) ** 2
+    clipped_wins = torch.zeros_like(mask)
+    if clip_range is not None:
+        clipped = (v.clamp(old - clip_range, old + clip_range) - target) ** 2
+        clipped_wins = clipped > term
+        term = torch.where(clipped_wins, clipped, term)
+    weight = token_weights(mask, aggregation, normalizer, v.dtype, cu_seqlens)
+    loss = 0.5 * torch.where(mask, weight * term, 0).sum()
+
+    with torch.no_grad():
+        tokens = mask.sum().to(v.dtype)
+
+        def mean(x: Tensor) -> Tensor:
+            return torch.where(mask, x, 0).sum() / tokens.clamp(min=1)
+
+        def variance(x: Tensor) -> Tensor:
+            return mean((x - mean(x)) ** 2)
+
+        total = variance(target)
+        explained = torch.where(total > 0, 1 - variance(target - v) / total, 0)
+        fraction = mean(clipped_wins.to(v.dtype))
+        metrics = torch.stack([loss, fraction, mean(v), mean(target), explained, tokens])
+    return loss, metrics
