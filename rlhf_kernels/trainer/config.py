@@ -1,5 +1,6 @@
-"""Settings of the trainer: dataclasses whose field names are the YAML keys and the command-line flags."""
+"""Settings: dataclasses whose field names are the YAML keys and the command-line flags."""
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +11,6 @@ from transformers import HfArgumentParser
 
 
 def _doc(text: str, default: Any) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
@@ -52,8 +51,14 @@ class DataConfig:
     eval_size: int = _doc("problems held out from every training phase", 512)
     max_prompt_tokens: int = _doc("longer prompts are dropped", 256)
     max_new_tokens: int = _doc("longest completion, end token included", 8)
-    reward_funcs: list[str] = _doc("'module:function' paths; empty = the task's own", [])
-    reward_weights: list[float] = _doc("one weight per reward function; empty = ones", [])
+    reward_funcs: list[str] = field(
+        default_factory=list,
+        metadata={"help": "'module:function' paths; empty = the task's own"},
+    )
+    reward_weights: list[float] = field(
+        default_factory=list,
+        metadata={"help": "one weight per reward function; empty = ones"},
+    )
 
     def __post_init__(self) -> None:
         _require(self.max_operand >= 1, "max_operand", ">= 1", self.max_operand)
@@ -84,6 +89,7 @@ class PPOConfig:
     learning_rate: float = _doc("policy", 3e-4)
     critic_learning_rate: float = _doc("critic", 1e-3)
     lr_schedule: str = _doc("'constant' or 'linear' (to zero at the last step)", "constant")
+    warmup_steps: int = _doc("rollouts over which the learning rates rise", 10)
     max_grad_norm: float = _doc("global gradient norm, policy and critic each", 1.0)
     temperature: float = _doc("sampling temperature, also of the loss", 1.0)
     gamma: float = _doc("discount", 1.0)
@@ -104,12 +110,16 @@ class PPOConfig:
         for name in ("total_steps", "batch_size", "mini_batch_size", "epochs"):
             _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
         divides = self.batch_size % self.mini_batch_size == 0
-        _require(divides, "mini_batch_size", f"a divisor of batch_size={self.batch_size}",
-                 self.mini_batch_size)
+        _require(
+            divides,
+            "mini_batch_size",
+            f"a divisor of batch_size={self.batch_size}",
+            self.mini_batch_size,
+        )
         _require(self.temperature > 0, "temperature", "> 0", self.temperature)
         schedules = ("constant", "linear")
-        _require(self.lr_schedule in schedules, "lr_schedule", f"one of {schedules}",
-                 self.lr_schedule)
+        known = self.lr_schedule in schedules
+        _require(known, "lr_schedule", f"one of {schedules}", self.lr_schedule)
 
 
 def _yaml_as_flags(path: str) -> list[str]:
@@ -128,7 +138,7 @@ def _yaml_as_flags(path: str) -> list[str]:
 
 
 def parse_config(classes: Sequence[type], argv: Sequence[str], *, prog: str) -> tuple[Any, ...]:
-    """Dataclasses from `--config file.yaml` and flags; a flag wins over the file.
+    """Dataclass instances from `--config file.yaml` and flags; a flag wins over the file.
 
     Args:
         classes: dataclasses with disjoint field names.
@@ -137,7 +147,8 @@ def parse_config(classes: Sequence[type], argv: Sequence[str], *, prog: str) -> 
     """
     parser = HfArgumentParser(classes, prog=prog, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file of the settings below")
-    path = next((b for a, b in zip(argv, argv[1:], strict=False) if a == "--config"), None)
-    path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), path)
+    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser.add_argument("--config")
+    path = config_parser.parse_known_args(argv)[0].config
     flags = _yaml_as_flags(path) if path else []
     return parser.parse_args_into_dataclasses([*flags, *argv])[: len(classes)]

@@ -19,7 +19,7 @@ _SPECIAL = ("<pad>", "<eos>")
 
 
 class Problem(NamedTuple):
-    """A prompt, the completion a supervised phase imitates, and the columns the reward functions read."""
+    """A prompt, the completion to imitate, and the columns that reward functions read."""
 
     prompt: str
     completion: str
@@ -41,7 +41,8 @@ class Task:
 class Batch(NamedTuple):
     """Left-padded prompts followed by right-padded completions.
 
-    `input_ids` and `attention_mask` are `[B, P + T]`, `completion_mask` is `[B, T]`: end token kept, padding not.
+    `input_ids` and `attention_mask` are `[B, P + T]`. `completion_mask`, `[B, T]`, keeps each
+    completion up to its end token and drops the padding.
     """
 
     input_ids: Tensor
@@ -64,13 +65,12 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool) -> tuple[Tensor, Tensor]:
     """Token lists as `[B, longest]` ids and their bool mask."""
     width = max(map(len, rows), default=0)
-    fill = [[value] * (width - len(row)) for row in rows]
-    keep = [[False] * len(f) for f in fill]
-    ones = [[True] * len(row) for row in rows]
-    join = (lambda a, b: [*b, *a]) if left else (lambda a, b: [*a, *b])
-    ids = [join(list(row), f) for row, f in zip(rows, fill, strict=True)]
-    mask = [join(o, k) for o, k in zip(ones, keep, strict=True)]
-    return torch.tensor(ids, dtype=torch.long), torch.tensor(mask, dtype=torch.bool)
+    ids = torch.full((len(rows), width), value)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        span = slice(width - len(row), width) if left else slice(len(row))
+        ids[i, span], mask[i, span] = torch.tensor(row, dtype=torch.long), True
+    return ids, mask
 
 
 def encode_prompts(
@@ -144,9 +144,9 @@ def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
 def bpe_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on the texts; numbers are split into digits."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -190,8 +190,10 @@ def read_jsonl(path: str) -> list[Problem]:
         ):
             raise ValueError(f"{where}: expected an object with texts 'question' and 'answer'")
         if rewards.final_number(row["answer"]) is None:
-            tail = row["answer"][-40:]
-            raise ValueError(f"{where}: expected an answer ending in '#### <number>', found {tail!r}")
+            found = row["answer"][-40:]
+            raise ValueError(
+                f"{where}: expected 'answer' to end in '#### <number>', found {found!r}"
+            )
         problems.append(Problem(row["question"] + "\n", row["answer"], row))
     if not problems:
         raise ValueError(f"{path}: expected at least one problem, found none")
@@ -213,7 +215,7 @@ def load_task(config: DataConfig, *, seed: int, model: str | None = None) -> Tas
     if model is not None:
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"model: expected a tokenizer with an end token, found none in {model!r}")
+            raise ValueError(f"model: expected a tokenizer with an end token, found {model!r}")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
     elif config.data is None:

@@ -21,23 +21,28 @@ def generate(
 ) -> Batch:
     """Completions of left-padded prompts `[B, P]`, as one batch.
 
-    Tokens are drawn from softmax(logits / temperature); `temperature=0` takes the most likely one. The loop is our own
-    because on small models transformers' `generate` spends most of its time around the model, and because drawing from
-    an explicit `generator` makes a run repeatable whatever else uses the global one.
+    Tokens are drawn from softmax(logits / temperature); `temperature=0` takes the most likely one.
+    The loop is our own because transformers' `generate` spends much of its time around a small
+    model, and cannot draw from an explicit `generator`, which keeps a run repeatable whatever else
+    uses the global one.
     """
     cache = DynamicCache(config=model.config)
     attention, positions, ids = prompt_mask, position_ids(prompt_mask), prompt_ids
     alive = torch.ones(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)
     tokens, masks = [], []
     for _ in range(max_new_tokens):
-        logits = model(
-            input_ids=ids,
-            attention_mask=attention,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1].float()
+        logits = (
+            model(
+                input_ids=ids,
+                attention_mask=attention,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            .logits[:, -1]
+            .float()
+        )
         if temperature == 0:
             token = logits.argmax(-1)
         else:

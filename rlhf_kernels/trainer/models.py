@@ -42,7 +42,7 @@ def build_policy(
 
 
 def build_critic(policy: PreTrainedModel) -> PreTrainedModel:
-    """A value model: the policy's backbone, copied, under a head of one output that starts at zero."""
+    """A value model: a copy of the policy's backbone under a scalar head that starts at zero."""
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     critic = AutoModelForTokenClassification.from_config(config, dtype=policy.dtype)
@@ -66,7 +66,7 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def completion_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Logits `[B, T, V]` that predict the completion's tokens: a view, so no copy of the vocabulary axis."""
+    """Logits `[B, T, V]` that predict the completion's tokens; a strided view, not a copy."""
     width = batch.completion_mask.shape[1]
     return model(
         input_ids=batch.input_ids,

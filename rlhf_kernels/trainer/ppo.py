@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,17 +79,27 @@ def sample_completions(
     return Rollout(batch, completions, scores)
 
 
+class Call(NamedTuple):
+    """A kernel call with copies of its inputs; `grad`: whether autograd was on."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    grad: bool
+
+
 class Recorder:
     """Calls kernels, and keeps copies of the inputs of the calls made while `active`."""
 
     def __init__(self) -> None:
         self.active = False
-        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], bool]] = []
+        self.calls: list[Call] = []
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.active:
-            copy = {key: _snapshot(value) for key, value in kwargs.items()}
-            self.calls.append((function, tuple(map(_snapshot, args)), copy, torch.is_grad_enabled()))
+            named = {key: _snapshot(value) for key, value in kwargs.items()}
+            grad = torch.is_grad_enabled()
+            self.calls.append(Call(function, tuple(map(_snapshot, args)), named, grad))
         return function(*args, **kwargs)
 
 
@@ -100,7 +110,7 @@ def _snapshot(value: Any) -> Any:
 
 
 class PPOTrainer:
-    """The state of a PPO run. `step()` is one rollout and its updates; iterate for all of them.
+    """The state of a PPO run; `step()` is one rollout and its updates.
 
     Schulman et al. 2017 (PPO), with Ziegler et al. 2019's KL penalty inside the reward:
     R_t = -beta * KL_t + [t last] * score.
@@ -129,10 +139,9 @@ class PPOTrainer:
                 (self.critic, config.critic_learning_rate),
             )
         ]
-        fade = config.total_steps if config.lr_schedule == "linear" else None
         self.schedules = [
-            torch.optim.lr_scheduler.LambdaLR(o, lambda s: 1.0 - s / fade if fade else 1.0)
-            for o in self.optimizers
+            torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
+            for optimizer in self.optimizers
         ]
         if config.kl_target > 0:
             self.kl: rk.FixedKLController | rk.AdaptiveKLController = rk.AdaptiveKLController(
@@ -149,16 +158,17 @@ class PPOTrainer:
         self.kernel = Recorder()
         self.steps_done = 0
 
-    def __iter__(self) -> Iterator[dict[str, float]]:
-        while self.steps_done < self.config.total_steps:
-            yield self.step()
+    def _learning_rate_factor(self, step: int) -> float:
+        config = self.config
+        fade = 1.0 - step / config.total_steps if config.lr_schedule == "linear" else 1.0
+        return min(1.0, (step + 1) / max(1, config.warmup_steps)) * fade
 
     def forward(self, batch: Batch) -> Forward:
         """Log-probabilities and entropy of the policy, values of the critic."""
         logprobs, entropy = self._logprobs(self.policy, batch, entropy=True)
         return Forward(logprobs, entropy, completion_values(self.critic, batch))
 
-    def _logprobs(self, model: PreTrainedModel, batch: Batch, *, entropy: bool) -> tuple[Tensor, Any]:
+    def _logprobs(self, model: PreTrainedModel, batch: Batch, *, entropy: bool) -> rk.TokenLogprobs:
         return self.kernel(
             rk.token_logprobs,
             completion_logits(model, batch),
@@ -182,17 +192,18 @@ class PPOTrainer:
         scores = torch.tensor(rollout.scores.total, device=mask.device)
         clock.append(time.perf_counter())
 
-        # The old log-probabilities are computed by the very mini-batches of the first epoch, so that the first
-        # ratio is exactly 1. With one update per rollout that pass is the update's own.
+        # The old log-probabilities come from the very mini-batches of the first epoch, so that the
+        # first ratio is exactly 1. With one update per rollout that pass is the update's own.
         parts = torch.arange(config.batch_size).split(config.mini_batch_size)
         single = len(parts) * config.epochs == 1
         with torch.set_grad_enabled(single):
             passes = [self.forward(batch.rows(part)) for part in parts]
         with torch.no_grad():
-            old = Forward(*(torch.cat(field).detach() for field in zip(*passes, strict=True)))
-            reference = torch.cat(
-                [self._logprobs(self.reference, batch.rows(p), entropy=False)[0] for p in parts]
-            )
+            old = Forward(*(torch.cat(field) for field in zip(*passes, strict=True)))
+            reference_passes = [
+                self._logprobs(self.reference, batch.rows(part), entropy=False) for part in parts
+            ]
+            reference = torch.cat([p.logprobs for p in reference_passes])
             estimate = self.kernel(
                 rk.ppo_advantages,
                 scores,

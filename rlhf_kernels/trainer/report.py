@@ -13,11 +13,11 @@ import torch
 
 import rlhf_kernels as rk
 
-from .ppo import Recorder
+from .ppo import Call
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen before)
+import matplotlib.pyplot as plt
 
 
 class MetricsLog:
@@ -39,7 +39,7 @@ class MetricsLog:
 def plot_curves(rows: Sequence[dict[str, float]], path: Path) -> None:
     """Reward, KL to the reference and entropy over the steps, as one PNG."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    titles = {"reward": "mean reward", "kl": "KL to reference, per completion", "entropy": "entropy per token"}
+    titles = {"reward": "reward", "kl": "KL to reference, per completion", "entropy": "entropy"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         axis.plot([row["step"] for row in rows], [row[key] for row in rows])
         axis.set(title=title, xlabel="PPO step")
@@ -52,8 +52,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Columns aligned for a terminal; line breaks are shown, long cells are cut."""
     cells = [[_cell(value) for value in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
-    lines.insert(1, "  ".join("-" * w for w in widths))
+    cells.insert(1, ["-" * width for width in widths])
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
     return "\n".join(lines)
 
 
@@ -62,35 +62,36 @@ def _cell(value: Any, limit: int = 48) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _run(function: Any, args: Any, kwargs: Any, grad: bool) -> None:
-    with torch.set_grad_enabled(grad):
-        result = function(*args, **kwargs)
-        parts = (result.loss,) if hasattr(result, "loss") else tuple(result)
-        loss = sum(p.sum() for p in parts if isinstance(p, torch.Tensor) and p.requires_grad)
-    if isinstance(loss, torch.Tensor):
-        leaves = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.requires_grad]
-        torch.autograd.grad(loss, leaves)
-
-
-def _seconds(call: Any, device: torch.device) -> float:
+def _seconds(call: Call, device: torch.device) -> float:
+    """Wall time of a recorded call, backward included where its inputs took gradients."""
     start = time.perf_counter()
-    _run(*call)
+    with torch.set_grad_enabled(call.grad):
+        result = call.function(*call.args, **call.kwargs)
+    outputs = [t for t in result if isinstance(t, torch.Tensor) and t.requires_grad]
+    if outputs:
+        inputs = [t for t in (*call.args, *call.kwargs.values()) if isinstance(t, torch.Tensor)]
+        leaves = [t for t in inputs if t.requires_grad]
+        # An entropy without a bonus is measured, not differentiated.
+        ones = [torch.ones_like(t) for t in outputs]
+        torch.autograd.grad(outputs, leaves, ones, allow_unused=True)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
-def time_kernels(recorder: Recorder, *, steps: int, device: torch.device, repeats: int = 7) -> list[dict[str, Any]]:
-    """Replay the recorded calls on the default backends and on `reference`.
+def time_kernels(
+    calls: Sequence[Call], *, steps: int, device: torch.device, repeats: int = 7
+) -> list[dict[str, Any]]:
+    """Replay the recorded calls on the default backend and on `reference`.
 
-    Forward, and backward where the run took one. The two alternate call by call, and each call counts by the median
-    of its repeats, so that a drifting clock favours neither.
+    Forward, and backward where the run took one. The two alternate, and each call counts by the
+    median of its repeats after one warm-up, so that a drifting clock favours neither.
 
     Returns:
         One dict per function: calls and milliseconds per PPO step, and their ratio.
     """
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
-    for call in recorder.calls:
+    for call in calls:
         seconds: tuple[list[float], list[float]] = ([], [])
         for repeat in range(repeats + 1):
             ours = _seconds(call, device)
@@ -99,7 +100,7 @@ def time_kernels(recorder: Recorder, *, steps: int, device: torch.device, repeat
             if repeat:
                 seconds[0].append(ours)
                 seconds[1].append(theirs)
-        total = sums[call[0].__name__]
+        total = sums[call.function.__name__]
         total[0] += 1
         total[1] += statistics.median(seconds[0])
         total[2] += statistics.median(seconds[1])
@@ -113,3 +114,23 @@ def time_kernels(recorder: Recorder, *, steps: int, device: torch.device, repeat
         }
         for name, (calls, ours, theirs) in sums.items()
     ]
+
+
+def timing_table(timing: Sequence[dict[str, Any]], step_ms: float) -> str:
+    """The result of `time_kernels` for a terminal, with its share of a whole step."""
+    rows = [
+        (
+            t["function"],
+            f"{t['calls_per_step']:g}",
+            f"{t['ms_per_step']:.2f}",
+            f"{t['reference_ms_per_step']:.2f}",
+            f"{t['ratio']:.2f}x",
+        )
+        for t in timing
+    ]
+    ours = sum(t["ms_per_step"] for t in timing)
+    theirs = sum(t["reference_ms_per_step"] for t in timing)
+    rows.append(("all", "", f"{ours:.2f}", f"{theirs:.2f}", f"{theirs / ours:.2f}x"))
+    header = ("kernel time per PPO step", "calls", "ours ms", "reference ms", "ratio")
+    share = f"A whole PPO step took {step_ms:.0f} ms: {ours / step_ms:.1%} of it in these calls."
+    return table(header, rows) + "\n" + share

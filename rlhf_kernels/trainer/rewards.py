@@ -1,8 +1,9 @@
 """Reward functions in TRL's signature, and their weighted sum.
 
-A reward function is `f(prompts, completions, completion_ids, **columns) -> list[float | None]`: texts, token ids
-without padding, and one list per data column. `None` means that the function has nothing to say about a sample.
-This trainer adds the column `finished`: whether the completion ended with the end token.
+A reward function is `f(prompts, completions, completion_ids, **columns) -> list[float | None]`:
+texts, token ids without padding, and one list per data column. `None` means that the function has
+nothing to say about a sample. The trainer adds the column `finished`: whether the completion ended
+with the end token.
 """
 
 import importlib
@@ -99,7 +100,8 @@ def score(
     """Every reward function over a batch.
 
     Raises:
-        ValueError: a function returned another number of rewards, a NaN, or no function scored a sample.
+        ValueError: a function returned another number of rewards or one that is not finite, or no
+            function scored some sample.
     """
     total: list[float | None] = [None] * len(prompts)
     means: dict[str, float] = {}

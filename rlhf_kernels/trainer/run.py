@@ -23,14 +23,21 @@ from .sft import sft_steps
 
 
 def evaluate(
-    policy: PreTrainedModel, task: Task, problems: Sequence[Problem], *, max_new_tokens: int, batch_size: int
+    policy: PreTrainedModel,
+    task: Task,
+    problems: Sequence[Problem],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
 ) -> tuple[dict[str, float], list[str]]:
     """Greedy completions of the problems, and the mean of every reward function over them."""
     totals: dict[str, float] = {}
     texts: list[str] = []
     for start in range(0, len(problems), batch_size):
         part = problems[start : start + batch_size]
-        rollout = sample_completions(policy, task, part, max_new_tokens=max_new_tokens, temperature=0)
+        rollout = sample_completions(
+            policy, task, part, max_new_tokens=max_new_tokens, temperature=0
+        )
         texts += rollout.completions
         for name, mean in rollout.scores.means.items():
             totals[name] = totals.get(name, 0.0) + mean * len(part) / len(problems)
@@ -75,7 +82,7 @@ def train_ppo(argv: Sequence[str]) -> dict[str, Any]:
     trainer = PPOTrainer(policy, task, ppo, max_new_tokens=data.max_new_tokens, seed=run.seed)
     # Steps spread over the run, the first and the last excluded.
     spread = ppo.total_steps / (ppo.replay_steps + 1)
-    replayed = {int(spread * (i + 1)) for i in range(ppo.replay_steps)} & set(range(ppo.total_steps))
+    replayed = {int(spread * (i + 1)) for i in range(min(ppo.replay_steps, ppo.total_steps))}
     log = report.MetricsLog(out / "metrics.jsonl")
     with tqdm(total=ppo.total_steps, desc="ppo") as bar:
         while trainer.steps_done < ppo.total_steps:
@@ -91,20 +98,23 @@ def train_ppo(argv: Sequence[str]) -> dict[str, Any]:
 
     report.plot_curves(log.rows, out / "curves.png")
     samples = [
-        (p.prompt, p.completion, b, a)
+        {"prompt": p.prompt, "answer": p.completion, "before PPO": b, "after PPO": a}
         for p, b, a in zip(task.held_out, texts_before, texts_after, strict=True)
     ][: ppo.num_samples]
-    print("\n" + report.table(("prompt", "answer", "before PPO", "after PPO"), samples))
-    timing = report.time_kernels(trainer.kernel, steps=len(replayed), device=device) if replayed else []
-    step_ms = 1e3 * sum(v for r in log.rows for k, v in r.items() if k.startswith("time/")) / len(log.rows)
+    print("\n" + report.table(list(samples[0]), [list(s.values()) for s in samples]))
+    timing = report.time_kernels(trainer.kernel.calls, steps=len(replayed), device=device)
+    seconds = [value for row in log.rows for key, value in row.items() if key.startswith("time/")]
+    step_ms = 1e3 * sum(seconds) / len(log.rows)
     if timing:
-        print("\n" + _timing_table(timing, step_ms))
+        print("\n" + report.timing_table(timing, step_ms))
     scores = [(name, f"{before[name]:.1%}", f"{after[name]:.1%}") for name in before]
     print("\n" + report.table(("held-out problems, greedy", "before PPO", "after PPO"), scores))
     if run.save_model:
         policy.save_pretrained(out / "policy")
         trainer.critic.save_pretrained(out / "critic")
         task.tokenizer.save_pretrained(out / "policy")
+    groups = (run, model, data, sft, ppo)
+    settings = {key: value for group in groups for key, value in dataclasses.asdict(group).items()}
     summary = {
         "task": task.name,
         "held_out_before": before,
@@ -114,27 +124,9 @@ def train_ppo(argv: Sequence[str]) -> dict[str, Any]:
         "total_seconds": time.perf_counter() - started,
         "kernel_timing": timing,
         "step_ms": step_ms,
-        "samples": [dict(zip(("prompt", "answer", "before", "after"), s, strict=True)) for s in samples],
-        "config": {k: v for c in (run, model, data, sft, ppo) for k, v in dataclasses.asdict(c).items()},
+        "samples": samples,
+        "config": settings,
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(f"\n{summary['total_seconds']:.0f} s in all; curves, samples and metrics in {out}/")
     return summary
-
-
-def _timing_table(timing: Sequence[dict[str, Any]], step_ms: float) -> str:
-    rows = [
-        (
-            t["function"],
-            f"{t['calls_per_step']:g}",
-            f"{t['ms_per_step']:.2f}",
-            f"{t['reference_ms_per_step']:.2f}",
-            f"{t['ratio']:.2f}x",
-        )
-        for t in timing
-    ]
-    ours = sum(t["ms_per_step"] for t in timing)
-    theirs = sum(t["reference_ms_per_step"] for t in timing)
-    rows.append(("all", "", f"{ours:.2f}", f"{theirs:.2f}", f"{theirs / ours:.2f}x"))
-    header = ("kernel time per PPO step", "calls", "ours ms", "reference ms", "ratio")
-    return report.table(header, rows) + f"\nA whole PPO step took {step_ms:.0f} ms: {ours / step_ms:.1%} of it is ours."

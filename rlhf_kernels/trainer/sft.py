@@ -16,15 +16,16 @@ def sft_steps(
     policy: PreTrainedModel, task: Task, config: SFTConfig, *, seed: int, max_grad_norm: float
 ) -> Iterator[float]:
     """Train the policy in place; yields the mean token loss of every step."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.sft_learning_rate, betas=(0.9, 0.95))
+    rate = config.sft_learning_rate
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / max(1, config.sft_warmup_steps))
     )
     sampler = Sampler(task.train, min(config.sft_batch_size, len(task.train)), seed)
     for _ in range(config.sft_steps):
         batch = supervised_batch(task.tokenizer, next(sampler), policy.device)
-        logprobs = rk.token_logprobs(completion_logits(policy, batch), completion_labels(batch)).logprobs
-        loss = -logprobs.sum() / batch.completion_mask.sum()
+        logits, labels = completion_logits(policy, batch), completion_labels(batch)
+        loss = -rk.token_logprobs(logits, labels).logprobs.sum() / batch.completion_mask.sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
