@@ -8,7 +8,7 @@ NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
 # Two threads a worker reach the parallel paths of the kernels; passive: workers share the cores.
 PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest \
-	-n auto --maxprocesses 8 --dist loadgroup
+	-n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: venv test test-all demo bench lint format clean
 

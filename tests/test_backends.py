@@ -1,0 +1,223 @@
+"""Which backend and instruction set serve a call, and that every instruction set is right."""
+
+import threading
+import time
+
+import pytest
+import torch
+from run_python import BLOCK_EXTENSION, run_python
+
+import rlhf_kernels as rk
+from rlhf_kernels import _backends, _warmup, native
+from rlhf_kernels.testing import (
+    DTYPES,
+    RAGGED_SIZES,
+    assert_bitwise_equal,
+    assert_within_budget,
+    to_float64,
+)
+
+CPU = native.module("cpu")
+# Where the extension is missing the tests below fail instead of vanishing.
+ISAS = tuple(CPU.isa_names()) if CPU is not None else ("missing",)
+KERNELS = [f for f in _warmup.EXAMPLES if f.__name__ in native.launchers("cpu")]
+
+CALL = """
+import torch, rlhf_kernels as rk
+logits = torch.randn(3, 50)
+labels = torch.tensor([1, 2, 3])
+def call():
+    return rk.token_logprobs(logits, labels).logprobs
+"""
+
+
+@pytest.fixture
+def isa(request):
+    previous = CPU.isa()
+    CPU.select_isa(request.param)
+    yield request.param
+    CPU.select_isa(previous)
+
+
+@pytest.mark.parametrize("name", ["gpu", "CPU", "", None])
+def test_unknown_backend_is_refused(name):
+    with pytest.raises(ValueError, match="expected one of auto, reference, cpu"):
+        rk.use_backend(name)
+
+
+def test_use_backend_nests_and_restores():
+    before = _backends.current_backend()
+    with rk.use_backend("reference"):
+        with rk.use_backend("cpu"):
+            assert _backends.current_backend() == "cpu"
+        assert _backends.current_backend() == "reference"
+        with pytest.raises(KeyError), rk.use_backend("auto"):
+            raise KeyError
+        assert _backends.current_backend() == "reference"
+    assert _backends.current_backend() == before
+
+
+def test_named_backend_refuses_other_devices_and_operations():
+    with rk.use_backend("cpu"):
+        with pytest.raises(RuntimeError, match="'cpu' does not serve meta tensors"):
+            _backends.select("token_logprobs", torch.device("meta"))
+        with pytest.raises(RuntimeError, match="'cpu' does not have this operation"):
+            _backends.select("no_such_operation", torch.device("cpu"))
+    assert rk.available_backends("meta") == ("reference",)
+    assert rk.available_backends() == ("cpu", "reference")
+
+
+def test_environment_forces_the_backend():
+    code = (
+        CALL
+        + "from rlhf_kernels import _backends\n"
+        + "print(_backends.select('token_logprobs', logits.device))"
+    )
+    for name in ("reference", "cpu", " CPU "):
+        done = run_python("-c", code, RLHF_KERNELS_BACKEND=name)
+        assert done.stdout.strip() == name.strip().lower()
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("RLHF_KERNELS_BACKEND", "RLHF_KERNELS_BACKEND: expected one of auto, reference, cpu, got"),
+        ("RLHF_KERNELS_CPU_ISA", "RLHF_KERNELS_CPU_ISA: expected one of baseline"),
+    ],
+)
+def test_bad_environment_variable_is_refused(variable, message):
+    done = run_python("-c", "import rlhf_kernels", check=False, **{variable: "nonsense"})
+    assert done.returncode == 1
+    assert "ValueError: " + message in done.stderr and "'nonsense'" in done.stderr
+
+
+def test_missing_extension_warns_once_and_uses_the_reference():
+    code = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    first, second = call(), call()
+ours = [w for w in caught if "rlhf_kernels" in str(w.message)]
+assert len(ours) == 1, ours
+assert "blocked for this test" in str(ours[0].message)
+# The warning points at the caller, not into the package.
+assert ours[0].filename == "<string>", ours[0].filename
+assert rk.available_backends() == ("reference",)
+torch.testing.assert_close(first, logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0])
+try:
+    rk.use_backend("cpu")
+except RuntimeError as error:
+    assert "'cpu' is not available: extension _cpu" in str(error), error
+else:
+    raise SystemExit("use_backend('cpu') did not raise")
+with rk.use_backend("reference"):
+    call()
+"""
+    run_python("-c", BLOCK_EXTENSION + CALL + code)
+
+
+def test_missing_extension_that_was_named_raises_at_the_call():
+    code = BLOCK_EXTENSION + CALL + "call()"
+    done = run_python("-c", code, check=False, RLHF_KERNELS_BACKEND="cpu")
+    assert done.returncode == 1
+    assert "RuntimeError: token_logprobs: backend 'cpu' is not available" in done.stderr
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_environment_selects_the_instruction_set(isa):
+    code = (
+        "from rlhf_kernels import native, __main__ as doctor\n"
+        "print(native.module('cpu').isa())\n"
+        "raise SystemExit(doctor.main([]))"
+    )
+    done = run_python("-c", code, RLHF_KERNELS_CPU_ISA=isa)
+    assert done.stdout.splitlines()[0] == isa
+    assert f"[{isa}]" in done.stdout
+
+
+def _run(function, call):
+    results = list(_warmup.tensors(function(*call[0], **call[1])))
+    return [r.detach() for r in results] + _warmup.gradients(results, call)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("function", KERNELS, ids=lambda f: f.__name__)
+def test_every_instruction_set_is_within_budget(isa, function, dtype):
+    for size in RAGGED_SIZES:
+        generator = torch.Generator().manual_seed(size)
+        inputs = _warmup.Inputs(3, size, dtype, torch.device("cpu"), generator)
+        call = _warmup.EXAMPLES[function](inputs)
+        with rk.use_backend("cpu"):
+            actual = _run(function, call)
+        with rk.use_backend("reference"):
+            torch_results = _run(function, call)
+            oracle = _run(function, to_float64(call))
+        assert len(actual) == len(oracle) > 0
+        for a, o, t in zip(actual, oracle, torch_results, strict=True):
+            # One rounding of the largest value: these results are sums with terms of that size.
+            # The floor is for gradients that are zero throughout, as with a vocabulary of one.
+            assert_within_budget(a, o, t, scale=max(1e-6, float(o.abs().max())))
+
+
+@pytest.mark.parametrize("function", KERNELS, ids=lambda f: f.__name__)
+def test_concurrent_calls_give_the_same_bits(function):
+    calls = []
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        inputs = _warmup.Inputs(7, 515, torch.float32, torch.device("cpu"), generator)
+        calls.append(_warmup.EXAMPLES[function](inputs))
+    expected = [_run(function, call) for call in calls]
+    failures = []
+
+    def work(index):
+        try:
+            for _ in range(20):
+                for a, e in zip(_run(function, calls[index]), expected[index], strict=True):
+                    assert_bitwise_equal(a, e)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures[0]
+
+
+def _longest_pause_during_a_call() -> tuple[float, float]:
+    """Seconds of one native call, and the longest this thread stood still meanwhile."""
+    logits, labels = torch.zeros(1024, 32768), torch.zeros(1024, dtype=torch.long)
+    span = []
+
+    def work():
+        start = time.perf_counter()
+        rk.token_logprobs(logits, labels)
+        span.extend((start, time.perf_counter()))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    pauses, last = [0.0], time.perf_counter()
+    while thread.is_alive():
+        now = time.perf_counter()
+        if not span:
+            pauses.append(now - last)
+        last = now
+        time.sleep(0)
+    thread.join()
+    return span[1] - span[0], max(pauses)
+
+
+def test_native_calls_release_the_gil():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with rk.use_backend("cpu"):
+            # Another process may hold the core for a while; a held GIL does so every time.
+            ratios = [
+                pause / call for call, pause in (_longest_pause_during_a_call() for _ in range(5))
+            ]
+    finally:
+        torch.set_num_threads(threads)
+    assert min(ratios) < 0.5, ratios

@@ -1,0 +1,152 @@
+"""The shape of the package: who imports whom, what is registered, what is public."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import rlhf_kernels as rk
+from rlhf_kernels import _warmup, native
+
+PACKAGE = Path(rk.__file__).parent
+ROOT = PACKAGE.parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A module imports only from lower ranks and from its own area.
+RANKS = {
+    **dict.fromkeys(("_checks", "_config", "testing"), 0),
+    **dict.fromkeys(("policy_config", "controllers"), 1),
+    **dict.fromkeys(("reference", "native", "triton"), 2),
+    "_backends": 3,
+    "_register": 4,
+    "ops": 5,
+    "_warmup": 6,
+    # The package itself: the public names.
+    "": 7,
+    **dict.fromkeys(("cli", "__main__"), 8),
+    **dict.fromkeys(("trainer", "integrations"), 9),
+}
+TRAINER_ONLY = {"transformers", "accelerate", "datasets", "flash_attn", "trl", "verl", "openrlhf"}
+
+
+def _name(file: Path) -> str:
+    """Dotted module name below the package; "" is the package itself."""
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {_name(f): f for f in FILES}
+
+
+def _imports(file: Path) -> tuple[set[str], set[str]]:
+    """Modules of the package (dotted, below it) and other packages that `file` imports anywhere."""
+    inside, outside = set(), set()
+    package = list(file.relative_to(PACKAGE).parent.parts)
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            targets = [(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package[: len(package) - node.level + 1]
+                base = ".".join(["rlhf_kernels", *above, *filter(None, [base])])
+            targets = [(base, alias.name) for alias in node.names]
+        else:
+            continue
+        for base, name in targets:
+            if base.split(".")[0] != "rlhf_kernels":
+                outside.add(base.split(".")[0])
+                continue
+            below = base.partition(".")[2]
+            submodule = f"{below}.{name}".strip(".")
+            inside.add(submodule if name and submodule in MODULES else below)
+    return inside, outside
+
+
+def _area(module: str) -> str:
+    return module.split(".")[0]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module):
+    area = _area(module)
+    assert area in RANKS, f"give {module} a rank"
+    inside, outside = _imports(MODULES[module])
+    for target in inside:
+        other = _area(target)
+        assert other == area or RANKS[other] < RANKS[area], f"{module} imports {target}"
+        if area in ("trainer", "integrations"):
+            assert other in ("", "cli", area), f"{module} imports {target}, which is not public"
+    if area not in ("trainer", "integrations"):
+        assert not outside & TRAINER_ONLY
+
+
+def test_import_parser_sees_relative_imports():
+    inside, outside = _imports(PACKAGE / "ops" / "logprobs.py")
+    assert {"_backends", "_checks", "reference", "_register"} <= inside
+    assert "torch" in outside
+    assert "native.boundary" in _imports(PACKAGE / "native" / "logprobs.py")[0]
+
+
+def test_only_the_boundary_reads_addresses():
+    users = {
+        name
+        for name, file in MODULES.items()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "data_ptr"
+    }
+    assert users == {"native.boundary"}
+
+
+def test_native_code_includes_no_torch():
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"}]
+    if not (ROOT / "csrc").is_dir():
+        pytest.skip("an installed package has no csrc")
+    assert len(sources) > 5
+    for source in sources:
+        assert not re.search(r'#\s*include\s*[<"](torch|ATen|c10)', source.read_text()), source
+
+
+def test_every_launcher_is_a_registered_operator():
+    launchers = native.launchers("cpu")
+    assert "token_logprobs" in launchers
+    for name in launchers:
+        schema = getattr(torch.ops.rlhf_kernels, name).default._schema
+        assert (schema.arguments[-1].name, str(schema.arguments[-1].type)) == ("backend", "str")
+
+
+def _operations() -> dict[str, object]:
+    public = {name: getattr(rk, name) for name in rk.__all__}
+    return {
+        name: f
+        for name, f in public.items()
+        if inspect.isfunction(f) and f.__module__.startswith("rlhf_kernels.ops.")
+    }
+
+
+def test_every_public_operation_has_an_example_for_warmup_and_doctor():
+    assert set(_operations().values()) == set(_warmup.EXAMPLES)
+
+
+@pytest.mark.parametrize("name", rk.__all__)
+def test_public_names_are_documented(name):
+    doc = inspect.getdoc(getattr(rk, name))
+    # A dataclass or NamedTuple without one gets its signature as docstring.
+    assert doc and not doc.startswith(f"{name}("), f"{name} has no docstring"
+
+
+@pytest.mark.parametrize("name", _operations())
+def test_options_of_operations_are_keyword_only(name):
+    for parameter in inspect.signature(getattr(rk, name)).parameters.values():
+        assert parameter.annotation is not parameter.empty, parameter
+        # A mask may stand where the tensor it belongs to stands; everything else is named.
+        if parameter.default is not parameter.empty and parameter.name != "mask":
+            assert parameter.kind is parameter.KEYWORD_ONLY, parameter
+
+
+def test_all_is_sorted_and_complete():
+    assert list(rk.__all__) == sorted(rk.__all__)
+    assert all(hasattr(rk, name) for name in rk.__all__)
