@@ -54,7 +54,7 @@ __all__ = [
     "sequence_logprobs",
     "token_logprobs",
     "use_backend",
-    "warmup",
     "value_loss",
+    "warmup",
     "whiten",
 ]

@@ -60,6 +60,9 @@ def devices() -> list[torch.device]:
 
 
 def _selected(operation: str, device: torch.device) -> str:
+    if not hasattr(torch.ops.rlhf_kernels, operation):
+        # Not an operator: a few lines of torch over one number per sequence.
+        return "torch"
     try:
         return _backends.select(operation, device)
     except RuntimeError as error:

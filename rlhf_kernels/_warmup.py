@@ -8,7 +8,12 @@ from torch import Tensor
 
 from . import _checks
 from .ops.advantages import discounted_returns, gae, group_advantages, ppo_advantages, whiten
+from .ops.kl import kl_divergence, kl_penalty
 from .ops.logprobs import token_logprobs
+from .ops.policy import policy_loss
+from .ops.preference import dpo_loss, reward_model_loss, sequence_logprobs
+from .ops.value import value_loss
+from .policy_config import PolicyLossConfig
 
 
 class Inputs(NamedTuple):
@@ -41,13 +46,12 @@ class Inputs(NamedTuple):
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def _token_logprobs(x: Inputs) -> Call:
-    logits = x.floats(x.rows, x.size, scale=4.0)
-    return (logits, x.integers(x.size, x.rows)), {"temperature": 0.7, "entropy": True}
-
-
 def _discounted_returns(x: Inputs) -> Call:
     return (x.tokens(),), {"mask": x.mask(), "gamma": 0.99}
+
+
+def _dpo_loss(x: Inputs) -> Call:
+    return tuple(x.floats(x.rows, grad=i < 2) for i in range(4)), {}
 
 
 def _gae(x: Inputs) -> Call:
@@ -58,9 +62,51 @@ def _group_advantages(x: Inputs) -> Call:
     return (x.floats(4 * x.rows, grad=False), 4), {}
 
 
+def _kl_divergence(x: Inputs) -> Call:
+    logits = x.floats(x.rows, x.size, scale=4.0)
+    return (logits, x.floats(x.rows, x.size, scale=4.0, grad=False)), {"temperature": 0.7}
+
+
+def _kl_penalty(x: Inputs) -> Call:
+    return (x.tokens(grad=True), x.tokens()), {"estimator": "k3"}
+
+
+def _policy_loss(x: Inputs) -> Call:
+    logprobs = x.floats(x.rows, x.size, scale=0.2)
+    old, rollout, ref = (x.floats(x.rows, x.size, scale=0.2, grad=False) for _ in range(3))
+    # Every term switched on.
+    config = PolicyLossConfig.ppo(
+        dual_clip=3.0,
+        kl_coef=0.05,
+        entropy_coef=0.01,
+        correction_level="token",
+        correction_max=2.0,
+    )
+    options = {"ref_logprobs": ref, "rollout_logprobs": rollout, "config": config}
+    options["entropy"] = x.tokens(grad=True)
+    return (logprobs, old, x.tokens(), x.mask()), options
+
+
 def _ppo_advantages(x: Inputs) -> Call:
     arguments = (x.floats(x.rows, grad=False), x.tokens(), x.tokens(), x.tokens(), x.mask())
     return arguments, {"kl_coef": 0.05, "gamma": 0.99}
+
+
+def _reward_model_loss(x: Inputs) -> Call:
+    return (x.floats(x.rows), x.floats(x.rows)), {"center_coef": 0.01}
+
+
+def _sequence_logprobs(x: Inputs) -> Call:
+    return (x.tokens(grad=True), x.mask()), {}
+
+
+def _token_logprobs(x: Inputs) -> Call:
+    logits = x.floats(x.rows, x.size, scale=4.0)
+    return (logits, x.integers(x.size, x.rows)), {"temperature": 0.7, "entropy": True}
+
+
+def _value_loss(x: Inputs) -> Call:
+    return (x.tokens(grad=True), x.tokens(), x.tokens(), x.mask()), {"clip_range": 0.2}
 
 
 def _whiten(x: Inputs) -> Call:
@@ -70,10 +116,17 @@ def _whiten(x: Inputs) -> Call:
 #: Public operation -> arguments for it. A new operation adds its line here.
 EXAMPLES: dict[Callable[..., Any], Callable[[Inputs], Call]] = {
     discounted_returns: _discounted_returns,
+    dpo_loss: _dpo_loss,
     gae: _gae,
     group_advantages: _group_advantages,
+    kl_divergence: _kl_divergence,
+    kl_penalty: _kl_penalty,
+    policy_loss: _policy_loss,
     ppo_advantages: _ppo_advantages,
+    reward_model_loss: _reward_model_loss,
+    sequence_logprobs: _sequence_logprobs,
     token_logprobs: _token_logprobs,
+    value_loss: _value_loss,
     whiten: _whiten,
 }
 
