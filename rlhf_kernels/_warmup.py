@@ -63,8 +63,7 @@ def _group_advantages(x: Inputs) -> Call:
 
 
 def _kl_divergence(x: Inputs) -> Call:
-    logits = x.floats(x.rows, x.size, scale=4.0)
-    return (logits, x.floats(x.rows, x.size, scale=4.0, grad=False)), {"temperature": 0.7}
+    return (x.tokens(grad=True), x.tokens()), {"temperature": 0.7}
 
 
 def _kl_penalty(x: Inputs) -> Call:
