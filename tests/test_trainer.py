@@ -557,7 +557,7 @@ def test_cli_trains_on_a_file_and_continues_from_its_checkpoint(tmp_path):
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert 256 < len(AutoTokenizer.from_pretrained(out / "policy")) <= 300
     critic = AutoModelForTokenClassification.from_pretrained(out / "critic")
-    assert critic.config.num_labels == 1 and critic.score.weight.abs().max() > 0
+    assert critic.score.weight.shape == (1, 32) and critic.dropout.p == 0
 
     again = tmp_path / "again"
     flags = ["--config", str(config), "--output_dir", str(again), "--model", str(out / "policy")]

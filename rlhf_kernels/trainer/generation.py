@@ -22,9 +22,9 @@ def generate(
     """Completions of left-padded prompts `[B, P]`, as one batch.
 
     Tokens are drawn from softmax(logits / temperature); `temperature=0` takes the most likely one.
-    The loop is our own because transformers' `generate` spends much of its time around a small
-    model, and cannot draw from an explicit `generator`, which keeps a run repeatable whatever else
-    uses the global one.
+    The loop is our own because transformers' `generate` mixes in the checkpoint's generation
+    settings (top-k, top-p, penalties), after which the tokens no longer come from the distribution
+    that the loss differentiates, and because it draws from the global generator alone.
     """
     cache = DynamicCache(config=model.config)
     attention, positions, ids = prompt_mask, position_ids(prompt_mask), prompt_ids

@@ -44,7 +44,7 @@ def build_policy(
 def build_critic(policy: PreTrainedModel) -> PreTrainedModel:
     """A value model: a copy of the policy's backbone under a scalar head that starts at zero."""
     config = copy.deepcopy(policy.config)
-    config.num_labels = 1
+    config.num_labels, config.classifier_dropout = 1, 0.0
     critic = AutoModelForTokenClassification.from_config(config, dtype=policy.dtype)
     getattr(critic, critic.base_model_prefix).load_state_dict(policy.base_model.state_dict())
     torch.nn.init.zeros_(critic.score.weight)
