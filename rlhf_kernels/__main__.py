@@ -55,8 +55,9 @@ def openmp_runtimes() -> list[str] | None:
 def devices() -> list[torch.device]:
     """The CPU, and the accelerator if torch has one."""
     found = [torch.device("cpu")]
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return [*found, accelerator] if accelerator is not None else found
+    if torch.accelerator.is_available():
+        found.append(torch.accelerator.current_accelerator())
+    return found
 
 
 def _selected(operation: str, device: torch.device) -> str:

@@ -33,9 +33,13 @@ print(getattr(build_meta, sys.argv[1])(sys.argv[2]))
 """
 
 
-def _build(tree: Path, hook: str, out: Path) -> Path:
+def _build(tree: Path, hook: str, out: Path, **variables: str) -> Path:
     done = subprocess.run(
-        [sys.executable, "-c", BUILD, hook, str(out)], cwd=tree, capture_output=True, text=True
+        [sys.executable, "-c", BUILD, hook, str(out)],
+        cwd=tree,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return out / done.stdout.splitlines()[-1]
@@ -168,6 +172,21 @@ assert torch.equal(state, torch.get_rng_state()) and python_state == random.gets
 heavy = {"transformers", "accelerate", "datasets", "matplotlib", "pandas"} & set(sys.modules)
 assert not heavy, heavy
 """
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the flags are those of GCC on Linux")
+def test_fast_math_flags_of_the_environment_do_not_get_in(tmp_path, monkeypatch):
+    flags = dict.fromkeys(("CFLAGS", "CXXFLAGS", "LDFLAGS"), "-Ofast -ffast-math")
+    _build_sdist(tmp_path)
+    wheel = _build(tmp_path / "tree", "build_wheel", tmp_path / "sdist", **flags)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    # `python -c` looks in the working directory first.
+    monkeypatch.chdir(tmp_path)
+    where = "print(rlhf_kernels.__file__)"
+    done = run_python("-c", SIDE_EFFECTS + where, PYTHONPATH=str(tmp_path / "site"))
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path / "site")
 
 
 def test_import_changes_nothing():
