@@ -268,7 +268,15 @@ def test_greedy_generation_is_that_of_transformers():
     task = tiny_task()
     policy = tiny_policy(task)
     # A few supervised steps: a random model would emit one token for ever.
-    list(sft_steps(policy, task, SFTConfig(60, 64, 3e-3, 5), seed=0, max_grad_norm=1.0))
+    list(
+        sft_steps(
+            policy,
+            task,
+            SFTConfig(sft_steps=60, sft_batch_size=64, sft_learning_rate=3e-3, sft_warmup_steps=5),
+            seed=0,
+            max_grad_norm=1.0,
+        )
+    )
     ids, mask = encode_prompts(task.tokenizer, task.held_out, CPU)
     assert not mask.all()
     options = {"max_new_tokens": 8, "eos_token_id": task.tokenizer.eos_token_id}

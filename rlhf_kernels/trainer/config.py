@@ -72,7 +72,8 @@ class DataConfig:
 class SFTConfig:
     """The supervised phase before PPO."""
 
-    sft_steps: int = _doc("optimizer steps; 0 skips the phase", 0)
+    sft_steps: int = _doc("most optimizer steps; 0 skips the phase", 0)
+    sft_stop_loss: float = _doc("stop when the running token loss is below; 0 = never", 0.0)
     sft_batch_size: int = _doc("problems per step", 256)
     sft_learning_rate: float = _doc("peak learning rate of AdamW", 2e-3)
     sft_warmup_steps: int = _doc("linear warm-up", 50)
@@ -131,7 +132,7 @@ def _yaml_as_flags(path: str) -> list[str]:
     for key, value in content.items():
         if isinstance(value, dict):
             raise ValueError(f"{path}: {key!r} holds a mapping; settings are flat")
-        if value is not None:
+        if value not in (None, []):
             values = value if isinstance(value, list) else [value]
             flags += [f"--{key}", *map(str, values)]
     return flags

@@ -1,5 +1,6 @@
 """Supervised phase: imitate the completions of the training problems."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -22,7 +23,8 @@ def sft_steps(
         optimizer, lambda step: min(1.0, (step + 1) / max(1, config.sft_warmup_steps))
     )
     sampler = Sampler(task.train, min(config.sft_batch_size, len(task.train)), seed)
-    for _ in range(config.sft_steps):
+    running = math.inf
+    for step in range(config.sft_steps):
         batch = supervised_batch(task.tokenizer, next(sampler), policy.device)
         logits, labels = completion_logits(policy, batch), completion_labels(batch)
         loss = -rk.token_logprobs(logits, labels).logprobs.sum() / batch.completion_mask.sum()
@@ -31,4 +33,8 @@ def sft_steps(
         torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
         optimizer.step()
         schedule.step()
-        yield loss.item()
+        value = loss.item()
+        running = value if step == 0 else 0.9 * running + 0.1 * value
+        yield value
+        if running < config.sft_stop_loss:
+            return
