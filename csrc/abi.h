@@ -17,7 +17,9 @@ struct Tensor {
 };
 
 // What a kernel found in the data. `position` is the flat row-major index of the first offence.
-enum StatusCode : int32_t { kOk = 0, kLabelOutOfRange = 1, kBadTemperature = 2 };
+enum StatusCode : int32_t {
+  kOk = 0, kLabelOutOfRange = 1, kBadTemperature = 2, kBadOffsets = 3, kOutOfMemory = 4
+};
 struct Status {
   int32_t code = kOk;
   int64_t position = -1;
@@ -78,6 +80,57 @@ struct KlPenaltyArgs {
   bool straight_through;  // backward only: the gradient of k2 whatever the estimator
   Tensor grad;            // backward only: upstream gradient
   Tensor out;
+  int32_t threads;
+};
+
+// Options of the policy loss, as rlhf_kernels/policy_config.py encodes them: absent bounds are
+// +-3e38, never infinite.
+enum Objective : int32_t { kClip = 0, kPenalty = 1, kReinforce = 2, kCispo = 3, kSapo = 4 };
+enum RatioLevel : int32_t { kTokenRatio = 0, kSequenceRatio = 1, kSequenceTokenRatio = 2 };
+enum CorrectionLevel : int32_t { kNoCorrection = 0, kTokenCorrection = 1, kSequenceCorrection = 2 };
+enum CorrectionMode : int32_t { kTruncate = 0, kMask = 1 };
+enum Aggregation : int32_t {
+  kTokenMean = 0, kSeqMeanTokenMean = 1, kSeqMeanTokenSum = 2, kConstant = 3
+};
+struct PolicyConfig {
+  int32_t objective, ratio_level, kl_estimator, kl_straight_through, kl_importance_weighted;
+  int32_t correction_level, correction_mode, aggregation;
+  float clip_low, clip_high, dual_clip, delta, log_ratio_low, log_ratio_high;
+  float penalty_coef, sapo_tau_pos, sapo_tau_neg;
+  float kl_coef, kl_input_low, kl_input_high, kl_value_clamp, entropy_coef;
+  float correction_low, correction_high;
+};
+
+// The tokens of a loss: padded [sequences, cols], or packed with `offsets` [sequences + 1] into
+// `cols` tokens, which lie along stride1.
+struct LossTokens {
+  int64_t sequences, cols;
+  Tensor offsets, mask;
+};
+
+// policy_loss with its gradient. A tensor with a value per sequence has stride1 = 0. `divisor` 0
+// means the count that the aggregation implies. `metrics` are those of reference/policy.py METRICS.
+constexpr int kPolicyMetrics = 18;
+struct PolicyArgs {
+  LossTokens tokens;
+  Tensor logprobs, old_logprobs, advantages, ref_logprobs, rollout_logprobs, entropy;
+  double divisor;
+  PolicyConfig config;
+  float *loss, *metrics;
+  Tensor grad_logprobs, grad_entropy;
+  int32_t threads;
+};
+
+// value_loss with its gradient. `clip_range` 0 means none. Metrics of reference/value.py METRICS.
+constexpr int kValueMetrics = 6;
+struct ValueArgs {
+  LossTokens tokens;
+  Tensor values, old_values, returns;
+  double divisor;
+  int32_t aggregation;
+  float clip_range;
+  float *loss, *metrics;
+  Tensor grad_values;
   int32_t threads;
 };
 

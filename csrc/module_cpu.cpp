@@ -15,6 +15,8 @@
 
 #include "bind/kl.h"
 #include "bind/logprobs.h"
+#include "bind/policy.h"
+#include "bind/value.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -75,4 +77,6 @@ PYBIND11_MODULE(_cpu, m) {
   const auto table = []() -> const Kernels& { return *active; };
   bind_logprobs(m, table);
   bind_kl(m, table);
+  bind_policy(m, table);
+  bind_value(m, table);
 }

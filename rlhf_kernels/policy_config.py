@@ -217,7 +217,8 @@ class PolicyLossConfig:
         return (
             OBJECTIVES.index(self.objective),
             RATIO_LEVELS.index(self.ratio_level),
-            KL_ESTIMATORS.index(self.kl_estimator),
+            KL_ESTIMATORS.index(self.kl_estimator.removesuffix("+")),
+            int(self.kl_estimator.endswith("+")),
             int(self.kl_importance_weighted),
             levels.index(self.correction_level),
             CORRECTION_MODES.index(self.correction_mode),

@@ -3,15 +3,20 @@
 // Standard headers come first, in every unit alike.
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "kernels.h"
 #include "parallel.h"
 #include "vec.h"
 #include "../math.h"
+#include "../policy_math.h"
 
 #include "logprobs.h"
 #include "kl.h"
+#include "tokens.h"
+#include "policy.h"
+#include "value.h"
 
 namespace rk {
 
@@ -28,6 +33,8 @@ const Kernels RK_CONCAT(kernels_, RK_ISA) = {
     kl_divergence_backward,
     kl_penalty,
     kl_penalty_backward,
+    policy_loss,
+    value_loss,
 };
 
 }  // namespace rk

@@ -12,6 +12,8 @@ struct Kernels {
   Status (*kl_divergence_backward)(const KlBackwardArgs&);
   Status (*kl_penalty)(const KlPenaltyArgs&);
   Status (*kl_penalty_backward)(const KlPenaltyArgs&);
+  Status (*policy_loss)(const PolicyArgs&);
+  Status (*value_loss)(const ValueArgs&);
 };
 
 extern const Kernels kernels_baseline;

@@ -17,7 +17,7 @@ DTYPE_CODES = {
     torch.bool: 5,
 }
 # csrc/abi.h: StatusCode
-OK, LABEL_OUT_OF_RANGE, BAD_TEMPERATURE = 0, 1, 2
+OK, LABEL_OUT_OF_RANGE, BAD_TEMPERATURE, BAD_OFFSETS, OUT_OF_MEMORY = 0, 1, 2, 3, 4
 
 Packed = tuple[int, int, int, int] | None
 

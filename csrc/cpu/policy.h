@@ -1,0 +1,281 @@
+// The policy loss, its metrics and its gradient: one pass over the tokens after a count of the mask.
+// A sequence-level ratio or weight needs the sequence's sums before (a second pass), and the
+// gradient through a sequence's ratio its slope after (a pass over the gradient alone).
+#pragma once
+
+namespace rk {
+namespace {
+
+// Sums over unmasked tokens; pg, kl and bonus are weighted as the aggregate asks.
+struct PolicySums {
+  double pg, kl, bonus;
+  double low, high, dual, r, rr, x, k3, x_ref, k3_ref, entropy, w, tokens;
+  float r_min, r_max;
+};
+
+// What a sequence gives its tokens.
+struct SequenceRatio {
+  Ratio<float> ratio;
+  float w;
+  bool inside;
+};
+
+struct PolicyBlock {
+  const float *mask, *logprobs, *old, *advantages, *ref, *rollout, *entropy;
+  float *grad, *grad_entropy;
+};
+
+// Adds n tokens to sums; returns the sum of their slopes in the log-ratio, if that is the sequence's.
+template <int kObjective>
+double policy_block(const PolicyConfig& c, const PolicyBlock& b, int64_t n, const SequenceRatio& q,
+                    double weight, PolicySums& sums) {
+  using V = Lanes;
+  const V zero(0.0f), kl_coef(c.kl_coef), token_weight(static_cast<float>(weight));
+  const bool token_ratio = c.ratio_level == kTokenRatio, pooled = c.ratio_level == kSequenceRatio;
+  const bool token_correction = c.correction_level != kSequenceCorrection;
+  const Ratio<V> sequence{V(q.ratio.r), V(q.ratio.em1), V(q.ratio.em1mx), V(q.ratio.log)};
+  V pg = zero, kl = zero, low = zero, high = zero, dual = zero, r = zero, rr = zero, x_sum = zero;
+  V k3 = zero, x_ref = zero, k3_ref = zero, entropy = zero, w_sum = zero, slope = zero;
+  V r_min(3.0e38f), r_max(-3.0e38f);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const V m = load(b.mask + i);
+    // Selected here, so that what lay under the mask is gone; later the mask may multiply.
+    const auto kept = [&](const float* p) { return select_less(zero, m, load(p + i), zero); };
+    const V logprob = kept(b.logprobs), old = kept(b.old), a = kept(b.advantages);
+    const V x = logprob - old;
+    const Ratio<V> own = policy_ratio(x, c);
+    const Ratio<V> ratio = token_ratio ? own : sequence;
+    V w(1.0f);
+    if (b.rollout) {
+      w = token_correction ? correction_weight(old - kept(b.rollout), c) : V(q.w);
+      w_sum = fma(w, m, w_sum);
+      if (c.correction_level == kNoCorrection) w = V(1.0f);
+    }
+    PolicyTerm<V> t = policy_objective<kObjective>(ratio, logprob, a, w, c);
+    if constexpr (kObjective == kPenalty) t.loss = t.loss * m, t.ratio = t.ratio * m;
+    pg = pg + t.loss;
+    if constexpr (kObjective == kClip || kObjective == kCispo) {
+      low = fma(t.low, m, low);
+      high = fma(t.high, m, high);
+      if constexpr (kObjective == kClip) dual = dual + t.dual;
+    }
+    if (b.ref) {
+      const V d = logprob - kept(b.ref);
+      KlTerm<V> k = policy_kl(d, c);
+      if (c.kl_importance_weighted) {
+        k.value = k.value * ratio.r;
+        k.slope = k.slope * ratio.r;
+        t.ratio = fma(kl_coef, k.value, t.ratio);
+      }
+      kl = kl + k.value;
+      t.direct = fma(kl_coef, k.slope, t.direct);
+      x_ref = x_ref + d;
+      k3_ref = k3_ref + k.k3;
+    }
+    if (b.entropy) entropy = entropy + kept(b.entropy);
+    r = fma(ratio.r, m, r);
+    rr = fma(ratio.r * ratio.r, m, rr);
+    r_min = select_less(zero, m, min(r_min, ratio.r), r_min);
+    r_max = select_less(zero, m, max(r_max, ratio.r), r_max);
+    x_sum = x_sum + x;
+    k3 = k3 + own.em1mx;
+    if (token_ratio) t.ratio = inside_clamp(x, t.ratio, c);
+    if (pooled) slope = slope + t.ratio;
+    if (b.grad) {
+      V g = t.direct;
+      if (token_ratio || (!pooled && q.inside)) g = g + t.ratio;
+      store(b.grad + i, select_less(zero, m, g * token_weight, zero).v);
+    }
+    if (b.grad_entropy)
+      store(b.grad_entropy + i,
+            select_less(zero, m, V(-c.entropy_coef) * token_weight, zero).v);
+  }
+  sums.pg += weight * reduce_add(pg.v);
+  sums.k3 += reduce_add(k3.v);
+  sums.x += reduce_add(x_sum.v);
+  sums.r += reduce_add(r.v);
+  sums.rr += reduce_add(rr.v);
+  sums.low += reduce_add(low.v);
+  sums.high += reduce_add(high.v);
+  sums.dual += reduce_add(dual.v);
+  sums.r_min = min(lane_min(r_min), sums.r_min);
+  sums.r_max = max(reduce_max(r_max.v), sums.r_max);
+  if (b.ref) {
+    sums.kl += weight * reduce_add(kl.v);
+    sums.x_ref += reduce_add(x_ref.v);
+    sums.k3_ref += reduce_add(k3_ref.v);
+  }
+  if (b.rollout) sums.w += reduce_add(w_sum.v);
+  if (b.entropy) {
+    const double h = reduce_add(entropy.v);
+    sums.entropy += h;
+    sums.bonus += weight * h;
+  }
+  return reduce_add(slope.v);
+}
+
+using PolicyBlockFunction = double (*)(const PolicyConfig&, const PolicyBlock&, int64_t,
+                                       const SequenceRatio&, double, PolicySums&);
+inline PolicyBlockFunction policy_block_function(int32_t objective) {
+  switch (objective) {
+    case kPenalty: return policy_block<kPenalty>;
+    case kReinforce: return policy_block<kReinforce>;
+    case kCispo: return policy_block<kCispo>;
+    case kSapo: return policy_block<kSapo>;
+    default: return policy_block<kClip>;
+  }
+}
+
+// Tokens, and where asked for the sums of logprob - old and of old - rollout, of one piece.
+inline void policy_count(const PolicyArgs& a, const Piece& p, bool log_ratio, bool log_weight,
+                         SequenceSums& out) {
+  const LossTokens& t = a.tokens;
+  alignas(64) float logprobs[kTokenBlock], old[kTokenBlock], rollout[kTokenBlock];
+  for_blocks(t, p, [&](int64_t begin, int64_t n, const float* mask, int64_t count) {
+    out.tokens += static_cast<double>(count);
+    if (count == 0) return;
+    const auto block = [&](const Tensor& x, float* buffer) {
+      return read_block(x, token_at(t, x, p.sequence, begin), n, buffer);
+    };
+    const auto add_difference = [&](const float* x, const float* y, double& sum) {
+      Lanes s(0.0f);
+      for (int64_t i = 0; i < n; i += kLanes)
+        s = s + select_less(Lanes(0.0f), Lanes(load(mask + i)),
+                            Lanes(load(x + i)) - Lanes(load(y + i)), Lanes(0.0f));
+      sum += reduce_add(s.v);
+    };
+    if (!log_ratio && !log_weight) return;
+    const float* y = block(a.old_logprobs, old);
+    if (log_ratio) add_difference(block(a.logprobs, logprobs), y, out.log_ratio);
+    if (log_weight) add_difference(y, block(a.rollout_logprobs, rollout), out.log_weight);
+  });
+}
+
+inline SequenceRatio sequence_ratio(const PolicyConfig& c, const SequenceSums& s) {
+  SequenceRatio q{};
+  const float x = s.tokens > 0.0 ? static_cast<float>(s.log_ratio / s.tokens) : 0.0f;
+  q.ratio = policy_ratio(x, c);
+  q.inside = inside_clamp(x, 1.0f, c) != 0.0f;
+  q.w = correction_weight(static_cast<float>(s.log_weight), c);
+  return q;
+}
+
+// Adds a sequence's share of the slope of its ratio to the gradient of its unmasked tokens.
+inline void add_pooled(const PolicyArgs& a, const Piece& p, float share) {
+  const LossTokens& t = a.tokens;
+  const Tensor& g = a.grad_logprobs;
+  alignas(64) float buffer[kTokenBlock];
+  for_blocks(t, p, [&](int64_t begin, int64_t n, const float* mask, int64_t count) {
+    if (count == 0) return;
+    const int64_t at = token_at(t, g, p.sequence, begin);
+    const float* from = read_block(g, at, n, buffer);
+    float* to = result_block(g, at, n, buffer);
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const Lanes x = load(from + i);
+      store(to + i, select_less(Lanes(0.0f), Lanes(load(mask + i)), x + Lanes(share), x).v);
+    }
+    write_block(g, at, n, buffer);
+  });
+}
+
+inline void policy_metrics(const PolicyArgs& a, const PolicySums& s) {
+  const PolicyConfig& c = a.config;
+  const double n = s.tokens > 1.0 ? s.tokens : 1.0;
+  const bool any = s.tokens > 0.0;
+  double loss = s.pg;
+  if (c.kl_coef != 0.0f) loss += static_cast<double>(c.kl_coef) * s.kl;
+  if (c.entropy_coef != 0.0f) loss -= static_cast<double>(c.entropy_coef) * s.bonus;
+  // The vector minimum and maximum may step over a NaN; the sum does not.
+  const double poison = s.r - s.r;
+  const double values[kPolicyMetrics] = {
+      loss, s.pg, s.kl, s.bonus,
+      s.low / n, s.high / n, s.dual / n,
+      s.r / n, any ? s.r_min + poison : 0.0, any ? s.r_max + poison : 0.0,
+      -s.x / n, s.k3 / n, s.x_ref / n, s.k3_ref / n,
+      s.entropy / n, any ? s.r * s.r / (n * s.rr) : 0.0,
+      a.rollout_logprobs.data ? s.w / n : (any ? 1.0 : 0.0), s.tokens,
+  };
+  for (int i = 0; i < kPolicyMetrics; ++i) a.metrics[i] = static_cast<float>(values[i]);
+  *a.loss = a.metrics[0];
+}
+
+Status policy_loss(const PolicyArgs& a) {
+  const LossTokens& t = a.tokens;
+  const PolicyConfig& c = a.config;
+  const Status status = check_offsets(t);
+  if (status.code != kOk) return status;
+  const Plan plan(t);
+  if (!plan.ok()) return {kOutOfMemory, -1};
+  const Scratch<SequenceSums> piece_sums(plan.pieces), sequences(t.sequences);
+  const Scratch<PolicySums> partial(plan.items);
+  if (!piece_sums.data || !sequences.data || !partial.data) return {kOutOfMemory, -1};
+
+  const bool log_ratio = c.ratio_level != kTokenRatio;
+  const bool log_weight = c.correction_level == kSequenceCorrection;
+  const bool counted = log_ratio || log_weight || c.aggregation == kSeqMeanTokenMean ||
+                       a.divisor == 0.0;
+  if (counted) {
+    plan.for_pieces(a.threads, [&](int64_t p, int64_t) {
+      policy_count(a, plan.piece[p], log_ratio, log_weight, piece_sums[p]);
+    });
+    add_pieces(plan, piece_sums, sequences);
+  }
+  const double divisor = loss_divisor(t, c.aggregation, a.divisor, sequences);
+  const PolicyBlockFunction block_function = policy_block_function(c.objective);
+
+  for (int64_t i = 0; i < plan.items; ++i) partial[i].r_min = 3.0e38f, partial[i].r_max = -3.0e38f;
+  plan.for_pieces(a.threads, [&](int64_t index, int64_t item) {
+    const Piece& p = plan.piece[index];
+    const SequenceRatio q = sequence_ratio(c, sequences[p.sequence]);
+    const double weight = sequence_weight(c.aggregation, divisor, sequences[p.sequence].tokens);
+    alignas(64) float buffers[8][kTokenBlock];
+    for_blocks(t, p, [&](int64_t begin, int64_t n, const float* mask, int64_t count) {
+      const auto at = [&](const Tensor& x) { return token_at(t, x, p.sequence, begin); };
+      if (count == 0) {
+        zero_block(a.grad_logprobs, at(a.grad_logprobs), n);
+        zero_block(a.grad_entropy, at(a.grad_entropy), n);
+        return;
+      }
+      const auto in = [&](const Tensor& x, int i) { return read_block(x, at(x), n, buffers[i]); };
+      const auto out = [&](const Tensor& x, int i) {
+        return result_block(x, at(x), n, buffers[i]);
+      };
+      const PolicyBlock block{mask, in(a.logprobs, 0), in(a.old_logprobs, 1), in(a.advantages, 2),
+                              in(a.ref_logprobs, 3), in(a.rollout_logprobs, 4), in(a.entropy, 5),
+                              out(a.grad_logprobs, 6), out(a.grad_entropy, 7)};
+      partial[item].tokens += static_cast<double>(count);
+      piece_sums[index].slope += block_function(c, block, n, q, weight, partial[item]);
+      write_block(a.grad_logprobs, at(a.grad_logprobs), n, buffers[6]);
+      write_block(a.grad_entropy, at(a.grad_entropy), n, buffers[7]);
+    });
+  });
+
+  if (c.ratio_level == kSequenceRatio && a.grad_logprobs.data) {
+    for (int64_t p = 0; p < plan.pieces; ++p)
+      sequences[plan.piece[p].sequence].slope += piece_sums[p].slope;
+    plan.for_pieces(a.threads, [&](int64_t index, int64_t) {
+      const Piece& p = plan.piece[index];
+      const SequenceSums& s = sequences[p.sequence];
+      if (s.tokens == 0.0 || s.slope == 0.0 || !sequence_ratio(c, s).inside) return;
+      const double weight = sequence_weight(c.aggregation, divisor, s.tokens);
+      add_pooled(a, p, static_cast<float>(weight * s.slope / s.tokens));
+    });
+  }
+
+  PolicySums sums{};
+  sums.r_min = 3.0e38f, sums.r_max = -3.0e38f;
+  for (int64_t i = 0; i < plan.items; ++i) {
+    const PolicySums& s = partial[i];
+    sums.pg += s.pg, sums.kl += s.kl, sums.bonus += s.bonus;
+    sums.low += s.low, sums.high += s.high, sums.dual += s.dual;
+    sums.r += s.r, sums.rr += s.rr, sums.x += s.x, sums.k3 += s.k3;
+    sums.x_ref += s.x_ref, sums.k3_ref += s.k3_ref;
+    sums.entropy += s.entropy, sums.w += s.w, sums.tokens += s.tokens;
+    sums.r_min = min(s.r_min, sums.r_min), sums.r_max = max(s.r_max, sums.r_max);
+  }
+  policy_metrics(a, sums);
+  return {};
+}
+
+}  // namespace
+}  // namespace rk

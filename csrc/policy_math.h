@@ -1,0 +1,208 @@
+// The token terms of the policy and value losses, written once for a float (CUDA, scalars) and for a
+// vector of floats (cpu/tokens.h). A vector type V has + - * /, unary -, a constructor from float,
+// and the functions below for float. max and min keep a NaN in their second argument.
+#pragma once
+#include "math.h"
+
+namespace rk {
+namespace {
+
+RK_HD float select_less(float a, float b, float yes, float no) { return a < b ? yes : no; }
+RK_HD float max(float a, float b) { return a > b ? a : b; }
+RK_HD float min(float a, float b) { return a < b ? a : b; }
+RK_HD float abs(float a) { return fabsf(a); }
+RK_HD float fma(float a, float b, float c) {
+#if defined(__CUDACC__) || defined(__FMA__)
+  return fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+// x * 2^n for integral n in [-126, 127]
+RK_HD float scale2(float x, float n) { return ldexpf(x, static_cast<int>(n)); }
+
+template <class V>
+RK_HD V clamp(V x, V low, V high) {
+  return min(high, max(low, x));
+}
+
+// exp(x), exp(x) - 1 and exp(x) - 1 - x for |x| <= 80; NaN in, NaN out; exactly 1, 0, 0 at x = 0.
+// x = n ln 2 + f; exp(f) = 1 + f + f^2 q(f), q minimax of degree 5 (relative error 1e-8 of q). exp is
+// within 1.5 units in the last place, the others as exact wherever |x| < ln(2) / 2, and nowhere
+// worse than torch.expm1(x) - x.
+template <class V>
+struct ExpParts {
+  V e, em1, em1mx;
+};
+
+template <class V>
+RK_HD ExpParts<V> exp_parts(V x) {
+  const V magic(12582912.0f);  // 1.5 * 2^23 rounds to the nearest integer
+  const V n = fma(x, V(1.44269504f), magic) - magic;
+  // ln 2 in two parts, the first short enough for n times it to be exact.
+  const V f = fma(n, V(2.12194440e-4f), fma(n, V(-0.693359375f), x));
+  V q(1.9899517e-4f);
+  q = fma(q, f, V(1.3933830e-3f));
+  q = fma(q, f, V(8.3332984e-3f));
+  q = fma(q, f, V(4.1666463e-2f));
+  q = fma(q, f, V(1.6666667e-1f));
+  q = fma(q, f, V(0.5f));
+  const V mx = f * f * q;
+  const V m1 = f + mx;
+  const V s = scale2(V(1.0f), n);
+  const V em1 = fma(s, m1, s - V(1.0f));
+  // n is 0 exactly where |n| < 1.
+  return {fma(s, m1, s), em1, select_less(abs(n), V(0.5f), mx, em1 - x)};
+}
+
+// exp(x) saturates at +-40 in every use: LOG_RATIO_BOUND of policy_config.py.
+constexpr float kLogRatioBound = 40.0f;
+
+template <class V>
+RK_HD V saturated(V x) {
+  return clamp(x, V(-kLogRatioBound), V(kLogRatioBound));
+}
+
+// The ratio of a token or a sequence. `log` is clamped.
+template <class V>
+struct Ratio {
+  V r, em1, em1mx, log;
+};
+
+template <class V>
+RK_HD Ratio<V> policy_ratio(V x, const PolicyConfig& c) {
+  const V log = clamp(x, V(c.log_ratio_low), V(c.log_ratio_high));
+  const ExpParts<V> p = exp_parts(log);
+  return {p.e, p.em1, p.em1mx, log};
+}
+
+// 0 where x lies outside the clamp of the log-ratio, else slope.
+template <class V>
+RK_HD V inside_clamp(V x, V slope, const PolicyConfig& c) {
+  const V above = select_less(x, V(c.log_ratio_low), V(0.0f), slope);
+  return select_less(V(c.log_ratio_high), x, V(0.0f), above);
+}
+
+// w = exp(x) for x = old - rollout (or its sum over the sequence), truncated or masked.
+template <class V>
+RK_HD V correction_weight(V x, const PolicyConfig& c) {
+  const V low(c.correction_low), high(c.correction_high), zero(0.0f);
+  const V w = exp_parts(saturated(x)).e;
+  if (c.correction_mode == kTruncate) return clamp(w, low, high);
+  return select_less(w, low, zero, select_less(high, w, zero, w));
+}
+
+// One token of the objective. `direct` is d loss / d logprob where it does not pass through the
+// ratio, `ratio` d loss / d log r. low, high and dual are 1 where that bound takes effect.
+template <class V>
+struct PolicyTerm {
+  V loss, direct, ratio, low, high, dual;
+};
+
+template <int kObjective, class V>
+RK_HD PolicyTerm<V> policy_objective(const Ratio<V>& x, V logprob, V a, V w, const PolicyConfig& c) {
+  const V zero(0.0f), one(1.0f), low(c.clip_low), high(c.clip_high);
+  PolicyTerm<V> t{zero, zero, zero, zero, zero, zero};
+  if constexpr (kObjective == kReinforce) {
+    t.direct = w * -a;
+    t.loss = w * (-a * logprob);
+  } else if constexpr (kObjective == kCispo) {
+    const V weight = -a * clamp(x.r, low, high);
+    t.direct = w * weight;
+    t.loss = w * (weight * logprob);
+    t.low = select_less(x.r, low, one, zero);
+    t.high = select_less(high, x.r, one, zero);
+  } else if constexpr (kObjective == kPenalty) {
+    const V beta(c.penalty_coef);
+    const V pg = w * (-a * x.r);
+    t.loss = pg + beta * x.em1mx;
+    t.ratio = pg + beta * x.em1;
+  } else if constexpr (kObjective == kSapo) {
+    const V tau = select_less(zero, a, V(c.sapo_tau_pos), V(c.sapo_tau_neg));
+    const V z = tau * (x.r - one);
+    // exp(-z), exactly 0 where it would be below 1e-34; z >= -tau.
+    const V u = select_less(V(80.0f), z, zero, exp_parts(clamp(-z, V(-80.0f), V(80.0f))).e);
+    const V gate = one / (one + u);
+    t.loss = w * (-a * gate * (V(4.0f) / tau));
+    t.ratio = w * (-a * V(4.0f) * gate * (u * gate) * x.r);
+  } else {
+    const V delta(c.delta);
+    const V free = -a * x.r;
+    const V unclipped = -a * min(delta, x.r), clipped = -a * clamp(x.r, low, high);
+    V loss = select_less(unclipped, clipped, clipped, unclipped);
+    V slope = select_less(unclipped, clipped, zero, select_less(delta, x.r, zero, free));
+    const V bound = -a * V(c.dual_clip);
+    const V over = select_less(a, zero, select_less(bound, loss, one, zero), zero);
+    loss = select_less(zero, over, bound, loss);
+    slope = select_less(zero, over, zero, slope);
+    t.loss = w * loss;
+    t.ratio = w * slope;
+    t.low = select_less(a, zero, select_less(x.r, low, one, zero), zero);
+    t.high = select_less(zero, a, select_less(high, x.r, one, zero), zero);
+    const V top = min(V(c.dual_clip), delta);
+    t.dual = select_less(a, zero, select_less(top, x.r, one, zero), zero);
+  }
+  return t;
+}
+
+// The KL to the reference from x = logprob - ref: the term of the loss, its slope, and the plain k3.
+template <class V>
+struct KlTerm {
+  V value, slope, k3;
+};
+
+template <class V>
+RK_HD V within(V x, V low, V high, V slope) {
+  return select_less(x, low, V(0.0f), select_less(high, x, V(0.0f), slope));
+}
+
+template <class V>
+RK_HD KlTerm<V> policy_kl(V x, const PolicyConfig& c) {
+  const V zero(0.0f), one(1.0f), bound(kLogRatioBound);
+  const V in_low(c.kl_input_low), in_high(c.kl_input_high);
+  const V z = clamp(x, in_low, in_high);
+  const ExpParts<V> plain = exp_parts(-saturated(x));
+  V value = z, slope = one;
+  if (c.kl_estimator == kK2) {
+    value = V(0.5f) * z * z;
+    slope = z;
+  } else if (c.kl_estimator == kAbs) {
+    value = abs(z);
+    slope = select_less(zero, z, one, select_less(z, zero, -one, z));
+  } else if (c.kl_estimator == kK3) {
+    ExpParts<V> p = plain;
+    if (c.kl_input_low > -kLogRatioBound || c.kl_input_high < kLogRatioBound)
+      p = exp_parts(-saturated(z));
+    value = p.em1mx;
+    slope = within(z, -bound, bound, -p.em1);
+  }
+  slope = within(x, in_low, in_high, slope);
+  const V limit(c.kl_value_clamp);
+  slope = within(value, -limit, limit, slope);
+  value = clamp(value, -limit, limit);
+  // The gradient of k2, through both clamps.
+  if (c.kl_straight_through) slope = x;
+  return {value, slope, plain.em1mx};
+}
+
+// 0.5 of the squared error, its slope, and 1 where the clipped value's error is the larger.
+template <class V>
+struct ValueTerm {
+  V loss, slope, clipped;
+};
+
+template <class V>
+RK_HD ValueTerm<V> value_term(V value, V old, V target, V range, bool clip) {
+  const V zero(0.0f), half(0.5f);
+  const V error = value - target;
+  const V square = error * error;
+  if (!clip) return {half * square, error, zero};
+  const V other = clamp(value, old - range, old + range) - target;
+  const V other_square = other * other;
+  return {half * select_less(square, other_square, other_square, square),
+          select_less(square, other_square, zero, error),
+          select_less(square, other_square, V(1.0f), zero)};
+}
+
+}  // namespace
+}  // namespace rk
