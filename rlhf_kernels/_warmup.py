@@ -83,7 +83,8 @@ def _policy_loss(x: Inputs) -> Call:
     )
     options = {"ref_logprobs": ref, "rollout_logprobs": rollout, "config": config}
     options["entropy"] = x.tokens(grad=True)
-    return (logprobs, old, x.tokens(), x.mask()), options
+    # All of one sign: a loss whose terms cancel says little about its error.
+    return (logprobs, old, x.tokens().abs(), x.mask()), options
 
 
 def _ppo_advantages(x: Inputs) -> Call:

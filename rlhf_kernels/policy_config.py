@@ -6,7 +6,7 @@ from typing import Any
 
 OBJECTIVES = ("clip", "penalty", "reinforce", "cispo", "sapo")
 RATIO_LEVELS = ("token", "sequence", "sequence-token")
-KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+", "abs+")
+KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+")
 CORRECTION_LEVELS = ("token", "sequence")
 CORRECTION_MODES = ("truncate", "mask")
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant")

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..reference.policy import METRICS
 from . import boundary as b
+
+# csrc/abi.h: kPolicyMetrics
+_METRICS = 18
 
 
 def mask_grid(mask: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         entropy_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         op = "policy_loss"
-        loss, metrics, gradient = outputs(logprobs, len(METRICS), grad)
+        loss, metrics, gradient = outputs(logprobs, _METRICS, grad)
         shape = entropy.shape if entropy_grad else (0,)
         bonus = torch.empty(
             shape, dtype=(entropy if entropy_grad else logprobs).dtype, device=logprobs.device

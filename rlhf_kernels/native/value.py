@@ -5,9 +5,11 @@ from types import ModuleType
 
 from torch import Tensor
 
-from ..reference.value import METRICS
 from . import boundary as b
 from . import policy
+
+# csrc/abi.h: kValueMetrics
+_METRICS = 6
 
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
@@ -26,7 +28,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         op = "value_loss"
-        loss, metrics, gradient = policy.outputs(values, len(METRICS), grad)
+        loss, metrics, gradient = policy.outputs(values, _METRICS, grad)
         divisor = policy.divisor_value(op, normalizer, divisor)
         tokens = policy.sequences(op, values, cu_seqlens)
         if tokens is None:
