@@ -1,0 +1,106 @@
+"""Options of the benchmark suite, and what its JSON says about the machine."""
+
+import platform
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import pytest
+import torch
+
+import rlhf_kernels as rk
+
+from .harness import Case, Settings, measure
+
+_FAILURES = pytest.StashKey[list]()
+_PEERS = ("trl", "verl", "transformers")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("rlhf_kernels")
+    group.addoption("--quick", action="store_true", help="small shapes, few rounds")
+    group.addoption("--device", default="cpu", help="device of the tensors")
+    group.addoption("--providers", help="comma-separated: measure only these beside ours")
+    group.addoption("--backend", help="backend of ours; default: the device's first kernel backend")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_FAILURES] = []
+
+
+def _backend(config: pytest.Config) -> str:
+    """The backend to measure. Never the reference unless it is named: that would not be a kernel."""
+    named = config.getoption("--backend")
+    if named is not None:
+        return named
+    first = rk.available_backends(config.getoption("--device"))[0]
+    if first == "reference":
+        raise pytest.UsageError("no kernel backend is built here; see `python -m rlhf_kernels`")
+    return first
+
+
+@pytest.fixture(scope="session")
+def settings(request: pytest.FixtureRequest) -> Settings:
+    """Device, backend and size of this run; the backend is forced, so that it cannot fall back."""
+    rk.use_backend(_backend(request.config))
+    device = torch.device(request.config.getoption("--device"))
+    only = request.config.getoption("--providers")
+    return Settings(
+        device,
+        request.config.getoption("--quick"),
+        None if only is None else {"ours", *only.split(",")},
+    )
+
+
+@pytest.fixture
+def run(
+    benchmark: Any, settings: Settings, request: pytest.FixtureRequest
+) -> Callable[[Case], None]:
+    """Measures a case and records it."""
+    torch.manual_seed(0)
+    return partial(measure, benchmark, settings, request.config.stash[_FAILURES])
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PEERS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+# The three hooks below replace what could name this machine or its user by what a reader needs.
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    cpu = machine_info.get("cpu", {})
+    device = torch.device(config.getoption("--device"))
+    machine_info.clear()
+    machine_info.update(
+        cpu=cpu.get("brand_raw", platform.machine()),
+        cores=cpu.get("count"),
+        threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        backend=_backend(config),
+        cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        system=platform.system(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        rlhf_kernels=rk.__version__,
+        peers=_versions(),
+        quick=config.getoption("--quick"),
+    )
+
+
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict) -> None:
+    kept = {k: commit_info[k] for k in ("id", "dirty", "time") if k in commit_info}
+    commit_info.clear()
+    commit_info.update(kept)
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict) -> None:
+    # Points whose own result was wrong or raised: they have no time.
+    output_json["failures"] = config.stash[_FAILURES]
+    for entry in output_json["benchmarks"]:
+        entry["stats"].pop("data", None)

@@ -1,0 +1,242 @@
+"""gae padded and packed, with whitening, ppo_advantages and group_advantages."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import rlhf_kernels as rk
+
+from .harness import Case, Provider, Settings, compiled
+from .peers import peer
+
+GAMMA, LAM, KL_COEF = 0.99, 0.95, 0.05
+TARGETS = {"eager": 100, "vectorized": 5, "compile": 5, "copy": 0.4}
+# Bytes a token: rewards, values and bool mask in, advantages and returns out.
+GAE_BYTES = 17
+
+
+def loop(rewards: Tensor, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """What trainers run: a Python loop over time that skips masked steps."""
+    next_value = advantage = torch.zeros_like(values[:, 0])
+    advantages = []
+    for t in reversed(range(values.shape[1])):
+        keep = weights[:, t]
+        delta = rewards[:, t] + GAMMA * next_value - values[:, t]
+        advantage = keep * (delta + GAMMA * LAM * advantage) + (1 - keep) * advantage
+        next_value = keep * values[:, t] + (1 - keep) * next_value
+        advantages.append(advantage)
+    result = torch.stack(advantages[::-1], dim=1)
+    return result, result + values
+
+
+def _decayed_sums(x: Tensor, decay: float, chunk: int = 128) -> Tensor:
+    """y_t = x_t + decay * y_{t+1} over the last dimension, by matrix products of chunks."""
+    length = x.shape[-1]
+    step = torch.arange(min(chunk, length), device=x.device)
+    gap = step[:, None] - step
+    matrix = torch.where(gap >= 0, decay ** gap.clamp(min=0).to(x.dtype), 0.0)
+    if length <= chunk:
+        return x @ matrix
+    chunks = torch.nn.functional.pad(x, (0, -length % chunk)).unflatten(-1, (-1, chunk))
+    y = chunks @ matrix
+    # What each chunk receives from behind it.
+    heads = _decayed_sums(y[..., 0], decay**chunk, chunk)
+    behind = torch.nn.functional.pad(heads[..., 1:], (0, 1))
+    y = y + behind.unsqueeze(-1) * decay ** (chunk - step).to(x.dtype)
+    return y.flatten(-2)[..., :length]
+
+
+def vectorized(rewards: Tensor, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The fastest plain torch form that we know; right only for masks without gaps."""
+    values = values * weights
+    following = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    delta = (rewards + GAMMA * following - values) * weights
+    advantages = _decayed_sums(delta, GAMMA * LAM)
+    return advantages, advantages + values
+
+
+def whitened(x: Tensor, weights: Tensor) -> Tensor:
+    count = weights.sum()
+    mean = (x * weights).sum() / count
+    variance = ((x - mean) ** 2 * weights).sum() / (count - 1)
+    return (x - mean) * torch.rsqrt(variance + 1e-8)
+
+
+def _scalar_gae(rewards: Tensor, values: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """The oracle: one step after another in Python floats, tokens of all rows in one line."""
+    advantages: list[float] = []
+    for r, v, n in zip(rewards.tolist(), values.tolist(), lengths, strict=True):
+        advantage = next_value = 0.0
+        row = []
+        for t in reversed(range(n)):
+            advantage = r[t] + GAMMA * next_value - v[t] + GAMMA * LAM * advantage
+            next_value = v[t]
+            row.append(advantage)
+        advantages += row[::-1]
+    flat = torch.tensor(advantages, dtype=torch.float64)
+    kept = torch.arange(values.shape[1]) < torch.tensor(lengths)[:, None]
+    return flat, flat + values.cpu().double()[kept]
+
+
+def _batch(shape: tuple[int, int], device: torch.device, least: float = 0.5) -> tuple[Tensor, ...]:
+    """rewards, values, bool mask [B, T] of sequences at least `least` of T long."""
+    rewards, values = (torch.randn(shape, device=device) for _ in range(2))
+    lengths = torch.randint(max(1, int(least * shape[1])), shape[1] + 1, shape[:1], device=device)
+    return rewards, values, torch.arange(shape[1], device=device) < lengths[:, None]
+
+
+@pytest.mark.parametrize("shape", [(512, 4096), (16, 131072)], ids=["512x4096", "16x131072"])
+def test_gae(run: Callable[[Case], None], settings: Settings, shape: tuple[int, int]) -> None:
+    shape = (4, 300) if settings.quick else shape
+    rewards, values, mask = _batch(shape, settings.device)
+    weights = mask.float()
+
+    run(
+        Case(
+            op="gae",
+            label=f"fp32 {shape[0]}×{shape[1]}",
+            mode="forward",
+            inputs=(rewards, values, weights),
+            providers={
+                "eager": loop,
+                "vectorized": vectorized,
+                "compile": compiled(vectorized),
+                "ours": lambda r, v, w: rk.gae(r, v, mask=mask, gamma=GAMMA, lam=LAM),
+            },
+            oracle=lambda: _scalar_gae(rewards, values, mask.sum(1).tolist()),
+            moved=GAE_BYTES * rewards.numel(),
+            targets=TARGETS,
+            select=lambda t: t[mask].cpu(),
+        )
+    )
+
+
+def test_gae_packed(run: Callable[[Case], None], settings: Settings) -> None:
+    shape = (4, 300) if settings.quick else (512, 8192)
+    # Ragged: 5 % to 100 % of the longest. Trainers pad such a batch, scan it and pack the result.
+    rewards, values, mask = _batch(shape, settings.device, least=0.05)
+    lengths = mask.sum(1)
+    packed = rewards[mask], values[mask]
+    zero = lengths.new_zeros(1)
+    cu_seqlens = torch.cat([zero, lengths.cumsum(0)]).int()
+    slots = mask.flatten().nonzero().squeeze(1)
+    weights = mask.float()
+
+    def through_padding(scan: Provider) -> Provider:
+        def padded(r: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+            grids = [x.new_zeros(shape).view(-1).index_copy(0, slots, x).view(shape) for x in (r, v)]
+            return tuple(x.reshape(-1)[slots] for x in scan(*grids, weights))
+
+        return padded
+
+    run(
+        Case(
+            op="gae packed",
+            label=f"fp32 {shape[0]} sequences, {len(slots)} tokens",
+            mode="forward",
+            inputs=packed,
+            providers={
+                "eager": through_padding(loop),
+                "vectorized": through_padding(vectorized),
+                "compile": compiled(through_padding(vectorized)),
+                "ours": lambda r, v: rk.gae(r, v, cu_seqlens=cu_seqlens, gamma=GAMMA, lam=LAM),
+            },
+            oracle=lambda: _scalar_gae(rewards, values, lengths.tolist()),
+            # No mask to read.
+            moved=(GAE_BYTES - 1) * len(slots),
+            targets=TARGETS,
+            select=lambda t: t.cpu(),
+        )
+    )
+
+
+def test_ppo_advantages(run: Callable[[Case], None], settings: Settings) -> None:
+    """Rewards shaped by the KL penalty, GAE and whitening: all of verl's advantage step."""
+    shape = (4, 300) if settings.quick else (512, 4096)
+    logprobs, values, mask = _batch(shape, settings.device)
+    ref_logprobs = logprobs + 0.1 * torch.randn_like(logprobs)
+    scores = torch.randn(shape[0], device=settings.device)
+    weights, response_mask = mask.float(), mask.long()
+    last = mask.sum(1, keepdim=True) - 1
+
+    def shaped(scores: Tensor, new: Tensor, ref: Tensor) -> Tensor:
+        return (-KL_COEF * (new - ref)).scatter_add(1, last, scores.unsqueeze(1))
+
+    def plain(scan: Provider) -> Provider:
+        def advantages(scores: Tensor, new: Tensor, ref: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+            advantages, returns = scan(shaped(scores, new, ref), v, weights)
+            return whitened(advantages, weights), returns
+
+        return advantages
+
+    scan = peer("verl.trainer.ppo.core_algos", "compute_gae_advantage_return")
+
+    def verl(scores: Tensor, new: Tensor, ref: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return scan(shaped(scores, new, ref), v, response_mask, GAMMA, LAM)
+
+    def ours(scores: Tensor, new: Tensor, ref: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return rk.ppo_advantages(
+            *(scores, new, ref, v, mask), kl_coef=KL_COEF, gamma=GAMMA, lam=LAM, whiten=True
+        )[:2]
+
+    def oracle() -> tuple[Tensor, ...]:
+        rewards = shaped(scores.double(), logprobs.double(), ref_logprobs.double())
+        advantages, returns = _scalar_gae(rewards, values, mask.sum(1).tolist())
+        return (advantages - advantages.mean()) / (advantages.var() + 1e-8).sqrt(), returns
+
+    run(
+        Case(
+            op="ppo_advantages",
+            label=f"fp32 {shape[0]}×{shape[1]}",
+            mode="forward",
+            inputs=(scores, logprobs, ref_logprobs, values),
+            providers={
+                "eager": plain(loop),
+                "vectorized": plain(vectorized),
+                "compile": compiled(plain(vectorized)),
+                "verl": scan and verl,
+                "ours": ours,
+            },
+            oracle=oracle,
+            # Three tensors and the bool mask in; rewards, advantages and returns out.
+            moved=25 * values.numel(),
+            select=lambda t: t[mask].cpu(),
+        )
+    )
+
+
+def test_group_advantages(run: Callable[[Case], None], settings: Settings) -> None:
+    groups, size = (8, 4) if settings.quick else (128, 8)
+    rewards = torch.randn(groups * size, device=settings.device)
+    ids = np.repeat(np.arange(groups), size)
+    ones = torch.ones(groups * size, 1, dtype=torch.long, device=settings.device)
+
+    def eager(r: Tensor) -> Tensor:
+        g = r.view(groups, size)
+        return ((g - g.mean(1, keepdim=True)) / (g.std(1, keepdim=True) + 1e-6)).flatten()
+
+    def oracle() -> tuple[Tensor]:
+        return (eager(rewards.double()).cpu(),)
+
+    grpo = peer("verl.trainer.ppo.core_algos", "compute_grpo_outcome_advantage")
+    run(
+        Case(
+            op="group_advantages",
+            label=f"fp32 {groups} groups of {size}",
+            mode="forward",
+            inputs=(rewards,),
+            providers={
+                "eager": eager,
+                "compile": compiled(eager),
+                # One reward column, not one per token: the least that verl can be asked for.
+                "verl": grpo and (lambda r: grpo(r.clone().unsqueeze(1), ones, ids)[0].squeeze(1)),
+                "ours": lambda r: rk.group_advantages(r, size),
+            },
+            oracle=oracle,
+            moved=8 * rewards.numel(),
+            select=lambda t: t.cpu(),
+        )
+    )

@@ -1,0 +1,154 @@
+"""token_logprobs, with and without entropy, forward and backward."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import rlhf_kernels as rk
+
+from .harness import Case, Provider, Settings, compiled
+from .peers import peer
+
+MODES = ("forward", "backward", "forward+backward")
+SAMPLED_ROWS = 16
+
+
+class Shape(NamedTuple):
+    dtype: torch.dtype
+    batch: int
+    length: int
+    vocab: int
+    targets: dict[tuple[str, bool], dict[str, float]]
+
+
+_BACKWARD = {"eager": 5, "compile": 1.5, "copy": 0.6}
+_BOTH = {"eager": 5, "compile": 1.5}
+# Entropy may cost 15 %: the ratio of the time without it to the time with it.
+_FREE = 1 / 1.15
+SHAPES = {
+    "fp32": Shape(
+        *(torch.float32, 8, 256, 32768),
+        {
+            ("forward", False): {"eager": 6, "compile": 1.6, "read": 0.6},
+            ("forward", True): {"eager": 15, "compile": 2, "no entropy": _FREE},
+        },
+    ),
+    "bf16": Shape(
+        *(torch.bfloat16, 2, 128, 151936),
+        {
+            ("forward", False): {"eager": 12, "compile": 2},
+            ("forward", True): {"eager": 25, "compile": 3, "no entropy": _FREE},
+        },
+    ),
+}
+
+
+def eager(logits: Tensor, labels: Tensor) -> Tensor:
+    """What a trainer writes: fp32 results, as ours."""
+    logp = F.log_softmax(logits.float(), dim=-1)
+    return logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def eager_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    logp = F.log_softmax(logits.float(), dim=-1)
+    return logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1), -(logp.exp() * logp).sum(-1)
+
+
+def _ours(entropy: bool) -> Provider:
+    def ours(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        result = rk.token_logprobs(logits, labels, entropy=entropy)
+        return tuple(result) if entropy else (result.logprobs,)
+
+    return ours
+
+
+def _trl(batch: int, entropy: bool) -> Provider:
+    # TRL passes [B, T, V] and loops over B, or, with bf16, over B again in bf16.
+    function = peer(
+        "trl.trainer.utils",
+        "selective_log_softmax_and_entropy" if entropy else "selective_log_softmax",
+    )
+
+    def trl(logits: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, ...]:
+        shaped = labels.view(batch, -1)
+        result = function(logits.view(*shaped.shape, -1), shaped)
+        return tuple(r.flatten() for r in result) if entropy else result.flatten()
+
+    return function and trl
+
+
+def _verl(entropy: bool) -> Provider:
+    # verl's packed path: [total tokens, V], a loop over tokens.
+    logprobs = peer("verl.utils.torch_functional", "logprobs_from_logits")
+    entropies = peer("verl.utils.torch_functional", "entropy_from_logits")
+
+    def verl(logits: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, ...]:
+        found = logprobs(logits, labels, inplace_backward=False)
+        return (found, entropies(logits)) if entropy else found
+
+    return logprobs and verl
+
+
+def _oracle(
+    logits: Tensor, labels: Tensor, rows: Tensor, upstream: tuple[Tensor, ...], gradient: bool
+) -> Callable[[], tuple[Tensor, ...]]:
+    def oracle() -> tuple[Tensor, ...]:
+        z = logits.detach()[rows].double().requires_grad_(gradient)
+        logp = (z - z.logsumexp(-1, keepdim=True))[torch.arange(len(rows)), labels[rows]]
+        p = z.softmax(-1)
+        entropy = z.logsumexp(-1) - (p * z).sum(-1)
+        outputs = (logp, entropy)[: len(upstream)]
+        if not gradient:
+            return outputs
+        gradients = torch.autograd.grad(outputs, z, [u[rows].double() for u in upstream])
+        return tuple(o.detach() for o in outputs) + gradients
+
+    return oracle
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("entropy", [False, True], ids=["logprobs", "entropy"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_token_logprobs(
+    run: Callable[[Case], None], settings: Settings, name: str, entropy: bool, mode: str
+) -> None:
+    dtype, batch, length, vocab, targets = SHAPES[name]
+    if settings.quick:
+        batch, length, vocab = 2, 12, 1000
+    n, device = batch * length, settings.device
+    logits = (torch.randn(n, vocab, device=device) * 2).to(dtype)
+    logits.requires_grad_(mode != "forward")
+    labels = torch.randint(0, vocab, (n,), device=device)
+    upstream = tuple(torch.randn(n, device=device) for _ in range(2 if entropy else 1))
+    rows = torch.randperm(n, device=device)[:SAMPLED_ROWS]
+    plain = eager_entropy if entropy else eager
+    providers = {
+        "eager": plain,
+        "compile": compiled(plain),
+        "trl": _trl(batch, entropy),
+        "verl": _verl(entropy),
+        "ours": _ours(entropy),
+    }
+    wanted = dict(targets.get((mode, entropy), _BACKWARD if mode == "backward" else _BOTH))
+    tensor_bytes = logits.numel() * logits.element_size()
+    passes = {"forward": 1, "backward": 2, "forward+backward": 3}[mode]
+    run(
+        Case(
+            op="token_logprobs + entropy" if entropy else "token_logprobs",
+            label=f"{name} {n}×{vocab}",
+            mode=mode,
+            inputs=(logits, labels),
+            providers=providers,
+            oracle=_oracle(logits, labels, rows, upstream, mode != "forward"),
+            moved=passes * tensor_bytes + 16 * n,
+            limit="read" if mode == "forward" else "copy",
+            targets=wanted,
+            select=lambda t: t[rows],
+            upstream=upstream,
+            extra={"no entropy": _ours(False)} if entropy and mode == "forward" else {},
+        )
+    )

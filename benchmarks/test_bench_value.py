@@ -1,0 +1,86 @@
+"""value_loss: the clipped loss of the critic, forward and backward."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import rlhf_kernels as rk
+
+from .harness import Case, Settings, compiled
+from .peers import peer
+
+SHAPES = {"64x2048": (64, 2048), "2048x2048": (2048, 2048)}
+CLIP = 0.2
+
+
+def eager(
+    values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, weights: Tensor
+) -> tuple[Tensor, ...]:
+    """The loss and the clip fraction, as trainers log it."""
+    count = weights.sum()
+    plain = (values - returns) ** 2
+    clipped = (values.clamp(old - CLIP, old + CLIP) - returns) ** 2
+    loss = 0.5 * (torch.maximum(plain, clipped) * weights).sum() / count
+    with torch.no_grad():
+        clip_fraction = ((clipped > plain) * weights).sum() / count
+    return loss, clip_fraction
+
+
+def ours(
+    values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, weights: Tensor
+) -> tuple[Tensor, ...]:
+    result = rk.value_loss(values, old, returns, mask, clip_range=CLIP)
+    return result.loss, result.metrics.values
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_value_loss(run: Callable[[Case], None], settings: Settings, name: str) -> None:
+    shape, device = (4, 50) if settings.quick else SHAPES[name], settings.device
+    old = torch.randn(shape, device=device)
+    change = 0.2 * torch.randn_like(old)
+    # None so near a branch that rounding decides it: the oracle could not judge it.
+    change.masked_fill_((change.abs() - CLIP).abs() < 1e-4, 0)
+    values = (old + change).requires_grad_()
+    returns = old + torch.randn_like(old)
+    middle = old + (change + change.clamp(-CLIP, CLIP)) / 2
+    returns += torch.where((returns - middle).abs() < 1e-4, 0.1, 0.0)
+    lengths = torch.randint(shape[1] // 2, shape[1] + 1, (shape[0], 1), device=device)
+    mask = torch.arange(shape[1], device=device) < lengths
+    response_mask = mask.long()
+
+    def oracle() -> tuple[Tensor, ...]:
+        v, o, r = (t.detach()[mask].double() for t in (values, old, returns))
+        clipped = v.clamp(o - CLIP, o + CLIP)
+        use_plain = (v - r) ** 2 >= (clipped - r) ** 2
+        loss = 0.5 * torch.maximum((v - r) ** 2, (clipped - r) ** 2).mean()
+        gradient = torch.zeros(shape, dtype=torch.float64, device=device)
+        gradient[mask] = torch.where(use_plain, v - r, 0.0) / mask.sum()
+        return loss, gradient
+
+    verl = peer("verl.trainer.ppo.core_algos", "compute_value_loss")
+
+    def verl_loss(
+        values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        return verl(values, returns, old, response_mask, CLIP)
+
+    run(
+        Case(
+            op="value_loss",
+            label=f"fp32 {shape[0]}×{shape[1]}",
+            mode="forward+backward",
+            inputs=(values, old, returns, mask, mask.float()),
+            providers={
+                "eager": eager,
+                "compile": compiled(eager),
+                "verl": verl and verl_loss,
+                "ours": ours,
+            },
+            oracle=oracle,
+            # Three tensors and the bool mask in, the gradient out.
+            moved=17 * values.numel(),
+            outputs=1,
+        )
+    )
