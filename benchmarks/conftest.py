@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _backend(config: pytest.Config) -> str:
-    """The backend to measure. Never the reference unless it is named: that would not be a kernel."""
+    """The backend to measure: never the reference, which is no kernel, unless it is named."""
     named = config.getoption("--backend")
     if named is not None:
         return named
@@ -99,7 +99,9 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict
     commit_info.update(kept)
 
 
-def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict) -> None:
+def pytest_benchmark_update_json(
+    config: pytest.Config, benchmarks: list, output_json: dict
+) -> None:
     # Points whose own result was wrong or raised: they have no time.
     output_json["failures"] = config.stash[_FAILURES]
     for entry in output_json["benchmarks"]:

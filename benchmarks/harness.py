@@ -28,7 +28,7 @@ GATE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
 
 class Missing(NamedTuple):
-    """A provider that is not here, and why. False, so `peer(...) and (lambda ...)` stays Missing."""
+    """A provider that is not here, and why. False: `peer(...) and (lambda ...)` stays Missing."""
 
     reason: str
 

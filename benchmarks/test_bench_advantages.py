@@ -127,8 +127,9 @@ def test_gae_packed(run: Callable[[Case], None], settings: Settings) -> None:
 
     def through_padding(scan: Provider) -> Provider:
         def padded(r: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-            grids = [x.new_zeros(shape).view(-1).index_copy(0, slots, x).view(shape) for x in (r, v)]
-            return tuple(x.reshape(-1)[slots] for x in scan(*grids, weights))
+            grids = (r.new_zeros(weights.numel()).index_copy(0, slots, x) for x in (r, v))
+            results = scan(*(g.view(shape) for g in grids), weights)
+            return tuple(x.reshape(-1)[slots] for x in results)
 
         return padded
 
