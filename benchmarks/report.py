@@ -62,7 +62,8 @@ def target_text(entry: Entry, quick: bool) -> str:
     ]
     if missed:
         return "missed: " + ", ".join(missed)
-    return "met" if results else "not measured"
+    unknown = ", ".join(n for n in entry["targets"] if ratio(entry, n) is None)
+    return "met" + (f"; not measured: {unknown}" if unknown else "")
 
 
 def environment(data: Entry) -> str:

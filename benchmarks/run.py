@@ -1,8 +1,7 @@
 """Runs the benchmark suite and writes results/<name>.json, <name>.md and <name>.png.
 
-python benchmarks/run.py                      # everything, on this CPU
-python benchmarks/run.py mine --device cuda   # named, on a GPU
-python benchmarks/run.py -- -k gae            # arguments behind -- go to pytest
+Without a name the results are called after the date and the machine. Arguments behind "--" go to
+pytest: `python benchmarks/run.py gae-only -- -k gae`.
 """
 
 import argparse
