@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "memory.h"
 #include "parallel.h"
 #include "vec.h"
 #include "../math.h"

@@ -68,9 +68,12 @@ inline PairSums pair_sums(const typename E::Storage* xp, const typename E::Stora
       t[u] = add(t[u], select_less(dp, lowest, zero, term));
     };
     int64_t i = 0;
-    for (; i + kPairUnroll * kLanes <= n; i += kPairUnroll * kLanes)
+    for (; i + kPairUnroll * kLanes <= n; i += kPairUnroll * kLanes) {
+      prefetch<E, kPairUnroll>(xp + start + i + kPairBlock);
+      prefetch<E, kPairUnroll>(xq + start + i + kPairBlock);
       for (int u = 0; u < kPairUnroll; ++u)
         accumulate(u, E::load(xp + start + i + u * kLanes), E::load(xq + start + i + u * kLanes));
+    }
     for (; i < n; i += kLanes) {
       const int left = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
       accumulate(0, load_partial<E>(xp + start + i, left, minus_inf),
@@ -176,6 +179,8 @@ Status kl_divergence(const KlArgs& a) {
 }
 
 Status kl_divergence_backward(const KlBackwardArgs& a) {
+  advise_huge_pages(a.grad_logits.data,
+                    a.rows * a.cols * a.vocab * dtype_size(a.grad_logits.dtype));
   const auto choose = [&](auto e) {
     using E = decltype(e);
     return a.reverse ? kl_backward_row<E, true> : kl_backward_row<E, false>;

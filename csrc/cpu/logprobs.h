@@ -85,6 +85,8 @@ inline RowSums row_sums(const typename E::Storage* x, int64_t vocab, float cap, 
     for (int u = 0; u < kUnroll; ++u) s[u] = t[u] = splat(0.0f);
     int64_t i = 0;
     for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
+      // This loop computes and the next block's first pass waits for memory: overlap the two.
+      prefetch<E, kUnroll>(p + i + kBlock);
       for (int u = 0; u < kUnroll; ++u) {
         const Vec z = load_logits<E, kSoftcap>(p + i + u * kLanes, vcap, vinv_cap);
         const Vec d = max(lowest, sub(z, m));
@@ -269,6 +271,9 @@ Status token_logprobs(const LogprobsArgs& a) {
 Status token_logprobs_backward(const LogprobsBackwardArgs& a) {
   const Status status = check_tokens(a);
   if (status.code != kOk) return status;
+  if (a.grad_logits.data != a.logits.data)
+    advise_huge_pages(a.grad_logits.data,
+                      a.rows * a.cols * a.vocab * dtype_size(a.grad_logits.dtype));
   const auto row = pick<LogprobsBackward, LogprobsBackwardArgs>(
       a.logits.dtype, a.softcap > 0.0, a.grad_entropy.data != nullptr);
   parallel_for(a.rows * a.cols, a.threads, [&](int64_t r) { row(a, r); });

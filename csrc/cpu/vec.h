@@ -254,6 +254,13 @@ inline void store_partial(typename E::Storage* p, Vec x, int n) {
   for (int i = 0; i < n; ++i) E::set(p + i, buffer[i]);
 }
 
+// Asks for the cache lines of `vectors` vectors at p. Never faults: p may lie past the end.
+template <class E, int vectors>
+inline void prefetch(const typename E::Storage* p) {
+  constexpr int kBytes = vectors * kLanes * static_cast<int>(sizeof(*p));
+  for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + b);
+}
+
 // The first n lanes of x, the others replaced.
 inline Vec keep_first(Vec x, int n, float fill) {
   float buffer[kLanes];
