@@ -43,11 +43,16 @@ def check_divergence(logits, ref, **options):
     # The sum's terms: weights times differences of log-probabilities, each of the size of log V.
     size = (z - r).abs().amax(-1) / options.get("temperature", 1.0) + 1.0
     assert_within_budget(actual[0], oracle[0], plain[0], scale=size)
-    weight = upstream.double().abs().unsqueeze(-1) / options.get("temperature", 1.0)
+    # dz_j = p_j (log p_j - log q_j - KL): a difference of exponents, each with its own rounding.
     t = options.get("temperature", 1.0)
-    mass = torch.maximum(torch.softmax(z / t, -1), torch.softmax(r / t, -1))
-    scale = mass * weight * (size + oracle[0]).unsqueeze(-1) * 4
-    assert_within_budget(actual[1], oracle[1], plain[1], scale=scale, factor=4.0)
+    logp, logq = torch.log_softmax(z / t, -1), torch.log_softmax(r / t, -1)
+    mass = torch.maximum(logp.exp(), logq.exp())
+    amplitude = 1 + logp.abs() + logq.abs() + oracle[0].detach().unsqueeze(-1)
+    scale = mass * upstream.double().abs().unsqueeze(-1) / t * amplitude
+    if options.get("direction", "reverse") == "reverse":
+        # The exponent's rounding, relative, times what it multiplies.
+        scale = scale * (1 + (logp - logq).abs() + oracle[0].detach().unsqueeze(-1))
+    assert_within_budget(actual[1], oracle[1], plain[1], scale=scale)
     return actual, oracle
 
 

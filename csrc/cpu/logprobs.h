@@ -190,8 +190,8 @@ void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
   const float* stats = a.stats + 3 * row;
   const double s = stats[1], entropy = stats[2];
   const float cap = static_cast<float>(a.softcap);
-  float xy = E::get(x + label);
-  if (kSoftcap) xy = softcapped(xy, cap);
+  const float raw_label = E::get(x + label);
+  const float xy = kSoftcap ? softcapped(raw_label, cap) : raw_label;
   const double logprob = logprob_from_stats(xy, stats[0], s, inv_t);
 
   const Vec m = splat(stats[0]);
@@ -204,9 +204,9 @@ void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
   const auto gradient = [&](Vec raw) {
     Vec z = raw, slope = splat(1.0f);
     if constexpr (kSoftcap) {
-      const Vec th = tanh(mul(raw, vinv_cap));
-      z = mul(vcap, th);
-      slope = sub(slope, mul(th, th));
+      const TanhSlope th = tanh_slope(mul(raw, vinv_cap));
+      z = mul(vcap, th.value);
+      slope = th.slope;
     }
     const Vec d = sub(z, m);
     const Vec e = exp_scaled(max(lowest, d), rate);
@@ -227,8 +227,9 @@ void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
   }
   double at_label = label_gradient(logprob, entropy, g, h, inv_t);
   if (kSoftcap) {
-    const double th = static_cast<double>(xy) / cap;
-    at_label *= 1.0 - th * th;
+    // 1 / cosh^2, not 1 - tanh^2, which cancels near the cap.
+    const double ch = cosh(static_cast<double>(raw_label) / cap);
+    at_label /= ch * ch;
   }
   E::set(out + label, static_cast<float>(at_label));
 }
