@@ -234,5 +234,11 @@ def load_task(config: DataConfig, *, seed: int, model: str | None = None) -> Tas
         keep = config.max_prompt_tokens
         return [p for p, n in zip(problem_list, lengths, strict=True) if n <= keep]
 
+    train, held_out = short(train), short(held_out)
+    if not train or not held_out:
+        raise ValueError(
+            f"max_prompt_tokens: expected prompts of at most {config.max_prompt_tokens} tokens, "
+            f"found {len(train)} for training and {len(held_out)} held out"
+        )
     name = "arithmetic" if config.data is None else Path(config.data).stem
-    return Task(name, tokenizer, short(train), short(held_out), functions, weights)
+    return Task(name, tokenizer, train, held_out, functions, weights)

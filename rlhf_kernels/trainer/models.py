@@ -38,31 +38,30 @@ def build_policy(
                 tie_word_embeddings=False,
             )
         )
-    return without_dropout(policy)
+    # Never in training mode: only without dropout do two passes over the same tokens agree, and the
+    # first ratio equal 1.
+    return policy.eval()
 
 
 def build_critic(policy: PreTrainedModel) -> PreTrainedModel:
     """A value model: a copy of the policy's backbone under a scalar head that starts at zero."""
     config = copy.deepcopy(policy.config)
-    config.num_labels, config.classifier_dropout = 1, 0.0
+    config.num_labels = 1
     critic = AutoModelForTokenClassification.from_config(config, dtype=policy.dtype)
     getattr(critic, critic.base_model_prefix).load_state_dict(policy.base_model.state_dict())
-    torch.nn.init.zeros_(critic.score.weight)
-    torch.nn.init.zeros_(critic.score.bias)
-    return without_dropout(critic).to(policy.device)
+    for parameter in value_head(critic).parameters():
+        torch.nn.init.zeros_(parameter)
+    return critic.to(policy.device).eval()
+
+
+def value_head(critic: PreTrainedModel) -> torch.nn.Module:
+    """The critic's last layer, whose name differs between architectures."""
+    return critic.score if hasattr(critic, "score") else critic.classifier
 
 
 def build_reference(policy: PreTrainedModel) -> PreTrainedModel:
     """A frozen copy of the policy."""
     return copy.deepcopy(policy).requires_grad_(False).eval()
-
-
-def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """The ratio of the first mini-batch is 1 only where two passes over the same tokens agree."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model.train()
 
 
 def completion_logits(model: PreTrainedModel, batch: Batch) -> Tensor:

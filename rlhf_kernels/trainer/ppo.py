@@ -1,6 +1,5 @@
 """PPO-clip with a critic: sample, score, estimate advantages, update."""
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -66,7 +65,8 @@ def sample_completions(
     lengths = batch.completion_mask.sum(1).tolist()
     completion_ids = [row[:n] for row, n in zip(rows, lengths, strict=True)]
     completions = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-    columns = {key: [p.columns[key] for p in problems] for key in problems[0].columns}
+    names = dict.fromkeys(name for p in problems for name in p.columns)
+    columns = {name: [p.columns.get(name) for p in problems] for name in names}
     columns["finished"] = [ids[-1] == tokenizer.eos_token_id for ids in completion_ids]
     scores = score(
         task.reward_funcs,
@@ -149,8 +149,7 @@ class PPOTrainer:
             )
         else:
             self.kl = rk.FixedKLController(config.kl_coef)
-        self.loss_config = dataclasses.replace(
-            rk.PolicyLossConfig.ppo(),
+        self.loss_config = rk.PolicyLossConfig.ppo(
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             entropy_coef=config.entropy_coef,

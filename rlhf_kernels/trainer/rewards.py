@@ -103,19 +103,18 @@ def score(
         ValueError: a function returned another number of rewards or one that is not finite, or no
             function scored some sample.
     """
+    given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
     total: list[float | None] = [None] * len(prompts)
     means: dict[str, float] = {}
     for function, weight in zip(functions, weights, strict=True):
         name = getattr(function, "__name__", type(function).__name__)
-        rewards = function(
-            prompts=prompts, completions=completions, completion_ids=completion_ids, **columns
-        )
+        rewards = function(**(columns | given))
         if len(rewards) != len(prompts):
             raise ValueError(f"{name}: expected {len(prompts)} rewards, found {len(rewards)}")
-        given = [float(r) for r in rewards if r is not None]
-        if not all(map(math.isfinite, given)):
-            raise ValueError(f"{name}: expected finite rewards, found {given}")
-        means[name] = sum(given) / len(given) if given else 0.0
+        known = [float(r) for r in rewards if r is not None]
+        if not all(map(math.isfinite, known)):
+            raise ValueError(f"{name}: expected finite rewards, found {known}")
+        means[name] = sum(known) / len(known) if known else 0.0
         total = [
             t if r is None else (t or 0.0) + weight * float(r)
             for t, r in zip(total, rewards, strict=True)
