@@ -6,7 +6,7 @@
 
 namespace rk {
 
-enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt64 = 3, kInt32 = 4, kBool = 5 };
+enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt64 = 3, kInt32 = 4, kBool = 5, kFloat64 = 6 };
 
 // A tensor of tokens [rows, cols]. For logits the vocabulary is a third dimension of stride 1.
 struct Tensor {
@@ -132,6 +132,58 @@ struct ValueArgs {
   float *loss, *metrics;
   Tensor grad_values;
   int32_t threads;
+};
+
+// gae, discounted_returns and ppo_advantages: one reverse scan. Padded [rows, cols], sequence s
+// being row s; or packed, rows = 1, sequence s being columns offsets[s] to offsets[s + 1] and `plan`
+// int64 scratch of 2 * sequences + 1. `bootstrap` and `scores` have an entry per sequence along
+// stride1. Without `values` it computes discounted returns; without `rewards` it forms them from
+// scores and log-probabilities. Results are contiguous. `moments` asks for whitened advantages and
+// is scratch of 3 doubles per 2048 tokens begun.
+struct GaeArgs {
+  int64_t rows, cols, sequences;
+  Tensor offsets;
+  int64_t* plan;
+  Tensor rewards, values, mask, dones, bootstrap;
+  Tensor scores, logprobs, ref_logprobs;
+  double kl_coef;
+  int32_t kl_estimator;
+  // 0: no clipping.
+  double reward_clip;
+  double gamma, lam;
+  bool carry;
+  float *advantages, *returns, *shaped;
+  double* moments;
+  double whiten_eps;
+  int32_t threads;
+};
+
+struct WhitenArgs {
+  int64_t rows, cols;
+  Tensor x, mask;
+  bool shift_mean, unbiased;
+  double eps;
+  double* moments;
+  float* out;
+  int32_t threads;
+};
+
+enum Baseline : int32_t {
+  kBaselineMean = 0, kBaselineLeaveOneOut = 1, kBaselineGreedy = 2, kBaselineNone = 3
+};
+enum Scale : int32_t { kScaleGroup = 0, kScaleBatch = 1, kScaleNone = 2 };
+
+// `rewards` and `greedy` lie along stride1. Groups are runs of equal `sorted_ids`, their members
+// `order`; without them, consecutive runs of `group_size`. `work` is scratch of `count` doubles.
+struct GroupAdvantagesArgs {
+  int64_t count;
+  Tensor rewards, greedy;
+  const int64_t *order, *sorted_ids;
+  int64_t group_size;
+  int32_t baseline, scale;
+  double eps;
+  double* work;
+  float* out;
 };
 
 }  // namespace rk

@@ -14,6 +14,7 @@
 #endif
 
 #include "bind/kl.h"
+#include "bind/advantages.h"
 #include "bind/logprobs.h"
 #include "bind/policy.h"
 #include "bind/value.h"
@@ -79,4 +80,5 @@ PYBIND11_MODULE(_cpu, m) {
   bind_kl(m, table);
   bind_policy(m, table);
   bind_value(m, table);
+  bind_advantages(m, table);
 }

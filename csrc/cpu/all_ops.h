@@ -18,6 +18,7 @@
 #include "tokens.h"
 #include "policy.h"
 #include "value.h"
+#include "advantages.h"
 
 namespace rk {
 
@@ -36,6 +37,9 @@ const Kernels RK_CONCAT(kernels_, RK_ISA) = {
     kl_penalty_backward,
     policy_loss,
     value_loss,
+    gae,
+    whiten,
+    group_advantages,
 };
 
 }  // namespace rk

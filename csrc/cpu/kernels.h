@@ -14,6 +14,9 @@ struct Kernels {
   Status (*kl_penalty_backward)(const KlPenaltyArgs&);
   Status (*policy_loss)(const PolicyArgs&);
   Status (*value_loss)(const ValueArgs&);
+  Status (*gae)(const GaeArgs&);
+  Status (*whiten)(const WhitenArgs&);
+  Status (*group_advantages)(const GroupAdvantagesArgs&);
 };
 
 extern const Kernels kernels_baseline;

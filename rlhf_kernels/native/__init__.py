@@ -11,11 +11,11 @@ from types import ModuleType
 import torch  # noqa: F401  (loads libgomp first)
 
 from .. import _config
-from . import kl, logprobs, policy, value
+from . import advantages, kl, logprobs, policy, value
 
 _NAMES = {"cpu": "_cpu"}
 # One module per operation, each with launchers(extension) -> {operator name: launcher}.
-_OPS = (logprobs, kl, policy, value)
+_OPS = (logprobs, kl, advantages, policy, value)
 
 
 def _load(backend: str) -> tuple[ModuleType | None, str | None]:

@@ -15,6 +15,7 @@ DTYPE_CODES = {
     torch.int64: 3,
     torch.int32: 4,
     torch.bool: 5,
+    torch.float64: 6,
 }
 # csrc/abi.h: StatusCode
 OK, LABEL_OUT_OF_RANGE, BAD_TEMPERATURE, BAD_OFFSETS, OUT_OF_MEMORY = 0, 1, 2, 3, 4

@@ -225,7 +225,9 @@ def whiten(
     mean = torch.where(keep, d, 0).sum() / count.clamp(min=1)
     centred = torch.where(keep, d - mean, 0)
     var = centred.square().sum() / (count - int(unbiased)).clamp(min=1)
-    out = centred / (var + eps).sqrt()
+    spread = (var + eps).sqrt()
+    # Equal elements with eps = 0.
+    out = torch.where(spread == 0, 0, centred / spread)
     if not shift_mean:
         out = out + mean
     return torch.where(keep, out, 0).to(compute(x).dtype)

@@ -1,0 +1,191 @@
+"""Launchers of the advantage operations for the native backends."""
+
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from . import boundary as b
+
+# csrc/abi.h: KlEstimator, Baseline, Scale
+_ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
+_BASELINES = {"mean": 0, "leave-one-out": 1, "greedy": 2, "none": 3}
+_SCALES = {"group": 0, "batch": 1, "none": 2}
+# csrc/cpu/advantages.h: kChunkTokens. The workspace holds three doubles a chunk.
+_CHUNK_TOKENS = 2048
+# Added to the variance by `whiten=True`, as by `whiten` and verl.
+_WHITEN_EPS = 1e-8
+
+
+def _fp32(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=torch.float32, device=like.device)
+
+
+def _workspace(size: int, dtype: torch.dtype, like: Tensor) -> Tensor:
+    return torch.empty(size, dtype=dtype, device=like.device)
+
+
+def _moments(tokens: Tensor) -> Tensor:
+    return _workspace(3 * (tokens.numel() // _CHUNK_TOKENS + 1), torch.float64, tokens)
+
+
+def _flags(t: Tensor | None) -> Tensor | None:
+    if t is not None and t.dtype not in (torch.bool, torch.int64, torch.int32):
+        t = t != 0
+    return b.as_grid(t)
+
+
+def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
+    """Launchers by operator name, bound to an extension module."""
+
+    def scan(
+        op: str,
+        like: Tensor,
+        cu_seqlens: Tensor | None,
+        *,
+        rewards: Tensor | None = None,
+        values: Tensor | None = None,
+        mask: Tensor | None = None,
+        dones: Tensor | None = None,
+        bootstrap_values: Tensor | None = None,
+        scores: Tensor | None = None,
+        logprobs: Tensor | None = None,
+        ref_logprobs: Tensor | None = None,
+        kl_coef: float = 0.0,
+        kl_estimator: str = "k1",
+        reward_clip: float | None = None,
+        gamma: float,
+        lam: float = 1.0,
+        masked: str,
+        whiten: bool = False,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        returns = _fp32(like)
+        advantages = _fp32(like) if values is not None else None
+        shaped = _fp32(like) if scores is not None else None
+        if cu_seqlens is None:
+            if like.numel() == 0:
+                return advantages, returns, shaped
+            sequences, plan = like.shape[0], None
+        else:
+            sequences = cu_seqlens.shape[0] - 1
+            plan = _workspace(2 * sequences + 1, torch.int64, like)
+        moments = _moments(like) if whiten else None
+        # Every tensor stays bound until the call returns: the extension sees addresses alone.
+        rewards, values, mask, dones = (
+            *map(b.as_grid, (rewards, values)),
+            *map(_flags, (mask, dones)),
+        )
+        scores, logprobs, ref_logprobs = map(b.as_grid, (scores, logprobs, ref_logprobs))
+        bootstrap_values, offsets = b.as_grid(bootstrap_values), b.as_grid(cu_seqlens)
+        code, position = extension.gae(
+            *b.grid(like.shape), sequences, b.pack(offsets), b.pack(plan), b.pack(rewards),
+            b.pack(values), b.pack(mask), b.pack(dones), b.pack(bootstrap_values), b.pack(scores),
+            b.pack(logprobs), b.pack(ref_logprobs), kl_coef, _ESTIMATORS[kl_estimator],
+            0.0 if reward_clip is None else reward_clip, gamma, lam, masked == "carry",
+            b.pack(advantages), b.pack(returns), b.pack(shaped), b.pack(moments), _WHITEN_EPS,
+            b.threads(),
+        )  # fmt: skip
+        if code == b.BAD_OFFSETS:
+            raise _checks.bad_offsets(op, position, cu_seqlens, like.shape[0])
+        return advantages, returns, shaped
+
+    def gae(
+        rewards: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        dones: Tensor | None,
+        bootstrap_values: Tensor | None,
+        gamma: float,
+        lam: float,
+        masked: str,
+        whiten: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return scan(
+            "gae", rewards, cu_seqlens, rewards=rewards, values=values, mask=mask, dones=dones,
+            bootstrap_values=bootstrap_values, gamma=gamma, lam=lam, masked=masked, whiten=whiten,
+        )[:2]  # fmt: skip
+
+    def discounted_returns(
+        rewards: Tensor,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        dones: Tensor | None,
+        bootstrap_values: Tensor | None,
+        gamma: float,
+        masked: str,
+    ) -> Tensor:
+        return scan(
+            "discounted_returns", rewards, cu_seqlens, rewards=rewards, mask=mask, dones=dones,
+            bootstrap_values=bootstrap_values, gamma=gamma, masked=masked,
+        )[1]  # fmt: skip
+
+    def ppo_advantages(
+        scores: Tensor,
+        logprobs: Tensor,
+        ref_logprobs: Tensor | None,
+        values: Tensor,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        kl_coef: float,
+        kl_estimator: str,
+        gamma: float,
+        lam: float,
+        masked: str,
+        whiten: bool,
+        reward_clip: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return scan(
+            "ppo_advantages", logprobs, cu_seqlens, scores=scores, logprobs=logprobs,
+            ref_logprobs=ref_logprobs, values=values, mask=mask, kl_coef=kl_coef,
+            kl_estimator=kl_estimator, reward_clip=reward_clip, gamma=gamma, lam=lam,
+            masked=masked, whiten=whiten,
+        )  # fmt: skip
+
+    def whiten(
+        x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float
+    ) -> Tensor:
+        out = _fp32(x)
+        if x.numel() == 0:
+            return out
+        moments = _moments(x)
+        x, mask = b.as_grid(x), _flags(mask)
+        extension.whiten(
+            *b.grid(x.shape), b.pack(x), b.pack(mask), shift_mean, unbiased, eps, b.pack(moments),
+            b.pack(out), b.threads(),
+        )  # fmt: skip
+        return out
+
+    def group_advantages(
+        rewards: Tensor,
+        group_ids: Tensor | None,
+        group_size: int,
+        baseline: str,
+        scale: str,
+        greedy_rewards: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        out = _fp32(rewards)
+        if rewards.numel() == 0:
+            return out
+        sorted_ids = order = None
+        if group_ids is not None:
+            sorted_ids, order = group_ids.long().sort(stable=True)
+        work = _workspace(rewards.numel(), torch.float64, rewards)
+        rewards, greedy_rewards = b.as_grid(rewards), b.as_grid(greedy_rewards)
+        extension.group_advantages(
+            rewards.numel(), b.pack(rewards), b.pack(greedy_rewards), b.pack(order),
+            b.pack(sorted_ids), group_size, _BASELINES[baseline], _SCALES[scale], eps,
+            b.pack(work), b.pack(out),
+        )  # fmt: skip
+        return out
+
+    return {
+        "gae": gae,
+        "discounted_returns": discounted_returns,
+        "ppo_advantages": ppo_advantages,
+        "group_advantages": group_advantages,
+        "whiten": whiten,
+    }
