@@ -20,7 +20,7 @@ from .testing import to_float64
 
 # What changes how kernels are chosen or run.
 _VARIABLES = re.compile(r"(RLHF_KERNELS|OMP|GOMP|KMP|MKL|TRITON|CUDA_VISIBLE)_\w+$")
-_PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate", "flash-attn")
+_PACKAGES = ("triton", "numpy", "transformers", "accelerate", "flash-attn")
 # Roundings that an element may be off. Coarse: the test suite holds the kernels to far less.
 _ROUNDINGS = 64
 
@@ -130,6 +130,8 @@ def report() -> dict[str, Any]:
         "versions": {
             "rlhf_kernels": __version__,
             "python": platform.python_version(),
+            # Unlike the metadata, this names the build: +cpu, +cu130.
+            "torch": torch.__version__,
             **{p: v for p in _PACKAGES if (v := _version(p)) is not None},
         },
         "platform": {"system": platform.platform(), "cpu": _cpu_name(), "cores": os.cpu_count()},
