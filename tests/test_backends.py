@@ -173,9 +173,9 @@ def test_every_instruction_set_is_within_budget(isa, function, dtype):
 @pytest.mark.parametrize("isa", ISAS[:-1])
 @pytest.mark.parametrize("file", OPERATION_TESTS, ids=lambda p: p.stem)
 def test_operation_tests_pass_with_lesser_instruction_sets(file, isa):
-    options = ["-q", "-k", "cpu", "-m", "not slow", "-p", "no:cacheprovider"]
-    done = run_python("-m", "pytest", str(file), *options, RLHF_KERNELS_CPU_ISA=isa)
-    assert re.search(r"\d+ passed", done.stdout)
+    options = ["-k", "cpu", "-m", "not slow", "-p", "no:cacheprovider"]
+    # Fails also where no test was selected.
+    run_python("-m", "pytest", str(file), *options, RLHF_KERNELS_CPU_ISA=isa)
 
 
 @pytest.mark.parametrize("function", KERNELS, ids=lambda f: f.__name__)
