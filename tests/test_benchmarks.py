@@ -1,0 +1,152 @@
+"""The benchmark suite measures what it says: gate, records, report. Figures are not judged here."""
+
+import importlib
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def harness(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("benchmarks.harness")
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("benchmarks.report")
+
+
+def square_case(harness, **providers):
+    x = torch.arange(1.0, 9.0).requires_grad_()
+    exact = x.detach().double()
+    return harness.Case(
+        op="square",
+        label="8",
+        mode="forward+backward",
+        inputs=(x,),
+        providers={"ours": lambda x: x * x, **providers},
+        oracle=lambda: (exact**2, 2 * exact),
+        moved=64,
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: x * x + 0.1,
+        lambda x: x.detach() ** 2 + 1.9 * (x - x.detach()),
+        lambda x: x * x * torch.where(x > 7.5, torch.nan, 1.0),
+        lambda x: (x * x)[:-1],
+    ],
+    ids=["value", "gradient", "nan", "shape"],
+)
+def test_gate_refuses_a_wrong_provider(harness, wrong):
+    case = square_case(harness)
+    expected = case.oracle()
+    assert harness.gate(case, case.providers["ours"], expected) < 1
+    with pytest.raises((harness.GateError, RuntimeError)):
+        harness.gate(case, wrong, expected)
+
+
+def test_only_providers_that_pass_are_timed(harness, benchmark):
+    calls = []
+
+    def broken(x):
+        calls.append(1)
+        raise OSError("no such kernel\ndetails")
+
+    case = square_case(
+        harness,
+        eager=torch.square,
+        wrong=lambda x: x * x * 1.01,
+        broken=broken,
+        absent=harness.Missing("not installed"),
+    )
+    settings = harness.Settings(device=CPU, quick=True, providers=None)
+    failures = []
+    harness.measure(benchmark, settings, failures, case)
+    record = benchmark.extra_info["providers"]
+    assert failures == []
+    assert "off by" in record["wrong"]["error"]
+    assert record["broken"] == {"error": "OSError: no such kernel"} and len(calls) == 1
+    assert record["absent"] == {"skipped": "not installed"}
+    for name in ("wrong", "broken", "absent"):
+        assert "median" not in record[name]
+    # Under xdist pytest-benchmark measures nothing.
+    if benchmark.enabled:
+        for name in ("ours", "eager", "copy", "read"):
+            assert record[name]["rounds"] == harness.QUICK_ROUNDS
+            assert 0 < record[name]["p20"] <= record[name]["median"] <= record[name]["p80"]
+
+
+def test_a_wrong_result_of_ours_fails_the_point(harness):
+    case = square_case(harness, ours=lambda x: x * x + 1)
+    settings = harness.Settings(device=CPU, quick=True, providers=None)
+    failures = []
+    with pytest.raises(pytest.fail.Exception, match="ours: result 0 is off"):
+        harness.measure(None, settings, failures, case)
+    assert failures[0]["op"] == "square" and "median" not in failures[0]["providers"]["ours"]
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="resident high-water mark is Linux's")
+def test_peak_memory_sees_a_temporary(harness):
+    size = 1 << 26
+    peak = harness.peak_extra_bytes(lambda: torch.ones(size // 4).sum(), CPU)
+    assert size * 0.9 < peak < size * 1.5
+
+
+def test_report_judges_targets(report):
+    entry = {
+        "limit": "copy",
+        "targets": {"eager": 5, "compile": 2, "copy": 0.6},
+        "providers": {
+            name: {"median": t} for name, t in {"ours": 2.0, "eager": 12.0, "copy": 1.0}.items()
+        },
+    }
+    assert report.of_limit(entry) == 0.5
+    assert report.target_text(entry, quick=False) == "missed: copy 60%"
+    assert report.target_text(entry, quick=True) == ""
+    entry["providers"]["copy"]["median"] = 1.3
+    # compile was not measured, so it cannot be met either.
+    assert report.target_text(entry, quick=False) == "met; not measured: compile"
+    entry["providers"]["compile"] = {"median": 4.0}
+    assert report.target_text(entry, quick=False) == "met"
+
+
+def test_suite_writes_json_table_and_picture(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks/run.py"), "smoke", "--quick"]
+    command += ["--providers", "eager", "--out", str(tmp_path)]
+    # One point of each file.
+    points = "(fp32-logprobs-forward and not backward) or (kl_divergence and fp32) or gae_packed"
+    points += " or (policy and 64x) or (value and 64x)"
+    run = subprocess.run([*command, "--", "-k", points], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    text = (tmp_path / "smoke.json").read_text()
+    data = json.loads(text)
+    assert {b["extra_info"]["op"] for b in data["benchmarks"]} == {
+        "token_logprobs",
+        "kl_divergence",
+        "gae packed",
+        "policy_loss",
+        "value_loss",
+    }
+    assert data["failures"] == [] and data["machine_info"]["backend"] == "cpu"
+    for entry in data["benchmarks"]:
+        providers = entry["extra_info"]["providers"]
+        assert set(providers) >= {"ours", "eager", "copy", "read"}
+        assert all(p["median"] > 0 for p in providers.values()), entry["name"]
+    # Nothing that names this machine or its user.
+    for secret in (str(ROOT), str(tmp_path), str(Path.home()) + "/", platform.node()):
+        assert secret not in text
+    assert "| kl_divergence, forward | fp32 two 24×1000 |" in (tmp_path / "smoke.md").read_text()
+    assert (tmp_path / "smoke.png").read_bytes().startswith(b"\x89PNG")
