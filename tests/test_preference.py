@@ -1,0 +1,210 @@
+"""sequence_logprobs, dpo_loss and reward_model_loss on every backend."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rlhf_kernels as rk
+from rlhf_kernels import reference
+from rlhf_kernels.testing import DTYPES, assert_within_budget, random_mask, to_float64
+
+LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")
+
+
+def make_pairs(count=6, dtype=torch.float32):
+    return [(-20 - 5 * torch.randn(count)).to(dtype).requires_grad_() for _ in range(4)]
+
+
+def gradients(loss, inputs):
+    return torch.autograd.grad(loss, inputs, materialize_grads=True)
+
+
+@pytest.mark.parametrize("average", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sequence_logprobs(backend, dtype, average):
+    mask = random_mask(5, 50)
+    logprobs = torch.where(mask, -torch.rand(5, 50), math.nan).to(dtype).requires_grad_()
+    total = rk.sequence_logprobs(logprobs, mask, average=average)
+    assert total.dtype is torch.float32 and total.shape == (5,)
+    expected, slopes = torch.zeros(5), torch.zeros(5, 50)
+    for i in range(5):
+        kept = [logprobs[i, t].item() for t in range(50) if mask[i, t]]
+        divisor = max(len(kept), 1) if average else 1
+        expected[i] = sum(kept) / divisor
+        slopes[i] = mask[i] / divisor
+    torch.testing.assert_close(total, expected)
+    (g,) = gradients(total.sum(), [logprobs])
+    torch.testing.assert_close(g, slopes.to(dtype))
+    assert expected[:4].abs().min() > 0.1 and expected[4] == 0
+    as_integers = rk.sequence_logprobs(logprobs, mask.long(), average=average)
+    assert torch.equal(as_integers, total)
+
+
+def test_sequence_logprobs_packed(backend):
+    lengths = [20, 0, 1, 7]
+    inside = torch.arange(20) < torch.tensor(lengths).unsqueeze(-1)
+    logprobs, mask = -torch.rand(4, 20), random_mask(4, 20, keep=0.8)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
+    for average in (False, True):
+        padded = rk.sequence_logprobs(logprobs, mask & inside, average=average)
+        packed = rk.sequence_logprobs(
+            logprobs[inside], mask[inside], cu_seqlens=cu_seqlens, average=average
+        )
+        torch.testing.assert_close(packed, padded)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        rk.sequence_logprobs(logprobs[inside], mask[inside], cu_seqlens=cu_seqlens[:-1])
+
+
+def scalar_dpo(d, beta, loss_type, s):
+    def log_sigmoid(z):
+        return -math.log1p(math.exp(-z))
+
+    z = beta * d
+    return {
+        "sigmoid": -(1 - s) * log_sigmoid(z) - s * log_sigmoid(-z),
+        "ipo": (d - 0.5 / beta) ** 2,
+        "hinge": max(0.0, 1 - z),
+        "robust": (-(1 - s) * log_sigmoid(z) + s * log_sigmoid(-z)) / (1 - 2 * s),
+    }[loss_type]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("smoothing", (0.0, 0.1))
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_dpo(backend, loss_type, smoothing, dtype):
+    if smoothing and loss_type in ("ipo", "hinge"):
+        pytest.skip("has no label smoothing: test_bad_arguments_raise")
+    pairs = make_pairs(dtype=dtype)
+    options = {"beta": 0.3, "loss_type": loss_type, "label_smoothing": smoothing}
+    loss, chosen, rejected = rk.dpo_loss(*pairs, **options)
+    w, r, ref_w, ref_r = (p.detach().double() for p in pairs)
+    d = ((w - ref_w) - (r - ref_r)).tolist()
+    expected = sum(scalar_dpo(x, 0.3, loss_type, smoothing) for x in d) / len(d)
+    assert loss.item() == pytest.approx(expected, rel=1e-5) and expected > 0.01
+    torch.testing.assert_close(chosen, 0.3 * (w - ref_w).float())
+    torch.testing.assert_close(rejected, 0.3 * (r - ref_r).float())
+    assert loss.dtype is torch.float32 and not chosen.requires_grad
+    g = gradients(loss, pairs)
+    wide = to_float64(pairs)
+    oracle = gradients(reference.dpo_loss(*wide, **options)[0], wide)
+    plain = gradients(reference.dpo_loss(*pairs, **options)[0], pairs)
+    for actual, exact, torch_result in zip(g, oracle, plain, strict=True):
+        assert exact.abs().max() > 1e-3
+        assert_within_budget(actual, exact, torch_result)
+
+
+def test_gradchecks():
+    pairs = to_float64(make_pairs(4))
+    for loss_type in LOSS_TYPES:
+        assert torch.autograd.gradcheck(
+            lambda *p, t=loss_type: reference.dpo_loss(*p, loss_type=t)[0], pairs
+        )
+    assert torch.autograd.gradcheck(
+        lambda w, r: reference.reward_model_loss(w, r, margin=0.5, center_coef=0.1)[0], pairs[:2]
+    )
+    mask = random_mask(4, 5)
+    logprobs = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: reference.sequence_logprobs(x, mask), logprobs)
+
+
+@pytest.mark.parametrize("margin", (None, 0.5, "tensor"))
+@pytest.mark.parametrize("center_coef", (0.0, 0.01))
+def test_reward_model(backend, margin, center_coef):
+    chosen, rejected, *_ = make_pairs()
+    if margin == "tensor":
+        margin = torch.rand(6)
+    loss, accuracy = rk.reward_model_loss(chosen, rejected, margin=margin, center_coef=center_coef)
+    margins = margin.tolist() if isinstance(margin, torch.Tensor) else [margin or 0.0] * 6
+    expected = 0.0
+    for w, r, m in zip(chosen.tolist(), rejected.tolist(), margins, strict=True):
+        expected += math.log1p(math.exp(-(w - r - m))) + center_coef * (w + r) ** 2
+    assert loss.item() == pytest.approx(expected / 6, rel=1e-5)
+    assert accuracy == (chosen > rejected).float().mean() and 0 < accuracy < 1
+    g = gradients(loss, [chosen, rejected])
+    assert all(x.abs().max() > 1e-4 for x in g)
+
+
+def test_extremes_are_finite(backend):
+    far = torch.tensor([1e4, -1e4], requires_grad=True)
+    zeros = torch.zeros(2)
+    for loss_type in LOSS_TYPES:
+        loss = rk.dpo_loss(far, zeros, zeros, zeros, loss_type=loss_type).loss
+        (g,) = gradients(loss, [far])
+        assert loss.isfinite() and g.isfinite().all() and loss > 0
+    loss = rk.reward_model_loss(far, zeros).loss
+    assert loss.item() == 5000.0
+    assert gradients(loss, [far])[0].tolist() == [0.0, -0.5]
+
+
+def test_no_pairs(backend):
+    none = [torch.zeros(0, requires_grad=True) for _ in range(4)]
+    loss, chosen, _ = rk.dpo_loss(*none)
+    loss.backward()
+    assert loss == 0 and chosen.shape == (0,) and none[0].grad.shape == (0,)
+    loss, accuracy = rk.reward_model_loss(*none[:2])
+    assert loss == 0 and accuracy == 0
+
+
+def test_compile_without_graph_breaks(backend):
+    compiles = 0
+
+    def count(module, _):
+        nonlocal compiles
+        compiles += 1
+        return module.forward
+
+    def step(logprobs, mask, ref):
+        sums = rk.sequence_logprobs(logprobs, mask)
+        w, r = sums.chunk(2)
+        dpo = rk.dpo_loss(w, r, *ref.chunk(2), beta=0.2).loss
+        return dpo + rk.reward_model_loss(w, r, center_coef=0.1).loss
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=count)
+    for rows in (4, 6, 10, 14, 30):
+        inputs = -torch.rand(rows, 3 * rows), random_mask(rows, 3 * rows), torch.randn(rows)
+        assert torch.equal(compiled(*inputs), step(*inputs))
+    assert compiles <= 2
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.floats(-60, 60, width=32), min_size=1, max_size=9),
+    st.floats(0.01, 2),
+    st.sampled_from(LOSS_TYPES),
+)
+def test_fuzz(differences, beta, loss_type):
+    d, zeros = torch.tensor(differences), torch.zeros(len(differences))
+    loss = rk.dpo_loss(d, zeros, zeros, zeros, beta=beta, loss_type=loss_type).loss
+    expected = sum(scalar_dpo(x, beta, loss_type, 0.0) for x in differences) / len(differences)
+    assert loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_bad_arguments_raise(backend):
+    pairs = make_pairs(4)
+    for options, message in (
+        ({"beta": 0.0}, "beta"),
+        ({"loss_type": "kto"}, "loss_type"),
+        ({"label_smoothing": 0.5}, "label_smoothing"),
+        ({"label_smoothing": 0.1, "loss_type": "ipo"}, "label_smoothing must be 0"),
+        ({"label_smoothing": 0.1, "loss_type": "hinge"}, "label_smoothing must be 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rk.dpo_loss(*pairs, **options)
+    with pytest.raises(ValueError, match="rejected_logprobs must have the shape"):
+        rk.dpo_loss(pairs[0], pairs[1][:2], *pairs[2:])
+    with pytest.raises(ValueError, match=r"chosen_logprobs must be \[B\]"):
+        rk.dpo_loss(*(p.reshape(2, 2) for p in pairs))
+    with pytest.raises(TypeError, match="chosen_rewards must be one of"):
+        rk.reward_model_loss(pairs[0].long(), pairs[1])
+    with pytest.raises(ValueError, match="center_coef"):
+        rk.reward_model_loss(*pairs[:2], center_coef=-1.0)
+    with pytest.raises(ValueError, match="margin must have the shape"):
+        rk.reward_model_loss(*pairs[:2], margin=torch.zeros(3))
+    with pytest.raises(TypeError, match="margin must be a number"):
+        rk.reward_model_loss(*pairs[:2], margin="0.5")
+    with pytest.raises(TypeError, match=r"mask\.bool\(\)"):
+        rk.sequence_logprobs(torch.zeros(2, 3), torch.ones(2, 3))
