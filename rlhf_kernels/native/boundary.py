@@ -63,10 +63,13 @@ def pack(t: Tensor | None) -> Packed:
     """
     if t is None:
         return None
-    stride1 = t.stride(-1) if t.dim() else 0
-    stride0 = _row_stride(tuple(t.shape[:-1]), t.stride()[:-1])
-    if stride0 is None:
-        raise ValueError(f"strides {t.stride()} of shape {tuple(t.shape)} do not form a grid")
+    # The common case first: these few lines run for every argument of every call.
+    if t.is_contiguous():
+        stride0, stride1 = t.shape[-1] if t.dim() else 0, 1
+    else:
+        stride0, stride1 = _row_stride(tuple(t.shape[:-1]), t.stride()[:-1]), t.stride(-1)
+        if stride0 is None:
+            raise ValueError(f"strides {t.stride()} of shape {tuple(t.shape)} do not form a grid")
     address = t.data_ptr()
     if address == 0 and t.numel() > 0:
         raise ValueError("tensor has no memory (fake or meta tensor)")
@@ -80,7 +83,7 @@ def as_grid(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None
     if dtype is not None and t.dtype is not dtype:
         t = t.to(dtype)
     t = materialized(t)
-    if _row_stride(tuple(t.shape[:-1]), t.stride()[:-1]) is None:
+    if not t.is_contiguous() and _row_stride(tuple(t.shape[:-1]), t.stride()[:-1]) is None:
         t = t.contiguous()
     return t
 
