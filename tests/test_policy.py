@@ -654,10 +654,12 @@ def test_fuzz(rows, cols, seed, keep, dtype, base, aggregation, correction, esti
         actual = run(rk.policy_loss, args, options, config=config)
     expected = run(reference.policy_loss, args, options, config=config)
     torch.testing.assert_close(actual[:2], expected[:2], rtol=2e-5, atol=2e-5)
+    # Terms of the size of the weights may cancel: |x| and x of abs+ do so exactly, to a rounding.
+    weight = token_weights(args[3], aggregation, config.normalizer, torch.float32, None).max()
     for a, b in zip(actual[2:], expected[2:], strict=True):
         tolerance = 4 * torch.finfo(dtype).eps if dtype is not torch.float32 else 1e-5
-        size = float(b.float().abs().max())
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * size + 1e-9)
+        atol = tolerance * float(b.float().abs().max()) + 1e-6 * float(weight)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=atol)
 
 
 @pytest.mark.parametrize(
