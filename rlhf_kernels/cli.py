@@ -1,6 +1,7 @@
 """`rlhf-kernels`: the command line."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -31,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(args) < 2 or args[0] != "train" or args[1] not in TRAINERS:
         print(usage(), file=sys.stderr)
         return 2
+    # MKL's GEMMs otherwise round by the addresses of their operands, which differ between runs.
+    # It is read at the first GEMM, so that setting it after torch's import is in time.
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     module, function, _ = TRAINERS[args[1]]
     try:
         trainer = importlib.import_module(module)
