@@ -65,7 +65,7 @@ def pack(t: Tensor | None) -> Packed:
         return None
     # The common case first: these few lines run for every argument of every call.
     if t.is_contiguous():
-        stride0, stride1 = t.shape[-1] if t.dim() else 0, 1
+        stride0, stride1 = t.shape[-1] if t.dim() > 1 else 0, 1
     else:
         stride0, stride1 = _row_stride(tuple(t.shape[:-1]), t.stride()[:-1]), t.stride(-1)
         if stride0 is None:
