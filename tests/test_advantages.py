@@ -1,5 +1,6 @@
 """gae, discounted_returns, ppo_advantages, group_advantages and whiten on every backend."""
 
+import itertools
 import math
 import statistics
 
@@ -48,7 +49,7 @@ def spans(shape, cu_seqlens):
     if cu_seqlens is None:
         return [(b, 0, shape[1]) for b in range(shape[0])]
     bounds = cu_seqlens.tolist()
-    return [(0, a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [(0, a, b) for a, b in itertools.pairwise(bounds)]
 
 
 def oracle(
