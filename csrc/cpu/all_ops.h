@@ -13,9 +13,9 @@
 #include "../math.h"
 #include "../policy_math.h"
 
+#include "tokens.h"
 #include "logprobs.h"
 #include "kl.h"
-#include "tokens.h"
 #include "policy.h"
 #include "value.h"
 #include "advantages.h"

@@ -192,48 +192,78 @@ Status kl_divergence_backward(const KlBackwardArgs& a) {
   return {};
 }
 
-// A chunk of tokens per item: enough work to be worth a thread, the same cut for any team.
-constexpr int64_t kTokenChunk = 8192;
-
+// body(row, col, n) for every run of at most kTokenBlock tokens of a row.
 template <class F>
-inline void for_each_token(int64_t rows, int64_t cols, int32_t threads, const F& body) {
-  const int64_t total = rows * cols, chunks = (total + kTokenChunk - 1) / kTokenChunk;
-  parallel_for(chunks, threads, [&](int64_t c) {
-    const int64_t end = (c + 1) * kTokenChunk < total ? (c + 1) * kTokenChunk : total;
-    int64_t i = c * kTokenChunk / cols, j = c * kTokenChunk % cols;
-    for (int64_t k = c * kTokenChunk; k < end; ++k) {
-      body(i, j, k);
-      if (++j == cols) j = 0, ++i;
+inline void for_token_blocks(int64_t rows, int64_t cols, int32_t threads, const F& body) {
+  const int64_t per_row = (cols + kTokenBlock - 1) / kTokenBlock, blocks = rows * per_row;
+  const int64_t widest = cols < kTokenBlock ? cols : kTokenBlock;
+  const int64_t per_item = (kItemTokens + widest - 1) / widest;
+  parallel_for((blocks + per_item - 1) / per_item, threads, [&](int64_t item) {
+    const int64_t end = (item + 1) * per_item < blocks ? (item + 1) * per_item : blocks;
+    for (int64_t k = item * per_item; k < end; ++k) {
+      const int64_t col = k % per_row * kTokenBlock;
+      body(k / per_row, col, cols - col < kTokenBlock ? cols - col : kTokenBlock);
     }
   });
 }
 
-inline float token_value(const Tensor& t, int64_t i, int64_t j) {
-  return load_scalar(t.data, t.dtype, i * t.stride0 + j * t.stride1);
+// Estimate and slope of a vector of x = logprob - ref_logprob, for |x| <= kExpRange in k3.
+constexpr float kExpRange = 80.0f;
+template <bool kSlope>
+inline Lanes kl_lanes(Lanes x, int32_t estimator) {
+  const Lanes zero(0.0f), one(1.0f);
+  if (estimator == kK2) return kSlope ? x : Lanes(0.5f) * x * x;
+  if (estimator == kAbs)
+    return kSlope ? select_less(zero, x, one, select_less(x, zero, -one, x)) : abs(x);
+  // Not one + 0 * x: that would be NaN where x is infinite.
+  if (estimator == kK1) return kSlope ? one : x;
+  const auto e = exp_parts(max(Lanes(-kExpRange), min(Lanes(kExpRange), -x)));
+  return kSlope ? -e.em1 : e.em1mx;
 }
 
-Status kl_penalty(const KlPenaltyArgs& a) {
-  float* out = static_cast<float*>(a.out.data);
-  for_each_token(a.rows, a.cols, a.threads, [&](int64_t i, int64_t j, int64_t k) {
-    out[k] = kl_estimate(token_value(a.logprobs, i, j) - token_value(a.ref_logprobs, i, j),
-                         a.estimator);
+template <bool kSlope>
+Status kl_penalty_blocks(const KlPenaltyArgs& a, int32_t estimator) {
+  for_token_blocks(a.rows, a.cols, a.threads, [&](int64_t i, int64_t j, int64_t n) {
+    alignas(64) float p_buffer[kTokenBlock], q_buffer[kTokenBlock], g_buffer[kTokenBlock];
+    alignas(64) float out_buffer[kTokenBlock];
+    const auto read = [&](const Tensor& t, float* buffer) {
+      return read_block(t, i * t.stride0 + j * t.stride1, n, buffer);
+    };
+    const float* p = read(a.logprobs, p_buffer);
+    const float* q = read(a.ref_logprobs, q_buffer);
+    const float* g = kSlope ? read(a.grad, g_buffer) : nullptr;
+    float* out = result_block(a.out, i * a.cols + j, n, out_buffer);
+    const Lanes zero(0.0f), range(kExpRange);
+    Lanes beyond = zero;
+    const auto gradient = [&](Lanes upstream, Lanes slope) {
+      // Selected, not multiplied: a token without upstream gradient takes none, whatever its value.
+      const Lanes product = upstream * slope;
+      return select_less(zero, upstream, product, select_less(upstream, zero, product, upstream));
+    };
+    for (int64_t k = 0; k < n; k += kLanes) {
+      const Lanes x = Lanes(load(p + k)) - Lanes(load(q + k));
+      Lanes y = kl_lanes<kSlope>(x, estimator);
+      if (kSlope) y = gradient(Lanes(load(g + k)), y);
+      beyond = beyond + select_less(range, abs(x), Lanes(1.0f), zero);
+      store(out + k, y.v);
+    }
+    if (estimator == kK3 && reduce_add(beyond.v) > 0.0) {
+      for (int64_t k = 0; k < n; ++k) {
+        const float x = p[k] - q[k];
+        if (!(fabsf(x) > kExpRange)) continue;
+        out[k] = kl_estimate(x, estimator);
+        if (kSlope) out[k] = g[k] == 0.0f ? 0.0f : g[k] * kl_estimate_slope(x, estimator);
+      }
+    }
+    write_block(a.out, i * a.cols + j, n, out);
   });
   return {};
 }
+
+Status kl_penalty(const KlPenaltyArgs& a) { return kl_penalty_blocks<false>(a, a.estimator); }
 
 Status kl_penalty_backward(const KlPenaltyArgs& a) {
-  const int32_t estimator = a.straight_through ? static_cast<int32_t>(kK2) : a.estimator;
-  for_each_token(a.rows, a.cols, a.threads, [&](int64_t i, int64_t j, int64_t k) {
-    const float g = token_value(a.grad, i, j);
-    // Selected, not multiplied: a token without upstream gradient takes none, whatever its value.
-    const float slope =
-        g == 0.0f ? 0.0f
-                  : g * kl_estimate_slope(
-                            token_value(a.logprobs, i, j) - token_value(a.ref_logprobs, i, j),
-                            estimator);
-    store_scalar(a.out.data, a.out.dtype, k, slope);
-  });
-  return {};
+  return kl_penalty_blocks<true>(a, a.straight_through ? static_cast<int32_t>(kK2) : a.estimator);
 }
 
 }  // namespace
