@@ -11,6 +11,8 @@ from torch import Tensor
 from .. import _backends, _checks, reference
 from .._register import define
 
+# A tuple: torch.compile of torch 2.6 cannot trace isinstance() with a union.
+_INTEGERS = (int, torch.SymInt)
 _MASKED = ("carry", "zero")
 _ESTIMATORS = ("k1", "k2", "k3", "abs")
 _BASELINES = ("mean", "leave-one-out", "greedy", "none")
@@ -390,7 +392,7 @@ def group_advantages(
         _checks.mask(op, "groups", groups)
         _checks.same_shape(op, "groups", groups, "rewards", rewards.shape)
         _checks.same_device(op, "groups", groups, "rewards", rewards.device)
-    elif isinstance(groups, bool) or not isinstance(groups, int | torch.SymInt):
+    elif isinstance(groups, bool) or not isinstance(groups, _INTEGERS):
         raise TypeError(
             f"{op}: groups must be an int or an integer tensor, got {type(groups).__name__}"
         )
