@@ -113,12 +113,17 @@ def check(args, options, config):
     plain = run(reference.policy_loss, args, options, config=config)
     wide = to_float64(args), to_float64(options)
     oracle = run(reference.policy_loss, *wide, config=config)
-    # The terms that the gradient is a sum of: without KL and penalty, and what those add.
-    part = dataclasses.replace(config, kl_coef=0.0, penalty_coef=0.0)
-    g = run(reference.policy_loss, *wide, config=part)[2]
-    part = dataclasses.replace(config, kl_importance_weighted=False)
-    h = run(reference.policy_loss, *wide, config=part)[2]
-    scale = g.abs() + (oracle[2] - g).abs() + (oracle[2] - h).abs()
+    # The terms that the gradient is a sum of: objective, penalty, KL, and the slope of its weight.
+    parts = [
+        run(reference.policy_loss, *wide, config=dataclasses.replace(config, **off))[2]
+        for off in (
+            {"kl_importance_weighted": False},
+            {"kl_coef": 0.0},
+            {"kl_coef": 0.0, "penalty_coef": 0.0},
+        )
+    ]
+    scale = (oracle[2] - parts[0]).abs() + (oracle[2] - parts[1]).abs()
+    scale = scale + (parts[1] - parts[2]).abs() + parts[2].abs()
     if config.ratio_level == "sequence":
         # A sum over the sequence, whose terms may cancel.
         scale = torch.where(args[3], scale.amax(-1, keepdim=True) + scale.amax(), 0)
