@@ -9,7 +9,8 @@
 namespace rk {
 namespace {
 
-constexpr int64_t kTokenBlock = 512;
+// 32 fp32 additions per lane whatever the vector's width, so that narrow ones are not less exact.
+constexpr int64_t kTokenBlock = 32 * kLanes;
 constexpr int64_t kPieceTokens = 16384;
 // Pieces are handed out in groups of at least this many tokens.
 constexpr int64_t kItemTokens = 8192;
