@@ -6,7 +6,15 @@
 
 namespace rk {
 
-enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt64 = 3, kInt32 = 4, kBool = 5, kFloat64 = 6 };
+enum DType : int32_t {
+  kFloat32 = 0,
+  kBFloat16 = 1,
+  kFloat16 = 2,
+  kInt64 = 3,
+  kInt32 = 4,
+  kBool = 5,
+  kFloat64 = 6
+};
 
 // A tensor of tokens [rows, cols]. For logits the vocabulary is a third dimension of stride 1.
 struct Tensor {
@@ -18,7 +26,11 @@ struct Tensor {
 
 // What a kernel found in the data. `position` is the flat row-major index of the first offence.
 enum StatusCode : int32_t {
-  kOk = 0, kLabelOutOfRange = 1, kBadTemperature = 2, kBadOffsets = 3, kOutOfMemory = 4
+  kOk = 0,
+  kLabelOutOfRange = 1,
+  kBadTemperature = 2,
+  kBadOffsets = 3,
+  kOutOfMemory = 4
 };
 struct Status {
   int32_t code = kOk;
@@ -49,8 +61,9 @@ struct LogprobsBackwardArgs {
   int32_t threads;
 };
 
-// kl_divergence over the whole vocabulary. `stats` is fp32 [rows, cols, 5], contiguous: m and s of the
-// policy, m and s of the reference, the divergence. reverse = KL(policy || ref), else KL(ref || policy).
+// kl_divergence over the whole vocabulary. `stats` is fp32 [rows, cols, 5], contiguous: m and s of
+// the policy, m and s of the reference, the divergence. reverse = KL(policy || ref), else KL(ref ||
+// policy).
 struct KlArgs {
   int64_t rows, cols, vocab;
   Tensor logits, ref_logits;
@@ -90,7 +103,10 @@ enum RatioLevel : int32_t { kTokenRatio = 0, kSequenceRatio = 1, kSequenceTokenR
 enum CorrectionLevel : int32_t { kNoCorrection = 0, kTokenCorrection = 1, kSequenceCorrection = 2 };
 enum CorrectionMode : int32_t { kTruncate = 0, kMask = 1 };
 enum Aggregation : int32_t {
-  kTokenMean = 0, kSeqMeanTokenMean = 1, kSeqMeanTokenSum = 2, kConstant = 3
+  kTokenMean = 0,
+  kSeqMeanTokenMean = 1,
+  kSeqMeanTokenSum = 2,
+  kConstant = 3
 };
 struct PolicyConfig {
   int32_t objective, ratio_level, kl_estimator, kl_straight_through, kl_importance_weighted;
@@ -135,11 +151,11 @@ struct ValueArgs {
 };
 
 // gae, discounted_returns and ppo_advantages: one reverse scan. Padded [rows, cols], sequence s
-// being row s; or packed, rows = 1, sequence s being columns offsets[s] to offsets[s + 1] and `plan`
-// int64 scratch of 2 * sequences + 1. `bootstrap` and `scores` have an entry per sequence along
-// stride1. Without `values` it computes discounted returns; without `rewards` it forms them from
-// scores and log-probabilities. Results are contiguous. `moments` asks for whitened advantages and
-// is scratch of 3 doubles per 2048 tokens begun.
+// being row s; or packed, rows = 1, sequence s being columns offsets[s] to offsets[s + 1] and
+// `plan` int64 scratch of 2 * sequences + 1. `bootstrap` and `scores` have an entry per sequence
+// along stride1. Without `values` it computes discounted returns; without `rewards` it forms them
+// from scores and log-probabilities. Results are contiguous. `moments` asks for whitened advantages
+// and is scratch of 3 doubles per 2048 tokens begun.
 struct GaeArgs {
   int64_t rows, cols, sequences;
   Tensor offsets;
@@ -169,7 +185,10 @@ struct WhitenArgs {
 };
 
 enum Baseline : int32_t {
-  kBaselineMean = 0, kBaselineLeaveOneOut = 1, kBaselineGreedy = 2, kBaselineNone = 3
+  kBaselineMean = 0,
+  kBaselineLeaveOneOut = 1,
+  kBaselineGreedy = 2,
+  kBaselineNone = 3
 };
 enum Scale : int32_t { kScaleGroup = 0, kScaleBatch = 1, kScaleNone = 2 };
 

@@ -57,7 +57,8 @@ void select_isa(const std::string& name) {
       return;
     }
   }
-  throw std::invalid_argument("instruction set '" + name + "' is not supported by this CPU or build");
+  throw std::invalid_argument("instruction set '" + name +
+                              "' is not supported by this CPU or build");
 }
 
 }  // namespace
@@ -66,7 +67,8 @@ void select_isa(const std::string& name) {
 PYBIND11_MODULE(_cpu, m) {
   using namespace rk;
   m.doc() = "CPU kernels of rlhf_kernels. Takes raw pointers: call it through rlhf_kernels.native.";
-  m.def("isa_names", &isa_names, "Instruction sets that this CPU and this build support, best last.");
+  m.def("isa_names", &isa_names,
+        "Instruction sets that this CPU and this build support, best last.");
   m.def("isa", [] { return std::string(active->isa); }, "The instruction set in use.");
   m.def("select_isa", &select_isa, "Use a supported instruction set by name.");
 #ifdef _OPENMP

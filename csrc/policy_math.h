@@ -1,6 +1,6 @@
-// The token terms of the policy and value losses, written once for a float (CUDA, scalars) and for a
-// vector of floats (cpu/tokens.h). A vector type V has + - * /, unary -, a constructor from float,
-// and the functions below for float. max and min keep a NaN in their second argument.
+// The token terms of the policy and value losses, written once for a float (CUDA, scalars) and for
+// a vector of floats (cpu/tokens.h). A vector type V has + - * /, unary -, a constructor from
+// float, and the functions below for float. max and min keep a NaN in their second argument.
 #pragma once
 #include "math.h"
 
@@ -27,8 +27,8 @@ RK_HD V clamp(V x, V low, V high) {
 }
 
 // exp(x), exp(x) - 1 and exp(x) - 1 - x for |x| <= 80; NaN in, NaN out; exactly 1, 0, 0 at x = 0.
-// x = n ln 2 + f; exp(f) = 1 + f + f^2 q(f), q minimax of degree 5 (relative error 1e-8 of q). exp is
-// within 1.5 units in the last place, the others as exact wherever |x| < ln(2) / 2, and nowhere
+// x = n ln 2 + f; exp(f) = 1 + f + f^2 q(f), q minimax of degree 5 (relative error 1e-8 of q). exp
+// is within 1.5 units in the last place, the others as exact wherever |x| < ln(2) / 2, and nowhere
 // worse than torch.expm1(x) - x.
 template <class V>
 struct ExpParts {
@@ -100,7 +100,8 @@ struct PolicyTerm {
 };
 
 template <int kObjective, class V>
-RK_HD PolicyTerm<V> policy_objective(const Ratio<V>& x, V logprob, V a, V w, const PolicyConfig& c) {
+RK_HD PolicyTerm<V> policy_objective(const Ratio<V>& x, V logprob, V a, V w,
+                                     const PolicyConfig& c) {
   const V zero(0.0f), one(1.0f), low(c.clip_low), high(c.clip_high);
   PolicyTerm<V> t{zero, zero, zero, zero, zero, zero};
   if constexpr (kObjective == kReinforce) {
@@ -145,7 +146,8 @@ RK_HD PolicyTerm<V> policy_objective(const Ratio<V>& x, V logprob, V a, V w, con
   return t;
 }
 
-// The KL to the reference from x = logprob - ref: the term of the loss, its slope, and the plain k3.
+// The KL to the reference from x = logprob - ref: the term of the loss, its slope, and the plain
+// k3.
 template <class V>
 struct KlTerm {
   V value, slope, k3;

@@ -15,17 +15,17 @@ void bind_advantages(pybind11::module_& m, Table table) {
                    int32_t kl_estimator, double reward_clip, double gamma, double lam, bool carry,
                    Tensor advantages, Tensor returns, Tensor shaped, Tensor moments,
                    double whiten_eps, int32_t threads) {
-    const GaeArgs args{rows,     cols,           sequences,       offsets,      int64(plan),
-                       rewards,  values,         mask,            dones,        bootstrap,
-                       scores,   logprobs,       ref_logprobs,    kl_coef,      kl_estimator,
-                       reward_clip, gamma,       lam,             carry,        fp32(advantages),
-                       fp32(returns), fp32(shaped), fp64(moments), whiten_eps,  threads};
+    const GaeArgs args{rows,          cols,         sequences,     offsets,    int64(plan),
+                       rewards,       values,       mask,          dones,      bootstrap,
+                       scores,        logprobs,     ref_logprobs,  kl_coef,    kl_estimator,
+                       reward_clip,   gamma,        lam,           carry,      fp32(advantages),
+                       fp32(returns), fp32(shaped), fp64(moments), whiten_eps, threads};
     return without_gil([&] { return table().gae(args); });
   });
   m.def("whiten", [=](int64_t rows, int64_t cols, Tensor x, Tensor mask, bool shift_mean,
                       bool unbiased, double eps, Tensor moments, Tensor out, int32_t threads) {
-    const WhitenArgs args{rows, cols, x,   mask,          shift_mean,
-                          unbiased,   eps, fp64(moments), fp32(out), threads};
+    const WhitenArgs args{rows, cols,          x,         mask,   shift_mean, unbiased,
+                          eps,  fp64(moments), fp32(out), threads};
     return without_gil([&] { return table().whiten(args); });
   });
   m.def("group_advantages", [=](int64_t count, Tensor rewards, Tensor greedy, Tensor order,

@@ -4,30 +4,41 @@
 
 namespace rk {
 
-inline PolicyConfig policy_config(const pybind11::sequence& codes, const pybind11::sequence& params) {
+inline PolicyConfig policy_config(const pybind11::sequence& codes,
+                                  const pybind11::sequence& params) {
   if (codes.size() != 8 || params.size() != 16)
     throw pybind11::value_error("policy_loss: codes and params are not those of PolicyLossConfig");
   const auto code = [&](int i) { return codes[i].cast<int32_t>(); };
   const auto param = [&](int i) { return params[i].cast<float>(); };
-  return {code(0), code(1), code(2), code(3), code(4), code(5), code(6), code(7),
-          param(0), param(1), param(2), param(3), param(4), param(5), param(6), param(7),
+  return {code(0),  code(1),  code(2),   code(3),   code(4),   code(5),   code(6),   code(7),
+          param(0), param(1), param(2),  param(3),  param(4),  param(5),  param(6),  param(7),
           param(8), param(9), param(10), param(11), param(12), param(13), param(14), param(15)};
 }
 
 template <class Table>
 void bind_policy(pybind11::module_& m, Table table) {
-  m.def("policy_loss", [table](int64_t sequences, int64_t cols, Tensor offsets, Tensor mask,
-                               Tensor logprobs, Tensor old_logprobs, Tensor advantages,
-                               Tensor ref_logprobs, Tensor rollout_logprobs, Tensor entropy,
-                               double divisor, const pybind11::sequence& codes,
-                               const pybind11::sequence& params, Tensor loss, Tensor metrics,
-                               Tensor grad_logprobs, Tensor grad_entropy, int32_t threads) {
-    const PolicyArgs args{{sequences, cols, offsets, mask}, logprobs, old_logprobs, advantages,
-                          ref_logprobs, rollout_logprobs, entropy, divisor,
-                          policy_config(codes, params), static_cast<float*>(loss.data),
-                          static_cast<float*>(metrics.data), grad_logprobs, grad_entropy, threads};
-    return without_gil([&] { return table().policy_loss(args); });
-  });
+  m.def("policy_loss",
+        [table](int64_t sequences, int64_t cols, Tensor offsets, Tensor mask, Tensor logprobs,
+                Tensor old_logprobs, Tensor advantages, Tensor ref_logprobs,
+                Tensor rollout_logprobs, Tensor entropy, double divisor,
+                const pybind11::sequence& codes, const pybind11::sequence& params, Tensor loss,
+                Tensor metrics, Tensor grad_logprobs, Tensor grad_entropy, int32_t threads) {
+          const PolicyArgs args{{sequences, cols, offsets, mask},
+                                logprobs,
+                                old_logprobs,
+                                advantages,
+                                ref_logprobs,
+                                rollout_logprobs,
+                                entropy,
+                                divisor,
+                                policy_config(codes, params),
+                                static_cast<float*>(loss.data),
+                                static_cast<float*>(metrics.data),
+                                grad_logprobs,
+                                grad_entropy,
+                                threads};
+          return without_gil([&] { return table().policy_loss(args); });
+        });
 }
 
 }  // namespace rk

@@ -10,10 +10,17 @@ void bind_value(pybind11::module_& m, Table table) {
                               Tensor values, Tensor old_values, Tensor returns, double divisor,
                               int32_t aggregation, double clip_range, Tensor loss, Tensor metrics,
                               Tensor grad_values, int32_t threads) {
-    const ValueArgs args{{sequences, cols, offsets, mask}, values, old_values, returns, divisor,
-                         aggregation, static_cast<float>(clip_range),
-                         static_cast<float*>(loss.data), static_cast<float*>(metrics.data),
-                         grad_values, threads};
+    const ValueArgs args{{sequences, cols, offsets, mask},
+                         values,
+                         old_values,
+                         returns,
+                         divisor,
+                         aggregation,
+                         static_cast<float>(clip_range),
+                         static_cast<float*>(loss.data),
+                         static_cast<float*>(metrics.data),
+                         grad_values,
+                         threads};
     return without_gil([&] { return table().value_loss(args); });
   });
 }

@@ -2,10 +2,10 @@
 //
 // A sequence is walked from its end in blocks that stay in the first-level cache: load and convert,
 // differences r + gamma V' - V in vectors, the recurrence, results in vectors. The recurrence is a
-// chain of one multiply-add per step whatever the sequence's length, so several sequences are walked
-// together to hide its latency; each keeps its own order of operations, so its bits do not depend on
-// the others. Differences and the recurrence are in double: a chain of 10^5 additions in fp32 is not
-// accurate, and double costs the same.
+// chain of one multiply-add per step whatever the sequence's length, so several sequences are
+// walked together to hide its latency; each keeps its own order of operations, so its bits do not
+// depend on the others. Differences and the recurrence are in double: a chain of 10^5 additions in
+// fp32 is not accurate, and double costs the same.
 #pragma once
 
 namespace rk {
@@ -25,8 +25,8 @@ inline double multiply_add(double a, double b, double c) {
 #endif
 }
 
-// Selections by 0 or 1 in the bits: compilers turn a conditional on floats into a branch, which masks
-// mispredict, or leave the loop scalar.
+// Selections by 0 or 1 in the bits: compilers turn a conditional on floats into a branch, which
+// masks mispredict, or leave the loop scalar.
 inline double keep_or(uint8_t keep, double x, double other) {
   uint64_t a, b;
   memcpy(&a, &x, 8);
@@ -135,8 +135,10 @@ inline void begin_walk(const GaeArgs& a, int64_t sequence, Walk& w) {
     w.left = a.cols;
   }
   const float bootstrap = a.bootstrap.data ? sequence_scalar(a.bootstrap, sequence) : 0.0f;
-  if (a.values.data) w.next_value = bootstrap;
-  else w.advantage = bootstrap;
+  if (a.values.data)
+    w.next_value = bootstrap;
+  else
+    w.advantage = bootstrap;
   w.scored = !a.scores.data;
 }
 
@@ -403,8 +405,10 @@ struct Chunk {
   Chunk(const WhitenArgs& a, int64_t begin, int64_t n) : x(buffer), kept(0) {
     for_pieces(a.cols, begin, n, [&](int64_t row, int64_t t, int64_t offset, int64_t piece) {
       const float* p = load_tokens(a.x, row, t, piece, buffer + offset);
-      if (piece == n) x = p;
-      else if (p != buffer + offset) memcpy(buffer + offset, p, sizeof(float) * static_cast<size_t>(piece));
+      if (piece == n)
+        x = p;
+      else if (p != buffer + offset)
+        memcpy(buffer + offset, p, sizeof(float) * static_cast<size_t>(piece));
       kept += load_flags(a.mask, row, t, piece, 1, keep + offset);
     });
   }
@@ -445,8 +449,10 @@ inline void whiten_tokens(const WhitenArgs& a) {
     Moments m;
     if (chunk.kept > 0) {
       m.count = static_cast<double>(chunk.kept);
-      m.mean = sum_kept(chunk, n, [&](int64_t k) { return static_cast<double>(chunk.x[k]); }) / m.count;
-      m.m2 = sum_kept(chunk, n, [&](int64_t k) { return (chunk.x[k] - m.mean) * (chunk.x[k] - m.mean); });
+      m.mean =
+          sum_kept(chunk, n, [&](int64_t k) { return static_cast<double>(chunk.x[k]); }) / m.count;
+      m.m2 = sum_kept(chunk, n,
+                      [&](int64_t k) { return (chunk.x[k] - m.mean) * (chunk.x[k] - m.mean); });
     }
     moments[c] = m;
   });
@@ -529,8 +535,10 @@ Status gae(const GaeArgs& a) {
   }
   if (a.rows * a.cols == 0) return {};
   // With few sequences per thread, more threads are worth more than hidden latency.
-  if (a.sequences >= scan::kTogether * static_cast<int64_t>(a.threads)) scan::run<scan::kTogether>(a);
-  else scan::run<1>(a);
+  if (a.sequences >= scan::kTogether * static_cast<int64_t>(a.threads))
+    scan::run<scan::kTogether>(a);
+  else
+    scan::run<1>(a);
   if (a.moments) {
     const Tensor advantages{a.advantages, kFloat32, a.cols, 1};
     scan::whiten_tokens({a.rows, a.cols, advantages, a.mask, true, true, a.whiten_eps, a.moments,

@@ -1,8 +1,8 @@
 // KL divergence between two rows of logits over the whole vocabulary, and the per-token estimators.
 //
 // With P the distribution that weighs (policy for reverse, reference for forward) and Q the other:
-// KL = sum P (log P - log Q) = t / s_P - (log s_P - log s_Q), t = sum e_P ((x_P - m_P) - (x_Q - m_Q)).
-// The difference is taken element by element: where the two rows are close, so is the sum.
+// KL = sum P (log P - log Q) = t / s_P - (log s_P - log s_Q), t = sum e_P ((x_P - m_P) - (x_Q -
+// m_Q)). The difference is taken element by element: where the two rows are close, so is the sum.
 #pragma once
 
 namespace rk {
@@ -113,15 +113,16 @@ void kl_row(const KlArgs& a, int64_t row) {
   stats[4] = static_cast<float>(kl);
 }
 
-// Gradient in the policy's logits. Reverse: p_j (log p_j - log q_j - KL) / T. Forward: (p_j - q_j) / T.
+// Gradient in the policy's logits. Reverse: p_j (log p_j - log q_j - KL) / T. Forward: (p_j - q_j)
+// / T.
 template <class E, bool kReverse>
 void kl_backward_row(const KlBackwardArgs& a, int64_t row) {
   using S = typename E::Storage;
   const int64_t i = row / a.cols, j = row % a.cols;
-  const float g = static_cast<const float*>(
-      a.grad_kl.data)[i * a.grad_kl.stride0 + j * a.grad_kl.stride1];
-  S* out = static_cast<S*>(a.grad_logits.data) + i * a.grad_logits.stride0 +
-           j * a.grad_logits.stride1;
+  const float g =
+      static_cast<const float*>(a.grad_kl.data)[i * a.grad_kl.stride0 + j * a.grad_kl.stride1];
+  S* out =
+      static_cast<S*>(a.grad_logits.data) + i * a.grad_logits.stride0 + j * a.grad_logits.stride1;
   if (g == 0.0f) {
     memset(out, 0, sizeof(S) * static_cast<size_t>(a.vocab));
     return;
@@ -133,7 +134,8 @@ void kl_backward_row(const KlBackwardArgs& a, int64_t row) {
   const S* ref = at(a.ref_logits);
   const float* stats = a.stats + 5 * row;
   const double inv_t = 1.0 / a.temperature, kl = stats[4];
-  // Where the divergence is infinite or NaN so is every difference below: say NaN, as autograd does.
+  // Where the divergence is infinite or NaN so is every difference below: say NaN, as autograd
+  // does.
   const double poison = kl - kl;
   const Vec rate = splat(static_cast<float>(inv_t * kLog2e));
   const Vec lowest = splat(static_cast<float>(kExpMin / inv_t));
@@ -142,7 +144,8 @@ void kl_backward_row(const KlBackwardArgs& a, int64_t row) {
   const Vec wq = splat(static_cast<float>(g * inv_t / stats[3] + poison));
   // log p - log q - KL = (x_p - x_q shifted) / T - offset
   const Vec scale = splat(static_cast<float>(inv_t));
-  const double offset_d = log(static_cast<double>(stats[1])) - log(static_cast<double>(stats[3])) + kl;
+  const double offset_d =
+      log(static_cast<double>(stats[1])) - log(static_cast<double>(stats[3])) + kl;
   const Vec offset = splat(static_cast<float>(offset_d));
   const auto gradient = [&](Vec zp, Vec zq) {
     const Vec dp = sub(zp, mp), dq = sub(zq, mq);
@@ -165,8 +168,8 @@ void kl_backward_row(const KlBackwardArgs& a, int64_t row) {
   }
   for (; k < a.vocab; k += kLanes) {
     const int n = a.vocab - k < kLanes ? static_cast<int>(a.vocab - k) : kLanes;
-    store_partial<E>(out + k, gradient(load_partial<E>(x + k, n, 0.0f),
-                                       load_partial<E>(ref + k, n, 0.0f)), n);
+    store_partial<E>(
+        out + k, gradient(load_partial<E>(x + k, n, 0.0f), load_partial<E>(ref + k, n, 0.0f)), n);
   }
 }
 

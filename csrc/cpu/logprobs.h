@@ -118,7 +118,8 @@ inline int64_t load_label(const Tensor& labels, int64_t i, int64_t j) {
                                 : static_cast<const int64_t*>(labels.data)[at];
 }
 
-inline double row_temperature(const Tensor& temperatures, double temperature, int64_t i, int64_t j) {
+inline double row_temperature(const Tensor& temperatures, double temperature, int64_t i,
+                              int64_t j) {
   if (!temperatures.data) return temperature;
   return static_cast<const float*>(
       temperatures.data)[i * temperatures.stride0 + j * temperatures.stride1];
@@ -154,14 +155,14 @@ void logprobs_row(const LogprobsArgs& a, int64_t row) {
   }
   const double inv_t = 1.0 / row_temperature(a.temperatures, a.temperature, i, j);
   const float cap = static_cast<float>(a.softcap);
-  const auto* x = static_cast<const typename E::Storage*>(a.logits.data) +
-                  i * a.logits.stride0 + j * a.logits.stride1;
+  const auto* x = static_cast<const typename E::Storage*>(a.logits.data) + i * a.logits.stride0 +
+                  j * a.logits.stride1;
   const RowSums r = row_sums<E, kSoftcap, kEntropy>(x, a.vocab, cap, inv_t);
   float xy = E::get(x + label);
   if (kSoftcap) xy = softcapped(xy, cap);
   const bool empty = r.m == -__builtin_inff();
-  *logprob = empty ? __builtin_nanf("")
-                   : static_cast<float>(logprob_from_stats(xy, r.m, r.s, inv_t));
+  *logprob =
+      empty ? __builtin_nanf("") : static_cast<float>(logprob_from_stats(xy, r.m, r.s, inv_t));
   stats[0] = r.m;
   stats[1] = empty ? __builtin_nanf("") : static_cast<float>(r.s);
   stats[2] = empty ? __builtin_nanf("") : static_cast<float>(log(r.s) - r.t / r.s * inv_t);
@@ -179,8 +180,8 @@ void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
   const float g = upstream(a.grad_logprobs);
   const float h = kEntropy ? upstream(a.grad_entropy) : 0.0f;
   const int64_t label = load_label(a.labels, i, j);
-  S* out = static_cast<S*>(a.grad_logits.data) + i * a.grad_logits.stride0 +
-           j * a.grad_logits.stride1;
+  S* out =
+      static_cast<S*>(a.grad_logits.data) + i * a.grad_logits.stride0 + j * a.grad_logits.stride1;
   if (label == a.ignore_index || (g == 0.0f && h == 0.0f)) {
     memset(out, 0, sizeof(S) * static_cast<size_t>(a.vocab));
     return;
@@ -275,8 +276,8 @@ Status token_logprobs_backward(const LogprobsBackwardArgs& a) {
   if (a.grad_logits.data != a.logits.data)
     advise_huge_pages(a.grad_logits.data,
                       a.rows * a.cols * a.vocab * dtype_size(a.grad_logits.dtype));
-  const auto row = pick<LogprobsBackward, LogprobsBackwardArgs>(
-      a.logits.dtype, a.softcap > 0.0, a.grad_entropy.data != nullptr);
+  const auto row = pick<LogprobsBackward, LogprobsBackwardArgs>(a.logits.dtype, a.softcap > 0.0,
+                                                                a.grad_entropy.data != nullptr);
   parallel_for(a.rows * a.cols, a.threads, [&](int64_t r) { row(a, r); });
   return {};
 }

@@ -1,4 +1,5 @@
-// Work is cut into items whose boundaries never depend on the thread count, so results do not either.
+// Work is cut into items whose boundaries never depend on the thread count, so results do not
+// either.
 #pragma once
 #include <stdint.h>
 

@@ -1,5 +1,5 @@
-// The policy loss, its metrics and its gradient: one pass over the tokens after a count of the mask.
-// A sequence-level ratio or weight needs the sequence's sums before (a second pass), and the
+// The policy loss, its metrics and its gradient: one pass over the tokens after a count of the
+// mask. A sequence-level ratio or weight needs the sequence's sums before (a second pass), and the
 // gradient through a sequence's ratio its slope after (a pass over the gradient alone).
 #pragma once
 
@@ -25,7 +25,8 @@ struct PolicyBlock {
   float *grad, *grad_entropy;
 };
 
-// Adds n tokens to sums; returns the sum of their slopes in the log-ratio, if that is the sequence's.
+// Adds n tokens to sums; returns the sum of their slopes in the log-ratio, if that is the
+// sequence's.
 template <int kObjective>
 double policy_block(const PolicyConfig& c, const PolicyBlock& b, int64_t n, const SequenceRatio& q,
                     double weight, PolicySums& sums) {
@@ -87,8 +88,7 @@ double policy_block(const PolicyConfig& c, const PolicyBlock& b, int64_t n, cons
       store(b.grad + i, select_less(zero, m, g * token_weight, zero).v);
     }
     if (b.grad_entropy)
-      store(b.grad_entropy + i,
-            select_less(zero, m, V(-c.entropy_coef) * token_weight, zero).v);
+      store(b.grad_entropy + i, select_less(zero, m, V(-c.entropy_coef) * token_weight, zero).v);
   }
   sums.pg += weight * reduce_add(pg.v);
   sums.k3 += reduce_add(k3.v);
@@ -188,12 +188,24 @@ inline void policy_metrics(const PolicyArgs& a, const PolicySums& s) {
   // The vector minimum and maximum may step over a NaN; the sum does not.
   const double poison = s.r - s.r;
   const double values[kPolicyMetrics] = {
-      loss, s.pg, s.kl, s.bonus,
-      s.low / n, s.high / n, s.dual / n,
-      s.r / n, any ? s.r_min + poison : 0.0, any ? s.r_max + poison : 0.0,
-      -s.x / n, s.k3 / n, s.x_ref / n, s.k3_ref / n,
-      s.entropy / n, any ? s.r * s.r / (n * s.rr) : 0.0,
-      a.rollout_logprobs.data ? s.w / n : (any ? 1.0 : 0.0), s.tokens,
+      loss,
+      s.pg,
+      s.kl,
+      s.bonus,
+      s.low / n,
+      s.high / n,
+      s.dual / n,
+      s.r / n,
+      any ? s.r_min + poison : 0.0,
+      any ? s.r_max + poison : 0.0,
+      -s.x / n,
+      s.k3 / n,
+      s.x_ref / n,
+      s.k3_ref / n,
+      s.entropy / n,
+      any ? s.r * s.r / (n * s.rr) : 0.0,
+      a.rollout_logprobs.data ? s.w / n : (any ? 1.0 : 0.0),
+      s.tokens,
   };
   for (int i = 0; i < kPolicyMetrics; ++i) a.metrics[i] = static_cast<float>(values[i]);
   *a.loss = a.metrics[0];
@@ -212,8 +224,8 @@ Status policy_loss(const PolicyArgs& a) {
 
   const bool log_ratio = c.ratio_level != kTokenRatio;
   const bool log_weight = c.correction_level == kSequenceCorrection;
-  const bool counted = log_ratio || log_weight || c.aggregation == kSeqMeanTokenMean ||
-                       a.divisor == 0.0;
+  const bool counted =
+      log_ratio || log_weight || c.aggregation == kSeqMeanTokenMean || a.divisor == 0.0;
   if (counted) {
     plan.for_pieces(a.threads, [&](int64_t p, int64_t) {
       policy_count(a, plan.piece[p], log_ratio, log_weight, piece_sums[p]);
@@ -240,9 +252,15 @@ Status policy_loss(const PolicyArgs& a) {
       const auto out = [&](const Tensor& x, int i) {
         return result_block(x, at(x), n, buffers[i]);
       };
-      const PolicyBlock block{mask, in(a.logprobs, 0), in(a.old_logprobs, 1), in(a.advantages, 2),
-                              in(a.ref_logprobs, 3), in(a.rollout_logprobs, 4), in(a.entropy, 5),
-                              out(a.grad_logprobs, 6), out(a.grad_entropy, 7)};
+      const PolicyBlock block{mask,
+                              in(a.logprobs, 0),
+                              in(a.old_logprobs, 1),
+                              in(a.advantages, 2),
+                              in(a.ref_logprobs, 3),
+                              in(a.rollout_logprobs, 4),
+                              in(a.entropy, 5),
+                              out(a.grad_logprobs, 6),
+                              out(a.grad_entropy, 7)};
       partial[item].tokens += static_cast<double>(count);
       piece_sums[index].slope += block_function(c, block, n, q, weight, partial[item]);
       write_block(a.grad_logprobs, at(a.grad_logprobs), n, buffers[6]);

@@ -135,8 +135,12 @@ inline const float* read_block(const Tensor& x, int64_t at, int64_t n, float* bu
   if (x.dtype == kFloat32 && x.stride1 == 1 && n % kLanes == 0)
     return static_cast<const float*>(x.data) + at;
   switch (x.dtype) {
-    case kBFloat16: widen<BF16>(static_cast<const uint16_t*>(x.data) + at, x.stride1, n, buffer); break;
-    case kFloat16: widen<F16>(static_cast<const uint16_t*>(x.data) + at, x.stride1, n, buffer); break;
+    case kBFloat16:
+      widen<BF16>(static_cast<const uint16_t*>(x.data) + at, x.stride1, n, buffer);
+      break;
+    case kFloat16:
+      widen<F16>(static_cast<const uint16_t*>(x.data) + at, x.stride1, n, buffer);
+      break;
     default: widen<F32>(static_cast<const float*>(x.data) + at, x.stride1, n, buffer);
   }
   for (int64_t i = n; i < whole_vectors(n); ++i) buffer[i] = 0.0f;

@@ -1,4 +1,5 @@
-// The value loss, its metrics and its gradient, in one pass over the tokens after a count of the mask.
+// The value loss, its metrics and its gradient, in one pass over the tokens after a count of the
+// mask.
 #pragma once
 
 namespace rk {
@@ -53,7 +54,8 @@ inline void value_block(const ValueArgs& a, const ValueBlock& b, int64_t n, int6
   sums.value += reduce_add(value.v);
   const double k = static_cast<double>(count);
   Moments targets{k, reduce_add(target.v) / k, 0.0}, errors{k, reduce_add(error.v) / k, 0.0};
-  const V target_mean(static_cast<float>(targets.mean)), error_mean(static_cast<float>(errors.mean));
+  const V target_mean(static_cast<float>(targets.mean)),
+      error_mean(static_cast<float>(errors.mean));
   V t2 = zero, e2 = zero, td = zero, ed = zero;
   for (int64_t i = 0; i < n; i += kLanes) {
     const V m = load(b.mask + i), r = kept(b.returns, i), v = kept(b.values, i);
@@ -96,9 +98,9 @@ Status value_loss(const ValueArgs& a) {
       const auto at = [&](const Tensor& x) { return token_at(t, x, p.sequence, begin); };
       if (count == 0) return zero_block(a.grad_values, at(a.grad_values), n);
       const auto in = [&](const Tensor& x, int i) { return read_block(x, at(x), n, buffers[i]); };
-      const ValueBlock block{
-          mask, in(a.values, 0), a.clip_range > 0.0f ? in(a.old_values, 1) : nullptr,
-          in(a.returns, 2), result_block(a.grad_values, at(a.grad_values), n, buffers[3])};
+      const ValueBlock block{mask, in(a.values, 0),
+                             a.clip_range > 0.0f ? in(a.old_values, 1) : nullptr, in(a.returns, 2),
+                             result_block(a.grad_values, at(a.grad_values), n, buffers[3])};
       value_block(a, block, n, count, weight, partial[item]);
       write_block(a.grad_values, at(a.grad_values), n, buffers[3]);
     });
@@ -114,7 +116,10 @@ Status value_loss(const ValueArgs& a) {
   const double n = sums.target.n > 1.0 ? sums.target.n : 1.0;
   const bool varies = sums.target.m2 > 0.0;
   const double values[kValueMetrics] = {
-      sums.loss, sums.clipped / n, sums.value / n, sums.target.mean,
+      sums.loss,
+      sums.clipped / n,
+      sums.value / n,
+      sums.target.mean,
       // A NaN that is not under the mask shows.
       varies ? 1.0 - sums.error.m2 / sums.target.m2 : sums.target.m2 - sums.target.m2,
       sums.target.n,

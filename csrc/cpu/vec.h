@@ -147,7 +147,8 @@ inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
   return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }
 inline Vec scale2(Vec x, Vec n) {
-  const __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  const __m256i e =
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   return _mm256_mul_ps(x, _mm256_castsi256_ps(e));
 }
 
@@ -319,7 +320,8 @@ inline TanhSlope tanh_slope(Vec x) {
   p = fma(p, z, splat(1.33314422036e-1f));
   p = fma(p, z, splat(-3.33332819422e-1f));
   const Vec small = fma(mul(p, z), x, x);
-  // Stays in the range of exp_scaled: beyond 40 tanh is 1 in fp32. max keeps a NaN that comes second.
+  // Stays in the range of exp_scaled: beyond 40 tanh is 1 in fp32. max keeps a NaN that comes
+  // second.
   const Vec e = exp_scaled(max(splat(-80.0f), mul(splat(-2.0f), a)), splat(kLog2e));
   const Vec one = splat(1.0f), inverse = div(one, add(one, e));
   const Vec big = mul(sub(one, e), inverse);
