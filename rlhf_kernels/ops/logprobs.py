@@ -109,7 +109,7 @@ def _check_inplace(logits: Tensor) -> None:
 
 
 class TokenLogprobs(NamedTuple):
-    """Result of `token_logprobs` and `linear_token_logprobs`."""
+    """Result of `token_logprobs`."""
 
     logprobs: Tensor
     entropy: Tensor | None

@@ -108,7 +108,7 @@ class PolicyMetrics(NamedTuple):
 
 
 class PolicyLoss(NamedTuple):
-    """Result of `policy_loss` and `linear_policy_loss`."""
+    """Result of `policy_loss`."""
 
     loss: Tensor
     metrics: PolicyMetrics
