@@ -18,6 +18,7 @@
 #include "kl.h"
 #include "policy.h"
 #include "value.h"
+#include "scan.h"
 #include "advantages.h"
 
 namespace rk {
