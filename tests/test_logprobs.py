@@ -393,6 +393,8 @@ def test_inplace_backward_is_refused_where_it_would_corrupt():
     logits, labels = problem(4, 30, torch.float32)
     with pytest.raises(ValueError, match="leaf"):
         rk.token_logprobs(logits, labels, inplace_backward=True)
+    with rk.use_backend("reference"), pytest.raises(ValueError, match="no inplace_backward"):
+        rk.token_logprobs(logits * 1, labels, inplace_backward=True)
     wide = (logits * 1)[:1].expand(4, 30)
     with pytest.raises(ValueError, match="share memory"):
         rk.token_logprobs(wide, labels, inplace_backward=True)

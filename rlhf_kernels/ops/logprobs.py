@@ -150,7 +150,8 @@ def token_logprobs(
     Raises:
         TypeError: wrong dtype or type of an argument.
         ValueError: shapes or devices that do not match; temperature or softcap not > 0 and finite;
-            inplace_backward on a leaf, on overlapping memory or under torch.compile.
+            inplace_backward on a leaf, on overlapping memory, under torch.compile or on the
+            reference backend.
         IndexError: a label outside [0, V) on CPU, with its position; nothing was read through it.
     """
     op = "token_logprobs"
@@ -178,6 +179,8 @@ def token_logprobs(
 
     backend = _backends.select(op, logits.device)
     if backend == _backends.REFERENCE:
+        if inplace_backward:
+            raise ValueError(f"{op}: the reference backend has no inplace_backward")
         _checks.labels_in_range(op, labels, logits.shape[-1], ignore_index)
         _checks.temperatures_positive(op, temperatures, labels != ignore_index)
         return TokenLogprobs(
