@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 import torch
 
-from . import _config, native
+from . import _config, native, triton
 
 REFERENCE = "reference"
 
 # Preference per device type. Every device ends with the reference, which torch runs anywhere.
-_ORDER = {"cpu": ("cpu",)}
+_ORDER = {"cpu": ("cpu",), "cuda": ("triton",), "xpu": ("triton",)}
 
 _Launcher = Callable[..., object]
 _forced: str = _config.BACKEND
@@ -23,12 +23,23 @@ _warned: set[str] = set()
 
 def _launchers(backend: str) -> dict[str, _Launcher]:
     """Operations that a kernel backend has, by name; empty where it is not built."""
-    return native.launchers(backend)
+    return triton.launchers() if backend == "triton" else native.launchers(backend)
 
 
 def unavailable_reason(backend: str) -> str | None:
     """Why `backend` cannot be used here, or None if it can."""
-    return None if backend == REFERENCE else native.unavailable_reason(backend)
+    if backend == REFERENCE:
+        return None
+    if backend == "triton":
+        return triton.unavailable_reason()
+    return native.unavailable_reason(backend)
+
+
+def _serves(backend: str, device_type: str) -> bool:
+    # Triton's interpreter takes tensors of any device, but only where it is asked for by name: it
+    # is for tests.
+    interpreter = backend == "triton" and triton.interpreted()
+    return interpreter or backend in _ORDER.get(device_type, ())
 
 
 def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
@@ -43,19 +54,18 @@ def select(op: str, device: torch.device) -> str:
     Raises:
         RuntimeError: a backend was named and cannot serve this operation on this device.
     """
-    order = _ORDER.get(device.type, ())
     if _forced != "auto":
         if _forced == REFERENCE:
             return REFERENCE
-        if _forced not in order:
-            raise RuntimeError(f"{op}: backend {_forced!r} does not serve {device.type} tensors")
         reason = unavailable_reason(_forced)
         if reason is not None:
             raise RuntimeError(f"{op}: backend {_forced!r} is not available: {reason}")
+        if not _serves(_forced, device.type):
+            raise RuntimeError(f"{op}: backend {_forced!r} does not serve {device.type} tensors")
         if op not in _launchers(_forced):
             raise RuntimeError(f"{op}: backend {_forced!r} does not have this operation")
         return _forced
-    for backend in order:
+    for backend in _ORDER.get(device.type, ()):
         if op in _launchers(backend):
             return backend
         if not torch.compiler.is_compiling():
@@ -84,7 +94,7 @@ class use_backend:
     """Forces a backend, for the process or for a `with` block.
 
     Args:
-        name: "reference", "cpu", or "auto" to choose by device again.
+        name: "reference", "cpu", "triton", or "auto" to choose by device again.
 
     The choice is global to the process, threads included. A named backend never falls back: an
     operation or device it cannot serve raises RuntimeError at the call.

@@ -2,7 +2,7 @@
 
 import os
 
-BACKEND_NAMES = ("auto", "reference", "cpu")
+BACKEND_NAMES = ("auto", "reference", "cpu", "triton")
 
 _backend = os.environ.get("RLHF_KERNELS_BACKEND", "auto").strip().lower() or "auto"
 if _backend not in BACKEND_NAMES:
@@ -15,3 +15,11 @@ BACKEND: str = _backend
 
 #: Instruction set of the CPU kernels, or None for the best that this machine has.
 CPU_ISA: str | None = os.environ.get("RLHF_KERNELS_CPU_ISA", "").strip().lower() or None
+
+_check = os.environ.get("RLHF_KERNELS_CHECK", "").strip() or "0"
+if _check not in ("0", "1"):
+    raise ValueError(f"RLHF_KERNELS_CHECK: expected 0 or 1, got {_check!r}")
+
+#: Whether GPU calls look at their data first (labels, temperatures, offsets, normalizer) and raise,
+#: at the price of a host synchronisation, instead of poisoning the result with NaN.
+CHECK: bool = _check == "1"

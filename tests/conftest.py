@@ -1,10 +1,16 @@
 """Fixtures shared by the tests: every operation test runs on each backend of this machine."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
 
-import rlhf_kernels as rk
+# Without a GPU the Triton kernels run in Triton's interpreter, chosen before they are loaded.
+if not torch.accelerator.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import rlhf_kernels as rk  # noqa: E402
 
 
 def pytest_configure(config):
@@ -14,9 +20,9 @@ def pytest_configure(config):
         settings.load_profile("repeatable")
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def backend(request):
-    """Each backend in turn, forced. A missing CPU extension is a failure, not a skip."""
+    """Each backend in turn, forced. A missing kernel backend is a failure, not a skip."""
     with rk.use_backend(request.param):
         yield request.param
 

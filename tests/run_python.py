@@ -18,8 +18,9 @@ sys.meta_path.insert(0, Block())
 def run_python(
     *arguments: str, check: bool = True, **variables: str
 ) -> subprocess.CompletedProcess:
-    """Runs `python *arguments` with `variables` added to an environment without RLHF_KERNELS_*."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RLHF_KERNELS")}
+    """Runs `python *arguments` with `variables` added to an environment without ours or Triton's."""
+    ours = ("RLHF_KERNELS", "TRITON_INTERPRET")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     done = subprocess.run(
         [sys.executable, *arguments],
         env=environment | variables,

@@ -89,7 +89,10 @@ def test_environment_forces_the_backend():
 @pytest.mark.parametrize(
     ("variable", "message"),
     [
-        ("RLHF_KERNELS_BACKEND", "RLHF_KERNELS_BACKEND: expected one of auto, reference, cpu, got"),
+        (
+            "RLHF_KERNELS_BACKEND",
+            "RLHF_KERNELS_BACKEND: expected one of auto, reference, cpu, triton, got",
+        ),
         ("RLHF_KERNELS_CPU_ISA", "RLHF_KERNELS_CPU_ISA: expected one of baseline"),
     ],
 )

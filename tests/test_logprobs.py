@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rlhf_kernels as rk
-from rlhf_kernels import reference
+from rlhf_kernels import _config, reference
 from rlhf_kernels.testing import (
     DTYPES,
     RAGGED_SIZES,
@@ -294,19 +294,32 @@ def test_repeats_are_bitwise_equal(backend):
 
 
 @pytest.mark.parametrize("bad", [40, -1, 2**40, -(2**40)])
-def test_label_out_of_range(backend, bad):
+def test_label_out_of_range(backend, bad, monkeypatch):
     logits, labels = problem(7, 40, torch.float32)
+    clean = run(rk.token_logprobs, logits, labels, torch.ones(2, 7))
     labels[3] = bad
+    if backend == "triton":
+        # A GPU kernel cannot raise: it poisons the row, and only that, unless told to look first.
+        poisoned = run(rk.token_logprobs, logits, labels, torch.ones(2, 7))
+        keep = [0, 1, 2, 4, 5, 6]
+        for a, e in zip(poisoned, clean, strict=True):
+            assert a[3].isnan().all()
+            assert_bitwise_equal(a[keep], e[keep])
+        monkeypatch.setattr(_config, "CHECK", True)
     with pytest.raises(IndexError, match=rf"position 3 is {bad};"):
         rk.token_logprobs(logits, labels)
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
-def test_bad_temperature(backend, bad):
+def test_bad_temperature(backend, bad, monkeypatch):
     logits, labels = problem(4, 20, torch.float32)
     with pytest.raises(ValueError, match="temperature"):
         rk.token_logprobs(logits, labels, temperature=bad)
     per_token = torch.tensor([1.0, 1.0, bad, 1.0])
+    if backend == "triton":
+        logprobs = rk.token_logprobs(logits, labels, temperature=per_token).logprobs
+        assert logprobs.isnan().tolist() == [False, False, True, False]
+        monkeypatch.setattr(_config, "CHECK", True)
     with pytest.raises(ValueError, match="temperature at flat position 2"):
         rk.token_logprobs(logits, labels, temperature=per_token)
     labels[2] = -100

@@ -17,8 +17,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module imports only from lower ranks and from its own area.
 RANKS = {
-    **dict.fromkeys(("_checks", "_config", "testing"), 0),
-    **dict.fromkeys(("policy_config", "controllers"), 1),
+    **dict.fromkeys(("_config", "_layout"), 0),
+    **dict.fromkeys(("_checks", "testing", "policy_config"), 1),
+    "controllers": 2,
     **dict.fromkeys(("reference", "native", "triton"), 2),
     "_backends": 3,
     "_register": 4,

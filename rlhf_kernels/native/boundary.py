@@ -7,6 +7,10 @@ what a raw address cannot express (lazy negation) and refuse what must not reach
 import torch
 from torch import Tensor
 
+from .._layout import as_grid, as_rows, grid, grid_strides, materialized, rows_strides
+
+__all__ = ["as_grid", "as_rows", "grid", "materialized", "pack", "pack_rows", "threads"]
+
 # csrc/abi.h: DType
 DTYPE_CODES = {
     torch.float32: 0,
@@ -28,34 +32,6 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def materialized(t: Tensor) -> Tensor:
-    """`t` with its memory equal to its value (a lazily negated view is not)."""
-    return t.resolve_neg() if t.is_neg() else t
-
-
-def grid(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
-    """Token shape [...] as (rows, cols): the last dimension is cols, the others are rows."""
-    cols = shape[-1] if len(shape) else 1
-    rows = 1
-    for n in shape[:-1]:
-        rows *= n
-    return rows, cols
-
-
-def _row_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
-    """Stride of the collapsed leading dimensions, or None where they do not collapse to one."""
-    stride, expected = 0, None
-    for size, step in zip(reversed(shape), reversed(strides), strict=True):
-        if size == 1:
-            continue
-        if expected is None:
-            stride = step
-        elif step != expected:
-            return None
-        expected = step * size
-    return stride
-
-
 def pack(t: Tensor | None) -> Packed:
     """A token tensor [...] as a grid [rows, cols] with any strides.
 
@@ -63,41 +39,11 @@ def pack(t: Tensor | None) -> Packed:
     """
     if t is None:
         return None
-    # The common case first: these few lines run for every argument of every call.
-    if t.is_contiguous():
-        stride0, stride1 = t.shape[-1] if t.dim() > 1 else 0, 1
-    else:
-        stride0, stride1 = _row_stride(tuple(t.shape[:-1]), t.stride()[:-1]), t.stride(-1)
-        if stride0 is None:
-            raise ValueError(f"strides {t.stride()} of shape {tuple(t.shape)} do not form a grid")
+    stride0, stride1 = grid_strides(t)
     address = t.data_ptr()
     if address == 0 and t.numel() > 0:
         raise ValueError("tensor has no memory (fake or meta tensor)")
     return address, DTYPE_CODES[t.dtype], stride0, stride1
-
-
-def as_grid(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    """`t` as something `pack` can describe: itself where possible, else a contiguous copy."""
-    if t is None:
-        return None
-    if dtype is not None and t.dtype is not dtype:
-        t = t.to(dtype)
-    t = materialized(t)
-    if not t.is_contiguous() and _row_stride(tuple(t.shape[:-1]), t.stride()[:-1]) is None:
-        t = t.contiguous()
-    return t
-
-
-def as_rows(t: Tensor) -> Tensor:
-    """Logits [..., V] with unit stride over V and leading dimensions that form a grid.
-
-    Itself wherever the strides allow it (any [N, V] or [B, T, V] slice), else a contiguous copy.
-    """
-    t = materialized(t)
-    lead = tuple(t.shape[:-2]), t.stride()[:-2]
-    if (t.stride(-1) != 1 and t.shape[-1] > 1) or _row_stride(*lead) is None:
-        t = t.contiguous()
-    return t
 
 
 def pack_rows(t: Tensor) -> Packed:
@@ -105,6 +51,4 @@ def pack_rows(t: Tensor) -> Packed:
     address = t.data_ptr()
     if address == 0 and t.numel() > 0:
         raise ValueError("tensor has no memory (fake or meta tensor)")
-    stride1 = t.stride(-2) if t.dim() > 1 else 0
-    stride0 = _row_stride(tuple(t.shape[:-2]), t.stride()[:-2]) if t.dim() > 2 else 0
-    return address, DTYPE_CODES[t.dtype], stride0, stride1
+    return address, DTYPE_CODES[t.dtype], *rows_strides(t)

@@ -1,0 +1,74 @@
+"""Strides of token tensors: how a tensor of any layout is described to a kernel without a copy."""
+
+import torch
+from torch import Tensor
+
+
+def materialized(t: Tensor) -> Tensor:
+    """`t` with its memory equal to its value (a lazily negated view is not)."""
+    return t.resolve_neg() if t.is_neg() else t
+
+
+def grid(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
+    """Token shape [...] as (rows, cols): the last dimension is cols, the others are rows."""
+    cols = shape[-1] if len(shape) else 1
+    rows = 1
+    for n in shape[:-1]:
+        rows *= n
+    return rows, cols
+
+
+def row_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
+    """Stride of the collapsed leading dimensions, or None where they do not collapse to one."""
+    stride, expected = 0, None
+    for size, step in zip(reversed(shape), reversed(strides), strict=True):
+        if size == 1:
+            continue
+        if expected is None:
+            stride = step
+        elif step != expected:
+            return None
+        expected = step * size
+    return stride
+
+
+def as_grid(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """`t` [...] as something with two strides: itself where possible, else a contiguous copy."""
+    if t is None:
+        return None
+    if dtype is not None and t.dtype is not dtype:
+        t = t.to(dtype)
+    t = materialized(t)
+    if not t.is_contiguous() and row_stride(tuple(t.shape[:-1]), t.stride()[:-1]) is None:
+        t = t.contiguous()
+    return t
+
+
+def grid_strides(t: Tensor) -> tuple[int, int]:
+    """Strides (rows, cols) of a token tensor [...] from `as_grid`; 0 for a row that is alone."""
+    # The common case first: these few lines run for every argument of every call.
+    if t.is_contiguous():
+        return t.shape[-1] if t.dim() > 1 else 0, 1 if t.dim() else 0
+    stride0 = row_stride(tuple(t.shape[:-1]), t.stride()[:-1])
+    if stride0 is None:
+        raise ValueError(f"strides {t.stride()} of shape {tuple(t.shape)} do not form a grid")
+    return stride0, t.stride(-1)
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """Logits [..., V] with unit stride over V and leading dimensions that form a grid.
+
+    Itself wherever the strides allow it (any [N, V] or [B, T, V] slice), else a contiguous copy.
+    """
+    t = materialized(t)
+    lead = tuple(t.shape[:-2]), t.stride()[:-2]
+    if (t.stride(-1) != 1 and t.shape[-1] > 1) or row_stride(*lead) is None:
+        t = t.contiguous()
+    return t
+
+
+def rows_strides(t: Tensor) -> tuple[int, int]:
+    """Strides (rows, cols) of the leading grid of logits [..., V] from `as_rows`."""
+    stride1 = t.stride(-2) if t.dim() > 1 else 0
+    stride0 = row_stride(tuple(t.shape[:-2]), t.stride()[:-2]) if t.dim() > 2 else 0
+    return stride0, stride1

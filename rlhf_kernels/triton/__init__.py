@@ -1,0 +1,53 @@
+"""Triton kernels: NVIDIA, AMD and Intel GPUs, and any tensor under Triton's interpreter.
+
+One module per operation here holds its kernels and their launchers, `LAUNCHERS` by operator name.
+They are loaded at import where torch has a GPU or TRITON_INTERPRET=1 asks for the interpreter: not
+on first use, since torch.compile cannot trace an import.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+
+_LAUNCHERS: dict[str, Callable[..., object]] = {}
+_REASON: str | None = None
+_INTERPRETED = False
+
+
+def _load() -> str | None:
+    """Fills the table; returns why that cannot be done."""
+    global _INTERPRETED
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    version = torch.version
+    gpu = version.cuda or version.hip or getattr(version, "xpu", None)
+    if not gpu and not os.environ.get("TRITON_INTERPRET"):
+        return "this torch is built without GPU support (TRITON_INTERPRET=1 runs the interpreter)"
+    try:
+        from . import _launch, logprobs
+    except ImportError as error:
+        return f"triton could not be imported: {error}"
+    for op in (logprobs,):
+        _LAUNCHERS.update(op.LAUNCHERS)
+    _INTERPRETED = _launch.INTERPRETED
+    return None
+
+
+_REASON = _load()
+
+
+def unavailable_reason() -> str | None:
+    """Why the Triton backend cannot be used, or None if it can."""
+    return _REASON
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which takes tensors of any device."""
+    return _INTERPRETED
+
+
+def launchers() -> dict[str, Callable[..., object]]:
+    """Launchers by operator name; empty where Triton is not available."""
+    return _LAUNCHERS

@@ -1,0 +1,66 @@
+"""Device functions that several kernels share.
+
+Bits must not depend on how a tensor lies in memory, yet Triton derives the layout of a block, and
+with it the order of a reduction, from the alignment it may assume. So sums here are trees of pairs
+in index order: the sum of two numbers is the same in any layout.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def scalar(x):
+    """A number argument as an fp32 tensor: the interpreter passes it as a Python float."""
+    return tl.full((), 0.0, tl.float32) + x
+
+
+@triton.jit
+def tree_sum(x, N: tl.constexpr):
+    """Sum of a block [N], N a power of two up to 2^20: neighbours first."""
+    for _ in tl.static_range(20):
+        if x.shape[0] > 1:
+            x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2)), axis=1)
+    return tl.sum(x, axis=0)
+
+
+@triton.jit
+def power_of_two(n):
+    """2^n for integral fp32 n in [-126, 127], exact on every device."""
+    return ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exp_parts(x):
+    """exp(x), exp(x) - 1 and exp(x) - 1 - x for |x| <= 80, fp32: `exp_parts` of csrc/policy_math.h.
+
+    Exactly 1, 0, 0 at x = 0; NaN in, NaN out.
+    """
+    n = tl.floor(x * 1.44269504 + 0.5)
+    # ln 2 in two parts, the first short enough for n times it to be exact.
+    f = n * 2.12194440e-4 + (n * -0.693359375 + x)
+    q = 1.9899517e-4
+    q = q * f + 1.3933830e-3
+    q = q * f + 8.3332984e-3
+    q = q * f + 4.1666463e-2
+    q = q * f + 1.6666667e-1
+    q = q * f + 0.5
+    mx = f * f * q
+    m1 = f + mx
+    s = power_of_two(n)
+    em1 = s * m1 + (s - 1.0)
+    return s * m1 + s, em1, tl.where(tl.abs(n) < 0.5, mx, em1 - x)
+
+
+@triton.jit
+def tanh_parts(u):
+    """tanh(u) and its slope, without cancellation at either end."""
+    a = tl.where(tl.abs(u) > 40.0, 40.0, tl.abs(u))
+    e, em1, _ = exp_parts(-2.0 * a)
+    th = -em1 / (1.0 + e)
+    slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
+    # A NaN fails both comparisons.
+    th = tl.where(u < 0.0, -th, tl.where(u >= 0.0, th, u))
+    return th, tl.where(u == u, slope, u)

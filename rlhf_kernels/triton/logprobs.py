@@ -1,0 +1,364 @@
+"""token_logprobs: tiles of the vocabulary reduced side by side, then combined in order.
+
+A program reads TILE columns of one row once and keeps them in registers: their maximum m and the
+sums of e = exp((x - m) / T) and e (x - m) / T. A second kernel combines the tiles of each row. The
+tiles depend on the vocabulary alone: a row's bits do not depend on the batch around it, and a few
+rows fill the device as many do.
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _checks, _config
+from .._layout import as_grid, as_rows, grid, grid_strides, rows_strides
+from ._launch import kernel, launch, tile_count
+from ._math import LOG2E, scalar, tanh_parts, tree_sum
+
+# Columns of a program, 32 a thread: a whole tile of 16-byte loads is in flight at once.
+TILE = 8192
+WARPS = 8
+# The gradient keeps more in registers and reduces nothing.
+BACKWARD_TILE = 4096
+# Rows of a program that works on rows alone.
+ROWS = 64
+# Tiles that the combining kernel takes at a time, 2^19 columns.
+GROUP = 64
+# exp of less is below the normal floats and counts as zero.
+LOWEST = tl.constexpr(-87.0)
+
+
+@triton.jit
+def token_at(i, cols, stride0, stride1):
+    """Offset of token i of a grid [rows, cols]."""
+    return (i // cols).to(tl.int64) * stride0 + (i % cols).to(tl.int64) * stride1
+
+
+@triton.jit
+def tile_sums(z, inside, rate, ENTROPY: tl.constexpr, TILE: tl.constexpr):
+    """m = max z, sum of e = exp(rate (z - m)) and sum of e rate (z - m), over a tile of logits."""
+    m = tl.max(tl.where(inside, z, float("-inf")), axis=0)
+    # Nothing but -inf adds nothing; a NaN that the maximum ignores still reaches the sums.
+    d = z - tl.where(m == float("-inf"), 0.0, m)
+    e = tl.where(inside, tl.exp2(d * (rate * LOG2E)), 0.0)
+    s = tree_sum(e, TILE)
+    t = 0.0
+    if ENTROPY:
+        # e is 0 far from the maximum, where d may be -inf.
+        t = tree_sum(tl.where(e == 0.0, 0.0, e * (d * rate)), TILE)
+    return m, s, t
+
+
+@kernel(aligned=("logits",))
+def partial_kernel(
+    logits, labels, temperatures, partials, cols, tiles, vocab, stride0, stride1, labels_stride0,
+    labels_stride1, temperatures_stride0, temperatures_stride1, temperature, softcap, ignore_index,
+    ALIGN: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, PER_TOKEN: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """(m, s, t) of one tile of one row; vocab and strides are counted in units of ALIGN."""
+    pid = tl.program_id(0)
+    row, tile = pid // tiles, pid % tiles
+    label = tl.load(labels + token_at(row, cols, labels_stride0, labels_stride1))
+    if label != ignore_index:
+        if PER_TOKEN:
+            at = token_at(row, cols, temperatures_stride0, temperatures_stride1)
+            temperature = tl.load(temperatures + at)
+        column = tile * TILE + tl.arange(0, TILE)
+        inside = column < vocab * ALIGN
+        x = logits + token_at(row, cols, stride0, stride1) * ALIGN
+        z = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+        if SOFTCAP:
+            z = softcap * tanh_parts(z / softcap)[0]
+        m, s, t = tile_sums(z, inside, 1.0 / temperature, ENTROPY, TILE)
+        out = partials + pid.to(tl.int64) * 3
+        tl.store(out, m)
+        tl.store(out + 1, s)
+        if ENTROPY:
+            tl.store(out + 2, t)
+
+
+@triton.jit
+def combine_tiles(partials, tiles, rate, ENTROPY: tl.constexpr, GROUP: tl.constexpr):
+    """(m, s, t) of a row from those of its tiles, in order; s and t are fp64."""
+    m = tl.full((), float("-inf"), tl.float32)
+    s = tl.full((), 0.0, tl.float64)
+    t = tl.full((), 0.0, tl.float64)
+    for start in range(0, tiles, GROUP):
+        tile = start + tl.arange(0, GROUP)
+        inside = tile < tiles
+        at = partials + tile.to(tl.int64) * 3
+        tile_m = tl.load(at, mask=inside, other=float("-inf"))
+        tile_s = tl.load(at + 1, mask=inside, other=0.0).to(tl.float64)
+        # Not tl.maximum: a NaN may be lost here, it is in the sums too.
+        top = tl.max(tile_m, axis=0)
+        top = tl.where(m > top, m, top)
+        base = tl.where(top == float("-inf"), 0.0, top)
+        # Tiles of -inf have a sum of 0 and no distance to anything.
+        shift = tl.where(tile_s == 0.0, 0.0, (tile_m - base) * rate)
+        weight = tl.exp2(shift * LOG2E).to(tl.float64)
+        before = tl.where(s == 0.0, 0.0, (m - base) * rate)
+        kept = tl.exp2(before * LOG2E).to(tl.float64)
+        if ENTROPY:
+            tile_t = tl.load(at + 2, mask=inside, other=0.0).to(tl.float64)
+            t = kept * (t + s * before) + tree_sum(weight * (tile_t + tile_s * shift), GROUP)
+        s = kept * s + tree_sum(weight * tile_s, GROUP)
+        m = top
+    return m, s, t
+
+
+@kernel
+def combine_kernel(
+    logits, labels, temperatures, partials, logprobs, entropies, stats, cols, tiles, vocab,
+    stride0, stride1, labels_stride0, labels_stride1, temperatures_stride0, temperatures_stride1,
+    temperature, softcap, ignore_index, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
+    PER_TOKEN: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Log-probability, entropy and statistics of one row from its tiles, in fp64."""
+    row = tl.program_id(0)
+    label = tl.load(labels + token_at(row, cols, labels_stride0, labels_stride1)).to(tl.int64)
+    logprob, entropy = 0.0, 0.0
+    m, s = 0.0, 1.0
+    if label != ignore_index:
+        if PER_TOKEN:
+            at = token_at(row, cols, temperatures_stride0, temperatures_stride1)
+            temperature = tl.load(temperatures + at)
+        rate = 1.0 / scalar(temperature).to(tl.float64)
+        of_row = partials + row.to(tl.int64) * tiles * 3
+        row_m, row_s, row_t = combine_tiles(of_row, tiles, rate.to(tl.float32), ENTROPY, GROUP)
+        known = (label >= 0) & (label < vocab)
+        x = logits + token_at(row, cols, stride0, stride1)
+        z = tl.load(x + label, mask=known, other=0.0).to(tl.float32)
+        if SOFTCAP:
+            z = softcap * tanh_parts(z / softcap)[0]
+        # A label outside the vocabulary, a bad temperature and a row of -inf poison the row.
+        good = known & (temperature > 0.0) & (temperature < 3.0e38) & (row_m > float("-inf"))
+        poison = tl.where(good, 0.0, float("nan"))
+        log_s = tl.log(row_s)
+        logprob = ((z - row_m).to(tl.float64) * rate - log_s).to(tl.float32) + poison
+        entropy = (log_s - row_t / row_s).to(tl.float32) + poison
+        m, s = row_m, row_s.to(tl.float32) + poison
+    tl.store(logprobs + row, logprob)
+    if ENTROPY:
+        tl.store(entropies + row, entropy)
+    out = stats + row.to(tl.int64) * 3
+    tl.store(out, m)
+    tl.store(out + 1, s)
+    tl.store(out + 2, entropy)
+
+
+@triton.jit
+def label_gradient(logprob, entropy, g, h):
+    """T times the gradient in the label's own logit; 1 - p without cancellation, in fp64."""
+    p = tl.exp(logprob)
+    # 1 - exp(x) by its series where it cancels.
+    rest = tl.where(logprob > -1.0e-4, -logprob * (1.0 + logprob * (0.5 + logprob / 6.0)), 1.0 - p)
+    # p log p is 0 at p = 0, also where log p is -inf.
+    bend = tl.where((h == 0.0) | (p == 0.0), 0.0, h * p * (logprob + entropy))
+    return g * rest - bend
+
+
+@kernel
+def coefficients_kernel(
+    logits, labels, temperatures, stats, grad_logprobs, grad_entropy, coefficients, rows, cols,
+    vocab, stride0, stride1, labels_stride0, labels_stride1, temperatures_stride0,
+    temperatures_stride1, g_stride0, g_stride1, h_stride0, h_stride1, temperature, softcap,
+    ignore_index, SOFTCAP: tl.constexpr, PER_TOKEN: tl.constexpr, LOGPROBS: tl.constexpr,
+    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What the backward needs of each row, [rows, 5]: m, 1 / T, a0, a1, gradient at the label.
+
+    A kernel of its own: fp64 once per row, and the label's logit is read before the gradient may
+    overwrite it. a0 and a1 are 0 where the row takes no gradient.
+    """
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = row < rows
+    label = tl.load(
+        labels + token_at(row, cols, labels_stride0, labels_stride1), mask=valid, other=0
+    ).to(tl.int64)
+    g, h = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    if LOGPROBS:
+        g = tl.load(grad_logprobs + token_at(row, cols, g_stride0, g_stride1), mask=valid, other=0)
+    if ENTROPY:
+        h = tl.load(grad_entropy + token_at(row, cols, h_stride0, h_stride1), mask=valid, other=0)
+    t = tl.full((BLOCK,), 0.0, tl.float32) + temperature
+    if PER_TOKEN:
+        at = token_at(row, cols, temperatures_stride0, temperatures_stride1)
+        t = tl.load(temperatures + at, mask=valid, other=1.0)
+    skip = (label == ignore_index) | ((g == 0.0) & (h == 0.0))
+    rate = 1.0 / t.to(tl.float64)
+    of_row = row.to(tl.int64)
+    m = tl.load(stats + of_row * 3, mask=valid, other=0.0)
+    s = tl.load(stats + of_row * 3 + 1, mask=valid, other=1.0).to(tl.float64)
+    entropy = tl.load(stats + of_row * 3 + 2, mask=valid, other=0.0).to(tl.float64)
+    known = (label >= 0) & (label < vocab) & valid & (skip == 0)
+    x = logits + token_at(row, cols, stride0, stride1) + label
+    z = tl.load(x, mask=known, other=0.0).to(tl.float32)
+    slope = tl.full((BLOCK,), 1.0, tl.float32)
+    if SOFTCAP:
+        th, slope = tanh_parts(z / softcap)
+        z = softcap * th
+    # dz = e (a0 + a1 (z - m)): the entropy's part is linear in log p.
+    log_s = tl.log(s)
+    a0 = (-g - h * (entropy - log_s)) / s * rate
+    a1 = -h * rate / s * rate
+    logprob = (z - m).to(tl.float64) * rate - log_s
+    own = label_gradient(logprob, entropy, g, h) * rate * slope
+    out = coefficients + of_row * 5
+    tl.store(out, m, mask=valid)
+    tl.store(out + 1, rate.to(tl.float32), mask=valid)
+    tl.store(out + 2, tl.where(skip, 0.0, a0).to(tl.float32), mask=valid)
+    tl.store(out + 3, tl.where(skip, 0.0, a1).to(tl.float32), mask=valid)
+    tl.store(out + 4, tl.where(skip, 0.0, own).to(tl.float32), mask=valid)
+
+
+@kernel(aligned=("logits", "out"))
+def backward_kernel(
+    logits, labels, coefficients, out, cols, tiles, vocab, stride0, stride1, out_stride0,
+    out_stride1, labels_stride0, labels_stride1, softcap, ALIGN: tl.constexpr,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One tile of dz = p (-g - h (log p + H)) / T, plus g / T at the label."""
+    pid = tl.program_id(0)
+    row, tile = pid // tiles, pid % tiles
+    of_row = coefficients + row.to(tl.int64) * 5
+    a0, a1 = tl.load(of_row + 2), tl.load(of_row + 3)
+    column = tile * TILE + tl.arange(0, TILE)
+    inside = column < vocab * ALIGN
+    to = out + token_at(row, cols, out_stride0, out_stride1) * ALIGN + column
+    if (a0 == 0.0) & (a1 == 0.0):
+        tl.store(to, tl.zeros((TILE,), tl.float32).to(out.dtype.element_ty), mask=inside)
+    else:
+        m, rate, own = tl.load(of_row), tl.load(of_row + 1), tl.load(of_row + 4)
+        label = tl.load(labels + token_at(row, cols, labels_stride0, labels_stride1))
+        x = logits + token_at(row, cols, stride0, stride1) * ALIGN
+        z = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+        if SOFTCAP:
+            th, slope = tanh_parts(z / softcap)
+            z = softcap * th
+        d = z - m
+        e = tl.exp2(d * (rate * LOG2E))
+        dz = e * a0
+        if ENTROPY:
+            dz = e * (a0 + a1 * d)
+        if SOFTCAP:
+            dz *= slope
+        # Exactly zero, also at -inf, where e d would be NaN.
+        dz = tl.where(d * rate < LOWEST, 0.0, dz)
+        # As 32-bit columns; a label that does not fit is none of them.
+        fits = (label >= 0) & (label < vocab * ALIGN)
+        dz = tl.where(column == tl.where(fits, label, -1).to(tl.int32), own, dz)
+        tl.store(to, dz.to(out.dtype.element_ty), mask=inside)
+
+
+def alignment(vocab: int, *tensors: Tensor) -> int:
+    """Elements that 16 bytes hold if vocabulary and rows of all tensors are multiples, else 1."""
+    unit = 16 // tensors[0].element_size()
+    for t in tensors:
+        if vocab % unit or any(s % unit for s in rows_strides(t)):
+            return 1
+    return unit
+
+
+def _strides(t: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if t is None else grid_strides(t)
+
+
+def _check(labels: Tensor, temperatures: Tensor | None, vocab: int, ignore_index: int) -> None:
+    if _config.CHECK:
+        _checks.labels_in_range("token_logprobs", labels, vocab, ignore_index)
+        _checks.temperatures_positive("token_logprobs", temperatures, labels != ignore_index)
+
+
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float,
+    entropy: bool,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape, vocab = labels.shape, logits.shape[-1]
+    logprobs = torch.empty(shape, dtype=torch.float32, device=logits.device)
+    entropies = torch.empty_like(logprobs) if entropy else logprobs.new_empty(0)
+    stats = logprobs.new_empty((*shape, 3))
+    rows, cols = grid(shape)
+    if labels.numel() == 0:
+        return logprobs, entropies, stats
+    _check(labels, temperatures, vocab, ignore_index)
+    logits, labels = as_rows(logits), as_grid(labels)
+    temperatures = as_grid(temperatures, torch.float32)
+    tiles = tile_count(vocab, TILE)
+    partials = logprobs.new_empty(rows * cols * tiles * 3)
+    align = alignment(vocab, logits)
+    tokens = (*grid_strides(labels), *_strides(temperatures), temperature, softcap, ignore_index)
+    options = {
+        "SOFTCAP": softcap > 0, "ENTROPY": entropy, "PER_TOKEN": temperatures is not None
+    }  # fmt: skip
+    strides = rows_strides(logits)
+    launch(
+        partial_kernel, rows * cols * tiles, logits, logits, labels, temperatures, partials, cols,
+        tiles, vocab // align, *(s // align for s in strides), *tokens, ALIGN=align, TILE=TILE,
+        **options, warps=WARPS,
+    )  # fmt: skip
+    launch(
+        combine_kernel, rows * cols, logits, logits, labels, temperatures, partials, logprobs,
+        entropies, stats, cols, tiles, vocab, *strides, *tokens, GROUP=GROUP, **options, warps=1,
+    )  # fmt: skip
+    return logprobs, entropies, stats
+
+
+def _backward(
+    logits: Tensor,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    stats: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    out: Tensor,
+) -> None:
+    if out.numel() == 0:
+        return
+    (rows, cols), vocab = grid(labels.shape), logits.shape[-1]
+    logits, labels = as_rows(logits), as_grid(labels)
+    temperatures = as_grid(temperatures, torch.float32)
+    g, h = as_grid(grad_logprobs, torch.float32), as_grid(grad_entropy, torch.float32)
+    coefficients = stats.new_empty(rows * cols * 5)
+    launch(
+        coefficients_kernel, tile_count(rows * cols, ROWS), logits, logits, labels, temperatures,
+        stats, g, h, coefficients, rows * cols, cols, vocab, *rows_strides(logits),
+        *grid_strides(labels), *_strides(temperatures), *_strides(g), *_strides(h), temperature,
+        softcap, ignore_index, SOFTCAP=softcap > 0, PER_TOKEN=temperatures is not None,
+        LOGPROBS=g is not None, ENTROPY=h is not None, BLOCK=ROWS, warps=2,
+    )  # fmt: skip
+    tiles, align = tile_count(vocab, BACKWARD_TILE), alignment(vocab, logits, out)
+    launch(
+        backward_kernel, rows * cols * tiles, logits, logits, labels, coefficients, out, cols,
+        tiles, vocab // align, *(s // align for s in rows_strides(logits)),
+        *(s // align for s in rows_strides(out)), *grid_strides(labels), softcap, ALIGN=align,
+        SOFTCAP=softcap > 0, ENTROPY=h is not None, TILE=BACKWARD_TILE, warps=WARPS,
+    )  # fmt: skip
+
+
+def token_logprobs_backward(logits: Tensor, *args: object) -> Tensor:
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _backward(logits, *args, out)
+    return out
+
+
+def token_logprobs_backward_inplace(logits: Tensor, *args: object) -> None:
+    _backward(logits, *args, logits)
+
+
+LAUNCHERS: dict[str, Callable[..., object]] = {
+    "token_logprobs": token_logprobs,
+    "token_logprobs_backward": token_logprobs_backward,
+    "token_logprobs_backward_inplace": token_logprobs_backward_inplace,
+}
