@@ -10,7 +10,7 @@ from hypothesis import settings
 if not torch.accelerator.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-import rlhf_kernels as rk  # noqa: E402
+import rlhf_kernels as rk
 
 
 def pytest_configure(config):

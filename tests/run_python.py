@@ -18,7 +18,7 @@ sys.meta_path.insert(0, Block())
 def run_python(
     *arguments: str, check: bool = True, **variables: str
 ) -> subprocess.CompletedProcess:
-    """Runs `python *arguments` with `variables` added to an environment without ours or Triton's."""
+    """Runs `python *arguments` with `variables` added to an environment without such switches."""
     ours = ("RLHF_KERNELS", "TRITON_INTERPRET")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     done = subprocess.run(
