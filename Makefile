@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+PARITY := .venv/parity
 NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
 # Two threads a worker reach the parallel paths of the kernels; passive: workers share the cores.
@@ -20,10 +21,17 @@ $(INSTALLED): pyproject.toml constraints.txt $(NATIVE)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 
-test: venv
+# The trainers that the parity tests call. verl without its dependencies: it wants an older
+# transformers than ours, and the extra has what its functions need.
+$(PARITY): pyproject.toml constraints.txt | $(INSTALLED)
+	$(BIN)/python -m pip install -c constraints.txt 'rlhf-kernels[parity]'
+	$(BIN)/python -m pip install -c constraints.txt --no-deps "verl; python_version < '3.13'"
+	@touch $@
+
+test: venv $(PARITY)
 	$(PYTEST) -m 'not slow and not gpu'
 
-test-all: venv
+test-all: venv $(PARITY)
 	$(PYTEST) -m 'not gpu'
 
 demo: venv

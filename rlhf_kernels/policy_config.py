@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Any
 
+from . import presets
+
 OBJECTIVES = ("clip", "penalty", "reinforce", "cispo", "sapo")
 RATIO_LEVELS = ("token", "sequence", "sequence-token")
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+")
@@ -314,3 +316,7 @@ class PolicyLossConfig:
     def rloo(cls, **options: Any) -> "PolicyLossConfig":
         """RLOO, Ahmadian et al. 2024 (arXiv:2402.14740): -A log p(sequence), mean of sequences."""
         return cls(**{"objective": "reinforce", "aggregation": "seq-mean-token-sum"} | options)
+
+    trl = classmethod(presets.trl)
+    verl = classmethod(presets.verl)
+    openrlhf = classmethod(presets.openrlhf)

@@ -1,0 +1,165 @@
+"""What the parity tests share: inputs with every term in play, and the comparison of four results.
+
+A trainer's function is run in fp32 and, where it can, in fp64. Its fp64 must be our definition's
+fp64 to many digits, which says that the formulas are the same; our fp32 must then be that value to
+fp32 precision, so that two results which are wrong together are seen too.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import rlhf_kernels as rk
+from rlhf_kernels import reference
+from rlhf_kernels.testing import assert_within_budget, random_mask, to_float64
+
+# Of fp32 results: relative to the value, and to the largest element of the tensor.
+FP32 = 2e-6
+
+
+class Batch(NamedTuple):
+    """Inputs of a policy loss, [B, T]; advantages [B, T] or [B]."""
+
+    logprobs: Tensor
+    old: Tensor
+    advantages: Tensor
+    mask: Tensor
+    ref: Tensor
+    rollout: Tensor
+    entropy: Tensor
+
+
+def make_batch(
+    rows: int = 5, cols: int = 13, *, seed: int = 0, per_sequence: bool = False
+) -> Batch:
+    """Ratios on both sides of every bound; a mask with gaps inside rows, its last row wholly 0.
+
+    Under the mask lie finite numbers: trainers multiply by the mask, so that NaN would stay.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def noise(scale: float, *shape: int) -> Tensor:
+        return scale * torch.randn(*(shape or (rows, cols)), generator=g)
+
+    old = -3 * torch.rand(rows, cols, generator=g)
+    # Whole sequences drift too, so that sequence ratios meet their bounds with either sign of A.
+    drift = torch.linspace(-0.6, 0.6, rows)[torch.randperm(rows, generator=g)].unsqueeze(-1)
+    advantages = noise(1.0, rows) if per_sequence else noise(1.0)
+    return Batch(
+        (old + drift + noise(0.7)).requires_grad_(),
+        old,
+        advantages,
+        random_mask(rows, cols, seed=seed),
+        old + noise(0.5),
+        old + noise(0.2),
+        torch.rand(rows, cols, generator=g).requires_grad_(),
+    )
+
+
+def with_gradients(loss: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, its gradient in the logprobs, its gradient in the entropy)."""
+    wanted = (batch.logprobs, batch.entropy)
+    gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+    return loss.detach(), *gradients
+
+
+def close(actual: Any, expected: Any, tolerance: float, scale: float = 0.0) -> None:
+    """Within tolerance of the largest expected element, or of scale where that is larger."""
+    actual, expected = torch.as_tensor(actual).double(), torch.as_tensor(expected).double()
+    if expected.numel():
+        scale = max(scale, float(expected.detach().abs().max()))
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=tolerance * scale)
+
+
+def all_close(actual: tuple, expected: tuple, tolerance: float) -> None:
+    """`close` for (loss, *gradients); the loss is a sum of terms about as large as its slopes."""
+    loss, *gradients = zip(actual, expected, strict=True)
+    close(*loss, tolerance, scale=float(expected[1].abs().sum()))
+    for pair in gradients:
+        close(*pair, tolerance)
+
+
+def compare_policy_loss(
+    theirs: Callable[[Batch], tuple[Tensor, dict[str, float]]],
+    batch: Batch,
+    config: rk.PolicyLossConfig,
+    *,
+    normalizer: float | None = None,
+    exact: float = 1e-10,
+    fp32: float = FP32,
+) -> tuple[rk.PolicyMetrics, dict[str, float]]:
+    """Value and gradients of a trainer's loss against ours; returns both sides' metrics.
+
+    Args:
+        theirs: (loss, metrics) of a batch, differentiable.
+        batch: fp32.
+        config: ours.
+        normalizer: ours.
+        exact: tolerance between the trainer in fp64 and our definition in fp64.
+        fp32: tolerance of fp32 results against that.
+    """
+
+    def options(batch: Batch) -> dict[str, Any]:
+        return {
+            "ref_logprobs": batch.ref,
+            "rollout_logprobs": batch.rollout,
+            "entropy": batch.entropy,
+            "normalizer": normalizer,
+            "config": config,
+        }
+
+    wide = Batch(*to_float64(tuple(batch)))
+    oracle = with_gradients(reference.policy_loss(*wide[:4], **options(wide))[0], wide)
+    all_close(with_gradients(theirs(wide)[0], wide), oracle, exact)
+    result = rk.policy_loss(*batch[:4], **options(batch))
+    loss, metrics = theirs(batch)
+    ours = with_gradients(result.loss, batch)
+    all_close(ours, oracle, fp32)
+    all_close(with_gradients(loss, batch), ours, 2 * fp32)
+    # Not equal for want of anything to compare.
+    assert abs(oracle[0]) > 1e-3
+    assert (oracle[1][batch.mask] != 0).float().mean() > 0.2
+    assert (oracle[1][~batch.mask] == 0).all()
+    if config.entropy_coef != 0:
+        assert (oracle[2][batch.mask] != 0).all()
+    return result.metrics, metrics
+
+
+def compare_token_logprobs(
+    theirs: Callable[..., tuple[Tensor, Tensor]], vocabulary: int, *, temperature: float = 1.0
+) -> None:
+    """Log-probability, entropy and their gradient; `theirs(logits, labels, temperature=...)`."""
+    g = torch.Generator().manual_seed(vocabulary)
+    logits = 4 * torch.randn(3, 7, vocabulary, generator=g)
+    labels = torch.randint(vocabulary, (3, 7), generator=g)
+    weights = torch.randn(2, 3, 7, generator=g)
+
+    def ours(x: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        return rk.token_logprobs(x, labels, temperature=temperature, entropy=True)
+
+    def run(function: Callable[..., tuple[Tensor, Tensor]], x: Tensor) -> tuple[Tensor, ...]:
+        x = x.detach().requires_grad_()
+        logprobs, entropy = function(x, labels, temperature=temperature)
+        loss = (logprobs * weights[0]).sum() + (entropy * weights[1]).sum()
+        return logprobs.detach(), entropy.detach(), torch.autograd.grad(loss, x)[0]
+
+    oracle, plain, actual = run(theirs, logits.double()), run(theirs, logits), run(ours, logits)
+    assert oracle[0].max() < 0 and oracle[1].min() > 0 and (oracle[2] != 0).all()
+    closed = (logits.double() / temperature).log_softmax(-1)
+    close(oracle[0], closed.gather(-1, labels.unsqueeze(-1)).squeeze(-1), 1e-12)
+    close(oracle[1], -(closed.exp() * closed).sum(-1), 1e-12)
+    # Differences of logits up to some 30; slopes that are sums of terms of some 4.
+    for a, o, p, scale in zip(actual, oracle, plain, (32.0, 32.0, 4.0), strict=True):
+        assert_within_budget(a, o, p, scale=scale)
+        close(p, o, 1e-5)
+
+    # bfloat16: the oracle reads the same rounded logits. The trainers round log-probabilities of
+    # up to 30 to 8 bits, and their entropy is made of such (off by up to 0.12); ours keeps fp32.
+    # The gradient is bfloat16, to whose last bit Triton's interpreter truncates.
+    half = logits.bfloat16()
+    oracle, plain, actual = run(theirs, half.double()), run(theirs, half), run(ours, half)
+    for a, o, p, digits in zip(actual, oracle, plain, (FP32, FP32, 2**-7), strict=True):
+        close(a, o, digits)
+        close(p, o, 2**-4)
