@@ -25,8 +25,12 @@ class Inputs(NamedTuple):
     device: torch.device
     generator: torch.Generator
 
+    def _seeded(self) -> dict[str, Any]:
+        # The device by name: the default device may be another than the generator's.
+        return {"generator": self.generator, "device": self.generator.device}
+
     def floats(self, *shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
-        values = torch.randn(shape, generator=self.generator) * scale
+        values = torch.randn(shape, **self._seeded()) * scale
         return values.to(self.device, self.dtype).requires_grad_(grad)
 
     def tokens(self, *, grad: bool = False) -> Tensor:
@@ -35,12 +39,12 @@ class Inputs(NamedTuple):
 
     def mask(self) -> Tensor:
         """Bool [rows, size] with gaps and one wholly masked row."""
-        mask = torch.rand(self.rows, self.size, generator=self.generator) < 0.8
+        mask = torch.rand(self.rows, self.size, **self._seeded()) < 0.8
         mask[-1] = False
         return mask.to(self.device)
 
     def integers(self, high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=self.generator).to(self.device)
+        return torch.randint(high, shape, **self._seeded()).to(self.device)
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

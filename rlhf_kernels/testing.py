@@ -16,6 +16,11 @@ RAGGED_SIZES = (1, 7, 31, 127, 257, 4096, 4099, 8200)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def generator(seed: int) -> torch.Generator:
+    """A seeded generator on the default device, where it makes tensors and nowhere else."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def to_float64(value: Any) -> Any:
     """`value` with every floating tensor in it as fp64, detached and, if it was, requiring grad."""
     if isinstance(value, Tensor):
@@ -60,7 +65,7 @@ def assert_within_budget(
         at = int((~(same | finite)).reshape(-1).nonzero()[0])
         raise AssertionError(f"at {at}: {a.reshape(-1)[at]}, expected {o.reshape(-1)[at]}")
     info = torch.finfo(actual.dtype)
-    scale = torch.as_tensor(scale, dtype=torch.float64).detach()
+    scale = torch.as_tensor(scale, dtype=torch.float64, device=o.device).detach()
     magnitude = torch.maximum(o.abs(), scale.expand_as(o))
     one_rounding = info.eps * magnitude + info.smallest_normal
     # A torch result that overflowed says nothing about the budget.
@@ -133,8 +138,7 @@ def gradients(
 
 def random_mask(rows: int, cols: int, *, keep: float = 0.7, seed: int = 0) -> Tensor:
     """A bool mask [rows, cols] with gaps inside rows; the last row is wholly masked if rows > 2."""
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.rand(rows, cols, generator=generator) < keep
+    mask = torch.rand(rows, cols, generator=generator(seed)) < keep
     if rows > 2:
         mask[-1] = False
     return mask

@@ -1,28 +1,74 @@
-"""Fixtures shared by the tests: every operation test runs on each backend of this machine."""
+"""Fixtures shared by the tests: every operation test runs on each backend of its device.
+
+`pytest tests --device cuda` runs the operation tests on tensors of another device: those that take
+`backend`, and those marked `gpu`. The others are about the CPU.
+"""
 
 import os
+import sys
 
 import pytest
 import torch
-from hypothesis import settings
 
-# Without a GPU the Triton kernels run in Triton's interpreter, chosen before they are loaded.
-if not torch.accelerator.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+try:
+    from hypothesis import settings
+except ImportError:
+    # A machine without it still runs everything else.
+    import no_hypothesis
 
-import rlhf_kernels as rk
+    sys.modules["hypothesis"] = sys.modules["hypothesis.strategies"] = no_hypothesis
+    from no_hypothesis import settings
+
+_BACKENDS = {"cpu": ("reference", "cpu", "triton")}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device", help="run the operation tests on tensors of this device, and those marked gpu"
+    )
+
+
+def _device(config):
+    return torch.device(config.getoption("--device") or "cpu")
 
 
 def pytest_configure(config):
     """The quick suite draws the same examples every time; `make test-all` explores new ones."""
+    # Triton reads this when it is first imported, which is after this. Only here can the option
+    # be known: kernels for CPU tensors run in Triton's interpreter, also where there is a GPU.
+    if _device(config).type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
     settings.register_profile("repeatable", derandomize=True)
     if "not slow" in config.option.markexpr:
         settings.load_profile("repeatable")
+    if config.getoption("--device"):
+        torch.set_default_device(_device(config))
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        # A GPU has no kernels of its own but Triton's.
+        names = _BACKENDS.get(_device(metafunc.config).type, ("reference", "triton"))
+        metafunc.parametrize("backend", names, indirect=True)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--device") is None:
+        absent = pytest.mark.skip(reason="runs on a device that is named: --device cuda")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(absent)
+    elif _device(config).type != "cpu":
+        chosen = [i for i in items if "backend" in i.fixturenames or i.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=[i for i in items if i not in chosen])
+        items[:] = chosen
+
+
+@pytest.fixture
 def backend(request):
-    """Each backend in turn, forced. A missing kernel backend is a failure, not a skip."""
+    """Each backend of the device in turn, forced. A missing one is a failure, not a skip."""
+    import rlhf_kernels as rk
+
     with rk.use_backend(request.param):
         yield request.param
 

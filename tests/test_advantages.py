@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rlhf_kernels as rk
-from rlhf_kernels.testing import DTYPES, assert_bitwise_equal, random_mask
+from rlhf_kernels.testing import DTYPES, assert_bitwise_equal, generator, random_mask
 
 # Around a block of 128 tokens, and several of them.
 LENGTHS = (0, 1, 2, 127, 128, 129, 300)
@@ -90,7 +90,7 @@ def assert_close(actual, expected, tolerance=2e-6):
 
 def case(seed, *, packed, dtype=torch.float32, mask_dtype=torch.bool, cols=300, rows=7):
     """Random inputs of every kind, as arguments of gae."""
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     if packed:
         lengths = torch.randint(0, cols + 1, (rows,), generator=g)
         cu = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
@@ -177,7 +177,7 @@ def test_dtypes(backend, dtype, mask_dtype):
 
 def test_long_chain_is_accurate(backend):
     # lam = gamma = 1 adds 2^17 terms; an fp32 chain would be off by far more.
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     rewards, values = (torch.randn(2, 1 << 17, generator=g) for _ in range(2))
     if backend == "reference":
         rewards, values = rewards[:, :4096], values[:, :4096]

@@ -14,6 +14,7 @@ from rlhf_kernels.testing import (
     RAGGED_SIZES,
     assert_bitwise_equal,
     assert_within_budget,
+    generator,
     to_float64,
 )
 
@@ -22,9 +23,9 @@ ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+")
 
 
 def pair(rows, vocab, dtype, *, spread=3.0, distance=1.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(rows, vocab, generator=generator) * spread
-    ref = logits + distance * torch.randn(rows, vocab, generator=generator)
+    g = generator(seed)
+    logits = torch.randn(rows, vocab, generator=g) * spread
+    ref = logits + distance * torch.randn(rows, vocab, generator=g)
     return logits.to(dtype).requires_grad_(), ref.to(dtype)
 
 
@@ -175,9 +176,9 @@ def test_divergence_bad_arguments(backend):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_penalty(backend, estimator, dtype):
-    generator = torch.Generator().manual_seed(1)
-    logprobs = -torch.rand(7, 33, generator=generator) * 4
-    ref = logprobs + torch.randn(7, 33, generator=generator) * 0.3
+    g = generator(1)
+    logprobs = -torch.rand(7, 33, generator=g) * 4
+    ref = logprobs + torch.randn(7, 33, generator=g) * 0.3
     logprobs, ref = logprobs.to(dtype).requires_grad_(), ref.to(dtype)
     upstream = torch.randn(7, 33)
     actual = run(rk.kl_penalty, logprobs, ref, upstream, estimator=estimator)

@@ -14,6 +14,7 @@ from rlhf_kernels.testing import (
     RAGGED_SIZES,
     assert_bitwise_equal,
     assert_within_budget,
+    generator,
     to_float64,
 )
 
@@ -26,9 +27,9 @@ OPTIONS = [
 
 
 def problem(rows, vocab, dtype, *, spread=4.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    logits = (torch.randn(rows, vocab, generator=generator) * spread).to(dtype)
-    labels = torch.randint(0, vocab, (rows,), generator=generator)
+    g = generator(seed)
+    logits = (torch.randn(rows, vocab, generator=g) * spread).to(dtype)
+    labels = torch.randint(0, vocab, (rows,), generator=g)
     return logits.requires_grad_(), labels
 
 
@@ -104,8 +105,8 @@ def test_temperature_per_token(backend):
 @pytest.mark.parametrize("offset", [1e4, -1e4, 0.0])
 def test_shift_invariance_and_peaks(backend, offset):
     # All-negative logits (the identity of max is -inf, not 0), large offsets, labels at the peak.
-    generator = torch.Generator().manual_seed(3)
-    base = torch.randint(-64, 0, (8, 5000), generator=generator).float() / 4
+    g = generator(3)
+    base = torch.randint(-64, 0, (8, 5000), generator=g).float() / 4
     base[:, -1] = 12.0
     labels = torch.full((8,), 4999)
     exact = rk.token_logprobs(base, labels, entropy=True)

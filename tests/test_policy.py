@@ -16,6 +16,7 @@ from rlhf_kernels.testing import (
     DTYPES,
     assert_bitwise_equal,
     assert_within_budget,
+    generator,
     random_mask,
     to_float64,
 )
@@ -75,7 +76,7 @@ def grid(objective):
 
 def make_inputs(rows=5, cols=37, dtype=torch.float32, *, seed=0, keep=0.7):
     """Positional arguments and keyword arguments of policy_loss; gradients wanted."""
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
 
     def noise(scale):
         return scale * torch.randn(rows, cols, generator=g)

@@ -17,13 +17,14 @@ from rlhf_kernels.testing import (
     DTYPES,
     assert_bitwise_equal,
     assert_within_budget,
+    generator,
     random_mask,
     to_float64,
 )
 
 
 def make_inputs(rows=5, cols=37, dtype=torch.float32, *, seed=0, keep=0.7, offset=0.0):
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     values, old, returns = (torch.randn(3, rows, cols, generator=g) + offset).to(dtype)
     return values.requires_grad_(), old, returns, random_mask(rows, cols, keep=keep)
 
