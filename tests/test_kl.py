@@ -127,6 +127,37 @@ def test_divergence_with_masked_vocabulary(backend):
     assert (rk.kl_divergence(logits, ref, direction="forward") == math.inf).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_divergence_of_vocabulary_masked_with_the_lowest_float(backend, dtype):
+    logits, ref = pair(2, 9000, dtype)
+    lowest = torch.finfo(dtype).min
+    hidden = torch.zeros(2, 9000, dtype=torch.bool)
+    hidden[0, :4500], hidden[1, 4300:] = True, True
+    for direction in DIRECTIONS:
+        results = []
+        for fill in (lowest, -math.inf):
+            x, y = logits.detach().masked_fill(hidden, fill), ref.masked_fill(hidden, fill)
+            options = {"direction": direction, "temperature": 0.5}
+            results.append(run(rk.kl_divergence, x.requires_grad_(), y, torch.ones(2), **options))
+        for a, e in zip(*results, strict=True):
+            assert a.isfinite().all()
+            torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-7)
+
+
+def test_divergence_where_the_weight_underflows(backend):
+    # No mass of P, none of Q: nothing, not 0 * inf; whichever tile the maximum is in.
+    logits, ref = pair(2, 9000, torch.float32)
+    with torch.no_grad():
+        logits[0, :4500], logits[1, 4200:] = -1e4, -1e4
+    for direction, weighing in (("reverse", 0), ("forward", 1)):
+        x, y = logits.detach().clone(), ref.clone()
+        p, q = ((x, y), (y, x))[weighing]
+        p[logits.detach() == -1e4] = -1e4
+        q[logits.detach() == -1e4] = -math.inf
+        check_divergence(x.requires_grad_(), y, direction=direction)
+        assert rk.kl_divergence(x, y, direction=direction).isfinite().all()
+
+
 def test_divergence_poisons_bad_rows_only(backend):
     logits, ref = pair(5, 700, torch.float32)
     clean = rk.kl_divergence(logits, ref).detach()

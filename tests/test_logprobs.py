@@ -193,6 +193,23 @@ def test_masked_vocabulary(backend):
     torch.testing.assert_close(actual[2][:, 4500:], expected[2], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_vocabulary_masked_with_the_lowest_float(backend, dtype):
+    # Whole tiles at the end of the range, on either side of the rest; T < 1 takes them beyond it.
+    logits, labels = problem(2, 17000, dtype)
+    lowest = torch.finfo(dtype).min
+    masked = logits.detach().clone()
+    masked[0, :8500], masked[1, 8300:] = lowest, lowest
+    labels = torch.tensor([16000, 300])
+    options = {"temperature": 0.5}
+    actual = run(rk.token_logprobs, masked.requires_grad_(), labels, torch.ones(2, 2), **options)
+    infinite = masked.detach().masked_fill(masked == lowest, -math.inf).requires_grad_()
+    expected = run(rk.token_logprobs, infinite, labels, torch.ones(2, 2), **options)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.isfinite().all()
+        assert_bitwise_equal(a, e)
+
+
 def test_infinite_logits(backend):
     logits = torch.randn(3, 40)
     logits[0] = -math.inf
@@ -412,6 +429,9 @@ def test_inplace_backward_is_refused_where_it_would_corrupt():
     wide = (logits * 1)[:1].expand(4, 30)
     with pytest.raises(ValueError, match="share memory"):
         rk.token_logprobs(wide, labels, inplace_backward=True)
+    scattered = (torch.randn(2, 5, 3, 7, 20, requires_grad=True) * 1)[:, 1:4, :2, ::3]
+    with pytest.raises(ValueError, match="rows of one stride"):
+        rk.token_logprobs(scattered, labels.new_zeros(2, 3, 2, 3), inplace_backward=True)
     # Another user of the same logits is told by autograd instead of getting a wrong gradient.
     head = logits * 1
     loss = rk.token_logprobs(head, labels, inplace_backward=True).logprobs.sum()

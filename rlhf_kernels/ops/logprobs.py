@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import _backends, _checks, reference
+from .. import _backends, _checks, _layout, reference
 from .._register import define
 
 
@@ -101,10 +101,13 @@ def _check_inplace(logits: Tensor) -> None:
             f"{op}: inplace_backward would overwrite a leaf tensor; logits must be the result of "
             "an operation"
         )
-    if logits.is_neg() or logits.stride(-1) != 1 or 0 in logits.stride():
+    lead = tuple(logits.shape[:-2]), logits.stride()[:-2]
+    bad = logits.is_neg() or logits.stride(-1) != 1 or 0 in logits.stride()
+    if bad or _layout.row_stride(*lead) is None:
         raise ValueError(
-            f"{op}: inplace_backward needs logits whose elements do not share memory and whose "
-            f"last stride is 1, got strides {logits.stride()}"
+            f"{op}: inplace_backward needs logits whose elements do not share memory, whose last "
+            "stride is 1 and whose leading dimensions form rows of one stride, got strides "
+            f"{logits.stride()}"
         )
 
 

@@ -38,6 +38,13 @@ def token_at(i, cols, stride0, stride1):
 
 
 @triton.jit
+def tile_bounds(tile, size, UNIT: tl.constexpr, TILE: tl.constexpr):
+    """First of a tile's elements and how many there are, of `size` units; size may pass 2^31."""
+    first = tile.to(tl.int64) * TILE
+    return first, tl.minimum(size.to(tl.int64) * UNIT - first, TILE).to(tl.int32)
+
+
+@triton.jit
 def tile_sums(z, inside, rate, ENTROPY: tl.constexpr, TILE: tl.constexpr):
     """m = max z, sum of e = exp(rate (z - m)) and sum of e rate (z - m), over a tile of logits."""
     m = tl.max(tl.where(inside, z, float("-inf")), axis=0)
@@ -67,9 +74,10 @@ def partial_kernel(
         if PER_TOKEN:
             at = token_at(row, cols, temperatures_stride0, temperatures_stride1)
             temperature = tl.load(temperatures + at)
-        column = tile * TILE + tl.arange(0, TILE)
-        inside = column < vocab * ALIGN
-        x = logits + token_at(row, cols, stride0, stride1) * ALIGN
+        first, count = tile_bounds(tile, vocab, ALIGN, TILE)
+        column = tl.arange(0, TILE)
+        inside = column < count
+        x = logits + token_at(row, cols, stride0, stride1) * ALIGN + first
         z = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
         if SOFTCAP:
             z = softcap * tanh_parts(z / softcap)[0]
@@ -104,7 +112,9 @@ def combine_tiles(partials, tiles, rate, ENTROPY: tl.constexpr, GROUP: tl.conste
         kept = tl.exp2(before * LOG2E).to(tl.float64)
         if ENTROPY:
             tile_t = tl.load(at + 2, mask=inside, other=0.0).to(tl.float64)
-            t = kept * (t + s * before) + tree_sum(weight * (tile_t + tile_s * shift), GROUP)
+            # Logits masked with the lowest float may be at distance -inf, under a weight of 0.
+            moved = tl.where(weight == 0.0, 0.0, weight * (tile_t + tile_s * shift))
+            t = tl.where(kept == 0.0, 0.0, kept * (t + s * before)) + tree_sum(moved, GROUP)
         s = kept * s + tree_sum(weight * tile_s, GROUP)
         m = top
     return m, s, t
@@ -226,15 +236,16 @@ def backward_kernel(
     row, tile = pid // tiles, pid % tiles
     of_row = coefficients + row.to(tl.int64) * 5
     a0, a1 = tl.load(of_row + 2), tl.load(of_row + 3)
-    column = tile * TILE + tl.arange(0, TILE)
-    inside = column < vocab * ALIGN
-    to = out + token_at(row, cols, out_stride0, out_stride1) * ALIGN + column
+    first, count = tile_bounds(tile, vocab, ALIGN, TILE)
+    column = tl.arange(0, TILE)
+    inside = column < count
+    to = out + token_at(row, cols, out_stride0, out_stride1) * ALIGN + first + column
     if (a0 == 0.0) & (a1 == 0.0):
         tl.store(to, tl.zeros((TILE,), tl.float32).to(out.dtype.element_ty), mask=inside)
     else:
         m, rate, own = tl.load(of_row), tl.load(of_row + 1), tl.load(of_row + 4)
         label = tl.load(labels + token_at(row, cols, labels_stride0, labels_stride1))
-        x = logits + token_at(row, cols, stride0, stride1) * ALIGN
+        x = logits + token_at(row, cols, stride0, stride1) * ALIGN + first
         z = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
         if SOFTCAP:
             th, slope = tanh_parts(z / softcap)
@@ -248,9 +259,10 @@ def backward_kernel(
             dz *= slope
         # Exactly zero, also at -inf, where e d would be NaN.
         dz = tl.where(d * rate < LOWEST, 0.0, dz)
-        # As 32-bit columns; a label that does not fit is none of them.
-        fits = (label >= 0) & (label < vocab * ALIGN)
-        dz = tl.where(column == tl.where(fits, label, -1).to(tl.int32), own, dz)
+        # As a 32-bit column; a label that is not in this tile is none of them.
+        here = label.to(tl.int64) - first
+        here = tl.where((here >= 0) & (here < count), here, -1).to(tl.int32)
+        dz = tl.where(column == here, own, dz)
         tl.store(to, dz.to(out.dtype.element_ty), mask=inside)
 
 

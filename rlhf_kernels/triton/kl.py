@@ -1,0 +1,340 @@
+"""kl_divergence: tiles of both rows reduced side by side, then combined in order; and kl_penalty.
+
+With P the distribution that weighs (policy for reverse, reference for forward) and Q the other,
+KL = t / (T s_P) - (log s_P - log s_Q), where e = exp((x - m) / T), s = sum e and
+t = sum e_P ((x_P - m_P) - (x_Q - m_Q)). The difference is taken element by element: where the two
+rows are close, so is the sum. Tiles depend on the vocabulary alone, as in token_logprobs.
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._layout import as_grid, as_rows, grid, grid_strides, rows_strides
+from ._launch import kernel, launch, tile_count
+from ._math import LOG2E, exp_parts, scalar, tree_sum
+from .logprobs import GROUP, LOWEST, ROWS, alignment, tile_bounds, token_at
+
+# Columns of a program, 16 of each row a thread: two rows fill as many registers as the single one
+# of token_logprobs.
+TILE = 4096
+WARPS = 8
+# Tokens of a program of kl_penalty.
+TOKENS = 1024
+
+
+@triton.jit
+def weight_of(d, rate):
+    """exp(rate d), and exactly 0 below the normal floats: what is under such a weight is unread."""
+    return tl.where(d * rate < LOWEST, 0.0, tl.exp2(d * (rate * LOG2E)))
+
+
+@triton.jit
+def distances(x, inside):
+    """Maximum m of a tile and x - m; x itself where nothing but -inf leaves no reference point."""
+    m = tl.max(tl.where(inside, x, float("-inf")), axis=0)
+    return m, x - tl.where(m == float("-inf"), 0.0, m)
+
+
+@kernel(aligned=("p", "q"))
+def partial_kernel(
+    p, q, partials, cols, tiles, vocab, p_stride0, p_stride1, q_stride0, q_stride1, temperature,
+    ALIGN: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """(m_P, s_P, m_Q, s_Q, t) of one tile; vocab and strides are counted in units of ALIGN."""
+    pid = tl.program_id(0)
+    row, tile = pid // tiles, pid % tiles
+    first, count = tile_bounds(tile, vocab, ALIGN, TILE)
+    column = tl.arange(0, TILE)
+    inside = column < count
+    x_p = p + token_at(row, cols, p_stride0, p_stride1) * ALIGN + first
+    x_q = q + token_at(row, cols, q_stride0, q_stride1) * ALIGN + first
+    z_p = tl.load(x_p + column, mask=inside, other=0.0).to(tl.float32)
+    z_q = tl.load(x_q + column, mask=inside, other=0.0).to(tl.float32)
+    rate = 1.0 / temperature
+    m_p, d_p = distances(z_p, inside)
+    m_q, d_q = distances(z_q, inside)
+    e = tl.where(inside, weight_of(d_p, rate), 0.0)
+    out = partials + pid.to(tl.int64) * 5
+    tl.store(out, m_p)
+    tl.store(out + 1, tree_sum(e, TILE))
+    # No weight, no term, also where Q is -inf there.
+    tl.store(out + 4, tree_sum(tl.where(e == 0.0, 0.0, e * (d_p - d_q)), TILE))
+    e = tl.where(inside, weight_of(d_q, rate), 0.0)
+    tl.store(out + 2, m_q)
+    tl.store(out + 3, tree_sum(e, TILE))
+
+
+@triton.jit
+def rebased(m, s, base, rate):
+    """Distance of sums around m from the reference point `base`, and the weight it gives them."""
+    # Sums of nothing have no distance to anything.
+    shift = tl.where(s == 0.0, 0.0, m.to(tl.float64) - base.to(tl.float64))
+    return shift, weight_of(shift.to(tl.float32), rate).to(tl.float64)
+
+
+@triton.jit
+def combine_pairs(partials, tiles, rate, GROUP: tl.constexpr):
+    """(m_P, s_P, m_Q, s_Q, t) of a row from those of its tiles, in order; all sums are fp64."""
+    m_p = tl.full((), float("-inf"), tl.float32)
+    m_q = tl.full((), float("-inf"), tl.float32)
+    s_p = tl.full((), 0.0, tl.float64)
+    s_q = tl.full((), 0.0, tl.float64)
+    t = tl.full((), 0.0, tl.float64)
+    for start in range(0, tiles, GROUP):
+        tile = start + tl.arange(0, GROUP)
+        inside = tile < tiles
+        at = partials + tile.to(tl.int64) * 5
+        tile_mp = tl.load(at, mask=inside, other=float("-inf"))
+        tile_sp = tl.load(at + 1, mask=inside, other=0.0).to(tl.float64)
+        tile_mq = tl.load(at + 2, mask=inside, other=float("-inf"))
+        tile_sq = tl.load(at + 3, mask=inside, other=0.0).to(tl.float64)
+        tile_t = tl.load(at + 4, mask=inside, other=0.0).to(tl.float64)
+        # Not tl.maximum: a NaN may be lost here, it is in the sums too.
+        top_p, top_q = tl.max(tile_mp, axis=0), tl.max(tile_mq, axis=0)
+        top_p = tl.where(m_p > top_p, m_p, top_p)
+        top_q = tl.where(m_q > top_q, m_q, top_q)
+        base_p = tl.where(top_p == float("-inf"), 0.0, top_p)
+        base_q = tl.where(top_q == float("-inf"), 0.0, top_q)
+        shift_p, weight_p = rebased(tile_mp, tile_sp, base_p, rate)
+        shift_q, weight_q = rebased(tile_mq, tile_sq, base_q, rate)
+        before_p, kept_p = rebased(m_p, s_p, base_p, rate)
+        before_q, kept_q = rebased(m_q, s_q, base_q, rate)
+        # Every x - m moves with m. A weight that underflows leaves nothing of an infinite term.
+        moved = weight_p * (tile_t + tile_sp * (shift_p - shift_q))
+        kept = kept_p * (t + s_p * (before_p - before_q))
+        moved = tree_sum(tl.where(weight_p == 0.0, 0.0, moved), GROUP)
+        t = tl.where(kept_p == 0.0, 0.0, kept) + moved
+        s_p = kept_p * s_p + tree_sum(weight_p * tile_sp, GROUP)
+        s_q = kept_q * s_q + tree_sum(weight_q * tile_sq, GROUP)
+        m_p, m_q = top_p, top_q
+    return m_p, s_p, m_q, s_q, t
+
+
+@kernel
+def combine_kernel(
+    partials, kl, stats, tiles, temperature, REVERSE: tl.constexpr, GROUP: tl.constexpr
+):
+    """Divergence of one row and its statistics (m, s of the policy, of the reference, KL)."""
+    row = tl.program_id(0).to(tl.int64)
+    rate = 1.0 / scalar(temperature).to(tl.float64)
+    of_row = partials + row * tiles * 5
+    m_p, s_p, m_q, s_q, t = combine_pairs(of_row, tiles, rate.to(tl.float32), GROUP)
+    value = t / s_p * rate - (tl.log(s_p) - tl.log(s_q))
+    # Gibbs: never negative. The comparison keeps NaN.
+    value = tl.where(value < 0.0, 0.0, value)
+    good = (m_p > float("-inf")) & (m_q > float("-inf"))
+    value = tl.where(good, value, float("nan")).to(tl.float32)
+    tl.store(kl + row, value)
+    of_p, of_q = (0, 2) if REVERSE else (2, 0)
+    out = stats + row * 5
+    tl.store(out + of_p, m_p)
+    tl.store(out + of_p + 1, s_p.to(tl.float32))
+    tl.store(out + of_q, m_q)
+    tl.store(out + of_q + 1, s_q.to(tl.float32))
+    tl.store(out + 4, value)
+
+
+@kernel
+def coefficients_kernel(
+    stats, grad, coefficients, rows, cols, grad_stride0, grad_stride1, temperature,
+    REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What the backward needs of each row, [rows, 4]: m of the policy, of the reference, a, b.
+
+    Reverse: dz = e a ((x - m - (y - m')) / T - b). Forward: dz = e a - e' b. a and b are 0 where
+    the row takes no gradient.
+    """
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = row < rows
+    g = tl.load(grad + token_at(row, cols, grad_stride0, grad_stride1), mask=valid, other=0.0)
+    at = stats + row.to(tl.int64) * 5
+    m = tl.load(at, mask=valid, other=0.0)
+    s = tl.load(at + 1, mask=valid, other=1.0).to(tl.float64)
+    ref_m = tl.load(at + 2, mask=valid, other=0.0)
+    ref_s = tl.load(at + 3, mask=valid, other=1.0).to(tl.float64)
+    kl = tl.load(at + 4, mask=valid, other=0.0).to(tl.float64)
+    # Where the divergence is infinite or NaN so is every difference: NaN, as autograd says.
+    scaled = g.to(tl.float64) / scalar(temperature).to(tl.float64) + (kl - kl)
+    a = scaled / s
+    if REVERSE:
+        b = tl.log(s) - tl.log(ref_s) + kl
+    else:
+        b = scaled / ref_s
+    out = coefficients + row.to(tl.int64) * 4
+    tl.store(out, m, mask=valid)
+    tl.store(out + 1, ref_m, mask=valid)
+    tl.store(out + 2, tl.where(g == 0.0, 0.0, a).to(tl.float32), mask=valid)
+    tl.store(out + 3, tl.where(g == 0.0, 0.0, b).to(tl.float32), mask=valid)
+
+
+@kernel(aligned=("logits", "ref_logits", "out"))
+def backward_kernel(
+    logits, ref_logits, coefficients, out, cols, tiles, vocab, stride0, stride1, ref_stride0,
+    ref_stride1, out_stride0, out_stride1, temperature, ALIGN: tl.constexpr,
+    REVERSE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One tile of p (log p - log q - KL) g / T (reverse) or (p - q) g / T (forward)."""
+    pid = tl.program_id(0)
+    row, tile = pid // tiles, pid % tiles
+    of_row = coefficients + row.to(tl.int64) * 4
+    a, b = tl.load(of_row + 2), tl.load(of_row + 3)
+    first, count = tile_bounds(tile, vocab, ALIGN, TILE)
+    column = tl.arange(0, TILE)
+    inside = column < count
+    to = out + token_at(row, cols, out_stride0, out_stride1) * ALIGN + first + column
+    if (a == 0.0) & (b == 0.0):
+        tl.store(to, tl.zeros((TILE,), tl.float32).to(out.dtype.element_ty), mask=inside)
+    else:
+        m, ref_m = tl.load(of_row), tl.load(of_row + 1)
+        x = logits + token_at(row, cols, stride0, stride1) * ALIGN + first
+        y = ref_logits + token_at(row, cols, ref_stride0, ref_stride1) * ALIGN + first
+        d = tl.load(x + column, mask=inside, other=0.0).to(tl.float32) - m
+        ref_d = tl.load(y + column, mask=inside, other=0.0).to(tl.float32) - ref_m
+        rate = 1.0 / temperature
+        e = weight_of(d, rate)
+        if REVERSE:
+            dz = tl.where(e == 0.0, 0.0, e * a * ((d - ref_d) * rate - b))
+        else:
+            ref_e = weight_of(ref_d, rate)
+            # Selected: a and b may be the NaN of a row without a finite divergence.
+            dz = tl.where(e == 0.0, 0.0, e * a) - tl.where(ref_e == 0.0, 0.0, ref_e * b)
+        tl.store(to, dz.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def k3_parts(x):
+    """exp(-x) - 1 + x and its slope, at any distance."""
+    y = -x
+    near = tl.where(y > 80.0, 80.0, tl.where(y < -80.0, -80.0, y))
+    _, em1, em1mx = exp_parts(near)
+    # Beyond the range of exp_parts as e^16 times what is in it; infinite from there on.
+    far = exp_parts(tl.where(y > 96.0, 80.0, tl.where(y > 80.0, y - 16.0, 0.0)))[0] * 8886110.5
+    value = tl.where(y > 80.0, far + (x - 1.0), tl.where(y < -80.0, x - 1.0, em1mx))
+    return value, tl.where(y > 80.0, -far, -em1)
+
+
+@kernel
+def penalty_kernel(
+    logprobs, ref_logprobs, grad, out, tokens, cols, stride0, stride1, ref_stride0, ref_stride1,
+    grad_stride0, grad_stride1, ESTIMATOR: tl.constexpr, BACKWARD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The estimate of each token, or its slope times the upstream gradient; `out` is contiguous."""
+    first, count = tile_bounds(tl.program_id(0), tokens, 1, BLOCK)
+    inside = tl.arange(0, BLOCK) < count
+    # As wide as the count of tokens: 32 bits but for more than 2^31 of them.
+    i = first.to(tokens.dtype) + tl.arange(0, BLOCK)
+    x = tl.load(logprobs + token_at(i, cols, stride0, stride1), mask=inside, other=0.0)
+    ref = tl.load(ref_logprobs + token_at(i, cols, ref_stride0, ref_stride1), mask=inside, other=0)
+    x = x.to(tl.float32) - ref.to(tl.float32)
+    if ESTIMATOR == "k1":
+        value, slope = x, 1.0
+    elif ESTIMATOR == "k2":
+        value, slope = 0.5 * x * x, x
+    elif ESTIMATOR == "k3":
+        value, slope = k3_parts(x)
+    else:
+        # NaN fails both comparisons.
+        value, slope = tl.abs(x), tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, x))
+    if BACKWARD:
+        g = tl.load(grad + token_at(i, cols, grad_stride0, grad_stride1), mask=inside, other=0.0)
+        # A token without upstream gradient takes none, whatever its value.
+        value = tl.where(g == 0.0, 0.0, g * slope)
+    tl.store(out + first + tl.arange(0, BLOCK), value.to(out.dtype.element_ty), mask=inside)
+
+
+def kl_divergence(
+    logits: Tensor, ref_logits: Tensor, temperature: float, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    shape, vocab = logits.shape[:-1], logits.shape[-1]
+    kl = torch.empty(shape, dtype=torch.float32, device=logits.device)
+    stats = kl.new_empty((*shape, 5))
+    if kl.numel() == 0:
+        return kl, stats
+    (rows, cols), tiles = grid(shape), tile_count(vocab, TILE)
+    logits, ref_logits = as_rows(logits), as_rows(ref_logits)
+    p, q = (logits, ref_logits) if reverse else (ref_logits, logits)
+    partials = kl.new_empty(rows * cols * tiles * 5)
+    align = alignment(vocab, p, q)
+    strides = (s // align for s in (*rows_strides(p), *rows_strides(q)))
+    launch(
+        partial_kernel, rows * cols * tiles, p, p, q, partials, cols, tiles, vocab // align,
+        *strides, temperature, ALIGN=align, TILE=TILE, warps=WARPS,
+    )  # fmt: skip
+    launch(
+        combine_kernel, rows * cols, p, partials, kl, stats, tiles, temperature, REVERSE=reverse,
+        GROUP=GROUP, warps=1,
+    )  # fmt: skip
+    return kl, stats
+
+
+def kl_divergence_backward(
+    logits: Tensor,
+    ref_logits: Tensor,
+    stats: Tensor,
+    grad: Tensor,
+    temperature: float,
+    reverse: bool,
+) -> Tensor:
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if out.numel() == 0:
+        return out
+    (rows, cols), vocab = grid(logits.shape[:-1]), logits.shape[-1]
+    logits, ref_logits = as_rows(logits), as_rows(ref_logits)
+    grad = as_grid(grad, torch.float32)
+    coefficients = stats.new_empty(rows * cols * 4)
+    launch(
+        coefficients_kernel, tile_count(rows * cols, ROWS), logits, stats, grad, coefficients,
+        rows * cols, cols, *grid_strides(grad), temperature, REVERSE=reverse, BLOCK=ROWS, warps=2,
+    )  # fmt: skip
+    tiles, align = tile_count(vocab, TILE), alignment(vocab, logits, ref_logits, out)
+    strides = (*rows_strides(logits), *rows_strides(ref_logits), *rows_strides(out))
+    launch(
+        backward_kernel, rows * cols * tiles, logits, logits, ref_logits, coefficients, out, cols,
+        tiles, vocab // align, *(s // align for s in strides), temperature, ALIGN=align,
+        REVERSE=reverse, TILE=TILE, warps=WARPS,
+    )  # fmt: skip
+    return out
+
+
+def _penalty(
+    logprobs: Tensor, ref_logprobs: Tensor, grad: Tensor | None, estimator: str, out: Tensor
+) -> Tensor:
+    if out.numel() == 0:
+        return out
+    rows, cols = grid(out.shape)
+    logprobs, ref_logprobs = as_grid(logprobs), as_grid(ref_logprobs)
+    grad = as_grid(grad, torch.float32)
+    grad_strides = (0, 0) if grad is None else grid_strides(grad)
+    launch(
+        penalty_kernel, tile_count(rows * cols, TOKENS), logprobs, logprobs, ref_logprobs, grad,
+        out, rows * cols, cols, *grid_strides(logprobs), *grid_strides(ref_logprobs), *grad_strides,
+        ESTIMATOR=estimator, BACKWARD=grad is not None, BLOCK=TOKENS, warps=4,
+    )  # fmt: skip
+    return out
+
+
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    out = torch.empty(logprobs.shape, dtype=torch.float32, device=logprobs.device)
+    return _penalty(logprobs, ref_logprobs, None, estimator.removesuffix("+"), out)
+
+
+def kl_penalty_backward(
+    logprobs: Tensor, ref_logprobs: Tensor, grad: Tensor, estimator: str
+) -> Tensor:
+    out = torch.empty(logprobs.shape, dtype=logprobs.dtype, device=logprobs.device)
+    # With "+" the gradient is that of k2.
+    slope = "k2" if estimator.endswith("+") else estimator
+    return _penalty(logprobs, ref_logprobs, grad, slope, out)
+
+
+LAUNCHERS: dict[str, Callable[..., object]] = {
+    "kl_divergence": kl_divergence,
+    "kl_divergence_backward": kl_divergence_backward,
+    "kl_penalty": kl_penalty,
+    "kl_penalty_backward": kl_penalty_backward,
+}
