@@ -15,9 +15,14 @@ The advantages that go with each, `m` being the mask and `r` rewards [B]:
     verl remax                        discounted_returns(rewards, mask=m) less the greedy rewards
     verl reinforce_plus_plus          whiten(discounted_returns(rewards, mask=m, gamma=gamma), m)
     verl reinforce_plus_plus_baseline whiten(group_advantages(r, ids, scale="none") per token, m)
-    TRL GRPO                          group_advantages(r, G, scale=scale_rewards, eps=1e-4)
+    TRL GRPO                          group_advantages(r, G, eps=1e-4), or scale="none"
+    TRL GRPO, scale_rewards="batch"   group_advantages(r, G, scale="none") / (r.std() + 1e-4)
+    TRL GRPO, normalize_then_sum      the weighted sum x of group_advantages(r_k, G, eps=1e-4), then
+                                      group_advantages(x, G, baseline="none", scale="batch",
+                                                       eps=1e-4)
     TRL RLOO                          group_advantages(r, G, baseline="leave-one-out",
                                                        scale="none")
+    TRL RLOO, normalize_advantages    the same with scale="batch", eps=1e-4
     OpenRLHF gae                      gae(..., mask=m, masked="zero"), then
                                       whiten(advantages, m, unbiased=False, eps=0)
     OpenRLHF reinforce                discounted_returns(rewards, mask=m, masked="zero",
@@ -26,8 +31,12 @@ The advantages that go with each, `m` being the mask and `r` rewards [B]:
                                       then the same whitening
     OpenRLHF group_norm               group_advantages(r, G, eps=1e-9)
 
-verl takes a group of one as it is (advantage = reward), here it has advantage 0. OpenRLHF bounds
-the variance from below by 1e-8 where eps is added here; with eps=0 both agree above it.
+verl takes a group of one as it is (advantage = reward), here it has advantage 0. TRL leaves rewards
+of None out of their group: leave those sequences out, with group ids. OpenRLHF bounds the variance
+from below by 1e-8 where eps is added here; with eps=0 both agree above it.
+
+TRL's RLOOTrainer clips the ratio of whole sequences, exp of the sum of x: one "token" for each, as
+`policy_loss(sequence_logprobs(logprobs, mask)[:, None], ..., config=PolicyLossConfig.trl("grpo"))`.
 """
 
 import math
@@ -355,8 +364,8 @@ def openrlhf(
         kl_use_loss: add the KL to the reference policy to the loss.
         kl_init_coef: its weight; follow a controller with dataclasses.replace(config, kl_coef=...).
         kl_estimator: k1, k2 or k3.
-        kl_unbiased_gradient: not expressible: its weight is the capped, detached ratio.
-            kl_estimator="k3+" as an option here is the same where old_logprobs are logprobs.
+        kl_unbiased_gradient: not expressible: its weight is the capped, detached ratio. Where
+            old_logprobs equal logprobs, dataclasses.replace(config, kl_estimator="k3+") is it.
         entropy_coef: weight of the entropy bonus; None is 0.
         **options: any field of PolicyLossConfig, over all this.
 

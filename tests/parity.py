@@ -13,7 +13,7 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 from rlhf_kernels import reference
-from rlhf_kernels.testing import assert_within_budget, random_mask, to_float64
+from rlhf_kernels.testing import assert_within_budget, generator, random_mask, to_float64
 
 # Of fp32 results: relative to the value, and to the largest element of the tensor.
 FP32 = 2e-6
@@ -38,7 +38,7 @@ def make_batch(
 
     Under the mask lie finite numbers: trainers multiply by the mask, so that NaN would stay.
     """
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
 
     def noise(scale: float, *shape: int) -> Tensor:
         return scale * torch.randn(*(shape or (rows, cols)), generator=g)
@@ -131,7 +131,7 @@ def compare_token_logprobs(
     theirs: Callable[..., tuple[Tensor, Tensor]], vocabulary: int, *, temperature: float = 1.0
 ) -> None:
     """Log-probability, entropy and their gradient; `theirs(logits, labels, temperature=...)`."""
-    g = torch.Generator().manual_seed(vocabulary)
+    g = generator(vocabulary)
     logits = 4 * torch.randn(3, 7, vocabulary, generator=g)
     labels = torch.randint(vocabulary, (3, 7), generator=g)
     weights = torch.randn(2, 3, 7, generator=g)

@@ -19,12 +19,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from parity import FP32, close, compare_policy_loss, compare_token_logprobs, make_batch
+from parity import (
+    FP32,
+    Batch,
+    close,
+    compare_policy_loss,
+    compare_token_logprobs,
+    make_batch,
+)
 
 import rlhf_kernels as rk
+from rlhf_kernels.testing import to_float64
 
 trl = pytest.importorskip("trl", reason="needs trl (the extra 'parity')")
-from trl.trainer import grpo_trainer, utils  # noqa: E402
+from trl.trainer import grpo_trainer, rloo_trainer, utils  # noqa: E402
 
 ACCUMULATION, STEPS_PER_GENERATION, MAX_LENGTH, PROCESSES = 4, 2, 16, 2
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
@@ -195,6 +203,65 @@ def test_first_step_without_old_logprobs(backend):
         return grpo_loss("bnpo", skipped, 1, **settings)
 
     compare_policy_loss(theirs, batch, config, normalizer=float(batch.mask.sum()) * ACCUMULATION)
+
+
+def test_rloo_loss(backend):
+    """RLOOTrainer's ratio is that of whole sequences: each is one token here."""
+    batch = make_batch(12, 3, per_sequence=True)
+    stand_in = trainer("grpo", **SETTINGS)
+
+    def per_sequence(x):
+        return rk.sequence_logprobs(x, batch.mask)
+
+    def theirs(batch):
+        stand_in._get_per_token_logps_and_entropies = lambda *_, **__: (
+            batch.logprobs,
+            batch.entropy,
+            None,
+        )
+        mask = batch.mask.long()
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        inputs = dict.fromkeys(names, mask) | {"advantages": batch.advantages}
+        inputs["old_logps"] = (batch.old * batch.mask).sum(-1)
+        loss = rloo_trainer.RLOOTrainer._compute_loss(stand_in, None, inputs)
+        return loss, torch.autograd.grad(loss, batch.logprobs)[0]
+
+    config = rk.PolicyLossConfig.trl("grpo", epsilon=0.25, epsilon_high=0.375)
+    ours, metrics = rk.policy_loss(
+        per_sequence(batch.logprobs)[:, None],
+        per_sequence(batch.old)[:, None],
+        batch.advantages,
+        torch.ones(12, 1, dtype=torch.bool),
+        config=config,
+    )
+    gradient = torch.autograd.grad(ours, batch.logprobs)[0]
+    wide = Batch(*to_float64(tuple(batch)))
+    for values, tolerance in ((theirs(wide), 2 * FP32), (theirs(batch), 4 * FP32)):
+        close(ours, values[0], tolerance, scale=0.5)
+        close(gradient, values[1], tolerance)
+    close(metrics["clip_frac_low"], stand_in._metrics["train"]["clip_ratio/low_mean"][-1], FP32)
+    close(metrics["clip_frac_high"], stand_in._metrics["train"]["clip_ratio/high_mean"][-1], FP32)
+    assert metrics["clip_frac_low"] > 0 and metrics["clip_frac_high"] > 0
+    assert (gradient != 0).float().mean() > 0.2
+
+
+def test_group_advantages(backend):
+    """TRL computes them amid generation: its std, and the formulas of its comments, in fp64."""
+    rewards = torch.randn(12)
+    wide = rewards.double().view(3, 4)
+    centred = wide - wide.mean(1, keepdim=True)
+    std = utils.nanstd(wide, dim=1, keepdim=True)
+    close(rk.group_advantages(rewards, 4, eps=1e-4), (centred / (std + 1e-4)).flatten(), FP32)
+    ours = rk.group_advantages(rewards, 4, scale="none") / (rewards.std() + 1e-4)
+    close(ours, (centred / (utils.nanstd(wide) + 1e-4)).flatten(), FP32)
+    alone = (wide - (wide.sum(1, keepdim=True) - wide) / 3).flatten()
+    options = {"baseline": "leave-one-out", "eps": 1e-4}
+    close(rk.group_advantages(rewards, 4, scale="none", **options), alone, FP32)
+    ours = rk.group_advantages(rewards, 4, scale="batch", **options)
+    close(ours, (alone - alone.mean()) / (utils.nanstd(alone) + 1e-4), FP32)
+    x = (centred / (std + 1e-4)).flatten() + 0.5
+    ours = rk.group_advantages(x.float(), 4, baseline="none", scale="batch", eps=1e-4)
+    close(ours, (x - x.mean()) / (utils.nanstd(x) + 1e-4), FP32)
 
 
 def test_log_ratios_are_not_clamped_before_they_overflow(backend):

@@ -162,7 +162,8 @@ def gae(
             around it are neighbours. "zero" (OpenRLHF): a step with reward 0 and value 0, which
             decays what passes through it; `dones` counts there, and `bootstrap_values` stands
             behind the padding.
-        whiten: give advantages zero mean and unit variance over the mask, as `whiten` does.
+        whiten: give advantages zero mean and unit variance over the mask, as `whiten` does. verl's
+            gae is whiten=True; OpenRLHF's masked="zero", then whiten(unbiased=False, eps=0).
 
     Returns:
         Advantages(advantages, returns), float32 in the shape of rewards; exactly 0 at masked
@@ -367,7 +368,7 @@ def group_advantages(
             mean of the baselined rewards over the batch and divides by their std + eps; or "none".
             Standard deviations are unbiased.
         greedy_rewards: [B], the reward of the greedy answer to each sequence's prompt.
-        eps: added to the standard deviation, >= 0.
+        eps: added to the standard deviation, >= 0. TRL's is 1e-4, verl's 1e-6, OpenRLHF's 1e-9.
 
     Returns:
         Advantages [B], float32, detached. Exactly 0 where the scale is a standard deviation of zero
@@ -436,7 +437,8 @@ def whiten(
         x: [...], float32, bfloat16 or float16.
         mask: the shape of x, bool or integer, nonzero = keep. None keeps everything.
         shift_mean: False adds the mean back.
-        unbiased: divide the sum of squares by n - 1, not n.
+        unbiased: divide the sum of squares by n - 1, not n. True for TRL and verl, False for
+            OpenRLHF.
         eps: added to the variance, >= 0.
 
     Returns:
