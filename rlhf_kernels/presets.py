@@ -44,10 +44,6 @@ from typing import Any, NoReturn, TypeVar
 
 Config = TypeVar("Config")
 
-TRL_VERSION = "1.16.0"
-VERL_VERSION = "0.9.1"
-OPENRLHF_VERSION = "0.11.2"
-
 _VERL_KL = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
 _VERL_AGGREGATIONS = {
     "token-mean": "token-mean",
@@ -293,8 +289,8 @@ def verl(
         }
     if use_kl_loss:
         name = kl_loss_type.removesuffix("+")
+        _one_of("verl", "kl_loss_type", name, (*_VERL_KL, "k1", "k2", "k3", "abs"))
         estimator = _VERL_KL.get(name, name)
-        _one_of("verl", "kl_loss_type", estimator, ("k1", "k2", "k3", "abs"))
         fields |= {"kl_coef": kl_loss_coef, "kl_estimator": estimator + kl_loss_type[len(name) :]}
         if estimator == "k3":
             fields |= {"kl_input_clamp": 20.0, "kl_value_clamp": 10.0}

@@ -13,6 +13,7 @@ by design:
 - Its bfloat16 log-probabilities are bfloat16 on CPU, ours float32.
 """
 
+import importlib.util
 import inspect
 import math
 
@@ -32,7 +33,10 @@ import rlhf_kernels as rk
 from rlhf_kernels import reference
 from rlhf_kernels.testing import random_mask
 
-pytest.importorskip("verl", reason="needs verl (make installs it beside the extra 'parity')")
+# Not importorskip: an import that fails where verl is installed must show.
+if importlib.util.find_spec("verl") is None:
+    pytest.skip("needs verl, which `make test` installs", allow_module_level=True)
+
 import verl.utils.torch_functional as verl_F
 from tensordict import TensorDict
 from verl.trainer.ppo import core_algos, rollout_corr_helper
@@ -149,7 +153,8 @@ def test_actor_loss(backend, loss_mode):
         }
         if loss_mode == "sapo" and loss_agg_mode != "seq-mean-token-mean":
             terms = {}
-        for distributed in (False, True):
+        # Seconds a call in Triton's interpreter.
+        for distributed in (i % 2 == 0,) if backend == "triton" else (False, True):
             if loss_mode == "sapo" and not distributed and "norm" in loss_agg_mode:
                 continue
             batch = make_batch(seed=i)
@@ -447,11 +452,10 @@ def test_value_loss(backend, loss_agg_mode, distributed):
     assert (slopes[0][mask] != 0).float().mean() > 0.4 and (slopes[0][~mask] == 0).all()
 
 
-@pytest.mark.parametrize("vocabulary", (37, 1031))
-def test_logprobs_and_entropy(backend, vocabulary):
+@pytest.mark.parametrize(("vocabulary", "temperature"), ((1031, 1.0), (37, 0.75)))
+def test_logprobs_and_entropy(backend, vocabulary, temperature):
     def theirs(x, labels, temperature):
         x = x / temperature
         return verl_F.logprobs_from_logits(x, labels), verl_F.entropy_from_logits(x)
 
-    compare_token_logprobs(theirs, vocabulary)
-    compare_token_logprobs(theirs, vocabulary, temperature=0.75)
+    compare_token_logprobs(theirs, vocabulary, temperature=temperature)
