@@ -11,7 +11,7 @@ NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest \
 	-n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: venv test test-all demo bench lint format clean
+.PHONY: venv test test-all demo bench triton-report lint format clean
 
 venv: $(INSTALLED)
 
@@ -39,6 +39,11 @@ demo: venv
 
 bench: venv
 	$(BIN)/python benchmarks/run.py
+
+# No GPU needed: kernels are compiled, not run. DATE=2026-01-31 names another day.
+DATE ?= $(shell date +%F)
+triton-report: venv
+	$(BIN)/python tests/triton_aot.py --report benchmarks/results/triton-resources.md --date $(DATE)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -263,11 +263,11 @@ def kl_divergence(
     strides = (s // align for s in (*rows_strides(p), *rows_strides(q)))
     launch(
         partial_kernel, rows * cols * tiles, p, p, q, partials, cols, tiles, vocab // align,
-        *strides, temperature, ALIGN=align, TILE=TILE, warps=WARPS,
+        *strides, float(temperature), ALIGN=align, TILE=TILE, warps=WARPS,
     )  # fmt: skip
     launch(
-        combine_kernel, rows * cols, p, partials, kl, stats, tiles, temperature, REVERSE=reverse,
-        GROUP=GROUP, warps=1,
+        combine_kernel, rows * cols, p, partials, kl, stats, tiles, float(temperature),
+        REVERSE=reverse, GROUP=GROUP, warps=1,
     )  # fmt: skip
     return kl, stats
 
@@ -289,13 +289,14 @@ def kl_divergence_backward(
     coefficients = stats.new_empty(rows * cols * 4)
     launch(
         coefficients_kernel, tile_count(rows * cols, ROWS), logits, stats, grad, coefficients,
-        rows * cols, cols, *grid_strides(grad), temperature, REVERSE=reverse, BLOCK=ROWS, warps=2,
+        rows * cols, cols, *grid_strides(grad), float(temperature), REVERSE=reverse, BLOCK=ROWS,
+        warps=2,
     )  # fmt: skip
     tiles, align = tile_count(vocab, TILE), alignment(vocab, logits, ref_logits, out)
     strides = (*rows_strides(logits), *rows_strides(ref_logits), *rows_strides(out))
     launch(
         backward_kernel, rows * cols * tiles, logits, logits, ref_logits, coefficients, out, cols,
-        tiles, vocab // align, *(s // align for s in strides), temperature, ALIGN=align,
+        tiles, vocab // align, *(s // align for s in strides), float(temperature), ALIGN=align,
         REVERSE=reverse, TILE=TILE, warps=WARPS,
     )  # fmt: skip
     return out

@@ -307,7 +307,9 @@ def token_logprobs(
     tiles = tile_count(vocab, TILE)
     partials = logprobs.new_empty(rows * cols * tiles * 3)
     align = alignment(vocab, logits)
-    tokens = (*grid_strides(labels), *_strides(temperatures), temperature, softcap, ignore_index)
+    # A whole number would be another type, hence another kernel.
+    numbers = float(temperature), float(softcap), ignore_index
+    tokens = (*grid_strides(labels), *_strides(temperatures), *numbers)
     options = {
         "SOFTCAP": softcap > 0, "ENTROPY": entropy, "PER_TOKEN": temperatures is not None
     }  # fmt: skip
@@ -346,16 +348,17 @@ def _backward(
     launch(
         coefficients_kernel, tile_count(rows * cols, ROWS), logits, logits, labels, temperatures,
         stats, g, h, coefficients, rows * cols, cols, vocab, *rows_strides(logits),
-        *grid_strides(labels), *_strides(temperatures), *_strides(g), *_strides(h), temperature,
-        softcap, ignore_index, SOFTCAP=softcap > 0, PER_TOKEN=temperatures is not None,
-        LOGPROBS=g is not None, ENTROPY=h is not None, BLOCK=ROWS, warps=2,
+        *grid_strides(labels), *_strides(temperatures), *_strides(g), *_strides(h),
+        float(temperature), float(softcap), ignore_index, SOFTCAP=softcap > 0,
+        PER_TOKEN=temperatures is not None, LOGPROBS=g is not None, ENTROPY=h is not None,
+        BLOCK=ROWS, warps=2,
     )  # fmt: skip
     tiles, align = tile_count(vocab, BACKWARD_TILE), alignment(vocab, logits, out)
     launch(
         backward_kernel, rows * cols * tiles, logits, logits, labels, coefficients, out, cols,
         tiles, vocab // align, *(s // align for s in rows_strides(logits)),
-        *(s // align for s in rows_strides(out)), *grid_strides(labels), softcap, ALIGN=align,
-        SOFTCAP=softcap > 0, ENTROPY=h is not None, TILE=BACKWARD_TILE, warps=WARPS,
+        *(s // align for s in rows_strides(out)), *grid_strides(labels), float(softcap),
+        ALIGN=align, SOFTCAP=softcap > 0, ENTROPY=h is not None, TILE=BACKWARD_TILE, warps=WARPS,
     )  # fmt: skip
 
 

@@ -1,0 +1,236 @@
+"""What the Triton kernels promise, checked without a GPU.
+
+They compile for every GPU we name without spilling; they launch what their design says, read and
+write each element as often as it says, and are not compiled anew for another length or coefficient.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from run_python import run_python
+
+import rlhf_kernels as rk
+from rlhf_kernels import _backends
+
+pytest.importorskip("triton", reason="the package triton is not installed (it needs Linux)")
+
+TOOL = str(Path(__file__).with_name("triton_aot.py"))
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Only there are the loads and stores seen.
+interpreted = pytest.mark.skipif(
+    not rk.triton.interpreted(), reason="needs Triton's interpreter: set TRITON_INTERPRET=1"
+)
+
+
+def run_tool(directory: Path, *arguments: str) -> dict:
+    out = directory / "out.json"
+    root = str(Path(__file__).parents[1])
+    done = run_python(TOOL, "--json", str(out), *arguments, check=False, PYTHONPATH=root)
+    assert out.exists(), f"{done.stdout}\n{done.stderr}"
+    result = json.loads(out.read_text())
+    assert done.returncode == (1 if result["problems"] else 0)
+    return result
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory):
+    """Every launch of every case, by the real launchers with the tiles of a GPU."""
+    return run_tool(tmp_path_factory.mktemp("launches"), "--record", "--target", "sm_90")
+
+
+# The main options everywhere one maker's compiler differs; on its other GPUs one set of options.
+@pytest.mark.parametrize(
+    "target, extent",
+    [("sm_90", ()), ("gfx942", ()), ("sm_80", ("--brief",)), ("sm_100", ("--brief",))],
+)
+def test_every_kernel_compiles_without_spills(target, extent, tmp_path):
+    result = run_tool(tmp_path, "--target", target, "--processes", "1", *extent)
+    assert result["problems"] == []
+    assert {r["kernel"] for r in result["resources"]} == set(result["kernels"])
+    assert all(r["registers"] > 0 for r in result["resources"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_combination_compiles_without_spills(target, tmp_path):
+    assert run_tool(tmp_path, "--full", "--target", target)["problems"] == []
+
+
+def test_the_gate_refuses_bad_kernels(tmp_path):
+    """Each kernel of triton_bad_kernels.py is refused for what is wrong with it."""
+    result = run_tool(
+        tmp_path, "--cases", "triton_bad_kernels", "--target", "sm_90", "--target", "gfx942"
+    )
+    problems = [p.removeprefix("triton_bad_kernels.") for p in result["problems"]]
+    for kernel, target, reason in (
+        ("spilling_kernel", "sm_90", "spilled"),
+        ("spilling_kernel", "gfx942", "spilled"),
+        ("crowding_kernel", "sm_90", "1 blocks a multiprocessor, expected 2"),
+        ("narrow_kernel", "sm_90", "loads of 32 bits from aligned rows"),
+        ("narrow_kernel", "gfx942", "loads of 32 bits from aligned rows"),
+        ("atomic_kernel", "sm_90", "1 atomic operations"),
+        ("atomic_kernel", "gfx942", "1 atomic operations"),
+    ):
+        start = f"{kernel} on {target}: "
+        assert any(p.startswith(start) and reason in p for p in problems), (start, problems)
+    assert "forgotten_kernel is never launched" in problems
+    # A helper is no kernel.
+    assert not any("helper" in name for name in result["kernels"])
+
+
+def test_every_operation_is_recorded(recorded):
+    """An operation whose example launches nothing would be served by the reference."""
+    assert recorded["problems"] == []
+    launched = {name.split("/")[1] for name, passes in recorded["launches"].items() if passes[0]}
+    operators = set(LAUNCHES)
+    assert operators <= launched
+    assert operators == {
+        op.removesuffix("_inplace").removesuffix("_backward") for op in _backends.triton.launchers()
+    }
+
+
+#: Kernels that an operation launches, forward and backward, whatever its options.
+LAUNCHES = {
+    "token_logprobs": (
+        ["logprobs.partial_kernel", "logprobs.combine_kernel"],
+        ["logprobs.coefficients_kernel", "logprobs.backward_kernel"],
+    ),
+    "kl_divergence": (
+        ["kl.partial_kernel", "kl.combine_kernel"],
+        ["kl.coefficients_kernel", "kl.backward_kernel"],
+    ),
+    "kl_penalty": (["kl.penalty_kernel"], ["kl.penalty_kernel"]),
+}
+
+
+@pytest.mark.parametrize("op", LAUNCHES)
+def test_launches(op, recorded):
+    seen = {
+        name: tuple([kernel for kernel, _ in part] for part in passes)
+        for name, passes in recorded["launches"].items()
+        if op in name.split("/")
+    }
+    assert f"example/{op}/dtype=float32" in seen
+    assert {name: launches for name, launches in seen.items() if launches != LAUNCHES[op]} == {}
+
+
+@pytest.mark.parametrize("op", LAUNCHES)
+def test_nothing_is_compiled_anew(op, recorded):
+    """One kernel for all lengths, batch sizes, strides, temperatures and coefficients."""
+    keys: dict[str, dict[str, list[str]]] = {}
+    calls = 0
+    for name, passes in recorded["launches"].items():
+        if name.startswith(f"sweep/{op}/"):
+            calls += 1
+            for kernel, key in (*passes[0], *passes[1]):
+                keys.setdefault(kernel, {}).setdefault(key, []).append(name)
+    assert calls >= 4
+    # A kernel that runs forward and backward is two.
+    expected = {k: sum(k in part for part in LAUNCHES[op]) for part in LAUNCHES[op] for k in part}
+    assert {k: list(keys[k].values()) for k in keys if len(keys[k]) != expected[k]} == {}
+    assert set(keys) == set(expected)
+
+
+@interpreted
+class TestTraffic:
+    """Reads and writes per element: equal to the design, not merely below it."""
+
+    @pytest.fixture(autouse=True)
+    def _triton(self):
+        with rk.use_backend("triton"):
+            yield
+
+    def traffic(self):
+        from triton_traffic import Traffic
+
+        return Traffic()
+
+    @pytest.mark.parametrize("entropy", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_token_logprobs(self, dtype, entropy):
+        from rlhf_kernels.triton.logprobs import BACKWARD_TILE, TILE
+
+        rows, vocab = 4, TILE + BACKWARD_TILE + 3
+        tiles, backward_tiles = 2, 4
+        logits = torch.randn(rows, vocab).to(dtype).requires_grad_()
+        labels = torch.tensor([0, -100, vocab - 1, TILE])
+        kept = labels != -100
+        once = kept[:, None].expand(rows, vocab).long()
+        # The label's own logit is read apart: another kernel needs it before all is known.
+        expected = once.clone()
+        expected[kept, labels[kept]] += 1
+
+        with self.traffic() as forward:
+            result = rk.token_logprobs(logits, labels, entropy=entropy)
+        assert torch.equal(forward.reads(logits), expected)
+        assert (forward.writes(logits) == 0).all()
+        outputs = [result.logprobs, *([result.entropy] if entropy else [])]
+        for out in outputs:
+            assert (forward.writes(out) == 1).all()
+        count, size = int(kept.sum()), logits.element_size()
+        partials = count * tiles * (3 if entropy else 2) * 4
+        of_labels = rows * (tiles + 1) * 8
+        assert forward.bytes_read == count * (vocab + 1) * size + of_labels + partials
+        # Three statistics a row are kept for the backward.
+        assert forward.bytes_written == partials + rows * (len(outputs) + 3) * 4
+
+        with self.traffic() as backward:
+            (grad,) = torch.autograd.grad(outputs, logits, [torch.ones_like(o) for o in outputs])
+        assert torch.equal(backward.reads(logits), expected)
+        assert (backward.writes(logits) == 0).all()
+        # Zeros for ignored rows are written too.
+        assert (backward.writes(grad) == 1).all()
+        assert (backward.reads(grad) == 0).all()
+        assert backward.kernels == ["coefficients_kernel", "backward_kernel"]
+        # Labels, statistics and gradients of rows; five coefficients a row and tile.
+        of_rows = rows * (8 + 3 * 4 + len(outputs) * 4) + backward_tiles * (
+            rows * 2 * 4 + count * (3 * 4 + 8)
+        )
+        assert backward.bytes_read == count * (vocab + 1) * size + of_rows
+        assert backward.bytes_written == rows * vocab * size + rows * 5 * 4
+
+    @pytest.mark.parametrize("direction", ["reverse", "forward"])
+    def test_kl_divergence(self, direction):
+        from rlhf_kernels.triton.kl import TILE
+
+        rows, vocab, tiles = 3, TILE + 5, 2
+        logits = torch.randn(rows, vocab, dtype=torch.bfloat16).requires_grad_()
+        ref = torch.randn(rows, vocab, dtype=torch.bfloat16)
+        with self.traffic() as forward:
+            result = rk.kl_divergence(logits, ref, direction=direction)
+        assert (forward.reads(logits) == 1).all() and (forward.reads(ref) == 1).all()
+        assert (forward.writes(result) == 1).all()
+        partials = rows * tiles * 5 * 4
+        assert forward.bytes_read == 2 * rows * vocab * 2 + partials
+        assert forward.bytes_written == partials + rows * (1 + 5) * 4
+
+        # A row without upstream gradient is not read.
+        upstream = torch.tensor([1.0, 0.0, -2.0])
+        with self.traffic() as backward:
+            (grad,) = torch.autograd.grad(result, logits, upstream)
+        expected = (upstream != 0)[:, None].expand(rows, vocab).long()
+        assert torch.equal(backward.reads(logits), expected)
+        assert torch.equal(backward.reads(ref), expected)
+        assert (backward.writes(grad) == 1).all() and (backward.reads(grad) == 0).all()
+        of_rows = rows * 6 * 4 + tiles * 4 * (rows * 2 + 2 * 2)
+        assert backward.bytes_read == 2 * 2 * vocab * 2 + of_rows
+        assert backward.bytes_written == rows * vocab * 2 + rows * 4 * 4
+
+    @pytest.mark.parametrize("estimator", ["k1", "k3", "k3+"])
+    def test_kl_penalty(self, estimator):
+        logprobs = torch.randn(3, 700).requires_grad_()
+        ref = torch.randn(3, 701)[:, 1:]
+        with self.traffic() as forward:
+            result = rk.kl_penalty(logprobs, ref, estimator=estimator)
+        assert (forward.reads(logprobs) == 1).all() and (forward.reads(ref) == 1).all()
+        assert (forward.writes(result) == 1).all()
+        assert (forward.bytes_read, forward.bytes_written) == (2100 * 8, 2100 * 4)
+        upstream = torch.randn(3, 700)
+        with self.traffic() as backward:
+            (grad,) = torch.autograd.grad(result, logprobs, upstream)
+        for t in (logprobs, ref, upstream):
+            assert (backward.reads(t) == 1).all()
+        assert (backward.writes(grad) == 1).all()
+        assert (backward.bytes_read, backward.bytes_written) == (2100 * 12, 2100 * 4)
