@@ -40,7 +40,7 @@ def recorded(tmp_path_factory):
     return run_tool(tmp_path_factory.mktemp("launches"), "--record", "--target", "sm_90")
 
 
-# The main options everywhere one maker's compiler differs; on its other GPUs one set of options.
+# All main options on one GPU of each maker; on the others the largest kernels of each dtype.
 @pytest.mark.parametrize(
     "target, extent",
     [("sm_90", ()), ("gfx942", ()), ("sm_80", ("--brief",)), ("sm_100", ("--brief",))],
