@@ -190,10 +190,11 @@ def _kl_divergence(direction: str, vocab: int) -> Iterator[Case]:
     yield Case("clean", lambda: call(**arguments()))
     for name in ("logits", "ref_logits"):
         yield dirty(name, vocab - 1, NAN)
-        yield dirty(name, vocab // 2, INF)
-        yield dirty(name, slice(None), -INF)
     if vocab == TILES:
         return
+    for name in ("logits", "ref_logits"):
+        yield dirty(name, vocab // 2, INF)
+        yield dirty(name, slice(None), -INF)
     yield Case("frozen", lambda: frozen(0.0), like="frozen")
     yield Case("NaN in a row without upstream", lambda: frozen(NAN), like="frozen")
     one = "vocabulary of one"
@@ -202,7 +203,9 @@ def _kl_divergence(direction: str, vocab: int) -> Iterator[Case]:
     yield Case(
         "expanded upstream", lambda: call(**arguments() | {"upstream": torch.ones(()).expand(ROWS)})
     )
-    yield from with_layouts(call, arguments)
+    # The direction only swaps the two.
+    if direction == "reverse":
+        yield from with_layouts(call, arguments)
 
 
 def kl_penalty() -> Iterator[Case]:
