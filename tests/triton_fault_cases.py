@@ -417,8 +417,16 @@ def group_advantages() -> Iterator[Case]:
 
 
 def policy_loss() -> Iterator[Case]:
-    config = rk.PolicyLossConfig.grpo()
+    # With sequences as a whole there is a pass over the tokens before, and one behind.
+    sequences = rk.PolicyLossConfig(
+        ratio_level="sequence", correction_level="sequence", aggregation="seq-mean-token-mean"
+    )
+    terms = rk.PolicyLossConfig(kl_coef=0.1, entropy_coef=0.01)
+    yield from named("terms", _policy_loss(terms))
+    yield from named("sequences", _policy_loss(sequences))
 
+
+def _policy_loss(config: rk.PolicyLossConfig) -> Iterator[Case]:
     def call(logprobs: Tensor, old_logprobs: Tensor, **given: Tensor) -> tuple[Tensor, ...]:
         logprobs = logprobs.detach().requires_grad_()
         mask = given.pop("mask", None)
