@@ -419,7 +419,10 @@ def group_advantages() -> Iterator[Case]:
 def policy_loss() -> Iterator[Case]:
     # With sequences as a whole there is a pass over the tokens before, and one behind.
     sequences = rk.PolicyLossConfig(
-        ratio_level="sequence", correction_level="sequence", aggregation="seq-mean-token-mean"
+        ratio_level="sequence",
+        correction_level="sequence",
+        correction_max=2.0,
+        aggregation="seq-mean-token-mean",
     )
     terms = rk.PolicyLossConfig(kl_coef=0.1, entropy_coef=0.01)
     yield from named("terms", _policy_loss(terms))
