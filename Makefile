@@ -11,7 +11,12 @@ NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest \
 	-n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: venv test test-all demo bench triton-report lint format clean
+# With the interpreter as it is, whatever it has: a GPU machine brings its own torch.
+OUT ?= gpu-check
+PARTS ?=
+WHEELS ?=
+
+.PHONY: venv test test-all demo bench gpu-check triton-report lint format clean
 
 venv: $(INSTALLED)
 
@@ -39,6 +44,10 @@ demo: venv
 
 bench: venv
 	$(BIN)/python benchmarks/run.py
+
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) $(if $(PARTS),--parts $(PARTS)) \
+		$(if $(WHEELS),--wheels $(WHEELS))
 
 # No GPU needed: kernels are compiled, not run. DATE=2026-01-31 names another day.
 DATE ?= $(shell date +%F)

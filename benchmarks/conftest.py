@@ -1,9 +1,10 @@
 """Options of the benchmark suite, and what its JSON says about the machine."""
 
+import json
 import platform
 from collections.abc import Callable
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import rlhf_kernels as rk
 from .harness import Case, Settings, measure
 
 _FAILURES = pytest.StashKey[list]()
-_PEERS = ("trl", "verl", "transformers")
+_PEERS = ("trl", "verl", "transformers", "liger-kernel", "flash-attn", "triton")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,6 +23,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quick", action="store_true", help="small shapes, few rounds")
     group.addoption("--device", default="cpu", help="device of the tensors")
     group.addoption("--providers", help="comma-separated: measure only these beside ours")
+    group.addoption("--points", choices=("cpu", "gpu"), help="shapes; default: by the device")
+    group.addoption(
+        "--records", type=Path, help="append each point as a line of JSON; skip those already there"
+    )
     group.addoption("--backend", help="backend of ours; default: the device's first kernel backend")
 
 
@@ -40,6 +45,21 @@ def _backend(config: pytest.Config) -> str:
     return first
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kind = config.getoption("--points")
+    if kind is None:
+        kind = "cpu" if config.getoption("--device") == "cpu" else "gpu"
+    chosen = [i for i in items if (i.get_closest_marker("gpu") is not None) == (kind == "gpu")]
+    config.hook.pytest_deselected(items=[i for i in items if i not in chosen])
+    items[:] = chosen
+
+
+def _recorded(file: Path | None) -> list[dict[str, Any]]:
+    if file is None or not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 @pytest.fixture(scope="session")
 def settings(request: pytest.FixtureRequest) -> Settings:
     """Device, backend and size of this run; the backend is forced, so that it cannot fall back."""
@@ -53,13 +73,33 @@ def settings(request: pytest.FixtureRequest) -> Settings:
     )
 
 
+@pytest.fixture(autouse=True)
+def _not_again(request: pytest.FixtureRequest) -> None:
+    if any(r["point"] == request.node.name for r in _recorded(request.config.option.records)):
+        pytest.skip("recorded by an earlier run")
+
+
 @pytest.fixture
 def run(
     benchmark: Any, settings: Settings, request: pytest.FixtureRequest
 ) -> Callable[[Case], None]:
     """Measures a case and records it."""
     torch.manual_seed(0)
-    return partial(measure, benchmark, settings, request.config.stash[_FAILURES])
+    file, failures = request.config.option.records, request.config.stash[_FAILURES]
+
+    def measured(case: Case) -> None:
+        failed = len(failures)
+        try:
+            measure(benchmark, settings, failures, case)
+        finally:
+            # At once: the run may be cut off. A point that raised has neither.
+            found = failures[failed:] or ([benchmark.extra_info] if benchmark.extra_info else [])
+            if file is not None and found:
+                line = {"point": request.node.name, "failed": len(failures) > failed, **found[0]}
+                with file.open("a") as out:
+                    out.write(json.dumps(line) + "\n")
+
+    return measured
 
 
 def _versions() -> dict[str, str]:
@@ -81,7 +121,9 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         cpu=cpu.get("brand_raw", platform.machine()),
         cores=cpu.get("count"),
         threads=torch.get_num_threads(),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        device=str(device)
+        if device.type == "cpu"
+        else getattr(torch, device.type).get_device_name(device),
         backend=_backend(config),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         system=platform.system(),

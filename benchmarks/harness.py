@@ -3,6 +3,9 @@
 A provider is timed only after its result passed the gate against the fp64 oracle. In each round
 the other providers and the machine's own copy and read run in a random order, then
 `pytest_benchmark` times ours; so a drifting clock hits all of them alike.
+
+On a CPU the wall clock times. On a GPU it is device events, with the L2 cache cold and the host far
+enough ahead for its launches not to show; what the host spends in a call is a figure of its own.
 """
 
 import gc
@@ -21,6 +24,12 @@ from torch import Tensor
 MIN_ROUNDS, MAX_ROUNDS, POINT_SECONDS = 20, 100, 6.0
 SLOW_SECONDS, SLOW_STRIDE = 1.0, 4
 QUICK_ROUNDS = 4
+# A GPU's times are short, its compilers slow.
+GPU_POINT_SECONDS, GPU_SLOW_SECONDS, GPU_SLOW_STRIDE = 2.0, 0.05, 10
+# Read before each GPU measurement: more than any cache holds (MI300: 256 MiB).
+FLUSH_BYTES = 1 << 29
+# Clock cycles that a GPU waits for the host: 0.1 ms and the host's own time, 50 ms at most.
+CYCLES_PER_SECOND, LEAST_CYCLES, MOST_CYCLES = 2e9, 200_000, 100_000_000
 
 # Largest error that passes the gate: a fraction of the oracle's element plus the same fraction of
 # its RMS. It finds a wrong formula; accuracy has its own tests. By dtype of the result.
@@ -37,6 +46,16 @@ class Missing(NamedTuple):
 
 
 Provider = Callable[..., Any]
+
+
+@dataclass
+class Overwriting:
+    """A provider that writes over its first input: it gets a copy, made while no clock runs."""
+
+    function: Provider
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.function(*inputs)
 
 
 class GateError(Exception):
@@ -67,6 +86,7 @@ class Case:
         moved: bytes that the operation must read and write at least.
         limit: "copy" or "read", the machine rate that bounds it.
         targets: provider (or "copy", "read") -> least ratio of its time to ours.
+        at_most: "median" (time) or "host" (time of the host in a call) of ours -> seconds.
         select: part of each result that the oracle holds (sampled rows, unmasked tokens).
         upstream: gradient of each checked output; ones if empty.
         extra: more functions of the inputs to time beside the providers, ungated.
@@ -83,10 +103,16 @@ class Case:
     moved: int
     limit: str = "copy"
     targets: dict[str, float] = field(default_factory=dict)
+    at_most: dict[str, float] = field(default_factory=dict)
     select: Callable[[Tensor], Tensor] = lambda t: t
     upstream: tuple[Tensor, ...] = ()
     extra: dict[str, Provider] = field(default_factory=dict)
     outputs: int | None = None
+
+
+def points(cpu: dict[str, Any], gpu: dict[str, Any]) -> list[Any]:
+    """Names of the points of both kinds, as parameters; a run takes one kind (`--points`)."""
+    return [*cpu, *(pytest.param(name, marks=pytest.mark.gpu) for name in gpu)]
 
 
 def compiled(function: Provider) -> Provider:
@@ -98,12 +124,22 @@ def _tensors(result: Any) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def _backward(case: Case, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _inputs(case: Case, function: Provider) -> tuple[Any, ...]:
+    """What to call a provider with."""
+    if not isinstance(function, Overwriting):
+        return case.inputs
+    first, *rest = case.inputs
+    return (first.detach().clone().requires_grad_(first.requires_grad), *rest)
+
+
+def _backward(
+    case: Case, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     """Gradients in the inputs that require grad."""
     upstream = case.upstream or tuple(torch.ones_like(o) for o in outputs)
     return torch.autograd.grad(
         outputs,
-        [i for i in case.inputs if isinstance(i, Tensor) and i.requires_grad],
+        [i for i in inputs if isinstance(i, Tensor) and i.requires_grad],
         [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)],
     )
 
@@ -111,23 +147,27 @@ def _backward(case: Case, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def _steps(case: Case, function: Provider) -> tuple[Callable[[], tuple], Callable[..., tuple]]:
     """(prepare, run): `run(*prepare())` is one measurement, of which only `run` is timed."""
 
-    def forward() -> tuple[Tensor, ...]:
-        return _tensors(function(*case.inputs))
+    def inputs() -> tuple[Any, ...]:
+        return _inputs(case, function)
 
-    def forward_only() -> tuple[Tensor, ...]:
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            return forward()
+            return _tensors(function(*inputs))
 
-    def backward(*outputs: Tensor) -> tuple[Tensor, ...]:
-        return _backward(case, outputs[: case.outputs])
+    def graph() -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+        leaves = inputs()
+        return leaves, _tensors(function(*leaves))
 
-    def both() -> tuple[Tensor, ...]:
-        outputs = forward()
-        return (*outputs, *backward(*outputs))
+    def backward(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return _backward(case, inputs, outputs[: case.outputs])
 
-    if case.mode == "forward":
-        return tuple, forward_only
-    return (forward, backward) if case.mode == "backward" else (tuple, both)
+    def both(*inputs: Any) -> tuple[Tensor, ...]:
+        outputs = _tensors(function(*inputs))
+        return (*outputs, *backward(inputs, outputs))
+
+    if case.mode == "backward":
+        return graph, backward
+    return inputs, forward if case.mode == "forward" else both
 
 
 def gate(case: Case, function: Provider, expected: tuple[Tensor, ...]) -> float:
@@ -136,10 +176,11 @@ def gate(case: Case, function: Provider, expected: tuple[Tensor, ...]) -> float:
     Raises:
         GateError: a result is wrong.
     """
-    outputs = _tensors(function(*case.inputs))[: case.outputs]
+    inputs = _inputs(case, function)
+    outputs = _tensors(function(*inputs))[: case.outputs]
     results = list(outputs)
     if case.mode != "forward":
-        results += _backward(case, outputs)
+        results += _backward(case, inputs, outputs)
     if len(results) != len(expected):
         raise GateError(f"{len(results)} results, expected {len(expected)}")
     worst = 0.0
@@ -162,24 +203,87 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _once(prepare: Callable[[], tuple], run: Callable[..., Any], device: torch.device) -> float:
+def _host_once(prepare: Callable[[], tuple], run: Callable[..., Any], device: Any) -> float:
+    """Seconds until the call returns; the device may still work."""
     prepared = prepare()
     synchronize(device)
     start = time.perf_counter()
     # Bound to a name, so that freeing it is not timed.
     result = run(*prepared)  # noqa: F841
+    seconds = time.perf_counter() - start
     synchronize(device)
-    return time.perf_counter() - start
+    return seconds
+
+
+class WallClock:
+    """Times a call from its start to the end of its work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def start(self, ahead: float) -> None:
+        """Begins; `ahead` is for devices."""
+        synchronize(self.device)
+        self._start = time.perf_counter()
+
+    def stop(self) -> float:
+        """Seconds since `start`, the queued work included."""
+        synchronize(self.device)
+        return time.perf_counter() - self._start
+
+
+class DeviceEvents:
+    """Times the device's work alone, from a cold cache."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._module = getattr(torch, device.type)
+        self._flush = torch.rand(FLUSH_BYTES // 4, device=device)
+
+    def start(self, ahead: float) -> None:
+        """Begins; the device waits about `ahead` seconds, in which the host queues its launches."""
+        # A read leaves nothing to be written back, as a write would, while the call runs.
+        self._flush.sum()
+        if hasattr(self._module, "_sleep"):
+            cycles = LEAST_CYCLES + int(1.5 * ahead * CYCLES_PER_SECOND)
+            self._module._sleep(min(cycles, MOST_CYCLES))
+        self._start, self._end = (self._module.Event(enable_timing=True) for _ in range(2))
+        self._start.record()
+
+    def stop(self) -> float:
+        """Seconds of the device since `start`."""
+        self._end.record()
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end) / 1e3
+
+
+Timer = WallClock | DeviceEvents
+
+
+def timer(device: torch.device) -> Timer:
+    """What times calls on `device`."""
+    return WallClock(device) if device.type == "cpu" else DeviceEvents(device)
+
+
+def _once(
+    prepare: Callable[[], tuple], run: Callable[..., Any], clock: Timer, ahead: float = 0.0
+) -> float:
+    prepared = prepare()
+    clock.start(ahead)
+    # Bound to a name, so that freeing it is not timed.
+    result = run(*prepared)  # noqa: F841
+    return clock.stop()
 
 
 def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
     """Memory that `call` holds at its highest above what was there before; None if unknown."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        module = getattr(torch, device.type)
+        module.reset_peak_memory_stats(device)
+        before = module.memory_allocated(device)
         call()
-        return torch.cuda.max_memory_allocated(device) - before
+        return module.max_memory_allocated(device) - before
 
     def kilobytes(name: str) -> int:
         status = Path("/proc/self/status").read_text()
@@ -201,7 +305,8 @@ def _machine_rates(case: Case, device: torch.device) -> dict[str, Provider]:
     fp32 whatever the case's dtype: a bf16 sum is bound by its conversions, not by memory.
     """
     elements = max(1, case.moved // 4)
-    source = torch.ones(elements, device=device)
+    # Ones move faster than numbers on some GPUs.
+    source = torch.ones(elements) if device.type == "cpu" else torch.rand(elements, device=device)
     half = source[: max(1, elements // 2)]
     return {"copy": half.clone, "read": source.sum}
 
@@ -210,6 +315,9 @@ def _summary(seconds: list[float]) -> dict[str, float | int]:
     t = torch.tensor(seconds, dtype=torch.float64)
     p20, median, p80 = torch.quantile(t, torch.tensor([0.2, 0.5, 0.8], dtype=t.dtype)).tolist()
     return {"median": median, "p20": p20, "p80": p80, "rounds": len(seconds)}
+
+
+_POINT = ("op", "label", "mode")
 
 
 def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case) -> None:
@@ -228,14 +336,22 @@ def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case
         try:
             error = gate(case, function, expected)
             prepare, run = steps[name] = _steps(case, function)
-            peak = peak_extra_bytes(lambda p=prepare, r=run: r(*p()), device)
+            prepared = prepare()
+            peak = peak_extra_bytes(lambda r=run, p=prepared: r(*p), device)
             record[name] = {"gate": error, "peak_bytes": peak}
         except GateError as wrong:
             record[name] = {"error": str(wrong)}
         except Exception as broken:
-            record[name] = {"error": f"{type(broken).__name__}: {str(broken).splitlines()[0]}"}
+            reason = (str(broken).splitlines() or [""])[0]
+            record[name] = {"error": f"{type(broken).__name__}: {reason}"}
+        # Also where it failed half way.
+        prepared = None
+        if device.type != "cpu":
+            # What a large provider leaves cached, or half done, is room for the next.
+            gc.collect()
+            getattr(torch, device.type).empty_cache()
     info = {
-        **{k: getattr(case, k) for k in ("op", "label", "mode", "moved", "limit", "targets")},
+        **{k: getattr(case, k) for k in (*_POINT, "moved", "limit", "targets", "at_most")},
         "providers": record,
     }
     if "ours" not in steps:
@@ -246,15 +362,21 @@ def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case
     for name, call in _machine_rates(case, device).items():
         steps[name], record[name] = (tuple, call), {}
 
-    prepare, run = steps.pop("ours")
+    clock = timer(device)
+    is_gpu = isinstance(clock, DeviceEvents)
+    point_seconds = GPU_POINT_SECONDS if is_gpu else POINT_SECONDS
+    slow, every = (GPU_SLOW_SECONDS, GPU_SLOW_STRIDE) if is_gpu else (SLOW_SECONDS, SLOW_STRIDE)
     # Twice: the first call may still compile, allocate or page in.
-    ours = [_once(prepare, run, device) for _ in range(2)][-1]
-    estimates = {name: [_once(*s, device) for _ in range(2)][-1] for name, s in steps.items()}
-    stride = {n: SLOW_STRIDE if t > SLOW_SECONDS else 1 for n, t in estimates.items()}
-    per_round = ours + sum(t / stride[n] for n, t in estimates.items())
-    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(POINT_SECONDS / per_round)))
+    host = {n: [_host_once(*s, device) for _ in range(2)][-1] for n, s in steps.items()}
+    estimates = {name: _once(*s, clock, host[name]) for name, s in steps.items()}
+    prepare, run = steps.pop("ours")
+    ours = max(estimates.pop("ours"), host["ours"] if is_gpu else 0.0)
+    stride = {n: every if max(t, host[n]) > slow else 1 for n, t in estimates.items()}
+    per_round = ours + sum(max(t, host[n]) / stride[n] for n, t in estimates.items())
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(point_seconds / per_round)))
     rounds = QUICK_ROUNDS if settings.quick else rounds
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times: dict[str, list[float]] = {name: [] for name in (*steps, "ours")}
+    hosts: dict[str, list[float]] = {name: [] for name in times}
     shuffler = random.Random(0)
     count = 0
 
@@ -262,15 +384,20 @@ def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case
         nonlocal count
         for name in shuffler.sample(list(steps), len(steps)):
             if count % stride[name] == 0:
-                times[name].append(_once(*steps[name], device))
+                times[name].append(_once(*steps[name], clock, host[name]))
+                if is_gpu:
+                    hosts[name].append(_host_once(*steps[name], device))
         count += 1
+        if is_gpu:
+            hosts["ours"].append(_host_once(prepare, run, device))
         prepared = prepare()
         synchronize(device)
         return prepared, {}
 
     def timed(*prepared: Tensor) -> tuple[Tensor, ...]:
+        clock.start(host["ours"])
         result = run(*prepared)
-        synchronize(device)
+        times["ours"].append(clock.stop())
         return result
 
     gc.collect()
@@ -281,8 +408,9 @@ def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case
         gc.enable()
     # Disabled (--benchmark-disable): everything ran, nothing is recorded.
     if benchmark.stats is not None:
-        record["ours"].update(_summary(benchmark.stats.stats.data))
         for name, seconds in times.items():
             record[name].update(_summary(seconds))
+            if is_gpu:
+                record[name]["host"] = _summary(hosts[name])["median"]
     benchmark.group = case.op
     benchmark.extra_info.update(info)

@@ -7,13 +7,30 @@ from typing import Any
 from .harness import Missing
 
 
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def peer(module: str, name: str) -> Callable[..., Any] | Missing:
     """`module.name`, or Missing with the reason."""
     try:
         return getattr(importlib.import_module(module), name)
     # A peer may fail to import in any way (a missing driver, a wrong version of something).
     except Exception as error:
-        return Missing(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        return Missing(_line(error))
+
+
+def trl_kernel() -> Callable[..., Any] | Missing:
+    """TRL's own Triton kernel of log-probability and entropy: in the package, or from the Hub."""
+    found = peer("trl.kernels", "selective_log_softmax_and_entropy")
+    if found:
+        return found
+    get_kernel = peer("kernels", "get_kernel")
+    try:
+        return get_kernel and get_kernel("trl-lib/trl-losses").selective_log_softmax_and_entropy
+    # Not cached, no network, a wrong version.
+    except Exception as error:
+        return Missing(_line(error))
 
 
 def verl_actor_config() -> Any:

@@ -9,11 +9,18 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from .harness import Case, Provider, Settings, compiled
+from .harness import Case, Missing, Provider, Settings, compiled, points
 from .peers import peer
 
 GAMMA, LAM, KL_COEF = 0.99, 0.95, 0.05
 TARGETS = {"eager": 100, "vectorized": 5, "compile": 5, "copy": 0.4}
+SHAPES = {"512x4096": (512, 4096), "16x131072": (16, 131072)}
+GPU_SHAPES = {"gpu-8192x4096": (8192, 4096), "gpu-16x131072": (16, 131072)}
+GPU_TARGETS, GPU_AT_MOST = {"copy": 0.75}, {"gpu-16x131072": {"median": 30e-6}}
+# Longest loop that a GPU is put through: beyond, one call is seconds of empty launches.
+LONGEST_GPU_LOOP = 8192
+# Sequences of a large batch that the oracle goes through.
+SAMPLED_SEQUENCES = 8
 # Bytes a token: rewards, values and bool mask in, advantages and returns out.
 GAE_BYTES = 17
 
@@ -88,11 +95,32 @@ def _batch(shape: tuple[int, int], device: torch.device, least: float = 0.5) -> 
     return rewards, values, torch.arange(shape[1], device=device) < lengths[:, None]
 
 
-@pytest.mark.parametrize("shape", [(512, 4096), (16, 131072)], ids=["512x4096", "16x131072"])
-def test_gae(run: Callable[[Case], None], settings: Settings, shape: tuple[int, int]) -> None:
-    shape = (4, 300) if settings.quick else shape
+def _loop(length: int, name: str) -> Provider | Missing:
+    if name.startswith("gpu") and length > LONGEST_GPU_LOOP:
+        return Missing(f"not run: a loop of {length} steps is seconds of small launches")
+    return loop
+
+
+def _sampled(mask: Tensor, name: str) -> Tensor:
+    """Mask [B, T] of the tokens that the oracle judges: all, or some sequences of a large batch."""
+    chosen = torch.zeros_like(mask)
+    every = max(1, len(mask) // SAMPLED_SEQUENCES) if name.startswith("gpu") else 1
+    chosen[::every] = mask[::every]
+    # The last sequence too: mistakes like ends.
+    chosen[-1] = mask[-1]
+    return chosen
+
+
+def _oracle(rewards: Tensor, values: Tensor, judged: Tensor) -> tuple[Tensor, Tensor]:
+    rows = judged.any(1)
+    return _scalar_gae(rewards[rows], values[rows], judged[rows].sum(1).tolist())
+
+
+@pytest.mark.parametrize("name", points(SHAPES, GPU_SHAPES))
+def test_gae(run: Callable[[Case], None], settings: Settings, name: str) -> None:
+    shape = (4, 300) if settings.quick else (SHAPES | GPU_SHAPES)[name]
     rewards, values, mask = _batch(shape, settings.device)
-    weights = mask.float()
+    weights, judged = mask.float(), _sampled(mask, name)
 
     run(
         Case(
@@ -101,25 +129,28 @@ def test_gae(run: Callable[[Case], None], settings: Settings, shape: tuple[int, 
             mode="forward",
             inputs=(rewards, values, weights),
             providers={
-                "eager": loop,
+                "eager": _loop(shape[1], name),
                 "vectorized": vectorized,
                 "compile": compiled(vectorized),
                 "ours": lambda r, v, w: rk.gae(r, v, mask=mask, gamma=GAMMA, lam=LAM),
             },
-            oracle=lambda: _scalar_gae(rewards, values, mask.sum(1).tolist()),
+            oracle=lambda: _oracle(rewards, values, judged),
             moved=GAE_BYTES * rewards.numel(),
-            targets=TARGETS,
-            select=lambda t: t[mask].cpu(),
+            targets=TARGETS if name in SHAPES else GPU_TARGETS,
+            at_most=GPU_AT_MOST.get(name, {}),
+            select=lambda t: t[judged].cpu(),
         )
     )
 
 
-def test_gae_packed(run: Callable[[Case], None], settings: Settings) -> None:
-    shape = (4, 300) if settings.quick else (512, 8192)
+@pytest.mark.parametrize("name", points({"512": 512}, {"gpu-4096": 4096}))
+def test_gae_packed(run: Callable[[Case], None], settings: Settings, name: str) -> None:
+    shape = (4, 300) if settings.quick else (int(name.removeprefix("gpu-")), 8192)
     # Ragged: 5 % to 100 % of the longest. Trainers pad such a batch, scan it and pack the result.
     rewards, values, mask = _batch(shape, settings.device, least=0.05)
-    lengths = mask.sum(1)
+    lengths, judged = mask.sum(1), _sampled(mask, name)
     packed = rewards[mask], values[mask]
+    judged_slots = judged[mask]
     zero = lengths.new_zeros(1)
     cu_seqlens = torch.cat([zero, lengths.cumsum(0)]).int()
     slots = mask.flatten().nonzero().squeeze(1)
@@ -136,7 +167,7 @@ def test_gae_packed(run: Callable[[Case], None], settings: Settings) -> None:
     run(
         Case(
             op="gae packed",
-            label=f"fp32 {shape[0]} sequences, {len(slots)} tokens",
+            label=f"fp32 {shape[0]} sequences of 5 % to 100 % of {shape[1]}, {len(slots)} tokens",
             mode="forward",
             inputs=packed,
             providers={
@@ -145,11 +176,40 @@ def test_gae_packed(run: Callable[[Case], None], settings: Settings) -> None:
                 "compile": compiled(through_padding(vectorized)),
                 "ours": lambda r, v: rk.gae(r, v, cu_seqlens=cu_seqlens, gamma=GAMMA, lam=LAM),
             },
-            oracle=lambda: _scalar_gae(rewards, values, lengths.tolist()),
+            oracle=lambda: _oracle(rewards, values, judged),
             # No mask to read.
             moved=(GAE_BYTES - 1) * len(slots),
-            targets=TARGETS,
-            select=lambda t: t.cpu(),
+            targets=GPU_TARGETS if name.startswith("gpu") else TARGETS,
+            select=lambda t: t[judged_slots].cpu(),
+        )
+    )
+
+
+@pytest.mark.gpu
+def test_whiten(run: Callable[[Case], None], settings: Settings) -> None:
+    shape = (4, 300) if settings.quick else (2048, 4096)
+    _, x, mask = _batch(shape, settings.device)
+    x = x + 3
+
+    def oracle() -> tuple[Tensor]:
+        kept = x[mask].double()
+        return (((kept - kept.mean()) / (kept.var() + 1e-8).sqrt()).cpu(),)
+
+    run(
+        Case(
+            op="whiten",
+            label=f"fp32 {shape[0]}×{shape[1]}",
+            mode="forward",
+            inputs=(x, mask.float()),
+            providers={
+                "eager": whitened,
+                "compile": compiled(whitened),
+                "ours": lambda x, w: rk.whiten(x, mask),
+            },
+            oracle=oracle,
+            # Read once, written once; that the statistics need more passes is the op's own cost.
+            moved=(4 + 1 + 4) * x.numel(),
+            select=lambda t: t[mask].cpu(),
         )
     )
 

@@ -9,11 +9,14 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from .harness import Case, Settings, compiled
+from .harness import Case, Settings, compiled, points
 from .peers import peer
 
 SAMPLED_ROWS = 16
 TOKENS = {"64x2048": (64, 2048), "2048x2048": (2048, 2048)}
+GPU_TOKENS = {"gpu-2048x2048": (2048, 2048)}
+LOGITS = {"fp32": (torch.float32, 1024, 32768), "bf16": (torch.bfloat16, 1024, 32768)}
+GPU_LOGITS = {"gpu-bf16": (torch.bfloat16, 4096, 131072)}
 
 
 def eager_divergence(logits: Tensor, ref_logits: Tensor) -> Tensor:
@@ -28,11 +31,12 @@ def eager_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", points(LOGITS, GPU_LOGITS))
 def test_kl_divergence(
-    run: Callable[[Case], None], settings: Settings, dtype: torch.dtype, mode: str
+    run: Callable[[Case], None], settings: Settings, name: str, mode: str
 ) -> None:
-    n, vocab = (24, 1000) if settings.quick else (1024, 32768)
+    dtype, n, vocab = (LOGITS | GPU_LOGITS)[name]
+    n, vocab = (24, 1000) if settings.quick else (n, vocab)
     device, gradient = settings.device, mode != "forward"
     base = torch.randn(n, vocab, device=device) * 2
     ref_logits = base.to(dtype)
@@ -53,6 +57,8 @@ def test_kl_divergence(
         return (divergence.detach(), *gradients)
 
     targets = {"eager": 10, "compile": 1.8} if dtype is torch.float32 and not gradient else {}
+    if name in GPU_LOGITS:
+        targets = {"copy": 0.6}
     run(
         Case(
             op="kl_divergence",
@@ -67,7 +73,7 @@ def test_kl_divergence(
             oracle=oracle,
             # Backward reads both again and writes the gradient.
             moved=(5 if gradient else 2) * logits.numel() * logits.element_size() + 4 * n,
-            limit="copy" if gradient else "read",
+            limit="copy" if gradient or name in GPU_LOGITS else "read",
             targets=targets,
             select=lambda t: t[rows],
             upstream=(upstream,),
@@ -75,9 +81,9 @@ def test_kl_divergence(
     )
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", points(TOKENS, GPU_TOKENS))
 def test_kl_penalty(run: Callable[[Case], None], settings: Settings, name: str) -> None:
-    shape = (4, 50) if settings.quick else TOKENS[name]
+    shape = (4, 50) if settings.quick else (TOKENS | GPU_TOKENS)[name]
     ref_logprobs = -torch.rand(shape, device=settings.device) * 5
     logprobs = (ref_logprobs + 0.1 * torch.randn_like(ref_logprobs)).requires_grad_()
     upstream = torch.randn_like(ref_logprobs)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from .harness import Case, Provider, Settings, compiled
-from .peers import peer
+from .harness import Case, Missing, Overwriting, Provider, Settings, compiled
+from .peers import peer, trl_kernel
 
 MODES = ("forward", "backward", "forward+backward")
 SAMPLED_ROWS = 16
@@ -45,6 +45,44 @@ SHAPES = {
         },
     ),
 }
+
+_GPU_TARGETS = {
+    ("forward", True): {"eager": 12, "trl": 12, "copy": 0.9},
+    ("backward", True): {"copy": 0.85},
+    ("forward", False): {"copy": 0.9},
+    ("backward", False): {"copy": 0.85},
+    ("forward+backward", False): {},
+}
+# Ahead of every kernel that does the same.
+_GPU_TARGETS = {
+    (mode, entropy): v
+    | dict.fromkeys(("trl kernel",) if entropy else ("trl kernel", "liger", "flash-attn"), 1.0)
+    for (mode, entropy), v in _GPU_TARGETS.items()
+}
+# Nothing to compare: Liger has its gradient from the forward.
+del _GPU_TARGETS["backward", False]["liger"]
+GPU_SHAPES = {
+    "gpu-bf16": Shape(torch.bfloat16, 8, 1024, 151936, _GPU_TARGETS),
+    "gpu-fp32": Shape(torch.float32, 1, 1024, 32000, {}),
+    "gpu-few-rows": Shape(torch.bfloat16, 1, 64, 151936, {}),
+}
+# (shape, entropy, mode) of every point; on a GPU what the targets are about.
+POINTS = [
+    pytest.param(n, entropy, mode, id=f"{n}-{'entropy' if entropy else 'logprobs'}-{mode}")
+    for n in SHAPES
+    for entropy in (False, True)
+    for mode in MODES
+] + [
+    pytest.param(
+        *(n, entropy, mode),
+        id=f"{n}-{'entropy' if entropy else 'logprobs'}-{mode}",
+        marks=pytest.mark.gpu,
+    )
+    for n in GPU_SHAPES
+    for entropy in (True, False)
+    for mode in (MODES[:2] if entropy else MODES)
+    if entropy or n == "gpu-bf16"
+]
 
 
 def eager(logits: Tensor, labels: Tensor) -> Tensor:
@@ -93,12 +131,35 @@ def _verl(entropy: bool) -> Provider:
     return logprobs and verl
 
 
+def _trl_kernel(entropy: bool) -> Provider | Missing:
+    """It has no form without the entropy."""
+    function = trl_kernel()
+    return function and (lambda logits, labels: function(logits, labels)[: 2 if entropy else 1])
+
+
+def _liger(mode: str) -> Provider | Missing:
+    if mode == "backward":
+        return Missing("its forward computes the gradient: see forward+backward")
+    function = peer("liger_kernel.transformers.functional", "liger_cross_entropy")
+    # It writes the gradient over the logits. Its loss has their dtype.
+    return function and Overwriting(
+        lambda logits, labels: -function(logits, labels, reduction="none")
+    )
+
+
+def _flash_attn() -> Provider | Missing:
+    function = peer("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
+    return function and (lambda logits, labels: -function(logits, labels)[0])
+
+
 def _oracle(
     logits: Tensor, labels: Tensor, rows: Tensor, upstream: tuple[Tensor, ...], gradient: bool
 ) -> Callable[[], tuple[Tensor, ...]]:
     def oracle() -> tuple[Tensor, ...]:
         z = logits.detach()[rows].double().requires_grad_(gradient)
-        logp = (z - z.logsumexp(-1, keepdim=True))[torch.arange(len(rows)), labels[rows]]
+        logp = (z - z.logsumexp(-1, keepdim=True))[
+            torch.arange(len(rows), device=rows.device), labels[rows]
+        ]
         p = z.softmax(-1)
         entropy = z.logsumexp(-1) - (p * z).sum(-1)
         outputs = (logp, entropy)[: len(upstream)]
@@ -110,13 +171,12 @@ def _oracle(
     return oracle
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("entropy", [False, True], ids=["logprobs", "entropy"])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("name", "entropy", "mode"), POINTS)
 def test_token_logprobs(
     run: Callable[[Case], None], settings: Settings, name: str, entropy: bool, mode: str
 ) -> None:
-    dtype, batch, length, vocab, targets = SHAPES[name]
+    on_gpu = name in GPU_SHAPES
+    dtype, batch, length, vocab, targets = (SHAPES | GPU_SHAPES)[name]
     if settings.quick:
         batch, length, vocab = 2, 12, 1000
     n, device = batch * length, settings.device
@@ -133,22 +193,31 @@ def test_token_logprobs(
         "verl": _verl(entropy),
         "ours": _ours(entropy),
     }
-    wanted = dict(targets.get((mode, entropy), _BACKWARD if mode == "backward" else _BOTH))
+    if on_gpu:
+        providers["trl kernel"] = _trl_kernel(entropy)
+        if not entropy:
+            # A cross entropy of its own for each token: the log-probability, negated.
+            providers |= {"liger": _liger(mode), "flash-attn": _flash_attn()}
+        wanted = targets.get((mode, entropy), {})
+    else:
+        wanted = dict(targets.get((mode, entropy), _BACKWARD if mode == "backward" else _BOTH))
     tensor_bytes = logits.numel() * logits.element_size()
     passes = {"forward": 1, "backward": 2, "forward+backward": 3}[mode]
     run(
         Case(
             op="token_logprobs + entropy" if entropy else "token_logprobs",
-            label=f"{name} {n}×{vocab}",
+            label=f"{'fp32' if dtype is torch.float32 else 'bf16'} {n}×{vocab}",
             mode=mode,
             inputs=(logits, labels),
             providers=providers,
             oracle=_oracle(logits, labels, rows, upstream, mode != "forward"),
             moved=passes * tensor_bytes + 16 * n,
-            limit="read" if mode == "forward" else "copy",
+            limit="read" if mode == "forward" and not on_gpu else "copy",
             targets=wanted,
             select=lambda t: t[rows],
             upstream=upstream,
-            extra={"no entropy": _ours(False)} if entropy and mode == "forward" else {},
+            extra={"no entropy": _ours(False)}
+            if entropy and mode == "forward" and not on_gpu
+            else {},
         )
     )

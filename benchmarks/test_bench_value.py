@@ -8,10 +8,11 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from .harness import Case, Settings, compiled
+from .harness import Case, Settings, compiled, points
 from .peers import peer
 
 SHAPES = {"64x2048": (64, 2048), "2048x2048": (2048, 2048)}
+GPU_SHAPES = {f"gpu-{name}": shape for name, shape in SHAPES.items()}
 CLIP = 0.2
 
 
@@ -35,9 +36,9 @@ def ours(
     return result.loss, result.metrics.values
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", points(SHAPES, GPU_SHAPES))
 def test_value_loss(run: Callable[[Case], None], settings: Settings, name: str) -> None:
-    shape, device = (4, 50) if settings.quick else SHAPES[name], settings.device
+    shape, device = (4, 50) if settings.quick else (SHAPES | GPU_SHAPES)[name], settings.device
     old = torch.randn(shape, device=device)
     change = 0.2 * torch.randn_like(old)
     # None so near a branch that rounding decides it: the oracle could not judge it.

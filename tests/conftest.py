@@ -38,6 +38,8 @@ def pytest_configure(config):
     # be known: kernels for CPU tensors run in Triton's interpreter, also where there is a GPU.
     if _device(config).type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
+    # pytest-xdist's own, which may be absent.
+    config.addinivalue_line("markers", "xdist_group: tests that must not run side by side")
     settings.register_profile("repeatable", derandomize=True)
     if "not slow" in config.option.markexpr:
         settings.load_profile("repeatable")

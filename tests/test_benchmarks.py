@@ -40,6 +40,40 @@ def square_case(harness, **providers):
     )
 
 
+@pytest.mark.parametrize("mode", ["forward", "backward", "forward+backward"])
+def test_a_provider_that_overwrites_its_input_gets_a_copy(harness, mode):
+    def spoils(x):
+        result = x * x
+        x.data.fill_(torch.nan)
+        return result
+
+    class Spoiling(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            gradient, result = 2 * x, x * x
+            x.data.copy_(gradient)
+            ctx.gradient = x.data
+            return result
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return ctx.gradient * upstream
+
+    case = square_case(harness)
+    case.mode = mode
+    if mode == "forward":
+        full = case.oracle
+        case.oracle = lambda: full()[:1]
+    provider = harness.Overwriting(spoils if mode == "forward" else Spoiling.apply)
+    before = case.inputs[0].detach().clone()
+    for _ in range(2):
+        assert harness.gate(case, provider, case.oracle()) < 1
+        prepare, run = harness._steps(case, provider)
+        results = run(*prepare())
+        torch.testing.assert_close(results[-1].double(), case.oracle()[-1])
+    assert torch.equal(case.inputs[0], before)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -1,0 +1,423 @@
+"""Everything that needs a GPU, in parts that can be repeated: `make gpu-check OUT=dir`.
+
+    python benchmarks/gpu_check.py --out dir [--device cuda] [--parts tests,bench] [--limit 590]
+
+Parts: build, env, gpu, bench, tests, sanitizer; the report is written after each. A part that
+finished is not run again unless --parts names it; one that was cut off goes on. Each has a budget
+of seconds, plus what the parts before it left, and all together have --limit. OUT gets a log and a
+JSON of each part, and report.json and report.md: the results to keep. Exit status 1: something
+failed or is not finished; 2: there is no such device.
+
+The running interpreter is used as it is. --wheels DIR adds the packages that it lacks (peers,
+pytest-xdist, hypothesis) from wheels, without a network.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.gpu_process import (  # noqa: E402
+    CUT,
+    DONE,
+    FAILED,
+    SKIPPED,
+    Result,
+    Run,
+    missing,
+    refusal,
+    status,
+)
+
+# Seconds to end with: stopping what was cut off, and the report.
+RESERVE = 15
+# Operation tests; the others are about the CPU, the package or the trainer.
+TEST_FILES = ("logprobs", "kl", "advantages", "policy", "value", "preference")
+# What has most at stake first: time may run out.
+BENCH_FILES = ("logprobs", "kl", "advantages", "policy", "value")
+SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
+
+# --- env ---------------------------------------------------------------------------------------
+
+
+def device_facts(device: str) -> dict[str, Any]:
+    """The device, its driver and its memory rates, each a median of 20 with a cold cache."""
+    import torch
+
+    from benchmarks.harness import timer
+
+    d = torch.device(device)
+    facts: dict[str, Any] = {"device": device, "name": platform.machine()}
+    size = 1 << 20 if d.type == "cpu" else 1 << 30
+    if d.type != "cpu":
+        module = getattr(torch, d.type)
+        properties = module.get_device_properties(d)
+        facts["name"] = properties.name
+        facts["memory_bytes"] = properties.total_memory
+        facts["count"] = module.device_count()
+        for key in ("major", "minor", "multi_processor_count", "L2_cache_size", "gcnArchName"):
+            if hasattr(properties, key):
+                facts[key] = getattr(properties, key)
+        # Room for the source, its copy and the buffer that empties the cache.
+        if properties.total_memory < 6 << 30:
+            size >>= 2
+    source = torch.rand(size // 4, device=d)
+    clock = timer(d)
+    rates = {}
+    for name, call, moved in (("copy", source.clone, 2 * size), ("read", source.sum, size)):
+        seconds = []
+        for _ in range(22):
+            clock.start(0.0)
+            # Bound to a name, so that freeing it is not timed.
+            result = call()  # noqa: F841
+            seconds.append(clock.stop())
+        rates[name] = moved / sorted(seconds[2:])[10]
+    return facts | {"bytes_per_second": rates, "rate_tensor_bytes": size}
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, cwd=ROOT)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else None
+
+
+def part_build(run: Run) -> Result:
+    """The CPU extension, whose results the GPU's are compared with, beside its sources."""
+    reason = "a dry run takes it as it is" if run.dry else missing("setuptools", "pybind11")
+    if reason:
+        return {"status": SKIPPED, "reason": reason}
+    code = run.python("build.log", "setup.py", "-q", "build_ext", "--inplace")
+    return {"status": status(code), "failures": [] if code == 0 else [run.tail("build.log")]}
+
+
+def part_env(run: Run) -> Result:
+    doctor_file = run.out / "env-doctor.log"
+    doctor = run.python("env-doctor.log", "-m", "rlhf_kernels", "--json")
+    # Warnings may stand before the report.
+    text = doctor_file.read_text()
+    found = json.loads(text[text.index("{") :]) if "{" in text else None
+    facts_file = run.out / "env-device.json"
+    # In a process of its own: this one must not hold memory of the device.
+    code = (
+        "import json, sys; from benchmarks.gpu_check import device_facts; "
+        "json.dump(device_facts(sys.argv[1]), open(sys.argv[2], 'w'))"
+    )
+    facts = run.python("env-device.log", "-c", code, run.device, str(facts_file))
+    packages = ("pytest", "pytest_benchmark", "hypothesis", "xdist", "pybind11", "numpy")
+    driver = "--query-gpu=name,driver_version,memory.total,power.limit"
+    result = {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M"),
+        "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
+        "missing": [p for p in packages if importlib.util.find_spec(p) is None],
+        "doctor": found,
+        "device": json.loads(facts_file.read_text()) if facts == 0 else None,
+        "driver": _output("nvidia-smi", driver, "--format=csv,noheader"),
+    }
+    failures = []
+    if doctor != 0:
+        failures.append("the doctor's self-check: " + run.tail("env-doctor.log", 3))
+    if facts != 0:
+        failures.append("the device: " + run.tail("env-device.log", 3))
+    return {"status": status(doctor, facts), "failures": failures, **result}
+
+
+# --- tests -------------------------------------------------------------------------------------
+
+
+def read_junit(file: Path) -> dict[str, Any]:
+    """Counts, failures and reasons for skipping from pytest's XML."""
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    failures: list[str] = []
+    skips: dict[str, int] = {}
+    for case in ElementTree.parse(file).getroot().iter("testcase"):
+        bad = [e for e in case if e.tag in ("failure", "error")]
+        skip = case.find("skipped")
+        kind = "failed" if bad else "skipped" if skip is not None else "passed"
+        counts[kind] += 1
+        if bad:
+            lines = (bad[0].get("message") or "").splitlines() or [""]
+            failures.append(f"{case.get('classname')}::{case.get('name')}: {lines[0][:300]}")
+        elif skip is not None:
+            reason = skip.get("message") or ""
+            skips[reason] = skips.get(reason, 0) + 1
+    return {**counts, "failures": failures, "skips": skips}
+
+
+def _pytest(run: Run, name: str, *arguments: str) -> Result:
+    reason = missing("pytest")
+    if reason:
+        return {"status": SKIPPED, "reason": reason}
+    file = run.out / f"{name}.xml"
+    file.unlink(missing_ok=True)
+    fixed = ("--device", run.device, "-p", "no:cacheprovider", "--tb=short", "--maxfail=200")
+    code = run.python(f"{name}.log", "-m", "pytest", "-v", *arguments, *fixed, f"--junitxml={file}")
+    result: Result = {"status": status(code), "log": f"{name}.log"}
+    if code == 5:
+        return result | {"failures": ["no test was found"]}
+    try:
+        return result | read_junit(file)
+    except (OSError, ElementTree.ParseError):
+        # Cut off, or it broke before the first test: the log has what there is.
+        pass
+    lines = (run.out / f"{name}.log").read_text(errors="replace").splitlines()
+    failed = [x for x in lines if " FAILED" in f" {x}"]
+    counts = {k: sum(f" {k.upper()}" in x for x in lines) for k in ("passed", "failed", "skipped")}
+    failures = failed if code is None else [*failed, run.tail(f"{name}.log", 5)]
+    return result | counts | {"failures": failures}
+
+
+def _workers(run: Run, distribution: str, most: int) -> list[str]:
+    """Several processes on one GPU: compiling is most of the time, and that is the CPU's."""
+    if run.dry or importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(max(1, min(most, (os.cpu_count() or 2) // 2))), "--dist", distribution]
+
+
+def part_gpu(run: Run) -> Result:
+    arguments = ["tests/test_gpu.py"]
+    if run.dry:
+        arguments += ["-k", "poisons and (temperature or synchronisation)"]
+    return _pytest(run, "gpu", *arguments, *_workers(run, "loadgroup", 4))
+
+
+def part_tests(run: Run) -> Result:
+    arguments = [f"tests/test_{name}.py" for name in TEST_FILES]
+    arguments += ["-m", "not gpu and not slow"]
+    if run.dry:
+        arguments = ["tests/test_logprobs.py", "-k", "triton and (empty_batch or infinite)"]
+    return _pytest(run, "tests", *arguments, *_workers(run, "worksteal", 8))
+
+
+# --- bench -------------------------------------------------------------------------------------
+
+
+def _records(run: Run, *, failed: bool = True) -> list[dict[str, Any]]:
+    """Points measured so far; the others, and without `failed` those that failed, are dropped."""
+    file = run.out / "bench-points.jsonl"
+    if not file.exists():
+        return []
+    found = []
+    for line in file.read_text().splitlines():
+        try:
+            point = json.loads(line)
+        except json.JSONDecodeError:
+            # Cut off while it was written: that point is measured again.
+            continue
+        if failed or not point["failed"]:
+            found.append(point)
+    file.write_text("".join(json.dumps(f) + "\n" for f in found))
+    return found
+
+
+def part_bench(run: Run) -> Result:
+    reason = missing("pytest", "pytest_benchmark")
+    if reason:
+        return {"status": SKIPPED, "reason": reason}
+    _records(run, failed=False)
+    arguments = ["-m", "pytest", *(f"benchmarks/test_bench_{n}.py" for n in BENCH_FILES)]
+    arguments += ["--points", "gpu", "--device", run.device]
+    arguments += ["--records", str(run.out / "bench-points.jsonl"), "-p", "no:cacheprovider"]
+    arguments += ["--backend", "triton", "--tb=short", "-v", "--benchmark-disable-gc"]
+    if run.dry:
+        arguments += ["--quick", "-k", "kl_penalty", "--providers", "eager,verl"]
+    # Wide, so that the summary gives reasons in full.
+    code = run.python("bench.log", *arguments, COLUMNS="300")
+    launches = run.out / "bench-launches.json"
+    counted: int | None = 0
+    if code is not None and not launches.exists():
+        profiled = ["benchmarks/launches.py", "--device", run.device, "--out", str(launches)]
+        counted = run.python("bench-launches.log", *profiled)
+    points = _records(run)
+    # Those that raised before they were measured are in no record.
+    lines = (run.out / "bench.log").read_text(errors="replace").splitlines()
+    failures = [x for x in lines if x.startswith(("FAILED ", "ERROR "))]
+    if code not in (0, None) and not failures:
+        failures.append(run.tail("bench.log", 5))
+    if counted not in (0, None):
+        failures.append("launches: " + run.tail("bench-launches.log", 3))
+    return {
+        "status": status(code, counted),
+        "points": points,
+        "failures": failures,
+        "launches": json.loads(launches.read_text()) if launches.exists() else None,
+    }
+
+
+# --- sanitizer ---------------------------------------------------------------------------------
+
+
+def part_sanitizer(run: Run) -> Result:
+    name = "compute-sanitizer"
+    tool = shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+    for folder in run.packages:
+        # NVIDIA also packs it as a wheel.
+        tool = tool or next((str(f) for f in folder.rglob(name) if f.is_file()), None)
+    script = [sys.executable, "tests/gpu_faults.py", "--device", run.device]
+    # First without: kernels are compiled and cached, and a fault shows that is not memory's.
+    plain = run.process("sanitizer-plain.log", *script)
+    if plain != 0:
+        return {
+            "status": status(plain),
+            "failures": ["without the sanitizer: " + run.tail("sanitizer-plain.log", 3)],
+        }
+    if tool is None or run.device == "cpu":
+        return {"status": SKIPPED, "reason": "compute-sanitizer is not here"}
+    tools, failures = {}, []
+    for name in SANITIZER_TOOLS:
+        if run.left() < 10:
+            tools[name] = CUT
+            continue
+        log = f"sanitizer-{name}.log"
+        command = [tool, "--tool", name, "--error-exitcode", "9", "--print-limit", "50"]
+        if name == "memcheck":
+            # torch asks the driver what it then is refused.
+            command += ["--report-api-errors", "no"]
+        # Each allocation by itself, so that the one behind it is not taken for it.
+        code = run.process(log, *command, *script, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        text = (run.out / log).read_text(errors="replace")
+        if code in (0, None):
+            tools[name] = status(code)
+        elif "ERROR SUMMARY" not in text or "Device not supported" in text:
+            tools[name] = f"{SKIPPED}: {run.tail(log, 2)}"
+        elif name == "memcheck" or _names_ours(text):
+            tools[name] = FAILED
+            failures.append(f"{name}: {run.tail(log, 3)}")
+        else:
+            tools[name] = "done; it names kernels of torch only"
+    result = {"tools": tools, "failures": failures}
+    # The first is a must; the others take what time there is.
+    first = tools[SANITIZER_TOOLS[0]]
+    if failures or first == CUT:
+        return {"status": FAILED if failures else CUT, **result}
+    if first.startswith(SKIPPED):
+        return {"status": SKIPPED, "reason": "memcheck does not work here", **result}
+    return {"status": DONE, **result}
+
+
+def _names_ours(log: str) -> bool:
+    """Whether the sanitizer found something in one of our kernels."""
+    sources = (ROOT / "rlhf_kernels" / "triton").glob("*.py")
+    names = {n for s in sources for n in re.findall(r"^def (\w+_kernel)\(", s.read_text(), re.M)}
+    return any(found in names for found in re.findall(r"\b(?:at|in) (\w+_kernel)\b", log))
+
+
+class Part(NamedTuple):
+    """A part and its budget in seconds."""
+
+    run: Callable[[Run], Result]
+    budget: float
+
+
+# By what would be missed most. All budgets together stay below ten minutes.
+PARTS = {
+    "build": Part(part_build, 60),
+    "env": Part(part_env, 50),
+    "gpu": Part(part_gpu, 110),
+    "bench": Part(part_bench, 190),
+    "tests": Part(part_tests, 110),
+    "sanitizer": Part(part_sanitizer, 45),
+}
+
+
+def load(out: Path) -> dict[str, Result]:
+    """Results of the parts that were run, by name."""
+    files = {name: out / f"{name}.json" for name in PARTS}
+    return {name: json.loads(f.read_text()) for name, f in files.items() if f.exists()}
+
+
+def run_part(run: Run, name: str, later: float) -> Result:
+    """Runs a part and keeps its result, whatever happens; `later` seconds are for what follows."""
+    part = PARTS[name]
+    started = time.monotonic()
+    end = run.deadline - RESERVE
+    run.ends = min(end, max(started + part.budget, end - later))
+    print(f"{name}: at most {run.left():.0f} s", flush=True)
+    try:
+        result = part.run(run)
+    except Exception as error:
+        # A broken part must not take the others with it.
+        result = {"status": FAILED, "failures": [f"{type(error).__name__}: {error}"]}
+    result["seconds"] = round(time.monotonic() - started, 1)
+    # Parts may be run on different days.
+    result["commit"] = _output("git", "rev-parse", "HEAD")
+    (run.out / f"{name}.json").write_text(json.dumps(result, indent=1))
+    print(f"{name}: {result['status']} in {result['seconds']} s", flush=True)
+    for line in result.get("failures", [])[:20]:
+        print(f"  {line}", flush=True)
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    from benchmarks import gpu_report
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of logs and results")
+    parser.add_argument("--device", default="cuda", help="device of the tensors")
+    parser.add_argument("--parts", help=f"run these again, of {','.join(PARTS)}")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels to take what is missing from")
+    parser.add_argument("--limit", type=float, default=590, help="seconds for everything")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="a few small cases: does this script work?"
+    )
+    options = parser.parse_args(argv)
+    named = [p for p in (options.parts or "").split(",") if p]
+    unknown = set(named) - set(PARTS)
+    if unknown:
+        parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
+    options.out = options.out.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    run = Run(options)
+    reason = refusal(run)
+    if reason:
+        print(f"gpu_check: cannot use device {run.device!r}: {reason}", file=sys.stderr)
+        return 2
+    if "bench" in named:
+        for file in ("bench-points.jsonl", "bench-launches.json"):
+            (run.out / file).unlink(missing_ok=True)
+    results = load(run.out)
+    for name, result in results.items():
+        if not named and result["status"] in (DONE, SKIPPED):
+            print(f"{name}: {result['status']} before", flush=True)
+    finished = () if named else (DONE, SKIPPED)
+    pending = [n for n in named or PARTS if results.get(n, {}).get("status") not in finished]
+    while pending:
+        name = pending.pop(0)
+        if run.deadline - RESERVE - time.monotonic() < 5:
+            print(f"{name}: no time left; run this again", flush=True)
+            continue
+        results[name] = run_part(run, name, sum(PARTS[n].budget for n in pending))
+        # Now, since the next part may take this process with it.
+        gpu_report.write(results, run.out, quick=run.dry)
+    gpu_report.write(results, run.out, quick=run.dry)
+    print((run.out / "report.md").read_text())
+    good = all(results.get(name, {}).get("status") in (DONE, SKIPPED) for name in PARTS)
+    return 0 if good else 1
+
+
+def terminated(*_: Any) -> None:
+    """Ends this as an interruption does, so that what it started ends too."""
+    sys.exit(143)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, terminated)
+    sys.exit(main())

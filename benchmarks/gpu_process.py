@@ -1,0 +1,136 @@
+"""What the parts of `gpu_check` run with: processes that end in time, packages from wheels."""
+
+import argparse
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DONE, FAILED, SKIPPED, CUT = "done", "failed", "skipped", "cut off"
+Result = dict[str, Any]
+
+
+class Run:
+    """What a part needs: the options, the folder, and processes that end in time."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.device: str = options.device
+        self.out: Path = options.out
+        self.dry: bool = options.dry_run
+        self.packages = unpacked(options.wheels, self.out) if options.wheels else []
+        self.deadline = time.monotonic() + options.limit
+        self.ends = self.deadline
+
+    def left(self) -> float:
+        """Seconds left to the present part."""
+        return self.ends - time.monotonic()
+
+    def process(self, log: str, *command: str, **variables: str) -> int | None:
+        """Exit status of a command, None where its time ran out; output goes to OUT/log."""
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+        environment |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        # Whatever the caller had stays in front of the wheels.
+        paths = [str(ROOT), os.environ.get("PYTHONPATH", ""), *map(str, self.packages)]
+        environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+        if self.device == "cpu":
+            environment["TRITON_INTERPRET"] = "1"
+        with (self.out / log).open("w") as output:
+            # A session of its own, so that what it started ends with it.
+            child = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment | variables,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                return child.wait(timeout=max(1.0, self.left()))
+            except subprocess.TimeoutExpired:
+                return None
+            finally:
+                # Also what outlives a child that ended, and the child where this is interrupted.
+                _end(child)
+
+    def python(self, log: str, *arguments: str, **variables: str) -> int | None:
+        """`process` with this interpreter."""
+        return self.process(log, sys.executable, *arguments, **variables)
+
+    def tail(self, log: str, lines: int = 15) -> str:
+        """The last lines of a log."""
+        return "\n".join((self.out / log).read_text(errors="replace").splitlines()[-lines:])
+
+
+def unpacked(wheels: Path, out: Path) -> list[Path]:
+    """Folders for the path: the wheels in `wheels` whose packages this interpreter lacks.
+
+    Unpacked, not installed: that needs no network, no pip and no right to write to the interpreter.
+    """
+    if not wheels.is_dir():
+        raise NotADirectoryError(f"--wheels: {wheels} is not a folder")
+    folders = []
+    for wheel in sorted(wheels.glob("*.whl")):
+        try:
+            print(f"{wheel.name}: {version(wheel.name.split('-')[0])} is installed", flush=True)
+            continue
+        except PackageNotFoundError:
+            pass
+        folder = out / "wheels" / wheel.stem
+        if not folder.exists():
+            part = folder.with_name(folder.name + ".part")
+            with zipfile.ZipFile(wheel) as archive:
+                for entry in archive.infolist():
+                    file = Path(archive.extract(entry, part))
+                    # Programs stay programs, which zipfile forgets.
+                    if entry.external_attr >> 16 & 0o111 and not entry.is_dir():
+                        file.chmod(0o755)
+            # At once, so that what was cut off is not taken for whole.
+            part.rename(folder)
+        folders.append(folder)
+    # For the parts that ask whether a package is here.
+    sys.path += map(str, folders)
+    return folders
+
+
+def refusal(run: Run) -> str | None:
+    """Why nothing can run on the device, in a line, or None."""
+    code = "import sys, torch, triton; torch.ones(1, device=sys.argv[1]).sum().item()"
+    run.ends = time.monotonic() + 60
+    found = run.python("device.log", "-c", code, run.device)
+    if found == 0:
+        return None
+    return "no answer in a minute" if found is None else run.tail("device.log", 1)
+
+
+def _end(child: subprocess.Popen) -> None:
+    """Ends a process and what it started; at the first signal pytest still writes its results."""
+    for number, seconds in ((signal.SIGINT, 5), (signal.SIGTERM, 1), (signal.SIGKILL, 5)):
+        try:
+            os.killpg(child.pid, number)
+        except (ProcessLookupError, PermissionError):
+            return
+        try:
+            child.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            continue
+        # The others of the group, which cannot be waited for.
+        time.sleep(0.2)
+
+
+def status(*codes: int | None) -> str:
+    """Outcome of processes."""
+    return CUT if None in codes else DONE if not any(codes) else FAILED
+
+
+def missing(*packages: str) -> str | None:
+    """Why a part cannot run here, or None."""
+    absent = [p for p in packages if importlib.util.find_spec(p.replace("-", "_")) is None]
+    return f"not installed: {', '.join(absent)}" if absent else None

@@ -1,0 +1,185 @@
+"""The report of `gpu_check`: report.json and report.md from the results of its parts."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from . import report
+
+PEERS = {
+    "eager": "eager",
+    "compile": "compile",
+    "trl": "TRL",
+    "verl": "verl",
+    "trl kernel": "TRL kernel",
+    "liger": "Liger",
+    "flash-attn": "flash-attn",
+}
+Results = dict[str, dict[str, Any]]
+
+
+def microseconds(seconds: float) -> str:
+    return f"{seconds * 1e6:.3g}" if seconds < 0.9995e-3 else f"{seconds * 1e6:.0f}"
+
+
+def verdict(point: dict[str, Any], quick: bool) -> str:
+    """Whether each target of a point is met; they are about real shapes."""
+    if quick or "median" not in point["providers"]["ours"]:
+        return ""
+    lines = [report.target_text(point, quick)] if point["targets"] else []
+    for key, most in point["at_most"].items():
+        found = point["providers"]["ours"].get(key)
+        if found is None:
+            continue
+        what = "host" if key == "host" else "time"
+        verb = "missed" if found > most else "met"
+        lines.append(f"{verb}: {what} ≤ {microseconds(most)} µs")
+    return "; ".join(lines)
+
+
+def wanted(point: dict[str, Any]) -> str:
+    """The targets in words."""
+    words = []
+    for name, least in point["targets"].items():
+        words.append(f"{least:.0%} of {name}" if name in ("copy", "read") else f"{least:g}× {name}")
+    for key, most in point["at_most"].items():
+        words.append(f"{'host ' if key == 'host' else ''}≤ {microseconds(most)} µs")
+    return ", ".join(words)
+
+
+def _row(point: dict[str, Any], peers: list[str], quick: bool) -> str:
+    ours = point["providers"]["ours"]
+    name = f"{point['op']}, {point['mode']}"
+    if "median" not in ours:
+        return f"| {name} | {point['label']} | failed: {ours.get('error', 'no time')} |"
+    spread = f"{microseconds(ours['p20'])}–{microseconds(ours['p80'])}"
+    cells = [name, point["label"], microseconds(ours["median"]), spread]
+    cells.append(microseconds(ours["host"]) if "host" in ours else "–")
+    peak = ours.get("peak_bytes")
+    cells.append("–" if peak is None else f"{peak / 2**20:.1f}")
+    cells.append(f"{point['moved'] / ours['median'] / 1e9:.0f}")
+    limit = report.of_limit(point)
+    cells.append("–" if limit is None else f"{limit:.0%} {point['limit']}")
+    cells += [report.multiple(report.ratio(point, p)) for p in peers]
+    cells += [wanted(point), verdict(point, quick)]
+    return "| " + " | ".join(cells) + " |"
+
+
+def bench_lines(points: list[dict[str, Any]], quick: bool) -> list[str]:
+    if not points:
+        return []
+    points = sorted(points, key=report.position)
+    peers = [p for p in PEERS if any(report.ratio(x, p) is not None for x in points)]
+    head = ["operation", "shape", "ours, µs", "p20–p80", "host, µs", "peak MiB", "GB/s"]
+    head += ["of the limit", *(f"÷ {PEERS[p]}" for p in peers), "target", "verdict"]
+    lines = ["## Benchmarks", "", "| " + " | ".join(head) + " |"]
+    lines.append("|---|---|" + "---:|" * (len(head) - 4) + "---|---|")
+    lines += [_row(p, peers, quick) for p in points]
+    lines += [
+        "",
+        "Medians of device time by events, cold cache; ÷ x: time of x over ours. Host: time until "
+        "the call returns. GB/s: bytes that the operation must move at least, over its time. Of "
+        "the limit: time of a copy of as many bytes in the same rounds, over ours.",
+    ]
+    absent: dict[str, set[str]] = {}
+    for p in points:
+        for name, found in p["providers"].items():
+            reason = found.get("error") or found.get("skipped")
+            if reason:
+                absent.setdefault(f"{name}: {reason}", set()).add(f"{p['op']} {p['label']}")
+    if absent:
+        lines += ["", "Without a time:", ""]
+        lines += [f"- {reason} ({len(where)} points)" for reason, where in absent.items()]
+    lines += ["", "cut-cross-entropy has no operation on logits: it starts at the hidden states."]
+    return lines
+
+
+def launch_lines(launches: dict[str, Any] | None) -> list[str]:
+    if not launches:
+        return []
+    if launches.get("reason"):
+        return ["", f"Launches were not counted: {launches['reason']}."]
+    rows, size = launches["shape"]
+    lines = ["", f"## Launches per call, every option on, {rows}×{size}", ""]
+    lines += ["| operation | forward | backward |", "|---|---:|---:|"]
+    for name, ways in launches["operations"].items():
+        counts = [str(ways[w]["count"]) if w in ways else "–" for w in ("forward", "backward")]
+        lines.append(f"| {name} | {' | '.join(counts)} |")
+    return lines
+
+
+def _machine_lines(env: dict[str, Any], commits: set[str | None]) -> list[str]:
+    commit = ", ".join(sorted((c or "unknown")[:12] for c in commits)) or "unknown"
+    if "date" not in env:
+        return [f"- commit {commit}; the machine is not known: the part `env` has no result"]
+    device, doctor = env.get("device") or {}, env.get("doctor") or {}
+    versions = ", ".join(f"{k} {v}" for k, v in doctor.get("versions", {}).items())
+    memory = f", {device['memory_bytes'] / 2**30:.0f} GiB" if "memory_bytes" in device else ""
+    lines = [f"- device: {device.get('name', 'unknown')}{memory}"]
+    lines += [f"- driver: {env['driver']}"] if env.get("driver") else []
+    lines.append(f"- versions: {versions}")
+    dirty = " with local changes" if env.get("dirty") else ""
+    lines.append(f"- {env['date']} UTC, commit {commit}{dirty}")
+    if device:
+        rates = device["bytes_per_second"]
+        lines.append(
+            f"- copy {rates['copy'] / 1e9:.0f} GB/s (read + written), read "
+            f"{rates['read'] / 1e9:.0f} GB/s, on {device['rate_tensor_bytes'] / 2**30:.2g} GiB"
+        )
+    if env.get("missing"):
+        lines.append(f"- not installed: {', '.join(env['missing'])}")
+    return lines
+
+
+def markdown(results: Results, quick: bool) -> str:
+    lines = ["# GPU check" + (" (dry run: not a measurement)" if quick else ""), ""]
+    lines += _machine_lines(results.get("env", {}), {r.get("commit") for r in results.values()})
+    lines += [
+        "",
+        "| part | outcome | passed | failed | skipped | s |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for name, r in results.items():
+        counts = [str(r.get(k, "–")) for k in ("passed", "failed", "skipped")]
+        reason = f": {r['reason']}" if "reason" in r else ""
+        lines.append(f"| {name} | {r['status']}{reason} | {' | '.join(counts)} | {r['seconds']} |")
+    tools = results.get("sanitizer", {}).get("tools")
+    if tools:
+        lines += ["", "compute-sanitizer: " + ", ".join(f"{k} {v}" for k, v in tools.items())]
+    bench = results.get("bench", {})
+    lines += ["", *bench_lines(bench.get("points", []), quick)]
+    lines += launch_lines(bench.get("launches"))
+    failures = [f"{name}: {f}" for name, r in results.items() for f in r.get("failures", [])]
+    if failures:
+        lines += ["", "## Failures", "", *("- " + f.replace("\n", " ⏎ ") for f in failures)]
+    skips = {f"{n}: {s} ({c})" for n, r in results.items() for s, c in r.get("skips", {}).items()}
+    if skips:
+        lines += ["", "Skipped tests:", "", *(f"- {s}" for s in sorted(skips))]
+    return "\n".join(lines) + "\n"
+
+
+def without_machine(value: Any, folders: tuple[str, ...]) -> Any:
+    """`value` without names of folders on this machine: the report is made to be published."""
+    if isinstance(value, dict):
+        return {k: without_machine(v, folders) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without_machine(v, folders) for v in value]
+    if isinstance(value, str):
+        for folder in folders:
+            value = value.replace(folder, "…")
+        # Whatever else lies in somebody's home, or in an environment.
+        value = re.sub(r"(/[\w.@+-]+){2,}/(?=[\w.@+-]+)", "…/", value)
+    return value
+
+
+def write(results: Results, out: Path, *, quick: bool) -> None:
+    """Writes report.json and report.md to `out`."""
+    root = Path(__file__).resolve().parents[1]
+    cleaned = without_machine(results, (str(root), str(out), str(Path.home()) + "/"))
+    doctor = cleaned.get("env", {}).get("doctor")
+    if doctor:
+        # What the shell had set may be about anything.
+        doctor.pop("environment", None)
+    (out / "report.json").write_text(json.dumps({"quick": quick, **cleaned}, indent=1))
+    (out / "report.md").write_text(markdown(cleaned, quick))

@@ -1,0 +1,91 @@
+"""Counts what each operation launches on a GPU, forward and backward.
+
+    python benchmarks/launches.py --device cuda --out launches.json
+
+In a process of its own: a profiler that was loaded once slows every later launch.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from rlhf_kernels._warmup import EXAMPLES, Inputs, tensors  # noqa: E402
+
+ROWS, SIZE = 64, 2048
+
+
+def _activity(device: torch.device) -> ProfilerActivity:
+    return ProfilerActivity.XPU if device.type == "xpu" else ProfilerActivity.CUDA
+
+
+def launches(call: Callable[[], Any], device: torch.device) -> dict[str, int]:
+    """Kernels, copies and fills that `call` puts on the device, by name."""
+    torch.accelerator.synchronize(device)
+    with profile(activities=[ProfilerActivity.CPU, _activity(device)]) as profiled:
+        call()
+        torch.accelerator.synchronize(device)
+    found: dict[str, int] = {}
+    for event in profiled.events():
+        # A range that somebody annotated is no launch.
+        if event.device_type.name != "CPU" and not getattr(event, "is_user_annotation", False):
+            found[event.name] = found.get(event.name, 0) + 1
+    return found
+
+
+def of_operation(function: Callable[..., Any], device: torch.device) -> dict[str, Any]:
+    """Launches of one operation, forward and backward."""
+    inputs = Inputs(ROWS, SIZE, torch.float32, device, torch.Generator().manual_seed(0))
+    arguments, options = EXAMPLES[function](inputs)
+    leaves = [
+        v for v in (*arguments, *options.values()) if isinstance(v, Tensor) and v.requires_grad
+    ]
+
+    def forward() -> list[Tensor]:
+        return list(tensors(function(*arguments, **options)))
+
+    outputs = [r for r in forward() if r.requires_grad]
+    ones = [torch.ones_like(o) for o in outputs]
+
+    def backward() -> None:
+        torch.autograd.grad(outputs, leaves, ones, allow_unused=True, retain_graph=True)
+
+    if outputs:
+        backward()
+    found = {"forward": launches(forward, device)}
+    if outputs:
+        found["backward"] = launches(backward, device)
+    return {way: {"count": sum(names.values()), "names": names} for way, names in found.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    report: dict[str, Any] = {"shape": [ROWS, SIZE], "operations": {}}
+    # The first profile also loads the profiler; one that sees nothing cannot count.
+    probe = torch.ones(8, device=device)
+    for _ in range(2):
+        seen = launches(lambda: probe + 1, device) if device.type != "cpu" else {}
+    if not seen:
+        report["reason"] = "the profiler sees no device activity here"
+    else:
+        for function in EXAMPLES:
+            report["operations"][function.__name__] = of_operation(function, device)
+    args.out.write_text(json.dumps(report, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
