@@ -1,0 +1,188 @@
+"""Whitening: moments of tiles, combined in order, then applied.
+
+A tile's moments are taken around its own mean, in fp32; tiles meet in fp64 by Chan's formula. So a
+common offset costs nothing, and equal elements have a variance of exactly zero.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._layout import as_grid, grid, grid_strides
+from ._launch import kernel, launch, tile_count
+from ._math import scalar, tree_sum
+from .logprobs import token_at
+
+# Tokens of a program, 16 a thread.
+TILE = 4096
+WARPS = 8
+# Partials that the combining program takes at a time.
+GROUP = 1024
+
+
+@triton.jit
+def store_moments(partials, slot, count, mean, m2):
+    at = partials + slot.to(tl.int64) * 3
+    tl.store(at, count)
+    tl.store(at + 1, mean)
+    tl.store(at + 2, m2)
+
+
+@triton.jit
+def total(x, N: tl.constexpr):
+    """fp64 sum of a block [N], N up to 2^15: halves first, which lie in registers of a thread."""
+    for _ in tl.static_range(8):
+        if x.shape[0] > 128:
+            x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2)), axis=0)
+    return tree_sum(x, N).to(tl.float64)
+
+
+@triton.jit
+def tile_moments(x, keep, N: tl.constexpr):
+    """(n, mean, sum of squared differences to it), fp64, over the kept elements of a block [N]."""
+    count = tl.sum(keep.to(tl.int32), axis=0).to(tl.float64)
+    n = tl.maximum(count, 1.0)
+    centre = (total(tl.where(keep, x, 0.0), N) / n).to(tl.float32)
+    # Twice: the first centre is off by the rounding of a sum of large numbers.
+    centre += (total(tl.where(keep, x - centre, 0.0), N) / n).to(tl.float32)
+    d = tl.where(keep, x - centre, 0.0)
+    rest = total(d, N) / n
+    m2 = total(d * d, N) - rest * rest * n
+    return count, centre.to(tl.float64) + rest, tl.where(m2 < 0.0, 0.0, m2)
+
+
+@triton.jit
+def merge_moments(count, mean, m2, x, keep, N: tl.constexpr):
+    """The moments and those of the kept elements of a block, together (Chan)."""
+    more, block_mean, block_m2 = tile_moments(x, keep, N)
+    share = more / tl.maximum(count + more, 1.0)
+    d = block_mean - mean
+    return count + more, mean + d * share, m2 + block_m2 + d * d * (count * share)
+
+
+@triton.jit
+def tile_elements(
+    slot, x, mask, count, cols, stride0, stride1, mask_stride0, mask_stride1, FLAT: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """(index, inside, fp32 value, keep) of one tile of the flat order of a grid."""
+    i = slot.to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = i < count
+    if FLAT:
+        at, mask_at = i * stride1, i * mask_stride1
+    else:
+        at = token_at(i, cols, stride0, stride1)
+        mask_at = token_at(i, cols, mask_stride0, mask_stride1)
+    keep = inside
+    if mask is not None:
+        keep = inside & (tl.load(mask + mask_at, mask=inside, other=0) != 0)
+    return i, inside, tl.load(x + at, mask=inside, other=0.0).to(tl.float32), keep
+
+
+@kernel
+def moments_kernel(
+    x, mask, partials, count, cols, stride0, stride1, mask_stride0, mask_stride1,
+    FLAT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """(n, mean, M2) of one tile."""
+    slot = tl.program_id(0)
+    _, _, value, keep = tile_elements(
+        slot, x, mask, count, cols, stride0, stride1, mask_stride0, mask_stride1, FLAT, TILE
+    )
+    n, mean, m2 = tile_moments(value, keep, TILE)
+    store_moments(partials, slot, n, mean, m2)
+
+
+@kernel
+def combine_kernel(partials, stats, slots, correction, eps, GROUP: tl.constexpr):
+    """Mean of everything and 1 / sqrt(variance + eps), fp64, from the moments of the tiles."""
+    counts, sums = tl.zeros((GROUP,), tl.float64), tl.zeros((GROUP,), tl.float64)
+    for start in range(0, slots, GROUP):
+        i = start + tl.arange(0, GROUP)
+        at = partials + i.to(tl.int64) * 3
+        n = tl.load(at, mask=i < slots, other=0.0)
+        counts += n
+        sums += n * tl.load(at + 1, mask=i < slots, other=0.0)
+    count = tree_sum(counts, GROUP)
+    mean = tree_sum(sums, GROUP) / tl.maximum(count, 1.0)
+    squares = tl.zeros((GROUP,), tl.float64)
+    for start in range(0, slots, GROUP):
+        i = start + tl.arange(0, GROUP)
+        at = partials + i.to(tl.int64) * 3
+        n = tl.load(at, mask=i < slots, other=0.0)
+        d = tl.load(at + 1, mask=i < slots, other=0.0) - mean
+        squares += tl.load(at + 2, mask=i < slots, other=0.0) + n * d * d
+    divisor = tl.maximum(count - correction, 1.0)
+    spread = tl.sqrt(tree_sum(squares, GROUP) / divisor + scalar(eps).to(tl.float64))
+    tl.store(stats, mean)
+    # Equal elements with eps = 0 are 0, not 0 / 0.
+    tl.store(stats + 1, tl.where(spread == 0.0, 0.0, 1.0 / spread))
+
+
+@kernel
+def apply_kernel(
+    x, mask, stats, out, count, cols, stride0, stride1, mask_stride0, mask_stride1,
+    SHIFT: tl.constexpr, INPLACE: tl.constexpr, FLAT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """(x - mean) * scale, plus the mean unless SHIFT; 0 where masked, or x if INPLACE."""
+    i, inside, value, keep = tile_elements(
+        tl.program_id(0), x, mask, count, cols, stride0, stride1, mask_stride0, mask_stride1, FLAT,
+        TILE,
+    )  # fmt: skip
+    mean = tl.load(stats)
+    scale = tl.load(stats + 1).to(tl.float32)
+    high = mean.to(tl.float32)
+    low = (mean - high.to(tl.float64)).to(tl.float32)
+    y = (value - high - low) * scale
+    if SHIFT == 0:
+        y += high
+    # In place, masked entries hold 0, or the NaN of a result that is poisoned as a whole.
+    hidden = 0.0
+    if INPLACE:
+        hidden = value
+    tl.store(out + i, tl.where(keep, y, hidden), mask=inside)
+
+
+def _tokens(x: Tensor, mask: Tensor | None) -> tuple[int, int, int, int, int, bool]:
+    """Columns and strides of x and mask, and whether they form one row."""
+    rows, cols = grid(x.shape)
+    strides = (*grid_strides(x), *((0, 0) if mask is None else grid_strides(mask)))
+    flat = rows == 1 or all(strides[k] == cols * strides[k + 1] for k in (0, 2))
+    return cols, *strides, flat
+
+
+def apply_moments(
+    x: Tensor, mask: Tensor | None, partials: Tensor, out: Tensor, *, shift_mean: bool,
+    unbiased: bool, eps: float,
+) -> None:  # fmt: skip
+    """Two launches: whitens x into `out` (contiguous; may be x) by the moments of its tiles."""
+    stats = partials.new_empty(2)
+    launch(
+        combine_kernel, 1, x, partials, stats, partials.shape[0] // 3, int(unbiased), eps,
+        GROUP=GROUP, warps=WARPS,
+    )  # fmt: skip
+    *strides, flat = _tokens(x, mask)
+    launch(
+        apply_kernel, tile_count(x.numel(), TILE), x, x, mask, stats, out, x.numel(), *strides,
+        SHIFT=shift_mean, INPLACE=out is x, FLAT=flat, TILE=TILE, warps=WARPS,
+    )  # fmt: skip
+
+
+def whiten(x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float) -> Tensor:
+    """Three launches; x and mask are read twice."""
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    if x.numel() == 0:
+        return out
+    x, mask = as_grid(x), as_grid(mask)
+    tiles = tile_count(x.numel(), TILE)
+    partials = torch.empty(3 * tiles, dtype=torch.float64, device=x.device)
+    *strides, flat = _tokens(x, mask)
+    launch(
+        moments_kernel, tiles, x, x, mask, partials, x.numel(), *strides, FLAT=flat, TILE=TILE,
+        warps=WARPS,
+    )  # fmt: skip
+    apply_moments(
+        x, mask, partials, out, shift_mean=shift_mean, unbiased=unbiased, eps=eps
+    )  # fmt: skip
+    return out

@@ -1,0 +1,388 @@
+"""gae, discounted_returns, ppo_advantages: tiles of sequences scanned side by side.
+
+Tiles are counted from the start of each sequence, so a sequence's bits depend neither on the
+batch, nor on padding or packing, and 16 rows of 131,072 steps fill a device as 8,192 of 4,096 do.
+One launch finds how each tile maps what is behind it to what is ahead of it; a second one composes
+the tiles behind its own, scans it and writes the results. There is no waiting between programs.
+
+Launches: 1 where every row is one tile, else 2; packed 2. `whiten=True` adds 2, for the sums of the
+moments, which the scan has left, and for their use. `whiten` alone takes 3, `group_advantages` 1,
+or 2 with scale "batch", behind torch's sort where there are ids.
+
+Memory traffic per token in bytes, fp32 and a bool mask: `gae` reads 9 and writes 8; a second launch
+reads its 9 again, from the second-level cache for anything but the largest batches; `whiten=True`
+adds 9. `whiten` itself moves 14.
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _checks, _config
+from .._layout import as_grid, grid_strides
+from ._groups import group_advantages
+from ._launch import INTERPRETED, kernel, launch, tile_count
+from ._math import scalar
+from ._moments import apply_moments, merge_moments, store_moments, whiten
+from ._scan import (
+    CUT,
+    FIELDS,
+    ahead_both,
+    before,
+    block_steps,
+    compose,
+    load_block,
+    locate,
+    pick,
+    score_of,
+    state_behind,
+)
+
+# Steps of a program: a row of 4096 is read once. The interpreter scans element by element, and
+# short tests shall cross tiles.
+TILE = 64 if INTERPRETED else 4096
+# Steps that a program scans at a time, 8 a thread: small enough for several programs on a
+# processor, one of which loads while another one scans.
+BLOCK = 32 if INTERPRETED else 1024
+WARPS = 4
+# Tiles that a program composes at a time.
+GROUP = 16 if INTERPRETED else 64
+# Entries of cu_seqlens that are checked at a time.
+CHECKED = 1024
+# Added to the variance by `whiten=True`, as by `whiten` and verl.
+_WHITEN_EPS = 1e-8
+
+
+@triton.jit
+def check_offsets(offsets, bad, sequences, total, CHECKED: tl.constexpr):
+    """Stores whether cu_seqlens do anything but rise from 0 to total."""
+    wrong = tl.zeros((CHECKED,), tl.int32)
+    for start in range(0, sequences + 1, CHECKED):
+        i = start + tl.arange(0, CHECKED)
+        inside = i <= sequences
+        entry = tl.load(offsets + i, mask=inside, other=0).to(tl.int64)
+        before = tl.load(offsets + i - 1, mask=inside & (i > 0), other=0).to(tl.int64)
+        good = (entry >= before) & tl.where(i == 0, entry == 0, True)
+        good = good & tl.where(i == sequences, entry == total, True)
+        wrong = tl.where(inside & (good == 0), 1, wrong)
+    tl.store(bad, tl.max(wrong, axis=0))
+
+
+@kernel
+def aggregate_kernel(
+    rewards, ref, values, mask, dones, scores, offsets, bad, aggregates, cols, tiles, sequences,
+    bits, rewards_stride0, rewards_stride1, ref_stride0, ref_stride1, values_stride0,
+    values_stride1, mask_stride0, mask_stride1, dones_stride0, dones_stride1, scores_stride, gamma,
+    decay, kl_coef, clip, ESTIMATOR: tl.constexpr, CARRY: tl.constexpr, PACKED: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, CHECKED: tl.constexpr,
+):  # fmt: skip
+    """What one tile with tiles before it makes of what is behind it.
+
+    Packed, program 0 checks the offsets.
+    """
+    slot = tl.program_id(0)
+    if PACKED:
+        if slot == 0:
+            check_offsets(offsets, bad, sequences, cols, CHECKED)
+        slot -= 1
+    sequence, k, row, begin, count, _ = locate(
+        tl.maximum(slot, 0), offsets, cols, tiles, sequences, bits, PACKED, TILE
+    )
+    if (slot >= 0) & (k > 0) & (count > 0):
+        i = tl.arange(0, BLOCK)
+        g, d = scalar(gamma).to(tl.float64), scalar(decay).to(tl.float64)
+        p, q = tl.full((), 1.0, tl.float64), tl.full((), -0.0, tl.float64)
+        scored = q
+        first_value = tl.full((), 0.0, tl.float64)
+        kept = tl.full((), 0, tl.int32)
+        blocks = (count + BLOCK - 1) // BLOCK
+        for block in range(blocks):
+            start = (blocks - 1 - block) * BLOCK
+            keep, exists, last, r, v, v_next = load_block(
+                rewards, ref, values, mask, row, begin + start, count - start, rewards_stride0,
+                rewards_stride1, ref_stride0, ref_stride1, values_stride0, values_stride1,
+                mask_stride0, mask_stride1, kl_coef, ESTIMATOR, CARRY, BLOCK,
+            )  # fmt: skip
+            # Without the value behind the block: that is in u.
+            a, b = block_steps(
+                r, v, v_next, 0.0, dones, exists, last, row, begin + start, dones_stride0,
+                dones_stride1, gamma, decay, values is not None, BLOCK,
+            )  # fmt: skip
+            ahead_value = tl.full((), 0.0, tl.float64)
+            if values is not None:
+                first = tl.min(tl.where(exists, i, BLOCK), axis=0)
+                ahead_value = pick(v, i, first).to(tl.float64)
+            if scores is None:
+                a, b = compose(a, b, dones is not None)
+            else:
+                # Whether the sequence's last kept token is here is not known yet.
+                final = tl.max(tl.where(keep, i, -1), axis=0)
+                score = score_of(scores, sequence, scores_stride, clip)
+                s = block_steps(
+                    tl.where((i == final) & (kept == 0), r + score, r), v, v_next, 0.0, dones,
+                    exists, last, row, begin + start, dones_stride0, dones_stride1, gamma, decay,
+                    values is not None, BLOCK,
+                )[1]  # fmt: skip
+                a, b, s = tl.associative_scan((a, b, s), 0, ahead_both, reverse=True)
+            if last >= 0:
+                a0, b0 = pick(a, i, 0).to(tl.float64), pick(b, i, 0).to(tl.float64)
+                if scores is not None:
+                    s0 = pick(s, i, 0).to(tl.float64)
+                    scored = tl.fma(d, before(a0, s0, scored), g * ahead_value)
+                q = tl.fma(d, before(a0, b0, q), g * ahead_value)
+                p = tl.where((a0 < 0.0) | (p < 0.0), CUT, d * a0 * p)
+                first_value = ahead_value
+            kept = tl.maximum(kept, tl.max(keep.to(tl.int32), axis=0))
+        at = aggregates + slot.to(tl.int64) * FIELDS
+        tl.store(at, p)
+        tl.store(at + 1, q)
+        tl.store(at + 2, first_value)
+        tl.store(at + 3, kept.to(tl.float64))
+        if scores is not None:
+            tl.store(at + 4, scored)
+
+
+@kernel
+def scan_kernel(
+    rewards, ref, values, mask, dones, scores, bootstrap, offsets, bad, aggregates, advantages,
+    returns, shaped, partials, cols, tiles, sequences, bits, rewards_stride0, rewards_stride1,
+    ref_stride0, ref_stride1, values_stride0, values_stride1, mask_stride0, mask_stride1,
+    dones_stride0, dones_stride1, scores_stride, bootstrap_stride, gamma, decay, kl_coef, clip,
+    ESTIMATOR: tl.constexpr, CARRY: tl.constexpr, PACKED: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Results of one tile, and the moments of its advantages if there are partials to store."""
+    slot = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    sequence, _, row, begin, count, behind = locate(
+        slot, offsets, cols, tiles, sequences, bits, PACKED, TILE
+    )
+    n = tl.full((), 0.0, tl.float64)
+    mean, m2 = n, n
+    if PACKED:
+        if tl.load(bad) != 0:
+            # Sequences mean nothing: NaN for all tokens, in plain tiles.
+            count = 0
+            n, mean = n + 1.0, mean + float("nan")
+            for start in range(0, TILE, BLOCK):
+                at = slot.to(tl.int64) * TILE + start + i
+                poison = tl.full((BLOCK,), float("nan"), tl.float32)
+                if values is not None:
+                    tl.store(advantages + at, poison, mask=at < cols)
+                tl.store(returns + at, poison, mask=at < cols)
+                if scores is not None:
+                    tl.store(shaped + at, poison, mask=at < cols)
+    if count > 0:
+        v_behind = tl.full((), 0.0, tl.float32)
+        x = tl.full((), 0.0, tl.float64)
+        d = scalar(decay).to(tl.float64)
+        if bootstrap is not None:
+            end = tl.load(bootstrap + sequence.to(tl.int64) * bootstrap_stride).to(tl.float32)
+            if values is not None:
+                v_behind = end
+            else:
+                x = d * end.to(tl.float64)
+        v_behind, x, kept = state_behind(
+            aggregates, slot, behind, v_behind, x, gamma, values is not None, scores is not None,
+            CARRY, dones is not None, GROUP,
+        )  # fmt: skip
+        blocks = (count + BLOCK - 1) // BLOCK
+        for block in range(blocks):
+            start = (blocks - 1 - block) * BLOCK
+            keep, exists, last, r, v, v_next = load_block(
+                rewards, ref, values, mask, row, begin + start, count - start, rewards_stride0,
+                rewards_stride1, ref_stride0, ref_stride1, values_stride0, values_stride1,
+                mask_stride0, mask_stride1, kl_coef, ESTIMATOR, CARRY, BLOCK,
+            )  # fmt: skip
+            at = row * cols + begin + start + i
+            inside = i < count - start
+            if scores is not None:
+                # The score belongs to the last kept token.
+                final = tl.max(tl.where(keep, i, -1), axis=0)
+                score = score_of(scores, sequence, scores_stride, clip)
+                r = tl.where((i == final) & (kept == 0), r + score, r)
+                kept = tl.maximum(kept, tl.max(keep.to(tl.int32), axis=0))
+                tl.store(shaped + at, r, mask=inside)
+            a, b = block_steps(
+                r, v, v_next, v_behind, dones, exists, last, row, begin + start, dones_stride0,
+                dones_stride1, gamma, decay, values is not None, BLOCK,
+            )  # fmt: skip
+            a, b = compose(a, b, dones is not None)
+            # x in two parts: the sum of a long sequence is rounded once.
+            high = x.to(tl.float32)
+            low = (x - high.to(tl.float64)).to(tl.float32)
+            # Infinity has no second part.
+            low = tl.where(low == low, low, 0.0)
+            if last >= 0:
+                x = d * before(pick(a, i, 0).to(tl.float64), pick(b, i, 0).to(tl.float64), x)
+                if values is not None:
+                    first = tl.min(tl.where(exists, i, BLOCK), axis=0)
+                    v_behind = pick(v, i, first)
+            near = b
+            b = tl.fma(a, low, b)
+            g = tl.fma(a, high, b + v)
+            b = tl.fma(a, high, b)
+            if dones is not None:
+                g = tl.where(a < 0.0, near + v, g)
+                b = tl.where(a < 0.0, near, b)
+            b = tl.where(keep, b, 0.0)
+            tl.store(returns + at, tl.where(keep, g, 0.0), mask=inside)
+            if values is not None:
+                tl.store(advantages + at, b, mask=inside)
+            if partials is not None:
+                n, mean, m2 = merge_moments(n, mean, m2, b, keep, BLOCK)
+    if partials is not None:
+        store_moments(partials, slot, n, mean, m2)
+
+
+def _strided(t: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """A token tensor that the kernels can read, and its strides."""
+    t = as_grid(t)
+    return (None, 0, 0) if t is None else (t, *grid_strides(t))
+
+
+def _scan(
+    op: str,
+    rewards: Tensor,
+    cu_seqlens: Tensor | None,
+    *,
+    values: Tensor | None = None,
+    mask: Tensor | None = None,
+    dones: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    scores: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    estimator: str = "reward",
+    kl_coef: float = 0.0,
+    reward_clip: float | None = None,
+    gamma: float,
+    lam: float = 1.0,
+    masked: str,
+    whiten: bool = False,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """(advantages, returns, shaped rewards). With scores, `rewards` are log-probabilities."""
+    if _config.CHECK:
+        _checks.offsets_valid(op, cu_seqlens, rewards.shape[0])
+    returns = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
+    advantages = None if values is None else torch.empty_like(returns)
+    shaped = None if scores is None else torch.empty_like(returns)
+    results = advantages, returns, shaped
+    if returns.numel() == 0:
+        return results
+    packed = cu_seqlens is not None
+    cols = returns.shape[-1]
+    if packed:
+        sequences, tiles = cu_seqlens.shape[0] - 1, 0
+        if sequences == 0:
+            # Offsets that end before the tokens do: known without a look at them.
+            for t in results:
+                if t is not None:
+                    t.fill_(float("nan"))
+            return results
+        slots = cols // TILE + sequences
+        offsets, bad = cu_seqlens.contiguous(), returns.new_empty(1, dtype=torch.int32)
+    else:
+        sequences, tiles = returns.shape[0], tile_count(cols, TILE)
+        slots, offsets, bad = sequences * tiles, None, None
+    tokens, strides = [], []
+    for t in (rewards, ref_logprobs, values, mask, dones):
+        t, *steps = _strided(t)
+        tokens.append(t)
+        strides.extend(steps)
+    scores, _, scores_stride = _strided(scores)
+    bootstrap_values, _, bootstrap_stride = _strided(bootstrap_values)
+    sizes = cols, tiles, sequences, sequences.bit_length(), *strides
+    clip = 0.0 if reward_clip is None else reward_clip
+    numbers = gamma, gamma * lam, kl_coef, clip
+    options = {
+        "ESTIMATOR": estimator, "CARRY": masked == "carry" and mask is not None, "PACKED": packed,
+        "TILE": TILE, "BLOCK": BLOCK, "warps": WARPS,
+    }  # fmt: skip
+    aggregates = None
+    if packed or tiles > 1:
+        aggregates = returns.new_empty(slots * FIELDS.value, dtype=torch.float64)
+        launch(
+            aggregate_kernel, slots + packed, returns, *tokens, scores, offsets, bad, aggregates,
+            *sizes, scores_stride, *numbers, CHECKED=CHECKED, **options,
+        )  # fmt: skip
+    partials = returns.new_empty(3 * slots, dtype=torch.float64) if whiten else None
+    launch(
+        scan_kernel, slots, returns, *tokens, scores, bootstrap_values, offsets, bad, aggregates,
+        advantages, returns, shaped, partials, *sizes, scores_stride, bootstrap_stride, *numbers,
+        GROUP=GROUP, **options,
+    )  # fmt: skip
+    if whiten:
+        apply_moments(
+            advantages, tokens[3], partials, advantages, shift_mean=True, unbiased=True,
+            eps=_WHITEN_EPS,
+        )  # fmt: skip
+    return results
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dones: Tensor | None,
+    bootstrap_values: Tensor | None,
+    gamma: float,
+    lam: float,
+    masked: str,
+    whiten: bool,
+) -> tuple[Tensor, Tensor]:
+    return _scan(
+        "gae", rewards, cu_seqlens, values=values, mask=mask, dones=dones,
+        bootstrap_values=bootstrap_values, gamma=gamma, lam=lam, masked=masked, whiten=whiten,
+    )[:2]  # fmt: skip
+
+
+def discounted_returns(
+    rewards: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dones: Tensor | None,
+    bootstrap_values: Tensor | None,
+    gamma: float,
+    masked: str,
+) -> Tensor:
+    return _scan(
+        "discounted_returns", rewards, cu_seqlens, mask=mask, dones=dones,
+        bootstrap_values=bootstrap_values, gamma=gamma, masked=masked,
+    )[1]  # fmt: skip
+
+
+def ppo_advantages(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    values: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kl_coef: float,
+    kl_estimator: str,
+    gamma: float,
+    lam: float,
+    masked: str,
+    whiten: bool,
+    reward_clip: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    penalty = ref_logprobs is not None and kl_coef != 0
+    return _scan(
+        "ppo_advantages", logprobs, cu_seqlens, values=values, mask=mask, scores=scores,
+        ref_logprobs=ref_logprobs if penalty else None,
+        estimator=kl_estimator if penalty else "none", kl_coef=kl_coef, reward_clip=reward_clip,
+        gamma=gamma, lam=lam, masked=masked, whiten=whiten,
+    )  # fmt: skip
+
+
+LAUNCHERS: dict[str, Callable[..., object]] = {
+    "gae": gae,
+    "discounted_returns": discounted_returns,
+    "ppo_advantages": ppo_advantages,
+    "group_advantages": group_advantages,
+    "whiten": whiten,
+}
