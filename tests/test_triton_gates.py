@@ -70,6 +70,7 @@ def test_the_gate_refuses_bad_kernels(tmp_path):
         ("crowding_kernel", "sm_90", "1 blocks a multiprocessor, expected 2"),
         ("narrow_kernel", "sm_90", "loads of 32 bits from aligned rows"),
         ("narrow_kernel", "gfx942", "loads of 32 bits from aligned rows"),
+        ("broken_kernel", "sm_90", "does not compile: CompilationError"),
         ("atomic_kernel", "sm_90", "1 atomic operations"),
         ("atomic_kernel", "gfx942", "1 atomic operations"),
     ):

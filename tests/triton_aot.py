@@ -81,10 +81,9 @@ class Variant:
     def label(self) -> str:
         """What distinguishes it from other variants of its kernel, for people."""
         names = list(self.signature)
-        parts = [f"{n}:{t}" for n, t in self.signature.items() if t.startswith("*")]
-        parts += [f"{n}:i64" for n, t in self.signature.items() if t == "i64"]
-        parts += [f"{names[i]}={v}" for (i,), v in self.constants.items()]
-        parts += [f"{names[i]}:{n}={v}" for (i,), a in self.attributes.items() for n, v in a]
+        parts = [f"{n}:{t}" for n, t in self.signature.items() if t == "i64" or t[0] == "*"]
+        parts += [f"{names[i]}={v}" for (i, *_), v in self.constants.items()]
+        parts += [f"{names[i]}:{n}={v}" for (i, *_), a in self.attributes.items() for n, v in a]
         return " ".join(parts).replace("tt.", "")
 
     def floats(self) -> str:
@@ -319,12 +318,18 @@ def compiled(variant: Variant, name: str) -> Resources:
 _jobs: list[tuple[Variant, str]] = []
 
 
-def _run_job(index: int) -> Resources:
-    return compiled(*_jobs[index])
+def _run_job(index: int) -> Resources | str:
+    variant, name = _jobs[index]
+    try:
+        return compiled(variant, name)
+    except Exception as error:
+        # One kernel that does not compile shall not hide what the others need.
+        text = f"{type(error).__name__}: {error}"
+        return f"{variant.kernel} on {name}: does not compile: {text} [{variant.label()}]"
 
 
-def compile_all(jobs: list[tuple[Variant, str]], processes: int) -> list[Resources]:
-    """Compiles each (variant, target name), in order."""
+def compile_all(jobs: list[tuple[Variant, str]], processes: int) -> list[Resources | str]:
+    """Compiles each (variant, target name), in order; a message where that fails."""
     _jobs[:] = jobs
     if processes == 1:
         return [_run_job(i) for i in range(len(jobs))]
@@ -406,7 +411,9 @@ def main() -> int:
         for name, r in recorded.items():
             chosen = brief(r.variants.values()) if options.brief else r.variants.values()
             jobs += [(v, name) for v in chosen]
-        results = compile_all(jobs, options.processes)
+        done = compile_all(jobs, options.processes)
+        problems += [failure for failure in done if isinstance(failure, str)]
+        results = [r for r in done if isinstance(r, Resources)]
         problems += [p for r in results for p in r.problems()]
         output["resources"] = [asdict(r) for r in results]
         if options.report:

@@ -45,6 +45,12 @@ def atomic_kernel(x):
 
 
 @kernel
+def broken_kernel(x, absent):
+    """Reads what was not given."""
+    tl.store(x, tl.load(absent))
+
+
+@kernel
 def forgotten_kernel(x):
     """Nobody launches it."""
     tl.store(x, 1.0)
@@ -62,6 +68,7 @@ def cases(full: bool) -> Iterator[Case]:
         "spilling": lambda: launch(spilling_kernel, 1, x, x, BLOCK=1 << 16, warps=16),
         "crowding": lambda: launch(crowding_kernel, 1, x, x, BLOCK=1 << 15, warps=16),
         "atomic": lambda: launch(atomic_kernel, 1, x, x, warps=1),
+        "broken": lambda: launch(broken_kernel, 1, x, x, None, warps=1),
         "narrow": lambda: launch(narrow_kernel, 1, x, x, 9, ALIGN=4, BLOCK=1024, warps=4),
     }.items():
         yield Case(name, lambda call=call: call() or (), (), {})
