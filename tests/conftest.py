@@ -49,7 +49,6 @@ def pytest_configure(config):
 
 # Operations of these files whose Triton kernels are still being built.
 _NEEDS = {
-    "test_advantages": ("gae", "whiten", "group_advantages"),
     "test_parity_openrlhf": ("gae", "whiten", "group_advantages", "policy_loss", "value_loss"),
     "test_parity_trl": ("group_advantages", "policy_loss"),
     "test_parity_verl": ("gae", "whiten", "group_advantages", "policy_loss", "value_loss"),

@@ -5,6 +5,7 @@ write each element as often as it says, and are not compiled anew for another le
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,7 @@ def test_every_operation_is_recorded(recorded):
     }
 
 
-#: Kernels that an operation launches, forward and backward, whatever its options.
+#: Kernels that an operation launches, forward and backward, whatever its options but for `extras`.
 LAUNCHES = {
     "token_logprobs": (
         ["logprobs.partial_kernel", "logprobs.combine_kernel"],
@@ -103,7 +104,34 @@ LAUNCHES = {
         ["kl.coefficients_kernel", "kl.backward_kernel"],
     ),
     "kl_penalty": (["kl.penalty_kernel"], ["kl.penalty_kernel"]),
+    "gae": (["advantages.scan_kernel"], []),
+    "discounted_returns": (["advantages.scan_kernel"], []),
+    "ppo_advantages": (["advantages.scan_kernel"], []),
+    "whiten": (
+        ["_moments.moments_kernel", "_moments.combine_kernel", "_moments.apply_kernel"],
+        [],
+    ),
+    "group_advantages": (["_groups.group_kernel"], []),
 }
+SCANS = ("gae", "discounted_returns", "ppo_advantages")
+
+
+def extras(op: str, name: str) -> tuple[list[str], list[str]]:
+    """What the call `name` launches before and behind the kernels that `op` always launches."""
+    if op == "group_advantages":
+        return [], ["_groups.batch_kernel"] if "scale=batch" in name else []
+    if op not in SCANS:
+        return [], []
+    # A row of several tiles, or rows of unknown length.
+    several = "long" in name or "packed" in name
+    chosen = re.search(r"whiten=(True|False)", name)
+    # The default, but for what `warmup` runs.
+    default = op == "ppo_advantages" or (op, name.split("/")[0]) == ("gae", "example")
+    whitens = chosen[1] == "True" if chosen else default
+    return (
+        ["advantages.aggregate_kernel"] if several else [],
+        ["_moments.combine_kernel", "_moments.apply_kernel"] if whitens else [],
+    )
 
 
 @pytest.mark.parametrize("op", LAUNCHES)
@@ -114,24 +142,32 @@ def test_launches(op, recorded):
         if op in name.split("/")
     }
     assert f"example/{op}/dtype=float32" in seen
-    assert {name: launches for name, launches in seen.items() if launches != LAUNCHES[op]} == {}
+    wrong = {}
+    for name, launches in seen.items():
+        before, behind = extras(op, name)
+        forward, backward = LAUNCHES[op]
+        if launches != (before + forward + behind, backward):
+            wrong[name] = launches
+    assert wrong == {}
 
 
 @pytest.mark.parametrize("op", LAUNCHES)
 def test_nothing_is_compiled_anew(op, recorded):
     """One kernel for all lengths, batch sizes, strides, temperatures and coefficients."""
-    keys: dict[str, dict[str, list[str]]] = {}
-    calls = 0
+    keys: dict[tuple[str, int, str], dict[str, list[str]]] = {}
+    calls: dict[str, int] = {}
     for name, passes in recorded["launches"].items():
         if name.startswith(f"sweep/{op}/"):
-            calls += 1
-            for kernel, key in (*passes[0], *passes[1]):
-                keys.setdefault(kernel, {}).setdefault(key, []).append(name)
-    assert calls >= 4
-    # A kernel that runs forward and backward is two.
-    expected = {k: sum(k in part for part in LAUNCHES[op]) for part in LAUNCHES[op] for k in part}
-    assert {k: list(keys[k].values()) for k in keys if len(keys[k]) != expected[k]} == {}
-    assert set(keys) == set(expected)
+            kind = name.split("/")[2]
+            calls[kind] = calls.get(kind, 0) + 1
+            # A kernel that runs forward and backward is two.
+            for part, launches in enumerate(passes):
+                for kernel, key in launches:
+                    keys.setdefault((kind, part, kernel), {}).setdefault(key, []).append(name)
+    assert calls and min(calls.values()) >= 3
+    assert {k: list(v.values()) for k, v in keys.items() if len(v) != 1} == {}
+    launched = {(part, kernel) for _, part, kernel in keys}
+    assert launched >= {(part, k) for part, ks in enumerate(LAUNCHES[op]) for k in ks}
 
 
 @interpreted
@@ -235,3 +271,54 @@ class TestTraffic:
             assert (backward.reads(t) == 1).all()
         assert (backward.writes(grad) == 1).all()
         assert (backward.bytes_read, backward.bytes_written) == (2100 * 12, 2100 * 4)
+
+    def test_gae(self):
+        from rlhf_kernels.triton._scan import FIELDS
+        from rlhf_kernels.triton.advantages import TILE
+
+        rows, cols, tiles = 2, 2 * TILE + 22, 3
+        rewards, values = torch.randn(rows, cols), torch.randn(rows, cols + 1)[:, 1:]
+        mask = torch.rand(rows, cols) < 0.7
+        with self.traffic() as traffic:
+            result = rk.gae(rewards, values, mask=mask)
+        assert traffic.kernels == ["aggregate_kernel", "scan_kernel"]
+        # Once by each launch; the first tile of a row is what no tile waits for.
+        once = 1 + (torch.arange(cols) >= TILE).long().expand(rows, cols)
+        assert torch.equal(traffic.reads(rewards), once)
+        # The token and the one behind it, which is in the first-level cache by then.
+        inner = (torch.arange(cols) % TILE != 0).long()
+        assert torch.equal(traffic.reads(mask), once * (1 + inner))
+        # Where tokens are masked, the next one that is not.
+        assert (traffic.reads(values) >= once).all()
+        assert traffic.reads(values).sum() <= 2 * once.sum()
+        for out in result:
+            assert (traffic.writes(out) == 1).all()
+        fields = (FIELDS.value - 1) * 8
+        behind = sum(range(tiles))
+        reads = sum(int(traffic.reads(t).sum()) * t.element_size() for t in (rewards, values, mask))
+        assert traffic.bytes_read == reads + rows * behind * fields
+        assert traffic.bytes_written == rows * cols * 8 + rows * (tiles - 1) * fields
+
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_whiten(self, masked):
+        x = torch.randn(3, 2101)[:, 1:]
+        mask = torch.rand(3, 2100) < 0.5 if masked else None
+        with self.traffic() as traffic:
+            out = rk.whiten(x, mask)
+        tiles = 2
+        assert (traffic.reads(x) == 2).all() and (traffic.writes(out) == 1).all()
+        assert mask is None or (traffic.reads(mask) == 2).all()
+        # Three moments a tile, of which two are read once more, to sum around the mean of all; then
+        # two statistics.
+        statistics = tiles * (2 + 3 + 2) * 8
+        assert traffic.bytes_read == 6300 * (10 if masked else 8) + statistics
+        assert traffic.bytes_written == 6300 * 4 + tiles * 3 * 8 + 2 * 8
+
+    def test_group_advantages(self):
+        rewards = torch.randn(40)
+        with self.traffic() as traffic:
+            out = rk.group_advantages(rewards, 8)
+        # Mean, spread, result; and the first of each group, which the others are relative to.
+        expected = 3 + (torch.arange(40) % 8 == 0).long()
+        assert torch.equal(traffic.reads(rewards), expected)
+        assert (traffic.writes(out) == 1).all() and (traffic.bytes_written) == 160

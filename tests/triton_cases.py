@@ -373,7 +373,7 @@ def token_sweeps() -> Iterator[Case]:
                 return torch.zeros(rows + 1, length + 3, **options)[1:, 2:-1]
 
             mask, name = x(dtype=torch.bool), f"{kind}/{n}"
-            rates = {"gamma": gamma, "lam": lam}
+            rates: dict[str, Any] = {"gamma": gamma, "lam": lam}
             yield Case(f"sweep/gae/{name}", rk.gae, (x(), x()), {"mask": mask} | rates)
             yield Case(f"sweep/discounted_returns/{name}", rk.discounted_returns, (x(),),
                        {"mask": mask, "gamma": gamma})  # fmt: skip
@@ -404,6 +404,19 @@ def token_sweeps() -> Iterator[Case]:
                        {"clip_range": (0.2, 1, 16, 2)[n]})  # fmt: skip
 
 
+def packed_sweeps() -> Iterator[Case]:
+    for n, (sequences, tokens) in enumerate(((1, 1), (2, 1000), (16, 40001), (1025, 16384))):
+        x = torch.zeros(tokens + 3)[2:-1]
+        scores, mask = torch.zeros(sequences), torch.ones(tokens, dtype=torch.bool)
+        options = {"cu_seqlens": torch.zeros(sequences + 1, dtype=torch.int64), "mask": mask}
+        options |= {"gamma": (1, 0.5, 1.0, 0)[n]}
+        name = f"packed/{n}"
+        yield Case(f"sweep/gae/{name}", rk.gae, (x, x), options)
+        yield Case(f"sweep/discounted_returns/{name}", rk.discounted_returns, (x,), options)
+        yield Case(f"sweep/ppo_advantages/{name}", rk.ppo_advantages, (scores, x, x, x),
+                   options | {"kl_coef": 0.1})  # fmt: skip
+
+
 def cases(full: bool) -> Iterator[Case]:
     """All calls: options one at a time, or with `full` any two of them together.
 
@@ -418,3 +431,4 @@ def cases(full: bool) -> Iterator[Case]:
     yield from value(full)
     yield from row_sweeps()
     yield from token_sweeps()
+    yield from packed_sweeps()

@@ -143,12 +143,12 @@ def group_advantages(
     launch(
         group_kernel, programs, rewards, rewards, greedy_rewards, sorted_ids, order, work, count,
         group_size, count.bit_length(), rewards.stride(0),
-        0 if greedy_rewards is None else greedy_rewards.stride(0), eps, BASELINE=baseline,
+        0 if greedy_rewards is None else greedy_rewards.stride(0), float(eps), BASELINE=baseline,
         SCALE=scale, BLOCK=BLOCK, warps=1,
     )  # fmt: skip
     if batch:
         launch(
-            batch_kernel, 1, rewards, work, out, count, eps, CENTRE=baseline in ("none", "greedy"),
-            BLOCK=BATCH_BLOCK, warps=_BATCH_WARPS,
+            batch_kernel, 1, rewards, work, out, count, float(eps),
+            CENTRE=baseline in ("none", "greedy"), BLOCK=BATCH_BLOCK, warps=_BATCH_WARPS,
         )  # fmt: skip
     return out

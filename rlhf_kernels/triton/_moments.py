@@ -12,7 +12,6 @@ from torch import Tensor
 from .._layout import as_grid, grid, grid_strides
 from ._launch import kernel, launch, tile_count
 from ._math import scalar, tree_sum
-from .logprobs import token_at
 
 # Tokens of a program, 16 a thread.
 TILE = 4096
@@ -62,33 +61,46 @@ def merge_moments(count, mean, m2, x, keep, N: tl.constexpr):
 
 
 @triton.jit
+def tile_places(slot, cols, TILE: tl.constexpr):
+    """(rows, columns) of one tile of the flat order of a grid.
+
+    Only its first place is found by a 64-bit division: those are slow, and one per token would take
+    longer than memory does.
+    """
+    begin = slot.to(tl.int64) * TILE
+    row, column = begin // cols, begin % cols
+    i = tl.arange(0, TILE)
+    # Places from the second row on; rows longer than a tile have no third one.
+    beyond = i - tl.minimum(cols - column, TILE).to(tl.int32)
+    width = tl.minimum(begin * 0 + cols, TILE).to(tl.int32)
+    rows = row + tl.where(beyond < 0, 0, beyond // width + 1)
+    return rows, tl.where(beyond < 0, column + i, (beyond % width).to(tl.int64))
+
+
+@triton.jit
 def tile_elements(
-    slot, x, mask, count, cols, stride0, stride1, mask_stride0, mask_stride1, FLAT: tl.constexpr,
-    TILE: tl.constexpr,
-):  # fmt: skip
+    slot, x, mask, count, cols, stride0, stride1, mask_stride0, mask_stride1, TILE: tl.constexpr
+):
     """(index, inside, fp32 value, keep) of one tile of the flat order of a grid."""
     i = slot.to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = i < count
-    if FLAT:
-        at, mask_at = i * stride1, i * mask_stride1
-    else:
-        at = token_at(i, cols, stride0, stride1)
-        mask_at = token_at(i, cols, mask_stride0, mask_stride1)
+    row, column = tile_places(slot, cols, TILE)
     keep = inside
     if mask is not None:
-        keep = inside & (tl.load(mask + mask_at, mask=inside, other=0) != 0)
-    return i, inside, tl.load(x + at, mask=inside, other=0.0).to(tl.float32), keep
+        at = mask + row * mask_stride0 + column * mask_stride1
+        keep = inside & (tl.load(at, mask=inside, other=0) != 0)
+    at = x + row * stride0 + column * stride1
+    return i, inside, tl.load(at, mask=inside, other=0.0).to(tl.float32), keep
 
 
 @kernel
 def moments_kernel(
-    x, mask, partials, count, cols, stride0, stride1, mask_stride0, mask_stride1,
-    FLAT: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    x, mask, partials, count, cols, stride0, stride1, mask_stride0, mask_stride1, TILE: tl.constexpr
+):
     """(n, mean, M2) of one tile."""
     slot = tl.program_id(0)
     _, _, value, keep = tile_elements(
-        slot, x, mask, count, cols, stride0, stride1, mask_stride0, mask_stride1, FLAT, TILE
+        slot, x, mask, count, cols, stride0, stride1, mask_stride0, mask_stride1, TILE
     )
     n, mean, m2 = tile_moments(value, keep, TILE)
     store_moments(partials, slot, n, mean, m2)
@@ -123,13 +135,12 @@ def combine_kernel(partials, stats, slots, correction, eps, GROUP: tl.constexpr)
 @kernel
 def apply_kernel(
     x, mask, stats, out, count, cols, stride0, stride1, mask_stride0, mask_stride1,
-    SHIFT: tl.constexpr, INPLACE: tl.constexpr, FLAT: tl.constexpr, TILE: tl.constexpr,
+    SHIFT: tl.constexpr, INPLACE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """(x - mean) * scale, plus the mean unless SHIFT; 0 where masked, or x if INPLACE."""
     i, inside, value, keep = tile_elements(
-        tl.program_id(0), x, mask, count, cols, stride0, stride1, mask_stride0, mask_stride1, FLAT,
-        TILE,
-    )  # fmt: skip
+        tl.program_id(0), x, mask, count, cols, stride0, stride1, mask_stride0, mask_stride1, TILE
+    )
     mean = tl.load(stats)
     scale = tl.load(stats + 1).to(tl.float32)
     high = mean.to(tl.float32)
@@ -144,12 +155,9 @@ def apply_kernel(
     tl.store(out + i, tl.where(keep, y, hidden), mask=inside)
 
 
-def _tokens(x: Tensor, mask: Tensor | None) -> tuple[int, int, int, int, int, bool]:
-    """Columns and strides of x and mask, and whether they form one row."""
-    rows, cols = grid(x.shape)
-    strides = (*grid_strides(x), *((0, 0) if mask is None else grid_strides(mask)))
-    flat = rows == 1 or all(strides[k] == cols * strides[k + 1] for k in (0, 2))
-    return cols, *strides, flat
+def _places(x: Tensor, mask: Tensor | None) -> tuple[int, ...]:
+    """Columns, and the strides of x and mask."""
+    return grid(x.shape)[1], *grid_strides(x), *((0, 0) if mask is None else grid_strides(mask))
 
 
 def apply_moments(
@@ -159,13 +167,12 @@ def apply_moments(
     """Two launches: whitens x into `out` (contiguous; may be x) by the moments of its tiles."""
     stats = partials.new_empty(2)
     launch(
-        combine_kernel, 1, x, partials, stats, partials.shape[0] // 3, int(unbiased), eps,
+        combine_kernel, 1, x, partials, stats, partials.shape[0] // 3, int(unbiased), float(eps),
         GROUP=GROUP, warps=WARPS,
     )  # fmt: skip
-    *strides, flat = _tokens(x, mask)
     launch(
-        apply_kernel, tile_count(x.numel(), TILE), x, x, mask, stats, out, x.numel(), *strides,
-        SHIFT=shift_mean, INPLACE=out is x, FLAT=flat, TILE=TILE, warps=WARPS,
+        apply_kernel, tile_count(x.numel(), TILE), x, x, mask, stats, out, x.numel(),
+        *_places(x, mask), SHIFT=shift_mean, INPLACE=out is x, TILE=TILE, warps=WARPS,
     )  # fmt: skip
 
 
@@ -177,9 +184,8 @@ def whiten(x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps
     x, mask = as_grid(x), as_grid(mask)
     tiles = tile_count(x.numel(), TILE)
     partials = torch.empty(3 * tiles, dtype=torch.float64, device=x.device)
-    *strides, flat = _tokens(x, mask)
     launch(
-        moments_kernel, tiles, x, x, mask, partials, x.numel(), *strides, FLAT=flat, TILE=TILE,
+        moments_kernel, tiles, x, x, mask, partials, x.numel(), *_places(x, mask), TILE=TILE,
         warps=WARPS,
     )  # fmt: skip
     apply_moments(

@@ -185,10 +185,12 @@ def scan_kernel(
                 v_behind = end
             else:
                 x = d * end.to(tl.float64)
-        v_behind, x, kept = state_behind(
-            aggregates, slot, behind, v_behind, x, gamma, values is not None, scores is not None,
-            CARRY, dones is not None, GROUP,
-        )  # fmt: skip
+        kept = tl.full((), 0, tl.int32)
+        if aggregates is not None:
+            v_behind, x, kept = state_behind(
+                aggregates, slot, behind, v_behind, x, gamma, values is not None,
+                scores is not None, CARRY, dones is not None, GROUP,
+            )  # fmt: skip
         blocks = (count + BLOCK - 1) // BLOCK
         for block in range(blocks):
             start = (blocks - 1 - block) * BLOCK
@@ -295,8 +297,8 @@ def _scan(
     scores, _, scores_stride = _strided(scores)
     bootstrap_values, _, bootstrap_stride = _strided(bootstrap_values)
     sizes = cols, tiles, sequences, sequences.bit_length(), *strides
-    clip = 0.0 if reward_clip is None else reward_clip
-    numbers = gamma, gamma * lam, kl_coef, clip
+    # A whole number would be an argument of another type, and another kernel.
+    numbers = [float(x) for x in (gamma, gamma * lam, kl_coef, reward_clip or 0.0)]
     options = {
         "ESTIMATOR": estimator, "CARRY": masked == "carry" and mask is not None, "PACKED": packed,
         "TILE": TILE, "BLOCK": BLOCK, "warps": WARPS,
