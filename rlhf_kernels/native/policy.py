@@ -84,17 +84,19 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         params: Sequence[float],
         grad: bool,
         entropy_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         op = "policy_loss"
         loss, metrics, gradient = outputs(logprobs, _METRICS, grad)
         shape = entropy.shape if entropy_grad else (0,)
         bonus = torch.empty(
             shape, dtype=(entropy if entropy_grad else logprobs).dtype, device=logprobs.device
         )
+        # The gradients are complete.
+        scale = loss.new_empty(0)
         divisor = divisor_value(op, normalizer, divisor)
         tokens = sequences(op, logprobs, cu_seqlens)
         if tokens is None:
-            return loss.zero_(), metrics.zero_(), gradient, bonus
+            return loss.zero_(), metrics.zero_(), gradient, bonus, scale
         mask, logprobs, old = mask_grid(mask), b.as_grid(logprobs), b.as_grid(old)
         advantages, ref = b.as_grid(advantages), b.as_grid(ref)
         rollout, entropy = b.as_grid(rollout), b.as_grid(entropy)
@@ -105,6 +107,6 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             b.pack(bonus) if entropy_grad else None, b.threads(),
         )  # fmt: skip
         raise_status(op, status, cu_seqlens, logprobs.numel())
-        return loss, metrics, gradient, bonus
+        return loss, metrics, gradient, bonus, scale
 
     return {"policy_loss": policy_loss}

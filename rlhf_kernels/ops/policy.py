@@ -12,18 +12,30 @@ from ..policy_config import PolicyLossConfig
 from ..reference.policy import METRICS
 
 
+def gradient_fake(like: Tensor, wanted: bool, backend: str) -> Tensor:
+    """The gradient of `like` as an operator with a `scale` returns it; empty if not wanted."""
+    dtype = torch.float32 if backend == "triton" else like.dtype
+    return like.new_empty(like.shape if wanted else (0,), dtype=dtype)
+
+
+def scale_fake(like: Tensor, backend: str) -> Tensor:
+    """What the gradients are yet to be multiplied by; empty where they are complete."""
+    return like.new_empty(() if backend == "triton" else (0,), dtype=torch.float32)
+
+
 def _forward_fake(
     logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, ref: Tensor | None,
     rollout: Tensor | None, entropy: Tensor | None, cu_seqlens: Tensor | None,
     normalizer: Tensor | None, divisor: float, codes: list[int], params: list[float],
     grad: bool, entropy_grad: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     scalar = logprobs.new_empty((), dtype=torch.float32)
     return (
         scalar,
         scalar.new_empty((len(METRICS),)),
-        logprobs.new_empty(logprobs.shape if grad else (0,)),
-        entropy.new_empty(entropy.shape) if entropy_grad else logprobs.new_empty((0,)),
+        gradient_fake(logprobs, grad, backend),
+        gradient_fake(entropy if entropy_grad else logprobs, entropy_grad, backend),
+        scale_fake(logprobs, backend),
     )
 
 
@@ -32,17 +44,40 @@ _forward = define(
     "(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
     "Tensor? rollout_logprobs, Tensor? entropy, Tensor? cu_seqlens, Tensor? normalizer, "
     "float divisor, int[] codes, float[] params, bool grad, bool entropy_grad, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_fake,
 )
 
 
-def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """gradient * upstream; the gradient itself where upstream is 1 and looking costs nothing."""
+def _backward_fake(
+    first: Tensor, second: Tensor | None, scale: Tensor, upstream: Tensor,
+    first_dtype: torch.dtype, second_dtype: torch.dtype, backend: str,
+) -> list[Tensor]:  # fmt: skip
+    pairs = ((first, first_dtype), (second, second_dtype))
+    return [torch.empty_like(g, dtype=dtype) for g, dtype in pairs if g is not None]
+
+
+_backward = define(
+    "loss_backward",
+    "(Tensor first, Tensor? second, Tensor scale, Tensor upstream, ScalarType first_dtype, "
+    "ScalarType second_dtype, str backend) -> Tensor[]",
+    _backward_fake,
+)
+
+
+def scaled(
+    gradients: list[Tensor], dtypes: list[torch.dtype], scale: Tensor, upstream: Tensor,
+    backend: str,
+) -> list[Tensor]:  # fmt: skip
+    """One or two gradients times scale and upstream, in their dtypes; see scale_fake."""
+    if scale.dim() == 0:
+        first, second = (*gradients, None)[:2]
+        return _backward(first, second, scale, upstream, dtypes[0], dtypes[-1], backend)
+    # The gradients themselves where upstream is 1 and looking costs nothing.
     if type(upstream) is Tensor and upstream.device.type == "cpu":
         if not torch.compiler.is_compiling() and upstream.item() == 1.0:
-            return gradient
-    return gradient * upstream
+            return gradients
+    return [g * upstream for g in gradients]
 
 
 class _PolicyLoss(torch.autograd.Function):
@@ -51,12 +86,16 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logprobs: Tensor, entropy: Tensor | None, *args: Any) -> tuple:
         old, advantages, mask, ref, rollout, *options = args
-        loss, metrics, grad, grad_entropy = _forward(
+        loss, metrics, *gradients, scale = _forward(
             logprobs, old, advantages, mask, ref, rollout, entropy, *options
         )
-        *_, ctx.grad, ctx.entropy_grad, _ = options
+        *_, grad, entropy_grad, ctx.backend = options
+        ctx.wanted = (grad, entropy_grad)
+        inputs = zip(gradients, (logprobs, entropy), ctx.wanted, strict=True)
+        kept = [(g, t.dtype) for g, t, wanted in inputs if wanted]
+        ctx.dtypes = [dtype for _, dtype in kept]
         ctx.nothing = (None,) * len(args)
-        ctx.save_for_backward(grad, grad_entropy)
+        ctx.save_for_backward(scale, *(g for g, _ in kept))
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
         return loss, metrics
@@ -66,12 +105,9 @@ class _PolicyLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple:
         if upstream is None:
             return (None, None, *ctx.nothing)
-        grad, grad_entropy = ctx.saved_tensors
-        return (
-            scaled(grad, upstream) if ctx.grad else None,
-            scaled(grad_entropy, upstream) if ctx.entropy_grad else None,
-            *ctx.nothing,
-        )
+        scale, *gradients = ctx.saved_tensors
+        results = iter(scaled(gradients, ctx.dtypes, scale, upstream, ctx.backend))
+        return (*(next(results) if wanted else None for wanted in ctx.wanted), *ctx.nothing)
 
 
 class PolicyMetrics(NamedTuple):
@@ -232,7 +268,7 @@ def policy_loss(
     if grad or entropy_grad:
         loss, metrics = _PolicyLoss.apply(logprobs, entropy, *constants, *options)
     else:
-        loss, metrics, _, _ = _forward(_constant(logprobs), *constants, entropy, *options)
+        loss, metrics, *_ = _forward(_constant(logprobs), *constants, entropy, *options)
     return PolicyLoss(loss, PolicyMetrics(metrics))
 
 

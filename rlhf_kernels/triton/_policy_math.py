@@ -1,0 +1,165 @@
+"""The token terms of the policy and value losses: csrc/policy_math.h on blocks of tokens.
+
+Comparisons are written so that a NaN stays: it fails them, and the value that may be one is kept.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from ._math import exp_parts
+
+# Codes of PolicyLossConfig, as in csrc/abi.h.
+CLIP, PENALTY, REINFORCE, CISPO, SAPO = (tl.constexpr(i) for i in range(5))
+TOKEN_RATIO, SEQUENCE_RATIO, SEQUENCE_TOKEN_RATIO = (tl.constexpr(i) for i in range(3))
+K1, K2, K3, ABS = (tl.constexpr(i) for i in range(4))
+NO_CORRECTION, TOKEN_CORRECTION, SEQUENCE_CORRECTION = (tl.constexpr(i) for i in range(3))
+TRUNCATE, MASK = (tl.constexpr(i) for i in range(2))
+TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, CONSTANT = (tl.constexpr(i) for i in range(4))
+# exp(x) saturates at +-40 in every use: LOG_RATIO_BOUND of policy_config.py.
+BOUND = tl.constexpr(40.0)
+
+
+class Params(NamedTuple):
+    """The numbers of a PolicyLossConfig, in the order of its _params; an absent bound is +-3e38."""
+
+    clip_low: float
+    clip_high: float
+    dual_clip: float
+    delta: float
+    log_ratio_low: float
+    log_ratio_high: float
+    penalty_coef: float
+    sapo_tau_pos: float
+    sapo_tau_neg: float
+    kl_coef: float
+    kl_input_low: float
+    kl_input_high: float
+    kl_value_clamp: float
+    entropy_coef: float
+    correction_low: float
+    correction_high: float
+
+
+@triton.jit
+def clamp(x, low, high):
+    x = tl.where(x < low, low, x)
+    return tl.where(x > high, high, x)
+
+
+@triton.jit
+def within(x, low, high, slope):
+    """slope where x lies in [low, high], or is NaN; else 0."""
+    return tl.where((x < low) | (x > high), 0.0, slope)
+
+
+@triton.jit
+def policy_ratio(x, c):
+    """r, r - 1, r - 1 - log r and log r of the log-ratio x, clamped."""
+    log = clamp(x, c.log_ratio_low, c.log_ratio_high)
+    r, rm1, rm1mx = exp_parts(log)
+    return r, rm1, rm1mx, log
+
+
+@triton.jit
+def correction_weight(x, c, MODE: tl.constexpr):
+    """w = exp(x) for x = old - rollout (or its sum over the sequence), truncated or masked."""
+    w, _, _ = exp_parts(clamp(x, -BOUND, BOUND))
+    if MODE == TRUNCATE:
+        w = clamp(w, c.correction_low, c.correction_high)
+    else:
+        w = within(w, c.correction_low, c.correction_high, w)
+    return w
+
+
+@triton.jit
+def flag(condition):
+    return tl.where(condition, 1.0, 0.0)
+
+
+@triton.jit
+def policy_objective(r, rm1, rm1mx, logprob, a, w, c, OBJECTIVE: tl.constexpr):
+    """One token's objective: (loss, direct, ratio, low, high, dual).
+
+    direct is d loss / d logprob where it does not pass through the ratio, ratio is
+    d loss / d log r. low, high and dual are 1 where that bound takes effect.
+    """
+    zero = tl.zeros_like(a)
+    direct, ratio, low, high, dual = zero, zero, zero, zero, zero
+    if OBJECTIVE == REINFORCE:
+        direct = w * -a
+        loss = w * (-a * logprob)
+    elif OBJECTIVE == CISPO:
+        weight = -a * clamp(r, c.clip_low, c.clip_high)
+        direct = w * weight
+        loss = w * (weight * logprob)
+        low, high = flag(r < c.clip_low), flag(r > c.clip_high)
+        # Of a sequence's ratio too.
+        low, high = low + zero, high + zero
+    elif OBJECTIVE == PENALTY:
+        pg = w * (-a * r)
+        loss = pg + c.penalty_coef * rm1mx
+        ratio = pg + c.penalty_coef * rm1
+    elif OBJECTIVE == SAPO:
+        tau = tl.where(a > 0.0, c.sapo_tau_pos, c.sapo_tau_neg)
+        z = tau * (r - 1.0)
+        # exp(-z), exactly 0 where it would be below 1e-34; z >= -tau.
+        e, _, _ = exp_parts(clamp(-z, -80.0, 80.0))
+        u = tl.where(z > 80.0, 0.0, e)
+        gate = 1.0 / (1.0 + u)
+        loss = w * (-a * gate * (4.0 / tau))
+        ratio = w * (-a * 4.0 * gate * (u * gate) * r)
+    else:
+        free = -a * r
+        unclipped = -a * tl.where(r > c.delta, c.delta, r)
+        clipped = -a * clamp(r, c.clip_low, c.clip_high)
+        wins = clipped > unclipped
+        loss = tl.where(wins, clipped, unclipped)
+        slope = tl.where(wins | (r > c.delta), 0.0, free)
+        bound = -a * c.dual_clip
+        over = (a < 0.0) & (loss > bound)
+        loss = w * tl.where(over, bound, loss)
+        ratio = w * tl.where(over, 0.0, slope)
+        low = flag((a < 0.0) & (r < c.clip_low))
+        high = flag((a > 0.0) & (r > c.clip_high))
+        dual = flag((a < 0.0) & ((r > c.dual_clip) | (r > c.delta)))
+    return loss, direct, ratio, low, high, dual
+
+
+@triton.jit
+def policy_kl(x, c, ESTIMATOR: tl.constexpr, STRAIGHT: tl.constexpr):
+    """The KL to the reference from x = logprob - ref: (term of the loss, its slope, plain k3)."""
+    z = clamp(x, c.kl_input_low, c.kl_input_high)
+    _, _, k3 = exp_parts(-clamp(x, -BOUND, BOUND))
+    value, slope = z, tl.full(x.shape, 1.0, tl.float32)
+    if ESTIMATOR == K2:
+        value, slope = 0.5 * z * z, z
+    elif ESTIMATOR == ABS:
+        value = tl.abs(z)
+        slope = tl.where(z > 0.0, 1.0, tl.where(z < 0.0, -1.0, z))
+    elif ESTIMATOR == K3:
+        _, m1, value = exp_parts(-clamp(z, -BOUND, BOUND))
+        slope = within(z, -BOUND, BOUND, -m1)
+    slope = within(x, c.kl_input_low, c.kl_input_high, slope)
+    slope = within(value, -c.kl_value_clamp, c.kl_value_clamp, slope)
+    value = clamp(value, -c.kl_value_clamp, c.kl_value_clamp)
+    if STRAIGHT:
+        # The gradient of k2, through both clamps.
+        slope = x
+    return value, slope, k3
+
+
+@triton.jit
+def value_term(value, old, target, clip_range, CLIPPED: tl.constexpr):
+    """0.5 of the squared error, its slope, and 1 where the clipped value's error is the larger."""
+    error = value - target
+    square = error * error
+    slope, wins = error, tl.zeros_like(error)
+    if CLIPPED:
+        other = clamp(value, old - clip_range, old + clip_range) - target
+        larger = other * other > square
+        square = tl.where(larger, other * other, square)
+        slope = tl.where(larger, 0.0, error)
+        wins = flag(larger)
+    return 0.5 * square, slope, wins

@@ -1,0 +1,230 @@
+"""What the losses over tokens share: tiles of sequences, ordered sums over them, the normalizer.
+
+Sequences are cut into tiles from their own start, padded or packed, so that a token meets the same
+arithmetic wherever its sequence lies. A tile has a slot for its partial sums. Padded, slot
+s * tiles + k is tile k of sequence s. Packed, it is offsets[s] // TILE + s + k: slots that grow
+with s, known without reading the offsets on the host; some stay empty.
+
+Sums are fp32 within a tile, by pairs at fixed distances, and fp64 over the slots, in order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _checks, _config
+from .._layout import as_grid, grid_strides
+from ._launch import INTERPRETED, tile_count
+from ._math import tree_sum
+
+# Tokens of a program, 4 a thread.
+TILE = 1024
+WARPS = 8
+# Aggregations whose implied divisor is the number of sequences with a token: policy_config.py.
+SEQUENCE_COUNTS = (1, 2)
+# Slots that the combining program takes at a time. The interpreter scans element by element.
+GROUP = 16 if INTERPRETED else 512
+COMBINE_WARPS = 8
+# Slots of one sequence that a program takes at a time.
+SEQUENCE_GROUP = tl.constexpr(128)
+# Threads of a program, and the width to which they fold a block each by itself.
+FOLDED = tl.constexpr(256)
+
+
+def slot_count(shape: torch.Size, cu_seqlens: Tensor | None) -> int:
+    """Slots of a batch: [B, T], or [N] with cu_seqlens."""
+    if cu_seqlens is None:
+        return shape[0] * tile_count(shape[1], TILE)
+    return shape[0] // TILE + cu_seqlens.shape[0] - 1
+
+
+def strided(t: Tensor | None, per_sequence: bool = False) -> tuple[Tensor | None, int, int]:
+    """A tensor over tokens, or sequences, and its strides (sequence, token), 0 where absent."""
+    if t is None:
+        return None, 0, 0
+    t = as_grid(t)
+    stride0, stride1 = grid_strides(t)
+    return (t, stride1, 0) if per_sequence else (t, stride0, stride1)
+
+
+def sequences(shape: torch.Size, cu_seqlens: Tensor | None) -> tuple[int, int]:
+    """Sequences, and tokens of each; of all together if they are packed."""
+    if cu_seqlens is None:
+        return shape[0], shape[1]
+    return cu_seqlens.shape[0] - 1, shape[0]
+
+
+def outputs(
+    like: Tensor, metrics: int, scratch: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, metrics, scale of the gradient, and fp32 scratch."""
+    loss = torch.empty((), dtype=torch.float32, device=like.device)
+    return loss, loss.new_empty(metrics), torch.empty_like(loss), loss.new_empty(scratch)
+
+
+def check(op: str, cu_seqlens: Tensor | None, total: int, normalizer: Tensor | None) -> None:
+    """Raises for bad offsets or a bad normalizer where that was asked for; else they poison."""
+    if _config.CHECK:
+        _checks.offsets_valid(op, cu_seqlens, total)
+        _checks.divisor_positive(op, normalizer)
+
+
+def divisor_on(
+    op: str, device: torch.device, normalizer: Tensor | None, divisor: float
+) -> tuple[Tensor | None, float]:
+    """The normalizer as a tensor that the kernel can read, or as a number; 0 to count."""
+    if normalizer is not None and normalizer.device != device:
+        # It lies on the host, so reading it waits for nothing.
+        _checks.divisor_positive(op, normalizer)
+        return None, float(normalizer)
+    return normalizer, divisor
+
+
+@triton.jit
+def slot_tile(offsets, sequences, cols, PACKED: tl.constexpr, TILE: tl.constexpr):
+    """(s, k, begin, length): the program's tile k of sequence s, which has length tokens from begin.
+
+    Whatever the offsets say, begin and begin + length lie in [0, cols].
+    """
+    pid = tl.program_id(0)
+    if PACKED:
+        # The last sequence whose first slot is not after this one.
+        s = tl.full((), 0, tl.int32)
+        last = tl.full((), 0, tl.int32) + sequences - 1
+        while s < last:
+            middle = (s + last + 1) // 2
+            before = tl.load(offsets + middle) // TILE + middle <= pid
+            s = tl.where(before, middle, s)
+            last = tl.where(before, last, middle - 1)
+        begin = tl.load(offsets + s).to(tl.int64)
+        end = tl.load(offsets + s + 1).to(tl.int64)
+        begin = tl.minimum(tl.maximum(begin, 0), cols)
+        length = tl.maximum(tl.minimum(end, cols) - begin, 0)
+        k = (pid - (begin // TILE + s)).to(tl.int32)
+    else:
+        tiles = (cols - 1) // TILE + 1
+        s, k = pid // tiles, pid % tiles
+        begin = tl.full((), 0, tl.int64)
+        length = begin + cols
+    return s, k, begin, length
+
+
+@triton.jit
+def tile_tokens(k, length, TILE: tl.constexpr):
+    """Where tile k's tokens lie within its first, [TILE], and which of them the sequence has."""
+    i = tl.arange(0, TILE)
+    left = tl.where(k >= 0, length - k.to(tl.int64) * TILE, 0)
+    return i, i < tl.minimum(left, TILE).to(tl.int32)
+
+
+@triton.jit
+def tile_pointer(x, s, first, stride0, stride1):
+    """The address of the token at `first` of sequence s."""
+    return x + s.to(tl.int64) * stride0 + first * stride1
+
+
+@triton.jit
+def load_tile(x, s, first, i, inside, stride0, stride1):
+    """The entries of one tile, 0 outside."""
+    at = tile_pointer(x, s, first, stride0, stride1)
+    return tl.load(at + i.to(tl.int64) * stride1, mask=inside, other=0)
+
+
+@triton.jit
+def load_kept(x, s, first, i, kept, stride0, stride1):
+    """The entries of one tile in fp32. What lies under the mask is not even read: 0."""
+    return load_tile(x, s, first, i, kept, stride0, stride1).to(tl.float32)
+
+
+@triton.jit
+def join4(a, b, c, d):
+    """Blocks [N] side by side, [N, 2, 2]: the first index of the last two is the higher bit."""
+    return tl.join(tl.join(a, c), tl.join(b, d))
+
+
+@triton.jit
+def join8(a, b, c, d, e, f, g, h):
+    """Blocks [N] side by side, [N, 2, 2, 2]."""
+    return tl.join(join4(a, c, e, g), join4(b, d, f, h))
+
+
+@triton.jit
+def column_sums(x, N: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sums of blocks [N] that were joined, as a block [COLUMNS]: one reduction for all."""
+    x = tl.reshape(x, (N, COLUMNS))
+    # What lies far apart first: it is in registers of one thread. Then neighbours.
+    for _ in tl.static_range(4):
+        if x.shape[0] > FOLDED:
+            x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2, COLUMNS)), axis=0)
+    for _ in tl.static_range(8):
+        if x.shape[0] > 1:
+            x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2, COLUMNS)), axis=1)
+    return tl.reshape(x, (COLUMNS,))
+
+
+@triton.jit
+def pick(x, i, N: tl.constexpr):
+    """Element i of a block [N], exactly."""
+    return tl.sum(tl.where(tl.arange(0, N) == i, x, 0.0), axis=0)
+
+
+@triton.jit
+def sequence_total(x, first, tiles):
+    """The fp64 sum of x[first : first + tiles], the slots of one sequence, in order."""
+    total = tl.zeros((SEQUENCE_GROUP,), tl.float64)
+    for start in range(0, tiles, SEQUENCE_GROUP):
+        k = start + tl.arange(0, SEQUENCE_GROUP)
+        total += tl.load(x + first + k, mask=k < tiles, other=0.0).to(tl.float64)
+    return tree_sum(total, SEQUENCE_GROUP)
+
+
+@triton.jit
+def bad_offsets(offsets, sequences, cols, GROUP: tl.constexpr):
+    """1 unless cu_seqlens starts at 0, never decreases and ends at cols, else 0."""
+    bad = tl.zeros((GROUP,), tl.int32)
+    for start in range(0, sequences + 1, GROUP):
+        i = start + tl.arange(0, GROUP)
+        there = i <= sequences
+        entry = tl.load(offsets + i, mask=there, other=0)
+        low = tl.load(offsets + i - 1, mask=there & (i > 0), other=0)
+        high = tl.where(i > 0, cols, 0)
+        wrong = (entry < low) | (entry > high) | ((i == sequences) & (entry != cols))
+        bad = tl.where(there & wrong, 1, bad)
+    return tl.max(bad, axis=0)
+
+
+@triton.jit
+def later(a, b):
+    return tl.where(a > b, a, b)
+
+
+@triton.jit
+def opening_slots(tokens, tile, slot, slots, before):
+    """1 at each slot that is the first with a token in its sequence, and the last with a token.
+
+    Args:
+        tokens, tile: of every slot, fp32: its tokens, and which tile of its sequence it is.
+        slot: a block of consecutive slots.
+        slots: how many there are.
+        before: the last slot before the block that has a token, or -1.
+    """
+    there = slot < slots
+    some = tl.load(tokens + slot, mask=there, other=0.0) > 0.0
+    k = tl.load(tile + slot, mask=there, other=0.0).to(tl.int32)
+    previous = tl.load(tokens + slot - 1, mask=there & (slot > 0), other=0.0) > 0.0
+    last = tl.associative_scan(tl.where(previous, slot - 1, -1), 0, later)
+    opens = some & (later(last, before) < slot - k)
+    return tl.where(opens, 1, 0), later(before, tl.max(tl.where(some, slot, -1), axis=0))
+
+
+@triton.jit
+def loss_scale(normalizer, divisor, count, NORMALIZER: tl.constexpr):
+    """1 / the divisor in fp64: the one given, else `count`, at least 1. NaN if it is no divisor."""
+    d = tl.full((), 0.0, tl.float64) + divisor
+    if NORMALIZER:
+        d = tl.load(normalizer).to(tl.float64)
+    else:
+        d = tl.where(d == 0.0, tl.where(count > 1.0, count, 1.0), d)
+    good = (d > 0.0) & (d < float("inf"))
+    return tl.where(good, 1.0 / d, float("nan"))

@@ -1,0 +1,402 @@
+"""policy_loss: every token read once, for its terms, their gradient and the partial sums.
+
+The gradient comes without its common factor 1 / divisor, which is known only after the last token:
+`loss_backward` multiplies by it as it multiplies by the upstream gradient. Launches:
+
+    statistics  sums of each sequence, where a ratio, a correction or the aggregation needs them
+    policy      the sweep: gradient and partial sums of each tile
+    pooled      adds the slope of a sequence's ratio to the gradient of its tokens (GSPO)
+    combine     partial sums in order: loss, metrics and scale; there are no atomics
+
+so two for token-level losses, three with sequence sums, four where the gradient passes through a
+sequence's ratio; one backward.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .._layout import materialized
+from . import _policy_math as m
+from . import _tokens as t
+from ._launch import kernel, launch, tile_count
+from ._math import scalar
+from ._policy_math import (
+    NO_CORRECTION,
+    PENALTY,
+    SEQ_MEAN_TOKEN_MEAN,
+    SEQUENCE_CORRECTION,
+    SEQUENCE_RATIO,
+    TOKEN_RATIO,
+    correction_weight,
+    policy_kl,
+    policy_objective,
+    policy_ratio,
+    within,
+)
+from ._tokens import (
+    bad_offsets,
+    column_sums,
+    join4,
+    join8,
+    load_kept,
+    load_tile,
+    loss_scale,
+    opening_slots,
+    pick,
+    sequence_total,
+    slot_tile,
+    tile_tokens,
+)
+
+# reference/policy.py: METRICS
+METRICS = 18
+# Rows of the scratch [ROWS, slots]. The sums that policy_kernel names, then:
+SUMS = tl.constexpr(16)
+SLOPE = tl.constexpr(15)
+R_MIN, R_MAX, TILE_INDEX = tl.constexpr(16), tl.constexpr(17), tl.constexpr(18)
+# The statistics launch: unmasked tokens, sums of logprob - old and of old - rollout.
+STATISTICS = tl.constexpr(19)
+ROWS = 22
+# Elements of a program of loss_backward, and of a 16-byte load.
+BACKWARD_TILE = 4096
+ALIGN = 4
+
+
+@kernel
+def statistics_kernel(
+    offsets, mask, logprobs, old, rollout, partials, sequences, cols, mask_stride0, mask_stride1,
+    logprobs_stride0, logprobs_stride1, old_stride0, old_stride1, rollout_stride0,
+    rollout_stride1, PACKED: tl.constexpr, RATIO: tl.constexpr, WEIGHT: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Each slot's unmasked tokens, sum of log-ratios and sum of old - rollout."""
+    pid, slots = tl.program_id(0), tl.num_programs(0)
+    s, k, begin, length = slot_tile(offsets, sequences, cols, PACKED, TILE)
+    i, inside = tile_tokens(k, length, TILE)
+    at = begin + k.to(tl.int64) * TILE
+    kept = load_tile(mask, s, at, i, inside, mask_stride0, mask_stride1) != 0
+    count = tl.where(kept, 1.0, 0.0)
+    log_ratio, log_weight = tl.zeros_like(count), tl.zeros_like(count)
+    if RATIO or WEIGHT:
+        before = load_kept(old, s, at, i, kept, old_stride0, old_stride1)
+        if RATIO:
+            now = load_kept(logprobs, s, at, i, kept, logprobs_stride0, logprobs_stride1)
+            log_ratio = now - before
+        if WEIGHT:
+            sampled = load_kept(rollout, s, at, i, kept, rollout_stride0, rollout_stride1)
+            log_weight = before - sampled
+    sums = column_sums(join4(count, log_ratio, log_weight, tl.zeros_like(count)), TILE, 4)
+    column = tl.arange(0, 4)
+    tl.store(partials + (STATISTICS + column) * slots + pid, sums, mask=column < 3)
+
+
+@kernel
+def policy_kernel(
+    offsets, mask, logprobs, old, advantages, ref, rollout, entropy, grad, grad_entropy, partials,
+    sequences, cols, mask_stride0, mask_stride1, logprobs_stride0, logprobs_stride1, old_stride0,
+    old_stride1, advantages_stride0, advantages_stride1, ref_stride0, ref_stride1,
+    rollout_stride0, rollout_stride1, entropy_stride0, entropy_stride1, c,
+    PACKED: tl.constexpr, OBJECTIVE: tl.constexpr, LEVEL: tl.constexpr, ESTIMATOR: tl.constexpr,
+    STRAIGHT: tl.constexpr, WEIGHTED: tl.constexpr, CORRECTION: tl.constexpr,
+    MODE: tl.constexpr, SEQUENCE_MEAN: tl.constexpr, REF: tl.constexpr, ROLLOUT: tl.constexpr,
+    ENTROPY: tl.constexpr, GRAD: tl.constexpr, ENTROPY_GRAD: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Gradient, without 1 / divisor, and partial sums of one tile. c: _policy_math.Params."""
+    pid, slots = tl.program_id(0), tl.num_programs(0)
+    s, k, begin, length = slot_tile(offsets, sequences, cols, PACKED, TILE)
+    i, inside = tile_tokens(k, length, TILE)
+    at = begin + k.to(tl.int64) * TILE
+    kept = load_tile(mask, s, at, i, inside, mask_stride0, mask_stride1) != 0
+    logprob = load_kept(logprobs, s, at, i, kept, logprobs_stride0, logprobs_stride1)
+    before = load_kept(old, s, at, i, kept, old_stride0, old_stride1)
+    a = load_kept(advantages, s, at, i, kept, advantages_stride0, advantages_stride1)
+    zero = tl.zeros_like(a)
+    x = logprob - before
+    r, rm1, k3, log_r = policy_ratio(x, c)
+    ratio_k3 = k3
+    weight = scalar(1.0)
+    learns = tl.full((), 1, tl.int1)
+    if SEQUENCE_MEAN or LEVEL != TOKEN_RATIO:
+        slot, tiles = pid - k, ((length - 1) // TILE + 1).to(tl.int32)
+        tokens = sequence_total(partials + STATISTICS * slots, slot, tiles)
+        tokens = tl.where(tokens > 1.0, tokens, 1.0)
+        if SEQUENCE_MEAN:
+            weight = (1.0 / tokens).to(tl.float32)
+        if LEVEL != TOKEN_RATIO:
+            # The ratio of the sequence, for each of its tokens.
+            total = sequence_total(partials + (STATISTICS + 1) * slots, slot, tiles)
+            mean = (total / tokens).to(tl.float32)
+            r, rm1, ratio_k3, log_r = policy_ratio(zero + mean, c)
+            learns = within(mean, c.log_ratio_low, c.log_ratio_high, 1.0) != 0.0
+    w, w_sum = zero + 1.0, tl.where(kept, 1.0, 0.0)
+    if ROLLOUT:
+        sampled = load_kept(rollout, s, at, i, kept, rollout_stride0, rollout_stride1)
+        log_w = before - sampled
+        if CORRECTION == SEQUENCE_CORRECTION:
+            slot, tiles = pid - k, ((length - 1) // TILE + 1).to(tl.int32)
+            total = sequence_total(partials + (STATISTICS + 2) * slots, slot, tiles)
+            log_w = zero + total.to(tl.float32)
+        correction = correction_weight(log_w, c, MODE)
+        w_sum = tl.where(kept, correction, 0.0)
+        if CORRECTION != NO_CORRECTION:
+            w = correction
+    loss, direct, slope, low, high, dual = policy_objective(
+        r, rm1, ratio_k3, logprob, a, w, c, OBJECTIVE
+    )
+    if OBJECTIVE == PENALTY and LEVEL != TOKEN_RATIO:
+        # Of all terms these alone are not 0 for inputs of 0.
+        loss, slope = tl.where(kept, loss, 0.0), tl.where(kept, slope, 0.0)
+    kl, x_ref, k3_ref = zero, zero, zero
+    if REF:
+        x_ref = logprob - load_kept(ref, s, at, i, kept, ref_stride0, ref_stride1)
+        kl, kl_slope, k3_ref = policy_kl(x_ref, c, ESTIMATOR, STRAIGHT)
+        if WEIGHTED:
+            kl, kl_slope = kl * r, kl_slope * r
+            slope += c.kl_coef * kl
+        direct += c.kl_coef * kl_slope
+    bonus = zero
+    if ENTROPY:
+        bonus = load_kept(entropy, s, at, i, kept, entropy_stride0, entropy_stride1)
+    if LEVEL == TOKEN_RATIO:
+        slope = within(x, c.log_ratio_low, c.log_ratio_high, slope)
+    to = at + i
+    if not PACKED:
+        to += s.to(tl.int64) * cols
+    if GRAD:
+        g = direct
+        if LEVEL == TOKEN_RATIO:
+            g += slope
+        elif LEVEL != SEQUENCE_RATIO:
+            g += tl.where(learns, slope, 0.0)
+        tl.store(grad + to, tl.where(kept, g * weight, 0.0), mask=inside)
+    if ENTROPY_GRAD:
+        g = -c.entropy_coef * weight
+        tl.store(grad_entropy + to, tl.where(kept, g, 0.0), mask=inside)
+    r_kept = tl.where(kept, r, 0.0)
+    low, high = tl.where(kept, low, 0.0), tl.where(kept, high, 0.0)
+    count = tl.where(kept, 1.0, 0.0)
+    # In the order of the metrics' columns: pg, kl, bonus; low, high, dual; r, rr; x, k3, x_ref,
+    # k3_ref; entropy; w; tokens; slope.
+    even = join8(loss, bonus, high, r_kept, x, x_ref, bonus, count)
+    odd = join8(kl, low, dual, r_kept * r, k3, k3_ref, w_sum, slope)
+    sums = column_sums(tl.join(even, odd), TILE, SUMS)
+    column = tl.arange(0, SUMS)
+    sums *= tl.where(column < 3, weight, 1.0)
+    tl.store(partials + column * slots + pid, sums)
+    # Not the place to see a NaN, which these may step over: the sum of r is.
+    tl.store(partials + R_MIN * slots + pid, tl.min(tl.where(kept, r, 3.0e38), axis=0))
+    tl.store(partials + R_MAX * slots + pid, tl.max(tl.where(kept, r, -3.0e38), axis=0))
+    tl.store(partials + TILE_INDEX * slots + pid, k.to(tl.float32))
+
+
+@kernel
+def pooled_kernel(
+    offsets, mask, grad, partials, sequences, cols, mask_stride0, mask_stride1, log_ratio_low,
+    log_ratio_high, PACKED: tl.constexpr, SEQUENCE_MEAN: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Adds to each unmasked token its share of the slope of its sequence's ratio."""
+    pid, slots = tl.program_id(0), tl.num_programs(0)
+    s, k, begin, length = slot_tile(offsets, sequences, cols, PACKED, TILE)
+    i, inside = tile_tokens(k, length, TILE)
+    at = begin + k.to(tl.int64) * TILE
+    kept = load_tile(mask, s, at, i, inside, mask_stride0, mask_stride1) != 0
+    slot, tiles = pid - k, ((length - 1) // TILE + 1).to(tl.int32)
+    tokens = sequence_total(partials + STATISTICS * slots, slot, tiles)
+    tokens = tl.where(tokens > 1.0, tokens, 1.0)
+    mean = sequence_total(partials + (STATISTICS + 1) * slots, slot, tiles) / tokens
+    share = sequence_total(partials + SLOPE * slots, slot, tiles) / tokens
+    if SEQUENCE_MEAN:
+        share /= tokens
+    share = within(mean.to(tl.float32), log_ratio_low, log_ratio_high, share.to(tl.float32))
+    to = grad + at + i
+    if not PACKED:
+        to += s.to(tl.int64) * cols
+    tl.store(to, tl.load(to, mask=kept, other=0.0) + share, mask=kept)
+
+
+@kernel
+def combine_kernel(
+    offsets, normalizer, partials, loss, metrics, scale, sequences, cols, slots, divisor, kl_coef,
+    entropy_coef, PACKED: tl.constexpr, NORMALIZER: tl.constexpr, COUNT_SEQUENCES: tl.constexpr,
+    ROLLOUT: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Loss, metrics and 1 / divisor from the partial sums of all slots, in fp64."""
+    column = tl.arange(0, SUMS)[None, :]
+    total = tl.zeros((GROUP, SUMS), tl.float64)
+    r_min = tl.full((GROUP,), 3.0e38, tl.float32)
+    r_max = tl.full((GROUP,), -3.0e38, tl.float32)
+    found = tl.zeros((GROUP,), tl.int32)
+    last = tl.full((), -1, tl.int32)
+    for start in range(0, slots, GROUP):
+        slot = start + tl.arange(0, GROUP)
+        there = slot < slots
+        at = partials + column * slots + slot[:, None]
+        total += tl.load(at, mask=there[:, None], other=0.0).to(tl.float64)
+        low = tl.load(partials + R_MIN * slots + slot, mask=there, other=3.0e38)
+        high = tl.load(partials + R_MAX * slots + slot, mask=there, other=-3.0e38)
+        r_min, r_max = tl.minimum(r_min, low), tl.maximum(r_max, high)
+        if COUNT_SEQUENCES:
+            opens, last = opening_slots(
+                partials + 14 * slots, partials + TILE_INDEX * slots, slot, slots, last
+            )
+            found += opens
+    sums = column_sums(total, GROUP, SUMS)
+    tokens = pick(sums, 14, SUMS)
+    count = tokens
+    if COUNT_SEQUENCES:
+        count = tl.sum(found, axis=0).to(tl.float64)
+    factor = loss_scale(normalizer, divisor, count, NORMALIZER)
+    if PACKED:
+        bad = bad_offsets(offsets, sequences, cols, GROUP)
+        factor = tl.where(bad == 0, factor, float("nan"))
+    tl.store(scale, factor.to(tl.float32))
+    # NaN where the factor is.
+    fault = factor - factor
+    n = tl.where(tokens > 1.0, tokens, 1.0)
+    some = tokens > 0.0
+    pg, kl, bonus = (
+        pick(sums, 0, SUMS) * factor, pick(sums, 1, SUMS) * factor, pick(sums, 2, SUMS) * factor
+    )  # fmt: skip
+    value = pg
+    # A term that is not part of the loss may be infinite.
+    value += tl.where(kl_coef != 0.0, scalar(kl_coef).to(tl.float64) * kl, 0.0)
+    value -= tl.where(entropy_coef != 0.0, scalar(entropy_coef).to(tl.float64) * bonus, 0.0)
+    r, rr = pick(sums, 6, SUMS), pick(sums, 7, SUMS)
+    # The minimum and the maximum may have stepped over a NaN.
+    lost = (r - r).to(tl.float32)
+    low, high = tl.min(r_min, axis=0) + lost, tl.max(r_max, axis=0) + lost
+    w = tl.where(some, 1.0, 0.0).to(tl.float64)
+    if ROLLOUT:
+        w = pick(sums, 13, SUMS) / n
+    tl.store(loss, value.to(tl.float32))
+    tl.store(metrics, value.to(tl.float32))
+    tl.store(metrics + 1, pg.to(tl.float32))
+    tl.store(metrics + 2, kl.to(tl.float32))
+    tl.store(metrics + 3, bonus.to(tl.float32))
+    for j in tl.static_range(3):
+        fraction = pick(sums, 3 + j, SUMS) / n + fault
+        tl.store(metrics + 4 + j, fraction.to(tl.float32))
+    tl.store(metrics + 7, (r / n + fault).to(tl.float32))
+    tl.store(metrics + 8, tl.where(some, low, 0.0) + fault.to(tl.float32))
+    tl.store(metrics + 9, tl.where(some, high, 0.0) + fault.to(tl.float32))
+    tl.store(metrics + 10, (fault - pick(sums, 8, SUMS) / n).to(tl.float32))
+    for j in tl.static_range(4):
+        mean = pick(sums, 9 + j, SUMS) / n + fault
+        tl.store(metrics + 11 + j, mean.to(tl.float32))
+    size = tl.where(some, r * r / tl.where(some, n * rr, 1.0), 0.0)
+    tl.store(metrics + 15, (size + fault).to(tl.float32))
+    tl.store(metrics + 16, (w + fault).to(tl.float32))
+    tl.store(metrics + 17, (tokens + fault).to(tl.float32))
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    ref: Tensor | None,
+    rollout: Tensor | None,
+    entropy: Tensor | None,
+    cu_seqlens: Tensor | None,
+    normalizer: Tensor | None,
+    divisor: float,
+    codes: Sequence[int],
+    params: Sequence[float],
+    grad: bool,
+    entropy_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    op, shape, packed = "policy_loss", logprobs.shape, cu_seqlens is not None
+    t.check(op, cu_seqlens, shape[0], normalizer)
+    normalizer, divisor = t.divisor_on(op, logprobs.device, normalizer, divisor)
+    objective, level, estimator, straight, weighted, correction, mode, aggregation = codes
+    c = m.Params(*params)
+    slots = t.slot_count(shape, cu_seqlens)
+    loss, metrics, scale, partials = t.outputs(logprobs, METRICS, ROWS * slots)
+    gradient = loss.new_empty(shape if grad else 0)
+    bonus = loss.new_empty(shape if entropy_grad else 0)
+    tokens = t.sequences(shape, cu_seqlens)
+    offsets = cu_seqlens.contiguous() if packed else None
+    spread = advantages.shape != shape
+    (mask, *mask_strides), (logprobs, *strides) = t.strided(mask), t.strided(logprobs)
+    (old, *old_strides), (advantages, *each) = t.strided(old), t.strided(advantages, spread)
+    (ref, *ref_strides), (rollout, *rollout_strides) = t.strided(ref), t.strided(rollout)
+    entropy, *entropy_strides = t.strided(entropy)
+    pooled = level == SEQUENCE_RATIO
+    by_sequence, by_weight = level != TOKEN_RATIO, correction == SEQUENCE_CORRECTION
+    sequence_mean = aggregation == SEQ_MEAN_TOKEN_MEAN
+    options = {"PACKED": packed, "TILE": t.TILE, "warps": t.WARPS}
+    if by_sequence or by_weight or sequence_mean:
+        launch(
+            statistics_kernel, slots, loss, offsets, mask, logprobs, old, rollout, partials,
+            *tokens, *mask_strides, *strides, *old_strides, *rollout_strides, RATIO=by_sequence,
+            WEIGHT=by_weight, **options,
+        )  # fmt: skip
+    launch(
+        policy_kernel, slots, loss, offsets, mask, logprobs, old, advantages, ref, rollout,
+        entropy, gradient, bonus, partials, *tokens, *mask_strides, *strides, *old_strides, *each,
+        *ref_strides, *rollout_strides, *entropy_strides, c, OBJECTIVE=objective, LEVEL=level,
+        ESTIMATOR=estimator, STRAIGHT=straight, WEIGHTED=weighted, CORRECTION=correction,
+        MODE=mode, SEQUENCE_MEAN=sequence_mean, REF=ref is not None, ROLLOUT=rollout is not None,
+        ENTROPY=entropy is not None, GRAD=grad, ENTROPY_GRAD=entropy_grad, **options,
+    )  # fmt: skip
+    if pooled and grad:
+        launch(
+            pooled_kernel, slots, loss, offsets, mask, gradient, partials, *tokens, *mask_strides,
+            c.log_ratio_low, c.log_ratio_high, SEQUENCE_MEAN=sequence_mean, **options,
+        )  # fmt: skip
+    counted = normalizer is None and divisor == 0.0
+    launch(
+        combine_kernel, 1, loss, offsets, normalizer, partials, loss, metrics, scale, *tokens,
+        slots, divisor, c.kl_coef, c.entropy_coef, PACKED=packed,
+        NORMALIZER=normalizer is not None,
+        COUNT_SEQUENCES=counted and aggregation in t.SEQUENCE_COUNTS, ROLLOUT=rollout is not None,
+        GROUP=t.GROUP, warps=t.COMBINE_WARPS,
+    )  # fmt: skip
+    return loss, metrics, gradient, bonus, scale
+
+
+@kernel(aligned=("first", "second", "first_out", "second_out"))
+def backward_kernel(
+    first, second, first_out, second_out, scale, upstream, count, ALIGN: tl.constexpr,
+    SECOND: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """gradient * (scale * upstream), one tile of up to two gradients; count in units of ALIGN."""
+    i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = i < count.to(tl.int64) * ALIGN
+    factor = tl.load(scale) * tl.load(upstream).to(tl.float32)
+    g = tl.load(first + i, mask=inside, other=0.0) * factor
+    tl.store(first_out + i, g.to(first_out.dtype.element_ty), mask=inside)
+    if SECOND:
+        g = tl.load(second + i, mask=inside, other=0.0) * factor
+        tl.store(second_out + i, g.to(second_out.dtype.element_ty), mask=inside)
+
+
+def loss_backward(
+    first: Tensor,
+    second: Tensor | None,
+    scale: Tensor,
+    upstream: Tensor,
+    first_dtype: torch.dtype,
+    second_dtype: torch.dtype,
+) -> list[Tensor]:
+    outs = [torch.empty_like(first, dtype=first_dtype)]
+    if second is not None:
+        outs.append(torch.empty_like(second, dtype=second_dtype))
+    count = first.numel()
+    # Gradients and results are allocations of their own, aligned to 16 bytes.
+    align = 1 if count % ALIGN else ALIGN
+    launch(
+        backward_kernel, tile_count(count, BACKWARD_TILE), first, first, second, outs[0],
+        None if second is None else outs[1], scale, materialized(upstream), count // align,
+        ALIGN=align, SECOND=second is not None, TILE=BACKWARD_TILE, warps=t.WARPS,
+    )  # fmt: skip
+    return outs
+
+
+LAUNCHERS: dict[str, Callable[..., object]] = {
+    "policy_loss": policy_loss,
+    "loss_backward": loss_backward,
+}
