@@ -47,28 +47,10 @@ def pytest_configure(config):
         torch.set_default_device(_device(config))
 
 
-# Operations of these files whose Triton kernels are still being built.
-_NEEDS = {
-    "test_parity_openrlhf": ("gae", "whiten", "group_advantages", "policy_loss", "value_loss"),
-    "test_parity_trl": ("group_advantages", "policy_loss"),
-    "test_parity_verl": ("gae", "whiten", "group_advantages", "policy_loss", "value_loss"),
-    "test_policy": ("policy_loss",),
-    "test_preference": ("policy_loss",),
-    "test_value": ("value_loss",),
-}
-
-
-def _has_triton(module):
-    from rlhf_kernels import triton
-
-    return all(op in triton.launchers() for op in _NEEDS.get(module, ()))
-
-
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         # A GPU has no kernels of its own but Triton's.
         names = _BACKENDS.get(_device(metafunc.config).type, ("reference", "triton"))
-        names = tuple(n for n in names if n != "triton" or _has_triton(metafunc.module.__name__))
         metafunc.parametrize("backend", names, indirect=True)
 
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rlhf_kernels as rk
-from rlhf_kernels import policy_config, reference
+from rlhf_kernels import _config, policy_config, reference
 from rlhf_kernels.reference.policy import METRICS, token_weights
 from rlhf_kernels.testing import (
     DTYPES,
@@ -63,6 +63,10 @@ def make_config(base, aggregation, correction, estimator, weighted):
     )
 
 
+# Those with kernels of their own.
+KERNELS = ("cpu", "triton")
+
+
 def grid(objective):
     """Objective x level x aggregation x correction, estimators cycling; then all estimators."""
     bases = [b for b in BASES if b["objective"] == objective]
@@ -109,6 +113,13 @@ def same(backend):
     return torch.testing.assert_close if backend == "reference" else assert_bitwise_equal
 
 
+def portion(backend, cases, part, parts):
+    """All cases. In Triton's interpreter, which is slow, a part: the parts together are all."""
+    if backend == "triton" and rk.triton.interpreted():
+        return list(cases)[part % parts :: parts]
+    return cases
+
+
 def check(args, options, config):
     actual = run(rk.policy_loss, args, options, config=config)
     plain = run(reference.policy_loss, args, options, config=config)
@@ -141,7 +152,8 @@ def check(args, options, config):
 @pytest.mark.parametrize("objective", OF_OBJECTIVE)
 def test_matches_fp64(backend, objective):
     args, options = make_inputs()
-    for config in grid(objective):
+    # 7 visits all of every option; all combinations are in the slow test below.
+    for config in portion(backend, grid(objective), 0, 7):
         loss, metrics, g, g_entropy = check(args, options, config)
         assert abs(loss) > 1e-4 and g.abs().max() > 1e-5 and g_entropy.abs().max() > 1e-5
         named = dict(zip(METRICS, metrics.tolist(), strict=True))
@@ -171,7 +183,8 @@ def test_lengths_and_dtypes(backend, cols, dtype):
 
 
 def test_sequences_of_several_pieces(backend):
-    args, options = make_inputs(2, 33000)
+    interpreted = backend == "triton" and rk.triton.interpreted()
+    args, options = make_inputs(2, 6000 if interpreted else 33000)
     config = Config(ratio_level="sequence", **EVERYTHING, **CORRECTIONS[3])
     check(args, options, config)
 
@@ -348,14 +361,14 @@ def test_exponentials_are_accurate(backend):
     (slope,) = torch.autograd.grad(rk.policy_loss(x, still, still, mask, config=penalty).loss, x)
     exact = torch.expm1(x.detach().double())
     # torch forms the derivative of expm1 as expm1 + 1, the reference subtracts 1 again.
-    size = exact.abs() if backend == "cpu" else exact.abs() + 1
+    size = exact.abs() + 1 if backend == "reference" else exact.abs()
     assert ((slope - exact).abs() <= size * 2.0**-22).all()
     for value in small[(small > 1e-4) & (small < 0.3)].reshape(-1, 1, 1):
         zero, one = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
         k3 = rk.policy_loss(value, zero, zero, one).metrics["k3_old"].double()
         exact = torch.expm1(value.double()) - value.double()
         # The reference subtracts two numbers of the size of x.
-        bound = 2.0**-20 if backend == "cpu" else 2.0**-22 / value.item()
+        bound = 2.0**-22 / value.item() if backend == "reference" else 2.0**-20
         assert abs(k3 - exact) / exact < bound
 
 
@@ -381,8 +394,8 @@ def test_far_log_ratios(backend, clamp):
     assert zero.item() == 0.0
 
 
-@pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf))
-def test_what_lies_under_the_mask_changes_nothing(backend, bad):
+@pytest.mark.parametrize("part, bad", [(0, math.nan), (1, math.inf), (2, -math.inf)])
+def test_what_lies_under_the_mask_changes_nothing(backend, part, bad):
     args, options = make_inputs(4, 600)
     mask = args[3]
 
@@ -390,7 +403,7 @@ def test_what_lies_under_the_mask_changes_nothing(backend, bad):
         return torch.where(mask, t, bad).detach().requires_grad_(t.requires_grad)
 
     spoiled = (*map(spoil, args[:3]), mask), {k: spoil(v) for k, v in options.items()}
-    for base in BASES:
+    for base in portion(backend, BASES, part, 3):
         config = make_config(base, "seq-mean-token-mean", CORRECTIONS[3], "k3", True)
         clean = run(rk.policy_loss, args, options, config=config)
         dirty = run(rk.policy_loss, *spoiled, config=config)
@@ -459,7 +472,8 @@ def test_packed_equals_padded(backend, aggregation):
     flat_options = {k: pack(v) for k, v in options.items()} | {"cu_seqlens": cu_seqlens}
     padded = (*args[:3], args[3] & inside)
     compare = same(backend)
-    for base in BASES:
+    part = policy_config.AGGREGATIONS.index(aggregation)
+    for base in portion(backend, BASES, part, 4):
         config = make_config(base, aggregation, CORRECTIONS[3], "k3", True)
         one = run(rk.policy_loss, padded, options, config=config)
         two = run(rk.policy_loss, flat, flat_options, config=config)
@@ -478,7 +492,8 @@ def test_micro_batches_add_up(backend, aggregation):
     counts = {"token-mean": int(args[3].sum()), "constant": 9 * 150}
     normalizer = counts.get(aggregation, int(args[3].any(-1).sum()))
     compare = same(backend)
-    for base in BASES:
+    part = policy_config.AGGREGATIONS.index(aggregation)
+    for base in portion(backend, BASES, part, 4):
         config = make_config(base, aggregation, CORRECTIONS[1], "k3+", False)
         whole = run(rk.policy_loss, args, options, config=config, normalizer=normalizer)
         if aggregation != "constant":
@@ -598,16 +613,82 @@ def test_threads_do_not_change_bits(shape):
             assert_bitwise_equal(a, b)
 
 
-def test_opcheck():
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_opcheck(kernels):
     args, options = make_inputs(3, 20)
     config = Config(**EVERYTHING)
     inputs = [t.detach() for t in (*args, *options.values())]
     lists = list(config._codes), list(config._params)
     op = torch.ops.rlhf_kernels.policy_loss.default
     for grads in ((True, True), (False, False)):
-        torch.library.opcheck(op, (*inputs, None, None, 0.0, *lists, *grads, "cpu"))
+        torch.library.opcheck(op, (*inputs, None, None, 0.0, *lists, *grads, kernels))
     strided = [t.t().contiguous().t() for t in inputs]
-    torch.library.opcheck(op, (*strided, None, torch.tensor(5.0), 0.0, *lists, True, True, "cpu"))
+    torch.library.opcheck(op, (*strided, None, torch.tensor(5.0), 0.0, *lists, True, True, kernels))
+
+
+def test_opcheck_of_the_backward():
+    first, second = torch.randn(3, 20), torch.randn(3, 20)
+    scalars = torch.tensor(0.1), torch.tensor(2.0)
+    op = torch.ops.rlhf_kernels.loss_backward.default
+    for other, dtypes in ((second, (torch.float32, torch.bfloat16)), (None, (torch.float16,) * 2)):
+        torch.library.opcheck(op, (first, other, *scalars, *dtypes, "triton"))
+
+
+@pytest.mark.parametrize(
+    "config, forward",
+    [
+        (Config(), ["policy", "combine"]),
+        (Config.rloo(**EVERYTHING), ["policy", "combine"]),
+        (Config.grpo(), ["statistics", "policy", "combine"]),
+        (Config(**EVERYTHING, **CORRECTIONS[3]), ["statistics", "policy", "combine"]),
+        (Config(ratio_level="sequence-token"), ["statistics", "policy", "combine"]),
+        (Config.gspo(**EVERYTHING), ["statistics", "policy", "pooled", "combine"]),
+    ],
+)
+def test_launches_of_the_triton_backend(monkeypatch, config, forward):
+    from rlhf_kernels.triton import policy
+
+    launched, launch = [], policy.launch
+
+    def listen(kernel, *args, **options):
+        launched.append(kernel.fn.__name__.removesuffix("_kernel"))
+        launch(kernel, *args, **options)
+
+    monkeypatch.setattr(policy, "launch", listen)
+    args, options = make_inputs(3, 1100)
+    with rk.use_backend("triton"):
+        loss = rk.policy_loss(*args, **options, config=config).loss
+        assert launched == forward
+        torch.autograd.grad(loss, (args[0], options["entropy"]), allow_unused=True)
+        assert launched == [*forward, "backward"]
+
+
+def test_bad_data_poisons_the_triton_backend(monkeypatch):
+    args, options = make_inputs(3, 8)
+    flat = [t.detach().reshape(-1) for t in args]
+    config = Config(entropy_coef=0.1)
+    bad = [([0, 8, 20], 1.0), ([1, 8, 24], 1.0), ([0, 30, 24], 1.0), ([0, 16, 8, 24], 1.0)]
+    bad += [([-5, 8, 24], 1.0), ([0, 2**40, 24], 1.0), ([24, 0, 24], 1.0)]
+    bad += [([0, 24], v) for v in (0.0, -1.0, math.nan, math.inf)]
+    for offsets, divisor in bad:
+        inputs = [t.clone() for t in flat]
+        entropy = options["entropy"].detach().reshape(-1).requires_grad_()
+        inputs[0].requires_grad_()
+        extra = {
+            "entropy": entropy,
+            "cu_seqlens": torch.tensor(offsets),
+            "normalizer": torch.tensor(divisor),
+            "config": config,
+        }
+        with rk.use_backend("triton"):
+            loss, metrics = rk.policy_loss(*inputs, **extra)
+            gradients = torch.autograd.grad(loss, (inputs[0], entropy))
+            assert loss.isnan() and metrics.values.isnan().all(), (offsets, divisor)
+            assert all(g.isnan().all() for g in gradients)
+            with monkeypatch.context() as patch:
+                patch.setattr(_config, "CHECK", True)
+                with pytest.raises(ValueError, match=r"cu_seqlens must|normalizer must"):
+                    rk.policy_loss(*inputs, **extra)
 
 
 def test_compile_without_graph_breaks(backend):
@@ -640,6 +721,7 @@ def test_compile_without_graph_breaks(backend):
     assert compiles <= 2
 
 
+@pytest.mark.parametrize("kernels", ["cpu", pytest.param("triton", marks=pytest.mark.slow)])
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     rows=st.integers(1, 6),
@@ -653,10 +735,12 @@ def test_compile_without_graph_breaks(backend):
     estimator=st.sampled_from(policy_config.KL_ESTIMATORS),
     weighted=st.booleans(),
 )
-def test_fuzz(rows, cols, seed, keep, dtype, base, aggregation, correction, estimator, weighted):
+def test_fuzz(
+    kernels, rows, cols, seed, keep, dtype, base, aggregation, correction, estimator, weighted
+):
     args, options = make_inputs(rows, cols, dtype, seed=seed, keep=keep)
     config = make_config(base, aggregation, correction, estimator, weighted)
-    with rk.use_backend("cpu"):
+    with rk.use_backend(kernels):
         actual = run(rk.policy_loss, args, options, config=config)
     expected = run(reference.policy_loss, args, options, config=config)
     torch.testing.assert_close(actual[:2], expected[:2], rtol=2e-5, atol=2e-5)
@@ -709,7 +793,9 @@ def test_bad_options_raise(options, message):
         Config(**options)
 
 
-def test_bad_arguments_raise(backend):
+def test_bad_arguments_raise(backend, monkeypatch):
+    # Where data would not be looked at: test_bad_data_poisons_the_triton_backend.
+    monkeypatch.setattr(_config, "CHECK", True)
     args, _ = make_inputs(3, 8)
     logprobs, old, advantages, mask = args
     for bad, error, message in (

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rlhf_kernels as rk
-from rlhf_kernels import reference
+from rlhf_kernels import _config, reference
 from rlhf_kernels.policy_config import AGGREGATIONS
 from rlhf_kernels.reference.policy import token_weights
 from rlhf_kernels.reference.value import METRICS
@@ -44,6 +44,11 @@ def check(args, **options):
     assert_within_budget(actual[1], oracle[1], plain[1], scale=1.0)
     assert_within_budget(actual[2], oracle[2], plain[2])
     return oracle
+
+
+def same(backend):
+    """How equal results of one backend are that ought to be the same."""
+    return torch.testing.assert_close if backend == "reference" else assert_bitwise_equal
 
 
 def divisor(aggregation):
@@ -175,7 +180,7 @@ def test_packed_equals_padded(backend):
     flat = [
         t.detach()[inside].requires_grad_(t.requires_grad) for t in (values, old, returns, mask)
     ]
-    compare = assert_bitwise_equal if backend == "cpu" else torch.testing.assert_close
+    compare = same(backend)
     for aggregation in AGGREGATIONS:
         options = {"aggregation": aggregation, "normalizer": divisor(aggregation)}
         one = run(rk.value_loss, (values, old, returns, mask & inside), clip_range=0.3, **options)
@@ -193,7 +198,7 @@ def test_micro_batches_add_up(backend, aggregation):
     options = {"clip_range": 0.3, "aggregation": aggregation}
     whole = run(rk.value_loss, args, normalizer=normalizer, **options)
     total = 0.0
-    compare = assert_bitwise_equal if backend == "cpu" else torch.testing.assert_close
+    compare = same(backend)
     for rows, by in (
         (slice(0, 2), normalizer),
         (slice(2, 3), float(normalizer)),
@@ -209,7 +214,7 @@ def test_micro_batches_add_up(backend, aggregation):
 def test_views_integer_masks_and_upstream(backend):
     args = make_inputs(7, 65)
     expected = run(rk.value_loss, args, clip_range=0.3)
-    compare = assert_bitwise_equal if backend == "cpu" else torch.testing.assert_close
+    compare = same(backend)
     for view in (
         lambda t: torch.cat([t[:, :1], t], 1)[:, 1:],
         lambda t: t.t().contiguous().t(),
@@ -247,11 +252,29 @@ def test_threads_do_not_change_bits(shape):
             assert_bitwise_equal(a, b)
 
 
-def test_opcheck():
+@pytest.mark.parametrize("kernels", ("cpu", "triton"))
+def test_opcheck(kernels):
     args = [t.detach() for t in make_inputs(3, 20)]
     op = torch.ops.rlhf_kernels.value_loss.default
     for grad in (True, False):
-        torch.library.opcheck(op, (*args, None, None, 0.0, 0.3, 1, grad, "cpu"))
+        torch.library.opcheck(op, (*args, None, None, 0.0, 0.3, 1, grad, kernels))
+
+
+def test_bad_data_poisons_the_triton_backend(monkeypatch):
+    values, *rest = [t.detach().reshape(-1) for t in make_inputs(3, 8)]
+    bad = [([0, 8, 20], 1.0), ([1, 8, 24], 1.0), ([0, 30, 24], 1.0), ([0, 16, 8, 24], 1.0)]
+    bad += [([-5, 8, 24], 1.0), ([0, 2**40, 24], 1.0), ([24, 0, 24], 1.0)]
+    bad += [([0, 24], v) for v in (0.0, -1.0, math.nan, math.inf)]
+    for offsets, divided in bad:
+        args = (values.clone().requires_grad_(), *rest)
+        options = {"cu_seqlens": torch.tensor(offsets), "normalizer": torch.tensor(divided)}
+        with rk.use_backend("triton"):
+            loss, metrics, g = run(rk.value_loss, args, clip_range=0.3, **options)
+            assert loss.isnan() and metrics.isnan().all() and g.isnan().all(), (offsets, divided)
+            with monkeypatch.context() as patch:
+                patch.setattr(_config, "CHECK", True)
+                with pytest.raises(ValueError, match=r"cu_seqlens must|normalizer must"):
+                    rk.value_loss(*args, clip_range=0.3, **options)
 
 
 def test_compile_without_graph_breaks(backend):
@@ -280,6 +303,7 @@ def test_compile_without_graph_breaks(backend):
     assert compiles <= 2
 
 
+@pytest.mark.parametrize("kernels", ["cpu", pytest.param("triton", marks=pytest.mark.slow)])
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     rows=st.integers(1, 6),
@@ -291,14 +315,14 @@ def test_compile_without_graph_breaks(backend):
     clip_range=st.sampled_from((None, 0.1, 2.0)),
     offset=st.sampled_from((0.0, 5.0)),
 )
-def test_fuzz(rows, cols, seed, keep, dtype, aggregation, clip_range, offset):
+def test_fuzz(kernels, rows, cols, seed, keep, dtype, aggregation, clip_range, offset):
     args = make_inputs(rows, cols, dtype, seed=seed, keep=keep, offset=offset)
     options = {
         "clip_range": clip_range,
         "aggregation": aggregation,
         "normalizer": divisor(aggregation),
     }
-    with rk.use_backend("cpu"):
+    with rk.use_backend(kernels):
         actual = run(rk.value_loss, args, **options)
     expected = run(reference.value_loss, args, **options)
     torch.testing.assert_close(actual[:2], expected[:2], rtol=2e-5, atol=2e-5)
@@ -320,7 +344,9 @@ def test_weights_of_the_aggregations():
     assert weights("constant", 4.0) == pytest.approx([1 / 4, 1 / 4, 0])
 
 
-def test_bad_arguments_raise(backend):
+def test_bad_arguments_raise(backend, monkeypatch):
+    # Where data would not be looked at: test_bad_data_poisons_the_triton_backend.
+    monkeypatch.setattr(_config, "CHECK", True)
     values, old, returns, mask = make_inputs(3, 8)
     for bad, error, message in (
         ((values, old[:, 1:], returns, mask), ValueError, "old_values must have the shape"),

@@ -26,13 +26,15 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         clip_range: float,
         aggregation: int,
         grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         op = "value_loss"
         loss, metrics, gradient = policy.outputs(values, _METRICS, grad)
+        # The gradient is complete.
+        scale = loss.new_empty(0)
         divisor = policy.divisor_value(op, normalizer, divisor)
         tokens = policy.sequences(op, values, cu_seqlens)
         if tokens is None:
-            return loss.zero_(), metrics.zero_(), gradient
+            return loss.zero_(), metrics.zero_(), gradient, scale
         mask, values = policy.mask_grid(mask), b.as_grid(values)
         old, returns = b.as_grid(old), b.as_grid(returns)
         status = extension.value_loss(
@@ -41,6 +43,6 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             b.pack(gradient) if grad else None, b.threads(),
         )  # fmt: skip
         policy.raise_status(op, status, cu_seqlens, values.numel())
-        return loss, metrics, gradient
+        return loss, metrics, gradient, scale
 
     return {"value_loss": value_loss}

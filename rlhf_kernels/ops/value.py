@@ -10,19 +10,20 @@ from .. import _backends, _checks, reference
 from .._register import define
 from ..policy_config import AGGREGATIONS
 from ..reference.value import METRICS
-from .policy import scaled
+from .policy import gradient_fake, scale_fake, scaled
 
 
 def _forward_fake(
     values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, cu_seqlens: Tensor | None,
     normalizer: Tensor | None, divisor: float, clip_range: float, aggregation: int, grad: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     scalar = values.new_empty((), dtype=torch.float32)
     return (
         scalar,
         scalar.new_empty((len(METRICS),)),
-        values.new_empty(values.shape if grad else (0,)),
+        gradient_fake(values, grad, backend),
+        scale_fake(values, backend),
     )
 
 
@@ -30,7 +31,7 @@ _forward = define(
     "value_loss",
     "(Tensor values, Tensor old_values, Tensor returns, Tensor mask, Tensor? cu_seqlens, "
     "Tensor? normalizer, float divisor, float clip_range, int aggregation, bool grad, "
-    "str backend) -> (Tensor, Tensor, Tensor)",
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward_fake,
 )
 
@@ -40,9 +41,10 @@ class _ValueLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        loss, metrics, grad = _forward(values, *args)
+        loss, metrics, grad, scale = _forward(values, *args)
+        ctx.dtype, ctx.backend = values.dtype, args[-1]
         ctx.nothing = (None,) * len(args)
-        ctx.save_for_backward(grad)
+        ctx.save_for_backward(grad, scale)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
         return loss, metrics
@@ -52,8 +54,8 @@ class _ValueLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple:
         if upstream is None:
             return (None, *ctx.nothing)
-        (grad,) = ctx.saved_tensors
-        return (scaled(grad, upstream), *ctx.nothing)
+        grad, scale = ctx.saved_tensors
+        return (*scaled([grad], [ctx.dtype], scale, upstream, ctx.backend), *ctx.nothing)
 
 
 class ValueMetrics(NamedTuple):
@@ -155,5 +157,5 @@ def value_loss(
     if grad:
         loss, metrics = _ValueLoss.apply(values, *args)
     else:
-        loss, metrics, _ = _forward(values.detach(), *args)
+        loss, metrics, *_ = _forward(values.detach(), *args)
     return ValueLoss(loss, ValueMetrics(metrics))

@@ -56,10 +56,8 @@ def within(x, low, high, slope):
 
 @triton.jit
 def policy_ratio(x, c):
-    """r, r - 1, r - 1 - log r and log r of the log-ratio x, clamped."""
-    log = clamp(x, c.log_ratio_low, c.log_ratio_high)
-    r, rm1, rm1mx = exp_parts(log)
-    return r, rm1, rm1mx, log
+    """r, r - 1 and r - 1 - log r of the log-ratio x, clamped."""
+    return exp_parts(clamp(x, c.log_ratio_low, c.log_ratio_high))
 
 
 @triton.jit

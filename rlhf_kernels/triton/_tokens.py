@@ -15,19 +15,24 @@ from torch import Tensor
 
 from .. import _checks, _config
 from .._layout import as_grid, grid_strides
-from ._launch import INTERPRETED, tile_count
+from ._launch import INTERPRETED, kernel, tile_count
 from ._math import tree_sum
 
 # Tokens of a program, 4 a thread.
 TILE = 1024
 WARPS = 8
+# The first rows of the scratch [rows, slots], of statistics_kernel.
+TOKENS, LOG_RATIO, LOG_WEIGHT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # Aggregations whose implied divisor is the number of sequences with a token: policy_config.py.
 SEQUENCE_COUNTS = (1, 2)
-# Slots that the combining program takes at a time. The interpreter scans element by element.
-GROUP = 16 if INTERPRETED else 512
+# Slots that the combining program takes at a time. The interpreter scans element by element; and
+# with few, small tests have several groups.
+GROUP = 16 if INTERPRETED else 256
+# Groups whose loads are under way together: one program must hide their latency by itself.
+UNROLL = tl.constexpr(1 if INTERPRETED else 2)
 COMBINE_WARPS = 8
 # Slots of one sequence that a program takes at a time.
-SEQUENCE_GROUP = tl.constexpr(128)
+SEQUENCE_GROUP = tl.constexpr(4 if INTERPRETED else 128)
 # Threads of a program, and the width to which they fold a block each by itself.
 FOLDED = tl.constexpr(256)
 
@@ -55,9 +60,7 @@ def sequences(shape: torch.Size, cu_seqlens: Tensor | None) -> tuple[int, int]:
     return cu_seqlens.shape[0] - 1, shape[0]
 
 
-def outputs(
-    like: Tensor, metrics: int, scratch: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def outputs(like: Tensor, metrics: int, scratch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, metrics, scale of the gradient, and fp32 scratch."""
     loss = torch.empty((), dtype=torch.float32, device=like.device)
     return loss, loss.new_empty(metrics), torch.empty_like(loss), loss.new_empty(scratch)
@@ -78,14 +81,15 @@ def divisor_on(
         # It lies on the host, so reading it waits for nothing.
         _checks.divisor_positive(op, normalizer)
         return None, float(normalizer)
-    return normalizer, divisor
+    # An integer would be an argument of another type, and another kernel.
+    return normalizer, float(divisor)
 
 
 @triton.jit
 def slot_tile(offsets, sequences, cols, PACKED: tl.constexpr, TILE: tl.constexpr):
-    """(s, k, begin, length): the program's tile k of sequence s, which has length tokens from begin.
+    """(s, k, begin, length): the program's tile, k of sequence s, which has `length` tokens.
 
-    Whatever the offsets say, begin and begin + length lie in [0, cols].
+    They start at `begin`. Whatever the offsets say, begin and begin + length lie in [0, cols].
     """
     pid = tl.program_id(0)
     if PACKED:
@@ -98,7 +102,8 @@ def slot_tile(offsets, sequences, cols, PACKED: tl.constexpr, TILE: tl.constexpr
             s = tl.where(before, middle, s)
             last = tl.where(before, last, middle - 1)
         begin = tl.load(offsets + s).to(tl.int64)
-        end = tl.load(offsets + s + 1).to(tl.int64)
+        # Without a sequence there is no such entry.
+        end = tl.load(offsets + s + 1, mask=s < sequences, other=0).to(tl.int64)
         begin = tl.minimum(tl.maximum(begin, 0), cols)
         length = tl.maximum(tl.minimum(end, cols) - begin, 0)
         k = (pid - (begin // TILE + s)).to(tl.int32)
@@ -170,6 +175,15 @@ def pick(x, i, N: tl.constexpr):
 
 
 @triton.jit
+def inverse(n):
+    """1 / n for fp64 n in [1, 2^100]. A division would be a call, around which registers spill."""
+    x = (1.0 / n.to(tl.float32)).to(tl.float64)
+    # Each of Newton's steps doubles the digits.
+    x *= 2.0 - n * x
+    return x * (2.0 - n * x)
+
+
+@triton.jit
 def sequence_total(x, first, tiles):
     """The fp64 sum of x[first : first + tiles], the slots of one sequence, in order."""
     total = tl.zeros((SEQUENCE_GROUP,), tl.float64)
@@ -228,3 +242,31 @@ def loss_scale(normalizer, divisor, count, NORMALIZER: tl.constexpr):
         d = tl.where(d == 0.0, tl.where(count > 1.0, count, 1.0), d)
     good = (d > 0.0) & (d < float("inf"))
     return tl.where(good, 1.0 / d, float("nan"))
+
+
+@kernel
+def statistics_kernel(
+    offsets, mask, logprobs, old, rollout, partials, sequences, cols, mask_stride0, mask_stride1,
+    logprobs_stride0, logprobs_stride1, old_stride0, old_stride1, rollout_stride0,
+    rollout_stride1, PACKED: tl.constexpr, RATIO: tl.constexpr, WEIGHT: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Unmasked tokens of each slot, their sums of logprob - old and of old - rollout."""
+    pid, slots = tl.program_id(0), tl.num_programs(0)
+    s, k, begin, length = slot_tile(offsets, sequences, cols, PACKED, TILE)
+    i, inside = tile_tokens(k, length, TILE)
+    at = begin + k.to(tl.int64) * TILE
+    kept = load_tile(mask, s, at, i, inside, mask_stride0, mask_stride1) != 0
+    count = tl.where(kept, 1.0, 0.0)
+    log_ratio, log_weight = tl.zeros_like(count), tl.zeros_like(count)
+    if RATIO or WEIGHT:
+        before = load_kept(old, s, at, i, kept, old_stride0, old_stride1)
+        if RATIO:
+            now = load_kept(logprobs, s, at, i, kept, logprobs_stride0, logprobs_stride1)
+            log_ratio = now - before
+        if WEIGHT:
+            sampled = load_kept(rollout, s, at, i, kept, rollout_stride0, rollout_stride1)
+            log_weight = before - sampled
+    sums = column_sums(join4(count, log_ratio, log_weight, tl.zeros_like(count)), TILE, 4)
+    column = tl.arange(0, 4)
+    tl.store(partials + (TOKENS + column) * slots + pid, sums, mask=column < 3)

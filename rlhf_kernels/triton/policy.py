@@ -15,6 +15,7 @@ sequence's ratio; one backward.
 from collections.abc import Callable, Sequence
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -37,9 +38,13 @@ from ._policy_math import (
     within,
 )
 from ._tokens import (
+    LOG_RATIO,
+    LOG_WEIGHT,
+    TOKENS,
+    UNROLL,
     bad_offsets,
     column_sums,
-    join4,
+    inverse,
     join8,
     load_kept,
     load_tile,
@@ -53,44 +58,15 @@ from ._tokens import (
 
 # reference/policy.py: METRICS
 METRICS = 18
-# Rows of the scratch [ROWS, slots]. The sums that policy_kernel names, then:
+# Rows of the scratch [ROWS, slots] after the statistics: the sums that policy_kernel names, and
+# which tile of its sequence the slot is.
 SUMS = tl.constexpr(16)
-SLOPE = tl.constexpr(15)
-R_MIN, R_MAX, TILE_INDEX = tl.constexpr(16), tl.constexpr(17), tl.constexpr(18)
-# The statistics launch: unmasked tokens, sums of logprob - old and of old - rollout.
-STATISTICS = tl.constexpr(19)
+FIRST, COUNT, SLOPE = tl.constexpr(3), tl.constexpr(3 + 14), tl.constexpr(3 + 15)
+R_MIN, R_MAX, TILE_INDEX = tl.constexpr(19), tl.constexpr(20), tl.constexpr(21)
 ROWS = 22
 # Elements of a program of loss_backward, and of a 16-byte load.
 BACKWARD_TILE = 4096
-ALIGN = 4
-
-
-@kernel
-def statistics_kernel(
-    offsets, mask, logprobs, old, rollout, partials, sequences, cols, mask_stride0, mask_stride1,
-    logprobs_stride0, logprobs_stride1, old_stride0, old_stride1, rollout_stride0,
-    rollout_stride1, PACKED: tl.constexpr, RATIO: tl.constexpr, WEIGHT: tl.constexpr,
-    TILE: tl.constexpr,
-):  # fmt: skip
-    """Each slot's unmasked tokens, sum of log-ratios and sum of old - rollout."""
-    pid, slots = tl.program_id(0), tl.num_programs(0)
-    s, k, begin, length = slot_tile(offsets, sequences, cols, PACKED, TILE)
-    i, inside = tile_tokens(k, length, TILE)
-    at = begin + k.to(tl.int64) * TILE
-    kept = load_tile(mask, s, at, i, inside, mask_stride0, mask_stride1) != 0
-    count = tl.where(kept, 1.0, 0.0)
-    log_ratio, log_weight = tl.zeros_like(count), tl.zeros_like(count)
-    if RATIO or WEIGHT:
-        before = load_kept(old, s, at, i, kept, old_stride0, old_stride1)
-        if RATIO:
-            now = load_kept(logprobs, s, at, i, kept, logprobs_stride0, logprobs_stride1)
-            log_ratio = now - before
-        if WEIGHT:
-            sampled = load_kept(rollout, s, at, i, kept, rollout_stride0, rollout_stride1)
-            log_weight = before - sampled
-    sums = column_sums(join4(count, log_ratio, log_weight, tl.zeros_like(count)), TILE, 4)
-    column = tl.arange(0, 4)
-    tl.store(partials + (STATISTICS + column) * slots + pid, sums, mask=column < 3)
+ALIGN = tl.constexpr(4)
 
 
 @kernel
@@ -115,21 +91,21 @@ def policy_kernel(
     a = load_kept(advantages, s, at, i, kept, advantages_stride0, advantages_stride1)
     zero = tl.zeros_like(a)
     x = logprob - before
-    r, rm1, k3, log_r = policy_ratio(x, c)
+    r, rm1, k3 = policy_ratio(x, c)
     ratio_k3 = k3
     weight = scalar(1.0)
     learns = tl.full((), 1, tl.int1)
     if SEQUENCE_MEAN or LEVEL != TOKEN_RATIO:
         slot, tiles = pid - k, ((length - 1) // TILE + 1).to(tl.int32)
-        tokens = sequence_total(partials + STATISTICS * slots, slot, tiles)
-        tokens = tl.where(tokens > 1.0, tokens, 1.0)
+        tokens = sequence_total(partials + TOKENS * slots, slot, tiles)
+        each = inverse(tl.where(tokens > 1.0, tokens, 1.0))
         if SEQUENCE_MEAN:
-            weight = (1.0 / tokens).to(tl.float32)
+            weight = each.to(tl.float32)
         if LEVEL != TOKEN_RATIO:
             # The ratio of the sequence, for each of its tokens.
-            total = sequence_total(partials + (STATISTICS + 1) * slots, slot, tiles)
-            mean = (total / tokens).to(tl.float32)
-            r, rm1, ratio_k3, log_r = policy_ratio(zero + mean, c)
+            total = sequence_total(partials + LOG_RATIO * slots, slot, tiles)
+            mean = (total * each).to(tl.float32)
+            r, rm1, ratio_k3 = policy_ratio(zero + mean, c)
             learns = within(mean, c.log_ratio_low, c.log_ratio_high, 1.0) != 0.0
     w, w_sum = zero + 1.0, tl.where(kept, 1.0, 0.0)
     if ROLLOUT:
@@ -137,7 +113,7 @@ def policy_kernel(
         log_w = before - sampled
         if CORRECTION == SEQUENCE_CORRECTION:
             slot, tiles = pid - k, ((length - 1) // TILE + 1).to(tl.int32)
-            total = sequence_total(partials + (STATISTICS + 2) * slots, slot, tiles)
+            total = sequence_total(partials + LOG_WEIGHT * slots, slot, tiles)
             log_w = zero + total.to(tl.float32)
         correction = correction_weight(log_w, c, MODE)
         w_sum = tl.where(kept, correction, 0.0)
@@ -185,7 +161,7 @@ def policy_kernel(
     sums = column_sums(tl.join(even, odd), TILE, SUMS)
     column = tl.arange(0, SUMS)
     sums *= tl.where(column < 3, weight, 1.0)
-    tl.store(partials + column * slots + pid, sums)
+    tl.store(partials + (FIRST + column) * slots + pid, sums)
     # Not the place to see a NaN, which these may step over: the sum of r is.
     tl.store(partials + R_MIN * slots + pid, tl.min(tl.where(kept, r, 3.0e38), axis=0))
     tl.store(partials + R_MAX * slots + pid, tl.max(tl.where(kept, r, -3.0e38), axis=0))
@@ -204,12 +180,12 @@ def pooled_kernel(
     at = begin + k.to(tl.int64) * TILE
     kept = load_tile(mask, s, at, i, inside, mask_stride0, mask_stride1) != 0
     slot, tiles = pid - k, ((length - 1) // TILE + 1).to(tl.int32)
-    tokens = sequence_total(partials + STATISTICS * slots, slot, tiles)
-    tokens = tl.where(tokens > 1.0, tokens, 1.0)
-    mean = sequence_total(partials + (STATISTICS + 1) * slots, slot, tiles) / tokens
-    share = sequence_total(partials + SLOPE * slots, slot, tiles) / tokens
+    tokens = sequence_total(partials + TOKENS * slots, slot, tiles)
+    each = inverse(tl.where(tokens > 1.0, tokens, 1.0))
+    mean = sequence_total(partials + LOG_RATIO * slots, slot, tiles) * each
+    share = sequence_total(partials + SLOPE * slots, slot, tiles) * each
     if SEQUENCE_MEAN:
-        share /= tokens
+        share *= each
     share = within(mean.to(tl.float32), log_ratio_low, log_ratio_high, share.to(tl.float32))
     to = grad + at + i
     if not PACKED:
@@ -230,19 +206,20 @@ def combine_kernel(
     r_max = tl.full((GROUP,), -3.0e38, tl.float32)
     found = tl.zeros((GROUP,), tl.int32)
     last = tl.full((), -1, tl.int32)
-    for start in range(0, slots, GROUP):
-        slot = start + tl.arange(0, GROUP)
-        there = slot < slots
-        at = partials + column * slots + slot[:, None]
-        total += tl.load(at, mask=there[:, None], other=0.0).to(tl.float64)
-        low = tl.load(partials + R_MIN * slots + slot, mask=there, other=3.0e38)
-        high = tl.load(partials + R_MAX * slots + slot, mask=there, other=-3.0e38)
-        r_min, r_max = tl.minimum(r_min, low), tl.maximum(r_max, high)
-        if COUNT_SEQUENCES:
-            opens, last = opening_slots(
-                partials + 14 * slots, partials + TILE_INDEX * slots, slot, slots, last
-            )
-            found += opens
+    for start in range(0, slots, UNROLL * GROUP):
+        for j in tl.static_range(UNROLL):
+            slot = start + j * GROUP + tl.arange(0, GROUP)
+            there = slot < slots
+            at = partials + (FIRST + column) * slots + slot[:, None]
+            total += tl.load(at, mask=there[:, None], other=0.0).to(tl.float64)
+            low = tl.load(partials + R_MIN * slots + slot, mask=there, other=3.0e38)
+            high = tl.load(partials + R_MAX * slots + slot, mask=there, other=-3.0e38)
+            r_min, r_max = tl.minimum(r_min, low), tl.maximum(r_max, high)
+            if COUNT_SEQUENCES:
+                opens, last = opening_slots(
+                    partials + COUNT * slots, partials + TILE_INDEX * slots, slot, slots, last
+                )
+                found += opens
     sums = column_sums(total, GROUP, SUMS)
     tokens = pick(sums, 14, SUMS)
     count = tokens
@@ -256,6 +233,7 @@ def combine_kernel(
     # NaN where the factor is.
     fault = factor - factor
     n = tl.where(tokens > 1.0, tokens, 1.0)
+    share = inverse(n)
     some = tokens > 0.0
     pg, kl, bonus = (
         pick(sums, 0, SUMS) * factor, pick(sums, 1, SUMS) * factor, pick(sums, 2, SUMS) * factor
@@ -270,21 +248,21 @@ def combine_kernel(
     low, high = tl.min(r_min, axis=0) + lost, tl.max(r_max, axis=0) + lost
     w = tl.where(some, 1.0, 0.0).to(tl.float64)
     if ROLLOUT:
-        w = pick(sums, 13, SUMS) / n
+        w = pick(sums, 13, SUMS) * share
     tl.store(loss, value.to(tl.float32))
     tl.store(metrics, value.to(tl.float32))
     tl.store(metrics + 1, pg.to(tl.float32))
     tl.store(metrics + 2, kl.to(tl.float32))
     tl.store(metrics + 3, bonus.to(tl.float32))
     for j in tl.static_range(3):
-        fraction = pick(sums, 3 + j, SUMS) / n + fault
+        fraction = pick(sums, 3 + j, SUMS) * share + fault
         tl.store(metrics + 4 + j, fraction.to(tl.float32))
-    tl.store(metrics + 7, (r / n + fault).to(tl.float32))
+    tl.store(metrics + 7, (r * share + fault).to(tl.float32))
     tl.store(metrics + 8, tl.where(some, low, 0.0) + fault.to(tl.float32))
     tl.store(metrics + 9, tl.where(some, high, 0.0) + fault.to(tl.float32))
-    tl.store(metrics + 10, (fault - pick(sums, 8, SUMS) / n).to(tl.float32))
+    tl.store(metrics + 10, (fault - pick(sums, 8, SUMS) * share).to(tl.float32))
     for j in tl.static_range(4):
-        mean = pick(sums, 9 + j, SUMS) / n + fault
+        mean = pick(sums, 9 + j, SUMS) * share + fault
         tl.store(metrics + 11 + j, mean.to(tl.float32))
     size = tl.where(some, r * r / tl.where(some, n * rr, 1.0), 0.0)
     tl.store(metrics + 15, (size + fault).to(tl.float32))
@@ -324,13 +302,14 @@ def policy_loss(
     (old, *old_strides), (advantages, *each) = t.strided(old), t.strided(advantages, spread)
     (ref, *ref_strides), (rollout, *rollout_strides) = t.strided(ref), t.strided(rollout)
     entropy, *entropy_strides = t.strided(entropy)
-    pooled = level == SEQUENCE_RATIO
-    by_sequence, by_weight = level != TOKEN_RATIO, correction == SEQUENCE_CORRECTION
-    sequence_mean = aggregation == SEQ_MEAN_TOKEN_MEAN
+    pooled = level == SEQUENCE_RATIO.value
+    by_sequence = level != TOKEN_RATIO.value
+    by_weight = correction == SEQUENCE_CORRECTION.value
+    sequence_mean = aggregation == SEQ_MEAN_TOKEN_MEAN.value
     options = {"PACKED": packed, "TILE": t.TILE, "warps": t.WARPS}
     if by_sequence or by_weight or sequence_mean:
         launch(
-            statistics_kernel, slots, loss, offsets, mask, logprobs, old, rollout, partials,
+            t.statistics_kernel, slots, loss, offsets, mask, logprobs, old, rollout, partials,
             *tokens, *mask_strides, *strides, *old_strides, *rollout_strides, RATIO=by_sequence,
             WEIGHT=by_weight, **options,
         )  # fmt: skip
@@ -358,20 +337,31 @@ def policy_loss(
     return loss, metrics, gradient, bonus, scale
 
 
+@triton.jit
+def scale_tile(gradient, out, i, inside, factor):
+    g = tl.load(gradient + i, mask=inside, other=0.0) * factor
+    tl.store(out + i, g.to(out.dtype.element_ty), mask=inside)
+
+
 @kernel(aligned=("first", "second", "first_out", "second_out"))
 def backward_kernel(
-    first, second, first_out, second_out, scale, upstream, count, ALIGN: tl.constexpr,
-    SECOND: tl.constexpr, TILE: tl.constexpr,
+    first, second, first_out, second_out, scale, upstream, count, SECOND: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    """gradient * (scale * upstream), one tile of up to two gradients; count in units of ALIGN."""
-    i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    inside = i < count.to(tl.int64) * ALIGN
+    """gradient * (scale * upstream), one tile of up to two gradients."""
+    begin = tl.program_id(0).to(tl.int64) * TILE
     factor = tl.load(scale) * tl.load(upstream).to(tl.float32)
-    g = tl.load(first + i, mask=inside, other=0.0) * factor
-    tl.store(first_out + i, g.to(first_out.dtype.element_ty), mask=inside)
+    i = tl.arange(0, TILE)
+    left = tl.minimum(count - begin, TILE).to(tl.int32)
+    # Whole groups, so that these are loads of 16 bytes whatever the count; then the last few.
+    grouped = i // ALIGN < left // ALIGN
+    scale_tile(first + begin, first_out + begin, i, grouped, factor)
     if SECOND:
-        g = tl.load(second + i, mask=inside, other=0.0) * factor
-        tl.store(second_out + i, g.to(second_out.dtype.element_ty), mask=inside)
+        scale_tile(second + begin, second_out + begin, i, grouped, factor)
+    i = left // ALIGN * ALIGN + tl.arange(0, ALIGN)
+    scale_tile(first + begin, first_out + begin, i, i < left, factor)
+    if SECOND:
+        scale_tile(second + begin, second_out + begin, i, i < left, factor)
 
 
 def loss_backward(
@@ -386,12 +376,10 @@ def loss_backward(
     if second is not None:
         outs.append(torch.empty_like(second, dtype=second_dtype))
     count = first.numel()
-    # Gradients and results are allocations of their own, aligned to 16 bytes.
-    align = 1 if count % ALIGN else ALIGN
     launch(
         backward_kernel, tile_count(count, BACKWARD_TILE), first, first, second, outs[0],
-        None if second is None else outs[1], scale, materialized(upstream), count // align,
-        ALIGN=align, SECOND=second is not None, TILE=BACKWARD_TILE, warps=t.WARPS,
+        None if second is None else outs[1], scale, materialized(upstream), count,
+        SECOND=second is not None, TILE=BACKWARD_TILE, warps=t.WARPS,
     )  # fmt: skip
     return outs
 

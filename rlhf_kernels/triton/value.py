@@ -1,0 +1,213 @@
+"""value_loss: every token read once, for its error, the gradient and the partial sums.
+
+Launched as policy_loss is, whose backward it shares: value_kernel and combine_kernel, before them
+the sequences' statistics where the aggregation needs each one's tokens.
+"""
+
+from collections.abc import Callable
+
+import triton.language as tl
+from torch import Tensor
+
+from . import _tokens as t
+from ._launch import kernel, launch
+from ._math import scalar
+from ._policy_math import SEQ_MEAN_TOKEN_MEAN, value_term
+from ._tokens import (
+    TOKENS,
+    UNROLL,
+    bad_offsets,
+    column_sums,
+    inverse,
+    join4,
+    join8,
+    load_kept,
+    load_tile,
+    loss_scale,
+    opening_slots,
+    pick,
+    sequence_total,
+    slot_tile,
+    tile_tokens,
+)
+
+# reference/value.py: METRICS
+METRICS = 6
+# Rows of the scratch [ROWS, slots] after the statistics: sums; mean and sum of squared deviations
+# of the returns and of the errors; which tile of its sequence the slot is.
+LOSS, CLIPPED, VALUE, COUNT = (tl.constexpr(i) for i in range(3, 7))
+RETURN_MEAN, ERROR_MEAN, RETURN_M2, ERROR_M2 = (tl.constexpr(i) for i in range(7, 11))
+TILE_INDEX = tl.constexpr(11)
+ROWS = 12
+
+
+@kernel
+def value_kernel(
+    offsets, mask, values, old, returns, grad, partials, sequences, cols, mask_stride0,
+    mask_stride1, values_stride0, values_stride1, old_stride0, old_stride1, returns_stride0,
+    returns_stride1, clip_range, PACKED: tl.constexpr, CLIP: tl.constexpr,
+    SEQUENCE_MEAN: tl.constexpr, GRAD: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Gradient, without 1 / divisor, and partial sums of one tile."""
+    pid, slots = tl.program_id(0), tl.num_programs(0)
+    s, k, begin, length = slot_tile(offsets, sequences, cols, PACKED, TILE)
+    i, inside = tile_tokens(k, length, TILE)
+    at = begin + k.to(tl.int64) * TILE
+    kept = load_tile(mask, s, at, i, inside, mask_stride0, mask_stride1) != 0
+    v = load_kept(values, s, at, i, kept, values_stride0, values_stride1)
+    target = load_kept(returns, s, at, i, kept, returns_stride0, returns_stride1)
+    zero = tl.zeros_like(v)
+    before = zero
+    if CLIP:
+        before = load_kept(old, s, at, i, kept, old_stride0, old_stride1)
+    # Masked: v, target and with them all terms are 0.
+    term, slope, clipped = value_term(v, before, target, clip_range, CLIP)
+    weight = scalar(1.0)
+    if SEQUENCE_MEAN:
+        slot, tiles = pid - k, ((length - 1) // TILE + 1).to(tl.int32)
+        tokens = sequence_total(partials + TOKENS * slots, slot, tiles)
+        weight = inverse(tl.where(tokens > 1.0, tokens, 1.0)).to(tl.float32)
+    if GRAD:
+        to = at + i
+        if not PACKED:
+            to += s.to(tl.int64) * cols
+        tl.store(grad + to, slope * weight, mask=inside)
+    error = target - v
+    count = tl.where(kept, 1.0, 0.0)
+    sums = column_sums(join8(term, clipped, v, count, target, error, zero, zero), TILE, 8)
+    n = tl.maximum(pick(sums, 3, 8), 1.0)
+    target_mean, error_mean = pick(sums, 4, 8) / n, pick(sums, 5, 8) / n
+    # The deviations are from the rounded mean: their own mean corrects for that.
+    target_off = tl.where(kept, target - target_mean, 0.0)
+    error_off = tl.where(kept, error - error_mean, 0.0)
+    square, error_square = target_off * target_off, error_off * error_off
+    off = column_sums(join4(target_off, error_off, square, error_square), TILE, 4)
+    off_mean, error_off_mean = pick(off, 0, 4) / n, pick(off, 1, 4) / n
+    out = partials + pid
+    column = tl.arange(0, 8)
+    sums *= tl.where(column == 0, weight, 1.0)
+    tl.store(out + (LOSS + column) * slots, sums, mask=column < 4)
+    tl.store(out + RETURN_MEAN * slots, target_mean + off_mean)
+    tl.store(out + ERROR_MEAN * slots, error_mean + error_off_mean)
+    tl.store(out + RETURN_M2 * slots, pick(off, 2, 4) - n * off_mean * off_mean)
+    tl.store(out + ERROR_M2 * slots, pick(off, 3, 4) - n * error_off_mean * error_off_mean)
+    tl.store(out + TILE_INDEX * slots, k.to(tl.float32))
+
+
+@kernel
+def combine_kernel(
+    offsets, normalizer, partials, loss, metrics, scale, sequences, cols, slots, divisor,
+    PACKED: tl.constexpr, NORMALIZER: tl.constexpr, COUNT_SEQUENCES: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """Loss, metrics and 1 / divisor from the partial sums of all slots, in fp64."""
+    terms = tl.zeros((GROUP,), tl.float64)
+    clipped, values, counts = tl.zeros_like(terms), tl.zeros_like(terms), tl.zeros_like(terms)
+    targets, errors = tl.zeros_like(terms), tl.zeros_like(terms)
+    found = tl.zeros((GROUP,), tl.int32)
+    last = tl.full((), -1, tl.int32)
+    for start in range(0, slots, UNROLL * GROUP):
+        for j in tl.static_range(UNROLL):
+            slot = start + j * GROUP + tl.arange(0, GROUP)
+            there = slot < slots
+            at = partials + slot
+            n = tl.load(at + COUNT * slots, mask=there, other=0.0).to(tl.float64)
+            terms += tl.load(at + LOSS * slots, mask=there, other=0.0).to(tl.float64)
+            clipped += tl.load(at + CLIPPED * slots, mask=there, other=0.0).to(tl.float64)
+            values += tl.load(at + VALUE * slots, mask=there, other=0.0).to(tl.float64)
+            counts += n
+            targets += n * tl.load(at + RETURN_MEAN * slots, mask=there, other=0.0).to(tl.float64)
+            errors += n * tl.load(at + ERROR_MEAN * slots, mask=there, other=0.0).to(tl.float64)
+            if COUNT_SEQUENCES:
+                opens, last = opening_slots(
+                    partials + COUNT * slots, partials + TILE_INDEX * slots, slot, slots, last
+                )
+                found += opens
+    zero = tl.zeros_like(terms)
+    sums = column_sums(join8(terms, clipped, values, counts, targets, errors, zero, zero), GROUP, 8)
+    tokens = pick(sums, 3, 8)
+    share = inverse(tl.where(tokens > 1.0, tokens, 1.0))
+    target_mean, error_mean = pick(sums, 4, 8) * share, pick(sums, 5, 8) * share
+    # What the tiles vary in themselves, and how their means differ.
+    target_m2, error_m2 = zero, zero
+    for start in range(0, slots, UNROLL * GROUP):
+        for j in tl.static_range(UNROLL):
+            slot = start + j * GROUP + tl.arange(0, GROUP)
+            there = slot < slots
+            at = partials + slot
+            n_slot = tl.load(at + COUNT * slots, mask=there, other=0.0).to(tl.float64)
+            target = tl.load(at + RETURN_MEAN * slots, mask=there, other=0.0) - target_mean
+            error = tl.load(at + ERROR_MEAN * slots, mask=there, other=0.0) - error_mean
+            target_m2 += n_slot * target * target
+            error_m2 += n_slot * error * error
+            target_m2 += tl.load(at + RETURN_M2 * slots, mask=there, other=0.0).to(tl.float64)
+            error_m2 += tl.load(at + ERROR_M2 * slots, mask=there, other=0.0).to(tl.float64)
+    squares = column_sums(join4(target_m2, error_m2, zero, zero), GROUP, 4)
+    total, rest = pick(squares, 0, 4), pick(squares, 1, 4)
+    # A NaN that is not under the mask shows.
+    explained = tl.where(total > 0.0, 1.0 - rest / tl.where(total > 0.0, total, 1.0), total - total)
+    count = tokens
+    if COUNT_SEQUENCES:
+        count = tl.sum(found, axis=0).to(tl.float64)
+    factor = loss_scale(normalizer, divisor, count, NORMALIZER)
+    if PACKED:
+        bad = bad_offsets(offsets, sequences, cols, GROUP)
+        factor = tl.where(bad == 0, factor, float("nan"))
+    # NaN where the factor is.
+    fault = factor - factor
+    value = (pick(sums, 0, 8) * factor).to(tl.float32)
+    tl.store(scale, factor.to(tl.float32))
+    tl.store(loss, value)
+    tl.store(metrics, value)
+    tl.store(metrics + 1, (pick(sums, 1, 8) * share + fault).to(tl.float32))
+    tl.store(metrics + 2, (pick(sums, 2, 8) * share + fault).to(tl.float32))
+    tl.store(metrics + 3, (target_mean + fault).to(tl.float32))
+    tl.store(metrics + 4, (explained + fault).to(tl.float32))
+    tl.store(metrics + 5, (tokens + fault).to(tl.float32))
+
+
+def value_loss(
+    values: Tensor,
+    old: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+    normalizer: Tensor | None,
+    divisor: float,
+    clip_range: float,
+    aggregation: int,
+    grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    op, shape, packed = "value_loss", values.shape, cu_seqlens is not None
+    t.check(op, cu_seqlens, shape[0], normalizer)
+    normalizer, divisor = t.divisor_on(op, values.device, normalizer, divisor)
+    slots = t.slot_count(shape, cu_seqlens)
+    loss, metrics, scale, partials = t.outputs(values, METRICS, ROWS * slots)
+    gradient = loss.new_empty(shape if grad else 0)
+    tokens = t.sequences(shape, cu_seqlens)
+    offsets = cu_seqlens.contiguous() if packed else None
+    (mask, *mask_strides), (values, *strides) = t.strided(mask), t.strided(values)
+    (old, *old_strides), (returns, *returns_strides) = t.strided(old), t.strided(returns)
+    sequence_mean = aggregation == SEQ_MEAN_TOKEN_MEAN.value
+    options = {"PACKED": packed, "TILE": t.TILE, "warps": t.WARPS}
+    if sequence_mean:
+        launch(
+            t.statistics_kernel, slots, loss, offsets, mask, None, None, None, partials, *tokens,
+            *mask_strides, 0, 0, 0, 0, 0, 0, RATIO=False, WEIGHT=False, **options,
+        )  # fmt: skip
+    launch(
+        value_kernel, slots, loss, offsets, mask, values, old, returns, gradient, partials,
+        *tokens, *mask_strides, *strides, *old_strides, *returns_strides, float(clip_range),
+        CLIP=clip_range > 0, SEQUENCE_MEAN=sequence_mean, GRAD=grad, **options,
+    )  # fmt: skip
+    counted = normalizer is None and divisor == 0.0
+    launch(
+        combine_kernel, 1, loss, offsets, normalizer, partials, loss, metrics, scale, *tokens,
+        slots, divisor, PACKED=packed, NORMALIZER=normalizer is not None,
+        COUNT_SEQUENCES=counted and aggregation in t.SEQUENCE_COUNTS, GROUP=t.GROUP,
+        warps=t.COMBINE_WARPS,
+    )  # fmt: skip
+    return loss, metrics, gradient, scale
+
+
+LAUNCHERS: dict[str, Callable[..., object]] = {"value_loss": value_loss}
