@@ -13,7 +13,7 @@ import torch
 from run_python import run_python
 
 import rlhf_kernels as rk
-from rlhf_kernels import _backends
+from rlhf_kernels import PolicyLossConfig, _backends
 
 pytest.importorskip("triton", reason="the package triton is not installed (it needs Linux)")
 
@@ -88,7 +88,8 @@ def test_every_operation_is_recorded(recorded):
     launched = {name.split("/")[1] for name, passes in recorded["launches"].items() if passes[0]}
     operators = set(LAUNCHES)
     assert operators <= launched
-    assert operators == {
+    # The losses share a backward.
+    assert operators | {"loss"} == {
         op.removesuffix("_inplace").removesuffix("_backward") for op in _backends.triton.launchers()
     }
 
@@ -112,6 +113,11 @@ LAUNCHES = {
         [],
     ),
     "group_advantages": (["_groups.group_kernel"], []),
+    "policy_loss": (
+        ["policy.policy_kernel", "policy.combine_kernel"],
+        ["policy.backward_kernel"],
+    ),
+    "value_loss": (["value.value_kernel", "value.combine_kernel"], ["policy.backward_kernel"]),
 }
 SCANS = ("gae", "discounted_returns", "ppo_advantages")
 
@@ -134,6 +140,26 @@ def extras(op: str, name: str) -> tuple[list[str], list[str]]:
     )
 
 
+def expected_launches(op: str, name: str) -> tuple[list[str], list[str]]:
+    """What the call `name` launches, forward and backward."""
+    forward, backward = LAUNCHES[op]
+    if not op.endswith("_loss"):
+        before, behind = extras(op, name)
+        return before + forward + behind, backward
+    *_, last = name.split("/")
+    options = dict(re.findall(r"(\w+)=\(?([^,]+)", last))
+    # A preset has no list of options, but its name.
+    preset = getattr(PolicyLossConfig, last)() if hasattr(PolicyLossConfig, last) else None
+    level = preset.ratio_level if preset else options.get("ratio_level", "token")
+    aggregation = preset.aggregation if preset else options.get("aggregation")
+    by_sequence = aggregation == "seq-mean-token-mean" or level != "token"
+    if by_sequence or options.get("correction") == "'sequence'":
+        forward = ["_tokens.statistics_kernel", *forward]
+    if level == "sequence":
+        forward = [*forward[:-1], "policy.pooled_kernel", forward[-1]]
+    return forward, [] if options.get("grad") == "False" else backward
+
+
 @pytest.mark.parametrize("op", LAUNCHES)
 def test_launches(op, recorded):
     seen = {
@@ -142,12 +168,7 @@ def test_launches(op, recorded):
         if op in name.split("/")
     }
     assert f"example/{op}/dtype=float32" in seen
-    wrong = {}
-    for name, launches in seen.items():
-        before, behind = extras(op, name)
-        forward, backward = LAUNCHES[op]
-        if launches != (before + forward + behind, backward):
-            wrong[name] = launches
+    wrong = {n: launches for n, launches in seen.items() if launches != expected_launches(op, n)}
     assert wrong == {}
 
 
@@ -322,3 +343,36 @@ class TestTraffic:
         expected = 3 + (torch.arange(40) % 8 == 0).long()
         assert torch.equal(traffic.reads(rewards), expected)
         assert (traffic.writes(out) == 1).all() and (traffic.bytes_written) == 160
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_losses(self, dtype):
+        """The sweep reads every token once, the mask once more where it needs sequences' counts."""
+        shape = rows, cols = 2, 1100
+        x, old, third, ref, entropy = torch.randn(5, *shape).to(dtype)
+        x, entropy = x.requires_grad_(), entropy.requires_grad_()
+        mask = torch.rand(shape) < 0.7
+        policy = PolicyLossConfig(kl_coef=0.1, entropy_coef=0.01)
+        more = {"ref_logprobs": ref, "entropy": entropy, "config": policy}
+        for function, options, wanted, partials in (
+            (rk.policy_loss, more, (x, entropy), 16 + 3),
+            (rk.value_loss, {"clip_range": 0.2}, (x,), 8 + 1),
+        ):
+            inputs = [t for t in options.values() if isinstance(t, torch.Tensor)] + [x, old, third]
+            with self.traffic() as forward:
+                loss, metrics = function(x, old, third, mask, **options)
+            assert (forward.reads(mask) == 1).all()
+            for t in inputs:
+                # What lies under the mask is not read.
+                assert torch.equal(forward.reads(t), mask.long())
+                assert (forward.writes(t) == 0).all()
+            slots = rows * 2
+            written = rows * cols * 4 * len(wanted) + 4 * (slots * partials + 1 + 1)
+            assert forward.bytes_written == written + metrics.values.numel() * 4
+            with self.traffic() as backward:
+                gradients = torch.autograd.grad(loss, wanted)
+            count = rows * cols * len(wanted)
+            assert backward.kernels == ["backward_kernel"]
+            # The scale and the upstream gradient: once each.
+            assert backward.bytes_read == count * 4 + 2 * 4
+            assert backward.bytes_written == count * x.element_size()
+            assert all((backward.writes(g) == 1).all() for g in gradients)
