@@ -318,59 +318,103 @@ def test_views_equal_contiguous_bitwise(backend):
     )
 
 
+def same(backend):
+    """Bitwise for kernels; torch's own loops depend on shape and strides."""
+    if backend == "reference":
+        return lambda a, e: torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+    return assert_bitwise_equal
+
+
+# What is computed for each sequence by itself, from the inputs of `case` and "scores".
+SCANS = {
+    "gae": lambda scores, **x: rk.gae(**x, gamma=0.99),
+    "discounted_returns": lambda scores, values, **x: (rk.discounted_returns(**x, gamma=0.99),),
+    "ppo_advantages": lambda scores, rewards, values, mask, dones, bootstrap_values, **x: (
+        rk.ppo_advantages(
+            scores, rewards, values, values, mask, kl_coef=0.2, kl_estimator="k3", whiten=False, **x
+        )
+    ),
+}
+
+
 @pytest.mark.parametrize("masked", ["carry", "zero"])
-def test_a_row_does_not_depend_on_its_surroundings(masked):
-    rows, cols = 37, 400
+@pytest.mark.parametrize("name", SCANS)
+def test_a_row_does_not_depend_on_its_surroundings(backend, name, masked):
+    # In the interpreter few rows, still of three tiles.
+    rows, cols = (3, 140) if interpreted(backend) else (37, 400)
     inputs = case(2, packed=False, rows=rows, cols=cols)
     inputs.pop("cu_seqlens")
+    inputs["scores"] = torch.randn(rows)
+    compare = same(backend)
+
+    def scan(inputs, **options):
+        return SCANS[name](**inputs, **options, masked=masked)
+
+    def check(actual, expected):
+        for a, e in zip(actual, expected, strict=True):
+            compare(a, e)
+
+    whole = scan(inputs)
     before = torch.get_num_threads()
-    with rk.use_backend("cpu"):
-        whole = rk.gae(**inputs, masked=masked)
-        try:
-            for threads in (1, 2, 4):
-                torch.set_num_threads(threads)
-                for a, e in zip(rk.gae(**inputs, masked=masked), whole, strict=True):
-                    assert_bitwise_equal(a, e)
-        finally:
-            torch.set_num_threads(before)
-        order = torch.randperm(rows)
-        shuffled = rk.gae(**{k: v[order] for k, v in inputs.items()}, masked=masked)
-        assert_bitwise_equal(shuffled.advantages, whole.advantages[order])
-        for i in (0, 5, rows - 1):
-            alone = rk.gae(**{k: v[i : i + 1] for k, v in inputs.items()}, masked=masked)
-            assert_bitwise_equal(alone.advantages[0], whole.advantages[i])
-            assert_bitwise_equal(alone.returns[0], whole.returns[i])
-        # Packed, with strangers around, is padded.
-        cu = torch.arange(rows + 1) * cols
-        flat = {k: v.reshape(-1) for k, v in inputs.items()}
-        packed = rk.gae(**flat, cu_seqlens=cu, masked=masked)
-        assert_bitwise_equal(packed.advantages.reshape(rows, cols), whole.advantages)
-        # Padding behind the end; in "zero" a bootstrap value would pass through it.
-        inputs["bootstrap_values"] = inputs["bootstrap_values"] * (masked == "carry")
-        whole = rk.gae(**inputs, masked=masked)
-        for extra in (1, 77, 128):
-            wide = {
-                k: torch.nn.functional.pad(v, (0, extra)) if v.dim() == 2 else v
-                for k, v in inputs.items()
-            }
-            assert_bitwise_equal(rk.gae(**wide, masked=masked).returns[:, :cols], whole.returns)
+    try:
+        for threads in (1, 2, 4) if backend == "cpu" else (before,):
+            torch.set_num_threads(threads)
+            check(scan(inputs), whole)
+    finally:
+        torch.set_num_threads(before)
+    order = torch.arange(rows).flip(0)
+    check(scan({k: v[order] for k, v in inputs.items()}), [w[order] for w in whole])
+    for i in (rows - 1,) if interpreted(backend) else (0, 5, rows - 1):
+        alone = scan({k: v[i : i + 1] for k, v in inputs.items()})
+        check(alone, [w[i : i + 1] for w in whole])
+    # With strangers around it.
+    around = {k: torch.cat([v[:1], v[-1:], v[1:2]]) for k, v in inputs.items()}
+    check([a[1:2] for a in scan(around)], [w[-1:] for w in whole])
+    # Packed it is what it is padded.
+    cu = torch.arange(rows + 1) * cols
+    packed = scan({k: v.reshape(-1) for k, v in inputs.items()}, cu_seqlens=cu)
+    check([a.reshape(rows, cols) for a in packed], whole)
+    # Padding behind the end; in "zero" a bootstrap value would pass through it.
+    inputs["bootstrap_values"] = inputs["bootstrap_values"] * (masked == "carry")
+    whole = scan(inputs)
+    for extra in (77,) if interpreted(backend) else (1, 77, 128):
+        wide = {
+            k: torch.nn.functional.pad(v, (0, extra)) if v.dim() == 2 else v
+            for k, v in inputs.items()
+        }
+        check([a[:, :cols] for a in scan(wide)], whole)
+    # Packed without its padding, at odd places.
+    lengths = torch.arange(rows) * 43 % cols
+    inside = torch.arange(cols) < lengths[:, None]
+    padded = scan(inputs | {"mask": inputs["mask"] & inside})
+    cu = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    packed = scan({k: v[inside] if v.dim() == 2 else v for k, v in inputs.items()}, cu_seqlens=cu)
+    check(packed, [p[inside] for p in padded])
 
 
-def test_whitening_does_not_depend_on_threads_or_shape():
+def test_whitening_does_not_depend_on_threads_or_shape(backend):
     x = torch.randn(13, 1777)
     mask = random_mask(13, 1777)
+    compare = same(backend)
+    expected = rk.whiten(x, mask)
+    compare(rk.whiten(x.flatten(), mask.flatten()), expected.flatten())
     before = torch.get_num_threads()
-    with rk.use_backend("cpu"):
-        expected = rk.whiten(x, mask)
-        assert_bitwise_equal(rk.whiten(x.flatten(), mask.flatten()), expected.flatten())
-        fused = rk.gae(x, x, mask=mask, whiten=True).advantages
-        assert_bitwise_equal(fused, rk.whiten(rk.gae(x, x, mask=mask).advantages, mask))
-        try:
-            for threads in (1, 4):
-                torch.set_num_threads(threads)
-                assert_bitwise_equal(rk.whiten(x, mask), expected)
-        finally:
-            torch.set_num_threads(before)
+    try:
+        for threads in (1, 4) if backend == "cpu" else (before,):
+            torch.set_num_threads(threads)
+            assert_bitwise_equal(rk.whiten(x, mask), expected)
+    finally:
+        torch.set_num_threads(before)
+    if interpreted(backend):
+        x, mask = x[:3, :140], mask[:3, :140]
+    fused = rk.gae(x, x, mask=mask, whiten=True).advantages
+    assert_bitwise_equal(rk.gae(x, x, mask=mask, whiten=True).advantages, fused)
+    parts = rk.whiten(rk.gae(x, x, mask=mask).advantages, mask)
+    if backend == "triton":
+        # Moments of the scan's tiles, which end with sequences: another order of the same sum.
+        assert_close(fused, parts.double(), 3e-7)
+    else:
+        assert_bitwise_equal(fused, parts)
 
 
 @pytest.mark.parametrize("packed", [False, True])

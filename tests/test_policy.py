@@ -486,6 +486,51 @@ def test_packed_equals_padded(backend, aggregation):
     compare(two[2], one[2][inside])
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(**EVERYTHING, **CORRECTIONS[1]),
+        Config(ratio_level="sequence-token", aggregation="seq-mean-token-mean", **EVERYTHING),
+        Config.gspo(clip_low=0.2, clip_high=0.3, **EVERYTHING, **CORRECTIONS[3]),
+    ],
+    ids=lambda c: c.ratio_level,
+)
+def test_a_sequence_does_not_depend_on_its_surroundings(backend, config):
+    # Of Triton's tiles and of pieces of the CPU's kernels several.
+    rows, cols = 3, 2100
+    args, options = make_inputs(rows, cols)
+    args[3][-1] = args[3][0].flip(0)
+    compare = same(backend)
+
+    def gradients(change, **more):
+        changed = [change(t.detach()).requires_grad_(t.requires_grad) for t in args]
+        rest = {k: change(t.detach()).requires_grad_(t.requires_grad) for k, t in options.items()}
+        return run(rk.policy_loss, changed, rest, config=config, normalizer=7.0, **more)
+
+    def check(actual, expected):
+        for a, e in zip(actual[2:], expected[2:], strict=True):
+            compare(a, e)
+
+    whole = gradients(lambda t: t)
+    assert whole[2].abs().amax(-1).gt(0).all() and whole[3].abs().amax(-1).gt(0).all()
+    for a, e in zip(gradients(lambda t: t), whole, strict=True):
+        assert_bitwise_equal(a, e)
+    check(gradients(lambda t: t.flip(0)), [w.flip(0) if w.dim() == 2 else w for w in whole])
+    last = [w[-1:] if w.dim() == 2 else w for w in whole]
+    check(gradients(lambda t: t[-1:]), last)
+    check([g[..., 1:2, :] if g.dim() == 2 else g for g in gradients(lambda t: t[[0, 2, 1]])], last)
+    # Padding behind the end, masked.
+    wide = gradients(lambda t: torch.nn.functional.pad(t, (0, 1031)))
+    check([g[:, :cols] if g.dim() == 2 else g for g in wide], whole)
+    # Packed, without what lies behind its end and at odd places.
+    lengths = torch.tensor([700, 0, cols])
+    inside = torch.arange(cols) < lengths[:, None]
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths.tolist())])
+    packed = gradients(lambda t: t[inside], cu_seqlens=cu_seqlens)
+    padded = gradients(lambda t: t & inside if t.dtype is torch.bool else t)
+    check(packed, [p[inside] if p.dim() == 2 else p for p in padded])
+
+
 @pytest.mark.parametrize("aggregation", policy_config.AGGREGATIONS)
 def test_micro_batches_add_up(backend, aggregation):
     args, options = make_inputs(9, 150)

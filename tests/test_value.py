@@ -189,6 +189,40 @@ def test_packed_equals_padded(backend):
         compare(two[2], one[2][inside])
 
 
+@pytest.mark.parametrize("aggregation", ("token-mean", "seq-mean-token-mean"))
+def test_a_sequence_does_not_depend_on_its_surroundings(backend, aggregation):
+    # Of Triton's tiles and of pieces of the CPU's kernels several.
+    rows, cols = 3, 2100
+    args = make_inputs(rows, cols)
+    args[3][-1] = args[3][0].flip(0)
+    compare = same(backend)
+
+    def all_results(change, **more):
+        changed = [change(t.detach()).requires_grad_(t.requires_grad) for t in args]
+        options = {"clip_range": 0.3, "aggregation": aggregation, "normalizer": 7.0}
+        return run(rk.value_loss, changed, **options, **more)
+
+    def gradient(change, **more):
+        return all_results(change, **more)[2]
+
+    whole = gradient(lambda t: t)
+    assert whole.abs().amax(-1).gt(0).all()
+    for a, e in zip(all_results(lambda t: t), all_results(lambda t: t), strict=True):
+        assert_bitwise_equal(a, e)
+    compare(gradient(lambda t: t.flip(0)), whole.flip(0))
+    compare(gradient(lambda t: t[-1:]), whole[-1:])
+    compare(gradient(lambda t: t[[0, 2, 1]])[1], whole[2])
+    # Padding behind the end, masked.
+    compare(gradient(lambda t: torch.nn.functional.pad(t, (0, 1031)))[:, :cols], whole)
+    # Packed, without what lies behind its end and at odd places.
+    lengths = torch.tensor([700, 0, cols])
+    inside = torch.arange(cols) < lengths[:, None]
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths.tolist())])
+    packed = gradient(lambda t: t[inside], cu_seqlens=cu_seqlens)
+    padded = gradient(lambda t: t & inside if t.dtype is torch.bool else t)
+    compare(packed, padded[inside])
+
+
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_micro_batches_add_up(backend, aggregation):
     args = make_inputs(9, 150)
