@@ -4,10 +4,12 @@
 `backend`, and those marked `gpu`. The others are about the CPU.
 """
 
+import importlib.util
 import os
 import sys
 
 import pytest
+import quick_interpreter
 import torch
 
 try:
@@ -38,6 +40,8 @@ def pytest_configure(config):
     # be known: kernels for CPU tensors run in Triton's interpreter, also where there is a GPU.
     if _device(config).type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
+        if importlib.util.find_spec("triton"):
+            quick_interpreter.quicken()
     # pytest-xdist's own, which may be absent.
     config.addinivalue_line("markers", "xdist_group: tests that must not run side by side")
     settings.register_profile("repeatable", derandomize=True)

@@ -14,10 +14,12 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 from guarded_memory import SIDES, GuardedMemory
+from quick_interpreter import quicken
 from torch import Tensor
 
 import rlhf_kernels as rk
 from rlhf_kernels import _backends
+from rlhf_kernels.triton import _tokens, advantages, policy
 from rlhf_kernels.triton._launch import kernel, launch
 
 NAN, INF = math.nan, math.inf
@@ -55,17 +57,18 @@ def layouts(t: Tensor) -> Iterator[tuple[str, Tensor]]:
 def with_layouts(
     call: Callable[..., tuple[Tensor, ...]], arguments: Callable[[], dict[str, Tensor]]
 ) -> Iterator[Case]:
-    """A case for every layout of every argument of `call`, which takes them by name."""
-    names = {name: [layout for layout, _ in layouts(t)] for name, t in arguments().items()}
-    for name, which in names.items():
-        for i, layout in enumerate(which):
+    """Every layout of every argument of `call`, which takes them by name: another one for each."""
+    names = [[layout for layout, _ in layouts(t)] for t in arguments().values()]
+    for i in range(max(map(len, names))):
 
-            def odd(name: str = name, i: int = i) -> tuple[Tensor, ...]:
-                given = arguments()
-                given[name] = list(layouts(given[name]))[i][1]
-                return call(**given)
+        def odd(i: int = i) -> tuple[Tensor, ...]:
+            given = {}
+            for place, (name, t) in enumerate(arguments().items()):
+                views = list(layouts(t))
+                given[name] = views[(i + place) % len(views)][1]
+            return call(**given)
 
-            yield Case(f"{layout} {name}", odd)
+        yield Case(", ".join(n[(i + place) % len(n)] for place, n in enumerate(names)), odd)
 
 
 def backward(outputs: tuple[Tensor, ...], of: Tensor, upstream: Tensor) -> Tensor:
@@ -249,24 +252,28 @@ def kl_penalty() -> Iterator[Case]:
     yield from with_layouts(call, arguments)
 
 
-# Tokens: rows of several tiles of the interpreter (64 tokens), the last one ragged.
-BATCH, LENGTH = 3, 150
+# Tokens: rows of two tiles of 64, the last one ragged. Sequences of four: the one with all tokens.
+BATCH, LENGTH = 3, 70
+EVEN = [0, 70, 140, 210]
 
 # The same tokens packed, each list wrong in its own way.
 BAD_OFFSETS = {
-    "late start": ([7, 150, 300, 450], 0),
-    "negative start": ([-7, 150, 300, 450], 0),
-    "early end": ([0, 150, 300, 440], 3),
-    "end beyond": ([0, 150, 300, 451], 3),
-    "end far beyond": ([0, 150, 300, 100_000], 3),
-    "falling": ([0, 300, 150, 450], 2),
-    "negative": ([0, -5, 300, 450], 1),
-    "huge": ([0, 2**40, 300, 450], 1),
-    "hugely negative": ([0, -(2**40), 300, 450], 1),
+    "late start": ([7, 70, 140, 210], 0),
+    "negative start": ([-7, 70, 140, 210], 0),
+    "early end": ([0, 70, 140, 200], 3),
+    "end beyond": ([0, 70, 140, 211], 3),
+    "end far beyond": ([0, 70, 140, 100_000], 3),
+    "falling": ([0, 140, 70, 210], 2),
+    "negative": ([0, -5, 140, 210], 1),
+    "huge": ([0, 2**40, 140, 210], 1),
+    "hugely negative": ([0, -(2**40), 140, 210], 1),
     "all huge": ([2**62] * 4, 0),
-    "falling from beyond": ([0, 2**31 - 1, -(2**31), 450], 1),
+    "falling from beyond": ([0, 2**31 - 1, -(2**31), 210], 1),
     "no sequence": ([0], 0),
 }
+
+# Those for which the width of an entry could matter and which are not too large for 32 bits.
+OF_32_BITS = ("negative", "end beyond", "falling from beyond", "no sequence")
 
 
 def mask() -> Tensor:
@@ -304,10 +311,10 @@ def token_cases(
         return call(**given)
 
     yield Case("clean", lambda: call(**arguments()))
-    yield Case("packed", lambda: packed([0, 150, 300, 450]), like="packed")
+    yield Case("packed", lambda: packed(EVEN), like="packed")
     for dtype in (torch.int32, torch.int64):
         for name, (offsets, at) in BAD_OFFSETS.items():
-            if dtype is torch.int32 and max(map(abs, offsets)) > 2**31:
+            if dtype is torch.int32 and name not in OF_32_BITS:
                 continue
             error = f"{operation}: cu_seqlens must start at 0"
             # S = 0 of tokens has no operation on sequences to compare its one entry with.
@@ -316,11 +323,11 @@ def token_cases(
                 lambda o=offsets, d=dtype: packed(o, d),
                 "packed",
                 ALL,
-                f"ValueError: {error}, never decrease and end at the number of tokens, 450; "
+                f"ValueError: {error}, never decrease and end at the number of tokens, 210; "
                 f"entry {at} is {offsets[at]}",
             )
     for dtype in (torch.int32, torch.int64):
-        gaps = [0, 0, 0, 450] if dtype is torch.int32 else [0, 450, 450, 450]
+        gaps = [0, 0, 0, 210] if dtype is torch.int32 else [0, 210, 210, 210]
         name = f"sequences of no tokens {dtype}"
         yield Case(name, lambda o=gaps, d=dtype: packed(o, d), like=name)
     yield Case("masked", lambda: masked(0.0), like="masked")
@@ -530,6 +537,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.bad_kernel:
         bad_kernel(*options.bad_kernel)
+    quicken()
+    # As small as the interpreter's tiles of the scans, so that sequences here have several.
+    _tokens.TILE = policy.BACKWARD_TILE = advantages.TILE
     with rk.use_backend("triton"):
         if options.operation:
             torch.save(results(options.operation), options.file)

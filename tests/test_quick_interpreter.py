@@ -1,0 +1,71 @@
+"""The changes to Triton's interpreter that make the other tests quick leave it right."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from rlhf_kernels.triton._launch import INTERPRETED, kernel, launch
+from rlhf_kernels.triton._scan import ahead, ahead_both, ahead_cut
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="is about the interpreter")
+
+SIZE = 16
+
+
+@triton.jit
+def latest(a, b):
+    return tl.where(b > 0, b, a)
+
+
+@kernel
+def scans_kernel(x, out, N: tl.constexpr, REVERSE: tl.constexpr):
+    i = tl.arange(0, N)
+    a, b = tl.load(x + i), tl.load(x + N + i)
+    p, q = tl.associative_scan((a, b), 0, ahead, reverse=REVERSE)
+    tl.store(out + i, p)
+    tl.store(out + N + i, q)
+    p, q = tl.associative_scan((tl.where(i == 5, -1.0, a), b), 0, ahead_cut, reverse=REVERSE)
+    tl.store(out + 2 * N + i, p)
+    tl.store(out + 3 * N + i, q)
+    p, q, r = tl.associative_scan((a, b, b + 1.0), 0, ahead_both, reverse=REVERSE)
+    tl.store(out + 4 * N + i, r)
+    tl.store(out + 5 * N + i, tl.associative_scan(b, 0, latest, reverse=REVERSE))
+
+
+def in_order(combine, *columns):
+    rows = list(zip(*columns, strict=True))
+    for i in range(1, len(rows)):
+        rows[i] = combine(*rows[i - 1], *rows[i])
+    return list(zip(*rows, strict=True))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_scans_are_those_in_order(reverse):
+    # Small numbers, exact in any order.
+    a = torch.tensor([1.0, 2, 0.5, 1]).repeat(SIZE // 4)
+    b = torch.randint(-4, 5, (SIZE,)).float()
+    out = torch.empty(6, SIZE)
+    launch(scans_kernel, 1, out, torch.stack([a, b]), out, N=SIZE, REVERSE=reverse, warps=1)
+    cut = a.clone()
+    cut[5] = -1
+    a, b, cut = (t.flip(0).tolist() if reverse else t.tolist() for t in (a, b, cut))
+
+    def ahead_cut(p, q, a, b):
+        return (-1.0, b) if a < 0 else (-1.0 if p < 0 else a * p, a * q + b)
+
+    expected = [
+        *in_order(lambda p, q, a, b: (a * p, a * q + b), a, b),
+        *in_order(ahead_cut, cut, b),
+        in_order(lambda p, q, a, b: (a * p, a * q + b), a, [y + 1 for y in b])[1],
+        in_order(lambda p, b: (b if b > 0 else p,), b)[0],
+    ]
+    expected = torch.tensor(expected)
+    assert torch.equal(out, expected.flip(1) if reverse else expected)
+
+
+def test_the_language_is_itself_again_after_a_launch():
+    before = {name: getattr(tl, name) for name in dir(tl)} | vars(tl.tensor)
+    out = torch.empty(6, SIZE)
+    launch(scans_kernel, 1, out, torch.ones(2, SIZE), out, N=SIZE, REVERSE=False, warps=1)
+    assert {name: getattr(tl, name) for name in dir(tl)} | vars(tl.tensor) == before
