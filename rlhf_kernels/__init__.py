@@ -12,6 +12,8 @@ from .ops.advantages import (
     ppo_advantages,
     whiten,
 )
+from .ops.head import linear_kl_divergence, linear_token_logprobs
+from .ops.head_policy import linear_policy_loss
 from .ops.kl import kl_divergence, kl_penalty
 from .ops.logprobs import TokenLogprobs, token_logprobs
 from .ops.policy import PolicyLoss, PolicyMetrics, policy_loss
@@ -48,6 +50,9 @@ __all__ = [
     "group_advantages",
     "kl_divergence",
     "kl_penalty",
+    "linear_kl_divergence",
+    "linear_policy_loss",
+    "linear_token_logprobs",
     "policy_loss",
     "ppo_advantages",
     "reward_model_loss",

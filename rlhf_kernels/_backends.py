@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import _config, native, triton
+from . import _config, _head, native, triton
 
 REFERENCE = "reference"
 
@@ -17,13 +17,18 @@ REFERENCE = "reference"
 _ORDER = {"cpu": ("cpu",), "cuda": ("triton",), "xpu": ("triton",)}
 
 _Launcher = Callable[..., object]
+# Filled at import, not on first use: torch.compile cannot trace what fills them.
+_TABLES: dict[str, dict[str, _Launcher]] = {
+    backend: {**rows, **_head.launchers(rows)}
+    for backend, rows in (("cpu", native.launchers("cpu")), ("triton", triton.launchers()))
+}
 _forced: str = _config.BACKEND
 _warned: set[str] = set()
 
 
 def _launchers(backend: str) -> dict[str, _Launcher]:
     """Operations that a kernel backend has, by name; empty where it is not built."""
-    return triton.launchers() if backend == "triton" else native.launchers(backend)
+    return _TABLES[backend]
 
 
 def unavailable_reason(backend: str) -> str | None:

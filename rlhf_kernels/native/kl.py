@@ -29,15 +29,15 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             )  # fmt: skip
         return kl, stats
 
-    def kl_divergence_backward(
+    def backward(
         logits: Tensor,
         ref_logits: Tensor,
         stats: Tensor,
         grad: Tensor,
         temperature: float,
         reverse: bool,
-    ) -> Tensor:
-        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        out: Tensor,
+    ) -> None:
         shape, vocab = logits.shape[:-1], logits.shape[-1]
         if out.numel() > 0:
             logits, ref_logits = b.as_rows(logits), b.as_rows(ref_logits)
@@ -46,7 +46,15 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
                 *b.grid(shape), vocab, b.pack_rows(logits), b.pack_rows(ref_logits), temperature,
                 reverse, b.pack(stats), b.pack(grad), b.pack_rows(out), b.threads(),
             )  # fmt: skip
+
+    def kl_divergence_backward(logits: Tensor, *args: object) -> Tensor:
+        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        backward(logits, *args, out)
         return out
+
+    def kl_divergence_backward_inplace(logits: Tensor, *args: object) -> None:
+        """The gradient over the logits' own memory; for the fused head, not an operator."""
+        backward(logits, *args, logits)
 
     def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
         out = torch.empty(logprobs.shape, dtype=torch.float32, device=logprobs.device)
@@ -75,6 +83,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     return {
         "kl_divergence": kl_divergence,
         "kl_divergence_backward": kl_divergence_backward,
+        "kl_divergence_backward_inplace": kl_divergence_backward_inplace,
         "kl_penalty": kl_penalty,
         "kl_penalty_backward": kl_penalty_backward,
     }

@@ -111,6 +111,24 @@ def _check_inplace(logits: Tensor) -> None:
         )
 
 
+def per_token_temperature(
+    op: str, temperature: float | Tensor, labels: Tensor
+) -> Tensor | None:
+    """A temperature tensor spread over the tokens; None for a number, which is checked."""
+    if not isinstance(temperature, Tensor):
+        _checks.positive(op, "temperature", temperature)
+        return None
+    _checks.floating(op, "temperature", temperature, double=True)
+    _checks.same_device(op, "temperature", temperature, "labels", labels.device)
+    try:
+        return temperature.detach().expand(labels.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{op}: temperature must broadcast to the shape of labels, {tuple(labels.shape)}, "
+            f"got {tuple(temperature.shape)}"
+        ) from None
+
+
 class TokenLogprobs(NamedTuple):
     """Result of `token_logprobs`."""
 
@@ -166,19 +184,7 @@ def token_logprobs(
     _checks.same_device(op, "labels", labels, "logits", logits.device)
     if softcap is not None:
         _checks.positive(op, "softcap", softcap)
-    temperatures = None
-    if isinstance(temperature, Tensor):
-        _checks.floating(op, "temperature", temperature, double=True)
-        _checks.same_device(op, "temperature", temperature, "logits", logits.device)
-        try:
-            temperatures = temperature.detach().expand(labels.shape)
-        except RuntimeError:
-            raise ValueError(
-                f"{op}: temperature must broadcast to the shape of labels, {tuple(labels.shape)}, "
-                f"got {tuple(temperature.shape)}"
-            ) from None
-    else:
-        _checks.positive(op, "temperature", temperature)
+    temperatures = per_token_temperature(op, temperature, labels)
 
     backend = _backends.select(op, logits.device)
     if backend == _backends.REFERENCE:

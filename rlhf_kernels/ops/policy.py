@@ -218,8 +218,12 @@ def policy_loss(
         mask,
         cu_seqlens,
     )
-    _check_advantages(advantages, logprobs, cu_seqlens)
-    _check_config(config, ref_logprobs, rollout_logprobs, entropy, normalizer)
+    check_advantages(op, advantages, logprobs, cu_seqlens)
+    check_config(op, config, ref_logprobs, rollout_logprobs, normalizer)
+    if config.entropy_coef != 0 and entropy is None:
+        raise ValueError(
+            f"{op}: entropy must be given, since entropy_coef is {config.entropy_coef}"
+        )
     count, divisor = _checks.divisor(op, config.normalizer if normalizer is None else normalizer)
 
     backend = _backends.select(op, logprobs.device)
@@ -272,8 +276,10 @@ def policy_loss(
     return PolicyLoss(loss, PolicyMetrics(metrics))
 
 
-def _check_advantages(advantages: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None) -> None:
-    op = "policy_loss"
+def check_advantages(
+    op: str, advantages: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None
+) -> None:
+    """Requires advantages per token or per sequence."""
     _checks.floating(op, "advantages", advantages, double=True)
     _checks.same_device(op, "advantages", advantages, "logprobs", logprobs.device)
     sequences = logprobs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -284,22 +290,18 @@ def _check_advantages(advantages: Tensor, logprobs: Tensor, cu_seqlens: Tensor |
         )
 
 
-def _check_config(
+def check_config(
+    op: str,
     config: PolicyLossConfig,
     ref_logprobs: Tensor | None,
     rollout_logprobs: Tensor | None,
-    entropy: Tensor | None,
     normalizer: float | Tensor | None,
 ) -> None:
-    op = "policy_loss"
+    """Requires what the configuration needs."""
     if not isinstance(config, PolicyLossConfig):
         raise TypeError(f"{op}: config must be a PolicyLossConfig, got {type(config).__name__}")
     if config.kl_coef != 0 and ref_logprobs is None:
         raise ValueError(f"{op}: ref_logprobs must be given, since kl_coef is {config.kl_coef}")
-    if config.entropy_coef != 0 and entropy is None:
-        raise ValueError(
-            f"{op}: entropy must be given, since entropy_coef is {config.entropy_coef}"
-        )
     if config.correction_level is not None and rollout_logprobs is None:
         raise ValueError(
             f"{op}: rollout_logprobs must be given, since correction_level is "

@@ -4,6 +4,7 @@ These functions are the meaning of the operations; every backend is tested again
 """
 
 from .advantages import discounted_returns, gae, group_advantages, ppo_advantages, whiten
+from .head import linear_kl_divergence, linear_policy_loss, linear_token_logprobs
 from .kl import kl_divergence, kl_penalty
 from .logprobs import token_logprobs
 from .policy import policy_loss
@@ -17,6 +18,9 @@ __all__ = [
     "group_advantages",
     "kl_divergence",
     "kl_penalty",
+    "linear_kl_divergence",
+    "linear_policy_loss",
+    "linear_token_logprobs",
     "policy_loss",
     "ppo_advantages",
     "reward_model_loss",

@@ -1,0 +1,501 @@
+"""The LM head in chunks of tokens: products by torch's GEMM, rows by a backend's kernels.
+
+A chunk's logits live in one buffer, which its gradient overwrites: memory is bounded by the chunk
+whatever the batch. Tokens that nothing depends on are dropped before the product.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from .policy_config import AGGREGATIONS
+from .reference import policy
+
+Launchers = Mapping[str, Callable[..., object]]
+
+#: Bytes of logits in flight. A GPU wants chunks that fill it; each rereads the fp32 gradient of the
+#: weight.
+CHUNK_BYTES = {"cpu": 128 * 2**20}
+GPU_CHUNK_BYTES = 2**30
+# Where PolicyLossConfig encodes these (policy_config.py: _codes, _params).
+_RATIO_LEVEL, _CORRECTION_LEVEL, _AGGREGATION = 1, 5, 7
+_PENALTY_COEF, _KL_COEF, _ENTROPY_COEF = 6, 9, 13
+# Masked tokens are dropped already, whatever their label.
+_NO_LABEL_IGNORED = -(2**63)
+# The GEMM's rows come in multiples of this.
+_CHUNK_MULTIPLE = 16
+
+
+def chunk_size(device: torch.device, vocab: int, dtype: torch.dtype) -> int:
+    """Tokens of a chunk: what the byte budget of the device holds, at least 16."""
+    budget = CHUNK_BYTES.get(device.type, GPU_CHUNK_BYTES)
+    tokens = budget // (vocab * _logits_dtype(device, dtype).itemsize)
+    return max(tokens // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE, _CHUNK_MULTIPLE)
+
+
+def _logits_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What the GEMM leaves its fp32 sums in: fp32 where the library can from 16-bit operands."""
+    return torch.float32 if device.type == "cuda" else dtype
+
+
+class Tokens(NamedTuple):
+    """The tokens that take part: all of them, or those of `index` (flat positions, ascending)."""
+
+    count: int
+    index: Tensor | None
+
+    def chunks(self, size: int) -> Iterator[slice]:
+        for start in range(0, self.count, size):
+            yield slice(start, min(start + size, self.count))
+
+    def take(self, t: Tensor | None, part: slice) -> Tensor | None:
+        """Rows `part` of the tokens' t [N, ...]."""
+        if t is None or self.index is None:
+            return None if t is None else t[part]
+        return t.index_select(0, self.index[part])
+
+    def put(self, out: Tensor, part: slice, rows: Tensor) -> None:
+        """The inverse of `take`."""
+        if self.index is None:
+            out[part] = rows
+        else:
+            out.index_copy_(0, self.index[part], rows)
+
+
+def select(keep: Tensor) -> Tokens:
+    """The tokens where `keep` [N]. On a GPU the count is a host synchronisation."""
+    index = keep.nonzero().squeeze(-1)
+    count = index.shape[0]
+    return Tokens(count, None if count == keep.shape[0] else index)
+
+
+def flat(t: Tensor | None) -> Tensor | None:
+    """Per-token [...] as [N]; strided views of two dimensions or more are copied."""
+    return None if t is None else t.reshape(-1)
+
+
+class Head(NamedTuple):
+    """A head's operands and the buffer for the logits of a chunk."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    logits: Tensor
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk: int) -> "Head":
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        rows = min(chunk, hidden.shape[0])
+        dtype = _logits_dtype(hidden.device, hidden.dtype)
+        return cls(hidden, weight, bias, hidden.new_empty((rows, weight.shape[0]), dtype=dtype))
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits [n, V] of a chunk's hidden states, in the buffer."""
+        out = self.logits[: hidden.shape[0]]
+        matmul_into(out, hidden, self.weight.T)
+        return out if self.bias is None else out.add_(self.bias)
+
+
+def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b, in fp32 sums; also into fp32 from 16-bit operands, on a GPU."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+class Gradients:
+    """Gradients of a head: hidden per token, weight and bias accumulated over chunks in fp32."""
+
+    def __init__(self, head: Head, hidden: bool, weight: bool, bias: bool) -> None:
+        self._head = head
+        like = head.hidden
+        self.hidden = torch.zeros_like(like) if hidden else None
+        self.weight = _accumulator(head.weight) if weight else None
+        self.bias = _accumulator(head.bias) if bias else None
+
+    def add(self, tokens: Tokens, part: slice, hidden: Tensor, grad_logits: Tensor) -> None:
+        """Adds a chunk: its hidden states [n, H] and the gradient of its logits [n, V]."""
+        grad_logits = grad_logits.to(hidden.dtype)
+        if self.hidden is not None:
+            tokens.put(self.hidden, part, grad_logits @ self._head.weight)
+        if self.weight is not None:
+            add_product(self.weight, grad_logits.T, hidden)
+        if self.bias is not None:
+            self.bias += grad_logits.sum(0, dtype=torch.float32)
+
+    def results(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+        """(hidden, weight, bias) in the dtypes of the operands; empty where not asked for."""
+        none = self._head.hidden.new_empty(0)
+        return (
+            none if self.hidden is None else self.hidden.view(shape),
+            none if self.weight is None else self.weight.to(self._head.weight.dtype),
+            none if self.bias is None else self.bias.to(self._head.bias.dtype),
+        )
+
+
+def _accumulator(t: Tensor) -> Tensor:
+    return torch.zeros(t.shape, dtype=torch.float32, device=t.device)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, total in fp32."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
+def _check(
+    op: str, labels: Tensor, temperatures: Tensor | None, keep: Tensor, vocab: int
+) -> None:
+    """Finds bad data where the position in the batch is still known, and data may be looked at."""
+    _checks.labels_in_range(op, torch.where(keep, labels, 0), vocab, _NO_LABEL_IGNORED)
+    _checks.temperatures_positive(op, temperatures, keep)
+
+
+class _PolicySweep:
+    """The chunks of one `linear_policy_loss`, and the log-probabilities found on the way."""
+
+    def __init__(
+        self,
+        rows: Launchers,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        temperatures: Tensor | None,
+        mask: Tensor,
+        ref_head: list[Tensor],
+        temperature: float,
+        softcap: float,
+        chunk: int,
+    ) -> None:
+        self._rows, self._mask = rows, mask
+        self._labels, self._temperatures = flat(labels), flat(temperatures)
+        self._options = (temperature, softcap)
+        keep = flat(mask) != 0
+        _check("linear_policy_loss", self._labels, self._temperatures, keep, weight.shape[0])
+        self.tokens = select(keep)
+        heads = 2 if ref_head else 1
+        self._chunk = chunk or chunk_size(hidden.device, heads * weight.shape[0], hidden.dtype)
+        size = min(self._chunk, max(self.tokens.count, 1))
+        self.head = Head.of(hidden, weight, bias, size)
+        self._ref = None
+        if ref_head:
+            self._ref = Head.of(*ref_head[:2], ref_head[2] if len(ref_head) > 2 else None, size)
+        shape = self._labels.shape
+        self.logprobs = torch.zeros(shape, dtype=torch.float32, device=hidden.device)
+        self.entropy = torch.zeros_like(self.logprobs)
+        self.ref_logprobs = torch.zeros_like(self.logprobs) if ref_head else None
+        self._stats = self.logprobs.new_empty((*shape, 3))
+
+    def _forward(self, tokens: Tokens, part: slice) -> tuple[Tensor, ...]:
+        """A chunk's (hidden, logits, log-probabilities, entropy, stats, reference's), recorded."""
+        own = tokens.take(self._labels, part), tokens.take(self._temperatures, part)
+        ref = None
+        if self._ref is not None:
+            logits = self._ref.project(tokens.take(self._ref.hidden, part))
+            ref, _, _ = self._rows["token_logprobs"](
+                logits, *own, *self._options, False, _NO_LABEL_IGNORED
+            )
+            tokens.put(self.ref_logprobs, part, ref)
+        hidden = tokens.take(self.head.hidden, part)
+        logits = self.head.project(hidden)
+        logprobs, entropy, stats = self._rows["token_logprobs"](
+            logits, *own, *self._options, True, _NO_LABEL_IGNORED
+        )
+        tokens.put(self.logprobs, part, logprobs)
+        tokens.put(self.entropy, part, entropy)
+        tokens.put(self._stats, part, stats)
+        return hidden, logits, logprobs, entropy, stats, ref
+
+    def logprobs_of(self, tokens: Tokens) -> None:
+        """Log-probabilities of `tokens`; no gradient."""
+        for part in tokens.chunks(self._chunk):
+            self._forward(tokens, part)
+
+    def fused(
+        self,
+        tokens: Tokens,
+        old: Tensor,
+        advantages: Tensor,
+        ref: Tensor | None,
+        rollout: Tensor | None,
+        weights: Tensor,
+        codes: list[int],
+        params: list[float],
+        bonus: bool,
+        gradients: Gradients,
+    ) -> None:
+        """Log-probabilities and gradients of `tokens`, one product forward and two backward."""
+        codes = [*codes[:_AGGREGATION], AGGREGATIONS.index("constant")]
+        for part in tokens.chunks(self._chunk):
+            hidden, logits, logprobs, entropy, stats, own_ref = self._forward(tokens, part)
+            if own_ref is None:
+                own_ref = tokens.take(ref, part)
+
+            def row(t: Tensor | None) -> Tensor | None:
+                return None if t is None else t.unsqueeze(0)
+
+            ones = torch.ones_like(logprobs, dtype=torch.bool)
+            _, _, g, h = self._rows["policy_loss"](
+                row(logprobs), row(tokens.take(old, part)), row(tokens.take(advantages, part)),
+                row(ones), row(own_ref), row(tokens.take(rollout, part)),
+                row(entropy) if bonus else None, None, None, 1.0, codes, params, True, bonus,
+            )  # fmt: skip
+            weight = tokens.take(weights, part)
+            self._gradient(
+                tokens, part, logits, stats, g[0] * weight, h[0] * weight if bonus else None
+            )
+            gradients.add(tokens, part, hidden, logits)
+
+    def backward(self, g: Tensor, h: Tensor | None, gradients: Gradients) -> None:
+        """The second sweep: gradients from those of the log-probabilities and entropies."""
+        used = g != 0 if h is None else (g != 0) | (h != 0)
+        tokens = select(used)
+        for part in tokens.chunks(self._chunk):
+            hidden = tokens.take(self.head.hidden, part)
+            logits = self.head.project(hidden)
+            upstream = tokens.take(g, part), tokens.take(h, part)
+            self._gradient(tokens, part, logits, tokens.take(self._stats, part), *upstream)
+            gradients.add(tokens, part, hidden, logits)
+
+    def _gradient(
+        self, tokens: Tokens, part: slice, logits: Tensor, stats: Tensor, g: Tensor, h: Tensor | None
+    ) -> None:
+        self._rows["token_logprobs_backward_inplace"](
+            logits, tokens.take(self._labels, part), tokens.take(self._temperatures, part), stats,
+            g, h, *self._options, _NO_LABEL_IGNORED,
+        )  # fmt: skip
+
+    def policy_loss(
+        self,
+        old: Tensor,
+        advantages: Tensor,
+        ref: Tensor | None,
+        rollout: Tensor | None,
+        whole: tuple[object, ...],
+        grad: bool,
+        bonus: bool,
+    ) -> tuple[Tensor, ...]:
+        """(loss, metrics, gradients) of all tokens from the recorded log-probabilities."""
+        shape = self._mask.shape
+        if self.ref_logprobs is not None:
+            ref = self.ref_logprobs.view(shape)
+        return self._rows["policy_loss"](
+            self.logprobs.view(shape), old, advantages, self._mask, ref, rollout,
+            self.entropy.view(shape), *whole, grad, bonus,
+        )  # fmt: skip
+
+
+def launchers(rows: Launchers) -> dict[str, Callable[..., object]]:
+    """Launchers of the head's operators over a backend's row kernels."""
+    if "token_logprobs" not in rows:
+        return {}
+
+    def linear_token_logprobs(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        temperatures: Tensor | None,
+        temperature: float,
+        softcap: float,
+        entropy: bool,
+        ignore_index: int,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shape = labels.shape
+        labels, temperatures = flat(labels), flat(temperatures)
+        keep = labels != ignore_index
+        _check("linear_token_logprobs", labels, temperatures, keep, weight.shape[0])
+        logprobs = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
+        entropies = torch.zeros_like(logprobs) if entropy else logprobs.new_empty(0)
+        stats = logprobs.new_empty((*labels.shape, 3))
+        tokens = select(keep)
+        chunk = chunk or chunk_size(hidden.device, weight.shape[0], hidden.dtype)
+        head = Head.of(hidden, weight, bias, min(chunk, max(tokens.count, 1)))
+        for part in tokens.chunks(chunk):
+            logits = head.project(tokens.take(head.hidden, part))
+            own = tokens.take(labels, part), tokens.take(temperatures, part)
+            lp, h, s = rows["token_logprobs"](
+                logits, *own, temperature, softcap, entropy, ignore_index
+            )
+            tokens.put(logprobs, part, lp)
+            tokens.put(stats, part, s)
+            if entropy:
+                tokens.put(entropies, part, h)
+        return (
+            logprobs.view(shape),
+            entropies.view(shape) if entropy else entropies,
+            stats.view(*shape, 3),
+        )
+
+    def linear_token_logprobs_backward(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        temperatures: Tensor | None,
+        stats: Tensor,
+        grad_logprobs: Tensor | None,
+        grad_entropy: Tensor | None,
+        temperature: float,
+        softcap: float,
+        ignore_index: int,
+        chunk: int,
+        needs: list[bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        labels, temperatures = flat(labels), flat(temperatures)
+        g, h, stats = flat(grad_logprobs), flat(grad_entropy), stats.view(-1, 3)
+        # A token without an upstream gradient adds nothing: clipped, no advantage, prompt, tool.
+        used = torch.zeros_like(labels, dtype=torch.bool)
+        for upstream in (g, h):
+            if upstream is not None:
+                used |= upstream != 0
+        tokens = select(used & (labels != ignore_index))
+        chunk = chunk or chunk_size(hidden.device, weight.shape[0], hidden.dtype)
+        head = Head.of(hidden, weight, bias, min(chunk, max(tokens.count, 1)))
+        gradients = Gradients(head, *needs)
+        for part in tokens.chunks(chunk):
+            of_chunk = tokens.take(head.hidden, part)
+            logits = head.project(of_chunk)
+            rows["token_logprobs_backward_inplace"](
+                logits, *(tokens.take(t, part) for t in (labels, temperatures, stats, g, h)),
+                temperature, softcap, ignore_index,
+            )  # fmt: skip
+            gradients.add(tokens, part, of_chunk, logits)
+        return gradients.results(hidden.shape)
+
+    def linear_kl_divergence(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ref_hidden: Tensor,
+        ref_weight: Tensor,
+        ref_bias: Tensor | None,
+        mask: Tensor | None,
+        temperature: float,
+        reverse: bool,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        shape = hidden.shape[:-1]
+        kl = torch.zeros(shape, dtype=torch.float32, device=hidden.device).view(-1)
+        stats = kl.new_empty((*kl.shape, 5))
+        tokens = select(torch.ones_like(kl, dtype=torch.bool) if mask is None else flat(mask) != 0)
+        chunk = chunk or chunk_size(hidden.device, 2 * weight.shape[0], hidden.dtype)
+        size = min(chunk, max(tokens.count, 1))
+        head = Head.of(hidden, weight, bias, size)
+        ref = Head.of(ref_hidden, ref_weight, ref_bias, size)
+        for part in tokens.chunks(chunk):
+            logits = head.project(tokens.take(head.hidden, part))
+            ref_logits = ref.project(tokens.take(ref.hidden, part))
+            divergence, s = rows["kl_divergence"](logits, ref_logits, temperature, reverse)
+            tokens.put(kl, part, divergence)
+            tokens.put(stats, part, s)
+        return kl.view(shape), stats.view(*shape, 5)
+
+    def linear_kl_divergence_backward(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ref_hidden: Tensor,
+        ref_weight: Tensor,
+        ref_bias: Tensor | None,
+        mask: Tensor | None,
+        stats: Tensor,
+        grad: Tensor,
+        temperature: float,
+        reverse: bool,
+        chunk: int,
+        needs: list[bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad, stats = flat(grad), stats.view(-1, 5)
+        used = grad != 0
+        if mask is not None:
+            used &= flat(mask) != 0
+        tokens = select(used)
+        chunk = chunk or chunk_size(hidden.device, 2 * weight.shape[0], hidden.dtype)
+        size = min(chunk, max(tokens.count, 1))
+        head = Head.of(hidden, weight, bias, size)
+        ref = Head.of(ref_hidden, ref_weight, ref_bias, size)
+        gradients = Gradients(head, *needs)
+        for part in tokens.chunks(chunk):
+            of_chunk = tokens.take(head.hidden, part)
+            logits = head.project(of_chunk)
+            rows["kl_divergence_backward_inplace"](
+                logits, ref.project(tokens.take(ref.hidden, part)), tokens.take(stats, part),
+                tokens.take(grad, part), temperature, reverse,
+            )  # fmt: skip
+            gradients.add(tokens, part, of_chunk, logits)
+        return gradients.results(hidden.shape)
+
+    def linear_policy_loss(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        temperatures: Tensor | None,
+        old: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        ref: Tensor | None,
+        rollout: Tensor | None,
+        ref_head: list[Tensor],
+        cu_seqlens: Tensor | None,
+        normalizer: Tensor | None,
+        temperature: float,
+        softcap: float,
+        divisor: float,
+        codes: list[int],
+        params: list[float],
+        chunk: int,
+        needs: list[bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        sweep = _PolicySweep(
+            rows, hidden, weight, bias, labels, temperatures, mask, ref_head, temperature, softcap,
+            chunk,
+        )  # fmt: skip
+        per_token = policy.per_token(advantages, mask, cu_seqlens)
+        whole = (cu_seqlens, normalizer, divisor, codes, params)
+        bonus = params[_ENTROPY_COEF] != 0
+        gradients = Gradients(sweep.head, *needs)
+        if not any(needs):
+            sweep.logprobs_of(sweep.tokens)
+        elif codes[_RATIO_LEVEL] == 0 and codes[_CORRECTION_LEVEL] != 2:
+            # Tokens stand alone: their gradient is known as soon as their log-probability is.
+            weights = policy.token_weights(
+                mask != 0, AGGREGATIONS[codes[_AGGREGATION]],
+                normalizer if normalizer is not None else divisor or None, torch.float32, cu_seqlens,
+            ).expand(mask.shape)  # fmt: skip
+            idle = torch.zeros((), dtype=torch.bool, device=hidden.device)
+            if params[_KL_COEF] == 0 and not bonus and params[_PENALTY_COEF] == 0:
+                # No advantage, no gradient.
+                idle = flat(per_token) == 0
+            kept = flat(mask) != 0
+            sweep.logprobs_of(select(kept & idle))
+            sweep.fused(
+                select(kept & ~idle), flat(old), flat(per_token), flat(ref), flat(rollout),
+                flat(weights), codes, params, bonus, gradients,
+            )  # fmt: skip
+        else:
+            # The gradient of a token needs its whole sequence: a first sweep for that.
+            sweep.logprobs_of(sweep.tokens)
+            _, _, g, h = sweep.policy_loss(old, advantages, ref, rollout, whole, True, bonus)
+            sweep.backward(flat(g), flat(h) if bonus else None, gradients)
+        loss, metrics, _, _ = sweep.policy_loss(old, advantages, ref, rollout, whole, False, False)
+        return loss, metrics, *gradients.results(hidden.shape)
+
+    return {
+        "linear_policy_loss": linear_policy_loss,
+        "linear_token_logprobs": linear_token_logprobs,
+        "linear_token_logprobs_backward": linear_token_logprobs_backward,
+        "linear_kl_divergence": linear_kl_divergence,
+        "linear_kl_divergence_backward": linear_kl_divergence_backward,
+    }

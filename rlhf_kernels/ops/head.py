@@ -1,0 +1,318 @@
+"""The LM head, fused: log-probabilities and KL from hidden states, logits never as a whole."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _backends, _checks, reference
+from .._register import define
+from .logprobs import TokenLogprobs, per_token_temperature
+
+
+def _forward_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
+    temperatures: Tensor | None, temperature: float, softcap: float, entropy: bool, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    logprobs = hidden.new_empty(labels.shape, dtype=torch.float32)
+    return (
+        logprobs,
+        logprobs.new_empty(labels.shape if entropy else (0,)),
+        logprobs.new_empty((*labels.shape, 3)),
+    )
+
+
+def gradients_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a head's operands; empty where not needed."""
+    return tuple(
+        t.new_empty(t.shape) if need else hidden.new_empty(0)
+        for t, need in zip((hidden, weight, bias), needs, strict=True)
+    )
+
+
+_forward = define(
+    "linear_token_logprobs",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? temperatures, "
+    "float temperature, float softcap, bool entropy, int ignore_index, int chunk_tokens, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
+    _forward_fake,
+)
+_backward = define(
+    "linear_token_logprobs_backward",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? temperatures, "
+    "Tensor stats, Tensor? grad_logprobs, Tensor? grad_entropy, float temperature, float softcap, "
+    "int ignore_index, int chunk_tokens, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    lambda hidden, weight, bias, *rest: gradients_fake(hidden, weight, bias, rest[-2]),
+)
+
+
+class _LinearTokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple:
+        labels, temperatures, temperature, softcap, entropy, ignore_index, chunk, backend = args
+        logprobs, entropies, stats = _forward(hidden, weight, bias, *args)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, bias, labels, temperatures, stats)
+        ctx.options = (temperature, softcap, ignore_index, chunk)
+        ctx.backend = backend
+        if not entropy:
+            ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple:
+        nothing = (None,) * 8
+        if grad_logprobs is None and grad_entropy is None:
+            return (None, None, None, *nothing)
+        *tensors, stats = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:3])
+        found = _backward(
+            *tensors, stats, grad_logprobs, grad_entropy, *ctx.options, needs, ctx.backend
+        )
+        return (*(g if need else None for g, need in zip(found, needs, strict=True)), *nothing)
+
+
+def check_head(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str]
+) -> None:
+    """Requires hidden [..., H], weight [V, H] and bias [V] of one dtype and device."""
+    _checks.floating(op, names[0], hidden, double=True)
+    _checks.floating(op, names[1], weight, double=True)
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(
+            f"{op}: {names[1]} must be [V, H] with V >= 1, got {tuple(weight.shape)}"
+        )
+    if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: {names[0]} must be [..., {weight.shape[1]}] as {names[1]} is [V, H], got "
+            f"{tuple(hidden.shape)}"
+        )
+    _checks.same_dtype(op, names[1], weight, names[0], hidden.dtype)
+    _checks.same_device(op, names[1], weight, names[0], hidden.device)
+    if bias is not None:
+        _checks.floating(op, names[2], bias, double=True)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{op}: {names[2]} must be [V], ({weight.shape[0]},), got {tuple(bias.shape)}"
+            )
+        _checks.same_device(op, names[2], bias, names[0], hidden.device)
+
+
+def check_chunk(op: str, chunk_tokens: int | None) -> int:
+    """chunk_tokens, or 0 for the default."""
+    if chunk_tokens is None:
+        return 0
+    if not isinstance(chunk_tokens, int) or isinstance(chunk_tokens, bool) or chunk_tokens < 1:
+        raise ValueError(f"{op}: chunk_tokens must be an integer >= 1 or None, got {chunk_tokens}")
+    return chunk_tokens
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: bool = False,
+    ignore_index: int = -100,
+    chunk_tokens: int | None = None,
+) -> TokenLogprobs:
+    """`token_logprobs` straight from hidden states: the LM head's logits never exist as a whole.
+
+    logits = (hidden @ weight.T + bias) * logit_scale, computed chunk by chunk of tokens in one
+    buffer, forward and again backward. Tokens with `ignore_index` are dropped before the product;
+    tokens whose upstream gradient is zero (clipped, without advantage, prompt) are skipped in the
+    backward pass. The gradient of the weight is accumulated over chunks in fp32, and has no buffer
+    where the weight is frozen.
+
+    Args:
+        hidden: [..., H], float32, bfloat16 or float16.
+        weight: [V, H], dtype of hidden.
+        labels: [...], int64 or int32.
+        bias: [V], or None.
+        temperature: as in `token_logprobs`.
+        softcap: as in `token_logprobs`, applied after logit_scale.
+        logit_scale: a finite number > 0 (Cohere, Granite).
+        entropy: also return the entropy.
+        ignore_index: label of tokens to skip.
+        chunk_tokens: tokens of a chunk. None: what 128 MiB of logits hold on CPU, 1 GiB on a GPU.
+
+    Returns:
+        TokenLogprobs(logprobs [...], entropy [...] or None), float32, differentiable in hidden,
+        weight and bias. Logits of 16-bit operands are summed in fp32; on CPU the GEMM then rounds
+        them to 16 bits, on a GPU they stay fp32.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `token_logprobs`; operands whose shapes or dtypes do
+            not match.
+    """
+    op = "linear_token_logprobs"
+    check_head(op, hidden, weight, bias, ("hidden", "weight", "bias"))
+    _checks.labels(op, "labels", labels)
+    _checks.same_shape(op, "labels", labels, "hidden without H", hidden.shape[:-1])
+    _checks.same_device(op, "labels", labels, "hidden", hidden.device)
+    if softcap is not None:
+        _checks.positive(op, "softcap", softcap)
+    _checks.positive(op, "logit_scale", logit_scale)
+    chunk = check_chunk(op, chunk_tokens)
+    temperatures = per_token_temperature(op, temperature, labels)
+
+    backend = _backends.select(op, hidden.device)
+    if backend == _backends.REFERENCE:
+        _checks.labels_in_range(op, labels, weight.shape[0], ignore_index)
+        _checks.temperatures_positive(op, temperatures, labels != ignore_index)
+        return TokenLogprobs(
+            *reference.linear_token_logprobs(
+                hidden,
+                weight,
+                labels,
+                bias=bias,
+                temperature=temperature if temperatures is None else temperatures,
+                softcap=softcap,
+                logit_scale=logit_scale,
+                entropy=entropy,
+                ignore_index=ignore_index,
+            )
+        )
+    _checks.floating(op, "hidden", hidden)
+    # scale * x under a cap c and a temperature T is x under c / scale and T / scale.
+    logprobs, entropies = _LinearTokenLogprobs.apply(
+        hidden,
+        weight,
+        bias,
+        labels,
+        None if temperatures is None else temperatures / logit_scale,
+        1.0 if temperatures is not None else temperature / logit_scale,
+        0.0 if softcap is None else softcap / logit_scale,
+        entropy,
+        ignore_index,
+        chunk,
+        backend,
+    )
+    return TokenLogprobs(logprobs, entropies if entropy else None)
+
+
+_kl_forward = define(
+    "linear_kl_divergence",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, "
+    "Tensor? ref_bias, Tensor? mask, float temperature, bool reverse, int chunk_tokens, "
+    "str backend) -> (Tensor, Tensor)",
+    lambda hidden, *_: (
+        hidden.new_empty(hidden.shape[:-1], dtype=torch.float32),
+        hidden.new_empty((*hidden.shape[:-1], 5), dtype=torch.float32),
+    ),
+)
+_kl_backward = define(
+    "linear_kl_divergence_backward",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, "
+    "Tensor? ref_bias, Tensor? mask, Tensor stats, Tensor grad, float temperature, bool reverse, "
+    "int chunk_tokens, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    lambda hidden, weight, bias, *rest: gradients_fake(hidden, weight, bias, rest[-2]),
+)
+
+
+class _LinearKlDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+        *constants, temperature, reverse, chunk, backend = args
+        kl, stats = _kl_forward(hidden, weight, bias, *args)
+        ctx.save_for_backward(hidden, weight, bias, *constants, stats)
+        ctx.options = (temperature, reverse, chunk)
+        ctx.backend = backend
+        return kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        needs = list(ctx.needs_input_grad[:3])
+        found = _kl_backward(*ctx.saved_tensors, grad, *ctx.options, needs, ctx.backend)
+        gradients = (g if need else None for g, need in zip(found, needs, strict=True))
+        return (*gradients, *(None,) * 8)
+
+
+def linear_kl_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    logit_scale: float = 1.0,
+    direction: str = "reverse",
+    temperature: float = 1.0,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """`kl_divergence` between two LM heads, without the logits of either in memory as a whole.
+
+    Both heads' logits are computed chunk by chunk of tokens, forward and again backward.
+    reverse: KL(policy || ref); forward: KL(ref || policy), the loss of distillation.
+
+    Args:
+        hidden: policy's hidden states [..., H], float32, bfloat16 or float16.
+        weight: policy's head [V, H], dtype of hidden.
+        ref_hidden: reference's hidden states [..., H'], same leading shape and dtype; constant.
+        ref_weight: reference's head [V, H']; constant.
+        bias: [V], or None.
+        ref_bias: [V], or None; constant.
+        mask: [...], bool or integer, nonzero = keep: the others are not multiplied and give 0.
+        logit_scale: a finite number > 0 that multiplies the logits of both.
+        direction: "reverse" or "forward".
+        temperature: a finite number > 0; divides both.
+        chunk_tokens: as in `linear_token_logprobs`.
+
+    Returns:
+        [...], float32, differentiable in hidden, weight and bias; values as `kl_divergence`.
+
+    Raises:
+        TypeError, ValueError: as `kl_divergence`; operands whose shapes or dtypes do not match.
+    """
+    op = "linear_kl_divergence"
+    check_head(op, hidden, weight, bias, ("hidden", "weight", "bias"))
+    check_head(op, ref_hidden, ref_weight, ref_bias, ("ref_hidden", "ref_weight", "ref_bias"))
+    _checks.same_dtype(op, "ref_hidden", ref_hidden, "hidden", hidden.dtype)
+    _checks.same_device(op, "ref_hidden", ref_hidden, "hidden", hidden.device)
+    if ref_hidden.shape[:-1] != hidden.shape[:-1] or ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"{op}: ref_hidden and ref_weight must have the tokens and the vocabulary of hidden and "
+            f"weight, {tuple(hidden.shape[:-1])} and {weight.shape[0]}, got "
+            f"{tuple(ref_hidden.shape[:-1])} and {ref_weight.shape[0]}"
+        )
+    if mask is not None:
+        _checks.mask(op, "mask", mask)
+        _checks.same_shape(op, "mask", mask, "hidden without H", hidden.shape[:-1])
+        _checks.same_device(op, "mask", mask, "hidden", hidden.device)
+    _checks.one_of(op, "direction", direction, ("reverse", "forward"))
+    _checks.positive(op, "temperature", temperature)
+    _checks.positive(op, "logit_scale", logit_scale)
+    chunk = check_chunk(op, chunk_tokens)
+    ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
+    ref_bias = None if ref_bias is None else ref_bias.detach()
+
+    backend = _backends.select(op, hidden.device)
+    if backend == _backends.REFERENCE:
+        return reference.linear_kl_divergence(
+            hidden,
+            weight,
+            ref_hidden,
+            ref_weight,
+            bias=bias,
+            ref_bias=ref_bias,
+            mask=mask,
+            logit_scale=logit_scale,
+            direction=direction,
+            temperature=temperature,
+        )
+    _checks.floating(op, "hidden", hidden)
+    return _LinearKlDivergence.apply(
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, temperature / logit_scale,
+        direction == "reverse", chunk, backend,
+    )  # fmt: skip

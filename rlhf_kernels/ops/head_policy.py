@@ -1,0 +1,228 @@
+"""linear_policy_loss: the policy loss straight from hidden states, with its gradient."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _backends, _checks, reference
+from .._register import define
+from ..policy_config import PolicyLossConfig
+from ..reference.policy import METRICS
+from .head import check_chunk, check_head, gradients_fake
+from .logprobs import per_token_temperature
+from .policy import PolicyLoss, PolicyMetrics, check_advantages, check_config, scaled
+
+
+def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    scalar = hidden.new_empty((), dtype=torch.float32)
+    *_, needs, _ = rest
+    return scalar, scalar.new_empty((len(METRICS),)), *gradients_fake(hidden, weight, bias, needs)
+
+
+_forward = define(
+    "linear_policy_loss",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? temperatures, "
+    "Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
+    "Tensor? rollout_logprobs, Tensor[] ref_head, Tensor? cu_seqlens, Tensor? normalizer, "
+    "float temperature, float softcap, float divisor, int[] codes, float[] params, "
+    "int chunk_tokens, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+)
+
+
+class _LinearPolicyLoss(torch.autograd.Function):
+    """The gradient is computed with the loss; backward only scales it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple:
+        *args, backend = args
+        ctx.needs = list(ctx.needs_input_grad[:3])
+        loss, metrics, *gradients = _forward(hidden, weight, bias, *args, ctx.needs, backend)
+        ctx.nothing = (None,) * (len(args) + 1)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)
+        return loss, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple:
+        if upstream is None:
+            return (None, None, None, *ctx.nothing)
+        gradients = (
+            scaled(g, upstream) if need else None
+            for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+        )
+        return (*gradients, *ctx.nothing)
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_logprobs: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    chunk_tokens: int | None = None,
+    config: PolicyLossConfig,
+) -> PolicyLoss:
+    """`policy_loss` straight from hidden states, its gradient taken in the forward pass.
+
+    The value, metrics and gradients are those of
+    `policy_loss(*token_logprobs(hidden @ weight.T, labels, entropy=True), ...)`, by three products
+    in all instead of the four of a head that is recomputed: a chunk's logits are turned into their
+    own gradient while they are there. Masked tokens are never multiplied; tokens that cannot have a
+    gradient (no advantage, with neither KL nor entropy term) only forward. Configurations in which
+    a token's gradient depends on its whole sequence (ratio_level "sequence", "sequence-token",
+    correction_level "sequence") need a sweep for the log-probabilities first, so four products.
+
+    Args:
+        hidden: [B, T, H], or packed [N, H] with cu_seqlens; float32, bfloat16 or float16.
+        weight: [V, H], dtype of hidden.
+        labels: [B, T] or [N], int64 or int32; under the mask anything.
+        old_logprobs: as in `policy_loss`.
+        advantages: as in `policy_loss`.
+        mask: as in `policy_loss`.
+        bias: [V], or None.
+        temperature: as in `token_logprobs`.
+        softcap: as in `token_logprobs`, applied after logit_scale.
+        logit_scale: a finite number > 0 that multiplies the logits.
+        ref_logprobs: as in `policy_loss`.
+        ref_hidden: hidden states [..., H'] of the reference policy, in place of ref_logprobs: its
+            log-probabilities are computed in the same sweep. Constant.
+        ref_weight: head [V, H'] of the reference policy, given with ref_hidden.
+        ref_bias: its bias [V], or None.
+        rollout_logprobs: as in `policy_loss`.
+        cu_seqlens: as in `policy_loss`.
+        normalizer: as in `policy_loss`.
+        chunk_tokens: as in `linear_token_logprobs`.
+        config: options.
+
+    Returns:
+        PolicyLoss(loss, metrics), float32; differentiable in hidden, weight and bias. The gradients
+        of weight and bias are accumulated in fp32 and rounded once to their dtype.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `policy_loss` and `linear_token_logprobs`.
+    """
+    op = "linear_policy_loss"
+    check_head(op, hidden, weight, bias, ("hidden", "weight", "bias"))
+    _checks.labels(op, "labels", labels)
+    _checks.same_shape(op, "labels", labels, "hidden without H", hidden.shape[:-1])
+    _checks.same_device(op, "labels", labels, "hidden", hidden.device)
+    if softcap is not None:
+        _checks.positive(op, "softcap", softcap)
+    _checks.positive(op, "logit_scale", logit_scale)
+    chunk = check_chunk(op, chunk_tokens)
+    temperatures = per_token_temperature(op, temperature, labels)
+    tokens = {
+        "old_logprobs": old_logprobs,
+        "ref_logprobs": ref_logprobs,
+        "rollout_logprobs": rollout_logprobs,
+    }
+    _checks.token_inputs(op, tokens, mask, cu_seqlens)
+    _checks.same_shape(op, "labels", labels, "old_logprobs", old_logprobs.shape)
+    _checks.same_device(op, "old_logprobs", old_logprobs, "hidden", hidden.device)
+    check_advantages(op, advantages, old_logprobs, cu_seqlens)
+    ref_head = _check_ref_head(hidden, weight, ref_logprobs, ref_hidden, ref_weight, ref_bias)
+    check_config(op, config, ref_hidden if ref_head else ref_logprobs, rollout_logprobs, normalizer)
+    count, divisor = _checks.divisor(op, config.normalizer if normalizer is None else normalizer)
+
+    backend = _backends.select(op, hidden.device)
+    if backend == _backends.REFERENCE:
+        _checks.labels_in_range(op, labels.masked_fill(mask == 0, -1), weight.shape[0], -1)
+        _checks.temperatures_positive(op, temperatures, mask != 0)
+        _checks.offsets_valid(op, cu_seqlens, old_logprobs.shape[0])
+        _checks.divisor_positive(op, count)
+        if ref_head:
+            ref_logprobs, _ = reference.linear_token_logprobs(
+                ref_hidden.detach(),
+                ref_weight.detach(),
+                labels.masked_fill(mask == 0, -100),
+                bias=ref_bias,
+                temperature=temperature if temperatures is None else temperatures,
+                softcap=softcap,
+                logit_scale=logit_scale,
+            )
+        loss, metrics = reference.linear_policy_loss(
+            hidden,
+            weight,
+            labels,
+            old_logprobs,
+            advantages,
+            mask,
+            bias=bias,
+            temperature=temperature if temperatures is None else temperatures,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ref_logprobs=ref_logprobs,
+            rollout_logprobs=rollout_logprobs,
+            cu_seqlens=cu_seqlens,
+            normalizer=normalizer,
+            config=config,
+        )
+        return PolicyLoss(loss, PolicyMetrics(metrics))
+    for name, t in {"hidden": hidden, "advantages": advantages, **tokens}.items():
+        if t is not None:
+            _checks.floating(op, name, t)
+    constants = (old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs)
+    loss, metrics = _LinearPolicyLoss.apply(
+        hidden,
+        weight,
+        bias,
+        labels,
+        None if temperatures is None else temperatures / logit_scale,
+        *(None if t is None else t.detach() for t in constants),
+        ref_head,
+        cu_seqlens,
+        count,
+        1.0 if temperatures is not None else temperature / logit_scale,
+        0.0 if softcap is None else softcap / logit_scale,
+        divisor,
+        config._codes,
+        config._params,
+        chunk,
+        backend,
+    )
+    return PolicyLoss(loss, PolicyMetrics(metrics))
+
+
+def _check_ref_head(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_logprobs: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+) -> list[Tensor]:
+    """The reference policy's head as [hidden, weight] or [hidden, weight, bias]; [] if none."""
+    op = "linear_policy_loss"
+    if ref_hidden is None and ref_weight is None and ref_bias is None:
+        return []
+    if ref_hidden is None or ref_weight is None:
+        raise ValueError(f"{op}: ref_hidden and ref_weight must be given together")
+    if ref_logprobs is not None:
+        raise ValueError(f"{op}: ref_logprobs must be None where ref_hidden is given")
+    check_head(op, ref_hidden, ref_weight, ref_bias, ("ref_hidden", "ref_weight", "ref_bias"))
+    _checks.same_device(op, "ref_hidden", ref_hidden, "hidden", hidden.device)
+    if ref_hidden.shape[:-1] != hidden.shape[:-1] or ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"{op}: ref_hidden and ref_weight must have the tokens and the vocabulary of hidden and "
+            f"weight, {tuple(hidden.shape[:-1])} and {weight.shape[0]}, got "
+            f"{tuple(ref_hidden.shape[:-1])} and {ref_weight.shape[0]}"
+        )
+    return [t.detach() for t in (ref_hidden, ref_weight, ref_bias) if t is not None]

@@ -1,0 +1,118 @@
+"""Log-probabilities, losses and KL from hidden states through the LM head, defined."""
+
+import torch
+from torch import Tensor
+
+from ..policy_config import PolicyLossConfig
+from ._common import compute
+from .kl import kl_divergence
+from .logprobs import token_logprobs
+from .policy import policy_loss
+
+
+def head_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float
+) -> Tensor:
+    """(hidden @ weight.T + bias) * logit_scale in fp32, or fp64 where that is given."""
+    logits = compute(hidden) @ compute(weight).T
+    if bias is not None:
+        logits = logits + compute(bias)
+    return logits * logit_scale
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: bool = False,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor | None]:
+    """`token_logprobs` of the head's logits; see `rlhf_kernels.linear_token_logprobs`."""
+    # What lies in an ignored token's hidden state must not reach the gradient of the weight.
+    keep = (labels != ignore_index).unsqueeze(-1)
+    return token_logprobs(
+        head_logits(torch.where(keep, hidden, 0), weight, bias, logit_scale),
+        labels,
+        temperature=temperature,
+        softcap=softcap,
+        entropy=entropy,
+        ignore_index=ignore_index,
+    )
+
+
+def linear_kl_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    logit_scale: float = 1.0,
+    direction: str = "reverse",
+    temperature: float = 1.0,
+) -> Tensor:
+    """`kl_divergence` between two heads; see `rlhf_kernels.linear_kl_divergence`."""
+    keep = hidden.new_ones(hidden.shape[:-1], dtype=torch.bool) if mask is None else mask != 0
+    hidden = torch.where(keep.unsqueeze(-1), hidden, 0)
+    ref_hidden = torch.where(keep.unsqueeze(-1), ref_hidden, 0)
+    kl = kl_divergence(
+        head_logits(hidden, weight, bias, logit_scale),
+        head_logits(ref_hidden, ref_weight, ref_bias, logit_scale).detach(),
+        direction=direction,
+        temperature=temperature,
+    )
+    return torch.where(keep, kl, 0)
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    config: PolicyLossConfig,
+) -> tuple[Tensor, Tensor]:
+    """`policy_loss` of the head's log-probabilities; see `rlhf_kernels.linear_policy_loss`.
+
+    A masked token is an ignored one, whatever its label.
+    """
+    labels = labels.masked_fill(mask == 0, -100)
+    logprobs, entropy = linear_token_logprobs(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        entropy=True,
+    )
+    return policy_loss(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        entropy=entropy,
+        cu_seqlens=cu_seqlens,
+        normalizer=normalizer,
+        config=config,
+    )
