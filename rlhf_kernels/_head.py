@@ -108,47 +108,75 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class Gradients:
-    """Gradients of a head: hidden per token, weight and bias accumulated over chunks in fp32."""
+    """Gradients of a head: hidden per token, weight and bias summed over chunks in fp32."""
 
     def __init__(self, head: Head, hidden: bool, weight: bool, bias: bool) -> None:
         self._head = head
-        like = head.hidden
-        self.hidden = torch.zeros_like(like) if hidden else None
-        self.weight = _accumulator(head.weight) if weight else None
-        self.bias = _accumulator(head.bias) if bias else None
+        self.hidden = torch.zeros_like(head.hidden) if hidden else None
+        self._weight = _Sum(head.weight) if weight else None
+        self._bias = _Sum(head.bias) if bias else None
 
     def add(self, tokens: Tokens, part: slice, hidden: Tensor, grad_logits: Tensor) -> None:
         """Adds a chunk: its hidden states [n, H] and the gradient of its logits [n, V]."""
         grad_logits = grad_logits.to(hidden.dtype)
         if self.hidden is not None:
-            tokens.put(self.hidden, part, grad_logits @ self._head.weight)
-        if self.weight is not None:
-            add_product(self.weight, grad_logits.T, hidden)
-        if self.bias is not None:
-            self.bias += grad_logits.sum(0, dtype=torch.float32)
+            if tokens.index is None:
+                torch.mm(grad_logits, self._head.weight, out=self.hidden[part])
+            else:
+                tokens.put(self.hidden, part, grad_logits @ self._head.weight)
+        if self._weight is not None:
+            self._weight.add_product(grad_logits.T, hidden)
+        if self._bias is not None:
+            self._bias.add(grad_logits.sum(0, dtype=torch.float32))
 
     def results(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
         """(hidden, weight, bias) in the dtypes of the operands; empty where not asked for."""
         none = self._head.hidden.new_empty(0)
         return (
             none if self.hidden is None else self.hidden.view(shape),
-            none if self.weight is None else self.weight.to(self._head.weight.dtype),
-            none if self.bias is None else self.bias.to(self._head.bias.dtype),
+            none if self._weight is None else self._weight.result(),
+            none if self._bias is None else self._bias.result(),
         )
 
 
-def _accumulator(t: Tensor) -> Tensor:
-    return torch.zeros(t.shape, dtype=torch.float32, device=t.device)
+class _Sum:
+    """A sum of terms of the shape of `like`: fp32, rounded to its dtype at the end."""
 
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._total: Tensor | None = None
+        # One chunk's product where the library cannot add to fp32 itself.
+        self._product: Tensor | None = None
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, total in fp32."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif total.device.type == "cuda":
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total += a @ b
+    def _empty(self, dtype: torch.dtype) -> Tensor:
+        return torch.empty(self._like.shape, dtype=dtype, device=self._like.device)
+
+    def add(self, term: Tensor) -> None:
+        self._total = term if self._total is None else self._total.add_(term)
+
+    def add_product(self, a: Tensor, b: Tensor) -> None:
+        """Adds a @ b."""
+        wide = _logits_dtype(a.device, a.dtype)
+        if wide != torch.float32:
+            if self._product is None:
+                self._product = torch.mm(a, b)
+                return
+            if self._total is None:
+                self._total = self._product.float()
+            self._total += torch.mm(a, b, out=self._product)
+        elif self._total is None:
+            self._total = self._empty(torch.float32)
+            matmul_into(self._total, a, b)
+        elif a.dtype == torch.float32:
+            self._total.addmm_(a, b)
+        else:
+            torch.addmm(self._total, a, b, out_dtype=torch.float32, out=self._total)
+
+    def result(self) -> Tensor:
+        """The sum; zeros if nothing was added."""
+        if self._total is None:
+            return torch.zeros_like(self._like) if self._product is None else self._product
+        return self._total.to(self._like.dtype)
 
 
 def _check(
