@@ -37,6 +37,10 @@ struct Status {
   int64_t position = -1;
 };
 
+// A label whose word is not among these logits: they are a shard of the vocabulary and it lies in
+// another one. Its log-probability is NaN; statistics and gradient are as of any row.
+constexpr int64_t kLabelElsewhere = INT64_MIN;
+
 // token_logprobs. `stats` is fp32 [rows, cols, 3], contiguous: row maximum m, s = sum exp((x-m)/T),
 // entropy. `temperatures` (fp32) overrides `temperature`; softcap 0 means none.
 struct LogprobsArgs {

@@ -132,7 +132,8 @@ inline Status check_tokens(const Args& a) {
     for (int64_t j = 0; j < a.cols; ++j) {
       const int64_t y = load_label(a.labels, i, j);
       if (y == a.ignore_index) continue;
-      if (y < 0 || y >= a.vocab) return {kLabelOutOfRange, i * a.cols + j};
+      if ((y < 0 || y >= a.vocab) && y != kLabelElsewhere)
+        return {kLabelOutOfRange, i * a.cols + j};
       const double t = row_temperature(a.temperatures, a.temperature, i, j);
       if (!(t > 0.0) || t > 3.0e38) return {kBadTemperature, i * a.cols + j};
     }
@@ -158,7 +159,7 @@ void logprobs_row(const LogprobsArgs& a, int64_t row) {
   const auto* x = static_cast<const typename E::Storage*>(a.logits.data) + i * a.logits.stride0 +
                   j * a.logits.stride1;
   const RowSums r = row_sums<E, kSoftcap, kEntropy>(x, a.vocab, cap, inv_t);
-  float xy = E::get(x + label);
+  float xy = label == kLabelElsewhere ? __builtin_nanf("") : E::get(x + label);
   if (kSoftcap) xy = softcapped(xy, cap);
   const bool empty = r.m == -__builtin_inff();
   *logprob =
@@ -191,7 +192,7 @@ void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
   const float* stats = a.stats + 3 * row;
   const double s = stats[1], entropy = stats[2];
   const float cap = static_cast<float>(a.softcap);
-  const float raw_label = E::get(x + label);
+  const float raw_label = label == kLabelElsewhere ? 0.0f : E::get(x + label);
   const float xy = kSoftcap ? softcapped(raw_label, cap) : raw_label;
   const double logprob = logprob_from_stats(xy, stats[0], s, inv_t);
 
@@ -226,6 +227,7 @@ void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
     const int n = a.vocab - k < kLanes ? static_cast<int>(a.vocab - k) : kLanes;
     store_partial<E>(out + k, gradient(load_partial<E>(x + k, n, 0.0f)), n);
   }
+  if (label == kLabelElsewhere) return;
   double at_label = label_gradient(logprob, entropy, g, h, inv_t);
   if (kSoftcap) {
     // 1 / cosh^2, not 1 - tanh^2, which cancels near the cap.
