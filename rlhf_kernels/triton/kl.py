@@ -272,17 +272,17 @@ def kl_divergence(
     return kl, stats
 
 
-def kl_divergence_backward(
+def _backward(
     logits: Tensor,
     ref_logits: Tensor,
     stats: Tensor,
     grad: Tensor,
     temperature: float,
     reverse: bool,
-) -> Tensor:
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out: Tensor,
+) -> None:
     if out.numel() == 0:
-        return out
+        return
     (rows, cols), vocab = grid(logits.shape[:-1]), logits.shape[-1]
     logits, ref_logits = as_rows(logits), as_rows(ref_logits)
     grad = as_grid(grad, torch.float32)
@@ -299,7 +299,17 @@ def kl_divergence_backward(
         tiles, vocab // align, *(s // align for s in strides), float(temperature), ALIGN=align,
         REVERSE=reverse, TILE=TILE, warps=WARPS,
     )  # fmt: skip
+
+
+def kl_divergence_backward(logits: Tensor, *args: object) -> Tensor:
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _backward(logits, *args, out)
     return out
+
+
+def kl_divergence_backward_inplace(logits: Tensor, *args: object) -> None:
+    """The gradient over the logits' own memory; for the fused head, not an operator."""
+    _backward(logits, *args, logits)
 
 
 def _penalty(
@@ -336,6 +346,7 @@ def kl_penalty_backward(
 LAUNCHERS: dict[str, Callable[..., object]] = {
     "kl_divergence": kl_divergence,
     "kl_divergence_backward": kl_divergence_backward,
+    "kl_divergence_backward_inplace": kl_divergence_backward_inplace,
     "kl_penalty": kl_penalty,
     "kl_penalty_backward": kl_penalty_backward,
 }
