@@ -8,6 +8,8 @@ from torch import Tensor
 
 from . import _checks
 from .ops.advantages import discounted_returns, gae, group_advantages, ppo_advantages, whiten
+from .ops.head import linear_kl_divergence, linear_token_logprobs
+from .ops.head_policy import linear_policy_loss
 from .ops.kl import kl_divergence, kl_penalty
 from .ops.logprobs import token_logprobs
 from .ops.policy import policy_loss
@@ -74,6 +76,33 @@ def _kl_penalty(x: Inputs) -> Call:
     return (x.tokens(grad=True), x.tokens()), {"estimator": "k3"}
 
 
+def _head(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Hidden states [rows, 2, 16] and a weight [size, 16]."""
+    return x.floats(x.rows, 2, 16), x.floats(x.size, 16, scale=0.5)
+
+
+def _linear_kl_divergence(x: Inputs) -> Call:
+    hidden, weight = _head(x)
+    ref = x.floats(x.rows, 2, 16, grad=False), x.floats(x.size, 16, scale=0.5, grad=False)
+    return (hidden, weight, *ref), {"temperature": 0.7}
+
+
+def _linear_policy_loss(x: Inputs) -> Call:
+    hidden, weight = _head(x)
+    old = x.floats(x.rows, 2, scale=0.2, grad=False) - 6
+    mask = torch.ones(x.rows, 2, dtype=torch.bool, device=x.device)
+    # All of one sign: a loss whose terms cancel says little about its error.
+    advantages = x.floats(x.rows, 2, grad=False).abs()
+    labels = x.integers(x.size, x.rows, 2)
+    # Without clipping: where a ratio sits at the bound, rounding decides about the gradient.
+    return (hidden, weight, labels, old, advantages, mask), {"config": PolicyLossConfig.reinforce()}
+
+
+def _linear_token_logprobs(x: Inputs) -> Call:
+    hidden, weight = _head(x)
+    return (hidden, weight, x.integers(x.size, x.rows, 2)), {"temperature": 0.7, "entropy": True}
+
+
 def _policy_loss(x: Inputs) -> Call:
     logprobs = x.floats(x.rows, x.size, scale=0.2)
     old, rollout, ref = (x.floats(x.rows, x.size, scale=0.2, grad=False) for _ in range(3))
@@ -125,6 +154,9 @@ EXAMPLES: dict[Callable[..., Any], Callable[[Inputs], Call]] = {
     group_advantages: _group_advantages,
     kl_divergence: _kl_divergence,
     kl_penalty: _kl_penalty,
+    linear_kl_divergence: _linear_kl_divergence,
+    linear_policy_loss: _linear_policy_loss,
+    linear_token_logprobs: _linear_token_logprobs,
     policy_loss: _policy_loss,
     ppo_advantages: _ppo_advantages,
     reward_model_loss: _reward_model_loss,

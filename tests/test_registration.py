@@ -21,14 +21,15 @@ RANKS = {
     **dict.fromkeys(("_checks", "testing", "policy_config"), 1),
     "controllers": 2,
     **dict.fromkeys(("reference", "native", "triton"), 2),
-    "_backends": 3,
-    "_register": 4,
-    "ops": 5,
-    "_warmup": 6,
+    **dict.fromkeys(("_head", "_shard"), 3),
+    "_backends": 4,
+    "_register": 5,
+    "ops": 6,
+    "_warmup": 7,
     # The package itself: the public names.
-    "": 7,
-    **dict.fromkeys(("cli", "__main__"), 8),
-    **dict.fromkeys(("trainer", "integrations"), 9),
+    "": 8,
+    **dict.fromkeys(("cli", "__main__"), 9),
+    **dict.fromkeys(("trainer", "integrations"), 10),
 }
 TRAINER_ONLY = {"transformers", "accelerate", "datasets", "flash_attn", "trl", "verl", "openrlhf"}
 
