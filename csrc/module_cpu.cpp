@@ -19,6 +19,7 @@
 #include "bind/policy.h"
 #include "bind/value.h"
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
 
 namespace py = pybind11;
 
@@ -71,6 +72,10 @@ PYBIND11_MODULE(_cpu, m) {
         "Instruction sets that this CPU and this build support, best last.");
   m.def("isa", [] { return std::string(active->isa); }, "The instruction set in use.");
   m.def("select_isa", &select_isa, "Use a supported instruction set by name.");
+  m.def(
+      "advise_huge_pages",
+      [](uintptr_t data, int64_t bytes) { advise_huge_pages(reinterpret_cast<void*>(data), bytes); },
+      "Ask for huge pages in memory that nothing was written to yet.");
 #ifdef _OPENMP
   m.attr("openmp") = _OPENMP;
 #else

@@ -19,8 +19,11 @@ _ORDER = {"cpu": ("cpu",), "cuda": ("triton",), "xpu": ("triton",)}
 _Launcher = Callable[..., object]
 # Filled at import, not on first use: torch.compile cannot trace what fills them.
 _TABLES: dict[str, dict[str, _Launcher]] = {
-    backend: {**rows, **_head.launchers(rows)}
-    for backend, rows in (("cpu", native.launchers("cpu")), ("triton", triton.launchers()))
+    backend: {**rows, **_head.launchers(rows, empty)}
+    for backend, rows, empty in (
+        ("cpu", native.launchers("cpu"), native.empty("cpu")),
+        ("triton", triton.launchers(), _head.plain_empty),
+    )
 }
 _forced: str = _config.BACKEND
 _warned: set[str] = set()

@@ -15,6 +15,8 @@ from .policy_config import AGGREGATIONS
 from .reference import policy
 
 Launchers = Mapping[str, Callable[..., object]]
+#: torch.empty(shape, dtype=, device=), in the way that suits a backend's large buffers.
+Empty = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
 
 #: Bytes of logits in flight. A GPU wants chunks that fill it; each rereads the fp32 gradient of the
 #: weight.
@@ -27,6 +29,8 @@ _PENALTY_COEF, _KL_COEF, _ENTROPY_COEF = 6, 9, 13
 _NO_LABEL_IGNORED = -(2**63)
 # The GEMM's rows come in multiples of this.
 _CHUNK_MULTIPLE = 16
+# Rows of a weight gradient that are summed over chunks at a time: their product stays in the cache.
+_SUM_ROWS = 1024
 
 
 def chunk_size(device: torch.device, vocab: int, dtype: torch.dtype) -> int:
@@ -84,13 +88,17 @@ class Head(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     logits: Tensor
+    empty: Empty
 
     @classmethod
-    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk: int) -> "Head":
+    def of(
+        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk: int, empty: Empty
+    ) -> "Head":
         hidden = hidden.reshape(-1, hidden.shape[-1])
         rows = min(chunk, hidden.shape[0])
         dtype = _logits_dtype(hidden.device, hidden.dtype)
-        return cls(hidden, weight, bias, hidden.new_empty((rows, weight.shape[0]), dtype=dtype))
+        logits = empty((rows, weight.shape[0]), dtype, hidden.device)
+        return cls(hidden, weight, bias, logits, empty)
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] of a chunk's hidden states, in the buffer."""
@@ -113,8 +121,8 @@ class Gradients:
     def __init__(self, head: Head, hidden: bool, weight: bool, bias: bool) -> None:
         self._head = head
         self.hidden = torch.zeros_like(head.hidden) if hidden else None
-        self._weight = _Sum(head.weight) if weight else None
-        self._bias = _Sum(head.bias) if bias else None
+        self._weight = _Sum(head.weight, head.empty) if weight else None
+        self._bias = _Sum(head.bias, head.empty) if bias else None
 
     def add(self, tokens: Tokens, part: slice, hidden: Tensor, grad_logits: Tensor) -> None:
         """Adds a chunk: its hidden states [n, H] and the gradient of its logits [n, V]."""
@@ -125,7 +133,7 @@ class Gradients:
             else:
                 tokens.put(self.hidden, part, grad_logits @ self._head.weight)
         if self._weight is not None:
-            self._weight.add_product(grad_logits.T, hidden)
+            self._weight.add_product(grad_logits.T, hidden, part.stop == tokens.count)
         if self._bias is not None:
             self._bias.add(grad_logits.sum(0, dtype=torch.float32))
 
@@ -140,48 +148,69 @@ class Gradients:
 
 
 class _Sum:
-    """A sum of terms of the shape of `like`: fp32, rounded to its dtype at the end."""
+    """A sum over chunks in the shape of `like`: in fp32, rounded to its dtype at the end."""
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, like: Tensor, empty: Empty) -> None:
         self._like = like
+        self._empty = empty
         self._total: Tensor | None = None
-        # One chunk's product where the library cannot add to fp32 itself.
-        self._product: Tensor | None = None
-
-    def _empty(self, dtype: torch.dtype) -> Tensor:
-        return torch.empty(self._like.shape, dtype=dtype, device=self._like.device)
+        self._rounded: Tensor | None = None
 
     def add(self, term: Tensor) -> None:
         self._total = term if self._total is None else self._total.add_(term)
 
-    def add_product(self, a: Tensor, b: Tensor) -> None:
-        """Adds a @ b."""
-        wide = _logits_dtype(a.device, a.dtype)
-        if wide != torch.float32:
-            if self._product is None:
-                self._product = torch.mm(a, b)
-                return
-            if self._total is None:
-                self._total = self._product.float()
-            self._total += torch.mm(a, b, out=self._product)
+    def add_product(self, a: Tensor, b: Tensor, last: bool) -> None:
+        """Adds a @ b; `last`: nothing follows."""
+        if _logits_dtype(a.device, a.dtype) != torch.float32:
+            self._add_rounded(a, b, last)
         elif self._total is None:
-            self._total = self._empty(torch.float32)
+            self._total = self._empty(self._like.shape, torch.float32, self._like.device)
             matmul_into(self._total, a, b)
         elif a.dtype == torch.float32:
             self._total.addmm_(a, b)
         else:
             torch.addmm(self._total, a, b, out_dtype=torch.float32, out=self._total)
 
+    def _add_rounded(self, a: Tensor, b: Tensor, last: bool) -> None:
+        """Adds a @ b where the library rounds a product to 16 bits.
+
+        One or two products need no fp32 sum: an addition in 16 bits rounds once.
+        """
+        like = self._like
+        if self._rounded is None:
+            self._rounded = self._empty(like.shape, like.dtype, like.device)
+            torch.mm(a, b, out=self._rounded)
+            return
+        first = self._total is None
+        if first and not last:
+            self._total = self._empty(like.shape, torch.float32, like.device)
+        product = torch.empty(
+            (min(_SUM_ROWS, like.shape[0]), like.shape[1]), dtype=like.dtype, device=like.device
+        )
+        for start in range(0, like.shape[0], _SUM_ROWS):
+            rows = slice(start, start + _SUM_ROWS)
+            rounded = self._rounded[rows]
+            term = torch.mm(a[rows], b, out=product[: rounded.shape[0]])
+            if self._total is None:
+                rounded += term
+                continue
+            total = self._total[rows]
+            if first:
+                total.copy_(rounded)
+            total += term
+            if last:
+                rounded.copy_(total)
+
     def result(self) -> Tensor:
         """The sum; zeros if nothing was added."""
+        if self._rounded is not None:
+            return self._rounded
         if self._total is None:
-            return torch.zeros_like(self._like) if self._product is None else self._product
+            return torch.zeros_like(self._like)
         return self._total.to(self._like.dtype)
 
 
-def _check(
-    op: str, labels: Tensor, temperatures: Tensor | None, keep: Tensor, vocab: int
-) -> None:
+def _check(op: str, labels: Tensor, temperatures: Tensor | None, keep: Tensor, vocab: int) -> None:
     """Finds bad data where the position in the batch is still known, and data may be looked at."""
     _checks.labels_in_range(op, torch.where(keep, labels, 0), vocab, _NO_LABEL_IGNORED)
     _checks.temperatures_positive(op, temperatures, keep)
@@ -203,6 +232,7 @@ class _PolicySweep:
         temperature: float,
         softcap: float,
         chunk: int,
+        empty: Empty,
     ) -> None:
         self._rows, self._mask = rows, mask
         self._labels, self._temperatures = flat(labels), flat(temperatures)
@@ -213,10 +243,11 @@ class _PolicySweep:
         heads = 2 if ref_head else 1
         self._chunk = chunk or chunk_size(hidden.device, heads * weight.shape[0], hidden.dtype)
         size = min(self._chunk, max(self.tokens.count, 1))
-        self.head = Head.of(hidden, weight, bias, size)
+        self.head = Head.of(hidden, weight, bias, size, empty)
         self._ref = None
         if ref_head:
-            self._ref = Head.of(*ref_head[:2], ref_head[2] if len(ref_head) > 2 else None, size)
+            ref_bias = ref_head[2] if len(ref_head) > 2 else None
+            self._ref = Head.of(*ref_head[:2], ref_bias, size, empty)
         shape = self._labels.shape
         self.logprobs = torch.zeros(shape, dtype=torch.float32, device=hidden.device)
         self.entropy = torch.zeros_like(self.logprobs)
@@ -295,7 +326,13 @@ class _PolicySweep:
             gradients.add(tokens, part, hidden, logits)
 
     def _gradient(
-        self, tokens: Tokens, part: slice, logits: Tensor, stats: Tensor, g: Tensor, h: Tensor | None
+        self,
+        tokens: Tokens,
+        part: slice,
+        logits: Tensor,
+        stats: Tensor,
+        g: Tensor,
+        h: Tensor | None,
     ) -> None:
         self._rows["token_logprobs_backward_inplace"](
             logits, tokens.take(self._labels, part), tokens.take(self._temperatures, part), stats,
@@ -322,7 +359,11 @@ class _PolicySweep:
         )  # fmt: skip
 
 
-def launchers(rows: Launchers) -> dict[str, Callable[..., object]]:
+def plain_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def launchers(rows: Launchers, empty: Empty = plain_empty) -> dict[str, Callable[..., object]]:
     """Launchers of the head's operators over a backend's row kernels."""
     if "token_logprobs" not in rows:
         return {}
@@ -348,7 +389,7 @@ def launchers(rows: Launchers) -> dict[str, Callable[..., object]]:
         stats = logprobs.new_empty((*labels.shape, 3))
         tokens = select(keep)
         chunk = chunk or chunk_size(hidden.device, weight.shape[0], hidden.dtype)
-        head = Head.of(hidden, weight, bias, min(chunk, max(tokens.count, 1)))
+        head = Head.of(hidden, weight, bias, min(chunk, max(tokens.count, 1)), empty)
         for part in tokens.chunks(chunk):
             logits = head.project(tokens.take(head.hidden, part))
             own = tokens.take(labels, part), tokens.take(temperatures, part)
@@ -389,7 +430,7 @@ def launchers(rows: Launchers) -> dict[str, Callable[..., object]]:
                 used |= upstream != 0
         tokens = select(used & (labels != ignore_index))
         chunk = chunk or chunk_size(hidden.device, weight.shape[0], hidden.dtype)
-        head = Head.of(hidden, weight, bias, min(chunk, max(tokens.count, 1)))
+        head = Head.of(hidden, weight, bias, min(chunk, max(tokens.count, 1)), empty)
         gradients = Gradients(head, *needs)
         for part in tokens.chunks(chunk):
             of_chunk = tokens.take(head.hidden, part)
@@ -419,8 +460,8 @@ def launchers(rows: Launchers) -> dict[str, Callable[..., object]]:
         tokens = select(torch.ones_like(kl, dtype=torch.bool) if mask is None else flat(mask) != 0)
         chunk = chunk or chunk_size(hidden.device, 2 * weight.shape[0], hidden.dtype)
         size = min(chunk, max(tokens.count, 1))
-        head = Head.of(hidden, weight, bias, size)
-        ref = Head.of(ref_hidden, ref_weight, ref_bias, size)
+        head = Head.of(hidden, weight, bias, size, empty)
+        ref = Head.of(ref_hidden, ref_weight, ref_bias, size, empty)
         for part in tokens.chunks(chunk):
             logits = head.project(tokens.take(head.hidden, part))
             ref_logits = ref.project(tokens.take(ref.hidden, part))
@@ -451,8 +492,8 @@ def launchers(rows: Launchers) -> dict[str, Callable[..., object]]:
         tokens = select(used)
         chunk = chunk or chunk_size(hidden.device, 2 * weight.shape[0], hidden.dtype)
         size = min(chunk, max(tokens.count, 1))
-        head = Head.of(hidden, weight, bias, size)
-        ref = Head.of(ref_hidden, ref_weight, ref_bias, size)
+        head = Head.of(hidden, weight, bias, size, empty)
+        ref = Head.of(ref_hidden, ref_weight, ref_bias, size, empty)
         gradients = Gradients(head, *needs)
         for part in tokens.chunks(chunk):
             of_chunk = tokens.take(head.hidden, part)
@@ -488,7 +529,7 @@ def launchers(rows: Launchers) -> dict[str, Callable[..., object]]:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         sweep = _PolicySweep(
             rows, hidden, weight, bias, labels, temperatures, mask, ref_head, temperature, softcap,
-            chunk,
+            chunk, empty,
         )  # fmt: skip
         per_token = policy.per_token(advantages, mask, cu_seqlens)
         whole = (cu_seqlens, normalizer, divisor, codes, params)

@@ -91,10 +91,14 @@ class Sharded:
         logprobs, entropies, stats = _combine(_gather(parts, self._group), rate)
         valid = ((labels >= 0) & (labels < self._total)) | ignored
         poison = torch.where(valid, 0.0, torch.nan).unsqueeze(-1)
-        stats = torch.where(ignored.unsqueeze(-1), stats.new_tensor([0.0, 1.0, 0.0]), stats + poison)
+        stats = torch.where(
+            ignored.unsqueeze(-1), stats.new_tensor([0.0, 1.0, 0.0]), stats + poison
+        )
         logprobs = torch.where(ignored, 0.0, logprobs + poison.squeeze(-1))
-        entropies = torch.where(ignored, 0.0, entropies + poison.squeeze(-1)) if entropy else (
-            logprobs.new_empty(0)
+        entropies = (
+            torch.where(ignored, 0.0, entropies + poison.squeeze(-1))
+            if entropy
+            else (logprobs.new_empty(0))
         )
         return logprobs, entropies, stats
 

@@ -21,9 +21,7 @@ CONFIGS = {
     "gspo-token": rk.PolicyLossConfig.gspo(
         ratio_level="sequence-token", clip_low=0.2, clip_high=0.3
     ),
-    "sequence correction": rk.PolicyLossConfig.ppo(
-        correction_level="sequence", correction_max=2.0
-    ),
+    "sequence correction": rk.PolicyLossConfig.ppo(correction_level="sequence", correction_max=2.0),
 }
 OPTIONS = [
     {},

@@ -4,14 +4,16 @@ One module per operation here holds the launchers; `boundary` is the only file t
 tensor's address. torch is imported before the extension so that both share one OpenMP runtime.
 """
 
+import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
 
-import torch  # noqa: F401  (loads libgomp first)
+# First, so that libgomp is loaded.
+import torch
 
 from .. import _config
-from . import advantages, kl, logprobs, policy, value
+from . import advantages, boundary, kl, logprobs, policy, value
 
 _NAMES = {"cpu": "_cpu"}
 # One module per operation, each with launchers(extension) -> {operator name: launcher}.
@@ -46,6 +48,12 @@ _LAUNCHERS: dict[str, dict[str, Callable[..., object]]] = {
 def module(backend: str) -> ModuleType | None:
     """The extension module of a native backend, or None where it is not built."""
     return _MODULES[backend][0]
+
+
+def empty(backend: str) -> Callable[..., torch.Tensor]:
+    """empty(shape, dtype, device) of a native backend, for large buffers."""
+    extension = _MODULES[backend][0]
+    return functools.partial(boundary.empty, extension)
 
 
 def unavailable_reason(backend: str) -> str | None:

@@ -4,12 +4,14 @@ The only file that calls data_ptr(). Every tensor goes through `pack` or `pack_r
 what a raw address cannot express (lazy negation) and refuse what must not reach native code.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from .._layout import as_grid, as_rows, grid, grid_strides, materialized, rows_strides
 
-__all__ = ["as_grid", "as_rows", "grid", "materialized", "pack", "pack_rows", "threads"]
+__all__ = ["as_grid", "as_rows", "empty", "grid", "materialized", "pack", "pack_rows", "threads"]
 
 # csrc/abi.h: DType
 DTYPE_CODES = {
@@ -52,3 +54,12 @@ def pack_rows(t: Tensor) -> Packed:
     if address == 0 and t.numel() > 0:
         raise ValueError("tensor has no memory (fake or meta tensor)")
     return address, DTYPE_CODES[t.dtype], *rows_strides(t)
+
+
+def empty(
+    extension: ModuleType, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """torch.empty for a large buffer that something else than our kernels writes first."""
+    t = torch.empty(shape, dtype=dtype, device=device)
+    extension.advise_huge_pages(t.data_ptr(), t.nbytes)
+    return t

@@ -83,9 +83,7 @@ def check_head(
     _checks.floating(op, names[0], hidden, double=True)
     _checks.floating(op, names[1], weight, double=True)
     if weight.dim() != 2 or weight.shape[0] == 0:
-        raise ValueError(
-            f"{op}: {names[1]} must be [V, H] with V >= 1, got {tuple(weight.shape)}"
-        )
+        raise ValueError(f"{op}: {names[1]} must be [V, H] with V >= 1, got {tuple(weight.shape)}")
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{op}: {names[0]} must be [..., {weight.shape[1]}] as {names[1]} is [V, H], got "
@@ -220,7 +218,9 @@ _kl_backward = define(
 
 class _LinearKlDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+    ) -> Tensor:
         *constants, temperature, reverse, chunk, backend = args
         kl, stats = _kl_forward(hidden, weight, bias, *args)
         ctx.save_for_backward(hidden, weight, bias, *constants, stats)

@@ -111,9 +111,7 @@ def _check_inplace(logits: Tensor) -> None:
         )
 
 
-def per_token_temperature(
-    op: str, temperature: float | Tensor, labels: Tensor
-) -> Tensor | None:
+def per_token_temperature(op: str, temperature: float | Tensor, labels: Tensor) -> Tensor | None:
     """A temperature tensor spread over the tokens; None for a number, which is checked."""
     if not isinstance(temperature, Tensor):
         _checks.positive(op, "temperature", temperature)

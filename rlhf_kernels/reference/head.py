@@ -10,9 +10,7 @@ from .logprobs import token_logprobs
 from .policy import policy_loss
 
 
-def head_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float
-) -> Tensor:
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float) -> Tensor:
     """(hidden @ weight.T + bias) * logit_scale in fp32, or fp64 where that is given."""
     logits = compute(hidden) @ compute(weight).T
     if bias is not None:
