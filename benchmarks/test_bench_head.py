@@ -1,0 +1,244 @@
+"""The fused LM head, forward + backward, against the bare products that no head can do without."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import rlhf_kernels as rk
+
+from .harness import Case, Missing, Provider, Settings
+from .peers import peer
+
+CLIP = 0.2
+# dtype -> (policy loss, log-probabilities): least ratio of each provider's time to ours.
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+POLICY_TARGETS = {
+    "fp32": {"eager": 1.4, "trl": 2, "GEMMs": 1 / 1.10},
+    "bf16": {"eager": 1.8, "trl": 2, "GEMMs": 1 / 1.15},
+}
+LOGPROBS_TARGETS = {"trl": 2, "GEMMs": 1 / 1.12}
+SEQUENCES, TOKENS, WIDTH, VOCAB = 8, 4096, 1024, 32768
+# TRL's own, for its chunks of the vocabulary or of the tokens.
+_TRL_CHUNK = peer("trl.trainer.utils", "_CHUNKED_LOGPROB_CHUNK_SIZE")
+
+
+def _operands(settings: Settings, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    n, width, vocab = (64, 32, 1000) if settings.quick else (TOKENS, WIDTH, VOCAB)
+    device, dtype = settings.device, _DTYPES[name]
+    hidden = torch.randn(n, width, device=device).to(dtype)
+    weight = (torch.randn(vocab, width, device=device) * 2 / width**0.5).to(dtype)
+    labels = torch.randint(0, vocab, (n,), device=device)
+    return hidden.requires_grad_(), weight.requires_grad_(), labels
+
+
+def _label(name: str, hidden: Tensor, weight: Tensor) -> str:
+    return f"{name} {hidden.shape[0]}×{hidden.shape[1]}×{weight.shape[0]}"
+
+
+def gemms(hidden: Tensor, weight: Tensor, forward: int) -> Callable[[], None]:
+    """`forward` products to logits and the two of a backward pass, into memory that is there."""
+    hidden, weight = hidden.detach(), weight.detach()
+    logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def run() -> None:
+        for _ in range(forward):
+            torch.mm(hidden, weight.T, out=logits)
+        torch.mm(logits, weight, out=grad_hidden)
+        torch.mm(logits.T, hidden, out=grad_weight)
+
+    return run
+
+
+def _moved(hidden: Tensor, weight: Tensor) -> int:
+    """Operands and their gradients."""
+    return 2 * (hidden.numel() + weight.numel()) * hidden.element_size()
+
+
+def _trl() -> Provider | Missing:
+    function = peer("trl.trainer.utils", "_ChunkedLogProbFunction")
+
+    def trl(hidden: Tensor, weight: Tensor, labels: Tensor, outputs: tuple[str, ...]) -> Any:
+        return function.apply(
+            hidden, weight, None, labels, 1.0, _TRL_CHUNK, None, 1.0, outputs
+        )  # fmt: skip
+
+    return function and trl
+
+
+def eager_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Autograd through the logits, as trainers without a fused head."""
+    logp = F.log_softmax((hidden @ weight.T).float(), dim=-1)
+    return logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def eager_both(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    logp = F.log_softmax((hidden @ weight.T).float(), dim=-1)
+    return logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1), -(logp.exp() * logp).sum(-1)
+
+
+def _oracle(
+    hidden: Tensor, weight: Tensor, labels: Tensor, objective: Callable[..., tuple[Tensor, ...]]
+) -> Callable[[], tuple[Tensor, ...]]:
+    """fp64 outputs and gradients, a few rows at a time.
+
+    objective(logprobs, entropy, rows) -> (outputs of these rows, what to differentiate).
+    """
+
+    def oracle() -> tuple[Tensor, ...]:
+        w = weight.detach().double().requires_grad_()
+        found, grads, grad_w = [], [], torch.zeros_like(w)
+        for start in range(0, hidden.shape[0], 512):
+            rows = slice(start, start + 512)
+            h = hidden.detach()[rows].double().requires_grad_()
+            logp = F.log_softmax(h @ w.T, dim=-1)
+            entropy = -(logp.exp() * logp).sum(-1)
+            own = logp.gather(-1, labels[rows].unsqueeze(-1)).squeeze(-1)
+            *outputs, total = objective(own, entropy, rows)
+            g, gw = torch.autograd.grad(total, (h, w))
+            found.append([o.detach() for o in outputs])
+            grads.append(g)
+            grad_w += gw
+        return *map(torch.cat, zip(*found, strict=True)), torch.cat(grads), grad_w
+
+    return oracle
+
+
+@pytest.mark.parametrize("entropy", [False, True], ids=["logprobs", "entropy"])
+@pytest.mark.parametrize("name", _DTYPES)
+def test_linear_token_logprobs(
+    run: Callable[[Case], None], settings: Settings, name: str, entropy: bool
+) -> None:
+    hidden, weight, labels = _operands(settings, name)
+    upstream = tuple(
+        torch.randn(labels.shape, device=settings.device) for _ in range(2 if entropy else 1)
+    )
+
+    def objective(logprobs: Tensor, entropies: Tensor, rows: slice) -> tuple[Tensor, ...]:
+        outputs = (logprobs, entropies)[: len(upstream)]
+        pairs = zip(outputs, upstream, strict=True)
+        return *outputs, sum((o * u[rows].double()).sum() for o, u in pairs)
+
+    def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        result = rk.linear_token_logprobs(hidden, weight, labels, entropy=entropy)
+        return tuple(result) if entropy else (result.logprobs,)
+
+    trl_head = _trl()
+    verl_head = peer("verl.utils.experimental.torch_functional", "FusedLinearForPPO")
+    options = peer("torch.nn", "LinearCrossEntropyOptions")
+    wanted = ("entropy",) if entropy else ()
+
+    def trl(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t for t in trl_head(*inputs, wanted) if t is not None)
+
+    def torch_fused(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return -F.linear_cross_entropy(
+            hidden, weight, labels, reduction="none", options=options()
+        )  # fmt: skip
+
+    providers = {
+        "eager": eager_both if entropy else eager_logprobs,
+        "trl": trl_head and trl,
+        # It has no form without the entropy, whose gradient then is zero.
+        "verl": verl_head and (lambda *inputs: verl_head()(*inputs)[: len(upstream)]),
+        "ours": ours,
+    }
+    if not entropy:
+        providers["torch fused"] = options and torch_fused
+    run(
+        Case(
+            op="linear_token_logprobs" + (" + entropy" if entropy else ""),
+            label=_label(name, hidden, weight),
+            mode="forward+backward",
+            inputs=(hidden, weight, labels),
+            providers=providers,
+            oracle=_oracle(hidden, weight, labels, objective),
+            moved=_moved(hidden, weight),
+            limit="GEMMs",
+            targets={} if entropy else LOGPROBS_TARGETS,
+            upstream=upstream,
+            baselines={"GEMMs": gemms(hidden, weight, 2)},
+            least_rounds=7,
+        )
+    )
+
+
+@pytest.mark.parametrize("name", _DTYPES)
+def test_linear_policy_loss(run: Callable[[Case], None], settings: Settings, name: str) -> None:
+    hidden, weight, labels = _operands(settings, name)
+    shape = (SEQUENCES, hidden.shape[0] // SEQUENCES)
+    device = settings.device
+    with torch.no_grad():
+        start = eager_logprobs(hidden, weight, labels).view(shape)
+    # Far from the bounds of the clip: a 16-bit product must not decide on which side a token is.
+    choices = torch.tensor([-0.4, -0.1, 0.0, 0.1, 0.4], device=device)
+    old = start - choices[torch.randint(0, 5, shape, device=device)]
+    advantages = torch.randn(SEQUENCES, 1, device=device)
+    mask = torch.ones(shape, dtype=torch.bool, device=device)
+    weights = mask.double() / mask.sum()
+
+    def loss_of(logprobs: Tensor, old: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
+        ratio = (logprobs - old).exp()
+        clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
+        return -(torch.minimum(ratio * advantages, clipped * advantages) * weights).sum()
+
+    def objective(logprobs: Tensor, _: Tensor, rows: slice) -> tuple[Tensor, ...]:
+        constants = (old, advantages.expand(shape), weights)
+        loss = loss_of(logprobs, *(t.flatten()[rows].double() for t in constants))
+        return loss.view(1), loss
+
+    def oracle() -> tuple[Tensor, ...]:
+        losses, *gradients = _oracle(hidden, weight, labels, objective)()
+        return losses.sum(), *gradients
+
+    def after(function: Callable[..., Any]) -> Provider:
+        def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+            logprobs = function(hidden, weight, labels)
+            return loss_of(logprobs.view(shape), old, advantages, weights.float())
+
+        return run
+
+    def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        result = rk.linear_policy_loss(
+            hidden.view(*shape, -1), weight, labels.view(shape), old, advantages.squeeze(1), mask,
+            config=rk.PolicyLossConfig.ppo(clip_low=CLIP, clip_high=CLIP),
+        )  # fmt: skip
+        return result.loss, result.metrics.values
+
+    trl_head = _trl()
+    verl_head = peer("verl.utils.experimental.torch_functional", "FusedLinearForPPO")
+    liger_loss = peer("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
+
+    def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        function = liger_loss(beta=0.0, use_ref_model=False, epsilon_low=CLIP, epsilon_high=CLIP)
+        return function(
+            hidden.view(*shape, -1), weight, labels.view(shape), mask, advantages.squeeze(1),
+            old_per_token_logps=old,
+        )[0]  # fmt: skip
+
+    run(
+        Case(
+            op="linear_policy_loss",
+            label=_label(name, hidden, weight),
+            mode="forward+backward",
+            inputs=(hidden, weight, labels),
+            providers={
+                "eager": after(eager_logprobs),
+                "trl": trl_head and after(lambda *inputs: trl_head(*inputs, ())[0]),
+                "verl": verl_head and after(lambda *inputs: verl_head()(*inputs)[0]),
+                "liger": liger_loss and liger,
+                "ours": ours,
+            },
+            oracle=oracle,
+            moved=_moved(hidden, weight),
+            limit="GEMMs",
+            targets=POLICY_TARGETS[name],
+            outputs=1,
+            baselines={"GEMMs": gemms(hidden, weight, 1)},
+            least_rounds=7,
+        )
+    )
