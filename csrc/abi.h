@@ -41,8 +41,8 @@ struct Status {
 // another one. Its log-probability is NaN; statistics and gradient are as of any row.
 constexpr int64_t kLabelElsewhere = INT64_MIN;
 
-// token_logprobs. `stats` is fp32 [rows, cols, 3], contiguous: row maximum m, s = sum exp((x-m)/T),
-// entropy. `temperatures` (fp32) overrides `temperature`; softcap 0 means none.
+// token_logprobs. `stats` is fp32 [rows, cols, 3], contiguous: row maximum m (NaN for a row of NaN
+// and -inf), s = sum exp((x-m)/T), entropy. `temperatures` (fp32) overrides `temperature`; softcap 0 means none.
 struct LogprobsArgs {
   int64_t rows, cols, vocab;
   Tensor logits, labels, temperatures;

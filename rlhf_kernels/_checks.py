@@ -129,14 +129,14 @@ def out_of_range(op: str, position: int, labels: Tensor, vocab: int) -> IndexErr
     )
 
 
-def _may_look(t: Tensor) -> bool:
+def may_look(t: Tensor) -> bool:
     """Whether reading `t` on the host is free, or asked for by RLHF_KERNELS_CHECK=1."""
     return (t.device.type == "cpu" or _config.CHECK) and not torch.compiler.is_compiling()
 
 
 def labels_in_range(op: str, labels: Tensor, vocab: int, ignore_index: int) -> None:
     """Raises IndexError for the first bad label, where data may be looked at."""
-    if not _may_look(labels):
+    if not may_look(labels):
         return
     bad = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
     if bad.any():
@@ -145,7 +145,7 @@ def labels_in_range(op: str, labels: Tensor, vocab: int, ignore_index: int) -> N
 
 def temperatures_positive(op: str, temperatures: Tensor | None, keep: Tensor) -> None:
     """Raises ValueError for the first bad per-token temperature, where data may be looked at."""
-    if temperatures is None or not _may_look(temperatures):
+    if temperatures is None or not may_look(temperatures):
         return
     bad = ~((temperatures > 0) & temperatures.isfinite()) & keep
     if bad.any():
@@ -213,7 +213,7 @@ def bad_divisor(op: str, value: Tensor) -> ValueError:
 
 def divisor_positive(op: str, value: Tensor | None) -> None:
     """Raises ValueError for a bad normalizer, where data may be looked at."""
-    if value is None or not _may_look(value):
+    if value is None or not may_look(value):
         return
     if not 0 < value.item() < math.inf:
         raise bad_divisor(op, value)

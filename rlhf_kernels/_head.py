@@ -17,6 +17,7 @@ from .reference import policy
 Launchers = Mapping[str, Callable[..., object]]
 #: torch.empty(shape, dtype=, device=), in the way that suits a backend's large buffers.
 Empty = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
+Reduce = Callable[[Tensor], Tensor]
 
 #: Bytes of logits in flight. A GPU wants chunks that fill it; each rereads the fp32 gradient of the
 #: weight.
@@ -36,7 +37,8 @@ _SUM_ROWS = 1024
 def chunk_size(device: torch.device, vocab: int, dtype: torch.dtype) -> int:
     """Tokens of a chunk: what the byte budget of the device holds, at least 16."""
     budget = CHUNK_BYTES.get(device.type, GPU_CHUNK_BYTES)
-    tokens = budget // (vocab * _logits_dtype(device, dtype).itemsize)
+    # A shard of a vocabulary may be empty.
+    tokens = budget // (max(vocab, 1) * _logits_dtype(device, dtype).itemsize)
     return max(tokens // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE, _CHUNK_MULTIPLE)
 
 
@@ -116,11 +118,17 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class Gradients:
-    """Gradients of a head: hidden per token, weight and bias summed over chunks in fp32."""
+    """Gradients of a head: hidden per token, weight and bias summed over chunks in fp32.
 
-    def __init__(self, head: Head, hidden: bool, weight: bool, bias: bool) -> None:
-        self._head = head
-        self.hidden = torch.zeros_like(head.hidden) if hidden else None
+    `reduce` sums the gradient of hidden, then fp32, over the ranks that share the vocabulary.
+    """
+
+    def __init__(
+        self, head: Head, hidden: bool, weight: bool, bias: bool, reduce: Reduce | None = None
+    ) -> None:
+        self._head, self._reduce = head, reduce
+        dtype = head.hidden.dtype if reduce is None else torch.float32
+        self.hidden = torch.zeros_like(head.hidden, dtype=dtype) if hidden else None
         self._weight = _Sum(head.weight, head.empty) if weight else None
         self._bias = _Sum(head.bias, head.empty) if bias else None
 
@@ -128,10 +136,15 @@ class Gradients:
         """Adds a chunk: its hidden states [n, H] and the gradient of its logits [n, V]."""
         grad_logits = grad_logits.to(hidden.dtype)
         if self.hidden is not None:
-            if tokens.index is None:
-                torch.mm(grad_logits, self._head.weight, out=self.hidden[part])
+            dtype = hidden.dtype
+            if self._reduce is not None:
+                dtype = _logits_dtype(hidden.device, dtype)
+            if tokens.index is None and dtype == self.hidden.dtype:
+                matmul_into(self.hidden[part], grad_logits, self._head.weight)
             else:
-                tokens.put(self.hidden, part, grad_logits @ self._head.weight)
+                rows = hidden.new_empty(hidden.shape, dtype=dtype)
+                matmul_into(rows, grad_logits, self._head.weight)
+                tokens.put(self.hidden, part, rows.to(self.hidden.dtype))
         if self._weight is not None:
             self._weight.add_product(grad_logits, hidden, part.stop == tokens.count)
         if self._bias is not None:
@@ -140,6 +153,8 @@ class Gradients:
     def results(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
         """(hidden, weight, bias) in the dtypes of the operands; empty where not asked for."""
         none = self._head.hidden.new_empty(0)
+        if self.hidden is not None and self._reduce is not None:
+            self.hidden = self._reduce(self.hidden).to(none.dtype)
         return (
             none if self.hidden is None else self.hidden.view(shape),
             none if self._weight is None else self._weight.result(),
@@ -213,7 +228,8 @@ class _Sum:
 
 def _check(op: str, labels: Tensor, temperatures: Tensor | None, keep: Tensor, vocab: int) -> None:
     """Finds bad data where the position in the batch is still known, and data may be looked at."""
-    _checks.labels_in_range(op, torch.where(keep, labels, 0), vocab, _NO_LABEL_IGNORED)
+    kept = torch.where(keep, labels.long(), _NO_LABEL_IGNORED)
+    _checks.labels_in_range(op, kept, vocab, _NO_LABEL_IGNORED)
     _checks.temperatures_positive(op, temperatures, keep)
 
 
@@ -364,8 +380,16 @@ def plain_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def launchers(rows: Launchers, empty: Empty = plain_empty) -> dict[str, Callable[..., object]]:
-    """Launchers of the head's operators over a backend's row kernels."""
+def launchers(
+    rows: Launchers, empty: Empty = plain_empty, reduce: Reduce | None = None
+) -> dict[str, Callable[..., object]]:
+    """Launchers of the head's operators over a backend's row kernels.
+
+    Args:
+        rows: the row kernels.
+        empty: makes large buffers.
+        reduce: see `Gradients`.
+    """
     if "token_logprobs" not in rows:
         return {}
 
@@ -432,7 +456,7 @@ def launchers(rows: Launchers, empty: Empty = plain_empty) -> dict[str, Callable
         tokens = select(used & (labels != ignore_index))
         chunk = chunk or chunk_size(hidden.device, weight.shape[0], hidden.dtype)
         head = Head.of(hidden, weight, bias, min(chunk, max(tokens.count, 1)), empty)
-        gradients = Gradients(head, *needs)
+        gradients = Gradients(head, *needs, reduce)
         for part in tokens.chunks(chunk):
             of_chunk = tokens.take(head.hidden, part)
             logits = head.project(of_chunk)
@@ -535,7 +559,7 @@ def launchers(rows: Launchers, empty: Empty = plain_empty) -> dict[str, Callable
         per_token = policy.per_token(advantages, mask, cu_seqlens)
         whole = (cu_seqlens, normalizer, divisor, codes, params)
         bonus = params[_ENTROPY_COEF] != 0
-        gradients = Gradients(sweep.head, *needs)
+        gradients = Gradients(sweep.head, *needs, reduce)
         if not any(needs):
             sweep.logprobs_of(sweep.tokens)
         elif codes[_RATIO_LEVEL] == 0 and codes[_CORRECTION_LEVEL] != 2:

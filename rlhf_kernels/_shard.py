@@ -1,68 +1,199 @@
 """Row kernels over a vocabulary that is sharded over the ranks of a process group.
 
-Each rank reduces its own columns; (m, s, sum of z e, label's logit) of every rank are gathered and
-combined in the order of the ranks, so that all ranks hold the same bits. Shards may differ in size.
+Each rank reduces its own columns to (m, s, log p(y), H): maximum, sum of e = exp((z - m) / T),
+log-probability of the label among these columns and entropy over them, which is the shard's
+sum of x e^x. These are gathered and combined in the order of the ranks, so that all ranks hold the
+same bits. With P the share of a shard, log p(y) = log P + log p(y | shard) and
+H = sum P (H_shard - log P): neither cancels. Shards may differ in size, and be empty.
+
+Labels and everything else per token are replicated; the ranks compare what they were given before
+they begin, so that one rank's mistake raises on every rank instead of leaving the others waiting.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Launchers = Mapping[str, Callable[..., object]]
+from . import _checks, _group, _head
 
-# csrc/abi.h: kLabelElsewhere
+# A label that another shard has (csrc/abi.h: kLabelElsewhere).
 ELSEWHERE = -(2**63)
+# Labels of a shard that is given its own columns alone: skipped, and outside the vocabulary.
+IGNORED, _NOWHERE = -1, -2
 
 
-def _resolve(group: str) -> "torch.distributed.ProcessGroup":
-    return torch.distributed.distributed_c10d._resolve_process_group(group)
+class Shards(NamedTuple):
+    """Columns of each rank, int64 [ranks], and which of them is this one."""
+
+    sizes: Tensor
+    rank: int
+
+    def localized(self, labels: Tensor, keep: Tensor) -> Tensor:
+        """Labels as columns of this shard, ELSEWHERE, or IGNORED where `keep` is false."""
+        local = labels.long() - self.sizes[: self.rank].sum()
+        owned = (local >= 0) & (local < self.sizes[self.rank])
+        known = (labels >= 0) & (labels < self.sizes.sum())
+        local = torch.where(owned, local, torch.where(known, ELSEWHERE, _NOWHERE))
+        return torch.where(keep, local, IGNORED)
 
 
-def _gather(t: Tensor, group: str) -> Tensor:
-    """`t` of every rank, [ranks, *shape]."""
-    ranks = _resolve(group)
-    out = t.new_empty((ranks.size(), *t.shape))
-    torch.distributed.all_gather(list(out.unbind()), t.contiguous(), group=ranks)
-    return out
+# What a rank tells the others before it begins.
+_FIELDS = ("vocab", "tokens", "checksum", "low", "low_at", "high", "high_at", "temperature_at")
 
 
-def sizes(vocab: int, device: torch.device, group: str) -> Tensor:
-    """Columns of each rank, int64 [ranks], on `device`."""
-    return _gather(torch.tensor([vocab], device=device), group).squeeze(-1)
+def meet(
+    op: str, vocab: int, labels: Tensor, temperatures: Tensor | None, keep: Tensor, group: str
+) -> Shards:
+    """Tells the ranks each other's shard; where data may be looked at, also whether it is good.
+
+    Raises:
+        IndexError: a label outside the whole vocabulary on any rank; so on every rank.
+        ValueError: likewise a bad temperature, labels that are not the same on every rank, or
+            shards that are all empty.
+    """
+    looked = _checks.may_look(labels)
+    told = torch.full((len(_FIELDS),), vocab, dtype=torch.int64, device=labels.device)
+    if looked:
+        told[1:] = told.new_tensor(_summary(labels, temperatures, keep))
+    told = _group.gather(told, group)
+    if looked:
+        _judge(op, [dict(zip(_FIELDS, row, strict=True)) for row in told.tolist()], temperatures)
+    return Shards(told[:, 0], _group.rank(group))
 
 
-def all_reduce(t: Tensor, group: str) -> Tensor:
-    """The sum over the ranks, in place."""
-    torch.distributed.all_reduce(t, group=_resolve(group))
-    return t
+def _summary(labels: Tensor, temperatures: Tensor | None, keep: Tensor) -> list[int]:
+    """The fields of a rank after its vocabulary."""
+    kept = torch.where(keep, labels, 0).reshape(-1).long()
+    count = kept.numel()
+    if count == 0:
+        return [0, 0, 0, 0, 0, 0, -1]
+    place = torch.arange(1, count + 1, device=kept.device)
+    # Wraps around.
+    checksum = ((kept + 1) * keep.reshape(-1) * place).sum()
+    low, high = kept.argmin(), kept.argmax()
+    bad = torch.zeros_like(keep)
+    if temperatures is not None:
+        bad = ~((temperatures > 0) & temperatures.isfinite()) & keep
+    bad = bad.reshape(-1).nonzero()
+    first_bad = int(bad[0]) if bad.numel() else -1
+    return [
+        count, int(checksum), int(kept[low]), int(low), int(kept[high]), int(high), first_bad
+    ]  # fmt: skip
 
 
-class Sharded:
-    """The row kernels of a backend as if the vocabulary of the whole group were here.
+def _judge(op: str, told: list[dict[str, int]], temperatures: Tensor | None) -> None:
+    total = sum(t["vocab"] for t in told)
+    if total == 0:
+        raise ValueError(f"{op}: every rank's shard of the vocabulary is empty")
+    for rank, t in enumerate(told):
+        for end in ("low", "high"):
+            if not 0 <= t[end] < total:
+                raise IndexError(
+                    f"{op}: label at flat position {t[end + '_at']} on rank {rank} is {t[end]}; "
+                    f"expected 0 <= label < {total}, the vocabulary of all ranks, or ignore_index"
+                )
+        if t["temperature_at"] >= 0:
+            raise ValueError(
+                f"{op}: temperature at flat position {t['temperature_at']} on rank {rank} must be "
+                "a finite number > 0"
+            )
+        for field in ("tokens", "checksum"):
+            if t[field] != told[0][field]:
+                raise ValueError(
+                    f"{op}: labels must be the same on every rank of group; those of rank {rank} "
+                    f"({t['tokens']}) are not those of rank 0 ({told[0]['tokens']})"
+                )
+
+
+def combine(
+    local: Tensor,
+    logprobs: Tensor,
+    stats: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    entropy: bool,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probabilities, entropies, stats) over all shards from those over this rank's.
 
     Args:
-        rows: a backend's launchers.
-        group: name of the process group.
-        sizes: columns of each rank.
+        local: labels from `Shards.localized`, [...].
+        logprobs: of the row kernel given them, fp32 [...].
+        stats: of the row kernel, fp32 [..., 3]: m, s, H.
+        temperatures: per token [...], or None.
+        temperature: of all tokens, where `temperatures` is None.
+        entropy: whether entropies are wanted, and H is one.
+        group: name of the group.
     """
+    # No log-probability is positive.
+    logprobs = torch.where(local == ELSEWHERE, torch.inf, logprobs)
+    parts = torch.stack([*stats.unbind(-1), logprobs])
+    m, s, h, own = _group.gather(parts, group).double().unbind(1)
+    rate = 1.0 / temperature if temperatures is None else 1.0 / temperatures.float().double()
 
-    def __init__(self, rows: Launchers, group: str, sizes: Tensor) -> None:
-        self._rows, self._group = rows, group
-        rank = _resolve(group).rank()
-        self._first = sizes[:rank].sum()
-        self._total = sizes.sum()
-        self._own = sizes[rank]
+    # Nothing but -inf here.
+    empty = m == -torch.inf
+    # A NaN reaches the sums; the maximum is that of the others, as in a row that is whole.
+    top = torch.where(m.isnan(), -torch.inf, m).amax(0)
+    shift = (m - top) * rate
+    total = _ordered_sum(torch.where(empty, 0.0, s * shift.exp()))
+    total = torch.where(top == -torch.inf, torch.nan, total)
+    log_share = torch.where(empty, -torch.inf, s.log() + shift) - total.log()
+    share = log_share.exp()
+    h = _ordered_sum(torch.where(share == 0.0, 0.0, share * (h - log_share)))
+    own = torch.where(own == torch.inf, 0.0, torch.where(empty, 0.0, own) + log_share)
 
-    def _localized(self, labels: Tensor, ignore_index: int) -> Tensor:
-        """Labels as columns of this shard: ELSEWHERE where another has them."""
-        local = labels.long() - self._first
-        owned = (local >= 0) & (local < self._own)
-        local = torch.where(owned, local, ELSEWHERE)
-        return torch.where(labels == ignore_index, ignore_index, local)
+    kept = local != IGNORED
+    logprobs = torch.where(kept, _ordered_sum(own), 0.0).float()
+    h = torch.where(kept, h, 0.0)
+    stats = torch.stack([torch.where(kept, top, 0.0), torch.where(kept, total, 1.0), h], -1)
+    return logprobs, h.float() if entropy else logprobs.new_empty(0), stats.float()
+
+
+def _ordered_sum(of_ranks: Tensor) -> Tensor:
+    return functools.reduce(torch.add, of_ranks.unbind())
+
+
+def _rows_of(rows: _head.Launchers, group: str) -> _head.Launchers:
+    """The row kernels as if the whole vocabulary were here; labels are from `Shards.localized`."""
 
     def token_logprobs(
-        self,
+        logits: Tensor,
+        local: Tensor,
+        temperatures: Tensor | None,
+        temperature: float,
+        softcap: float,
+        entropy: bool,
+        _: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logprobs, _, stats = rows["token_logprobs"](
+            logits, local, temperatures, temperature, softcap, entropy, IGNORED
+        )
+        return combine(local, logprobs, stats, temperatures, temperature, entropy, group)
+
+    def backward_inplace(logits: Tensor, *args: object) -> None:
+        *args, _ = args
+        rows["token_logprobs_backward_inplace"](logits, *args, IGNORED)
+
+    return {
+        **rows,
+        "token_logprobs": token_logprobs,
+        "token_logprobs_backward_inplace": backward_inplace,
+    }
+
+
+def launchers(rows: _head.Launchers, empty: _head.Empty) -> dict[str, Callable[..., object]]:
+    """Launchers of the sharded operators over a backend's row kernels; empty as in `_head`."""
+    if "token_logprobs" not in rows:
+        return {}
+
+    def head_of(group: str, rows: _head.Launchers) -> _head.Launchers:
+        return _head.launchers(rows, empty, functools.partial(_group.sum_, group=group))
+
+    def sharded_token_logprobs(
         logits: Tensor,
         labels: Tensor,
         temperatures: Tensor | None,
@@ -70,84 +201,76 @@ class Sharded:
         softcap: float,
         entropy: bool,
         ignore_index: int,
+        group: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        keep = labels != ignore_index
+        shards = meet("token_logprobs", logits.shape[-1], labels, temperatures, keep, group)
+        local = shards.localized(labels, keep)
+        of_rank = _rows_of(rows, group)["token_logprobs"]
+        options = (temperatures, temperature, softcap, entropy, ignore_index)
+        return *of_rank(logits, local, *options), local
+
+    def sharded_linear_token_logprobs(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        temperatures: Tensor | None,
+        temperature: float,
+        softcap: float,
+        entropy: bool,
+        ignore_index: int,
+        chunk: int,
+        group: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        op, keep = "linear_token_logprobs", labels != ignore_index
+        local = meet(op, weight.shape[0], labels, temperatures, keep, group).localized(labels, keep)
+        # The chunks are this rank's own affair: one exchange at the end.
+        logprobs, _, stats = head_of(group, rows)[op](
+            hidden, weight, bias, local, temperatures, temperature, softcap, entropy, IGNORED, chunk
+        )
+        found = combine(local, logprobs, stats, temperatures, temperature, entropy, group)
+        return *found, local
+
+    def sharded_linear_token_logprobs_backward(
+        *args: object,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `token_logprobs` of a backend, with labels of the whole vocabulary."""
-        # ignore_index may be a column of this shard.
-        local = self._localized(labels, ignore_index)
-        ignored = labels == ignore_index
-        local = torch.where(ignored, _IGNORED, local)
-        _, _, stats = self._rows["token_logprobs"](
-            logits, local, temperatures, temperature, softcap, True, _IGNORED
+        *args, group = args
+        return head_of(group, rows)["linear_token_logprobs_backward"](*args)
+
+    def sharded_linear_policy_loss(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        temperatures: Tensor | None,
+        old: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        ref: Tensor | None,
+        rollout: Tensor | None,
+        ref_head: list[Tensor],
+        *args: object,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        *args, chunk, needs, group = args
+        op, keep = "linear_policy_loss", mask != 0
+        shards = meet(op, weight.shape[0], labels, temperatures, keep, group)
+        # Chunk by chunk the ranks meet: their chunks are those of the largest shard, whose size is
+        # a host synchronisation on a GPU.
+        if not chunk:
+            columns = (2 if ref_head else 1) * int(shards.sizes.max())
+            chunk = _head.chunk_size(hidden.device, columns, hidden.dtype)
+        return head_of(group, _rows_of(rows, group))[op](
+            hidden, weight, bias, shards.localized(labels, keep), temperatures, old, advantages,
+            mask, ref, rollout, ref_head, *args, chunk, needs,
+        )  # fmt: skip
+
+    return {
+        f.__name__: f
+        for f in (
+            sharded_token_logprobs,
+            sharded_linear_token_logprobs,
+            sharded_linear_token_logprobs_backward,
+            sharded_linear_policy_loss,
         )
-        m, s, h = stats.double().unbind(-1)
-        owned = local >= 0
-        z = logits.gather(-1, torch.where(owned, local, 0).unsqueeze(-1)).squeeze(-1).float()
-        if softcap > 0:
-            z = softcap * torch.tanh(z / softcap)
-        # Per rank: maximum, sum of e, mean of (z - m) / T under e, the label's logit or NaN.
-        nowhere = torch.full_like(z, torch.nan)
-        parts = torch.stack([m, s, s.log() - h, torch.where(owned, z, nowhere).double()])
-        rate = 1.0 / temperature if temperatures is None else 1.0 / temperatures.double()
-        logprobs, entropies, stats = _combine(_gather(parts, self._group), rate)
-        valid = ((labels >= 0) & (labels < self._total)) | ignored
-        poison = torch.where(valid, 0.0, torch.nan).unsqueeze(-1)
-        stats = torch.where(
-            ignored.unsqueeze(-1), stats.new_tensor([0.0, 1.0, 0.0]), stats + poison
-        )
-        logprobs = torch.where(ignored, 0.0, logprobs + poison.squeeze(-1))
-        entropies = (
-            torch.where(ignored, 0.0, entropies + poison.squeeze(-1))
-            if entropy
-            else (logprobs.new_empty(0))
-        )
-        return logprobs, entropies, stats
-
-    def token_logprobs_backward(self, logits: Tensor, labels: Tensor, *args: object) -> Tensor:
-        """As `token_logprobs_backward` of a backend: the gradient of this shard's columns."""
-        return self._rows["token_logprobs_backward"](logits, *self._backward(labels, *args))
-
-    def token_logprobs_backward_inplace(
-        self, logits: Tensor, labels: Tensor, *args: object
-    ) -> None:
-        """As `token_logprobs_backward_inplace` of a backend."""
-        self._rows["token_logprobs_backward_inplace"](logits, *self._backward(labels, *args))
-
-    def _backward(self, labels: Tensor, *args: object) -> tuple[object, ...]:
-        *args, ignore_index = args
-        local = self._localized(labels, ignore_index)
-        return torch.where(labels == ignore_index, _IGNORED, local), *args, _IGNORED
-
-    def table(self) -> Launchers:
-        """The backend's launchers with those over the vocabulary replaced."""
-        return {
-            **self._rows,
-            "token_logprobs": self.token_logprobs,
-            "token_logprobs_backward": self.token_logprobs_backward,
-            "token_logprobs_backward_inplace": self.token_logprobs_backward_inplace,
-        }
-
-
-# No column of a shard, and not ELSEWHERE.
-_IGNORED = -1
-
-
-def _combine(parts: Tensor, rate: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs, entropies, stats), fp32, from [ranks, 4, ...] in fp64, in order of the ranks."""
-    top = parts[:, 0].amax(0)
-    base = torch.where(top == -torch.inf, 0.0, top)
-    total = torch.zeros_like(base)
-    weighted = torch.zeros_like(base)
-    label = torch.full_like(base, torch.nan)
-    for m, s, mean, z in parts.unbind():
-        shift = (m - base) * rate
-        # A shard of nothing but -inf adds nothing.
-        empty = m == -torch.inf
-        w = torch.where(empty, 0.0, s * shift.exp())
-        total = total + w
-        weighted = weighted + torch.where(w == 0.0, 0.0, w * (mean + shift))
-        label = torch.where(z.isnan(), label, z)
-    log_s = total.log()
-    entropies = log_s - weighted / total
-    logprobs = (label - top) * rate - log_s
-    stats = torch.stack([top, total, entropies], -1).float()
-    return logprobs.float(), entropies.float(), stats
+    }

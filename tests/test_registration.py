@@ -17,19 +17,20 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module imports only from lower ranks and from its own area.
 RANKS = {
-    **dict.fromkeys(("_config", "_layout", "presets"), 0),
+    **dict.fromkeys(("_config", "_group", "_layout", "presets"), 0),
     **dict.fromkeys(("_checks", "testing", "policy_config"), 1),
     "controllers": 2,
     **dict.fromkeys(("reference", "native", "triton"), 2),
-    **dict.fromkeys(("_head", "_shard"), 3),
-    "_backends": 4,
-    "_register": 5,
-    "ops": 6,
-    "_warmup": 7,
+    "_head": 3,
+    "_shard": 4,
+    "_backends": 5,
+    "_register": 6,
+    "ops": 7,
+    "_warmup": 8,
     # The package itself: the public names.
-    "": 8,
-    **dict.fromkeys(("cli", "__main__"), 9),
-    **dict.fromkeys(("trainer", "integrations"), 10),
+    "": 9,
+    **dict.fromkeys(("cli", "__main__"), 10),
+    **dict.fromkeys(("trainer", "integrations"), 11),
 }
 TRAINER_ONLY = {"transformers", "accelerate", "datasets", "flash_attn", "trl", "verl", "openrlhf"}
 

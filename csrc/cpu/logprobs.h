@@ -162,9 +162,11 @@ void logprobs_row(const LogprobsArgs& a, int64_t row) {
   float xy = label == kLabelElsewhere ? __builtin_nanf("") : E::get(x + label);
   if (kSoftcap) xy = softcapped(xy, cap);
   const bool empty = r.m == -__builtin_inff();
+  const bool hidden_nan = r.s != r.s;
   *logprob =
       empty ? __builtin_nanf("") : static_cast<float>(logprob_from_stats(xy, r.m, r.s, inv_t));
-  stats[0] = r.m;
+  // A NaN among nothing but -inf, so that no shard of it passes for an empty one.
+  stats[0] = empty && hidden_nan ? __builtin_nanf("") : r.m;
   stats[1] = empty ? __builtin_nanf("") : static_cast<float>(r.s);
   stats[2] = empty ? __builtin_nanf("") : static_cast<float>(log(r.s) - r.t / r.s * inv_t);
   if (kEntropy) *entropy = stats[2];

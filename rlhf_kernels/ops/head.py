@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import _backends, _checks, reference
+from .. import _backends, _checks, _group, _shard, reference
 from .._register import define
 from .logprobs import TokenLogprobs, per_token_temperature
 
@@ -40,24 +40,47 @@ _forward = define(
     "str backend) -> (Tensor, Tensor, Tensor)",
     _forward_fake,
 )
+# Also gives the labels as columns of this rank's shard, for the backward.
+_sharded_forward = define(
+    "sharded_linear_token_logprobs",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? temperatures, "
+    "float temperature, float softcap, bool entropy, int ignore_index, int chunk_tokens, "
+    "str group, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda *args: (*_forward_fake(*args), args[3].new_empty(args[3].shape, dtype=torch.int64)),
+)
+_BACKWARD_ARGS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? temperatures, "
+    "Tensor stats, Tensor? grad_logprobs, Tensor? grad_entropy, float temperature, float softcap, "
+    "int ignore_index, int chunk_tokens, bool[] needs"
+)
 _backward = define(
     "linear_token_logprobs_backward",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? temperatures, "
-    "Tensor stats, Tensor? grad_logprobs, Tensor? grad_entropy, float temperature, float softcap, "
-    "int ignore_index, int chunk_tokens, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    f"({_BACKWARD_ARGS}, str backend) -> (Tensor, Tensor, Tensor)",
     lambda hidden, weight, bias, *rest: gradients_fake(hidden, weight, bias, rest[-2]),
+)
+_sharded_backward = define(
+    "sharded_linear_token_logprobs_backward",
+    f"({_BACKWARD_ARGS}, str group, str backend) -> (Tensor, Tensor, Tensor)",
+    lambda hidden, weight, bias, *rest: gradients_fake(hidden, weight, bias, rest[-3]),
 )
 
 
 class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple:
-        labels, temperatures, temperature, softcap, entropy, ignore_index, chunk, backend = args
-        logprobs, entropies, stats = _forward(hidden, weight, bias, *args)
+        *args, group, backend = args
+        labels, temperatures, temperature, softcap, entropy, ignore_index, chunk = args
+        if group:
+            logprobs, entropies, stats, labels = _sharded_forward(
+                hidden, weight, bias, *args, group, backend
+            )
+            ignore_index = _shard.IGNORED
+        else:
+            logprobs, entropies, stats = _forward(hidden, weight, bias, *args, backend)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, labels, temperatures, stats)
         ctx.options = (temperature, softcap, ignore_index, chunk)
-        ctx.backend = backend
+        ctx.group, ctx.backend = group, backend
         if not entropy:
             ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
@@ -65,24 +88,34 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple:
-        nothing = (None,) * 8
+        nothing = (None,) * 9
         if grad_logprobs is None and grad_entropy is None:
             return (None, None, None, *nothing)
         *tensors, stats = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-        found = _backward(
-            *tensors, stats, grad_logprobs, grad_entropy, *ctx.options, needs, ctx.backend
-        )
+        args = (*tensors, stats, grad_logprobs, grad_entropy, *ctx.options, needs)
+        if ctx.group:
+            found = _sharded_backward(*args, ctx.group, ctx.backend)
+        else:
+            found = _backward(*args, ctx.backend)
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), *nothing)
 
 
 def check_head(
-    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str]
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    names: tuple[str, str, str],
+    *,
+    sharded: bool = False,
 ) -> None:
-    """Requires hidden [..., H], weight [V, H] and bias [V] of one dtype and device."""
+    """Requires hidden [..., H], weight [V, H] and bias [V] of one dtype and device; V may be 0 in a
+    shard of a vocabulary.
+    """
     _checks.floating(op, names[0], hidden, double=True)
     _checks.floating(op, names[1], weight, double=True)
-    if weight.dim() != 2 or weight.shape[0] == 0:
+    if weight.dim() != 2 or (weight.shape[0] == 0 and not sharded):
         raise ValueError(f"{op}: {names[1]} must be [V, H] with V >= 1, got {tuple(weight.shape)}")
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -121,6 +154,7 @@ def linear_token_logprobs(
     entropy: bool = False,
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> TokenLogprobs:
     """`token_logprobs` straight from hidden states: the LM head's logits never exist as a whole.
 
@@ -129,6 +163,12 @@ def linear_token_logprobs(
     tokens whose upstream gradient is zero (clipped, without advantage, prompt) are skipped in the
     backward pass. The gradient of the weight is accumulated over chunks in fp32, and has no buffer
     where the weight is frozen.
+
+    With `group` the vocabulary is sharded over its ranks as in `token_logprobs`: weight and bias
+    are this rank's rows; hidden and everything per token are the same on every rank. The gradients
+    of weight and bias are those of this rank's rows; that of hidden is summed over the ranks, in
+    fp32 and once per backward, so it is whole on every rank. All ranks need it or none, and all
+    take part in the backward, with the same upstream gradient.
 
     Args:
         hidden: [..., H], float32, bfloat16 or float16.
@@ -141,6 +181,7 @@ def linear_token_logprobs(
         entropy: also return the entropy.
         ignore_index: label of tokens to skip.
         chunk_tokens: tokens of a chunk. None: what 128 MiB of logits hold on CPU, 1 GiB on a GPU.
+        group: process group over which V is sharded; None for none.
 
     Returns:
         TokenLogprobs(logprobs [...], entropy [...] or None), float32, differentiable in hidden,
@@ -152,7 +193,8 @@ def linear_token_logprobs(
             not match.
     """
     op = "linear_token_logprobs"
-    check_head(op, hidden, weight, bias, ("hidden", "weight", "bias"))
+    shards = _group.name(op, group)
+    check_head(op, hidden, weight, bias, ("hidden", "weight", "bias"), sharded=bool(shards))
     _checks.labels(op, "labels", labels)
     _checks.same_shape(op, "labels", labels, "hidden without H", hidden.shape[:-1])
     _checks.same_device(op, "labels", labels, "hidden", hidden.device)
@@ -164,8 +206,12 @@ def linear_token_logprobs(
 
     backend = _backends.select(op, hidden.device)
     if backend == _backends.REFERENCE:
-        _checks.labels_in_range(op, labels, weight.shape[0], ignore_index)
-        _checks.temperatures_positive(op, temperatures, labels != ignore_index)
+        keep = labels != ignore_index
+        if shards:
+            _shard.meet(op, weight.shape[0], labels, temperatures, keep, shards)
+        else:
+            _checks.labels_in_range(op, labels, weight.shape[0], ignore_index)
+            _checks.temperatures_positive(op, temperatures, keep)
         return TokenLogprobs(
             *reference.linear_token_logprobs(
                 hidden,
@@ -177,6 +223,7 @@ def linear_token_logprobs(
                 logit_scale=logit_scale,
                 entropy=entropy,
                 ignore_index=ignore_index,
+                group=shards,
             )
         )
     _checks.floating(op, "hidden", hidden)
@@ -192,6 +239,7 @@ def linear_token_logprobs(
         entropy,
         ignore_index,
         chunk,
+        shards,
         backend,
     )
     return TokenLogprobs(logprobs, entropies if entropy else None)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import _backends, _checks, reference
+from .. import _backends, _checks, _group, _shard, reference
 from .._register import define
 from ..policy_config import PolicyLossConfig
 from ..reference.policy import METRICS
@@ -21,14 +21,19 @@ def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tu
     return scalar, scalar.new_empty((len(METRICS),)), *gradients_fake(hidden, weight, bias, needs)
 
 
-_forward = define(
-    "linear_policy_loss",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? temperatures, "
+_ARGS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? temperatures, "
     "Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
     "Tensor? rollout_logprobs, Tensor[] ref_head, Tensor? cu_seqlens, Tensor? normalizer, "
     "float temperature, float softcap, float divisor, int[] codes, float[] params, "
-    "int chunk_tokens, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fake,
+    "int chunk_tokens, bool[] needs"
+)
+_RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+_forward = define("linear_policy_loss", f"({_ARGS}, str backend) -> {_RESULTS}", _fake)
+_sharded_forward = define(
+    "sharded_linear_policy_loss",
+    f"({_ARGS}, str group, str backend) -> {_RESULTS}",
+    lambda *args: _fake(*args[:-1]),
 )
 
 
@@ -37,10 +42,14 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple:
-        *args, backend = args
+        *args, group, backend = args
         ctx.needs = list(ctx.needs_input_grad[:3])
-        loss, metrics, *gradients = _forward(hidden, weight, bias, *args, ctx.needs, backend)
-        ctx.nothing = (None,) * (len(args) + 1)
+        args = (hidden, weight, bias, *args, ctx.needs)
+        if group:
+            loss, metrics, *gradients = _sharded_forward(*args, group, backend)
+        else:
+            loss, metrics, *gradients = _forward(*args, backend)
+        ctx.nothing = (None,) * (len(args) - 2)
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
@@ -78,6 +87,7 @@ def linear_policy_loss(
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     chunk_tokens: int | None = None,
+    group: "torch.distributed.ProcessGroup | None" = None,
     config: PolicyLossConfig,
 ) -> PolicyLoss:
     """`policy_loss` straight from hidden states, its gradient taken in the forward pass.
@@ -89,6 +99,11 @@ def linear_policy_loss(
     gradient (no advantage, with neither KL nor entropy term) only forward. Configurations in which
     a token's gradient depends on its whole sequence (ratio_level "sequence", "sequence-token",
     correction_level "sequence") need a sweep for the log-probabilities first, so four products.
+
+    With `group` the vocabulary is sharded over its ranks as in `linear_token_logprobs`, that of the
+    reference policy too: loss and metrics are bit for bit the same on every rank. The ranks
+    exchange four floats per token chunk by chunk, and the gradient of hidden once, in the forward
+    pass: which operands need a gradient must be the same on every rank.
 
     Args:
         hidden: [B, T, H], or packed [N, H] with cu_seqlens; float32, bfloat16 or float16.
@@ -109,7 +124,9 @@ def linear_policy_loss(
         rollout_logprobs: as in `policy_loss`.
         cu_seqlens: as in `policy_loss`.
         normalizer: as in `policy_loss`.
-        chunk_tokens: as in `linear_token_logprobs`.
+        chunk_tokens: as in `linear_token_logprobs`, the same on every rank of group. None: what
+            fits for the largest shard.
+        group: process group over which V is sharded; None for none.
         config: options.
 
     Returns:
@@ -120,7 +137,8 @@ def linear_policy_loss(
         TypeError, ValueError, IndexError: as `policy_loss` and `linear_token_logprobs`.
     """
     op = "linear_policy_loss"
-    check_head(op, hidden, weight, bias, ("hidden", "weight", "bias"))
+    shards = _group.name(op, group)
+    check_head(op, hidden, weight, bias, ("hidden", "weight", "bias"), sharded=bool(shards))
     _checks.labels(op, "labels", labels)
     _checks.same_shape(op, "labels", labels, "hidden without H", hidden.shape[:-1])
     _checks.same_device(op, "labels", labels, "hidden", hidden.device)
@@ -138,14 +156,20 @@ def linear_policy_loss(
     _checks.same_shape(op, "labels", labels, "old_logprobs", old_logprobs.shape)
     _checks.same_device(op, "old_logprobs", old_logprobs, "hidden", hidden.device)
     check_advantages(op, advantages, old_logprobs, cu_seqlens)
-    ref_head = _check_ref_head(hidden, weight, ref_logprobs, ref_hidden, ref_weight, ref_bias)
+    ref_head = _check_ref_head(
+        hidden, weight, ref_logprobs, ref_hidden, ref_weight, ref_bias, bool(shards)
+    )
     check_config(op, config, ref_hidden if ref_head else ref_logprobs, rollout_logprobs, normalizer)
     count, divisor = _checks.divisor(op, config.normalizer if normalizer is None else normalizer)
 
     backend = _backends.select(op, hidden.device)
     if backend == _backends.REFERENCE:
-        _checks.labels_in_range(op, labels.masked_fill(mask == 0, -1), weight.shape[0], -1)
-        _checks.temperatures_positive(op, temperatures, mask != 0)
+        keep = mask != 0
+        if shards:
+            _shard.meet(op, weight.shape[0], labels, temperatures, keep, shards)
+        else:
+            _checks.labels_in_range(op, labels.masked_fill(~keep, -1), weight.shape[0], -1)
+            _checks.temperatures_positive(op, temperatures, keep)
         _checks.offsets_valid(op, cu_seqlens, old_logprobs.shape[0])
         _checks.divisor_positive(op, count)
         if ref_head:
@@ -157,6 +181,7 @@ def linear_policy_loss(
                 temperature=temperature if temperatures is None else temperatures,
                 softcap=softcap,
                 logit_scale=logit_scale,
+                group=shards,
             )
         loss, metrics = reference.linear_policy_loss(
             hidden,
@@ -174,6 +199,7 @@ def linear_policy_loss(
             cu_seqlens=cu_seqlens,
             normalizer=normalizer,
             config=config,
+            group=shards,
         )
         return PolicyLoss(loss, PolicyMetrics(metrics))
     for name, t in {"hidden": hidden, "advantages": advantages, **tokens}.items():
@@ -196,6 +222,7 @@ def linear_policy_loss(
         config._codes,
         config._params,
         chunk,
+        shards,
         backend,
     )
     return PolicyLoss(loss, PolicyMetrics(metrics))
@@ -208,6 +235,7 @@ def _check_ref_head(
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
+    sharded: bool,
 ) -> list[Tensor]:
     """The reference policy's head as [hidden, weight] or [hidden, weight, bias]; [] if none."""
     op = "linear_policy_loss"
@@ -217,7 +245,8 @@ def _check_ref_head(
         raise ValueError(f"{op}: ref_hidden and ref_weight must be given together")
     if ref_logprobs is not None:
         raise ValueError(f"{op}: ref_logprobs must be None where ref_hidden is given")
-    check_head(op, ref_hidden, ref_weight, ref_bias, ("ref_hidden", "ref_weight", "ref_bias"))
+    names = ("ref_hidden", "ref_weight", "ref_bias")
+    check_head(op, ref_hidden, ref_weight, ref_bias, names, sharded=sharded)
     _checks.same_device(op, "ref_hidden", ref_hidden, "hidden", hidden.device)
     if ref_hidden.shape[:-1] != hidden.shape[:-1] or ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import _backends, _checks, _layout, reference
+from .. import _backends, _checks, _group, _layout, _shard, reference
 from .._register import define
 
 
@@ -17,8 +17,7 @@ def _forward_fake(
     temperature: float,
     softcap: float,
     entropy: bool,
-    ignore_index: int,
-    backend: str,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = labels.shape
     return (
@@ -33,6 +32,13 @@ _forward = define(
     "(Tensor logits, Tensor labels, Tensor? temperatures, float temperature, float softcap, "
     "bool entropy, int ignore_index, str backend) -> (Tensor, Tensor, Tensor)",
     _forward_fake,
+)
+# Also gives the labels as columns of this shard, with which the backward is that of any rows.
+_sharded_forward = define(
+    "sharded_token_logprobs",
+    "(Tensor logits, Tensor labels, Tensor? temperatures, float temperature, float softcap, "
+    "bool entropy, int ignore_index, str group, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda *args: (*_forward_fake(*args), args[1].new_empty(args[1].shape, dtype=torch.int64)),
 )
 _BACKWARD_ARGS = (
     "Tensor labels, Tensor? temperatures, Tensor stats, Tensor? grad_logprobs, "
@@ -62,11 +68,15 @@ class _TokenLogprobs(torch.autograd.Function):
         entropy: bool,
         ignore_index: int,
         inplace_backward: bool,
+        group: str,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        logprobs, entropies, stats = _forward(
-            logits, labels, temperatures, temperature, softcap, entropy, ignore_index, backend
-        )
+        args = (logits, labels, temperatures, temperature, softcap, entropy, ignore_index)
+        if group:
+            logprobs, entropies, stats, labels = _sharded_forward(*args, group, backend)
+            ignore_index = _shard.IGNORED
+        else:
+            logprobs, entropies, stats = _forward(*args, backend)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, labels, temperatures, stats)
         ctx.options = (temperature, softcap, ignore_index, backend)
@@ -78,7 +88,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple:
-        nothing = (None,) * 8
+        nothing = (None,) * 9
         if grad_logprobs is None and grad_entropy is None:
             return (None, *nothing)
         logits, labels, temperatures, stats = ctx.saved_tensors
@@ -143,12 +153,19 @@ def token_logprobs(
     entropy: bool = False,
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> TokenLogprobs:
     """Log-probability of each label, and optionally the entropy of its distribution.
 
     With z = logits / temperature, or softcap * tanh(logits / softcap) / temperature:
     logprob = z_y - log sum_j exp(z_j) and entropy = -sum_j p_j log p_j, p = softmax(z). Both are
     differentiable in logits. One read of the logits forward; one read and one write backward.
+
+    With `group` the vocabulary is sharded over its ranks (tensor parallelism): each has the columns
+    that follow those of the rank before, any number, also none, and all have the same labels. Four
+    floats per token are exchanged forward, nothing backward. Every rank gets the whole result, bit
+    for bit the same, and computes the same loss from it; the gradient of its logits is that of this
+    one loss, as without a group.
 
     Args:
         logits: [..., V], float32, bfloat16 or float16. Any [N, V] or [B, T, V] view with unit
@@ -161,6 +178,8 @@ def token_logprobs(
         ignore_index: label of tokens to skip: result 0, gradient exactly 0, logits never read.
         inplace_backward: write the gradient into the memory of `logits` and save the buffer. Only
             for logits that nothing else needs; a later use in the same graph raises in autograd.
+        group: process group over which V is sharded, logits being this rank's [..., V_rank]; labels
+            count from the first column of rank 0, and all other arguments are the same everywhere.
 
     Returns:
         TokenLogprobs(logprobs [...], entropy [...] or None), float32. A row whose logits are all
@@ -172,11 +191,15 @@ def token_logprobs(
             inplace_backward on a leaf, on overlapping memory, under torch.compile or on the
             reference backend.
         IndexError: a label outside [0, V) on CPU, with its position; nothing was read through it.
+
+    With `group`, bad data of one rank, or labels that differ between ranks (both on CPU), raise on
+    every rank.
     """
     op = "token_logprobs"
     _checks.floating(op, "logits", logits, double=True)
     _checks.labels(op, "labels", labels)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
+    shards = _group.name(op, group)
+    if logits.dim() == 0 or (logits.shape[-1] == 0 and not shards):
         raise ValueError(f"{op}: logits must be [..., V] with V >= 1, got {tuple(logits.shape)}")
     _checks.same_shape(op, "labels", labels, "logits without V", logits.shape[:-1])
     _checks.same_device(op, "labels", labels, "logits", logits.device)
@@ -188,8 +211,12 @@ def token_logprobs(
     if backend == _backends.REFERENCE:
         if inplace_backward:
             raise ValueError(f"{op}: the reference backend has no inplace_backward")
-        _checks.labels_in_range(op, labels, logits.shape[-1], ignore_index)
-        _checks.temperatures_positive(op, temperatures, labels != ignore_index)
+        keep = labels != ignore_index
+        if shards:
+            _shard.meet(op, logits.shape[-1], labels, temperatures, keep, shards)
+        else:
+            _checks.labels_in_range(op, labels, logits.shape[-1], ignore_index)
+            _checks.temperatures_positive(op, temperatures, keep)
         return TokenLogprobs(
             *reference.token_logprobs(
                 logits,
@@ -198,6 +225,7 @@ def token_logprobs(
                 softcap=softcap,
                 entropy=entropy,
                 ignore_index=ignore_index,
+                group=shards,
             )
         )
     _checks.floating(op, "logits", logits)
@@ -212,6 +240,7 @@ def token_logprobs(
         entropy,
         ignore_index,
         inplace_backward,
+        shards,
         backend,
     )
     return TokenLogprobs(logprobs, entropies if entropy else None)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..policy_config import PolicyLossConfig
+from . import shard
 from ._common import compute
 from .kl import kl_divergence
 from .logprobs import token_logprobs
@@ -29,17 +30,22 @@ def linear_token_logprobs(
     logit_scale: float = 1.0,
     entropy: bool = False,
     ignore_index: int = -100,
+    group: str = "",
 ) -> tuple[Tensor, Tensor | None]:
     """`token_logprobs` of the head's logits; see `rlhf_kernels.linear_token_logprobs`."""
     # What lies in an ignored token's hidden state must not reach the gradient of the weight.
     keep = (labels != ignore_index).unsqueeze(-1)
+    hidden = torch.where(keep, hidden, 0)
+    if group:
+        hidden = shard.copied(compute(hidden), group)
     return token_logprobs(
-        head_logits(torch.where(keep, hidden, 0), weight, bias, logit_scale),
+        head_logits(hidden, weight, bias, logit_scale),
         labels,
         temperature=temperature,
         softcap=softcap,
         entropy=entropy,
         ignore_index=ignore_index,
+        group=group,
     )
 
 
@@ -86,6 +92,7 @@ def linear_policy_loss(
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     config: PolicyLossConfig,
+    group: str = "",
 ) -> tuple[Tensor, Tensor]:
     """`policy_loss` of the head's log-probabilities; see `rlhf_kernels.linear_policy_loss`.
 
@@ -101,6 +108,7 @@ def linear_policy_loss(
         softcap=softcap,
         logit_scale=logit_scale,
         entropy=True,
+        group=group,
     )
     return policy_loss(
         logprobs,

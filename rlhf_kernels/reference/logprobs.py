@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from . import shard
 from ._common import compute
 
 
@@ -14,6 +15,7 @@ def token_logprobs(
     softcap: float | None = None,
     entropy: bool = False,
     ignore_index: int = -100,
+    group: str = "",
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(z)_y and H = -sum_j p_j log p_j of z = softcap(logits) / temperature.
 
@@ -24,10 +26,21 @@ def token_logprobs(
         softcap: c in c * tanh(logits / c), or None.
         entropy: also return H.
         ignore_index: tokens with this label give 0 and take no gradient, whatever their logits.
+        group: name of the process group over which V is sharded; "" for none.
 
     Returns:
         (logprobs [...], entropy [...] or None).
     """
+    if group:
+        return shard.token_logprobs(
+            logits,
+            labels,
+            temperature=temperature,
+            softcap=softcap,
+            entropy=entropy,
+            ignore_index=ignore_index,
+            group=group,
+        )
     keep = labels != ignore_index
     z = torch.where(keep.unsqueeze(-1), compute(logits), 0)
     if softcap is not None:

@@ -29,6 +29,8 @@ ROWS = 64
 GROUP = 64
 # exp of less is below the normal floats and counts as zero.
 LOWEST = tl.constexpr(-87.0)
+# csrc/abi.h: kLabelElsewhere.
+ELSEWHERE = tl.constexpr(-(2**63))
 
 
 @triton.jit
@@ -145,12 +147,17 @@ def combine_kernel(
         if SOFTCAP:
             z = softcap * tanh_parts(z / softcap)[0]
         # A label outside the vocabulary, a bad temperature and a row of -inf poison the row.
-        good = known & (temperature > 0.0) & (temperature < 3.0e38) & (row_m > float("-inf"))
+        good = known | (label == ELSEWHERE)
+        good = good & (temperature > 0.0) & (temperature < 3.0e38) & (row_m > float("-inf"))
         poison = tl.where(good, 0.0, float("nan"))
         log_s = tl.log(row_s)
         logprob = ((z - row_m).to(tl.float64) * rate - log_s).to(tl.float32) + poison
+        # A shard of the vocabulary that has not the label; its sums are as of any row.
+        logprob = tl.where(known, logprob, float("nan"))
         entropy = (log_s - row_t / row_s).to(tl.float32) + poison
-        m, s = row_m, row_s.to(tl.float32) + poison
+        # A NaN among nothing but -inf, so that no shard of it passes for an empty one.
+        m = tl.where((row_m == float("-inf")) & (row_s != row_s), float("nan"), row_m)
+        s = row_s.to(tl.float32) + poison
     tl.store(logprobs + row, logprob)
     if ENTROPY:
         tl.store(entropies + row, entropy)
@@ -281,8 +288,12 @@ def _strides(t: Tensor | None) -> tuple[int, int]:
 
 def _check(labels: Tensor, temperatures: Tensor | None, vocab: int, ignore_index: int) -> None:
     if _config.CHECK:
-        _checks.labels_in_range("token_logprobs", labels, vocab, ignore_index)
-        _checks.temperatures_positive("token_logprobs", temperatures, labels != ignore_index)
+        keep = labels != ignore_index
+        # Another shard's label was found good there.
+        here = keep & (labels.long() != ELSEWHERE.value)
+        own = torch.where(here, labels, ignore_index)
+        _checks.labels_in_range("token_logprobs", own, vocab, ignore_index)
+        _checks.temperatures_positive("token_logprobs", temperatures, keep)
 
 
 def token_logprobs(
@@ -314,11 +325,13 @@ def token_logprobs(
         "SOFTCAP": softcap > 0, "ENTROPY": entropy, "PER_TOKEN": temperatures is not None
     }  # fmt: skip
     strides = rows_strides(logits)
-    launch(
-        partial_kernel, rows * cols * tiles, logits, logits, labels, temperatures, partials, cols,
-        tiles, vocab // align, *(s // align for s in strides), *tokens, ALIGN=align, TILE=TILE,
-        **options, warps=WARPS,
-    )  # fmt: skip
+    # A shard of the vocabulary may be empty.
+    if tiles > 0:
+        launch(
+            partial_kernel, rows * cols * tiles, logits, logits, labels, temperatures, partials,
+            cols, tiles, vocab // align, *(s // align for s in strides), *tokens, ALIGN=align,
+            TILE=TILE, **options, warps=WARPS,
+        )  # fmt: skip
     launch(
         combine_kernel, rows * cols, logits, logits, labels, temperatures, partials, logprobs,
         entropies, stats, cols, tiles, vocab, *strides, *tokens, GROUP=GROUP, **options, warps=1,

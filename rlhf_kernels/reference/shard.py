@@ -1,0 +1,77 @@
+"""A vocabulary sharded over a process group, defined: differentiable collectives.
+
+Every rank computes the same loss from the same replicated values, and gradients are those of that
+one loss: a sum over the ranks hands its gradient to each, and what was copied to the ranks
+collects their gradients.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _group
+from ._common import compute
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        return _group.sum_(x.clone(memory_format=torch.contiguous_format), group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return grad, None
+
+
+class _Copied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return _group.sum_(grad.clone(memory_format=torch.contiguous_format), ctx.group), None
+
+
+def copied(x: Tensor, group: str) -> Tensor:
+    """Replicated x as the operand of each rank's shard; the gradient is summed over the ranks."""
+    return _Copied.apply(x, group)
+
+
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor,
+    softcap: float | None,
+    entropy: bool,
+    ignore_index: int,
+    group: str,
+) -> tuple[Tensor, Tensor | None]:
+    """`token_logprobs` of logits [..., V_rank]; labels [...] count from rank 0's first column."""
+    keep = labels != ignore_index
+    z = torch.where(keep.unsqueeze(-1), compute(logits), 0)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    if isinstance(temperature, Tensor):
+        temperature = torch.where(keep, compute(temperature), 1).unsqueeze(-1)
+    # A shard may be empty, a maximum may not.
+    z = torch.nn.functional.pad(z / temperature, (0, 1), value=-torch.inf)
+    d = z - _group.maximum(z.detach().amax(-1), group).unsqueeze(-1)
+    e = d.exp()
+    # Only sums over the ranks enter what follows, which is the same on every rank.
+    log_s = _Summed.apply(e.sum(-1), group).log()
+    sizes = _group.gather(torch.tensor(logits.shape[-1], device=logits.device), group)
+    rank = _group.rank(group)
+    local = labels.long() - sizes[:rank].sum()
+    owned = keep & (local >= 0) & (local < sizes[rank])
+    own = d.gather(-1, torch.where(owned, local, 0).unsqueeze(-1)).squeeze(-1)
+    own = _Summed.apply(torch.where(owned, own, 0), group)
+    logprobs = torch.where(keep, own - log_s, 0)
+    if not entropy:
+        return logprobs, None
+    # x e^x is 0 where e^x is, where x may be -inf.
+    weighted = _Summed.apply((e * torch.where(e > 0, d, 0)).sum(-1), group)
+    return logprobs, torch.where(keep, log_s - weighted / log_s.exp(), 0)
