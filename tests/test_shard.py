@@ -50,7 +50,8 @@ def on_ranks(ranks, sizes, op, backend, arguments, dims, upstream, **request):
 
 def logprobs_on(ranks, sizes, backend, logits, labels, upstream, **options):
     """(logprobs, entropy, gradient) as `run` of test_logprobs gives them."""
-    request = {k: options.pop(k) for k in ("through", "compiled", "blind", "checked") if k in options}
+    names = options.keys() & {"through", "compiled", "blind", "checked"}
+    request = {k: options.pop(k) for k in names}
     results, gradients = on_ranks(
         ranks, sizes, "token_logprobs", backend, {"logits": logits, "labels": labels},
         {"logits": -1}, list(upstream), options={"entropy": True, **options}, **request,
@@ -75,7 +76,8 @@ def test_16_bit_logits_match_fp64(backend, ranks, dtype):
     def run(logits, labels, upstream):
         return logprobs_on(ranks, [7, 50, 1], backend, logits, labels, upstream)
 
-    check_against_oracle(*problem(6, 58, dtype), run_kernel=run)
+    logits, labels = problem(6, 58, dtype)
+    check_against_oracle(logits, labels.int(), run_kernel=run)
 
 
 def test_bits_are_the_same_between_runs_and_in_a_batch(backend, ranks):
@@ -178,6 +180,7 @@ def test_head_matches_fp64(backend, ranks, sizes, dtype):
 def test_head_with_one_gradient(backend, ranks):
     # A frozen head: no gradient but that of hidden; a frozen trunk: none of hidden, no exchange.
     hidden, weight, _, labels = operands(bias=False)
+    labels = labels.int()
     upstream = torch.randn(labels.shape)
     for wanted in ("hidden", "weight"):
         tensors = {"hidden": hidden, "weight": weight}
