@@ -30,7 +30,10 @@ enum StatusCode : int32_t {
   kLabelOutOfRange = 1,
   kBadTemperature = 2,
   kBadOffsets = 3,
-  kOutOfMemory = 4
+  kOutOfMemory = 4,
+  // support: `position` is that of the entry, in indptr or in indices.
+  kBadIndptr = 5,
+  kIndexOutOfRange = 6
 };
 struct Status {
   int32_t code = kOk;
@@ -62,6 +65,60 @@ struct LogprobsBackwardArgs {
   const float* stats;
   Tensor grad_logprobs, grad_entropy;
   Tensor grad_logits;
+  int32_t threads;
+};
+
+// The kept words of each token, as rows of a sparse matrix: those of token n are indices[indptr[n]]
+// to indices[indptr[n + 1]]. `entries` is the length of indices.
+struct Support {
+  int64_t entries;
+  Tensor indptr, indices;
+};
+
+// token_logprobs over each token's support, from logits [rows, cols, vocab], or, with `weight`,
+// from hidden states in their place, `width` of them, times weight [vocab, width] plus bias (fp32).
+// `kept` is fp32 [entries], the logit of each entry; entries of ignored tokens are not written.
+struct SupportArgs {
+  int64_t rows, cols, vocab, width;
+  Tensor logits, weight, bias, labels, temperatures;
+  Support support;
+  double temperature, softcap;
+  int64_t ignore_index;
+  Tensor logprobs, entropy;
+  float *stats, *kept;
+  int32_t threads;
+};
+
+// Its gradient in the kept logits, `dz` fp32 [entries], and, where given, spread into
+// `grad_logits`.
+struct SupportBackwardArgs {
+  int64_t rows, cols, vocab;
+  Tensor labels, temperatures;
+  Support support;
+  double temperature, softcap;
+  int64_t ignore_index;
+  const float *stats, *kept;
+  Tensor grad_logprobs, grad_entropy;
+  float* dz;
+  Tensor grad_logits;
+  int32_t threads;
+};
+
+// From `dz` to the head's operands; a null gradient is not wanted. Entries with a gradient of zero
+// are not read. `starts` is scratch of vocab + 1, `uses` of `entries`.
+struct SupportUse {
+  int64_t token;
+  float dz;
+};
+struct SupportHeadArgs {
+  int64_t rows, cols, vocab, width;
+  Tensor hidden, weight;
+  Support support;
+  const float* dz;
+  Tensor grad_hidden, grad_weight;
+  float* grad_bias;
+  int64_t* starts;
+  SupportUse* uses;
   int32_t threads;
 };
 

@@ -17,6 +17,7 @@
 #include "bind/advantages.h"
 #include "bind/logprobs.h"
 #include "bind/policy.h"
+#include "bind/support.h"
 #include "bind/value.h"
 #include "cpu/kernels.h"
 #include "cpu/memory.h"
@@ -84,6 +85,7 @@ PYBIND11_MODULE(_cpu, m) {
 
   const auto table = []() -> const Kernels& { return *active; };
   bind_logprobs(m, table);
+  bind_support(m, table);
   bind_kl(m, table);
   bind_policy(m, table);
   bind_value(m, table);

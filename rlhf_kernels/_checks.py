@@ -217,3 +217,59 @@ def divisor_positive(op: str, value: Tensor | None) -> None:
         return
     if not 0 < value.item() < math.inf:
         raise bad_divisor(op, value)
+
+
+def support(op: str, value: object, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Requires (indptr [tokens + 1], indices [nnz]), each int32 or int64; their values are data."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"{op}: support must be a pair (indptr, indices), got {type(value).__name__}")
+    for name, part in zip(("support indptr", "support indices"), value, strict=True):
+        labels(op, name, part)
+        same_device(op, name, part, "labels", device)
+        if part.dim() != 1:
+            raise ValueError(f"{op}: {name} must be 1-D, got {tuple(part.shape)}")
+    indptr, indices = value
+    if indptr.shape[0] != tokens + 1:
+        raise ValueError(
+            f"{op}: support indptr must have an entry per token and one more, {tokens + 1}, got "
+            f"{indptr.shape[0]}"
+        )
+    return indptr, indices
+
+
+def bad_indptr(op: str, position: int, indptr: Tensor, entries: int) -> ValueError:
+    """The error for the entry of a support's indptr at `position`."""
+    return ValueError(
+        f"{op}: support indptr must start at 0, never decrease and end at the number of indices, "
+        f"{entries}; entry {position} is {indptr[position].item()}"
+    )
+
+
+def bad_index(op: str, position: int, indices: Tensor, vocab: int) -> IndexError:
+    """The error for the entry of a support's indices at `position`."""
+    return IndexError(
+        f"{op}: support index at position {position} is {indices[position].item()}; expected "
+        f"0 <= index < {vocab}"
+    )
+
+
+def support_valid(op: str, indptr: Tensor, indices: Tensor, keep: Tensor, vocab: int) -> None:
+    """Raises for the first bad entry of a support, where data may be looked at.
+
+    Raises:
+        ValueError: of indptr.
+        IndexError: of the indices of a token of `keep` [...].
+    """
+    if not _may_look(indptr):
+        return
+    entries = indices.shape[0]
+    bad = (indptr < 0) | (indptr > entries)
+    bad[0] |= indptr[0] != 0
+    bad[-1] |= indptr[-1] != entries
+    bad[1:] |= indptr[1:] < indptr[:-1]
+    if bad.any():
+        raise bad_indptr(op, int(bad.nonzero()[0]), indptr, entries)
+    used = keep.reshape(-1).repeat_interleave(indptr.diff())
+    bad = ((indices < 0) | (indices >= vocab)) & used
+    if bad.any():
+        raise bad_index(op, int(bad.nonzero()[0]), indices, vocab)

@@ -15,6 +15,7 @@
 
 #include "tokens.h"
 #include "logprobs.h"
+#include "support.h"
 #include "kl.h"
 #include "policy.h"
 #include "value.h"
@@ -32,6 +33,9 @@ const Kernels RK_CONCAT(kernels_, RK_ISA) = {
     RK_STRING(RK_ISA),
     token_logprobs,
     token_logprobs_backward,
+    support_logprobs,
+    support_backward,
+    support_head_backward,
     kl_divergence,
     kl_divergence_backward,
     kl_penalty,

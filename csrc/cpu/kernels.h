@@ -8,6 +8,9 @@ struct Kernels {
   const char* isa;
   Status (*token_logprobs)(const LogprobsArgs&);
   Status (*token_logprobs_backward)(const LogprobsBackwardArgs&);
+  Status (*support_logprobs)(const SupportArgs&);
+  Status (*support_backward)(const SupportBackwardArgs&);
+  Status (*support_head_backward)(const SupportHeadArgs&);
   Status (*kl_divergence)(const KlArgs&);
   Status (*kl_divergence_backward)(const KlBackwardArgs&);
   Status (*kl_penalty)(const KlPenaltyArgs&);

@@ -13,11 +13,11 @@ from types import ModuleType
 import torch
 
 from .. import _config
-from . import advantages, boundary, kl, logprobs, policy, value
+from . import advantages, boundary, kl, logprobs, policy, support, value
 
 _NAMES = {"cpu": "_cpu"}
 # One module per operation, each with launchers(extension) -> {operator name: launcher}.
-_OPS = (logprobs, kl, advantages, policy, value)
+_OPS = (logprobs, support, kl, advantages, policy, value)
 
 
 def _load(backend: str) -> tuple[ModuleType | None, str | None]:

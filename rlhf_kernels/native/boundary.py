@@ -25,6 +25,7 @@ DTYPE_CODES = {
 }
 # csrc/abi.h: StatusCode
 OK, LABEL_OUT_OF_RANGE, BAD_TEMPERATURE, BAD_OFFSETS, OUT_OF_MEMORY = 0, 1, 2, 3, 4
+BAD_INDPTR, INDEX_OUT_OF_RANGE = 5, 6
 
 Packed = tuple[int, int, int, int] | None
 

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from .. import _backends, _checks, _group, _shard, reference
 from .._register import define
 from .logprobs import TokenLogprobs, per_token_temperature
+from .support import Support, linear_token_logprobs_support
 
 
 def _forward_fake(
@@ -155,6 +156,7 @@ def linear_token_logprobs(
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
     group: "torch.distributed.ProcessGroup | None" = None,
+    support: Support | None = None,
 ) -> TokenLogprobs:
     """`token_logprobs` straight from hidden states: the LM head's logits never exist as a whole.
 
@@ -182,6 +184,9 @@ def linear_token_logprobs(
         ignore_index: label of tokens to skip.
         chunk_tokens: tokens of a chunk. None: what 128 MiB of logits hold on CPU, 1 GiB on a GPU.
         group: process group over which V is sharded; None for none.
+        support: the words that the sampler kept for each token, (indptr, indices), as in
+            `token_logprobs`. Only their rows of the weight are multiplied, in fp32 without chunks,
+            and only they have a gradient.
 
     Returns:
         TokenLogprobs(logprobs [...], entropy [...] or None), float32, differentiable in hidden,
@@ -203,6 +208,22 @@ def linear_token_logprobs(
     _checks.positive(op, "logit_scale", logit_scale)
     chunk = check_chunk(op, chunk_tokens)
     temperatures = per_token_temperature(op, temperature, labels)
+    if support is not None:
+        return TokenLogprobs(
+            *linear_token_logprobs_support(
+                hidden,
+                weight,
+                bias,
+                labels,
+                support,
+                temperature=temperature,
+                temperatures=temperatures,
+                softcap=softcap,
+                logit_scale=logit_scale,
+                entropy=entropy,
+                ignore_index=ignore_index,
+            )
+        )
 
     backend = _backends.select(op, hidden.device)
     if backend == _backends.REFERENCE:

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _backends, _checks, _group, _layout, _shard, reference
 from .._register import define
+from .support import Support, token_logprobs_support
 
 
 def _forward_fake(
@@ -154,6 +155,7 @@ def token_logprobs(
     ignore_index: int = -100,
     inplace_backward: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
+    support: Support | None = None,
 ) -> TokenLogprobs:
     """Log-probability of each label, and optionally the entropy of its distribution.
 
@@ -180,6 +182,14 @@ def token_logprobs(
             for logits that nothing else needs; a later use in the same graph raises in autograd.
         group: process group over which V is sharded, logits being this rank's [..., V_rank]; labels
             count from the first column of rank 0, and all other arguments are the same everywhere.
+        support: the words that the sampler kept for each token, (indptr [N + 1], indices [nnz]),
+            each int32 or int64, N tokens in row-major order of labels: the words of token n are
+            indices[indptr[n]:indptr[n + 1]], in any order, each once (a repeated word makes the
+            token's result undefined, no more). The result is that of logits whose others are -inf
+            after the cap: log-probability and entropy renormalised over the support, gradient 0
+            outside it. A label that was not kept gives -inf, a token without words NaN; the
+            entries of ignored tokens are not looked at. Only the kept logits are
+            read and saved for the backward pass, not the logits.
 
     Returns:
         TokenLogprobs(logprobs [...], entropy [...] or None), float32. A row whose logits are all
@@ -188,9 +198,11 @@ def token_logprobs(
     Raises:
         TypeError: wrong dtype or type of an argument.
         ValueError: shapes or devices that do not match; temperature or softcap not > 0 and finite;
-            inplace_backward on a leaf, on overlapping memory, under torch.compile or on the
-            reference backend.
-        IndexError: a label outside [0, V) on CPU, with its position; nothing was read through it.
+            inplace_backward on a leaf, on overlapping memory, under torch.compile, on the
+            reference backend, or with support; group and support together; on CPU an indptr that
+            does not lead from 0 to nnz without decreasing.
+        IndexError: a label or kept word outside [0, V) on CPU, with its position; nothing was read
+            through it. A GPU gives NaN unless RLHF_KERNELS_CHECK=1.
 
     With `group`, bad data of one rank, or labels that differ between ranks (both on CPU), raise on
     every rank.
@@ -206,6 +218,21 @@ def token_logprobs(
     if softcap is not None:
         _checks.positive(op, "softcap", softcap)
     temperatures = per_token_temperature(op, temperature, labels)
+    if support is not None:
+        if inplace_backward or shards:
+            raise ValueError(f"{op}: support goes with neither inplace_backward nor group")
+        return TokenLogprobs(
+            *token_logprobs_support(
+                logits,
+                labels,
+                support,
+                temperature=temperature,
+                temperatures=temperatures,
+                softcap=softcap,
+                entropy=entropy,
+                ignore_index=ignore_index,
+            )
+        )
 
     backend = _backends.select(op, logits.device)
     if backend == _backends.REFERENCE:

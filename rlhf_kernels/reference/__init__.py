@@ -9,6 +9,7 @@ from .kl import kl_divergence, kl_penalty
 from .logprobs import token_logprobs
 from .policy import policy_loss
 from .preference import dpo_loss, reward_model_loss, sequence_logprobs
+from .support import linear_token_logprobs_support, token_logprobs_support
 from .value import value_loss
 
 __all__ = [
@@ -21,11 +22,13 @@ __all__ = [
     "linear_kl_divergence",
     "linear_policy_loss",
     "linear_token_logprobs",
+    "linear_token_logprobs_support",
     "policy_loss",
     "ppo_advantages",
     "reward_model_loss",
     "sequence_logprobs",
     "token_logprobs",
+    "token_logprobs_support",
     "value_loss",
     "whiten",
 ]

@@ -1,0 +1,352 @@
+// token_logprobs over a support: the words that the sampler kept, a list per token.
+//
+// The kept logits of a token, gathered or multiplied, lie side by side in fp32; from there on the
+// rows are those of logprobs.h. Gradients of the head are weighted sums of rows: of the weight's
+// rows for a hidden state, of the hidden states for a row of the weight, each sum by one thread in
+// the order of its entries.
+#pragma once
+
+namespace rk {
+namespace {
+
+inline int64_t load_index(const Tensor& t, int64_t i) {
+  return t.dtype == kInt32 ? static_cast<const int32_t*>(t.data)[i * t.stride1]
+                           : static_cast<const int64_t*>(t.data)[i * t.stride1];
+}
+
+struct Range {
+  int64_t begin, end;
+};
+inline Range entries_of(const Support& s, int64_t token) {
+  return {load_index(s.indptr, token), load_index(s.indptr, token + 1)};
+}
+
+inline Status check_indptr(const Support& s, int64_t tokens) {
+  int64_t before = 0;
+  for (int64_t n = 0; n <= tokens; ++n) {
+    const int64_t at = load_index(s.indptr, n);
+    if (at < before || (n == 0 && at != 0) || at > s.entries || (n == tokens && at != s.entries))
+      return {kBadIndptr, n};
+    before = at;
+  }
+  return {};
+}
+
+// Finds bad data before anything is read through it. Ignored tokens' entries are not looked at.
+template <class Args>
+inline Status check_support(const Args& a) {
+  Status status = check_tokens(a);
+  if (status.code == kOk) status = check_indptr(a.support, a.rows * a.cols);
+  if (status.code != kOk) return status;
+  for (int64_t token = 0; token < a.rows * a.cols; ++token) {
+    if (load_label(a.labels, token / a.cols, token % a.cols) == a.ignore_index) continue;
+    const Range range = entries_of(a.support, token);
+    for (int64_t e = range.begin; e < range.end; ++e) {
+      const int64_t v = load_index(a.support.indices, e);
+      if (v < 0 || v >= a.vocab) return {kIndexOutOfRange, e};
+    }
+  }
+  return {};
+}
+
+template <class E>
+inline const typename E::Storage* row_at(const Tensor& t, int64_t i, int64_t j) {
+  return static_cast<const typename E::Storage*>(t.data) + i * t.stride0 + j * t.stride1;
+}
+
+// Products of R rows with x, each with sums of its own, while the lines of the next R rows come.
+// A product's bits do not depend on the rows beside it.
+template <class E, int R>
+inline void products(const typename E::Storage* x, const typename E::Storage* const* w,
+                     const typename E::Storage* const* next, int64_t n, float* out) {
+  Vec even[R], odd[R];
+  for (int r = 0; r < R; ++r) even[r] = odd[r] = splat(0.0f);
+  int64_t h = 0;
+  for (; h + 2 * kLanes <= n; h += 2 * kLanes) {
+    const Vec x0 = E::load(x + h), x1 = E::load(x + h + kLanes);
+    for (int r = 0; r < R; ++r) {
+      prefetch<E, 2>(next[r] + h);
+      even[r] = fma(E::load(w[r] + h), x0, even[r]);
+      odd[r] = fma(E::load(w[r] + h + kLanes), x1, odd[r]);
+    }
+  }
+  for (; h < n; h += kLanes) {
+    const int left = n - h < kLanes ? static_cast<int>(n - h) : kLanes;
+    const Vec part = load_partial<E>(x + h, left, 0.0f);
+    for (int r = 0; r < R; ++r) even[r] = fma(load_partial<E>(w[r] + h, left, 0.0f), part, even[r]);
+  }
+  for (int r = 0; r < R; ++r) out[r] = static_cast<float>(reduce_add(add(even[r], odd[r])));
+}
+
+// Raw logits of a token's entries into kept[begin, end).
+template <class E>
+void keep_logits(const SupportArgs& a, int64_t i, int64_t j, Range range) {
+  using S = typename E::Storage;
+  const S* x = row_at<E>(a.logits, i, j);
+  const auto index = [&](int64_t e) { return load_index(a.support.indices, e); };
+  if (!a.weight.data) {
+    for (int64_t e = range.begin; e < range.end; ++e) a.kept[e] = E::get(x + index(e));
+    return;
+  }
+  constexpr int kRows = 4;
+  const auto row = [&](int64_t e) {
+    // Past the end: the last row again, prefetched for nothing.
+    return row_at<E>(a.weight, 0, index(e < range.end ? e : range.end - 1));
+  };
+  const S *w[kRows], *next[kRows];
+  if (range.begin < range.end)
+    for (int r = 0; r < kRows; ++r) w[r] = row(range.begin + r);
+  int64_t e = range.begin;
+  for (; e + kRows <= range.end; e += kRows) {
+    for (int r = 0; r < kRows; ++r) next[r] = row(e + kRows + r);
+    products<E, kRows>(x, w, next, a.width, a.kept + e);
+    for (int r = 0; r < kRows; ++r) w[r] = next[r];
+  }
+  for (int r = 0; e < range.end; ++e, ++r) products<E, 1>(x, w + r, w + r, a.width, a.kept + e);
+  if (a.bias.data)
+    for (e = range.begin; e < range.end; ++e)
+      a.kept[e] += static_cast<const float*>(a.bias.data)[index(e) * a.bias.stride1];
+}
+
+// Where the label is among a token's entries, counted from the first.
+inline int64_t label_entry(const Support& s, Range range, int64_t label) {
+  for (int64_t e = range.begin; e < range.end; ++e)
+    if (load_index(s.indices, e) == label) return e - range.begin;
+  return kLabelElsewhere;
+}
+
+// One token's kept logits as a row of logits: a grid of one token.
+template <class Args>
+inline Args one_row(int64_t n, const float* kept, const int64_t* label, double temperature,
+                    double softcap) {
+  Args row{};
+  row.rows = row.cols = 1;
+  row.vocab = n;
+  row.logits = {const_cast<float*>(kept), kFloat32, 0, 0};
+  row.labels = {const_cast<int64_t*>(label), kInt64, 0, 0};
+  row.temperature = temperature;
+  row.softcap = softcap;
+  // No entry's number, nor kLabelElsewhere.
+  row.ignore_index = -1;
+  return row;
+}
+
+template <class E, bool kSoftcap, bool kEntropy>
+void support_row(const SupportArgs& a, int64_t token) {
+  const int64_t i = token / a.cols, j = token % a.cols;
+  float* logprob = static_cast<float*>(a.logprobs.data) + token;
+  float* entropy = kEntropy ? static_cast<float*>(a.entropy.data) + token : nullptr;
+  float* stats = a.stats + 3 * token;
+  const int64_t label = load_label(a.labels, i, j);
+  if (label == a.ignore_index) {
+    *logprob = 0.0f;
+    if (kEntropy) *entropy = 0.0f;
+    stats[0] = 0.0f, stats[1] = 1.0f, stats[2] = 0.0f;
+    return;
+  }
+  const Range range = entries_of(a.support, token);
+  keep_logits<E>(a, i, j, range);
+  const int64_t entry = label_entry(a.support, range, label);
+  auto row = one_row<LogprobsArgs>(range.end - range.begin, a.kept + range.begin, &entry,
+                                   row_temperature(a.temperatures, a.temperature, i, j), a.softcap);
+  row.logprobs.data = logprob;
+  row.entropy.data = entropy;
+  row.stats = stats;
+  logprobs_row<F32, kSoftcap, kEntropy>(row, 0);
+  // The logit of a label that was not kept is -inf.
+  if (entry == kLabelElsewhere && stats[1] == stats[1]) *logprob = -__builtin_inff();
+}
+
+template <bool kSoftcap, bool kEntropy>
+void support_gradient(const SupportBackwardArgs& a, int64_t token, Range range) {
+  const int64_t i = token / a.cols, j = token % a.cols;
+  const auto upstream = [&](const Tensor& g) {
+    return g.data ? static_cast<const float*>(g.data)[i * g.stride0 + j * g.stride1] : 0.0f;
+  };
+  const int64_t label = load_label(a.labels, i, j), n = range.end - range.begin;
+  float g = upstream(a.grad_logprobs), h = upstream(a.grad_entropy);
+  if (label == a.ignore_index || n == 0 || (g == 0.0f && h == 0.0f)) {
+    memset(a.dz + range.begin, 0, sizeof(float) * static_cast<size_t>(n));
+    return;
+  }
+  const int64_t entry = label_entry(a.support, range, label);
+  auto row = one_row<LogprobsBackwardArgs>(n, a.kept + range.begin, &entry,
+                                           row_temperature(a.temperatures, a.temperature, i, j),
+                                           a.softcap);
+  row.stats = a.stats + 3 * token;
+  row.grad_logprobs.data = &g;
+  row.grad_entropy.data = &h;
+  row.grad_logits = {a.dz + range.begin, kFloat32, 0, 0};
+  logprobs_backward_row<F32, kSoftcap, kEntropy>(row, 0);
+}
+
+template <class E, bool kSoftcap, bool kEntropy>
+void support_backward_row(const SupportBackwardArgs& a, int64_t token) {
+  const Range range = entries_of(a.support, token);
+  support_gradient<kSoftcap, kEntropy>(a, token, range);
+  if (!a.grad_logits.data) return;
+  using S = typename E::Storage;
+  S* out = static_cast<S*>(a.grad_logits.data) + (token / a.cols) * a.grad_logits.stride0 +
+           (token % a.cols) * a.grad_logits.stride1;
+  memset(out, 0, sizeof(S) * static_cast<size_t>(a.vocab));
+  for (int64_t e = range.begin; e < range.end; ++e)
+    // A token without a gradient may be an ignored one, whose entries were not checked.
+    if (a.dz[e] != 0.0f) E::set(out + load_index(a.support.indices, e), a.dz[e]);
+}
+
+template <class E, bool kSoftcap, bool kEntropy>
+struct SupportForward {
+  static void row(const SupportArgs& a, int64_t r) { support_row<E, kSoftcap, kEntropy>(a, r); }
+};
+template <class E, bool kSoftcap, bool kEntropy>
+struct SupportBackward {
+  static void row(const SupportBackwardArgs& a, int64_t r) {
+    support_backward_row<E, kSoftcap, kEntropy>(a, r);
+  }
+};
+
+Status support_logprobs(const SupportArgs& a) {
+  const Status status = check_support(a);
+  if (status.code != kOk) return status;
+  const auto row =
+      pick<SupportForward, SupportArgs>(a.logits.dtype, a.softcap > 0.0, a.entropy.data != nullptr);
+  parallel_for(a.rows * a.cols, a.threads, [&](int64_t r) { row(a, r); });
+  return {};
+}
+
+Status support_backward(const SupportBackwardArgs& a) {
+  const Status status = check_support(a);
+  if (status.code != kOk) return status;
+  if (a.grad_logits.data)
+    advise_huge_pages(a.grad_logits.data,
+                      a.rows * a.cols * a.vocab * dtype_size(a.grad_logits.dtype));
+  const auto row = pick<SupportBackward, SupportBackwardArgs>(a.grad_logits.dtype, a.softcap > 0.0,
+                                                              a.grad_entropy.data != nullptr);
+  parallel_for(a.rows * a.cols, a.threads, [&](int64_t r) { row(a, r); });
+  return {};
+}
+
+// One row of a sum and its factor.
+template <class E>
+struct Term {
+  const typename E::Storage* row;
+  float factor;
+};
+
+// out[0, width) = sum over entries of factor * row, one after the other. Terms of factor 0 are not
+// read. kVecs vectors of the sum stay in registers while the rows pass by.
+template <class E, class At>
+inline void sum_rows(Range range, int64_t width, typename E::Storage* out, const At& at) {
+  constexpr int kVecs = 8, kAhead = 4;
+  for (int64_t h = 0; h < width; h += kVecs * kLanes) {
+    Vec sum[kVecs];
+    for (auto& v : sum) v = splat(0.0f);
+    const bool whole = h + kVecs * kLanes <= width;
+    for (int64_t e = range.begin; e < range.end; ++e) {
+      if (e + kAhead < range.end) {
+        const Term<E> later = at(e + kAhead);
+        if (later.factor != 0.0f) prefetch<E, kVecs>(later.row + h);
+      }
+      const Term<E> term = at(e);
+      if (term.factor == 0.0f) continue;
+      const Vec factor = splat(term.factor);
+      if (whole) {
+        for (int u = 0; u < kVecs; ++u)
+          sum[u] = fma(factor, E::load(term.row + h + u * kLanes), sum[u]);
+        continue;
+      }
+      for (int u = 0; u < kVecs && h + u * kLanes < width; ++u) {
+        const int64_t left = width - h - u * kLanes;
+        const auto* p = term.row + h + u * kLanes;
+        const Vec x =
+            left >= kLanes ? E::load(p) : load_partial<E>(p, static_cast<int>(left), 0.0f);
+        sum[u] = fma(factor, x, sum[u]);
+      }
+    }
+    for (int u = 0; u < kVecs && h + u * kLanes < width; ++u) {
+      const int64_t left = width - h - u * kLanes;
+      if (left >= kLanes)
+        E::store(out + h + u * kLanes, sum[u]);
+      else
+        store_partial<E>(out + h + u * kLanes, sum[u], static_cast<int>(left));
+    }
+  }
+}
+
+template <class E>
+void hidden_gradient(const SupportHeadArgs& a, int64_t token) {
+  auto* out = static_cast<typename E::Storage*>(a.grad_hidden.data) + token * a.width;
+  sum_rows<E>(entries_of(a.support, token), a.width, out, [&](int64_t e) {
+    const float factor = a.dz[e];
+    // A factor of 0 may come with an index that was not checked.
+    if (factor == 0.0f) return Term<E>{nullptr, 0.0f};
+    return Term<E>{row_at<E>(a.weight, 0, load_index(a.support.indices, e)), factor};
+  });
+}
+
+template <class E>
+void weight_gradient(const SupportHeadArgs& a, int64_t word) {
+  const Range range{a.starts[word], a.starts[word + 1]};
+  if (a.grad_weight.data) {
+    auto* out = static_cast<typename E::Storage*>(a.grad_weight.data) + word * a.width;
+    sum_rows<E>(range, a.width, out, [&](int64_t u) {
+      const SupportUse& use = a.uses[u];
+      return Term<E>{row_at<E>(a.hidden, use.token / a.cols, use.token % a.cols), use.dz};
+    });
+  }
+  if (a.grad_bias) {
+    double sum = 0.0;
+    for (int64_t u = range.begin; u < range.end; ++u) sum += a.uses[u].dz;
+    a.grad_bias[word] = static_cast<float>(sum);
+  }
+}
+
+// Groups the entries that have a gradient by word, in the order of the tokens: a counting sort.
+inline void sort_uses(const SupportHeadArgs& a) {
+  for (int64_t v = 0; v <= a.vocab; ++v) a.starts[v] = 0;
+  const auto index = [&](int64_t e) { return load_index(a.support.indices, e); };
+  for (int64_t e = 0; e < a.support.entries; ++e)
+    if (a.dz[e] != 0.0f) ++a.starts[index(e)];
+  int64_t total = 0;
+  for (int64_t v = 0; v <= a.vocab; ++v) {
+    const int64_t count = a.starts[v];
+    a.starts[v] = total;
+    total += count;
+  }
+  // Filling moves each start to its end, which is the next one's start.
+  for (int64_t token = 0; token < a.rows * a.cols; ++token) {
+    const Range range = entries_of(a.support, token);
+    for (int64_t e = range.begin; e < range.end; ++e)
+      if (a.dz[e] != 0.0f) a.uses[a.starts[index(e)]++] = {token, a.dz[e]};
+  }
+  memmove(a.starts + 1, a.starts, sizeof(int64_t) * static_cast<size_t>(a.vocab));
+  a.starts[0] = 0;
+}
+
+// Called right after support_backward, which has checked the support and written `dz`.
+Status support_head_backward(const SupportHeadArgs& a) {
+  const auto each = [&](auto element) {
+    using E = decltype(element);
+    if (a.grad_hidden.data)
+      parallel_for(a.rows * a.cols, a.threads, [&](int64_t n) { hidden_gradient<E>(a, n); });
+    if (!a.grad_weight.data && !a.grad_bias) return;
+    sort_uses(a);
+    if (a.grad_weight.data)
+      advise_huge_pages(a.grad_weight.data, a.vocab * a.width * dtype_size(a.grad_weight.dtype));
+    // Most rows of the weight are touched by no token and cost only their zeros.
+    constexpr int64_t kWords = 16;
+    parallel_for((a.vocab + kWords - 1) / kWords, a.threads, [&](int64_t chunk) {
+      const int64_t end = (chunk + 1) * kWords < a.vocab ? (chunk + 1) * kWords : a.vocab;
+      for (int64_t v = chunk * kWords; v < end; ++v) weight_gradient<E>(a, v);
+    });
+  };
+  switch (a.hidden.dtype) {
+    case kBFloat16: each(BF16{}); break;
+    case kFloat16: each(F16{}); break;
+    default: each(F32{});
+  }
+  return {};
+}
+
+}  // namespace
+}  // namespace rk

@@ -1,0 +1,154 @@
+"""Launchers of token_logprobs over a support for the native backends."""
+
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from . import boundary as b
+
+
+def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
+    """Launchers by operator name, bound to an extension module."""
+
+    def check(
+        op: str,
+        status: tuple[int, int],
+        labels: Tensor,
+        temperatures: Tensor | None,
+        indptr: Tensor,
+        indices: Tensor,
+        vocab: int,
+    ) -> None:
+        code, position = status
+        if code == b.LABEL_OUT_OF_RANGE:
+            raise _checks.out_of_range(op, position, labels, vocab)
+        if code == b.BAD_TEMPERATURE:
+            raise _checks.bad_temperature(op, position, temperatures)
+        if code == b.BAD_INDPTR:
+            raise _checks.bad_indptr(op, position, indptr, indices.shape[0])
+        if code == b.INDEX_OUT_OF_RANGE:
+            raise _checks.bad_index(op, position, indices, vocab)
+
+    def forward(
+        op: str,
+        rows: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        labels: Tensor,
+        temperatures: Tensor | None,
+        indptr: Tensor,
+        indices: Tensor,
+        temperature: float,
+        softcap: float,
+        entropy: bool,
+        ignore_index: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        shape = labels.shape
+        logprobs = torch.empty(shape, dtype=torch.float32, device=rows.device)
+        entropies = torch.empty_like(logprobs) if entropy else logprobs.new_empty(0)
+        stats = logprobs.new_empty((*shape, 3))
+        kept = logprobs.new_empty(indices.shape)
+        width = rows.shape[-1]
+        vocab = width if weight is None else weight.shape[0]
+        if labels.numel() == 0:
+            return logprobs, entropies, stats, kept
+        rows, labels = b.as_rows(rows), b.as_grid(labels)
+        indptr, indices = b.as_grid(indptr), b.as_grid(indices)
+        weight = None if weight is None else b.as_rows(weight)
+        bias, temperatures = b.as_grid(bias, torch.float32), b.as_grid(temperatures, torch.float32)
+        status = extension.support_logprobs(
+            *b.grid(shape), vocab, width, b.pack_rows(rows),
+            None if weight is None else b.pack_rows(weight), b.pack(bias), b.pack(labels), b.pack(temperatures), indices.shape[0], b.pack(indptr),
+            b.pack(indices), temperature, softcap, ignore_index, b.pack(logprobs),
+            b.pack(entropies) if entropy else None, b.pack(stats), b.pack(kept), b.threads(),
+        )  # fmt: skip
+        check(op, status, labels, temperatures, indptr, indices, vocab)
+        return logprobs, entropies, stats, kept
+
+    def backward(
+        op: str,
+        vocab: int,
+        out: Tensor | None,
+        kept: Tensor,
+        labels: Tensor,
+        temperatures: Tensor | None,
+        indptr: Tensor,
+        indices: Tensor,
+        stats: Tensor,
+        grad_logprobs: Tensor | None,
+        grad_entropy: Tensor | None,
+        temperature: float,
+        softcap: float,
+        ignore_index: int,
+    ) -> Tensor:
+        """The gradient of the kept logits, also spread into `out` where that is given."""
+        dz = torch.empty_like(kept)
+        if labels.numel() == 0:
+            return dz
+        shape, labels = labels.shape, b.as_grid(labels)
+        indptr, indices = b.as_grid(indptr), b.as_grid(indices)
+        temperatures = b.as_grid(temperatures, torch.float32)
+        grad_logprobs = b.as_grid(grad_logprobs, torch.float32)
+        grad_entropy = b.as_grid(grad_entropy, torch.float32)
+        status = extension.support_backward(
+            *b.grid(shape), vocab, b.pack(labels), b.pack(temperatures), indices.shape[0],
+            b.pack(indptr), b.pack(indices), temperature, softcap, ignore_index, b.pack(stats),
+            b.pack(kept), b.pack(grad_logprobs), b.pack(grad_entropy), b.pack(dz),
+            None if out is None else b.pack_rows(out), b.threads(),
+        )  # fmt: skip
+        check(op, status, labels, temperatures, indptr, indices, vocab)
+        return dz
+
+    def token_logprobs_support(logits: Tensor, *args: object) -> tuple[Tensor, ...]:
+        return forward("token_logprobs", logits, None, None, *args)
+
+    def token_logprobs_support_backward(
+        kept: Tensor, labels: Tensor, *args: object
+    ) -> Tensor:
+        *args, vocab, dtype = args
+        out = torch.empty((*labels.shape, vocab), dtype=dtype, device=kept.device)
+        backward("token_logprobs", vocab, out, kept, labels, *args)
+        return out
+
+    def linear_token_logprobs_support(*args: object) -> tuple[Tensor, ...]:
+        return forward("linear_token_logprobs", *args)
+
+    def linear_token_logprobs_support_backward(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor, labels: Tensor,
+        temperatures: Tensor | None, indptr: Tensor, indices: Tensor, *args: object,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        *args, needs = args
+        vocab, width = weight.shape
+        dz = backward(
+            "linear_token_logprobs", vocab, None, kept, labels, temperatures, indptr, indices, *args
+        )
+        none = kept.new_empty(0)
+        grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else none
+        grad_weight = weight.new_empty(weight.shape) if needs[1] else none
+        grad_bias = kept.new_empty(vocab) if needs[2] else none
+        if labels.numel() == 0:
+            return grad_hidden, grad_weight.zero_(), grad_bias.zero_()
+        sums = needs[1] or needs[2]
+        starts = torch.empty(vocab + 1 if sums else 0, dtype=torch.int64, device=kept.device)
+        # csrc/abi.h: SupportUse
+        uses = starts.new_empty(2 * indices.shape[0] if sums else 0)
+        hidden, weight = b.as_rows(hidden), b.as_rows(weight)
+        indptr, indices = b.as_grid(indptr), b.as_grid(indices)
+        extension.support_head_backward(
+            *b.grid(labels.shape), vocab, width, b.pack_rows(hidden),
+            b.pack_rows(weight), indices.shape[0], b.pack(indptr),
+            b.pack(indices), b.pack(dz), b.pack_rows(grad_hidden) if needs[0] else None,
+            b.pack_rows(grad_weight) if needs[1] else None, b.pack(grad_bias) if needs[2] else None,
+            b.pack(starts), b.pack(uses), b.threads(),
+        )  # fmt: skip
+        return grad_hidden, grad_weight, grad_bias.to(bias.dtype) if needs[2] else grad_bias
+
+    return {
+        "token_logprobs_support": token_logprobs_support,
+        "token_logprobs_support_backward": token_logprobs_support_backward,
+        "linear_token_logprobs_support": linear_token_logprobs_support,
+        "linear_token_logprobs_support_backward": linear_token_logprobs_support_backward,
+    }

@@ -1,0 +1,229 @@
+"""Log-probabilities over the words that the sampler kept: `support` of the public functions."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _backends, _checks, reference
+from .._register import define
+
+#: indptr [N + 1] and indices [nnz] of the words of each token.
+Support = tuple[Tensor, Tensor]
+
+
+def _forward_fake(like: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    labels, _, _, indices, _, _, entropy, *_ = args
+    logprobs = like.new_empty(labels.shape, dtype=torch.float32)
+    return (
+        logprobs,
+        logprobs.new_empty(labels.shape if entropy else (0,)),
+        logprobs.new_empty((*labels.shape, 3)),
+        logprobs.new_empty(indices.shape),
+    )
+
+
+def _head_backward_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(
+        t.new_empty(t.shape) if need else hidden.new_empty(0, dtype=torch.float32)
+        for t, need in zip((hidden, weight, bias), args[-2], strict=True)
+    )
+
+
+_TOKENS = "Tensor labels, Tensor? temperatures, Tensor indptr, Tensor indices"
+_OPTIONS = "float temperature, float softcap"
+_FORWARD = f"{_TOKENS}, {_OPTIONS}, bool entropy, int ignore_index, str backend"
+_BACKWARD = (
+    f"Tensor kept, {_TOKENS}, Tensor stats, Tensor? grad_logprobs, Tensor? grad_entropy, "
+    f"{_OPTIONS}, int ignore_index"
+)
+# The fourth result is `kept`, the logit of each entry: all that the backward needs of the logits.
+_forward = define(
+    "token_logprobs_support",
+    f"(Tensor logits, {_FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward_fake,
+)
+_backward = define(
+    "token_logprobs_support_backward",
+    f"({_BACKWARD}, SymInt vocab, ScalarType dtype, str backend) -> Tensor",
+    lambda kept, labels, *args: kept.new_empty((*labels.shape, args[-3]), dtype=args[-2]),
+)
+_head_forward = define(
+    "linear_token_logprobs_support",
+    f"(Tensor hidden, Tensor weight, Tensor? bias, {_FORWARD}) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    lambda hidden, weight, bias, *args: _forward_fake(hidden, *args),
+)
+_head_backward = define(
+    "linear_token_logprobs_support_backward",
+    f"(Tensor hidden, Tensor weight, Tensor? bias, {_BACKWARD}, bool[] needs, str backend) -> "
+    "(Tensor, Tensor, Tensor)",
+    _head_backward_fake,
+)
+
+
+def _finish(ctx: Any, results: tuple[Tensor, ...], entropy: bool) -> tuple[Tensor, Tensor]:
+    logprobs, entropies, *_ = results
+    ctx.set_materialize_grads(False)
+    if not entropy:
+        ctx.mark_non_differentiable(entropies)
+    return logprobs, entropies
+
+
+class _TokenLogprobsSupport(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        *tokens, temperature, softcap, entropy, ignore_index, backend = args
+        results = _forward(logits, *args)
+        # Not the logits: they are free as soon as nobody else needs them.
+        ctx.save_for_backward(results[3], *tokens, results[2])
+        ctx.options = (temperature, softcap, ignore_index, logits.shape[-1], logits.dtype, backend)
+        return _finish(ctx, results, entropy)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple:
+        gradient = None
+        if grad_logprobs is not None or grad_entropy is not None:
+            gradient = _backward(*ctx.saved_tensors, grad_logprobs, grad_entropy, *ctx.options)
+        return (gradient, *(None,) * 9)
+
+
+class _LinearTokenLogprobsSupport(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+    ) -> tuple[Tensor, Tensor]:
+        *tokens, temperature, softcap, entropy, ignore_index, backend = args
+        results = _head_forward(hidden, weight, bias, *args)
+        ctx.save_for_backward(hidden, weight, bias, results[3], *tokens, results[2])
+        ctx.options = (temperature, softcap, ignore_index)
+        ctx.backend = backend
+        return _finish(ctx, results, entropy)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple:
+        nothing = (None,) * 9
+        if grad_logprobs is None and grad_entropy is None:
+            return (None, None, None, *nothing)
+        needs = list(ctx.needs_input_grad[:3])
+        found = _head_backward(
+            *ctx.saved_tensors, grad_logprobs, grad_entropy, *ctx.options, needs, ctx.backend
+        )
+        return (*(g if need else None for g, need in zip(found, needs, strict=True)), *nothing)
+
+
+def _check_data(
+    op: str,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    pair: Support,
+    vocab: int,
+    ignore_index: int,
+) -> None:
+    keep = labels != ignore_index
+    _checks.labels_in_range(op, labels, vocab, ignore_index)
+    _checks.temperatures_positive(op, temperatures, keep)
+    _checks.support_valid(op, *pair, keep, vocab)
+
+
+def token_logprobs_support(
+    logits: Tensor,
+    labels: Tensor,
+    support: Support,
+    *,
+    temperature: float,
+    temperatures: Tensor | None,
+    softcap: float | None,
+    entropy: bool,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor | None]:
+    """`token_logprobs` over a support; the other arguments are checked already.
+
+    Args:
+        logits, labels, softcap, entropy, ignore_index: as there.
+        support: (indptr, indices).
+        temperature: the number, where `temperatures` is None.
+        temperatures: one per token.
+    """
+    op = "token_logprobs"
+    pair = _checks.support(op, support, labels.numel(), labels.device)
+    backend = _backends.select(f"{op}_support", logits.device)
+    if backend == _backends.REFERENCE:
+        _check_data(op, labels, temperatures, pair, logits.shape[-1], ignore_index)
+        return reference.token_logprobs_support(
+            logits,
+            labels,
+            *pair,
+            temperature=temperature if temperatures is None else temperatures,
+            softcap=softcap,
+            entropy=entropy,
+            ignore_index=ignore_index,
+        )
+    _checks.floating(op, "logits", logits)
+    logprobs, entropies = _TokenLogprobsSupport.apply(
+        logits,
+        labels,
+        temperatures,
+        *pair,
+        temperature if temperatures is None else 1.0,
+        0.0 if softcap is None else softcap,
+        entropy,
+        ignore_index,
+        backend,
+    )
+    return logprobs, entropies if entropy else None
+
+
+def linear_token_logprobs_support(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    support: Support,
+    *,
+    temperature: float,
+    temperatures: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    entropy: bool,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor | None]:
+    """`linear_token_logprobs` over a support; the other arguments are checked already."""
+    op = "linear_token_logprobs"
+    pair = _checks.support(op, support, labels.numel(), labels.device)
+    backend = _backends.select(f"{op}_support", hidden.device)
+    if backend == _backends.REFERENCE:
+        _check_data(op, labels, temperatures, pair, weight.shape[0], ignore_index)
+        return reference.linear_token_logprobs_support(
+            hidden,
+            weight,
+            labels,
+            *pair,
+            bias=bias,
+            temperature=temperature if temperatures is None else temperatures,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            entropy=entropy,
+            ignore_index=ignore_index,
+        )
+    _checks.floating(op, "hidden", hidden)
+    # scale * x under a cap c and a temperature T is x under c / scale and T / scale.
+    logprobs, entropies = _LinearTokenLogprobsSupport.apply(
+        hidden,
+        weight,
+        bias,
+        labels,
+        None if temperatures is None else temperatures / logit_scale,
+        *pair,
+        1.0 if temperatures is not None else temperature / logit_scale,
+        0.0 if softcap is None else softcap / logit_scale,
+        entropy,
+        ignore_index,
+        backend,
+    )
+    return logprobs, entropies if entropy else None
