@@ -26,10 +26,10 @@ def _load() -> str | None:
     if not gpu and not os.environ.get("TRITON_INTERPRET"):
         return "this torch is built without GPU support (TRITON_INTERPRET=1 runs the interpreter)"
     try:
-        from . import _launch, advantages, kl, logprobs, policy, value
+        from . import _launch, advantages, kl, logprobs, policy, support, value
     except ImportError as error:
         return f"triton could not be imported: {error}"
-    for op in (logprobs, kl, advantages, policy, value):
+    for op in (logprobs, kl, support, advantages, policy, value):
         _LAUNCHERS.update(op.LAUNCHERS)
     _INTERPRETED = _launch.INTERPRETED
     return None

@@ -1,0 +1,477 @@
+"""token_logprobs over a support: the words that the sampler kept, a list per token.
+
+Work on entries (the products with the weight) is cut into tiles of consecutive entries, whatever
+tokens they belong to: a token with a long list costs no more than many with short ones. Work on
+tokens loops over the token's entries, and the gradients of the head are weighted sums of gathered
+rows, entries in order. An entry's or a token's bits do not depend on what is around it.
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _checks, _config
+from .._layout import as_grid, as_rows, grid, grid_strides, rows_strides
+from ._launch import kernel, launch, tile_count
+from ._math import LOG2E, scalar, tanh_parts, tree_sum
+from .logprobs import LOWEST, _strides, alignment, label_gradient, tile_sums, token_at
+
+# Entries that a token's program takes at a time.
+BLOCK = 512
+# Entries and columns of a tile of products, and of one of a sum of rows: 32 values a thread. Fewer
+# where rows are not aligned and every value needs an address; never what sets the order of a sum.
+PRODUCT_ROWS, PRODUCT_ROWS_UNALIGNED, PRODUCT_COLS = 32, 8, 128
+SUM_ROWS, SUM_COLS, SUM_COLS_UNALIGNED = 8, 512, 128
+WARPS = 4
+# Entries of indptr that are looked at together.
+CHECKED = 2048
+# A list longer than the vocabulary can only be broken: lengths stay in 32 bits.
+LONGEST = tl.constexpr(2**30)
+
+
+@triton.jit
+def sum_cols(x):
+    """Sums of a tile's rows, [R, C] to [R]: trees of neighbours, the same in any layout."""
+    for _ in tl.static_range(20):
+        if x.shape[1] > 1:
+            x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)), axis=2)
+    return tl.reshape(x, (x.shape[0],))
+
+
+@triton.jit
+def sum_rows(x):
+    """Sums of a tile's columns, [R, C] to [C], as trees."""
+    for _ in tl.static_range(20):
+        if x.shape[0] > 1:
+            x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2, x.shape[1])), axis=1)
+    return tl.reshape(x, (x.shape[1],))
+
+
+@triton.jit
+def entries_of(starts, i, entries):
+    """First entry of list i and how many there are, inside [0, entries) whatever `starts` says."""
+    size = tl.full((), 0, tl.int64) + entries
+    begin = tl.minimum(tl.maximum(tl.load(starts + i).to(tl.int64), 0), size)
+    end = tl.minimum(tl.load(starts + i + 1).to(tl.int64), size)
+    return begin, tl.minimum(tl.maximum(end - begin, 0), LONGEST).to(tl.int32)
+
+
+@kernel
+def check_kernel(indptr, poison, tokens, entries, BLOCK: tl.constexpr):
+    """0, or NaN if indptr does not lead from 0 to `entries` without decreasing."""
+    bad = (tl.load(indptr) != 0) | (tl.load(indptr + tokens) != entries)
+    wrong = tl.where(bad, 1, 0)
+    for start in range(0, tokens, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = i < tokens
+        low = tl.load(indptr + i, mask=inside, other=0)
+        high = tl.load(indptr + i + 1, mask=inside, other=0)
+        wrong = tl.maximum(wrong, tl.max(tl.where(high < low, 1, 0), axis=0))
+    tl.store(poison, tl.where(wrong != 0, float("nan"), 0.0))
+
+
+@kernel(aligned=("hidden", "weight"))
+def products_kernel(
+    hidden, weight, bias, labels, indices, owner, kept, cols, tokens, entries, vocab, width,
+    stride0, stride1, weight_stride, bias_stride, labels_stride0, labels_stride1, ignore_index,
+    ALIGN: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Raw logits of a tile of entries; width and strides of rows are counted in units of ALIGN."""
+    entry = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = entry < entries
+    token = tl.load(owner + entry, mask=inside, other=0)
+    read = inside & (token < tokens)
+    at = token_at(token, cols, labels_stride0, labels_stride1)
+    read &= tl.load(labels + at, mask=read, other=ignore_index) != ignore_index
+    word = tl.load(indices + entry, mask=read, other=-1).to(tl.int64)
+    read &= (word >= 0) & (word < vocab)
+    x = hidden + token_at(token, cols, stride0, stride1) * ALIGN
+    w = weight + word * weight_stride * ALIGN
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, width * ALIGN, COLS):
+        column = start + tl.arange(0, COLS)
+        mask = read[:, None] & (column < width * ALIGN)[None, :]
+        a = tl.load(w[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(x[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        acc += a * b
+    z = sum_cols(acc)
+    if BIAS:
+        z += tl.load(bias + word * bias_stride, mask=read, other=0.0)
+    tl.store(kept + entry, z, mask=inside)
+
+
+@kernel
+def rows_kernel(
+    logits, kept, labels, temperatures, indptr, indices, poison, logprobs, entropies, stats, cols,
+    vocab, entries, stride0, stride1, labels_stride0, labels_stride1, temperatures_stride0,
+    temperatures_stride1, temperature, softcap, ignore_index, GATHER: tl.constexpr,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Log-probability, entropy and statistics of one token; with GATHER also its kept logits."""
+    row = tl.program_id(0)
+    label = tl.load(labels + token_at(row, cols, labels_stride0, labels_stride1)).to(tl.int64)
+    logprob, entropy = 0.0, 0.0
+    out_m, out_s = 0.0, 1.0
+    if label != ignore_index:
+        if PER_TOKEN:
+            at = token_at(row, cols, temperatures_stride0, temperatures_stride1)
+            temperature = tl.load(temperatures + at)
+        rate = 1.0 / scalar(temperature).to(tl.float64)
+        rate32 = rate.to(tl.float32)
+        begin, count = entries_of(indptr, row, entries)
+        x = logits + token_at(row, cols, stride0, stride1)
+        m = tl.full((), float("-inf"), tl.float32)
+        s = tl.full((), 0.0, tl.float64)
+        t = tl.full((), 0.0, tl.float64)
+        own = tl.full((), float("-inf"), tl.float32)
+        wrong = tl.full((), 0, tl.int32)
+        for start in range(0, count, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            inside = i < count
+            word = tl.load(indices + begin + i, mask=inside, other=0).to(tl.int64)
+            known = (word >= 0) & (word < vocab)
+            wrong = tl.maximum(wrong, tl.max(tl.where(known, 0, 1), axis=0))
+            if GATHER:
+                z = tl.load(x + word, mask=inside & known, other=float("-inf")).to(tl.float32)
+                tl.store(kept + begin + i, z, mask=inside)
+            else:
+                z = tl.load(kept + begin + i, mask=inside, other=float("-inf"))
+            if SOFTCAP:
+                z = softcap * tanh_parts(z / softcap)[0]
+            here = inside & (word == label)
+            found = tl.max(tl.where(here, z, float("-inf")), axis=0)
+            own = tl.where(found > own, found, own)
+            tile_m, tile_s, tile_t = tile_sums(z, inside, rate32, ENTROPY, BLOCK)
+            # A NaN may be lost here, it is in the sums too.
+            top = tl.where(m > tile_m, m, tile_m)
+            base = tl.where(top == float("-inf"), 0.0, top)
+            # Nothing but -inf has a sum of 0 and no distance to anything.
+            shift = tl.where(tile_s == 0.0, 0.0, (tile_m - base) * rate32)
+            weight = tl.exp2(shift * LOG2E).to(tl.float64)
+            before = tl.where(s == 0.0, 0.0, (m - base) * rate32)
+            old = tl.exp2(before * LOG2E).to(tl.float64)
+            if ENTROPY:
+                moved = tl.where(weight == 0.0, 0.0, weight * (tile_t + tile_s * shift))
+                t = tl.where(old == 0.0, 0.0, old * (t + s * before)) + moved
+            s = old * s + weight * tile_s
+            m = top
+        # A label or a word outside the vocabulary, a bad temperature, lists that make no sense and
+        # a token without words poison the token.
+        good = (label >= 0) & (label < vocab) & (temperature > 0.0) & (temperature < 3.0e38)
+        good &= (wrong == 0) & (m > float("-inf"))
+        nan = tl.where(good, tl.load(poison), float("nan"))
+        log_s = tl.log(s)
+        # Not poisoned by -inf - -inf: a label that was not kept is at -inf.
+        logprob = ((own - m).to(tl.float64) * rate - log_s).to(tl.float32) + nan
+        entropy = (log_s - t / s).to(tl.float32) + nan
+        out_m, out_s = m, s.to(tl.float32) + nan
+    tl.store(logprobs + row, logprob)
+    if ENTROPY:
+        tl.store(entropies + row, entropy)
+    out = stats + row.to(tl.int64) * 3
+    tl.store(out, out_m)
+    tl.store(out + 1, out_s)
+    tl.store(out + 2, entropy)
+
+
+@kernel
+def gradient_kernel(
+    kept, labels, temperatures, indptr, indices, stats, grad_logprobs, grad_entropy, dz, words,
+    out, cols, vocab, entries, labels_stride0, labels_stride1, temperatures_stride0,
+    temperatures_stride1, g_stride0, g_stride1, h_stride0, h_stride1, temperature, softcap,
+    ignore_index, DENSE: tl.constexpr, SOFTCAP: tl.constexpr, PER_TOKEN: tl.constexpr,
+    LOGPROBS: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a token's kept logits: into a row of zeros `out` with DENSE, else into `dz`.
+
+    `words` is the word of each entry that has a gradient, and `vocab` for the others.
+    """
+    row = tl.program_id(0)
+    label = tl.load(labels + token_at(row, cols, labels_stride0, labels_stride1)).to(tl.int64)
+    g, h = scalar(0.0), scalar(0.0)
+    if LOGPROBS:
+        g = tl.load(grad_logprobs + token_at(row, cols, g_stride0, g_stride1))
+    if ENTROPY:
+        h = tl.load(grad_entropy + token_at(row, cols, h_stride0, h_stride1))
+    begin, count = entries_of(indptr, row, entries)
+    used = (label != ignore_index) & ((g != 0.0) | (h != 0.0))
+    if used:
+        if PER_TOKEN:
+            at = token_at(row, cols, temperatures_stride0, temperatures_stride1)
+            temperature = tl.load(temperatures + at)
+        rate = 1.0 / scalar(temperature).to(tl.float64)
+        rate32 = rate.to(tl.float32)
+        of_row = stats + row.to(tl.int64) * 3
+        m, entropy = tl.load(of_row), tl.load(of_row + 2).to(tl.float64)
+        s = tl.load(of_row + 1).to(tl.float64)
+        log_s = tl.log(s)
+        # dz = e (a0 + a1 (z - m)): the entropy's part is linear in log p.
+        a0 = ((-g - h * (entropy - log_s)) / s * rate).to(tl.float32)
+        a1 = (-h * rate / s * rate).to(tl.float32)
+        for start in range(0, count, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            inside = i < count
+            word = tl.load(indices + begin + i, mask=inside, other=0).to(tl.int64)
+            known = inside & (word >= 0) & (word < vocab)
+            raw = tl.load(kept + begin + i, mask=known, other=float("-inf"))
+            here = known & (word == label)
+            own = tl.max(tl.where(here, raw, float("-inf")), axis=0)
+            z, slope, own_slope = raw, 1.0, 1.0
+            if SOFTCAP:
+                th, slope = tanh_parts(raw / softcap)
+                z = softcap * th
+                own_th, own_slope = tanh_parts(own / softcap)
+                own = softcap * own_th
+            d = z - m
+            e = tl.exp2(d * (rate32 * LOG2E))
+            value = e * a0
+            if ENTROPY:
+                value = e * (a0 + a1 * d)
+            # Exactly zero, also at -inf, where e d would be NaN.
+            value = tl.where(d * rate32 < LOWEST, 0.0, value * slope)
+            logprob = (own - m).to(tl.float64) * rate - log_s
+            at_label = (label_gradient(logprob, entropy, g, h) * rate * own_slope).to(tl.float32)
+            value = tl.where(here, at_label, value)
+            if DENSE:
+                to = out + row.to(tl.int64) * vocab + word
+                tl.store(to, value.to(out.dtype.element_ty), mask=known)
+            else:
+                moves = known & (value != 0.0)
+                tl.store(dz + begin + i, tl.where(moves, value, 0.0), mask=inside)
+                tl.store(words + begin + i, tl.where(moves, word, vocab), mask=inside)
+    else:
+        if DENSE == 0:
+            for start in range(0, count, BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                tl.store(dz + begin + i, tl.zeros((BLOCK,), tl.float32), mask=i < count)
+                tl.store(words + begin + i, tl.zeros((BLOCK,), tl.int32) + vocab, mask=i < count)
+
+
+@kernel(aligned=("source", "out"))
+def sums_kernel(
+    source, starts, order, rows, dz, out, bias, blocks, cols, limit, entries, width, stride0,
+    stride1, ALIGN: tl.constexpr, SORTED: tl.constexpr, SUM: tl.constexpr, BIAS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Columns of one row of `out`: the sum of dz times rows of `source` over a list of entries.
+
+    List i is starts[i] to starts[i + 1], in `order` if SORTED; `rows` is the row of each entry, of
+    which there are `limit`. With BIAS the sum of dz alone too.
+    """
+    pid = tl.program_id(0)
+    i, block = pid // blocks, pid % blocks
+    begin, count = entries_of(starts, i, entries)
+    column = block * COLS + tl.arange(0, COLS)
+    wanted = column < width * ALIGN
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, count, ROWS):
+        j = start + tl.arange(0, ROWS)
+        inside = j < count
+        entry = begin + j
+        if SORTED:
+            entry = tl.load(order + entry, mask=inside, other=0)
+        factor = tl.load(dz + entry, mask=inside, other=0.0)
+        row = tl.load(rows + entry, mask=inside, other=0).to(tl.int64)
+        read = inside & (factor != 0.0) & (row >= 0) & (row < limit)
+        factor = tl.where(read, factor, 0.0)
+        if SUM:
+            x = source + token_at(row, cols, stride0, stride1) * ALIGN
+            mask = read[:, None] & wanted[None, :]
+            value = tl.load(x[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+            acc += factor[:, None] * value
+        if BIAS:
+            total += factor
+    if SUM:
+        to = out + i.to(tl.int64) * width * ALIGN + column
+        tl.store(to, sum_rows(acc).to(out.dtype.element_ty), mask=wanted)
+    if BIAS:
+        if block == 0:
+            tl.store(bias + i, tree_sum(total, ROWS))
+
+
+def _owners(indptr: Tensor, entries: int) -> Tensor:
+    """The token of each entry, int64 [entries]; as many as there are tokens where it has none."""
+    at = torch.arange(entries, dtype=indptr.dtype, device=indptr.device)
+    return torch.searchsorted(indptr[1:], at, right=True)
+
+
+def _check(
+    op: str, labels: Tensor, temperatures: Tensor | None, indptr: Tensor, indices: Tensor,
+    vocab: int, ignore_index: int,
+) -> None:  # fmt: skip
+    if _config.CHECK:
+        keep = labels != ignore_index
+        _checks.labels_in_range(op, labels, vocab, ignore_index)
+        _checks.temperatures_positive(op, temperatures, keep)
+        _checks.support_valid(op, indptr, indices, keep, vocab)
+
+
+def _forward(
+    op: str,
+    rows: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    indptr: Tensor,
+    indices: Tensor,
+    temperature: float,
+    softcap: float,
+    entropy: bool,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape, width = labels.shape, rows.shape[-1]
+    vocab = width if weight is None else weight.shape[0]
+    logprobs = torch.empty(shape, dtype=torch.float32, device=rows.device)
+    entropies = torch.empty_like(logprobs) if entropy else logprobs.new_empty(0)
+    stats = logprobs.new_empty((*shape, 3))
+    kept = logprobs.new_empty(indices.shape)
+    if labels.numel() == 0:
+        return logprobs, entropies, stats, kept
+    _check(op, labels, temperatures, indptr, indices, vocab, ignore_index)
+    tokens, entries, (_, cols) = labels.numel(), indices.shape[0], grid(shape)
+    rows, labels, temperatures = as_rows(rows), as_grid(labels), as_grid(temperatures, torch.float32)
+    indptr, indices = indptr.contiguous(), indices.contiguous()
+    poison = logprobs.new_empty(1)
+    launch(check_kernel, 1, rows, indptr, poison, tokens, entries, BLOCK=CHECKED, warps=WARPS)
+    if weight is not None and entries:
+        weight, bias = as_rows(weight), as_grid(bias, torch.float32)
+        align = alignment(width, rows, weight)
+        tile = PRODUCT_ROWS if align > 1 else PRODUCT_ROWS_UNALIGNED
+        launch(
+            products_kernel, tile_count(entries, tile), rows, rows, weight, bias, labels,
+            indices, _owners(indptr, entries), kept, cols, tokens, entries, vocab, width // align,
+            *(s // align for s in (*rows_strides(rows), rows_strides(weight)[1])), _strides(bias)[1],
+            *grid_strides(labels), ignore_index, ALIGN=align, BIAS=bias is not None,
+            ROWS=tile, COLS=PRODUCT_COLS, warps=WARPS,
+        )  # fmt: skip
+    launch(
+        rows_kernel, tokens, rows, rows, kept, labels, temperatures, indptr, indices, poison,
+        logprobs, entropies, stats, cols, vocab, entries, *rows_strides(rows),
+        *grid_strides(labels), *_strides(temperatures), temperature, softcap, ignore_index,
+        GATHER=weight is None, SOFTCAP=softcap > 0, ENTROPY=entropy,
+        PER_TOKEN=temperatures is not None, BLOCK=BLOCK, warps=WARPS,
+    )  # fmt: skip
+    return logprobs, entropies, stats, kept
+
+
+def _gradient(
+    vocab: int,
+    out: Tensor | None,
+    kept: Tensor,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    indptr: Tensor,
+    indices: Tensor,
+    stats: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dz, words) of the entries, or nothing where the gradient goes into `out`, which is zeros."""
+    dz, words = None, None
+    if out is None:
+        dz, words = torch.empty_like(kept), torch.empty_like(kept, dtype=torch.int32)
+    _, cols = grid(labels.shape)
+    labels, temperatures = as_grid(labels), as_grid(temperatures, torch.float32)
+    g, h = as_grid(grad_logprobs, torch.float32), as_grid(grad_entropy, torch.float32)
+    launch(
+        gradient_kernel, labels.numel(), kept, kept, labels, temperatures, indptr, indices, stats,
+        g, h, dz, words, out, cols, vocab, indices.shape[0], *grid_strides(labels),
+        *_strides(temperatures), *_strides(g), *_strides(h), temperature, softcap, ignore_index,
+        DENSE=out is not None, SOFTCAP=softcap > 0, PER_TOKEN=temperatures is not None,
+        LOGPROBS=g is not None, ENTROPY=h is not None, BLOCK=BLOCK, warps=WARPS,
+    )  # fmt: skip
+    return dz, words
+
+
+def _sums(
+    source: Tensor,
+    starts: Tensor,
+    order: Tensor | None,
+    rows: Tensor,
+    dz: Tensor,
+    out: Tensor | None,
+    bias: Tensor | None,
+    cols: int,
+    limit: int,
+) -> None:
+    """Sums of dz times rows of `source` [..., H] over the lists of `starts`, into `out` and `bias`."""
+    width = source.shape[-1]
+    align = alignment(width, source)
+    columns = SUM_COLS if align > 1 else SUM_COLS_UNALIGNED
+    blocks = tile_count(width, columns) if out is not None else 1
+    stride0, stride1 = (s // align for s in rows_strides(source))
+    launch(
+        sums_kernel, (starts.shape[0] - 1) * blocks, source, source, starts, order, rows, dz, out,
+        bias, blocks, cols, limit, dz.shape[0], width // align, stride0, stride1, ALIGN=align,
+        SORTED=order is not None, SUM=out is not None, BIAS=bias is not None, ROWS=SUM_ROWS,
+        COLS=columns, warps=WARPS,
+    )  # fmt: skip
+
+
+def token_logprobs_support(logits: Tensor, *args: object) -> tuple[Tensor, ...]:
+    return _forward("token_logprobs", logits, None, None, *args)
+
+
+def token_logprobs_support_backward(
+    kept: Tensor, labels: Tensor, temperatures: Tensor | None, indptr: Tensor, indices: Tensor,
+    *args: object,
+) -> Tensor:  # fmt: skip
+    *args, vocab, dtype = args
+    out = torch.zeros((*labels.shape, vocab), dtype=dtype, device=kept.device)
+    if indices.numel() and labels.numel():
+        _gradient(
+            vocab, out, kept, labels, temperatures, indptr.contiguous(), indices.contiguous(), *args
+        )
+    return out
+
+
+def linear_token_logprobs_support(*args: object) -> tuple[Tensor, ...]:
+    return _forward("linear_token_logprobs", *args)
+
+
+def linear_token_logprobs_support_backward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor, labels: Tensor,
+    temperatures: Tensor | None, indptr: Tensor, indices: Tensor, *args: object,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    *args, needs = args
+    vocab, entries, tokens = weight.shape[0], indices.shape[0], labels.numel()
+    none = kept.new_empty(0)
+    grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else none
+    grad_weight = weight.new_empty(weight.shape) if needs[1] else none
+    grad_bias = kept.new_empty(vocab) if needs[2] else none
+    if not entries or not tokens:
+        found = (grad_hidden.zero_(), grad_weight.zero_(), grad_bias.zero_())
+    else:
+        found = (grad_hidden, grad_weight, grad_bias)
+        indptr, indices = indptr.contiguous(), indices.contiguous()
+        dz, words = _gradient(vocab, None, kept, labels, temperatures, indptr, indices, *args)
+        hidden, weight = as_rows(hidden), as_rows(weight)
+        if needs[0]:
+            _sums(weight, indptr, None, indices, dz, grad_hidden, None, vocab, vocab)
+        if needs[1] or needs[2]:
+            words, order = torch.sort(words, stable=True)
+            starts = torch.searchsorted(
+                words, torch.arange(vocab + 1, dtype=torch.int32, device=words.device)
+            )
+            _sums(
+                hidden, starts, order, _owners(indptr, entries), dz,
+                grad_weight if needs[1] else None, grad_bias if needs[2] else None,
+                grid(labels.shape)[1], tokens,
+            )  # fmt: skip
+    return found[0], found[1], found[2].to(bias.dtype) if needs[2] else found[2]
+
+
+LAUNCHERS: dict[str, Callable[..., object]] = {
+    "token_logprobs_support": token_logprobs_support,
+    "token_logprobs_support_backward": token_logprobs_support_backward,
+    "linear_token_logprobs_support": linear_token_logprobs_support,
+    "linear_token_logprobs_support_backward": linear_token_logprobs_support_backward,
+}
