@@ -33,7 +33,8 @@ enum StatusCode : int32_t {
   kOutOfMemory = 4,
   // support: `position` is that of the entry, in indptr or in indices.
   kBadIndptr = 5,
-  kIndexOutOfRange = 6
+  kIndexOutOfRange = 6,
+  kIndexRepeated = 7
 };
 struct Status {
   int32_t code = kOk;

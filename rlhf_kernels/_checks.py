@@ -222,7 +222,9 @@ def divisor_positive(op: str, value: Tensor | None) -> None:
 def support(op: str, value: object, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Requires (indptr [tokens + 1], indices [nnz]), each int32 or int64; their values are data."""
     if not isinstance(value, tuple | list) or len(value) != 2:
-        raise TypeError(f"{op}: support must be a pair (indptr, indices), got {type(value).__name__}")
+        raise TypeError(
+            f"{op}: support must be a pair (indptr, indices), got {type(value).__name__}"
+        )
     for name, part in zip(("support indptr", "support indices"), value, strict=True):
         labels(op, name, part)
         same_device(op, name, part, "labels", device)
@@ -253,12 +255,20 @@ def bad_index(op: str, position: int, indices: Tensor, vocab: int) -> IndexError
     )
 
 
+def repeated_index(op: str, position: int, indices: Tensor) -> ValueError:
+    """The error for the entry of a support's indices at `position`, which its token has already."""
+    return ValueError(
+        f"{op}: support index at position {position} is {indices[position].item()} again; expected "
+        "each word once in a token's support"
+    )
+
+
 def support_valid(op: str, indptr: Tensor, indices: Tensor, keep: Tensor, vocab: int) -> None:
     """Raises for the first bad entry of a support, where data may be looked at.
 
     Raises:
-        ValueError: of indptr.
-        IndexError: of the indices of a token of `keep` [...].
+        ValueError: of indptr; a word repeated in a token of `keep` [...].
+        IndexError: of the indices of a token of `keep`.
     """
     if not _may_look(indptr):
         return
@@ -269,7 +279,15 @@ def support_valid(op: str, indptr: Tensor, indices: Tensor, keep: Tensor, vocab:
     bad[1:] |= indptr[1:] < indptr[:-1]
     if bad.any():
         raise bad_indptr(op, int(bad.nonzero()[0]), indptr, entries)
-    used = keep.reshape(-1).repeat_interleave(indptr.diff())
+    counts = indptr.diff()
+    used = keep.reshape(-1).repeat_interleave(counts)
     bad = ((indices < 0) | (indices >= vocab)) & used
     if bad.any():
         raise bad_index(op, int(bad.nonzero()[0]), indices, vocab)
+    token = torch.arange(counts.shape[0], device=indptr.device).repeat_interleave(counts)
+    at = used.nonzero().squeeze(-1)
+    # Equal pairs of token and word come to lie side by side, the first of them first.
+    pair, order = (token[at] * vocab + indices[at]).sort(stable=True)
+    repeats = at[order[1:][pair[1:] == pair[:-1]]]
+    if repeats.numel():
+        raise repeated_index(op, int(repeats.min()), indices)

@@ -32,21 +32,32 @@ inline Status check_indptr(const Support& s, int64_t tokens) {
   return {};
 }
 
+// The words of one token. `seen` has a bit per word of the vocabulary, zeros before and after; null
+// where it is known that no word is repeated.
+inline Status check_words(const Support& s, Range range, int64_t vocab, uint64_t* seen) {
+  for (int64_t e = range.begin; e < range.end; ++e) {
+    const int64_t v = load_index(s.indices, e);
+    if (v < 0 || v >= vocab) return {kIndexOutOfRange, e};
+    if (!seen) continue;
+    const uint64_t bit = uint64_t{1} << (v % 64);
+    if (seen[v / 64] & bit) return {kIndexRepeated, e};
+    seen[v / 64] |= bit;
+  }
+  if (seen)
+    for (int64_t e = range.begin; e < range.end; ++e) seen[load_index(s.indices, e) / 64] = 0;
+  return {};
+}
+
 // Finds bad data before anything is read through it. Ignored tokens' entries are not looked at.
 template <class Args>
-inline Status check_support(const Args& a) {
+inline Status check_support(const Args& a, uint64_t* seen) {
   Status status = check_tokens(a);
   if (status.code == kOk) status = check_indptr(a.support, a.rows * a.cols);
-  if (status.code != kOk) return status;
-  for (int64_t token = 0; token < a.rows * a.cols; ++token) {
+  for (int64_t token = 0; token < a.rows * a.cols && status.code == kOk; ++token) {
     if (load_label(a.labels, token / a.cols, token % a.cols) == a.ignore_index) continue;
-    const Range range = entries_of(a.support, token);
-    for (int64_t e = range.begin; e < range.end; ++e) {
-      const int64_t v = load_index(a.support.indices, e);
-      if (v < 0 || v >= a.vocab) return {kIndexOutOfRange, e};
-    }
+    status = check_words(a.support, entries_of(a.support, token), a.vocab, seen);
   }
-  return {};
+  return status;
 }
 
 template <class E>
@@ -206,7 +217,9 @@ struct SupportBackward {
 };
 
 Status support_logprobs(const SupportArgs& a) {
-  const Status status = check_support(a);
+  const Scratch<uint64_t> seen((a.vocab + 63) / 64);
+  if (!seen.data) return {kOutOfMemory, -1};
+  const Status status = check_support(a, seen.data);
   if (status.code != kOk) return status;
   const auto row =
       pick<SupportForward, SupportArgs>(a.logits.dtype, a.softcap > 0.0, a.entropy.data != nullptr);
@@ -215,7 +228,7 @@ Status support_logprobs(const SupportArgs& a) {
 }
 
 Status support_backward(const SupportBackwardArgs& a) {
-  const Status status = check_support(a);
+  const Status status = check_support(a, nullptr);
   if (status.code != kOk) return status;
   if (a.grad_logits.data)
     advise_huge_pages(a.grad_logits.data,
@@ -233,42 +246,49 @@ struct Term {
   float factor;
 };
 
-// out[0, width) = sum over entries of factor * row, one after the other. Terms of factor 0 are not
-// read. kVecs vectors of the sum stay in registers while the rows pass by.
+// out[0, width) = sum over entries of factor * row, in order: sums of kTerms terms and the sum of
+// those, so that a word that thousands of tokens kept rounds no worse than one of a few. Terms of
+// factor 0 are not read. kVecs vectors of a sum stay in registers while the rows pass by.
 template <class E, class At>
 inline void sum_rows(Range range, int64_t width, typename E::Storage* out, const At& at) {
-  constexpr int kVecs = 8, kAhead = 4;
+  constexpr int kVecs = 8, kAhead = 4, kTerms = 128;
   for (int64_t h = 0; h < width; h += kVecs * kLanes) {
-    Vec sum[kVecs];
-    for (auto& v : sum) v = splat(0.0f);
+    Vec total[kVecs];
+    for (auto& v : total) v = splat(0.0f);
     const bool whole = h + kVecs * kLanes <= width;
-    for (int64_t e = range.begin; e < range.end; ++e) {
-      if (e + kAhead < range.end) {
-        const Term<E> later = at(e + kAhead);
-        if (later.factor != 0.0f) prefetch<E, kVecs>(later.row + h);
+    for (int64_t first = range.begin; first < range.end; first += kTerms) {
+      Vec sum[kVecs];
+      for (auto& v : sum) v = splat(0.0f);
+      const int64_t end = first + kTerms < range.end ? first + kTerms : range.end;
+      for (int64_t e = first; e < end; ++e) {
+        if (e + kAhead < range.end) {
+          const Term<E> later = at(e + kAhead);
+          if (later.factor != 0.0f) prefetch<E, kVecs>(later.row + h);
+        }
+        const Term<E> term = at(e);
+        if (term.factor == 0.0f) continue;
+        const Vec factor = splat(term.factor);
+        if (whole) {
+          for (int u = 0; u < kVecs; ++u)
+            sum[u] = fma(factor, E::load(term.row + h + u * kLanes), sum[u]);
+          continue;
+        }
+        for (int u = 0; u < kVecs && h + u * kLanes < width; ++u) {
+          const int64_t left = width - h - u * kLanes;
+          const auto* p = term.row + h + u * kLanes;
+          const Vec x =
+              left >= kLanes ? E::load(p) : load_partial<E>(p, static_cast<int>(left), 0.0f);
+          sum[u] = fma(factor, x, sum[u]);
+        }
       }
-      const Term<E> term = at(e);
-      if (term.factor == 0.0f) continue;
-      const Vec factor = splat(term.factor);
-      if (whole) {
-        for (int u = 0; u < kVecs; ++u)
-          sum[u] = fma(factor, E::load(term.row + h + u * kLanes), sum[u]);
-        continue;
-      }
-      for (int u = 0; u < kVecs && h + u * kLanes < width; ++u) {
-        const int64_t left = width - h - u * kLanes;
-        const auto* p = term.row + h + u * kLanes;
-        const Vec x =
-            left >= kLanes ? E::load(p) : load_partial<E>(p, static_cast<int>(left), 0.0f);
-        sum[u] = fma(factor, x, sum[u]);
-      }
+      for (int u = 0; u < kVecs; ++u) total[u] = add(total[u], sum[u]);
     }
     for (int u = 0; u < kVecs && h + u * kLanes < width; ++u) {
       const int64_t left = width - h - u * kLanes;
       if (left >= kLanes)
-        E::store(out + h + u * kLanes, sum[u]);
+        E::store(out + h + u * kLanes, total[u]);
       else
-        store_partial<E>(out + h + u * kLanes, sum[u], static_cast<int>(left));
+        store_partial<E>(out + h + u * kLanes, total[u], static_cast<int>(left));
     }
   }
 }

@@ -25,7 +25,7 @@ DTYPE_CODES = {
 }
 # csrc/abi.h: StatusCode
 OK, LABEL_OUT_OF_RANGE, BAD_TEMPERATURE, BAD_OFFSETS, OUT_OF_MEMORY = 0, 1, 2, 3, 4
-BAD_INDPTR, INDEX_OUT_OF_RANGE = 5, 6
+BAD_INDPTR, INDEX_OUT_OF_RANGE, INDEX_REPEATED = 5, 6, 7
 
 Packed = tuple[int, int, int, int] | None
 

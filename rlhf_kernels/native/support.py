@@ -31,6 +31,10 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             raise _checks.bad_indptr(op, position, indptr, indices.shape[0])
         if code == b.INDEX_OUT_OF_RANGE:
             raise _checks.bad_index(op, position, indices, vocab)
+        if code == b.INDEX_REPEATED:
+            raise _checks.repeated_index(op, position, indices)
+        if code == b.OUT_OF_MEMORY:
+            raise MemoryError(f"{op}: no memory for a bit per word of the vocabulary, {vocab}")
 
     def forward(
         op: str,
@@ -61,9 +65,10 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         bias, temperatures = b.as_grid(bias, torch.float32), b.as_grid(temperatures, torch.float32)
         status = extension.support_logprobs(
             *b.grid(shape), vocab, width, b.pack_rows(rows),
-            None if weight is None else b.pack_rows(weight), b.pack(bias), b.pack(labels), b.pack(temperatures), indices.shape[0], b.pack(indptr),
-            b.pack(indices), temperature, softcap, ignore_index, b.pack(logprobs),
-            b.pack(entropies) if entropy else None, b.pack(stats), b.pack(kept), b.threads(),
+            None if weight is None else b.pack_rows(weight), b.pack(bias), b.pack(labels),
+            b.pack(temperatures), indices.shape[0], b.pack(indptr), b.pack(indices), temperature,
+            softcap, ignore_index, b.pack(logprobs), b.pack(entropies) if entropy else None,
+            b.pack(stats), b.pack(kept), b.threads(),
         )  # fmt: skip
         check(op, status, labels, temperatures, indptr, indices, vocab)
         return logprobs, entropies, stats, kept
@@ -105,9 +110,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     def token_logprobs_support(logits: Tensor, *args: object) -> tuple[Tensor, ...]:
         return forward("token_logprobs", logits, None, None, *args)
 
-    def token_logprobs_support_backward(
-        kept: Tensor, labels: Tensor, *args: object
-    ) -> Tensor:
+    def token_logprobs_support_backward(kept: Tensor, labels: Tensor, *args: object) -> Tensor:
         *args, vocab, dtype = args
         out = torch.empty((*labels.shape, vocab), dtype=dtype, device=kept.device)
         backward("token_logprobs", vocab, out, kept, labels, *args)
@@ -125,12 +128,12 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         dz = backward(
             "linear_token_logprobs", vocab, None, kept, labels, temperatures, indptr, indices, *args
         )
-        none = kept.new_empty(0)
-        grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else none
-        grad_weight = weight.new_empty(weight.shape) if needs[1] else none
-        grad_bias = kept.new_empty(vocab) if needs[2] else none
+        grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else kept.new_empty(0)
+        grad_weight = weight.new_empty(weight.shape) if needs[1] else kept.new_empty(0)
+        grad_bias = kept.new_zeros(vocab if needs[2] else 0)
         if labels.numel() == 0:
-            return grad_hidden, grad_weight.zero_(), grad_bias.zero_()
+            bias_like = bias if needs[2] else kept
+            return grad_hidden, grad_weight.zero_(), grad_bias.to(bias_like.dtype)
         sums = needs[1] or needs[2]
         starts = torch.empty(vocab + 1 if sums else 0, dtype=torch.int64, device=kept.device)
         # csrc/abi.h: SupportUse

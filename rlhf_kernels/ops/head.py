@@ -209,6 +209,8 @@ def linear_token_logprobs(
     chunk = check_chunk(op, chunk_tokens)
     temperatures = per_token_temperature(op, temperature, labels)
     if support is not None:
+        if shards:
+            raise ValueError(f"{op}: support and group do not go together")
         return TokenLogprobs(
             *linear_token_logprobs_support(
                 hidden,

@@ -53,8 +53,7 @@ _backward = define(
 )
 _head_forward = define(
     "linear_token_logprobs_support",
-    f"(Tensor hidden, Tensor weight, Tensor? bias, {_FORWARD}) -> "
-    "(Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor hidden, Tensor weight, Tensor? bias, {_FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda hidden, weight, bias, *args: _forward_fake(hidden, *args),
 )
 _head_backward = define(

@@ -19,7 +19,7 @@ def support_mask(indptr: Tensor, indices: Tensor, keep: Tensor, vocab: int) -> T
     """
     mask = torch.zeros(keep.numel() + 1, vocab, dtype=torch.bool, device=keep.device)
     entry = torch.arange(indices.shape[0], device=keep.device)
-    token = torch.searchsorted(indptr[1:].long(), entry, right=True)
+    token = torch.searchsorted(indptr[1:].long().contiguous(), entry, right=True)
     # Entries of dropped tokens go to a row of their own.
     used = torch.cat([keep.reshape(-1), keep.new_zeros(1)])[token]
     token, index = torch.where(used, token, keep.numel()), torch.where(used, indices, 0)

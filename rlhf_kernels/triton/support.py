@@ -19,12 +19,14 @@ from ._launch import kernel, launch, tile_count
 from ._math import LOG2E, scalar, tanh_parts, tree_sum
 from .logprobs import LOWEST, _strides, alignment, label_gradient, tile_sums, token_at
 
-# Entries that a token's program takes at a time.
-BLOCK = 512
+# Entries that a token's program takes at a time: few lists are longer, and 512 spill registers.
+BLOCK = 256
 # Entries and columns of a tile of products, and of one of a sum of rows: 32 values a thread. Fewer
 # where rows are not aligned and every value needs an address; never what sets the order of a sum.
 PRODUCT_ROWS, PRODUCT_ROWS_UNALIGNED, PRODUCT_COLS = 32, 8, 128
-SUM_ROWS, SUM_COLS, SUM_COLS_UNALIGNED = 8, 512, 128
+SUM_ROWS, SUM_COLS, SUM_COLS_UNALIGNED = 4, 512, 128
+# Entries whose sum is taken by itself before it joins the sum of a list.
+SUM_TERMS = 512
 WARPS = 4
 # Entries of indptr that are looked at together.
 CHECKED = 2048
@@ -254,7 +256,7 @@ def gradient_kernel(
 def sums_kernel(
     source, starts, order, rows, dz, out, bias, blocks, cols, limit, entries, width, stride0,
     stride1, ALIGN: tl.constexpr, SORTED: tl.constexpr, SUM: tl.constexpr, BIAS: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    TERMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Columns of one row of `out`: the sum of dz times rows of `source` over a list of entries.
 
@@ -266,31 +268,35 @@ def sums_kernel(
     begin, count = entries_of(starts, i, entries)
     column = block * COLS + tl.arange(0, COLS)
     wanted = column < width * ALIGN
-    acc = tl.zeros((ROWS, COLS), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, count, ROWS):
-        j = start + tl.arange(0, ROWS)
-        inside = j < count
-        entry = begin + j
-        if SORTED:
-            entry = tl.load(order + entry, mask=inside, other=0)
-        factor = tl.load(dz + entry, mask=inside, other=0.0)
-        row = tl.load(rows + entry, mask=inside, other=0).to(tl.int64)
-        read = inside & (factor != 0.0) & (row >= 0) & (row < limit)
-        factor = tl.where(read, factor, 0.0)
+    sums = tl.zeros((COLS,), tl.float32)
+    total = tl.zeros((ROWS,), tl.float64)
+    for first in range(0, count, TERMS):
+        acc = tl.zeros((ROWS, COLS), tl.float32)
+        for start in range(first, tl.minimum(first + TERMS, count), ROWS):
+            j = start + tl.arange(0, ROWS)
+            inside = j < count
+            entry = begin + j
+            if SORTED:
+                entry = tl.load(order + entry, mask=inside, other=0)
+            factor = tl.load(dz + entry, mask=inside, other=0.0)
+            row = tl.load(rows + entry, mask=inside, other=0).to(tl.int64)
+            read = inside & (factor != 0.0) & (row >= 0) & (row < limit)
+            factor = tl.where(read, factor, 0.0)
+            if SUM:
+                x = source + token_at(row, cols, stride0, stride1) * ALIGN
+                mask = read[:, None] & wanted[None, :]
+                value = tl.load(x[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+                acc += factor[:, None] * value
+            if BIAS:
+                total += factor.to(tl.float64)
         if SUM:
-            x = source + token_at(row, cols, stride0, stride1) * ALIGN
-            mask = read[:, None] & wanted[None, :]
-            value = tl.load(x[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
-            acc += factor[:, None] * value
-        if BIAS:
-            total += factor
+            sums += sum_rows(acc)
     if SUM:
         to = out + i.to(tl.int64) * width * ALIGN + column
-        tl.store(to, sum_rows(acc).to(out.dtype.element_ty), mask=wanted)
+        tl.store(to, sums.to(out.dtype.element_ty), mask=wanted)
     if BIAS:
         if block == 0:
-            tl.store(bias + i, tree_sum(total, ROWS))
+            tl.store(bias + i, tree_sum(total, ROWS).to(tl.float32))
 
 
 def _owners(indptr: Tensor, entries: int) -> Tensor:
@@ -334,7 +340,11 @@ def _forward(
         return logprobs, entropies, stats, kept
     _check(op, labels, temperatures, indptr, indices, vocab, ignore_index)
     tokens, entries, (_, cols) = labels.numel(), indices.shape[0], grid(shape)
-    rows, labels, temperatures = as_rows(rows), as_grid(labels), as_grid(temperatures, torch.float32)
+    rows, labels, temperatures = (
+        as_rows(rows),
+        as_grid(labels),
+        as_grid(temperatures, torch.float32),
+    )
     indptr, indices = indptr.contiguous(), indices.contiguous()
     poison = logprobs.new_empty(1)
     launch(check_kernel, 1, rows, indptr, poison, tokens, entries, BLOCK=CHECKED, warps=WARPS)
@@ -345,7 +355,8 @@ def _forward(
         launch(
             products_kernel, tile_count(entries, tile), rows, rows, weight, bias, labels,
             indices, _owners(indptr, entries), kept, cols, tokens, entries, vocab, width // align,
-            *(s // align for s in (*rows_strides(rows), rows_strides(weight)[1])), _strides(bias)[1],
+            *(s // align for s in rows_strides(rows)), rows_strides(weight)[1] // align,
+            _strides(bias)[1],
             *grid_strides(labels), ignore_index, ALIGN=align, BIAS=bias is not None,
             ROWS=tile, COLS=PRODUCT_COLS, warps=WARPS,
         )  # fmt: skip
@@ -402,7 +413,7 @@ def _sums(
     cols: int,
     limit: int,
 ) -> None:
-    """Sums of dz times rows of `source` [..., H] over the lists of `starts`, into `out` and `bias`."""
+    """Sums of dz times rows of `source` [..., H] over the lists `starts`, into `out` and `bias`."""
     width = source.shape[-1]
     align = alignment(width, source)
     columns = SUM_COLS if align > 1 else SUM_COLS_UNALIGNED
@@ -411,8 +422,8 @@ def _sums(
     launch(
         sums_kernel, (starts.shape[0] - 1) * blocks, source, source, starts, order, rows, dz, out,
         bias, blocks, cols, limit, dz.shape[0], width // align, stride0, stride1, ALIGN=align,
-        SORTED=order is not None, SUM=out is not None, BIAS=bias is not None, ROWS=SUM_ROWS,
-        COLS=columns, warps=WARPS,
+        SORTED=order is not None, SUM=out is not None, BIAS=bias is not None, TERMS=SUM_TERMS,
+        ROWS=SUM_ROWS, COLS=columns, warps=WARPS,
     )  # fmt: skip
 
 
@@ -443,10 +454,9 @@ def linear_token_logprobs_support_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     *args, needs = args
     vocab, entries, tokens = weight.shape[0], indices.shape[0], labels.numel()
-    none = kept.new_empty(0)
-    grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else none
-    grad_weight = weight.new_empty(weight.shape) if needs[1] else none
-    grad_bias = kept.new_empty(vocab) if needs[2] else none
+    grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else kept.new_empty(0)
+    grad_weight = weight.new_empty(weight.shape) if needs[1] else kept.new_empty(0)
+    grad_bias = kept.new_empty(vocab if needs[2] else 0)
     if not entries or not tokens:
         found = (grad_hidden.zero_(), grad_weight.zero_(), grad_bias.zero_())
     else:
