@@ -233,6 +233,15 @@ def _check(op: str, labels: Tensor, temperatures: Tensor | None, keep: Tensor, v
     _checks.temperatures_positive(op, temperatures, keep)
 
 
+def _complete(found: tuple[Tensor, ...], weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A policy loss's gradients in log-probabilities and entropy, times `weight` and its scale."""
+    *_, g, h, scale = found
+    for factor in (weight, scale if scale.dim() == 0 else None):
+        if factor is not None:
+            g, h = g * factor, h if h.numel() == 0 else h * factor
+    return g, h
+
+
 class _PolicySweep:
     """The chunks of one `linear_policy_loss`, and the log-probabilities found on the way."""
 
@@ -320,15 +329,13 @@ class _PolicySweep:
                 return None if t is None else t.unsqueeze(0)
 
             ones = torch.ones_like(logprobs, dtype=torch.bool)
-            _, _, g, h = self._rows["policy_loss"](
+            found = self._rows["policy_loss"](
                 row(logprobs), row(tokens.take(old, part)), row(tokens.take(advantages, part)),
                 row(ones), row(own_ref), row(tokens.take(rollout, part)),
                 row(entropy) if bonus else None, None, None, 1.0, codes, params, True, bonus,
             )  # fmt: skip
-            weight = tokens.take(weights, part)
-            self._gradient(
-                tokens, part, logits, stats, g[0] * weight, h[0] * weight if bonus else None
-            )
+            g, h = _complete(found, tokens.take(weights, part))
+            self._gradient(tokens, part, logits, stats, g[0], h[0] if bonus else None)
             gradients.add(tokens, part, hidden, logits)
 
     def backward(self, g: Tensor, h: Tensor | None, gradients: Gradients) -> None:
@@ -581,9 +588,10 @@ def launchers(
         else:
             # The gradient of a token needs its whole sequence: a first sweep for that.
             sweep.logprobs_of(sweep.tokens)
-            _, _, g, h = sweep.policy_loss(old, advantages, ref, rollout, whole, True, bonus)
+            found = sweep.policy_loss(old, advantages, ref, rollout, whole, True, bonus)
+            g, h = _complete(found)
             sweep.backward(flat(g), flat(h) if bonus else None, gradients)
-        loss, metrics, _, _ = sweep.policy_loss(old, advantages, ref, rollout, whole, False, False)
+        loss, metrics, *_ = sweep.policy_loss(old, advantages, ref, rollout, whole, False, False)
         return loss, metrics, *gradients.results(hidden.shape)
 
     return {

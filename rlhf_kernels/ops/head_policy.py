@@ -12,7 +12,7 @@ from ..policy_config import PolicyLossConfig
 from ..reference.policy import METRICS
 from .head import check_chunk, check_head, gradients_fake
 from .logprobs import per_token_temperature
-from .policy import PolicyLoss, PolicyMetrics, check_advantages, check_config, scaled
+from .policy import PolicyLoss, PolicyMetrics, check_advantages, check_config, times
 
 
 def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
@@ -61,7 +61,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if upstream is None:
             return (None, None, None, *ctx.nothing)
         gradients = (
-            scaled(g, upstream) if need else None
+            times(g, upstream) if need else None
             for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
         )
         return (*gradients, *ctx.nothing)

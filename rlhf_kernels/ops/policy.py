@@ -65,6 +65,14 @@ _backward = define(
 )
 
 
+def times(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """gradient * upstream; the gradient itself where upstream is 1 and looking costs nothing."""
+    if type(upstream) is Tensor and upstream.device.type == "cpu":
+        if not torch.compiler.is_compiling() and upstream.item() == 1.0:
+            return gradient
+    return gradient * upstream
+
+
 def scaled(
     gradients: list[Tensor], dtypes: list[torch.dtype], scale: Tensor, upstream: Tensor,
     backend: str,
@@ -73,11 +81,7 @@ def scaled(
     if scale.dim() == 0:
         first, second = (*gradients, None)[:2]
         return _backward(first, second, scale, upstream, dtypes[0], dtypes[-1], backend)
-    # The gradients themselves where upstream is 1 and looking costs nothing.
-    if type(upstream) is Tensor and upstream.device.type == "cpu":
-        if not torch.compiler.is_compiling() and upstream.item() == 1.0:
-            return gradients
-    return [g * upstream for g in gradients]
+    return [times(g, upstream) for g in gradients]
 
 
 class _PolicyLoss(torch.autograd.Function):
