@@ -270,7 +270,7 @@ def support_valid(op: str, indptr: Tensor, indices: Tensor, keep: Tensor, vocab:
         ValueError: of indptr; a word repeated in a token of `keep` [...].
         IndexError: of the indices of a token of `keep`.
     """
-    if not _may_look(indptr):
+    if not may_look(indptr):
         return
     entries = indices.shape[0]
     bad = (indptr < 0) | (indptr > entries)

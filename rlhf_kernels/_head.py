@@ -571,10 +571,10 @@ def launchers(
             sweep.logprobs_of(sweep.tokens)
         elif codes[_RATIO_LEVEL] == 0 and codes[_CORRECTION_LEVEL] != 2:
             # Tokens stand alone: their gradient is known as soon as their log-probability is.
+            count = normalizer if normalizer is not None else divisor or None
             weights = policy.token_weights(
-                mask != 0, AGGREGATIONS[codes[_AGGREGATION]],
-                normalizer if normalizer is not None else divisor or None, torch.float32, cu_seqlens,
-            ).expand(mask.shape)  # fmt: skip
+                mask != 0, AGGREGATIONS[codes[_AGGREGATION]], count, torch.float32, cu_seqlens
+            ).expand(mask.shape)
             idle = torch.zeros((), dtype=torch.bool, device=hidden.device)
             if params[_KL_COEF] == 0 and not bonus and params[_PENALTY_COEF] == 0:
                 # No advantage, no gradient.

@@ -1,6 +1,7 @@
 """Small inputs for every operation: what `warmup` runs and what the doctor checks."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -138,6 +139,25 @@ def _token_logprobs(x: Inputs) -> Call:
     return (logits, x.integers(x.size, x.rows)), {"temperature": 0.7, "entropy": True}
 
 
+def _support(x: Inputs, rows: int) -> tuple[Tensor, Tensor]:
+    """Three words for each of `rows` tokens."""
+    indptr = 3 * torch.arange(rows + 1, device=x.device)
+    words = (x.integers(x.size - 2, rows, 1) + torch.arange(3, device=x.device)).reshape(-1)
+    return indptr, words
+
+
+def _linear_token_logprobs_support(x: Inputs) -> Call:
+    hidden, weight = _head(x)
+    support = _support(x, 2 * x.rows)
+    return (hidden, weight, support[1][::3].view(x.rows, 2)), {"support": support, "entropy": True}
+
+
+def _token_logprobs_support(x: Inputs) -> Call:
+    support = _support(x, x.rows)
+    logits = x.floats(x.rows, x.size, scale=4.0)
+    return (logits, support[1][::3]), {"support": support, "entropy": True}
+
+
 def _value_loss(x: Inputs) -> Call:
     return (x.tokens(grad=True), x.tokens(), x.tokens(), x.mask()), {"clip_range": 0.2}
 
@@ -164,6 +184,12 @@ EXAMPLES: dict[Callable[..., Any], Callable[[Inputs], Call]] = {
     token_logprobs: _token_logprobs,
     value_loss: _value_loss,
     whiten: _whiten,
+}
+
+#: More calls of an operation, of kernels that its example does not reach.
+VARIANTS: dict[Callable[..., Any], tuple[Callable[[Inputs], Call], ...]] = {
+    linear_token_logprobs: (_linear_token_logprobs_support,),
+    token_logprobs: (_token_logprobs_support,),
 }
 
 
@@ -217,9 +243,8 @@ def warmup(
     rows = max(2, torch.get_num_threads())
     with torch.inference_mode(False), torch.enable_grad():
         for function, example in EXAMPLES.items():
-            for dtype in dtypes:
-                x = Inputs(rows, 64, dtype, device, torch.Generator().manual_seed(0))
-                call = example(x)
+            for make, dtype in product((example, *VARIANTS.get(function, ())), dtypes):
+                call = make(Inputs(rows, 64, dtype, device, torch.Generator().manual_seed(0)))
                 gradients(list(tensors(function(*call[0], **call[1]))), call)
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -8,7 +8,7 @@ from run_python import BLOCK_EXTENSION, run_python
 
 import rlhf_kernels as rk
 from rlhf_kernels import __main__ as doctor
-from rlhf_kernels import _warmup, native
+from rlhf_kernels import _backends, _warmup, native
 
 DOCTOR = "from rlhf_kernels.__main__ import main\nraise SystemExit(main({}))"
 
@@ -90,7 +90,7 @@ def test_openmp_runtimes_are_found():
 
 def test_warmup_runs_every_kernel(monkeypatch):
     called = set()
-    table = native.launchers("cpu")
+    table = _backends._launchers("cpu")
     for name, launcher in list(table.items()):
 
         def record(*args, _name=name, _launcher=launcher):
@@ -101,8 +101,10 @@ def test_warmup_runs_every_kernel(monkeypatch):
     state = torch.get_rng_state()
     with torch.inference_mode():
         rk.warmup()
-    # An in-place variant runs the code of the plain one.
-    assert called == {name for name in table if not name.endswith("_inplace")}
+    # An in-place variant runs the code of the plain one, a sharded one that of its shard.
+    assert called == {
+        name for name in table if not name.endswith("_inplace") and not name.startswith("sharded_")
+    }
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -166,7 +166,7 @@ def test_policy_loss_is_the_composition(backend, packed):
 
 
 def test_policy_loss_with_a_reference_head(backend):
-    leaves, tokens, constants = policy_problem()
+    leaves, tokens, _ = policy_problem()
     ref_hidden, ref_weight, ref_bias, _ = operands(width=H // 2, seed=2)
     labels, mask = tokens[0], tokens[3]
     ref = reference.linear_token_logprobs(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rlhf_kernels as rk
-from rlhf_kernels import _warmup, native
+from rlhf_kernels import _backends, _warmup
 
 PACKAGE = Path(rk.__file__).parent
 ROOT = PACKAGE.parent
@@ -114,7 +114,9 @@ def test_native_code_includes_no_torch():
 
 
 def test_every_launcher_is_a_registered_operator():
-    launchers = native.launchers("cpu")
+    launchers = set(_backends._launchers("cpu"))
+    # Of no use but to the head, whose buffer of logits it overwrites.
+    launchers.remove("kl_divergence_backward_inplace")
     assert "token_logprobs" in launchers
     for name in launchers:
         schema = getattr(torch.ops.rlhf_kernels, name).default._schema

@@ -199,14 +199,8 @@ def test_head_with_one_gradient(backend, ranks):
 POLICY = ("ppo, every term", "grpo", "gspo", "sequence correction")
 
 
-def policy_backends(backend):
-    if backend == "triton" and "policy_loss" not in rk._backends._launchers("triton"):
-        pytest.skip("this build's Triton backend has no policy_loss")
-
-
 @pytest.mark.parametrize("name", POLICY)
 def test_policy_loss_matches_fp64(backend, ranks, name):
-    policy_backends(backend)
     leaves, tokens, constants = policy_problem()
     options = {"config": CONFIGS[name], "temperature": 0.8}
     arguments = dict(zip(("hidden", "weight", "bias"), leaves, strict=True))
@@ -225,7 +219,6 @@ def test_policy_loss_matches_fp64(backend, ranks, name):
 
 
 def test_policy_loss_with_reference_head(backend, ranks):
-    policy_backends(backend)
     # bf16, the default chunk, an empty shard, a reference policy whose head is sharded too.
     leaves, tokens, _ = policy_problem(torch.bfloat16)
     ref_hidden, ref_weight, ref_bias, _ = operands(torch.bfloat16, width=12, seed=1)
@@ -302,8 +295,6 @@ def test_bad_label_in_the_head_raises_on_all(backend, ranks):
         found = bad(*args, {"labels": wrong}, HEAD_DIMS, **options)
         assert [e for e, _ in found] == [IndexError] * 3, found
         assert all(op in m and "on rank 1 is 131" in m for _, m in found)
-    if "policy_loss" not in rk._backends._launchers("triton") and backend == "triton":
-        return
     on_ranks(
         ranks, [30, 1, 100], "linear_policy_loss", backend, arguments | more, HEAD_DIMS, [],
         options={"config": config}, only_rank={1: {"labels": under}},

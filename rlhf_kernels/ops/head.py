@@ -134,6 +134,29 @@ def check_head(
         _checks.same_device(op, names[2], bias, names[0], hidden.device)
 
 
+def check_ref_head(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    *,
+    sharded: bool = False,
+) -> None:
+    """Requires a reference policy's head over the tokens and the vocabulary of the policy's."""
+    names = ("ref_hidden", "ref_weight", "ref_bias")
+    check_head(op, ref_hidden, ref_weight, ref_bias, names, sharded=sharded)
+    _checks.same_device(op, "ref_hidden", ref_hidden, "hidden", hidden.device)
+    expected = tuple(hidden.shape[:-1]), weight.shape[0]
+    got = tuple(ref_hidden.shape[:-1]), ref_weight.shape[0]
+    if got != expected:
+        raise ValueError(
+            f"{op}: ref_hidden and ref_weight must have the tokens and the vocabulary of hidden "
+            f"and weight, {expected[0]} and {expected[1]}, got {got[0]} and {got[1]}"
+        )
+
+
 def check_chunk(op: str, chunk_tokens: int | None) -> int:
     """chunk_tokens, or 0 for the default."""
     if chunk_tokens is None:
@@ -348,15 +371,8 @@ def linear_kl_divergence(
     """
     op = "linear_kl_divergence"
     check_head(op, hidden, weight, bias, ("hidden", "weight", "bias"))
-    check_head(op, ref_hidden, ref_weight, ref_bias, ("ref_hidden", "ref_weight", "ref_bias"))
+    check_ref_head(op, hidden, weight, ref_hidden, ref_weight, ref_bias)
     _checks.same_dtype(op, "ref_hidden", ref_hidden, "hidden", hidden.dtype)
-    _checks.same_device(op, "ref_hidden", ref_hidden, "hidden", hidden.device)
-    if ref_hidden.shape[:-1] != hidden.shape[:-1] or ref_weight.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"{op}: ref_hidden and ref_weight must have the tokens and the vocabulary of hidden and "
-            f"weight, {tuple(hidden.shape[:-1])} and {weight.shape[0]}, got "
-            f"{tuple(ref_hidden.shape[:-1])} and {ref_weight.shape[0]}"
-        )
     if mask is not None:
         _checks.mask(op, "mask", mask)
         _checks.same_shape(op, "mask", mask, "hidden without H", hidden.shape[:-1])

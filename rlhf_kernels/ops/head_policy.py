@@ -10,7 +10,7 @@ from .. import _backends, _checks, _group, _shard, reference
 from .._register import define
 from ..policy_config import PolicyLossConfig
 from ..reference.policy import METRICS
-from .head import check_chunk, check_head, gradients_fake
+from .head import check_chunk, check_head, check_ref_head, gradients_fake
 from .logprobs import per_token_temperature
 from .policy import PolicyLoss, PolicyMetrics, check_advantages, check_config, times
 
@@ -245,13 +245,5 @@ def _check_ref_head(
         raise ValueError(f"{op}: ref_hidden and ref_weight must be given together")
     if ref_logprobs is not None:
         raise ValueError(f"{op}: ref_logprobs must be None where ref_hidden is given")
-    names = ("ref_hidden", "ref_weight", "ref_bias")
-    check_head(op, ref_hidden, ref_weight, ref_bias, names, sharded=sharded)
-    _checks.same_device(op, "ref_hidden", ref_hidden, "hidden", hidden.device)
-    if ref_hidden.shape[:-1] != hidden.shape[:-1] or ref_weight.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"{op}: ref_hidden and ref_weight must have the tokens and the vocabulary of hidden and "
-            f"weight, {tuple(hidden.shape[:-1])} and {weight.shape[0]}, got "
-            f"{tuple(ref_hidden.shape[:-1])} and {ref_weight.shape[0]}"
-        )
+    check_ref_head(op, hidden, weight, ref_hidden, ref_weight, ref_bias, sharded=sharded)
     return [t.detach() for t in (ref_hidden, ref_weight, ref_bias) if t is not None]
