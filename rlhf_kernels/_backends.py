@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import _config, _head, _shard, native, triton
+from . import _config, _head, _head_launchers, _shard, native, triton
 
 REFERENCE = "reference"
 
@@ -19,7 +19,7 @@ _ORDER = {"cpu": ("cpu",), "cuda": ("triton",), "xpu": ("triton",)}
 _Launcher = Callable[..., object]
 # Filled at import, not on first use: torch.compile cannot trace what fills them.
 _TABLES: dict[str, dict[str, _Launcher]] = {
-    backend: {**rows, **_head.launchers(rows, empty), **_shard.launchers(rows, empty)}
+    backend: {**rows, **_head_launchers.launchers(rows, empty), **_shard.launchers(rows, empty)}
     for backend, rows, empty in (
         ("cpu", native.launchers("cpu"), native.empty("cpu")),
         ("triton", triton.launchers(), _head.plain_empty),

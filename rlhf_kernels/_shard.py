@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, _group, _head
+from . import _checks, _group, _head, _head_launchers
 
 # A label that another shard has (csrc/abi.h: kLabelElsewhere).
 ELSEWHERE = -(2**63)
@@ -191,7 +191,7 @@ def launchers(rows: _head.Launchers, empty: _head.Empty) -> dict[str, Callable[.
         return {}
 
     def head_of(group: str, rows: _head.Launchers) -> _head.Launchers:
-        return _head.launchers(rows, empty, functools.partial(_group.sum_, group=group))
+        return _head_launchers.launchers(rows, empty, functools.partial(_group.sum_, group=group))
 
     def sharded_token_logprobs(
         logits: Tensor,
@@ -257,7 +257,7 @@ def launchers(rows: _head.Launchers, empty: _head.Empty) -> dict[str, Callable[.
         shards = meet(op, weight.shape[0], labels, temperatures, keep, group)
         # Chunk by chunk the ranks meet: their chunks are those of the largest shard, whose size is
         # a host synchronisation on a GPU.
-        if not chunk:
+        if chunk == 0:
             columns = (2 if ref_head else 1) * int(shards.sizes.max())
             chunk = _head.chunk_size(hidden.device, columns, hidden.dtype)
         return head_of(group, _rows_of(rows, group))[op](

@@ -259,6 +259,48 @@ def test_memory_is_bounded_by_the_chunk(monkeypatch):
     assert 0 < largest <= max(16 * V, hidden.numel(), weight.numel()) < labels.numel() * V
 
 
+def drawn(tokens, width, vocab, dtype):
+    hidden = torch.randn(tokens, width).to(dtype).requires_grad_()
+    weight = (torch.randn(vocab, width) / width**0.5).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(0, vocab, (tokens,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernels", ["cpu", "triton"])
+def test_batch_invariance(kernels, dtype):
+    """A token alone, in batches of any size and at any place: the same bits, and its gradient's."""
+    hidden, weight, labels = drawn(70, 96, 1003 if kernels == "cpu" else 131, dtype)
+    old, advantages = torch.randn(70) - 7, torch.randn(70)
+    options = {"chunk_tokens": 32, "batch_invariant": True}
+
+    def run(rows):
+        h = hidden.detach()[rows].requires_grad_()
+        lp, entropy = rk.linear_token_logprobs(h, weight, labels[rows], entropy=True, **options)
+        kl = rk.linear_kl_divergence(
+            h, weight, hidden.detach()[rows].flip(-1), weight.detach(), **options
+        )
+        loss = rk.linear_policy_loss(
+            h[:, None], weight, labels[rows, None], old[rows, None], advantages[rows, None],
+            torch.ones(len(rows), 1, dtype=torch.bool),
+            config=rk.PolicyLossConfig.reinforce(aggregation="constant", normalizer=3.0), **options,
+        ).loss  # fmt: skip
+        total = (lp.sum() + entropy.sum(), loss, kl.sum())
+        return lp, entropy, kl, *(torch.autograd.grad(t, h)[0] for t in total)
+
+    with rk.use_backend(kernels):
+        whole = run(torch.arange(70))
+        for rows in (torch.tensor([41]), torch.tensor([3, 41, 69]), torch.arange(69, 20, -1)):
+            for a, e in zip(run(rows), whole, strict=True):
+                assert_bitwise_equal(a, e[rows])
+                assert a.abs().max() > 0
+
+
+def test_batch_invariance_is_refused_where_it_does_not_hold():
+    hidden, weight, _, labels = operands(bias=False)
+    with rk.use_backend("reference"), pytest.raises(ValueError, match="batch_invariant"):
+        rk.linear_token_logprobs(hidden, weight, labels, batch_invariant=True)
+
+
 def test_label_out_of_range_names_its_position(backend):
     hidden, weight, _, labels = operands(bias=False)
     labels[0, :4] = -100

@@ -22,15 +22,17 @@ RANKS = {
     "controllers": 2,
     **dict.fromkeys(("reference", "native", "triton"), 2),
     "_head": 3,
-    "_shard": 4,
-    "_backends": 5,
-    "_register": 6,
-    "ops": 7,
-    "_warmup": 8,
+    "_head_policy": 4,
+    "_head_launchers": 5,
+    "_shard": 6,
+    "_backends": 7,
+    "_register": 8,
+    "ops": 9,
+    "_warmup": 10,
     # The package itself: the public names.
-    "": 9,
-    **dict.fromkeys(("cli", "__main__"), 10),
-    **dict.fromkeys(("trainer", "integrations"), 11),
+    "": 11,
+    **dict.fromkeys(("cli", "__main__"), 12),
+    **dict.fromkeys(("trainer", "integrations"), 13),
 }
 TRAINER_ONLY = {"transformers", "accelerate", "datasets", "flash_attn", "trl", "verl", "openrlhf"}
 

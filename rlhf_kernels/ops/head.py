@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _backends, _checks, _group, _shard, reference
+from .._head import chunk_size
 from .._register import define
 from .logprobs import TokenLogprobs, per_token_temperature
 from .support import Support, linear_token_logprobs_support
@@ -157,13 +158,25 @@ def check_ref_head(
         )
 
 
-def check_chunk(op: str, chunk_tokens: int | None) -> int:
-    """chunk_tokens, or 0 for the default."""
-    if chunk_tokens is None:
-        return 0
-    if not isinstance(chunk_tokens, int) or isinstance(chunk_tokens, bool) or chunk_tokens < 1:
-        raise ValueError(f"{op}: chunk_tokens must be an integer >= 1 or None, got {chunk_tokens}")
-    return chunk_tokens
+def check_chunk(
+    op: str,
+    chunk_tokens: int | None,
+    batch_invariant: bool,
+    hidden: Tensor,
+    columns: int,
+    backend: str,
+) -> int:
+    """An operator's chunk_tokens (see `_head.Chunk`), for logits of `columns` in all."""
+    if chunk_tokens is not None:
+        if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+            raise ValueError(
+                f"{op}: chunk_tokens must be an integer >= 1 or None, got {chunk_tokens}"
+            )
+    if not batch_invariant:
+        return chunk_tokens or 0
+    if backend == _backends.REFERENCE:
+        raise ValueError(f"{op}: the reference backend has no batch_invariant")
+    return -(chunk_tokens or chunk_size(hidden.device, columns, hidden.dtype))
 
 
 def linear_token_logprobs(
@@ -178,6 +191,7 @@ def linear_token_logprobs(
     entropy: bool = False,
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
+    batch_invariant: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
 ) -> TokenLogprobs:
@@ -206,6 +220,11 @@ def linear_token_logprobs(
         entropy: also return the entropy.
         ignore_index: label of tokens to skip.
         chunk_tokens: tokens of a chunk. None: what 128 MiB of logits hold on CPU, 1 GiB on a GPU.
+        batch_invariant: every product takes exactly chunk_tokens rows, the last chunk padded, so
+            that a token's results and its own gradient are the same bits in any batch. GEMM
+            libraries choose their kernel, and with it the order of a sum, by the number of rows;
+            without this a batch of another size may differ in the last bits. Costs the padding: up
+            to a chunk of products, little where tokens fill several chunks.
         group: process group over which V is sharded; None for none.
         support: the words that the sampler kept for each token, (indptr, indices), as in
             `token_logprobs`. Only their rows of the weight are multiplied, in fp32 without chunks,
@@ -229,7 +248,6 @@ def linear_token_logprobs(
     if softcap is not None:
         _checks.positive(op, "softcap", softcap)
     _checks.positive(op, "logit_scale", logit_scale)
-    chunk = check_chunk(op, chunk_tokens)
     temperatures = per_token_temperature(op, temperature, labels)
     if support is not None:
         if shards:
@@ -251,6 +269,9 @@ def linear_token_logprobs(
         )
 
     backend = _backends.select(op, hidden.device)
+    chunk = check_chunk(
+        op, chunk_tokens, batch_invariant, hidden, weight.shape[0], backend
+    )  # fmt: skip
     if backend == _backends.REFERENCE:
         keep = labels != ignore_index
         if shards:
@@ -344,6 +365,7 @@ def linear_kl_divergence(
     direction: str = "reverse",
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """`kl_divergence` between two LM heads, without the logits of either in memory as a whole.
 
@@ -362,6 +384,7 @@ def linear_kl_divergence(
         direction: "reverse" or "forward".
         temperature: a finite number > 0; divides both.
         chunk_tokens: as in `linear_token_logprobs`.
+        batch_invariant: as in `linear_token_logprobs`.
 
     Returns:
         [...], float32, differentiable in hidden, weight and bias; values as `kl_divergence`.
@@ -380,11 +403,13 @@ def linear_kl_divergence(
     _checks.one_of(op, "direction", direction, ("reverse", "forward"))
     _checks.positive(op, "temperature", temperature)
     _checks.positive(op, "logit_scale", logit_scale)
-    chunk = check_chunk(op, chunk_tokens)
     ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
     ref_bias = None if ref_bias is None else ref_bias.detach()
 
     backend = _backends.select(op, hidden.device)
+    chunk = check_chunk(
+        op, chunk_tokens, batch_invariant, hidden, 2 * weight.shape[0], backend
+    )  # fmt: skip
     if backend == _backends.REFERENCE:
         return reference.linear_kl_divergence(
             hidden,

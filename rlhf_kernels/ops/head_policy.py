@@ -87,6 +87,7 @@ def linear_policy_loss(
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     chunk_tokens: int | None = None,
+    batch_invariant: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     config: PolicyLossConfig,
 ) -> PolicyLoss:
@@ -126,6 +127,7 @@ def linear_policy_loss(
         normalizer: as in `policy_loss`.
         chunk_tokens: as in `linear_token_logprobs`, the same on every rank of group. None: what
             fits for the largest shard.
+        batch_invariant: as in `linear_token_logprobs`; with group, chunk_tokens must be given.
         group: process group over which V is sharded; None for none.
         config: options.
 
@@ -145,7 +147,6 @@ def linear_policy_loss(
     if softcap is not None:
         _checks.positive(op, "softcap", softcap)
     _checks.positive(op, "logit_scale", logit_scale)
-    chunk = check_chunk(op, chunk_tokens)
     temperatures = per_token_temperature(op, temperature, labels)
     tokens = {
         "old_logprobs": old_logprobs,
@@ -163,6 +164,11 @@ def linear_policy_loss(
     count, divisor = _checks.divisor(op, config.normalizer if normalizer is None else normalizer)
 
     backend = _backends.select(op, hidden.device)
+    columns = (2 if ref_head else 1) * weight.shape[0]
+    if shards and batch_invariant and chunk_tokens is None:
+        # The ranks meet chunk by chunk.
+        raise ValueError(f"{op}: chunk_tokens must be given with group and batch_invariant")
+    chunk = check_chunk(op, chunk_tokens, batch_invariant, hidden, columns, backend)
     if backend == _backends.REFERENCE:
         keep = mask != 0
         if shards:

@@ -1,0 +1,242 @@
+"""linear_policy_loss: the chunks of its head, and the launcher over a backend's row kernels."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ._head import (
+    NO_LABEL_IGNORED,
+    Chunk,
+    Empty,
+    Gradients,
+    Head,
+    Launchers,
+    Reduce,
+    Tokens,
+    check,
+    flat,
+    select,
+)
+from .policy_config import AGGREGATIONS
+from .reference import policy
+
+# Where PolicyLossConfig encodes these (policy_config.py: _codes, _params).
+_RATIO_LEVEL, _CORRECTION_LEVEL, _AGGREGATION = 1, 5, 7
+_PENALTY_COEF, _KL_COEF, _ENTROPY_COEF = 6, 9, 13
+
+
+def _complete(found: tuple[Tensor, ...], weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A policy loss's gradients in log-probabilities and entropy, times `weight` and its scale."""
+    *_, g, h, scale = found
+    for factor in (weight, scale if scale.dim() == 0 else None):
+        if factor is not None:
+            g, h = g * factor, h if h.numel() == 0 else h * factor
+    return g, h
+
+
+class _PolicySweep:
+    """The chunks of one `linear_policy_loss`, and the log-probabilities found on the way."""
+
+    def __init__(
+        self,
+        rows: Launchers,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        temperatures: Tensor | None,
+        mask: Tensor,
+        ref_head: list[Tensor],
+        temperature: float,
+        softcap: float,
+        chunk: int,
+        empty: Empty,
+    ) -> None:
+        self._rows, self._mask = rows, mask
+        self._labels, self._temperatures = flat(labels), flat(temperatures)
+        self._options = (temperature, softcap)
+        keep = flat(mask) != 0
+        check("linear_policy_loss", self._labels, self._temperatures, keep, weight.shape[0])
+        self.tokens = select(keep)
+        columns = (2 if ref_head else 1) * weight.shape[0]
+        of_chunk = Chunk.of(chunk, hidden.device, columns, hidden.dtype)
+        self._chunk = of_chunk.size
+        shared = (of_chunk, self.tokens.count, empty)
+        self.head = Head.of(hidden, weight, bias, *shared)
+        self._ref = None
+        if ref_head:
+            ref_bias = ref_head[2] if len(ref_head) > 2 else None
+            self._ref = Head.of(*ref_head[:2], ref_bias, *shared)
+        shape = self._labels.shape
+        self.logprobs = torch.zeros(shape, dtype=torch.float32, device=hidden.device)
+        self.entropy = torch.zeros_like(self.logprobs)
+        self.ref_logprobs = torch.zeros_like(self.logprobs) if ref_head else None
+        self._stats = self.logprobs.new_empty((*shape, 3))
+
+    def _forward(self, tokens: Tokens, part: slice) -> tuple[Tensor, ...]:
+        """A chunk's (hidden, logits, log-probabilities, entropy, stats, reference's), recorded."""
+        own = tokens.take(self._labels, part), tokens.take(self._temperatures, part)
+        ref = None
+        if self._ref is not None:
+            logits = self._ref.project(tokens.take(self._ref.hidden, part))
+            ref, _, _ = self._rows["token_logprobs"](
+                logits, *own, *self._options, False, NO_LABEL_IGNORED
+            )
+            tokens.put(self.ref_logprobs, part, ref)
+        hidden = tokens.take(self.head.hidden, part)
+        logits = self.head.project(hidden)
+        logprobs, entropy, stats = self._rows["token_logprobs"](
+            logits, *own, *self._options, True, NO_LABEL_IGNORED
+        )
+        tokens.put(self.logprobs, part, logprobs)
+        tokens.put(self.entropy, part, entropy)
+        tokens.put(self._stats, part, stats)
+        return hidden, logits, logprobs, entropy, stats, ref
+
+    def logprobs_of(self, tokens: Tokens) -> None:
+        """Log-probabilities of `tokens`; no gradient."""
+        for part in tokens.chunks(self._chunk):
+            self._forward(tokens, part)
+
+    def fused(
+        self,
+        tokens: Tokens,
+        old: Tensor,
+        advantages: Tensor,
+        ref: Tensor | None,
+        rollout: Tensor | None,
+        weights: Tensor,
+        codes: list[int],
+        params: list[float],
+        bonus: bool,
+        gradients: Gradients,
+    ) -> None:
+        """Log-probabilities and gradients of `tokens`, one product forward and two backward."""
+        codes = [*codes[:_AGGREGATION], AGGREGATIONS.index("constant")]
+        for part in tokens.chunks(self._chunk):
+            hidden, logits, logprobs, entropy, stats, own_ref = self._forward(tokens, part)
+            if own_ref is None:
+                own_ref = tokens.take(ref, part)
+
+            def row(t: Tensor | None) -> Tensor | None:
+                return None if t is None else t.unsqueeze(0)
+
+            ones = torch.ones_like(logprobs, dtype=torch.bool)
+            found = self._rows["policy_loss"](
+                row(logprobs), row(tokens.take(old, part)), row(tokens.take(advantages, part)),
+                row(ones), row(own_ref), row(tokens.take(rollout, part)),
+                row(entropy) if bonus else None, None, None, 1.0, codes, params, True, bonus,
+            )  # fmt: skip
+            g, h = _complete(found, tokens.take(weights, part))
+            self._gradient(tokens, part, logits, stats, g[0], h[0] if bonus else None)
+            gradients.add(tokens, part, hidden, logits)
+
+    def backward(self, g: Tensor, h: Tensor | None, gradients: Gradients) -> None:
+        """The second sweep: gradients from those of the log-probabilities and entropies."""
+        used = g != 0 if h is None else (g != 0) | (h != 0)
+        tokens = select(used)
+        for part in tokens.chunks(self._chunk):
+            hidden = tokens.take(self.head.hidden, part)
+            logits = self.head.project(hidden)
+            upstream = tokens.take(g, part), tokens.take(h, part)
+            self._gradient(tokens, part, logits, tokens.take(self._stats, part), *upstream)
+            gradients.add(tokens, part, hidden, logits)
+
+    def _gradient(
+        self,
+        tokens: Tokens,
+        part: slice,
+        logits: Tensor,
+        stats: Tensor,
+        g: Tensor,
+        h: Tensor | None,
+    ) -> None:
+        self._rows["token_logprobs_backward_inplace"](
+            logits, tokens.take(self._labels, part), tokens.take(self._temperatures, part), stats,
+            g, h, *self._options, NO_LABEL_IGNORED,
+        )  # fmt: skip
+
+    def policy_loss(
+        self,
+        old: Tensor,
+        advantages: Tensor,
+        ref: Tensor | None,
+        rollout: Tensor | None,
+        whole: tuple[object, ...],
+        grad: bool,
+        bonus: bool,
+    ) -> tuple[Tensor, ...]:
+        """(loss, metrics, gradients) of all tokens from the recorded log-probabilities."""
+        shape = self._mask.shape
+        if self.ref_logprobs is not None:
+            ref = self.ref_logprobs.view(shape)
+        return self._rows["policy_loss"](
+            self.logprobs.view(shape), old, advantages, self._mask, ref, rollout,
+            self.entropy.view(shape), *whole, grad, bonus,
+        )  # fmt: skip
+
+
+def launcher(
+    rows: Launchers, empty: Empty, reduce: Reduce | None
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The launcher of linear_policy_loss; arguments as in `_head_launchers.launchers`."""
+
+    def linear_policy_loss(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        temperatures: Tensor | None,
+        old: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        ref: Tensor | None,
+        rollout: Tensor | None,
+        ref_head: list[Tensor],
+        cu_seqlens: Tensor | None,
+        normalizer: Tensor | None,
+        temperature: float,
+        softcap: float,
+        divisor: float,
+        codes: list[int],
+        params: list[float],
+        chunk: int,
+        needs: list[bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        sweep = _PolicySweep(
+            rows, hidden, weight, bias, labels, temperatures, mask, ref_head, temperature, softcap,
+            chunk, empty,
+        )  # fmt: skip
+        per_token = policy.per_token(advantages, mask, cu_seqlens)
+        whole = (cu_seqlens, normalizer, divisor, codes, params)
+        bonus = params[_ENTROPY_COEF] != 0
+        gradients = Gradients(sweep.head, *needs, reduce)
+        if not any(needs):
+            sweep.logprobs_of(sweep.tokens)
+        elif codes[_RATIO_LEVEL] == 0 and codes[_CORRECTION_LEVEL] != 2:
+            # Tokens stand alone: their gradient is known as soon as their log-probability is.
+            count = normalizer if normalizer is not None else divisor or None
+            weights = policy.token_weights(
+                mask != 0, AGGREGATIONS[codes[_AGGREGATION]], count, torch.float32, cu_seqlens
+            ).expand(mask.shape)
+            idle = torch.zeros((), dtype=torch.bool, device=hidden.device)
+            if params[_KL_COEF] == 0 and not bonus and params[_PENALTY_COEF] == 0:
+                # No advantage, no gradient.
+                idle = flat(per_token) == 0
+            kept = flat(mask) != 0
+            sweep.logprobs_of(select(kept & idle))
+            sweep.fused(
+                select(kept & ~idle), flat(old), flat(per_token), flat(ref), flat(rollout),
+                flat(weights), codes, params, bonus, gradients,
+            )  # fmt: skip
+        else:
+            # The gradient of a token needs its whole sequence: a first sweep for that.
+            sweep.logprobs_of(sweep.tokens)
+            found = sweep.policy_loss(old, advantages, ref, rollout, whole, True, bonus)
+            g, h = _complete(found)
+            sweep.backward(flat(g), flat(h) if bonus else None, gradients)
+        loss, metrics, *_ = sweep.policy_loss(old, advantages, ref, rollout, whole, False, False)
+        return loss, metrics, *gradients.results(hidden.shape)
+
+    return linear_policy_loss
