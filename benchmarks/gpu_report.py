@@ -42,7 +42,7 @@ def wanted(point: dict[str, Any]) -> str:
     """The targets in words."""
     words = []
     for name, least in point["targets"].items():
-        words.append(f"{least:.0%} of {name}" if name in ("copy", "read") else f"{least:g}× {name}")
+        words.append(f"{least:.0%} of {name}" if name in report.LIMITS else f"{least:g}× {name}")
     for key, most in point["at_most"].items():
         words.append(f"{'host ' if key == 'host' else ''}≤ {microseconds(most)} µs")
     return ", ".join(words)

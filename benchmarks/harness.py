@@ -84,14 +84,17 @@ class Case:
         oracle: -> fp64 outputs, followed by fp64 gradients where the mode has a backward, each
             already passed through `select`.
         moved: bytes that the operation must read and write at least.
-        limit: "copy" or "read", the machine rate that bounds it.
-        targets: provider (or "copy", "read") -> least ratio of its time to ours.
+        limit: what bounds it: "copy" or "read", the machine's rates, or one of `baselines`.
+        targets: provider (or "copy", "read", a baseline) -> least ratio of its time to ours.
         at_most: "median" (time) or "host" (time of the host in a call) of ours -> seconds.
         select: part of each result that the oracle holds (sampled rows, unmasked tokens).
         upstream: gradient of each checked output; ones if empty.
         extra: more functions of the inputs to time beside the providers, ungated.
         outputs: how many outputs are checked and differentiated; the rest (metrics) are only
             computed. All of them if None.
+        baselines: work without which the operation cannot be done, as functions of nothing.
+        least_rounds: fewer than MIN_ROUNDS where a round takes many seconds.
+        rounded: dtype that something is rounded to on the way, where coarser than the results.
     """
 
     op: str
@@ -108,6 +111,9 @@ class Case:
     upstream: tuple[Tensor, ...] = ()
     extra: dict[str, Provider] = field(default_factory=dict)
     outputs: int | None = None
+    baselines: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    least_rounds: int = MIN_ROUNDS
+    rounded: torch.dtype = torch.float32
 
 
 def points(cpu: dict[str, Any], gpu: dict[str, Any]) -> list[Any]:
@@ -188,7 +194,7 @@ def gate(case: Case, function: Provider, expected: tuple[Tensor, ...]) -> float:
         r = case.select(result.detach()).double()
         if r.shape != e.shape:
             raise GateError(f"result {i}: shape {tuple(r.shape)}, expected {tuple(e.shape)}")
-        allowed = GATE[result.dtype] * (e.abs() + e.square().mean().sqrt())
+        allowed = max(GATE[result.dtype], GATE[case.rounded]) * (e.abs() + e.square().mean().sqrt())
         error = float(((r - e).abs() / allowed.clamp(min=1e-30)).max())
         # Not `error > 1`: NaN must fail.
         if not error <= 1:
@@ -359,7 +365,7 @@ def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case
         pytest.fail(f"ours: {record['ours']['error']}")
     for name, function in case.extra.items():
         steps[name], record[name] = _steps(case, function), {}
-    for name, call in _machine_rates(case, device).items():
+    for name, call in (_machine_rates(case, device) | case.baselines).items():
         steps[name], record[name] = (tuple, call), {}
 
     clock = timer(device)
@@ -373,7 +379,7 @@ def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case
     ours = max(estimates.pop("ours"), host["ours"] if is_gpu else 0.0)
     stride = {n: every if max(t, host[n]) > slow else 1 for n, t in estimates.items()}
     per_round = ours + sum(max(t, host[n]) / stride[n] for n, t in estimates.items())
-    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(point_seconds / per_round)))
+    rounds = max(case.least_rounds, min(MAX_ROUNDS, int(point_seconds / per_round)))
     rounds = QUICK_ROUNDS if settings.quick else rounds
     times: dict[str, list[float]] = {name: [] for name in (*steps, "ours")}
     hosts: dict[str, list[float]] = {name: [] for name in times}

@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PEERS = {"trl": "TRL", "verl": "verl"}
+PEERS = {"trl": "TRL", "verl": "verl", "liger": "Liger", "torch fused": "torch fused"}
+#: What bounds an operation: a share of it is reached.
+LIMITS = ("copy", "read", "GEMMs")
 # Rows in the order of a training step; operations not listed come last.
-ORDER = ("token_logprobs", "kl_", "gae", "ppo_", "group_", "policy_", "value_")
+ORDER = ("token_logprobs", "linear_", "kl_", "gae", "ppo_", "group_", "policy_", "value_")
 Entry = dict[str, Any]
 
 
@@ -56,7 +58,7 @@ def target_text(entry: Entry, quick: bool) -> str:
         return ""
     results = judged(entry)
     missed = [
-        f"{name} {least:.0%}" if name in ("copy", "read") else f"{name} {least:.3g}×"
+        f"{name} {least:.0%}" if name in LIMITS else f"{name} {least:.3g}×"
         for name, least, r in results
         if r < least
     ]
@@ -95,10 +97,10 @@ def table(entries: list[Entry], quick: bool) -> list[str]:
 
 
 def memory_lines(entries: list[Entry]) -> list[str]:
-    """Peak memory beyond the inputs: token_logprobs forward + backward, result included."""
+    """Peak memory beyond the inputs, forward + backward, where logits are; result included."""
     lines = []
     for e in entries:
-        if e["mode"] != "forward+backward" or not e["op"].startswith("token_logprobs"):
+        if e["mode"] != "forward+backward" or not e["op"].startswith(("token_logprobs", "linear_")):
             continue
         peaks = {n: p["peak_bytes"] for n, p in e["providers"].items() if p.get("peak_bytes")}
         if "ours" in peaks:
@@ -147,7 +149,8 @@ def markdown(data: Entry, entries: list[Entry]) -> str:
         "Medians. ÷ x: time of x over ours. ÷ compile: `torch.compile` of eager; for the "
         "advantages, the faster of a vectorised torch form and its compilation. Of the limit: time "
         "in which the machine copies (`tensor.clone()`, bytes read + written) or reads "
-        "(`tensor.sum()` of fp32) as many bytes as the operation must move, over ours."
+        "(`tensor.sum()` of fp32) as many bytes as the operation must move, over ours; for the "
+        "fused head, time of its bare products (three or four `torch.mm(out=)` over all tokens)."
     ]
     return "\n".join([*lines, *memory_lines(entries), *problem_lines(data, entries)]) + "\n"
 

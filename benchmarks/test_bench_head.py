@@ -59,7 +59,8 @@ def _moved(hidden: Tensor, weight: Tensor) -> int:
     return 2 * (hidden.numel() + weight.numel()) * hidden.element_size()
 
 
-def _trl() -> Provider | Missing:
+def trl_head() -> Provider | Missing:
+    """TRL's chunked head as (hidden, weight, labels, wanted outputs) -> its outputs."""
     function = peer("trl.trainer.utils", "_ChunkedLogProbFunction")
 
     def trl(hidden: Tensor, weight: Tensor, labels: Tensor, outputs: tuple[str, ...]) -> Any:
@@ -127,13 +128,13 @@ def test_linear_token_logprobs(
         result = rk.linear_token_logprobs(hidden, weight, labels, entropy=entropy)
         return tuple(result) if entropy else (result.logprobs,)
 
-    trl_head = _trl()
+    of_trl = trl_head()
     verl_head = peer("verl.utils.experimental.torch_functional", "FusedLinearForPPO")
     options = peer("torch.nn", "LinearCrossEntropyOptions")
     wanted = ("entropy",) if entropy else ()
 
     def trl(*inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(t for t in trl_head(*inputs, wanted) if t is not None)
+        return tuple(t for t in of_trl(*inputs, wanted) if t is not None)
 
     def torch_fused(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return -F.linear_cross_entropy(
@@ -142,7 +143,7 @@ def test_linear_token_logprobs(
 
     providers = {
         "eager": eager_both if entropy else eager_logprobs,
-        "trl": trl_head and trl,
+        "trl": of_trl and trl,
         # It has no form without the entropy, whose gradient then is zero.
         "verl": verl_head and (lambda *inputs: verl_head()(*inputs)[: len(upstream)]),
         "ours": ours,
@@ -163,6 +164,7 @@ def test_linear_token_logprobs(
             upstream=upstream,
             baselines={"GEMMs": gemms(hidden, weight, 2)},
             least_rounds=7,
+            rounded=_DTYPES[name],
         )
     )
 
@@ -209,7 +211,7 @@ def test_linear_policy_loss(run: Callable[[Case], None], settings: Settings, nam
         )  # fmt: skip
         return result.loss, result.metrics.values
 
-    trl_head = _trl()
+    of_trl = trl_head()
     verl_head = peer("verl.utils.experimental.torch_functional", "FusedLinearForPPO")
     liger_loss = peer("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
 
@@ -228,7 +230,7 @@ def test_linear_policy_loss(run: Callable[[Case], None], settings: Settings, nam
             inputs=(hidden, weight, labels),
             providers={
                 "eager": after(eager_logprobs),
-                "trl": trl_head and after(lambda *inputs: trl_head(*inputs, ())[0]),
+                "trl": of_trl and after(lambda *inputs: of_trl(*inputs, ())[0]),
                 "verl": verl_head and after(lambda *inputs: verl_head()(*inputs)[0]),
                 "liger": liger_loss and liger,
                 "ours": ours,
@@ -240,5 +242,6 @@ def test_linear_policy_loss(run: Callable[[Case], None], settings: Settings, nam
             outputs=1,
             baselines={"GEMMs": gemms(hidden, weight, 1)},
             least_rounds=7,
+            rounded=_DTYPES[name],
         )
     )
