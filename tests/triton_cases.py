@@ -150,6 +150,41 @@ def kl(full: bool) -> Iterator[Case]:
         yield Case(f"kl_penalty/{label(v)}", rk.kl_penalty, (x, ref), options)
 
 
+def support(full: bool) -> Iterator[Case]:
+    """Log-probabilities over the words that a sampler kept, of logits and of the fused head."""
+    combine = products if full else one_by_one
+    axes = {
+        "form": ("logits", "head", "head odd"),
+        "dtype": DTYPES,
+        "softcap": (None, 30.0),
+        "temperature": ("number", "tensor"),
+        "labels": (torch.int64, torch.int32),
+        "support": (torch.int64, torch.int32),
+        "wants": ("both", "logprobs", "entropy", "no entropy"),
+        "bias": (True, False),
+    }
+    variants = list(combine(**axes))
+    variants += [dict(variants[0], form=f, dtype=d) for f in axes["form"] for d in DTYPES]
+    variants += [dict(variants[0], form=f, bias=False) for f in axes["form"][1:]]
+    chosen = {"logprobs": lambda r: r.logprobs, "entropy": lambda r: r.entropy}
+    for v in {label(v): v for v in variants}.values():
+        dtype, wants = v["dtype"], v["wants"]
+        y = torch.zeros(3, dtype=v["labels"])
+        t = torch.ones(3) if v["temperature"] == "tensor" else 0.7
+        kept = (torch.arange(4) * 2).to(v["support"]), torch.tensor([0, 1] * 3).to(v["support"])
+        options = {"support": kept, "softcap": v["softcap"], "temperature": t}
+        options["entropy"] = wants != "no entropy"
+        name, last = f"support/{label(v)}", chosen.get(wants, lambda r: r)
+        if v["form"] == "logits":
+            yield Case(name, rk.token_logprobs, (logits(dtype, "even"), y), options, last)
+            continue
+        width = 64 if v["form"] == "head" else 61
+        hidden, weight = (torch.zeros(n, width, dtype=dtype, requires_grad=True) for n in (3, 9))
+        if v["bias"]:
+            options["bias"] = torch.zeros(9, dtype=dtype, requires_grad=True)
+        yield Case(name, rk.linear_token_logprobs, (hidden, weight, y), options, last)
+
+
 #: Sequences as the token kernels see them: one tile each, several, rows with gaps, packed.
 LAYOUTS = ("padded", "long", "strided", "packed", "packed64")
 
@@ -425,6 +460,7 @@ def cases(full: bool) -> Iterator[Case]:
     yield from examples()
     yield from token_logprobs(full)
     yield from kl(full)
+    yield from support(full)
     yield from scans(full)
     yield from statistics(full)
     yield from policy(full)
