@@ -6,6 +6,7 @@ write each element as often as it says, and are not compiled anew for another le
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,15 @@ LAUNCHES = {
         ["logprobs.partial_kernel", "logprobs.combine_kernel"],
         ["logprobs.coefficients_kernel", "logprobs.backward_kernel"],
     ),
+    "token_logprobs_support": (
+        ["support.check_kernel", "support.rows_kernel"],
+        ["support.gradient_kernel"],
+    ),
+    # Two sums: the gradients of hidden, and of weight and bias.
+    "linear_token_logprobs_support": (
+        ["support.check_kernel", "support.products_kernel", "support.rows_kernel"],
+        ["support.gradient_kernel", "support.sums_kernel", "support.sums_kernel"],
+    ),
     "kl_divergence": (
         ["kl.partial_kernel", "kl.combine_kernel"],
         ["kl.coefficients_kernel", "kl.backward_kernel"],
@@ -175,19 +185,22 @@ def test_launches(op, recorded):
 @pytest.mark.parametrize("op", LAUNCHES)
 def test_nothing_is_compiled_anew(op, recorded):
     """One kernel for all lengths, batch sizes, strides, temperatures and coefficients."""
-    keys: dict[tuple[str, int, str], dict[str, list[str]]] = {}
+    keys: dict[tuple[str, int, int, str], dict[str, list[str]]] = {}
     calls: dict[str, int] = {}
     for name, passes in recorded["launches"].items():
         if name.startswith(f"sweep/{op}/"):
             kind = name.split("/")[2]
             calls[kind] = calls.get(kind, 0) + 1
-            # A kernel that runs forward and backward is two.
+            # A kernel that runs forward and backward, or for two results, is two.
             for part, launches in enumerate(passes):
+                ran = Counter[str]()
                 for kernel, key in launches:
-                    keys.setdefault((kind, part, kernel), {}).setdefault(key, []).append(name)
+                    at = (kind, part, ran[kernel], kernel)
+                    keys.setdefault(at, {}).setdefault(key, []).append(name)
+                    ran[kernel] += 1
     assert calls and min(calls.values()) >= 3
     assert {k: list(v.values()) for k, v in keys.items() if len(v) != 1} == {}
-    launched = {(part, kernel) for _, part, kernel in keys}
+    launched = {(part, kernel) for _, part, _, kernel in keys}
     assert launched >= {(part, k) for part, ks in enumerate(LAUNCHES[op]) for k in ks}
 
 

@@ -87,11 +87,13 @@ def far(dtype: torch.dtype) -> Tensor:
 
 def examples() -> Iterator[Case]:
     """What `warmup` runs."""
-    for function, example in _warmup.EXAMPLES.items():
+    calls = [(f.__name__, f, example) for f, example in _warmup.EXAMPLES.items()]
+    calls += [(f"{f.__name__}_support", f, e) for f, es in _warmup.VARIANTS.items() for e in es]
+    for name, function, example in calls:
         for dtype in DTYPES:
             x = _warmup.Inputs(4, 64, dtype, torch.device("cpu"), torch.Generator().manual_seed(0))
             args, options = example(x)
-            yield Case(f"example/{function.__name__}/{label({'dtype': dtype})}",
+            yield Case(f"example/{name}/{label({'dtype': dtype})}",
                        function, args, options)  # fmt: skip
 
 
@@ -174,7 +176,8 @@ def support(full: bool) -> Iterator[Case]:
         kept = (torch.arange(4) * 2).to(v["support"]), torch.tensor([0, 1] * 3).to(v["support"])
         options = {"support": kept, "softcap": v["softcap"], "temperature": t}
         options["entropy"] = wants != "no entropy"
-        name, last = f"support/{label(v)}", chosen.get(wants, lambda r: r)
+        op = "token_logprobs" if v["form"] == "logits" else "linear_token_logprobs"
+        name, last = f"{op}_support/{label(v)}", chosen.get(wants, lambda r: r)
         if v["form"] == "logits":
             yield Case(name, rk.token_logprobs, (logits(dtype, "even"), y), options, last)
             continue
@@ -396,6 +399,20 @@ def row_sweeps() -> Iterator[Case]:
         yield Case(f"sweep/kl_penalty/all/{n}", rk.kl_penalty, (x[..., 1], ref[..., 3]), {})
 
 
+def support_sweeps() -> Iterator[Case]:
+    sizes = ((1, 1, 24), (16, 3, 64), (5, 1001, 4096), (7, 16, 100))
+    for n, (tokens, kept, vocab) in enumerate(sizes):
+        y = torch.zeros(tokens, dtype=torch.int64)
+        words = torch.arange(kept).repeat(tokens) % vocab
+        options = {"support": (torch.arange(tokens + 1) * kept, words), "entropy": True}
+        options |= {"temperature": (0.7, 1, 16, 2)[n], "softcap": (30.0, 1, 16, 2)[n]}
+        x = torch.zeros(tokens, vocab, requires_grad=True)
+        yield Case(f"sweep/token_logprobs_support/all/{n}", rk.token_logprobs, (x, y), options)
+        hidden, weight = (torch.zeros(r, 64, requires_grad=True) for r in (tokens, vocab))
+        yield Case(f"sweep/linear_token_logprobs_support/all/{n}", rk.linear_token_logprobs,
+                   (hidden, weight, y), options)  # fmt: skip
+
+
 def token_sweeps() -> Iterator[Case]:
     # Lengths of one tile and of several: the second kind may need another kernel.
     lengths = {"short": (1, 16, 1000, 1024), "long": (10000, 16384, 40001)}
@@ -466,5 +483,6 @@ def cases(full: bool) -> Iterator[Case]:
     yield from policy(full)
     yield from value(full)
     yield from row_sweeps()
+    yield from support_sweeps()
     yield from token_sweeps()
     yield from packed_sweeps()

@@ -363,7 +363,8 @@ def _forward(
     launch(
         rows_kernel, tokens, rows, rows, kept, labels, temperatures, indptr, indices, poison,
         logprobs, entropies, stats, cols, vocab, entries, *rows_strides(rows),
-        *grid_strides(labels), *_strides(temperatures), temperature, softcap, ignore_index,
+        *grid_strides(labels), *_strides(temperatures), float(temperature), float(softcap),
+        ignore_index,
         GATHER=weight is None, SOFTCAP=softcap > 0, ENTROPY=entropy,
         PER_TOKEN=temperatures is not None, BLOCK=BLOCK, warps=WARPS,
     )  # fmt: skip
@@ -395,7 +396,8 @@ def _gradient(
     launch(
         gradient_kernel, labels.numel(), kept, kept, labels, temperatures, indptr, indices, stats,
         g, h, dz, words, out, cols, vocab, indices.shape[0], *grid_strides(labels),
-        *_strides(temperatures), *_strides(g), *_strides(h), temperature, softcap, ignore_index,
+        *_strides(temperatures), *_strides(g), *_strides(h), float(temperature), float(softcap),
+        ignore_index,
         DENSE=out is not None, SOFTCAP=softcap > 0, PER_TOKEN=temperatures is not None,
         LOGPROBS=g is not None, ENTROPY=h is not None, BLOCK=BLOCK, warps=WARPS,
     )  # fmt: skip
