@@ -10,25 +10,32 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from .harness import Case, Missing, Provider, Settings
+from .harness import Case, Missing, Provider, Settings, points
 from .peers import peer
 
 CLIP = 0.2
-# dtype -> (policy loss, log-probabilities): least ratio of each provider's time to ours.
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 POLICY_TARGETS = {
     "fp32": {"eager": 1.4, "trl": 2, "GEMMs": 1 / 1.10},
     "bf16": {"eager": 1.8, "trl": 2, "GEMMs": 1 / 1.15},
+    "gpu-bf16": {"GEMMs": 1 / 1.12},
 }
 LOGPROBS_TARGETS = {"trl": 2, "GEMMs": 1 / 1.12}
-SEQUENCES, TOKENS, WIDTH, VOCAB = 8, 4096, 1024, 32768
+SEQUENCES = 8
+# dtype, tokens, width, vocabulary.
+SHAPES = {
+    "fp32": (torch.float32, 4096, 1024, 32768),
+    "bf16": (torch.bfloat16, 4096, 1024, 32768),
+}
+GPU_SHAPES = {"gpu-bf16": (torch.bfloat16, 8192, 4096, 151936)}
 # TRL's own, for its chunks of the vocabulary or of the tokens.
 _TRL_CHUNK = peer("trl.trainer.utils", "_CHUNKED_LOGPROB_CHUNK_SIZE")
 
 
 def _operands(settings: Settings, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    n, width, vocab = (64, 32, 1000) if settings.quick else (TOKENS, WIDTH, VOCAB)
-    device, dtype = settings.device, _DTYPES[name]
+    dtype, n, width, vocab = (SHAPES | GPU_SHAPES)[name]
+    if settings.quick:
+        n, width, vocab = 64, 32, 1000
+    device = settings.device
     hidden = torch.randn(n, width, device=device).to(dtype)
     weight = (torch.randn(vocab, width, device=device) * 2 / width**0.5).to(dtype)
     labels = torch.randint(0, vocab, (n,), device=device)
@@ -36,7 +43,8 @@ def _operands(settings: Settings, name: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _label(name: str, hidden: Tensor, weight: Tensor) -> str:
-    return f"{name} {hidden.shape[0]}×{hidden.shape[1]}×{weight.shape[0]}"
+    dtype = "fp32" if name == "fp32" else "bf16"
+    return f"{dtype} {hidden.shape[0]}×{hidden.shape[1]}×{weight.shape[0]}"
 
 
 def gemms(hidden: Tensor, weight: Tensor, forward: int) -> Callable[[], None]:
@@ -110,7 +118,7 @@ def _oracle(
 
 
 @pytest.mark.parametrize("entropy", [False, True], ids=["logprobs", "entropy"])
-@pytest.mark.parametrize("name", _DTYPES)
+@pytest.mark.parametrize("name", points(SHAPES, GPU_SHAPES))
 def test_linear_token_logprobs(
     run: Callable[[Case], None], settings: Settings, name: str, entropy: bool
 ) -> None:
@@ -160,16 +168,16 @@ def test_linear_token_logprobs(
             oracle=_oracle(hidden, weight, labels, objective),
             moved=_moved(hidden, weight),
             limit="GEMMs",
-            targets={} if entropy else LOGPROBS_TARGETS,
+            targets={} if entropy or name in GPU_SHAPES else LOGPROBS_TARGETS,
             upstream=upstream,
             baselines={"GEMMs": gemms(hidden, weight, 2)},
             least_rounds=7,
-            rounded=_DTYPES[name],
+            rounded=hidden.dtype,
         )
     )
 
 
-@pytest.mark.parametrize("name", _DTYPES)
+@pytest.mark.parametrize("name", points(SHAPES, GPU_SHAPES))
 def test_linear_policy_loss(run: Callable[[Case], None], settings: Settings, name: str) -> None:
     hidden, weight, labels = _operands(settings, name)
     shape = (SEQUENCES, hidden.shape[0] // SEQUENCES)
@@ -242,6 +250,6 @@ def test_linear_policy_loss(run: Callable[[Case], None], settings: Settings, nam
             outputs=1,
             baselines={"GEMMs": gemms(hidden, weight, 1)},
             least_rounds=7,
-            rounded=_DTYPES[name],
+            rounded=hidden.dtype,
         )
     )

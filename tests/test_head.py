@@ -5,7 +5,7 @@ import torch
 
 import rlhf_kernels as rk
 from rlhf_kernels import reference
-from rlhf_kernels.testing import assert_bitwise_equal, to_float64
+from rlhf_kernels.testing import assert_bitwise_equal, generator, to_float64
 
 B, T, H, V = 3, 13, 24, 131
 CONFIGS = {
@@ -31,14 +31,14 @@ OPTIONS = [
 
 
 def operands(dtype=torch.float32, width=H, bias=True, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    random = generator(seed)
 
     def draw(*shape, scale=1.0):
-        values = torch.randn(shape, generator=generator) * scale
+        values = torch.randn(shape, generator=random) * scale
         return values.to(dtype).requires_grad_()
 
     hidden, weight = draw(B, T, width), draw(V, width, scale=0.4)
-    labels = torch.randint(0, V, (B, T), generator=generator)
+    labels = torch.randint(0, V, (B, T), generator=random)
     return hidden, weight, draw(V) if bias else None, labels
 
 
