@@ -43,7 +43,9 @@ struct Status {
 
 // A label whose word is not among these logits: they are a shard of the vocabulary and it lies in
 // another one. Its log-probability is NaN; statistics and gradient are as of any row.
+// Only with this ignore_index, which is a shard's.
 constexpr int64_t kLabelElsewhere = INT64_MIN;
+constexpr int64_t kShardIgnored = INT64_MIN + 1;
 
 // token_logprobs. `stats` is fp32 [rows, cols, 3], contiguous: row maximum m (NaN for a row of NaN
 // and -inf), s = sum exp((x-m)/T), entropy. `temperatures` (fp32) overrides `temperature`; softcap 0 means none.

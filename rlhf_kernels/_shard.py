@@ -19,10 +19,10 @@ from torch import Tensor
 
 from . import _checks, _group, _head, _head_launchers
 
-# A label that another shard has (csrc/abi.h: kLabelElsewhere).
+# A label that another shard has (csrc/abi.h: kLabelElsewhere, kShardIgnored).
 ELSEWHERE = -(2**63)
 # Labels of a shard that is given its own columns alone: skipped, and outside the vocabulary.
-IGNORED, _NOWHERE = -1, -2
+IGNORED, _NOWHERE = -(2**63) + 1, -2
 
 
 class Shards(NamedTuple):

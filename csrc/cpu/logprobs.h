@@ -132,7 +132,8 @@ inline Status check_tokens(const Args& a) {
     for (int64_t j = 0; j < a.cols; ++j) {
       const int64_t y = load_label(a.labels, i, j);
       if (y == a.ignore_index) continue;
-      if ((y < 0 || y >= a.vocab) && y != kLabelElsewhere)
+      const bool elsewhere = y == kLabelElsewhere && a.ignore_index == kShardIgnored;
+      if ((y < 0 || y >= a.vocab) && !elsewhere)
         return {kLabelOutOfRange, i * a.cols + j};
       const double t = row_temperature(a.temperatures, a.temperature, i, j);
       if (!(t > 0.0) || t > 3.0e38) return {kBadTemperature, i * a.cols + j};

@@ -29,8 +29,9 @@ ROWS = 64
 GROUP = 64
 # exp of less is below the normal floats and counts as zero.
 LOWEST = tl.constexpr(-87.0)
-# csrc/abi.h: kLabelElsewhere.
+# csrc/abi.h: kLabelElsewhere, kShardIgnored.
 ELSEWHERE = tl.constexpr(-(2**63))
+SHARD_IGNORED = tl.constexpr(-(2**63) + 1)
 
 
 @triton.jit
@@ -142,12 +143,13 @@ def combine_kernel(
         of_row = partials + row.to(tl.int64) * tiles * 3
         row_m, row_s, row_t = combine_tiles(of_row, tiles, rate.to(tl.float32), ENTROPY, GROUP)
         known = (label >= 0) & (label < vocab)
+        shard = tl.full((), 0, tl.int64) + ignore_index == SHARD_IGNORED
         x = logits + token_at(row, cols, stride0, stride1)
         z = tl.load(x + label, mask=known, other=0.0).to(tl.float32)
         if SOFTCAP:
             z = softcap * tanh_parts(z / softcap)[0]
         # A label outside the vocabulary, a bad temperature and a row of -inf poison the row.
-        good = known | (label == ELSEWHERE)
+        good = known | ((label == ELSEWHERE) & shard)
         good = good & (temperature > 0.0) & (temperature < 3.0e38) & (row_m > float("-inf"))
         poison = tl.where(good, 0.0, float("nan"))
         log_s = tl.log(row_s)
@@ -289,10 +291,9 @@ def _strides(t: Tensor | None) -> tuple[int, int]:
 def _check(labels: Tensor, temperatures: Tensor | None, vocab: int, ignore_index: int) -> None:
     if _config.CHECK:
         keep = labels != ignore_index
-        # Another shard's label was found good there.
-        here = keep & (labels.long() != ELSEWHERE.value)
-        own = torch.where(here, labels, ignore_index)
-        _checks.labels_in_range("token_logprobs", own, vocab, ignore_index)
+        # A shard's labels were found good before.
+        if ignore_index != SHARD_IGNORED.value:
+            _checks.labels_in_range("token_logprobs", labels, vocab, ignore_index)
         _checks.temperatures_positive("token_logprobs", temperatures, keep)
 
 
