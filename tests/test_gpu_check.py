@@ -378,7 +378,7 @@ def test_device_events_time_the_call_and_not_the_wait(check, monkeypatch):
 
 def test_dry_run(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks/gpu_check.py"), "--out", str(tmp_path)]
-    command += ["--device", "cpu", "--dry-run", "--limit", "280"]
+    command += ["--device", "cpu", "--dry-run", "--limit", "580"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads((tmp_path / "report.json").read_text())
