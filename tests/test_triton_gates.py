@@ -333,6 +333,48 @@ class TestTraffic:
         assert traffic.bytes_read == reads + rows * behind * fields
         assert traffic.bytes_written == rows * cols * 8 + rows * (tiles - 1) * fields
 
+    def test_discounted_returns(self):
+        from rlhf_kernels.triton._scan import FIELDS
+        from rlhf_kernels.triton.advantages import TILE
+
+        rows, cols = 2, 2 * TILE + 22
+        rewards, mask = torch.randn(rows, cols), torch.rand(rows, cols) < 0.7
+        with self.traffic() as traffic:
+            out = rk.discounted_returns(rewards, mask=mask)
+        assert traffic.kernels == ["aggregate_kernel", "scan_kernel"]
+        once = 1 + (torch.arange(cols) >= TILE).long().expand(rows, cols)
+        for t in (rewards, mask):
+            assert torch.equal(traffic.reads(t), once)
+        assert (traffic.writes(out) == 1).all()
+        # Of three tiles a row two leave their state, which one and two others read.
+        state = (FIELDS.value - 1) * 8
+        assert traffic.bytes_read == int(once.sum()) * (4 + 1) + rows * 3 * state
+        assert traffic.bytes_written == rows * cols * 4 + rows * 2 * state
+
+    @pytest.mark.parametrize("whiten", [False, True])
+    def test_ppo_advantages(self, whiten):
+        from rlhf_kernels.triton.advantages import TILE
+
+        rows, cols = 2, 2 * TILE + 22
+        logprobs, ref, values = torch.randn(3, rows, cols).unbind()
+        mask = torch.rand(rows, cols) < 0.7
+        with self.traffic() as traffic:
+            out = rk.ppo_advantages(
+                torch.randn(rows), logprobs, ref, values, mask, kl_coef=0.1, whiten=whiten
+            )
+        scan = ["aggregate_kernel", "scan_kernel"]
+        assert traffic.kernels == scan + ["combine_kernel", "apply_kernel"] * whiten
+        once = 1 + (torch.arange(cols) >= TILE).long().expand(rows, cols)
+        for t in (logprobs, ref):
+            assert torch.equal(traffic.reads(t), once)
+        assert (traffic.reads(values) >= once).all()
+        # Whitening reads what the scan wrote, and the mask, and writes it anew.
+        assert (traffic.writes(out.advantages) == 1 + whiten).all()
+        assert (traffic.reads(out.advantages) == int(whiten)).all()
+        assert (traffic.reads(mask) <= 2 * once + whiten).all()
+        for t in (out.returns, out.rewards):
+            assert (traffic.writes(t) == 1).all() and (traffic.reads(t) == 0).all()
+
     @pytest.mark.parametrize("masked", [False, True])
     def test_whiten(self, masked):
         x = torch.randn(3, 2101)[:, 1:]

@@ -189,7 +189,8 @@ def load_block(
             v_next = load_tokens(
                 values, row, begin + i + 1, values_stride0, values_stride1, i + 1 < count
             )
-            v_next = tl.where(ahead_kept, v_next, 0.0)
+            if mask is not None:
+                v_next = tl.where(ahead_kept, v_next, 0.0)
     if ESTIMATOR == "none":
         r = tl.zeros((BLOCK,), tl.float32)
     else:
