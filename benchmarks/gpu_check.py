@@ -47,7 +47,10 @@ from benchmarks.gpu_process import (  # noqa: E402
 # Seconds to end with: stopping what was cut off, and the report.
 RESERVE = 15
 # Operation tests; the others are about the CPU, the package or the trainer.
-TEST_FILES = ("logprobs", "kl", "head", "advantages", "policy", "value", "preference")
+TEST_FILES = (
+    "logprobs", "head", "head_cases", "policy", "policy_rules", "kl", "advantages",
+    "advantages_rules", "value", "preference", "support", "support_rules",
+)  # fmt: skip
 # What has most at stake first: time may run out.
 BENCH_FILES = ("logprobs", "head", "kl", "advantages", "policy", "value")
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")

@@ -127,6 +127,17 @@ def test_every_benchmark_is_run(check):
     assert set(check.BENCH_FILES) == files
 
 
+def test_every_test_of_the_backends_is_run(check):
+    of_backends = {
+        f.stem.removeprefix("test_")
+        for f in (ROOT / "tests").glob("test_*.py")
+        if "(backend" in f.read_text()
+    }
+    # Processes over gloo, and trainers that are not there: on a CPU's tensors.
+    elsewhere = {"shard", "parity_openrlhf", "parity_trl", "parity_verl", "gpu_check"}
+    assert set(check.TEST_FILES) == of_backends - elsewhere
+
+
 def test_no_such_device_is_one_line(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks/gpu_check.py"), "--out", str(tmp_path)]
     run = subprocess.run([*command, "--device", "nonsense"], capture_output=True, text=True)
