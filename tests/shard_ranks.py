@@ -22,6 +22,7 @@ def _dumped(value: Any) -> bytes:
 
 
 def _loaded(data: bytes) -> Any:
+    # What these processes sent each other, with configurations and exceptions; no file of others.
     return torch.load(io.BytesIO(data), weights_only=False)
 
 
