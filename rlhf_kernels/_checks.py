@@ -134,22 +134,32 @@ def may_look(t: Tensor) -> bool:
     return (t.device.type == "cpu" or _config.CHECK) and not torch.compiler.is_compiling()
 
 
-def labels_in_range(op: str, labels: Tensor, vocab: int, ignore_index: int) -> None:
-    """Raises IndexError for the first bad label, where data may be looked at."""
+def labels_in_range(op: str, labels: Tensor, keep: Tensor, vocab: int) -> None:
+    """Raises IndexError for the first bad label of `keep` [...], where data may be looked at."""
     if not may_look(labels):
         return
-    bad = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
+    bad = ((labels < 0) | (labels >= vocab)) & keep
     if bad.any():
         raise out_of_range(op, int(bad.reshape(-1).nonzero()[0]), labels, vocab)
 
 
-def temperatures_positive(op: str, temperatures: Tensor | None, keep: Tensor) -> None:
-    """Raises ValueError for the first bad per-token temperature, where data may be looked at."""
-    if temperatures is None or not may_look(temperatures):
+def temperatures_positive(op: str, temperature: float | Tensor | None, keep: Tensor) -> None:
+    """Raises ValueError for the first bad temperature of the tokens of `keep` [...], where there
+    is one per token and data may be looked at.
+    """
+    if not isinstance(temperature, Tensor) or not may_look(temperature):
         return
-    bad = ~((temperatures > 0) & temperatures.isfinite()) & keep
+    bad = ~((temperature > 0) & temperature.isfinite()) & keep
     if bad.any():
-        raise bad_temperature(op, int(bad.reshape(-1).nonzero()[0]), temperatures)
+        raise bad_temperature(op, int(bad.reshape(-1).nonzero()[0]), temperature)
+
+
+def token_data(
+    op: str, labels: Tensor, temperature: float | Tensor | None, keep: Tensor, vocab: int
+) -> None:
+    """`labels_in_range` and `temperatures_positive`."""
+    labels_in_range(op, labels, keep, vocab)
+    temperatures_positive(op, temperature, keep)
 
 
 def bad_temperature(op: str, position: int, temperatures: Tensor) -> ValueError:
@@ -158,6 +168,41 @@ def bad_temperature(op: str, position: int, temperatures: Tensor) -> ValueError:
     return ValueError(
         f"{op}: temperature at flat position {position} must be a finite number > 0, got {value}"
     )
+
+
+def row_options(
+    op: str,
+    labels_: object,
+    name: str,
+    rows: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float = 1.0,
+) -> float | Tensor:
+    """Requires one label for each row of the argument `name` [..., K], and good options.
+
+    Returns:
+        The temperature: a number, or one per token in the shape of the labels, not differentiated.
+    """
+    labels(op, "labels", labels_)
+    column = "V" if name == "logits" else "H"
+    same_shape(op, "labels", labels_, f"{name} without {column}", rows.shape[:-1])
+    same_device(op, "labels", labels_, name, rows.device)
+    if softcap is not None:
+        positive(op, "softcap", softcap)
+    positive(op, "logit_scale", logit_scale)
+    if not isinstance(temperature, Tensor):
+        positive(op, "temperature", temperature)
+        return temperature
+    floating(op, "temperature", temperature, double=True)
+    same_device(op, "temperature", temperature, "labels", labels_.device)
+    try:
+        return temperature.detach().expand(labels_.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{op}: temperature must broadcast to the shape of labels, {tuple(labels_.shape)}, "
+            f"got {tuple(temperature.shape)}"
+        ) from None
 
 
 def token_inputs(
@@ -263,13 +308,22 @@ def repeated_index(op: str, position: int, indices: Tensor) -> ValueError:
     )
 
 
-def support_valid(op: str, indptr: Tensor, indices: Tensor, keep: Tensor, vocab: int) -> None:
-    """Raises for the first bad entry of a support, where data may be looked at.
+def support_data(
+    op: str,
+    labels: Tensor,
+    temperature: float | Tensor | None,
+    indptr: Tensor,
+    indices: Tensor,
+    keep: Tensor,
+    vocab: int,
+) -> None:
+    """`token_data`, and raises for the first bad entry of a support.
 
     Raises:
         ValueError: of indptr; a word repeated in a token of `keep` [...].
         IndexError: of the indices of a token of `keep`.
     """
+    token_data(op, labels, temperature, keep, vocab)
     if not may_look(indptr):
         return
     entries = indices.shape[0]

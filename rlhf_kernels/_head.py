@@ -11,8 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks
-
 Launchers = Mapping[str, Callable[..., object]]
 #: torch.empty(shape, dtype=, device=), in the way that suits a backend's large buffers.
 Empty = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
@@ -22,8 +20,6 @@ Reduce = Callable[[Tensor], Tensor]
 #: weight.
 CHUNK_BYTES = {"cpu": 128 * 2**20}
 GPU_CHUNK_BYTES = 2**30
-# Masked tokens are dropped already, whatever their label.
-NO_LABEL_IGNORED = -(2**63)
 # The GEMM's rows come in multiples of this.
 _CHUNK_MULTIPLE = 16
 # Rows of a weight gradient that are summed over chunks at a time: their product stays in the cache.
@@ -252,13 +248,6 @@ class _Sum:
         if self._total is None:
             return torch.zeros_like(self._like)
         return self._total.to(self._like.dtype)
-
-
-def check(op: str, labels: Tensor, temperatures: Tensor | None, keep: Tensor, vocab: int) -> None:
-    """Finds bad data where the position in the batch is still known, and data may be looked at."""
-    kept = torch.where(keep, labels.long(), NO_LABEL_IGNORED)
-    _checks.labels_in_range(op, kept, vocab, NO_LABEL_IGNORED)
-    _checks.temperatures_positive(op, temperatures, keep)
 
 
 def plain_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import _head_policy
+from . import _checks, _head_policy
 from ._head import (
     Chunk,
     Empty,
@@ -13,7 +13,6 @@ from ._head import (
     Head,
     Launchers,
     Reduce,
-    check,
     flat,
     plain_empty,
     select,
@@ -48,7 +47,9 @@ def launchers(
         shape = labels.shape
         labels, temperatures = flat(labels), flat(temperatures)
         keep = labels != ignore_index
-        check("linear_token_logprobs", labels, temperatures, keep, weight.shape[0])
+        # The labels of a shard were found good before.
+        if reduce is None:
+            _checks.token_data("linear_token_logprobs", labels, temperatures, keep, weight.shape[0])
         logprobs = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
         entropies = torch.zeros_like(logprobs) if entropy else logprobs.new_empty(0)
         stats = logprobs.new_empty((*labels.shape, 3))

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import _checks
 from ._head import (
-    NO_LABEL_IGNORED,
     Chunk,
     Empty,
     Gradients,
@@ -14,13 +14,14 @@ from ._head import (
     Launchers,
     Reduce,
     Tokens,
-    check,
     flat,
     select,
 )
 from .policy_config import AGGREGATIONS
 from .reference import policy
 
+# An ignore_index that no label is: masked tokens are dropped already, whatever their label.
+_NO_LABEL = -(2**63)
 # Where PolicyLossConfig encodes these (policy_config.py: _codes, _params).
 _RATIO_LEVEL, _CORRECTION_LEVEL, _AGGREGATION = 1, 5, 7
 _PENALTY_COEF, _KL_COEF, _ENTROPY_COEF = 6, 9, 13
@@ -52,12 +53,19 @@ class _PolicySweep:
         softcap: float,
         chunk: int,
         empty: Empty,
+        sharded: bool,
     ) -> None:
         self._rows, self._mask = rows, mask
         self._labels, self._temperatures = flat(labels), flat(temperatures)
         self._options = (temperature, softcap)
         keep = flat(mask) != 0
-        check("linear_policy_loss", self._labels, self._temperatures, keep, weight.shape[0])
+        # The labels of a shard were found good before.
+        if not sharded:
+            _checks.token_data(
+                "linear_policy_loss", self._labels, self._temperatures, keep, weight.shape[0]
+            )
+            # Where they may not be looked at, none may be _NO_LABEL: -1 gives NaN.
+            self._labels = self._labels.clamp(min=-1)
         self.tokens = select(keep)
         columns = (2 if ref_head else 1) * weight.shape[0]
         of_chunk = Chunk.of(chunk, hidden.device, columns, hidden.dtype)
@@ -80,14 +88,12 @@ class _PolicySweep:
         ref = None
         if self._ref is not None:
             logits = self._ref.project(tokens.take(self._ref.hidden, part))
-            ref, _, _ = self._rows["token_logprobs"](
-                logits, *own, *self._options, False, NO_LABEL_IGNORED
-            )
+            ref, _, _ = self._rows["token_logprobs"](logits, *own, *self._options, False, _NO_LABEL)
             tokens.put(self.ref_logprobs, part, ref)
         hidden = tokens.take(self.head.hidden, part)
         logits = self.head.project(hidden)
         logprobs, entropy, stats = self._rows["token_logprobs"](
-            logits, *own, *self._options, True, NO_LABEL_IGNORED
+            logits, *own, *self._options, True, _NO_LABEL
         )
         tokens.put(self.logprobs, part, logprobs)
         tokens.put(self.entropy, part, entropy)
@@ -154,7 +160,7 @@ class _PolicySweep:
     ) -> None:
         self._rows["token_logprobs_backward_inplace"](
             logits, tokens.take(self._labels, part), tokens.take(self._temperatures, part), stats,
-            g, h, *self._options, NO_LABEL_IGNORED,
+            g, h, *self._options, _NO_LABEL,
         )  # fmt: skip
 
     def policy_loss(
@@ -206,7 +212,7 @@ def launcher(
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         sweep = _PolicySweep(
             rows, hidden, weight, bias, labels, temperatures, mask, ref_head, temperature, softcap,
-            chunk, empty,
+            chunk, empty, reduce is not None,
         )  # fmt: skip
         per_token = policy.per_token(advantages, mask, cu_seqlens)
         whole = (cu_seqlens, normalizer, divisor, codes, params)

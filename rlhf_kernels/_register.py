@@ -40,6 +40,29 @@ class Operator:
         return _backends.launcher(args[-1], self.name)(*args[:-1])
 
 
+def row_arguments(
+    temperature: float | Tensor, softcap: float | None, logit_scale: float = 1.0
+) -> tuple[Tensor | None, float, float]:
+    """(temperatures per token, temperature, softcap) as operators of rows of logits take them.
+
+    scale * x under a cap c and a temperature T is x under c / scale and T / scale. No cap is 0.
+    """
+    cap = 0.0 if softcap is None else softcap / logit_scale
+    if isinstance(temperature, Tensor):
+        return temperature if logit_scale == 1.0 else temperature / logit_scale, 1.0, cap
+    return None, temperature / logit_scale, cap
+
+
+def head_gradients_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a head's operands; empty where not needed."""
+    return tuple(
+        t.new_empty(t.shape) if need else hidden.new_empty(0)
+        for t, need in zip((hidden, weight, bias), needs, strict=True)
+    )
+
+
 def define(name: str, schema: str, fake: Callable[..., object]) -> Operator:
     """Registers `rlhf_kernels::<name>`.
 

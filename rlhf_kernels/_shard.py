@@ -45,7 +45,12 @@ _FIELDS = ("vocab", "tokens", "checksum", "low", "low_at", "high", "high_at", "t
 
 
 def meet(
-    op: str, vocab: int, labels: Tensor, temperatures: Tensor | None, keep: Tensor, group: str
+    op: str,
+    vocab: int,
+    labels: Tensor,
+    temperatures: float | Tensor | None,
+    keep: Tensor,
+    group: str,
 ) -> Shards:
     """Tells the ranks each other's shard; where data may be looked at, also whether it is good.
 
@@ -60,11 +65,11 @@ def meet(
         told[1:] = told.new_tensor(_summary(labels, temperatures, keep))
     told = _group.gather(told, group)
     if looked:
-        _judge(op, [dict(zip(_FIELDS, row, strict=True)) for row in told.tolist()], temperatures)
+        _judge(op, [dict(zip(_FIELDS, row, strict=True)) for row in told.tolist()])
     return Shards(told[:, 0], _group.rank(group))
 
 
-def _summary(labels: Tensor, temperatures: Tensor | None, keep: Tensor) -> list[int]:
+def _summary(labels: Tensor, temperatures: float | Tensor | None, keep: Tensor) -> list[int]:
     """The fields of a rank after its vocabulary."""
     kept = torch.where(keep, labels, 0).reshape(-1).long()
     count = kept.numel()
@@ -75,7 +80,7 @@ def _summary(labels: Tensor, temperatures: Tensor | None, keep: Tensor) -> list[
     checksum = ((kept + 1) * keep.reshape(-1) * place).sum()
     low, high = kept.argmin(), kept.argmax()
     bad = torch.zeros_like(keep)
-    if temperatures is not None:
+    if isinstance(temperatures, Tensor):
         bad = ~((temperatures > 0) & temperatures.isfinite()) & keep
     bad = bad.reshape(-1).nonzero()
     first_bad = int(bad[0]) if bad.numel() else -1
@@ -84,7 +89,7 @@ def _summary(labels: Tensor, temperatures: Tensor | None, keep: Tensor) -> list[
     ]  # fmt: skip
 
 
-def _judge(op: str, told: list[dict[str, int]], temperatures: Tensor | None) -> None:
+def _judge(op: str, told: list[dict[str, int]]) -> None:
     total = sum(t["vocab"] for t in told)
     if total == 0:
         raise ValueError(f"{op}: every rank's shard of the vocabulary is empty")

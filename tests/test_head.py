@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import rlhf_kernels as rk
-from rlhf_kernels import reference
+from rlhf_kernels import _checks, reference
 from rlhf_kernels.testing import assert_bitwise_equal, generator, to_float64
 
 B, T, H, V = 3, 13, 24, 131
@@ -307,6 +307,29 @@ def test_label_out_of_range_names_its_position(backend):
     labels[1, 2] = V
     with pytest.raises(IndexError, match=rf"position {T + 2} is {V};"):
         rk.linear_token_logprobs(hidden, weight, labels)
+
+
+@pytest.mark.parametrize("bad", [V, -1, -100, -(2**63)])
+def test_policy_loss_finds_bad_labels_of_kept_tokens(backend, bad, monkeypatch):
+    hidden, weight, _, labels = operands(bias=False)
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[0, 1] = False
+    tokens = torch.zeros(B, T), torch.ones(B, T), mask
+    labels[0, 1] = bad
+
+    def run():
+        return rk.linear_policy_loss(
+            hidden, weight, labels, *tokens, config=rk.PolicyLossConfig.ppo()
+        ).loss
+
+    assert run().isfinite()
+    labels[1, 2] = bad
+    with pytest.raises(IndexError, match=rf"position {T + 2} is {bad};"):
+        run()
+    if backend == "triton":
+        # As on a GPU, where nobody looks: no label is skipped.
+        monkeypatch.setattr(_checks, "may_look", lambda t: False)
+        assert run().isnan()
 
 
 def test_bad_arguments(backend):

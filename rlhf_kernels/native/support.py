@@ -128,12 +128,12 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         dz = backward(
             "linear_token_logprobs", vocab, None, kept, labels, temperatures, indptr, indices, *args
         )
-        grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else kept.new_empty(0)
-        grad_weight = weight.new_empty(weight.shape) if needs[1] else kept.new_empty(0)
+        grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else hidden.new_empty(0)
+        grad_weight = weight.new_empty(weight.shape) if needs[1] else hidden.new_empty(0)
         grad_bias = kept.new_zeros(vocab if needs[2] else 0)
+        bias_dtype = bias.dtype if needs[2] else hidden.dtype
         if labels.numel() == 0:
-            bias_like = bias if needs[2] else kept
-            return grad_hidden, grad_weight.zero_(), grad_bias.to(bias_like.dtype)
+            return grad_hidden, grad_weight.zero_(), grad_bias.to(bias_dtype)
         sums = needs[1] or needs[2]
         starts = torch.empty(vocab + 1 if sums else 0, dtype=torch.int64, device=kept.device)
         # csrc/abi.h: SupportUse
@@ -147,7 +147,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             b.pack_rows(grad_weight) if needs[1] else None, b.pack(grad_bias) if needs[2] else None,
             b.pack(starts), b.pack(uses), b.threads(),
         )  # fmt: skip
-        return grad_hidden, grad_weight, grad_bias.to(bias.dtype) if needs[2] else grad_bias
+        return grad_hidden, grad_weight, grad_bias.to(bias_dtype)
 
     return {
         "token_logprobs_support": token_logprobs_support,

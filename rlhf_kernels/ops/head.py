@@ -8,8 +8,8 @@ from torch.autograd.function import once_differentiable
 
 from .. import _backends, _checks, _group, _shard, reference
 from .._head import chunk_size
-from .._register import define
-from .logprobs import TokenLogprobs, per_token_temperature
+from .._register import define, head_gradients_fake, row_arguments
+from .logprobs import TokenLogprobs
 from .support import Support, linear_token_logprobs_support
 
 
@@ -22,16 +22,6 @@ def _forward_fake(
         logprobs,
         logprobs.new_empty(labels.shape if entropy else (0,)),
         logprobs.new_empty((*labels.shape, 3)),
-    )
-
-
-def gradients_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a head's operands; empty where not needed."""
-    return tuple(
-        t.new_empty(t.shape) if need else hidden.new_empty(0)
-        for t, need in zip((hidden, weight, bias), needs, strict=True)
     )
 
 
@@ -58,12 +48,12 @@ _BACKWARD_ARGS = (
 _backward = define(
     "linear_token_logprobs_backward",
     f"({_BACKWARD_ARGS}, str backend) -> (Tensor, Tensor, Tensor)",
-    lambda hidden, weight, bias, *rest: gradients_fake(hidden, weight, bias, rest[-2]),
+    lambda hidden, weight, bias, *rest: head_gradients_fake(hidden, weight, bias, rest[-2]),
 )
 _sharded_backward = define(
     "sharded_linear_token_logprobs_backward",
     f"({_BACKWARD_ARGS}, str group, str backend) -> (Tensor, Tensor, Tensor)",
-    lambda hidden, weight, bias, *rest: gradients_fake(hidden, weight, bias, rest[-3]),
+    lambda hidden, weight, bias, *rest: head_gradients_fake(hidden, weight, bias, rest[-3]),
 )
 
 
@@ -112,8 +102,8 @@ def check_head(
     *,
     sharded: bool = False,
 ) -> None:
-    """Requires hidden [..., H], weight [V, H] and bias [V] of one dtype and device; V may be 0 in a
-    shard of a vocabulary.
+    """Requires hidden [..., H] and weight [V, H] of one dtype, bias [V], all on one device; V may be
+    0 in a shard of a vocabulary.
     """
     _checks.floating(op, names[0], hidden, double=True)
     _checks.floating(op, names[1], weight, double=True)
@@ -242,13 +232,9 @@ def linear_token_logprobs(
     op = "linear_token_logprobs"
     shards = _group.name(op, group)
     check_head(op, hidden, weight, bias, ("hidden", "weight", "bias"), sharded=bool(shards))
-    _checks.labels(op, "labels", labels)
-    _checks.same_shape(op, "labels", labels, "hidden without H", hidden.shape[:-1])
-    _checks.same_device(op, "labels", labels, "hidden", hidden.device)
-    if softcap is not None:
-        _checks.positive(op, "softcap", softcap)
-    _checks.positive(op, "logit_scale", logit_scale)
-    temperatures = per_token_temperature(op, temperature, labels)
+    temperature = _checks.row_options(
+        op, labels, "hidden", hidden, temperature, softcap, logit_scale
+    )
     if support is not None:
         if shards:
             raise ValueError(f"{op}: support and group do not go together")
@@ -260,7 +246,6 @@ def linear_token_logprobs(
                 labels,
                 support,
                 temperature=temperature,
-                temperatures=temperatures,
                 softcap=softcap,
                 logit_scale=logit_scale,
                 entropy=entropy,
@@ -275,17 +260,16 @@ def linear_token_logprobs(
     if backend == _backends.REFERENCE:
         keep = labels != ignore_index
         if shards:
-            _shard.meet(op, weight.shape[0], labels, temperatures, keep, shards)
+            _shard.meet(op, weight.shape[0], labels, temperature, keep, shards)
         else:
-            _checks.labels_in_range(op, labels, weight.shape[0], ignore_index)
-            _checks.temperatures_positive(op, temperatures, keep)
+            _checks.token_data(op, labels, temperature, keep, weight.shape[0])
         return TokenLogprobs(
             *reference.linear_token_logprobs(
                 hidden,
                 weight,
                 labels,
                 bias=bias,
-                temperature=temperature if temperatures is None else temperatures,
+                temperature=temperature,
                 softcap=softcap,
                 logit_scale=logit_scale,
                 entropy=entropy,
@@ -294,15 +278,12 @@ def linear_token_logprobs(
             )
         )
     _checks.floating(op, "hidden", hidden)
-    # scale * x under a cap c and a temperature T is x under c / scale and T / scale.
     logprobs, entropies = _LinearTokenLogprobs.apply(
         hidden,
         weight,
         bias,
         labels,
-        None if temperatures is None else temperatures / logit_scale,
-        1.0 if temperatures is not None else temperature / logit_scale,
-        0.0 if softcap is None else softcap / logit_scale,
+        *row_arguments(temperature, softcap, logit_scale),
         entropy,
         ignore_index,
         chunk,
@@ -327,7 +308,7 @@ _kl_backward = define(
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, "
     "Tensor? ref_bias, Tensor? mask, Tensor stats, Tensor grad, float temperature, bool reverse, "
     "int chunk_tokens, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
-    lambda hidden, weight, bias, *rest: gradients_fake(hidden, weight, bias, rest[-2]),
+    lambda hidden, weight, bias, *rest: head_gradients_fake(hidden, weight, bias, rest[-2]),
 )
 
 

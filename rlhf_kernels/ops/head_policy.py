@@ -7,18 +7,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _backends, _checks, _group, _shard, reference
-from .._register import define
+from .._register import define, head_gradients_fake, row_arguments
 from ..policy_config import PolicyLossConfig
 from ..reference.policy import METRICS
-from .head import check_chunk, check_head, check_ref_head, gradients_fake
-from .logprobs import per_token_temperature
+from .head import check_chunk, check_head, check_ref_head
 from .policy import PolicyLoss, PolicyMetrics, check_advantages, check_config, times
 
 
 def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     scalar = hidden.new_empty((), dtype=torch.float32)
     *_, needs, _ = rest
-    return scalar, scalar.new_empty((len(METRICS),)), *gradients_fake(hidden, weight, bias, needs)
+    return (
+        scalar,
+        scalar.new_empty((len(METRICS),)),
+        *head_gradients_fake(hidden, weight, bias, needs),
+    )
 
 
 _ARGS = (
@@ -141,13 +144,9 @@ def linear_policy_loss(
     op = "linear_policy_loss"
     shards = _group.name(op, group)
     check_head(op, hidden, weight, bias, ("hidden", "weight", "bias"), sharded=bool(shards))
-    _checks.labels(op, "labels", labels)
-    _checks.same_shape(op, "labels", labels, "hidden without H", hidden.shape[:-1])
-    _checks.same_device(op, "labels", labels, "hidden", hidden.device)
-    if softcap is not None:
-        _checks.positive(op, "softcap", softcap)
-    _checks.positive(op, "logit_scale", logit_scale)
-    temperatures = per_token_temperature(op, temperature, labels)
+    temperature = _checks.row_options(
+        op, labels, "hidden", hidden, temperature, softcap, logit_scale
+    )
     tokens = {
         "old_logprobs": old_logprobs,
         "ref_logprobs": ref_logprobs,
@@ -172,10 +171,9 @@ def linear_policy_loss(
     if backend == _backends.REFERENCE:
         keep = mask != 0
         if shards:
-            _shard.meet(op, weight.shape[0], labels, temperatures, keep, shards)
+            _shard.meet(op, weight.shape[0], labels, temperature, keep, shards)
         else:
-            _checks.labels_in_range(op, labels.masked_fill(~keep, -1), weight.shape[0], -1)
-            _checks.temperatures_positive(op, temperatures, keep)
+            _checks.token_data(op, labels, temperature, keep, weight.shape[0])
         _checks.offsets_valid(op, cu_seqlens, old_logprobs.shape[0])
         _checks.divisor_positive(op, count)
         if ref_head:
@@ -184,7 +182,7 @@ def linear_policy_loss(
                 ref_weight.detach(),
                 labels.masked_fill(mask == 0, -100),
                 bias=ref_bias,
-                temperature=temperature if temperatures is None else temperatures,
+                temperature=temperature,
                 softcap=softcap,
                 logit_scale=logit_scale,
                 group=shards,
@@ -197,7 +195,7 @@ def linear_policy_loss(
             advantages,
             mask,
             bias=bias,
-            temperature=temperature if temperatures is None else temperatures,
+            temperature=temperature,
             softcap=softcap,
             logit_scale=logit_scale,
             ref_logprobs=ref_logprobs,
@@ -211,19 +209,19 @@ def linear_policy_loss(
     for name, t in {"hidden": hidden, "advantages": advantages, **tokens}.items():
         if t is not None:
             _checks.floating(op, name, t)
+    temperatures, *numbers = row_arguments(temperature, softcap, logit_scale)
     constants = (old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs)
     loss, metrics = _LinearPolicyLoss.apply(
         hidden,
         weight,
         bias,
         labels,
-        None if temperatures is None else temperatures / logit_scale,
+        temperatures,
         *(None if t is None else t.detach() for t in constants),
         ref_head,
         cu_seqlens,
         count,
-        1.0 if temperatures is not None else temperature / logit_scale,
-        0.0 if softcap is None else softcap / logit_scale,
+        *numbers,
         divisor,
         config._codes,
         config._params,

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _backends, _checks, _group, _layout, _shard, reference
-from .._register import define
+from .._register import define, row_arguments
 from .support import Support, token_logprobs_support
 
 
@@ -122,22 +122,6 @@ def _check_inplace(logits: Tensor) -> None:
         )
 
 
-def per_token_temperature(op: str, temperature: float | Tensor, labels: Tensor) -> Tensor | None:
-    """A temperature tensor spread over the tokens; None for a number, which is checked."""
-    if not isinstance(temperature, Tensor):
-        _checks.positive(op, "temperature", temperature)
-        return None
-    _checks.floating(op, "temperature", temperature, double=True)
-    _checks.same_device(op, "temperature", temperature, "labels", labels.device)
-    try:
-        return temperature.detach().expand(labels.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"{op}: temperature must broadcast to the shape of labels, {tuple(labels.shape)}, "
-            f"got {tuple(temperature.shape)}"
-        ) from None
-
-
 class TokenLogprobs(NamedTuple):
     """Result of `token_logprobs`."""
 
@@ -214,15 +198,10 @@ def token_logprobs(
     """
     op = "token_logprobs"
     _checks.floating(op, "logits", logits, double=True)
-    _checks.labels(op, "labels", labels)
     shards = _group.name(op, group)
     if logits.dim() == 0 or (logits.shape[-1] == 0 and not shards):
         raise ValueError(f"{op}: logits must be [..., V] with V >= 1, got {tuple(logits.shape)}")
-    _checks.same_shape(op, "labels", labels, "logits without V", logits.shape[:-1])
-    _checks.same_device(op, "labels", labels, "logits", logits.device)
-    if softcap is not None:
-        _checks.positive(op, "softcap", softcap)
-    temperatures = per_token_temperature(op, temperature, labels)
+    temperature = _checks.row_options(op, labels, "logits", logits, temperature, softcap)
     if support is not None:
         if inplace_backward or shards:
             raise ValueError(f"{op}: support goes with neither inplace_backward nor group")
@@ -232,7 +211,6 @@ def token_logprobs(
                 labels,
                 support,
                 temperature=temperature,
-                temperatures=temperatures,
                 softcap=softcap,
                 entropy=entropy,
                 ignore_index=ignore_index,
@@ -245,15 +223,14 @@ def token_logprobs(
             raise ValueError(f"{op}: the reference backend has no inplace_backward")
         keep = labels != ignore_index
         if shards:
-            _shard.meet(op, logits.shape[-1], labels, temperatures, keep, shards)
+            _shard.meet(op, logits.shape[-1], labels, temperature, keep, shards)
         else:
-            _checks.labels_in_range(op, labels, logits.shape[-1], ignore_index)
-            _checks.temperatures_positive(op, temperatures, keep)
+            _checks.token_data(op, labels, temperature, keep, logits.shape[-1])
         return TokenLogprobs(
             *reference.token_logprobs(
                 logits,
                 labels,
-                temperature=temperature if temperatures is None else temperatures,
+                temperature=temperature,
                 softcap=softcap,
                 entropy=entropy,
                 ignore_index=ignore_index,
@@ -266,9 +243,7 @@ def token_logprobs(
     logprobs, entropies = _TokenLogprobs.apply(
         logits,
         labels,
-        temperatures,
-        temperature if temperatures is None else 1.0,
-        0.0 if softcap is None else softcap,
+        *row_arguments(temperature, softcap),
         entropy,
         ignore_index,
         inplace_backward,

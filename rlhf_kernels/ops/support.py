@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _backends, _checks, reference
-from .._register import define
+from .._register import define, head_gradients_fake, row_arguments
 
 #: indptr [N + 1] and indices [nnz] of the words of each token.
 Support = tuple[Tensor, Tensor]
@@ -21,15 +21,6 @@ def _forward_fake(like: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Ten
         logprobs.new_empty(labels.shape if entropy else (0,)),
         logprobs.new_empty((*labels.shape, 3)),
         logprobs.new_empty(indices.shape),
-    )
-
-
-def _head_backward_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(
-        t.new_empty(t.shape) if need else hidden.new_empty(0, dtype=torch.float32)
-        for t, need in zip((hidden, weight, bias), args[-2], strict=True)
     )
 
 
@@ -60,7 +51,7 @@ _head_backward = define(
     "linear_token_logprobs_support_backward",
     f"(Tensor hidden, Tensor weight, Tensor? bias, {_BACKWARD}, bool[] needs, str backend) -> "
     "(Tensor, Tensor, Tensor)",
-    _head_backward_fake,
+    lambda hidden, weight, bias, *args: head_gradients_fake(hidden, weight, bias, args[-2]),
 )
 
 
@@ -116,27 +107,12 @@ class _LinearTokenLogprobsSupport(torch.autograd.Function):
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), *nothing)
 
 
-def _check_data(
-    op: str,
-    labels: Tensor,
-    temperatures: Tensor | None,
-    pair: Support,
-    vocab: int,
-    ignore_index: int,
-) -> None:
-    keep = labels != ignore_index
-    _checks.labels_in_range(op, labels, vocab, ignore_index)
-    _checks.temperatures_positive(op, temperatures, keep)
-    _checks.support_valid(op, *pair, keep, vocab)
-
-
 def token_logprobs_support(
     logits: Tensor,
     labels: Tensor,
     support: Support,
     *,
-    temperature: float,
-    temperatures: Tensor | None,
+    temperature: float | Tensor,
     softcap: float | None,
     entropy: bool,
     ignore_index: int,
@@ -146,31 +122,31 @@ def token_logprobs_support(
     Args:
         logits, labels, softcap, entropy, ignore_index: as there.
         support: (indptr, indices).
-        temperature: the number, where `temperatures` is None.
-        temperatures: one per token.
+        temperature: a number, or one per token in the shape of labels.
     """
     op = "token_logprobs"
     pair = _checks.support(op, support, labels.numel(), labels.device)
     backend = _backends.select(f"{op}_support", logits.device)
     if backend == _backends.REFERENCE:
-        _check_data(op, labels, temperatures, pair, logits.shape[-1], ignore_index)
+        keep = labels != ignore_index
+        _checks.support_data(op, labels, temperature, *pair, keep, logits.shape[-1])
         return reference.token_logprobs_support(
             logits,
             labels,
             *pair,
-            temperature=temperature if temperatures is None else temperatures,
+            temperature=temperature,
             softcap=softcap,
             entropy=entropy,
             ignore_index=ignore_index,
         )
     _checks.floating(op, "logits", logits)
+    temperatures, *numbers = row_arguments(temperature, softcap)
     logprobs, entropies = _TokenLogprobsSupport.apply(
         logits,
         labels,
         temperatures,
         *pair,
-        temperature if temperatures is None else 1.0,
-        0.0 if softcap is None else softcap,
+        *numbers,
         entropy,
         ignore_index,
         backend,
@@ -185,8 +161,7 @@ def linear_token_logprobs_support(
     labels: Tensor,
     support: Support,
     *,
-    temperature: float,
-    temperatures: Tensor | None,
+    temperature: float | Tensor,
     softcap: float | None,
     logit_scale: float,
     entropy: bool,
@@ -197,30 +172,30 @@ def linear_token_logprobs_support(
     pair = _checks.support(op, support, labels.numel(), labels.device)
     backend = _backends.select(f"{op}_support", hidden.device)
     if backend == _backends.REFERENCE:
-        _check_data(op, labels, temperatures, pair, weight.shape[0], ignore_index)
+        keep = labels != ignore_index
+        _checks.support_data(op, labels, temperature, *pair, keep, weight.shape[0])
         return reference.linear_token_logprobs_support(
             hidden,
             weight,
             labels,
             *pair,
             bias=bias,
-            temperature=temperature if temperatures is None else temperatures,
+            temperature=temperature,
             softcap=softcap,
             logit_scale=logit_scale,
             entropy=entropy,
             ignore_index=ignore_index,
         )
     _checks.floating(op, "hidden", hidden)
-    # scale * x under a cap c and a temperature T is x under c / scale and T / scale.
+    temperatures, *numbers = row_arguments(temperature, softcap, logit_scale)
     logprobs, entropies = _LinearTokenLogprobsSupport.apply(
         hidden,
         weight,
         bias,
         labels,
-        None if temperatures is None else temperatures / logit_scale,
+        temperatures,
         *pair,
-        1.0 if temperatures is not None else temperature / logit_scale,
-        0.0 if softcap is None else softcap / logit_scale,
+        *numbers,
         entropy,
         ignore_index,
         backend,

@@ -293,7 +293,7 @@ def _check(labels: Tensor, temperatures: Tensor | None, vocab: int, ignore_index
         keep = labels != ignore_index
         # A shard's labels were found good before.
         if ignore_index != SHARD_IGNORED.value:
-            _checks.labels_in_range("token_logprobs", labels, vocab, ignore_index)
+            _checks.labels_in_range("token_logprobs", labels, keep, vocab)
         _checks.temperatures_positive("token_logprobs", temperatures, keep)
 
 

@@ -305,17 +305,6 @@ def _owners(indptr: Tensor, entries: int) -> Tensor:
     return torch.searchsorted(indptr[1:], at, right=True)
 
 
-def _check(
-    op: str, labels: Tensor, temperatures: Tensor | None, indptr: Tensor, indices: Tensor,
-    vocab: int, ignore_index: int,
-) -> None:  # fmt: skip
-    if _config.CHECK:
-        keep = labels != ignore_index
-        _checks.labels_in_range(op, labels, vocab, ignore_index)
-        _checks.temperatures_positive(op, temperatures, keep)
-        _checks.support_valid(op, indptr, indices, keep, vocab)
-
-
 def _forward(
     op: str,
     rows: Tensor,
@@ -338,7 +327,9 @@ def _forward(
     kept = logprobs.new_empty(indices.shape)
     if labels.numel() == 0:
         return logprobs, entropies, stats, kept
-    _check(op, labels, temperatures, indptr, indices, vocab, ignore_index)
+    if _config.CHECK:
+        keep = labels != ignore_index
+        _checks.support_data(op, labels, temperatures, indptr, indices, keep, vocab)
     tokens, entries, (_, cols) = labels.numel(), indices.shape[0], grid(shape)
     rows, labels, temperatures = (
         as_rows(rows),
@@ -456,8 +447,8 @@ def linear_token_logprobs_support_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     *args, needs = args
     vocab, entries, tokens = weight.shape[0], indices.shape[0], labels.numel()
-    grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else kept.new_empty(0)
-    grad_weight = weight.new_empty(weight.shape) if needs[1] else kept.new_empty(0)
+    grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else hidden.new_empty(0)
+    grad_weight = weight.new_empty(weight.shape) if needs[1] else hidden.new_empty(0)
     grad_bias = kept.new_empty(vocab if needs[2] else 0)
     if not entries or not tokens:
         found = (grad_hidden.zero_(), grad_weight.zero_(), grad_bias.zero_())
@@ -478,7 +469,7 @@ def linear_token_logprobs_support_backward(
                 grad_weight if needs[1] else None, grad_bias if needs[2] else None,
                 grid(labels.shape)[1], tokens,
             )  # fmt: skip
-    return found[0], found[1], found[2].to(bias.dtype) if needs[2] else found[2]
+    return found[0], found[1], found[2].to(bias.dtype if needs[2] else hidden.dtype)
 
 
 LAUNCHERS: dict[str, Callable[..., object]] = {
