@@ -5,19 +5,33 @@ import os
 import sys
 from collections.abc import Sequence
 
-# subcommand of `train` -> (module, function, one line of help)
+# subcommand of `train` -> one line of help
 TRAINERS = {
-    "ppo": ("rlhf_kernels.trainer.run", "train_ppo", "PPO-clip with a critic and a KL penalty"),
+    "sft": "supervised: imitate completions",
+    "reward": "pairwise reward model of preferences",
+    "dpo": "direct preference optimisation: sigmoid, ipo, robust, hinge",
+    "ppo": "PPO with a critic and a KL penalty; PPO-penalty and PPO-max by settings",
+    "grpo": "group-relative advantages, KL in the loss",
+    "dr_grpo": "GRPO without its deviation and length biases",
+    "dapo": "GRPO with clip-higher, token mean and dynamic sampling",
+    "gspo": "GRPO with the ratio of whole sequences",
+    "cispo": "clipped importance weights, no token dropped",
+    "rloo": "REINFORCE with the leave-one-out baseline",
+    "reinforce": "REINFORCE with a running baseline",
+    "reinforce++": "REINFORCE++: PPO-clip, whitened return to go",
+    "reinforce++_baseline": "REINFORCE++ with the group's mean as baseline",
+    "remax": "REINFORCE with the greedy completion as baseline",
 }
+MODULE = "rlhf_kernels.trainer.run"
 
 
 def usage() -> str:
-    lines = [f"  {name:<10}{text}" for name, (_, _, text) in TRAINERS.items()]
+    lines = [f"  {name:<22}{text}" for name, text in TRAINERS.items()]
     return "\n".join(
         [
-            "usage: rlhf-kernels train ALGORITHM [--config FILE.yaml] [--flag value ...]",
+            "usage: rlhf-kernels train STAGE [--config FILE.yaml] [--flag value ...]",
             "",
-            "algorithms (settings: rlhf-kernels train ALGORITHM --help):",
+            "stages (settings: rlhf-kernels train STAGE --help):",
             *lines,
         ]
     )
@@ -35,9 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # MKL's GEMMs otherwise round by the addresses of their operands, which differ between runs.
     # It is read at the first GEMM, so that setting it after torch's import is in time.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-    module, function, _ = TRAINERS[args[1]]
     try:
-        trainer = importlib.import_module(module)
+        trainer = importlib.import_module(MODULE)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "rlhf_kernels":
             raise
@@ -46,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    getattr(trainer, function)(args[2:])
+    trainer.train(args[1], args[2:])
     return 0
 
 

@@ -1,7 +1,7 @@
 """Settings: dataclasses whose field names are the YAML keys and the command-line flags."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,113 +14,202 @@ def _doc(text: str, default: Any) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def _require(ok: bool, name: str, expected: str, found: object) -> None:
+def require(ok: bool, name: str, expected: str, found: object) -> None:
+    """Raises ValueError naming the setting, what it should be and what it is."""
     if not ok:
         raise ValueError(f"{name}: expected {expected}, found {found!r}")
 
 
+def _one_of(config: Any, name: str, allowed: tuple[str, ...]) -> None:
+    require(getattr(config, name) in allowed, name, f"one of {allowed}", getattr(config, name))
+
+
+def _at_least(config: Any, least: float, *names: str) -> None:
+    for name in names:
+        require(getattr(config, name) >= least, name, f">= {least}", getattr(config, name))
+
+
 @dataclass
 class RunConfig:
-    """What every subcommand shares: where it writes and how it repeats."""
+    """What every stage shares: where it writes, how it repeats and continues."""
 
-    output_dir: str = _doc("folder for metrics, curves, samples and checkpoints", "runs/ppo")
+    output_dir: str = _doc("folder for metrics, curves, samples and checkpoints", "runs/trainer")
     seed: int = _doc("seed of weights, data order and sampling", 0)
-    device: str = _doc("'auto' (cuda when there is one), or any torch device", "auto")
+    device: str = _doc("'auto' (accelerate's choice) or 'cpu'", "auto")
     threads: int = _doc("CPU threads; 0 keeps torch's own choice", 0)
-    save_model: bool = _doc("save policy, critic and tokenizer at the end", True)
+    mixed_precision: str = _doc("'no', 'bf16' or 'fp16' autocast", "no")
+    save_model: bool = _doc("save models and tokenizer at the end", True)
+    save_steps: int = _doc("steps between checkpoints; 0 = only when interrupted", 0)
+    save_total_limit: int = _doc("checkpoints kept; 0 = all", 2)
+    resume: bool = _doc("continue from the newest checkpoint of output_dir", False)
+    dry_run: bool = _doc("print settings, sizes, memory and steps, then stop", False)
+    report_to: list[str] = field(
+        default_factory=list,
+        metadata={"help": "trackers of accelerate: tensorboard, wandb, trackio, ..."},
+    )
+
+    def __post_init__(self) -> None:
+        _one_of(self, "device", ("auto", "cpu"))
+        _one_of(self, "mixed_precision", ("no", "bf16", "fp16"))
+        _at_least(self, 0, "threads", "save_steps", "save_total_limit")
 
 
 @dataclass
 class ModelConfig:
-    """The policy: a Hugging Face path, or a small Llama built from these sizes."""
+    """The trained model: a Hugging Face path, or a small Llama built from these sizes."""
 
     model: str | None = _doc("path or hub name of a causal LM; unset builds one", None)
     hidden_size: int = _doc("built model: width", 128)
     num_layers: int = _doc("built model: layers", 2)
     num_heads: int = _doc("built model: attention heads", 4)
+    dtype: str = _doc("of the weights: float32, bfloat16 or float16", "float32")
+    attn_implementation: str | None = _doc("sdpa, flash_attention_2, eager; unset = best", None)
+    gradient_checkpointing: bool = _doc("recompute activations in the backward pass", False)
+    lora_rank: int = _doc("rank of LoRA adapters (peft); 0 trains all weights", 0)
+    lora_alpha: int = _doc("scale of LoRA adapters", 32)
+
+    def __post_init__(self) -> None:
+        _one_of(self, "dtype", ("float32", "bfloat16", "float16"))
+        _at_least(self, 0, "lora_rank")
 
 
 @dataclass
 class DataConfig:
-    """The problems, their tokenizer and their rewards."""
+    """The rows and their tokenizer: TRL's columns, standard or conversational."""
 
-    data: str | None = _doc("JSONL with 'question' and 'answer'; unset = arithmetic", None)
+    data: str | None = _doc("JSONL(.gz) file or name of a dataset; unset = arithmetic", None)
+    eval_data: str | None = _doc("rows to evaluate on; unset = eval_size of data", None)
     max_operand: int = _doc("arithmetic: largest operand", 99)
     operators: str = _doc("arithmetic: any of + and -", "+-")
-    vocab_size: int = _doc("JSONL: size of the BPE vocabulary trained on the file", 4096)
-    eval_size: int = _doc("problems held out from every training phase", 512)
-    max_prompt_tokens: int = _doc("longer prompts are dropped", 256)
+    vocab_size: int = _doc("built model: size of the BPE vocabulary trained on data", 4096)
+    eval_size: int = _doc("rows held out from every training phase", 512)
+    max_prompt_tokens: int = _doc("rows with a longer prompt are dropped", 256)
     max_new_tokens: int = _doc("longest completion, end token included", 8)
-    reward_funcs: list[str] = field(
-        default_factory=list,
-        metadata={"help": "'module:function' paths; empty = the task's own"},
-    )
-    reward_weights: list[float] = field(
-        default_factory=list,
-        metadata={"help": "one weight per reward function; empty = ones"},
-    )
 
     def __post_init__(self) -> None:
-        _require(self.max_operand >= 1, "max_operand", ">= 1", self.max_operand)
         ops = self.operators
-        _require(bool(ops) and set(ops) <= set("+-"), "operators", "'+', '-' or '+-'", ops)
-        _require(self.eval_size >= 1, "eval_size", ">= 1", self.eval_size)
-        _require(self.max_new_tokens >= 1, "max_new_tokens", ">= 1", self.max_new_tokens)
+        require(bool(ops) and set(ops) <= set("+-"), "operators", "'+', '-' or '+-'", ops)
+        _at_least(self, 1, "max_operand", "eval_size", "max_prompt_tokens", "max_new_tokens")
 
 
 @dataclass
-class SFTConfig:
-    """The supervised phase before PPO."""
+class OptimConfig:
+    """Steps and AdamW."""
+
+    total_steps: int = _doc("steps; one is a batch (online: a rollout)", 100)
+    batch_size: int = _doc("rows (online: completions) per step, over all processes", 512)
+    micro_batch_size: int = _doc("rows per forward pass of a process; 0 = all", 0)
+    learning_rate: float = _doc("peak rate of the trained model", 3e-4)
+    lr_schedule: str = _doc("'constant', 'linear' or 'cosine' (to zero at the end)", "constant")
+    warmup_steps: int = _doc("steps over which the rates rise", 10)
+    weight_decay: float = _doc("of AdamW", 0.0)
+    max_grad_norm: float = _doc("global gradient norm, of each model", 1.0)
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "total_steps", "batch_size")
+        _at_least(self, 0, "micro_batch_size", "warmup_steps", "learning_rate", "weight_decay")
+        require(self.max_grad_norm > 0, "max_grad_norm", "> 0", self.max_grad_norm)
+        _one_of(self, "lr_schedule", ("constant", "linear", "cosine"))
+
+
+@dataclass
+class RewardConfig:
+    """Pairwise reward model: -log sigmoid(r_w - r_l - margin) + center_coef (r_w + r_l)^2."""
+
+    margin: float = _doc("margin of every pair; a column 'margin' of the data wins", 0.0)
+    center_coef: float = _doc("weight of the centring term", 0.0)
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "center_coef")
+
+
+@dataclass
+class DPOConfig:
+    """Direct preference optimisation."""
+
+    loss_type: str = _doc("sigmoid, ipo, robust or hinge", "sigmoid")
+    beta: float = _doc("strength of the implicit KL", 0.1)
+    label_smoothing: float = _doc("probability of a wrong label: sigmoid, robust", 0.0)
+
+    def __post_init__(self) -> None:
+        _one_of(self, "loss_type", ("sigmoid", "ipo", "robust", "hinge"))
+        require(self.beta > 0, "beta", "> 0", self.beta)
+
+
+@dataclass
+class WarmStartConfig:
+    """A supervised phase before an online stage; a run interrupted in it starts it again."""
 
     sft_steps: int = _doc("most optimizer steps; 0 skips the phase", 0)
     sft_stop_loss: float = _doc("stop when the running token loss is below; 0 = never", 0.0)
-    sft_batch_size: int = _doc("problems per step", 256)
-    sft_learning_rate: float = _doc("peak learning rate of AdamW", 2e-3)
+    sft_batch_size: int = _doc("rows per step", 256)
+    sft_learning_rate: float = _doc("peak learning rate", 2e-3)
     sft_warmup_steps: int = _doc("linear warm-up", 50)
 
 
 @dataclass
-class PPOConfig:
-    """PPO-clip with a critic and a KL penalty to a frozen reference."""
+class OnlineConfig:
+    """Rollouts, their rewards and the policy loss. Unset = the algorithm's own value."""
 
-    total_steps: int = _doc("rollouts", 100)
-    batch_size: int = _doc("completions per rollout", 512)
-    mini_batch_size: int = _doc("completions per optimizer step; divides batch_size", 128)
-    epochs: int = _doc("passes over each rollout", 2)
-    learning_rate: float = _doc("policy", 3e-4)
-    critic_learning_rate: float = _doc("critic", 1e-3)
-    lr_schedule: str = _doc("'constant' or 'linear' (to zero at the last step)", "constant")
-    warmup_steps: int = _doc("rollouts over which the learning rates rise", 10)
-    max_grad_norm: float = _doc("global gradient norm, policy and critic each", 1.0)
+    reward_funcs: list[str] = field(
+        default_factory=list,
+        metadata={"help": "'module:function', or paths of reward models; empty = task's"},
+    )
+    reward_weights: list[float] = field(
+        default_factory=list, metadata={"help": "one weight per reward function; empty = ones"}
+    )
+    num_generations: int = _doc("completions of each prompt", 1)
+    generation_batch_size: int = _doc("prompts decoded at once by a process; 0 = all", 0)
     temperature: float = _doc("sampling temperature, also of the loss", 1.0)
-    gamma: float = _doc("discount", 1.0)
-    lam: float = _doc("lambda of generalised advantage estimation", 0.95)
-    whiten_advantages: bool = _doc("zero mean, unit variance over the rollout", True)
-    clip_low: float = _doc("the ratio's clip below 1", 0.2)
-    clip_high: float = _doc("the ratio's clip above 1", 0.2)
-    value_clip: float = _doc("clip range of the value update; 0 = off", 0.2)
+    mini_batch_size: int = _doc("completions per optimizer step; 0 = batch_size", 0)
+    epochs: int = _doc("passes over each rollout", 1)
+    objective: str | None = _doc("clip, penalty, reinforce, cispo or sapo", None)
+    clip_low: float | None = _doc("the ratio's clip below 1", None)
+    clip_high: float | None = _doc("the ratio's clip above 1", None)
+    dual_clip: float | None = _doc("bound of the loss where A < 0", None)
+    aggregation: str | None = _doc("token-mean, seq-mean-token-mean, constant, ...", None)
     entropy_coef: float = _doc("entropy bonus", 0.0)
-    kl_coef: float = _doc("penalty on the KL to the reference, per token", 0.02)
-    kl_estimator: str = _doc("k1, k2, k3 or abs", "k1")
+    penalty_coef: float = _doc("objective penalty: first weight of KL(old || new)", 1.0)
+    penalty_target: float = _doc("KL per token it adapts to: halved or doubled; 0 = fixed", 0.0)
+    kl_coef: float = _doc("weight of the KL to the reference; 0 = no reference", 0.0)
+    kl_estimator: str = _doc("k1, k2, k3 or abs; in the loss also with +", "k1")
     kl_target: float = _doc("KL per completion the coefficient adapts to; 0 = fixed", 0.0)
     kl_horizon: float = _doc("horizon of the adaptive coefficient, in completions", 10000.0)
+    correction: str = _doc("of sampler-trainer mismatch: none, token or sequence", "none")
+    correction_mode: str = _doc("truncate or mask weights above correction_max", "truncate")
+    correction_max: float = _doc("largest weight of the correction", 2.0)
+    reward_normalize: bool = _doc("divide by running deviation after the running mean", False)
+    reward_clip: float = _doc("clip of the (normalised) reward; 0 = off", 0.0)
+    dynamic_sampling: int = _doc("rounds of sampling in search of groups that differ", 1)
+    overlong_buffer: int = _doc("last tokens in which a completion is penalised; 0 = off", 0)
+    ptx_coef: float = _doc("weight of the supervised loss on ptx_data", 0.0)
+    ptx_data: str | None = _doc("rows of the supervised loss; unset = data", None)
     replay_steps: int = _doc("steps whose kernel inputs are kept to time both backends", 3)
     num_samples: int = _doc("completions shown in the sample table", 8)
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "batch_size", "mini_batch_size", "epochs"):
-            _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
-        divides = self.batch_size % self.mini_batch_size == 0
-        _require(
-            divides,
-            "mini_batch_size",
-            f"a divisor of batch_size={self.batch_size}",
-            self.mini_batch_size,
-        )
-        _require(self.temperature > 0, "temperature", "> 0", self.temperature)
-        schedules = ("constant", "linear")
-        known = self.lr_schedule in schedules
-        _require(known, "lr_schedule", f"one of {schedules}", self.lr_schedule)
+        _at_least(self, 1, "epochs", "num_generations", "dynamic_sampling")
+        _at_least(
+            self, 0, "mini_batch_size", "generation_batch_size", "reward_clip", "overlong_buffer",
+            "ptx_coef", "kl_coef", "kl_target", "penalty_target", "replay_steps",
+        )  # fmt: skip
+        require(self.temperature > 0, "temperature", "> 0", self.temperature)
+        _one_of(self, "correction", ("none", "token", "sequence"))
+
+
+@dataclass
+class CriticConfig:
+    """PPO's critic and its advantages."""
+
+    critic_model: str | None = _doc("path of a reward model to start from; unset = policy", None)
+    critic_learning_rate: float = _doc("peak rate of the critic", 1e-3)
+    critic_warmup_steps: int = _doc("first rollouts that train the critic alone", 0)
+    gamma: float = _doc("discount", 1.0)
+    lam: float = _doc("lambda of generalised advantage estimation", 0.95)
+    whiten_advantages: bool = _doc("zero mean, unit variance over the rollout", True)
+    value_clip: float = _doc("clip range of the value update; 0 = off", 0.2)
+    value_coef: float = _doc("weight of the value loss", 1.0)
+    joint_grad_clip: bool = _doc("one gradient norm over policy and critic", False)
 
 
 def _yaml_as_flags(path: str) -> list[str]:
@@ -138,15 +227,23 @@ def _yaml_as_flags(path: str) -> list[str]:
     return flags
 
 
-def parse_config(classes: Sequence[type], argv: Sequence[str], *, prog: str) -> tuple[Any, ...]:
+def parse_config(
+    classes: Sequence[type],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    defaults: Mapping[str, Any] | None = None,
+) -> tuple[Any, ...]:
     """Dataclass instances from `--config file.yaml` and flags; a flag wins over the file.
 
     Args:
         classes: dataclasses with disjoint field names.
         argv: arguments after the subcommand.
         prog: name shown by `--help`.
+        defaults: defaults of this subcommand that differ from the dataclasses'.
     """
     parser = HfArgumentParser(classes, prog=prog, allow_abbrev=False)
+    parser.set_defaults(**(defaults or {}))
     parser.add_argument("--config", help="YAML file of the settings below")
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")

@@ -1,41 +1,33 @@
-"""Problems, tokenizers and batches."""
+"""Rows of a dataset, their tokens, and batches of them."""
 
+import gzip
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from . import rewards
-from .config import DataConfig
+from .answers import final_number
+from .config import DataConfig, require
+from .tokenizers import bpe_tokenizer, character_tokenizer
 
-_SPECIAL = ("<pad>", "<eos>")
-
-
-class Problem(NamedTuple):
-    """A prompt, the completion to imitate, and the columns that reward functions read."""
-
-    prompt: str
-    completion: str
-    columns: dict[str, Any]
+#: A text, or a conversation: [{"role": "user", "content": "..."}, ...].
+Text = str | list[dict[str, str]]
 
 
-@dataclass(frozen=True)
-class Task:
-    """Problems split into training and held-out, with their tokenizer and reward functions."""
+class Row(NamedTuple):
+    """A prompt, what may follow it, and the columns that reward functions read."""
 
-    name: str
-    tokenizer: PreTrainedTokenizerBase
-    train: list[Problem]
-    held_out: list[Problem]
-    reward_funcs: list[rewards.RewardFunction]
-    reward_weights: list[float]
+    prompt: Text
+    completion: Text | None = None
+    chosen: Text | None = None
+    rejected: Text | None = None
+    columns: dict[str, Any] = {}  # noqa: RUF012 - a NamedTuple's default, never changed
 
 
 class Batch(NamedTuple):
@@ -52,6 +44,11 @@ class Batch(NamedTuple):
     @property
     def completion_ids(self) -> Tensor:
         return self.input_ids[:, -self.completion_mask.shape[1] :]
+
+    @property
+    def labels(self) -> Tensor:
+        """The completion's tokens `[B, T]`, -100 on padding."""
+        return torch.where(self.completion_mask, self.completion_ids, -100)
 
     def rows(self, index: Tensor | slice) -> "Batch":
         return Batch(*(field[index] for field in self))
@@ -73,166 +70,234 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool) -> tuple[Tenso
     return ids, mask
 
 
-def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Prompts as left-padded ids and mask."""
-    rows = tokenizer([p.prompt for p in problems])["input_ids"]
-    ids, mask = pad(rows, tokenizer.pad_token_id, left=True)
-    return ids.to(device), mask.to(device)
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> list[int]:
+    """A prompt as tokens; a conversation through the tokenizer's chat template."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def encode_completions(
-    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
-) -> list[list[int]]:
-    """Completions as token lists that close with the end token."""
-    rows = tokenizer([p.completion for p in problems], add_special_tokens=False)["input_ids"]
-    return [[*row, tokenizer.eos_token_id] for row in rows]
+def row_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text
+) -> tuple[list[int], list[int]]:
+    """Prompt and completion as tokens; the completion closes with the end token."""
+    if isinstance(completion, str):
+        # A text without a prompt: its first token has nothing to be predicted from.
+        first = tokenizer(prompt)["input_ids"] if prompt else []
+        rest = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        if not first:
+            first, rest = rest[:1], rest[1:]
+    else:
+        start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+        if not whole.startswith(start):
+            raise ValueError("chat template: a conversation does not begin with its own prompt")
+        texts = (start, whole[len(start) :].rstrip("\n"))
+        first, rest = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    ended = rest[-1:] == [tokenizer.eos_token_id]
+    return first, rest if ended else [*rest, tokenizer.eos_token_id]
 
 
-def supervised_batch(
-    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], device: torch.device
+def collate(
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[list[int], list[int]]],
+    device: torch.device,
 ) -> Batch:
-    """Prompts with the completions to imitate."""
-    prompt_ids, prompt_mask = encode_prompts(tokenizer, problems, device)
-    ids, mask = pad(encode_completions(tokenizer, problems), tokenizer.pad_token_id, left=False)
-    ids, mask = ids.to(device), mask.to(device)
-    return Batch(torch.cat([prompt_ids, ids], 1), torch.cat([prompt_mask, mask], 1), mask)
+    """Prompts and completions as one batch."""
+    prompts, completions = zip(*pairs, strict=True)
+    prompt_ids, prompt_mask = pad(prompts, tokenizer.pad_token_id, left=True)
+    ids, mask = pad(completions, tokenizer.pad_token_id, left=False)
+    batch = Batch(torch.cat([prompt_ids, ids], 1), torch.cat([prompt_mask, mask], 1), mask)
+    return Batch(*(field.to(device) for field in batch))
 
 
 class Sampler:
-    """Batches of problems without end: a fresh shuffle each pass, no problem twice within one."""
+    """Batches of row numbers without end: a fresh shuffle each pass, no row twice within one."""
 
-    def __init__(self, problems: Sequence[Problem], batch_size: int, seed: int) -> None:
-        if len(problems) < batch_size:
-            raise ValueError(f"batch_size: expected at most {len(problems)}, found {batch_size}")
-        self.problems, self.batch_size = problems, batch_size
-        self.random = random.Random(seed)
-        self.order: list[int] = []
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        require(batch_size <= count, "batch_size", f"at most the {count} rows", batch_size)
+        self.count, self.batch_size = count, batch_size
+        self.generator = torch.Generator().manual_seed(seed)
+        self.order = torch.empty(0, dtype=torch.long)
 
-    def __iter__(self) -> Iterator[list[Problem]]:
-        return self
-
-    def __next__(self) -> list[Problem]:
+    def __next__(self) -> list[int]:
         if len(self.order) < self.batch_size:
-            self.order = list(range(len(self.problems)))
-            self.random.shuffle(self.order)
-        chosen, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
-        return [self.problems[i] for i in chosen]
+            self.order = torch.randperm(self.count, generator=self.generator)
+        chosen, self.order = self.order.split([self.batch_size, len(self.order) - self.batch_size])
+        return chosen.tolist()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"order": self.order.clone(), "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.order = state["order"]
+        self.generator.set_state(state["generator"])
 
 
-def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    pad_token, eos_token = _SPECIAL
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=pad_token,
-        eos_token=eos_token,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
-    """One token per character."""
-    vocab = {token: i for i, token in enumerate([*_SPECIAL, *characters])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=_SPECIAL[0]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return _wrap(tokenizer)
-
-
-def bpe_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE trained on the texts; numbers are split into digits."""
-    tokenizer = Tokenizer(models.BPE())
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(_SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return _wrap(tokenizer)
-
-
-def arithmetic_problems(max_operand: int, operators: str) -> list[Problem]:
+def arithmetic_rows(max_operand: int, operators: str) -> list[Row]:
     """Every `a+b=` and `a-b=` with operands from 0 to `max_operand`."""
     signs = {"+": 1, "-": -1}
     span = range(max_operand + 1)
-    return [
-        Problem(f"{a}{op}{b}=", str(a + signs[op] * b), {"answer": str(a + signs[op] * b)})
-        for op in operators
-        for a in span
-        for b in span
-    ]
+    texts = [(f"{a}{o}{b}=", str(a + signs[o] * b)) for o in operators for a in span for b in span]
+    return [Row(prompt, answer, columns={"answer": answer}) for prompt, answer in texts]
 
 
-def read_jsonl(path: str) -> list[Problem]:
-    """Problems of a GSM8K-style file: `question`, and an `answer` that ends in `#### <number>`.
+def _text(row: dict[str, Any], key: str) -> Text:
+    """A column that must hold a text or a conversation, not empty."""
+    value = row.get(key)
+    conversation = isinstance(value, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in value
+    )
+    if not (isinstance(value, str) or conversation) or not value:
+        found = "nothing" if key not in row else repr(value)[:60]
+        raise ValueError(f"expected {key!r} to hold a text or a list of messages, found {found}")
+    return value
+
+
+def _common_prompt(chosen: Text, rejected: Text) -> int:
+    """Length of the prompt that two answers without a prompt column share."""
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
+    if isinstance(chosen, str):
+        # Back to the start of a word and the space before it, so that no token spans both.
+        while same and not chosen[same - 1].isspace():
+            same -= 1
+        same -= bool(same) and chosen[same - 1] == " "
+    return same
+
+
+def parse_row(row: Any, kind: str) -> Row:
+    """A Row from TRL's columns.
+
+    Args:
+        row: object of the dataset.
+        kind: "supervised" (`text`, `messages`, `prompt` + `completion`, or GSM8K's `question` +
+            `answer`), "preference" (`chosen` + `rejected`, `prompt` or their common beginning) or
+            "prompt" (`prompt`, `messages` or `question`).
 
     Raises:
-        ValueError: naming the line that is not such an object.
+        ValueError: columns are missing or hold something else.
     """
-    problems = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, found {repr(row)[:60]}")
+    columns = {k: v for k, v in row.items() if k not in ("prompt", "completion", "messages")}
+    if kind == "preference":
+        chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+        if type(chosen) is not type(rejected) or chosen == rejected:
+            raise ValueError("expected 'chosen' and 'rejected' to differ and be of one form")
+        if "prompt" in row:
+            return Row(_text(row, "prompt"), None, chosen, rejected, columns)
+        cut = _common_prompt(chosen, rejected)
+        if not chosen[cut:] or not rejected[cut:]:
+            raise ValueError("expected neither of 'chosen' and 'rejected' to begin the other")
+        return Row(chosen[:cut], None, chosen[cut:], rejected[cut:], columns)
+    if "question" in row and "prompt" not in row:
+        question, answer = _text(row, "question"), _text(row, "answer")
+        if kind == "prompt" and final_number(answer) is None:
+            found = answer[-40:]
+            raise ValueError(f"expected 'answer' to end in '#### <number>', found {found!r}")
+        return Row(question + "\n", answer, columns=columns)
+    if "messages" in row and "prompt" not in row:
+        messages = _text(row, "messages")
+        if messages[-1]["role"] == "assistant":
+            return Row(messages[:-1], messages[-1:], columns=columns)
+        if kind == "supervised":
+            raise ValueError("expected 'messages' to end with the assistant's")
+        return Row(messages, columns=columns)
+    if kind == "supervised" and "text" in row and "prompt" not in row:
+        return Row("", _text(row, "text"), columns=columns)
+    needed = kind == "supervised" or "completion" in row
+    return Row(_text(row, "prompt"), _text(row, "completion") if needed else None, columns=columns)
+
+
+def read_rows(path: str, kind: str) -> list[Row]:
+    """The rows of a JSONL(.gz) file, or of anything else that `datasets` loads.
+
+    Raises:
+        ValueError: naming the file and line of a bad row.
+    """
+    rows = []
+    for number, content in _objects(path):
         try:
-            row = json.loads(line)
+            row = json.loads(content) if isinstance(content, str) else content
+            rows.append(parse_row(row, kind))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: expected a JSON object, found {line[:60]!r}") from error
-        if not isinstance(row, dict) or not all(
-            isinstance(row.get(key), str) for key in ("question", "answer")
-        ):
-            raise ValueError(f"{where}: expected an object with texts 'question' and 'answer'")
-        if rewards.final_number(row["answer"]) is None:
-            found = row["answer"][-40:]
-            raise ValueError(
-                f"{where}: expected 'answer' to end in '#### <number>', found {found!r}"
-            )
-        problems.append(Problem(row["question"] + "\n", row["answer"], row))
-    if not problems:
-        raise ValueError(f"{path}: expected at least one problem, found none")
-    return problems
+            where = f"{path}:{number}"
+            raise ValueError(f"{where}: expected a JSON object, found {content[:60]!r}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
+    if not rows:
+        raise ValueError(f"{path}: expected at least one row, found none")
+    return rows
 
 
-def load_task(config: DataConfig, *, seed: int, model: str | None = None) -> Task:
-    """The task of a configuration; the tokenizer is the model's own where `model` names one."""
+def _objects(path: str) -> list[tuple[int, Any]]:
+    """Numbered lines of a JSONL file, or rows of a dataset."""
+    if path.removesuffix(".gz").endswith((".jsonl", ".json")):
+        opened = gzip.open if path.endswith(".gz") else open
+        with opened(path, "rt", encoding="utf-8") as file:
+            return [(n, line) for n, line in enumerate(file, start=1) if line.strip()]
+    # Only here: an optional package.
+    import datasets
+
+    local = Path(path).exists()
+    suffix = Path(path).suffix[1:]
+    options = {"path": suffix, "data_files": path} if local and suffix else {"path": path}
+    return list(enumerate(datasets.load_dataset(**options, split="train"), start=1))
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows split into training and held-out, with their tokenizer."""
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    train: list[Row]
+    held_out: list[Row]
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; the end token pads where there is no padding token."""
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model: expected a tokenizer with an end token, found {model!r}")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _plain(text: Text | None) -> str:
+    return text if isinstance(text, str) else "\n".join(m["content"] for m in text or [])
+
+
+def load_task(config: DataConfig, kind: str, *, seed: int, model: str | None = None) -> Task:
+    """The rows of a configuration; the tokenizer is the model's own where `model` names one."""
     if config.data is None:
-        problems = arithmetic_problems(config.max_operand, config.operators)
-        functions: list[rewards.RewardFunction] = [rewards.exact_match]
+        if kind == "preference":
+            raise ValueError("data: expected a file of preferences, found None")
+        rows = arithmetic_rows(config.max_operand, config.operators)
     else:
-        problems = read_jsonl(config.data)
-        functions = [rewards.answer_format, rewards.answer_correct]
-    random.Random(seed).shuffle(problems)
-    held_out, train = problems[: config.eval_size], problems[config.eval_size :]
-    if not train:
-        raise ValueError(f"eval_size: expected < {len(problems)}, found {config.eval_size}")
+        rows = read_rows(config.data, kind)
+    random.Random(seed).shuffle(rows)
+    if config.eval_data is not None:
+        train, held_out = rows, read_rows(config.eval_data, kind)[: config.eval_size]
+    else:
+        held_out, train = rows[: config.eval_size], rows[config.eval_size :]
+    require(bool(train), "eval_size", f"< {len(rows)}", config.eval_size)
     if model is not None:
-        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-        if tokenizer.eos_token_id is None:
-            raise ValueError(f"model: expected a tokenizer with an end token, found {model!r}")
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer = load_tokenizer(model)
     elif config.data is None:
         tokenizer = character_tokenizer("0123456789+-=")
     else:
-        # The held-out problems must not shape the vocabulary either.
-        tokenizer = bpe_tokenizer([p.prompt + p.completion for p in train], config.vocab_size)
-    if config.reward_funcs:
-        functions = [rewards.load_reward(path) for path in config.reward_funcs]
-    weights = config.reward_weights or [1.0] * len(functions)
-    if len(weights) != len(functions):
-        raise ValueError(f"reward_weights: expected {len(functions)} numbers, found {len(weights)}")
+        # The held-out rows must not shape the vocabulary either.
+        texts = [_plain(r.prompt) + _plain(r.completion or r.chosen) for r in train]
+        tokenizer = bpe_tokenizer(texts, config.vocab_size)
 
-    def short(problem_list: list[Problem]) -> list[Problem]:
-        lengths = map(len, tokenizer([p.prompt for p in problem_list])["input_ids"])
-        keep = config.max_prompt_tokens
-        return [p for p, n in zip(problem_list, lengths, strict=True) if n <= keep]
+    def short(part: list[Row]) -> list[Row]:
+        limit = config.max_prompt_tokens
+        return [r for r in part if not r.prompt or len(prompt_tokens(tokenizer, r.prompt)) <= limit]
 
     train, held_out = short(train), short(held_out)
     if not train or not held_out:
@@ -240,5 +305,5 @@ def load_task(config: DataConfig, *, seed: int, model: str | None = None) -> Tas
             f"max_prompt_tokens: expected prompts of at most {config.max_prompt_tokens} tokens, "
             f"found {len(train)} for training and {len(held_out)} held out"
         )
-    name = "arithmetic" if config.data is None else Path(config.data).stem
-    return Task(name, tokenizer, train, held_out, functions, weights)
+    name = "arithmetic" if config.data is None else Path(config.data).name.partition(".")[0]
+    return Task(name, tokenizer, train, held_out)

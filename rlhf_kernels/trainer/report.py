@@ -13,7 +13,7 @@ import torch
 
 import rlhf_kernels as rk
 
-from .ppo import Call
+from .recorder import Call
 
 matplotlib.use("Agg")
 
@@ -21,11 +21,20 @@ import matplotlib.pyplot as plt
 
 
 class MetricsLog:
-    """One JSON object per line, flushed at each step so that a killed run keeps its log."""
+    """One JSON object per line, flushed at each step so that a killed run keeps its log.
 
-    def __init__(self, path: Path) -> None:
+    A run that continues from `steps_done` keeps the rows before and drops what came later.
+    """
+
+    def __init__(self, path: Path, *, steps_done: int = 0) -> None:
         self.rows: list[dict[str, float]] = []
+        kept = []
+        if steps_done and path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [row for row in map(_parsed, lines) if row and row["step"] < steps_done]
         self.file = path.open("w", encoding="utf-8")
+        for row in kept:
+            self.write(row)
 
     def write(self, row: dict[str, float]) -> None:
         self.rows.append(row)
@@ -36,13 +45,33 @@ class MetricsLog:
         self.file.close()
 
 
+def _parsed(line: str) -> dict[str, float] | None:
+    """A row of the log; None where a kill cut it off."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+_CURVES = {
+    "reward": "reward",
+    "kl": "KL to reference, per completion",
+    "entropy": "entropy",
+    "length": "tokens per completion",
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "margin": "margin",
+}
+
+
 def plot_curves(rows: Sequence[dict[str, float]], path: Path) -> None:
-    """Reward, KL to the reference and entropy over the steps, as one PNG."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    titles = {"reward": "reward", "kl": "KL to reference, per completion", "entropy": "entropy"}
-    for axis, (key, title) in zip(axes, titles.items(), strict=True):
+    """What the run logged of reward, KL, entropy, length, loss, accuracy and margin, as a PNG."""
+    shown = {key: title for key, title in _CURVES.items() if rows and key in rows[0]}
+    size = (4 * len(shown), 3.4)
+    figure, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
+    for axis, (key, title) in zip(axes[0], shown.items(), strict=True):
         axis.plot([row["step"] for row in rows], [row[key] for row in rows])
-        axis.set(title=title, xlabel="PPO step")
+        axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -88,7 +117,7 @@ def time_kernels(
     median of its repeats after one warm-up, so that a drifting clock favours neither.
 
     Returns:
-        One dict per function: calls and milliseconds per PPO step, and their ratio.
+        One dict per function: calls and milliseconds per step, and their ratio.
     """
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
     for call in calls:
@@ -131,6 +160,6 @@ def timing_table(timing: Sequence[dict[str, Any]], step_ms: float) -> str:
     ours = sum(t["ms_per_step"] for t in timing)
     theirs = sum(t["reference_ms_per_step"] for t in timing)
     rows.append(("all", "", f"{ours:.2f}", f"{theirs:.2f}", f"{theirs / ours:.2f}x"))
-    header = ("kernel time per PPO step", "calls", "ours ms", "reference ms", "ratio")
-    share = f"A whole PPO step took {step_ms:.0f} ms: {ours / step_ms:.1%} of it in these calls."
+    header = ("kernel time per step", "calls", "ours ms", "reference ms", "ratio")
+    share = f"A whole step took {step_ms:.0f} ms: {ours / step_ms:.1%} of it in these calls."
     return table(header, rows) + "\n" + share

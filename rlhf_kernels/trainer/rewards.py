@@ -1,4 +1,4 @@
-"""Reward functions in TRL's signature, and their weighted sum.
+"""Reward functions in TRL's signature, reward models, and their weighted sum.
 
 A reward function is `f(prompts, completions, completion_ids, **columns) -> list[float | None]`:
 texts, token ids without padding, and one list per data column. `None` means that the function has
@@ -8,67 +8,18 @@ with the end token.
 
 import importlib
 import math
-import re
 from collections.abc import Callable, Sequence
-from decimal import Decimal
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+from .data import collate, load_tokenizer, row_tokens
+from .models import load_reward_model, sequence_rewards
+
 RewardFunction = Callable[..., list[float | None]]
-
-_FINAL_NUMBER = re.compile(r"####[ \t]*(-?\$?\d[\d,]*(?:\.\d+)?)\s*\Z")
-
-
-def final_number(text: str) -> Decimal | None:
-    """The number after `####` at the very end of the text, or None."""
-    found = _FINAL_NUMBER.search(text)
-    return Decimal(re.sub(r"[,$]", "", found.group(1))) if found else None
-
-
-def exact_match(
-    prompts: Sequence[str],
-    completions: Sequence[str],
-    completion_ids: Sequence[Sequence[int]],
-    *,
-    answer: Sequence[str],
-    finished: Sequence[bool],
-    **columns: Any,
-) -> list[float | None]:
-    """1 where the completion is the answer and then ends, else 0."""
-    return [
-        float(end and text.strip() == want)
-        for text, want, end in zip(completions, answer, finished, strict=True)
-    ]
-
-
-def answer_format(
-    prompts: Sequence[str],
-    completions: Sequence[str],
-    completion_ids: Sequence[Sequence[int]],
-    *,
-    finished: Sequence[bool],
-    **columns: Any,
-) -> list[float | None]:
-    """1 where the completion closes with `#### <number>` and then ends, else 0."""
-    return [
-        float(end and final_number(text) is not None)
-        for text, end in zip(completions, finished, strict=True)
-    ]
-
-
-def answer_correct(
-    prompts: Sequence[str],
-    completions: Sequence[str],
-    completion_ids: Sequence[Sequence[int]],
-    *,
-    answer: Sequence[str],
-    finished: Sequence[bool],
-    **columns: Any,
-) -> list[float | None]:
-    """1 where the final number is that of the answer, else 0."""
-    return [
-        float(end and final_number(text) is not None and final_number(text) == final_number(want))
-        for text, want, end in zip(completions, answer, finished, strict=True)
-    ]
 
 
 def load_reward(path: str) -> RewardFunction:
@@ -82,43 +33,110 @@ def load_reward(path: str) -> RewardFunction:
     return function
 
 
-class Scores(NamedTuple):
-    """Weighted sum per sample, and the mean of each function where it applied."""
-
-    total: list[float]
-    means: dict[str, float]
+def reward_name(function: RewardFunction) -> str:
+    """How a reward function is called in metrics and errors."""
+    return getattr(function, "__name__", type(function).__name__)
 
 
-def score(
-    functions: Sequence[RewardFunction],
+class Rewards(NamedTuple):
+    """Reward functions with their weights."""
+
+    functions: list[RewardFunction]
+    weights: list[float]
+
+    @property
+    def names(self) -> list[str]:
+        return [reward_name(f) for f in self.functions]
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: dict[str, list[Any]],
+    ) -> list[list[float]]:
+        """Rewards of every function over a batch; NaN where a function said None.
+
+        Raises:
+            RuntimeError: a function raised.
+            ValueError: a function returned another number of rewards or one that is not a finite
+                number, or no function scored some sample.
+        """
+        given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        table = [_call(f, columns | given, len(prompts)) for f in self.functions]
+        for i, row in enumerate(zip(*table, strict=True)):
+            if all(map(math.isnan, row)):
+                raise ValueError(f"reward_funcs: no function scored sample {i}")
+        return table
+
+
+def _call(function: RewardFunction, arguments: dict[str, Any], count: int) -> list[float]:
+    name = reward_name(function)
+    try:
+        rewards = function(**arguments)
+    except Exception as error:
+        raise RuntimeError(f"reward function {name} raised {error!r}") from error
+    if rewards is None:
+        raise ValueError(f"{name}: expected a list of {count} rewards, found None")
+    if len(rewards) != count:
+        raise ValueError(f"{name}: expected {count} rewards, found {len(rewards)}")
+    for i, reward in enumerate(rewards):
+        if reward is not None and not math.isfinite(reward):
+            raise ValueError(f"{name}: expected finite rewards, found {reward} for sample {i}")
+    return [math.nan if reward is None else float(reward) for reward in rewards]
+
+
+def weighted_sum(table: Tensor, weights: Sequence[float]) -> Tensor:
+    """Sum over the functions of `table`, `[functions, B]`, that scored a sample."""
+    weighted = table * torch.tensor(weights, device=table.device)[:, None]
+    return torch.where(table.isnan(), 0.0, weighted).sum(0)
+
+
+def means(table: Tensor) -> list[float]:
+    """Mean of each function where it scored; 0 where it never did."""
+    return table.nanmean(1).nan_to_num().tolist()
+
+
+class RewardModel:
+    """A reward model as a reward function: the whole text in, its scalar out."""
+
+    def __init__(self, path: str, config: ModelConfig, device: torch.device) -> None:
+        self.__name__ = Path(path).name
+        self.tokenizer = load_tokenizer(path)
+        self.model = load_reward_model(path, config).requires_grad_(False).to(device)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        *,
+        finished: Sequence[bool],
+        **columns: Any,
+    ) -> list[float | None]:
+        rows = []
+        for prompt, completion, end in zip(prompts, completions, finished, strict=True):
+            first, rest = row_tokens(self.tokenizer, prompt, completion)
+            rows.append((first, rest if end else rest[:-1]))
+        return sequence_rewards(
+            self.model, collate(self.tokenizer, rows, self.model.device)
+        ).tolist()
+
+
+def load_rewards(
+    paths: Sequence[str],
     weights: Sequence[float],
-    prompts: Sequence[str],
-    completions: Sequence[str],
-    completion_ids: Sequence[Sequence[int]],
-    columns: dict[str, list[Any]],
-) -> Scores:
-    """Every reward function over a batch.
-
-    Raises:
-        ValueError: a function returned another number of rewards or one that is not finite, or no
-            function scored some sample.
-    """
-    given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-    total: list[float | None] = [None] * len(prompts)
-    means: dict[str, float] = {}
-    for function, weight in zip(functions, weights, strict=True):
-        name = getattr(function, "__name__", type(function).__name__)
-        rewards = function(**(columns | given))
-        if len(rewards) != len(prompts):
-            raise ValueError(f"{name}: expected {len(prompts)} rewards, found {len(rewards)}")
-        known = [float(r) for r in rewards if r is not None]
-        if not all(map(math.isfinite, known)):
-            raise ValueError(f"{name}: expected finite rewards, found {known}")
-        means[name] = sum(known) / len(known) if known else 0.0
-        total = [
-            t if r is None else (t or 0.0) + weight * float(r)
-            for t, r in zip(total, rewards, strict=True)
-        ]
-    if None in total:
-        raise ValueError(f"reward_funcs: no function scored sample {total.index(None)}")
-    return Scores([t for t in total if t is not None], means)
+    *,
+    default: Sequence[RewardFunction],
+    config: ModelConfig,
+    device: torch.device,
+) -> Rewards:
+    """Functions by import path and reward models by path; `default` where there are none."""
+    functions = [
+        load_reward(path) if ":" in path else RewardModel(path, config, device) for path in paths
+    ] or list(default)
+    weights = list(weights) or [1.0] * len(functions)
+    if len(weights) != len(functions):
+        raise ValueError(f"reward_weights: expected {len(functions)} numbers, found {len(weights)}")
+    return Rewards(functions, weights)

@@ -1,0 +1,277 @@
+"""The stages that learn from a dataset: supervised, reward model and DPO."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+import rlhf_kernels as rk
+
+from . import models
+from .config import DPOConfig, OptimConfig, RewardConfig
+from .data import Batch, Row, Sampler, collate, row_tokens
+from .learner import Learner
+
+
+class Pair(NamedTuple):
+    """Two completions of a prompt as tokens, the first preferred."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    margin: float
+
+
+class Objective(Protocol):
+    """What a stage minimises: a sum over items (rows, pairs) over a size that is the batch's."""
+
+    def encode(self, row: Row) -> Any:
+        """An item, as tokens; None drops the row."""
+
+    def size(self, items: Sequence[Any]) -> float:
+        """What the loss of the items is divided by."""
+
+    def loss(
+        self, networks: models.Networks, items: Sequence[Any], size: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The items' share of the loss, and metrics whose sums over a batch are its metrics."""
+
+
+class SFT:
+    """-log p(completion | prompt), mean over the tokens of the batch."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> None:
+        self.tokenizer, self.limit = tokenizer, limit
+
+    def encode(self, row: Row) -> tuple[list[int], list[int]] | None:
+        prompt, completion = row_tokens(self.tokenizer, row.prompt, row.completion)
+        return (prompt, completion) if _fits(self.limit, completion) else None
+
+    def size(self, items: Sequence[tuple[list[int], list[int]]]) -> float:
+        return float(sum(len(completion) for _, completion in items))
+
+    def loss(
+        self, networks: models.Networks, items: Sequence[Any], size: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = collate(self.tokenizer, items, models.device_of(networks.policy))
+        loss = -models.lm_head(networks.policy, batch).logprobs(batch.labels).sum() / size
+        return loss, {"loss": loss.detach()}
+
+
+class _Pairwise:
+    """Encoding of preferences."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, limit: int | None, margin: float = 0.0
+    ) -> None:
+        self.tokenizer, self.limit, self.margin = tokenizer, limit, margin
+
+    def encode(self, row: Row) -> Pair | None:
+        first, chosen = row_tokens(self.tokenizer, row.prompt, row.chosen)
+        second, rejected = row_tokens(self.tokenizer, row.prompt, row.rejected)
+        if not row.prompt:
+            # Without a prompt the first token of each stands for it.
+            chosen, rejected = [*first, *chosen], [*second, *rejected]
+            first, chosen, rejected = chosen[:1], chosen[1:], rejected[1:]
+        if not _fits(self.limit, chosen, rejected):
+            return None
+        return Pair(first, chosen, rejected, float(row.columns.get("margin", self.margin)))
+
+    def size(self, items: Sequence[Pair]) -> float:
+        return float(len(items))
+
+    def _batch(self, items: Sequence[Pair], device: torch.device) -> Batch:
+        """The chosen completions, then the rejected ones."""
+        rows = [(p.prompt, p.chosen) for p in items] + [(p.prompt, p.rejected) for p in items]
+        return collate(self.tokenizer, rows, device)
+
+
+class RewardModelling(_Pairwise):
+    """-log sigmoid(r_w - r_l - margin), with centring; the Bradley-Terry model."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, limit: int | None, config: RewardConfig
+    ) -> None:
+        super().__init__(tokenizer, limit, config.margin)
+        self.config = config
+
+    def loss(
+        self, networks: models.Networks, items: Sequence[Pair], size: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = self._batch(items, models.device_of(networks.reward))
+        chosen, rejected = models.sequence_rewards(networks.reward, batch).float().chunk(2)
+        margin = torch.tensor([p.margin for p in items], device=chosen.device)
+        found = rk.reward_model_loss(
+            chosen, rejected, margin=margin, center_coef=self.config.center_coef
+        )
+        share = len(items) / size
+        loss = found.loss * share
+        return loss, {
+            "loss": loss.detach(),
+            "accuracy": found.accuracy * share,
+            "margin": (chosen - rejected).detach().sum() / size,
+            "reward_mean": (chosen + rejected).detach().sum() / (2 * size),
+        }
+
+
+class DPO(_Pairwise):
+    """Direct preference optimisation against the frozen policy it started from."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        limit: int | None,
+        config: DPOConfig,
+        reference: models.Reference,
+    ) -> None:
+        super().__init__(tokenizer, limit)
+        self.config, self.reference = config, reference
+
+    def loss(
+        self, networks: models.Networks, items: Sequence[Pair], size: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = self._batch(items, models.device_of(networks.policy))
+        # IPO's margin is a mean over tokens (as in TRL), so that it does not grow with length.
+        average = self.config.loss_type == "ipo"
+
+        def pair(head: models.Head) -> tuple[Tensor, Tensor]:
+            logprobs = head.logprobs(batch.labels)
+            sums = rk.sequence_logprobs(logprobs, batch.completion_mask, average=average)
+            return sums.chunk(2)
+
+        with torch.no_grad():
+            reference = pair(self.reference(networks, batch))
+        found = rk.dpo_loss(
+            *pair(models.lm_head(networks.policy, batch)),
+            *reference,
+            beta=self.config.beta,
+            loss_type=self.config.loss_type,
+            label_smoothing=self.config.label_smoothing,
+        )
+        loss = found.loss * (len(items) / size)
+        margins = found.chosen_rewards - found.rejected_rewards
+        return loss, {
+            "loss": loss.detach(),
+            "accuracy": (margins > 0).float().sum() / size,
+            "margin": margins.sum() / size,
+            "reward_chosen": found.chosen_rewards.sum() / size,
+            "reward_rejected": found.rejected_rewards.sum() / size,
+        }
+
+
+def _fits(limit: int | None, *completions: list[int]) -> bool:
+    return limit is None or all(len(c) <= limit for c in completions)
+
+
+class OfflineTrainer:
+    """The state of an offline run; `step()` is one optimizer step."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        objective: Objective,
+        train: Sequence[Row],
+        held_out: Sequence[Row],
+        optim: OptimConfig,
+        *,
+        seed: int,
+    ) -> None:
+        self.learner, self.objective, self.optim = learner, objective, optim
+        self.train, self.held_out = self._encode(train), self._encode(held_out)
+        if not self.train:
+            raise ValueError("max_new_tokens: expected rows whose completions fit, found none")
+        learner.require_divisible("batch_size", optim.batch_size)
+        self.sampler = Sampler(len(self.train), optim.batch_size, seed)
+        self.steps_done = 0
+
+    def _encode(self, rows: Sequence[Row]) -> list[Any]:
+        items = (self.objective.encode(row) for row in rows)
+        return [item for item in items if item is not None]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps_done": self.steps_done, "sampler": self.sampler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps_done = state["steps_done"]
+        self.sampler.load_state_dict(state["sampler"])
+
+    def next_items(self) -> list[Any]:
+        """The next batch, of all processes."""
+        return [self.train[i] for i in next(self.sampler)]
+
+    def losses(
+        self, items: Sequence[Any], *, weight: float = 1.0
+    ) -> list[Callable[[models.Networks], tuple[Tensor, dict[str, Tensor]]]]:
+        """Loss functions of this process's micro-batches; they add up to `weight` * the loss."""
+        size = self.objective.size(items)
+
+        def micro(part: Sequence[Any]) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+            def function(networks: models.Networks) -> tuple[Tensor, dict[str, Tensor]]:
+                loss, metrics = self.objective.loss(networks, part, size)
+                return weight * loss, metrics
+
+            return function
+
+        own = self.learner.share(items)
+        return [micro([own[i] for i in m]) for m in self.learner.micro(torch.arange(len(own)))]
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step; returns its metrics."""
+        started = time.perf_counter()
+        items = self.next_items()
+        found = self._sum(self.learner.accumulate(self.losses(items)))
+        norms = self.learner.step(self.steps_done)
+        row = {
+            "step": self.steps_done,
+            **found,
+            "grad_norm": norms[0].item(),
+            "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
+            "time/step": time.perf_counter() - started,
+        }
+        self.steps_done += 1
+        return row
+
+    def _sum(self, metrics: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+        names = list(metrics[0])
+        table = torch.stack([torch.stack([m[name] for name in names]) for m in metrics])
+        return dict(zip(names, self.learner.total(table.sum(0)).tolist(), strict=True))
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics over the held-out rows, as many as the processes can share evenly."""
+        processes = self.learner.processes
+        items = self.held_out[: len(self.held_out) // processes * processes]
+        totals: dict[str, float] = {}
+        weight = 0.0
+        for part in _chunks(items, self.optim.batch_size):
+            functions = self.losses(part)
+            found = self._sum([self.learner.forward(f)[1] for f in functions])
+            size = self.objective.size(part)
+            weight += size
+            for name, value in found.items():
+                totals[name] = totals.get(name, 0.0) + value * size
+        means = {name: total / weight for name, total in totals.items()}
+        if "accuracy" in means:
+            means |= dict(
+                zip(
+                    ("accuracy_low", "accuracy_high"),
+                    wilson_interval(means["accuracy"], weight),
+                    strict=True,
+                )
+            )
+        return means
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def wilson_interval(share: float, count: float, z: float = 1.96) -> tuple[float, float]:
+    """95 % confidence interval of a share of `count` trials (Wilson 1927)."""
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    spread = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return middle - z * spread / (1 + z * z / count), middle + z * spread / (1 + z * z / count)
