@@ -1,6 +1,7 @@
 """The online step: every algorithm, its ratio, its gradients, KL control, PPO's variants."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -205,7 +206,7 @@ def test_adaptive_kl_follows_its_target(name):
     for _ in range(4):
         row = trainer.step()
         coefficients.append((row["kl_coef"], row["kl"]))
-    for (now, kl), (then, _) in zip(coefficients, coefficients[1:], strict=False):
+    for (now, kl), (then, _) in itertools.pairwise(coefficients):
         # The first KL is 0 but for rounding; the later ones are far from this target.
         error = min(max(kl / 1e-7 - 1, -0.2), 0.2)
         assert then == pytest.approx(now * (1 + 0.1 * error))

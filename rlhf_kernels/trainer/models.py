@@ -95,6 +95,10 @@ def lm_head(policy: nn.Module, batch: Batch) -> Head:
 
 
 def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+    # Layers recompute in training mode only, and keep a cache for decoding only outside it.
+    training = getattr(model, "recomputes", False) and torch.is_grad_enabled()
+    if training != model.training:
+        model.train(training)
     return model.base_model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
@@ -124,7 +128,7 @@ def scalar_head(model: PreTrainedModel) -> nn.Module:
 
 
 def _settled(model: nn.Module) -> nn.Module:
-    """Evaluation mode, without dropout even where checkpointing asks for training mode.
+    """Evaluation mode, and no dropout where checkpointing asks for training mode.
 
     Only without dropout do two passes over the same tokens agree, and the first ratio equal 1.
     """
@@ -154,9 +158,10 @@ def _trained(model: PreTrainedModel, config: ModelConfig) -> nn.Module:
         wrapped._no_split_modules = model._no_split_modules
     _settled(wrapped)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-        wrapped.train()
+        # The second is transformers' older name.
+        name = "activation_checkpointing_enable"
+        getattr(model, name, model.gradient_checkpointing_enable)({"use_reentrant": False})
+    model.recomputes = config.gradient_checkpointing
     return wrapped
 
 

@@ -111,7 +111,7 @@ def sample(
     def decode(networks: Networks) -> list[Generation]:
         return [
             generate(
-                causal_lm(networks.policy),
+                causal_lm(networks.policy).eval(),
                 ids[part],
                 mask[part],
                 max_new_tokens=max_new_tokens,
