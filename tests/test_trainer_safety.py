@@ -1,12 +1,9 @@
 """Checkpoints: whole or absent, refused where damaged, and runs that continue bitwise."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -196,44 +193,66 @@ def test_kill_at_every_write_of_a_save_leaves_a_whole_checkpoint(tmp_path):
     assert int(done.stdout) >= 10
 
 
-def start(out: Path, *flags: str, steps: int) -> subprocess.Popen:
-    command = [sys.executable, "-m", "rlhf_kernels.trainer", "ppo", *SIZES.split()]
-    command += [*STATEFUL.split(), "--output_dir", str(out), "--total_steps", str(steps), *flags]
-    # Another environment, hence other addresses.
-    environment = {**os.environ, "PADDING": "x" * len(str(out)) * 37, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
+# The runs of one process each, forked so that the packages are imported once.
+_RUNS = """
+import os, pathlib, signal, sys, time
+os.environ["MKL_CBWR"] = "AUTO,STRICT"
+import rlhf_kernels.trainer.run
+from rlhf_kernels import cli
+from rlhf_kernels.trainer import checkpoint
+folder, flags = pathlib.Path(sys.argv[1]), sys.argv[2:]
+def start(name, *more):
+    pid = os.fork()
+    if pid:
+        return pid
+    # Other addresses than the other runs'.
+    padding = bytearray(len(name) * 100_003)
+    code = 1
+    try:
+        with open(folder / (name + ".out"), "a") as out:
+            os.dup2(out.fileno(), 1)
+            os.dup2(out.fileno(), 2)
+            code = cli.main(["train", "ppo", *flags, "--output_dir", str(folder / name), *more])
+    except SystemExit as error:
+        code = error.code
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+def ended(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+assert ended(start("whole")) == 0
+# Killed while a draft is written.
+pid = start("killed", "--save_steps", "1")
+killed = folder / "killed"
+wait_for(lambda: checkpoint.checkpoints(killed) and list(killed.glob(".checkpoint-*")))
+os.kill(pid, signal.SIGKILL)
+assert ended(pid) == -signal.SIGKILL
+assert ended(start("killed", "--save_steps", "1", "--resume")) == 0
+pid = start("stopped")
+log = folder / "stopped" / "metrics.jsonl"
+wait_for(lambda: log.exists() and log.read_text().count("\\n") >= 2)
+os.kill(pid, signal.SIGINT)
+assert ended(pid) == 130
+assert len(checkpoint.checkpoints(folder / "stopped")) == 1
+assert ended(start("stopped", "--resume")) == 0
+"""
 
 
 def test_interrupted_and_killed_runs_end_as_the_uninterrupted(tmp_path):
-    """Three processes: whole; killed while it saves at every step; interrupted by Ctrl-C."""
+    """Three runs: whole; killed while it saves, then resumed; Ctrl-C, then resumed."""
     steps = 8
-    whole = start(tmp_path / "whole", steps=steps)
-    killed = start(tmp_path / "killed", "--save_steps", "1", steps=steps)
-    folder = tmp_path / "killed"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and killed.poll() is None:
-        # A draft is being written.
-        if checkpoint.checkpoints(folder) and list(folder.glob(".checkpoint-*")):
-            break
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    again = start(folder, "--save_steps", "1", "--resume", steps=steps)
-    interrupted = start(tmp_path / "stopped", steps=steps)
-    log = tmp_path / "stopped" / "metrics.jsonl"
-    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= 2):
-        time.sleep(0.02)
-    interrupted.send_signal(signal.SIGINT)
-    output, _ = interrupted.communicate(timeout=120)
-    assert interrupted.returncode == 130, output
-    assert "--resume continues from step" in output
-    found = checkpoint.checkpoints(tmp_path / "stopped")
-    assert len(found) == 1
-    last = start(tmp_path / "stopped", "--resume", steps=steps)
-    for process in (whole, again, last):
-        output, _ = process.communicate(timeout=200)
-        assert process.returncode == 0, output
+    command = [sys.executable, "-c", _RUNS, str(tmp_path), *SIZES.split(), *STATEFUL.split()]
+    done = subprocess.run(
+        [*command, "--total_steps", str(steps)], capture_output=True, text=True, timeout=300
+    )
+    outputs = {p.name: p.read_text()[-2000:] for p in tmp_path.glob("*.out")}
+    assert done.returncode == 0, (done.stderr, outputs)
+    assert "--resume continues from step" in outputs["stopped.out"]
     expected = rows_without_times(tmp_path / "whole" / "metrics.jsonl")
     assert [row["step"] for row in expected] == list(range(steps))
     assert len({row["kl_coef"] for row in expected}) > 2
@@ -250,7 +269,7 @@ def test_interrupted_and_killed_runs_end_as_the_uninterrupted(tmp_path):
 
 def test_a_used_folder_needs_resume(tmp_path):
     saved(tmp_path)
-    with pytest.raises(ValueError, match="output_dir: .*--resume continues it"):
+    with pytest.raises(ValueError, match=r"output_dir: .*--resume continues it"):
         cli.main(["train", "grpo", "--output_dir", str(tmp_path)])
     with pytest.raises(checkpoint.CheckpointError, match="a checkpoint of 'grpo', not of 'sft'"):
         cli.main(["train", "sft", "--output_dir", str(tmp_path), "--resume"])
