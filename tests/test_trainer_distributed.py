@@ -22,9 +22,11 @@ _FLAGS = {
 # A process imports once and trains all stages in turn.
 _SCRIPT = """
 import json, sys
+from accelerate.state import AcceleratorState
 from rlhf_kernels import cli
 for stage, flags in json.loads(sys.argv[1]):
     assert cli.main(["train", stage, *flags]) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
 """
 _SEVENS = """
 def sevens(prompts, completions, completion_ids, **columns):

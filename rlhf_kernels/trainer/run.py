@@ -157,7 +157,6 @@ class Stage:
                 if stop:
                     self.say(f"interrupted; --resume continues from step {trainer.steps_done}")
                     raise SystemExit(130)
-        self.accelerator.end_training()
         if log is not None:
             log.close()
         return log.rows if log is not None else []
@@ -262,7 +261,10 @@ def train(name: str, argv: Sequence[str]) -> dict[str, Any] | None:
     """
     stage = Stage(name, argv)
     stage.out.mkdir(parents=True, exist_ok=True)
-    return _offline(stage) if name in _OFFLINE else _online(stage)
+    summary = _offline(stage) if name in _OFFLINE else _online(stage)
+    # Closes trackers and the process group.
+    stage.accelerator.end_training()
+    return summary
 
 
 def _offline(stage: Stage) -> dict[str, Any] | None:
