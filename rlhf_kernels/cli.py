@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     trainer.train(args[1], args[2:])
+    trainer.close()
     return 0
 
 

@@ -22,11 +22,10 @@ _FLAGS = {
 # A process imports once and trains all stages in turn.
 _SCRIPT = """
 import json, sys
-from accelerate.state import AcceleratorState
-from rlhf_kernels import cli
+from rlhf_kernels.trainer import run
 for stage, flags in json.loads(sys.argv[1]):
-    assert cli.main(["train", stage, *flags]) == 0
-    AcceleratorState._reset_state(reset_partial_state=True)
+    run.train(stage, flags)
+run.close()
 """
 _SEVENS = """
 def sevens(prompts, completions, completion_ids, **columns):

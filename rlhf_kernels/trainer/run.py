@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from tqdm import tqdm
 
 import rlhf_kernels as rk
@@ -262,9 +262,14 @@ def train(name: str, argv: Sequence[str]) -> dict[str, Any] | None:
     stage = Stage(name, argv)
     stage.out.mkdir(parents=True, exist_ok=True)
     summary = _offline(stage) if name in _OFFLINE else _online(stage)
-    # Closes trackers and the process group.
-    stage.accelerator.end_training()
+    for tracker in stage.accelerator.trackers:
+        tracker.finish()
     return summary
+
+
+def close() -> None:
+    """Leaves the other processes: nothing can be trained afterwards."""
+    PartialState().destroy_process_group()
 
 
 def _offline(stage: Stage) -> dict[str, Any] | None:
