@@ -374,7 +374,7 @@ def _online(stage: Stage) -> dict[str, Any] | None:
     # Steps spread over the run, the first and the last excluded.
     total, replays = stage.optim.total_steps, config.replay_steps
     replayed = {int(total / (replays + 1) * (i + 1)) for i in range(min(replays, total))}
-    kernel.record_steps(replayed)
+    kernel.record_steps(replayed if stage.accelerator.is_main_process else ())
     rows = stage.fit(learner, trainer, ("reward", "kl", "entropy"), extra)
     after, texts_after = _evaluate(trainer)
     return stage.finish(
