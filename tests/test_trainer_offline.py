@@ -55,7 +55,7 @@ def offline_trainer(objective: str, *, micro=0, seed=0, rows=None, rate=3e-3, **
     else:
         policy = tiny_policy(task, seed)
         networks = {"policy": policy}
-        reference = models.Reference.of(policy)
+        reference = models.Reference(policy)
         made = (
             SFT(task.tokenizer, None)
             if objective == "sft"
@@ -79,9 +79,9 @@ OBJECTIVES = [
 @pytest.mark.parametrize(("objective", "options"), OBJECTIVES)
 def test_loss_falls_and_held_out_metrics_improve(objective, options):
     trainer = offline_trainer(objective, **options)
-    before = trainer.evaluate()
+    before = trainer.evaluate()["scores"]
     rows = [trainer.step() for _ in range(40)]
-    after = trainer.evaluate()
+    after = trainer.evaluate()["scores"]
     assert after["loss"] < before["loss"]
     assert sum(r["loss"] for r in rows[-5:]) < sum(r["loss"] for r in rows[:5])
     if objective != "sft":
@@ -166,7 +166,7 @@ def test_reward_margins_come_from_the_column_first():
     assert {p.margin for p in trainer.train} == {2.0}
     items = trainer.next_items()
     loss, _ = trainer.losses(items)[0](trainer.learner.networks)
-    batch = trainer.objective._batch(items, CPU)
+    batch = trainer.objective.batch(items, CPU)
     chosen, rejected = models.sequence_rewards(trainer.learner.networks.reward, batch).chunk(2)
     assert loss.item() == pytest.approx(
         rk.reward_model_loss(chosen, rejected, margin=2.0).loss.item(), rel=1e-5

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,20 +20,38 @@ import rlhf_kernels as rk
 from rlhf_kernels.trainer import models
 from rlhf_kernels.trainer.algorithms import ALGORITHMS
 from rlhf_kernels.trainer.config import OnlineConfig
-from rlhf_kernels.trainer.recorder import kernel
+from rlhf_kernels.trainer.rewards import Rewards
 from rlhf_kernels.trainer.rollout import Samples, merge
 
 
+class Call(NamedTuple):
+    function: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 @pytest.fixture
-def calls():
-    """The kernel calls of the steps that a test takes."""
-    kernel.record_steps(range(1000))
-    yield kernel.calls
-    kernel.record_steps(())
+def calls(monkeypatch):
+    """The calls of kernels that a test causes; weights as they were."""
+    found = []
+
+    def spy(name):
+        function = getattr(rk, name)
+
+        def called(*args, **kwargs):
+            copies = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args]
+            found.append(Call(name, tuple(copies), kwargs))
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(rk, name, called)
+
+    for name in ("linear_policy_loss", "group_advantages", "value_loss"):
+        spy(name)
+    return found
 
 
 def losses_of(calls):
-    return [c for c in calls if c.function is rk.linear_policy_loss]
+    return [c for c in calls if c.function == "linear_policy_loss"]
 
 
 def old_and_new(call):
@@ -361,22 +380,19 @@ def test_samplers_logprobs_are_the_trainers():
 def test_dynamic_sampling_keeps_groups_that_differ():
     trainer = online_trainer("dapo", num_generations=4, batch_size=16, dynamic_sampling=8)
     drawn = []
-    sample = trainer.sample
 
-    def counted(rows, *, temperature):
-        found = sample(rows, temperature=temperature)
-        # Most groups are equal.
-        table = torch.where(torch.arange(16) % 16 == 1, 1.0, 0.0)[None]
-        drawn.append(rows)
-        return found._replace(table=table, scores=table[0])
+    def second(prompts, **_):
+        # The first group alone differs.
+        drawn.append(prompts)
+        return [float(i == 1) for i in range(16)]
 
-    trainer.sample = counted
+    trainer.sample.rewards = Rewards([second], [1.0])
     rows, samples = trainer.rollout()
     assert len(drawn) == 4
     groups = samples.scores.view(4, 4)
     assert (groups.std(1) > 0).all() and samples.batch.input_ids.shape[0] == 16
-    assert [r.prompt for r in rows] == [d[0].prompt for d in drawn]
-    ids, task = samples.batch.input_ids, trainer.task
+    assert [r.prompt for r in rows] == [d[0] for d in drawn]
+    ids, task = samples.batch.input_ids, trainer.sample.task
     for i, row in enumerate(rows):
         prompt = ids[4 * i][: -samples.batch.completion_mask.shape[1]]
         prompt = prompt[samples.batch.attention_mask[4 * i][: len(prompt)]]
@@ -385,10 +401,10 @@ def test_dynamic_sampling_keeps_groups_that_differ():
 
 def test_merge_pads_prompts_on_the_left():
     trainer = online_trainer("ppo", batch_size=4)
-    rows = sorted(trainer.task.train, key=lambda r: len(r.prompt))
+    rows = sorted(trainer.sample.task.train, key=lambda r: len(r.prompt))
     short = trainer.sample(rows[:4], temperature=1.0)
     long = trainer.sample(rows[-4:], temperature=1.0)
-    both: Samples = merge([short, long], trainer.task.tokenizer.pad_token_id)
+    both: Samples = merge([short, long], trainer.sample.task.tokenizer.pad_token_id)
     for part, start in ((short, 0), (long, 4)):
         chosen = both.select(torch.arange(start, start + 4))
         for i in range(4):
@@ -400,7 +416,7 @@ def test_merge_pads_prompts_on_the_left():
 def test_remax_counts_from_the_greedy_completion(calls):
     trainer = online_trainer("remax", num_generations=2, temperature=2.0)
     trainer.step()
-    found = next(c for c in calls if c.function is rk.group_advantages)
+    found = next(c for c in calls if c.function == "group_advantages")
     greedy = found.kwargs["greedy_rewards"]
     assert torch.equal(greedy[0::2], greedy[1::2])
     advantages = losses_of(calls)[0].args[4]

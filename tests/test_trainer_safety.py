@@ -21,7 +21,7 @@ STATEFUL = (
 )
 SIZES = (
     "--hidden_size 32 --num_heads 2 --eval_size 16 --batch_size 32 --sft_steps 4 "
-    "--sft_batch_size 32 --threads 1 --max_new_tokens 4 --replay_steps 0 --learning_rate 5e-3 "
+    "--sft_batch_size 32 --threads 1 --max_new_tokens 4 --learning_rate 5e-3 "
     "--max_operand 20"
 )
 

@@ -20,17 +20,19 @@ from accelerate import Accelerator
 from rlhf_kernels.trainer import models
 from rlhf_kernels.trainer.algorithms import ALGORITHMS
 from rlhf_kernels.trainer.config import (
-    CriticConfig,
     DataConfig,
     ModelConfig,
     OnlineConfig,
     OptimConfig,
+    PPOConfig,
 )
-from rlhf_kernels.trainer.data import Task, load_task
+from rlhf_kernels.trainer.data import Task, collate, load_task, row_tokens
+from rlhf_kernels.trainer.generation import TransformersEngine
 from rlhf_kernels.trainer.learner import Learner
 from rlhf_kernels.trainer.offline import SFT, OfflineTrainer
 from rlhf_kernels.trainer.online import OnlineTrainer
 from rlhf_kernels.trainer.rewards import Rewards
+from rlhf_kernels.trainer.rollout import Collector
 
 CPU = torch.device("cpu")
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -74,34 +76,37 @@ def supervised(policy, task: Task, steps: int, rate: float, batch_size: int = 64
     return [trainer.step()["loss"] for _ in range(steps)]
 
 
+def supervised_batch(task: Task, rows):
+    pairs = [row_tokens(task.tokenizer, r.prompt, r.completion) for r in rows]
+    return collate(task.tokenizer, pairs, CPU)
+
+
 _OPTIM = OptimConfig.__dataclass_fields__
-_CRITIC = CriticConfig.__dataclass_fields__
 
 
 def online_trainer(name: str = "ppo", *, policy=None, seed: int = 0, **options: Any):
-    """An OnlineTrainer on `sevens`; options of any of its three configurations."""
+    """An OnlineTrainer on `sevens`; options of its configurations."""
     task = tiny_task()
     policy = policy or tiny_policy(task, seed)
     settings = {"batch_size": 32, "total_steps": 3, "learning_rate": 3e-4} | options
-    online = dict(ALGORITHMS[name].defaults) | {
-        k: v for k, v in settings.items() if k not in _OPTIM and k not in _CRITIC
-    }
     optim = OptimConfig(**{k: v for k, v in settings.items() if k in _OPTIM})
-    critic = CriticConfig(**{k: v for k, v in settings.items() if k in _CRITIC})
-    config = OnlineConfig(**online)
+    own = {k: v for k, v in settings.items() if k not in _OPTIM}
+    made = PPOConfig if ALGORITHMS[name].critic else OnlineConfig
+    config = made(**ALGORITHMS[name].defaults | own)
     networks, rates = {"policy": policy}, {"policy": optim.learning_rate}
-    reference = models.Reference.of(policy) if config.kl_coef else None
+    reference = models.Reference(policy) if config.kl_coef else None
+    joint = False
     if ALGORITHMS[name].critic:
         networks["critic"] = models.build_critic(policy, ModelConfig())
-        rates["critic"] = critic.critic_learning_rate
-    learner = Learner(accelerator(), networks, rates, optim, joint_clip=critic.joint_grad_clip)
+        rates["critic"], joint = config.critic_learning_rate, config.joint_grad_clip
+    learner = Learner(accelerator(), networks, rates, optim, joint_clip=joint)
     ptx = None
     if config.ptx_coef:
         ptx = OfflineTrainer(learner, SFT(task.tokenizer, None), task.train, [], optim, seed=seed)
-    return OnlineTrainer(
-        name, learner, task, Rewards([sevens], [1.0]), reference, optim, config, critic,
-        max_new_tokens=5, seed=seed, ptx=ptx,
-    )  # fmt: skip
+    engine = TransformersEngine(learner, task.tokenizer, batch_size=config.generation_batch_size)
+    rewards = Rewards([sevens], [1.0])
+    sample = Collector(learner, task, rewards, engine, max_new_tokens=5, seed=seed)
+    return OnlineTrainer(name, learner, sample, reference, optim, config, seed=seed, ptx=ptx)
 
 
 def rows_without_times(path: Path) -> list[dict[str, float]]:

@@ -9,108 +9,77 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from .config import CriticConfig, OnlineConfig
-from .recorder import kernel
+from .config import OnlineConfig
+from .report import kernel
 
 
 class Outcome(NamedTuple):
-    """What advantages are made of: a whole rollout, the same on every process."""
+    """What advantages are made of: a whole rollout, the same on every process.
 
+    `scores` and `greedy_scores` are `[B]`, the other tensors `[B, T]`; `kl_coef` is 0 where the KL
+    penalty is not part of the reward.
+    """
+
+    config: OnlineConfig
+    kl_coef: float
     scores: Tensor
     mask: Tensor
-    logprobs: Tensor | None
+    logprobs: Tensor
     ref_logprobs: Tensor | None
     values: Tensor | None
     greedy_scores: Tensor | None
     running_mean: float
 
 
-class Estimate(NamedTuple):
-    """Advantages `[B]` or `[B, T]`, and the critic's returns."""
-
-    advantages: Tensor
-    returns: Tensor | None = None
+# Advantages `[B]` or `[B, T]`, and the critic's returns.
+Estimate = tuple[Tensor, Tensor | None]
 
 
-Advantage = Callable[[Outcome, OnlineConfig, CriticConfig, float], Estimate]
-
-
-def group(baseline: str, scale: str) -> Advantage:
+def group(baseline: str, scale: str) -> Callable[[Outcome], Estimate]:
     """One advantage per completion, relative to the others of its prompt."""
 
-    def advantages(
-        outcome: Outcome, config: OnlineConfig, _: CriticConfig, kl_coef: float
-    ) -> Estimate:
-        scores = outcome.scores
-        if kl_coef:
-            kl = kernel(
-                rk.kl_penalty, outcome.logprobs, outcome.ref_logprobs, estimator=config.kl_estimator
-            )
-            scores = scores - kl_coef * rk.sequence_logprobs(kl, outcome.mask)
-        return Estimate(
-            kernel(
-                rk.group_advantages,
-                scores,
-                config.num_generations,
-                baseline=baseline,
-                scale=scale,
-                greedy_rewards=outcome.greedy_scores if baseline == "greedy" else None,
-            )
-        )
+    def advantages(rollout: Outcome) -> Estimate:
+        scores, estimator = rollout.scores, rollout.config.kl_estimator
+        if rollout.kl_coef:
+            kl = kernel(rk.kl_penalty, rollout.logprobs, rollout.ref_logprobs, estimator=estimator)
+            scores = scores - rollout.kl_coef * rk.sequence_logprobs(kl, rollout.mask)
+        options = {"baseline": baseline, "scale": scale, "greedy_rewards": rollout.greedy_scores}
+        return kernel(rk.group_advantages, scores, rollout.config.num_generations, **options), None
 
     return advantages
 
 
-def returns_to_go(*, whiten: bool, group_baseline: bool = False) -> Advantage:
+def _gae(rollout: Outcome, scores: Tensor, values: Tensor, **options: Any) -> Estimate:
+    """Generalised advantages of the KL-shaped reward."""
+    found = kernel(
+        rk.ppo_advantages, scores, rollout.logprobs, rollout.ref_logprobs, values, rollout.mask,
+        kl_coef=rollout.kl_coef, kl_estimator=rollout.config.kl_estimator,
+        gamma=rollout.config.gamma, **options,
+    )  # fmt: skip
+    return found.advantages, found.returns
+
+
+def generalised(rollout: Outcome) -> Estimate:
+    """GAE over the critic's values."""
+    options = {"lam": rollout.config.lam, "whiten": rollout.config.whiten_advantages}
+    return _gae(rollout, rollout.scores, rollout.values, **options)
+
+
+def returns_to_go(*, whiten: bool, group_baseline: bool = False) -> Callable[[Outcome], Estimate]:
     """Return to go of the KL-shaped reward: GAE with lambda 1 and no critic.
 
     Scores count from their running mean (of earlier rollouts, so that it does not bias the
     gradient), or from the mean of their group; whitening makes the first needless.
     """
 
-    def advantages(
-        outcome: Outcome, config: OnlineConfig, critic: CriticConfig, kl_coef: float
-    ) -> Estimate:
-        scores = outcome.scores if whiten else outcome.scores - outcome.running_mean
+    def advantages(rollout: Outcome) -> Estimate:
+        scores = rollout.scores if whiten else rollout.scores - rollout.running_mean
         if group_baseline:
-            scores = rk.group_advantages(scores, config.num_generations, scale="none")
-        nothing = torch.zeros(outcome.mask.shape, device=scores.device)
-        found = kernel(
-            rk.ppo_advantages,
-            scores,
-            nothing if outcome.logprobs is None else outcome.logprobs,
-            outcome.ref_logprobs,
-            nothing,
-            outcome.mask,
-            kl_coef=kl_coef,
-            kl_estimator=config.kl_estimator,
-            gamma=critic.gamma,
-            lam=1.0,
-            whiten=whiten,
-        )
-        return Estimate(found.advantages)
+            scores = rk.group_advantages(scores, rollout.config.num_generations, scale="none")
+        values = torch.zeros_like(rollout.logprobs)
+        return _gae(rollout, scores, values, lam=1.0, whiten=whiten)[0], None
 
     return advantages
-
-
-def generalised(
-    outcome: Outcome, config: OnlineConfig, critic: CriticConfig, kl_coef: float
-) -> Estimate:
-    """GAE of the KL-shaped reward over the critic's values (Ziegler et al., 1909.08593)."""
-    found = kernel(
-        rk.ppo_advantages,
-        outcome.scores,
-        outcome.logprobs,
-        outcome.ref_logprobs,
-        outcome.values,
-        outcome.mask,
-        kl_coef=kl_coef,
-        kl_estimator=config.kl_estimator,
-        gamma=critic.gamma,
-        lam=critic.lam,
-        whiten=critic.whiten_advantages,
-    )
-    return Estimate(found.advantages, found.returns)
 
 
 @dataclass(frozen=True)
@@ -118,7 +87,7 @@ class Algorithm:
     """An online algorithm.
 
     Attributes:
-        advantages: from the outcome of a rollout to an Estimate.
+        advantages: from a rollout to advantages, and returns for the critic.
         loss: preset of PolicyLossConfig; settings that are given override it.
         kl: whether the KL penalty is part of the "reward" or of the "loss".
         defaults: settings whose default is not OnlineConfig's.
@@ -126,59 +95,50 @@ class Algorithm:
         greedy: whether it decodes each prompt greedily for its baseline.
     """
 
-    advantages: Advantage
+    advantages: Callable[[Outcome], Estimate]
     loss: Callable[..., rk.PolicyLossConfig]
-    kl: str = "loss"
+    kl: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     critic: bool = False
     greedy: bool = False
 
 
-_GROUPS: dict[str, Any] = {"num_generations": 8, "kl_estimator": "k3"}
 _Loss = rk.PolicyLossConfig
+_GRPO = group("mean", "group")
+_GROUPS: dict[str, Any] = {"num_generations": 8, "kl_estimator": "k3"}
 
 ALGORITHMS = {
     "ppo": Algorithm(
-        generalised, _Loss.ppo, kl="reward", defaults={"kl_coef": 0.02, "epochs": 2}, critic=True
+        generalised, _Loss.ppo, "reward", {"kl_coef": 0.02, "epochs": 2}, critic=True
     ),
-    "grpo": Algorithm(group("mean", "group"), _Loss.grpo, defaults=_GROUPS | {"kl_coef": 0.04}),
-    "dr_grpo": Algorithm(group("mean", "none"), _Loss.dr_grpo, defaults=_GROUPS),
-    "dapo": Algorithm(
-        group("mean", "group"), _Loss.dapo, defaults=_GROUPS | {"dynamic_sampling": 4}
-    ),
-    "gspo": Algorithm(group("mean", "group"), _Loss.gspo, defaults=_GROUPS),
-    "cispo": Algorithm(group("mean", "group"), _Loss.cispo, defaults=_GROUPS),
+    "grpo": Algorithm(_GRPO, _Loss.grpo, "loss", _GROUPS | {"kl_coef": 0.04}),
+    "dr_grpo": Algorithm(group("mean", "none"), _Loss.dr_grpo, "loss", _GROUPS),
+    "dapo": Algorithm(_GRPO, _Loss.dapo, "loss", _GROUPS | {"dynamic_sampling": 4}),
+    "gspo": Algorithm(_GRPO, _Loss.gspo, "loss", _GROUPS),
+    "cispo": Algorithm(_GRPO, _Loss.cispo, "loss", _GROUPS),
     "rloo": Algorithm(
-        group("leave-one-out", "none"),
-        _Loss.rloo,
-        kl="reward",
-        defaults={"num_generations": 4, "kl_coef": 0.05},
+        group("leave-one-out", "none"), _Loss.rloo, "reward",
+        {"num_generations": 4, "kl_coef": 0.05},
     ),
-    "reinforce": Algorithm(returns_to_go(whiten=False), _Loss.reinforce, kl="reward"),
+    "reinforce": Algorithm(returns_to_go(whiten=False), _Loss.reinforce, "reward"),
     "reinforce++": Algorithm(
-        returns_to_go(whiten=True),
-        _Loss.reinforce_plus_plus,
-        kl="reward",
-        defaults={"kl_coef": 0.01},
+        returns_to_go(whiten=True), _Loss.reinforce_plus_plus, "reward", {"kl_coef": 0.01}
     ),
     "reinforce++_baseline": Algorithm(
-        returns_to_go(whiten=True, group_baseline=True),
-        _Loss.reinforce_plus_plus,
-        kl="reward",
-        defaults={"num_generations": 8, "kl_coef": 0.01},
+        returns_to_go(whiten=True, group_baseline=True), _Loss.reinforce_plus_plus, "reward",
+        {"num_generations": 8, "kl_coef": 0.01},
     ),
-    "remax": Algorithm(group("greedy", "none"), _Loss.rloo, kl="reward", greedy=True),
-}
+    "remax": Algorithm(group("greedy", "none"), _Loss.rloo, "reward", greedy=True),
+}  # fmt: skip
 
 
 def loss_config(algorithm: Algorithm, config: OnlineConfig) -> rk.PolicyLossConfig:
     """The algorithm's policy loss under the settings that are given."""
     names = ("objective", "clip_low", "clip_high", "dual_clip", "aggregation")
     options = {n: getattr(config, n) for n in names if getattr(config, n) is not None}
-    options["entropy_coef"] = config.entropy_coef
-    options["kl_coef"] = config.kl_coef if algorithm.kl == "loss" else 0.0
+    options |= {"entropy_coef": config.entropy_coef, "kl_coef": 0.0}
     if algorithm.kl == "loss":
-        options["kl_estimator"] = config.kl_estimator
+        options |= {"kl_coef": config.kl_coef, "kl_estimator": config.kl_estimator}
     if options.get("objective") == "penalty":
         options["penalty_coef"] = config.penalty_coef
     if config.correction != "none":

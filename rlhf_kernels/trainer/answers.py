@@ -15,47 +15,23 @@ def final_number(text: str) -> Decimal | None:
 
 
 def exact_match(
-    prompts: Sequence[str],
-    completions: Sequence[str],
-    completion_ids: Sequence[Sequence[int]],
-    *,
-    answer: Sequence[str],
-    finished: Sequence[bool],
-    **columns: Any,
-) -> list[float | None]:
+    completions: Sequence[str], answer: Sequence[str], finished: Sequence[bool], **_: Any
+) -> list[float]:
     """1 where the completion is the answer and then ends, else 0."""
-    return [
-        float(end and text.strip() == want)
-        for text, want, end in zip(completions, answer, finished, strict=True)
-    ]
+    rows = zip(completions, answer, finished, strict=True)
+    return [float(end and text.strip() == wanted) for text, wanted, end in rows]
 
 
-def answer_format(
-    prompts: Sequence[str],
-    completions: Sequence[str],
-    completion_ids: Sequence[Sequence[int]],
-    *,
-    finished: Sequence[bool],
-    **columns: Any,
-) -> list[float | None]:
+def answer_format(completions: Sequence[str], finished: Sequence[bool], **_: Any) -> list[float]:
     """1 where the completion closes with `#### <number>` and then ends, else 0."""
-    return [
-        float(end and final_number(text) is not None)
-        for text, end in zip(completions, finished, strict=True)
-    ]
+    rows = zip(completions, finished, strict=True)
+    return [float(end and final_number(text) is not None) for text, end in rows]
 
 
 def answer_correct(
-    prompts: Sequence[str],
-    completions: Sequence[str],
-    completion_ids: Sequence[Sequence[int]],
-    *,
-    answer: Sequence[str],
-    finished: Sequence[bool],
-    **columns: Any,
-) -> list[float | None]:
+    completions: Sequence[str], answer: Sequence[str], finished: Sequence[bool], **_: Any
+) -> list[float]:
     """1 where the final number is that of the answer, else 0."""
-    return [
-        float(end and final_number(text) is not None and final_number(text) == final_number(want))
-        for text, want, end in zip(completions, answer, finished, strict=True)
-    ]
+    numbers = [(final_number(a), final_number(b)) for a, b in zip(completions, answer, strict=True)]
+    pairs = zip(numbers, finished, strict=True)
+    return [float(end and found is not None and found == wanted) for (found, wanted), end in pairs]

@@ -17,7 +17,7 @@ def _doc(text: str, default: Any) -> Any:
 def require(ok: bool, name: str, expected: str, found: object) -> None:
     """Raises ValueError naming the setting, what it should be and what it is."""
     if not ok:
-        raise ValueError(f"{name}: expected {expected}, found {found!r}")
+        raise ValueError(f"{name}: expected {expected}, found {repr(found)[:80]}")
 
 
 def _one_of(config: Any, name: str, allowed: tuple[str, ...]) -> None:
@@ -63,7 +63,8 @@ class ModelConfig:
     num_layers: int = _doc("built model: layers", 2)
     num_heads: int = _doc("built model: attention heads", 4)
     dtype: str = _doc("of the weights: float32, bfloat16 or float16", "float32")
-    attn_implementation: str | None = _doc("sdpa, flash_attention_2, eager; unset = best", None)
+    attn_implementation: str | None = _doc("sdpa, flash_attention_2, ...; unset = best", None)
+    packing: bool = _doc("no padding in training passes; always so with flash attention", False)
     gradient_checkpointing: bool = _doc("recompute activations in the backward pass", False)
     lora_rank: int = _doc("rank of LoRA adapters (peft); 0 trains all weights", 0)
     lora_alpha: int = _doc("scale of LoRA adapters", 32)
@@ -144,7 +145,6 @@ class WarmStartConfig:
     sft_stop_loss: float = _doc("stop when the running token loss is below; 0 = never", 0.0)
     sft_batch_size: int = _doc("rows per step", 256)
     sft_learning_rate: float = _doc("peak learning rate", 2e-3)
-    sft_warmup_steps: int = _doc("linear warm-up", 50)
 
 
 @dataclass
@@ -159,6 +159,8 @@ class OnlineConfig:
         default_factory=list, metadata={"help": "one weight per reward function; empty = ones"}
     )
     num_generations: int = _doc("completions of each prompt", 1)
+    engine: str = _doc("what completes prompts: transformers or vllm", "transformers")
+    vllm_memory: float = _doc("share of the device's memory that vLLM may take", 0.3)
     generation_batch_size: int = _doc("prompts decoded at once by a process; 0 = all", 0)
     temperature: float = _doc("sampling temperature, also of the loss", 1.0)
     mini_batch_size: int = _doc("completions per optimizer step; 0 = batch_size", 0)
@@ -175,6 +177,7 @@ class OnlineConfig:
     kl_estimator: str = _doc("k1, k2, k3 or abs; in the loss also with +", "k1")
     kl_target: float = _doc("KL per completion the coefficient adapts to; 0 = fixed", 0.0)
     kl_horizon: float = _doc("horizon of the adaptive coefficient, in completions", 10000.0)
+    gamma: float = _doc("discount of returns to go", 1.0)
     correction: str = _doc("of sampler-trainer mismatch: none, token or sequence", "none")
     correction_mode: str = _doc("truncate or mask weights above correction_max", "truncate")
     correction_max: float = _doc("largest weight of the correction", 2.0)
@@ -184,27 +187,26 @@ class OnlineConfig:
     overlong_buffer: int = _doc("last tokens in which a completion is penalised; 0 = off", 0)
     ptx_coef: float = _doc("weight of the supervised loss on ptx_data", 0.0)
     ptx_data: str | None = _doc("rows of the supervised loss; unset = data", None)
-    replay_steps: int = _doc("steps whose kernel inputs are kept to time both backends", 3)
     num_samples: int = _doc("completions shown in the sample table", 8)
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "epochs", "num_generations", "dynamic_sampling")
         _at_least(
             self, 0, "mini_batch_size", "generation_batch_size", "reward_clip", "overlong_buffer",
-            "ptx_coef", "kl_coef", "kl_target", "penalty_target", "replay_steps",
+            "ptx_coef", "kl_coef", "kl_target", "penalty_target",
         )  # fmt: skip
         require(self.temperature > 0, "temperature", "> 0", self.temperature)
         _one_of(self, "correction", ("none", "token", "sequence"))
+        _one_of(self, "engine", ("transformers", "vllm"))
 
 
 @dataclass
-class CriticConfig:
+class PPOConfig(OnlineConfig):
     """PPO's critic and its advantages."""
 
     critic_model: str | None = _doc("path of a reward model to start from; unset = policy", None)
     critic_learning_rate: float = _doc("peak rate of the critic", 1e-3)
     critic_warmup_steps: int = _doc("first rollouts that train the critic alone", 0)
-    gamma: float = _doc("discount", 1.0)
     lam: float = _doc("lambda of generalised advantage estimation", 0.95)
     whiten_advantages: bool = _doc("zero mean, unit variance over the rollout", True)
     value_clip: float = _doc("clip range of the value update; 0 = off", 0.2)
@@ -215,24 +217,17 @@ class CriticConfig:
 def _yaml_as_flags(path: str) -> list[str]:
     """The YAML file as command-line flags, so that both are parsed by the same rules."""
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a mapping of settings, found {type(content).__name__}")
+    flat = isinstance(content, dict) and not any(isinstance(v, dict) for v in content.values())
+    require(flat, path, "a flat mapping of settings", content)
     flags: list[str] = []
     for key, value in content.items():
-        if isinstance(value, dict):
-            raise ValueError(f"{path}: {key!r} holds a mapping; settings are flat")
         if value not in (None, []):
-            values = value if isinstance(value, list) else [value]
-            flags += [f"--{key}", *map(str, values)]
+            flags += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     return flags
 
 
 def parse_config(
-    classes: Sequence[type],
-    argv: Sequence[str],
-    *,
-    prog: str,
-    defaults: Mapping[str, Any] | None = None,
+    classes: Sequence[type], argv: Sequence[str], *, prog: str, defaults: Mapping[str, Any]
 ) -> tuple[Any, ...]:
     """Dataclass instances from `--config file.yaml` and flags; a flag wins over the file.
 
@@ -243,7 +238,7 @@ def parse_config(
         defaults: defaults of this subcommand that differ from the dataclasses'.
     """
     parser = HfArgumentParser(classes, prog=prog, allow_abbrev=False)
-    parser.set_defaults(**(defaults or {}))
+    parser.set_defaults(**defaults)
     parser.add_argument("--config", help="YAML file of the settings below")
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")

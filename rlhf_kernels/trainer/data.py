@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,9 +151,9 @@ def _text(row: dict[str, Any], key: str) -> Text:
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
         for m in value
     )
-    if not (isinstance(value, str) or conversation) or not value:
-        found = "nothing" if key not in row else repr(value)[:60]
-        raise ValueError(f"expected {key!r} to hold a text or a list of messages, found {found}")
+    good = bool(value) and (isinstance(value, str) or conversation)
+    found = value if key in row else "no such column"
+    require(good, repr(key), "a text or a list of messages", found)
     return value
 
 
@@ -162,10 +163,20 @@ def _common_prompt(chosen: Text, rejected: Text) -> int:
     same = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
     if isinstance(chosen, str):
         # Back to the start of a word and the space before it, so that no token spans both.
-        while same and not chosen[same - 1].isspace():
-            same -= 1
-        same -= bool(same) and chosen[same - 1] == " "
+        same = len(re.sub(r" ?\S*\Z", "", chosen[:same]))
     return same
+
+
+def _preference(row: dict[str, Any], columns: dict[str, Any]) -> Row:
+    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    differ = type(chosen) is type(rejected) and chosen != rejected
+    require(differ, "'chosen' and 'rejected'", "two answers of one form", chosen)
+    if "prompt" in row:
+        return Row(_text(row, "prompt"), None, chosen, rejected, columns)
+    cut = _common_prompt(chosen, rejected)
+    apart = bool(chosen[cut:]) and bool(rejected[cut:])
+    require(apart, "'chosen' and 'rejected'", "that neither begins the other", chosen)
+    return Row(chosen[:cut], None, chosen[cut:], rejected[cut:], columns)
 
 
 def parse_row(row: Any, kind: str) -> Row:
@@ -180,36 +191,28 @@ def parse_row(row: Any, kind: str) -> Row:
     Raises:
         ValueError: columns are missing or hold something else.
     """
-    if not isinstance(row, dict):
-        raise ValueError(f"expected an object, found {repr(row)[:60]}")
+    require(isinstance(row, dict), "row", "an object", row)
     columns = {k: v for k, v in row.items() if k not in ("prompt", "completion", "messages")}
     if kind == "preference":
-        chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
-        if type(chosen) is not type(rejected) or chosen == rejected:
-            raise ValueError("expected 'chosen' and 'rejected' to differ and be of one form")
-        if "prompt" in row:
-            return Row(_text(row, "prompt"), None, chosen, rejected, columns)
-        cut = _common_prompt(chosen, rejected)
-        if not chosen[cut:] or not rejected[cut:]:
-            raise ValueError("expected neither of 'chosen' and 'rejected' to begin the other")
-        return Row(chosen[:cut], None, chosen[cut:], rejected[cut:], columns)
-    if "question" in row and "prompt" not in row:
+        return _preference(row, columns)
+    if "prompt" in row:
+        completes = kind == "supervised" or "completion" in row
+        completion = _text(row, "completion") if completes else None
+        return Row(_text(row, "prompt"), completion, columns=columns)
+    if "question" in row:
         question, answer = _text(row, "question"), _text(row, "answer")
-        if kind == "prompt" and final_number(answer) is None:
-            found = answer[-40:]
-            raise ValueError(f"expected 'answer' to end in '#### <number>', found {found!r}")
+        scored = kind == "supervised" or final_number(answer) is not None
+        require(scored, "'answer'", "an end in '#### <number>'", answer[-40:])
         return Row(question + "\n", answer, columns=columns)
-    if "messages" in row and "prompt" not in row:
+    if "messages" in row:
         messages = _text(row, "messages")
-        if messages[-1]["role"] == "assistant":
-            return Row(messages[:-1], messages[-1:], columns=columns)
-        if kind == "supervised":
-            raise ValueError("expected 'messages' to end with the assistant's")
-        return Row(messages, columns=columns)
-    if kind == "supervised" and "text" in row and "prompt" not in row:
+        answered = messages[-1]["role"] == "assistant"
+        require(answered or kind == "prompt", "'messages'", "an assistant's at the end", messages)
+        cut = len(messages) - answered
+        return Row(messages[:cut], messages[cut:] or None, columns=columns)
+    if kind == "supervised" and "text" in row:
         return Row("", _text(row, "text"), columns=columns)
-    needed = kind == "supervised" or "completion" in row
-    return Row(_text(row, "prompt"), _text(row, "completion") if needed else None, columns=columns)
+    return Row(_text(row, "prompt"), columns=columns)
 
 
 def read_rows(path: str, kind: str) -> list[Row]:
@@ -223,13 +226,9 @@ def read_rows(path: str, kind: str) -> list[Row]:
         try:
             row = json.loads(content) if isinstance(content, str) else content
             rows.append(parse_row(row, kind))
-        except json.JSONDecodeError as error:
-            where = f"{path}:{number}"
-            raise ValueError(f"{where}: expected a JSON object, found {content[:60]!r}") from error
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from error
-    if not rows:
-        raise ValueError(f"{path}: expected at least one row, found none")
+    require(bool(rows), path, "at least one row", 0)
     return rows
 
 
@@ -261,8 +260,7 @@ class Task:
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; the end token pads where there is no padding token."""
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"model: expected a tokenizer with an end token, found {model!r}")
+    require(tokenizer.eos_token_id is not None, "model", "a tokenizer with an end token", model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -275,8 +273,7 @@ def _plain(text: Text | None) -> str:
 def load_task(config: DataConfig, kind: str, *, seed: int, model: str | None = None) -> Task:
     """The rows of a configuration; the tokenizer is the model's own where `model` names one."""
     if config.data is None:
-        if kind == "preference":
-            raise ValueError("data: expected a file of preferences, found None")
+        require(kind != "preference", "data", "a file of preferences", None)
         rows = arithmetic_rows(config.max_operand, config.operators)
     else:
         rows = read_rows(config.data, kind)
@@ -300,10 +297,7 @@ def load_task(config: DataConfig, kind: str, *, seed: int, model: str | None = N
         return [r for r in part if not r.prompt or len(prompt_tokens(tokenizer, r.prompt)) <= limit]
 
     train, held_out = short(train), short(held_out)
-    if not train or not held_out:
-        raise ValueError(
-            f"max_prompt_tokens: expected prompts of at most {config.max_prompt_tokens} tokens, "
-            f"found {len(train)} for training and {len(held_out)} held out"
-        )
+    counts = f"{len(train)} training and {len(held_out)} held-out rows that are shorter"
+    require(bool(train and held_out), "max_prompt_tokens", "a limit that leaves rows", counts)
     name = "arithmetic" if config.data is None else Path(config.data).name.partition(".")[0]
     return Task(name, tokenizer, train, held_out)

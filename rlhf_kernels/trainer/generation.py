@@ -1,13 +1,15 @@
-"""A batched sampler with a KV cache."""
+"""Engines that complete prompts: a batched sampler with a KV cache."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import Batch, position_ids
+from .learner import Learner
+from .models import causal_lm
 
 
 class Generation(NamedTuple):
@@ -17,36 +19,73 @@ class Generation(NamedTuple):
     logprobs: Tensor
 
 
+class Engine(Protocol):
+    """What completes prompts; T is the longest completion of the run."""
+
+    def __call__(
+        self, ids: Tensor, mask: Tensor, uniforms: Tensor, *, temperature: float
+    ) -> Generation:
+        """Completions of left-padded prompts `[B, P]`, as one batch `[B, P + T]`.
+
+        `uniforms`, `[B, T]` in [0, 1), is all the randomness that there is; `temperature=0` takes
+        the most likely tokens.
+        """
+
+
+class TransformersEngine:
+    """The policy itself, `batch_size` prompts at once (0: all)."""
+
+    def __init__(
+        self, learner: Learner, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 0
+    ) -> None:
+        self.learner, self.tokenizer, self.batch_size = learner, tokenizer, batch_size
+
+    def __call__(
+        self, ids: Tensor, mask: Tensor, uniforms: Tensor, *, temperature: float
+    ) -> Generation:
+        size = self.batch_size or len(ids)
+        parts = zip(ids.split(size), mask.split(size), uniforms.split(size), strict=True)
+        found = self.learner.forward(
+            lambda networks: [
+                generate(
+                    causal_lm(networks.policy).eval(), *part, temperature=temperature,
+                    eos_token_id=self.tokenizer.eos_token_id,
+                    pad_token_id=self.tokenizer.pad_token_id, any_alive=self.learner.any_alive,
+                )
+                for part in parts
+            ]
+        )  # fmt: skip
+        batches, logprobs = zip(*found, strict=True)
+        return Generation(Batch(*map(torch.cat, zip(*batches, strict=True))), torch.cat(logprobs))
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
     prompt_ids: Tensor,
     prompt_mask: Tensor,
+    uniforms: Tensor,
     *,
-    max_new_tokens: int,
     eos_token_id: int,
     pad_token_id: int,
     temperature: float = 1.0,
-    uniforms: Tensor | None = None,
     any_alive: Callable[[Tensor], bool] = torch.any,
 ) -> Generation:
-    """Completions of left-padded prompts `[B, P]`, as one batch `[B, P + max_new_tokens]`.
+    """Completions as `Engine` has them.
 
-    Tokens are drawn from softmax(logits / temperature); `temperature=0` takes the most likely one.
-    Each draw inverts the distribution at its own number of `uniforms`, `[B, max_new_tokens]` in
-    [0, 1): a completion does not depend on the rows beside it, nor on how many processes share
+    Tokens are drawn from softmax(logits / temperature), each by inverting the distribution at its
+    own number: a completion does not depend on the rows beside it, nor on how many processes share
     them. The loop is our own because transformers' `generate` mixes in the checkpoint's generation
     settings (top-k, top-p, penalties), after which the tokens no longer come from the distribution
     that the loss differentiates, and because it draws from the global generator alone.
     """
     cache = DynamicCache(config=model.config)
     attention, positions, ids = prompt_mask, position_ids(prompt_mask), prompt_ids
-    shape = (len(prompt_ids), max_new_tokens)
-    tokens = prompt_ids.new_full(shape, pad_token_id)
-    mask = torch.zeros(shape, dtype=torch.bool, device=prompt_ids.device)
-    logprobs = torch.zeros(shape, device=prompt_ids.device)
-    alive = torch.ones(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)
-    for t in range(max_new_tokens):
+    tokens = prompt_ids.new_full(uniforms.shape, pad_token_id)
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    logprobs = torch.zeros(uniforms.shape, device=ids.device)
+    alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    for t in range(uniforms.shape[1]):
         logits = model(
             input_ids=ids,
             attention_mask=attention,

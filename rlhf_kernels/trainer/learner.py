@@ -53,6 +53,8 @@ class Learner:
         joint_clip: bool = False,
     ) -> None:
         self.accelerator, self.config, self.joint_clip = accelerator, config, joint_clip
+        processes, size = accelerator.num_processes, config.batch_size
+        require(size % processes == 0, "batch_size", f"a multiple of {processes} processes", size)
         self.rates = list(rates.values())
         module = Networks(**networks)
         groups = [
@@ -80,8 +82,12 @@ class Learner:
         """Rows of this process in micro-batches."""
         return rows.split(self.config.micro_batch_size or max(1, len(rows)))
 
-    def require_divisible(self, name: str, size: int) -> None:
-        require(size % self.processes == 0, name, f"a multiple of {self.processes} processes", size)
+    def collect(self, own: Tensor, rows: Tensor, count: int) -> Tensor:
+        """All `count` rows, on every process, from those `rows` that each has."""
+        dtype = torch.uint8 if own.dtype is torch.bool else own.dtype
+        everyone = own.new_zeros((count, *own.shape[1:]), dtype=dtype)
+        everyone[rows] = own.detach().to(dtype)
+        return self.total(everyone).to(own.dtype)
 
     def forward(self, function: Callable[[Networks], T]) -> T:
         """`function` of the networks, their weights gathered, without gradients."""

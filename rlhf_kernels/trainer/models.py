@@ -1,9 +1,8 @@
 """The networks and the forward passes that training needs."""
 
 import copy
-import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -12,15 +11,17 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     LlamaConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import is_flash_attn_2_available
 
 import rlhf_kernels as rk
 
-from .config import ModelConfig
+from .config import ModelConfig, require
 from .data import Batch, position_ids
-from .recorder import kernel
+from .report import kernel
 
 T = TypeVar("T")
 
@@ -95,16 +96,22 @@ def lm_head(policy: nn.Module, batch: Batch) -> Head:
 
 
 def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Hidden states `[B, P + T, H]`."""
     # Layers recompute in training mode only, and keep a cache for decoding only outside it.
     training = getattr(model, "recomputes", False) and torch.is_grad_enabled()
     if training != model.training:
         model.train(training)
-    return model.base_model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=position_ids(batch.attention_mask),
-        use_cache=False,
-    ).last_hidden_state
+    ids, kept = batch.input_ids, batch.attention_mask
+    positions = position_ids(kept)
+    if not getattr(model, "packs", False):
+        return model.base_model(
+            input_ids=ids, attention_mask=kept, position_ids=positions, use_cache=False
+        ).last_hidden_state
+    # All sequences in one row, without padding: attention finds their bounds in the positions.
+    found = model.base_model(
+        input_ids=ids[kept][None], position_ids=positions[kept][None], use_cache=False
+    ).last_hidden_state[0]
+    return found.new_zeros(*ids.shape, found.shape[1]).index_put((kept,), found)
 
 
 def values(critic: PreTrainedModel, batch: Batch) -> Tensor:
@@ -165,21 +172,27 @@ def _trained(model: PreTrainedModel, config: ModelConfig) -> nn.Module:
     return wrapped
 
 
-def _loading(config: ModelConfig) -> dict[str, Any]:
-    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
-    if config.attn_implementation is not None:
-        options["attn_implementation"] = config.attn_implementation
-    return options
+def _load(auto: Any, source: str | PretrainedConfig, config: ModelConfig, **more: Any) -> Any:
+    """A model from a path, or from a configuration with random weights."""
+    more["dtype"] = getattr(torch, config.dtype)
+    attention = config.attn_implementation
+    if attention is None and config.dtype != "float32" and is_flash_attn_2_available():
+        attention = "flash_attention_2"
+    if attention is not None:
+        more["attn_implementation"] = attention
+    make = auto.from_pretrained if isinstance(source, str) else auto.from_config
+    model = make(source, **more)
+    model.packs = config.packing or attention == "flash_attention_2"
+    return model
 
 
 def build_policy(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> nn.Module:
     """A causal LM from a path, or a small Llama with random weights."""
-    if config.model is not None:
-        model = AutoModelForCausalLM.from_pretrained(config.model, **_loading(config))
-    else:
-        sizes = LlamaConfig(
+    source: str | PretrainedConfig | None = config.model
+    if source is None:
+        source = LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=config.hidden_size,
             intermediate_size=2 * config.hidden_size,
@@ -192,9 +205,9 @@ def build_policy(
             pad_token_id=tokenizer.pad_token_id,
             tie_word_embeddings=False,
         )
-        model = AutoModelForCausalLM.from_config(sizes, **_loading(config))
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise ValueError(f"model: expected embeddings of {len(tokenizer)} tokens in {config.model}")
+    model = _load(AutoModelForCausalLM, source, config)
+    rows = model.get_input_embeddings().num_embeddings
+    require(len(tokenizer) <= rows, "model", f"embeddings of {len(tokenizer)} tokens", rows)
     policy = _trained(model, config)
     _check_head(policy)
     return policy
@@ -218,30 +231,24 @@ def _check_head(policy: nn.Module) -> None:
 
 def build_critic(policy: nn.Module, config: ModelConfig, path: str | None = None) -> nn.Module:
     """A value model: a reward model from a path, or the policy's backbone under a head of zeros."""
+    # Trained whole, even where the policy trains adapters only.
+    config = dataclasses.replace(config, lora_rank=0)
     if path is not None:
         return _trained(load_reward_model(path, config), config).to(policy.device)
     base = causal_lm(policy)
     settings = copy.deepcopy(base.config)
     settings.num_labels = 1
-    critic = AutoModelForSequenceClassification.from_config(settings, dtype=base.dtype)
-    if not config.lora_rank:
-        critic.base_model.load_state_dict(base.base_model.state_dict())
-    else:
-        # LoRA has renamed the wrapped layers.
-        source = {k.replace(".base_layer", ""): v for k, v in base.base_model.state_dict().items()}
-        critic.base_model.load_state_dict({k: v for k, v in source.items() if "lora_" not in k})
+    critic = _load(AutoModelForSequenceClassification, settings, config)
+    # LoRA renames the layers that it wraps.
+    weights = {k.replace(".base_layer", ""): v for k, v in base.base_model.state_dict().items()}
+    critic.base_model.load_state_dict({k: v for k, v in weights.items() if "lora_" not in k})
     nn.init.zeros_(scalar_head(critic).weight)
-    return _trained(critic, ModelConfig(gradient_checkpointing=config.gradient_checkpointing)).to(
-        policy.device
-    )
+    return _trained(critic, config).to(policy.device)
 
 
 def load_reward_model(path: str, config: ModelConfig) -> PreTrainedModel:
     """A model with one output per sequence; its head is new where the path has none."""
-    model = AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=1, **_loading(config)
-    )
-    return _settled(model)
+    return _settled(_load(AutoModelForSequenceClassification, path, config, num_labels=1))
 
 
 def build_reward_model(
@@ -250,34 +257,21 @@ def build_reward_model(
     """A reward model to train: from a path, or on a small Llama with random weights."""
     if config.model is not None:
         return _trained(load_reward_model(config.model, config), config)
-    policy = build_policy(config, tokenizer, max_length=max_length)
-    critic = build_critic(policy, config)
-    nn.init.normal_(scalar_head(critic).weight, std=1.0 / math.sqrt(config.hidden_size))
+    critic = build_critic(build_policy(config, tokenizer, max_length=max_length), config)
+    nn.init.normal_(scalar_head(critic).weight, std=config.hidden_size**-0.5)
     return critic
 
 
-class Reference(NamedTuple):
+class Reference:
     """The frozen policy: a copy, or the policy itself with its adapters switched off."""
 
-    model: nn.Module | None
-
-    @classmethod
-    def of(cls, policy: nn.Module) -> "Reference":
-        if hasattr(policy, "disable_adapter"):
-            return cls(None)
-        return cls(_settled(copy.deepcopy(policy).requires_grad_(False)))
+    def __init__(self, policy: nn.Module) -> None:
+        self.model: nn.Module | None = None
+        if not hasattr(policy, "disable_adapter"):
+            self.model = _settled(copy.deepcopy(policy).requires_grad_(False))
 
     def __call__(self, networks: Networks, batch: Batch) -> Head:
         if self.model is not None:
             return lm_head(self.model, batch)
-        with adapters_off(networks.policy):
+        with networks.policy.disable_adapter():
             return lm_head(networks.policy, batch)
-
-
-@contextmanager
-def adapters_off(policy: nn.Module) -> Iterator[None]:
-    manager: AbstractContextManager[Any] = nullcontext()
-    if hasattr(policy, "disable_adapter"):
-        manager = policy.disable_adapter()
-    with manager:
-        yield

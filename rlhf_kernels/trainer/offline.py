@@ -1,8 +1,9 @@
 """The stages that learn from a dataset: supervised, reward model and DPO."""
 
+import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,6 +27,10 @@ class Pair(NamedTuple):
     margin: float
 
 
+# The loss, and metrics whose sums over a batch are its metrics.
+Loss = tuple[Tensor, dict[str, Tensor]]
+
+
 class Objective(Protocol):
     """What a stage minimises: a sum over items (rows, pairs) over a size that is the batch's."""
 
@@ -35,10 +40,8 @@ class Objective(Protocol):
     def size(self, items: Sequence[Any]) -> float:
         """What the loss of the items is divided by."""
 
-    def loss(
-        self, networks: models.Networks, items: Sequence[Any], size: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The items' share of the loss, and metrics whose sums over a batch are its metrics."""
+    def loss(self, networks: models.Networks, items: Sequence[Any], size: float) -> Loss:
+        """The items' share of the loss."""
 
 
 class SFT:
@@ -54,9 +57,7 @@ class SFT:
     def size(self, items: Sequence[tuple[list[int], list[int]]]) -> float:
         return float(sum(len(completion) for _, completion in items))
 
-    def loss(
-        self, networks: models.Networks, items: Sequence[Any], size: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, networks: models.Networks, items: Sequence[Any], size: float) -> Loss:
         batch = collate(self.tokenizer, items, models.device_of(networks.policy))
         loss = -models.lm_head(networks.policy, batch).logprobs(batch.labels).sum() / size
         return loss, {"loss": loss.detach()}
@@ -84,7 +85,7 @@ class _Pairwise:
     def size(self, items: Sequence[Pair]) -> float:
         return float(len(items))
 
-    def _batch(self, items: Sequence[Pair], device: torch.device) -> Batch:
+    def batch(self, items: Sequence[Pair], device: torch.device) -> Batch:
         """The chosen completions, then the rejected ones."""
         rows = [(p.prompt, p.chosen) for p in items] + [(p.prompt, p.rejected) for p in items]
         return collate(self.tokenizer, rows, device)
@@ -99,22 +100,19 @@ class RewardModelling(_Pairwise):
         super().__init__(tokenizer, limit, config.margin)
         self.config = config
 
-    def loss(
-        self, networks: models.Networks, items: Sequence[Pair], size: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = self._batch(items, models.device_of(networks.reward))
+    def loss(self, networks: models.Networks, items: Sequence[Pair], size: float) -> Loss:
+        batch = self.batch(items, models.device_of(networks.reward))
         chosen, rejected = models.sequence_rewards(networks.reward, batch).float().chunk(2)
         margin = torch.tensor([p.margin for p in items], device=chosen.device)
-        found = rk.reward_model_loss(
-            chosen, rejected, margin=margin, center_coef=self.config.center_coef
-        )
+        center_coef = self.config.center_coef
+        found = rk.reward_model_loss(chosen, rejected, margin=margin, center_coef=center_coef)
         share = len(items) / size
         loss = found.loss * share
         return loss, {
             "loss": loss.detach(),
             "accuracy": found.accuracy * share,
-            "margin": (chosen - rejected).detach().sum() / size,
-            "reward_mean": (chosen + rejected).detach().sum() / (2 * size),
+            "margin": (chosen - rejected).detach().mean() * share,
+            "reward_mean": (chosen + rejected).detach().mean() / 2 * share,
         }
 
 
@@ -131,10 +129,8 @@ class DPO(_Pairwise):
         super().__init__(tokenizer, limit)
         self.config, self.reference = config, reference
 
-    def loss(
-        self, networks: models.Networks, items: Sequence[Pair], size: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = self._batch(items, models.device_of(networks.policy))
+    def loss(self, networks: models.Networks, items: Sequence[Pair], size: float) -> Loss:
+        batch = self.batch(items, models.device_of(networks.policy))
         # IPO's margin is a mean over tokens (as in TRL), so that it does not grow with length.
         average = self.config.loss_type == "ipo"
 
@@ -145,21 +141,17 @@ class DPO(_Pairwise):
 
         with torch.no_grad():
             reference = pair(self.reference(networks, batch))
-        found = rk.dpo_loss(
-            *pair(models.lm_head(networks.policy, batch)),
-            *reference,
-            beta=self.config.beta,
-            loss_type=self.config.loss_type,
-            label_smoothing=self.config.label_smoothing,
-        )
-        loss = found.loss * (len(items) / size)
+        policy = pair(models.lm_head(networks.policy, batch))
+        found = rk.dpo_loss(*policy, *reference, **dataclasses.asdict(self.config))
+        share = len(items) / size
+        loss = found.loss * share
         margins = found.chosen_rewards - found.rejected_rewards
         return loss, {
             "loss": loss.detach(),
-            "accuracy": (margins > 0).float().sum() / size,
-            "margin": margins.sum() / size,
-            "reward_chosen": found.chosen_rewards.sum() / size,
-            "reward_rejected": found.rejected_rewards.sum() / size,
+            "accuracy": (margins > 0).float().mean() * share,
+            "margin": margins.mean() * share,
+            "reward_chosen": found.chosen_rewards.mean() * share,
+            "reward_rejected": found.rejected_rewards.mean() * share,
         }
 
 
@@ -179,12 +171,13 @@ class OfflineTrainer:
         optim: OptimConfig,
         *,
         seed: int,
+        reference: models.Reference | None = None,
     ) -> None:
         self.learner, self.objective, self.optim = learner, objective, optim
+        self.reference = reference
         self.train, self.held_out = self._encode(train), self._encode(held_out)
         if not self.train:
             raise ValueError("max_new_tokens: expected rows whose completions fit, found none")
-        learner.require_divisible("batch_size", optim.batch_size)
         self.sampler = Sampler(len(self.train), optim.batch_size, seed)
         self.steps_done = 0
 
@@ -204,14 +197,17 @@ class OfflineTrainer:
         return [self.train[i] for i in next(self.sampler)]
 
     def losses(
-        self, items: Sequence[Any], *, weight: float = 1.0
-    ) -> list[Callable[[models.Networks], tuple[Tensor, dict[str, Tensor]]]]:
-        """Loss functions of this process's micro-batches; they add up to `weight` * the loss."""
-        size = self.objective.size(items)
+        self, items: Sequence[Any], *, size: float | None = None, weight: float = 1.0
+    ) -> list[Callable[[models.Networks], Loss]]:
+        """Loss functions of this process's micro-batches; they add up to `weight` * the loss.
 
-        def micro(part: Sequence[Any]) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
-            def function(networks: models.Networks) -> tuple[Tensor, dict[str, Tensor]]:
-                loss, metrics = self.objective.loss(networks, part, size)
+        `size` is the items' own, or that of more of which they are a part.
+        """
+        whole = size or self.objective.size(items)
+
+        def micro(part: Sequence[Any]) -> Callable[[models.Networks], Loss]:
+            def function(networks: models.Networks) -> Loss:
+                loss, metrics = self.objective.loss(networks, part, whole)
                 return weight * loss, metrics
 
             return function
@@ -236,38 +232,21 @@ class OfflineTrainer:
         return row
 
     def _sum(self, metrics: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-        names = list(metrics[0])
-        table = torch.stack([torch.stack([m[name] for name in names]) for m in metrics])
-        return dict(zip(names, self.learner.total(table.sum(0)).tolist(), strict=True))
+        table = torch.stack([torch.stack(list(m.values())) for m in metrics])
+        return dict(zip(metrics[0], self.learner.total(table.sum(0)).tolist(), strict=True))
 
-    def evaluate(self) -> dict[str, float]:
-        """Metrics over the held-out rows, as many as the processes can share evenly."""
-        processes = self.learner.processes
+    def evaluate(self) -> dict[str, Any]:
+        """`scores`: metrics over the held-out rows, as many as the processes can share evenly."""
+        processes, step = self.learner.processes, self.optim.batch_size
         items = self.held_out[: len(self.held_out) // processes * processes]
-        totals: dict[str, float] = {}
-        weight = 0.0
-        for part in _chunks(items, self.optim.batch_size):
-            functions = self.losses(part)
-            found = self._sum([self.learner.forward(f)[1] for f in functions])
-            size = self.objective.size(part)
-            weight += size
-            for name, value in found.items():
-                totals[name] = totals.get(name, 0.0) + value * size
-        means = {name: total / weight for name, total in totals.items()}
-        if "accuracy" in means:
-            means |= dict(
-                zip(
-                    ("accuracy_low", "accuracy_high"),
-                    wilson_interval(means["accuracy"], weight),
-                    strict=True,
-                )
-            )
-        return means
-
-
-def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+        size = self.objective.size(items)
+        parts = [items[start : start + step] for start in range(0, len(items), step)]
+        functions = [f for part in parts for f in self.losses(part, size=size)]
+        found = self._sum([self.learner.forward(f)[1] for f in functions])
+        if "accuracy" in found:
+            low, high = wilson_interval(found["accuracy"], size)
+            found |= {"accuracy_low": low, "accuracy_high": high}
+        return {"scores": found, "texts": []}
 
 
 def wilson_interval(share: float, count: float, z: float = 1.96) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .config import ModelConfig
+from .config import ModelConfig, require
 from .data import collate, load_tokenizer, row_tokens
 from .models import load_reward_model, sequence_rewards
 
@@ -25,11 +25,8 @@ RewardFunction = Callable[..., list[float | None]]
 def load_reward(path: str) -> RewardFunction:
     """The function at `package.module:name`."""
     module, _, name = path.partition(":")
-    if not module or not name:
-        raise ValueError(f"reward_funcs: expected 'module:function', found {path!r}")
-    function = getattr(importlib.import_module(module), name, None)
-    if not callable(function):
-        raise ValueError(f"reward_funcs: {module!r} has no function {name!r}")
+    function = getattr(importlib.import_module(module), name, None) if module and name else None
+    require(callable(function), "reward_funcs", "'module:function' or a reward model's path", path)
     return function
 
 
@@ -54,8 +51,8 @@ class Rewards(NamedTuple):
         completions: Sequence[Any],
         completion_ids: Sequence[Sequence[int]],
         columns: dict[str, list[Any]],
-    ) -> list[list[float]]:
-        """Rewards of every function over a batch; NaN where a function said None.
+    ) -> Tensor:
+        """Rewards `[B, functions]` of a batch; NaN where a function said None.
 
         Raises:
             RuntimeError: a function raised.
@@ -63,11 +60,11 @@ class Rewards(NamedTuple):
                 number, or no function scored some sample.
         """
         given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-        table = [_call(f, columns | given, len(prompts)) for f in self.functions]
-        for i, row in enumerate(zip(*table, strict=True)):
-            if all(map(math.isnan, row)):
-                raise ValueError(f"reward_funcs: no function scored sample {i}")
-        return table
+        table = torch.tensor([_call(f, columns | given, len(prompts)) for f in self.functions]).T
+        unscored = table.isnan().all(1).nonzero()
+        if len(unscored):
+            raise ValueError(f"reward_funcs: no function scored sample {int(unscored[0])}")
+        return table.contiguous()
 
 
 def _call(function: RewardFunction, arguments: dict[str, Any], count: int) -> list[float]:
@@ -87,14 +84,13 @@ def _call(function: RewardFunction, arguments: dict[str, Any], count: int) -> li
 
 
 def weighted_sum(table: Tensor, weights: Sequence[float]) -> Tensor:
-    """Sum over the functions of `table`, `[functions, B]`, that scored a sample."""
-    weighted = table * torch.tensor(weights, device=table.device)[:, None]
-    return torch.where(table.isnan(), 0.0, weighted).sum(0)
+    """Sum `[B]` over the functions of `table`, `[B, functions]`, that scored a sample."""
+    return (table * torch.tensor(weights, device=table.device)).nansum(1)
 
 
 def means(table: Tensor) -> list[float]:
     """Mean of each function where it scored; 0 where it never did."""
-    return table.nanmean(1).nan_to_num().tolist()
+    return table.nanmean(0).nan_to_num().tolist()
 
 
 class RewardModel:
@@ -107,21 +103,14 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(
-        self,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
-        completion_ids: Sequence[Sequence[int]],
-        *,
-        finished: Sequence[bool],
-        **columns: Any,
+        self, prompts: Sequence[Any], completions: Sequence[Any], finished: Sequence[bool], **_: Any
     ) -> list[float | None]:
         rows = []
         for prompt, completion, end in zip(prompts, completions, finished, strict=True):
             first, rest = row_tokens(self.tokenizer, prompt, completion)
             rows.append((first, rest if end else rest[:-1]))
-        return sequence_rewards(
-            self.model, collate(self.tokenizer, rows, self.model.device)
-        ).tolist()
+        batch = collate(self.tokenizer, rows, self.model.device)
+        return sequence_rewards(self.model, batch).tolist()
 
 
 def load_rewards(

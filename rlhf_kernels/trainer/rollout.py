@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .data import Batch, Row, Task, pad, prompt_tokens
-from .generation import Generation, generate
+from .generation import Engine
 from .learner import Learner
-from .models import Networks, causal_lm
 from .rewards import Rewards, weighted_sum
 
 
@@ -21,7 +20,7 @@ class Samples(NamedTuple):
         batch: prompts and completions, `[B, P + T]`.
         logprobs: the sampler's own, `[B, T]`.
         finished: whether a completion ended with the end token, `[B]`.
-        table: rewards `[functions, B]`, NaN where a function said None.
+        table: rewards `[B, functions]`, NaN where a function said None.
         scores: their weighted sum, `[B]`.
     """
 
@@ -31,134 +30,99 @@ class Samples(NamedTuple):
     table: Tensor
     scores: Tensor
 
-    def select(self, rows: Tensor) -> "Samples":
-        batch = self.batch.rows(rows)
-        return Samples(
-            batch,
-            self.logprobs[rows],
-            self.finished[rows],
-            self.table[:, rows],
-            self.scores[rows],
-        )
+    def select(self, rows: Tensor | slice) -> "Samples":
+        return Samples(self.batch.rows(rows), *(field[rows] for field in self[1:]))
 
     def trimmed(self) -> "Samples":
         """Without columns that are padding in every row."""
-        batch, width = self.batch, self.batch.completion_mask.shape[1]
-        kept = int(batch.completion_mask.any(0).sum())
-        whole = batch.attention_mask.shape[1]
-        skipped = int((~batch.attention_mask.any(0))[: whole - width].sum())
-        columns = slice(skipped, whole - width + kept)
-        ids, attention = batch.input_ids[:, columns], batch.attention_mask[:, columns]
-        batch = Batch(ids, attention, batch.completion_mask[:, :kept])
-        return self._replace(batch=batch, logprobs=self.logprobs[:, :kept])
+        ids, attention, completed = self.batch
+        used = attention.any(0).nonzero()
+        first, last = int(used[0]), int(used[-1]) + 1
+        width = completed.shape[1] - (ids.shape[1] - last)
+        columns = slice(first, last)
+        batch = Batch(ids[:, columns], attention[:, columns], completed[:, :width])
+        return self._replace(batch=batch, logprobs=self.logprobs[:, :width])
 
 
 def merge(parts: Sequence[Samples], pad_token_id: int) -> Samples:
-    """Rollouts with prompts of different widths, one below the other."""
-    width = max(p.batch.input_ids.shape[1] for p in parts)
+    """Several rollouts as one; prompts are padded to the longest."""
+    width = max(part.batch.input_ids.shape[1] for part in parts)
     batches = []
     for part in parts:
         left = (width - part.batch.input_ids.shape[1], 0)
         ids = functional.pad(part.batch.input_ids, left, value=pad_token_id)
         attention = functional.pad(part.batch.attention_mask, left)
         batches.append(Batch(ids, attention, part.batch.completion_mask))
-    return Samples(
-        Batch(*(torch.cat(field) for field in zip(*batches, strict=True))),
-        torch.cat([p.logprobs for p in parts]),
-        torch.cat([p.finished for p in parts]),
-        torch.cat([p.table for p in parts], 1),
-        torch.cat([p.scores for p in parts]),
-    )
+    batch = Batch(*map(torch.cat, zip(*batches, strict=True)))
+    return Samples(batch, *map(torch.cat, zip(*(part[1:] for part in parts), strict=True)))
 
 
-def texts(task: Task, batch: Batch) -> list[str]:
-    """The completions, decoded."""
-    return task.tokenizer.batch_decode(_token_lists(batch), skip_special_tokens=True)
-
-
-def _token_lists(batch: Batch) -> list[list[int]]:
+def token_lists(batch: Batch) -> list[list[int]]:
+    """The completions' tokens without padding."""
     rows, lengths = batch.completion_ids.tolist(), batch.completion_mask.sum(1).tolist()
     return [row[:n] for row, n in zip(rows, lengths, strict=True)]
 
 
-def sample(
-    learner: Learner,
-    task: Task,
-    rewards: Rewards,
-    rows: Sequence[Row],
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    generator: torch.Generator | None = None,
-    decoded_at_once: int = 0,
-) -> Samples:
-    """Completes the rows' prompts and scores the completions; `temperature=0` is greedy.
+class Collector:
+    """Completes prompts and scores the completions, every process its own part."""
 
-    Every process completes and scores its own part, with random numbers that belong to the row.
-    """
-    tokenizer, device = task.tokenizer, learner.accelerator.device
-    # Every process needs as many rows as the others; the added ones are cut off again.
-    count, added = len(rows), -len(rows) % learner.processes
-    rows = [*rows, *[rows[0]] * added]
-    tokens = [prompt_tokens(tokenizer, row.prompt) for row in rows]
-    ids, mask = (t.to(device) for t in pad(tokens, tokenizer.pad_token_id, left=True))
-    uniforms = None
-    if temperature > 0:
-        shape = (len(rows), max_new_tokens)
-        uniforms = torch.rand(shape, dtype=torch.float64, generator=generator).to(device)
-    mine = learner.share(torch.arange(len(rows), device=device))
+    def __init__(
+        self,
+        learner: Learner,
+        task: Task,
+        rewards: Rewards,
+        engine: Engine,
+        *,
+        max_new_tokens: int,
+        seed: int,
+    ) -> None:
+        self.learner, self.task, self.rewards, self.engine = learner, task, rewards, engine
+        self.max_new_tokens = max_new_tokens
+        self.generator = torch.Generator().manual_seed(seed)
 
-    def decode(networks: Networks) -> list[Generation]:
-        return [
-            generate(
-                causal_lm(networks.policy).eval(),
-                ids[part],
-                mask[part],
-                max_new_tokens=max_new_tokens,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                temperature=temperature,
-                uniforms=None if uniforms is None else uniforms[part],
-                any_alive=learner.any_alive,
-            )
-            for part in mine.split(decoded_at_once or len(mine))
+    def __call__(self, rows: Sequence[Row], *, temperature: float) -> Samples:
+        """Samples of the rows' prompts, with random numbers that belong to the row.
+
+        `temperature=0` is greedy.
+        """
+        learner, tokenizer = self.learner, self.task.tokenizer
+        device = learner.accelerator.device
+        # Every process needs as many rows as the others; the added ones are cut off again.
+        count = len(rows)
+        rows = [*rows, *[rows[0]] * (-count % learner.processes)]
+        tokens = [prompt_tokens(tokenizer, row.prompt) for row in rows]
+        ids, mask = (t.to(device) for t in pad(tokens, tokenizer.pad_token_id, left=True))
+        shape = (len(rows), self.max_new_tokens)
+        uniforms = torch.zeros(shape, dtype=torch.float64)
+        if temperature > 0:
+            uniforms.uniform_(generator=self.generator)
+        mine = learner.share(torch.arange(len(rows), device=device))
+        own, logprobs = self.engine(
+            ids[mine], mask[mine], uniforms.to(device)[mine], temperature=temperature
+        )
+        finished = (own.completion_ids.eq(tokenizer.eos_token_id) & own.completion_mask).any(1)
+        table = self._rewards([rows[i] for i in mine.tolist()], own, finished)
+        found, completed, logprobs, finished, table = (
+            learner.collect(part, mine, len(rows))
+            for part in (own.completion_ids, own.completion_mask, logprobs, finished, table)
+        )
+        batch = Batch(torch.cat([ids, found], 1), torch.cat([mask, completed], 1), completed)
+        scores = weighted_sum(table, self.rewards.weights)
+        return Samples(batch, logprobs, finished, table, scores).select(slice(count))
+
+    def texts(self, batch: Batch) -> list[str]:
+        """The completions, decoded."""
+        return self.task.tokenizer.batch_decode(token_lists(batch), skip_special_tokens=True)
+
+    def _rewards(self, rows: Sequence[Row], batch: Batch, finished: Tensor) -> Tensor:
+        """Rewards `[B, functions]` of this process's completions."""
+        completions = [
+            text if isinstance(row.prompt, str) else [{"role": "assistant", "content": text}]
+            for row, text in zip(rows, self.texts(batch), strict=True)
         ]
-
-    parts = learner.forward(decode)
-    local = Batch(*(torch.cat(field) for field in zip(*(p.batch for p in parts), strict=True)))
-    finished = local.completion_ids.eq(tokenizer.eos_token_id) & local.completion_mask
-    table = _rewards(task, rewards, [rows[i] for i in mine.tolist()], local, finished.any(1))
-
-    def whole(own: Tensor) -> Tensor:
-        everyone = own.new_zeros(len(rows), *own.shape[1:])
-        everyone[mine] = own
-        return learner.total(everyone)
-
-    completed = whole(local.completion_mask.long()).bool()
-    batch = Batch(
-        torch.cat([ids, whole(local.completion_ids)], 1), torch.cat([mask, completed], 1), completed
-    )
-    table = whole(table.T.contiguous()).T
-    samples = Samples(
-        batch,
-        whole(torch.cat([p.logprobs for p in parts])),
-        whole(finished.any(1).long()).bool(),
-        table,
-        weighted_sum(table, rewards.weights),
-    )
-    return samples.select(torch.arange(count, device=device))
-
-
-def _rewards(
-    task: Task, rewards: Rewards, rows: Sequence[Row], batch: Batch, finished: Tensor
-) -> Tensor:
-    """Rewards `[functions, B]` of this process's completions."""
-    completions = [
-        text if isinstance(row.prompt, str) else [{"role": "assistant", "content": text}]
-        for row, text in zip(rows, texts(task, batch), strict=True)
-    ]
-    names = dict.fromkeys(name for row in rows for name in row.columns)
-    columns = {name: [row.columns.get(name) for row in rows] for name in names}
-    columns["finished"] = finished.tolist()
-    table = rewards([row.prompt for row in rows], completions, _token_lists(batch), columns)
-    return torch.tensor(table, dtype=torch.float32, device=batch.input_ids.device)
+        names = dict.fromkeys(name for row in rows for name in row.columns)
+        columns = {name: [row.columns.get(name) for row in rows] for name in names}
+        columns["finished"] = finished.tolist()
+        prompts = [row.prompt for row in rows]
+        table = self.rewards(prompts, completions, token_lists(batch), columns)
+        return table.to(batch.input_ids.device)

@@ -1,10 +1,11 @@
 """The subcommands: from settings to a trained, evaluated and reported model."""
 
+import contextlib
 import dataclasses
 import json
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ import rlhf_kernels as rk
 from . import answers, checkpoint, models, report
 from .algorithms import ALGORITHMS
 from .config import (
-    CriticConfig,
     DataConfig,
     DPOConfig,
     ModelConfig,
     OnlineConfig,
     OptimConfig,
+    PPOConfig,
     RewardConfig,
     RunConfig,
     WarmStartConfig,
@@ -31,45 +32,49 @@ from .config import (
     require,
 )
 from .data import Task, load_task, read_rows
+from .generation import Engine, TransformersEngine
 from .learner import Learner
 from .offline import DPO, SFT, OfflineTrainer, RewardModelling
 from .online import OnlineTrainer
-from .recorder import kernel
-from .rewards import load_rewards, means
-from .rollout import texts
+from .rewards import load_rewards
+from .rollout import Collector
+from .vllm_engine import VLLMEngine
 
-_COMMON = (RunConfig, ModelConfig, DataConfig, OptimConfig)
 # Offline stages: settings of their own, kind of rows, and defaults that are not OptimConfig's.
 _OFFLINE: dict[str, tuple[tuple[type, ...], str, dict[str, Any]]] = {
     "sft": ((), "supervised", {"learning_rate": 2e-5}),
     "reward": ((RewardConfig,), "preference", {"learning_rate": 1e-4}),
     "dpo": ((DPOConfig,), "preference", {"learning_rate": 1e-6}),
 }
+_SHOWN = ("loss", "accuracy", "margin", "reward", "kl", "entropy")
+
+
+def _settings_of(name: str) -> tuple[tuple[type, ...], str, dict[str, Any]]:
+    """Settings, kind of rows and defaults of a stage."""
+    if name in _OFFLINE:
+        extra, kind, defaults = _OFFLINE[name]
+        defaults = {"batch_size": 64, "max_new_tokens": 512} | defaults
+    else:
+        algorithm, kind = ALGORITHMS[name], "prompt"
+        extra = (WarmStartConfig, PPOConfig if algorithm.critic else OnlineConfig)
+        defaults = dict(algorithm.defaults)
+    classes = (RunConfig, ModelConfig, DataConfig, OptimConfig, *extra)
+    return classes, kind, {"output_dir": f"runs/{name}"} | defaults
 
 
 class Stage:
-    """What every stage does: settings, engine, data, loop, checkpoints and report."""
+    """What every stage has: settings, engine, data, loop, checkpoints and report."""
 
     def __init__(self, name: str, argv: Sequence[str]) -> None:
         self.name, self.started = name, time.perf_counter()
-        defaults: dict[str, Any] = {"output_dir": f"runs/{name}"}
-        if name in _OFFLINE:
-            extra, self.kind, more = _OFFLINE[name]
-            defaults |= {"batch_size": 64, "max_new_tokens": 512} | more
-        else:
-            self.kind = "prompt"
-            extra = (WarmStartConfig, OnlineConfig)
-            extra += (CriticConfig,) if ALGORITHMS[name].critic else ()
-            defaults |= ALGORITHMS[name].defaults
-        classes = (*_COMMON, *extra)
-        prog = f"rlhf-kernels train {name}"
-        self.configs = dict(
-            zip(classes, parse_config(classes, argv, prog=prog, defaults=defaults), strict=True)
-        )
-        self.run: RunConfig = self.configs[RunConfig]
-        self.model: ModelConfig = self.configs[ModelConfig]
-        self.data: DataConfig = self.configs[DataConfig]
-        self.optim: OptimConfig = self.configs[OptimConfig]
+        classes, kind, defaults = _settings_of(name)
+        found = parse_config(classes, argv, prog=f"rlhf-kernels train {name}", defaults=defaults)
+        self.run: RunConfig
+        self.model: ModelConfig
+        self.data: DataConfig
+        self.optim: OptimConfig
+        self.run, self.model, self.data, self.optim, *self.own = found
+        self.settings = {k: v for group in found for k, v in dataclasses.asdict(group).items()}
         if self.run.threads:
             torch.set_num_threads(self.run.threads)
         self.out = Path(self.run.output_dir)
@@ -80,54 +85,42 @@ class Stage:
             project_dir=self.out,
         )
         self.newest = (checkpoint.checkpoints(self.out) or [None])[-1]
-        if self.newest is not None and not (self.run.resume or self.run.dry_run):
-            raise ValueError(
-                f"output_dir: {self.newest} is there; --resume continues it, another folder starts "
-                "anew"
-            )
+        anew = self.newest is None or self.run.resume or self.run.dry_run
+        expected = "a folder without checkpoints (--resume continues them)"
+        require(anew, "output_dir", expected, str(self.newest))
         transformers.set_seed(self.run.seed)
-        self.task: Task = load_task(
-            self.data, self.kind, seed=self.run.seed, model=self.model.model
-        )
+        self.task: Task = load_task(self.data, kind, seed=self.run.seed, model=self.model.model)
         self.max_length = self.data.max_prompt_tokens + self.data.max_new_tokens
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        groups = self.configs.values()
-        return {k: v for group in groups for k, v in dataclasses.asdict(group).items()}
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
             print(text, flush=True)
 
-    def announce(self, learner: Learner, frozen: Sequence[torch.nn.Module]) -> None:
+    def announce(self, learner: Learner, reference: models.Reference | None) -> None:
         """What is trained, on what, and how much memory it takes at least."""
-        trained = [p for p in learner.networks.parameters() if p.requires_grad]
-        whole = [*learner.networks.parameters()]
-        fixed = [p for model in frozen for p in model.parameters()]
-        sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in _named(learner)}
-        weights = sum(p.numel() * p.element_size() for p in (*whole, *fixed))
-        # Gradients, and AdamW's two moments.
-        state = sum(3 * p.numel() * p.element_size() for p in trained)
-        parts = ", ".join(f"{name} of {size:,} weights" for name, size in sizes.items())
-        rows = f"{len(self.task.train)} training and {len(self.task.held_out)} held-out"
+        networks = dict(learner.networks.named_children())
+        frozen = reference.model if reference is not None else None
+        weights = [*learner.networks.parameters(), *(frozen.parameters() if frozen else ())]
+        # Gradients and AdamW's two moments of what is trained.
+        memory = sum(p.nbytes * (4 if p.requires_grad else 1) for p in weights)
+        parts = ", ".join(
+            f"{name} of {sum(p.numel() for p in m.parameters()):,} weights"
+            for name, m in networks.items()
+        )
         self.say(
-            f"{self.name} on {self.task.name}: {rows} rows; {parts}, vocabulary "
+            f"{self.name} on {self.task.name}: {len(self.task.train)} training and "
+            f"{len(self.task.held_out)} held-out rows; {parts}, vocabulary "
             f"{len(self.task.tokenizer)}, on {self.accelerator.device} x {learner.processes}; "
-            f"{(weights + state) / 2**20:,.0f} MiB of weights, gradients and optimizer state, "
+            f"{memory / 2**20:,.0f} MiB of weights, gradients and optimizer state, "
             f"activations not counted; {self.optim.total_steps} steps; "
             f"kernels: {', '.join(map(str, rk.available_backends()))}"
         )
 
     def fit(
-        self,
-        learner: Learner,
-        trainer: OfflineTrainer | OnlineTrainer,
-        shown: Sequence[str],
-        extra: dict[str, Any],
+        self, trainer: OfflineTrainer | OnlineTrainer, extra: dict[str, Any]
     ) -> list[dict[str, float]]:
         """Steps until the last or an interrupt, which saves; returns the metrics of all steps."""
-        main = self.accelerator.is_main_process
+        main, total = self.accelerator.is_main_process, self.optim.total_steps
         log = None
         if main:
             log = report.MetricsLog(self.out / "metrics.jsonl", steps_done=trainer.steps_done)
@@ -137,9 +130,8 @@ class Stage:
                 k: v if isinstance(v, int | float) else str(v) for k, v in self.settings.items()
             }
             self.accelerator.init_trackers("rlhf_kernels", config=plain)
-        total = self.optim.total_steps
         bar = tqdm(total=total, initial=trainer.steps_done, desc=self.name, disable=not main)
-        with Interrupt(learner) as interrupt, bar:
+        with _interrupts() as interrupts, bar:
             while trainer.steps_done < total:
                 row = trainer.step()
                 if torch.cuda.is_available():
@@ -147,26 +139,24 @@ class Stage:
                 if log is not None:
                     log.write(row)
                 self.accelerator.log(row, step=int(row["step"]))
-                values = ", ".join(f"{k} {row[k]:.3f}" for k in shown if k in row)
+                values = ", ".join(f"{k} {row[k]:.3f}" for k in _SHOWN if k in row)
                 bar.set_postfix_str(values, refresh=False)
                 bar.update()
-                stop = interrupt.wanted()
+                # Of any process.
+                seen = torch.tensor(len(interrupts), device=self.accelerator.device)
+                stop = bool(trainer.learner.total(seen))
                 due = self.run.save_steps and trainer.steps_done % self.run.save_steps == 0
                 if stop or due:
-                    self.save(learner, trainer, extra)
+                    self.save(trainer, extra)
                 if stop:
                     self.say(f"interrupted; --resume continues from step {trainer.steps_done}")
                     raise SystemExit(130)
-        if log is not None:
-            log.close()
         return log.rows if log is not None else []
 
-    def save(
-        self, learner: Learner, trainer: OfflineTrainer | OnlineTrainer, extra: dict[str, Any]
-    ) -> None:
+    def save(self, trainer: OfflineTrainer | OnlineTrainer, extra: dict[str, Any]) -> None:
         """Writes a checkpoint; every process has to call it."""
         states = {
-            "learner": learner.state_dict(),
+            "learner": trainer.learner.state_dict(),
             "trainer": trainer.state_dict(),
             "generators": checkpoint.generator_states(),
             **extra,
@@ -178,79 +168,97 @@ class Stage:
 
     def restore(self) -> dict[str, Any] | None:
         """The newest checkpoint's states where `resume` asks for them."""
-        if not self.run.resume or self.newest is None:
-            if self.run.resume:
-                self.say(f"no checkpoint in {self.out}: starting at step 0")
+        if not self.run.resume or self.run.dry_run:
+            return None
+        if self.newest is None:
+            self.say(f"no checkpoint in {self.out}: starting at step 0")
             return None
         return checkpoint.load(self.newest, self.name)
 
     def continue_from(
-        self, states: dict[str, Any], learner: Learner, trainer: OfflineTrainer | OnlineTrainer
+        self, states: dict[str, Any], trainer: OfflineTrainer | OnlineTrainer
     ) -> None:
         """Puts a checkpoint's states in place, the generators' last."""
         try:
-            learner.load_state_dict(states["learner"])
+            trainer.learner.load_state_dict(states["learner"])
             trainer.load_state_dict(states["trainer"])
-        except (KeyError, ValueError) as error:
+            if "reference" in states:
+                trainer.reference.model.load_state_dict(states["reference"])
+        except (AttributeError, KeyError, RuntimeError, ValueError) as error:
             message = f"{self.newest}: of other settings than these: {error}"
             raise checkpoint.CheckpointError(message) from error
         checkpoint.set_generator_states(states["generators"])
 
     def finish(
-        self, learner: Learner, rows: list[dict[str, float]], summary: dict[str, Any]
-    ) -> Any:
-        """Saves models and summary, draws the curves."""
+        self,
+        learner: Learner,
+        rows: Sequence[dict[str, float]],
+        before: dict[str, Any],
+        after: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Says what came of it; saves models, curves and the summary, which it returns."""
+        shown = zip(self.task.held_out, before["texts"], after["texts"], strict=False)
+        samples = [
+            {"prompt": row.prompt, "answer": row.completion, "before": b, "after": a}
+            for row, b, a in list(shown)[: self.settings.get("num_samples")]
+        ]
+        if samples:
+            self.say("\n" + report.table(list(samples[0]), [list(s.values()) for s in samples]))
+        seconds = {
+            key.removeprefix("time/"): sum(row[key] for row in rows) / len(rows)
+            for key in rows[0]
+            if key.startswith("time/")
+        } if rows else {}  # fmt: skip
+        if "kernels" in seconds:
+            step = sum(seconds.values()) - seconds["kernels"]
+            self.say(
+                f"\na step took {step:.2f} s: {seconds['generate'] / step:.0%} generation and "
+                f"rewards, {seconds['kernels'] / step:.0%} our kernels, the rest forward, backward "
+                "and optimizer"
+            )
+        old, new = before["scores"], after["scores"]
+        cells = [(key, f"{old[key]:.4f}", f"{new[key]:.4f}") for key in new]
+        self.say("\n" + report.table(("held-out rows", "before", "after"), cells))
         summary = {
             "stage": self.name,
             "task": self.task.name,
-            **summary,
+            "held_out_before": old,
+            "held_out_after": new,
+            "samples": samples,
+            "seconds_per_step": seconds,
             "total_seconds": time.perf_counter() - self.started,
             "config": self.settings,
         }
         weights = self.accelerator.get_state_dict(learner.module) if self.run.save_model else {}
         if self.accelerator.is_main_process:
             report.plot_curves(rows, self.out / "curves.png")
-            for name, network in _named(learner) if self.run.save_model else ():
-                own = {k.removeprefix(f"{name}."): v for k, v in weights.items()
-                       if k.startswith(f"{name}.")}  # fmt: skip
+            for name, network in learner.networks.named_children() if self.run.save_model else ():
+                own = {k: v for k, v in weights.items() if k.startswith(f"{name}.")}
+                own = {k.removeprefix(f"{name}."): v for k, v in own.items()}
                 network.save_pretrained(self.out / name, state_dict=own)
                 self.task.tokenizer.save_pretrained(self.out / name)
             text = json.dumps(summary, indent=2) + "\n"
             (self.out / "summary.json").write_text(text, encoding="utf-8")
-        self.say(
-            f"\n{summary['total_seconds']:.0f} s in all; curves, samples and metrics in {self.out}/"
-        )
+        seconds = summary["total_seconds"]
+        self.say(f"\n{seconds:.0f} s in all; curves, samples and metrics in {self.out}/")
         return summary
 
 
-def _named(learner: Learner) -> list[tuple[str, torch.nn.Module]]:
-    return list(learner.networks.named_children())
-
-
-class Interrupt:
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
     """Ctrl-C and SIGTERM as a wish to stop after the step; a second one stops at once."""
+    seen: list[int] = []
 
-    def __init__(self, learner: Learner) -> None:
-        self.learner, self.seen = learner, False
-        self.before: dict[int, Any] = {}
+    def note(number: int, _: object) -> None:
+        seen.append(number)
+        signal.signal(number, before[number])
 
-    def __enter__(self) -> "Interrupt":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
-
-    def _note(self, number: int, _: object) -> None:
-        self.seen = True
-        signal.signal(number, self.before[number])
-
-    def wanted(self) -> bool:
-        """Whether any process was interrupted."""
-        flag = torch.tensor(int(self.seen), device=self.learner.accelerator.device)
-        return bool(self.learner.total(flag))
 
 
 def train(name: str, argv: Sequence[str]) -> dict[str, Any] | None:
@@ -261,7 +269,24 @@ def train(name: str, argv: Sequence[str]) -> dict[str, Any] | None:
     """
     stage = Stage(name, argv)
     stage.out.mkdir(parents=True, exist_ok=True)
-    summary = _offline(stage) if name in _OFFLINE else _online(stage)
+    states = stage.restore()
+    make = _offline if name in _OFFLINE else _online
+    trainer = make(stage, fresh=states is None and not stage.run.dry_run)
+    learner, reference = trainer.learner, trainer.reference
+    stage.announce(learner, reference)
+    if stage.run.dry_run:
+        stage.say(json.dumps(stage.settings, indent=2))
+        return None
+    if states is not None:
+        stage.continue_from(states, trainer)
+        extra = {key: states[key] for key in ("before", "reference") if key in states}
+    else:
+        extra = {"before": trainer.evaluate()}
+        if stage.settings.get("sft_steps") and reference is not None and reference.model:
+            # What the supervised phase made is nowhere else.
+            extra["reference"] = dict(reference.model.state_dict())
+    rows = stage.fit(trainer, extra)
+    summary = stage.finish(learner, rows, extra["before"], trainer.evaluate())
     for tracker in stage.accelerator.trackers:
         tracker.finish()
     return summary
@@ -272,185 +297,89 @@ def close() -> None:
     PartialState().destroy_process_group()
 
 
-def _offline(stage: Stage) -> dict[str, Any] | None:
+def _offline(stage: Stage, *, fresh: bool) -> OfflineTrainer:
     tokenizer, limit = stage.task.tokenizer, stage.data.max_new_tokens
-    device = stage.accelerator.device
-    frozen: list[torch.nn.Module] = []
-    extra: dict[str, Any] = {}
-    states = None if stage.run.dry_run else stage.restore()
+    reference = None
+    build = models.build_reward_model if stage.name == "reward" else models.build_policy
+    network = build(stage.model, tokenizer, max_length=stage.max_length)
+    network.to(stage.accelerator.device)
     if stage.name == "reward":
-        network = models.build_reward_model(stage.model, tokenizer, max_length=stage.max_length)
-        networks = {"reward": network}
-        objective: Any = RewardModelling(tokenizer, limit, stage.configs[RewardConfig])
+        objective: Any = RewardModelling(tokenizer, limit, *stage.own)
+    elif stage.name == "dpo":
+        reference = models.Reference(network)
+        objective = DPO(tokenizer, limit, *stage.own, reference)
     else:
-        network = models.build_policy(stage.model, tokenizer, max_length=stage.max_length)
-        networks = {"policy": network}
         objective = SFT(tokenizer, limit)
-    network.to(device)
-    if stage.name == "dpo":
-        reference = models.Reference.of(network)
-        frozen += [reference.model] if reference.model is not None else []
-        objective = DPO(tokenizer, limit, stage.configs[DPOConfig], reference)
+    networks = {"reward" if stage.name == "reward" else "policy": network}
     rates = dict.fromkeys(networks, stage.optim.learning_rate)
-    learner = Learner(stage.accelerator, networks, rates, stage.optim)
-    stage.announce(learner, frozen)
-    if stage.run.dry_run:
-        stage.say(json.dumps(stage.settings, indent=2))
-        return None
-    trainer = OfflineTrainer(
-        learner, objective, stage.task.train, stage.task.held_out, stage.optim, seed=stage.run.seed
-    )
-    if states is None:
-        extra = {"before": trainer.evaluate()}
-    else:
-        extra = {"before": states["before"]}
-        stage.continue_from(states, learner, trainer)
-    rows = stage.fit(learner, trainer, ("loss", "accuracy", "margin"), extra)
-    before, after = extra["before"], trainer.evaluate()
-    scores = [(key, f"{before[key]:.4f}", f"{after[key]:.4f}") for key in after]
-    stage.say("\n" + report.table(("held-out rows", "before", "after"), scores))
-    return stage.finish(learner, rows, {"held_out_before": before, "held_out_after": after})
+    return OfflineTrainer(
+        Learner(stage.accelerator, networks, rates, stage.optim), objective, stage.task.train,
+        stage.task.held_out, stage.optim, seed=stage.run.seed, reference=reference,
+    )  # fmt: skip
 
 
-def _online(stage: Stage) -> dict[str, Any] | None:
-    algorithm, device = ALGORITHMS[stage.name], stage.accelerator.device
-    config: OnlineConfig = stage.configs[OnlineConfig]
-    critic: CriticConfig = stage.configs.get(CriticConfig) or CriticConfig()
-    warm: WarmStartConfig = stage.configs[WarmStartConfig]
+def _online(stage: Stage, *, fresh: bool) -> OnlineTrainer:
+    warm, config = stage.own
+    accelerator, task, seed = stage.accelerator, stage.task, stage.run.seed
     default = [answers.exact_match]
     if stage.data.data is not None:
         default = [answers.answer_format, answers.answer_correct]
     rewards = load_rewards(
         config.reward_funcs, config.reward_weights, default=default, config=stage.model,
-        device=device,
+        device=accelerator.device,
     )  # fmt: skip
-    states = None if stage.run.dry_run else stage.restore()
-    policy = models.build_policy(stage.model, stage.task.tokenizer, max_length=stage.max_length)
-    policy.to(device)
-    if warm.sft_steps and states is None and not stage.run.dry_run:
-        one = stage.accelerator.num_processes == 1
-        require(one, "sft_steps", "0 with several processes; use the sft stage", warm.sft_steps)
+    policy = models.build_policy(stage.model, task.tokenizer, max_length=stage.max_length)
+    policy.to(accelerator.device)
+    if warm.sft_steps and fresh:
         _warm_start(stage, warm, policy)
-    reference = models.Reference.of(policy) if config.kl_coef else None
+    reference = models.Reference(policy) if config.kl_coef else None
     networks, rates = {"policy": policy}, {"policy": stage.optim.learning_rate}
-    if algorithm.critic:
-        networks["critic"] = models.build_critic(policy, stage.model, critic.critic_model)
-        rates["critic"] = critic.critic_learning_rate
-    learner = Learner(
-        stage.accelerator, networks, rates, stage.optim, joint_clip=critic.joint_grad_clip
-    )
-    copied = reference.model if reference is not None else None
-    stage.announce(learner, [copied] if copied is not None else [])
-    if stage.run.dry_run:
-        stage.say(json.dumps(stage.settings, indent=2))
-        return None
+    joint_clip = False
+    if isinstance(config, PPOConfig):
+        networks["critic"] = models.build_critic(policy, stage.model, config.critic_model)
+        rates["critic"], joint_clip = config.critic_learning_rate, config.joint_grad_clip
+    learner = Learner(accelerator, networks, rates, stage.optim, joint_clip=joint_clip)
     ptx = None
     if config.ptx_coef:
-        supervised = read_rows(config.ptx_data, "supervised") if config.ptx_data else None
-        size = dataclasses.replace(
-            stage.optim, batch_size=config.mini_batch_size or stage.optim.batch_size
-        )
-        ptx = OfflineTrainer(
-            learner, SFT(stage.task.tokenizer, None), supervised or stage.task.train, [], size,
-            seed=stage.run.seed,
+        rows = read_rows(config.ptx_data, "supervised") if config.ptx_data else task.train
+        size = config.mini_batch_size or stage.optim.batch_size
+        optim = dataclasses.replace(stage.optim, batch_size=size)
+        ptx = OfflineTrainer(learner, SFT(task.tokenizer, None), rows, [], optim, seed=seed)
+    size = config.generation_batch_size
+    engine: Engine = TransformersEngine(learner, task.tokenizer, batch_size=size)
+    if config.engine == "vllm" and not stage.run.dry_run:
+        engine = VLLMEngine(
+            learner, task.tokenizer, stage.out / "vllm", max_length=stage.max_length,
+            memory=config.vllm_memory,
         )  # fmt: skip
-    trainer = OnlineTrainer(
-        stage.name, learner, stage.task, rewards, reference, stage.optim, config, critic,
-        max_new_tokens=stage.data.max_new_tokens, seed=stage.run.seed, ptx=ptx,
-    )  # fmt: skip
-    # What the reference was before this run's own training is nowhere else.
-    own = copied is not None and (stage.model.model is None or warm.sft_steps > 0)
-    if states is None:
-        extra = {"before": dict(zip(("scores", "texts"), _evaluate(trainer), strict=True))}
-        extra["before"]["seconds"] = time.perf_counter() - stage.started
-        extra |= {"reference": dict(copied.state_dict())} if own else {}
-    else:
-        extra = {"before": states["before"]}
-        if own:
-            copied.load_state_dict(states["reference"])
-            extra["reference"] = states["reference"]
-        stage.continue_from(states, learner, trainer)
-
-    # Steps spread over the run, the first and the last excluded.
-    total, replays = stage.optim.total_steps, config.replay_steps
-    replayed = {int(total / (replays + 1) * (i + 1)) for i in range(min(replays, total))}
-    kernel.record_steps(replayed if stage.accelerator.is_main_process else ())
-    rows = stage.fit(learner, trainer, ("reward", "kl", "entropy"), extra)
-    after, texts_after = _evaluate(trainer)
-    return stage.finish(
-        learner, rows, _online_summary(stage, config, rows, extra["before"], after, texts_after)
+    sample = Collector(
+        learner, task, rewards, engine, max_new_tokens=stage.data.max_new_tokens, seed=seed
+    )
+    return OnlineTrainer(
+        stage.name, learner, sample, reference, stage.optim, config, seed=seed, ptx=ptx
     )
 
 
 def _warm_start(stage: Stage, warm: WarmStartConfig, policy: torch.nn.Module) -> None:
     """The supervised phase, with an optimizer of its own."""
-    rows = stage.task.train
-    optim = OptimConfig(
+    one = stage.accelerator.num_processes == 1
+    require(one, "sft_steps", "0 with several processes; use the sft stage", warm.sft_steps)
+    rows, rate = stage.task.train, warm.sft_learning_rate
+    optim = dataclasses.replace(
+        stage.optim,
         total_steps=warm.sft_steps,
         batch_size=min(warm.sft_batch_size, len(rows)),
-        learning_rate=warm.sft_learning_rate,
-        warmup_steps=warm.sft_warmup_steps,
-        max_grad_norm=stage.optim.max_grad_norm,
-        micro_batch_size=stage.optim.micro_batch_size,
+        lr_schedule="constant",
+        warmup_steps=50,
     )
-    learner = Learner(stage.accelerator, {"policy": policy}, {"policy": optim.learning_rate}, optim)
-    trainer = OfflineTrainer(
-        learner, SFT(stage.task.tokenizer, None), rows, [], optim, seed=stage.run.seed
-    )
+    learner = Learner(stage.accelerator, {"policy": policy}, {"policy": rate}, optim)
+    objective = SFT(stage.task.tokenizer, None)
+    trainer = OfflineTrainer(learner, objective, rows, [], optim, seed=stage.run.seed)
     running = None
-    with tqdm(total=warm.sft_steps, desc="supervised") as bar:
-        while trainer.steps_done < warm.sft_steps:
-            loss = trainer.step()["loss"]
-            running = loss if running is None else 0.9 * running + 0.1 * loss
-            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-            bar.update()
-            if running < warm.sft_stop_loss:
-                break
+    for _ in (bar := tqdm(range(warm.sft_steps), desc="supervised")):
+        loss = trainer.step()["loss"]
+        running = loss if running is None else 0.9 * running + 0.1 * loss
+        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        if running < warm.sft_stop_loss:
+            break
     policy.zero_grad(set_to_none=True)
-
-
-def _evaluate(trainer: OnlineTrainer) -> tuple[dict[str, float], list[str]]:
-    """Greedy completions of the held-out rows: mean of every reward function, and the texts."""
-    rows, size = trainer.task.held_out, trainer.optim.batch_size
-    parts = [
-        trainer.sample(rows[start : start + size], temperature=0)
-        for start in range(0, len(rows), size)
-    ]
-    table = torch.cat([part.table for part in parts], 1)
-    scores = dict(zip(trainer.rewards.names, means(table), strict=True))
-    return scores, [text for part in parts for text in texts(trainer.task, part.batch)]
-
-
-def _online_summary(
-    stage: Stage,
-    config: OnlineConfig,
-    rows: list[dict[str, float]],
-    before: dict[str, Any],
-    after: dict[str, float],
-    texts_after: list[str],
-) -> dict[str, Any]:
-    """Samples, timing and scores, printed and as a dict."""
-    shown = zip(stage.task.held_out, before["texts"], texts_after, strict=True)
-    samples = [
-        {"prompt": row.prompt, "answer": row.completion, "before": b, "after": a}
-        for row, b, a in list(shown)[: config.num_samples]
-    ]
-    if samples:
-        stage.say("\n" + report.table(list(samples[0]), [list(s.values()) for s in samples]))
-    seconds = [value for row in rows for key, value in row.items() if key.startswith("time/")]
-    step_ms = 1e3 * sum(seconds) / max(1, len(rows))
-    timing = []
-    if kernel.calls:
-        device = stage.accelerator.device
-        timing = report.time_kernels(kernel.calls, steps=kernel.steps, device=device)
-        stage.say("\n" + report.timing_table(timing, step_ms))
-    scores = [(name, f"{before['scores'][name]:.3f}", f"{after[name]:.3f}") for name in after]
-    stage.say("\n" + report.table(("held-out rows, greedy", "before", "after"), scores))
-    return {
-        "held_out_before": before["scores"],
-        "held_out_after": after,
-        "supervised_seconds": before["seconds"],
-        "kernel_timing": timing,
-        "step_ms": step_ms,
-        "samples": samples,
-    }
