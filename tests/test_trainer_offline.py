@@ -55,12 +55,10 @@ def offline_trainer(objective: str, *, micro=0, seed=0, rows=None, rate=3e-3, **
     else:
         policy = tiny_policy(task, seed)
         networks = {"policy": policy}
-        reference = models.Reference(policy)
-        made = (
-            SFT(task.tokenizer, None)
-            if objective == "sft"
-            else DPO(task.tokenizer, None, DPOConfig(**options), reference)
-        )
+        made = SFT(task.tokenizer, None)
+        if objective == "dpo":
+            reference = models.Reference(policy)
+            made = DPO(task.tokenizer, None, DPOConfig(**options), reference)
     learner = Learner(accelerator(), networks, dict.fromkeys(networks, rate), optim)
     rows = rows or (task.train[:200] if objective == "sft" else preferences())
     return OfflineTrainer(learner, made, rows[:-40], rows[-40:], optim, seed=seed)

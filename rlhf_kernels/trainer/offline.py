@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,18 +30,9 @@ class Pair(NamedTuple):
 # The loss, and metrics whose sums over a batch are its metrics.
 Loss = tuple[Tensor, dict[str, Tensor]]
 
-
-class Objective(Protocol):
-    """What a stage minimises: a sum over items (rows, pairs) over a size that is the batch's."""
-
-    def encode(self, row: Row) -> Any:
-        """An item, as tokens; None drops the row."""
-
-    def size(self, items: Sequence[Any]) -> float:
-        """What the loss of the items is divided by."""
-
-    def loss(self, networks: models.Networks, items: Sequence[Any], size: float) -> Loss:
-        """The items' share of the loss."""
+# What a stage minimises is an objective, a sum over items (rows, pairs) over a size that is the
+# batch's: `encode` makes an item of a row, or None to drop it; `size` is what the loss of items is
+# divided by; `loss` is the share of some items in a loss over `size`.
 
 
 class SFT:
@@ -67,9 +58,19 @@ class _Pairwise:
     """Encoding of preferences."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, limit: int | None, margin: float = 0.0
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        limit: int | None,
+        config: RewardConfig | DPOConfig,
+        reference: models.Reference | None = None,
     ) -> None:
-        self.tokenizer, self.limit, self.margin = tokenizer, limit, margin
+        self.tokenizer, self.limit, self.config, self.reference = (
+            tokenizer,
+            limit,
+            config,
+            reference,
+        )
+        self.margin = getattr(config, "margin", 0.0)
 
     def encode(self, row: Row) -> Pair | None:
         first, chosen = row_tokens(self.tokenizer, row.prompt, row.chosen)
@@ -94,12 +95,6 @@ class _Pairwise:
 class RewardModelling(_Pairwise):
     """-log sigmoid(r_w - r_l - margin), with centring; the Bradley-Terry model."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, limit: int | None, config: RewardConfig
-    ) -> None:
-        super().__init__(tokenizer, limit, config.margin)
-        self.config = config
-
     def loss(self, networks: models.Networks, items: Sequence[Pair], size: float) -> Loss:
         batch = self.batch(items, models.device_of(networks.reward))
         chosen, rejected = models.sequence_rewards(networks.reward, batch).float().chunk(2)
@@ -118,16 +113,6 @@ class RewardModelling(_Pairwise):
 
 class DPO(_Pairwise):
     """Direct preference optimisation against the frozen policy it started from."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        limit: int | None,
-        config: DPOConfig,
-        reference: models.Reference,
-    ) -> None:
-        super().__init__(tokenizer, limit)
-        self.config, self.reference = config, reference
 
     def loss(self, networks: models.Networks, items: Sequence[Pair], size: float) -> Loss:
         batch = self.batch(items, models.device_of(networks.policy))
@@ -165,16 +150,15 @@ class OfflineTrainer:
     def __init__(
         self,
         learner: Learner,
-        objective: Objective,
+        objective: SFT | _Pairwise,
         train: Sequence[Row],
         held_out: Sequence[Row],
         optim: OptimConfig,
         *,
         seed: int,
-        reference: models.Reference | None = None,
     ) -> None:
         self.learner, self.objective, self.optim = learner, objective, optim
-        self.reference = reference
+        self.reference = getattr(objective, "reference", None)
         self.train, self.held_out = self._encode(train), self._encode(held_out)
         if not self.train:
             raise ValueError("max_new_tokens: expected rows whose completions fit, found none")

@@ -126,9 +126,7 @@ class Stage:
             log = report.MetricsLog(self.out / "metrics.jsonl", steps_done=trainer.steps_done)
         if self.run.report_to:
             # Trackers take plain values only.
-            plain = {
-                k: v if isinstance(v, int | float) else str(v) for k, v in self.settings.items()
-            }
+            plain = {k: str(v) for k, v in self.settings.items()}
             self.accelerator.init_trackers("rlhf_kernels", config=plain)
         bar = tqdm(total=total, initial=trainer.steps_done, desc=self.name, disable=not main)
         with _interrupts() as interrupts, bar:
@@ -204,11 +202,8 @@ class Stage:
         ]
         if samples:
             self.say("\n" + report.table(list(samples[0]), [list(s.values()) for s in samples]))
-        seconds = {
-            key.removeprefix("time/"): sum(row[key] for row in rows) / len(rows)
-            for key in rows[0]
-            if key.startswith("time/")
-        } if rows else {}  # fmt: skip
+        keys = [key for key in (rows[0] if rows else ()) if key.startswith("time/")]
+        seconds = {k.removeprefix("time/"): sum(r[k] for r in rows) / len(rows) for k in keys}
         if "kernels" in seconds:
             step = sum(seconds.values()) - seconds["kernels"]
             self.say(
@@ -270,8 +265,7 @@ def train(name: str, argv: Sequence[str]) -> dict[str, Any] | None:
     stage = Stage(name, argv)
     stage.out.mkdir(parents=True, exist_ok=True)
     states = stage.restore()
-    make = _offline if name in _OFFLINE else _online
-    trainer = make(stage, fresh=states is None and not stage.run.dry_run)
+    trainer = make_trainer(stage, fresh=states is None and not stage.run.dry_run)
     learner, reference = trainer.learner, trainer.reference
     stage.announce(learner, reference)
     if stage.run.dry_run:
@@ -297,25 +291,26 @@ def close() -> None:
     PartialState().destroy_process_group()
 
 
-def _offline(stage: Stage, *, fresh: bool) -> OfflineTrainer:
+def make_trainer(stage: Stage, *, fresh: bool) -> OfflineTrainer | OnlineTrainer:
+    """The stage's trainer; a `fresh` online one has its supervised phase first."""
+    return _offline(stage) if stage.name in _OFFLINE else _online(stage, fresh=fresh)
+
+
+def _offline(stage: Stage) -> OfflineTrainer:
     tokenizer, limit = stage.task.tokenizer, stage.data.max_new_tokens
-    reference = None
     build = models.build_reward_model if stage.name == "reward" else models.build_policy
     network = build(stage.model, tokenizer, max_length=stage.max_length)
     network.to(stage.accelerator.device)
+    objective: Any = SFT(tokenizer, limit)
     if stage.name == "reward":
-        objective: Any = RewardModelling(tokenizer, limit, *stage.own)
+        objective = RewardModelling(tokenizer, limit, *stage.own)
     elif stage.name == "dpo":
-        reference = models.Reference(network)
-        objective = DPO(tokenizer, limit, *stage.own, reference)
-    else:
-        objective = SFT(tokenizer, limit)
+        objective = DPO(tokenizer, limit, *stage.own, models.Reference(network))
     networks = {"reward" if stage.name == "reward" else "policy": network}
     rates = dict.fromkeys(networks, stage.optim.learning_rate)
-    return OfflineTrainer(
-        Learner(stage.accelerator, networks, rates, stage.optim), objective, stage.task.train,
-        stage.task.held_out, stage.optim, seed=stage.run.seed, reference=reference,
-    )  # fmt: skip
+    learner = Learner(stage.accelerator, networks, rates, stage.optim)
+    train, held_out, seed = stage.task.train, stage.task.held_out, stage.run.seed
+    return OfflineTrainer(learner, objective, train, held_out, stage.optim, seed=seed)
 
 
 def _online(stage: Stage, *, fresh: bool) -> OnlineTrainer:
