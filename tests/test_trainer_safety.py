@@ -269,7 +269,7 @@ def test_interrupted_and_killed_runs_end_as_the_uninterrupted(tmp_path):
 
 def test_a_used_folder_needs_resume(tmp_path):
     saved(tmp_path)
-    with pytest.raises(ValueError, match=r"output_dir: .*--resume continues it"):
+    with pytest.raises(ValueError, match=r"output_dir: .*--resume continues them"):
         cli.main(["train", "grpo", "--output_dir", str(tmp_path)])
     with pytest.raises(checkpoint.CheckpointError, match="a checkpoint of 'grpo', not of 'sft'"):
         cli.main(["train", "sft", "--output_dir", str(tmp_path), "--resume"])
