@@ -70,9 +70,7 @@ def page(results: dict[str, Any]) -> str:
     first = next(iter(rows.values()))
     text = PAGE_HEAD.format(weights=results["model"], start=first["before"], steps=first["steps"])
     for name, row in rows.items():
-        seconds = dict(row["seconds"])
-        kernels, generation = seconds.pop("kernels"), seconds["generate"]
-        step = sum(seconds.values())
+        step, kernels, generation = (row["seconds"][key] for key in ("step", "kernels", "generate"))
         cells = [f"`{name}`", *(f"{row[key]:.2f}" for key in ("first", "last", "before", "after"))]
         cells += [f"{1e3 * step:.0f}"]
         cells += [f"{x / step:.0%}" for x in (generation, kernels, step - generation - kernels)]

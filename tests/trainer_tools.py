@@ -110,12 +110,12 @@ def online_trainer(name: str = "ppo", *, policy=None, seed: int = 0, **options: 
 
 
 def rows_without_times(path: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in r.items() if not k.startswith(("time/", "tokens_per"))} for r in rows]
+    return [timeless(json.loads(line)) for line in path.read_text().splitlines()]
 
 
 def timeless(row: dict[str, float]) -> dict[str, float]:
-    return {k: v for k, v in row.items() if not k.startswith(("time/", "tokens_per"))}
+    """Without what differs between equal runs."""
+    return {k: v for k, v in row.items() if not k.startswith(("time/", "tokens_per", "peak_"))}
 
 
 def write_jsonl(path: Path, rows) -> str:

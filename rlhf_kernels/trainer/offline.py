@@ -227,6 +227,7 @@ class OfflineTrainer:
         parts = [items[start : start + step] for start in range(0, len(items), step)]
         functions = [f for part in parts for f in self.losses(part, size=size)]
         found = self._sum([self.learner.forward(f)[1] for f in functions])
+        found["rows"] = float(len(items))
         if "accuracy" in found:
             low, high = wilson_interval(found["accuracy"], size)
             found |= {"accuracy_low": low, "accuracy_high": high}

@@ -273,6 +273,7 @@ class OnlineTrainer:
             "time/update": clock[3] - clock[2],
             # Part of the last two.
             "time/kernels": kernel.seconds(),
+            "time/step": clock[3] - clock[0],
             "tokens_per_second": lengths.sum().item() / (clock[3] - clock[0]),
         }
 

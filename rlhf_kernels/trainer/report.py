@@ -1,6 +1,8 @@
 """What a run leaves behind and tells: metrics log, curves, tables, time of our kernels."""
 
 import json
+import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,6 +47,14 @@ class Stopwatch:
 
 #: Every call of a kernel in the online step goes through it.
 kernel = Stopwatch()
+
+
+def peak_memory_gib() -> float:
+    """Most memory held so far: the GPU's tensors, without one the process."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 class MetricsLog:

@@ -132,8 +132,7 @@ class Stage:
         with _interrupts() as interrupts, bar:
             while trainer.steps_done < total:
                 row = trainer.step()
-                if torch.cuda.is_available():
-                    row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+                row["peak_memory_gib"] = report.peak_memory_gib()
                 if log is not None:
                     log.write(row)
                 self.accelerator.log(row, step=int(row["step"]))
@@ -205,7 +204,7 @@ class Stage:
         keys = [key for key in (rows[0] if rows else ()) if key.startswith("time/")]
         seconds = {k.removeprefix("time/"): sum(r[k] for r in rows) / len(rows) for k in keys}
         if "kernels" in seconds:
-            step = sum(seconds.values()) - seconds["kernels"]
+            step = seconds["step"]
             self.say(
                 f"\na step took {step:.2f} s: {seconds['generate'] / step:.0%} generation and "
                 f"rewards, {seconds['kernels'] / step:.0%} our kernels, the rest forward, backward "
