@@ -17,7 +17,7 @@ from rlhf_kernels.trainer.run import train
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "trainer-algorithms.json"
 PAGE = HERE.parent / "docs" / "algorithms.md"
-TASK = "--max_operand 99 --operators + --max_new_tokens 5 --device cpu --threads 2 --seed 0"
+TASK = "--max_operand 99 --operators + --max_new_tokens 5 --device cpu --threads 1 --seed 0"
 SUPERVISED = "--total_steps 150 --batch_size 256 --learning_rate 2e-3 --warmup_steps 50"
 ONLINE = "--batch_size 256 --mini_batch_size 128 --learning_rate 5e-4 --lr_schedule linear"
 # What differs from the algorithm's defaults, and why is in the page.
@@ -32,7 +32,7 @@ Written by `python -m benchmarks.trainer_algorithms`. The task: sums of two numb
 of the 10,000 held out; the reward is 1 for the exact answer, else 0. The start of all is one
 two-layer Llama of 128 units ({weights}) after 150 supervised steps, which solves {start:.0%} of the
 held-out problems greedily. Then {steps} steps of 256 completions in two updates each, learning rate
-5e-4 falling to 0, seed 0, two cores. Settings: the algorithm's defaults but for those in the last
+5e-4 falling to 0, seed 0, one core. Settings: the algorithm's defaults but for those in the last
 column. One seed on a task this small says that an algorithm works, not which is better.
 
 | algorithm | reward, first 5 steps | last 5 | held out, greedy, before | after | step, ms | generation | our kernels | forward, backward, optimizer | settings |

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +21,23 @@ _FLAGS = {
     "grpo": "--num_generations 4 --reward_normalize --micro_batch_size 8",
     "dpo": "--max_new_tokens 8",
 }
-# A process imports once and trains all stages in turn.
+# A process imports once and trains all stages in turn. accelerate refuses FSDP on CPU: it is told.
 _SCRIPT = """
 import json, sys
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from rlhf_kernels.trainer import run
+def sharded(**options):
+    accelerator = Accelerator(**options)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True
+    )
+    accelerator.state._shared_state |= {
+        "distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin
+    }
+    return accelerator
+if sys.argv[2] == "fsdp2":
+    run.Accelerator = sharded
 for stage, flags in json.loads(sys.argv[1]):
     run.train(stage, flags)
 run.close()
@@ -33,36 +48,33 @@ def sevens(prompts, completions, completion_ids, **columns):
 """
 
 
-def test_two_processes_train_as_one(tmp_path, monkeypatch):
-    pairs = [{"prompt": f"{i}+1=", "chosen": str(i + 1), "rejected": str(i)} for i in range(60)]
-    data = write_jsonl(tmp_path / "pairs.jsonl", pairs)
-    (tmp_path / "sevens_reward.py").write_text(_SEVENS)
-    (tmp_path / "train.py").write_text(_SCRIPT)
+def jobs(folder: Path, name: str, stages: dict[str, str]) -> str:
+    """Stages and their flags for `_SCRIPT`."""
+    common = "--device cpu --threads 1 --hidden_size 32 --num_heads 2 --batch_size 32"
+    common += " --total_steps 3 --learning_rate 3e-3 --warmup_steps 1 --eval_size 10"
+    found = []
+    for stage, flags in stages.items():
+        own = ["--output_dir", str(folder / name / stage)]
+        if stage == "dpo":
+            own += ["--data", str(folder / "pairs.jsonl"), "--vocab_size", "280"]
+        else:
+            own += ["--reward_funcs", "sevens_reward:sevens", "--max_new_tokens", "5"]
+            own += ["--max_operand", "20", "--save_steps", "2"]
+        found.append((stage, [*common.split(), *flags.split(), *own]))
+    return json.dumps(found)
 
-    def jobs(name: str) -> str:
-        common = "--device cpu --threads 1 --hidden_size 32 --num_heads 2 --batch_size 32"
-        common += " --total_steps 3 --learning_rate 3e-3 --warmup_steps 1 --eval_size 10"
-        found = []
-        for stage, flags in _FLAGS.items():
-            own = ["--output_dir", str(tmp_path / name / stage)]
-            if stage == "dpo":
-                own += ["--data", data, "--vocab_size", "280"]
-            else:
-                own += ["--reward_funcs", "sevens_reward:sevens", "--max_new_tokens", "5"]
-                own += ["--max_operand", "20", "--save_steps", "2"]
-            found.append((stage, [*common.split(), *flags.split(), *own]))
-        return json.dumps(found)
 
-    # What torchrun and accelerate set for each process.
+def start_two(folder: Path, mode: str, wanted: str) -> list[subprocess.Popen[str]]:
+    """What torchrun and accelerate start."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
     environment |= {"OMP_NUM_THREADS": "1"}
-    two = [
+    return [
         subprocess.Popen(
-            [sys.executable, str(tmp_path / "train.py"), jobs("two")],
+            [sys.executable, str(folder / "train.py"), wanted, mode],
             env={**os.environ, **environment, "RANK": rank, "LOCAL_RANK": rank},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -70,30 +82,73 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
         )
         for rank in ("0", "1")
     ]
+
+
+def same_training(folder: Path, stage: str, networks: tuple[str, ...]) -> None:
+    """Metrics and weights of `one` and `two`."""
+    logs = []
+    for name in ("one", "two"):
+        lines = (folder / name / stage / "metrics.jsonl").read_text().splitlines()
+        logs.append([json.loads(line) for line in lines])
+    for one, two in zip(*logs, strict=True):
+        for key in ("reward", "kl", "loss", "policy/loss", "value/loss", "policy/grad_norm"):
+            if key in one:
+                assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6), (stage, key)
+    assert [row["step"] for row in logs[0]] == [0, 1, 2]
+    for network in networks:
+        one, two = (
+            load_file(folder / name / stage / network / "model.safetensors")
+            for name in ("one", "two")
+        )
+        for key, weight in one.items():
+            torch.testing.assert_close(two[key], weight, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    pairs = [{"prompt": f"{i}+1=", "chosen": str(i + 1), "rejected": str(i)} for i in range(60)]
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    (tmp_path / "sevens_reward.py").write_text(_SEVENS)
+    (tmp_path / "train.py").write_text(_SCRIPT)
     monkeypatch.syspath_prepend(str(tmp_path))
-    for stage, flags in json.loads(jobs("one")):
+    return tmp_path
+
+
+def train_both(folder: Path, mode: str, stages: dict[str, str]) -> None:
+    two = start_two(folder, mode, jobs(folder, "two", stages))
+    for stage, flags in json.loads(jobs(folder, "one", stages)):
         assert cli.main(["train", stage, *flags]) == 0
     outputs = [run.communicate(timeout=300)[0] for run in two]
     assert [run.returncode for run in two] == [0, 0], outputs
-    assert outputs[0].count("x 2;") == len(_FLAGS) and "x 2;" not in outputs[1]
+    assert outputs[0].count("x 2;") == len(stages) and "x 2;" not in outputs[1]
+
+
+def checkpoint_names(folder: Path, stage: str, step: int) -> list[set[str]]:
+    paths = [folder / name / stage / f"checkpoint-{step:08d}" for name in ("one", "two")]
+    return [set(load_file(path / "learner.safetensors")) for path in paths]
+
+
+def test_two_processes_train_as_one(folder):
+    train_both(folder, "ddp", _FLAGS)
     for stage in _FLAGS:
-        logs = []
-        for name in ("one", "two"):
-            lines = (tmp_path / name / stage / "metrics.jsonl").read_text().splitlines()
-            logs.append([json.loads(line) for line in lines])
-        for one, two in zip(*logs, strict=True):
-            for key in ("reward", "kl", "loss", "policy/loss", "value/loss", "policy/grad_norm"):
-                if key in one:
-                    assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6), (stage, key)
-        assert [row["step"] for row in logs[0]] == [0, 1, 2]
-        for network in ("policy", "critic") if stage == "ppo" else ("policy",):
-            one, two = (
-                load_file(tmp_path / name / stage / network / "model.safetensors")
-                for name in ("one", "two")
-            )
-            for key, weight in one.items():
-                torch.testing.assert_close(two[key], weight, atol=1e-4, rtol=1e-4)
+        same_training(folder, stage, ("policy", "critic") if stage == "ppo" else ("policy",))
     # A checkpoint of two processes is that of one.
-    paths = [tmp_path / name / "ppo" / "checkpoint-00000002" for name in ("one", "two")]
-    states = [load_file(path / "learner.safetensors") for path in paths]
-    assert states[0].keys() == states[1].keys()
+    one, two = checkpoint_names(folder, "ppo", 2)
+    assert one == two
+
+
+@pytest.mark.slow
+def test_sharded_weights_train_as_one_process_and_resume(folder):
+    """FSDP2; then the same again from the checkpoint of two steps."""
+    stages = {"grpo": _FLAGS["grpo"], "ppo": _FLAGS["ppo"]}
+    train_both(folder, "fsdp2", stages)
+    for stage in stages:
+        same_training(folder, stage, ("policy",))
+        shutil.rmtree(folder / "two" / stage / "policy")
+    wanted = [(stage, [*flags, "--resume"]) for stage, flags in
+              json.loads(jobs(folder, "two", stages))]  # fmt: skip
+    again = start_two(folder, "fsdp2", json.dumps(wanted))
+    outputs = [run.communicate(timeout=300)[0] for run in again]
+    assert [run.returncode for run in again] == [0, 0], outputs
+    for stage in stages:
+        same_training(folder, stage, ("policy",))

@@ -7,13 +7,14 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from .config import OptimConfig, require
 from .models import Networks
@@ -63,6 +64,8 @@ class Learner:
         ]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=config.weight_decay)
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
+        # FSDP2's weights.
+        self.sharded = any(isinstance(p, DTensor) for p in self.module.parameters())
 
     @property
     def networks(self) -> Networks:
@@ -101,7 +104,7 @@ class Learner:
     def any_alive(self, alive: Tensor) -> bool:
         """Whether a row is left; of any process where decoding gathers weights from all."""
         alive = alive.any()
-        if self.accelerator.distributed_type == DistributedType.FSDP:
+        if self.sharded:
             alive = self.total(alive.int())
         return bool(alive)
 
@@ -146,9 +149,15 @@ class Learner:
         self.optimizer.zero_grad()
         return torch.stack(norms)
 
+    def weights(self) -> dict[str, Tensor]:
+        """All weights, whole, on the main process at least; every process has to call it."""
+        if self.sharded:
+            return get_model_state_dict(self.module, options=self._sharded())
+        return self.accelerator.get_state_dict(self.module)
+
     def state_dict(self) -> dict[str, Any]:
         """Trained weights and optimizer state, whole; every process has to call it."""
-        if self.accelerator.distributed_type == DistributedType.FSDP:
+        if self.sharded:
             weights, optimizer = get_state_dict(
                 self.module, self.optimizer.optimizer, options=self._sharded()
             )
@@ -162,7 +171,7 @@ class Learner:
             ValueError: naming a weight that is missing, left over or of another shape.
         """
         weights = state["weights"]
-        if self.accelerator.distributed_type == DistributedType.FSDP:
+        if self.sharded:
             set_state_dict(
                 self.module,
                 self.optimizer.optimizer,

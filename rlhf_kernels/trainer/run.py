@@ -223,7 +223,7 @@ class Stage:
             "total_seconds": time.perf_counter() - self.started,
             "config": self.settings,
         }
-        weights = self.accelerator.get_state_dict(learner.module) if self.run.save_model else {}
+        weights = learner.weights() if self.run.save_model else {}
         if self.accelerator.is_main_process:
             report.plot_curves(rows, self.out / "curves.png")
             for name, network in learner.networks.named_children() if self.run.save_model else ():

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -41,8 +40,7 @@ class VLLMEngine:
         found = importlib.util.find_spec("vllm") is not None
         require(found, "engine", "the package vllm to be installed (pip install vllm)", "none")
         policy = learner.networks.policy
-        whole = learner.accelerator.distributed_type != DistributedType.FSDP
-        whole = whole and not hasattr(policy, "disable_adapter")
+        whole = not learner.sharded and not hasattr(policy, "disable_adapter")
         require(whole, "engine", "'transformers' with FSDP or LoRA", "vllm")
         # The engine's core in this process, where its model can be reached.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
