@@ -102,8 +102,9 @@ def check_head(
     *,
     sharded: bool = False,
 ) -> None:
-    """Requires hidden [..., H] and weight [V, H] of one dtype, bias [V], all on one device; V may be
-    0 in a shard of a vocabulary.
+    """Requires hidden [..., H] and weight [V, H] of one dtype, bias [V], all on one device.
+
+    V may be 0 in a shard of a vocabulary.
     """
     _checks.floating(op, names[0], hidden, double=True)
     _checks.floating(op, names[1], weight, double=True)
