@@ -1,0 +1,300 @@
+"""TRL: its LM head and its log-probabilities from logits, by our kernels.
+
+    from rlhf_kernels.integrations import trl
+    trl.patch()
+
+before or after a trainer is built. GRPO, RLOO, DPO, KTO and SFT of TRL >= 1.15 all go through the
+head; trainers with logits (TRL <= 1.14, and the experimental ones) through the functions of logits.
+TRL writes its losses inside its trainers: they stay as they are, and so does RewardTrainer, which
+has no head. Each call that ours cannot serve goes to TRL's function; report() counts them.
+"""
+
+import contextlib
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rlhf_kernels as rk
+
+from ._patch import Hook, IncompatibleError, Integration, Report, Unsupported, require_kernels
+
+__all__ = ["IncompatibleError", "Report", "patch", "patched", "report", "unpatch"]
+
+_INTEGRATION = Integration("trl", ("1.0", "2.0"))
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Bytes of logits of the rows whose statistics need a product of their own.
+_STATISTICS_BYTES = 128 * 2**20
+
+# hidden, weight, then the rest: TRL 1.15 and later; 1.13 and 1.14; 1.4 to 1.12.
+_HEADS = (
+    "ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, "
+    "logit_scale, outputs",
+    "ctx, last_hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, "
+    "logit_scale",
+    "ctx, last_hidden, weight, targets, temperature, chunk_size, final_logit_softcapping, "
+    "logit_scale",
+)
+_OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+def _check_logits(logits: Tensor, index: Tensor | None, temperature: float = 1.0) -> None:
+    require_kernels(logits.device)
+    if logits.dtype not in _DTYPES:
+        raise Unsupported(f"{logits.dtype} logits")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise Unsupported("logits without a vocabulary")
+    if index is not None and index.shape != logits.shape[:-1]:
+        raise Unsupported("several labels per row")
+    if index is not None and index.dtype not in (torch.int32, torch.int64):
+        raise Unsupported(f"{index.dtype} labels")
+    _check_temperature(temperature)
+
+
+def _check_temperature(temperature: float) -> None:
+    # TRL has its own message for what is not positive.
+    if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
+        raise Unsupported("a temperature that is not a positive number")
+
+
+def _labels(index: Tensor, row_mask: Tensor | None) -> tuple[Tensor, int]:
+    """(labels, the label of rows to skip)."""
+    # Rows to skip get a label of their own: an index of -100 must stay the error that it is.
+    skipped = torch.iinfo(index.dtype).min
+    return (index if row_mask is None else index.masked_fill(row_mask == 0, skipped)), skipped
+
+
+def _selective_log_softmax(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def selective_log_softmax(
+        logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+    ) -> Tensor:
+        _check_logits(logits, index, temperature)
+        labels, skipped = _labels(index, row_mask)
+        return rk.token_logprobs(
+            logits, labels, temperature=temperature, ignore_index=skipped
+        ).logprobs
+
+    return selective_log_softmax
+
+
+def _entropy_from_logits(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
+        _check_logits(logits, None)
+        labels = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+        return rk.token_logprobs(logits, labels, entropy=True).entropy
+
+    return entropy_from_logits
+
+
+def _logprobs_and_entropy(original: Callable[..., Any]) -> Callable[..., Any]:
+    def selective_log_softmax_and_entropy(
+        logits: Tensor,
+        index: Tensor,
+        entropy_requires_grad: bool = True,
+        temperature: float = 1.0,
+        row_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        _check_logits(logits, index, temperature)
+        labels, skipped = _labels(index, row_mask)
+        logprobs, entropy = rk.token_logprobs(
+            logits, labels, temperature=temperature, entropy=True, ignore_index=skipped
+        )
+        return logprobs, entropy if entropy_requires_grad else entropy.detach()
+
+    return selective_log_softmax_and_entropy
+
+
+def _chunked_head(original: Any) -> Callable[..., tuple]:
+    """ChunkedLogProbFunction.apply in each of its layouts; chunk_size is a number of words there,
+    and without meaning here."""
+    signature = inspect.signature(original.forward)
+
+    def apply(*args: Any, **kwargs: Any) -> tuple:
+        call = signature.bind(None, *args, **kwargs)
+        call.apply_defaults()
+        a = call.arguments
+        hidden = a["hidden"] if "hidden" in a else a["last_hidden"]
+        outputs = a.get("outputs", ("entropy",))
+        results = _head(
+            hidden,
+            a["weight"],
+            a.get("bias"),
+            a["targets"],
+            a["temperature"],
+            a["final_logit_softcapping"],
+            a["logit_scale"],
+            outputs,
+        )
+        return results if "outputs" in a else results[:2]
+
+    return apply
+
+
+def _head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    outputs: tuple[str, ...],
+) -> tuple[Tensor | None, ...]:
+    """(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1), None where not asked for."""
+    require_kernels(hidden.device)
+    if hasattr(weight, "ds_id"):
+        raise Unsupported("ZeRO-3 takes the weight away before the backward pass")
+    if not 0 < logit_scale < math.inf:
+        raise Unsupported(f"logit_scale {logit_scale}")
+    _check_temperature(temperature)
+    unknown = set(outputs) - {"log_probs", *_OPTIONAL_OUTPUTS}
+    if unknown:
+        raise Unsupported(f"output {min(unknown)!r}")
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    if dtype not in _DTYPES:
+        raise Unsupported(f"{dtype} hidden states")
+    # As TRL: the head runs in one dtype, whatever that of its parameters.
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    # The casts are made; the products here choose their own precision.
+    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+        logprobs, entropy = rk.linear_token_logprobs(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            entropy="entropy" in outputs,
+            # No label stands for a row to skip: TRL passes 0 where there is none.
+            ignore_index=torch.iinfo(targets.dtype).min,
+        )
+        with torch.no_grad():
+            rest = _statistics(
+                hidden, weight, bias, targets, temperature, softcap, logit_scale, outputs,
+                logprobs, entropy,
+            )  # fmt: skip
+    return logprobs, entropy, *rest
+
+
+def _statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    outputs: tuple[str, ...],
+    logprobs: Tensor,
+    entropy: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(log_sum_sq_probs, mean_logits, is_top1) of TRL's metrics: what can be had without logits.
+
+    The mean of linear logits is a product with the mean of the weight's rows. A label with
+    p > 1/2 is the likeliest word; one with p < exp(-entropy) is not, as the likeliest has at least
+    that. Only the rest is multiplied once more.
+    """
+    log_sum_sq = mean = top = None
+    rows = torch.zeros_like(targets, dtype=torch.bool)
+    if "is_top1" in outputs:
+        top = logprobs > math.log(0.5) + 1e-3
+        rows |= ~top
+        if entropy is not None:
+            rows &= logprobs >= -entropy - 1e-3
+    if "mean_logits" in outputs and softcap is None:
+        column = weight.mean(0, dtype=torch.float32)
+        mean = torch.mv(hidden.float(), column)
+        if bias is not None:
+            mean += bias.mean(dtype=torch.float32)
+        mean *= logit_scale / temperature
+    elif "mean_logits" in outputs:
+        mean = torch.empty_like(logprobs)
+        rows.fill_(True)
+    if "log_sum_sq_probs" in outputs:
+        log_sum_sq = torch.empty_like(logprobs)
+        rows.fill_(True)
+
+    vocab = weight.shape[0]
+    for part in rows.nonzero().squeeze(-1).split(max(_STATISTICS_BYTES // (4 * vocab), 1)):
+        logits = torch.nn.functional.linear(hidden[part], weight, bias).float() * logit_scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        logits /= temperature
+        if top is not None:
+            # The first of equals, as in TRL.
+            top[part] = logits.argmax(-1) == targets[part]
+        if mean is not None and softcap is not None:
+            mean[part] = logits.mean(-1)
+        if log_sum_sq is not None:
+            log_sum_sq[part] = torch.logsumexp(2 * logits, -1) - 2 * torch.logsumexp(logits, -1)
+    return log_sum_sq, mean, top
+
+
+def _compact(original: Callable[[torch.device], bool]) -> Callable[[torch.device], bool]:
+    """Only rows with a label are scored; TRL scores all of them where it has no kernel."""
+
+    def use_triton(device: torch.device) -> bool:
+        require_kernels(device)
+        return True
+
+    return use_triton
+
+
+_UTILS = "trl.trainer.utils"
+_HOOKS = (
+    Hook(_UTILS, "_ChunkedLogProbFunction", _HEADS, _chunked_head),
+    # Asked there whether the head leaves out rows without a label. Elsewhere it chooses TRL's
+    # kernels.
+    Hook(_UTILS, "_use_triton", ("device",), _compact, everywhere=False),
+    Hook(
+        _UTILS,
+        "selective_log_softmax",
+        ("logits, index, temperature, row_mask", "logits, index"),
+        _selective_log_softmax,
+        required=True,
+    ),
+    Hook(
+        _UTILS,
+        "entropy_from_logits",
+        ("logits, chunk_size",),
+        _entropy_from_logits,
+        required=True,
+    ),
+    Hook(
+        _UTILS,
+        "selective_log_softmax_and_entropy",
+        ("logits, index, entropy_requires_grad, temperature, row_mask",),
+        _logprobs_and_entropy,
+    ),
+)
+
+
+def patch() -> Report:
+    """Replaces what this version of TRL has of the head and the functions of logits.
+
+    Idempotent. Raises IncompatibleError, with nothing replaced, for a version or a signature that
+    is not known.
+    """
+    return _INTEGRATION.patch(_HOOKS)
+
+
+def unpatch() -> Report:
+    """Puts TRL's own functions back."""
+    return _INTEGRATION.unpatch()
+
+
+def patched() -> contextlib.AbstractContextManager[None]:
+    """A context in which TRL is patched."""
+    return _INTEGRATION.patched(patch, unpatch)
+
+
+def report() -> Report:
+    """What is replaced or could be, and the calls that each replacement served or passed on."""
+    return _INTEGRATION.report(_HOOKS)
