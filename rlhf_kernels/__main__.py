@@ -1,6 +1,7 @@
 """The doctor, `python -m rlhf_kernels`: what is installed, what runs, and whether it is right."""
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import math
@@ -210,10 +211,23 @@ def render(r: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the report; returns 1 if the self-check failed."""
+    """Prints the report, or that of the integrations; returns 1 if the self-check failed."""
     parser = argparse.ArgumentParser(prog="python -m rlhf_kernels", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--integrations",
+        action="store_true",
+        help="say instead what of TRL, verl and OpenRLHF is here, replaceable and replaced",
+    )
     options = parser.parse_args(argv)
+    if options.integrations:
+        # Not imported above: they import the trainers.
+        reports = importlib.import_module("rlhf_kernels.integrations").reports()
+        if options.json:
+            print(json.dumps({name: r._asdict() for name, r in reports.items()}, indent=2))
+        else:
+            print("\n\n".join(map(str, reports.values())))
+        return 0
     found = report()
     print(json.dumps(found, indent=2) if options.json else render(found))
     return 0 if found["ok"] else 1

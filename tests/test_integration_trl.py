@@ -17,7 +17,7 @@ if importlib.util.find_spec("trl") is None:
 from trl.trainer import utils
 
 from benchmarks import trl_runs
-from rlhf_kernels.integrations import _patch, trl
+from rlhf_kernels.integrations import _common, _patch, trl
 
 # Relative to the largest of a run's figures; fp32.
 BUDGET = 1e-4
@@ -190,7 +190,9 @@ def test_logits(dtype):
     assert {r.dtype for r in ours[:4]} == {torch.float32}
     assert ours[4].dtype == dtype
     report = trl.report()
-    assert report.fallbacks == {"selective_log_softmax": {"several labels per row": 1}}
+    assert report.fallbacks == {
+        "selective_log_softmax": {"labels of another shape than the logits' rows": 1}
+    }
     assert report.served["selective_log_softmax_and_entropy"] == 2
 
 
@@ -204,7 +206,7 @@ def test_logits(dtype):
 )
 def test_calls_that_fall_back(reason, change, monkeypatch):
     trl.patch()
-    monkeypatch.setattr(_patch, "_has_kernels", lambda _: change.get("kernels", True))
+    monkeypatch.setattr(_common, "_has_kernels", lambda _: change.get("kernels", True))
     leaves = head_inputs(change.get("dtype", torch.float32))
     scale = change.get("logit_scale", 1.0)
     out = utils._ChunkedLogProbFunction.apply(*leaves, 1.0, 32, None, scale, ("log_probs",))

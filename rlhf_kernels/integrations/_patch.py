@@ -9,11 +9,10 @@ import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-
-import rlhf_kernels as rk
 
 
 class Unsupported(Exception):
@@ -31,7 +30,7 @@ class Report(NamedTuple):
         package: name of the trainer's package.
         version: installed version, or None.
         active: whether the package is patched.
-        replaced: dotted names that are ours now.
+        replaced: dotted names that are ours now, and entries of registries.
         available: dotted names that patch() would replace.
         absent: dotted names that this version lacks, with the reason.
         refused: dotted names whose signature is not known, with both signatures.
@@ -54,7 +53,9 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         state = "patched" if self.active else "not patched"
-        lines = [f"{self.package} {self.version or '(not installed)'}: {state}"]
+        if self.version is None:
+            return f"{self.package}: not installed"
+        lines = [f"{self.package} {self.version}: {state}"]
         lines += [f"  replaced   {name}" for name in self.replaced]
         lines += [f"  available  {name}" for name in self.available]
         lines += [f"  absent     {name}: {why}" for name, why in self.absent.items()]
@@ -106,17 +107,6 @@ class _Replacement(NamedTuple):
     ours: Any
 
 
-def require_kernels(device: torch.device) -> None:
-    """Unsupported on a device for which there is nothing but the reference."""
-    if not _has_kernels(device.type):
-        raise Unsupported(f"no kernels for {device.type} tensors")
-
-
-@functools.cache
-def _has_kernels(device_type: str) -> bool:
-    return len(rk.available_backends(device_type)) > 1
-
-
 def _is_function(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, torch.autograd.Function)
 
@@ -159,6 +149,7 @@ class Integration:
         self.versions = versions
         self.active = False
         self._replacements: dict[str, _Replacement] = {}
+        self._added: dict[str, tuple[dict, str]] = {}
         self._kept: tuple[str, ...] = ()
         self._served: Counter[str] = Counter()
         self._fallbacks: dict[str, Counter[str]] = {}
@@ -193,7 +184,8 @@ class Integration:
                 continue
             try:
                 owner = importlib.import_module(hook.module)
-            except ImportError as error:
+            except Exception as error:
+                # Of packages that it needs too, or of what they do at import.
                 absent[hook.path] = f"cannot be imported: {error}"
                 continue
             *outer, attribute = hook.name.split(".")
@@ -241,6 +233,21 @@ class Integration:
         self._kept = ()
         return self.report(hooks)
 
+    def original(self, path: str) -> Any:
+        """What stood, or stands, under a dotted name of a module."""
+        if path in self._replacements:
+            return self._replacements[path].original
+        module, _, name = path.rpartition(".")
+        return getattr(importlib.import_module(module), name)
+
+    def add(self, path: str, registry: dict, key: str, value: Callable[..., Any]) -> None:
+        """A new entry of one of the package's registries, until unpatch(); `path` names it."""
+        if path not in self._added:
+            if key in registry:
+                raise IncompatibleError(f"{path} exists already")
+            registry[key] = value
+            self._added[path] = (registry, key)
+
     def unpatch(self) -> Report:
         """Puts the originals back, also where a module imported ours since; keeps the counts."""
         self.active = False
@@ -252,6 +259,9 @@ class Integration:
                 kept.append(path)
             if r.everywhere:
                 self._swap(r.ours, r.original)
+        for registry, key in self._added.values():
+            registry.pop(key, None)
+        self._added.clear()
         self._replacements.clear()
         self._kept = tuple(kept)
         return self.report()
@@ -276,7 +286,7 @@ class Integration:
             self.package,
             version,
             self.active,
-            tuple(self._replacements),
+            (*self._replacements, *self._added),
             tuple(target.hook.path for target in found),
             absent,
             refused,
@@ -298,14 +308,16 @@ class Integration:
 
     def _replacement(self, hook: Hook, original: Any) -> Any:
         if not _is_function(original):
-            return self._dispatcher(hook.name, original, hook.build(original))
-        apply = self._dispatcher(hook.name, original.apply, hook.build(original))
+            return self.dispatcher(hook.name, original, hook.build(original))
+        apply = self.dispatcher(hook.name, original.apply, hook.build(original))
         forward = staticmethod(original.forward)
         return type(original.__name__, (), {"apply": staticmethod(apply), "forward": forward})
 
-    def _dispatcher(
+    def dispatcher(
         self, name: str, original: Callable[..., Any], ours: Callable[..., Any]
     ) -> Callable[..., Any]:
+        """Calls `ours` while the package is patched, and `original` for what it cannot serve."""
+
         @functools.wraps(original)
         def dispatch(*args: Any, **kwargs: Any) -> Any:
             # Modules outside the package may hold this function after unpatch().
@@ -323,13 +335,16 @@ class Integration:
         return dispatch
 
     def _swap(self, old: Any, new: Any) -> None:
-        """`new` for `old` in every imported module of the package, whatever its name there."""
+        """`new` for `old` in every imported module of the package and in its registries."""
         for name, module in list(sys.modules.items()):
-            if name.split(".")[0] != self.package or module is None:
+            if name.split(".")[0] != self.package or not isinstance(module, ModuleType):
                 continue
             for attribute, value in list(vars(module).items()):
                 if value is old:
                     setattr(module, attribute, new)
+                elif type(value) is dict and not attribute.startswith("__"):
+                    # A registry.
+                    value.update({key: new for key, entry in value.items() if entry is old})
 
 
 def _plain(value: Any) -> Any:

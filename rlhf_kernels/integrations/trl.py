@@ -20,12 +20,12 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from ._patch import Hook, IncompatibleError, Integration, Report, Unsupported, require_kernels
+from ._common import Head, logits_entropy, require_kernels, require_logits, require_temperature
+from ._patch import Hook, IncompatibleError, Integration, Report, Unsupported
 
 __all__ = ["IncompatibleError", "Report", "patch", "patched", "report", "unpatch"]
 
 _INTEGRATION = Integration("trl", ("1.0", "2.0"))
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Bytes of logits of the rows whose statistics need a product of their own.
 _STATISTICS_BYTES = 128 * 2**20
 
@@ -41,23 +41,9 @@ _HEADS = (
 _OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
-def _check_logits(logits: Tensor, index: Tensor | None, temperature: float = 1.0) -> None:
-    require_kernels(logits.device)
-    if logits.dtype not in _DTYPES:
-        raise Unsupported(f"{logits.dtype} logits")
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise Unsupported("logits without a vocabulary")
-    if index is not None and index.shape != logits.shape[:-1]:
-        raise Unsupported("several labels per row")
-    if index is not None and index.dtype not in (torch.int32, torch.int64):
-        raise Unsupported(f"{index.dtype} labels")
-    _check_temperature(temperature)
-
-
-def _check_temperature(temperature: float) -> None:
-    # TRL has its own message for what is not positive.
-    if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
-        raise Unsupported("a temperature that is not a positive number")
+def _check(logits: Tensor, index: Tensor, temperature: float = 1.0) -> None:
+    require_logits(logits, index)
+    require_temperature(temperature)
 
 
 def _labels(index: Tensor, row_mask: Tensor | None) -> tuple[Tensor, int]:
@@ -71,7 +57,7 @@ def _selective_log_softmax(original: Callable[..., Tensor]) -> Callable[..., Ten
     def selective_log_softmax(
         logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
     ) -> Tensor:
-        _check_logits(logits, index, temperature)
+        _check(logits, index, temperature)
         labels, skipped = _labels(index, row_mask)
         return rk.token_logprobs(
             logits, labels, temperature=temperature, ignore_index=skipped
@@ -82,9 +68,7 @@ def _selective_log_softmax(original: Callable[..., Tensor]) -> Callable[..., Ten
 
 def _entropy_from_logits(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
-        _check_logits(logits, None)
-        labels = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-        return rk.token_logprobs(logits, labels, entropy=True).entropy
+        return logits_entropy(logits)
 
     return entropy_from_logits
 
@@ -97,7 +81,7 @@ def _logprobs_and_entropy(original: Callable[..., Any]) -> Callable[..., Any]:
         temperature: float = 1.0,
         row_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        _check_logits(logits, index, temperature)
+        _check(logits, index, temperature)
         labels, skipped = _labels(index, row_mask)
         logprobs, entropy = rk.token_logprobs(
             logits, labels, temperature=temperature, entropy=True, ignore_index=skipped
@@ -144,49 +128,28 @@ def _head(
     outputs: tuple[str, ...],
 ) -> tuple[Tensor | None, ...]:
     """(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1), None where not asked for."""
-    require_kernels(hidden.device)
-    if hasattr(weight, "ds_id"):
-        raise Unsupported("ZeRO-3 takes the weight away before the backward pass")
-    if not 0 < logit_scale < math.inf:
-        raise Unsupported(f"logit_scale {logit_scale}")
-    _check_temperature(temperature)
     unknown = set(outputs) - {"log_probs", *_OPTIONAL_OUTPUTS}
     if unknown:
         raise Unsupported(f"output {min(unknown)!r}")
-    device = hidden.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-    if dtype not in _DTYPES:
-        raise Unsupported(f"{dtype} hidden states")
-    # As TRL: the head runs in one dtype, whatever that of its parameters.
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    # The casts are made; the products here choose their own precision.
-    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-        logprobs, entropy = rk.linear_token_logprobs(
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            entropy="entropy" in outputs,
-            # No label stands for a row to skip: TRL passes 0 where there is none.
-            ignore_index=torch.iinfo(targets.dtype).min,
+    head = Head(hidden, weight, bias)
+    logprobs, entropy = head.token_logprobs(
+        targets,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        entropy="entropy" in outputs,
+        # No label stands for a row to skip: TRL passes 0 where there is none.
+        ignore_index=torch.iinfo(targets.dtype).min,
+    )
+    with head.no_autocast(), torch.no_grad():
+        rest = _statistics(
+            head, targets, temperature, softcap, logit_scale, outputs, logprobs, entropy
         )
-        with torch.no_grad():
-            rest = _statistics(
-                hidden, weight, bias, targets, temperature, softcap, logit_scale, outputs,
-                logprobs, entropy,
-            )  # fmt: skip
     return logprobs, entropy, *rest
 
 
 def _statistics(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: Head,
     targets: Tensor,
     temperature: float,
     softcap: float | None,
@@ -201,6 +164,7 @@ def _statistics(
     p > 1/2 is the likeliest word; one with p < exp(-entropy) is not, as the likeliest has at least
     that. Only the rest is multiplied once more.
     """
+    hidden, weight, bias = head.hidden, head.weight, head.bias
     log_sum_sq = mean = top = None
     rows = torch.zeros_like(targets, dtype=torch.bool)
     if "is_top1" in outputs:

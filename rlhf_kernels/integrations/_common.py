@@ -1,0 +1,132 @@
+"""Checks that decide whether ours can serve a call, and the head as all three trainers call it."""
+
+import contextlib
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+import rlhf_kernels as rk
+
+from ._patch import Unsupported
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def require_kernels(device: torch.device) -> None:
+    """Unsupported on a device for which there is nothing but the reference."""
+    # A compiled graph has met the device already, in the call that it was compiled for.
+    if not torch.compiler.is_compiling() and not _has_kernels(device.type):
+        raise Unsupported(f"no kernels for {device.type} tensors")
+
+
+@functools.cache
+def _has_kernels(device_type: str) -> bool:
+    return len(rk.available_backends(device_type)) > 1
+
+
+def require_floating(**tensors: Tensor | None) -> None:
+    """Unsupported unless each is float32, bfloat16 or float16, on a device with kernels."""
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if t.dtype not in DTYPES:
+            raise Unsupported(f"{t.dtype} {name}")
+        require_kernels(t.device)
+
+
+def require_constant(**tensors: Tensor | None) -> None:
+    """Unsupported where something that ours takes as a constant wants a gradient."""
+    for name, t in tensors.items():
+        if t is not None and t.requires_grad and torch.is_grad_enabled():
+            raise Unsupported(f"{name} that wants a gradient")
+
+
+def require_mask(mask: Tensor, shape: torch.Size) -> None:
+    """Unsupported unless it is a bool or integer mask of that shape."""
+    if mask.is_floating_point():
+        raise Unsupported("a mask of weights")
+    if mask.shape != shape:
+        raise Unsupported(f"a mask of shape {tuple(mask.shape)} for {tuple(shape)}")
+
+
+def require_temperature(temperature: float) -> None:
+    """Unsupported unless it is a positive number: trainers have their own messages."""
+    if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
+        raise Unsupported("a temperature that is not a positive number")
+
+
+def require_logits(logits: Tensor, labels: Tensor | None) -> None:
+    """Unsupported unless they are [..., V] with V >= 1, and labels [...] of an integer dtype."""
+    require_floating(logits=logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise Unsupported("logits without a vocabulary")
+    if labels is None:
+        return
+    if labels.shape != logits.shape[:-1]:
+        raise Unsupported("labels of another shape than the logits' rows")
+    if labels.dtype not in (torch.int32, torch.int64):
+        raise Unsupported(f"{labels.dtype} labels")
+
+
+def logits_entropy(logits: Tensor) -> Tensor:
+    """Entropy [...] of logits [..., V], float32."""
+    require_logits(logits, None)
+    labels = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    return rk.token_logprobs(logits, labels, entropy=True).entropy
+
+
+class Head:
+    """Hidden states and a head in the dtype in which the trainer would multiply them.
+
+    That is the autocast dtype, else the hidden states' own. The casts are part of the graph: the
+    weight's gradient has the dtype of the weight again.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        require_kernels(hidden.device)
+        if hasattr(weight, "ds_id"):
+            raise Unsupported("ZeRO-3 takes the weight away before the backward pass")
+        if type(weight) not in (Tensor, torch.nn.Parameter):
+            raise Unsupported(f"a weight that is a {type(weight).__name__}")
+        self._device = hidden.device.type
+        self._autocast = torch.is_autocast_enabled(self._device)
+        dtype = torch.get_autocast_dtype(self._device) if self._autocast else hidden.dtype
+        if dtype not in DTYPES:
+            raise Unsupported(f"{dtype} hidden states")
+        self.hidden, self.weight = hidden.to(dtype), weight.to(dtype)
+        self.bias = None if bias is None else bias.to(dtype)
+
+    def no_autocast(self) -> contextlib.AbstractContextManager:
+        """The casts are made; the products choose their own precision."""
+        if self._autocast:
+            return torch.autocast(self._device, enabled=False)
+        return contextlib.nullcontext()
+
+    def token_logprobs(
+        self,
+        labels: Tensor,
+        *,
+        temperature: float,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        entropy: bool = False,
+        ignore_index: int = -100,
+    ) -> rk.TokenLogprobs:
+        """`rk.linear_token_logprobs` of this head."""
+        require_temperature(temperature)
+        if not 0 < logit_scale < math.inf:
+            raise Unsupported(f"logit_scale {logit_scale}")
+        with self.no_autocast():
+            return rk.linear_token_logprobs(
+                self.hidden,
+                self.weight,
+                labels,
+                bias=self.bias,
+                temperature=temperature,
+                softcap=softcap,
+                logit_scale=logit_scale,
+                entropy=entropy,
+                ignore_index=ignore_index,
+            )
