@@ -26,11 +26,14 @@ $(INSTALLED): pyproject.toml constraints.txt $(NATIVE)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# The trainers that the parity tests call. verl without its dependencies: it wants an older
-# transformers than ours, and the extra has what its functions need.
+# The trainers that the parity tests call. verl and OpenRLHF without their dependencies: they want an
+# older transformers than ours and flash-attn; the extra has what verl's functions need, the tests
+# have stubs for the rest. OpenRLHF's wheel is for one Python and one platform.
 $(PARITY): pyproject.toml constraints.txt | $(INSTALLED)
 	$(BIN)/python -m pip install -c constraints.txt 'rlhf-kernels[parity]'
 	$(BIN)/python -m pip install -c constraints.txt --no-deps "verl; python_version < '3.13'"
+	$(BIN)/python -m pip install -c constraints.txt --no-deps "openrlhf; python_version == '3.11' \
+		and sys_platform == 'linux' and platform_machine == 'x86_64'"
 	@touch $@
 
 test: venv $(PARITY)

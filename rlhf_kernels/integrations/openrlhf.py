@@ -1,0 +1,486 @@
+"""OpenRLHF: `Actor.forward` without logits, its losses, KL estimates and advantages.
+
+    from rlhf_kernels.integrations import openrlhf
+    openrlhf.patch()
+
+OpenRLHF computes in Ray workers, so ours must be there in every process:
+
+    ray job submit --runtime-env-json \
+        '{"worker_process_setup_hook": "rlhf_kernels.integrations.openrlhf.setup"}' -- ...
+
+setup() patches what a process imports of OpenRLHF when it imports it, and imports nothing itself:
+the workers of vLLM stay free of it.
+"""
+
+import contextlib
+import functools
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import rlhf_kernels as rk
+
+from ._common import (
+    Head,
+    logits_entropy,
+    require_constant,
+    require_floating,
+    require_logits,
+    require_mask,
+    require_temperature,
+)
+from ._patch import Hook, IncompatibleError, Integration, Report, Unsupported
+
+__all__ = ["IncompatibleError", "Report", "patch", "patched", "report", "setup", "unpatch"]
+
+_INTEGRATION = Integration("openrlhf", ("0.11", "0.12"))
+_IGNORED = -100
+
+# Models whose forward does more to the logits than the head: found out by a call.
+_not_the_head: set[type] = set()
+
+
+def _lm_head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
+    """(the model inside its wrappers, its LM head)."""
+    while hasattr(model, "module"):
+        model = model.module
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if type(head) is not nn.Linear:
+        raise Unsupported(f"an LM head that is a {type(head).__name__}")
+    if type(model) in _not_the_head:
+        raise Unsupported(f"{type(model).__name__} does more to its logits than its head")
+    return model, head
+
+
+@contextlib.contextmanager
+def _passing_through(head: nn.Linear) -> Iterator[list[Tensor]]:
+    """The head returns what it is given; the list receives it."""
+    given: list[Tensor] = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        given.append(hidden)
+        return hidden
+
+    head.forward = forward
+    try:
+        yield given
+    finally:
+        del head.forward
+
+
+def _actor_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    functions = sys.modules[original.__module__]
+
+    def forward(
+        self: nn.Module,
+        sequences: Tensor,
+        action_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        return_output: bool = False,
+        allgather_logits: bool = False,
+        return_logprobs: bool = False,
+        ring_attn_group: Any = None,
+        packed_seq_lens: list[int] | None = None,
+        return_entropy: bool = False,
+        **mm_inputs: Any,
+    ) -> Any:
+        if action_mask is None and not return_logprobs:
+            raise Unsupported("a call for the logits")
+        if mm_inputs or getattr(self, "is_vlm", False):
+            raise Unsupported("a vision-language model")
+        if return_entropy and not return_output:
+            raise Unsupported("an entropy without the output that carries it")
+        require_temperature(self.temperature)
+        model, head = _lm_head(self.model)
+        # Checked before the model runs, whose hidden states have the dtype of its parameters.
+        Head(head.weight.new_empty(0, head.weight.shape[1]), head.weight, head.bias)
+
+        packing = self.packing_samples
+        if packing:
+            inputs, position_ids, labels, pad, indices = functions.unpad_and_slice_tensor(
+                sequences, attention_mask, ring_attn_group
+            )
+        else:
+            inputs, labels = sequences, sequences.roll(-1, 1)
+            position_ids = (attention_mask.long().cumsum(-1) - 1).masked_fill(
+                attention_mask == 0, 1
+            )
+        if action_mask is not None and ring_attn_group is None:
+            # Of prompts and padding nothing is asked.
+            steps = action_mask.shape[1]
+            wanted = torch.zeros_like(sequences, dtype=torch.bool)
+            wanted[:, -1 - steps : -1] = action_mask != 0
+            if packing:
+                wanted = wanted.flatten()[indices].unsqueeze(0)
+            labels = labels.masked_fill(~wanted, _IGNORED)
+        with _passing_through(head) as given:
+            output = self.model(
+                inputs,
+                attention_mask=None if packing else attention_mask,
+                position_ids=position_ids,
+            )
+        if len(given) != 1 or output["logits"] is not given[0]:
+            _not_the_head.add(type(model))
+            raise Unsupported(f"{type(model).__name__} does more to its logits than its head")
+        logprobs, entropy = Head(given[0], head.weight, head.bias).token_logprobs(
+            labels, temperature=float(self.temperature), entropy=return_entropy
+        )
+        # Nobody must take the hidden states for logits.
+        output["logits"] = None
+
+        def padded(x: Tensor) -> Tensor:
+            if packing:
+                x = functions.gather_and_pad_tensor(
+                    x, ring_attn_group, pad, indices, *sequences.shape
+                )
+            return x[:, :-1]
+
+        logprobs = padded(logprobs)
+        if return_entropy:
+            output.entropy = padded(entropy)
+        if action_mask is not None:
+            logprobs = torch.where(action_mask != 0, logprobs[:, -action_mask.shape[1] :], 0)
+        return (logprobs, output) if return_output else logprobs
+
+    return forward
+
+
+def _log_probs_from_logits(original: Callable[..., Any]) -> Callable[..., Any]:
+    def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+        require_logits(logits, labels)
+        require_temperature(temperature)
+        return rk.token_logprobs(logits, labels, temperature=temperature).logprobs
+
+    return log_probs_from_logits
+
+
+def _compute_entropy(original: Callable[..., Any]) -> Callable[..., Any]:
+    def compute_entropy(logits: Tensor) -> Tensor:
+        return logits_entropy(logits)
+
+    return compute_entropy
+
+
+def _compute_approx_kl(original: Callable[..., Any]) -> Callable[..., Any]:
+    def compute_approx_kl(
+        log_probs: Tensor,
+        log_probs_base: Tensor,
+        log_probs_old: Tensor | None = None,
+        kl_estimator: str = "k1",
+        unbiased_gradient: bool = False,
+    ) -> Tensor:
+        if kl_estimator not in ("k1", "k2", "k3"):
+            raise Unsupported(f"the estimator {kl_estimator!r}")
+        require_floating(log_probs=log_probs, log_probs_base=log_probs_base)
+        require_constant(log_probs_base=log_probs_base)
+        if log_probs.shape != log_probs_base.shape:
+            raise Unsupported("log-probabilities of two shapes")
+        x, base = log_probs, log_probs_base
+        if kl_estimator == "k3":
+            # Below -10 the estimate is beyond its own bound, and its slope may overflow.
+            x = (log_probs.float() - log_probs_base.float()).clamp(min=-10)
+            base = torch.zeros_like(x)
+        value = rk.kl_penalty(x, base, estimator=kl_estimator).clamp(-10, 10)
+        if not unbiased_gradient:
+            return value
+        slope = rk.kl_penalty(log_probs, log_probs_base, estimator="k2")
+        if log_probs_old is not None:
+            ratio = (log_probs.detach().float() - log_probs_old.detach().float()).exp()
+            slope = ratio.clamp(max=10.0) * slope
+        return value.detach() + slope - slope.detach()
+
+    return compute_approx_kl
+
+
+@functools.lru_cache(maxsize=64)
+def _policy_config(policy_loss_type: str, **options: Any) -> rk.PolicyLossConfig:
+    return rk.PolicyLossConfig.openrlhf(policy_loss_type, **options)
+
+
+def _mean(x: Tensor, mask: Tensor) -> Tensor:
+    kept = mask != 0
+    return torch.where(kept, x, 0).sum() / kept.sum().clamp(min=1)
+
+
+def _normalizer(
+    by_token: bool, dp_size: int, tokens: float | None, sequences: float | None
+) -> float | Tensor | None:
+    """The divisor of OpenRLHF's aggregate_loss; None: of this batch."""
+    count = tokens if by_token else sequences
+    if isinstance(count, int | float) and not count > 0:
+        raise Unsupported(f"a global count of {count}")
+    return None if count is None else count / dp_size
+
+
+def _require_tokens(action_mask: Tensor | None, first: Tensor, **others: Tensor) -> Tensor:
+    if action_mask is None:
+        raise Unsupported("no action mask")
+    require_floating(**others)
+    require_mask(action_mask, first.shape)
+    if first.dim() != 2 or any(t.shape != first.shape for t in others.values()):
+        raise Unsupported("tensors that are not all [B, T]")
+    return action_mask
+
+
+def _policy_loss(original: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(
+        self: nn.Module,
+        log_probs: Tensor,
+        old_log_probs: Tensor,
+        advantages: Tensor,
+        action_mask: Tensor | None = None,
+        rollout_log_probs: Tensor | None = None,
+        dp_size: int = 1,
+        batch_num_tokens: float | None = None,
+        global_batch_size: float | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        constants = {"old_log_probs": old_log_probs, "advantages": advantages}
+        corrected = self.is_correction_level != "off"
+        if corrected:
+            constants["rollout_log_probs"] = rollout_log_probs
+            if rollout_log_probs is None:
+                raise Unsupported("no rollout_log_probs")
+        mask = _require_tokens(action_mask, log_probs, log_probs=log_probs, **constants)
+        require_constant(**constants)
+        options = {"clip_eps_low": self.clip_eps_low, "clip_eps_high": self.clip_eps_high}
+        options |= {"dual_clip": self.dual_clip, "token_level_loss": self.token_level_loss}
+        gspo = self.policy_loss_type == "gspo"
+        if corrected and not gspo:
+            options |= {
+                "is_correction_level": self.is_correction_level,
+                "is_correction_mode": self.is_correction_mode,
+                "is_correction_gating": self.is_correction_gating,
+                "is_correction_threshold": tuple(self.is_correction_threshold),
+            }
+        try:
+            config = _policy_config(self.policy_loss_type, **options)
+        except ValueError as error:
+            raise Unsupported(str(error)) from error
+        loss, metrics = rk.policy_loss(
+            log_probs,
+            # Its gspo has the ratio to the rollout where a correction is asked for.
+            rollout_log_probs if corrected and gspo else old_log_probs,
+            advantages,
+            mask,
+            rollout_logprobs=rollout_log_probs if corrected and not gspo else None,
+            normalizer=_normalizer(
+                self.token_level_loss, dp_size, batch_num_tokens, global_batch_size
+            ),
+            config=config,
+        )
+        clip_ratio = metrics["clip_frac_low"] + metrics["clip_frac_high"]
+        if not corrected or gspo:
+            kl = metrics["k1_old"] if not gspo else _mean(old_log_probs - log_probs.detach(), mask)
+            return loss, clip_ratio, kl, None, None
+        low, high = self.is_correction_threshold
+        difference = old_log_probs - rollout_log_probs
+        weight = difference.exp()
+        filtered = _mean(((weight < low) | (weight > high)).float(), mask)
+        return loss, clip_ratio, metrics["k1_old"], _mean(-difference, mask), filtered
+
+    return forward
+
+
+def _value_loss(original: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(
+        self: nn.Module,
+        values: Tensor,
+        old_values: Tensor,
+        returns: Tensor,
+        action_mask: Tensor | None = None,
+        dp_size: int = 1,
+        batch_num_tokens: float | None = None,
+        global_batch_size: float | None = None,
+    ) -> Tensor:
+        constants = {"old_values": old_values, "returns": returns}
+        mask = _require_tokens(action_mask, values, values=values, **constants)
+        require_constant(**constants)
+        if self.clip_eps is not None and not self.clip_eps > 0:
+            raise Unsupported("a clip range that is not positive")
+        return rk.value_loss(
+            values,
+            old_values,
+            returns,
+            mask,
+            clip_range=self.clip_eps,
+            aggregation="token-mean" if self.token_level_loss else "seq-mean-token-mean",
+            normalizer=_normalizer(
+                self.token_level_loss, dp_size, batch_num_tokens, global_batch_size
+            ),
+        ).loss
+
+    return forward
+
+
+def _advantages(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_advantages_and_returns(
+        self: Any,
+        values: Tensor,
+        rewards: Tensor,
+        action_mask: Tensor | None,
+        gamma: float,
+        lambd: float,
+    ) -> tuple[Tensor, Tensor]:
+        require_floating(values=values, rewards=rewards)
+        require_constant(values=values, rewards=rewards)
+        if action_mask is not None:
+            require_mask(action_mask, rewards.shape)
+        advantages, returns = rk.gae(
+            rewards, values, mask=action_mask, gamma=gamma, lam=lambd, masked="zero"
+        )
+        return advantages, returns
+
+    return get_advantages_and_returns
+
+
+def _returns(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_cumulative_returns(
+        self: Any, rewards: Tensor, action_mask: Tensor | None, gamma: float
+    ) -> Tensor:
+        require_floating(rewards=rewards)
+        require_constant(rewards=rewards)
+        if action_mask is not None:
+            require_mask(action_mask, rewards.shape)
+        return rk.discounted_returns(rewards, mask=action_mask, gamma=gamma, masked="zero")
+
+    return get_cumulative_returns
+
+
+_UTILS, _LOSS = "openrlhf.models.utils", "openrlhf.models.loss"
+_MAKER = "openrlhf.trainer.ppo_utils.experience_maker"
+_GLOBAL = "dp_size, batch_num_tokens, global_batch_size"
+_HOOKS = (
+    Hook(
+        "openrlhf.models.actor",
+        "Actor.forward",
+        (
+            "self, sequences, action_mask, attention_mask, return_output, allgather_logits, "
+            "return_logprobs, ring_attn_group, packed_seq_lens, return_entropy, **mm_inputs",
+        ),
+        _actor_forward,
+        everywhere=False,
+    ),
+    Hook(
+        _UTILS,
+        "log_probs_from_logits",
+        ("logits, labels, temperature",),
+        _log_probs_from_logits,
+    ),
+    Hook(_UTILS, "compute_entropy", ("logits",), _compute_entropy),
+    Hook(
+        _UTILS,
+        "compute_approx_kl",
+        ("log_probs, log_probs_base, log_probs_old, kl_estimator, unbiased_gradient",),
+        _compute_approx_kl,
+    ),
+    Hook(
+        _LOSS,
+        "PolicyLoss.forward",
+        (f"self, log_probs, old_log_probs, advantages, action_mask, rollout_log_probs, {_GLOBAL}",),
+        _policy_loss,
+        everywhere=False,
+    ),
+    Hook(
+        _LOSS,
+        "ValueLoss.forward",
+        (f"self, values, old_values, returns, action_mask, {_GLOBAL}",),
+        _value_loss,
+        everywhere=False,
+    ),
+    Hook(
+        _MAKER,
+        "RemoteExperienceMaker.get_advantages_and_returns",
+        ("self, values, rewards, action_mask, gamma, lambd",),
+        _advantages,
+        everywhere=False,
+    ),
+    Hook(
+        _MAKER,
+        "RemoteExperienceMaker.get_cumulative_returns",
+        ("self, rewards, action_mask, gamma",),
+        _returns,
+        everywhere=False,
+    ),
+)
+
+
+def patch() -> Report:
+    """Replaces OpenRLHF's functions in this process, importing the modules that have them.
+
+    Idempotent. Raises IncompatibleError, with nothing replaced, for a version or a signature that
+    is not known.
+    """
+    return _INTEGRATION.patch(_HOOKS)
+
+
+def unpatch() -> Report:
+    """Puts OpenRLHF's own functions back; ends what setup() began."""
+    if _FINDER in sys.meta_path:
+        sys.meta_path.remove(_FINDER)
+    return _INTEGRATION.unpatch()
+
+
+def patched() -> contextlib.AbstractContextManager[None]:
+    """A context in which OpenRLHF is patched in this process."""
+    return _INTEGRATION.patched(patch, unpatch)
+
+
+def report() -> Report:
+    """What is replaced or could be, and the calls that each replacement served or passed on."""
+    return _INTEGRATION.report(_HOOKS)
+
+
+def setup() -> None:
+    """Patches each module of OpenRLHF when this process imports it: a Ray worker's setup hook."""
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
+    _patch_imported()
+
+
+def _patch_imported() -> None:
+    hooks = [hook for hook in _HOOKS if hook.module in sys.modules]
+    if hooks:
+        _INTEGRATION.patch(hooks)
+
+
+class _Loader(importlib.abc.Loader):
+    """Executes a module as its own loader does, then patches it."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        _patch_imported()
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    # Packages whose modules are all there when they are.
+    modules = ("openrlhf.models", _MAKER)
+
+    def find_spec(
+        self, name: str, path: Any, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name not in self.modules:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+_FINDER = _Finder()
