@@ -60,6 +60,7 @@ class Run(NamedTuple):
     losses: list[float]
     grad_norms: list[float]
     metrics: dict[str, float]
+    watch: Any = None
 
 
 def save_models(folder: Path, sizes: Sizes) -> None:
@@ -150,8 +151,13 @@ def _options(kind: str, variant: str, sizes: Sizes) -> dict[str, Any]:
     return {}
 
 
-def run(name: str, folder: Path, sizes: Sizes, *, bf16: bool = False, **more: Any) -> Run:
-    """Trains `name` of RUNS for sizes.steps; the models are those of `save_models(folder)`."""
+def run(
+    name: str, folder: Path, sizes: Sizes, *, bf16: bool = False, watch: Any = None, **more: Any
+) -> Run:
+    """Trains `name` of RUNS for sizes.steps; the models are those of `save_models(folder)`.
+
+    `watch.attach(trainer)` is called before training, where there is a watch.
+    """
     kind, _, variant = name.partition(" ")
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
@@ -183,10 +189,12 @@ def run(name: str, folder: Path, sizes: Sizes, *, bf16: bool = False, **more: An
             **rewards,
         )
         losses = _record(trainer)
+        if watch is not None:
+            watch.attach(trainer)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-    return Run(losses, [entry["grad_norm"] for entry in steps], steps[-1])
+    return Run(losses, [entry["grad_norm"] for entry in steps], steps[-1], watch)
 
 
 def _record(trainer: Any) -> list[float]:
