@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 PARITY := .venv/parity
-NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/cuda/*)
 
 # Two threads a worker reach the parallel paths of the kernels; passive: workers share the cores.
 PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest \
@@ -21,9 +21,10 @@ WHEELS ?=
 venv: $(INSTALLED)
 
 # Editable: Python files are used where they lie, the extension is rebuilt when its sources change.
+# Without the CUDA kernels, unless asked for: minutes of nvcc, and the tests compile them themselves.
 $(INSTALLED): pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	RLHF_KERNELS_CUDA=$${RLHF_KERNELS_CUDA-0} $(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 
 # The trainers that the parity tests call. verl and OpenRLHF without their dependencies: they want an

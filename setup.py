@@ -1,11 +1,18 @@
-"""Compiles the native extension. Needs setuptools, pybind11 and GCC or Clang; never torch.
+"""Compiles the native extensions. Needs setuptools, pybind11 and GCC or Clang; never torch.
 
-csrc/cpu/isa_<name>.cpp are the same kernels once per instruction set, each compiled with its own
-flags; the module chooses among them when it is imported.
+`_cpu`, always: csrc/cpu/isa_<name>.cpp are the same kernels once per instruction set, each compiled
+with its own flags; the module chooses among them when it is imported.
+
+`_cuda`, csrc/cuda/*.cu, where nvcc is found. RLHF_KERNELS_CUDA=1 fails the build if that cannot be
+done, 0 leaves it out, unset warns. RLHF_KERNELS_CUDA_ARCHS names the architectures, as in
+"80;90;100+PTX"; without it TORCH_CUDA_ARCH_LIST does.
 """
 
 import os
 import platform
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,6 +40,12 @@ FAST_MATH = {"-Ofast", "-ffast-math", "-funsafe-math-optimizations"}
 # The same, but Clang does not know this warning.
 OPTIONAL_FLAGS = ["-Wno-maybe-uninitialized"]
 
+# What `_cuda` is built for where nothing else is asked for, as far as the nvcc can, and PTX of the
+# newest for what comes after. The kernels need 8.0.
+CUDA_ARCHS = (80, 86, 89, 90, 100, 120)
+# Contraction is wanted here, and fast-math is not, as above. GCC checks the host part.
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+
 X86_PROBE = """
 #ifndef __x86_64__
 #error not x86-64
@@ -46,6 +59,51 @@ OPENMP_PROBE = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1;
 
 def note(text: str) -> None:
     print(f"rlhf_kernels: {text}", file=sys.stderr)
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME or CUDA_PATH, else on the PATH, else where installers put it."""
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
+        if home:
+            return shutil.which("nvcc", path=f"{home}/bin")
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def run_nvcc(nvcc: str, *arguments: str) -> str:
+    """Its output; raises CompileError with what it says."""
+    try:
+        done = subprocess.run([nvcc, *arguments], capture_output=True, text=True)
+    except OSError as error:
+        raise CompileError(f"nvcc could not be run: {error}") from None
+    if done.returncode != 0:
+        said = done.stderr or done.stdout or f"exit status {done.returncode}"
+        raise CompileError(f"{shlex.join([nvcc, *arguments])}\n{said}")
+    return done.stdout
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """Code to generate: "sm_90" for a device, "compute_90" for PTX."""
+    listed = run_nvcc(nvcc, "--list-gpu-arch")
+    known = {int(n) for n in re.findall(r"compute_(\d+)\b", listed)}
+    for variable in ("RLHF_KERNELS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
+        words = re.split(r"[;,\s]+", os.environ.get(variable, "").strip())
+        if words == [""]:
+            continue
+        found = []
+        for word in words:
+            match = re.fullmatch(r"(?:sm_)?(\d+)\.?(\d)a?(\+PTX)?", word, re.I)
+            number = int(match[1] + match[2]) if match else 0
+            if number not in known or number < 80:
+                names = ", ".join(str(n) for n in sorted(known) if n >= 80)
+                raise CompileError(
+                    f"{variable}: this nvcc and the kernels know {names}; got {word!r}"
+                )
+            found += [f"sm_{number}"] + [f"compute_{number}"] * bool(match[3])
+        return found
+    chosen = [n for n in CUDA_ARCHS if n in known]
+    if not chosen:
+        raise CompileError("this nvcc knows none of the architectures that the kernels need")
+    return [f"sm_{n}" for n in chosen] + [f"compute_{chosen[-1]}"]
 
 
 class BuildExt(build_ext):
@@ -76,6 +134,13 @@ class BuildExt(build_ext):
         for name in ("compiler_so_cxx", "compiler_cxx", "linker_so", "linker_so_cxx"):
             command = getattr(self.compiler, name)
             setattr(self.compiler, name, [word for word in command if word not in FAST_MATH])
+        if ext.name.endswith("._cuda"):
+            self.build_cuda(ext)
+        else:
+            self.build_cpu(ext)
+
+    def build_cpu(self, ext: Extension) -> None:
+        """Builds `_cpu`: the kernels once per instruction set."""
         error = self._error("int main() { return 0; }\n", COMPILE_FLAGS)
         if error is not None:
             raise CompileError(
@@ -121,16 +186,66 @@ class BuildExt(build_ext):
         )
         note(f"built {ext.name} for {', '.join(isas)}; OpenMP: {'yes' if openmp else 'no'}")
 
+    def build_cuda(self, ext: Extension) -> None:
+        """Builds `_cuda`: an object per .cu for all architectures, and the module without nvcc."""
+        nvcc = find_nvcc()
+        if nvcc is None:
+            note("nvcc was not found: built without CUDA kernels")
+            return
+        archs = cuda_archs(nvcc)
+        sources = sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
+        cores = os.cpu_count() or 1
+        generate = [f"-gencode=arch=compute_{a.partition('_')[2]},code={a}" for a in archs]
+        # Each file for all architectures: as many at a time as there are cores, and the rest of
+        # the cores to the architectures of each.
+        at_once = max(1, min(cores, len(sources)))
+        flags = [*NVCC_FLAGS, *generate, f"--threads={max(1, cores // at_once)}"]
+        folder = Path(self.build_temp, "csrc", "cuda")
+        folder.mkdir(parents=True, exist_ok=True)
+        note(f"compiling {len(sources)} CUDA files for {', '.join(archs)} with {nvcc}")
+
+        def compile_one(source: str) -> str:
+            target = str(folder / f"{Path(source).stem}.o")
+            run_nvcc(nvcc, "-c", *flags, source, "-o", target)
+            return target
+
+        with ThreadPoolExecutor(at_once) as pool:
+            objects = list(pool.map(compile_one, sources))
+        objects += self.compiler.compile(
+            ext.sources,
+            output_dir=self.build_temp,
+            macros=[("RK_CUDA_ARCHITECTURES", '"' + " ".join(archs) + '"')],
+            include_dirs=ext.include_dirs,
+            extra_postargs=COMPILE_FLAGS,
+        )
+        target = self.get_ext_fullpath(ext.name)
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        # The runtime inside: nothing to find at import, with or without a driver, and no quarrel
+        # with the one that torch brings. Its symbols stay inside too.
+        link = ["-shared", "-cudart=static", "-Xlinker=-s", "-Xlinker=--exclude-libs,ALL"]
+        run_nvcc(nvcc, *link, *objects, "-o", target)
+        size = Path(target).stat().st_size / 2**20
+        note(f"built {ext.name} for {', '.join(archs)}: {size:.1f} MiB")
+
+
+def extensions() -> list[Extension]:
+    """`_cuda` where it may be built, optional unless it must: a failure of it is then a warning."""
+    common = {"include_dirs": [get_include()], "language": "c++"}
+    found = [Extension("rlhf_kernels._cpu", sources=["csrc/module_cpu.cpp"], **common)]
+    wanted = os.environ.get("RLHF_KERNELS_CUDA", "").strip()
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"RLHF_KERNELS_CUDA: expected 0, 1 or nothing, got {wanted!r}")
+    if wanted == "1" and find_nvcc() is None:
+        # Before the minute that `_cpu` takes.
+        raise SystemExit(
+            "RLHF_KERNELS_CUDA=1, but nvcc was not found; set CUDA_HOME to where CUDA is installed"
+        )
+    if wanted != "0":
+        cuda = Extension("rlhf_kernels._cuda", sources=["csrc/module_cuda.cpp"], **common)
+        cuda.optional = wanted != "1"
+        found.append(cuda)
+    return found
+
 
 if __name__ == "__main__":
-    setup(
-        ext_modules=[
-            Extension(
-                "rlhf_kernels._cpu",
-                sources=["csrc/module_cpu.cpp"],
-                include_dirs=[get_include()],
-                language="c++",
-            )
-        ],
-        cmdclass={"build_ext": BuildExt},
-    )
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt})

@@ -24,6 +24,15 @@ struct Tensor {
   int64_t stride1 = 0;
 };
 
+// Where a call runs. CPU: `threads`. CUDA: `stream` (a cudaStream_t) of `device`, with `scratch`,
+// the bytes that the operation's <name>_scratch function asks for.
+struct Exec {
+  int32_t threads = 1;
+  int32_t device = 0;
+  void* stream = nullptr;
+  void* scratch = nullptr;
+};
+
 // What a kernel found in the data. `position` is the flat row-major index of the first offence.
 enum StatusCode : int32_t {
   kOk = 0,
@@ -56,7 +65,7 @@ struct LogprobsArgs {
   int64_t ignore_index;
   Tensor logprobs, entropy;
   float* stats;
-  int32_t threads;
+  Exec exec;
 };
 
 // Its gradient. `grad_logits` may be the memory of `logits`. A null upstream gradient means zero.
@@ -68,7 +77,7 @@ struct LogprobsBackwardArgs {
   const float* stats;
   Tensor grad_logprobs, grad_entropy;
   Tensor grad_logits;
-  int32_t threads;
+  Exec exec;
 };
 
 // The kept words of each token, as rows of a sparse matrix: those of token n are indices[indptr[n]]
@@ -135,7 +144,7 @@ struct KlArgs {
   bool reverse;
   Tensor kl;
   float* stats;
-  int32_t threads;
+  Exec exec;
 };
 
 struct KlBackwardArgs {
@@ -145,7 +154,7 @@ struct KlBackwardArgs {
   bool reverse;
   const float* stats;
   Tensor grad_kl, grad_logits;
-  int32_t threads;
+  Exec exec;
 };
 
 // kl_penalty per token from x = logprob - ref_logprob.
@@ -157,7 +166,7 @@ struct KlPenaltyArgs {
   bool straight_through;  // backward only: the gradient of k2 whatever the estimator
   Tensor grad;            // backward only: upstream gradient
   Tensor out;
-  int32_t threads;
+  Exec exec;
 };
 
 // Options of the policy loss, as rlhf_kernels/policy_config.py encodes them: absent bounds are
@@ -198,7 +207,7 @@ struct PolicyArgs {
   PolicyConfig config;
   float *loss, *metrics;
   Tensor grad_logprobs, grad_entropy;
-  int32_t threads;
+  Exec exec;
 };
 
 // value_loss with its gradient. `clip_range` 0 means none. Metrics of reference/value.py METRICS.
@@ -211,7 +220,7 @@ struct ValueArgs {
   float clip_range;
   float *loss, *metrics;
   Tensor grad_values;
-  int32_t threads;
+  Exec exec;
 };
 
 // gae, discounted_returns and ppo_advantages: one reverse scan. Padded [rows, cols], sequence s
@@ -235,7 +244,7 @@ struct GaeArgs {
   float *advantages, *returns, *shaped;
   double* moments;
   double whiten_eps;
-  int32_t threads;
+  Exec exec;
 };
 
 struct WhitenArgs {
@@ -245,7 +254,7 @@ struct WhitenArgs {
   double eps;
   double* moments;
   float* out;
-  int32_t threads;
+  Exec exec;
 };
 
 enum Baseline : int32_t {
@@ -267,6 +276,7 @@ struct GroupAdvantagesArgs {
   double eps;
   double* work;
   float* out;
+  Exec exec;
 };
 
 }  // namespace rk

@@ -19,7 +19,13 @@ RK_HD float fma(float a, float b, float c) {
 #endif
 }
 // x * 2^n for integral n in [-126, 127]
-RK_HD float scale2(float x, float n) { return ldexpf(x, static_cast<int>(n)); }
+RK_HD float scale2(float x, float n) {
+#if defined(__CUDA_ARCH__)
+  return x * __int_as_float((static_cast<int>(n) + 127) << 23);
+#else
+  return ldexpf(x, static_cast<int>(n));
+#endif
+}
 
 template <class V>
 RK_HD V clamp(V x, V low, V high) {

@@ -53,6 +53,19 @@ def openmp_runtimes() -> list[str] | None:
     return sorted(set(re.findall(r"(/\S*/lib(?:gomp|i?omp5?)[-.]\S*)", maps)))
 
 
+def _cuda_version(number: int) -> str | None:
+    return f"{number // 1000}.{number % 1000 // 10}" if number else None
+
+
+def _backend_line(name: str, state: dict[str, Any], cuda: dict[str, Any] | None) -> str:
+    if name != "cuda" or cuda is None:
+        return "available" if state["available"] else f"missing: {state['reason']}"
+    what = f"CUDA {cuda['cuda']}, {' '.join(cuda['architectures'])}"
+    if cuda["driver"] is not None:
+        what += f"; driver for CUDA {cuda['driver']}"
+    return f"{'available' if state['available'] else state['reason']} ({what})"
+
+
 def devices() -> list[torch.device]:
     """The CPU, and the accelerator if torch has one."""
     found = [torch.device("cpu")]
@@ -121,11 +134,12 @@ def check(
 
 def report() -> dict[str, Any]:
     """Everything the doctor knows, ready for JSON."""
-    cpu = native.module("cpu")
+    cpu, cuda = native.module("cpu"), native.module("cuda")
     backends = {}
     for name in _config.BACKEND_NAMES[1:]:
         reason = _backends.unavailable_reason(name)
         backends[name] = {"available": reason is None, "reason": reason}
+    backends["cuda"]["built"] = cuda is not None
     checks = [
         check(function, device, dtype)
         for device in devices()
@@ -148,6 +162,14 @@ def report() -> dict[str, Any]:
             "isa": cpu.isa(),
             "isas": list(cpu.isa_names()),
             "openmp": bool(cpu.openmp),
+        },
+        "cuda_extension": None
+        if cuda is None
+        else {
+            "file": cuda.__file__,
+            "architectures": list(cuda.architectures),
+            "cuda": _cuda_version(cuda.runtime_version()),
+            "driver": _cuda_version(cuda.driver_version()),
         },
         "threads": {"torch": torch.get_num_threads(), "openmp_runtimes": openmp_runtimes()},
         "backends": backends,
@@ -182,8 +204,7 @@ def render(r: dict[str, Any]) -> str:
         if not extension["openmp"]:
             machine.append(("", "built without OpenMP: kernels run on one thread"))
     backends = [
-        (name, "available" if b["available"] else f"missing: {b['reason']}")
-        for name, b in r["backends"].items()
+        (name, _backend_line(name, b, r["cuda_extension"])) for name, b in r["backends"].items()
     ]
     if r["forced_backend"] != "auto":
         backends.append(("forced", r["forced_backend"]))

@@ -14,7 +14,7 @@ from . import _config, _head, _head_launchers, _shard, native, triton
 REFERENCE = "reference"
 
 # Preference per device type. Every device ends with the reference, which torch runs anywhere.
-_ORDER = {"cpu": ("cpu",), "cuda": ("triton",), "xpu": ("triton",)}
+_ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 
 _Launcher = Callable[..., object]
 # Filled at import, not on first use: torch.compile cannot trace what fills them.
@@ -44,10 +44,17 @@ def unavailable_reason(backend: str) -> str | None:
 
 
 def _serves(backend: str, device_type: str) -> bool:
-    # Triton's interpreter takes tensors of any device, but only where it is asked for by name: it
-    # is for tests.
-    interpreter = backend == "triton" and triton.interpreted()
-    return interpreter or backend in _ORDER.get(device_type, ())
+    # Triton's interpreter and the CUDA emulator take tensors of the CPU, but only where they are
+    # asked for by name: they are for tests.
+    simulated = triton.interpreted() if backend == "triton" else native.emulated(backend)
+    return simulated or backend in _ORDER.get(device_type, ())
+
+
+def _suits(backend: str, device: torch.device) -> bool:
+    """Whether the backend's code runs on this very device."""
+    # Not while tracing, which cannot ask the device: it would have been refused before.
+    known = backend != "cuda" or device.type != "cuda" or torch.compiler.is_compiling()
+    return known or native.suits(device)
 
 
 def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
@@ -70,13 +77,19 @@ def select(op: str, device: torch.device) -> str:
             raise RuntimeError(f"{op}: backend {_forced!r} is not available: {reason}")
         if not _serves(_forced, device.type):
             raise RuntimeError(f"{op}: backend {_forced!r} does not serve {device.type} tensors")
+        if not _suits(_forced, device):
+            raise RuntimeError(
+                f"{op}: backend {_forced!r} is built without code for {device}; rebuild it with "
+                "RLHF_KERNELS_CUDA_ARCHS naming its compute capability"
+            )
         if op not in _launchers(_forced):
             raise RuntimeError(f"{op}: backend {_forced!r} does not have this operation")
         return _forced
     for backend in _ORDER.get(device.type, ()):
-        if op in _launchers(backend):
+        if op in _launchers(backend) and _suits(backend, device):
             return backend
-        if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
+        for backend in _ORDER.get(device.type, ()):
             _warn_once(backend)
     return REFERENCE
 
@@ -102,7 +115,7 @@ class use_backend:
     """Forces a backend, for the process or for a `with` block.
 
     Args:
-        name: "reference", "cpu", "triton", or "auto" to choose by device again.
+        name: "reference", "cpu", "cuda", "triton", or "auto" to choose by device again.
 
     The choice is global to the process, threads included. A named backend never falls back: an
     operation or device it cannot serve raises RuntimeError at the call.

@@ -2,7 +2,7 @@
 
 import os
 
-BACKEND_NAMES = ("auto", "reference", "cpu", "triton")
+BACKEND_NAMES = ("auto", "reference", "cpu", "cuda", "triton")
 
 _backend = os.environ.get("RLHF_KERNELS_BACKEND", "auto").strip().lower() or "auto"
 if _backend not in BACKEND_NAMES:

@@ -21,8 +21,6 @@ except ImportError:
     sys.modules["hypothesis"] = sys.modules["hypothesis.strategies"] = no_hypothesis
     from no_hypothesis import settings
 
-_BACKENDS = {"cpu": ("reference", "cpu", "triton")}
-
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -32,6 +30,16 @@ def pytest_addoption(parser):
 
 def _device(config):
     return torch.device(config.getoption("--device") or "cpu")
+
+
+def _backends(device):
+    """Backends that the tests of operations run on. The CUDA extension counts where it is built."""
+    if device.type == "cpu":
+        return "reference", "cpu", "triton"
+    from rlhf_kernels import native
+
+    cuda = device.type == "cuda" and native.unavailable_reason("cuda") is None
+    return ("reference", "cuda", "triton") if cuda else ("reference", "triton")
 
 
 def pytest_configure(config):
@@ -53,8 +61,7 @@ def pytest_configure(config):
 
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
-        # A GPU has no kernels of its own but Triton's.
-        names = _BACKENDS.get(_device(metafunc.config).type, ("reference", "triton"))
+        names = _backends(_device(metafunc.config))
         metafunc.parametrize("backend", names, indirect=True)
 
 

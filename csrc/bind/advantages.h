@@ -14,26 +14,26 @@ void bind_advantages(pybind11::module_& m, Table table) {
                    Tensor scores, Tensor logprobs, Tensor ref_logprobs, double kl_coef,
                    int32_t kl_estimator, double reward_clip, double gamma, double lam, bool carry,
                    Tensor advantages, Tensor returns, Tensor shaped, Tensor moments,
-                   double whiten_eps, int32_t threads) {
+                   double whiten_eps, Exec exec) {
     const GaeArgs args{rows,          cols,         sequences,     offsets,    int64(plan),
                        rewards,       values,       mask,          dones,      bootstrap,
                        scores,        logprobs,     ref_logprobs,  kl_coef,    kl_estimator,
                        reward_clip,   gamma,        lam,           carry,      fp32(advantages),
-                       fp32(returns), fp32(shaped), fp64(moments), whiten_eps, threads};
+                       fp32(returns), fp32(shaped), fp64(moments), whiten_eps, exec};
     return without_gil([&] { return table().gae(args); });
   });
   m.def("whiten", [=](int64_t rows, int64_t cols, Tensor x, Tensor mask, bool shift_mean,
-                      bool unbiased, double eps, Tensor moments, Tensor out, int32_t threads) {
-    const WhitenArgs args{rows, cols,          x,         mask,   shift_mean, unbiased,
-                          eps,  fp64(moments), fp32(out), threads};
+                      bool unbiased, double eps, Tensor moments, Tensor out, Exec exec) {
+    const WhitenArgs args{rows, cols,          x,         mask, shift_mean, unbiased,
+                          eps,  fp64(moments), fp32(out), exec};
     return without_gil([&] { return table().whiten(args); });
   });
   m.def("group_advantages", [=](int64_t count, Tensor rewards, Tensor greedy, Tensor order,
                                 Tensor sorted_ids, int64_t group_size, int32_t baseline,
-                                int32_t scale, double eps, Tensor work, Tensor out) {
+                                int32_t scale, double eps, Tensor work, Tensor out, Exec exec) {
     const GroupAdvantagesArgs args{count,      rewards,  greedy, int64(order), int64(sorted_ids),
                                    group_size, baseline, scale,  eps,          fp64(work),
-                                   fp32(out)};
+                                   fp32(out),  exec};
     return without_gil([&] { return table().group_advantages(args); });
   });
 }

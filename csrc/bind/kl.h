@@ -8,34 +8,33 @@ template <class Table>
 void bind_kl(pybind11::module_& m, Table table) {
   m.def("kl_divergence",
         [table](int64_t rows, int64_t cols, int64_t vocab, Tensor logits, Tensor ref_logits,
-                double temperature, bool reverse, Tensor kl, Tensor stats, int32_t threads) {
+                double temperature, bool reverse, Tensor kl, Tensor stats, Exec exec) {
           const KlArgs args{rows,    cols,       vocab,
                             logits,  ref_logits, temperature,
                             reverse, kl,         static_cast<float*>(stats.data),
-                            threads};
+                            exec};
           return without_gil([&] { return table().kl_divergence(args); });
         });
   m.def("kl_divergence_backward",
         [table](int64_t rows, int64_t cols, int64_t vocab, Tensor logits, Tensor ref_logits,
                 double temperature, bool reverse, Tensor stats, Tensor grad_kl, Tensor grad_logits,
-                int32_t threads) {
+                Exec exec) {
           const KlBackwardArgs args{
               rows,       cols,        vocab,   logits,
               ref_logits, temperature, reverse, static_cast<const float*>(stats.data),
-              grad_kl,    grad_logits, threads};
+              grad_kl,    grad_logits, exec};
           return without_gil([&] { return table().kl_divergence_backward(args); });
         });
   m.def("kl_penalty", [table](int64_t rows, int64_t cols, Tensor logprobs, Tensor ref_logprobs,
-                              int32_t estimator, Tensor out, int32_t threads) {
-    const KlPenaltyArgs args{rows,  cols, logprobs, ref_logprobs, estimator,
-                             false, {},   out,      threads};
+                              int32_t estimator, Tensor out, Exec exec) {
+    const KlPenaltyArgs args{rows, cols, logprobs, ref_logprobs, estimator, false, {}, out, exec};
     return without_gil([&] { return table().kl_penalty(args); });
   });
   m.def("kl_penalty_backward",
         [table](int64_t rows, int64_t cols, Tensor logprobs, Tensor ref_logprobs, int32_t estimator,
-                bool straight_through, Tensor grad, Tensor out, int32_t threads) {
+                bool straight_through, Tensor grad, Tensor out, Exec exec) {
           const KlPenaltyArgs args{rows, cols, logprobs, ref_logprobs, estimator, straight_through,
-                                   grad, out,  threads};
+                                   grad, out,  exec};
           return without_gil([&] { return table().kl_penalty_backward(args); });
         });
 }

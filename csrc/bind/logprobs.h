@@ -9,25 +9,25 @@ void bind_logprobs(pybind11::module_& m, Table table) {
   m.def("token_logprobs", [table](int64_t rows, int64_t cols, int64_t vocab, Tensor logits,
                                   Tensor labels, Tensor temperatures, double temperature,
                                   double softcap, int64_t ignore_index, Tensor logprobs,
-                                  Tensor entropy, Tensor stats, int32_t threads) {
+                                  Tensor entropy, Tensor stats, Exec exec) {
     const LogprobsArgs args{
         rows,        cols,    vocab,        logits,   labels,  temperatures,
         temperature, softcap, ignore_index, logprobs, entropy, static_cast<float*>(stats.data),
-        threads};
+        exec};
     return without_gil([&] { return table().token_logprobs(args); });
   });
   m.def("token_logprobs_backward",
         [table](int64_t rows, int64_t cols, int64_t vocab, Tensor logits, Tensor labels,
                 Tensor temperatures, double temperature, double softcap, int64_t ignore_index,
                 Tensor stats, Tensor grad_logprobs, Tensor grad_entropy, Tensor grad_logits,
-                int32_t threads) {
+                Exec exec) {
           const LogprobsBackwardArgs args{rows,          cols,
                                           vocab,         logits,
                                           labels,        temperatures,
                                           temperature,   softcap,
                                           ignore_index,  static_cast<const float*>(stats.data),
                                           grad_logprobs, grad_entropy,
-                                          grad_logits,   threads};
+                                          grad_logits,   exec};
           return without_gil([&] { return table().token_logprobs_backward(args); });
         });
 }

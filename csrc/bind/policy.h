@@ -22,7 +22,7 @@ void bind_policy(pybind11::module_& m, Table table) {
                 Tensor old_logprobs, Tensor advantages, Tensor ref_logprobs,
                 Tensor rollout_logprobs, Tensor entropy, double divisor,
                 const pybind11::sequence& codes, const pybind11::sequence& params, Tensor loss,
-                Tensor metrics, Tensor grad_logprobs, Tensor grad_entropy, int32_t threads) {
+                Tensor metrics, Tensor grad_logprobs, Tensor grad_entropy, Exec exec) {
           const PolicyArgs args{{sequences, cols, offsets, mask},
                                 logprobs,
                                 old_logprobs,
@@ -36,7 +36,7 @@ void bind_policy(pybind11::module_& m, Table table) {
                                 static_cast<float*>(metrics.data),
                                 grad_logprobs,
                                 grad_entropy,
-                                threads};
+                                exec};
           return without_gil([&] { return table().policy_loss(args); });
         });
 }

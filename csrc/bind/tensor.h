@@ -43,4 +43,28 @@ struct type_caster<rk::Tensor> {
   }
 };
 
+// A number of threads, or the tuple (device, stream, scratch address, scratch tensor) of
+// rlhf_kernels.native.boundary; the tensor is there to be kept alive.
+template <>
+struct type_caster<rk::Exec> {
+  PYBIND11_TYPE_CASTER(rk::Exec, const_name("int | tuple[int, int, int, object]"));
+
+  bool load(handle source, bool) {
+    value = rk::Exec{};
+    if (PyTuple_Check(source.ptr())) {
+      if (PyTuple_GET_SIZE(source.ptr()) != 4) return false;
+      value.device = static_cast<int32_t>(PyLong_AsLong(PyTuple_GET_ITEM(source.ptr(), 0)));
+      value.stream = PyLong_AsVoidPtr(PyTuple_GET_ITEM(source.ptr(), 1));
+      value.scratch = PyLong_AsVoidPtr(PyTuple_GET_ITEM(source.ptr(), 2));
+    } else {
+      value.threads = static_cast<int32_t>(PyLong_AsLong(source.ptr()));
+    }
+    if (PyErr_Occurred()) {
+      PyErr_Clear();
+      return false;
+    }
+    return true;
+  }
+};
+
 }  // namespace pybind11::detail

@@ -69,7 +69,7 @@ inline void parallel_chunks(const WhitenArgs& a, const F& body) {
   const int64_t tokens = a.rows * a.cols;
   // Several chunks an item, for less scheduling.
   const int64_t size = 8 * kChunkTokens;
-  parallel_for((tokens + size - 1) / size, a.threads, [&](int64_t item) {
+  parallel_for((tokens + size - 1) / size, a.exec.threads, [&](int64_t item) {
     for (int64_t c = item * 8; c < item * 8 + 8 && c * kChunkTokens < tokens; ++c) {
       const int64_t begin = c * kChunkTokens;
       body(c, begin, tokens - begin < kChunkTokens ? tokens - begin : kChunkTokens);
@@ -170,14 +170,14 @@ Status gae(const GaeArgs& a) {
   }
   if (a.rows * a.cols == 0) return {};
   // With few sequences per thread, more threads are worth more than hidden latency.
-  if (a.sequences >= scan::kTogether * static_cast<int64_t>(a.threads))
+  if (a.sequences >= scan::kTogether * static_cast<int64_t>(a.exec.threads))
     scan::run<scan::kTogether>(a);
   else
     scan::run<1>(a);
   if (a.moments) {
     const Tensor advantages{a.advantages, kFloat32, a.cols, 1};
     scan::whiten_tokens({a.rows, a.cols, advantages, a.mask, true, true, a.whiten_eps, a.moments,
-                         a.advantages, a.threads});
+                         a.advantages, a.exec});
   }
   return {};
 }

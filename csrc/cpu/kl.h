@@ -177,7 +177,7 @@ Status kl_divergence(const KlArgs& a) {
   const auto row = a.logits.dtype == kBFloat16  ? kl_row<BF16>
                    : a.logits.dtype == kFloat16 ? kl_row<F16>
                                                 : kl_row<F32>;
-  parallel_for(a.rows * a.cols, a.threads, [&](int64_t r) { row(a, r); });
+  parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) { row(a, r); });
   return {};
 }
 
@@ -191,7 +191,7 @@ Status kl_divergence_backward(const KlBackwardArgs& a) {
   const auto row = a.logits.dtype == kBFloat16  ? choose(BF16{})
                    : a.logits.dtype == kFloat16 ? choose(F16{})
                                                 : choose(F32{});
-  parallel_for(a.rows * a.cols, a.threads, [&](int64_t r) { row(a, r); });
+  parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) { row(a, r); });
   return {};
 }
 
@@ -226,7 +226,7 @@ inline Lanes kl_lanes(Lanes x, int32_t estimator) {
 
 template <bool kSlope>
 Status kl_penalty_blocks(const KlPenaltyArgs& a, int32_t estimator) {
-  for_token_blocks(a.rows, a.cols, a.threads, [&](int64_t i, int64_t j, int64_t n) {
+  for_token_blocks(a.rows, a.cols, a.exec.threads, [&](int64_t i, int64_t j, int64_t n) {
     alignas(64) float p_buffer[kTokenBlock], q_buffer[kTokenBlock], g_buffer[kTokenBlock];
     alignas(64) float out_buffer[kTokenBlock];
     const auto read = [&](const Tensor& t, float* buffer) {

@@ -271,7 +271,7 @@ Status token_logprobs(const LogprobsArgs& a) {
   if (status.code != kOk) return status;
   const auto row = pick<LogprobsForward, LogprobsArgs>(a.logits.dtype, a.softcap > 0.0,
                                                        a.entropy.data != nullptr);
-  parallel_for(a.rows * a.cols, a.threads, [&](int64_t r) { row(a, r); });
+  parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) { row(a, r); });
   return {};
 }
 
@@ -283,7 +283,7 @@ Status token_logprobs_backward(const LogprobsBackwardArgs& a) {
                       a.rows * a.cols * a.vocab * dtype_size(a.grad_logits.dtype));
   const auto row = pick<LogprobsBackward, LogprobsBackwardArgs>(a.logits.dtype, a.softcap > 0.0,
                                                                 a.grad_entropy.data != nullptr);
-  parallel_for(a.rows * a.cols, a.threads, [&](int64_t r) { row(a, r); });
+  parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) { row(a, r); });
   return {};
 }
 

@@ -227,7 +227,7 @@ Status policy_loss(const PolicyArgs& a) {
   const bool counted =
       log_ratio || log_weight || c.aggregation == kSeqMeanTokenMean || a.divisor == 0.0;
   if (counted) {
-    plan.for_pieces(a.threads, [&](int64_t p, int64_t) {
+    plan.for_pieces(a.exec.threads, [&](int64_t p, int64_t) {
       policy_count(a, plan.piece[p], log_ratio, log_weight, piece_sums[p]);
     });
     add_pieces(plan, piece_sums, sequences);
@@ -236,7 +236,7 @@ Status policy_loss(const PolicyArgs& a) {
   const PolicyBlockFunction block_function = policy_block_function(c.objective);
 
   for (int64_t i = 0; i < plan.items; ++i) partial[i].r_min = 3.0e38f, partial[i].r_max = -3.0e38f;
-  plan.for_pieces(a.threads, [&](int64_t index, int64_t item) {
+  plan.for_pieces(a.exec.threads, [&](int64_t index, int64_t item) {
     const Piece& p = plan.piece[index];
     const SequenceRatio q = sequence_ratio(c, sequences[p.sequence]);
     const double weight = sequence_weight(c.aggregation, divisor, sequences[p.sequence].tokens);
@@ -271,7 +271,7 @@ Status policy_loss(const PolicyArgs& a) {
   if (c.ratio_level == kSequenceRatio && a.grad_logprobs.data) {
     for (int64_t p = 0; p < plan.pieces; ++p)
       sequences[plan.piece[p].sequence].slope += piece_sums[p].slope;
-    plan.for_pieces(a.threads, [&](int64_t index, int64_t) {
+    plan.for_pieces(a.exec.threads, [&](int64_t index, int64_t) {
       const Piece& p = plan.piece[index];
       const SequenceSums& s = sequences[p.sequence];
       if (s.tokens == 0.0 || s.slope == 0.0 || !sequence_ratio(c, s).inside) return;

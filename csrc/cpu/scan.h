@@ -361,11 +361,11 @@ void run(const GaeArgs& a) {
   if (a.offsets.data) {
     const int64_t items = plan_packed(a, U);
     const int64_t* starts = a.plan + a.sequences;
-    parallel_for(items, a.threads, [&](int64_t i) { walk(a, starts[i], starts[i + 1]); });
+    parallel_for(items, a.exec.threads, [&](int64_t i) { walk(a, starts[i], starts[i + 1]); });
     return;
   }
   const int64_t size = U * (kItemTokens / (U * a.cols) + 1);
-  parallel_for((a.rows + size - 1) / size, a.threads, [&](int64_t i) {
+  parallel_for((a.rows + size - 1) / size, a.exec.threads, [&](int64_t i) {
     walk(a, i * size, (i + 1) * size < a.rows ? (i + 1) * size : a.rows);
   });
 }

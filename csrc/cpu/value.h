@@ -82,7 +82,7 @@ Status value_loss(const ValueArgs& a) {
   if (!piece_sums.data || !sequences.data || !partial.data) return {kOutOfMemory, -1};
 
   if (a.divisor == 0.0 || a.aggregation == kSeqMeanTokenMean) {
-    plan.for_pieces(a.threads, [&](int64_t p, int64_t) {
+    plan.for_pieces(a.exec.threads, [&](int64_t p, int64_t) {
       for_blocks(t, plan.piece[p], [&](int64_t, int64_t, const float*, int64_t count) {
         piece_sums[p].tokens += static_cast<double>(count);
       });
@@ -90,7 +90,7 @@ Status value_loss(const ValueArgs& a) {
     add_pieces(plan, piece_sums, sequences);
   }
   const double divisor = loss_divisor(t, a.aggregation, a.divisor, sequences);
-  plan.for_pieces(a.threads, [&](int64_t index, int64_t item) {
+  plan.for_pieces(a.exec.threads, [&](int64_t index, int64_t item) {
     const Piece& p = plan.piece[index];
     const double weight = sequence_weight(a.aggregation, divisor, sequences[p.sequence].tokens);
     alignas(64) float buffers[4][kTokenBlock];

@@ -1,7 +1,7 @@
 """Native extensions: loading, and the table of launchers that each offers.
 
 One module per operation here holds the launchers; `boundary` is the only file that reads a
-tensor's address. torch is imported before the extension so that both share one OpenMP runtime.
+tensor's address. torch is imported before the extensions: `_cpu` shares its OpenMP runtime.
 """
 
 import functools
@@ -15,7 +15,7 @@ import torch
 from .. import _config
 from . import advantages, boundary, kl, logprobs, policy, support, value
 
-_NAMES = {"cpu": "_cpu"}
+_NAMES = {"cpu": "_cpu", "cuda": "_cuda"}
 # One module per operation, each with launchers(extension) -> {operator name: launcher}.
 _OPS = (logprobs, support, kl, advantages, policy, value)
 
@@ -32,16 +32,39 @@ def _load(backend: str) -> tuple[ModuleType | None, str | None]:
                 f"got {_config.CPU_ISA!r}"
             )
         module.select_isa(_config.CPU_ISA)
-    return module, None
+    return module, _cuda_reason(module) if backend == "cuda" else None
+
+
+def _cuda_reason(module: ModuleType) -> str | None:
+    """Why a built CUDA extension cannot run here; asking starts nothing."""
+    if module.emulated:
+        return None
+    driver, runtime = module.driver_version(), module.runtime_version()
+    if driver == 0:
+        return "built, no driver"
+    if driver // 1000 < runtime // 1000:
+        return f"built for CUDA {runtime // 1000}, the driver supports CUDA {driver // 1000} only"
+    if torch.version.cuda is None:
+        return "built, but this torch is not built for CUDA"
+    return None
+
+
+def _has(extension: ModuleType, op: ModuleType) -> bool:
+    # Without a list, an extension has all operations.
+    operations = getattr(extension, "operations", None)
+    return operations is None or op.__name__.rpartition(".")[2] in operations
 
 
 _MODULES = {backend: _load(backend) for backend in _NAMES}
 # Filled at import, not on first use: torch.compile cannot trace an import.
 _LAUNCHERS: dict[str, dict[str, Callable[..., object]]] = {
-    backend: {name: launcher for op in _OPS for name, launcher in op.launchers(extension).items()}
-    if extension is not None
-    else {}
-    for backend, (extension, _) in _MODULES.items()
+    backend: {
+        name: launcher
+        for op in _OPS
+        if extension is not None and reason is None and _has(extension, op)
+        for name, launcher in op.launchers(extension).items()
+    }
+    for backend, (extension, reason) in _MODULES.items()
 }
 
 
@@ -66,3 +89,30 @@ def unavailable_reason(backend: str) -> str | None:
 def launchers(backend: str) -> dict[str, Callable[..., object]]:
     """Launchers of a native backend by operator name; empty where it is not built."""
     return _LAUNCHERS[backend]
+
+
+def emulated(backend: str) -> bool:
+    """Whether a backend's kernels run in the tests' emulator, which takes tensors of the CPU."""
+    return getattr(module(backend), "emulated", False)
+
+
+# Compute capability per device index, as asked for.
+_SUITED: dict[int | None, bool] = {}
+
+
+def suits(device: torch.device) -> bool:
+    """Whether the CUDA extension holds code for a device: for its generation, or PTX for later."""
+    suited = _SUITED.get(device.index)
+    if suited is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        codes = [(kind, int(n)) for kind, _, n in (a.partition("_") for a in _architectures())]
+        suited = any(
+            10 * major + minor >= n and (kind == "compute" or n // 10 == major) for kind, n in codes
+        )
+        _SUITED[device.index] = suited
+    return suited
+
+
+def _architectures() -> tuple[str, ...]:
+    extension = module("cuda")
+    return () if extension is None else tuple(extension.architectures)

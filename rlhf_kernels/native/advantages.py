@@ -39,6 +39,7 @@ def _flags(t: Tensor | None) -> Tensor | None:
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, bound to an extension module."""
+    where = b.place(extension)
 
     def scan(
         op: str,
@@ -85,7 +86,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             b.pack(logprobs), b.pack(ref_logprobs), kl_coef, _ESTIMATORS[kl_estimator],
             0.0 if reward_clip is None else reward_clip, gamma, lam, masked == "carry",
             b.pack(advantages), b.pack(returns), b.pack(shaped), b.pack(moments), _WHITEN_EPS,
-            b.threads(),
+            where(like),
         )  # fmt: skip
         if code == b.BAD_OFFSETS:
             raise _checks.bad_offsets(op, position, cu_seqlens, like.shape[0])
@@ -154,7 +155,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         x, mask = b.as_grid(x), _flags(mask)
         extension.whiten(
             *b.grid(x.shape), b.pack(x), b.pack(mask), shift_mean, unbiased, eps, b.pack(moments),
-            b.pack(out), b.threads(),
+            b.pack(out), where(x),
         )  # fmt: skip
         return out
 
@@ -178,7 +179,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         extension.group_advantages(
             rewards.numel(), b.pack(rewards), b.pack(greedy_rewards), b.pack(order),
             b.pack(sorted_ids), group_size, _BASELINES[baseline], _SCALES[scale], eps,
-            b.pack(work), b.pack(out),
+            b.pack(work), b.pack(out), where(rewards),
         )  # fmt: skip
         return out
 

@@ -4,6 +4,7 @@ The only file that calls data_ptr(). Every tensor goes through `pack` or `pack_r
 what a raw address cannot express (lazy negation) and refuse what must not reach native code.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .._layout import as_grid, as_rows, grid, grid_strides, materialized, rows_strides
 
-__all__ = ["as_grid", "as_rows", "empty", "grid", "materialized", "pack", "pack_rows", "threads"]
+__all__ = ["as_grid", "as_rows", "empty", "grid", "materialized", "pack", "pack_rows", "place"]
 
 # csrc/abi.h: DType
 DTYPE_CODES = {
@@ -30,9 +31,41 @@ BAD_INDPTR, INDEX_OUT_OF_RANGE, INDEX_REPEATED = 5, 6, 7
 Packed = tuple[int, int, int, int] | None
 
 
-def threads() -> int:
-    """Threads that torch would use; passed to every kernel."""
+# csrc/bind/tensor.h: Exec
+Exec = int | tuple[int, int, int, Tensor | None]
+
+
+def is_gpu(extension: ModuleType) -> bool:
+    """Whether an extension runs on a GPU, where kernels poison bad data instead of reporting it."""
+    return hasattr(extension, "architectures")
+
+
+def _threads(like: Tensor, op: str | None = None, *sizes: int) -> Exec:
     return torch.get_num_threads()
+
+
+def place(extension: ModuleType) -> Callable[..., Exec]:
+    """How an extension is told where to run: `where(like, op=None, *sizes)`.
+
+    The result is the last argument of every native function. For the CPU it is the number of
+    threads that torch would use. For CUDA it is the device of `like`, its current stream and, with
+    the name of an operation, as many bytes of scratch as `<op>_scratch(*sizes)` asks for. They come
+    from torch's allocator and live as long as the result: keep it until the call returns.
+    """
+    if not is_gpu(extension):
+        return _threads
+
+    def where(like: Tensor, op: str | None = None, *sizes: int) -> Exec:
+        size = getattr(extension, f"{op}_scratch")(*sizes) if op is not None else 0
+        scratch = torch.empty(size, dtype=torch.uint8, device=like.device) if size else None
+        address = scratch.data_ptr() if size else 0
+        device = like.device.index
+        # Only the emulated extension of the tests is called with CPU tensors.
+        if device is None:
+            return 0, 0, address, scratch
+        return device, torch._C._cuda_getCurrentRawStream(device), address, scratch
+
+    return where
 
 
 def pack(t: Tensor | None) -> Packed:

@@ -14,6 +14,7 @@ _ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, bound to an extension module."""
+    where = b.place(extension)
 
     def kl_divergence(
         logits: Tensor, ref_logits: Tensor, temperature: float, reverse: bool
@@ -25,7 +26,8 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             logits, ref_logits = b.as_rows(logits), b.as_rows(ref_logits)
             extension.kl_divergence(
                 *b.grid(shape), vocab, b.pack_rows(logits), b.pack_rows(ref_logits), temperature,
-                reverse, b.pack(kl), b.pack(stats), b.threads(),
+                reverse, b.pack(kl), b.pack(stats),
+                where(logits, "kl_divergence", kl.numel(), vocab, logits.element_size()),
             )  # fmt: skip
         return kl, stats
 
@@ -44,7 +46,8 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             grad = b.as_grid(grad, torch.float32)
             extension.kl_divergence_backward(
                 *b.grid(shape), vocab, b.pack_rows(logits), b.pack_rows(ref_logits), temperature,
-                reverse, b.pack(stats), b.pack(grad), b.pack_rows(out), b.threads(),
+                reverse, b.pack(stats), b.pack(grad), b.pack_rows(out),
+                where(logits, "kl_divergence_backward", shape.numel()),
             )  # fmt: skip
 
     def kl_divergence_backward(logits: Tensor, *args: object) -> Tensor:
@@ -62,7 +65,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             logprobs, ref_logprobs = b.as_grid(logprobs), b.as_grid(ref_logprobs)
             extension.kl_penalty(
                 *b.grid(out.shape), b.pack(logprobs), b.pack(ref_logprobs),
-                _ESTIMATORS[estimator.removesuffix("+")], b.pack(out), b.threads(),
+                _ESTIMATORS[estimator.removesuffix("+")], b.pack(out), where(logprobs),
             )  # fmt: skip
         return out
 
@@ -76,7 +79,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             extension.kl_penalty_backward(
                 *b.grid(out.shape), b.pack(logprobs), b.pack(ref_logprobs),
                 _ESTIMATORS[estimator.removesuffix("+")], estimator.endswith("+"), b.pack(grad),
-                b.pack(out), b.threads(),
+                b.pack(out), where(logprobs),
             )  # fmt: skip
         return out
 

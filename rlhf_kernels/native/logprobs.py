@@ -6,7 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, _config
 from . import boundary as b
 
 
@@ -22,6 +22,13 @@ def _raise(
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, bound to an extension module."""
+    where, gpu = b.place(extension), b.is_gpu(extension)
+
+    def check(labels: Tensor, temperatures: Tensor | None, vocab: int, ignore_index: int) -> None:
+        # The CPU kernels look themselves.
+        if gpu and _config.CHECK:
+            _checks.labels_in_range("token_logprobs", labels, vocab, ignore_index)
+            _checks.temperatures_positive("token_logprobs", temperatures, labels != ignore_index)
 
     def token_logprobs(
         logits: Tensor,
@@ -40,10 +47,12 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             return logprobs, entropies, stats
         logits, labels = b.as_rows(logits), b.as_grid(labels)
         temperatures = b.as_grid(temperatures, torch.float32)
+        check(labels, temperatures, vocab, ignore_index)
         status = extension.token_logprobs(
             *b.grid(shape), vocab, b.pack_rows(logits), b.pack(labels), b.pack(temperatures),
             temperature, softcap, ignore_index, b.pack(logprobs),
-            b.pack(entropies) if entropy else None, b.pack(stats), b.threads(),
+            b.pack(entropies) if entropy else None, b.pack(stats),
+            where(logits, "token_logprobs", labels.numel(), vocab, logits.element_size()),
         )  # fmt: skip
         _raise(status, labels, temperatures, vocab)
         return logprobs, entropies, stats
@@ -65,12 +74,14 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         shape, vocab = labels.shape, logits.shape[-1]
         logits, labels = b.as_rows(logits), b.as_grid(labels)
         temperatures = b.as_grid(temperatures, torch.float32)
+        check(labels, temperatures, vocab, ignore_index)
         grad_logprobs = b.as_grid(grad_logprobs, torch.float32)
         grad_entropy = b.as_grid(grad_entropy, torch.float32)
         status = extension.token_logprobs_backward(
             *b.grid(shape), vocab, b.pack_rows(logits), b.pack(labels), b.pack(temperatures),
             temperature, softcap, ignore_index, b.pack(stats), b.pack(grad_logprobs),
-            b.pack(grad_entropy), b.pack_rows(out), b.threads(),
+            b.pack(grad_entropy), b.pack_rows(out),
+            where(logits, "token_logprobs_backward", labels.numel()),
         )  # fmt: skip
         _raise(status, labels, temperatures, vocab)
 

@@ -68,6 +68,7 @@ def _spread(advantages: Tensor, logprobs: Tensor) -> b.Packed:
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, bound to an extension module."""
+    where = b.place(extension)
 
     def policy_loss(
         logprobs: Tensor,
@@ -104,7 +105,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             *tokens, b.pack(mask), b.pack(logprobs), b.pack(old), _spread(advantages, logprobs),
             b.pack(ref), b.pack(rollout), b.pack(entropy), divisor, codes, params, b.pack(loss),
             b.pack(metrics), b.pack(gradient) if grad else None,
-            b.pack(bonus) if entropy_grad else None, b.threads(),
+            b.pack(bonus) if entropy_grad else None, where(logprobs),
         )  # fmt: skip
         raise_status(op, status, cu_seqlens, logprobs.numel())
         return loss, metrics, gradient, bonus, scale

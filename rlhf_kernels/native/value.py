@@ -14,6 +14,7 @@ _METRICS = 6
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, bound to an extension module."""
+    where = b.place(extension)
 
     def value_loss(
         values: Tensor,
@@ -40,7 +41,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         status = extension.value_loss(
             *tokens, b.pack(mask), b.pack(values), b.pack(old), b.pack(returns), divisor,
             aggregation, clip_range, b.pack(loss), b.pack(metrics),
-            b.pack(gradient) if grad else None, b.threads(),
+            b.pack(gradient) if grad else None, where(values),
         )  # fmt: skip
         policy.raise_status(op, status, cu_seqlens, values.numel())
         return loss, metrics, gradient, scale

@@ -1,0 +1,26 @@
+// The CUDA kernels' host functions. No CUDA type here: the module is compiled without nvcc.
+//
+// Each enqueues its work on the stream of `exec` and returns; it throws std::runtime_error if the
+// device refuses. The <name>_scratch functions say how many bytes of scratch it needs.
+#pragma once
+#include "../abi.h"
+
+namespace rk::cuda {
+
+int64_t token_logprobs_scratch(int64_t tokens, int64_t vocab, int64_t element_size);
+int64_t token_logprobs_backward_scratch(int64_t tokens);
+Status token_logprobs(const LogprobsArgs& a);
+Status token_logprobs_backward(const LogprobsBackwardArgs& a);
+
+int64_t kl_divergence_scratch(int64_t tokens, int64_t vocab, int64_t element_size);
+int64_t kl_divergence_backward_scratch(int64_t tokens);
+Status kl_divergence(const KlArgs& a);
+Status kl_divergence_backward(const KlBackwardArgs& a);
+Status kl_penalty(const KlPenaltyArgs& a);
+Status kl_penalty_backward(const KlPenaltyArgs& a);
+
+// CUDA versions as 1000 * major + 10 * minor; the driver's is 0 where there is none.
+int32_t driver_version();
+int32_t runtime_version();
+
+}  // namespace rk::cuda

@@ -1,0 +1,289 @@
+// token_logprobs: log-probability and entropy of rows of logits, and their gradient.
+#include "rows.cuh"
+
+namespace rk::cuda {
+namespace {
+
+// 16-byte loads a thread has in flight. The gradient keeps more in registers and reduces nothing.
+constexpr int kSlots = 8;
+constexpr int kBackwardSlots = 4;
+
+// What the backward needs of each row; zeros where it takes no gradient.
+struct Coefficients {
+  float m, rate;   // rate is 1 / T
+  float a0, a1;    // dz = e (a0 + a1 (z - m)): the entropy's part is linear in log p
+  float at_label;  // gradient at the label itself
+};
+
+template <class Args>
+__device__ __forceinline__ double row_temperature(const Args& a, int64_t row) {
+  if (!a.temperatures.data) return a.temperature;
+  return static_cast<const float*>(a.temperatures.data)[token_at(a.temperatures, row, a.cols)];
+}
+
+template <class E, class Args>
+__device__ __forceinline__ const typename E::Storage* row_logits(const Args& a, int64_t row) {
+  return static_cast<const typename E::Storage*>(a.logits.data) + token_at(a.logits, row, a.cols);
+}
+
+template <class Args>
+__device__ __forceinline__ int64_t row_label(const Args& a, int64_t row) {
+  return load_integer(a.labels, token_at(a.labels, row, a.cols));
+}
+
+// (m, s, t) of one tile of one row. partials: [rows * cols, tiles, 3].
+template <class E, bool kSoftcap, bool kEntropy>
+__global__ void __launch_bounds__(kRowThreads)
+    partial_kernel(const LogprobsArgs a, uint32_t tiles, bool aligned, float* partials) {
+  constexpr int kColumns = tile_columns(kSlots, sizeof(typename E::Storage));
+  __shared__ float shared[3][kRowThreads / kWarp];
+  const Tile tile = this_tile(tiles, a.vocab, kColumns);
+  if (row_label(a, tile.row) == a.ignore_index) return;
+  const float minus_inf = -__builtin_inff();
+  Pack<E> slots[kSlots];
+  load_tile<E, kRowThreads>(row_logits<E>(a, tile.row) + tile.first, tile.count, aligned, minus_inf,
+                            slots);
+  const float rate = 1.0f / static_cast<float>(row_temperature(a, tile.row));
+  const float cap = static_cast<float>(a.softcap);
+  const auto logit = [&](int k, int w) {
+    const float x = slots[k].get(w);
+    if constexpr (!kSoftcap) return x;
+    // The cap of -inf is finite: what lies beyond the row must stay out by its position.
+    const bool inside = slot_column<E, kRowThreads>(k) + w < tile.count;
+    return inside ? cap * tanh_parts(x / cap).value : minus_inf;
+  };
+  float m = minus_inf;
+#pragma unroll
+  for (int k = 0; k < kSlots; ++k)
+#pragma unroll
+    for (int w = 0; w < kWidth<E>; ++w) m = max_nan(m, logit(k, w));
+  m = block_reduce<kRowThreads>(m, MaxNan{}, shared[0]);
+  float s = 0.0f, t = 0.0f;
+  // Nothing but -inf adds nothing. A NaN is in m and so in every sum.
+  if (m != minus_inf) {
+    const float lowest = kLowest / rate, rate2 = rate * kLog2e;
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k) {
+#pragma unroll
+      for (int w = 0; w < kWidth<E>; ++w) {
+        // Clamped: 0 times the distance of -inf would be NaN.
+        const float d = max_nan(lowest, logit(k, w) - m);
+        const float e = exp2_fast(d * rate2);
+        s += e;
+        if constexpr (kEntropy) t = fmaf(e, d, t);
+      }
+    }
+    s = warp_reduce(s, Sum{});
+    if constexpr (kEntropy) t = warp_reduce(t, Sum{}) * rate;
+  }
+  if (threadIdx.x % kWarp == 0) {
+    shared[1][threadIdx.x / kWarp] = s;
+    shared[2][threadIdx.x / kWarp] = t;
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int w = 1; w < kRowThreads / kWarp; ++w) {
+    s += shared[1][w];
+    t += shared[2][w];
+  }
+  float* out = partials + 3 * static_cast<int64_t>(blockIdx.x);
+  out[0] = m, out[1] = s, out[2] = t;
+}
+
+// (m, s, t) of a row from those of its tiles, by a warp: 32 tiles at a time, groups in order.
+__device__ __forceinline__ Sums<double> combine_tiles(const float* partials, int64_t tiles,
+                                                      float rate) {
+  const float minus_inf = -__builtin_inff();
+  Sums<double> r{minus_inf, 0.0, 0.0};
+  const auto moved = [&](double s, double t, float shift) {
+    // Tiles of -inf have a sum of 0 and no distance to anything. Logits masked with the lowest
+    // float may be at distance -inf, under a weight of 0.
+    const float distance = s == 0.0 ? 0.0f : shift * rate;
+    const double weight = exp2_fast(distance * kLog2e);
+    return Sums<double>{0.0f, weight * s, weight == 0.0 ? 0.0 : weight * (t + s * distance)};
+  };
+  for (int64_t start = 0; start < tiles; start += kWarp) {
+    const int64_t tile = start + threadIdx.x % kWarp;
+    const bool inside = tile < tiles;
+    const float m = inside ? partials[3 * tile] : minus_inf;
+    const float top = max_nan(r.m, warp_reduce(m, MaxNan{}));
+    const float base = top == minus_inf ? 0.0f : top;
+    const Sums<double> now = moved(inside ? partials[3 * tile + 1] : 0.0,
+                                   inside ? partials[3 * tile + 2] : 0.0, m - base);
+    const Sums<double> before = moved(r.s, r.t, r.m - base);
+    r = {top, before.s + warp_reduce(now.s, Sum{}), before.t + warp_reduce(now.t, Sum{})};
+  }
+  return r;
+}
+
+// Log-probability, entropy and statistics of a row; a warp to a row.
+template <class E>
+__global__ void __launch_bounds__(kCombineThreads)
+    combine_kernel(const LogprobsArgs a, uint32_t tiles, const float* partials) {
+  const int64_t row =
+      static_cast<int64_t>(blockIdx.x) * (kCombineThreads / kWarp) + threadIdx.x / kWarp;
+  if (row >= a.rows * a.cols) return;
+  const int64_t label = row_label(a, row);
+  float m = 0.0f, s = 1.0f, logprob = 0.0f, entropy = 0.0f;
+  if (label != a.ignore_index) {
+    const double temperature = row_temperature(a, row), rate = 1.0 / temperature;
+    const Sums<double> r =
+        combine_tiles(partials + row * tiles * 3, tiles, static_cast<float>(rate));
+    const bool known = label >= 0 && label < a.vocab;
+    float z = known ? E::get(row_logits<E>(a, row)[label]) : 0.0f;
+    if (a.softcap > 0.0) {
+      const float cap = static_cast<float>(a.softcap);
+      z = cap * tanh_parts(z / cap).value;
+    }
+    // A label outside the vocabulary, a bad temperature and a row of -inf poison the row.
+    const bool good = known && temperature > 0.0 && temperature < kHuge && r.m != -__builtin_inff();
+    const float poison = good ? 0.0f : __builtin_nanf("");
+    m = r.m;
+    s = static_cast<float>(r.s) + poison;
+    logprob = static_cast<float>(logprob_from_stats(z, r.m, r.s, rate)) + poison;
+    entropy = static_cast<float>(log(r.s) - r.t / r.s) + poison;
+  }
+  if (threadIdx.x % kWarp != 0) return;
+  static_cast<float*>(a.logprobs.data)[row] = logprob;
+  if (a.entropy.data) static_cast<float*>(a.entropy.data)[row] = entropy;
+  float* stats = a.stats + 3 * row;
+  stats[0] = m, stats[1] = s, stats[2] = entropy;
+}
+
+// A kernel of its own: fp64 once per row, and the label's logit is read before the gradient may
+// overwrite it.
+template <class E>
+__global__ void __launch_bounds__(kCombineThreads)
+    coefficients_kernel(const LogprobsBackwardArgs a, Coefficients* out) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kCombineThreads + threadIdx.x;
+  if (row >= a.rows * a.cols) return;
+  const auto upstream = [&](const Tensor& g) {
+    return g.data ? static_cast<const float*>(g.data)[token_at(g, row, a.cols)] : 0.0f;
+  };
+  const float g = upstream(a.grad_logprobs), h = upstream(a.grad_entropy);
+  const int64_t label = row_label(a, row);
+  Coefficients c{0.0f, 1.0f, 0.0f, 0.0f, 0.0f};
+  if (label != a.ignore_index && (g != 0.0f || h != 0.0f)) {
+    const float* stats = a.stats + 3 * row;
+    const double rate = 1.0 / row_temperature(a, row), s = stats[1], entropy = stats[2];
+    const bool known = label >= 0 && label < a.vocab;
+    float z = known ? E::get(row_logits<E>(a, row)[label]) : 0.0f;
+    double slope = 1.0;
+    if (a.softcap > 0.0) {
+      const float cap = static_cast<float>(a.softcap);
+      const TanhParts p = tanh_parts(z / cap);
+      z = cap * p.value;
+      slope = p.slope;
+    }
+    const double logprob = logprob_from_stats(z, stats[0], s, rate);
+    c.m = stats[0];
+    c.rate = static_cast<float>(rate);
+    c.a0 = static_cast<float>((-g - h * (entropy - log(s))) / s * rate);
+    c.a1 = static_cast<float>(-h * rate / s * rate);
+    c.at_label = static_cast<float>(label_gradient(logprob, entropy, g, h, rate) * slope);
+  }
+  out[row] = c;
+}
+
+// One tile of dz = p (-g - h (log p + H)) / T, plus g / T at the label.
+template <class E, bool kSoftcap, bool kEntropy>
+__global__ void __launch_bounds__(kRowThreads)
+    backward_kernel(const LogprobsBackwardArgs a, uint32_t tiles, bool aligned,
+                    const Coefficients* coefficients) {
+  using S = typename E::Storage;
+  constexpr int kColumns = tile_columns(kBackwardSlots, sizeof(S));
+  const Tile tile = this_tile(tiles, a.vocab, kColumns);
+  const Coefficients c = coefficients[tile.row];
+  S* out =
+      static_cast<S*>(a.grad_logits.data) + token_at(a.grad_logits, tile.row, a.cols) + tile.first;
+  if (c.a0 == 0.0f && c.a1 == 0.0f) {
+    const Pack<E> zero{};
+#pragma unroll
+    for (int k = 0; k < kBackwardSlots; ++k)
+      store_slot<E>(out, slot_column<E, kRowThreads>(k), tile.count, aligned, zero);
+    return;
+  }
+  Pack<E> slots[kBackwardSlots];
+  load_tile<E, kRowThreads>(row_logits<E>(a, tile.row) + tile.first, tile.count, aligned, 0.0f,
+                            slots);
+  const float cap = static_cast<float>(a.softcap);
+  const float lowest = kLowest / c.rate, rate2 = c.rate * kLog2e;
+  // The label's column in this tile, or one that is in none.
+  const int64_t from_first = row_label(a, tile.row) - tile.first;
+  const int label = from_first >= 0 && from_first < tile.count ? static_cast<int>(from_first) : -1;
+#pragma unroll
+  for (int k = 0; k < kBackwardSlots; ++k) {
+    const int column = slot_column<E, kRowThreads>(k);
+#pragma unroll
+    for (int w = 0; w < kWidth<E>; ++w) {
+      float z = slots[k].get(w), slope = 1.0f;
+      if constexpr (kSoftcap) {
+        const TanhParts p = tanh_parts(z / cap);
+        z = cap * p.value;
+        slope = p.slope;
+      }
+      const float d = z - c.m;
+      const float e = exp2_fast(d * rate2);
+      float dz = kEntropy ? e * fmaf(c.a1, d, c.a0) : e * c.a0;
+      if constexpr (kSoftcap) dz *= slope;
+      // Exactly zero, also at -inf, where e d would be NaN.
+      dz = d < lowest ? 0.0f : dz;
+      slots[k].set(w, E::put(column + w == label ? c.at_label : dz));
+    }
+    store_slot<E>(out, column, tile.count, aligned, slots[k]);
+  }
+}
+
+}  // namespace
+
+int64_t token_logprobs_scratch(int64_t tokens, int64_t vocab, int64_t element_size) {
+  return tokens * ceil_div(vocab, tile_columns(kSlots, element_size)) * 3 * sizeof(float);
+}
+
+int64_t token_logprobs_backward_scratch(int64_t tokens) { return tokens * sizeof(Coefficients); }
+
+Status token_logprobs(const LogprobsArgs& a) {
+  const OnDevice guard(a.exec);
+  const int64_t tokens = a.rows * a.cols;
+  float* partials = static_cast<float*>(a.exec.scratch);
+  const int64_t tiles = ceil_div(a.vocab, tile_columns(kSlots, element_size(a.logits.dtype)));
+  const bool aligned = rows_aligned(a.logits, a.rows, a.cols);
+  for_dtype(a.logits.dtype, [&](auto element) {
+    using E = decltype(element);
+    for_flag(a.softcap > 0.0, [&](auto softcap) {
+      for_flag(a.entropy.data != nullptr, [&](auto entropy) {
+        RK_ENQUEUE(a.exec, tokens * tiles, kRowThreads,
+                   (partial_kernel<E, softcap.value, entropy.value>), a,
+                   static_cast<uint32_t>(tiles), aligned, partials);
+      });
+    });
+    RK_ENQUEUE(a.exec, ceil_div(tokens, kCombineThreads / kWarp), kCombineThreads,
+               combine_kernel<E>, a, static_cast<uint32_t>(tiles), partials);
+  });
+  return {};
+}
+
+Status token_logprobs_backward(const LogprobsBackwardArgs& a) {
+  const OnDevice guard(a.exec);
+  const int64_t tokens = a.rows * a.cols;
+  auto* coefficients = static_cast<Coefficients*>(a.exec.scratch);
+  const int64_t tiles =
+      ceil_div(a.vocab, tile_columns(kBackwardSlots, element_size(a.logits.dtype)));
+  const bool aligned =
+      rows_aligned(a.logits, a.rows, a.cols) && rows_aligned(a.grad_logits, a.rows, a.cols);
+  for_dtype(a.logits.dtype, [&](auto element) {
+    using E = decltype(element);
+    RK_ENQUEUE(a.exec, ceil_div(tokens, kCombineThreads), kCombineThreads, coefficients_kernel<E>,
+               a, coefficients);
+    for_flag(a.softcap > 0.0, [&](auto softcap) {
+      for_flag(a.grad_entropy.data != nullptr, [&](auto entropy) {
+        RK_ENQUEUE(a.exec, tokens * tiles, kRowThreads,
+                   (backward_kernel<E, softcap.value, entropy.value>), a,
+                   static_cast<uint32_t>(tiles), aligned, coefficients);
+      });
+    });
+  });
+  return {};
+}
+
+}  // namespace rk::cuda

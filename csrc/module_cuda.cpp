@@ -1,0 +1,58 @@
+// The extension `_cuda`: integers in, status out. Importing it needs no driver and starts nothing.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "bind/kl.h"
+#include "bind/logprobs.h"
+#include "cuda/kernels.h"
+
+namespace rk {
+namespace {
+
+struct Kernels {
+  decltype(&cuda::token_logprobs) token_logprobs = cuda::token_logprobs;
+  decltype(&cuda::token_logprobs_backward) token_logprobs_backward = cuda::token_logprobs_backward;
+  decltype(&cuda::kl_divergence) kl_divergence = cuda::kl_divergence;
+  decltype(&cuda::kl_divergence_backward) kl_divergence_backward = cuda::kl_divergence_backward;
+  decltype(&cuda::kl_penalty) kl_penalty = cuda::kl_penalty;
+  decltype(&cuda::kl_penalty_backward) kl_penalty_backward = cuda::kl_penalty_backward;
+};
+
+// "sm_90 compute_90": code for a device, and PTX that later ones translate.
+std::vector<std::string> architectures() {
+  std::istringstream words(RK_CUDA_ARCHITECTURES);
+  std::vector<std::string> found;
+  for (std::string word; words >> word;) found.push_back(word);
+  return found;
+}
+
+}  // namespace
+}  // namespace rk
+
+PYBIND11_MODULE(_cuda, m) {
+  using namespace rk;
+  m.doc() =
+      "CUDA kernels of rlhf_kernels. Takes raw pointers: call it through rlhf_kernels.native.";
+  m.attr("architectures") = architectures();
+  m.def("driver_version", &cuda::driver_version, "1000 * major + 10 * minor; 0 without a driver.");
+  m.def("runtime_version", &cuda::runtime_version, "The CUDA version that this is built with.");
+#ifdef RK_EMULATED
+  m.attr("emulated") = true;
+#else
+  m.attr("emulated") = false;
+#endif
+  // Modules of rlhf_kernels.native whose launchers this extension serves.
+  m.attr("operations") = std::vector<std::string>{"logprobs", "kl"};
+
+  const auto table = [] { return Kernels{}; };
+  bind_logprobs(m, table);
+  m.def("token_logprobs_scratch", &cuda::token_logprobs_scratch);
+  m.def("token_logprobs_backward_scratch", &cuda::token_logprobs_backward_scratch);
+  bind_kl(m, table);
+  m.def("kl_divergence_scratch", &cuda::kl_divergence_scratch);
+  m.def("kl_divergence_backward_scratch", &cuda::kl_divergence_backward_scratch);
+}
