@@ -33,7 +33,14 @@ std::vector<std::string> architectures() {
 }  // namespace
 }  // namespace rk
 
-PYBIND11_MODULE(_cuda, m) {
+// The tests build the kernels for an emulator, which may be loaded beside the extension itself.
+#ifdef RK_EMULATED
+#define RK_MODULE _cuda_emulated
+#else
+#define RK_MODULE _cuda
+#endif
+
+PYBIND11_MODULE(RK_MODULE, m) {
   using namespace rk;
   m.doc() =
       "CUDA kernels of rlhf_kernels. Takes raw pointers: call it through rlhf_kernels.native.";

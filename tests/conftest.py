@@ -4,6 +4,7 @@
 `backend`, and those marked `gpu`. The others are about the CPU.
 """
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -22,6 +23,10 @@ except ImportError:
     from no_hypothesis import settings
 
 
+# Test files named after the operations whose kernels they test.
+_OPERATIONS = {"logprobs", "kl", "advantages", "policy", "value"}
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--device", help="run the operation tests on tensors of this device, and those marked gpu"
@@ -35,7 +40,7 @@ def _device(config):
 def _backends(device):
     """Backends that the tests of operations run on. The CUDA extension counts where it is built."""
     if device.type == "cpu":
-        return "reference", "cpu", "triton"
+        return "reference", "cpu", "cuda", "triton"
     from rlhf_kernels import native
 
     cuda = device.type == "cuda" and native.unavailable_reason("cuda") is None
@@ -82,7 +87,16 @@ def backend(request):
     """Each backend of the device in turn, forced. A missing one is a failure, not a skip."""
     import rlhf_kernels as rk
 
-    with rk.use_backend(request.param):
+    with contextlib.ExitStack() as stack:
+        if request.param == "cuda" and _device(request.config).type == "cpu":
+            import emulated_cuda
+
+            extension = stack.enter_context(emulated_cuda.installed())
+            operation = request.module.__name__.removeprefix("test_")
+            needed = {operation} if operation in _OPERATIONS else _OPERATIONS
+            if missing := needed - set(extension.operations):
+                pytest.skip(f"the CUDA backend has no kernels yet for {', '.join(sorted(missing))}")
+        stack.enter_context(rk.use_backend(request.param))
         yield request.param
 
 

@@ -1,6 +1,6 @@
 """Bad data and odd layouts for every operation that a GPU kernel must survive.
 
-`python tests/gpu_faults.py --device cuda` runs them all: what compute-sanitizer watches, since a
+`python tests/gpu_faults.py --device cuda --backend triton` runs them all: what compute-sanitizer watches, since a
 wrong read need not show in any result. test_gpu.py holds that each fault poisons and raises.
 """
 
@@ -144,18 +144,22 @@ def _layout(value: Any, index: int) -> Any:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
-    device = torch.device(parser.parse_args().device)
-    with _backends.use_backend("triton"):
-        for fault in FAULTS:
+    parser.add_argument("--backend", default="triton", choices=("cuda", "triton"))
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    with _backends.use_backend(options.backend):
+        has = _backends._launchers(options.backend)
+        faults = [f for f in FAULTS if f.operation in has]
+        for fault in faults:
             outputs = [t.sum() for t in tensors(fault.call(device)) if t.requires_grad]
             if outputs:
                 torch.stack(outputs).sum().backward()
-        calls = list(examples(device))
+        calls = [(n, c) for n, c in examples(device) if n.split()[0] in has]
         for _, call in calls:
             call()
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-    print(f"{len(FAULTS)} faults, {len(calls)} layouts")
+    print(f"{len(faults)} faults, {len(calls)} layouts")
     return 0
 
 

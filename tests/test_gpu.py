@@ -1,6 +1,7 @@
 """What only a GPU can show, for every operation with kernels; `make gpu-check` runs this.
 
-Also on `--device cpu`, under Triton's interpreter and with fewer repeats, where that can show it.
+On both backends, CUDA and Triton. Also on `--device cpu`, under Triton's interpreter and the CUDA
+emulator and with fewer repeats, where that can show it.
 No default device is set here: a kernel that forgets to name one would fail.
 """
 
@@ -22,14 +23,38 @@ from rlhf_kernels.testing import (
 pytestmark = pytest.mark.gpu
 
 KERNELS = [f for f in _warmup.EXAMPLES if f.__name__ in triton.launchers()]
+ALL = {f.__name__ for f in KERNELS}
 each_kernel = pytest.mark.parametrize("function", KERNELS, ids=lambda f: f.__name__)
 
 
-@pytest.fixture(autouse=True)
-def _explicit_devices_and_backend():
+@pytest.fixture(autouse=True, params=("cuda", "triton"))
+def kernels(request, device):
+    """The backend, forced."""
+    name = request.param
     torch.set_default_device(None)
-    with rk.use_backend("triton"):
-        yield
+    with contextlib.ExitStack() as stack:
+        if name == "cuda" and device.type == "cpu":
+            import emulated_cuda
+
+            stack.enter_context(emulated_cuda.installed())
+        elif name == "cuda" and (reason := native.unavailable_reason("cuda")) is not None:
+            pytest.skip(f"backend cuda: {reason}")
+        arguments = getattr(request.node, "callspec", None)
+        for argument in arguments.params.values() if arguments else ():
+            operation = getattr(argument, "operation", getattr(argument, "__name__", argument))
+            if operation in ALL and operation not in _backends._launchers(name):
+                pytest.skip(f"backend {name} has no kernels yet for {operation}")
+        stack.enter_context(rk.use_backend(name))
+        yield name
+
+
+@pytest.fixture
+def compiling(kernels, device):
+    """For what is about compilation at run time."""
+    if kernels != "triton":
+        pytest.skip("compiled when it was built")
+    if device.type == "cpu":
+        pytest.skip("the interpreter compiles nothing")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,15 +150,17 @@ def compilations():
         runtime.jit_post_compile_hook = before
 
 
-def test_every_operation_has_kernels(device):
+def test_every_operation_has_kernels(device, kernels):
     if native.unavailable_reason("cpu") is not None:
         pytest.skip("the CPU extension, which lists the operations, is not built")
     assert set(triton.launchers()) >= set(native.launchers("cpu"))
     if device.type != "cpu":
-        assert rk.available_backends(device)[0] == "triton" and not triton.interpreted()
+        # The first that is there and has the operation.
+        assert kernels in rk.available_backends(device) and not triton.interpreted()
+        cuda = native.launchers("cuda")
         with rk.use_backend("auto"):
             for name in triton.launchers():
-                assert _backends.select(name, device) == "triton"
+                assert _backends.select(name, device) == ("cuda" if name in cuda else "triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -286,9 +313,7 @@ def test_bad_data_poisons_or_raises(device, fault, monkeypatch):
 
 
 @each_kernel
-def test_nothing_is_compiled_per_length(device, function):
-    if device.type == "cpu":
-        pytest.skip("the interpreter compiles nothing")
+def test_nothing_is_compiled_per_length(compiling, device, function):
     # Aligned and not: the two variants that a vocabulary may have.
     for rows, size in ((2, 64), (3, 65)):
         run(function, example(function, device, rows=rows, size=size))
@@ -298,9 +323,7 @@ def test_nothing_is_compiled_per_length(device, function):
     assert compiled == []
 
 
-def test_compilations_are_counted(device):
-    if device.type == "cpu":
-        pytest.skip("the interpreter compiles nothing")
+def test_compilations_are_counted(compiling, device):
     # A combination that no other test here uses.
     logits, labels = torch.zeros(2, 64, dtype=torch.float16), torch.ones(2, dtype=torch.int32)
     with compilations() as compiled:
@@ -308,9 +331,7 @@ def test_compilations_are_counted(device):
     assert compiled
 
 
-def test_warmup_compiles_what_is_called(device):
-    if device.type == "cpu":
-        pytest.skip("the interpreter compiles nothing")
+def test_warmup_compiles_what_is_called(compiling, device):
     rk.warmup(device)
     with compilations() as compiled:
         for function in KERNELS:
@@ -469,12 +490,12 @@ STEPS = {
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda s: s.__name__)
-def test_compiles_once_for_all_lengths(device, step):
+def test_compiles_once_for_all_lengths(device, kernels, step):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     kinds, leaf, needed = STEPS[step]
-    if not needed <= set(triton.launchers()):
-        pytest.skip(f"no kernels yet for {', '.join(sorted(needed - set(triton.launchers())))}")
+    if missing := needed - set(_backends._launchers(kernels)):
+        pytest.skip(f"no kernels yet for {', '.join(sorted(missing))}")
     torch._dynamo.reset()
     # Inductor's C++ would take a minute here, and would show nothing about our kernels.
     counter = CompileCounterWithBackend("aot_eager" if device.type == "cpu" else "inductor")

@@ -320,7 +320,7 @@ def test_label_out_of_range(backend, bad, monkeypatch):
     logits, labels = problem(7, 40, torch.float32)
     clean = run(rk.token_logprobs, logits, labels, torch.ones(2, 7))
     labels[3] = bad
-    if backend == "triton":
+    if backend in ("cuda", "triton"):
         # A GPU kernel cannot raise: it poisons the row, and only that, unless told to look first.
         poisoned = run(rk.token_logprobs, logits, labels, torch.ones(2, 7))
         keep = [0, 1, 2, 4, 5, 6]
@@ -338,7 +338,7 @@ def test_bad_temperature(backend, bad, monkeypatch):
     with pytest.raises(ValueError, match="temperature"):
         rk.token_logprobs(logits, labels, temperature=bad)
     per_token = torch.tensor([1.0, 1.0, bad, 1.0])
-    if backend == "triton":
+    if backend in ("cuda", "triton"):
         logprobs = rk.token_logprobs(logits, labels, temperature=per_token).logprobs
         assert logprobs.isnan().tolist() == [False, False, True, False]
         monkeypatch.setattr(_config, "CHECK", True)

@@ -154,8 +154,8 @@ def test_grpo_loss(backend, loss_type, level):
     # Estimates with and without bias correction take turns with the five modes.
     modes = list(enumerate(MODES))
     turn = LOSSES.index(loss_type)
-    if backend == "triton":
-        # Seconds a call in its interpreter: one mode of each, all of them among the losses.
+    if backend in ("cuda", "triton"):
+        # Seconds a call in an interpreter: one mode of each, all of them among the losses.
         modes = [modes[turn % len(modes)]]
     for i, mode in modes:
         batch = make_batch(per_sequence=turn % 2 == 0)

@@ -154,7 +154,7 @@ def test_actor_loss(backend, loss_mode):
         if loss_mode == "sapo" and loss_agg_mode != "seq-mean-token-mean":
             terms = {}
         # Seconds a call in Triton's interpreter.
-        for distributed in (i % 2 == 0,) if backend == "triton" else (False, True):
+        for distributed in (i % 2 == 0,) if backend in ("cuda", "triton") else (False, True):
             if loss_mode == "sapo" and not distributed and "norm" in loss_agg_mode:
                 continue
             batch = make_batch(seed=i)

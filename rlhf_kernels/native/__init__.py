@@ -49,21 +49,22 @@ def _cuda_reason(module: ModuleType) -> str | None:
     return None
 
 
-def _has(extension: ModuleType, op: ModuleType) -> bool:
-    # Without a list, an extension has all operations.
-    operations = getattr(extension, "operations", None)
-    return operations is None or op.__name__.rpartition(".")[2] in operations
+def table(extension: ModuleType) -> dict[str, Callable[..., object]]:
+    """Launchers of the operations that an extension has, by operator name."""
+    # Without a list, it has all.
+    has = getattr(extension, "operations", None)
+    return {
+        name: launcher
+        for op in _OPS
+        if has is None or op.__name__.rpartition(".")[2] in has
+        for name, launcher in op.launchers(extension).items()
+    }
 
 
 _MODULES = {backend: _load(backend) for backend in _NAMES}
 # Filled at import, not on first use: torch.compile cannot trace an import.
 _LAUNCHERS: dict[str, dict[str, Callable[..., object]]] = {
-    backend: {
-        name: launcher
-        for op in _OPS
-        if extension is not None and reason is None and _has(extension, op)
-        for name, launcher in op.launchers(extension).items()
-    }
+    backend: table(extension) if extension is not None and reason is None else {}
     for backend, (extension, reason) in _MODULES.items()
 }
 

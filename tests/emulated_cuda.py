@@ -1,0 +1,104 @@
+"""Builds csrc/cuda for the CPU with the headers of tests/cuda_emulator, and loads it.
+
+No CUDA is needed. The object files are cached by the contents of what they are made from.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+
+from rlhf_kernels import native
+
+ROOT = Path(__file__).parent.parent
+EMULATOR = Path(__file__).parent / "cuda_emulator"
+
+# nvcc contracts too. _FORTIFY_SOURCE refuses to jump between stacks.
+FLAGS = [
+    *("-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-march=native"),
+    *("-ffp-contract=fast", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas", "-DRK_EMULATED"),
+    '-DRK_CUDA_ARCHITECTURES="emulated"',
+]
+
+
+def _sources() -> list[Path]:
+    return [ROOT / "csrc" / "module_cuda.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+
+
+def _digest() -> str:
+    read = hashlib.sha256(" ".join(FLAGS).encode())
+    folders = (ROOT / "csrc", EMULATOR)
+    for file in sorted(f for folder in folders for f in folder.rglob("*") if f.is_file()):
+        if "cpu" not in file.parts:
+            read.update(file.name.encode() + file.read_bytes())
+    # -march=native: another machine may share the folder.
+    read.update(Path("/proc/cpuinfo").read_bytes() if Path("/proc/cpuinfo").exists() else b"")
+    return read.hexdigest()[:16]
+
+
+def build() -> Path:
+    """The extension's file, compiled if need be; one process at a time."""
+    cache = ROOT / "build" / "cuda-emulator"
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        digest = _digest()
+        target = cache / digest / f"_cuda_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+        if target.exists():
+            return target
+        for old in cache.iterdir():
+            if old.is_dir():
+                shutil.rmtree(old)
+        target.parent.mkdir()
+        compiler = [*(os.environ.get("CXX") or "g++").split(), *FLAGS, f"-I{EMULATOR}"]
+        compiler += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+
+        def compile_one(source: Path) -> str:
+            out = str(target.parent / f"{source.stem}.o")
+            _run(*compiler, "-x", "c++", "-c", str(source), "-o", out)
+            return out
+
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            objects = list(pool.map(compile_one, _sources()))
+        _run(*compiler, "-shared", *objects, "-o", f"{target}.new")
+        os.replace(f"{target}.new", target)
+        return target
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+@functools.cache
+def load() -> ModuleType:
+    """The emulated extension."""
+    spec = importlib.util.spec_from_file_location("_cuda_emulated", build())
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def installed() -> Iterator[ModuleType]:
+    """The emulated extension in the place of the real one, which may be missing."""
+    before = native._MODULES["cuda"], native._LAUNCHERS["cuda"]
+    extension = load()
+    native._MODULES["cuda"] = extension, None
+    native._LAUNCHERS["cuda"] = native.table(extension)
+    try:
+        yield extension
+    finally:
+        native._MODULES["cuda"], native._LAUNCHERS["cuda"] = before
