@@ -1,7 +1,8 @@
 """Bad data and odd layouts for every operation that a GPU kernel must survive.
 
-`python tests/gpu_faults.py --device cuda --backend triton` runs them all: what compute-sanitizer watches, since a
-wrong read need not show in any result. test_gpu.py holds that each fault poisons and raises.
+`python tests/gpu_faults.py --device cuda --backend triton` runs them all: what compute-sanitizer
+watches, since a wrong read need not show in any result. test_gpu.py holds that each fault poisons
+and raises.
 """
 
 import argparse
