@@ -45,6 +45,7 @@ OPTIONAL_FLAGS = ["-Wno-maybe-uninitialized"]
 CUDA_ARCHS = (80, 86, 89, 90, 100, 120)
 # Contraction is wanted here, and fast-math is not, as above. GCC checks the host part.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+NVCC_FLAGS += ["-Xfatbin=-compress-all"]
 
 X86_PROBE = """
 #ifndef __x86_64__

@@ -128,6 +128,7 @@ def test_architectures(setup_module, tmp_path, monkeypatch):
             archs(nvcc)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_a_failure_of_nvcc_leaves_the_cpu_extension(tmp_path):
     (tmp_path / "bin").mkdir()
