@@ -91,7 +91,7 @@ def test_environment_forces_the_backend():
     [
         (
             "RLHF_KERNELS_BACKEND",
-            "RLHF_KERNELS_BACKEND: expected one of auto, reference, cpu, triton, got",
+            "RLHF_KERNELS_BACKEND: expected one of auto, reference, cpu, cuda, triton, got",
         ),
         ("RLHF_KERNELS_CPU_ISA", "RLHF_KERNELS_CPU_ISA: expected one of baseline"),
     ],
