@@ -98,7 +98,7 @@ struct SupportArgs {
   int64_t ignore_index;
   Tensor logprobs, entropy;
   float *stats, *kept;
-  int32_t threads;
+  Exec exec;
 };
 
 // Its gradient in the kept logits, `dz` fp32 [entries], and, where given, spread into
@@ -113,7 +113,7 @@ struct SupportBackwardArgs {
   Tensor grad_logprobs, grad_entropy;
   float* dz;
   Tensor grad_logits;
-  int32_t threads;
+  Exec exec;
 };
 
 // From `dz` to the head's operands; a null gradient is not wanted. Entries with a gradient of zero
@@ -131,7 +131,7 @@ struct SupportHeadArgs {
   float* grad_bias;
   int64_t* starts;
   SupportUse* uses;
-  int32_t threads;
+  Exec exec;
 };
 
 // kl_divergence over the whole vocabulary. `stats` is fp32 [rows, cols, 5], contiguous: m and s of
@@ -199,26 +199,38 @@ struct LossTokens {
 
 // policy_loss with its gradient. A tensor with a value per sequence has stride1 = 0. `divisor` 0
 // means the count that the aggregation implies. `metrics` are those of reference/policy.py METRICS.
+// On a GPU the divisor may be read from `normalizer`, and the gradients, fp32 and contiguous, are
+// yet to be multiplied by `scale`, which is 1 / divisor; on the CPU both are null.
 constexpr int kPolicyMetrics = 18;
 struct PolicyArgs {
   LossTokens tokens;
   Tensor logprobs, old_logprobs, advantages, ref_logprobs, rollout_logprobs, entropy;
   double divisor;
+  Tensor normalizer;
   PolicyConfig config;
-  float *loss, *metrics;
+  float *loss, *metrics, *scale;
   Tensor grad_logprobs, grad_entropy;
   Exec exec;
 };
 
-// value_loss with its gradient. `clip_range` 0 means none. Metrics of reference/value.py METRICS.
+// first and second (may be null), fp32 [count], times scale and upstream; GPU alone.
+struct LossBackwardArgs {
+  int64_t count;
+  const float *first, *second, *scale;
+  Tensor upstream, first_out, second_out;
+  Exec exec;
+};
+
+// value_loss with its gradient, as of policy_loss. `clip_range` 0 means none. Metrics of reference/value.py METRICS.
 constexpr int kValueMetrics = 6;
 struct ValueArgs {
   LossTokens tokens;
   Tensor values, old_values, returns;
   double divisor;
+  Tensor normalizer;
   int32_t aggregation;
   float clip_range;
-  float *loss, *metrics;
+  float *loss, *metrics, *scale;
   Tensor grad_values;
   Exec exec;
 };

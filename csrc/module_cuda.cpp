@@ -8,6 +8,8 @@
 
 #include "bind/kl.h"
 #include "bind/logprobs.h"
+#include "bind/policy.h"
+#include "bind/value.h"
 #include "cuda/kernels.h"
 
 namespace rk {
@@ -20,6 +22,9 @@ struct Kernels {
   decltype(&cuda::kl_divergence_backward) kl_divergence_backward = cuda::kl_divergence_backward;
   decltype(&cuda::kl_penalty) kl_penalty = cuda::kl_penalty;
   decltype(&cuda::kl_penalty_backward) kl_penalty_backward = cuda::kl_penalty_backward;
+  decltype(&cuda::policy_loss) policy_loss = cuda::policy_loss;
+  decltype(&cuda::loss_backward) loss_backward = cuda::loss_backward;
+  decltype(&cuda::value_loss) value_loss = cuda::value_loss;
 };
 
 // "sm_90 compute_90": code for a device, and PTX that later ones translate.
@@ -53,7 +58,7 @@ PYBIND11_MODULE(RK_MODULE, m) {
   m.attr("emulated") = false;
 #endif
   // Modules of rlhf_kernels.native whose launchers this extension serves.
-  m.attr("operations") = std::vector<std::string>{"logprobs", "kl"};
+  m.attr("operations") = std::vector<std::string>{"logprobs", "kl", "policy", "value"};
 
   const auto table = [] { return Kernels{}; };
   bind_logprobs(m, table);
@@ -62,4 +67,9 @@ PYBIND11_MODULE(RK_MODULE, m) {
   bind_kl(m, table);
   m.def("kl_divergence_scratch", &cuda::kl_divergence_scratch);
   m.def("kl_divergence_backward_scratch", &cuda::kl_divergence_backward_scratch);
+  bind_policy(m, table);
+  bind_loss_backward(m, table);
+  m.def("policy_loss_scratch", &cuda::policy_loss_scratch);
+  bind_value(m, table);
+  m.def("value_loss_scratch", &cuda::value_loss_scratch);
 }

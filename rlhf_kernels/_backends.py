@@ -16,14 +16,23 @@ REFERENCE = "reference"
 # Preference per device type. Every device ends with the reference, which torch runs anywhere.
 _ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 
+# Losses of these hand out gradients that are yet to be multiplied by a scale: on a GPU a token's
+# gradient is written before the last one is counted.
+GPU = ("cuda", "triton")
+
 _Launcher = Callable[..., object]
+
+
+def table(rows: dict[str, _Launcher], empty: _head.Empty) -> dict[str, _Launcher]:
+    """All launchers of a backend, by name, from those of its own kernels."""
+    return {**rows, **_head_launchers.launchers(rows, empty), **_shard.launchers(rows, empty)}
+
+
 # Filled at import, not on first use: torch.compile cannot trace what fills them.
 _TABLES: dict[str, dict[str, _Launcher]] = {
-    backend: {**rows, **_head_launchers.launchers(rows, empty), **_shard.launchers(rows, empty)}
-    for backend, rows, empty in (
-        ("cpu", native.launchers("cpu"), native.empty("cpu")),
-        ("triton", triton.launchers(), _head.plain_empty),
-    )
+    "cpu": table(native.launchers("cpu"), native.empty("cpu")),
+    "cuda": table(native.launchers("cuda"), _head.plain_empty),
+    "triton": table(triton.launchers(), _head.plain_empty),
 }
 _forced: str = _config.BACKEND
 _warned: set[str] = set()

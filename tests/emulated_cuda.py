@@ -19,7 +19,7 @@ from types import ModuleType
 
 import pybind11
 
-from rlhf_kernels import native
+from rlhf_kernels import _backends, _head, native
 
 ROOT = Path(__file__).parent.parent
 EMULATOR = Path(__file__).parent / "cuda_emulator"
@@ -94,11 +94,18 @@ def load() -> ModuleType:
 @contextlib.contextmanager
 def installed() -> Iterator[ModuleType]:
     """The emulated extension in the place of the real one, which may be missing."""
-    before = native._MODULES["cuda"], native._LAUNCHERS["cuda"]
-    extension = load()
-    native._MODULES["cuda"] = extension, None
-    native._LAUNCHERS["cuda"] = native.table(extension)
+    tables = native._MODULES, native._LAUNCHERS, _backends._TABLES
+    before = [t["cuda"] for t in tables]
+    native._MODULES["cuda"] = load(), None
+    refresh()
     try:
-        yield extension
+        yield load()
     finally:
-        native._MODULES["cuda"], native._LAUNCHERS["cuda"] = before
+        for t, entry in zip(tables, before, strict=True):
+            t["cuda"] = entry
+
+
+def refresh() -> None:
+    """Makes the launchers anew, from functions of the extension that a test has replaced."""
+    native._LAUNCHERS["cuda"] = native.table(load())
+    _backends._TABLES["cuda"] = _backends.table(native._LAUNCHERS["cuda"], _head.plain_empty)

@@ -1,5 +1,6 @@
 """Ranks for tests of a sharded vocabulary: real processes over gloo that run what they are sent."""
 
+import contextlib
 import io
 import multiprocessing
 from typing import Any
@@ -79,7 +80,13 @@ def call(
         # Not inductor: what it compiles is not in question here.
         function = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
     may_look = (lambda _: False) if blind else _checks.may_look
+    emulated = contextlib.nullcontext()
+    if backend == "cuda" and all(t.device.type == "cpu" for t in leaves.values()):
+        import emulated_cuda
+
+        emulated = emulated_cuda.installed()
     with (
+        emulated,
         rk.use_backend(backend),
         mock.patch.object(_checks, "may_look", may_look),
         mock.patch.object(_config, "CHECK", checked),

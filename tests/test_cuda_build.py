@@ -209,7 +209,7 @@ def test_scratch_and_streams_of_the_caller(monkeypatch):
         monkeypatch.setattr(
             extension, "token_logprobs", lambda *a: seen.append(a[-1]) or real(*a), raising=True
         )
-        native._LAUNCHERS["cuda"] = native.table(extension)
+        emulated_cuda.refresh()
         rk.token_logprobs(torch.randn(3, 40_000), torch.zeros(3, dtype=torch.long))
         [(device, stream, address, scratch)] = seen
         assert (device, stream) == (0, 0) and address == scratch.data_ptr()

@@ -20,9 +20,10 @@ void bind_policy(pybind11::module_& m, Table table) {
   m.def("policy_loss",
         [table](int64_t sequences, int64_t cols, Tensor offsets, Tensor mask, Tensor logprobs,
                 Tensor old_logprobs, Tensor advantages, Tensor ref_logprobs,
-                Tensor rollout_logprobs, Tensor entropy, double divisor,
+                Tensor rollout_logprobs, Tensor entropy, double divisor, Tensor normalizer,
                 const pybind11::sequence& codes, const pybind11::sequence& params, Tensor loss,
-                Tensor metrics, Tensor grad_logprobs, Tensor grad_entropy, Exec exec) {
+                Tensor metrics, Tensor scale, Tensor grad_logprobs, Tensor grad_entropy,
+                Exec exec) {
           const PolicyArgs args{{sequences, cols, offsets, mask},
                                 logprobs,
                                 old_logprobs,
@@ -31,14 +32,27 @@ void bind_policy(pybind11::module_& m, Table table) {
                                 rollout_logprobs,
                                 entropy,
                                 divisor,
+                                normalizer,
                                 policy_config(codes, params),
                                 static_cast<float*>(loss.data),
                                 static_cast<float*>(metrics.data),
+                                static_cast<float*>(scale.data),
                                 grad_logprobs,
                                 grad_entropy,
                                 exec};
           return without_gil([&] { return table().policy_loss(args); });
         });
+}
+
+template <class Table>
+void bind_loss_backward(pybind11::module_& m, Table table) {
+  const auto fp32 = [](const Tensor& t) { return static_cast<const float*>(t.data); };
+  m.def("loss_backward", [=](int64_t count, Tensor first, Tensor second, Tensor scale,
+                             Tensor upstream, Tensor first_out, Tensor second_out, Exec exec) {
+    const LossBackwardArgs args{count,    fp32(first), fp32(second), fp32(scale),
+                                upstream, first_out,   second_out,   exec};
+    return without_gil([&] { return table().loss_backward(args); });
+  });
 }
 
 }  // namespace rk

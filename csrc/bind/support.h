@@ -11,12 +11,12 @@ void bind_support(pybind11::module_& m, Table table) {
         [=](int64_t rows, int64_t cols, int64_t vocab, int64_t width, Tensor logits, Tensor weight,
             Tensor bias, Tensor labels, Tensor temperatures, int64_t entries, Tensor indptr,
             Tensor indices, double temperature, double softcap, int64_t ignore_index,
-            Tensor logprobs, Tensor entropy, Tensor stats, Tensor kept, int32_t threads) {
+            Tensor logprobs, Tensor entropy, Tensor stats, Tensor kept, Exec exec) {
           const SupportArgs args{
               rows,        cols,       vocab,        width,        logits,
               weight,      bias,       labels,       temperatures, {entries, indptr, indices},
               temperature, softcap,    ignore_index, logprobs,     entropy,
-              fp32(stats), fp32(kept), threads};
+              fp32(stats), fp32(kept), exec};
           return without_gil([&] { return table().support_logprobs(args); });
         });
   m.def("support_backward", [=](int64_t rows, int64_t cols, int64_t vocab, Tensor labels,
@@ -24,17 +24,17 @@ void bind_support(pybind11::module_& m, Table table) {
                                 double temperature, double softcap, int64_t ignore_index,
                                 Tensor stats, Tensor kept, Tensor grad_logprobs,
                                 Tensor grad_entropy, Tensor dz, Tensor grad_logits,
-                                int32_t threads) {
+                                Exec exec) {
     const SupportBackwardArgs args{
         rows,         cols,     vocab,        labels,      temperatures, {entries, indptr, indices},
         temperature,  softcap,  ignore_index, fp32(stats), fp32(kept),   grad_logprobs,
-        grad_entropy, fp32(dz), grad_logits,  threads};
+        grad_entropy, fp32(dz), grad_logits,  exec};
     return without_gil([&] { return table().support_backward(args); });
   });
   m.def("support_head_backward",
         [=](int64_t rows, int64_t cols, int64_t vocab, int64_t width, Tensor hidden, Tensor weight,
             int64_t entries, Tensor indptr, Tensor indices, Tensor dz, Tensor grad_hidden,
-            Tensor grad_weight, Tensor grad_bias, Tensor starts, Tensor uses, int32_t threads) {
+            Tensor grad_weight, Tensor grad_bias, Tensor starts, Tensor uses, Exec exec) {
           const SupportHeadArgs args{rows,
                                      cols,
                                      vocab,
@@ -48,7 +48,7 @@ void bind_support(pybind11::module_& m, Table table) {
                                      fp32(grad_bias),
                                      static_cast<int64_t*>(starts.data),
                                      static_cast<SupportUse*>(uses.data),
-                                     threads};
+                                     exec};
           return without_gil([&] { return table().support_head_backward(args); });
         });
 }

@@ -8,17 +8,20 @@ template <class Table>
 void bind_value(pybind11::module_& m, Table table) {
   m.def("value_loss",
         [table](int64_t sequences, int64_t cols, Tensor offsets, Tensor mask, Tensor values,
-                Tensor old_values, Tensor returns, double divisor, int32_t aggregation,
-                double clip_range, Tensor loss, Tensor metrics, Tensor grad_values, Exec exec) {
+                Tensor old_values, Tensor returns, double divisor, Tensor normalizer,
+                int32_t aggregation, double clip_range, Tensor loss, Tensor metrics, Tensor scale,
+                Tensor grad_values, Exec exec) {
           const ValueArgs args{{sequences, cols, offsets, mask},
                                values,
                                old_values,
                                returns,
                                divisor,
+                               normalizer,
                                aggregation,
                                static_cast<float>(clip_range),
                                static_cast<float*>(loss.data),
                                static_cast<float*>(metrics.data),
+                               static_cast<float*>(scale.data),
                                grad_values,
                                exec};
           return without_gil([&] { return table().value_loss(args); });

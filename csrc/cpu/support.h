@@ -223,7 +223,7 @@ Status support_logprobs(const SupportArgs& a) {
   if (status.code != kOk) return status;
   const auto row =
       pick<SupportForward, SupportArgs>(a.logits.dtype, a.softcap > 0.0, a.entropy.data != nullptr);
-  parallel_for(a.rows * a.cols, a.threads, [&](int64_t r) { row(a, r); });
+  parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) { row(a, r); });
   return {};
 }
 
@@ -235,7 +235,7 @@ Status support_backward(const SupportBackwardArgs& a) {
                       a.rows * a.cols * a.vocab * dtype_size(a.grad_logits.dtype));
   const auto row = pick<SupportBackward, SupportBackwardArgs>(a.grad_logits.dtype, a.softcap > 0.0,
                                                               a.grad_entropy.data != nullptr);
-  parallel_for(a.rows * a.cols, a.threads, [&](int64_t r) { row(a, r); });
+  parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) { row(a, r); });
   return {};
 }
 
@@ -348,14 +348,14 @@ Status support_head_backward(const SupportHeadArgs& a) {
   const auto each = [&](auto element) {
     using E = decltype(element);
     if (a.grad_hidden.data)
-      parallel_for(a.rows * a.cols, a.threads, [&](int64_t n) { hidden_gradient<E>(a, n); });
+      parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t n) { hidden_gradient<E>(a, n); });
     if (!a.grad_weight.data && !a.grad_bias) return;
     sort_uses(a);
     if (a.grad_weight.data)
       advise_huge_pages(a.grad_weight.data, a.vocab * a.width * dtype_size(a.grad_weight.dtype));
     // Most rows of the weight are touched by no token and cost only their zeros.
     constexpr int64_t kWords = 16;
-    parallel_for((a.vocab + kWords - 1) / kWords, a.threads, [&](int64_t chunk) {
+    parallel_for((a.vocab + kWords - 1) / kWords, a.exec.threads, [&](int64_t chunk) {
       const int64_t end = (chunk + 1) * kWords < a.vocab ? (chunk + 1) * kWords : a.vocab;
       for (int64_t v = chunk * kWords; v < end; ++v) weight_gradient<E>(a, v);
     });

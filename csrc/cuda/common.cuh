@@ -69,9 +69,11 @@ inline unsigned grid_size(int64_t blocks) {
   return static_cast<unsigned>(blocks);
 }
 
-// RK_ENQUEUE(exec, blocks, threads, kernel)(arguments): on the call's stream, errors thrown.
+// RK_ENQUEUE(exec, blocks, threads, kernel, arguments): on the call's stream, errors thrown. A
+// shard of the vocabulary may be empty: then there are no blocks.
 #define RK_ENQUEUE(exec, blocks, threads, kernel, ...)                \
   do {                                                                \
+    if ((blocks) == 0) break;                                         \
     RK_LAUNCH(kernel, ::rk::cuda::grid_size(blocks), threads,         \
               static_cast<cudaStream_t>((exec).stream), __VA_ARGS__); \
     ::rk::cuda::check(cudaGetLastError());                            \

@@ -19,6 +19,13 @@ Status kl_divergence_backward(const KlBackwardArgs& a);
 Status kl_penalty(const KlPenaltyArgs& a);
 Status kl_penalty_backward(const KlPenaltyArgs& a);
 
+int64_t policy_loss_scratch(int64_t sequences, int64_t cols, bool packed);
+Status policy_loss(const PolicyArgs& a);
+Status loss_backward(const LossBackwardArgs& a);
+
+int64_t value_loss_scratch(int64_t sequences, int64_t cols, bool packed);
+Status value_loss(const ValueArgs& a);
+
 // CUDA versions as 1000 * major + 10 * minor; the driver's is 0 where there is none.
 int32_t driver_version();
 int32_t runtime_version();

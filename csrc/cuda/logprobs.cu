@@ -136,11 +136,16 @@ __global__ void __launch_bounds__(kCombineThreads)
       z = cap * tanh_parts(z / cap).value;
     }
     // A label outside the vocabulary, a bad temperature and a row of -inf poison the row.
-    const bool good = known && temperature > 0.0 && temperature < kHuge && r.m != -__builtin_inff();
+    const bool good = (known || label == kLabelElsewhere) && temperature > 0.0 &&
+                      temperature < kHuge && r.m != -__builtin_inff();
     const float poison = good ? 0.0f : __builtin_nanf("");
     m = r.m;
     s = static_cast<float>(r.s) + poison;
-    logprob = static_cast<float>(logprob_from_stats(z, r.m, r.s, rate)) + poison;
+    // A shard of the vocabulary that has not the label; its sums are as of any row.
+    if (known)
+      logprob = static_cast<float>(logprob_from_stats(z, r.m, r.s, rate)) + poison;
+    else
+      logprob = __builtin_nanf("");
     entropy = static_cast<float>(log(r.s) - r.t / r.s) + poison;
   }
   if (threadIdx.x % kWarp != 0) return;
@@ -209,8 +214,9 @@ __global__ void __launch_bounds__(kRowThreads)
   const float cap = static_cast<float>(a.softcap);
   const float lowest = kLowest / c.rate, rate2 = c.rate * kLog2e;
   // The label's column in this tile, or one that is in none.
-  const int64_t from_first = row_label(a, tile.row) - tile.first;
-  const int label = from_first >= 0 && from_first < tile.count ? static_cast<int>(from_first) : -1;
+  const int64_t y = row_label(a, tile.row);
+  const bool here = y >= tile.first && y < tile.first + tile.count;
+  const int label = here ? static_cast<int>(y - tile.first) : -1;
 #pragma unroll
   for (int k = 0; k < kBackwardSlots; ++k) {
     const int column = slot_column<E, kRowThreads>(k);

@@ -9,6 +9,9 @@ from torch import Tensor
 from .. import _checks, _config
 from . import boundary as b
 
+# csrc/abi.h: kLabelElsewhere
+_ELSEWHERE = -(2**63)
+
 
 def _raise(
     status: tuple[int, int], labels: Tensor, temperatures: Tensor | None, vocab: int
@@ -27,8 +30,12 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     def check(labels: Tensor, temperatures: Tensor | None, vocab: int, ignore_index: int) -> None:
         # The CPU kernels look themselves.
         if gpu and _config.CHECK:
-            _checks.labels_in_range("token_logprobs", labels, vocab, ignore_index)
-            _checks.temperatures_positive("token_logprobs", temperatures, labels != ignore_index)
+            keep = labels != ignore_index
+            # Another shard's label was found good there.
+            here = keep & (labels.long() != _ELSEWHERE)
+            own = torch.where(here, labels, ignore_index)
+            _checks.labels_in_range("token_logprobs", own, vocab, ignore_index)
+            _checks.temperatures_positive("token_logprobs", temperatures, keep)
 
     def token_logprobs(
         logits: Tensor,

@@ -6,7 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, _config
 from . import boundary as b
 
 # csrc/abi.h: kPolicyMetrics
@@ -31,17 +31,38 @@ def divisor_value(op: str, normalizer: Tensor | None, divisor: float) -> float:
     return normalizer.item()
 
 
-def outputs(like: Tensor, metrics: int, grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, metrics and the gradient of `like` (empty if not wanted)."""
+def divisor_on(
+    op: str, like: Tensor, normalizer: Tensor | None, divisor: float, gpu: bool
+) -> tuple[float, Tensor | None]:
+    """The number, or the tensor on the GPU, which is not waited for."""
+    if not gpu or normalizer is None or normalizer.device != like.device:
+        return divisor_value(op, normalizer, divisor), None
+    if _config.CHECK:
+        _checks.divisor_positive(op, normalizer)
+    floating = normalizer.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    return 0.0, b.materialized(normalizer if floating else normalizer.double())
+
+
+def outputs(like: Tensor, metrics: int, gpu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, metrics and the scale of the gradients: empty on the CPU, where they are complete."""
     loss = torch.empty((), dtype=torch.float32, device=like.device)
-    values = torch.empty(metrics, dtype=torch.float32, device=like.device)
-    shape = like.shape if grad else (0,)
-    return loss, values, torch.empty(shape, dtype=like.dtype, device=like.device)
+    return loss, loss.new_empty(metrics), loss.new_empty(() if gpu else 0)
 
 
-def sequences(op: str, like: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, b.Packed] | None:
-    """(sequences, cols, offsets) of csrc/abi.h: LossTokens; None where there is no token."""
-    if like.numel() == 0:
+def gradient(like: Tensor, wanted: bool, gpu: bool) -> Tensor:
+    """Memory for the gradient of `like`; empty if not wanted."""
+    dtype = torch.float32 if gpu else like.dtype
+    return torch.empty(like.shape if wanted else (0,), dtype=dtype, device=like.device)
+
+
+def sequences(
+    op: str, like: Tensor, cu_seqlens: Tensor | None, gpu: bool
+) -> tuple[int, int, b.Packed] | None:
+    """(sequences, cols, offsets) of csrc/abi.h: LossTokens; None where nothing is to be done."""
+    if gpu:
+        if _config.CHECK:
+            _checks.offsets_valid(op, cu_seqlens, like.shape[0])
+    elif like.numel() == 0:
         _checks.offsets_valid(op, cu_seqlens, 0)
         return None
     if cu_seqlens is None:
@@ -68,7 +89,7 @@ def _spread(advantages: Tensor, logprobs: Tensor) -> b.Packed:
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, bound to an extension module."""
-    where = b.place(extension)
+    where, gpu = b.place(extension), b.is_gpu(extension)
 
     def policy_loss(
         logprobs: Tensor,
@@ -87,27 +108,45 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         entropy_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         op = "policy_loss"
-        loss, metrics, gradient = outputs(logprobs, _METRICS, grad)
-        shape = entropy.shape if entropy_grad else (0,)
-        bonus = torch.empty(
-            shape, dtype=(entropy if entropy_grad else logprobs).dtype, device=logprobs.device
-        )
-        # The gradients are complete.
-        scale = loss.new_empty(0)
-        divisor = divisor_value(op, normalizer, divisor)
-        tokens = sequences(op, logprobs, cu_seqlens)
+        loss, metrics, scale = outputs(logprobs, _METRICS, gpu)
+        policy_grad = gradient(logprobs, grad, gpu)
+        bonus = gradient(entropy if entropy_grad else logprobs, entropy_grad, gpu)
+        divisor, normalizer = divisor_on(op, logprobs, normalizer, divisor, gpu)
+        tokens = sequences(op, logprobs, cu_seqlens, gpu)
         if tokens is None:
-            return loss.zero_(), metrics.zero_(), gradient, bonus, scale
+            return loss.zero_(), metrics.zero_(), policy_grad, bonus, scale
         mask, logprobs, old = mask_grid(mask), b.as_grid(logprobs), b.as_grid(old)
         advantages, ref = b.as_grid(advantages), b.as_grid(ref)
         rollout, entropy = b.as_grid(rollout), b.as_grid(entropy)
         status = extension.policy_loss(
             *tokens, b.pack(mask), b.pack(logprobs), b.pack(old), _spread(advantages, logprobs),
-            b.pack(ref), b.pack(rollout), b.pack(entropy), divisor, codes, params, b.pack(loss),
-            b.pack(metrics), b.pack(gradient) if grad else None,
-            b.pack(bonus) if entropy_grad else None, where(logprobs),
+            b.pack(ref), b.pack(rollout), b.pack(entropy), divisor, b.pack(normalizer),
+            codes, params, b.pack(loss), b.pack(metrics), b.pack(scale) if gpu else None,
+            b.pack(policy_grad) if grad else None, b.pack(bonus) if entropy_grad else None,
+            where(logprobs, op, *tokens[:2], cu_seqlens is not None),
         )  # fmt: skip
         raise_status(op, status, cu_seqlens, logprobs.numel())
-        return loss, metrics, gradient, bonus, scale
+        return loss, metrics, policy_grad, bonus, scale
 
-    return {"policy_loss": policy_loss}
+    def loss_backward(
+        first: Tensor,
+        second: Tensor | None,
+        scale: Tensor,
+        upstream: Tensor,
+        first_dtype: torch.dtype,
+        second_dtype: torch.dtype,
+    ) -> list[Tensor]:
+        outs = [torch.empty_like(first, dtype=first_dtype)]
+        if second is not None:
+            outs.append(torch.empty_like(second, dtype=second_dtype))
+        if first.numel() > 0:
+            upstream = b.materialized(upstream)
+            extension.loss_backward(
+                first.numel(), b.pack(first), b.pack(second), b.pack(scale), b.pack(upstream),
+                b.pack(outs[0]), b.pack(outs[1]) if second is not None else None, where(first),
+            )  # fmt: skip
+        return outs
+
+    table = {"policy_loss": policy_loss}
+    # The gradients of the CPU are complete.
+    return {**table, "loss_backward": loss_backward} if gpu else table

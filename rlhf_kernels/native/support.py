@@ -12,6 +12,7 @@ from . import boundary as b
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, bound to an extension module."""
+    where = b.place(extension)
 
     def check(
         op: str,
@@ -68,7 +69,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             None if weight is None else b.pack_rows(weight), b.pack(bias), b.pack(labels),
             b.pack(temperatures), indices.shape[0], b.pack(indptr), b.pack(indices), temperature,
             softcap, ignore_index, b.pack(logprobs), b.pack(entropies) if entropy else None,
-            b.pack(stats), b.pack(kept), b.threads(),
+            b.pack(stats), b.pack(kept), where(rows),
         )  # fmt: skip
         check(op, status, labels, temperatures, indptr, indices, vocab)
         return logprobs, entropies, stats, kept
@@ -102,7 +103,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             *b.grid(shape), vocab, b.pack(labels), b.pack(temperatures), indices.shape[0],
             b.pack(indptr), b.pack(indices), temperature, softcap, ignore_index, b.pack(stats),
             b.pack(kept), b.pack(grad_logprobs), b.pack(grad_entropy), b.pack(dz),
-            None if out is None else b.pack_rows(out), b.threads(),
+            None if out is None else b.pack_rows(out), where(kept),
         )  # fmt: skip
         check(op, status, labels, temperatures, indptr, indices, vocab)
         return dz
@@ -145,7 +146,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             b.pack_rows(weight), indices.shape[0], b.pack(indptr),
             b.pack(indices), b.pack(dz), b.pack_rows(grad_hidden) if needs[0] else None,
             b.pack_rows(grad_weight) if needs[1] else None, b.pack(grad_bias) if needs[2] else None,
-            b.pack(starts), b.pack(uses), b.threads(),
+            b.pack(starts), b.pack(uses), where(dz),
         )  # fmt: skip
         return grad_hidden, grad_weight, grad_bias.to(bias_dtype)
 

@@ -14,7 +14,7 @@ _METRICS = 6
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, bound to an extension module."""
-    where = b.place(extension)
+    where, gpu = b.place(extension), b.is_gpu(extension)
 
     def value_loss(
         values: Tensor,
@@ -29,19 +29,19 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         op = "value_loss"
-        loss, metrics, gradient = policy.outputs(values, _METRICS, grad)
-        # The gradient is complete.
-        scale = loss.new_empty(0)
-        divisor = policy.divisor_value(op, normalizer, divisor)
-        tokens = policy.sequences(op, values, cu_seqlens)
+        loss, metrics, scale = policy.outputs(values, _METRICS, gpu)
+        gradient = policy.gradient(values, grad, gpu)
+        divisor, normalizer = policy.divisor_on(op, values, normalizer, divisor, gpu)
+        tokens = policy.sequences(op, values, cu_seqlens, gpu)
         if tokens is None:
             return loss.zero_(), metrics.zero_(), gradient, scale
         mask, values = policy.mask_grid(mask), b.as_grid(values)
         old, returns = b.as_grid(old), b.as_grid(returns)
         status = extension.value_loss(
             *tokens, b.pack(mask), b.pack(values), b.pack(old), b.pack(returns), divisor,
-            aggregation, clip_range, b.pack(loss), b.pack(metrics),
-            b.pack(gradient) if grad else None, where(values),
+            b.pack(normalizer), aggregation, clip_range, b.pack(loss), b.pack(metrics),
+            b.pack(scale) if gpu else None, b.pack(gradient) if grad else None,
+            where(values, op, *tokens[:2], cu_seqlens is not None),
         )  # fmt: skip
         policy.raise_status(op, status, cu_seqlens, values.numel())
         return loss, metrics, gradient, scale

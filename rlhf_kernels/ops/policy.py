@@ -14,13 +14,13 @@ from ..reference.policy import METRICS
 
 def gradient_fake(like: Tensor, wanted: bool, backend: str) -> Tensor:
     """The gradient of `like` as an operator with a `scale` returns it; empty if not wanted."""
-    dtype = torch.float32 if backend == "triton" else like.dtype
+    dtype = torch.float32 if backend in _backends.GPU else like.dtype
     return like.new_empty(like.shape if wanted else (0,), dtype=dtype)
 
 
 def scale_fake(like: Tensor, backend: str) -> Tensor:
     """What the gradients are yet to be multiplied by; empty where they are complete."""
-    return like.new_empty(() if backend == "triton" else (0,), dtype=torch.float32)
+    return like.new_empty(() if backend in _backends.GPU else (0,), dtype=torch.float32)
 
 
 def _forward_fake(

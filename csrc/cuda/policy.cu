@@ -1,0 +1,271 @@
+// policy_loss: every token read once, for its terms, their gradient and the partial sums.
+//
+// The gradient comes without its common factor 1 / divisor, which is known only after the last
+// token: loss_backward multiplies by it as it multiplies by the upstream gradient. Launches:
+// statistics, where a sequence's sums are needed; policy, the sweep; pooled, which adds the slope of
+// a sequence's ratio to the gradient of its tokens; combine, of one block, which adds the partial
+// sums in order.
+#include "tokens.cuh"
+
+namespace rk::cuda {
+namespace {
+
+// Columns of the sums, in the order of the metrics.
+enum : int { kPg, kKl, kBonus, kLow, kHigh, kDual, kR, kRr, kX, kOldK3, kXRef, kRefK3, kEntropy, kW,
+             kCount, kSlope, kSums };
+// Rows of the scratch [kRows, slots]: statistics, sums, the extremes of the ratio, and which tile of
+// its sequence the slot is.
+constexpr int kFirst = kStatistics, kRMin = kFirst + kSums, kRMax = kRMin + 1,
+              kTileIndex = kRMax + 1, kRows = kTileIndex + 1;
+
+struct Smaller {
+  __device__ __forceinline__ float operator()(float a, float b) const { return a < b ? a : b; }
+};
+struct Larger {
+  __device__ __forceinline__ float operator()(float a, float b) const { return a > b ? a : b; }
+};
+
+template <int kObjective>
+__global__ void __launch_bounds__(kTokenThreads, 2)
+    policy_kernel(const PolicyArgs a, float* partials, int64_t slots) {
+  __shared__ float shared[kSums][kColumn], sums[kSums], extremes[2][kTokenThreads / kWarp];
+  const PolicyConfig& c = a.config;
+  const Tokens own(a.tokens, blockIdx.x);
+  const bool token_ratio = c.ratio_level == kTokenRatio;
+  float logprobs[kPerThread], olds[kPerThread], advantages[kPerThread], refs[kPerThread],
+      rollouts[kPerThread], entropies[kPerThread];
+  own.load(a.logprobs, logprobs);
+  own.load(a.old_logprobs, olds);
+  own.load(a.advantages, advantages);
+  if (a.ref_logprobs.data) own.load(a.ref_logprobs, refs);
+  if (a.rollout_logprobs.data) own.load(a.rollout_logprobs, rollouts);
+  if (a.entropy.data) own.load(a.entropy, entropies);
+
+  // What the sequence gives its tokens.
+  Ratio<float> sequence{1.0f, 0.0f, 0.0f, 0.0f};
+  float weight = 1.0f, sequence_w = 1.0f;
+  bool learns = true;
+  if (!token_ratio || c.aggregation == kSeqMeanTokenMean) {
+    const double share = sequence_share(partials, slots, own.tile);
+    if (c.aggregation == kSeqMeanTokenMean) weight = static_cast<float>(share);
+    if (!token_ratio) {
+      const float mean =
+          static_cast<float>(sequence_total(partials + kLogRatio * slots, own.tile) * share);
+      sequence = policy_ratio(mean, c);
+      learns = inside_clamp(mean, 1.0f, c) != 0.0f;
+    }
+  }
+  if (c.correction_level == kSequenceCorrection && a.rollout_logprobs.data)
+    sequence_w = correction_weight(
+        static_cast<float>(sequence_total(partials + kLogWeight * slots, own.tile)), c);
+
+  float s[kSums] = {};
+  float r_min = 3.0e38f, r_max = -3.0e38f;
+#pragma unroll
+  for (int j = 0; j < kPerThread; ++j) {
+    if (!own.has(j)) continue;
+    const int64_t place = own.place(a.tokens, j);
+    float g = 0.0f, h = 0.0f;
+    if (own.keeps(j)) {
+      const float logprob = logprobs[j], x = logprob - olds[j];
+      const Ratio<float> token = policy_ratio(x, c);
+      const Ratio<float> ratio = token_ratio ? token : sequence;
+      float w = 1.0f;
+      if (a.rollout_logprobs.data) {
+        w = c.correction_level == kSequenceCorrection ? sequence_w
+                                                      : correction_weight(olds[j] - rollouts[j], c);
+        s[kW] += w;
+        if (c.correction_level == kNoCorrection) w = 1.0f;
+      } else {
+        s[kW] += 1.0f;
+      }
+      PolicyTerm<float> t = policy_objective<kObjective>(ratio, logprob, advantages[j], w, c);
+      s[kPg] += t.loss;
+      s[kLow] += t.low;
+      s[kHigh] += t.high;
+      s[kDual] += t.dual;
+      if (a.ref_logprobs.data) {
+        const float d = logprob - refs[j];
+        KlTerm<float> k = policy_kl(d, c);
+        if (c.kl_importance_weighted) {
+          k.value *= ratio.r;
+          k.slope *= ratio.r;
+          t.ratio = fmaf(c.kl_coef, k.value, t.ratio);
+        }
+        s[kKl] += k.value;
+        t.direct = fmaf(c.kl_coef, k.slope, t.direct);
+        s[kXRef] += d;
+        s[kRefK3] += k.k3;
+      }
+      if (a.entropy.data) s[kEntropy] += entropies[j];
+      s[kR] += ratio.r;
+      s[kRr] = fmaf(ratio.r, ratio.r, s[kRr]);
+      s[kX] += x;
+      s[kOldK3] += token.em1mx;
+      s[kCount] += 1.0f;
+      r_min = Smaller{}(r_min, ratio.r);
+      r_max = Larger{}(r_max, ratio.r);
+      if (token_ratio) t.ratio = inside_clamp(x, t.ratio, c);
+      s[kSlope] += t.ratio;
+      g = t.direct;
+      if (token_ratio || (c.ratio_level != kSequenceRatio && learns)) g += t.ratio;
+      g *= weight;
+      h = -c.entropy_coef * weight;
+    }
+    if (a.grad_logprobs.data) static_cast<float*>(a.grad_logprobs.data)[place] = g;
+    if (a.grad_entropy.data) static_cast<float*>(a.grad_entropy.data)[place] = h;
+  }
+  s[kBonus] = s[kEntropy];
+  // Not the place to see a NaN, which these may step over: the sum of r is.
+  r_min = warp_reduce(r_min, Smaller{});
+  r_max = warp_reduce(r_max, Larger{});
+  if (threadIdx.x % kWarp == 0) {
+    extremes[0][threadIdx.x / kWarp] = r_min;
+    extremes[1][threadIdx.x / kWarp] = r_max;
+  }
+  column_sums(s, shared, sums);
+  float* out = partials + blockIdx.x;
+  if (threadIdx.x < kSums)
+    out[(kFirst + threadIdx.x) * slots] = sums[threadIdx.x] * (threadIdx.x < kLow ? weight : 1.0f);
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < kTokenThreads / kWarp; ++w) {
+      r_min = Smaller{}(r_min, extremes[0][w]);
+      r_max = Larger{}(r_max, extremes[1][w]);
+    }
+    out[kRMin * slots] = r_min;
+    out[kRMax * slots] = r_max;
+    out[kTileIndex * slots] = static_cast<float>(own.tile.k);
+  }
+}
+
+// Adds to each unmasked token its share of the slope of its sequence's ratio.
+__global__ void __launch_bounds__(kTokenThreads)
+    pooled_kernel(const PolicyArgs a, const float* partials, int64_t slots) {
+  const Tokens own(a.tokens, blockIdx.x);
+  const double each = sequence_share(partials, slots, own.tile);
+  const double mean = sequence_total(partials + kLogRatio * slots, own.tile) * each;
+  double share = sequence_total(partials + (kFirst + kSlope) * slots, own.tile) * each;
+  if (a.config.aggregation == kSeqMeanTokenMean) share *= each;
+  const float slope =
+      inside_clamp(static_cast<float>(mean), static_cast<float>(share), a.config);
+  float* grad = static_cast<float*>(a.grad_logprobs.data);
+#pragma unroll
+  for (int j = 0; j < kPerThread; ++j)
+    if (own.keeps(j)) grad[own.place(a.tokens, j)] += slope;
+}
+
+// Loss, metrics and 1 / divisor from the partial sums of all slots, in fp64.
+__global__ void __launch_bounds__(kTokenThreads)
+    combine_kernel(const PolicyArgs a, const float* partials, int64_t slots) {
+  __shared__ double shared[kSums][kColumn], sums[kSums];
+  __shared__ float extremes[2][kTokenThreads / kWarp];
+  double s[kSums] = {};
+  float r_min = 3.0e38f, r_max = -3.0e38f;
+  for (int64_t slot = threadIdx.x; slot < slots; slot += kTokenThreads) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) s[i] += partials[(kFirst + i) * slots + slot];
+    r_min = Smaller{}(r_min, partials[kRMin * slots + slot]);
+    r_max = Larger{}(r_max, partials[kRMax * slots + slot]);
+  }
+  r_min = warp_reduce(r_min, Smaller{});
+  r_max = warp_reduce(r_max, Larger{});
+  if (threadIdx.x % kWarp == 0) {
+    extremes[0][threadIdx.x / kWarp] = r_min;
+    extremes[1][threadIdx.x / kWarp] = r_max;
+  }
+  const bool by_sequence = a.config.aggregation == kSeqMeanTokenMean ||
+                           a.config.aggregation == kSeqMeanTokenSum;
+  const bool counted = by_sequence && !a.normalizer.data && a.divisor == 0.0;
+  const Batch batch =
+      look_at_batch(a.tokens, partials + (kFirst + kCount) * slots, partials + kTileIndex * slots,
+                    slots, counted, shared, sums);
+  column_sums(s, shared, sums);
+  if (threadIdx.x != 0) return;
+  for (int w = 1; w < kTokenThreads / kWarp; ++w) {
+    r_min = Smaller{}(r_min, extremes[0][w]);
+    r_max = Larger{}(r_max, extremes[1][w]);
+  }
+  const double tokens = sums[kCount], n = tokens > 1.0 ? tokens : 1.0;
+  const bool some = tokens > 0.0;
+  const double factor = loss_scale(a.normalizer, a.divisor, counted ? batch.sequences : tokens,
+                                   batch.bad_offsets);
+  *a.scale = static_cast<float>(factor);
+  // NaN where the factor is.
+  const double fault = factor - factor;
+  const double pg = sums[kPg] * factor, kl = sums[kKl] * factor, bonus = sums[kBonus] * factor;
+  // A term that is not part of the loss may be infinite.
+  double loss = pg;
+  if (a.config.kl_coef != 0.0f) loss += a.config.kl_coef * kl;
+  if (a.config.entropy_coef != 0.0f) loss -= a.config.entropy_coef * bonus;
+  // The minimum and the maximum may have stepped over a NaN.
+  const double r = sums[kR], lost = r - r + fault;
+  float* m = a.metrics;
+  *a.loss = m[0] = static_cast<float>(loss);
+  m[1] = static_cast<float>(pg), m[2] = static_cast<float>(kl), m[3] = static_cast<float>(bonus);
+  const auto mean = [&](int at, double sum) { m[at] = static_cast<float>(sum / n + fault); };
+  mean(4, sums[kLow]), mean(5, sums[kHigh]), mean(6, sums[kDual]), mean(7, r);
+  m[8] = static_cast<float>((some ? r_min : 0.0) + lost);
+  m[9] = static_cast<float>((some ? r_max : 0.0) + lost);
+  mean(10, -sums[kX]), mean(11, sums[kOldK3]), mean(12, sums[kXRef]), mean(13, sums[kRefK3]);
+  mean(14, sums[kEntropy]);
+  m[15] = static_cast<float>((some ? r * r / (n * sums[kRr]) : 0.0) + fault);
+  mean(16, sums[kW]);
+  m[17] = static_cast<float>(tokens + fault);
+}
+
+// gradient * (scale * upstream) of up to two gradients.
+__global__ void __launch_bounds__(kTokenThreads) backward_kernel(const LossBackwardArgs a) {
+  const float factor = *a.scale * load_float(a.upstream, 0);
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kTokenTile + threadIdx.x;
+  const auto scaled = [&](const float* from, const Tensor& to) {
+#pragma unroll
+    for (int j = 0; j < kPerThread; ++j) {
+      const int64_t i = begin + j * kTokenThreads;
+      if (i < a.count) store_float(to, i, from[i] * factor);
+    }
+  };
+  scaled(a.first, a.first_out);
+  if (a.second) scaled(a.second, a.second_out);
+}
+
+}  // namespace
+
+int64_t policy_loss_scratch(int64_t sequences, int64_t cols, bool packed) {
+  return kRows * token_slots(sequences, cols, packed) * sizeof(float);
+}
+
+Status policy_loss(const PolicyArgs& a) {
+  const OnDevice guard(a.exec);
+  const LossTokens& t = a.tokens;
+  const PolicyConfig& c = a.config;
+  auto* partials = static_cast<float*>(a.exec.scratch);
+  const int64_t slots = token_slots(t.sequences, t.cols, t.offsets.data != nullptr);
+  const bool by_sequence = c.ratio_level != kTokenRatio;
+  const bool by_weight = c.correction_level == kSequenceCorrection;
+  if (by_sequence || by_weight || c.aggregation == kSeqMeanTokenMean)
+    RK_ENQUEUE(a.exec, slots, kTokenThreads, statistics_kernel, t,
+               by_sequence ? a.logprobs : Tensor{}, a.old_logprobs,
+               by_weight ? a.rollout_logprobs : Tensor{}, partials, slots);
+  const auto sweep = [&](auto objective) {
+    RK_ENQUEUE(a.exec, slots, kTokenThreads, policy_kernel<objective.value>, a, partials, slots);
+  };
+  switch (c.objective) {
+    case kPenalty: sweep(std::integral_constant<int, kPenalty>{}); break;
+    case kReinforce: sweep(std::integral_constant<int, kReinforce>{}); break;
+    case kCispo: sweep(std::integral_constant<int, kCispo>{}); break;
+    case kSapo: sweep(std::integral_constant<int, kSapo>{}); break;
+    default: sweep(std::integral_constant<int, kClip>{});
+  }
+  if (c.ratio_level == kSequenceRatio && a.grad_logprobs.data)
+    RK_ENQUEUE(a.exec, slots, kTokenThreads, pooled_kernel, a, partials, slots);
+  RK_ENQUEUE(a.exec, 1, kTokenThreads, combine_kernel, a, partials, slots);
+  return {};
+}
+
+Status loss_backward(const LossBackwardArgs& a) {
+  const OnDevice guard(a.exec);
+  RK_ENQUEUE(a.exec, ceil_div(a.count, kTokenTile), kTokenThreads, backward_kernel, a);
+  return {};
+}
+
+}  // namespace rk::cuda

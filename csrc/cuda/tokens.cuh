@@ -1,0 +1,234 @@
+// What the losses over tokens share: tiles of sequences, ordered sums over them, the divisor.
+//
+// Sequences are cut into tiles from their own start, padded or packed, so that a token meets the
+// same arithmetic wherever its sequence lies. A tile has a slot for its partial sums. Padded, slot
+// s * tiles + k is tile k of sequence s. Packed, it is offsets[s] / kTokenTile + s + k: slots that
+// grow with s, known without reading the offsets on the host; some stay empty.
+#pragma once
+#include "common.cuh"
+
+namespace rk::cuda {
+namespace {
+
+constexpr int kTokenThreads = 256;
+constexpr int kPerThread = 4;
+constexpr int kTokenTile = kTokenThreads * kPerThread;
+// A thread in sixteen folds a column of a block's sums; the padding keeps their banks apart.
+constexpr int kFold = 16, kColumn = kTokenThreads + kFold;
+// The first rows of the scratch [rows, slots], of statistics_kernel.
+enum : int { kTokens, kLogRatio, kLogWeight, kStatistics };
+
+inline int64_t token_slots(int64_t sequences, int64_t cols, bool packed) {
+  return packed ? cols / kTokenTile + sequences : sequences * ceil_div(cols, kTokenTile);
+}
+
+// cu_seqlens[s] within [0, total]: bad offsets give bad numbers, not bad addresses.
+__device__ __forceinline__ int64_t offset_at(const Tensor& offsets, int64_t s, int64_t total) {
+  const int64_t x = load_integer(offsets, s * offsets.stride1);
+  return x < 0 ? 0 : (x > total ? total : x);
+}
+
+// Tile k of sequence s, whose tokens are [begin, begin + length) of its row; `first` is the tile's
+// first slot of the sequence, `tiles` how many it has, `count` the tokens of this one.
+struct TokenTile {
+  int64_t sequence, begin, length, first_slot, tiles, k;
+  int count;
+};
+
+__device__ __forceinline__ TokenTile slot_tile(const LossTokens& t, int64_t slot) {
+  TokenTile tile;
+  if (t.offsets.data) {
+    // The last sequence whose first slot is not after this one.
+    int64_t low = 0, high = t.sequences - 1;
+    while (low < high) {
+      const int64_t middle = (low + high + 1) / 2;
+      if (offset_at(t.offsets, middle, t.cols) / kTokenTile + middle <= slot)
+        low = middle;
+      else
+        high = middle - 1;
+    }
+    tile.sequence = low;
+    tile.begin = offset_at(t.offsets, low, t.cols);
+    // Without a sequence there is no such entry.
+    const int64_t end = low < t.sequences ? offset_at(t.offsets, low + 1, t.cols) : 0;
+    tile.length = end > tile.begin ? end - tile.begin : 0;
+    tile.first_slot = tile.begin / kTokenTile + low;
+  } else {
+    const uint32_t tiles = static_cast<uint32_t>((t.cols + kTokenTile - 1) / kTokenTile);
+    tile.sequence = static_cast<uint32_t>(slot) / tiles;
+    tile.begin = 0;
+    tile.length = t.cols;
+    tile.first_slot = tile.sequence * tiles;
+  }
+  tile.tiles = (tile.length + kTokenTile - 1) / kTokenTile;
+  tile.k = slot - tile.first_slot;
+  const int64_t left = tile.k < 0 ? 0 : tile.length - tile.k * kTokenTile;
+  tile.count = left <= 0 ? 0 : (left < kTokenTile ? static_cast<int>(left) : kTokenTile);
+  return tile;
+}
+
+// This thread's tokens of a tile: `slot` j is number threadIdx.x + j * kTokenThreads of it.
+struct Tokens {
+  TokenTile tile;
+  int64_t first;
+  // Bit j: token j is there, and is not masked.
+  unsigned inside, kept;
+
+  __device__ __forceinline__ Tokens(const LossTokens& t, int64_t slot) : tile(slot_tile(t, slot)) {
+    first = tile.begin + tile.k * kTokenTile + threadIdx.x;
+    inside = kept = 0;
+#pragma unroll
+    for (int j = 0; j < kPerThread; ++j)
+      if (static_cast<int>(threadIdx.x) + j * kTokenThreads < tile.count) inside |= 1u << j;
+    const int64_t at = offset(t.mask, 0);
+#pragma unroll
+    for (int j = 0; j < kPerThread; ++j)
+      if (inside >> j & 1 && load_integer(t.mask, at + j * kTokenThreads * t.mask.stride1) != 0)
+        kept |= 1u << j;
+  }
+  __device__ __forceinline__ int64_t offset(const Tensor& t, int j) const {
+    return tile.sequence * t.stride0 + (first + j * kTokenThreads) * t.stride1;
+  }
+  __device__ __forceinline__ bool has(int j) const { return inside >> j & 1; }
+  __device__ __forceinline__ bool keeps(int j) const { return kept >> j & 1; }
+  // Of a contiguous result.
+  __device__ __forceinline__ int64_t place(const LossTokens& t, int j) const {
+    const int64_t at = first + j * kTokenThreads;
+    return t.offsets.data ? at : tile.sequence * t.cols + at;
+  }
+
+  // The unmasked numbers of `t`, all loads in flight; what lies under the mask is not read: 0.
+  __device__ __forceinline__ void load(const Tensor& t, float (&x)[kPerThread]) const {
+    const int64_t at = offset(t, 0), step = kTokenThreads * t.stride1;
+    switch (t.dtype) {
+      case kFloat32: return load_as<F32>(t, at, step, x);
+      case kBFloat16: return load_as<BF16>(t, at, step, x);
+      default: return load_as<F16>(t, at, step, x);
+    }
+  }
+
+ private:
+  template <class E>
+  __device__ __forceinline__ void load_as(const Tensor& t, int64_t at, int64_t step,
+                                          float (&x)[kPerThread]) const {
+    const auto* p = static_cast<const typename E::Storage*>(t.data) + at;
+#pragma unroll
+    for (int j = 0; j < kPerThread; ++j) x[j] = keeps(j) ? E::get(p[j * step]) : 0.0f;
+  }
+};
+
+// The sums of a block's columns into `sums`, for all threads to read; `shared` is scratch.
+template <class T, int kColumns>
+__device__ __forceinline__ void column_sums(const T (&x)[kColumns], T (*shared)[kColumn],
+                                            T* sums) {
+  static_assert(kColumns * kFold <= kTokenThreads, "a column has kFold threads");
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) shared[c][threadIdx.x] = x[c];
+  __syncthreads();
+  const int column = threadIdx.x / kFold, part = threadIdx.x % kFold;
+  // Whole warps.
+  if (column < (kColumns + 1) / 2 * 2) {
+    T total = T(0);
+    if (column < kColumns)
+      for (int i = part; i < kTokenThreads; i += kFold) total += shared[column][i];
+#pragma unroll
+    for (int offset = kFold / 2; offset > 0; offset /= 2)
+      total += __shfl_xor_sync(0xffffffffu, total, offset);
+    if (part == 0 && column < kColumns) sums[column] = total;
+  }
+  __syncthreads();
+}
+
+// The fp64 sum of a row of the scratch over the slots of a sequence, by a warp, in every lane.
+__device__ __forceinline__ double sequence_total(const float* row, const TokenTile& tile) {
+  double total = 0.0;
+  for (int64_t k = threadIdx.x % kWarp; k < tile.tiles; k += kWarp)
+    total += row[tile.first_slot + k];
+  return warp_reduce(total, Sum{});
+}
+
+// 1 / tokens of a sequence, at least 1 of them.
+__device__ __forceinline__ double sequence_share(const float* partials, int64_t slots,
+                                                 const TokenTile& tile) {
+  const double tokens = sequence_total(partials + kTokens * slots, tile);
+  return 1.0 / (tokens > 1.0 ? tokens : 1.0);
+}
+
+// Unmasked tokens of each slot, their sums of logprob - old and of old - rollout where `logprobs`
+// and `rollout` are given.
+__global__ void __launch_bounds__(kTokenThreads)
+    statistics_kernel(const LossTokens t, const Tensor logprobs, const Tensor old,
+                      const Tensor rollout, float* partials, int64_t slots) {
+  __shared__ float shared[3][kColumn], sums[3];
+  const Tokens own(t, blockIdx.x);
+  float x[kPerThread], y[kPerThread], found[3] = {0.0f, 0.0f, 0.0f};
+#pragma unroll
+  for (int j = 0; j < kPerThread; ++j) found[0] += own.keeps(j) ? 1.0f : 0.0f;
+  if (logprobs.data || rollout.data) own.load(old, y);
+  if (logprobs.data) {
+    own.load(logprobs, x);
+#pragma unroll
+    for (int j = 0; j < kPerThread; ++j) found[1] += x[j] - y[j];
+  }
+  if (rollout.data) {
+    own.load(rollout, x);
+#pragma unroll
+    for (int j = 0; j < kPerThread; ++j) found[2] += y[j] - x[j];
+  }
+  column_sums(found, shared, sums);
+  if (threadIdx.x < kStatistics) partials[threadIdx.x * slots + blockIdx.x] = sums[threadIdx.x];
+}
+
+// Whether slot is the first of its sequence with a token; `tile` says which of the sequence each
+// slot is. Empty slots between two with tokens are looked at once.
+__device__ __forceinline__ bool opens_sequence(const float* tokens, const float* tile,
+                                               int64_t slot) {
+  if (!(tokens[slot] > 0.0f)) return false;
+  for (int64_t back = 1, k = static_cast<int64_t>(tile[slot]); back <= k; ++back)
+    if (tokens[slot - back] > 0.0f) return false;
+  return true;
+}
+
+// What the combining block, of kTokenThreads, finds about the batch.
+struct Batch {
+  // Sequences with a token; whether cu_seqlens do anything but rise from 0 to cols.
+  double sequences;
+  bool bad_offsets;
+};
+
+__device__ __forceinline__ Batch look_at_batch(const LossTokens& t, const float* tokens,
+                                               const float* tile, int64_t slots, bool count,
+                                               double (*shared)[kColumn], double* sums) {
+  double found[2] = {0.0, 0.0};
+  if (count)
+    for (int64_t slot = threadIdx.x; slot < slots; slot += kTokenThreads)
+      found[0] += opens_sequence(tokens, tile, slot) ? 1.0 : 0.0;
+  if (t.offsets.data) {
+    for (int64_t i = threadIdx.x; i <= t.sequences; i += kTokenThreads) {
+      const int64_t entry = load_integer(t.offsets, i * t.offsets.stride1);
+      const int64_t low = i > 0 ? load_integer(t.offsets, (i - 1) * t.offsets.stride1) : 0;
+      const int64_t high = i > 0 ? t.cols : 0;
+      if (entry < low || entry > high || (i == t.sequences && entry != t.cols)) found[1] += 1.0;
+    }
+  }
+  column_sums(found, shared, sums);
+  const Batch batch{sums[0], sums[1] != 0.0};
+  __syncthreads();
+  return batch;
+}
+
+// 1 / the divisor: the one given, else `count`, at least 1. NaN if it is no divisor.
+__device__ __forceinline__ double loss_scale(const Tensor& normalizer, double divisor, double count,
+                                             bool bad_offsets) {
+  double d = divisor;
+  if (normalizer.data)
+    d = normalizer.dtype == kFloat64 ? *static_cast<const double*>(normalizer.data)
+                                     : load_float(normalizer, 0);
+  else if (d == 0.0)
+    d = count > 1.0 ? count : 1.0;
+  const bool good = d > 0.0 && d < 1.0 / 0.0 && !bad_offsets;
+  return good ? 1.0 / d : __builtin_nan("");
+}
+
+}  // namespace
+}  // namespace rk::cuda
