@@ -240,7 +240,8 @@ struct ValueArgs {
 // `plan` int64 scratch of 2 * sequences + 1. `bootstrap` and `scores` have an entry per sequence
 // along stride1. Without `values` it computes discounted returns; without `rewards` it forms them
 // from scores and log-probabilities. Results are contiguous. `moments` asks for whitened advantages
-// and is scratch of 3 doubles per 2048 tokens begun.
+// and is scratch of 3 doubles per 2048 tokens begun, and of 3 more on a GPU, which needs no
+// `plan`.
 struct GaeArgs {
   int64_t rows, cols, sequences;
   Tensor offsets;

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "bind/advantages.h"
 #include "bind/kl.h"
 #include "bind/logprobs.h"
 #include "bind/policy.h"
@@ -25,6 +26,9 @@ struct Kernels {
   decltype(&cuda::policy_loss) policy_loss = cuda::policy_loss;
   decltype(&cuda::loss_backward) loss_backward = cuda::loss_backward;
   decltype(&cuda::value_loss) value_loss = cuda::value_loss;
+  decltype(&cuda::gae) gae = cuda::gae;
+  decltype(&cuda::whiten) whiten = cuda::whiten;
+  decltype(&cuda::group_advantages) group_advantages = cuda::group_advantages;
 };
 
 // "sm_90 compute_90": code for a device, and PTX that later ones translate.
@@ -58,7 +62,7 @@ PYBIND11_MODULE(RK_MODULE, m) {
   m.attr("emulated") = false;
 #endif
   // Modules of rlhf_kernels.native whose launchers this extension serves.
-  m.attr("operations") = std::vector<std::string>{"logprobs", "kl", "policy", "value"};
+  m.attr("operations") = std::vector<std::string>{"logprobs", "kl", "advantages", "policy", "value"};
 
   const auto table = [] { return Kernels{}; };
   bind_logprobs(m, table);
@@ -72,4 +76,6 @@ PYBIND11_MODULE(RK_MODULE, m) {
   m.def("policy_loss_scratch", &cuda::policy_loss_scratch);
   bind_value(m, table);
   m.def("value_loss_scratch", &cuda::value_loss_scratch);
+  bind_advantages(m, table);
+  m.def("gae_scratch", &cuda::gae_scratch);
 }

@@ -61,6 +61,18 @@ RK_HD ExpParts<V> exp_parts(V x) {
   return {fma(s, m1, s), em1, select_less(abs(n), V(0.5f), mx, em1 - x)};
 }
 
+// Estimate of the KL divergence and its slope, from x = logprob - ref_logprob.
+struct KlPenalty {
+  float value, slope;
+};
+RK_HD KlPenalty kl_penalty_term(float x, int32_t estimator) {
+  // kl_estimate is inexact where |x| is small, exp_parts where it is large.
+  if (estimator != kK3 || abs(x) > 80.0f)
+    return {kl_estimate(x, estimator), kl_estimate_slope(x, estimator)};
+  const ExpParts<float> p = exp_parts(-x);
+  return {p.em1mx, -p.em1};
+}
+
 // exp(x) saturates at +-40 in every use: LOG_RATIO_BOUND of policy_config.py.
 constexpr float kLogRatioBound = 40.0f;
 

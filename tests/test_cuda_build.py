@@ -24,12 +24,23 @@ pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="needs the 
 needs_nvcc = pytest.mark.skipif(cuda_resources.nvcc() is None, reason="nvcc is not installed")
 
 
+def with_headers(source: Path) -> str:
+    """A CUDA file and the local headers that it includes, once each."""
+    files, text = [source], ""
+    for file in files:
+        text += file.read_text()
+        for name in re.findall(r'#include "([^"]+)"', file.read_text()):
+            if (header := (file.parent / name).resolve()) not in files:
+                files.append(header)
+    return text
+
+
 @needs_nvcc
 @pytest.mark.parametrize("source", cuda_resources.sources(), ids=lambda f: f.stem)
 def test_kernels_compile_without_spills(source):
     found = cuda_resources.report(source, ARCHS)
     assert [p for r in found for p in r.problems()] == []
-    declared = len(re.findall(r"\b__global__\b", source.read_text()))
+    declared = len(re.findall(r"\b__global__\b", with_headers(source)))
     kernels = {r.kernel.partition("<")[0] for r in found}
     assert len(kernels) == declared
     # Every kernel on every architecture.

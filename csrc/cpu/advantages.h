@@ -5,18 +5,6 @@ namespace rk {
 namespace {
 namespace scan {
 
-// Number, mean and sum of squared differences to the mean.
-struct Moments {
-  double count = 0.0, mean = 0.0, m2 = 0.0;
-};
-
-inline Moments merge(const Moments& a, const Moments& b) {
-  if (a.count == 0.0 || b.count == 0.0) return a.count == 0.0 ? b : a;
-  const double count = a.count + b.count, difference = b.mean - a.mean;
-  return {count, a.mean + difference * (b.count / count),
-          a.m2 + b.m2 + difference * difference * (a.count * b.count / count)};
-}
-
 // Whitening works on chunks of the flat order of tokens, so bits do not depend on strides.
 constexpr int64_t kChunkTokens = 2048;
 
@@ -81,7 +69,7 @@ inline void whiten_tokens(const WhitenArgs& a) {
   auto* moments = reinterpret_cast<Moments*>(a.moments);
   parallel_chunks(a, [&](int64_t c, int64_t begin, int64_t n) {
     const Chunk chunk(a, begin, n);
-    Moments m;
+    Moments m{0.0, 0.0, 0.0};
     if (chunk.kept > 0) {
       m.count = static_cast<double>(chunk.kept);
       m.mean =
@@ -91,18 +79,14 @@ inline void whiten_tokens(const WhitenArgs& a) {
     }
     moments[c] = m;
   });
-  Moments all;
-  for (int64_t c = 0; c * kChunkTokens < a.rows * a.cols; ++c) all = merge(all, moments[c]);
-  const double divisor = all.count - (a.unbiased ? 1.0 : 0.0);
-  const double variance = divisor > 0.0 ? all.m2 / divisor : 0.0;
-  // One element, or equal ones, with eps = 0: 0 / 0 is meant to be 0.
-  const double spread = sqrt(variance + a.eps), scale = spread == 0.0 ? 0.0 : 1.0 / spread;
-  const double shift = a.shift_mean ? 0.0 : all.mean;
+  Moments all{0.0, 0.0, 0.0};
+  for (int64_t c = 0; c * kChunkTokens < a.rows * a.cols; ++c) all = merge_moments(all, moments[c]);
+  const Whitening w = whitening(all, a.shift_mean, a.unbiased, a.eps);
   parallel_chunks(a, [&](int64_t, int64_t begin, int64_t n) {
     const Chunk chunk(a, begin, n);
     float* out = a.out + begin;
     for (int64_t k = 0; k < n; ++k) {
-      const auto y = static_cast<float>((chunk.x[k] - all.mean) * scale + shift);
+      const auto y = static_cast<float>((chunk.x[k] - w.mean) * w.scale + w.shift);
       out[k] = keep_or_zero(chunk.keep[k], y);
     }
   });
@@ -117,32 +101,26 @@ inline double reward_at(const Tensor& x, int64_t i) {
 // Baselined and, if asked, scaled rewards of one group: `member(k)`, k in [0, n).
 template <class F>
 inline void group(const GroupAdvantagesArgs& a, int64_t n, const F& member) {
-  const double first = reward_at(a.rewards, member(0));
-  double mean = 0.0, m2 = 0.0;
-  for (int64_t k = 0; k < n; ++k) mean += reward_at(a.rewards, member(k)) - first;
-  mean /= static_cast<double>(n);
-  const auto centred = [&](int64_t k) { return reward_at(a.rewards, member(k)) - first - mean; };
-  for (int64_t k = 0; k < n; ++k) m2 += centred(k) * centred(k);
-  const double others = n > 1 ? static_cast<double>(n - 1) : 1.0;
-  const double spread = sqrt(m2 / others);
+  GroupStatistics s{static_cast<double>(n), reward_at(a.rewards, member(0)), 0.0, 0.0};
+  for (int64_t k = 0; k < n; ++k) s.mean += reward_at(a.rewards, member(k)) - s.first;
+  s.mean /= s.n;
+  double m2 = 0.0;
+  for (int64_t k = 0; k < n; ++k) {
+    const double d = reward_at(a.rewards, member(k)) - s.first - s.mean;
+    m2 += d * d;
+  }
+  s.spread = sqrt(m2 / others_of(s.n));
   for (int64_t k = 0; k < n; ++k) {
     const int64_t i = member(k);
-    double x = 0.0;
-    switch (a.baseline) {
-      case kBaselineMean: x = centred(k); break;
-      // r_i - mean of the others = n / (n - 1) * (r_i - mean of all)
-      case kBaselineLeaveOneOut: x = centred(k) * (static_cast<double>(n) / others); break;
-      case kBaselineGreedy: x = reward_at(a.rewards, i) - reward_at(a.greedy, i); break;
-      default: x = reward_at(a.rewards, i); break;
-    }
-    if (a.scale == kScaleGroup) x = spread == 0.0 ? 0.0 : x / (spread + a.eps);
-    a.work[i] = x;
+    const double greedy = a.greedy.data ? reward_at(a.greedy, i) : 0.0;
+    a.work[i] =
+        group_advantage(reward_at(a.rewards, i), greedy, s, a.baseline, a.scale, a.eps);
   }
 }
 
 inline void scale_by_batch(const GroupAdvantagesArgs& a) {
-  // The other baselines have a mean of zero by construction; equal rewards must stay exactly 0.
-  if (a.baseline == kBaselineNone || a.baseline == kBaselineGreedy) {
+  // Equal rewards must stay exactly 0.
+  if (!zero_mean(a.baseline)) {
     const double first = a.work[0];
     double mean = 0.0;
     for (int64_t i = 0; i < a.count; ++i) mean += a.work[i] -= first;

@@ -10,6 +10,7 @@
 #include "memory.h"
 #include "parallel.h"
 #include "vec.h"
+#include "../advantage_math.h"
 #include "../math.h"
 #include "../policy_math.h"
 

@@ -5,19 +5,6 @@
 namespace rk {
 namespace {
 
-// Mean and sum of squared deviations of n values. Two passes within a block, then Chan's merge.
-struct Moments {
-  double n, mean, m2;
-};
-
-inline void merge(Moments& a, const Moments& b) {
-  if (b.n == 0.0) return;
-  const double n = a.n + b.n, d = b.mean - a.mean;
-  a.mean += d * (b.n / n);
-  a.m2 += b.m2 + d * d * (a.n * b.n / n);
-  a.n = n;
-}
-
 struct ValueSums {
   double loss, clipped, value;
   Moments target, error;
@@ -67,8 +54,8 @@ inline void value_block(const ValueArgs& a, const ValueBlock& b, int64_t n, int6
   const double t_off = reduce_add(td.v) / k, e_off = reduce_add(ed.v) / k;
   targets.m2 = reduce_add(t2.v) - k * t_off * t_off;
   errors.m2 = reduce_add(e2.v) - k * e_off * e_off;
-  merge(sums.target, targets);
-  merge(sums.error, errors);
+  sums.target = merge_moments(sums.target, targets);
+  sums.error = merge_moments(sums.error, errors);
 }
 
 Status value_loss(const ValueArgs& a) {
@@ -110,10 +97,10 @@ Status value_loss(const ValueArgs& a) {
   for (int64_t i = 0; i < plan.items; ++i) {
     const ValueSums& s = partial[i];
     sums.loss += s.loss, sums.clipped += s.clipped, sums.value += s.value;
-    merge(sums.target, s.target);
-    merge(sums.error, s.error);
+    sums.target = merge_moments(sums.target, s.target);
+    sums.error = merge_moments(sums.error, s.error);
   }
-  const double n = sums.target.n > 1.0 ? sums.target.n : 1.0;
+  const double n = sums.target.count > 1.0 ? sums.target.count : 1.0;
   const bool varies = sums.target.m2 > 0.0;
   const double values[kValueMetrics] = {
       sums.loss,
@@ -122,7 +109,7 @@ Status value_loss(const ValueArgs& a) {
       sums.target.mean,
       // A NaN that is not under the mask shows.
       varies ? 1.0 - sums.error.m2 / sums.target.m2 : sums.target.m2 - sums.target.m2,
-      sums.target.n,
+      sums.target.count,
   };
   for (int i = 0; i < kValueMetrics; ++i) a.metrics[i] = static_cast<float>(values[i]);
   *a.loss = a.metrics[0];

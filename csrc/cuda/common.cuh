@@ -303,6 +303,10 @@ struct Sum {
     return a + b;
   }
 };
+// The larger; a NaN only if both are.
+struct Max {
+  __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
 struct MaxNan {
   __device__ __forceinline__ float operator()(float a, float b) const { return max_nan(a, b); }
 };

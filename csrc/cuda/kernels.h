@@ -26,6 +26,12 @@ Status loss_backward(const LossBackwardArgs& a);
 int64_t value_loss_scratch(int64_t sequences, int64_t cols, bool packed);
 Status value_loss(const ValueArgs& a);
 
+// None where every sequence is scanned by one block.
+int64_t gae_scratch(int64_t sequences, int64_t cols, bool packed);
+Status gae(const GaeArgs& a);
+Status whiten(const WhitenArgs& a);
+Status group_advantages(const GroupAdvantagesArgs& a);
+
 // CUDA versions as 1000 * major + 10 * minor; the driver's is 0 where there is none.
 int32_t driver_version();
 int32_t runtime_version();

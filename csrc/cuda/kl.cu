@@ -207,18 +207,6 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
-// Estimate and slope of x = logprob - ref_logprob, as csrc/cpu/kl.h computes them.
-struct Penalty {
-  float value, slope;
-};
-__device__ __forceinline__ Penalty penalty(float x, int32_t estimator) {
-  // kl_estimate is inexact where |x| is small, exp_parts where it is large.
-  if (estimator != kK3 || abs(x) > 80.0f)
-    return {kl_estimate(x, estimator), kl_estimate_slope(x, estimator)};
-  const ExpParts<float> p = exp_parts(-x);
-  return {p.em1mx, -p.em1};
-}
-
 template <bool kBackward>
 __global__ void __launch_bounds__(kPenaltyThreads)
     penalty_kernel(const KlPenaltyArgs a, int32_t estimator) {
@@ -226,7 +214,7 @@ __global__ void __launch_bounds__(kPenaltyThreads)
   if (i >= a.rows * a.cols) return;
   const float x = load_float(a.logprobs, token_at(a.logprobs, i, a.cols)) -
                   load_float(a.ref_logprobs, token_at(a.ref_logprobs, i, a.cols));
-  const Penalty p = penalty(x, estimator);
+  const KlPenalty p = kl_penalty_term(x, estimator);
   if constexpr (kBackward) {
     const float g = load_float(a.grad, token_at(a.grad, i, a.cols));
     // A token without upstream gradient takes none, whatever its value.

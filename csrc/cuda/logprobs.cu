@@ -56,11 +56,17 @@ __global__ void __launch_bounds__(kRowThreads)
 #pragma unroll
   for (int k = 0; k < kSlots; ++k)
 #pragma unroll
-    for (int w = 0; w < kWidth<E>; ++w) m = max_nan(m, logit(k, w));
-  m = block_reduce<kRowThreads>(m, MaxNan{}, shared[0]);
+    for (int w = 0; w < kWidth<E>; ++w) m = fmaxf(m, logit(k, w));
+  m = block_reduce<kRowThreads>(m, Max{}, shared[0]);
   float s = 0.0f, t = 0.0f;
-  // Nothing but -inf adds nothing. A NaN is in m and so in every sum.
-  if (m != minus_inf) {
+  // Nothing but -inf adds nothing. The maximum hides a NaN, which belongs in the sums.
+  if (m == minus_inf) {
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k)
+#pragma unroll
+      for (int w = 0; w < kWidth<E>; ++w) s += logit(k, w) == minus_inf ? 0.0f : logit(k, w);
+    s = warp_reduce(s, Sum{});
+  } else {
     const float lowest = kLowest / rate, rate2 = rate * kLog2e;
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) {
@@ -106,7 +112,7 @@ __device__ __forceinline__ Sums<double> combine_tiles(const float* partials, int
     const int64_t tile = start + threadIdx.x % kWarp;
     const bool inside = tile < tiles;
     const float m = inside ? partials[3 * tile] : minus_inf;
-    const float top = max_nan(r.m, warp_reduce(m, MaxNan{}));
+    const float top = fmaxf(r.m, warp_reduce(m, Max{}));
     const float base = top == minus_inf ? 0.0f : top;
     const Sums<double> now = moved(inside ? partials[3 * tile + 1] : 0.0,
                                    inside ? partials[3 * tile + 2] : 0.0, m - base);
@@ -139,7 +145,8 @@ __global__ void __launch_bounds__(kCombineThreads)
     const bool good = (known || label == kLabelElsewhere) && temperature > 0.0 &&
                       temperature < kHuge && r.m != -__builtin_inff();
     const float poison = good ? 0.0f : __builtin_nanf("");
-    m = r.m;
+    // A NaN among nothing but -inf, so that no shard of it passes for an empty one.
+    m = r.m == -__builtin_inff() && r.s != r.s ? __builtin_nanf("") : r.m;
     s = static_cast<float>(r.s) + poison;
     // A shard of the vocabulary that has not the label; its sums are as of any row.
     if (known)

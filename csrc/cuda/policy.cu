@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kTokenThreads) backward_kernel(const LossBackw
 }  // namespace
 
 int64_t policy_loss_scratch(int64_t sequences, int64_t cols, bool packed) {
-  return kRows * token_slots(sequences, cols, packed) * sizeof(float);
+  return kRows * token_slots<kTokenTile>(sequences, cols, packed) * sizeof(float);
 }
 
 Status policy_loss(const PolicyArgs& a) {
@@ -239,7 +239,7 @@ Status policy_loss(const PolicyArgs& a) {
   const LossTokens& t = a.tokens;
   const PolicyConfig& c = a.config;
   auto* partials = static_cast<float*>(a.exec.scratch);
-  const int64_t slots = token_slots(t.sequences, t.cols, t.offsets.data != nullptr);
+  const int64_t slots = token_slots<kTokenTile>(t.sequences, t.cols, t.offsets.data != nullptr);
   const bool by_sequence = c.ratio_level != kTokenRatio;
   const bool by_weight = c.correction_level == kSequenceCorrection;
   if (by_sequence || by_weight || c.aggregation == kSeqMeanTokenMean)

@@ -1,11 +1,6 @@
-// What the losses over tokens share: tiles of sequences, ordered sums over them, the divisor.
-//
-// Sequences are cut into tiles from their own start, padded or packed, so that a token meets the
-// same arithmetic wherever its sequence lies. A tile has a slot for its partial sums. Padded, slot
-// s * tiles + k is tile k of sequence s. Packed, it is offsets[s] / kTokenTile + s + k: slots that
-// grow with s, known without reading the offsets on the host; some stay empty.
+// What the losses over tokens share: a thread's tokens, ordered sums over tiles, the divisor.
 #pragma once
-#include "common.cuh"
+#include "slots.cuh"
 
 namespace rk::cuda {
 namespace {
@@ -18,55 +13,6 @@ constexpr int kFold = 16, kColumn = kTokenThreads + kFold;
 // The first rows of the scratch [rows, slots], of statistics_kernel.
 enum : int { kTokens, kLogRatio, kLogWeight, kStatistics };
 
-inline int64_t token_slots(int64_t sequences, int64_t cols, bool packed) {
-  return packed ? cols / kTokenTile + sequences : sequences * ceil_div(cols, kTokenTile);
-}
-
-// cu_seqlens[s] within [0, total]: bad offsets give bad numbers, not bad addresses.
-__device__ __forceinline__ int64_t offset_at(const Tensor& offsets, int64_t s, int64_t total) {
-  const int64_t x = load_integer(offsets, s * offsets.stride1);
-  return x < 0 ? 0 : (x > total ? total : x);
-}
-
-// Tile k of sequence s, whose tokens are [begin, begin + length) of its row; `first` is the tile's
-// first slot of the sequence, `tiles` how many it has, `count` the tokens of this one.
-struct TokenTile {
-  int64_t sequence, begin, length, first_slot, tiles, k;
-  int count;
-};
-
-__device__ __forceinline__ TokenTile slot_tile(const LossTokens& t, int64_t slot) {
-  TokenTile tile;
-  if (t.offsets.data) {
-    // The last sequence whose first slot is not after this one.
-    int64_t low = 0, high = t.sequences - 1;
-    while (low < high) {
-      const int64_t middle = (low + high + 1) / 2;
-      if (offset_at(t.offsets, middle, t.cols) / kTokenTile + middle <= slot)
-        low = middle;
-      else
-        high = middle - 1;
-    }
-    tile.sequence = low;
-    tile.begin = offset_at(t.offsets, low, t.cols);
-    // Without a sequence there is no such entry.
-    const int64_t end = low < t.sequences ? offset_at(t.offsets, low + 1, t.cols) : 0;
-    tile.length = end > tile.begin ? end - tile.begin : 0;
-    tile.first_slot = tile.begin / kTokenTile + low;
-  } else {
-    const uint32_t tiles = static_cast<uint32_t>((t.cols + kTokenTile - 1) / kTokenTile);
-    tile.sequence = static_cast<uint32_t>(slot) / tiles;
-    tile.begin = 0;
-    tile.length = t.cols;
-    tile.first_slot = tile.sequence * tiles;
-  }
-  tile.tiles = (tile.length + kTokenTile - 1) / kTokenTile;
-  tile.k = slot - tile.first_slot;
-  const int64_t left = tile.k < 0 ? 0 : tile.length - tile.k * kTokenTile;
-  tile.count = left <= 0 ? 0 : (left < kTokenTile ? static_cast<int>(left) : kTokenTile);
-  return tile;
-}
-
 // This thread's tokens of a tile: `slot` j is number threadIdx.x + j * kTokenThreads of it.
 struct Tokens {
   TokenTile tile;
@@ -74,7 +20,8 @@ struct Tokens {
   // Bit j: token j is there, and is not masked.
   unsigned inside, kept;
 
-  __device__ __forceinline__ Tokens(const LossTokens& t, int64_t slot) : tile(slot_tile(t, slot)) {
+  __device__ __forceinline__ Tokens(const LossTokens& t, int64_t slot)
+      : tile(slot_tile<kTokenTile>(t, slot)) {
     first = tile.begin + tile.k * kTokenTile + threadIdx.x;
     inside = kept = 0;
 #pragma unroll
@@ -203,14 +150,7 @@ __device__ __forceinline__ Batch look_at_batch(const LossTokens& t, const float*
   if (count)
     for (int64_t slot = threadIdx.x; slot < slots; slot += kTokenThreads)
       found[0] += opens_sequence(tokens, tile, slot) ? 1.0 : 0.0;
-  if (t.offsets.data) {
-    for (int64_t i = threadIdx.x; i <= t.sequences; i += kTokenThreads) {
-      const int64_t entry = load_integer(t.offsets, i * t.offsets.stride1);
-      const int64_t low = i > 0 ? load_integer(t.offsets, (i - 1) * t.offsets.stride1) : 0;
-      const int64_t high = i > 0 ? t.cols : 0;
-      if (entry < low || entry > high || (i == t.sequences && entry != t.cols)) found[1] += 1.0;
-    }
-  }
+  if (t.offsets.data) found[1] = wrong_offsets<kTokenThreads>(t) ? 1.0 : 0.0;
   column_sums(found, shared, sums);
   const Batch batch{sums[0], sums[1] != 0.0};
   __syncthreads();
@@ -226,7 +166,7 @@ __device__ __forceinline__ double loss_scale(const Tensor& normalizer, double di
                                      : load_float(normalizer, 0);
   else if (d == 0.0)
     d = count > 1.0 ? count : 1.0;
-  const bool good = d > 0.0 && d < 1.0 / 0.0 && !bad_offsets;
+  const bool good = d > 0.0 && d < __builtin_inf() && !bad_offsets;
   return good ? 1.0 / d : __builtin_nan("");
 }
 

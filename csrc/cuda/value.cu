@@ -14,7 +14,7 @@ constexpr int kFirst = kStatistics, kReturnMean = kFirst + kReturn, kErrorMean =
               kReturnM2 = kFirst + kSums, kErrorM2 = kReturnM2 + 1, kTileIndex = kErrorM2 + 1,
               kRows = kTileIndex + 1;
 
-__global__ void __launch_bounds__(kTokenThreads)
+__global__ void __launch_bounds__(kTokenThreads, 1)
     value_kernel(const ValueArgs a, float* partials, int64_t slots) {
   __shared__ float shared[kSums][kColumn], sums[kSums], off[4];
   const Tokens own(a.tokens, blockIdx.x);
@@ -124,14 +124,14 @@ __global__ void __launch_bounds__(kTokenThreads)
 }  // namespace
 
 int64_t value_loss_scratch(int64_t sequences, int64_t cols, bool packed) {
-  return kRows * token_slots(sequences, cols, packed) * sizeof(float);
+  return kRows * token_slots<kTokenTile>(sequences, cols, packed) * sizeof(float);
 }
 
 Status value_loss(const ValueArgs& a) {
   const OnDevice guard(a.exec);
   const LossTokens& t = a.tokens;
   auto* partials = static_cast<float*>(a.exec.scratch);
-  const int64_t slots = token_slots(t.sequences, t.cols, t.offsets.data != nullptr);
+  const int64_t slots = token_slots<kTokenTile>(t.sequences, t.cols, t.offsets.data != nullptr);
   if (a.aggregation == kSeqMeanTokenMean)
     RK_ENQUEUE(a.exec, slots, kTokenThreads, statistics_kernel, t, Tensor{}, Tensor{}, Tensor{},
                partials, slots);

@@ -6,14 +6,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, _config
 from . import boundary as b
 
 # csrc/abi.h: KlEstimator, Baseline, Scale
 _ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
 _BASELINES = {"mean": 0, "leave-one-out": 1, "greedy": 2, "none": 3}
 _SCALES = {"group": 0, "batch": 1, "none": 2}
-# csrc/cpu/advantages.h: kChunkTokens. The workspace holds three doubles a chunk.
+# csrc/abi.h: GaeArgs. The workspace holds three doubles a chunk, and three more for a GPU.
 _CHUNK_TOKENS = 2048
 # Added to the variance by `whiten=True`, as by `whiten` and verl.
 _WHITEN_EPS = 1e-8
@@ -28,7 +28,7 @@ def _workspace(size: int, dtype: torch.dtype, like: Tensor) -> Tensor:
 
 
 def _moments(tokens: Tensor) -> Tensor:
-    return _workspace(3 * (tokens.numel() // _CHUNK_TOKENS + 1), torch.float64, tokens)
+    return _workspace(3 * (tokens.numel() // _CHUNK_TOKENS + 2), torch.float64, tokens)
 
 
 def _flags(t: Tensor | None) -> Tensor | None:
@@ -39,7 +39,7 @@ def _flags(t: Tensor | None) -> Tensor | None:
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, bound to an extension module."""
-    where = b.place(extension)
+    where, gpu = b.place(extension), b.is_gpu(extension)
 
     def scan(
         op: str,
@@ -65,13 +65,23 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         returns = _fp32(like)
         advantages = _fp32(like) if values is not None else None
         shaped = _fp32(like) if scores is not None else None
-        if cu_seqlens is None:
-            if like.numel() == 0:
-                return advantages, returns, shaped
-            sequences, plan = like.shape[0], None
-        else:
+        results = advantages, returns, shaped
+        if gpu and _config.CHECK:
+            _checks.offsets_valid(op, cu_seqlens, like.shape[0])
+        # The CPU kernel looks at the offsets in any case.
+        if like.numel() == 0 and (gpu or cu_seqlens is None):
+            return results
+        sequences, plan = like.shape[0], None
+        if cu_seqlens is not None:
             sequences = cu_seqlens.shape[0] - 1
-            plan = _workspace(2 * sequences + 1, torch.int64, like)
+            if not gpu:
+                plan = _workspace(2 * sequences + 1, torch.int64, like)
+            elif sequences == 0:
+                # Offsets that end before the tokens do: known without a look at them.
+                for t in results:
+                    if t is not None:
+                        t.fill_(float("nan"))
+                return results
         moments = _moments(like) if whiten else None
         # Every tensor stays bound until the call returns: the extension sees addresses alone.
         rewards, values, mask, dones = (
@@ -86,11 +96,11 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             b.pack(logprobs), b.pack(ref_logprobs), kl_coef, _ESTIMATORS[kl_estimator],
             0.0 if reward_clip is None else reward_clip, gamma, lam, masked == "carry",
             b.pack(advantages), b.pack(returns), b.pack(shaped), b.pack(moments), _WHITEN_EPS,
-            where(like),
+            where(like, "gae", sequences, like.shape[-1], cu_seqlens is not None),
         )  # fmt: skip
         if code == b.BAD_OFFSETS:
             raise _checks.bad_offsets(op, position, cu_seqlens, like.shape[0])
-        return advantages, returns, shaped
+        return results
 
     def gae(
         rewards: Tensor,

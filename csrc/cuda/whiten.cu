@@ -1,0 +1,111 @@
+// whiten: moments of tiles of the flat order of tokens, combined in order, then applied.
+//
+// A tile's moments are taken around its own mean, in fp64: a common offset costs nothing, and equal
+// elements have a variance of exactly zero.
+#include "../advantage_math.h"
+#include "common.cuh"
+
+namespace rk::cuda {
+namespace {
+
+constexpr int kThreads = 256, kPerThread = 8;
+constexpr int kTile = kThreads * kPerThread;
+static_assert(kTile == 2048, "the moments of abi.h");
+constexpr int kCombineThreads = 1024;
+
+// This thread's tokens of a tile.
+struct Elements {
+  float x[kPerThread];
+  // Bit j: token j is there, and is not masked.
+  unsigned inside = 0, kept = 0;
+
+  __device__ __forceinline__ explicit Elements(const WhitenArgs& a) {
+#pragma unroll
+    for (int j = 0; j < kPerThread; ++j) {
+      const int64_t i = place(j);
+      x[j] = 0.0f;
+      if (i >= a.rows * a.cols) continue;
+      inside |= 1u << j;
+      if (!a.mask.data || load_integer(a.mask, token_at(a.mask, i, a.cols)) != 0) kept |= 1u << j;
+      x[j] = load_float(a.x, token_at(a.x, i, a.cols));
+    }
+  }
+  static __device__ __forceinline__ int64_t place(int j) {
+    return static_cast<int64_t>(blockIdx.x) * kTile + j * kThreads + threadIdx.x;
+  }
+  __device__ __forceinline__ bool has(int j) const { return inside >> j & 1; }
+  __device__ __forceinline__ bool keeps(int j) const { return kept >> j & 1; }
+};
+
+__global__ void __launch_bounds__(kThreads) moments_kernel(const WhitenArgs a, Moments* partials) {
+  __shared__ double shared[3][kThreads / kWarp];
+  const Elements own(a);
+  double count = 0.0, sum = 0.0, m2 = 0.0;
+#pragma unroll
+  for (int j = 0; j < kPerThread; ++j) {
+    count += own.keeps(j) ? 1.0 : 0.0;
+    sum += own.keeps(j) ? static_cast<double>(own.x[j]) : 0.0;
+  }
+  count = block_reduce<kThreads>(count, Sum{}, shared[0]);
+  const double mean = block_reduce<kThreads>(sum, Sum{}, shared[1]) / (count > 1.0 ? count : 1.0);
+#pragma unroll
+  for (int j = 0; j < kPerThread; ++j) {
+    const double d = own.keeps(j) ? own.x[j] - mean : 0.0;
+    m2 += d * d;
+  }
+  m2 = block_reduce<kThreads>(m2, Sum{}, shared[2]);
+  if (threadIdx.x == 0) partials[blockIdx.x] = {count, mean, m2};
+}
+
+// The map to apply, from the moments of all tiles; one block.
+__global__ void __launch_bounds__(kCombineThreads)
+    combine_kernel(const Moments* partials, int64_t tiles, bool shift_mean, bool unbiased,
+                   double eps, Whitening* out) {
+  __shared__ double shared[3][kCombineThreads / kWarp];
+  Moments all{0.0, 0.0, 0.0};
+  double sum = 0.0;
+  for (int64_t i = threadIdx.x; i < tiles; i += kCombineThreads) {
+    all.count += partials[i].count;
+    sum += partials[i].count * partials[i].mean;
+  }
+  all.count = block_reduce<kCombineThreads>(all.count, Sum{}, shared[0]);
+  sum = block_reduce<kCombineThreads>(sum, Sum{}, shared[1]);
+  all.mean = sum / (all.count > 1.0 ? all.count : 1.0);
+  // What the tiles vary in themselves, and how their means differ.
+  for (int64_t i = threadIdx.x; i < tiles; i += kCombineThreads) {
+    const Moments own = partials[i];
+    const double d = own.mean - all.mean;
+    all.m2 += own.count == 0.0 ? 0.0 : own.m2 + own.count * d * d;
+  }
+  all.m2 = block_reduce<kCombineThreads>(all.m2, Sum{}, shared[2]);
+  if (threadIdx.x == 0) *out = whitening(all, shift_mean, unbiased, eps);
+}
+
+__global__ void __launch_bounds__(kThreads) apply_kernel(const WhitenArgs a, const Whitening* map) {
+  const Elements own(a);
+  const Whitening w = *map;
+  // In place, masked tokens hold 0, or the NaN of a result that is poisoned as a whole.
+  const bool in_place = a.x.data == a.out;
+#pragma unroll
+  for (int j = 0; j < kPerThread; ++j) {
+    if (!own.has(j)) continue;
+    const float y = static_cast<float>((own.x[j] - w.mean) * w.scale + w.shift);
+    a.out[Elements::place(j)] = own.keeps(j) ? y : (in_place ? own.x[j] : 0.0f);
+  }
+}
+
+}  // namespace
+
+Status whiten(const WhitenArgs& a) {
+  const OnDevice guard(a.exec);
+  const int64_t tiles = ceil_div(a.rows * a.cols, kTile);
+  auto* map = reinterpret_cast<Whitening*>(a.moments);
+  auto* partials = reinterpret_cast<Moments*>(map + 1);
+  RK_ENQUEUE(a.exec, tiles, kThreads, moments_kernel, a, partials);
+  RK_ENQUEUE(a.exec, 1, kCombineThreads, combine_kernel, partials, tiles, a.shift_mean, a.unbiased,
+             a.eps, map);
+  RK_ENQUEUE(a.exec, tiles, kThreads, apply_kernel, a, map);
+  return {};
+}
+
+}  // namespace rk::cuda
