@@ -16,7 +16,7 @@ OUT ?= gpu-check
 PARTS ?=
 WHEELS ?=
 
-.PHONY: venv test test-all demo bench gpu-check triton-report lint format clean
+.PHONY: venv test test-all demo bench gpu-check triton-report cuda-report lint format clean
 
 venv: $(INSTALLED)
 
@@ -57,6 +57,9 @@ gpu-check:
 DATE ?= $(shell date +%F)
 triton-report: venv
 	$(BIN)/python tests/triton_aot.py --report benchmarks/results/triton-resources.md --date $(DATE)
+
+cuda-report: venv
+	$(BIN)/python tests/cuda_resources.py --report benchmarks/results/cuda-resources.md --date $(DATE)
 
 lint: venv
 	$(BIN)/ruff check .

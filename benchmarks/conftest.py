@@ -75,7 +75,8 @@ def settings(request: pytest.FixtureRequest) -> Settings:
 
 @pytest.fixture(autouse=True)
 def _not_again(request: pytest.FixtureRequest) -> None:
-    if any(r["point"] == request.node.name for r in _recorded(request.config.option.records)):
+    own = {"point": request.node.name, "backend": _backend(request.config)}
+    if any(own.items() <= r.items() for r in _recorded(request.config.option.records)):
         pytest.skip("recorded by an earlier run")
 
 
@@ -95,7 +96,12 @@ def run(
             # At once: the run may be cut off. A point that raised has neither.
             found = failures[failed:] or ([benchmark.extra_info] if benchmark.extra_info else [])
             if file is not None and found:
-                line = {"point": request.node.name, "failed": len(failures) > failed, **found[0]}
+                line = {
+                    "point": request.node.name,
+                    "backend": _backend(request.config),
+                    "failed": len(failures) > failed,
+                    **found[0],
+                }
                 with file.open("a") as out:
                     out.write(json.dumps(line) + "\n")
 

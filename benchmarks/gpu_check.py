@@ -39,6 +39,7 @@ from benchmarks.gpu_process import (  # noqa: E402
     SKIPPED,
     Result,
     Run,
+    kernel_backends,
     missing,
     refusal,
     status,
@@ -102,12 +103,23 @@ def _output(*command: str) -> str | None:
 
 
 def part_build(run: Run) -> Result:
-    """The CPU extension, whose results the GPU's are compared with, beside its sources."""
+    """The extensions beside their sources: CUDA for this very device, the CPU's to compare with."""
     reason = "a dry run takes it as it is" if run.dry else missing("setuptools", "pybind11")
     if reason:
         return {"status": SKIPPED, "reason": reason}
-    code = run.python("build.log", "setup.py", "-q", "build_ext", "--inplace")
-    return {"status": status(code), "failures": [] if code == 0 else [run.tail("build.log")]}
+    variables = {"RLHF_KERNELS_CUDA": "0"}
+    if run.device.startswith("cuda"):
+        # Where there is a compiler, its failure is one. Where there is none, what is built serves.
+        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+        variables = {"RLHF_KERNELS_CUDA": "1" if nvcc else ""}
+        ask = "import sys, torch; print(*torch.cuda.get_device_capability(sys.argv[1]), sep='')"
+        if run.python("build-device.log", "-c", ask, run.device) == 0:
+            variables["RLHF_KERNELS_CUDA_ARCHS"] = run.tail("build-device.log", 1)
+    code = run.python("build.log", "setup.py", "-q", "build_ext", "--inplace", **variables)
+    said = (run.out / "build.log").read_text(errors="replace").splitlines()
+    failures = [] if code == 0 else [run.tail("build.log")]
+    built = [line for line in said if line.startswith("rlhf_kernels:")]
+    return {"status": status(code), "failures": failures, "said": built}
 
 
 def part_env(run: Run) -> Result:
@@ -234,14 +246,22 @@ def part_bench(run: Run) -> Result:
     if reason:
         return {"status": SKIPPED, "reason": reason}
     _records(run, failed=False)
-    arguments = ["-m", "pytest", *(f"benchmarks/test_bench_{n}.py" for n in BENCH_FILES)]
-    arguments += ["--points", "gpu", "--device", run.device]
-    arguments += ["--records", str(run.out / "bench-points.jsonl"), "-p", "no:cacheprovider"]
-    arguments += ["--backend", "triton", "--tb=short", "-v", "--benchmark-disable-gc"]
-    if run.dry:
-        arguments += ["--quick", "-k", "kl_penalty", "--providers", "eager,verl"]
-    # Wide, so that the summary gives reasons in full.
-    code = run.python("bench.log", *arguments, COLUMNS="300")
+    backends = ["triton"] if run.dry else kernel_backends(run)
+    codes, logs = [], []
+    for backend in backends:
+        arguments = ["-m", "pytest", *(f"benchmarks/test_bench_{n}.py" for n in BENCH_FILES)]
+        arguments += ["--points", "gpu", "--device", run.device]
+        arguments += ["--records", str(run.out / "bench-points.jsonl"), "-p", "no:cacheprovider"]
+        arguments += ["--backend", backend, "--tb=short", "-v", "--benchmark-disable-gc"]
+        if run.dry:
+            arguments += ["--quick", "-k", "kl_penalty", "--providers", "eager,verl"]
+        elif logs:
+            # The others were measured beside the first.
+            arguments += ["--providers", "ours"]
+        logs.append("bench.log" if not logs else f"bench-{backend}.log")
+        # Wide, so that the summary gives reasons in full.
+        codes.append(run.python(logs[-1], *arguments, COLUMNS="300"))
+    code = None if None in codes else max(codes)
     launches = run.out / "bench-launches.json"
     counted: int | None = 0
     if code is not None and not launches.exists():
@@ -249,10 +269,10 @@ def part_bench(run: Run) -> Result:
         counted = run.python("bench-launches.log", *profiled)
     points = _records(run)
     # Those that raised before they were measured are in no record.
-    lines = (run.out / "bench.log").read_text(errors="replace").splitlines()
+    lines = [x for n in logs for x in (run.out / n).read_text(errors="replace").splitlines()]
     failures = [x for x in lines if x.startswith(("FAILED ", "ERROR "))]
     if code not in (0, None) and not failures:
-        failures.append(run.tail("bench.log", 5))
+        failures += [run.tail(n, 5) for n, c in zip(logs, codes, strict=True) if c]
     if counted not in (0, None):
         failures.append("launches: " + run.tail("bench-launches.log", 3))
     return {
@@ -272,52 +292,63 @@ def part_sanitizer(run: Run) -> Result:
     for folder in run.packages:
         # NVIDIA also packs it as a wheel.
         tool = tool or next((str(f) for f in folder.rglob(name) if f.is_file()), None)
-    script = [sys.executable, "tests/gpu_faults.py", "--device", run.device]
+    script = [sys.executable, "tests/gpu_faults.py", "--device", run.device, "--backend"]
+    backends = kernel_backends(run)
     # First without: kernels are compiled and cached, and a fault shows that is not memory's.
-    plain = run.process("sanitizer-plain.log", *script)
-    if plain != 0:
-        return {
-            "status": status(plain),
-            "failures": ["without the sanitizer: " + run.tail("sanitizer-plain.log", 3)],
-        }
+    for backend in backends:
+        plain = run.process("sanitizer-plain.log", *script, backend)
+        if plain != 0:
+            failure = f"{backend} without the sanitizer: " + run.tail("sanitizer-plain.log", 3)
+            return {"status": status(plain), "failures": [failure]}
     if tool is None or run.device == "cpu":
         return {"status": SKIPPED, "reason": "compute-sanitizer is not here"}
-    tools, failures = {}, []
-    for name in SANITIZER_TOOLS:
-        if run.left() < 10:
-            tools[name] = CUT
-            continue
-        log = f"sanitizer-{name}.log"
-        command = [tool, "--tool", name, "--error-exitcode", "9", "--print-limit", "50"]
-        if name == "memcheck":
-            # torch asks the driver what it then is refused.
-            command += ["--report-api-errors", "no"]
-        # Each allocation by itself, so that the one behind it is not taken for it.
-        code = run.process(log, *command, *script, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        text = (run.out / log).read_text(errors="replace")
-        if code in (0, None):
-            tools[name] = status(code)
-        elif "ERROR SUMMARY" not in text or "Device not supported" in text:
-            tools[name] = f"{SKIPPED}: {run.tail(log, 2)}"
-        elif name == "memcheck" or _names_ours(text):
-            tools[name] = FAILED
-            failures.append(f"{name}: {run.tail(log, 3)}")
-        else:
-            tools[name] = "done; it names kernels of torch only"
+    tools: dict[str, str] = {}
+    failures: list[str] = []
+    for kind in SANITIZER_TOOLS:
+        for backend in backends:
+            found = _sanitize(
+                run, tool, kind, [*script, backend], f"sanitizer-{kind}-{backend}.log"
+            )
+            tools[f"{kind} {backend}"] = found
+            if found.startswith(FAILED):
+                failures.append(f"{kind} {backend}: {found.partition(': ')[2]}")
+                tools[f"{kind} {backend}"] = FAILED
     result = {"tools": tools, "failures": failures}
     # The first is a must; the others take what time there is.
-    first = tools[SANITIZER_TOOLS[0]]
-    if failures or first == CUT:
+    first = [tools[f"{SANITIZER_TOOLS[0]} {b}"] for b in backends]
+    if failures or CUT in first:
         return {"status": FAILED if failures else CUT, **result}
-    if first.startswith(SKIPPED):
+    if any(f.startswith(SKIPPED) for f in first):
         return {"status": SKIPPED, "reason": "memcheck does not work here", **result}
     return {"status": DONE, **result}
+
+
+def _sanitize(run: Run, tool: str, kind: str, script: list[str], log: str) -> str:
+    """Outcome of one of the sanitizer's tools."""
+    if run.left() < 10:
+        return CUT
+    command = [tool, "--tool", kind, "--error-exitcode", "9", "--print-limit", "50"]
+    if kind == "memcheck":
+        # torch asks the driver what it then is refused.
+        command += ["--report-api-errors", "no"]
+    # Each allocation by itself, so that the one behind it is not taken for it.
+    code = run.process(log, *command, *script, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    text = (run.out / log).read_text(errors="replace")
+    if code in (0, None):
+        return status(code)
+    if "ERROR SUMMARY" not in text or "Device not supported" in text:
+        return f"{SKIPPED}: {run.tail(log, 2)}"
+    if kind == "memcheck" or _names_ours(text):
+        return f"{FAILED}: {run.tail(log, 3)}"
+    return "done; it names kernels of torch only"
 
 
 def _names_ours(log: str) -> bool:
     """Whether the sanitizer found something in one of our kernels."""
     sources = (ROOT / "rlhf_kernels" / "triton").glob("*.py")
     names = {n for s in sources for n in re.findall(r"^def (\w+_kernel)\(", s.read_text(), re.M)}
+    if "rk::cuda::" in log:
+        return True
     return any(found in names for found in re.findall(r"\b(?:at|in) (\w+_kernel)\b", log))
 
 
@@ -330,10 +361,10 @@ class Part(NamedTuple):
 
 # By what would be missed most. All budgets together stay below ten minutes.
 PARTS = {
-    "build": Part(part_build, 60),
-    "env": Part(part_env, 50),
+    "build": Part(part_build, 75),
+    "env": Part(part_env, 45),
     "gpu": Part(part_gpu, 110),
-    "bench": Part(part_bench, 190),
+    "bench": Part(part_bench, 180),
     "tests": Part(part_tests, 110),
     "sanitizer": Part(part_sanitizer, 45),
 }

@@ -110,6 +110,15 @@ def refusal(run: Run) -> str | None:
     return "no answer in a minute" if found is None else run.tail("device.log", 1)
 
 
+def kernel_backends(run: Run) -> list[str]:
+    """Backends with kernels for the device, preferred first."""
+    code = "import sys, rlhf_kernels as rk; print(*rk.available_backends(sys.argv[1]))"
+    # In a process of its own, behind the part that may have built one.
+    if run.device == "cpu" or run.python("backends.log", "-c", code, run.device) != 0:
+        return ["triton"]
+    return [b for b in run.tail("backends.log", 1).split() if b in ("cuda", "triton")] or ["triton"]
+
+
 def _end(child: subprocess.Popen) -> None:
     """Ends a process and what it started; at the first signal pytest still writes its results."""
     for number, seconds in ((signal.SIGINT, 5), (signal.SIGTERM, 1), (signal.SIGKILL, 5)):

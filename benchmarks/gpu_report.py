@@ -48,9 +48,9 @@ def wanted(point: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _row(point: dict[str, Any], peers: list[str], quick: bool) -> str:
+def _row(point: dict[str, Any], peers: list[str], several: bool, quick: bool) -> str:
     ours = point["providers"]["ours"]
-    name = f"{point['op']}, {point['mode']}"
+    name = f"{point['op']}, {point['mode']}" + (f", {point['backend']}" if several else "")
     if "median" not in ours:
         return f"| {name} | {point['label']} | failed: {ours.get('error', 'no time')} |"
     spread = f"{microseconds(ours['p20'])}–{microseconds(ours['p80'])}"
@@ -75,7 +75,8 @@ def bench_lines(points: list[dict[str, Any]], quick: bool) -> list[str]:
     head += ["of the limit", *(f"÷ {PEERS[p]}" for p in peers), "target", "verdict"]
     lines = ["## Benchmarks", "", "| " + " | ".join(head) + " |"]
     lines.append("|---|---|" + "---:|" * (len(head) - 4) + "---|---|")
-    lines += [_row(p, peers, quick) for p in points]
+    several = len({p.get("backend") for p in points}) > 1
+    lines += [_row(p, peers, several, quick) for p in points]
     lines += [
         "",
         "Medians of device time by events, cold cache; ÷ x: time of x over ours. Host: time until "

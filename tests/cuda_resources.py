@@ -1,9 +1,10 @@
 """Compiles csrc/cuda with nvcc, for GPUs that need not be here, and reads what ptxas reports.
 
     python tests/cuda_resources.py --arch 80 --arch 90
+    python tests/cuda_resources.py --report benchmarks/results/cuda-resources.md --date 2026-01-31
 
 prints registers and shared memory of every kernel. Spills and stack frames are failures: both are
-memory traffic that nobody asked for. Reports are cached by the contents of what they come from.
+memory traffic that nobody asked for. Results are cached by the contents of what they come from.
 """
 
 import argparse
@@ -25,6 +26,9 @@ FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 # alone nothing hides the latency of its loads and barriers.
 REGISTERS = 65536
 MIN_BLOCKS = 2
+# Shared memory of the multiprocessor with the least, that of sm_86, sm_89 and sm_120, and what the
+# system takes of it for each block.
+SHARED, SYSTEM_SHARED = 100 << 10, 1 << 10
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,9 @@ class Resources:
         blocks = REGISTERS // (-(-self.registers // 8) * 8 * threads)
         if blocks < MIN_BLOCKS:
             found.append(f"{self.registers} registers: {blocks} blocks to a multiprocessor")
+        blocks = SHARED // (self.shared + SYSTEM_SHARED)
+        if blocks < MIN_BLOCKS:
+            found.append(f"{self.shared} bytes of shared memory: {blocks} blocks to one")
         return [f"{self.kernel}, sm_{self.arch}: {p}" for p in found]
 
 
@@ -134,12 +141,50 @@ def sources() -> list[Path]:
     return sorted((ROOT / "csrc" / "cuda").glob("*.cu"), key=lambda f: -f.stat().st_size)
 
 
+def markdown(found: dict[str, list[Resources]], date: str) -> str:
+    """The worst of the variants of each kernel on each architecture, by file."""
+    version = re.search(
+        r"release ([\d.]+)", subprocess.check_output([nvcc(), "--version"]).decode()
+    )
+    variants = sum(map(len, found.values()))
+    figures = ("registers", "shared", "spills", "stack")
+    lines = [
+        "# What the CUDA kernels need",
+        "",
+        f"Compiled, not run, by nvcc {version[1] if version else 'of unknown version'} on {date}: "
+        f"{variants} variants (dtypes, options, architectures). The worst variant of each kernel.",
+        "Written by `make cuda-report`. The gate: no spills, no stack frames, at least "
+        f"{MIN_BLOCKS} blocks of 256 threads a multiprocessor by registers and by shared memory.",
+        "",
+        "| file | kernel | target | variants | registers | shared B | spills B | stack B |",
+        "|---|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for file, kernels in sorted(found.items()):
+        names = {(r.kernel.partition("<")[0], r.arch) for r in kernels}
+        for name, arch in sorted(names):
+            own = [r for r in kernels if (r.kernel.partition("<")[0], r.arch) == (name, arch)]
+            most = [
+                max(getattr(r, k) for r in own) for k in ("registers", "shared", "spills", "stack")
+            ]
+            cells = [f"{file}.cu", name, f"sm_{arch}", len(own), *most]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, action="append")
-    archs = tuple(parser.parse_args().arch or (80, 90, 100))
+    parser.add_argument("--report", type=Path, help="where the Markdown table goes")
+    parser.add_argument("--date", help="of the report")
+    options = parser.parse_args()
+    if options.report and not options.date:
+        parser.error("--report needs --date")
+    archs = tuple(options.arch or (80, 90, 100))
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         found = list(pool.map(lambda f: report(f, archs), sources()))
+    if options.report:
+        by_file = {f.stem: r for f, r in zip(sources(), found, strict=True)}
+        options.report.write_text(markdown(by_file, options.date))
     problems = 0
     for source, kernels in zip(sources(), found, strict=True):
         for r in sorted(kernels, key=lambda r: (r.kernel, r.arch)):

@@ -15,7 +15,6 @@ import torch
 from run_python import run_python
 
 import rlhf_kernels as rk
-from rlhf_kernels import native
 
 ROOT = Path(__file__).parent.parent
 ARCHS = (80, 90, 100)

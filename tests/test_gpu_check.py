@@ -1,5 +1,6 @@
 """`make gpu-check` without a GPU: parts resume, end in time, report what failed; a dry run."""
 
+import argparse
 import importlib
 import json
 import os
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import rlhf_kernels as rk
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -243,6 +246,7 @@ print("========= ERROR SUMMARY: 0 errors")
 """
 
 
+@pytest.mark.parametrize("backends", [["triton"], ["cuda", "triton"]], ids="+".join)
 @pytest.mark.parametrize(
     "broken,outcome,words",
     [
@@ -252,7 +256,7 @@ print("========= ERROR SUMMARY: 0 errors")
         ("all", "skipped", ["skipped: Device not supported"] * 3),
     ],
 )
-def test_the_sanitizer_part(check, monkeypatch, tmp_path, broken, outcome, words):
+def test_the_sanitizer_part(check, monkeypatch, tmp_path, broken, outcome, words, backends):
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(TOOL.format(python=sys.executable, broken=broken))
     tool.chmod(0o755)
@@ -268,9 +272,12 @@ def test_the_sanitizer_part(check, monkeypatch, tmp_path, broken, outcome, words
 
     monkeypatch.setattr(process.Run, "process", faster)
     parts(monkeypatch, check, sanitizer=check.part_sanitizer)
+    monkeypatch.setattr(check, "kernel_backends", lambda run: backends)
     check.main(["--out", str(tmp_path), "--device", "cuda"])
     result = check.load(tmp_path)["sanitizer"]
-    assert result["status"] == outcome and list(result["tools"].values()) == words
+    expected = {f"{t} {b}": w for t, w in zip(check.SANITIZER_TOOLS, words, strict=True)
+                for b in backends}  # fmt: skip
+    assert result["status"] == outcome and result["tools"] == expected
     assert "compute-sanitizer: memcheck" in (tmp_path / "report.md").read_text()
 
 
@@ -278,6 +285,19 @@ def test_the_sanitizer_tells_our_kernels_from_others(check):
     line = "=========     at {}+0x4d0 in kernel.py:12"
     assert check._names_ours(line.format("partial_kernel"))
     assert not check._names_ours(line.format("vectorized_elementwise_kernel"))
+    assert check._names_ours(line.format("void rk::cuda::<unnamed>::scan_kernel<(int)16>(...)"))
+
+
+def test_backends_are_those_of_the_device(check, tmp_path):
+    process = importlib.import_module("benchmarks.gpu_process")
+    run = process.Run(
+        argparse.Namespace(device="cuda", out=tmp_path, dry_run=False, wheels=None, limit=60)
+    )
+    found = process.kernel_backends(run)
+    # Without a GPU there may be none: then Triton's, whose tests say so.
+    assert found == ([b for b in rk.available_backends("cuda") if b != "reference"] or ["triton"])
+    run.device = "cpu"
+    assert process.kernel_backends(run) == ["triton"]
 
 
 def test_failures_and_reasons_are_read_from_pytest(check, tmp_path):
@@ -315,6 +335,10 @@ def test_the_report_judges_targets_and_hides_the_machine(check, tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "| gae, forward | fp32 16×131072 | 40 | 39–41 | 9 | 1.0 | 891 | 50% copy |" in text
     assert "| 75% of copy, ≤ 30 µs | missed: copy 75%; missed: time ≤ 30 µs |" in text
+    both = [point | {"backend": b} for b in ("cuda", "triton")]
+    gpu_report.write({"bench": results["bench"] | {"points": both}}, tmp_path, quick=False)
+    assert "| gae, forward, triton | fp32 16×131072 |" in (tmp_path / "report.md").read_text()
+    gpu_report.write(results, tmp_path, quick=False)
     assert "ModuleNotFoundError" in text and str(ROOT) not in text
     assert str(ROOT) not in (tmp_path / "report.json").read_text()
 

@@ -142,8 +142,9 @@ __global__ void __launch_bounds__(kCombineThreads)
       z = cap * tanh_parts(z / cap).value;
     }
     // A label outside the vocabulary, a bad temperature and a row of -inf poison the row.
-    const bool good = (known || label == kLabelElsewhere) && temperature > 0.0 &&
-                      temperature < kHuge && r.m != -__builtin_inff();
+    const bool elsewhere = label == kLabelElsewhere && a.ignore_index == kShardIgnored;
+    const bool good = (known || elsewhere) && temperature > 0.0 && temperature < kHuge &&
+                      r.m != -__builtin_inff();
     const float poison = good ? 0.0f : __builtin_nanf("");
     // A NaN among nothing but -inf, so that no shard of it passes for an empty one.
     m = r.m == -__builtin_inff() && r.s != r.s ? __builtin_nanf("") : r.m;

@@ -9,8 +9,8 @@ from torch import Tensor
 from .. import _checks, _config
 from . import boundary as b
 
-# csrc/abi.h: kLabelElsewhere
-_ELSEWHERE = -(2**63)
+# csrc/abi.h: kShardIgnored
+_SHARD_IGNORED = -(2**63) + 1
 
 
 def _raise(
@@ -31,10 +31,9 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         # The CPU kernels look themselves.
         if gpu and _config.CHECK:
             keep = labels != ignore_index
-            # Another shard's label was found good there.
-            here = keep & (labels.long() != _ELSEWHERE)
-            own = torch.where(here, labels, ignore_index)
-            _checks.labels_in_range("token_logprobs", own, vocab, ignore_index)
+            # A shard's labels were found good before.
+            if ignore_index != _SHARD_IGNORED:
+                _checks.labels_in_range("token_logprobs", labels, keep, vocab)
             _checks.temperatures_positive("token_logprobs", temperatures, keep)
 
     def token_logprobs(
