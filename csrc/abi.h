@@ -57,7 +57,8 @@ constexpr int64_t kLabelElsewhere = INT64_MIN;
 constexpr int64_t kShardIgnored = INT64_MIN + 1;
 
 // token_logprobs. `stats` is fp32 [rows, cols, 3], contiguous: row maximum m (NaN for a row of NaN
-// and -inf), s = sum exp((x-m)/T), entropy. `temperatures` (fp32) overrides `temperature`; softcap 0 means none.
+// and -inf), s = sum exp((x-m)/T), entropy. `temperatures` (fp32) overrides `temperature`; softcap
+// 0 means none.
 struct LogprobsArgs {
   int64_t rows, cols, vocab;
   Tensor logits, labels, temperatures;
@@ -221,7 +222,8 @@ struct LossBackwardArgs {
   Exec exec;
 };
 
-// value_loss with its gradient, as of policy_loss. `clip_range` 0 means none. Metrics of reference/value.py METRICS.
+// value_loss with its gradient, as of policy_loss. `clip_range` 0 means none. Metrics of
+// reference/value.py METRICS.
 constexpr int kValueMetrics = 6;
 struct ValueArgs {
   LossTokens tokens;

@@ -75,7 +75,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("select_isa", &select_isa, "Use a supported instruction set by name.");
   m.def(
       "advise_huge_pages",
-      [](uintptr_t data, int64_t bytes) { advise_huge_pages(reinterpret_cast<void*>(data), bytes); },
+      [](uintptr_t data, int64_t bytes) {
+        advise_huge_pages(reinterpret_cast<void*>(data), bytes);
+      },
       "Ask for huge pages in memory that nothing was written to yet.");
 #ifdef _OPENMP
   m.attr("openmp") = _OPENMP;

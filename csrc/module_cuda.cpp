@@ -62,7 +62,8 @@ PYBIND11_MODULE(RK_MODULE, m) {
   m.attr("emulated") = false;
 #endif
   // Modules of rlhf_kernels.native whose launchers this extension serves.
-  m.attr("operations") = std::vector<std::string>{"logprobs", "kl", "advantages", "policy", "value"};
+  m.attr("operations") =
+      std::vector<std::string>{"logprobs", "kl", "advantages", "policy", "value"};
 
   const auto table = [] { return Kernels{}; };
   bind_logprobs(m, table);

@@ -163,9 +163,7 @@ def markdown(found: dict[str, list[Resources]], date: str) -> str:
         names = {(r.kernel.partition("<")[0], r.arch) for r in kernels}
         for name, arch in sorted(names):
             own = [r for r in kernels if (r.kernel.partition("<")[0], r.arch) == (name, arch)]
-            most = [
-                max(getattr(r, k) for r in own) for k in ("registers", "shared", "spills", "stack")
-            ]
+            most = [max(getattr(r, k) for r in own) for k in figures]
             cells = [f"{file}.cu", name, f"sm_{arch}", len(own), *most]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"

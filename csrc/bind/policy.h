@@ -17,31 +17,30 @@ inline PolicyConfig policy_config(const pybind11::sequence& codes,
 
 template <class Table>
 void bind_policy(pybind11::module_& m, Table table) {
-  m.def("policy_loss",
-        [table](int64_t sequences, int64_t cols, Tensor offsets, Tensor mask, Tensor logprobs,
-                Tensor old_logprobs, Tensor advantages, Tensor ref_logprobs,
-                Tensor rollout_logprobs, Tensor entropy, double divisor, Tensor normalizer,
-                const pybind11::sequence& codes, const pybind11::sequence& params, Tensor loss,
-                Tensor metrics, Tensor scale, Tensor grad_logprobs, Tensor grad_entropy,
-                Exec exec) {
-          const PolicyArgs args{{sequences, cols, offsets, mask},
-                                logprobs,
-                                old_logprobs,
-                                advantages,
-                                ref_logprobs,
-                                rollout_logprobs,
-                                entropy,
-                                divisor,
-                                normalizer,
-                                policy_config(codes, params),
-                                static_cast<float*>(loss.data),
-                                static_cast<float*>(metrics.data),
-                                static_cast<float*>(scale.data),
-                                grad_logprobs,
-                                grad_entropy,
-                                exec};
-          return without_gil([&] { return table().policy_loss(args); });
-        });
+  m.def("policy_loss", [table](int64_t sequences, int64_t cols, Tensor offsets, Tensor mask,
+                               Tensor logprobs, Tensor old_logprobs, Tensor advantages,
+                               Tensor ref_logprobs, Tensor rollout_logprobs, Tensor entropy,
+                               double divisor, Tensor normalizer, const pybind11::sequence& codes,
+                               const pybind11::sequence& params, Tensor loss, Tensor metrics,
+                               Tensor scale, Tensor grad_logprobs, Tensor grad_entropy, Exec exec) {
+    const PolicyArgs args{{sequences, cols, offsets, mask},
+                          logprobs,
+                          old_logprobs,
+                          advantages,
+                          ref_logprobs,
+                          rollout_logprobs,
+                          entropy,
+                          divisor,
+                          normalizer,
+                          policy_config(codes, params),
+                          static_cast<float*>(loss.data),
+                          static_cast<float*>(metrics.data),
+                          static_cast<float*>(scale.data),
+                          grad_logprobs,
+                          grad_entropy,
+                          exec};
+    return without_gil([&] { return table().policy_loss(args); });
+  });
 }
 
 template <class Table>

@@ -23,8 +23,7 @@ void bind_support(pybind11::module_& m, Table table) {
                                 Tensor temperatures, int64_t entries, Tensor indptr, Tensor indices,
                                 double temperature, double softcap, int64_t ignore_index,
                                 Tensor stats, Tensor kept, Tensor grad_logprobs,
-                                Tensor grad_entropy, Tensor dz, Tensor grad_logits,
-                                Exec exec) {
+                                Tensor grad_entropy, Tensor dz, Tensor grad_logits, Exec exec) {
     const SupportBackwardArgs args{
         rows,         cols,     vocab,        labels,      temperatures, {entries, indptr, indices},
         temperature,  softcap,  ignore_index, fp32(stats), fp32(kept),   grad_logprobs,

@@ -113,8 +113,7 @@ inline void group(const GroupAdvantagesArgs& a, int64_t n, const F& member) {
   for (int64_t k = 0; k < n; ++k) {
     const int64_t i = member(k);
     const double greedy = a.greedy.data ? reward_at(a.greedy, i) : 0.0;
-    a.work[i] =
-        group_advantage(reward_at(a.rewards, i), greedy, s, a.baseline, a.scale, a.eps);
+    a.work[i] = group_advantage(reward_at(a.rewards, i), greedy, s, a.baseline, a.scale, a.eps);
   }
 }
 

@@ -133,8 +133,7 @@ inline Status check_tokens(const Args& a) {
       const int64_t y = load_label(a.labels, i, j);
       if (y == a.ignore_index) continue;
       const bool elsewhere = y == kLabelElsewhere && a.ignore_index == kShardIgnored;
-      if ((y < 0 || y >= a.vocab) && !elsewhere)
-        return {kLabelOutOfRange, i * a.cols + j};
+      if ((y < 0 || y >= a.vocab) && !elsewhere) return {kLabelOutOfRange, i * a.cols + j};
       const double t = row_temperature(a.temperatures, a.temperature, i, j);
       if (!(t > 0.0) || t > 3.0e38) return {kBadTemperature, i * a.cols + j};
     }

@@ -159,8 +159,8 @@ inline const float* shaped_rewards(const GaeArgs& a, Walk& w) {
   if (!w.scored && w.kept > 0) {
     int64_t last = w.n - 1;
     while (!w.keep[last]) --last;
-    w.rewards_buffer[last] += clipped_score(sequence_scalar(a.scores, w.sequence),
-                                            static_cast<float>(a.reward_clip));
+    w.rewards_buffer[last] +=
+        clipped_score(sequence_scalar(a.scores, w.sequence), static_cast<float>(a.reward_clip));
     w.scored = true;
   }
   return w.rewards_buffer;

@@ -1,10 +1,10 @@
 // gae, discounted_returns, ppo_advantages: tiles of sequences scanned side by side.
 //
 // All that a step gets from behind is u = gamma V + gamma lam A, the next value and advantage. It
-// hands on p u + q with p = gamma lam, q = gamma V + gamma lam (r - V) of its own; a done step cuts,
-// one that "carry" skips is the identity, which leaves every bit of u. So a step needs nothing of
-// its neighbours, and maps compose in any grouping. All in fp64: bits of the results hardly depend
-// on that grouping, and a long chain loses nothing.
+// hands on p u + q with p = gamma lam, q = gamma V + gamma lam (r - V) of its own; a done step
+// cuts, one that "carry" skips is the identity, which leaves every bit of u. So a step needs
+// nothing of its neighbours, and maps compose in any grouping. All in fp64: bits of the results
+// hardly depend on that grouping, and a long chain loses nothing.
 //
 // Tiles are counted from the start of each sequence. Launches: scan alone where every row is one
 // tile; else aggregate before it, which finds the map of each tile, and scan composes those behind
@@ -16,8 +16,8 @@
 namespace rk::cuda {
 namespace {
 
-// Steps of a thread; warps of a middle tile, whose square is those of a whole one. Short tests shall
-// cross the emulator's tiles.
+// Steps of a thread; warps of a middle tile, whose square is those of a whole one. Short tests
+// shall cross the emulator's tiles.
 #ifdef RK_EMULATED
 constexpr int kSteps = 2, kMiddle = 2;
 #else
@@ -165,9 +165,9 @@ struct Group {
       const int i = j * kThreads + own, at = Staged::at(base + i);
       shared.rewards[at] = rewards[j];
       shared.values[at] = values[j];
-      shared.flags[base + i] = static_cast<uint8_t>((kept >> j & 1 ? kKept : 0) |
-                                                    (exists >> j & 1 ? kExists : 0) |
-                                                    (done >> j & 1 ? kDone : 0));
+      shared.flags[base + i] =
+          static_cast<uint8_t>((kept >> j & 1 ? kKept : 0) | (exists >> j & 1 ? kExists : 0) |
+                               (done >> j & 1 ? kDone : 0));
       if (kept >> j & 1) last = i;
     }
     if (a.scores.data) {
@@ -311,8 +311,8 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   bool scored = a.scores.data != nullptr && tile.count > 0;
   // Before the tile is staged: that would have to wait for it.
   if (kGroup == kWarps && tile.k + 1 < tile.tiles) {
-    const Behind behind = look_behind(aggregates + first_slot + 1, tile.tiles - 1 - tile.k, scored,
-                                      u, shared);
+    const Behind behind =
+        look_behind(aggregates + first_slot + 1, tile.tiles - 1 - tile.k, scored, u, shared);
     u = behind.u;
     scored &= !behind.kept;
   }
@@ -331,8 +331,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     for (int j = 0; j < kSteps; ++j) {
       const int i = group.base + j * kThreads + group.own;
       if (group.has(j))
-        a.shaped[place + j * kThreads] =
-            shared.rewards[Staged::at(i)] + (i == last ? score : 0.0f);
+        a.shaped[place + j * kThreads] = shared.rewards[Staged::at(i)] + (i == last ? score : 0.0f);
     }
   }
   const double decay = decay_of(a);
@@ -399,8 +398,16 @@ Status gae(const GaeArgs& a) {
   else
     scan(std::integral_constant<int, kWarps>{});
   if (!a.moments) return {};
-  return whiten({a.rows, a.cols, {a.advantages, kFloat32, a.cols, 1}, a.mask, true, true,
-                 a.whiten_eps, a.moments, a.advantages, a.exec});
+  return whiten({a.rows,
+                 a.cols,
+                 {a.advantages, kFloat32, a.cols, 1},
+                 a.mask,
+                 true,
+                 true,
+                 a.whiten_eps,
+                 a.moments,
+                 a.advantages,
+                 a.exec});
 }
 
 }  // namespace rk::cuda

@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(kGroupThreads, 1) group_kernel(const GroupAdva
   GroupStatistics s{static_cast<double>(end - begin), reward_at(a.rewards, member(begin)), 0.0,
                     0.0};
   if (zero_mean(a.baseline) || a.scale == kScaleGroup) {
-    for (int64_t k = first; k < end; k += kWarp) s.mean += reward_at(a.rewards, member(k)) - s.first;
+    for (int64_t k = first; k < end; k += kWarp)
+      s.mean += reward_at(a.rewards, member(k)) - s.first;
     s.mean = warp_reduce(s.mean, Sum{}) / s.n;
     double m2 = 0.0;
     for (int64_t k = first; k < end; k += kWarp) {

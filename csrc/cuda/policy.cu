@@ -2,19 +2,36 @@
 //
 // The gradient comes without its common factor 1 / divisor, which is known only after the last
 // token: loss_backward multiplies by it as it multiplies by the upstream gradient. Launches:
-// statistics, where a sequence's sums are needed; policy, the sweep; pooled, which adds the slope of
-// a sequence's ratio to the gradient of its tokens; combine, of one block, which adds the partial
-// sums in order.
+// statistics, where a sequence's sums are needed; policy, the sweep; pooled, which adds the slope
+// of a sequence's ratio to the gradient of its tokens; combine, of one block, which adds the
+// partial sums in order.
 #include "tokens.cuh"
 
 namespace rk::cuda {
 namespace {
 
 // Columns of the sums, in the order of the metrics.
-enum : int { kPg, kKl, kBonus, kLow, kHigh, kDual, kR, kRr, kX, kOldK3, kXRef, kRefK3, kEntropy, kW,
-             kCount, kSlope, kSums };
-// Rows of the scratch [kRows, slots]: statistics, sums, the extremes of the ratio, and which tile of
-// its sequence the slot is.
+enum : int {
+  kPg,
+  kKl,
+  kBonus,
+  kLow,
+  kHigh,
+  kDual,
+  kR,
+  kRr,
+  kX,
+  kOldK3,
+  kXRef,
+  kRefK3,
+  kEntropy,
+  kW,
+  kCount,
+  kSlope,
+  kSums
+};
+// Rows of the scratch [kRows, slots]: statistics, sums, the extremes of the ratio, and which tile
+// of its sequence the slot is.
 constexpr int kFirst = kStatistics, kRMin = kFirst + kSums, kRMax = kRMin + 1,
               kTileIndex = kRMax + 1, kRows = kTileIndex + 1;
 
@@ -146,8 +163,7 @@ __global__ void __launch_bounds__(kTokenThreads)
   const double mean = sequence_total(partials + kLogRatio * slots, own.tile) * each;
   double share = sequence_total(partials + (kFirst + kSlope) * slots, own.tile) * each;
   if (a.config.aggregation == kSeqMeanTokenMean) share *= each;
-  const float slope =
-      inside_clamp(static_cast<float>(mean), static_cast<float>(share), a.config);
+  const float slope = inside_clamp(static_cast<float>(mean), static_cast<float>(share), a.config);
   float* grad = static_cast<float*>(a.grad_logprobs.data);
 #pragma unroll
   for (int j = 0; j < kPerThread; ++j)
@@ -173,12 +189,11 @@ __global__ void __launch_bounds__(kTokenThreads)
     extremes[0][threadIdx.x / kWarp] = r_min;
     extremes[1][threadIdx.x / kWarp] = r_max;
   }
-  const bool by_sequence = a.config.aggregation == kSeqMeanTokenMean ||
-                           a.config.aggregation == kSeqMeanTokenSum;
+  const bool by_sequence =
+      a.config.aggregation == kSeqMeanTokenMean || a.config.aggregation == kSeqMeanTokenSum;
   const bool counted = by_sequence && !a.normalizer.data && a.divisor == 0.0;
-  const Batch batch =
-      look_at_batch(a.tokens, partials + (kFirst + kCount) * slots, partials + kTileIndex * slots,
-                    slots, counted, shared, sums);
+  const Batch batch = look_at_batch(a.tokens, partials + (kFirst + kCount) * slots,
+                                    partials + kTileIndex * slots, slots, counted, shared, sums);
   column_sums(s, shared, sums);
   if (threadIdx.x != 0) return;
   for (int w = 1; w < kTokenThreads / kWarp; ++w) {
@@ -187,8 +202,8 @@ __global__ void __launch_bounds__(kTokenThreads)
   }
   const double tokens = sums[kCount], n = tokens > 1.0 ? tokens : 1.0;
   const bool some = tokens > 0.0;
-  const double factor = loss_scale(a.normalizer, a.divisor, counted ? batch.sequences : tokens,
-                                   batch.bad_offsets);
+  const double factor =
+      loss_scale(a.normalizer, a.divisor, counted ? batch.sequences : tokens, batch.bad_offsets);
   *a.scale = static_cast<float>(factor);
   // NaN where the factor is.
   const double fault = factor - factor;

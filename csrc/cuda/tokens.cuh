@@ -66,8 +66,7 @@ struct Tokens {
 
 // The sums of a block's columns into `sums`, for all threads to read; `shared` is scratch.
 template <class T, int kColumns>
-__device__ __forceinline__ void column_sums(const T (&x)[kColumns], T (*shared)[kColumn],
-                                            T* sums) {
+__device__ __forceinline__ void column_sums(const T (&x)[kColumns], T (*shared)[kColumn], T* sums) {
   static_assert(kColumns * kFold <= kTokenThreads, "a column has kFold threads");
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) shared[c][threadIdx.x] = x[c];

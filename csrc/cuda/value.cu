@@ -84,12 +84,10 @@ __global__ void __launch_bounds__(kTokenThreads)
     s[kReturn] += n * at(kReturnMean, slot);
     s[kError] += n * at(kErrorMean, slot);
   }
-  const bool by_sequence =
-      a.aggregation == kSeqMeanTokenMean || a.aggregation == kSeqMeanTokenSum;
+  const bool by_sequence = a.aggregation == kSeqMeanTokenMean || a.aggregation == kSeqMeanTokenSum;
   const bool counted = by_sequence && !a.normalizer.data && a.divisor == 0.0;
-  const Batch batch =
-      look_at_batch(a.tokens, partials + (kFirst + kCount) * slots, partials + kTileIndex * slots,
-                    slots, counted, shared, sums);
+  const Batch batch = look_at_batch(a.tokens, partials + (kFirst + kCount) * slots,
+                                    partials + kTileIndex * slots, slots, counted, shared, sums);
   column_sums(s, shared, sums);
   const double tokens = sums[kCount], n = tokens > 1.0 ? tokens : 1.0;
   const double target_mean = sums[kReturn] / n, error_mean = sums[kError] / n;
@@ -104,8 +102,8 @@ __global__ void __launch_bounds__(kTokenThreads)
   }
   column_sums(d, shared, squares);
   if (threadIdx.x != 0) return;
-  const double factor = loss_scale(a.normalizer, a.divisor, counted ? batch.sequences : tokens,
-                                   batch.bad_offsets);
+  const double factor =
+      loss_scale(a.normalizer, a.divisor, counted ? batch.sequences : tokens, batch.bad_offsets);
   *a.scale = static_cast<float>(factor);
   // NaN where the factor is.
   const double fault = factor - factor;
