@@ -118,7 +118,9 @@ struct SupportBackwardArgs {
 };
 
 // From `dz` to the head's operands; a null gradient is not wanted. Entries with a gradient of zero
-// are not read. `starts` is scratch of vocab + 1, `uses` of `entries`.
+// are not read. `starts` is scratch of vocab + 1, `uses` of `entries`. On a GPU `starts` holds
+// where each word's entries begin in `order`, entries sorted by word, and `owner` the token of each
+// entry.
 struct SupportUse {
   int64_t token;
   float dz;
@@ -132,6 +134,7 @@ struct SupportHeadArgs {
   float* grad_bias;
   int64_t* starts;
   SupportUse* uses;
+  const int64_t *order, *owner;
   Exec exec;
 };
 

@@ -10,6 +10,7 @@
 #include "bind/kl.h"
 #include "bind/logprobs.h"
 #include "bind/policy.h"
+#include "bind/support.h"
 #include "bind/value.h"
 #include "cuda/kernels.h"
 
@@ -19,6 +20,9 @@ namespace {
 struct Kernels {
   decltype(&cuda::token_logprobs) token_logprobs = cuda::token_logprobs;
   decltype(&cuda::token_logprobs_backward) token_logprobs_backward = cuda::token_logprobs_backward;
+  decltype(&cuda::support_logprobs) support_logprobs = cuda::support_logprobs;
+  decltype(&cuda::support_backward) support_backward = cuda::support_backward;
+  decltype(&cuda::support_head_backward) support_head_backward = cuda::support_head_backward;
   decltype(&cuda::kl_divergence) kl_divergence = cuda::kl_divergence;
   decltype(&cuda::kl_divergence_backward) kl_divergence_backward = cuda::kl_divergence_backward;
   decltype(&cuda::kl_penalty) kl_penalty = cuda::kl_penalty;
@@ -61,14 +65,12 @@ PYBIND11_MODULE(RK_MODULE, m) {
 #else
   m.attr("emulated") = false;
 #endif
-  // Modules of rlhf_kernels.native whose launchers this extension serves.
-  m.attr("operations") =
-      std::vector<std::string>{"logprobs", "kl", "advantages", "policy", "value"};
-
   const auto table = [] { return Kernels{}; };
   bind_logprobs(m, table);
   m.def("token_logprobs_scratch", &cuda::token_logprobs_scratch);
   m.def("token_logprobs_backward_scratch", &cuda::token_logprobs_backward_scratch);
+  bind_support(m, table);
+  m.def("support_logprobs_scratch", &cuda::support_logprobs_scratch);
   bind_kl(m, table);
   m.def("kl_divergence_scratch", &cuda::kl_divergence_scratch);
   m.def("kl_divergence_backward_scratch", &cuda::kl_divergence_backward_scratch);

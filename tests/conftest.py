@@ -23,10 +23,6 @@ except ImportError:
     from no_hypothesis import settings
 
 
-# Test files named after the operations whose kernels they test.
-_OPERATIONS = {"logprobs", "support", "kl", "advantages", "policy", "value"}
-
-
 def pytest_addoption(parser):
     parser.addoption(
         "--device", help="run the operation tests on tensors of this device, and those marked gpu"
@@ -91,12 +87,7 @@ def backend(request):
         if request.param == "cuda" and _device(request.config).type == "cpu":
             import emulated_cuda
 
-            extension = stack.enter_context(emulated_cuda.installed())
-            operation = request.module.__name__.split("_")[1]
-            # The other files use all but this one.
-            needed = {operation} if operation in _OPERATIONS else _OPERATIONS - {"support"}
-            if missing := needed - set(extension.operations):
-                pytest.skip(f"the CUDA backend has no kernels yet for {', '.join(sorted(missing))}")
+            stack.enter_context(emulated_cuda.installed())
         stack.enter_context(rk.use_backend(request.param))
         yield request.param
 

@@ -153,7 +153,7 @@ def test_a_failure_of_nvcc_leaves_the_cpu_extension(tmp_path):
 STAND_IN = """
 import sys, types
 sys.modules["rlhf_kernels._cuda"] = types.SimpleNamespace(
-    __file__="_cuda.so", emulated=False, operations=["logprobs"], architectures=["sm_80", "sm_90"],
+    __file__="_cuda.so", emulated=False, architectures=["sm_80", "sm_90"],
     driver_version=lambda: {driver}, runtime_version=lambda: 13000,
 )
 import rlhf_kernels as rk, torch

@@ -161,7 +161,7 @@ def test_word_out_of_range(backend, bad, monkeypatch):
     _, labels, (indptr, indices) = problem((6, 40, 5), torch.float32)
     indices[20] = bad
     for form in both_forms(labels, (indptr, indices)):
-        if backend == "triton":
+        if backend in ("cuda", "triton"):
             found = form()
             for t in found[:3]:
                 assert t[1].isnan().any() and t[[0, 2]].isfinite().all()
@@ -190,7 +190,7 @@ def test_bad_indptr(backend, indptr, position, monkeypatch):
     _, labels, (_, indices) = problem((6, 40, 5), torch.float32)
     message = rf"end at the number of indices, 51; entry {position} is {indptr[position]}$"
     for form in both_forms(labels, (torch.tensor(indptr), indices)):
-        if backend == "triton":
+        if backend in ("cuda", "triton"):
             # Whose words are whose is not known: every token is poisoned.
             found = form()
             assert found[0].isnan().all() and found[1].isnan().all()
@@ -209,7 +209,7 @@ def test_bad_label_and_temperature(backend, monkeypatch):
     wrong[1] = VOCAB
     temperature = torch.tensor([1.0, -1.0, 1.0])
     logits = torch.randn(3, VOCAB)
-    if backend == "triton":
+    if backend in ("cuda", "triton"):
         for found in (
             rk.token_logprobs(logits, wrong, support=support),
             rk.token_logprobs(logits, labels, support=support, temperature=temperature),
@@ -245,7 +245,7 @@ def test_repeated_words(backend, monkeypatch):
     # Twice in the second token, which is ignored, and across tokens is no repetition.
     support = (torch.tensor([0, 3, 6, 10]), torch.tensor([3, 5, 4, 5, 5, 7, 96, 3, 7, 96]))
     for form in both_forms(labels, support):
-        if backend == "triton":
+        if backend in ("cuda", "triton"):
             # What they give is undefined; that it stays inside memory is not.
             found = form()
             assert found[0][0].isfinite() or found[0][0] == -math.inf
@@ -287,7 +287,7 @@ def test_memory_of_the_linear_form(backend, monkeypatch):
     rows, kept = 6, 7
     operands, labels, support = head_problem((kept,) * rows, torch.float32, vocab=200, hidden=64)
     hidden, weight, bias = (t.detach() for t in operands)
-    launchers = native.launchers("cpu") if backend == "cpu" else triton.launchers()
+    launchers = triton.launchers() if backend == "triton" else native.launchers(backend)
     tokens, options = (labels, None, *support), (1.0, 0.0)
     for needs, limit in (([True, False, False], rows * 64), ([True, True, True], 200 * 64)):
         with Sizes() as sizes:

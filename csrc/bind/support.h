@@ -33,7 +33,8 @@ void bind_support(pybind11::module_& m, Table table) {
   m.def("support_head_backward",
         [=](int64_t rows, int64_t cols, int64_t vocab, int64_t width, Tensor hidden, Tensor weight,
             int64_t entries, Tensor indptr, Tensor indices, Tensor dz, Tensor grad_hidden,
-            Tensor grad_weight, Tensor grad_bias, Tensor starts, Tensor uses, Exec exec) {
+            Tensor grad_weight, Tensor grad_bias, Tensor starts, Tensor uses, Tensor order,
+            Tensor owner, Exec exec) {
           const SupportHeadArgs args{rows,
                                      cols,
                                      vocab,
@@ -47,6 +48,8 @@ void bind_support(pybind11::module_& m, Table table) {
                                      fp32(grad_bias),
                                      static_cast<int64_t*>(starts.data),
                                      static_cast<SupportUse*>(uses.data),
+                                     static_cast<const int64_t*>(order.data),
+                                     static_cast<const int64_t*>(owner.data),
                                      exec};
           return without_gil([&] { return table().support_head_backward(args); });
         });

@@ -12,6 +12,11 @@ int64_t token_logprobs_backward_scratch(int64_t tokens);
 Status token_logprobs(const LogprobsArgs& a);
 Status token_logprobs_backward(const LogprobsBackwardArgs& a);
 
+int64_t support_logprobs_scratch();
+Status support_logprobs(const SupportArgs& a);
+Status support_backward(const SupportBackwardArgs& a);
+Status support_head_backward(const SupportHeadArgs& a);
+
 int64_t kl_divergence_scratch(int64_t tokens, int64_t vocab, int64_t element_size);
 int64_t kl_divergence_backward_scratch(int64_t tokens);
 Status kl_divergence(const KlArgs& a);

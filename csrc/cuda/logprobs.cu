@@ -33,7 +33,7 @@ __device__ __forceinline__ int64_t row_label(const Args& a, int64_t row) {
 
 // (m, s, t) of one tile of one row. partials: [rows * cols, tiles, 3].
 template <class E, bool kSoftcap, bool kEntropy>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kSoftcap ? 2 : 3)
     partial_kernel(const LogprobsArgs a, uint32_t tiles, bool aligned, float* partials) {
   constexpr int kColumns = tile_columns(kSlots, sizeof(typename E::Storage));
   __shared__ float shared[3][kRowThreads / kWarp];
@@ -59,12 +59,14 @@ __global__ void __launch_bounds__(kRowThreads)
     for (int w = 0; w < kWidth<E>; ++w) m = fmaxf(m, logit(k, w));
   m = block_reduce<kRowThreads>(m, Max{}, shared[0]);
   float s = 0.0f, t = 0.0f;
-  // Nothing but -inf adds nothing. The maximum hides a NaN, which belongs in the sums.
+  // Nothing but -inf adds nothing. The maximum hides a NaN, which belongs in the sums; with a
+  // softcap there is nothing but NaN here.
   if (m == minus_inf) {
 #pragma unroll
     for (int k = 0; k < kSlots; ++k)
 #pragma unroll
-      for (int w = 0; w < kWidth<E>; ++w) s += logit(k, w) == minus_inf ? 0.0f : logit(k, w);
+      for (int w = 0; w < kWidth<E>; ++w)
+        s += slots[k].get(w) == slots[k].get(w) ? 0.0f : slots[k].get(w);
     s = warp_reduce(s, Sum{});
   } else {
     const float lowest = kLowest / rate, rate2 = rate * kLog2e;

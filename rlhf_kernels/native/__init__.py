@@ -50,15 +50,8 @@ def _cuda_reason(module: ModuleType) -> str | None:
 
 
 def table(extension: ModuleType) -> dict[str, Callable[..., object]]:
-    """Launchers of the operations that an extension has, by operator name."""
-    # Without a list, it has all.
-    has = getattr(extension, "operations", None)
-    return {
-        name: launcher
-        for op in _OPS
-        if has is None or op.__name__.rpartition(".")[2] in has
-        for name, launcher in op.launchers(extension).items()
-    }
+    """Launchers of an extension's operations, by operator name."""
+    return {name: launcher for op in _OPS for name, launcher in op.launchers(extension).items()}
 
 
 _MODULES = {backend: _load(backend) for backend in _NAMES}

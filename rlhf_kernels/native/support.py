@@ -6,13 +6,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, _config
 from . import boundary as b
 
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, bound to an extension module."""
-    where = b.place(extension)
+    where, gpu = b.place(extension), b.is_gpu(extension)
 
     def check(
         op: str,
@@ -60,6 +60,10 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         vocab = width if weight is None else weight.shape[0]
         if labels.numel() == 0:
             return logprobs, entropies, stats, kept
+        # The CPU kernels look themselves.
+        if gpu and _config.CHECK:
+            keep = labels != ignore_index
+            _checks.support_data(op, labels, temperatures, indptr, indices, keep, vocab)
         rows, labels = b.as_rows(rows), b.as_grid(labels)
         indptr, indices = b.as_grid(indptr), b.as_grid(indices)
         weight = None if weight is None else b.as_rows(weight)
@@ -69,7 +73,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             None if weight is None else b.pack_rows(weight), b.pack(bias), b.pack(labels),
             b.pack(temperatures), indices.shape[0], b.pack(indptr), b.pack(indices), temperature,
             softcap, ignore_index, b.pack(logprobs), b.pack(entropies) if entropy else None,
-            b.pack(stats), b.pack(kept), where(rows),
+            b.pack(stats), b.pack(kept), where(rows, "support_logprobs"),
         )  # fmt: skip
         check(op, status, labels, temperatures, indptr, indices, vocab)
         return logprobs, entropies, stats, kept
@@ -113,7 +117,9 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
 
     def token_logprobs_support_backward(kept: Tensor, labels: Tensor, *args: object) -> Tensor:
         *args, vocab, dtype = args
-        out = torch.empty((*labels.shape, vocab), dtype=dtype, device=kept.device)
+        # On a GPU only the kept words are written.
+        make = torch.zeros if gpu else torch.empty
+        out = make((*labels.shape, vocab), dtype=dtype, device=kept.device)
         backward("token_logprobs", vocab, out, kept, labels, *args)
         return out
 
@@ -136,9 +142,13 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         if labels.numel() == 0:
             return grad_hidden, grad_weight.zero_(), grad_bias.to(bias_dtype)
         sums = needs[1] or needs[2]
-        starts = torch.empty(vocab + 1 if sums else 0, dtype=torch.int64, device=kept.device)
-        # csrc/abi.h: SupportUse
-        uses = starts.new_empty(2 * indices.shape[0] if sums else 0)
+        starts = uses = order = owner = None
+        if sums and gpu:
+            starts, order, owner = by_word(dz, indptr, indices, vocab)
+        elif sums:
+            starts = torch.empty(vocab + 1, dtype=torch.int64, device=kept.device)
+            # csrc/abi.h: SupportUse
+            uses = starts.new_empty(2 * indices.shape[0])
         hidden, weight = b.as_rows(hidden), b.as_rows(weight)
         indptr, indices = b.as_grid(indptr), b.as_grid(indices)
         extension.support_head_backward(
@@ -146,9 +156,19 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             b.pack_rows(weight), indices.shape[0], b.pack(indptr),
             b.pack(indices), b.pack(dz), b.pack_rows(grad_hidden) if needs[0] else None,
             b.pack_rows(grad_weight) if needs[1] else None, b.pack(grad_bias) if needs[2] else None,
-            b.pack(starts), b.pack(uses), where(dz),
+            b.pack(starts), b.pack(uses), b.pack(order), b.pack(owner), where(dz),
         )  # fmt: skip
         return grad_hidden, grad_weight, grad_bias.to(bias_dtype)
+
+    def by_word(
+        dz: Tensor, indptr: Tensor, indices: Tensor, vocab: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Starts of the words' entries, entries sorted by word, the token of each entry."""
+        moves = (dz != 0) & (indices >= 0) & (indices < vocab)
+        words, order = torch.where(moves, indices, vocab).long().sort(stable=True)
+        starts = torch.searchsorted(words, torch.arange(vocab + 1, device=dz.device))
+        at = torch.arange(dz.shape[0], dtype=indptr.dtype, device=dz.device)
+        return starts, order, torch.searchsorted(indptr[1:].contiguous(), at, right=True)
 
     return {
         "token_logprobs_support": token_logprobs_support,

@@ -1,0 +1,357 @@
+// token_logprobs over a support: the words that the sampler kept, a list per token.
+//
+// A warp to an entry for the products with the weight, a block to a token's list for what follows.
+// Gradients of the head are weighted sums of gathered rows, entries in order: a thread owns
+// columns. Bits of an entry or a list do not depend on what is around it. Bad data poisons its
+// token; a bad indptr all of them.
+#include "rows.cuh"
+
+namespace rk::cuda {
+namespace {
+
+constexpr int kCheckThreads = 1024, kProductThreads = 256, kListThreads = 128, kSumThreads = 128;
+// Entries whose sum is taken by itself before it joins the sum of a list, and those in flight.
+constexpr int kTerms = 128, kAhead = 4;
+
+// Entries [begin, end) of list i, inside [0, entries) whatever `starts` says.
+struct List {
+  int64_t begin, end;
+};
+__device__ __forceinline__ List list_at(const Tensor& starts, int64_t i, int64_t entries) {
+  int64_t begin = load_integer(starts, i * starts.stride1);
+  int64_t end = load_integer(starts, (i + 1) * starts.stride1);
+  begin = begin < 0 ? 0 : (begin > entries ? entries : begin);
+  end = end < begin ? begin : (end > entries ? entries : end);
+  return {begin, end};
+}
+__device__ __forceinline__ int64_t word_at(const Support& s, int64_t entry) {
+  return load_integer(s.indices, entry * s.indices.stride1);
+}
+
+template <class Args>
+__device__ __forceinline__ double temperature_at(const Args& a, int64_t row) {
+  if (!a.temperatures.data) return a.temperature;
+  return static_cast<const float*>(a.temperatures.data)[token_at(a.temperatures, row, a.cols)];
+}
+template <class Args>
+__device__ __forceinline__ int64_t label_at(const Args& a, int64_t row) {
+  return load_integer(a.labels, token_at(a.labels, row, a.cols));
+}
+
+struct Capped {
+  float z, slope;
+};
+__device__ __forceinline__ Capped capped(float z, float cap) {
+  if (!(cap > 0.0f)) return {z, 1.0f};
+  const TanhParts p = tanh_parts(z / cap);
+  return {cap * p.value, p.slope};
+}
+// exp(rate d), exactly 0 below the normal floats.
+__device__ __forceinline__ float weight_of(float d, float rate) {
+  return d * rate < kLowest ? 0.0f : exp2_fast(d * (rate * kLog2e));
+}
+
+// 0, or NaN if indptr does not lead from 0 to the number of entries without decreasing; one block.
+__global__ void __launch_bounds__(kCheckThreads)
+    check_kernel(const Support s, int64_t tokens, float* poison) {
+  __shared__ int shared[kCheckThreads / kWarp];
+  int wrong = 0;
+  for (int64_t i = threadIdx.x; i <= tokens; i += kCheckThreads) {
+    const int64_t at = load_integer(s.indptr, i * s.indptr.stride1);
+    const int64_t before = i > 0 ? load_integer(s.indptr, (i - 1) * s.indptr.stride1) : 0;
+    wrong += at < before || (i == 0 && at != 0) || (i == tokens && at != s.entries) ? 1 : 0;
+  }
+  wrong = block_reduce<kCheckThreads>(wrong, Sum{}, shared);
+  if (threadIdx.x == 0) *poison = wrong ? __builtin_nanf("") : 0.0f;
+}
+
+// 16 bytes of a row from `column`; 0 beyond its end.
+template <class E>
+__device__ __forceinline__ Pack<E> load_columns(const typename E::Storage* row, int64_t column,
+                                                int64_t width, bool aligned) {
+  Pack<E> x{};
+  if (aligned && column + kWidth<E> <= width) {
+    x.load(row + column);
+  } else {
+#pragma unroll
+    for (int w = 0; w < kWidth<E>; ++w)
+      if (column + w < width) x.set(w, row[column + w]);
+  }
+  return x;
+}
+
+// Raw logits of the entries; a warp to each.
+template <class E>
+__global__ void __launch_bounds__(kProductThreads)
+    products_kernel(const SupportArgs a, bool aligned) {
+  const int64_t entry =
+      static_cast<int64_t>(blockIdx.x) * (kProductThreads / kWarp) + threadIdx.x / kWarp;
+  if (entry >= a.support.entries) return;
+  // The token: the first whose list ends behind the entry.
+  int64_t low = 0, high = a.rows * a.cols;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (load_integer(a.support.indptr, (middle + 1) * a.support.indptr.stride1) <= entry)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  const int64_t word = word_at(a.support, entry);
+  // Ignored tokens' entries are not looked at; a word that is none poisons its token.
+  if (low >= a.rows * a.cols || label_at(a, low) == a.ignore_index || word < 0 || word >= a.vocab)
+    return;
+  using S = typename E::Storage;
+  const S* x = static_cast<const S*>(a.logits.data) + token_at(a.logits, low, a.cols);
+  const S* y = static_cast<const S*>(a.weight.data) + word * a.weight.stride1;
+  float sum = 0.0f;
+  for (int64_t c = threadIdx.x % kWarp * kWidth<E>; c < a.width; c += kWarp * kWidth<E>) {
+    const Pack<E> p = load_columns<E>(x, c, a.width, aligned);
+    const Pack<E> q = load_columns<E>(y, c, a.width, aligned);
+#pragma unroll
+    for (int w = 0; w < kWidth<E>; ++w) sum = fmaf(p.get(w), q.get(w), sum);
+  }
+  sum = warp_reduce(sum, Sum{});
+  if (threadIdx.x % kWarp != 0) return;
+  if (a.bias.data) sum += static_cast<const float*>(a.bias.data)[word * a.bias.stride1];
+  a.kept[entry] = sum;
+}
+
+// Log-probability, entropy and statistics of a token; without a weight also its kept logits.
+template <class E>
+__global__ void __launch_bounds__(kListThreads)
+    rows_kernel(const SupportArgs a, const float* poison) {
+  constexpr int kWarps = kListThreads / kWarp;
+  __shared__ float tops[kWarps], owns[kWarps];
+  __shared__ int wrongs[kWarps];
+  __shared__ double sums[2][kWarps];
+  const int64_t row = blockIdx.x, label = label_at(a, row);
+  float m = 0.0f, s = 1.0f, logprob = 0.0f, entropy = 0.0f;
+  if (label != a.ignore_index) {
+    const double temperature = temperature_at(a, row), rate = 1.0 / temperature;
+    const float rate32 = static_cast<float>(rate), cap = static_cast<float>(a.softcap);
+    const List list = list_at(a.support.indptr, row, a.support.entries);
+    const auto* x =
+        static_cast<const typename E::Storage*>(a.logits.data) + token_at(a.logits, row, a.cols);
+    const float minus_inf = -__builtin_inff();
+    float own = minus_inf;
+    int wrong = 0;
+    m = minus_inf;
+    for (int64_t e = list.begin + threadIdx.x; e < list.end; e += kListThreads) {
+      const int64_t word = word_at(a.support, e);
+      const bool known = word >= 0 && word < a.vocab;
+      wrong += known ? 0 : 1;
+      float z = minus_inf;
+      if (!a.weight.data)
+        a.kept[e] = z = known ? E::get(x[word]) : minus_inf;
+      else if (known)
+        z = a.kept[e];
+      z = capped(z, cap).z;
+      m = fmaxf(m, z);
+      if (word == label) own = fmaxf(own, z);
+    }
+    m = block_reduce<kListThreads>(m, Max{}, tops);
+    own = block_reduce<kListThreads>(own, Max{}, owns);
+    wrong = block_reduce<kListThreads>(wrong, Sum{}, wrongs);
+    double total = 0.0, weighted = 0.0;
+    for (int64_t e = list.begin + threadIdx.x; e < list.end; e += kListThreads) {
+      const float d = capped(a.kept[e], cap).z - m;
+      const float weight = weight_of(d, rate32);
+      total += weight;
+      weighted += weight == 0.0f ? 0.0 : static_cast<double>(weight) * d;
+    }
+    total = block_reduce<kListThreads>(total, Sum{}, sums[0]);
+    weighted = block_reduce<kListThreads>(weighted, Sum{}, sums[1]);
+    // A label or a word outside the vocabulary, a bad temperature, lists that make no sense and a
+    // token without words poison the token.
+    const bool good = label >= 0 && label < a.vocab && temperature > 0.0 && temperature < kHuge &&
+                      wrong == 0 && m > minus_inf;
+    const float nan = good ? *poison : __builtin_nanf("");
+    s = static_cast<float>(total) + nan;
+    // A label that was not kept is at -inf.
+    logprob = static_cast<float>(logprob_from_stats(own, m, total, rate)) + nan;
+    entropy = static_cast<float>(log(total) - weighted * rate / total) + nan;
+  }
+  if (threadIdx.x != 0) return;
+  static_cast<float*>(a.logprobs.data)[row] = logprob;
+  if (a.entropy.data) static_cast<float*>(a.entropy.data)[row] = entropy;
+  float* stats = a.stats + 3 * row;
+  stats[0] = m, stats[1] = s, stats[2] = entropy;
+}
+
+// Gradient of a token's kept logits; also into its row of `grad_logits`, of zeros, if there is one.
+__global__ void __launch_bounds__(kListThreads) gradient_kernel(const SupportBackwardArgs a) {
+  __shared__ float owns[kListThreads / kWarp];
+  const int64_t row = blockIdx.x, label = label_at(a, row);
+  const auto upstream = [&](const Tensor& g) {
+    return g.data ? static_cast<const float*>(g.data)[token_at(g, row, a.cols)] : 0.0f;
+  };
+  const float g = upstream(a.grad_logprobs), h = upstream(a.grad_entropy);
+  const List list = list_at(a.support.indptr, row, a.support.entries);
+  if (label == a.ignore_index || (g == 0.0f && h == 0.0f)) {
+    for (int64_t e = list.begin + threadIdx.x; e < list.end; e += kListThreads) a.dz[e] = 0.0f;
+    return;
+  }
+  const double rate = 1.0 / temperature_at(a, row);
+  const float rate32 = static_cast<float>(rate), cap = static_cast<float>(a.softcap);
+  const float* stats = a.stats + 3 * row;
+  const float m = stats[0];
+  const double s = stats[1], entropy = stats[2], log_s = log(s);
+  // dz = e (a0 + a1 (z - m)): the entropy's part is linear in log p.
+  const float a0 = static_cast<float>((-g - h * (entropy - log_s)) / s * rate);
+  const float a1 = static_cast<float>(-h * rate / s * rate);
+  float own = -__builtin_inff();
+  for (int64_t e = list.begin + threadIdx.x; e < list.end; e += kListThreads)
+    if (word_at(a.support, e) == label) own = fmaxf(own, a.kept[e]);
+  own = block_reduce<kListThreads>(own, Max{}, owns);
+  const Capped at_own = capped(own, cap);
+  const float at_label = static_cast<float>(
+      label_gradient(logprob_from_stats(at_own.z, m, s, rate), entropy, g, h, rate) * at_own.slope);
+  for (int64_t e = list.begin + threadIdx.x; e < list.end; e += kListThreads) {
+    const int64_t word = word_at(a.support, e);
+    const bool known = word >= 0 && word < a.vocab;
+    float value = 0.0f;
+    if (known) {
+      const Capped at = capped(a.kept[e], cap);
+      const float d = at.z - m;
+      value = weight_of(d, rate32) * (h != 0.0f ? fmaf(a1, d, a0) : a0) * at.slope;
+      // Exactly zero, also at -inf, where e d would be NaN.
+      if (d * rate32 < kLowest) value = 0.0f;
+      if (word == label) value = at_label;
+    }
+    a.dz[e] = value;
+    if (known && a.grad_logits.data)
+      store_float(a.grad_logits, token_at(a.grad_logits, row, a.cols) + word, value);
+  }
+}
+
+// Columns of one row of `out`: the sum of dz times rows of `source` over a list of entries.
+struct RowSums {
+  Tensor source;
+  int64_t cols, limit, width, entries;
+  // List i is starts[i] to starts[i + 1], in `order` if given; `rows` is the row of each entry.
+  Tensor starts;
+  const int64_t* order;
+  Tensor rows;
+  const float* dz;
+  void* out;
+  float* bias;
+};
+
+template <class E>
+__global__ void __launch_bounds__(kSumThreads, 4)
+    sums_kernel(const RowSums a, uint32_t blocks, bool aligned) {
+  using S = typename E::Storage;
+  __shared__ double shared[kSumThreads / kWarp];
+  const int64_t i = blockIdx.x / blocks;
+  const uint32_t block = blockIdx.x % blocks;
+  const int64_t column = (static_cast<int64_t>(block) * kSumThreads + threadIdx.x) * kWidth<E>;
+  const List list = list_at(a.starts, i, a.entries);
+  const auto entry_at = [&](int64_t j) { return a.order ? a.order[j] : j; };
+  if (a.out) {
+    float total[kWidth<E>] = {};
+    for (int64_t first = list.begin; first < list.end; first += kTerms) {
+      const int64_t end = first + kTerms < list.end ? first + kTerms : list.end;
+      float sum[kWidth<E>] = {};
+      for (int64_t j = first; j < end; j += kAhead) {
+        float factors[kAhead];
+        Pack<E> terms[kAhead];
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) {
+          factors[k] = 0.0f;
+          terms[k] = Pack<E>{};
+          if (j + k >= end) continue;
+          const int64_t entry = entry_at(j + k);
+          const int64_t row = load_integer(a.rows, entry * a.rows.stride1);
+          // A factor of 0 may come with a row that is none.
+          if (row >= 0 && row < a.limit) factors[k] = a.dz[entry];
+          if (factors[k] != 0.0f)
+            terms[k] = load_columns<E>(
+                static_cast<const S*>(a.source.data) + token_at(a.source, row, a.cols), column,
+                a.width, aligned);
+        }
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k)
+#pragma unroll
+          for (int w = 0; w < kWidth<E>; ++w)
+            sum[w] = factors[k] != 0.0f ? fmaf(factors[k], terms[k].get(w), sum[w]) : sum[w];
+      }
+#pragma unroll
+      for (int w = 0; w < kWidth<E>; ++w) total[w] += sum[w];
+    }
+    S* out = static_cast<S*>(a.out) + i * a.width;
+#pragma unroll
+    for (int w = 0; w < kWidth<E>; ++w)
+      if (column + w < a.width) out[column + w] = E::put(total[w]);
+  }
+  if (!a.bias || block != 0) return;
+  double sum = 0.0;
+  for (int64_t j = list.begin + threadIdx.x; j < list.end; j += kSumThreads)
+    sum += a.dz[entry_at(j)];
+  sum = block_reduce<kSumThreads>(sum, Sum{}, shared);
+  if (threadIdx.x == 0) a.bias[i] = static_cast<float>(sum);
+}
+
+template <class E>
+void enqueue_sums(const Exec& exec, const RowSums& a, int64_t lists) {
+  const int64_t columns = kSumThreads * kWidth<E>;
+  const int64_t blocks = a.out ? ceil_div(a.width, columns) : 1;
+  const bool aligned = a.out && rows_aligned(a.source, 2, 2);
+  RK_ENQUEUE(exec, lists * blocks, kSumThreads, sums_kernel<E>, a, static_cast<uint32_t>(blocks),
+             aligned);
+}
+
+}  // namespace
+
+int64_t support_logprobs_scratch() { return 16; }
+
+Status support_logprobs(const SupportArgs& a) {
+  const OnDevice guard(a.exec);
+  const int64_t tokens = a.rows * a.cols;
+  auto* poison = static_cast<float*>(a.exec.scratch);
+  RK_ENQUEUE(a.exec, 1, kCheckThreads, check_kernel, a.support, tokens, poison);
+  for_dtype(a.logits.dtype, [&](auto element) {
+    using E = decltype(element);
+    const bool aligned =
+        rows_aligned(a.logits, a.rows, a.cols) && rows_aligned(a.weight, 1, a.vocab);
+    if (a.weight.data)
+      RK_ENQUEUE(a.exec, ceil_div(a.support.entries, kProductThreads / kWarp), kProductThreads,
+                 products_kernel<E>, a, aligned);
+    RK_ENQUEUE(a.exec, tokens, kListThreads, rows_kernel<E>, a, poison);
+  });
+  return {};
+}
+
+Status support_backward(const SupportBackwardArgs& a) {
+  const OnDevice guard(a.exec);
+  RK_ENQUEUE(a.exec, a.rows * a.cols, kListThreads, gradient_kernel, a);
+  return {};
+}
+
+Status support_head_backward(const SupportHeadArgs& a) {
+  const OnDevice guard(a.exec);
+  for_dtype(a.hidden.dtype, [&](auto element) {
+    using E = decltype(element);
+    if (a.grad_hidden.data)
+      enqueue_sums<E>(a.exec,
+                      {a.weight, a.vocab, a.vocab, a.width, a.support.entries, a.support.indptr,
+                       nullptr, a.support.indices, a.dz, a.grad_hidden.data, nullptr},
+                      a.rows * a.cols);
+    if (a.grad_weight.data || a.grad_bias)
+      enqueue_sums<E>(a.exec,
+                      {a.hidden,
+                       a.cols,
+                       a.rows * a.cols,
+                       a.width,
+                       a.support.entries,
+                       {a.starts, kInt64, 0, 1},
+                       a.order,
+                       {const_cast<int64_t*>(a.owner), kInt64, 0, 1},
+                       a.dz,
+                       a.grad_weight.data,
+                       a.grad_bias},
+                      a.vocab);
+  });
+  return {};
+}
+
+}  // namespace rk::cuda
