@@ -26,16 +26,15 @@ def flatten(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """A JSON form of nested dicts and lists; tensors go into `tensors` under their path."""
     if isinstance(tree, Tensor):
         tensors[path] = tree.detach().cpu().contiguous().clone()
-        return {"__tensor__": path}
+        return {"tensor": path}
     if isinstance(tree, Mapping):
-        # Integer keys (an optimizer's parameters) would come back as texts.
-        return {
-            "__dict__": [[k, flatten(v, f"{path}.{k}" if path else str(k), tensors)]
-            for k, v in tree.items()]
-        }  # fmt: skip
+        # As pairs: integer keys (an optimizer's parameters) would come back as texts.
+        names = [f"{path}.{k}" if path else str(k) for k in tree]
+        forms = [flatten(v, n, tensors) for v, n in zip(tree.values(), names, strict=True)]
+        return {"dict": list(zip(tree, forms, strict=True))}
     if isinstance(tree, list | tuple):
         items = [flatten(v, f"{path}.{i}", tensors) for i, v in enumerate(tree)]
-        return {"__tuple__": items} if isinstance(tree, tuple) else items
+        return {"tuple": items} if isinstance(tree, tuple) else items
     return tree
 
 
@@ -45,21 +44,19 @@ def unflatten(form: Any, tensors: Mapping[str, Tensor]) -> Any:
         return [unflatten(v, tensors) for v in form]
     if not isinstance(form, dict):
         return form
-    if "__tensor__" in form:
-        return tensors[form["__tensor__"]]
-    if "__tuple__" in form:
-        return tuple(unflatten(v, tensors) for v in form["__tuple__"])
-    return {k: unflatten(v, tensors) for k, v in form["__dict__"]}
+    ((kind, content),) = form.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "tuple":
+        return tuple(unflatten(content, tensors))
+    return {k: unflatten(v, tensors) for k, v in content}
 
 
 def generator_states() -> dict[str, Any]:
     """Every global generator; a stage's own ones are part of its state."""
     kind, keys, *rest = numpy.random.get_state()
-    states = {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype("int64")), *rest),
-    }
+    numbers = (kind, torch.from_numpy(keys.astype("int64")), *rest)
+    states = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numbers}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states

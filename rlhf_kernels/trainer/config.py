@@ -138,16 +138,6 @@ class DPOConfig:
 
 
 @dataclass
-class WarmStartConfig:
-    """A supervised phase before an online stage; a run interrupted in it starts it again."""
-
-    sft_steps: int = _doc("most optimizer steps; 0 skips the phase", 0)
-    sft_stop_loss: float = _doc("stop when the running token loss is below; 0 = never", 0.0)
-    sft_batch_size: int = _doc("rows per step", 256)
-    sft_learning_rate: float = _doc("peak learning rate", 2e-3)
-
-
-@dataclass
 class OnlineConfig:
     """Rollouts, their rewards and the policy loss. Unset = the algorithm's own value."""
 
@@ -188,6 +178,10 @@ class OnlineConfig:
     ptx_coef: float = _doc("weight of the supervised loss on ptx_data", 0.0)
     ptx_data: str | None = _doc("rows of the supervised loss; unset = data", None)
     num_samples: int = _doc("completions shown in the sample table", 8)
+    sft_steps: int = _doc("most supervised steps before the first rollout; 0 = none", 0)
+    sft_stop_loss: float = _doc("end of them: running token loss below it; 0 = never", 0.0)
+    sft_batch_size: int = _doc("rows per supervised step", 256)
+    sft_learning_rate: float = _doc("their learning rate", 2e-3)
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "epochs", "num_generations", "dynamic_sampling")

@@ -72,11 +72,6 @@ class Head(NamedTuple):
         )  # fmt: skip
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's weights are."""
-    return next(model.parameters()).device
-
-
 def causal_lm(policy: nn.Module) -> PreTrainedModel:
     """The causal LM, below LoRA's wrapper if there is one."""
     return policy.get_base_model() if hasattr(policy, "get_base_model") else policy

@@ -49,7 +49,7 @@ class SFT:
         return float(sum(len(completion) for _, completion in items))
 
     def loss(self, networks: models.Networks, items: Sequence[Any], size: float) -> Loss:
-        batch = collate(self.tokenizer, items, models.device_of(networks.policy))
+        batch = collate(self.tokenizer, items, networks.policy.device)
         loss = -models.lm_head(networks.policy, batch).logprobs(batch.labels).sum() / size
         return loss, {"loss": loss.detach()}
 
@@ -96,7 +96,7 @@ class RewardModelling(_Pairwise):
     """-log sigmoid(r_w - r_l - margin), with centring; the Bradley-Terry model."""
 
     def loss(self, networks: models.Networks, items: Sequence[Pair], size: float) -> Loss:
-        batch = self.batch(items, models.device_of(networks.reward))
+        batch = self.batch(items, networks.reward.device)
         chosen, rejected = models.sequence_rewards(networks.reward, batch).float().chunk(2)
         margin = torch.tensor([p.margin for p in items], device=chosen.device)
         center_coef = self.config.center_coef
@@ -115,7 +115,7 @@ class DPO(_Pairwise):
     """Direct preference optimisation against the frozen policy it started from."""
 
     def loss(self, networks: models.Networks, items: Sequence[Pair], size: float) -> Loss:
-        batch = self.batch(items, models.device_of(networks.policy))
+        batch = self.batch(items, networks.policy.device)
         # IPO's margin is a mean over tokens (as in TRL), so that it does not grow with length.
         average = self.config.loss_type == "ipo"
 

@@ -27,7 +27,6 @@ from .config import (
     PPOConfig,
     RewardConfig,
     RunConfig,
-    WarmStartConfig,
     parse_config,
     require,
 )
@@ -56,7 +55,7 @@ def _settings_of(name: str) -> tuple[tuple[type, ...], str, dict[str, Any]]:
         defaults = {"batch_size": 64, "max_new_tokens": 512} | defaults
     else:
         algorithm, kind = ALGORITHMS[name], "prompt"
-        extra = (WarmStartConfig, PPOConfig if algorithm.critic else OnlineConfig)
+        extra = (PPOConfig if algorithm.critic else OnlineConfig,)
         defaults = dict(algorithm.defaults)
     classes = (RunConfig, ModelConfig, DataConfig, OptimConfig, *extra)
     return classes, kind, {"output_dir": f"runs/{name}"} | defaults
@@ -313,7 +312,7 @@ def _offline(stage: Stage) -> OfflineTrainer:
 
 
 def _online(stage: Stage, *, fresh: bool) -> OnlineTrainer:
-    warm, config = stage.own
+    (config,) = stage.own
     accelerator, task, seed = stage.accelerator, stage.task, stage.run.seed
     default = [answers.exact_match]
     if stage.data.data is not None:
@@ -324,8 +323,8 @@ def _online(stage: Stage, *, fresh: bool) -> OnlineTrainer:
     )  # fmt: skip
     policy = models.build_policy(stage.model, task.tokenizer, max_length=stage.max_length)
     policy.to(accelerator.device)
-    if warm.sft_steps and fresh:
-        _warm_start(stage, warm, policy)
+    if config.sft_steps and fresh:
+        _warm_start(stage, config, policy)
     reference = models.Reference(policy) if config.kl_coef else None
     networks, rates = {"policy": policy}, {"policy": stage.optim.learning_rate}
     joint_clip = False
@@ -354,15 +353,15 @@ def _online(stage: Stage, *, fresh: bool) -> OnlineTrainer:
     )
 
 
-def _warm_start(stage: Stage, warm: WarmStartConfig, policy: torch.nn.Module) -> None:
+def _warm_start(stage: Stage, config: OnlineConfig, policy: torch.nn.Module) -> None:
     """The supervised phase, with an optimizer of its own."""
     one = stage.accelerator.num_processes == 1
-    require(one, "sft_steps", "0 with several processes; use the sft stage", warm.sft_steps)
-    rows, rate = stage.task.train, warm.sft_learning_rate
+    require(one, "sft_steps", "0 with several processes; use the sft stage", config.sft_steps)
+    rows, rate = stage.task.train, config.sft_learning_rate
     optim = dataclasses.replace(
         stage.optim,
-        total_steps=warm.sft_steps,
-        batch_size=min(warm.sft_batch_size, len(rows)),
+        total_steps=config.sft_steps,
+        batch_size=min(config.sft_batch_size, len(rows)),
         lr_schedule="constant",
         warmup_steps=50,
     )
@@ -370,10 +369,10 @@ def _warm_start(stage: Stage, warm: WarmStartConfig, policy: torch.nn.Module) ->
     objective = SFT(stage.task.tokenizer, None)
     trainer = OfflineTrainer(learner, objective, rows, [], optim, seed=stage.run.seed)
     running = None
-    for _ in (bar := tqdm(range(warm.sft_steps), desc="supervised")):
+    for _ in (bar := tqdm(range(config.sft_steps), desc="supervised")):
         loss = trainer.step()["loss"]
         running = loss if running is None else 0.9 * running + 0.1 * loss
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-        if running < warm.sft_stop_loss:
+        if running < config.sft_stop_loss:
             break
     policy.zero_grad(set_to_none=True)
