@@ -54,7 +54,7 @@ def measure(name: str, model: Path, rounds: int, tokens: int) -> dict[str, tuple
     peaks: dict[str, float] = {}
     for round_ in range(rounds + 1):
         for backend, times in seconds.items():
-            with rk.use_backend("reference" if backend == "reference" else None):
+            with rk.use_backend("reference" if backend == "reference" else "auto"):
                 start = time.perf_counter()
                 if round_:
                     trainer.step()

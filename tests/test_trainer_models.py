@@ -267,7 +267,7 @@ class FakeLLM:
     def complete(self, prompt, params):
         ids, tokens, logprobs = list(prompt["prompt_token_ids"]), [], []
         while len(tokens) < params.max_tokens and tokens[-1:] != params.stop_token_ids:
-            scores = self.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            scores = self.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1).detach()
             tokens.append(int(scores.argmax()))
             ids.append(tokens[-1])
             logprobs.append({tokens[-1]: SimpleNamespace(logprob=float(scores.max()))})
