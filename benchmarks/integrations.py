@@ -1,8 +1,8 @@
 """The table of the integrations: each trainer's own code with and without our patch.
 
-    python benchmarks/integrations.py [--only NAME] [--date 2026-01-31]
+    python benchmarks/integrations.py [--only NAME ...] [--date 2026-01-31]
 
-runs the rows whose name contains NAME, keeps them in results/integrations.json beside those of
+runs the rows whose name begins with a NAME, keeps them in results/integrations.json beside those of
 other calls, and writes results/integrations.md from all. A row is measured in one process, theirs
 and ours by turns, so that only its ratios mean anything.
 """
@@ -34,7 +34,7 @@ from rlhf_kernels.integrations import openrlhf, trl, verl
 from rlhf_kernels.testing import random_mask
 
 RESULTS = ROOT / "benchmarks/results"
-ROUNDS, SECONDS = 7, 6.0
+ROUNDS, SECONDS = 9, 3.0
 # A peak below this is the allocator's noise.
 LEAST_BYTES = 8 * 2**20
 
@@ -91,11 +91,15 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor], floor: float = 0.0) -> float:
+def difference(
+    ours: Sequence[Tensor], theirs: Sequence[Tensor], floor: float = 0.0, kept: Tensor | None = None
+) -> float:
     """The largest difference, relative to the largest element of each (or to floor)."""
     worst = 0.0
     for a, b in zip(ours, theirs, strict=True):
         a, b = a.detach().double(), b.detach().double()
+        if kept is not None:
+            a, b = a[kept], b[kept]
         scale = max(float(b.abs().max()), floor)
         worst = max(worst, float((a - b).abs().max()) / scale)
     return worst
@@ -106,13 +110,18 @@ def norm(tensors: Sequence[Tensor]) -> float:
 
 
 def compare(
-    name: str, run: Callable[[], Result], patched: Callable[[], Any], *, floor: float = 0.0
+    name: str,
+    run: Callable[[], Result],
+    patched: Callable[[], Any],
+    *,
+    floor: float = 0.0,
+    kept: Tensor | None = None,
 ) -> Row:
     """A row of a function: differences, then the medians of both by turns, then both peaks."""
     theirs = run()
     with patched():
         ours = run()
-    values = difference(ours.values, theirs.values, floor)
+    values = difference(ours.values, theirs.values, floor, kept)
     gradients = None
     if theirs.gradients:
         expected = norm(theirs.gradients)
@@ -215,7 +224,7 @@ class Watch:
         return statistics.median(self.steps[1:])
 
 
-def verl_rows(wanted: Callable[[str], bool]) -> Iterator[Row]:
+def verl_rows(wanted: Callable[[str], bool]) -> Iterator[Row | None]:
     if not wanted("verl"):
         return
     if importlib.util.find_spec("verl") is None:
@@ -232,19 +241,22 @@ def verl_rows(wanted: Callable[[str], bool]) -> Iterator[Row]:
     def both(losses: bool = False) -> Callable[[], Any]:
         return lambda: verl.patched(losses=losses)
 
+    def row(name: str, *args: Any, **options: Any) -> Row | None:
+        return compare(name, *args, **options) if wanted(name) else None
+
     torch.manual_seed(0)
     rows, cols = 256, 2048
     mask = random_mask(rows, cols).long()
     rewards, values = torch.randn(2, rows, cols)
     index = np.array([f"prompt-{i // 8}" for i in range(rows)], dtype=object)
 
-    def kept(pair: tuple[Tensor, Tensor]) -> Result:
-        return Result([x[mask.bool()] for x in pair], [])
-
-    yield compare(
+    yield row(
         "verl gae, 256×2048",
-        lambda: kept(core_algos.compute_gae_advantage_return(rewards, values, mask, 0.99, 0.95)),
+        lambda: Result(
+            core_algos.compute_gae_advantage_return(rewards, values, mask, 0.99, 0.95), []
+        ),
         both(),
+        kept=mask.bool(),
     )
     config = core_algos.AlgoConfig(gamma=0.99)
     for name in (
@@ -261,13 +273,11 @@ def verl_rows(wanted: Callable[[str], bool]) -> Iterator[Row]:
             extra["reward_baselines"] = torch.linspace(-1, 1, rows)
 
         def estimate() -> Result:
-            return kept(
-                core_algos.get_adv_estimator_fn(name)(
-                    token_level_rewards=rewards, response_mask=mask, index=index, **extra
-                )
-            )
+            function = core_algos.get_adv_estimator_fn(name)
+            found = function(token_level_rewards=rewards, response_mask=mask, index=index, **extra)
+            return Result(found, [])
 
-        yield compare(f"verl {name}, 256×2048", estimate, both())
+        yield row(f"verl {name}, 256×2048", estimate, both(), kept=mask.bool())
     for mode in ("vanilla", "gspo", "sapo", "cispo", "gpg"):
         batch = make_batch(64, 2048)
 
@@ -275,7 +285,7 @@ def verl_rows(wanted: Callable[[str], bool]) -> Iterator[Row]:
             loss = actor_loss(batch, mode, distributed=False, entropy_coeff=0.01)[0]
             return Result([loss], torch.autograd.grad(loss, [batch.logprobs]))
 
-        yield compare(f"verl {mode} loss, 64×2048", policy, both(losses=True), floor=0.1)
+        yield row(f"verl {mode} loss, 64×2048", policy, both(losses=True), floor=0.1)
     old, returns = torch.randn(2, 64, 2048)
     predicted = (old + torch.randn(64, 2048)).requires_grad_()
     kept_mask = random_mask(64, 2048).long()
@@ -284,7 +294,7 @@ def verl_rows(wanted: Callable[[str], bool]) -> Iterator[Row]:
         loss, _ = losses.compute_value_loss(predicted, returns, old, kept_mask, 0.5)
         return Result([loss], torch.autograd.grad(loss, predicted))
 
-    yield compare("verl value loss, 64×2048", value, both(losses=True))
+    yield row("verl value loss, 64×2048", value, both(losses=True))
     for dtype in (torch.float32, torch.bfloat16):
         logits = torch.randn(512, 32768).to(dtype).requires_grad_()
         labels = torch.randint(32768, (512,))
@@ -296,7 +306,7 @@ def verl_rows(wanted: Callable[[str], bool]) -> Iterator[Row]:
             gradients = torch.autograd.grad(lp.float().sum() + h.float().sum(), logits)
             return Result([lp, h], gradients)
 
-        yield compare(f"verl logprobs, entropy, {short} 512×32768", logprobs, both())
+        yield row(f"verl logprobs, entropy, {short} 512×32768", logprobs, both())
         hidden = torch.randn(512, 512).to(dtype).requires_grad_()
         weight = (0.05 * torch.randn(32768, 512)).to(dtype).requires_grad_()
 
@@ -305,10 +315,10 @@ def verl_rows(wanted: Callable[[str], bool]) -> Iterator[Row]:
             gradients = torch.autograd.grad(lp.sum() + h.float().sum(), (hidden, weight))
             return Result([lp, h], gradients)
 
-        yield compare(f"verl FusedLinearForPPO, {short} 512×512×32768", fused, both())
+        yield row(f"verl FusedLinearForPPO, {short} 512×512×32768", fused, both())
 
 
-def openrlhf_rows(wanted: Callable[[str], bool]) -> Iterator[Row]:
+def openrlhf_rows(wanted: Callable[[str], bool]) -> Iterator[Row | None]:
     if not wanted("OpenRLHF"):
         return
     import openrlhf_stubs
@@ -319,6 +329,9 @@ def openrlhf_rows(wanted: Callable[[str], bool]) -> Iterator[Row]:
         print("OpenRLHF is not installed")
         return
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    def row(name: str, *args: Any, **options: Any) -> Row | None:
+        return compare(name, *args, **options) if wanted(name) else None
 
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
@@ -355,7 +368,7 @@ def openrlhf_rows(wanted: Callable[[str], bool]) -> Iterator[Row]:
         # OpenRLHF compiles its entropy.
         with torch.compiler.set_stance("force_eager"):
             short = str(dtype).removeprefix("torch.")
-            yield compare(f"OpenRLHF Actor and ppo, {short} 4×160", step, openrlhf.patched)
+            yield row(f"OpenRLHF Actor and ppo, {short} 4×160", step, openrlhf.patched)
     batch = make_batch(64, 2048)
     mask = batch.mask.clone()
     mask[:, 0] = True
@@ -371,7 +384,7 @@ def openrlhf_rows(wanted: Callable[[str], bool]) -> Iterator[Row]:
             loss = function(batch.logprobs, batch.old, batch.advantages, mask, batch.rollout)[0]
             return Result([loss], torch.autograd.grad(loss, batch.logprobs))
 
-        yield compare(f"OpenRLHF {name} loss, 64×2048", policy, openrlhf.patched, floor=0.1)
+        yield row(f"OpenRLHF {name} loss, 64×2048", policy, openrlhf.patched, floor=0.1)
     values, returns = torch.randn(2, 64, 2048)
     predicted = (values + torch.randn(64, 2048)).requires_grad_()
     value_function = theirs.loss.ValueLoss(0.5)
@@ -380,7 +393,7 @@ def openrlhf_rows(wanted: Callable[[str], bool]) -> Iterator[Row]:
         loss = value_function(predicted, values, returns, mask)
         return Result([loss], torch.autograd.grad(loss, predicted))
 
-    yield compare("OpenRLHF value loss, 64×2048", value, openrlhf.patched)
+    yield row("OpenRLHF value loss, 64×2048", value, openrlhf.patched)
     for estimator in ("k1", "k2", "k3"):
 
         def kl() -> Result:
@@ -389,20 +402,19 @@ def openrlhf_rows(wanted: Callable[[str], bool]) -> Iterator[Row]:
             )
             return Result([found], torch.autograd.grad(found.sum(), batch.logprobs))
 
-        yield compare(f"OpenRLHF KL {estimator}, 64×2048", kl, openrlhf.patched)
+        yield row(f"OpenRLHF KL {estimator}, 64×2048", kl, openrlhf.patched)
     maker = theirs.maker.RemoteExperienceMaker.__new__(theirs.maker.RemoteExperienceMaker)
     rewards, values = torch.randn(2, 256, 2048)
     wide = random_mask(256, 2048)
 
     def advantage() -> Result:
-        pair = maker.get_advantages_and_returns(values, rewards, wide, 0.99, 0.95)
-        return Result([x[wide] for x in pair], [])
+        return Result(maker.get_advantages_and_returns(values, rewards, wide, 0.99, 0.95), [])
 
     def cumulative() -> Result:
-        return Result([maker.get_cumulative_returns(rewards, wide, 0.99)[wide]], [])
+        return Result([maker.get_cumulative_returns(rewards, wide, 0.99)], [])
 
-    yield compare("OpenRLHF gae, 256×2048", advantage, openrlhf.patched)
-    yield compare("OpenRLHF returns, 256×2048", cumulative, openrlhf.patched)
+    yield row("OpenRLHF gae, 256×2048", advantage, openrlhf.patched, kept=wide)
+    yield row("OpenRLHF returns, 256×2048", cumulative, openrlhf.patched, kept=wide)
 
 
 def machine() -> str:
@@ -438,7 +450,7 @@ def render(store: dict[str, Any]) -> str:
         "| trainer, loss or estimator | loss | gradient norm | time | memory |",
         "|---|--:|--:|--:|--:|",
     ]
-    for row in map(lambda r: Row(*r), store["rows"].values()):
+    for row in (Row(*r) for r in store["rows"].values()):
         cells = (number(row.values), number(row.gradients), number(row.time, "×"))
         lines.append(f"| {row.name} | {' | '.join(cells)} | {number(row.memory, '×')} |")
     return "\n".join([*lines, "", *store["notes"], ""])
@@ -452,7 +464,7 @@ NOTES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="how the rows' names begin")
     parser.add_argument("--date", default=time.strftime("%Y-%m-%d"))
     parser.add_argument("--out", type=Path, default=RESULTS / "integrations.json")
     options = parser.parse_args()
@@ -466,10 +478,10 @@ def main() -> None:
     store["versions"] = ", ".join(found)
 
     def wanted(name: str) -> bool:
-        return name.startswith(options.only) or options.only.startswith(name)
+        return any(name.startswith(only) or only.startswith(name) for only in options.only)
 
     for make in (trl_rows, verl_rows, openrlhf_rows):
-        for row in make(wanted):
+        for row in filter(None, make(wanted)):
             store["rows"][row.name] = row
             print(row, flush=True)
             options.out.write_text(json.dumps(store, indent=1, ensure_ascii=False) + "\n")
