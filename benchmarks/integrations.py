@@ -10,6 +10,7 @@ and ours by turns, so that only its ratios mean anything.
 # ruff: noqa: B023, E402 - a row is measured before its loop goes on; imports need the path first.
 import argparse
 import contextlib
+import ctypes
 import importlib.metadata
 import importlib.util
 import json
@@ -64,6 +65,9 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self._start = torch.cuda.memory_allocated()
             return self
+        # What earlier runs freed and the allocator kept would hide what this one takes.
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)
         self._start = self._resident()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -171,7 +175,9 @@ def trl_rows(wanted: Callable[[str], bool]) -> Iterator[Row]:
             runs = {}
             for ours in (False, True):
                 with trl.patched() if ours else contextlib.nullcontext():
-                    runs[ours] = trl_runs.run(name, Path(folder), sizes, watch=Watch())
+                    runs[ours] = trl_runs.run(
+                        name, Path(folder), sizes, watch=Watch(), learning_rate=1e-4
+                    )
             theirs, ours = runs[False], runs[True]
             # A loss that is a difference of terms may be 0: relative to 1 at least.
             loss = max(
@@ -179,7 +185,8 @@ def trl_rows(wanted: Callable[[str], bool]) -> Iterator[Row]:
                 for a, b in zip(ours.losses, theirs.losses, strict=True)
             )
             gradient = max(
-                abs(a - b) / b for a, b in zip(ours.grad_norms, theirs.grad_norms, strict=True)
+                abs(a - b) / max(b, 1e-6)
+                for a, b in zip(ours.grad_norms, theirs.grad_norms, strict=True)
             )
             a, b = theirs.watch, ours.watch
             memory = a.peak / max(b.peak, LEAST_BYTES) if a.peak > LEAST_BYTES else None
@@ -233,9 +240,9 @@ def verl_rows(wanted: Callable[[str], bool]) -> Iterator[Row | None]:
     import numpy as np
     import verl.utils.torch_functional as verl_F
     from parity import make_batch
-    from test_parity_verl import actor_loss
     from verl.trainer.ppo import core_algos
     from verl.utils.experimental.torch_functional import FusedLinearForPPO
+    from verl.workers.config import ActorConfig, PolicyLossConfig
     from verl.workers.utils import losses
 
     def both(losses: bool = False) -> Callable[[], Any]:
@@ -261,16 +268,11 @@ def verl_rows(wanted: Callable[[str], bool]) -> Iterator[Row | None]:
     config = core_algos.AlgoConfig(gamma=0.99)
     for name in (
         "grpo",
-        "grpo_vectorized",
         "rloo",
-        "rloo_vectorized",
         "reinforce_plus_plus",
         "reinforce_plus_plus_baseline",
-        "remax",
     ):
         extra = {"config": config} if name == "reinforce_plus_plus" else {}
-        if name == "remax":
-            extra["reward_baselines"] = torch.linspace(-1, 1, rows)
 
         def estimate() -> Result:
             function = core_algos.get_adv_estimator_fn(name)
@@ -281,8 +283,22 @@ def verl_rows(wanted: Callable[[str], bool]) -> Iterator[Row | None]:
     for mode in ("vanilla", "gspo", "sapo", "cispo", "gpg"):
         batch = make_batch(64, 2048)
 
+        actor = ActorConfig(
+            strategy="fsdp",
+            rollout_n=1,
+            use_dynamic_bsz=True,
+            policy_loss=PolicyLossConfig(loss_mode=mode),
+        )
+        kept = batch.mask.long()
+
         def policy() -> Result:
-            loss = actor_loss(batch, mode, distributed=False, entropy_coeff=0.01)[0]
+            loss, _ = core_algos.get_policy_loss_fn(mode)(
+                old_log_prob=batch.old,
+                log_prob=batch.logprobs,
+                advantages=batch.advantages,
+                response_mask=kept,
+                config=actor,
+            )
             return Result([loss], torch.autograd.grad(loss, [batch.logprobs]))
 
         yield row(f"verl {mode} loss, 64×2048", policy, both(losses=True), floor=0.1)
@@ -457,8 +473,9 @@ def render(store: dict[str, Any]) -> str:
 
 
 NOTES = (
-    "In bfloat16 theirs rounds logits or log-probabilities to 8 bits; the differences are its.",
-    "Reward is a classifier without a head: nothing of it is replaced.",
+    "- In bfloat16 theirs rounds logits or log-probabilities to 8 bits; the differences are its.",
+    "- Reward is a classifier without a head: nothing of it is replaced.",
+    "- OpenRLHF's KL estimates are a pass or two; ours has its clamp as a pass of its own.",
 )
 
 
@@ -467,6 +484,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="how the rows' names begin")
     parser.add_argument("--date", default=time.strftime("%Y-%m-%d"))
     parser.add_argument("--out", type=Path, default=RESULTS / "integrations.json")
+    parser.add_argument("--render", action="store_true", help="write the table again, run nothing")
     options = parser.parse_args()
     store = json.loads(options.out.read_text()) if options.out.exists() else {"rows": {}}
     names = ("torch", "transformers", "trl", "verl", "openrlhf")
@@ -480,7 +498,7 @@ def main() -> None:
     def wanted(name: str) -> bool:
         return any(name.startswith(only) or only.startswith(name) for only in options.only)
 
-    for make in (trl_rows, verl_rows, openrlhf_rows):
+    for make in () if options.render else (trl_rows, verl_rows, openrlhf_rows):
         for row in filter(None, make(wanted)):
             store["rows"][row.name] = row
             print(row, flush=True)

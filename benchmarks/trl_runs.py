@@ -163,24 +163,23 @@ def run(
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as out, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        args = getattr(trl, f"{kind}Config")(
-            output_dir=out,
-            max_steps=sizes.steps,
-            per_device_train_batch_size=sizes.batch,
-            learning_rate=3e-3,
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=not torch.cuda.is_available(),
-            bf16=bf16,
-            gradient_checkpointing=False,
-            disable_tqdm=True,
-            seed=7,
-            dataloader_num_workers=0,
-            **_options(kind, variant, sizes),
-            **more,
-        )
+        options = {
+            "output_dir": out,
+            "max_steps": sizes.steps,
+            "per_device_train_batch_size": sizes.batch,
+            "learning_rate": 3e-3,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "use_cpu": not torch.cuda.is_available(),
+            "bf16": bf16,
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+            "seed": 7,
+        }
+        options |= _options(kind, variant, sizes) | more
+        args = getattr(trl, f"{kind}Config")(**options)
         rewards = {"reward_funcs": _reward} if kind in ("GRPO", "RLOO") else {}
         trainer = getattr(trl, f"{kind}Trainer")(
             model=str(folder / ("reward" if kind == "Reward" else "policy")),

@@ -5,6 +5,7 @@ Masks have gaps inside rows and one row that is wholly masked. What verl leaves 
 """
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -85,13 +86,9 @@ def test_gae(gamma, lam):
 ESTIMATORS = (
     ("grpo", {}),
     ("grpo", {"norm_adv_by_std_in_grpo": False}),
-    ("grpo_vectorized", {}),
-    ("grpo_vectorized", {"norm_adv_by_std_in_grpo": False}),
     ("rloo", {}),
-    ("rloo_vectorized", {}),
     ("reinforce_plus_plus_baseline", {}),
     ("reinforce_plus_plus", {}),
-    ("remax", {}),
 )
 
 
@@ -99,7 +96,7 @@ ESTIMATORS = (
 @pytest.mark.parametrize("alone", (False, True))
 def test_estimators(name, options, alone):
     """Through verl's registry; groups of one also as verl has them."""
-    rewards, scores, mask, ids, _ = outcome()
+    rewards, _, mask, ids, _ = outcome()
     if alone:
         # The last row's mask is empty, so not that.
         ids = torch.where(torch.arange(len(ids)) == 1, 99, ids)
@@ -108,8 +105,6 @@ def test_estimators(name, options, alone):
     if name == "reinforce_plus_plus":
         rewards = torch.randn(mask.shape)
         options = {"config": core_algos.AlgoConfig(gamma=0.9)}
-    elif name == "remax":
-        options = {"reward_baselines": torch.randn(len(scores))}
 
     def run():
         function = core_algos.get_adv_estimator_fn(name)
@@ -125,36 +120,7 @@ def test_estimators(name, options, alone):
         assert a.shape == b.shape and a.dtype == b.dtype
         # verl's statistics of a group are fp32.
         same_where_kept(a, b, mask, 1e-5)
-        if name != "remax":
-            assert (a[mask == 0] == 0).all()
-
-
-def test_driver():
-    """`compute_advantage`, which the trainer calls, reaches ours."""
-    ray_trainer = pytest.importorskip("verl.trainer.ppo.ray_trainer")
-    from verl import DataProto
-
-    rewards, _, mask, _, index = outcome()
-    tensors = {
-        "token_level_rewards": rewards,
-        "values": torch.randn(mask.shape),
-        "response_mask": mask.long(),
-    }
-    config = core_algos.AlgoConfig()
-    for estimator, name in (("gae", "compute_gae_advantage_return"), ("grpo", "grpo_outcome")):
-
-        def run(estimator=estimator):
-            data = DataProto.from_dict(
-                tensors={k: v.clone() for k, v in tensors.items()}, non_tensors={"uid": index}
-            )
-            return ray_trainer.compute_advantage(data, estimator, lam=0.95, config=config).batch
-
-        theirs = run()
-        with verl.patched():
-            ours = run()
-        for key in ("advantages", "returns"):
-            same_where_kept(ours[key], theirs[key], mask, 1e-5)
-        assert any(name in served for served in verl.report().served)
+        assert (a[mask == 0] == 0).all()
 
 
 def compare_actor(loss_mode, ours_mode, batch, **options):
@@ -359,7 +325,7 @@ def test_calls_that_fall_back(monkeypatch):
 
 def test_patch_is_idempotent_and_reversible():
     first = verl.patch()
-    assert verl.patch().replaced == first.replaced and len(first.replaced) == 12 + len(MODES)
+    assert verl.patch().replaced == first.replaced and len(first.replaced) == 9 + len(MODES)
     assert set(core_algos.POLICY_LOSS_REGISTRY) - set(UNPATCHED["policy"]) == {
         f"rk_{mode}" for mode in MODES
     }
@@ -384,20 +350,14 @@ def test_unknown_signatures_are_refused(monkeypatch):
 PLUGIN = "rlhf_kernels.integrations.verl_plugin"
 
 
-def test_plugin_by_name():
-    """In a process of its own, as in a worker: verl imports the plug-in while it is imported."""
-    program = """
-import verl
-from verl.trainer.ppo import core_algos
-from verl.workers.utils import losses
-assert core_algos.compute_gae_advantage_return.__code__.co_name == "dispatch"
-assert losses.compute_value_loss.__code__.co_name == "compute_value_loss"
-assert "rk_vanilla" in core_algos.POLICY_LOSS_REGISTRY
-"""
-    run_python("-c", program, VERL_USE_EXTERNAL_MODULES=PLUGIN, PYTHONPATH=str(ROOT))
+def test_plugin_by_name_in_the_driver():
+    """verl imports the plug-in; then its compute_advantage, which the trainer calls, is ours."""
+    folders = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    driver = str(ROOT / "tests/verl_driver.py")
+    run_python(driver, VERL_USE_EXTERNAL_MODULES=PLUGIN, PYTHONPATH=folders)
 
 
-@pytest.mark.parametrize(("switch", "patched"), ((None, 0), ("0", 0), ("1", 17), ("losses", 23)))
+@pytest.mark.parametrize(("switch", "patched"), ((None, 0), ("0", 0), ("1", 14), ("losses", 20)))
 def test_plugin_by_entry_point(monkeypatch, switch, patched):
     """Inert without the switch: verl loads it wherever the package is installed."""
     monkeypatch.delenv("RLHF_KERNELS_VERL", raising=False)

@@ -87,7 +87,7 @@ def _group_scores(
 ) -> Tensor:
     """Advantages [B] of the sequences' summed rewards; `alone`: of a group of one, from its score.
 
-    A group of one has no baseline: here that is advantage 0, in most of verl's estimators not.
+    A group of one has no baseline: here that is advantage 0, in these estimators of verl not.
     """
     _require_rewards(rewards, mask)
     if len(index) != rewards.shape[0]:
@@ -123,30 +123,27 @@ def _grpo(original: Callable[..., Any]) -> Callable[..., Any]:
     return compute_grpo_outcome_advantage
 
 
-def _rloo(alone: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-    def build(original: Callable[..., Any]) -> Callable[..., Any]:
-        def compute_rloo_outcome_advantage(
-            token_level_rewards: Tensor,
-            response_mask: Tensor,
-            index: Any,
-            epsilon: float = 1e-6,
-            config: Any = None,
-            **kwargs: Any,
-        ) -> tuple[Tensor, Tensor]:
-            advantages = _group_scores(
-                token_level_rewards,
-                response_mask,
-                index,
-                alone=alone,
-                baseline="leave-one-out",
-                scale="none",
-            )
-            advantages = _spread(advantages, response_mask)
-            return advantages, advantages
+def _rloo(original: Callable[..., Any]) -> Callable[..., Any]:
+    def compute_rloo_outcome_advantage(
+        token_level_rewards: Tensor,
+        response_mask: Tensor,
+        index: Any,
+        epsilon: float = 1e-6,
+        config: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        advantages = _group_scores(
+            token_level_rewards,
+            response_mask,
+            index,
+            alone=lambda score: score,
+            baseline="leave-one-out",
+            scale="none",
+        )
+        advantages = _spread(advantages, response_mask)
+        return advantages, advantages
 
-        return compute_rloo_outcome_advantage
-
-    return build
+    return compute_rloo_outcome_advantage
 
 
 def _reinforce_plus_plus_baseline(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -180,24 +177,6 @@ def _reinforce_plus_plus(original: Callable[..., Any]) -> Callable[..., Any]:
         return rk.whiten(returns, response_mask), returns
 
     return compute_reinforce_plus_plus_outcome_advantage
-
-
-def _remax(original: Callable[..., Any]) -> Callable[..., Any]:
-    def compute_remax_outcome_advantage(
-        token_level_rewards: Tensor,
-        reward_baselines: Tensor,
-        response_mask: Tensor,
-        config: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
-        _require_rewards(token_level_rewards, response_mask)
-        # verl's sum goes on through masked tokens, which have no reward.
-        returns = rk.discounted_returns(
-            torch.where(response_mask != 0, token_level_rewards, 0), masked="zero"
-        )
-        return returns - _spread(reward_baselines.detach(), response_mask), returns
-
-    return compute_remax_outcome_advantage
 
 
 def _logprobs_from_logits(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -388,22 +367,14 @@ _HOOKS = (
         _gae,
         required=True,
     ),
-    *(
-        Hook(_ALGORITHMS, name, (f"{_GROUPS}, norm_adv_by_std_in_grpo, config",), _grpo)
-        for name in ("compute_grpo_outcome_advantage", "compute_grpo_vectorized_outcome_advantage")
-    ),
+    # The estimators that loop over sequences or tokens; verl's vectorised ones are as fast as ours.
     Hook(
         _ALGORITHMS,
-        "compute_rloo_outcome_advantage",
-        (f"{_GROUPS}, config, **kwargs",),
-        _rloo(lambda score: score),
+        "compute_grpo_outcome_advantage",
+        (f"{_GROUPS}, norm_adv_by_std_in_grpo, config",),
+        _grpo,
     ),
-    Hook(
-        _ALGORITHMS,
-        "compute_rloo_vectorized_outcome_advantage",
-        (f"{_GROUPS}, config, **kwargs",),
-        _rloo(torch.zeros_like),
-    ),
+    Hook(_ALGORITHMS, "compute_rloo_outcome_advantage", (f"{_GROUPS}, config, **kwargs",), _rloo),
     Hook(
         _ALGORITHMS,
         "compute_reinforce_plus_plus_baseline_outcome_advantage",
@@ -415,12 +386,6 @@ _HOOKS = (
         "compute_reinforce_plus_plus_outcome_advantage",
         ("token_level_rewards, response_mask, config, **kwargs",),
         _reinforce_plus_plus,
-    ),
-    Hook(
-        _ALGORITHMS,
-        "compute_remax_outcome_advantage",
-        ("token_level_rewards, reward_baselines, response_mask, config, **kwargs",),
-        _remax,
     ),
     Hook(
         _FUNCTIONS,
