@@ -42,7 +42,8 @@ PAGE_END = """
 Reward is that of sampled completions, the algorithm's own training reward without its KL part.
 Kernels are all calls of our operations in a step, the products of the LM head included (they
 belong to `linear_policy_loss` and `linear_token_logprobs`). Generation is decoding and rewards: for
-`remax` the greedy completions too, for `dapo` up to four rounds.
+`remax` the greedy completions too, for `dapo` up to four rounds. Shares are within a run; compare
+milliseconds only if nothing else ran meanwhile (it did in the run above).
 """
 
 
