@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import time
+from pathlib import Path
 
 import pytest
 from trainer_tools import (
@@ -27,6 +28,8 @@ from rlhf_kernels.trainer.config import (
 )
 from rlhf_kernels.trainer.report import MetricsLog, Stopwatch, table
 from rlhf_kernels.trainer.run import _OFFLINE
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def test_stopwatch_adds_up_and_starts_anew():
@@ -85,6 +88,13 @@ def test_flags_win_over_yaml_and_yaml_over_the_algorithms_defaults(tmp_path):
     assert isinstance(online.kl_coef, float) and online.kl_coef == 1.0
     assert online.reward_funcs == ["a:b", "c:d"] and data.data is None
     assert run.save_model is False
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_settings_of_the_examples(path):
+    classes = (RunConfig, ModelConfig, DataConfig, OptimConfig, PPOConfig)
+    run, *_ = parse_config(classes, ["--config", str(path)], prog="test", defaults={})
+    assert run.output_dir == f"runs/{path.stem}"
 
 
 @pytest.mark.parametrize("text", ["learning_rat: 1e-4", "ppo: {epochs: 3}", "- epochs"])
