@@ -95,8 +95,13 @@ class Stage:
         if self.accelerator.is_main_process:
             print(text, flush=True)
 
-    def announce(self, learner: Learner, reference: models.Reference | None) -> None:
+    def announce(self, trainer: OfflineTrainer | OnlineTrainer) -> None:
         """What is trained, on what, and how much memory it takes at least."""
+        learner, reference = trainer.learner, trainer.reference
+        # What is left of the task's rows where completions may be too long.
+        train, held_out = (
+            len(getattr(trainer, part, getattr(self.task, part))) for part in ("train", "held_out")
+        )
         networks = dict(learner.networks.named_children())
         frozen = reference.model if reference is not None else None
         weights = [*learner.networks.parameters(), *(frozen.parameters() if frozen else ())]
@@ -107,8 +112,8 @@ class Stage:
             for name, m in networks.items()
         )
         self.say(
-            f"{self.name} on {self.task.name}: {len(self.task.train)} training and "
-            f"{len(self.task.held_out)} held-out rows; {parts}, vocabulary "
+            f"{self.name} on {self.task.name}: {train} training and {held_out} held-out rows that "
+            f"are not too long; {parts}, vocabulary "
             f"{len(self.task.tokenizer)}, on {self.accelerator.device} x {learner.processes}; "
             f"{memory / 2**20:,.0f} MiB of weights, gradients and optimizer state, "
             f"activations not counted; {self.optim.total_steps} steps; "
@@ -264,8 +269,7 @@ def train(name: str, argv: Sequence[str]) -> dict[str, Any] | None:
     stage.out.mkdir(parents=True, exist_ok=True)
     states = stage.restore()
     trainer = make_trainer(stage, fresh=states is None and not stage.run.dry_run)
-    learner, reference = trainer.learner, trainer.reference
-    stage.announce(learner, reference)
+    stage.announce(trainer)
     if stage.run.dry_run:
         stage.say(json.dumps(stage.settings, indent=2))
         return None
@@ -274,11 +278,12 @@ def train(name: str, argv: Sequence[str]) -> dict[str, Any] | None:
         extra = {key: states[key] for key in ("before", "reference") if key in states}
     else:
         extra = {"before": trainer.evaluate()}
+        reference = trainer.reference
         if stage.settings.get("sft_steps") and reference is not None and reference.model:
             # What the supervised phase made is nowhere else.
             extra["reference"] = dict(reference.model.state_dict())
     rows = stage.fit(trainer, extra)
-    summary = stage.finish(learner, rows, extra["before"], trainer.evaluate())
+    summary = stage.finish(trainer.learner, rows, extra["before"], trainer.evaluate())
     for tracker in stage.accelerator.trackers:
         tracker.finish()
     return summary
