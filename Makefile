@@ -16,7 +16,7 @@ OUT ?= gpu-check
 PARTS ?=
 WHEELS ?=
 
-.PHONY: venv test test-all demo bench gpu-check triton-report cuda-report lint format clean
+.PHONY: venv test test-all demo bench bench-compare gpu-check triton-report cuda-report lint format clean
 
 venv: $(INSTALLED)
 
@@ -48,6 +48,14 @@ demo: venv
 
 bench: venv
 	$(BIN)/python benchmarks/run.py
+
+# Ratios of a run (NEW=json, or one made now) against an earlier one; fails where one got worse.
+BASE ?=
+NEW ?=
+TOLERANCE ?= 0.1
+bench-compare: venv
+	$(if $(BASE),,$(error BASE=<json of an earlier run>))
+	$(BIN)/python benchmarks/compare.py $(BASE) $(if $(NEW),--new $(NEW)) --tolerance $(TOLERANCE)
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) $(if $(PARTS),--parts $(PARTS)) \

@@ -321,10 +321,10 @@ def _machine_rates(case: Case, device: torch.device) -> dict[str, Provider]:
     return {"copy": half.clone, "read": source.sum}
 
 
-def _summary(seconds: list[float]) -> dict[str, float | int]:
-    t = torch.tensor(seconds, dtype=torch.float64)
+def _summary(values: list[float]) -> dict[str, float | int]:
+    t = torch.tensor(values, dtype=torch.float64)
     p20, median, p80 = torch.quantile(t, torch.tensor([0.2, 0.5, 0.8], dtype=t.dtype)).tolist()
-    return {"median": median, "p20": p20, "p80": p80, "rounds": len(seconds)}
+    return {"median": median, "p20": p20, "p80": p80, "rounds": len(values)}
 
 
 _POINT = ("op", "label", "mode")
@@ -420,6 +420,10 @@ def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case
     if benchmark.stats is not None:
         for name, seconds in times.items():
             record[name].update(_summary(seconds))
+            if name != "ours":
+                # Round by round, so that what slows a whole round is not in it.
+                pairs = zip(times["ours"][:: stride[name]], seconds, strict=True)
+                record[name]["ours_over"] = _summary([o / s for o, s in pairs])
             if is_gpu:
                 record[name]["host"] = _summary(hosts[name])["median"]
     benchmark.group = case.op

@@ -1,5 +1,6 @@
 """The benchmark suite measures what it says: gate, records, report. Figures are not judged here."""
 
+import copy
 import importlib
 import json
 import platform
@@ -121,6 +122,7 @@ def test_only_providers_that_pass_are_timed(harness, benchmark):
         for name in ("ours", "eager", "copy", "read"):
             assert record[name]["rounds"] == harness.QUICK_ROUNDS
             assert 0 < record[name]["p20"] <= record[name]["median"] <= record[name]["p80"]
+        assert record["eager"]["ours_over"]["rounds"] == harness.QUICK_ROUNDS
 
 
 def test_a_wrong_result_of_ours_fails_the_point(harness):
@@ -184,3 +186,110 @@ def test_suite_writes_json_table_and_picture(tmp_path):
         assert secret not in text
     assert "| kl_divergence, forward | fp32 two 24×1000 |" in (tmp_path / "smoke.md").read_text()
     assert (tmp_path / "smoke.png").read_bytes().startswith(b"\x89PNG")
+
+
+def timed(median, spread=0.02, **more):
+    return {"median": median, "p20": median * (1 - spread), "p80": median * (1 + spread), **more}
+
+
+def run_of(**ours):
+    """A run of points, each 10 times as fast as eager: name -> seconds of ours."""
+    return {
+        "machine_info": {"device": "cpu", "backend": "cpu", "quick": False, "cpu": "a"},
+        "failures": [],
+        "benchmarks": [
+            {
+                "name": f"test_{name}",
+                "extra_info": {
+                    "op": name,
+                    "label": "8",
+                    "mode": "forward",
+                    "limit": "copy",
+                    "providers": {
+                        "ours": timed(seconds),
+                        "eager": timed(1.0),
+                        "copy": timed(0.05),
+                    },
+                },
+            }
+            for name, seconds in ours.items()
+        ],
+    }
+
+
+def compared(tmp_path, base, new, *options):
+    for name, data in (("base", base), ("new", new)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(data))
+    command = [sys.executable, str(ROOT / "benchmarks/compare.py"), str(tmp_path / "base.json")]
+    command += ["--new", str(tmp_path / "new.json"), *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_compare_finds_the_point_that_got_worse_whatever_the_clock(tmp_path):
+    base, new = run_of(gae=0.1, kl=0.1), run_of(gae=0.1, kl=0.12)
+    # The whole machine at half its speed is no regression.
+    for point in new["benchmarks"]:
+        for p in point["extra_info"]["providers"].values():
+            p.update({k: 2 * v for k, v in p.items()})
+    done = compared(tmp_path, base, new)
+    assert done.returncode == 1, done.stderr
+    worse = [line for line in done.stdout.splitlines() if "WORSE" in line and line[0] == "|"]
+    assert len(worse) == 2 and all("kl, 8" in line and "+20%" in line for line in worse)
+    assert done.stdout.count("| gae, 8 |") == 2
+    assert compared(tmp_path, base, new, "--tolerance", "0.3").returncode == 0
+    done = compared(tmp_path, new, base)
+    assert done.returncode == 0 and done.stdout.count("| better |") == 2
+
+
+def test_compare_allows_what_the_rounds_leave_open_and_says_so(tmp_path):
+    base, new = run_of(gae=0.1), run_of(gae=0.13)
+    new["benchmarks"][0]["extra_info"]["providers"]["ours"] = timed(0.13, spread=0.3)
+    done = compared(tmp_path, base, new)
+    assert done.returncode == 0 and done.stdout.count("| unsure |") == 2
+    # The rounds were slowed, ours and the others alike: the ratios of each round say more.
+    for run, ratio in ((base, 1.0), (new, 1.3)):
+        providers = run["benchmarks"][0]["extra_info"]["providers"]
+        providers["eager"]["ours_over"] = timed(0.1 * ratio)
+    done = compared(tmp_path, base, new)
+    assert done.returncode == 1 and done.stdout.count("| WORSE |") == 1
+
+
+def test_compare_names_what_only_one_run_has_and_what_fails(tmp_path):
+    base, new = run_of(gae=0.1, old=0.1), run_of(gae=0.1, fresh=0.1)
+    del new["benchmarks"][0]["extra_info"]["providers"]["eager"]
+    done = compared(tmp_path, base, new)
+    assert done.returncode == 0
+    assert "Only in base: old, 8" in done.stdout and "Only in new: fresh, 8" in done.stdout
+    assert "One ratio missing: gae, 8: ÷ eager only in base" in done.stdout
+    failed = copy.deepcopy(new["benchmarks"][1]["extra_info"])
+    failed["providers"]["ours"] = {"error": "result 0 is off"}
+    new["failures"] = [failed]
+    done = compared(tmp_path, base, new)
+    assert done.returncode == 1 and "Fails now: fresh 8 forward" in done.stdout
+
+
+def test_compare_refuses_runs_that_are_not_alike(tmp_path):
+    base, new = run_of(gae=0.1), run_of(gae=0.1)
+    new["machine_info"].update(quick=True, cpu="b")
+    done = compared(tmp_path, base, new)
+    assert done.returncode == 2 and "quick: base False, new True" in done.stderr
+    assert "Not the same cpu: base a, new b" in done.stdout
+    done = compared(tmp_path, run_of(gae=0.1), run_of(kl=0.1))
+    assert done.returncode == 2 and "no point is in both runs" in done.stderr
+
+
+def test_compare_runs_the_suite_as_the_base_was_run(tmp_path):
+    base = run_of(x=1.0)
+    base["machine_info"]["quick"] = True
+    name = "test_policy_loss[64x2048]"
+    base["benchmarks"][0] |= {"name": name}
+    base["benchmarks"][0]["extra_info"]["label"] = "fp32 4×50"
+    # So slow a base that today is better whatever the machine.
+    base["benchmarks"][0]["extra_info"]["providers"]["ours"] = timed(1e6)
+    (tmp_path / "base.json").write_text(json.dumps(base))
+    command = [sys.executable, str(ROOT / "benchmarks/compare.py"), str(tmp_path / "base.json")]
+    done = subprocess.run(
+        [*command, "--", "-k", "test_policy_loss and 64x"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("| better |") == 2

@@ -1,0 +1,180 @@
+"""Did it get slower? Compares a run with an earlier one by ratios, each measured within its run.
+
+    python benchmarks/compare.py BASE.json [--new NEW.json] [--tolerance 0.1]
+
+Two machines, or one on two days, have no time in common, but what plain torch (eager) and the
+machine's own rate (the limit) took beside ours in the same rounds they have. Without --new the
+suite runs now, as BASE was run. A ratio is worse where it rose by more than the tolerance and, on
+top, what the rounds of both runs leave open: half of p20 to p80 of each, on a logarithmic scale.
+Exit status: 0 none is worse; 1 one is worse, or a point of ours fails; 2 nothing can be compared.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+TOLERANCE = 0.10
+# What two runs must share for their ratios to mean the same, and what is only worth a word.
+SAME, REMARKED = ("device", "backend", "quick"), ("cpu", "threads", "cpu_capability", "torch")
+Entry = dict[str, Any]
+Point = tuple[str, str]
+
+
+class Change(NamedTuple):
+    """Ours over `other` in both runs, and the factor by which it may rise."""
+
+    point: Point
+    other: str
+    base: float
+    new: float
+    allowed: float
+    tolerance: float
+
+    @property
+    def factor(self) -> float:
+        return self.new / self.base
+
+    @property
+    def verdict(self) -> str:
+        if self.factor > self.allowed:
+            return "WORSE"
+        if self.factor < 1 / self.allowed:
+            return "better"
+        # More than the tolerance, less than the rounds leave open: to be measured again.
+        return "unsure" if self.factor > 1 + self.tolerance else "same"
+
+
+def points(data: Entry) -> dict[Point, Entry]:
+    """Points that have a time, by test and shape: a test whose shape changed is another point."""
+    found = {(b["name"], b["extra_info"]["label"]): b["extra_info"] for b in data["benchmarks"]}
+    return {p: e for p, e in found.items() if "median" in e["providers"]["ours"]}
+
+
+def others(entry: Entry) -> dict[str, str]:
+    """What ours is compared with: a name that both runs share -> the provider's."""
+    return {"eager": "eager", "limit": entry["limit"]}
+
+
+def median_and_spread(entry: Entry, name: str, paired: bool) -> tuple[float, float] | None:
+    """Ours over `name`, and half of p20 to p80 of its logarithm; None without a time.
+
+    Paired: of the ratios of each round. Without, from the times of both, as if nothing had slowed
+    both alike: older runs have no more.
+    """
+    ours, other = entry["providers"]["ours"], entry["providers"].get(name, {})
+    if "median" not in other:
+        return None
+    if paired:
+        ratios = other["ours_over"]
+        return ratios["median"], math.log(ratios["p80"] / ratios["p20"]) / 2
+    spreads = (math.log(p["p80"] / p["p20"]) / 2 for p in (ours, other))
+    return ours["median"] / other["median"], math.hypot(*spreads)
+
+
+def changes(base: Entry, new: Entry, tolerance: float) -> Iterator[Change | str]:
+    """Of each point that both runs have; a line of text for a ratio that only one has."""
+    old, now = points(base), points(new)
+    for point in (p for p in old if p in now):
+        for other, name in others(old[point]).items():
+            runs = (old[point], now[point])
+            paired = all("ours_over" in run["providers"].get(name, {}) for run in runs)
+            pair = [median_and_spread(run, name, paired) for run in runs]
+            if None in pair:
+                have = " and ".join(w for w, r in zip(("base", "new"), pair, strict=True) if r)
+                if have:
+                    yield f"{title(point)}: ÷ {other} only in {have}"
+                continue
+            (before, spread), (after, spread_now) = pair
+            allowed = (1 + tolerance) * math.exp(math.hypot(spread, spread_now))
+            yield Change(point, other, before, after, allowed, tolerance)
+
+
+def title(point: Point) -> str:
+    return f"{point[0].removeprefix('test_')}, {point[1]}"
+
+
+def unlike(base: Entry, new: Entry, keys: tuple[str, ...]) -> list[str]:
+    pairs = ((k, base["machine_info"].get(k), new["machine_info"].get(k)) for k in keys)
+    return [f"{k}: base {b}, new {n}" for k, b, n in pairs if b != n]
+
+
+def compare(base: Entry, new: Entry, tolerance: float) -> int:
+    """Prints the table and what could not be compared; the exit status."""
+    for line in unlike(base, new, REMARKED):
+        print(f"Not the same {line}")
+    differences = unlike(base, new, SAME)
+    found = list(changes(base, new, tolerance))
+    rows = [c for c in found if isinstance(c, Change)]
+    if differences or not rows:
+        for line in [*differences, *([] if rows else ["no point is in both runs"])]:
+            print(f"Cannot be compared: {line}", file=sys.stderr)
+        return 2
+    print("\n| point | ours over | base | new | change | allowed | |")
+    print("|---|---|---:|---:|---:|---:|---|")
+    for c in sorted(rows, key=lambda c: c.allowed / c.factor):
+        cells = [title(c.point), c.other, f"{c.base:.3g}", f"{c.new:.3g}"]
+        cells += [f"{c.factor - 1:+.0%}", f"{c.allowed - 1:+.0%}", c.verdict]
+        print("| " + " | ".join(cells) + " |")
+    print()
+    failures = [f"{f['op']} {f['label']} {f['mode']}" for f in new["failures"]]
+    old, now = points(base), points(new)
+    listed = {
+        "Fails now": failures,
+        "Only in base": [title(p) for p in old if p not in now],
+        "Only in new": [title(p) for p in now if p not in old],
+        "One ratio missing": [c for c in found if isinstance(c, str)],
+    }
+    for what, lines in listed.items():
+        for line in lines:
+            print(f"{what}: {line}")
+    counts = {v: sum(c.verdict == v for c in rows) for v in ("WORSE", "unsure", "same", "better")}
+    summary = ", ".join(f"{n} {v}" for v, n in counts.items() if n)
+    print(f"{len(rows)} ratios of {len({c.point for c in rows})} points: {summary}.")
+    return 1 if counts["WORSE"] or failures else 0
+
+
+def measure(base: Entry, folder: Path, rest: list[str]) -> Entry:
+    """A run now, of what is compared alone; ends the process where there is none."""
+    machine = base["machine_info"]
+    command = [sys.executable, str(HERE / "run.py"), "new", "--out", str(folder)]
+    command += ["--device", "cpu" if machine["device"] == "cpu" else "cuda"]
+    command += ["--backend", machine["backend"], "--providers", "eager"]
+    command += ["--quick"] if machine["quick"] else []
+    # A point of ours that fails is in the JSON, and judged there.
+    subprocess.run([*command, *(["--", *rest] if rest else [])])
+    file = folder / "new.json"
+    if not file.exists():
+        print("Cannot be compared: the run wrote no results", file=sys.stderr)
+        sys.exit(2)
+    return json.loads(file.read_text())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("base", type=Path, help="JSON of the earlier run")
+    parser.add_argument("--new", type=Path, help="JSON of the later run; default: run it now")
+    parser.add_argument(
+        "--tolerance", type=float, default=TOLERANCE, help="rise that is no matter; default 0.1"
+    )
+    words = sys.argv[1:]
+    at = words.index("--") if "--" in words else len(words)
+    args = parser.parse_args(words[:at])
+    base = json.loads(args.base.read_text())
+    if args.new is not None:
+        return compare(base, json.loads(args.new.read_text()), args.tolerance)
+    with tempfile.TemporaryDirectory() as folder:
+        new = measure(base, Path(folder), words[at + 1 :])
+    return compare(base, new, args.tolerance)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
