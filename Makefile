@@ -16,7 +16,7 @@ OUT ?= gpu-check
 PARTS ?=
 WHEELS ?=
 
-.PHONY: venv test test-all demo bench bench-compare gpu-check triton-report cuda-report lint format clean
+.PHONY: venv test test-all demo bench bench-full bench-compare gpu-check triton-report cuda-report lint format clean
 
 venv: $(INSTALLED)
 
@@ -46,8 +46,13 @@ test-all: venv $(PARITY)
 demo: venv
 	$(BIN)/rlhf-kernels train ppo --config examples/ppo_arithmetic.yaml
 
+# The points that matter, in about ten minutes; all of them, and the growth curves.
 bench: venv
 	$(BIN)/python benchmarks/run.py
+
+bench-full: venv
+	$(BIN)/python benchmarks/run.py --full
+	$(BIN)/python -m benchmarks.growth_head
 
 # Ratios of a run (NEW=json, or one made now) against an earlier one; fails where one got worse.
 BASE ?=

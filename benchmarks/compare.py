@@ -146,7 +146,7 @@ def measure(base: Entry, folder: Path, rest: list[str]) -> Entry:
     command = [sys.executable, str(HERE / "run.py"), "new", "--out", str(folder)]
     command += ["--device", "cpu" if machine["device"] == "cpu" else "cuda"]
     command += ["--backend", machine["backend"], "--providers", "eager"]
-    command += ["--quick"] if machine["quick"] else []
+    command += [f"--{option}" for option in ("quick", "full") if machine.get(option)]
     # A point of ours that fails is in the JSON, and judged there.
     subprocess.run([*command, *(["--", *rest] if rest else [])])
     file = folder / "new.json"

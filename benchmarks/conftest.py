@@ -24,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cpu", help="device of the tensors")
     group.addoption("--providers", help="comma-separated: measure only these beside ours")
     group.addoption("--points", choices=("cpu", "gpu"), help="shapes; default: by the device")
+    group.addoption("--full", action="store_true", help="the CPU points marked full too")
     group.addoption(
         "--records", type=Path, help="append each point as a line of JSON; skip those already there"
     )
@@ -49,7 +50,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kind = config.getoption("--points")
     if kind is None:
         kind = "cpu" if config.getoption("--device") == "cpu" else "gpu"
-    chosen = [i for i in items if (i.get_closest_marker("gpu") is not None) == (kind == "gpu")]
+    full = config.getoption("--full") or kind == "gpu"
+
+    def is_chosen(item: pytest.Item) -> bool:
+        marks = {m.name for m in item.iter_markers()}
+        return ("gpu" in marks) == (kind == "gpu") and (full or "full" not in marks)
+
+    chosen = [i for i in items if is_chosen(i)]
     config.hook.pytest_deselected(items=[i for i in items if i not in chosen])
     items[:] = chosen
 
@@ -94,6 +101,8 @@ def run(
             measure(benchmark, settings, failures, case)
         finally:
             # At once: the run may be cut off. A point that raised has neither.
+            for failure in failures[failed:]:
+                failure["name"] = request.node.name
             found = failures[failed:] or ([benchmark.extra_info] if benchmark.extra_info else [])
             if file is not None and found:
                 line = {
@@ -138,6 +147,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         rlhf_kernels=rk.__version__,
         peers=_versions(),
         quick=config.getoption("--quick"),
+        full=config.getoption("--full"),
     )
 
 
@@ -154,3 +164,4 @@ def pytest_benchmark_update_json(
     output_json["failures"] = config.stash[_FAILURES]
     for entry in output_json["benchmarks"]:
         entry["stats"].pop("data", None)
+        entry["commit"] = str(output_json["commit_info"].get("id"))

@@ -11,7 +11,7 @@ enough ahead for its launches not to show; what the host spends in a call is a f
 import gc
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,7 +87,8 @@ class Case:
         moved: bytes that the operation must read and write at least.
         limit: what bounds it: "copy" or "read", the machine's rates, or one of `baselines`.
         targets: provider (or "copy", "read", a baseline) -> least ratio of its time to ours.
-        at_most: "median" (time) or "host" (time of the host in a call) of ours -> seconds.
+        at_most: "median" (time) or "host" (time of the host in a call) of ours -> seconds;
+            "extra_bytes" (memory beyond inputs and results) -> bytes.
         select: part of each result that the oracle holds (sampled rows, unmasked tokens).
         upstream: gradient of each checked output; ones if empty.
         extra: more functions of the inputs to time beside the providers, ungated.
@@ -117,9 +118,13 @@ class Case:
     rounded: torch.dtype = torch.float32
 
 
-def points(cpu: dict[str, Any], gpu: dict[str, Any]) -> list[Any]:
-    """Names of the points of both kinds, as parameters; a run takes one kind (`--points`)."""
-    return [*cpu, *(pytest.param(name, marks=pytest.mark.gpu) for name in gpu)]
+def points(cpu: Iterable[str], gpu: Iterable[str], full: Iterable[str] = ()) -> list[Any]:
+    """Names of the points of both kinds, as parameters; a run takes one kind (`--points`).
+
+    full: CPU points that only a full run takes (`--full`).
+    """
+    marked = (("full", full), ("gpu", gpu))
+    return [*cpu, *(pytest.param(n, marks=getattr(pytest.mark, m)) for m, ns in marked for n in ns)]
 
 
 def compiled(function: Provider) -> Provider:
@@ -347,15 +352,18 @@ def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case
             error = gate(case, function, expected)
             prepare, run = steps[name] = _steps(case, function)
             prepared = prepare()
-            peak = peak_extra_bytes(lambda r=run, p=prepared: r(*p), device)
+            results: list[tuple[Tensor, ...]] = []
+            peak = peak_extra_bytes(lambda r=run, p=prepared, f=results: f.append(r(*p)), device)
             record[name] = {"gate": error, "peak_bytes": peak}
+            if peak is not None:
+                record[name]["extra_bytes"] = peak - sum(t.nbytes for t in results.pop())
         except GateError as wrong:
             record[name] = {"error": str(wrong)}
         except Exception as broken:
             reason = (str(broken).splitlines() or [""])[0]
             record[name] = {"error": f"{type(broken).__name__}: {reason}"}
         # Also where it failed half way.
-        prepared = None
+        prepared = results = None
         if device.type != "cpu":
             # What a large provider leaves cached, or half done, is room for the next.
             gc.collect()

@@ -1,15 +1,22 @@
-"""Turns a benchmark JSON into the README's table (Markdown) and picture (PNG).
+"""Turns a benchmark JSON into a report: tables (Markdown) and a picture (SVG).
 
-    python benchmarks/report.py benchmarks/results/<name>.json
+    python benchmarks/report.py benchmarks/results/<name>.json [--readme]
 
-Writes <name>.md and <name>.png beside the JSON and prints the Markdown.
+Writes <name>.md and <name>.svg beside the JSON and prints the Markdown; with --readme it writes
+nothing and prints the README's table.
 """
 
+import argparse
 import json
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import charts
 
 PEERS = {"trl": "TRL", "verl": "verl", "liger": "Liger", "torch fused": "torch fused"}
 #: What bounds an operation: a share of it is reached.
@@ -17,6 +24,34 @@ LIMITS = ("copy", "read", "GEMMs")
 # Rows in the order of a training step; operations not listed come last.
 ORDER = ("token_logprobs", "linear_", "kl_", "gae", "ppo_", "group_", "policy_", "value_")
 Entry = dict[str, Any]
+
+
+def _logprobs(shape: str) -> tuple[str, ...]:
+    kinds = ("logprobs", "entropy")
+    modes = ("forward", "backward", "forward+backward")
+    return tuple(f"test_token_logprobs[{shape}-{k}-{m}]" for k in kinds for m in modes)
+
+
+#: The points of the design's table of CPU targets, in its order.
+TARGETED = (
+    *(p for s in ("fp32", "bf16", "bf16-2048x32768", "fp32-256x151936") for p in _logprobs(s)),
+    "test_kl_divergence[fp32-forward]",
+    *("test_gae[512x4096]", "test_gae[16x131072]", "test_gae_packed[512]"),
+    *("test_policy_loss[64x2048]", "test_policy_loss[2048x2048]"),
+    *("test_linear_policy_loss[fp32]", "test_linear_policy_loss[bf16]"),
+    *("test_linear_token_logprobs[fp32-logprobs]", "test_linear_token_logprobs[bf16-logprobs]"),
+)
+#: The rows of the README's table.
+README = (
+    *(_logprobs("fp32")[i] for i in (0, 2, 3, 5)),
+    *(_logprobs("bf16")[i] for i in (3, 5)),
+    *("test_linear_policy_loss[fp32]", "test_linear_policy_loss[bf16]"),
+    "test_kl_divergence[fp32-forward]",
+    *("test_gae[512x4096]", "test_gae[16x131072]", "test_gae_packed[512]"),
+    "test_group_advantages",
+    *("test_policy_loss[64x2048]", "test_policy_loss[2048x2048]"),
+    "test_value_loss[2048x2048]",
+)
 
 
 def ratio(entry: Entry, *names: str) -> float | None:
@@ -52,6 +87,13 @@ def position(entry: Entry) -> int:
     return next((i for i, o in enumerate(ORDER) if entry["op"].startswith(o)), len(ORDER))
 
 
+def excess(entry: Entry) -> tuple[float, float] | None:
+    """Bytes beyond inputs and results that ours holds, and how many it may; None without either."""
+    most = entry.get("at_most", {}).get("extra_bytes")
+    found = entry["providers"]["ours"].get("extra_bytes")
+    return None if most is None or found is None else (found, most)
+
+
 def target_text(entry: Entry, quick: bool) -> str:
     """Whether the targets are met, and else which of them is not; they are about real shapes."""
     if quick or not entry["targets"]:
@@ -62,6 +104,9 @@ def target_text(entry: Entry, quick: bool) -> str:
         for name, least, r in results
         if r < least
     ]
+    memory = excess(entry)
+    if memory and memory[0] > memory[1]:
+        missed.append(f"memory {memory[1] / 2**20:.0f} MiB")
     if missed:
         return "missed: " + ", ".join(missed)
     unknown = ", ".join(n for n in entry["targets"] if ratio(entry, n) is None)
@@ -72,28 +117,96 @@ def environment(data: Entry) -> str:
     m, commit = data["machine_info"], data["commit_info"]
     peers = ", ".join(f"{k} {v}" for k, v in m["peers"].items()) or "none installed"
     dirty = " (with local changes)" if commit.get("dirty") else ""
+    # Points that an earlier run measured (`--add`) have a commit of their own.
+    ids = {str(commit.get("id")), *(b.get("commit", "") for b in data["benchmarks"])} - {""}
+    commits = ", ".join(sorted(i[:12] for i in ids))
     return (
         f"{m['cpu']}, {m['threads']} of {m['cores']} cores, {m['cpu_capability']}; device "
         f"{m['device']}, backend {m['backend']}; torch {m['torch']}, Python {m['python']}; peers: "
-        f"{peers}; {data['datetime'][:10]}, commit {str(commit.get('id'))[:12]}{dirty}"
+        f"{peers}; {data['datetime'][:10]}, commit {commits}{dirty}"
         + ("; QUICK shapes: not a measurement" if m["quick"] else "")
     )
 
 
-def table(entries: list[Entry], quick: bool) -> list[str]:
+def _table(head: list[str], left: int, rows: list[list[str]], right: int = 0) -> list[str]:
+    """Lines of a table whose first `left` and last `right` columns hold words."""
+    rule = "|" + "---|" * left + "---:|" * (len(head) - left - right) + "---|" * right
+    return [f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(r)} |" for r in rows)]
+
+
+def _bold_if(lost: bool, text: str) -> str:
+    return f"**{text}**" if lost else text
+
+
+def table(entries: list[Entry], quick: bool, details: bool = True) -> list[str]:
+    """Every entry; what is faster than ours is bold. details: spread and targets too."""
     peers = [p for p in PEERS if any(ratio(e, p) is not None for e in entries)]
-    head = ["operation", "shape", "ours, ms", "÷ eager", "÷ compile"]
-    head += [*(f"÷ {PEERS[p]}" for p in peers), "of the limit", "target"]
-    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 3) + "---|"]
+    columns = [("eager",), ("compile", "vectorized"), *((p,) for p in peers)]
+    head = ["operation", "shape", "ours, ms", *(["p20–p80"] if details else [])]
+    head += ["÷ eager", "÷ compile", *(f"÷ {PEERS[p]}" for p in peers), "of the limit"]
+    head += ["target"] if details else []
+    rows = []
     for e in entries:
-        limit = of_limit(e)
-        ours = milliseconds(e["providers"]["ours"]["median"])
-        cells = [f"{e['op']}, {e['mode']}", e["label"], ours]
-        cells += [multiple(ratio(e, "eager")), multiple(ratio(e, "compile", "vectorized"))]
-        cells += [multiple(ratio(e, p)) for p in peers]
-        cells += ["–" if limit is None else f"{limit:.0%} {e['limit']}", target_text(e, quick)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        limit, ours = of_limit(e), e["providers"]["ours"]
+        cells = [f"{e['op']}, {e['mode']}", e["label"], milliseconds(ours["median"])]
+        if details:
+            cells.append(f"{milliseconds(ours['p20'])}–{milliseconds(ours['p80'])}")
+        ratios = [ratio(e, *names) for names in columns]
+        cells += [_bold_if(r is not None and r < 1, multiple(r)) for r in ratios]
+        cells.append("–" if limit is None else f"{limit:.0%} {e['limit']}")
+        rows.append([*cells, target_text(e, quick)] if details else cells)
+    return _table(head, 2, rows, 1 if details else 0)
+
+
+def _against(name: str, wanted: float, found: float | None) -> str:
+    """A measured figure beside its target; bold where it is missed."""
+    show = "{:.0%}".format if name in LIMITS else multiple
+    if found is None:
+        return f"not measured (≥ {show(wanted)})"
+    missed = found < wanted
+    return _bold_if(missed, f"{show(found)} {'<' if missed else '≥'} {show(wanted)}")
+
+
+def targets_table(entries: list[Entry]) -> list[str]:
+    """Each row of the design's table of targets, and what was measured."""
+    by_name = {e["name"]: e for e in entries}
+    rows = []
+    for name in TARGETED:
+        e = by_name.get(name)
+        if e is None:
+            rows.append([name.removeprefix("test_"), *["–"] * 5, "not measured"])
+            continue
+        wanted = dict(e["targets"])
+        eager, compiled = wanted.pop("eager", None), wanted.pop("compile", None)
+        if wanted.pop("vectorized", None) is not None:
+            # Of any vectorised form: the faster one.
+            found = ratio(e, "compile", "vectorized")
+        else:
+            found = ratio(e, "compile")
+        cells = ["" if eager is None else _against("eager", eager, ratio(e, "eager"))]
+        cells.append("" if compiled is None else _against("compile", compiled, found))
+        limits = [n for n in wanted if n in LIMITS]
+        cells.append(", ".join(f"{_against(n, wanted.pop(n), ratio(e, n))} {n}" for n in limits))
+        words = {"no entropy": "time without the entropy ÷ ours", **PEERS}
+        other = [f"{words.get(n, n)}: {_against(n, w, ratio(e, n))}" for n, w in wanted.items()]
+        memory = excess(e)
+        if memory:
+            over, most = memory[0] > memory[1], memory[1] / 2**20
+            sizes = f"{memory[0] / 2**20:.0f} {'>' if over else '≤'} {most:.0f} MiB"
+            other.append(f"memory: {_bold_if(over, sizes)}")
+        verdict = target_text(e, False).partition(":")[0].partition(";")[0]
+        rows.append([f"{e['op']}, {e['mode']}", e["label"], *cells, "; ".join(other), verdict])
+    head = ["operation", "shape", "÷ eager", "÷ compile", "of the limit", "other", ""]
+    return _table(head, 2, rows, 2)
+
+
+def lost(entries: list[Entry]) -> Iterator[str]:
+    """Where something else is faster."""
+    for e in entries:
+        found = {n: ratio(e, n) for n in ("eager", "compile", "vectorized", *PEERS)}
+        faster = [f"{PEERS.get(n, n)} {multiple(r)}" for n, r in found.items() if r and r < 1]
+        if faster:
+            yield f"- {e['op']}, {e['mode']}, {e['label']}: {', '.join(faster)}"
 
 
 def memory_lines(entries: list[Entry]) -> list[str]:
@@ -104,10 +217,10 @@ def memory_lines(entries: list[Entry]) -> list[str]:
             continue
         peaks = {n: p["peak_bytes"] for n, p in e["providers"].items() if p.get("peak_bytes")}
         if "ours" in peaks:
-            row = ", ".join(f"{n} {peaks[n] / 2**20:.0f}" for n in peaks)
+            row = ", ".join(f"{PEERS.get(n, n)} {peaks[n] / 2**20:.0f}" for n in peaks)
             lines.append(f"- {e['op']}, {e['label']}: {row}")
-    heading = "Peak memory beyond the inputs, forward+backward, results included, MiB:"
-    return ["", heading, "", *lines] if lines else []
+    note = "Peak beyond the inputs, forward+backward, results included, MiB."
+    return ["", "## Memory", note, "", *lines] if lines else []
 
 
 def problem_lines(data: Entry, entries: list[Entry]) -> list[str]:
@@ -124,7 +237,7 @@ def problem_lines(data: Entry, entries: list[Entry]) -> list[str]:
     for reason, points in found.items():
         where = points[0] if len(points) == 1 else f"{len(points)} points"
         lines.append(f"- {reason} ({where})")
-    return ["", "Without a time:", "", *lines] if lines else []
+    return ["", "## Without a time", "", *lines] if lines else []
 
 
 def rates_line(entries: list[Entry]) -> str:
@@ -137,72 +250,83 @@ def rates_line(entries: list[Entry]) -> str:
     return f"Machine, same run: {', '.join(words)}." if words else ""
 
 
-def markdown(data: Entry, entries: list[Entry]) -> str:
-    lines = [
-        environment(data) + ".",
-        rates_line(entries),
-        "",
-        *table(entries, data["machine_info"]["quick"]),
-        "",
-    ]
-    lines += [
-        "Medians. ÷ x: time of x over ours. ÷ compile: `torch.compile` of eager; for the "
-        "advantages, the faster of a vectorised torch form and its compilation. Of the limit: time "
-        "in which the machine copies (`tensor.clone()`, bytes read + written) or reads "
-        "(`tensor.sum()` of fp32) as many bytes as the operation must move, over ours; for the "
-        "fused head, time of its bare products (three or four `torch.mm(out=)` over all tokens)."
-    ]
+LEGEND = (
+    "Medians. ÷ x: time of x over ours; below 1 (bold) x is faster. ÷ compile: `torch.compile` of "
+    "eager; for the advantages, the faster of a vectorised torch form and its compilation. Of the "
+    "limit: time in which the machine copies (`tensor.clone()`, bytes read + written) or reads "
+    "(`tensor.sum()` of fp32) as many bytes as the operation must move, over ours; for the fused "
+    "head, time of its bare products (three or four `torch.mm(out=)` over all tokens)."
+)
+
+
+def markdown(data: Entry, entries: list[Entry], pictures: list[str]) -> str:
+    m = data["machine_info"]
+    lines = [f"# Benchmarks: {m['cpu']}, {m['threads']} threads", "", environment(data) + "."]
+    command = "make bench-full" if m.get("full") else "make bench"
+    lines += [rates_line(entries), f"`{command}` measures a machine and writes this.", "", LEGEND]
+    if m["device"] == "cpu" and not m["quick"]:
+        lines += ["", "## Targets", "What was wanted and what was measured; bold is missed.", ""]
+        lines += targets_table(entries)
+    for picture in pictures:
+        lines += ["", f"![Share of the limit by provider]({picture})"]
+    lines += ["", "## Every point", *table(entries, m["quick"])]
+    losses = list(lost(entries))
+    if losses:
+        lines += ["", "## Where something else is faster", "Its time over ours.", "", *losses]
     return "\n".join([*lines, *memory_lines(entries), *problem_lines(data, entries)]) + "\n"
 
 
 def picture(entries: list[Entry], file: Path, note: str) -> None:
-    """Horizontal bars, logarithmic: how many times faster than eager and than torch.compile.
-
-    Of the points that have targets; the table has all. Backward alone is left to the table too.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = [e for e in entries if e["targets"] and e["mode"] != "backward"][::-1]
-    figure, axes = plt.subplots(figsize=(9, 1.4 + 0.42 * len(shown)), layout="constrained")
-    eager = ("eager", ("eager",), "#9aa5b1", 0.2)
-    compiled = ("torch.compile", ("compile", "vectorized"), "#2f6db5", -0.2)
-    for label, names, colour, offset in (eager, compiled):
-        bars = [(y + offset, r) for y, e in enumerate(shown) if (r := ratio(e, *names)) is not None]
-        ys, ratios = [y for y, _ in bars], [r for _, r in bars]
-        # From 1, so that what is slower points the other way.
-        widths = [r - 1 for r in ratios]
-        drawn = axes.barh(ys, widths, 0.38, left=1, color=colour, label=f"over {label}")
-        axes.bar_label(drawn, [multiple(r) for r in ratios], padding=3, fontsize=8)
-    names = [f"{e['op']}, {e['mode']}\n{e['label']}" for e in shown]
-    axes.set_yticks(range(len(shown)), names, fontsize=8)
-    axes.set_ylim(-0.6, len(shown) - 0.4)
-    axes.set_xscale("log")
-    axes.margins(x=0.12)
-    axes.xaxis.set_major_formatter("{x:g}×")
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel(f"times faster (median, same run)\n{note}", fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
+    """Each provider's share of the limit, at the points that have targets and a forward."""
+    groups = []
+    for e in entries:
+        of_ours = of_limit(e)
+        if not e["targets"] or e["mode"] == "backward" or of_ours is None:
+            continue
+        found = []
+        for name, p in e["providers"].items():
+            if "median" in p and name not in LIMITS and name != "no entropy":
+                # Of ours, times how much slower than ours it is.
+                share = of_ours / (ratio(e, name) or 1.0)
+                percent = f"{share:.0%}" if share >= 0.095 else f"{share:.2%}"
+                text = f"{milliseconds(p['median'])} ms, {percent}"
+                found.append(charts.Bar(PEERS.get(name, name), share, text))
+        found.sort(key=lambda bar: -bar.share)
+        groups.append((f"{e['op']}, {e['mode']}: {e['label']} (limit: {e['limit']})", found))
+    charts.bars(groups, file, note)
 
 
-def main(json_file: Path) -> None:
-    data = json.loads(json_file.read_text())
-    entries = sorted((b["extra_info"] for b in data["benchmarks"]), key=position)
-    text = markdown(data, entries)
-    json_file.with_suffix(".md").write_text(text)
+def read(file: Path) -> tuple[Entry, list[Entry]]:
+    """The JSON, and its points in the order of a report."""
+    data = json.loads(file.read_text())
+    entries = [{**b["extra_info"], "name": b["name"]} for b in data["benchmarks"]]
+    return data, sorted(entries, key=position)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("json", type=Path, help="results of a run")
+    parser.add_argument("--readme", action="store_true", help="print the README's table alone")
+    args = parser.parse_args()
+    data, entries = read(args.json)
     m = data["machine_info"]
-    note = f"{m['cpu']}, {m['threads']} cores, torch {m['torch']}, {data['datetime'][:10]}"
-    if entries:
-        picture(entries, json_file.with_suffix(".png"), note)
+    if args.readme:
+        by_name = {e["name"]: e for e in entries}
+        rows = [by_name[name] for name in README if name in by_name]
+        print("\n".join(table(rows, m["quick"], details=False)))
+        return
+    pictures = []
+    if any(e["targets"] for e in entries):
+        file = args.json.with_suffix(".svg")
+        note = f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}, {data['datetime'][:10]}"
+        picture(entries, file, note)
+        pictures.append(file.name)
+    text = markdown(data, entries, pictures)
+    args.json.with_suffix(".md").write_text(text)
     print(text)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    main(Path(sys.argv[1]))
+    main()

@@ -1,23 +1,24 @@
-"""Runs the benchmark suite and writes results/<name>.json, <name>.md and <name>.png.
+"""Runs the benchmark suite and writes results/<name>.json, <name>.md and <name>.svg.
 
-Without a name the results are called after the date and the machine. Arguments behind "--" go to
-pytest: `python benchmarks/run.py gae-only -- -k gae`.
+Without a name the results are called after the machine. Arguments behind "--" go to pytest:
+`python benchmarks/run.py gae-only -- -k gae`.
 """
 
 import argparse
-import datetime
+import json
 import os
 import platform
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 
 
 def default_name(device: str, quick: bool) -> str:
-    """<date>-<CPU model or device>, with "quick" in front where shapes are small."""
+    """<CPU model or device>-<cores>, with "quick" in front where shapes are small."""
     model = device
     if device == "cpu":
         try:
@@ -27,18 +28,36 @@ def default_name(device: str, quick: bool) -> str:
             model = platform.machine()
     model = re.sub(r"\((R|TM)\)|processor|cpu @.*", "", model, flags=re.IGNORECASE)
     words = re.findall(r"[a-z0-9]+", model.lower()) or [platform.machine()]
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    return "-".join([*(["quick"] if quick else []), date, *words])
+    if device == "cpu":
+        usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+        words += [str(len(usable(0))), "cores"]
+    return "-".join([*(["quick"] if quick else []), *words])
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`new` and those points of `old` that it did not measure; ValueError if machines differ."""
+    for key, value in old["machine_info"].items():
+        if value != new["machine_info"].get(key):
+            raise ValueError(f"{key} was {value}, now {new['machine_info'].get(key)}")
+    fresh = {x["name"] for key in ("benchmarks", "failures") for x in new[key]}
+    kept = {k: [x for x in old[k] if x["name"] not in fresh] for k in ("benchmarks", "failures")}
+    commit = {**new["commit_info"]}
+    commit["dirty"] = commit.get("dirty") or old["commit_info"].get("dirty")
+    return {**new, "commit_info": commit, **{k: kept[k] + new[k] for k in kept}}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", nargs="?", help="name of the results; default: date and machine")
+    parser.add_argument("name", nargs="?", help="name of the results; default: the machine")
     parser.add_argument("--device", default="cpu", help="device of the tensors")
     parser.add_argument("--backend", help="backend of ours; default: the device's first kernels")
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds")
+    parser.add_argument("--full", action="store_true", help="the points marked full too")
+    parser.add_argument(
+        "--add", action="store_true", help="to the results of that name: measured in parts"
+    )
     parser.add_argument("--providers", help="only these of eager,compile,trl,verl,...")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     words = sys.argv[1:]
@@ -48,12 +67,14 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     name = args.name or default_name(args.device, args.quick)
     json_file = args.out.resolve() / f"{name}.json"
+    adds = args.add and json_file.exists()
     # What lies there is of an earlier run, and must not pass for this one's.
-    json_file.unlink(missing_ok=True)
+    fresh = json_file.with_suffix(".part.json") if adds else json_file
+    fresh.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", str(HERE), "--device", args.device]
-    command += ["--benchmark-json", str(json_file), "--benchmark-columns=median,rounds"]
+    command += ["--benchmark-json", str(fresh), "--benchmark-columns=median,rounds"]
     command += ["--benchmark-group-by=group", "-p", "no:cacheprovider", "--show-capture=no"]
-    command += ["--quick"] if args.quick else []
+    command += [f"--{option}" for option in ("quick", "full") if getattr(args, option)]
     for option in ("backend", "providers"):
         value = getattr(args, option)
         command += [f"--{option}", value] if value else []
@@ -62,8 +83,15 @@ def main() -> int:
     # Peers must find nothing to download.
     environment["HF_HUB_OFFLINE"] = "1"
     status = subprocess.run([*command, *rest], cwd=HERE.parent, env=environment).returncode
-    if not json_file.exists():
+    if not fresh.exists():
         return status or 1
+    if adds:
+        try:
+            whole = merged(*(json.loads(f.read_text()) for f in (json_file, fresh)))
+        except ValueError as error:
+            sys.exit(f"{fresh.name} cannot be added to {json_file.name}: {error}")
+        json_file.write_text(json.dumps(whole, indent=1) + "\n")
+        fresh.unlink()
     report = subprocess.run([sys.executable, str(HERE / "report.py"), str(json_file)])
     return status or report.returncode
 

@@ -15,6 +15,7 @@ from .peers import peer
 GAMMA, LAM, KL_COEF = 0.99, 0.95, 0.05
 TARGETS = {"eager": 100, "vectorized": 5, "compile": 5, "copy": 0.4}
 SHAPES = {"512x4096": (512, 4096), "16x131072": (16, 131072)}
+FULL_SHAPES = {"64x512": (64, 512), "8x32768": (8, 32768)}
 GPU_SHAPES = {"gpu-8192x4096": (8192, 4096), "gpu-16x131072": (16, 131072)}
 GPU_TARGETS, GPU_AT_MOST = {"copy": 0.75}, {"gpu-16x131072": {"median": 30e-6}}
 # Longest loop that a GPU is put through: beyond, one call is seconds of empty launches.
@@ -116,9 +117,9 @@ def _oracle(rewards: Tensor, values: Tensor, judged: Tensor) -> tuple[Tensor, Te
     return _scalar_gae(rewards[rows], values[rows], judged[rows].sum(1).tolist())
 
 
-@pytest.mark.parametrize("name", points(SHAPES, GPU_SHAPES))
+@pytest.mark.parametrize("name", points(SHAPES, GPU_SHAPES, FULL_SHAPES))
 def test_gae(run: Callable[[Case], None], settings: Settings, name: str) -> None:
-    shape = (4, 300) if settings.quick else (SHAPES | GPU_SHAPES)[name]
+    shape = (4, 300) if settings.quick else (SHAPES | FULL_SHAPES | GPU_SHAPES)[name]
     rewards, values, mask = _batch(shape, settings.device)
     weights, judged = mask.float(), _sampled(mask, name)
 
@@ -136,7 +137,7 @@ def test_gae(run: Callable[[Case], None], settings: Settings, name: str) -> None
             },
             oracle=lambda: _oracle(rewards, values, judged),
             moved=GAE_BYTES * rewards.numel(),
-            targets=TARGETS if name in SHAPES else GPU_TARGETS,
+            targets=TARGETS if name in SHAPES else GPU_TARGETS if name in GPU_SHAPES else {},
             at_most=GPU_AT_MOST.get(name, {}),
             select=lambda t: t[judged].cpu(),
         )

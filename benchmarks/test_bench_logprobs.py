@@ -1,7 +1,7 @@
 """token_logprobs, with and without entropy, forward and backward."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -45,6 +45,18 @@ SHAPES = {
         },
     ),
 }
+# The other dtype on each of these.
+TARGETED_SHAPES = {
+    "bf16-2048x32768": Shape(torch.bfloat16, 8, 256, 32768, SHAPES["bf16"].targets),
+    "fp32-256x151936": Shape(torch.float32, 2, 128, 151936, SHAPES["fp32"].targets),
+}
+# The vocabularies of model families (Qwen's is above), 64 to 128 MiB of logits.
+FAMILIES = {
+    "gpt2": Shape(torch.float32, 2, 256, 50257, {}),
+    "llama3": Shape(torch.bfloat16, 2, 128, 128256, {}),
+    "deepseek-v3": Shape(torch.bfloat16, 2, 128, 129280, {}),
+    "gemma3": Shape(torch.bfloat16, 2, 64, 262208, {}),
+}
 
 _GPU_TARGETS = {
     ("forward", True): {"eager": 12, "trl": 12, "copy": 0.9},
@@ -66,22 +78,31 @@ GPU_SHAPES = {
     "gpu-fp32": Shape(torch.float32, 1, 1024, 32000, {}),
     "gpu-few-rows": Shape(torch.bfloat16, 1, 64, 151936, {}),
 }
-# (shape, entropy, mode) of every point; on a GPU what the targets are about.
+
+
+def _points(shape: str, modes: tuple[str, ...], entropies: tuple[bool, ...], *marks: Any) -> list:
+    """(shape, entropy, mode) of every point of a shape."""
+    return [
+        pytest.param(
+            *(shape, entropy, mode),
+            id=f"{shape}-{'entropy' if entropy else 'logprobs'}-{mode}",
+            marks=marks,
+        )
+        for entropy in entropies
+        for mode in modes
+    ]
+
+
+_ALL = SHAPES | TARGETED_SHAPES | FAMILIES | GPU_SHAPES
+BOTH, GPU, FULL = (False, True), pytest.mark.gpu, pytest.mark.full
 POINTS = [
-    pytest.param(n, entropy, mode, id=f"{n}-{'entropy' if entropy else 'logprobs'}-{mode}")
-    for n in SHAPES
-    for entropy in (False, True)
-    for mode in MODES
-] + [
-    pytest.param(
-        *(n, entropy, mode),
-        id=f"{n}-{'entropy' if entropy else 'logprobs'}-{mode}",
-        marks=pytest.mark.gpu,
-    )
-    for n in GPU_SHAPES
-    for entropy in (True, False)
-    for mode in (MODES[:2] if entropy else MODES)
-    if entropy or n == "gpu-bf16"
+    *(p for n in SHAPES for p in _points(n, MODES, BOTH)),
+    *(p for n in TARGETED_SHAPES for p in _points(n, MODES, BOTH, FULL)),
+    *(p for n in FAMILIES for p in _points(n, MODES[2:], BOTH, FULL)),
+    # On a GPU what the targets are about.
+    *_points("gpu-bf16", MODES[:2], (True,), GPU),
+    *_points("gpu-bf16", MODES, (False,), GPU),
+    *(p for n in list(GPU_SHAPES)[1:] for p in _points(n, MODES[:2], (True,), GPU)),
 ]
 
 
@@ -176,7 +197,7 @@ def test_token_logprobs(
     run: Callable[[Case], None], settings: Settings, name: str, entropy: bool, mode: str
 ) -> None:
     on_gpu = name in GPU_SHAPES
-    dtype, batch, length, vocab, targets = (SHAPES | GPU_SHAPES)[name]
+    dtype, batch, length, vocab, targets = _ALL[name]
     if settings.quick:
         batch, length, vocab = 2, 12, 1000
     n, device = batch * length, settings.device
@@ -198,15 +219,16 @@ def test_token_logprobs(
         if not entropy:
             # A cross entropy of its own for each token: the log-probability, negated.
             providers |= {"liger": _liger(mode), "flash-attn": _flash_attn()}
-        wanted = targets.get((mode, entropy), {})
-    else:
-        wanted = dict(targets.get((mode, entropy), _BACKWARD if mode == "backward" else _BOTH))
+    wanted = targets.get((mode, entropy), {})
+    if not on_gpu and name not in FAMILIES:
+        wanted = targets.get((mode, entropy), _BACKWARD if mode == "backward" else _BOTH)
     tensor_bytes = logits.numel() * logits.element_size()
     passes = {"forward": 1, "backward": 2, "forward+backward": 3}[mode]
     run(
         Case(
             op="token_logprobs + entropy" if entropy else "token_logprobs",
-            label=f"{'fp32' if dtype is torch.float32 else 'bf16'} {n}×{vocab}",
+            label=f"{'fp32' if dtype is torch.float32 else 'bf16'} {n}×{vocab}"
+            + (f" ({name})" if name in FAMILIES else ""),
             mode=mode,
             inputs=(logits, labels),
             providers=providers,

@@ -12,6 +12,7 @@ from .harness import Case, Settings, compiled, points
 from .peers import peer, verl_actor_config
 
 SHAPES = {"64x2048": (64, 2048), "2048x2048": (2048, 2048)}
+FULL_SHAPES = {"64x512": (64, 512), "8x32768": (8, 32768)}
 GPU_SHAPES = {f"gpu-{name}": shape for name, shape in SHAPES.items()}
 TARGETS = {"64x2048": {"eager": 8, "compile": 1.5}, "2048x2048": {"copy": 0.5}}
 # 10 µs of the host for each way.
@@ -48,9 +49,10 @@ def ours(
 OPTIONS = {"clip_low": CLIP, "clip_high": CLIP}
 
 
-@pytest.mark.parametrize("name", points(SHAPES, GPU_SHAPES))
+@pytest.mark.parametrize("name", points(SHAPES, GPU_SHAPES, FULL_SHAPES))
 def test_policy_loss(run: Callable[[Case], None], settings: Settings, name: str) -> None:
-    shape, device = (4, 50) if settings.quick else (SHAPES | GPU_SHAPES)[name], settings.device
+    device = settings.device
+    shape = (4, 50) if settings.quick else (SHAPES | FULL_SHAPES | GPU_SHAPES)[name]
     old = -torch.rand(shape, device=device) * 5
     log_ratio = 0.2 * torch.randn_like(old)
     # None so near a clip bound that rounding decides its branch: the oracle could not judge it.

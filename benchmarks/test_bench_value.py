@@ -12,6 +12,7 @@ from .harness import Case, Settings, compiled, points
 from .peers import peer
 
 SHAPES = {"64x2048": (64, 2048), "2048x2048": (2048, 2048)}
+FULL_SHAPES = {"64x512": (64, 512), "8x32768": (8, 32768)}
 GPU_SHAPES = {f"gpu-{name}": shape for name, shape in SHAPES.items()}
 CLIP = 0.2
 
@@ -36,9 +37,10 @@ def ours(
     return result.loss, result.metrics.values
 
 
-@pytest.mark.parametrize("name", points(SHAPES, GPU_SHAPES))
+@pytest.mark.parametrize("name", points(SHAPES, GPU_SHAPES, FULL_SHAPES))
 def test_value_loss(run: Callable[[Case], None], settings: Settings, name: str) -> None:
-    shape, device = (4, 50) if settings.quick else (SHAPES | GPU_SHAPES)[name], settings.device
+    device = settings.device
+    shape = (4, 50) if settings.quick else (SHAPES | FULL_SHAPES | GPU_SHAPES)[name]
     old = torch.randn(shape, device=device)
     change = 0.2 * torch.randn_like(old)
     # None so near a branch that rounding decides it: the oracle could not judge it.

@@ -162,7 +162,7 @@ def test_report_judges_targets(report):
 def test_suite_writes_json_table_and_picture(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks/run.py"), "smoke", "--quick"]
     command += ["--providers", "eager", "--out", str(tmp_path)]
-    # One point of each file.
+    # A point of each kind.
     points = "(fp32-logprobs-forward and not backward) or (kl_divergence and fp32)"
     points += " or gae_packed or (policy and 64x) or (value and 64x)"
     run = subprocess.run([*command, "--", "-k", points], capture_output=True, text=True)
@@ -185,7 +185,17 @@ def test_suite_writes_json_table_and_picture(tmp_path):
     for secret in (str(ROOT), str(tmp_path), str(Path.home()) + "/", platform.node()):
         assert secret not in text
     assert "| kl_divergence, forward | fp32 two 24×1000 |" in (tmp_path / "smoke.md").read_text()
-    assert (tmp_path / "smoke.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "smoke.svg").read_text().count("ours") >= 2
+    # A part measured anew takes the place of its own earlier figures, and of no other's.
+    again = subprocess.run(
+        [*command, "--add", "--", "-k", "policy and 64x"], capture_output=True, text=True
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+    added = {b["name"]: b for b in json.loads((tmp_path / "smoke.json").read_text())["benchmarks"]}
+    before = {b["name"]: b for b in data["benchmarks"]}
+    assert added.keys() == before.keys()
+    assert {n for n in added if added[n] != before[n]} == {"test_policy_loss[64x2048]"}
+    assert not (tmp_path / "smoke.part.json").exists()
 
 
 def timed(median, spread=0.02, **more):
@@ -293,3 +303,103 @@ def test_compare_runs_the_suite_as_the_base_was_run(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("| better |") == 2
+
+
+def report_entry(op, targets, providers, limit="copy", **more):
+    times = {n: timed(t) for n, t in providers.items()}
+    return {
+        "op": op,
+        "label": "8",
+        "mode": "forward+backward",
+        "limit": limit,
+        "moved": 64,
+        "targets": targets,
+        "providers": times,
+        "at_most": {},
+        **more,
+    }
+
+
+def report_of(tmp_path, entries, **machine):
+    """The JSON of a run of these entries, by test name."""
+    info = {"cpu": "a", "threads": 2, "cores": 2, "cpu_capability": "AVX512", "device": "cpu"}
+    info |= {"backend": "cpu", "torch": "2", "python": "3", "peers": {}, "quick": False} | machine
+    benchmarks = [{"name": n, "extra_info": e} for n, e in entries.items()]
+    data = {
+        "machine_info": info,
+        "commit_info": {"id": "c" * 40},
+        "datetime": "2026-01-01",
+        "benchmarks": benchmarks,
+        "failures": [],
+    }
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps(data))
+    return file
+
+
+def run_report(*arguments):
+    command = [sys.executable, str(ROOT / "benchmarks/report.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_report_sets_each_target_beside_what_was_measured(tmp_path):
+    head = report_entry(
+        "linear_policy_loss",
+        {"eager": 1.4, "trl": 2, "GEMMs": 0.9},
+        {"ours": 1.0, "eager": 1.3, "trl": 3.0, "GEMMs": 0.95, "copy": 0.1, "read": 0.1},
+        "GEMMs",
+        at_most={"extra_bytes": 1 << 20},
+    )
+    head["providers"]["ours"]["extra_bytes"] = 3 << 20
+    gae = report_entry(
+        "gae",
+        {"eager": 100, "vectorized": 5, "compile": 5},
+        {"ours": 1.0, "eager": 200.0, "vectorized": 4.0, "compile": 6.0, "copy": 1.0, "read": 1.0},
+    )
+    group = report_entry(
+        "group_advantages", {}, {"ours": 1.0, "eager": 0.5, "copy": 0.1, "read": 0.1}
+    )
+    names = ("test_linear_policy_loss[fp32]", "test_gae[512x4096]", "test_group_advantages")
+    file = report_of(tmp_path, dict(zip(names, (head, gae, group), strict=True)))
+    text = run_report(file)
+    assert (tmp_path / "r.md").read_text() == text.removesuffix("\n")
+    rows = [line for line in text.partition("## Targets")[2].splitlines() if line[:1] == "|"]
+    row = next(r for r in rows if "linear_policy_loss, " in r)
+    for cell in ("**1.3× < 1.4×**", "95% ≥ 90% GEMMs", "TRL: 3× ≥ 2×", "**3 > 1 MiB**", "missed"):
+        assert cell in row, row
+    # Any vectorised form: the faster of the two.
+    assert "| 200× ≥ 100× | **4× < 5×** |" in next(r for r in rows if "gae, " in r)
+    # A row of the design that was not measured stays in its place and says so.
+    assert any("linear_policy_loss[bf16]" in r and "not measured" in r for r in rows)
+    assert "| group_advantages, forward+backward | 8 | 1000 | 980–1020 | **0.5×** |" in text
+    assert "- group_advantages, forward+backward, 8: eager 0.5×" in text
+    picture = (tmp_path / "r.svg").read_text()
+    assert "limit: GEMMs" in picture and "1300 ms, 73%" in picture
+    before = (tmp_path / "r.md").stat().st_mtime_ns
+    lines = run_report(file, "--readme").splitlines()
+    assert len(lines) == 5 and "linear_policy_loss" in lines[2] and "**0.5×**" in lines[4]
+    assert (tmp_path / "r.md").stat().st_mtime_ns == before
+
+
+def test_report_knows_every_point_it_names(report):
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "--full", "-q"]
+    command += ["-o", "addopts=", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    names = {line.partition("::")[2] for line in done.stdout.splitlines()}
+    assert {*report.TARGETED, *report.README} <= names, done.stdout
+
+
+def test_results_of_another_machine_are_not_added(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    merged = importlib.import_module("benchmarks.run").merged
+    old, new = run_of(gae=0.1), run_of(gae=0.2, kl=0.1)
+    for run in (old, new):
+        run["commit_info"] = {"id": "c", "dirty": run is old}
+    whole = merged(old, new)
+    times = [b["extra_info"]["providers"]["ours"]["median"] for b in whole["benchmarks"]]
+    assert times == [0.2, 0.1] and whole["commit_info"]["dirty"]
+    new["machine_info"]["cpu"] = "b"
+    with pytest.raises(ValueError, match="cpu was a, now b"):
+        merged(old, new)

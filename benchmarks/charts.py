@@ -1,0 +1,69 @@
+"""Pictures of the reports, as SVG: bars of providers against the limit."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+COLOURS = {
+    "ours": "#d1495b",
+    "eager": "#9aa5b1",
+    "compile": "#2f6db5",
+    "vectorized": "#7fb2e5",
+    "TRL": "#e0a030",
+    "verl": "#3a9d6e",
+    "Liger": "#8659b5",
+    "torch fused": "#56606b",
+}
+
+
+class Bar(NamedTuple):
+    """A provider's share of the limit."""
+
+    provider: str
+    share: float
+    text: str
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("svg")
+    # The same bytes from the same figures, and text that stays text.
+    matplotlib.rcParams.update({"svg.hashsalt": "rlhf_kernels", "svg.fonttype": "none"})
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save(figure: Any, file: Path) -> None:
+    """Writes the SVG without its date."""
+    figure.savefig(file, metadata={"Date": None})
+    _pyplot().close(figure)
+
+
+def bars(groups: list[tuple[str, list[Bar]]], file: Path, note: str) -> None:
+    """Groups of bars, one below the other; logarithmic, the limit a line at 100 %."""
+    plt = _pyplot()
+    count = sum(len(found) + 1.6 for _, found in groups)
+    figure, axes = plt.subplots(figsize=(9, 0.9 + 0.19 * count), layout="constrained")
+    y, ticks, names = 0.0, [], []
+    for title, found in groups:
+        axes.text(0, y, title, transform=axes.get_yaxis_transform(), fontsize=8, weight="bold")
+        for bar in found:
+            y += 1
+            colour = COLOURS.get(bar.provider, "#56606b")
+            drawn = axes.barh(y, bar.share * 100, 0.8, color=colour)
+            axes.bar_label(drawn, [bar.text], padding=3, fontsize=7)
+            ticks.append(y)
+            names.append(bar.provider)
+        y += 1.6
+    axes.set_yticks(ticks, names, fontsize=7)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(y - 0.6, -1)
+    axes.set_xscale("log")
+    least = min((b.share for _, found in groups for b in found), default=1.0)
+    axes.set_xlim(min(1.0, least * 50), 1000)
+    axes.xaxis.set_major_formatter("{x:g} %")
+    axes.axvline(100, color="black", linewidth=0.8, linestyle="--", zorder=0)
+    axes.set_xlabel(f"share of the limit: longer is faster\n{note}", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, file)
