@@ -51,8 +51,8 @@ bench: venv
 	$(BIN)/python benchmarks/run.py
 
 bench-full: venv
+	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python benchmarks/run.py --full
-	$(BIN)/python -m benchmarks.growth_head
 
 # Ratios of a run (NEW=json, or one made now) against an earlier one; fails where one got worse.
 BASE ?=

@@ -1,4 +1,4 @@
-"""Pictures of the reports, as SVG: bars of providers against the limit."""
+"""Pictures of the reports, as SVG: bars of providers against the limit, curves of growth."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,4 +66,43 @@ def bars(groups: list[tuple[str, list[Bar]]], file: Path, note: str) -> None:
     axes.axvline(100, color="black", linewidth=0.8, linestyle="--", zorder=0)
     axes.set_xlabel(f"share of the limit: longer is faster\n{note}", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+    save(figure, file)
+
+
+class Plot(NamedTuple):
+    """Lines over x; empty where there are none."""
+
+    x_label: str
+    y_label: str
+    xs: list[int]
+    lines: dict[str, list[float]]
+    names: dict[str, str]
+    expected: float | None
+
+
+def curves(plots: list[list[Plot]], file: Path, note: str) -> None:
+    """A column of log-log plots for each list; a dashed line shows the slope expected of ours."""
+    plt = _pyplot()
+    columns, height = len(plots), len(plots[0])
+    size = (4.4 * columns, 3.3 * height + 0.3)
+    figure, axes = plt.subplots(height, columns, figsize=size, layout="constrained", squeeze=False)
+    for column, several in enumerate(plots):
+        for row, plot in enumerate(several):
+            at = axes[row, column]
+            if not plot.lines:
+                at.axis("off")
+                continue
+            for name, ys in plot.lines.items():
+                colour = COLOURS.get(name, "#56606b")
+                at.loglog(plot.xs, ys, marker="o", color=colour, label=plot.names[name])
+            start = plot.lines["ours"][0]
+            ideal = [start * (x / plot.xs[0]) ** plot.expected for x in plot.xs]
+            label = f"expected of ours: slope {plot.expected:.0f}"
+            at.loglog(plot.xs, ideal, "--", color="black", linewidth=0.8, label=label)
+            at.set(xlabel=plot.x_label, ylabel=plot.y_label)
+            at.set_xticks(plot.xs, [str(x) for x in plot.xs], rotation=30)
+            at.minorticks_off()
+            at.grid(alpha=0.3)
+            at.legend(fontsize=7)
+    figure.suptitle(note, fontsize=9)
     save(figure, file)

@@ -2,8 +2,9 @@
 
     python benchmarks/report.py benchmarks/results/<name>.json [--readme]
 
-Writes <name>.md and <name>.svg beside the JSON and prints the Markdown; with --readme it writes
-nothing and prints the README's table.
+Writes <name>.md and <name>.svg beside the JSON and prints the Markdown; what `growth` measured
+under that name becomes a section of it. With --readme it writes nothing and prints the README's
+table.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks import charts
+from benchmarks import charts, growth_report
 
 PEERS = {"trl": "TRL", "verl": "verl", "liger": "Liger", "torch fused": "torch fused"}
 #: What bounds an operation: a share of it is reached.
@@ -324,6 +325,9 @@ def main() -> None:
         picture(entries, file, note)
         pictures.append(file.name)
     text = markdown(data, entries, pictures)
+    growth = args.json.with_name(f"{args.json.stem}-growth.json")
+    if growth.exists():
+        text += "\n".join(["", "## Growth", *growth_report.lines(growth), ""])
     args.json.with_suffix(".md").write_text(text)
     print(text)
 

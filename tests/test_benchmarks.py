@@ -403,3 +403,39 @@ def test_results_of_another_machine_are_not_added(monkeypatch):
     new["machine_info"]["cpu"] = "b"
     with pytest.raises(ValueError, match="cpu was a, now b"):
         merged(old, new)
+
+
+def test_growth_fits_slopes(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    growth_report = importlib.import_module("benchmarks.growth_report")
+    xs = [1, 2, 4, 8]
+    assert growth_report.fit(xs, [3.0 * x for x in xs]) == pytest.approx((1, 0), abs=1e-12)
+    assert growth_report.fit(xs, [5.0, 5.0, 5.0, 5.0]) == pytest.approx((0, 0), abs=1e-12)
+    # Of squares it is 2, and that is not what was expected of a linear operation.
+    squares = [float(x * x) for x in xs]
+    assert growth_report.verdict(xs, squares, 2) == "as expected"
+    assert "not" in growth_report.verdict(xs, squares, 1)
+    noisy = [1.0, 5.0, 3.0, 20.0]
+    assert growth_report.verdict(xs, noisy, 1) == "unsure"
+    assert "not" in growth_report.verdict(xs, noisy, -1)
+
+
+def test_growth_writes_curves_into_the_report(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.growth", "r", "--quick", "--out", str(tmp_path)]
+    for op in ("policy", "kl"):
+        done = subprocess.run([*command, "--only", op], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    data = json.loads((tmp_path / "r-growth.json").read_text())
+    # The second run kept the first one's curves.
+    assert [op.partition(",")[0] for op in data["curves"]] == ["policy_loss", "kl_divergence"]
+    for parts in data["curves"].values():
+        for curve in parts:
+            assert len(curve["seconds"]) == len(curve["xs"])
+            assert all(t > 0 for p in curve["seconds"] for t in p.values())
+            assert (curve["bytes"] is None) == (curve["axis"] == "threads")
+    entry = report_entry("gae", {}, {"ours": 1.0, "copy": 1.0, "read": 1.0})
+    text = run_report(report_of(tmp_path, {"test_gae[512x4096]": entry}))
+    rows = [r for r in text.partition("## Growth")[2].splitlines() if "| time | 1 |" in r]
+    assert {r.split(",")[0] for r in rows} == {"| policy_loss", "| kl_divergence"}
+    for file in ("r-growth-policy-loss.svg", "r-growth-kl-divergence.svg"):
+        assert file in text and "expected of ours: slope 1" in (tmp_path / file).read_text()

@@ -1,0 +1,117 @@
+"""Growth curves of results/<name>-growth.json as a table and as pictures."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from . import charts
+
+#: Below, memory counts as none: what the allocator and autograd keep for themselves.
+NO_BYTES = 1 << 20
+#: How far the fit may lie from the expected slope: caches and overheads bend a line.
+NEAR = 0.15
+Curve = dict[str, Any]
+
+
+def fit(xs: list[int], ys: list[float]) -> tuple[float, float]:
+    """Slope of log y over log x and its standard error: 1 is linear growth, 0 none."""
+    x, y = [math.log(v) for v in xs], [math.log(v) for v in ys]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    square = sum((a - mean_x) ** 2 for a in x)
+    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / square
+    rest = sum((b - mean_y - slope * (a - mean_x)) ** 2 for a, b in zip(x, y, strict=True))
+    # Two points have no error to speak of.
+    return slope, math.sqrt(rest / (len(x) - 2) / square) if len(x) > 2 else 0.0
+
+
+def series(curve: Curve, what: str) -> dict[str, list[float]]:
+    """Figures of each provider along the curve: "seconds", or "bytes", of which few are none."""
+    points = curve[what]
+    if points is None or any(v is None for p in points for v in p.values()):
+        return {}
+    least = NO_BYTES if what == "bytes" else 0
+    return {name: [max(least, p[name]) for p in points] for name in points[0]}
+
+
+def slope_text(xs: list[int], ys: list[float]) -> str:
+    slope, error = fit(xs, ys)
+    return f"{slope:.2f} ± {error:.2f}" if len(xs) > 2 else f"{slope:.2f}"
+
+
+def verdict(xs: list[int], ys: list[float], expected: float) -> str:
+    slope, error = fit(xs, ys)
+    off = abs(slope - expected)
+    if off <= NEAR:
+        return "as expected"
+    # Growing less than expected is to be explained too.
+    return "unsure" if off <= NEAR + 2 * error else "**not as expected**"
+
+
+def _size(value: float, what: str) -> str:
+    if what == "seconds":
+        return f"{value * 1e3:.3g} ms" if value < 0.9995 else f"{value:.3g} s"
+    return "none" if value <= NO_BYTES else f"{value / 2**20:.0f} MiB"
+
+
+def rows(curves: dict[str, list[Curve]]) -> list[list[str]]:
+    found = []
+    for op, parts in curves.items():
+        for curve in parts:
+            xs = curve["xs"]
+            for what, key in (("seconds", "time"), ("bytes", "memory")):
+                ys = series(curve, what)
+                # On one core there is nothing to fit.
+                if "ours" not in ys or len(xs) < 2:
+                    continue
+                where = f"{curve['axis']} {xs[0]}–{xs[-1]}, {curve['fixed']}"
+                expected = curve["expected"][key]
+                others = [n for n in ys if n != "ours"]
+                cells = [op, where, key, f"{expected:.0f}", slope_text(xs, ys["ours"])]
+                cells.append(verdict(xs, ys["ours"], expected))
+                cells.append("; ".join(f"{n} {slope_text(xs, ys[n])}" for n in others))
+                cells.append(", ".join(f"{n} {_size(ys[n][-1], what)}" for n in ys))
+                found.append(cells)
+    return found
+
+
+HEAD = ("operation", "along", "of", "expected slope", "ours", "", "others", "at the largest")
+
+
+def picture_file(file: Path, op: str) -> Path:
+    name = re.split(r"[^a-z_]", op)[0].replace("_", "-")
+    return file.with_name(f"{file.stem}-{name}.svg")
+
+
+def lines(file: Path) -> list[str]:
+    """The report's section; writes a picture of each operation beside the JSON."""
+    data = json.loads(file.read_text())
+    found = [
+        f"{data['threads']} threads, torch {data['torch']}"
+        + ("; QUICK shapes: not a measurement." if data["quick"] else "."),
+        "Slopes of the logarithms, fitted to all points: 1 is linear, 0 constant, -1 halves with "
+        "each doubling. Memory is beyond inputs and results.",
+        "",
+        f"| {' | '.join(HEAD)} |",
+        "|---|---|---|---:|---:|---|---|---|",
+        *(f"| {' | '.join(row)} |" for row in rows(data["curves"])),
+    ]
+    for op, parts in data["curves"].items():
+        picture = picture_file(file, op)
+        plots = []
+        for curve in parts:
+            row = []
+            for what, label in (("seconds", "time, ms"), ("bytes", "memory beyond results, MiB")):
+                unit, expected = 1e3, curve["expected"]["time"]
+                if what == "bytes":
+                    unit, expected = 1 / 2**20, curve["expected"]["memory"]
+                ys = {n: [y * unit for y in v] for n, v in series(curve, what).items()}
+                names = {n: f"{n}: slope {slope_text(curve['xs'], v)}" for n, v in ys.items()}
+                axis = f"{curve['axis']} ({curve['fixed']})"
+                row.append(charts.Plot(axis, label, curve["xs"], ys, names, expected))
+            plots.append(row)
+        if all(len(curve["xs"]) > 1 for curve in parts):
+            charts.curves(plots, picture, op)
+            found += ["", f"![{op}]({picture.name})"]
+    return found
