@@ -46,12 +46,13 @@ test-all: venv $(PARITY)
 demo: venv
 	$(BIN)/rlhf-kernels train ppo --config examples/ppo_arithmetic.yaml
 
-# The points that matter, in about ten minutes; all of them, and the growth curves.
+# The points that matter, in about ten minutes; all of them, growth curves and a whole step.
 bench: venv
 	$(BIN)/python benchmarks/run.py
 
 bench-full: venv
 	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks.whole_step
 	$(BIN)/python benchmarks/run.py --full
 
 # Ratios of a run (NEW=json, or one made now) against an earlier one; fails where one got worse.

@@ -356,7 +356,8 @@ def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case
             peak = peak_extra_bytes(lambda r=run, p=prepared, f=results: f.append(r(*p)), device)
             record[name] = {"gate": error, "peak_bytes": peak}
             if peak is not None:
-                record[name]["extra_bytes"] = peak - sum(t.nbytes for t in results.pop())
+                held = sum(t.nbytes for t in results.pop())
+                record[name]["extra_bytes"] = max(0, peak - held)
         except GateError as wrong:
             record[name] = {"error": str(wrong)}
         except Exception as broken:

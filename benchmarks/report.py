@@ -2,9 +2,9 @@
 
     python benchmarks/report.py benchmarks/results/<name>.json [--readme]
 
-Writes <name>.md and <name>.svg beside the JSON and prints the Markdown; what `growth` measured
-under that name becomes a section of it. With --readme it writes nothing and prints the README's
-table.
+Writes <name>.md and <name>.svg beside the JSON and prints the Markdown; what `growth` and
+`whole_step` measured under that name become sections of it. With --readme it writes nothing and
+prints the README's table.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks import charts, growth_report
+from benchmarks import charts, growth_report, step_report
 
 PEERS = {"trl": "TRL", "verl": "verl", "liger": "Liger", "torch fused": "torch fused"}
 #: What bounds an operation: a share of it is reached.
@@ -195,7 +195,7 @@ def targets_table(entries: list[Entry]) -> list[str]:
             over, most = memory[0] > memory[1], memory[1] / 2**20
             sizes = f"{memory[0] / 2**20:.0f} {'>' if over else '≤'} {most:.0f} MiB"
             other.append(f"memory: {_bold_if(over, sizes)}")
-        verdict = target_text(e, False).partition(":")[0].partition(";")[0]
+        verdict = target_text(e, False).partition(":")[0]
         rows.append([f"{e['op']}, {e['mode']}", e["label"], *cells, "; ".join(other), verdict])
     head = ["operation", "shape", "÷ eager", "÷ compile", "of the limit", "other", ""]
     return _table(head, 2, rows, 2)
@@ -325,9 +325,12 @@ def main() -> None:
         picture(entries, file, note)
         pictures.append(file.name)
     text = markdown(data, entries, pictures)
-    growth = args.json.with_name(f"{args.json.stem}-growth.json")
-    if growth.exists():
-        text += "\n".join(["", "## Growth", *growth_report.lines(growth), ""])
+    # What was measured under the same name.
+    sections = (("growth", "Growth", growth_report), ("step", "A whole step", step_report))
+    for ending, title, module in sections:
+        beside = args.json.with_name(f"{args.json.stem}-{ending}.json")
+        if beside.exists():
+            text += "\n".join(["", f"## {title}", *module.lines(beside), ""])
     args.json.with_suffix(".md").write_text(text)
     print(text)
 

@@ -439,3 +439,43 @@ def test_growth_writes_curves_into_the_report(tmp_path):
     assert {r.split(",")[0] for r in rows} == {"| policy_loss", "| kl_divergence"}
     for file in ("r-growth-policy-loss.svg", "r-growth-kl-divergence.svg"):
         assert file in text and "expected of ours: slope 1" in (tmp_path / file).read_text()
+
+
+def test_a_whole_step_is_the_sum_of_its_parts(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.whole_step", "r", "--quick"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    steps = json.loads((tmp_path / "r-step.json").read_text())["steps"]
+    assert steps.keys() == {"ppo", "grpo"}
+    for name, critics in (("ppo", 3), ("grpo", 0)):
+        seconds = steps[name]["seconds"]
+        assert {"eager", "ours"} <= seconds.keys()
+        assert seconds["ours"].keys() == seconds["eager"].keys()
+        assert sum("critic" in part for part in seconds["ours"]) == critics
+    # Known times: 6 of 10 seconds are the model's own, ours saves 3 of the other 4.
+    parts = {"old: layers": 2.0, "advantages": 4.0, "policy update: layers backward": 3.0}
+    parts["optimizer"] = 1.0
+    step = {**steps["ppo"], "seconds": {"eager": parts, "ours": parts | {"advantages": 1.0}}}
+    stamp = {"torch": "2", "threads": 2, "quick": False}
+    (tmp_path / "r-step.json").write_text(json.dumps({**stamp, "steps": {"ppo": step}}))
+    entry = report_entry("gae", {}, {"ours": 1.0, "copy": 1.0, "read": 1.0})
+    text = run_report(report_of(tmp_path, {"test_gae[512x4096]": entry}))
+    section = text.partition("## A whole step")[2]
+    assert "| advantages | 4000 | 1000 | 40.0% | 30.0% |" in section
+    assert "| **model's own** | 6000 | 6000 | 60.0% | nothing can be |" in section
+    assert "would make it 1.7× as fast; ours makes it 1.4×" in section
+
+
+def test_a_whole_step_refuses_a_wrong_provider(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    step = importlib.import_module("benchmarks.whole_step")
+
+    def wrong():
+        ops = step.eager()
+        return ops._replace(value=lambda *tensors: 1.01 * ops.value(*tensors))
+
+    monkeypatch.setattr(step, "PROVIDERS", {"eager": step.eager, "ours": wrong})
+    with pytest.raises(importlib.import_module("benchmarks.harness").GateError, match="ours: a"):
+        step.measure("ppo", True)

@@ -1,0 +1,88 @@
+"""A whole step, from results/<name>-step.json: its parts, and what can be saved where."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+#: Parts that are the model's own: no operation of ours is in them.
+OWN = ("layers", "optimizer")
+
+
+def is_own(part: str) -> bool:
+    return any(word in part for word in OWN)
+
+
+def totals(seconds: dict[str, float]) -> tuple[float, float]:
+    """Seconds of the whole step, and of the model's own parts."""
+    return sum(seconds.values()), sum(t for p, t in seconds.items() if is_own(p))
+
+
+def table(step: dict[str, Any]) -> list[str]:
+    seconds = step["seconds"]
+    whole = totals(seconds["eager"])[0]
+    others = [n for n in seconds if n != "ours"]
+    head = [
+        "part",
+        *(f"{n}, ms" for n in others),
+        "ours, ms",
+        "share of eager's step",
+        "saved of it",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+
+    def row(name: str, times: dict[str, float], saved: str) -> str:
+        cells = [name, *(f"{times[n] * 1e3:.4g}" for n in (*others, "ours"))]
+        share = f"{times['eager'] / whole:.1%}"
+        return f"| {' | '.join([*cells, share, saved])} |"
+
+    for part in seconds["eager"]:
+        times = {n: seconds[n][part] for n in seconds}
+        saved = f"{(times['eager'] - times['ours']) / whole:.1%}"
+        lines.append(row(part, times, "model's own" if is_own(part) else saved))
+    ends = {n: totals(s) for n, s in seconds.items()}
+    operations = {n: w - o for n, (w, o) in ends.items()}
+    saved = f"{(operations['eager'] - operations['ours']) / whole:.1%}"
+    lines.append(row("**operations**", operations, saved))
+    lines.append(row("**model's own**", {n: o for n, (_, o) in ends.items()}, "nothing can be"))
+    lines.append(row("**step**", {n: w for n, (w, _) in ends.items()}, saved))
+    return lines
+
+
+def sentences(step: dict[str, Any]) -> list[str]:
+    """The step in words."""
+    seconds = step["seconds"]
+    (whole, own), (ours, _) = totals(seconds["eager"]), totals(seconds["ours"])
+    lines = [
+        f"{own / whole:.0%} of eager's step is the model's own, so that an operation that took no "
+        f"time would make it {whole / own:.2g}× as fast; ours makes it {whole / ours:.2g}×."
+    ]
+    peaks = {n: p for n, p in step["peak_bytes"].items() if p}
+    if peaks:
+        words = ", ".join(f"{n} {p / 2**20:.0f}" for n, p in peaks.items())
+        lines.append(f"Memory of a step, gradients included, MiB: {words}.")
+    lines += [f"{name} is absent: {reason}." for name, reason in step["absent"].items()]
+    return lines
+
+
+def lines(file: Path) -> list[str]:
+    """The report's section."""
+    data = json.loads(file.read_text())
+    found = [
+        f"{data['threads']} threads, torch {data['torch']}, fp32"
+        + ("; QUICK shapes: not a measurement." if data["quick"] else ".")
+    ]
+    for name, step in data["steps"].items():
+        s = step["shape"]
+        found += [
+            "",
+            f"### {name.upper()}",
+            f"Llama of {s['parameters'] / 1e6:.0f}M parameters ({s['layers']} layers, width "
+            f"{s['width']}, vocabulary {s['vocab']}); {s['rows']} prompts of {s['prompt']} "
+            f"tokens, responses of up to {s['response']}; no sampling. TRL: its chunked head, the "
+            "rest as eager.",
+            "",
+            *table(step),
+            "",
+            *sentences(step),
+        ]
+    return found

@@ -1,0 +1,390 @@
+"""One PPO and one GRPO update of a small transformers model, part by part.
+
+    python -m benchmarks.whole_step [name] [--only ppo grpo] [--quick]
+
+Writes results/<name>-step.json, which `report.py` puts into the report of that name. The parts that
+are a model's own (its layers, the optimizer) are the same code for every provider; no operation can
+save anything there, and their share of the step is shown as such. The others are eager torch, TRL's
+chunked head, verl's functions and ours. A batch of completions is given: sampling is not timed.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+
+import rlhf_kernels as rk
+
+from . import harness, step_report, test_bench_advantages, test_bench_head
+from .peers import peer, verl_actor_config
+from .run import default_name
+
+HERE = Path(__file__).resolve().parent
+CPU = torch.device("cpu")
+# A head of two fifths of the weights, as in models of half a billion parameters.
+WIDTH, LAYERS, VOCAB, ROWS, PROMPT, RESPONSE = 512, 8, 32768, 8, 32, 96
+GROUP, CLIP, KL_COEF, ROUNDS = 4, 0.2, 0.05, 3
+#: Largest difference of loss and gradient norms from eager's.
+GATE = 1e-3
+
+
+class Batch(NamedTuple):
+    """Completions: `ids` [B, prompt + R]; `labels` and `mask` of the R response tokens."""
+
+    ids: Tensor
+    labels: Tensor
+    mask: Tensor
+    scores: Tensor
+
+
+class Operations(NamedTuple):
+    """What a provider has; hidden is [B, R, H], per-token tensors are [B, R].
+
+    Attributes:
+        logprobs: (hidden, weight, labels, mask) -> log-probabilities, without a gradient.
+        policy: (hidden, weight, batch, old, advantages, reference or None) -> loss; advantages
+            [B, R], or [B] of sequences; with a reference, k3 to it is in the loss.
+        ppo_advantages: (scores, logprobs, reference, values, mask) -> advantages, returns.
+        group_advantages: (scores) -> advantages [B].
+        value: (values, old values, returns, mask) -> loss.
+    """
+
+    logprobs: Callable[..., Tensor]
+    policy: Callable[..., Tensor]
+    ppo_advantages: Callable[..., tuple[Tensor, Tensor]]
+    group_advantages: Callable[[Tensor], Tensor]
+    value: Callable[..., Tensor]
+
+
+# --- providers -------------------------------------------------------------------------------
+
+
+def _clipped(logprobs: Tensor, batch: Batch, old: Tensor, advantages: Tensor) -> Tensor:
+    if advantages.dim() == 1:
+        advantages = advantages.unsqueeze(1)
+    ratio = (logprobs - old).exp()
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
+    return _masked_mean(loss, batch.mask)
+
+
+def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    return (x * mask).sum() / mask.sum()
+
+
+def _k3(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+    x = reference - logprobs
+    return _masked_mean(x.exp() - 1 - x, mask)
+
+
+def _shaped(scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+    rewards = -KL_COEF * (logprobs - reference) * mask
+    return rewards.scatter_add(1, mask.sum(1, keepdim=True) - 1, scores.unsqueeze(1))
+
+
+def eager() -> Operations:
+    """Plain torch, as trainers without kernels write it."""
+
+    def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        return test_bench_head.eager_logprobs(hidden, weight, labels)
+
+    def policy(
+        hidden: Tensor, weight: Tensor, b: Batch, old: Tensor, a: Tensor, ref: Any
+    ) -> Tensor:
+        own = logprobs(hidden, weight, b.labels, b.mask)
+        loss = _clipped(own, b, old, a)
+        return loss if ref is None else loss + KL_COEF * _k3(own, ref, b.mask)
+
+    def advantages(s: Tensor, own: Tensor, ref: Tensor, v: Tensor, mask: Tensor) -> Any:
+        weights = mask.float()
+        found, returns = test_bench_advantages.loop(_shaped(s, own, ref, mask), v, weights)
+        return test_bench_advantages.whitened(found, weights), returns
+
+    def group(scores: Tensor) -> Tensor:
+        g = scores.view(-1, GROUP)
+        return ((g - g.mean(1, keepdim=True)) / (g.std(1, keepdim=True) + 1e-6)).flatten()
+
+    def value(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+        clipped = values.clamp(old - CLIP, old + CLIP)
+        worse = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+        return 0.5 * _masked_mean(worse, mask)
+
+    return Operations(logprobs, policy, advantages, group, value)
+
+
+def trl() -> Operations | harness.Missing:
+    """TRL's chunked head; the rest of its step is plain torch, as eager."""
+    head = test_bench_head.trl_head()
+    if not head:
+        return head
+
+    def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        found = head(hidden.flatten(0, 1), weight, labels.flatten(), ())[0]
+        return found.view_as(labels)
+
+    def policy(
+        hidden: Tensor, weight: Tensor, b: Batch, old: Tensor, a: Tensor, ref: Any
+    ) -> Tensor:
+        own = logprobs(hidden, weight, b.labels, b.mask)
+        loss = _clipped(own, b, old, a)
+        return loss if ref is None else loss + KL_COEF * _k3(own, ref, b.mask)
+
+    return eager()._replace(logprobs=logprobs, policy=policy)
+
+
+def verl() -> Operations | harness.Missing:
+    """verl's functions, on logits."""
+    core = "verl.trainer.ppo.core_algos"
+    of_logits = peer("verl.utils.torch_functional", "logprobs_from_logits")
+    names = ("compute_policy_loss_vanilla", "kl_penalty", "compute_gae_advantage_return")
+    names += ("compute_grpo_outcome_advantage", "compute_value_loss")
+    found = [of_logits, verl_actor_config(), *(peer(core, n) for n in names)]
+    for function in found:
+        if isinstance(function, harness.Missing):
+            return function
+    of_logits, config, vanilla, penalty, gae, outcome, value_loss = found
+
+    def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        return of_logits(hidden @ weight.T, labels)
+
+    def policy(
+        hidden: Tensor, weight: Tensor, b: Batch, old: Tensor, a: Tensor, ref: Any
+    ) -> Tensor:
+        own = logprobs(hidden, weight, b.labels, b.mask)
+        tokens = a if a.dim() == 2 else a.unsqueeze(1).expand_as(own)
+        loss = vanilla(old, own, tokens, b.mask.long(), "token-mean", config=config)[0]
+        if ref is None:
+            return loss
+        return loss + KL_COEF * _masked_mean(penalty(own, ref, "k3"), b.mask)
+
+    def advantages(s: Tensor, own: Tensor, ref: Tensor, v: Tensor, mask: Tensor) -> Any:
+        options = (test_bench_advantages.GAMMA, test_bench_advantages.LAM)
+        return gae(_shaped(s, own, ref, mask), v, mask.long(), *options)
+
+    def group(scores: Tensor) -> Tensor:
+        ones = torch.ones(len(scores), 1, dtype=torch.long)
+        ids = np.repeat(np.arange(len(scores) // GROUP), GROUP)
+        return outcome(scores.clone().unsqueeze(1), ones, ids)[0].squeeze(1)
+
+    def value(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+        return value_loss(values, returns, old, mask.long(), CLIP)[0]
+
+    return Operations(logprobs, policy, advantages, group, value)
+
+
+def ours() -> Operations:
+    """The fused head, and the kernels behind it."""
+
+    def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        kept = labels.masked_fill(~mask, -100)
+        return rk.linear_token_logprobs(hidden, weight, kept).logprobs
+
+    def policy(
+        hidden: Tensor, weight: Tensor, b: Batch, old: Tensor, a: Tensor, ref: Any
+    ) -> Tensor:
+        options = {} if ref is None else {"kl_coef": KL_COEF, "kl_estimator": "k3"}
+        config = rk.PolicyLossConfig.ppo(clip_low=CLIP, clip_high=CLIP, **options)
+        tensors = (hidden, weight, b.labels, old, a, b.mask)
+        return rk.linear_policy_loss(*tensors, ref_logprobs=ref, config=config).loss
+
+    def advantages(s: Tensor, own: Tensor, ref: Tensor, v: Tensor, mask: Tensor) -> Any:
+        g, lam = test_bench_advantages.GAMMA, test_bench_advantages.LAM
+        return rk.ppo_advantages(s, own, ref, v, mask, kl_coef=KL_COEF, gamma=g, lam=lam)[:2]
+
+    def value(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+        return rk.value_loss(values, old, returns, mask, clip_range=CLIP).loss
+
+    return Operations(logprobs, policy, advantages, lambda s: rk.group_advantages(s, GROUP), value)
+
+
+PROVIDERS = {"eager": eager, "TRL": trl, "verl": verl, "ours": ours}
+
+# --- the step --------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds of each part, in the order in which they first came."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+
+
+class Step:
+    """Policy, reference and critic, and a batch; learning rate 0, so that each step is the same."""
+
+    def __init__(self, quick: bool) -> None:
+        torch.manual_seed(0)
+        width, layers, vocab = (32, 1, 200) if quick else (WIDTH, LAYERS, VOCAB)
+        config = LlamaConfig(
+            vocab_size=vocab, hidden_size=width, intermediate_size=3 * width,
+            num_hidden_layers=layers, num_attention_heads=8, max_position_embeddings=512,
+            tie_word_embeddings=False, pad_token_id=0,
+        )  # fmt: skip
+        self.policy, self.reference = LlamaForCausalLM(config), LlamaForCausalLM(config)
+        self.critic, self.scalar = LlamaModel(config), nn.Linear(width, 1)
+        modules = (self.policy, self.critic, self.scalar)
+        self.parameters = [p for m in modules for p in m.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, weight_decay=0.0)
+        rows, prompt, response = (GROUP, 4, 8) if quick else (ROWS, PROMPT, RESPONSE)
+        ids = torch.randint(1, vocab, (rows, prompt + response))
+        lengths = torch.randint(response // 2, response + 1, (rows, 1))
+        mask = torch.arange(response) < lengths
+        self.batch = Batch(ids, ids[:, -response:], mask, torch.randn(rows))
+        count = sum(p.numel() for p in self.policy.parameters())
+        self.shape = {"rows": rows, "prompt": prompt, "response": response, "vocab": vocab}
+        self.shape |= {"width": width, "layers": layers, "parameters": count}
+
+    def _hidden(self, model: nn.Module) -> Tensor:
+        """What the response's tokens are predicted from."""
+        body = model.model if isinstance(model, LlamaForCausalLM) else model
+        hidden = body(self.batch.ids, use_cache=False).last_hidden_state
+        return hidden[:, -self.batch.labels.shape[1] - 1 : -1]
+
+    def _logprobs(self, model: nn.Module, name: str, ops: Operations, clock: Clock) -> Tensor:
+        with clock(f"{name}: layers"):
+            hidden = self._hidden(model).contiguous()
+        with clock(f"{name}: head, log-probabilities"):
+            return ops.logprobs(hidden, model.lm_head.weight, self.batch.labels, self.batch.mask)
+
+    def _update(
+        self, model: nn.Module, name: str, loss_of: Callable[[Tensor], Tensor], clock: Clock
+    ) -> Tensor:
+        """Gradients of a loss of the hidden states, those of the layers apart."""
+        with clock(f"{name} update: layers forward"):
+            hidden = self._hidden(model).contiguous()
+        leaf = hidden.detach().requires_grad_()
+        with clock(f"{name} update: {'head and loss' if name == 'policy' else 'loss'}, both ways"):
+            loss = loss_of(leaf)
+            loss.backward()
+        with clock(f"{name} update: layers backward"):
+            hidden.backward(leaf.grad)
+        return loss.detach()
+
+    def _policy_update(
+        self, ops: Operations, old: Tensor, advantages: Tensor, ref: Tensor | None, clock: Clock
+    ) -> Tensor:
+        weight = self.policy.lm_head.weight
+        return self._update(
+            self.policy,
+            "policy",
+            lambda hidden: ops.policy(hidden, weight, self.batch, old, advantages, ref),
+            clock,
+        )
+
+    def _values(self, hidden: Tensor) -> Tensor:
+        return self.scalar(hidden).squeeze(-1)
+
+    def ppo(self, ops: Operations, clock: Clock) -> list[Tensor]:
+        """Its losses."""
+        b = self.batch
+        with torch.no_grad():
+            old = self._logprobs(self.policy, "old", ops, clock)
+            ref = self._logprobs(self.reference, "reference", ops, clock)
+            with clock("values: layers"):
+                values = self._values(self._hidden(self.critic))
+            with clock("advantages"):
+                advantages, returns = ops.ppo_advantages(b.scores, old, ref, values, b.mask)
+        losses = [self._policy_update(ops, old, advantages, None, clock)]
+        losses.append(
+            self._update(
+                self.critic,
+                "critic",
+                lambda hidden: ops.value(self._values(hidden), values, returns, b.mask),
+                clock,
+            )
+        )
+        self._finish(clock)
+        return losses
+
+    def grpo(self, ops: Operations, clock: Clock) -> list[Tensor]:
+        """Its loss."""
+        with torch.no_grad():
+            old = self._logprobs(self.policy, "old", ops, clock)
+            ref = self._logprobs(self.reference, "reference", ops, clock)
+            with clock("advantages"):
+                advantages = ops.group_advantages(self.batch.scores)
+        losses = [self._policy_update(ops, old, advantages, ref, clock)]
+        self._finish(clock)
+        return losses
+
+    def _finish(self, clock: Clock) -> None:
+        with clock("optimizer"):
+            self.optimizer.step()
+
+    def run(self, algorithm: str, ops: Operations) -> tuple[dict[str, float], Tensor]:
+        """Seconds of each part; losses and gradient norms, which all providers share."""
+        self.optimizer.zero_grad(set_to_none=True)
+        clock = Clock()
+        losses = getattr(self, algorithm)(ops, clock)
+        parts = (self.policy.lm_head.parameters(), self.policy.model.parameters(), self.parameters)
+        norms = [nn.utils.get_total_norm([p.grad for p in m if p.grad is not None]) for m in parts]
+        return clock.seconds, torch.stack([*losses, *norms])
+
+
+def measure(algorithm: str, quick: bool) -> dict[str, Any]:
+    """Medians of each part in seconds, and the memory that a step holds above what was there."""
+    step = Step(quick)
+    made = {name: make() for name, make in PROVIDERS.items()}
+    absent = {n: m.reason for n, m in made.items() if isinstance(m, harness.Missing)}
+    providers = {n: m for n, m in made.items() if n not in absent}
+    # Once before, so that the optimizer has its state.
+    expected = step.run(algorithm, providers["eager"])[1]
+    peaks: dict[str, int | None] = {}
+    for name, ops in providers.items():
+        found: list[Tensor] = []
+        step.optimizer.zero_grad(set_to_none=True)
+        call = lambda ops=ops, found=found: found.append(step.run(algorithm, ops)[1])  # noqa: E731
+        peaks[name] = harness.peak_extra_bytes(call, CPU)
+        off = float(((found[0] - expected) / expected.abs().clamp(min=1e-2)).abs().max())
+        if not off <= GATE:
+            raise harness.GateError(f"{name}: a loss or gradient is off by {off:.2g} of eager's")
+    times: dict[str, list[dict[str, float]]] = {n: [] for n in providers}
+    for _ in range(ROUNDS):
+        for name, ops in providers.items():
+            times[name].append(step.run(algorithm, ops)[0])
+    medians = {
+        name: {part: statistics.median(r[part] for r in rounds) for part in rounds[0]}
+        for name, rounds in times.items()
+    }
+    return {"shape": step.shape, "seconds": medians, "peak_bytes": peaks, "absent": absent}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", nargs="?", help="name of the results; default: the machine")
+    names = ("ppo", "grpo")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="algorithms")
+    parser.add_argument("--quick", action="store_true", help="small shapes: not a measurement")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
+    args = parser.parse_args()
+    rk.use_backend("cpu")
+    file = args.out / f"{args.name or default_name('cpu', args.quick)}-step.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    stamp = {"torch": torch.__version__, "threads": torch.get_num_threads(), "quick": args.quick}
+    earlier = json.loads(file.read_text()) if file.exists() else {}
+    # Figures of another machine or version must not stand beside these.
+    kept = earlier["steps"] if all(earlier.get(k) == v for k, v in stamp.items()) else {}
+    for algorithm in args.only:
+        kept[algorithm] = measure(algorithm, args.quick)
+        file.write_text(json.dumps({**stamp, "steps": kept}, indent=1) + "\n")
+    print("\n".join(step_report.lines(file)))
+
+
+if __name__ == "__main__":
+    main()
