@@ -4,7 +4,7 @@
 
 Writes <name>.md and <name>.svg beside the JSON and prints the Markdown; what `growth` and
 `whole_step` measured under that name become sections of it. With --readme it writes nothing and
-prints the README's table.
+prints the README's tables.
 """
 
 import argparse
@@ -42,16 +42,16 @@ TARGETED = (
     *("test_linear_policy_loss[fp32]", "test_linear_policy_loss[bf16]"),
     *("test_linear_token_logprobs[fp32-logprobs]", "test_linear_token_logprobs[bf16-logprobs]"),
 )
-#: The rows of the README's table.
+#: The rows of the README's tables: the second is of the fused head, and shows memory.
 README = (
-    *(_logprobs("fp32")[i] for i in (0, 2, 3, 5)),
-    *(_logprobs("bf16")[i] for i in (3, 5)),
-    *("test_linear_policy_loss[fp32]", "test_linear_policy_loss[bf16]"),
-    "test_kl_divergence[fp32-forward]",
-    *("test_gae[512x4096]", "test_gae[16x131072]", "test_gae_packed[512]"),
-    "test_group_advantages",
-    *("test_policy_loss[64x2048]", "test_policy_loss[2048x2048]"),
-    "test_value_loss[2048x2048]",
+    *(_logprobs(shape)[i] for shape, i in (("fp32", 2), ("fp32", 5), ("bf16", 5))),
+    *("test_kl_divergence[fp32-forward]", "test_gae[16x131072]", "test_group_advantages"),
+    *("test_policy_loss[64x2048]", "test_value_loss[2048x2048]"),
+)
+README_HEAD = tuple(
+    f"test_linear_{op}"
+    for dtype in ("bf16", "fp32")
+    for op in (f"policy_loss[{dtype}]", f"token_logprobs[{dtype}-logprobs]")
 )
 
 
@@ -139,12 +139,18 @@ def _bold_if(lost: bool, text: str) -> str:
     return f"**{text}**" if lost else text
 
 
-def table(entries: list[Entry], quick: bool, details: bool = True) -> list[str]:
-    """Every entry; what is faster than ours is bold. details: spread and targets too."""
+def table(
+    entries: list[Entry], quick: bool, details: bool = True, memory: bool = False
+) -> list[str]:
+    """Every entry; what is faster than ours is bold.
+
+    details: spread and targets too; memory: peaks beyond the inputs.
+    """
     peers = [p for p in PEERS if any(ratio(e, p) is not None for e in entries)]
     columns = [("eager",), ("compile", "vectorized"), *((p,) for p in peers)]
     head = ["operation", "shape", "ours, ms", *(["p20–p80"] if details else [])]
     head += ["÷ eager", "÷ compile", *(f"÷ {PEERS[p]}" for p in peers), "of the limit"]
+    head += ["MiB: ours, eager, TRL"] if memory else []
     head += ["target"] if details else []
     rows = []
     for e in entries:
@@ -155,6 +161,9 @@ def table(entries: list[Entry], quick: bool, details: bool = True) -> list[str]:
         ratios = [ratio(e, *names) for names in columns]
         cells += [_bold_if(r is not None and r < 1, multiple(r)) for r in ratios]
         cells.append("–" if limit is None else f"{limit:.0%} {e['limit']}")
+        if memory:
+            peaks = (e["providers"].get(n, {}).get("peak_bytes") for n in ("ours", "eager", "trl"))
+            cells.append(", ".join("–" if p is None else f"{p / 2**20:.0f}" for p in peaks))
         rows.append([*cells, target_text(e, quick)] if details else cells)
     return _table(head, 2, rows, 1 if details else 0)
 
@@ -309,14 +318,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("json", type=Path, help="results of a run")
-    parser.add_argument("--readme", action="store_true", help="print the README's table alone")
+    parser.add_argument("--readme", action="store_true", help="print the README's tables alone")
     args = parser.parse_args()
     data, entries = read(args.json)
     m = data["machine_info"]
     if args.readme:
         by_name = {e["name"]: e for e in entries}
-        rows = [by_name[name] for name in README if name in by_name]
-        print("\n".join(table(rows, m["quick"], details=False)))
+        for names, memory in ((README, False), (README_HEAD, True)):
+            rows = [by_name[name] for name in names if name in by_name]
+            print("\n".join([*table(rows, m["quick"], details=False, memory=memory), ""]))
         return
     pictures = []
     if any(e["targets"] for e in entries):

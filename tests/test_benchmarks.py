@@ -352,7 +352,7 @@ def test_report_sets_each_target_beside_what_was_measured(tmp_path):
         "GEMMs",
         at_most={"extra_bytes": 1 << 20},
     )
-    head["providers"]["ours"]["extra_bytes"] = 3 << 20
+    head["providers"]["ours"] |= {"extra_bytes": 3 << 20, "peak_bytes": 4 << 20}
     gae = report_entry(
         "gae",
         {"eager": 100, "vectorized": 5, "compile": 5},
@@ -378,8 +378,10 @@ def test_report_sets_each_target_beside_what_was_measured(tmp_path):
     picture = (tmp_path / "r.svg").read_text()
     assert "limit: GEMMs" in picture and "1300 ms, 73%" in picture
     before = (tmp_path / "r.md").stat().st_mtime_ns
-    lines = run_report(file, "--readme").splitlines()
-    assert len(lines) == 5 and "linear_policy_loss" in lines[2] and "**0.5×**" in lines[4]
+    first, second = run_report(file, "--readme").split("\n\n")[:2]
+    assert "| group_advantages, forward+backward | 8 | 1000 | **0.5×** |" in first
+    # The head's table has the memory too: of ours, eager and TRL.
+    assert "| 95% GEMMs | 4, –, – |" in second.splitlines()[2]
     assert (tmp_path / "r.md").stat().st_mtime_ns == before
 
 
@@ -388,7 +390,7 @@ def test_report_knows_every_point_it_names(report):
     command += ["-o", "addopts=", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     names = {line.partition("::")[2] for line in done.stdout.splitlines()}
-    assert {*report.TARGETED, *report.README} <= names, done.stdout
+    assert {*report.TARGETED, *report.README, *report.README_HEAD} <= names, done.stdout
 
 
 def test_results_of_another_machine_are_not_added(monkeypatch):
