@@ -141,6 +141,16 @@ def test_peak_memory_sees_a_temporary(harness):
     assert size * 0.9 < peak < size * 1.5
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what glibc holds back")
+def test_peak_memory_sees_what_fits_into_freed_memory(harness):
+    # Small blocks of the heap, which a free block on top keeps from going back.
+    rows = [torch.ones(1 << 14) for _ in range(1024)]
+    top = rows.pop()
+    del rows
+    peak = harness.peak_extra_bytes(lambda: [torch.ones(1 << 14) for _ in range(512)], CPU)
+    assert len(top) and peak > (512 << 16) * 0.9
+
+
 def test_report_judges_targets(report):
     entry = {
         "limit": "copy",
