@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,7 +37,13 @@ COMPILE_FLAGS = [
     *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"),
     *("-Wall", "-Wextra"),
 ]
-FAST_MATH = {"-Ofast", "-ffast-math", "-funsafe-math-optimizations"}
+FAST_MATH = {
+    *("-Ofast", "-ffast-math", "-funsafe-math-optimizations", "-ffinite-math-only"),
+    *("-fassociative-math", "-freciprocal-math", "-fno-signed-zeros", "-fcx-limited-range"),
+    # nvcc's, by its environment variables.
+    *("-use_fast_math", "-ftz=true", "-prec-div=false", "-prec-sqrt=false"),
+    *("--use_fast_math", "--ftz=true", "--prec-div=false", "--prec-sqrt=false"),
+}
 # The same, but Clang does not know this warning.
 OPTIONAL_FLAGS = ["-Wno-maybe-uninitialized"]
 
@@ -62,6 +69,10 @@ def note(text: str) -> None:
     print(f"rlhf_kernels: {text}", file=sys.stderr)
 
 
+def without_fast_math(words: Iterable[str]) -> list[str]:
+    return [word for word in words if word not in FAST_MATH]
+
+
 def find_nvcc() -> str | None:
     """nvcc of CUDA_HOME or CUDA_PATH, else on the PATH, else where installers put it."""
     for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
@@ -72,8 +83,12 @@ def find_nvcc() -> str | None:
 
 def run_nvcc(nvcc: str, *arguments: str) -> str:
     """Its output; raises CompileError with what it says."""
+    environment = dict(os.environ)
+    for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"):
+        if name in environment:
+            environment[name] = " ".join(without_fast_math(environment[name].split()))
     try:
-        done = subprocess.run([nvcc, *arguments], capture_output=True, text=True)
+        done = subprocess.run([nvcc, *arguments], capture_output=True, text=True, env=environment)
     except OSError as error:
         raise CompileError(f"nvcc could not be run: {error}") from None
     if done.returncode != 0:
@@ -133,8 +148,7 @@ class BuildExt(build_ext):
                 "install it under WSL."
             )
         for name in ("compiler_so_cxx", "compiler_cxx", "linker_so", "linker_so_cxx"):
-            command = getattr(self.compiler, name)
-            setattr(self.compiler, name, [word for word in command if word not in FAST_MATH])
+            setattr(self.compiler, name, without_fast_math(getattr(self.compiler, name)))
         if ext.name.endswith("._cuda"):
             self.build_cuda(ext)
         else:

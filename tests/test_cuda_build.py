@@ -138,6 +138,13 @@ def test_architectures(setup_module, tmp_path, monkeypatch):
             archs(nvcc)
 
 
+def test_fast_math_flags_of_the_environment_do_not_reach_nvcc(setup_module, tmp_path, monkeypatch):
+    nvcc = _fake_nvcc(tmp_path, 'echo "$NVCC_PREPEND_FLAGS|$NVCC_APPEND_FLAGS"')
+    monkeypatch.setenv("NVCC_PREPEND_FLAGS", "-use_fast_math -ccbin g++")
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "--threads 2 --use_fast_math --ftz=true")
+    assert setup_module["run_nvcc"](nvcc).strip() == "-ccbin g++|--threads 2"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_a_failure_of_nvcc_leaves_the_cpu_extension(tmp_path):

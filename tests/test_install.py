@@ -178,7 +178,9 @@ assert not heavy, heavy
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the flags are those of GCC on Linux")
 def test_fast_math_flags_of_the_environment_do_not_get_in(tmp_path, monkeypatch):
-    flags = dict.fromkeys(("CFLAGS", "CXXFLAGS", "LDFLAGS"), "-Ofast -ffast-math")
+    flags = dict.fromkeys(
+        ("CFLAGS", "CXXFLAGS", "LDFLAGS"), "-Ofast -ffast-math -ffinite-math-only"
+    )
     _build_sdist(tmp_path)
     wheel = _build(tmp_path / "tree", "build_wheel", tmp_path / "sdist", **flags)
     with zipfile.ZipFile(wheel) as archive:
