@@ -29,15 +29,6 @@ if theirs is None:
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 GLOBAL = {"dp_size": 2, "batch_num_tokens": 301, "global_batch_size": 11}
-UNPATCHED = {
-    "actor": theirs.actor.Actor.forward,
-    "policy": theirs.loss.PolicyLoss.forward,
-    "value": theirs.loss.ValueLoss.forward,
-    "logprobs": theirs.utils.log_probs_from_logits,
-    "bound": theirs.actor.log_probs_from_logits,
-    "kl": theirs.maker.compute_approx_kl,
-    "gae": theirs.maker.RemoteExperienceMaker.get_advantages_and_returns,
-}
 
 
 def current():
@@ -50,6 +41,9 @@ def current():
         "kl": theirs.maker.compute_approx_kl,
         "gae": theirs.maker.RemoteExperienceMaker.get_advantages_and_returns,
     }
+
+
+UNPATCHED = current()
 
 
 @pytest.fixture(autouse=True)
