@@ -1,8 +1,9 @@
 """The LM head in chunks of tokens: products by torch's GEMM, rows by a backend's kernels.
 
 A chunk's logits live in one buffer, which its gradient overwrites: memory is bounded by the chunk
-whatever the batch. Tokens that nothing depends on are dropped before the product. The operators'
-launchers over this are in _head_launchers.py and _head_policy.py.
+whatever the batch. Tokens that nothing depends on are dropped before the product. A backward pass
+on a CPU takes blocks of the vocabulary instead of tokens. The operators' launchers over this are in
+_head_launchers.py and _head_policy.py.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,12 +17,22 @@ Launchers = Mapping[str, Callable[..., object]]
 Empty = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
 Reduce = Callable[[Tensor], Tensor]
 
+# A label of other words than a row kernel is given (csrc/abi.h: kLabelElsewhere, kShardIgnored).
+ELSEWHERE = -(2**63)
+# The label to skip where the kernel is given some words: outside every vocabulary.
+IGNORED = -(2**63) + 1
+
 #: Bytes of logits in flight. A GPU wants chunks that fill it; each rereads the fp32 gradient of the
 #: weight.
 CHUNK_BYTES = {"cpu": 128 * 2**20}
 GPU_CHUNK_BYTES = 2**30
-# The GEMM's rows come in multiples of this.
-_CHUNK_MULTIPLE = 16
+# The GEMM's rows come in multiples of this; its columns, where they are part of a vocabulary.
+_CHUNK_MULTIPLE, _WORDS_MULTIPLE = 16, 64
+# Most tokens beside blocks of words: more would leave the budget too few words at a time.
+_BLOCK_TOKENS = 32768
+# Chunks of fewer tokens spend more on an fp32 sum of a 16-bit weight's gradient, which is read and
+# written for each, than a further product would cost.
+_SUM_TOKENS = 2048
 # Rows of a weight gradient that are summed over chunks at a time: their product stays in the cache.
 _SUM_ROWS = 1024
 
@@ -40,19 +51,67 @@ def _logits_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 class Chunk(NamedTuple):
-    """How many tokens a product takes at most, or, where `exact`, always: see batch_invariant."""
+    """Tokens and words of a product: at most, or, where `exact`, always that many tokens."""
 
     size: int
+    words: int
     exact: bool
 
     @classmethod
-    def of(cls, chunk: int, device: torch.device, vocab: int, dtype: torch.dtype) -> "Chunk":
-        """From an operator's argument: tokens, 0 for the device's budget, negative where exact."""
-        return cls(abs(chunk) or chunk_size(device, vocab, dtype), chunk < 0)
+    def of(cls, chunk: int, weight: Tensor, heads: int = 1) -> "Chunk":
+        """Some tokens, all words.
+
+        Args:
+            chunk: an operator's argument: tokens, 0 for the device's budget, negative where exact.
+            weight: [V, H].
+            heads: buffers that share the budget.
+        """
+        vocab = weight.shape[0]
+        size = abs(chunk) or chunk_size(weight.device, heads * vocab, weight.dtype)
+        return cls(size, max(vocab, 1), chunk < 0)
+
+    @classmethod
+    def backward(cls, chunk: int, weight: Tensor, count: int, heads: int = 1) -> "Chunk":
+        """For gradients of `count` tokens whose statistics are known; arguments as in `of`.
+
+        Where the budget does not hold them all, on a CPU all tokens and some words, if the
+        vocabulary is larger: products of many tokens then give a block of the weight's gradient at
+        once, and what is summed in fp32, once a block, is the smaller gradient of hidden.
+        """
+        whole = cls.of(chunk, weight, heads)
+        if chunk != 0 or weight.device.type != "cpu" or whole.size >= min(count, whole.words):
+            return whole
+        tokens = min(count, _BLOCK_TOKENS)
+        words = CHUNK_BYTES["cpu"] // (heads * tokens * weight.dtype.itemsize)
+        return cls(tokens, max(words // _WORDS_MULTIPLE, 1) * _WORDS_MULTIPLE, False)
 
     def rows(self, count: int) -> int:
         """Rows of the buffer for `count` tokens."""
         return self.size if self.exact else min(self.size, max(count, 1))
+
+
+def sum_is_dear(chunk: int, weight: Tensor, count: int, heads: int = 1) -> bool:
+    """Whether a gradient of the weight, summed over chunks, costs more than a product again."""
+    size = Chunk.of(chunk, weight, heads).size
+    return (
+        chunk == 0
+        and weight.device.type == "cpu"
+        and weight.dtype != torch.float32
+        and size < _SUM_TOKENS
+        and count > 2 * size
+    )
+
+
+class Tile(NamedTuple):
+    """Tokens and words whose logits are in the buffer together.
+
+    step counts the tiles along the tokens; `is_last`: no tokens follow.
+    """
+
+    tokens: slice
+    words: slice
+    step: int
+    is_last: bool
 
 
 class Tokens(NamedTuple):
@@ -64,6 +123,13 @@ class Tokens(NamedTuple):
     def chunks(self, size: int) -> Iterator[slice]:
         for start in range(0, self.count, size):
             yield slice(start, min(start + size, self.count))
+
+    def tiles(self, chunk: Chunk, vocab: int) -> Iterator[Tile]:
+        for step, part in enumerate(self.chunks(chunk.size)):
+            # Once where a shard has no words: its rank still takes part.
+            for start in range(0, max(vocab, 1), chunk.words):
+                words = slice(start, min(start + chunk.words, vocab))
+                yield Tile(part, words, step, part.stop == self.count)
 
     def take(self, t: Tensor | None, part: slice) -> Tensor | None:
         """Rows `part` of the tokens' t [N, ...]."""
@@ -92,7 +158,7 @@ def flat(t: Tensor | None) -> Tensor | None:
 
 
 class Head(NamedTuple):
-    """A head's operands and the buffers of a chunk: logits, and hidden states where it is exact."""
+    """A head's operands and the buffers of a tile: logits, and hidden states where it is exact."""
 
     hidden: Tensor
     weight: Tensor
@@ -115,19 +181,24 @@ class Head(NamedTuple):
         hidden = hidden.reshape(-1, hidden.shape[-1])
         rows = chunk.rows(count)
         dtype = _logits_dtype(hidden.device, hidden.dtype)
-        logits = empty((rows, weight.shape[0]), dtype, hidden.device)
+        logits = empty((rows * min(chunk.words, weight.shape[0]),), dtype, hidden.device)
         padded = hidden.new_zeros((rows, hidden.shape[1])) if chunk.exact else None
         return cls(hidden, weight, bias, logits, padded, empty)
 
-    def project(self, hidden: Tensor) -> Tensor:
-        """Logits [n, V] of a chunk's hidden states, in the buffer."""
-        out = self.logits[: hidden.shape[0]]
-        if self.padded is None:
-            matmul_into(out, hidden, self.weight.T)
-        else:
-            self.padded[: hidden.shape[0]] = hidden
-            matmul_into(self.logits, self.padded, self.weight.T)
-        return out if self.bias is None else out.add_(self.bias)
+    def project(self, hidden: Tensor, words: slice = slice(None)) -> Tensor:
+        """Logits [n, words] of a tile's hidden states, in the buffer."""
+        count, weight = hidden.shape[0], self.weight[words]
+        if self.padded is not None:
+            self.padded[:count] = hidden
+            hidden = self.padded
+        out = self.grid(hidden.shape[0], weight.shape[0])
+        matmul_into(out, hidden, weight.T)
+        out = out[:count]
+        return out if self.bias is None else out.add_(self.bias[words])
+
+    def grid(self, rows: int, words: int) -> Tensor:
+        """The buffer as [rows, words]."""
+        return self.logits[: rows * words].view(rows, words)
 
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -138,8 +209,19 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
+def localized(labels: Tensor, words: slice, vocab: int, ignore: int) -> tuple[Tensor, int]:
+    """(labels, ignore_index) for a row kernel that is given some words of the vocabulary."""
+    if words.stop - words.start == vocab:
+        return labels, ignore
+    labels = labels.long()
+    known = (labels >= 0) & (labels < vocab)
+    owned = (labels >= words.start) & (labels < words.stop)
+    local = torch.where(known, ELSEWHERE, labels)
+    return torch.where(owned, labels - words.start, local), IGNORED
+
+
 class Gradients:
-    """Gradients of a head: hidden per token, weight and bias summed over chunks in fp32.
+    """Gradients of a head: hidden per token, weight and bias summed over tiles in fp32.
 
     `reduce` sums the gradient of hidden, then fp32, over the ranks that share the vocabulary.
     """
@@ -150,29 +232,63 @@ class Gradients:
         self._head, self._reduce = head, reduce
         dtype = head.hidden.dtype if reduce is None else torch.float32
         self.hidden = torch.zeros_like(head.hidden, dtype=dtype) if hidden else None
+        # Of a tile's tokens, over the words so far.
+        self._of_tokens: Tensor | None = None
         self._weight = _Sum(head.weight, head.empty) if weight else None
-        self._bias = _Sum(head.bias, head.empty) if bias else None
+        self._bias = head.bias.new_zeros(head.bias.shape, dtype=torch.float32) if bias else None
 
-    def add(self, tokens: Tokens, part: slice, hidden: Tensor, grad_logits: Tensor) -> None:
-        """Adds a chunk: its hidden states [n, H] and the gradient of its logits [n, V]."""
+    def sweep(self, tokens: Tokens, chunk: Chunk, backward: Callable[[Tensor, Tile], None]) -> None:
+        """Adds all `tokens`; `backward` overwrites the logits of a tile by their gradient."""
+        for tile in tokens.tiles(chunk, self._head.weight.shape[0]):
+            if tile.words.start == 0:
+                states = tokens.take(self._head.hidden, tile.tokens)
+            logits = self._head.project(states, tile.words)
+            backward(logits, tile)
+            self.add(tokens, tile, states, logits)
+
+    def add(self, tokens: Tokens, tile: Tile, hidden: Tensor, grad_logits: Tensor) -> None:
+        """Adds a tile: its hidden states [n, H] and the gradient of its logits [n, words]."""
         grad_logits = grad_logits.to(hidden.dtype)
         if self.hidden is not None:
-            dtype = hidden.dtype
-            if self._reduce is not None:
-                dtype = _logits_dtype(hidden.device, dtype)
-            if tokens.index is None and dtype == self.hidden.dtype and self._head.padded is None:
-                matmul_into(self.hidden[part], grad_logits, self._head.weight)
+            if grad_logits.shape[1] == self._head.weight.shape[0]:
+                self._add_hidden(tokens, tile.tokens, grad_logits)
             else:
-                # Where the chunk is exact, rows after the last token are of an earlier chunk.
-                exact = self._head.padded is not None
-                g = self._head.logits.to(hidden.dtype) if exact else grad_logits
-                rows = hidden.new_empty((g.shape[0], hidden.shape[1]), dtype=dtype)
-                matmul_into(rows, g, self._head.weight)
-                tokens.put(self.hidden, part, rows[: hidden.shape[0]].to(self.hidden.dtype))
+                self._add_hidden_of_words(tokens, tile, grad_logits)
         if self._weight is not None:
-            self._weight.add_product(grad_logits, hidden, part.stop == tokens.count)
+            self._weight.add_product(grad_logits, hidden, tile)
         if self._bias is not None:
-            self._bias.add(grad_logits.sum(0, dtype=torch.float32))
+            self._bias[tile.words] += grad_logits.sum(0, dtype=torch.float32)
+
+    def _add_hidden(self, tokens: Tokens, part: slice, g: Tensor) -> None:
+        head, count, dtype = self._head, g.shape[0], g.dtype
+        if self._reduce is not None:
+            dtype = _logits_dtype(g.device, dtype)
+        if tokens.index is None and dtype == self.hidden.dtype and head.padded is None:
+            matmul_into(self.hidden[part], g, head.weight)
+            return
+        if head.padded is not None:
+            # Rows after the last token are of an earlier chunk.
+            g = head.grid(head.padded.shape[0], g.shape[1]).to(g.dtype)
+        rows = g.new_empty((g.shape[0], head.weight.shape[1]), dtype=dtype)
+        matmul_into(rows, g, head.weight)
+        tokens.put(self.hidden, part, rows[:count].to(self.hidden.dtype))
+
+    def _add_hidden_of_words(self, tokens: Tokens, tile: Tile, g: Tensor) -> None:
+        """Sums over the tiles of some tokens in fp32; rounds with the last of the words."""
+        weight = self._head.weight
+        in_place = tokens.index is None and self.hidden.dtype == torch.float32
+        if tile.words.start == 0:
+            self._of_tokens = (
+                self.hidden[tile.tokens]
+                if in_place
+                else g.new_zeros((g.shape[0], weight.shape[1]), dtype=torch.float32)
+            )
+        if g.dtype == torch.float32:
+            self._of_tokens.addmm_(g, weight[tile.words])
+        else:
+            self._of_tokens += g @ weight[tile.words]
+        if tile.words.stop == weight.shape[0] and not in_place:
+            tokens.put(self.hidden, tile.tokens, self._of_tokens.to(self.hidden.dtype))
 
     def results(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
         """(hidden, weight, bias) in the dtypes of the operands; empty where not asked for."""
@@ -182,52 +298,54 @@ class Gradients:
         return (
             none if self.hidden is None else self.hidden.view(shape),
             none if self._weight is None else self._weight.result(),
-            none if self._bias is None else self._bias.result(),
+            none if self._bias is None else self._bias.to(self._head.bias.dtype),
         )
 
 
 class _Sum:
-    """A sum over chunks in the shape of `like`: in fp32, rounded to its dtype at the end."""
+    """The gradient of a weight, summed over tokens: in fp32, rounded to its dtype at the end."""
 
     def __init__(self, like: Tensor, empty: Empty) -> None:
         self._like = like
         self._empty = empty
         self._total: Tensor | None = None
         self._rounded: Tensor | None = None
+        self._b_t: Tensor | None = None
 
-    def add(self, term: Tensor) -> None:
-        self._total = term if self._total is None else self._total.add_(term)
-
-    def add_product(self, a: Tensor, b: Tensor, last: bool) -> None:
-        """Adds a.T @ b, of a [n, V] and b [n, H]; `last`: nothing follows."""
+    def add_product(self, a: Tensor, b: Tensor, tile: Tile) -> None:
+        """Adds a.T @ b, of a tile's a [n, words] and b [n, H]."""
         if _logits_dtype(a.device, a.dtype) != torch.float32:
-            self._add_rounded(a, b, last)
-        elif self._total is None:
+            self._add_rounded(a, b, tile)
+            return
+        if self._total is None:
             self._total = self._empty(self._like.shape, torch.float32, self._like.device)
-            matmul_into(self._total, a.T, b)
+        total = self._total[tile.words]
+        if tile.step == 0:
+            matmul_into(total, a.T, b)
         elif a.dtype == torch.float32:
-            self._total.addmm_(a.T, b)
+            total.addmm_(a.T, b)
         else:
-            torch.addmm(self._total, a.T, b, out_dtype=torch.float32, out=self._total)
+            torch.addmm(total, a.T, b, out_dtype=torch.float32, out=total)
 
-    def _add_rounded(self, a: Tensor, b: Tensor, last: bool) -> None:
+    def _add_rounded(self, a: Tensor, b: Tensor, tile: Tile) -> None:
         """Adds a.T @ b where the library rounds a product to 16 bits.
 
         One or two products need no fp32 sum: an addition in 16 bits rounds once. (b.T @ a).T: the
         CPU's matrix units take half the time where neither operand is transposed, and the blocks
         that are turned round instead stay in the cache.
         """
-        like, b_t = self._like, b.T.contiguous()
-        fresh, first = self._rounded is None, self._total is None
-        if fresh:
+        like, words = self._like, tile.words
+        if words.start == 0:
+            self._b_t = b.T.contiguous()
+        if self._rounded is None:
             self._rounded = self._empty(like.shape, like.dtype, like.device)
-        elif first and not last:
+        elif self._total is None and tile.step == 1 and not tile.is_last:
             self._total = self._empty(like.shape, torch.float32, like.device)
-        for start in range(0, like.shape[0], _SUM_ROWS):
-            rows = slice(start, start + _SUM_ROWS)
+        for start in range(words.start, words.stop, _SUM_ROWS):
+            rows = slice(start, min(start + _SUM_ROWS, words.stop))
             rounded = self._rounded[rows]
-            term = (b_t @ a[:, rows]).T
-            if fresh:
+            term = (self._b_t @ a[:, rows.start - words.start : rows.stop - words.start]).T
+            if tile.step == 0:
                 rounded.copy_(term)
                 continue
             term = term.contiguous()
@@ -235,10 +353,10 @@ class _Sum:
                 rounded += term
                 continue
             total = self._total[rows]
-            if first:
+            if tile.step == 1:
                 total.copy_(rounded)
             total += term
-            if last:
+            if tile.is_last:
                 rounded.copy_(total)
 
     def result(self) -> Tensor:

@@ -13,7 +13,9 @@ from ._head import (
     Head,
     Launchers,
     Reduce,
+    Tile,
     flat,
+    localized,
     plain_empty,
     select,
 )
@@ -54,7 +56,7 @@ def launchers(
         entropies = torch.zeros_like(logprobs) if entropy else logprobs.new_empty(0)
         stats = logprobs.new_empty((*labels.shape, 3))
         tokens = select(keep)
-        of_chunk = Chunk.of(chunk, hidden.device, weight.shape[0], hidden.dtype)
+        of_chunk = Chunk.of(chunk, weight)
         head = Head.of(hidden, weight, bias, of_chunk, tokens.count, empty)
         for part in tokens.chunks(of_chunk.size):
             logits = head.project(tokens.take(head.hidden, part))
@@ -95,17 +97,18 @@ def launchers(
             if upstream is not None:
                 used |= upstream != 0
         tokens = select(used & (labels != ignore_index))
-        of_chunk = Chunk.of(chunk, hidden.device, weight.shape[0], hidden.dtype)
+        of_chunk = Chunk.backward(chunk, weight, tokens.count)
         head = Head.of(hidden, weight, bias, of_chunk, tokens.count, empty)
         gradients = Gradients(head, *needs, reduce)
-        for part in tokens.chunks(of_chunk.size):
-            states = tokens.take(head.hidden, part)
-            logits = head.project(states)
+
+        def backward(logits: Tensor, tile: Tile) -> None:
+            own, *rest = (tokens.take(t, tile.tokens) for t in (labels, temperatures, stats, g, h))
+            own, ignored = localized(own, tile.words, weight.shape[0], ignore_index)
             rows["token_logprobs_backward_inplace"](
-                logits, *(tokens.take(t, part) for t in (labels, temperatures, stats, g, h)),
-                temperature, softcap, ignore_index,
-            )  # fmt: skip
-            gradients.add(tokens, part, states, logits)
+                logits, own, *rest, temperature, softcap, ignored
+            )
+
+        gradients.sweep(tokens, of_chunk, backward)
         return gradients.results(hidden.shape)
 
     def linear_kl_divergence(
@@ -124,7 +127,7 @@ def launchers(
         kl = torch.zeros(shape, dtype=torch.float32, device=hidden.device).view(-1)
         stats = kl.new_empty((*kl.shape, 5))
         tokens = select(torch.ones_like(kl, dtype=torch.bool) if mask is None else flat(mask) != 0)
-        of_chunk = Chunk.of(chunk, hidden.device, 2 * weight.shape[0], hidden.dtype)
+        of_chunk = Chunk.of(chunk, weight, heads=2)
         head = Head.of(hidden, weight, bias, of_chunk, tokens.count, empty)
         ref = Head.of(ref_hidden, ref_weight, ref_bias, of_chunk, tokens.count, empty)
         for part in tokens.chunks(of_chunk.size):
@@ -155,18 +158,18 @@ def launchers(
         if mask is not None:
             used &= flat(mask) != 0
         tokens = select(used)
-        of_chunk = Chunk.of(chunk, hidden.device, 2 * weight.shape[0], hidden.dtype)
+        of_chunk = Chunk.backward(chunk, weight, tokens.count, heads=2)
         head = Head.of(hidden, weight, bias, of_chunk, tokens.count, empty)
         ref = Head.of(ref_hidden, ref_weight, ref_bias, of_chunk, tokens.count, empty)
         gradients = Gradients(head, *needs)
-        for part in tokens.chunks(of_chunk.size):
-            states = tokens.take(head.hidden, part)
-            logits = head.project(states)
+
+        def backward(logits: Tensor, tile: Tile) -> None:
+            ref_states, own, g = (tokens.take(t, tile.tokens) for t in (ref.hidden, stats, grad))
             rows["kl_divergence_backward_inplace"](
-                logits, ref.project(tokens.take(ref.hidden, part)), tokens.take(stats, part),
-                tokens.take(grad, part), temperature, reverse,
-            )  # fmt: skip
-            gradients.add(tokens, part, states, logits)
+                logits, ref.project(ref_states, tile.words), own, g, temperature, reverse
+            )
+
+        gradients.sweep(tokens, of_chunk, backward)
         return gradients.results(hidden.shape)
 
     return {

@@ -1,5 +1,6 @@
 """linear_policy_loss: the chunks of its head, and the launcher over a backend's row kernels."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -13,9 +14,12 @@ from ._head import (
     Head,
     Launchers,
     Reduce,
+    Tile,
     Tokens,
     flat,
+    localized,
     select,
+    sum_is_dear,
 )
 from .policy_config import AGGREGATIONS
 from .reference import policy
@@ -53,24 +57,28 @@ class _PolicySweep:
         softcap: float,
         chunk: int,
         empty: Empty,
-        sharded: bool,
+        reduce: Reduce | None,
     ) -> None:
         self._rows, self._mask = rows, mask
+        self._vocab, self._reduce = weight.shape[0], reduce
         self._labels, self._temperatures = flat(labels), flat(temperatures)
         self._options = (temperature, softcap)
         keep = flat(mask) != 0
         # The labels of a shard were found good before.
-        if not sharded:
+        if reduce is None:
             _checks.token_data(
                 "linear_policy_loss", self._labels, self._temperatures, keep, weight.shape[0]
             )
             # Where they may not be looked at, none may be _NO_LABEL: -1 gives NaN.
             self._labels = self._labels.clamp(min=-1)
         self.tokens = select(keep)
-        columns = (2 if ref_head else 1) * weight.shape[0]
-        of_chunk = Chunk.of(chunk, hidden.device, columns, hidden.dtype)
-        self._chunk = of_chunk.size
-        shared = (of_chunk, self.tokens.count, empty)
+        heads = 2 if ref_head else 1
+        self._chunk = Chunk.of(chunk, weight, heads)
+        self._backward_chunk = functools.partial(Chunk.backward, chunk, weight)
+        self._empty = empty
+        # The gradient's sum over chunks costs more than the logits again, in a second sweep.
+        self.sweeps_twice = sum_is_dear(chunk, weight, self.tokens.count, heads)
+        shared = (self._chunk, self.tokens.count, empty)
         self.head = Head.of(hidden, weight, bias, *shared)
         self._ref = None
         if ref_head:
@@ -102,7 +110,7 @@ class _PolicySweep:
 
     def logprobs_of(self, tokens: Tokens) -> None:
         """Log-probabilities of `tokens`; no gradient."""
-        for part in tokens.chunks(self._chunk):
+        for part in tokens.chunks(self._chunk.size):
             self._forward(tokens, part)
 
     def fused(
@@ -116,11 +124,13 @@ class _PolicySweep:
         codes: list[int],
         params: list[float],
         bonus: bool,
-        gradients: Gradients,
-    ) -> None:
+        needs: list[bool],
+    ) -> Gradients:
         """Log-probabilities and gradients of `tokens`, one product forward and two backward."""
+        gradients = Gradients(self.head, *needs, self._reduce)
         codes = [*codes[:_AGGREGATION], AGGREGATIONS.index("constant")]
-        for part in tokens.chunks(self._chunk):
+        for tile in tokens.tiles(self._chunk, self.head.weight.shape[0]):
+            part = tile.tokens
             hidden, logits, logprobs, entropy, stats, own_ref = self._forward(tokens, part)
             if own_ref is None:
                 own_ref = tokens.take(ref, part)
@@ -135,33 +145,45 @@ class _PolicySweep:
                 row(entropy) if bonus else None, None, None, 1.0, codes, params, True, bonus,
             )  # fmt: skip
             g, h = _complete(found, tokens.take(weights, part))
-            self._gradient(tokens, part, logits, stats, g[0], h[0] if bonus else None)
-            gradients.add(tokens, part, hidden, logits)
+            self._gradient(tokens, tile, logits, stats, g[0], h[0] if bonus else None)
+            gradients.add(tokens, tile, hidden, logits)
+        return gradients
 
-    def backward(self, g: Tensor, h: Tensor | None, gradients: Gradients) -> None:
+    def backward(self, g: Tensor, h: Tensor | None, needs: list[bool]) -> Gradients:
         """The second sweep: gradients from those of the log-probabilities and entropies."""
         used = g != 0 if h is None else (g != 0) | (h != 0)
         tokens = select(used)
-        for part in tokens.chunks(self._chunk):
-            hidden = tokens.take(self.head.hidden, part)
-            logits = self.head.project(hidden)
-            upstream = tokens.take(g, part), tokens.take(h, part)
-            self._gradient(tokens, part, logits, tokens.take(self._stats, part), *upstream)
-            gradients.add(tokens, part, hidden, logits)
+        chunk = self._backward_chunk(tokens.count)
+        operands = self.head[:3]
+        # Their buffers give way to the next.
+        self.head = self._ref = None
+        gradients = Gradients(
+            Head.of(*operands, chunk, tokens.count, self._empty), *needs, self._reduce
+        )
+
+        def backward(logits: Tensor, tile: Tile) -> None:
+            stats, *upstream = (tokens.take(t, tile.tokens) for t in (self._stats, g, h))
+            self._gradient(tokens, tile, logits, stats, *upstream)
+
+        gradients.sweep(tokens, chunk, backward)
+        return gradients
 
     def _gradient(
         self,
         tokens: Tokens,
-        part: slice,
+        tile: Tile,
         logits: Tensor,
         stats: Tensor,
         g: Tensor,
         h: Tensor | None,
     ) -> None:
+        labels, temperatures = (
+            tokens.take(t, tile.tokens) for t in (self._labels, self._temperatures)
+        )
+        labels, ignored = localized(labels, tile.words, self._vocab, _NO_LABEL)
         self._rows["token_logprobs_backward_inplace"](
-            logits, tokens.take(self._labels, part), tokens.take(self._temperatures, part), stats,
-            g, h, *self._options, _NO_LABEL,
-        )  # fmt: skip
+            logits, labels, temperatures, stats, g, h, *self._options, ignored
+        )
 
     def policy_loss(
         self,
@@ -212,36 +234,37 @@ def launcher(
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         sweep = _PolicySweep(
             rows, hidden, weight, bias, labels, temperatures, mask, ref_head, temperature, softcap,
-            chunk, empty, reduce is not None,
+            chunk, empty, reduce,
         )  # fmt: skip
-        per_token = policy.per_token(advantages, mask, cu_seqlens)
         whole = (cu_seqlens, normalizer, divisor, codes, params)
         bonus = params[_ENTROPY_COEF] != 0
-        gradients = Gradients(sweep.head, *needs, reduce)
         if not any(needs):
             sweep.logprobs_of(sweep.tokens)
-        elif codes[_RATIO_LEVEL] == 0 and codes[_CORRECTION_LEVEL] != 2:
+            gradients = Gradients(sweep.head, *needs)
+        elif codes[_RATIO_LEVEL] == 0 and codes[_CORRECTION_LEVEL] != 2 and not sweep.sweeps_twice:
             # Tokens stand alone: their gradient is known as soon as their log-probability is.
             count = normalizer if normalizer is not None else divisor or None
             weights = policy.token_weights(
                 mask != 0, AGGREGATIONS[codes[_AGGREGATION]], count, torch.float32, cu_seqlens
             ).expand(mask.shape)
+            per_token = policy.per_token(advantages, mask, cu_seqlens)
             idle = torch.zeros((), dtype=torch.bool, device=hidden.device)
             if params[_KL_COEF] == 0 and not bonus and params[_PENALTY_COEF] == 0:
                 # No advantage, no gradient.
                 idle = flat(per_token) == 0
             kept = flat(mask) != 0
             sweep.logprobs_of(select(kept & idle))
-            sweep.fused(
+            gradients = sweep.fused(
                 select(kept & ~idle), flat(old), flat(per_token), flat(ref), flat(rollout),
-                flat(weights), codes, params, bonus, gradients,
+                flat(weights), codes, params, bonus, needs,
             )  # fmt: skip
         else:
-            # The gradient of a token needs its whole sequence: a first sweep for that.
+            # The gradient of a token needs its whole sequence, or is better left until all the
+            # log-probabilities are known: a first sweep for those.
             sweep.logprobs_of(sweep.tokens)
             found = sweep.policy_loss(old, advantages, ref, rollout, whole, True, bonus)
             g, h = _complete(found)
-            sweep.backward(flat(g), flat(h) if bonus else None, gradients)
+            gradients = sweep.backward(flat(g), flat(h) if bonus else None, needs)
         loss, metrics, *_ = sweep.policy_loss(old, advantages, ref, rollout, whole, False, False)
         return loss, metrics, *gradients.results(hidden.shape)
 

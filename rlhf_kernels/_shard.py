@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from . import _checks, _group, _head, _head_launchers
+from ._head import ELSEWHERE, IGNORED
 
-# A label that another shard has (csrc/abi.h: kLabelElsewhere, kShardIgnored).
-ELSEWHERE = -(2**63)
-# Labels of a shard that is given its own columns alone: skipped, and outside the vocabulary.
-IGNORED, _NOWHERE = -(2**63) + 1, -2
+# A label outside the vocabulary of all shards.
+_NOWHERE = -2
 
 
 class Shards(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import rlhf_kernels as rk
-from rlhf_kernels import _checks, _config
+from rlhf_kernels import _checks, _config, _head
 from rlhf_kernels.testing import assert_bitwise_equal
 
 TIMEOUT = 120
@@ -51,6 +51,7 @@ def call(
     only_rank: dict[int, dict[str, Any]] | None = None,
     blind: bool = False,
     checked: bool = False,
+    budget: int | None = None,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Calls an operation on this rank's shard; returns its results and the gradients by argument.
 
@@ -69,6 +70,7 @@ def call(
         only_rank: arguments that replace those of one rank.
         blind: data may not be looked at, as on a GPU.
         checked: as under RLHF_KERNELS_CHECK=1.
+        budget: bytes of logits in flight.
     """
     arguments = {k: _shard(t, dims.get(k), sizes, rank) for k, t in arguments.items()}
     arguments |= (only_rank or {}).get(rank, {})
@@ -90,6 +92,7 @@ def call(
         rk.use_backend(backend),
         mock.patch.object(_checks, "may_look", may_look),
         mock.patch.object(_config, "CHECK", checked),
+        mock.patch.dict(_head.CHUNK_BYTES, {} if budget is None else {"cpu": budget}),
     ):
         results = [*function(**arguments, **options, group=group)]
         results = [getattr(r, "values", r) if op == "linear_policy_loss" and i else r

@@ -210,7 +210,9 @@ def linear_token_logprobs(
         logit_scale: a finite number > 0 (Cohere, Granite).
         entropy: also return the entropy.
         ignore_index: label of tokens to skip.
-        chunk_tokens: tokens of a chunk. None: what 128 MiB of logits hold on CPU, 1 GiB on a GPU.
+        chunk_tokens: tokens of a chunk. None: what 128 MiB of logits hold on CPU, 1 GiB on a GPU;
+            a CPU's backward pass then takes blocks of the vocabulary, not of tokens, so that the
+            gradient of the weight is written once, and only that of hidden is summed in fp32.
         batch_invariant: every product takes exactly chunk_tokens rows, the last chunk padded, so
             that a token's results and its own gradient are the same bits in any batch. GEMM
             libraries choose their kernel, and with it the order of a sum, by the number of rows;

@@ -1,0 +1,160 @@
+"""The fused LM head's backward pass on a CPU by blocks of the vocabulary."""
+
+import pytest
+import torch
+from test_head import CONFIGS, close, policy_problem, run_policy
+from test_head_cases import assert_as_exact_as_torch, operands
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rlhf_kernels as rk
+from rlhf_kernels import _head, reference
+from rlhf_kernels.testing import DTYPES, to_float64
+
+TOKENS, VOCAB = 37, 200
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def blocks(request, monkeypatch):
+    """The words of each product of a backward pass, whose budget holds 64 of VOCAB at a time."""
+    seen = []
+    project = _head.Head.project
+
+    def watched(head, hidden, words=slice(None)):
+        logits = project(head, hidden, words)
+        seen.append(logits.shape[1])
+        return logits
+
+    monkeypatch.setattr(_head.Head, "project", watched)
+    monkeypatch.setitem(_head.CHUNK_BYTES, "cpu", 64 * TOKENS * 2)
+    with rk.use_backend(request.param):
+        yield seen
+
+
+class Made(TorchDispatchMode):
+    """Shapes and dtypes of the tensors that operators give."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        several = out if isinstance(out, tuple | list) else (out,)
+        self.tensors += [(t.shape, t.dtype) for t in several if isinstance(t, torch.Tensor)]
+        return out
+
+
+# 64 words of all tokens, and what is left of them.
+IN_BLOCKS = [64, 64, 64, 8]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_as_exact_as_torch(blocks, dtype):
+    hidden, weight, labels = operands(TOKENS, 16, VOCAB, dtype)
+    # At the ends of blocks.
+    labels[:5] = torch.tensor([0, 63, 64, 128, VOCAB - 1])
+    upstream = (torch.randn(TOKENS), torch.randn(TOKENS))
+    assert_as_exact_as_torch((hidden, weight), labels, upstream)
+    forward = -(-TOKENS // 16)
+    assert blocks == 2 * [VOCAB] * forward + IN_BLOCKS
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "options",
+    [{"softcap": 9.0, "logit_scale": 0.5}, {"temperature": torch.linspace(0.5, 2.0, TOKENS)}],
+    ids=lambda o: next(iter(o)),
+)
+def test_options_and_skipped_tokens(blocks, dtype, options):
+    """Also tokens in an order of their own, and a gradient of hidden rounded once in the end."""
+    hidden, weight, labels = operands(TOKENS, 16, VOCAB, dtype)
+    bias = torch.randn(VOCAB).to(dtype).requires_grad_()
+    labels[[3, 4, 30]] = -100
+    upstream = torch.randn(TOKENS)
+    upstream[7:9] = 0
+
+    def run(function, h, w, b, up):
+        logprobs, entropy = function(h, w, labels, bias=b, entropy=True, **options)
+        return torch.autograd.grad((logprobs * up).sum() + (entropy * up).sum(), (h, w, b))
+
+    leaves = (hidden, weight, bias)
+    found = run(rk.linear_token_logprobs, *leaves, upstream)
+    assert blocks[-4:] == IN_BLOCKS
+    exact = run(reference.linear_token_logprobs, *to_float64(leaves), upstream.double())
+    close(found, exact, dtype)
+    assert (found[0][[3, 4, 30, 7, 8]] == 0).all()
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kl_divergence(blocks, direction, dtype):
+    hidden, weight, _ = operands(TOKENS, 16, VOCAB, dtype)
+    ref_hidden, ref_weight, _ = operands(TOKENS, 8, VOCAB, dtype)
+    mask = torch.rand(TOKENS) < 0.9
+    upstream = torch.randn(TOKENS)
+
+    def run(function, h, w, rh, rw, up):
+        kl = function(h, w, rh, rw, mask=mask, direction=direction)
+        return torch.autograd.grad((kl * up).sum(), (h, w))
+
+    arguments = (hidden, weight, ref_hidden, ref_weight)
+    found = run(rk.linear_kl_divergence, *arguments, upstream)
+    assert blocks[-1] < VOCAB
+    exact = run(reference.linear_kl_divergence, *to_float64(arguments), upstream.double())
+    close(found, exact, dtype)
+
+
+def test_more_tokens_than_a_block_takes(blocks, monkeypatch):
+    """Tokens in several steps beside blocks of words: sums start, go on and end."""
+    for most in (19, 13, 5):
+        monkeypatch.setattr(_head, "_BLOCK_TOKENS", most)
+        for dtype in DTYPES:
+            hidden, weight, labels = operands(TOKENS, 16, VOCAB, dtype)
+            upstream = (torch.randn(TOKENS), torch.randn(TOKENS))
+            assert_as_exact_as_torch((hidden, weight), labels, upstream)
+    assert min(blocks) < VOCAB
+
+
+@pytest.mark.parametrize("name", ["ppo, every term", "grpo", "gspo"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_policy_loss(blocks, monkeypatch, name, dtype):
+    """Two sweeps where a sum over chunks would be dear: 16-bit weights, more than two chunks."""
+    monkeypatch.setattr(_head, "_CHUNK_MULTIPLE", 8)
+    monkeypatch.setitem(_head.CHUNK_BYTES, "cpu", 8 * 131 * dtype.itemsize)
+    leaves, tokens, constants = policy_problem(dtype)
+    given = dict(constants, config=CONFIGS[name])
+    found = run_policy(rk.linear_policy_loss, leaves, tokens, **given)
+    by_words = blocks[-1] < leaves[1].shape[0]
+    assert by_words == (dtype != torch.float32 or name == "gspo")
+    exact = run_policy(
+        reference.linear_policy_loss, to_float64(leaves), to_float64(tokens),
+        **to_float64(constants), config=CONFIGS[name],
+    )  # fmt: skip
+    close(found, exact, dtype)
+
+
+def test_a_named_chunk_or_batch_invariance_keeps_chunks_of_tokens(blocks):
+    hidden, weight, labels = operands(TOKENS, 16, VOCAB, torch.bfloat16)
+    for options in ({"chunk_tokens": 16}, {"batch_invariant": True}):
+        rk.linear_token_logprobs(hidden, weight, labels, **options).logprobs.sum().backward()
+    assert set(blocks) == {VOCAB}
+
+
+def test_memory_holds_no_second_gradient_of_the_weight(blocks):
+    """16 bits: beside the results only what is smaller than the weight is ever made."""
+    hidden, weight, labels = operands(TOKENS, 16, 64 * VOCAB, torch.bfloat16)
+    logprobs = rk.linear_token_logprobs(hidden, weight, labels).logprobs
+    with Made() as made:
+        logprobs.sum().backward()
+    assert weight.shape in [shape for shape, _ in made.tensors]
+    large = [shape for shape, dtype in made.tensors if dtype == torch.float32]
+    assert max(shape.numel() for shape in large) < weight.numel()
+
+
+def test_labels_of_a_block():
+    nowhere, vocab = -2, 10
+    labels = torch.tensor([0, 3, 4, 9, _head.ELSEWHERE, nowhere, vocab], dtype=torch.int64)
+    local, ignored = _head.localized(labels, slice(3, 6), vocab, -100)
+    out = _head.ELSEWHERE
+    assert local.tolist() == [out, 0, 1, out, out, nowhere, vocab] and ignored == _head.IGNORED
+    assert _head.localized(labels, slice(0, vocab), vocab, -100) == (labels, -100)
