@@ -15,7 +15,8 @@ import rlhf_kernels as rk
 from .harness import Case, Settings, measure
 
 _FAILURES = pytest.StashKey[list]()
-_PEERS = ("trl", "verl", "transformers", "liger-kernel", "flash-attn", "triton")
+_PEERS = ("trl", "verl", "transformers", "liger-kernel", "flash-attn", "cut-cross-entropy")
+_PEERS += ("quack-kernels", "triton")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from . import growth_report, harness, test_bench_advantages, test_bench_head, test_bench_kl
+from . import growth_report, harness, memory, test_bench_advantages, test_bench_head, test_bench_kl
 from . import test_bench_logprobs as bench_logprobs
 from . import test_bench_policy as bench_policy
 from .run import default_name
@@ -225,7 +225,7 @@ def peaks(calls: Calls) -> dict[str, int | None]:
     for name, call in calls.items():
         # Once before, for what is set up once.
         size = sum(t.nbytes for t in call())
-        peak = harness.peak_extra_bytes(call, CPU)
+        peak = memory.peak_extra_bytes(call, CPU)
         found[name] = None if peak is None else max(0, peak - size)
     return found
 

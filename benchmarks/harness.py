@@ -4,22 +4,25 @@ A provider is timed only after its result passed the gate against the fp64 oracl
 the other providers and the machine's own copy and read run in a random order, then
 `pytest_benchmark` times ours; so a drifting clock hits all of them alike.
 
-On a CPU the wall clock times. On a GPU it is device events, with the L2 cache cold and the host far
+On a CPU the wall clock times, and each call gets other copies of the inputs, so that no cache holds
+them from the call before. On a GPU it is device events, with the L2 cache cold and the host far
 enough ahead for its launches not to show; what the host spends in a call is a figure of its own.
 """
 
-import ctypes
 import gc
+import itertools
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+
+from .memory import peak_extra_bytes
+from .rotation import Operands, chunks, last_level_cache, rotated
 
 # Rounds per point: more where they are cheap. A provider slower than SLOW joins every fourth round.
 MIN_ROUNDS, MAX_ROUNDS, POINT_SECONDS = 20, 100, 6.0
@@ -48,6 +51,8 @@ class Missing(NamedTuple):
 
 
 Provider = Callable[..., Any]
+# name -> (prepare, run).
+Steps = dict[str, tuple[Callable[[], tuple], Callable[..., Any]]]
 
 
 @dataclass
@@ -86,6 +91,7 @@ class Case:
         oracle: -> fp64 outputs, followed by fp64 gradients where the mode has a backward, each
             already passed through `select`.
         moved: bytes that the operation must read and write at least.
+        flops: of the products in it; 0 where memory is what bounds it.
         limit: what bounds it: "copy" or "read", the machine's rates, or one of `baselines`.
         targets: provider (or "copy", "read", a baseline) -> least ratio of its time to ours.
         at_most: "median" (time) or "host" (time of the host in a call) of ours -> seconds;
@@ -107,6 +113,7 @@ class Case:
     providers: dict[str, Provider | Missing]
     oracle: Callable[[], tuple[Tensor, ...]]
     moved: int
+    flops: int = 0
     limit: str = "copy"
     targets: dict[str, float] = field(default_factory=dict)
     at_most: dict[str, float] = field(default_factory=dict)
@@ -124,8 +131,8 @@ def points(cpu: Iterable[str], gpu: Iterable[str], full: Iterable[str] = ()) -> 
 
     full: CPU points that only a full run takes (`--full`).
     """
-    marked = (("full", full), ("gpu", gpu))
-    return [*cpu, *(pytest.param(n, marks=getattr(pytest.mark, m)) for m, ns in marked for n in ns)]
+    marked = ((), cpu), (pytest.mark.full, full), (pytest.mark.gpu, gpu)
+    return [pytest.param(n, marks=mark) for mark, names in marked for n in names]
 
 
 def compiled(function: Provider) -> Provider:
@@ -137,50 +144,59 @@ def _tensors(result: Any) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def _inputs(case: Case, function: Provider) -> tuple[Any, ...]:
+def _inputs(inputs: tuple[Any, ...], function: Provider) -> tuple[Any, ...]:
     """What to call a provider with."""
     if not isinstance(function, Overwriting):
-        return case.inputs
-    first, *rest = case.inputs
+        return inputs
+    first, *rest = inputs
     return (first.detach().clone().requires_grad_(first.requires_grad), *rest)
 
 
-def _backward(
-    case: Case, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
+def _backward(operands: Operands, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Gradients in the inputs that require grad."""
-    upstream = case.upstream or tuple(torch.ones_like(o) for o in outputs)
+    upstream = operands.upstream or tuple(torch.ones_like(o) for o in outputs)
     return torch.autograd.grad(
         outputs,
-        [i for i in inputs if isinstance(i, Tensor) and i.requires_grad],
+        [i for i in operands.inputs if isinstance(i, Tensor) and i.requires_grad],
         [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)],
     )
 
 
-def _steps(case: Case, function: Provider) -> tuple[Callable[[], tuple], Callable[..., tuple]]:
-    """(prepare, run): `run(*prepare())` is one measurement, of which only `run` is timed."""
+def _steps(
+    case: Case,
+    function: Provider,
+    turns: Iterator[Operands],
+    cool: Callable[[], Any] = lambda: None,
+) -> tuple[Callable[[], tuple], Callable[..., tuple]]:
+    """(prepare, run): `run(*prepare())` is one measurement, of which only `run` is timed.
 
-    def inputs() -> tuple[Any, ...]:
-        return _inputs(case, function)
+    turns: what each call gets. cool: empties the caches of what a forward pass left there.
+    """
 
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+    def operands() -> tuple[Operands]:
+        given = next(turns)
+        return (given._replace(inputs=_inputs(given.inputs, function)),)
+
+    def forward(given: Operands) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            return _tensors(function(*inputs))
+            return _tensors(function(*given.inputs))
 
-    def graph() -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
-        leaves = inputs()
-        return leaves, _tensors(function(*leaves))
+    def graph() -> tuple[Operands, tuple[Tensor, ...]]:
+        (given,) = operands()
+        outputs = _tensors(function(*given.inputs))
+        cool()
+        return given, outputs
 
-    def backward(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return _backward(case, inputs, outputs[: case.outputs])
+    def backward(given: Operands, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return _backward(given, outputs[: case.outputs])
 
-    def both(*inputs: Any) -> tuple[Tensor, ...]:
-        outputs = _tensors(function(*inputs))
-        return (*outputs, *backward(inputs, outputs))
+    def both(given: Operands) -> tuple[Tensor, ...]:
+        outputs = _tensors(function(*given.inputs))
+        return (*outputs, *backward(given, outputs))
 
     if case.mode == "backward":
         return graph, backward
-    return inputs, forward if case.mode == "forward" else both
+    return operands, forward if case.mode == "forward" else both
 
 
 def gate(case: Case, function: Provider, expected: tuple[Tensor, ...]) -> float:
@@ -189,11 +205,11 @@ def gate(case: Case, function: Provider, expected: tuple[Tensor, ...]) -> float:
     Raises:
         GateError: a result is wrong.
     """
-    inputs = _inputs(case, function)
-    outputs = _tensors(function(*inputs))[: case.outputs]
+    given = Operands(_inputs(case.inputs, function), case.upstream)
+    outputs = _tensors(function(*given.inputs))[: case.outputs]
     results = list(outputs)
     if case.mode != "forward":
-        results += _backward(case, inputs, outputs)
+        results += _backward(given, outputs)
     if len(results) != len(expected):
         raise GateError(f"{len(results)} results, expected {len(expected)}")
     worst = 0.0
@@ -291,45 +307,30 @@ def _once(
     return clock.stop()
 
 
-def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Memory that `call` holds at its highest above what was there before; None if unknown."""
-    gc.collect()
-    if device.type != "cpu":
-        module = getattr(torch, device.type)
-        module.reset_peak_memory_stats(device)
-        before = module.memory_allocated(device)
-        call()
-        return module.max_memory_allocated(device) - before
-
-    # Freed memory that glibc still holds would take in the call's, or go in its midst: not seen.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-    def kilobytes(name: str) -> int:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split(f"{name}:")[1].split()[0])
-
-    try:
-        # Linux: sets the high-water mark of resident memory back to the present.
-        Path("/proc/self/clear_refs").write_text("5")
-        before = kilobytes("VmRSS")
-        call()
-        return max(0, kilobytes("VmHWM") - before) * 1024
-    except OSError:
-        return None
-
-
-def _machine_rates(case: Case, device: torch.device) -> dict[str, Provider]:
-    """A copy and a read that move as many bytes as the case.
+def _on_cpu(case: Case, cache: int) -> tuple[Iterator[Operands], Steps, Callable[[], Any]]:
+    """What providers get in turn; a copy and a read that move as many bytes as the case; cool.
 
     fp32 whatever the case's dtype: a bf16 sum is bound by its conversions, not by memory.
     """
-    elements = max(1, case.moved // 4)
+    whole, parts = chunks(case.moved, cache)
+
+    def half() -> tuple[Tensor]:
+        part = next(parts)
+        return (part[: max(1, len(part) // 2)],)
+
+    rates = {"copy": (half, torch.clone), "read": (lambda: (next(parts),), torch.sum)}
+    return rotated(Operands(case.inputs, case.upstream), cache), rates, whole.sum
+
+
+def _on_gpu(
+    case: Case, device: torch.device
+) -> tuple[Iterator[Operands], Steps, Callable[[], Any]]:
+    """The same: its clock empties the cache before each call."""
     # Ones move faster than numbers on some GPUs.
-    source = torch.ones(elements) if device.type == "cpu" else torch.rand(elements, device=device)
-    half = source[: max(1, elements // 2)]
-    return {"copy": half.clone, "read": source.sum}
+    source = torch.rand(max(1, case.moved // 4), device=device)
+    half = source[: max(1, len(source) // 2)]
+    rates = {"copy": (tuple, half.clone), "read": (tuple, source.sum)}
+    return itertools.repeat(Operands(case.inputs, case.upstream)), rates, lambda: None
 
 
 def _summary(values: list[float]) -> dict[str, float | int]:
@@ -347,7 +348,12 @@ def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case
     torch.compiler.reset()
     expected = case.oracle()
     record: dict[str, dict[str, Any]] = {}
-    steps: dict[str, tuple[Callable[[], tuple], Callable[..., tuple]]] = {}
+    steps: Steps = {}
+    if device.type == "cpu":
+        # Nothing is measured with small shapes: two copies show that they work.
+        turns, rates, cool = _on_cpu(case, 0 if settings.quick else last_level_cache())
+    else:
+        turns, rates, cool = _on_gpu(case, device)
     for name, function in case.providers.items():
         if settings.providers is not None and name not in settings.providers:
             continue
@@ -356,7 +362,7 @@ def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case
             continue
         try:
             error = gate(case, function, expected)
-            prepare, run = steps[name] = _steps(case, function)
+            prepare, run = steps[name] = _steps(case, function, turns, cool)
             prepared = prepare()
             results: list[tuple[Tensor, ...]] = []
             peak = peak_extra_bytes(lambda r=run, p=prepared, f=results: f.append(r(*p)), device)
@@ -376,16 +382,16 @@ def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case
             gc.collect()
             getattr(torch, device.type).empty_cache()
     info = {
-        **{k: getattr(case, k) for k in (*_POINT, "moved", "limit", "targets", "at_most")},
+        **{k: getattr(case, k) for k in (*_POINT, "moved", "flops", "limit", "targets", "at_most")},
         "providers": record,
     }
     if "ours" not in steps:
         failures.append(info)
         pytest.fail(f"ours: {record['ours']['error']}")
     for name, function in case.extra.items():
-        steps[name], record[name] = _steps(case, function), {}
-    for name, call in (_machine_rates(case, device) | case.baselines).items():
-        steps[name], record[name] = (tuple, call), {}
+        steps[name], record[name] = _steps(case, function, turns, cool), {}
+    for name, pair in (rates | {n: (tuple, f) for n, f in case.baselines.items()}).items():
+        steps[name], record[name] = pair, {}
 
     clock = timer(device)
     is_gpu = isinstance(clock, DeviceEvents)

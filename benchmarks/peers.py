@@ -1,8 +1,11 @@
 """Optional peers: what is installed gets measured, what is not is listed with the reason."""
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from .harness import Missing
 
@@ -11,6 +14,8 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
+# Cached: what fails half way through its import would do so again at every point.
+@functools.cache
 def peer(module: str, name: str) -> Callable[..., Any] | Missing:
     """`module.name`, or Missing with the reason."""
     try:
@@ -20,6 +25,12 @@ def peer(module: str, name: str) -> Callable[..., Any] | Missing:
         return Missing(_line(error))
 
 
+def kernel(device: torch.device, module: str, name: str) -> Callable[..., Any] | Missing:
+    """`peer` of what runs on a GPU alone."""
+    return Missing("needs a GPU") if device.type == "cpu" else peer(module, name)
+
+
+@functools.cache
 def trl_kernel() -> Callable[..., Any] | Missing:
     """TRL's own Triton kernel of log-probability and entropy: in the package, or from the Hub."""
     found = peer("trl.kernels", "selective_log_softmax_and_entropy")

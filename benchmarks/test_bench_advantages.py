@@ -11,6 +11,7 @@ import rlhf_kernels as rk
 
 from .harness import Case, Missing, Provider, Settings, compiled, points
 from .peers import peer
+from .ragged import described, offsets, response_lengths
 
 GAMMA, LAM, KL_COEF = 0.99, 0.95, 0.05
 TARGETS = {"eager": 100, "vectorized": 5, "compile": 5, "copy": 0.4}
@@ -89,10 +90,13 @@ def _scalar_gae(rewards: Tensor, values: Tensor, lengths: list[int]) -> tuple[Te
     return flat, flat + values.cpu().double()[kept]
 
 
-def _batch(shape: tuple[int, int], device: torch.device, least: float = 0.5) -> tuple[Tensor, ...]:
-    """rewards, values, bool mask [B, T] of sequences at least `least` of T long."""
+def _batch(
+    shape: tuple[int, int], device: torch.device, lengths: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """rewards, values, bool mask [B, T] of sequences of `lengths`, else at least half of T long."""
     rewards, values = (torch.randn(shape, device=device) for _ in range(2))
-    lengths = torch.randint(max(1, int(least * shape[1])), shape[1] + 1, shape[:1], device=device)
+    if lengths is None:
+        lengths = torch.randint(shape[1] // 2, shape[1] + 1, shape[:1], device=device)
     return rewards, values, torch.arange(shape[1], device=device) < lengths[:, None]
 
 
@@ -121,19 +125,22 @@ def _oracle(rewards: Tensor, values: Tensor, judged: Tensor) -> tuple[Tensor, Te
 def test_gae(run: Callable[[Case], None], settings: Settings, name: str) -> None:
     shape = (4, 300) if settings.quick else (SHAPES | FULL_SHAPES | GPU_SHAPES)[name]
     rewards, values, mask = _batch(shape, settings.device)
-    weights, judged = mask.float(), _sampled(mask, name)
+    judged = _sampled(mask, name)
+
+    def plain(scan: Provider) -> Provider:
+        return lambda r, v, mask, weights: scan(r, v, weights)
 
     run(
         Case(
             op="gae",
             label=f"fp32 {shape[0]}×{shape[1]}",
             mode="forward",
-            inputs=(rewards, values, weights),
+            inputs=(rewards, values, mask, mask.float()),
             providers={
-                "eager": _loop(shape[1], name),
-                "vectorized": vectorized,
-                "compile": compiled(vectorized),
-                "ours": lambda r, v, w: rk.gae(r, v, mask=mask, gamma=GAMMA, lam=LAM),
+                "eager": _loop(shape[1], name) and plain(loop),
+                "vectorized": plain(vectorized),
+                "compile": compiled(plain(vectorized)),
+                "ours": lambda r, v, mask, _: rk.gae(r, v, mask=mask, gamma=GAMMA, lam=LAM),
             },
             oracle=lambda: _oracle(rewards, values, judged),
             moved=GAE_BYTES * rewards.numel(),
@@ -147,35 +154,37 @@ def test_gae(run: Callable[[Case], None], settings: Settings, name: str) -> None
 @pytest.mark.parametrize("name", points({"512": 512}, {"gpu-4096": 4096}))
 def test_gae_packed(run: Callable[[Case], None], settings: Settings, name: str) -> None:
     shape = (4, 300) if settings.quick else (int(name.removeprefix("gpu-")), 8192)
-    # Ragged: 5 % to 100 % of the longest. Trainers pad such a batch, scan it and pack the result.
-    rewards, values, mask = _batch(shape, settings.device, least=0.05)
-    lengths, judged = mask.sum(1), _sampled(mask, name)
-    packed = rewards[mask], values[mask]
+    # Trainers pad such a batch, scan it and pack the result.
+    lengths = response_lengths(shape[0], shape[1], settings.device)
+    rewards, values, mask = _batch(shape, settings.device, lengths)
+    judged = _sampled(mask, name)
     judged_slots = judged[mask]
-    zero = lengths.new_zeros(1)
-    cu_seqlens = torch.cat([zero, lengths.cumsum(0)]).int()
     slots = mask.flatten().nonzero().squeeze(1)
-    weights = mask.float()
 
     def through_padding(scan: Provider) -> Provider:
-        def padded(r: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        def padded(
+            r: Tensor, v: Tensor, cu_seqlens: Tensor, slots: Tensor, weights: Tensor
+        ) -> tuple[Tensor, ...]:
             grids = (r.new_zeros(weights.numel()).index_copy(0, slots, x) for x in (r, v))
             results = scan(*(g.view(shape) for g in grids), weights)
             return tuple(x.reshape(-1)[slots] for x in results)
 
         return padded
 
+    def ours(r: Tensor, v: Tensor, cu_seqlens: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        return rk.gae(r, v, cu_seqlens=cu_seqlens, gamma=GAMMA, lam=LAM)
+
     run(
         Case(
             op="gae packed",
-            label=f"fp32 {shape[0]} sequences of 5 % to 100 % of {shape[1]}, {len(slots)} tokens",
+            label=f"fp32 {described(lengths, shape[1])}",
             mode="forward",
-            inputs=packed,
+            inputs=(rewards[mask], values[mask], offsets(lengths), slots, mask.float()),
             providers={
                 "eager": through_padding(loop),
                 "vectorized": through_padding(vectorized),
                 "compile": compiled(through_padding(vectorized)),
-                "ours": lambda r, v: rk.gae(r, v, cu_seqlens=cu_seqlens, gamma=GAMMA, lam=LAM),
+                "ours": ours,
             },
             oracle=lambda: _oracle(rewards, values, judged),
             # No mask to read.
@@ -192,6 +201,9 @@ def test_whiten(run: Callable[[Case], None], settings: Settings) -> None:
     _, x, mask = _batch(shape, settings.device)
     x = x + 3
 
+    def eager(x: Tensor, _: Tensor, weights: Tensor) -> Tensor:
+        return whitened(x, weights)
+
     def oracle() -> tuple[Tensor]:
         kept = x[mask].double()
         return (((kept - kept.mean()) / (kept.var() + 1e-8).sqrt()).cpu(),)
@@ -201,11 +213,11 @@ def test_whiten(run: Callable[[Case], None], settings: Settings) -> None:
             op="whiten",
             label=f"fp32 {shape[0]}×{shape[1]}",
             mode="forward",
-            inputs=(x, mask.float()),
+            inputs=(x, mask, mask.float()),
             providers={
-                "eager": whitened,
-                "compile": compiled(whitened),
-                "ours": lambda x, w: rk.whiten(x, mask),
+                "eager": eager,
+                "compile": compiled(eager),
+                "ours": lambda x, mask, _: rk.whiten(x, mask),
             },
             oracle=oracle,
             # Read once, written once; that the statistics need more passes is the op's own cost.
@@ -221,31 +233,33 @@ def test_ppo_advantages(run: Callable[[Case], None], settings: Settings) -> None
     logprobs, values, mask = _batch(shape, settings.device)
     ref_logprobs = logprobs + 0.1 * torch.randn_like(logprobs)
     scores = torch.randn(shape[0], device=settings.device)
-    weights, response_mask = mask.float(), mask.long()
     last = mask.sum(1, keepdim=True) - 1
 
-    def shaped(scores: Tensor, new: Tensor, ref: Tensor) -> Tensor:
+    def shaped(scores: Tensor, new: Tensor, ref: Tensor, last: Tensor) -> Tensor:
         return (-KL_COEF * (new - ref)).scatter_add(1, last, scores.unsqueeze(1))
 
+    # Inputs: scores, log-probabilities, the reference's, values, the mask in every form, last step.
     def plain(scan: Provider) -> Provider:
-        def advantages(scores: Tensor, new: Tensor, ref: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-            advantages, returns = scan(shaped(scores, new, ref), v, weights)
+        def advantages(*given: Tensor) -> tuple[Tensor, ...]:
+            scores, new, ref, v, _, weights, _, last = given
+            advantages, returns = scan(shaped(scores, new, ref, last), v, weights)
             return whitened(advantages, weights), returns
 
         return advantages
 
     scan = peer("verl.trainer.ppo.core_algos", "compute_gae_advantage_return")
 
-    def verl(scores: Tensor, new: Tensor, ref: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        return scan(shaped(scores, new, ref), v, response_mask, GAMMA, LAM)
+    def verl(*given: Tensor) -> tuple[Tensor, ...]:
+        scores, new, ref, v, _, _, response_mask, last = given
+        return scan(shaped(scores, new, ref, last), v, response_mask, GAMMA, LAM)
 
-    def ours(scores: Tensor, new: Tensor, ref: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    def ours(*given: Tensor) -> tuple[Tensor, ...]:
         return rk.ppo_advantages(
-            *(scores, new, ref, v, mask), kl_coef=KL_COEF, gamma=GAMMA, lam=LAM, whiten=True
-        )[:2]
+            *given[:5], kl_coef=KL_COEF, gamma=GAMMA, lam=LAM, whiten=True
+        )[:2]  # fmt: skip
 
     def oracle() -> tuple[Tensor, ...]:
-        rewards = shaped(scores.double(), logprobs.double(), ref_logprobs.double())
+        rewards = shaped(scores.double(), logprobs.double(), ref_logprobs.double(), last)
         advantages, returns = _scalar_gae(rewards, values, mask.sum(1).tolist())
         return (advantages - advantages.mean()) / (advantages.var() + 1e-8).sqrt(), returns
 
@@ -254,7 +268,7 @@ def test_ppo_advantages(run: Callable[[Case], None], settings: Settings) -> None
             op="ppo_advantages",
             label=f"fp32 {shape[0]}×{shape[1]}",
             mode="forward",
-            inputs=(scores, logprobs, ref_logprobs, values),
+            inputs=(scores, logprobs, ref_logprobs, values, mask, mask.float(), mask.long(), last),
             providers={
                 "eager": plain(loop),
                 "vectorized": plain(vectorized),

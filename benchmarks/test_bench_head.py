@@ -11,7 +11,7 @@ from torch import Tensor
 import rlhf_kernels as rk
 
 from .harness import Case, Missing, Provider, Settings, points
-from .peers import peer
+from .peers import kernel, peer
 
 CLIP = 0.2
 POLICY_TARGETS = {
@@ -28,13 +28,15 @@ SHAPES = {
     "fp32": (torch.float32, 4096, 1024, 32768),
     "bf16": (torch.bfloat16, 4096, 1024, 32768),
 }
+# Real models: Qwen3-0.6B.
+FULL_SHAPES = {"qwen3-0.6b": (torch.bfloat16, 2048, 1024, 151936)}
 GPU_SHAPES = {"gpu-bf16": (torch.bfloat16, 8192, 4096, 151936)}
 # TRL's own, for its chunks of the vocabulary or of the tokens.
 _TRL_CHUNK = peer("trl.trainer.utils", "_CHUNKED_LOGPROB_CHUNK_SIZE")
 
 
 def _operands(settings: Settings, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, n, width, vocab = (SHAPES | GPU_SHAPES)[name]
+    dtype, n, width, vocab = (SHAPES | FULL_SHAPES | GPU_SHAPES)[name]
     if settings.quick:
         n, width, vocab = 64, 32, 1000
     device = settings.device
@@ -46,7 +48,8 @@ def _operands(settings: Settings, name: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def _label(name: str, hidden: Tensor, weight: Tensor) -> str:
     dtype = "fp32" if name == "fp32" else "bf16"
-    return f"{dtype} {hidden.shape[0]}×{hidden.shape[1]}×{weight.shape[0]}"
+    shape = f"{dtype} {hidden.shape[0]}×{hidden.shape[1]}×{weight.shape[0]}"
+    return shape + (f" ({name})" if name in FULL_SHAPES else "")
 
 
 def gemms(hidden: Tensor, weight: Tensor, forward: int) -> Callable[[], None]:
@@ -67,6 +70,16 @@ def gemms(hidden: Tensor, weight: Tensor, forward: int) -> Callable[[], None]:
 def _moved(hidden: Tensor, weight: Tensor) -> int:
     """Operands and their gradients."""
     return 2 * (hidden.numel() + weight.numel()) * hidden.element_size()
+
+
+def _flops(hidden: Tensor, weight: Tensor, products: int) -> int:
+    return products * 2 * hidden.numel() * weight.shape[0]
+
+
+def cce_head(device: torch.device) -> Provider | Missing:
+    """Cut cross entropy, as (hidden, weight, labels) -> log-probabilities."""
+    function = kernel(device, "cut_cross_entropy", "linear_cross_entropy")
+    return function and (lambda *inputs: -function(*inputs, reduction="none"))
 
 
 def trl_head() -> Provider | Missing:
@@ -119,11 +132,17 @@ def _oracle(
     return oracle
 
 
-_ENTROPY = pytest.param(True, marks=pytest.mark.full, id="entropy")
+# fp32 in the full run alone: minutes a point.
+POINTS = points(["bf16"], GPU_SHAPES, ["fp32", *FULL_SHAPES])
+_ENTROPY = points((), GPU_SHAPES, SHAPES)
+LOGPROBS_POINTS = [
+    pytest.param(*p.values, entropy, id=f"{p.values[0]}-{kind}", marks=p.marks)
+    for kind, entropy, names in (("logprobs", False, POINTS), ("entropy", True, _ENTROPY))
+    for p in names
+]
 
 
-@pytest.mark.parametrize("entropy", [pytest.param(False, id="logprobs"), _ENTROPY])
-@pytest.mark.parametrize("name", points(SHAPES, GPU_SHAPES))
+@pytest.mark.parametrize(("name", "entropy"), LOGPROBS_POINTS)
 def test_linear_token_logprobs(
     run: Callable[[Case], None], settings: Settings, name: str, entropy: bool
 ) -> None:
@@ -162,7 +181,10 @@ def test_linear_token_logprobs(
         "ours": ours,
     }
     if not entropy:
-        providers["torch fused"] = options and torch_fused
+        providers |= {
+            "torch fused": options and torch_fused,
+            "cce": cce_head(settings.device),
+        }
     run(
         Case(
             op="linear_token_logprobs" + (" + entropy" if entropy else ""),
@@ -172,17 +194,18 @@ def test_linear_token_logprobs(
             providers=providers,
             oracle=_oracle(hidden, weight, labels, objective),
             moved=_moved(hidden, weight),
+            flops=_flops(hidden, weight, 4),
             limit="GEMMs",
-            targets={} if entropy or name in GPU_SHAPES else LOGPROBS_TARGETS,
+            targets=LOGPROBS_TARGETS if name in SHAPES and not entropy else {},
             upstream=upstream,
             baselines={"GEMMs": gemms(hidden, weight, 2)},
-            least_rounds=7,
+            least_rounds=3 if name in FULL_SHAPES else 7,
             rounded=hidden.dtype,
         )
     )
 
 
-@pytest.mark.parametrize("name", points(SHAPES, GPU_SHAPES))
+@pytest.mark.parametrize("name", POINTS)
 def test_linear_policy_loss(run: Callable[[Case], None], settings: Settings, name: str) -> None:
     hidden, weight, labels = _operands(settings, name)
     shape = (SEQUENCES, hidden.shape[0] // SEQUENCES)
@@ -194,7 +217,7 @@ def test_linear_policy_loss(run: Callable[[Case], None], settings: Settings, nam
     old = start - choices[torch.randint(0, 5, shape, device=device)]
     advantages = torch.randn(SEQUENCES, 1, device=device)
     mask = torch.ones(shape, dtype=torch.bool, device=device)
-    weights = mask.double() / mask.sum()
+    weights = (mask.double() / mask.sum()).float()
 
     def loss_of(logprobs: Tensor, old: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
         ratio = (logprobs - old).exp()
@@ -211,13 +234,14 @@ def test_linear_policy_loss(run: Callable[[Case], None], settings: Settings, nam
         return losses.sum(), *gradients
 
     def after(function: Callable[..., Any]) -> Provider:
-        def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-            logprobs = function(hidden, weight, labels)
-            return loss_of(logprobs.view(shape), old, advantages, weights.float())
+        def run(*given: Tensor) -> Tensor:
+            *inputs, old, advantages, _, weights = given
+            return loss_of(function(*inputs).view(shape), old, advantages, weights)
 
         return run
 
-    def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    def ours(*given: Tensor) -> tuple[Tensor, ...]:
+        hidden, weight, labels, old, advantages, mask, _ = given
         result = rk.linear_policy_loss(
             hidden.view(*shape, -1), weight, labels.view(shape), old, advantages.squeeze(1), mask,
             config=rk.PolicyLossConfig.ppo(clip_low=CLIP, clip_high=CLIP),
@@ -226,9 +250,11 @@ def test_linear_policy_loss(run: Callable[[Case], None], settings: Settings, nam
 
     of_trl = trl_head()
     verl_head = peer("verl.utils.experimental.torch_functional", "FusedLinearForPPO")
+    cce = cce_head(device)
     liger_loss = peer("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
 
-    def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def liger(*given: Tensor) -> Tensor:
+        hidden, weight, labels, old, advantages, mask, _ = given
         function = liger_loss(beta=0.0, use_ref_model=False, epsilon_low=CLIP, epsilon_high=CLIP)
         return function(
             hidden.view(*shape, -1), weight, labels.view(shape), mask, advantages.squeeze(1),
@@ -240,22 +266,24 @@ def test_linear_policy_loss(run: Callable[[Case], None], settings: Settings, nam
             op="linear_policy_loss",
             label=_label(name, hidden, weight),
             mode="forward+backward",
-            inputs=(hidden, weight, labels),
+            inputs=(hidden, weight, labels, old, advantages, mask, weights),
             providers={
                 "eager": after(eager_logprobs),
                 "trl": of_trl and after(lambda *inputs: of_trl(*inputs, ())[0]),
                 "verl": verl_head and after(lambda *inputs: verl_head()(*inputs)[0]),
                 "liger": liger_loss and liger,
+                "cce": cce and after(cce),
                 "ours": ours,
             },
             oracle=oracle,
             moved=_moved(hidden, weight),
+            flops=_flops(hidden, weight, 3),
             limit="GEMMs",
-            targets=POLICY_TARGETS[name],
+            targets=POLICY_TARGETS.get(name, {}),
             at_most={"extra_bytes": CHUNK_BYTES} if name in SHAPES else {},
             outputs=1,
             baselines={"GEMMs": gemms(hidden, weight, 1)},
-            least_rounds=7,
+            least_rounds=3 if name in FULL_SHAPES else 7,
             rounded=hidden.dtype,
         )
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 import rlhf_kernels as rk
 
 from .harness import Case, Missing, Overwriting, Provider, Settings, compiled
-from .peers import peer, trl_kernel
+from .peers import kernel, peer, trl_kernel
 
 MODES = ("forward", "backward", "forward+backward")
 SAMPLED_ROWS = 16
@@ -95,8 +95,10 @@ def _points(shape: str, modes: tuple[str, ...], entropies: tuple[bool, ...], *ma
 
 _ALL = SHAPES | TARGETED_SHAPES | FAMILIES | GPU_SHAPES
 BOTH, GPU, FULL = (False, True), pytest.mark.gpu, pytest.mark.full
+ONLY_FULL = {"backward": (FULL,)}
 POINTS = [
-    *(p for n in SHAPES for p in _points(n, MODES, BOTH)),
+    # The backward alone in the full run: forward+backward has it too.
+    *(p for n in SHAPES for m in MODES for p in _points(n, (m,), BOTH, *ONLY_FULL.get(m, ()))),
     *(p for n in TARGETED_SHAPES for p in _points(n, MODES, BOTH, FULL)),
     *(p for n in FAMILIES for p in _points(n, MODES[2:], BOTH, FULL)),
     # On a GPU what the targets are about.
@@ -152,25 +154,30 @@ def _verl(entropy: bool) -> Provider:
     return logprobs and verl
 
 
-def _trl_kernel(entropy: bool) -> Provider | Missing:
+def _trl_kernel(entropy: bool, device: torch.device) -> Provider | Missing:
     """It has no form without the entropy."""
-    function = trl_kernel()
+    function = Missing("needs a GPU") if device.type == "cpu" else trl_kernel()
     return function and (lambda logits, labels: function(logits, labels)[: 2 if entropy else 1])
 
 
-def _liger(mode: str) -> Provider | Missing:
+def _liger(mode: str, device: torch.device) -> Provider | Missing:
     if mode == "backward":
         return Missing("its forward computes the gradient: see forward+backward")
-    function = peer("liger_kernel.transformers.functional", "liger_cross_entropy")
+    function = kernel(device, "liger_kernel.transformers.functional", "liger_cross_entropy")
     # It writes the gradient over the logits. Its loss has their dtype.
     return function and Overwriting(
         lambda logits, labels: -function(logits, labels, reduction="none")
     )
 
 
-def _flash_attn() -> Provider | Missing:
-    function = peer("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
+def _flash_attn(device: torch.device) -> Provider | Missing:
+    function = kernel(device, "flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
     return function and (lambda logits, labels: -function(logits, labels)[0])
+
+
+def _quack(device: torch.device) -> Provider | Missing:
+    function = kernel(device, "quack.cross_entropy", "cross_entropy")
+    return function and (lambda logits, labels: -function(logits, labels, reduction="none"))
 
 
 def _oracle(
@@ -212,13 +219,13 @@ def test_token_logprobs(
         "compile": compiled(plain),
         "trl": _trl(batch, entropy),
         "verl": _verl(entropy),
+        "trl kernel": _trl_kernel(entropy, device),
         "ours": _ours(entropy),
     }
-    if on_gpu:
-        providers["trl kernel"] = _trl_kernel(entropy)
-        if not entropy:
-            # A cross entropy of its own for each token: the log-probability, negated.
-            providers |= {"liger": _liger(mode), "flash-attn": _flash_attn()}
+    if not entropy:
+        # A cross entropy of its own for each token: the log-probability, negated.
+        providers |= {"liger": _liger(mode, device), "flash-attn": _flash_attn(device)}
+        providers["quack"] = _quack(device)
     wanted = targets.get((mode, entropy), {})
     if not on_gpu and name not in FAMILIES:
         wanted = targets.get((mode, entropy), _BACKWARD if mode == "backward" else _BOTH)

@@ -18,7 +18,7 @@ CLIP = 0.2
 
 
 def eager(
-    values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, weights: Tensor
+    values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, weights: Tensor, *_: Tensor
 ) -> tuple[Tensor, ...]:
     """The loss and the clip fraction, as trainers log it."""
     count = weights.sum()
@@ -31,7 +31,7 @@ def eager(
 
 
 def ours(
-    values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, weights: Tensor
+    values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, weights: Tensor, *_: Tensor
 ) -> tuple[Tensor, ...]:
     result = rk.value_loss(values, old, returns, mask, clip_range=CLIP)
     return result.loss, result.metrics.values
@@ -51,7 +51,6 @@ def test_value_loss(run: Callable[[Case], None], settings: Settings, name: str) 
     returns += torch.where((returns - middle).abs() < 1e-4, 0.1, 0.0)
     lengths = torch.randint(shape[1] // 2, shape[1] + 1, (shape[0], 1), device=device)
     mask = torch.arange(shape[1], device=device) < lengths
-    response_mask = mask.long()
 
     def oracle() -> tuple[Tensor, ...]:
         v, o, r = (t.detach()[mask].double() for t in (values, old, returns))
@@ -65,16 +64,16 @@ def test_value_loss(run: Callable[[Case], None], settings: Settings, name: str) 
     verl = peer("verl.trainer.ppo.core_algos", "compute_value_loss")
 
     def verl_loss(
-        values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, weights: Tensor
+        values: Tensor, old: Tensor, returns: Tensor, *masks: Tensor
     ) -> tuple[Tensor, ...]:
-        return verl(values, returns, old, response_mask, CLIP)
+        return verl(values, returns, old, masks[-1], CLIP)
 
     run(
         Case(
             op="value_loss",
             label=f"fp32 {shape[0]}×{shape[1]}",
             mode="forward+backward",
-            inputs=(values, old, returns, mask, mask.float()),
+            inputs=(values, old, returns, mask, mask.float(), mask.long()),
             providers={
                 "eager": eager,
                 "compile": compiled(eager),

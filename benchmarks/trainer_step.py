@@ -21,7 +21,7 @@ from rlhf_kernels.trainer.rewards import Rewards
 from rlhf_kernels.trainer.run import Stage, make_trainer
 from rlhf_kernels.trainer.tokenizers import character_tokenizer
 
-from .harness import peak_extra_bytes
+from .memory import peak_extra_bytes
 
 WIDTH, LAYERS, VOCAB, ROWS, TOKENS = 256, 2, 32768, 16, 128
 

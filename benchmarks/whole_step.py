@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 import rlhf_kernels as rk
 
-from . import harness, step_report, test_bench_advantages, test_bench_head
+from . import harness, memory, step_report, test_bench_advantages, test_bench_head
 from .peers import peer, verl_actor_config
 from .run import default_name
 
@@ -348,7 +348,7 @@ def measure(algorithm: str, quick: bool) -> dict[str, Any]:
         found: list[Tensor] = []
         step.optimizer.zero_grad(set_to_none=True)
         call = lambda ops=ops, found=found: found.append(step.run(algorithm, ops)[1])  # noqa: E731
-        peaks[name] = harness.peak_extra_bytes(call, CPU)
+        peaks[name] = memory.peak_extra_bytes(call, CPU)
         off = float(((found[0] - expected) / expected.abs().clamp(min=1e-2)).abs().max())
         if not off <= GATE:
             raise harness.GateError(f"{name}: a loss or gradient is off by {off:.2g} of eager's")

@@ -1,0 +1,69 @@
+"""Inputs that a CPU's caches do not hold: each call takes the next of several copies."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# All copies together: twice the last-level cache, for not every provider reads every input, and no
+# more bytes than this. Of small inputs so many at most: their calls are overhead, not memory.
+MOST_BYTES, MOST_COPIES = 1 << 30, 1024
+# Where the system does not say.
+USUAL_CACHE = 64 << 20
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+class Operands(NamedTuple):
+    """What a provider is called with, and the gradients of its outputs."""
+
+    inputs: tuple[Any, ...]
+    upstream: tuple[Tensor, ...]
+
+
+def last_level_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """Bytes of the largest cache that the system reports."""
+    sizes = [f.read_text().strip() for f in folder.glob("index*/size")]
+    return max((int(s[:-1]) * _UNITS[s[-1]] for s in sizes), default=USUAL_CACHE)
+
+
+def copies(size: int, cache: int) -> int:
+    """How many copies of `size` bytes a cache does not hold; 1 where two are too many bytes."""
+    size = max(1, size)
+    return max(1, min(max(2, 2 * cache // size + 1), MOST_BYTES // size, MOST_COPIES))
+
+
+def _flat(t: Tensor) -> Tensor:
+    """The memory that a tensor spans, once each: its elements may share some, or leave gaps."""
+    steps = (n - 1 for n in t.size())
+    span = 1 + sum(n * s for n, s in zip(steps, t.stride(), strict=True)) if t.numel() else 0
+    return t.detach().as_strided((span,), (1,))
+
+
+def duplicate(x: Any) -> Any:
+    """A tensor of the same values and strides in other memory; anything else as it is."""
+    if not isinstance(x, Tensor):
+        return x
+    result = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
+    _flat(result).copy_(_flat(x))
+    return result.requires_grad_(x.requires_grad)
+
+
+def rotated(operands: Operands, cache: int) -> Iterator[Operands]:
+    """`operands` and copies of them, in turn for ever."""
+    size = sum(_flat(t).nbytes for group in operands for t in group if isinstance(t, Tensor))
+
+    def copy() -> Operands:
+        return Operands(*(tuple(map(duplicate, group)) for group in operands))
+
+    more = copies(size, cache) - 1
+    return itertools.cycle([operands, *(copy() for _ in range(more))])
+
+
+def chunks(size: int, cache: int) -> tuple[Tensor, Iterator[Tensor]]:
+    """Floats of at least `size` bytes, more than a cache holds; its parts of `size`, in turn."""
+    elements = max(1, size // 4)
+    whole = torch.ones(elements * copies(4 * elements, cache))
+    return whole, itertools.cycle(whole.split(elements))
