@@ -12,7 +12,7 @@ import torch
 
 import rlhf_kernels as rk
 
-from .harness import Case, Settings, measure
+from .harness import Case, Settings, measure, peak_alone
 
 _FAILURES = pytest.StashKey[list]()
 _PEERS = ("trl", "verl", "transformers", "liger-kernel", "flash-attn", "cut-cross-entropy")
@@ -28,6 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--full", action="store_true", help="the CPU points marked full too")
     group.addoption(
         "--records", type=Path, help="append each point as a line of JSON; skip those already there"
+    )
+    group.addoption(
+        "--peak", nargs=2, metavar=("PROVIDER", "FILE"), help="only its peak memory, to a JSON file"
     )
     group.addoption("--backend", help="backend of ours; default: the device's first kernel backend")
 
@@ -94,9 +97,13 @@ def run(
 ) -> Callable[[Case], None]:
     """Measures a case and records it."""
     torch.manual_seed(0)
+    if (peak := request.config.option.peak) is not None:
+        name, out = peak
+        device = settings.device
+        return lambda case: Path(out).write_text(json.dumps(peak_alone(case, name, device)))
     file, failures = request.config.option.records, request.config.stash[_FAILURES]
 
-    def measured(case: Case) -> None:
+    def recorded(case: Case) -> None:
         failed = len(failures)
         try:
             measure(benchmark, settings, failures, case)
@@ -115,7 +122,7 @@ def run(
                 with file.open("a") as out:
                     out.write(json.dumps(line) + "\n")
 
-    return measured
+    return recorded
 
 
 def _versions() -> dict[str, str]:

@@ -11,9 +11,7 @@ at once, so that small allocations show too. With --only the other curves of the
 import argparse
 import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -221,12 +219,11 @@ def seconds(calls: Calls, budget: float) -> dict[str, float]:
 
 def peaks(calls: Calls) -> dict[str, int | None]:
     """Bytes beyond inputs and results that each provider holds at its highest."""
-    found: dict[str, int | None] = {}
+    found = {}
     for name, call in calls.items():
         # Once before, for what is set up once.
-        size = sum(t.nbytes for t in call())
-        peak = memory.peak_extra_bytes(call, CPU)
-        found[name] = None if peak is None else max(0, peak - size)
+        call()
+        found[name] = memory.measured(call, CPU).get("extra_bytes")
     return found
 
 
@@ -252,13 +249,8 @@ def own_peaks(op: str, quick: bool) -> None:
 
 def peaks_elsewhere(op: str, quick: bool) -> list[list[dict[str, int | None]] | None]:
     """`own_peaks` of a process whose freed memory goes back to the system at once."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    command = [sys.executable, "-m", "benchmarks.growth", "--peaks", "--only", op]
-    command += ["--quick"] if quick else []
-    done = subprocess.run(
-        command, cwd=HERE.parent, env=environment, stdout=subprocess.PIPE, text=True, check=True
-    )
-    return json.loads(done.stdout)
+    words = ["benchmarks.growth", "--peaks", "--only", op, *(["--quick"] if quick else [])]
+    return json.loads(memory.elsewhere(*words))
 
 
 def grown(op: str, quick: bool) -> list[dict[str, Any]]:

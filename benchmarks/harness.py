@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .memory import peak_extra_bytes
+from .memory import measured
 from .rotation import Operands, chunks, last_level_cache, rotated
 
 # Rounds per point: more where they are cheap. A provider slower than SLOW joins every fourth round.
@@ -339,6 +339,16 @@ def _summary(values: list[float]) -> dict[str, float | int]:
     return {"median": median, "p20": p20, "p80": p80, "rounds": len(values)}
 
 
+def peak_alone(case: Case, name: str, device: torch.device) -> dict[str, int | None]:
+    """Peak memory of one provider, in a process that has done nothing else."""
+    turns = itertools.repeat(Operands(case.inputs, case.upstream))
+    prepare, run = _steps(case, case.providers[name], turns)
+    # Once before, for what is set up once.
+    run(*prepare())
+    prepared = prepare()
+    return measured(lambda: run(*prepared), device)
+
+
 _POINT = ("op", "label", "mode")
 
 
@@ -364,19 +374,15 @@ def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case
             error = gate(case, function, expected)
             prepare, run = steps[name] = _steps(case, function, turns, cool)
             prepared = prepare()
-            results: list[tuple[Tensor, ...]] = []
-            peak = peak_extra_bytes(lambda r=run, p=prepared, f=results: f.append(r(*p)), device)
-            record[name] = {"gate": error, "peak_bytes": peak}
-            if peak is not None:
-                held = sum(t.nbytes for t in results.pop())
-                record[name]["extra_bytes"] = max(0, peak - held)
+            peaks = measured(lambda r=run, p=prepared: r(*p), device)
+            record[name] = {"gate": error, **peaks}
         except GateError as wrong:
             record[name] = {"error": str(wrong)}
         except Exception as broken:
             reason = (str(broken).splitlines() or [""])[0]
             record[name] = {"error": f"{type(broken).__name__}: {reason}"}
         # Also where it failed half way.
-        prepared = results = None
+        prepared = None
         if device.type != "cpu":
             # What a large provider leaves cached, or half done, is room for the next.
             gc.collect()

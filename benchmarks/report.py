@@ -20,6 +20,7 @@ if __name__ == "__main__":
 from benchmarks import charts, growth_report, step_report
 
 PEERS = {"trl": "TRL", "verl": "verl", "liger": "Liger", "torch fused": "torch fused"}
+PEERS |= {"cce": "CCE", "quack": "QuACK", "flash-attn": "flash-attn", "trl kernel": "TRL kernel"}
 #: What bounds an operation: a share of it is reached.
 LIMITS = ("copy", "read", "GEMMs")
 # Rows in the order of a training step; operations not listed come last.
@@ -67,6 +68,15 @@ def ratio(entry: Entry, *names: str) -> float | None:
 def of_limit(entry: Entry) -> float | None:
     """Fraction of the machine's copy or read rate."""
     return ratio(entry, entry["limit"])
+
+
+def rate(entry: Entry) -> str:
+    """What ours achieves: of products beside the bare ones, else of bytes."""
+    ours, limit = (entry["providers"][n]["median"] for n in ("ours", entry["limit"]))
+    if entry.get("flops"):
+        giga = entry["flops"] / 1e9
+        return f"{giga / ours:.0f} of {giga / limit:.0f} GFLOP/s"
+    return f"{entry['moved'] / ours / 1e9:.3g} GB/s"
 
 
 def judged(entry: Entry) -> list[tuple[str, float, float]]:
@@ -144,12 +154,13 @@ def table(
 ) -> list[str]:
     """Every entry; what is faster than ours is bold.
 
-    details: spread and targets too; memory: peaks beyond the inputs.
+    details: spread, rates and targets too; memory: peaks beyond the inputs.
     """
     peers = [p for p in PEERS if any(ratio(e, p) is not None for e in entries)]
     columns = [("eager",), ("compile", "vectorized"), *((p,) for p in peers)]
     head = ["operation", "shape", "ours, ms", *(["p20–p80"] if details else [])]
     head += ["÷ eager", "÷ compile", *(f"÷ {PEERS[p]}" for p in peers), "of the limit"]
+    head += ["rate"] if details else []
     head += ["MiB: ours, eager, TRL"] if memory else []
     head += ["target"] if details else []
     rows = []
@@ -161,6 +172,7 @@ def table(
         ratios = [ratio(e, *names) for names in columns]
         cells += [_bold_if(r is not None and r < 1, multiple(r)) for r in ratios]
         cells.append("–" if limit is None else f"{limit:.0%} {e['limit']}")
+        cells += [rate(e)] if details else []
         if memory:
             peaks = (e["providers"].get(n, {}).get("peak_bytes") for n in ("ours", "eager", "trl"))
             cells.append(", ".join("–" if p is None else f"{p / 2**20:.0f}" for p in peaks))
@@ -219,17 +231,26 @@ def lost(entries: list[Entry]) -> Iterator[str]:
             yield f"- {e['op']}, {e['mode']}, {e['label']}: {', '.join(faster)}"
 
 
+def holds_logits(entry: Entry) -> bool:
+    """Whether its peak memory is worth a line."""
+    return entry["mode"] == "forward+backward" and entry["op"].startswith(
+        ("token_logprobs", "linear_")
+    )
+
+
 def memory_lines(entries: list[Entry]) -> list[str]:
     """Peak memory beyond the inputs, forward + backward, where logits are; result included."""
     lines = []
     for e in entries:
-        if e["mode"] != "forward+backward" or not e["op"].startswith(("token_logprobs", "linear_")):
+        if not holds_logits(e):
             continue
-        peaks = {n: p["peak_bytes"] for n, p in e["providers"].items() if p.get("peak_bytes")}
+        peaks = {n: p for n, p in e["providers"].items() if p.get("peak_bytes")}
         if "ours" in peaks:
-            row = ", ".join(f"{PEERS.get(n, n)} {peaks[n] / 2**20:.0f}" for n in peaks)
+            sizes = {n: f"{p['peak_bytes'] / 2**20:.0f}" for n, p in peaks.items()}
+            marks = {n: "*" if p.get("fresh") else "" for n, p in peaks.items()}
+            row = ", ".join(f"{PEERS.get(n, n)} {sizes[n]}{marks[n]}" for n in peaks)
             lines.append(f"- {e['op']}, {e['label']}: {row}")
-    note = "Peak beyond the inputs, forward+backward, results included, MiB."
+    note = "Peak beyond the inputs, forward+backward, results included, MiB; *: in a fresh process."
     return ["", "## Memory", note, "", *lines] if lines else []
 
 
@@ -265,7 +286,8 @@ LEGEND = (
     "eager; for the advantages, the faster of a vectorised torch form and its compilation. Of the "
     "limit: time in which the machine copies (`tensor.clone()`, bytes read + written) or reads "
     "(`tensor.sum()` of fp32) as many bytes as the operation must move, over ours; for the fused "
-    "head, time of its bare products (three or four `torch.mm(out=)` over all tokens)."
+    "head, time of its bare products (three or four `torch.mm(out=)` over all tokens). Rate: those "
+    "bytes over the time of ours; for the head, the operations of its products, by ours and bare."
 )
 
 

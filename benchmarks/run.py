@@ -92,6 +92,9 @@ def main() -> int:
             sys.exit(f"{fresh.name} cannot be added to {json_file.name}: {error}")
         json_file.write_text(json.dumps(whole, indent=1) + "\n")
         fresh.unlink()
+    if args.full and not args.quick and args.device == "cpu":
+        peaks = [sys.executable, "-m", "benchmarks.memory", str(json_file)]
+        status = subprocess.run(peaks, cwd=HERE.parent, env=environment).returncode or status
     report = subprocess.run([sys.executable, str(HERE / "report.py"), str(json_file)])
     return status or report.returncode
 
