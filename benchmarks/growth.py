@@ -22,7 +22,15 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from . import growth_report, harness, memory, test_bench_advantages, test_bench_head, test_bench_kl
+from . import (
+    clocks,
+    growth_report,
+    harness,
+    memory,
+    test_bench_advantages,
+    test_bench_head,
+    test_bench_kl,
+)
 from . import test_bench_logprobs as bench_logprobs
 from . import test_bench_policy as bench_policy
 from .run import default_name
@@ -202,7 +210,7 @@ def gate(calls: Calls, where: str) -> None:
 
 def seconds(calls: Calls, budget: float) -> dict[str, float]:
     """Medians of rounds in which the providers take turns."""
-    clock = harness.timer(CPU)
+    clock = clocks.timer(CPU)
     times: dict[str, list[float]] = {n: [] for n in calls}
     rounds = dict.fromkeys(calls, 1)
     for turn in range(MOST_ROUNDS):

@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from .clocks import DeviceEvents, Timer, synchronize, timer
 from .memory import measured
 from .rotation import Operands, chunks, last_level_cache, rotated
 
@@ -30,10 +31,6 @@ SLOW_SECONDS, SLOW_STRIDE = 1.0, 4
 QUICK_ROUNDS = 4
 # A GPU's times are short, its compilers slow.
 GPU_POINT_SECONDS, GPU_SLOW_SECONDS, GPU_SLOW_STRIDE = 2.0, 0.05, 10
-# Read before each GPU measurement: more than any cache holds (MI300: 256 MiB).
-FLUSH_BYTES = 1 << 29
-# Clock cycles that a GPU waits for the host: 0.1 ms and the host's own time, 50 ms at most.
-CYCLES_PER_SECOND, LEAST_CYCLES, MOST_CYCLES = 2e9, 200_000, 100_000_000
 
 # Largest error that passes the gate: a fraction of the oracle's element plus the same fraction of
 # its RMS, or of its row's where that is larger: a word of many tokens has a large gradient, and
@@ -229,12 +226,6 @@ def gate(case: Case, function: Provider, expected: tuple[Tensor, ...]) -> float:
     return worst
 
 
-def synchronize(device: torch.device) -> None:
-    """Waits for the work queued on `device`."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def _host_once(prepare: Callable[[], tuple], run: Callable[..., Any], device: Any) -> float:
     """Seconds until the call returns; the device may still work."""
     prepared = prepare()
@@ -245,56 +236,6 @@ def _host_once(prepare: Callable[[], tuple], run: Callable[..., Any], device: An
     seconds = time.perf_counter() - start
     synchronize(device)
     return seconds
-
-
-class WallClock:
-    """Times a call from its start to the end of its work."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def start(self, ahead: float) -> None:
-        """Begins; `ahead` is for devices."""
-        synchronize(self.device)
-        self._start = time.perf_counter()
-
-    def stop(self) -> float:
-        """Seconds since `start`, the queued work included."""
-        synchronize(self.device)
-        return time.perf_counter() - self._start
-
-
-class DeviceEvents:
-    """Times the device's work alone, from a cold cache."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._module = getattr(torch, device.type)
-        self._flush = torch.rand(FLUSH_BYTES // 4, device=device)
-
-    def start(self, ahead: float) -> None:
-        """Begins; the device waits about `ahead` seconds, in which the host queues its launches."""
-        # A read leaves nothing to be written back, as a write would, while the call runs.
-        self._flush.sum()
-        if hasattr(self._module, "_sleep"):
-            cycles = LEAST_CYCLES + int(1.5 * ahead * CYCLES_PER_SECOND)
-            self._module._sleep(min(cycles, MOST_CYCLES))
-        self._start, self._end = (self._module.Event(enable_timing=True) for _ in range(2))
-        self._start.record()
-
-    def stop(self) -> float:
-        """Seconds of the device since `start`."""
-        self._end.record()
-        self._end.synchronize()
-        return self._start.elapsed_time(self._end) / 1e3
-
-
-Timer = WallClock | DeviceEvents
-
-
-def timer(device: torch.device) -> Timer:
-    """What times calls on `device`."""
-    return WallClock(device) if device.type == "cpu" else DeviceEvents(device)
 
 
 def _once(

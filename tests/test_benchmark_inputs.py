@@ -153,6 +153,24 @@ def test_what_needs_a_gpu_is_named_on_a_cpu(suite, tmp_path):
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="resident high-water mark is Linux's")
+def test_peak_memory_sees_a_temporary(suite):
+    size = 1 << 26
+    peak = suite("memory").peak_extra_bytes(lambda: torch.ones(size // 4).sum(), CPU)
+    assert size * 0.9 < peak < size * 1.5
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what glibc holds back")
+def test_peak_memory_sees_what_fits_into_freed_memory(suite):
+    # Small blocks of the heap, which a free block on top keeps from going back.
+    rows = [torch.ones(1 << 14) for _ in range(1024)]
+    top = rows.pop()
+    del rows
+    call = lambda: [torch.ones(1 << 14) for _ in range(512)]  # noqa: E731
+    peak = suite("memory").peak_extra_bytes(call, CPU)
+    assert len(top) and peak > (512 << 16) * 0.9
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="resident high-water mark is Linux's")
 def test_memory_in_a_fresh_process_goes_into_the_results(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks/run.py"), "r", "--quick"]
     command += ["--out", str(tmp_path), "--providers", "eager", "--"]
