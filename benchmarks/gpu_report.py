@@ -7,15 +7,7 @@ from typing import Any
 
 from . import report
 
-PEERS = {
-    "eager": "eager",
-    "compile": "compile",
-    "trl": "TRL",
-    "verl": "verl",
-    "trl kernel": "TRL kernel",
-    "liger": "Liger",
-    "flash-attn": "flash-attn",
-}
+PEERS = {"eager": "eager", "compile": "compile", **report.PEERS}
 Results = dict[str, dict[str, Any]]
 
 

@@ -29,7 +29,7 @@ SHAPES = {
     "bf16": (torch.bfloat16, 4096, 1024, 32768),
 }
 # Real models: Qwen3-0.6B.
-FULL_SHAPES = {"qwen3-0.6b": (torch.bfloat16, 2048, 1024, 151936)}
+FULL_SHAPES = {"qwen3-0.6b": (torch.bfloat16, 1024, 1024, 151936)}
 GPU_SHAPES = {"gpu-bf16": (torch.bfloat16, 8192, 4096, 151936)}
 # TRL's own, for its chunks of the vocabulary or of the tokens.
 _TRL_CHUNK = peer("trl.trainer.utils", "_CHUNKED_LOGPROB_CHUNK_SIZE")

@@ -31,7 +31,7 @@ def eager_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
-@pytest.mark.parametrize("name", points(LOGITS, GPU_LOGITS))
+@pytest.mark.parametrize("name", points(["fp32"], GPU_LOGITS, ["bf16"]))
 def test_kl_divergence(
     run: Callable[[Case], None], settings: Settings, name: str, mode: str
 ) -> None:
