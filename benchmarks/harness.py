@@ -324,6 +324,8 @@ def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case
         except GateError as wrong:
             record[name] = {"error": str(wrong)}
         except Exception as broken:
+            # Perhaps in its second call.
+            steps.pop(name, None)
             reason = (str(broken).splitlines() or [""])[0]
             record[name] = {"error": f"{type(broken).__name__}: {reason}"}
         # Also where it failed half way.

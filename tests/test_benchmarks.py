@@ -102,8 +102,11 @@ def test_only_providers_that_pass_are_timed(harness, benchmark):
         calls.append(1)
         raise OSError("no such kernel\ndetails")
 
+    passes = iter([torch.square])
+
     case = square_case(
         harness,
+        once=lambda x: next(passes)(x),
         eager=torch.square,
         wrong=lambda x: x * x * 1.01,
         broken=broken,
@@ -117,7 +120,8 @@ def test_only_providers_that_pass_are_timed(harness, benchmark):
     assert "off by" in record["wrong"]["error"]
     assert record["broken"] == {"error": "OSError: no such kernel"} and len(calls) == 1
     assert record["absent"] == {"skipped": "not installed"}
-    for name in ("wrong", "broken", "absent"):
+    assert record["once"] == {"error": "StopIteration: "}
+    for name in ("wrong", "broken", "absent", "once"):
         assert "median" not in record[name]
     # Under xdist pytest-benchmark measures nothing.
     if benchmark.enabled:
