@@ -19,8 +19,9 @@ TARGETS = {"64x2048": {"eager": 8, "compile": 1.5}, "2048x2048": {"copy": 0.5}}
 # 10 µs of the host for each way.
 GPU_AT_MOST = {"gpu-64x2048": {"host": 20e-6}}
 CLIP = 0.2
-# The same loss for all: clip 0.2 both ways, no dual clip.
+# The same loss for all: clip 0.2 both ways, no dual clip. Made once, as verl's and a trainer's are.
 OPTIONS = {"clip_low": CLIP, "clip_high": CLIP}
+CONFIG, GRPO = rk.PolicyLossConfig.ppo(**OPTIONS), rk.PolicyLossConfig.grpo(kl_coef=0.0, **OPTIONS)
 # Longest of the packed sequences.
 LONGEST = 8192
 
@@ -44,9 +45,7 @@ def eager(
 def ours(
     logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, weights: Tensor, *_: Tensor
 ) -> tuple[Tensor, ...]:
-    result = rk.policy_loss(
-        logprobs, old, advantages, mask, config=rk.PolicyLossConfig.ppo(**OPTIONS)
-    )
+    result = rk.policy_loss(logprobs, old, advantages, mask, config=CONFIG)
     return result.loss, result.metrics.values
 
 
@@ -154,10 +153,7 @@ def test_policy_loss_packed(run: Callable[[Case], None], settings: Settings, nam
 
     def ours_packed(*given: Tensor) -> tuple[Tensor, ...]:
         logprobs, old, advantages, _, cu_seqlens, mask, *_ = given
-        config = rk.PolicyLossConfig.grpo(kl_coef=0.0, **OPTIONS)
-        result = rk.policy_loss(
-            logprobs, old, advantages, mask, cu_seqlens=cu_seqlens, config=config
-        )
+        result = rk.policy_loss(logprobs, old, advantages, mask, cu_seqlens=cu_seqlens, config=GRPO)
         return result.loss, result.metrics.values
 
     verl = peer("verl.trainer.ppo.core_algos", "compute_policy_loss_vanilla")

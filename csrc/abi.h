@@ -284,7 +284,8 @@ enum Baseline : int32_t {
 enum Scale : int32_t { kScaleGroup = 0, kScaleBatch = 1, kScaleNone = 2 };
 
 // `rewards` and `greedy` lie along stride1. Groups are runs of equal `sorted_ids`, their members
-// `order`; without them, consecutive runs of `group_size`. `work` is scratch of `count` doubles.
+// `order`; without them, consecutive runs of `group_size`. `work`: on a GPU, scratch of `count`
+// doubles.
 struct GroupAdvantagesArgs {
   int64_t count;
   Tensor rewards, greedy;

@@ -73,6 +73,9 @@ RK_HD KlPenalty kl_penalty_term(float x, int32_t estimator) {
   return {p.em1mx, -p.em1};
 }
 
+// What policy_config.py gives for a bound that is not set.
+constexpr float kUnbounded = 3.0e38f;
+
 // exp(x) saturates at +-40 in every use: LOG_RATIO_BOUND of policy_config.py.
 constexpr float kLogRatioBound = 40.0f;
 
@@ -145,21 +148,26 @@ RK_HD PolicyTerm<V> policy_objective(const Ratio<V>& x, V logprob, V a, V w,
     t.loss = w * (-a * gate * (V(4.0f) / tau));
     t.ratio = w * (-a * V(4.0f) * gate * (u * gate) * x.r);
   } else {
+    // Without delta and dual clip their terms would change nothing.
+    const bool bounded = min(c.delta, c.dual_clip) < kUnbounded;
     const V delta(c.delta);
-    const V free = -a * x.r;
-    const V unclipped = -a * min(delta, x.r), clipped = -a * clamp(x.r, low, high);
+    const V free = -a * x.r, clipped = -a * clamp(x.r, low, high);
+    const V unclipped = bounded ? -a * min(delta, x.r) : free;
     V loss = select_less(unclipped, clipped, clipped, unclipped);
-    V slope = select_less(unclipped, clipped, zero, select_less(delta, x.r, zero, free));
-    const V bound = -a * V(c.dual_clip);
-    const V over = select_less(a, zero, select_less(bound, loss, one, zero), zero);
-    loss = select_less(zero, over, bound, loss);
-    slope = select_less(zero, over, zero, slope);
-    t.loss = w * loss;
-    t.ratio = w * slope;
+    V slope = bounded ? select_less(delta, x.r, zero, free) : free;
+    slope = select_less(unclipped, clipped, zero, slope);
     t.low = select_less(a, zero, select_less(x.r, low, one, zero), zero);
     t.high = select_less(zero, a, select_less(high, x.r, one, zero), zero);
-    const V top = min(V(c.dual_clip), delta);
-    t.dual = select_less(a, zero, select_less(top, x.r, one, zero), zero);
+    if (bounded) {
+      const V bound = -a * V(c.dual_clip);
+      const V over = select_less(a, zero, select_less(bound, loss, one, zero), zero);
+      loss = select_less(zero, over, bound, loss);
+      slope = select_less(zero, over, zero, slope);
+      const V top = min(V(c.dual_clip), delta);
+      t.dual = select_less(a, zero, select_less(top, x.r, one, zero), zero);
+    }
+    t.loss = w * loss;
+    t.ratio = w * slope;
   }
   return t;
 }

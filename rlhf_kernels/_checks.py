@@ -9,6 +9,7 @@ from . import _config
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 LABEL_DTYPES = (torch.int64, torch.int32)
+_FLOATING_OR_DOUBLE = (*FLOATING, torch.float64)
 _NUMBER = (int, float, torch.SymInt, torch.SymFloat)
 _INTEGER = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -24,7 +25,7 @@ def tensor(op: str, name: str, value: object) -> None:
 def floating(op: str, name: str, value: object, *, double: bool = False) -> None:
     """Requires a float32, bfloat16 or float16 tensor; also float64 with `double`."""
     tensor(op, name, value)
-    allowed = (*FLOATING, torch.float64) if double else FLOATING
+    allowed = _FLOATING_OR_DOUBLE if double else FLOATING
     if value.dtype not in allowed:
         names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
         raise TypeError(f"{op}: {name} must be one of {names}, got {value.dtype}")

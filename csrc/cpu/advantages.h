@@ -159,7 +159,11 @@ Status gae(const GaeArgs& a) {
   return {};
 }
 
-Status group_advantages(const GroupAdvantagesArgs& a) {
+Status group_advantages(const GroupAdvantagesArgs& args) {
+  const Scratch<double> work(args.count);
+  if (!work.data) return {kOutOfMemory, -1};
+  GroupAdvantagesArgs a = args;
+  a.work = work.data;
   for (int64_t begin = 0, end = 0; begin < a.count; begin = end) {
     if (a.order) {
       while (end < a.count && a.sorted_ids[end] == a.sorted_ids[begin]) ++end;

@@ -26,14 +26,20 @@ struct PolicyBlock {
 };
 
 // Adds n tokens to sums; returns the sum of their slopes in the log-ratio, if that is the
-// sequence's.
-template <int kObjective>
-double policy_block(const PolicyConfig& c, const PolicyBlock& b, int64_t n, const SequenceRatio& q,
-                    double weight, PolicySums& sums) {
+// sequence's. kPlain: a ratio per token, and no input beyond the four that every loss has. Without
+// the branches of the others, all sums stay in registers.
+template <int kObjective, bool kPlain>
+double policy_block(const PolicyConfig& config, const PolicyBlock& b, int64_t n,
+                    const SequenceRatio& q, double weight, PolicySums& sums) {
   using V = Lanes;
+  // A copy, which no store to a gradient can change.
+  const PolicyConfig c = config;
   const V zero(0.0f), kl_coef(c.kl_coef), token_weight(static_cast<float>(weight));
-  const bool token_ratio = c.ratio_level == kTokenRatio, pooled = c.ratio_level == kSequenceRatio;
+  const bool token_ratio = kPlain || c.ratio_level == kTokenRatio;
+  const bool pooled = !kPlain && c.ratio_level == kSequenceRatio;
   const bool token_correction = c.correction_level != kSequenceCorrection;
+  const bool with_ref = !kPlain && b.ref, with_rollout = !kPlain && b.rollout;
+  const bool with_entropy = !kPlain && b.entropy;
   const Ratio<V> sequence{V(q.ratio.r), V(q.ratio.em1), V(q.ratio.em1mx), V(q.ratio.log)};
   V pg = zero, kl = zero, low = zero, high = zero, dual = zero, r = zero, rr = zero, x_sum = zero;
   V k3 = zero, x_ref = zero, k3_ref = zero, entropy = zero, w_sum = zero, slope = zero;
@@ -47,7 +53,7 @@ double policy_block(const PolicyConfig& c, const PolicyBlock& b, int64_t n, cons
     const Ratio<V> own = policy_ratio(x, c);
     const Ratio<V> ratio = token_ratio ? own : sequence;
     V w(1.0f);
-    if (b.rollout) {
+    if (with_rollout) {
       w = token_correction ? correction_weight(old - kept(b.rollout), c) : V(q.w);
       w_sum = fma(w, m, w_sum);
       if (c.correction_level == kNoCorrection) w = V(1.0f);
@@ -60,7 +66,7 @@ double policy_block(const PolicyConfig& c, const PolicyBlock& b, int64_t n, cons
       high = fma(t.high, m, high);
       if constexpr (kObjective == kClip) dual = dual + t.dual;
     }
-    if (b.ref) {
+    if (with_ref) {
       const V d = logprob - kept(b.ref);
       KlTerm<V> k = policy_kl(d, c);
       if (c.kl_importance_weighted) {
@@ -73,7 +79,7 @@ double policy_block(const PolicyConfig& c, const PolicyBlock& b, int64_t n, cons
       x_ref = x_ref + d;
       k3_ref = k3_ref + k.k3;
     }
-    if (b.entropy) entropy = entropy + kept(b.entropy);
+    if (with_entropy) entropy = entropy + kept(b.entropy);
     r = fma(ratio.r, m, r);
     rr = fma(ratio.r * ratio.r, m, rr);
     r_min = select_less(zero, m, min(r_min, ratio.r), r_min);
@@ -87,7 +93,7 @@ double policy_block(const PolicyConfig& c, const PolicyBlock& b, int64_t n, cons
       if (token_ratio || (!pooled && q.inside)) g = g + t.ratio;
       store(b.grad + i, select_less(zero, m, g * token_weight, zero).v);
     }
-    if (b.grad_entropy)
+    if (with_entropy && b.grad_entropy)
       store(b.grad_entropy + i, select_less(zero, m, V(-c.entropy_coef) * token_weight, zero).v);
   }
   sums.pg += weight * reduce_add(pg.v);
@@ -100,13 +106,13 @@ double policy_block(const PolicyConfig& c, const PolicyBlock& b, int64_t n, cons
   sums.dual += reduce_add(dual.v);
   sums.r_min = min(lane_min(r_min), sums.r_min);
   sums.r_max = max(reduce_max(r_max.v), sums.r_max);
-  if (b.ref) {
+  if (with_ref) {
     sums.kl += weight * reduce_add(kl.v);
     sums.x_ref += reduce_add(x_ref.v);
     sums.k3_ref += reduce_add(k3_ref.v);
   }
-  if (b.rollout) sums.w += reduce_add(w_sum.v);
-  if (b.entropy) {
+  if (with_rollout) sums.w += reduce_add(w_sum.v);
+  if (with_entropy) {
     const double h = reduce_add(entropy.v);
     sums.entropy += h;
     sums.bonus += weight * h;
@@ -116,14 +122,21 @@ double policy_block(const PolicyConfig& c, const PolicyBlock& b, int64_t n, cons
 
 using PolicyBlockFunction = double (*)(const PolicyConfig&, const PolicyBlock&, int64_t,
                                        const SequenceRatio&, double, PolicySums&);
-inline PolicyBlockFunction policy_block_function(int32_t objective) {
+template <bool kPlain>
+PolicyBlockFunction policy_block_of(int32_t objective) {
   switch (objective) {
-    case kPenalty: return policy_block<kPenalty>;
-    case kReinforce: return policy_block<kReinforce>;
-    case kCispo: return policy_block<kCispo>;
-    case kSapo: return policy_block<kSapo>;
-    default: return policy_block<kClip>;
+    case kPenalty: return policy_block<kPenalty, kPlain>;
+    case kReinforce: return policy_block<kReinforce, kPlain>;
+    case kCispo: return policy_block<kCispo, kPlain>;
+    case kSapo: return policy_block<kSapo, kPlain>;
+    default: return policy_block<kClip, kPlain>;
   }
+}
+inline PolicyBlockFunction policy_block_function(const PolicyArgs& a) {
+  const bool more = a.ref_logprobs.data || a.rollout_logprobs.data || a.entropy.data;
+  if (!more && a.config.ratio_level == kTokenRatio)
+    return policy_block_of<true>(a.config.objective);
+  return policy_block_of<false>(a.config.objective);
 }
 
 // Tokens, and where asked for the sums of logprob - old and of old - rollout, of one piece.
@@ -233,7 +246,7 @@ Status policy_loss(const PolicyArgs& a) {
     add_pieces(plan, piece_sums, sequences);
   }
   const double divisor = loss_divisor(t, c.aggregation, a.divisor, sequences);
-  const PolicyBlockFunction block_function = policy_block_function(c.objective);
+  const PolicyBlockFunction block_function = policy_block_function(a);
 
   for (int64_t i = 0; i < plan.items; ++i) partial[i].r_min = 3.0e38f, partial[i].r_max = -3.0e38f;
   plan.for_pieces(a.exec.threads, [&](int64_t index, int64_t item) {

@@ -270,7 +270,7 @@ inline Vec keep_first(Vec x, int n, float fill) {
   return load(buffer);
 }
 
-// Reductions over lanes, in the order of the lanes.
+// Reductions over lanes, in a fixed order.
 inline float reduce_max(Vec x) {
   float v[kLanes];
   store(v, x);
@@ -278,12 +278,14 @@ inline float reduce_max(Vec x) {
   for (int i = 1; i < kLanes; ++i) r = v[i] > r ? v[i] : r;
   return r;
 }
+// In four interleaved sums, which are vectors of doubles where there are such.
 inline double reduce_add(Vec x) {
   float v[kLanes];
   store(v, x);
-  double r = 0.0;
-  for (int i = 0; i < kLanes; ++i) r += v[i];
-  return r;
+  double s[4] = {};
+  for (int i = 0; i < kLanes; i += 4)
+    for (int j = 0; j < 4; ++j) s[j] += v[i + j];
+  return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
 constexpr float kLog2e = 1.44269504088896341f;

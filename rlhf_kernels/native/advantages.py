@@ -184,13 +184,15 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         sorted_ids = order = None
         if group_ids is not None:
             sorted_ids, order = group_ids.long().sort(stable=True)
-        work = _workspace(rewards.numel(), torch.float64, rewards)
+        work = _workspace(rewards.numel(), torch.float64, rewards) if gpu else None
         rewards, greedy_rewards = b.as_grid(rewards), b.as_grid(greedy_rewards)
-        extension.group_advantages(
+        code, _ = extension.group_advantages(
             rewards.numel(), b.pack(rewards), b.pack(greedy_rewards), b.pack(order),
             b.pack(sorted_ids), group_size, _BASELINES[baseline], _SCALES[scale], eps,
             b.pack(work), b.pack(out), where(rewards),
         )  # fmt: skip
+        if code == b.OUT_OF_MEMORY:
+            raise MemoryError(f"group_advantages: no memory for {rewards.numel()} rewards in fp64")
         return out
 
     return {

@@ -51,8 +51,8 @@ def outputs(like: Tensor, metrics: int, gpu: bool) -> tuple[Tensor, Tensor, Tens
 
 def gradient(like: Tensor, wanted: bool, gpu: bool) -> Tensor:
     """Memory for the gradient of `like`; empty if not wanted."""
-    dtype = torch.float32 if gpu else like.dtype
-    return torch.empty(like.shape if wanted else (0,), dtype=dtype, device=like.device)
+    shape = like.shape if wanted else (0,)
+    return like.new_empty(shape, dtype=torch.float32) if gpu else like.new_empty(shape)
 
 
 def sequences(

@@ -72,7 +72,7 @@ class PPOAdvantages(NamedTuple):
 
 
 def _constant(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach()
+    return t.detach() if t is not None and t.requires_grad else t
 
 
 def _check_scan(
@@ -179,8 +179,7 @@ def gae(
         op, ("rewards", "values"), (rewards, values), {"mask": mask, "dones": dones},
         {"bootstrap_values": bootstrap_values}, cu_seqlens, {"gamma": gamma, "lam": lam}, masked,
     )  # fmt: skip
-    rewards, values = rewards.detach(), values.detach()
-    bootstrap_values = _constant(bootstrap_values)
+    rewards, values, bootstrap_values = map(_constant, (rewards, values, bootstrap_values))
     backend = _backends.select(op, rewards.device)
     if backend == _backends.REFERENCE:
         _checks.offsets_valid(op, cu_seqlens, rewards.shape[0])
@@ -239,7 +238,7 @@ def discounted_returns(
         op, ("rewards",), (rewards,), {"mask": mask, "dones": dones},
         {"bootstrap_values": bootstrap_values}, cu_seqlens, {"gamma": gamma}, masked,
     )  # fmt: skip
-    rewards, bootstrap_values = rewards.detach(), _constant(bootstrap_values)
+    rewards, bootstrap_values = _constant(rewards), _constant(bootstrap_values)
     backend = _backends.select(op, rewards.device)
     if backend == _backends.REFERENCE:
         _checks.offsets_valid(op, cu_seqlens, rewards.shape[0])
@@ -311,8 +310,9 @@ def ppo_advantages(
     _checks.one_of(op, "kl_estimator", kl_estimator, _ESTIMATORS)
     if reward_clip is not None:
         _checks.positive(op, "reward_clip", reward_clip)
-    scores, logprobs, values = scores.detach(), logprobs.detach(), values.detach()
-    ref_logprobs = _constant(ref_logprobs)
+    scores, logprobs, ref_logprobs, values = map(
+        _constant, (scores, logprobs, ref_logprobs, values)
+    )
     backend = _backends.select(op, logprobs.device)
     if backend == _backends.REFERENCE:
         _checks.offsets_valid(op, cu_seqlens, logprobs.shape[0])
@@ -411,7 +411,7 @@ def group_advantages(
         _checks.floating(op, "greedy_rewards", greedy_rewards, double=True)
         _checks.same_shape(op, "greedy_rewards", greedy_rewards, "rewards", rewards.shape)
         _checks.same_device(op, "greedy_rewards", greedy_rewards, "rewards", rewards.device)
-    rewards, greedy_rewards = rewards.detach(), _constant(greedy_rewards)
+    rewards, greedy_rewards = _constant(rewards), _constant(greedy_rewards)
     backend = _backends.select(op, rewards.device)
     if backend == _backends.REFERENCE:
         return reference.group_advantages(
@@ -458,7 +458,7 @@ def whiten(
     _checks.number(op, "eps", eps)
     if eps < 0:
         raise ValueError(f"{op}: eps must be >= 0, got {eps}")
-    x = x.detach()
+    x = _constant(x)
     backend = _backends.select(op, x.device)
     if backend == _backends.REFERENCE:
         return reference.whiten(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps)

@@ -4,11 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _backends, _checks, _group, _shard, reference
 from .._head import chunk_size
-from .._register import define, head_gradients_fake, row_arguments
+from .._register import define, head_gradients_fake, once_differentiable, row_arguments
 from .logprobs import TokenLogprobs
 from .support import Support, linear_token_logprobs_support
 

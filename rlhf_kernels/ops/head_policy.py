@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _backends, _checks, _group, _shard, reference
-from .._register import define, head_gradients_fake, row_arguments
+from .._register import define, head_gradients_fake, once_differentiable, row_arguments
 from ..policy_config import PolicyLossConfig
 from ..reference.policy import METRICS
 from .head import check_chunk, check_head, check_ref_head

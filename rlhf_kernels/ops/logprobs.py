@@ -4,10 +4,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _backends, _checks, _group, _layout, _shard, reference
-from .._register import define, row_arguments
+from .._register import define, once_differentiable, row_arguments
 from .support import Support, token_logprobs_support
 
 

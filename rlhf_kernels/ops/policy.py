@@ -4,10 +4,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _backends, _checks, reference
-from .._register import define
+from .._register import define, once_differentiable
 from ..policy_config import PolicyLossConfig
 from ..reference.policy import METRICS
 

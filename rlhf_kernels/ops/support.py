@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _backends, _checks, reference
-from .._register import define, head_gradients_fake, row_arguments
+from .._register import define, head_gradients_fake, once_differentiable, row_arguments
 
 #: indptr [N + 1] and indices [nnz] of the words of each token.
 Support = tuple[Tensor, Tensor]
