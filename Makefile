@@ -46,7 +46,7 @@ test-all: venv $(PARITY)
 demo: venv
 	$(BIN)/rlhf-kernels train ppo --config examples/ppo_arithmetic.yaml
 
-# The points that matter, in about ten minutes; all of them, growth curves and a whole step.
+# The points that matter, a quarter of an hour with all peers installed; all of them, growth curves and a whole step.
 bench: venv
 	$(BIN)/python benchmarks/run.py
 
