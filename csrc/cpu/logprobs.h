@@ -1,7 +1,8 @@
 // Token log-probability and entropy of rows of logits, and their gradient.
 //
 // A row is read once from memory, in blocks that stay in the first-level cache: the block's
-// maximum first, then the sums of e = exp((x - m) / T) and e * (x - m). Within a block four
+// maximum first, then the sums of e = exp((x - m) / T) and e * (x - m). While a block is summed the
+// maximum of the next is taken, so that memory is read at all times. Within a block four
 // accumulators per sum; across blocks in double. Block boundaries depend on the vocabulary alone,
 // so a row's bits do not depend on the batch around it.
 #pragma once
@@ -54,16 +55,61 @@ inline bool has_nan(const typename E::Storage* x, int64_t n) {
   return false;
 }
 
+// What the sums over a row have in common.
+struct SumsOptions {
+  Vec cap, inv_cap, rate, lowest;
+};
+
+// Adds a block of n logits to the sums, whose reference point is r.m, and returns the maximum of
+// the whole block after it where kNext says that there is one.
+template <class E, bool kSoftcap, bool kEntropy, bool kNext>
+inline float add_block(RowSums& r, const typename E::Storage* p, int64_t n, const SumsOptions& o) {
+  const Vec m = splat(r.m);
+  Vec s[kUnroll], t[kUnroll], next[kUnroll];
+  for (int u = 0; u < kUnroll; ++u) {
+    s[u] = t[u] = splat(0.0f);
+    next[u] = splat(-__builtin_inff());
+  }
+  const auto accumulate = [&](int u, Vec z) {
+    const Vec d = max(o.lowest, sub(z, m));
+    const Vec e = exp_scaled(d, o.rate);
+    s[u] = add(s[u], e);
+    if constexpr (kEntropy) t[u] = fma(e, d, t[u]);
+  };
+  int64_t i = 0;
+  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
+    prefetch_ahead<E, kUnroll>(p + i + kBlock);
+    for (int u = 0; u < kUnroll; ++u) {
+      accumulate(u, load_logits<E, kSoftcap>(p + i + u * kLanes, o.cap, o.inv_cap));
+      if constexpr (kNext) next[u] = max(next[u], E::load(p + kBlock + i + u * kLanes));
+    }
+  }
+  for (; i < n; i += kLanes) {
+    const int left = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
+    Vec z = left == kLanes ? E::load(p + i) : load_partial<E>(p + i, left, 0.0f);
+    if constexpr (kSoftcap) z = mul(o.cap, tanh(mul(z, o.inv_cap)));
+    // Past the end: -inf, whose e is below the resolution of a sum that holds exp(0).
+    if (left < kLanes) z = keep_first(z, left, -__builtin_inff());
+    accumulate(0, z);
+  }
+  r.s += reduce_add(add(add(s[0], s[1]), add(s[2], s[3])));
+  if constexpr (kEntropy) r.t += reduce_add(add(add(t[0], t[1]), add(t[2], t[3])));
+  return reduce_max(max(max(next[0], next[1]), max(next[2], next[3])));
+}
+
 template <class E, bool kSoftcap, bool kEntropy>
 inline RowSums row_sums(const typename E::Storage* x, int64_t vocab, float cap, double inv_t) {
   RowSums r;
-  const Vec vcap = splat(cap), vinv_cap = splat(kSoftcap ? 1.0f / cap : 0.0f);
-  const Vec rate = splat(static_cast<float>(inv_t * kLog2e));
-  const Vec lowest = splat(static_cast<float>(kExpMin / inv_t));
+  const SumsOptions options{splat(cap), splat(kSoftcap ? 1.0f / cap : 0.0f),
+                            splat(static_cast<float>(inv_t * kLog2e)),
+                            splat(static_cast<float>(kExpMin / inv_t))};
+  float next = 0.0f;
+  bool known = false;
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const typename E::Storage* p = x + start;
     const int64_t n = vocab - start < kBlock ? vocab - start : kBlock;
-    float bm = block_max<E>(p, n);
+    float bm = known ? next : block_max<E>(p, n);
+    known = false;
     if (!kSoftcap && bm == -__builtin_inff()) {
       // Nothing but -inf here, which adds nothing, unless the maximum has hidden a NaN.
       if (has_nan<E>(p, n)) r.s = __builtin_nan("");
@@ -80,34 +126,11 @@ inline RowSums row_sums(const typename E::Storage* x, int64_t vocab, float cap, 
       }
       r.m = bm;
     }
-    const Vec m = splat(r.m);
-    Vec s[kUnroll], t[kUnroll];
-    for (int u = 0; u < kUnroll; ++u) s[u] = t[u] = splat(0.0f);
-    int64_t i = 0;
-    for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
-      // This loop computes and the next block's first pass waits for memory: overlap the two.
-      prefetch<E, kUnroll>(p + i + kBlock);
-      for (int u = 0; u < kUnroll; ++u) {
-        const Vec z = load_logits<E, kSoftcap>(p + i + u * kLanes, vcap, vinv_cap);
-        const Vec d = max(lowest, sub(z, m));
-        const Vec e = exp_scaled(d, rate);
-        s[u] = add(s[u], e);
-        if constexpr (kEntropy) t[u] = fma(e, d, t[u]);
-      }
-    }
-    for (; i < n; i += kLanes) {
-      const int left = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
-      Vec z = left == kLanes ? E::load(p + i) : load_partial<E>(p + i, left, 0.0f);
-      if constexpr (kSoftcap) z = mul(vcap, tanh(mul(z, vinv_cap)));
-      // Past the end: -inf, whose e is below the resolution of a sum that holds exp(0).
-      if (left < kLanes) z = keep_first(z, left, -__builtin_inff());
-      const Vec d = max(lowest, sub(z, m));
-      const Vec e = exp_scaled(d, rate);
-      s[0] = add(s[0], e);
-      if constexpr (kEntropy) t[0] = fma(e, d, t[0]);
-    }
-    r.s += reduce_add(add(add(s[0], s[1]), add(s[2], s[3])));
-    if constexpr (kEntropy) r.t += reduce_add(add(add(t[0], t[1]), add(t[2], t[3])));
+    known = vocab - start >= 2 * kBlock;
+    if (known)
+      next = add_block<E, kSoftcap, kEntropy, true>(r, p, n, options);
+    else
+      add_block<E, kSoftcap, kEntropy, false>(r, p, n, options);
   }
   return r;
 }

@@ -262,6 +262,15 @@ inline void prefetch(const typename E::Storage* p) {
   for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + b);
 }
 
+// Of a stream that is read at p now: lines that come soon, into the second-level cache, whose queue
+// of misses is longer than the first one's.
+template <class E, int vectors>
+inline void prefetch_ahead(const typename E::Storage* p) {
+  constexpr int kAhead = 2048, kBytes = vectors * kLanes * static_cast<int>(sizeof(*p));
+  for (int b = 0; b < kBytes; b += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead + b, 0, 2);
+}
+
 // The first n lanes of x, the others replaced.
 inline Vec keep_first(Vec x, int n, float fill) {
   float buffer[kLanes];
