@@ -161,6 +161,9 @@ void kl_backward_row(const KlBackwardArgs& a, int64_t row) {
   };
   int64_t k = 0;
   for (; k + 2 * kLanes <= a.vocab; k += 2 * kLanes) {
+    prefetch_ahead<E, 2>(x + k);
+    prefetch_ahead<E, 2>(ref + k);
+    prefetch_ahead<E, 2, true>(out + k);
     const Vec d0 = gradient(E::load(x + k), E::load(ref + k));
     const Vec d1 = gradient(E::load(x + k + kLanes), E::load(ref + k + kLanes));
     E::store(out + k, d0);

@@ -244,6 +244,8 @@ void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
   };
   int64_t k = 0;
   for (; k + kUnroll * kLanes <= a.vocab; k += kUnroll * kLanes) {
+    prefetch_ahead<E, kUnroll>(x + k);
+    prefetch_ahead<E, kUnroll, true>(out + k);
     Vec dz[kUnroll];
     for (int u = 0; u < kUnroll; ++u) dz[u] = gradient(E::load(x + k + u * kLanes));
     for (int u = 0; u < kUnroll; ++u) E::store(out + k + u * kLanes, dz[u]);

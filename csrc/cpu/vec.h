@@ -262,13 +262,13 @@ inline void prefetch(const typename E::Storage* p) {
   for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + b);
 }
 
-// Of a stream that is read at p now: lines that come soon, into the second-level cache, whose queue
-// of misses is longer than the first one's.
-template <class E, int vectors>
+// Of a stream that is at p now: asks for lines that come soon, into the second-level cache, whose
+// queue of misses is longer than the first one's. kStore: they will be written.
+template <class E, int vectors, bool kStore = false>
 inline void prefetch_ahead(const typename E::Storage* p) {
   constexpr int kAhead = 2048, kBytes = vectors * kLanes * static_cast<int>(sizeof(*p));
   for (int b = 0; b < kBytes; b += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead + b, 0, 2);
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead + b, kStore, 2);
 }
 
 // The first n lanes of x, the others replaced.
