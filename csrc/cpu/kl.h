@@ -22,20 +22,77 @@ inline double rebase(RowSums& r, float m, double inv_t) {
   return scale;
 }
 
+// Half a block of each row: both halves together stay in the first-level cache.
+constexpr int64_t kPairBlock = kBlock / 2;
+constexpr int kPairUnroll = 2;
+
+struct PairMax {
+  float p, q;
+};
+
+// Adds a block of n pairs of logits to the sums and returns the maxima of the whole block after it
+// where kNext says that there is one, as add_block of one row does.
+template <class E, bool kNext>
+inline PairMax add_pairs(PairSums& r, const typename E::Storage* xp, const typename E::Storage* xq,
+                         int64_t n, Vec rate, Vec lowest) {
+  const float minus_inf = -__builtin_inff();
+  const Vec zero = splat(0.0f);
+  // A row that is -inf so far has no reference point yet; any will do for sums of zeros.
+  const Vec vp = splat(r.p.m == minus_inf ? 0.0f : r.p.m);
+  const Vec vq = splat(r.q.m == minus_inf ? 0.0f : r.q.m);
+  Vec sp[kPairUnroll], sq[kPairUnroll], t[kPairUnroll], next_p[kPairUnroll], next_q[kPairUnroll];
+  for (int u = 0; u < kPairUnroll; ++u) {
+    sp[u] = sq[u] = t[u] = zero;
+    next_p[u] = next_q[u] = splat(minus_inf);
+  }
+  const auto accumulate = [&](int u, Vec zp, Vec zq) {
+    const Vec dp = sub(zp, vp), dq = sub(zq, vq);
+    // Exactly zero weight below the range of exp, so that -inf of the reference under it is no
+    // 0 * inf, and sums over -inf alone stay 0.
+    const Vec ep = select_less(dp, lowest, zero, exp_scaled(max(lowest, dp), rate));
+    const Vec eq = select_less(dq, lowest, zero, exp_scaled(max(lowest, dq), rate));
+    sp[u] = add(sp[u], ep);
+    sq[u] = add(sq[u], eq);
+    const Vec term = mul(ep, sub(dp, dq));
+    t[u] = add(t[u], select_less(dp, lowest, zero, term));
+  };
+  int64_t i = 0;
+  for (; i + kPairUnroll * kLanes <= n; i += kPairUnroll * kLanes) {
+    prefetch_ahead<E, kPairUnroll>(xp + i + kPairBlock);
+    prefetch_ahead<E, kPairUnroll>(xq + i + kPairBlock);
+    for (int u = 0; u < kPairUnroll; ++u) {
+      const int64_t k = i + u * kLanes;
+      accumulate(u, E::load(xp + k), E::load(xq + k));
+      if constexpr (kNext) {
+        next_p[u] = max(next_p[u], E::load(xp + kPairBlock + k));
+        next_q[u] = max(next_q[u], E::load(xq + kPairBlock + k));
+      }
+    }
+  }
+  for (; i < n; i += kLanes) {
+    const int left = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
+    accumulate(0, load_partial<E>(xp + i, left, minus_inf),
+               load_partial<E>(xq + i, left, minus_inf));
+  }
+  r.p.s += reduce_add(add(sp[0], sp[1]));
+  r.q.s += reduce_add(add(sq[0], sq[1]));
+  r.p.t += reduce_add(add(t[0], t[1]));
+  return {reduce_max(max(next_p[0], next_p[1])), reduce_max(max(next_q[0], next_q[1]))};
+}
+
 template <class E>
 inline PairSums pair_sums(const typename E::Storage* xp, const typename E::Storage* xq,
                           int64_t vocab, double inv_t) {
-  // Half a block of each row: both halves together stay in the first-level cache.
-  constexpr int64_t kPairBlock = kBlock / 2;
-  constexpr int kPairUnroll = 2;
   const float minus_inf = -__builtin_inff();
   PairSums r;
   const Vec rate = splat(static_cast<float>(inv_t * kLog2e));
   const Vec lowest = splat(static_cast<float>(kExpMin / inv_t));
-  const Vec zero = splat(0.0f);
+  PairMax next{};
+  bool known = false;
   for (int64_t start = 0; start < vocab; start += kPairBlock) {
     const int64_t n = vocab - start < kPairBlock ? vocab - start : kPairBlock;
-    const float mp = block_max<E>(xp + start, n), mq = block_max<E>(xq + start, n);
+    const float mp = known ? next.p : block_max<E>(xp + start, n);
+    const float mq = known ? next.q : block_max<E>(xq + start, n);
     if (mp > r.p.m) {
       // Every x_P - m_P falls by m' - m as well.
       const double shift = static_cast<double>(r.p.m) - mp;
@@ -51,37 +108,11 @@ inline PairSums pair_sums(const typename E::Storage* xp, const typename E::Stora
     }
     if (mp == minus_inf && has_nan<E>(xp + start, n)) r.p.s = __builtin_nan("");
     if (mq == minus_inf && has_nan<E>(xq + start, n)) r.q.s = __builtin_nan("");
-    // A row that is -inf so far has no reference point yet; any will do for sums of zeros.
-    const Vec vp = splat(r.p.m == minus_inf ? 0.0f : r.p.m);
-    const Vec vq = splat(r.q.m == minus_inf ? 0.0f : r.q.m);
-    Vec sp[kPairUnroll], sq[kPairUnroll], t[kPairUnroll];
-    for (int u = 0; u < kPairUnroll; ++u) sp[u] = sq[u] = t[u] = zero;
-    const auto accumulate = [&](int u, Vec zp, Vec zq) {
-      const Vec dp = sub(zp, vp), dq = sub(zq, vq);
-      // Exactly zero weight below the range of exp, so that -inf of the reference under it is no
-      // 0 * inf, and sums over -inf alone stay 0.
-      const Vec ep = select_less(dp, lowest, zero, exp_scaled(max(lowest, dp), rate));
-      const Vec eq = select_less(dq, lowest, zero, exp_scaled(max(lowest, dq), rate));
-      sp[u] = add(sp[u], ep);
-      sq[u] = add(sq[u], eq);
-      const Vec term = mul(ep, sub(dp, dq));
-      t[u] = add(t[u], select_less(dp, lowest, zero, term));
-    };
-    int64_t i = 0;
-    for (; i + kPairUnroll * kLanes <= n; i += kPairUnroll * kLanes) {
-      prefetch<E, kPairUnroll>(xp + start + i + kPairBlock);
-      prefetch<E, kPairUnroll>(xq + start + i + kPairBlock);
-      for (int u = 0; u < kPairUnroll; ++u)
-        accumulate(u, E::load(xp + start + i + u * kLanes), E::load(xq + start + i + u * kLanes));
-    }
-    for (; i < n; i += kLanes) {
-      const int left = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
-      accumulate(0, load_partial<E>(xp + start + i, left, minus_inf),
-                 load_partial<E>(xq + start + i, left, minus_inf));
-    }
-    r.p.s += reduce_add(add(sp[0], sp[1]));
-    r.q.s += reduce_add(add(sq[0], sq[1]));
-    r.p.t += reduce_add(add(t[0], t[1]));
+    known = vocab - start >= 2 * kPairBlock;
+    if (known)
+      next = add_pairs<E, true>(r, xp + start, xq + start, n, rate, lowest);
+    else
+      add_pairs<E, false>(r, xp + start, xq + start, n, rate, lowest);
   }
   return r;
 }
