@@ -278,6 +278,10 @@ Status kl_penalty_blocks(const KlPenaltyArgs& a, int32_t estimator) {
       return select_less(zero, upstream, product, select_less(upstream, zero, product, upstream));
     };
     for (int64_t k = 0; k < n; k += kLanes) {
+      prefetch_ahead<F32, 1>(p + k);
+      prefetch_ahead<F32, 1>(q + k);
+      if (kSlope) prefetch_ahead<F32, 1>(g + k);
+      prefetch_ahead<F32, 1, true>(out + k);
       const Lanes x = Lanes(load(p + k)) - Lanes(load(q + k));
       Lanes y = kl_lanes<kSlope>(x, estimator);
       if (kSlope) y = gradient(Lanes(load(g + k)), y);

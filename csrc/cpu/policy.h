@@ -45,6 +45,10 @@ double policy_block(const PolicyConfig& config, const PolicyBlock& b, int64_t n,
   V k3 = zero, x_ref = zero, k3_ref = zero, entropy = zero, w_sum = zero, slope = zero;
   V r_min(3.0e38f), r_max(-3.0e38f);
   for (int64_t i = 0; i < n; i += kLanes) {
+    prefetch_ahead<F32, 1>(b.logprobs + i);
+    prefetch_ahead<F32, 1>(b.old + i);
+    prefetch_ahead<F32, 1>(b.advantages + i);
+    if (b.grad) prefetch_ahead<F32, 1, true>(b.grad + i);
     const V m = load(b.mask + i);
     // Selected here, so that what lay under the mask is gone; later the mask may multiply.
     const auto kept = [&](const float* p) { return select_less(zero, m, load(p + i), zero); };

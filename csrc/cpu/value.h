@@ -25,6 +25,10 @@ inline void value_block(const ValueArgs& a, const ValueBlock& b, int64_t n, int6
     return select_less(zero, V(load(b.mask + i)), V(load(p + i)), zero);
   };
   for (int64_t i = 0; i < n; i += kLanes) {
+    prefetch_ahead<F32, 1>(b.values + i);
+    prefetch_ahead<F32, 1>(b.returns + i);
+    if (b.old) prefetch_ahead<F32, 1>(b.old + i);
+    if (b.grad) prefetch_ahead<F32, 1, true>(b.grad + i);
     const V v = kept(b.values, i), r = kept(b.returns, i);
     const ValueTerm<V> t =
         value_term(v, b.old ? kept(b.old, i) : zero, r, range, a.clip_range > 0.0f);
