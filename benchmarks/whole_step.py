@@ -90,11 +90,8 @@ def _shaped(scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor) -
     return rewards.scatter_add(1, mask.sum(1, keepdim=True) - 1, scores.unsqueeze(1))
 
 
-def eager() -> Operations:
-    """Plain torch, as trainers without kernels write it."""
-
-    def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        return test_bench_head.eager_logprobs(hidden, weight, labels)
+def _policy(logprobs: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Plain torch's loss of these log-probabilities."""
 
     def policy(
         hidden: Tensor, weight: Tensor, b: Batch, old: Tensor, a: Tensor, ref: Any
@@ -102,6 +99,15 @@ def eager() -> Operations:
         own = logprobs(hidden, weight, b.labels, b.mask)
         loss = _clipped(own, b, old, a)
         return loss if ref is None else loss + KL_COEF * _k3(own, ref, b.mask)
+
+    return policy
+
+
+def eager() -> Operations:
+    """Plain torch, as trainers without kernels write it."""
+
+    def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        return test_bench_head.eager_logprobs(hidden, weight, labels)
 
     def advantages(s: Tensor, own: Tensor, ref: Tensor, v: Tensor, mask: Tensor) -> Any:
         weights = mask.float()
@@ -117,7 +123,7 @@ def eager() -> Operations:
         worse = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
         return 0.5 * _masked_mean(worse, mask)
 
-    return Operations(logprobs, policy, advantages, group, value)
+    return Operations(logprobs, _policy(logprobs), advantages, group, value)
 
 
 def trl() -> Operations | harness.Missing:
@@ -130,14 +136,7 @@ def trl() -> Operations | harness.Missing:
         found = head(hidden.flatten(0, 1), weight, labels.flatten(), ())[0]
         return found.view_as(labels)
 
-    def policy(
-        hidden: Tensor, weight: Tensor, b: Batch, old: Tensor, a: Tensor, ref: Any
-    ) -> Tensor:
-        own = logprobs(hidden, weight, b.labels, b.mask)
-        loss = _clipped(own, b, old, a)
-        return loss if ref is None else loss + KL_COEF * _k3(own, ref, b.mask)
-
-    return eager()._replace(logprobs=logprobs, policy=policy)
+    return eager()._replace(logprobs=logprobs, policy=_policy(logprobs))
 
 
 def verl() -> Operations | harness.Missing:
