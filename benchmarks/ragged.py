@@ -1,4 +1,4 @@
-"""Lengths of the sequences in a packed batch."""
+"""Lengths of the sequences in a packed or padded batch."""
 
 import math
 
@@ -16,6 +16,13 @@ def response_lengths(count: int, longest: int, device: torch.device) -> Tensor:
     """
     drawn = (math.log(longest / 4) + SIGMA * torch.randn(count, device=device)).exp()
     return drawn.round().long().clamp(LEAST, longest)
+
+
+def padded(shape: tuple[int, int], device: torch.device, lengths: Tensor | None = None) -> Tensor:
+    """Bool mask [B, T] of sequences of `lengths`, else of random ones of at least half of T."""
+    if lengths is None:
+        lengths = torch.randint(shape[1] // 2, shape[1] + 1, shape[:1], device=device)
+    return torch.arange(shape[1], device=device) < lengths[:, None]
 
 
 def described(lengths: Tensor, longest: int) -> str:

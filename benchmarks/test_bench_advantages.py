@@ -11,7 +11,7 @@ import rlhf_kernels as rk
 
 from .harness import Case, Missing, Provider, Settings, compiled, points
 from .peers import peer
-from .ragged import described, offsets, response_lengths
+from .ragged import described, offsets, padded, response_lengths
 
 GAMMA, LAM, KL_COEF = 0.99, 0.95, 0.05
 TARGETS = {"eager": 100, "vectorized": 5, "compile": 5, "copy": 0.4}
@@ -74,6 +74,12 @@ def whitened(x: Tensor, weights: Tensor) -> Tensor:
     return (x - mean) * torch.rsqrt(variance + 1e-8)
 
 
+def standardized(rewards: Tensor, size: int) -> Tensor:
+    """Of each group of `size` rewards that follow each other."""
+    g = rewards.view(-1, size)
+    return ((g - g.mean(1, keepdim=True)) / (g.std(1, keepdim=True) + 1e-6)).flatten()
+
+
 def _scalar_gae(rewards: Tensor, values: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     """The oracle: one step after another in Python floats, tokens of all rows in one line."""
     advantages: list[float] = []
@@ -93,11 +99,9 @@ def _scalar_gae(rewards: Tensor, values: Tensor, lengths: list[int]) -> tuple[Te
 def _batch(
     shape: tuple[int, int], device: torch.device, lengths: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """rewards, values, bool mask [B, T] of sequences of `lengths`, else at least half of T long."""
+    """rewards, values and the mask of `padded`."""
     rewards, values = (torch.randn(shape, device=device) for _ in range(2))
-    if lengths is None:
-        lengths = torch.randint(shape[1] // 2, shape[1] + 1, shape[:1], device=device)
-    return rewards, values, torch.arange(shape[1], device=device) < lengths[:, None]
+    return rewards, values, padded(shape, device, lengths)
 
 
 def _loop(length: int, name: str) -> Provider | Missing:
@@ -291,8 +295,7 @@ def test_group_advantages(run: Callable[[Case], None], settings: Settings) -> No
     ones = torch.ones(groups * size, 1, dtype=torch.long, device=settings.device)
 
     def eager(r: Tensor) -> Tensor:
-        g = r.view(groups, size)
-        return ((g - g.mean(1, keepdim=True)) / (g.std(1, keepdim=True) + 1e-6)).flatten()
+        return standardized(r, size)
 
     def oracle() -> tuple[Tensor]:
         return (eager(rewards.double()).cpu(),)

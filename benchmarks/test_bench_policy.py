@@ -10,7 +10,7 @@ import rlhf_kernels as rk
 
 from .harness import Case, Settings, compiled, points
 from .peers import peer, verl_actor_config
-from .ragged import described, offsets, response_lengths
+from .ragged import described, offsets, padded, response_lengths
 
 SHAPES = {"64x2048": (64, 2048), "2048x2048": (2048, 2048)}
 FULL_SHAPES = {"64x512": (64, 512), "8x32768": (8, 32768)}
@@ -72,8 +72,7 @@ def test_policy_loss(run: Callable[[Case], None], settings: Settings, name: str)
     old = -torch.rand(shape, device=device) * 5
     logprobs = (old + _log_ratios(old)).requires_grad_()
     advantages = torch.randn_like(old) + 0.5
-    lengths = torch.randint(shape[1] // 2, shape[1] + 1, (shape[0], 1), device=device)
-    mask = torch.arange(shape[1], device=device) < lengths
+    mask = padded(shape, device)
 
     def oracle() -> tuple[Tensor, ...]:
         losses, slopes = _exact(logprobs[mask], old[mask], advantages[mask])
@@ -143,7 +142,7 @@ def test_policy_loss_packed(run: Callable[[Case], None], settings: Settings, nam
     old = -torch.rand(len(owners), device=device) * 5
     logprobs = (old + _log_ratios(old)).requires_grad_()
     advantages = torch.randn(count, device=device)
-    grid = torch.arange(longest, device=device) < lengths[:, None]
+    grid = padded((count, longest), device, lengths)
     slots = grid.flatten().nonzero().squeeze(1)
 
     def oracle() -> tuple[Tensor, ...]:

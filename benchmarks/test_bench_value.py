@@ -10,10 +10,9 @@ import rlhf_kernels as rk
 
 from .harness import Case, Settings, compiled, points
 from .peers import peer
+from .ragged import padded
+from .test_bench_policy import FULL_SHAPES, GPU_SHAPES, SHAPES
 
-SHAPES = {"64x2048": (64, 2048), "2048x2048": (2048, 2048)}
-FULL_SHAPES = {"64x512": (64, 512), "8x32768": (8, 32768)}
-GPU_SHAPES = {f"gpu-{name}": shape for name, shape in SHAPES.items()}
 CLIP = 0.2
 
 
@@ -49,8 +48,7 @@ def test_value_loss(run: Callable[[Case], None], settings: Settings, name: str) 
     returns = old + torch.randn_like(old)
     middle = old + (change + change.clamp(-CLIP, CLIP)) / 2
     returns += torch.where((returns - middle).abs() < 1e-4, 0.1, 0.0)
-    lengths = torch.randint(shape[1] // 2, shape[1] + 1, (shape[0], 1), device=device)
-    mask = torch.arange(shape[1], device=device) < lengths
+    mask = padded(shape, device)
 
     def oracle() -> tuple[Tensor, ...]:
         v, o, r = (t.detach()[mask].double() for t in (values, old, returns))
