@@ -5,8 +5,10 @@
 Two machines, or one on two days, have no time in common, but what plain torch (eager) and the
 machine's own rate (the limit) took beside ours in the same rounds they have. Without --new the
 suite runs now, as BASE was run. A ratio is worse where it rose by more than the tolerance and, on
-top, what the rounds of both runs leave open: half of p20 to p80 of each, on a logarithmic scale.
-Exit status: 0 none is worse; 1 one is worse, or a point of ours fails; 2 nothing can be compared.
+top, what the rounds of both runs leave open: half of p20 to p80 of each, on a logarithmic scale;
+of fewer than five rounds it is unsure at most.
+Exit status: 0 none is worse; 1 one is worse, a point of ours fails, or the run that was made fails;
+2 nothing can be compared.
 """
 
 import argparse
@@ -21,6 +23,8 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 TOLERANCE = 0.10
+# The spread of fewer rounds says nothing: of one it is 0.
+LEAST_ROUNDS = 5
 # What two runs must share for their ratios to mean the same, and what is only worth a word.
 SAME, REMARKED = ("device", "backend", "quick"), ("cpu", "threads", "cpu_capability", "torch")
 Entry = dict[str, Any]
@@ -28,7 +32,7 @@ Point = tuple[str, str]
 
 
 class Change(NamedTuple):
-    """Ours over `other` in both runs, and the factor by which it may rise."""
+    """Ours over `other` in both runs, the factor by which it may rise, the fewer rounds of both."""
 
     point: Point
     other: str
@@ -36,6 +40,7 @@ class Change(NamedTuple):
     new: float
     allowed: float
     tolerance: float
+    rounds: int
 
     @property
     def factor(self) -> float:
@@ -43,11 +48,12 @@ class Change(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        if self.factor > self.allowed:
+        if self.factor > self.allowed and self.rounds >= LEAST_ROUNDS:
             return "WORSE"
         if self.factor < 1 / self.allowed:
             return "better"
-        # More than the tolerance, less than the rounds leave open: to be measured again.
+        # More than the tolerance, less than the rounds leave open, or too few of them: to be
+        # measured again.
         return "unsure" if self.factor > 1 + self.tolerance else "same"
 
 
@@ -62,8 +68,8 @@ def others(entry: Entry) -> dict[str, str]:
     return {"eager": "eager", "limit": entry["limit"]}
 
 
-def median_and_spread(entry: Entry, name: str, paired: bool) -> tuple[float, float] | None:
-    """Ours over `name`, and half of p20 to p80 of its logarithm; None without a time.
+def ratio(entry: Entry, name: str, paired: bool) -> tuple[float, float, int] | None:
+    """Ours over `name`, half of p20 to p80 of its logarithm, and its rounds; None without a time.
 
     Paired: of the ratios of each round. Without, from the times of both, as if nothing had slowed
     both alike: older runs have no more.
@@ -73,9 +79,10 @@ def median_and_spread(entry: Entry, name: str, paired: bool) -> tuple[float, flo
         return None
     if paired:
         ratios = other["ours_over"]
-        return ratios["median"], math.log(ratios["p80"] / ratios["p20"]) / 2
+        return ratios["median"], math.log(ratios["p80"] / ratios["p20"]) / 2, ratios["rounds"]
     spreads = (math.log(p["p80"] / p["p20"]) / 2 for p in (ours, other))
-    return ours["median"] / other["median"], math.hypot(*spreads)
+    rounds = min(ours["rounds"], other["rounds"])
+    return ours["median"] / other["median"], math.hypot(*spreads), rounds
 
 
 def changes(base: Entry, new: Entry, tolerance: float) -> Iterator[Change | str]:
@@ -85,15 +92,16 @@ def changes(base: Entry, new: Entry, tolerance: float) -> Iterator[Change | str]
         for other, name in others(old[point]).items():
             runs = (old[point], now[point])
             paired = all("ours_over" in run["providers"].get(name, {}) for run in runs)
-            pair = [median_and_spread(run, name, paired) for run in runs]
+            pair = [ratio(run, name, paired) for run in runs]
             if None in pair:
                 have = " and ".join(w for w, r in zip(("base", "new"), pair, strict=True) if r)
                 if have:
                     yield f"{title(point)}: ÷ {other} only in {have}"
                 continue
-            (before, spread), (after, spread_now) = pair
+            (before, spread, rounds), (after, spread_now, rounds_now) = pair
             allowed = (1 + tolerance) * math.exp(math.hypot(spread, spread_now))
-            yield Change(point, other, before, after, allowed, tolerance)
+            fewer = min(rounds, rounds_now)
+            yield Change(point, other, before, after, allowed, tolerance, fewer)
 
 
 def title(point: Point) -> str:
@@ -105,8 +113,8 @@ def unlike(base: Entry, new: Entry, keys: tuple[str, ...]) -> list[str]:
     return [f"{k}: base {b}, new {n}" for k, b, n in pairs if b != n]
 
 
-def compare(base: Entry, new: Entry, tolerance: float) -> int:
-    """Prints the table and what could not be compared; the exit status."""
+def compare(base: Entry, new: Entry, tolerance: float, status: int = 0) -> int:
+    """Prints the table and what could not be compared; the exit status. `status`: the new run's."""
     for line in unlike(base, new, REMARKED):
         print(f"Not the same {line}")
     differences = unlike(base, new, SAME)
@@ -124,6 +132,9 @@ def compare(base: Entry, new: Entry, tolerance: float) -> int:
         print("| " + " | ".join(cells) + " |")
     print()
     failures = [f"{f['op']} {f['label']} {f['mode']}" for f in new["failures"]]
+    if status and not failures:
+        # Of a point that raised while it was set up or timed, the JSON has nothing.
+        failures = [f"the run, with exit status {status}; a point may be missing, see its output"]
     old, now = points(base), points(new)
     listed = {
         "Fails now": failures,
@@ -140,20 +151,19 @@ def compare(base: Entry, new: Entry, tolerance: float) -> int:
     return 1 if counts["WORSE"] or failures else 0
 
 
-def measure(base: Entry, folder: Path, rest: list[str]) -> Entry:
-    """A run now, of what is compared alone; ends the process where there is none."""
+def measure(base: Entry, folder: Path, rest: list[str]) -> tuple[Entry, int]:
+    """A run now, of what is compared alone, and its exit status; ends the process without one."""
     machine = base["machine_info"]
     command = [sys.executable, str(HERE / "run.py"), "new", "--out", str(folder)]
     command += ["--device", "cpu" if machine["device"] == "cpu" else "cuda"]
     command += ["--backend", machine["backend"], "--providers", "eager"]
     command += [f"--{option}" for option in ("quick", "full") if machine.get(option)]
-    # A point of ours that fails is in the JSON, and judged there.
-    subprocess.run([*command, *(["--", *rest] if rest else [])])
+    status = subprocess.run([*command, *(["--", *rest] if rest else [])]).returncode
     file = folder / "new.json"
     if not file.exists():
         print("Cannot be compared: the run wrote no results", file=sys.stderr)
         sys.exit(2)
-    return json.loads(file.read_text())
+    return json.loads(file.read_text()), status
 
 
 def main() -> int:
@@ -172,8 +182,8 @@ def main() -> int:
     if args.new is not None:
         return compare(base, json.loads(args.new.read_text()), args.tolerance)
     with tempfile.TemporaryDirectory() as folder:
-        new = measure(base, Path(folder), words[at + 1 :])
-    return compare(base, new, args.tolerance)
+        new, status = measure(base, Path(folder), words[at + 1 :])
+    return compare(base, new, args.tolerance, status)
 
 
 if __name__ == "__main__":

@@ -198,7 +198,8 @@ def test_suite_writes_json_table_and_picture(tmp_path):
 
 
 def timed(median, spread=0.02, **more):
-    return {"median": median, "p20": median * (1 - spread), "p80": median * (1 + spread), **more}
+    ends = {"p20": median * (1 - spread), "p80": median * (1 + spread)}
+    return {"median": median, **ends, "rounds": 20, **more}
 
 
 def run_of(**ours):
@@ -239,7 +240,7 @@ def test_compare_finds_the_point_that_got_worse_whatever_the_clock(tmp_path):
     # The whole machine at half its speed is no regression.
     for point in new["benchmarks"]:
         for p in point["extra_info"]["providers"].values():
-            p.update({k: 2 * v for k, v in p.items()})
+            p.update({k: 2 * p[k] for k in ("median", "p20", "p80")})
     done = compared(tmp_path, base, new)
     assert done.returncode == 1, done.stderr
     worse = [line for line in done.stdout.splitlines() if "WORSE" in line and line[0] == "|"]
@@ -261,6 +262,29 @@ def test_compare_allows_what_the_rounds_leave_open_and_says_so(tmp_path):
         providers["eager"]["ours_over"] = timed(0.1 * ratio)
     done = compared(tmp_path, base, new)
     assert done.returncode == 1 and done.stdout.count("| WORSE |") == 1
+
+
+def test_compare_does_not_judge_by_a_few_rounds(tmp_path):
+    base, new = run_of(gae=0.1), run_of(gae=0.2)
+    for run in (base, new):
+        providers = run["benchmarks"][0]["extra_info"]["providers"]
+        providers["eager"]["ours_over"] = timed(providers["ours"]["median"])
+    providers["eager"]["ours_over"] |= {"p20": 0.2, "p80": 0.2, "rounds": 1}
+    providers["copy"]["rounds"] = 4
+    done = compared(tmp_path, base, new)
+    assert done.returncode == 0 and done.stdout.count("| unsure |") == 2
+
+
+def test_compare_fails_where_its_own_run_did(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT)
+    compare = importlib.import_module("benchmarks.compare").compare
+    # A point that raised while it was timed is in neither list.
+    base, new = run_of(gae=0.1, kl=0.1), run_of(gae=0.1)
+    assert compare(base, new, 0.1, 0) == 0
+    capsys.readouterr()
+    assert compare(base, new, 0.1, 1) == 1
+    out = capsys.readouterr().out
+    assert "Fails now: the run, with exit status 1" in out and "Only in base: kl, 8" in out
 
 
 def test_compare_names_what_only_one_run_has_and_what_fails(tmp_path):
