@@ -14,7 +14,6 @@ import math
 import statistics
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from . import (
     clocks,
     growth_report,
     harness,
+    kept,
     memory,
     test_bench_advantages,
     test_bench_head,
@@ -33,11 +33,9 @@ from . import (
 )
 from . import test_bench_logprobs as bench_logprobs
 from . import test_bench_policy as bench_policy
-from .run import default_name
 
-HERE = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
-# A provider runs in as many rounds as fit into so many seconds, but at least so often.
+# As many rounds as fit into so many seconds of the slowest provider, but at least so many.
 SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 4.0, 3, 21
 WIDTH, VOCAB = 1024, 32768
 
@@ -209,20 +207,19 @@ def gate(calls: Calls, where: str) -> None:
 
 
 def seconds(calls: Calls, budget: float) -> dict[str, float]:
-    """Medians of rounds in which the providers take turns."""
+    """Medians of the same rounds for all, in which the providers take turns."""
     clock = clocks.timer(CPU)
     times: dict[str, list[float]] = {n: [] for n in calls}
-    rounds = dict.fromkeys(calls, 1)
-    for turn in range(MOST_ROUNDS):
+    for turn in range(1, MOST_ROUNDS + 1):
         for name, call in calls.items():
-            if turn < rounds[name]:
-                clock.start(0.0)
-                result = call()
-                times[name].append(clock.stop())
-                del result
-                within = int(budget / statistics.median(times[name]))
-                rounds[name] = min(MOST_ROUNDS, max(LEAST_ROUNDS, within))
-    return {n: statistics.median(t) for n, t in times.items()}
+            clock.start(0.0)
+            result = call()
+            times[name].append(clock.stop())
+            del result
+        medians = {n: statistics.median(t) for n, t in times.items()}
+        if turn >= max(LEAST_ROUNDS, int(budget / max(medians.values()))):
+            break
+    return medians
 
 
 def peaks(calls: Calls) -> dict[str, int | None]:
@@ -278,13 +275,8 @@ def grown(op: str, quick: bool) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("name", nargs="?", help="name of the results; default: the machine")
+    parser = kept.parser(__doc__)
     parser.add_argument("--only", nargs="+", default=[""], help="operations that begin so")
-    parser.add_argument("--quick", action="store_true", help="small shapes: not a measurement")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     parser.add_argument("--peaks", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     rk.use_backend("cpu")
@@ -294,16 +286,7 @@ def main() -> None:
     if args.peaks:
         own_peaks(ops[0], args.quick)
         return
-    file = args.out / f"{args.name or default_name('cpu', args.quick)}-growth.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    stamp = {"torch": torch.__version__, "threads": torch.get_num_threads(), "quick": args.quick}
-    earlier = json.loads(file.read_text()) if file.exists() else {}
-    # Figures of another machine or version must not stand beside these.
-    kept = earlier["curves"] if all(earlier.get(k) == v for k, v in stamp.items()) else {}
-    for op in ops:
-        kept[op] = grown(op, args.quick)
-        # At once: the run may be cut off.
-        file.write_text(json.dumps({**stamp, "curves": kept}, indent=1) + "\n")
+    file = kept.measured(args, "growth", "curves", ops, grown)
     print("\n".join(growth_report.lines(file)))
 
 

@@ -8,13 +8,10 @@ save anything there, and their share of the step is shown as such. The others ar
 chunked head, verl's functions and ours. A batch of completions is given: sampling is not timed.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,11 +21,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 import rlhf_kernels as rk
 
-from . import harness, memory, step_report, test_bench_advantages, test_bench_head
+from . import harness, kept, memory, step_report, test_bench_advantages, test_bench_head
 from .peers import peer, verl_actor_config
-from .run import default_name
+from .ragged import padded
 
-HERE = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
 # A head of two fifths of the weights, as in models of half a billion parameters.
 WIDTH, LAYERS, VOCAB, ROWS, PROMPT, RESPONSE = 512, 8, 32768, 8, 32, 96
@@ -115,8 +111,7 @@ def eager() -> Operations:
         return test_bench_advantages.whitened(found, weights), returns
 
     def group(scores: Tensor) -> Tensor:
-        g = scores.view(-1, GROUP)
-        return ((g - g.mean(1, keepdim=True)) / (g.std(1, keepdim=True) + 1e-6)).flatten()
+        return test_bench_advantages.standardized(scores, GROUP)
 
     def value(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
         clipped = values.clamp(old - CLIP, old + CLIP)
@@ -240,8 +235,7 @@ class Step:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, weight_decay=0.0)
         rows, prompt, response = (GROUP, 4, 8) if quick else (ROWS, PROMPT, RESPONSE)
         ids = torch.randint(1, vocab, (rows, prompt + response))
-        lengths = torch.randint(response // 2, response + 1, (rows, 1))
-        mask = torch.arange(response) < lengths
+        mask = padded((rows, response), CPU)
         self.batch = Batch(ids, ids[:, -response:], mask, torch.randn(rows))
         count = sum(p.numel() for p in self.policy.parameters())
         self.shape = {"rows": rows, "prompt": prompt, "response": response, "vocab": vocab}
@@ -344,13 +338,13 @@ def measure(algorithm: str, quick: bool) -> dict[str, Any]:
     expected = step.run(algorithm, providers["eager"])[1]
     peaks: dict[str, int | None] = {}
     for name, ops in providers.items():
-        found: list[Tensor] = []
-        step.optimizer.zero_grad(set_to_none=True)
-        call = lambda ops=ops, found=found: found.append(step.run(algorithm, ops)[1])  # noqa: E731
-        peaks[name] = memory.peak_extra_bytes(call, CPU)
-        off = float(((found[0] - expected) / expected.abs().clamp(min=1e-2)).abs().max())
+        # Once before its peak, for what is set up once.
+        found = step.run(algorithm, ops)[1]
+        off = float(((found - expected) / expected.abs().clamp(min=1e-2)).abs().max())
         if not off <= GATE:
             raise harness.GateError(f"{name}: a loss or gradient is off by {off:.2g} of eager's")
+        step.optimizer.zero_grad(set_to_none=True)
+        peaks[name] = memory.peak_extra_bytes(lambda ops=ops: step.run(algorithm, ops), CPU)
     times: dict[str, list[dict[str, float]]] = {n: [] for n in providers}
     for _ in range(ROUNDS):
         for name, ops in providers.items():
@@ -363,25 +357,12 @@ def measure(algorithm: str, quick: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("name", nargs="?", help="name of the results; default: the machine")
+    parser = kept.parser(__doc__)
     names = ("ppo", "grpo")
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="algorithms")
-    parser.add_argument("--quick", action="store_true", help="small shapes: not a measurement")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     args = parser.parse_args()
     rk.use_backend("cpu")
-    file = args.out / f"{args.name or default_name('cpu', args.quick)}-step.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    stamp = {"torch": torch.__version__, "threads": torch.get_num_threads(), "quick": args.quick}
-    earlier = json.loads(file.read_text()) if file.exists() else {}
-    # Figures of another machine or version must not stand beside these.
-    kept = earlier["steps"] if all(earlier.get(k) == v for k, v in stamp.items()) else {}
-    for algorithm in args.only:
-        kept[algorithm] = measure(algorithm, args.quick)
-        file.write_text(json.dumps({**stamp, "steps": kept}, indent=1) + "\n")
+    file = kept.measured(args, "step", "steps", args.only, measure)
     print("\n".join(step_report.lines(file)))
 
 

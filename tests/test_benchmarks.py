@@ -451,8 +451,32 @@ def test_growth_fits_slopes(monkeypatch):
     assert "not" in growth_report.verdict(xs, noisy, -1)
 
 
+def test_growth_times_all_in_the_same_rounds(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    growth = importlib.import_module("benchmarks.growth")
+    order, clock = [], iter(range(1000))
+
+    class Clock:
+        def start(self, ahead):
+            pass
+
+        def stop(self):
+            return {"ours": 0.1, "eager": 1.0}[order[-1]] + 1e-3 * next(clock)
+
+    monkeypatch.setattr(growth.clocks, "timer", lambda device: Clock())
+    calls = {n: (lambda n=n: order.append(n)) for n in ("ours", "eager")}
+    for budget, rounds in ((0.0, growth.LEAST_ROUNDS), (5.5, 5), (1e9, growth.MOST_ROUNDS)):
+        order.clear()
+        growth.seconds(calls, budget)
+        assert order == ["ours", "eager"] * rounds
+
+
 def test_growth_writes_curves_into_the_report(tmp_path):
     command = [sys.executable, "-m", "benchmarks.growth", "r", "--quick", "--out", str(tmp_path)]
+    entry = report_entry("gae", {}, {"ours": 1.0, "copy": 1.0, "read": 1.0})
+    report_of(tmp_path, {"test_gae[512x4096]": entry})
+    # Of another machine: it goes.
+    (tmp_path / "r-growth.json").write_text(json.dumps({"cpu": "a", "curves": {"gae": []}}))
     for op in ("policy", "kl"):
         done = subprocess.run([*command, "--only", op], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -464,8 +488,8 @@ def test_growth_writes_curves_into_the_report(tmp_path):
             assert len(curve["seconds"]) == len(curve["xs"])
             assert all(t > 0 for p in curve["seconds"] for t in p.values())
             assert (curve["bytes"] is None) == (curve["axis"] == "threads")
-    entry = report_entry("gae", {}, {"ours": 1.0, "copy": 1.0, "read": 1.0})
-    text = run_report(report_of(tmp_path, {"test_gae[512x4096]": entry}))
+    # The report of that name has them at once.
+    text = (tmp_path / "r.md").read_text()
     rows = [r for r in text.partition("## Growth")[2].splitlines() if "| time | 1 |" in r]
     assert {r.split(",")[0] for r in rows} == {"| policy_loss", "| kl_divergence"}
     for file in ("r-growth-policy-loss.svg", "r-growth-kl-divergence.svg"):
