@@ -51,9 +51,9 @@ bench: venv
 	$(BIN)/python benchmarks/run.py
 
 bench-full: venv
+	$(BIN)/python benchmarks/run.py --full
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.whole_step
-	$(BIN)/python benchmarks/run.py --full
 
 # Ratios of a run (NEW=json, or one made now) against an earlier one; fails where one got worse.
 BASE ?=
