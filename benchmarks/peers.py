@@ -47,6 +47,9 @@ def trl_kernel() -> Callable[..., Any] | Missing:
 def verl_actor_config() -> Any:
     """verl's actor configuration with PPO's clip 0.2 and its dual clip out of reach."""
     config = peer("verl.workers.config", "ActorConfig")
-    return config and config(
-        strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, clip_ratio=0.2, clip_ratio_c=1e9
-    )
+    options = {"strategy": "fsdp", "rollout_n": 1, "use_dynamic_bsz": True}
+    try:
+        return config and config(**options, clip_ratio=0.2, clip_ratio_c=1e9)
+    # Another version may want others.
+    except Exception as error:
+        return Missing(_line(error))

@@ -57,12 +57,13 @@ README_HEAD = tuple(
 
 
 def ratio(entry: Entry, *names: str) -> float | None:
-    """Time of the fastest of `names` over ours, or None if none of them has a time."""
-    providers = entry["providers"]
-    times = [providers[n]["median"] for n in names if "median" in providers.get(n, {})]
-    if not times or "median" not in providers["ours"]:
-        return None
-    return min(times) / providers["ours"]["median"]
+    """Time of the fastest of `names` over ours, or None if none of them has a time.
+
+    The median over the rounds that both ran in: a slow provider joins only some, and what it leaves
+    behind slows ours in these.
+    """
+    rounds = [entry["providers"].get(n, {}).get("ours_over") for n in names]
+    return min((1 / r["median"] for r in rounds if r), default=None)
 
 
 def of_limit(entry: Entry) -> float | None:
@@ -120,8 +121,10 @@ def target_text(entry: Entry, quick: bool) -> str:
         missed.append(f"memory {memory[1] / 2**20:.0f} MiB")
     if missed:
         return "missed: " + ", ".join(missed)
-    unknown = ", ".join(n for n in entry["targets"] if ratio(entry, n) is None)
-    return "met" + (f"; not measured: {unknown}" if unknown else "")
+    unknown = [n for n in entry["targets"] if ratio(entry, n) is None]
+    if "extra_bytes" in entry.get("at_most", {}) and not memory:
+        unknown.append("memory")
+    return "met" + (f"; not measured: {', '.join(unknown)}" if unknown else "")
 
 
 def environment(data: Entry) -> str:
@@ -214,7 +217,7 @@ def targets_table(entries: list[Entry]) -> list[str]:
         memory = excess(e)
         if memory:
             over, most = memory[0] > memory[1], memory[1] / 2**20
-            sizes = f"{memory[0] / 2**20:.0f} {'>' if over else '≤'} {most:.0f} MiB"
+            sizes = f"{memory[0] / 2**20:.6g} {'>' if over else '≤'} {most:.0f} MiB"
             other.append(f"memory: {_bold_if(over, sizes)}")
         verdict = target_text(e, False).partition(":")[0]
         rows.append([f"{e['op']}, {e['mode']}", e["label"], *cells, "; ".join(other), verdict])
@@ -282,7 +285,8 @@ def rates_line(entries: list[Entry]) -> str:
 
 
 LEGEND = (
-    "Medians. ÷ x: time of x over ours; below 1 (bold) x is faster. ÷ compile: `torch.compile` of "
+    "Medians. ÷ x: time of x over ours, in the rounds that both ran in; below 1 (bold) x is faster. "
+    "÷ compile: `torch.compile` of "
     "eager; for the advantages, the faster of a vectorised torch form and its compilation. Of the "
     "limit: time in which the machine copies (`tensor.clone()`, bytes read + written) or reads "
     "(`tensor.sum()` of fp32) as many bytes as the operation must move, over ours; for the fused "

@@ -1,6 +1,7 @@
 """Inputs that a CPU's caches do not hold: each call takes the next of several copies."""
 
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +26,8 @@ class Operands(NamedTuple):
 
 def last_level_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
     """Bytes of the largest cache that the system reports."""
-    sizes = [f.read_text().strip() for f in folder.glob("index*/size")]
-    return max((int(s[:-1]) * _UNITS[s[-1]] for s in sizes), default=USUAL_CACHE)
+    sizes = (re.fullmatch(r"(\d+)([KMG])\n?", f.read_text()) for f in folder.glob("index*/size"))
+    return max((int(s[1]) * _UNITS[s[2]] for s in sizes if s), default=USUAL_CACHE)
 
 
 def copies(size: int, cache: int) -> int:

@@ -36,14 +36,18 @@ def default_name(device: str, quick: bool) -> str:
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """`new` and those points of `old` that it did not measure; ValueError if machines differ."""
+    machine = {**new["machine_info"]}
+    full = machine.pop("full", False)
     for key, value in old["machine_info"].items():
-        if value != new["machine_info"].get(key):
-            raise ValueError(f"{key} was {value}, now {new['machine_info'].get(key)}")
+        if key != "full" and value != machine.get(key):
+            raise ValueError(f"{key} was {value}, now {machine.get(key)}")
+    machine["full"] = full or old["machine_info"].get("full", False)
     fresh = {x["name"] for key in ("benchmarks", "failures") for x in new[key]}
     kept = {k: [x for x in old[k] if x["name"] not in fresh] for k in ("benchmarks", "failures")}
     commit = {**new["commit_info"]}
     commit["dirty"] = commit.get("dirty") or old["commit_info"].get("dirty")
-    return {**new, "commit_info": commit, **{k: kept[k] + new[k] for k in kept}}
+    points = {k: kept[k] + new[k] for k in kept}
+    return {**new, "machine_info": machine, "commit_info": commit, **points}
 
 
 def main() -> int:

@@ -144,18 +144,22 @@ def test_report_judges_targets(report):
     entry = {
         "limit": "copy",
         "targets": {"eager": 5, "compile": 2, "copy": 0.6},
-        "providers": {
-            name: {"median": t} for name, t in {"ours": 2.0, "eager": 12.0, "copy": 1.0}.items()
-        },
+        "providers": beside({"ours": 2.0, "eager": 12.0, "copy": 1.0}),
     }
     assert report.of_limit(entry) == 0.5
     assert report.target_text(entry, quick=False) == "missed: copy 60%"
     assert report.target_text(entry, quick=True) == ""
-    entry["providers"]["copy"]["median"] = 1.3
+    entry["providers"] = beside({"ours": 2.0, "eager": 12.0, "copy": 1.3})
     # compile was not measured, so it cannot be met either.
     assert report.target_text(entry, quick=False) == "met; not measured: compile"
-    entry["providers"]["compile"] = {"median": 4.0}
+    entry["providers"]["compile"] = beside({"ours": 2.0, "compile": 4.0})["compile"]
     assert report.target_text(entry, quick=False) == "met"
+    # A bound on memory that this system cannot measure is not met.
+    entry["at_most"] = {"extra_bytes": 8}
+    assert report.target_text(entry, quick=False) == "met; not measured: memory"
+    # In the rounds that both ran in, whatever each took over all of its own.
+    entry["providers"]["eager"]["ours_over"] = timed(0.25)
+    assert report.ratio(entry, "eager") == 4
 
 
 def test_suite_writes_json_table_and_picture(tmp_path):
@@ -195,6 +199,12 @@ def test_suite_writes_json_table_and_picture(tmp_path):
     assert added.keys() == before.keys()
     assert {n for n in added if added[n] != before[n]} == {"test_policy_loss[64x2048]"}
     assert not (tmp_path / "smoke.part.json").exists()
+
+
+def beside(times):
+    """Providers of an entry: name -> seconds, ours among them."""
+    over = {n: {"ours_over": timed(times["ours"] / t)} for n, t in times.items() if n != "ours"}
+    return {n: timed(t, **over.get(n, {})) for n, t in times.items()}
 
 
 def timed(median, spread=0.02, **more):
@@ -329,7 +339,6 @@ def test_compare_runs_the_suite_as_the_base_was_run(tmp_path):
 
 
 def report_entry(op, targets, providers, limit="copy", **more):
-    times = {n: timed(t) for n, t in providers.items()}
     return {
         "op": op,
         "label": "8",
@@ -337,7 +346,7 @@ def report_entry(op, targets, providers, limit="copy", **more):
         "limit": limit,
         "moved": 64,
         "targets": targets,
-        "providers": times,
+        "providers": beside(providers),
         "at_most": {},
         **more,
     }
@@ -431,6 +440,9 @@ def test_results_of_another_machine_are_not_added(monkeypatch):
     whole = merged(old, new)
     times = [b["extra_info"]["providers"]["ours"]["median"] for b in whole["benchmarks"]]
     assert times == [0.2, 0.1] and whole["commit_info"]["dirty"]
+    # Some points anew, of a full run.
+    old["machine_info"]["full"], new["machine_info"]["full"] = True, False
+    assert merged(old, new)["machine_info"]["full"]
     new["machine_info"]["cpu"] = "b"
     with pytest.raises(ValueError, match="cpu was a, now b"):
         merged(old, new)

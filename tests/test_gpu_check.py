@@ -326,7 +326,7 @@ def test_the_report_judges_targets_and_hides_the_machine(check, tmp_path):
             "ours": {
                 "median": 40e-6, "p20": 39e-6, "p80": 41e-6, "host": 9e-6, "peak_bytes": 2**20,
             },
-            "copy": {"median": 20e-6},
+            "copy": {"median": 20e-6, "ours_over": {"median": 2.0}},
             "liger": {"skipped": f"ModuleNotFoundError: {ROOT}/liger"},
         },
     }  # fmt: skip
