@@ -285,13 +285,13 @@ def rates_line(entries: list[Entry]) -> str:
 
 
 LEGEND = (
-    "Medians. ÷ x: time of x over ours, in the rounds that both ran in; below 1 (bold) x is faster. ÷ "
-    "compile: `torch.compile` of eager; for the advantages, the faster of a vectorised torch form and "
-    "its compilation. Of the limit: time in which the machine copies (`tensor.clone()`, bytes read + "
-    "written) or reads (`tensor.sum()` of fp32) as many bytes as the operation must move, over ours; "
-    "for the fused head, time of its bare products (three or four `torch.mm(out=)` over all tokens). "
-    "Rate: those bytes over the time of ours; for the head, the operations of its products, by ours "
-    "and bare."
+    "Medians. ÷ x: time of x over ours, in the rounds that both ran in; below 1 (bold) x is "
+    "faster. ÷ compile: `torch.compile` of eager; for the advantages, the faster of a vectorised "
+    "torch form and its compilation. Of the limit: time in which the machine copies "
+    "(`tensor.clone()`, bytes read + written) or reads (`tensor.sum()` of fp32) as many bytes as "
+    "the operation must move, over ours; for the fused head, time of its bare products (three or "
+    "four `torch.mm(out=)` over all tokens). Rate: those bytes over the time of ours; for the "
+    "head, the operations of its products, by ours and bare."
 )
 
 
