@@ -46,7 +46,8 @@ test-all: venv $(PARITY)
 demo: venv
 	$(BIN)/rlhf-kernels train ppo --config examples/ppo_arithmetic.yaml
 
-# The points that matter, a quarter of an hour with all peers installed; all of them, growth curves and a whole step.
+# The points that matter, ten minutes with all peers installed; all of them, growth curves and a whole
+# step, over an hour.
 bench: venv
 	$(BIN)/python benchmarks/run.py
 
