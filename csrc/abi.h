@@ -241,16 +241,14 @@ struct ValueArgs {
 };
 
 // gae, discounted_returns and ppo_advantages: one reverse scan. Padded [rows, cols], sequence s
-// being row s; or packed, rows = 1, sequence s being columns offsets[s] to offsets[s + 1] and
-// `plan` int64 scratch of 2 * sequences + 1. `bootstrap` and `scores` have an entry per sequence
-// along stride1. Without `values` it computes discounted returns; without `rewards` it forms them
-// from scores and log-probabilities. Results are contiguous. `moments` asks for whitened advantages
-// and is scratch of 3 doubles per 2048 tokens begun, and of 3 more on a GPU, which needs no
-// `plan`.
+// being row s; or packed, rows = 1, sequence s being columns offsets[s] to offsets[s + 1].
+// `bootstrap` and `scores` have an entry per sequence along stride1. Without `values` it computes
+// discounted returns; without `rewards` it forms them from scores and log-probabilities. Results
+// are contiguous. `moments` asks for whitened advantages and is scratch of 3 doubles per 2048
+// tokens begun, and of 3 more on a GPU.
 struct GaeArgs {
   int64_t rows, cols, sequences;
   Tensor offsets;
-  int64_t* plan;
   Tensor rewards, values, mask, dones, bootstrap;
   Tensor scores, logprobs, ref_logprobs;
   double kl_coef;

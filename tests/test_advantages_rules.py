@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rlhf_kernels as rk
-from rlhf_kernels import _config
+from rlhf_kernels import _config, native
 from rlhf_kernels.testing import DTYPES, assert_bitwise_equal, random_mask
 
 
@@ -129,6 +129,39 @@ def test_a_row_does_not_depend_on_its_surroundings(backend, name, masked):
     cu = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     packed = scan({k: v[inside] if v.dim() == 2 else v for k, v in inputs.items()}, cu_seqlens=cu)
     check(packed, [p[inside] for p in padded])
+
+
+@pytest.mark.parametrize("density", [0.01, 0.3, 0.9, 1.0])
+def test_cpu_bits_do_not_depend_on_gaps_or_on_what_ends_a_sequence(density):
+    lengths = torch.tensor([1, 7, 300, 0, 8, 129, 1000, 2, 513])
+    ends = lengths.cumsum(0)
+    cu = torch.cat([lengths.new_zeros(1), ends])
+    rewards, values = torch.randn(2, int(cu[-1]))
+    keep = torch.rand(rewards.shape) < density
+    kept = rewards[keep], values[keep]
+    cu_kept = torch.cat([cu.new_zeros(1), keep.cumsum(0)])[cu]
+    done = torch.zeros(len(kept[0]), dtype=torch.bool)
+    done[cu_kept[1:][cu_kept.diff() > 0] - 1] = True
+    # "carry" does not look at the flags of masked tokens.
+    dones = torch.ones_like(keep)
+    dones[keep] = done
+    kernels = native.module("cpu")
+    before = kernels.isa()
+    try:
+        for isa in kernels.isa_names():
+            kernels.select_isa(isa)
+            with rk.use_backend("cpu"):
+                expected = rk.gae(*kept, cu_seqlens=cu_kept, gamma=0.99)
+                gaps = rk.gae(rewards, values, mask=keep, cu_seqlens=cu, gamma=0.99)
+                episodes = rk.gae(*kept, cu_seqlens=cu_kept[[0, -1]], dones=done, gamma=0.99)
+                both = rk.gae(
+                    rewards, values, mask=keep, cu_seqlens=cu[[0, -1]], dones=dones, gamma=0.99
+                )
+            for actual in ([x[keep] for x in gaps], episodes, [x[keep] for x in both]):
+                for a, e in zip(actual, expected, strict=True):
+                    assert_bitwise_equal(a, e)
+    finally:
+        kernels.select_isa(before)
 
 
 def test_whitening_does_not_depend_on_threads_or_shape(backend):

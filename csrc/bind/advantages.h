@@ -9,17 +9,35 @@ void bind_advantages(pybind11::module_& m, Table table) {
   const auto fp32 = [](const Tensor& t) { return static_cast<float*>(t.data); };
   const auto fp64 = [](const Tensor& t) { return static_cast<double*>(t.data); };
   const auto int64 = [](const Tensor& t) { return static_cast<int64_t*>(t.data); };
-  m.def("gae", [=](int64_t rows, int64_t cols, int64_t sequences, Tensor offsets, Tensor plan,
-                   Tensor rewards, Tensor values, Tensor mask, Tensor dones, Tensor bootstrap,
-                   Tensor scores, Tensor logprobs, Tensor ref_logprobs, double kl_coef,
-                   int32_t kl_estimator, double reward_clip, double gamma, double lam, bool carry,
-                   Tensor advantages, Tensor returns, Tensor shaped, Tensor moments,
-                   double whiten_eps, Exec exec) {
-    const GaeArgs args{rows,          cols,         sequences,     offsets,    int64(plan),
-                       rewards,       values,       mask,          dones,      bootstrap,
-                       scores,        logprobs,     ref_logprobs,  kl_coef,    kl_estimator,
-                       reward_clip,   gamma,        lam,           carry,      fp32(advantages),
-                       fp32(returns), fp32(shaped), fp64(moments), whiten_eps, exec};
+  m.def("gae", [=](int64_t rows, int64_t cols, int64_t sequences, Tensor offsets, Tensor rewards,
+                   Tensor values, Tensor mask, Tensor dones, Tensor bootstrap, Tensor scores,
+                   Tensor logprobs, Tensor ref_logprobs, double kl_coef, int32_t kl_estimator,
+                   double reward_clip, double gamma, double lam, bool carry, Tensor advantages,
+                   Tensor returns, Tensor shaped, Tensor moments, double whiten_eps, Exec exec) {
+    const GaeArgs args{rows,
+                       cols,
+                       sequences,
+                       offsets,
+                       rewards,
+                       values,
+                       mask,
+                       dones,
+                       bootstrap,
+                       scores,
+                       logprobs,
+                       ref_logprobs,
+                       kl_coef,
+                       kl_estimator,
+                       reward_clip,
+                       gamma,
+                       lam,
+                       carry,
+                       fp32(advantages),
+                       fp32(returns),
+                       fp32(shaped),
+                       fp64(moments),
+                       whiten_eps,
+                       exec};
     return without_gil([&] { return table().gae(args); });
   });
   m.def("whiten", [=](int64_t rows, int64_t cols, Tensor x, Tensor mask, bool shift_mean,

@@ -146,11 +146,10 @@ Status gae(const GaeArgs& a) {
     if (status.code != kOk) return status;
   }
   if (a.rows * a.cols == 0) return {};
-  // With few sequences per thread, more threads are worth more than hidden latency.
-  if (a.sequences >= scan::kTogether * static_cast<int64_t>(a.exec.threads))
-    scan::run<scan::kTogether>(a);
+  if (a.values.data)
+    scan::run<true>(a);
   else
-    scan::run<1>(a);
+    scan::run<false>(a);
   if (a.moments) {
     const Tensor advantages{a.advantages, kFloat32, a.cols, 1};
     scan::whiten_tokens({a.rows, a.cols, advantages, a.mask, true, true, a.whiten_eps, a.moments,

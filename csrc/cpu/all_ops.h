@@ -20,6 +20,7 @@
 #include "kl.h"
 #include "policy.h"
 #include "value.h"
+#include "recurrence.h"
 #include "scan.h"
 #include "advantages.h"
 

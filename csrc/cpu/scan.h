@@ -1,11 +1,9 @@
 // Reverse scans: GAE, discounted returns, PPO's shaped rewards.
 //
-// A sequence is walked from its end in blocks that stay in the first-level cache: load and convert,
-// differences r + gamma V' - V in vectors, the recurrence, results in vectors. The recurrence is a
-// chain of one multiply-add per step whatever the sequence's length, so several sequences are
-// walked together to hide its latency; each keeps its own order of operations, so its bits do not
-// depend on the others. Differences and the recurrence are in double: a chain of 10^5 additions in
-// fp32 is not accurate, and double costs the same.
+// A sequence is walked from its end in windows of tokens that stay in the first-level cache. The
+// steps that the recurrence sees, the kept tokens of "carry" and all tokens of "zero", are put into
+// vectors counted from the sequence's end or from a `done`. So a step meets the same arithmetic
+// wherever its sequence lies, packed or padded, and whatever masked tokens lie between.
 #pragma once
 
 namespace rk {
@@ -13,17 +11,8 @@ namespace {
 namespace scan {
 
 constexpr int64_t kBlockTokens = 128;
-// Sequences walked together, and the work below which sequences are not handed out one by one.
-constexpr int kTogether = 4;
+// Tokens that are handed to a thread at a time.
 constexpr int64_t kItemTokens = 16384;
-
-inline double multiply_add(double a, double b, double c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  return __builtin_fma(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
 
 // Selections by 0 or 1 in the bits: compilers turn a conditional on floats into a branch, which
 // masks mispredict, or leave the loop scalar.
@@ -103,22 +92,29 @@ inline void kl_rewards(const float* p, const float* q, int64_t n, double coef, f
     out[k] = static_cast<float>(-coef * kl_estimate(p[k] - q[k], kEstimator));
 }
 
-// One sequence: where the walk stands, and the block in work.
+// A sequence: what its walk has still to do, and what follows that.
 struct Walk {
-  int64_t row = 0, start = 0, left = 0, sequence = 0;
-  // Of the step behind the block.
-  float next_value = 0.0f;
-  double advantage = 0.0;
-  bool scored = true, plain = false;
-  // The block's n tokens from t, of which `kept` are kept and `steps` (n or none) are walked.
-  int64_t t = 0, n = 0, kept = 0, steps = 0;
-  const float* rewards = nullptr;
-  const float* values = nullptr;
+  int64_t sequence, row, start;
+  // Tokens in front.
+  int64_t left;
+  // What follows the pending steps: done, but too few for a vector.
+  Next next;
+  int64_t pending;
+  float pending_rewards[kDoubles], pending_values[kDoubles];
+  bool scored;
+};
+
+// The n tokens from `begin`, counted from the sequence's start, and the steps that they are.
+struct Window {
+  int64_t begin, n, kept, steps;
   uint8_t keep[kBlockTokens], done[kBlockTokens];
-  // One value more than the block has: the next step's.
-  float rewards_buffer[kBlockTokens], values_buffer[kBlockTokens + 1], other[kBlockTokens];
-  // A_t = delta_t + decay_t A_{t+1}; decay is filled with the constant while `plain`.
-  double delta[kBlockTokens], decay[kBlockTokens];
+  // A vector longer, for compress and expand.
+  float rewards[kBlockTokens + kLanes], values[kBlockTokens + kLanes], other[kBlockTokens];
+  float advantages[kBlockTokens + kLanes], returns[kBlockTokens + kLanes];
+
+  bool skips() const { return steps < n; }
+  // "zero" has masked tokens.
+  bool zeros() const { return kept < steps; }
 };
 
 inline float sequence_scalar(const Tensor& x, int64_t s) {
@@ -127,244 +123,221 @@ inline float sequence_scalar(const Tensor& x, int64_t s) {
 
 inline void begin_walk(const GaeArgs& a, int64_t sequence, Walk& w) {
   w.sequence = sequence;
-  if (a.offsets.data) {
-    w.start = load_label(a.offsets, 0, sequence);
-    w.left = load_label(a.offsets, 0, sequence + 1) - w.start;
-  } else {
-    w.row = sequence;
-    w.left = a.cols;
-  }
-  const float bootstrap = a.bootstrap.data ? sequence_scalar(a.bootstrap, sequence) : 0.0f;
-  if (a.values.data)
-    w.next_value = bootstrap;
-  else
-    w.advantage = bootstrap;
+  w.row = a.offsets.data ? 0 : sequence;
+  w.start = a.offsets.data ? load_label(a.offsets, 0, sequence) : 0;
+  w.left = a.offsets.data ? load_label(a.offsets, 0, sequence + 1) - w.start : a.cols;
+  w.pending = 0;
   w.scored = !a.scores.data;
+  const float bootstrap = a.bootstrap.data ? sequence_scalar(a.bootstrap, sequence) : 0.0f;
+  w.next = a.values.data ? Next{0.0, bootstrap} : Next{bootstrap, 0.0f};
 }
 
-// -kl_coef * KL per token into the walk's buffer, plus the score at the last kept token.
-inline const float* shaped_rewards(const GaeArgs& a, Walk& w) {
-  if (a.ref_logprobs.data && a.kl_coef != 0.0) {
-    const float* p = load_tokens(a.logprobs, w.row, w.t, w.n, w.rewards_buffer);
-    const float* q = load_tokens(a.ref_logprobs, w.row, w.t, w.n, w.other);
-    switch (a.kl_estimator) {
-      case kK2: kl_rewards<kK2>(p, q, w.n, a.kl_coef, w.rewards_buffer); break;
-      case kK3: kl_rewards<kK3>(p, q, w.n, a.kl_coef, w.rewards_buffer); break;
-      case kAbs: kl_rewards<kAbs>(p, q, w.n, a.kl_coef, w.rewards_buffer); break;
-      default: kl_rewards<kK1>(p, q, w.n, a.kl_coef, w.rewards_buffer); break;
+// The window in front of the last one. With the pending steps it makes a whole block.
+inline void next_window(const GaeArgs& a, Walk& w, Window& x) {
+  const int64_t most = kBlockTokens - w.pending;
+  x.n = w.left < most ? w.left : most;
+  w.left -= x.n;
+  x.begin = w.left;
+  x.kept = load_flags(a.mask, w.row, w.start + x.begin, x.n, 1, x.keep);
+  x.steps = a.carry ? x.kept : x.n;
+}
+
+inline void zero_results(const GaeArgs& a, const Walk& w, const Window& x) {
+  const int64_t at = w.row * a.cols + w.start + x.begin;
+  float* const results[] = {a.advantages, a.returns, a.shaped};
+  for (float* out : results)
+    if (out) memset(out + at, 0, sizeof(float) * static_cast<size_t>(x.n));
+}
+
+// "zero" with nothing behind: masked tokens at the end are steps that change nothing. They are left
+// out, so that padding does not move the vectors.
+inline void skip_masked_end(const GaeArgs& a, Walk& w, Window& x) {
+  while (w.left > 0) {
+    next_window(a, w, x);
+    if (x.kept > 0) {
+      int64_t last = x.n;
+      while (!x.keep[last - 1]) --last;
+      w.left += last;
+      x.begin += last;
+      x.n -= last;
     }
-  } else {
-    memset(w.rewards_buffer, 0, sizeof w.rewards_buffer);
-  }
-  if (!w.scored && w.kept > 0) {
-    int64_t last = w.n - 1;
-    while (!w.keep[last]) --last;
-    w.rewards_buffer[last] +=
-        clipped_score(sequence_scalar(a.scores, w.sequence), static_cast<float>(a.reward_clip));
-    w.scored = true;
-  }
-  return w.rewards_buffer;
-}
-
-// Differences of a block in which "carry" skips tokens: they see the next kept value, and a skipped
-// step is A = 1 * A - 0, which leaves every bit of A.
-inline void skip_masked(const GaeArgs& a, Walk& w) {
-  const float* r = w.rewards;
-  const float* v = w.values;
-  uint32_t ahead;
-  memcpy(&ahead, &w.next_value, 4);
-  for (int64_t k = w.n - 1; k >= 0; --k) {
-    memcpy(w.other + k, &ahead, 4);
-    uint32_t here = 0;
-    if (v) memcpy(&here, v + k, 4);
-    ahead = w.keep[k] ? here : ahead;
-  }
-  memcpy(&w.next_value, &ahead, 4);
-  for (int64_t k = 0; k < w.n; ++k) {
-    double d = r[k];
-    if (v) d = d + a.gamma * w.other[k] - v[k];
-    w.delta[k] = keep_or(w.keep[k], d, -0.0);
+    zero_results(a, w, x);
+    if (x.kept > 0) return;
   }
 }
 
-// Loads the block before the last one and forms its differences.
-template <bool kDones>
-inline void prepare_block(const GaeArgs& a, double decay, Walk& w) {
-  w.n = w.left < kBlockTokens ? w.left : kBlockTokens;
-  w.left -= w.n;
-  w.t = w.start + w.left;
-  w.steps = 0;
-  if (w.n == 0) return;
-  w.kept = load_flags(a.mask, w.row, w.t, w.n, 1, w.keep);
-  if (w.kept == 0 && a.carry) return;
-  w.steps = w.n;
-  w.rewards = a.rewards.data ? load_tokens(a.rewards, w.row, w.t, w.n, w.rewards_buffer)
-                             : shaped_rewards(a, w);
-  if (a.values.data) {
-    w.values = load_tokens(a.values, w.row, w.t, w.n, w.values_buffer);
-    if (w.values != w.values_buffer)
-      memcpy(w.values_buffer, w.values, sizeof(float) * static_cast<size_t>(w.n));
-    w.values_buffer[w.n] = w.next_value;
-    w.values = w.values_buffer;
+inline int64_t compress_tokens(const float* from, const uint8_t* keep, int64_t n, float* to) {
+  int64_t k = 0, count = 0;
+  for (; k + kLanes <= n; k += kLanes) count += compress(to + count, load(from + k), keep + k);
+  for (; k < n; ++k) {
+    to[count] = from[k];
+    count += keep[k];
   }
-  const bool skipping = w.kept < w.n && a.carry;
-  if (w.kept < w.n && !a.carry) {
-    for (int64_t k = 0; k < w.n; ++k) w.rewards_buffer[k] = keep_or_zero(w.keep[k], w.rewards[k]);
-    w.rewards = w.rewards_buffer;
-    for (int64_t k = 0; k < w.n && w.values; ++k)
-      w.values_buffer[k] = keep_or_zero(w.keep[k], w.values_buffer[k]);
-  }
-  const float* r = w.rewards;
-  const float* v = w.values;
-  if (skipping) {
-    skip_masked(a, w);
-  } else if (!v) {
-    for (int64_t k = 0; k < w.n; ++k) w.delta[k] = r[k];
-  } else {
-    for (int64_t k = 0; k < w.n; ++k) w.delta[k] = r[k] + a.gamma * v[k + 1] - v[k];
-    w.next_value = v[0];
-  }
-  if (skipping || !w.plain) {
-    for (int64_t k = 0; k < kBlockTokens; ++k) w.decay[k] = decay;
-    w.plain = !skipping;
-  }
-  if (skipping)
-    for (int64_t k = 0; k < w.n; ++k) w.decay[k] = keep_or(w.keep[k], decay, 1.0);
-  if (kDones) {
-    load_flags(a.dones, w.row, w.t, w.n, 0, w.done);
-    for (int64_t k = 0; k < w.n; ++k) {
-      // "carry" does not see a masked step, nor its flag.
-      if (skipping) w.done[k] &= w.keep[k];
-      const double cut = v ? static_cast<double>(r[k]) - v[k] : r[k];
-      w.delta[k] = keep_or(w.done[k], cut, w.delta[k]);
-    }
-  }
-}
-
-template <bool kDones>
-inline double step(double delta, double decay, uint8_t done, double ahead) {
-  return multiply_add(decay, kDones && done ? 0.0 : ahead, delta);
-}
-
-// The recurrence over the walks' blocks, last step first; A replaces delta.
-template <int U, bool kDones>
-inline void recur(Walk* walks) {
-  int64_t common = kBlockTokens;
-  double a[U];
-  double* delta[U];
-  const double* decay[U];
-  const uint8_t* done[U];
-  for (int u = 0; u < U; ++u) {
-    Walk& w = walks[u];
-    a[u] = w.advantage;
-    delta[u] = w.delta + w.steps;
-    decay[u] = w.decay + w.steps;
-    done[u] = w.done + w.steps;
-    if (w.steps < common) common = w.steps;
-  }
-  for (int64_t j = -1; j >= -common; --j)
-    for (int u = 0; u < U; ++u)
-      delta[u][j] = a[u] = step<kDones>(delta[u][j], decay[u][j], done[u][j], a[u]);
-  for (int u = 0; u < U; ++u) {
-    for (int64_t j = -common - 1; j >= -walks[u].steps; --j)
-      delta[u][j] = a[u] = step<kDones>(delta[u][j], decay[u][j], done[u][j], a[u]);
-    walks[u].advantage = a[u];
-  }
-}
-
-// Writes per-step results to the block's tokens, 0 where masked.
-template <class F>
-inline void write_tokens(const Walk& w, float* out, const F& result) {
-  if (w.kept == w.n) {
-    for (int64_t k = 0; k < w.n; ++k) out[k] = static_cast<float>(result(k));
-  } else if (w.kept == 0) {
-    memset(out, 0, sizeof(float) * static_cast<size_t>(w.n));
-  } else {
-    for (int64_t k = 0; k < w.n; ++k)
-      out[k] = keep_or_zero(w.keep[k], static_cast<float>(result(k)));
-  }
-}
-
-inline void finish_block(const GaeArgs& a, const Walk& w) {
-  const int64_t at = w.row * a.cols + w.t;
-  if (a.advantages) write_tokens(w, a.advantages + at, [&](int64_t k) { return w.delta[k]; });
-  if (!w.values) {
-    write_tokens(w, a.returns + at, [&](int64_t k) { return w.delta[k]; });
-  } else {
-    write_tokens(w, a.returns + at, [&](int64_t k) { return w.delta[k] + w.values[k]; });
-  }
-  if (a.shaped) write_tokens(w, a.shaped + at, [&](int64_t k) { return w.rewards[k]; });
-}
-
-// Sequences [begin, end) of the order of work, U at a time.
-template <int U, bool kDones>
-void walk_sequences(const GaeArgs& a, int64_t begin, int64_t end) {
-  const double decay = a.values.data ? a.gamma * a.lam : a.gamma;
-  for (int64_t first = begin; first < end; first += U) {
-    Walk walks[U];
-    for (int u = 0; u < U && first + u < end; ++u)
-      begin_walk(a, a.offsets.data ? a.plan[first + u] : first + u, walks[u]);
-    for (bool more = true; more;) {
-      more = false;
-      for (int u = 0; u < U; ++u) prepare_block<kDones>(a, decay, walks[u]);
-      recur<U, kDones>(walks);
-      for (int u = 0; u < U; ++u) {
-        if (walks[u].n > 0) finish_block(a, walks[u]);
-        more |= walks[u].left > 0;
-      }
-    }
-  }
-}
-
-inline int64_t length(const GaeArgs& a, int64_t s) {
-  return load_label(a.offsets, 0, s + 1) - load_label(a.offsets, 0, s);
-}
-
-// Classes of similar length: two bits behind the leading one.
-inline int length_class(int64_t n) {
-  if (n < 4) return static_cast<int>(n);
-  const int top = 63 - __builtin_clzll(static_cast<unsigned long long>(n));
-  return 4 * (top - 1) + static_cast<int>((n >> (top - 2)) & 3);
-}
-
-// Fills plan[0, sequences) with the sequences, longest class first, and plan[sequences, ...] with
-// the starts of items of about kItemTokens, whole groups of `together`. Returns the item count.
-inline int64_t plan_packed(const GaeArgs& a, int together) {
-  constexpr int kClasses = 4 * 63;
-  int64_t starts[kClasses] = {};
-  for (int64_t s = 0; s < a.sequences; ++s) ++starts[length_class(length(a, s))];
-  int64_t before = 0;
-  for (int c = kClasses - 1; c >= 0; --c) {
-    const int64_t count = starts[c];
-    starts[c] = before;
-    before += count;
-  }
-  for (int64_t s = 0; s < a.sequences; ++s) a.plan[starts[length_class(length(a, s))]++] = s;
-  int64_t* items = a.plan + a.sequences;
-  int64_t count = 0, tokens = kItemTokens;
-  for (int64_t k = 0; k < a.sequences; ++k) {
-    if (k % together == 0 && tokens >= kItemTokens) {
-      items[count++] = k;
-      tokens = 0;
-    }
-    tokens += length(a, a.plan[k]);
-  }
-  items[count] = a.sequences;
   return count;
 }
 
-template <int U>
+inline void expand_tokens(const float* from, const uint8_t* keep, int64_t n, float* to) {
+  int64_t k = 0, count = 0;
+  for (; k + kLanes <= n; k += kLanes) count += expand(from + count, keep + k, to + k);
+  for (; k < n; ++k) {
+    to[k] = keep_or_zero(keep[k], from[count]);
+    count += keep[k];
+  }
+}
+
+inline void zero_masked(const float* from, const uint8_t* keep, int64_t n, float* to) {
+  for (int64_t k = 0; k < n; ++k) to[k] = keep_or_zero(keep[k], from[k]);
+}
+
+// A window's tokens as steps, the pending ones behind them: where they lie, or in the buffer.
+inline const float* to_steps(const Walk& w, const Window& x, const float* tokens,
+                             const float* pending, float* buffer) {
+  if (x.skips()) {
+    compress_tokens(tokens, x.keep, x.n, buffer);
+  } else if (x.zeros()) {
+    zero_masked(tokens, x.keep, x.n, buffer);
+  } else if (w.pending == 0) {
+    return tokens;
+  } else if (tokens != buffer) {
+    memcpy(buffer, tokens, sizeof(float) * static_cast<size_t>(x.n));
+  }
+  memcpy(buffer + x.steps, pending, sizeof(float) * static_cast<size_t>(w.pending));
+  return buffer;
+}
+
+// A window's results, of its steps, at its tokens.
+inline void write_tokens(const Window& x, const float* steps, float* out) {
+  if (x.skips())
+    expand_tokens(steps, x.keep, x.n, out);
+  else
+    zero_masked(steps, x.keep, x.n, out);
+}
+
+// -kl_coef * KL per token, plus the score at the last kept one.
+inline const float* shaped_rewards(const GaeArgs& a, Walk& w, Window& x) {
+  if (a.ref_logprobs.data && a.kl_coef != 0.0) {
+    const float* p = load_tokens(a.logprobs, w.row, w.start + x.begin, x.n, x.rewards);
+    const float* q = load_tokens(a.ref_logprobs, w.row, w.start + x.begin, x.n, x.other);
+    switch (a.kl_estimator) {
+      case kK2: kl_rewards<kK2>(p, q, x.n, a.kl_coef, x.rewards); break;
+      case kK3: kl_rewards<kK3>(p, q, x.n, a.kl_coef, x.rewards); break;
+      case kAbs: kl_rewards<kAbs>(p, q, x.n, a.kl_coef, x.rewards); break;
+      default: kl_rewards<kK1>(p, q, x.n, a.kl_coef, x.rewards); break;
+    }
+  } else {
+    memset(x.rewards, 0, sizeof x.rewards);
+  }
+  if (!w.scored) {
+    int64_t last = x.n - 1;
+    while (!x.keep[last]) --last;
+    x.rewards[last] +=
+        clipped_score(sequence_scalar(a.scores, w.sequence), static_cast<float>(a.reward_clip));
+    w.scored = true;
+  }
+  return x.rewards;
+}
+
+// A flag per step. Returns how many are set.
+inline int64_t load_dones(const GaeArgs& a, const Walk& w, Window& x) {
+  int64_t count = load_flags(a.dones, w.row, w.start + x.begin, x.n, 0, x.done);
+  if (count == 0 || !x.skips()) return count;
+  int64_t steps = 0;
+  count = 0;
+  for (int64_t k = 0; k < x.n; ++k) {
+    const uint8_t kept_done = x.done[k] & x.keep[k];
+    count += kept_done;
+    x.done[steps] = kept_done;
+    steps += x.keep[k];
+  }
+  return count;
+}
+
+// The recurrence over a window's steps, and anew in front of a done one, which looks at nothing
+// behind it.
+template <bool kValues>
+inline void recur_window(const GaeArgs& a, const Factors& f, Walk& w, Window& x, const float* r,
+                         const float* v, float* advantages, float* returns) {
+  int64_t end = x.steps + w.pending;
+  if (a.dones.data && load_dones(a, w, x) > 0) {
+    for (int64_t k = x.steps - 1; k >= 0; --k) {
+      if (!x.done[k]) continue;
+      const int64_t begin = k + 1;
+      // Else these are the pending steps alone.
+      if (begin < x.steps)
+        recur<kValues>(f, r + begin, kValues ? v + begin : nullptr, end - begin, w.next,
+                       kValues ? advantages + begin : nullptr, returns + begin);
+      w.next = {0.0, 0.0f};
+      end = begin;
+    }
+  }
+  recur<kValues>(f, r, v, end, w.next, advantages, returns);
+  w.pending = end % kDoubles;
+  const size_t bytes = sizeof(float) * static_cast<size_t>(w.pending);
+  memcpy(w.pending_rewards, r, bytes);
+  if (kValues) memcpy(w.pending_values, v, bytes);
+}
+
+template <bool kValues>
+inline void walk_sequence(const GaeArgs& a, const Factors& f, int64_t sequence, Walk& w,
+                          Window& x) {
+  begin_walk(a, sequence, w);
+  if (!a.carry && a.mask.data && w.next.advantage == 0.0 && w.next.value == 0.0f)
+    skip_masked_end(a, w, x);
+  while (w.left > 0) {
+    next_window(a, w, x);
+    if (x.steps == 0) {
+      zero_results(a, w, x);
+      continue;
+    }
+    const int64_t t = w.start + x.begin, at = w.row * a.cols + t;
+    const float* rewards =
+        a.rewards.data ? load_tokens(a.rewards, w.row, t, x.n, x.rewards) : shaped_rewards(a, w, x);
+    if (a.shaped) zero_masked(rewards, x.keep, x.n, a.shaped + at);
+    const bool in_place = x.kept == x.n && w.pending == 0;
+    const float* r = to_steps(w, x, rewards, w.pending_rewards, x.rewards);
+    const float* v = nullptr;
+    if (kValues)
+      v = to_steps(w, x, load_tokens(a.values, w.row, t, x.n, x.values), w.pending_values,
+                   x.values);
+    float* advantages = in_place && kValues ? a.advantages + at : x.advantages;
+    float* returns = in_place ? a.returns + at : x.returns;
+    recur_window<kValues>(a, f, w, x, r, v, advantages, returns);
+    if (in_place) continue;
+    if (kValues) write_tokens(x, advantages, a.advantages + at);
+    write_tokens(x, returns, a.returns + at);
+  }
+}
+
+// The first sequence that begins at token `at` or behind it.
+inline int64_t sequence_from(const GaeArgs& a, int64_t at) {
+  int64_t low = 0, high = a.sequences;
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (load_label(a.offsets, 0, middle) < at)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+template <bool kValues>
 void run(const GaeArgs& a) {
-  const auto walk = a.dones.data ? walk_sequences<U, true> : walk_sequences<U, false>;
+  const Factors factors(a.gamma, kValues ? a.gamma * a.lam : a.gamma);
+  const auto walk = [&](int64_t begin, int64_t end) {
+    Walk w;
+    Window window;
+    for (int64_t s = begin; s < end; ++s) walk_sequence<kValues>(a, factors, s, w, window);
+  };
   if (a.offsets.data) {
-    const int64_t items = plan_packed(a, U);
-    const int64_t* starts = a.plan + a.sequences;
-    parallel_for(items, a.exec.threads, [&](int64_t i) { walk(a, starts[i], starts[i + 1]); });
+    parallel_for((a.cols + kItemTokens - 1) / kItemTokens, a.exec.threads, [&](int64_t i) {
+      walk(sequence_from(a, i * kItemTokens), sequence_from(a, (i + 1) * kItemTokens));
+    });
     return;
   }
-  const int64_t size = U * (kItemTokens / (U * a.cols) + 1);
+  const int64_t size = kItemTokens / a.cols + 1;
   parallel_for((a.rows + size - 1) / size, a.exec.threads, [&](int64_t i) {
-    walk(a, i * size, (i + 1) * size < a.rows ? (i + 1) * size : a.rows);
+    walk(i * size, (i + 1) * size < a.rows ? (i + 1) * size : a.rows);
   });
 }
 

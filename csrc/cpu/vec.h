@@ -255,6 +255,47 @@ inline void store_partial(typename E::Storage* p, Vec x, int n) {
   for (int i = 0; i < n; ++i) E::set(p + i, buffer[i]);
 }
 
+// The lanes whose byte in `keep` is not 0, next to each other at p, where kLanes may be written.
+// Returns how many they are.
+inline int compress(float* p, Vec x, const uint8_t* keep) {
+#if defined(__AVX512F__)
+  const __m128i flags = _mm_loadu_si128(reinterpret_cast<const __m128i*>(keep));
+  const __mmask16 mask = _mm_test_epi8_mask(flags, flags);
+  store(p, _mm512_maskz_compress_ps(mask, x));
+  return __builtin_popcount(mask);
+#else
+  float lanes[kLanes];
+  store(lanes, x);
+  int count = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    p[count] = lanes[i];
+    count += keep[i] != 0;
+  }
+  return count;
+#endif
+}
+
+// The inverse: lanes from p, of which kLanes may be read, zeros in the others.
+inline int expand(const float* p, const uint8_t* keep, float* out) {
+#if defined(__AVX512F__)
+  const __m128i flags = _mm_loadu_si128(reinterpret_cast<const __m128i*>(keep));
+  const __mmask16 mask = _mm_test_epi8_mask(flags, flags);
+  store(out, _mm512_maskz_expand_ps(mask, load(p)));
+  return __builtin_popcount(mask);
+#else
+  int count = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    // Not a conditional: compilers make it a branch, which masks mispredict.
+    uint32_t lane;
+    memcpy(&lane, p + count, 4);
+    lane &= -static_cast<uint32_t>(keep[i] != 0);
+    memcpy(out + i, &lane, 4);
+    count += keep[i] != 0;
+  }
+  return count;
+#endif
+}
+
 // Asks for the cache lines of `vectors` vectors at p. Never faults: p may lie past the end.
 template <class E, int vectors>
 inline void prefetch(const typename E::Storage* p) {

@@ -71,12 +71,10 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         # The CPU kernel looks at the offsets in any case.
         if like.numel() == 0 and (gpu or cu_seqlens is None):
             return results
-        sequences, plan = like.shape[0], None
+        sequences = like.shape[0]
         if cu_seqlens is not None:
             sequences = cu_seqlens.shape[0] - 1
-            if not gpu:
-                plan = _workspace(2 * sequences + 1, torch.int64, like)
-            elif sequences == 0:
+            if gpu and sequences == 0:
                 # Offsets that end before the tokens do: known without a look at them.
                 for t in results:
                     if t is not None:
@@ -91,7 +89,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         scores, logprobs, ref_logprobs = map(b.as_grid, (scores, logprobs, ref_logprobs))
         bootstrap_values, offsets = b.as_grid(bootstrap_values), b.as_grid(cu_seqlens)
         code, position = extension.gae(
-            *b.grid(like.shape), sequences, b.pack(offsets), b.pack(plan), b.pack(rewards),
+            *b.grid(like.shape), sequences, b.pack(offsets), b.pack(rewards),
             b.pack(values), b.pack(mask), b.pack(dones), b.pack(bootstrap_values), b.pack(scores),
             b.pack(logprobs), b.pack(ref_logprobs), kl_coef, _ESTIMATORS[kl_estimator],
             0.0 if reward_clip is None else reward_clip, gamma, lam, masked == "carry",
