@@ -149,9 +149,11 @@ inline void zero_results(const GaeArgs& a, const Walk& w, const Window& x) {
     if (out) memset(out + at, 0, sizeof(float) * static_cast<size_t>(x.n));
 }
 
-// "zero" with nothing behind: masked tokens at the end are steps that change nothing. They are left
-// out, so that padding does not move the vectors.
+// Masked tokens at the end, so that windows begin at the last kept one. Those of "zero" with
+// nothing behind them are steps that change nothing, and must not move the vectors.
 inline void skip_masked_end(const GaeArgs& a, Walk& w, Window& x) {
+  const bool nothing_behind = w.next.advantage == 0.0 && w.next.value == 0.0f;
+  if (!a.mask.data || !(a.carry || nothing_behind)) return;
   while (w.left > 0) {
     next_window(a, w, x);
     if (x.kept > 0) {
@@ -281,8 +283,7 @@ template <bool kValues>
 inline void walk_sequence(const GaeArgs& a, const Factors& f, int64_t sequence, Walk& w,
                           Window& x) {
   begin_walk(a, sequence, w);
-  if (!a.carry && a.mask.data && w.next.advantage == 0.0 && w.next.value == 0.0f)
-    skip_masked_end(a, w, x);
+  skip_masked_end(a, w, x);
   while (w.left > 0) {
     next_window(a, w, x);
     if (x.steps == 0) {
@@ -327,7 +328,8 @@ void run(const GaeArgs& a) {
   const auto walk = [&](int64_t begin, int64_t end) {
     Walk w;
     Window window;
-    for (int64_t s = begin; s < end; ++s) walk_sequence<kValues>(a, factors, s, w, window);
+    // Last one first, as within a sequence: memory is read in one direction.
+    for (int64_t s = end - 1; s >= begin; --s) walk_sequence<kValues>(a, factors, s, w, window);
   };
   if (a.offsets.data) {
     parallel_for((a.cols + kItemTokens - 1) / kItemTokens, a.exec.threads, [&](int64_t i) {
