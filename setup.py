@@ -246,7 +246,8 @@ class BuildExt(build_ext):
 def extensions() -> list[Extension]:
     """`_cuda` where it may be built, optional unless it must: a failure of it is then a warning."""
     common = {"include_dirs": [get_include()], "language": "c++"}
-    found = [Extension("rlhf_kernels._cpu", sources=["csrc/module_cpu.cpp"], **common)]
+    cpu = ["csrc/module_cpu.cpp", "csrc/cpu/memory.cpp"]
+    found = [Extension("rlhf_kernels._cpu", sources=cpu, **common)]
     wanted = os.environ.get("RLHF_KERNELS_CUDA", "").strip()
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"RLHF_KERNELS_CUDA: expected 0, 1 or nothing, got {wanted!r}")

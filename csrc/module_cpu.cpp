@@ -78,7 +78,9 @@ PYBIND11_MODULE(_cpu, m) {
       [](uintptr_t data, int64_t bytes) {
         advise_huge_pages(reinterpret_cast<void*>(data), bytes);
       },
-      "Ask for huge pages in memory that nothing was written to yet.");
+      "Ask for huge pages in memory that nothing was written to yet, where that pays.");
+  m.def("freed_pages_leave", &freed_pages_leave, py::arg("devices") = "/sys/bus/virtio/devices",
+        "Whether a hypervisor takes back the pages that this machine frees.");
 #ifdef _OPENMP
   m.attr("openmp") = _OPENMP;
 #else

@@ -162,6 +162,7 @@ def report() -> dict[str, Any]:
             "isa": cpu.isa(),
             "isas": list(cpu.isa_names()),
             "openmp": bool(cpu.openmp),
+            "freed_pages_leave": cpu.freed_pages_leave(),
         },
         "cuda_extension": None
         if cuda is None
@@ -203,6 +204,8 @@ def render(r: dict[str, Any]) -> str:
         machine += [("extension", extension["file"])]
         if not extension["openmp"]:
             machine.append(("", "built without OpenMP: kernels run on one thread"))
+        if extension["freed_pages_leave"]:
+            machine.append(("huge pages", "not asked for: the hypervisor takes freed pages back"))
     backends = [
         (name, _backend_line(name, b, r["cuda_extension"])) for name, b in r["backends"].items()
     ]
