@@ -6,8 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+import rlhf_kernels as rk
 from rlhf_kernels import native
+from rlhf_kernels.testing import assert_bitwise_equal
 
 HUGE = 2**21
 BALLOON, BLOCK, REPORTING = "0x0005", "0x0002", 5
@@ -61,3 +64,18 @@ def test_huge_pages_are_asked_for_unless_freed_pages_leave():
     assert "hg" not in flags(address)
     del view
     memory.close()
+
+
+@pytest.mark.parametrize("vocab", [511, 40_009, 2_000_003])
+def test_large_results_have_the_bits_of_small_ones(vocab):
+    # Rows that share a page with the next, that share a block with others, and of several blocks.
+    rows = 5_000_000 // vocab + 1
+    logits = torch.randn(rows, vocab, requires_grad=True)
+    labels = torch.randint(vocab, (rows,))
+    for _ in range(2):
+        (grad,) = torch.autograd.grad(rk.token_logprobs(logits, labels).logprobs.sum(), logits)
+        for i in (0, rows // 2, rows - 1):
+            row = logits[i : i + 1, :]
+            alone = rk.token_logprobs(row, labels[i : i + 1]).logprobs.sum()
+            assert_bitwise_equal(grad[i], torch.autograd.grad(alone, row)[0][0])
+        assert int(grad.ne(0).sum()) > 0.99 * grad.numel()

@@ -216,8 +216,8 @@ Status kl_divergence(const KlArgs& a) {
 }
 
 Status kl_divergence_backward(const KlBackwardArgs& a) {
-  advise_huge_pages(a.grad_logits.data,
-                    a.rows * a.cols * a.vocab * dtype_size(a.grad_logits.dtype));
+  const int64_t row_bytes = a.vocab * dtype_size(a.grad_logits.dtype);
+  const FreshPages pages(a.grad_logits.data, a.rows * a.cols * row_bytes);
   const auto choose = [&](auto e) {
     using E = decltype(e);
     return a.reverse ? kl_backward_row<E, true> : kl_backward_row<E, false>;
@@ -225,7 +225,10 @@ Status kl_divergence_backward(const KlBackwardArgs& a) {
   const auto row = a.logits.dtype == kBFloat16  ? choose(BF16{})
                    : a.logits.dtype == kFloat16 ? choose(F16{})
                                                 : choose(F32{});
-  parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) { row(a, r); });
+  parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) {
+    pages.prepare(r * row_bytes, row_bytes);
+    row(a, r);
+  });
   return {};
 }
 

@@ -302,12 +302,15 @@ Status token_logprobs(const LogprobsArgs& a) {
 Status token_logprobs_backward(const LogprobsBackwardArgs& a) {
   const Status status = check_tokens(a);
   if (status.code != kOk) return status;
-  if (a.grad_logits.data != a.logits.data)
-    advise_huge_pages(a.grad_logits.data,
-                      a.rows * a.cols * a.vocab * dtype_size(a.grad_logits.dtype));
+  const bool in_place = a.grad_logits.data == a.logits.data;
+  const int64_t row_bytes = a.vocab * dtype_size(a.grad_logits.dtype);
+  const FreshPages pages(in_place ? nullptr : a.grad_logits.data, a.rows * a.cols * row_bytes);
   const auto row = pick<LogprobsBackward, LogprobsBackwardArgs>(a.logits.dtype, a.softcap > 0.0,
                                                                 a.grad_entropy.data != nullptr);
-  parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) { row(a, r); });
+  parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) {
+    pages.prepare(r * row_bytes, row_bytes);
+    row(a, r);
+  });
   return {};
 }
 

@@ -1,28 +1,52 @@
 #include "memory.h"
 
 #include <stdio.h>
+#include <string.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace rk {
 namespace {
 
-// The first characters of a device's attribute; empty where it cannot be read.
-struct Attribute {
-  char text[16] = {};
+// The first line of a file that the kernel shows, as far as it fits; empty where it cannot be read.
+struct Line {
+  char text[64] = {};
 
-  Attribute(const char* devices, int device, const char* name) {
-    char path[256];
-    const int length = snprintf(path, sizeof path, "%s/virtio%d/%s", devices, device, name);
-    if (length < 0 || length >= static_cast<int>(sizeof path)) return;
+  explicit Line(const char* path) {
     FILE* file = fopen(path, "r");
     if (!file) return;
     if (!fgets(text, sizeof text, file)) text[0] = '\0';
     fclose(file);
   }
 };
+
+Line virtio_line(const char* devices, int device, const char* name) {
+  char path[256];
+  const int length = snprintf(path, sizeof path, "%s/virtio%d/%s", devices, device, name);
+  return Line(length > 0 && length < static_cast<int>(sizeof path) ? path : "");
+}
+
+constexpr int64_t kBlock = 256 * 1024;
+
+void populate([[maybe_unused]] char* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  // In Linux since 5.14; older ones refuse it, and headers may not know it.
+  constexpr int kPopulateWrite = 23;
+  static const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  // Whole pages, so that nothing beyond the data is touched.
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
+  const uintptr_t end = reinterpret_cast<uintptr_t>(data + bytes) & ~(page - 1);
+  if (end <= begin) return;
+  // Where the memory is not fresh, a look at every page of it would be a waste.
+  unsigned char resident = 0;
+  const uintptr_t middle = (begin + (end - begin) / 2) & ~(page - 1);
+  if (mincore(reinterpret_cast<void*>(middle), page, &resident) == 0 && resident & 1) return;
+  madvise(reinterpret_cast<void*>(begin), end - begin, kPopulateWrite);
+#endif
+}
 
 }  // namespace
 
@@ -32,23 +56,45 @@ bool freed_pages_leave(const char* devices) {
   constexpr int kDevices = 64;
   for (int i = 0; i < kDevices; ++i) {
     unsigned type = 0;
-    const Attribute device(devices, i, "device"), features(devices, i, "features");
-    if (sscanf(device.text, "%x", &type) == 1 && type == 5 && features.text[5] == '1') return true;
+    if (sscanf(virtio_line(devices, i, "device").text, "%x", &type) == 1 && type == 5 &&
+        virtio_line(devices, i, "features").text[5] == '1')
+      return true;
   }
   return false;
 }
 
-void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  static const bool pays = !freed_pages_leave("/sys/bus/virtio/devices");
+
+bool advise_huge_pages(void* data, int64_t bytes) {
+  static const bool pays =
+      !strstr(Line("/sys/kernel/mm/transparent_hugepage/enabled").text, "[never]") &&
+      !freed_pages_leave("/sys/bus/virtio/devices");
+  if (!pays) return false;
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
   const uintptr_t end =
       (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(kHuge - 1);
-  if (pays && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  return true;
+}
+
 #else
-  (void)data, (void)bytes;
+
+bool advise_huge_pages(void*, int64_t) { return false; }
+
 #endif
+
+FreshPages::FreshPages(void* data, int64_t bytes) : data_(static_cast<char*>(data)), bytes_(bytes) {
+  // Less is served from memory that the process already holds.
+  constexpr int64_t kSmallest = 4 << 20;
+  if (data && (bytes < kSmallest || advise_huge_pages(data, bytes))) data_ = nullptr;
+}
+
+void FreshPages::prepare(int64_t begin, int64_t bytes) const {
+  if (!data_) return;
+  // A block is made by whoever writes its first byte.
+  for (int64_t at = (begin + kBlock - 1) / kBlock * kBlock; at < begin + bytes; at += kBlock)
+    populate(data_ + at, at + kBlock < bytes_ ? kBlock : bytes_ - at);
 }
 
 }  // namespace rk

@@ -1,5 +1,5 @@
-// Huge pages for large fresh outputs. Page faults of 4 KiB are most of the cost of filling a new
-// buffer of logits' size.
+// Page faults of 4 KiB are most of the cost of filling a new buffer of logits' size: what is done
+// to have fewer of them.
 #pragma once
 #include <stdint.h>
 
@@ -11,11 +11,27 @@ namespace rk {
 // listed in the folder is a balloon that reports free pages.
 bool freed_pages_leave(const char* devices);
 
-// Asks for huge pages before the first write. Advice only: harmless where the memory is not fresh
-// or the system has huge pages off. Where freed pages leave the machine, the next huge page is
-// often one that the hypervisor has to find anew, several times as slow as 4 KiB pages, which are
-// seldom taken from what left: nothing is asked for.
-void advise_huge_pages(void* data, int64_t bytes);
+// Asks for huge pages before the first write. Advice only: harmless where the memory is not fresh.
+// Returns whether they were asked for. Not where the system has them off, and not where freed pages
+// leave the machine: the next huge page is then often one that the hypervisor has to find anew,
+// several times as slow as 4 KiB pages, which are seldom taken from what left.
+bool advise_huge_pages(void* data, int64_t bytes);
+
+// A large result, about to be written by threads in any order. Where there are no huge pages, its
+// 4 KiB pages are made a block at a time just before they are written, not at a fault of each.
+// Nothing is inline: a unit compiled for AVX-512 must not serve the others.
+class FreshPages {
+ public:
+  // No data: nothing is to be prepared.
+  FreshPages(void* data, int64_t bytes);
+
+  // Called before bytes [begin, begin + bytes) are written.
+  void prepare(int64_t begin, int64_t bytes) const;
+
+ private:
+  char* data_;
+  int64_t bytes_;
+};
 
 namespace {
 

@@ -325,21 +325,20 @@ inline int64_t sequence_from(const GaeArgs& a, int64_t at) {
 template <bool kValues>
 void run(const GaeArgs& a) {
   const Factors factors(a.gamma, kValues ? a.gamma * a.lam : a.gamma);
-  const auto walk = [&](int64_t begin, int64_t end) {
+  const int64_t rows = kItemTokens / a.cols + 1;
+  const int64_t items =
+      a.offsets.data ? (a.cols + kItemTokens - 1) / kItemTokens : (a.rows + rows - 1) / rows;
+  parallel_for(items, a.exec.threads, [&](int64_t i) {
+    // Last one first, as within a sequence: memory is read in one direction.
+    const int64_t item = items - 1 - i;
+    int64_t begin = item * rows, end = begin + rows < a.rows ? begin + rows : a.rows;
+    if (a.offsets.data) {
+      begin = sequence_from(a, item * kItemTokens);
+      end = sequence_from(a, (item + 1) * kItemTokens);
+    }
     Walk w;
     Window window;
-    // Last one first, as within a sequence: memory is read in one direction.
     for (int64_t s = end - 1; s >= begin; --s) walk_sequence<kValues>(a, factors, s, w, window);
-  };
-  if (a.offsets.data) {
-    parallel_for((a.cols + kItemTokens - 1) / kItemTokens, a.exec.threads, [&](int64_t i) {
-      walk(sequence_from(a, i * kItemTokens), sequence_from(a, (i + 1) * kItemTokens));
-    });
-    return;
-  }
-  const int64_t size = kItemTokens / a.cols + 1;
-  parallel_for((a.rows + size - 1) / size, a.exec.threads, [&](int64_t i) {
-    walk(i * size, (i + 1) * size < a.rows ? (i + 1) * size : a.rows);
   });
 }
 

@@ -230,12 +230,14 @@ Status support_logprobs(const SupportArgs& a) {
 Status support_backward(const SupportBackwardArgs& a) {
   const Status status = check_support(a, nullptr);
   if (status.code != kOk) return status;
-  if (a.grad_logits.data)
-    advise_huge_pages(a.grad_logits.data,
-                      a.rows * a.cols * a.vocab * dtype_size(a.grad_logits.dtype));
+  const int64_t row_bytes = a.vocab * dtype_size(a.grad_logits.dtype);
+  const FreshPages pages(a.grad_logits.data, a.rows * a.cols * row_bytes);
   const auto row = pick<SupportBackward, SupportBackwardArgs>(a.grad_logits.dtype, a.softcap > 0.0,
                                                               a.grad_entropy.data != nullptr);
-  parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) { row(a, r); });
+  parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) {
+    pages.prepare(r * row_bytes, row_bytes);
+    row(a, r);
+  });
   return {};
 }
 
@@ -351,12 +353,13 @@ Status support_head_backward(const SupportHeadArgs& a) {
       parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t n) { hidden_gradient<E>(a, n); });
     if (!a.grad_weight.data && !a.grad_bias) return;
     sort_uses(a);
-    if (a.grad_weight.data)
-      advise_huge_pages(a.grad_weight.data, a.vocab * a.width * dtype_size(a.grad_weight.dtype));
+    const int64_t row_bytes = a.width * dtype_size(a.grad_weight.dtype);
+    const FreshPages pages(a.grad_weight.data, a.vocab * row_bytes);
     // Most rows of the weight are touched by no token and cost only their zeros.
     constexpr int64_t kWords = 16;
     parallel_for((a.vocab + kWords - 1) / kWords, a.exec.threads, [&](int64_t chunk) {
       const int64_t end = (chunk + 1) * kWords < a.vocab ? (chunk + 1) * kWords : a.vocab;
+      pages.prepare(chunk * kWords * row_bytes, (end - chunk * kWords) * row_bytes);
       for (int64_t v = chunk * kWords; v < end; ++v) weight_gradient<E>(a, v);
     });
   };
