@@ -261,6 +261,15 @@ __device__ __forceinline__ void store_slot(typename E::Storage* out, int column,
     if (column + w < count) out[column + w] = slot.item(w);
 }
 
+// Zeros in the thread's slots of a tile.
+template <class E, int kThreads, int kSlots>
+__device__ __forceinline__ void zero_tile(typename E::Storage* out, int count, bool aligned) {
+  const Pack<E> zero{};
+#pragma unroll
+  for (int k = 0; k < kSlots; ++k)
+    store_slot<E>(out, slot_column<E, kThreads>(k), count, aligned, zero);
+}
+
 // ---- Arithmetic ---------------------------------------------------------------------------------
 
 // 2^x, within 2 units in the last place; 0 below the normal floats.

@@ -212,10 +212,7 @@ __global__ void __launch_bounds__(kRowThreads)
   S* out =
       static_cast<S*>(a.grad_logits.data) + token_at(a.grad_logits, tile.row, a.cols) + tile.first;
   if (c.a0 == 0.0f && c.a1 == 0.0f) {
-    const Pack<E> zero{};
-#pragma unroll
-    for (int k = 0; k < kBackwardSlots; ++k)
-      store_slot<E>(out, slot_column<E, kRowThreads>(k), tile.count, aligned, zero);
+    zero_tile<E, kRowThreads, kBackwardSlots>(out, tile.count, aligned);
     return;
   }
   Pack<E> slots[kBackwardSlots];
