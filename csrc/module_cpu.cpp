@@ -21,6 +21,7 @@
 #include "bind/value.h"
 #include "cpu/kernels.h"
 #include "cpu/memory.h"
+#include "cpu/parallel.h"
 
 namespace py = pybind11;
 
@@ -74,11 +75,16 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return std::string(active->isa); }, "The instruction set in use.");
   m.def("select_isa", &select_isa, "Use a supported instruction set by name.");
   m.def(
-      "advise_huge_pages",
-      [](uintptr_t data, int64_t bytes) {
-        advise_huge_pages(reinterpret_cast<void*>(data), bytes);
+      "prepare_pages",
+      [](uintptr_t data, int64_t bytes, int32_t threads) {
+        constexpr int64_t kItem = 2 << 20;
+        const FreshPages pages(reinterpret_cast<void*>(data), bytes);
+        const py::gil_scoped_release release;
+        parallel_for((bytes + kItem - 1) / kItem, threads, [&](int64_t i) {
+          pages.prepare(i * kItem, bytes - i * kItem < kItem ? bytes - i * kItem : kItem);
+        });
       },
-      "Ask for huge pages in memory that nothing was written to yet, where that pays.");
+      "For memory that nothing was written to yet and all of which will be.");
   m.def("freed_pages_leave", &freed_pages_leave, py::arg("devices") = "/sys/bus/virtio/devices",
         "Whether a hypervisor takes back the pages that this machine frees.");
 #ifdef _OPENMP

@@ -31,14 +31,15 @@ Line virtio_line(const char* devices, int device, const char* name) {
 
 constexpr int64_t kBlock = 256 * 1024;
 
-void populate([[maybe_unused]] char* data, [[maybe_unused]] int64_t bytes) {
+// The pages that begin in a block, as far as they are whole ones of the data.
+void populate([[maybe_unused]] char* block, [[maybe_unused]] char* data_end) {
 #if defined(__linux__)
   // In Linux since 5.14; older ones refuse it, and headers may not know it.
   constexpr int kPopulateWrite = 23;
   static const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  // Whole pages, so that nothing beyond the data is touched.
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
-  const uintptr_t end = reinterpret_cast<uintptr_t>(data + bytes) & ~(page - 1);
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(block) + page - 1) & ~(page - 1);
+  const uintptr_t last = reinterpret_cast<uintptr_t>(data_end) & ~(page - 1);
+  const uintptr_t end = begin + kBlock < last ? begin + kBlock : last;
   if (end <= begin) return;
   // Where the memory is not fresh, a look at every page of it would be a waste.
   unsigned char resident = 0;
@@ -94,7 +95,7 @@ void FreshPages::prepare(int64_t begin, int64_t bytes) const {
   if (!data_) return;
   // A block is made by whoever writes its first byte.
   for (int64_t at = (begin + kBlock - 1) / kBlock * kBlock; at < begin + bytes; at += kBlock)
-    populate(data_ + at, at + kBlock < bytes_ ? kBlock : bytes_ - at);
+    populate(data_ + at, data_ + bytes_);
 }
 
 }  // namespace rk

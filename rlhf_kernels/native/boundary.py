@@ -95,5 +95,5 @@ def empty(
 ) -> Tensor:
     """torch.empty for a large buffer that something else than our kernels writes first."""
     t = torch.empty(shape, dtype=dtype, device=device)
-    extension.advise_huge_pages(t.data_ptr(), t.nbytes)
+    extension.prepare_pages(t.data_ptr(), t.nbytes, torch.get_num_threads())
     return t
