@@ -14,8 +14,7 @@ constexpr int64_t kBlockTokens = 128;
 // Tokens that are handed to a thread at a time.
 constexpr int64_t kItemTokens = 16384;
 
-// Selections by 0 or 1 in the bits: compilers turn a conditional on floats into a branch, which
-// masks mispredict, or leave the loop scalar.
+// As keep_or_zero in vec.h, for doubles.
 inline double keep_or(uint8_t keep, double x, double other) {
   uint64_t a, b;
   memcpy(&a, &x, 8);
@@ -23,13 +22,6 @@ inline double keep_or(uint8_t keep, double x, double other) {
   const uint64_t m = -static_cast<uint64_t>(keep);
   a = (a & m) | (b & ~m);
   memcpy(&x, &a, 8);
-  return x;
-}
-inline float keep_or_zero(uint8_t keep, float x) {
-  uint32_t a;
-  memcpy(&a, &x, 4);
-  a &= -static_cast<uint32_t>(keep);
-  memcpy(&x, &a, 4);
   return x;
 }
 

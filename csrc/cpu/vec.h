@@ -255,6 +255,16 @@ inline void store_partial(typename E::Storage* p, Vec x, int n) {
   for (int i = 0; i < n; ++i) E::set(p + i, buffer[i]);
 }
 
+// A selection by 0 or 1 in the bits: compilers turn a conditional on floats into a branch, which
+// masks mispredict, or leave the loop scalar.
+inline float keep_or_zero(uint8_t keep, float x) {
+  uint32_t a;
+  memcpy(&a, &x, 4);
+  a &= -static_cast<uint32_t>(keep);
+  memcpy(&x, &a, 4);
+  return x;
+}
+
 // The lanes whose byte in `keep` is not 0, next to each other at p, where kLanes may be written.
 // Returns how many they are.
 inline int compress(float* p, Vec x, const uint8_t* keep) {
@@ -285,11 +295,7 @@ inline int expand(const float* p, const uint8_t* keep, float* out) {
 #else
   int count = 0;
   for (int i = 0; i < kLanes; ++i) {
-    // Not a conditional: compilers make it a branch, which masks mispredict.
-    uint32_t lane;
-    memcpy(&lane, p + count, 4);
-    lane &= -static_cast<uint32_t>(keep[i] != 0);
-    memcpy(out + i, &lane, 4);
+    out[i] = keep_or_zero(keep[i] != 0, p[count]);
     count += keep[i] != 0;
   }
   return count;
