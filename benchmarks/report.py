@@ -189,6 +189,8 @@ def _against(name: str, wanted: float, found: float | None) -> str:
     if found is None:
         return f"not measured (≥ {show(wanted)})"
     missed = found < wanted
+    if missed and show(found) == show(wanted):
+        show = "{:.2%}".format if name in LIMITS else "{:.4g}×".format
     return _bold_if(missed, f"{show(found)} {'<' if missed else '≥'} {show(wanted)}")
 
 

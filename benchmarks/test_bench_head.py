@@ -30,13 +30,20 @@ SHAPES = {
 }
 # Real models: Qwen3-0.6B.
 FULL_SHAPES = {"qwen3-0.6b": (torch.bfloat16, 1024, 1024, 151936)}
+# Widths and vocabularies of other families: GPT-2 124M, Llama 3.2 1B, Gemma 3 1B. The loss alone.
+FAMILIES = {
+    "gpt2": (torch.float32, 512, 768, 50257),
+    "llama3.2-1b": (torch.bfloat16, 512, 2048, 128256),
+    "gemma3-1b": (torch.bfloat16, 512, 1152, 262144),
+}
+MODELS = FULL_SHAPES | FAMILIES
 GPU_SHAPES = {"gpu-bf16": (torch.bfloat16, 8192, 4096, 151936)}
 # TRL's own, for its chunks of the vocabulary or of the tokens.
 _TRL_CHUNK = peer("trl.trainer.utils", "_CHUNKED_LOGPROB_CHUNK_SIZE")
 
 
 def _operands(settings: Settings, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, n, width, vocab = (SHAPES | FULL_SHAPES | GPU_SHAPES)[name]
+    dtype, n, width, vocab = (SHAPES | MODELS | GPU_SHAPES)[name]
     if settings.quick:
         n, width, vocab = 64, 32, 1000
     device = settings.device
@@ -47,9 +54,9 @@ def _operands(settings: Settings, name: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _label(name: str, hidden: Tensor, weight: Tensor) -> str:
-    dtype = "fp32" if name == "fp32" else "bf16"
+    dtype = "fp32" if hidden.dtype == torch.float32 else "bf16"
     shape = f"{dtype} {hidden.shape[0]}×{hidden.shape[1]}×{weight.shape[0]}"
-    return shape + (f" ({name})" if name in FULL_SHAPES else "")
+    return shape + (f" ({name})" if name in MODELS else "")
 
 
 def gemms(hidden: Tensor, weight: Tensor, forward: int) -> Callable[[], None]:
@@ -133,7 +140,7 @@ def _oracle(
 
 
 # Minutes a point: one of a CPU's in the short run, the loss in bf16.
-POINTS = points(["bf16"], GPU_SHAPES, ["fp32", *FULL_SHAPES])
+POINTS = points(["bf16"], GPU_SHAPES, ["fp32", *MODELS])
 _LOGPROBS = points((), GPU_SHAPES, [*SHAPES, *FULL_SHAPES])
 _ENTROPY = points((), GPU_SHAPES, SHAPES)
 LOGPROBS_POINTS = [
@@ -200,7 +207,7 @@ def test_linear_token_logprobs(
             targets=LOGPROBS_TARGETS if name in SHAPES and not entropy else {},
             upstream=upstream,
             baselines={"GEMMs": gemms(hidden, weight, 2)},
-            least_rounds=3 if name in FULL_SHAPES else 7,
+            least_rounds=3 if name in MODELS else 7,
             rounded=hidden.dtype,
         )
     )
@@ -284,7 +291,7 @@ def test_linear_policy_loss(run: Callable[[Case], None], settings: Settings, nam
             at_most={"extra_bytes": CHUNK_BYTES} if name in SHAPES else {},
             outputs=1,
             baselines={"GEMMs": gemms(hidden, weight, 1)},
-            least_rounds=3 if name in FULL_SHAPES else 7,
+            least_rounds=3 if name in MODELS else 7,
             rounded=hidden.dtype,
         )
     )

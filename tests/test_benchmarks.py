@@ -160,6 +160,10 @@ def test_report_judges_targets(report):
     # In the rounds that both ran in, whatever each took over all of its own.
     entry["providers"]["eager"]["ours_over"] = timed(0.25)
     assert report.ratio(entry, "eager") == 4
+    # Rounding never hides a miss.
+    assert report._against("GEMMs", 1 / 1.15, 0.8695) == "**86.95% < 86.96%**"
+    assert report._against("eager", 5, 4.97) == "**4.97× < 5×**"
+    assert report._against("eager", 5, 5.03) == "5× ≥ 5×"
 
 
 def test_suite_writes_json_table_and_picture(tmp_path):
