@@ -33,6 +33,9 @@ _BLOCK_TOKENS = 32768
 # Chunks of fewer tokens spend more on an fp32 sum of a 16-bit weight's gradient, which is read and
 # written for each, than a further product would cost.
 _SUM_TOKENS = 2048
+# From so many tokens on a CPU gains more by operands that are not transposed than it costs to turn
+# their product round.
+_TURNED_TOKENS = 2048
 # Rows of a weight gradient that are summed over chunks at a time: their product stays in the cache.
 _SUM_ROWS = 1024
 
@@ -330,13 +333,13 @@ class _Sum:
     def _add_rounded(self, a: Tensor, b: Tensor, tile: Tile) -> None:
         """Adds a.T @ b where the library rounds a product to 16 bits.
 
-        One or two products need no fp32 sum: an addition in 16 bits rounds once. (b.T @ a).T: the
-        CPU's matrix units take half the time where neither operand is transposed, and the blocks
-        that are turned round instead stay in the cache.
+        One or two products need no fp32 sum: an addition in 16 bits rounds once. (b.T @ a).T for
+        many tokens: the CPU's matrix units take half the time where neither operand is transposed,
+        and the blocks that are turned round instead stay in the cache.
         """
-        like, words = self._like, tile.words
+        like, words, turned = self._like, tile.words, a.shape[0] >= _TURNED_TOKENS
         if words.start == 0:
-            self._b_t = b.T.contiguous()
+            self._b_t = b.T.contiguous() if turned else None
         if self._rounded is None:
             self._rounded = self._empty(like.shape, like.dtype, like.device)
         elif self._total is None and tile.step == 1 and not tile.is_last:
@@ -344,7 +347,14 @@ class _Sum:
         for start in range(words.start, words.stop, _SUM_ROWS):
             rows = slice(start, min(start + _SUM_ROWS, words.stop))
             rounded = self._rounded[rows]
-            term = (self._b_t @ a[:, rows.start - words.start : rows.stop - words.start]).T
+            part = a[:, rows.start - words.start : rows.stop - words.start]
+            if not turned and self._total is None:
+                if tile.step == 0:
+                    torch.mm(part.T, b, out=rounded)
+                else:
+                    rounded.addmm_(part.T, b)
+                continue
+            term = (self._b_t @ part).T if turned else part.T @ b
             if tile.step == 0:
                 rounded.copy_(term)
                 continue

@@ -151,6 +151,25 @@ def test_memory_holds_no_second_gradient_of_the_weight(blocks):
     assert max(shape.numel() for shape in large) < weight.numel()
 
 
+@pytest.mark.parametrize("turned", [1, 1 << 30])
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounded_sum_of_a_weight_gradient(monkeypatch, turned, chunks, dtype):
+    monkeypatch.setattr(_head, "_TURNED_TOKENS", turned)
+    monkeypatch.setattr(_head, "_SUM_ROWS", 64)
+    vocab, width, size = 150, 24, 40
+    a = torch.randn(chunks * size, vocab).to(dtype)
+    b = torch.randn(chunks * size, width).to(dtype)
+    products = a.double().view(chunks, size, -1).mT @ b.double().view(chunks, size, -1)
+    # A rounding of each product and one of the sum; then the fp32 sums within a product.
+    bound = torch.finfo(dtype).eps * products.abs().sum(0) + 1e-5
+    for chunk in (_head.Chunk(size, vocab, False), _head.Chunk(chunks * size, 64, False)):
+        total = _head._Sum(torch.empty(vocab, width, dtype=dtype), _head.plain_empty)
+        for tile in _head.Tokens(len(a), None).tiles(chunk, vocab):
+            total.add_product(a[tile.tokens, tile.words], b[tile.tokens], tile)
+        assert bool(((total.result().double() - products.sum(0)).abs() <= bound).all())
+
+
 def test_labels_of_a_block():
     nowhere, vocab = -2, 10
     labels = torch.tensor([0, 3, 4, 9, _head.ELSEWHERE, nowhere, vocab], dtype=torch.int64)
