@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .config import UserError
+
 _FORMAT = "rlhf_kernels.trainer/1"
 _PREFIX = "checkpoint-"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is incomplete, altered or not of this run; the message names it."""
 
 

@@ -14,10 +14,17 @@ def _doc(text: str, default: Any) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+class UserError(ValueError):
+    """What the user can mend: a setting, a file, a model or a reward function; the message says how.
+
+    The command line prints its message without a traceback and exits with status 2.
+    """
+
+
 def require(ok: bool, name: str, expected: str, found: object) -> None:
-    """Raises ValueError naming the setting, what it should be and what it is."""
+    """Raises UserError naming the setting, what it should be and what it is."""
     if not ok:
-        raise ValueError(f"{name}: expected {expected}, found {repr(found)[:80]}")
+        raise UserError(f"{name}: expected {expected}, found {repr(found)[:80]}")
 
 
 def _one_of(config: Any, name: str, allowed: tuple[str, ...]) -> None:

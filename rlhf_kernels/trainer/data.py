@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .answers import final_number
-from .config import DataConfig, require
+from .config import DataConfig, UserError, require
 from .tokenizers import bpe_tokenizer, character_tokenizer
 
 #: A text, or a conversation: [{"role": "user", "content": "..."}, ...].
@@ -93,7 +93,7 @@ def row_tokens(
         start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
         if not whole.startswith(start):
-            raise ValueError("chat template: a conversation does not begin with its own prompt")
+            raise UserError("chat template: a conversation does not begin with its own prompt")
         texts = (start, whole[len(start) :].rstrip("\n"))
         first, rest = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     ended = rest[-1:] == [tokenizer.eos_token_id]
@@ -227,7 +227,7 @@ def read_rows(path: str, kind: str) -> list[Row]:
             row = json.loads(content) if isinstance(content, str) else content
             rows.append(parse_row(row, kind))
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from error
+            raise UserError(f"{path}:{number}: {error}") from error
     require(bool(rows), path, "at least one row", 0)
     return rows
 

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from .config import OptimConfig, require
+from .config import OptimConfig, UserError, require
 from .models import Networks
 
 T = TypeVar("T")
@@ -183,7 +183,7 @@ class Learner:
         trained = dict(self._trained())
         for name in trained.keys() ^ weights.keys():
             where = "the checkpoint" if name in trained else "the model"
-            raise ValueError(f"{name}: expected in both checkpoint and model, not in {where}")
+            raise UserError(f"{name}: expected in both checkpoint and model, not in {where}")
         with torch.no_grad():
             for name, weight in trained.items():
                 shape = tuple(weights[name].shape)

@@ -19,7 +19,7 @@ from transformers.utils import is_flash_attn_2_available
 
 import rlhf_kernels as rk
 
-from .config import ModelConfig, require
+from .config import ModelConfig, UserError, require
 from .data import Batch, position_ids
 from .report import kernel
 
@@ -221,7 +221,7 @@ def _check_head(policy: nn.Module) -> None:
     tolerance = 1e-3 if head.hidden.dtype is torch.float32 else 0.1
     if not torch.allclose(logits, theirs, atol=tolerance, rtol=tolerance):
         name = type(causal_lm(policy)).__name__
-        raise ValueError(f"model: {name} does more between hidden states and logits than its head")
+        raise UserError(f"model: {name} does more between hidden states and logits than its head")
 
 
 def build_critic(policy: nn.Module, config: ModelConfig, path: str | None = None) -> nn.Module:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 import rlhf_kernels as rk
 
 from . import models
-from .config import DPOConfig, OptimConfig, RewardConfig
+from .config import DPOConfig, OptimConfig, RewardConfig, UserError
 from .data import Batch, Row, Sampler, collate, row_tokens
 from .learner import Learner
 
@@ -161,7 +161,7 @@ class OfflineTrainer:
         self.reference = getattr(objective, "reference", None)
         self.train, self.held_out = self._encode(train), self._encode(held_out)
         if not self.train:
-            raise ValueError("max_new_tokens: expected rows whose completions fit, found none")
+            raise UserError("max_new_tokens: expected rows whose completions fit, found none")
         self.sampler = Sampler(len(self.train), optim.batch_size, seed)
         self.steps_done = 0
 

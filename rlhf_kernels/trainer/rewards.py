@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .config import ModelConfig, require
+from .config import ModelConfig, UserError, require
 from .data import collate, load_tokenizer, row_tokens
 from .models import load_reward_model, sequence_rewards
 
@@ -63,7 +63,7 @@ class Rewards(NamedTuple):
         table = torch.tensor([_call(f, columns | given, len(prompts)) for f in self.functions]).T
         unscored = table.isnan().all(1).nonzero()
         if len(unscored):
-            raise ValueError(f"reward_funcs: no function scored sample {int(unscored[0])}")
+            raise UserError(f"reward_funcs: no function scored sample {int(unscored[0])}")
         return table.contiguous()
 
 
@@ -74,12 +74,12 @@ def _call(function: RewardFunction, arguments: dict[str, Any], count: int) -> li
     except Exception as error:
         raise RuntimeError(f"reward function {name} raised {error!r}") from error
     if rewards is None:
-        raise ValueError(f"{name}: expected a list of {count} rewards, found None")
+        raise UserError(f"{name}: expected a list of {count} rewards, found None")
     if len(rewards) != count:
-        raise ValueError(f"{name}: expected {count} rewards, found {len(rewards)}")
+        raise UserError(f"{name}: expected {count} rewards, found {len(rewards)}")
     for i, reward in enumerate(rewards):
         if reward is not None and not math.isfinite(reward):
-            raise ValueError(f"{name}: expected finite rewards, found {reward} for sample {i}")
+            raise UserError(f"{name}: expected finite rewards, found {reward} for sample {i}")
     return [math.nan if reward is None else float(reward) for reward in rewards]
 
 
@@ -127,5 +127,5 @@ def load_rewards(
     ] or list(default)
     weights = list(weights) or [1.0] * len(functions)
     if len(weights) != len(functions):
-        raise ValueError(f"reward_weights: expected {len(functions)} numbers, found {len(weights)}")
+        raise UserError(f"reward_weights: expected {len(functions)} numbers, found {len(weights)}")
     return Rewards(functions, weights)
