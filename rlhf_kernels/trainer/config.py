@@ -15,7 +15,7 @@ def _doc(text: str, default: Any) -> Any:
 
 
 class UserError(ValueError):
-    """What the user can mend: a setting, a file, a model or a reward function; the message says how.
+    """What the user can mend (a setting, file, model, reward function); the message says how.
 
     The command line prints its message without a traceback and exits with status 2.
     """
