@@ -21,7 +21,7 @@ from transformers import (
     GraniteConfig,
 )
 
-from rlhf_kernels.trainer import models, rewards
+from rlhf_kernels.trainer import models, probe, rewards
 from rlhf_kernels.trainer.config import ModelConfig
 from rlhf_kernels.trainer.data import Row, bpe_tokenizer, pad, prompt_tokens
 from rlhf_kernels.trainer.generation import generate
@@ -81,7 +81,7 @@ def test_head_of_other_architectures(config):
         logits = model(input_ids=ids).logits[:, 2:-1]
     expected = torch.log_softmax(logits, -1).gather(2, ids[:, 3:, None])[..., 0]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    models._check_head(model)
+    probe.check_head(model)
 
 
 def test_head_that_does_more_is_refused():
@@ -95,7 +95,7 @@ def test_head_that_does_more_is_refused():
 
     policy.forward = doubled
     with pytest.raises(ValueError, match="LlamaForCausalLM does more"):
-        models._check_head(policy)
+        probe.check_head(policy)
 
 
 def test_lora_trains_adapters_and_switches_them_off_as_reference():

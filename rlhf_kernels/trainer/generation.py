@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import Batch, position_ids
+from .forward import causal_lm
 from .learner import Learner
-from .models import causal_lm
 
 
 class Generation(NamedTuple):

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,10 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
-import rlhf_kernels as rk
-
-from .config import ModelConfig, UserError, require
-from .data import Batch, position_ids
-from .report import kernel
+from .config import ModelConfig, require
+from .data import Batch
+from .forward import Head, causal_lm, hidden_states, lm_head
+from .probe import check_head
 
 T = TypeVar("T")
 
@@ -45,79 +44,15 @@ class Networks(nn.Module):
         return function(self)
 
 
-class Head(NamedTuple):
-    """Hidden states `[B, T, H]` that predict the completion's tokens, and the LM head."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    scale: float
-
-    def _options(self) -> dict[str, Any]:
-        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.scale}
-
-    def logprobs(self, labels: Tensor, *, temperature: float = 1.0) -> Tensor:
-        """Log-probabilities of the labels, fp32 [B, T]; 0 where they are -100."""
-        return kernel(
-            rk.linear_token_logprobs, self.hidden, self.weight, labels,
-            temperature=temperature, **self._options(),
-        ).logprobs  # fmt: skip
-
-    def policy_loss(self, labels: Tensor, *args: Tensor, **options: Any) -> rk.PolicyLoss:
-        """`linear_policy_loss` of this head."""
-        return kernel(
-            rk.linear_policy_loss, self.hidden, self.weight, labels, *args,
-            **self._options(), **options,
-        )  # fmt: skip
-
-
-def causal_lm(policy: nn.Module) -> PreTrainedModel:
-    """The causal LM, below LoRA's wrapper if there is one."""
-    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-
-
-def lm_head(policy: nn.Module, batch: Batch) -> Head:
-    """The hidden states of the completion's tokens and the head over them."""
-    model = causal_lm(policy)
-    hidden = _hidden(model, batch)[:, -batch.completion_mask.shape[1] - 1 : -1]
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    # The same dtype under autocast too, where the weights stay fp32.
-    weight, bias = (None if t is None else t.to(hidden.dtype) for t in (head.weight, head.bias))
-    scale = getattr(config, "logit_scale", None) or 1.0 / (
-        getattr(config, "logits_scaling", None) or 1.0
-    )
-    return Head(hidden, weight, bias, getattr(config, "final_logit_softcapping", None), scale)
-
-
-def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Hidden states `[B, P + T, H]`."""
-    # Layers recompute in training mode only, and keep a cache for decoding only outside it.
-    training = getattr(model, "recomputes", False) and torch.is_grad_enabled()
-    if training != model.training:
-        model.train(training)
-    ids, kept = batch.input_ids, batch.attention_mask
-    positions = position_ids(kept)
-    if not getattr(model, "packs", False):
-        return model.base_model(
-            input_ids=ids, attention_mask=kept, position_ids=positions, use_cache=False
-        ).last_hidden_state
-    # All sequences in one row, without padding: attention finds their bounds in the positions.
-    found = model.base_model(
-        input_ids=ids[kept][None], position_ids=positions[kept][None], use_cache=False
-    ).last_hidden_state[0]
-    return found.new_zeros(*ids.shape, found.shape[1]).index_put((kept,), found)
-
-
 def values(critic: PreTrainedModel, batch: Batch) -> Tensor:
     """Values `[B, T]` of the states in which the completion's tokens were chosen."""
-    hidden = _hidden(critic, batch)[:, -batch.completion_mask.shape[1] - 1 : -1]
+    hidden = hidden_states(critic, batch)[:, -batch.completion_mask.shape[1] - 1 : -1]
     return scalar_head(critic)(hidden)[..., 0]
 
 
 def sequence_rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Reward `[B]` of each sequence, read at its last token."""
-    hidden = _hidden(model, batch)
+    hidden = hidden_states(model, batch)
     columns = torch.arange(hidden.shape[1], device=hidden.device)
     last = torch.where(batch.attention_mask, columns, -1).amax(1)
     rows = torch.arange(len(last), device=last.device)
@@ -204,24 +139,8 @@ def build_policy(
     rows = model.get_input_embeddings().num_embeddings
     require(len(tokenizer) <= rows, "model", f"embeddings of {len(tokenizer)} tokens", rows)
     policy = _trained(model, config)
-    _check_head(policy)
+    check_head(policy)
     return policy
-
-
-def _check_head(policy: nn.Module) -> None:
-    """Requires that `lm_head` gives the model's own logits, whatever its architecture does."""
-    ids = torch.arange(4, device=policy.device)[None] % policy.config.get_text_config().vocab_size
-    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), ids[:, 1:] >= 0)
-    with torch.no_grad():
-        head = lm_head(policy, batch)
-        logits = nn.functional.linear(head.hidden, head.weight, head.bias).float() * head.scale
-        if head.softcap:
-            logits = head.softcap * torch.tanh(logits / head.softcap)
-        theirs = causal_lm(policy)(input_ids=ids).logits[:, :-1].float()
-    tolerance = 1e-3 if head.hidden.dtype is torch.float32 else 0.1
-    if not torch.allclose(logits, theirs, atol=tolerance, rtol=tolerance):
-        name = type(causal_lm(policy)).__name__
-        raise UserError(f"model: {name} does more between hidden states and logits than its head")
 
 
 def build_critic(policy: nn.Module, config: ModelConfig, path: str | None = None) -> nn.Module:
