@@ -22,13 +22,23 @@ Text = str | list[dict[str, str]]
 
 
 class Row(NamedTuple):
-    """A prompt, what may follow it, and the columns that reward functions read."""
+    """A prompt, what may follow it, and the columns that reward functions read.
+
+    `origin` is the file and line that messages name; equal rows may come from different ones.
+    """
 
     prompt: Text
     completion: Text | None = None
     chosen: Text | None = None
     rejected: Text | None = None
     columns: dict[str, Any] = {}  # noqa: RUF012 - a NamedTuple's default, never changed
+    origin: str = ""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Row) and self[:5] == other[:5]
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
 
 
 class Batch(NamedTuple):
@@ -225,7 +235,7 @@ def read_rows(path: str, kind: str) -> list[Row]:
     for number, content in _objects(path):
         try:
             row = json.loads(content) if isinstance(content, str) else content
-            rows.append(parse_row(row, kind))
+            rows.append(parse_row(row, kind)._replace(origin=f"{path}:{number}"))
         except ValueError as error:
             raise UserError(f"{path}:{number}: {error}") from error
     require(bool(rows), path, "at least one row", 0)
