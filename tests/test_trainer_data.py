@@ -261,7 +261,7 @@ def test_hh_rlhf_is_parsed_whole():
 def test_conversations_through_the_chat_template():
     tokenizer = bpe_tokenizer(["user: Hi assistant: Hello"] * 3, 300)
     prompt, completion = row_tokens(tokenizer, CHAT, ANSWER)
-    assert tokenizer.decode(prompt) == "\n\nuser: Hi<eos>\n\nassistant: "
+    assert tokenizer.decode(prompt) == "\n\nuser:\nHi<eos>\n\nassistant:\n"
     assert tokenizer.decode(completion) == "Hello<eos>"
     assert prompt == prompt_tokens(tokenizer, CHAT)
 

@@ -1,44 +1,39 @@
-"""Rows of a dataset, their tokens, and batches of them."""
+"""Batches of tokens, the order of rows, and the task: rows with their tokenizer."""
 
-import gzip
-import json
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from .answers import final_number
+from .cells import Text, spoken
 from .config import DataConfig, UserError, require
-from .tokenizers import bpe_tokenizer, character_tokenizer
+from .encoding import encode_prompt, prompt_tokens, row_tokens, whole_tokens
+from .rows import Row, parse_row, read_rows
+from .tokenizers import bpe_tokenizer, character_tokenizer, load_tokenizer
 
-#: A text, or a conversation: [{"role": "user", "content": "..."}, ...].
-Text = str | list[dict[str, str]]
-
-
-class Row(NamedTuple):
-    """A prompt, what may follow it, and the columns that reward functions read.
-
-    `origin` is the file and line that messages name; equal rows may come from different ones.
-    """
-
-    prompt: Text
-    completion: Text | None = None
-    chosen: Text | None = None
-    rejected: Text | None = None
-    columns: dict[str, Any] = {}  # noqa: RUF012 - a NamedTuple's default, never changed
-    origin: str = ""
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Row) and self[:5] == other[:5]
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
+__all__ = [
+    "Batch",
+    "Row",
+    "Sampler",
+    "Task",
+    "Text",
+    "arithmetic_rows",
+    "collate",
+    "load_task",
+    "load_tokenizer",
+    "pad",
+    "parse_row",
+    "position_ids",
+    "prompt_tokens",
+    "read_rows",
+    "row_tokens",
+    "whole_tokens",
+]
 
 
 class Batch(NamedTuple):
@@ -81,35 +76,6 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool) -> tuple[Tenso
     return ids, mask
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> list[int]:
-    """A prompt as tokens; a conversation through the tokenizer's chat template."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def row_tokens(
-    tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text
-) -> tuple[list[int], list[int]]:
-    """Prompt and completion as tokens; the completion closes with the end token."""
-    if isinstance(completion, str):
-        # A text without a prompt: its first token has nothing to be predicted from.
-        first = tokenizer(prompt)["input_ids"] if prompt else []
-        rest = tokenizer(completion, add_special_tokens=False)["input_ids"]
-        if not first:
-            first, rest = rest[:1], rest[1:]
-    else:
-        start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
-        if not whole.startswith(start):
-            raise UserError("chat template: a conversation does not begin with its own prompt")
-        texts = (start, whole[len(start) :].rstrip("\n"))
-        first, rest = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    ended = rest[-1:] == [tokenizer.eos_token_id]
-    return first, rest if ended else [*rest, tokenizer.eos_token_id]
-
-
 def collate(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[list[int], list[int]]],
@@ -127,7 +93,12 @@ class Sampler:
     """Batches of row numbers without end: a fresh shuffle each pass, no row twice within one."""
 
     def __init__(self, count: int, batch_size: int, seed: int) -> None:
-        require(batch_size <= count, "batch_size", f"at most the {count} rows", batch_size)
+        if batch_size > count:
+            raise UserError(
+                f"batch_size: expected at most the {count} training rows that there are, found "
+                f"{batch_size} different ones for a step; lower it, raise max_prompt_tokens and "
+                "max_new_tokens if rows were dropped, or give more rows"
+            )
         self.count, self.batch_size = count, batch_size
         self.generator = torch.Generator().manual_seed(seed)
         self.order = torch.empty(0, dtype=torch.long)
@@ -154,130 +125,18 @@ def arithmetic_rows(max_operand: int, operators: str) -> list[Row]:
     return [Row(prompt, answer, columns={"answer": answer}) for prompt, answer in texts]
 
 
-def _text(row: dict[str, Any], key: str) -> Text:
-    """A column that must hold a text or a conversation, not empty."""
-    value = row.get(key)
-    conversation = isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in value
-    )
-    good = bool(value) and (isinstance(value, str) or conversation)
-    found = value if key in row else "no such column"
-    require(good, repr(key), "a text or a list of messages", found)
-    return value
-
-
-def _common_prompt(chosen: Text, rejected: Text) -> int:
-    """Length of the prompt that two answers without a prompt column share."""
-    pairs = enumerate(zip(chosen, rejected, strict=False))
-    same = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
-    if isinstance(chosen, str):
-        # Back to the start of a word and the space before it, so that no token spans both.
-        same = len(re.sub(r" ?\S*\Z", "", chosen[:same]))
-    return same
-
-
-def _preference(row: dict[str, Any], columns: dict[str, Any]) -> Row:
-    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
-    differ = type(chosen) is type(rejected) and chosen != rejected
-    require(differ, "'chosen' and 'rejected'", "two answers of one form", chosen)
-    if "prompt" in row:
-        return Row(_text(row, "prompt"), None, chosen, rejected, columns)
-    cut = _common_prompt(chosen, rejected)
-    apart = bool(chosen[cut:]) and bool(rejected[cut:])
-    require(apart, "'chosen' and 'rejected'", "that neither begins the other", chosen)
-    return Row(chosen[:cut], None, chosen[cut:], rejected[cut:], columns)
-
-
-def parse_row(row: Any, kind: str) -> Row:
-    """A Row from TRL's columns.
-
-    Args:
-        row: object of the dataset.
-        kind: "supervised" (`text`, `messages`, `prompt` + `completion`, or GSM8K's `question` +
-            `answer`), "preference" (`chosen` + `rejected`, `prompt` or their common beginning) or
-            "prompt" (`prompt`, `messages` or `question`).
-
-    Raises:
-        ValueError: columns are missing or hold something else.
-    """
-    require(isinstance(row, dict), "row", "an object", row)
-    columns = {k: v for k, v in row.items() if k not in ("prompt", "completion", "messages")}
-    if kind == "preference":
-        return _preference(row, columns)
-    if "prompt" in row:
-        completes = kind == "supervised" or "completion" in row
-        completion = _text(row, "completion") if completes else None
-        return Row(_text(row, "prompt"), completion, columns=columns)
-    if "question" in row:
-        question, answer = _text(row, "question"), _text(row, "answer")
-        scored = kind == "supervised" or final_number(answer) is not None
-        require(scored, "'answer'", "an end in '#### <number>'", answer[-40:])
-        return Row(question + "\n", answer, columns=columns)
-    if "messages" in row:
-        messages = _text(row, "messages")
-        answered = messages[-1]["role"] == "assistant"
-        require(answered or kind == "prompt", "'messages'", "an assistant's at the end", messages)
-        cut = len(messages) - answered
-        return Row(messages[:cut], messages[cut:] or None, columns=columns)
-    if kind == "supervised" and "text" in row:
-        return Row("", _text(row, "text"), columns=columns)
-    return Row(_text(row, "prompt"), columns=columns)
-
-
-def read_rows(path: str, kind: str) -> list[Row]:
-    """The rows of a JSONL(.gz) file, or of anything else that `datasets` loads.
-
-    Raises:
-        ValueError: naming the file and line of a bad row.
-    """
-    rows = []
-    for number, content in _objects(path):
-        try:
-            row = json.loads(content) if isinstance(content, str) else content
-            rows.append(parse_row(row, kind)._replace(origin=f"{path}:{number}"))
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: {error}") from error
-    require(bool(rows), path, "at least one row", 0)
-    return rows
-
-
-def _objects(path: str) -> list[tuple[int, Any]]:
-    """Numbered lines of a JSONL file, or rows of a dataset."""
-    if path.removesuffix(".gz").endswith((".jsonl", ".json")):
-        opened = gzip.open if path.endswith(".gz") else open
-        with opened(path, "rt", encoding="utf-8") as file:
-            return [(n, line) for n, line in enumerate(file, start=1) if line.strip()]
-    # Only here: an optional package.
-    import datasets
-
-    local = Path(path).exists()
-    suffix = Path(path).suffix[1:]
-    options = {"path": suffix, "data_files": path} if local and suffix else {"path": path}
-    return list(enumerate(datasets.load_dataset(**options, split="train"), start=1))
-
-
 @dataclass(frozen=True)
 class Task:
-    """Rows split into training and held-out, with their tokenizer."""
+    """Rows split into training and held-out, with their tokenizer.
+
+    `dropped` counts the rows whose prompts are longer than `max_prompt_tokens`.
+    """
 
     name: str
     tokenizer: PreTrainedTokenizerBase
     train: list[Row]
     held_out: list[Row]
-
-
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; the end token pads where there is no padding token."""
-    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    require(tokenizer.eos_token_id is not None, "model", "a tokenizer with an end token", model)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _plain(text: Text | None) -> str:
-    return text if isinstance(text, str) else "\n".join(m["content"] for m in text or [])
+    dropped: int = 0
 
 
 def load_task(config: DataConfig, kind: str, *, seed: int, model: str | None = None) -> Task:
@@ -292,22 +151,36 @@ def load_task(config: DataConfig, kind: str, *, seed: int, model: str | None = N
         train, held_out = rows, read_rows(config.eval_data, kind)[: config.eval_size]
     else:
         held_out, train = rows[: config.eval_size], rows[config.eval_size :]
-    require(bool(train), "eval_size", f"< {len(rows)}", config.eval_size)
+    left = f"less than the {len(rows)} rows of {config.data}, of which some are to train on"
+    require(bool(train), "eval_size", left, config.eval_size)
     if model is not None:
-        tokenizer = load_tokenizer(model)
+        # A reward model may be an encoder, which has no end token.
+        tokenizer = load_tokenizer(model, ends=kind != "preference")
     elif config.data is None:
         tokenizer = character_tokenizer("0123456789+-=")
     else:
         # The held-out rows must not shape the vocabulary either.
-        texts = [_plain(r.prompt) + _plain(r.completion or r.chosen) for r in train]
+        texts = [spoken(r.prompt) + spoken(r.completion or r.chosen) for r in train]
         tokenizer = bpe_tokenizer(texts, config.vocab_size)
-
-    def short(part: list[Row]) -> list[Row]:
-        limit = config.max_prompt_tokens
-        return [r for r in part if not r.prompt or len(prompt_tokens(tokenizer, r.prompt)) <= limit]
-
-    train, held_out = short(train), short(held_out)
-    counts = f"{len(train)} training and {len(held_out)} held-out rows that are shorter"
-    require(bool(train and held_out), "max_prompt_tokens", "a limit that leaves rows", counts)
+    lengths = {
+        name: _prompt_lengths(tokenizer, part)
+        for name, part in (("training", train), ("held-out", held_out))
+    }
+    limit = config.max_prompt_tokens
+    for name, found in lengths.items():
+        if min(found) > limit:
+            raise UserError(
+                f"max_prompt_tokens: expected a limit that leaves {name} rows, found {limit}; the "
+                f"prompts of all {len(found)} are longer, {min(found)} to {max(found)} tokens"
+            )
+    kept, shown = (
+        [row for row, length in zip(part, found, strict=True) if length <= limit]
+        for part, found in zip((train, held_out), lengths.values(), strict=True)
+    )
+    dropped = len(train) + len(held_out) - len(kept) - len(shown)
     name = "arithmetic" if config.data is None else Path(config.data).name.partition(".")[0]
-    return Task(name, tokenizer, train, held_out)
+    return Task(name, tokenizer, kept, shown, dropped)
+
+
+def _prompt_lengths(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[int]:
+    return [len(encode_prompt(tokenizer, row)) if row.prompt else 0 for row in rows]

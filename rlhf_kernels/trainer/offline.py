@@ -14,7 +14,8 @@ import rlhf_kernels as rk
 
 from . import models
 from .config import DPOConfig, OptimConfig, RewardConfig, UserError
-from .data import Batch, Row, Sampler, collate, row_tokens
+from .data import Batch, Row, Sampler, collate
+from .encoding import encode_pair, encode_row
 from .learner import Learner
 
 
@@ -42,7 +43,7 @@ class SFT:
         self.tokenizer, self.limit = tokenizer, limit
 
     def encode(self, row: Row) -> tuple[list[int], list[int]] | None:
-        prompt, completion = row_tokens(self.tokenizer, row.prompt, row.completion)
+        prompt, completion = encode_row(self.tokenizer, row)
         return (prompt, completion) if _fits(self.limit, completion) else None
 
     def size(self, items: Sequence[tuple[list[int], list[int]]]) -> float:
@@ -55,7 +56,9 @@ class SFT:
 
 
 class _Pairwise:
-    """Encoding of preferences."""
+    """Encoding of preferences; `scored`: as a reward model reads them."""
+
+    scored = False
 
     def __init__(
         self,
@@ -73,12 +76,7 @@ class _Pairwise:
         self.margin = getattr(config, "margin", 0.0)
 
     def encode(self, row: Row) -> Pair | None:
-        first, chosen = row_tokens(self.tokenizer, row.prompt, row.chosen)
-        second, rejected = row_tokens(self.tokenizer, row.prompt, row.rejected)
-        if not row.prompt:
-            # Without a prompt the first token of each stands for it.
-            chosen, rejected = [*first, *chosen], [*second, *rejected]
-            first, chosen, rejected = chosen[:1], chosen[1:], rejected[1:]
+        first, chosen, rejected = encode_pair(self.tokenizer, row, scored=self.scored)
         if not _fits(self.limit, chosen, rejected):
             return None
         return Pair(first, chosen, rejected, float(row.columns.get("margin", self.margin)))
@@ -89,11 +87,15 @@ class _Pairwise:
     def batch(self, items: Sequence[Pair], device: torch.device) -> Batch:
         """The chosen completions, then the rejected ones."""
         rows = [(p.prompt, p.chosen) for p in items] + [(p.prompt, p.rejected) for p in items]
+        # Without a prompt the first token of each has nothing to be predicted from.
+        rows = [(prompt, rest) if prompt else (rest[:1], rest[1:]) for prompt, rest in rows]
         return collate(self.tokenizer, rows, device)
 
 
 class RewardModelling(_Pairwise):
     """-log sigmoid(r_w - r_l - margin), with centring; the Bradley-Terry model."""
+
+    scored = True
 
     def loss(self, networks: models.Networks, items: Sequence[Pair], size: float) -> Loss:
         batch = self.batch(items, networks.reward.device)
@@ -160,8 +162,13 @@ class OfflineTrainer:
         self.learner, self.objective, self.optim = learner, objective, optim
         self.reference = getattr(objective, "reference", None)
         self.train, self.held_out = self._encode(train), self._encode(held_out)
-        if not self.train:
-            raise UserError("max_new_tokens: expected rows whose completions fit, found none")
+        self.dropped = len(train) + len(held_out) - len(self.train) - len(self.held_out)
+        for name, given, kept in (
+            ("training", train, self.train), ("held-out", held_out, self.held_out),
+        ):  # fmt: skip
+            if given and not kept:
+                found = f"the completions of all {len(given)} {name} rows are longer; raise it"
+                raise UserError(f"max_new_tokens: expected rows whose completions fit: {found}")
         self.sampler = Sampler(len(self.train), optim.batch_size, seed)
         self.steps_done = 0
 

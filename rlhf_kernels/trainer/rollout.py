@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .data import Batch, Row, Task, pad, prompt_tokens
+from .data import Batch, Row, Task, pad
+from .encoding import encode_prompt
 from .generation import Engine
 from .learner import Learner
 from .rewards import Rewards, weighted_sum
@@ -90,7 +91,7 @@ class Collector:
         # Every process needs as many rows as the others; the added ones are cut off again.
         count = len(rows)
         rows = [*rows, *[rows[0]] * (-count % learner.processes)]
-        tokens = [prompt_tokens(tokenizer, row.prompt) for row in rows]
+        tokens = [encode_prompt(tokenizer, row) for row in rows]
         ids, mask = (t.to(device) for t in pad(tokens, tokenizer.pad_token_id, left=True))
         shape = (len(rows), self.max_new_tokens)
         uniforms = torch.zeros(shape, dtype=torch.float64)

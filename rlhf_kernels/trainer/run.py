@@ -111,6 +111,14 @@ class Stage:
             f"{name} of {sum(p.numel() for p in m.parameters()):,} weights"
             for name, m in networks.items()
         )
+        dropped = (
+            ("max_prompt_tokens", self.task.dropped),
+            ("max_new_tokens", getattr(trainer, "dropped", 0)),
+        )
+        for setting, rows in dropped:
+            if rows:
+                limit = getattr(self.data, setting)
+                self.say(f"{rows} rows are longer than {setting} {limit} and are dropped")
         self.say(
             f"{self.name} on {self.task.name}: {train} training and {held_out} held-out rows that "
             f"are not too long; {parts}, vocabulary "

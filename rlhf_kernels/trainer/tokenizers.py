@@ -1,16 +1,21 @@
-"""Tokenizers for models that are built from a configuration."""
+"""Tokenizers of models, and those for models that are built from a configuration."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .config import UserError, require
+from .files import is_path
 
 _SPECIAL = ("<pad>", "<eos>")
 
-# Each message closes with the end token, so that a completion knows where it ends.
+# Each message closes with the end token, so that a completion knows where it ends. A role ends its
+# line: after a space the answer's first word would take the space into its token.
 _CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '\n\n' + m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\n\nassistant: ' }}{% endif %}"
+    "{% for m in messages %}{{ '\n\n' + m['role'] + ':\n' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\nassistant:\n' }}{% endif %}"
 )
 
 
@@ -26,17 +31,32 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
+def _check(texts: Sequence[str]) -> None:
+    for number, text in enumerate(texts, start=1):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            found = f"{text[error.start]!r} at character {error.start}"
+            raise UserError(f"text {number}: half of a surrogate pair, {found}") from error
+
+
 def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
-    """One token per character."""
+    """One token per character; a text with another character raises."""
+    _check([characters])
     vocab = {token: i for i, token in enumerate([*_SPECIAL, *characters])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=_SPECIAL[0]))
+    tokenizer = Tokenizer(models.WordLevel(vocab))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     return _wrap(tokenizer)
 
 
 def bpe_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE trained on the texts; numbers are split into digits."""
+    """Byte-level BPE trained on the texts; numbers are split into digits.
+
+    Raises:
+        UserError: a text is no Unicode: it holds half of a surrogate pair.
+    """
+    _check(texts)
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -50,3 +70,26 @@ def bpe_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerF
     )
     tokenizer.train_from_iterator(texts, trainer)
     return _wrap(tokenizer)
+
+
+def load_tokenizer(model: str, *, ends: bool = True) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; the end token pads where there is no padding token.
+
+    `ends`: an end token is needed, as it is to generate; encoders have none.
+    """
+    missing = is_path(model) and not Path(model).expanduser().exists()
+    require(not missing, "model", "a folder that exists, or the hub's 'owner/name'", model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"model: no tokenizer can be loaded from {model!r}: {reason}") from error
+    require(
+        tokenizer.eos_token_id is not None or not ends,
+        "model", "a tokenizer with an end token", model,
+    )  # fmt: skip
+    if tokenizer.pad_token_id is None:
+        token = tokenizer.eos_token or tokenizer.sep_token
+        require(token is not None, "model", "a tokenizer with a padding or end token", model)
+        tokenizer.pad_token = token
+    return tokenizer

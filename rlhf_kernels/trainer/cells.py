@@ -1,0 +1,129 @@
+"""Cells of a dataset: texts, conversations, JSON and numbers, checked."""
+
+import json
+import math
+from decimal import Decimal
+from typing import Any
+
+from .config import UserError, require
+
+#: A text, or a conversation: [{"role": "user", "content": "..."}, ...].
+Text = str | list[dict[str, Any]]
+
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+
+
+def content(message: dict[str, Any]) -> str:
+    return str(message.get("content", ""))
+
+
+def _found(row: dict[str, Any], key: str) -> Any:
+    return row[key] if key in row else "no such column"
+
+
+def string_cell(row: dict[str, Any], key: str) -> str:
+    """A column that must hold a text, not empty."""
+    value = row.get(key)
+    require(isinstance(value, str) and bool(value), repr(key), "a text", _found(row, key))
+    return _encodable(repr(key), str(value))
+
+
+def _encodable(name: str, text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"{text[error.start]!r} at character {error.start}"
+        raise UserError(f"{name}: expected text, found half a surrogate pair, {found}") from error
+    return text
+
+
+def text_cell(row: dict[str, Any], key: str) -> Text:
+    """A column that must hold a text or a conversation, not empty."""
+    value = row.get(key)
+    # LLaMA-Factory's preferences: one message.
+    value = [value] if isinstance(value, dict) else value
+    conversation = isinstance(value, list) and all(isinstance(m, dict) for m in value)
+    good = bool(value) and (isinstance(value, str) or conversation)
+    require(good, repr(key), "a text or a list of messages", _found(row, key))
+    if isinstance(value, str):
+        return _encodable(repr(key), value)
+    return [_message(repr(key), f" in message {i}", m) for i, m in enumerate(value, start=1)]
+
+
+def _message(name: str, where: str, message: dict[str, Any]) -> dict[str, Any]:
+    """A message with `role` and `content`; ShareGPT says `from` and `value`.
+
+    Content in parts becomes one text. A cell that is null was filled in by a table: it goes.
+    """
+    message = {k: v for k, v in message.items() if v is not None}
+    for theirs, ours in (("from", "role"), ("value", "content")):
+        if theirs in message and ours not in message:
+            message = {ours if k == theirs else k: v for k, v in message.items()}
+    role = message.get("role")
+    require(isinstance(role, str) and bool(role), name, f"a 'role'{where}", message)
+    message["role"] = _ROLES.get(role, role)
+    if message.get("tool_calls"):
+        message["tool_calls"] = _pruned(message["tool_calls"])
+    if "content" not in message:
+        called = bool(message.get("tool_calls"))
+        require(called, name, f"'content' or 'tool_calls'{where}", message)
+        return message
+    found = message["content"]
+    if isinstance(found, list):
+        found = "".join(_part(name, where, part) for part in found)
+    require(isinstance(found, str), name, f"a text as 'content'{where}", message)
+    message["content"] = _encodable(name + where, found)
+    return message
+
+
+def _part(name: str, where: str, part: Any) -> str:
+    text = part.get("text") if isinstance(part, dict) else part
+    good = isinstance(text, str) and (isinstance(part, str) or part.get("type", "text") == "text")
+    require(good, name, f"parts of type 'text'{where}", part)
+    return str(text)
+
+
+def _pruned(value: Any) -> Any:
+    """Without the nulls with which a table fills what a struct does not have."""
+    if isinstance(value, dict):
+        return {k: _pruned(v) for k, v in value.items() if v is not None}
+    return [_pruned(v) for v in value] if isinstance(value, list) else value
+
+
+def json_cell(name: str, value: Any, form: type) -> Any:
+    """A column that holds a list or an object, or its JSON; null stays."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise UserError(f"{name!r}: expected JSON, found {value[:40]!r}: {error}") from error
+    what = "a list of JSON schemas" if form is list else "an object"
+    require(value is None or isinstance(value, form), repr(name), what, value)
+    good = form is dict or all(isinstance(tool, dict) for tool in value or ())
+    require(good, repr(name), what, value)
+    return _pruned(value)
+
+
+def margin_cell(value: Any) -> float:
+    number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    try:
+        found = float(value) if number else math.nan
+    except OverflowError:
+        found = math.inf
+    require(math.isfinite(found), "'margin'", "a finite number", value)
+    return found
+
+
+def spoken(text: Text | None) -> str:
+    """A text, or the contents of a conversation."""
+    if text is None or isinstance(text, str):
+        return text or ""
+    return "\n".join(map(content, text))

@@ -1,0 +1,223 @@
+"""Rows as tokens: texts as their tokenizer writes them, conversations through its chat template.
+
+A prompt and its completion are tokenised together, as the model saw text in pretraining. The
+completion's tokens begin where the tokens of both together leave those of the prompt alone, as in
+TRL: a token that spans the boundary belongs to the completion.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from .cells import Text
+from .chat import rendered, start_text, stripped
+from .config import UserError, require
+from .rows import Row
+
+_NO_ARGUMENTS: Mapping[str, Any] = {}
+
+
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt: Text, template: Mapping[str, Any] = _NO_ARGUMENTS
+) -> list[int]:
+    """A prompt as tokens: opened as the tokenizer opens texts, not closed.
+
+    A conversation goes through the chat template, up to where the assistant answers; `template`
+    are further arguments of it.
+    """
+    return _tokens(tokenizer, [start_text(tokenizer, prompt, template)], isinstance(prompt, str))[0]
+
+
+def row_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Text,
+    completion: Text,
+    template: Mapping[str, Any] = _NO_ARGUMENTS,
+) -> tuple[list[int], list[int]]:
+    """Prompt and completion as tokens; the completion closes with the end token.
+
+    Without a prompt, what the tokenizer opens texts with stands for it, or else the first token,
+    which has nothing to be predicted from.
+    """
+    first, (rest,) = _split(tokenizer, prompt, [completion], template)
+    if not first:
+        first, rest = rest[:1], rest[1:]
+    return first, rest + _closing(tokenizer, rest)
+
+
+def pair_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Text,
+    chosen: Text,
+    rejected: Text,
+    template: Mapping[str, Any] = _NO_ARGUMENTS,
+    *,
+    scored: bool = False,
+) -> tuple[list[int], list[int], list[int]]:
+    """A prompt's tokens and those of its two completions, whole.
+
+    The prompt is empty where the two have no beginning in common. `scored`: closed as
+    `whole_tokens` closes, for a reward model, instead of with the end token.
+    """
+    first, rests = _split(tokenizer, prompt, [chosen, rejected], template)
+    text = isinstance(chosen, str)
+    close = functools.partial(_ending, tokenizer, text=text) if scored else None
+    one, two = (r + (close(r) if close else _closing(tokenizer, r)) for r in rests)
+    return first, one, two
+
+
+def whole_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Text,
+    completion: Text,
+    *,
+    ended: bool = True,
+    template: Mapping[str, Any] = _NO_ARGUMENTS,
+) -> list[int]:
+    """A prompt with its completion as a reward model reads it: as the tokenizer itself encodes it.
+
+    Tokenizers of encoders open and close every text ([CLS] ... [SEP]). For the others a completion
+    that `ended` closes with the end token, once, and one that was cut off does not.
+    """
+    first, (rest,) = _split(tokenizer, prompt, [completion], template)
+    ids = first + rest
+    closing = _ending(tokenizer, ids, text=isinstance(completion, str))
+    if ended or _frames(tokenizer):
+        return ids + closing
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
+    """`prompt_tokens` of a row; an error names it."""
+    with naming(row):
+        return prompt_tokens(tokenizer, row.prompt, row.template)
+
+
+def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int], list[int]]:
+    """`row_tokens` of a row; an error names it."""
+    with naming(row):
+        expected = "a completion: without it nothing can be learned"
+        require(row.completion is not None, "row", expected, row.prompt)
+        return row_tokens(tokenizer, row.prompt, row.completion, row.template)
+
+
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase, row: Row, *, scored: bool = False
+) -> tuple[list[int], list[int], list[int]]:
+    """`pair_tokens` of a row; an error names it."""
+    with naming(row):
+        return pair_tokens(
+            tokenizer, row.prompt, row.chosen, row.rejected, row.template, scored=scored
+        )
+
+
+@contextlib.contextmanager
+def naming(row: Row) -> Iterator[None]:
+    """Errors of a row begin with its origin."""
+    try:
+        yield
+    except UserError as error:
+        if not row.origin:
+            raise
+        raise UserError(f"{row.origin}: {error}") from error
+
+
+# --- texts -----------------------------------------------------------------------------------
+
+
+def _split(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Text,
+    completions: Sequence[Text],
+    template: Mapping[str, Any],
+) -> tuple[list[int], list[list[int]]]:
+    """The tokens that all begin with, the prompt's at most, and the rest of each; not closed."""
+    text = isinstance(completions[0], str)
+    start = start_text(tokenizer, prompt, template)
+    if text:
+        wholes = [f"{prompt}{completion}" for completion in completions]
+    else:
+        # Templates close an answer with more than the end token, mostly a line's end.
+        found = (rendered(tokenizer, [*prompt, *c], template) for c in completions)
+        wholes = [stripped(tokenizer, whole) for whole in found]
+    alone, *ids = _tokens(tokenizer, [start, *wholes], text)
+    require(all(ids), "text", "at least one token", completions[0])
+    size = min(_common(alone, whole) for whole in ids)
+    return alone[:size], [whole[size:] for whole in ids]
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], text: bool
+) -> list[list[int]]:
+    """Tokens of texts, opened as the tokenizer does; chat templates write that themselves."""
+    try:
+        rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as error:
+        reason = _outside(tokenizer, texts) or (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"tokenizer: cannot encode {texts[-1][:80]!r}: {reason}") from error
+    opening = _edges(tokenizer)[0] if text else []
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    # Never twice, also where the text or the tokenizer has written it already.
+    rows = [row[1:] if bos and row[:2] == bos * 2 else row for row in rows]
+    return [row if row[: len(opening)] == opening else [*opening, *row] for row in rows]
+
+
+def _outside(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> str:
+    """The characters that the tokenizer refuses."""
+    refused = []
+    for character in sorted(set("".join(texts))):
+        try:
+            tokenizer(character, add_special_tokens=False)
+        except Exception:
+            refused.append(character)
+    return f"no tokens for {refused}" if refused else ""
+
+
+def _edges(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after every text."""
+    flags = (getattr(tokenizer, f"add_{name}_token", None) for name in ("bos", "eos"))
+    return _probed(tokenizer, *flags)
+
+
+@functools.lru_cache(maxsize=16)
+def _probed(tokenizer: PreTrainedTokenizerBase, *_: Any) -> tuple[list[int], list[int]]:
+    if not tokenizer("")["input_ids"]:
+        return [], []
+    for probe in ("a", "0", "."):
+        inner = tokenizer(probe, add_special_tokens=False)["input_ids"]
+        whole = tokenizer(probe)["input_ids"]
+        for start in range(len(whole) - len(inner) + 1):
+            if inner and whole[start : start + len(inner)] == inner:
+                return whole[:start], whole[start + len(inner) :]
+    raise UserError("tokenizer: expected special tokens before and after a text, found others")
+
+
+def _frames(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer is an encoder's: its closing token is part of every text."""
+    opening, closing = _edges(tokenizer)
+    marks = {tokenizer.cls_token_id, tokenizer.sep_token_id} - {None}
+    return bool(closing) and (bool(marks & {*opening, *closing}) or tokenizer.eos_token_id is None)
+
+
+def _closing(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+    """The end token, where `ids` do not end with it."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise UserError("model: expected a tokenizer with an end token, found none")
+    return [] if list(ids[-1:]) == [end] else [end]
+
+
+def _ending(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, text: bool) -> list[int]:
+    """What closes a text that a reward model reads."""
+    if _frames(tokenizer):
+        return _edges(tokenizer)[1] if text else []
+    return [] if tokenizer.eos_token_id is None else _closing(tokenizer, ids)

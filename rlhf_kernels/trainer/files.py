@@ -1,0 +1,130 @@
+"""Files, folders, globs and hub datasets as numbered objects."""
+
+import glob
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .config import UserError
+from .formats import (
+    FORMATS,
+    JSON_ENDINGS,
+    SUPPORTED,
+    Placed,
+    file_objects,
+    format_of,
+    numbered,
+    one_line,
+    optional,
+)
+
+# "train-00000-of-00002.parquet", "test/part.jsonl".
+_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
+
+
+def read_objects(path: str) -> Iterator[Placed]:
+    """Objects of a file, a folder of shards, a glob pattern, a saved or a hub dataset, in order.
+
+    What exists here is never looked up on the hub.
+
+    Raises:
+        UserError: naming the file, the line or row and the reason.
+    """
+    found = Path(path).expanduser()
+    if found.is_dir():
+        return _folder(found)
+    if found.exists():
+        return file_objects(found)
+    if glob.has_magic(path):
+        matches = [Path(name) for name in sorted(glob.glob(str(found), recursive=True))]
+        files = [match for match in matches if match.is_file()]
+        if not files:
+            raise UserError(f"{path}: no file matches this pattern")
+        return _shards(path, files)
+    if is_path(path):
+        raise UserError(f"{path}: no such file or folder")
+    return _hub(path)
+
+
+def is_path(name: str) -> bool:
+    """Whether a name that does not exist was meant as a path: hub names are 'owner/name'."""
+    spelled = Path(name).expanduser()
+    ending = re.search(r"\.[a-z]\w{0,8}$", name, re.IGNORECASE)
+    deep = spelled.is_absolute() or name.startswith((".", "~")) or "\\" in name
+    parent = spelled.parent != Path(".") and spelled.parent.exists()
+    return bool(ending or deep or parent or len(spelled.parts) > 2)
+
+
+# --- folders and the hub ---------------------------------------------------------------------
+
+
+def _folder(folder: Path) -> Iterator[Placed]:
+    """A folder that `save_to_disk` wrote, or one of shards."""
+    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+        datasets = optional("datasets", folder)
+        return _dataset(str(folder), lambda: datasets.load_from_disk(str(folder)))
+    names = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
+    shown = [n for n in names if not any(part.startswith((".", "_")) for part in n.parts)]
+    # Cards and indices of downloaded datasets.
+    other = ("dataset_infos.json", "dataset_info.json")
+    files = [n for n in shown if format_of(n) in FORMATS and n.name.lower() not in other]
+    if not files:
+        raise UserError(f"{folder}: expected a folder that holds {SUPPORTED}, found none")
+    splits = {name: _split(name) for name in files}
+    if any(splits.values()):
+        files = [name for name in files if splits[name] == "train"]
+        if not files:
+            found = ", ".join(sorted({s for s in splits.values() if s}))
+            how = f"name one, as in '{folder}/*{found.split(', ')[0]}*'"
+            raise UserError(f"{folder}: expected files of a split 'train', found {found}; {how}")
+    return _shards(str(folder), [folder / name for name in files])
+
+
+def _split(name: Path) -> str | None:
+    found = [match for part in name.parts if (match := _SPLIT.match(part))]
+    return found[0].group(1).lower() if found else None
+
+
+def _shards(path: str, files: list[Path]) -> Iterator[Placed]:
+    formats = {"json" if (kind := format_of(file)) in JSON_ENDINGS else str(kind) for file in files}
+    if len(formats) > 1:
+        listed = ", ".join(sorted(formats))
+        raise UserError(f"{path}: expected files of one format, found {listed}; name a pattern")
+    return (placed for file in files for placed in file_objects(file))
+
+
+def _hub(name: str) -> Iterator[Placed]:
+    datasets = optional("datasets", f"{name}: no such file; a dataset of the hub")
+    hub = optional("huggingface_hub", name)
+    try:
+        # `datasets` would try for half a minute before it says that there is no network.
+        hub.HfApi().dataset_info(name, timeout=10)
+    except (hub.errors.OfflineModeIsEnabled, hub.errors.GatedRepoError):
+        # Only what was downloaded before; `datasets` finds it at once.
+        pass
+    except (hub.errors.RepositoryNotFoundError, hub.errors.HFValidationError) as error:
+        raise UserError(f"{name}: no such file, and no dataset of this name on the hub") from error
+    except Exception as error:
+        how = "give a file, or set HF_HUB_OFFLINE=1 to use a copy downloaded before"
+        raise UserError(
+            f"{name}: no such file, and the hub was not reached ({one_line(error)}); {how}"
+        ) from error
+    return _dataset(name, lambda: datasets.load_dataset(name, split="train"))
+
+
+def _dataset(path: str, load: Callable[[], Any]) -> Iterator[Placed]:
+    """Rows of a dataset, or of the split 'train' of several."""
+    try:
+        found = load()
+        if isinstance(found, dict):
+            splits = list(found)
+            if "train" not in splits and len(splits) > 1:
+                raise UserError(f"{path}: expected a split 'train', found {', '.join(splits)}")
+            found = found["train" if "train" in splits else splits[0]]
+        rows = found.to_list()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: cannot be loaded: {one_line(error)}") from error
+    return numbered(path, rows)

@@ -1,0 +1,274 @@
+"""One file's bytes as numbered objects: JSON, CSV, Parquet, Arrow, compressed or not."""
+
+import bz2
+import codecs
+import csv
+import gzip
+import importlib
+import io
+import json
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .config import UserError
+
+#: Where an object comes from ("rows.jsonl:3", "rows.parquet: row 3"), and the object.
+Placed = tuple[str, Any]
+
+JSON_ENDINGS, _TABLES = (
+    ("json", "jsonl", "ndjson", "jsonlines"),
+    ("parquet", "pq", "arrow", "feather"),
+)
+_SEPARATORS = {"csv": ",", "tsv": "\t"}
+FORMATS = (*JSON_ENDINGS, *_SEPARATORS, *_TABLES)
+SUPPORTED = (
+    "a .json, .jsonl, .ndjson, .csv, .tsv, .parquet or .arrow file, also .gz, .bz2, .xz, .zst"
+)
+# By the first bytes, which do not lie as endings do.
+_COMPRESSIONS = {
+    b"\x1f\x8b": ("gz",),
+    b"BZh": ("bz2",),
+    b"\xfd7zXZ\x00": ("xz",),
+    b"\x28\xb5\x2f\xfd": ("zst", "zstd"),
+}
+_BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_LINE_END = re.compile(r"\r\n|\n|\r")
+
+
+def optional(name: str, path: object) -> Any:
+    """A package that only some formats need."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        how = f"needs the package '{name}': pip install 'rlhf-kernels[trainer-extras]'"
+        raise UserError(f"{path}: {how}") from error
+
+
+def numbered(path: object, rows: Iterable[Any]) -> Iterator[Placed]:
+    return ((f"{path}: row {i}", row) for i, row in enumerate(rows, start=1))
+
+
+def one_line(error: BaseException) -> str:
+    """An error of another package in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _endings(path: Path) -> list[str]:
+    """Endings without their dots, in lower case, the last first."""
+    return [ending[1:].lower() for ending in reversed(path.suffixes)]
+
+
+def format_of(path: Path) -> str | None:
+    """The last ending that is not a compression's."""
+    compressions = [e for endings in _COMPRESSIONS.values() for e in endings]
+    return next((e for e in _endings(path) if e not in compressions), None)
+
+
+def file_objects(path: Path) -> Iterator[Placed]:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    raw, kind = _decompressed(path, raw), format_of(path)
+    if kind not in FORMATS:
+        kind = _sniffed(raw)
+    if kind is None:
+        raise UserError(f"{path}: expected {SUPPORTED}, or JSON under another name")
+    if kind in _TABLES:
+        return _table(path, raw, "parquet" if kind in ("parquet", "pq") else "arrow")
+    text = _text(path, raw)
+    if kind in _SEPARATORS:
+        return _csv(path, text, _SEPARATORS[kind])
+    return _json(path, text, lines=kind != "json")
+
+
+def _sniffed(raw: bytes) -> str | None:
+    """A format by its first bytes."""
+    for magic, kind in ((b"PAR1", "parquet"), (b"ARROW1", "arrow")):
+        if raw.startswith(magic):
+            return kind
+    start = raw[:64].replace(b"\0", b"").lstrip(b"\xef\xbb\xff\xfe\xbf \t\r\n")
+    return "json" if start[:1] in (b"{", b"[") else None
+
+
+def _decompressed(path: Path, raw: bytes) -> bytes:
+    endings = next((e for magic, e in _COMPRESSIONS.items() if raw.startswith(magic)), ())
+    named = _endings(path)[:1]
+    known = [e for several in _COMPRESSIONS.values() for e in several]
+    if not endings:
+        if named and named[0] in known:
+            raise UserError(f"{path}: expected a file compressed as .{named[0]}, found another")
+        return raw
+    try:
+        if "zst" in endings:
+            arrow = optional("pyarrow", path)
+            stream = arrow.CompressedInputStream(arrow.BufferReader(raw), "zstd")
+            return stream.read()
+        return {"gz": gzip, "bz2": bz2, "xz": lzma}[endings[0]].decompress(raw)
+    except (EOFError, OSError, zlib.error, lzma.LZMAError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        how = f"truncated or damaged .{endings[0]}: {one_line(error)}"
+        raise UserError(f"{path}: {how}") from error
+
+
+def _text(path: Path, raw: bytes) -> str:
+    """Text in UTF-8, or in what a byte order mark says."""
+    marks = (encoding for mark, encoding in _BYTE_ORDER_MARKS.items() if raw.startswith(mark))
+    encoding = next(marks, "utf-8")
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        found = f"byte 0x{raw[error.start]:02x}" if error.start < len(raw) else "its end"
+        how = "save the file as UTF-8"
+        raise UserError(f"{path}:{line}: expected {encoding} text, found {found}; {how}") from error
+    if "\0" in text[:4]:
+        raise UserError(f"{path}: expected text, found zero bytes; save the file as UTF-8")
+    return text
+
+
+def _table(path: Path, raw: bytes, kind: str) -> Iterator[Placed]:
+    arrow = optional("pyarrow", path)
+    parts = optional("pyarrow.parquet" if kind == "parquet" else "pyarrow.ipc", path)
+    source = arrow.BufferReader(raw)
+    try:
+        if kind == "parquet":
+            table = parts.read_table(source)
+        else:
+            # Files of `datasets` are streams; other writers close theirs with a footer.
+            opened = parts.open_file if raw.startswith(b"ARROW1") else parts.open_stream
+            table = opened(source).read_all()
+        rows = table.to_pylist()
+    except (arrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a whole {kind} file: {one_line(error)}") from error
+    return numbered(path, rows)
+
+
+def _csv(path: Path, text: str, separator: str) -> Iterator[Placed]:
+    """Rows under a header; cells are texts, `margin` a number where it is one."""
+    # The default limit is 128 KiB a cell. It belongs to the process, so it is set back.
+    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        header, *rows = [*reader] or [[]]
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+    if len(set(header)) < len(header):
+        raise UserError(f"{path}:1: expected one column of each name, found {header}")
+    for place, cells in numbered(path, rows):
+        if not cells:
+            continue
+        if len(cells) != len(header):
+            raise UserError(f"{place}: expected {len(header)} cells, found {len(cells)}")
+        row: dict[str, Any] = dict(zip(header, cells, strict=True))
+        if "margin" in row:
+            row["margin"] = _number(row["margin"])
+        yield place, row
+
+
+def _number(cell: str) -> float | str:
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
+
+
+# --- JSON ------------------------------------------------------------------------------------
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise UserError(f"expected each key once, found {twice!r} twice")
+    return found
+
+
+_DECODER, _SPACE = json.JSONDecoder(object_pairs_hook=_object), re.compile(r"\s*")
+
+
+def _guarded(path: Path, place: str, parse: Callable[[], Any], first: int = 1) -> Any:
+    """What `parse` finds in a text that begins in line `first`; errors name their place."""
+    try:
+        return parse()
+    except RecursionError as error:
+        raise UserError(f"{place}: expected less deeply nested JSON") from error
+    except json.JSONDecodeError as error:
+        line = first + error.lineno - 1
+        raise UserError(f"{path}:{line}: {error.msg} at column {error.colno}") from error
+    except ValueError as error:
+        # A key twice, a number of too many digits.
+        raise UserError(f"{place}: {error}") from error
+
+
+def _parsed(path: Path, text: str, line: int | None = None) -> Any:
+    """The JSON in line `line`, or in the whole file."""
+    place = str(path) if line is None else f"{path}:{line}"
+    return _guarded(path, place, lambda: _DECODER.decode(text), line or 1)
+
+
+def _json(path: Path, text: str, *, lines: bool) -> Iterator[Placed]:
+    """An array, one object a line, or {"data": [...]}; `lines`: what the ending says."""
+    start = text.lstrip()[:1]
+    numbered = enumerate(_LINE_END.split(text), start=1)
+    content = [(number, line) for number, line in numbered if line.strip()]
+    if start == "[" and not (len(content) > 1 and _complete(path, content[0])):
+        return _array(path, text)
+    if start == "{" and not lines and not _complete(path, content[0]):
+        document = _parsed(path, text)
+        rows = _wrapped(document)
+        return numbered(path, [document] if rows is None else rows)
+    if len(content) == 1:
+        rows = _wrapped(_parsed(path, *reversed(content[0])))
+        if rows is not None:
+            return numbered(path, rows)
+    return ((f"{path}:{number}", _parsed(path, line, number)) for number, line in content)
+
+
+def _array(path: Path, text: str) -> Iterator[Placed]:
+    """Elements of a JSON array one by one, so that an error knows its row."""
+    position, number = _SPACE.match(text, text.index("[") + 1).end(), 0
+    while text[position : position + 1] != "]" or number:
+        number += 1
+        place = f"{path}: row {number}"
+        element, position = _guarded(path, place, lambda at=position: _DECODER.raw_decode(text, at))
+        yield place, element
+        position = _SPACE.match(text, position).end()
+        separator = text[position : position + 1]
+        if separator != ",":
+            break
+        position = _SPACE.match(text, position + 1).end()
+    rest = text[position + 1 :].strip()
+    if text[position : position + 1] != "]" or rest:
+        line = text.count("\n", 0, position) + 1
+        expected = "nothing after the array" if rest else "',' or ']'"
+        raise UserError(f"{path}:{line}: expected {expected} after row {number}")
+
+
+def _complete(path: Path, line: tuple[int, str]) -> bool:
+    try:
+        _DECODER.decode(line[1])
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _wrapped(document: Any) -> list[Any] | None:
+    """The rows of {"data": [...]}."""
+    rows = document.get("data") if isinstance(document, dict) else None
+    return rows if isinstance(rows, list) and all(isinstance(r, dict) for r in rows) else None

@@ -1,0 +1,232 @@
+"""A dataset's columns as rows: the forms of TRL and of well-known datasets."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from .answers import final_number
+from .cells import Text, content, json_cell, margin_cell, spoken, string_cell, text_cell
+from .config import UserError, require
+from .files import read_objects
+
+# Columns of a question, of what belongs to it, and of its answer. A question ends its line.
+_QUESTIONS = (
+    ("question", (), ("answer", "response")),
+    ("query", (), ("response", "answer")),
+    ("instruction", ("input", "context"), ("output", "response")),
+)
+# What the trainer itself passes to reward functions.
+_RESERVED = ("prompts", "completions", "completion_ids", "finished", "trainer_state")
+# Scripts that put no space between words.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef"
+)
+_LAST_WORD = re.compile(rf" ?[^\s{_UNSPACED}]*\Z")
+
+
+class Row(NamedTuple):
+    """A prompt, what may follow it, the columns that reward functions read, and its origin.
+
+    `origin` is the file and the line or row, for errors; equality does not look at it.
+    """
+
+    prompt: Text
+    completion: Text | None = None
+    chosen: Text | None = None
+    rejected: Text | None = None
+    columns: dict[str, Any] = {}  # noqa: RUF012 - a NamedTuple's default, never changed
+    origin: str = ""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Row) and self[:5] == other[:5]
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    @property
+    def template(self) -> dict[str, Any]:
+        """What the row adds to the arguments of the chat template."""
+        return template_arguments(self.columns)
+
+
+def template_arguments(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the chat template from the columns `tools` and `chat_template_kwargs`."""
+    # Some templates announce tools when the list is there but empty.
+    tools = {"tools": columns["tools"]} if columns.get("tools") else {}
+    return tools | (columns.get("chat_template_kwargs") or {})
+
+
+def read_rows(path: str, kind: str) -> list[Row]:
+    """The rows of a file, a folder, a glob pattern or a hub dataset.
+
+    Raises:
+        UserError: naming the file and the line or row of a bad one.
+    """
+    rows = []
+    for place, found in read_objects(path):
+        try:
+            rows.append(parse_row(found, kind)._replace(origin=place))
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from error
+    require(bool(rows), path, "at least one row", 0)
+    return rows
+
+
+def parse_row(row: Any, kind: str) -> Row:
+    """A Row from an object; docs/trainer.md has the table of forms.
+
+    Args:
+        row: object of the dataset.
+        kind: "supervised", "preference" or "prompt".
+
+    Raises:
+        UserError: columns are missing or hold something else.
+    """
+    require(isinstance(row, dict), "row", "an object", row)
+    columns = {k: v for k, v in row.items() if k not in ("prompt", "completion", "messages")}
+    if kind == "prompt":
+        for name in _RESERVED:
+            expected = "a column of another name: the trainer gives reward functions its own"
+            require(name not in row, repr(name), expected, row.get(name))
+    made = _preference if kind == "preference" else _supervised
+    parsed = made(row, kind, columns)
+    if kind == "prompt":
+        require(bool(parsed.prompt), "'messages'", "something to answer", parsed.completion)
+    if not isinstance(parsed.prompt, str):
+        for name, form in (("tools", list), ("chat_template_kwargs", dict)):
+            if name in row:
+                columns[name] = json_cell(name, row[name], form)
+    return parsed
+
+
+def _supervised(row: dict[str, Any], kind: str, columns: dict[str, Any]) -> Row:
+    """A prompt, and its completion where the row has one."""
+    # UltraChat has the first message as 'prompt' too.
+    if "prompt" in row and not (kind == "supervised" and _lacks_completion(row)):
+        prompt = text_cell(row, "prompt")
+        if kind != "supervised" and row.get("completion") is None:
+            return Row(prompt, columns=columns)
+        return Row(*_joined(prompt, text_cell(row, "completion")), columns=columns)
+    for name in ("messages", "conversations"):
+        if name in row:
+            columns.pop(name, None)
+            return _dialogue(name, row, kind, columns)
+    asked = _question(row)
+    if asked is not None:
+        return _answered(*asked, row, kind, columns)
+    if kind == "supervised" and "text" in row:
+        return Row("", string_cell(row, "text"), columns=columns)
+    needed = "'prompt', 'messages', 'conversations', 'question', 'query', 'instruction'"
+    needed += " or 'text'" if kind == "supervised" else ""
+    require(False, "'prompt'", f"one of the columns {needed}", list(row))
+    raise AssertionError
+
+
+def _lacks_completion(row: dict[str, Any]) -> bool:
+    return "completion" not in row and "messages" in row
+
+
+def _dialogue(name: str, row: dict[str, Any], kind: str, columns: dict[str, Any]) -> Row:
+    messages = text_cell(row, name)
+    require(isinstance(messages, list), repr(name), "a list of messages", messages)
+    system = row.get("system")
+    if name == "conversations" and isinstance(system, str) and system:
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+    answered = messages[-1]["role"] == "assistant"
+    require(answered or kind == "prompt", f"{name!r}", "an assistant's at the end", messages)
+    cut = len(messages) - answered
+    return Row(messages[:cut], messages[cut:] or None, columns=columns)
+
+
+def _question(row: dict[str, Any]) -> tuple[str, tuple[str, ...]] | None:
+    """The prompt that a question's columns make, and the names that its answer may have."""
+    for name, more, answers in _QUESTIONS:
+        if name in row:
+            parts = [string_cell(row, name)]
+            # Alpaca's input is empty or null where the instruction says all.
+            parts += [string_cell(row, extra) for extra in more if row.get(extra) not in (None, "")]
+            return "".join(part + "\n" for part in parts), answers
+    return None
+
+
+def _answered(
+    prompt: str, answers: tuple[str, ...], row: dict[str, Any], kind: str, columns: dict[str, Any]
+) -> Row:
+    name = next((name for name in answers if name in row), answers[0])
+    gsm8k = "question" in row and name == "answer"
+    if kind == "prompt" and not gsm8k and row.get(name) is None:
+        return Row(prompt, columns=columns)
+    answer = string_cell(row, name)
+    scored = kind == "supervised" or not gsm8k or final_number(answer) is not None
+    require(scored, "'answer'", "an end in '#### <number>'", answer[-40:])
+    return Row(prompt, answer, columns=columns)
+
+
+def _preference(row: dict[str, Any], kind: str, columns: dict[str, Any]) -> Row:
+    chosen, rejected = text_cell(row, "chosen"), text_cell(row, "rejected")
+    differ = type(chosen) is type(rejected) and chosen != rejected
+    require(differ, "'chosen' and 'rejected'", "two answers of one form that differ", chosen)
+    if "margin" in row:
+        columns["margin"] = margin_cell(row["margin"])
+    if "prompt" in row:
+        prompt: Text | None = text_cell(row, "prompt")
+    elif "conversations" in row:
+        prompt = text_cell(row, "conversations")
+    else:
+        asked = _question(row)
+        prompt = asked[0] if asked else None
+    turns = [] if isinstance(chosen, str) else [m["role"] for m in chosen]
+    if prompt is not None and not (isinstance(prompt, str) and "user" in turns):
+        (asked, first), (again, second) = _joined(prompt, chosen), _joined(prompt, rejected)
+        same = asked == again and first != second
+        require(same, "'chosen' and 'rejected'", "different answers to one prompt", chosen)
+        return Row(asked, None, first, second, columns)
+    cut = _common_prompt(chosen, rejected)
+    apart = bool(chosen[cut:]) and bool(rejected[cut:])
+    require(apart, "'chosen' and 'rejected'", "that neither begins the other", chosen)
+    # Ultrafeedback has the prompt as a text, and again in both conversations.
+    held = prompt is None or prompt.strip() in spoken(chosen[:cut])
+    require(held, "'prompt'", "a text that both conversations begin with", prompt)
+    return Row(chosen[:cut], None, chosen[cut:], rejected[cut:], columns)
+
+
+def _joined(prompt: Text, answer: Text) -> tuple[Text, Text]:
+    """Prompt and answer in one form; an answer that repeats the prompt loses it.
+
+    A text beside a conversation is the user's (prompt) or the assistant's (answer).
+    """
+    if isinstance(prompt, str) and isinstance(answer, str):
+        return prompt, answer
+    if isinstance(answer, str):
+        return prompt, [{"role": "assistant", "content": answer}]
+    if isinstance(prompt, str):
+        users = [i for i, m in enumerate(answer) if m["role"] == "user"]
+        if users:
+            cut = next((i for i in reversed(users) if prompt.strip() in content(answer[i])), None)
+            require(cut is not None, "'prompt'", "a text that the conversation repeats", prompt)
+            return answer[: cut + 1], _reply(answer[cut + 1 :])
+        cut = sum(m["role"] == "system" for m in answer[:1])
+        return [*answer[:cut], {"role": "user", "content": prompt}], _reply(answer[cut:])
+    sizes = range(min(len(prompt), len(answer)), 0, -1)
+    repeated = next((n for n in sizes if prompt[-n:] == answer[:n]), 0)
+    return prompt, _reply(answer[repeated:])
+
+
+def _reply(answer: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    require(bool(answer), "answer", "a message after the prompt", answer)
+    return answer
+
+
+def _common_prompt(chosen: Text, rejected: Text) -> int:
+    """Length of the prompt that two answers without a prompt column share."""
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    shorter = min(len(chosen), len(rejected))
+    same = next((i for i, (a, b) in pairs if a != b), shorter)
+    if isinstance(chosen, str):
+        # Back to the start of a word and the space before it.
+        return len(_LAST_WORD.sub("", chosen[:same]))
+    if same == shorter and chosen[same - 1]["role"] == "assistant":
+        # One conversation goes on where the other ends: that end is its answer.
+        return same - 1
+    return same
