@@ -1,30 +1,17 @@
 """Settings: dataclasses whose field names are the YAML keys and the command-line flags."""
 
-import argparse
-from collections.abc import Mapping, Sequence
+import dataclasses
+import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
-from transformers import HfArgumentParser
+from .arguments import parse_config as parse_config
+from .errors import UserError as UserError
+from .errors import require as require
 
 
 def _doc(text: str, default: Any) -> Any:
     return field(default=default, metadata={"help": text})
-
-
-class UserError(ValueError):
-    """What the user can mend (a setting, file, model, reward function); the message says how.
-
-    The command line prints its message without a traceback and exits with status 2.
-    """
-
-
-def require(ok: bool, name: str, expected: str, found: object) -> None:
-    """Raises UserError naming the setting, what it should be and what it is."""
-    if not ok:
-        raise UserError(f"{name}: expected {expected}, found {repr(found)[:80]}")
 
 
 def _one_of(config: Any, name: str, allowed: tuple[str, ...]) -> None:
@@ -34,6 +21,36 @@ def _one_of(config: Any, name: str, allowed: tuple[str, ...]) -> None:
 def _at_least(config: Any, least: float, *names: str) -> None:
     for name in names:
         require(getattr(config, name) >= least, name, f">= {least}", getattr(config, name))
+
+
+def _above(config: Any, bound: float, *names: str) -> None:
+    for name in names:
+        require(getattr(config, name) > bound, name, f"> {bound}", getattr(config, name))
+
+
+def _share(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value <= 1, name, "a number from 0 to 1", value)
+
+
+#: Beyond it a number is infinite in fp32, in which losses and rates are computed.
+LARGEST = 3.4e38
+
+
+def _plain(config: Any) -> None:
+    """Numbers that are finite, whole numbers that fit 64 bits, texts that are not empty."""
+    for one in dataclasses.fields(config):
+        values = getattr(config, one.name)
+        for value in values if isinstance(values, list) else [values]:
+            if isinstance(value, float):
+                finite = math.isfinite(value) and abs(value) <= LARGEST
+                require(finite, one.name, "a finite number (of fp32's range)", value)
+            elif isinstance(value, int):
+                require(abs(value) < 2**62, one.name, "a number below 2**62", value)
+            elif isinstance(value, str):
+                written = bool(value.strip()) and "\0" not in value
+                require(written, one.name, "a text that is not empty", value)
 
 
 @dataclass
@@ -56,9 +73,13 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
+        _plain(self)
+        # Python's, numpy's and torch's generators all take these.
+        require(0 <= self.seed < 2**32, "seed", "a number from 0 to 2**32 - 1", self.seed)
         _one_of(self, "device", ("auto", "cpu"))
         _one_of(self, "mixed_precision", ("no", "bf16", "fp16"))
         _at_least(self, 0, "threads", "save_steps", "save_total_limit")
+        require(self.threads <= 1024, "threads", "at most 1024", self.threads)
 
 
 @dataclass
@@ -77,8 +98,14 @@ class ModelConfig:
     lora_alpha: int = _doc("scale of LoRA adapters", 32)
 
     def __post_init__(self) -> None:
+        _plain(self)
         _one_of(self, "dtype", ("float32", "bfloat16", "float16"))
         _at_least(self, 0, "lora_rank")
+        _at_least(self, 1, "hidden_size", "num_layers", "num_heads", "lora_alpha")
+        # Rotary positions turn pairs of a head's units.
+        even = self.hidden_size % (2 * self.num_heads) == 0
+        expected = f"a multiple of 2 * num_heads = {2 * self.num_heads}"
+        require(even or self.model is not None, "hidden_size", expected, self.hidden_size)
 
 
 @dataclass
@@ -95,9 +122,12 @@ class DataConfig:
     max_new_tokens: int = _doc("longest completion, end token included", 8)
 
     def __post_init__(self) -> None:
+        _plain(self)
         ops = self.operators
         require(bool(ops) and set(ops) <= set("+-"), "operators", "'+', '-' or '+-'", ops)
         _at_least(self, 1, "max_operand", "eval_size", "max_prompt_tokens", "max_new_tokens")
+        # The 256 bytes, the end token and padding.
+        _at_least(self, 258, "vocab_size")
 
 
 @dataclass
@@ -114,9 +144,10 @@ class OptimConfig:
     max_grad_norm: float = _doc("global gradient norm, of each model", 1.0)
 
     def __post_init__(self) -> None:
+        _plain(self)
         _at_least(self, 1, "total_steps", "batch_size")
         _at_least(self, 0, "micro_batch_size", "warmup_steps", "learning_rate", "weight_decay")
-        require(self.max_grad_norm > 0, "max_grad_norm", "> 0", self.max_grad_norm)
+        _above(self, 0, "max_grad_norm")
         _one_of(self, "lr_schedule", ("constant", "linear", "cosine"))
 
 
@@ -128,6 +159,7 @@ class RewardConfig:
     center_coef: float = _doc("weight of the centring term", 0.0)
 
     def __post_init__(self) -> None:
+        _plain(self)
         _at_least(self, 0, "center_coef")
 
 
@@ -140,8 +172,13 @@ class DPOConfig:
     label_smoothing: float = _doc("probability of a wrong label: sigmoid, robust", 0.0)
 
     def __post_init__(self) -> None:
+        _plain(self)
         _one_of(self, "loss_type", ("sigmoid", "ipo", "robust", "hinge"))
-        require(self.beta > 0, "beta", "> 0", self.beta)
+        _above(self, 0, "beta")
+        smoothing, smooth = self.label_smoothing, self.loss_type in ("sigmoid", "robust")
+        require(0 <= smoothing < 0.5, "label_smoothing", "a probability below 0.5", smoothing)
+        expected = f"0 with loss_type {self.loss_type}"
+        require(smooth or not smoothing, "label_smoothing", expected, smoothing)
 
 
 @dataclass
@@ -191,14 +228,26 @@ class OnlineConfig:
     sft_learning_rate: float = _doc("their learning rate", 2e-3)
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "epochs", "num_generations", "dynamic_sampling")
+        _plain(self)
+        _at_least(self, 1, "epochs", "num_generations", "dynamic_sampling", "sft_batch_size")
         _at_least(
             self, 0, "mini_batch_size", "generation_batch_size", "reward_clip", "overlong_buffer",
-            "ptx_coef", "kl_coef", "kl_target", "penalty_target",
+            "ptx_coef", "kl_coef", "kl_target", "penalty_target", "num_samples", "sft_steps",
+            "sft_stop_loss", "sft_learning_rate", "entropy_coef", "penalty_coef",
         )  # fmt: skip
-        require(self.temperature > 0, "temperature", "> 0", self.temperature)
+        _above(self, 0, "temperature", "kl_horizon", "correction_max")
+        _share(self, "gamma", "vllm_memory")
+        _one_of(self, "kl_estimator", ("k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+"))
         _one_of(self, "correction", ("none", "token", "sequence"))
+        _one_of(self, "correction_mode", ("truncate", "mask"))
         _one_of(self, "engine", ("transformers", "vllm"))
+        used = self.kl_coef > 0
+        require(used or not self.kl_target, "kl_target", "0 where kl_coef is 0", self.kl_target)
+        used = self.ptx_coef > 0
+        require(used or self.ptx_data is None, "ptx_data", "ptx_coef > 0 with it", self.ptx_coef)
+        counts = (len(self.reward_weights), len(self.reward_funcs))
+        same = 0 in counts or counts[0] == counts[1]
+        require(same, "reward_weights", f"{counts[1]} numbers", self.reward_weights)
 
 
 @dataclass
@@ -214,35 +263,9 @@ class PPOConfig(OnlineConfig):
     value_coef: float = _doc("weight of the value loss", 1.0)
     joint_grad_clip: bool = _doc("one gradient norm over policy and critic", False)
 
-
-def _yaml_as_flags(path: str) -> list[str]:
-    """The YAML file as command-line flags, so that both are parsed by the same rules."""
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    flat = isinstance(content, dict) and not any(isinstance(v, dict) for v in content.values())
-    require(flat, path, "a flat mapping of settings", content)
-    flags: list[str] = []
-    for key, value in content.items():
-        if value not in (None, []):
-            flags += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-    return flags
-
-
-def parse_config(
-    classes: Sequence[type], argv: Sequence[str], *, prog: str, defaults: Mapping[str, Any]
-) -> tuple[Any, ...]:
-    """Dataclass instances from `--config file.yaml` and flags; a flag wins over the file.
-
-    Args:
-        classes: dataclasses with disjoint field names.
-        argv: arguments after the subcommand.
-        prog: name shown by `--help`.
-        defaults: defaults of this subcommand that differ from the dataclasses'.
-    """
-    parser = HfArgumentParser(classes, prog=prog, allow_abbrev=False)
-    parser.set_defaults(**defaults)
-    parser.add_argument("--config", help="YAML file of the settings below")
-    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config")
-    path = config_parser.parse_known_args(argv)[0].config
-    flags = _yaml_as_flags(path) if path else []
-    return parser.parse_args_into_dataclasses([*flags, *argv])[: len(classes)]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(
+            self, 0, "critic_learning_rate", "critic_warmup_steps", "value_clip", "value_coef"
+        )
+        _share(self, "lam")

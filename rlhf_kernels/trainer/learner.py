@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -100,6 +101,33 @@ class Learner:
     def total(self, x: Tensor) -> Tensor:
         """Sum over the processes."""
         return self.accelerator.reduce(x, "sum")
+
+    def means(self, values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """Mean of each name's values, of all processes; a process may have names of its own."""
+        everyone = gather_object([dict(values)]) if self.processes > 1 else [values]
+        names = dict.fromkeys(name for own in everyone for name in own)
+        lists = {n: [x for own in everyone for x in own.get(n, ())] for n in names}
+        return {name: sum(found) / len(found) for name, found in lists.items()}
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A UserError of any process is raised on all: the first one's, which names its process.
+
+        Nothing inside may wait for another process.
+        """
+        error: UserError | None = None
+        try:
+            yield
+        except UserError as raised:
+            error = raised
+        if self.processes == 1:
+            if error is not None:
+                raise error
+            return
+        texts = gather_object([None if error is None else str(error)])
+        for rank, text in enumerate(texts):
+            if text is not None:
+                raise UserError(f"{text} (process {rank})") from error
 
     def any_alive(self, alive: Tensor) -> bool:
         """Whether a row is left; of any process where decoding gathers weights from all."""

@@ -1,6 +1,7 @@
 """The online step: sample, score, estimate advantages, update. Every algorithm is this one."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +20,9 @@ from .offline import OfflineTrainer
 from .report import kernel
 from .rewards import means
 from .rollout import Collector, Samples, merge
+
+# What JSON has.
+_PLAIN = (str, int, float, bool, type(None))
 
 
 class OnlineTrainer:
@@ -103,6 +107,7 @@ class OnlineTrainer:
         Dynamic sampling (DAPO): groups whose rewards are all equal teach nothing, so up to
         `dynamic_sampling` rounds look for others; what is still missing then are equal groups.
         """
+        self._tell_rewards()
         group, parts, rows = self.config.num_generations, [], []
         needed = self.optim.batch_size // group
         for _ in range(self.config.dynamic_sampling):
@@ -119,6 +124,18 @@ class OnlineTrainer:
         index = (chosen[:, None] * group + members).flatten()
         return [rows[i] for i in chosen.tolist()], samples.select(index).trimmed()
 
+    def _tell_rewards(self) -> None:
+        """What reward functions see of the run, as `trainer_state`; what they logged is dropped."""
+        self.sample.rewards.forget()
+        state, optim = self.sample.rewards.state, self.optim
+        passes = optim.batch_size / self.config.num_generations / len(self.sample.task.train)
+        state.global_step, state.max_steps = self.steps_done, optim.total_steps
+        state.epoch = self.steps_done * passes
+        state.num_train_epochs = math.ceil(optim.total_steps * passes)
+        state.train_batch_size = optim.batch_size
+        state.is_world_process_zero = self.learner.accelerator.is_main_process
+        state.is_local_process_zero = self.learner.accelerator.is_local_main_process
+
     @property
     def _pad_token_id(self) -> int:
         return self.sample.task.tokenizer.pad_token_id
@@ -130,6 +147,7 @@ class OnlineTrainer:
 
     def evaluate(self) -> dict[str, Any]:
         """Greedy completions of the held-out rows: mean rewards as `scores`, and `texts`."""
+        self._tell_rewards()
         rows, size = self.sample.task.held_out, self.optim.batch_size
         parts = [
             self.sample(rows[start : start + size], temperature=0)
@@ -137,7 +155,14 @@ class OnlineTrainer:
         ]
         scores = means(torch.cat([part.table for part in parts]))
         texts = [text for part in parts for text in self.sample.texts(part.batch)]
-        return {"scores": dict(zip(self.sample.rewards.names, scores, strict=True)), "texts": texts}
+        # Of the main process, whose rows are the first of a batch.
+        shown = min(self.config.num_samples, -(-min(size, len(rows)) // self.learner.processes))
+        logged = {
+            column: [v if isinstance(v, _PLAIN) else repr(v) for v in values[:shown]]
+            for column, values in self.sample.rewards.extra.items()
+        }
+        names = self.sample.rewards.names
+        return {"scores": dict(zip(names, scores, strict=True)), "texts": texts, "logged": logged}
 
     def _shaped(self, samples: Samples) -> Tensor:
         """Scores with the overlong penalty, normalised and clipped as configured."""
@@ -254,6 +279,7 @@ class OnlineTrainer:
         lengths = samples.batch.completion_mask.sum(1)
         groups = samples.scores.view(-1, self.config.num_generations)
         names = [f"reward/{name}" for name in self.sample.rewards.names]
+        logged = self.learner.means(self.sample.rewards.metrics)
         mean_norms = torch.stack(list(norms)).mean(0).tolist()
         return {
             "step": self.steps_done,
@@ -261,6 +287,7 @@ class OnlineTrainer:
             "reward_std": samples.scores.std().item(),
             "frac_reward_zero_std": (groups == groups[:, :1]).all(1).float().mean().item(),
             **dict(zip(names, means(samples.table), strict=True)),
+            **{f"logged/{name}": value for name, value in logged.items()},
             "entropy": folded["policy/entropy"],
             "length": lengths.float().mean().item(),
             "length_clipped": (~samples.finished).float().mean().item(),

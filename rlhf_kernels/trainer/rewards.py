@@ -1,49 +1,74 @@
-"""Reward functions in TRL's signature, reward models, and their weighted sum.
+"""Reward functions and reward models together: their table, its weighted sum and its means."""
 
-A reward function is `f(prompts, completions, completion_ids, **columns) -> list[float | None]`:
-texts, token ids without padding, and one list per data column. `None` means that the function has
-nothing to say about a sample. The trainer adds the column `finished`: whether the completion ended
-with the end token.
-"""
-
-import importlib
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerState
 
-from .config import ModelConfig, UserError, require
+from .config import ModelConfig, UserError
 from .data import collate, load_tokenizer, row_tokens
 from .models import load_reward_model, sequence_rewards
-
-RewardFunction = Callable[..., list[float | None]]
-
-
-def load_reward(path: str) -> RewardFunction:
-    """The function at `package.module:name`."""
-    module, _, name = path.partition(":")
-    function = getattr(importlib.import_module(module), name, None) if module and name else None
-    require(callable(function), "reward_funcs", "'module:function' or a reward model's path", path)
-    return function
-
-
-def reward_name(function: RewardFunction) -> str:
-    """How a reward function is called in metrics and errors."""
-    return getattr(function, "__name__", type(function).__name__)
+from .reward_functions import (
+    RewardFunction,
+    check_arguments,
+    is_function,
+    load_reward,
+    numbers,
+    results,
+    reward_name,
+)
 
 
-class Rewards(NamedTuple):
-    """Reward functions with their weights."""
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Names with a number behind the second and later ones that are equal."""
+    found: list[str] = []
+    for name in names:
+        count = 2
+        unique = name
+        while unique in found:
+            unique, count = f"{name}_{count}", count + 1
+        found.append(unique)
+    return found
+
+
+@dataclass
+class Rewards:
+    """Reward functions with their weights.
+
+    Attributes:
+        functions: in the order of the table's columns.
+        weights: one each.
+        labels: their names in metrics and errors; empty: the functions' own.
+        state: what functions see as `trainer_state`.
+        metrics: values of `log_metric` since `forget`.
+        extra: values of `log_extra` for the `seen` samples since `forget`, a list per column.
+    """
 
     functions: list[RewardFunction]
     weights: list[float]
+    labels: Sequence[str] = ()
+    state: TrainerState = field(default_factory=TrainerState)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    seen: int = 0
 
     @property
     def names(self) -> list[str]:
-        return [reward_name(f) for f in self.functions]
+        return _distinct(self.labels or [reward_name(f) for f in self.functions])
+
+    def check(self, columns: Sequence[str]) -> None:
+        """Raises UserError where a function needs a column that the data lacks."""
+        given = ("prompts", "completions", "completion_ids", "finished")
+        given += ("trainer_state", "log_extra", "log_metric")
+        for name, function in zip(self.names, self.functions, strict=True):
+            check_arguments(name, function, [*given, *columns])
 
     def __call__(
         self,
@@ -52,40 +77,74 @@ class Rewards(NamedTuple):
         completion_ids: Sequence[Sequence[int]],
         columns: dict[str, list[Any]],
     ) -> Tensor:
-        """Rewards `[B, functions]` of a batch; NaN where a function said None.
+        """Rewards `[B, functions]` of a batch, fp32; NaN where a function said None.
 
         Raises:
-            RuntimeError: a function raised.
-            ValueError: a function returned another number of rewards or one that is not a finite
-                number, or no function scored some sample.
+            UserError: a function raised, or returned another number of rewards or one that is not
+                a finite number of fp32; or no function scored some sample.
         """
-        given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-        table = torch.tensor([_call(f, columns | given, len(prompts)) for f in self.functions]).T
+        count = len(prompts)
+        given = columns | {
+            "prompts": list(prompts),
+            "completions": list(completions),
+            "completion_ids": list(completion_ids),
+            "trainer_state": self.state,
+        }
+        arguments = [
+            given
+            | {
+                "log_metric": functools.partial(self._log_metric, name),
+                "log_extra": functools.partial(self._log_extra, name, count),
+            }
+            for name in self.names
+        ]
+        found = results(self.functions, arguments)
+        self.seen += count
+        parts = zip(self.names, self.functions, found, arguments, strict=True)
+        rows = [numbers(name, f, result, own, count) for name, f, result, own in parts]
+        table = torch.tensor(rows, dtype=torch.float32).view(len(rows), count).T
         unscored = table.isnan().all(1).nonzero()
         if len(unscored):
             raise UserError(f"reward_funcs: no function scored sample {int(unscored[0])}")
         return table.contiguous()
 
+    def _log_metric(self, function: str, name: str, value: float) -> None:
+        """`log_metric` of TRL: averaged over a step, in the metrics as `logged/<name>`."""
+        if isinstance(value, Tensor) and value.ndim == 0:
+            value = value.item()
+        if not (isinstance(value, Real) and math.isfinite(value)):
+            raise UserError(
+                f"{function}: log_metric {name!r}: expected a finite number, found {value!r}"
+            )
+        self.metrics.setdefault(name, []).append(float(value))
 
-def _call(function: RewardFunction, arguments: dict[str, Any], count: int) -> list[float]:
-    name = reward_name(function)
-    try:
-        rewards = function(**arguments)
-    except Exception as error:
-        raise RuntimeError(f"reward function {name} raised {error!r}") from error
-    if rewards is None:
-        raise UserError(f"{name}: expected a list of {count} rewards, found None")
-    if len(rewards) != count:
-        raise UserError(f"{name}: expected {count} rewards, found {len(rewards)}")
-    for i, reward in enumerate(rewards):
-        if reward is not None and not math.isfinite(reward):
-            raise UserError(f"{name}: expected finite rewards, found {reward} for sample {i}")
-    return [math.nan if reward is None else float(reward) for reward in rewards]
+    def _log_extra(self, function: str, count: int, column: str, values: Sequence[Any]) -> None:
+        """`log_extra` of TRL: a column of the table of samples."""
+        if len(values) != count:
+            raise UserError(
+                f"{function}: log_extra {column!r}: expected {count} values, found {len(values)}"
+            )
+        # None for samples of calls that did not log it; the last value where it is logged twice.
+        known = [*self.extra.get(column, ()), *[None] * self.seen][: self.seen]
+        self.extra[column] = [*known, *values]
+
+    def forget(self) -> None:
+        """Drops what functions logged so far."""
+        self.metrics, self.extra, self.seen = {}, {}, 0
 
 
 def weighted_sum(table: Tensor, weights: Sequence[float]) -> Tensor:
-    """Sum `[B]` over the functions of `table`, `[B, functions]`, that scored a sample."""
-    return (table * torch.tensor(weights, device=table.device)).nansum(1)
+    """Sum `[B]` over the functions of `table`, `[B, functions]`, that scored a sample.
+
+    Raises:
+        UserError: a sum is infinite in fp32.
+    """
+    scores = (table * torch.tensor(weights, device=table.device)).nansum(1)
+    bad = (~scores.isfinite()).nonzero()
+    if len(bad):
+        found = f"{scores[bad[0]].item()} for sample {int(bad[0])}"
+        raise UserError(f"reward_weights: expected a finite sum of rewards, found {found}")
+    return scores
 
 
 def means(table: Tensor) -> list[float]:
@@ -123,9 +182,15 @@ def load_rewards(
 ) -> Rewards:
     """Functions by import path and reward models by path; `default` where there are none."""
     functions = [
-        load_reward(path) if ":" in path else RewardModel(path, config, device) for path in paths
+        load_reward(path) if is_function(path) else RewardModel(path, config, device)
+        for path in paths
     ] or list(default)
     weights = list(weights) or [1.0] * len(functions)
     if len(weights) != len(functions):
         raise UserError(f"reward_weights: expected {len(functions)} numbers, found {len(weights)}")
-    return Rewards(functions, weights)
+    # As the user wrote them: a lambda or a partial has no name of its own.
+    labels = [
+        path.rpartition(":")[2] if is_function(path) else reward_name(function)
+        for path, function in zip(paths, functions, strict=False)
+    ]
+    return Rewards(functions, weights, labels)

@@ -125,5 +125,7 @@ class Collector:
         columns = {name: [row.columns.get(name) for row in rows] for name in names}
         columns["finished"] = finished.tolist()
         prompts = [row.prompt for row in rows]
-        table = self.rewards(prompts, completions, token_lists(batch), columns)
+        # A function may raise on one process alone: the others must not wait for it in vain.
+        with self.learner.together():
+            table = self.rewards(prompts, completions, token_lists(batch), columns)
         return table.to(batch.input_ids.device)

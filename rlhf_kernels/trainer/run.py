@@ -211,6 +211,9 @@ class Stage:
             {"prompt": row.prompt, "answer": row.completion, "before": b, "after": a}
             for row, b, a in list(shown)[: self.settings.get("num_samples")]
         ]
+        for column, values in after.get("logged", {}).items():
+            for i, sample in enumerate(samples):
+                sample[column] = values[i] if i < len(values) else None
         if samples:
             self.say("\n" + report.table(list(samples[0]), [list(s.values()) for s in samples]))
         keys = [key for key in (rows[0] if rows else ()) if key.startswith("time/")]

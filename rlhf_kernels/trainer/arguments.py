@@ -1,0 +1,164 @@
+"""From a YAML file and command-line flags to settings; whatever is wrong is one UserError."""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+from .errors import UserError
+
+_KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
+
+
+class _Loader(yaml.SafeLoader):
+    """Every scalar is its text, or None: flags and file are then read by the same rules.
+
+    YAML 1.1 alone would take `no` for False and `1e-4` for a text.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as its base class has it.
+        first: [(tag, pattern) for tag, pattern in found if tag.endswith((":null", ":merge"))]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As its base class, but a key that is there twice is an error: the last one would win."""
+        keys = [str(key.value).replace("-", "_") for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                line = node.value[i][0].start_mark.line + 1
+                raise UserError(f"{key!r} is set twice, the second time in line {line}")
+        return super().construct_mapping(node, deep)
+
+
+class _Parser(HfArgumentParser):
+    """Raises UserError where argparse prints its usage and exits."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **options)
+        # Before Python 3.14 argparse takes -1e-3 and -inf for flags.
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
+
+    def error(self, message: str) -> NoReturn:
+        found = re.match(r"argument --(\w+)[^:]*: (.*)", message, re.DOTALL)
+        if found is None:
+            raise UserError(message)
+        name, what = found.groups()
+        if value := re.match(r"invalid (\w+) value: (.*)", what, re.DOTALL):
+            kind = _KINDS.get(value[1], value[1])
+            raise UserError(f"{name}: expected {kind}, found {value[2][:80]}")
+        if "Truthy value expected" in what:
+            value = re.search(r"got (.*) but expected", what)
+            found_text = repr(value[1])[:80] if value else what
+            raise UserError(f"{name}: expected true or false, found {found_text}")
+        expected = {
+            "expected one argument": "a value after it, found none",
+            "expected at least one argument": "at least one value after it, found none",
+        }
+        raise UserError(f"{name}: expected {expected[what]}" if what in expected else message)
+
+
+def _unknown(name: str, known: Sequence[str], help_command: str) -> UserError:
+    close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return UserError(f"unknown setting {name!r}; {hint}{help_command} lists all")
+
+
+def _kinds(classes: Sequence[type]) -> dict[str, Any]:
+    """Type of every setting."""
+    return {
+        one.name: hints[one.name]
+        for made, hints in ((made, get_type_hints(made)) for made in classes)
+        for one in fields(made)
+    }
+
+
+def _read_yaml(path: str) -> Any:
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError("no such file") from None
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}") from error
+    try:
+        # A subclass of SafeLoader.
+        return yaml.load(content, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f" in line {mark.line + 1}" if mark else ""
+        problem = " ".join((error.problem or error.context or "").split())
+        raise UserError(f"not YAML{where}: {problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"not YAML: {' '.join(str(error).split())[:200]}") from error
+
+
+def _as_flags(content: Any, kinds: Mapping[str, Any], help_command: str) -> list[str]:
+    """A mapping of settings as command-line flags."""
+    if content is None:
+        return []
+    if not isinstance(content, dict):
+        raise UserError(f"expected a mapping of settings, found {repr(content)[:80]}")
+    flags: list[str] = []
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if isinstance(value, dict):
+            raise UserError(f"{key}: expected a flat mapping of settings, found another mapping")
+        if name not in kinds:
+            raise _unknown(str(key), list(kinds), help_command)
+        many = getattr(kinds[name], "__origin__", None) is list
+        if value in (None, []):
+            continue
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str) for item in items):
+            raise UserError(f"{name}: expected plain values, found {repr(value)[:80]}")
+        if isinstance(value, list) and not many:
+            raise UserError(f"{name}: expected one value, found {repr(value)[:80]}")
+        if many:
+            flags += [f"--{name}", *items]
+        else:
+            words = {"on": "true", "off": "false"} if kinds[name] is bool else {}
+            flags.append(f"--{name}={words.get(value.lower(), value)}")
+    return flags
+
+
+def parse_config(
+    classes: Sequence[type], argv: Sequence[str], *, prog: str, defaults: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """Dataclass instances from `--config file.yaml` and flags; a flag wins over the file.
+
+    Args:
+        classes: dataclasses with disjoint field names.
+        argv: arguments after the subcommand.
+        prog: name shown by `--help`.
+        defaults: defaults of this subcommand that differ from the dataclasses'.
+
+    Raises:
+        UserError: naming the setting, and the file where it is the file's.
+    """
+    parser, kinds, help_command = _Parser(classes, prog=prog), _kinds(classes), f"{prog} --help"
+    parser.set_defaults(**defaults)
+    parser.add_argument("--config", action="append", help="YAML file of the settings below")
+    given, rest = parser.parse_known_args(argv)
+    if rest:
+        if rest[0].startswith("-"):
+            raise _unknown(rest[0].lstrip("-").partition("=")[0], list(kinds), help_command)
+        raise UserError(f"expected a setting, --name value, found {rest[0][:80]!r}")
+    paths = given.config or []
+    if len(paths) > 1:
+        raise UserError(f"config: expected one file, found {len(paths)}")
+    flags: list[str] = []
+    for path in paths:
+        try:
+            flags = _as_flags(_read_yaml(path), kinds, help_command)
+            parser.parse_known_args(flags)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+    found = parser.parse_args_into_dataclasses([*flags, *argv], look_for_args_file=False)
+    return found[: len(classes)]

@@ -1,0 +1,40 @@
+"""What the user can mend, as one sentence."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import OutOfMemoryError
+
+
+class UserError(ValueError):
+    """What the user can mend (a setting, file, model, reward function); the message says how.
+
+    The command line prints its message without a traceback and exits with status 2.
+    """
+
+
+def require(ok: bool, name: str, expected: str, found: object) -> None:
+    """Raises UserError naming the setting, what it should be and what it is."""
+    if not ok:
+        raise UserError(f"{name}: expected {expected}, found {repr(found)[:80]}")
+
+
+def one_line(error: BaseException) -> str:
+    """Kind and message of another library's error, without line breaks and not too long."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 300 else text[:299] + "…"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@contextmanager
+def blamed_on(name: str, what: str) -> Iterator[None]:
+    """Turns what another library raises inside into a UserError: `name: what: its message`.
+
+    For calls that do nothing but read what the user named; memory that runs out stays as it is.
+    """
+    try:
+        yield
+    except (UserError, OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{name}: {what}: {one_line(error)}") from error

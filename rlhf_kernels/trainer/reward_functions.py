@@ -1,0 +1,332 @@
+"""Reward functions in TRL's signature: where they are found, how they are called, what they say.
+
+A reward function is `f(prompts, completions, completion_ids, **columns) -> list[float | None]`:
+texts (or messages), token ids without padding, and one list per data column. `None` means that the
+function has nothing to say about a sample. The trainer adds the column `finished` (whether the
+completion ended with the end token) and, as TRL does, `trainer_state` (transformers'
+`TrainerState`), `log_extra` and `log_metric`. All are passed by keyword. A function without
+`**columns` is given those that it names. An `async` function is awaited together with the others.
+"""
+
+import asyncio
+import copy
+import functools
+import importlib
+import importlib.util
+import inspect
+import math
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from numbers import Real
+from operator import attrgetter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy
+import torch
+
+from .errors import UserError
+
+Rewards = list[float | None]
+RewardFunction = Callable[..., Rewards | Awaitable[Rewards]]
+
+# --- where a function is found ---------------------------------------------------------------
+
+
+def is_function(path: str) -> bool:
+    """Whether a value of `reward_funcs` names a function, not the path of a reward model."""
+    return ":" in re.sub(r"\A[A-Za-z]:(?=[\\/])", "", path) and not Path(path).is_dir()
+
+
+def load_reward(path: str) -> RewardFunction:
+    """The function at `package.module:name` or `path/to/file.py:name`.
+
+    Modules are looked for in the current folder first, then where Python finds packages. `name`
+    may be dotted: a method of an object, or a static method of a class.
+
+    Raises:
+        UserError: naming what is missing, or what the module raised when it was imported.
+    """
+    module, _, name = path.rpartition(":")
+    if not (module and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name)):
+        expected = "'module:function', 'path/to/file.py:function' or a reward model's path"
+        raise UserError(f"reward_funcs: expected {expected}, found {path!r}")
+    found = _imported(module, path)
+    try:
+        function = attrgetter(name)(found)
+    except AttributeError:
+        where = getattr(found, "__file__", None) or module
+        raise UserError(f"reward_funcs: {path!r}: no {name!r} in {where}") from None
+    if isinstance(function, type):
+        text = f"the class {function.__name__}; name an object of it"
+        raise UserError(f"reward_funcs: {path!r}: expected a function, found {text}")
+    if not callable(function):
+        found = f"{type(function).__name__} {repr(function)[:60]}"
+        raise UserError(f"reward_funcs: {path!r}: expected a function, found {found}")
+    return function
+
+
+def _imported(module: str, path: str) -> ModuleType:
+    """The module, by its name or the path of its file."""
+    is_file = module.endswith(".py") or "/" in module or os.sep in module
+    file = Path(module if is_file else f"{module}.py")
+    if is_file and not file.is_file():
+        raise UserError(f"reward_funcs: {path!r}: no file {str(file)!r}")
+    try:
+        # A file of the current folder even where an installed module has the same name.
+        return _from_file(file.resolve()) if file.is_file() else _from_name(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too: a script that parses its arguments.
+        missing = isinstance(error, ModuleNotFoundError) and error.name is not None
+        if missing and (module == error.name or module.startswith(f"{error.name}.")):
+            where = "in the current folder or among the installed packages"
+            raise UserError(f"reward_funcs: {path!r}: no module {error.name!r} {where}") from error
+        raise UserError(f"reward_funcs: {path!r}: importing it raised {_told(error)}") from error
+
+
+def _from_name(module: str) -> ModuleType:
+    # As `python -m` has it; a console script has its own folder there.
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
+    importlib.invalidate_caches()
+    return importlib.import_module(module)
+
+
+def _from_file(file: Path) -> ModuleType:
+    """A module from its file, once; what lies beside the file can be imported by it."""
+    name = file.stem
+    for known in (name, str(file)):
+        module = sys.modules.get(known)
+        if module is not None and getattr(module, "__file__", None) == str(file):
+            return module
+    # Under its own name where that is free: pickle and dataclasses look modules up.
+    name = str(file) if name in sys.modules else name
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _told(error: BaseException) -> str:
+    """An exception of the user's code in one line, with the place where it was raised."""
+    text = " ".join("".join(traceback.format_exception_only(error)[-1:]).split())
+    frames = traceback.extract_tb(error.__traceback__)
+    # What was called from the user's code inside libraries tells less than the user's own line.
+    libraries = (sys.prefix, sys.base_prefix, os.path.dirname(__file__), "<frozen")
+    own = [f for f in frames if not f.filename.startswith(libraries)]
+    if isinstance(error, SyntaxError):
+        text += f" ({Path(error.filename or '?').name}, line {error.lineno})"
+    elif own:
+        text += f" ({Path(own[-1].filename).name}, line {own[-1].lineno})"
+    return text if len(text) <= 400 else text[:399] + "…"
+
+
+# --- what it is called and given -------------------------------------------------------------
+
+
+def reward_name(function: Callable[..., Any]) -> str:
+    """How a reward function is called in metrics and errors; as TRL has it."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _parameters(function: Callable[..., Any]) -> tuple[dict[str, bool], bool] | None:
+    """Named parameters (whether each is needed) and whether it takes any; None if unknown."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        # Some functions of C.
+        return None
+    named = {
+        p.name: p.default is p.empty
+        for p in parameters
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
+    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def accepted(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that the function takes by name, or all with `**columns`."""
+    found = _parameters(function)
+    if found is None or found[1]:
+        return dict(arguments)
+    return {name: value for name, value in arguments.items() if name in found[0]}
+
+
+def check_arguments(name: str, function: Callable[..., Any], given: Sequence[str]) -> None:
+    """Raises UserError where the function needs what is neither given nor a column."""
+    named, _ = _parameters(function) or ({}, True)
+    missing = [
+        parameter for parameter, needed in named.items() if needed and parameter not in given
+    ]
+    if missing:
+        columns = ", ".join(sorted(set(given))) or "none"
+        raise UserError(f"{name}: expected a column {missing[0]!r} in the data, found {columns}")
+
+
+_PLAIN = frozenset({str, bytes, int, float, bool, type(None)})
+
+
+def copied(value: Any) -> Any:
+    """A value anew, so that a function may change what it is given; faster than deepcopy."""
+    if type(value) is list:
+        return [v if type(v) in _PLAIN else copied(v) for v in value]
+    if type(value) is dict:
+        return {k: v if type(v) in _PLAIN else copied(v) for k, v in value.items()}
+    return value if type(value) in _PLAIN or callable(value) else copy.deepcopy(value)
+
+
+# --- calling ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Raised:
+    """An exception in the place of a result."""
+
+    error: BaseException
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """The event loop of asynchronous rewards, in a thread of its own.
+
+    One for the whole run, since clients and locks belong to the loop that they were first used in;
+    not the caller's, which may be running.
+    """
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
+    return loop
+
+
+def _awaited(waiting: Sequence[Awaitable[Any]]) -> list[Any]:
+    """Results of awaitables, all awaited at once; `_Raised` in the place of one that raised."""
+
+    async def settled(one: Awaitable[Any]) -> Any:
+        try:
+            return await one
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            return _Raised(error)
+
+    async def gather() -> list[Any]:
+        return await asyncio.gather(*map(settled, waiting))
+
+    return asyncio.run_coroutine_threadsafe(gather(), _loop()).result()
+
+
+def results(
+    functions: Sequence[RewardFunction], arguments: Sequence[Mapping[str, Any]]
+) -> list[Any]:
+    """What each function returns, or `_Raised` with its exception."""
+    found: list[Any] = []
+    for function, given in zip(functions, arguments, strict=True):
+        try:
+            own = {name: copied(value) for name, value in given.items()}
+            found.append(function(**accepted(function, own)))
+        except (Exception, SystemExit) as error:
+            found.append(_Raised(error))
+    waiting = [i for i, result in enumerate(found) if inspect.isawaitable(result)]
+    if waiting:
+        for i, result in zip(waiting, _awaited([found[i] for i in waiting]), strict=True):
+            found[i] = result
+    return found
+
+
+def _rows(arguments: Mapping[str, Any], index: Sequence[int]) -> dict[str, Any]:
+    """The arguments of some samples only."""
+    return {k: [v[i] for i in index] if isinstance(v, list) else v for k, v in arguments.items()}
+
+
+def _blamed(function: RewardFunction, arguments: Mapping[str, Any], count: int) -> int | None:
+    """The sample at which a function raises; None where it is not one alone.
+
+    Halves are asked, so that it takes about as long as the call that raised, and not after ten
+    seconds: what raised may be a server that is waited for.
+    """
+    index, deadline = list(range(count)), time.monotonic() + 10
+
+    def raises(part: list[int]) -> bool:
+        return isinstance(results([function], [_rows(arguments, part)])[0], _Raised)
+
+    while len(index) > 1 and time.monotonic() < deadline:
+        half = index[: len(index) // 2]
+        index = half if raises(half) else index[len(half) :]
+    return index[0] if len(index) == 1 and raises(index) else None
+
+
+def numbers(
+    name: str, function: RewardFunction, result: Any, arguments: Mapping[str, Any], count: int
+) -> list[float]:
+    """The result of a function as `count` numbers that fp32 holds; NaN for None.
+
+    Raises:
+        UserError: beginning with the function's name: it raised, or returned anything else.
+    """
+    if isinstance(result, _Raised):
+        if isinstance(result.error, UserError):
+            raise result.error
+        sample = _blamed(function, arguments, count)
+        where = f"in a batch of {count}"
+        if sample is not None:
+            prompt, completion = (arguments[k][sample] for k in ("prompts", "completions"))
+            where = f"at sample {sample}, prompt {repr(prompt)[-60:]}, "
+            where += f"completion {repr(completion)[:60]}"
+        raise UserError(f"{name}: raised {_told(result.error)} {where}") from result.error
+    values = _as_list(name, result, count)
+    if len(values) != count:
+        raise UserError(f"{name}: expected {count} rewards, found {len(values)}")
+    return [_number(name, i, value) for i, value in enumerate(values)]
+
+
+def _as_list(name: str, result: Any, count: int) -> Sequence[Any]:
+    if isinstance(result, torch.Tensor) and result.layout is torch.strided and not result.is_meta:
+        if result.ndim == 1:
+            return result.detach().cpu().tolist()
+    elif isinstance(result, numpy.ndarray):
+        if result.ndim == 1:
+            return result.tolist()
+    elif isinstance(result, list | tuple):
+        return result
+    shape = getattr(result, "shape", None)
+    text = f"{type(result).__name__} {repr(result)[:60]}" if shape is None else ""
+    found = "None" if result is None else text or f"{type(result).__name__} of {tuple(shape)}"
+    raise UserError(f"{name}: expected a list of {count} rewards, found {found}")
+
+
+def _number(name: str, i: int, value: Any) -> float:
+    """A reward as the number that the fp32 table will hold."""
+    if value is None:
+        return math.nan
+    plain = value
+    if isinstance(value, torch.Tensor | numpy.ndarray) and value.ndim == 0:
+        plain = value.item()
+    if not isinstance(plain, Real | Decimal | numpy.bool_):
+        found = f"{type(value).__name__} {repr(value)[:60]}"
+        raise UserError(f"{name}: expected numbers or None, found {found} for sample {i}")
+    try:
+        number = float(plain)
+        # Beyond its largest number fp32 has infinity only.
+        held = torch.tensor(number, dtype=torch.float32).item()
+    except (OverflowError, ValueError):
+        held = math.inf
+    if not math.isfinite(held):
+        raise UserError(f"{name}: expected finite rewards, found {str(plain)[:60]} for sample {i}")
+    return number
