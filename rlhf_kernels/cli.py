@@ -1,9 +1,17 @@
-"""`rlhf-kernels`: the command line."""
+"""`rlhf-kernels`: the command line, and how its errors are told."""
 
+import difflib
+import errno
 import importlib
 import os
 import sys
+import time
+import traceback
 from collections.abc import Sequence
+
+import torch
+
+from .trainer.errors import UserError
 
 # subcommand of `train` -> one line of help
 TRAINERS = {
@@ -24,15 +32,26 @@ TRAINERS = {
 }
 MODULE = "rlhf_kernels.trainer.run"
 
+_MEMORY = (
+    "out of memory; try a smaller micro_batch_size or generation_batch_size, "
+    "gradient_checkpointing, lora_rank, shorter max_prompt_tokens and max_new_tokens, or a smaller "
+    "model"
+)
+# What a full, broken or forbidden disk says.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
 
 def usage() -> str:
     lines = [f"  {name:<22}{text}" for name, text in TRAINERS.items()]
     return "\n".join(
         [
-            "usage: rlhf-kernels train STAGE [--config FILE.yaml] [--flag value ...]",
+            "usage: rlhf-kernels train STAGE [--config FILE.yaml] [--flag value ...] [--traceback]",
             "",
             "stages (settings: rlhf-kernels train STAGE --help):",
             *lines,
+            "",
+            "Exit status: 0 done, 2 an error that you can mend (one line; --traceback shows more),",
+            "130 interrupted, 1 anything else.",
         ]
     )
 
@@ -40,12 +59,26 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if args and args[0] in ("-h", "--help"):
-        print(usage())
-        return 0
-    if len(args) < 2 or args[0] != "train" or args[1] not in TRAINERS:
+    shown = "--traceback" in args
+    args = [arg for arg in args if arg != "--traceback"]
+    try:
+        return _run(args)
+    except Exception as error:
+        return _tell(error, shown)
+
+
+def _run(args: list[str]) -> int:
+    if not args:
         print(usage(), file=sys.stderr)
         return 2
+    if args[0] in ("-h", "--help") or args[1:2] in (["-h"], ["--help"]):
+        print(usage())
+        return 0
+    if args[0] != "train":
+        raise UserError(f"unknown command {args[0]!r}; {_hint(args[0], ['train'])}")
+    if len(args) < 2 or args[1] not in TRAINERS:
+        found = repr(args[1]) if len(args) > 1 else "none"
+        raise UserError(f"train: expected a stage, found {found}; {_hint(found, list(TRAINERS))}")
     # MKL's GEMMs otherwise round by the addresses of their operands, which differ between runs.
     # It is read at the first GEMM, so that setting it after torch's import is in time.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
@@ -54,14 +87,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "rlhf_kernels":
             raise
-        print(
-            f"rlhf-kernels train needs {error.name!r}: pip install 'rlhf_kernels[trainer]'",
-            file=sys.stderr,
-        )
-        return 1
+        needed = f"train needs {error.name!r}: pip install 'rlhf_kernels[trainer]'"
+        raise UserError(needed) from error
     trainer.train(args[1], args[2:])
     trainer.close()
     return 0
+
+
+def _hint(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name.strip("'"), known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"one of: {', '.join(known)}"
+
+
+def _tell(error: Exception, shown: bool) -> int:
+    """Says on standard error what went wrong, once for all processes; returns the exit status."""
+    message = _mendable(error)
+    if message is None:
+        traceback.print_exception(error)
+        print(
+            "rlhf-kernels: an unexpected error; please report it with these lines", file=sys.stderr
+        )
+        return 1
+    if shown:
+        traceback.print_exception(error)
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        # The main process tells what all of them found, and its launcher ends the others. What this
+        # one alone found it has to tell itself.
+        time.sleep(3)
+        message = f"process {rank}: {message}"
+    print(f"rlhf-kernels: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _mendable(error: Exception) -> str | None:
+    """One line on an error that the user can mend; None for any other."""
+    if isinstance(error, UserError):
+        return str(error)
+    allocation = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or allocation:
+        return _MEMORY
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return f"{error.filename or 'the disk'}: {error.strerror}"
+    return None
 
 
 if __name__ == "__main__":

@@ -186,5 +186,5 @@ def test_cli_trains_on_a_file_and_continues_from_its_model(tmp_path):
 
 def test_missing_extra_is_named(monkeypatch, capsys):
     monkeypatch.setattr(cli, "MODULE", "no_such_package.run")
-    assert cli.main(["train", "ppo"]) == 1
+    assert cli.main(["train", "ppo"]) == 2
     assert "rlhf_kernels[trainer]" in capsys.readouterr().err

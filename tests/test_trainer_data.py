@@ -83,7 +83,7 @@ def _raises(**_):
         (lambda **_: [0.0], ValueError, "expected 2 rewards, found 1"),
         (lambda **_: [0.0, math.nan], ValueError, "finite rewards, found nan for sample 1"),
         (lambda **_: None, ValueError, "expected a list of 2 rewards, found None"),
-        (_raises, RuntimeError, "reward function _raises raised KeyError.*no such column"),
+        (_raises, ValueError, "^_raises: raised KeyError.*no such column.*at sample 0, prompt 'p'"),
     ],
 )
 def test_bad_rewards_are_refused(function, error, match):

@@ -102,6 +102,11 @@ class Algorithm:
     critic: bool = False
     greedy: bool = False
 
+    @property
+    def grouped(self) -> bool:
+        """Whether an advantage compares completions of one prompt, so that one alone has none."""
+        return "num_generations" in self.defaults
+
 
 _Loss = rk.PolicyLossConfig
 _GRPO = group("mean", "group")

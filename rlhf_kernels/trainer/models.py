@@ -19,6 +19,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from .config import ModelConfig, require
 from .data import Batch
+from .errors import blamed_on
 from .forward import Head, causal_lm, hidden_states, lm_head
 from .probe import check_head
 
@@ -111,7 +112,9 @@ def _load(auto: Any, source: str | PretrainedConfig, config: ModelConfig, **more
     if attention is not None:
         more["attn_implementation"] = attention
     make = auto.from_pretrained if isinstance(source, str) else auto.from_config
-    model = make(source, **more)
+    where = f"{source} cannot be loaded" if isinstance(source, str) else "cannot be built"
+    with blamed_on("model", where):
+        model = make(source, **more)
     model.packs = config.packing or attention == "flash_attention_2"
     return model
 

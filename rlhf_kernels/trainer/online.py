@@ -13,7 +13,8 @@ import rlhf_kernels as rk
 
 from . import models
 from .algorithms import ALGORITHMS, Outcome, loss_config
-from .config import OnlineConfig, OptimConfig, PPOConfig, require
+from .checks import check_online
+from .config import OnlineConfig, OptimConfig, PPOConfig
 from .data import Batch, Row, Sampler
 from .learner import Learner
 from .offline import OfflineTrainer
@@ -47,7 +48,7 @@ class OnlineTrainer:
         self.algorithm, self.learner, self.sample = ALGORITHMS[name], learner, sample
         self.reference, self.optim, self.config, self.ptx = reference, optim, config, ptx
         self.mini_batch_size = config.mini_batch_size or optim.batch_size
-        self._check()
+        check_online(name, config, optim, learner.processes)
         prompts = optim.batch_size // config.num_generations
         self.sampler = Sampler(len(sample.task.train), prompts, seed)
         self.shuffler = torch.Generator().manual_seed(seed)
@@ -59,24 +60,6 @@ class OnlineTrainer:
         self.moments = rk.RunningMoments()
         self.loss = loss_config(self.algorithm, config)
         self.steps_done = 0
-
-    def _check(self) -> None:
-        config, size, mini = self.config, self.optim.batch_size, self.mini_batch_size
-        group, rounds, target = (
-            config.num_generations,
-            config.dynamic_sampling,
-            config.penalty_target,
-        )
-        processes = self.learner.processes
-        require(size % mini == 0, "mini_batch_size", f"a divisor of batch_size={size}", mini)
-        require(size % group == 0, "num_generations", f"a divisor of batch_size={size}", group)
-        whole = mini % processes == 0
-        require(whole, "mini_batch_size", f"a multiple of {processes} processes", mini)
-        alone = rounds == 1 or group > 1
-        require(alone, "dynamic_sampling", "1 where num_generations is 1", rounds)
-        once = config.epochs * size == mini
-        expected = "0 with one update per rollout, whose KL is 0"
-        require(not (once and target), "penalty_target", expected, target)
 
     def _stateful(self) -> dict[str, Any]:
         parts = {"kl": self.kl, "moments": self.moments, "sampler": self.sampler}

@@ -17,6 +17,7 @@ _QUESTIONS = (
 )
 # What the trainer itself passes to reward functions.
 _RESERVED = ("prompts", "completions", "completion_ids", "finished", "trainer_state")
+_RESERVED += ("log_extra", "log_metric")
 # Scripts that put no space between words.
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef"

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import rlhf_kernels as rk
 
-from . import answers, checkpoint, models, report
+from . import answers, checkpoint, checks, models, report
 from .algorithms import ALGORITHMS
 from .config import (
     DataConfig,
@@ -31,10 +31,12 @@ from .config import (
     require,
 )
 from .data import Task, load_task, read_rows
+from .errors import blamed_on
 from .generation import Engine, TransformersEngine
 from .learner import Learner
 from .offline import DPO, SFT, OfflineTrainer, RewardModelling
 from .online import OnlineTrainer
+from .reward_functions import is_function, load_reward
 from .rewards import load_rewards
 from .rollout import Collector
 from .vllm_engine import VLLMEngine
@@ -74,21 +76,30 @@ class Stage:
         self.optim: OptimConfig
         self.run, self.model, self.data, self.optim, *self.own = found
         self.settings = {k: v for group in found for k, v in dataclasses.asdict(group).items()}
-        if self.run.threads:
-            torch.set_num_threads(self.run.threads)
         self.out = Path(self.run.output_dir)
-        self.accelerator = Accelerator(
-            cpu=self.run.device == "cpu",
-            mixed_precision=self.run.mixed_precision,
-            log_with=self.run.report_to or None,
-            project_dir=self.out,
-        )
+        # Whatever needs neither data nor models, before anything is read or written.
+        checks.check_settings(name, self.run, self.model, self.optim, self.own)
+        checks.check_output(self.out)
         self.newest = (checkpoint.checkpoints(self.out) or [None])[-1]
         anew = self.newest is None or self.run.resume or self.run.dry_run
         expected = "a folder without checkpoints (--resume continues them)"
         require(anew, "output_dir", expected, str(self.newest))
+        checks.check_models(self.model, self.own)
+        for path in self.settings.get("reward_funcs", ()):
+            if is_function(path):
+                load_reward(path)
+        if self.run.threads:
+            torch.set_num_threads(self.run.threads)
+        with blamed_on("accelerate", "cannot start"):
+            self.accelerator = Accelerator(
+                cpu=self.run.device == "cpu",
+                mixed_precision=self.run.mixed_precision,
+                log_with=self.run.report_to or None,
+                project_dir=self.out,
+            )
         transformers.set_seed(self.run.seed)
         self.task: Task = load_task(self.data, kind, seed=self.run.seed, model=self.model.model)
+        checks.check_rows(self.task.train, self.data, self.optim, self.own)
         self.max_length = self.data.max_prompt_tokens + self.data.max_new_tokens
 
     def say(self, text: str) -> None:
@@ -337,6 +348,7 @@ def _online(stage: Stage, *, fresh: bool) -> OnlineTrainer:
         config.reward_funcs, config.reward_weights, default=default, config=stage.model,
         device=accelerator.device,
     )  # fmt: skip
+    rewards.check(list(dict.fromkeys(name for row in task.train for name in row.columns)))
     policy = models.build_policy(stage.model, task.tokenizer, max_length=stage.max_length)
     policy.to(accelerator.device)
     if config.sft_steps and fresh:
@@ -371,8 +383,6 @@ def _online(stage: Stage, *, fresh: bool) -> OnlineTrainer:
 
 def _warm_start(stage: Stage, config: OnlineConfig, policy: torch.nn.Module) -> None:
     """The supervised phase, with an optimizer of its own."""
-    one = stage.accelerator.num_processes == 1
-    require(one, "sft_steps", "0 with several processes; use the sft stage", config.sft_steps)
     rows, rate = stage.task.train, config.sft_learning_rate
     optim = dataclasses.replace(
         stage.optim,

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .config import UserError, require
+from .errors import blamed_on
 from .files import is_path
 
 _SPECIAL = ("<pad>", "<eos>")
@@ -79,11 +80,9 @@ def load_tokenizer(model: str, *, ends: bool = True) -> PreTrainedTokenizerBase:
     """
     missing = is_path(model) and not Path(model).expanduser().exists()
     require(not missing, "model", "a folder that exists, or the hub's 'owner/name'", model)
-    try:
+    # A broken file makes the library raise a bare Exception.
+    with blamed_on("model", f"no tokenizer can be loaded from {model!r}"):
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"model: no tokenizer can be loaded from {model!r}: {reason}") from error
     require(
         tokenizer.eos_token_id is not None or not ends,
         "model", "a tokenizer with an end token", model,

@@ -1,0 +1,187 @@
+"""What can be known to be wrong before data, models and the output folder are touched."""
+
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from huggingface_hub import HfApi, try_to_load_from_cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .algorithms import ALGORITHMS, loss_config
+from .config import DataConfig, ModelConfig, OnlineConfig, OptimConfig, PPOConfig, RunConfig
+from .data import Row
+from .errors import UserError, blamed_on, one_line, require
+from .reward_functions import is_function
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _needs(package: str, name: str, value: object) -> None:
+    expected = f"the package {package} to be installed (pip install {package})"
+    require(_installed(package), name, expected, value)
+
+
+def processes() -> int:
+    """Processes that the launcher started, before they are joined."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_settings(
+    name: str, run: RunConfig, model: ModelConfig, optim: OptimConfig, own: Sequence[Any]
+) -> None:
+    """Settings that contradict each other, the machine or what is installed.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    count, size = processes(), optim.batch_size
+    require(size % count == 0, "batch_size", f"a multiple of {count} processes", size)
+    _check_trackers(run.report_to)
+    if run.mixed_precision == "fp16":
+        there = run.device != "cpu" and torch.accelerator.is_available()
+        require(there, "mixed_precision", "'no' or 'bf16' without a GPU", run.mixed_precision)
+    _check_attention(model.attn_implementation)
+    if model.lora_rank:
+        _needs("peft", "lora_rank", model.lora_rank)
+    for config in own:
+        if isinstance(config, OnlineConfig):
+            if config.engine == "vllm" and not run.dry_run:
+                _needs("vllm", "engine", config.engine)
+            alone = count == 1 or not config.sft_steps
+            expected = "0 with several processes; use the sft stage"
+            require(alone, "sft_steps", expected, config.sft_steps)
+            check_online(name, config, optim, count)
+
+
+def check_online(name: str, config: OnlineConfig, optim: OptimConfig, count: int) -> None:
+    """Contradictions in the settings of an online stage over `count` processes."""
+    size, group, rounds = optim.batch_size, config.num_generations, config.dynamic_sampling
+    mini, target = config.mini_batch_size or size, config.penalty_target
+    algorithm = ALGORITHMS[name]
+    several = group > 1 or not algorithm.grouped
+    expected = f">= 2 with {name}, which compares the completions of a prompt"
+    require(several, "num_generations", expected, group)
+    require(size % mini == 0, "mini_batch_size", f"a divisor of batch_size={size}", mini)
+    require(size % group == 0, "num_generations", f"a divisor of batch_size={size}", group)
+    require(mini % count == 0, "mini_batch_size", f"a multiple of {count} processes", mini)
+    require(rounds == 1 or group > 1, "dynamic_sampling", "1 where num_generations is 1", rounds)
+    once = config.epochs * size == mini
+    expected = "0 with one update per rollout, whose KL is 0"
+    require(not (once and target), "penalty_target", expected, target)
+    try:
+        loss = loss_config(algorithm, config)
+    except (TypeError, ValueError) as error:
+        # "PolicyLossConfig: clip_low must be ..."
+        raise UserError(str(error).removeprefix("PolicyLossConfig: ")) from error
+    penal = loss.objective == "penalty" or not target
+    require(penal, "penalty_target", "0 without objective penalty", target)
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    there = {str(tracker) for tracker in get_available_trackers()}
+    for name in names:
+        if name != "all":
+            known = tuple(LOGGER_TYPE_TO_CLASS)
+            require(name in known, "report_to", f"one of {', '.join(known)}", name)
+            expected = f"the tracker's package to be installed (pip install {name})"
+            require(name in there, "report_to", expected, name)
+
+
+def _check_attention(name: str | None) -> None:
+    # A name with a slash is a kernel of the hub.
+    if name is None or "/" in name:
+        return
+    known = sorted({"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()})
+    require(name in known, "attn_implementation", f"one of {', '.join(known)}", name)
+    if name == "flash_attention_2":
+        _needs("flash_attn", "attn_implementation", name)
+
+
+def check_output(folder: Path) -> None:
+    """That the folder can be made and written to; nothing is made."""
+    there = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    require(there.is_dir(), "output_dir", "a folder", f"the file {there}")
+    expected = "a folder that can be written to"
+    require(os.access(there, os.W_OK | os.X_OK), "output_dir", expected, str(there))
+
+
+def check_model(name: str, path: str) -> None:
+    """That a path or hub name can be a model: what is there, its settings, its weights' files."""
+    folder = Path(path)
+    require(not folder.is_file(), name, "a folder or hub name of a model", f"the file {path}")
+    if not folder.is_dir():
+        _check_hub(name, path)
+        return
+    files = sorted(p.name for p in folder.iterdir())
+    if "adapter_config.json" not in files:
+        shown = ", ".join(files[:4]) or "nothing"
+        found = f"{shown} in the folder {path}"
+        if "config.json" not in files:
+            raise UserError(f"{name}: expected config.json of a saved model, found {found}")
+        weights = any(f.endswith((".safetensors", ".bin")) for f in files)
+        if not weights:
+            raise UserError(f"{name}: expected weights (model.safetensors), found {found}")
+        _check_json(name, folder / "config.json")
+
+
+def _check_json(name: str, file: Path) -> None:
+    with blamed_on(name, f"{file} cannot be read"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        kind = content.get("model_type") if isinstance(content, dict) else None
+        require(isinstance(kind, str), name, f"a model_type in {file}", kind)
+
+
+def _check_hub(name: str, path: str) -> None:
+    """Asks the hub once where nothing is cached: loaders retry for half a minute."""
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith((".", "~", "/")):
+        raise UserError(f"{name}: expected a folder of a model, found none at {path!r}")
+    cached = any(
+        isinstance(try_to_load_from_cache(path, file), str)
+        for file in ("config.json", "adapter_config.json")
+    )
+    if cached:
+        return
+    try:
+        HfApi().model_info(path, timeout=20)
+    except Exception as error:
+        text = f"no folder {path!r} here, and the hub does not give it: {one_line(error)}"
+        raise UserError(f"{name}: {text}") from error
+
+
+def check_models(model: ModelConfig, own: Sequence[Any]) -> None:
+    """`check_model` of everything that is named, each once."""
+    named = [("model", model.model)]
+    for config in own:
+        if isinstance(config, OnlineConfig):
+            named += [("reward_funcs", p) for p in config.reward_funcs if not is_function(p)]
+        if isinstance(config, PPOConfig):
+            named.append(("critic_model", config.critic_model))
+    for name, path in dict.fromkeys(named):
+        if path is not None:
+            check_model(name, path)
+
+
+def check_rows(
+    rows: Sequence[Row], data: DataConfig, optim: OptimConfig, own: Sequence[Any]
+) -> None:
+    """That the training rows are enough for a batch, and complete where they are imitated."""
+    needed, name = optim.batch_size, "batch_size"
+    for config in own:
+        if isinstance(config, OnlineConfig):
+            needed = optim.batch_size // config.num_generations
+            name += " / num_generations" * (config.num_generations > 1)
+            imitated = {"sft_steps": config.sft_steps, "ptx_coef": config.ptx_coef}
+            imitated["ptx_coef"] *= config.ptx_data is None
+            for setting, value in imitated.items():
+                bare = next((row for row in rows if row.completion is None), None)
+                what = f"0 for {data.data}, whose rows have no completions"
+                require(not value or bare is None, setting, what, value)
+    require(needed <= len(rows), name, f"at most the {len(rows)} training rows", needed)
