@@ -3,6 +3,9 @@
 The budget: an element's error against the fp64 oracle may be at most twice the error of plain torch
 in the working dtype plus one rounding. The rounding band keeps a reference that is exact by luck
 from failing a kernel that is not worse.
+
+A product's budget is another: what a GEMM happens to round differs between machines, so the bound
+of an element comes from its operands (`product_bound`).
 """
 
 from collections.abc import Callable, Sequence
@@ -78,6 +81,75 @@ def assert_within_budget(
             f"at flat position {at}: got {a.reshape(-1)[at]:.9g}, fp64 {o.reshape(-1)[at]:.9g}, "
             f"torch {t.reshape(-1)[at]:.9g}; error {(a - o).abs().reshape(-1)[at]:.3g} over budget "
             f"by {float(excess.max()):.3g}"
+        )
+
+
+#: c of `product_bound`. The sum of n products rounds n times, by at most eps / 2 of the sum so far.
+#: Roundings are of either sign and add up as a random walk: their sum stays below
+#: eps * sqrt(n) / 2 * (|a| @ |b|), and far below where terms cancel or a library sums in blocks, as
+#: every GEMM does. 4 holds for a block of 64 terms of one sign in the worst of those walks.
+PRODUCT_ROUNDINGS = 4.0
+
+
+def product_bound(
+    a: Tensor,
+    b: Tensor,
+    *,
+    a_error: Tensor | None = None,
+    b_error: Tensor | None = None,
+    c: float = PRODUCT_ROUNDINGS,
+) -> Tensor:
+    """Bound of |got - a @ b| per element: c * eps * (|a| @ |b|), for sums in float32.
+
+    Where an operand is itself a computed quantity, the error that it carries is multiplied by the
+    other one and added. The rounding of a result to 16 bits is left to `assert_within_bound`.
+
+    Args:
+        a: [..., n, k], exact values.
+        b: [..., k, m], exact values.
+        a_error: bound of the error that a carries, of its shape; None for an input.
+        b_error: the same for b.
+        c: roundings; see PRODUCT_ROUNDINGS.
+
+    Returns:
+        The bounds [..., n, m], float64.
+    """
+    a, b = a.detach().double().abs(), b.detach().double().abs()
+    bound = c * torch.finfo(torch.float32).eps * (a @ b)
+    if a_error is not None:
+        bound = bound + a_error.double() @ b
+    if b_error is not None:
+        bound = bound + a @ b_error.double()
+    return bound
+
+
+def assert_within_bound(actual: Tensor, exact: Tensor, bound: Tensor | float) -> None:
+    """Requires |actual - exact| <= bound + one rounding to the dtype of `actual`, per element.
+
+    Args:
+        actual: result under test.
+        exact: float64 result on the same inputs. NaN and infinities must match exactly.
+        bound: bound of the error before the last rounding, broadcast to the result's shape.
+
+    Raises:
+        AssertionError: with the position, the two values and the bound of the worst element.
+    """
+    if actual.shape != exact.shape:
+        raise AssertionError(f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}")
+    info = torch.finfo(actual.dtype)
+    a, e = actual.detach().double(), exact.detach().double()
+    bound = torch.as_tensor(bound, dtype=torch.float64, device=e.device).detach().expand_as(e)
+    # Half a unit in the last place, which below the normal numbers is that of the smallest.
+    allowed = bound + info.eps / 2 * (e.abs() + bound) + info.eps * info.smallest_normal
+    same = (a == e) | (a.isnan() & e.isnan())
+    excess = torch.where(same, 0.0, (a - e).abs() / allowed)
+    excess = torch.where(same | (a.isfinite() & e.isfinite()), excess, torch.inf)
+    if excess.numel() and float(excess.max()) > 1:
+        at = int(excess.argmax())
+        raise AssertionError(
+            f"at flat position {at} of {tuple(a.shape)}: got {a.reshape(-1)[at]:.9g}, exact "
+            f"{e.reshape(-1)[at]:.9g}; error {(a - e).abs().reshape(-1)[at]:.3g}, bound "
+            f"{allowed.reshape(-1)[at]:.3g}; {int((excess > 1).sum())} elements beyond theirs"
         )
 
 

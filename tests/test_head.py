@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from head_bounds import HeadBounds, assert_all_within, logprobs_bounds, policy_bounds
 
 import rlhf_kernels as rk
 from rlhf_kernels import _checks, reference
@@ -42,20 +43,6 @@ def operands(dtype=torch.float32, width=H, bias=True, seed=0):
     return hidden, weight, draw(V) if bias else None, labels
 
 
-def tolerance(dtype):
-    # 16-bit operands: on CPU the GEMM rounds the logits, and gradients are stored in 16 bits.
-    return {"rtol": 2e-4, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 0.06, "atol": 0.06}
-
-
-def close(actual, expected, dtype):
-    """Elementwise, relative to the largest element: products cancel."""
-    for a, e in zip(actual, expected, strict=True):
-        size = float(e.detach().abs().max())
-        assert size > 0
-        a, e = a.detach().double() / size, e.detach().double() / size
-        torch.testing.assert_close(a, e, **tolerance(dtype))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(o) or "plain")
 def test_token_logprobs_match_fp64(backend, options, dtype):
@@ -73,7 +60,8 @@ def test_token_logprobs_match_fp64(backend, options, dtype):
                  **options)  # fmt: skip
     exact = run(reference.linear_token_logprobs, *to_float64((hidden, weight, bias)),
                 upstream.double(), **to_float64(options))  # fmt: skip
-    close(actual, exact, dtype)
+    head = HeadBounds(hidden, weight, bias, **options)
+    assert_all_within(actual, exact, logprobs_bounds(head, labels, upstream, tokens=16))
     assert (actual[0][:, 3:5] == 0).all() and (actual[2][:, 3:5] == 0).all()
     assert (actual[2][0, 6:9] == 0).all()
 
@@ -93,7 +81,12 @@ def test_kl_divergence_matches_fp64(backend, direction):
     arguments = (hidden, weight, bias, ref_hidden, ref_weight)
     actual = run(rk.linear_kl_divergence, *arguments, upstream, chunk_tokens=16)
     exact = run(reference.linear_kl_divergence, *to_float64(arguments), upstream.double())
-    close(actual, exact, torch.float32)
+    options = {"temperature": 0.8, "logit_scale": 0.5}
+    head, ref = HeadBounds(*arguments[:3], **options), HeadBounds(*arguments[3:], **options)
+    reverse = direction == "reverse"
+    gradient = head.kl_gradient(ref, reverse, upstream * mask)
+    bounds = (head.kl(ref, reverse, mask.shape) * mask, *head.products(gradient))
+    assert_all_within(actual, exact, bounds)
     assert (actual[0][~mask] == 0).all() and (actual[1][~mask] == 0).all()
 
 
@@ -125,6 +118,10 @@ def run_policy(function, operands, tokens, **options):
     return (loss, values, *torch.autograd.grad(loss, operands))
 
 
+def policy_bounds_of(leaves, tokens, constants, **options):
+    return policy_bounds(HeadBounds(*leaves, temperature=0.8), tokens, constants, **options)
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
 def test_policy_loss_matches_fp64(backend, config):
     leaves, tokens, constants = policy_problem()
@@ -135,7 +132,7 @@ def test_policy_loss_matches_fp64(backend, config):
         reference.linear_policy_loss, to_float64(leaves), to_float64(tokens),
         **to_float64(constants), config=config,
     )  # fmt: skip
-    close(actual, exact, torch.float32)
+    assert_all_within(actual, exact, policy_bounds_of(leaves, tokens, constants, config=config))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -162,25 +159,38 @@ def test_policy_loss_is_the_composition(backend, packed):
         **constants,
     )  # fmt: skip
     gradients = torch.autograd.grad(result.loss, leaves)
-    close(fused, (result.loss, result.metrics.values, *gradients), torch.float32)
+    composed = (result.loss, result.metrics.values, *gradients)
+    exact = run_policy(
+        reference.linear_policy_loss, to_float64(leaves), to_float64(tokens),
+        **to_float64(constants), cu_seqlens=cu_seqlens, config=config,
+    )  # fmt: skip
+    bounds = policy_bounds_of(leaves, tokens, constants, cu_seqlens=cu_seqlens, config=config)
+    for results in (fused, composed):
+        assert_all_within(results, exact, bounds)
 
 
 def test_policy_loss_with_a_reference_head(backend):
     leaves, tokens, _ = policy_problem()
-    ref_hidden, ref_weight, ref_bias, _ = operands(width=H // 2, seed=2)
+    ref_head = operands(width=H // 2, seed=2)[:3]
     labels, mask = tokens[0], tokens[3]
+    kept = labels.masked_fill(~mask, -100)
+    ref_hidden, ref_weight, ref_bias = to_float64(ref_head)
     ref = reference.linear_token_logprobs(
-        ref_hidden, ref_weight, labels.masked_fill(~mask, -100), bias=ref_bias, temperature=0.8
-    )[0]
+        ref_hidden, ref_weight, kept, bias=ref_bias, temperature=0.8
+    )[0].detach()
     config = CONFIGS["grpo"]
-    given = run_policy(
-        rk.linear_policy_loss, leaves, tokens, ref_logprobs=ref.detach(), config=config
-    )
     swept = run_policy(
-        rk.linear_policy_loss, leaves, tokens, ref_hidden=ref_hidden, ref_weight=ref_weight,
-        ref_bias=ref_bias, config=config,
+        rk.linear_policy_loss, leaves, tokens, ref_hidden=ref_head[0], ref_weight=ref_head[1],
+        ref_bias=ref_head[2], config=config,
     )  # fmt: skip
-    close(swept, given, torch.float32)
+    constants = {"ref_logprobs": ref}
+    exact = run_policy(
+        reference.linear_policy_loss, to_float64(leaves), to_float64(tokens), **constants,
+        config=config,
+    )  # fmt: skip
+    ref_error = HeadBounds(*ref_head, temperature=0.8).logprobs(kept)
+    bounds = policy_bounds_of(leaves, tokens, constants, ref_error=ref_error, config=config)
+    assert_all_within(swept, exact, bounds)
 
 
 def test_ignored_hidden_states_are_not_read(backend):
@@ -220,17 +230,19 @@ def test_nothing_to_do_gives_connected_zeros(backend):
     assert (g == 0).all()
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 16, 1000])
+@pytest.mark.parametrize("chunk", [None, 1, 5, 16, 1000])
 def test_chunks_change_rounding_only(chunk):
-    hidden, weight, bias, labels = operands()
+    *leaves, labels = operands()
+
+    def run(function, hidden, weight, bias, **options):
+        logprobs = function(hidden, weight, labels, bias=bias, **options)[0]
+        return (logprobs, *torch.autograd.grad(logprobs.sum(), (hidden, weight, bias)))
+
     with rk.use_backend("cpu"):
-        results = []
-        for size in (None, chunk):
-            logprobs = rk.linear_token_logprobs(
-                hidden, weight, labels, bias=bias, chunk_tokens=size
-            ).logprobs
-            results.append((logprobs, *torch.autograd.grad(logprobs.sum(), (hidden, weight, bias))))
-    close(results[1], [r.double() for r in results[0]], torch.float32)
+        found = run(rk.linear_token_logprobs, *leaves, chunk_tokens=chunk)
+    exact = run(reference.linear_token_logprobs, *to_float64(leaves))
+    bounds = logprobs_bounds(HeadBounds(*leaves), labels, (torch.ones(B, T),))
+    assert_all_within(found, exact, (bounds[0], *bounds[2:]))
 
 
 def test_memory_is_bounded_by_the_chunk(monkeypatch):

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from test_head import CONFIGS, close, policy_problem, run_policy
-from test_head_cases import assert_as_exact_as_torch, operands
+from head_bounds import HeadBounds, assert_all_within, logprobs_bounds
+from test_head import CONFIGS, policy_bounds_of, policy_problem, run_policy
+from test_head_cases import assert_within_bounds, operands
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf_kernels as rk
 from rlhf_kernels import _head, reference
-from rlhf_kernels.testing import DTYPES, to_float64
+from rlhf_kernels.testing import DTYPES, assert_within_bound, product_bound, to_float64
 
 TOKENS, VOCAB = 37, 200
 
@@ -49,12 +50,12 @@ IN_BLOCKS = [64, 64, 64, 8]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_as_exact_as_torch(blocks, dtype):
+def test_within_bounds(blocks, dtype):
     hidden, weight, labels = operands(TOKENS, 16, VOCAB, dtype)
     # At the ends of blocks.
     labels[:5] = torch.tensor([0, 63, 64, 128, VOCAB - 1])
     upstream = (torch.randn(TOKENS), torch.randn(TOKENS))
-    assert_as_exact_as_torch((hidden, weight), labels, upstream)
+    assert_within_bounds((hidden, weight), labels, upstream, {"words": 64})
     forward = -(-TOKENS // 16)
     assert blocks == 2 * [VOCAB] * forward + IN_BLOCKS
 
@@ -81,7 +82,9 @@ def test_options_and_skipped_tokens(blocks, dtype, options):
     found = run(rk.linear_token_logprobs, *leaves, upstream)
     assert blocks[-4:] == IN_BLOCKS
     exact = run(reference.linear_token_logprobs, *to_float64(leaves), upstream.double())
-    close(found, exact, dtype)
+    head = HeadBounds(*leaves, **options)
+    bounds = logprobs_bounds(head, labels, (upstream, upstream), words=64)
+    assert_all_within(found, exact, bounds[2:])
     assert (found[0][[3, 4, 30, 7, 8]] == 0).all()
 
 
@@ -101,7 +104,10 @@ def test_kl_divergence(blocks, direction, dtype):
     found = run(rk.linear_kl_divergence, *arguments, upstream)
     assert blocks[-1] < VOCAB
     exact = run(reference.linear_kl_divergence, *to_float64(arguments), upstream.double())
-    close(found, exact, dtype)
+    head, ref = HeadBounds(*arguments[:2]), HeadBounds(*arguments[2:])
+    gradient = head.kl_gradient(ref, direction == "reverse", upstream * mask)
+    bounds = head.products(gradient, words=blocks[-2])
+    assert_all_within(found, exact, bounds[:2])
 
 
 def test_more_tokens_than_a_block_takes(blocks, monkeypatch):
@@ -111,7 +117,7 @@ def test_more_tokens_than_a_block_takes(blocks, monkeypatch):
         for dtype in DTYPES:
             hidden, weight, labels = operands(TOKENS, 16, VOCAB, dtype)
             upstream = (torch.randn(TOKENS), torch.randn(TOKENS))
-            assert_as_exact_as_torch((hidden, weight), labels, upstream)
+            assert_within_bounds((hidden, weight), labels, upstream, {"tokens": most, "words": 64})
     assert min(blocks) < VOCAB
 
 
@@ -130,7 +136,9 @@ def test_policy_loss(blocks, monkeypatch, name, dtype):
         reference.linear_policy_loss, to_float64(leaves), to_float64(tokens),
         **to_float64(constants), config=CONFIGS[name],
     )  # fmt: skip
-    close(found, exact, dtype)
+    parts = {"tokens_of_chunk": 8, "words_of_block": blocks[-2] if by_words else None}
+    bounds = policy_bounds_of(leaves, tokens, constants, config=CONFIGS[name], **parts)
+    assert_all_within(found, exact, bounds)
 
 
 def test_a_named_chunk_or_batch_invariance_keeps_chunks_of_tokens(blocks):
@@ -161,13 +169,13 @@ def test_rounded_sum_of_a_weight_gradient(monkeypatch, turned, chunks, dtype):
     a = torch.randn(chunks * size, vocab).to(dtype)
     b = torch.randn(chunks * size, width).to(dtype)
     products = a.double().view(chunks, size, -1).mT @ b.double().view(chunks, size, -1)
-    # A rounding of each product and one of the sum; then the fp32 sums within a product.
-    bound = torch.finfo(dtype).eps * products.abs().sum(0) + 1e-5
+    # A rounding of each product; that of the sum is the result's own.
+    bound = torch.finfo(dtype).eps / 2 * products.abs().sum(0) + product_bound(a.T, b)
     for chunk in (_head.Chunk(size, vocab, False), _head.Chunk(chunks * size, 64, False)):
         total = _head._Sum(torch.empty(vocab, width, dtype=dtype), _head.plain_empty)
         for tile in _head.Tokens(len(a), None).tiles(chunk, vocab):
             total.add_product(a[tile.tokens, tile.words], b[tile.tokens], tile)
-        assert bool(((total.result().double() - products.sum(0)).abs() <= bound).all())
+        assert_within_bound(total.result(), products.sum(0), bound)
 
 
 def test_labels_of_a_block():
