@@ -341,14 +341,25 @@ def _offline(stage: Stage) -> OfflineTrainer:
 def _online(stage: Stage, *, fresh: bool) -> OnlineTrainer:
     (config,) = stage.own
     accelerator, task, seed = stage.accelerator, stage.task, stage.run.seed
+    # All that is read before any model is built.
+    columns = list(dict.fromkeys(name for row in task.train for name in row.columns))
     default = [answers.exact_match]
     if stage.data.data is not None:
         default = [answers.answer_format, answers.answer_correct]
+        scored = bool(config.reward_funcs) or "answer" in columns
+        expected = f"one: {stage.data.data} has no column 'answer' for the built-in rewards"
+        require(scored, "reward_funcs", expected, config.reward_funcs)
+    ptx_rows = task.train
+    if config.ptx_data is not None:
+        ptx_rows = read_rows(config.ptx_data, "supervised")
+        size = config.mini_batch_size or stage.optim.batch_size
+        expected = f"at least a mini-batch of {size} rows"
+        require(len(ptx_rows) >= size, "ptx_data", expected, len(ptx_rows))
     rewards = load_rewards(
         config.reward_funcs, config.reward_weights, default=default, config=stage.model,
         device=accelerator.device,
     )  # fmt: skip
-    rewards.check(list(dict.fromkeys(name for row in task.train for name in row.columns)))
+    rewards.check(columns)
     policy = models.build_policy(stage.model, task.tokenizer, max_length=stage.max_length)
     policy.to(accelerator.device)
     if config.sft_steps and fresh:
@@ -362,10 +373,9 @@ def _online(stage: Stage, *, fresh: bool) -> OnlineTrainer:
     learner = Learner(accelerator, networks, rates, stage.optim, joint_clip=joint_clip)
     ptx = None
     if config.ptx_coef:
-        rows = read_rows(config.ptx_data, "supervised") if config.ptx_data else task.train
         size = config.mini_batch_size or stage.optim.batch_size
         optim = dataclasses.replace(stage.optim, batch_size=size)
-        ptx = OfflineTrainer(learner, SFT(task.tokenizer, None), rows, [], optim, seed=seed)
+        ptx = OfflineTrainer(learner, SFT(task.tokenizer, None), ptx_rows, [], optim, seed=seed)
     size = config.generation_batch_size
     engine: Engine = TransformersEngine(learner, task.tokenizer, batch_size=size)
     if config.engine == "vllm" and not stage.run.dry_run:
