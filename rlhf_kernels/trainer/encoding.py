@@ -7,6 +7,7 @@ TRL: a token that spans the boundary belongs to the completion.
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,12 @@ from .chat import rendered, start_text, stripped
 from .config import UserError, require
 from .rows import Row
 
+# The same words each time, so that Python shows them once.
+_DIFFERS = (
+    "a prompt has other tokens at its end where its completion follows: the completion is learned "
+    "from where they differ, but generated after the whole prompt; end prompts at a word's end, "
+    "without a space, or use a chat template that writes a prompt and its continuation alike"
+)
 _NO_ARGUMENTS: Mapping[str, Any] = {}
 
 
@@ -146,6 +153,8 @@ def _split(
     alone, *ids = _tokens(tokenizer, [start, *wholes], text)
     require(all(ids), "text", "at least one token", completions[0])
     size = min(_common(alone, whole) for whole in ids)
+    if size < len(alone):
+        warnings.warn(_DIFFERS, stacklevel=2)
     return alone[:size], [whole[size:] for whole in ids]
 
 

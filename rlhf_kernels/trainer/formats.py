@@ -225,14 +225,20 @@ def _parsed(path: Path, text: str, line: int | None = None) -> Any:
 def _json(path: Path, text: str, *, lines: bool) -> Iterator[Placed]:
     """An array, one object a line, or {"data": [...]}; `lines`: what the ending says."""
     start = text.lstrip()[:1]
-    numbered = enumerate(_LINE_END.split(text), start=1)
-    content = [(number, line) for number, line in numbered if line.strip()]
-    if start == "[" and not (len(content) > 1 and _complete(path, content[0])):
+    every = enumerate(_LINE_END.split(text), start=1)
+    content = [(number, line) for number, line in every if line.strip()]
+    if start == "[" and not (len(content) > 1 and _complete(content[0])):
         return _array(path, text)
-    if start == "{" and not lines and not _complete(path, content[0]):
-        document = _parsed(path, text)
-        rows = _wrapped(document)
-        return numbered(path, [document] if rows is None else rows)
+    if start == "{" and not lines and not _complete(content[0]):
+        try:
+            document = _parsed(path, text)
+        except UserError:
+            # One object a line, and the first is broken?
+            if len(content) < 2 or not _complete(content[1]):
+                raise
+        else:
+            rows = _wrapped(document)
+            return numbered(path, [document] if rows is None else rows)
     if len(content) == 1:
         rows = _wrapped(_parsed(path, *reversed(content[0])))
         if rows is not None:
@@ -260,7 +266,7 @@ def _array(path: Path, text: str) -> Iterator[Placed]:
         raise UserError(f"{path}:{line}: expected {expected} after row {number}")
 
 
-def _complete(path: Path, line: tuple[int, str]) -> bool:
+def _complete(line: tuple[int, str]) -> bool:
     try:
         _DECODER.decode(line[1])
     except (ValueError, RecursionError):
