@@ -1,25 +1,35 @@
 """Checks shared by all operations. Each names the argument, what was expected, what came."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _config
+from . import _config, _options, _tracing
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 LABEL_DTYPES = (torch.int64, torch.int32)
 _FLOATING_OR_DOUBLE = (*FLOATING, torch.float64)
-_NUMBER = (int, float, torch.SymInt, torch.SymFloat)
 _INTEGER = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def tensor(op: str, name: str, value: object) -> None:
-    """Requires a tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
+    """Requires a tensor whose memory is its value."""
+    kind = type(value)
+    if kind is not Tensor and kind is not torch.nn.Parameter:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a Tensor, got {kind.__name__}")
+        if hasattr(value, "full_tensor"):
+            raise TypeError(
+                f"{op}: {name} must be a plain Tensor, got {kind.__name__}; gather it with "
+                f"{name}.full_tensor(), or where the vocabulary is sharded pass "
+                f"{name}.to_local() and the process group as group="
+            )
     if value.layout is not torch.strided:
         raise TypeError(f"{op}: {name} must be a strided tensor, got layout {value.layout}")
+    if value.is_nested:
+        raise TypeError(f"{op}: {name} must be a plain tensor, got a nested one")
 
 
 def floating(op: str, name: str, value: object, *, double: bool = False) -> None:
@@ -38,14 +48,45 @@ def labels(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be int64 or int32, got {value.dtype}")
 
 
-def mask(op: str, name: str, value: object) -> None:
-    """Requires a bool or integer tensor: nonzero keeps a token."""
+def integers(op: str, name: str, value: object) -> None:
+    """Requires a bool or integer tensor."""
     tensor(op, name, value)
     if value.dtype not in _INTEGER:
-        raise TypeError(
-            f"{op}: {name} must be bool or integer (nonzero = keep), got {value.dtype}; "
-            f"soft masks are not supported, pass {name}.bool()"
-        )
+        raise TypeError(f"{op}: {name} must be bool or integer, got {value.dtype}")
+
+
+def real(op: str, name: str, value: object) -> Tensor:
+    """Requires a tensor of real numbers, as rewards are; integers and bools become float32."""
+    tensor(op, name, value)
+    if value.dtype in _INTEGER:
+        return value.float()
+    floating(op, name, value, double=True)
+    return value
+
+
+def mask(op: str, name: str, value: object) -> Tensor:
+    """Requires a bool or integer tensor, nonzero = keep, or a floating one of 0 and 1 alone.
+
+    A floating mask is looked at on every device, a synchronisation on a GPU, and becomes a bool
+    one. Where it cannot be looked at, since the call is traced, the look is part of the graph and
+    raises when that runs; a meta tensor has nothing to look at.
+    """
+    tensor(op, name, value)
+    if value.dtype in _INTEGER:
+        return value
+    expected = f"{op}: {name} must be bool or integer (nonzero = keep), or hold only 0 and 1"
+    if value.dtype not in _FLOATING_OR_DOUBLE:
+        raise TypeError(f"{expected}, got {value.dtype}")
+    keep = value != 0
+    if value.is_meta:
+        return keep
+    whole = ((value == 1) | ~keep).all()
+    advice = f"soft masks are not supported, pass {name}.bool()"
+    if _tracing.active(value):
+        torch._assert_async(whole, f"{expected}, got other numbers; {advice}")
+    elif not whole:
+        raise TypeError(f"{expected}, got {value.dtype} with other numbers; {advice}")
+    return keep
 
 
 def same_shape(op: str, name: str, value: Tensor, like: str, shape: torch.Size) -> None:
@@ -68,28 +109,6 @@ def same_dtype(op: str, name: str, value: Tensor, like: str, dtype: torch.dtype)
         raise TypeError(f"{op}: {name} must have {like}'s dtype {dtype}, got {value.dtype}")
 
 
-def positive(op: str, name: str, value: object) -> None:
-    """Requires a finite number above zero."""
-    number(op, name, value)
-    if not value > 0:
-        raise ValueError(f"{op}: {name} must be a finite number > 0, got {value}")
-
-
-def number(op: str, name: str, value: object) -> None:
-    """Requires a finite Python number."""
-    if isinstance(value, bool) or not isinstance(value, _NUMBER):
-        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    # Not math.isfinite: torch.compile traces comparisons of symbolic floats, not that.
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"{op}: {name} must be finite, got {value}")
-
-
-def one_of(op: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Requires one of the strings in `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{op}: {name} must be one of {', '.join(allowed)}, got {value!r}")
-
-
 def offsets(op: str, cu_seqlens: object, total: int) -> None:
     """Requires packed-sequence offsets `[S+1]` of int32 or int64; their values are data."""
     tensor(op, "cu_seqlens", cu_seqlens)
@@ -110,8 +129,8 @@ def bad_offsets(op: str, position: int, cu_seqlens: Tensor, total: int) -> Value
 
 
 def offsets_valid(op: str, cu_seqlens: Tensor | None, total: int) -> None:
-    """Raises ValueError for the first bad entry of cu_seqlens (reads the tensor)."""
-    if cu_seqlens is None or torch.compiler.is_compiling():
+    """Raises ValueError for the first bad entry of cu_seqlens (reads the tensor, on any device)."""
+    if cu_seqlens is None or cu_seqlens.is_meta or _tracing.active(cu_seqlens):
         return
     entries = cu_seqlens.tolist()
     for i, entry in enumerate(entries):
@@ -119,6 +138,33 @@ def offsets_valid(op: str, cu_seqlens: Tensor | None, total: int) -> None:
         high = total if i else 0
         if not low <= entry <= high or (i == len(entries) - 1 and entry != total):
             raise bad_offsets(op, i, cu_seqlens, total)
+
+
+def usable_offsets(
+    op: str, cu_seqlens: Tensor | None, total: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """(offsets that may index, whether they are those given), for plain torch on any device.
+
+    Where data may be looked at, bad offsets raise ValueError and the second is None. Elsewhere it
+    is a 0-d bool, and one sequence stands in for bad offsets: an index out of range would end a
+    GPU's process. The caller poisons its result with NaN where it is false.
+    """
+    if cu_seqlens is None:
+        return None, None
+    if may_look(cu_seqlens):
+        offsets_valid(op, cu_seqlens, total)
+        return cu_seqlens, None
+    if cu_seqlens.shape[0] == 1:
+        # No sequence: there is nothing to stand in with, and nothing to index.
+        if total > 0:
+            raise ValueError(
+                f"{op}: cu_seqlens must end at the number of tokens, {total}, got one entry alone"
+            )
+        return cu_seqlens, cu_seqlens[0] == 0
+    good = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total) & (cu_seqlens.diff() >= 0).all()
+    whole = torch.full_like(cu_seqlens, total)
+    whole[0] = 0
+    return torch.where(good, cu_seqlens, whole), good
 
 
 def out_of_range(op: str, position: int, labels: Tensor, vocab: int) -> IndexError:
@@ -132,7 +178,8 @@ def out_of_range(op: str, position: int, labels: Tensor, vocab: int) -> IndexErr
 
 def may_look(t: Tensor) -> bool:
     """Whether reading `t` on the host is free, or asked for by RLHF_KERNELS_CHECK=1."""
-    return (t.device.type == "cpu" or _config.CHECK) and not torch.compiler.is_compiling()
+    free = t.device.type == "cpu" or (_config.CHECK and not t.is_meta)
+    return free and not _tracing.active(t)
 
 
 def labels_in_range(op: str, labels: Tensor, keep: Tensor, vocab: int) -> None:
@@ -171,44 +218,64 @@ def bad_temperature(op: str, position: int, temperatures: Tensor) -> ValueError:
     )
 
 
+class RowOptions(NamedTuple):
+    """Options of rows of logits, checked: numbers, but for a temperature per token."""
+
+    temperature: float | Tensor
+    softcap: float | None
+    logit_scale: float
+    entropy: bool
+    ignore_index: int
+
+
 def row_options(
     op: str,
     labels_: object,
     name: str,
     rows: Tensor,
-    temperature: float | Tensor,
-    softcap: float | None,
-    logit_scale: float = 1.0,
-) -> float | Tensor:
+    temperature: object,
+    softcap: object,
+    logit_scale: object = 1.0,
+    entropy: object = False,
+    ignore_index: object = -100,
+) -> RowOptions:
     """Requires one label for each row of the argument `name` [..., K], and good options.
 
     Returns:
-        The temperature: a number, or one per token in the shape of the labels, not differentiated.
+        The options; a temperature per token in the shape of the labels, not differentiated.
     """
     labels(op, "labels", labels_)
     column = "V" if name == "logits" else "H"
     same_shape(op, "labels", labels_, f"{name} without {column}", rows.shape[:-1])
     same_device(op, "labels", labels_, name, rows.device)
     if softcap is not None:
-        positive(op, "softcap", softcap)
-    positive(op, "logit_scale", logit_scale)
-    if not isinstance(temperature, Tensor):
-        positive(op, "temperature", temperature)
-        return temperature
-    floating(op, "temperature", temperature, double=True)
-    same_device(op, "temperature", temperature, "labels", labels_.device)
+        softcap = _options.positive(op, "softcap", softcap)
+    return RowOptions(
+        _temperature(op, temperature, labels_),
+        softcap,
+        _options.positive(op, "logit_scale", logit_scale),
+        _options.flag(op, "entropy", entropy),
+        _options.integer(op, "ignore_index", ignore_index),
+    )
+
+
+def _temperature(op: str, value: object, labels_: Tensor) -> float | Tensor:
+    if not isinstance(value, Tensor):
+        return _options.positive(op, "temperature", value)
+    floating(op, "temperature", value, double=True)
+    same_device(op, "temperature", value, "labels", labels_.device)
     try:
-        return temperature.detach().expand(labels_.shape)
+        return value.detach().expand(labels_.shape)
     except RuntimeError:
         raise ValueError(
             f"{op}: temperature must broadcast to the shape of labels, {tuple(labels_.shape)}, "
-            f"got {tuple(temperature.shape)}"
+            f"got {tuple(value.shape)}"
         ) from None
 
 
 def token_inputs(
     op: str, tokens: dict[str, Tensor | None], mask_: object, cu_seqlens: Tensor | None
-) -> None:
+) -> Tensor:
     """Requires floating tensors and a mask of one shape: [B, T], or packed [N] with cu_seqlens.
 
     Args:
@@ -216,6 +283,9 @@ def token_inputs(
         tokens: by name; None is skipped. The first sets shape and device.
         mask_: the argument `mask`.
         cu_seqlens: offsets of packed sequences.
+
+    Returns:
+        The mask, as `mask` makes it.
     """
     (like, first), *_ = tokens.items()
     floating(op, like, first, double=True)
@@ -229,12 +299,13 @@ def token_inputs(
         floating(op, name, value, double=True)
         same_shape(op, name, value, like, shape)
         same_device(op, name, value, like, device)
-    mask(op, "mask", mask_)
+    mask_ = mask(op, "mask", mask_)
     same_shape(op, "mask", mask_, like, shape)
     same_device(op, "mask", mask_, like, device)
     if cu_seqlens is not None:
         offsets(op, cu_seqlens, shape[0])
         same_device(op, "cu_seqlens", cu_seqlens, like, device)
+    return mask_
 
 
 def divisor(op: str, value: object) -> tuple[Tensor | None, float]:
@@ -242,14 +313,14 @@ def divisor(op: str, value: object) -> tuple[Tensor | None, float]:
     if value is None:
         return None, 0.0
     if isinstance(value, Tensor):
+        tensor(op, "normalizer", value)
         if value.dim() != 0 or value.is_complex() or value.dtype is torch.bool:
             raise ValueError(
                 f"{op}: normalizer must be a number or a 0-d tensor of real numbers, got "
                 f"{value.dtype} of shape {tuple(value.shape)}"
             )
         return value.detach(), 0.0
-    positive(op, "normalizer", value)
-    return None, value
+    return None, _options.positive(op, "normalizer", value)
 
 
 def bad_divisor(op: str, value: Tensor) -> ValueError:

@@ -183,10 +183,14 @@ class Head(NamedTuple):
         """For `count` of the tokens of hidden [..., H]."""
         hidden = hidden.reshape(-1, hidden.shape[-1])
         rows = chunk.rows(count)
-        dtype = _logits_dtype(hidden.device, hidden.dtype)
+        dtype = _logits_dtype(weight.device, weight.dtype)
         logits = empty((rows * min(chunk.words, weight.shape[0]),), dtype, hidden.device)
-        padded = hidden.new_zeros((rows, hidden.shape[1])) if chunk.exact else None
+        padded = weight.new_zeros((rows, hidden.shape[1])) if chunk.exact else None
         return cls(hidden, weight, bias, logits, padded, empty)
+
+    def states(self, tokens: Tokens, part: slice) -> Tensor:
+        """A chunk's hidden states as the product takes them: upcast to an fp32 weight's dtype."""
+        return tokens.take(self.hidden, part).to(self.weight.dtype)
 
     def project(self, hidden: Tensor, words: slice = slice(None)) -> Tensor:
         """Logits [n, words] of a tile's hidden states, in the buffer."""
@@ -244,7 +248,7 @@ class Gradients:
         """Adds all `tokens`; `backward` overwrites the logits of a tile by their gradient."""
         for tile in tokens.tiles(chunk, self._head.weight.shape[0]):
             if tile.words.start == 0:
-                states = tokens.take(self._head.hidden, tile.tokens)
+                states = self._head.states(tokens, tile.tokens)
             logits = self._head.project(states, tile.words)
             backward(logits, tile)
             self.add(tokens, tile, states, logits)
@@ -295,13 +299,14 @@ class Gradients:
 
     def results(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
         """(hidden, weight, bias) in the dtypes of the operands; empty where not asked for."""
-        none = self._head.hidden.new_empty(0)
+        like = self._head.hidden
         if self.hidden is not None and self._reduce is not None:
-            self.hidden = self._reduce(self.hidden).to(none.dtype)
+            self.hidden = self._reduce(self.hidden).to(like.dtype)
+        # An operator's results must not share memory, empty ones neither.
         return (
-            none if self.hidden is None else self.hidden.view(shape),
-            none if self._weight is None else self._weight.result(),
-            none if self._bias is None else self._bias.to(self._head.bias.dtype),
+            like.new_empty(0) if self.hidden is None else self.hidden.view(shape),
+            like.new_empty(0) if self._weight is None else self._weight.result(),
+            like.new_empty(0) if self._bias is None else self._bias.to(self._head.bias.dtype),
         )
 
 

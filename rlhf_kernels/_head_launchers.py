@@ -59,7 +59,7 @@ def launchers(
         of_chunk = Chunk.of(chunk, weight)
         head = Head.of(hidden, weight, bias, of_chunk, tokens.count, empty)
         for part in tokens.chunks(of_chunk.size):
-            logits = head.project(tokens.take(head.hidden, part))
+            logits = head.project(head.states(tokens, part))
             own = tokens.take(labels, part), tokens.take(temperatures, part)
             lp, h, s = rows["token_logprobs"](
                 logits, *own, temperature, softcap, entropy, ignore_index
@@ -131,8 +131,8 @@ def launchers(
         head = Head.of(hidden, weight, bias, of_chunk, tokens.count, empty)
         ref = Head.of(ref_hidden, ref_weight, ref_bias, of_chunk, tokens.count, empty)
         for part in tokens.chunks(of_chunk.size):
-            logits = head.project(tokens.take(head.hidden, part))
-            ref_logits = ref.project(tokens.take(ref.hidden, part))
+            logits = head.project(head.states(tokens, part))
+            ref_logits = ref.project(ref.states(tokens, part))
             divergence, s = rows["kl_divergence"](logits, ref_logits, temperature, reverse)
             tokens.put(kl, part, divergence)
             tokens.put(stats, part, s)
@@ -164,7 +164,8 @@ def launchers(
         gradients = Gradients(head, *needs)
 
         def backward(logits: Tensor, tile: Tile) -> None:
-            ref_states, own, g = (tokens.take(t, tile.tokens) for t in (ref.hidden, stats, grad))
+            ref_states = ref.states(tokens, tile.tokens)
+            own, g = (tokens.take(t, tile.tokens) for t in (stats, grad))
             rows["kl_divergence_backward_inplace"](
                 logits, ref.project(ref_states, tile.words), own, g, temperature, reverse
             )

@@ -95,10 +95,10 @@ class _PolicySweep:
         own = tokens.take(self._labels, part), tokens.take(self._temperatures, part)
         ref = None
         if self._ref is not None:
-            logits = self._ref.project(tokens.take(self._ref.hidden, part))
+            logits = self._ref.project(self._ref.states(tokens, part))
             ref, _, _ = self._rows["token_logprobs"](logits, *own, *self._options, False, _NO_LABEL)
             tokens.put(self.ref_logprobs, part, ref)
-        hidden = tokens.take(self.head.hidden, part)
+        hidden = self.head.states(tokens, part)
         logits = self.head.project(hidden)
         logprobs, entropy, stats = self._rows["token_logprobs"](
             logits, *own, *self._options, True, _NO_LABEL
@@ -232,6 +232,8 @@ def launcher(
         chunk: int,
         needs: list[bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        # Where they may not be looked at, the kernel that is given these poisons the loss.
+        offsets, good = _checks.usable_offsets("linear_policy_loss", cu_seqlens, mask.shape[0])
         sweep = _PolicySweep(
             rows, hidden, weight, bias, labels, temperatures, mask, ref_head, temperature, softcap,
             chunk, empty, reduce,
@@ -245,9 +247,11 @@ def launcher(
             # Tokens stand alone: their gradient is known as soon as their log-probability is.
             count = normalizer if normalizer is not None else divisor or None
             weights = policy.token_weights(
-                mask != 0, AGGREGATIONS[codes[_AGGREGATION]], count, torch.float32, cu_seqlens
+                mask != 0, AGGREGATIONS[codes[_AGGREGATION]], count, torch.float32, offsets
             ).expand(mask.shape)
-            per_token = policy.per_token(advantages, mask, cu_seqlens)
+            if good is not None:
+                weights = torch.where(good, weights, torch.nan)
+            per_token = policy.per_token(advantages, mask, offsets)
             idle = torch.zeros((), dtype=torch.bool, device=hidden.device)
             if params[_KL_COEF] == 0 and not bonus and params[_PENALTY_COEF] == 0:
                 # No advantage, no gradient.

@@ -8,12 +8,12 @@ fake tensors, tensor subclasses) goes through the registered operator.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import function
 
-from . import _backends
+from . import _backends, _tracing
 
 _LIBRARY = torch.library.Library("rlhf_kernels", "DEF")
 # Types of arguments that a launcher takes as they are.
@@ -37,20 +37,50 @@ class Operator:
         self._registered = getattr(torch.ops.rlhf_kernels, name).default
 
     def __call__(self, *args: object) -> object:
-        if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, args)):
+        if torch.compiler.is_compiling() or _tracing.dispatch_modes():
+            return self._registered(*args)
+        if not _PLAIN.issuperset(map(type, args)):
             return self._registered(*args)
         return _backends.launcher(args[-1], self.name)(*args[:-1])
 
 
-def once_differentiable(backward: Callable[..., tuple]) -> Callable[..., tuple]:
-    """torch's decorator, without its cost where no second derivative is asked for: 11 µs cold."""
-    checked = function.once_differentiable(backward)
+class _Once(torch.autograd.Function):
+    """Gradients as they are, which raise when they are differentiated."""
 
-    @functools.wraps(backward)
-    def run(*args: object) -> tuple:
-        return checked(*args) if torch.is_grad_enabled() else backward(*args)
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, op: str, *gradients: Tensor | None) -> tuple:
+        ctx.op = op
+        return tuple(None if g is None else g.detach() for g in gradients)
 
-    return run
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> tuple:
+        raise RuntimeError(
+            f"{ctx.op}: its kernels are once_differentiable, and their gradient is differentiated "
+            "(create_graph=True); under use_backend('reference') it can be"
+        )
+
+
+def once_differentiable(op: str) -> Callable[..., Callable[..., tuple]]:
+    """Makes a backward pass raise where its result is differentiated, whatever the upstream.
+
+    torch's decorator of this name cuts the graph in silence where the upstream gradient needs none,
+    though the gradient still depends on what was saved.
+    """
+
+    def decorate(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+        @functools.wraps(backward)
+        def run(*args: object) -> tuple:
+            # A compiled backward refuses by itself.
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return backward(*args)
+            with torch.no_grad():
+                gradients = backward(*args)
+            anchor = torch.empty(0, requires_grad=True)
+            return _Once.apply(anchor, op, *gradients)
+
+        return run
+
+    return decorate
 
 
 def row_arguments(

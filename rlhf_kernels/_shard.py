@@ -263,7 +263,7 @@ def launchers(rows: _head.Launchers, empty: _head.Empty) -> dict[str, Callable[.
         # a host synchronisation on a GPU.
         if chunk == 0:
             columns = (2 if ref_head else 1) * int(shards.sizes.max())
-            chunk = _head.chunk_size(hidden.device, columns, hidden.dtype)
+            chunk = _head.chunk_size(weight.device, columns, weight.dtype)
         return head_of(group, _rows_of(rows, group))[op](
             hidden, weight, bias, shards.localized(labels, keep), temperatures, old, advantages,
             mask, ref, rollout, ref_head, *args, chunk, needs,

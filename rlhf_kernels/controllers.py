@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _options
 
 
 class FixedKLController:
@@ -16,7 +16,7 @@ class FixedKLController:
     """
 
     def __init__(self, kl_coef: float) -> None:
-        self.value = _non_negative("FixedKLController", "kl_coef", kl_coef)
+        self.value = float(_options.non_negative("FixedKLController", "kl_coef", kl_coef))
 
     def update(self, current_kl: float | Tensor, n_steps: int) -> float:
         """Returns the coefficient, unchanged."""
@@ -44,10 +44,9 @@ class AdaptiveKLController:
 
     def __init__(self, init_kl_coef: float, target: float, horizon: float) -> None:
         op = "AdaptiveKLController"
-        self.value = _non_negative(op, "init_kl_coef", init_kl_coef)
-        _checks.positive(op, "target", target)
-        _checks.positive(op, "horizon", horizon)
-        self.target, self.horizon = float(target), float(horizon)
+        self.value = float(_options.non_negative(op, "init_kl_coef", init_kl_coef))
+        self.target = float(_options.positive(op, "target", target))
+        self.horizon = float(_options.positive(op, "horizon", horizon))
 
     def update(self, current_kl: float | Tensor, n_steps: int) -> float:
         """Moves the coefficient after `n_steps` steps with mean KL `current_kl`.
@@ -94,16 +93,15 @@ class RunningMoments:
         """Adds the elements of `x` that the mask keeps.
 
         Args:
-            x: any shape, floating; read on the host (a device sync).
-            mask: the shape of x, bool or integer, nonzero = keep.
+            x: any shape, floating, integer or bool; read on the host (a device sync).
+            mask: the shape of x, bool or integer, nonzero = keep; or floating, of 0 and 1.
 
         Raises:
             ValueError: a kept element is not finite: it would stay in the moments for good.
         """
-        _checks.floating("RunningMoments", "x", x, double=True)
-        kept = x.detach().double()
+        kept = _checks.real("RunningMoments", "x", x).detach().double()
         if mask is not None:
-            _checks.mask("RunningMoments", "mask", mask)
+            mask = _checks.mask("RunningMoments", "mask", mask)
             _checks.same_shape("RunningMoments", "mask", mask, "x", x.shape)
             kept = kept[mask != 0]
         count = kept.numel()
@@ -131,10 +129,3 @@ class RunningMoments:
         """Restores what `state_dict` returned."""
         self.count = int(state["count"])
         self.mean, self._m2 = float(state["mean"]), float(state["m2"])
-
-
-def _non_negative(op: str, name: str, value: float) -> float:
-    _checks.number(op, name, value)
-    if value < 0:
-        raise ValueError(f"{op}: {name} must be a finite number >= 0, got {value}")
-    return float(value)

@@ -228,9 +228,9 @@ def test_bad_arguments(backend):
     x, scores = torch.zeros(2, 4), torch.zeros(2)
     flat = torch.zeros(8)
     for error, match, call in (
-        (TypeError, "rewards must be one of", lambda: rk.gae(x.long(), x)),
-        (TypeError, "mask must be bool or integer", lambda: rk.gae(x, x, mask=x)),
-        (TypeError, "dones must be bool", lambda: rk.gae(x, x, dones=x)),
+        (TypeError, "rewards must be one of", lambda: rk.gae(x.cfloat(), x)),
+        (TypeError, "mask must be bool or integer", lambda: rk.gae(x, x, mask=x + 0.5)),
+        (TypeError, "dones must be bool", lambda: rk.gae(x, x, dones=x + 2)),
         (TypeError, "cu_seqlens must be int32", lambda: rk.gae(flat, flat, cu_seqlens=flat)),
         (TypeError, "gamma must be a number", lambda: rk.gae(x, x, gamma="1")),
         (ValueError, "values must have the shape", lambda: rk.gae(x, x.t())),

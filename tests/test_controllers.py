@@ -94,4 +94,4 @@ def test_bad_values_raise_and_change_nothing():
         with pytest.raises(ValueError):
             make()
     with pytest.raises(TypeError):
-        moments.update(torch.ones(2, dtype=torch.int64))
+        moments.update(torch.ones(2, dtype=torch.complex64))

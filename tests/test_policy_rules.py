@@ -482,7 +482,7 @@ def test_bad_arguments_raise(backend, monkeypatch):
     for bad, error, message in (
         ((logprobs, old[:, 1:], advantages, mask), ValueError, "old_logprobs must have the shape"),
         ((logprobs, old, advantages[0], mask), ValueError, "advantages must have the shape"),
-        ((logprobs, old, advantages, mask.float()), TypeError, r"mask\.bool\(\)"),
+        ((logprobs, old, advantages, mask * 0.5), TypeError, r"mask\.bool\(\)"),
         ((logprobs, old, advantages, mask[:2]), ValueError, "mask must have the shape"),
         ((logprobs.long(), old, advantages, mask), TypeError, "logprobs must be one of"),
         ((logprobs[0], old[0], advantages[0], mask[0]), ValueError, r"logprobs must be \[B, T\]"),

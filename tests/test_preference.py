@@ -207,4 +207,4 @@ def test_bad_arguments_raise(backend):
     with pytest.raises(TypeError, match="margin must be a number"):
         rk.reward_model_loss(*pairs[:2], margin="0.5")
     with pytest.raises(TypeError, match=r"mask\.bool\(\)"):
-        rk.sequence_logprobs(torch.zeros(2, 3), torch.ones(2, 3))
+        rk.sequence_logprobs(torch.zeros(2, 3), torch.full((2, 3), 0.5))

@@ -3,16 +3,14 @@
 Nothing here is differentiable: advantages and returns are constants of the loss.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _backends, _checks, reference
+from .. import _backends, _checks, _options, reference
 from .._register import define
 
-# A tuple: torch.compile of torch 2.6 cannot trace isinstance() with a union.
-_INTEGERS = (int, torch.SymInt)
 _MASKED = ("carry", "zero")
 _ESTIMATORS = ("k1", "k2", "k3", "abs")
 _BASELINES = ("mean", "leave-one-out", "greedy", "none")
@@ -77,28 +75,35 @@ def _constant(t: Tensor | None) -> Tensor | None:
 
 def _check_scan(
     op: str,
-    names: tuple[str, ...],
-    tokens: tuple[Tensor | None, ...],
+    tokens: dict[str, Tensor | None],
     masks: dict[str, Tensor | None],
     sequences: dict[str, Tensor | None],
     cu_seqlens: Tensor | None,
     rates: dict[str, float],
     masked: str,
-) -> None:
-    """Checks what the scans have in common; `tokens[0]` sets shape and device."""
-    for name, t in zip(names, tokens, strict=True):
-        if t is not None:
+) -> tuple[Any, ...]:
+    """Checks what the scans have in common; the first of `tokens` sets shape and device.
+
+    Returns:
+        The values of tokens, masks, sequences and rates, one after another, as kernels take them.
+        Integer rewards, scores and bootstrap values become float32.
+    """
+    like, first = next(iter(tokens.items()))
+    found = []
+    for name, t in tokens.items():
+        if name == "rewards":
+            t = _checks.real(op, name, t)
+        elif t is not None or name != "ref_logprobs":
             _checks.floating(op, name, t, double=True)
-    first, like = tokens[0], names[0]
+        found.append(_constant(t))
     dims = 2 if cu_seqlens is None else 1
     if first.dim() != dims:
         expected = "[B, T]" if cu_seqlens is None else "[N], packed as cu_seqlens says,"
         raise ValueError(f"{op}: {like} must be {expected}, got {tuple(first.shape)}")
     for name, t in masks.items():
-        if t is not None:
-            _checks.mask(op, name, t)
-    for name, t in (*zip(names[1:], tokens[1:], strict=True), *masks.items()):
-        if t is not None:
+        found.append(None if t is None else _checks.mask(op, name, t))
+    for name, t in (*tokens.items(), *masks.items()):
+        if t is not None and t is not first:
             _checks.same_shape(op, name, t, like, first.shape)
             _checks.same_device(op, name, t, like, first.device)
     count = first.shape[0]
@@ -107,19 +112,17 @@ def _check_scan(
         _checks.same_device(op, "cu_seqlens", cu_seqlens, like, first.device)
         count = cu_seqlens.shape[0] - 1
     for name, t in sequences.items():
-        if t is not None:
-            _checks.floating(op, name, t, double=True)
+        if t is not None or name == "scores":
+            t = _constant(_checks.real(op, name, t))
             if t.shape != (count,):
                 raise ValueError(
                     f"{op}: {name} must have one entry per sequence, ({count},), "
                     f"got {tuple(t.shape)}"
                 )
             _checks.same_device(op, name, t, like, first.device)
-    for name, rate in rates.items():
-        _checks.number(op, name, rate)
-        if not 0 <= rate <= 1:
-            raise ValueError(f"{op}: {name} must be in [0, 1], got {rate}")
-    _checks.one_of(op, "masked", masked, _MASKED)
+        found.append(t)
+    _options.one_of(op, "masked", masked, _MASKED)
+    return *found, *(_options.rate(op, name, value) for name, value in rates.items())
 
 
 def _kernel_dtypes(op: str, **tensors: Tensor | None) -> None:
@@ -148,11 +151,13 @@ def gae(
     lam = 0 is TD(0), lam = 1 Monte Carlo. Results are detached: constants of the loss.
 
     Args:
-        rewards: [B, T], or packed [N] with `cu_seqlens`; float32, bfloat16 or float16.
+        rewards: [B, T], or packed [N] with `cu_seqlens`; float32, bfloat16 or float16; integers and
+            bools become float32.
         values: the shape of rewards; V_t, the value before step t.
-        mask: the shape of rewards, bool or integer, nonzero = keep. None keeps everything.
+        mask: the shape of rewards, bool or integer, nonzero = keep, or floating, of 0 and 1 alone.
+            None keeps everything.
         cu_seqlens: [S+1] int32 or int64, sequence s being tokens cu_seqlens[s] to cu_seqlens[s+1].
-        dones: the shape of rewards, bool or integer: the step ended its episode, so nothing behind
+        dones: the shape and the dtypes of mask: the step ended its episode, so nothing behind
             it counts, neither value nor advantage.
         bootstrap_values: [B], or [S] if packed: value behind the last step of a sequence that was
             cut off. 0 if None.
@@ -175,11 +180,11 @@ def gae(
             do not rise from 0 to N.
     """
     op = "gae"
-    _check_scan(
-        op, ("rewards", "values"), (rewards, values), {"mask": mask, "dones": dones},
+    rewards, values, mask, dones, bootstrap_values, gamma, lam = _check_scan(
+        op, {"rewards": rewards, "values": values}, {"mask": mask, "dones": dones},
         {"bootstrap_values": bootstrap_values}, cu_seqlens, {"gamma": gamma, "lam": lam}, masked,
     )  # fmt: skip
-    rewards, values, bootstrap_values = map(_constant, (rewards, values, bootstrap_values))
+    whiten = _options.flag(op, "whiten", whiten)
     backend = _backends.select(op, rewards.device)
     if backend == _backends.REFERENCE:
         _checks.offsets_valid(op, cu_seqlens, rewards.shape[0])
@@ -219,7 +224,8 @@ def discounted_returns(
     """Return to go, G_t = r_t + gamma G_{t+1} (REINFORCE, REINFORCE++).
 
     Args:
-        rewards: [B, T], or packed [N] with `cu_seqlens`; float32, bfloat16 or float16.
+        rewards: [B, T], or packed [N] with `cu_seqlens`; float32, bfloat16 or float16; integers and
+            bools become float32.
         mask: as in `gae`.
         cu_seqlens: as in `gae`.
         dones: as in `gae`.
@@ -234,11 +240,10 @@ def discounted_returns(
         TypeError, ValueError: as in `gae`.
     """
     op = "discounted_returns"
-    _check_scan(
-        op, ("rewards",), (rewards,), {"mask": mask, "dones": dones},
+    rewards, mask, dones, bootstrap_values, gamma = _check_scan(
+        op, {"rewards": rewards}, {"mask": mask, "dones": dones},
         {"bootstrap_values": bootstrap_values}, cu_seqlens, {"gamma": gamma}, masked,
     )  # fmt: skip
-    rewards, bootstrap_values = _constant(rewards), _constant(bootstrap_values)
     backend = _backends.select(op, rewards.device)
     if backend == _backends.REFERENCE:
         _checks.offsets_valid(op, cu_seqlens, rewards.shape[0])
@@ -284,7 +289,7 @@ def ppo_advantages(
         logprobs: [B, T], or packed [N] with `cu_seqlens`: of the policy that sampled.
         ref_logprobs: the shape of logprobs; None for no KL penalty.
         values: the shape of logprobs.
-        mask: the shape of logprobs, bool or integer, nonzero = keep. None keeps everything.
+        mask: the shape of logprobs; as in `gae`.
         kl_coef: weight of the penalty, a finite number; 0 does not look at `ref_logprobs`.
         kl_estimator: "k1", "k2", "k3" or "abs".
         cu_seqlens: as in `gae`.
@@ -302,17 +307,15 @@ def ppo_advantages(
         TypeError, ValueError: as in `gae`.
     """
     op = "ppo_advantages"
-    _check_scan(
-        op, ("logprobs", "ref_logprobs", "values"), (logprobs, ref_logprobs, values),
+    logprobs, ref_logprobs, values, mask, scores, gamma, lam = _check_scan(
+        op, {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values},
         {"mask": mask}, {"scores": scores}, cu_seqlens, {"gamma": gamma, "lam": lam}, masked,
     )  # fmt: skip
-    _checks.number(op, "kl_coef", kl_coef)
-    _checks.one_of(op, "kl_estimator", kl_estimator, _ESTIMATORS)
+    whiten = _options.flag(op, "whiten", whiten)
+    kl_coef = _options.number(op, "kl_coef", kl_coef)
+    _options.one_of(op, "kl_estimator", kl_estimator, _ESTIMATORS)
     if reward_clip is not None:
-        _checks.positive(op, "reward_clip", reward_clip)
-    scores, logprobs, ref_logprobs, values = map(
-        _constant, (scores, logprobs, ref_logprobs, values)
-    )
+        reward_clip = _options.positive(op, "reward_clip", reward_clip)
     backend = _backends.select(op, logprobs.device)
     if backend == _backends.REFERENCE:
         _checks.offsets_valid(op, cu_seqlens, logprobs.shape[0])
@@ -359,7 +362,7 @@ def group_advantages(
     exact for rewards with a large common offset.
 
     Args:
-        rewards: [B], float32, float64, bfloat16 or float16.
+        rewards: [B], floating, integer or bool.
         groups: size of consecutive groups (it divides B), or the group of each sequence as an
             integer tensor [B] of any ids; groups may then differ in size and lie in any order.
         baseline: what to subtract: "mean" of the group, mean of the others in it
@@ -381,37 +384,31 @@ def group_advantages(
             not divide B; greedy_rewards without baseline "greedy", or the reverse.
     """
     op = "group_advantages"
-    _checks.floating(op, "rewards", rewards, double=True)
+    rewards = _of_sequences(op, "rewards", rewards)
     if rewards.dim() != 1:
         raise ValueError(f"{op}: rewards must be [B], got {tuple(rewards.shape)}")
-    _checks.one_of(op, "baseline", baseline, _BASELINES)
-    _checks.one_of(op, "scale", scale, _SCALES)
-    _checks.number(op, "eps", eps)
-    if eps < 0:
-        raise ValueError(f"{op}: eps must be >= 0, got {eps}")
-    if isinstance(groups, Tensor):
-        _checks.mask(op, "groups", groups)
+    _options.one_of(op, "baseline", baseline, _BASELINES)
+    _options.one_of(op, "scale", scale, _SCALES)
+    eps = _options.non_negative(op, "eps", eps)
+    if isinstance(groups, Tensor) and groups.dim() > 0:
+        _checks.integers(op, "groups", groups)
         _checks.same_shape(op, "groups", groups, "rewards", rewards.shape)
         _checks.same_device(op, "groups", groups, "rewards", rewards.device)
-    elif isinstance(groups, bool) or not isinstance(groups, _INTEGERS):
-        raise TypeError(
-            f"{op}: groups must be an int or an integer tensor, got {type(groups).__name__}"
-        )
-    elif groups < 1 or rewards.shape[0] % groups:
-        raise ValueError(
-            f"{op}: groups must be >= 1 and divide the number of rewards, {rewards.shape[0]}, "
-            f"got {groups}"
-        )
+    else:
+        groups = _options.integer(op, "groups", groups, low=1, what=" or an integer tensor [B]")
+        if rewards.shape[0] % groups:
+            raise ValueError(
+                f"{op}: groups must divide the number of rewards, {rewards.shape[0]}, got {groups}"
+            )
     if (greedy_rewards is None) == (baseline == "greedy"):
         raise ValueError(
             f"{op}: greedy_rewards belong to baseline 'greedy'; got baseline {baseline!r} "
             f"{'without' if greedy_rewards is None else 'with'} greedy_rewards"
         )
     if greedy_rewards is not None:
-        _checks.floating(op, "greedy_rewards", greedy_rewards, double=True)
+        greedy_rewards = _of_sequences(op, "greedy_rewards", greedy_rewards)
         _checks.same_shape(op, "greedy_rewards", greedy_rewards, "rewards", rewards.shape)
         _checks.same_device(op, "greedy_rewards", greedy_rewards, "rewards", rewards.device)
-    rewards, greedy_rewards = _constant(rewards), _constant(greedy_rewards)
     backend = _backends.select(op, rewards.device)
     if backend == _backends.REFERENCE:
         return reference.group_advantages(
@@ -419,6 +416,14 @@ def group_advantages(
         ).float()
     ids, size = (groups, 0) if isinstance(groups, Tensor) else (None, groups)
     return _group_advantages(rewards, ids, size, baseline, scale, greedy_rewards, eps, backend)
+
+
+def _of_sequences(op: str, name: str, t: object) -> Tensor:
+    """Rewards of whole sequences; integers become float64, which their statistics are in."""
+    if isinstance(t, Tensor) and t.dtype is not torch.bool and not t.is_floating_point():
+        _checks.integers(op, name, t)
+        return t.double()
+    return _constant(_checks.real(op, name, t))
 
 
 def whiten(
@@ -434,8 +439,8 @@ def whiten(
     Statistics are two-pass in fp64, never E[x^2] - mean^2.
 
     Args:
-        x: [...], float32, bfloat16 or float16.
-        mask: the shape of x, bool or integer, nonzero = keep. None keeps everything.
+        x: [...], float32, bfloat16 or float16; integers and bools become float32.
+        mask: the shape of x; as in `gae`.
         shift_mean: False adds the mean back.
         unbiased: divide the sum of squares by n - 1, not n. True for TRL and verl, False for
             OpenRLHF.
@@ -450,15 +455,14 @@ def whiten(
         ValueError: shapes or devices that do not match; eps below 0.
     """
     op = "whiten"
-    _checks.floating(op, "x", x, double=True)
+    x = _constant(_checks.real(op, "x", x))
     if mask is not None:
-        _checks.mask(op, "mask", mask)
+        mask = _checks.mask(op, "mask", mask)
         _checks.same_shape(op, "mask", mask, "x", x.shape)
         _checks.same_device(op, "mask", mask, "x", x.device)
-    _checks.number(op, "eps", eps)
-    if eps < 0:
-        raise ValueError(f"{op}: eps must be >= 0, got {eps}")
-    x = _constant(x)
+    shift_mean = _options.flag(op, "shift_mean", shift_mean)
+    unbiased = _options.flag(op, "unbiased", unbiased)
+    eps = _options.non_negative(op, "eps", eps)
     backend = _backends.select(op, x.device)
     if backend == _backends.REFERENCE:
         return reference.whiten(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backends, _checks, _group, _shard, reference
+from .. import _backends, _checks, _group, _options, _shard, reference
 from .._head import chunk_size
 from .._register import define, head_gradients_fake, once_differentiable, row_arguments
 from .logprobs import TokenLogprobs
@@ -72,13 +72,13 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, labels, temperatures, stats)
         ctx.options = (temperature, softcap, ignore_index, chunk)
         ctx.group, ctx.backend = group, backend
-        if not entropy:
-            ctx.mark_non_differentiable(entropies)
-        return logprobs, entropies
+        return (logprobs, entropies) if entropy else (logprobs,)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple:
+    @once_differentiable("linear_token_logprobs")
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
+    ) -> tuple:
         nothing = (None,) * 9
         if grad_logprobs is None and grad_entropy is None:
             return (None, None, None, *nothing)
@@ -94,16 +94,20 @@ class _LinearTokenLogprobs(torch.autograd.Function):
 
 def check_head(
     op: str,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    hidden: object,
+    weight: object,
+    bias: object,
     names: tuple[str, str, str],
     *,
     sharded: bool = False,
-) -> None:
-    """Requires hidden [..., H] and weight [V, H] of one dtype, bias [V], all on one device.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Requires hidden [..., H] and weight [V, H], bias [V], all on one device.
 
     V may be 0 in a shard of a vocabulary.
+
+    Returns:
+        The operands; under autocast in its dtype, as F.linear casts them. Without it their dtypes
+        are one, or weight is float32 and hidden of 16 bits, for a product in fp32.
     """
     _checks.floating(op, names[0], hidden, double=True)
     _checks.floating(op, names[1], weight, double=True)
@@ -114,7 +118,10 @@ def check_head(
             f"{op}: {names[0]} must be [..., {weight.shape[1]}] as {names[1]} is [V, H], got "
             f"{tuple(hidden.shape)}"
         )
-    _checks.same_dtype(op, names[1], weight, names[0], hidden.dtype)
+    if weight.shape[1] == 0:
+        raise ValueError(
+            f"{op}: {names[0]} must be [..., H] with H >= 1, got {tuple(hidden.shape)}"
+        )
     _checks.same_device(op, names[1], weight, names[0], hidden.device)
     if bias is not None:
         _checks.floating(op, names[2], bias, double=True)
@@ -123,6 +130,34 @@ def check_head(
                 f"{op}: {names[2]} must be [V], ({weight.shape[0]},), got {tuple(bias.shape)}"
             )
         _checks.same_device(op, names[2], bias, names[0], hidden.device)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    _check_head_dtypes(op, hidden, weight, bias, names)
+    return hidden, weight, bias
+
+
+def _autocast(*operands: Tensor | None) -> tuple[Tensor | None, ...]:
+    """A head's operands in the dtype that autocast is on for; float64 stays, as in F.linear."""
+    kind = operands[0].device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return operands
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in operands)
+
+
+def _check_head_dtypes(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str]
+) -> None:
+    half = hidden.dtype in (torch.bfloat16, torch.float16)
+    if hidden.dtype != weight.dtype and not (half and weight.dtype is torch.float32):
+        raise TypeError(
+            f"{op}: {names[1]} must have {names[0]}'s dtype {hidden.dtype}"
+            f"{', or float32' if half else ''}, got {weight.dtype}; cast one of them, or call "
+            "under torch.autocast, which casts both"
+        )
+    if bias is not None and (bias.dtype is torch.float64) != (weight.dtype is torch.float64):
+        raise TypeError(
+            f"{op}: {names[2]} must have {names[1]}'s dtype {weight.dtype}, got {bias.dtype}"
+        )
 
 
 def check_ref_head(
@@ -134,10 +169,15 @@ def check_ref_head(
     ref_bias: Tensor | None,
     *,
     sharded: bool = False,
-) -> None:
-    """Requires a reference policy's head over the tokens and the vocabulary of the policy's."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Requires a reference policy's head over the tokens and the vocabulary of the policy's.
+
+    Returns:
+        Its operands, as `check_head`, constant.
+    """
     names = ("ref_hidden", "ref_weight", "ref_bias")
-    check_head(op, ref_hidden, ref_weight, ref_bias, names, sharded=sharded)
+    with torch.no_grad():
+        ref = check_head(op, ref_hidden, ref_weight, ref_bias, names, sharded=sharded)
     _checks.same_device(op, "ref_hidden", ref_hidden, "hidden", hidden.device)
     expected = tuple(hidden.shape[:-1]), weight.shape[0]
     got = tuple(ref_hidden.shape[:-1]), ref_weight.shape[0]
@@ -146,27 +186,25 @@ def check_ref_head(
             f"{op}: ref_hidden and ref_weight must have the tokens and the vocabulary of hidden "
             f"and weight, {expected[0]} and {expected[1]}, got {got[0]} and {got[1]}"
         )
+    return tuple(None if t is None else t.detach() for t in ref)
 
 
 def check_chunk(
     op: str,
-    chunk_tokens: int | None,
-    batch_invariant: bool,
-    hidden: Tensor,
+    chunk_tokens: object,
+    batch_invariant: object,
+    weight: Tensor,
     columns: int,
     backend: str,
 ) -> int:
     """An operator's chunk_tokens (see `_head.Chunk`), for logits of `columns` in all."""
     if chunk_tokens is not None:
-        if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
-            raise ValueError(
-                f"{op}: chunk_tokens must be an integer >= 1 or None, got {chunk_tokens}"
-            )
-    if not batch_invariant:
+        chunk_tokens = _options.integer(op, "chunk_tokens", chunk_tokens, low=1, what=" or None")
+    if not _options.flag(op, "batch_invariant", batch_invariant):
         return chunk_tokens or 0
     if backend == _backends.REFERENCE:
         raise ValueError(f"{op}: the reference backend has no batch_invariant")
-    return -(chunk_tokens or chunk_size(hidden.device, columns, hidden.dtype))
+    return -(chunk_tokens or chunk_size(weight.device, columns, weight.dtype))
 
 
 def linear_token_logprobs(
@@ -201,7 +239,9 @@ def linear_token_logprobs(
 
     Args:
         hidden: [..., H], float32, bfloat16 or float16.
-        weight: [V, H], dtype of hidden.
+        weight: [V, H], dtype of hidden; or float32 with 16-bit hidden states, whose product is then
+            in fp32, a chunk of them upcast at a time. Under autocast any of these dtypes: operands
+            are cast as F.linear casts them. Gradients come in each operand's own dtype.
         labels: [...], int64 or int32.
         bias: [V], or None.
         temperature: as in `token_logprobs`.
@@ -233,10 +273,12 @@ def linear_token_logprobs(
     """
     op = "linear_token_logprobs"
     shards = _group.name(op, group)
-    check_head(op, hidden, weight, bias, ("hidden", "weight", "bias"), sharded=bool(shards))
-    temperature = _checks.row_options(
-        op, labels, "hidden", hidden, temperature, softcap, logit_scale
+    names = ("hidden", "weight", "bias")
+    hidden, weight, bias = check_head(op, hidden, weight, bias, names, sharded=bool(shards))
+    options = _checks.row_options(
+        op, labels, "hidden", hidden, temperature, softcap, logit_scale, entropy, ignore_index
     )
+    temperature, softcap, logit_scale, entropy, ignore_index = options
     if support is not None:
         if shards:
             raise ValueError(f"{op}: support and group do not go together")
@@ -256,9 +298,7 @@ def linear_token_logprobs(
         )
 
     backend = _backends.select(op, hidden.device)
-    chunk = check_chunk(
-        op, chunk_tokens, batch_invariant, hidden, weight.shape[0], backend
-    )  # fmt: skip
+    chunk = check_chunk(op, chunk_tokens, batch_invariant, weight, weight.shape[0], backend)
     if backend == _backends.REFERENCE:
         keep = labels != ignore_index
         if shards:
@@ -280,7 +320,7 @@ def linear_token_logprobs(
             )
         )
     _checks.floating(op, "hidden", hidden)
-    logprobs, entropies = _LinearTokenLogprobs.apply(
+    logprobs, *entropies = _LinearTokenLogprobs.apply(
         hidden,
         weight,
         bias,
@@ -292,7 +332,7 @@ def linear_token_logprobs(
         shards,
         backend,
     )
-    return TokenLogprobs(logprobs, entropies if entropy else None)
+    return TokenLogprobs(logprobs, entropies[0] if entropy else None)
 
 
 _kl_forward = define(
@@ -327,7 +367,7 @@ class _LinearKlDivergence(torch.autograd.Function):
         return kl
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("linear_kl_divergence")
     def backward(ctx: Any, grad: Tensor) -> tuple:
         needs = list(ctx.needs_input_grad[:3])
         found = _kl_backward(*ctx.saved_tensors, grad, *ctx.options, needs, ctx.backend)
@@ -357,12 +397,13 @@ def linear_kl_divergence(
 
     Args:
         hidden: policy's hidden states [..., H], float32, bfloat16 or float16.
-        weight: policy's head [V, H], dtype of hidden.
-        ref_hidden: reference's hidden states [..., H'], same leading shape and dtype; constant.
-        ref_weight: reference's head [V, H']; constant.
+        weight: policy's head [V, H], its dtype as in `linear_token_logprobs`.
+        ref_hidden: reference's hidden states [..., H'], same leading shape; constant.
+        ref_weight: reference's head [V, H'], dtype of weight; constant.
         bias: [V], or None.
         ref_bias: [V], or None; constant.
-        mask: [...], bool or integer, nonzero = keep: the others are not multiplied and give 0.
+        mask: [...], bool or integer, nonzero = keep, or floating, of 0 and 1: the others are not
+            multiplied and give 0.
         logit_scale: a finite number > 0 that multiplies the logits of both.
         direction: "reverse" or "forward".
         temperature: a finite number > 0; divides both.
@@ -376,23 +417,22 @@ def linear_kl_divergence(
         TypeError, ValueError: as `kl_divergence`; operands whose shapes or dtypes do not match.
     """
     op = "linear_kl_divergence"
-    check_head(op, hidden, weight, bias, ("hidden", "weight", "bias"))
-    check_ref_head(op, hidden, weight, ref_hidden, ref_weight, ref_bias)
-    _checks.same_dtype(op, "ref_hidden", ref_hidden, "hidden", hidden.dtype)
+    names = ("hidden", "weight", "bias")
+    hidden, weight, bias = check_head(op, hidden, weight, bias, names)
+    ref_hidden, ref_weight, ref_bias = check_ref_head(
+        op, hidden, weight, ref_hidden, ref_weight, ref_bias
+    )
+    _checks.same_dtype(op, "ref_weight", ref_weight, "weight", weight.dtype)
     if mask is not None:
-        _checks.mask(op, "mask", mask)
+        mask = _checks.mask(op, "mask", mask)
         _checks.same_shape(op, "mask", mask, "hidden without H", hidden.shape[:-1])
         _checks.same_device(op, "mask", mask, "hidden", hidden.device)
-    _checks.one_of(op, "direction", direction, ("reverse", "forward"))
-    _checks.positive(op, "temperature", temperature)
-    _checks.positive(op, "logit_scale", logit_scale)
-    ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
-    ref_bias = None if ref_bias is None else ref_bias.detach()
+    _options.one_of(op, "direction", direction, ("reverse", "forward"))
+    temperature = _options.positive(op, "temperature", temperature)
+    logit_scale = _options.positive(op, "logit_scale", logit_scale)
 
     backend = _backends.select(op, hidden.device)
-    chunk = check_chunk(
-        op, chunk_tokens, batch_invariant, hidden, 2 * weight.shape[0], backend
-    )  # fmt: skip
+    chunk = check_chunk(op, chunk_tokens, batch_invariant, weight, 2 * weight.shape[0], backend)
     if backend == _backends.REFERENCE:
         return reference.linear_kl_divergence(
             hidden,

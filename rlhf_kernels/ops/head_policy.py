@@ -58,7 +58,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("linear_policy_loss")
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple:
         if upstream is None:
             return (None, None, None, *ctx.nothing)
@@ -112,7 +112,7 @@ def linear_policy_loss(
 
     Args:
         hidden: [B, T, H], or packed [N, H] with cu_seqlens; float32, bfloat16 or float16.
-        weight: [V, H], dtype of hidden.
+        weight: [V, H], its dtype as in `linear_token_logprobs`.
         labels: [B, T] or [N], int64 or int32; under the mask anything.
         old_logprobs: as in `policy_loss`.
         advantages: as in `policy_loss`.
@@ -144,19 +144,21 @@ def linear_policy_loss(
     """
     op = "linear_policy_loss"
     shards = _group.name(op, group)
-    check_head(op, hidden, weight, bias, ("hidden", "weight", "bias"), sharded=bool(shards))
-    temperature = _checks.row_options(
+    names = ("hidden", "weight", "bias")
+    hidden, weight, bias = check_head(op, hidden, weight, bias, names, sharded=bool(shards))
+    row_options = _checks.row_options(
         op, labels, "hidden", hidden, temperature, softcap, logit_scale
     )
+    temperature, softcap, logit_scale, *_ = row_options
     tokens = {
         "old_logprobs": old_logprobs,
         "ref_logprobs": ref_logprobs,
         "rollout_logprobs": rollout_logprobs,
     }
-    _checks.token_inputs(op, tokens, mask, cu_seqlens)
+    mask = _checks.token_inputs(op, tokens, mask, cu_seqlens)
     _checks.same_shape(op, "labels", labels, "old_logprobs", old_logprobs.shape)
     _checks.same_device(op, "old_logprobs", old_logprobs, "hidden", hidden.device)
-    check_advantages(op, advantages, old_logprobs, cu_seqlens)
+    advantages = check_advantages(op, advantages, old_logprobs, cu_seqlens, "old_logprobs")
     ref_head = _check_ref_head(
         hidden, weight, ref_logprobs, ref_hidden, ref_weight, ref_bias, bool(shards)
     )
@@ -168,7 +170,7 @@ def linear_policy_loss(
     if shards and batch_invariant and chunk_tokens is None:
         # The ranks meet chunk by chunk.
         raise ValueError(f"{op}: chunk_tokens must be given with group and batch_invariant")
-    chunk = check_chunk(op, chunk_tokens, batch_invariant, hidden, columns, backend)
+    chunk = check_chunk(op, chunk_tokens, batch_invariant, weight, columns, backend)
     if backend == _backends.REFERENCE:
         keep = mask != 0
         if shards:
@@ -179,10 +181,9 @@ def linear_policy_loss(
         _checks.divisor_positive(op, count)
         if ref_head:
             ref_logprobs, _ = reference.linear_token_logprobs(
-                ref_hidden.detach(),
-                ref_weight.detach(),
+                *ref_head[:2],
                 labels.masked_fill(mask == 0, -100),
-                bias=ref_bias,
+                bias=ref_head[2] if len(ref_head) > 2 else None,
                 temperature=temperature,
                 softcap=softcap,
                 logit_scale=logit_scale,
@@ -250,5 +251,5 @@ def _check_ref_head(
         raise ValueError(f"{op}: ref_hidden and ref_weight must be given together")
     if ref_logprobs is not None:
         raise ValueError(f"{op}: ref_logprobs must be None where ref_hidden is given")
-    check_ref_head(op, hidden, weight, ref_hidden, ref_weight, ref_bias, sharded=sharded)
-    return [t.detach() for t in (ref_hidden, ref_weight, ref_bias) if t is not None]
+    ref = check_ref_head(op, hidden, weight, ref_hidden, ref_weight, ref_bias, sharded=sharded)
+    return [t for t in ref if t is not None]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backends, _checks, reference
+from .. import _backends, _checks, _options, reference
 from .._register import define, once_differentiable
 
 ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+")
@@ -53,7 +53,7 @@ class _KlDivergence(torch.autograd.Function):
         return kl
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("kl_divergence")
     def backward(ctx: Any, grad: Tensor) -> tuple:
         logits, ref_logits, stats = ctx.saved_tensors
         gradient = _divergence_backward(logits, ref_logits, stats, grad, *ctx.options)
@@ -70,7 +70,7 @@ class _KlPenalty(torch.autograd.Function):
         return _penalty(logprobs, ref_logprobs, estimator, backend)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("kl_penalty")
     def backward(ctx: Any, grad: Tensor) -> tuple:
         return _penalty_backward(*ctx.saved_tensors, grad, *ctx.options), None, None, None
 
@@ -106,8 +106,8 @@ def kl_divergence(
     _checks.same_shape(op, "ref_logits", ref_logits, "logits", logits.shape)
     _checks.same_device(op, "ref_logits", ref_logits, "logits", logits.device)
     _checks.same_dtype(op, "ref_logits", ref_logits, "logits", logits.dtype)
-    _checks.one_of(op, "direction", direction, ("reverse", "forward"))
-    _checks.positive(op, "temperature", temperature)
+    _options.one_of(op, "direction", direction, ("reverse", "forward"))
+    temperature = _options.positive(op, "temperature", temperature)
     backend = _backends.select(op, logits.device)
     if backend == _backends.REFERENCE:
         return reference.kl_divergence(
@@ -144,7 +144,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1")
     _checks.floating(op, "ref_logprobs", ref_logprobs, double=True)
     _checks.same_shape(op, "ref_logprobs", ref_logprobs, "logprobs", logprobs.shape)
     _checks.same_device(op, "ref_logprobs", ref_logprobs, "logprobs", logprobs.device)
-    _checks.one_of(op, "estimator", estimator, ESTIMATORS)
+    _options.one_of(op, "estimator", estimator, ESTIMATORS)
     backend = _backends.select(op, logprobs.device)
     if backend == _backends.REFERENCE:
         return reference.kl_penalty(logprobs, ref_logprobs, estimator=estimator)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backends, _checks, _group, _layout, _shard, reference
+from .. import _backends, _checks, _group, _layout, _options, _shard, reference
 from .._register import define, once_differentiable, row_arguments
 from .support import Support, token_logprobs_support
 
@@ -70,7 +70,7 @@ class _TokenLogprobs(torch.autograd.Function):
         inplace_backward: bool,
         group: str,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         args = (logits, labels, temperatures, temperature, softcap, entropy, ignore_index)
         if group:
             logprobs, entropies, stats, labels = _sharded_forward(*args, group, backend)
@@ -81,13 +81,13 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.save_for_backward(logits, labels, temperatures, stats)
         ctx.options = (temperature, softcap, ignore_index, backend)
         ctx.inplace = inplace_backward
-        if not entropy:
-            ctx.mark_non_differentiable(entropies)
-        return logprobs, entropies
+        return (logprobs, entropies) if entropy else (logprobs,)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple:
+    @once_differentiable("token_logprobs")
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
+    ) -> tuple:
         nothing = (None,) * 9
         if grad_logprobs is None and grad_entropy is None:
             return (None, *nothing)
@@ -200,7 +200,11 @@ def token_logprobs(
     shards = _group.name(op, group)
     if logits.dim() == 0 or (logits.shape[-1] == 0 and not shards):
         raise ValueError(f"{op}: logits must be [..., V] with V >= 1, got {tuple(logits.shape)}")
-    temperature = _checks.row_options(op, labels, "logits", logits, temperature, softcap)
+    options = _checks.row_options(
+        op, labels, "logits", logits, temperature, softcap, 1.0, entropy, ignore_index
+    )
+    temperature, softcap, _, entropy, ignore_index = options
+    inplace_backward = _options.flag(op, "inplace_backward", inplace_backward)
     if support is not None:
         if inplace_backward or shards:
             raise ValueError(f"{op}: support goes with neither inplace_backward nor group")
@@ -239,7 +243,7 @@ def token_logprobs(
     _checks.floating(op, "logits", logits)
     if inplace_backward:
         _check_inplace(logits)
-    logprobs, entropies = _TokenLogprobs.apply(
+    logprobs, *entropies = _TokenLogprobs.apply(
         logits,
         labels,
         *row_arguments(temperature, softcap),
@@ -249,4 +253,4 @@ def token_logprobs(
         shards,
         backend,
     )
-    return TokenLogprobs(logprobs, entropies if entropy else None)
+    return TokenLogprobs(logprobs, entropies[0] if entropy else None)

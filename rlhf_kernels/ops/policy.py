@@ -9,6 +9,7 @@ from .. import _backends, _checks, reference
 from .._register import define, once_differentiable
 from ..policy_config import PolicyLossConfig
 from ..reference.policy import METRICS
+from ._metrics import Metrics, register_metrics
 
 
 def gradient_fake(like: Tensor, wanted: bool, backend: str) -> Tensor:
@@ -104,7 +105,7 @@ class _PolicyLoss(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("policy_loss")
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple:
         if upstream is None:
             return (None, None, *ctx.nothing)
@@ -113,7 +114,7 @@ class _PolicyLoss(torch.autograd.Function):
         return (*(next(results) if wanted else None for wanted in ctx.wanted), *ctx.nothing)
 
 
-class PolicyMetrics(NamedTuple):
+class PolicyMetrics(Metrics):
     """Metrics of one `policy_loss` call, on its device: reading one by name costs no host sync.
 
     `metrics["clip_frac_high"]` is a 0-d view of `values`; `as_dict()` copies all to the host.
@@ -133,17 +134,10 @@ class PolicyMetrics(NamedTuple):
     tokens: unmasked tokens.
     """
 
-    values: Tensor
     fields = METRICS
 
-    def __getitem__(self, name: str | int) -> Tensor:
-        if isinstance(name, str):
-            return self.values[METRICS.index(name)]
-        return tuple.__getitem__(self, name)
 
-    def as_dict(self) -> dict[str, float]:
-        """All metrics as Python floats; the only host synchronisation."""
-        return dict(zip(METRICS, self.values.tolist(), strict=True))
+register_metrics(PolicyMetrics)
 
 
 class PolicyLoss(NamedTuple):
@@ -188,7 +182,8 @@ def policy_loss(
         old_logprobs: same shape, of the policy that sampled (or its recomputation).
         advantages: same shape, or one per sequence: [B], or [S] with cu_seqlens. A packed tensor
             with as many tokens as sequences counts as one per token.
-        mask: same shape, bool or integer: nonzero = keep. NaN under the mask changes nothing.
+        mask: same shape, bool or integer: nonzero = keep; or floating, of 0 and 1 alone. NaN under
+            the mask changes nothing.
         ref_logprobs: same shape, of the reference policy. Needed where kl_coef is not 0; given
             without, it adds the k1_ref and k3_ref metrics only.
         rollout_logprobs: same shape, as reported by the engine that sampled. Needed for importance
@@ -204,12 +199,12 @@ def policy_loss(
         0 and connected, its gradients zero.
 
     Raises:
-        TypeError: wrong dtype or type of an argument; a floating mask.
+        TypeError: wrong dtype or type of an argument; a mask of other numbers than 0 and 1.
         ValueError: shapes or devices that do not match, an input that config needs and is missing,
             bad cu_seqlens or normalizer.
     """
     op = "policy_loss"
-    _checks.token_inputs(
+    mask = _checks.token_inputs(
         op,
         {
             "logprobs": logprobs,
@@ -221,7 +216,7 @@ def policy_loss(
         mask,
         cu_seqlens,
     )
-    check_advantages(op, advantages, logprobs, cu_seqlens)
+    advantages = check_advantages(op, advantages, logprobs, cu_seqlens)
     check_config(op, config, ref_logprobs, rollout_logprobs, normalizer)
     if config.entropy_coef != 0 and entropy is None:
         raise ValueError(
@@ -280,17 +275,22 @@ def policy_loss(
 
 
 def check_advantages(
-    op: str, advantages: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None
-) -> None:
-    """Requires advantages per token or per sequence."""
-    _checks.floating(op, "advantages", advantages, double=True)
-    _checks.same_device(op, "advantages", advantages, "logprobs", logprobs.device)
+    op: str,
+    advantages: object,
+    logprobs: Tensor,
+    cu_seqlens: Tensor | None,
+    like: str = "logprobs",
+) -> Tensor:
+    """Requires advantages per token or sequence of the argument `like`; integers become float32."""
+    advantages = _checks.real(op, "advantages", advantages)
+    _checks.same_device(op, "advantages", advantages, like, logprobs.device)
     sequences = logprobs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if advantages.shape != logprobs.shape and advantages.shape != (sequences,):
         raise ValueError(
-            f"{op}: advantages must have the shape of logprobs, {tuple(logprobs.shape)}, or one "
+            f"{op}: advantages must have the shape of {like}, {tuple(logprobs.shape)}, or one "
             f"entry per sequence, ({sequences},), got {tuple(advantages.shape)}"
         )
+    return advantages
 
 
 def check_config(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks, reference
+from .. import _checks, _options, reference
 
 _LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")
 
@@ -45,7 +45,8 @@ def sequence_logprobs(
 
     Args:
         logprobs: [B, T], or packed [N] with cu_seqlens; float32, bfloat16 or float16.
-        mask: same shape, bool or integer: nonzero = keep. NaN under the mask changes nothing.
+        mask: same shape, bool or integer: nonzero = keep; or floating, of 0 and 1 alone. NaN under
+            the mask changes nothing.
         cu_seqlens: offsets [S + 1] of packed sequences, int32 or int64.
         average: the mean over the unmasked tokens instead (the length-normalised form of IPO).
 
@@ -53,14 +54,15 @@ def sequence_logprobs(
         [B] (packed: [S]), float32, differentiable; 0 for a sequence without unmasked tokens.
 
     Raises:
-        TypeError: wrong dtype or type of an argument; a floating mask.
+        TypeError: wrong dtype or type of an argument; a mask of other numbers than 0 and 1.
         ValueError: shapes or devices that do not match; bad cu_seqlens.
     """
     op = "sequence_logprobs"
-    _checks.token_inputs(op, {"logprobs": logprobs}, mask, cu_seqlens)
-    if logprobs.device.type == "cpu":
-        _checks.offsets_valid(op, cu_seqlens, logprobs.shape[0])
-    return reference.sequence_logprobs(logprobs, mask, cu_seqlens=cu_seqlens, average=average)
+    mask = _checks.token_inputs(op, {"logprobs": logprobs}, mask, cu_seqlens)
+    average = _options.flag(op, "average", average)
+    cu_seqlens, good = _checks.usable_offsets(op, cu_seqlens, logprobs.shape[0])
+    found = reference.sequence_logprobs(logprobs, mask, cu_seqlens=cu_seqlens, average=average)
+    return found if good is None else torch.where(good, found, torch.nan)
 
 
 def dpo_loss(
@@ -109,9 +111,9 @@ def dpo_loss(
         "ref_rejected_logprobs": ref_rejected_logprobs,
     }
     _check_pairs(op, pairs)
-    _checks.positive(op, "beta", beta)
-    _checks.one_of(op, "loss_type", loss_type, _LOSS_TYPES)
-    _checks.number(op, "label_smoothing", label_smoothing)
+    beta = _options.positive(op, "beta", beta)
+    _options.one_of(op, "loss_type", loss_type, _LOSS_TYPES)
+    label_smoothing = _options.number(op, "label_smoothing", label_smoothing)
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"{op}: label_smoothing must be in [0, 0.5), got {label_smoothing}")
     if label_smoothing != 0 and loss_type not in ("sigmoid", "robust"):
@@ -141,7 +143,7 @@ def reward_model_loss(
     Args:
         chosen_rewards: [B], float32, bfloat16 or float16.
         rejected_rewards: [B].
-        margin: a number, a tensor [B] (constant), or None for none.
+        margin: a number, a tensor [B] (constant; integers too), or None for none.
         center_coef: weight >= 0 of the centering term.
 
     Returns:
@@ -154,17 +156,14 @@ def reward_model_loss(
     """
     op = "reward_model_loss"
     pairs = {"chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards}
-    if isinstance(margin, Tensor):
-        margin = margin.detach()
+    _check_pairs(op, pairs)
+    if isinstance(margin, Tensor) and margin.dim() > 0:
+        margin = _checks.real(op, "margin", margin).detach()
         _check_pairs(op, pairs | {"margin": margin})
         margin = margin if margin.dtype is torch.float64 else margin.float()
-    else:
-        _check_pairs(op, pairs)
-        if margin is not None:
-            _checks.number(op, "margin", margin)
-    _checks.number(op, "center_coef", center_coef)
-    if center_coef < 0:
-        raise ValueError(f"{op}: center_coef must be >= 0, got {center_coef}")
+    elif margin is not None:
+        margin = _options.number(op, "margin", margin)
+    center_coef = _options.non_negative(op, "center_coef", center_coef)
     return RewardModelLoss(
         *reference.reward_model_loss(*pairs.values(), margin=margin, center_coef=center_coef)
     )

@@ -54,17 +54,14 @@ _head_backward = define(
 )
 
 
-def _finish(ctx: Any, results: tuple[Tensor, ...], entropy: bool) -> tuple[Tensor, Tensor]:
-    logprobs, entropies, *_ = results
+def _finish(ctx: Any, results: tuple[Tensor, ...], entropy: bool) -> tuple[Tensor, ...]:
     ctx.set_materialize_grads(False)
-    if not entropy:
-        ctx.mark_non_differentiable(entropies)
-    return logprobs, entropies
+    return results[: 2 if entropy else 1]
 
 
 class _TokenLogprobsSupport(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
         *tokens, temperature, softcap, entropy, ignore_index, backend = args
         results = _forward(logits, *args)
         # Not the logits: they are free as soon as nobody else needs them.
@@ -73,8 +70,10 @@ class _TokenLogprobsSupport(torch.autograd.Function):
         return _finish(ctx, results, entropy)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple:
+    @once_differentiable("token_logprobs")
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
+    ) -> tuple:
         gradient = None
         if grad_logprobs is not None or grad_entropy is not None:
             gradient = _backward(*ctx.saved_tensors, grad_logprobs, grad_entropy, *ctx.options)
@@ -85,7 +84,7 @@ class _LinearTokenLogprobsSupport(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         *tokens, temperature, softcap, entropy, ignore_index, backend = args
         results = _head_forward(hidden, weight, bias, *args)
         ctx.save_for_backward(hidden, weight, bias, results[3], *tokens, results[2])
@@ -94,8 +93,10 @@ class _LinearTokenLogprobsSupport(torch.autograd.Function):
         return _finish(ctx, results, entropy)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple:
+    @once_differentiable("linear_token_logprobs")
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
+    ) -> tuple:
         nothing = (None,) * 9
         if grad_logprobs is None and grad_entropy is None:
             return (None, None, None, *nothing)
@@ -140,7 +141,7 @@ def token_logprobs_support(
         )
     _checks.floating(op, "logits", logits)
     temperatures, *numbers = row_arguments(temperature, softcap)
-    logprobs, entropies = _TokenLogprobsSupport.apply(
+    logprobs, *entropies = _TokenLogprobsSupport.apply(
         logits,
         labels,
         temperatures,
@@ -150,7 +151,7 @@ def token_logprobs_support(
         ignore_index,
         backend,
     )
-    return logprobs, entropies if entropy else None
+    return logprobs, entropies[0] if entropy else None
 
 
 def linear_token_logprobs_support(
@@ -187,7 +188,7 @@ def linear_token_logprobs_support(
         )
     _checks.floating(op, "hidden", hidden)
     temperatures, *numbers = row_arguments(temperature, softcap, logit_scale)
-    logprobs, entropies = _LinearTokenLogprobsSupport.apply(
+    logprobs, *entropies = _LinearTokenLogprobsSupport.apply(
         hidden,
         weight,
         bias,
@@ -199,4 +200,4 @@ def linear_token_logprobs_support(
         ignore_index,
         backend,
     )
-    return logprobs, entropies if entropy else None
+    return logprobs, entropies[0] if entropy else None

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backends, _checks, reference
+from .. import _backends, _checks, _options, reference
 from .._register import define, once_differentiable
 from ..policy_config import AGGREGATIONS
 from ..reference.value import METRICS
+from ._metrics import Metrics, register_metrics
 from .policy import gradient_fake, scale_fake, scaled
 
 
@@ -49,7 +50,7 @@ class _ValueLoss(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("value_loss")
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple:
         if upstream is None:
             return (None, *ctx.nothing)
@@ -57,7 +58,7 @@ class _ValueLoss(torch.autograd.Function):
         return (*scaled([grad], [ctx.dtype], scale, upstream, ctx.backend), *ctx.nothing)
 
 
-class ValueMetrics(NamedTuple):
+class ValueMetrics(Metrics):
     """Metrics of one `value_loss` call, on its device: reading one by name costs no host sync.
 
     loss; clip_frac: unmasked tokens whose clipped error is the larger; value_mean, return_mean;
@@ -65,17 +66,10 @@ class ValueMetrics(NamedTuple):
     tokens: unmasked tokens.
     """
 
-    values: Tensor
     fields = METRICS
 
-    def __getitem__(self, name: str | int) -> Tensor:
-        if isinstance(name, str):
-            return self.values[METRICS.index(name)]
-        return tuple.__getitem__(self, name)
 
-    def as_dict(self) -> dict[str, float]:
-        """All metrics as Python floats; the only host synchronisation."""
-        return dict(zip(METRICS, self.values.tolist(), strict=True))
+register_metrics(ValueMetrics)
 
 
 class ValueLoss(NamedTuple):
@@ -106,7 +100,8 @@ def value_loss(
         values: V, [B, T], or packed [N] with cu_seqlens; float32, bfloat16 or float16. Any strides.
         old_values: V_old, same shape.
         returns: R, same shape.
-        mask: same shape, bool or integer: nonzero = keep. NaN under the mask changes nothing.
+        mask: same shape, bool or integer: nonzero = keep; or floating, of 0 and 1 alone. NaN under
+            the mask changes nothing.
         clip_range: c > 0, or None for the plain squared error.
         aggregation: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum" or "constant", as in
             PolicyLossConfig.
@@ -118,17 +113,17 @@ def value_loss(
         and connected, its gradient zero.
 
     Raises:
-        TypeError: wrong dtype or type of an argument; a floating mask.
+        TypeError: wrong dtype or type of an argument; a mask of other numbers than 0 and 1.
         ValueError: shapes or devices that do not match; bad options, cu_seqlens or normalizer.
     """
     op = "value_loss"
     tokens = {"values": values, "old_values": old_values, "returns": returns}
-    _checks.token_inputs(op, tokens, mask, cu_seqlens)
-    _checks.one_of(op, "aggregation", aggregation, AGGREGATIONS)
+    mask = _checks.token_inputs(op, tokens, mask, cu_seqlens)
+    _options.one_of(op, "aggregation", aggregation, AGGREGATIONS)
     if aggregation == "constant" and normalizer is None:
         raise ValueError(f"{op}: normalizer must be given with the aggregation 'constant'")
     if clip_range is not None:
-        _checks.positive(op, "clip_range", clip_range)
+        clip_range = _options.positive(op, "clip_range", clip_range)
     count, divisor = _checks.divisor(op, normalizer)
 
     backend = _backends.select(op, values.device)

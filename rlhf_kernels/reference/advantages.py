@@ -3,15 +3,23 @@
 import torch
 from torch import Tensor
 
+from .. import _tracing
 from ._common import compute
 
 
 def _pad(x: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
-    """Packed [N] as [S, T], T the longest sequence, zeros behind the others; padded input as is."""
+    """Packed [N] as [S, T], T the longest sequence, zeros behind the others; padded input as is.
+
+    Where the call is traced, and lengths cannot be looked at, T is N.
+    """
     if x is None or cu_seqlens is None:
         return x
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    steps = torch.arange(int(lengths.max()) if len(lengths) else 0, device=x.device)
+    if _tracing.active(x):
+        longest = x.shape[0]
+    else:
+        longest = int(lengths.max()) if len(lengths) else 0
+    steps = torch.arange(longest, device=x.device)
     inside = steps < lengths.unsqueeze(-1)
     index = torch.where(inside, starts.unsqueeze(-1) + steps, 0)
     # An empty packed tensor has no element 0 to stand for the padding.
@@ -19,12 +27,13 @@ def _pad(x: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
     return torch.where(inside, x[index], zeros) if x.numel() else zeros
 
 
-def _pack(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The inverse of `_pad`."""
-    if cu_seqlens is None:
-        return x
-    lengths = cu_seqlens.diff()
-    return x[torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(-1)]
+def _pack(x: Tensor, cu_seqlens: Tensor | None, total: int) -> Tensor:
+    """The inverse of `_pad`, for `total` tokens."""
+    if cu_seqlens is None or total == 0:
+        return x if cu_seqlens is None else x.new_zeros(0)
+    tokens = torch.arange(total, device=x.device)
+    ids = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
+    return x[ids, tokens - cu_seqlens[ids]]
 
 
 def _scan(
@@ -59,7 +68,7 @@ def _scan(
         next_value = torch.where(exists[:, t], values[:, t], next_value)
         advantages.append(next_advantage)
     out = torch.stack(advantages[::-1], dim=1) if advantages else torch.zeros_like(rewards)
-    return torch.where(keep, _pack(out, cu_seqlens), 0), keep
+    return torch.where(keep, _pack(out, cu_seqlens, keep.shape[0]), 0), keep
 
 
 def gae(
@@ -146,7 +155,7 @@ def ppo_advantages(
     kept = _pad(keep, cu_seqlens)
     last = kept & (kept.cumsum(1) == kept.sum(1, keepdim=True))
     at_last = torch.where(last, scores.unsqueeze(-1), 0)
-    rewards = rewards + _pack(at_last, cu_seqlens)
+    rewards = rewards + _pack(at_last, cu_seqlens, keep.shape[0])
     advantages, returns = gae(
         rewards,
         values,
@@ -158,6 +167,14 @@ def ppo_advantages(
         whiten=whiten,
     )
     return advantages, returns, rewards
+
+
+def _numbered(ids: Tensor) -> Tensor:
+    """Any ids [B] as numbers from 0, in a shape that does not depend on their values."""
+    ids, order = ids.long().sort(stable=True)
+    change = torch.ones_like(ids)
+    change[1:] = ids[1:] != ids[:-1]
+    return torch.zeros_like(ids).scatter(0, order, change.cumsum(0) - 1)
 
 
 def group_advantages(
@@ -176,12 +193,10 @@ def group_advantages(
     """
     r = rewards.double()
     index = torch.arange(len(r), device=r.device)
-    if isinstance(groups, Tensor):
-        group = groups.unique(return_inverse=True)[1]
-    else:
-        group = index // groups
-    count = group.bincount()
-    first = torch.full_like(count, len(r)).scatter_reduce(0, group, index, "amin")
+    group = _numbered(groups) if isinstance(groups, Tensor) else index // groups
+    # As many groups as rewards at most: the rest stay empty.
+    count = torch.zeros_like(index).index_add(0, group, torch.ones_like(index))
+    first = torch.zeros_like(index).scatter_reduce(0, group, index, "amin", include_self=False)
 
     def total(x: Tensor) -> Tensor:
         return x.new_zeros(len(count)).index_add(0, group, x)

@@ -1,0 +1,111 @@
+"""Checks of options: numbers, integers, flags, names. Each returns the value as kernels take it.
+
+What counts as a number is what torch takes for one: a number of Python or numpy, or a 0-d tensor
+that needs no gradient, which is read on the host. A bool is not a number.
+"""
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+_NUMBER = (int, float, torch.SymInt, torch.SymFloat)
+_INTEGER = (int, torch.SymInt)
+_INT64 = (-(2**63), 2**63 - 1)
+
+
+def _scalar(value: object) -> object:
+    """A 0-d tensor or numpy's scalar as Python's; anything else, also a bool, as it is."""
+    if isinstance(value, Tensor):
+        real = not value.is_complex() and value.dtype is not torch.bool
+        return value.item() if value.dim() == 0 and real and not value.requires_grad else value
+    if isinstance(value, numbers.Integral):
+        return value if isinstance(value, bool) else int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+def _got(value: object) -> str:
+    """What came, for a message about its type."""
+    if isinstance(value, Tensor):
+        grad = " that needs a gradient" if value.requires_grad else ""
+        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}{grad}"
+    return type(value).__name__
+
+
+def shown(value: object) -> str:
+    """A number for a message: Python refuses to print the longest integers."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    return str(value)
+
+
+def number(op: str, name: str, value: object) -> float:
+    """Requires a finite number."""
+    if type(value) not in _NUMBER:
+        value = _scalar(value)
+    if type(value) not in _NUMBER:
+        raise TypeError(f"{op}: {name} must be a number, got {_got(value)}")
+    # Not math.isfinite: torch.compile traces comparisons of symbolic floats, not that.
+    finite = -math.inf < value < math.inf
+    if finite and isinstance(value, int) and not torch.compiler.is_compiling():
+        finite = value.bit_length() <= 1023
+    if not finite:
+        raise ValueError(f"{op}: {name} must be finite, got {shown(value)}")
+    return value
+
+
+def positive(op: str, name: str, value: object) -> float:
+    """Requires a finite number above zero."""
+    value = number(op, name, value)
+    if not value > 0:
+        raise ValueError(f"{op}: {name} must be a finite number > 0, got {value}")
+    return value
+
+
+def non_negative(op: str, name: str, value: object) -> float:
+    """Requires a finite number of at least zero."""
+    value = number(op, name, value)
+    if value < 0:
+        raise ValueError(f"{op}: {name} must be >= 0, got {value}")
+    return value
+
+
+def rate(op: str, name: str, value: object) -> float:
+    """Requires a number in [0, 1]."""
+    value = number(op, name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{op}: {name} must be in [0, 1], got {value}")
+    return value
+
+
+def integer(op: str, name: str, value: object, *, low: int = _INT64[0], what: str = "") -> int:
+    """Requires an integer of at least `low` that 64 bits hold; `what` else may be given."""
+    if type(value) not in _INTEGER:
+        value = _scalar(value)
+    if type(value) not in _INTEGER:
+        raise TypeError(f"{op}: {name} must be an integer{what}, got {_got(value)}")
+    if value < low:
+        raise ValueError(f"{op}: {name} must be an integer >= {low}{what}, got {shown(value)}")
+    if value > _INT64[1]:
+        raise ValueError(f"{op}: {name} must be an integer of 64 bits{what}, got {shown(value)}")
+    return value
+
+
+def flag(op: str, name: str, value: object) -> bool:
+    """Requires a bool, of Python or numpy."""
+    if value is True or value is False:
+        return value
+    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    raise TypeError(f"{op}: {name} must be a bool, got {_got(value)}")
+
+
+def one_of(op: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Requires one of the strings in `allowed`."""
+    if not isinstance(value, str):
+        raise TypeError(
+            f"{op}: {name} must be one of the strings {', '.join(allowed)}, got {_got(value)}"
+        )
+    if value not in allowed:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(allowed)}, got {value!r}")
