@@ -19,7 +19,13 @@ from transformers import AutoModelForSequenceClassification
 import rlhf_kernels as rk
 from rlhf_kernels import cli
 from rlhf_kernels.trainer import models
-from rlhf_kernels.trainer.config import DPOConfig, ModelConfig, OptimConfig, RewardConfig
+from rlhf_kernels.trainer.config import (
+    DPOConfig,
+    ModelConfig,
+    OptimConfig,
+    RewardConfig,
+    UserError,
+)
 from rlhf_kernels.trainer.data import Row
 from rlhf_kernels.trainer.learner import Learner
 from rlhf_kernels.trainer.offline import (
@@ -220,3 +226,17 @@ def test_supervised_helper_learns():
     task = tiny_task()
     losses = supervised(tiny_policy(task), task, 30, 3e-3)
     assert losses[-1] < losses[0] - 0.3
+
+
+def test_rows_that_are_too_long_are_counted_and_never_all_dropped():
+    task = tiny_task()
+    network = tiny_policy(task)
+    learner = Learner(accelerator(), {"policy": network}, {"policy": 1e-3}, OptimConfig())
+    rows = [Row("1=", "1" * n) for n in (1, 2, 9, 9)]
+    made = OfflineTrainer(
+        learner, SFT(task.tokenizer, 4), rows, rows[1:3], OptimConfig(batch_size=2), seed=0
+    )
+    assert (len(made.train), len(made.held_out), made.dropped) == (2, 1, 3)
+    for train, held_out, name in ((rows[2:], [], "2 training"), (rows, rows[3:], "1 held-out")):
+        with pytest.raises(UserError, match=f"max_new_tokens: .* of all {name} rows are longer"):
+            OfflineTrainer(learner, SFT(task.tokenizer, 4), train, held_out, OptimConfig(), seed=0)

@@ -112,13 +112,15 @@ class ModelConfig:
 class DataConfig:
     """The rows and their tokenizer: TRL's columns, standard or conversational."""
 
-    data: str | None = _doc("JSONL(.gz) file or name of a dataset; unset = arithmetic", None)
+    data: str | None = _doc("file, folder, pattern or hub dataset; unset = arithmetic", None)
     eval_data: str | None = _doc("rows to evaluate on; unset = eval_size of data", None)
     max_operand: int = _doc("arithmetic: largest operand", 99)
     operators: str = _doc("arithmetic: any of + and -", "+-")
     vocab_size: int = _doc("built model: size of the BPE vocabulary trained on data", 4096)
     eval_size: int = _doc("rows held out from every training phase", 512)
-    max_prompt_tokens: int = _doc("rows with a longer prompt are dropped", 256)
+    max_prompt_tokens: int = _doc(
+        "rows with a longer prompt are dropped (their number is said)", 256
+    )
     max_new_tokens: int = _doc("longest completion, end token included", 8)
 
     def __post_init__(self) -> None:
