@@ -1,15 +1,30 @@
 """Forward passes over a batch: hidden states, and the LM head over them."""
 
+import enum
+import inspect
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 import rlhf_kernels as rk
 
 from .data import Batch, position_ids
 from .report import kernel
+
+
+class Form(enum.Enum):
+    """How a batch is given to a model, from what wastes least to what any causal model takes."""
+
+    #: All sequences in one row: attention finds their bounds in the positions.
+    PACKED = "packed"
+    #: As it is: padding on both sides, a mask, positions that count kept tokens.
+    PADDED = "padded"
+    #: Every row moved to column 0, so that padding comes last, where no token looks.
+    ALIGNED = "aligned"
+    #: One sequence after the other, without padding.
+    ALONE = "alone"
 
 
 class Head(NamedTuple):
@@ -38,6 +53,11 @@ class Head(NamedTuple):
             **self._options(), **options,
         )  # fmt: skip
 
+    def logits(self) -> Tensor:
+        """The logits themselves, fp32 [B, T, V]."""
+        logits = nn.functional.linear(self.hidden, self.weight, self.bias).float() * self.scale
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
 
 def causal_lm(policy: nn.Module) -> PreTrainedModel:
     """The causal LM, below LoRA's wrapper if there is one."""
@@ -48,29 +68,82 @@ def lm_head(policy: nn.Module, batch: Batch) -> Head:
     """The hidden states of the completion's tokens and the head over them."""
     model = causal_lm(policy)
     hidden = hidden_states(model, batch)[:, -batch.completion_mask.shape[1] - 1 : -1]
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    return head_over(model, hidden)
+
+
+def head_over(model: PreTrainedModel, hidden: Tensor) -> Head:
+    """The model's LM head over hidden states `[B, T, H]`."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config(decoder=True)
     # The same dtype under autocast too, where the weights stay fp32.
-    weight, bias = (None if t is None else t.to(hidden.dtype) for t in (head.weight, head.bias))
-    scale = getattr(config, "logit_scale", None) or 1.0 / (
-        getattr(config, "logits_scaling", None) or 1.0
+    weight, bias = (
+        None if t is None else t.to(hidden.dtype)
+        for t in (head.weight, getattr(head, "bias", None))
     )
-    return Head(hidden, weight, bias, getattr(config, "final_logit_softcapping", None), scale)
+    scale = _declared(config, "logit_scale", "lm_head_multiplier") or 1.0 / (
+        _declared(config, "logits_scaling") or 1.0
+    )
+    # The names that architectures give the cap.
+    softcap = _declared(
+        config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"
+    )
+    return Head(hidden, weight, bias, softcap, scale)
 
 
-def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Hidden states `[B, P + T, H]`."""
+def _declared(config: PretrainedConfig, *names: str) -> float | None:
+    """The first of these settings that is a number; MPT's scale may be a word that it ignores."""
+    found = (getattr(config, name, None) for name in names)
+    return next((float(value) for value in found if isinstance(value, int | float)), None)
+
+
+def accepted(model: nn.Module, **inputs: Any) -> dict[str, Any]:
+    """Those inputs that the model's `forward` has a name for, or all where it takes any."""
+    parameters = inspect.signature(model.forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return inputs
+    return {name: value for name, value in inputs.items() if name in parameters}
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The model without its head; the prefix of some classes names a part of a larger model."""
+    parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
+    return parts[0] if parts and model.base_model is model else model.base_model
+
+
+def _base(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
+    base = backbone(model)
+    return base(**accepted(base, use_cache=False, **inputs)).last_hidden_state
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch, form: Form | None = None) -> Tensor:
+    """Hidden states `[B, P + T, H]`; what stands on padding has no meaning.
+
+    `form` is the model's own, `model.form`, unless it is given.
+    """
     # Layers recompute in training mode only, and keep a cache for decoding only outside it.
     training = getattr(model, "recomputes", False) and torch.is_grad_enabled()
     if training != model.training:
         model.train(training)
+    form = form or getattr(model, "form", Form.PADDED)
     ids, kept = batch.input_ids, batch.attention_mask
+    if form is Form.ALIGNED:
+        return _aligned(model, ids, kept)
     positions = position_ids(kept)
-    if not getattr(model, "packs", False):
-        return model.base_model(
-            input_ids=ids, attention_mask=kept, position_ids=positions, use_cache=False
-        ).last_hidden_state
-    # All sequences in one row, without padding: attention finds their bounds in the positions.
-    found = model.base_model(
-        input_ids=ids[kept][None], position_ids=positions[kept][None], use_cache=False
-    ).last_hidden_state[0]
+    if form is Form.PADDED:
+        return _base(model, input_ids=ids, attention_mask=kept, position_ids=positions)
+    if form is Form.PACKED:
+        inputs = {"input_ids": ids[kept][None], "position_ids": positions[kept][None]}
+        found = _base(model, **inputs)[0]
+    else:
+        rows = zip(ids, kept, strict=True)
+        found = torch.cat([_base(model, input_ids=row[own][None])[0] for row, own in rows])
     return found.new_zeros(*ids.shape, found.shape[1]).index_put((kept,), found)
+
+
+def _aligned(model: PreTrainedModel, ids: Tensor, kept: Tensor) -> Tensor:
+    # Kept columns first, in their order.
+    columns = torch.argsort((~kept).byte(), dim=1, stable=True)[:, : int(kept.sum(1).max())]
+    found = _base(
+        model, input_ids=ids.gather(1, columns), attention_mask=kept.gather(1, columns).long()
+    )
+    whole = found.new_zeros(*ids.shape, found.shape[2])
+    return whole.scatter(1, columns[..., None].expand_as(found), found)

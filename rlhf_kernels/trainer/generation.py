@@ -1,13 +1,16 @@
 """Engines that complete prompts: a batched sampler with a KV cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import Batch, position_ids
+from .config import UserError
+from .data import Batch
+from .decoding import decoder
+from .endings import end_token_ids
 from .forward import causal_lm
 from .learner import Learner
 
@@ -45,11 +48,12 @@ class TransformersEngine:
     ) -> Generation:
         size = self.batch_size or len(ids)
         parts = zip(ids.split(size), mask.split(size), uniforms.split(size), strict=True)
+        ends = end_token_ids(self.learner.networks.policy, self.tokenizer)
         found = self.learner.forward(
             lambda networks: [
                 generate(
-                    causal_lm(networks.policy).eval(), *part, temperature=temperature,
-                    eos_token_id=self.tokenizer.eos_token_id,
+                    causal_lm(networks.policy), *part, temperature=temperature,
+                    eos_token_id=ends,
                     pad_token_id=self.tokenizer.pad_token_id, any_alive=self.learner.any_alive,
                 )
                 for part in parts
@@ -66,7 +70,7 @@ def generate(
     prompt_mask: Tensor,
     uniforms: Tensor,
     *,
-    eos_token_id: int,
+    eos_token_id: int | Sequence[int],
     pad_token_id: int,
     temperature: float = 1.0,
     any_alive: Callable[[Tensor], bool] = torch.any,
@@ -78,23 +82,30 @@ def generate(
     them. The loop is our own because transformers' `generate` mixes in the checkpoint's generation
     settings (top-k, top-p, penalties), after which the tokens no longer come from the distribution
     that the loss differentiates, and because it draws from the global generator alone.
+
+    Args:
+        model: proved (`probe.prove`); its attribute `decoding` says whether it may keep a cache.
+        prompt_ids: left-padded prompts `[B, P]`.
+        prompt_mask: their mask.
+        uniforms: `[B, T]`.
+        eos_token_id: one or more tokens that end a completion, beside those that the model names.
+        pad_token_id: what stands after the end.
+        temperature: 0 takes the most likely tokens.
+        any_alive: whether a row of any process is left.
+
+    Raises:
+        UserError: the model's logits are not finite.
     """
-    cache = DynamicCache(config=model.config)
-    attention, positions, ids = prompt_mask, position_ids(prompt_mask), prompt_ids
+    model.eval()
+    given = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
+    ends = torch.tensor(sorted({*given, *end_token_ids(model)}), device=prompt_ids.device)
+    decoding = decoder(model, prompt_ids, prompt_mask)
     tokens = prompt_ids.new_full(uniforms.shape, pad_token_id)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
-    logprobs = torch.zeros(uniforms.shape, device=ids.device)
-    alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    logprobs = torch.zeros(uniforms.shape, device=tokens.device)
+    alive = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
     for t in range(uniforms.shape[1]):
-        logits = model(
-            input_ids=ids,
-            attention_mask=attention,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        scores = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
+        scores = torch.log_softmax(decoding.logits().float() / (temperature or 1.0), -1)
         if temperature == 0:
             token = scores.argmax(-1)
         else:
@@ -105,11 +116,17 @@ def generate(
         tokens[:, t] = torch.where(alive, token, pad_token_id)
         mask[:, t] = alive
         logprobs[:, t] = torch.where(alive, scores.gather(1, token[:, None])[:, 0], 0.0)
-        alive = alive & (token != eos_token_id)
+        alive = alive & ~torch.isin(token, ends)
         if not any_alive(alive):
             break
         # Finished rows keep decoding; what they see never reaches another row.
-        attention = torch.cat([attention, mask[:, t : t + 1]], 1)
-        positions, ids = positions[:, -1:] + 1, tokens[:, t : t + 1]
+        decoding.append(tokens[:, t], mask[:, t])
+    if not logprobs.isfinite().all():
+        row = int((~logprobs.isfinite()).any(1).nonzero()[0])
+        raise UserError(
+            f"model: the logits of {type(model).__name__} are not finite for prompt {row} of a "
+            "rollout: its weights are damaged, or the learning rate too high or the dtype too "
+            "small for them (try a lower learning_rate, dtype float32 or bfloat16)"
+        )
     whole = Batch(torch.cat([prompt_ids, tokens], 1), torch.cat([prompt_mask, mask], 1), mask)
     return Generation(whole, logprobs)

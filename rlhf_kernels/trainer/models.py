@@ -21,7 +21,7 @@ from .config import ModelConfig, require
 from .data import Batch
 from .errors import blamed_on
 from .forward import Head, causal_lm, hidden_states, lm_head
-from .probe import check_head
+from .probe import prove
 
 T = TypeVar("T")
 
@@ -120,9 +120,13 @@ def _load(auto: Any, source: str | PretrainedConfig, config: ModelConfig, **more
 
 
 def build_policy(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """A causal LM from a path, or a small Llama with random weights."""
+    """A causal LM from a path, or a small Llama with random weights, proved right on its device."""
     source: str | PretrainedConfig | None = config.model
     if source is None:
         source = LlamaConfig(
@@ -141,8 +145,8 @@ def build_policy(
     model = _load(AutoModelForCausalLM, source, config)
     rows = model.get_input_embeddings().num_embeddings
     require(len(tokenizer) <= rows, "model", f"embeddings of {len(tokenizer)} tokens", rows)
-    policy = _trained(model, config)
-    check_head(policy)
+    policy = _trained(model, config).to(device)
+    prove(policy, max_length=max_length, packing=model.packs)
     return policy
 
 

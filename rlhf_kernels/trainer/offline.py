@@ -17,6 +17,7 @@ from .config import DPOConfig, OptimConfig, RewardConfig, UserError
 from .data import Batch, Row, Sampler, collate
 from .encoding import encode_pair, encode_row
 from .learner import Learner
+from .probe import check_length
 
 
 class Pair(NamedTuple):
@@ -33,7 +34,8 @@ Loss = tuple[Tensor, dict[str, Tensor]]
 
 # What a stage minimises is an objective, a sum over items (rows, pairs) over a size that is the
 # batch's: `encode` makes an item of a row, or None to drop it; `size` is what the loss of items is
-# divided by; `loss` is the share of some items in a loss over `size`.
+# divided by; `loss` is the share of some items in a loss over `size`; `length` counts the tokens of
+# an item's longest sequence.
 
 
 class SFT:
@@ -45,6 +47,9 @@ class SFT:
     def encode(self, row: Row) -> tuple[list[int], list[int]] | None:
         prompt, completion = encode_row(self.tokenizer, row)
         return (prompt, completion) if _fits(self.limit, completion) else None
+
+    def length(self, item: tuple[list[int], list[int]]) -> int:
+        return len(item[0]) + len(item[1])
 
     def size(self, items: Sequence[tuple[list[int], list[int]]]) -> float:
         return float(sum(len(completion) for _, completion in items))
@@ -80,6 +85,9 @@ class _Pairwise:
         if not _fits(self.limit, chosen, rejected):
             return None
         return Pair(first, chosen, rejected, float(row.columns.get("margin", self.margin)))
+
+    def length(self, item: Pair) -> int:
+        return len(item.prompt) + max(len(item.chosen), len(item.rejected))
 
     def size(self, items: Sequence[Pair]) -> float:
         return float(len(items))
@@ -169,6 +177,8 @@ class OfflineTrainer:
             if given and not kept:
                 found = f"the completions of all {len(given)} {name} rows are longer; raise it"
                 raise UserError(f"max_new_tokens: expected rows whose completions fit: {found}")
+        for network in learner.networks.children():
+            check_length(network, map(objective.length, [*self.train, *self.held_out]))
         self.sampler = Sampler(len(self.train), optim.batch_size, seed)
         self.steps_done = 0
 

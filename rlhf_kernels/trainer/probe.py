@@ -1,24 +1,244 @@
-"""Proof, on the model in hand, that the passes of training and sampling are right."""
+"""Proof, on the model in hand, that the passes of training and sampling are right.
+
+A pass is right where each sequence comes out as it does alone, without padding and without a cache.
+Whether it does depends on the architecture (ALiBi, learned positions, convolutions, states), on the
+attention that computes it and on transformers' version. So it is tried at the start of every run,
+on the run's own weights, device and dtype, with a few dozen random tokens.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, distributed, nn
+from transformers import PreTrainedModel
 
 from .config import UserError
-from .data import Batch
-from .forward import causal_lm, lm_head
+from .data import Batch, pad
+from .decoding import Decoding, decoder
+from .forward import Form, causal_lm, head_over, hidden_states
+from .trials import Pass, Rows, Trial, name_of, position_limit, random_tokens, trials
+
+T = TypeVar("T")
+
+_INSTEAD = {
+    Form.PADDED: "its passes are padded",
+    Form.ALIGNED: "its passes are padded on the right only",
+    Form.ALONE: "its passes take one sequence after the other, which is slow",
+}
+
+
+def prove(policy: nn.Module, *, max_length: int, packing: bool = False) -> None:
+    """Finds how a causal LM computes rightly; keeps it as the attributes `form` and `decoding`.
+
+    A warning says what is not the first choice. Weights, mode and generators stay as they are.
+
+    Args:
+        policy: a causal LM, under LoRA or not.
+        max_length: tokens of the run's longest sequence.
+        packing: whether training passes should be packed.
+
+    Raises:
+        UserError: no form is right, a later token changes an earlier one, or the logits are not a
+            linear head over the last hidden states.
+    """
+    model = causal_lm(policy)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(f"model: {name_of(model)} has an encoder: expected a causal LM")
+    with _undisturbed(model):
+        check_head(model)
+        found = _settle_form(model, max_length, packing)
+        for witness in {id(t.model): t.model for t in found}.values():
+            check_head(witness)
+        ways = {how: [_decoding(how)] for how in Decoding}
+        model.decoding = _first(found, ways, Trial.logits, "decode")
+    if model.decoding is Decoding.WHOLE:
+        _say(model, "its cache", "each new token takes a pass over its whole sequence: slow")
+
+
+def prove_states(model: PreTrainedModel, *, max_length: int, packing: bool = False) -> None:
+    """`prove` for a model of which hidden states alone are used: `form`."""
+    with _undisturbed(model):
+        _settle_form(model, max_length, packing)
+
+
+def check_length(network: nn.Module, lengths: Iterable[int]) -> None:
+    """Raises UserError where a sequence of these lengths goes beyond the network's positions."""
+    model = causal_lm(network)
+    limit = position_limit(model)
+    # The lengths may take work to find.
+    longest = 0 if limit is None else max(lengths, default=0)
+    if longest > (limit or 0):
+        raise UserError(
+            f"model: {name_of(model)} has positions for {limit} tokens, but prompt and completion "
+            f"take up to {longest}: lower max_prompt_tokens or max_new_tokens"
+        )
 
 
 def check_head(policy: nn.Module) -> None:
-    """Requires that `lm_head` gives the model's own logits, whatever its architecture does."""
-    ids = torch.arange(4, device=policy.device)[None] % policy.config.get_text_config().vocab_size
-    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), ids[:, 1:] >= 0)
-    with torch.no_grad():
-        head = lm_head(policy, batch)
-        logits = nn.functional.linear(head.hidden, head.weight, head.bias).float() * head.scale
-        if head.softcap:
-            logits = head.softcap * torch.tanh(logits / head.softcap)
-        theirs = causal_lm(policy)(input_ids=ids).logits[:, :-1].float()
-    tolerance = 1e-3 if head.hidden.dtype is torch.float32 else 0.1
-    if not torch.allclose(logits, theirs, atol=tolerance, rtol=tolerance):
-        name = type(causal_lm(policy)).__name__
-        raise UserError(f"model: {name} does more between hidden states and logits than its head")
+    """Raises UserError where `lm_head`'s logits are not the model's own.
+
+    Tried on the hidden states as they are, and so much larger that a cap on the logits shows.
+    """
+    model = causal_lm(policy)
+    head, name = model.get_output_embeddings(), name_of(model)
+    if head is None or any("lora_" in n for n, _ in head.named_parameters()):
+        found = "none" if head is None else "one with adapters"
+        raise UserError(f"model: {name}: expected a linear LM head, found {found}")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.tensor([random_tokens(model, 8, generator)], device=model.device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    factor = 1.0
+    for _ in range(2):
+        ours, theirs = _both_logits(model, Batch(ids, mask, mask), factor)
+        scale = float(theirs.std())
+        exact = ours.dtype is torch.float32 and model.dtype is torch.float32
+        tolerance = (1e-3 if exact else 0.1) * scale
+        # Written so that NaN fails.
+        if ours.shape != theirs.shape or not float((ours - theirs).abs().max()) <= tolerance:
+            raise UserError(
+                f"model: {name} does more between hidden states and logits than a linear head "
+                "with bias, scale and cap, which is what the kernels compute"
+            )
+        factor = 30.0 / max(scale, 1e-6)
+
+
+def _both_logits(model: PreTrainedModel, batch: Batch, factor: float) -> tuple[Tensor, Tensor]:
+    """Logits `[1, T, V]`, ours and the model's, with hidden states times a factor."""
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, args: (args[0] * factor, *args[1:])
+    )
+    with hook, torch.no_grad():
+        theirs = model(input_ids=batch.input_ids).logits.float()
+    try:
+        hidden = hidden_states(model, batch, Form.ALONE) * factor
+        return head_over(model, hidden).logits(), theirs
+    except (AttributeError, RuntimeError):
+        # No hidden states, or of another width than the head's.
+        return theirs.new_full((), torch.nan), theirs
+
+
+@contextmanager
+def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation without gradients; mode and global generators afterwards as before."""
+    devices = [model.device] if model.device.type == "cuda" else []
+    training = model.training
+    with torch.random.fork_rng(devices), torch.no_grad():
+        model.eval()
+        yield
+    model.train(training)
+
+
+def _settle_form(model: PreTrainedModel, max_length: int, packing: bool) -> list[Trial]:
+    """Sets `model.form`; returns the trials."""
+    found = trials(model, max_length=max_length)
+    ways = {
+        form: [_passing(form)] + [_passing(form, each=True)] * (form is Form.PADDED)
+        for form in Form
+        if packing or form is not Form.PACKED
+    }
+    form = _first(found, ways, lambda trial: trial.hidden, "compute states")
+    for trial in found:
+        trial.model.form = form
+    if getattr(model, "recomputes", False):
+        _check_training_mode(found[0], ways[form][0])
+    if form is not next(iter(ways)):
+        _say(model, "packing" if packing else "padding on the left", _INSTEAD[form])
+    return found
+
+
+def _check_training_mode(trial: Trial, run: Pass) -> None:
+    """Raises UserError where training mode, which recomputing needs, computes something else."""
+    with torch.enable_grad():
+        same = trial.right(run, trial.hidden)
+    trial.model.eval()
+    if not same:
+        raise UserError(
+            f"model: {name_of(trial.model)} computes otherwise in training mode: expected "
+            "gradient_checkpointing false"
+        )
+
+
+def _passing(form: Form, *, each: bool = False) -> Pass:
+    """Hidden states of rows in a form, as one padded batch or `each` row of it by itself."""
+
+    def run(model: PreTrainedModel, rows: Rows, filler: int) -> list[Tensor]:
+        prompts, completions = zip(*rows, strict=True)
+        parts = pad(prompts, filler, left=True), pad(completions, filler, left=False)
+        ids, mask = (torch.cat(pair, 1).to(model.device) for pair in zip(*parts, strict=True))
+        batch = Batch(ids, mask, mask)
+        size = 1 if each else len(rows)
+        index = torch.arange(len(rows), device=model.device).split(size)
+        hidden = torch.cat([hidden_states(model, batch.rows(i), form) for i in index])
+        return [states[own].detach() for states, own in zip(hidden, mask, strict=True)]
+
+    return run
+
+
+def _decoding(how: Decoding) -> Pass:
+    """Logits of completions that are fed token by token after left-padded prompts."""
+
+    def run(model: PreTrainedModel, rows: Rows, filler: int) -> list[Tensor]:
+        prompts, completions = zip(*rows, strict=True)
+        ids, mask = (t.to(model.device) for t in pad(prompts, filler, left=True))
+        tokens, kept = (t.to(model.device) for t in pad(completions, filler, left=False))
+        decoding, found = decoder(model, ids, mask, how), []
+        for t in range(tokens.shape[1]):
+            found.append(decoding.logits())
+            decoding.append(tokens[:, t], kept[:, t])
+        logits = torch.stack(found, 1)
+        return [own[: len(c)] for own, c in zip(logits, completions, strict=True)]
+
+    return run
+
+
+def _first(
+    found: Sequence[Trial],
+    ways: Mapping[T, Sequence[Pass]],
+    alone: Callable[[Trial], list[Tensor]],
+    verb: str,
+) -> T:
+    """The first of the ways that is right in all trials and on all processes."""
+    names = list(ways)
+    index, cause = 0, None
+    while index < len(names):
+        try:
+            if all(
+                trial.right(run, alone(trial), beside=number == 0)
+                for trial in found
+                for number, run in enumerate(ways[names[index]])
+            ):
+                break
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # Whatever a model raises on inputs that it does not take.
+            cause = error
+        index += 1
+    index = _agreed(index, found[0].model.device)
+    if index == len(names):
+        raise UserError(
+            f"model: {name_of(found[0].model)} does not {verb} in a batch as it does alone, in any "
+            f"of the forms {', '.join(str(name.value) for name in names)}"
+            + (f" ({type(cause).__name__}: {str(cause)[:120]})" if cause else "")
+            + "; try another attn_implementation (sdpa, eager) or model"
+        ) from cause
+    return names[index]
+
+
+def _agreed(index: int, device: torch.device) -> int:
+    """The largest over the processes, which all have to compute alike."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return index
+    largest = torch.tensor(index, device=device)
+    distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+    return int(largest)
+
+
+def _say(model: PreTrainedModel, what: str, instead: str) -> None:
+    """A warning, of one process."""
+    several = distributed.is_available() and distributed.is_initialized()
+    if not several or distributed.get_rank() == 0:
+        message = f"model: {name_of(model)} is not right with {what}, so {instead}"
+        warnings.warn(message, stacklevel=4)

@@ -1,6 +1,6 @@
 """Completions of prompts, shared among the processes, and their rewards."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,8 +9,10 @@ from torch.nn import functional
 
 from .data import Batch, Row, Task, pad
 from .encoding import encode_prompt
+from .endings import end_token_ids
 from .generation import Engine
 from .learner import Learner
+from .probe import check_length
 from .rewards import Rewards, weighted_sum
 
 
@@ -20,7 +22,7 @@ class Samples(NamedTuple):
     Attributes:
         batch: prompts and completions, `[B, P + T]`.
         logprobs: the sampler's own, `[B, T]`.
-        finished: whether a completion ended with the end token, `[B]`.
+        finished: whether a completion ended with an end token, `[B]`.
         table: rewards `[B, functions]`, NaN where a function said None.
         scores: their weighted sum, `[B]`.
     """
@@ -80,6 +82,13 @@ class Collector:
         self.learner, self.task, self.rewards, self.engine = learner, task, rewards, engine
         self.max_new_tokens = max_new_tokens
         self.generator = torch.Generator().manual_seed(seed)
+        for network in learner.networks.children():
+            check_length(network, self._lengths())
+
+    def _lengths(self) -> Iterator[int]:
+        """Tokens of each prompt with the longest completion."""
+        for row in (*self.task.train, *self.task.held_out):
+            yield len(encode_prompt(self.task.tokenizer, row)) + self.max_new_tokens
 
     def __call__(self, rows: Sequence[Row], *, temperature: float) -> Samples:
         """Samples of the rows' prompts, with random numbers that belong to the row.
@@ -101,7 +110,8 @@ class Collector:
         own, logprobs = self.engine(
             ids[mine], mask[mine], uniforms.to(device)[mine], temperature=temperature
         )
-        finished = (own.completion_ids.eq(tokenizer.eos_token_id) & own.completion_mask).any(1)
+        ends = torch.tensor(self.end_token_ids, device=device)
+        finished = (torch.isin(own.completion_ids, ends) & own.completion_mask).any(1)
         table = self._rewards([rows[i] for i in mine.tolist()], own, finished)
         found, completed, logprobs, finished, table = (
             learner.collect(part, mine, len(rows))
@@ -111,9 +121,19 @@ class Collector:
         scores = weighted_sum(table, self.rewards.weights)
         return Samples(batch, logprobs, finished, table, scores).select(slice(count))
 
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        return end_token_ids(self.learner.networks.policy, self.task.tokenizer)
+
     def texts(self, batch: Batch) -> list[str]:
-        """The completions, decoded."""
-        return self.task.tokenizer.batch_decode(token_lists(batch), skip_special_tokens=True)
+        """The completions, decoded, without the token that ended them.
+
+        A token that the tokenizer lacks (vocabularies are padded) leaves no text.
+        """
+        tokenizer, ends = self.task.tokenizer, {*self.end_token_ids}
+        known = range(len(tokenizer))
+        rows = [[t for t in row if t in known and t not in ends] for row in token_lists(batch)]
+        return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def _rewards(self, rows: Sequence[Row], batch: Batch, finished: Tensor) -> Tensor:
         """Rewards `[B, functions]` of this process's completions."""

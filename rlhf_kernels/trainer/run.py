@@ -324,8 +324,9 @@ def make_trainer(stage: Stage, *, fresh: bool) -> OfflineTrainer | OnlineTrainer
 def _offline(stage: Stage) -> OfflineTrainer:
     tokenizer, limit = stage.task.tokenizer, stage.data.max_new_tokens
     build = models.build_reward_model if stage.name == "reward" else models.build_policy
-    network = build(stage.model, tokenizer, max_length=stage.max_length)
-    network.to(stage.accelerator.device)
+    network = build(
+        stage.model, tokenizer, max_length=stage.max_length, device=stage.accelerator.device
+    )
     objective: Any = SFT(tokenizer, limit)
     if stage.name == "reward":
         objective = RewardModelling(tokenizer, limit, *stage.own)
@@ -360,8 +361,9 @@ def _online(stage: Stage, *, fresh: bool) -> OnlineTrainer:
         device=accelerator.device,
     )  # fmt: skip
     rewards.check(columns)
-    policy = models.build_policy(stage.model, task.tokenizer, max_length=stage.max_length)
-    policy.to(accelerator.device)
+    policy = models.build_policy(
+        stage.model, task.tokenizer, max_length=stage.max_length, device=accelerator.device
+    )
     if config.sft_steps and fresh:
         _warm_start(stage, config, policy)
     reference = models.Reference(policy) if config.kl_coef else None

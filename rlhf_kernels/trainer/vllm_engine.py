@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .config import require
 from .data import Batch, pad
+from .endings import end_token_ids
 from .generation import Generation
 from .learner import Learner
 
@@ -72,13 +73,14 @@ class VLLMEngine:
         self, ids: Tensor, mask: Tensor, uniforms: Tensor, *, temperature: float
     ) -> Generation:
         self._load_weights()
+        ends = list(end_token_ids(self.learner.networks.policy, self.tokenizer))
         pairs = zip(ids, mask, strict=True)
         prompts = [{"prompt_token_ids": row[kept].tolist()} for row, kept in pairs]
         options = [
             self.vllm.SamplingParams(
                 temperature=temperature,
                 max_tokens=uniforms.shape[1],
-                stop_token_ids=[self.tokenizer.eos_token_id],
+                stop_token_ids=ends,
                 logprobs=0,
                 detokenize=False,
                 seed=int(first * 2**31),

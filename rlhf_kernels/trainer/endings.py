@@ -1,0 +1,71 @@
+"""Which tokens end a completion."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .config import UserError
+from .forward import causal_lm
+
+_TURN = "sentinel"
+
+
+def end_token_ids(
+    policy: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[int, ...]:
+    """The tokens that end a completion, in order.
+
+    All that somebody declares as an end: the model's generation configuration, its configuration
+    (and the text model's in a multimodal one), the tokenizer. And the special token with which the
+    tokenizer's chat template closes an assistant's turn, as supervised completions close with it.
+    Numbers beyond the vocabulary, which defaults of configurations often are, end nothing.
+
+    Raises:
+        UserError: one of them declares something else than a token or a list of them.
+    """
+    model = causal_lm(policy)
+    config = model.config
+    holders = {
+        "generation_config": getattr(model, "generation_config", None),
+        "config": config,
+        "text config": config.get_text_config(decoder=True),
+        "tokenizer": tokenizer,
+    }
+    declared = {
+        token
+        for name, holder in holders.items()
+        for token in _tokens(getattr(holder, "eos_token_id", None), name)
+    }
+    if tokenizer is not None:
+        declared.update(_turn_end(tokenizer))
+    size = model.get_input_embeddings().num_embeddings
+    return tuple(sorted(token for token in declared if 0 <= token < size))
+
+
+def _tokens(value: Any, name: str) -> Iterable[int]:
+    """What an `eos_token_id` holds: None, a token, or a list of them."""
+    found = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    if any(not isinstance(token, int) or isinstance(token, bool) for token in found):
+        raise UserError(
+            f"model: eos_token_id of its {name}: expected a token's number or a list of them, "
+            f"found {value!r}"
+        )
+    return found
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
+    """The special token right after an assistant's words in the chat template, if there is one."""
+    if not getattr(tokenizer, "chat_template", None):
+        return
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _TURN}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # Whatever a template raises on a conversation that it does not take.
+        return
+    _, _, rest = text.rpartition(_TURN)
+    special = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
+    closing = [token for token in special if rest.lstrip().startswith(token)]
+    if closing:
+        yield special[max(closing, key=len)]
