@@ -21,7 +21,7 @@ from .config import ModelConfig, require
 from .data import Batch
 from .errors import blamed_on
 from .forward import Head, causal_lm, hidden_states, lm_head
-from .probe import prove
+from .probe import prove, prove_states
 
 T = TypeVar("T")
 
@@ -153,10 +153,11 @@ def build_policy(
 def build_critic(policy: nn.Module, config: ModelConfig, path: str | None = None) -> nn.Module:
     """A value model: a reward model from a path, or the policy's backbone under a head of zeros."""
     # Trained whole, even where the policy trains adapters only.
-    config = dataclasses.replace(config, lora_rank=0)
+    config, base = dataclasses.replace(config, lora_rank=0), causal_lm(policy)
     if path is not None:
-        return _trained(load_reward_model(path, config), config).to(policy.device)
-    base = causal_lm(policy)
+        critic = _trained(load_reward_model(path, config), config).to(policy.device)
+        prove_states(critic, max_length=getattr(base, "proved_length", 0), packing=critic.packs)
+        return critic
     settings = copy.deepcopy(base.config)
     settings.num_labels = 1
     critic = _load(AutoModelForSequenceClassification, settings, config)
@@ -164,7 +165,9 @@ def build_critic(policy: nn.Module, config: ModelConfig, path: str | None = None
     weights = {k.replace(".base_layer", ""): v for k, v in base.base_model.state_dict().items()}
     critic.base_model.load_state_dict({k: v for k, v in weights.items() if "lora_" not in k})
     nn.init.zeros_(scalar_head(critic).weight)
-    return _trained(critic, config).to(policy.device)
+    critic = _trained(critic, config).to(policy.device)
+    prove_states(critic, max_length=getattr(base, "proved_length", 0), packing=critic.packs)
+    return critic
 
 
 def load_reward_model(path: str, config: ModelConfig) -> PreTrainedModel:

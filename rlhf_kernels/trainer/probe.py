@@ -33,7 +33,8 @@ _INSTEAD = {
 def prove(policy: nn.Module, *, max_length: int, packing: bool = False) -> None:
     """Finds how a causal LM computes rightly; keeps it as the attributes `form` and `decoding`.
 
-    A warning says what is not the first choice. Weights, mode and generators stay as they are.
+    `proved_length` is the length up to which that holds. A warning says what is not the first
+    choice. Weights, mode and generators stay as they are.
 
     Args:
         policy: a causal LM, under LoRA or not.
@@ -54,6 +55,7 @@ def prove(policy: nn.Module, *, max_length: int, packing: bool = False) -> None:
             check_head(witness)
         ways = {how: [_decoding(how)] for how in Decoding}
         model.decoding = _first(found, ways, Trial.logits, "decode")
+        model.proved_length = max_length
     if model.decoding is Decoding.WHOLE:
         _say(model, "its cache", "each new token takes a pass over its whole sequence: slow")
 
@@ -96,6 +98,7 @@ def check_head(policy: nn.Module) -> None:
         scale = float(theirs.std())
         exact = ours.dtype is torch.float32 and model.dtype is torch.float32
         tolerance = (1e-3 if exact else 0.1) * scale
+        ours, theirs = ours.detach(), theirs.detach()
         # Written so that NaN fails.
         if ours.shape != theirs.shape or not float((ours - theirs).abs().max()) <= tolerance:
             raise UserError(

@@ -323,10 +323,11 @@ def make_trainer(stage: Stage, *, fresh: bool) -> OfflineTrainer | OnlineTrainer
 
 def _offline(stage: Stage) -> OfflineTrainer:
     tokenizer, limit = stage.task.tokenizer, stage.data.max_new_tokens
-    build = models.build_reward_model if stage.name == "reward" else models.build_policy
-    network = build(
-        stage.model, tokenizer, max_length=stage.max_length, device=stage.accelerator.device
-    )
+    device, length = stage.accelerator.device, stage.max_length
+    if stage.name == "reward":
+        network = models.build_reward_model(stage.model, tokenizer, max_length=length).to(device)
+    else:
+        network = models.build_policy(stage.model, tokenizer, max_length=length, device=device)
     objective: Any = SFT(tokenizer, limit)
     if stage.name == "reward":
         objective = RewardModelling(tokenizer, limit, *stage.own)
