@@ -9,9 +9,7 @@ import time
 import traceback
 from collections.abc import Sequence
 
-import torch
-
-from .trainer.errors import UserError
+from .trainer.errors import UserError, out_of_memory
 
 # subcommand of `train` -> one line of help
 TRAINERS = {
@@ -114,7 +112,9 @@ def _tell(error: Exception, shown: bool) -> int:
     if rank != "0":
         # The main process tells what all of them found, and its launcher ends the others. What this
         # one alone found it has to tell itself.
-        time.sleep(3)
+        if getattr(error, "shared", False):
+            return 2
+        time.sleep(30)
         message = f"process {rank}: {message}"
     print(f"rlhf-kernels: {' '.join(message.split())}", file=sys.stderr)
     return 2
@@ -124,8 +124,7 @@ def _mendable(error: Exception) -> str | None:
     """One line on an error that the user can mend; None for any other."""
     if isinstance(error, UserError):
         return str(error)
-    allocation = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or allocation:
+    if out_of_memory(error):
         return _MEMORY
     if isinstance(error, OSError) and error.errno in _DISK:
         return f"{error.filename or 'the disk'}: {error.strerror}"

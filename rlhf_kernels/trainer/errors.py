@@ -9,8 +9,11 @@ from torch import OutOfMemoryError
 class UserError(ValueError):
     """What the user can mend (a setting, file, model, reward function); the message says how.
 
-    The command line prints its message without a traceback and exits with status 2.
+    The command line prints its message without a traceback and exits with status 2. `shared`: all
+    processes are known to have raised it.
     """
+
+    shared = False
 
 
 def require(ok: bool, name: str, expected: str, found: object) -> None:
@@ -26,6 +29,13 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, of a GPU, of torch on a CPU (which has no class for it)."""
+    return isinstance(error, MemoryError | OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
 @contextmanager
 def blamed_on(name: str, what: str) -> Iterator[None]:
     """Turns what another library raises inside into a UserError: `name: what: its message`.
@@ -34,7 +44,7 @@ def blamed_on(name: str, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
         raise UserError(f"{name}: {what}: {one_line(error)}") from error

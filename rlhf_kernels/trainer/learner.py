@@ -127,7 +127,9 @@ class Learner:
         texts = gather_object([None if error is None else str(error)])
         for rank, text in enumerate(texts):
             if text is not None:
-                raise UserError(f"{text} (process {rank})") from error
+                shared = UserError(f"{text} (process {rank})")
+                shared.shared = True
+                raise shared from error
 
     def any_alive(self, alive: Tensor) -> bool:
         """Whether a row is left; of any process where decoding gathers weights from all."""
