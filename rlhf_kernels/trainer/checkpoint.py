@@ -3,82 +3,34 @@
 import hashlib
 import json
 import os
-import random
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy
-import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .config import UserError
+from .folder import set_aside, writing
+from .folder import sync as _sync
+from .tree import flatten, generator_states, set_generator_states, unflatten
 
-_FORMAT = "rlhf_kernels.trainer/1"
-_PREFIX = "checkpoint-"
+__all__ = ["CheckpointError", "generator_states", "set_generator_states"]
+
+_FAMILY = "rlhf_kernels.trainer/"
+_FORMAT = f"{_FAMILY}2"
+_NAME = re.compile(r"checkpoint-([0-9]{8,})")
+_DRAFT = re.compile(r"\.checkpoint-[0-9]{8,}")
+# A plain name, so that no file lies elsewhere.
+_FILE = re.compile(r"state\.json|[A-Za-z0-9_]+\.safetensors")
+_MANIFEST, _STATE = "manifest.json", "state.json"
 
 
 class CheckpointError(UserError):
     """A checkpoint that is incomplete, altered or not of this run; the message names it."""
-
-
-def flatten(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """A JSON form of nested dicts and lists; tensors go into `tensors` under their path."""
-    if isinstance(tree, Tensor):
-        tensors[path] = tree.detach().cpu().contiguous().clone()
-        return {"tensor": path}
-    if isinstance(tree, Mapping):
-        # As pairs: integer keys (an optimizer's parameters) would come back as texts.
-        names = [f"{path}.{k}" if path else str(k) for k in tree]
-        forms = [flatten(v, n, tensors) for v, n in zip(tree.values(), names, strict=True)]
-        return {"dict": list(zip(tree, forms, strict=True))}
-    if isinstance(tree, list | tuple):
-        items = [flatten(v, f"{path}.{i}", tensors) for i, v in enumerate(tree)]
-        return {"tuple": items} if isinstance(tree, tuple) else items
-    return tree
-
-
-def unflatten(form: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `flatten`."""
-    if isinstance(form, list):
-        return [unflatten(v, tensors) for v in form]
-    if not isinstance(form, dict):
-        return form
-    ((kind, content),) = form.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "tuple":
-        return tuple(unflatten(content, tensors))
-    return {k: unflatten(v, tensors) for k, v in content}
-
-
-def generator_states() -> dict[str, Any]:
-    """Every global generator; a stage's own ones are part of its state."""
-    kind, keys, *rest = numpy.random.get_state()
-    numbers = (kind, torch.from_numpy(keys.astype("int64")), *rest)
-    states = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numbers}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def set_generator_states(states: Mapping[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    random.setstate(states["python"])
-    kind, keys, *rest = states["numpy"]
-    numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest(path: Path) -> str:
@@ -94,6 +46,9 @@ def _seal(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+# --- writing -----------------------------------------------------------------------------------
+
+
 def save(folder: Path, step: int, stage: str, states: Mapping[str, Any], *, keep: int = 0) -> Path:
     """Writes `folder/checkpoint-<step>`.
 
@@ -102,42 +57,177 @@ def save(folder: Path, step: int, stage: str, states: Mapping[str, Any], *, keep
 
     Args:
         folder: output folder of the run.
-        step: finished steps; a checkpoint of them that is there already stays.
+        step: finished steps; a whole checkpoint of them that is there already stays.
         stage: subcommand.
         states: name -> nested state; a file of tensors each.
         keep: newest checkpoints to keep, 0 for all.
+
+    Raises:
+        UserError: the disk is full or cannot be written; the former checkpoints are whole.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"{_PREFIX}{step:08d}"
-    if final.exists():
-        return final
-    for stale in folder.glob(f".{_PREFIX}*"):
-        shutil.rmtree(stale)
-    draft = folder / f".{_PREFIX}{step:08d}"
-    draft.mkdir()
+    final = folder / f"checkpoint-{step:08d}"
+    with writing(final):
+        folder.mkdir(parents=True, exist_ok=True)
+        if _saved(final, stage):
+            return final
+        for path in folder.iterdir():
+            if _is_draft(path):
+                shutil.rmtree(path)
+        draft = _draft(final)
+        draft.mkdir()
+        try:
+            _write(draft, step, stage, states)
+            set_aside(final)
+            draft.rename(final)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+        _sync(folder)
+        for old in checkpoints(folder)[:-keep] if keep else ():
+            # A kill leaves a draft, not a checkpoint that lacks files.
+            shutil.rmtree(old.rename(_draft(old)))
+    return final
+
+
+def _saved(path: Path, stage: str) -> bool:
+    try:
+        return not path.is_symlink() and _verified(path)["stage"] == stage
+    except CheckpointError:
+        return False
+
+
+def _draft(path: Path) -> Path:
+    """A free name for what is not yet, or no longer, a checkpoint."""
+    draft = path.with_name(f".{path.name}")
+    set_aside(draft)
+    return draft
+
+
+def _is_draft(path: Path) -> bool:
+    """Whether a folder is what a kill left of a checkpoint: nothing but a checkpoint's files."""
+    if not _DRAFT.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+        return False
+    return all(
+        (_FILE.fullmatch(p.name) or p.name == _MANIFEST) and p.is_file() for p in path.iterdir()
+    )
+
+
+def _write(draft: Path, step: int, stage: str, states: Mapping[str, Any]) -> None:
     forms: dict[str, Any] = {}
     for name, state in states.items():
         tensors: dict[str, Tensor] = {}
         forms[name] = flatten(state, "", tensors)
         save_file(tensors, draft / f"{name}.safetensors")
-    (draft / "state.json").write_text(json.dumps(forms), encoding="utf-8")
+    (draft / _STATE).write_text(json.dumps(forms), encoding="utf-8")
     files = {p.name: {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in draft.iterdir()}
     manifest = {"format": _FORMAT, "stage": stage, "step": step, "files": files}
     text = json.dumps(manifest | {"seal": _seal(manifest)}, indent=1)
-    (draft / "manifest.json").write_text(text, encoding="utf-8")
+    (draft / _MANIFEST).write_text(text, encoding="utf-8")
     for path in (*draft.iterdir(), draft):
         _sync(path)
-    draft.rename(final)
-    _sync(folder)
-    if keep:
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    return final
+
+
+# --- finding -----------------------------------------------------------------------------------
+
+
+def _named(folder: Path) -> list[Path]:
+    """Folders called like checkpoints, of the earliest step first; no links to any."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    found = [p for p in paths if _NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Finished steps, by the name of a checkpoint."""
+    return int(path.name.rpartition("-")[2])
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
-    return sorted(folder.glob(f"{_PREFIX}*"))
+    """Finished checkpoints, oldest first: those of the trainer's whose manifest is valid."""
+    found = []
+    for path in _named(folder):
+        try:
+            good = _manifest(path)["step"] == step_of(path)
+        except CheckpointError:
+            good = False
+        found += [path] if good else []
+    return found
+
+
+def newest(folder: Path) -> Path | None:
+    """The last checkpoint, even where it is damaged; None where there is none of the trainer's."""
+    return next((path for path in reversed(_named(folder)) if _claims(path)), None)
+
+
+def _claims(path: Path) -> bool:
+    """Whether a folder's manifest is the trainer's, or cannot be told any more."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, RecursionError):
+        return True
+    kind = manifest.get("format") if isinstance(manifest, dict) else None
+    return isinstance(kind, str) and kind.startswith(_FAMILY)
+
+
+def whole(folder: Path, stage: str) -> list[Path]:
+    """Checkpoints of a stage that can be loaded, newest first; reads all of them."""
+    return [path for path in reversed(checkpoints(folder)) if _saved(path, stage)]
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, every entry of the kind that it should be.
+
+    Raises:
+        CheckpointError: naming what is missing, mistyped or altered.
+    """
+    file = path / _MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        seal = manifest.pop("seal")
+        form = manifest["format"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: no manifest of a checkpoint ({error})") from error
+    if form != _FORMAT or seal != _seal(manifest):
+        raise CheckpointError(f"{file}: altered, or not of this version")
+    for name, kind in (("stage", str), ("step", int), ("files", dict)):
+        _expect(file, name, type(manifest.get(name)) is kind, kind.__name__, manifest.get(name))
+    for name, entry in manifest["files"].items():
+        plain = bool(_FILE.fullmatch(name))
+        _expect(file, "files", plain, "names of files in this folder", name)
+        good = isinstance(entry, dict) and type(entry.get("bytes")) is int
+        good = good and isinstance(entry.get("sha256"), str)
+        _expect(file, f"files.{name}", good, "bytes and sha256", entry)
+    _expect(file, "files", _STATE in manifest["files"], _STATE, sorted(manifest["files"]))
+    return manifest
+
+
+def _expect(file: Path, name: str, ok: bool, expected: str, found: object) -> None:
+    if not ok:
+        raise CheckpointError(f"{file}: {name}: expected {expected}, found {repr(found)[:80]}")
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """The manifest, after every file has been compared with it."""
+    manifest = _manifest(path)
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if file.is_symlink() or not file.is_file():
+            raise CheckpointError(f"{file}: missing, or not a file of its own")
+        try:
+            size, digest = file.stat().st_size, None
+            digest = _digest(file) if size == entry["bytes"] else None
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read ({os.strerror(error.errno)})") from error
+        if size != entry["bytes"]:
+            raise CheckpointError(f"{file}: expected {entry['bytes']} bytes, found {size}")
+        if digest != entry["sha256"]:
+            raise CheckpointError(f"{file}: altered since it was written")
+    return manifest
 
 
 def load(path: Path, stage: str) -> dict[str, Any]:
@@ -146,27 +236,22 @@ def load(path: Path, stage: str) -> dict[str, Any]:
     Raises:
         CheckpointError: naming the file that is missing, truncated, altered or another stage's.
     """
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        seal = manifest.pop("seal")
-        form = manifest["format"]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path}: no manifest of a checkpoint ({error})") from error
-    if form != _FORMAT or seal != _seal(manifest):
-        raise CheckpointError(f"{path}/manifest.json: altered, or not of this version")
+    manifest = _verified(path)
     if manifest["stage"] != stage:
         raise CheckpointError(f"{path}: a checkpoint of {manifest['stage']!r}, not of {stage!r}")
-    for name, entry in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing")
-        size = file.stat().st_size
-        if size != entry["bytes"]:
-            raise CheckpointError(f"{file}: expected {entry['bytes']} bytes, found {size}")
-        if _digest(file) != entry["sha256"]:
-            raise CheckpointError(f"{file}: altered since it was written")
-    forms = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    return {
-        name: unflatten(form, load_file(path / f"{name}.safetensors"))
-        for name, form in forms.items()
-    }
+    if _NAME.fullmatch(path.name):
+        ok = manifest["step"] == step_of(path)
+        _expect(path / _MANIFEST, "step", ok, str(step_of(path)), manifest["step"])
+    try:
+        forms = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        missing = {f"{name}.safetensors" for name in forms} - manifest["files"].keys()
+        if missing or not isinstance(forms, dict):
+            raise ValueError(f"no file for {sorted(missing)}")
+        return {
+            name: unflatten(form, load_file(path / f"{name}.safetensors"))
+            for name, form in forms.items()
+        }
+    except (
+        OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError, SafetensorError,
+    ) as error:  # fmt: skip
+        raise CheckpointError(f"{path / _STATE}: no states of a checkpoint ({error})") from error

@@ -66,6 +66,8 @@ class RunConfig:
     save_steps: int = _doc("steps between checkpoints; 0 = only when interrupted", 0)
     save_total_limit: int = _doc("checkpoints kept; 0 = all", 2)
     resume: bool = _doc("continue from the newest checkpoint of output_dir", False)
+    resume_from: str | None = _doc("continue from this checkpoint: its name or path", None)
+    resume_changed: bool = _doc("continue with settings or data that are not the same", False)
     dry_run: bool = _doc("print settings, sizes, memory and steps, then stop", False)
     report_to: list[str] = field(
         default_factory=list,
@@ -90,7 +92,7 @@ class ModelConfig:
     hidden_size: int = _doc("built model: width", 128)
     num_layers: int = _doc("built model: layers", 2)
     num_heads: int = _doc("built model: attention heads", 4)
-    dtype: str = _doc("of the weights: float32, bfloat16 or float16", "float32")
+    dtype: str = _doc("of the weights: float32 or bfloat16", "float32")
     attn_implementation: str | None = _doc("sdpa, flash_attention_2, ...; unset = best", None)
     packing: bool = _doc("no padding in training passes; always so with flash attention", False)
     gradient_checkpointing: bool = _doc("recompute activations in the backward pass", False)
@@ -99,7 +101,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _plain(self)
-        _one_of(self, "dtype", ("float32", "bfloat16", "float16"))
+        # Adam's squares and epsilon are 0 in float16: every weight is NaN after the first step.
+        expected = "float32 or bfloat16 (mixed_precision fp16 keeps float32 weights)"
+        require(self.dtype in ("float32", "bfloat16"), "dtype", expected, self.dtype)
         _at_least(self, 0, "lora_rank")
         _at_least(self, 1, "hidden_size", "num_layers", "num_heads", "lora_alpha")
         # Rotary positions turn pairs of a head's units.
@@ -144,11 +148,13 @@ class OptimConfig:
     warmup_steps: int = _doc("steps over which the rates rise", 10)
     weight_decay: float = _doc("of AdamW", 0.0)
     max_grad_norm: float = _doc("global gradient norm, of each model", 1.0)
+    skip_nonfinite: int = _doc("updates in a row that may be NaN or infinite; passed over", 0)
 
     def __post_init__(self) -> None:
         _plain(self)
         _at_least(self, 1, "total_steps", "batch_size")
         _at_least(self, 0, "micro_batch_size", "warmup_steps", "learning_rate", "weight_decay")
+        _at_least(self, 0, "skip_nonfinite")
         _above(self, 0, "max_grad_norm")
         _one_of(self, "lr_schedule", ("constant", "linear", "cosine"))
 

@@ -1,6 +1,7 @@
 """What every stage trains with: networks, AdamW and gradients that are global over processes."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -16,9 +17,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from .config import OptimConfig, UserError, require
+from .finite import ADVICE, Micro, NonFinite, check_weights, finite, listed, require_trainable
 from .models import Networks
+from .tree import check_like
 
 T = TypeVar("T")
 
@@ -58,6 +62,9 @@ class Learner:
         processes, size = accelerator.num_processes, config.batch_size
         require(size % processes == 0, "batch_size", f"a multiple of {processes} processes", size)
         self.rates = list(rates.values())
+        for name, network in networks.items():
+            require_trainable(name, network)
+            check_weights(name, network)
         module = Networks(**networks)
         groups = [
             {"params": [p for p in networks[n].parameters() if p.requires_grad], "lr": rate}
@@ -67,6 +74,10 @@ class Learner:
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
         # FSDP2's weights.
         self.sharded = any(isinstance(p, DTensor) for p in self.module.parameters())
+        # Of the gradients that wait for a step: their micro-batches and losses.
+        self._pending: list[tuple[Callable[[Networks], Any], Tensor]] = []
+        #: Updates in a row that were not finite and passed over.
+        self.skipped = 0
 
     @property
     def networks(self) -> Networks:
@@ -145,39 +156,165 @@ class Learner:
             functions: of the networks; each gives a loss and what to return of it. The last one
                 has to reach every trained weight: with it the processes exchange gradients.
         """
-        found = []
+        found, self._pending = [], []
         for i, function in enumerate(functions):
             last = i == len(functions) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.module):
                 loss, result = self.module(function)
                 # The engines take the mean over processes, of losses that add up to the whole.
                 self.accelerator.backward(loss * self.processes)
+            self._pending.append((function, loss.detach()))
             found.append(result)
         return found
 
     def step(self, step: int, *, frozen: Sequence[str] = ()) -> Tensor:
-        """One optimizer step with the rates of `step`.
+        """One optimizer step with the rates of `step`; none where a loss or norm is not finite.
 
         Args:
             step: finished steps.
             frozen: networks that stay as they are.
 
         Returns:
-            The gradient norm before clipping, of the networks in turn.
+            The gradient norm before clipping, of the networks in turn; NaN where the update was
+            passed over, which leaves weights and moments as they were.
+
+        Raises:
+            NonFinite: more than `skip_nonfinite` updates in a row were not finite, the loss scale
+                fell below 1, or weights are not finite after the step.
         """
         for name in frozen:
             getattr(self.networks, name).zero_grad(set_to_none=True)
-        parts = [g["params"] for g in self.optimizer.param_groups]
-        if self.joint_clip:
-            parts = [[p for part in parts for p in part]]
-        limit = self.config.max_grad_norm
-        norms = [self.accelerator.clip_grad_norm_(part, limit) for part in parts]
-        norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
+        norms = self._clip()
+        what = self._not_finite(norms)
+        if what:
+            self._drop_gradients()
+            self.pass_over(f"step {step}, {self._explain(what)}")
+            return torch.full_like(norms, math.nan)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * rate_factor(self.config, step)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return torch.stack(norms)
+        self.skipped = 0
+        self._check_stepped(step)
+        return norms
+
+    def pass_over(self, message: str) -> None:
+        """Counts an update that is not finite.
+
+        Raises:
+            NonFinite: it is one too many in a row.
+        """
+        if self.skipped >= self.config.skip_nonfinite:
+            raise NonFinite(message)
+        self.skipped += 1
+        if self.accelerator.is_main_process:
+            text = f"warning: passed over, {self.skipped} in a row: {message}"
+            tqdm.write(text, file=sys.stderr)
+
+    def _clip(self) -> Tensor:
+        """Clips the gradients; their norms before."""
+        parts = [g["params"] for g in self.optimizer.param_groups]
+        if self.joint_clip:
+            parts = [[p for part in parts for p in part]]
+        clip: Callable[..., Tensor] = self.accelerator.clip_grad_norm_
+        if self.accelerator.scaler is not None:
+            # accelerate's divides by the loss scale at every call, which works once.
+            self.accelerator.unscale_gradients()
+            clip = nn.utils.clip_grad_norm_
+        norms = [clip(part, self.config.max_grad_norm) for part in parts]
+        return torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms])
+
+    def _not_finite(self, norms: Tensor) -> str:
+        """What of an update is not finite in any process: "loss", "gradient norm" or nothing."""
+        losses = [loss.float() for _, loss in self._pending]
+        bad = torch.stack([~finite(losses or [norms.new_zeros(1)]), ~norms.isfinite().all()])
+        loss, norm = self.total(bad.int()).tolist()
+        if loss:
+            return "loss"
+        # Infinite gradients under a loss scale are the scaler's: it skips the step, and lowers it.
+        return "gradient norm" if norm and self.accelerator.scaler is None else ""
+
+    def _drop_gradients(self) -> None:
+        self.optimizer.zero_grad()
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            # Forgets what it found in these gradients, and stays as it is.
+            scaler.update(scaler.get_scale())
+
+    def _check_stepped(self, step: int) -> None:
+        """Requires finite weights, and a loss scale that gradients can live with."""
+        weights = [p for g in self.optimizer.param_groups for p in g["params"]]
+        if self.total((~finite(weights)).int()):
+            raise NonFinite(
+                f"step {step}: weights are not finite after the update with learning_rate "
+                f"{self.optimizer.param_groups[0]['lr']:g}; try a lower one",
+                broken=True,
+            )
+        scaler = self.accelerator.scaler
+        if scaler is not None and scaler.get_scale() < 1.0:
+            raise NonFinite(
+                f"step {step}: the loss scale of mixed_precision fp16 fell to "
+                f"{scaler.get_scale():g}, gradients are infinite at any scale; try bf16 or a lower "
+                "learning_rate"
+            )
+
+    # --- where it came from ------------------------------------------------------------------
+
+    def _explain(self, what: str) -> str:
+        """The micro-batch and the rows of losses or gradients that are not finite.
+
+        Every process has to call it.
+        """
+        functions = [function for function, _ in self._pending]
+        if what == "loss":
+            losses = torch.stack([loss.float() for _, loss in self._pending])
+            number, rows = self.first_bad(functions, losses)
+        elif self.sharded:
+            # Without an exchange between processes their gradients are not to be had.
+            number, rows = None, []
+        else:
+            number, rows = self._bad_gradients(functions)
+        micro = "" if number is None else f"micro-batch {number + 1} of {len(functions)}, "
+        told = listed(rows) or "no row alone has it"
+        return f"{micro}{what} is not finite: {told}; weights stay as they were; {ADVICE}"
+
+    def first_bad(
+        self, functions: Sequence[Callable[[Networks], Any]], losses: Tensor
+    ) -> tuple[int | None, list[str]]:
+        """Number of the first micro-batch, of any process, whose loss is not finite, and its rows.
+
+        Every process has to call it.
+        """
+        bad = self.total((~losses.isfinite()).int()).nonzero()
+        if not len(bad):
+            return None, []
+        number = int(bad[0])
+        rows = self._alone(functions[number])
+        call = self.module if self.sharded else self.networks
+        with torch.no_grad():
+            found = [str(row) for row in rows if not bool(call(row)[0].isfinite().all())]
+        return number, gather_object(found)
+
+    def _bad_gradients(
+        self, functions: Sequence[Callable[[Networks], Any]]
+    ) -> tuple[int | None, list[str]]:
+        """The same for gradients, of this process's own losses."""
+        number = next((i for i, f in enumerate(functions) if not self._finite_gradients(f)), None)
+        rows = [] if number is None else self._alone(functions[number])
+        found = gather_object(
+            [(number, str(row)) for row in rows if not self._finite_gradients(row)]
+        )
+        return min((n for n, _ in found), default=number), [name for _, name in found]
+
+    def _finite_gradients(self, function: Callable[[Networks], Any]) -> bool:
+        """Whether the gradients of a loss are finite."""
+        weights = [p for _, p in self._trained()]
+        found = torch.autograd.grad(function(self.networks)[0], weights, allow_unused=True)
+        return bool(finite([g for g in found if g is not None]))
+
+    @staticmethod
+    def _alone(function: Callable[[Networks], Any]) -> list[Micro]:
+        return function.each() if isinstance(function, Micro) else []
 
     def weights(self) -> dict[str, Tensor]:
         """All weights, whole, on the main process at least; every process has to call it."""
@@ -191,14 +328,18 @@ class Learner:
             weights, optimizer = get_state_dict(
                 self.module, self.optimizer.optimizer, options=self._sharded()
             )
-            return {"weights": weights, "optimizer": optimizer}
-        return {"weights": dict(self._trained()), "optimizer": self.optimizer.state_dict()}
+            return {"weights": weights, "optimizer": optimizer, **self._counters()}
+        return {
+            "weights": dict(self._trained()),
+            "optimizer": self.optimizer.state_dict(),
+            **self._counters(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned.
 
         Raises:
-            ValueError: naming a weight that is missing, left over or of another shape.
+            ValueError: naming a weight that is missing, left over, of another shape or not finite.
         """
         weights = state["weights"]
         if self.sharded:
@@ -209,6 +350,7 @@ class Learner:
                 optim_state_dict=state["optimizer"],
                 options=self._sharded(),
             )
+            self._load_counters(state)
             return
         trained = dict(self._trained())
         for name in trained.keys() ^ weights.keys():
@@ -219,7 +361,41 @@ class Learner:
                 shape = tuple(weights[name].shape)
                 require(shape == tuple(weight.shape), name, f"shape {tuple(weight.shape)}", shape)
                 weight.copy_(weights[name])
+        groups = "param_groups"
+        own = self.optimizer.state_dict()[groups]
+        for i, (found, like) in enumerate(zip(state["optimizer"][groups], own, strict=True)):
+            check_like(found, like, f"optimizer.{groups}.{i}")
         self.optimizer.load_state_dict(state["optimizer"])
+        self._check_moments()
+        self._load_counters(state)
+
+    def _check_moments(self) -> None:
+        """Requires AdamW's moments, of the shapes of their weights and finite."""
+        for weight, moments in self.optimizer.state.items():
+            names = {"step", "exp_avg", "exp_avg_sq"}
+            require(moments.keys() == names, "optimizer", sorted(names), sorted(moments))
+            for name in ("exp_avg", "exp_avg_sq"):
+                found = getattr(moments[name], "shape", moments[name])
+                require(found == weight.shape, f"optimizer.{name}", str(weight.shape), found)
+            steps = moments["step"]
+            require(isinstance(steps, Tensor) and steps.dim() == 0, "optimizer.step", "one", steps)
+            require(
+                bool(finite(moments.values())), "optimizer", "finite moments", "NaN or infinity"
+            )
+
+    def _load_counters(self, state: Mapping[str, Any]) -> None:
+        """What is left when weights and moments are in place, and finite."""
+        self.skipped = state["skipped"]
+        require(type(self.skipped) is int, "skipped", "a number of updates", self.skipped)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        good = bool(finite(p for _, p in self._trained()))
+        require(good, "checkpoint", "finite weights", "NaN or infinity")
+
+    def _counters(self) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        scale = {} if scaler is None else {"scaler": scaler.state_dict()}
+        return {"skipped": self.skipped, **scale}
 
     def _trained(self) -> Iterator[tuple[str, Tensor]]:
         return ((n, p) for n, p in self.networks.named_parameters() if p.requires_grad)

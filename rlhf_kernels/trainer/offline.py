@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +16,10 @@ from . import models
 from .config import DPOConfig, OptimConfig, RewardConfig, UserError
 from .data import Batch, Row, Sampler, collate
 from .encoding import encode_pair, encode_row
+from .finite import ADVICE, Micro, NonFinite, listed, row_name
 from .learner import Learner
 from .probe import check_length
+from .report import kernel
 
 
 class Pair(NamedTuple):
@@ -169,7 +171,10 @@ class OfflineTrainer:
     ) -> None:
         self.learner, self.objective, self.optim = learner, objective, optim
         self.reference = getattr(objective, "reference", None)
-        self.train, self.held_out = self._encode(train), self._encode(held_out)
+        # Items with the rows that they were made of, for messages.
+        self._rows: list[tuple[Any, Row, str]] = []
+        self.train = self._encode(train, "training")
+        self.held_out = self._encode(held_out, "held-out")
         self.dropped = len(train) + len(held_out) - len(self.train) - len(self.held_out)
         for name, given, kept in (
             ("training", train, self.train), ("held-out", held_out, self.held_out),
@@ -182,9 +187,20 @@ class OfflineTrainer:
         self.sampler = Sampler(len(self.train), optim.batch_size, seed)
         self.steps_done = 0
 
-    def _encode(self, rows: Sequence[Row]) -> list[Any]:
-        items = (self.objective.encode(row) for row in rows)
-        return [item for item in items if item is not None]
+    def _encode(self, rows: Sequence[Row], part: str) -> list[Any]:
+        items = [(self.objective.encode(row), row, part) for row in rows]
+        kept = [item for item in items if item[0] is not None]
+        self._rows += kept
+        return [item for item, _, _ in kept]
+
+    def _name(self, wanted: Any) -> str:
+        """How a message calls an item."""
+        for number, (item, row, part) in enumerate(self._rows):
+            if item is wanted:
+                return row_name(
+                    row, number if part == "training" else number - len(self.train), part
+                )
+        return "a row"
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps_done": self.steps_done, "sampler": self.sampler.state_dict()}
@@ -199,26 +215,25 @@ class OfflineTrainer:
 
     def losses(
         self, items: Sequence[Any], *, size: float | None = None, weight: float = 1.0
-    ) -> list[Callable[[models.Networks], Loss]]:
+    ) -> list[Micro]:
         """Loss functions of this process's micro-batches; they add up to `weight` * the loss.
 
         `size` is the items' own, or that of more of which they are a part.
         """
         whole = size or self.objective.size(items)
 
-        def micro(part: Sequence[Any]) -> Callable[[models.Networks], Loss]:
-            def function(networks: models.Networks) -> Loss:
-                loss, metrics = self.objective.loss(networks, part, whole)
-                return weight * loss, metrics
-
-            return function
+        def function(networks: models.Networks, part: Sequence[Any]) -> Loss:
+            loss, metrics = self.objective.loss(networks, part, whole)
+            return weight * loss, metrics
 
         own = self.learner.share(items)
-        return [micro([own[i] for i in m]) for m in self.learner.micro(torch.arange(len(own)))]
+        parts = self.learner.micro(torch.arange(len(own)))
+        return [Micro(function, [own[i] for i in part], self._name) for part in parts]
 
     def step(self) -> dict[str, float]:
         """One optimizer step; returns its metrics."""
         started = time.perf_counter()
+        kernel.seconds()
         items = self.next_items()
         found = self._sum(self.learner.accumulate(self.losses(items)))
         norms = self.learner.step(self.steps_done)
@@ -227,8 +242,11 @@ class OfflineTrainer:
             **found,
             "grad_norm": norms[0].item(),
             "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
+            "time/kernels": kernel.seconds(),
             "time/step": time.perf_counter() - started,
         }
+        if self.optim.skip_nonfinite:
+            row["skipped"] = float(self.learner.skipped > 0)
         self.steps_done += 1
         return row
 
@@ -243,7 +261,12 @@ class OfflineTrainer:
         size = self.objective.size(items)
         parts = [items[start : start + step] for start in range(0, len(items), step)]
         functions = [f for part in parts for f in self.losses(part, size=size)]
-        found = self._sum([self.learner.forward(f)[1] for f in functions])
+        losses, metrics = zip(*map(self.learner.forward, functions), strict=True)
+        number, bad = self.learner.first_bad(functions, torch.stack(losses))
+        if number is not None:
+            told = listed(bad) or "no row alone has it"
+            raise NonFinite(f"evaluation: loss is not finite: {told}; {ADVICE}")
+        found = self._sum(metrics)
         found["rows"] = float(len(items))
         if "accuracy" in found:
             low, high = wilson_interval(found["accuracy"], size)

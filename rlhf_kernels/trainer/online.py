@@ -16,6 +16,7 @@ from .algorithms import ALGORITHMS, Outcome, loss_config
 from .checks import check_online
 from .config import OnlineConfig, OptimConfig, PPOConfig
 from .data import Batch, Row, Sampler
+from .finite import Micro, NonFinite, check_rows, excerpt, row_name
 from .learner import Learner
 from .offline import OfflineTrainer
 from .report import kernel
@@ -24,6 +25,15 @@ from .rollout import Collector, Samples, merge
 
 # What JSON has.
 _PLAIN = (str, int, float, bool, type(None))
+# How a message calls what the updates read.
+_SPOKEN = {
+    "old": "the policy's log-probability",
+    "advantages": "the advantage",
+    "reference": "the reference's log-probability",
+    "rollout": "the sampler's log-probability",
+    "values": "the critic's value",
+    "returns": "the return",
+}
 
 
 class OnlineTrainer:
@@ -138,6 +148,11 @@ class OnlineTrainer:
         ]
         scores = means(torch.cat([part.table for part in parts]))
         texts = [text for part in parts for text in self.sample.texts(part.batch)]
+        good = torch.cat([part.logprobs.isfinite().all(1) for part in parts])
+        what = "the policy's log-probability"
+        told = check_rows(good, lambda i: row_name(rows[i], i, "held-out"), what, "evaluation")
+        if told:
+            raise NonFinite(told)
         # Of the main process, whose rows are the first of a batch.
         shown = min(self.config.num_samples, -(-min(size, len(rows)) // self.learner.processes))
         logged = {
@@ -189,13 +204,58 @@ class OnlineTrainer:
         """One rollout, its advantages and its updates; returns the step's metrics."""
         config, clock = self.config, [time.perf_counter()]
         kernel.seconds()
-        rows, samples = self.rollout()
+        rows, samples = self._rollout = self.rollout()
         greedy = self._greedy(rows) if self.algorithm.greedy else None
+        found = {"reward": samples.scores, "greedy reward": greedy}
+        found["the sampler's log-probability"] = samples.logprobs
+        if message := self._not_finite(found):
+            return self._pass_over(message, clock)
         scores = self._shaped(samples)
         clock.append(time.perf_counter())
 
-        batch, old, reference, values = samples.batch, None, None, None
         parts = torch.arange(len(scores)).split(self.mini_batch_size)
+        tensors, sampled = self._estimate(samples, scores, greedy, parts)
+        reference = tensors["reference"]
+        if message := self._not_finite({_SPOKEN.get(k, k): t for k, t in tensors.items()}):
+            return self._pass_over(message, clock)
+        clock.append(time.perf_counter())
+
+        if self.algorithm.kl == "loss":
+            self.loss = dataclasses.replace(self.loss, kl_coef=self.kl.value)
+        frozen = ("policy",) if self.steps_done < getattr(config, "critic_warmup_steps", 0) else ()
+        table: list[dict[str, Tensor]] = []
+        passed_over: list[dict[str, Tensor]] = []
+        norms: list[Tensor] = []
+        for epoch in range(config.epochs):
+            if epoch:
+                order = torch.randperm(len(scores), generator=self.shuffler)
+                parts = order.split(self.mini_batch_size)
+            last_epoch = len(table)
+            for part in parts:
+                metrics = self._update(samples.batch, part, tensors)
+                norms.append(self.learner.step(self.steps_done, frozen=frozen))
+                (passed_over if self.learner.skipped else table).extend(metrics)
+        clock.append(time.perf_counter())
+
+        folded = self._fold(table or passed_over, len(norms))
+        row = self._metrics(samples, folded, norms, clock)
+        if not config.reward_normalize:
+            self.moments.update(samples.scores)
+        if reference is not None:
+            difference = torch.where(samples.batch.completion_mask, sampled - reference, 0.0)
+            row |= {"kl": difference.sum(1).mean().item(), "kl_coef": self.kl.value}
+            self.kl.update(row["kl"], len(scores))
+        if config.penalty_target and table[last_epoch:]:
+            self._adapt_penalty(self._fold(table[last_epoch:], 1)["policy/k3_old"])
+        self.steps_done += 1
+        return row
+
+    def _estimate(
+        self, samples: Samples, scores: Tensor, greedy: Tensor | None, parts: Sequence[Tensor]
+    ) -> tuple[dict[str, Tensor | None], Tensor]:
+        """What the updates read of a rollout, by name, and the sampled log-probabilities."""
+        config, batch = self.config, samples.batch
+        old, reference, values = None, None, None
         if self.reference is not None:
             ask = self.reference
             reference = self._evaluate(batch, parts, lambda n, b: self._logprobs(ask(n, b), b))
@@ -220,35 +280,42 @@ class OnlineTrainer:
                 running_mean=0.0 if config.reward_normalize else self.moments.mean,
             )
         )
-        clock.append(time.perf_counter())
-
-        if self.algorithm.kl == "loss":
-            self.loss = dataclasses.replace(self.loss, kl_coef=self.kl.value)
         tensors = {"old": old, "advantages": advantages, "reference": reference}
         tensors |= {"rollout": samples.logprobs, "values": values, "returns": returns}
-        frozen = ("policy",) if self.steps_done < getattr(config, "critic_warmup_steps", 0) else ()
-        table: list[dict[str, Tensor]] = []
-        norms: list[Tensor] = []
-        for epoch in range(config.epochs):
-            if epoch:
-                order = torch.randperm(len(scores), generator=self.shuffler)
-                parts = order.split(self.mini_batch_size)
-            last_epoch = len(table)
-            for part in parts:
-                table += self._update(batch, part, tensors)
-                norms.append(self.learner.step(self.steps_done, frozen=frozen))
-        clock.append(time.perf_counter())
+        return tensors, sampled
 
-        folded = self._fold(table, len(norms))
-        row = self._metrics(samples, folded, norms, clock)
-        if not config.reward_normalize:
-            self.moments.update(samples.scores)
-        if reference is not None:
-            difference = torch.where(batch.completion_mask, sampled - reference, 0.0)
-            row |= {"kl": difference.sum(1).mean().item(), "kl_coef": self.kl.value}
-            self.kl.update(row["kl"], len(scores))
-        if config.penalty_target:
-            self._adapt_penalty(self._fold(table[last_epoch:], 1)["policy/k3_old"])
+    # --- what is not finite ------------------------------------------------------------------
+
+    def _not_finite(self, tensors: dict[str, Tensor | None]) -> str:
+        """A sentence about the first of some tensors, `[B]` or `[B, T]`, that is not finite.
+
+        Empty where all are. The tensors are the same on every process, and so is what it says.
+        """
+        kept = self._rollout[1].batch.completion_mask
+        good = {
+            name: x.isfinite() if x.dim() == 1 else (x.isfinite() | ~kept).all(1)
+            for name, x in tensors.items()
+            if x is not None
+        }
+        if bool(torch.stack(list(good.values())).all()):
+            return ""
+        where = f"step {self.steps_done}, rollout"
+        found = (check_rows(rows, self._row_name, what, where) for what, rows in good.items())
+        return next(message for message in found if message)
+
+    def _row_name(self, number: int) -> str:
+        """How a message calls a completion of the rollout."""
+        rows, samples = self._rollout
+        row = rows[number // self.config.num_generations]
+        (text,) = self.sample.texts(samples.batch.rows(slice(number, number + 1)))
+        where = f" of {row.origin}" if row.origin else ""
+        return f"completion {number}{where} ({excerpt(row.prompt)} -> {excerpt(text)})"
+
+    def _pass_over(self, message: str, clock: Sequence[float]) -> dict[str, float]:
+        """The row of a rollout that cannot be learnt from."""
+        self.learner.pass_over(message)
+        seconds = time.perf_counter() - clock[0]
+        row = {"step": self.steps_done, "skipped": 1.0, "time/step": seconds}
         self.steps_done += 1
         return row
 
@@ -263,7 +330,9 @@ class OnlineTrainer:
         groups = samples.scores.view(-1, self.config.num_generations)
         names = [f"reward/{name}" for name in self.sample.rewards.names]
         logged = self.learner.means(self.sample.rewards.metrics)
-        mean_norms = torch.stack(list(norms)).mean(0).tolist()
+        mean_norms = torch.stack(list(norms)).nanmean(0).tolist()
+        passed_over = sum(bool(norm.isnan().any()) for norm in norms)
+        skipped = {"skipped": float(passed_over)} if self.optim.skip_nonfinite else {}
         return {
             "step": self.steps_done,
             "reward": samples.scores.mean().item(),
@@ -276,6 +345,7 @@ class OnlineTrainer:
             "length_clipped": (~samples.finished).float().mean().item(),
             "tokens": lengths.sum().item(),
             **folded,
+            **skipped,
             **dict(zip(("policy/grad_norm", "value/grad_norm"), mean_norms, strict=False)),
             "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
             "time/generate": clock[1] - clock[0],
@@ -305,41 +375,41 @@ class OnlineTrainer:
         normalizer = self._normalizer(batch.completion_mask[part])
         tokens = max(1.0, float(batch.completion_mask[part].sum()))
 
-        def micro(index: Tensor) -> Callable[[models.Networks], tuple[Tensor, dict[str, Tensor]]]:
-            def function(networks: models.Networks) -> tuple[Tensor, dict[str, Tensor]]:
-                rows = batch.rows(index)
-                own = {name: None if t is None else t[index] for name, t in tensors.items()}
-                head = models.lm_head(networks.policy, rows)
-                old = self._logprobs(head, rows) if own["old"] is None else own["old"]
-                loss, metrics = head.policy_loss(
-                    rows.labels,
-                    old,
-                    own["advantages"],
+        def function(networks: models.Networks, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            rows = batch.rows(index)
+            own = {name: None if t is None else t[index] for name, t in tensors.items()}
+            head = models.lm_head(networks.policy, rows)
+            old = self._logprobs(head, rows) if own["old"] is None else own["old"]
+            loss, metrics = head.policy_loss(
+                rows.labels,
+                old,
+                own["advantages"],
+                rows.completion_mask,
+                temperature=self.config.temperature,
+                ref_logprobs=own["reference"],
+                rollout_logprobs=own["rollout"],
+                normalizer=normalizer,
+                config=self.loss,
+            )
+            named = _named("policy", metrics)
+            if isinstance(self.config, PPOConfig):
+                value, metrics = kernel(
+                    rk.value_loss,
+                    models.values(networks.critic, rows),
+                    own["values"],
+                    own["returns"],
                     rows.completion_mask,
-                    temperature=self.config.temperature,
-                    ref_logprobs=own["reference"],
-                    rollout_logprobs=own["rollout"],
-                    normalizer=normalizer,
-                    config=self.loss,
+                    clip_range=self.config.value_clip or None,
+                    normalizer=tokens,
                 )
-                named = _named("policy", metrics)
-                if isinstance(self.config, PPOConfig):
-                    value, metrics = kernel(
-                        rk.value_loss,
-                        models.values(networks.critic, rows),
-                        own["values"],
-                        own["returns"],
-                        rows.completion_mask,
-                        clip_range=self.config.value_clip or None,
-                        normalizer=tokens,
-                    )
-                    loss = loss + self.config.value_coef * value
-                    named |= _named("value", metrics)
-                return loss, named
+                loss = loss + self.config.value_coef * value
+                named |= _named("value", metrics)
+            return loss, named
 
-            return function
-
-        functions = [micro(m) for m in self.learner.micro(self.learner.share(part))]
+        functions = [
+            Micro(function, index, lambda index: self._row_name(int(index[0])))
+            for index in self.learner.micro(self.learner.share(part))
+        ]
         if self.ptx is None:
             return self.learner.accumulate(functions)
         # Before them: the last one has to reach the critic too.

@@ -1,6 +1,9 @@
 """What a run leaves behind and tells: metrics log, curves, tables, time of our kernels."""
 
+import io
 import json
+import math
+import os
 import resource
 import sys
 import time
@@ -14,6 +17,8 @@ import torch
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+
+from .folder import write_whole, writing
 
 
 class Stopwatch:
@@ -45,7 +50,7 @@ class Stopwatch:
         return sum(end - start for start, end in spans)
 
 
-#: Every call of a kernel in the online step goes through it.
+#: Every call of a kernel in a step goes through it.
 kernel = Stopwatch()
 
 
@@ -58,23 +63,50 @@ def peak_memory_gib() -> float:
 
 
 class MetricsLog:
-    """One JSON object per line, flushed at each step so that a killed run keeps its log.
+    """One JSON object per line, written at each step so that a killed run keeps its log.
 
-    A run that continues from `steps_done` keeps the rows before and drops what came later.
+    A run that continues from `steps_done` keeps the rows before, drops what came later and what a
+    kill cut off. The file is replaced in one go: a kill meanwhile leaves the old one.
     """
 
     def __init__(self, path: Path, *, steps_done: int = 0) -> None:
-        self.rows: list[dict[str, float]] = []
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.file = path.open("w", encoding="utf-8")
-        # A kill may have cut off the line after those.
-        for line in lines[:steps_done]:
-            self.write(json.loads(line))
+        self.path, self.rows = path, _kept(path, steps_done)
+        with writing(path):
+            write_whole(path, "".join(map(_line, self.rows)).encode())
+            # Unbuffered: what could not be written must not be tried again at the end.
+            self.file = path.open("ab", buffering=0)
 
     def write(self, row: dict[str, float]) -> None:
         self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        left = _line(row).encode()
+        with writing(self.path):
+            while left:
+                left = left[self.file.write(left) :]
+
+    def sync(self) -> None:
+        """Waits until the rows are on the disk."""
+        with writing(self.path):
+            os.fsync(self.file.fileno())
+
+
+def _line(row: dict[str, float]) -> str:
+    """A row as JSON, which has no NaN and no infinity: null."""
+    return json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n"
+
+
+def _kept(path: Path, steps_done: int) -> list[dict[str, float]]:
+    """The rows of the steps before `steps_done`; lines that are none are dropped."""
+    found = []
+    with writing(path):
+        content = path.read_bytes() if steps_done and path.exists() else b""
+    for line in content.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] < steps_done:
+            found.append({k: math.nan if v is None else v for k, v in row.items()})
+    return found
 
 
 _CURVES = {
@@ -90,15 +122,17 @@ _CURVES = {
 
 def plot_curves(rows: Sequence[dict[str, float]], path: Path) -> None:
     """What the run logged of reward, KL, entropy, length, loss, accuracy and margin, as a PNG."""
-    shown = {key: title for key, title in _CURVES.items() if rows and key in rows[0]}
+    shown = {key: title for key, title in _CURVES.items() if any(key in row for row in rows)}
     size = (4 * len(shown), 3.4)
     figure, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
     for axis, (key, title) in zip(axes[0], shown.items(), strict=True):
-        axis.plot([row["step"] for row in rows], [row[key] for row in rows])
+        axis.plot([row["step"] for row in rows], [row.get(key, math.nan) for row in rows])
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
     plt.close(figure)
+    write_whole(path, picture.getvalue())
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

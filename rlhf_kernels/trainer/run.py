@@ -1,11 +1,10 @@
 """The subcommands: from settings to a trained, evaluated and reported model."""
 
-import contextlib
 import dataclasses
 import json
-import signal
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 import rlhf_kernels as rk
 
-from . import answers, checkpoint, checks, models, report
+from . import answers, checkpoint, checks, folder, models, resume
 from .algorithms import ALGORITHMS
 from .config import (
     DataConfig,
@@ -33,7 +32,9 @@ from .config import (
 from .data import Task, load_task, read_rows
 from .errors import blamed_on
 from .generation import Engine, TransformersEngine
+from .interrupts import Interrupted, Interrupts, interrupts
 from .learner import Learner
+from .loop import Loop
 from .offline import DPO, SFT, OfflineTrainer, RewardModelling
 from .online import OnlineTrainer
 from .reward_functions import is_function, load_reward
@@ -47,7 +48,6 @@ _OFFLINE: dict[str, tuple[tuple[type, ...], str, dict[str, Any]]] = {
     "reward": ((RewardConfig,), "preference", {"learning_rate": 1e-4}),
     "dpo": ((DPOConfig,), "preference", {"learning_rate": 1e-6}),
 }
-_SHOWN = ("loss", "accuracy", "margin", "reward", "kl", "entropy")
 
 
 def _settings_of(name: str) -> tuple[tuple[type, ...], str, dict[str, Any]]:
@@ -80,10 +80,10 @@ class Stage:
         # Whatever needs neither data nor models, before anything is read or written.
         checks.check_settings(name, self.run, self.model, self.optim, self.own)
         checks.check_output(self.out)
-        self.newest = (checkpoint.checkpoints(self.out) or [None])[-1]
-        anew = self.newest is None or self.run.resume or self.run.dry_run
+        newest = checkpoint.newest(self.out)
+        continued = self.run.resume or self.run.resume_from or self.run.dry_run
         expected = "a folder without checkpoints (--resume continues them)"
-        require(anew, "output_dir", expected, str(self.newest))
+        require(newest is None or bool(continued), "output_dir", expected, str(newest))
         checks.check_models(self.model, self.own)
         for path in self.settings.get("reward_funcs", ()):
             if is_function(path):
@@ -139,147 +139,6 @@ class Stage:
             f"kernels: {', '.join(map(str, rk.available_backends()))}"
         )
 
-    def fit(
-        self, trainer: OfflineTrainer | OnlineTrainer, extra: dict[str, Any]
-    ) -> list[dict[str, float]]:
-        """Steps until the last or an interrupt, which saves; returns the metrics of all steps."""
-        main, total = self.accelerator.is_main_process, self.optim.total_steps
-        log = None
-        if main:
-            log = report.MetricsLog(self.out / "metrics.jsonl", steps_done=trainer.steps_done)
-        if self.run.report_to:
-            # Trackers take plain values only.
-            plain = {k: str(v) for k, v in self.settings.items()}
-            self.accelerator.init_trackers("rlhf_kernels", config=plain)
-        bar = tqdm(total=total, initial=trainer.steps_done, desc=self.name, disable=not main)
-        with _interrupts() as interrupts, bar:
-            while trainer.steps_done < total:
-                row = trainer.step()
-                row["peak_memory_gib"] = report.peak_memory_gib()
-                if log is not None:
-                    log.write(row)
-                self.accelerator.log(row, step=int(row["step"]))
-                values = ", ".join(f"{k} {row[k]:.3f}" for k in _SHOWN if k in row)
-                bar.set_postfix_str(values, refresh=False)
-                bar.update()
-                # Of any process.
-                seen = torch.tensor(len(interrupts), device=self.accelerator.device)
-                stop = bool(trainer.learner.total(seen))
-                due = self.run.save_steps and trainer.steps_done % self.run.save_steps == 0
-                if stop or due:
-                    self.save(trainer, extra)
-                if stop:
-                    self.say(f"interrupted; --resume continues from step {trainer.steps_done}")
-                    raise SystemExit(130)
-        return log.rows if log is not None else []
-
-    def save(self, trainer: OfflineTrainer | OnlineTrainer, extra: dict[str, Any]) -> None:
-        """Writes a checkpoint; every process has to call it."""
-        states = {
-            "learner": trainer.learner.state_dict(),
-            "trainer": trainer.state_dict(),
-            "generators": checkpoint.generator_states(),
-            **extra,
-        }
-        if self.accelerator.is_main_process:
-            keep = self.run.save_total_limit
-            checkpoint.save(self.out, trainer.steps_done, self.name, states, keep=keep)
-        self.accelerator.wait_for_everyone()
-
-    def restore(self) -> dict[str, Any] | None:
-        """The newest checkpoint's states where `resume` asks for them."""
-        if not self.run.resume or self.run.dry_run:
-            return None
-        if self.newest is None:
-            self.say(f"no checkpoint in {self.out}: starting at step 0")
-            return None
-        return checkpoint.load(self.newest, self.name)
-
-    def continue_from(
-        self, states: dict[str, Any], trainer: OfflineTrainer | OnlineTrainer
-    ) -> None:
-        """Puts a checkpoint's states in place, the generators' last."""
-        try:
-            trainer.learner.load_state_dict(states["learner"])
-            trainer.load_state_dict(states["trainer"])
-            if "reference" in states:
-                trainer.reference.model.load_state_dict(states["reference"])
-        except (AttributeError, KeyError, RuntimeError, ValueError) as error:
-            message = f"{self.newest}: of other settings than these: {error}"
-            raise checkpoint.CheckpointError(message) from error
-        checkpoint.set_generator_states(states["generators"])
-
-    def finish(
-        self,
-        learner: Learner,
-        rows: Sequence[dict[str, float]],
-        before: dict[str, Any],
-        after: dict[str, Any],
-    ) -> dict[str, Any]:
-        """Says what came of it; saves models, curves and the summary, which it returns."""
-        shown = zip(self.task.held_out, before["texts"], after["texts"], strict=False)
-        samples = [
-            {"prompt": row.prompt, "answer": row.completion, "before": b, "after": a}
-            for row, b, a in list(shown)[: self.settings.get("num_samples")]
-        ]
-        for column, values in after.get("logged", {}).items():
-            for i, sample in enumerate(samples):
-                sample[column] = values[i] if i < len(values) else None
-        if samples:
-            self.say("\n" + report.table(list(samples[0]), [list(s.values()) for s in samples]))
-        keys = [key for key in (rows[0] if rows else ()) if key.startswith("time/")]
-        seconds = {k.removeprefix("time/"): sum(r[k] for r in rows) / len(rows) for k in keys}
-        if "kernels" in seconds:
-            step = seconds["step"]
-            self.say(
-                f"\na step took {step:.2f} s: {seconds['generate'] / step:.0%} generation and "
-                f"rewards, {seconds['kernels'] / step:.0%} our kernels, the rest forward, backward "
-                "and optimizer"
-            )
-        old, new = before["scores"], after["scores"]
-        cells = [(key, f"{old[key]:.4f}", f"{new[key]:.4f}") for key in new]
-        self.say("\n" + report.table(("held-out rows", "before", "after"), cells))
-        summary = {
-            "stage": self.name,
-            "task": self.task.name,
-            "held_out_before": old,
-            "held_out_after": new,
-            "samples": samples,
-            "seconds_per_step": seconds,
-            "total_seconds": time.perf_counter() - self.started,
-            "config": self.settings,
-        }
-        weights = learner.weights() if self.run.save_model else {}
-        if self.accelerator.is_main_process:
-            report.plot_curves(rows, self.out / "curves.png")
-            for name, network in learner.networks.named_children() if self.run.save_model else ():
-                own = {k: v for k, v in weights.items() if k.startswith(f"{name}.")}
-                own = {k.removeprefix(f"{name}."): v for k, v in own.items()}
-                network.save_pretrained(self.out / name, state_dict=own)
-                self.task.tokenizer.save_pretrained(self.out / name)
-            text = json.dumps(summary, indent=2) + "\n"
-            (self.out / "summary.json").write_text(text, encoding="utf-8")
-        seconds = summary["total_seconds"]
-        self.say(f"\n{seconds:.0f} s in all; curves, samples and metrics in {self.out}/")
-        return summary
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM as a wish to stop after the step; a second one stops at once."""
-    seen: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        seen.append(number)
-        signal.signal(number, before[number])
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
 
 def train(name: str, argv: Sequence[str]) -> dict[str, Any] | None:
     """`rlhf-kernels train NAME`: trains, evaluates before and after, and reports.
@@ -287,28 +146,40 @@ def train(name: str, argv: Sequence[str]) -> dict[str, Any] | None:
     Returns:
         The summary that `summary.json` in the output folder holds; None after a dry run.
     """
-    stage = Stage(name, argv)
+    with interrupts() as signals:
+        try:
+            stage = Stage(name, argv)
+            if stage.run.dry_run:
+                return _dry_run(stage)
+            with folder.opened(stage.out, stage.accelerator):
+                return _train(stage, signals)
+        except Interrupted as stop:
+            if not stop.told:
+                print("interrupted; no step was done that --resume has not", flush=True)
+            raise
+
+
+def _dry_run(stage: Stage) -> None:
     stage.out.mkdir(parents=True, exist_ok=True)
-    states = stage.restore()
-    trainer = make_trainer(stage, fresh=states is None and not stage.run.dry_run)
+    stage.announce(make_trainer(stage, fresh=False))
+    stage.say(json.dumps(stage.settings, indent=2))
+
+
+def _train(stage: Stage, signals: Interrupts) -> dict[str, Any]:
+    run = stage.run
+    found = None
+    if run.resume or run.resume_from:
+        found = resume.find(stage.out, stage.name, run.resume_from)
+        if found is None:
+            stage.say(f"no checkpoint in {stage.out}: starting at step 0")
+    trainer = make_trainer(stage, fresh=found is None)
     stage.announce(trainer)
-    if stage.run.dry_run:
-        stage.say(json.dumps(stage.settings, indent=2))
-        return None
-    if states is not None:
-        stage.continue_from(states, trainer)
-        extra = {key: states[key] for key in ("before", "reference") if key in states}
+    loop = Loop(stage, trainer, signals)
+    if found is None:
+        loop.begin()
     else:
-        extra = {"before": trainer.evaluate()}
-        reference = trainer.reference
-        if stage.settings.get("sft_steps") and reference is not None and reference.model:
-            # What the supervised phase made is nowhere else.
-            extra["reference"] = dict(reference.model.state_dict())
-    rows = stage.fit(trainer, extra)
-    summary = stage.finish(trainer.learner, rows, extra["before"], trainer.evaluate())
-    for tracker in stage.accelerator.trackers:
-        tracker.finish()
-    return summary
+        loop.continue_from(*found)
+    return loop.run()
 
 
 def close() -> None:
@@ -410,6 +281,9 @@ def _warm_start(stage: Stage, config: OnlineConfig, policy: torch.nn.Module) -> 
     running = None
     for _ in (bar := tqdm(range(config.sft_steps), desc="supervised")):
         loss = trainer.step()["loss"]
+        if math.isnan(loss):
+            # Passed over.
+            continue
         running = loss if running is None else 0.9 * running + 0.1 * loss
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         if running < config.sft_stop_loss:

@@ -1,0 +1,113 @@
+"""Numbers that are not: finding them, and the rows that they came from."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import UserError, require
+from .data import Row, Text
+
+ADVICE = (
+    "try a lower learning_rate, look at these rows, train float32 weights without mixed_precision, "
+    "or let some such steps pass with skip_nonfinite"
+)
+_SHOWN_ROWS = 4
+
+
+class NonFinite(UserError):
+    """A loss, gradient, weight or rollout that holds NaN or infinity.
+
+    `broken` tells that trained weights hold it too: there is nothing to save.
+    """
+
+    def __init__(self, message: str, *, broken: bool = False) -> None:
+        super().__init__(message)
+        self.broken = broken
+
+
+class Micro:
+    """The loss of a micro-batch as a function of the networks; of any of its rows alone, too.
+
+    Args:
+        loss: of the networks and some rows, gives a loss and what comes with it.
+        rows: of the micro-batch; anything that a slice selects from.
+        name: how a message calls a row.
+    """
+
+    def __init__(
+        self, loss: Callable[[Any, Any], Any], rows: Any, name: Callable[[Any], str]
+    ) -> None:
+        self.loss, self.rows, self.name = loss, rows, name
+
+    def __call__(self, networks: Any) -> Any:
+        return self.loss(networks, self.rows)
+
+    def each(self) -> list["Micro"]:
+        """One for each row."""
+        return [Micro(self.loss, self.rows[i : i + 1], self.name) for i in range(len(self.rows))]
+
+    def __str__(self) -> str:
+        return self.name(self.rows[0])
+
+
+def finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether all elements of all tensors are finite, a bool tensor; reads each once."""
+    floats = [t.detach() for t in tensors if t.is_floating_point() and t.dtype.itemsize > 1]
+    norm = nn.utils.get_total_norm(floats, norm_type=math.inf)
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).isfinite()
+
+
+def check_weights(name: str, network: nn.Module) -> None:
+    """Requires that a network's weights are finite.
+
+    Raises:
+        UserError: naming the first weight that is not.
+    """
+    if bool(finite(network.parameters())):
+        return
+    bad = next(n for n, p in network.named_parameters() if not bool(finite([p])))
+    raise UserError(
+        f"{name}: expected finite weights, found NaN or infinity in {bad}; use a model of an "
+        "earlier step"
+    )
+
+
+def check_rows(rows: Tensor, names: Callable[[int], str], what: str, where: str) -> str:
+    """A sentence about the rows of a bool tensor `[B]` that are False; empty where none is."""
+    bad = (~rows).nonzero()[:, 0].tolist()
+    if not bad:
+        return ""
+    return f"{where}: {what} is not finite in {listed([names(i) for i in bad])}; {ADVICE}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few of some names."""
+    shown, more = names[:_SHOWN_ROWS], len(names) - _SHOWN_ROWS
+    return "; ".join(shown) + (f" and {more} others" if more > 0 else "")
+
+
+def excerpt(*texts: Text | None, limit: int = 60) -> str:
+    """Texts or conversations, cut to a length that fits into a line."""
+    parts = [
+        text if isinstance(text, str) else " ".join(str(m.get("content", "")) for m in text)
+        for text in texts
+        if text
+    ]
+    whole = " | ".join(parts)
+    return repr(whole if len(whole) <= limit else whole[: limit - 1] + "…")
+
+
+def row_name(row: Row, number: int, part: str) -> str:
+    """File and line of a row, or its number in `part`, with an excerpt."""
+    where = row.origin or f"{part} row {number}"
+    return f"{where} ({excerpt(row.prompt, row.completion, row.chosen, row.rejected)})"
+
+
+def require_trainable(name: str, network: nn.Module) -> None:
+    """Refuses trained float16 weights: Adam's squares and epsilon are 0 in their range."""
+    kinds = {p.dtype for p in network.parameters() if p.requires_grad}
+    expected = "float32 or bfloat16 for a trained model; mixed_precision fp16 keeps float32 weights"
+    require(torch.float16 not in kinds, "dtype", expected, f"float16 in {name}")

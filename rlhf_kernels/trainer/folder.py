@@ -1,0 +1,181 @@
+"""The output folder: one run's at a time, and files that are whole or not there."""
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from .config import UserError
+
+T = TypeVar("T")
+_LOCK = ".lock"
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_files(folder: Path) -> None:
+    """The same for a folder with everything in it."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replaces a file in one go: a kill at any moment leaves the old or the new one."""
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
+
+
+def set_aside(path: Path) -> None:
+    """Gives what is in the way another name; nothing is deleted."""
+    if not os.path.lexists(path):
+        return
+    names = (path.with_name(f"{path.name}.aside-{i}") for i in itertools.count(1))
+    other = next(name for name in names if not os.path.lexists(name))
+    path.rename(other)
+    tqdm.write(f"{path} is not this run's: it is now {other.name}", file=sys.stderr)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Writes a folder under another name and renames it into place; an older one goes then.
+
+    An older folder with files that the new one lacks is kept under another name.
+    """
+    draft = folder.with_name(f".{folder.name}.draft")
+    old = folder.with_name(f".{folder.name}.old")
+    for stale in (draft, old):
+        shutil.rmtree(stale, ignore_errors=True)
+    try:
+        write(draft)
+        sync_files(draft)
+        if folder.is_dir() and not folder.is_symlink() and _names(folder) <= _names(draft):
+            folder.rename(old)
+        set_aside(folder)
+        draft.rename(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@contextlib.contextmanager
+def writing(what: Path | str) -> Iterator[None]:
+    """Errors of the disk as a UserError that names what was written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{what}: cannot be written ({_reason(error)}); what was saved before is whole: "
+            "see to the disk, then --resume continues from the last checkpoint"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    number = getattr(error, "errno", None)
+    return os.strerror(number) if number else str(error)
+
+
+def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T | None:
+    """What `function` returns in the main process; None in the others, which wait for it.
+
+    Raises:
+        UserError: in every process, what the main one raised.
+    """
+    result, raised = None, None
+    if accelerator.is_main_process:
+        try:
+            result = function()
+        except UserError as error:
+            raised = error
+    told = [None if raised is None else str(raised)]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(told)
+    if told[0] is not None:
+        raise raised or UserError(told[0])
+    return result
+
+
+@contextlib.contextmanager
+def opened(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """The output folder, made if need be, for this run alone.
+
+    Raises:
+        UserError: it cannot be written, another run writes there, or the processes of a launcher
+            do not know of each other.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise UserError(
+            f"device: the launcher started {started} processes, but on {accelerator.device} each "
+            "would train alone; add --device cpu, or launch as many as there are GPUs"
+        )
+    descriptor = on_main(accelerator, lambda: _lock(folder))
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _lock(folder: Path) -> int:
+    """A descriptor that locks the folder until it is closed or the process ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"room")
+            probe.flush()
+        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        found = _reason(error)
+        raise UserError(
+            f"output_dir: expected a folder that can be written, found {str(folder)!r} ({found})"
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise UserError(
+                f"output_dir: another run ({holder or 'unknown'}) writes into {str(folder)!r}; "
+                "wait for it, or take another folder"
+            ) from error
+        text = f"{folder} cannot be locked ({_reason(error)}): let no other run write there"
+        tqdm.write(text, file=sys.stderr)
+        return descriptor
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return descriptor

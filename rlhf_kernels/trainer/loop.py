@@ -1,0 +1,240 @@
+"""The loop of a run: steps, checkpoints, what stops it, and what it leaves."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from . import checkpoint, folder, report, resume
+from .config import require
+from .finite import NonFinite
+from .interrupts import Interrupted, Interrupts
+from .offline import OfflineTrainer
+from .online import OnlineTrainer
+
+if TYPE_CHECKING:
+    from .run import Stage
+
+_SHOWN = ("loss", "accuracy", "margin", "reward", "kl", "entropy")
+
+
+class Loop:
+    """A stage's trainer at work.
+
+    Args:
+        stage: settings, data, engine and output folder.
+        trainer: what makes the steps.
+        signals: Ctrl-C and SIGTERM.
+    """
+
+    def __init__(
+        self, stage: "Stage", trainer: OfflineTrainer | OnlineTrainer, signals: Interrupts
+    ) -> None:
+        self.stage, self.trainer, self.signals = stage, trainer, signals
+        self.run_config, self.out, self.accelerator = stage.run, stage.out, stage.accelerator
+        #: What every checkpoint holds: the evaluation before, a reference that is nowhere else.
+        self.extra: dict[str, Any] = {}
+        self.same = {
+            "settings": stage.settings | {"processes": self.accelerator.num_processes},
+            "data": resume.identities(stage.task, trainer),
+        }
+
+    def begin(self) -> None:
+        """A run from its first step."""
+        self.extra = {"before": self.trainer.evaluate()}
+        reference = self.trainer.reference
+        if self.stage.settings.get("sft_steps") and reference is not None and reference.model:
+            # What the supervised phase made is nowhere else.
+            self.extra["reference"] = dict(reference.model.state_dict())
+
+    def continue_from(self, path: Path, states: dict[str, Any]) -> None:
+        """Goes on from a checkpoint, whose settings and data have to be this run's."""
+        changed = self.run_config.resume_changed
+        new_data = resume.check_same(
+            path, states["run"], self.same, changed=changed, say=self.stage.say
+        )
+        resume.put(path, states, self.trainer, new_data=new_data)
+        done, total = self.trainer.steps_done, self.stage.optim.total_steps
+        require(total >= done, "total_steps", f"at least the {done} steps of {path}", total)
+        if new_data:
+            self.stage.say("the order of the rows begins anew")
+        self.extra = {key: states[key] for key in ("before", "reference") if key in states}
+        folder.on_main(self.accelerator, lambda: resume.set_later_aside(self.out, path))
+
+    def run(self) -> dict[str, Any]:
+        """The steps that are left, the evaluation after them and the report; the summary."""
+        rows = self.fit()
+        try:
+            summary = self.finish(rows, self.trainer.evaluate())
+        except (Interrupted, NonFinite) as error:
+            # All steps are done: they are kept. Other processes may be elsewhere.
+            if self.accelerator.num_processes == 1 and not getattr(error, "broken", False):
+                with self.signals.waiting():
+                    self.save()
+            self._tell(error)
+            raise
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        return summary
+
+    def fit(self) -> list[dict[str, float]]:
+        """Steps until the last or an interrupt, which saves; returns the metrics of all steps."""
+        trainer, total = self.trainer, self.stage.optim.total_steps
+        main, name = self.accelerator.is_main_process, self.stage.name
+        path = self.out / "metrics.jsonl"
+        log = folder.on_main(
+            self.accelerator, lambda: report.MetricsLog(path, steps_done=trainer.steps_done)
+        )
+        if self.run_config.report_to:
+            # Trackers take plain values only.
+            plain = {k: str(v) for k, v in self.stage.settings.items()}
+            self.accelerator.init_trackers("rlhf_kernels", config=plain)
+        bar = tqdm(total=total, initial=trainer.steps_done, desc=name, disable=not main)
+        with self.signals.waiting(), bar:
+            while trainer.steps_done < total:
+                row = self._step()
+                row["peak_memory_gib"] = report.peak_memory_gib()
+                folder.on_main(self.accelerator, lambda row=row: log.write(row))
+                self.accelerator.log(row, step=int(row["step"]))
+                values = ", ".join(f"{k} {row[k]:.3f}" for k in _SHOWN if k in row)
+                bar.set_postfix_str(values, refresh=False)
+                bar.update()
+                self._save_where_due(log)
+        return log.rows if log is not None else []
+
+    def _step(self) -> dict[str, float]:
+        before = self._own_states()
+        try:
+            return self.trainer.step()
+        except NonFinite as error:
+            # Nothing of the step is in the weights, or what was finite of it.
+            if not error.broken:
+                self.save(before)
+            self._tell(error)
+            raise
+
+    def _save_where_due(self, log: report.MetricsLog | None) -> None:
+        done, every = self.trainer.steps_done, self.run_config.save_steps
+        # Of any process.
+        seen = torch.tensor(self.signals.seen, device=self.accelerator.device)
+        stop = bool(self.trainer.learner.total(seen))
+        if stop or (every and done % every == 0):
+            if log is not None:
+                log.sync()
+            self.save()
+        if stop:
+            raise self._tell(Interrupted())
+
+    def _tell(self, error: NonFinite | Interrupted) -> NonFinite | Interrupted:
+        """Says where --resume would continue."""
+        newest = checkpoint.newest(self.out) if self.accelerator.is_main_process else None
+        where = "no checkpoint was saved"
+        if newest is not None:
+            where = f"--resume continues from step {checkpoint.step_of(newest)}"
+        if isinstance(error, Interrupted):
+            self.stage.say(f"interrupted; {where}")
+            error.told = True
+        else:
+            error.args = (f"{error}; {where}",)
+        return error
+
+    def _own_states(self) -> dict[str, Any]:
+        """What changes with a step, but weights and optimizer."""
+        return {
+            "trainer": self.trainer.state_dict(),
+            "generators": checkpoint.generator_states(),
+        }
+
+    def save(self, own: dict[str, Any] | None = None) -> None:
+        """Writes a checkpoint; every process has to call it.
+
+        `own` is what `_own_states` gave at another time than now.
+        """
+        states = {
+            "learner": self.trainer.learner.state_dict(),
+            "run": self.same,
+            **(own or self._own_states()),
+            **self.extra,
+        }
+        done, keep = states["trainer"]["steps_done"], self.run_config.save_total_limit
+        name = self.stage.name
+        folder.on_main(
+            self.accelerator, lambda: checkpoint.save(self.out, done, name, states, keep=keep)
+        )
+
+    # --- the end -----------------------------------------------------------------------------
+
+    def finish(self, rows: Sequence[dict[str, float]], after: dict[str, Any]) -> dict[str, Any]:
+        """Says what came of it; saves models, curves and the summary, which it returns."""
+        stage, before = self.stage, self.extra["before"]
+        shown = zip(stage.task.held_out, before["texts"], after["texts"], strict=False)
+        samples = [
+            {"prompt": row.prompt, "answer": row.completion, "before": b, "after": a}
+            for row, b, a in list(shown)[: stage.settings.get("num_samples")]
+        ]
+        for column, values in after.get("logged", {}).items():
+            for i, sample in enumerate(samples):
+                sample[column] = values[i] if i < len(values) else None
+        if samples:
+            stage.say("\n" + report.table(list(samples[0]), [list(s.values()) for s in samples]))
+        seconds = self._seconds(rows)
+        old, new = before["scores"], after["scores"]
+        cells = [(key, f"{old[key]:.4f}", f"{new[key]:.4f}") for key in new]
+        stage.say("\n" + report.table(("held-out rows", "before", "after"), cells))
+        summary = {
+            "stage": stage.name,
+            "task": stage.task.name,
+            "held_out_before": old,
+            "held_out_after": new,
+            "samples": samples,
+            "seconds_per_step": seconds,
+            "total_seconds": time.perf_counter() - stage.started,
+            "config": stage.settings,
+        }
+        weights = self.trainer.learner.weights() if stage.run.save_model else {}
+        folder.on_main(self.accelerator, lambda: self._write(rows, summary, weights))
+        total = summary["total_seconds"]
+        stage.say(f"\n{total:.0f} s in all; curves, samples and metrics in {self.out}/")
+        return summary
+
+    def _seconds(self, rows: Sequence[dict[str, float]]) -> dict[str, float]:
+        """Mean times of a step by their parts, which it says."""
+        keys = [k for k in dict.fromkeys(k for row in rows for k in row) if k.startswith("time/")]
+        found = {
+            k.removeprefix("time/"): sum(row.get(k, 0.0) for row in rows) / len(rows) for k in keys
+        }
+        if "generate" in found:
+            step = found["step"]
+            self.stage.say(
+                f"\na step took {step:.2f} s: {found['generate'] / step:.0%} generation and "
+                f"rewards, {found['kernels'] / step:.0%} our kernels, the rest forward, backward "
+                "and optimizer"
+            )
+        return found
+
+    def _write(
+        self,
+        rows: Sequence[dict[str, float]],
+        summary: dict[str, Any],
+        weights: dict[str, torch.Tensor],
+    ) -> None:
+        with folder.writing(self.out):
+            report.plot_curves(rows, self.out / "curves.png")
+        if self.stage.run.save_model:
+            for name, network in self.trainer.learner.networks.named_children():
+                own = {k: v for k, v in weights.items() if k.startswith(f"{name}.")}
+                own = {k.removeprefix(f"{name}."): v for k, v in own.items()}
+
+                def write(draft: Path, network: Any = network, own: Any = own) -> None:
+                    network.save_pretrained(draft, state_dict=own)
+                    self.stage.task.tokenizer.save_pretrained(draft)
+
+                with folder.writing(self.out / name):
+                    folder.replace_folder(self.out / name, write)
+        text = json.dumps(summary, indent=2) + "\n"
+        with folder.writing(self.out / "summary.json"):
+            folder.write_whole(self.out / "summary.json", text.encode())

@@ -1,0 +1,175 @@
+"""Continuing a run: which checkpoint, and whether settings and data are still those."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint
+from .checkpoint import CheckpointError
+from .config import UserError, require
+from .folder import set_aside
+from .tree import check_like, generator_states
+
+# What the training does not depend on. The content of the data counts, not where it lies.
+_FREE = {
+    "output_dir", "save_model", "save_steps", "save_total_limit", "resume", "resume_from",
+    "resume_changed", "dry_run", "report_to", "num_samples", "skip_nonfinite", "data", "eval_data",
+    "ptx_data", "vllm_memory",
+}  # fmt: skip
+# What changes roundings only.
+_ROUNDING = {
+    "threads", "device", "processes", "micro_batch_size", "generation_batch_size",
+    "gradient_checkpointing",
+}  # fmt: skip
+# Where the rows of each identity come from.
+_DATA = {"train": "data", "held_out": "eval_data", "ptx": "ptx_data"}
+
+
+def find(folder: Path, stage: str, wanted: str | None) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to continue from and its states: the newest, or the `wanted` one.
+
+    Raises:
+        CheckpointError: it is damaged; the message names those that are whole.
+    """
+    path: Path | None
+    if wanted is None:
+        path = checkpoint.newest(folder)
+        if path is None:
+            return None
+    else:
+        path = folder / wanted if (folder / wanted).is_dir() else Path(wanted)
+        require(path.is_dir(), "resume_from", f"a checkpoint in {folder}, or its path", wanted)
+    try:
+        return path, checkpoint.load(path, stage)
+    except CheckpointError as error:
+        whole = [p.name for p in checkpoint.whole(folder, stage) if p.name != path.name]
+        advice = "no other checkpoint is whole"
+        if whole:
+            advice = f"whole: {', '.join(whole)}; --resume_from {whole[0]} continues from it"
+        raise CheckpointError(f"{error}; {advice}") from error
+
+
+def set_later_aside(folder: Path, path: Path) -> None:
+    """Renames the checkpoints of later steps than the one that a run continues from.
+
+    They are not of this course of the training, and `--resume` would take them for its own.
+    """
+    if path.parent.resolve() != folder.resolve():
+        return
+    while (last := checkpoint.newest(folder)) is not None:
+        if checkpoint.step_of(last) <= checkpoint.step_of(path):
+            return
+        set_aside(last)
+
+
+def identity(rows: Sequence[Any]) -> str:
+    """SHA-256 of rows in their order."""
+    found = hashlib.sha256()
+    for row in rows:
+        # Where a row was read is not what it is.
+        content = row[:5] if hasattr(row, "origin") else row
+        found.update(json.dumps(content, default=str).encode() + b"\n")
+    return found.hexdigest()
+
+
+def identities(task: Any, trainer: Any) -> dict[str, str]:
+    """What the data of a run is, by the part of it."""
+    found = {"train": identity(task.train), "held_out": identity(task.held_out)}
+    ptx = getattr(trainer, "ptx", None)
+    return found | ({"ptx": identity(ptx.train)} if ptx is not None else {})
+
+
+def check_same(
+    path: Path,
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    changed: bool,
+    say: Callable[[str], None],
+) -> list[str]:
+    """Compares the settings and data of a checkpoint with a run's; names of data that differ.
+
+    Args:
+        path: the checkpoint, for messages.
+        saved: its `settings` and `data`.
+        now: those of this run.
+        changed: whether they may differ.
+        say: takes sentences about what differs and may.
+
+    Raises:
+        UserError: naming every setting that differs, with both values.
+    """
+    old, new = saved["settings"], now["settings"]
+    free = set(_FREE)
+    if new["lr_schedule"] == "constant":
+        free.add("total_steps")
+    names = [n for n in old if n in new and n not in free and old[n] != _plain(new[n])]
+    rounding = [n for n in names if n in _ROUNDING]
+    differ = [f"{n} was {old[n]!r}, is {new[n]!r}" for n in names if n not in _ROUNDING]
+    data = [k for k, v in now["data"].items() if saved["data"].get(k) != v]
+    differ += [f"{_DATA[k]} has other rows" for k in data]
+    if differ and not changed:
+        raise UserError(
+            f"{path}: {'; '.join(differ)}; --resume needs the settings and data of the checkpoint, "
+            "--resume_changed goes on with the new ones"
+        )
+    if differ:
+        say(f"continuing with other settings: {'; '.join(differ)}")
+    if rounding:
+        values = ", ".join(f"{n} {old[n]!r} -> {new[n]!r}" for n in rounding)
+        say(f"not bitwise as if uninterrupted: {values}")
+    return data
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def put(path: Path, states: Mapping[str, Any], trainer: Any, *, new_data: Sequence[str]) -> None:
+    """Puts a checkpoint's states in place, the generators' last.
+
+    Where data is new, its order begins anew.
+
+    Raises:
+        CheckpointError: an entry is missing or of another kind than the trainer's own.
+    """
+    try:
+        own = trainer.state_dict()
+        state = dict(states["trainer"])
+        if "train" in new_data:
+            state["sampler"] = own["sampler"]
+        if "ptx" in own and {"ptx", "train"} & set(new_data):
+            state["ptx"] = state.get("ptx", own["ptx"]) | {"sampler": own["ptx"]["sampler"]}
+        check_like(state, own, "trainer")
+        check_like(states["generators"], generator_states(), "generators")
+        _check_before(states["before"])
+        trainer.learner.load_state_dict(states["learner"])
+        trainer.load_state_dict(state)
+        for one in (trainer, getattr(trainer, "ptx", None)):
+            if one is not None:
+                _check_order(one.sampler)
+        if "reference" in states:
+            trainer.reference.model.load_state_dict(states["reference"])
+        checkpoint.set_generator_states(states["generators"])
+    except (
+        AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError,
+    ) as error:  # fmt: skip
+        told = f"no {error}" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{path}: not of this model and these settings: {told}") from error
+
+
+def _check_before(before: Any) -> None:
+    """Requires what `evaluate` returned before the first step."""
+    scores, texts = before["scores"], before["texts"]
+    numbers = isinstance(scores, dict) and all(type(v) in (int, float) for v in scores.values())
+    require(numbers, "before.scores", "numbers by name", scores)
+    good = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+    require(good, "before.texts", "a list of texts", texts)
+
+
+def _check_order(sampler: Any) -> None:
+    order = sampler.order.tolist()
+    good = len(set(order)) == len(order) and all(0 <= i < sampler.count for i in order)
+    require(good, "sampler.order", f"different rows of {sampler.count}", order[:8])
