@@ -1,14 +1,19 @@
 """Checkpoints: whole or absent, refused where damaged, and runs that continue bitwise."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from trainer_tools import one_thread, online_trainer, rows_without_times, timeless  # noqa: F401
+from trainer_tools import (
+    one_thread,  # noqa: F401
+    online_trainer,
+    rows_without_times,
+    timeless,
+    write_jsonl,
+)
 
 from rlhf_kernels import cli
 from rlhf_kernels.trainer import checkpoint
@@ -267,13 +272,17 @@ def test_interrupted_and_killed_runs_end_as_the_uninterrupted(tmp_path):
             assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-def test_a_used_folder_needs_resume(tmp_path):
-    saved(tmp_path)
-    with pytest.raises(ValueError, match=r"output_dir: .*--resume continues them"):
-        cli.main(["train", "grpo", "--output_dir", str(tmp_path)])
-    with pytest.raises(checkpoint.CheckpointError, match="a checkpoint of 'grpo', not of 'sft'"):
-        cli.main(["train", "sft", "--output_dir", str(tmp_path), "--resume"])
-    shutil.rmtree(checkpoint.checkpoints(tmp_path)[0])
+def test_a_used_folder_needs_resume(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "out")
+    assert cli.main(["train", "grpo", "--output_dir", "out"]) == 2
+    assert "output_dir: expected a folder without checkpoints (--resume continues them)" in (
+        capsys.readouterr().err
+    )
+    flags = "--output_dir out --resume --max_operand 9 --eval_size 10 --batch_size 8"
+    data = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "1+1=", "completion": "2"}] * 40)
+    assert cli.main(["train", "sft", *flags.split(), "--data", data]) == 2
+    assert "a checkpoint of 'grpo', not of 'sft'" in capsys.readouterr().err
 
 
 def test_learner_state_covers_every_weight():

@@ -102,7 +102,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _plain(self)
         # Adam's squares and epsilon are 0 in float16: every weight is NaN after the first step.
-        expected = "float32 or bfloat16 (mixed_precision fp16 keeps float32 weights)"
+        expected = "one of float32, bfloat16 (mixed_precision fp16 keeps float32 weights)"
         require(self.dtype in ("float32", "bfloat16"), "dtype", expected, self.dtype)
         _at_least(self, 0, "lora_rank")
         _at_least(self, 1, "hidden_size", "num_layers", "num_heads", "lora_alpha")

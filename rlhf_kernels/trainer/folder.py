@@ -147,6 +147,9 @@ def opened(folder: Path, accelerator: Accelerator) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
+            # While it is still held: whoever opened it meanwhile finds that it is gone.
+            with contextlib.suppress(OSError):
+                (folder / _LOCK).unlink()
             os.close(descriptor)
 
 
@@ -157,7 +160,8 @@ def _lock(folder: Path) -> int:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"room")
             probe.flush()
-        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        path = folder / _LOCK
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         found = _reason(error)
         raise UserError(
@@ -176,6 +180,10 @@ def _lock(folder: Path) -> int:
         text = f"{folder} cannot be locked ({_reason(error)}): let no other run write there"
         tqdm.write(text, file=sys.stderr)
         return descriptor
+    if not path.exists() or not os.path.samestat(path.stat(), os.fstat(descriptor)):
+        # Another run ended between the opening and the lock, and took the file with it.
+        os.close(descriptor)
+        return _lock(folder)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     return descriptor
