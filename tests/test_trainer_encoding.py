@@ -388,6 +388,10 @@ def test_tools_and_their_calls():
         assert encode_prompt(_chat(TOOLS), parsed) == prompt_tokens(
             _chat(TOOLS), [USER], {"tools": schema}
         )
+    # A template that reads the content beside calls, which is not there.
+    reads = TOOLS.replace("{% for c in m", "{{ m['content'] + '' }}{% for c in m")
+    assert reads != TOOLS
+    assert _decoded(_chat(reads), {"messages": messages})[1] == "four</s>"
     for row, column in (
         ({"messages": messages}, "'tool_calls'"),
         ({"messages": [USER, GOOD], "tools": schema}, "'tools'"),

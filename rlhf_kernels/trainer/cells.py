@@ -22,7 +22,7 @@ _ROLES = {
 
 
 def content(message: dict[str, Any]) -> str:
-    return str(message.get("content", ""))
+    return str(message.get("content") or "")
 
 
 def _found(row: dict[str, Any], key: str) -> Any:

@@ -39,8 +39,15 @@ def rendered(
     clash = sorted(taken & template.keys())
     require(not clash, "chat_template_kwargs", "arguments of the template alone", clash)
     given = [_in_parts(m) for m in messages] if _wants_parts(tokenizer) else [*messages]
+    write = functools.partial(tokenizer.apply_chat_template, tokenize=False, **options, **template)
     try:
-        text = tokenizer.apply_chat_template(given, tokenize=False, **options, **template)
+        try:
+            text = write(given)
+        except Exception:
+            if all("content" in m for m in given):
+                raise
+            # Calls without content: some templates read it all the same.
+            text = write([{"content": "", **m} for m in given])
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         roles = ", ".join(m["role"] for m in messages)

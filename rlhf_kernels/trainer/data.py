@@ -151,7 +151,7 @@ def load_task(config: DataConfig, kind: str, *, seed: int, model: str | None = N
         train, held_out = rows, read_rows(config.eval_data, kind)[: config.eval_size]
     else:
         held_out, train = rows[: config.eval_size], rows[config.eval_size :]
-    left = f"less than the {len(rows)} rows of {config.data}, of which some are to train on"
+    left = f"less than the {len(rows)} rows of {config.data or 'the task'}, some to train on"
     require(bool(train), "eval_size", left, config.eval_size)
     if model is not None:
         # A reward model may be an encoder, which has no end token.
