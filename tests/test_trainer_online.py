@@ -20,6 +20,7 @@ import rlhf_kernels as rk
 from rlhf_kernels.trainer import models
 from rlhf_kernels.trainer.algorithms import ALGORITHMS
 from rlhf_kernels.trainer.config import OnlineConfig
+from rlhf_kernels.trainer.modes import settled
 from rlhf_kernels.trainer.rewards import Rewards
 from rlhf_kernels.trainer.rollout import Samples, merge
 
@@ -110,7 +111,7 @@ def test_first_ratio_is_one_in_a_model_with_dropout(calls):
     sizes = {"vocab_size": len(task.tokenizer), "n_embd": 32, "n_layer": 2, "n_head": 2}
     config = GPT2Config(**sizes, bos_token_id=1, eos_token_id=1, pad_token_id=0)
     assert config.resid_pdrop > 0 and config.attn_pdrop > 0
-    policy = models._settled(AutoModelForCausalLM.from_config(config)).train()
+    policy = settled(AutoModelForCausalLM.from_config(config)).train()
     row = online_trainer("ppo", policy=policy, mini_batch_size=8, epochs=1).step()
     assert row["kl"] == pytest.approx(0.0, abs=1e-5)
     assert torch.equal(*old_and_new(losses_of(calls)[0]))

@@ -96,8 +96,8 @@ class ModelConfig:
     attn_implementation: str | None = _doc("sdpa, flash_attention_2, ...; unset = best", None)
     packing: bool = _doc("no padding in training passes; always so with flash attention", False)
     gradient_checkpointing: bool = _doc("recompute activations in the backward pass", False)
-    lora_rank: int = _doc("rank of LoRA adapters (peft); 0 trains all weights", 0)
-    lora_alpha: int = _doc("scale of LoRA adapters", 32)
+    lora_rank: int = _doc("rank of new LoRA adapters (peft); 0 = none", 0)
+    lora_alpha: int | None = _doc("their scale; unset = 32, or a loaded adapter's own", None)
 
     def __post_init__(self) -> None:
         _plain(self)
@@ -105,7 +105,9 @@ class ModelConfig:
         expected = "one of float32, bfloat16 (mixed_precision fp16 keeps float32 weights)"
         require(self.dtype in ("float32", "bfloat16"), "dtype", expected, self.dtype)
         _at_least(self, 0, "lora_rank")
-        _at_least(self, 1, "hidden_size", "num_layers", "num_heads", "lora_alpha")
+        _at_least(self, 1, "hidden_size", "num_layers", "num_heads")
+        if self.lora_alpha is not None:
+            _at_least(self, 1, "lora_alpha")
         # Rotary positions turn pairs of a head's units.
         even = self.hidden_size % (2 * self.num_heads) == 0
         expected = f"a multiple of 2 * num_heads = {2 * self.num_heads}"

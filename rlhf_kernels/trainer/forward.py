@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 import rlhf_kernels as rk
 
 from .data import Batch, position_ids
+from .modes import recompute
 from .report import kernel
 
 
@@ -119,10 +120,7 @@ def hidden_states(model: PreTrainedModel, batch: Batch, form: Form | None = None
 
     `form` is the model's own, `model.form`, unless it is given.
     """
-    # Layers recompute in training mode only, and keep a cache for decoding only outside it.
-    training = getattr(model, "recomputes", False) and torch.is_grad_enabled()
-    if training != model.training:
-        model.train(training)
+    recompute(model, torch.is_grad_enabled())
     form = form or getattr(model, "form", Form.PADDED)
     ids, kept = batch.input_ids, batch.attention_mask
     if form is Form.ALIGNED:

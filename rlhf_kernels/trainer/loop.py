@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from . import checkpoint, folder, report, resume
+from . import adapters, checkpoint, folder, report, resume
 from .config import require
 from .finite import NonFinite
 from .interrupts import Interrupted, Interrupts
@@ -47,9 +47,9 @@ class Loop:
         """A run from its first step."""
         self.extra = {"before": self.trainer.evaluate()}
         reference = self.trainer.reference
-        if self.stage.settings.get("sft_steps") and reference is not None and reference.model:
+        if self.stage.settings.get("sft_steps") and reference is not None:
             # What the supervised phase made is nowhere else.
-            self.extra["reference"] = dict(reference.model.state_dict())
+            self.extra["reference"] = reference.state_dict()
 
     def continue_from(self, path: Path, states: dict[str, Any]) -> None:
         """Goes on from a checkpoint, whose settings and data have to be this run's."""
@@ -230,7 +230,7 @@ class Loop:
                 own = {k.removeprefix(f"{name}."): v for k, v in own.items()}
 
                 def write(draft: Path, network: Any = network, own: Any = own) -> None:
-                    network.save_pretrained(draft, state_dict=own)
+                    adapters.save_network(network, draft, own)
                     self.stage.task.tokenizer.save_pretrained(draft)
 
                 with folder.writing(self.out / name):

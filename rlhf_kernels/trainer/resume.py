@@ -151,7 +151,7 @@ def put(path: Path, states: Mapping[str, Any], trainer: Any, *, new_data: Sequen
             if one is not None:
                 _check_order(one.sampler)
         if "reference" in states:
-            trainer.reference.model.load_state_dict(states["reference"])
+            trainer.reference.load_state_dict(states["reference"])
         checkpoint.set_generator_states(states["generators"])
     except (
         AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError,

@@ -238,7 +238,9 @@ def _online(stage: Stage, *, fresh: bool) -> OnlineTrainer:
     )
     if config.sft_steps and fresh:
         _warm_start(stage, config, policy)
-    reference = models.Reference(policy) if config.kl_coef else None
+    reference = None
+    if config.kl_coef:
+        reference = models.Reference(policy, moved=bool(config.sft_steps))
     networks, rates = {"policy": policy}, {"policy": stage.optim.learning_rate}
     joint_clip = False
     if isinstance(config, PPOConfig):

@@ -1,0 +1,277 @@
+"""Adapters (peft): new ones, those that a path holds, and what is saved of them."""
+
+import contextlib
+import copy
+import dataclasses
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import find_adapter_config_file
+
+from .config import ModelConfig, require
+from .errors import UserError, blamed_on
+from .loading import names
+
+if TYPE_CHECKING:
+    import peft
+
+#: peft's names of the adapter that is trained and of the frozen one that the reference uses.
+TRAINED, FROZEN = "default", "reference"
+
+# Kinds that change layers in place, so that the base model's own forward passes have them.
+_KINDS = ("LORA", "IA3", "LOHA", "LOKR", "OFT", "VERA", "HRA", "LN_TUNING")
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """An adapter on disk."""
+
+    path: str
+    config: "peft.PeftConfig"
+
+    @property
+    def base(self) -> str:
+        return self.config.base_model_name_or_path
+
+
+def find_adapter(path: str, *, setting: str) -> Adapter | None:
+    """The adapter that a folder or hub name holds; None where it holds a whole model.
+
+    Raises:
+        UserError: it is of a kind that cannot be trained here, or names no base model.
+    """
+    if find_adapter_config_file(path) is None:
+        return None
+    installed = importlib.util.find_spec("peft") is not None
+    require(installed, setting, f"the package peft for the adapter in {path}", "none")
+    # Only here: an optional package.
+    import peft
+
+    with blamed_on(setting, f"the adapter in {path} cannot be read"):
+        config = peft.PeftConfig.from_pretrained(path)
+    kind = getattr(config.peft_type, "value", str(config.peft_type))
+    if getattr(config, "alora_invocation_tokens", None) or getattr(config, "arrow_config", None):
+        kind = "activated LORA"
+    expected = f"an adapter that is one of {', '.join(_KINDS)}"
+    if kind not in _KINDS:
+        raise UserError(f"{setting}: expected {expected}, found {kind} in {path}")
+    base = config.base_model_name_or_path
+    if not base:
+        raise UserError(f"{setting}: the adapter in {path} names no base model")
+    if Path(base).exists() and Path(path).exists() and Path(base).samefile(path):
+        raise UserError(f"{setting}: the adapter in {path} names its own folder as base model")
+    return Adapter(path, config)
+
+
+@contextlib.contextmanager
+def named_base(adapter: Adapter | None, *, setting: str) -> Iterator[None]:
+    """Errors while the base model is loaded also name the adapter that asks for it."""
+    try:
+        yield
+    except UserError as error:
+        if adapter is None:
+            raise
+        text = str(error).removeprefix(f"{setting}: ")
+        fix = f"put it back, or correct base_model_name_or_path in {adapter.path}"
+        told = f"the adapter in {adapter.path} is one of {adapter.base}: {text}"
+        raise UserError(f"{setting}: {told} ({fix})") from error
+
+
+def new_adapter(
+    model: PreTrainedModel, config: ModelConfig, *, task: str, heads: Sequence[str] = ()
+) -> nn.Module:
+    """`model` under fresh LoRA on all linear layers but the `heads`, which are trained whole."""
+    # Only here: an optional package.
+    import peft
+
+    inside = [n for n, _ in model.named_modules() if _within(n, heads)]
+    settings = peft.LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha or 32,
+        target_modules="all-linear",
+        lora_dropout=0.0,
+        task_type=task,
+        modules_to_save=list(heads) or None,
+        exclude_modules=inside or None,
+    )
+    with blamed_on("lora_rank", f"{type(model).__name__} takes no adapters"):
+        return _kept(peft.get_peft_model(model, settings, adapter_name=TRAINED), model)
+
+
+def _within(name: str, modules: Sequence[str]) -> bool:
+    return any(name == m or name.startswith(f"{m}.") for m in modules)
+
+
+def _kept(wrapped: nn.Module, model: PreTrainedModel) -> nn.Module:
+    wrapped._no_split_modules = model._no_split_modules
+    return wrapped
+
+
+def load_adapter(
+    model: PreTrainedModel,
+    adapter: Adapter,
+    config: ModelConfig,
+    *,
+    setting: str,
+    task: str,
+    heads: Sequence[str] = (),
+) -> nn.Module:
+    """`model` under the adapter of a path, which is trained further.
+
+    Args:
+        model: the adapter's base model.
+        adapter: on disk.
+        config: its `lora_rank` is 0 or the adapter's own, as is `lora_alpha`.
+        setting: what errors begin with.
+        task: peft's name of what the model is for.
+        heads: modules that are trained whole even where the adapter lacks them.
+
+    Raises:
+        UserError: the adapter does not fit the model, or has another rank.
+    """
+    # Only here: an optional package.
+    import peft
+
+    own = copy.deepcopy(adapter.config)
+    for name, key in (("lora_rank", "r"), ("lora_alpha", "lora_alpha")):
+        asked, has = getattr(config, name), getattr(own, key, None)
+        same = not asked or asked == has
+        expected = f"unset or {has} as in the adapter of {adapter.path}, which is trained further"
+        require(same, name, expected, asked)
+    sequence = task == "SEQ_CLS"
+    own.task_type, own.auto_mapping = task, None
+    if heads:
+        own.modules_to_save = sorted({*(own.modules_to_save or ()), *heads} - {"lm_head"})
+    with blamed_on(setting, f"the adapter in {adapter.path} does not fit {adapter.base}"):
+        stored = peft.utils.load_peft_weights(adapter.path, device="cpu")
+        if heads:
+            own.inference_mode = False
+            policy = peft.get_peft_model(model, own, adapter_name=TRAINED)
+            # peft asks for all that is trained whole; what is not stored stays as it is.
+            fresh = peft.get_peft_model_state_dict(policy, adapter_name=TRAINED)
+            fresh |= {k: v for k, v in stored.items() if k in fresh}
+            peft.set_peft_model_state_dict(policy, fresh, adapter_name=TRAINED)
+        else:
+            policy = peft.PeftModel.from_pretrained(
+                model, adapter.path, adapter_name=TRAINED, is_trainable=True, config=own
+            )
+    loaded = peft.get_peft_model_state_dict(policy, adapter_name=TRAINED)
+    prefix = "base_model.model."
+    lacking = [k for k in loaded.keys() - stored.keys() if not _headed(k, heads, prefix)]
+    # A reward model has no use for what the adapter does to the LM head.
+    useless = ("lm_head", "embed_out") if sequence else ()
+    extra = [k for k in stored.keys() - loaded.keys() if not _headed(k, useless, prefix)]
+    for found, what in ((lacking, "lacks"), (extra, "has beyond the model's")):
+        if found:
+            text = f"{setting}: the adapter in {adapter.path} {what} weights {names(found)}"
+            raise UserError(text)
+    policy.continued = True
+    return _kept(policy, model)
+
+
+def _headed(key: str, heads: Sequence[str], prefix: str) -> bool:
+    return _within(key.removeprefix(prefix), heads)
+
+
+def check_output(policy: nn.Module, *, setting: str) -> None:
+    """Requires an LM head whose weight is all that there is to it.
+
+    Raises:
+        UserError: the adapter changes the head by a product or by rows of its own.
+    """
+    head = policy.get_base_model().get_output_embeddings()
+    whole = isinstance(head, nn.Linear) or hasattr(head, "modules_to_save")
+    if not whole or hasattr(head, "base_layer"):
+        expected = "an adapter that leaves the LM head alone or has it among modules_to_save"
+        raise UserError(f"{setting}: expected {expected}, found {type(head).__name__} on it")
+
+
+def merged(model: nn.Module) -> PreTrainedModel:
+    """A copy of the base model with the adapter added to its weights; of a plain model, a copy."""
+    twin = copy.deepcopy(model)
+    return twin.merge_and_unload() if hasattr(twin, "merge_and_unload") else twin
+
+
+def is_new(policy: nn.Module) -> bool:
+    """Whether the adapter changes nothing yet: LoRA of ours whose second factors are all zero."""
+    if getattr(policy, "continued", False):
+        return False
+    return not any(p.any() for n, p in policy.named_parameters() if ".lora_B." in n)
+
+
+def can_freeze_twin(policy: nn.Module) -> bool:
+    """Whether all that the adapter trains is its own, so that a second one can stand beside it."""
+    config = policy.peft_config[TRAINED]
+    plain = config.peft_type == "LORA" and config.bias == "none"
+    return plain and not getattr(config, "trainable_token_indices", None)
+
+
+def freeze_twin(policy: nn.Module) -> None:
+    """Adds a frozen copy of the adapter, for the reference."""
+    config = copy.deepcopy(policy.peft_config[TRAINED])
+    config.inference_mode = True
+    policy.add_adapter(FROZEN, config)
+    policy.set_adapter(TRAINED)
+    trained = dict(policy.named_parameters())
+    for name, twin in trained.items():
+        if f".{FROZEN}." in f"{name}.":
+            source = trained[f"{name}.".replace(f".{FROZEN}.", f".{TRAINED}.")[:-1]]
+            twin.data = source.detach().clone()
+            twin.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def acting(policy: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Forward passes inside use this adapter, or none, and leave `requires_grad` as it is.
+
+    peft's own switches set it anew, which sharded weights that are gathered do not survive.
+    """
+    layers = [m for m in policy.modules() if hasattr(m, "_disable_adapters")]
+    before = [(m._disable_adapters, m._active_adapter) for m in layers]
+    try:
+        for layer in layers:
+            if adapter is None:
+                layer._disable_adapters = True
+            else:
+                several = isinstance(layer._active_adapter, list)
+                layer._active_adapter = [adapter] if several else adapter
+        yield
+    finally:
+        for layer, (disabled, active) in zip(layers, before, strict=True):
+            layer._disable_adapters, layer._active_adapter = disabled, active
+
+
+def save_network(network: nn.Module, folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Writes a network so that transformers or peft, and a later stage, load it.
+
+    An adapter of a model that was built here is merged: its base model is nowhere else.
+
+    Args:
+        network: gives architecture and configuration.
+        folder: is made.
+        weights: the network's, whole and by its own names.
+    """
+    if not hasattr(network, "peft_config"):
+        network.save_pretrained(folder, state_dict=dict(weights))
+    elif network.peft_config[TRAINED].base_model_name_or_path:
+        network.save_pretrained(folder, state_dict=dict(weights), selected_adapters=[TRAINED])
+    else:
+        _whole(network, weights).save_pretrained(folder)
+
+
+def _whole(network: nn.Module, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A merged model out of gathered weights."""
+    # Only here: an optional package.
+    import peft
+
+    base = network.get_base_model()
+    fresh: Any = type(base)(copy.deepcopy(base.config)).to(base.dtype)
+    settings = copy.deepcopy(network.peft_config[TRAINED])
+    wrapped = peft.get_peft_model(fresh, settings, adapter_name=TRAINED)
+    own = {k: v for k, v in weights.items() if f".{FROZEN}." not in f"{k}."}
+    wrapped.load_state_dict(own)
+    return wrapped.merge_and_unload()

@@ -1,0 +1,38 @@
+"""Which class gives a text one number: transformers' own, or a scalar head on the base model."""
+
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
+
+from .errors import UserError
+
+
+def scalar_class(
+    settings: PretrainedConfig, *, setting: str, ours: bool = False
+) -> type[PreTrainedModel]:
+    """The class of reward models and critics of an architecture.
+
+    Where transformers has none, or `ours` asks for it: a linear head without bias over the base
+    model of the causal LM, read at the last token, as transformers' own decoders have it.
+
+    Raises:
+        UserError: the architecture has no causal LM either.
+    """
+    found = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(settings), None)
+    if found is not None and not ours:
+        return found[0] if isinstance(found, tuple) else found
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
+    kind = settings.model_type
+    if causal is None:
+        expected = "an architecture for sequence classification or causal language modelling"
+        raise UserError(f"{setting}: expected {expected}, found {kind}")
+    causal = causal[0] if isinstance(causal, tuple) else causal
+    parents = [c for c in causal.__mro__ if issubclass(c, PreTrainedModel)]
+    parent = next(c for c in parents[1:] if c.__name__.endswith("PreTrainedModel"))
+    name = parent.__name__.replace("PreTrainedModel", "ForSequenceClassification")
+    prefix = {"base_model_prefix": causal.base_model_prefix, "__module__": __name__}
+    return type(name, (GenericForSequenceClassification, parent), prefix)

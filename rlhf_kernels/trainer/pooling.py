@@ -1,0 +1,184 @@
+"""Scores of texts by a classifier's own forward pass, in batches the same as alone."""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .data import position_ids
+from .errors import UserError
+
+# Tables of absolute positions, by their names in transformers.
+_TABLES = (
+    "position_embeddings",
+    "position_embedding",
+    "positions_embed",
+    "embed_positions",
+    "wpe",
+)
+
+# No token has this id.
+_NOWHERE = -1
+
+
+def own_logits(model: PreTrainedModel, ids: Tensor, kept: Tensor, side: str | None) -> Tensor:
+    """Scores `[B]` of the kept tokens of each row.
+
+    Args:
+        model: a classifier with one output.
+        ids: tokens `[B, T]`.
+        kept: which of them are text, `[B, T]` bool.
+        side: where padding goes, "left" or "right"; None scores one row at a time.
+
+    Raises:
+        UserError: a row is empty or has more tokens than the model has positions.
+    """
+    _check_lengths(model, kept)
+    if side is None:
+        return torch.cat([_alone(model, row[k]) for row, k in zip(ids, kept, strict=True)])
+    # The row's text in one piece, at the other end of its padding.
+    order = torch.sort(kept.int(), dim=1, descending=side == "right", stable=True).indices
+    width = int(kept.sum(1).max())
+    columns = order[:, :width] if side == "right" else order[:, -width:]
+    mask = kept.gather(1, columns)
+    ids = torch.where(mask, ids.gather(1, columns), _padding(model))
+    if mask.all() and len(ids) == 1:
+        return _alone(model, ids[0])
+    options = {"attention_mask": mask.long()}
+    if side == "left" and "position_ids" in inspect.signature(model.forward).parameters:
+        options["position_ids"] = position_ids(mask)
+    try:
+        with _last_column(model):
+            return model(input_ids=ids, **options).logits[:, 0]
+    except (ValueError, IndexError) as error:
+        raise _refused(model, width, error) from error
+
+
+def _alone(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The score `[1]` of one text."""
+    if _sparse(model):
+        # A short text turns block-sparse attention off for all that come after it.
+        for module in model.modules():
+            if hasattr(module, "set_attention_type"):
+                module.set_attention_type("block_sparse")
+    try:
+        return model(input_ids=ids[None]).logits[:, 0]
+    except (ValueError, IndexError) as error:
+        raise _refused(model, len(ids), error) from error
+
+
+def _refused(model: PreTrainedModel, length: int, error: Exception) -> UserError:
+    name, text = type(model).__name__, " ".join(str(error).split())[:200]
+    return UserError(f"{name} cannot score a text of {length} tokens: {text}")
+
+
+def _sparse(model: PreTrainedModel) -> bool:
+    """Whether attention picks its blocks by the length that a text is padded to."""
+    return getattr(model.config, "attention_type", None) == "block_sparse"
+
+
+def _padding(model: PreTrainedModel) -> int:
+    """The model's own padding token, by which its class may look for the end of the text."""
+    pad = model.config.get_text_config().pad_token_id
+    return pad if pad is not None and 0 <= pad < _rows(model) else 0
+
+
+def _rows(model: PreTrainedModel) -> int:
+    embeddings = model.get_input_embeddings()
+    return getattr(embeddings, "num_embeddings", model.config.get_text_config().vocab_size)
+
+
+@contextlib.contextmanager
+def _last_column(model: PreTrainedModel) -> Iterator[None]:
+    """Where a decoder knows no padding token, which its class asks for, every row ends at the end.
+
+    Without one it reads a single row at its last token. An id that no token has makes it read a
+    batch that is padded on the left in the same way.
+    """
+    configs = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
+    without = [c for c in configs if getattr(c, "pad_token_id", None) is None]
+    for config in without:
+        config.pad_token_id = _NOWHERE
+    try:
+        yield
+    finally:
+        for config in without:
+            config.pad_token_id = None
+
+
+def padding_side(model: PreTrainedModel) -> str | None:
+    """The side on which padding changes no score of this model; None where both do.
+
+    Tried on the model in hand: rows of a few lengths, padded, against each alone.
+    """
+    model.positions = position_limit(model)
+    if model.config.is_encoder_decoder or _sparse(model):
+        # Encoder-decoders read the score at the last end token, as many of them in every row.
+        return None
+    limit = model.positions
+    longest = 23 if limit is None else min(23, limit)
+    generator = torch.Generator().manual_seed(0)
+    lengths = sorted({min(n, longest) for n in (1, 4, 7, 12, 17, 23)})
+    usual = [i for i in range(_rows(model)) if i not in _special(model)][:1000]
+    choice = torch.randint(len(usual), (len(lengths), longest), generator=generator)
+    ids = torch.tensor(usual)[choice].to(model.device)
+    columns = torch.arange(longest, device=model.device)
+    kept = columns < torch.tensor(lengths, device=model.device)[:, None]
+    with torch.no_grad():
+        alone = own_logits(model, ids, kept, None).float()
+        again = own_logits(model, ids, kept, None).float()
+        if not torch.equal(alone, again):
+            raise UserError(f"{type(model).__name__} scores the same text in different ways")
+        for side in ("right", "left"):
+            try:
+                found = own_logits(model, ids, kept, side).float()
+            except (ValueError, IndexError, RuntimeError, TypeError):
+                continue
+            if _agree(found, alone, model.dtype):
+                return side
+    return None
+
+
+def _agree(found: Tensor, alone: Tensor, dtype: torch.dtype) -> bool:
+    """Whether scores differ by no more than rounding, measured by how much texts differ."""
+    scale = (alone.max() - alone.min() + alone.abs().max()).item()
+    share = 1e-5 if dtype is torch.float32 else 2e-2
+    return bool(torch.allclose(found, alone, atol=share * scale, rtol=0))
+
+
+def _special(model: PreTrainedModel) -> set[int]:
+    text = model.config.get_text_config()
+    found = [getattr(text, f"{n}_token_id", None) for n in ("pad", "eos", "bos", "sep", "cls")]
+    return {i for f in found for i in (f if isinstance(f, list) else [f]) if i is not None}
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """The most tokens that a model with a table of positions takes; None where it has none."""
+    limits = []
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] not in _TABLES or "Embedding" not in type(module).__name__:
+            continue
+        rows = getattr(getattr(module, "weight", None), "shape", [0])[0]
+        offset = getattr(module, "offset", 0)
+        if getattr(module, "padding_idx", None) is not None:
+            # RoBERTa's: the first text token comes after the padding's own position.
+            offset = module.padding_idx + 1
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or rows
+        if rows:
+            limits.append(min(rows - offset, most))
+    return min(limits, default=None)
+
+
+def _check_lengths(model: PreTrainedModel, kept: Tensor) -> None:
+    limit, lengths = model.positions, kept.sum(1)
+    name = type(model).__name__
+    if not lengths.all():
+        row = int(lengths.argmin())
+        raise UserError(f"{name}: expected texts of at least one token, found none in row {row}")
+    if limit is not None and lengths.max() > limit:
+        row, longest = int(lengths.argmax()), int(lengths.max())
+        found = f"{longest} in row {row}; lower max_prompt_tokens or max_new_tokens"
+        raise UserError(f"{name}: expected at most {limit} tokens, found {found}")

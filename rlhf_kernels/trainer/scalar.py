@@ -1,0 +1,239 @@
+"""Reward models and critics: networks that give a text, or each of its tokens, one number."""
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from . import adapters
+from .classes import scalar_class
+from .config import ModelConfig, require
+from .data import Batch
+from .errors import UserError, blamed_on
+from .forward import causal_lm, hidden_states
+from .loading import build, load, load_settings, names, small_llama
+from .modes import recompute, settled, use_checkpointing
+from .pooling import own_logits, padding_side
+from .probe import prove_states
+
+
+def values(critic: PreTrainedModel, batch: Batch) -> Tensor:
+    """Values `[B, T]` of the states in which the completion's tokens were chosen."""
+    hidden = hidden_states(critic, batch)[:, -batch.completion_mask.shape[1] - 1 : -1]
+    return scalar_head(critic)(hidden)[..., 0]
+
+
+def sequence_rewards(model: nn.Module, batch: Batch) -> Tensor:
+    """Reward `[B]` of each sequence: what the model's own forward gives it alone.
+
+    Raises:
+        UserError: a sequence is longer than the model's positions.
+    """
+    base = causal_lm(model)
+    recompute(base, torch.is_grad_enabled())
+    return own_logits(base, batch.input_ids, batch.attention_mask, base.padding)
+
+
+def scalar_head(model: PreTrainedModel) -> nn.Module | None:
+    """The linear layer from hidden states to the number, if the model ends in one."""
+    for name in ("score", "classifier"):
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Linear):
+            return head
+    return None
+
+
+def _is_head(model: PreTrainedModel, key: str) -> bool:
+    """Whether a weight is above the base model, or pools what comes out of it."""
+    return not key.startswith(f"{model.base_model_prefix}.") or "pooler" in key
+
+
+def _is_lm_head(model: PreTrainedModel, key: str) -> bool:
+    """Whether a weight is what a language model has above its base model."""
+    return not key.startswith(f"{model.base_model_prefix}.")
+
+
+def _one_output(settings: PretrainedConfig, path: str, setting: str) -> None:
+    """Requires that a classifier has one output; other models have none yet."""
+    named = settings.architectures or []
+    classifies = any(n.endswith("ForSequenceClassification") for n in named)
+    if classifies and settings.num_labels != 1:
+        expected = "a reward model with one output for a text (num_labels 1)"
+        raise UserError(f"{setting}: expected {expected}, found {settings.num_labels} in {path}")
+
+
+def _open(
+    path: str, config: ModelConfig, *, setting: str, trains: bool
+) -> tuple[nn.Module, list[str]]:
+    """A reward model with the adapter that its path may hold, and its new weights."""
+    found = adapters.find_adapter(path, setting=setting)
+    base = found.base if found else path
+    with adapters.named_base(found, setting=setting):
+        settings = load_settings(base, setting=setting)
+        _one_output(settings, base, setting)
+        cls = scalar_class(settings, setting=setting)
+        model, new = load(
+            cls, base, config, setting=setting, num_labels=1,
+            may_be_new=_is_head, may_be_left=_is_lm_head,
+        )  # fmt: skip
+    wrapped: nn.Module = model
+    heads = _head_modules(model, new)
+    if found is not None:
+        kept = found.config.task_type == "SEQ_CLS"
+        wrapped = adapters.load_adapter(
+            model, found, config, setting=setting, task="SEQ_CLS", heads=() if kept else heads
+        )
+        # What the adapter holds is not new.
+        new = [k for k in new if not kept or not _trained_by(wrapped, k)]
+    elif config.lora_rank and trains:
+        wrapped = adapters.new_adapter(model, config, task="SEQ_CLS", heads=heads)
+    if new and not trains:
+        lacks = f"its {type(model).__name__} has no trained {names(new)}"
+        raise UserError(f"{setting}: expected a trained reward model in {path}, but {lacks}")
+    return wrapped, new
+
+
+def _head_modules(model: PreTrainedModel, new: Sequence[str]) -> list[str]:
+    """Names of the modules above the base model, and of new ones in it."""
+    prefix = model.base_model_prefix
+    above = [n for n, m in model.named_children() if n != prefix and len(list(m.parameters()))]
+    pooled = {k.rpartition(".")[0] for k in new if k.startswith(f"{prefix}.")}
+    return [*above, *sorted(pooled)]
+
+
+def _trained_by(wrapped: nn.Module, key: str) -> bool:
+    """Whether an adapter brings a weight of its base model along."""
+    module = key.rpartition(".")[0]
+    saved = wrapped.peft_config[adapters.TRAINED].modules_to_save or ()
+    return any(f".{module}.".endswith(f".{s}.") or f".{s}." in f".{module}." for s in saved)
+
+
+def _ready(model: nn.Module, config: ModelConfig) -> nn.Module:
+    """Settled, able to recompute, and with the padding that its class gets right."""
+    settled(model)
+    base = causal_lm(model)
+    use_checkpointing(base, config.gradient_checkpointing)
+    base.padding = padding_side(base)
+    return model
+
+
+def load_reward_model(
+    path: str, config: ModelConfig, *, setting: str = "reward_funcs"
+) -> nn.Module:
+    """A trained reward model that scores.
+
+    Raises:
+        UserError: it has another number of outputs, or no trained scoring head.
+    """
+    config = dataclasses.replace(config, lora_rank=0, lora_alpha=None, gradient_checkpointing=False)
+    return _ready(_open(path, config, setting=setting, trains=False)[0], config)
+
+
+def build_reward_model(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> nn.Module:
+    """A reward model to train: from a path, or on a small Llama with random weights."""
+    if config.model is None:
+        settings = small_llama(config, tokenizer, max_length=max_length)
+        model = _on_policy(build(AutoModelForCausalLM, settings, config), config)
+        nn.init.normal_(scalar_head(model).weight, std=config.hidden_size**-0.5)
+        if config.lora_rank:
+            model = adapters.new_adapter(model, config, task="SEQ_CLS", heads=["score"])
+        return _ready(model, config)
+    model, new = _open(config.model, config, setting="model", trains=True)
+    if new:
+        warnings.warn(f"model: {names(new)} of {config.model} are new: untrained", stacklevel=2)
+    base = causal_lm(model)
+    rows = base.get_input_embeddings().num_embeddings
+    require(len(tokenizer) <= rows, "model", f"embeddings of {len(tokenizer)} tokens", rows)
+    text = base.config.get_text_config()
+    if text.pad_token_id is None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        # Whoever loads the model needs it for more than one row. Where the end token pads, the
+        # class would no longer read the score at it.
+        base.config.pad_token_id = text.pad_token_id = tokenizer.pad_token_id
+    _check_gradients(_ready(model, config))
+    return model
+
+
+def _check_gradients(model: nn.Module) -> None:
+    """Requires that a score can be differentiated as we compute it."""
+    base = causal_lm(model)
+    end = getattr(base.config.get_text_config(), "eos_token_id", None) or 1
+    ids = torch.full((1, 4), end[0] if isinstance(end, list) else end, device=base.device)
+    weight = next(p for p in model.parameters() if p.requires_grad)
+    with blamed_on("model", f"{type(base).__name__} cannot be trained"):
+        score = sequence_rewards(model, Batch(ids, torch.ones_like(ids, dtype=torch.bool), ids))
+        torch.autograd.grad(score.sum(), weight, allow_unused=True)
+
+
+def build_critic(policy: nn.Module, config: ModelConfig, path: str | None = None) -> nn.Module:
+    """A value model: a reward model from a path, or the policy's base model under zeros.
+
+    It is trained whole, even where the policy trains an adapter; an adapter is merged into it.
+
+    Raises:
+        UserError: the path holds no decoder with a trained linear scoring head.
+    """
+    config = dataclasses.replace(config, lora_rank=0, lora_alpha=None)
+    if path is None:
+        critic = _ready(_on_policy(policy, config), config).to(policy.device)
+        _prove(critic, policy)
+        return critic
+    reward = load_reward_model(path, config, setting="critic_model")
+    critic = _ready(adapters.merged(reward), config).to(policy.device).requires_grad_(True)
+    critic.packs = causal_lm(reward).packs
+    _check_critic(critic, path)
+    _prove(critic, policy)
+    return critic
+
+
+def _prove(critic: PreTrainedModel, policy: nn.Module) -> None:
+    length = getattr(causal_lm(policy), "proved_length", 0)
+    prove_states(critic, max_length=length, packing=critic.packs)
+
+
+def _on_policy(policy: nn.Module, config: ModelConfig) -> PreTrainedModel:
+    """The policy's base model, adapter included, under a linear head of zeros."""
+    base = adapters.merged(policy)
+    settings = copy.deepcopy(base.config)
+    settings.num_labels = 1
+    weights = base.base_model.state_dict()
+    for ours in (False, True):
+        critic = build(scalar_class(settings, setting="model", ours=ours), settings, config)
+        plain = scalar_head(critic) is not None and type(critic.base_model) is type(base.base_model)
+        if plain and critic.base_model.state_dict().keys() == weights.keys():
+            break
+    critic.base_model.load_state_dict(weights)
+    for weight in scalar_head(critic).parameters():
+        nn.init.zeros_(weight)
+    return critic
+
+
+def _check_critic(critic: PreTrainedModel, path: str) -> None:
+    """Requires values per token that see no later token, and agree with the model's own number."""
+    name = type(critic).__name__
+    expected = f"critic_model: expected a decoder with a linear score in {path}, found {name}"
+    if scalar_head(critic) is None:
+        raise UserError(f"{expected}, which has no linear head over its hidden states")
+    vocabulary = critic.get_input_embeddings().num_embeddings
+    ids = 1 + torch.arange(6, device=critic.device)[None] % (vocabulary - 1)
+    every = torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        try:
+            found = scalar_head(critic)(hidden_states(critic, Batch(ids, every, every)))[0, :, 0]
+            parts = [own_logits(critic, ids[:, : n + 1], every[:, : n + 1], None) for n in (2, 5)]
+        except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+            raise UserError(f"{expected}, which does not run as one") from error
+    alone = torch.cat(parts).float()
+    tolerance = 1e-4 if critic.dtype is torch.float32 else 0.05
+    if not torch.allclose(found[[2, 5]].float(), alone, atol=tolerance, rtol=tolerance):
+        raise UserError(f"{expected}, which sees later tokens or scores otherwise")
