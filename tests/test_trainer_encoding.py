@@ -4,12 +4,20 @@ import itertools
 import random
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import models as vocabularies
 from trainer_tools import CPU, write_jsonl
 from transformers import ByT5Tokenizer, CanineTokenizer, PreTrainedTokenizerFast
 
-from rlhf_kernels.trainer.config import DataConfig, DPOConfig, RewardConfig, UserError
+from rlhf_kernels.trainer import rewards
+from rlhf_kernels.trainer.config import (
+    DataConfig,
+    DPOConfig,
+    ModelConfig,
+    RewardConfig,
+    UserError,
+)
 from rlhf_kernels.trainer.data import (
     Row,
     character_tokenizer,
@@ -303,6 +311,29 @@ def test_encoders_close_texts_themselves(tmp_path):
     with pytest.raises(UserError, match="model: expected a tokenizer with an end token"):
         load_tokenizer(str(tmp_path / "encoder"))
     assert whole_tokens(CanineTokenizer(), "a", "b") == [0xE000, 97, 98, 0xE001]
+
+
+def test_reward_models_read_what_they_were_trained_on(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(rewards, "load_reward_model", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(torch.nn.Identity, "device", CPU, raising=False)
+    monkeypatch.setattr(
+        rewards, "sequence_rewards", lambda _, batch: seen.append(batch) or torch.zeros(2)
+    )
+    for around, kind in ((None, "byte-level"), ("<s> $A", "byte-level"), (AROUND[-1], "wordpiece")):
+        tokenizer = made(kind, around)
+        tokenizer.save_pretrained(tmp_path / "model")
+        model = rewards.RewardModel(str(tmp_path / "model"), ModelConfig(), CPU)
+        model(prompts=["hello", "two"], completions=[" world", " it"], finished=[True, False])
+        ids, mask, _ = seen.pop()
+        found = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
+        pair = RewardModelling(tokenizer, None, RewardConfig()).encode(
+            Row("hello", None, " world", " it")
+        )
+        assert found[0] == pair.prompt + pair.chosen
+        # What was cut off has no end, except an encoder's.
+        end = [] if around == AROUND[-1] else [tokenizer.eos_token_id]
+        assert found[1] + end == whole_tokens(tokenizer, "two", " it")
 
 
 # --- chat templates --------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import TrainerState
 
 from .config import ModelConfig, UserError
-from .data import collate, load_tokenizer, row_tokens
+from .data import collate, load_tokenizer, whole_tokens
 from .models import load_reward_model, sequence_rewards
 from .reward_functions import (
     RewardFunction,
@@ -157,17 +157,18 @@ class RewardModel:
 
     def __init__(self, path: str, config: ModelConfig, device: torch.device) -> None:
         self.__name__ = Path(path).name
-        self.tokenizer = load_tokenizer(path)
+        self.tokenizer = load_tokenizer(path, ends=False)
         self.model = load_reward_model(path, config).requires_grad_(False).to(device)
 
     @torch.no_grad()
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], finished: Sequence[bool], **_: Any
     ) -> list[float | None]:
-        rows = []
-        for prompt, completion, end in zip(prompts, completions, finished, strict=True):
-            first, rest = row_tokens(self.tokenizer, prompt, completion)
-            rows.append((first, rest if end else rest[:-1]))
+        samples = zip(prompts, completions, finished, strict=True)
+        rows = [
+            ([], whole_tokens(self.tokenizer, prompt, completion, ended=end))
+            for prompt, completion, end in samples
+        ]
         batch = collate(self.tokenizer, rows, self.model.device)
         return sequence_rewards(self.model, batch).tolist()
 
