@@ -1,6 +1,7 @@
 // The contract between Python and native code: dtype codes, strided views and argument structs.
 // No torch and no Python here, so one build serves every torch version, and the CUDA backend
-// takes the same structs. Sizes and strides are in elements. A null `data` means "not given".
+// takes the same structs. Sizes and strides are in elements. Whether a tensor is given says
+// `given`, never its address: that of a tensor without elements is null.
 #pragma once
 #include <stdint.h>
 
@@ -22,6 +23,7 @@ struct Tensor {
   int32_t dtype = kFloat32;
   int64_t stride0 = 0;
   int64_t stride1 = 0;
+  bool given = false;
 };
 
 // Where a call runs. CPU: `threads`. CUDA: `stream` (a cudaStream_t) of `device`, with `scratch`,
@@ -57,8 +59,8 @@ constexpr int64_t kLabelElsewhere = INT64_MIN;
 constexpr int64_t kShardIgnored = INT64_MIN + 1;
 
 // token_logprobs. `stats` is fp32 [rows, cols, 3], contiguous: row maximum m (NaN for a row of NaN
-// and -inf), s = sum exp((x-m)/T), entropy. `temperatures` (fp32) overrides `temperature`; softcap
-// 0 means none.
+// and -inf), s = sum exp((x-m)/T), and with `entropy` the mean of (x-m)/T, which is log s less the
+// entropy. `temperatures` (fp32) overrides `temperature`; softcap 0 means none.
 struct LogprobsArgs {
   int64_t rows, cols, vocab;
   Tensor logits, labels, temperatures;
@@ -69,7 +71,8 @@ struct LogprobsArgs {
   Exec exec;
 };
 
-// Its gradient. `grad_logits` may be the memory of `logits`. A null upstream gradient means zero.
+// Its gradient. `grad_logits` may be the memory of `logits`. An upstream gradient that is not given
+// is zero.
 struct LogprobsBackwardArgs {
   int64_t rows, cols, vocab;
   Tensor logits, labels, temperatures;
@@ -117,10 +120,10 @@ struct SupportBackwardArgs {
   Exec exec;
 };
 
-// From `dz` to the head's operands; a null gradient is not wanted. Entries with a gradient of zero
-// are not read. `starts` is scratch of vocab + 1, `uses` of `entries`. On a GPU `starts` holds
-// where each word's entries begin in `order`, entries sorted by word, and `owner` the token of each
-// entry.
+// From `dz` to the head's operands; a gradient that is not given is not wanted. Entries with a
+// gradient of zero are not read. `starts` is scratch of vocab + 1, `uses` of `entries`. On a GPU
+// `starts` holds where each word's entries begin in `order`, entries sorted by word, and `owner`
+// the token of each entry.
 struct SupportUse {
   int64_t token;
   float dz;
@@ -130,8 +133,7 @@ struct SupportHeadArgs {
   Tensor hidden, weight;
   Support support;
   const float* dz;
-  Tensor grad_hidden, grad_weight;
-  float* grad_bias;
+  Tensor grad_hidden, grad_weight, grad_bias;
   int64_t* starts;
   SupportUse* uses;
   const int64_t *order, *owner;
@@ -139,8 +141,8 @@ struct SupportHeadArgs {
 };
 
 // kl_divergence over the whole vocabulary. `stats` is fp32 [rows, cols, 5], contiguous: m and s of
-// the policy, m and s of the reference, the divergence. reverse = KL(policy || ref), else KL(ref ||
-// policy).
+// the policy, m and s of the reference, and the mean under P of (x_P - m_P) - (x_Q - m_Q), which
+// is finite where the divergence is. reverse = KL(policy || ref), else KL(ref || policy).
 struct KlArgs {
   int64_t rows, cols, vocab;
   Tensor logits, ref_logits;
@@ -217,7 +219,7 @@ struct PolicyArgs {
   Exec exec;
 };
 
-// first and second (may be null), fp32 [count], times scale and upstream; GPU alone.
+// first and, where second_out is given, second, fp32 [count], times scale and upstream; GPU alone.
 struct LossBackwardArgs {
   int64_t count;
   const float *first, *second, *scale;
@@ -243,9 +245,10 @@ struct ValueArgs {
 // gae, discounted_returns and ppo_advantages: one reverse scan. Padded [rows, cols], sequence s
 // being row s; or packed, rows = 1, sequence s being columns offsets[s] to offsets[s + 1].
 // `bootstrap` and `scores` have an entry per sequence along stride1. Without `values` it computes
-// discounted returns; without `rewards` it forms them from scores and log-probabilities. Results
-// are contiguous. `moments` asks for whitened advantages and is scratch of 3 doubles per 2048
-// tokens begun, and of 3 more on a GPU.
+// discounted returns and no `advantages`; with `scores` it forms the rewards from these and the
+// log-probabilities, into `shaped`. Results
+// are contiguous. With `whiten` advantages are whitened and `moments` is scratch of 3 doubles
+// per 2048 tokens begun, and of 3 more on a GPU.
 struct GaeArgs {
   int64_t rows, cols, sequences;
   Tensor offsets;
@@ -257,6 +260,7 @@ struct GaeArgs {
   double reward_clip;
   double gamma, lam;
   bool carry;
+  bool whiten;
   float *advantages, *returns, *shaped;
   double* moments;
   double whiten_eps;
@@ -281,9 +285,9 @@ enum Baseline : int32_t {
 };
 enum Scale : int32_t { kScaleGroup = 0, kScaleBatch = 1, kScaleNone = 2 };
 
-// `rewards` and `greedy` lie along stride1. Groups are runs of equal `sorted_ids`, their members
-// `order`; without them, consecutive runs of `group_size`. `work`: on a GPU, scratch of `count`
-// doubles.
+// `rewards` and `greedy` lie along stride1. Groups are consecutive runs of `group_size`; where
+// that is 0, runs of equal `sorted_ids`, their members `order`. `work`: on a GPU, scratch of
+// `count` doubles.
 struct GroupAdvantagesArgs {
   int64_t count;
   Tensor rewards, greedy;

@@ -21,20 +21,30 @@ RK_HD double logprob_from_stats(double x, double m, double s, double inv_tempera
 }
 
 // d logits_y for the label itself. 1 - p_y is -expm1(log p_y): exact where p_y is close to 1.
-RK_HD double label_gradient(double logprob, double entropy, double g_logprob, double g_entropy,
-                            double inv_temperature) {
+// log p_y + H is `distance`, (x_y - m) / T, less the mean of these, the logarithms of the sum gone.
+RK_HD double label_gradient(double logprob, double distance, double mean, double g_logprob,
+                            double g_entropy, double inv_temperature) {
   double g = g_logprob * -expm1(logprob);
   // p log p is 0 at p = 0, also where log p is -inf.
-  if (g_entropy != 0.0 && logprob > -745.0) g -= g_entropy * exp(logprob) * (logprob + entropy);
+  if (g_entropy != 0.0 && logprob > -745.0) g -= g_entropy * exp(logprob) * (distance - mean);
   return g * inv_temperature;
 }
 
+// Temperatures, over the scale of the logits, that rlhf_kernels/_temperatures.py does not refuse.
+RK_HD bool good_temperature(double t) { return t >= 0x1p-60 && t <= 0x1p60; }
+
+// k3 = exp(-x) - 1 + x; infinite at -inf too, where the sum would be inf - inf.
+RK_HD float k3_estimate(float x) {
+  const float e = expm1f(-x);
+  return e > 3.4e38f ? e : e + x;
+}
+
 // Estimators of KL(policy || ref) from x = logprob - ref_logprob (Schulman, "Approximating KL
-// divergence", 2020): k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x, abs = |x|.
+// divergence", 2020): k1 = x, k2 = x^2 / 2, k3, abs = |x|.
 RK_HD float kl_estimate(float x, int32_t estimator) {
   switch (estimator) {
     case kK2: return 0.5f * x * x;
-    case kK3: return expm1f(-x) + x;
+    case kK3: return k3_estimate(x);
     case kAbs: return fabsf(x);
     default: return x;
   }

@@ -104,7 +104,23 @@ RK_HD V inside_clamp(V x, V slope, const PolicyConfig& c) {
   return select_less(V(c.log_ratio_high), x, V(0.0f), above);
 }
 
-// w = exp(x) for x = old - rollout (or its sum over the sequence), truncated or masked.
+// yes where x is a number, else no.
+template <class V>
+RK_HD V select_number(V x, V yes, V no) {
+  return select_less(x, V(1.0f), yes, select_less(V(0.0f), x, yes, no));
+}
+
+// old - rollout, the logarithm of a token's weight. One that is not a number though old is says
+// nothing: 0. An infinite one stays finite, so that a sequence may hold both signs.
+constexpr float kLogWeightBound = 1.0e30f;
+template <class V>
+RK_HD V log_weight(V old, V rollout) {
+  const V bound(kLogWeightBound);
+  const V x = clamp(old - rollout, -bound, bound);
+  return select_number(x, x, select_number(old, V(0.0f), old));
+}
+
+// w = exp(x) for x = log_weight (or its sum over the sequence), truncated or masked.
 template <class V>
 RK_HD V correction_weight(V x, const PolicyConfig& c) {
   const V low(c.correction_low), high(c.correction_high), zero(0.0f);

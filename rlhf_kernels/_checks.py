@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _config, _options, _tracing
+from . import _config, _labels, _options, _temperatures, _tracing
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 LABEL_DTYPES = (torch.int64, torch.int32)
@@ -197,7 +197,7 @@ def temperatures_positive(op: str, temperature: float | Tensor | None, keep: Ten
     """
     if not isinstance(temperature, Tensor) or not may_look(temperature):
         return
-    bad = ~((temperature > 0) & temperature.isfinite()) & keep
+    bad = _temperatures.bad(temperature) & keep
     if bad.any():
         raise bad_temperature(op, int(bad.reshape(-1).nonzero()[0]), temperature)
 
@@ -213,9 +213,7 @@ def token_data(
 def bad_temperature(op: str, position: int, temperatures: Tensor) -> ValueError:
     """The error for the temperature at flat `position`."""
     value = temperatures.reshape(-1)[position].item()
-    return ValueError(
-        f"{op}: temperature at flat position {position} must be a finite number > 0, got {value}"
-    )
+    return _temperatures.error(op, position, f"got {value}")
 
 
 class RowOptions(NamedTuple):
@@ -250,13 +248,20 @@ def row_options(
     same_device(op, "labels", labels_, name, rows.device)
     if softcap is not None:
         softcap = _options.positive(op, "softcap", softcap)
-    return RowOptions(
+    options = RowOptions(
         _temperature(op, temperature, labels_),
         softcap,
         _options.positive(op, "logit_scale", logit_scale),
         _options.flag(op, "entropy", entropy),
         _options.integer(op, "ignore_index", ignore_index),
     )
+    _temperatures.check(op, *options[:3])
+    if options.ignore_index in (_labels.ELSEWHERE, _labels.SHARD_IGNORED):
+        raise ValueError(
+            f"{op}: ignore_index must not be {options.ignore_index}, by which kernels tell the "
+            "shards of a vocabulary apart"
+        )
+    return options
 
 
 def _temperature(op: str, value: object, labels_: Tensor) -> float | Tensor:

@@ -12,15 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._labels import ELSEWHERE, NOWHERE, SHARD_IGNORED
+
 Launchers = Mapping[str, Callable[..., object]]
 #: torch.empty(shape, dtype=, device=), in the way that suits a backend's large buffers.
 Empty = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
 Reduce = Callable[[Tensor], Tensor]
-
-# A label of other words than a row kernel is given (csrc/abi.h: kLabelElsewhere, kShardIgnored).
-ELSEWHERE = -(2**63)
-# The label to skip where the kernel is given some words: outside every vocabulary.
-IGNORED = -(2**63) + 1
 
 #: Bytes of logits in flight. A GPU wants chunks that fill it; each rereads the fp32 gradient of the
 #: weight.
@@ -28,6 +25,8 @@ CHUNK_BYTES = {"cpu": 128 * 2**20}
 GPU_CHUNK_BYTES = 2**30
 # The GEMM's rows come in multiples of this; its columns, where they are part of a vocabulary.
 _CHUNK_MULTIPLE, _WORDS_MULTIPLE = 16, 64
+# More tokens make no product faster.
+_EXACT_TOKENS = 8192
 # Most tokens beside blocks of words: more would leave the budget too few words at a time.
 _BLOCK_TOKENS = 32768
 # Chunks of fewer tokens spend more on an fp32 sum of a 16-bit weight's gradient, which is read and
@@ -38,6 +37,10 @@ _SUM_TOKENS = 2048
 _TURNED_TOKENS = 2048
 # Rows of a weight gradient that are summed over chunks at a time: their product stays in the cache.
 _SUM_ROWS = 1024
+# Rows of an fp16 weight that are widened at a time, and whose scaled gradient is added at a time.
+_WIDE_ROWS, _SCALED_ROWS = 1024, 16384
+# Below this exponent of two scaled gradients stay: fp16 ends at 2^16.
+_FP16_EXPONENT = 15
 
 
 def chunk_size(device: torch.device, vocab: int, dtype: torch.dtype) -> int:
@@ -48,9 +51,25 @@ def chunk_size(device: torch.device, vocab: int, dtype: torch.dtype) -> int:
     return max(tokens // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE, _CHUNK_MULTIPLE)
 
 
+def exact_size(
+    chunk_tokens: int | None, device: torch.device, vocab: int, dtype: torch.dtype
+) -> int:
+    """Tokens of every product of `batch_invariant`: however few there are, all are multiplied.
+
+    As many as asked for, or as the budget holds, but no more than speed a product up, nor 16 times
+    the budget.
+    """
+    budget = chunk_size(device, vocab, dtype)
+    return min(chunk_tokens or budget, _EXACT_TOKENS, 16 * budget)
+
+
 def _logits_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """What the GEMM leaves its fp32 sums in: fp32 where the library can from 16-bit operands."""
-    return torch.float32 if device.type == "cuda" else dtype
+    """What the GEMM leaves its fp32 sums in: fp32 where the library can from 16-bit operands.
+
+    And for fp16, whose range a gradient leaves: its products then take operands in fp32, which
+    CPUs without fp16 arithmetic multiply many times as fast.
+    """
+    return torch.float32 if device.type == "cuda" or dtype == torch.float16 else dtype
 
 
 class Chunk(NamedTuple):
@@ -85,7 +104,8 @@ class Chunk(NamedTuple):
         if chunk != 0 or weight.device.type != "cpu" or whole.size >= min(count, whole.words):
             return whole
         tokens = min(count, _BLOCK_TOKENS)
-        words = CHUNK_BYTES["cpu"] // (heads * tokens * weight.dtype.itemsize)
+        size = _logits_dtype(weight.device, weight.dtype).itemsize
+        words = CHUNK_BYTES["cpu"] // (heads * tokens * size)
         return cls(tokens, max(words // _WORDS_MULTIPLE, 1) * _WORDS_MULTIPLE, False)
 
     def rows(self, count: int) -> int:
@@ -99,7 +119,7 @@ def sum_is_dear(chunk: int, weight: Tensor, count: int, heads: int = 1) -> bool:
     return (
         chunk == 0
         and weight.device.type == "cpu"
-        and weight.dtype != torch.float32
+        and _logits_dtype(weight.device, weight.dtype) != torch.float32
         and size < _SUM_TOKENS
         and count > 2 * size
     )
@@ -181,7 +201,7 @@ class Head(NamedTuple):
         empty: Empty,
     ) -> "Head":
         """For `count` of the tokens of hidden [..., H]."""
-        hidden = hidden.reshape(-1, hidden.shape[-1])
+        hidden = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
         rows = chunk.rows(count)
         dtype = _logits_dtype(weight.device, weight.dtype)
         logits = empty((rows * min(chunk.words, weight.shape[0]),), dtype, hidden.device)
@@ -199,7 +219,12 @@ class Head(NamedTuple):
             self.padded[:count] = hidden
             hidden = self.padded
         out = self.grid(hidden.shape[0], weight.shape[0])
-        matmul_into(out, hidden, weight.T)
+        if _widens(weight):
+            wide = hidden.float()
+            for rows in _blocks(weight.shape[0], _WIDE_ROWS):
+                torch.mm(wide, weight[rows].float().T, out=out[:, rows])
+        else:
+            matmul_into(out, hidden, weight.T)
         out = out[:count]
         return out if self.bias is None else out.add_(self.bias[words])
 
@@ -216,28 +241,69 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
+def _widens(t: Tensor) -> bool:
+    """Whether products take this operand in fp32."""
+    return t.dtype == torch.float16 and t.device.type != "cuda"
+
+
+def _blocks(size: int, most: int) -> Iterator[slice]:
+    for start in range(0, size, most):
+        yield slice(start, min(start + most, size))
+
+
+def _add_product(out: Tensor, g: Tensor, weight: Tensor) -> None:
+    """out += g @ weight in fp32, out and g being that."""
+    if not _widens(weight):
+        out.addmm_(g, weight)
+        return
+    for rows in _blocks(weight.shape[0], _WIDE_ROWS):
+        out.addmm_(g[:, rows], weight[rows].float())
+
+
+def _in_fp16(g: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """(fp16, unit) with g [n, words] = fp16 * unit: powers of two that use fp16's range.
+
+    A loss is scaled so that gradients stay in that range; they are taken before this scale is
+    known. One unit for all, dims (0, 1), or one per token, dims (1,), whose bits then depend on no
+    other token.
+    """
+    if g.numel() == 0:
+        return g.half(), g.new_ones((1, 1))
+    top = torch.maximum(g.amax(dims, keepdim=True), -g.amin(dims, keepdim=True))
+    exponent = (_FP16_EXPONENT - torch.frexp(top).exponent).clamp(-100, 100)
+    one = torch.ones_like(top)
+    scaled = torch.empty_like(g, dtype=torch.float16)
+    torch.mul(g, torch.ldexp(one, exponent), out=scaled)
+    return scaled, torch.ldexp(one, -exponent)
+
+
 def localized(labels: Tensor, words: slice, vocab: int, ignore: int) -> tuple[Tensor, int]:
-    """(labels, ignore_index) for a row kernel that is given some words of the vocabulary."""
+    """(labels, ignore_index) for a row kernel that is given some words of the vocabulary.
+
+    No label is to be ignored: those tokens were dropped.
+    """
     if words.stop - words.start == vocab:
         return labels, ignore
     labels = labels.long()
-    known = (labels >= 0) & (labels < vocab)
+    known = ((labels >= 0) & (labels < vocab)) | (labels == ELSEWHERE)
     owned = (labels >= words.start) & (labels < words.stop)
-    local = torch.where(known, ELSEWHERE, labels)
-    return torch.where(owned, labels - words.start, local), IGNORED
+    local = torch.where(known, ELSEWHERE, NOWHERE)
+    return torch.where(owned, labels - words.start, local), SHARD_IGNORED
 
 
 class Gradients:
     """Gradients of a head: hidden per token, weight and bias summed over tiles in fp32.
 
-    `reduce` sums the gradient of hidden, then fp32, over the ranks that share the vocabulary.
+    `reduce` sums the gradient of hidden, then fp32, over the ranks that share the vocabulary. Those
+    of fp16 operands are fp32 to the end.
     """
 
     def __init__(
         self, head: Head, hidden: bool, weight: bool, bias: bool, reduce: Reduce | None = None
     ) -> None:
         self._head, self._reduce = head, reduce
-        dtype = head.hidden.dtype if reduce is None else torch.float32
+        wide = reduce is not None or head.hidden.dtype == torch.float16
+        dtype = torch.float32 if wide else head.hidden.dtype
         self.hidden = torch.zeros_like(head.hidden, dtype=dtype) if hidden else None
         # Of a tile's tokens, over the words so far.
         self._of_tokens: Tensor | None = None
@@ -255,7 +321,8 @@ class Gradients:
 
     def add(self, tokens: Tokens, tile: Tile, hidden: Tensor, grad_logits: Tensor) -> None:
         """Adds a tile: its hidden states [n, H] and the gradient of its logits [n, words]."""
-        grad_logits = grad_logits.to(hidden.dtype)
+        if hidden.dtype != torch.float16:
+            grad_logits = grad_logits.to(hidden.dtype)
         if self.hidden is not None:
             if grad_logits.shape[1] == self._head.weight.shape[0]:
                 self._add_hidden(tokens, tile.tokens, grad_logits)
@@ -268,6 +335,9 @@ class Gradients:
 
     def _add_hidden(self, tokens: Tokens, part: slice, g: Tensor) -> None:
         head, count, dtype = self._head, g.shape[0], g.dtype
+        if head.weight.dtype == torch.float16:
+            self._add_hidden_fp16(tokens, part, g)
+            return
         if self._reduce is not None:
             dtype = _logits_dtype(g.device, dtype)
         if tokens.index is None and dtype == self.hidden.dtype and head.padded is None:
@@ -280,6 +350,19 @@ class Gradients:
         matmul_into(rows, g, head.weight)
         tokens.put(self.hidden, part, rows[:count].to(self.hidden.dtype))
 
+    def _add_hidden_fp16(self, tokens: Tokens, part: slice, g: Tensor) -> None:
+        head, count = self._head, g.shape[0]
+        if head.padded is not None:
+            g = head.grid(head.padded.shape[0], g.shape[1])
+        rows = g.new_zeros((g.shape[0], head.weight.shape[1]))
+        if _widens(head.weight):
+            _add_product(rows, g, head.weight)
+        else:
+            g, unit = _in_fp16(g, (1,))
+            matmul_into(rows, g, head.weight)
+            rows *= unit
+        tokens.put(self.hidden, part, rows[:count])
+
     def _add_hidden_of_words(self, tokens: Tokens, tile: Tile, g: Tensor) -> None:
         """Sums over the tiles of some tokens in fp32; rounds with the last of the words."""
         weight = self._head.weight
@@ -291,27 +374,37 @@ class Gradients:
                 else g.new_zeros((g.shape[0], weight.shape[1]), dtype=torch.float32)
             )
         if g.dtype == torch.float32:
-            self._of_tokens.addmm_(g, weight[tile.words])
+            _add_product(self._of_tokens, g, weight[tile.words])
         else:
             self._of_tokens += g @ weight[tile.words]
         if tile.words.stop == weight.shape[0] and not in_place:
             tokens.put(self.hidden, tile.tokens, self._of_tokens.to(self.hidden.dtype))
 
-    def results(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
-        """(hidden, weight, bias) in the dtypes of the operands; empty where not asked for."""
+    def results(self, shape: torch.Size, late: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """(hidden, weight, bias) in the dtypes of the operands; empty where not asked for.
+
+        With `late` fp32 for operands in fp16: they are rounded when they have been scaled.
+        """
         like = self._head.hidden
         if self.hidden is not None and self._reduce is not None:
-            self.hidden = self._reduce(self.hidden).to(like.dtype)
+            self.hidden = self._reduce(self.hidden)
+
+        def finished(t: Tensor, operand: Tensor) -> Tensor:
+            return t if late and operand.dtype == torch.float16 else t.to(operand.dtype)
+
         # An operator's results must not share memory, empty ones neither.
+        none = (like.new_empty(0) for _ in range(3))
         return (
-            like.new_empty(0) if self.hidden is None else self.hidden.view(shape),
-            like.new_empty(0) if self._weight is None else self._weight.result(),
-            like.new_empty(0) if self._bias is None else self._bias.to(self._head.bias.dtype),
+            next(none) if self.hidden is None else finished(self.hidden.view(shape), like),
+            next(none)
+            if self._weight is None
+            else finished(self._weight.result(), self._head.weight),
+            next(none) if self._bias is None else finished(self._bias, self._head.bias),
         )
 
 
 class _Sum:
-    """The gradient of a weight, summed over tokens: in fp32, rounded to its dtype at the end."""
+    """The gradient of a weight, summed over tokens: in fp32, rounded at the end."""
 
     def __init__(self, like: Tensor, empty: Empty) -> None:
         self._like = like
@@ -328,12 +421,29 @@ class _Sum:
         if self._total is None:
             self._total = self._empty(self._like.shape, torch.float32, self._like.device)
         total = self._total[tile.words]
-        if tile.step == 0:
+        if self._like.dtype == torch.float16:
+            self._add_fp16(total, a, b, tile)
+        elif tile.step == 0:
             matmul_into(total, a.T, b)
         elif a.dtype == torch.float32:
             total.addmm_(a.T, b)
         else:
             torch.addmm(total, a.T, b, out_dtype=torch.float32, out=total)
+
+    @staticmethod
+    def _add_fp16(total: Tensor, a: Tensor, b: Tensor, tile: Tile) -> None:
+        """Adds a.T @ b, of fp32 a and fp16 b."""
+        if _widens(b):
+            b = b.float()
+            torch.addmm(total, a.T, b, beta=float(tile.step > 0), out=total)
+            return
+        a, unit = _in_fp16(a, (0, 1))
+        for rows in _blocks(total.shape[0], _SCALED_ROWS):
+            term = torch.mm(a[:, rows].T, b, out_dtype=torch.float32).mul_(unit)
+            if tile.step == 0:
+                total[rows] = term
+            else:
+                total[rows] += term
 
     def _add_rounded(self, a: Tensor, b: Tensor, tile: Tile) -> None:
         """Adds a.T @ b where the library rounds a product to 16 bits.
@@ -375,12 +485,12 @@ class _Sum:
                 rounded.copy_(total)
 
     def result(self) -> Tensor:
-        """The sum; zeros if nothing was added."""
+        """The sum, in fp32 or rounded; zeros if nothing was added."""
         if self._rounded is not None:
             return self._rounded
         if self._total is None:
-            return torch.zeros_like(self._like)
-        return self._total.to(self._like.dtype)
+            return torch.zeros_like(self._like, dtype=torch.float32)
+        return self._total
 
 
 def plain_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -21,11 +21,10 @@ from ._head import (
     select,
     sum_is_dear,
 )
+from ._labels import SHARD_IGNORED
 from .policy_config import AGGREGATIONS
 from .reference import policy
 
-# An ignore_index that no label is: masked tokens are dropped already, whatever their label.
-_NO_LABEL = -(2**63)
 # Where PolicyLossConfig encodes these (policy_config.py: _codes, _params).
 _RATIO_LEVEL, _CORRECTION_LEVEL, _AGGREGATION = 1, 5, 7
 _PENALTY_COEF, _KL_COEF, _ENTROPY_COEF = 6, 9, 13
@@ -69,7 +68,8 @@ class _PolicySweep:
             _checks.token_data(
                 "linear_policy_loss", self._labels, self._temperatures, keep, weight.shape[0]
             )
-            # Where they may not be looked at, none may be _NO_LABEL: -1 gives NaN.
+            # Masked tokens are dropped already. Of the others, where they may not be looked at,
+            # none may be SHARD_IGNORED: -1 gives NaN.
             self._labels = self._labels.clamp(min=-1)
         self.tokens = select(keep)
         heads = 2 if ref_head else 1
@@ -96,12 +96,14 @@ class _PolicySweep:
         ref = None
         if self._ref is not None:
             logits = self._ref.project(self._ref.states(tokens, part))
-            ref, _, _ = self._rows["token_logprobs"](logits, *own, *self._options, False, _NO_LABEL)
+            ref, _, _ = self._rows["token_logprobs"](
+                logits, *own, *self._options, False, SHARD_IGNORED
+            )
             tokens.put(self.ref_logprobs, part, ref)
         hidden = self.head.states(tokens, part)
         logits = self.head.project(hidden)
         logprobs, entropy, stats = self._rows["token_logprobs"](
-            logits, *own, *self._options, True, _NO_LABEL
+            logits, *own, *self._options, True, SHARD_IGNORED
         )
         tokens.put(self.logprobs, part, logprobs)
         tokens.put(self.entropy, part, entropy)
@@ -180,7 +182,7 @@ class _PolicySweep:
         labels, temperatures = (
             tokens.take(t, tile.tokens) for t in (self._labels, self._temperatures)
         )
-        labels, ignored = localized(labels, tile.words, self._vocab, _NO_LABEL)
+        labels, ignored = localized(labels, tile.words, self._vocab, SHARD_IGNORED)
         self._rows["token_logprobs_backward_inplace"](
             logits, labels, temperatures, stats, g, h, *self._options, ignored
         )
@@ -270,6 +272,6 @@ def launcher(
             g, h = _complete(found)
             gradients = sweep.backward(flat(g), flat(h) if bonus else None, needs)
         loss, metrics, *_ = sweep.policy_loss(old, advantages, ref, rollout, whole, False, False)
-        return loss, metrics, *gradients.results(hidden.shape)
+        return loss, metrics, *gradients.results(hidden.shape, late=True)
 
     return linear_policy_loss

@@ -44,6 +44,13 @@ def as_grid(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None
     return t
 
 
+def as_upstream(t: Tensor | None) -> Tensor | None:
+    """The gradient of a result per token as a grid in fp32; None for that of one that is empty,
+    since it was not asked for, but traced code passes a gradient.
+    """
+    return None if t is None or t.numel() == 0 else as_grid(t, torch.float32)
+
+
 def grid_strides(t: Tensor) -> tuple[int, int]:
     """Strides (rows, cols) of a token tensor [...] from `as_grid`; 0 for a row that is alone."""
     # The common case first: these few lines run for every argument of every call.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _backends, _tracing
+from . import _backends, _temperatures, _tracing
 
 _LIBRARY = torch.library.Library("rlhf_kernels", "DEF")
 # Types of arguments that a launcher takes as they are.
@@ -92,7 +92,7 @@ def row_arguments(
     """
     cap = 0.0 if softcap is None else softcap / logit_scale
     if isinstance(temperature, Tensor):
-        return temperature if logit_scale == 1.0 else temperature / logit_scale, 1.0, cap
+        return _temperatures.scaled(temperature, logit_scale), 1.0, cap
     return None, temperature / logit_scale, cap
 
 

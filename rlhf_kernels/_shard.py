@@ -1,10 +1,11 @@
 """Row kernels over a vocabulary that is sharded over the ranks of a process group.
 
-Each rank reduces its own columns to (m, s, log p(y), H): maximum, sum of e = exp((z - m) / T),
-log-probability of the label among these columns and entropy over them, which is the shard's
-sum of x e^x. These are gathered and combined in the order of the ranks, so that all ranks hold the
-same bits. With P the share of a shard, log p(y) = log P + log p(y | shard) and
-H = sum P (H_shard - log P): neither cancels. Shards may differ in size, and be empty.
+Each rank reduces its own columns to (m, s, log p(y), mean): maximum, sum of e = exp((z - m) / T),
+log-probability of the label among these columns and mean of (z - m) / T over them. These are
+gathered and combined in the order of the ranks, so that all ranks hold the same bits. With P the
+share of a shard, log p(y) = log P + log p(y | shard), and the mean over all, whose distance to
+log s is the entropy, is sum P (mean_shard + its distance to the common maximum): neither cancels.
+Shards may differ in size, and be empty.
 
 Labels and everything else per token are replicated; the ranks compare what they were given before
 they begin, so that one rank's mistake raises on every rank instead of leaving the others waiting.
@@ -17,11 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, _group, _head, _head_launchers
-from ._head import ELSEWHERE, IGNORED
-
-# A label outside the vocabulary of all shards.
-_NOWHERE = -2
+from . import _checks, _group, _head, _head_launchers, _temperatures
+from ._labels import ELSEWHERE, NOWHERE, SHARD_IGNORED
 
 
 class Shards(NamedTuple):
@@ -31,12 +29,12 @@ class Shards(NamedTuple):
     rank: int
 
     def localized(self, labels: Tensor, keep: Tensor) -> Tensor:
-        """Labels as columns of this shard, ELSEWHERE, or IGNORED where `keep` is false."""
+        """Labels as columns of this shard, ELSEWHERE, or SHARD_IGNORED where `keep` is false."""
         local = labels.long() - self.sizes[: self.rank].sum()
         owned = (local >= 0) & (local < self.sizes[self.rank])
         known = (labels >= 0) & (labels < self.sizes.sum())
-        local = torch.where(owned, local, torch.where(known, ELSEWHERE, _NOWHERE))
-        return torch.where(keep, local, IGNORED)
+        local = torch.where(owned, local, torch.where(known, ELSEWHERE, NOWHERE))
+        return torch.where(keep, local, SHARD_IGNORED)
 
 
 # What a rank tells the others before it begins.
@@ -80,7 +78,7 @@ def _summary(labels: Tensor, temperatures: float | Tensor | None, keep: Tensor) 
     low, high = kept.argmin(), kept.argmax()
     bad = torch.zeros_like(keep)
     if isinstance(temperatures, Tensor):
-        bad = ~((temperatures > 0) & temperatures.isfinite()) & keep
+        bad = _temperatures.bad(temperatures) & keep
     bad = bad.reshape(-1).nonzero()
     first_bad = int(bad[0]) if bad.numel() else -1
     return [
@@ -100,10 +98,7 @@ def _judge(op: str, told: list[dict[str, int]]) -> None:
                     f"expected 0 <= label < {total}, the vocabulary of all ranks, or ignore_index"
                 )
         if t["temperature_at"] >= 0:
-            raise ValueError(
-                f"{op}: temperature at flat position {t['temperature_at']} on rank {rank} must be "
-                "a finite number > 0"
-            )
+            raise _temperatures.error(op, t["temperature_at"], f"which it is not on rank {rank}")
         for field in ("tokens", "checksum"):
             if t[field] != told[0][field]:
                 raise ValueError(
@@ -126,16 +121,16 @@ def combine(
     Args:
         local: labels from `Shards.localized`, [...].
         logprobs: of the row kernel given them, fp32 [...].
-        stats: of the row kernel, fp32 [..., 3]: m, s, H.
+        stats: of the row kernel, fp32 [..., 3]: m, s, mean.
         temperatures: per token [...], or None.
         temperature: of all tokens, where `temperatures` is None.
-        entropy: whether entropies are wanted, and H is one.
+        entropy: whether entropies are wanted, and the mean is one.
         group: name of the group.
     """
     # No log-probability is positive.
     logprobs = torch.where(local == ELSEWHERE, torch.inf, logprobs)
     parts = torch.stack([*stats.unbind(-1), logprobs])
-    m, s, h, own = _group.gather(parts, group).double().unbind(1)
+    m, s, mean, own = _group.gather(parts, group).double().unbind(1)
     rate = 1.0 / temperature if temperatures is None else 1.0 / temperatures.float().double()
 
     # Nothing but -inf here.
@@ -147,14 +142,14 @@ def combine(
     total = torch.where(top == -torch.inf, torch.nan, total)
     log_share = torch.where(empty, -torch.inf, s.log() + shift) - total.log()
     share = log_share.exp()
-    h = _ordered_sum(torch.where(share == 0.0, 0.0, share * (h - log_share)))
+    mean = _ordered_sum(torch.where(share == 0.0, 0.0, share * (mean + shift)))
     own = torch.where(own == torch.inf, 0.0, torch.where(empty, 0.0, own) + log_share)
 
-    kept = local != IGNORED
+    kept = local != SHARD_IGNORED
     logprobs = torch.where(kept, _ordered_sum(own), 0.0).float()
-    h = torch.where(kept, h, 0.0)
-    stats = torch.stack([torch.where(kept, top, 0.0), torch.where(kept, total, 1.0), h], -1)
-    return logprobs, h.float() if entropy else logprobs.new_empty(0), stats.float()
+    h = torch.where(kept, total.log() - mean, 0.0).float() if entropy else logprobs.new_empty(0)
+    stats = [torch.where(kept, x, other) for x, other in ((top, 0.0), (total, 1.0), (mean, 0.0))]
+    return logprobs, h, torch.stack(stats, -1).float()
 
 
 def _ordered_sum(of_ranks: Tensor) -> Tensor:
@@ -174,13 +169,13 @@ def _rows_of(rows: _head.Launchers, group: str) -> _head.Launchers:
         _: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         logprobs, _, stats = rows["token_logprobs"](
-            logits, local, temperatures, temperature, softcap, entropy, IGNORED
+            logits, local, temperatures, temperature, softcap, entropy, SHARD_IGNORED
         )
         return combine(local, logprobs, stats, temperatures, temperature, entropy, group)
 
     def backward_inplace(logits: Tensor, *args: object) -> None:
         *args, _ = args
-        rows["token_logprobs_backward_inplace"](logits, *args, IGNORED)
+        rows["token_logprobs_backward_inplace"](logits, *args, SHARD_IGNORED)
 
     return {
         **rows,
@@ -231,7 +226,16 @@ def launchers(rows: _head.Launchers, empty: _head.Empty) -> dict[str, Callable[.
         local = meet(op, weight.shape[0], labels, temperatures, keep, group).localized(labels, keep)
         # The chunks are this rank's own affair: one exchange at the end.
         logprobs, _, stats = head_of(group, rows)[op](
-            hidden, weight, bias, local, temperatures, temperature, softcap, entropy, IGNORED, chunk
+            hidden,
+            weight,
+            bias,
+            local,
+            temperatures,
+            temperature,
+            softcap,
+            entropy,
+            SHARD_IGNORED,
+            chunk,
         )
         found = combine(local, logprobs, stats, temperatures, temperature, entropy, group)
         return *found, local

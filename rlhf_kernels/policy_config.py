@@ -18,7 +18,7 @@ AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "cons
 LOG_RATIO_BOUND = 40.0
 
 # In place of an absent upper bound; its negative is an absent lower bound.
-_UNBOUNDED = 3.0e38
+UNBOUNDED = 3.0e38
 
 Clamp = float | tuple[float, float] | None
 
@@ -70,7 +70,10 @@ class PolicyLossConfig:
             the sequence's unmasked tokens. w is detached and multiplies the objective alone (of
             "penalty" only -A r).
         correction_mode: "truncate": clamp w to [correction_min, correction_max]. "mask": w outside
-            them becomes 0.
+            them becomes 0. A token whose rollout log-probability is NaN, as an engine may report
+            of a nearly certain one, counts as if both engines agreed: at "token" level its w is
+            that of 1, at "sequence" level it adds nothing to the sum. So does -inf in both. An
+            infinite difference saturates; those of both signs in a sequence cancel.
         correction_min: lower cap, or None.
         correction_max: upper cap, or None.
         log_ratio_clamp: c or (low, high): clamp of log r; no gradient outside, so a token (or
@@ -243,7 +246,7 @@ class PolicyLossConfig:
             *self.correction_bounds(),
         )
         # Finite, so that a product with an advantage of 0 is 0.
-        return tuple(float(min(max(v, -_UNBOUNDED), _UNBOUNDED)) for v in values)
+        return tuple(float(min(max(v, -UNBOUNDED), UNBOUNDED)) for v in values)
 
     @classmethod
     def ppo(cls, **options: Any) -> "PolicyLossConfig":

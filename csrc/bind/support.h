@@ -45,7 +45,7 @@ void bind_support(pybind11::module_& m, Table table) {
                                      fp32(dz),
                                      grad_hidden,
                                      grad_weight,
-                                     fp32(grad_bias),
+                                     grad_bias,
                                      static_cast<int64_t*>(starts.data),
                                      static_cast<SupportUse*>(uses.data),
                                      static_cast<const int64_t*>(order.data),

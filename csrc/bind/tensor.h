@@ -31,6 +31,7 @@ struct type_caster<rk::Tensor> {
     }
     if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 4) return false;
     const auto item = [&](int i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(source.ptr(), i)); };
+    value.given = true;
     value.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(source.ptr(), 0));
     value.dtype = static_cast<int32_t>(item(1));
     value.stride0 = item(2);

@@ -112,7 +112,7 @@ inline void group(const GroupAdvantagesArgs& a, int64_t n, const F& member) {
   s.spread = sqrt(m2 / others_of(s.n));
   for (int64_t k = 0; k < n; ++k) {
     const int64_t i = member(k);
-    const double greedy = a.greedy.data ? reward_at(a.greedy, i) : 0.0;
+    const double greedy = a.greedy.given ? reward_at(a.greedy, i) : 0.0;
     a.work[i] = group_advantage(reward_at(a.rewards, i), greedy, s, a.baseline, a.scale, a.eps);
   }
 }
@@ -141,17 +141,17 @@ Status whiten(const WhitenArgs& a) {
 }
 
 Status gae(const GaeArgs& a) {
-  if (a.offsets.data) {
+  if (a.offsets.given) {
     const Status status = check_offsets({a.sequences, a.cols, a.offsets, {}});
     if (status.code != kOk) return status;
   }
   if (a.rows * a.cols == 0) return {};
-  if (a.values.data)
+  if (a.values.given)
     scan::run<true>(a);
   else
     scan::run<false>(a);
-  if (a.moments) {
-    const Tensor advantages{a.advantages, kFloat32, a.cols, 1};
+  if (a.whiten) {
+    const Tensor advantages{a.advantages, kFloat32, a.cols, 1, true};
     scan::whiten_tokens({a.rows, a.cols, advantages, a.mask, true, true, a.whiten_eps, a.moments,
                          a.advantages, a.exec});
   }
@@ -164,7 +164,7 @@ Status group_advantages(const GroupAdvantagesArgs& args) {
   GroupAdvantagesArgs a = args;
   a.work = work.data;
   for (int64_t begin = 0, end = 0; begin < a.count; begin = end) {
-    if (a.order) {
+    if (a.group_size == 0) {
       while (end < a.count && a.sorted_ids[end] == a.sorted_ids[begin]) ++end;
       scan::group(a, end - begin, [&](int64_t k) { return a.order[begin + k]; });
     } else {

@@ -141,11 +141,12 @@ void kl_row(const KlArgs& a, int64_t row) {
   const RowSums& ref = a.reverse ? r.q : r.p;
   stats[0] = policy.m, stats[1] = static_cast<float>(policy.s);
   stats[2] = ref.m, stats[3] = static_cast<float>(ref.s);
-  stats[4] = static_cast<float>(kl);
+  // Not the divergence: in that the logarithms cancel, which the gradient needs nothing of.
+  stats[4] = static_cast<float>(kl != kl ? kl : r.p.t / r.p.s);
 }
 
-// Gradient in the policy's logits. Reverse: p_j (log p_j - log q_j - KL) / T. Forward: (p_j - q_j)
-// / T.
+// Gradient in the policy's logits. Reverse: p_j (log p_j - log q_j - KL) / T, which is p_j / T
+// times the difference (x - m - (y - m')) / T less its mean under p. Forward: (p_j - q_j) / T.
 template <class E, bool kReverse>
 void kl_backward_row(const KlBackwardArgs& a, int64_t row) {
   using S = typename E::Storage;
@@ -164,25 +165,22 @@ void kl_backward_row(const KlBackwardArgs& a, int64_t row) {
   const S* x = at(a.logits);
   const S* ref = at(a.ref_logits);
   const float* stats = a.stats + 5 * row;
-  const double inv_t = 1.0 / a.temperature, kl = stats[4];
-  // Where the divergence is infinite or NaN so is every difference below: say NaN, as autograd
-  // does.
-  const double poison = kl - kl;
+  const double inv_t = 1.0 / a.temperature;
+  const float mean = stats[4];
+  // Where the reverse divergence is infinite no difference to its mean is a number. The forward one
+  // has a gradient there.
+  const float poison = kReverse || mean != mean ? mean - mean : 0.0f;
   const Vec rate = splat(static_cast<float>(inv_t * kLog2e));
   const Vec lowest = splat(static_cast<float>(kExpMin / inv_t));
   const Vec mp = splat(stats[0]), mq = splat(stats[2]), zero = splat(0.0f);
   const Vec wp = splat(static_cast<float>(g * inv_t / stats[1] + poison));
   const Vec wq = splat(static_cast<float>(g * inv_t / stats[3] + poison));
-  // log p - log q - KL = (x_p - x_q shifted) / T - offset
-  const Vec scale = splat(static_cast<float>(inv_t));
-  const double offset_d =
-      log(static_cast<double>(stats[1])) - log(static_cast<double>(stats[3])) + kl;
-  const Vec offset = splat(static_cast<float>(offset_d));
+  const Vec scale = splat(static_cast<float>(inv_t)), offset = splat(mean);
   const auto gradient = [&](Vec zp, Vec zq) {
     const Vec dp = sub(zp, mp), dq = sub(zq, mq);
     const Vec ep = exp_scaled(max(lowest, dp), rate);
     if constexpr (kReverse) {
-      const Vec dz = mul(mul(ep, wp), fms(sub(dp, dq), scale, offset));
+      const Vec dz = mul(mul(ep, wp), mul(sub(sub(dp, dq), offset), scale));
       return select_less(dp, lowest, zero, dz);
     } else {
       const Vec p = select_less(dp, lowest, zero, mul(ep, wp));

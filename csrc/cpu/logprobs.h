@@ -143,7 +143,7 @@ inline int64_t load_label(const Tensor& labels, int64_t i, int64_t j) {
 
 inline double row_temperature(const Tensor& temperatures, double temperature, int64_t i,
                               int64_t j) {
-  if (!temperatures.data) return temperature;
+  if (!temperatures.given) return temperature;
   return static_cast<const float*>(
       temperatures.data)[i * temperatures.stride0 + j * temperatures.stride1];
 }
@@ -158,7 +158,7 @@ inline Status check_tokens(const Args& a) {
       const bool elsewhere = y == kLabelElsewhere && a.ignore_index == kShardIgnored;
       if ((y < 0 || y >= a.vocab) && !elsewhere) return {kLabelOutOfRange, i * a.cols + j};
       const double t = row_temperature(a.temperatures, a.temperature, i, j);
-      if (!(t > 0.0) || t > 3.0e38) return {kBadTemperature, i * a.cols + j};
+      if (!good_temperature(t)) return {kBadTemperature, i * a.cols + j};
     }
   }
   return {};
@@ -191,17 +191,20 @@ void logprobs_row(const LogprobsArgs& a, int64_t row) {
   // A NaN among nothing but -inf, so that no shard of it passes for an empty one.
   stats[0] = empty && hidden_nan ? __builtin_nanf("") : r.m;
   stats[1] = empty ? __builtin_nanf("") : static_cast<float>(r.s);
-  stats[2] = empty ? __builtin_nanf("") : static_cast<float>(log(r.s) - r.t / r.s * inv_t);
-  if (kEntropy) *entropy = stats[2];
+  const double mean = r.t / r.s * inv_t;
+  stats[2] = empty ? __builtin_nanf("") : static_cast<float>(mean);
+  if (kEntropy) *entropy = empty ? __builtin_nanf("") : static_cast<float>(log(r.s) - mean);
 }
 
 // d z_j = p_j (-g - h (log p_j + H)) / T, plus g / T at the label; p = exp((x - m) / T) / s.
+// log p_j + H = (x_j - m) / T less its mean: in this form neither large nor small temperatures
+// cancel.
 template <class E, bool kSoftcap, bool kEntropy>
 void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
   using S = typename E::Storage;
   const int64_t i = row / a.cols, j = row % a.cols;
   const auto upstream = [&](const Tensor& g) {
-    return g.data ? static_cast<const float*>(g.data)[i * g.stride0 + j * g.stride1] : 0.0f;
+    return g.given ? static_cast<const float*>(g.data)[i * g.stride0 + j * g.stride1] : 0.0f;
   };
   const float g = upstream(a.grad_logprobs);
   const float h = kEntropy ? upstream(a.grad_entropy) : 0.0f;
@@ -215,7 +218,7 @@ void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
   const S* x = static_cast<const S*>(a.logits.data) + i * a.logits.stride0 + j * a.logits.stride1;
   const double inv_t = 1.0 / row_temperature(a.temperatures, a.temperature, i, j);
   const float* stats = a.stats + 3 * row;
-  const double s = stats[1], entropy = stats[2];
+  const double s = stats[1], mean = stats[2];
   const float cap = static_cast<float>(a.softcap);
   const float raw_label = label == kLabelElsewhere ? 0.0f : E::get(x + label);
   const float xy = kSoftcap ? softcapped(raw_label, cap) : raw_label;
@@ -224,9 +227,10 @@ void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
   const Vec m = splat(stats[0]);
   const Vec rate = splat(static_cast<float>(inv_t * kLog2e));
   const Vec lowest = splat(static_cast<float>(kExpMin / inv_t));
-  // dz = e * (a0 + a1 * (x - m)): the entropy term is linear in log p.
-  const Vec a0 = splat(static_cast<float>((-g - h * (entropy - log(s))) / s * inv_t));
-  const Vec a1 = splat(static_cast<float>(-h * inv_t / s * inv_t));
+  // dz = e * (a0 + a1 * (x - m) / T): the entropy term is linear in log p.
+  const Vec a0 = splat(static_cast<float>((-g + h * mean) / s * inv_t));
+  const Vec a1 = splat(static_cast<float>(-h / s * inv_t)),
+            over_t = splat(static_cast<float>(inv_t));
   const Vec vcap = splat(cap), vinv_cap = splat(kSoftcap ? 1.0f / cap : 0.0f);
   const auto gradient = [&](Vec raw) {
     Vec z = raw, slope = splat(1.0f);
@@ -236,10 +240,9 @@ void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
       slope = th.slope;
     }
     const Vec d = sub(z, m);
-    const Vec e = exp_scaled(max(lowest, d), rate);
-    Vec dz = kEntropy ? mul(e, fma(a1, d, a0)) : mul(e, a0);
+    const Vec near = max(lowest, d), e = exp_scaled(near, rate);
+    Vec dz = kEntropy ? mul(e, fma(a1, mul(near, over_t), a0)) : mul(e, a0);
     if constexpr (kSoftcap) dz = mul(dz, slope);
-    // Exactly zero, also at -inf, where d * e would be NaN.
     return select_less(d, lowest, splat(0.0f), dz);
   };
   int64_t k = 0;
@@ -255,7 +258,8 @@ void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
     store_partial<E>(out + k, gradient(load_partial<E>(x + k, n, 0.0f)), n);
   }
   if (label == kLabelElsewhere) return;
-  double at_label = label_gradient(logprob, entropy, g, h, inv_t);
+  const double distance = (static_cast<double>(xy) - stats[0]) * inv_t;
+  double at_label = label_gradient(logprob, distance, mean, g, h, inv_t);
   if (kSoftcap) {
     // 1 / cosh^2, not 1 - tanh^2, which cancels near the cap.
     const double ch = cosh(static_cast<double>(raw_label) / cap);
@@ -293,8 +297,8 @@ struct LogprobsBackward {
 Status token_logprobs(const LogprobsArgs& a) {
   const Status status = check_tokens(a);
   if (status.code != kOk) return status;
-  const auto row = pick<LogprobsForward, LogprobsArgs>(a.logits.dtype, a.softcap > 0.0,
-                                                       a.entropy.data != nullptr);
+  const auto row =
+      pick<LogprobsForward, LogprobsArgs>(a.logits.dtype, a.softcap > 0.0, a.entropy.given);
   parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) { row(a, r); });
   return {};
 }
@@ -306,7 +310,7 @@ Status token_logprobs_backward(const LogprobsBackwardArgs& a) {
   const int64_t row_bytes = a.vocab * dtype_size(a.grad_logits.dtype);
   const FreshPages pages(in_place ? nullptr : a.grad_logits.data, a.rows * a.cols * row_bytes);
   const auto row = pick<LogprobsBackward, LogprobsBackwardArgs>(a.logits.dtype, a.softcap > 0.0,
-                                                                a.grad_entropy.data != nullptr);
+                                                                a.grad_entropy.given);
   parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) {
     pages.prepare(r * row_bytes, row_bytes);
     row(a, r);

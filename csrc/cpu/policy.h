@@ -58,7 +58,7 @@ double policy_block(const PolicyConfig& config, const PolicyBlock& b, int64_t n,
     const Ratio<V> ratio = token_ratio ? own : sequence;
     V w(1.0f);
     if (with_rollout) {
-      w = token_correction ? correction_weight(old - kept(b.rollout), c) : V(q.w);
+      w = token_correction ? correction_weight(log_weight(old, kept(b.rollout)), c) : V(q.w);
       w_sum = fma(w, m, w_sum);
       if (c.correction_level == kNoCorrection) w = V(1.0f);
     }
@@ -137,14 +137,14 @@ PolicyBlockFunction policy_block_of(int32_t objective) {
   }
 }
 inline PolicyBlockFunction policy_block_function(const PolicyArgs& a) {
-  const bool more = a.ref_logprobs.data || a.rollout_logprobs.data || a.entropy.data;
+  const bool more = a.ref_logprobs.given || a.rollout_logprobs.given || a.entropy.given;
   if (!more && a.config.ratio_level == kTokenRatio)
     return policy_block_of<true>(a.config.objective);
   return policy_block_of<false>(a.config.objective);
 }
 
-// Tokens, and where asked for the sums of logprob - old and of old - rollout, of one piece.
-inline void policy_count(const PolicyArgs& a, const Piece& p, bool log_ratio, bool log_weight,
+// Tokens, and where asked for the sums of logprob - old and of log_weight, of one piece.
+inline void policy_count(const PolicyArgs& a, const Piece& p, bool ratios, bool weights,
                          SequenceSums& out) {
   const LossTokens& t = a.tokens;
   alignas(64) float logprobs[kTokenBlock], old[kTokenBlock], rollout[kTokenBlock];
@@ -154,17 +154,20 @@ inline void policy_count(const PolicyArgs& a, const Piece& p, bool log_ratio, bo
     const auto block = [&](const Tensor& x, float* buffer) {
       return read_block(x, token_at(t, x, p.sequence, begin), n, buffer);
     };
-    const auto add_difference = [&](const float* x, const float* y, double& sum) {
+    const auto add = [&](const float* x, const float* y, double& sum, const auto& term) {
       Lanes s(0.0f);
       for (int64_t i = 0; i < n; i += kLanes)
         s = s + select_less(Lanes(0.0f), Lanes(load(mask + i)),
-                            Lanes(load(x + i)) - Lanes(load(y + i)), Lanes(0.0f));
+                            term(Lanes(load(x + i)), Lanes(load(y + i))), Lanes(0.0f));
       sum += reduce_add(s.v);
     };
-    if (!log_ratio && !log_weight) return;
+    if (!ratios && !weights) return;
     const float* y = block(a.old_logprobs, old);
-    if (log_ratio) add_difference(block(a.logprobs, logprobs), y, out.log_ratio);
-    if (log_weight) add_difference(y, block(a.rollout_logprobs, rollout), out.log_weight);
+    if (ratios)
+      add(block(a.logprobs, logprobs), y, out.log_ratio, [](Lanes u, Lanes v) { return u - v; });
+    if (weights)
+      add(y, block(a.rollout_logprobs, rollout), out.log_weight,
+          [](Lanes u, Lanes v) { return log_weight(u, v); });
   });
 }
 
@@ -221,7 +224,7 @@ inline void policy_metrics(const PolicyArgs& a, const PolicySums& s) {
       s.k3_ref / n,
       s.entropy / n,
       any ? s.r * s.r / (n * s.rr) : 0.0,
-      a.rollout_logprobs.data ? s.w / n : (any ? 1.0 : 0.0),
+      a.rollout_logprobs.given ? s.w / n : (any ? 1.0 : 0.0),
       s.tokens,
   };
   for (int i = 0; i < kPolicyMetrics; ++i) a.metrics[i] = static_cast<float>(values[i]);
@@ -285,7 +288,7 @@ Status policy_loss(const PolicyArgs& a) {
     });
   });
 
-  if (c.ratio_level == kSequenceRatio && a.grad_logprobs.data) {
+  if (c.ratio_level == kSequenceRatio && a.grad_logprobs.given) {
     for (int64_t p = 0; p < plan.pieces; ++p)
       sequences[plan.piece[p].sequence].slope += piece_sums[p].slope;
     plan.for_pieces(a.exec.threads, [&](int64_t index, int64_t) {

@@ -63,7 +63,7 @@ inline void copy_flags(const void* data, int64_t at, int64_t stride, int64_t n, 
 // Tokens [t, t + n) of row i as 0 or 1; `missing` where there is no tensor. Returns how many are 1.
 inline int64_t load_flags(const Tensor& x, int64_t i, int64_t t, int64_t n, uint8_t missing,
                           uint8_t* out) {
-  if (!x.data) {
+  if (!x.given) {
     memset(out, missing, static_cast<size_t>(n));
     return missing * n;
   }
@@ -115,13 +115,13 @@ inline float sequence_scalar(const Tensor& x, int64_t s) {
 
 inline void begin_walk(const GaeArgs& a, int64_t sequence, Walk& w) {
   w.sequence = sequence;
-  w.row = a.offsets.data ? 0 : sequence;
-  w.start = a.offsets.data ? load_label(a.offsets, 0, sequence) : 0;
-  w.left = a.offsets.data ? load_label(a.offsets, 0, sequence + 1) - w.start : a.cols;
+  w.row = a.offsets.given ? 0 : sequence;
+  w.start = a.offsets.given ? load_label(a.offsets, 0, sequence) : 0;
+  w.left = a.offsets.given ? load_label(a.offsets, 0, sequence + 1) - w.start : a.cols;
   w.pending = 0;
-  w.scored = !a.scores.data;
-  const float bootstrap = a.bootstrap.data ? sequence_scalar(a.bootstrap, sequence) : 0.0f;
-  w.next = a.values.data ? Next{0.0, bootstrap} : Next{bootstrap, 0.0f};
+  w.scored = !a.scores.given;
+  const float bootstrap = a.bootstrap.given ? sequence_scalar(a.bootstrap, sequence) : 0.0f;
+  w.next = a.values.given ? Next{0.0, bootstrap} : Next{bootstrap, 0.0f};
 }
 
 // The window in front of the last one. With the pending steps it makes a whole block.
@@ -136,16 +136,17 @@ inline void next_window(const GaeArgs& a, Walk& w, Window& x) {
 
 inline void zero_results(const GaeArgs& a, const Walk& w, const Window& x) {
   const int64_t at = w.row * a.cols + w.start + x.begin;
-  float* const results[] = {a.advantages, a.returns, a.shaped};
-  for (float* out : results)
-    if (out) memset(out + at, 0, sizeof(float) * static_cast<size_t>(x.n));
+  const size_t bytes = sizeof(float) * static_cast<size_t>(x.n);
+  if (a.values.given) memset(a.advantages + at, 0, bytes);
+  memset(a.returns + at, 0, bytes);
+  if (a.scores.given) memset(a.shaped + at, 0, bytes);
 }
 
 // Masked tokens at the end, so that windows begin at the last kept one. Those of "zero" with
 // nothing behind them are steps that change nothing, and must not move the vectors.
 inline void skip_masked_end(const GaeArgs& a, Walk& w, Window& x) {
   const bool nothing_behind = w.next.advantage == 0.0 && w.next.value == 0.0f;
-  if (!a.mask.data || !(a.carry || nothing_behind)) return;
+  if (!a.mask.given || !(a.carry || nothing_behind)) return;
   while (w.left > 0) {
     next_window(a, w, x);
     if (x.kept > 0) {
@@ -209,7 +210,7 @@ inline void write_tokens(const Window& x, const float* steps, float* out) {
 
 // -kl_coef * KL per token, plus the score at the last kept one.
 inline const float* shaped_rewards(const GaeArgs& a, Walk& w, Window& x) {
-  if (a.ref_logprobs.data && a.kl_coef != 0.0) {
+  if (a.ref_logprobs.given && a.kl_coef != 0.0) {
     const float* p = load_tokens(a.logprobs, w.row, w.start + x.begin, x.n, x.rewards);
     const float* q = load_tokens(a.ref_logprobs, w.row, w.start + x.begin, x.n, x.other);
     switch (a.kl_estimator) {
@@ -252,7 +253,7 @@ template <bool kValues>
 inline void recur_window(const GaeArgs& a, const Factors& f, Walk& w, Window& x, const float* r,
                          const float* v, float* advantages, float* returns) {
   int64_t end = x.steps + w.pending;
-  if (a.dones.data && load_dones(a, w, x) > 0) {
+  if (a.dones.given && load_dones(a, w, x) > 0) {
     for (int64_t k = x.steps - 1; k >= 0; --k) {
       if (!x.done[k]) continue;
       const int64_t begin = k + 1;
@@ -284,8 +285,8 @@ inline void walk_sequence(const GaeArgs& a, const Factors& f, int64_t sequence, 
     }
     const int64_t t = w.start + x.begin, at = w.row * a.cols + t;
     const float* rewards =
-        a.rewards.data ? load_tokens(a.rewards, w.row, t, x.n, x.rewards) : shaped_rewards(a, w, x);
-    if (a.shaped) zero_masked(rewards, x.keep, x.n, a.shaped + at);
+        a.scores.given ? shaped_rewards(a, w, x) : load_tokens(a.rewards, w.row, t, x.n, x.rewards);
+    if (a.scores.given) zero_masked(rewards, x.keep, x.n, a.shaped + at);
     const bool in_place = x.kept == x.n && w.pending == 0;
     const float* r = to_steps(w, x, rewards, w.pending_rewards, x.rewards);
     const float* v = nullptr;
@@ -319,12 +320,12 @@ void run(const GaeArgs& a) {
   const Factors factors(a.gamma, kValues ? a.gamma * a.lam : a.gamma);
   const int64_t rows = kItemTokens / a.cols + 1;
   const int64_t items =
-      a.offsets.data ? (a.cols + kItemTokens - 1) / kItemTokens : (a.rows + rows - 1) / rows;
+      a.offsets.given ? (a.cols + kItemTokens - 1) / kItemTokens : (a.rows + rows - 1) / rows;
   parallel_for(items, a.exec.threads, [&](int64_t i) {
     // Last one first, as within a sequence: memory is read in one direction.
     const int64_t item = items - 1 - i;
     int64_t begin = item * rows, end = begin + rows < a.rows ? begin + rows : a.rows;
-    if (a.offsets.data) {
+    if (a.offsets.given) {
       begin = sequence_from(a, item * kItemTokens);
       end = sequence_from(a, (item + 1) * kItemTokens);
     }

@@ -89,20 +89,15 @@ inline void products(const typename E::Storage* x, const typename E::Storage* co
   for (int r = 0; r < R; ++r) out[r] = static_cast<float>(reduce_add(add(even[r], odd[r])));
 }
 
-// Raw logits of a token's entries into kept[begin, end).
+// Products of a token's hidden state with the rows of the weight into kept[begin, end).
 template <class E>
-void keep_logits(const SupportArgs& a, int64_t i, int64_t j, Range range) {
+void project_entries(const SupportArgs& a, const typename E::Storage* x, Range range) {
   using S = typename E::Storage;
-  const S* x = row_at<E>(a.logits, i, j);
-  const auto index = [&](int64_t e) { return load_index(a.support.indices, e); };
-  if (!a.weight.data) {
-    for (int64_t e = range.begin; e < range.end; ++e) a.kept[e] = E::get(x + index(e));
-    return;
-  }
   constexpr int kRows = 4;
   const auto row = [&](int64_t e) {
     // Past the end: the last row again, prefetched for nothing.
-    return row_at<E>(a.weight, 0, index(e < range.end ? e : range.end - 1));
+    const int64_t entry = e < range.end ? e : range.end - 1;
+    return row_at<E>(a.weight, 0, load_index(a.support.indices, entry));
   };
   const S *w[kRows], *next[kRows];
   if (range.begin < range.end)
@@ -114,9 +109,25 @@ void keep_logits(const SupportArgs& a, int64_t i, int64_t j, Range range) {
     for (int r = 0; r < kRows; ++r) w[r] = next[r];
   }
   for (int r = 0; e < range.end; ++e, ++r) products<E, 1>(x, w + r, w + r, a.width, a.kept + e);
-  if (a.bias.data)
-    for (e = range.begin; e < range.end; ++e)
-      a.kept[e] += static_cast<const float*>(a.bias.data)[index(e) * a.bias.stride1];
+}
+
+// Raw logits of a token's entries into kept[begin, end).
+template <class E>
+void keep_logits(const SupportArgs& a, int64_t i, int64_t j, Range range) {
+  const auto index = [&](int64_t e) { return load_index(a.support.indices, e); };
+  if (!a.weight.given) {
+    const auto* x = row_at<E>(a.logits, i, j);
+    for (int64_t e = range.begin; e < range.end; ++e) a.kept[e] = E::get(x + index(e));
+    return;
+  }
+  // Without columns neither operand has memory.
+  if (a.width == 0)
+    for (int64_t e = range.begin; e < range.end; ++e) a.kept[e] = 0.0f;
+  else
+    project_entries<E>(a, row_at<E>(a.logits, i, j), range);
+  if (!a.bias.given) return;
+  const auto* bias = static_cast<const float*>(a.bias.data);
+  for (int64_t e = range.begin; e < range.end; ++e) a.kept[e] += bias[index(e) * a.bias.stride1];
 }
 
 // Where the label is among a token's entries, counted from the first.
@@ -172,7 +183,7 @@ template <bool kSoftcap, bool kEntropy>
 void support_gradient(const SupportBackwardArgs& a, int64_t token, Range range) {
   const int64_t i = token / a.cols, j = token % a.cols;
   const auto upstream = [&](const Tensor& g) {
-    return g.data ? static_cast<const float*>(g.data)[i * g.stride0 + j * g.stride1] : 0.0f;
+    return g.given ? static_cast<const float*>(g.data)[i * g.stride0 + j * g.stride1] : 0.0f;
   };
   const int64_t label = load_label(a.labels, i, j), n = range.end - range.begin;
   float g = upstream(a.grad_logprobs), h = upstream(a.grad_entropy);
@@ -185,8 +196,8 @@ void support_gradient(const SupportBackwardArgs& a, int64_t token, Range range) 
                                            row_temperature(a.temperatures, a.temperature, i, j),
                                            a.softcap);
   row.stats = a.stats + 3 * token;
-  row.grad_logprobs.data = &g;
-  row.grad_entropy.data = &h;
+  row.grad_logprobs = {&g, kFloat32, 0, 0, true};
+  row.grad_entropy = {&h, kFloat32, 0, 0, true};
   row.grad_logits = {a.dz + range.begin, kFloat32, 0, 0};
   logprobs_backward_row<F32, kSoftcap, kEntropy>(row, 0);
 }
@@ -195,7 +206,7 @@ template <class E, bool kSoftcap, bool kEntropy>
 void support_backward_row(const SupportBackwardArgs& a, int64_t token) {
   const Range range = entries_of(a.support, token);
   support_gradient<kSoftcap, kEntropy>(a, token, range);
-  if (!a.grad_logits.data) return;
+  if (!a.grad_logits.given) return;
   using S = typename E::Storage;
   S* out = static_cast<S*>(a.grad_logits.data) + (token / a.cols) * a.grad_logits.stride0 +
            (token % a.cols) * a.grad_logits.stride1;
@@ -222,7 +233,7 @@ Status support_logprobs(const SupportArgs& a) {
   const Status status = check_support(a, seen.data);
   if (status.code != kOk) return status;
   const auto row =
-      pick<SupportForward, SupportArgs>(a.logits.dtype, a.softcap > 0.0, a.entropy.data != nullptr);
+      pick<SupportForward, SupportArgs>(a.logits.dtype, a.softcap > 0.0, a.entropy.given);
   parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) { row(a, r); });
   return {};
 }
@@ -233,7 +244,7 @@ Status support_backward(const SupportBackwardArgs& a) {
   const int64_t row_bytes = a.vocab * dtype_size(a.grad_logits.dtype);
   const FreshPages pages(a.grad_logits.data, a.rows * a.cols * row_bytes);
   const auto row = pick<SupportBackward, SupportBackwardArgs>(a.grad_logits.dtype, a.softcap > 0.0,
-                                                              a.grad_entropy.data != nullptr);
+                                                              a.grad_entropy.given);
   parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) {
     pages.prepare(r * row_bytes, row_bytes);
     row(a, r);
@@ -309,17 +320,17 @@ void hidden_gradient(const SupportHeadArgs& a, int64_t token) {
 template <class E>
 void weight_gradient(const SupportHeadArgs& a, int64_t word) {
   const Range range{a.starts[word], a.starts[word + 1]};
-  if (a.grad_weight.data) {
+  if (a.grad_weight.given) {
     auto* out = static_cast<typename E::Storage*>(a.grad_weight.data) + word * a.width;
     sum_rows<E>(range, a.width, out, [&](int64_t u) {
       const SupportUse& use = a.uses[u];
       return Term<E>{row_at<E>(a.hidden, use.token / a.cols, use.token % a.cols), use.dz};
     });
   }
-  if (a.grad_bias) {
+  if (a.grad_bias.given) {
     double sum = 0.0;
     for (int64_t u = range.begin; u < range.end; ++u) sum += a.uses[u].dz;
-    a.grad_bias[word] = static_cast<float>(sum);
+    static_cast<float*>(a.grad_bias.data)[word] = static_cast<float>(sum);
   }
 }
 
@@ -349,9 +360,9 @@ inline void sort_uses(const SupportHeadArgs& a) {
 Status support_head_backward(const SupportHeadArgs& a) {
   const auto each = [&](auto element) {
     using E = decltype(element);
-    if (a.grad_hidden.data)
+    if (a.grad_hidden.given)
       parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t n) { hidden_gradient<E>(a, n); });
-    if (!a.grad_weight.data && !a.grad_bias) return;
+    if (!a.grad_weight.given && !a.grad_bias.given) return;
     sort_uses(a);
     const int64_t row_bytes = a.width * dtype_size(a.grad_weight.dtype);
     const FreshPages pages(a.grad_weight.data, a.vocab * row_bytes);

@@ -55,10 +55,10 @@ inline int64_t offset_at(const LossTokens& t, int64_t i) {
                                    : static_cast<const int64_t*>(t.offsets.data)[at];
 }
 inline int64_t sequence_begin(const LossTokens& t, int64_t s) {
-  return t.offsets.data ? offset_at(t, s) : 0;
+  return t.offsets.given ? offset_at(t, s) : 0;
 }
 inline int64_t sequence_length(const LossTokens& t, int64_t s) {
-  return t.offsets.data ? offset_at(t, s + 1) - offset_at(t, s) : t.cols;
+  return t.offsets.given ? offset_at(t, s + 1) - offset_at(t, s) : t.cols;
 }
 // Where a tensor has token j of sequence s, in elements.
 inline int64_t token_at(const LossTokens& t, const Tensor& x, int64_t s, int64_t j) {
@@ -66,7 +66,7 @@ inline int64_t token_at(const LossTokens& t, const Tensor& x, int64_t s, int64_t
 }
 
 inline Status check_offsets(const LossTokens& t) {
-  if (!t.offsets.data) return {};
+  if (!t.offsets.given) return {};
   for (int64_t i = 0; i <= t.sequences; ++i) {
     const int64_t entry = offset_at(t, i), low = i ? offset_at(t, i - 1) : 0;
     if (entry < low || entry > (i ? t.cols : 0) || (i == t.sequences && entry != t.cols))
@@ -101,7 +101,7 @@ struct Plan {
   }
   bool ok() const { return piece.data && first.data; }
   static int64_t bound(const LossTokens& t) {
-    const int64_t tokens = t.offsets.data ? t.cols : t.sequences * t.cols;
+    const int64_t tokens = t.offsets.given ? t.cols : t.sequences * t.cols;
     return t.sequences + tokens / kPieceTokens + 1;
   }
 
@@ -131,7 +131,7 @@ inline int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLa
 // n elements from `at` as floats: where they lie if that can be read in whole vectors, else in
 // `buffer`, zeros up to the next whole vector.
 inline const float* read_block(const Tensor& x, int64_t at, int64_t n, float* buffer) {
-  if (!x.data) return nullptr;
+  if (!x.given) return nullptr;
   if (x.dtype == kFloat32 && x.stride1 == 1 && n % kLanes == 0)
     return static_cast<const float*>(x.data) + at;
   switch (x.dtype) {
@@ -157,12 +157,12 @@ inline void narrow(const float* p, int64_t n, typename E::Storage* out) {
 // Where a block of results is computed: in place if it can be written in whole vectors, else
 // `buffer`, for write_block. Results are contiguous.
 inline float* result_block(const Tensor& x, int64_t at, int64_t n, float* buffer) {
-  if (!x.data) return nullptr;
+  if (!x.given) return nullptr;
   if (x.dtype == kFloat32 && n % kLanes == 0) return static_cast<float*>(x.data) + at;
   return buffer;
 }
 inline void write_block(const Tensor& x, int64_t at, int64_t n, const float* buffer) {
-  if (!x.data || (x.dtype == kFloat32 && n % kLanes == 0)) return;
+  if (!x.given || (x.dtype == kFloat32 && n % kLanes == 0)) return;
   switch (x.dtype) {
     case kBFloat16: narrow<BF16>(buffer, n, static_cast<uint16_t*>(x.data) + at); break;
     case kFloat16: narrow<F16>(buffer, n, static_cast<uint16_t*>(x.data) + at); break;
@@ -170,7 +170,7 @@ inline void write_block(const Tensor& x, int64_t at, int64_t n, const float* buf
   }
 }
 inline void zero_block(const Tensor& x, int64_t at, int64_t n) {
-  if (!x.data) return;
+  if (!x.given) return;
   const int64_t size = x.dtype == kFloat32 ? 4 : 2;
   memset(static_cast<char*>(x.data) + at * size, 0, static_cast<size_t>(n * size));
 }

@@ -142,14 +142,14 @@ struct Group {
     unsigned inside = 0;
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) inside |= has(j) ? 1u << j : 0u;
-    const unsigned kept = a.mask.data ? load_flags(a.mask, inside) : inside;
+    const unsigned kept = a.mask.given ? load_flags(a.mask, inside) : inside;
     const unsigned exists = a.carry ? kept : inside;
-    const unsigned done = a.dones.data ? load_flags(a.dones, exists) : 0u;
+    const unsigned done = a.dones.given ? load_flags(a.dones, exists) : 0u;
     float rewards[kSteps] = {}, values[kSteps] = {};
-    if (a.values.data) load(a.values, kept, values);
-    if (a.rewards.data) {
+    if (a.values.given) load(a.values, kept, values);
+    if (!a.scores.given) {
       load(a.rewards, kept, rewards);
-    } else if (a.ref_logprobs.data && a.kl_coef != 0.0) {
+    } else if (a.ref_logprobs.given && a.kl_coef != 0.0) {
       float ref[kSteps];
       load(a.logprobs, kept, rewards);
       load(a.ref_logprobs, kept, ref);
@@ -170,7 +170,7 @@ struct Group {
                                (done >> j & 1 ? kDone : 0));
       if (kept >> j & 1) last = i;
     }
-    if (a.scores.data) {
+    if (a.scores.given) {
       last = warp_reduce(last, Larger{});
       if (threadIdx.x % kWarp == 0) shared.last[threadIdx.x / kWarp] = last;
     }
@@ -211,7 +211,7 @@ __device__ __forceinline__ Map own_steps(const Staged& shared, double gamma, dou
 }
 
 __device__ __forceinline__ double decay_of(const GaeArgs& a) {
-  return a.values.data ? a.gamma * a.lam : a.gamma;
+  return a.values.given ? a.gamma * a.lam : a.gamma;
 }
 
 // The maps of tiles that have others before them. Packed, a last block checks the offsets.
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   scan_warp(own_steps(shared, a.gamma, decay, -1, 0.0f), shared.totals);
   __syncthreads();
   Aggregate out{total_of(shared.totals), 0.0, 0.0};
-  if (a.scores.data) {
+  if (a.scores.given) {
     // Whether a token of a later tile is kept is not known yet: then the score is not here.
     const int last = group.last_kept(shared);
     const float score = last >= 0 ? score_of(a, group.tile.sequence) : 0.0f;
@@ -295,9 +295,9 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     const int64_t first = first_slot * kScanTile;
     for (int64_t i = first + threadIdx.x; i < first + kScanTile && i < a.cols; i += kScanThreads) {
       const float nan = __uint_as_float(0x7fc00000u);
-      if (a.advantages) a.advantages[i] = nan;
+      if (a.values.given) a.advantages[i] = nan;
       a.returns[i] = nan;
-      if (a.shaped) a.shaped[i] = nan;
+      if (a.scores.given) a.shaped[i] = nan;
     }
     return;
   }
@@ -306,9 +306,9 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   // Rows of one tile are scanned in any case: their blocks' barriers are for several.
   if (kGroup == kWarps && tile.count == 0) return;
   double u = 0.0;
-  if (a.bootstrap.data && tile.count > 0)
+  if (a.bootstrap.given && tile.count > 0)
     u = a.gamma * load_float(a.bootstrap, tile.sequence * a.bootstrap.stride1);
-  bool scored = a.scores.data != nullptr && tile.count > 0;
+  bool scored = a.scores.given && tile.count > 0;
   // Before the tile is staged: that would have to wait for it.
   if (kGroup == kWarps && tile.k + 1 < tile.tiles) {
     const Behind behind =
@@ -325,8 +325,8 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     score = score_of(a, tile.sequence);
   }
   const int64_t place =
-      (t.offsets.data ? 0 : tile.sequence * a.cols) + tile.begin + tile.k * kScanTile + group.own;
-  if (a.shaped) {
+      (t.offsets.given ? 0 : tile.sequence * a.cols) + tile.begin + tile.k * kScanTile + group.own;
+  if (a.scores.given) {
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
       const int i = group.base + j * kThreads + group.own;
@@ -358,7 +358,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   for (int j = 0; j < kSteps; ++j) {
     const int i = Staged::at(group.base + j * kThreads + group.own);
     if (!group.has(j)) continue;
-    if (a.advantages) a.advantages[place + j * kThreads] = shared.rewards[i];
+    if (a.values.given) a.advantages[place + j * kThreads] = shared.rewards[i];
     a.returns[place + j * kThreads] = shared.values[i];
   }
 }
@@ -378,7 +378,7 @@ int64_t gae_scratch(int64_t sequences, int64_t cols, bool packed) {
 
 Status gae(const GaeArgs& a) {
   const OnDevice guard(a.exec);
-  const bool packed = a.offsets.data != nullptr;
+  const bool packed = a.offsets.given;
   const LossTokens t{a.sequences, a.cols, a.offsets, a.mask};
   const int64_t slots = scan_slots(a.sequences, a.cols, packed);
   auto* scratch = static_cast<char*>(a.exec.scratch);
@@ -397,10 +397,10 @@ Status gae(const GaeArgs& a) {
     scan(std::integral_constant<int, kMiddle>{});
   else
     scan(std::integral_constant<int, kWarps>{});
-  if (!a.moments) return {};
+  if (!a.whiten) return {};
   return whiten({a.rows,
                  a.cols,
-                 {a.advantages, kFloat32, a.cols, 1},
+                 {a.advantages, kFloat32, a.cols, 1, true},
                  a.mask,
                  true,
                  true,

@@ -31,7 +31,6 @@ constexpr float kLog2e = 1.44269504f;
 // exp of less is below the normal floats and counts as zero.
 constexpr float kLowest = -87.0f;
 // No temperature, and no other option, is as large.
-constexpr double kHuge = 3.0e38;
 
 inline void check(cudaError_t error) {
   if (error == cudaSuccess) return;

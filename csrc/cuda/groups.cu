@@ -28,15 +28,16 @@ __device__ __forceinline__ int64_t group_end(const int64_t* ids, int64_t begin, 
 __global__ void __launch_bounds__(kGroupThreads, 1) group_kernel(const GroupAdvantagesArgs a) {
   const int64_t warp =
       static_cast<int64_t>(blockIdx.x) * (kGroupThreads / kWarp) + threadIdx.x / kWarp;
-  const int64_t begin = a.order ? warp : warp * a.group_size;
+  const bool listed = a.group_size == 0;
+  const int64_t begin = listed ? warp : warp * a.group_size;
   if (begin >= a.count) return;
   int64_t end = begin + a.group_size;
-  if (a.order) {
+  if (listed) {
     if (begin > 0 && a.sorted_ids[begin - 1] == a.sorted_ids[begin]) return;
     end = group_end(a.sorted_ids, begin, a.count);
   }
   if (end > a.count) end = a.count;
-  const auto member = [&](int64_t k) { return a.order ? a.order[k] : k; };
+  const auto member = [&](int64_t k) { return listed ? a.order[k] : k; };
   const int64_t first = begin + threadIdx.x % kWarp;
   GroupStatistics s{static_cast<double>(end - begin), reward_at(a.rewards, member(begin)), 0.0,
                     0.0};
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1) group_kernel(const GroupAdva
   }
   for (int64_t k = first; k < end; k += kWarp) {
     const int64_t i = member(k);
-    const double greedy = a.greedy.data ? reward_at(a.greedy, i) : 0.0;
+    const double greedy = a.greedy.given ? reward_at(a.greedy, i) : 0.0;
     const double x =
         group_advantage(reward_at(a.rewards, i), greedy, s, a.baseline, a.scale, a.eps);
     if (a.scale == kScaleBatch)
@@ -87,10 +88,9 @@ Status group_advantages(const GroupAdvantagesArgs& given) {
   GroupAdvantagesArgs a = given;
   if (!zero_mean(a.baseline) && a.scale != kScaleGroup) {
     // Every reward by itself: any grouping will do.
-    a.order = a.sorted_ids = nullptr;
     a.group_size = kWarp;
   }
-  const int64_t warps = a.order ? a.count : ceil_div(a.count, a.group_size);
+  const int64_t warps = a.group_size == 0 ? a.count : ceil_div(a.count, a.group_size);
   RK_ENQUEUE(a.exec, ceil_div(warps, kGroupThreads / kWarp), kGroupThreads, group_kernel, a);
   if (a.scale == kScaleBatch) RK_ENQUEUE(a.exec, 1, kBatchThreads, batch_kernel, a);
   return {};

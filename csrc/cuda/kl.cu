@@ -21,7 +21,7 @@ struct PairSums {
   T s_q, t;
 };
 
-// Reverse: dz = e a ((x - m - (y - m')) / T - b). Forward: dz = e a - e' b. a and b are 0 where the
+// Reverse: dz = e a (x - m - (y - m') - b) / T. Forward: dz = e a - e' b. a and b are 0 where the
 // row takes no gradient.
 struct Coefficients {
   float m, ref_m, a, b;
@@ -141,7 +141,8 @@ __global__ void __launch_bounds__(kCombineThreads)
   const int of_p = a.reverse ? 0 : 2, of_q = 2 - of_p;
   stats[of_p] = r.m_p, stats[of_p + 1] = static_cast<float>(r.s_p);
   stats[of_q] = r.m_q, stats[of_q + 1] = static_cast<float>(r.s_q);
-  stats[4] = static_cast<float>(kl);
+  // Not the divergence: in that the logarithms cancel, which the gradient needs nothing of.
+  stats[4] = static_cast<float>(kl != kl ? kl : r.t / r.s_p);
 }
 
 __global__ void __launch_bounds__(kCombineThreads)
@@ -152,13 +153,15 @@ __global__ void __launch_bounds__(kCombineThreads)
   Coefficients c{0.0f, 0.0f, 0.0f, 0.0f};
   if (g != 0.0f) {
     const float* stats = a.stats + 5 * row;
-    const double s = stats[1], ref_s = stats[3], kl = stats[4];
-    // Where the divergence is infinite or NaN so is every difference: NaN, as autograd says.
-    const double scaled = g / a.temperature + (kl - kl);
+    const double s = stats[1], ref_s = stats[3], mean = stats[4];
+    // Where the reverse divergence is infinite no difference to its mean is a number. The forward
+    // one has a gradient there.
+    const double poison = a.reverse || mean != mean ? mean - mean : 0.0;
+    const double scaled = g / a.temperature + poison;
     c.m = stats[0];
     c.ref_m = stats[2];
     c.a = static_cast<float>(scaled / s);
-    c.b = static_cast<float>(a.reverse ? log(s) - log(ref_s) + kl : scaled / ref_s);
+    c.b = static_cast<float>(a.reverse ? mean : scaled / ref_s);
   }
   out[row] = c;
 }
@@ -192,7 +195,7 @@ __global__ void __launch_bounds__(kRowThreads)
       const float e = weight_of(d, rate);
       float dz;
       if constexpr (kReverse) {
-        dz = e == 0.0f ? 0.0f : e * c.a * ((d - ref_d) * rate - c.b);
+        dz = e == 0.0f ? 0.0f : e * c.a * ((d - ref_d - c.b) * rate);
       } else {
         const float ref_e = weight_of(ref_d, rate);
         // Selected: a and b may be the NaN of a row without a finite divergence.

@@ -11,13 +11,13 @@ constexpr int kBackwardSlots = 4;
 // What the backward needs of each row; zeros where it takes no gradient.
 struct Coefficients {
   float m, rate;   // rate is 1 / T
-  float a0, a1;    // dz = e (a0 + a1 (z - m)): the entropy's part is linear in log p
+  float a0, a1;    // dz = e (a0 + a1 log2 e): the entropy's part is linear in log p
   float at_label;  // gradient at the label itself
 };
 
 template <class Args>
 __device__ __forceinline__ double row_temperature(const Args& a, int64_t row) {
-  if (!a.temperatures.data) return a.temperature;
+  if (!a.temperatures.given) return a.temperature;
   return static_cast<const float*>(a.temperatures.data)[token_at(a.temperatures, row, a.cols)];
 }
 
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kCombineThreads)
       static_cast<int64_t>(blockIdx.x) * (kCombineThreads / kWarp) + threadIdx.x / kWarp;
   if (row >= a.rows * a.cols) return;
   const int64_t label = row_label(a, row);
-  float m = 0.0f, s = 1.0f, logprob = 0.0f, entropy = 0.0f;
+  float m = 0.0f, s = 1.0f, mean = 0.0f, logprob = 0.0f, entropy = 0.0f;
   if (label != a.ignore_index) {
     const double temperature = row_temperature(a, row), rate = 1.0 / temperature;
     const Sums<double> r =
@@ -145,8 +145,8 @@ __global__ void __launch_bounds__(kCombineThreads)
     }
     // A label outside the vocabulary, a bad temperature and a row of -inf poison the row.
     const bool elsewhere = label == kLabelElsewhere && a.ignore_index == kShardIgnored;
-    const bool good = (known || elsewhere) && temperature > 0.0 && temperature < kHuge &&
-                      r.m != -__builtin_inff();
+    const bool good =
+        (known || elsewhere) && good_temperature(temperature) && r.m != -__builtin_inff();
     const float poison = good ? 0.0f : __builtin_nanf("");
     // A NaN among nothing but -inf, so that no shard of it passes for an empty one.
     m = r.m == -__builtin_inff() && r.s != r.s ? __builtin_nanf("") : r.m;
@@ -156,13 +156,14 @@ __global__ void __launch_bounds__(kCombineThreads)
       logprob = static_cast<float>(logprob_from_stats(z, r.m, r.s, rate)) + poison;
     else
       logprob = __builtin_nanf("");
+    mean = static_cast<float>(r.t / r.s) + poison;
     entropy = static_cast<float>(log(r.s) - r.t / r.s) + poison;
   }
   if (threadIdx.x % kWarp != 0) return;
   static_cast<float*>(a.logprobs.data)[row] = logprob;
-  if (a.entropy.data) static_cast<float*>(a.entropy.data)[row] = entropy;
+  if (a.entropy.given) static_cast<float*>(a.entropy.data)[row] = entropy;
   float* stats = a.stats + 3 * row;
-  stats[0] = m, stats[1] = s, stats[2] = entropy;
+  stats[0] = m, stats[1] = s, stats[2] = mean;
 }
 
 // A kernel of its own: fp64 once per row, and the label's logit is read before the gradient may
@@ -173,14 +174,14 @@ __global__ void __launch_bounds__(kCombineThreads)
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kCombineThreads + threadIdx.x;
   if (row >= a.rows * a.cols) return;
   const auto upstream = [&](const Tensor& g) {
-    return g.data ? static_cast<const float*>(g.data)[token_at(g, row, a.cols)] : 0.0f;
+    return g.given ? static_cast<const float*>(g.data)[token_at(g, row, a.cols)] : 0.0f;
   };
   const float g = upstream(a.grad_logprobs), h = upstream(a.grad_entropy);
   const int64_t label = row_label(a, row);
   Coefficients c{0.0f, 1.0f, 0.0f, 0.0f, 0.0f};
   if (label != a.ignore_index && (g != 0.0f || h != 0.0f)) {
     const float* stats = a.stats + 3 * row;
-    const double rate = 1.0 / row_temperature(a, row), s = stats[1], entropy = stats[2];
+    const double rate = 1.0 / row_temperature(a, row), s = stats[1], mean = stats[2];
     const bool known = label >= 0 && label < a.vocab;
     float z = known ? E::get(row_logits<E>(a, row)[label]) : 0.0f;
     double slope = 1.0;
@@ -193,9 +194,10 @@ __global__ void __launch_bounds__(kCombineThreads)
     const double logprob = logprob_from_stats(z, stats[0], s, rate);
     c.m = stats[0];
     c.rate = static_cast<float>(rate);
-    c.a0 = static_cast<float>((-g - h * (entropy - log(s))) / s * rate);
-    c.a1 = static_cast<float>(-h * rate / s * rate);
-    c.at_label = static_cast<float>(label_gradient(logprob, entropy, g, h, rate) * slope);
+    c.a0 = static_cast<float>((-g + h * mean) / s * rate);
+    c.a1 = static_cast<float>(-h / s * rate / static_cast<double>(kLog2e));
+    const double distance = (static_cast<double>(z) - stats[0]) * rate;
+    c.at_label = static_cast<float>(label_gradient(logprob, distance, mean, g, h, rate) * slope);
   }
   out[row] = c;
 }
@@ -235,9 +237,9 @@ __global__ void __launch_bounds__(kRowThreads)
         z = cap * p.value;
         slope = p.slope;
       }
-      const float d = z - c.m;
-      const float e = exp2_fast(d * rate2);
-      float dz = kEntropy ? e * fmaf(c.a1, d, c.a0) : e * c.a0;
+      const float d = z - c.m, log2_e = d * rate2;
+      const float e = exp2_fast(log2_e);
+      float dz = kEntropy ? e * fmaf(c.a1, log2_e, c.a0) : e * c.a0;
       if constexpr (kSoftcap) dz *= slope;
       // Exactly zero, also at -inf, where e d would be NaN.
       dz = d < lowest ? 0.0f : dz;
@@ -264,7 +266,7 @@ Status token_logprobs(const LogprobsArgs& a) {
   for_dtype(a.logits.dtype, [&](auto element) {
     using E = decltype(element);
     for_flag(a.softcap > 0.0, [&](auto softcap) {
-      for_flag(a.entropy.data != nullptr, [&](auto entropy) {
+      for_flag(a.entropy.given, [&](auto entropy) {
         RK_ENQUEUE(a.exec, tokens * tiles, kRowThreads,
                    (partial_kernel<E, softcap.value, entropy.value>), a,
                    static_cast<uint32_t>(tiles), aligned, partials);
@@ -289,7 +291,7 @@ Status token_logprobs_backward(const LogprobsBackwardArgs& a) {
     RK_ENQUEUE(a.exec, ceil_div(tokens, kCombineThreads), kCombineThreads, coefficients_kernel<E>,
                a, coefficients);
     for_flag(a.softcap > 0.0, [&](auto softcap) {
-      for_flag(a.grad_entropy.data != nullptr, [&](auto entropy) {
+      for_flag(a.grad_entropy.given, [&](auto entropy) {
         RK_ENQUEUE(a.exec, tokens * tiles, kRowThreads,
                    (backward_kernel<E, softcap.value, entropy.value>), a,
                    static_cast<uint32_t>(tiles), aligned, coefficients);

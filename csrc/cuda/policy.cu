@@ -54,9 +54,9 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
   own.load(a.logprobs, logprobs);
   own.load(a.old_logprobs, olds);
   own.load(a.advantages, advantages);
-  if (a.ref_logprobs.data) own.load(a.ref_logprobs, refs);
-  if (a.rollout_logprobs.data) own.load(a.rollout_logprobs, rollouts);
-  if (a.entropy.data) own.load(a.entropy, entropies);
+  if (a.ref_logprobs.given) own.load(a.ref_logprobs, refs);
+  if (a.rollout_logprobs.given) own.load(a.rollout_logprobs, rollouts);
+  if (a.entropy.given) own.load(a.entropy, entropies);
 
   // What the sequence gives its tokens.
   Ratio<float> sequence{1.0f, 0.0f, 0.0f, 0.0f};
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
       learns = inside_clamp(mean, 1.0f, c) != 0.0f;
     }
   }
-  if (c.correction_level == kSequenceCorrection && a.rollout_logprobs.data)
+  if (c.correction_level == kSequenceCorrection && a.rollout_logprobs.given)
     sequence_w = correction_weight(
         static_cast<float>(sequence_total(partials + kLogWeight * slots, own.tile)), c);
 
@@ -88,9 +88,10 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
       const Ratio<float> token = policy_ratio(x, c);
       const Ratio<float> ratio = token_ratio ? token : sequence;
       float w = 1.0f;
-      if (a.rollout_logprobs.data) {
-        w = c.correction_level == kSequenceCorrection ? sequence_w
-                                                      : correction_weight(olds[j] - rollouts[j], c);
+      if (a.rollout_logprobs.given) {
+        w = c.correction_level == kSequenceCorrection
+                ? sequence_w
+                : correction_weight(log_weight(olds[j], rollouts[j]), c);
         s[kW] += w;
         if (c.correction_level == kNoCorrection) w = 1.0f;
       } else {
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
       s[kLow] += t.low;
       s[kHigh] += t.high;
       s[kDual] += t.dual;
-      if (a.ref_logprobs.data) {
+      if (a.ref_logprobs.given) {
         const float d = logprob - refs[j];
         KlTerm<float> k = policy_kl(d, c);
         if (c.kl_importance_weighted) {
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
         s[kXRef] += d;
         s[kRefK3] += k.k3;
       }
-      if (a.entropy.data) s[kEntropy] += entropies[j];
+      if (a.entropy.given) s[kEntropy] += entropies[j];
       s[kR] += ratio.r;
       s[kRr] = fmaf(ratio.r, ratio.r, s[kRr]);
       s[kX] += x;
@@ -129,8 +130,8 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
       g *= weight;
       h = -c.entropy_coef * weight;
     }
-    if (a.grad_logprobs.data) static_cast<float*>(a.grad_logprobs.data)[place] = g;
-    if (a.grad_entropy.data) static_cast<float*>(a.grad_entropy.data)[place] = h;
+    if (a.grad_logprobs.given) static_cast<float*>(a.grad_logprobs.data)[place] = g;
+    if (a.grad_entropy.given) static_cast<float*>(a.grad_entropy.data)[place] = h;
   }
   s[kBonus] = s[kEntropy];
   // Not the place to see a NaN, which these may step over: the sum of r is.
@@ -191,7 +192,7 @@ __global__ void __launch_bounds__(kTokenThreads)
   }
   const bool by_sequence =
       a.config.aggregation == kSeqMeanTokenMean || a.config.aggregation == kSeqMeanTokenSum;
-  const bool counted = by_sequence && !a.normalizer.data && a.divisor == 0.0;
+  const bool counted = by_sequence && !a.normalizer.given && a.divisor == 0.0;
   const Batch batch = look_at_batch(a.tokens, partials + (kFirst + kCount) * slots,
                                     partials + kTileIndex * slots, slots, counted, shared, sums);
   column_sums(s, shared, sums);
@@ -240,7 +241,7 @@ __global__ void __launch_bounds__(kTokenThreads) backward_kernel(const LossBackw
     }
   };
   scaled(a.first, a.first_out);
-  if (a.second) scaled(a.second, a.second_out);
+  if (a.second_out.given) scaled(a.second, a.second_out);
 }
 
 }  // namespace
@@ -254,7 +255,7 @@ Status policy_loss(const PolicyArgs& a) {
   const LossTokens& t = a.tokens;
   const PolicyConfig& c = a.config;
   auto* partials = static_cast<float*>(a.exec.scratch);
-  const int64_t slots = token_slots<kTokenTile>(t.sequences, t.cols, t.offsets.data != nullptr);
+  const int64_t slots = token_slots<kTokenTile>(t.sequences, t.cols, t.offsets.given);
   const bool by_sequence = c.ratio_level != kTokenRatio;
   const bool by_weight = c.correction_level == kSequenceCorrection;
   if (by_sequence || by_weight || c.aggregation == kSeqMeanTokenMean)
@@ -271,7 +272,7 @@ Status policy_loss(const PolicyArgs& a) {
     case kSapo: sweep(std::integral_constant<int, kSapo>{}); break;
     default: sweep(std::integral_constant<int, kClip>{});
   }
-  if (c.ratio_level == kSequenceRatio && a.grad_logprobs.data)
+  if (c.ratio_level == kSequenceRatio && a.grad_logprobs.given)
     RK_ENQUEUE(a.exec, slots, kTokenThreads, pooled_kernel, a, partials, slots);
   RK_ENQUEUE(a.exec, 1, kTokenThreads, combine_kernel, a, partials, slots);
   return {};

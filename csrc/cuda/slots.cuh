@@ -31,7 +31,7 @@ struct TokenTile {
 template <int kTile>
 __device__ __forceinline__ TokenTile slot_tile(const LossTokens& t, int64_t slot) {
   TokenTile tile;
-  if (t.offsets.data) {
+  if (t.offsets.given) {
     // The last sequence whose first slot is not after this one.
     int64_t low = 0, high = t.sequences - 1;
     while (low < high) {

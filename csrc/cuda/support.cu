@@ -30,7 +30,7 @@ __device__ __forceinline__ int64_t word_at(const Support& s, int64_t entry) {
 
 template <class Args>
 __device__ __forceinline__ double temperature_at(const Args& a, int64_t row) {
-  if (!a.temperatures.data) return a.temperature;
+  if (!a.temperatures.given) return a.temperature;
   return static_cast<const float*>(a.temperatures.data)[token_at(a.temperatures, row, a.cols)];
 }
 template <class Args>
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kProductThreads)
   }
   sum = warp_reduce(sum, Sum{});
   if (threadIdx.x % kWarp != 0) return;
-  if (a.bias.data) sum += static_cast<const float*>(a.bias.data)[word * a.bias.stride1];
+  if (a.bias.given) sum += static_cast<const float*>(a.bias.data)[word * a.bias.stride1];
   a.kept[entry] = sum;
 }
 
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kListThreads)
   __shared__ int wrongs[kWarps];
   __shared__ double sums[2][kWarps];
   const int64_t row = blockIdx.x, label = label_at(a, row);
-  float m = 0.0f, s = 1.0f, logprob = 0.0f, entropy = 0.0f;
+  float m = 0.0f, s = 1.0f, mean = 0.0f, logprob = 0.0f, entropy = 0.0f;
   if (label != a.ignore_index) {
     const double temperature = temperature_at(a, row), rate = 1.0 / temperature;
     const float rate32 = static_cast<float>(rate), cap = static_cast<float>(a.softcap);
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kListThreads)
       const bool known = word >= 0 && word < a.vocab;
       wrong += known ? 0 : 1;
       float z = minus_inf;
-      if (!a.weight.data)
+      if (!a.weight.given)
         a.kept[e] = z = known ? E::get(x[word]) : minus_inf;
       else if (known)
         z = a.kept[e];
@@ -163,19 +163,20 @@ __global__ void __launch_bounds__(kListThreads)
     weighted = block_reduce<kListThreads>(weighted, Sum{}, sums[1]);
     // A label or a word outside the vocabulary, a bad temperature, lists that make no sense and a
     // token without words poison the token.
-    const bool good = label >= 0 && label < a.vocab && temperature > 0.0 && temperature < kHuge &&
+    const bool good = label >= 0 && label < a.vocab && good_temperature(temperature) &&
                       wrong == 0 && m > minus_inf;
     const float nan = good ? *poison : __builtin_nanf("");
     s = static_cast<float>(total) + nan;
     // A label that was not kept is at -inf.
     logprob = static_cast<float>(logprob_from_stats(own, m, total, rate)) + nan;
+    mean = static_cast<float>(weighted * rate / total) + nan;
     entropy = static_cast<float>(log(total) - weighted * rate / total) + nan;
   }
   if (threadIdx.x != 0) return;
   static_cast<float*>(a.logprobs.data)[row] = logprob;
-  if (a.entropy.data) static_cast<float*>(a.entropy.data)[row] = entropy;
+  if (a.entropy.given) static_cast<float*>(a.entropy.data)[row] = entropy;
   float* stats = a.stats + 3 * row;
-  stats[0] = m, stats[1] = s, stats[2] = entropy;
+  stats[0] = m, stats[1] = s, stats[2] = mean;
 }
 
 // Gradient of a token's kept logits; also into its row of `grad_logits`, of zeros, if there is one.
@@ -183,7 +184,7 @@ __global__ void __launch_bounds__(kListThreads) gradient_kernel(const SupportBac
   __shared__ float owns[kListThreads / kWarp];
   const int64_t row = blockIdx.x, label = label_at(a, row);
   const auto upstream = [&](const Tensor& g) {
-    return g.data ? static_cast<const float*>(g.data)[token_at(g, row, a.cols)] : 0.0f;
+    return g.given ? static_cast<const float*>(g.data)[token_at(g, row, a.cols)] : 0.0f;
   };
   const float g = upstream(a.grad_logprobs), h = upstream(a.grad_entropy);
   const List list = list_at(a.support.indptr, row, a.support.entries);
@@ -195,17 +196,19 @@ __global__ void __launch_bounds__(kListThreads) gradient_kernel(const SupportBac
   const float rate32 = static_cast<float>(rate), cap = static_cast<float>(a.softcap);
   const float* stats = a.stats + 3 * row;
   const float m = stats[0];
-  const double s = stats[1], entropy = stats[2], log_s = log(s);
-  // dz = e (a0 + a1 (z - m)): the entropy's part is linear in log p.
-  const float a0 = static_cast<float>((-g - h * (entropy - log_s)) / s * rate);
-  const float a1 = static_cast<float>(-h * rate / s * rate);
+  const double s = stats[1], mean = stats[2];
+  // dz = e (a0 + a1 (z - m) / T): the entropy's part is linear in log p.
+  const float a0 = static_cast<float>((-g + h * mean) / s * rate);
+  const float a1 = static_cast<float>(-h / s * rate);
   float own = -__builtin_inff();
   for (int64_t e = list.begin + threadIdx.x; e < list.end; e += kListThreads)
     if (word_at(a.support, e) == label) own = fmaxf(own, a.kept[e]);
   own = block_reduce<kListThreads>(own, Max{}, owns);
   const Capped at_own = capped(own, cap);
-  const float at_label = static_cast<float>(
-      label_gradient(logprob_from_stats(at_own.z, m, s, rate), entropy, g, h, rate) * at_own.slope);
+  const double distance = (static_cast<double>(at_own.z) - m) * rate;
+  const double logprob = logprob_from_stats(at_own.z, m, s, rate);
+  const float at_label =
+      static_cast<float>(label_gradient(logprob, distance, mean, g, h, rate) * at_own.slope);
   for (int64_t e = list.begin + threadIdx.x; e < list.end; e += kListThreads) {
     const int64_t word = word_at(a.support, e);
     const bool known = word >= 0 && word < a.vocab;
@@ -213,13 +216,13 @@ __global__ void __launch_bounds__(kListThreads) gradient_kernel(const SupportBac
     if (known) {
       const Capped at = capped(a.kept[e], cap);
       const float d = at.z - m;
-      value = weight_of(d, rate32) * (h != 0.0f ? fmaf(a1, d, a0) : a0) * at.slope;
+      value = weight_of(d, rate32) * (h != 0.0f ? fmaf(a1, d * rate32, a0) : a0) * at.slope;
       // Exactly zero, also at -inf, where e d would be NaN.
       if (d * rate32 < kLowest) value = 0.0f;
       if (word == label) value = at_label;
     }
     a.dz[e] = value;
-    if (known && a.grad_logits.data)
+    if (known && a.grad_logits.given)
       store_float(a.grad_logits, token_at(a.grad_logits, row, a.cols) + word, value);
   }
 }
@@ -228,13 +231,13 @@ __global__ void __launch_bounds__(kListThreads) gradient_kernel(const SupportBac
 struct RowSums {
   Tensor source;
   int64_t cols, limit, width, entries;
-  // List i is starts[i] to starts[i + 1], in `order` if given; `rows` is the row of each entry.
+  // List i is starts[i] to starts[i + 1], in `order` if `sorted`; `rows` is the row of each entry.
   Tensor starts;
+  bool sorted;
   const int64_t* order;
   Tensor rows;
   const float* dz;
-  void* out;
-  float* bias;
+  Tensor out, bias;
 };
 
 template <class E>
@@ -246,8 +249,8 @@ __global__ void __launch_bounds__(kSumThreads, 4)
   const uint32_t block = blockIdx.x % blocks;
   const int64_t column = (static_cast<int64_t>(block) * kSumThreads + threadIdx.x) * kWidth<E>;
   const List list = list_at(a.starts, i, a.entries);
-  const auto entry_at = [&](int64_t j) { return a.order ? a.order[j] : j; };
-  if (a.out) {
+  const auto entry_at = [&](int64_t j) { return a.sorted ? a.order[j] : j; };
+  if (a.out.given) {
     float total[kWidth<E>] = {};
     for (int64_t first = list.begin; first < list.end; first += kTerms) {
       const int64_t end = first + kTerms < list.end ? first + kTerms : list.end;
@@ -278,24 +281,25 @@ __global__ void __launch_bounds__(kSumThreads, 4)
 #pragma unroll
       for (int w = 0; w < kWidth<E>; ++w) total[w] += sum[w];
     }
-    S* out = static_cast<S*>(a.out) + i * a.width;
+    S* out = static_cast<S*>(a.out.data) + i * a.width;
 #pragma unroll
     for (int w = 0; w < kWidth<E>; ++w)
       if (column + w < a.width) out[column + w] = E::put(total[w]);
   }
-  if (!a.bias || block != 0) return;
+  if (!a.bias.given || block != 0) return;
   double sum = 0.0;
   for (int64_t j = list.begin + threadIdx.x; j < list.end; j += kSumThreads)
     sum += a.dz[entry_at(j)];
   sum = block_reduce<kSumThreads>(sum, Sum{}, shared);
-  if (threadIdx.x == 0) a.bias[i] = static_cast<float>(sum);
+  if (threadIdx.x == 0) static_cast<float*>(a.bias.data)[i] = static_cast<float>(sum);
 }
 
 template <class E>
 void enqueue_sums(const Exec& exec, const RowSums& a, int64_t lists) {
   const int64_t columns = kSumThreads * kWidth<E>;
-  const int64_t blocks = a.out ? ceil_div(a.width, columns) : 1;
-  const bool aligned = a.out && rows_aligned(a.source, 2, 2);
+  // One at least: the bias has a gradient also where the rows have no columns.
+  const int64_t blocks = a.out.given && a.width > 0 ? ceil_div(a.width, columns) : 1;
+  const bool aligned = a.out.given && rows_aligned(a.source, 2, 2);
   RK_ENQUEUE(exec, lists * blocks, kSumThreads, sums_kernel<E>, a, static_cast<uint32_t>(blocks),
              aligned);
 }
@@ -313,7 +317,7 @@ Status support_logprobs(const SupportArgs& a) {
     using E = decltype(element);
     const bool aligned =
         rows_aligned(a.logits, a.rows, a.cols) && rows_aligned(a.weight, 1, a.vocab);
-    if (a.weight.data)
+    if (a.weight.given)
       RK_ENQUEUE(a.exec, ceil_div(a.support.entries, kProductThreads / kWarp), kProductThreads,
                  products_kernel<E>, a, aligned);
     RK_ENQUEUE(a.exec, tokens, kListThreads, rows_kernel<E>, a, poison);
@@ -331,12 +335,12 @@ Status support_head_backward(const SupportHeadArgs& a) {
   const OnDevice guard(a.exec);
   for_dtype(a.hidden.dtype, [&](auto element) {
     using E = decltype(element);
-    if (a.grad_hidden.data)
+    if (a.grad_hidden.given)
       enqueue_sums<E>(a.exec,
                       {a.weight, a.vocab, a.vocab, a.width, a.support.entries, a.support.indptr,
-                       nullptr, a.support.indices, a.dz, a.grad_hidden.data, nullptr},
+                       false, nullptr, a.support.indices, a.dz, a.grad_hidden, Tensor{}},
                       a.rows * a.cols);
-    if (a.grad_weight.data || a.grad_bias)
+    if (a.grad_weight.given || a.grad_bias.given)
       enqueue_sums<E>(a.exec,
                       {a.hidden,
                        a.cols,
@@ -344,10 +348,11 @@ Status support_head_backward(const SupportHeadArgs& a) {
                        a.width,
                        a.support.entries,
                        {a.starts, kInt64, 0, 1},
+                       true,
                        a.order,
                        {const_cast<int64_t*>(a.owner), kInt64, 0, 1},
                        a.dz,
-                       a.grad_weight.data,
+                       a.grad_weight,
                        a.grad_bias},
                       a.vocab);
   });

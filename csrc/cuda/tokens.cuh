@@ -41,7 +41,7 @@ struct Tokens {
   // Of a contiguous result.
   __device__ __forceinline__ int64_t place(const LossTokens& t, int j) const {
     const int64_t at = first + j * kTokenThreads;
-    return t.offsets.data ? at : tile.sequence * t.cols + at;
+    return t.offsets.given ? at : tile.sequence * t.cols + at;
   }
 
   // The unmasked numbers of `t`, all loads in flight; what lies under the mask is not read: 0.
@@ -100,7 +100,7 @@ __device__ __forceinline__ double sequence_share(const float* partials, int64_t 
   return 1.0 / (tokens > 1.0 ? tokens : 1.0);
 }
 
-// Unmasked tokens of each slot, their sums of logprob - old and of old - rollout where `logprobs`
+// Unmasked tokens of each slot, their sums of logprob - old and of log_weight where `logprobs`
 // and `rollout` are given.
 __global__ void __launch_bounds__(kTokenThreads)
     statistics_kernel(const LossTokens t, const Tensor logprobs, const Tensor old,
@@ -110,16 +110,16 @@ __global__ void __launch_bounds__(kTokenThreads)
   float x[kPerThread], y[kPerThread], found[3] = {0.0f, 0.0f, 0.0f};
 #pragma unroll
   for (int j = 0; j < kPerThread; ++j) found[0] += own.keeps(j) ? 1.0f : 0.0f;
-  if (logprobs.data || rollout.data) own.load(old, y);
-  if (logprobs.data) {
+  if (logprobs.given || rollout.given) own.load(old, y);
+  if (logprobs.given) {
     own.load(logprobs, x);
 #pragma unroll
     for (int j = 0; j < kPerThread; ++j) found[1] += x[j] - y[j];
   }
-  if (rollout.data) {
+  if (rollout.given) {
     own.load(rollout, x);
 #pragma unroll
-    for (int j = 0; j < kPerThread; ++j) found[2] += y[j] - x[j];
+    for (int j = 0; j < kPerThread; ++j) found[2] += log_weight(y[j], x[j]);
   }
   column_sums(found, shared, sums);
   if (threadIdx.x < kStatistics) partials[threadIdx.x * slots + blockIdx.x] = sums[threadIdx.x];
@@ -149,7 +149,7 @@ __device__ __forceinline__ Batch look_at_batch(const LossTokens& t, const float*
   if (count)
     for (int64_t slot = threadIdx.x; slot < slots; slot += kTokenThreads)
       found[0] += opens_sequence(tokens, tile, slot) ? 1.0 : 0.0;
-  if (t.offsets.data) found[1] = wrong_offsets<kTokenThreads>(t) ? 1.0 : 0.0;
+  if (t.offsets.given) found[1] = wrong_offsets<kTokenThreads>(t) ? 1.0 : 0.0;
   column_sums(found, shared, sums);
   const Batch batch{sums[0], sums[1] != 0.0};
   __syncthreads();
@@ -160,7 +160,7 @@ __device__ __forceinline__ Batch look_at_batch(const LossTokens& t, const float*
 __device__ __forceinline__ double loss_scale(const Tensor& normalizer, double divisor, double count,
                                              bool bad_offsets) {
   double d = divisor;
-  if (normalizer.data)
+  if (normalizer.given)
     d = normalizer.dtype == kFloat64 ? *static_cast<const double*>(normalizer.data)
                                      : load_float(normalizer, 0);
   else if (d == 0.0)

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kTokenThreads, 1)
     s[kCount] += own.keeps(j) ? 1.0f : 0.0f;
     s[kReturn] += targets[j];
     s[kError] += targets[j] - values[j];
-    if (a.grad_values.data && own.has(j))
+    if (a.grad_values.given && own.has(j))
       static_cast<float*>(a.grad_values.data)[own.place(a.tokens, j)] = t.slope * weight;
   }
   column_sums(s, shared, sums);
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kTokenThreads)
     s[kError] += n * at(kErrorMean, slot);
   }
   const bool by_sequence = a.aggregation == kSeqMeanTokenMean || a.aggregation == kSeqMeanTokenSum;
-  const bool counted = by_sequence && !a.normalizer.data && a.divisor == 0.0;
+  const bool counted = by_sequence && !a.normalizer.given && a.divisor == 0.0;
   const Batch batch = look_at_batch(a.tokens, partials + (kFirst + kCount) * slots,
                                     partials + kTileIndex * slots, slots, counted, shared, sums);
   column_sums(s, shared, sums);
@@ -129,7 +129,7 @@ Status value_loss(const ValueArgs& a) {
   const OnDevice guard(a.exec);
   const LossTokens& t = a.tokens;
   auto* partials = static_cast<float*>(a.exec.scratch);
-  const int64_t slots = token_slots<kTokenTile>(t.sequences, t.cols, t.offsets.data != nullptr);
+  const int64_t slots = token_slots<kTokenTile>(t.sequences, t.cols, t.offsets.given);
   if (a.aggregation == kSeqMeanTokenMean)
     RK_ENQUEUE(a.exec, slots, kTokenThreads, statistics_kernel, t, Tensor{}, Tensor{}, Tensor{},
                partials, slots);

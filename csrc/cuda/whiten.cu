@@ -26,7 +26,7 @@ struct Elements {
       x[j] = 0.0f;
       if (i >= a.rows * a.cols) continue;
       inside |= 1u << j;
-      if (!a.mask.data || load_integer(a.mask, token_at(a.mask, i, a.cols)) != 0) kept |= 1u << j;
+      if (!a.mask.given || load_integer(a.mask, token_at(a.mask, i, a.cols)) != 0) kept |= 1u << j;
       x[j] = load_float(a.x, token_at(a.x, i, a.cols));
     }
   }

@@ -92,7 +92,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             *b.grid(like.shape), sequences, b.pack(offsets), b.pack(rewards),
             b.pack(values), b.pack(mask), b.pack(dones), b.pack(bootstrap_values), b.pack(scores),
             b.pack(logprobs), b.pack(ref_logprobs), kl_coef, _ESTIMATORS[kl_estimator],
-            0.0 if reward_clip is None else reward_clip, gamma, lam, masked == "carry",
+            0.0 if reward_clip is None else reward_clip, gamma, lam, masked == "carry", whiten,
             b.pack(advantages), b.pack(returns), b.pack(shaped), b.pack(moments), _WHITEN_EPS,
             where(like, "gae", sequences, like.shape[-1], cu_seqlens is not None),
         )  # fmt: skip

@@ -10,9 +10,27 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .._layout import as_grid, as_rows, grid, grid_strides, materialized, rows_strides
+from .._layout import (
+    as_grid,
+    as_rows,
+    as_upstream,
+    grid,
+    grid_strides,
+    materialized,
+    rows_strides,
+)
 
-__all__ = ["as_grid", "as_rows", "empty", "grid", "materialized", "pack", "pack_rows", "place"]
+__all__ = [
+    "as_grid",
+    "as_rows",
+    "as_upstream",
+    "empty",
+    "grid",
+    "materialized",
+    "pack",
+    "pack_rows",
+    "place",
+]
 
 # csrc/abi.h: DType
 DTYPE_CODES = {

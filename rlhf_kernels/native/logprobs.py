@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _config
+from .._labels import SHARD_IGNORED
 from . import boundary as b
-
-# csrc/abi.h: kShardIgnored
-_SHARD_IGNORED = -(2**63) + 1
 
 
 def _raise(
@@ -32,7 +30,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         if gpu and _config.CHECK:
             keep = labels != ignore_index
             # A shard's labels were found good before.
-            if ignore_index != _SHARD_IGNORED:
+            if ignore_index != SHARD_IGNORED:
                 _checks.labels_in_range("token_logprobs", labels, keep, vocab)
             _checks.temperatures_positive("token_logprobs", temperatures, keep)
 
@@ -81,8 +79,8 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         logits, labels = b.as_rows(logits), b.as_grid(labels)
         temperatures = b.as_grid(temperatures, torch.float32)
         check(labels, temperatures, vocab, ignore_index)
-        grad_logprobs = b.as_grid(grad_logprobs, torch.float32)
-        grad_entropy = b.as_grid(grad_entropy, torch.float32)
+        grad_logprobs = b.as_upstream(grad_logprobs)
+        grad_entropy = b.as_upstream(grad_entropy)
         status = extension.token_logprobs_backward(
             *b.grid(shape), vocab, b.pack_rows(logits), b.pack(labels), b.pack(temperatures),
             temperature, softcap, ignore_index, b.pack(stats), b.pack(grad_logprobs),

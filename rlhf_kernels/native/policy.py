@@ -52,7 +52,9 @@ def outputs(like: Tensor, metrics: int, gpu: bool) -> tuple[Tensor, Tensor, Tens
 def gradient(like: Tensor, wanted: bool, gpu: bool) -> Tensor:
     """Memory for the gradient of `like`; empty if not wanted."""
     shape = like.shape if wanted else (0,)
-    return like.new_empty(shape, dtype=torch.float32) if gpu else like.new_empty(shape)
+    # One in fp16 waits for its upstream in fp32, which may be the scale that fp16 needs.
+    wide = gpu or like.dtype == torch.float16
+    return like.new_empty(shape, dtype=torch.float32 if wide else like.dtype)
 
 
 def sequences(

@@ -101,8 +101,8 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         shape, labels = labels.shape, b.as_grid(labels)
         indptr, indices = b.as_grid(indptr), b.as_grid(indices)
         temperatures = b.as_grid(temperatures, torch.float32)
-        grad_logprobs = b.as_grid(grad_logprobs, torch.float32)
-        grad_entropy = b.as_grid(grad_entropy, torch.float32)
+        grad_logprobs = b.as_upstream(grad_logprobs)
+        grad_entropy = b.as_upstream(grad_entropy)
         status = extension.support_backward(
             *b.grid(shape), vocab, b.pack(labels), b.pack(temperatures), indices.shape[0],
             b.pack(indptr), b.pack(indices), temperature, softcap, ignore_index, b.pack(stats),

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backends, _checks, _group, _options, _shard, reference
-from .._head import chunk_size
+from .. import _backends, _checks, _group, _options, _shard, _temperatures, reference
+from .._head import exact_size
+from .._labels import SHARD_IGNORED
 from .._register import define, head_gradients_fake, once_differentiable, row_arguments
 from .logprobs import TokenLogprobs
 from .support import Support, linear_token_logprobs_support
@@ -65,7 +66,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             logprobs, entropies, stats, labels = _sharded_forward(
                 hidden, weight, bias, *args, group, backend
             )
-            ignore_index = _shard.IGNORED
+            ignore_index = SHARD_IGNORED
         else:
             logprobs, entropies, stats = _forward(hidden, weight, bias, *args, backend)
         ctx.set_materialize_grads(False)
@@ -204,7 +205,7 @@ def check_chunk(
         return chunk_tokens or 0
     if backend == _backends.REFERENCE:
         raise ValueError(f"{op}: the reference backend has no batch_invariant")
-    return -(chunk_tokens or chunk_size(weight.device, columns, weight.dtype))
+    return -exact_size(chunk_tokens, weight.device, columns, weight.dtype)
 
 
 def linear_token_logprobs(
@@ -300,11 +301,12 @@ def linear_token_logprobs(
     backend = _backends.select(op, hidden.device)
     chunk = check_chunk(op, chunk_tokens, batch_invariant, weight, weight.shape[0], backend)
     if backend == _backends.REFERENCE:
+        effective, *_ = row_arguments(temperature, softcap, logit_scale)
         keep = labels != ignore_index
         if shards:
-            _shard.meet(op, weight.shape[0], labels, temperature, keep, shards)
+            _shard.meet(op, weight.shape[0], labels, effective, keep, shards)
         else:
-            _checks.token_data(op, labels, temperature, keep, weight.shape[0])
+            _checks.token_data(op, labels, effective, keep, weight.shape[0])
         return TokenLogprobs(
             *reference.linear_token_logprobs(
                 hidden,
@@ -430,6 +432,7 @@ def linear_kl_divergence(
     _options.one_of(op, "direction", direction, ("reverse", "forward"))
     temperature = _options.positive(op, "temperature", temperature)
     logit_scale = _options.positive(op, "logit_scale", logit_scale)
+    _temperatures.check(op, temperature, None, logit_scale)
 
     backend = _backends.select(op, hidden.device)
     chunk = check_chunk(op, chunk_tokens, batch_invariant, weight, 2 * weight.shape[0], backend)

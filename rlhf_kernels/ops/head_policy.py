@@ -10,17 +10,18 @@ from .._register import define, head_gradients_fake, once_differentiable, row_ar
 from ..policy_config import PolicyLossConfig
 from ..reference.policy import METRICS
 from .head import check_chunk, check_head, check_ref_head
-from .policy import PolicyLoss, PolicyMetrics, check_advantages, check_config, times
+from .policy import PolicyLoss, PolicyMetrics, check_advantages, check_config, late, times
 
 
 def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     scalar = hidden.new_empty((), dtype=torch.float32)
     *_, needs, _ = rest
-    return (
-        scalar,
-        scalar.new_empty((len(METRICS),)),
-        *head_gradients_fake(hidden, weight, bias, needs),
+    found = head_gradients_fake(hidden, weight, bias, needs)
+    kept = (
+        g.new_empty(g.shape, dtype=late(g.dtype)) if need else g
+        for g, need in zip(found, needs, strict=True)
     )
+    return scalar, scalar.new_empty((len(METRICS),)), *kept
 
 
 _ARGS = (
@@ -52,6 +53,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         else:
             loss, metrics, *gradients = _forward(*args, backend)
         ctx.nothing = (None,) * (len(args) - 2)
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
@@ -63,8 +65,8 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if upstream is None:
             return (None, None, None, *ctx.nothing)
         gradients = (
-            times(g, upstream) if need else None
-            for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+            times(g, upstream, dtype) if need else None
+            for g, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
         )
         return (*gradients, *ctx.nothing)
 
@@ -170,13 +172,16 @@ def linear_policy_loss(
     if shards and batch_invariant and chunk_tokens is None:
         # The ranks meet chunk by chunk.
         raise ValueError(f"{op}: chunk_tokens must be given with group and batch_invariant")
+    # A bound that depends on the rank's own shard would keep the ranks from meeting.
+    columns = 0 if shards else columns
     chunk = check_chunk(op, chunk_tokens, batch_invariant, weight, columns, backend)
     if backend == _backends.REFERENCE:
+        effective, *_ = row_arguments(temperature, softcap, logit_scale)
         keep = mask != 0
         if shards:
-            _shard.meet(op, weight.shape[0], labels, temperature, keep, shards)
+            _shard.meet(op, weight.shape[0], labels, effective, keep, shards)
         else:
-            _checks.token_data(op, labels, temperature, keep, weight.shape[0])
+            _checks.token_data(op, labels, effective, keep, weight.shape[0])
         _checks.offsets_valid(op, cu_seqlens, old_logprobs.shape[0])
         _checks.divisor_positive(op, count)
         if ref_head:

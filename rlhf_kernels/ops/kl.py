@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backends, _checks, _options, reference
+from .. import _backends, _checks, _options, _temperatures, reference
 from .._register import define, once_differentiable
 
 ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+")
@@ -108,6 +108,7 @@ def kl_divergence(
     _checks.same_dtype(op, "ref_logits", ref_logits, "logits", logits.dtype)
     _options.one_of(op, "direction", direction, ("reverse", "forward"))
     temperature = _options.positive(op, "temperature", temperature)
+    _temperatures.check(op, temperature)
     backend = _backends.select(op, logits.device)
     if backend == _backends.REFERENCE:
         return reference.kl_divergence(

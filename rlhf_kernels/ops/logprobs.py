@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _checks, _group, _layout, _options, _shard, reference
+from .._labels import SHARD_IGNORED
 from .._register import define, once_differentiable, row_arguments
 from .support import Support, token_logprobs_support
 
@@ -74,7 +75,7 @@ class _TokenLogprobs(torch.autograd.Function):
         args = (logits, labels, temperatures, temperature, softcap, entropy, ignore_index)
         if group:
             logprobs, entropies, stats, labels = _sharded_forward(*args, group, backend)
-            ignore_index = _shard.IGNORED
+            ignore_index = SHARD_IGNORED
         else:
             logprobs, entropies, stats = _forward(*args, backend)
         ctx.set_materialize_grads(False)

@@ -14,7 +14,7 @@ from ._metrics import Metrics, register_metrics
 
 def gradient_fake(like: Tensor, wanted: bool, backend: str) -> Tensor:
     """The gradient of `like` as an operator with a `scale` returns it; empty if not wanted."""
-    dtype = torch.float32 if backend in _backends.GPU else like.dtype
+    dtype = torch.float32 if backend in _backends.GPU else late(like.dtype)
     return like.new_empty(like.shape if wanted else (0,), dtype=dtype)
 
 
@@ -65,12 +65,17 @@ _backward = define(
 )
 
 
-def times(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """gradient * upstream; the gradient itself where upstream is 1 and looking costs nothing."""
+def late(dtype: torch.dtype) -> torch.dtype:
+    """In what a gradient waits for its upstream: one in fp16 would leave its range, unscaled."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def times(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * upstream in `dtype`; the gradient itself where that is so and costs no look."""
     if type(upstream) is Tensor and upstream.device.type == "cpu":
         if not torch.compiler.is_compiling() and upstream.item() == 1.0:
-            return gradient
-    return gradient * upstream
+            return gradient.to(dtype)
+    return (gradient * upstream).to(dtype)
 
 
 def scaled(
@@ -81,7 +86,7 @@ def scaled(
     if scale.dim() == 0:
         first, second = (*gradients, None)[:2]
         return _backward(first, second, scale, upstream, dtypes[0], dtypes[-1], backend)
-    return [times(g, upstream) for g in gradients]
+    return [times(g, upstream, dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
 
 
 class _PolicyLoss(torch.autograd.Function):

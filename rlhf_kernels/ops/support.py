@@ -173,7 +173,8 @@ def linear_token_logprobs_support(
     backend = _backends.select(f"{op}_support", hidden.device)
     if backend == _backends.REFERENCE:
         keep = labels != ignore_index
-        _checks.support_data(op, labels, temperature, *pair, keep, weight.shape[0])
+        effective, *_ = row_arguments(temperature, softcap, logit_scale)
+        _checks.support_data(op, labels, effective, *pair, keep, weight.shape[0])
         return reference.linear_token_logprobs_support(
             hidden,
             weight,

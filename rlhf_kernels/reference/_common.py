@@ -1,9 +1,28 @@
-"""Dtype policy of the references."""
+"""What the references share: the dtype they compute in, and rows over a temperature."""
 
 import torch
 from torch import Tensor
+
+from .. import _temperatures
 
 
 def compute(t: Tensor) -> Tensor:
     """`t` in the dtype that references compute in: fp64 stays, everything else becomes fp32."""
     return t if t.dtype is torch.float64 else t.float()
+
+
+def per_row(temperature: float | Tensor, keep: Tensor) -> float | Tensor:
+    """The temperature as a divisor of rows [..., V].
+
+    One that belongs to an ignored token does not matter; one that is refused, where data was not
+    looked at, makes its row NaN.
+    """
+    if not isinstance(temperature, Tensor):
+        return temperature
+    t = torch.where(keep, compute(temperature), 1)
+    return torch.where(_temperatures.bad(t), torch.nan, t).unsqueeze(-1)
+
+
+def distances(z: Tensor, temperature: float | Tensor) -> Tensor:
+    """(z - max z) / temperature: the distance is taken where nothing has been rounded yet."""
+    return (z - z.detach().amax(-1, keepdim=True)) / temperature

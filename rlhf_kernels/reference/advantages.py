@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import _tracing
 from ._common import compute
+from .kl import kl_estimate
 
 
 def _pad(x: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
@@ -141,13 +142,7 @@ def ppo_advantages(
     rewards = torch.zeros_like(compute(logprobs))
     if ref_logprobs is not None and kl_coef != 0:
         x = torch.where(keep, compute(logprobs) - compute(ref_logprobs), 0)
-        kl = {
-            "k1": lambda: x,
-            "k2": lambda: x.square() / 2,
-            "k3": lambda: torch.expm1(-x) + x,
-            "abs": lambda: x.abs(),
-        }[kl_estimator]()
-        rewards = torch.where(keep, -kl_coef * kl, 0)
+        rewards = torch.where(keep, -kl_coef * kl_estimate(x, kl_estimator), 0)
     scores = compute(scores)
     if reward_clip is not None:
         scores = scores.clamp(-reward_clip, reward_clip)

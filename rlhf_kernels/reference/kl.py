@@ -1,9 +1,11 @@
 """KL divergence over the vocabulary and its per-token estimators, defined."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ._common import compute
+from ._common import compute, distances
 
 
 def kl_divergence(
@@ -20,16 +22,45 @@ def kl_divergence(
     Returns:
         The divergence [...], never negative.
     """
-    logp = torch.log_softmax(compute(logits) / temperature, dim=-1)
-    logq = torch.log_softmax(compute(ref_logits).detach() / temperature, dim=-1)
-    if direction == "forward":
-        logp, logq = logq, logp
-    p = logp.exp()
-    # A term of weight zero is zero, also where both log-probabilities are -inf.
-    terms = p * (torch.where(p > 0, logp, 0) - torch.where(p > 0, logq, 0))
-    kl = terms.sum(-1)
-    # Rounding may take it below zero: the value is clamped, the gradient is not cut off.
-    return kl + (kl.detach().clamp(min=0) - kl.detach()).nan_to_num(posinf=0.0)
+    policy = distances(compute(logits), temperature)
+    ref = distances(compute(ref_logits).detach(), temperature)
+    return _Divergence.apply(policy, ref, direction == "reverse")
+
+
+def _mean_difference(p: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The mean of x - y under p, [..., 1]; a term of weight zero is zero, also where y is -inf."""
+    return (p * torch.where(p > 0, x - y, 0)).sum(-1, keepdim=True)
+
+
+class _Divergence(torch.autograd.Function):
+    """The divergence of softmax(x) and softmax(y), x and y [..., V] with maximum 0.
+
+    Gradient in x. reverse: p_j (x_j - y_j - their mean under p), the logarithms of the sums gone;
+    where the divergence is infinite that is not a number. forward: p_j - q_j, also there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, reverse: bool) -> Tensor:
+        ctx.save_for_backward(x, y)
+        ctx.reverse = reverse
+        if not reverse:
+            x, y = y, x
+        logp, logq = torch.log_softmax(x, -1), torch.log_softmax(y, -1)
+        kl = _mean_difference(logp.exp(), logp, logq).squeeze(-1)
+        # Rounding may take it below zero. NaN stays.
+        return torch.where(kl < 0, 0, kl)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        x, y = ctx.saved_tensors
+        p, grad = torch.softmax(x, -1), grad.unsqueeze(-1)
+        if ctx.reverse:
+            mean = _mean_difference(p, x, y)
+            mean = torch.where(mean.isinf(), torch.nan, mean)
+            slope = torch.where(p > 0, p * (x - y - mean), p)
+        else:
+            slope = p - torch.softmax(y, -1)
+        return torch.where(grad == 0, 0, grad * slope), None, None
 
 
 def kl_estimate(x: Tensor, estimator: str) -> Tensor:
@@ -39,8 +70,31 @@ def kl_estimate(x: Tensor, estimator: str) -> Tensor:
     if estimator == "k2":
         return 0.5 * x.square()
     if estimator == "k3":
-        return torch.expm1(-x) + x
+        e = torch.expm1(-x)
+        # Infinite at -inf too, where the sum would be inf - inf.
+        return torch.where(e.isinf(), e, e + x)
     return x.abs()
+
+
+class Sloped(torch.autograd.Function):
+    """`value` [...] with the slope of an estimator in x [...].
+
+    Where no gradient comes from above none goes on, also where the slope is infinite.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, estimator: str) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.estimator = estimator
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        (x,) = ctx.saved_tensors
+        if ctx.estimator == "k1":
+            return grad, None, None
+        slope = {"k2": lambda: x, "k3": lambda: -torch.expm1(-x), "abs": lambda: x.sign()}
+        return torch.where(grad == 0, 0, grad * slope[ctx.estimator]()), None, None
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -> Tensor:
@@ -56,9 +110,5 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1")
         The estimates [...].
     """
     x = compute(logprobs) - compute(ref_logprobs).detach()
-    value = kl_estimate(x, estimator.removesuffix("+"))
-    if not estimator.endswith("+"):
-        return value
-    k2 = kl_estimate(x, "k2")
-    # Value of the estimator to the bit; k2 - k2 is 0 but for its gradient.
-    return torch.where(x.isfinite(), value.detach() + (k2 - k2.detach()), value.detach())
+    plain = estimator.removesuffix("+")
+    return Sloped.apply(x, kl_estimate(x.detach(), plain), "k2" if plain != estimator else plain)

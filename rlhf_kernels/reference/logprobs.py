@@ -1,10 +1,12 @@
 """Token log-probabilities and entropy, defined."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import shard
-from ._common import compute
+from ._common import compute, distances, per_row
 
 
 def token_logprobs(
@@ -45,15 +47,36 @@ def token_logprobs(
     z = torch.where(keep.unsqueeze(-1), compute(logits), 0)
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    if isinstance(temperature, Tensor):
-        # A temperature belongs to its token: one under an ignored label must not matter.
-        temperature = torch.where(keep, compute(temperature), 1).unsqueeze(-1)
-    logp = torch.log_softmax(z / temperature, dim=-1)
+    d = distances(z, per_row(temperature, keep))
+    logp = torch.log_softmax(d, dim=-1)
     index = torch.where(keep, labels, 0).long().unsqueeze(-1)
     logprobs = torch.where(keep, logp.gather(-1, index).squeeze(-1), 0)
     if not entropy:
         return logprobs, None
-    p = logp.exp()
-    # p log p is 0 at p = 0, where log p is -inf.
-    plogp = p * torch.where(p > 0, logp, 0)
-    return logprobs, torch.where(keep, -plogp.sum(-1), 0)
+    return logprobs, torch.where(keep, _Entropy.apply(d), 0)
+
+
+class _Entropy(torch.autograd.Function):
+    """H = log s - mean of d under p = e^d / s, of d [..., V] with maximum 0; dH/dd = -p (d - mean).
+
+    In this form neither a large nor a small temperature cancels, as log p + H would.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, d: Tensor) -> Tensor:
+        ctx.save_for_backward(d)
+        _, mean = _weights(d)
+        return torch.logsumexp(d, -1) - mean.squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (d,) = ctx.saved_tensors
+        p, mean = _weights(d)
+        slope = torch.where(p > 0, p * (mean - d), 0)
+        return torch.where(grad.unsqueeze(-1) == 0, 0, grad.unsqueeze(-1) * slope)
+
+
+def _weights(d: Tensor) -> tuple[Tensor, Tensor]:
+    """p = softmax(d) and the mean of d under it, [..., 1]; where p is 0 so is p d, also at -inf."""
+    p = torch.softmax(d, -1)
+    return p, (p * torch.where(p > 0, d, 0)).sum(-1, keepdim=True)

@@ -5,8 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..policy_config import LOG_RATIO_BOUND, PolicyLossConfig
+from ..policy_config import LOG_RATIO_BOUND, UNBOUNDED, PolicyLossConfig
 from ._common import compute
+from .kl import Sloped, kl_estimate
+
+# csrc/policy_math.h: kLogWeightBound.
+LOG_WEIGHT_BOUND = 1e30
 
 METRICS = (
     *("loss", "pg_loss", "kl_loss", "entropy_loss"),
@@ -69,39 +73,43 @@ def token_weights(
 def kl_term(x: Tensor, config: PolicyLossConfig) -> Tensor:
     """The KL estimate of config from x = logprob - ref."""
     estimator = config.kl_estimator
-    z = x.clamp(*config.kl_input_bounds())
+    # A bound that is absent is as finite as in the kernels.
+    low, high = config.kl_input_bounds()
+    z = x.clamp(max(low, -UNBOUNDED), min(high, UNBOUNDED))
     value = estimate(z, estimator.removesuffix("+"))
-    if config.kl_value_clamp is not None:
-        value = value.clamp(-config.kl_value_clamp, config.kl_value_clamp)
+    limit = UNBOUNDED if config.kl_value_clamp is None else config.kl_value_clamp
+    value = value.clamp(-limit, limit)
     if estimator.endswith("+"):
-        k2 = estimate(x, "k2")
-        return value.detach() + (k2 - k2.detach())
+        return Sloped.apply(x, value.detach(), "k2")
     return value
 
 
 def estimate(x: Tensor, estimator: str) -> Tensor:
     """Schulman's estimators of KL(p || q) from x = log p - log q at a sample of p."""
-    if estimator == "k1":
-        return x
-    if estimator == "k2":
-        return 0.5 * x * x
-    if estimator == "abs":
-        return x.abs()
-    x = x.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    return torch.expm1(-x) + x
+    if estimator == "k3":
+        x = x.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return Sloped.apply(x, kl_estimate(x.detach(), estimator), estimator)
+
+
+def token_log_weight(old: Tensor, rollout: Tensor) -> Tensor:
+    """old - rollout. One that is not a number though old is, as of a rollout that reports NaN, says
+    nothing: 0. An infinite one stays finite, so that a sequence may hold both signs.
+    """
+    x = (old - rollout).clamp(-LOG_WEIGHT_BOUND, LOG_WEIGHT_BOUND)
+    return torch.where(x.isnan() & ~old.isnan(), 0, x)
 
 
 def correction_weight(
-    log_weight: Tensor, mask: Tensor, cu_seqlens: Tensor | None, config: PolicyLossConfig
+    log_weight: Tensor, cu_seqlens: Tensor | None, config: PolicyLossConfig
 ) -> Tensor:
-    """w from old - rollout: exp, over the sequence if so configured, then truncated or masked."""
+    """w from `token_log_weight`: exp, of its sum if so configured, then truncated or masked."""
     if config.correction_level == "sequence":
         log_weight = sequence_sum(log_weight, cu_seqlens)
     w = log_weight.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
     low, high = config.correction_bounds()
     if config.correction_mode == "truncate":
         return w.clamp(low, high)
-    return torch.where((w >= low) & (w <= high), w, 0)
+    return torch.where((w < low) | (w > high), 0, w)
 
 
 def objective_term(
@@ -181,7 +189,7 @@ def policy_loss(
 
     w: Tensor | float = 1.0
     if rollout is not None:
-        w = correction_weight(old - rollout, mask, cu_seqlens, config)
+        w = correction_weight(token_log_weight(old, rollout), cu_seqlens, config)
     applied = w if config.correction_level is not None else 1.0
     pg_term = objective_term(r, log_r, lp, a, applied, config)
     kl = torch.zeros_like(lp) if ref is None else kl_term(lp - ref, config)

@@ -47,10 +47,12 @@ def dpo_loss(
         term = (d - 1 / (2 * beta)) ** 2
     elif loss_type == "hinge":
         term = torch.relu(1 - z)
-    elif loss_type == "robust":
-        term = (-(1 - s) * F.logsigmoid(z) + s * F.logsigmoid(-z)) / (1 - 2 * s)
     else:
-        term = -(1 - s) * F.logsigmoid(z) - s * F.logsigmoid(-z)
+        term = -(1 - s) * F.logsigmoid(z)
+        # Without smoothing nothing of it: 0 times an infinite term is NaN.
+        if s != 0:
+            flipped = s * F.logsigmoid(-z)
+            term = (term + flipped) / (1 - 2 * s) if loss_type == "robust" else term - flipped
     loss = term.sum() / max(term.numel(), 1)
     return loss, beta * chosen.detach(), beta * rejected.detach()
 
@@ -66,6 +68,8 @@ def reward_model_loss(
     chosen, rejected = compute(chosen_rewards), compute(rejected_rewards)
     d = chosen - rejected
     z = d if margin is None else d - margin
-    term = -F.logsigmoid(z) + center_coef * (chosen + rejected) ** 2
+    term = -F.logsigmoid(z)
+    if center_coef != 0:
+        term = term + center_coef * (chosen + rejected) ** 2
     pairs = max(d.numel(), 1)
     return term.sum() / pairs, (d.detach() > 0).to(d.dtype).sum() / pairs

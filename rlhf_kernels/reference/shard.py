@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _group
-from ._common import compute
+from ._common import compute, per_row
 
 
 class _Summed(torch.autograd.Function):
@@ -55,11 +55,10 @@ def token_logprobs(
     z = torch.where(keep.unsqueeze(-1), compute(logits), 0)
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    if isinstance(temperature, Tensor):
-        temperature = torch.where(keep, compute(temperature), 1).unsqueeze(-1)
     # A shard may be empty, a maximum may not.
-    z = torch.nn.functional.pad(z / temperature, (0, 1), value=-torch.inf)
+    z = torch.nn.functional.pad(z, (0, 1), value=-torch.inf)
     d = z - _group.maximum(z.detach().amax(-1), group).unsqueeze(-1)
+    d = d / per_row(temperature, keep)
     e = d.exp()
     # Only sums over the ranks enter what follows, which is the same on every rank.
     log_s = _Summed.apply(e.sum(-1), group).log()

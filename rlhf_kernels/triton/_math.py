@@ -18,6 +18,12 @@ def scalar(x):
 
 
 @triton.jit
+def good_temperature(t):
+    """2^-60 <= t <= 2^60: `good_temperature` of csrc/math.h."""
+    return (t >= 8.673617379884035e-19) & (t <= 1.152921504606847e18)
+
+
+@triton.jit
 def tree_sum(x, N: tl.constexpr):
     """Sum of a block [N], N a power of two up to 2^20: neighbours first."""
     for _ in tl.static_range(20):

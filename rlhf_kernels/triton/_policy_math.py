@@ -61,8 +61,18 @@ def policy_ratio(x, c):
 
 
 @triton.jit
+def log_weight(old, rollout):
+    """old - rollout, the logarithm of a token's weight: `log_weight` of csrc/policy_math.h.
+
+    0 where it is not a number though old is one; an infinite one stays finite.
+    """
+    x = clamp(old - rollout, -1.0e30, 1.0e30)
+    return tl.where(x == x, x, tl.where(old == old, 0.0, old))
+
+
+@triton.jit
 def correction_weight(x, c, MODE: tl.constexpr):
-    """w = exp(x) for x = old - rollout (or its sum over the sequence), truncated or masked."""
+    """w = exp(x) for x = log_weight (or its sum over the sequence), truncated or masked."""
     w, _, _ = exp_parts(clamp(x, -BOUND, BOUND))
     if MODE == TRUNCATE:
         w = clamp(w, c.correction_low, c.correction_high)

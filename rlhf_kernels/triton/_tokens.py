@@ -17,6 +17,7 @@ from .. import _checks, _config
 from .._layout import as_grid, grid_strides
 from ._launch import INTERPRETED, kernel, tile_count
 from ._math import tree_sum
+from ._policy_math import log_weight
 
 # Tokens of a program, 4 a thread.
 TILE = 1024
@@ -251,22 +252,22 @@ def statistics_kernel(
     rollout_stride1, PACKED: tl.constexpr, RATIO: tl.constexpr, WEIGHT: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Unmasked tokens of each slot, their sums of logprob - old and of old - rollout."""
+    """Unmasked tokens of each slot, their sums of logprob - old and of log_weight."""
     pid, slots = tl.program_id(0), tl.num_programs(0)
     s, k, begin, length = slot_tile(offsets, sequences, cols, PACKED, TILE)
     i, inside = tile_tokens(k, length, TILE)
     at = begin + k.to(tl.int64) * TILE
     kept = load_tile(mask, s, at, i, inside, mask_stride0, mask_stride1) != 0
     count = tl.where(kept, 1.0, 0.0)
-    log_ratio, log_weight = tl.zeros_like(count), tl.zeros_like(count)
+    ratio, weight = tl.zeros_like(count), tl.zeros_like(count)
     if RATIO or WEIGHT:
         before = load_kept(old, s, at, i, kept, old_stride0, old_stride1)
         if RATIO:
             now = load_kept(logprobs, s, at, i, kept, logprobs_stride0, logprobs_stride1)
-            log_ratio = now - before
+            ratio = now - before
         if WEIGHT:
             sampled = load_kept(rollout, s, at, i, kept, rollout_stride0, rollout_stride1)
-            log_weight = before - sampled
-    sums = column_sums(join4(count, log_ratio, log_weight, tl.zeros_like(count)), TILE, 4)
+            weight = log_weight(before, sampled)
+    sums = column_sums(join4(count, ratio, weight, tl.zeros_like(count)), TILE, 4)
     column = tl.arange(0, 4)
     tl.store(partials + (TOKENS + column) * slots + pid, sums, mask=column < 3)

@@ -118,7 +118,7 @@ def combine_pairs(partials, tiles, rate, GROUP: tl.constexpr):
 def combine_kernel(
     partials, kl, stats, tiles, temperature, REVERSE: tl.constexpr, GROUP: tl.constexpr
 ):
-    """Divergence of one row and its statistics (m, s of the policy, of the reference, KL)."""
+    """Divergence of one row and its statistics: m, s of the policy, of the reference, t / s_P."""
     row = tl.program_id(0).to(tl.int64)
     rate = 1.0 / scalar(temperature).to(tl.float64)
     of_row = partials + row * tiles * 5
@@ -135,7 +135,8 @@ def combine_kernel(
     tl.store(out + of_p + 1, s_p.to(tl.float32))
     tl.store(out + of_q, m_q)
     tl.store(out + of_q + 1, s_q.to(tl.float32))
-    tl.store(out + 4, value)
+    # Not the divergence: in that the logarithms cancel, which the gradient needs nothing of.
+    tl.store(out + 4, tl.where(value == value, (t / s_p).to(tl.float32), value))
 
 
 @kernel
@@ -145,7 +146,7 @@ def coefficients_kernel(
 ):  # fmt: skip
     """What the backward needs of each row, [rows, 4]: m of the policy, of the reference, a, b.
 
-    Reverse: dz = e a ((x - m - (y - m')) / T - b). Forward: dz = e a - e' b. a and b are 0 where
+    Reverse: dz = e a (x - m - (y - m') - b) / T. Forward: dz = e a - e' b. a and b are 0 where
     the row takes no gradient.
     """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -156,13 +157,15 @@ def coefficients_kernel(
     s = tl.load(at + 1, mask=valid, other=1.0).to(tl.float64)
     ref_m = tl.load(at + 2, mask=valid, other=0.0)
     ref_s = tl.load(at + 3, mask=valid, other=1.0).to(tl.float64)
-    kl = tl.load(at + 4, mask=valid, other=0.0).to(tl.float64)
-    # Where the divergence is infinite or NaN so is every difference: NaN, as autograd says.
-    scaled = g.to(tl.float64) / scalar(temperature).to(tl.float64) + (kl - kl)
-    a = scaled / s
-    if REVERSE:
-        b = tl.log(s) - tl.log(ref_s) + kl
-    else:
+    mean = tl.load(at + 4, mask=valid, other=0.0).to(tl.float64)
+    # Where the reverse divergence is infinite no difference to its mean is a number. The forward
+    # one has a gradient there.
+    poison = mean - mean
+    if not REVERSE:
+        poison = tl.where(mean == mean, 0.0, mean)
+    scaled = g.to(tl.float64) / scalar(temperature).to(tl.float64) + poison
+    a, b = scaled / s, mean
+    if not REVERSE:
         b = scaled / ref_s
     out = coefficients + row.to(tl.int64) * 4
     tl.store(out, m, mask=valid)
@@ -197,7 +200,7 @@ def backward_kernel(
         rate = 1.0 / temperature
         e = weight_of(d, rate)
         if REVERSE:
-            dz = tl.where(e == 0.0, 0.0, e * a * ((d - ref_d) * rate - b))
+            dz = tl.where(e == 0.0, 0.0, e * a * ((d - ref_d - b) * rate))
         else:
             ref_e = weight_of(ref_d, rate)
             # Selected: a and b may be the NaN of a row without a finite divergence.
@@ -213,7 +216,9 @@ def k3_parts(x):
     _, em1, em1mx = exp_parts(near)
     # Beyond the range of exp_parts as e^16 times what is in it; infinite from there on.
     far = exp_parts(tl.where(y > 96.0, 80.0, tl.where(y > 80.0, y - 16.0, 0.0)))[0] * 8886110.5
-    value = tl.where(y > 80.0, far + (x - 1.0), tl.where(y < -80.0, x - 1.0, em1mx))
+    # Infinite at -inf too, where the sum would be inf - inf.
+    beyond = tl.where(far > 3.4e38, far, far + (x - 1.0))
+    value = tl.where(y > 80.0, beyond, tl.where(y < -80.0, x - 1.0, em1mx))
     return value, tl.where(y > 80.0, -far, -em1)
 
 

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _checks, _config
-from .._layout import as_grid, as_rows, grid, grid_strides, rows_strides
+from .. import _checks, _config, _labels
+from .._layout import as_grid, as_rows, as_upstream, grid, grid_strides, rows_strides
 from ._launch import kernel, launch, tile_count
-from ._math import LOG2E, scalar, tanh_parts, tree_sum
+from ._math import LOG2E, good_temperature, scalar, tanh_parts, tree_sum
 
 # Columns of a program, 32 a thread: a whole tile of 16-byte loads is in flight at once.
 TILE = 8192
@@ -29,9 +29,8 @@ ROWS = 64
 GROUP = 64
 # exp of less is below the normal floats and counts as zero.
 LOWEST = tl.constexpr(-87.0)
-# csrc/abi.h: kLabelElsewhere, kShardIgnored.
-ELSEWHERE = tl.constexpr(-(2**63))
-SHARD_IGNORED = tl.constexpr(-(2**63) + 1)
+ELSEWHERE = tl.constexpr(_labels.ELSEWHERE)
+SHARD_IGNORED = tl.constexpr(_labels.SHARD_IGNORED)
 
 
 @triton.jit
@@ -134,7 +133,7 @@ def combine_kernel(
     row = tl.program_id(0)
     label = tl.load(labels + token_at(row, cols, labels_stride0, labels_stride1)).to(tl.int64)
     logprob, entropy = 0.0, 0.0
-    m, s = 0.0, 1.0
+    m, s, mean = 0.0, 1.0, 0.0
     if label != ignore_index:
         if PER_TOKEN:
             at = token_at(row, cols, temperatures_stride0, temperatures_stride1)
@@ -150,12 +149,13 @@ def combine_kernel(
             z = softcap * tanh_parts(z / softcap)[0]
         # A label outside the vocabulary, a bad temperature and a row of -inf poison the row.
         good = known | ((label == ELSEWHERE) & shard)
-        good = good & (temperature > 0.0) & (temperature < 3.0e38) & (row_m > float("-inf"))
+        good = good & good_temperature(temperature) & (row_m > float("-inf"))
         poison = tl.where(good, 0.0, float("nan"))
         log_s = tl.log(row_s)
         logprob = ((z - row_m).to(tl.float64) * rate - log_s).to(tl.float32) + poison
         # A shard of the vocabulary that has not the label; its sums are as of any row.
         logprob = tl.where(known, logprob, float("nan"))
+        mean = (row_t / row_s).to(tl.float32) + poison
         entropy = (log_s - row_t / row_s).to(tl.float32) + poison
         # A NaN among nothing but -inf, so that no shard of it passes for an empty one.
         m = tl.where((row_m == float("-inf")) & (row_s != row_s), float("nan"), row_m)
@@ -166,17 +166,19 @@ def combine_kernel(
     out = stats + row.to(tl.int64) * 3
     tl.store(out, m)
     tl.store(out + 1, s)
-    tl.store(out + 2, entropy)
+    tl.store(out + 2, mean)
 
 
 @triton.jit
-def label_gradient(logprob, entropy, g, h):
-    """T times the gradient in the label's own logit; 1 - p without cancellation, in fp64."""
+def label_gradient(logprob, distance, mean, g, h):
+    """T times the gradient in the label's own logit, in fp64: 1 - p without cancellation, and
+    log p + H as `distance`, (z - m) / T, less the mean of these.
+    """
     p = tl.exp(logprob)
     # 1 - exp(x) by its series where it cancels.
     rest = tl.where(logprob > -1.0e-4, -logprob * (1.0 + logprob * (0.5 + logprob / 6.0)), 1.0 - p)
     # p log p is 0 at p = 0, also where log p is -inf.
-    bend = tl.where((h == 0.0) | (p == 0.0), 0.0, h * p * (logprob + entropy))
+    bend = tl.where((h == 0.0) | (p == 0.0), 0.0, h * p * (distance - mean))
     return g * rest - bend
 
 
@@ -212,7 +214,7 @@ def coefficients_kernel(
     of_row = row.to(tl.int64)
     m = tl.load(stats + of_row * 3, mask=valid, other=0.0)
     s = tl.load(stats + of_row * 3 + 1, mask=valid, other=1.0).to(tl.float64)
-    entropy = tl.load(stats + of_row * 3 + 2, mask=valid, other=0.0).to(tl.float64)
+    mean = tl.load(stats + of_row * 3 + 2, mask=valid, other=0.0).to(tl.float64)
     known = (label >= 0) & (label < vocab) & valid & (skip == 0)
     x = logits + token_at(row, cols, stride0, stride1) + label
     z = tl.load(x, mask=known, other=0.0).to(tl.float32)
@@ -220,12 +222,11 @@ def coefficients_kernel(
     if SOFTCAP:
         th, slope = tanh_parts(z / softcap)
         z = softcap * th
-    # dz = e (a0 + a1 (z - m)): the entropy's part is linear in log p.
-    log_s = tl.log(s)
-    a0 = (-g - h * (entropy - log_s)) / s * rate
-    a1 = -h * rate / s * rate
-    logprob = (z - m).to(tl.float64) * rate - log_s
-    own = label_gradient(logprob, entropy, g, h) * rate * slope
+    # dz = e (a0 + a1 log2 e): the entropy's part is linear in log p.
+    a0 = (-g + h * mean) / s * rate
+    a1 = -h / s * rate / LOG2E
+    distance = (z - m).to(tl.float64) * rate
+    own = label_gradient(distance - tl.log(s), distance, mean, g, h) * rate * slope
     out = coefficients + of_row * 5
     tl.store(out, m, mask=valid)
     tl.store(out + 1, rate.to(tl.float32), mask=valid)
@@ -260,10 +261,11 @@ def backward_kernel(
             th, slope = tanh_parts(z / softcap)
             z = softcap * th
         d = z - m
-        e = tl.exp2(d * (rate * LOG2E))
+        log2_e = d * (rate * LOG2E)
+        e = tl.exp2(log2_e)
         dz = e * a0
         if ENTROPY:
-            dz = e * (a0 + a1 * d)
+            dz = e * (a0 + a1 * log2_e)
         if SOFTCAP:
             dz *= slope
         # Exactly zero, also at -inf, where e d would be NaN.
@@ -292,7 +294,7 @@ def _check(labels: Tensor, temperatures: Tensor | None, vocab: int, ignore_index
     if _config.CHECK:
         keep = labels != ignore_index
         # A shard's labels were found good before.
-        if ignore_index != SHARD_IGNORED.value:
+        if ignore_index != _labels.SHARD_IGNORED:
             _checks.labels_in_range("token_logprobs", labels, keep, vocab)
         _checks.temperatures_positive("token_logprobs", temperatures, keep)
 
@@ -357,7 +359,7 @@ def _backward(
     (rows, cols), vocab = grid(labels.shape), logits.shape[-1]
     logits, labels = as_rows(logits), as_grid(labels)
     temperatures = as_grid(temperatures, torch.float32)
-    g, h = as_grid(grad_logprobs, torch.float32), as_grid(grad_entropy, torch.float32)
+    g, h = as_upstream(grad_logprobs), as_upstream(grad_entropy)
     coefficients = stats.new_empty(rows * cols * 5)
     launch(
         coefficients_kernel, tile_count(rows * cols, ROWS), logits, logits, labels, temperatures,

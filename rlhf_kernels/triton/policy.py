@@ -32,6 +32,7 @@ from ._policy_math import (
     SEQUENCE_RATIO,
     TOKEN_RATIO,
     correction_weight,
+    log_weight,
     policy_kl,
     policy_objective,
     policy_ratio,
@@ -110,7 +111,7 @@ def policy_kernel(
     w, w_sum = zero + 1.0, tl.where(kept, 1.0, 0.0)
     if ROLLOUT:
         sampled = load_kept(rollout, s, at, i, kept, rollout_stride0, rollout_stride1)
-        log_w = before - sampled
+        log_w = log_weight(before, sampled)
         if CORRECTION == SEQUENCE_CORRECTION:
             slot, tiles = pid - k, ((length - 1) // TILE + 1).to(tl.int32)
             total = sequence_total(partials + LOG_WEIGHT * slots, slot, tiles)

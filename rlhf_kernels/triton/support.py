@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks, _config
-from .._layout import as_grid, as_rows, grid, grid_strides, rows_strides
+from .._layout import as_grid, as_rows, as_upstream, grid, grid_strides, rows_strides
 from ._launch import kernel, launch, tile_count
-from ._math import LOG2E, scalar, tanh_parts, tree_sum
+from ._math import LOG2E, good_temperature, scalar, tanh_parts, tree_sum
 from .logprobs import LOWEST, _strides, alignment, label_gradient, tile_sums, token_at
 
 # Entries that a token's program takes at a time: few lists are longer, and 512 spill registers.
@@ -116,7 +116,7 @@ def rows_kernel(
     row = tl.program_id(0)
     label = tl.load(labels + token_at(row, cols, labels_stride0, labels_stride1)).to(tl.int64)
     logprob, entropy = 0.0, 0.0
-    out_m, out_s = 0.0, 1.0
+    out_m, out_s, mean = 0.0, 1.0, 0.0
     if label != ignore_index:
         if PER_TOKEN:
             at = token_at(row, cols, temperatures_stride0, temperatures_stride1)
@@ -162,12 +162,13 @@ def rows_kernel(
             m = top
         # A label or a word outside the vocabulary, a bad temperature, lists that make no sense and
         # a token without words poison the token.
-        good = (label >= 0) & (label < vocab) & (temperature > 0.0) & (temperature < 3.0e38)
+        good = (label >= 0) & (label < vocab) & good_temperature(temperature)
         good &= (wrong == 0) & (m > float("-inf"))
         nan = tl.where(good, tl.load(poison), float("nan"))
         log_s = tl.log(s)
         # Not poisoned by -inf - -inf: a label that was not kept is at -inf.
         logprob = ((own - m).to(tl.float64) * rate - log_s).to(tl.float32) + nan
+        mean = (t / s).to(tl.float32) + nan
         entropy = (log_s - t / s).to(tl.float32) + nan
         out_m, out_s = m, s.to(tl.float32) + nan
     tl.store(logprobs + row, logprob)
@@ -176,7 +177,7 @@ def rows_kernel(
     out = stats + row.to(tl.int64) * 3
     tl.store(out, out_m)
     tl.store(out + 1, out_s)
-    tl.store(out + 2, entropy)
+    tl.store(out + 2, mean)
 
 
 @kernel
@@ -207,12 +208,12 @@ def gradient_kernel(
         rate = 1.0 / scalar(temperature).to(tl.float64)
         rate32 = rate.to(tl.float32)
         of_row = stats + row.to(tl.int64) * 3
-        m, entropy = tl.load(of_row), tl.load(of_row + 2).to(tl.float64)
+        m, mean = tl.load(of_row), tl.load(of_row + 2).to(tl.float64)
         s = tl.load(of_row + 1).to(tl.float64)
         log_s = tl.log(s)
-        # dz = e (a0 + a1 (z - m)): the entropy's part is linear in log p.
-        a0 = ((-g - h * (entropy - log_s)) / s * rate).to(tl.float32)
-        a1 = (-h * rate / s * rate).to(tl.float32)
+        # dz = e (a0 + a1 log2 e): the entropy's part is linear in log p.
+        a0 = ((-g + h * mean) / s * rate).to(tl.float32)
+        a1 = (-h / s * rate / LOG2E).to(tl.float32)
         for start in range(0, count, BLOCK):
             i = start + tl.arange(0, BLOCK)
             inside = i < count
@@ -228,14 +229,16 @@ def gradient_kernel(
                 own_th, own_slope = tanh_parts(own / softcap)
                 own = softcap * own_th
             d = z - m
-            e = tl.exp2(d * (rate32 * LOG2E))
+            log2_e = d * (rate32 * LOG2E)
+            e = tl.exp2(log2_e)
             value = e * a0
             if ENTROPY:
-                value = e * (a0 + a1 * d)
+                value = e * (a0 + a1 * log2_e)
             # Exactly zero, also at -inf, where e d would be NaN.
             value = tl.where(d * rate32 < LOWEST, 0.0, value * slope)
-            logprob = (own - m).to(tl.float64) * rate - log_s
-            at_label = (label_gradient(logprob, entropy, g, h) * rate * own_slope).to(tl.float32)
+            distance = (own - m).to(tl.float64) * rate
+            at_label = label_gradient(distance - log_s, distance, mean, g, h) * rate * own_slope
+            at_label = at_label.to(tl.float32)
             value = tl.where(here, at_label, value)
             if DENSE:
                 to = out + row.to(tl.int64) * vocab + word
@@ -383,7 +386,7 @@ def _gradient(
         dz, words = torch.empty_like(kept), torch.empty_like(kept, dtype=torch.int32)
     _, cols = grid(labels.shape)
     labels, temperatures = as_grid(labels), as_grid(temperatures, torch.float32)
-    g, h = as_grid(grad_logprobs, torch.float32), as_grid(grad_entropy, torch.float32)
+    g, h = as_upstream(grad_logprobs), as_upstream(grad_entropy)
     launch(
         gradient_kernel, labels.numel(), kept, kept, labels, temperatures, indptr, indices, stats,
         g, h, dz, words, out, cols, vocab, indices.shape[0], *grid_strides(labels),
@@ -410,7 +413,8 @@ def _sums(
     width = source.shape[-1]
     align = alignment(width, source)
     columns = SUM_COLS if align > 1 else SUM_COLS_UNALIGNED
-    blocks = tile_count(width, columns) if out is not None else 1
+    # One at least: the bias has a gradient also where the rows have no columns.
+    blocks = max(tile_count(width, columns), 1) if out is not None else 1
     stride0, stride1 = (s // align for s in rows_strides(source))
     launch(
         sums_kernel, (starts.shape[0] - 1) * blocks, source, source, starts, order, rows, dz, out,

@@ -1,0 +1,52 @@
+"""Temperatures and caps of logits: how a scale of the logits enters them, and which are refused.
+
+Kernels are given effective ones: scale * x under a cap c and a temperature T is x under c / scale
+and T / scale. Both, and the scale itself, lie between 2^-60 and 2^60: beyond, 1 / T^2 or the
+distance of two logits over T leaves fp32, and finite logits would give NaN.
+"""
+
+import torch
+from torch import Tensor
+
+# csrc/math.h: good_temperature.
+LOWEST, HIGHEST = 2.0**-60, 2.0**60
+_EXPECTED = "between 2^-60 and 2^60 (8.7e-19 and 1.2e18)"
+
+
+def check(
+    op: str, temperature: float | Tensor, softcap: float | None = None, logit_scale: float = 1.0
+) -> None:
+    """Raises ValueError for numbers that are refused; those of a tensor are data."""
+    _within(op, "logit_scale", logit_scale)
+    if softcap is not None:
+        _within(op, "softcap", softcap, logit_scale)
+    if not isinstance(temperature, Tensor):
+        _within(op, "temperature", temperature, logit_scale)
+
+
+def _within(op: str, name: str, value: float, logit_scale: float = 1.0) -> None:
+    # Not value / logit_scale, which may overflow.
+    if not LOWEST * logit_scale <= value <= HIGHEST * logit_scale:
+        scaled = "" if logit_scale == 1.0 else f" / logit_scale ({logit_scale})"
+        raise ValueError(f"{op}: {name}{scaled} must lie {_EXPECTED}, got {name} {value}")
+
+
+def scaled(temperature: Tensor, logit_scale: float) -> Tensor:
+    """Temperatures per token over the scale, in fp32 (fp64 stays)."""
+    if logit_scale == 1.0:
+        return temperature
+    wide = temperature if temperature.dtype == torch.float64 else temperature.float()
+    return wide / logit_scale
+
+
+def bad(temperature: Tensor) -> Tensor:
+    """Which of the effective temperatures are refused; NaN is."""
+    return ~((temperature >= LOWEST) & (temperature <= HIGHEST))
+
+
+def error(op: str, position: int, got: str) -> ValueError:
+    """The error for the effective temperature at flat `position`, which is as `got` says."""
+    name = "temperature" if op == "token_logprobs" else "temperature (over logit_scale)"
+    return ValueError(
+        f"{op}: {name} at flat position {position} must be a finite number > 0, {_EXPECTED}, {got}"
+    )
