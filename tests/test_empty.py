@@ -5,6 +5,7 @@ import torch
 
 import rlhf_kernels as rk
 from rlhf_kernels import _head, _labels
+from rlhf_kernels.ops.support import linear_token_logprobs_support
 
 
 def run(f, *tensors):
@@ -76,6 +77,7 @@ def test_no_rewards_and_no_pairs(backend):
 
 @pytest.mark.parametrize("n, width", [(0, 4), (3, 0), (0, 0)])
 def test_no_tokens_or_no_columns_of_a_head(backend, n, width):
+    """A head without columns is refused by name."""
     h, w, bias = torch.randn(n, width), torch.randn(7, width), torch.randn(7)
     labels, x = torch.full((n,), 6), torch.zeros(1, n)
     keep, config = torch.ones(1, n, dtype=torch.bool), rk.PolicyLossConfig.ppo()
@@ -89,17 +91,24 @@ def test_no_tokens_or_no_columns_of_a_head(backend, n, width):
         ).loss
 
     for f in (logprobs, loss, lambda *a: rk.linear_kl_divergence(*a[:2], h, w, bias=a[2])):
-        run(f, h, w, bias)
+        if width:
+            run(f, h, w, bias)
+        else:
+            with pytest.raises(ValueError, match="H >= 1"):
+                f(h, w, bias)
 
 
 @pytest.mark.parametrize("entries", [0, 2])
 @pytest.mark.parametrize("n, width", [(0, 4), (3, 0), (3, 4), (0, 0)])
 def test_no_words_or_no_columns_under_a_support(backend, n, width, entries):
+    """Beneath the check that refuses a head without columns too."""
     h, w, bias = torch.randn(n, width), torch.randn(7, width), torch.randn(7)
     labels, words = torch.full((n,), 6), torch.arange(7 - entries, 7)
     lists = torch.arange(n + 1) * entries, words.repeat(n)
     leaves = [t.clone().requires_grad_() for t in (h, w, bias)]
-    got = rk.linear_token_logprobs(*leaves[:2], labels, bias=leaves[2], support=lists).logprobs
+    options = {"temperature": 1.0, "softcap": None, "logit_scale": 1.0, "entropy": False}
+    options["ignore_index"] = -100
+    got, _ = linear_token_logprobs_support(*leaves, labels, lists, **options)
     got.sum().backward()
     if n and not entries:
         assert got.isnan().all() and not any(t.grad.any() for t in leaves)
@@ -111,7 +120,7 @@ def test_no_words_or_no_columns_under_a_support(backend, n, width, entries):
         want[words] = n * ((torch.arange(entries) == entries - 1).double() - kept.exp())
         torch.testing.assert_close(leaves[2].grad.double(), want)
     alone = bias.clone().requires_grad_()
-    rk.linear_token_logprobs(h, w, labels, bias=alone, support=lists).logprobs.sum().backward()
+    linear_token_logprobs_support(h, w, alone, labels, lists, **options)[0].sum().backward()
     assert torch.equal(alone.grad, leaves[2].grad)
     logits = torch.randn(n, 7)
     run(lambda z: rk.token_logprobs(z, labels, support=lists).logprobs.nan_to_num(), logits)
