@@ -8,7 +8,7 @@ from test_head_cases import assert_within_bounds, operands
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf_kernels as rk
-from rlhf_kernels import _head, reference
+from rlhf_kernels import _head, _labels, reference
 from rlhf_kernels.testing import DTYPES, assert_within_bound, product_bound, to_float64
 
 TOKENS, VOCAB = 37, 200
@@ -166,7 +166,8 @@ def test_rounded_sum_of_a_weight_gradient(monkeypatch, turned, chunks, dtype):
     monkeypatch.setattr(_head, "_TURNED_TOKENS", turned)
     monkeypatch.setattr(_head, "_SUM_ROWS", 64)
     vocab, width, size = 150, 24, 40
-    a = torch.randn(chunks * size, vocab).to(dtype)
+    # The gradient of fp16 logits is fp32.
+    a = torch.randn(chunks * size, vocab).to(torch.float32 if dtype == torch.float16 else dtype)
     b = torch.randn(chunks * size, width).to(dtype)
     products = a.double().view(chunks, size, -1).mT @ b.double().view(chunks, size, -1)
     # A rounding of each product; that of the sum is the result's own.
@@ -179,9 +180,10 @@ def test_rounded_sum_of_a_weight_gradient(monkeypatch, turned, chunks, dtype):
 
 
 def test_labels_of_a_block():
-    nowhere, vocab = -2, 10
-    labels = torch.tensor([0, 3, 4, 9, _head.ELSEWHERE, nowhere, vocab], dtype=torch.int64)
+    nowhere, vocab = _labels.NOWHERE, 10
+    labels = torch.tensor([0, 3, 4, 9, _labels.ELSEWHERE, nowhere, vocab], dtype=torch.int64)
     local, ignored = _head.localized(labels, slice(3, 6), vocab, -100)
-    out = _head.ELSEWHERE
-    assert local.tolist() == [out, 0, 1, out, out, nowhere, vocab] and ignored == _head.IGNORED
+    out = _labels.ELSEWHERE
+    assert local.tolist() == [out, 0, 1, out, out, nowhere, nowhere]
+    assert ignored == _labels.SHARD_IGNORED
     assert _head.localized(labels, slice(0, vocab), vocab, -100) == (labels, -100)

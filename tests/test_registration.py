@@ -17,7 +17,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module imports only from lower ranks and from its own area.
 RANKS = {
-    **dict.fromkeys(("_config", "_group", "_layout", "_options", "_tracing", "presets"), 0),
+    **dict.fromkeys(("_config", "_group", "_labels", "_layout", "_options"), 0),
+    **dict.fromkeys(("_temperatures", "_tracing", "presets"), 0),
     **dict.fromkeys(("_checks", "testing", "policy_config"), 1),
     "controllers": 2,
     **dict.fromkeys(("reference", "native", "triton"), 2),

@@ -24,5 +24,8 @@ def per_row(temperature: float | Tensor, keep: Tensor) -> float | Tensor:
 
 
 def distances(z: Tensor, temperature: float | Tensor) -> Tensor:
-    """(z - max z) / temperature: the distance is taken where nothing has been rounded yet."""
-    return (z - z.detach().amax(-1, keepdim=True)) / temperature
+    """(z - max z) / temperature: the distance is taken where nothing has been rounded yet.
+
+    Contiguous, as the order of a sum over V depends on the layout.
+    """
+    return (z - z.detach().amax(-1, keepdim=True)).contiguous() / temperature

@@ -39,16 +39,21 @@ class _Divergence(torch.autograd.Function):
     where the divergence is infinite that is not a number. forward: p_j - q_j, also there.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, reverse: bool) -> Tensor:
-        ctx.save_for_backward(x, y)
-        ctx.reverse = reverse
+    def forward(x: Tensor, y: Tensor, reverse: bool) -> Tensor:
         if not reverse:
             x, y = y, x
         logp, logq = torch.log_softmax(x, -1), torch.log_softmax(y, -1)
         kl = _mean_difference(logp.exp(), logp, logq).squeeze(-1)
         # Rounding may take it below zero. NaN stays.
         return torch.where(kl < 0, 0, kl)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        *tensors, ctx.reverse = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
@@ -82,11 +87,16 @@ class Sloped(torch.autograd.Function):
     Where no gradient comes from above none goes on, also where the slope is infinite.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, estimator: str) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.estimator = estimator
+    def forward(x: Tensor, value: Tensor, estimator: str) -> Tensor:
         return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, _, ctx.estimator = inputs
+        ctx.save_for_backward(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:

@@ -62,11 +62,16 @@ class _Entropy(torch.autograd.Function):
     In this form neither a large nor a small temperature cancels, as log p + H would.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, d: Tensor) -> Tensor:
-        ctx.save_for_backward(d)
+    def forward(d: Tensor) -> Tensor:
         _, mean = _weights(d)
         return torch.logsumexp(d, -1) - mean.squeeze(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
