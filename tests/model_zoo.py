@@ -116,11 +116,17 @@ LEFT_OUT = {
 def _sized(settings: PretrainedConfig, kind: str, more: dict[str, Any]) -> dict[str, Any]:
     own = _OWN.get(kind, {}) | more
     plain = (int, float, type(None))
+
+    def current(name: str) -> Any:
+        # Where layers differ there is no value for all of them, and they keep their own.
+        differs = getattr(settings, "per_layer_attributes", None) or ()
+        return "" if name in differs else getattr(settings, name, "")
+
     found = {
         name: size
         for name, size in _SIZES.items()
-        if isinstance(getattr(settings, name, ""), plain)
-        and (getattr(settings, name) is not None or name.endswith("token_id"))
+        if isinstance(current(name), plain)
+        and (current(name) is not None or name.endswith("token_id"))
     }
     found = {name: size for name, size in found.items() if own.get(name, size) is not None}
     return found | {name: value for name, value in own.items() if value is not None}

@@ -17,7 +17,7 @@ from transformers.models.llama import modeling_llama
 
 from rlhf_kernels.trainer import models, probe, trials
 from rlhf_kernels.trainer.config import ModelConfig, UserError
-from rlhf_kernels.trainer.data import pad
+from rlhf_kernels.trainer.data import Batch, pad
 from rlhf_kernels.trainer.decoding import Decoding
 from rlhf_kernels.trainer.endings import end_token_ids
 from rlhf_kernels.trainer.forward import Form
@@ -272,10 +272,20 @@ def test_the_saved_policy_keeps_its_generation_config(tmp_path):
     assert again.generation_config.temperature == 0.6
 
 
-def test_critics_are_proved(monkeypatch):
-    task = tiny_task()
-    seen = []
-    monkeypatch.setattr(models, "prove_states", lambda *args, **options: seen.append(options))
-    policy = tiny_policy(task)
-    models.build_critic(policy, ModelConfig())
-    assert seen == [{"max_length": 64, "packing": False}]
+def test_critics_are_proved():
+    rows = [([5, 60, 7], [20, 21, 72, 23]), ([9, 8, 77, 6, 50, 4, 31], [30])]
+    for kind in ("opt", "bloom"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            critic = models.build_critic(_fresh(kind), ModelConfig(packing=True))
+        assert critic.form is Form.PADDED
+        torch.nn.init.normal_(models.scalar_head(critic).weight)
+        parts = pad([p for p, _ in rows], 0, left=True), pad([c for _, c in rows], 0, left=False)
+        ids, mask = (torch.cat(pair, 1) for pair in zip(*parts, strict=True))
+        together = models.values(critic, Batch(ids, mask, parts[1][1]))
+        for found, (prompt, completion) in zip(together, rows, strict=True):
+            alone = torch.tensor([prompt + completion])
+            kept = torch.ones_like(alone, dtype=torch.bool)
+            batch = Batch(alone, kept, kept[:, : len(completion)])
+            expected = models.values(critic, batch)[0]
+            torch.testing.assert_close(found[: len(completion)], expected, atol=1e-5, rtol=1e-4)

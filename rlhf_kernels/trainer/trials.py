@@ -195,7 +195,9 @@ def random_tokens(model: PreTrainedModel, count: int, generator: torch.Generator
 def _borders(config: PretrainedConfig, max_length: int) -> list[int]:
     """Lengths within the run's at which the model changes its ways."""
     text = config.get_text_config(decoder=True)
-    found = {getattr(text, name, None) for name in _BORDERS}
+    # A configuration whose layers differ refuses to name one value for all.
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
+    found = {getattr(layer, name, None) for layer in layers for name in _BORDERS}
     rope = getattr(text, "rope_parameters", None) or {}
     for part in (rope, *rope.values()):
         if isinstance(part, dict):
