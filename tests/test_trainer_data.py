@@ -228,12 +228,6 @@ def test_empty_file(tmp_path):
         read_rows(write_jsonl(tmp_path / "a.jsonl", []), "prompt")
 
 
-def test_other_formats_go_through_datasets(tmp_path):
-    pytest.importorskip("datasets")
-    (tmp_path / "a.csv").write_text("prompt,completion\nx,y\n")
-    assert read_rows(str(tmp_path / "a.csv"), "supervised") == [Row("x", "y")]
-
-
 @pytest.mark.skipif(not GSM8K.exists(), reason="gsm8k_train.jsonl is not beside the checkout")
 def test_gsm8k_is_parsed_whole():
     rows = read_rows(str(GSM8K), "prompt")
