@@ -8,6 +8,8 @@ from torch import Tensor
 
 from . import _config, _labels, _options, _temperatures, _tracing
 
+# Arguments per token that may be None.
+_OPTIONAL = ("ref_logprobs", "rollout_logprobs", "entropy")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 LABEL_DTYPES = (torch.int64, torch.int32)
 _FLOATING_OR_DOUBLE = (*FLOATING, torch.float64)
@@ -285,7 +287,8 @@ def token_inputs(
 
     Args:
         op: operation, for the messages.
-        tokens: by name; None is skipped. The first sets shape and device.
+        tokens: by name; None is skipped where it is one of _OPTIONAL. The first sets shape and
+            device.
         mask_: the argument `mask`.
         cu_seqlens: offsets of packed sequences.
 
@@ -299,7 +302,7 @@ def token_inputs(
         expected = "[B, T]" if cu_seqlens is None else "[N], packed as cu_seqlens says,"
         raise ValueError(f"{op}: {like} must be {expected}, got {tuple(shape)}")
     for name, value in tokens.items():
-        if value is None or value is first:
+        if value is first or (value is None and name in _OPTIONAL):
             continue
         floating(op, name, value, double=True)
         same_shape(op, name, value, like, shape)

@@ -177,9 +177,10 @@ def check_ref_head(
         Its operands, as `check_head`, constant.
     """
     names = ("ref_hidden", "ref_weight", "ref_bias")
+    _checks.floating(op, "ref_hidden", ref_hidden, double=True)
+    _checks.same_device(op, "ref_hidden", ref_hidden, "hidden", hidden.device)
     with torch.no_grad():
         ref = check_head(op, ref_hidden, ref_weight, ref_bias, names, sharded=sharded)
-    _checks.same_device(op, "ref_hidden", ref_hidden, "hidden", hidden.device)
     expected = tuple(hidden.shape[:-1]), weight.shape[0]
     got = tuple(ref_hidden.shape[:-1]), ref_weight.shape[0]
     if got != expected:

@@ -10,7 +10,15 @@ from .._register import define, head_gradients_fake, once_differentiable, row_ar
 from ..policy_config import PolicyLossConfig
 from ..reference.policy import METRICS
 from .head import check_chunk, check_head, check_ref_head
-from .policy import PolicyLoss, PolicyMetrics, check_advantages, check_config, late, times
+from .policy import (
+    PolicyLoss,
+    PolicyMetrics,
+    check_advantages,
+    check_config,
+    config_numbers,
+    late,
+    times,
+)
 
 
 def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
@@ -46,13 +54,16 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple:
         *args, group, backend = args
+        ctx.nothing = (None,) * (len(args) + 2)
         ctx.needs = list(ctx.needs_input_grad[:3])
-        args = (hidden, weight, bias, *args, ctx.needs)
+        # One by one up to here: torch.compile takes no list of tensors into a custom function.
+        tokens, ref_head, options = args[:7], args[7:10], args[10:]
+        ref_head = [t for t in ref_head if t is not None]
+        args = (hidden, weight, bias, *tokens, ref_head, *options, ctx.needs)
         if group:
             loss, metrics, *gradients = _sharded_forward(*args, group, backend)
         else:
             loss, metrics, *gradients = _forward(*args, backend)
-        ctx.nothing = (None,) * (len(args) - 2)
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(metrics)
@@ -157,9 +168,10 @@ def linear_policy_loss(
         "ref_logprobs": ref_logprobs,
         "rollout_logprobs": rollout_logprobs,
     }
+    _checks.floating(op, "old_logprobs", old_logprobs, double=True)
+    _checks.same_device(op, "old_logprobs", old_logprobs, "hidden", hidden.device)
     mask = _checks.token_inputs(op, tokens, mask, cu_seqlens)
     _checks.same_shape(op, "labels", labels, "old_logprobs", old_logprobs.shape)
-    _checks.same_device(op, "old_logprobs", old_logprobs, "hidden", hidden.device)
     advantages = check_advantages(op, advantages, old_logprobs, cu_seqlens, "old_logprobs")
     ref_head = _check_ref_head(
         hidden, weight, ref_logprobs, ref_hidden, ref_weight, ref_bias, bool(shards)
@@ -225,13 +237,12 @@ def linear_policy_loss(
         labels,
         temperatures,
         *(None if t is None else t.detach() for t in constants),
-        ref_head,
+        *(ref_head[i] if i < len(ref_head) else None for i in range(3)),
         cu_seqlens,
         count,
         *numbers,
         divisor,
-        config._codes,
-        config._params,
+        *config_numbers(config),
         chunk,
         shards,
         backend,

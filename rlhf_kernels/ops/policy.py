@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backends, _checks, reference
+from .. import _backends, _checks, _tracing, reference
 from .._register import define, once_differentiable
 from ..policy_config import PolicyLossConfig
 from ..reference.policy import METRICS
@@ -73,7 +73,7 @@ def late(dtype: torch.dtype) -> torch.dtype:
 def times(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient * upstream in `dtype`; the gradient itself where that is so and costs no look."""
     if type(upstream) is Tensor and upstream.device.type == "cpu":
-        if not torch.compiler.is_compiling() and upstream.item() == 1.0:
+        if not _tracing.active(upstream) and upstream.item() == 1.0:
             return gradient.to(dtype)
     return (gradient * upstream).to(dtype)
 
@@ -270,7 +270,7 @@ def policy_loss(
         _constant(rollout_logprobs),
     )
     options = (
-        cu_seqlens, count, divisor, config._codes, config._params, grad, entropy_grad, backend
+        cu_seqlens, count, divisor, *config_numbers(config), grad, entropy_grad, backend
     )  # fmt: skip
     if grad or entropy_grad:
         loss, metrics = _PolicyLoss.apply(logprobs, entropy, *constants, *options)
@@ -296,6 +296,17 @@ def check_advantages(
             f"entry per sequence, ({sequences},), got {tuple(advantages.shape)}"
         )
     return advantages
+
+
+def config_numbers(config: PolicyLossConfig) -> tuple[list[int], list[float]]:
+    """The codes and parameters of a configuration, as operators take them.
+
+    torch.compile takes the floats of an object into the graph where they are first used. That must
+    not be inside a custom function, whose graph a second call could not see.
+    """
+    if torch.compiler.is_compiling():
+        return config._codes, [float(p) for p in config._params]
+    return config._codes, config._params
 
 
 def check_config(
