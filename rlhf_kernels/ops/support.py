@@ -188,6 +188,8 @@ def linear_token_logprobs_support(
             ignore_index=ignore_index,
         )
     _checks.floating(op, "hidden", hidden)
+    # As large as the hidden states, not as logits.
+    hidden = hidden.to(weight.dtype)
     temperatures, *numbers = row_arguments(temperature, softcap, logit_scale)
     logprobs, *entropies = _LinearTokenLogprobsSupport.apply(
         hidden,
