@@ -56,7 +56,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         *args, group, backend = args
         ctx.nothing = (None,) * (len(args) + 2)
         ctx.needs = list(ctx.needs_input_grad[:3])
-        # One by one up to here: torch.compile takes no list of tensors into a custom function.
+        # One by one up to here: autograd sees no tensor inside a list.
         tokens, ref_head, options = args[:7], args[7:10], args[10:]
         ref_head = [t for t in ref_head if t is not None]
         args = (hidden, weight, bias, *tokens, ref_head, *options, ctx.needs)
