@@ -266,7 +266,7 @@ class FakeLLM:
 
     def complete(self, prompt, params):
         ids, tokens, logprobs = list(prompt["prompt_token_ids"]), [], []
-        while len(tokens) < params.max_tokens and tokens[-1:] != params.stop_token_ids:
+        while len(tokens) < params.max_tokens and not {*tokens[-1:]} & {*params.stop_token_ids}:
             scores = self.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1).detach()
             tokens.append(int(scores.argmax()))
             ids.append(tokens[-1])
@@ -287,7 +287,11 @@ def test_vllm_engine_completes_as_ours(monkeypatch, tmp_path):
     assert FakeLLM.made["max_model_len"] == 64
     assert FakeLLM.made["logprobs_mode"] == "processed_logprobs"
     supervised(learner.networks.policy, task, 60, 3e-3)
+    # An end that the model alone declares ends completions of both.
+    digit = task.tokenizer.convert_tokens_to_ids("1")
+    learner.networks.policy.generation_config.eos_token_id = [task.tokenizer.eos_token_id, digit]
     ours = trainer.sample(task.held_out[:16], temperature=0).trimmed()
+    assert (ours.batch.completion_ids == digit).any()
     trainer.sample.engine = engine
     theirs = trainer.sample(task.held_out[:16], temperature=0).trimmed()
     assert ours.finished.any()
