@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import rlhf_kernels as rk
-from rlhf_kernels import _head, _labels
+from rlhf_kernels import _head, _labels, reference
 from rlhf_kernels.ops.support import linear_token_logprobs_support
 
 
@@ -188,3 +188,10 @@ def test_labels_of_shards_are_no_ignore_index(backend):
     for odd in (_labels.ELSEWHERE, _labels.SHARD_IGNORED):
         with pytest.raises(ValueError, match="ignore_index"):
             rk.token_logprobs(torch.randn(1, 3), torch.tensor([odd]), ignore_index=odd)
+
+
+def test_offsets_that_end_early_index_nothing_outside():
+    """Where data may not be looked at, a sequence's number is one of the sequences."""
+    for offsets in ([0, 3, 5], [0, 9], [2, 4], [0, -1, 2]):
+        ids = reference.policy.sequence_ids(torch.zeros(6), torch.tensor(offsets))
+        assert 0 <= int(ids.min()) and int(ids.max()) < len(offsets) - 1

@@ -246,9 +246,9 @@ def linear_token_logprobs(
             are cast as F.linear casts them. Gradients come in each operand's own dtype.
         labels: [...], int64 or int32.
         bias: [V], or None.
-        temperature: as in `token_logprobs`.
+        temperature: as in `token_logprobs`; over logit_scale it lies within the same bounds.
         softcap: as in `token_logprobs`, applied after logit_scale.
-        logit_scale: a finite number > 0 (Cohere, Granite).
+        logit_scale: a number between 2^-60 and 2^60 (Cohere, Granite).
         entropy: also return the entropy.
         ignore_index: label of tokens to skip.
         chunk_tokens: tokens of a chunk. None: what 128 MiB of logits hold on CPU, 1 GiB on a GPU;
@@ -258,7 +258,8 @@ def linear_token_logprobs(
             that a token's results and its own gradient are the same bits in any batch. GEMM
             libraries choose their kernel, and with it the order of a sum, by the number of rows;
             without this a batch of another size may differ in the last bits. Costs the padding: up
-            to a chunk of products, little where tokens fill several chunks.
+            to a chunk of products, little where tokens fill several chunks. No more than 8192 rows,
+            nor 16 times the default, whatever chunk_tokens says.
         group: process group over which V is sharded; None for none.
         support: the words that the sampler kept for each token, (indptr, indices), as in
             `token_logprobs`. Only their rows of the weight are multiplied, in fp32 without chunks,
@@ -267,7 +268,8 @@ def linear_token_logprobs(
     Returns:
         TokenLogprobs(logprobs [...], entropy [...] or None), float32, differentiable in hidden,
         weight and bias. Logits of 16-bit operands are summed in fp32; on CPU the GEMM then rounds
-        them to 16 bits, on a GPU they stay fp32.
+        those of bfloat16 to 16 bits, else they stay fp32. Of float16 a CPU multiplies blocks
+        widened to fp32.
 
     Raises:
         TypeError, ValueError, IndexError: as `token_logprobs`; operands whose shapes or dtypes do
@@ -409,7 +411,7 @@ def linear_kl_divergence(
             multiplied and give 0.
         logit_scale: a finite number > 0 that multiplies the logits of both.
         direction: "reverse" or "forward".
-        temperature: a finite number > 0; divides both.
+        temperature: a number, over logit_scale between 2^-60 and 2^60; divides both.
         chunk_tokens: as in `linear_token_logprobs`.
         batch_invariant: as in `linear_token_logprobs`.
 

@@ -133,7 +133,7 @@ def linear_policy_loss(
         bias: [V], or None.
         temperature: as in `token_logprobs`.
         softcap: as in `token_logprobs`, applied after logit_scale.
-        logit_scale: a finite number > 0 that multiplies the logits.
+        logit_scale: a number between 2^-60 and 2^60 that multiplies the logits.
         ref_logprobs: as in `policy_loss`.
         ref_hidden: hidden states [..., H'] of the reference policy, in place of ref_logprobs: its
             log-probabilities are computed in the same sweep. Constant.
@@ -150,7 +150,9 @@ def linear_policy_loss(
 
     Returns:
         PolicyLoss(loss, metrics), float32; differentiable in hidden, weight and bias. The gradients
-        of weight and bias are accumulated in fp32 and rounded once to their dtype.
+        of weight and bias are accumulated in fp32 and rounded once to their dtype. Those of float16
+        operands are kept in fp32, twice the memory, until the upstream gradient is known, so that a
+        loss scale does for them what it does where autograd multiplies first.
 
     Raises:
         TypeError, ValueError, IndexError: as `policy_loss` and `linear_token_logprobs`.

@@ -88,15 +88,17 @@ def kl_divergence(
         logits: policy's logits [..., V], float32, bfloat16 or float16.
         ref_logits: reference's logits, same shape and dtype; a constant.
         direction: "reverse" or "forward".
-        temperature: a finite number > 0; divides both.
+        temperature: a number between 2^-60 and 2^60; divides both.
 
     Returns:
         [...], float32, never negative; +inf where the second distribution gives no mass to a token
-        that the first does; NaN for a row of NaN, +inf or nothing but -inf.
+        that the first does; NaN for a row of NaN, +inf or nothing but -inf. Where the forward
+        divergence is infinite its gradient is still (p - q) / T; that of an infinite reverse one is
+        NaN where p > 0, else 0.
 
     Raises:
         TypeError: wrong dtype, or dtypes that differ.
-        ValueError: shapes or devices that differ, unknown direction, temperature not > 0.
+        ValueError: shapes or devices that differ, unknown direction, temperature out of bounds.
     """
     op = "kl_divergence"
     _checks.floating(op, "logits", logits, double=True)

@@ -157,8 +157,11 @@ def token_logprobs(
         logits: [..., V], float32, bfloat16 or float16. Any [N, V] or [B, T, V] view with unit
             stride over V is read where it lies: `logits[:, :-1]` costs no copy.
         labels: [...], int64 or int32.
-        temperature: a finite number > 0, or a float tensor of one per token that broadcasts to the
-            shape of labels (not differentiated).
+        temperature: a number between 2^-60 and 2^60, or a float tensor of one per token that
+            broadcasts to the shape of labels (not differentiated). One of an ignored token does not
+            matter. One that is zero, negative, NaN, infinite or beyond these bounds raises
+            ValueError with its position on CPU; a GPU, and traced code, gives NaN for its token,
+            unless RLHF_KERNELS_CHECK=1.
         softcap: cap of the final logits (Gemma 2), applied before temperature; None for none.
         entropy: also return the entropy.
         ignore_index: label of tokens to skip: result 0, gradient exactly 0, logits never read.
@@ -185,8 +188,8 @@ def token_logprobs(
 
     Raises:
         TypeError: wrong dtype or type of an argument.
-        ValueError: shapes or devices that do not match; temperature or softcap not > 0 and finite;
-            inplace_backward on a leaf, on overlapping memory, under torch.compile, on the
+        ValueError: shapes or devices that do not match; temperature or softcap not between 2^-60
+            and 2^60; inplace_backward on a leaf, on overlapping memory, under torch.compile, on the
             reference backend, or with support; group and support together; on CPU an indptr that
             does not lead from 0 to nnz without decreasing, or a word twice in a token's support.
         IndexError: a label or kept word outside [0, V) on CPU, with its position; nothing was read

@@ -192,7 +192,8 @@ def policy_loss(
         ref_logprobs: same shape, of the reference policy. Needed where kl_coef is not 0; given
             without, it adds the k1_ref and k3_ref metrics only.
         rollout_logprobs: same shape, as reported by the engine that sampled. Needed for importance
-            correction; given without, it adds the correction_mean metric only.
+            correction; given without, it adds the correction_mean metric only. NaN says nothing of
+            its token: w is as if rollout and old agreed, in a sequence's sum it counts 0.
         entropy: same shape. Needed where entropy_coef is not 0; given without, a metric only.
         cu_seqlens: offsets [S + 1] of packed sequences, int32 or int64.
         normalizer: number or 0-d tensor > 0; overrides config.normalizer. A tensor is not read on

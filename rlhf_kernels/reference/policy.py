@@ -32,7 +32,9 @@ def sequence_sum(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 def sequence_ids(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     """The sequence of each packed token of x [N]."""
     tokens = torch.arange(x.shape[0], device=x.device)
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
+    ids = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
+    # Offsets that end too early, where data may not be looked at, index nothing that is not there.
+    return ids.clamp(max=cu_seqlens.shape[0] - 2)
 
 
 def per_token(x: Tensor, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
