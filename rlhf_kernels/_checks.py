@@ -215,7 +215,7 @@ def token_data(
 def bad_temperature(op: str, position: int, temperatures: Tensor) -> ValueError:
     """The error for the temperature at flat `position`."""
     value = temperatures.reshape(-1)[position].item()
-    return _temperatures.error(op, position, f"got {value}")
+    return _temperatures.error(op, position, value)
 
 
 class RowOptions(NamedTuple):

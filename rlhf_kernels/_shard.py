@@ -98,7 +98,7 @@ def _judge(op: str, told: list[dict[str, int]]) -> None:
                     f"expected 0 <= label < {total}, the vocabulary of all ranks, or ignore_index"
                 )
         if t["temperature_at"] >= 0:
-            raise _temperatures.error(op, t["temperature_at"], f"which it is not on rank {rank}")
+            raise _temperatures.error(op, t["temperature_at"], where=f" on rank {rank}")
         for field in ("tokens", "checksum"):
             if t[field] != told[0][field]:
                 raise ValueError(

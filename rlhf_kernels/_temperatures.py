@@ -44,9 +44,11 @@ def bad(temperature: Tensor) -> Tensor:
     return ~((temperature >= LOWEST) & (temperature <= HIGHEST))
 
 
-def error(op: str, position: int, got: str) -> ValueError:
-    """The error for the effective temperature at flat `position`, which is as `got` says."""
-    name = "temperature" if op == "token_logprobs" else "temperature (over logit_scale)"
+def error(op: str, position: int, got: float | None = None, where: str = "") -> ValueError:
+    """The error for the effective temperature at flat `position`."""
+    over = "" if op == "token_logprobs" else "over logit_scale "
+    came = "" if got is None else f", got {got}"
     return ValueError(
-        f"{op}: {name} at flat position {position} must be a finite number > 0, {_EXPECTED}, {got}"
+        f"{op}: temperature at flat position {position}{where} must be a finite number > 0, "
+        f"{over}{_EXPECTED}{came}"
     )
