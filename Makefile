@@ -16,7 +16,8 @@ OUT ?= gpu-check
 PARTS ?=
 WHEELS ?=
 
-.PHONY: venv test test-all demo bench bench-full bench-compare gpu-check triton-report cuda-report lint format clean
+.PHONY: venv test test-all demo bench bench-full bench-compare gpu-check triton-report cuda-report sanitize fuzz lint \
+	format clean
 
 venv: $(INSTALLED)
 
@@ -75,6 +76,15 @@ triton-report: venv
 
 cuda-report: venv
 	$(BIN)/python tests/cuda_resources.py --report benchmarks/results/cuda-resources.md --date $(DATE)
+
+# Address and undefined behaviour, in the kernels; needs GCC, 15 minutes on two cores.
+sanitize: venv
+	$(BIN)/python tests/sanitize.py
+
+# Random calls against float64; prints the command that repeats a finding.
+SECONDS ?= 600
+fuzz: venv
+	$(BIN)/python tests/fuzz.py --seconds $(SECONDS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -25,6 +25,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
+# CFLAGS with -fsanitize=... (make sanitize): reports name functions and lines.
+SANITIZED_FLAGS = ["-O1", "-g1", "-fno-omit-frame-pointer"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 # Without the preference, compilers stay at 256 bits even where AVX-512 is on.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *AVX2[1:]]
@@ -171,6 +173,9 @@ class BuildExt(build_ext):
             note("the compiler has no OpenMP; the kernels will run on one thread")
         # -Werror: Clang only warns about a warning that it does not know.
         optional = [f for f in OPTIONAL_FLAGS if not self._error("int main() {}\n", [f, "-Werror"])]
+        sanitized = any("-fsanitize=" in word for word in self.compiler.compiler_so_cxx)
+        if sanitized:
+            optional += SANITIZED_FLAGS
         macros = [("RK_HAVE_X86_LEVELS", "1")] if "avx512" in isas else []
 
         def compile_one(source: str) -> str:
@@ -192,7 +197,7 @@ class BuildExt(build_ext):
         sources = [*ext.sources, *(f"csrc/cpu/isa_{isa}.cpp" for isa in isas)]
         with ThreadPoolExecutor(min(len(sources), os.cpu_count() or 1)) as pool:
             objects = list(pool.map(compile_one, sources))
-        strip = ["-Wl,-s"] if platform.system() == "Linux" else []
+        strip = ["-Wl,-s"] if platform.system() == "Linux" and not sanitized else []
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),

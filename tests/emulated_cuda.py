@@ -36,8 +36,12 @@ def _sources() -> list[Path]:
     return [ROOT / "csrc" / "module_cuda.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
 
 
+def _compiler() -> list[str]:
+    return [*(os.environ.get("CXX") or "g++").split(), *FLAGS]
+
+
 def _digest() -> str:
-    read = hashlib.sha256(" ".join(FLAGS).encode())
+    read = hashlib.sha256(" ".join(_compiler()).encode())
     folders = (ROOT / "csrc", EMULATOR)
     for file in sorted(f for folder in folders for f in folder.rglob("*") if f.is_file()):
         if "cpu" not in file.parts:
@@ -49,7 +53,9 @@ def _digest() -> str:
 
 def build() -> Path:
     """The extension's file, compiled if need be; one process at a time."""
-    cache = ROOT / "build" / "cuda-emulator"
+    # With sanitizers in a place of its own, or each would delete the other.
+    sanitized = any(flag.startswith("-fsanitize") for flag in _compiler())
+    cache = ROOT / "build" / ("cuda-emulator" + "-sanitized" * sanitized)
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -61,7 +67,7 @@ def build() -> Path:
             if old.is_dir():
                 shutil.rmtree(old)
         target.parent.mkdir()
-        compiler = [*(os.environ.get("CXX") or "g++").split(), *FLAGS, f"-I{EMULATOR}"]
+        compiler = [*_compiler(), f"-I{EMULATOR}"]
         compiler += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
 
         def compile_one(source: Path) -> str:

@@ -7,6 +7,7 @@ Nothing here depends on what a machine's GEMM rounds. All values are exact ones,
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,13 +33,13 @@ def _interpreted(t: Tensor) -> bool:
     return t.device.type == "cpu" and _backends.select("token_logprobs", t.device) == "triton"
 
 
-class HeadBounds:
-    """A head's exact logits, their softmax and the errors that these carry.
+class SoftmaxBounds:
+    """Exact logits [N, V], their softmax and the errors that these carry.
 
     Args:
-        hidden: [..., H] as given to the operation; its dtype is the one of the logits.
-        weight: [V, H].
-        bias: [V], or None.
+        logits: before scale, cap and temperature; float64.
+        error: bound of the error that each carries.
+        dtype: of the logits and of their gradient.
         temperature: a number, or one per token.
         softcap: as given to the operation.
         logit_scale: as given to the operation.
@@ -46,24 +47,16 @@ class HeadBounds:
 
     def __init__(
         self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
+        logits: Tensor,
+        error: Tensor,
+        dtype: torch.dtype,
         *,
         temperature: float | Tensor = 1.0,
         softcap: float | None = None,
         logit_scale: float = 1.0,
     ) -> None:
-        self._ulps = 2 if _interpreted(hidden) and hidden.dtype == torch.bfloat16 else 1
-        self.dtype = hidden.dtype
-        self.hidden = hidden.detach().double().reshape(-1, hidden.shape[-1])
-        self.weight = weight.detach().double()
-        logits = self.hidden @ self.weight.T
-        error = product_bound(self.hidden, self.weight.T)
-        error = error + half_ulp(logits.abs() + error, self.dtype)
-        if bias is not None:
-            logits = logits + bias.detach().double()
-            error = error + EPS * logits.abs() + half_ulp(logits.abs() + error, self.dtype)
+        self._ulps = 2 if _interpreted(logits) and dtype == torch.bfloat16 else 1
+        self.dtype = dtype
         t = torch.as_tensor(temperature, dtype=torch.float64).detach()
         t = t.reshape(-1, 1) if t.dim() else t
         self._transform(logits, error, logit_scale / t, softcap, t)
@@ -75,8 +68,9 @@ class HeadBounds:
         size = (self.x - peak).abs().where(self.p > 0, 0)
         self.rounding = C * EPS * torch.clamp(size, min=torch.tensor(self.x.shape[-1]).log())
         self.logp_error = (self.x_error + self.sum_error + self.rounding).where(self.p > 0, 0)
-        # A probability is at most 1, whatever its logit's error; exp gives 0 below normal numbers.
-        smallest = torch.finfo(torch.float32).smallest_normal
+        # A probability is at most 1, whatever its logit's error; exp may give 0 from about where
+        # the normal numbers end.
+        smallest = 4 * torch.finfo(torch.float32).smallest_normal
         self.p_error = (self.p * self.logp_error.expm1() + smallest).clamp(max=1.0)
         self.plogp = torch.where(self.p > 0, self.logp, 0)
 
@@ -87,6 +81,7 @@ class HeadBounds:
         if softcap is None:
             self.x, self.slope = z * scale, scale.expand_as(z)
             self.slope_error = C * EPS * self.slope
+            steps = torch.zeros(())
         else:
             tanh = torch.tanh(z * scale * t / softcap)
             self.x = softcap * tanh / t
@@ -94,9 +89,10 @@ class HeadBounds:
             bend = (2 * scale * scale * t / softcap * tanh * (1 - tanh.square())).abs()
             # 1 - tanh^2 loses what tanh rounds.
             self.slope_error = bend * error + C * EPS * scale
+            steps = C * EPS * softcap / t
         # -inf is exact: a word that is taken out.
         finite = self.x.isfinite()
-        self.x_error = torch.where(finite, self.slope * error + C * EPS * self.x.abs(), 0)
+        self.x_error = torch.where(finite, self.slope * error + steps, 0)
 
     def logprobs(self, labels: Tensor) -> Tensor:
         """Of the log-probabilities, in the shape of labels."""
@@ -149,11 +145,11 @@ class HeadBounds:
         steps = g.abs() * (hit + self.p) + h.abs() * self.p * (self.plogp.abs() + entropy)
         return self._through_slope(gx, carried + C * EPS * steps)
 
-    def kl(self, ref: "HeadBounds", reverse: bool, shape: Sequence[int] = (-1,)) -> Tensor:
+    def kl(self, ref: "SoftmaxBounds", reverse: bool, shape: Sequence[int] = (-1,)) -> Tensor:
         """Of KL(self || ref) if reverse, else of KL(ref || self)."""
         return self._kl(ref, reverse)[1].view(*shape)
 
-    def _kl(self, ref: "HeadBounds", reverse: bool) -> tuple[Tensor, Tensor]:
+    def _kl(self, ref: "SoftmaxBounds", reverse: bool) -> tuple[Tensor, Tensor]:
         """(KL, bound) [N, 1]."""
         left, right = (self, ref) if reverse else (ref, self)
         ratio = left.plogp - right.plogp
@@ -166,7 +162,7 @@ class HeadBounds:
         return kl, (carried + steps).sum(-1, keepdim=True)
 
     def kl_gradient(
-        self, ref: "HeadBounds", reverse: bool, upstream: Tensor
+        self, ref: "SoftmaxBounds", reverse: bool, upstream: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(gradient, bound) of the logits [N, V] of self, from that of the KL."""
         up = upstream.detach().double().reshape(-1, 1)
@@ -185,6 +181,41 @@ class HeadBounds:
         gz = gx * self.slope
         error = error * self.slope + gx.abs() * self.slope_error
         return gz, error + self._ulps * half_ulp(gz.abs() + error, self.dtype)
+
+
+class HeadBounds(SoftmaxBounds):
+    """Those of a head's logits, and of the products of its backward pass.
+
+    Args:
+        hidden: [..., H] as given to the operation; its dtype is the one of the logits.
+        weight: [V, H].
+        bias: [V], or None.
+        kept: [N, V], the words that stay in the distribution; None: all.
+        options: of SoftmaxBounds.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        kept: Tensor | None = None,
+        **options: Any,
+    ) -> None:
+        self.hidden = hidden.detach().double().reshape(-1, hidden.shape[-1])
+        self.weight = weight.detach().double()
+        logits = self.hidden @ self.weight.T
+        error = product_bound(self.hidden, self.weight.T)
+        error = error + half_ulp(logits.abs() + error, hidden.dtype)
+        if bias is not None:
+            logits = logits + bias.detach().double()
+            error = error + EPS * logits.abs() + half_ulp(logits.abs() + error, hidden.dtype)
+        if kept is not None:
+            # A row without words is no distribution; it is left as if it had them all.
+            kept = kept | ~kept.any(-1, keepdim=True)
+            logits = torch.where(kept, logits, -torch.inf)
+        super().__init__(logits, error, hidden.dtype, **options)
 
     def products(
         self,
@@ -243,7 +274,10 @@ def propagated(
     bounds = [torch.zeros_like(t) for t in base]
     for i, (value, error) in enumerate(zip(inputs, errors, strict=True)):
         # One copy of the input for each of its elements, which is moved in that one alone.
-        steps = torch.diag(error.flatten())[error.flatten() != 0].view(-1, *value.shape)
+        steps = torch.diag(error.flatten())[error.flatten() != 0]
+        if not len(steps):
+            continue
+        steps = steps.view(-1, *value.shape)
         several = (*(None,) * i, 0, *(None,) * (len(inputs) - i - 1))
         run = torch.func.vmap(function, in_dims=several)
         sides = [run(*inputs[:i], value + s, *inputs[i + 1 :]) for s in (steps, -steps)]
@@ -282,7 +316,7 @@ def policy_bounds(
     upstream: float = 1.0,
     tokens_of_chunk: int | None = None,
     words_of_block: int | None = None,
-    **options: object,
+    **options: Any,
 ) -> tuple[Tensor, ...]:
     """Of (loss, metrics, gradients of hidden, weight and bias) of `linear_policy_loss`.
 

@@ -1,0 +1,92 @@
+"""The fuzzer itself: fixed cases find nothing, and it finds what is wrong, ends or does not."""
+
+import re
+
+import fuzz
+import fuzz_cases
+import pytest
+import torch
+
+import rlhf_kernels as rk
+from rlhf_kernels import native
+
+# Found by the fuzzer, or by who wrote it: each kind of case, on each backend.
+FIRST, CASES = 0, 160
+
+
+def test_fixed_cases_find_nothing():
+    found = [fuzz.run_case(seed, ["cpu"]) for seed in range(FIRST, FIRST + CASES)]
+    assert [w for w in found if w is not None] == []
+
+
+def test_fixed_cases_of_other_backends_find_nothing():
+    seeds = [s for s in range(FIRST, FIRST + CASES) if fuzz.backend_of(s) != "cpu"]
+    assert {fuzz.backend_of(s) for s in seeds} == {"cuda", "triton"}
+    found = [fuzz.run_case(seed, ["cuda", "triton"]) for seed in seeds]
+    assert [w for w in found if w is not None] == []
+
+
+def test_every_operation_has_cases():
+    computing = {n for n in rk.__all__ if n[0].islower()}
+    computing -= {"available_backends", "use_backend", "warmup"}
+    assert {c.__name__ for c in fuzz_cases.CASES} == computing
+
+
+def case_of(op):
+    """The seed of a case of this operation, on a CPU, with gradients and no faulty logits."""
+    for seed in range(FIRST, 10_000):
+        if fuzz.backend_of(seed) == "cpu":
+            case = fuzz_cases.make(seed, interpreted=False)
+            wanted = [v for v in case.arguments.values() if getattr(v, "requires_grad", False)]
+            if case.op == op and any(t.numel() > 8 for t in wanted):
+                return seed
+    raise AssertionError(op)
+
+
+@pytest.mark.parametrize("op", ["token_logprobs", "kl_divergence", "value_loss", "policy_loss"])
+def test_a_wrong_digit_is_found(monkeypatch, op):
+    seed = case_of(op)
+    run = fuzz_cases.run
+    wide = torch.float64
+
+    def wrong(case, arguments):
+        results, upstream = run(case, arguments)
+        narrow = [r.dtype != wide for r in results]
+        # A hundredth in 16 bits, in fp32 less.
+        return [
+            r * (1 + (1e-2 if r.dtype != torch.float32 else 1e-3)) if n else r
+            for r, n in zip(results, narrow, strict=True)
+        ], upstream
+
+    assert fuzz.run_case(seed, ["cpu"]) is None
+    monkeypatch.setattr(fuzz_cases, "run", wrong)
+    assert "beyond theirs" in fuzz.run_case(seed, ["cpu"])
+
+
+def test_crashes_and_hangs_are_findings(monkeypatch, tmp_path, capfd):
+    """A child that dies, and one that does not go on, are named and the next cases run."""
+    program = tmp_path / "child.py"
+    program.write_text(
+        "import os, signal, sys, time\n"
+        "first = int(sys.argv[sys.argv.index('--work') + 1])\n"
+        "for seed in range(first, 100):\n"
+        "    print('case', seed, flush=True)\n"
+        "    if seed == 3: os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "    if seed == 5: print('wrong', seed, 'by much', flush=True)\n"
+        "    if seed == 7: time.sleep(600)\n"
+    )
+    monkeypatch.setattr(fuzz, "__file__", str(program))
+    assert fuzz.fuzz(0, 12, float("inf"), ["cpu"], limit=2.0) == 3
+    said = capfd.readouterr().out
+    assert re.findall(r"--seed (\d+)\n +(\w+)", said) == [
+        ("3", "crashed"),
+        ("5", "by"),
+        ("7", "did"),
+    ]
+    assert "SIGSEGV" in said and "12 cases from 0, 3 findings" in said
+
+
+def test_findings_end_with_a_status(monkeypatch, capsys):
+    monkeypatch.setattr(native.logprobs.b, "DTYPE_CODES", {})
+    monkeypatch.setattr("sys.argv", ["fuzz.py", "--seed", str(case_of("token_logprobs"))])
+    assert fuzz.main() == 1 and "KeyError" in capsys.readouterr().out
