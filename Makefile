@@ -77,7 +77,7 @@ triton-report: venv
 cuda-report: venv
 	$(BIN)/python tests/cuda_resources.py --report benchmarks/results/cuda-resources.md --date $(DATE)
 
-# Address and undefined behaviour, in the kernels; needs GCC, 15 minutes on two cores.
+# Address and undefined behaviour, in the kernels; needs GCC.
 sanitize: venv
 	$(BIN)/python tests/sanitize.py
 
