@@ -129,8 +129,13 @@ def test_an_adapter_is_trained_further_and_its_model_is_the_reference(
         lora(rank_pattern={"q_proj": 2}),
         peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
         peft.LoHaConfig(r=2, target_modules=["q_proj"]),
+        peft.LoKrConfig(r=2, target_modules=["q_proj"]),
+        peft.OFTConfig(oft_block_size=4, r=0, target_modules=["q_proj"]),
+        peft.VeraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+        peft.HRAConfig(r=2, target_modules=["q_proj"]),
+        peft.LNTuningConfig(target_modules=["input_layernorm"]),
     ],
-    ids=["dora", "rslora", "bias", "saved", "ranks", "ia3", "loha"],
+    ids="dora rslora bias saved ranks ia3 loha lokr oft vera hra norms".split(),
 )
 def test_other_adapters_are_trained_further(tmp_path, tokenizer, config):
     base = base_model(tmp_path / "base", tokenizer, attention_bias=True)

@@ -10,15 +10,7 @@ from transformers import PreTrainedModel
 
 from .data import position_ids
 from .errors import UserError
-
-# Tables of absolute positions, by their names in transformers.
-_TABLES = (
-    "position_embeddings",
-    "position_embedding",
-    "positions_embed",
-    "embed_positions",
-    "wpe",
-)
+from .trials import position_limit
 
 # No token has this id.
 _NOWHERE = -1
@@ -153,23 +145,6 @@ def _special(model: PreTrainedModel) -> set[int]:
     text = model.config.get_text_config()
     found = [getattr(text, f"{n}_token_id", None) for n in ("pad", "eos", "bos", "sep", "cls")]
     return {i for f in found for i in (f if isinstance(f, list) else [f]) if i is not None}
-
-
-def position_limit(model: PreTrainedModel) -> int | None:
-    """The most tokens that a model with a table of positions takes; None where it has none."""
-    limits = []
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] not in _TABLES or "Embedding" not in type(module).__name__:
-            continue
-        rows = getattr(getattr(module, "weight", None), "shape", [0])[0]
-        offset = getattr(module, "offset", 0)
-        if getattr(module, "padding_idx", None) is not None:
-            # RoBERTa's: the first text token comes after the padding's own position.
-            offset = module.padding_idx + 1
-        most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or rows
-        if rows:
-            limits.append(min(rows - offset, most))
-    return min(limits, default=None)
 
 
 def _check_lengths(model: PreTrainedModel, kept: Tensor) -> None:

@@ -221,7 +221,7 @@ def position_limit(model: PreTrainedModel) -> int | None:
     ]
     tables += [(name, len(buffer), 0) for name, buffer in base.named_buffers() if buffer.ndim > 1]
     rows = [
-        size - offset
+        min(size - offset, length)
         for name, size, offset in tables
         if any(word in name for word in ("pos", "wpe"))
         and "relative" not in name
