@@ -170,6 +170,7 @@ ppo --num_heads -1 | num_heads: expected >= 1
 ppo --lora_rank -1 | lora_rank: expected >= 0
 ppo --vocab_size 100 | vocab_size: expected >= 258
 ppo --max_operand 0 | max_operand: expected >= 1
+ppo --max_operand 100000000 | max_operand: expected at most 1000
 ppo --operators * | operators: expected '+', '-' or '+-'
 ppo --eval_size 0 | eval_size: expected >= 1
 ppo --max_prompt_tokens 0 | max_prompt_tokens: expected >= 1

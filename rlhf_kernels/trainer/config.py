@@ -134,6 +134,8 @@ class DataConfig:
         ops = self.operators
         require(bool(ops) and set(ops) <= set("+-"), "operators", "'+', '-' or '+-'", ops)
         _at_least(self, 1, "max_operand", "eval_size", "max_prompt_tokens", "max_new_tokens")
+        # All problems are made at once: two million.
+        require(self.max_operand <= 1000, "max_operand", "at most 1000", self.max_operand)
         # The 256 bytes, the end token and padding.
         _at_least(self, 258, "vocab_size")
 
