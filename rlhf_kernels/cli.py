@@ -61,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = [arg for arg in args if arg != "--traceback"]
     try:
         return _run(args)
+    except KeyboardInterrupt:
+        # Before a run takes signals itself.
+        print("rlhf-kernels: interrupted", file=sys.stderr)
+        return 130
     except Exception as error:
         return _tell(error, shown)
 
@@ -102,9 +106,8 @@ def _tell(error: Exception, shown: bool) -> int:
     message = _mendable(error)
     if message is None:
         traceback.print_exception(error)
-        print(
-            "rlhf-kernels: an unexpected error; please report it with these lines", file=sys.stderr
-        )
+        text = "an unexpected error, perhaps ours: please report it with these lines"
+        print(f"rlhf-kernels: {text}", file=sys.stderr)
         return 1
     if shown:
         traceback.print_exception(error)

@@ -80,6 +80,12 @@ def test_an_unexpected_error_keeps_its_traceback(monkeypatch, capsys):
     assert "please report it" in found[-1]
 
 
+def test_an_interrupt_before_the_run(monkeypatch, capsys):
+    monkeypatch.setattr(run, "train", raising(KeyboardInterrupt()))
+    assert cli.main(["train", "ppo"]) == 130
+    assert lines(capsys) == ["rlhf-kernels: interrupted"]
+
+
 MENDABLE = [
     (UserError("two\nlines  here"), "rlhf-kernels: two lines here"),
     (torch.OutOfMemoryError("CUDA out of memory"), "out of memory; try a smaller micro_batch_size"),

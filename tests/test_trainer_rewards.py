@@ -18,6 +18,7 @@ from trainer_tools import (
 from transformers import TrainerState
 
 from rlhf_kernels.trainer.config import ModelConfig, UserError
+from rlhf_kernels.trainer.interrupts import Interrupted
 from rlhf_kernels.trainer.reward_functions import is_function, load_reward
 from rlhf_kernels.trainer.rewards import Rewards, load_rewards, weighted_sum
 
@@ -186,6 +187,14 @@ def test_a_function_that_raises_names_the_row(error, waits):
     match = rf"^score: raised .*{type(error).__name__}.* at sample 2, prompt 'p2', completion 'c2'"
     with pytest.raises(UserError, match=match):
         table(score, count=5)
+
+
+def test_a_signal_is_not_the_functions_exit():
+    def score(completions, **_):
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        table(score)
 
 
 def test_a_function_that_raises_on_no_row_alone():

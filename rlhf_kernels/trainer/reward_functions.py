@@ -34,6 +34,7 @@ import numpy
 import torch
 
 from .errors import UserError
+from .interrupts import Interrupted
 
 Rewards = list[float | None]
 RewardFunction = Callable[..., Rewards | Awaitable[Rewards]]
@@ -83,7 +84,7 @@ def _imported(module: str, path: str) -> ModuleType:
     try:
         # A file of the current folder even where an installed module has the same name.
         return _from_file(file.resolve()) if file.is_file() else _from_name(module)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         raise
     except BaseException as error:  # SystemExit too: a script that parses its arguments.
         missing = isinstance(error, ModuleNotFoundError) and error.name is not None
@@ -241,6 +242,9 @@ def results(
         try:
             own = {name: copied(value) for name, value in given.items()}
             found.append(function(**accepted(function, own)))
+        except Interrupted:
+            # The user's signal, not the function's exit.
+            raise
         except (Exception, SystemExit) as error:
             found.append(_Raised(error))
     waiting = [i for i, result in enumerate(found) if inspect.isawaitable(result)]
