@@ -10,6 +10,7 @@ import trainer_tools
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from trainer_tools import one_thread  # noqa: F401
+from transformers import AutoModelForCausalLM, GPT2Config
 from transformers.utils import logging
 
 from rlhf_kernels import cli
@@ -37,6 +38,8 @@ def _write(folder):
     pairs = [{"prompt": r["prompt"], "chosen": "yes", "rejected": "no"} for r in prompts]
     trainer_tools.write_jsonl(folder / "sft.jsonl", prompts)
     trainer_tools.write_jsonl(folder / "few.jsonl", prompts[:3])
+    longer = [r | {"prompt": r["prompt"] * 9} for r in prompts]
+    trainer_tools.write_jsonl(folder / "long.jsonl", longer)
     trainer_tools.write_jsonl(folder / "bare.jsonl", [{"prompt": r["prompt"]} for r in prompts])
     trainer_tools.write_jsonl(folder / "pairs.jsonl", pairs)
     trainer_tools.write_jsonl(folder / "broken.jsonl", [*prompts[:2], '{"prompt": '])
@@ -86,6 +89,14 @@ def _write(folder):
     tensors = load_file(folder / "partial" / "model.safetensors")
     del tensors["model.layers.0.mlp.up_proj.weight"]
     save_file(tensors, folder / "partial" / "model.safetensors", {"format": "pt"})
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(folder / "none"), "r": 2}
+    for name, text in (("adapter", json.dumps(adapter)), ("adapter_broken", "{")):
+        (folder / name).mkdir()
+        (folder / name / "adapter_config.json").write_text(text)
+        tokenizer.save_pretrained(folder / name)
+    short = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=16)
+    AutoModelForCausalLM.from_config(short).save_pretrained(folder / "short")
+    tokenizer.save_pretrained(folder / "short")
     copy("broken_tokenizer")
     (folder / "broken_tokenizer" / "tokenizer.json").write_text("{")
     copy("large_tokenizer")
@@ -283,11 +294,20 @@ sft --model {f}/no_type | model: expected a model_type no_type/config.json
 sft --model {f}/broken_config | model: broken_config/config.json cannot be read
 sft --model {f}/truncated | model: truncated cannot be loaded
 sft --model {f}/garbage | model: garbage cannot be loaded
+sft --model {f}/partial | model: partial which lacks up_proj
+sft --model {f}/adapter | model: adapter
+sft --model {f}/adapter_broken | model: adapter_broken
+sft --model {f}/short --data {f}/long.jsonl --eval_size 8 --batch_size 8 | model: positions for 16
+sft --model {f}/short --attn_implementation no/such-kernel | model: short cannot be loaded
 sft --model {f}/other_sizes | model: other_sizes
 sft --model {f}/encoder | model: encoder
 sft --model {f}/no_tokenizer | model: tokenizer no_tokenizer
 sft --model {f}/broken_tokenizer | model: tokenizer broken_tokenizer
 sft --model {f}/large_tokenizer | model: expected embeddings of
+ppo --critic_model {f}/model | critic_model: model
+ppo --critic_model {f}/truncated | critic_model: truncated
+ppo --reward_funcs {f}/model | reward_funcs: model
+ppo --reward_funcs {f}/truncated | reward_funcs: truncated
 ppo --critic_model {f}/nothing | critic_model: expected config.json
 ppo --critic_model {f}/rewards.py | critic_model: expected a folder or hub name
 ppo --critic_model ./none | critic_model: expected a folder of a model, found none at './none'
