@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import UserError
 from .data import Batch
 from .decoding import decoder
 from .endings import end_token_ids
@@ -92,9 +91,6 @@ def generate(
         pad_token_id: what stands after the end.
         temperature: 0 takes the most likely tokens.
         any_alive: whether a row of any process is left.
-
-    Raises:
-        UserError: the model's logits are not finite.
     """
     model.eval()
     given = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
@@ -121,12 +117,5 @@ def generate(
             break
         # Finished rows keep decoding; what they see never reaches another row.
         decoding.append(tokens[:, t], mask[:, t])
-    if not logprobs.isfinite().all():
-        row = int((~logprobs.isfinite()).any(1).nonzero()[0])
-        raise UserError(
-            f"model: the logits of {type(model).__name__} are not finite for prompt {row} of a "
-            "rollout: its weights are damaged, or the learning rate too high or the dtype too "
-            "small for them (try a lower learning_rate, dtype float32 or bfloat16)"
-        )
     whole = Batch(torch.cat([prompt_ids, tokens], 1), torch.cat([prompt_mask, mask], 1), mask)
     return Generation(whole, logprobs)

@@ -192,7 +192,13 @@ class Learner:
             return torch.full_like(norms, math.nan)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * rate_factor(self.config, step)
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except RuntimeError as error:
+            # "value cannot be converted to type float without overflow"
+            if "overflow" not in str(error):
+                raise
+            raise self._broken(step) from error
         self.optimizer.zero_grad()
         self.skipped = 0
         self._check_stepped(step)
@@ -245,11 +251,7 @@ class Learner:
         """Requires finite weights, and a loss scale that gradients can live with."""
         weights = [p for g in self.optimizer.param_groups for p in g["params"]]
         if self.total((~finite(weights)).int()):
-            raise NonFinite(
-                f"step {step}: weights are not finite after the update with learning_rate "
-                f"{self.optimizer.param_groups[0]['lr']:g}; try a lower one",
-                broken=True,
-            )
+            raise self._broken(step)
         scaler = self.accelerator.scaler
         if scaler is not None and scaler.get_scale() < 1.0:
             raise NonFinite(
@@ -257,6 +259,11 @@ class Learner:
                 f"{scaler.get_scale():g}, gradients are infinite at any scale; try bf16 or a lower "
                 "learning_rate"
             )
+
+    def _broken(self, step: int) -> NonFinite:
+        rates = ", ".join(f"{group['lr']:g}" for group in self.optimizer.param_groups)
+        message = f"step {step}: weights are not finite after the update with learning_rate {rates}"
+        return NonFinite(f"{message}; try a lower one", broken=True)
 
     # --- where it came from ------------------------------------------------------------------
 

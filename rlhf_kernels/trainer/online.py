@@ -280,8 +280,9 @@ class OnlineTrainer:
                 running_mean=0.0 if config.reward_normalize else self.moments.mean,
             )
         )
-        tensors = {"old": old, "advantages": advantages, "reference": reference}
-        tensors |= {"rollout": samples.logprobs, "values": values, "returns": returns}
+        # Causes first: a message names the first that is not finite.
+        tensors = {"old": old, "reference": reference, "rollout": samples.logprobs}
+        tensors |= {"values": values, "advantages": advantages, "returns": returns}
         return tensors, sampled
 
     # --- what is not finite ------------------------------------------------------------------
