@@ -42,6 +42,23 @@ for stage, flags in json.loads(sys.argv[1]):
     run.train(stage, flags)
 run.close()
 """
+# A loss of NaN on the second process, in its second micro-batch of the second step.
+_POISONED = """
+import math, os, sys
+import torch
+from rlhf_kernels import cli
+from rlhf_kernels.trainer.offline import SFT
+plain, calls = SFT.loss, [0]
+def loss(self, networks, items, size):
+    found, metrics = plain(self, networks, items, size)
+    calls[0] += torch.is_grad_enabled()
+    return found * (math.nan if os.environ["RANK"] == "1" and calls[0] == 4 else 1.0), metrics
+SFT.loss = loss
+flags = "--device cpu --threads 1 --hidden_size 16 --num_layers 1 --num_heads 2 --batch_size 8 "
+flags += "--micro_batch_size 2 --eval_size 8 --vocab_size 280 --total_steps 3"
+rows = [*flags.split(), "--data", sys.argv[1], "--output_dir", sys.argv[2]]
+sys.exit(cli.main(["train", "sft", *rows]))
+"""
 _SEVENS = """
 def sevens(prompts, completions, completion_ids, **columns):
     return [c.count("7") / 5 for c in completions]
@@ -135,6 +152,40 @@ def test_two_processes_train_as_one(folder):
     # A checkpoint of two processes is that of one.
     one, two = checkpoint_names(folder, "ppo", 2)
     assert one == two
+
+
+def test_processes_agree_on_what_is_not_finite(folder):
+    """One row of one process is NaN: both stop, before their weights change, and save."""
+    (folder / "train.py").write_text(_POISONED)
+    runs = start_two(folder, str(folder / "out"), str(folder / "pairs.jsonl"))
+    outputs = [run.communicate(timeout=120)[0] for run in runs]
+    assert [run.returncode for run in runs] == [2, 2], outputs
+    for output in outputs:
+        (line,) = [n for n in output.splitlines() if n.startswith("rlhf-kernels: ")]
+        assert "step 1, micro-batch 2 of 2, loss is not finite: " in line
+        assert "pairs.jsonl:" in line and line.endswith("--resume continues from step 1")
+    held = load_file(folder / "out" / "checkpoint-00000001" / "learner.safetensors")
+    assert all(weight.isfinite().all() for weight in held.values())
+
+
+@pytest.mark.slow
+def test_accelerate_launches_two_processes_and_ends(tmp_path):
+    """With the example's settings: on CPU as it should be, refused where nobody joins them."""
+    config = Path(__file__).parents[1] / "examples" / "accelerate" / "ddp.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    launch += ["--num_processes", "2", "-m", "rlhf_kernels.trainer", "sft", "--threads", "1"]
+    launch += "--max_operand 9 --eval_size 16 --hidden_size 16 --num_layers 1 --num_heads 2".split()
+    launch += "--batch_size 16 --total_steps 2 --output_dir".split()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    options = {"env": environment, "capture_output": True, "text": True, "timeout": 240}
+    out = tmp_path / "cpu"
+    done = subprocess.run([*launch, str(out), "--device", "cpu"], **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "x 2;" in done.stdout and (out / "policy" / "model.safetensors").exists()
+    if not torch.cuda.is_available():
+        done = subprocess.run([*launch, str(tmp_path / "gpu")], **options)
+        assert done.returncode != 0 and not (tmp_path / "gpu" / "policy").exists()
+        assert "the launcher started 2 processes, but on cpu each would train alone" in done.stderr
 
 
 @pytest.mark.slow

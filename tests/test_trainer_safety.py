@@ -288,3 +288,42 @@ def test_a_used_folder_needs_resume(tmp_path, monkeypatch, capsys):
 def test_learner_state_covers_every_weight():
     learner: Learner = online_trainer("ppo").learner
     assert len(learner.state_dict()["weights"]) == len(list(learner.networks.parameters()))
+
+
+# Tiny models: what is tried are moments, not sizes.
+_TINY = (
+    "--device cpu --threads 1 --hidden_size 16 --num_layers 1 --num_heads 2 --batch_size 8 "
+    "--eval_size 8 --vocab_size 280 --max_new_tokens 8 --total_steps 12 --save_steps 1 "
+    "--learning_rate 3e-3"
+)
+
+
+def killed(folder: Path, stage: str, moments: int) -> dict[str, int]:
+    """Kills of a stage's runs, how often they were resumed, and how many ended as they should."""
+    rows = [
+        {"prompt": f"{i}+1=", "chosen": str(i + 1), "rejected": str(i)}
+        if stage != "sft"
+        else {"prompt": f"{i}+1=", "completion": str(i + 1)}
+        for i in range(60)
+    ]
+    data = write_jsonl(folder / "rows.jsonl", rows)
+    script = Path(__file__).with_name("killed_runs.py")
+    command = [sys.executable, str(script), str(folder), str(moments), stage, *_TINY.split()]
+    done = subprocess.run(
+        [*command, "--data", data], capture_output=True, text=True, timeout=60 + 30 * moments
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_offline_runs_killed_at_random_moments_end_as_the_uninterrupted(stage, tmp_path):
+    found = killed(tmp_path, stage, 4)
+    assert found["kills"] >= 4 and found["resumes"] >= 1 and found["ends"] >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "dpo", "reward"])
+def test_offline_runs_killed_at_sixty_moments(stage, tmp_path):
+    found = killed(tmp_path, stage, 60)
+    assert found["kills"] >= 60 and found["resumes"] >= 20 and found["ends"] >= 12

@@ -55,7 +55,7 @@ class Loop:
         """Goes on from a checkpoint, whose settings and data have to be this run's."""
         changed = self.run_config.resume_changed
         new_data = resume.check_same(
-            path, states["run"], self.same, changed=changed, say=self.stage.say
+            path, states.get("run"), self.same, changed=changed, say=self.stage.say
         )
         resume.put(path, states, self.trainer, new_data=new_data)
         done, total = self.trainer.steps_done, self.stage.optim.total_steps

@@ -100,15 +100,17 @@ def check_same(
 
     Raises:
         UserError: naming every setting that differs, with both values.
+        CheckpointError: the checkpoint does not hold them.
     """
-    old, new = saved["settings"], now["settings"]
+    old, identity_of = _run_entries(path, saved, now)
+    new = now["settings"]
     free = set(_FREE)
     if new["lr_schedule"] == "constant":
         free.add("total_steps")
-    names = [n for n in old if n in new and n not in free and old[n] != _plain(new[n])]
+    names = [n for n in new if n not in free and old[n] != _plain(new[n])]
     rounding = [n for n in names if n in _ROUNDING]
     differ = [f"{n} was {old[n]!r}, is {new[n]!r}" for n in names if n not in _ROUNDING]
-    data = [k for k, v in now["data"].items() if saved["data"].get(k) != v]
+    data = [k for k, v in now["data"].items() if identity_of.get(k) != v]
     differ += [f"{_DATA[k]} has other rows" for k in data]
     if differ and not changed:
         raise UserError(
@@ -121,6 +123,20 @@ def check_same(
         values = ", ".join(f"{n} {old[n]!r} -> {new[n]!r}" for n in rounding)
         say(f"not bitwise as if uninterrupted: {values}")
     return data
+
+
+def _run_entries(
+    path: Path, saved: Any, now: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings and identities of data that a checkpoint holds."""
+    saved = saved if isinstance(saved, dict) else {}
+    settings, data = saved.get("settings"), saved.get("data")
+    if not (isinstance(settings, dict) and isinstance(data, dict)):
+        raise CheckpointError(f"{path}: no settings and data of a run")
+    missing = sorted(now["settings"].keys() - settings.keys())
+    if missing:
+        raise CheckpointError(f"{path}: no setting {missing[0]}: of another version, or damaged")
+    return settings, data
 
 
 def _plain(value: Any) -> Any:

@@ -85,8 +85,8 @@ def check_like(found: Any, like: Any, where: str) -> None:
     elif isinstance(like, list):
         kind, good = "a list", isinstance(found, list)
     elif isinstance(like, float) or like is None:
-        number = isinstance(found, int | float) and not isinstance(found, bool)
-        kind = "a finite number"
+        number = isinstance(found, float)
+        kind = "a finite number with a point"
         # Python's generator holds None or a number.
         good = math.isfinite(found) if number else found is None and where.endswith("python.2")
         good = good or (like is None and found is None)
