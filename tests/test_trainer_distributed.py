@@ -157,13 +157,15 @@ def test_two_processes_train_as_one(folder):
 def test_processes_agree_on_what_is_not_finite(folder):
     """One row of one process is NaN: both stop, before their weights change, and save."""
     (folder / "train.py").write_text(_POISONED)
-    runs = start_two(folder, str(folder / "out"), str(folder / "pairs.jsonl"))
+    text = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(60)]
+    data = write_jsonl(folder / "text.jsonl", text)
+    runs = start_two(folder, str(folder / "out"), data)
     outputs = [run.communicate(timeout=120)[0] for run in runs]
     assert [run.returncode for run in runs] == [2, 2], outputs
     for output in outputs:
         (line,) = [n for n in output.splitlines() if n.startswith("rlhf-kernels: ")]
         assert "step 1, micro-batch 2 of 2, loss is not finite: " in line
-        assert "pairs.jsonl:" in line and line.endswith("--resume continues from step 1")
+        assert "text.jsonl:" in line and line.endswith("--resume continues from step 1")
     held = load_file(folder / "out" / "checkpoint-00000001" / "learner.safetensors")
     assert all(weight.isfinite().all() for weight in held.values())
 
