@@ -131,13 +131,16 @@ class Loop:
 
     def _tell(self, error: NonFinite | Interrupted) -> NonFinite | Interrupted:
         """Says where --resume would continue."""
-        newest = checkpoint.newest(self.out) if self.accelerator.is_main_process else None
-        where = "no checkpoint was saved"
+        if isinstance(error, Interrupted):
+            error.told = True
+        if not self.accelerator.is_main_process:
+            # The folder is the main process's.
+            return error
+        newest, where = checkpoint.newest(self.out), "no checkpoint was saved"
         if newest is not None:
             where = f"--resume continues from step {checkpoint.step_of(newest)}"
         if isinstance(error, Interrupted):
             self.stage.say(f"interrupted; {where}")
-            error.told = True
         else:
             error.args = (f"{error}; {where}",)
         return error

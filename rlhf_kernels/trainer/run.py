@@ -155,7 +155,10 @@ def train(name: str, argv: Sequence[str]) -> dict[str, Any] | None:
                 return _train(stage, signals)
         except Interrupted as stop:
             if not stop.told:
-                print("interrupted; no step was done that --resume has not", flush=True)
+                print(
+                    "interrupted; --resume continues from the last checkpoint, if there is one",
+                    flush=True,
+                )
             raise
 
 
