@@ -81,8 +81,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "yoso": {"use_expectation": True},
     "zamba": _MAMBA
     | {
-        "num_hidden_layers": 3,
-        "layers_block_type": ["mamba", "hybrid", "mamba"],
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
         "n_mamba_heads": 1,
         "attention_head_dim": 8,
     },

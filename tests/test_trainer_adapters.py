@@ -5,7 +5,14 @@ import math
 
 import pytest
 import torch
-from trainer_tools import one_thread, tiny_task, write_jsonl  # noqa: F401
+from trainer_tools import (
+    one_thread,  # noqa: F401
+    supervised,
+    supervised_batch,
+    tiny_policy,
+    tiny_task,
+    write_jsonl,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -189,6 +196,10 @@ def test_adapters_that_cannot_be_trained_are_refused_by_name(tmp_path, tokenizer
     odd = saved_adapter(tmp_path / "prompts", base, tokenizer, prompts)
     with pytest.raises(UserError, match=r"found PROMPT_TUNING in .*prompts"):
         policy_of(odd, tokenizer)
+    tokens = lora(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5]})
+    odd = saved_adapter(tmp_path / "tokens", base, tokenizer, tokens)
+    with pytest.raises(UserError, match="found LORA with trainable_token_indices"):
+        policy_of(odd, tokenizer)
     head = lora(target_modules=["lm_head"])
     odd = saved_adapter(tmp_path / "head", base, tokenizer, head)
     with pytest.raises(UserError, match="leaves the LM head alone"):
@@ -303,6 +314,28 @@ def test_stages_follow_one_another_on_adapters(tmp_path, tokenizer):
         named = json.loads((third / "adapter_config.json").read_text())
         assert named["base_model_name_or_path"] == base
         assert (logits(third) - logits(second)).abs().max() > 1e-4
+
+
+def test_the_reference_is_what_a_supervised_phase_made_of_a_new_adapter():
+    task = tiny_task()
+
+    def policy():
+        return tiny_policy(task, lora_rank=2)
+
+    trained = policy()
+    supervised(trained, task, 3, 3e-2)
+    batch = supervised_batch(task, task.train[:4])
+    expected = hidden(models.lm_head(trained, batch))
+    reference = models.Reference(trained, moved=True)
+    disturb(trained)
+    assert torch.equal(hidden(reference(_Networks(trained), batch)), expected)
+    # A run that is resumed has it from the checkpoint, on an adapter that is new again.
+    again = policy()
+    restored = models.Reference(again, moved=True)
+    restored.load_state_dict({k: v.clone() for k, v in reference.state_dict().items()})
+    assert torch.equal(hidden(restored(_Networks(again), batch)), expected)
+    with pytest.raises(ValueError, match="of other weights"):
+        restored.load_state_dict({})
 
 
 def test_the_critic_starts_from_the_policys_adapter(tmp_path, tokenizer):

@@ -56,6 +56,8 @@ def find_adapter(path: str, *, setting: str) -> Adapter | None:
     kind = getattr(config.peft_type, "value", str(config.peft_type))
     if getattr(config, "alora_invocation_tokens", None) or getattr(config, "arrow_config", None):
         kind = "activated LORA"
+    if getattr(config, "trainable_token_indices", None):
+        kind = f"{kind} with trainable_token_indices"
     expected = f"an adapter that is one of {', '.join(_KINDS)}"
     if kind not in _KINDS:
         raise UserError(f"{setting}: expected {expected}, found {kind} in {path}")
@@ -206,8 +208,7 @@ def is_new(policy: nn.Module) -> bool:
 def can_freeze_twin(policy: nn.Module) -> bool:
     """Whether all that the adapter trains is its own, so that a second one can stand beside it."""
     config = policy.peft_config[TRAINED]
-    plain = config.peft_type == "LORA" and config.bias == "none"
-    return plain and not getattr(config, "trainable_token_indices", None)
+    return config.peft_type == "LORA" and config.bias == "none"
 
 
 def freeze_twin(policy: nn.Module) -> None:
