@@ -173,6 +173,7 @@ ppo --report_to nowhere | report_to: expected one of tensorboard found 'nowhere'
 ppo --report_to clearml | report_to: expected the tracker's package to be installed
 ppo --dtype float64 | dtype: expected one of
 ppo --attn_implementation fast | attn_implementation: expected one of sdpa found 'fast'
+ppo --attn_implementation paged|eager | attn_implementation: expected one of
 ppo --attn_implementation flash_attention_2 | attn_implementation: flash_attn
 ppo --hidden_size 0 | hidden_size: expected >= 1
 ppo --hidden_size 100 --num_heads 3 | hidden_size: expected a multiple of 2 * num_heads = 6
@@ -212,6 +213,8 @@ ppo --dynamic_sampling 0 | dynamic_sampling: expected >= 1
 ppo --dynamic_sampling 2 | dynamic_sampling: expected 1 where num_generations is 1
 ppo --temperature 0 | temperature: expected > 0
 ppo --temperature -1 | temperature: expected > 0
+ppo --temperature 1e-30 | temperature: expected a number from 2**-60 to 2**60
+ppo --temperature 1e30 | temperature: expected a number from 2**-60 to 2**60
 ppo --engine sglang | engine: expected one of vllm
 ppo --engine vllm | engine: expected the package vllm to be installed
 ppo --vllm_memory 2 | vllm_memory: expected a number from 0 to 1

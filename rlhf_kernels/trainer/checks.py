@@ -99,7 +99,9 @@ def _check_attention(name: str | None) -> None:
     # A name with a slash is a kernel of the hub.
     if name is None or "/" in name:
         return
-    known = sorted({"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()})
+    # The paged ones need the cache of transformers' own server.
+    keys = ALL_ATTENTION_FUNCTIONS.valid_keys()
+    known = sorted({"eager", *(key for key in keys if not key.startswith("paged|"))})
     require(name in known, "attn_implementation", f"one of {', '.join(known)}", name)
     if name == "flash_attention_2":
         _needs("flash_attn", "attn_implementation", name)

@@ -248,6 +248,9 @@ class OnlineConfig:
             "sft_stop_loss", "sft_learning_rate", "entropy_coef", "penalty_coef",
         )  # fmt: skip
         _above(self, 0, "temperature", "kl_horizon", "correction_max")
+        # The kernels' own bounds.
+        usual = 2.0**-60 <= self.temperature <= 2.0**60
+        require(usual, "temperature", "a number from 2**-60 to 2**60", self.temperature)
         _share(self, "gamma", "vllm_memory")
         _one_of(self, "kl_estimator", ("k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+"))
         _one_of(self, "correction", ("none", "token", "sequence"))
