@@ -165,14 +165,14 @@ def test_finite_of_every_dtype_and_place(dtype, bad):
         torch.randn(1000).to(dtype),
         torch.ones((), dtype=dtype),
     ]
-    assert bool(finite([*tensors, torch.arange(3)]))
+    assert finite([*tensors, torch.arange(3), torch.empty(0)])
     # Large, and yet finite: squares would not be.
-    assert bool(finite([torch.full((5,), torch.finfo(dtype).max, dtype=dtype)]))
+    assert finite([torch.full((5,), torch.finfo(dtype).max, dtype=dtype)])
     for tensor in tensors:
         copies = [t.clone() for t in tensors]
         index = next(i for i, t in enumerate(tensors) if t is tensor)
         copies[index].view(-1)[-1] = bad
-        assert not bool(finite(copies))
+        assert not finite(copies)
 
 
 def test_float16_weights_are_refused():

@@ -1,11 +1,11 @@
 """Numbers that are not: finding them, and the rows that they came from."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .config import UserError, require
 from .data import Row, Text
@@ -53,11 +53,14 @@ class Micro:
         return self.name(self.rows[0])
 
 
-def finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Whether all elements of all tensors are finite, a bool tensor; reads each once."""
-    floats = [t.detach() for t in tensors if t.is_floating_point() and t.dtype.itemsize > 1]
-    norm = nn.utils.get_total_norm(floats, norm_type=math.inf)
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).isfinite()
+def finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all elements of all tensors are finite; of sharded ones, those of this process."""
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    floats = [t.detach() for t in local if t.is_floating_point() and t.dtype.itemsize > 1]
+    # One read; only where it overflows or finds something are elements looked at.
+    if bool(nn.utils.get_total_norm(floats).isfinite()):
+        return True
+    return all(bool(t.isfinite().all()) for t in floats)
 
 
 def check_weights(name: str, network: nn.Module) -> None:
@@ -66,9 +69,9 @@ def check_weights(name: str, network: nn.Module) -> None:
     Raises:
         UserError: naming the first weight that is not.
     """
-    if bool(finite(network.parameters())):
+    if finite(network.parameters()):
         return
-    bad = next(n for n, p in network.named_parameters() if not bool(finite([p])))
+    bad = next(n for n, p in network.named_parameters() if not finite([p]))
     raise UserError(
         f"{name}: expected finite weights, found NaN or infinity in {bad}; use a model of an "
         "earlier step"

@@ -232,8 +232,8 @@ class Learner:
 
     def _not_finite(self, norms: Tensor) -> str:
         """What of an update is not finite in any process: "loss", "gradient norm" or nothing."""
-        losses = [loss.float() for _, loss in self._pending]
-        bad = torch.stack([~finite(losses or [norms.new_zeros(1)]), ~norms.isfinite().all()])
+        losses = torch.stack([norms.new_zeros(()), *(loss.float() for _, loss in self._pending)])
+        bad = torch.stack([~losses.isfinite().all(), ~norms.isfinite().all()])
         loss, norm = self.total(bad.int()).tolist()
         if loss:
             return "loss"
@@ -250,7 +250,7 @@ class Learner:
     def _check_stepped(self, step: int) -> None:
         """Requires finite weights, and a loss scale that gradients can live with."""
         weights = [p for g in self.optimizer.param_groups for p in g["params"]]
-        if self.total((~finite(weights)).int()):
+        if self._anywhere(not finite(weights)):
             raise self._broken(step)
         scaler = self.accelerator.scaler
         if scaler is not None and scaler.get_scale() < 1.0:
@@ -259,6 +259,10 @@ class Learner:
                 f"{scaler.get_scale():g}, gradients are infinite at any scale; try bf16 or a lower "
                 "learning_rate"
             )
+
+    def _anywhere(self, bad: bool) -> bool:
+        """Whether it is so in any process."""
+        return bool(self.total(torch.tensor(int(bad), device=self.accelerator.device)))
 
     def _broken(self, step: int) -> NonFinite:
         rates = ", ".join(f"{group['lr']:g}" for group in self.optimizer.param_groups)
@@ -317,7 +321,7 @@ class Learner:
         """Whether the gradients of a loss are finite."""
         weights = [p for _, p in self._trained()]
         found = torch.autograd.grad(function(self.networks)[0], weights, allow_unused=True)
-        return bool(finite([g for g in found if g is not None]))
+        return finite([g for g in found if g is not None])
 
     @staticmethod
     def _alone(function: Callable[[Networks], Any]) -> list[Micro]:
@@ -386,9 +390,7 @@ class Learner:
                 require(found == weight.shape, f"optimizer.{name}", str(weight.shape), found)
             steps = moments["step"]
             require(isinstance(steps, Tensor) and steps.dim() == 0, "optimizer.step", "one", steps)
-            require(
-                bool(finite(moments.values())), "optimizer", "finite moments", "NaN or infinity"
-            )
+            require(finite(moments.values()), "optimizer", "finite moments", "NaN or infinity")
 
     def _load_counters(self, state: Mapping[str, Any]) -> None:
         """What is left when weights and moments are in place, and finite."""
@@ -396,8 +398,8 @@ class Learner:
         require(type(self.skipped) is int, "skipped", "a number of updates", self.skipped)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        good = bool(finite(p for _, p in self._trained()))
-        require(good, "checkpoint", "finite weights", "NaN or infinity")
+        bad = self._anywhere(not finite(p for _, p in self._trained()))
+        require(not bad, "checkpoint", "finite weights", "NaN or infinity")
 
     def _counters(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler
