@@ -224,7 +224,7 @@ def _step(call, needs):
 def test_make_fx(op, mode):
     for name in BACKENDS:
         with _backend(op, name):
-            for call, needs in list(_rotating(op))[:4]:
+            for call, needs in list(_rotating(op))[: 2 if mode == "symbolic" else 4]:
                 run = _step(call, needs)
                 expected = run(call.tensors)
                 graph = make_fx(run, tracing_mode=mode)(call.tensors)
