@@ -46,10 +46,15 @@ def _check(logits: Tensor, index: Tensor, temperature: float = 1.0) -> None:
     require_temperature(temperature)
 
 
+def _no_label(index: Tensor) -> int:
+    """A label that is no token's. Not the lowest integers, which kernels keep for themselves."""
+    return torch.iinfo(index.dtype).min // 2
+
+
 def _labels(index: Tensor, row_mask: Tensor | None) -> tuple[Tensor, int]:
     """(labels, the label of rows to skip)."""
     # Rows to skip get a label of their own: an index of -100 must stay the error that it is.
-    skipped = torch.iinfo(index.dtype).min
+    skipped = _no_label(index)
     return (index if row_mask is None else index.masked_fill(row_mask == 0, skipped)), skipped
 
 
@@ -139,7 +144,7 @@ def _head(
         logit_scale=logit_scale,
         entropy="entropy" in outputs,
         # No label stands for a row to skip: TRL passes 0 where there is none.
-        ignore_index=torch.iinfo(targets.dtype).min,
+        ignore_index=_no_label(targets),
     )
     with head.no_autocast(), torch.no_grad():
         rest = _statistics(
