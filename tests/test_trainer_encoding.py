@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import warnings
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from rlhf_kernels.trainer.data import (
     row_tokens,
     whole_tokens,
 )
-from rlhf_kernels.trainer.encoding import encode_prompt, encode_row, pair_tokens
+from rlhf_kernels.trainer.encoding import encode_pair, encode_prompt, encode_row, pair_tokens
 from rlhf_kernels.trainer.offline import DPO, SFT, RewardModelling
 from rlhf_kernels.trainer.tokenizers import bpe_tokenizer
 
@@ -383,6 +384,7 @@ def _decoded(tokenizer, row):
     return tuple(map(tokenizer.decode, encode_row(tokenizer, parse_row(row, "supervised"))))
 
 
+@pytest.mark.filterwarnings("ignore:the chat template leaves out")
 def test_answers_of_templates_that_rewrite_history():
     thought = {"role": "assistant", "content": "<think>x</think>it is"}
     tokenizer = _chat(THINKING)
@@ -430,6 +432,89 @@ def test_tools_and_their_calls():
         silent = _chat("{% for m in messages %}{{ m['content'] }}{% endfor %}")
         with pytest.raises(UserError, match=f"chat template: {column}: expected a template that"):
             _decoded(silent, row)
+
+
+SCHEMA = [{"type": "function", "function": {"name": "add"}}]
+
+
+def _calling(arguments):
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+def test_what_a_template_leaves_out_is_told_whatever_else_stands_there():
+    asks = {"role": "user", "content": "use add, be brief"}
+    first, second = ({"role": "system", "content": text} for text in ("be brief", "be good"))
+    calls = [asks, _calling({"a": 1}), {"role": "tool", "name": "add", "content": "use"}, GOOD]
+    words = _chat("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    no_calls = _chat(TOOLS.replace("['tool_calls'] is defined", "['x'] is defined"))
+    users = _chat(
+        "{% for m in messages %}{% if m['role'] in ('user', 'assistant') %}{{ m['content'] }}"
+        "{% endif %}{% endfor %}"
+    )
+    one_system = _chat(
+        "{{ messages[0]['content'] }}{{ messages[2:] | map(attribute='content') | join }}"
+    )
+    for tokenizer, row, what in (
+        (words, {"messages": [asks, GOOD], "tools": SCHEMA}, "'tools'"),
+        (words, {"messages": calls}, "'tool_calls'"),
+        # The name stands in the tools and in what the user says.
+        (no_calls, {"messages": calls, "tools": SCHEMA}, "'tool_calls'"),
+        (users, {"messages": [asks, GOOD, {"role": "tool", "content": "add"}, GOOD]},
+         "role 'tool'"),
+        (users, {"messages": [first, asks, GOOD]}, "role 'system'"),
+        (users, {"messages": [asks, {"role": "function_call", "content": "add"}, GOOD]},
+         "role 'function_call'"),
+        (one_system, {"messages": [first, second, asks, GOOD]}, "role 'system'.*"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"^a:1: chat template: .*{what}.*expected a templ"):
+            encode_row(tokenizer, parse_row(row, "supervised")._replace(origin="a:1"))
+    for tokenizer, row in ((words, [first, second, asks, GOOD]), (users, [asks, GOOD])):
+        assert encode_row(tokenizer, parse_row({"messages": row}, "supervised"))
+
+
+def test_arguments_of_calls_as_json_texts_are_written_once():
+    items = TOOLS.replace(
+        "(c['function']['arguments'] | tojson)", "c['function']['arguments'].items() | string"
+    )
+    text = TOOLS.replace("(c['function']['arguments'] | tojson)", "c['function']['arguments']")
+    assert len({TOOLS, items, text}) == 3
+    for template in (TOOLS, items, text):
+        tokenizer = _chat(template)
+        given = {"messages": [USER, _calling('{"a": "é"}')]}
+        wanted = given if template == text else {"messages": [USER, _calling({"a": "é"})]}
+        expected = {TOOLS: 'add{"a": "é"}', text: 'add{"a": "é"}'}.get(template, "add")
+        found = _decoded(tokenizer, given)
+        assert found == _decoded(tokenizer, wanted) and found[1].startswith(expected)
+    # What is no object stays as it is.
+    assert _decoded(_chat(TOOLS), {"messages": [USER, _calling("1 2")]})[1] == 'add"1 2"</s>'
+
+
+@pytest.mark.filterwarnings("ignore:a prompt has other tokens")
+def test_reasoning_that_a_template_leaves_out_is_warned_of():
+    thought = {"role": "assistant", "content": "it is", "reasoning_content": "two plus two"}
+    for message in (GOOD | {"content": "<think>x</think>it is"}, thought):
+        with pytest.warns(UserWarning, match="leaves out a part of an answer"):
+            encode_row(_chat(THINKING), parse_row({"messages": [USER, message]}, "supervised"))
+    whole = _chat(
+        CHATML.replace("m['content']", "m['content'] + m['reasoning_content'] | default('')")
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encode_row(whole, parse_row({"messages": [USER, thought]}, "supervised"))
+
+
+@pytest.mark.filterwarnings("ignore:(a prompt has other|the chat template leaves out)")
+def test_pairs_that_are_equal_as_tokens_are_refused():
+    one, two = (GOOD | {"content": f"<think>{t}</think>it is"} for t in "xy")
+    conversations = Row([USER], None, [one], [two], origin="a:3")
+    texts = Row("hello", None, " World", " world", origin="a:3")
+    for tokenizer, row in (
+        (_chat(THINKING), conversations),
+        (made("wordpiece", AROUND[-1]), texts),
+    ):
+        with pytest.raises(UserError, match=r"^a:3: 'chosen' and 'rejected': .*differ as tokens"):
+            encode_pair(tokenizer, row, scored=True)
 
 
 def test_content_in_parts_is_text():

@@ -168,6 +168,40 @@ def test_folders_and_patterns(tmp_path, monkeypatch):
         read_rows("parts/*.tsv", "supervised")
 
 
+@pytest.mark.parametrize(
+    ("train", "other"),
+    [
+        ("gsm8k_train.jsonl", "gsm8k_test.jsonl"),
+        ("hh-train.jsonl.gz", "hh-test.jsonl.gz"),
+        ("my.train.jsonl", "my.validation.jsonl"),
+        ("training.jsonl", "testing.jsonl"),
+        ("trainset.jsonl", "testset.jsonl"),
+        ("TRAIN_1.jsonl", "EVALUATION_1.jsonl"),
+        ("default/a-train-0.jsonl", "default/a-eval-0.jsonl"),
+        ("test-runs/train/a.jsonl", "test-runs/test/a.jsonl"),
+    ],
+)
+def test_what_is_not_of_the_split_train_is_not_read(tmp_path, train, other):
+    for name, prompt in ((train, "p"), (other, "q")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        text = f'{{"prompt": "{prompt}", "completion": "c"}}\n'.encode()
+        (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    assert contents(tmp_path) == [("p", "c")]
+
+
+def test_streams_after_one_another_are_one_file(tmp_path):
+    parts = [f"{line}\n".encode() for line in LINES.split("\n")[:3]]
+    for module, name in ((gzip, "a.gz"), (bz2, "a.bz2"), (lzma, "a.xz")):
+        (tmp_path / name).write_bytes(b"".join(map(module.compress, parts)) + b"\0" * 8)
+        assert contents(tmp_path / name) == WANTED
+
+
+def test_names_that_the_system_refuses(tmp_path):
+    for path in ("x" * 5000, "~nobody-of-this-name/a.jsonl"):
+        with pytest.raises(UserError, match=r"cannot be read|no such file"):
+            read_rows(path, "prompt")
+
+
 def test_what_exists_or_looks_like_a_path_is_not_looked_up(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
@@ -262,6 +296,10 @@ GOOD = b'{"prompt": "p"}\n'
         ("a.jsonl.gz", gzip.compress(GOOD)[:-8] + b"12345678", "a.jsonl.gz: truncated or damaged"),
         ("a.jsonl.xz", lzma.compress(GOOD)[:-9], "a.jsonl.xz: truncated or damaged .xz"),
         ("a.jsonl.bz2", bz2.compress(GOOD)[:-9], "a.jsonl.bz2: truncated or damaged .bz2"),
+        # A second stream whose beginning is damaged: its rows would be gone.
+        ("a.jsonl.bz2", bz2.compress(GOOD) + b"BZ?" + bz2.compress(GOOD)[3:], "damaged .bz2: Inva"),
+        ("a.jsonl.xz", lzma.compress(GOOD) + lzma.compress(GOOD)[1:], "damaged .xz: Input format"),
+        ("a.jsonl.xz", lzma.compress(GOOD) * 2 + b"x", "truncated or damaged .xz"),
         ("a.jsonl.gz", GOOD, "a.jsonl.gz: expected a file compressed as .gz"),
         ("a.csv", b"prompt,prompt\na,b\n", "a.csv:1: expected one column of each name"),
         ("a.csv", b"prompt,x\na,b\nc\n", "a.csv: row 2: expected 2 cells, found 1"),

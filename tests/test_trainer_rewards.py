@@ -99,6 +99,7 @@ BAD = [
     ([1.0, 1.0, 1j], "numbers or None, found complex 1j for sample 2"),
     (torch.ones(3, dtype=torch.complex64), "numbers or None, found complex"),
     (np.array([1, 2, 3], dtype="datetime64[s]"), "numbers or None, found datetime"),
+    ([1.0, np.timedelta64(1, "s"), 1.0], "numbers or None, found timedelta64"),
     ([1.0, math.nan, 1.0], "finite rewards, found nan for sample 1"),
     ([1.0, math.inf, 1.0], "finite rewards, found inf for sample 1"),
     ([-math.inf, 1.0, 1.0], "finite rewards, found -inf for sample 0"),
@@ -176,8 +177,6 @@ def test_a_function_that_raises_names_the_row(error, waits):
                 raise error
             return [1.0] * len(completions)
     else:
-        if isinstance(error, asyncio.CancelledError):
-            pytest.skip("only a coroutine is cancelled")
 
         def score(completions, **_):
             if "c2" in completions:
@@ -374,12 +373,29 @@ def test_functions_are_found(folder):
         ):  # fmt: skip
             function = load_reward(f"{text}:{name}")
             assert table(function)[:, 0].tolist() == [value] * 3, (text, name)
+    assert table(load_reward("my_rewards.py::score"))[:, 0].tolist() == [2.0] * 3
+    # A file that imports from its package, with and without the folder on the path.
+    assert load_reward("pack/inner/deep.py:score")() == ["inner"]
     # One module, however it is named.
     assert load_reward("my_rewards:scorer") is load_reward("./my_rewards.py:scorer")
     assert load_reward("pack.inner.deep:score")() == ["pack.inner"]
     paths = ["my_rewards:half", "my_rewards:anonymous", "my_rewards.py:score", "my_rewards:score"]
     loaded = load_rewards(paths, [], default=[], config=ModelConfig(), device=CPU)
     assert loaded.names == ["half", "anonymous", "score", "score_2"]
+
+
+def test_a_file_below_the_home_folder(folder, monkeypatch):
+    (folder / "home").mkdir()
+    (folder / "home" / "mine.py").write_text("score = lambda **_: [7.0] * 3\n")
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    assert load_reward("~/mine.py:score")() == [7.0] * 3
+
+
+@pytest.mark.parametrize("path", ["mine", "mine.py", "./mine.py", "./mine"])
+def test_a_function_that_is_not_named_is_asked_for(folder, path):
+    (folder / "mine.py").write_text("")
+    with pytest.raises(UserError, match=f"^reward_funcs: .*as in '{path}:score'"):
+        load_rewards([path], [], default=[], config=ModelConfig(), device=CPU)
 
 
 def test_a_file_wins_over_an_installed_module_of_its_name(folder):

@@ -63,6 +63,13 @@ PREFERENCES = [
     ({"prompt": [USER], "chosen": YES, "rejected": NO}, [USER], [YES], [NO]),
     ({"conversations": said(("human", "Hi")), "chosen": said(("gpt", "Hello"))[0],
       "rejected": said(("gpt", "Go"))[0]}, [USER], [YES], [NO]),
+    # Without a prompt column; what has a user of its own has its prompt too.
+    ({"messages": [SYSTEM, USER], "chosen": "Hello", "rejected": "Go"},
+     [SYSTEM, USER], [YES], [NO]),
+    ({"messages": [USER], "chosen": YES, "rejected": [NO]}, [USER], [YES], [NO]),
+    ({"messages": [USER, YES], "chosen": [USER, YES], "rejected": [USER, NO]},
+     [USER], [YES], [NO]),
+    ({"chosen": "A", "rejected": "B", "input": ""}, "", "A", "B"),
     ({"question": "Why?", "chosen": "A", "rejected": "B", "system": "s"}, "Why?\n", "A", "B"),
     ({"instruction": "Do.", "input": "x", "chosen": "A", "rejected": "B"}, "Do.\nx\n", "A", "B"),
     ({"chosen": said(("human", "Hi"), ("gpt", "Hello")),
@@ -104,7 +111,7 @@ def test_margins_are_finite_numbers():
     pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
     for margin in (1, 0.5, Decimal("0.5"), -2):
         assert parse_row(pair | {"margin": margin}, "preference").columns["margin"] == float(margin)
-    bad = (None, "big", "1", True, float("nan"), float("inf"), 10**400, [1.0], {})
+    bad = (None, "big", "1", True, float("nan"), float("inf"), 10**400, 1e39, [1.0], {})
     for margin in bad:
         with pytest.raises(UserError, match="'margin': expected a finite number"):
             parse_row(pair | {"margin": margin}, "preference")
@@ -170,6 +177,11 @@ BAD = [
     ("preference", {"prompt": "p", "chosen": "a", "rejected": None}, "'rejected': .*found None"),
     ("preference", {"prompt": "p", "chosen": "a", "rejected": 3}, "'rejected': .*found 3"),
     ("preference", {"chosen": [USER], "rejected": [USER, YES]}, "neither begins the other"),
+    ("preference", {"messages": [USER, YES], "chosen": "a", "rejected": "b"}, "answer, found"),
+    *(
+        ("preference", {name: "Why?", "chosen": "a", "rejected": "b"}, f"{name!r}: expected the pr")
+        for name in ("input", "problem", "context", "history", "conversation")
+    ),
     ("prompt", {"messages": [YES]}, "'messages': expected something to answer"),
     ("prompt", {"query": 3}, "'query': expected a text, found 3"),
     *(

@@ -20,6 +20,8 @@ _ROLES = {
     "function_response": "tool",
 }
 
+_LARGEST = float.fromhex("0x1.fffffep+127")
+
 
 def content(message: dict[str, Any]) -> str:
     return str(message.get("content") or "")
@@ -118,7 +120,8 @@ def margin_cell(value: Any) -> float:
         found = float(value) if number else math.nan
     except OverflowError:
         found = math.inf
-    require(math.isfinite(found), "'margin'", "a finite number", value)
+    # Beyond its largest number fp32 has infinity only.
+    require(abs(found) <= _LARGEST, "'margin'", "a finite number of fp32", value)
     return found
 
 

@@ -1,13 +1,17 @@
 """Conversations as text, through the tokenizer's chat template."""
 
 import functools
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .cells import Text
+from .cells import Text, content
 from .config import UserError, require
+
+# Where the formats of reasoning models keep it beside the content.
+_REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def start_text(
@@ -30,7 +34,7 @@ def rendered(
     """A conversation as the chat template writes it.
 
     Raises:
-        UserError: there is no template, it raises, or it leaves out tools or their calls.
+        UserError: there is no template, it raises, or it leaves out messages, tools or calls.
     """
     if not tokenizer.chat_template:
         how = "give a model with one, set it and save the tokenizer, or give texts"
@@ -38,29 +42,136 @@ def rendered(
     taken = {"conversation", "tokenize", "add_generation_prompt", "continue_final_message"}
     clash = sorted(taken & template.keys())
     require(not clash, "chat_template_kwargs", "arguments of the template alone", clash)
-    given = [_in_parts(m) for m in messages] if _wants_parts(tokenizer) else [*messages]
-    write = functools.partial(tokenizer.apply_chat_template, tokenize=False, **options, **template)
     try:
-        try:
-            text = write(given)
-        except Exception:
-            if all("content" in m for m in given):
-                raise
-            # Calls without content: some templates read it all the same.
-            text = write([{"content": "", **m} for m in given])
+        text = _written(tokenizer, messages, template, **options)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         roles = ", ".join(m["role"] for m in messages)
         raise UserError(
             f"chat template: {type(error).__name__}: {reason[:200]} (roles: {roles})"
         ) from error
-    tools = [tool.get("function", tool) for tool in template.get("tools") or ()]
-    calls = [call.get("function", call) for m in messages for call in m.get("tool_calls") or ()]
-    for column, functions in (("tools", tools), ("tool_calls", calls)):
-        names = [str(f["name"]) for f in functions if isinstance(f, dict) and "name" in f]
-        lost = [name for name in names if name not in text]
-        require(not lost, f"chat template: {column!r}", "a template that writes them", lost)
+    _require_whole(tokenizer, messages, template, text)
     return text
+
+
+def _written(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, Any]],
+    template: Mapping[str, Any],
+    **options: bool,
+) -> str:
+    """What the template writes, given the messages in a form that it reads.
+
+    Some templates read the content of calls, which have none. In OpenAI's form arguments of calls
+    are JSON texts: a template that would quote them once more, or does not take them, is given the
+    objects that they stand for, as servers of models do.
+    """
+    if _wants_parts(tokenizer):
+        messages = [_in_parts(m) for m in messages]
+    objects = [_with_calls(m, _parsed) for m in messages]
+    forms = [messages] if objects == messages else [messages, objects]
+    forms += [
+        [{"content": "", **m} for m in f] for f in forms if any("content" not in m for m in f)
+    ]
+    texts = [f["arguments"] for f in _functions(messages) if isinstance(f.get("arguments"), str)]
+    quoted = [json.dumps(text, ensure_ascii=plain) for text in texts for plain in (True, False)]
+    written, raised = [], []
+    for form in forms:
+        try:
+            written.append(
+                tokenizer.apply_chat_template([*form], tokenize=False, **options, **template)
+            )
+        except Exception as error:
+            raised.append(error)
+        else:
+            if not any(text in written[-1] for text in quoted):
+                return written[-1]
+    if not written:
+        raise raised[0]
+    return written[0]
+
+
+def _functions(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the calls of a conversation call."""
+    calls = [call for m in messages for call in m.get("tool_calls") or () if isinstance(call, dict)]
+    return [f for call in calls if isinstance(f := call.get("function", call), dict)]
+
+
+def _changed(form: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """A tool or a call, its function changed; some are the function itself."""
+    if not isinstance(form, dict):
+        return form
+    function = form.get("function")
+    return form | {"function": change(function)} if isinstance(function, dict) else change(form)
+
+
+def _with_calls(
+    message: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    calls = message.get("tool_calls")
+    return message | {"tool_calls": [_changed(c, change) for c in calls]} if calls else message
+
+
+def _parsed(function: dict[str, Any]) -> dict[str, Any]:
+    try:
+        arguments = json.loads(function["arguments"])
+    except (KeyError, TypeError, ValueError):
+        return function
+    return function | {"arguments": arguments} if isinstance(arguments, dict) else function
+
+
+def _require_whole(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, Any]],
+    template: Mapping[str, Any],
+    text: str,
+) -> None:
+    """Raises UserError where the template leaves out tools, calls of them, or messages.
+
+    They are written once more with a mark in each: a function's name or a short content may stand
+    elsewhere in the text too. Users and assistants every template writes, and what an assistant
+    said earlier it may rewrite.
+    """
+    marks: list[tuple[str, str, str]] = []
+
+    def mark(what: str, value: str, start: str = "") -> str:
+        marks.append((what, value, f"{start}Zebra{len(marks)}x"))
+        return marks[-1][2]
+
+    def renamed(what: str, function: dict[str, Any]) -> dict[str, Any]:
+        name = function.get("name")
+        return function | {"name": mark(what, name, name)} if isinstance(name, str) else function
+
+    conversation = []
+    for message in messages:
+        marked = _with_calls(message, functools.partial(renamed, "'tool_calls'"))
+        if message["role"] not in ("user", "assistant") and content(message).strip():
+            what = f"a message of role {message['role']!r}"
+            marked = marked | {"content": mark(what, content(message))}
+        called = {name: new for what, name, new in marks if what == "'tool_calls'"}
+        if message["role"] == "tool" and message.get("name") in called:
+            marked = marked | {"name": called[message["name"]]}
+        conversation.append(marked)
+    tools = [
+        _changed(t, functools.partial(renamed, "'tools'")) for t in template.get("tools") or ()
+    ]
+    if not marks:
+        return
+    try:
+        again = _written(tokenizer, conversation, {**template, "tools": tools or None})
+    except Exception:
+        # It reads what is marked. A name that is nowhere is seen all the same.
+        again, marks = text, [(what, name, name) for what, name, new in marks if name in new]
+    for what, value, new in marks:
+        expected = "a template that writes it: take another, or leave this out of the row"
+        require(new in again, f"chat template: {what}", expected, value)
+
+
+def holds(text: str, answer: Sequence[dict[str, Any]]) -> bool:
+    """Whether a rendered text has the words of an answer, its reasoning too, white space aside."""
+    said = [m.get(key) for m in answer for key in ("content", *_REASONING)]
+    whole = "".join(text.split())
+    return all("".join(s.split()) in whole for s in said if isinstance(s, str))
 
 
 def _in_parts(message: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .cells import Text
-from .chat import rendered, start_text, stripped
+from .chat import holds, rendered, start_text, stripped
 from .config import UserError, require
 from .rows import Row
 
@@ -23,6 +23,10 @@ _DIFFERS = (
     "a prompt has other tokens at its end where its completion follows: the completion is learned "
     "from where they differ, but generated after the whole prompt; end prompts at a word's end, "
     "without a space, or use a chat template that writes a prompt and its continuation alike"
+)
+_DROPS = (
+    "the chat template leaves out a part of an answer, mostly its reasoning: what it leaves out is "
+    "not learned; use a template that writes it"
 )
 _NO_ARGUMENTS: Mapping[str, Any] = {}
 
@@ -73,6 +77,8 @@ def pair_tokens(
     text = isinstance(chosen, str)
     close = functools.partial(_ending, tokenizer, text=text) if scored else None
     one, two = (r + (close(r) if close else _closing(tokenizer, r)) for r in rests)
+    expected = "answers that differ as tokens: drop the row, or see to what makes them equal"
+    require(one != two, "'chosen' and 'rejected'", expected, chosen)
     return first, one, two
 
 
@@ -150,6 +156,8 @@ def _split(
         # Templates close an answer with more than the end token, mostly a line's end.
         found = (rendered(tokenizer, [*prompt, *c], template) for c in completions)
         wholes = [stripped(tokenizer, whole) for whole in found]
+        if not all(map(holds, wholes, completions)):
+            warnings.warn(_DROPS, stacklevel=2)
     alone, *ids = _tokens(tokenizer, [start, *wholes], text)
     require(all(ids), "text", "at least one token", completions[0])
     size = min(_common(alone, whole) for whole in ids)

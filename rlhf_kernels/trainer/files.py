@@ -19,8 +19,12 @@ from .formats import (
     optional,
 )
 
-# "train-00000-of-00002.parquet", "test/part.jsonl".
-_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
+# "train-00000-of-00002.parquet", "test/part.jsonl", "gsm8k_train.jsonl": as `datasets` has it.
+_SPLIT = re.compile(
+    r"(?<![a-z0-9])(train(?:ing|set)?|test(?:ing|set)?|valid(?:ation)?|val|dev|eval(?:uation)?)"
+    r"(?![a-z])",
+    re.IGNORECASE,
+)
 
 
 def read_objects(path: str) -> Iterator[Placed]:
@@ -31,11 +35,15 @@ def read_objects(path: str) -> Iterator[Placed]:
     Raises:
         UserError: naming the file, the line or row and the reason.
     """
-    found = Path(path).expanduser()
-    if found.is_dir():
-        return _folder(found)
-    if found.exists():
-        return file_objects(found)
+    try:
+        found = Path(path).expanduser()
+        if found.is_dir():
+            return _folder(found)
+        if found.exists():
+            return file_objects(found)
+    except (OSError, RuntimeError) as error:
+        # A name that is too long, a folder that may not be read, the home of nobody.
+        raise UserError(f"{path[:200]}: cannot be read: {one_line(error)}") from error
     if glob.has_magic(path):
         matches = [Path(name) for name in sorted(glob.glob(str(found), recursive=True))]
         files = [match for match in matches if match.is_file()]
@@ -82,8 +90,13 @@ def _folder(folder: Path) -> Iterator[Placed]:
 
 
 def _split(name: Path) -> str | None:
-    found = [match for part in name.parts if (match := _SPLIT.match(part))]
-    return found[0].group(1).lower() if found else None
+    """The split that the name of a file tells; if it tells none, its folders'."""
+    for part in reversed(name.parts):
+        found = _SPLIT.search(part)
+        if found:
+            spelled = found.group(1).lower()
+            return "train" if spelled.startswith("train") else spelled
+    return None
 
 
 def _shards(path: str, files: list[Path]) -> Iterator[Placed]:

@@ -115,12 +115,27 @@ def _decompressed(path: Path, raw: bytes) -> bytes:
             arrow = optional("pyarrow", path)
             stream = arrow.CompressedInputStream(arrow.BufferReader(raw), "zstd")
             return stream.read()
-        return {"gz": gzip, "bz2": bz2, "xz": lzma}[endings[0]].decompress(raw)
+        if "gz" in endings:
+            return gzip.decompress(raw)
+        return _streams(raw, bz2.BZ2Decompressor if "bz2" in endings else lzma.LZMADecompressor)
     except (EOFError, OSError, zlib.error, lzma.LZMAError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         how = f"truncated or damaged .{endings[0]}: {one_line(error)}"
         raise UserError(f"{path}: {how}") from error
+
+
+def _streams(raw: bytes, decompressor: Callable[[], Any]) -> bytes:
+    """Streams one after the other; the modules' own functions stop silently at a damaged one."""
+    parts = []
+    # Padding between and after streams.
+    while raw := raw.lstrip(b"\0"):
+        stream = decompressor()
+        parts.append(stream.decompress(raw))
+        if not stream.eof:
+            raise EOFError("it ends within a stream")
+        raw = stream.unused_data
+    return b"".join(parts)
 
 
 def _text(path: Path, raw: bytes) -> str:

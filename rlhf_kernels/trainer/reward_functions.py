@@ -47,8 +47,16 @@ def is_function(path: str) -> bool:
     return ":" in re.sub(r"\A[A-Za-z]:(?=[\\/])", "", path) and not Path(path).is_dir()
 
 
+def check_path(path: str) -> None:
+    """Raises UserError where the path of a reward model is a file of functions."""
+    file = Path(path if path.endswith(".py") else f"{path}.py").expanduser()
+    if file.is_file() and not Path(path).expanduser().is_dir():
+        how = f"name the function, as in '{path}:score'"
+        raise UserError(f"reward_funcs: expected 'module:function', found {path!r}; {how}")
+
+
 def load_reward(path: str) -> RewardFunction:
-    """The function at `package.module:name` or `path/to/file.py:name`.
+    """The function at `package.module:name` or `path/to/file.py:name` (pytest's `::` too).
 
     Modules are looked for in the current folder first, then where Python finds packages. `name`
     may be dotted: a method of an object, or a static method of a class.
@@ -56,7 +64,7 @@ def load_reward(path: str) -> RewardFunction:
     Raises:
         UserError: naming what is missing, or what the module raised when it was imported.
     """
-    module, _, name = path.rpartition(":")
+    module, _, name = path.replace("::", ":").rpartition(":")
     if not (module and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name)):
         expected = "'module:function', 'path/to/file.py:function' or a reward model's path"
         raise UserError(f"reward_funcs: expected {expected}, found {path!r}")
@@ -78,7 +86,7 @@ def load_reward(path: str) -> RewardFunction:
 def _imported(module: str, path: str) -> ModuleType:
     """The module, by its name or the path of its file."""
     is_file = module.endswith(".py") or "/" in module or os.sep in module
-    file = Path(module if is_file else f"{module}.py")
+    file = Path(module if is_file else f"{module}.py").expanduser()
     if is_file and not file.is_file():
         raise UserError(f"reward_funcs: {path!r}: no file {str(file)!r}")
     try:
@@ -120,9 +128,28 @@ def _from_file(file: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[name]
+        if isinstance(error, ImportError) and "relative import" in str(error):
+            return _from_package(file, error)
         raise
+    return module
+
+
+def _from_package(file: Path, error: ImportError) -> ModuleType:
+    """A module that imports from the package that it belongs to, under its whole name."""
+    names, folder = [file.stem], file.parent
+    while (folder / "__init__.py").is_file():
+        names.insert(0, folder.name)
+        folder = folder.parent
+    if len(names) == 1:
+        raise error
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    module = importlib.import_module(".".join(names))
+    if getattr(module, "__file__", None) != str(file):
+        # Another package has the name.
+        raise error
     return module
 
 
@@ -245,7 +272,7 @@ def results(
         except Interrupted:
             # The user's signal, not the function's exit.
             raise
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
             found.append(_Raised(error))
     waiting = [i for i, result in enumerate(found) if inspect.isawaitable(result)]
     if waiting:
@@ -302,7 +329,7 @@ def numbers(
 
 def _as_list(name: str, result: Any, count: int) -> Sequence[Any]:
     if isinstance(result, torch.Tensor) and result.layout is torch.strided and not result.is_meta:
-        if result.ndim == 1:
+        if result.ndim == 1 and not result.is_quantized:
             return result.detach().cpu().tolist()
     elif isinstance(result, numpy.ndarray):
         if result.ndim == 1:
@@ -331,6 +358,10 @@ def _number(name: str, i: int, value: Any) -> float:
         held = torch.tensor(number, dtype=torch.float32).item()
     except (OverflowError, ValueError):
         held = math.inf
+    except TypeError:
+        # A span of time is one of numpy's integers.
+        found = f"{type(value).__name__} {repr(value)[:60]}"
+        raise UserError(f"{name}: expected numbers or None, found {found} for sample {i}") from None
     if not math.isfinite(held):
         raise UserError(f"{name}: expected finite rewards, found {str(plain)[:60]} for sample {i}")
     return number

@@ -18,6 +18,7 @@ from .models import load_reward_model, sequence_rewards
 from .reward_functions import (
     RewardFunction,
     check_arguments,
+    check_path,
     is_function,
     load_reward,
     numbers,
@@ -182,6 +183,8 @@ def load_rewards(
     device: torch.device,
 ) -> Rewards:
     """Functions by import path and reward models by path; `default` where there are none."""
+    for path in paths:
+        check_path(path)
     functions = [
         load_reward(path) if is_function(path) else RewardModel(path, config, device)
         for path in paths

@@ -15,6 +15,8 @@ _QUESTIONS = (
     ("query", (), ("response", "answer")),
     ("instruction", ("input", "context"), ("output", "response")),
 )
+# Columns that hold a prompt in some datasets and something else in others.
+_UNMAPPED = ("input", "problem", "context", "history", "conversation")
 # What the trainer itself passes to reward functions.
 _RESERVED = ("prompts", "completions", "completion_ids", "finished", "trainer_state")
 _RESERVED += ("log_extra", "log_metric")
@@ -178,6 +180,8 @@ def _preference(row: dict[str, Any], kind: str, columns: dict[str, Any]) -> Row:
         asked = _question(row)
         prompt = asked[0] if asked else None
     turns = [] if isinstance(chosen, str) else [m["role"] for m in chosen]
+    if prompt is None and "user" not in turns:
+        prompt = _asked_before(row)
     if prompt is not None and not (isinstance(prompt, str) and "user" in turns):
         (asked, first), (again, second) = _joined(prompt, chosen), _joined(prompt, rejected)
         same = asked == again and first != second
@@ -190,6 +194,19 @@ def _preference(row: dict[str, Any], kind: str, columns: dict[str, Any]) -> Row:
     held = prompt is None or prompt.strip() in spoken(chosen[:cut])
     require(held, "'prompt'", "a text that both conversations begin with", prompt)
     return Row(chosen[:cut], None, chosen[cut:], rejected[cut:], columns)
+
+
+def _asked_before(row: dict[str, Any]) -> Text | None:
+    """The prompt of answers alone: `messages` that end with a user's, or none."""
+    if row.get("messages"):
+        messages = text_cell(row, "messages")
+        asks = isinstance(messages, list) and messages[-1]["role"] != "assistant"
+        require(asks, "'messages'", "a conversation that 'chosen' and 'rejected' answer", messages)
+        return messages
+    found = next((name for name in _UNMAPPED if row.get(name)), None)
+    expected = "the prompt of 'chosen' and 'rejected' in a column 'prompt'; rename the column"
+    require(found is None, repr(found), expected, row.get(str(found)))
+    return None
 
 
 def _joined(prompt: Text, answer: Text) -> tuple[Text, Text]:
