@@ -52,6 +52,7 @@ def call(
     blind: bool = False,
     checked: bool = False,
     budget: int | None = None,
+    penalty: bool = False,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Calls an operation on this rank's shard; returns its results and the gradients by argument.
 
@@ -71,6 +72,7 @@ def call(
         blind: data may not be looked at, as on a GPU.
         checked: as under RLHF_KERNELS_CHECK=1.
         budget: bytes of logits in flight.
+        penalty: return the gradients of the sum, over the ranks, of the squared gradients.
     """
     arguments = {k: _shard(t, dims.get(k), sizes, rank) for k, t in arguments.items()}
     arguments |= (only_rank or {}).get(rank, {})
@@ -109,10 +111,20 @@ def call(
                 for _ in range(1 if once else 2)
             )
             gradients = dict(zip(leaves, found, strict=True))
+            if penalty:
+                squares = _squares(results_used, list(leaves.values()), upstream)
+                found = torch.autograd.grad(squares, list(leaves.values()))
+                return [r.detach() for r in results], dict(zip(leaves, found, strict=True))
             for second in again:
                 for a, e in zip(second, found, strict=True):
                     assert_bitwise_equal(a, e)
     return [r.detach() for r in results if r is not None], gradients
+
+
+def _squares(results: list[Tensor], leaves: list[Tensor], upstream: list[Tensor]) -> Tensor:
+    """Sum of the squares of the gradients, which can be differentiated."""
+    found = torch.autograd.grad(results, leaves, upstream, create_graph=True)
+    return sum(g.square().sum() for g in found)
 
 
 def _serve(rank: int, ranks: int, store: str, pipe: Any) -> None:

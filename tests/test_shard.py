@@ -51,7 +51,7 @@ def on_ranks(ranks, sizes, op, backend, arguments, dims, upstream, **request):
 
 def logprobs_on(ranks, sizes, backend, logits, labels, upstream, **options):
     """(logprobs, entropy, gradient) as `run` of test_logprobs gives them."""
-    names = options.keys() & {"through", "compiled", "blind", "checked"}
+    names = options.keys() & {"through", "compiled", "blind", "checked", "penalty"}
     request = {k: options.pop(k) for k in names}
     results, gradients = on_ranks(
         ranks, sizes, "token_logprobs", backend, {"logits": logits, "labels": labels},
@@ -70,6 +70,21 @@ def test_token_logprobs_match_fp64(backend, ranks, sizes, options):
     # The first and the last label of the vocabulary.
     labels[:2] = torch.tensor([0, sum(sizes) - 1])
     check_against_oracle(logits, labels, run_kernel=run, **options)
+
+
+def test_gradient_penalty_of_the_reference(ranks):
+    """Its second derivatives are exact, also those that pass through another rank's shard."""
+    sizes = [3, 1, 6]
+    logits, labels = problem(6, sum(sizes), torch.float64)
+    upstream = [torch.randn(6, dtype=torch.float64) for _ in range(2)]
+    leaf = logits.clone().requires_grad_()
+    whole = torch.log_softmax(leaf, -1)
+    results = [whole.gather(-1, labels[:, None])[:, 0], -(whole.exp() * whole).sum(-1)]
+    (found,) = torch.autograd.grad(results, leaf, upstream, create_graph=True)
+    (expected,) = torch.autograd.grad(found.square().sum(), leaf)
+    assert expected.abs().max() > 0.1
+    *_, second = logprobs_on(ranks, sizes, "reference", leaf, labels, upstream, penalty=True)
+    torch.testing.assert_close(second, expected, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

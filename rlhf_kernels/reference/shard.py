@@ -17,11 +17,13 @@ from ._common import compute, per_row
 class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
         return _group.sum_(x.clone(memory_format=torch.contiguous_format), group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return grad, None
+        # One is the other's derivative, so that second derivatives are right too.
+        return _Copied.apply(grad, ctx.group), None
 
 
 class _Copied(torch.autograd.Function):
@@ -32,7 +34,7 @@ class _Copied(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return _group.sum_(grad.clone(memory_format=torch.contiguous_format), ctx.group), None
+        return _Summed.apply(grad, ctx.group), None
 
 
 def copied(x: Tensor, group: str) -> Tensor:

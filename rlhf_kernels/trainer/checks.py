@@ -45,9 +45,11 @@ def check_settings(
     count, size = processes(), optim.batch_size
     require(size % count == 0, "batch_size", f"a multiple of {count} processes", size)
     _check_trackers(run.report_to)
-    if run.mixed_precision == "fp16":
+    # The variable is accelerate launch's.
+    precision = run.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision == "fp16":
         there = run.device != "cpu" and torch.accelerator.is_available()
-        require(there, "mixed_precision", "'no' or 'bf16' without a GPU", run.mixed_precision)
+        require(there, "mixed_precision", "'no' or 'bf16' without a GPU", precision)
     _check_attention(model.attn_implementation)
     if model.lora_rank:
         _needs("peft", "lora_rank", model.lora_rank)

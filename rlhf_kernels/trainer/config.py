@@ -61,7 +61,9 @@ class RunConfig:
     seed: int = _doc("seed of weights, data order and sampling", 0)
     device: str = _doc("'auto' (accelerate's choice) or 'cpu'", "auto")
     threads: int = _doc("CPU threads; 0 keeps torch's own choice", 0)
-    mixed_precision: str = _doc("'no', 'bf16' or 'fp16' autocast", "no")
+    mixed_precision: str | None = _doc(
+        "'no', 'bf16' or 'fp16' autocast; unset = accelerate launch's, else no", None
+    )
     save_model: bool = _doc("save models and tokenizer at the end", True)
     save_steps: int = _doc("steps between checkpoints; 0 = only when interrupted", 0)
     save_total_limit: int = _doc("checkpoints kept; 0 = all", 2)
@@ -79,7 +81,8 @@ class RunConfig:
         # Python's, numpy's and torch's generators all take these.
         require(0 <= self.seed < 2**32, "seed", "a number from 0 to 2**32 - 1", self.seed)
         _one_of(self, "device", ("auto", "cpu"))
-        _one_of(self, "mixed_precision", ("no", "bf16", "fp16"))
+        if self.mixed_precision is not None:
+            _one_of(self, "mixed_precision", ("no", "bf16", "fp16"))
         _at_least(self, 0, "threads", "save_steps", "save_total_limit")
         require(self.threads <= 1024, "threads", "at most 1024", self.threads)
 

@@ -97,6 +97,8 @@ class Stage:
                 log_with=self.run.report_to or None,
                 project_dir=self.out,
             )
+        # What accelerate launch chose, where the setting does not say.
+        self.settings["mixed_precision"] = str(self.accelerator.mixed_precision)
         transformers.set_seed(self.run.seed)
         self.task: Task = load_task(self.data, kind, seed=self.run.seed, model=self.model.model)
         checks.check_rows(self.task.train, self.data, self.optim, self.own)
