@@ -17,6 +17,7 @@ _QUESTIONS = (
 )
 # Columns that hold a prompt in some datasets and something else in others.
 _UNMAPPED = ("input", "problem", "context", "history", "conversation")
+_SYSTEMS = ("system", "system_prompt")
 # What the trainer itself passes to reward functions.
 _RESERVED = ("prompts", "completions", "completion_ids", "finished", "trainer_state")
 _RESERVED += ("log_extra", "log_metric")
@@ -146,7 +147,12 @@ def _question(row: dict[str, Any]) -> tuple[str, tuple[str, ...]] | None:
     """The prompt that a question's columns make, and the names that its answer may have."""
     for name, more, answers in _QUESTIONS:
         if name in row:
-            parts = [string_cell(row, name)]
+            # LLaMA-Factory's earlier turns, which a text cannot hold.
+            expected = "nothing: give earlier turns as 'messages'"
+            require(not row.get("history"), "'history'", expected, row.get("history"))
+            # Orca's, before the question.
+            first = [key for key in _SYSTEMS if row.get(key) not in (None, "")]
+            parts = [string_cell(row, key) for key in (*first, name)]
             # Alpaca's input is empty or null where the instruction says all.
             parts += [string_cell(row, extra) for extra in more if row.get(extra) not in (None, "")]
             return "".join(part + "\n" for part in parts), answers
