@@ -1,5 +1,6 @@
 """The proof that a model's passes are right, what ends a rollout, and what is refused."""
 
+import copy
 import warnings
 
 import pytest
@@ -22,6 +23,7 @@ from rlhf_kernels.trainer.decoding import Decoding
 from rlhf_kernels.trainer.endings import end_token_ids
 from rlhf_kernels.trainer.forward import Form
 from rlhf_kernels.trainer.generation import generate
+from rlhf_kernels.trainer.modes import settled
 from rlhf_kernels.trainer.rewards import Rewards
 
 
@@ -138,6 +140,59 @@ def test_positions_that_change_at_a_length_are_refused_beyond_it():
         probe.prove(model, max_length=40)
 
 
+@pytest.mark.parametrize("borders", [{}, {"original_max_position_embeddings": 50}])
+def test_stretched_positions_are_crossed_beyond_the_usual_lengths(borders):
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0} | borders
+    model = small_model("llama", max_position_embeddings=50, rope_parameters=rope)
+    assert _proved(model, max_length=50, packing=True)[0] is Form.PACKED
+    with pytest.raises(UserError, match="otherwise once it is longer than 50"):
+        probe.prove(model, max_length=100)
+
+
+def test_experts_in_16_bits_are_no_fault():
+    # Near a tie rounding sends a token to another expert: a change as large as a fault's.
+    sizes = {"num_local_experts": 16, "num_experts_per_tok": 4, "num_hidden_layers": 6}
+    for seed in range(2):
+        model = _fresh("granitemoe", **sizes)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for weight in (p for p in model.parameters() if p.ndim > 1):
+                drawn = torch.randn(weight.shape, generator=generator)
+                weight.copy_(drawn * weight.shape[-1] ** -0.5)
+        model.bfloat16()
+        assert _proved(model, packing=True) == (Form.PACKED, Decoding.CACHED, [])
+        assert model.dtype is torch.bfloat16 and model.form is Form.PACKED
+
+
+def test_weights_that_a_pass_changes():
+    # RWKV halves deep layers' weights in evaluation, which would be saved.
+    model = _fresh("rwkv", num_hidden_layers=4, rescale_every=2)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    ids = torch.arange(5, 14)[None]
+    # Training mode leaves them as they are.
+    expected = copy.deepcopy(model).train()(ids, use_cache=False).logits
+    _proved(settled(model), max_length=16)
+    torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.config.rescale_every == 2
+    model = _fresh("llama")
+    weight = model.model.norm.weight
+
+    def written(*_):
+        weight.mul_(1.0)
+
+    model.register_forward_hook(written)
+    with pytest.raises(UserError, match=r"changes its own weights .*\(model.norm.weight\)"):
+        probe.prove(model, max_length=16)
+
+
+def test_a_model_whose_settings_do_not_fit_is_one_sentence():
+    model = _fresh("llama")
+    model.model.layers[0].self_attn.o_proj = torch.nn.Linear(7, 32)
+    with pytest.raises(UserError, match=r"LlamaForCausalLM does not compute 8 tokens \(Runtime"):
+        probe.prove(model, max_length=16)
+
+
 def test_encoders_and_missing_positions_are_refused():
     sizes = {"vocab_size": 99, "d_model": 32, "num_layers": 1, "num_heads": 2, "d_kv": 16}
     with pytest.raises(UserError, match="T5ForConditionalGeneration has an encoder"):
@@ -227,6 +282,9 @@ def test_chat_templates_that_close_a_turn_with_another_token():
     for template, expected in (
         (turn, {end, tokenizer.eos_token_id}),
         (turn.replace("<|im_end|>", " "), {tokenizer.eos_token_id}),
+        # Content in parts only; and a template that leaves out words, which closes nothing.
+        (turn.replace("m['content']", "m['content'][0]['text']"), {end, tokenizer.eos_token_id}),
+        ("{% for m in messages %}<|im_end|>{{ m['role'] }}{% endfor %}", {tokenizer.eos_token_id}),
         ("{{ raise_exception('no') }}", {tokenizer.eos_token_id}),
         (None, {tokenizer.eos_token_id}),
     ):

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .chat import rendered
 from .config import UserError
 from .forward import causal_lm
 
@@ -61,10 +62,12 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
         return
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _TURN}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # Whatever a template raises on a conversation that it does not take.
+        text = rendered(tokenizer, turns, {})
+    except UserError:  # A conversation that the template does not take.
         return
-    _, _, rest = text.rpartition(_TURN)
+    _, found, rest = text.rpartition(_TURN)
+    if not found:
+        return
     special = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
     closing = [token for token in special if rest.lstrip().startswith(token)]
     if closing:

@@ -31,7 +31,20 @@ def settled(model: nn.Module) -> nn.Module:
             module.config = copy.copy(config)
             for name in rates:
                 setattr(module.config, name, 0.0)
+    keep_scale(model)
     return model.eval()
+
+
+def keep_scale(model: nn.Module) -> None:
+    """Keeps RWKV from halving weights of deep layers in evaluation, in place.
+
+    It does so against overflow in fp16; they would be trained and saved halved.
+    """
+    for module in model.modules():
+        if hasattr(module, "layers_are_rescaled") and not module.layers_are_rescaled:
+            # A copy: the model's own configuration is what is saved.
+            module.config = copy.copy(module.config)
+            module.config.rescale_every = 0
 
 
 def use_checkpointing(model: PreTrainedModel, wanted: bool) -> None:

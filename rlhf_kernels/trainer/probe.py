@@ -19,6 +19,7 @@ from .config import UserError
 from .data import Batch, pad
 from .decoding import Decoding, decoder
 from .forward import Form, causal_lm, head_over, hidden_states
+from .modes import keep_scale
 from .trials import Pass, Rows, Trial, name_of, position_limit, random_tokens, trials
 
 T = TypeVar("T")
@@ -114,7 +115,17 @@ def _both_logits(model: PreTrainedModel, batch: Batch, factor: float) -> tuple[T
         lambda _, args: (args[0] * factor, *args[1:])
     )
     with hook, torch.no_grad():
-        theirs = model(input_ids=batch.input_ids).logits.float()
+        try:
+            theirs = model(input_ids=batch.input_ids).logits.float()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # Whatever a model raises whose settings do not fit each other.
+            raise UserError(
+                f"model: {name_of(model)} does not compute {batch.input_ids.shape[1]} tokens "
+                f"({type(error).__name__}: {str(error)[:120]}): expected a model that takes "
+                "input_ids alone; try another attn_implementation (sdpa, eager), or see whether "
+                "its config.json is whole"
+            ) from error
     try:
         hidden = hidden_states(model, batch, Form.ALONE) * factor
         return head_over(model, hidden).logits(), theirs
@@ -125,13 +136,25 @@ def _both_logits(model: PreTrainedModel, batch: Batch, factor: float) -> tuple[T
 
 @contextmanager
 def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation without gradients; mode and global generators afterwards as before."""
+    """Evaluation without gradients; mode and global generators afterwards as before.
+
+    Raises:
+        UserError: a pass changed the weights, which training and saving would not know of.
+    """
+    keep_scale(model)
+    written = {name: weight._version for name, weight in model.named_parameters()}
     devices = [model.device] if model.device.type == "cuda" else []
     training = model.training
     with torch.random.fork_rng(devices), torch.no_grad():
         model.eval()
         yield
     model.train(training)
+    changed = [name for name, p in model.named_parameters() if p._version != written.get(name)]
+    if changed:
+        raise UserError(
+            f"model: {name_of(model)} changes its own weights in a forward pass ({changed[0]}): "
+            "expected one that computes only"
+        )
 
 
 def _settle_form(model: PreTrainedModel, max_length: int, packing: bool) -> list[Trial]:
@@ -143,8 +166,8 @@ def _settle_form(model: PreTrainedModel, max_length: int, packing: bool) -> list
         if packing or form is not Form.PACKED
     }
     form = _first(found, ways, lambda trial: trial.hidden, "compute states")
-    for trial in found:
-        trial.model.form = form
+    for proved in (model, *(trial.model for trial in found)):
+        proved.form = form
     if getattr(model, "recomputes", False):
         _check_training_mode(found[0], ways[form][0])
     if form is not next(iter(ways)):

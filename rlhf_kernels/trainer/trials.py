@@ -158,10 +158,31 @@ def trials(model: PreTrainedModel, *, max_length: int) -> list[Trial]:
             made[-1].check_causality()
         return made
 
-    found = on(model)
+    found = on(_exact(model) if _chooses(model) else model)
     if not found[0].sees_order():
         found += on(_vivid(model))
     return found
+
+
+def _chooses(model: PreTrainedModel) -> bool:
+    """Whether 16-bit rounding decides where tokens go: experts, or an index of what is attended.
+
+    Near a tie it sends a token elsewhere, a change as large as that of a fault.
+    """
+    words = ("expert", "router", "indexer")
+    names = [name for name, _ in model.named_parameters()]
+    return model.dtype.itemsize == 2 and any(word in name for name in names for word in words)
+
+
+def _exact(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy in fp32, with the attention that takes it; the model itself where memory is short."""
+    try:
+        exact = copy.deepcopy(model).float()
+    except torch.OutOfMemoryError:
+        return model
+    if "flash" in str(model.config._attn_implementation):
+        exact.set_attn_implementation("sdpa")
+    return exact
 
 
 def name_of(model: nn.Module) -> str:
@@ -202,6 +223,8 @@ def _borders(config: PretrainedConfig, max_length: int) -> list[int]:
     for part in (rope, *rope.values()):
         if isinstance(part, dict):
             found.add(part.get("original_max_position_embeddings"))
+            if part.get("rope_type") == "dynamic":
+                found.add(getattr(text, "max_position_embeddings", None))
     if "linear_attention" in (getattr(text, "layer_types", None) or ()):
         found.add(_LINEAR_ATTENTION_CHUNK)
     return sorted(n for n in found if isinstance(n, int) and 8 < n < max_length)
