@@ -21,8 +21,8 @@ from rlhf_kernels.trainer.config import ModelConfig, UserError
 from rlhf_kernels.trainer.data import Batch, pad
 from rlhf_kernels.trainer.decoding import Decoding
 from rlhf_kernels.trainer.endings import end_token_ids
+from rlhf_kernels.trainer.finite import NonFinite
 from rlhf_kernels.trainer.forward import Form
-from rlhf_kernels.trainer.generation import generate
 from rlhf_kernels.trainer.modes import settled
 from rlhf_kernels.trainer.rewards import Rewards
 
@@ -306,15 +306,13 @@ def test_tokens_beyond_the_tokenizer_leave_no_text():
 
 def test_logits_that_are_not_finite_are_refused():
     model = tiny_policy(tiny_task())
-    ids, mask = pad([[3, 4], [5]], 0, left=True)
+    # In a rollout and in an evaluation, which look at the sampler's log-probabilities.
+    trainer = online_trainer("grpo", batch_size=8)
     with torch.no_grad():
-        model.lm_head.weight[4] = torch.nan
-    for temperature in (0.0, 1.0):
-        with pytest.raises(UserError, match="logits of LlamaForCausalLM are not finite"):
-            generate(
-                model, ids, mask, torch.full((2, 3), 0.5), eos_token_id=1, pad_token_id=0,
-                temperature=temperature,
-            )  # fmt: skip
+        trainer.learner.networks.policy.lm_head.weight[4] = torch.nan
+    for run in (trainer.step, trainer.evaluate):
+        with pytest.raises(NonFinite, match=r"log-probability .*is not finite in"):
+            run()
     with torch.no_grad():
         model.model.embed_tokens.weight.fill_(torch.inf)
     with pytest.raises(UserError, match="model: LlamaForCausalLM"):
