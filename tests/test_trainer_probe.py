@@ -23,7 +23,7 @@ from rlhf_kernels.trainer.decoding import Decoding
 from rlhf_kernels.trainer.endings import end_token_ids
 from rlhf_kernels.trainer.finite import NonFinite
 from rlhf_kernels.trainer.forward import Form
-from rlhf_kernels.trainer.modes import settled
+from rlhf_kernels.trainer.modes import settled, use_checkpointing
 from rlhf_kernels.trainer.rewards import Rewards
 
 
@@ -191,6 +191,11 @@ def test_a_model_whose_settings_do_not_fit_is_one_sentence():
     model.model.layers[0].self_attn.o_proj = torch.nn.Linear(7, 32)
     with pytest.raises(UserError, match=r"LlamaForCausalLM does not compute 8 tokens \(Runtime"):
         probe.prove(model, max_length=16)
+
+
+def test_a_model_that_cannot_recompute():
+    with pytest.raises(UserError, match=r"gradient_checkpointing: expected false, .*CTRL"):
+        use_checkpointing(_fresh("ctrl"), True)
 
 
 def test_encoders_and_missing_positions_are_refused():

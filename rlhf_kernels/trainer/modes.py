@@ -6,6 +6,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .errors import UserError
+
 
 def _random(name: str) -> bool:
     """Whether an attribute says how much a layer leaves out by chance in training mode."""
@@ -48,12 +50,21 @@ def keep_scale(model: nn.Module) -> None:
 
 
 def use_checkpointing(model: PreTrainedModel, wanted: bool) -> None:
-    """Prepares a model to recompute its activations in the backward pass, if `wanted`."""
+    """Prepares a model to recompute its activations in the backward pass, if `wanted`.
+
+    Raises:
+        UserError: the model cannot.
+    """
     model.recomputes = ()
     if wanted:
         # The second is transformers' older name.
         name = "activation_checkpointing_enable"
-        getattr(model, name, model.gradient_checkpointing_enable)({"use_reentrant": False})
+        try:
+            getattr(model, name, model.gradient_checkpointing_enable)({"use_reentrant": False})
+        except ValueError as error:
+            raise UserError(
+                f"gradient_checkpointing: expected false, found true: {error}"
+            ) from error
         model.recomputes = tuple(m for m in model.modules() if hasattr(m, "gradient_checkpointing"))
 
 
