@@ -7,6 +7,7 @@ fake tensors, tensor subclasses) goes through the registered operator.
 """
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -45,12 +46,12 @@ class Operator:
 
 
 class _Once(torch.autograd.Function):
-    """Gradients as they are, which raise when they are differentiated."""
+    """Gradients as they are, which raise when they are differentiated in any of `sources`."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, op: str, *gradients: Tensor | None) -> tuple:
+    def forward(ctx: Any, op: str, count: int, *tensors: Tensor | None) -> tuple:
         ctx.op = op
-        return tuple(None if g is None else g.detach() for g in gradients)
+        return tuple(None if g is None else g.detach() for g in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> tuple:
@@ -60,23 +61,52 @@ class _Once(torch.autograd.Function):
         )
 
 
+def remember(ctx: Any, *inputs: Tensor | None) -> None:
+    """Notes the inputs that a second derivative may be asked for; keeps none of them alive."""
+    if torch.compiler.is_compiling():  # a compiled backward refuses by itself
+        return
+    ctx.sources = [
+        weakref.ref(t) for t in inputs if t is not None and t.requires_grad and not t.is_leaf
+    ]
+
+
+def _sources(ctx: Any) -> list[Tensor]:
+    """Tensors that the gradient of a node depends on: its living inputs, and every leaf behind it.
+
+    What nobody holds cannot be asked for; but a leaf can, also where the inputs are gone.
+    """
+    found = [t for t in (source() for source in ctx.sources) if t is not None]
+    nodes, seen = [ctx], {ctx}
+    while nodes:
+        for node, _ in nodes.pop().next_functions:
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            nodes.append(node)
+            if type(node).__name__ == "AccumulateGrad":
+                found.append(node.variable)
+    return found
+
+
 def once_differentiable(op: str) -> Callable[..., Callable[..., tuple]]:
     """Makes a backward pass raise where its result is differentiated, whatever the upstream.
 
     torch's decorator of this name cuts the graph in silence where the upstream gradient needs none,
-    though the gradient still depends on what was saved.
+    though the gradient still depends on what was saved. The node that raises leads to what the
+    gradient depends on: autograd runs no other node on its way to the `inputs` of a backward.
     """
 
     def decorate(backward: Callable[..., tuple]) -> Callable[..., tuple]:
         @functools.wraps(backward)
-        def run(*args: object) -> tuple:
+        def run(ctx: Any, *args: object) -> tuple:
             # A compiled backward refuses by itself.
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-                return backward(*args)
+                return backward(ctx, *args)
             with torch.no_grad():
-                gradients = backward(*args)
+                gradients = backward(ctx, *args)
             anchor = torch.empty(0, requires_grad=True)
-            return _Once.apply(anchor, op, *gradients)
+            upstream = [t for t in args if isinstance(t, Tensor)]
+            return _Once.apply(op, len(gradients), *gradients, anchor, *upstream, *_sources(ctx))
 
         return run
 

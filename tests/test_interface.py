@@ -39,6 +39,11 @@ def test_a_second_derivative_is_right_or_refused(backend, op):
         for loss in (sum(g.square().sum() for g in found), result + found[0].sum()):
             with pytest.raises(RuntimeError, match=f"{op}: .*create_graph=True"):
                 loss.backward(retain_graph=True)
+            # Autograd then runs only what leads to these inputs.
+            with pytest.raises(RuntimeError, match=f"{op}: .*create_graph=True"):
+                loss.backward(inputs=wanted, retain_graph=True)
+            with pytest.raises(RuntimeError, match=f"{op}: .*create_graph=True"):
+                torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
         return
 
     def penalty(*values):
@@ -49,6 +54,31 @@ def test_a_second_derivative_is_right_or_refused(backend, op):
 
     if penalty(*wanted).requires_grad:
         assert torch.autograd.gradcheck(penalty, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_a_second_derivative_is_never_left_out(backend, op):
+    """What is asked for is a tensor on the way, what is behind it, or the upstream gradient."""
+    if backend == "reference" or op in ("dpo_loss", "reward_model_loss", "sequence_logprobs"):
+        return
+    call = cases.calls(op)[0]
+    first = call.tensors[call.differentiable[0]].clone().requires_grad_()
+    inner = first * 1.0  # nobody holds it when the second derivative is asked for
+    result = cases.outputs(call.run({**call.tensors, call.differentiable[0]: inner}))[0].sum()
+    del inner
+    (g,) = torch.autograd.grad(result, first, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{op}: .*create_graph=True"):
+        torch.autograd.grad(result + g.square().sum(), first, retain_graph=True)
+    own = first.detach() * 1.0
+    own = own.requires_grad_() * 1.0
+    result = cases.outputs(call.run({**call.tensors, call.differentiable[0]: own}))[0].sum()
+    (g,) = torch.autograd.grad(result, own, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{op}: .*create_graph=True"):
+        torch.autograd.grad(result + g.square().sum(), own, retain_graph=True)
+    upstream = torch.ones((), requires_grad=True)
+    (g,) = torch.autograd.grad(result, own, upstream, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{op}: .*create_graph=True"):
+        torch.autograd.grad(g.sum() + upstream, upstream)
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)

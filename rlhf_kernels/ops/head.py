@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _backends, _checks, _group, _options, _shard, _temperatures, reference
 from .._head import exact_size
 from .._labels import SHARD_IGNORED
-from .._register import define, head_gradients_fake, once_differentiable, row_arguments
+from .._register import define, head_gradients_fake, once_differentiable, remember, row_arguments
 from .logprobs import TokenLogprobs
 from .support import Support, linear_token_logprobs_support
 
@@ -70,6 +70,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         else:
             logprobs, entropies, stats = _forward(hidden, weight, bias, *args, backend)
         ctx.set_materialize_grads(False)
+        remember(ctx, hidden, weight, bias)
         ctx.save_for_backward(hidden, weight, bias, labels, temperatures, stats)
         ctx.options = (temperature, softcap, ignore_index, chunk)
         ctx.group, ctx.backend = group, backend
@@ -366,6 +367,7 @@ class _LinearKlDivergence(torch.autograd.Function):
     ) -> Tensor:
         *constants, temperature, reverse, chunk, backend = args
         kl, stats = _kl_forward(hidden, weight, bias, *args)
+        remember(ctx, hidden, weight, bias)
         ctx.save_for_backward(hidden, weight, bias, *constants, stats)
         ctx.options = (temperature, reverse, chunk)
         ctx.backend = backend

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _checks, _group, _shard, reference
-from .._register import define, head_gradients_fake, once_differentiable, row_arguments
+from .._register import define, head_gradients_fake, once_differentiable, remember, row_arguments
 from ..policy_config import PolicyLossConfig
 from ..reference.policy import METRICS
 from .head import check_chunk, check_head, check_ref_head
@@ -65,6 +65,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         else:
             loss, metrics, *gradients = _forward(*args, backend)
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        remember(ctx, hidden, weight, bias)
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _checks, _options, _temperatures, reference
-from .._register import define, once_differentiable
+from .._register import define, once_differentiable, remember
 
 ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+")
 
@@ -48,6 +48,7 @@ class _KlDivergence(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         kl, stats = _divergence(logits, ref_logits, temperature, reverse, backend)
+        remember(ctx, logits)
         ctx.save_for_backward(logits, ref_logits, stats)
         ctx.options = (temperature, reverse, backend)
         return kl
@@ -65,6 +66,7 @@ class _KlPenalty(torch.autograd.Function):
     def forward(
         ctx: Any, logprobs: Tensor, ref_logprobs: Tensor, estimator: str, backend: str
     ) -> Tensor:
+        remember(ctx, logprobs)
         ctx.save_for_backward(logprobs, ref_logprobs)
         ctx.options = (estimator, backend)
         return _penalty(logprobs, ref_logprobs, estimator, backend)

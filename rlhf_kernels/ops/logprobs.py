@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _backends, _checks, _group, _layout, _options, _shard, reference
 from .._labels import SHARD_IGNORED
-from .._register import define, once_differentiable, row_arguments
+from .._register import define, once_differentiable, remember, row_arguments
 from .support import Support, token_logprobs_support
 
 
@@ -79,6 +79,7 @@ class _TokenLogprobs(torch.autograd.Function):
         else:
             logprobs, entropies, stats = _forward(*args, backend)
         ctx.set_materialize_grads(False)
+        remember(ctx, logits)
         ctx.save_for_backward(logits, labels, temperatures, stats)
         ctx.options = (temperature, softcap, ignore_index, backend)
         ctx.inplace = inplace_backward

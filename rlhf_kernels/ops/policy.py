@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _checks, _tracing, reference
-from .._register import define, once_differentiable
+from .._register import define, once_differentiable, remember
 from ..policy_config import PolicyLossConfig
 from ..reference.policy import METRICS
 from ._metrics import Metrics, register_metrics
@@ -104,6 +104,7 @@ class _PolicyLoss(torch.autograd.Function):
         kept = [(g, t.dtype) for g, t, wanted in inputs if wanted]
         ctx.dtypes = [dtype for _, dtype in kept]
         ctx.nothing = (None,) * len(args)
+        remember(ctx, logprobs, entropy)
         ctx.save_for_backward(scale, *(g for g, _ in kept))
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)

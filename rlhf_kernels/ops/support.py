@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _checks, reference
-from .._register import define, head_gradients_fake, once_differentiable, row_arguments
+from .._register import define, head_gradients_fake, once_differentiable, remember, row_arguments
 
 #: indptr [N + 1] and indices [nnz] of the words of each token.
 Support = tuple[Tensor, Tensor]
@@ -65,6 +65,7 @@ class _TokenLogprobsSupport(torch.autograd.Function):
         *tokens, temperature, softcap, entropy, ignore_index, backend = args
         results = _forward(logits, *args)
         # Not the logits: they are free as soon as nobody else needs them.
+        remember(ctx, logits)
         ctx.save_for_backward(results[3], *tokens, results[2])
         ctx.options = (temperature, softcap, ignore_index, logits.shape[-1], logits.dtype, backend)
         return _finish(ctx, results, entropy)
@@ -87,6 +88,7 @@ class _LinearTokenLogprobsSupport(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         *tokens, temperature, softcap, entropy, ignore_index, backend = args
         results = _head_forward(hidden, weight, bias, *args)
+        remember(ctx, hidden, weight, bias)
         ctx.save_for_backward(hidden, weight, bias, results[3], *tokens, results[2])
         ctx.options = (temperature, softcap, ignore_index)
         ctx.backend = backend

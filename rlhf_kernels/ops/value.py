@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, _checks, _options, reference
-from .._register import define, once_differentiable
+from .._register import define, once_differentiable, remember
 from ..policy_config import AGGREGATIONS
 from ..reference.value import METRICS
 from ._metrics import Metrics, register_metrics
@@ -44,6 +44,7 @@ class _ValueLoss(torch.autograd.Function):
         loss, metrics, grad, scale = _forward(values, *args)
         ctx.dtype, ctx.backend = values.dtype, args[-1]
         ctx.nothing = (None,) * len(args)
+        remember(ctx, values)
         ctx.save_for_backward(grad, scale)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
