@@ -235,6 +235,7 @@ def launcher(
         needs: list[bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         # Where they may not be looked at, the kernel that is given these poisons the loss.
+        _checks.divisor_positive("linear_policy_loss", normalizer)
         offsets, good = _checks.usable_offsets("linear_policy_loss", cu_seqlens, mask.shape[0])
         sweep = _PolicySweep(
             rows, hidden, weight, bias, labels, temperatures, mask, ref_head, temperature, softcap,

@@ -29,15 +29,17 @@ def _got(value: object) -> str:
     """What came, for a message about its type."""
     if isinstance(value, Tensor):
         grad = " that needs a gradient" if value.requires_grad else ""
+        if value.is_nested:  # it has no shape to tell
+            return f"a nested tensor of {value.dtype}{grad}"
         return f"a tensor of shape {tuple(value.shape)} and {value.dtype}{grad}"
     return type(value).__name__
 
 
 def shown(value: object) -> str:
-    """A number for a message: Python refuses to print the longest integers."""
+    """A value for a message: Python refuses to print the longest integers."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
-    return str(value)
+    return repr(value)
 
 
 def number(op: str, name: str, value: object) -> float:
@@ -52,6 +54,9 @@ def number(op: str, name: str, value: object) -> float:
         finite = value.bit_length() <= 1023
     if not finite:
         raise ValueError(f"{op}: {name} must be finite, got {shown(value)}")
+    # Torch multiplies with no integer beyond 64 bits.
+    if isinstance(value, int) and not _INT64[0] <= value <= _INT64[1]:
+        return float(value)
     return value
 
 

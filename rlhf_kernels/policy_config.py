@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from . import presets
+from ._options import shown
 
 OBJECTIVES = ("clip", "penalty", "reinforce", "cispo", "sapo")
 RATIO_LEVELS = ("token", "sequence", "sequence-token")
@@ -21,6 +22,13 @@ LOG_RATIO_BOUND = 40.0
 UNBOUNDED = 3.0e38
 
 Clamp = float | tuple[float, float] | None
+
+
+def _bounded(value: float) -> float:
+    """A number as torch and the kernels take it: no larger than fp32 holds, nor a long integer."""
+    if abs(value) >= 2**63:
+        return float(min(max(value, -UNBOUNDED), UNBOUNDED)) if abs(value) < math.inf else value
+    return value
 
 
 def _bounds(clamp: Clamp) -> tuple[float, float]:
@@ -172,7 +180,7 @@ class PolicyLossConfig:
 
     def _fail(self, name: str, expected: str) -> None:
         raise ValueError(
-            f"PolicyLossConfig: {name} must be {expected}, got {getattr(self, name)!r}"
+            f"PolicyLossConfig: {name} must be {expected}, got {shown(getattr(self, name))}"
         )
 
     def _number(self, name: str, *, above: float | None = None, optional: bool = False) -> None:
@@ -181,10 +189,16 @@ class PolicyLossConfig:
             return
         limit = "a finite number " + (">= 0" if above is None else f"> {above:g}")
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
+        # Not math.isfinite: it overflows where an integer is too long for a double.
+        finite = number and abs(value) < math.inf
+        if finite and isinstance(value, int):
+            finite = value.bit_length() <= 1023
+        if not finite:
             self._fail(name, limit + (" or None" if optional else ""))
         if (value < 0) if above is None else (value <= above):
             self._fail(name, limit + (" or None" if optional else ""))
+        if name != "normalizer":
+            object.__setattr__(self, name, _bounded(value))
 
     def _clamp(self, name: str) -> None:
         value = getattr(self, name)
@@ -194,6 +208,8 @@ class PolicyLossConfig:
         numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in pair)
         if not (numbers and len(pair) == 2 and pair[0] <= 0 < pair[1]):
             self._fail(name, "None, a number > 0 or a tuple (low <= 0, high > 0)")
+        bounded = tuple(_bounded(v) for v in pair)
+        object.__setattr__(self, name, bounded if value is pair else bounded[1])
 
     def clip_bounds(self) -> tuple[float, float]:
         """(low, high) of the clipped ratio; -inf and inf where there is no bound."""

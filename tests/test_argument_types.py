@@ -1,6 +1,8 @@
 """Every argument of every operation, given what it is not: an error of ours that names it."""
 
+import dataclasses
 import inspect
+import math
 
 import interface_cases as cases
 import numpy
@@ -33,6 +35,7 @@ NO_NUMBERS = {
     "inf": float("inf"),
     "numpy array": numpy.ones(2),
 }
+NO_NUMBERS["nested"] = torch.nested.nested_tensor([X[0], X[1]])
 NO_INTEGERS = {
     "None": None,
     "-100.0": -100.0,
@@ -141,6 +144,59 @@ def test_numbers_are_what_torch_takes_for_one():
         TypeError, match=r"gamma must be a number, got a tensor .* needs a gradient"
     ):
         rk.gae(x, x, gamma=torch.tensor(0.5, requires_grad=True))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("large", [2**70, 1e308])
+def test_large_numbers_are_numbers(name, large):
+    """An integer that 64 bits do not hold is the number that it is; so is a bound beyond fp32."""
+    x, mask = torch.tensor([[-0.5, -1.0, -2.0]]), torch.ones(1, 3, dtype=torch.bool)
+    old = x - 0.25
+    ratio = math.exp(0.25)
+    with rk.use_backend(name):
+        loss = rk.policy_loss(x, old, torch.ones(1, 3), mask, normalizer=large)[0]
+        torch.testing.assert_close(loss.double(), torch.tensor(-3 * 1.2 / large).double())
+        kept = rk.ppo_advantages(
+            torch.tensor([7.0]), x, None, x, mask, reward_clip=large, whiten=False
+        )
+        torch.testing.assert_close(kept.rewards, torch.tensor([[0.0, 0.0, 7.0]]))
+        config = rk.PolicyLossConfig(normalizer=large)
+        assert rk.policy_loss(x, old, torch.ones(1, 3), mask, config=config)[0] == loss
+        half = rk.value_loss(x, old, x + 1, mask, normalizer=large)[0]
+        torch.testing.assert_close(half.double(), torch.tensor(1.5 / large).double())
+        loss = rk.value_loss(x, old, x, mask, clip_range=large)[0]
+        assert loss == 0
+        assert torch.equal(rk.whiten(x, eps=large).abs() < 1e-9, mask)
+        config = rk.PolicyLossConfig(clip_low=None, clip_high=large)
+        loss = rk.policy_loss(x, old, torch.ones(1, 3), mask, config=config)[0]
+        torch.testing.assert_close(loss, torch.tensor(-ratio))
+    if large == 2**70:
+        kl = rk.ppo_advantages(torch.zeros(1), x, old, x, mask, kl_coef=large, whiten=False)
+        torch.testing.assert_close(kl.rewards, torch.full((1, 3), -0.25 * large))
+        found = rk.reward_model_loss(torch.zeros(2), torch.ones(2), margin=large)[0]
+        torch.testing.assert_close(found, torch.tensor(float(large)))
+        assert rk.dpo_loss(*torch.tensor([[1.0], [0.0], [0.0], [0.0]]), beta=large)[0] == 0
+
+
+def test_numbers_of_a_configuration_are_named():
+    for field in dataclasses.fields(rk.PolicyLossConfig):
+        if not isinstance(field.default, str | bool) and "aggregation" not in field.name:
+            for bad in (10**400, -(10**400), 10**5000):
+                try:
+                    rk.PolicyLossConfig(**{field.name: bad})
+                except ValueError as error:
+                    assert str(error).startswith("PolicyLossConfig: "), error
+                else:  # a clamp may be as wide as one likes
+                    assert "clamp" in field.name
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("bad", [float("nan"), 0.0, -1.0, float("inf")])
+def test_a_bad_normalizer_tensor_names_the_operation_called(name, bad):
+    call = _richest("linear_policy_loss")
+    given = {**call.tensors, **call.options, "normalizer": torch.tensor(bad)}
+    with rk.use_backend(name), pytest.raises(ValueError, match=r"^linear_policy_loss: normalizer"):
+        rk.linear_policy_loss(**given)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

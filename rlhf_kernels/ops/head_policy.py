@@ -223,7 +223,7 @@ def linear_policy_loss(
             ref_logprobs=ref_logprobs,
             rollout_logprobs=rollout_logprobs,
             cu_seqlens=cu_seqlens,
-            normalizer=normalizer,
+            normalizer=divisor or count,
             config=config,
             group=shards,
         )

@@ -244,7 +244,7 @@ def policy_loss(
             rollout_logprobs=rollout_logprobs,
             entropy=entropy,
             cu_seqlens=cu_seqlens,
-            normalizer=normalizer,
+            normalizer=divisor or count,
             config=config,
         )
         return PolicyLoss(loss, PolicyMetrics(metrics))

@@ -139,7 +139,7 @@ def value_loss(
             clip_range=clip_range,
             aggregation=aggregation,
             cu_seqlens=cu_seqlens,
-            normalizer=normalizer,
+            normalizer=divisor or count,
         )
         return ValueLoss(loss, ValueMetrics(metrics))
     for name, t in tokens.items():

@@ -144,7 +144,8 @@ def ppo_advantages(
         x = torch.where(keep, compute(logprobs) - compute(ref_logprobs), 0)
         rewards = torch.where(keep, -kl_coef * kl_estimate(x, kl_estimator), 0)
     scores = compute(scores)
-    if reward_clip is not None:
+    # A bound that the dtype cannot hold bounds nothing.
+    if reward_clip is not None and reward_clip <= torch.finfo(scores.dtype).max:
         scores = scores.clamp(-reward_clip, reward_clip)
     # The last kept token of a sequence is kept and has as many kept tokens up to it as there are.
     kept = _pad(keep, cu_seqlens)
