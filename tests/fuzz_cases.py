@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from head_bounds import HeadBounds, SoftmaxBounds, logprobs_bounds, policy_bounds
+from support_cases import within
 from torch import Tensor
 
 import rlhf_kernels as rk
@@ -201,17 +202,6 @@ def support(d: Draw, count: int, vocab: int) -> tuple[Tensor, Tensor]:
     words = torch.cat([*words, torch.zeros(0, dtype=torch.int64)])
     dtype = d.pick(torch.int32, torch.int64)
     return d.laid_out(indptr.to(dtype)), d.laid_out(words.to(dtype))
-
-
-def within(support: tuple[Tensor, Tensor] | None, shape: Sequence[int]) -> Tensor | None:
-    """[tokens, words], true for the words of the support."""
-    if support is None:
-        return None
-    indptr, words = (t.long() for t in support)
-    kept = torch.zeros(tuple(shape), dtype=torch.bool)
-    rows = torch.repeat_interleave(torch.arange(shape[0]), indptr.diff())
-    kept[rows, words] = True
-    return kept
 
 
 def judged(labels: Tensor, kept: Tensor | None) -> Tensor:

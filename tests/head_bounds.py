@@ -107,7 +107,9 @@ class SoftmaxBounds:
         entropy = -(self.p * self.plogp).sum(-1, keepdim=True)
         carried = (self.p * (self.plogp + entropy).abs() * self.x_error).sum(-1, keepdim=True)
         steps = (self.p * (self.rounding + C * EPS * self.plogp.abs())).sum(-1, keepdim=True)
-        return carried + steps + self.sum_error.square()
+        # Words, and lanes beyond the last, of almost no mass count as if of the least there is.
+        mass = (self.p.shape[-1] + 64) * torch.finfo(torch.float32).smallest_normal
+        return carried + steps + self.sum_error.square() + 100 * mass
 
     def token_gradient(
         self,

@@ -78,6 +78,17 @@ def dense(function, inputs, labels, support, upstream, **options):
     return *found, *torch.autograd.grad(found, wanted, [u.to(found[0].dtype) for u in upstream])
 
 
+def within(support, shape):
+    """[tokens, words], true for the words of the support; None without one."""
+    if support is None:
+        return None
+    indptr, words = (t.long() for t in support)
+    kept = torch.zeros(tuple(shape), dtype=torch.bool)
+    rows = torch.repeat_interleave(torch.arange(shape[0]), indptr.diff())
+    kept[rows, words] = True
+    return kept
+
+
 def check(actual, plain, oracle, scales):
     for a, p, o, scale in zip(actual, plain, oracle, scales, strict=True):
         assert_within_budget(a, o, p, scale=scale)
