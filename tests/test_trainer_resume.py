@@ -247,6 +247,33 @@ def test_a_damaged_newest_checkpoint_names_the_whole_ones(tmp_path, capsys):
     assert "resume_from: expected a checkpoint in" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["copy", "link", "renamed"])
+def test_a_checkpoint_of_any_name_continues(tmp_path, kind):
+    flags = "--total_steps 3 --save_steps 1 --save_total_limit 0 --no_save_model"
+    assert train(tmp_path, flags) == 0
+    whole = checkpoint.load(tmp_path / "checkpoint-00000003", "sft")
+    first, best = tmp_path / "checkpoint-00000001", tmp_path / "best"
+    if kind == "copy":
+        shutil.copytree(first, best)
+    elif kind == "link":
+        best.symlink_to(first.name)
+    else:
+        first.rename(best)
+    assert train(tmp_path, f"{flags} --resume_from best") == 0
+    assert {"checkpoint-00000002.aside-1", "checkpoint-00000003.aside-1"} <= set(names(tmp_path))
+    again = checkpoint.load(tmp_path / "checkpoint-00000003", "sft")
+    for name, weight in whole["learner"]["weights"].items():
+        assert torch.equal(weight, again["learner"]["weights"][name])
+
+
+@pytest.mark.parametrize("name", ["checkpoint-00000001/manifest.json", ".lock"])
+def test_pipes_are_not_waited_for(tmp_path, capsys, name):
+    (save(tmp_path, 1) / "manifest.json").unlink()
+    os.mkfifo(tmp_path / name)
+    assert train(tmp_path, "--resume") == 2
+    assert "is not a file" in told(capsys)
+
+
 def test_settings_and_data_have_to_be_the_same(tmp_path, capsys):
     def rows(count):
         content = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(count)]
@@ -412,6 +439,27 @@ def test_folders_are_replaced_whole(tmp_path):
 
 def bad():
     raise RuntimeError
+
+
+def test_lines_that_are_no_metrics_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    good = '{"step": 0, "loss": 2.5, "tokens": 3, "mine": "x", "list": [1], "norm": null}'
+    bad = ("[" * 100_000, "\0" * 9, '{"step": true}', '{"step": "0"}', "7", '{"step": 1, "lo')
+    path.write_text("\n".join([*bad, good, '{"step": 1, "loss": ' + "9" * 400 + "}", ""]))
+    rows = MetricsLog(path, steps_done=2).rows
+    assert rows[1] == {"step": 1}
+    assert rows[0].keys() == {"step", "loss", "tokens", "norm"}
+    kept = '{"step": 0, "loss": 2.5, "tokens": 3, "norm": null}'
+    assert path.read_text() == f'{kept}\n{{"step": 1}}\n'
+
+
+def test_a_finished_run_continues_without_its_metrics(tmp_path):
+    flags = "--total_steps 1 --save_steps 1"
+    assert train(tmp_path, flags) == 0
+    shutil.rmtree(tmp_path / "policy")
+    (tmp_path / "metrics.jsonl").unlink()
+    assert train(tmp_path, f"{flags} --resume") == 0
+    assert (tmp_path / "policy" / "model.safetensors").exists()
 
 
 def test_metrics_survive_a_kill_during_resume(tmp_path, monkeypatch):

@@ -4,8 +4,10 @@ import asyncio
 import functools
 import math
 import sys
+import textwrap
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,6 +196,50 @@ def test_a_signal_is_not_the_functions_exit():
 
     with pytest.raises(Interrupted):
         table(score)
+
+
+def test_functions_leave_the_process_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    threads = torch.get_num_threads()
+    change = """
+        import os, torch
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(False)
+        torch.set_num_threads(torch.get_num_threads() + 1)
+        os.chdir("elsewhere")
+    """
+    change = textwrap.dedent(change)
+    body = textwrap.indent(change, "    ")
+    code = f"{change}\ndef score(completions, **_):\n{body}\n    return [1.0] * len(completions)\n"
+    (tmp_path / "changing_rewards.py").write_text(code)
+    try:
+        function = load_reward("changing_rewards:score")
+        assert table(function).tolist() == [[1.0]] * 3
+        assert torch.get_default_dtype() is torch.float32
+        assert torch.is_grad_enabled()
+        assert torch.get_num_threads() == threads
+        assert Path.cwd() == tmp_path
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_grad_enabled(True)
+        torch.set_num_threads(threads)
+
+
+class _Own(BaseException):
+    """What `except Exception` does not catch, as pytest's and asyncio's."""
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_exceptions_of_every_base_name_the_function(waits):
+    def score(completions, **_):
+        raise _Own("mine")
+
+    async def later(completions, **_):
+        raise _Own("mine")
+
+    with pytest.raises(UserError, match=r"raised .*_Own: mine"):
+        table(later if waits else score)
 
 
 def test_a_function_that_raises_on_no_row_alone():

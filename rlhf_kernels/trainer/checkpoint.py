@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,7 @@ def newest(folder: Path) -> Path | None:
 def _claims(path: Path) -> bool:
     """Whether a folder's manifest is the trainer's, or cannot be told any more."""
     try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(_text(path / _MANIFEST))
     except FileNotFoundError:
         return False
     except (OSError, ValueError, RecursionError):
@@ -179,6 +180,13 @@ def whole(folder: Path, stage: str) -> list[Path]:
 # --- reading -----------------------------------------------------------------------------------
 
 
+def _text(file: Path) -> str:
+    """Content of a file; anything else is an error, as a pipe would be waited for."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise OSError(f"{file.name} is not a file")
+    return file.read_text(encoding="utf-8")
+
+
 def _manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint, every entry of the kind that it should be.
 
@@ -187,7 +195,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     """
     file = path / _MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(_text(file))
         seal = manifest.pop("seal")
         form = manifest["format"]
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:

@@ -72,7 +72,12 @@ def _folder(folder: Path) -> Iterator[Placed]:
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         datasets = optional("datasets", folder)
         return _dataset(str(folder), lambda: datasets.load_from_disk(str(folder)))
-    names = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
+    try:
+        names = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be listed: {error.strerror}: {error.filename}"
+        ) from error
     shown = [n for n in names if not any(part.startswith((".", "_")) for part in n.parts)]
     # Cards and indices of downloaded datasets.
     other = ("dataset_infos.json", "dataset_info.json")

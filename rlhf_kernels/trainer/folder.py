@@ -7,6 +7,7 @@ import itertools
 import os
 import shutil
 import socket
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -167,6 +168,9 @@ def _lock(folder: Path) -> int:
         raise UserError(
             f"output_dir: expected a folder that can be written, found {str(folder)!r} ({found})"
         ) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"output_dir: {path} is not a file; remove it")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

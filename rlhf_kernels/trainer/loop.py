@@ -63,7 +63,7 @@ class Loop:
         if new_data:
             self.stage.say("the order of the rows begins anew")
         self.extra = {key: states[key] for key in ("before", "reference") if key in states}
-        folder.on_main(self.accelerator, lambda: resume.set_later_aside(self.out, path))
+        folder.on_main(self.accelerator, lambda: resume.set_later_aside(self.out, path, done))
 
     def run(self) -> dict[str, Any]:
         """The steps that are left, the evaluation after them and the report; the summary."""

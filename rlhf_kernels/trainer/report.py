@@ -98,15 +98,27 @@ def _kept(path: Path, steps_done: int) -> list[dict[str, float]]:
     """The rows of the steps before `steps_done`; lines that are none are dropped."""
     found = []
     with writing(path):
-        content = path.read_bytes() if steps_done and path.exists() else b""
+        content = path.read_bytes() if steps_done and path.is_file() else b""
     for line in content.splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] < steps_done:
-            found.append({k: math.nan if v is None else v for k, v in row.items()})
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            continue
+        if row["step"] < steps_done:
+            numbers = {k: math.nan if v is None else v for k, v in row.items()}
+            # What somebody else wrote between them is no metric.
+            found.append({k: v for k, v in numbers.items() if _is_metric(v)})
     return found
+
+
+def _is_metric(value: Any) -> bool:
+    """Whether a value of a log is a number that a float holds."""
+    try:
+        return isinstance(value, int | float) and not math.isinf(value)
+    except OverflowError:
+        return False
 
 
 _CURVES = {
@@ -123,6 +135,9 @@ _CURVES = {
 def plot_curves(rows: Sequence[dict[str, float]], path: Path) -> None:
     """What the run logged of reward, KL, entropy, length, loss, accuracy and margin, as a PNG."""
     shown = {key: title for key, title in _CURVES.items() if any(key in row for row in rows)}
+    if not shown:
+        # Of a run that was done when it continued, its log gone.
+        return
     size = (4 * len(shown), 3.4)
     figure, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
     for axis, (key, title) in zip(axes[0], shown.items(), strict=True):

@@ -51,15 +51,16 @@ def find(folder: Path, stage: str, wanted: str | None) -> tuple[Path, dict[str, 
         raise CheckpointError(f"{error}; {advice}") from error
 
 
-def set_later_aside(folder: Path, path: Path) -> None:
+def set_later_aside(folder: Path, path: Path, steps_done: int) -> None:
     """Renames the checkpoints of later steps than the one that a run continues from.
 
-    They are not of this course of the training, and `--resume` would take them for its own.
+    They are not of this course of the training, and `--resume` would take them for its own. The
+    `path` may have any name: a copy under another one, a link.
     """
     if path.parent.resolve() != folder.resolve():
         return
     while (last := checkpoint.newest(folder)) is not None:
-        if checkpoint.step_of(last) <= checkpoint.step_of(path):
+        if checkpoint.step_of(last) <= steps_done:
             return
         set_aside(last)
 

@@ -9,6 +9,7 @@ completion ended with the end token) and, as TRL does, `trainer_state` (transfor
 """
 
 import asyncio
+import contextlib
 import copy
 import functools
 import importlib
@@ -21,7 +22,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Real
@@ -91,7 +92,8 @@ def _imported(module: str, path: str) -> ModuleType:
         raise UserError(f"reward_funcs: {path!r}: no file {str(file)!r}")
     try:
         # A file of the current folder even where an installed module has the same name.
-        return _from_file(file.resolve()) if file.is_file() else _from_name(module)
+        with _undone():
+            return _from_file(file.resolve()) if file.is_file() else _from_name(module)
     except (KeyboardInterrupt, Interrupted):
         raise
     except BaseException as error:  # SystemExit too: a script that parses its arguments.
@@ -251,7 +253,7 @@ def _awaited(waiting: Sequence[Awaitable[Any]]) -> list[Any]:
     async def settled(one: Awaitable[Any]) -> Any:
         try:
             return await one
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
+        except BaseException as error:  # It would end the loop, and be waited for.
             return _Raised(error)
 
     async def gather() -> list[Any]:
@@ -260,19 +262,43 @@ def _awaited(waiting: Sequence[Awaitable[Any]]) -> list[Any]:
     return asyncio.run_coroutine_threadsafe(gather(), _loop()).result()
 
 
+@contextlib.contextmanager
+def _undone() -> Iterator[None]:
+    """Puts back what foreign code changes for the whole process: it would change the training."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    gradients, folder = torch.is_grad_enabled(), None
+    with contextlib.suppress(OSError):
+        # It may have been deleted.
+        folder = Path.cwd()
+    try:
+        yield
+    finally:
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                os.chdir(folder)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(gradients)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+
+
+@_undone()
 def results(
     functions: Sequence[RewardFunction], arguments: Sequence[Mapping[str, Any]]
 ) -> list[Any]:
-    """What each function returns, or `_Raised` with its exception."""
+    """What each function returns, or `_Raised` with its exception.
+
+    Working folder, threads, default dtype and gradient mode are afterwards what they were.
+    """
     found: list[Any] = []
     for function, given in zip(functions, arguments, strict=True):
         try:
             own = {name: copied(value) for name, value in given.items()}
             found.append(function(**accepted(function, own)))
-        except Interrupted:
+        except (Interrupted, KeyboardInterrupt):
             # The user's signal, not the function's exit.
             raise
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
+        except BaseException as error:  # SystemExit, and what libraries keep from `except`.
             found.append(_Raised(error))
     waiting = [i for i, result in enumerate(found) if inspect.isawaitable(result)]
     if waiting:
