@@ -327,6 +327,26 @@ def test_infinite_rollouts_saturate(backend, mode):
     assert loss.isnan()
 
 
+def test_a_reference_without_weight_is_a_metric_alone(backend):
+    """kl_coef 0: what the reference policy says, also NaN, changes neither loss nor gradient."""
+    x, mask = torch.tensor([[-1.0, -2.0, -3.0]]), torch.ones(1, 3, dtype=torch.bool)
+    operands = torch.randn(1, 3, 4), torch.randn(5, 4)
+    labels = torch.zeros(1, 3, dtype=torch.int64)
+    for config in (rk.PolicyLossConfig.ppo(), rk.PolicyLossConfig(kl_importance_weighted=True)):
+        found = []
+        for ref in (None, torch.tensor([[NAN, -1.0, INF]])):
+            lp, hidden = x.clone().requires_grad_(), operands[0].clone().requires_grad_()
+            rest = (x - 0.125, torch.ones(1, 3), mask)
+            loss = rk.policy_loss(lp, *rest, ref_logprobs=ref, config=config).loss
+            head = rk.linear_policy_loss(
+                hidden, operands[1], labels, *rest, ref_logprobs=ref, config=config
+            ).loss
+            (loss + head).backward()
+            found.append((loss.detach(), head.detach(), lp.grad, hidden.grad))
+        for got, want in zip(*found, strict=True):
+            assert want.isfinite().all() and torch.equal(got, want)
+
+
 def test_infinite_references_in_the_kl_term(backend):
     old, mask = torch.full((1, 1), -1.0), torch.ones(1, 1, dtype=torch.bool)
     for estimator in ("k1", "k2", "k3", "abs", "k3+"):

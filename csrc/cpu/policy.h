@@ -34,6 +34,8 @@ double policy_block(const PolicyConfig& config, const PolicyBlock& b, int64_t n,
   using V = Lanes;
   // A copy, which no store to a gradient can change.
   const PolicyConfig c = config;
+  // A metric alone, where it has no weight: 0 * NaN would be NaN.
+  const bool weighs_kl = c.kl_coef != 0.0f;
   const V zero(0.0f), kl_coef(c.kl_coef), token_weight(static_cast<float>(weight));
   const bool token_ratio = kPlain || c.ratio_level == kTokenRatio;
   const bool pooled = !kPlain && c.ratio_level == kSequenceRatio;
@@ -76,10 +78,10 @@ double policy_block(const PolicyConfig& config, const PolicyBlock& b, int64_t n,
       if (c.kl_importance_weighted) {
         k.value = k.value * ratio.r;
         k.slope = k.slope * ratio.r;
-        t.ratio = fma(kl_coef, k.value, t.ratio);
+        if (weighs_kl) t.ratio = fma(kl_coef, k.value, t.ratio);
       }
       kl = kl + k.value;
-      t.direct = fma(kl_coef, k.slope, t.direct);
+      if (weighs_kl) t.direct = fma(kl_coef, k.slope, t.direct);
       x_ref = x_ref + d;
       k3_ref = k3_ref + k.k3;
     }

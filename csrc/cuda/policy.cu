@@ -105,13 +105,15 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
       if (a.ref_logprobs.given) {
         const float d = logprob - refs[j];
         KlTerm<float> k = policy_kl(d, c);
+        // A metric alone, where it has no weight: 0 * NaN would be NaN.
+        const bool weighs_kl = c.kl_coef != 0.0f;
         if (c.kl_importance_weighted) {
           k.value *= ratio.r;
           k.slope *= ratio.r;
-          t.ratio = fmaf(c.kl_coef, k.value, t.ratio);
+          if (weighs_kl) t.ratio = fmaf(c.kl_coef, k.value, t.ratio);
         }
         s[kKl] += k.value;
-        t.direct = fmaf(c.kl_coef, k.slope, t.direct);
+        if (weighs_kl) t.direct = fmaf(c.kl_coef, k.slope, t.direct);
         s[kXRef] += d;
         s[kRefK3] += k.k3;
       }
