@@ -35,8 +35,11 @@ _MEMORY = (
     "gradient_checkpointing, lora_rank, shorter max_prompt_tokens and max_new_tokens, or a smaller "
     "model"
 )
-# What a full, broken or forbidden disk says.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+# What a full, broken or forbidden disk says, and one that holds no such name.
+_DISK = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 def usage() -> str:
@@ -129,6 +132,11 @@ def _mendable(error: Exception) -> str | None:
         return str(error)
     if out_of_memory(error):
         return _MEMORY
+    if isinstance(error, BrokenPipeError) and error.filename is None:
+        return "standard output: nobody reads it any more; --resume continues from a checkpoint"
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        # Only the current folder has no name.
+        return "the current folder: it was deleted; change to another one"
     if isinstance(error, OSError) and error.errno in _DISK:
         return f"{error.filename or 'the disk'}: {error.strerror}"
     return None

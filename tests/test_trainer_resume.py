@@ -247,6 +247,33 @@ def test_a_damaged_newest_checkpoint_names_the_whole_ones(tmp_path, capsys):
     assert "resume_from: expected a checkpoint in" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "flags", ["--output_dir N", "--model N", "--model a/N", "--resume_from N", "--data N"]
+)
+def test_names_that_are_too_long_are_one_line(tmp_path, capsys, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "sft", *flags.replace("N", "n" * 300).split()]) == 2
+    assert "n" * 60 in told(capsys)
+
+
+def test_an_output_that_nobody_reads_is_one_line(tmp_path, capsys, monkeypatch):
+    def say(*_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("rlhf_kernels.trainer.run.Stage.say", say)
+    assert train(tmp_path, "--total_steps 1") == 2
+    assert "standard output: nobody reads it" in told(capsys)
+
+
+def test_a_current_folder_that_is_gone_is_one_line(tmp_path, capsys, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert cli.main(["train", "sft"]) == 2
+    assert "the current folder: it was deleted" in told(capsys)
+
+
 @pytest.mark.parametrize("kind", ["copy", "link", "renamed"])
 def test_a_checkpoint_of_any_name_continues(tmp_path, kind):
     flags = "--total_steps 3 --save_steps 1 --save_total_limit 0 --no_save_model"

@@ -147,10 +147,11 @@ def _check_hub(name: str, path: str) -> None:
     """Asks the hub once where nothing is cached: loaders retry for half a minute."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith((".", "~", "/")):
         raise UserError(f"{name}: expected a folder of a model, found none at {path!r}")
-    cached = any(
-        isinstance(try_to_load_from_cache(path, file), str)
-        for file in ("config.json", "adapter_config.json")
-    )
+    with blamed_on(name, "expected a folder or hub name of a model"):
+        cached = any(
+            isinstance(try_to_load_from_cache(path, file), str)
+            for file in ("config.json", "adapter_config.json")
+        )
     if cached:
         return
     try:
