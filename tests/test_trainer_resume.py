@@ -526,9 +526,14 @@ def test_metrics_survive_a_kill_during_resume(tmp_path, monkeypatch):
 # --- interrupts ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("moment", ["before", "save", "twice", "after", "finish"])
-def test_an_interrupt_at_any_moment_is_a_line(tmp_path, capsys, monkeypatch, number, moment):
+def test_an_interrupt_at_any_moment_is_a_line(
+    request, tmp_path, capsys, monkeypatch, number, moment
+):
+    # Under nohup it is ignored, by the run too.
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, hangup))
     out, calls = tmp_path / "out", [0]
 
     def interrupted(function, when, count=1):
@@ -549,14 +554,14 @@ def test_an_interrupt_at_any_moment_is_a_line(tmp_path, capsys, monkeypatch, num
         "finish": (folder, "sync_files", 1, 1),
     }[moment]
     owner, name, when, count = target
-    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     flags = "--total_steps 3" + (" --save_steps 2" if count == 2 or moment == "save" else "")
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, interrupted(getattr(owner, name), when, count))
         with pytest.raises(SystemExit) as stop:
             train(out, flags)
     assert stop.value.code == 130
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err and captured.out.count("interrupted; ") == 1
     assert not [n for n in names(out) if n.startswith(".")] and not (out / "policy").exists()

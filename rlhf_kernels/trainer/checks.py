@@ -183,6 +183,9 @@ def check_rows(
         if isinstance(config, OnlineConfig):
             needed = optim.batch_size // config.num_generations
             name += " / num_generations" * (config.num_generations > 1)
+            buffer, longest = config.overlong_buffer, data.max_new_tokens
+            expected = f"at most max_new_tokens={longest}"
+            require(buffer <= longest, "overlong_buffer", expected, buffer)
             imitated = {"sft_steps": config.sft_steps, "ptx_coef": config.ptx_coef}
             imitated["ptx_coef"] *= config.ptx_data is None
             for setting, value in imitated.items():

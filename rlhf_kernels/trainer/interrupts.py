@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run ends in a line, with status 130 and whole checkpoints."""
+"""Ctrl-C, SIGTERM and a lost terminal: a run ends in a line, with status 130 and whole checkpoints."""
 
 import contextlib
 import signal
@@ -44,9 +44,12 @@ class Interrupts:
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[Interrupts]:
-    """Takes SIGINT and SIGTERM in the main thread; elsewhere they are not to be had."""
+    """Takes SIGINT, SIGTERM and SIGHUP in the main thread; elsewhere they are not to be had."""
     found = Interrupts()
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
+    # nohup lets a run go on without its terminal.
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers += (signal.SIGHUP,)
     if threading.current_thread() is not threading.main_thread():
         numbers = ()
     before = {number: signal.signal(number, found.note) for number in numbers}
