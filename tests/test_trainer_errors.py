@@ -238,7 +238,7 @@ ppo --correction token --correction_mode clip | correction_mode: expected one of
 ppo --correction token --correction_max 0 | correction_max: expected > 0
 ppo --reward_clip -1 | reward_clip: expected >= 0
 ppo --overlong_buffer -1 | overlong_buffer: expected >= 0
-ppo --overlong_buffer 9 --max_new_tokens 8 | overlong_buffer: expected at most max_new_tokens=8
+ppo --overlong_buffer 9 --max_new_tokens 8 | overlong_buffer: expected at most max_new_token
 ppo --ptx_coef -1 | ptx_coef: expected >= 0
 ppo --ptx_data {f}/sft.jsonl | ptx_data: expected ptx_coef > 0
 ppo --num_samples -1 | num_samples: expected >= 0
