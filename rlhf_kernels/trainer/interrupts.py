@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a lost terminal: a run ends in a line, with status 130 and whole checkpoints."""
+"""Ctrl-C, SIGTERM, a lost terminal: a run ends in a line, with status 130 and whole checkpoints."""
 
 import contextlib
 import signal
