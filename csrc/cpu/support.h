@@ -188,7 +188,8 @@ void support_gradient(const SupportBackwardArgs& a, int64_t token, Range range) 
   const int64_t label = load_label(a.labels, i, j), n = range.end - range.begin;
   float g = upstream(a.grad_logprobs), h = upstream(a.grad_entropy);
   if (label == a.ignore_index || n == 0 || (g == 0.0f && h == 0.0f)) {
-    memset(a.dz + range.begin, 0, sizeof(float) * static_cast<size_t>(n));
+    // Without words in any support there is no memory, which memset may not be given.
+    if (n > 0) memset(a.dz + range.begin, 0, sizeof(float) * static_cast<size_t>(n));
     return;
   }
   const int64_t entry = label_entry(a.support, range, label);
