@@ -50,7 +50,8 @@ RESERVE = 15
 # Operation tests; the others are about the CPU, the package or the trainer.
 TEST_FILES = (
     "logprobs", "head", "head_cases", "policy", "policy_rules", "kl", "advantages",
-    "advantages_rules", "value", "preference", "support", "support_rules",
+    "advantages_rules", "value", "preference", "support", "support_rules", "extremes", "fp16",
+    "empty", "interface",
 )  # fmt: skip
 # What has most at stake first: time may run out.
 BENCH_FILES = ("logprobs", "head", "kl", "advantages", "policy", "value")

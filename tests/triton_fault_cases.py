@@ -116,7 +116,8 @@ def _token_logprobs(vocab: int) -> Iterator[Case]:
             temperature[1] = value
             return call(**arguments(), temperature=temperature)[:2]
 
-        error = f"temperature at flat position 1 must be a finite number > 0, got {value}"
+        error = "temperature at flat position 1 must be a finite number > 0, between 2^-60 and "
+        error += f"2^60 (8.7e-19 and 1.2e18), got {value}"
         return Case(f"temperature {value}", run, "clean", (1,), error)
 
     def ignored(fill: float) -> tuple[Tensor, ...]:
