@@ -132,9 +132,11 @@ def policy_kernel(
         kl, kl_slope, k3_ref = policy_kl(x_ref, c, ESTIMATOR, STRAIGHT)
         if WEIGHTED:
             kl, kl_slope = kl * r, kl_slope * r
-            slope += tl.where(c.kl_coef != 0.0, c.kl_coef * kl, 0.0)
         # A metric alone, where it has no weight: 0 * NaN would be NaN.
-        direct += tl.where(c.kl_coef != 0.0, c.kl_coef * kl_slope, 0.0)
+        if c.kl_coef != 0.0:
+            if WEIGHTED:
+                slope += c.kl_coef * kl
+            direct += c.kl_coef * kl_slope
     bonus = zero
     if ENTROPY:
         bonus = load_kept(entropy, s, at, i, kept, entropy_stride0, entropy_stride1)
