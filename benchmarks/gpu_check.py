@@ -346,7 +346,7 @@ def _sanitize(run: Run, tool: str, kind: str, script: list[str], log: str) -> st
 
 def _names_ours(log: str) -> bool:
     """Whether the sanitizer found something in one of our kernels."""
-    sources = (ROOT / "rlhf_kernels" / "triton").glob("*.py")
+    sources = (ROOT / "rlhf_kernels/kernels/triton").glob("*.py")
     names = {n for s in sources for n in re.findall(r"^def (\w+_kernel)\(", s.read_text(), re.M)}
     if "rk::cuda::" in log:
         return True

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from rlhf_kernels._warmup import EXAMPLES, Inputs, tensors  # noqa: E402
+from rlhf_kernels.ops._examples import EXAMPLES, Inputs, tensors  # noqa: E402
 
 ROWS, SIZE = 64, 2048
 

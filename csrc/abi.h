@@ -175,7 +175,7 @@ struct KlPenaltyArgs {
   Exec exec;
 };
 
-// Options of the policy loss, as rlhf_kernels/policy_config.py encodes them: absent bounds are
+// Options of the policy loss, as rlhf_kernels/config/policy.py encodes them: absent bounds are
 // +-3e38, never infinite.
 enum Objective : int32_t { kClip = 0, kPenalty = 1, kReinforce = 2, kCispo = 3, kSapo = 4 };
 enum RatioLevel : int32_t { kTokenRatio = 0, kSequenceRatio = 1, kSequenceTokenRatio = 2 };

@@ -73,10 +73,10 @@ RK_HD KlPenalty kl_penalty_term(float x, int32_t estimator) {
   return {p.em1mx, -p.em1};
 }
 
-// What policy_config.py gives for a bound that is not set.
+// What config/policy.py gives for a bound that is not set.
 constexpr float kUnbounded = 3.0e38f;
 
-// exp(x) saturates at +-40 in every use: LOG_RATIO_BOUND of policy_config.py.
+// exp(x) saturates at +-40 in every use: LOG_RATIO_BOUND of config/policy.py.
 constexpr float kLogRatioBound = 40.0f;
 
 template <class V>

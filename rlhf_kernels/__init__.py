@@ -1,8 +1,9 @@
 """rlhf_kernels: fused, exact, deterministic operations of RLHF post-training."""
 
-from ._backends import available_backends, use_backend
-from ._warmup import warmup
+from .config.policy import PolicyLossConfig
 from .controllers import AdaptiveKLController, FixedKLController, RunningMoments
+from .kernels.backends import available_backends, use_backend
+from .ops._examples import warmup
 from .ops.advantages import (
     Advantages,
     PPOAdvantages,
@@ -17,15 +18,8 @@ from .ops.head_policy import linear_policy_loss
 from .ops.kl import kl_divergence, kl_penalty
 from .ops.logprobs import TokenLogprobs, token_logprobs
 from .ops.policy import PolicyLoss, PolicyMetrics, policy_loss
-from .ops.preference import (
-    DPOLoss,
-    RewardModelLoss,
-    dpo_loss,
-    reward_model_loss,
-    sequence_logprobs,
-)
+from .ops.preference import DPOLoss, RewardModelLoss, dpo_loss, reward_model_loss, sequence_logprobs
 from .ops.value import ValueLoss, ValueMetrics, value_loss
-from .policy_config import PolicyLossConfig
 
 __version__ = "0.1.0"
 

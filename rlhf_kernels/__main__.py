@@ -15,8 +15,11 @@ from typing import Any
 
 import torch
 
-from . import __version__, _backends, _config, native
-from ._warmup import EXAMPLES, VARIANTS, Inputs, gradients, tensors
+from . import __version__
+from .core import env
+from .kernels import backends as kernel_backends
+from .kernels import native
+from .ops._examples import EXAMPLES, VARIANTS, Inputs, gradients, tensors
 from .testing import to_float64
 
 # What changes how kernels are chosen or run.
@@ -79,7 +82,7 @@ def _selected(operation: str, device: torch.device) -> str:
         # Not an operator: a few lines of torch over one number per sequence.
         return "torch"
     try:
-        return _backends.select(operation, device)
+        return kernel_backends.select(operation, device)
     except RuntimeError as error:
         return f"none: {error}"
 
@@ -113,7 +116,7 @@ def check(
             actual = list(tensors(function(*call[0], **call[1])))
             actual += gradients(actual, call)
             exact = to_float64(call)
-            with _backends.use_backend(_backends.REFERENCE):
+            with kernel_backends.use_backend(kernel_backends.REFERENCE):
                 expected = list(tensors(function(*exact[0], **exact[1])))
             expected += gradients(expected, exact)
             for a, e in zip(actual, expected, strict=True):
@@ -136,8 +139,8 @@ def report() -> dict[str, Any]:
     """Everything the doctor knows, ready for JSON."""
     cpu, cuda = native.module("cpu"), native.module("cuda")
     backends = {}
-    for name in _config.BACKEND_NAMES[1:]:
-        reason = _backends.unavailable_reason(name)
+    for name in env.BACKEND_NAMES[1:]:
+        reason = kernel_backends.unavailable_reason(name)
         backends[name] = {"available": reason is None, "reason": reason}
     backends["cuda"]["built"] = cuda is not None
     checks = [
@@ -174,7 +177,7 @@ def report() -> dict[str, Any]:
         },
         "threads": {"torch": torch.get_num_threads(), "openmp_runtimes": openmp_runtimes()},
         "backends": backends,
-        "forced_backend": _backends.current_backend(),
+        "forced_backend": kernel_backends.current_backend(),
         "selected": {
             str(device): {f.__name__: _selected(f.__name__, device) for f in EXAMPLES}
             for device in devices()

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import _checks, _options
+from .core import checks, option_checks
 
 
 class FixedKLController:
@@ -16,7 +16,7 @@ class FixedKLController:
     """
 
     def __init__(self, kl_coef: float) -> None:
-        self.value = float(_options.non_negative("FixedKLController", "kl_coef", kl_coef))
+        self.value = float(option_checks.non_negative("FixedKLController", "kl_coef", kl_coef))
 
     def update(self, current_kl: float | Tensor, n_steps: int) -> float:
         """Returns the coefficient, unchanged."""
@@ -44,9 +44,9 @@ class AdaptiveKLController:
 
     def __init__(self, init_kl_coef: float, target: float, horizon: float) -> None:
         op = "AdaptiveKLController"
-        self.value = float(_options.non_negative(op, "init_kl_coef", init_kl_coef))
-        self.target = float(_options.positive(op, "target", target))
-        self.horizon = float(_options.positive(op, "horizon", horizon))
+        self.value = float(option_checks.non_negative(op, "init_kl_coef", init_kl_coef))
+        self.target = float(option_checks.positive(op, "target", target))
+        self.horizon = float(option_checks.positive(op, "horizon", horizon))
 
     def update(self, current_kl: float | Tensor, n_steps: int) -> float:
         """Moves the coefficient after `n_steps` steps with mean KL `current_kl`.
@@ -99,10 +99,10 @@ class RunningMoments:
         Raises:
             ValueError: a kept element is not finite: it would stay in the moments for good.
         """
-        kept = _checks.real("RunningMoments", "x", x).detach().double()
+        kept = checks.real("RunningMoments", "x", x).detach().double()
         if mask is not None:
-            mask = _checks.mask("RunningMoments", "mask", mask)
-            _checks.same_shape("RunningMoments", "mask", mask, "x", x.shape)
+            mask = checks.mask("RunningMoments", "mask", mask)
+            checks.same_shape("RunningMoments", "mask", mask, "x", x.shape)
             kept = kept[mask != 0]
         count = kept.numel()
         if count == 0:

@@ -37,7 +37,7 @@ def _backends(device):
     """Backends that the tests of operations run on. The CUDA extension counts where it is built."""
     if device.type == "cpu":
         return "reference", "cpu", "cuda", "triton"
-    from rlhf_kernels import native
+    from rlhf_kernels.kernels import native
 
     cuda = device.type == "cuda" and native.unavailable_reason("cuda") is None
     return ("reference", "cuda", "triton") if cuda else ("reference", "triton")

@@ -19,7 +19,8 @@ from types import ModuleType
 
 import pybind11
 
-from rlhf_kernels import _backends, _head, native
+from rlhf_kernels.head import chunks
+from rlhf_kernels.kernels import backends, native
 
 ROOT = Path(__file__).parent.parent
 EMULATOR = Path(__file__).parent / "cuda_emulator"
@@ -104,7 +105,7 @@ def load() -> ModuleType:
 @contextlib.contextmanager
 def installed() -> Iterator[ModuleType]:
     """The emulated extension in the place of the real one, which may be missing."""
-    tables = native._MODULES, native._LAUNCHERS, _backends._TABLES
+    tables = native._MODULES, native._LAUNCHERS, backends._TABLES
     before = [t["cuda"] for t in tables]
     native._MODULES["cuda"] = load(), None
     refresh()
@@ -118,4 +119,4 @@ def installed() -> Iterator[ModuleType]:
 def refresh() -> None:
     """Makes the launchers anew, from functions of the extension that a test has replaced."""
     native._LAUNCHERS["cuda"] = native.table(load())
-    _backends._TABLES["cuda"] = _backends.table(native._LAUNCHERS["cuda"], _head.plain_empty)
+    backends._TABLES["cuda"] = backends.table(native._LAUNCHERS["cuda"], chunks.plain_empty)

@@ -16,7 +16,9 @@ from support_cases import within
 from torch import Tensor
 
 import rlhf_kernels as rk
-from rlhf_kernels import _warmup, policy_config, reference
+from rlhf_kernels import reference
+from rlhf_kernels.config import policy
+from rlhf_kernels.ops import _examples
 from rlhf_kernels.testing import assert_within_bound, to_float64
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -337,15 +339,15 @@ def policy_config_of(d: Draw, smooth: bool = False) -> rk.PolicyLossConfig:
     if objective == "clip" and d.chance(0.5):
         options |= {"dual_clip": d.pick(None, 1.9), "delta": d.pick(None, 2.5)}
     if objective != "reinforce":
-        options["ratio_level"] = d.pick("token", *policy_config.RATIO_LEVELS)
+        options["ratio_level"] = d.pick("token", *policy.RATIO_LEVELS)
     if d.chance(0.4):
-        mode = "truncate" if smooth else d.pick(*policy_config.CORRECTION_MODES)
-        options |= {"correction_level": d.pick(*policy_config.CORRECTION_LEVELS),
+        mode = "truncate" if smooth else d.pick(*policy.CORRECTION_MODES)
+        options |= {"correction_level": d.pick(*policy.CORRECTION_LEVELS),
                     "correction_mode": mode, "correction_max": 50.0 if smooth else 1.3}  # fmt: skip
     if not smooth and d.chance(0.3):
         options |= {"log_ratio_clamp": (-0.9, 1.1), "kl_input_clamp": 0.6, "kl_value_clamp": 0.5}
-    estimators = ("k2", "k3") if smooth else policy_config.KL_ESTIMATORS
-    aggregation = d.pick(*policy_config.AGGREGATIONS)
+    estimators = ("k2", "k3") if smooth else policy.KL_ESTIMATORS
+    aggregation = d.pick(*policy.AGGREGATIONS)
     return rk.PolicyLossConfig(
         **options,
         kl_estimator=d.pick(*estimators),
@@ -417,7 +419,7 @@ def policy_loss(d: Draw) -> Case:
 
 def value_loss(d: Draw) -> Case:
     shape, offsets, _ = d.tokens()
-    mask, aggregation = d.mask(shape), d.pick(*policy_config.AGGREGATIONS)
+    mask, aggregation = d.mask(shape), d.pick(*policy.AGGREGATIONS)
     given = {n: d.hidden(d.floats(*shape), mask) for n in ("values", "old_values", "returns")}
     normalizer = 7.5 if aggregation == "constant" else d.pick(None, 3.5, torch.tensor(9.0))
     d.wanted(given["values"])
@@ -430,7 +432,7 @@ def value_loss(d: Draw) -> Case:
 def kl_penalty(d: Draw) -> Case:
     shape = d.tokens()[0]
     x = d.floats(*shape, scale=d.pick(1.0, 30.0))
-    estimator = d.pick(*policy_config.KL_ESTIMATORS)
+    estimator = d.pick(*policy.KL_ESTIMATORS)
     return Case("kl_penalty", {"logprobs": d.wanted(x), "ref_logprobs": d.floats(*shape),
                                "estimator": estimator}, d)  # fmt: skip
 
@@ -539,7 +541,7 @@ def make(seed: int, interpreted: bool) -> Case:
 
 def run(case: Case, arguments: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     """(results followed by gradients, upstream gradients)"""
-    results = list(_warmup.tensors(getattr(rk, case.op)(**arguments)))
+    results = list(_examples.tensors(getattr(rk, case.op)(**arguments)))
     tensors = [t for t in arguments.values() if isinstance(t, Tensor) and t.requires_grad]
     outputs = [r for r in results if r.requires_grad]
     if not tensors or not outputs:

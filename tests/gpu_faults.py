@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import rlhf_kernels as rk
-from rlhf_kernels import _backends, triton
-from rlhf_kernels._warmup import EXAMPLES, Inputs, gradients, tensors
+from rlhf_kernels.kernels import backends, triton
+from rlhf_kernels.ops._examples import EXAMPLES, Inputs, gradients, tensors
 
 
 class Fault(NamedTuple):
@@ -148,8 +148,8 @@ def main() -> int:
     parser.add_argument("--backend", default="triton", choices=("cuda", "triton"))
     options = parser.parse_args()
     device = torch.device(options.device)
-    with _backends.use_backend(options.backend):
-        has = _backends._launchers(options.backend)
+    with backends.use_backend(options.backend):
+        has = backends._launchers(options.backend)
         faults = [f for f in FAULTS if f.operation in has]
         for fault in faults:
             outputs = [t.sum() for t in tensors(fault.call(device)) if t.requires_grad]

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_kernels import _backends, reference
+from rlhf_kernels import reference
+from rlhf_kernels.kernels import backends
 from rlhf_kernels.testing import PRODUCT_ROUNDINGS, assert_within_bound, product_bound
 
 EPS = torch.finfo(torch.float32).eps
@@ -30,7 +31,7 @@ def half_ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _interpreted(t: Tensor) -> bool:
     """Whether Triton's interpreter is in use, which cuts off what does not fit into bfloat16."""
-    return t.device.type == "cpu" and _backends.select("token_logprobs", t.device) == "triton"
+    return t.device.type == "cpu" and backends.select("token_logprobs", t.device) == "triton"
 
 
 class SoftmaxBounds:

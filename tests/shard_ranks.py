@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import rlhf_kernels as rk
-from rlhf_kernels import _checks, _config, _head
+from rlhf_kernels.core import checks, env
+from rlhf_kernels.head import chunks
 from rlhf_kernels.testing import assert_bitwise_equal
 
 TIMEOUT = 120
@@ -83,7 +84,7 @@ def call(
     if compiled:
         # Not inductor: what it compiles is not in question here.
         function = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
-    may_look = (lambda _: False) if blind else _checks.may_look
+    may_look = (lambda _: False) if blind else checks.may_look
     emulated = contextlib.nullcontext()
     if backend == "cuda" and all(t.device.type == "cpu" for t in leaves.values()):
         import emulated_cuda
@@ -92,9 +93,9 @@ def call(
     with (
         emulated,
         rk.use_backend(backend),
-        mock.patch.object(_checks, "may_look", may_look),
-        mock.patch.object(_config, "CHECK", checked),
-        mock.patch.dict(_head.CHUNK_BYTES, {} if budget is None else {"cpu": budget}),
+        mock.patch.object(checks, "may_look", may_look),
+        mock.patch.object(env, "CHECK", checked),
+        mock.patch.dict(chunks.CHUNK_BYTES, {} if budget is None else {"cpu": budget}),
     ):
         results = [*function(**arguments, **options, group=group)]
         results = [getattr(r, "values", r) if op == "linear_policy_loss" and i else r

@@ -3,10 +3,7 @@
 import torch
 
 import rlhf_kernels as rk
-from rlhf_kernels.testing import (
-    assert_within_budget,
-    generator,
-)
+from rlhf_kernels.testing import assert_within_budget, generator
 
 OPTIONS = [
     {},

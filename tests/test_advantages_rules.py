@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rlhf_kernels as rk
-from rlhf_kernels import _config, native
+from rlhf_kernels.core import env
+from rlhf_kernels.kernels import native
 from rlhf_kernels.testing import DTYPES, assert_bitwise_equal, random_mask
 
 
@@ -219,7 +220,7 @@ def test_bad_offsets(backend, monkeypatch):
                     result = call()
                     for r in (result,) if isinstance(result, torch.Tensor) else result:
                         assert r.isnan().all()
-                    patch.setattr(_config, "CHECK", True)
+                    patch.setattr(env, "CHECK", True)
                 with pytest.raises(ValueError, match="cu_seqlens must start at 0"):
                     call()
 

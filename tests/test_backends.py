@@ -11,7 +11,8 @@ import torch
 from run_python import BLOCK_EXTENSION, run_python
 
 import rlhf_kernels as rk
-from rlhf_kernels import _backends, _warmup, native
+from rlhf_kernels.kernels import backends, native
+from rlhf_kernels.ops import _examples
 from rlhf_kernels.testing import (
     DTYPES,
     RAGGED_SIZES,
@@ -29,7 +30,7 @@ OPERATION_TESTS = [
     for file in sorted(Path(__file__).parent.glob("test_*.py"))
     if re.search(r"^def test_\w+\([^)]*\bbackend\b", file.read_text(), re.M)
 ]
-KERNELS = [f for f in _warmup.EXAMPLES if f.__name__ in native.launchers("cpu")]
+KERNELS = [f for f in _examples.EXAMPLES if f.__name__ in native.launchers("cpu")]
 
 CALL = """
 import torch, rlhf_kernels as rk
@@ -55,23 +56,23 @@ def test_unknown_backend_is_refused(name):
 
 
 def test_use_backend_nests_and_restores():
-    before = _backends.current_backend()
+    before = backends.current_backend()
     with rk.use_backend("reference"):
         with rk.use_backend("cpu"):
-            assert _backends.current_backend() == "cpu"
-        assert _backends.current_backend() == "reference"
+            assert backends.current_backend() == "cpu"
+        assert backends.current_backend() == "reference"
         with pytest.raises(KeyError), rk.use_backend("auto"):
             raise KeyError
-        assert _backends.current_backend() == "reference"
-    assert _backends.current_backend() == before
+        assert backends.current_backend() == "reference"
+    assert backends.current_backend() == before
 
 
 def test_named_backend_refuses_other_devices_and_operations():
     with rk.use_backend("cpu"):
         with pytest.raises(RuntimeError, match="'cpu' does not serve meta tensors"):
-            _backends.select("token_logprobs", torch.device("meta"))
+            backends.select("token_logprobs", torch.device("meta"))
         with pytest.raises(RuntimeError, match="'cpu' does not have this operation"):
-            _backends.select("no_such_operation", torch.device("cpu"))
+            backends.select("no_such_operation", torch.device("cpu"))
     assert rk.available_backends("meta") == ("reference",)
     assert rk.available_backends() == ("cpu", "reference")
 
@@ -79,8 +80,8 @@ def test_named_backend_refuses_other_devices_and_operations():
 def test_environment_forces_the_backend():
     code = (
         CALL
-        + "from rlhf_kernels import _backends\n"
-        + "print(_backends.select('token_logprobs', logits.device))"
+        + "from rlhf_kernels.kernels import backends\n"
+        + "print(backends.select('token_logprobs', logits.device))"
     )
     for name in ("reference", "cpu", " CPU "):
         done = run_python("-c", code, RLHF_KERNELS_BACKEND=name)
@@ -148,8 +149,8 @@ def test_environment_selects_the_instruction_set(isa):
 
 
 def _run(function, call):
-    results = list(_warmup.tensors(function(*call[0], **call[1])))
-    return [r.detach() for r in results] + _warmup.gradients(results, call)
+    results = list(_examples.tensors(function(*call[0], **call[1])))
+    return [r.detach() for r in results] + _examples.gradients(results, call)
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
@@ -158,8 +159,8 @@ def _run(function, call):
 def test_every_instruction_set_is_within_budget(isa, function, dtype):
     for size in RAGGED_SIZES:
         generator = torch.Generator().manual_seed(size)
-        inputs = _warmup.Inputs(3, size, dtype, torch.device("cpu"), generator)
-        call = _warmup.EXAMPLES[function](inputs)
+        inputs = _examples.Inputs(3, size, dtype, torch.device("cpu"), generator)
+        call = _examples.EXAMPLES[function](inputs)
         with rk.use_backend("cpu"):
             actual = _run(function, call)
         with rk.use_backend("reference"):
@@ -187,8 +188,8 @@ def test_concurrent_calls_give_the_same_bits(function):
     calls = []
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
-        inputs = _warmup.Inputs(7, 515, torch.float32, torch.device("cpu"), generator)
-        calls.append(_warmup.EXAMPLES[function](inputs))
+        inputs = _examples.Inputs(7, 515, torch.float32, torch.device("cpu"), generator)
+        calls.append(_examples.EXAMPLES[function](inputs))
     expected = [_run(function, call) for call in calls]
     failures = []
 

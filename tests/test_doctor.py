@@ -8,7 +8,8 @@ from run_python import BLOCK_EXTENSION, run_python
 
 import rlhf_kernels as rk
 from rlhf_kernels import __main__ as doctor
-from rlhf_kernels import _backends, _warmup, native
+from rlhf_kernels.kernels import backends, native
+from rlhf_kernels.ops import _examples
 
 DOCTOR = "from rlhf_kernels.__main__ import main\nraise SystemExit(main({}))"
 
@@ -22,7 +23,7 @@ def test_json_report():
     assert report["cpu_extension"]["isa"] == report["cpu_extension"]["isas"][-1]
     assert report["selected"]["cpu"]["token_logprobs"] == "cpu"
     names = {c["operation"] for c in report["self_check"]}
-    assert names == {f.__name__ for f in _warmup.EXAMPLES}
+    assert names == {f.__name__ for f in _examples.EXAMPLES}
 
 
 def test_text_report_shows_what_is_forced():
@@ -90,7 +91,7 @@ def test_openmp_runtimes_are_found():
 
 def test_warmup_runs_every_kernel(monkeypatch):
     called = set()
-    table = _backends._launchers("cpu")
+    table = backends._launchers("cpu")
     for name, launcher in list(table.items()):
 
         def record(*args, _name=name, _launcher=launcher):

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import rlhf_kernels as rk
-from rlhf_kernels import _head, _labels, reference
+from rlhf_kernels import reference
+from rlhf_kernels.core import sentinels
+from rlhf_kernels.head import chunks
 from rlhf_kernels.ops.support import linear_token_logprobs_support
 
 
@@ -129,13 +131,15 @@ def test_no_words_or_no_columns_under_a_support(backend, n, width, entries):
 def test_exact_products_are_no_larger_than_they_gain_by():
     cpu = torch.device("cpu")
     for vocab, asked in [(15, None), (15, 10**9), (1, None), (50_000, 10**9)]:
-        size = _head.exact_size(asked, cpu, vocab, torch.float32)
-        assert size <= 8192 and size * vocab * 4 <= 16 * _head.CHUNK_BYTES["cpu"]
+        size = chunks.exact_size(asked, cpu, vocab, torch.float32)
+        assert size <= 8192 and size * vocab * 4 <= 16 * chunks.CHUNK_BYTES["cpu"]
     # What was right before stays.
     for vocab in (32_768, 151_936):
         for dtype in (torch.float32, torch.bfloat16):
-            assert _head.exact_size(None, cpu, vocab, dtype) == _head.chunk_size(cpu, vocab, dtype)
-    assert _head.exact_size(64, cpu, 151_936, torch.float32) == 64
+            assert chunks.exact_size(None, cpu, vocab, dtype) == chunks.chunk_size(
+                cpu, vocab, dtype
+            )
+    assert chunks.exact_size(64, cpu, 151_936, torch.float32) == 64
 
 
 @pytest.mark.parametrize("options", [{"chunk_tokens": 1}, {"chunk_tokens": 10**9}, {}])
@@ -160,19 +164,19 @@ def test_chunks_of_every_size(backend, options, invariant):
 
 
 def test_no_label_is_taken_for_another():
-    special = [_labels.ELSEWHERE, _labels.SHARD_IGNORED, _labels.NOWHERE]
+    special = [sentinels.ELSEWHERE, sentinels.SHARD_IGNORED, sentinels.NOWHERE]
     assert len(set(special)) == 3 and max(special) < -1
     labels = torch.tensor([0, 3, 9, -1, 10, *special])
-    local, ignored = _head.localized(labels, slice(2, 6), 10, _labels.SHARD_IGNORED)
-    out, nowhere = _labels.ELSEWHERE, _labels.NOWHERE
+    local, ignored = chunks.localized(labels, slice(2, 6), 10, sentinels.SHARD_IGNORED)
+    out, nowhere = sentinels.ELSEWHERE, sentinels.NOWHERE
     assert local.tolist() == [out, 1, out, nowhere, nowhere, out, nowhere, nowhere]
-    assert ignored == _labels.SHARD_IGNORED
+    assert ignored == sentinels.SHARD_IGNORED
 
 
 def test_labels_under_the_mask_are_anything(backend):
     h, w = torch.randn(1, 6, 4), torch.randn(9, 4)
     mask = torch.tensor([[1, 0, 0, 0, 0, 1]])
-    odd = torch.tensor([[3, _labels.ELSEWHERE, _labels.SHARD_IGNORED, -100, 2**62, 8]])
+    odd = torch.tensor([[3, sentinels.ELSEWHERE, sentinels.SHARD_IGNORED, -100, 2**62, 8]])
     plain = torch.where(mask != 0, odd, 0)
     found = [
         rk.linear_policy_loss(
@@ -185,7 +189,7 @@ def test_labels_under_the_mask_are_anything(backend):
 
 
 def test_labels_of_shards_are_no_ignore_index(backend):
-    for odd in (_labels.ELSEWHERE, _labels.SHARD_IGNORED):
+    for odd in (sentinels.ELSEWHERE, sentinels.SHARD_IGNORED):
         with pytest.raises(ValueError, match="ignore_index"):
             rk.token_logprobs(torch.randn(1, 3), torch.tensor([odd]), ignore_index=odd)
 

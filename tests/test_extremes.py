@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rlhf_kernels as rk
-from rlhf_kernels import _temperatures
+from rlhf_kernels.core import temperature_rules
 
 INF, NAN = float("inf"), float("nan")
 TEMPERATURES = [2.0**-60, 1e-10, 1e-4, 1e-3, 0.1, 1.0, 30.0, 1e4, 1e10, 2.0**60]
@@ -367,7 +367,7 @@ def test_infinite_references_in_the_kl_term(backend):
 
 
 def test_the_bounds_of_a_temperature_are_one_everywhere():
-    assert (_temperatures.LOWEST, _temperatures.HIGHEST) == (2.0**-60, 2.0**60)
-    triton_math = pytest.importorskip("rlhf_kernels.triton._math")
+    assert (temperature_rules.LOWEST, temperature_rules.HIGHEST) == (2.0**-60, 2.0**60)
+    triton_math = pytest.importorskip("rlhf_kernels.kernels.triton._math")
     source = triton_math.good_temperature.fn.__code__.co_consts
-    assert {_temperatures.LOWEST, _temperatures.HIGHEST} <= set(source)
+    assert {temperature_rules.LOWEST, temperature_rules.HIGHEST} <= set(source)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rlhf_kernels as rk
-from rlhf_kernels import native
+from rlhf_kernels.kernels import native
 
 FIRST, CASES = 5100, 70
 

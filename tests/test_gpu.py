@@ -12,17 +12,14 @@ import torch
 from gpu_faults import FAULTS, examples, odd_layouts
 
 import rlhf_kernels as rk
-from rlhf_kernels import _backends, _config, _warmup, native, triton
-from rlhf_kernels.testing import (
-    DTYPES,
-    assert_bitwise_equal,
-    assert_within_budget,
-    to_float64,
-)
+from rlhf_kernels.core import env
+from rlhf_kernels.kernels import backends, native, triton
+from rlhf_kernels.ops import _examples
+from rlhf_kernels.testing import DTYPES, assert_bitwise_equal, assert_within_budget, to_float64
 
 pytestmark = pytest.mark.gpu
 
-KERNELS = [f for f in _warmup.EXAMPLES if f.__name__ in triton.launchers()]
+KERNELS = [f for f in _examples.EXAMPLES if f.__name__ in triton.launchers()]
 each_kernel = pytest.mark.parametrize("function", KERNELS, ids=lambda f: f.__name__)
 
 
@@ -75,7 +72,7 @@ def cuda(device):
 
 def example(function, device, *, rows=5, size=1031, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return _warmup.EXAMPLES[function](_warmup.Inputs(rows, size, dtype, device, g))
+    return _examples.EXAMPLES[function](_examples.Inputs(rows, size, dtype, device, g))
 
 
 def moved(call, device):
@@ -94,13 +91,13 @@ def inputs_of(call):
 
 
 def forward(function, call):
-    return list(_warmup.tensors(function(*call[0], **call[1])))
+    return list(_examples.tensors(function(*call[0], **call[1])))
 
 
 def run(function, call):
     """Results and gradients."""
     results = forward(function, call)
-    return [r.detach() for r in results] + _warmup.gradients(results, call)
+    return [r.detach() for r in results] + _examples.gradients(results, call)
 
 
 class Step:
@@ -153,7 +150,7 @@ def test_every_operation_has_kernels(device, kernels):
         assert kernels in rk.available_backends(device) and not triton.interpreted()
         with rk.use_backend("auto"):
             for name in found:
-                assert _backends.select(name, device) == rk.available_backends(device)[0]
+                assert backends.select(name, device) == rk.available_backends(device)[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -296,11 +293,11 @@ def test_odd_layouts_change_nothing(device, function):
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f.operation}-{f.name}")
 def test_bad_data_poisons_or_raises(device, fault, monkeypatch):
-    first = next(_warmup.tensors(fault.call(device)))
+    first = next(_examples.tensors(fault.call(device)))
     assert first.isnan().any()
     # The device still works.
     assert torch.ones(3, device=device).sum().item() == 3
-    monkeypatch.setattr(_config, "CHECK", True)
+    monkeypatch.setattr(env, "CHECK", True)
     with pytest.raises(fault.error):
         fault.call(device)
 
@@ -487,7 +484,7 @@ def test_compiles_once_for_all_lengths(device, kernels, step):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     kinds, leaf, needed = STEPS[step]
-    if missing := needed - set(_backends._launchers(kernels)):
+    if missing := needed - set(backends._launchers(kernels)):
         pytest.skip(f"no kernels yet for {', '.join(sorted(missing))}")
     torch._dynamo.reset()
     # Inductor's C++ would take a minute here, and would show nothing about our kernels.

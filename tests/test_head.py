@@ -5,7 +5,8 @@ import torch
 from head_bounds import HeadBounds, assert_all_within, logprobs_bounds, policy_bounds
 
 import rlhf_kernels as rk
-from rlhf_kernels import _checks, reference
+from rlhf_kernels import reference
+from rlhf_kernels.core import checks
 from rlhf_kernels.testing import assert_bitwise_equal, generator, to_float64
 
 B, T, H, V = 3, 13, 24, 131
@@ -340,7 +341,7 @@ def test_policy_loss_finds_bad_labels_of_kept_tokens(backend, bad, monkeypatch):
         run()
     if backend == "triton":
         # As on a GPU, where nobody looks: no label is skipped.
-        monkeypatch.setattr(_checks, "may_look", lambda t: False)
+        monkeypatch.setattr(checks, "may_look", lambda t: False)
         assert run().isnan()
 
 

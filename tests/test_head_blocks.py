@@ -8,7 +8,9 @@ from test_head_cases import assert_within_bounds, operands
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf_kernels as rk
-from rlhf_kernels import _head, _labels, reference
+from rlhf_kernels import reference
+from rlhf_kernels.core import sentinels
+from rlhf_kernels.head import chunks as head_chunks
 from rlhf_kernels.testing import DTYPES, assert_within_bound, product_bound, to_float64
 
 TOKENS, VOCAB = 37, 200
@@ -18,15 +20,15 @@ TOKENS, VOCAB = 37, 200
 def blocks(request, monkeypatch):
     """The words of each product of a backward pass, whose budget holds 64 of VOCAB at a time."""
     seen = []
-    project = _head.Head.project
+    project = head_chunks.Head.project
 
     def watched(head, hidden, words=slice(None)):
         logits = project(head, hidden, words)
         seen.append(logits.shape[1])
         return logits
 
-    monkeypatch.setattr(_head.Head, "project", watched)
-    monkeypatch.setitem(_head.CHUNK_BYTES, "cpu", 64 * TOKENS * 2)
+    monkeypatch.setattr(head_chunks.Head, "project", watched)
+    monkeypatch.setitem(head_chunks.CHUNK_BYTES, "cpu", 64 * TOKENS * 2)
     with rk.use_backend(request.param):
         yield seen
 
@@ -113,7 +115,7 @@ def test_kl_divergence(blocks, direction, dtype):
 def test_more_tokens_than_a_block_takes(blocks, monkeypatch):
     """Tokens in several steps beside blocks of words: sums start, go on and end."""
     for most in (19, 13, 5):
-        monkeypatch.setattr(_head, "_BLOCK_TOKENS", most)
+        monkeypatch.setattr(head_chunks, "_BLOCK_TOKENS", most)
         for dtype in DTYPES:
             hidden, weight, labels = operands(TOKENS, 16, VOCAB, dtype)
             upstream = (torch.randn(TOKENS), torch.randn(TOKENS))
@@ -125,8 +127,8 @@ def test_more_tokens_than_a_block_takes(blocks, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_policy_loss(blocks, monkeypatch, name, dtype):
     """Two sweeps where a sum over chunks would be dear: 16-bit weights, more than two chunks."""
-    monkeypatch.setattr(_head, "_CHUNK_MULTIPLE", 8)
-    monkeypatch.setitem(_head.CHUNK_BYTES, "cpu", 8 * 131 * dtype.itemsize)
+    monkeypatch.setattr(head_chunks, "_CHUNK_MULTIPLE", 8)
+    monkeypatch.setitem(head_chunks.CHUNK_BYTES, "cpu", 8 * 131 * dtype.itemsize)
     leaves, tokens, constants = policy_problem(dtype)
     given = dict(constants, config=CONFIGS[name])
     found = run_policy(rk.linear_policy_loss, leaves, tokens, **given)
@@ -163,8 +165,8 @@ def test_memory_holds_no_second_gradient_of_the_weight(blocks):
 @pytest.mark.parametrize("chunks", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounded_sum_of_a_weight_gradient(monkeypatch, turned, chunks, dtype):
-    monkeypatch.setattr(_head, "_TURNED_TOKENS", turned)
-    monkeypatch.setattr(_head, "_SUM_ROWS", 64)
+    monkeypatch.setattr(head_chunks, "_TURNED_TOKENS", turned)
+    monkeypatch.setattr(head_chunks, "_SUM_ROWS", 64)
     vocab, width, size = 150, 24, 40
     # The gradient of fp16 logits is fp32.
     a = torch.randn(chunks * size, vocab).to(torch.float32 if dtype == torch.float16 else dtype)
@@ -172,18 +174,21 @@ def test_rounded_sum_of_a_weight_gradient(monkeypatch, turned, chunks, dtype):
     products = a.double().view(chunks, size, -1).mT @ b.double().view(chunks, size, -1)
     # A rounding of each product; that of the sum is the result's own.
     bound = torch.finfo(dtype).eps / 2 * products.abs().sum(0) + product_bound(a.T, b)
-    for chunk in (_head.Chunk(size, vocab, False), _head.Chunk(chunks * size, 64, False)):
-        total = _head._Sum(torch.empty(vocab, width, dtype=dtype), _head.plain_empty)
-        for tile in _head.Tokens(len(a), None).tiles(chunk, vocab):
+    for chunk in (
+        head_chunks.Chunk(size, vocab, False),
+        head_chunks.Chunk(chunks * size, 64, False),
+    ):
+        total = head_chunks._Sum(torch.empty(vocab, width, dtype=dtype), head_chunks.plain_empty)
+        for tile in head_chunks.Tokens(len(a), None).tiles(chunk, vocab):
             total.add_product(a[tile.tokens, tile.words], b[tile.tokens], tile)
         assert_within_bound(total.result(), products.sum(0), bound)
 
 
 def test_labels_of_a_block():
-    nowhere, vocab = _labels.NOWHERE, 10
-    labels = torch.tensor([0, 3, 4, 9, _labels.ELSEWHERE, nowhere, vocab], dtype=torch.int64)
-    local, ignored = _head.localized(labels, slice(3, 6), vocab, -100)
-    out = _labels.ELSEWHERE
+    nowhere, vocab = sentinels.NOWHERE, 10
+    labels = torch.tensor([0, 3, 4, 9, sentinels.ELSEWHERE, nowhere, vocab], dtype=torch.int64)
+    local, ignored = head_chunks.localized(labels, slice(3, 6), vocab, -100)
+    out = sentinels.ELSEWHERE
     assert local.tolist() == [out, 0, 1, out, out, nowhere, nowhere]
-    assert ignored == _labels.SHARD_IGNORED
-    assert _head.localized(labels, slice(0, vocab), vocab, -100) == (labels, -100)
+    assert ignored == sentinels.SHARD_IGNORED
+    assert head_chunks.localized(labels, slice(0, vocab), vocab, -100) == (labels, -100)

@@ -17,7 +17,7 @@ import pytest
 from run_python import run_python
 
 import rlhf_kernels as rk
-from rlhf_kernels import native
+from rlhf_kernels.kernels import native
 
 ROOT = Path(__file__).parent.parent
 LINUX_X86 = sys.platform == "linux" and platform.machine() == "x86_64"

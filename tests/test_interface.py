@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import rlhf_kernels as rk
-from rlhf_kernels import _checks
+from rlhf_kernels.core import checks
 
 DIFFERENTIABLE = [op for op in cases.OPERATIONS if cases.calls(op)[0].differentiable]
 MASKED = [op for op in cases.OPERATIONS if any("mask" in c.tensors for c in cases.calls(op))]
@@ -166,7 +166,7 @@ BAD_OFFSETS = (
 @pytest.mark.parametrize("op", PACKED)
 def test_bad_offsets_name_the_operation(backend, op, monkeypatch):
     # GPUs poison instead, unless asked to look.
-    monkeypatch.setattr("rlhf_kernels._config.CHECK", True)
+    monkeypatch.setattr("rlhf_kernels.core.env.CHECK", True)
     for call in cases.calls(op):
         if "cu_seqlens" not in call.tensors:
             continue
@@ -192,7 +192,7 @@ def test_bad_offsets_name_the_operation(backend, op, monkeypatch):
 
 
 def test_offsets_that_may_not_be_looked_at_poison(monkeypatch):
-    monkeypatch.setattr(_checks, "may_look", lambda t: False)
+    monkeypatch.setattr(checks, "may_look", lambda t: False)
     x, mask = torch.zeros(6), torch.ones(6, dtype=torch.bool)
     for offsets in BAD_OFFSETS:
         bad = torch.tensor(offsets)
@@ -230,9 +230,9 @@ def _head_calls(hidden, weight, bias):
 
 
 def rk_kernels():
-    from rlhf_kernels import _backends
+    from rlhf_kernels.kernels import backends
 
-    return _backends.select("linear_token_logprobs", torch.device("cpu")) != "reference"
+    return backends.select("linear_token_logprobs", torch.device("cpu")) != "reference"
 
 
 def _with_gradients(function, operands):
@@ -256,7 +256,7 @@ def test_sixteen_bit_hidden_states_and_an_fp32_head(backend, half):
             torch.testing.assert_close(f, e, rtol=8 * tolerance, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("dtypes", [(a, b) for a in _checks.FLOATING for b in _checks.FLOATING])
+@pytest.mark.parametrize("dtypes", [(a, b) for a in checks.FLOATING for b in checks.FLOATING])
 def test_autocast_casts_as_linear_does(backend, dtypes):
     hidden, weight = torch.randn(3, 5, 8).to(dtypes[0]), torch.randn(11, 8).to(dtypes[1])
     labels = torch.randint(11, (3, 5))

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rlhf_kernels as rk
-from rlhf_kernels import _config, reference
+from rlhf_kernels import reference
+from rlhf_kernels.core import env
 from rlhf_kernels.testing import (
     DTYPES,
     RAGGED_SIZES,
@@ -327,7 +328,7 @@ def test_label_out_of_range(backend, bad, monkeypatch):
         for a, e in zip(poisoned, clean, strict=True):
             assert a[3].isnan().all()
             assert_bitwise_equal(a[keep], e[keep])
-        monkeypatch.setattr(_config, "CHECK", True)
+        monkeypatch.setattr(env, "CHECK", True)
     with pytest.raises(IndexError, match=rf"position 3 is {bad};"):
         rk.token_logprobs(logits, labels)
 
@@ -341,7 +342,7 @@ def test_bad_temperature(backend, bad, monkeypatch):
     if backend in ("cuda", "triton"):
         logprobs = rk.token_logprobs(logits, labels, temperature=per_token).logprobs
         assert logprobs.isnan().tolist() == [False, False, True, False]
-        monkeypatch.setattr(_config, "CHECK", True)
+        monkeypatch.setattr(env, "CHECK", True)
     with pytest.raises(ValueError, match="temperature at flat position 2"):
         rk.token_logprobs(logits, labels, temperature=per_token)
     labels[2] = -100

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import rlhf_kernels as rk
-from rlhf_kernels import native
+from rlhf_kernels.kernels import native
 from rlhf_kernels.testing import assert_bitwise_equal
 
 HUGE = 2**21

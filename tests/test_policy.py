@@ -20,12 +20,10 @@ from policy_cases import (
 )
 
 import rlhf_kernels as rk
-from rlhf_kernels import policy_config, reference
+from rlhf_kernels import reference
+from rlhf_kernels.config import policy
 from rlhf_kernels.reference.policy import METRICS
-from rlhf_kernels.testing import (
-    DTYPES,
-    to_float64,
-)
+from rlhf_kernels.testing import DTYPES, to_float64
 
 
 @pytest.mark.parametrize("objective", OF_OBJECTIVE)
@@ -48,7 +46,7 @@ def test_matches_fp64(backend, objective):
 @pytest.mark.parametrize("base", BASES, ids=lambda b: f"{b['objective']}-{b['ratio_level']}")
 def test_matches_fp64_full_product(backend, base):
     args, options = make_inputs()
-    rest = (policy_config.AGGREGATIONS, CORRECTIONS, policy_config.KL_ESTIMATORS, (False, True))
+    rest = (policy.AGGREGATIONS, CORRECTIONS, policy.KL_ESTIMATORS, (False, True))
     for choice in itertools.product(*rest):
         check(args, options, make_config(base, *choice))
 

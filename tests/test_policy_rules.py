@@ -21,13 +21,11 @@ from policy_cases import (
 )
 
 import rlhf_kernels as rk
-from rlhf_kernels import _config, policy_config, reference
+from rlhf_kernels import reference
+from rlhf_kernels.config import policy as policy_config
+from rlhf_kernels.core import env
 from rlhf_kernels.reference.policy import METRICS, token_weights
-from rlhf_kernels.testing import (
-    DTYPES,
-    assert_bitwise_equal,
-    to_float64,
-)
+from rlhf_kernels.testing import DTYPES, assert_bitwise_equal, to_float64
 
 
 @pytest.mark.parametrize("part, bad", [(0, math.nan), (1, math.inf), (2, -math.inf)])
@@ -327,7 +325,7 @@ def test_opcheck_of_the_backward():
     ],
 )
 def test_launches_of_the_triton_backend(monkeypatch, config, forward):
-    from rlhf_kernels.triton import policy
+    from rlhf_kernels.kernels.triton import policy
 
     launched, launch = [], policy.launch
 
@@ -367,7 +365,7 @@ def test_bad_data_poisons_the_triton_backend(monkeypatch):
             assert loss.isnan() and metrics.values.isnan().all(), (offsets, divisor)
             assert all(g.isnan().all() for g in gradients)
             with monkeypatch.context() as patch:
-                patch.setattr(_config, "CHECK", True)
+                patch.setattr(env, "CHECK", True)
                 with pytest.raises(ValueError, match=r"cu_seqlens must|normalizer must"):
                     rk.policy_loss(*inputs, **extra)
 
@@ -476,7 +474,7 @@ def test_bad_options_raise(options, message):
 
 def test_bad_arguments_raise(backend, monkeypatch):
     # Where data would not be looked at: test_bad_data_poisons_the_triton_backend.
-    monkeypatch.setattr(_config, "CHECK", True)
+    monkeypatch.setattr(env, "CHECK", True)
     args, _ = make_inputs(3, 8)
     logprobs, old, advantages, mask = args
     for bad, error, message in (

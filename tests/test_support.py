@@ -22,7 +22,8 @@ from support_cases import (
 )
 
 import rlhf_kernels as rk
-from rlhf_kernels import reference, triton
+from rlhf_kernels import reference
+from rlhf_kernels.kernels import triton
 from rlhf_kernels.testing import (
     DTYPES,
     assert_bitwise_equal,

@@ -17,12 +17,9 @@ from support_cases import (
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import rlhf_kernels as rk
-from rlhf_kernels import _config, native, triton
-from rlhf_kernels.testing import (
-    DTYPES,
-    assert_bitwise_equal,
-    generator,
-)
+from rlhf_kernels.core import env
+from rlhf_kernels.kernels import native, triton
+from rlhf_kernels.testing import DTYPES, assert_bitwise_equal, generator
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -166,7 +163,7 @@ def test_word_out_of_range(backend, bad, monkeypatch):
             for t in found[:3]:
                 assert t[1].isnan().any() and t[[0, 2]].isfinite().all()
             with monkeypatch.context() as patch:
-                patch.setattr(_config, "CHECK", True)
+                patch.setattr(env, "CHECK", True)
                 with pytest.raises(IndexError, match=rf"index at position 20 is {bad};"):
                     form()
             continue
@@ -195,7 +192,7 @@ def test_bad_indptr(backend, indptr, position, monkeypatch):
             found = form()
             assert found[0].isnan().all() and found[1].isnan().all()
             with monkeypatch.context() as patch:
-                patch.setattr(_config, "CHECK", True)
+                patch.setattr(env, "CHECK", True)
                 with pytest.raises(ValueError, match=message):
                     form()
             continue
@@ -215,7 +212,7 @@ def test_bad_label_and_temperature(backend, monkeypatch):
             rk.token_logprobs(logits, labels, support=support, temperature=temperature),
         ):
             assert found.logprobs.isnan().tolist() == [False, True, False]
-        monkeypatch.setattr(_config, "CHECK", True)
+        monkeypatch.setattr(env, "CHECK", True)
     with pytest.raises(IndexError, match=rf"flat position 1 is {VOCAB};"):
         rk.token_logprobs(logits, wrong, support=support)
     with pytest.raises(ValueError, match="temperature at flat position 1"):
@@ -249,10 +246,10 @@ def test_repeated_words(backend, monkeypatch):
             # What they give is undefined; that it stays inside memory is not.
             found = form()
             assert found[0][0].isfinite() or found[0][0] == -math.inf
-            monkeypatch.setattr(_config, "CHECK", True)
+            monkeypatch.setattr(env, "CHECK", True)
         with pytest.raises(ValueError, match=r"position 9 is 96 again; expected each word once"):
             form()
-        monkeypatch.setattr(_config, "CHECK", False)
+        monkeypatch.setattr(env, "CHECK", False)
     once = (support[0], support[1].index_fill(0, torch.tensor([9]), 11))
     for form in both_forms(labels, once):
         assert form()[1].isfinite().all()

@@ -8,7 +8,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import rlhf_kernels as rk
-from rlhf_kernels import _register
+from rlhf_kernels.ops import _operator
 
 BACKENDS = ("reference", "cpu")
 
@@ -157,14 +157,14 @@ def test_results_share_no_memory(op, name, monkeypatch):
         assert not set(found) & set(_memory(arguments)), f"{label}: a result is an argument's"
         checked.append(label)
 
-    launch = _register.Operator.__call__
+    launch = _operator.Operator.__call__
 
     def call_operator(self, *args):
         results = launch(self, *args)
         apart(cases.outputs(results), cases.outputs(args), self.name)
         return results
 
-    monkeypatch.setattr(_register.Operator, "__call__", call_operator)
+    monkeypatch.setattr(_operator.Operator, "__call__", call_operator)
     with _backend(op, name):
         for call in cases.calls(op, full=op not in ("policy_loss", "linear_policy_loss")):
             for needs in cases.wanted(call):

@@ -12,13 +12,7 @@ from trainer_tools import CPU, write_jsonl
 from transformers import ByT5Tokenizer, CanineTokenizer, PreTrainedTokenizerFast
 
 from rlhf_kernels.trainer import rewards
-from rlhf_kernels.trainer.config import (
-    DataConfig,
-    DPOConfig,
-    ModelConfig,
-    RewardConfig,
-    UserError,
-)
+from rlhf_kernels.trainer.config import DataConfig, DPOConfig, ModelConfig, RewardConfig, UserError
 from rlhf_kernels.trainer.data import (
     Row,
     character_tokenizer,

@@ -19,22 +19,10 @@ from transformers import AutoModelForSequenceClassification
 import rlhf_kernels as rk
 from rlhf_kernels import cli
 from rlhf_kernels.trainer import models
-from rlhf_kernels.trainer.config import (
-    DPOConfig,
-    ModelConfig,
-    OptimConfig,
-    RewardConfig,
-    UserError,
-)
+from rlhf_kernels.trainer.config import DPOConfig, ModelConfig, OptimConfig, RewardConfig, UserError
 from rlhf_kernels.trainer.data import Row
 from rlhf_kernels.trainer.learner import Learner
-from rlhf_kernels.trainer.offline import (
-    DPO,
-    SFT,
-    OfflineTrainer,
-    RewardModelling,
-    wilson_interval,
-)
+from rlhf_kernels.trainer.offline import DPO, SFT, OfflineTrainer, RewardModelling, wilson_interval
 
 
 def preferences(count: int = 200) -> list[Row]:

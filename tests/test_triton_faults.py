@@ -16,9 +16,9 @@ from guarded_memory import SIDES
 from run_python import run_python
 from triton_fault_cases import ALL, OPERATIONS
 
+from rlhf_kernels.kernels.triton._launch import INTERPRETED, kernel, launch
+from rlhf_kernels.kernels.triton.logprobs import tile_bounds
 from rlhf_kernels.testing import assert_bitwise_equal
-from rlhf_kernels.triton._launch import INTERPRETED, kernel, launch
-from rlhf_kernels.triton.logprobs import tile_bounds
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="guards memory of the interpreter")
 

@@ -14,7 +14,8 @@ import torch
 from run_python import run_python
 
 import rlhf_kernels as rk
-from rlhf_kernels import PolicyLossConfig, _backends
+from rlhf_kernels import PolicyLossConfig
+from rlhf_kernels.kernels import backends
 
 pytest.importorskip("triton", reason="the package triton is not installed (it needs Linux)")
 
@@ -91,7 +92,7 @@ def test_every_operation_is_recorded(recorded):
     assert operators <= launched
     # The losses share a backward.
     assert operators | {"loss"} == {
-        op.removesuffix("_inplace").removesuffix("_backward") for op in _backends.triton.launchers()
+        op.removesuffix("_inplace").removesuffix("_backward") for op in backends.triton.launchers()
     }
 
 
@@ -221,7 +222,7 @@ class TestTraffic:
     @pytest.mark.parametrize("entropy", [False, True])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     def test_token_logprobs(self, dtype, entropy):
-        from rlhf_kernels.triton.logprobs import BACKWARD_TILE, TILE
+        from rlhf_kernels.kernels.triton.logprobs import BACKWARD_TILE, TILE
 
         rows, vocab = 4, TILE + BACKWARD_TILE + 3
         tiles, backward_tiles = 2, 4
@@ -264,7 +265,7 @@ class TestTraffic:
 
     @pytest.mark.parametrize("direction", ["reverse", "forward"])
     def test_kl_divergence(self, direction):
-        from rlhf_kernels.triton.kl import TILE
+        from rlhf_kernels.kernels.triton.kl import TILE
 
         rows, vocab, tiles = 3, TILE + 5, 2
         logits = torch.randn(rows, vocab, dtype=torch.bfloat16).requires_grad_()
@@ -307,8 +308,8 @@ class TestTraffic:
         assert (backward.bytes_read, backward.bytes_written) == (2100 * 12, 2100 * 4)
 
     def test_gae(self):
-        from rlhf_kernels.triton._scan import FIELDS
-        from rlhf_kernels.triton.advantages import TILE
+        from rlhf_kernels.kernels.triton._scan import FIELDS
+        from rlhf_kernels.kernels.triton.advantages import TILE
 
         rows, cols, tiles = 2, 2 * TILE + 22, 3
         rewards, values = torch.randn(rows, cols), torch.randn(rows, cols + 1)[:, 1:]
@@ -334,8 +335,8 @@ class TestTraffic:
         assert traffic.bytes_written == rows * cols * 8 + rows * (tiles - 1) * fields
 
     def test_discounted_returns(self):
-        from rlhf_kernels.triton._scan import FIELDS
-        from rlhf_kernels.triton.advantages import TILE
+        from rlhf_kernels.kernels.triton._scan import FIELDS
+        from rlhf_kernels.kernels.triton.advantages import TILE
 
         rows, cols = 2, 2 * TILE + 22
         rewards, mask = torch.randn(rows, cols), torch.rand(rows, cols) < 0.7
@@ -353,7 +354,7 @@ class TestTraffic:
 
     @pytest.mark.parametrize("whiten", [False, True])
     def test_ppo_advantages(self, whiten):
-        from rlhf_kernels.triton.advantages import TILE
+        from rlhf_kernels.kernels.triton.advantages import TILE
 
         rows, cols = 2, 2 * TILE + 22
         logprobs, ref, values = torch.randn(3, rows, cols).unbind()

@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rlhf_kernels as rk
-from rlhf_kernels import _config, reference
-from rlhf_kernels.policy_config import AGGREGATIONS
+from rlhf_kernels import reference
+from rlhf_kernels.config.policy import AGGREGATIONS
+from rlhf_kernels.core import env
 from rlhf_kernels.reference.policy import token_weights
 from rlhf_kernels.reference.value import METRICS
 from rlhf_kernels.testing import (
@@ -306,7 +307,7 @@ def test_bad_data_poisons_the_triton_backend(monkeypatch):
             loss, metrics, g = run(rk.value_loss, args, clip_range=0.3, **options)
             assert loss.isnan() and metrics.isnan().all() and g.isnan().all(), (offsets, divided)
             with monkeypatch.context() as patch:
-                patch.setattr(_config, "CHECK", True)
+                patch.setattr(env, "CHECK", True)
                 with pytest.raises(ValueError, match=r"cu_seqlens must|normalizer must"):
                     rk.value_loss(*args, clip_range=0.3, **options)
 
@@ -380,7 +381,7 @@ def test_weights_of_the_aggregations():
 
 def test_bad_arguments_raise(backend, monkeypatch):
     # Where data would not be looked at: test_bad_data_poisons_the_triton_backend.
-    monkeypatch.setattr(_config, "CHECK", True)
+    monkeypatch.setattr(env, "CHECK", True)
     values, old, returns, mask = make_inputs(3, 8)
     for bad, error, message in (
         ((values, old[:, 1:], returns, mask), ValueError, "old_values must have the shape"),

@@ -41,8 +41,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime import JITFunction, driver  # noqa: E402
 
-import rlhf_kernels.triton  # noqa: E402
-from rlhf_kernels import _backends, _warmup  # noqa: E402
+import rlhf_kernels.kernels.triton  # noqa: E402
+from rlhf_kernels.kernels import backends  # noqa: E402
+from rlhf_kernels.ops import _examples  # noqa: E402
 
 #: Blocks of a kernel that a multiprocessor (NVIDIA) or compute unit (AMD) must hold at once: with
 #: one alone nothing hides the latency of its loads and barriers.
@@ -151,9 +152,9 @@ class Recorder:
 def record(target: Target, cases: Iterable[Any]) -> tuple[Recorder, dict[str, list[Any]]]:
     """Runs `cases` forward and backward; per case the (kernel, key) launched by each."""
     launches = {}
-    order = _backends._ORDER
+    order = backends._ORDER
     # Launchers look at shapes, strides and addresses alone.
-    _backends._ORDER = {"cpu": ("triton",)}
+    backends._ORDER = {"cpu": ("triton",)}
     with Recorder(target) as recorder:
         for case in cases:
             if case.name in launches:
@@ -161,11 +162,11 @@ def record(target: Target, cases: Iterable[Any]) -> tuple[Recorder, dict[str, li
             start = len(recorder.launched)
             result = case.function(*case.args, **case.options)
             middle = len(recorder.launched)
-            outputs = list(_warmup.tensors(case.outputs(result)))
-            _warmup.gradients(outputs, (case.args, case.options))
+            outputs = list(_examples.tensors(case.outputs(result)))
+            _examples.gradients(outputs, (case.args, case.options))
             launched = recorder.launched
             launches[case.name] = [launched[start:middle], launched[middle:]]
-    _backends._ORDER = order
+    backends._ORDER = order
     return recorder, launches
 
 
@@ -192,8 +193,8 @@ def kernels(modules: Iterable[ModuleType]) -> set[str]:
 
 
 def package_modules() -> Iterator[ModuleType]:
-    """Every module of rlhf_kernels.triton, loaded by the package or not."""
-    package = rlhf_kernels.triton
+    """Every module of rlhf_kernels.kernels.triton, loaded by the package or not."""
+    package = rlhf_kernels.kernels.triton
     for module in pkgutil.iter_modules(package.__path__):
         yield importlib.import_module(f"{package.__name__}.{module.name}")
 

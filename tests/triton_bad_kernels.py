@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton_cases import Case
 
-from rlhf_kernels.triton._launch import kernel, launch
+from rlhf_kernels.kernels.triton._launch import kernel, launch
 
 MODULES = (sys.modules[__name__],)
 

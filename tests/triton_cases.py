@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 import rlhf_kernels as rk
-from rlhf_kernels import PolicyLossConfig, _checks, _warmup, policy_config
+from rlhf_kernels import PolicyLossConfig
+from rlhf_kernels.config import policy as policy_config
+from rlhf_kernels.core import checks
+from rlhf_kernels.ops import _examples
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-DTYPES = _checks.FLOATING
+DTYPES = checks.FLOATING
 
 
 class Case(NamedTuple):
@@ -87,11 +90,13 @@ def far(dtype: torch.dtype) -> Tensor:
 
 def examples() -> Iterator[Case]:
     """What `warmup` runs."""
-    calls = [(f.__name__, f, example) for f, example in _warmup.EXAMPLES.items()]
-    calls += [(f"{f.__name__}_support", f, e) for f, es in _warmup.VARIANTS.items() for e in es]
+    calls = [(f.__name__, f, example) for f, example in _examples.EXAMPLES.items()]
+    calls += [(f"{f.__name__}_support", f, e) for f, es in _examples.VARIANTS.items() for e in es]
     for name, function, example in calls:
         for dtype in DTYPES:
-            x = _warmup.Inputs(4, 64, dtype, torch.device("cpu"), torch.Generator().manual_seed(0))
+            x = _examples.Inputs(
+                4, 64, dtype, torch.device("cpu"), torch.Generator().manual_seed(0)
+            )
             args, options = example(x)
             yield Case(f"example/{name}/{label({'dtype': dtype})}",
                        function, args, options)  # fmt: skip

@@ -18,9 +18,9 @@ from quick_interpreter import quicken
 from torch import Tensor
 
 import rlhf_kernels as rk
-from rlhf_kernels import _backends
-from rlhf_kernels.triton import _tokens, advantages, policy
-from rlhf_kernels.triton._launch import kernel, launch
+from rlhf_kernels.kernels import backends
+from rlhf_kernels.kernels.triton import _tokens, advantages, policy
+from rlhf_kernels.kernels.triton._launch import kernel, launch
 
 NAN, INF = math.nan, math.inf
 ALL = "all"
@@ -484,7 +484,7 @@ _ALL = (
     token_logprobs, kl_divergence, kl_penalty, gae, discounted_returns, ppo_advantages, whiten,
     group_advantages, policy_loss, value_loss,
 )  # fmt: skip
-OPERATIONS = {f.__name__: f for f in _ALL if f.__name__ in _backends.triton.launchers()}
+OPERATIONS = {f.__name__: f for f in _ALL if f.__name__ in backends.triton.launchers()}
 
 
 def results(operation: str) -> dict[str, dict[str, list[Tensor]]]:

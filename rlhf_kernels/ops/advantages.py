@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backends, _checks, _options, reference
-from .._register import define
+from .. import reference
+from ..core import checks, option_checks
+from ..kernels import backends
+from ._operator import define
 
 _MASKED = ("carry", "zero")
 _ESTIMATORS = ("k1", "k2", "k3", "abs")
@@ -92,44 +94,44 @@ def _check_scan(
     found = []
     for name, t in tokens.items():
         if name == "rewards":
-            t = _checks.real(op, name, t)
+            t = checks.real(op, name, t)
         elif t is not None or name != "ref_logprobs":
-            _checks.floating(op, name, t, double=True)
+            checks.floating(op, name, t, double=True)
         found.append(_constant(t))
     dims = 2 if cu_seqlens is None else 1
     if first.dim() != dims:
         expected = "[B, T]" if cu_seqlens is None else "[N], packed as cu_seqlens says,"
         raise ValueError(f"{op}: {like} must be {expected}, got {tuple(first.shape)}")
     for name, t in masks.items():
-        found.append(None if t is None else _checks.mask(op, name, t))
+        found.append(None if t is None else checks.mask(op, name, t))
     for name, t in (*tokens.items(), *masks.items()):
         if t is not None and t is not first:
-            _checks.same_shape(op, name, t, like, first.shape)
-            _checks.same_device(op, name, t, like, first.device)
+            checks.same_shape(op, name, t, like, first.shape)
+            checks.same_device(op, name, t, like, first.device)
     count = first.shape[0]
     if cu_seqlens is not None:
-        _checks.offsets(op, cu_seqlens, first.shape[0])
-        _checks.same_device(op, "cu_seqlens", cu_seqlens, like, first.device)
+        checks.offsets(op, cu_seqlens, first.shape[0])
+        checks.same_device(op, "cu_seqlens", cu_seqlens, like, first.device)
         count = cu_seqlens.shape[0] - 1
     for name, t in sequences.items():
         if t is not None or name == "scores":
-            t = _constant(_checks.real(op, name, t))
+            t = _constant(checks.real(op, name, t))
             if t.shape != (count,):
                 raise ValueError(
                     f"{op}: {name} must have one entry per sequence, ({count},), "
                     f"got {tuple(t.shape)}"
                 )
-            _checks.same_device(op, name, t, like, first.device)
+            checks.same_device(op, name, t, like, first.device)
         found.append(t)
-    _options.one_of(op, "masked", masked, _MASKED)
-    return *found, *(_options.rate(op, name, value) for name, value in rates.items())
+    option_checks.one_of(op, "masked", masked, _MASKED)
+    return *found, *(option_checks.rate(op, name, value) for name, value in rates.items())
 
 
 def _kernel_dtypes(op: str, **tensors: Tensor | None) -> None:
     """Kernels take no float64: raises what the reference would have accepted."""
     for name, t in tensors.items():
         if t is not None:
-            _checks.floating(op, name, t)
+            checks.floating(op, name, t)
 
 
 def gae(
@@ -184,10 +186,10 @@ def gae(
         op, {"rewards": rewards, "values": values}, {"mask": mask, "dones": dones},
         {"bootstrap_values": bootstrap_values}, cu_seqlens, {"gamma": gamma, "lam": lam}, masked,
     )  # fmt: skip
-    whiten = _options.flag(op, "whiten", whiten)
-    backend = _backends.select(op, rewards.device)
-    if backend == _backends.REFERENCE:
-        _checks.offsets_valid(op, cu_seqlens, rewards.shape[0])
+    whiten = option_checks.flag(op, "whiten", whiten)
+    backend = backends.select(op, rewards.device)
+    if backend == backends.REFERENCE:
+        checks.offsets_valid(op, cu_seqlens, rewards.shape[0])
         return Advantages(
             *reference.gae(
                 rewards,
@@ -244,9 +246,9 @@ def discounted_returns(
         op, {"rewards": rewards}, {"mask": mask, "dones": dones},
         {"bootstrap_values": bootstrap_values}, cu_seqlens, {"gamma": gamma}, masked,
     )  # fmt: skip
-    backend = _backends.select(op, rewards.device)
-    if backend == _backends.REFERENCE:
-        _checks.offsets_valid(op, cu_seqlens, rewards.shape[0])
+    backend = backends.select(op, rewards.device)
+    if backend == backends.REFERENCE:
+        checks.offsets_valid(op, cu_seqlens, rewards.shape[0])
         return reference.discounted_returns(
             rewards,
             mask=mask,
@@ -311,14 +313,14 @@ def ppo_advantages(
         op, {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values},
         {"mask": mask}, {"scores": scores}, cu_seqlens, {"gamma": gamma, "lam": lam}, masked,
     )  # fmt: skip
-    whiten = _options.flag(op, "whiten", whiten)
-    kl_coef = _options.number(op, "kl_coef", kl_coef)
-    _options.one_of(op, "kl_estimator", kl_estimator, _ESTIMATORS)
+    whiten = option_checks.flag(op, "whiten", whiten)
+    kl_coef = option_checks.number(op, "kl_coef", kl_coef)
+    option_checks.one_of(op, "kl_estimator", kl_estimator, _ESTIMATORS)
     if reward_clip is not None:
-        reward_clip = _options.positive(op, "reward_clip", reward_clip)
-    backend = _backends.select(op, logprobs.device)
-    if backend == _backends.REFERENCE:
-        _checks.offsets_valid(op, cu_seqlens, logprobs.shape[0])
+        reward_clip = option_checks.positive(op, "reward_clip", reward_clip)
+    backend = backends.select(op, logprobs.device)
+    if backend == backends.REFERENCE:
+        checks.offsets_valid(op, cu_seqlens, logprobs.shape[0])
         return PPOAdvantages(
             *reference.ppo_advantages(
                 scores,
@@ -387,15 +389,17 @@ def group_advantages(
     rewards = _of_sequences(op, "rewards", rewards)
     if rewards.dim() != 1:
         raise ValueError(f"{op}: rewards must be [B], got {tuple(rewards.shape)}")
-    _options.one_of(op, "baseline", baseline, _BASELINES)
-    _options.one_of(op, "scale", scale, _SCALES)
-    eps = _options.non_negative(op, "eps", eps)
+    option_checks.one_of(op, "baseline", baseline, _BASELINES)
+    option_checks.one_of(op, "scale", scale, _SCALES)
+    eps = option_checks.non_negative(op, "eps", eps)
     if isinstance(groups, Tensor) and groups.dim() > 0:
-        _checks.integers(op, "groups", groups)
-        _checks.same_shape(op, "groups", groups, "rewards", rewards.shape)
-        _checks.same_device(op, "groups", groups, "rewards", rewards.device)
+        checks.integers(op, "groups", groups)
+        checks.same_shape(op, "groups", groups, "rewards", rewards.shape)
+        checks.same_device(op, "groups", groups, "rewards", rewards.device)
     else:
-        groups = _options.integer(op, "groups", groups, low=1, what=" or an integer tensor [B]")
+        groups = option_checks.integer(
+            op, "groups", groups, low=1, what=" or an integer tensor [B]"
+        )
         if rewards.shape[0] % groups:
             raise ValueError(
                 f"{op}: groups must divide the number of rewards, {rewards.shape[0]}, got {groups}"
@@ -407,10 +411,10 @@ def group_advantages(
         )
     if greedy_rewards is not None:
         greedy_rewards = _of_sequences(op, "greedy_rewards", greedy_rewards)
-        _checks.same_shape(op, "greedy_rewards", greedy_rewards, "rewards", rewards.shape)
-        _checks.same_device(op, "greedy_rewards", greedy_rewards, "rewards", rewards.device)
-    backend = _backends.select(op, rewards.device)
-    if backend == _backends.REFERENCE:
+        checks.same_shape(op, "greedy_rewards", greedy_rewards, "rewards", rewards.shape)
+        checks.same_device(op, "greedy_rewards", greedy_rewards, "rewards", rewards.device)
+    backend = backends.select(op, rewards.device)
+    if backend == backends.REFERENCE:
         return reference.group_advantages(
             rewards, groups, baseline=baseline, scale=scale, greedy_rewards=greedy_rewards, eps=eps
         ).float()
@@ -421,9 +425,9 @@ def group_advantages(
 def _of_sequences(op: str, name: str, t: object) -> Tensor:
     """Rewards of whole sequences; integers become float64, which their statistics are in."""
     if isinstance(t, Tensor) and t.dtype is not torch.bool and not t.is_floating_point():
-        _checks.integers(op, name, t)
+        checks.integers(op, name, t)
         return t.double()
-    return _constant(_checks.real(op, name, t))
+    return _constant(checks.real(op, name, t))
 
 
 def whiten(
@@ -455,16 +459,16 @@ def whiten(
         ValueError: shapes or devices that do not match; eps below 0.
     """
     op = "whiten"
-    x = _constant(_checks.real(op, "x", x))
+    x = _constant(checks.real(op, "x", x))
     if mask is not None:
-        mask = _checks.mask(op, "mask", mask)
-        _checks.same_shape(op, "mask", mask, "x", x.shape)
-        _checks.same_device(op, "mask", mask, "x", x.device)
-    shift_mean = _options.flag(op, "shift_mean", shift_mean)
-    unbiased = _options.flag(op, "unbiased", unbiased)
-    eps = _options.non_negative(op, "eps", eps)
-    backend = _backends.select(op, x.device)
-    if backend == _backends.REFERENCE:
+        mask = checks.mask(op, "mask", mask)
+        checks.same_shape(op, "mask", mask, "x", x.shape)
+        checks.same_device(op, "mask", mask, "x", x.device)
+    shift_mean = option_checks.flag(op, "shift_mean", shift_mean)
+    unbiased = option_checks.flag(op, "unbiased", unbiased)
+    eps = option_checks.non_negative(op, "eps", eps)
+    backend = backends.select(op, x.device)
+    if backend == backends.REFERENCE:
         return reference.whiten(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps)
     _kernel_dtypes(op, x=x)
     return _whiten(x, mask, shift_mean, unbiased, eps, backend)

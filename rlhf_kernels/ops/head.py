@@ -5,10 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backends, _checks, _group, _options, _shard, _temperatures, reference
-from .._head import exact_size
-from .._labels import SHARD_IGNORED
-from .._register import define, head_gradients_fake, once_differentiable, remember, row_arguments
+from .. import reference
+from ..core import checks, groups, option_checks, temperature_rules
+from ..core.sentinels import SHARD_IGNORED
+from ..head import shard
+from ..head.chunks import exact_size
+from ..kernels import backends
+from ._operator import define, head_gradients_fake, once_differentiable, remember, row_arguments
 from .logprobs import TokenLogprobs
 from .support import Support, linear_token_logprobs_support
 
@@ -111,8 +114,8 @@ def check_head(
         The operands; under autocast in its dtype, as F.linear casts them. Without it their dtypes
         are one, or weight is float32 and hidden of 16 bits, for a product in fp32.
     """
-    _checks.floating(op, names[0], hidden, double=True)
-    _checks.floating(op, names[1], weight, double=True)
+    checks.floating(op, names[0], hidden, double=True)
+    checks.floating(op, names[1], weight, double=True)
     if weight.dim() != 2 or (weight.shape[0] == 0 and not sharded):
         raise ValueError(f"{op}: {names[1]} must be [V, H] with V >= 1, got {tuple(weight.shape)}")
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
@@ -124,14 +127,14 @@ def check_head(
         raise ValueError(
             f"{op}: {names[0]} must be [..., H] with H >= 1, got {tuple(hidden.shape)}"
         )
-    _checks.same_device(op, names[1], weight, names[0], hidden.device)
+    checks.same_device(op, names[1], weight, names[0], hidden.device)
     if bias is not None:
-        _checks.floating(op, names[2], bias, double=True)
+        checks.floating(op, names[2], bias, double=True)
         if bias.shape != weight.shape[:1]:
             raise ValueError(
                 f"{op}: {names[2]} must be [V], ({weight.shape[0]},), got {tuple(bias.shape)}"
             )
-        _checks.same_device(op, names[2], bias, names[0], hidden.device)
+        checks.same_device(op, names[2], bias, names[0], hidden.device)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     _check_head_dtypes(op, hidden, weight, bias, names)
     return hidden, weight, bias
@@ -178,8 +181,8 @@ def check_ref_head(
         Its operands, as `check_head`, constant.
     """
     names = ("ref_hidden", "ref_weight", "ref_bias")
-    _checks.floating(op, "ref_hidden", ref_hidden, double=True)
-    _checks.same_device(op, "ref_hidden", ref_hidden, "hidden", hidden.device)
+    checks.floating(op, "ref_hidden", ref_hidden, double=True)
+    checks.same_device(op, "ref_hidden", ref_hidden, "hidden", hidden.device)
     with torch.no_grad():
         ref = check_head(op, ref_hidden, ref_weight, ref_bias, names, sharded=sharded)
     expected = tuple(hidden.shape[:-1]), weight.shape[0]
@@ -202,10 +205,12 @@ def check_chunk(
 ) -> int:
     """An operator's chunk_tokens (see `_head.Chunk`), for logits of `columns` in all."""
     if chunk_tokens is not None:
-        chunk_tokens = _options.integer(op, "chunk_tokens", chunk_tokens, low=1, what=" or None")
-    if not _options.flag(op, "batch_invariant", batch_invariant):
+        chunk_tokens = option_checks.integer(
+            op, "chunk_tokens", chunk_tokens, low=1, what=" or None"
+        )
+    if not option_checks.flag(op, "batch_invariant", batch_invariant):
         return chunk_tokens or 0
-    if backend == _backends.REFERENCE:
+    if backend == backends.REFERENCE:
         raise ValueError(f"{op}: the reference backend has no batch_invariant")
     return -exact_size(chunk_tokens, weight.device, columns, weight.dtype)
 
@@ -277,10 +282,10 @@ def linear_token_logprobs(
             not match.
     """
     op = "linear_token_logprobs"
-    shards = _group.name(op, group)
+    shards = groups.name(op, group)
     names = ("hidden", "weight", "bias")
     hidden, weight, bias = check_head(op, hidden, weight, bias, names, sharded=bool(shards))
-    options = _checks.row_options(
+    options = checks.row_options(
         op, labels, "hidden", hidden, temperature, softcap, logit_scale, entropy, ignore_index
     )
     temperature, softcap, logit_scale, entropy, ignore_index = options
@@ -302,15 +307,15 @@ def linear_token_logprobs(
             )
         )
 
-    backend = _backends.select(op, hidden.device)
+    backend = backends.select(op, hidden.device)
     chunk = check_chunk(op, chunk_tokens, batch_invariant, weight, weight.shape[0], backend)
-    if backend == _backends.REFERENCE:
+    if backend == backends.REFERENCE:
         effective, *_ = row_arguments(temperature, softcap, logit_scale)
         keep = labels != ignore_index
         if shards:
-            _shard.meet(op, weight.shape[0], labels, effective, keep, shards)
+            shard.meet(op, weight.shape[0], labels, effective, keep, shards)
         else:
-            _checks.token_data(op, labels, effective, keep, weight.shape[0])
+            checks.token_data(op, labels, effective, keep, weight.shape[0])
         return TokenLogprobs(
             *reference.linear_token_logprobs(
                 hidden,
@@ -325,7 +330,7 @@ def linear_token_logprobs(
                 group=shards,
             )
         )
-    _checks.floating(op, "hidden", hidden)
+    checks.floating(op, "hidden", hidden)
     logprobs, *entropies = _LinearTokenLogprobs.apply(
         hidden,
         weight,
@@ -429,19 +434,19 @@ def linear_kl_divergence(
     ref_hidden, ref_weight, ref_bias = check_ref_head(
         op, hidden, weight, ref_hidden, ref_weight, ref_bias
     )
-    _checks.same_dtype(op, "ref_weight", ref_weight, "weight", weight.dtype)
+    checks.same_dtype(op, "ref_weight", ref_weight, "weight", weight.dtype)
     if mask is not None:
-        mask = _checks.mask(op, "mask", mask)
-        _checks.same_shape(op, "mask", mask, "hidden without H", hidden.shape[:-1])
-        _checks.same_device(op, "mask", mask, "hidden", hidden.device)
-    _options.one_of(op, "direction", direction, ("reverse", "forward"))
-    temperature = _options.positive(op, "temperature", temperature)
-    logit_scale = _options.positive(op, "logit_scale", logit_scale)
-    _temperatures.check(op, temperature, None, logit_scale)
+        mask = checks.mask(op, "mask", mask)
+        checks.same_shape(op, "mask", mask, "hidden without H", hidden.shape[:-1])
+        checks.same_device(op, "mask", mask, "hidden", hidden.device)
+    option_checks.one_of(op, "direction", direction, ("reverse", "forward"))
+    temperature = option_checks.positive(op, "temperature", temperature)
+    logit_scale = option_checks.positive(op, "logit_scale", logit_scale)
+    temperature_rules.check(op, temperature, None, logit_scale)
 
-    backend = _backends.select(op, hidden.device)
+    backend = backends.select(op, hidden.device)
     chunk = check_chunk(op, chunk_tokens, batch_invariant, weight, 2 * weight.shape[0], backend)
-    if backend == _backends.REFERENCE:
+    if backend == backends.REFERENCE:
         return reference.linear_kl_divergence(
             hidden,
             weight,
@@ -454,7 +459,7 @@ def linear_kl_divergence(
             direction=direction,
             temperature=temperature,
         )
-    _checks.floating(op, "hidden", hidden)
+    checks.floating(op, "hidden", hidden)
     return _LinearKlDivergence.apply(
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, temperature / logit_scale,
         direction == "reverse", chunk, backend,

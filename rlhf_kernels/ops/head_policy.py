@@ -5,10 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backends, _checks, _group, _shard, reference
-from .._register import define, head_gradients_fake, once_differentiable, remember, row_arguments
-from ..policy_config import PolicyLossConfig
+from .. import reference
+from ..config.policy import PolicyLossConfig
+from ..core import checks, groups
+from ..head import shard
+from ..kernels import backends
 from ..reference.policy import METRICS
+from ._operator import define, head_gradients_fake, once_differentiable, remember, row_arguments
 from .head import check_chunk, check_head, check_ref_head
 from .policy import (
     PolicyLoss,
@@ -159,10 +162,10 @@ def linear_policy_loss(
         TypeError, ValueError, IndexError: as `policy_loss` and `linear_token_logprobs`.
     """
     op = "linear_policy_loss"
-    shards = _group.name(op, group)
+    shards = groups.name(op, group)
     names = ("hidden", "weight", "bias")
     hidden, weight, bias = check_head(op, hidden, weight, bias, names, sharded=bool(shards))
-    row_options = _checks.row_options(
+    row_options = checks.row_options(
         op, labels, "hidden", hidden, temperature, softcap, logit_scale
     )
     temperature, softcap, logit_scale, *_ = row_options
@@ -171,18 +174,18 @@ def linear_policy_loss(
         "ref_logprobs": ref_logprobs,
         "rollout_logprobs": rollout_logprobs,
     }
-    _checks.floating(op, "old_logprobs", old_logprobs, double=True)
-    _checks.same_device(op, "old_logprobs", old_logprobs, "hidden", hidden.device)
-    mask = _checks.token_inputs(op, tokens, mask, cu_seqlens)
-    _checks.same_shape(op, "labels", labels, "old_logprobs", old_logprobs.shape)
+    checks.floating(op, "old_logprobs", old_logprobs, double=True)
+    checks.same_device(op, "old_logprobs", old_logprobs, "hidden", hidden.device)
+    mask = checks.token_inputs(op, tokens, mask, cu_seqlens)
+    checks.same_shape(op, "labels", labels, "old_logprobs", old_logprobs.shape)
     advantages = check_advantages(op, advantages, old_logprobs, cu_seqlens, "old_logprobs")
     ref_head = _check_ref_head(
         hidden, weight, ref_logprobs, ref_hidden, ref_weight, ref_bias, bool(shards)
     )
     check_config(op, config, ref_hidden if ref_head else ref_logprobs, rollout_logprobs, normalizer)
-    count, divisor = _checks.divisor(op, config.normalizer if normalizer is None else normalizer)
+    count, divisor = checks.divisor(op, config.normalizer if normalizer is None else normalizer)
 
-    backend = _backends.select(op, hidden.device)
+    backend = backends.select(op, hidden.device)
     columns = (2 if ref_head else 1) * weight.shape[0]
     if shards and batch_invariant and chunk_tokens is None:
         # The ranks meet chunk by chunk.
@@ -190,15 +193,15 @@ def linear_policy_loss(
     # A bound that depends on the rank's own shard would keep the ranks from meeting.
     columns = 0 if shards else columns
     chunk = check_chunk(op, chunk_tokens, batch_invariant, weight, columns, backend)
-    if backend == _backends.REFERENCE:
+    if backend == backends.REFERENCE:
         effective, *_ = row_arguments(temperature, softcap, logit_scale)
         keep = mask != 0
         if shards:
-            _shard.meet(op, weight.shape[0], labels, effective, keep, shards)
+            shard.meet(op, weight.shape[0], labels, effective, keep, shards)
         else:
-            _checks.token_data(op, labels, effective, keep, weight.shape[0])
-        _checks.offsets_valid(op, cu_seqlens, old_logprobs.shape[0])
-        _checks.divisor_positive(op, count)
+            checks.token_data(op, labels, effective, keep, weight.shape[0])
+        checks.offsets_valid(op, cu_seqlens, old_logprobs.shape[0])
+        checks.divisor_positive(op, count)
         if ref_head:
             ref_logprobs, _ = reference.linear_token_logprobs(
                 *ref_head[:2],
@@ -230,7 +233,7 @@ def linear_policy_loss(
         return PolicyLoss(loss, PolicyMetrics(metrics))
     for name, t in {"hidden": hidden, "advantages": advantages, **tokens}.items():
         if t is not None:
-            _checks.floating(op, name, t)
+            checks.floating(op, name, t)
     temperatures, *numbers = row_arguments(temperature, softcap, logit_scale)
     constants = (old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs)
     loss, metrics = _LinearPolicyLoss.apply(

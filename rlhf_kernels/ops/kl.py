@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backends, _checks, _options, _temperatures, reference
-from .._register import define, once_differentiable, remember
+from .. import reference
+from ..core import checks, option_checks, temperature_rules
+from ..kernels import backends
+from ._operator import define, once_differentiable, remember
 
 ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+")
 
@@ -103,22 +105,22 @@ def kl_divergence(
         ValueError: shapes or devices that differ, unknown direction, temperature out of bounds.
     """
     op = "kl_divergence"
-    _checks.floating(op, "logits", logits, double=True)
-    _checks.floating(op, "ref_logits", ref_logits, double=True)
+    checks.floating(op, "logits", logits, double=True)
+    checks.floating(op, "ref_logits", ref_logits, double=True)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"{op}: logits must be [..., V] with V >= 1, got {tuple(logits.shape)}")
-    _checks.same_shape(op, "ref_logits", ref_logits, "logits", logits.shape)
-    _checks.same_device(op, "ref_logits", ref_logits, "logits", logits.device)
-    _checks.same_dtype(op, "ref_logits", ref_logits, "logits", logits.dtype)
-    _options.one_of(op, "direction", direction, ("reverse", "forward"))
-    temperature = _options.positive(op, "temperature", temperature)
-    _temperatures.check(op, temperature)
-    backend = _backends.select(op, logits.device)
-    if backend == _backends.REFERENCE:
+    checks.same_shape(op, "ref_logits", ref_logits, "logits", logits.shape)
+    checks.same_device(op, "ref_logits", ref_logits, "logits", logits.device)
+    checks.same_dtype(op, "ref_logits", ref_logits, "logits", logits.dtype)
+    option_checks.one_of(op, "direction", direction, ("reverse", "forward"))
+    temperature = option_checks.positive(op, "temperature", temperature)
+    temperature_rules.check(op, temperature)
+    backend = backends.select(op, logits.device)
+    if backend == backends.REFERENCE:
         return reference.kl_divergence(
             logits, ref_logits, direction=direction, temperature=temperature
         )
-    _checks.floating(op, "logits", logits)
+    checks.floating(op, "logits", logits)
     return _KlDivergence.apply(
         logits, ref_logits.detach(), temperature, direction == "reverse", backend
     )
@@ -145,14 +147,14 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1")
         ValueError: shapes or devices that differ, unknown estimator.
     """
     op = "kl_penalty"
-    _checks.floating(op, "logprobs", logprobs, double=True)
-    _checks.floating(op, "ref_logprobs", ref_logprobs, double=True)
-    _checks.same_shape(op, "ref_logprobs", ref_logprobs, "logprobs", logprobs.shape)
-    _checks.same_device(op, "ref_logprobs", ref_logprobs, "logprobs", logprobs.device)
-    _options.one_of(op, "estimator", estimator, ESTIMATORS)
-    backend = _backends.select(op, logprobs.device)
-    if backend == _backends.REFERENCE:
+    checks.floating(op, "logprobs", logprobs, double=True)
+    checks.floating(op, "ref_logprobs", ref_logprobs, double=True)
+    checks.same_shape(op, "ref_logprobs", ref_logprobs, "logprobs", logprobs.shape)
+    checks.same_device(op, "ref_logprobs", ref_logprobs, "logprobs", logprobs.device)
+    option_checks.one_of(op, "estimator", estimator, ESTIMATORS)
+    backend = backends.select(op, logprobs.device)
+    if backend == backends.REFERENCE:
         return reference.kl_penalty(logprobs, ref_logprobs, estimator=estimator)
-    _checks.floating(op, "logprobs", logprobs)
-    _checks.floating(op, "ref_logprobs", ref_logprobs)
+    checks.floating(op, "logprobs", logprobs)
+    checks.floating(op, "ref_logprobs", ref_logprobs)
     return _KlPenalty.apply(logprobs, ref_logprobs.detach(), estimator, backend)

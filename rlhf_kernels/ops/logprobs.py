@@ -5,9 +5,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backends, _checks, _group, _layout, _options, _shard, reference
-from .._labels import SHARD_IGNORED
-from .._register import define, once_differentiable, remember, row_arguments
+from .. import reference
+from ..core import checks, groups, layout, option_checks
+from ..core.sentinels import SHARD_IGNORED
+from ..head import shard
+from ..kernels import backends
+from ._operator import define, once_differentiable, remember, row_arguments
 from .support import Support, token_logprobs_support
 
 
@@ -115,7 +118,7 @@ def _check_inplace(logits: Tensor) -> None:
         )
     lead = tuple(logits.shape[:-2]), logits.stride()[:-2]
     bad = logits.is_neg() or logits.stride(-1) != 1 or 0 in logits.stride()
-    if bad or _layout.row_stride(*lead) is None:
+    if bad or layout.row_stride(*lead) is None:
         raise ValueError(
             f"{op}: inplace_backward needs logits whose elements do not share memory, whose last "
             "stride is 1 and whose leading dimensions form rows of one stride, got strides "
@@ -201,15 +204,15 @@ def token_logprobs(
     every rank.
     """
     op = "token_logprobs"
-    _checks.floating(op, "logits", logits, double=True)
-    shards = _group.name(op, group)
+    checks.floating(op, "logits", logits, double=True)
+    shards = groups.name(op, group)
     if logits.dim() == 0 or (logits.shape[-1] == 0 and not shards):
         raise ValueError(f"{op}: logits must be [..., V] with V >= 1, got {tuple(logits.shape)}")
-    options = _checks.row_options(
+    options = checks.row_options(
         op, labels, "logits", logits, temperature, softcap, 1.0, entropy, ignore_index
     )
     temperature, softcap, _, entropy, ignore_index = options
-    inplace_backward = _options.flag(op, "inplace_backward", inplace_backward)
+    inplace_backward = option_checks.flag(op, "inplace_backward", inplace_backward)
     if support is not None:
         if inplace_backward or shards:
             raise ValueError(f"{op}: support goes with neither inplace_backward nor group")
@@ -225,15 +228,15 @@ def token_logprobs(
             )
         )
 
-    backend = _backends.select(op, logits.device)
-    if backend == _backends.REFERENCE:
+    backend = backends.select(op, logits.device)
+    if backend == backends.REFERENCE:
         if inplace_backward:
             raise ValueError(f"{op}: the reference backend has no inplace_backward")
         keep = labels != ignore_index
         if shards:
-            _shard.meet(op, logits.shape[-1], labels, temperature, keep, shards)
+            shard.meet(op, logits.shape[-1], labels, temperature, keep, shards)
         else:
-            _checks.token_data(op, labels, temperature, keep, logits.shape[-1])
+            checks.token_data(op, labels, temperature, keep, logits.shape[-1])
         return TokenLogprobs(
             *reference.token_logprobs(
                 logits,
@@ -245,7 +248,7 @@ def token_logprobs(
                 group=shards,
             )
         )
-    _checks.floating(op, "logits", logits)
+    checks.floating(op, "logits", logits)
     if inplace_backward:
         _check_inplace(logits)
     logprobs, *entropies = _TokenLogprobs.apply(

@@ -5,22 +5,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backends, _checks, _tracing, reference
-from .._register import define, once_differentiable, remember
-from ..policy_config import PolicyLossConfig
+from .. import reference
+from ..config.policy import PolicyLossConfig
+from ..core import checks, tracing
+from ..kernels import backends
 from ..reference.policy import METRICS
 from ._metrics import Metrics, register_metrics
+from ._operator import define, once_differentiable, remember
 
 
 def gradient_fake(like: Tensor, wanted: bool, backend: str) -> Tensor:
     """The gradient of `like` as an operator with a `scale` returns it; empty if not wanted."""
-    dtype = torch.float32 if backend in _backends.GPU else late(like.dtype)
+    dtype = torch.float32 if backend in backends.GPU else late(like.dtype)
     return like.new_empty(like.shape if wanted else (0,), dtype=dtype)
 
 
 def scale_fake(like: Tensor, backend: str) -> Tensor:
     """What the gradients are yet to be multiplied by; empty where they are complete."""
-    return like.new_empty(() if backend in _backends.GPU else (0,), dtype=torch.float32)
+    return like.new_empty(() if backend in backends.GPU else (0,), dtype=torch.float32)
 
 
 def _forward_fake(
@@ -73,7 +75,7 @@ def late(dtype: torch.dtype) -> torch.dtype:
 def times(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient * upstream in `dtype`; the gradient itself where that is so and costs no look."""
     if type(upstream) is Tensor and upstream.device.type == "cpu":
-        if not _tracing.active(upstream) and upstream.item() == 1.0:
+        if not tracing.active(upstream) and upstream.item() == 1.0:
             return gradient.to(dtype)
     return (gradient * upstream).to(dtype)
 
@@ -211,7 +213,7 @@ def policy_loss(
             bad cu_seqlens or normalizer.
     """
     op = "policy_loss"
-    mask = _checks.token_inputs(
+    mask = checks.token_inputs(
         op,
         {
             "logprobs": logprobs,
@@ -229,12 +231,12 @@ def policy_loss(
         raise ValueError(
             f"{op}: entropy must be given, since entropy_coef is {config.entropy_coef}"
         )
-    count, divisor = _checks.divisor(op, config.normalizer if normalizer is None else normalizer)
+    count, divisor = checks.divisor(op, config.normalizer if normalizer is None else normalizer)
 
-    backend = _backends.select(op, logprobs.device)
-    if backend == _backends.REFERENCE:
-        _checks.offsets_valid(op, cu_seqlens, logprobs.shape[0])
-        _checks.divisor_positive(op, count)
+    backend = backends.select(op, logprobs.device)
+    if backend == backends.REFERENCE:
+        checks.offsets_valid(op, cu_seqlens, logprobs.shape[0])
+        checks.divisor_positive(op, count)
         loss, metrics = reference.policy_loss(
             logprobs,
             old_logprobs,
@@ -257,7 +259,7 @@ def policy_loss(
         ("entropy", entropy),
     ):
         if t is not None:
-            _checks.floating(op, name, t)
+            checks.floating(op, name, t)
     enabled = torch.is_grad_enabled()
     grad = enabled and logprobs.requires_grad
     bonus = config.entropy_coef != 0 and entropy is not None
@@ -289,8 +291,8 @@ def check_advantages(
     like: str = "logprobs",
 ) -> Tensor:
     """Requires advantages per token or sequence of the argument `like`; integers become float32."""
-    advantages = _checks.real(op, "advantages", advantages)
-    _checks.same_device(op, "advantages", advantages, like, logprobs.device)
+    advantages = checks.real(op, "advantages", advantages)
+    checks.same_device(op, "advantages", advantages, like, logprobs.device)
     sequences = logprobs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if advantages.shape != logprobs.shape and advantages.shape != (sequences,):
         raise ValueError(

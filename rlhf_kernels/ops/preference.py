@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks, _options, reference
+from .. import reference
+from ..core import checks, option_checks
 
 _LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")
 
@@ -31,11 +32,11 @@ class RewardModelLoss(NamedTuple):
 def _check_pairs(op: str, pairs: dict[str, Tensor]) -> None:
     (like, first), *_ = pairs.items()
     for name, value in pairs.items():
-        _checks.floating(op, name, value, double=True)
+        checks.floating(op, name, value, double=True)
         if value.dim() != 1:
             raise ValueError(f"{op}: {name} must be [B], got {tuple(value.shape)}")
-        _checks.same_shape(op, name, value, like, first.shape)
-        _checks.same_device(op, name, value, like, first.device)
+        checks.same_shape(op, name, value, like, first.shape)
+        checks.same_device(op, name, value, like, first.device)
 
 
 def sequence_logprobs(
@@ -58,9 +59,9 @@ def sequence_logprobs(
         ValueError: shapes or devices that do not match; bad cu_seqlens.
     """
     op = "sequence_logprobs"
-    mask = _checks.token_inputs(op, {"logprobs": logprobs}, mask, cu_seqlens)
-    average = _options.flag(op, "average", average)
-    cu_seqlens, good = _checks.usable_offsets(op, cu_seqlens, logprobs.shape[0])
+    mask = checks.token_inputs(op, {"logprobs": logprobs}, mask, cu_seqlens)
+    average = option_checks.flag(op, "average", average)
+    cu_seqlens, good = checks.usable_offsets(op, cu_seqlens, logprobs.shape[0])
     found = reference.sequence_logprobs(logprobs, mask, cu_seqlens=cu_seqlens, average=average)
     return found if good is None else torch.where(good, found, torch.nan)
 
@@ -111,9 +112,9 @@ def dpo_loss(
         "ref_rejected_logprobs": ref_rejected_logprobs,
     }
     _check_pairs(op, pairs)
-    beta = _options.positive(op, "beta", beta)
-    _options.one_of(op, "loss_type", loss_type, _LOSS_TYPES)
-    label_smoothing = _options.number(op, "label_smoothing", label_smoothing)
+    beta = option_checks.positive(op, "beta", beta)
+    option_checks.one_of(op, "loss_type", loss_type, _LOSS_TYPES)
+    label_smoothing = option_checks.number(op, "label_smoothing", label_smoothing)
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"{op}: label_smoothing must be in [0, 0.5), got {label_smoothing}")
     if label_smoothing != 0 and loss_type not in ("sigmoid", "robust"):
@@ -158,12 +159,12 @@ def reward_model_loss(
     pairs = {"chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards}
     _check_pairs(op, pairs)
     if isinstance(margin, Tensor) and margin.dim() > 0:
-        margin = _checks.real(op, "margin", margin).detach()
+        margin = checks.real(op, "margin", margin).detach()
         _check_pairs(op, pairs | {"margin": margin})
         margin = margin if margin.dtype is torch.float64 else margin.float()
     elif margin is not None:
-        margin = _options.number(op, "margin", margin)
-    center_coef = _options.non_negative(op, "center_coef", center_coef)
+        margin = option_checks.number(op, "margin", margin)
+    center_coef = option_checks.non_negative(op, "center_coef", center_coef)
     return RewardModelLoss(
         *reference.reward_model_loss(*pairs.values(), margin=margin, center_coef=center_coef)
     )

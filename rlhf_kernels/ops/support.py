@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backends, _checks, reference
-from .._register import define, head_gradients_fake, once_differentiable, remember, row_arguments
+from .. import reference
+from ..core import checks
+from ..kernels import backends
+from ._operator import define, head_gradients_fake, once_differentiable, remember, row_arguments
 
 #: indptr [N + 1] and indices [nnz] of the words of each token.
 Support = tuple[Tensor, Tensor]
@@ -127,11 +129,11 @@ def token_logprobs_support(
         temperature: a number, or one per token in the shape of labels.
     """
     op = "token_logprobs"
-    pair = _checks.support(op, support, labels.numel(), labels.device)
-    backend = _backends.select(f"{op}_support", logits.device)
-    if backend == _backends.REFERENCE:
+    pair = checks.support(op, support, labels.numel(), labels.device)
+    backend = backends.select(f"{op}_support", logits.device)
+    if backend == backends.REFERENCE:
         keep = labels != ignore_index
-        _checks.support_data(op, labels, temperature, *pair, keep, logits.shape[-1])
+        checks.support_data(op, labels, temperature, *pair, keep, logits.shape[-1])
         return reference.token_logprobs_support(
             logits,
             labels,
@@ -141,7 +143,7 @@ def token_logprobs_support(
             entropy=entropy,
             ignore_index=ignore_index,
         )
-    _checks.floating(op, "logits", logits)
+    checks.floating(op, "logits", logits)
     temperatures, *numbers = row_arguments(temperature, softcap)
     logprobs, *entropies = _TokenLogprobsSupport.apply(
         logits,
@@ -171,12 +173,12 @@ def linear_token_logprobs_support(
 ) -> tuple[Tensor, Tensor | None]:
     """`linear_token_logprobs` over a support; the other arguments are checked already."""
     op = "linear_token_logprobs"
-    pair = _checks.support(op, support, labels.numel(), labels.device)
-    backend = _backends.select(f"{op}_support", hidden.device)
-    if backend == _backends.REFERENCE:
+    pair = checks.support(op, support, labels.numel(), labels.device)
+    backend = backends.select(f"{op}_support", hidden.device)
+    if backend == backends.REFERENCE:
         keep = labels != ignore_index
         effective, *_ = row_arguments(temperature, softcap, logit_scale)
-        _checks.support_data(op, labels, effective, *pair, keep, weight.shape[0])
+        checks.support_data(op, labels, effective, *pair, keep, weight.shape[0])
         return reference.linear_token_logprobs_support(
             hidden,
             weight,
@@ -189,7 +191,7 @@ def linear_token_logprobs_support(
             entropy=entropy,
             ignore_index=ignore_index,
         )
-    _checks.floating(op, "hidden", hidden)
+    checks.floating(op, "hidden", hidden)
     # As large as the hidden states, not as logits.
     hidden = hidden.to(weight.dtype)
     temperatures, *numbers = row_arguments(temperature, softcap, logit_scale)

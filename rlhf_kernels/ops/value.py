@@ -5,11 +5,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backends, _checks, _options, reference
-from .._register import define, once_differentiable, remember
-from ..policy_config import AGGREGATIONS
+from .. import reference
+from ..config.policy import AGGREGATIONS
+from ..core import checks, option_checks
+from ..kernels import backends
 from ..reference.value import METRICS
 from ._metrics import Metrics, register_metrics
+from ._operator import define, once_differentiable, remember
 from .policy import gradient_fake, scale_fake, scaled
 
 
@@ -119,18 +121,18 @@ def value_loss(
     """
     op = "value_loss"
     tokens = {"values": values, "old_values": old_values, "returns": returns}
-    mask = _checks.token_inputs(op, tokens, mask, cu_seqlens)
-    _options.one_of(op, "aggregation", aggregation, AGGREGATIONS)
+    mask = checks.token_inputs(op, tokens, mask, cu_seqlens)
+    option_checks.one_of(op, "aggregation", aggregation, AGGREGATIONS)
     if aggregation == "constant" and normalizer is None:
         raise ValueError(f"{op}: normalizer must be given with the aggregation 'constant'")
     if clip_range is not None:
-        clip_range = _options.positive(op, "clip_range", clip_range)
-    count, divisor = _checks.divisor(op, normalizer)
+        clip_range = option_checks.positive(op, "clip_range", clip_range)
+    count, divisor = checks.divisor(op, normalizer)
 
-    backend = _backends.select(op, values.device)
-    if backend == _backends.REFERENCE:
-        _checks.offsets_valid(op, cu_seqlens, values.shape[0])
-        _checks.divisor_positive(op, count)
+    backend = backends.select(op, values.device)
+    if backend == backends.REFERENCE:
+        checks.offsets_valid(op, cu_seqlens, values.shape[0])
+        checks.divisor_positive(op, count)
         loss, metrics = reference.value_loss(
             values,
             old_values,
@@ -143,7 +145,7 @@ def value_loss(
         )
         return ValueLoss(loss, ValueMetrics(metrics))
     for name, t in tokens.items():
-        _checks.floating(op, name, t)
+        checks.floating(op, name, t)
     grad = torch.is_grad_enabled() and values.requires_grad
     args = (
         old_values.detach(), returns.detach(), mask, cu_seqlens, count, divisor,

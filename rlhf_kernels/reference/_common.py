@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import _temperatures
+from ..core import temperature_rules
 
 
 def compute(t: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def per_row(temperature: float | Tensor, keep: Tensor) -> float | Tensor:
     if not isinstance(temperature, Tensor):
         return temperature
     t = torch.where(keep, compute(temperature), 1)
-    return torch.where(_temperatures.bad(t), torch.nan, t).unsqueeze(-1)
+    return torch.where(temperature_rules.bad(t), torch.nan, t).unsqueeze(-1)
 
 
 def distances(z: Tensor, temperature: float | Tensor) -> Tensor:

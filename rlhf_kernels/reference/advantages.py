@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import _tracing
+from ..core import tracing
 from ._common import compute
 from .kl import kl_estimate
 
@@ -16,7 +16,7 @@ def _pad(x: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
     if x is None or cu_seqlens is None:
         return x
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    if _tracing.active(x):
+    if tracing.active(x):
         longest = x.shape[0]
     else:
         longest = int(lengths.max()) if len(lengths) else 0

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..policy_config import PolicyLossConfig
+from ..config.policy import PolicyLossConfig
 from . import shard
 from ._common import compute
 from .kl import kl_divergence

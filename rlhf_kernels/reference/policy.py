@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..policy_config import LOG_RATIO_BOUND, UNBOUNDED, PolicyLossConfig
+from ..config.policy import LOG_RATIO_BOUND, UNBOUNDED, PolicyLossConfig
 from ._common import compute
 from .kl import Sloped, kl_estimate
 

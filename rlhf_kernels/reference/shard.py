@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _group
+from ..core import groups
 from ._common import compute, per_row
 
 
@@ -18,7 +18,7 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
         ctx.group = group
-        return _group.sum_(x.clone(memory_format=torch.contiguous_format), group)
+        return groups.sum_(x.clone(memory_format=torch.contiguous_format), group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
@@ -59,13 +59,13 @@ def token_logprobs(
         z = softcap * torch.tanh(z / softcap)
     # A shard may be empty, a maximum may not.
     z = torch.nn.functional.pad(z, (0, 1), value=-torch.inf)
-    d = z - _group.maximum(z.detach().amax(-1), group).unsqueeze(-1)
+    d = z - groups.maximum(z.detach().amax(-1), group).unsqueeze(-1)
     d = d / per_row(temperature, keep)
     e = d.exp()
     # Only sums over the ranks enter what follows, which is the same on every rank.
     log_s = _Summed.apply(e.sum(-1), group).log()
-    sizes = _group.gather(torch.tensor(logits.shape[-1], device=logits.device), group)
-    rank = _group.rank(group)
+    sizes = groups.gather(torch.tensor(logits.shape[-1], device=logits.device), group)
+    rank = groups.rank(group)
     local = labels.long() - sizes[:rank].sum()
     owned = keep & (local >= 0) & (local < sizes[rank])
     own = d.gather(-1, torch.where(owned, local, 0).unsqueeze(-1)).squeeze(-1)

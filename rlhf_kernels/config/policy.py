@@ -4,8 +4,8 @@ import dataclasses
 import math
 from typing import Any
 
+from ..core.option_checks import shown
 from . import presets
-from ._options import shown
 
 OBJECTIVES = ("clip", "penalty", "reinforce", "cispo", "sapo")
 RATIO_LEVELS = ("token", "sequence", "sequence-token")

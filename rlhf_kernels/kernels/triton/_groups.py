@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._layout import as_grid
+from ...core.layout import as_grid
 from ._launch import kernel, launch, tile_count
 from ._math import scalar, tree_sum
 

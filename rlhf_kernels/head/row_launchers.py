@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import _checks, _head_policy
-from ._head import (
+from ..core import checks
+from . import policy
+from .chunks import (
     Chunk,
     Empty,
     Gradients,
@@ -51,7 +52,7 @@ def launchers(
         keep = labels != ignore_index
         # The labels of a shard were found good before.
         if reduce is None:
-            _checks.token_data("linear_token_logprobs", labels, temperatures, keep, weight.shape[0])
+            checks.token_data("linear_token_logprobs", labels, temperatures, keep, weight.shape[0])
         logprobs = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
         entropies = torch.zeros_like(logprobs) if entropy else logprobs.new_empty(0)
         stats = logprobs.new_empty((*labels.shape, 3))
@@ -174,7 +175,7 @@ def launchers(
         return gradients.results(hidden.shape)
 
     return {
-        "linear_policy_loss": _head_policy.launcher(rows, empty, reduce),
+        "linear_policy_loss": policy.launcher(rows, empty, reduce),
         "linear_token_logprobs": linear_token_logprobs,
         "linear_token_logprobs_backward": linear_token_logprobs_backward,
         "linear_kl_divergence": linear_kl_divergence,

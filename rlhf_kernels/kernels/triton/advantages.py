@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _checks, _config
-from .._layout import as_grid, grid_strides
+from ...core import checks, env
+from ...core.layout import as_grid, grid_strides
 from ._groups import group_advantages
 from ._launch import INTERPRETED, kernel, launch, tile_count
 from ._math import scalar
@@ -266,8 +266,8 @@ def _scan(
     whiten: bool = False,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """(advantages, returns, shaped rewards). With scores, `rewards` are log-probabilities."""
-    if _config.CHECK:
-        _checks.offsets_valid(op, cu_seqlens, rewards.shape[0])
+    if env.CHECK:
+        checks.offsets_valid(op, cu_seqlens, rewards.shape[0])
     returns = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
     advantages = None if values is None else torch.empty_like(returns)
     shaped = None if scores is None else torch.empty_like(returns)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._layout import materialized
+from ...core.layout import materialized
 from . import _policy_math as m
 from . import _tokens as t
 from ._launch import kernel, launch, tile_count

@@ -6,7 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import _checks, _config
+from ...core import checks, env
 from . import boundary as b
 
 
@@ -25,15 +25,15 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     ) -> None:
         code, position = status
         if code == b.LABEL_OUT_OF_RANGE:
-            raise _checks.out_of_range(op, position, labels, vocab)
+            raise checks.out_of_range(op, position, labels, vocab)
         if code == b.BAD_TEMPERATURE:
-            raise _checks.bad_temperature(op, position, temperatures)
+            raise checks.bad_temperature(op, position, temperatures)
         if code == b.BAD_INDPTR:
-            raise _checks.bad_indptr(op, position, indptr, indices.shape[0])
+            raise checks.bad_indptr(op, position, indptr, indices.shape[0])
         if code == b.INDEX_OUT_OF_RANGE:
-            raise _checks.bad_index(op, position, indices, vocab)
+            raise checks.bad_index(op, position, indices, vocab)
         if code == b.INDEX_REPEATED:
-            raise _checks.repeated_index(op, position, indices)
+            raise checks.repeated_index(op, position, indices)
         if code == b.OUT_OF_MEMORY:
             raise MemoryError(f"{op}: no memory for a bit per word of the vocabulary, {vocab}")
 
@@ -61,9 +61,9 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         if labels.numel() == 0:
             return logprobs, entropies, stats, kept
         # The CPU kernels look themselves.
-        if gpu and _config.CHECK:
+        if gpu and env.CHECK:
             keep = labels != ignore_index
-            _checks.support_data(op, labels, temperatures, indptr, indices, keep, vocab)
+            checks.support_data(op, labels, temperatures, indptr, indices, keep, vocab)
         rows, labels = b.as_rows(rows), b.as_grid(labels)
         indptr, indices = b.as_grid(indptr), b.as_grid(indices)
         weight = None if weight is None else b.as_rows(weight)

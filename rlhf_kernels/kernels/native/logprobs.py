@@ -6,8 +6,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import _checks, _config
-from .._labels import SHARD_IGNORED
+from ...core import checks, env
+from ...core.sentinels import SHARD_IGNORED
 from . import boundary as b
 
 
@@ -16,9 +16,9 @@ def _raise(
 ) -> None:
     code, position = status
     if code == b.LABEL_OUT_OF_RANGE:
-        raise _checks.out_of_range("token_logprobs", position, labels, vocab)
+        raise checks.out_of_range("token_logprobs", position, labels, vocab)
     if code == b.BAD_TEMPERATURE:
-        raise _checks.bad_temperature("token_logprobs", position, temperatures)
+        raise checks.bad_temperature("token_logprobs", position, temperatures)
 
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
@@ -27,12 +27,12 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
 
     def check(labels: Tensor, temperatures: Tensor | None, vocab: int, ignore_index: int) -> None:
         # The CPU kernels look themselves.
-        if gpu and _config.CHECK:
+        if gpu and env.CHECK:
             keep = labels != ignore_index
             # A shard's labels were found good before.
             if ignore_index != SHARD_IGNORED:
-                _checks.labels_in_range("token_logprobs", labels, keep, vocab)
-            _checks.temperatures_positive("token_logprobs", temperatures, keep)
+                checks.labels_in_range("token_logprobs", labels, keep, vocab)
+            checks.temperatures_positive("token_logprobs", temperatures, keep)
 
     def token_logprobs(
         logits: Tensor,

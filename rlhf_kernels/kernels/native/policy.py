@@ -6,7 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import _checks, _config
+from ...core import checks, env
 from . import boundary as b
 
 # csrc/abi.h: kPolicyMetrics
@@ -27,7 +27,7 @@ def divisor_value(op: str, normalizer: Tensor | None, divisor: float) -> float:
     """The number to divide by; 0 where the kernel shall count."""
     if normalizer is None:
         return divisor
-    _checks.divisor_positive(op, normalizer)
+    checks.divisor_positive(op, normalizer)
     return normalizer.item()
 
 
@@ -37,8 +37,8 @@ def divisor_on(
     """The number, or the tensor on the GPU, which is not waited for."""
     if not gpu or normalizer is None or normalizer.device != like.device:
         return divisor_value(op, normalizer, divisor), None
-    if _config.CHECK:
-        _checks.divisor_positive(op, normalizer)
+    if env.CHECK:
+        checks.divisor_positive(op, normalizer)
     floating = normalizer.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     return 0.0, b.materialized(normalizer if floating else normalizer.double())
 
@@ -62,10 +62,10 @@ def sequences(
 ) -> tuple[int, int, b.Packed] | None:
     """(sequences, cols, offsets) of csrc/abi.h: LossTokens; None where nothing is to be done."""
     if gpu:
-        if _config.CHECK:
-            _checks.offsets_valid(op, cu_seqlens, like.shape[0])
+        if env.CHECK:
+            checks.offsets_valid(op, cu_seqlens, like.shape[0])
     elif like.numel() == 0:
-        _checks.offsets_valid(op, cu_seqlens, 0)
+        checks.offsets_valid(op, cu_seqlens, 0)
         return None
     if cu_seqlens is None:
         return like.shape[0], like.shape[1], None
@@ -76,7 +76,7 @@ def raise_status(op: str, status: tuple[int, int], cu_seqlens: Tensor | None, to
     """Raises what the kernel has found."""
     code, position = status
     if code == b.BAD_OFFSETS:
-        raise _checks.bad_offsets(op, position, cu_seqlens, total)
+        raise checks.bad_offsets(op, position, cu_seqlens, total)
     if code == b.OUT_OF_MEMORY:
         raise MemoryError(f"{op}: no memory for {total} tokens' partial sums")
 

@@ -6,7 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import _checks, _config
+from ...core import checks, env
 from . import boundary as b
 
 # csrc/abi.h: KlEstimator, Baseline, Scale
@@ -66,8 +66,8 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         advantages = _fp32(like) if values is not None else None
         shaped = _fp32(like) if scores is not None else None
         results = advantages, returns, shaped
-        if gpu and _config.CHECK:
-            _checks.offsets_valid(op, cu_seqlens, like.shape[0])
+        if gpu and env.CHECK:
+            checks.offsets_valid(op, cu_seqlens, like.shape[0])
         # The CPU kernel looks at the offsets in any case.
         if like.numel() == 0 and (gpu or cu_seqlens is None):
             return results
@@ -97,7 +97,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             where(like, "gae", sequences, like.shape[-1], cu_seqlens is not None),
         )  # fmt: skip
         if code == b.BAD_OFFSETS:
-            raise _checks.bad_offsets(op, position, cu_seqlens, like.shape[0])
+            raise checks.bad_offsets(op, position, cu_seqlens, like.shape[0])
         return results
 
     def gae(

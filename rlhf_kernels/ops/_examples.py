@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks
-from .ops.advantages import discounted_returns, gae, group_advantages, ppo_advantages, whiten
-from .ops.head import linear_kl_divergence, linear_token_logprobs
-from .ops.head_policy import linear_policy_loss
-from .ops.kl import kl_divergence, kl_penalty
-from .ops.logprobs import token_logprobs
-from .ops.policy import policy_loss
-from .ops.preference import dpo_loss, reward_model_loss, sequence_logprobs
-from .ops.value import value_loss
-from .policy_config import PolicyLossConfig
+from ..config.policy import PolicyLossConfig
+from ..core import checks
+from .advantages import discounted_returns, gae, group_advantages, ppo_advantages, whiten
+from .head import linear_kl_divergence, linear_token_logprobs
+from .head_policy import linear_policy_loss
+from .kl import kl_divergence, kl_penalty
+from .logprobs import token_logprobs
+from .policy import policy_loss
+from .preference import dpo_loss, reward_model_loss, sequence_logprobs
+from .value import value_loss
 
 
 class Inputs(NamedTuple):
@@ -217,7 +217,7 @@ def gradients(results: Sequence[Tensor], call: Call) -> list[Tensor]:
 
 def warmup(
     device: str | torch.device = "cpu",
-    dtypes: Sequence[torch.dtype] = _checks.FLOATING,
+    dtypes: Sequence[torch.dtype] = checks.FLOATING,
 ) -> None:
     """Runs every operation forward and backward once on tiny tensors.
 
@@ -236,8 +236,8 @@ def warmup(
     """
     device = torch.device(device)
     for dtype in dtypes:
-        if dtype not in _checks.FLOATING:
-            names = ", ".join(str(d).removeprefix("torch.") for d in _checks.FLOATING)
+        if dtype not in checks.FLOATING:
+            names = ", ".join(str(d).removeprefix("torch.") for d in checks.FLOATING)
             raise TypeError(f"warmup: dtypes must be from {names}, got {dtype}")
     # Enough rows to give every thread of the team one.
     rows = max(2, torch.get_num_threads())

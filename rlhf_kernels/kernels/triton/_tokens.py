@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _checks, _config
-from .._layout import as_grid, grid_strides
+from ...core import checks, env
+from ...core.layout import as_grid, grid_strides
 from ._launch import INTERPRETED, kernel, tile_count
 from ._math import tree_sum
 from ._policy_math import log_weight
@@ -24,7 +24,7 @@ TILE = 1024
 WARPS = 8
 # The first rows of the scratch [rows, slots], of statistics_kernel.
 TOKENS, LOG_RATIO, LOG_WEIGHT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-# Aggregations whose implied divisor is the number of sequences with a token: policy_config.py.
+# Aggregations whose implied divisor is the number of sequences with a token: config/policy.py.
 SEQUENCE_COUNTS = (1, 2)
 # Slots that the combining program takes at a time. The interpreter scans element by element; and
 # with few, small tests have several groups.
@@ -69,9 +69,9 @@ def outputs(like: Tensor, metrics: int, scratch: int) -> tuple[Tensor, Tensor, T
 
 def check(op: str, cu_seqlens: Tensor | None, total: int, normalizer: Tensor | None) -> None:
     """Raises for bad offsets or a bad normalizer where that was asked for; else they poison."""
-    if _config.CHECK:
-        _checks.offsets_valid(op, cu_seqlens, total)
-        _checks.divisor_positive(op, normalizer)
+    if env.CHECK:
+        checks.offsets_valid(op, cu_seqlens, total)
+        checks.divisor_positive(op, normalizer)
 
 
 def divisor_on(
@@ -80,7 +80,7 @@ def divisor_on(
     """The normalizer as a tensor that the kernel can read, or as a number; 0 to count."""
     if normalizer is not None and normalizer.device != device:
         # It lies on the host, so reading it waits for nothing.
-        _checks.divisor_positive(op, normalizer)
+        checks.divisor_positive(op, normalizer)
         return None, float(normalizer)
     # An integer would be an argument of another type, and another kernel.
     return normalizer, float(divisor)

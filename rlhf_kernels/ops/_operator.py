@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _backends, _temperatures, _tracing
+from ..core import temperature_rules, tracing
+from ..kernels import backends
 
 _LIBRARY = torch.library.Library("rlhf_kernels", "DEF")
 # Types of arguments that a launcher takes as they are.
@@ -30,7 +31,7 @@ class Operator:
         self.name = name
 
         def run(*args: object) -> object:
-            return _backends.launcher(args[-1], name)(*args[:-1])
+            return backends.launcher(args[-1], name)(*args[:-1])
 
         _LIBRARY.define(name + schema)
         _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
@@ -38,11 +39,11 @@ class Operator:
         self._registered = getattr(torch.ops.rlhf_kernels, name).default
 
     def __call__(self, *args: object) -> object:
-        if torch.compiler.is_compiling() or _tracing.dispatch_modes():
+        if torch.compiler.is_compiling() or tracing.dispatch_modes():
             return self._registered(*args)
         if not _PLAIN.issuperset(map(type, args)):
             return self._registered(*args)
-        return _backends.launcher(args[-1], self.name)(*args[:-1])
+        return backends.launcher(args[-1], self.name)(*args[:-1])
 
 
 class _Once(torch.autograd.Function):
@@ -122,7 +123,7 @@ def row_arguments(
     """
     cap = 0.0 if softcap is None else softcap / logit_scale
     if isinstance(temperature, Tensor):
-        return _temperatures.scaled(temperature, logit_scale), 1.0, cap
+        return temperature_rules.scaled(temperature, logit_scale), 1.0, cap
     return None, temperature / logit_scale, cap
 
 

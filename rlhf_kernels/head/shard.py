@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, _group, _head, _head_launchers, _temperatures
-from ._labels import ELSEWHERE, NOWHERE, SHARD_IGNORED
+from ..core import checks, groups, temperature_rules
+from ..core.sentinels import ELSEWHERE, NOWHERE, SHARD_IGNORED
+from . import chunks, row_launchers
 
 
 class Shards(NamedTuple):
@@ -56,14 +57,14 @@ def meet(
         ValueError: likewise a bad temperature, labels that are not the same on every rank, or
             shards that are all empty.
     """
-    looked = _checks.may_look(labels)
+    looked = checks.may_look(labels)
     told = torch.full((len(_FIELDS),), vocab, dtype=torch.int64, device=labels.device)
     if looked:
         told[1:] = told.new_tensor(_summary(labels, temperatures, keep))
-    told = _group.gather(told, group)
+    told = groups.gather(told, group)
     if looked:
         _judge(op, [dict(zip(_FIELDS, row, strict=True)) for row in told.tolist()])
-    return Shards(told[:, 0], _group.rank(group))
+    return Shards(told[:, 0], groups.rank(group))
 
 
 def _summary(labels: Tensor, temperatures: float | Tensor | None, keep: Tensor) -> list[int]:
@@ -78,7 +79,7 @@ def _summary(labels: Tensor, temperatures: float | Tensor | None, keep: Tensor) 
     low, high = kept.argmin(), kept.argmax()
     bad = torch.zeros_like(keep)
     if isinstance(temperatures, Tensor):
-        bad = _temperatures.bad(temperatures) & keep
+        bad = temperature_rules.bad(temperatures) & keep
     bad = bad.reshape(-1).nonzero()
     first_bad = int(bad[0]) if bad.numel() else -1
     return [
@@ -98,7 +99,7 @@ def _judge(op: str, told: list[dict[str, int]]) -> None:
                     f"expected 0 <= label < {total}, the vocabulary of all ranks, or ignore_index"
                 )
         if t["temperature_at"] >= 0:
-            raise _temperatures.error(op, t["temperature_at"], where=f" on rank {rank}")
+            raise temperature_rules.error(op, t["temperature_at"], where=f" on rank {rank}")
         for field in ("tokens", "checksum"):
             if t[field] != told[0][field]:
                 raise ValueError(
@@ -130,7 +131,7 @@ def combine(
     # No log-probability is positive.
     logprobs = torch.where(local == ELSEWHERE, torch.inf, logprobs)
     parts = torch.stack([*stats.unbind(-1), logprobs])
-    m, s, mean, own = _group.gather(parts, group).double().unbind(1)
+    m, s, mean, own = groups.gather(parts, group).double().unbind(1)
     rate = 1.0 / temperature if temperatures is None else 1.0 / temperatures.float().double()
 
     # Nothing but -inf here.
@@ -156,7 +157,7 @@ def _ordered_sum(of_ranks: Tensor) -> Tensor:
     return functools.reduce(torch.add, of_ranks.unbind())
 
 
-def _rows_of(rows: _head.Launchers, group: str) -> _head.Launchers:
+def _rows_of(rows: chunks.Launchers, group: str) -> chunks.Launchers:
     """The row kernels as if the whole vocabulary were here; labels are from `Shards.localized`."""
 
     def token_logprobs(
@@ -184,13 +185,13 @@ def _rows_of(rows: _head.Launchers, group: str) -> _head.Launchers:
     }
 
 
-def launchers(rows: _head.Launchers, empty: _head.Empty) -> dict[str, Callable[..., object]]:
+def launchers(rows: chunks.Launchers, empty: chunks.Empty) -> dict[str, Callable[..., object]]:
     """Launchers of the sharded operators over a backend's row kernels; empty as in `_head`."""
     if "token_logprobs" not in rows:
         return {}
 
-    def head_of(group: str, rows: _head.Launchers) -> _head.Launchers:
-        return _head_launchers.launchers(rows, empty, functools.partial(_group.sum_, group=group))
+    def head_of(group: str, rows: chunks.Launchers) -> chunks.Launchers:
+        return row_launchers.launchers(rows, empty, functools.partial(groups.sum_, group=group))
 
     def sharded_token_logprobs(
         logits: Tensor,
@@ -267,7 +268,7 @@ def launchers(rows: _head.Launchers, empty: _head.Empty) -> dict[str, Callable[.
         # a host synchronisation on a GPU.
         if chunk == 0:
             columns = (2 if ref_head else 1) * int(shards.sizes.max())
-            chunk = _head.chunk_size(weight.device, columns, weight.dtype)
+            chunk = chunks.chunk_size(weight.device, columns, weight.dtype)
         return head_of(group, _rows_of(rows, group))[op](
             hidden, weight, bias, shards.localized(labels, keep), temperatures, old, advantages,
             mask, ref, rollout, ref_head, *args, chunk, needs,

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .._layout import (
+from ...core.layout import (
     as_grid,
     as_rows,
     as_upstream,

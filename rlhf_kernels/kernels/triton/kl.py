@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._layout import as_grid, as_rows, grid, grid_strides, rows_strides
+from ...core.layout import as_grid, as_rows, grid, grid_strides, rows_strides
 from ._launch import kernel, launch, tile_count
 from ._math import LOG2E, exp_parts, scalar, tree_sum
 from .logprobs import GROUP, LOWEST, ROWS, alignment, tile_bounds, token_at

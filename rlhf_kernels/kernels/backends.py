@@ -9,7 +9,9 @@ from collections.abc import Callable
 
 import torch
 
-from . import _config, _head, _head_launchers, _shard, native, triton
+from ..core import env
+from ..head import chunks, row_launchers, shard
+from . import native, triton
 
 REFERENCE = "reference"
 
@@ -23,18 +25,18 @@ GPU = ("cuda", "triton")
 _Launcher = Callable[..., object]
 
 
-def table(rows: dict[str, _Launcher], empty: _head.Empty) -> dict[str, _Launcher]:
+def table(rows: dict[str, _Launcher], empty: chunks.Empty) -> dict[str, _Launcher]:
     """All launchers of a backend, by name, from those of its own kernels."""
-    return {**rows, **_head_launchers.launchers(rows, empty), **_shard.launchers(rows, empty)}
+    return {**rows, **row_launchers.launchers(rows, empty), **shard.launchers(rows, empty)}
 
 
 # Filled at import, not on first use: torch.compile cannot trace what fills them.
 _TABLES: dict[str, dict[str, _Launcher]] = {
     "cpu": table(native.launchers("cpu"), native.empty("cpu")),
-    "cuda": table(native.launchers("cuda"), _head.plain_empty),
-    "triton": table(triton.launchers(), _head.plain_empty),
+    "cuda": table(native.launchers("cuda"), chunks.plain_empty),
+    "triton": table(triton.launchers(), chunks.plain_empty),
 }
-_forced: str = _config.BACKEND
+_forced: str = env.BACKEND
 _warned: set[str] = set()
 
 
@@ -136,9 +138,9 @@ class use_backend:
 
     def __init__(self, name: str) -> None:
         global _forced
-        if name not in _config.BACKEND_NAMES:
+        if name not in env.BACKEND_NAMES:
             raise ValueError(
-                f"use_backend: expected one of {', '.join(_config.BACKEND_NAMES)}, got {name!r}"
+                f"use_backend: expected one of {', '.join(env.BACKEND_NAMES)}, got {name!r}"
             )
         reason = None if name == "auto" else unavailable_reason(name)
         if reason is not None:

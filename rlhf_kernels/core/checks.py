@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _config, _labels, _options, _temperatures, _tracing
+from . import env, option_checks, sentinels, temperature_rules, tracing
 
 # Arguments per token that may be None.
 _OPTIONAL = ("ref_logprobs", "rollout_logprobs", "entropy")
@@ -84,7 +84,7 @@ def mask(op: str, name: str, value: object) -> Tensor:
         return keep
     whole = ((value == 1) | ~keep).all()
     advice = f"soft masks are not supported, pass {name}.bool()"
-    if _tracing.active(value):
+    if tracing.active(value):
         torch._assert_async(whole, f"{expected}, got other numbers; {advice}")
     elif not whole:
         raise TypeError(f"{expected}, got {value.dtype} with other numbers; {advice}")
@@ -132,7 +132,7 @@ def bad_offsets(op: str, position: int, cu_seqlens: Tensor, total: int) -> Value
 
 def offsets_valid(op: str, cu_seqlens: Tensor | None, total: int) -> None:
     """Raises ValueError for the first bad entry of cu_seqlens (reads the tensor, on any device)."""
-    if cu_seqlens is None or cu_seqlens.is_meta or _tracing.active(cu_seqlens):
+    if cu_seqlens is None or cu_seqlens.is_meta or tracing.active(cu_seqlens):
         return
     entries = cu_seqlens.tolist()
     for i, entry in enumerate(entries):
@@ -180,8 +180,8 @@ def out_of_range(op: str, position: int, labels: Tensor, vocab: int) -> IndexErr
 
 def may_look(t: Tensor) -> bool:
     """Whether reading `t` on the host is free, or asked for by RLHF_KERNELS_CHECK=1."""
-    free = t.device.type == "cpu" or (_config.CHECK and not t.is_meta)
-    return free and not _tracing.active(t)
+    free = t.device.type == "cpu" or (env.CHECK and not t.is_meta)
+    return free and not tracing.active(t)
 
 
 def labels_in_range(op: str, labels: Tensor, keep: Tensor, vocab: int) -> None:
@@ -199,7 +199,7 @@ def temperatures_positive(op: str, temperature: float | Tensor | None, keep: Ten
     """
     if not isinstance(temperature, Tensor) or not may_look(temperature):
         return
-    bad = _temperatures.bad(temperature) & keep
+    bad = temperature_rules.bad(temperature) & keep
     if bad.any():
         raise bad_temperature(op, int(bad.reshape(-1).nonzero()[0]), temperature)
 
@@ -215,7 +215,7 @@ def token_data(
 def bad_temperature(op: str, position: int, temperatures: Tensor) -> ValueError:
     """The error for the temperature at flat `position`."""
     value = temperatures.reshape(-1)[position].item()
-    return _temperatures.error(op, position, value)
+    return temperature_rules.error(op, position, value)
 
 
 class RowOptions(NamedTuple):
@@ -249,16 +249,16 @@ def row_options(
     same_shape(op, "labels", labels_, f"{name} without {column}", rows.shape[:-1])
     same_device(op, "labels", labels_, name, rows.device)
     if softcap is not None:
-        softcap = _options.positive(op, "softcap", softcap)
+        softcap = option_checks.positive(op, "softcap", softcap)
     options = RowOptions(
         _temperature(op, temperature, labels_),
         softcap,
-        _options.positive(op, "logit_scale", logit_scale),
-        _options.flag(op, "entropy", entropy),
-        _options.integer(op, "ignore_index", ignore_index),
+        option_checks.positive(op, "logit_scale", logit_scale),
+        option_checks.flag(op, "entropy", entropy),
+        option_checks.integer(op, "ignore_index", ignore_index),
     )
-    _temperatures.check(op, *options[:3])
-    if options.ignore_index in (_labels.ELSEWHERE, _labels.SHARD_IGNORED):
+    temperature_rules.check(op, *options[:3])
+    if options.ignore_index in (sentinels.ELSEWHERE, sentinels.SHARD_IGNORED):
         raise ValueError(
             f"{op}: ignore_index must not be {options.ignore_index}, by which kernels tell the "
             "shards of a vocabulary apart"
@@ -268,7 +268,7 @@ def row_options(
 
 def _temperature(op: str, value: object, labels_: Tensor) -> float | Tensor:
     if not isinstance(value, Tensor):
-        return _options.positive(op, "temperature", value)
+        return option_checks.positive(op, "temperature", value)
     floating(op, "temperature", value, double=True)
     same_device(op, "temperature", value, "labels", labels_.device)
     try:
@@ -328,7 +328,7 @@ def divisor(op: str, value: object) -> tuple[Tensor | None, float]:
                 f"{value.dtype} of shape {tuple(value.shape)}"
             )
         return value.detach(), 0.0
-    return None, _options.positive(op, "normalizer", value)
+    return None, option_checks.positive(op, "normalizer", value)
 
 
 def bad_divisor(op: str, value: Tensor) -> ValueError:

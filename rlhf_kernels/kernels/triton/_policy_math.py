@@ -17,7 +17,7 @@ K1, K2, K3, ABS = (tl.constexpr(i) for i in range(4))
 NO_CORRECTION, TOKEN_CORRECTION, SEQUENCE_CORRECTION = (tl.constexpr(i) for i in range(3))
 TRUNCATE, MASK = (tl.constexpr(i) for i in range(2))
 TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, CONSTANT = (tl.constexpr(i) for i in range(4))
-# exp(x) saturates at +-40 in every use: LOG_RATIO_BOUND of policy_config.py.
+# exp(x) saturates at +-40 in every use: LOG_RATIO_BOUND of config/policy.py.
 BOUND = tl.constexpr(40.0)
 
 

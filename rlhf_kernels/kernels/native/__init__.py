@@ -12,7 +12,7 @@ from types import ModuleType
 # First, so that libgomp is loaded.
 import torch
 
-from .. import _config
+from ...core import env
 from . import advantages, boundary, kl, logprobs, policy, support, value
 
 _NAMES = {"cpu": "_cpu", "cuda": "_cuda"}
@@ -25,13 +25,13 @@ def _load(backend: str) -> tuple[ModuleType | None, str | None]:
         module = importlib.import_module(f"rlhf_kernels.{_NAMES[backend]}")
     except ImportError as error:
         return None, f"extension {_NAMES[backend]} could not be imported: {error}"
-    if backend == "cpu" and _config.CPU_ISA is not None:
-        if _config.CPU_ISA not in module.isa_names():
+    if backend == "cpu" and env.CPU_ISA is not None:
+        if env.CPU_ISA not in module.isa_names():
             raise ValueError(
                 f"RLHF_KERNELS_CPU_ISA: expected one of {', '.join(module.isa_names())}, "
-                f"got {_config.CPU_ISA!r}"
+                f"got {env.CPU_ISA!r}"
             )
-        module.select_isa(_config.CPU_ISA)
+        module.select_isa(env.CPU_ISA)
     return module, _cuda_reason(module) if backend == "cuda" else None
 
 

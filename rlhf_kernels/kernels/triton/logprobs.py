@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _checks, _config, _labels
-from .._layout import as_grid, as_rows, as_upstream, grid, grid_strides, rows_strides
+from ...core import checks, env, sentinels
+from ...core.layout import as_grid, as_rows, as_upstream, grid, grid_strides, rows_strides
 from ._launch import kernel, launch, tile_count
 from ._math import LOG2E, good_temperature, scalar, tanh_parts, tree_sum
 
@@ -29,8 +29,8 @@ ROWS = 64
 GROUP = 64
 # exp of less is below the normal floats and counts as zero.
 LOWEST = tl.constexpr(-87.0)
-ELSEWHERE = tl.constexpr(_labels.ELSEWHERE)
-SHARD_IGNORED = tl.constexpr(_labels.SHARD_IGNORED)
+ELSEWHERE = tl.constexpr(sentinels.ELSEWHERE)
+SHARD_IGNORED = tl.constexpr(sentinels.SHARD_IGNORED)
 
 
 @triton.jit
@@ -291,12 +291,12 @@ def _strides(t: Tensor | None) -> tuple[int, int]:
 
 
 def _check(labels: Tensor, temperatures: Tensor | None, vocab: int, ignore_index: int) -> None:
-    if _config.CHECK:
+    if env.CHECK:
         keep = labels != ignore_index
         # A shard's labels were found good before.
-        if ignore_index != _labels.SHARD_IGNORED:
-            _checks.labels_in_range("token_logprobs", labels, keep, vocab)
-        _checks.temperatures_positive("token_logprobs", temperatures, keep)
+        if ignore_index != sentinels.SHARD_IGNORED:
+            checks.labels_in_range("token_logprobs", labels, keep, vocab)
+        checks.temperatures_positive("token_logprobs", temperatures, keep)
 
 
 def token_logprobs(

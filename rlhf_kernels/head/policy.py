@@ -6,8 +6,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import _checks
-from ._head import (
+from ..config.policy import AGGREGATIONS
+from ..core import checks
+from ..core.sentinels import SHARD_IGNORED
+from ..reference import policy
+from .chunks import (
     Chunk,
     Empty,
     Gradients,
@@ -21,11 +24,8 @@ from ._head import (
     select,
     sum_is_dear,
 )
-from ._labels import SHARD_IGNORED
-from .policy_config import AGGREGATIONS
-from .reference import policy
 
-# Where PolicyLossConfig encodes these (policy_config.py: _codes, _params).
+# Where PolicyLossConfig encodes these (config/policy.py: _codes, _params).
 _RATIO_LEVEL, _CORRECTION_LEVEL, _AGGREGATION = 1, 5, 7
 _PENALTY_COEF, _KL_COEF, _ENTROPY_COEF = 6, 9, 13
 
@@ -65,7 +65,7 @@ class _PolicySweep:
         keep = flat(mask) != 0
         # The labels of a shard were found good before.
         if reduce is None:
-            _checks.token_data(
+            checks.token_data(
                 "linear_policy_loss", self._labels, self._temperatures, keep, weight.shape[0]
             )
             # Masked tokens are dropped already. Of the others, where they may not be looked at,
@@ -210,7 +210,7 @@ class _PolicySweep:
 def launcher(
     rows: Launchers, empty: Empty, reduce: Reduce | None
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """The launcher of linear_policy_loss; arguments as in `_head_launchers.launchers`."""
+    """The launcher of linear_policy_loss; arguments as in `row_launchers.launchers`."""
 
     def linear_policy_loss(
         hidden: Tensor,
@@ -235,8 +235,8 @@ def launcher(
         needs: list[bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         # Where they may not be looked at, the kernel that is given these poisons the loss.
-        _checks.divisor_positive("linear_policy_loss", normalizer)
-        offsets, good = _checks.usable_offsets("linear_policy_loss", cu_seqlens, mask.shape[0])
+        checks.divisor_positive("linear_policy_loss", normalizer)
+        offsets, good = checks.usable_offsets("linear_policy_loss", cu_seqlens, mask.shape[0])
         sweep = _PolicySweep(
             rows, hidden, weight, bias, labels, temperatures, mask, ref_head, temperature, softcap,
             chunk, empty, reduce,

@@ -1,8 +1,8 @@
 """Labels that are no word of any vocabulary, with which row kernels are told more than one word.
 
-One value and one meaning each; csrc/abi.h and triton/logprobs.py have the same. As they are below
--1, and a label outside the vocabulary is clamped to -1 or refused before, no label of a caller is
-one of them.
+One value and one meaning each; csrc/abi.h and kernels/triton/logprobs.py have the same. As they are
+below -1, and a label outside the vocabulary is clamped to -1 or refused before, no label of a
+caller is one of them.
 """
 
 # The word lies among other columns than those that the kernel is given (kLabelElsewhere). Only

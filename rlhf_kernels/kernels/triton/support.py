@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _checks, _config
-from .._layout import as_grid, as_rows, as_upstream, grid, grid_strides, rows_strides
+from ...core import checks, env
+from ...core.layout import as_grid, as_rows, as_upstream, grid, grid_strides, rows_strides
 from ._launch import kernel, launch, tile_count
 from ._math import LOG2E, good_temperature, scalar, tanh_parts, tree_sum
 from .logprobs import LOWEST, _strides, alignment, label_gradient, tile_sums, token_at
@@ -330,9 +330,9 @@ def _forward(
     kept = logprobs.new_empty(indices.shape)
     if labels.numel() == 0:
         return logprobs, entropies, stats, kept
-    if _config.CHECK:
+    if env.CHECK:
         keep = labels != ignore_index
-        _checks.support_data(op, labels, temperatures, indptr, indices, keep, vocab)
+        checks.support_data(op, labels, temperatures, indptr, indices, keep, vocab)
     tokens, entries, (_, cols) = labels.numel(), indices.shape[0], grid(shape)
     rows, labels, temperatures = (
         as_rows(rows),

@@ -3,7 +3,7 @@
 A chunk's logits live in one buffer, which its gradient overwrites: memory is bounded by the chunk
 whatever the batch. Tokens that nothing depends on are dropped before the product. A backward pass
 on a CPU takes blocks of the vocabulary instead of tokens. The operators' launchers over this are in
-_head_launchers.py and _head_policy.py.
+row_launchers.py and policy.py.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._labels import ELSEWHERE, NOWHERE, SHARD_IGNORED
+from ..core.sentinels import ELSEWHERE, NOWHERE, SHARD_IGNORED
 
 Launchers = Mapping[str, Callable[..., object]]
 #: torch.empty(shape, dtype=, device=), in the way that suits a backend's large buffers.

@@ -1,0 +1,1 @@
+"""The configuration of the policy loss, and the presets of trainers."""

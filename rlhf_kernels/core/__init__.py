@@ -1,0 +1,1 @@
+"""What everything above shares: environment, checks, layout, process groups."""

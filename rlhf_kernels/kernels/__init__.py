@@ -1,0 +1,1 @@
+"""Row kernels by backend, and which backend serves a call."""
