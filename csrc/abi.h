@@ -175,8 +175,8 @@ struct KlPenaltyArgs {
   Exec exec;
 };
 
-// Options of the policy loss, as rlhf_kernels/config/policy.py encodes them: absent bounds are
-// +-3e38, never infinite.
+// Options of the policy loss. PolicyCodes and PolicyParams have the names and the order of those in
+// rlhf_kernels/config/policy.py: absent bounds are +-3e38, never infinite.
 enum Objective : int32_t { kClip = 0, kPenalty = 1, kReinforce = 2, kCispo = 3, kSapo = 4 };
 enum RatioLevel : int32_t { kTokenRatio = 0, kSequenceRatio = 1, kSequenceTokenRatio = 2 };
 enum CorrectionLevel : int32_t { kNoCorrection = 0, kTokenCorrection = 1, kSequenceCorrection = 2 };
@@ -187,14 +187,17 @@ enum Aggregation : int32_t {
   kSeqMeanTokenSum = 2,
   kConstant = 3
 };
-struct PolicyConfig {
+struct PolicyCodes {
   int32_t objective, ratio_level, kl_estimator, kl_straight_through, kl_importance_weighted;
   int32_t correction_level, correction_mode, aggregation;
+};
+struct PolicyParams {
   float clip_low, clip_high, dual_clip, delta, log_ratio_low, log_ratio_high;
   float penalty_coef, sapo_tau_pos, sapo_tau_neg;
   float kl_coef, kl_input_low, kl_input_high, kl_value_clamp, entropy_coef;
   float correction_low, correction_high;
 };
+struct PolicyConfig : PolicyCodes, PolicyParams {};
 
 // The tokens of a loss: padded [sequences, cols], or packed with `offsets` [sequences + 1] into
 // `cols` tokens, which lie along stride1.

@@ -1,18 +1,29 @@
 // Python signature of policy_loss. codes and params are PolicyLossConfig's.
 #pragma once
+#include <cstring>
+#include <type_traits>
+
 #include "tensor.h"
 
 namespace rk {
 
+// A struct of numbers T from a sequence of as many: abi.h alone says which one is which.
+template <class Fields, class T>
+Fields fields_from(const pybind11::sequence& values) {
+  static_assert(std::is_standard_layout_v<Fields> && std::is_trivially_copyable_v<Fields>);
+  constexpr size_t kCount = sizeof(Fields) / sizeof(T);
+  if (values.size() != kCount)
+    throw pybind11::value_error("policy_loss: codes and params are not those of PolicyLossConfig");
+  T numbers[kCount];
+  for (size_t i = 0; i < kCount; ++i) numbers[i] = values[i].template cast<T>();
+  Fields fields;
+  std::memcpy(&fields, numbers, sizeof(fields));
+  return fields;
+}
+
 inline PolicyConfig policy_config(const pybind11::sequence& codes,
                                   const pybind11::sequence& params) {
-  if (codes.size() != 8 || params.size() != 16)
-    throw pybind11::value_error("policy_loss: codes and params are not those of PolicyLossConfig");
-  const auto code = [&](int i) { return codes[i].cast<int32_t>(); };
-  const auto param = [&](int i) { return params[i].cast<float>(); };
-  return {code(0),  code(1),  code(2),   code(3),   code(4),   code(5),   code(6),   code(7),
-          param(0), param(1), param(2),  param(3),  param(4),  param(5),  param(6),  param(7),
-          param(8), param(9), param(10), param(11), param(12), param(13), param(14), param(15)};
+  return {fields_from<PolicyCodes, int32_t>(codes), fields_from<PolicyParams, float>(params)};
 }
 
 template <class Table>

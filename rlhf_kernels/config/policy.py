@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..core.option_checks import shown
 from . import presets
@@ -14,6 +14,9 @@ CORRECTION_LEVELS = ("token", "sequence")
 CORRECTION_MODES = ("truncate", "mask")
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant")
 
+# Of these, a code is the position: no correction is 0.
+CORRECTION_CODES = (None, *CORRECTION_LEVELS)
+
 #: exp() of a log-ratio saturates here whatever the options: the products of larger ratios would
 #: overflow fp32 and turn an advantage of 0 into NaN.
 LOG_RATIO_BOUND = 40.0
@@ -22,6 +25,49 @@ LOG_RATIO_BOUND = 40.0
 UNBOUNDED = 3.0e38
 
 Clamp = float | tuple[float, float] | None
+
+
+class PolicyCodes(NamedTuple):
+    """The choices of a PolicyLossConfig as integers: each is a position in its tuple of names.
+
+    The operators take them as an int[] in this order, which is that of csrc/abi.h: PolicyCodes.
+    """
+
+    objective: int
+    ratio_level: int
+    #: Position of the estimator without its "+".
+    kl_estimator: int
+    #: 1 with a "+": the gradient is that of k2.
+    kl_straight_through: int
+    kl_importance_weighted: int
+    #: Position in CORRECTION_CODES.
+    correction_level: int
+    correction_mode: int
+    aggregation: int
+
+
+class PolicyParams(NamedTuple):
+    """The numbers of a PolicyLossConfig. An absent upper bound is UNBOUNDED, a lower -UNBOUNDED.
+
+    The operators take them as a float[] in this order, which is that of csrc/abi.h: PolicyParams.
+    """
+
+    clip_low: float
+    clip_high: float
+    dual_clip: float
+    delta: float
+    log_ratio_low: float
+    log_ratio_high: float
+    penalty_coef: float
+    sapo_tau_pos: float
+    sapo_tau_neg: float
+    kl_coef: float
+    kl_input_low: float
+    kl_input_high: float
+    kl_value_clamp: float
+    entropy_coef: float
+    correction_low: float
+    correction_high: float
 
 
 def _bounded(value: float) -> float:
@@ -122,7 +168,7 @@ class PolicyLossConfig:
     def __post_init__(self) -> None:
         self._check_values()
         self._check_combinations()
-        # Computed once, so that a call passes two tuples (csrc/abi.h: PolicyConfig).
+        # Computed once, so that a call passes two tuples.
         object.__setattr__(self, "_codes", self._encode_codes())
         object.__setattr__(self, "_params", self._encode_params())
 
@@ -233,36 +279,43 @@ class PolicyLossConfig:
         low = 0.0 if self.correction_min is None else self.correction_min
         return low, math.inf if self.correction_max is None else self.correction_max
 
-    def _encode_codes(self) -> tuple[int, ...]:
-        levels = (None, *CORRECTION_LEVELS)
-        return (
-            OBJECTIVES.index(self.objective),
-            RATIO_LEVELS.index(self.ratio_level),
-            KL_ESTIMATORS.index(self.kl_estimator.removesuffix("+")),
-            int(self.kl_estimator.endswith("+")),
-            int(self.kl_importance_weighted),
-            levels.index(self.correction_level),
-            CORRECTION_MODES.index(self.correction_mode),
-            AGGREGATIONS.index(self.aggregation),
+    def _encode_codes(self) -> PolicyCodes:
+        return PolicyCodes(
+            objective=OBJECTIVES.index(self.objective),
+            ratio_level=RATIO_LEVELS.index(self.ratio_level),
+            kl_estimator=KL_ESTIMATORS.index(self.kl_estimator.removesuffix("+")),
+            kl_straight_through=int(self.kl_estimator.endswith("+")),
+            kl_importance_weighted=int(self.kl_importance_weighted),
+            correction_level=CORRECTION_CODES.index(self.correction_level),
+            correction_mode=CORRECTION_MODES.index(self.correction_mode),
+            aggregation=AGGREGATIONS.index(self.aggregation),
         )
 
-    def _encode_params(self) -> tuple[float, ...]:
-        values = (
-            *self.clip_bounds(),
-            math.inf if self.dual_clip is None else self.dual_clip,
-            math.inf if self.delta is None else self.delta,
-            *self.log_ratio_bounds(),
-            self.penalty_coef,
-            self.sapo_tau_pos,
-            self.sapo_tau_neg,
-            self.kl_coef,
-            *self.kl_input_bounds(),
-            math.inf if self.kl_value_clamp is None else self.kl_value_clamp,
-            self.entropy_coef,
-            *self.correction_bounds(),
+    def _encode_params(self) -> PolicyParams:
+        clip_low, clip_high = self.clip_bounds()
+        log_ratio_low, log_ratio_high = self.log_ratio_bounds()
+        kl_input_low, kl_input_high = self.kl_input_bounds()
+        correction_low, correction_high = self.correction_bounds()
+        params = PolicyParams(
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=math.inf if self.dual_clip is None else self.dual_clip,
+            delta=math.inf if self.delta is None else self.delta,
+            log_ratio_low=log_ratio_low,
+            log_ratio_high=log_ratio_high,
+            penalty_coef=self.penalty_coef,
+            sapo_tau_pos=self.sapo_tau_pos,
+            sapo_tau_neg=self.sapo_tau_neg,
+            kl_coef=self.kl_coef,
+            kl_input_low=kl_input_low,
+            kl_input_high=kl_input_high,
+            kl_value_clamp=math.inf if self.kl_value_clamp is None else self.kl_value_clamp,
+            entropy_coef=self.entropy_coef,
+            correction_low=correction_low,
+            correction_high=correction_high,
         )
         # Finite, so that a product with an advantage of 0 is 0.
-        return tuple(float(min(max(v, -UNBOUNDED), UNBOUNDED)) for v in values)
+        return PolicyParams(*(float(min(max(v, -UNBOUNDED), UNBOUNDED)) for v in params))
 
     @classmethod
     def ppo(cls, **options: Any) -> "PolicyLossConfig":

@@ -6,7 +6,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..config.policy import AGGREGATIONS
+from ..config.policy import (
+    AGGREGATIONS,
+    CORRECTION_CODES,
+    RATIO_LEVELS,
+    PolicyCodes,
+    PolicyParams,
+)
 from ..core import checks
 from ..core.sentinels import SHARD_IGNORED
 from ..reference import policy
@@ -25,9 +31,8 @@ from .chunks import (
     sum_is_dear,
 )
 
-# Where PolicyLossConfig encodes these (config/policy.py: _codes, _params).
-_RATIO_LEVEL, _CORRECTION_LEVEL, _AGGREGATION = 1, 5, 7
-_PENALTY_COEF, _KL_COEF, _ENTROPY_COEF = 6, 9, 13
+_TOKEN_RATIO = RATIO_LEVELS.index("token")
+_SEQUENCE_CORRECTION = CORRECTION_CODES.index("sequence")
 
 
 def _complete(found: tuple[Tensor, ...], weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -123,14 +128,14 @@ class _PolicySweep:
         ref: Tensor | None,
         rollout: Tensor | None,
         weights: Tensor,
-        codes: list[int],
-        params: list[float],
+        codes: PolicyCodes,
+        params: PolicyParams,
         bonus: bool,
         needs: list[bool],
     ) -> Gradients:
         """Log-probabilities and gradients of `tokens`, one product forward and two backward."""
         gradients = Gradients(self.head, *needs, self._reduce)
-        codes = [*codes[:_AGGREGATION], AGGREGATIONS.index("constant")]
+        codes = codes._replace(aggregation=AGGREGATIONS.index("constant"))
         for tile in tokens.tiles(self._chunk, self.head.weight.shape[0]):
             part = tile.tokens
             hidden, logits, logprobs, entropy, stats, own_ref = self._forward(tokens, part)
@@ -241,22 +246,27 @@ def launcher(
             rows, hidden, weight, bias, labels, temperatures, mask, ref_head, temperature, softcap,
             chunk, empty, reduce,
         )  # fmt: skip
+        codes, params = PolicyCodes(*codes), PolicyParams(*params)
         whole = (cu_seqlens, normalizer, divisor, codes, params)
-        bonus = params[_ENTROPY_COEF] != 0
+        bonus = params.entropy_coef != 0
         if not any(needs):
             sweep.logprobs_of(sweep.tokens)
             gradients = Gradients(sweep.head, *needs)
-        elif codes[_RATIO_LEVEL] == 0 and codes[_CORRECTION_LEVEL] != 2 and not sweep.sweeps_twice:
+        elif (
+            codes.ratio_level == _TOKEN_RATIO
+            and codes.correction_level != _SEQUENCE_CORRECTION
+            and not sweep.sweeps_twice
+        ):
             # Tokens stand alone: their gradient is known as soon as their log-probability is.
             count = normalizer if normalizer is not None else divisor or None
             weights = policy.token_weights(
-                mask != 0, AGGREGATIONS[codes[_AGGREGATION]], count, torch.float32, offsets
+                mask != 0, AGGREGATIONS[codes.aggregation], count, torch.float32, offsets
             ).expand(mask.shape)
             if good is not None:
                 weights = torch.where(good, weights, torch.nan)
             per_token = policy.per_token(advantages, mask, offsets)
             idle = torch.zeros((), dtype=torch.bool, device=hidden.device)
-            if params[_KL_COEF] == 0 and not bonus and params[_PENALTY_COEF] == 0:
+            if params.kl_coef == 0 and not bonus and params.penalty_coef == 0:
                 # No advantage, no gradient.
                 idle = flat(per_token) == 0
             kept = flat(mask) != 0

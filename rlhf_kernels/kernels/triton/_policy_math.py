@@ -1,9 +1,8 @@
 """The token terms of the policy and value losses: csrc/policy_math.h on blocks of tokens.
 
 Comparisons are written so that a NaN stays: it fails them, and the value that may be one is kept.
+`c` is the PolicyParams of a PolicyLossConfig, whose fields a kernel reads by name.
 """
-
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -19,27 +18,6 @@ TRUNCATE, MASK = (tl.constexpr(i) for i in range(2))
 TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, CONSTANT = (tl.constexpr(i) for i in range(4))
 # exp(x) saturates at +-40 in every use: LOG_RATIO_BOUND of config/policy.py.
 BOUND = tl.constexpr(40.0)
-
-
-class Params(NamedTuple):
-    """The numbers of a PolicyLossConfig, in the order of its _params; an absent bound is +-3e38."""
-
-    clip_low: float
-    clip_high: float
-    dual_clip: float
-    delta: float
-    log_ratio_low: float
-    log_ratio_high: float
-    penalty_coef: float
-    sapo_tau_pos: float
-    sapo_tau_neg: float
-    kl_coef: float
-    kl_input_low: float
-    kl_input_high: float
-    kl_value_clamp: float
-    entropy_coef: float
-    correction_low: float
-    correction_high: float
 
 
 @triton.jit

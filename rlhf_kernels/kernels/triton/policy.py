@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...config.policy import PolicyCodes, PolicyParams
 from ...core.layout import materialized
-from . import _policy_math as m
 from . import _tokens as t
 from ._launch import kernel, launch, tile_count
 from ._math import scalar
@@ -81,7 +81,7 @@ def policy_kernel(
     MODE: tl.constexpr, SEQUENCE_MEAN: tl.constexpr, REF: tl.constexpr, ROLLOUT: tl.constexpr,
     ENTROPY: tl.constexpr, GRAD: tl.constexpr, ENTROPY_GRAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient, without 1 / divisor, and partial sums of one tile. c: _policy_math.Params."""
+    """Gradient, without 1 / divisor, and partial sums of one tile. c: PolicyParams."""
     pid, slots = tl.program_id(0), tl.num_programs(0)
     s, k, begin, length = slot_tile(offsets, sequences, cols, PACKED, TILE)
     i, inside = tile_tokens(k, length, TILE)
@@ -293,8 +293,7 @@ def policy_loss(
     op, shape, packed = "policy_loss", logprobs.shape, cu_seqlens is not None
     t.check(op, cu_seqlens, shape[0], normalizer)
     normalizer, divisor = t.divisor_on(op, logprobs.device, normalizer, divisor)
-    objective, level, estimator, straight, weighted, correction, mode, aggregation = codes
-    c = m.Params(*params)
+    codes, c = PolicyCodes(*codes), PolicyParams(*params)
     slots = t.slot_count(shape, cu_seqlens)
     loss, metrics, scale, partials = t.outputs(logprobs, METRICS, ROWS * slots)
     gradient = loss.new_empty(shape if grad else 0)
@@ -306,10 +305,10 @@ def policy_loss(
     (old, *old_strides), (advantages, *each) = t.strided(old), t.strided(advantages, spread)
     (ref, *ref_strides), (rollout, *rollout_strides) = t.strided(ref), t.strided(rollout)
     entropy, *entropy_strides = t.strided(entropy)
-    pooled = level == SEQUENCE_RATIO.value
-    by_sequence = level != TOKEN_RATIO.value
-    by_weight = correction == SEQUENCE_CORRECTION.value
-    sequence_mean = aggregation == SEQ_MEAN_TOKEN_MEAN.value
+    pooled = codes.ratio_level == SEQUENCE_RATIO.value
+    by_sequence = codes.ratio_level != TOKEN_RATIO.value
+    by_weight = codes.correction_level == SEQUENCE_CORRECTION.value
+    sequence_mean = codes.aggregation == SEQ_MEAN_TOKEN_MEAN.value
     options = {"PACKED": packed, "TILE": t.TILE, "warps": t.WARPS}
     if by_sequence or by_weight or sequence_mean:
         launch(
@@ -320,10 +319,12 @@ def policy_loss(
     launch(
         policy_kernel, slots, loss, offsets, mask, logprobs, old, advantages, ref, rollout,
         entropy, gradient, bonus, partials, *tokens, *mask_strides, *strides, *old_strides, *each,
-        *ref_strides, *rollout_strides, *entropy_strides, c, OBJECTIVE=objective, LEVEL=level,
-        ESTIMATOR=estimator, STRAIGHT=straight, WEIGHTED=weighted, CORRECTION=correction,
-        MODE=mode, SEQUENCE_MEAN=sequence_mean, REF=ref is not None, ROLLOUT=rollout is not None,
-        ENTROPY=entropy is not None, GRAD=grad, ENTROPY_GRAD=entropy_grad, **options,
+        *ref_strides, *rollout_strides, *entropy_strides, c, OBJECTIVE=codes.objective,
+        LEVEL=codes.ratio_level, ESTIMATOR=codes.kl_estimator, STRAIGHT=codes.kl_straight_through,
+        WEIGHTED=codes.kl_importance_weighted, CORRECTION=codes.correction_level,
+        MODE=codes.correction_mode, SEQUENCE_MEAN=sequence_mean, REF=ref is not None,
+        ROLLOUT=rollout is not None, ENTROPY=entropy is not None, GRAD=grad,
+        ENTROPY_GRAD=entropy_grad, **options,
     )  # fmt: skip
     if pooled and grad:
         launch(
@@ -335,8 +336,8 @@ def policy_loss(
         combine_kernel, 1, loss, offsets, normalizer, partials, loss, metrics, scale, *tokens,
         slots, divisor, c.kl_coef, c.entropy_coef, PACKED=packed,
         NORMALIZER=normalizer is not None,
-        COUNT_SEQUENCES=counted and aggregation in t.SEQUENCE_COUNTS, ROLLOUT=rollout is not None,
-        GROUP=t.GROUP, warps=t.COMBINE_WARPS,
+        COUNT_SEQUENCES=counted and codes.aggregation in t.SEQUENCE_COUNTS,
+        ROLLOUT=rollout is not None, GROUP=t.GROUP, warps=t.COMBINE_WARPS,
     )  # fmt: skip
     return loss, metrics, gradient, bonus, scale
 
