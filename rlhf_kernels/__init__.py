@@ -13,9 +13,10 @@ from .ops.advantages import (
     ppo_advantages,
     whiten,
 )
-from .ops.head import linear_kl_divergence, linear_token_logprobs
-from .ops.head_policy import linear_policy_loss
 from .ops.kl import kl_divergence, kl_penalty
+from .ops.linear_kl import linear_kl_divergence
+from .ops.linear_logprobs import linear_token_logprobs
+from .ops.linear_policy import linear_policy_loss
 from .ops.logprobs import TokenLogprobs, token_logprobs
 from .ops.policy import PolicyLoss, PolicyMetrics, policy_loss
 from .ops.preference import DPOLoss, RewardModelLoss, dpo_loss, reward_model_loss, sequence_logprobs

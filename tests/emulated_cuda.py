@@ -19,7 +19,6 @@ from types import ModuleType
 
 import pybind11
 
-from rlhf_kernels.head import chunks
 from rlhf_kernels.kernels import backends, native
 
 ROOT = Path(__file__).parent.parent
@@ -105,18 +104,16 @@ def load() -> ModuleType:
 @contextlib.contextmanager
 def installed() -> Iterator[ModuleType]:
     """The emulated extension in the place of the real one, which may be missing."""
-    tables = native._MODULES, native._LAUNCHERS, backends._TABLES
-    before = [t["cuda"] for t in tables]
-    native._MODULES["cuda"] = load(), None
-    refresh()
+    extension = native.install("cuda", load())
+    before = refresh()
     try:
         yield load()
     finally:
-        for t, entry in zip(tables, before, strict=True):
-            t["cuda"] = entry
+        native.install("cuda", *extension)
+        backends.install(before)
 
 
-def refresh() -> None:
+def refresh() -> backends.Backend:
     """Makes the launchers anew, from functions of the extension that a test has replaced."""
-    native._LAUNCHERS["cuda"] = native.table(load())
-    backends._TABLES["cuda"] = backends.table(native._LAUNCHERS["cuda"], chunks.plain_empty)
+    native.install("cuda", load())
+    return backends.install(backends.of_extension("cuda", ("cuda",)))

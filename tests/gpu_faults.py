@@ -149,7 +149,7 @@ def main() -> int:
     options = parser.parse_args()
     device = torch.device(options.device)
     with backends.use_backend(options.backend):
-        has = backends._launchers(options.backend)
+        has = backends.get(options.backend).launchers
         faults = [f for f in FAULTS if f.operation in has]
         for fault in faults:
             outputs = [t.sum() for t in tensors(fault.call(device)) if t.requires_grad]

@@ -8,7 +8,7 @@ import torch
 import rlhf_kernels as rk
 from rlhf_kernels import reference
 from rlhf_kernels.config import policy
-from rlhf_kernels.reference.policy import token_weights
+from rlhf_kernels.core.sequences import token_weights
 from rlhf_kernels.testing import (
     assert_bitwise_equal,
     assert_within_budget,

@@ -8,7 +8,7 @@ from run_python import BLOCK_EXTENSION, run_python
 
 import rlhf_kernels as rk
 from rlhf_kernels import __main__ as doctor
-from rlhf_kernels.kernels import backends, native
+from rlhf_kernels.kernels import backends
 from rlhf_kernels.ops import _examples
 
 DOCTOR = "from rlhf_kernels.__main__ import main\nraise SystemExit(main({}))"
@@ -73,7 +73,7 @@ def _raises(launcher):
 
 @pytest.mark.parametrize("fault", [_wrong, _nan, _raises])
 def test_wrong_kernel_is_noticed(monkeypatch, capsys, fault):
-    table = native.launchers("cpu")
+    table = backends.get("cpu").launchers
     monkeypatch.setitem(table, "token_logprobs", fault(table["token_logprobs"]))
     assert doctor.main([]) == 1
     out = capsys.readouterr().out
@@ -91,7 +91,7 @@ def test_openmp_runtimes_are_found():
 
 def test_warmup_runs_every_kernel(monkeypatch):
     called = set()
-    table = backends._launchers("cpu")
+    table = backends.get("cpu").launchers
     for name, launcher in list(table.items()):
 
         def record(*args, _name=name, _launcher=launcher):

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import rlhf_kernels as rk
-from rlhf_kernels import reference
 from rlhf_kernels.core import sentinels
+from rlhf_kernels.core.row_options import RowArguments
+from rlhf_kernels.core.sequences import sequence_ids
 from rlhf_kernels.head import chunks
 from rlhf_kernels.ops.support import linear_token_logprobs_support
 
@@ -108,9 +109,8 @@ def test_no_words_or_no_columns_under_a_support(backend, n, width, entries):
     labels, words = torch.full((n,), 6), torch.arange(7 - entries, 7)
     lists = torch.arange(n + 1) * entries, words.repeat(n)
     leaves = [t.clone().requires_grad_() for t in (h, w, bias)]
-    options = {"temperature": 1.0, "softcap": None, "logit_scale": 1.0, "entropy": False}
-    options["ignore_index"] = -100
-    got, _ = linear_token_logprobs_support(*leaves, labels, lists, **options)
+    arguments = RowArguments(1.0, None, 1.0, False, -100)
+    got, _ = linear_token_logprobs_support(*leaves, labels, lists, arguments)
     got.sum().backward()
     if n and not entries:
         assert got.isnan().all() and not any(t.grad.any() for t in leaves)
@@ -122,7 +122,7 @@ def test_no_words_or_no_columns_under_a_support(backend, n, width, entries):
         want[words] = n * ((torch.arange(entries) == entries - 1).double() - kept.exp())
         torch.testing.assert_close(leaves[2].grad.double(), want)
     alone = bias.clone().requires_grad_()
-    linear_token_logprobs_support(h, w, alone, labels, lists, **options)[0].sum().backward()
+    linear_token_logprobs_support(h, w, alone, labels, lists, arguments)[0].sum().backward()
     assert torch.equal(alone.grad, leaves[2].grad)
     logits = torch.randn(n, 7)
     run(lambda z: rk.token_logprobs(z, labels, support=lists).logprobs.nan_to_num(), logits)
@@ -197,5 +197,5 @@ def test_labels_of_shards_are_no_ignore_index(backend):
 def test_offsets_that_end_early_index_nothing_outside():
     """Where data may not be looked at, a sequence's number is one of the sequences."""
     for offsets in ([0, 3, 5], [0, 9], [2, 4], [0, -1, 2]):
-        ids = reference.policy.sequence_ids(torch.zeros(6), torch.tensor(offsets))
+        ids = sequence_ids(torch.zeros(6), torch.tensor(offsets))
         assert 0 <= int(ids.min()) and int(ids.max()) < len(offsets) - 1

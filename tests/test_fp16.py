@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rlhf_kernels as rk
-from rlhf_kernels.head import chunks
+from rlhf_kernels.head.products import in_fp16
 
 INF, NAN = float("inf"), float("nan")
 
@@ -93,13 +93,13 @@ def test_loss_scaling_keeps_fp16_gradients_of_tokens(backend, op):
 
 def test_a_unit_per_token_depends_on_no_other_token():
     g = torch.randn(5, 40) * torch.tensor([1e-9, 1.0, 1e6, 0.0, 1e-30])[:, None]
-    scaled, unit = chunks._in_fp16(g, (1,))
-    alone, own = chunks._in_fp16(g[:1], (1,))
+    scaled, unit = in_fp16(g, (1,))
+    alone, own = in_fp16(g[:1], (1,))
     assert torch.equal(scaled[:1], alone) and torch.equal(unit[:1], own)
     back = scaled.double() * unit.double()
     limit = 2**-11 * g.double().abs() + 2**-24 * g.double().abs().amax(1, keepdim=True)
     assert bool(((back - g.double()).abs() <= limit + 1e-44).all())
-    both, unit = chunks._in_fp16(g, (0, 1))
+    both, unit = in_fp16(g, (0, 1))
     assert both.isfinite().all() and unit.shape == (1, 1)
     for bad in (NAN, INF):
-        assert not chunks._in_fp16(torch.tensor([[bad, 1.0]]), (0, 1))[0].isfinite().all()
+        assert not in_fp16(torch.tensor([[bad, 1.0]]), (0, 1))[0].isfinite().all()

@@ -10,7 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rlhf_kernels as rk
 from rlhf_kernels import reference
 from rlhf_kernels.core import sentinels
+from rlhf_kernels.core.layout import plain_empty
 from rlhf_kernels.head import chunks as head_chunks
+from rlhf_kernels.head import gradients
+from rlhf_kernels.head.gradients import _Sum
+from rlhf_kernels.head.products import Head
 from rlhf_kernels.testing import DTYPES, assert_within_bound, product_bound, to_float64
 
 TOKENS, VOCAB = 37, 200
@@ -20,14 +24,14 @@ TOKENS, VOCAB = 37, 200
 def blocks(request, monkeypatch):
     """The words of each product of a backward pass, whose budget holds 64 of VOCAB at a time."""
     seen = []
-    project = head_chunks.Head.project
+    project = Head.project
 
     def watched(head, hidden, words=slice(None)):
         logits = project(head, hidden, words)
         seen.append(logits.shape[1])
         return logits
 
-    monkeypatch.setattr(head_chunks.Head, "project", watched)
+    monkeypatch.setattr(Head, "project", watched)
     monkeypatch.setitem(head_chunks.CHUNK_BYTES, "cpu", 64 * TOKENS * 2)
     with rk.use_backend(request.param):
         yield seen
@@ -165,8 +169,8 @@ def test_memory_holds_no_second_gradient_of_the_weight(blocks):
 @pytest.mark.parametrize("chunks", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounded_sum_of_a_weight_gradient(monkeypatch, turned, chunks, dtype):
-    monkeypatch.setattr(head_chunks, "_TURNED_TOKENS", turned)
-    monkeypatch.setattr(head_chunks, "_SUM_ROWS", 64)
+    monkeypatch.setattr(gradients, "_TURNED_TOKENS", turned)
+    monkeypatch.setattr(gradients, "_SUM_ROWS", 64)
     vocab, width, size = 150, 24, 40
     # The gradient of fp16 logits is fp32.
     a = torch.randn(chunks * size, vocab).to(torch.float32 if dtype == torch.float16 else dtype)
@@ -178,7 +182,7 @@ def test_rounded_sum_of_a_weight_gradient(monkeypatch, turned, chunks, dtype):
         head_chunks.Chunk(size, vocab, False),
         head_chunks.Chunk(chunks * size, 64, False),
     ):
-        total = head_chunks._Sum(torch.empty(vocab, width, dtype=dtype), head_chunks.plain_empty)
+        total = _Sum(torch.empty(vocab, width, dtype=dtype), plain_empty)
         for tile in head_chunks.Tokens(len(a), None).tiles(chunk, vocab):
             total.add_product(a[tile.tokens, tile.words], b[tile.tokens], tile)
         assert_within_bound(total.result(), products.sum(0), bound)

@@ -486,7 +486,8 @@ def test_opcheck(case):
     torch.library.opcheck(torch.ops.rlhf_kernels.token_logprobs.default, args)
     stats = torch.ops.rlhf_kernels.token_logprobs(*args)[2]
     grad = torch.randn(labels.shape)
-    back = (logits, labels, temperatures, stats, grad, grad if entropy else None, 1.0, softcap)
+    upstream = (grad, grad if entropy else None)
+    back = (logits, labels, temperatures, stats, *upstream, 1.0, softcap, entropy)
     torch.library.opcheck(
         torch.ops.rlhf_kernels.token_logprobs_backward.default, (*back, -100, "cpu")
     )

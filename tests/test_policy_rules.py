@@ -24,7 +24,8 @@ import rlhf_kernels as rk
 from rlhf_kernels import reference
 from rlhf_kernels.config import policy as policy_config
 from rlhf_kernels.core import env
-from rlhf_kernels.reference.policy import METRICS, token_weights
+from rlhf_kernels.core.sequences import token_weights
+from rlhf_kernels.reference.policy import METRICS
 from rlhf_kernels.testing import DTYPES, assert_bitwise_equal, to_float64
 
 

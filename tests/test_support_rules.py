@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import rlhf_kernels as rk
 from rlhf_kernels.core import env
+from rlhf_kernels.core.row_options import RowOptions
 from rlhf_kernels.kernels import native, triton
 from rlhf_kernels.testing import DTYPES, assert_bitwise_equal, generator
 
@@ -285,18 +286,17 @@ def test_memory_of_the_linear_form(backend, monkeypatch):
     operands, labels, support = head_problem((kept,) * rows, torch.float32, vocab=200, hidden=64)
     hidden, weight, bias = (t.detach() for t in operands)
     launchers = triton.launchers() if backend == "triton" else native.launchers(backend)
-    tokens, options = (labels, None, *support), (1.0, 0.0)
+    tokens, options = (labels, None, *support), RowOptions(1.0, 0.0, True, -100)
     for needs, limit in (([True, False, False], rows * 64), ([True, True, True], 200 * 64)):
         with Sizes() as sizes:
             _, _, stats, logits = launchers["linear_token_logprobs_support"](
-                hidden, weight, bias, *tokens, *options, True, -100
+                hidden, weight, bias, *tokens, options
             )
         assert 0 < sizes.largest <= rows * 64
         upstream = torch.ones(rows)
         with Sizes() as sizes:
             found = launchers["linear_token_logprobs_support_backward"](
-                hidden, weight, bias, logits, *tokens, stats, upstream, upstream, *options, -100,
-                needs,
+                hidden, weight, bias, logits, *tokens, stats, upstream, upstream, options, needs,
             )  # fmt: skip
         assert 0 < sizes.largest <= limit
         assert [t.numel() > 0 for t in found] == needs
@@ -322,23 +322,23 @@ def test_opcheck(case):
         bias, needs = None, [True, False, False]
     ops = torch.ops.rlhf_kernels
     logits = torch.randn(labels.numel(), VOCAB)
-    options = (1.0, softcap)
+    options = (1.0, softcap, entropy, -100)
     tokens = (labels, temperatures, *support)
     upstream = (torch.randn(labels.shape), torch.randn(labels.shape) if entropy else None)
-    args = (logits, *tokens, *options, entropy, -100, "cpu")
+    args = (logits, *tokens, *options, "cpu")
     torch.library.opcheck(ops.token_logprobs_support.default, args)
     _, _, stats, kept = ops.token_logprobs_support(*args)
-    back = (kept, *tokens, stats, *upstream, *options, -100)
+    back = (kept, *tokens, stats, *upstream, *options)
     torch.library.opcheck(
         ops.token_logprobs_support_backward.default, (*back, VOCAB, torch.float32, "cpu")
     )
     head = tuple(None if t is None else t.detach() for t in (hidden, weight, bias))
-    args = (*head, *tokens, *options, entropy, -100, "cpu")
+    args = (*head, *tokens, *options, "cpu")
     torch.library.opcheck(ops.linear_token_logprobs_support.default, args)
     _, _, stats, kept = ops.linear_token_logprobs_support(*args)
     torch.library.opcheck(
         ops.linear_token_logprobs_support_backward.default,
-        (*head, kept, *tokens, stats, *upstream, *options, -100, needs, "cpu"),
+        (*head, kept, *tokens, stats, *upstream, *options, needs, "cpu"),
     )
 
 

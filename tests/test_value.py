@@ -12,7 +12,7 @@ import rlhf_kernels as rk
 from rlhf_kernels import reference
 from rlhf_kernels.config.policy import AGGREGATIONS
 from rlhf_kernels.core import env
-from rlhf_kernels.reference.policy import token_weights
+from rlhf_kernels.core.sequences import token_weights
 from rlhf_kernels.reference.value import METRICS
 from rlhf_kernels.testing import (
     DTYPES,

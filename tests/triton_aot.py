@@ -13,6 +13,7 @@ Not a test itself: it must run in a process without TRITON_INTERPRET (test_trito
 """
 
 import argparse
+import dataclasses
 import hashlib
 import importlib
 import json
@@ -152,9 +153,10 @@ class Recorder:
 def record(target: Target, cases: Iterable[Any]) -> tuple[Recorder, dict[str, list[Any]]]:
     """Runs `cases` forward and backward; per case the (kernel, key) launched by each."""
     launches = {}
-    order = backends._ORDER
+    kept = [backends.get(name) for name in ("cpu", "triton")]
     # Launchers look at shapes, strides and addresses alone.
-    backends._ORDER = {"cpu": ("triton",)}
+    for backend, devices in zip(kept, ((), ("cpu",)), strict=True):
+        backends.install(dataclasses.replace(backend, devices=devices))
     with Recorder(target) as recorder:
         for case in cases:
             if case.name in launches:
@@ -166,7 +168,8 @@ def record(target: Target, cases: Iterable[Any]) -> tuple[Recorder, dict[str, li
             _examples.gradients(outputs, (case.args, case.options))
             launched = recorder.launched
             launches[case.name] = [launched[start:middle], launched[middle:]]
-    backends._ORDER = order
+    for backend in kept:
+        backends.install(backend)
     return recorder, launches
 
 

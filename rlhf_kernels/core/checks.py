@@ -1,12 +1,12 @@
 """Checks shared by all operations. Each names the argument, what was expected, what came."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import env, option_checks, sentinels, temperature_rules, tracing
+from .row_options import RowArguments
 
 # Arguments per token that may be None.
 _OPTIONAL = ("ref_logprobs", "rollout_logprobs", "entropy")
@@ -218,17 +218,7 @@ def bad_temperature(op: str, position: int, temperatures: Tensor) -> ValueError:
     return temperature_rules.error(op, position, value)
 
 
-class RowOptions(NamedTuple):
-    """Options of rows of logits, checked: numbers, but for a temperature per token."""
-
-    temperature: float | Tensor
-    softcap: float | None
-    logit_scale: float
-    entropy: bool
-    ignore_index: int
-
-
-def row_options(
+def row_arguments(
     op: str,
     labels_: object,
     name: str,
@@ -238,11 +228,11 @@ def row_options(
     logit_scale: object = 1.0,
     entropy: object = False,
     ignore_index: object = -100,
-) -> RowOptions:
+) -> RowArguments:
     """Requires one label for each row of the argument `name` [..., K], and good options.
 
     Returns:
-        The options; a temperature per token in the shape of the labels, not differentiated.
+        The arguments; a temperature per token in the shape of the labels, not differentiated.
     """
     labels(op, "labels", labels_)
     column = "V" if name == "logits" else "H"
@@ -250,20 +240,20 @@ def row_options(
     same_device(op, "labels", labels_, name, rows.device)
     if softcap is not None:
         softcap = option_checks.positive(op, "softcap", softcap)
-    options = RowOptions(
+    arguments = RowArguments(
         _temperature(op, temperature, labels_),
         softcap,
         option_checks.positive(op, "logit_scale", logit_scale),
         option_checks.flag(op, "entropy", entropy),
         option_checks.integer(op, "ignore_index", ignore_index),
     )
-    temperature_rules.check(op, *options[:3])
-    if options.ignore_index in (sentinels.ELSEWHERE, sentinels.SHARD_IGNORED):
+    temperature_rules.check(op, *arguments[:3])
+    if arguments.ignore_index in (sentinels.ELSEWHERE, sentinels.SHARD_IGNORED):
         raise ValueError(
-            f"{op}: ignore_index must not be {options.ignore_index}, by which kernels tell the "
+            f"{op}: ignore_index must not be {arguments.ignore_index}, by which kernels tell the "
             "shards of a vocabulary apart"
         )
-    return options
+    return arguments
 
 
 def _temperature(op: str, value: object, labels_: Tensor) -> float | Tensor:

@@ -1,7 +1,16 @@
 """Strides of token tensors: how a tensor of any layout is described to a kernel without a copy."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+#: empty(shape, dtype, device): torch.empty in the way that suits a backend's large buffers.
+Empty = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
+
+
+def plain_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def materialized(t: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
-"""linear_policy_loss: the chunks of its head, and the launcher over a backend's row kernels."""
+"""linear_policy_loss: loss and gradients chunk by chunk, a chunk's logits turned into their own."""
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,22 +13,13 @@ from ..config.policy import (
     PolicyParams,
 )
 from ..core import checks
+from ..core.row_options import RowOptions
 from ..core.sentinels import SHARD_IGNORED
-from ..reference import policy
-from .chunks import (
-    Chunk,
-    Empty,
-    Gradients,
-    Head,
-    Launchers,
-    Reduce,
-    Tile,
-    Tokens,
-    flat,
-    localized,
-    select,
-    sum_is_dear,
-)
+from ..core.sequences import per_token, token_weights
+from ..kernels.rows import Kernels
+from .chunks import Chunk, Tile, Tokens, flat, localized, select, sum_is_dear
+from .gradients import Gradients
+from .products import Head
 
 _TOKEN_RATIO = RATIO_LEVELS.index("token")
 _SEQUENCE_CORRECTION = CORRECTION_CODES.index("sequence")
@@ -49,48 +39,44 @@ class _PolicySweep:
 
     def __init__(
         self,
-        rows: Launchers,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        kernels: Kernels,
+        operands: tuple[Tensor, Tensor, Tensor | None],
         labels: Tensor,
         temperatures: Tensor | None,
         mask: Tensor,
         ref_head: list[Tensor],
-        temperature: float,
-        softcap: float,
+        options: RowOptions,
         chunk: int,
-        empty: Empty,
-        reduce: Reduce | None,
     ) -> None:
-        self._rows, self._mask = rows, mask
-        self._vocab, self._reduce = weight.shape[0], reduce
+        _, weight, _ = operands
+        self._kernels, self._mask = kernels, mask
         self._labels, self._temperatures = flat(labels), flat(temperatures)
-        self._options = (temperature, softcap)
+        self._vocab = weight.shape[0]
+        # Masked tokens are dropped already.
+        self._options = options._replace(entropy=True, ignore_index=SHARD_IGNORED)
         keep = flat(mask) != 0
         # The labels of a shard were found good before.
-        if reduce is None:
+        if kernels.reduce is None:
             checks.token_data(
                 "linear_policy_loss", self._labels, self._temperatures, keep, weight.shape[0]
             )
-            # Masked tokens are dropped already. Of the others, where they may not be looked at,
-            # none may be SHARD_IGNORED: -1 gives NaN.
+            # Of the others, where they may not be looked at, none may be SHARD_IGNORED: -1 gives
+            # NaN.
             self._labels = self._labels.clamp(min=-1)
         self.tokens = select(keep)
         heads = 2 if ref_head else 1
         self._chunk = Chunk.of(chunk, weight, heads)
         self._backward_chunk = functools.partial(Chunk.backward, chunk, weight)
-        self._empty = empty
         # The gradient's sum over chunks costs more than the logits again, in a second sweep.
         self.sweeps_twice = sum_is_dear(chunk, weight, self.tokens.count, heads)
-        shared = (self._chunk, self.tokens.count, empty)
-        self.head = Head.of(hidden, weight, bias, *shared)
+        shared = (self._chunk, self.tokens.count, kernels.empty)
+        self.head = Head.of(*operands, *shared)
         self._ref = None
         if ref_head:
             ref_bias = ref_head[2] if len(ref_head) > 2 else None
             self._ref = Head.of(*ref_head[:2], ref_bias, *shared)
         shape = self._labels.shape
-        self.logprobs = torch.zeros(shape, dtype=torch.float32, device=hidden.device)
+        self.logprobs = torch.zeros(shape, dtype=torch.float32, device=weight.device)
         self.entropy = torch.zeros_like(self.logprobs)
         self.ref_logprobs = torch.zeros_like(self.logprobs) if ref_head else None
         self._stats = self.logprobs.new_empty((*shape, 3))
@@ -101,15 +87,12 @@ class _PolicySweep:
         ref = None
         if self._ref is not None:
             logits = self._ref.project(self._ref.states(tokens, part))
-            ref, _, _ = self._rows["token_logprobs"](
-                logits, *own, *self._options, False, SHARD_IGNORED
-            )
+            plain = self._options._replace(entropy=False)
+            ref, _, _ = self._kernels.rows.token_logprobs(logits, *own, plain)
             tokens.put(self.ref_logprobs, part, ref)
         hidden = self.head.states(tokens, part)
         logits = self.head.project(hidden)
-        logprobs, entropy, stats = self._rows["token_logprobs"](
-            logits, *own, *self._options, True, SHARD_IGNORED
-        )
+        logprobs, entropy, stats = self._kernels.rows.token_logprobs(logits, *own, self._options)
         tokens.put(self.logprobs, part, logprobs)
         tokens.put(self.entropy, part, entropy)
         tokens.put(self._stats, part, stats)
@@ -134,7 +117,7 @@ class _PolicySweep:
         needs: list[bool],
     ) -> Gradients:
         """Log-probabilities and gradients of `tokens`, one product forward and two backward."""
-        gradients = Gradients(self.head, *needs, self._reduce)
+        gradients = Gradients(self.head, *needs, self._kernels.reduce)
         codes = codes._replace(aggregation=AGGREGATIONS.index("constant"))
         for tile in tokens.tiles(self._chunk, self.head.weight.shape[0]):
             part = tile.tokens
@@ -146,7 +129,7 @@ class _PolicySweep:
                 return None if t is None else t.unsqueeze(0)
 
             ones = torch.ones_like(logprobs, dtype=torch.bool)
-            found = self._rows["policy_loss"](
+            found = self._kernels.rows.policy_loss(
                 row(logprobs), row(tokens.take(old, part)), row(tokens.take(advantages, part)),
                 row(ones), row(own_ref), row(tokens.take(rollout, part)),
                 row(entropy) if bonus else None, None, None, 1.0, codes, params, True, bonus,
@@ -164,9 +147,8 @@ class _PolicySweep:
         operands = self.head[:3]
         # Their buffers give way to the next.
         self.head = self._ref = None
-        gradients = Gradients(
-            Head.of(*operands, chunk, tokens.count, self._empty), *needs, self._reduce
-        )
+        head = Head.of(*operands, chunk, tokens.count, self._kernels.empty)
+        gradients = Gradients(head, *needs, self._kernels.reduce)
 
         def backward(logits: Tensor, tile: Tile) -> None:
             stats, *upstream = (tokens.take(t, tile.tokens) for t in (self._stats, g, h))
@@ -188,8 +170,8 @@ class _PolicySweep:
             tokens.take(t, tile.tokens) for t in (self._labels, self._temperatures)
         )
         labels, ignored = localized(labels, tile.words, self._vocab, SHARD_IGNORED)
-        self._rows["token_logprobs_backward_inplace"](
-            logits, labels, temperatures, stats, g, h, *self._options, ignored
+        self._kernels.rows.token_logprobs_backward_inplace(
+            logits, labels, temperatures, stats, g, h, self._options._replace(ignore_index=ignored)
         )
 
     def policy_loss(
@@ -206,83 +188,79 @@ class _PolicySweep:
         shape = self._mask.shape
         if self.ref_logprobs is not None:
             ref = self.ref_logprobs.view(shape)
-        return self._rows["policy_loss"](
+        return self._kernels.rows.policy_loss(
             self.logprobs.view(shape), old, advantages, self._mask, ref, rollout,
             self.entropy.view(shape), *whole, grad, bonus,
         )  # fmt: skip
 
 
-def launcher(
-    rows: Launchers, empty: Empty, reduce: Reduce | None
-) -> Callable[..., tuple[Tensor, ...]]:
-    """The launcher of linear_policy_loss; arguments as in `row_launchers.launchers`."""
+def forward(
+    kernels: Kernels,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    old: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    ref: Tensor | None,
+    rollout: Tensor | None,
+    ref_head: list[Tensor],
+    cu_seqlens: Tensor | None,
+    normalizer: Tensor | None,
+    options: RowOptions,
+    divisor: float,
+    codes: list[int],
+    params: list[float],
+    chunk: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, metrics, gradients of hidden, weight and bias); those empty where not needed.
 
-    def linear_policy_loss(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        temperatures: Tensor | None,
-        old: Tensor,
-        advantages: Tensor,
-        mask: Tensor,
-        ref: Tensor | None,
-        rollout: Tensor | None,
-        ref_head: list[Tensor],
-        cu_seqlens: Tensor | None,
-        normalizer: Tensor | None,
-        temperature: float,
-        softcap: float,
-        divisor: float,
-        codes: list[int],
-        params: list[float],
-        chunk: int,
-        needs: list[bool],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        # Where they may not be looked at, the kernel that is given these poisons the loss.
-        checks.divisor_positive("linear_policy_loss", normalizer)
-        offsets, good = checks.usable_offsets("linear_policy_loss", cu_seqlens, mask.shape[0])
-        sweep = _PolicySweep(
-            rows, hidden, weight, bias, labels, temperatures, mask, ref_head, temperature, softcap,
-            chunk, empty, reduce,
+    `ref_head`: hidden states, weight and, if there is one, bias of the reference policy; or [].
+    """
+    # Where they may not be looked at, the kernel that is given these poisons the loss.
+    checks.divisor_positive("linear_policy_loss", normalizer)
+    offsets, good = checks.usable_offsets("linear_policy_loss", cu_seqlens, mask.shape[0])
+    sweep = _PolicySweep(
+        kernels, (hidden, weight, bias), labels, temperatures, mask, ref_head, options, chunk
+    )
+    codes, params = PolicyCodes(*codes), PolicyParams(*params)
+    whole = (cu_seqlens, normalizer, divisor, codes, params)
+    bonus = params.entropy_coef != 0
+    if not any(needs):
+        sweep.logprobs_of(sweep.tokens)
+        gradients = Gradients(sweep.head, *needs)
+    elif (
+        codes.ratio_level == _TOKEN_RATIO
+        and codes.correction_level != _SEQUENCE_CORRECTION
+        and not sweep.sweeps_twice
+    ):
+        # Tokens stand alone: their gradient is known as soon as their log-probability is.
+        count = normalizer if normalizer is not None else divisor or None
+        weights = token_weights(
+            mask != 0, AGGREGATIONS[codes.aggregation], count, torch.float32, offsets
+        ).expand(mask.shape)
+        if good is not None:
+            weights = torch.where(good, weights, torch.nan)
+        of_tokens = per_token(advantages, mask, offsets)
+        idle = torch.zeros((), dtype=torch.bool, device=hidden.device)
+        if params.kl_coef == 0 and not bonus and params.penalty_coef == 0:
+            # No advantage, no gradient.
+            idle = flat(of_tokens) == 0
+        kept = flat(mask) != 0
+        sweep.logprobs_of(select(kept & idle))
+        gradients = sweep.fused(
+            select(kept & ~idle), flat(old), flat(of_tokens), flat(ref), flat(rollout),
+            flat(weights), codes, params, bonus, needs,
         )  # fmt: skip
-        codes, params = PolicyCodes(*codes), PolicyParams(*params)
-        whole = (cu_seqlens, normalizer, divisor, codes, params)
-        bonus = params.entropy_coef != 0
-        if not any(needs):
-            sweep.logprobs_of(sweep.tokens)
-            gradients = Gradients(sweep.head, *needs)
-        elif (
-            codes.ratio_level == _TOKEN_RATIO
-            and codes.correction_level != _SEQUENCE_CORRECTION
-            and not sweep.sweeps_twice
-        ):
-            # Tokens stand alone: their gradient is known as soon as their log-probability is.
-            count = normalizer if normalizer is not None else divisor or None
-            weights = policy.token_weights(
-                mask != 0, AGGREGATIONS[codes.aggregation], count, torch.float32, offsets
-            ).expand(mask.shape)
-            if good is not None:
-                weights = torch.where(good, weights, torch.nan)
-            per_token = policy.per_token(advantages, mask, offsets)
-            idle = torch.zeros((), dtype=torch.bool, device=hidden.device)
-            if params.kl_coef == 0 and not bonus and params.penalty_coef == 0:
-                # No advantage, no gradient.
-                idle = flat(per_token) == 0
-            kept = flat(mask) != 0
-            sweep.logprobs_of(select(kept & idle))
-            gradients = sweep.fused(
-                select(kept & ~idle), flat(old), flat(per_token), flat(ref), flat(rollout),
-                flat(weights), codes, params, bonus, needs,
-            )  # fmt: skip
-        else:
-            # The gradient of a token needs its whole sequence, or is better left until all the
-            # log-probabilities are known: a first sweep for those.
-            sweep.logprobs_of(sweep.tokens)
-            found = sweep.policy_loss(old, advantages, ref, rollout, whole, True, bonus)
-            g, h = _complete(found)
-            gradients = sweep.backward(flat(g), flat(h) if bonus else None, needs)
-        loss, metrics, *_ = sweep.policy_loss(old, advantages, ref, rollout, whole, False, False)
-        return loss, metrics, *gradients.results(hidden.shape, late=True)
-
-    return linear_policy_loss
+    else:
+        # The gradient of a token needs its whole sequence, or is better left until all the
+        # log-probabilities are known: a first sweep for those.
+        sweep.logprobs_of(sweep.tokens)
+        found = sweep.policy_loss(old, advantages, ref, rollout, whole, True, bonus)
+        g, h = _complete(found)
+        gradients = sweep.backward(flat(g), flat(h) if bonus else None, needs)
+    loss, metrics, *_ = sweep.policy_loss(old, advantages, ref, rollout, whole, False, False)
+    return loss, metrics, *gradients.results(hidden.shape, late=True)

@@ -12,15 +12,17 @@ they begin, so that one rank's mistake raises on every rank instead of leaving t
 """
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core import checks, groups, temperature_rules
+from ..core.layout import Empty
+from ..core.row_options import RowOptions
 from ..core.sentinels import ELSEWHERE, NOWHERE, SHARD_IGNORED
-from . import chunks, row_launchers
+from ..kernels.rows import Kernels, Rows
+from . import chunks, logprobs, policy
 
 
 class Shards(NamedTuple):
@@ -110,29 +112,30 @@ def _judge(op: str, told: list[dict[str, int]]) -> None:
 
 def combine(
     local: Tensor,
-    logprobs: Tensor,
+    of_shard: Tensor,
     stats: Tensor,
     temperatures: Tensor | None,
-    temperature: float,
-    entropy: bool,
+    options: RowOptions,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probabilities, entropies, stats) over all shards from those over this rank's.
 
     Args:
         local: labels from `Shards.localized`, [...].
-        logprobs: of the row kernel given them, fp32 [...].
+        of_shard: log-probabilities of the row kernel given them, fp32 [...].
         stats: of the row kernel, fp32 [..., 3]: m, s, mean.
         temperatures: per token [...], or None.
-        temperature: of all tokens, where `temperatures` is None.
-        entropy: whether entropies are wanted, and the mean is one.
+        options: temperature of all tokens where `temperatures` is None; whether entropies are
+            wanted, and the mean is one.
         group: name of the group.
     """
     # No log-probability is positive.
-    logprobs = torch.where(local == ELSEWHERE, torch.inf, logprobs)
-    parts = torch.stack([*stats.unbind(-1), logprobs])
+    of_shard = torch.where(local == ELSEWHERE, torch.inf, of_shard)
+    parts = torch.stack([*stats.unbind(-1), of_shard])
     m, s, mean, own = groups.gather(parts, group).double().unbind(1)
-    rate = 1.0 / temperature if temperatures is None else 1.0 / temperatures.float().double()
+    rate = (
+        1.0 / options.temperature if temperatures is None else 1.0 / temperatures.float().double()
+    )
 
     # Nothing but -inf here.
     empty = m == -torch.inf
@@ -147,139 +150,151 @@ def combine(
     own = torch.where(own == torch.inf, 0.0, torch.where(empty, 0.0, own) + log_share)
 
     kept = local != SHARD_IGNORED
-    logprobs = torch.where(kept, _ordered_sum(own), 0.0).float()
-    h = torch.where(kept, total.log() - mean, 0.0).float() if entropy else logprobs.new_empty(0)
+    found = torch.where(kept, _ordered_sum(own), 0.0).float()
+    h = (
+        torch.where(kept, total.log() - mean, 0.0).float()
+        if options.entropy
+        else found.new_empty(0)
+    )
     stats = [torch.where(kept, x, other) for x, other in ((top, 0.0), (total, 1.0), (mean, 0.0))]
-    return logprobs, h, torch.stack(stats, -1).float()
+    return found, h, torch.stack(stats, -1).float()
 
 
 def _ordered_sum(of_ranks: Tensor) -> Tensor:
     return functools.reduce(torch.add, of_ranks.unbind())
 
 
-def _rows_of(rows: chunks.Launchers, group: str) -> chunks.Launchers:
-    """The row kernels as if the whole vocabulary were here; labels are from `Shards.localized`."""
+class ShardRows:
+    """A backend's row kernels as if the whole vocabulary were here.
+
+    Labels are from `Shards.localized`, the ignored label is SHARD_IGNORED.
+    """
+
+    def __init__(self, rows: Rows, group: str) -> None:
+        self._rows, self._group = rows, group
+        self.policy_loss = rows.policy_loss
 
     def token_logprobs(
+        self, logits: Tensor, local: Tensor, temperatures: Tensor | None, options: RowOptions
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        options = options._replace(ignore_index=SHARD_IGNORED)
+        found, _, stats = self._rows.token_logprobs(logits, local, temperatures, options)
+        return combine(local, found, stats, temperatures, options, self._group)
+
+    def token_logprobs_backward_inplace(
+        self,
         logits: Tensor,
         local: Tensor,
         temperatures: Tensor | None,
-        temperature: float,
-        softcap: float,
-        entropy: bool,
-        _: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        logprobs, _, stats = rows["token_logprobs"](
-            logits, local, temperatures, temperature, softcap, entropy, SHARD_IGNORED
+        stats: Tensor,
+        grad_logprobs: Tensor | None,
+        grad_entropy: Tensor | None,
+        options: RowOptions,
+    ) -> None:
+        options = options._replace(ignore_index=SHARD_IGNORED)
+        self._rows.token_logprobs_backward_inplace(
+            logits, local, temperatures, stats, grad_logprobs, grad_entropy, options
         )
-        return combine(local, logprobs, stats, temperatures, temperature, entropy, group)
-
-    def backward_inplace(logits: Tensor, *args: object) -> None:
-        *args, _ = args
-        rows["token_logprobs_backward_inplace"](logits, *args, SHARD_IGNORED)
-
-    return {
-        **rows,
-        "token_logprobs": token_logprobs,
-        "token_logprobs_backward_inplace": backward_inplace,
-    }
 
 
-def launchers(rows: chunks.Launchers, empty: chunks.Empty) -> dict[str, Callable[..., object]]:
-    """Launchers of the sharded operators over a backend's row kernels; empty as in `_head`."""
-    if "token_logprobs" not in rows:
-        return {}
+class ShardKernels(NamedTuple):
+    """A backend's kernels for a shard of the vocabulary.
 
-    def head_of(group: str, rows: chunks.Launchers) -> chunks.Launchers:
-        return row_launchers.launchers(rows, empty, functools.partial(groups.sum_, group=group))
+    own: over this rank's columns alone. whole: over all, the ranks exchanging as they go.
+    """
 
-    def sharded_token_logprobs(
-        logits: Tensor,
-        labels: Tensor,
-        temperatures: Tensor | None,
-        temperature: float,
-        softcap: float,
-        entropy: bool,
-        ignore_index: int,
-        group: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        keep = labels != ignore_index
-        shards = meet("token_logprobs", logits.shape[-1], labels, temperatures, keep, group)
-        local = shards.localized(labels, keep)
-        of_rank = _rows_of(rows, group)["token_logprobs"]
-        options = (temperatures, temperature, softcap, entropy, ignore_index)
-        return *of_rank(logits, local, *options), local
+    own: Kernels
+    whole: Kernels
 
-    def sharded_linear_token_logprobs(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        temperatures: Tensor | None,
-        temperature: float,
-        softcap: float,
-        entropy: bool,
-        ignore_index: int,
-        chunk: int,
-        group: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        op, keep = "linear_token_logprobs", labels != ignore_index
-        local = meet(op, weight.shape[0], labels, temperatures, keep, group).localized(labels, keep)
-        # The chunks are this rank's own affair: one exchange at the end.
-        logprobs, _, stats = head_of(group, rows)[op](
-            hidden,
-            weight,
-            bias,
-            local,
-            temperatures,
-            temperature,
-            softcap,
-            entropy,
-            SHARD_IGNORED,
-            chunk,
-        )
-        found = combine(local, logprobs, stats, temperatures, temperature, entropy, group)
-        return *found, local
 
-    def sharded_linear_token_logprobs_backward(
-        *args: object,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        *args, group = args
-        return head_of(group, rows)["linear_token_logprobs_backward"](*args)
+@functools.cache
+def kernels_of(rows: Rows, empty: Empty, group: str) -> ShardKernels:
+    """The kernels of a group, made once."""
+    reduce = functools.partial(groups.sum_, group=group)
+    whole = Kernels(ShardRows(rows, group), empty, reduce)
+    return ShardKernels(Kernels(rows, empty, reduce), whole)
 
-    def sharded_linear_policy_loss(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        temperatures: Tensor | None,
-        old: Tensor,
-        advantages: Tensor,
-        mask: Tensor,
-        ref: Tensor | None,
-        rollout: Tensor | None,
-        ref_head: list[Tensor],
-        *args: object,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        *args, chunk, needs, group = args
-        op, keep = "linear_policy_loss", mask != 0
-        shards = meet(op, weight.shape[0], labels, temperatures, keep, group)
-        # Chunk by chunk the ranks meet: their chunks are those of the largest shard, whose size is
-        # a host synchronisation on a GPU.
-        if chunk == 0:
-            columns = (2 if ref_head else 1) * int(shards.sizes.max())
-            chunk = chunks.chunk_size(weight.device, columns, weight.dtype)
-        return head_of(group, _rows_of(rows, group))[op](
-            hidden, weight, bias, shards.localized(labels, keep), temperatures, old, advantages,
-            mask, ref, rollout, ref_head, *args, chunk, needs,
-        )  # fmt: skip
 
-    return {
-        f.__name__: f
-        for f in (
-            sharded_token_logprobs,
-            sharded_linear_token_logprobs,
-            sharded_linear_token_logprobs_backward,
-            sharded_linear_policy_loss,
-        )
-    }
+def token_logprobs(
+    kernels: Kernels,
+    logits: Tensor,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    options: RowOptions,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log-probabilities, entropies, statistics, labels as columns of this shard)."""
+    keep = labels != options.ignore_index
+    shards = meet("token_logprobs", logits.shape[-1], labels, temperatures, keep, group)
+    local = shards.localized(labels, keep)
+    rows = kernels_of(*kernels[:2], group).whole.rows
+    return *rows.token_logprobs(logits, local, temperatures, options), local
+
+
+def linear_token_logprobs(
+    kernels: Kernels,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    options: RowOptions,
+    chunk: int,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `logprobs.forward`, and the labels as columns of this shard."""
+    op, keep = "linear_token_logprobs", labels != options.ignore_index
+    local = meet(op, weight.shape[0], labels, temperatures, keep, group).localized(labels, keep)
+    options = options._replace(ignore_index=SHARD_IGNORED)
+    # The chunks are this rank's own affair: one exchange at the end.
+    own = kernels_of(*kernels[:2], group).own
+    found, _, stats = logprobs.forward(
+        own, hidden, weight, bias, local, temperatures, options, chunk
+    )
+    return *combine(local, found, stats, temperatures, options, group), local
+
+
+def linear_token_logprobs_backward(
+    kernels: Kernels, *args: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `logprobs.backward`, whose arguments come before the group's name."""
+    *args, group = args
+    return logprobs.backward(kernels_of(*kernels[:2], group).own, *args)
+
+
+def linear_policy_loss(
+    kernels: Kernels,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    old: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    ref: Tensor | None,
+    rollout: Tensor | None,
+    ref_head: list[Tensor],
+    cu_seqlens: Tensor | None,
+    normalizer: Tensor | None,
+    options: RowOptions,
+    divisor: float,
+    codes: list[int],
+    params: list[float],
+    chunk: int,
+    needs: list[bool],
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `policy.forward`."""
+    op, keep = "linear_policy_loss", mask != 0
+    shards = meet(op, weight.shape[0], labels, temperatures, keep, group)
+    # Chunk by chunk the ranks meet: their chunks are those of the largest shard, whose size is
+    # a host synchronisation on a GPU.
+    if chunk == 0:
+        columns = (2 if ref_head else 1) * int(shards.sizes.max())
+        chunk = chunks.chunk_size(weight.device, columns, weight.dtype)
+    return policy.forward(
+        kernels_of(*kernels[:2], group).whole, hidden, weight, bias,
+        shards.localized(labels, keep), temperatures, old, advantages, mask, ref, rollout, ref_head,
+        cu_seqlens, normalizer, options, divisor, codes, params, chunk, needs,
+    )  # fmt: skip

@@ -4,45 +4,95 @@ A backend that is named, by `use_backend` or RLHF_KERNELS_BACKEND, either serves
 mode the first in the device's order that exists and has the operation is taken.
 """
 
+import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
 from ..core import env
-from ..head import chunks, row_launchers, shard
+from ..core.layout import Empty, plain_empty
 from . import native, triton
+from .rows import Kernels, Rows
 
 REFERENCE = "reference"
 
-# Preference per device type. Every device ends with the reference, which torch runs anywhere.
-_ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
+Launcher = Callable[..., object]
 
 # Losses of these hand out gradients that are yet to be multiplied by a scale: on a GPU a token's
 # gradient is written before the last one is counted.
 GPU = ("cuda", "triton")
 
-_Launcher = Callable[..., object]
+
+class RowKernels:
+    """The launchers of a backend as attributes: its `Rows`, where it has them."""
+
+    def __init__(self, launchers: Mapping[str, Launcher]) -> None:
+        vars(self).update(launchers)
 
 
-def table(rows: dict[str, _Launcher], empty: chunks.Empty) -> dict[str, _Launcher]:
-    """All launchers of a backend, by name, from those of its own kernels."""
-    return {**rows, **row_launchers.launchers(rows, empty), **shard.launchers(rows, empty)}
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """A kernel backend.
+
+    name: as `use_backend` takes it.
+    devices: types of device that it serves.
+    launchers: by operator name; empty where it is not built.
+    empty: makes large buffers.
+    simulated: its kernels run on the CPU, for tests: it then serves tensors of any device, but only
+        where it is asked for by name.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    launchers: Mapping[str, Launcher]
+    empty: Empty = plain_empty
+    simulated: bool = False
+
+    def __post_init__(self) -> None:
+        rows: Rows = RowKernels(self.launchers)
+        object.__setattr__(self, "kernels", Kernels(rows, self.empty))
 
 
-# Filled at import, not on first use: torch.compile cannot trace what fills them.
-_TABLES: dict[str, dict[str, _Launcher]] = {
-    "cpu": table(native.launchers("cpu"), native.empty("cpu")),
-    "cuda": table(native.launchers("cuda"), chunks.plain_empty),
-    "triton": table(triton.launchers(), chunks.plain_empty),
+def of_extension(name: str, devices: tuple[str, ...]) -> Backend:
+    """The backend of a native extension, as it is now."""
+    empty = native.empty(name) if name == "cpu" else plain_empty
+    return Backend(name, devices, native.launchers(name), empty, native.emulated(name))
+
+
+# Filled at import, not on first use: torch.compile cannot trace what fills it. In the order of
+# preference; every device ends with the reference, which torch runs anywhere.
+_BACKENDS: dict[str, Backend] = {
+    "cpu": of_extension("cpu", ("cpu",)),
+    "cuda": of_extension("cuda", ("cuda",)),
+    "triton": Backend(
+        "triton", ("cuda", "xpu"), triton.launchers(), simulated=triton.interpreted()
+    ),
 }
 _forced: str = env.BACKEND
 _warned: set[str] = set()
 
 
-def _launchers(backend: str) -> dict[str, _Launcher]:
-    """Operations that a kernel backend has, by name; empty where it is not built."""
-    return _TABLES[backend]
+def get(name: str) -> Backend:
+    """The kernel backend of this name."""
+    return _BACKENDS[name]
+
+
+def install(backend: Backend) -> Backend:
+    """Puts a backend in the place of the one of its name, which is returned; for tests."""
+    before, _BACKENDS[backend.name] = _BACKENDS[backend.name], backend
+    _ORDER.clear()
+    return before
+
+
+# Preference per type of device, as asked for.
+_ORDER: dict[str, tuple[Backend, ...]] = {}
+
+
+def _order(device_type: str) -> tuple[Backend, ...]:
+    if device_type not in _ORDER:
+        _ORDER[device_type] = tuple(b for b in _BACKENDS.values() if device_type in b.devices)
+    return _ORDER[device_type]
 
 
 def unavailable_reason(backend: str) -> str | None:
@@ -54,13 +104,6 @@ def unavailable_reason(backend: str) -> str | None:
     return native.unavailable_reason(backend)
 
 
-def _serves(backend: str, device_type: str) -> bool:
-    # Triton's interpreter and the CUDA emulator take tensors of the CPU, but only where they are
-    # asked for by name: they are for tests.
-    simulated = triton.interpreted() if backend == "triton" else native.emulated(backend)
-    return simulated or backend in _ORDER.get(device_type, ())
-
-
 def _suits(backend: str, device: torch.device) -> bool:
     """Whether the backend's code runs on this very device."""
     # Not while tracing, which cannot ask the device: it would have been refused before.
@@ -70,38 +113,45 @@ def _suits(backend: str, device: torch.device) -> bool:
 
 def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
     """Backends that can serve tensors of `device`, preferred first, "reference" last."""
-    order = _ORDER.get(torch.device(device).type, ())
-    return (*(b for b in order if unavailable_reason(b) is None), REFERENCE)
+    names = (b.name for b in _order(torch.device(device).type))
+    return (*(name for name in names if unavailable_reason(name) is None), REFERENCE)
 
 
-def select(op: str, device: torch.device) -> str:
+def select(op: str, device: torch.device, kernel: str | None = None) -> str:
     """The backend for `op` on `device`.
+
+    Args:
+        op: operation, for the messages.
+        device: of its tensors.
+        kernel: the launcher that the operation rests on; None for the one of its own name.
 
     Raises:
         RuntimeError: a backend was named and cannot serve this operation on this device.
     """
+    kernel = op if kernel is None else kernel
     if _forced != "auto":
         if _forced == REFERENCE:
             return REFERENCE
+        backend = _BACKENDS[_forced]
         reason = unavailable_reason(_forced)
         if reason is not None:
             raise RuntimeError(f"{op}: backend {_forced!r} is not available: {reason}")
-        if not _serves(_forced, device.type):
+        if not (backend.simulated or device.type in backend.devices):
             raise RuntimeError(f"{op}: backend {_forced!r} does not serve {device.type} tensors")
         if not _suits(_forced, device):
             raise RuntimeError(
                 f"{op}: backend {_forced!r} is built without code for {device}; rebuild it with "
                 "RLHF_KERNELS_CUDA_ARCHS naming its compute capability"
             )
-        if op not in _launchers(_forced):
+        if kernel not in backend.launchers:
             raise RuntimeError(f"{op}: backend {_forced!r} does not have this operation")
         return _forced
-    for backend in _ORDER.get(device.type, ()):
-        if op in _launchers(backend) and _suits(backend, device):
-            return backend
+    for backend in _order(device.type):
+        if kernel in backend.launchers and _suits(backend.name, device):
+            return backend.name
     if not torch.compiler.is_compiling():
-        for backend in _ORDER.get(device.type, ()):
-            _warn_once(backend)
+        for backend in _order(device.type):
+            _warn_once(backend.name)
     return REFERENCE
 
 
@@ -115,11 +165,6 @@ def _warn_once(backend: str) -> None:
             RuntimeWarning,
             stacklevel=4,
         )
-
-
-def launcher(backend: str, op: str) -> _Launcher:
-    """The function of `backend` that runs `op`."""
-    return _launchers(backend)[op]
 
 
 class use_backend:

@@ -10,9 +10,10 @@ from torch import Tensor
 from ..config.policy import PolicyLossConfig
 from ..core import checks
 from .advantages import discounted_returns, gae, group_advantages, ppo_advantages, whiten
-from .head import linear_kl_divergence, linear_token_logprobs
-from .head_policy import linear_policy_loss
 from .kl import kl_divergence, kl_penalty
+from .linear_kl import linear_kl_divergence
+from .linear_logprobs import linear_token_logprobs
+from .linear_policy import linear_policy_loss
 from .logprobs import token_logprobs
 from .policy import policy_loss
 from .preference import dpo_loss, reward_model_loss, sequence_logprobs

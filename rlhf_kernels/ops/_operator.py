@@ -14,36 +14,78 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import temperature_rules, tracing
+from ..core import tracing
+from ..core.row_options import RowOptions
 from ..kernels import backends
 
 _LIBRARY = torch.library.Library("rlhf_kernels", "DEF")
 # Types of arguments that a launcher takes as they are.
 _PLAIN = frozenset(
-    (Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list, torch.dtype)
+    (
+        *(Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list),
+        *(torch.dtype, RowOptions),
+    )
 )
+# How a schema spells the fields of RowOptions.
+_ROW_OPTIONS = "float temperature, float softcap, bool entropy, int ignore_index"
+_FIELDS = len(RowOptions._fields)
 
 
 class Operator:
-    """A registered operator, callable as `op(*args, backend)`."""
+    """A registered operator, callable as `op(*args, backend)`.
 
-    def __init__(self, name: str, schema: str, fake: Callable[..., object]) -> None:
-        self.name = name
+    Its RowOptions are one argument here, and one argument each in the schema.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        fake: Callable[..., object],
+        algorithm: Callable[..., object] | None,
+    ) -> None:
+        self.name, self._algorithm = name, algorithm
+        before, found, _ = schema.partition("RowOptions options")
+        self._options_at = before.count(",") if found else None
+        _LIBRARY.define(name + schema.replace("RowOptions options", _ROW_OPTIONS))
+        _LIBRARY.impl(name, self._gathered(self._run), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"rlhf_kernels::{name}", self._gathered(fake), lib=_LIBRARY)
+        self._registered = getattr(torch.ops.rlhf_kernels, name).default
+
+    def _run(self, *args: object) -> object:
+        *args, name = args
+        backend = backends.get(name)
+        if self._algorithm is not None:
+            return self._algorithm(backend.kernels, *args)
+        return backend.launchers[self.name](*args)
+
+    def _gathered(self, f: Callable[..., object]) -> Callable[..., object]:
+        """`f` as it is called from the schema."""
+        at = self._options_at
+        if at is None:
+            return f
 
         def run(*args: object) -> object:
-            return backends.launcher(args[-1], name)(*args[:-1])
+            end = at + _FIELDS
+            return f(*args[:at], RowOptions(*args[at:end]), *args[end:])
 
-        _LIBRARY.define(name + schema)
-        _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"rlhf_kernels::{name}", fake, lib=_LIBRARY)
-        self._registered = getattr(torch.ops.rlhf_kernels, name).default
+        return run
 
     def __call__(self, *args: object) -> object:
         if torch.compiler.is_compiling() or tracing.dispatch_modes():
-            return self._registered(*args)
+            return self._dispatch(args)
         if not _PLAIN.issuperset(map(type, args)):
-            return self._registered(*args)
-        return backends.launcher(args[-1], self.name)(*args[:-1])
+            return self._dispatch(args)
+        backend = backends.get(args[-1])
+        if self._algorithm is not None:
+            return self._algorithm(backend.kernels, *args[:-1])
+        return backend.launchers[self.name](*args[:-1])
+
+    def _dispatch(self, args: tuple) -> object:
+        at = self._options_at
+        if at is not None:
+            args = (*args[:at], *args[at], *args[at + 1 :])
+        return self._registered(*args)
 
 
 class _Once(torch.autograd.Function):
@@ -114,19 +156,6 @@ def once_differentiable(op: str) -> Callable[..., Callable[..., tuple]]:
     return decorate
 
 
-def row_arguments(
-    temperature: float | Tensor, softcap: float | None, logit_scale: float = 1.0
-) -> tuple[Tensor | None, float, float]:
-    """(temperatures per token, temperature, softcap) as operators of rows of logits take them.
-
-    scale * x under a cap c and a temperature T is x under c / scale and T / scale. No cap is 0.
-    """
-    cap = 0.0 if softcap is None else softcap / logit_scale
-    if isinstance(temperature, Tensor):
-        return temperature_rules.scaled(temperature, logit_scale), 1.0, cap
-    return None, temperature / logit_scale, cap
-
-
 def head_gradients_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,12 +166,20 @@ def head_gradients_fake(
     )
 
 
-def define(name: str, schema: str, fake: Callable[..., object]) -> Operator:
+def define(
+    name: str,
+    schema: str,
+    fake: Callable[..., object],
+    algorithm: Callable[..., object] | None = None,
+) -> Operator:
     """Registers `rlhf_kernels::<name>`.
 
     Args:
         name: operator name, also the key of its launcher in each backend.
-        schema: arguments and results, the last argument being `str backend`.
+        schema: arguments and results, the last argument being `str backend`. `RowOptions options`
+            stands for their fields.
         fake: shapes and dtypes of the results for abstract tensors, same arguments.
+        algorithm: what runs in place of a launcher: it takes the backend's `Kernels`, then the
+            arguments.
     """
-    return Operator(name, schema, fake)
+    return Operator(name, schema, fake, algorithm)

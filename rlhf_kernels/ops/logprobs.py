@@ -7,46 +7,41 @@ from torch import Tensor
 
 from .. import reference
 from ..core import checks, groups, layout, option_checks
+from ..core.row_options import RowOptions
 from ..core.sentinels import SHARD_IGNORED
 from ..head import shard
 from ..kernels import backends
-from ._operator import define, once_differentiable, remember, row_arguments
+from ._operator import define, once_differentiable, remember
 from .support import Support, token_logprobs_support
 
 
 def _forward_fake(
-    logits: Tensor,
-    labels: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    softcap: float,
-    entropy: bool,
-    *_: Any,
+    logits: Tensor, labels: Tensor, temperatures: Tensor | None, options: RowOptions, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = labels.shape
     return (
         logits.new_empty(shape, dtype=torch.float32),
-        logits.new_empty(shape if entropy else (0,), dtype=torch.float32),
+        logits.new_empty(shape if options.entropy else (0,), dtype=torch.float32),
         logits.new_empty((*shape, 3), dtype=torch.float32),
     )
 
 
+_ROWS = "Tensor logits, Tensor labels, Tensor? temperatures"
 _forward = define(
     "token_logprobs",
-    "(Tensor logits, Tensor labels, Tensor? temperatures, float temperature, float softcap, "
-    "bool entropy, int ignore_index, str backend) -> (Tensor, Tensor, Tensor)",
+    f"({_ROWS}, RowOptions options, str backend) -> (Tensor, Tensor, Tensor)",
     _forward_fake,
 )
 # Also gives the labels as columns of this shard, with which the backward is that of any rows.
 _sharded_forward = define(
     "sharded_token_logprobs",
-    "(Tensor logits, Tensor labels, Tensor? temperatures, float temperature, float softcap, "
-    "bool entropy, int ignore_index, str group, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"({_ROWS}, RowOptions options, str group, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda *args: (*_forward_fake(*args), args[1].new_empty(args[1].shape, dtype=torch.int64)),
+    shard.token_logprobs,
 )
 _BACKWARD_ARGS = (
     "Tensor labels, Tensor? temperatures, Tensor stats, Tensor? grad_logprobs, "
-    "Tensor? grad_entropy, float temperature, float softcap, int ignore_index, str backend"
+    "Tensor? grad_entropy, RowOptions options, str backend"
 )
 _backward = define(
     "token_logprobs_backward",
@@ -67,37 +62,36 @@ class _TokenLogprobs(torch.autograd.Function):
         logits: Tensor,
         labels: Tensor,
         temperatures: Tensor | None,
-        temperature: float,
-        softcap: float,
-        entropy: bool,
-        ignore_index: int,
+        options: RowOptions,
         inplace_backward: bool,
         group: str,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        args = (logits, labels, temperatures, temperature, softcap, entropy, ignore_index)
+        args = (logits, labels, temperatures, options)
         if group:
             logprobs, entropies, stats, labels = _sharded_forward(*args, group, backend)
-            ignore_index = SHARD_IGNORED
+            options = options._replace(ignore_index=SHARD_IGNORED)
         else:
             logprobs, entropies, stats = _forward(*args, backend)
         ctx.set_materialize_grads(False)
         remember(ctx, logits)
         ctx.save_for_backward(logits, labels, temperatures, stats)
-        ctx.options = (temperature, softcap, ignore_index, backend)
+        ctx.options, ctx.backend = options, backend
         ctx.inplace = inplace_backward
-        return (logprobs, entropies) if entropy else (logprobs,)
+        return (logprobs, entropies) if options.entropy else (logprobs,)
 
     @staticmethod
     @once_differentiable("token_logprobs")
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
     ) -> tuple:
-        nothing = (None,) * 9
+        nothing = (None,) * 6
         if grad_logprobs is None and grad_entropy is None:
             return (None, *nothing)
         logits, labels, temperatures, stats = ctx.saved_tensors
-        args = (labels, temperatures, stats, grad_logprobs, grad_entropy, *ctx.options)
+        args = (
+            labels, temperatures, stats, grad_logprobs, grad_entropy, ctx.options, ctx.backend
+        )  # fmt: skip
         if not ctx.inplace:
             return (_backward(logits, *args), *nothing)
         memory = logits.detach()
@@ -208,57 +202,31 @@ def token_logprobs(
     shards = groups.name(op, group)
     if logits.dim() == 0 or (logits.shape[-1] == 0 and not shards):
         raise ValueError(f"{op}: logits must be [..., V] with V >= 1, got {tuple(logits.shape)}")
-    options = checks.row_options(
+    arguments = checks.row_arguments(
         op, labels, "logits", logits, temperature, softcap, 1.0, entropy, ignore_index
     )
-    temperature, softcap, _, entropy, ignore_index = options
     inplace_backward = option_checks.flag(op, "inplace_backward", inplace_backward)
     if support is not None:
         if inplace_backward or shards:
             raise ValueError(f"{op}: support goes with neither inplace_backward nor group")
-        return TokenLogprobs(
-            *token_logprobs_support(
-                logits,
-                labels,
-                support,
-                temperature=temperature,
-                softcap=softcap,
-                entropy=entropy,
-                ignore_index=ignore_index,
-            )
-        )
+        return TokenLogprobs(*token_logprobs_support(logits, labels, support, arguments))
 
     backend = backends.select(op, logits.device)
     if backend == backends.REFERENCE:
         if inplace_backward:
             raise ValueError(f"{op}: the reference backend has no inplace_backward")
-        keep = labels != ignore_index
+        keep = labels != arguments.ignore_index
         if shards:
-            shard.meet(op, logits.shape[-1], labels, temperature, keep, shards)
+            shard.meet(op, logits.shape[-1], labels, arguments.temperature, keep, shards)
         else:
-            checks.token_data(op, labels, temperature, keep, logits.shape[-1])
+            checks.token_data(op, labels, arguments.temperature, keep, logits.shape[-1])
         return TokenLogprobs(
-            *reference.token_logprobs(
-                logits,
-                labels,
-                temperature=temperature,
-                softcap=softcap,
-                entropy=entropy,
-                ignore_index=ignore_index,
-                group=shards,
-            )
+            *reference.token_logprobs(logits, labels, **arguments.of_logits(), group=shards)
         )
     checks.floating(op, "logits", logits)
     if inplace_backward:
         _check_inplace(logits)
     logprobs, *entropies = _TokenLogprobs.apply(
-        logits,
-        labels,
-        *row_arguments(temperature, softcap),
-        entropy,
-        ignore_index,
-        inplace_backward,
-        shards,
-        backend,
+        logits, labels, *arguments.split(), inplace_backward, shards, backend
     )
-    return TokenLogprobs(logprobs, entropies[0] if entropy else None)
+    return TokenLogprobs(logprobs, entropies[0] if arguments.entropy else None)

@@ -7,30 +7,37 @@ from torch import Tensor
 
 from .. import reference
 from ..core import checks
+from ..core.row_options import RowArguments, RowOptions
 from ..kernels import backends
-from ._operator import define, head_gradients_fake, once_differentiable, remember, row_arguments
+from ._operator import define, head_gradients_fake, once_differentiable, remember
 
 #: indptr [N + 1] and indices [nnz] of the words of each token.
 Support = tuple[Tensor, Tensor]
 
 
-def _forward_fake(like: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    labels, _, _, indices, _, _, entropy, *_ = args
+def _forward_fake(
+    like: Tensor,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    indptr: Tensor,
+    indices: Tensor,
+    options: RowOptions,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logprobs = like.new_empty(labels.shape, dtype=torch.float32)
     return (
         logprobs,
-        logprobs.new_empty(labels.shape if entropy else (0,)),
+        logprobs.new_empty(labels.shape if options.entropy else (0,)),
         logprobs.new_empty((*labels.shape, 3)),
         logprobs.new_empty(indices.shape),
     )
 
 
 _TOKENS = "Tensor labels, Tensor? temperatures, Tensor indptr, Tensor indices"
-_OPTIONS = "float temperature, float softcap"
-_FORWARD = f"{_TOKENS}, {_OPTIONS}, bool entropy, int ignore_index, str backend"
+_FORWARD = f"{_TOKENS}, RowOptions options, str backend"
 _BACKWARD = (
     f"Tensor kept, {_TOKENS}, Tensor stats, Tensor? grad_logprobs, Tensor? grad_entropy, "
-    f"{_OPTIONS}, int ignore_index"
+    "RowOptions options"
 )
 # The fourth result is `kept`, the logit of each entry: all that the backward needs of the logits.
 _forward = define(
@@ -64,13 +71,13 @@ def _finish(ctx: Any, results: tuple[Tensor, ...], entropy: bool) -> tuple[Tenso
 class _TokenLogprobsSupport(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        *tokens, temperature, softcap, entropy, ignore_index, backend = args
+        *tokens, options, backend = args
         results = _forward(logits, *args)
         # Not the logits: they are free as soon as nobody else needs them.
         remember(ctx, logits)
         ctx.save_for_backward(results[3], *tokens, results[2])
-        ctx.options = (temperature, softcap, ignore_index, logits.shape[-1], logits.dtype, backend)
-        return _finish(ctx, results, entropy)
+        ctx.options = (options, logits.shape[-1], logits.dtype, backend)
+        return _finish(ctx, results, options.entropy)
 
     @staticmethod
     @once_differentiable("token_logprobs")
@@ -80,7 +87,7 @@ class _TokenLogprobsSupport(torch.autograd.Function):
         gradient = None
         if grad_logprobs is not None or grad_entropy is not None:
             gradient = _backward(*ctx.saved_tensors, grad_logprobs, grad_entropy, *ctx.options)
-        return (gradient, *(None,) * 9)
+        return (gradient, *(None,) * 6)
 
 
 class _LinearTokenLogprobsSupport(torch.autograd.Function):
@@ -88,74 +95,45 @@ class _LinearTokenLogprobsSupport(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
     ) -> tuple[Tensor, ...]:
-        *tokens, temperature, softcap, entropy, ignore_index, backend = args
+        *tokens, options, backend = args
         results = _head_forward(hidden, weight, bias, *args)
         remember(ctx, hidden, weight, bias)
         ctx.save_for_backward(hidden, weight, bias, results[3], *tokens, results[2])
-        ctx.options = (temperature, softcap, ignore_index)
-        ctx.backend = backend
-        return _finish(ctx, results, entropy)
+        ctx.options, ctx.backend = options, backend
+        return _finish(ctx, results, options.entropy)
 
     @staticmethod
     @once_differentiable("linear_token_logprobs")
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
     ) -> tuple:
-        nothing = (None,) * 9
+        nothing = (None,) * 6
         if grad_logprobs is None and grad_entropy is None:
             return (None, None, None, *nothing)
         needs = list(ctx.needs_input_grad[:3])
         found = _head_backward(
-            *ctx.saved_tensors, grad_logprobs, grad_entropy, *ctx.options, needs, ctx.backend
+            *ctx.saved_tensors, grad_logprobs, grad_entropy, ctx.options, needs, ctx.backend
         )
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), *nothing)
 
 
 def token_logprobs_support(
-    logits: Tensor,
-    labels: Tensor,
-    support: Support,
-    *,
-    temperature: float | Tensor,
-    softcap: float | None,
-    entropy: bool,
-    ignore_index: int,
+    logits: Tensor, labels: Tensor, support: Support, arguments: RowArguments
 ) -> tuple[Tensor, Tensor | None]:
-    """`token_logprobs` over a support; the other arguments are checked already.
-
-    Args:
-        logits, labels, softcap, entropy, ignore_index: as there.
-        support: (indptr, indices).
-        temperature: a number, or one per token in the shape of labels.
-    """
+    """`token_logprobs` over a support, (indptr, indices); the other arguments are checked."""
     op = "token_logprobs"
     pair = checks.support(op, support, labels.numel(), labels.device)
-    backend = backends.select(f"{op}_support", logits.device)
+    backend = backends.select(op, logits.device, f"{op}_support")
     if backend == backends.REFERENCE:
-        keep = labels != ignore_index
-        checks.support_data(op, labels, temperature, *pair, keep, logits.shape[-1])
-        return reference.token_logprobs_support(
-            logits,
-            labels,
-            *pair,
-            temperature=temperature,
-            softcap=softcap,
-            entropy=entropy,
-            ignore_index=ignore_index,
-        )
+        keep = labels != arguments.ignore_index
+        checks.support_data(op, labels, arguments.temperature, *pair, keep, logits.shape[-1])
+        return reference.token_logprobs_support(logits, labels, *pair, **arguments.of_logits())
     checks.floating(op, "logits", logits)
-    temperatures, *numbers = row_arguments(temperature, softcap)
+    temperatures, options = arguments.split()
     logprobs, *entropies = _TokenLogprobsSupport.apply(
-        logits,
-        labels,
-        temperatures,
-        *pair,
-        *numbers,
-        entropy,
-        ignore_index,
-        backend,
+        logits, labels, temperatures, *pair, options, backend
     )
-    return logprobs, entropies[0] if entropy else None
+    return logprobs, entropies[0] if options.entropy else None
 
 
 def linear_token_logprobs_support(
@@ -164,47 +142,23 @@ def linear_token_logprobs_support(
     bias: Tensor | None,
     labels: Tensor,
     support: Support,
-    *,
-    temperature: float | Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    entropy: bool,
-    ignore_index: int,
+    arguments: RowArguments,
 ) -> tuple[Tensor, Tensor | None]:
-    """`linear_token_logprobs` over a support; the other arguments are checked already."""
+    """`linear_token_logprobs` over a support; the other arguments are checked."""
     op = "linear_token_logprobs"
     pair = checks.support(op, support, labels.numel(), labels.device)
-    backend = backends.select(f"{op}_support", hidden.device)
+    backend = backends.select(op, hidden.device, f"{op}_support")
     if backend == backends.REFERENCE:
-        keep = labels != ignore_index
-        effective, *_ = row_arguments(temperature, softcap, logit_scale)
-        checks.support_data(op, labels, effective, *pair, keep, weight.shape[0])
+        keep, temperature = labels != arguments.ignore_index, arguments.effective_temperature()
+        checks.support_data(op, labels, temperature, *pair, keep, weight.shape[0])
         return reference.linear_token_logprobs_support(
-            hidden,
-            weight,
-            labels,
-            *pair,
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            entropy=entropy,
-            ignore_index=ignore_index,
+            hidden, weight, labels, *pair, bias=bias, **arguments._asdict()
         )
     checks.floating(op, "hidden", hidden)
     # As large as the hidden states, not as logits.
     hidden = hidden.to(weight.dtype)
-    temperatures, *numbers = row_arguments(temperature, softcap, logit_scale)
+    temperatures, options = arguments.split()
     logprobs, *entropies = _LinearTokenLogprobsSupport.apply(
-        hidden,
-        weight,
-        bias,
-        labels,
-        temperatures,
-        *pair,
-        *numbers,
-        entropy,
-        ignore_index,
-        backend,
+        hidden, weight, bias, labels, temperatures, *pair, options, backend
     )
-    return logprobs, entropies[0] if entropy else None
+    return logprobs, entropies[0] if options.entropy else None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..config.policy import LOG_RATIO_BOUND, UNBOUNDED, PolicyLossConfig
+from ..core.sequences import per_token, sequence_sum, token_weights
 from ._common import compute
 from .kl import Sloped, kl_estimate
 
@@ -19,57 +20,6 @@ METRICS = (
     *("k1_old", "k3_old", "k1_ref", "k3_ref"),
     *("entropy", "ess", "correction_mean", "tokens"),
 )
-
-
-def sequence_sum(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Each token's sequence sum: [B, 1] of padded [B, T], [N] of packed [N]."""
-    if cu_seqlens is None:
-        return x.sum(-1, keepdim=True)
-    ids = sequence_ids(x, cu_seqlens)
-    return x.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, ids, x)[ids]
-
-
-def sequence_ids(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The sequence of each packed token of x [N]."""
-    tokens = torch.arange(x.shape[0], device=x.device)
-    ids = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
-    # Offsets that end too early, where data may not be looked at, index nothing that is not there.
-    return ids.clamp(max=cu_seqlens.shape[0] - 2)
-
-
-def per_token(x: Tensor, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """x as it is if it has the shape of tokens, else one per sequence spread over its tokens."""
-    if x.shape == tokens.shape:
-        return x
-    if cu_seqlens is None:
-        return x.unsqueeze(-1).expand_as(tokens)
-    return x[sequence_ids(tokens, cu_seqlens)]
-
-
-def token_weights(
-    mask: Tensor,
-    aggregation: str,
-    normalizer: float | Tensor | None,
-    dtype: torch.dtype,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
-    """c_t with loss = sum over the mask of c_t * term_t; broadcasts to the mask.
-
-    Args:
-        mask: bool, [B, T] or packed [N].
-        aggregation: see PolicyLossConfig.
-        normalizer: the divisor, or None for the number of unmasked tokens or sequences.
-        dtype: of the result.
-        cu_seqlens: offsets of packed sequences.
-    """
-    kept = mask.to(dtype)
-    length = sequence_sum(kept, cu_seqlens).clamp(min=1)
-    if normalizer is None:
-        # A sequence is the sum over its tokens of 1 / length.
-        count = kept if aggregation == "token-mean" else torch.where(mask, 1 / length, 0)
-        normalizer = count.sum().round().clamp(min=1)
-    weight = torch.ones_like(length) / normalizer
-    return weight / length if aggregation == "seq-mean-token-mean" else weight
 
 
 def kl_term(x: Tensor, config: PolicyLossConfig) -> Tensor:

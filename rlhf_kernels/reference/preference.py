@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.sequences import sequence_ids
 from ._common import compute
-from .policy import sequence_ids
 
 
 def sequence_logprobs(

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..core.sequences import token_weights
 from ._common import compute
-from .policy import token_weights
 
 METRICS = ("loss", "clip_frac", "value_mean", "return_mean", "explained_variance", "tokens")
 

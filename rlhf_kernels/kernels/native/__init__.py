@@ -49,17 +49,23 @@ def _cuda_reason(module: ModuleType) -> str | None:
     return None
 
 
-def table(extension: ModuleType) -> dict[str, Callable[..., object]]:
-    """Launchers of an extension's operations, by operator name."""
+_MODULES = {backend: _load(backend) for backend in _NAMES}
+
+
+def launchers(backend: str) -> dict[str, Callable[..., object]]:
+    """Launchers of a native backend by operator name; empty where it cannot run."""
+    extension, reason = _MODULES[backend]
+    if extension is None or reason is not None:
+        return {}
     return {name: launcher for op in _OPS for name, launcher in op.launchers(extension).items()}
 
 
-_MODULES = {backend: _load(backend) for backend in _NAMES}
-# Filled at import, not on first use: torch.compile cannot trace an import.
-_LAUNCHERS: dict[str, dict[str, Callable[..., object]]] = {
-    backend: table(extension) if extension is not None and reason is None else {}
-    for backend, (extension, reason) in _MODULES.items()
-}
+def install(
+    backend: str, extension: ModuleType | None, reason: str | None = None
+) -> tuple[ModuleType | None, str | None]:
+    """Puts a module in the place of a backend's, which is returned with its reason; for tests."""
+    before, _MODULES[backend] = _MODULES[backend], (extension, reason)
+    return before
 
 
 def module(backend: str) -> ModuleType | None:
@@ -78,11 +84,6 @@ def unavailable_reason(backend: str) -> str | None:
     if backend not in _MODULES:
         return f"unknown backend {backend!r}"
     return _MODULES[backend][1]
-
-
-def launchers(backend: str) -> dict[str, Callable[..., object]]:
-    """Launchers of a native backend by operator name; empty where it is not built."""
-    return _LAUNCHERS[backend]
 
 
 def emulated(backend: str) -> bool:

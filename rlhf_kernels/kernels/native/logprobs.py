@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...core import checks, env
+from ...core.row_options import RowOptions
 from ...core.sentinels import SHARD_IGNORED
 from . import boundary as b
 
@@ -38,24 +39,21 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         logits: Tensor,
         labels: Tensor,
         temperatures: Tensor | None,
-        temperature: float,
-        softcap: float,
-        entropy: bool,
-        ignore_index: int,
+        options: RowOptions,
     ) -> tuple[Tensor, Tensor, Tensor]:
         shape, vocab = labels.shape, logits.shape[-1]
         logprobs = torch.empty(shape, dtype=torch.float32, device=logits.device)
-        entropies = torch.empty_like(logprobs) if entropy else logprobs.new_empty(0)
+        entropies = torch.empty_like(logprobs) if options.entropy else logprobs.new_empty(0)
         stats = torch.empty((*shape, 3), dtype=torch.float32, device=logits.device)
         if labels.numel() == 0:
             return logprobs, entropies, stats
         logits, labels = b.as_rows(logits), b.as_grid(labels)
         temperatures = b.as_grid(temperatures, torch.float32)
-        check(labels, temperatures, vocab, ignore_index)
+        check(labels, temperatures, vocab, options.ignore_index)
         status = extension.token_logprobs(
             *b.grid(shape), vocab, b.pack_rows(logits), b.pack(labels), b.pack(temperatures),
-            temperature, softcap, ignore_index, b.pack(logprobs),
-            b.pack(entropies) if entropy else None, b.pack(stats),
+            options.temperature, options.softcap, options.ignore_index, b.pack(logprobs),
+            b.pack(entropies) if options.entropy else None, b.pack(stats),
             where(logits, "token_logprobs", labels.numel(), vocab, logits.element_size()),
         )  # fmt: skip
         _raise(status, labels, temperatures, vocab)
@@ -68,9 +66,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         stats: Tensor,
         grad_logprobs: Tensor | None,
         grad_entropy: Tensor | None,
-        temperature: float,
-        softcap: float,
-        ignore_index: int,
+        options: RowOptions,
         out: Tensor,
     ) -> None:
         if labels.numel() == 0:
@@ -78,13 +74,13 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         shape, vocab = labels.shape, logits.shape[-1]
         logits, labels = b.as_rows(logits), b.as_grid(labels)
         temperatures = b.as_grid(temperatures, torch.float32)
-        check(labels, temperatures, vocab, ignore_index)
+        check(labels, temperatures, vocab, options.ignore_index)
         grad_logprobs = b.as_upstream(grad_logprobs)
         grad_entropy = b.as_upstream(grad_entropy)
         status = extension.token_logprobs_backward(
             *b.grid(shape), vocab, b.pack_rows(logits), b.pack(labels), b.pack(temperatures),
-            temperature, softcap, ignore_index, b.pack(stats), b.pack(grad_logprobs),
-            b.pack(grad_entropy), b.pack_rows(out),
+            options.temperature, options.softcap, options.ignore_index, b.pack(stats),
+            b.pack(grad_logprobs), b.pack(grad_entropy), b.pack_rows(out),
             where(logits, "token_logprobs_backward", labels.numel()),
         )  # fmt: skip
         _raise(status, labels, temperatures, vocab)

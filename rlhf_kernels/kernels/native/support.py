@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...core import checks, env
+from ...core.row_options import RowOptions
 from . import boundary as b
 
 
@@ -46,14 +47,11 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         temperatures: Tensor | None,
         indptr: Tensor,
         indices: Tensor,
-        temperature: float,
-        softcap: float,
-        entropy: bool,
-        ignore_index: int,
+        options: RowOptions,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         shape = labels.shape
         logprobs = torch.empty(shape, dtype=torch.float32, device=rows.device)
-        entropies = torch.empty_like(logprobs) if entropy else logprobs.new_empty(0)
+        entropies = torch.empty_like(logprobs) if options.entropy else logprobs.new_empty(0)
         stats = logprobs.new_empty((*shape, 3))
         kept = logprobs.new_empty(indices.shape)
         width = rows.shape[-1]
@@ -62,7 +60,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             return logprobs, entropies, stats, kept
         # The CPU kernels look themselves.
         if gpu and env.CHECK:
-            keep = labels != ignore_index
+            keep = labels != options.ignore_index
             checks.support_data(op, labels, temperatures, indptr, indices, keep, vocab)
         rows, labels = b.as_rows(rows), b.as_grid(labels)
         indptr, indices = b.as_grid(indptr), b.as_grid(indices)
@@ -71,8 +69,9 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         status = extension.support_logprobs(
             *b.grid(shape), vocab, width, b.pack_rows(rows),
             None if weight is None else b.pack_rows(weight), b.pack(bias), b.pack(labels),
-            b.pack(temperatures), indices.shape[0], b.pack(indptr), b.pack(indices), temperature,
-            softcap, ignore_index, b.pack(logprobs), b.pack(entropies) if entropy else None,
+            b.pack(temperatures), indices.shape[0], b.pack(indptr), b.pack(indices),
+            options.temperature, options.softcap, options.ignore_index, b.pack(logprobs),
+            b.pack(entropies) if options.entropy else None,
             b.pack(stats), b.pack(kept), where(rows, "support_logprobs"),
         )  # fmt: skip
         check(op, status, labels, temperatures, indptr, indices, vocab)
@@ -90,9 +89,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         stats: Tensor,
         grad_logprobs: Tensor | None,
         grad_entropy: Tensor | None,
-        temperature: float,
-        softcap: float,
-        ignore_index: int,
+        options: RowOptions,
     ) -> Tensor:
         """The gradient of the kept logits, also spread into `out` where that is given."""
         dz = torch.empty_like(kept)
@@ -105,7 +102,8 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         grad_entropy = b.as_upstream(grad_entropy)
         status = extension.support_backward(
             *b.grid(shape), vocab, b.pack(labels), b.pack(temperatures), indices.shape[0],
-            b.pack(indptr), b.pack(indices), temperature, softcap, ignore_index, b.pack(stats),
+            b.pack(indptr), b.pack(indices), options.temperature, options.softcap,
+            options.ignore_index, b.pack(stats),
             b.pack(kept), b.pack(grad_logprobs), b.pack(grad_entropy), b.pack(dz),
             None if out is None else b.pack_rows(out), where(kept),
         )  # fmt: skip

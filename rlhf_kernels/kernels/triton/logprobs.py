@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...core import checks, env, sentinels
 from ...core.layout import as_grid, as_rows, as_upstream, grid, grid_strides, rows_strides
+from ...core.row_options import RowOptions
 from ._launch import kernel, launch, tile_count
 from ._math import LOG2E, good_temperature, scalar, tanh_parts, tree_sum
 
@@ -303,41 +304,40 @@ def token_logprobs(
     logits: Tensor,
     labels: Tensor,
     temperatures: Tensor | None,
-    temperature: float,
-    softcap: float,
-    entropy: bool,
-    ignore_index: int,
+    options: RowOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape, vocab = labels.shape, logits.shape[-1]
     logprobs = torch.empty(shape, dtype=torch.float32, device=logits.device)
-    entropies = torch.empty_like(logprobs) if entropy else logprobs.new_empty(0)
+    entropies = torch.empty_like(logprobs) if options.entropy else logprobs.new_empty(0)
     stats = logprobs.new_empty((*shape, 3))
     rows, cols = grid(shape)
     if labels.numel() == 0:
         return logprobs, entropies, stats
-    _check(labels, temperatures, vocab, ignore_index)
+    _check(labels, temperatures, vocab, options.ignore_index)
     logits, labels = as_rows(logits), as_grid(labels)
     temperatures = as_grid(temperatures, torch.float32)
     tiles = tile_count(vocab, TILE)
     partials = logprobs.new_empty(rows * cols * tiles * 3)
     align = alignment(vocab, logits)
     # A whole number would be another type, hence another kernel.
-    numbers = float(temperature), float(softcap), ignore_index
+    numbers = float(options.temperature), float(options.softcap), options.ignore_index
     tokens = (*grid_strides(labels), *_strides(temperatures), *numbers)
-    options = {
-        "SOFTCAP": softcap > 0, "ENTROPY": entropy, "PER_TOKEN": temperatures is not None
-    }  # fmt: skip
+    switches = {
+        "SOFTCAP": options.softcap > 0,
+        "ENTROPY": options.entropy,
+        "PER_TOKEN": temperatures is not None,
+    }
     strides = rows_strides(logits)
     # A shard of the vocabulary may be empty.
     if tiles > 0:
         launch(
             partial_kernel, rows * cols * tiles, logits, logits, labels, temperatures, partials,
             cols, tiles, vocab // align, *(s // align for s in strides), *tokens, ALIGN=align,
-            TILE=TILE, **options, warps=WARPS,
+            TILE=TILE, **switches, warps=WARPS,
         )  # fmt: skip
     launch(
         combine_kernel, rows * cols, logits, logits, labels, temperatures, partials, logprobs,
-        entropies, stats, cols, tiles, vocab, *strides, *tokens, GROUP=GROUP, **options, warps=1,
+        entropies, stats, cols, tiles, vocab, *strides, *tokens, GROUP=GROUP, **switches, warps=1,
     )  # fmt: skip
     return logprobs, entropies, stats
 
@@ -349,9 +349,7 @@ def _backward(
     stats: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
+    options: RowOptions,
     out: Tensor,
 ) -> None:
     if out.numel() == 0:
@@ -365,7 +363,8 @@ def _backward(
         coefficients_kernel, tile_count(rows * cols, ROWS), logits, logits, labels, temperatures,
         stats, g, h, coefficients, rows * cols, cols, vocab, *rows_strides(logits),
         *grid_strides(labels), *_strides(temperatures), *_strides(g), *_strides(h),
-        float(temperature), float(softcap), ignore_index, SOFTCAP=softcap > 0,
+        float(options.temperature), float(options.softcap), options.ignore_index,
+        SOFTCAP=options.softcap > 0,
         PER_TOKEN=temperatures is not None, LOGPROBS=g is not None, ENTROPY=h is not None,
         BLOCK=ROWS, warps=2,
     )  # fmt: skip
@@ -373,8 +372,9 @@ def _backward(
     launch(
         backward_kernel, rows * cols * tiles, logits, logits, labels, coefficients, out, cols,
         tiles, vocab // align, *(s // align for s in rows_strides(logits)),
-        *(s // align for s in rows_strides(out)), *grid_strides(labels), float(softcap),
-        ALIGN=align, SOFTCAP=softcap > 0, ENTROPY=h is not None, TILE=BACKWARD_TILE, warps=WARPS,
+        *(s // align for s in rows_strides(out)), *grid_strides(labels), float(options.softcap),
+        ALIGN=align, SOFTCAP=options.softcap > 0, ENTROPY=h is not None, TILE=BACKWARD_TILE,
+        warps=WARPS,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...core import checks, env
 from ...core.layout import as_grid, as_rows, as_upstream, grid, grid_strides, rows_strides
+from ...core.row_options import RowOptions
 from ._launch import kernel, launch, tile_count
 from ._math import LOG2E, good_temperature, scalar, tanh_parts, tree_sum
 from .logprobs import LOWEST, _strides, alignment, label_gradient, tile_sums, token_at
@@ -317,21 +318,18 @@ def _forward(
     temperatures: Tensor | None,
     indptr: Tensor,
     indices: Tensor,
-    temperature: float,
-    softcap: float,
-    entropy: bool,
-    ignore_index: int,
+    options: RowOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape, width = labels.shape, rows.shape[-1]
     vocab = width if weight is None else weight.shape[0]
     logprobs = torch.empty(shape, dtype=torch.float32, device=rows.device)
-    entropies = torch.empty_like(logprobs) if entropy else logprobs.new_empty(0)
+    entropies = torch.empty_like(logprobs) if options.entropy else logprobs.new_empty(0)
     stats = logprobs.new_empty((*shape, 3))
     kept = logprobs.new_empty(indices.shape)
     if labels.numel() == 0:
         return logprobs, entropies, stats, kept
     if env.CHECK:
-        keep = labels != ignore_index
+        keep = labels != options.ignore_index
         checks.support_data(op, labels, temperatures, indptr, indices, keep, vocab)
     tokens, entries, (_, cols) = labels.numel(), indices.shape[0], grid(shape)
     rows, labels, temperatures = (
@@ -351,15 +349,15 @@ def _forward(
             indices, _owners(indptr, entries), kept, cols, tokens, entries, vocab, width // align,
             *(s // align for s in rows_strides(rows)), rows_strides(weight)[1] // align,
             _strides(bias)[1],
-            *grid_strides(labels), ignore_index, ALIGN=align, BIAS=bias is not None,
+            *grid_strides(labels), options.ignore_index, ALIGN=align, BIAS=bias is not None,
             ROWS=tile, COLS=PRODUCT_COLS, warps=WARPS,
         )  # fmt: skip
     launch(
         rows_kernel, tokens, rows, rows, kept, labels, temperatures, indptr, indices, poison,
         logprobs, entropies, stats, cols, vocab, entries, *rows_strides(rows),
-        *grid_strides(labels), *_strides(temperatures), float(temperature), float(softcap),
-        ignore_index,
-        GATHER=weight is None, SOFTCAP=softcap > 0, ENTROPY=entropy,
+        *grid_strides(labels), *_strides(temperatures), float(options.temperature),
+        float(options.softcap), options.ignore_index, GATHER=weight is None,
+        SOFTCAP=options.softcap > 0, ENTROPY=options.entropy,
         PER_TOKEN=temperatures is not None, BLOCK=BLOCK, warps=WARPS,
     )  # fmt: skip
     return logprobs, entropies, stats, kept
@@ -376,9 +374,7 @@ def _gradient(
     stats: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
+    options: RowOptions,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dz, words) of the entries, or nothing where the gradient goes into `out`, which is zeros."""
     dz, words = None, None
@@ -390,9 +386,9 @@ def _gradient(
     launch(
         gradient_kernel, labels.numel(), kept, kept, labels, temperatures, indptr, indices, stats,
         g, h, dz, words, out, cols, vocab, indices.shape[0], *grid_strides(labels),
-        *_strides(temperatures), *_strides(g), *_strides(h), float(temperature), float(softcap),
-        ignore_index,
-        DENSE=out is not None, SOFTCAP=softcap > 0, PER_TOKEN=temperatures is not None,
+        *_strides(temperatures), *_strides(g), *_strides(h), float(options.temperature),
+        float(options.softcap), options.ignore_index,
+        DENSE=out is not None, SOFTCAP=options.softcap > 0, PER_TOKEN=temperatures is not None,
         LOGPROBS=g is not None, ENTROPY=h is not None, BLOCK=BLOCK, warps=WARPS,
     )  # fmt: skip
     return dz, words

@@ -8,11 +8,12 @@ from torch import Tensor
 from .. import reference
 from ..config.policy import PolicyLossConfig
 from ..core import checks, groups
+from ..head import policy as head
 from ..head import shard
 from ..kernels import backends
 from ..reference.policy import METRICS
-from ._operator import define, head_gradients_fake, once_differentiable, remember, row_arguments
-from .head import check_chunk, check_head, check_ref_head
+from ._heads import check_chunk, check_head, check_ref_head
+from ._operator import define, head_gradients_fake, once_differentiable, remember
 from .policy import (
     PolicyLoss,
     PolicyMetrics,
@@ -39,15 +40,18 @@ _ARGS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? temperatures, "
     "Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
     "Tensor? rollout_logprobs, Tensor[] ref_head, Tensor? cu_seqlens, Tensor? normalizer, "
-    "float temperature, float softcap, float divisor, int[] codes, float[] params, "
+    "RowOptions options, float divisor, int[] codes, float[] params, "
     "int chunk_tokens, bool[] needs"
 )
 _RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
-_forward = define("linear_policy_loss", f"({_ARGS}, str backend) -> {_RESULTS}", _fake)
+_forward = define(
+    "linear_policy_loss", f"({_ARGS}, str backend) -> {_RESULTS}", _fake, head.forward
+)
 _sharded_forward = define(
     "sharded_linear_policy_loss",
     f"({_ARGS}, str group, str backend) -> {_RESULTS}",
     lambda *args: _fake(*args[:-1]),
+    shard.linear_policy_loss,
 )
 
 
@@ -165,10 +169,9 @@ def linear_policy_loss(
     shards = groups.name(op, group)
     names = ("hidden", "weight", "bias")
     hidden, weight, bias = check_head(op, hidden, weight, bias, names, sharded=bool(shards))
-    row_options = checks.row_options(
-        op, labels, "hidden", hidden, temperature, softcap, logit_scale
+    arguments = checks.row_arguments(
+        op, labels, "hidden", hidden, temperature, softcap, logit_scale, entropy=True
     )
-    temperature, softcap, logit_scale, *_ = row_options
     tokens = {
         "old_logprobs": old_logprobs,
         "ref_logprobs": ref_logprobs,
@@ -185,7 +188,7 @@ def linear_policy_loss(
     check_config(op, config, ref_hidden if ref_head else ref_logprobs, rollout_logprobs, normalizer)
     count, divisor = checks.divisor(op, config.normalizer if normalizer is None else normalizer)
 
-    backend = backends.select(op, hidden.device)
+    backend = backends.select(op, hidden.device, "token_logprobs")
     columns = (2 if ref_head else 1) * weight.shape[0]
     if shards and batch_invariant and chunk_tokens is None:
         # The ranks meet chunk by chunk.
@@ -194,22 +197,20 @@ def linear_policy_loss(
     columns = 0 if shards else columns
     chunk = check_chunk(op, chunk_tokens, batch_invariant, weight, columns, backend)
     if backend == backends.REFERENCE:
-        effective, *_ = row_arguments(temperature, softcap, logit_scale)
-        keep = mask != 0
+        keep, effective = mask != 0, arguments.effective_temperature()
         if shards:
             shard.meet(op, weight.shape[0], labels, effective, keep, shards)
         else:
             checks.token_data(op, labels, effective, keep, weight.shape[0])
         checks.offsets_valid(op, cu_seqlens, old_logprobs.shape[0])
         checks.divisor_positive(op, count)
+        of_rows = {k: getattr(arguments, k) for k in ("temperature", "softcap", "logit_scale")}
         if ref_head:
             ref_logprobs, _ = reference.linear_token_logprobs(
                 *ref_head[:2],
                 labels.masked_fill(mask == 0, -100),
                 bias=ref_head[2] if len(ref_head) > 2 else None,
-                temperature=temperature,
-                softcap=softcap,
-                logit_scale=logit_scale,
+                **of_rows,
                 group=shards,
             )
         loss, metrics = reference.linear_policy_loss(
@@ -220,9 +221,7 @@ def linear_policy_loss(
             advantages,
             mask,
             bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
+            **of_rows,
             ref_logprobs=ref_logprobs,
             rollout_logprobs=rollout_logprobs,
             cu_seqlens=cu_seqlens,
@@ -234,7 +233,7 @@ def linear_policy_loss(
     for name, t in {"hidden": hidden, "advantages": advantages, **tokens}.items():
         if t is not None:
             checks.floating(op, name, t)
-    temperatures, *numbers = row_arguments(temperature, softcap, logit_scale)
+    temperatures, row_options = arguments.split()
     constants = (old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs)
     loss, metrics = _LinearPolicyLoss.apply(
         hidden,
@@ -246,7 +245,7 @@ def linear_policy_loss(
         *(ref_head[i] if i < len(ref_head) else None for i in range(3)),
         cu_seqlens,
         count,
-        *numbers,
+        row_options,
         divisor,
         *config_numbers(config),
         chunk,

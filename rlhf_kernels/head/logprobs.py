@@ -1,0 +1,86 @@
+"""linear_token_logprobs: log-probabilities and entropies chunk by chunk, and their gradients."""
+
+import torch
+from torch import Tensor
+
+from ..core import checks
+from ..core.row_options import RowOptions
+from ..kernels.rows import Kernels
+from .chunks import Chunk, Tile, flat, localized, select
+from .gradients import Gradients
+from .products import Head
+
+
+def forward(
+    kernels: Kernels,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    options: RowOptions,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probabilities [...], entropies [...] or empty, statistics [..., 3]) of labels [...]."""
+    shape = labels.shape
+    labels, temperatures = flat(labels), flat(temperatures)
+    keep = labels != options.ignore_index
+    # The labels of a shard were found good before.
+    if kernels.reduce is None:
+        checks.token_data("linear_token_logprobs", labels, temperatures, keep, weight.shape[0])
+    logprobs = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
+    entropies = torch.zeros_like(logprobs) if options.entropy else logprobs.new_empty(0)
+    stats = logprobs.new_empty((*labels.shape, 3))
+    tokens = select(keep)
+    of_chunk = Chunk.of(chunk, weight)
+    head = Head.of(hidden, weight, bias, of_chunk, tokens.count, kernels.empty)
+    for part in tokens.chunks(of_chunk.size):
+        logits = head.project(head.states(tokens, part))
+        own = tokens.take(labels, part), tokens.take(temperatures, part)
+        lp, h, s = kernels.rows.token_logprobs(logits, *own, options)
+        tokens.put(logprobs, part, lp)
+        tokens.put(stats, part, s)
+        if options.entropy:
+            tokens.put(entropies, part, h)
+    return (
+        logprobs.view(shape),
+        entropies.view(shape) if options.entropy else entropies,
+        stats.view(*shape, 3),
+    )
+
+
+def backward(
+    kernels: Kernels,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    stats: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    options: RowOptions,
+    chunk: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias; empty where `needs` says no."""
+    labels, temperatures = flat(labels), flat(temperatures)
+    g, h, stats = flat(grad_logprobs), flat(grad_entropy), stats.view(-1, 3)
+    # A token without an upstream gradient adds nothing: clipped, no advantage, prompt, tool.
+    used = torch.zeros_like(labels, dtype=torch.bool)
+    for upstream in (g, h):
+        if upstream is not None:
+            used |= upstream != 0
+    tokens = select(used & (labels != options.ignore_index))
+    of_chunk = Chunk.backward(chunk, weight, tokens.count)
+    head = Head.of(hidden, weight, bias, of_chunk, tokens.count, kernels.empty)
+    gradients = Gradients(head, *needs, kernels.reduce)
+
+    def overwrite(logits: Tensor, tile: Tile) -> None:
+        own, *rest = (tokens.take(t, tile.tokens) for t in (labels, temperatures, stats, g, h))
+        own, ignored = localized(own, tile.words, weight.shape[0], options.ignore_index)
+        of_tile = options._replace(ignore_index=ignored)
+        kernels.rows.token_logprobs_backward_inplace(logits, own, *rest, of_tile)
+
+    gradients.sweep(tokens, of_chunk, overwrite)
+    return gradients.results(hidden.shape)

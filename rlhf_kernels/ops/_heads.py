@@ -1,0 +1,126 @@
+"""Checks that the operations over an LM head share."""
+
+import torch
+from torch import Tensor
+
+from ..core import checks, option_checks
+from ..head.chunks import exact_size
+from ..kernels import backends
+
+
+def check_head(
+    op: str,
+    hidden: object,
+    weight: object,
+    bias: object,
+    names: tuple[str, str, str],
+    *,
+    sharded: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Requires hidden [..., H] and weight [V, H], bias [V], all on one device.
+
+    V may be 0 in a shard of a vocabulary.
+
+    Returns:
+        The operands; under autocast in its dtype, as F.linear casts them. Without it their dtypes
+        are one, or weight is float32 and hidden of 16 bits, for a product in fp32.
+    """
+    checks.floating(op, names[0], hidden, double=True)
+    checks.floating(op, names[1], weight, double=True)
+    if weight.dim() != 2 or (weight.shape[0] == 0 and not sharded):
+        raise ValueError(f"{op}: {names[1]} must be [V, H] with V >= 1, got {tuple(weight.shape)}")
+    if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: {names[0]} must be [..., {weight.shape[1]}] as {names[1]} is [V, H], got "
+            f"{tuple(hidden.shape)}"
+        )
+    if weight.shape[1] == 0:
+        raise ValueError(
+            f"{op}: {names[0]} must be [..., H] with H >= 1, got {tuple(hidden.shape)}"
+        )
+    checks.same_device(op, names[1], weight, names[0], hidden.device)
+    if bias is not None:
+        checks.floating(op, names[2], bias, double=True)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{op}: {names[2]} must be [V], ({weight.shape[0]},), got {tuple(bias.shape)}"
+            )
+        checks.same_device(op, names[2], bias, names[0], hidden.device)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    _check_head_dtypes(op, hidden, weight, bias, names)
+    return hidden, weight, bias
+
+
+def _autocast(*operands: Tensor | None) -> tuple[Tensor | None, ...]:
+    """A head's operands in the dtype that autocast is on for; float64 stays, as in F.linear."""
+    kind = operands[0].device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return operands
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in operands)
+
+
+def _check_head_dtypes(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str]
+) -> None:
+    half = hidden.dtype in (torch.bfloat16, torch.float16)
+    if hidden.dtype != weight.dtype and not (half and weight.dtype is torch.float32):
+        raise TypeError(
+            f"{op}: {names[1]} must have {names[0]}'s dtype {hidden.dtype}"
+            f"{', or float32' if half else ''}, got {weight.dtype}; cast one of them, or call "
+            "under torch.autocast, which casts both"
+        )
+    if bias is not None and (bias.dtype is torch.float64) != (weight.dtype is torch.float64):
+        raise TypeError(
+            f"{op}: {names[2]} must have {names[1]}'s dtype {weight.dtype}, got {bias.dtype}"
+        )
+
+
+def check_ref_head(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    *,
+    sharded: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Requires a reference policy's head over the tokens and the vocabulary of the policy's.
+
+    Returns:
+        Its operands, as `check_head`, constant.
+    """
+    names = ("ref_hidden", "ref_weight", "ref_bias")
+    checks.floating(op, "ref_hidden", ref_hidden, double=True)
+    checks.same_device(op, "ref_hidden", ref_hidden, "hidden", hidden.device)
+    with torch.no_grad():
+        ref = check_head(op, ref_hidden, ref_weight, ref_bias, names, sharded=sharded)
+    expected = tuple(hidden.shape[:-1]), weight.shape[0]
+    got = tuple(ref_hidden.shape[:-1]), ref_weight.shape[0]
+    if got != expected:
+        raise ValueError(
+            f"{op}: ref_hidden and ref_weight must have the tokens and the vocabulary of hidden "
+            f"and weight, {expected[0]} and {expected[1]}, got {got[0]} and {got[1]}"
+        )
+    return tuple(None if t is None else t.detach() for t in ref)
+
+
+def check_chunk(
+    op: str,
+    chunk_tokens: object,
+    batch_invariant: object,
+    weight: Tensor,
+    columns: int,
+    backend: str,
+) -> int:
+    """An operator's chunk_tokens (see `_head.Chunk`), for logits of `columns` in all."""
+    if chunk_tokens is not None:
+        chunk_tokens = option_checks.integer(
+            op, "chunk_tokens", chunk_tokens, low=1, what=" or None"
+        )
+    if not option_checks.flag(op, "batch_invariant", batch_invariant):
+        return chunk_tokens or 0
+    if backend == backends.REFERENCE:
+        raise ValueError(f"{op}: the reference backend has no batch_invariant")
+    return -exact_size(chunk_tokens, weight.device, columns, weight.dtype)

@@ -1,0 +1,134 @@
+"""linear_kl_divergence: the KL divergence of two LM heads, from hidden states."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..core import checks, option_checks, temperature_rules
+from ..head import kl as head
+from ..kernels import backends
+from ._heads import check_chunk, check_head, check_ref_head
+from ._operator import define, head_gradients_fake, once_differentiable, remember
+
+_forward = define(
+    "linear_kl_divergence",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, "
+    "Tensor? ref_bias, Tensor? mask, float temperature, bool reverse, int chunk_tokens, "
+    "str backend) -> (Tensor, Tensor)",
+    lambda hidden, *_: (
+        hidden.new_empty(hidden.shape[:-1], dtype=torch.float32),
+        hidden.new_empty((*hidden.shape[:-1], 5), dtype=torch.float32),
+    ),
+    head.forward,
+)
+_backward = define(
+    "linear_kl_divergence_backward",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, "
+    "Tensor? ref_bias, Tensor? mask, Tensor stats, Tensor grad, float temperature, bool reverse, "
+    "int chunk_tokens, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    lambda hidden, weight, bias, *rest: head_gradients_fake(hidden, weight, bias, rest[-2]),
+    head.backward,
+)
+
+
+class _LinearKlDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+    ) -> Tensor:
+        *constants, temperature, reverse, chunk, backend = args
+        kl, stats = _forward(hidden, weight, bias, *args)
+        remember(ctx, hidden, weight, bias)
+        ctx.save_for_backward(hidden, weight, bias, *constants, stats)
+        ctx.options = (temperature, reverse, chunk)
+        ctx.backend = backend
+        return kl
+
+    @staticmethod
+    @once_differentiable("linear_kl_divergence")
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        needs = list(ctx.needs_input_grad[:3])
+        found = _backward(*ctx.saved_tensors, grad, *ctx.options, needs, ctx.backend)
+        gradients = (g if need else None for g, need in zip(found, needs, strict=True))
+        return (*gradients, *(None,) * 8)
+
+
+def linear_kl_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    logit_scale: float = 1.0,
+    direction: str = "reverse",
+    temperature: float = 1.0,
+    chunk_tokens: int | None = None,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """`kl_divergence` between two LM heads, without the logits of either in memory as a whole.
+
+    Both heads' logits are computed chunk by chunk of tokens, forward and again backward.
+    reverse: KL(policy || ref); forward: KL(ref || policy), the loss of distillation.
+
+    Args:
+        hidden: policy's hidden states [..., H], float32, bfloat16 or float16.
+        weight: policy's head [V, H], its dtype as in `linear_token_logprobs`.
+        ref_hidden: reference's hidden states [..., H'], same leading shape; constant.
+        ref_weight: reference's head [V, H'], dtype of weight; constant.
+        bias: [V], or None.
+        ref_bias: [V], or None; constant.
+        mask: [...], bool or integer, nonzero = keep, or floating, of 0 and 1: the others are not
+            multiplied and give 0.
+        logit_scale: a finite number > 0 that multiplies the logits of both.
+        direction: "reverse" or "forward".
+        temperature: a number, over logit_scale between 2^-60 and 2^60; divides both.
+        chunk_tokens: as in `linear_token_logprobs`.
+        batch_invariant: as in `linear_token_logprobs`.
+
+    Returns:
+        [...], float32, differentiable in hidden, weight and bias; values as `kl_divergence`.
+
+    Raises:
+        TypeError, ValueError: as `kl_divergence`; operands whose shapes or dtypes do not match.
+    """
+    op = "linear_kl_divergence"
+    names = ("hidden", "weight", "bias")
+    hidden, weight, bias = check_head(op, hidden, weight, bias, names)
+    ref_hidden, ref_weight, ref_bias = check_ref_head(
+        op, hidden, weight, ref_hidden, ref_weight, ref_bias
+    )
+    checks.same_dtype(op, "ref_weight", ref_weight, "weight", weight.dtype)
+    if mask is not None:
+        mask = checks.mask(op, "mask", mask)
+        checks.same_shape(op, "mask", mask, "hidden without H", hidden.shape[:-1])
+        checks.same_device(op, "mask", mask, "hidden", hidden.device)
+    option_checks.one_of(op, "direction", direction, ("reverse", "forward"))
+    temperature = option_checks.positive(op, "temperature", temperature)
+    logit_scale = option_checks.positive(op, "logit_scale", logit_scale)
+    temperature_rules.check(op, temperature, None, logit_scale)
+
+    backend = backends.select(op, hidden.device, "kl_divergence")
+    chunk = check_chunk(op, chunk_tokens, batch_invariant, weight, 2 * weight.shape[0], backend)
+    if backend == backends.REFERENCE:
+        return reference.linear_kl_divergence(
+            hidden,
+            weight,
+            ref_hidden,
+            ref_weight,
+            bias=bias,
+            ref_bias=ref_bias,
+            mask=mask,
+            logit_scale=logit_scale,
+            direction=direction,
+            temperature=temperature,
+        )
+    checks.floating(op, "hidden", hidden)
+    return _LinearKlDivergence.apply(
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, temperature / logit_scale,
+        direction == "reverse", chunk, backend,
+    )  # fmt: skip

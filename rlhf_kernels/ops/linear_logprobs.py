@@ -1,0 +1,215 @@
+"""linear_token_logprobs: log-probabilities from hidden states, logits never as a whole."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..core import checks, groups
+from ..core.row_options import RowOptions
+from ..core.sentinels import SHARD_IGNORED
+from ..head import logprobs as head
+from ..head import shard
+from ..kernels import backends
+from ._heads import check_chunk, check_head
+from ._operator import define, head_gradients_fake, once_differentiable, remember
+from .logprobs import TokenLogprobs
+from .support import Support, linear_token_logprobs_support
+
+
+def _forward_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    options: RowOptions,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs = hidden.new_empty(labels.shape, dtype=torch.float32)
+    return (
+        logprobs,
+        logprobs.new_empty(labels.shape if options.entropy else (0,)),
+        logprobs.new_empty((*labels.shape, 3)),
+    )
+
+
+_ARGS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? temperatures, "
+    "RowOptions options, int chunk_tokens"
+)
+_forward = define(
+    "linear_token_logprobs",
+    f"({_ARGS}, str backend) -> (Tensor, Tensor, Tensor)",
+    _forward_fake,
+    head.forward,
+)
+# Also gives the labels as columns of this rank's shard, for the backward.
+_sharded_forward = define(
+    "sharded_linear_token_logprobs",
+    f"({_ARGS}, str group, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda *args: (*_forward_fake(*args), args[3].new_empty(args[3].shape, dtype=torch.int64)),
+    shard.linear_token_logprobs,
+)
+_BACKWARD_ARGS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? temperatures, "
+    "Tensor stats, Tensor? grad_logprobs, Tensor? grad_entropy, RowOptions options, "
+    "int chunk_tokens, bool[] needs"
+)
+_backward = define(
+    "linear_token_logprobs_backward",
+    f"({_BACKWARD_ARGS}, str backend) -> (Tensor, Tensor, Tensor)",
+    lambda hidden, weight, bias, *rest: head_gradients_fake(hidden, weight, bias, rest[-2]),
+    head.backward,
+)
+_sharded_backward = define(
+    "sharded_linear_token_logprobs_backward",
+    f"({_BACKWARD_ARGS}, str group, str backend) -> (Tensor, Tensor, Tensor)",
+    lambda hidden, weight, bias, *rest: head_gradients_fake(hidden, weight, bias, rest[-3]),
+    shard.linear_token_logprobs_backward,
+)
+
+
+class _LinearTokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        temperatures: Tensor | None,
+        options: RowOptions,
+        chunk: int,
+        group: str,
+        backend: str,
+    ) -> tuple:
+        args = (hidden, weight, bias, labels, temperatures, options, chunk)
+        if group:
+            logprobs, entropies, stats, labels = _sharded_forward(*args, group, backend)
+            options = options._replace(ignore_index=SHARD_IGNORED)
+        else:
+            logprobs, entropies, stats = _forward(*args, backend)
+        ctx.set_materialize_grads(False)
+        remember(ctx, hidden, weight, bias)
+        ctx.save_for_backward(hidden, weight, bias, labels, temperatures, stats)
+        ctx.options, ctx.chunk = options, chunk
+        ctx.group, ctx.backend = group, backend
+        return (logprobs, entropies) if options.entropy else (logprobs,)
+
+    @staticmethod
+    @once_differentiable("linear_token_logprobs")
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
+    ) -> tuple:
+        nothing = (None,) * 6
+        if grad_logprobs is None and grad_entropy is None:
+            return (None, None, None, *nothing)
+        needs = list(ctx.needs_input_grad[:3])
+        args = (*ctx.saved_tensors, grad_logprobs, grad_entropy, ctx.options, ctx.chunk, needs)
+        if ctx.group:
+            found = _sharded_backward(*args, ctx.group, ctx.backend)
+        else:
+            found = _backward(*args, ctx.backend)
+        return (*(g if need else None for g, need in zip(found, needs, strict=True)), *nothing)
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: bool = False,
+    ignore_index: int = -100,
+    chunk_tokens: int | None = None,
+    batch_invariant: bool = False,
+    group: "torch.distributed.ProcessGroup | None" = None,
+    support: Support | None = None,
+) -> TokenLogprobs:
+    """`token_logprobs` straight from hidden states: the LM head's logits never exist as a whole.
+
+    logits = (hidden @ weight.T + bias) * logit_scale, computed chunk by chunk of tokens in one
+    buffer, forward and again backward. Tokens with `ignore_index` are dropped before the product;
+    tokens whose upstream gradient is zero (clipped, without advantage, prompt) are skipped in the
+    backward pass. The gradient of the weight is accumulated over chunks in fp32, and has no buffer
+    where the weight is frozen.
+
+    With `group` the vocabulary is sharded over its ranks as in `token_logprobs`: weight and bias
+    are this rank's rows; hidden and everything per token are the same on every rank. The gradients
+    of weight and bias are those of this rank's rows; that of hidden is summed over the ranks, in
+    fp32 and once per backward, so it is whole on every rank. All ranks need it or none, and all
+    take part in the backward, with the same upstream gradient.
+
+    Args:
+        hidden: [..., H], float32, bfloat16 or float16.
+        weight: [V, H], dtype of hidden; or float32 with 16-bit hidden states, whose product is then
+            in fp32, a chunk of them upcast at a time. Under autocast any of these dtypes: operands
+            are cast as F.linear casts them. Gradients come in each operand's own dtype.
+        labels: [...], int64 or int32.
+        bias: [V], or None.
+        temperature: as in `token_logprobs`; over logit_scale it lies within the same bounds.
+        softcap: as in `token_logprobs`, applied after logit_scale.
+        logit_scale: a number between 2^-60 and 2^60 (Cohere, Granite).
+        entropy: also return the entropy.
+        ignore_index: label of tokens to skip.
+        chunk_tokens: tokens of a chunk. None: what 128 MiB of logits hold on CPU, 1 GiB on a GPU;
+            a CPU's backward pass then takes blocks of the vocabulary, not of tokens, so that the
+            gradient of the weight is written once, and only that of hidden is summed in fp32.
+        batch_invariant: every product takes exactly chunk_tokens rows, the last chunk padded, so
+            that a token's results and its own gradient are the same bits in any batch. GEMM
+            libraries choose their kernel, and with it the order of a sum, by the number of rows;
+            without this a batch of another size may differ in the last bits. Costs the padding: up
+            to a chunk of products, little where tokens fill several chunks. No more than 8192 rows,
+            nor 16 times the default, whatever chunk_tokens says.
+        group: process group over which V is sharded; None for none.
+        support: the words that the sampler kept for each token, (indptr, indices), as in
+            `token_logprobs`. Only their rows of the weight are multiplied, in fp32 without chunks,
+            and only they have a gradient.
+
+    Returns:
+        TokenLogprobs(logprobs [...], entropy [...] or None), float32, differentiable in hidden,
+        weight and bias. Logits of 16-bit operands are summed in fp32; on CPU the GEMM then rounds
+        those of bfloat16 to 16 bits, else they stay fp32. Of float16 a CPU multiplies blocks
+        widened to fp32.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `token_logprobs`; operands whose shapes or dtypes do
+            not match.
+    """
+    op = "linear_token_logprobs"
+    shards = groups.name(op, group)
+    names = ("hidden", "weight", "bias")
+    hidden, weight, bias = check_head(op, hidden, weight, bias, names, sharded=bool(shards))
+    arguments = checks.row_arguments(
+        op, labels, "hidden", hidden, temperature, softcap, logit_scale, entropy, ignore_index
+    )
+    if support is not None:
+        if shards:
+            raise ValueError(f"{op}: support and group do not go together")
+        return TokenLogprobs(
+            *linear_token_logprobs_support(hidden, weight, bias, labels, support, arguments)
+        )
+
+    backend = backends.select(op, hidden.device, "token_logprobs")
+    chunk = check_chunk(op, chunk_tokens, batch_invariant, weight, weight.shape[0], backend)
+    if backend == backends.REFERENCE:
+        keep, effective = labels != arguments.ignore_index, arguments.effective_temperature()
+        if shards:
+            shard.meet(op, weight.shape[0], labels, effective, keep, shards)
+        else:
+            checks.token_data(op, labels, effective, keep, weight.shape[0])
+        return TokenLogprobs(
+            *reference.linear_token_logprobs(
+                hidden, weight, labels, bias=bias, **arguments._asdict(), group=shards
+            )
+        )
+    checks.floating(op, "hidden", hidden)
+    logprobs, *entropies = _LinearTokenLogprobs.apply(
+        hidden, weight, bias, labels, *arguments.split(), chunk, shards, backend
+    )
+    return TokenLogprobs(logprobs, entropies[0] if arguments.entropy else None)
