@@ -7,6 +7,7 @@ from head_bounds import HeadBounds, assert_all_within, logprobs_bounds, policy_b
 import rlhf_kernels as rk
 from rlhf_kernels import reference
 from rlhf_kernels.core import checks
+from rlhf_kernels.reference.policy import METRICS
 from rlhf_kernels.testing import assert_bitwise_equal, generator, to_float64
 
 B, T, H, V = 3, 13, 24, 131
@@ -367,6 +368,29 @@ def test_bad_arguments(backend):
         rk.linear_policy_loss(hidden, weight, *tokens, ref_hidden=hidden, config=config)
     with pytest.raises(ValueError, match="ref_logprobs must be given, since kl_coef"):
         rk.linear_policy_loss(hidden, weight, *tokens, config=rk.PolicyLossConfig.grpo())
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
+def test_without_old_logprobs_they_are_the_policys_own(backend, config):
+    leaves, (labels, _, *rest), constants = policy_problem()
+    tokens = (labels, None, *rest)
+    actual = run_policy(
+        rk.linear_policy_loss, leaves, tokens, **constants, config=config, chunk_tokens=16
+    )
+    exact = run_policy(
+        reference.linear_policy_loss, to_float64(leaves), (labels, None, *to_float64(rest)),
+        **to_float64(constants), config=config,
+    )  # fmt: skip
+    hidden, weight, bias = leaves
+    own = reference.linear_token_logprobs(
+        hidden, weight, labels.masked_fill(~rest[1], -100), bias=bias, temperature=0.8
+    )[0].detach()
+    bounds = policy_bounds_of(leaves, (labels, own, *rest), constants, config=config)
+    assert_all_within(actual, exact, bounds)
+    # To the bit, whatever a product rounds to.
+    found = dict(zip(METRICS, actual[1].tolist(), strict=True))
+    assert found["ratio_min"] == found["ratio_max"] == found["ratio_mean"] == 1
+    assert found["k1_old"] == found["k3_old"] == found["clip_frac_low"] == 0
 
 
 def test_opcheck():

@@ -9,7 +9,7 @@ from . import env, option_checks, sentinels, temperature_rules, tracing
 from .row_options import RowArguments
 
 # Arguments per token that may be None.
-_OPTIONAL = ("ref_logprobs", "rollout_logprobs", "entropy")
+_OPTIONAL = ("old_logprobs", "ref_logprobs", "rollout_logprobs", "entropy")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 LABEL_DTYPES = (torch.int64, torch.int32)
 _FLOATING_OR_DOUBLE = (*FLOATING, torch.float64)
@@ -271,22 +271,28 @@ def _temperature(op: str, value: object, labels_: Tensor) -> float | Tensor:
 
 
 def token_inputs(
-    op: str, tokens: dict[str, Tensor | None], mask_: object, cu_seqlens: Tensor | None
+    op: str,
+    tokens: dict[str, Tensor | None],
+    mask_: object,
+    cu_seqlens: Tensor | None,
+    like: tuple[str, Tensor] | None = None,
 ) -> Tensor:
     """Requires floating tensors and a mask of one shape: [B, T], or packed [N] with cu_seqlens.
 
     Args:
         op: operation, for the messages.
-        tokens: by name; None is skipped where it is one of _OPTIONAL. The first sets shape and
-            device.
+        tokens: by name; None is skipped where it is one of _OPTIONAL.
         mask_: the argument `mask`.
         cu_seqlens: offsets of packed sequences.
+        like: name and tensor that set shape and device; None for the first of the tokens.
 
     Returns:
         The mask, as `mask` makes it.
     """
-    (like, first), *_ = tokens.items()
-    floating(op, like, first, double=True)
+    if like is None:
+        like = next(iter(tokens.items()))
+        floating(op, *like, double=True)
+    like, first = like
     shape, device = first.shape, first.device
     if len(shape) != (2 if cu_seqlens is None else 1):
         expected = "[B, T]" if cu_seqlens is None else "[N], packed as cu_seqlens says,"

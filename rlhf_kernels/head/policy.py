@@ -106,7 +106,7 @@ class _PolicySweep:
     def fused(
         self,
         tokens: Tokens,
-        old: Tensor,
+        old: Tensor | None,
         advantages: Tensor,
         ref: Tensor | None,
         rollout: Tensor | None,
@@ -129,8 +129,9 @@ class _PolicySweep:
                 return None if t is None else t.unsqueeze(0)
 
             ones = torch.ones_like(logprobs, dtype=torch.bool)
+            own_old = logprobs if old is None else tokens.take(old, part)
             found = self._kernels.rows.policy_loss(
-                row(logprobs), row(tokens.take(old, part)), row(tokens.take(advantages, part)),
+                row(logprobs), row(own_old), row(tokens.take(advantages, part)),
                 row(ones), row(own_ref), row(tokens.take(rollout, part)),
                 row(entropy) if bonus else None, None, None, 1.0, codes, params, True, bonus,
             )  # fmt: skip
@@ -176,7 +177,7 @@ class _PolicySweep:
 
     def policy_loss(
         self,
-        old: Tensor,
+        old: Tensor | None,
         advantages: Tensor,
         ref: Tensor | None,
         rollout: Tensor | None,
@@ -188,8 +189,9 @@ class _PolicySweep:
         shape = self._mask.shape
         if self.ref_logprobs is not None:
             ref = self.ref_logprobs.view(shape)
+        logprobs = self.logprobs.view(shape)
         return self._kernels.rows.policy_loss(
-            self.logprobs.view(shape), old, advantages, self._mask, ref, rollout,
+            logprobs, logprobs if old is None else old, advantages, self._mask, ref, rollout,
             self.entropy.view(shape), *whole, grad, bonus,
         )  # fmt: skip
 
@@ -201,7 +203,7 @@ def forward(
     bias: Tensor | None,
     labels: Tensor,
     temperatures: Tensor | None,
-    old: Tensor,
+    old: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
     ref: Tensor | None,
@@ -218,7 +220,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, metrics, gradients of hidden, weight and bias); those empty where not needed.
 
-    `ref_head`: hidden states, weight and, if there is one, bias of the reference policy; or [].
+    `old`: None for the policy's own log-probabilities, as they are found. `ref_head`: hidden
+    states, weight and, if there is one, bias of the reference policy; or [].
     """
     # Where they may not be looked at, the kernel that is given these poisons the loss.
     checks.divisor_positive("linear_policy_loss", normalizer)

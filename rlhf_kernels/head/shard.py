@@ -269,7 +269,7 @@ def linear_policy_loss(
     bias: Tensor | None,
     labels: Tensor,
     temperatures: Tensor | None,
-    old: Tensor,
+    old: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
     ref: Tensor | None,

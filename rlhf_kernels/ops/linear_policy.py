@@ -38,7 +38,7 @@ def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tu
 
 _ARGS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? temperatures, "
-    "Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
+    "Tensor? old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
     "Tensor? rollout_logprobs, Tensor[] ref_head, Tensor? cu_seqlens, Tensor? normalizer, "
     "RowOptions options, float divisor, int[] codes, float[] params, "
     "int chunk_tokens, bool[] needs"
@@ -94,7 +94,7 @@ def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
     *,
@@ -135,7 +135,8 @@ def linear_policy_loss(
         hidden: [B, T, H], or packed [N, H] with cu_seqlens; float32, bfloat16 or float16.
         weight: [V, H], its dtype as in `linear_token_logprobs`.
         labels: [B, T] or [N], int64 or int32; under the mask anything.
-        old_logprobs: as in `policy_loss`.
+        old_logprobs: as in `policy_loss`. None costs no further product, and the ratio is exactly 1
+            whatever the number of tokens that a product takes.
         advantages: as in `policy_loss`.
         mask: as in `policy_loss`.
         bias: [V], or None.
@@ -177,11 +178,14 @@ def linear_policy_loss(
         "ref_logprobs": ref_logprobs,
         "rollout_logprobs": rollout_logprobs,
     }
-    checks.floating(op, "old_logprobs", old_logprobs, double=True)
-    checks.same_device(op, "old_logprobs", old_logprobs, "hidden", hidden.device)
-    mask = checks.token_inputs(op, tokens, mask, cu_seqlens)
-    checks.same_shape(op, "labels", labels, "old_logprobs", old_logprobs.shape)
-    advantages = check_advantages(op, advantages, old_logprobs, cu_seqlens, "old_logprobs")
+    like = "labels", labels
+    if old_logprobs is not None:
+        checks.floating(op, "old_logprobs", old_logprobs, double=True)
+        checks.same_device(op, "old_logprobs", old_logprobs, "hidden", hidden.device)
+        like = "old_logprobs", old_logprobs
+    mask = checks.token_inputs(op, tokens, mask, cu_seqlens, like)
+    checks.same_shape(op, "labels", labels, like[0], like[1].shape)
+    advantages = check_advantages(op, advantages, like[1], cu_seqlens, like[0])
     ref_head = _check_ref_head(
         hidden, weight, ref_logprobs, ref_hidden, ref_weight, ref_bias, bool(shards)
     )
@@ -202,7 +206,7 @@ def linear_policy_loss(
             shard.meet(op, weight.shape[0], labels, effective, keep, shards)
         else:
             checks.token_data(op, labels, effective, keep, weight.shape[0])
-        checks.offsets_valid(op, cu_seqlens, old_logprobs.shape[0])
+        checks.offsets_valid(op, cu_seqlens, labels.shape[0])
         checks.divisor_positive(op, count)
         of_rows = {k: getattr(arguments, k) for k in ("temperature", "softcap", "logit_scale")}
         if ref_head:

@@ -164,7 +164,7 @@ def _constant(t: Tensor | None) -> Tensor | None:
 
 def policy_loss(
     logprobs: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
     *,
@@ -187,7 +187,8 @@ def policy_loss(
 
     Args:
         logprobs: [B, T], or packed [N] with cu_seqlens; float32, bfloat16 or float16. Any strides.
-        old_logprobs: same shape, of the policy that sampled (or its recomputation).
+        old_logprobs: same shape, of the policy that sampled (or its recomputation). None: logprobs
+            themselves, as a constant, in the first update after a rollout: every ratio is 1.
         advantages: same shape, or one per sequence: [B], or [S] with cu_seqlens. A packed tensor
             with as many tokens as sequences counts as one per token.
         mask: same shape, bool or integer: nonzero = keep; or floating, of 0 and 1 alone. NaN under
@@ -213,6 +214,9 @@ def policy_loss(
             bad cu_seqlens or normalizer.
     """
     op = "policy_loss"
+    if old_logprobs is None:
+        checks.floating(op, "logprobs", logprobs, double=True)
+        old_logprobs = logprobs.detach()
     mask = checks.token_inputs(
         op,
         {

@@ -79,7 +79,7 @@ def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
     *,
@@ -112,7 +112,7 @@ def linear_policy_loss(
     )
     return policy_loss(
         logprobs,
-        old_logprobs,
+        logprobs.detach() if old_logprobs is None else old_logprobs,
         advantages,
         mask,
         ref_logprobs=ref_logprobs,

@@ -261,7 +261,7 @@ class OnlineTrainer:
             reference = self._evaluate(batch, parts, lambda n, b: self._logprobs(ask(n, b), b))
         if self.algorithm.critic:
             values = self._evaluate(batch, parts, lambda n, b: models.values(n.critic, b))
-        # The only update of a rollout computes the old log-probabilities itself.
+        # In the only update of a rollout they are the policy's own.
         if len(parts) * config.epochs > 1:
             old = self._evaluate(
                 batch, parts, lambda n, b: self._logprobs(models.lm_head(n.policy, b), b)
@@ -380,10 +380,9 @@ class OnlineTrainer:
             rows = batch.rows(index)
             own = {name: None if t is None else t[index] for name, t in tensors.items()}
             head = models.lm_head(networks.policy, rows)
-            old = self._logprobs(head, rows) if own["old"] is None else own["old"]
             loss, metrics = head.policy_loss(
                 rows.labels,
-                old,
+                own["old"],
                 own["advantages"],
                 rows.completion_mask,
                 temperature=self.config.temperature,
