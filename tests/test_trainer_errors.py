@@ -48,6 +48,9 @@ def _write(folder):
     (folder / "binary.jsonl").write_bytes(bytes(range(256)))
     (folder / "data.xyz").write_text("a")
     (folder / "nothing").mkdir()
+    (folder / "mixed").mkdir()
+    for name in ("train.jsonl", "extra.jsonl"):
+        trainer_tools.write_jsonl(folder / "mixed" / name, prompts)
     (folder / "rewards.py").write_text(REWARDS)
     (folder / "syntax.py").write_text("def score(:\n")
     (folder / "imports.py").write_text("import no_such_package\n")
@@ -136,6 +139,7 @@ ppo --epochs 1 2 | found '2'
 ppo --epochs | epochs: expected a value after it, found none
 ppo --reward_funcs | reward_funcs: expected at least one value after it, found none
 ppo --config | config: expected a value
+ppo --config= | config: expected a YAML file, found ''
 ppo --config {f}/none.yaml | none.yaml: no such file
 ppo --config {f} | cannot be read: Is a directory
 ppo --config {f}/unknown.yaml | unknown.yaml: unknown setting 'learning_rat'; did you mean
@@ -177,6 +181,8 @@ ppo --attn_implementation paged|eager | attn_implementation: expected one of
 ppo --attn_implementation flash_attention_2 | attn_implementation: flash_attn
 ppo --hidden_size 0 | hidden_size: expected >= 1
 ppo --hidden_size 100 --num_heads 3 | hidden_size: expected a multiple of 2 * num_heads = 6
+ppo --hidden_size 40000000 | hidden_size: expected weights within this machine's GiB 40000000
+ppo --num_layers 1000000000 | num_layers: expected at most 1000
 ppo --num_layers 0 | num_layers: expected >= 1
 ppo --num_heads -1 | num_heads: expected >= 1
 ppo --lora_rank -1 | lora_rank: expected >= 0
@@ -258,6 +264,8 @@ dpo --label_smoothing 0.5 | label_smoothing: expected a probability below 0.5
 dpo --label_smoothing 0.1 --loss_type ipo | label_smoothing: expected 0 with loss_type ipo
 reward --center_coef -1 | center_coef: expected >= 0
 reward --margin nan | margin: expected a finite number
+ppo --output_dir {f}/\udcff | output_dir: expected a text of whole UTF-8 characters
+sft --data {f}/\udcff.jsonl | data: expected a text of whole UTF-8 characters
 ppo --output_dir {f}/taken | output_dir: expected a folder taken
 ppo --output_dir {f}/taken/below | output_dir: expected a folder taken
 ppo --output_dir {f}/done | output_dir: expected a folder without checkpoints --resume
@@ -277,6 +285,7 @@ sft --data {f}/sft.jsonl --eval_size 8 --batch_size 64 | batch_size: expected at
 sft --data {f}/sft.jsonl --eval_size 8 --max_prompt_tokens 1 | max_prompt_tokens
 sft --data {f}/sft.jsonl --eval_size 8 --batch_size 8 --max_new_tokens 1 | max_new_tokens
 sft --data {f}/sft.jsonl --eval_size 8 --eval_data {f}/none.jsonl | none.jsonl
+sft --data {f}/mixed | mixed: expected every name to tell a split train.jsonl extra.jsonl
 sft --data no-such-owner-here/no-such-data | no-such-owner-here/no-such-data
 reward | data: expected a file of preferences
 dpo --data {f}/sft.jsonl | sft.jsonl:1 chosen
@@ -305,6 +314,7 @@ sft --model {f}/short --data {f}/long.jsonl --eval_size 8 --batch_size 8 | model
 sft --model {f}/short --attn_implementation no/such-kernel | model: short cannot be loaded
 sft --model {f}/other_sizes | model: other_sizes
 sft --model {f}/encoder | model: encoder
+sft --model {f}/model --lora_rank 65 | lora_rank: expected at most 32, found 65
 sft --model {f}/no_tokenizer | model: tokenizer no_tokenizer
 sft --model {f}/broken_tokenizer | model: tokenizer broken_tokenizer
 sft --model {f}/large_tokenizer | model: expected embeddings of
@@ -317,6 +327,8 @@ ppo --critic_model {f}/rewards.py | critic_model: expected a folder or hub name
 ppo --critic_model ./none | critic_model: expected a folder of a model, found none at './none'
 ppo --reward_funcs {f}/nothing | reward_funcs: expected config.json
 ppo --reward_funcs ./none | reward_funcs: expected a folder of a model
+ppo --reward_funcs {f}/no_tokenizer | reward_funcs: no tokenizer no_tokenizer
+ppo --reward_funcs {f}/broken_tokenizer | reward_funcs: no tokenizer broken_tokenizer
 ppo --reward_funcs {f}/rewards.py | reward_funcs: rewards.py
 ppo --reward_funcs nowhere:score | reward_funcs: 'nowhere:score': no module 'nowhere'
 ppo --reward_funcs {f}/nowhere.py:score | reward_funcs: no file nowhere.py

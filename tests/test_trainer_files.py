@@ -195,6 +195,51 @@ def test_what_is_not_of_the_split_train_is_not_read(tmp_path, train, other):
     assert contents(tmp_path) == [("p", "c")]
 
 
+@pytest.mark.parametrize("unused", ["extra.jsonl", "more/a.jsonl.gz", "b.csv", "c.parquet"])
+def test_no_file_of_a_folder_is_left_out_unsaid(tmp_path, unused):
+    for name in ("train-1.jsonl", "train-2.jsonl", "test.jsonl", unused):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(LINES)
+    text = f"expected every name to tell a split, as that of train-1.jsonl does, found {unused};"
+    with pytest.raises(UserError, match=text):
+        read_rows(str(tmp_path), "supervised")
+    (tmp_path / unused).unlink()
+    # What is no data, or hidden, is no fault.
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "sub").mkdir()
+    for name in (
+        "README.md", "LICENSE", "dataset_infos.json", "sub/dataset_info.json", ".extra.jsonl",
+        ".cache/extra.jsonl", "__MACOSX/extra.jsonl", "load.py",
+    ):  # fmt: skip
+        (tmp_path / name).write_text("{")
+    assert contents(tmp_path) == WANTED * 2
+
+
+def test_a_folder_named_after_a_split_beside_a_file(tmp_path):
+    (tmp_path / "train").mkdir()
+    for name in ("train/a.jsonl", "train/b.jsonl", "c.jsonl", "d.jsonl", "e.jsonl", "f.jsonl"):
+        (tmp_path / name).write_text(LINES)
+    with pytest.raises(UserError, match=r"train/a.jsonl does, found c.*, e.jsonl and 1 more;"):
+        read_rows(str(tmp_path), "supervised")
+    assert contents(tmp_path / "train") == WANTED * 2
+
+
+def test_links_of_a_folder(tmp_path):
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    folder.mkdir()
+    (other / "below").mkdir(parents=True)
+    (other / "below" / "train-1.jsonl").write_text(LINES)
+    (folder / "train-0.jsonl").symlink_to(other / "below" / "train-1.jsonl")
+    (folder / "shards").symlink_to(other)
+    # Around in a circle.
+    (other / "again").symlink_to(folder)
+    assert contents(folder) == WANTED * 2
+    (folder / "train-2.jsonl").symlink_to(other / "gone.jsonl")
+    with pytest.raises(UserError, match=r"train-2.jsonl: cannot be read: No such file"):
+        read_rows(str(folder), "supervised")
+
+
 def test_streams_after_one_another_are_one_file(tmp_path):
     parts = [f"{line}\n".encode() for line in LINES.split("\n")[:3]]
     for module, name in ((gzip, "a.gz"), (bz2, "a.bz2"), (lzma, "a.xz")):

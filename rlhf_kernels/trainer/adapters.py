@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file
 
 from .config import ModelConfig, require
@@ -90,6 +91,7 @@ def new_adapter(
     # Only here: an optional package.
     import peft
 
+    _check_rank(model, config.lora_rank, heads)
     inside = [n for n, _ in model.named_modules() if _within(n, heads)]
     settings = peft.LoraConfig(
         r=config.lora_rank,
@@ -102,6 +104,29 @@ def new_adapter(
     )
     with blamed_on("lora_rank", f"{type(model).__name__} takes no adapters"):
         return _kept(peft.get_peft_model(model, settings, adapter_name=TRAINED), model)
+
+
+def _check_rank(model: PreTrainedModel, rank: int, heads: Sequence[str]) -> None:
+    """Requires a rank that some adapted layer can have; small ones beside it do no harm."""
+    output = model.get_output_embeddings()
+    ranks = {
+        name: min(_sizes(module))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not output
+        and not _within(name, heads)
+    }
+    if ranks:
+        name = max(ranks, key=ranks.__getitem__)
+        expected = f"at most {ranks[name]}, beyond which no layer has more ({name})"
+        require(rank <= ranks[name], "lora_rank", expected, rank)
+
+
+def _sizes(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """Inputs and outputs; a quantised weight's shape does not tell them."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return module.in_features, module.out_features
 
 
 def _within(name: str, modules: Sequence[str]) -> bool:

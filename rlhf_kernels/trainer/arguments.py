@@ -10,7 +10,7 @@ from typing import Any, NoReturn, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from .errors import UserError
+from .errors import UserError, require
 
 _KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
 
@@ -155,6 +155,7 @@ def parse_config(
         raise UserError(f"config: expected one file, found {len(paths)}")
     flags: list[str] = []
     for path in paths:
+        require(bool(path.strip()) and "\0" not in path, "config", "a YAML file", path)
         try:
             flags = _as_flags(_read_yaml(path), kinds, help_command)
             parser.parse_known_args(flags)

@@ -51,6 +51,7 @@ def check_settings(
         there = run.device != "cpu" and torch.accelerator.is_available()
         require(there, "mixed_precision", "'no' or 'bf16' without a GPU", precision)
     _check_attention(model.attn_implementation)
+    _check_size(model)
     if model.lora_rank:
         _needs("peft", "lora_rank", model.lora_rank)
     for config in own:
@@ -95,6 +96,18 @@ def _check_trackers(names: Sequence[str]) -> None:
             require(name in known, "report_to", f"one of {', '.join(known)}", name)
             expected = f"the tracker's package to be installed (pip install {name})"
             require(name in there, "report_to", expected, name)
+
+
+def _check_size(model: ModelConfig) -> None:
+    """That a built model's layers fit the machine: their allocation alone would not fail."""
+    if model.model is not None:
+        return
+    # Four square matrices of attention, three twice as large of the MLP.
+    size = 10 * model.num_layers * model.hidden_size**2 * getattr(torch, model.dtype).itemsize
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    expected = f"weights within this machine's {there / 2**30:,.0f} GiB"
+    found = f"{model.hidden_size} with {model.num_layers} layers: {size / 2**30:,.0f} GiB"
+    require(size <= there, "hidden_size", expected, found)
 
 
 def _check_attention(name: str | None) -> None:

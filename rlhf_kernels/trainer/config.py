@@ -39,7 +39,7 @@ LARGEST = 3.4e38
 
 
 def _plain(config: Any) -> None:
-    """Numbers that are finite, whole numbers that fit 64 bits, texts that are not empty."""
+    """Numbers that are finite, whole numbers that fit 64 bits, texts that are whole."""
     for one in dataclasses.fields(config):
         values = getattr(config, one.name)
         for value in values if isinstance(values, list) else [values]:
@@ -51,6 +51,9 @@ def _plain(config: Any) -> None:
             elif isinstance(value, str):
                 written = bool(value.strip()) and "\0" not in value
                 require(written, one.name, "a text that is not empty", value)
+                # Bytes of the command line that are no UTF-8 come as halves of surrogate pairs.
+                spelled = not any("\ud800" <= character <= "\udfff" for character in value)
+                require(spelled, one.name, "a text of whole UTF-8 characters", value)
 
 
 @dataclass
@@ -115,6 +118,8 @@ class ModelConfig:
         even = self.hidden_size % (2 * self.num_heads) == 0
         expected = f"a multiple of 2 * num_heads = {2 * self.num_heads}"
         require(even or self.model is not None, "hidden_size", expected, self.hidden_size)
+        # Each takes Python a moment to build, whatever its size.
+        require(self.num_layers <= 1000, "num_layers", "at most 1000", self.num_layers)
 
 
 @dataclass

@@ -37,6 +37,18 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
+def named_by(setting: str) -> Iterator[None]:
+    """Errors inside that begin with "model" begin with the setting that names this one."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        if not text.startswith("model: "):
+            raise
+        raise UserError(f"{setting}: {text.removeprefix('model: ')}") from error
+
+
+@contextmanager
 def blamed_on(name: str, what: str) -> Iterator[None]:
     """Turns what another library raises inside into a UserError: `name: what: its message`.
 

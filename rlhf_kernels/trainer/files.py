@@ -1,6 +1,7 @@
 """Files, folders, globs and hub datasets as numbered objects."""
 
 import glob
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,16 +73,9 @@ def _folder(folder: Path) -> Iterator[Placed]:
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         datasets = optional("datasets", folder)
         return _dataset(str(folder), lambda: datasets.load_from_disk(str(folder)))
-    try:
-        names = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be listed: {error.strerror}: {error.filename}"
-        ) from error
-    shown = [n for n in names if not any(part.startswith((".", "_")) for part in n.parts)]
     # Cards and indices of downloaded datasets.
     other = ("dataset_infos.json", "dataset_info.json")
-    files = [n for n in shown if format_of(n) in FORMATS and n.name.lower() not in other]
+    files = [n for n in _listed(folder) if format_of(n) in FORMATS and n.name.lower() not in other]
     if not files:
         raise UserError(f"{folder}: expected a folder that holds {SUPPORTED}, found none")
     splits = {name: _split(name) for name in files}
@@ -91,7 +85,35 @@ def _folder(folder: Path) -> Iterator[Placed]:
             found = ", ".join(sorted({s for s in splits.values() if s}))
             how = f"name one, as in '{folder}/*{found.split(', ')[0]}*'"
             raise UserError(f"{folder}: expected files of a split 'train', found {found}; {how}")
+        unused = [str(name) for name, split in splits.items() if split is None]
+        if unused:
+            more = f" and {len(unused) - 3} more" * (len(unused) > 3)
+            raise UserError(
+                f"{folder}: expected every name to tell a split, as that of {files[0]} does, found "
+                f"{', '.join(unused[:3])}{more}; rename or move them, or name a file or a pattern"
+            )
     return _shards(str(folder), [folder / name for name in files])
+
+
+def _listed(folder: Path) -> list[Path]:
+    """Names of the files below a folder, linked folders too, in order; none that are hidden."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{folder}: cannot be listed: {error.strerror}: {error.filename}")
+
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        # A link may lead back to where it stands.
+        here = os.path.realpath(place)
+        if here in seen:
+            folders.clear()
+            continue
+        seen.add(here)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
+        paths = [Path(place, name) for name in names if not name.startswith((".", "_"))]
+        # A link to nothing is kept, so that reading it says so; pipes and the like are no data.
+        found += [p.relative_to(folder) for p in paths if p.is_file() or not p.exists()]
+    return sorted(found)
 
 
 def _split(name: Path) -> str | None:

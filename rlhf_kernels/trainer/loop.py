@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from . import adapters, checkpoint, folder, report, resume
 from .config import require
+from .errors import blamed_on
 from .finite import NonFinite
 from .interrupts import Interrupted, Interrupts
 from .offline import OfflineTrainer
@@ -77,8 +78,9 @@ class Loop:
                     self.save()
             self._tell(error)
             raise
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
+        with blamed_on("report_to", "not all was logged"):
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
         return summary
 
     def fit(self) -> list[dict[str, float]]:
@@ -92,14 +94,17 @@ class Loop:
         if self.run_config.report_to:
             # Trackers take plain values only.
             plain = {k: str(v) for k, v in self.stage.settings.items()}
-            self.accelerator.init_trackers("rlhf_kernels", config=plain)
+            names = ", ".join(self.run_config.report_to)
+            with trainer.learner.together(), blamed_on("report_to", f"{names} cannot start"):
+                self.accelerator.init_trackers("rlhf_kernels", config=plain)
         bar = tqdm(total=total, initial=trainer.steps_done, desc=name, disable=not main)
         with self.signals.waiting(), bar:
             while trainer.steps_done < total:
                 row = self._step()
                 row["peak_memory_gib"] = report.peak_memory_gib()
                 folder.on_main(self.accelerator, lambda row=row: log.write(row))
-                self.accelerator.log(row, step=int(row["step"]))
+                with blamed_on("report_to", f"step {int(row['step'])} is not logged"):
+                    self.accelerator.log(row, step=int(row["step"]))
                 values = ", ".join(f"{k} {row[k]:.3f}" for k in _SHOWN if k in row)
                 bar.set_postfix_str(values, refresh=False)
                 bar.update()

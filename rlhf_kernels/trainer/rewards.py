@@ -158,7 +158,7 @@ class RewardModel:
 
     def __init__(self, path: str, config: ModelConfig, device: torch.device) -> None:
         self.__name__ = Path(path).name
-        self.tokenizer = load_tokenizer(path, ends=False)
+        self.tokenizer = load_tokenizer(path, setting="reward_funcs", ends=False)
         self.model = load_reward_model(path, config).requires_grad_(False).to(device)
 
     @torch.no_grad()

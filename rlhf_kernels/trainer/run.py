@@ -97,6 +97,9 @@ class Stage:
                 log_with=self.run.report_to or None,
                 project_dir=self.out,
             )
+        engine = str(self.accelerator.distributed_type.value)
+        expected = "processes of DDP or FSDP (no other engine's checkpoints are written)"
+        require(engine not in ("DEEPSPEED", "MEGATRON_LM"), "accelerate", expected, engine)
         # What accelerate launch chose, where the setting does not say.
         self.settings["mixed_precision"] = str(self.accelerator.mixed_precision)
         transformers.set_seed(self.run.seed)

@@ -18,7 +18,7 @@ from . import adapters
 from .classes import scalar_class
 from .config import ModelConfig, require
 from .data import Batch
-from .errors import UserError, blamed_on
+from .errors import UserError, blamed_on, named_by
 from .forward import causal_lm, hidden_states
 from .loading import build, load, load_settings, names, small_llama
 from .modes import recompute, settled, use_checkpointing
@@ -192,7 +192,8 @@ def build_critic(policy: nn.Module, config: ModelConfig, path: str | None = None
     critic = _ready(adapters.merged(reward), config).to(policy.device).requires_grad_(True)
     critic.packs = causal_lm(reward).packs
     _check_critic(critic, path)
-    _prove(critic, policy)
+    with named_by("critic_model"):
+        _prove(critic, policy)
     return critic
 
 

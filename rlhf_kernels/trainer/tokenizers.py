@@ -73,22 +73,30 @@ def bpe_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerF
     return _wrap(tokenizer)
 
 
-def load_tokenizer(model: str, *, ends: bool = True) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    model: str, *, setting: str = "model", ends: bool = True
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; the end token pads where there is no padding token.
 
-    `ends`: an end token is needed, as it is to generate; encoders have none.
+    Args:
+        model: folder or hub name.
+        setting: what errors begin with.
+        ends: whether an end token is needed, as it is to generate; encoders have none.
+
+    Raises:
+        UserError: there is none, or it lacks a token that is needed.
     """
     missing = is_path(model) and not Path(model).expanduser().exists()
-    require(not missing, "model", "a folder that exists, or the hub's 'owner/name'", model)
+    require(not missing, setting, "a folder that exists, or the hub's 'owner/name'", model)
     # A broken file makes the library raise a bare Exception.
-    with blamed_on("model", f"no tokenizer can be loaded from {model!r}"):
+    with blamed_on(setting, f"no tokenizer can be loaded from {model!r}"):
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     require(
         tokenizer.eos_token_id is not None or not ends,
-        "model", "a tokenizer with an end token", model,
+        setting, "a tokenizer with an end token", model,
     )  # fmt: skip
     if tokenizer.pad_token_id is None:
         token = tokenizer.eos_token or tokenizer.sep_token
-        require(token is not None, "model", "a tokenizer with a padding or end token", model)
+        require(token is not None, setting, "a tokenizer with a padding or end token", model)
         tokenizer.pad_token = token
     return tokenizer
