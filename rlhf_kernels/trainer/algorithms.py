@@ -1,5 +1,6 @@
 """Every online algorithm: its advantage, its policy loss and where its KL penalty lies."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -153,3 +154,28 @@ def loss_config(algorithm: Algorithm, config: OnlineConfig) -> rk.PolicyLossConf
             "correction_max": config.correction_max,
         }
     return algorithm.loss(**options)
+
+
+def adapted(loss: rk.PolicyLossConfig, kl: float, target: float) -> rk.PolicyLossConfig:
+    """The loss with the penalty for the next rollout (1707.06347, section 4).
+
+    `kl` is the last epoch's KL(old || new) per token, `target` what it should be.
+    """
+    factor = 1.0
+    if kl < target / 1.5:
+        factor = 0.5
+    elif kl > target * 1.5:
+        factor = 2.0
+    return dataclasses.replace(loss, penalty_coef=factor * loss.penalty_coef)
+
+
+def normalizer_of(loss: rk.PolicyLossConfig, mask: Tensor, longest: int) -> float:
+    """The divisor of the loss over a whole mini-batch, wherever its rows are.
+
+    `mask` is the completions' `[B, T]`, `longest` the most tokens that one may have.
+    """
+    if loss.aggregation == "token-mean":
+        return max(1.0, float(mask.sum()))
+    if loss.aggregation == "constant":
+        return float(len(mask) * longest)
+    return max(1.0, float(mask.any(1).sum()))

@@ -22,20 +22,9 @@ from tqdm import tqdm
 from .config import OptimConfig, UserError, require
 from .finite import ADVICE, Micro, NonFinite, check_weights, finite, listed, require_trainable
 from .models import Networks
-from .tree import check_like
+from .optimizer import load_adamw, rate_factor
 
 T = TypeVar("T")
-
-
-def rate_factor(config: OptimConfig, step: int) -> float:
-    """Share of the peak learning rate at a step: a linear rise, then the schedule."""
-    done = step / config.total_steps
-    fade = {
-        "constant": 1.0,
-        "linear": 1.0 - done,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
-    }[config.lr_schedule]
-    return min(1.0, (step + 1) / max(1, config.warmup_steps)) * fade
 
 
 class Learner:
@@ -372,25 +361,8 @@ class Learner:
                 shape = tuple(weights[name].shape)
                 require(shape == tuple(weight.shape), name, f"shape {tuple(weight.shape)}", shape)
                 weight.copy_(weights[name])
-        groups = "param_groups"
-        own = self.optimizer.state_dict()[groups]
-        for i, (found, like) in enumerate(zip(state["optimizer"][groups], own, strict=True)):
-            check_like(found, like, f"optimizer.{groups}.{i}")
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._check_moments()
+        load_adamw(self.optimizer, state["optimizer"])
         self._load_counters(state)
-
-    def _check_moments(self) -> None:
-        """Requires AdamW's moments, of the shapes of their weights and finite."""
-        for weight, moments in self.optimizer.state.items():
-            names = {"step", "exp_avg", "exp_avg_sq"}
-            require(moments.keys() == names, "optimizer", sorted(names), sorted(moments))
-            for name in ("exp_avg", "exp_avg_sq"):
-                found = getattr(moments[name], "shape", moments[name])
-                require(found == weight.shape, f"optimizer.{name}", str(weight.shape), found)
-            steps = moments["step"]
-            require(isinstance(steps, Tensor) and steps.dim() == 0, "optimizer.step", "one", steps)
-            require(finite(moments.values()), "optimizer", "finite moments", "NaN or infinity")
 
     def _load_counters(self, state: Mapping[str, Any]) -> None:
         """What is left when weights and moments are in place, and finite."""

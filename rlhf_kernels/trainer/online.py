@@ -12,13 +12,14 @@ from torch import Tensor
 import rlhf_kernels as rk
 
 from . import models
-from .algorithms import ALGORITHMS, Outcome, loss_config
+from .algorithms import ALGORITHMS, Outcome, adapted, loss_config, normalizer_of
 from .checks import check_online
 from .config import OnlineConfig, OptimConfig, PPOConfig
 from .data import Batch, Row, Sampler
 from .finite import Micro, NonFinite, check_rows, excerpt, row_name
 from .learner import Learner
 from .offline import OfflineTrainer
+from .online_metrics import fold, of_lengths, of_rewards, of_times, prefixed
 from .report import kernel
 from .rewards import means
 from .rollout import Collector, Samples, merge
@@ -237,7 +238,7 @@ class OnlineTrainer:
                 (passed_over if self.learner.skipped else table).extend(metrics)
         clock.append(time.perf_counter())
 
-        folded = self._fold(table or passed_over, len(norms))
+        folded = fold(table or passed_over, len(norms), self.learner.accelerator.gather)
         row = self._metrics(samples, folded, norms, clock)
         if not config.reward_normalize:
             self.moments.update(samples.scores)
@@ -246,7 +247,8 @@ class OnlineTrainer:
             row |= {"kl": difference.sum(1).mean().item(), "kl_coef": self.kl.value}
             self.kl.update(row["kl"], len(scores))
         if config.penalty_target and table[last_epoch:]:
-            self._adapt_penalty(self._fold(table[last_epoch:], 1)["policy/k3_old"])
+            last = fold(table[last_epoch:], 1, self.learner.accelerator.gather)
+            self.loss = adapted(self.loss, last["policy/k3_old"], config.penalty_target)
         self.steps_done += 1
         return row
 
@@ -327,45 +329,23 @@ class OnlineTrainer:
         norms: Sequence[Tensor],
         clock: Sequence[float],
     ) -> dict[str, float]:
-        lengths = samples.batch.completion_mask.sum(1)
-        groups = samples.scores.view(-1, self.config.num_generations)
-        names = [f"reward/{name}" for name in self.sample.rewards.names]
         logged = self.learner.means(self.sample.rewards.metrics)
-        mean_norms = torch.stack(list(norms)).nanmean(0).tolist()
         passed_over = sum(bool(norm.isnan().any()) for norm in norms)
         skipped = {"skipped": float(passed_over)} if self.optim.skip_nonfinite else {}
+        mean_norms = torch.stack(list(norms)).nanmean(0).tolist()
+        group, names = self.config.num_generations, self.sample.rewards.names
         return {
             "step": self.steps_done,
-            "reward": samples.scores.mean().item(),
-            "reward_std": samples.scores.std().item(),
-            "frac_reward_zero_std": (groups == groups[:, :1]).all(1).float().mean().item(),
-            **dict(zip(names, means(samples.table), strict=True)),
+            **of_rewards(samples, names, group),
             **{f"logged/{name}": value for name, value in logged.items()},
             "entropy": folded["policy/entropy"],
-            "length": lengths.float().mean().item(),
-            "length_clipped": (~samples.finished).float().mean().item(),
-            "tokens": lengths.sum().item(),
+            **of_lengths(samples),
             **folded,
             **skipped,
             **dict(zip(("policy/grad_norm", "value/grad_norm"), mean_norms, strict=False)),
             "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
-            "time/generate": clock[1] - clock[0],
-            "time/evaluate": clock[2] - clock[1],
-            "time/update": clock[3] - clock[2],
-            # Part of the last two.
-            "time/kernels": kernel.seconds(),
-            "time/step": clock[3] - clock[0],
-            "tokens_per_second": lengths.sum().item() / (clock[3] - clock[0]),
+            **of_times(samples, clock),
         }
-
-    def _adapt_penalty(self, kl: float) -> None:
-        """Schulman et al. 2017 (1707.06347), section 4."""
-        target, factor = self.config.penalty_target, 1.0
-        if kl < target / 1.5:
-            factor = 0.5
-        elif kl > target * 1.5:
-            factor = 2.0
-        self.loss = dataclasses.replace(self.loss, penalty_coef=factor * self.loss.penalty_coef)
 
     # --- updates -----------------------------------------------------------------------------
 
@@ -373,7 +353,9 @@ class OnlineTrainer:
         self, batch: Batch, part: Tensor, tensors: dict[str, Tensor | None]
     ) -> list[dict[str, Tensor]]:
         """Gradients of one mini-batch; metrics of each of this process's micro-batches."""
-        normalizer = self._normalizer(batch.completion_mask[part])
+        normalizer = normalizer_of(
+            self.loss, batch.completion_mask[part], self.sample.max_new_tokens
+        )
         tokens = max(1.0, float(batch.completion_mask[part].sum()))
 
         def function(networks: models.Networks, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -391,7 +373,7 @@ class OnlineTrainer:
                 normalizer=normalizer,
                 config=self.loss,
             )
-            named = _named("policy", metrics)
+            named = prefixed("policy", metrics)
             if isinstance(self.config, PPOConfig):
                 value, metrics = kernel(
                     rk.value_loss,
@@ -403,7 +385,7 @@ class OnlineTrainer:
                     normalizer=tokens,
                 )
                 loss = loss + self.config.value_coef * value
-                named |= _named("value", metrics)
+                named |= prefixed("value", metrics)
             return loss, named
 
         functions = [
@@ -415,32 +397,3 @@ class OnlineTrainer:
         # Before them: the last one has to reach the critic too.
         extra = self.ptx.losses(self.ptx.next_items(), weight=self.config.ptx_coef)
         return self.learner.accumulate([*extra, *functions])[len(extra) :]
-
-    def _normalizer(self, mask: Tensor) -> float:
-        """The divisor of the loss over a whole mini-batch, wherever its rows are."""
-        if self.loss.aggregation == "token-mean":
-            return max(1.0, float(mask.sum()))
-        if self.loss.aggregation == "constant":
-            return float(len(mask) * self.sample.max_new_tokens)
-        return max(1.0, float(mask.any(1).sum()))
-
-    def _fold(self, table: Sequence[dict[str, Tensor]], updates: int) -> dict[str, float]:
-        """Metrics over micro-batches and processes: losses are sums, the others token means."""
-        names = list(table[0])
-        own = torch.stack([torch.stack([row[name] for name in names]) for row in table])
-        whole = self.learner.accelerator.gather(own)
-        weight = whole[:, names.index("policy/tokens")]
-        mean = (whole * weight[:, None]).sum(0) / weight.sum().clamp(min=1.0)
-        columns = []
-        for i, name in enumerate(names):
-            if name.endswith(("loss", "tokens")):
-                columns.append(whole[:, i].sum() / updates)
-            elif name.endswith("_min"):
-                columns.append(whole[:, i].min())
-            else:
-                columns.append(whole[:, i].max() if name.endswith("_max") else mean[i])
-        return dict(zip(names, torch.stack(columns).tolist(), strict=True))
-
-
-def _named(prefix: str, metrics: Any) -> dict[str, Tensor]:
-    return {f"{prefix}/{name}": metrics[name] for name in metrics.fields}

@@ -1,0 +1,49 @@
+"""AdamW's learning rate at a step, and its state out of a checkpoint."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .config import OptimConfig, require
+from .finite import finite
+from .tree import check_like
+
+
+def rate_factor(config: OptimConfig, step: int) -> float:
+    """Share of the peak learning rate at a step: a linear rise, then the schedule."""
+    done = step / config.total_steps
+    fade = {
+        "constant": 1.0,
+        "linear": 1.0 - done,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
+    }[config.lr_schedule]
+    return min(1.0, (step + 1) / max(1, config.warmup_steps)) * fade
+
+
+def load_adamw(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Restores AdamW's state, under accelerate's wrapper or not.
+
+    Args:
+        optimizer: has the groups and weights of the one that the state is of.
+        state: what `state_dict` of that one returned.
+
+    Raises:
+        UserError: groups of other keys or kinds, moments of other shapes or not finite.
+    """
+    groups = "param_groups"
+    own = optimizer.state_dict()[groups]
+    for i, (found, like) in enumerate(zip(state[groups], own, strict=True)):
+        check_like(found, like, f"optimizer.{groups}.{i}")
+    optimizer.load_state_dict(state)
+    for weight, moments in optimizer.state.items():
+        names = {"step", "exp_avg", "exp_avg_sq"}
+        require(moments.keys() == names, "optimizer", sorted(names), sorted(moments))
+        for name in ("exp_avg", "exp_avg_sq"):
+            shape = getattr(moments[name], "shape", moments[name])
+            require(shape == weight.shape, f"optimizer.{name}", str(weight.shape), shape)
+        steps = moments["step"]
+        require(isinstance(steps, Tensor) and steps.dim() == 0, "optimizer.step", "one", steps)
+        require(finite(moments.values()), "optimizer", "finite moments", "NaN or infinity")
