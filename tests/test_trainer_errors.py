@@ -4,17 +4,18 @@ import importlib.util
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import trainer_tools
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, DistributedType
 from safetensors.torch import load_file, save_file
 from trainer_tools import one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM, GPT2Config
 from transformers.utils import logging
 
 from rlhf_kernels import cli
-from rlhf_kernels.trainer import models
+from rlhf_kernels.trainer import checks, models, run
 from rlhf_kernels.trainer.config import ModelConfig
 from rlhf_kernels.trainer.tokenizers import bpe_tokenizer
 
@@ -408,6 +409,28 @@ def test_settings(told, line):
 @pytest.mark.parametrize("line", FILES)
 def test_files_models_and_functions(told, line):
     _check(told, line)
+
+
+def test_an_engine_whose_checkpoints_are_not_ours(told, monkeypatch):
+    engine = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
+    monkeypatch.setattr(run, "Accelerator", lambda **_: engine)
+    assert "accelerate: expected processes of DDP or FSDP" in told("ppo")
+
+
+def test_a_tracker_that_cannot_start_is_one_line(files, tmp_path, capsys, monkeypatch):
+    def failing(*_, **__):
+        raise RuntimeError("api_key not configured\n(no-tty)")
+
+    AcceleratorState._reset_state(True)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setattr(checks, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(run.Accelerator, "init_trackers", failing)
+    args = f"sft --data {files}/sft.jsonl --eval_size 8 --batch_size 8 --hidden_size 32"
+    more = ["--report_to", "tensorboard", "--output_dir", str(tmp_path / "out")]
+    assert cli.main(["train", *args.split(), *more]) == 2
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    told = "report_to: tensorboard cannot start: RuntimeError: api_key not configured (no-tty)"
+    assert line == f"rlhf-kernels: {told}"
 
 
 def test_there_are_many():

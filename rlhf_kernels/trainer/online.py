@@ -353,10 +353,9 @@ class OnlineTrainer:
         self, batch: Batch, part: Tensor, tensors: dict[str, Tensor | None]
     ) -> list[dict[str, Tensor]]:
         """Gradients of one mini-batch; metrics of each of this process's micro-batches."""
-        normalizer = normalizer_of(
-            self.loss, batch.completion_mask[part], self.sample.max_new_tokens
-        )
-        tokens = max(1.0, float(batch.completion_mask[part].sum()))
+        mask = batch.completion_mask[part]
+        normalizer = normalizer_of(self.loss, mask, self.sample.max_new_tokens)
+        tokens = max(1.0, float(mask.sum()))
 
         def function(networks: models.Networks, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             rows = batch.rows(index)
