@@ -69,7 +69,7 @@ void select_isa(const std::string& name) {
 
 PYBIND11_MODULE(_cpu, m) {
   using namespace rk;
-  m.doc() = "CPU kernels of rlhf_kernels. Takes raw pointers: call it through rlhf_kernels.native.";
+  m.doc() = "CPU kernels of rlhf_kernels. Takes raw pointers: call it through rlhf_kernels.kernels.native.";
   m.def("isa_names", &isa_names,
         "Instruction sets that this CPU and this build support, best last.");
   m.def("isa", [] { return std::string(active->isa); }, "The instruction set in use.");
@@ -87,6 +87,9 @@ PYBIND11_MODULE(_cpu, m) {
       "For memory that nothing was written to yet and all of which will be.");
   m.def("freed_pages_leave", &freed_pages_leave, py::arg("devices") = "/sys/bus/virtio/devices",
         "Whether a hypervisor takes back the pages that this machine frees.");
+  // See module_cuda.cpp.
+  m.attr("gpu") = false;
+  m.attr("emulated") = false;
 #ifdef _OPENMP
   m.attr("openmp") = _OPENMP;
 #else

@@ -56,8 +56,10 @@ std::vector<std::string> architectures() {
 PYBIND11_MODULE(RK_MODULE, m) {
   using namespace rk;
   m.doc() =
-      "CUDA kernels of rlhf_kernels. Takes raw pointers: call it through rlhf_kernels.native.";
+      "CUDA kernels of rlhf_kernels. Takes raw pointers: call it through rlhf_kernels.kernels.native.";
   m.attr("architectures") = architectures();
+  // Kernels poison bad data instead of reporting it.
+  m.attr("gpu") = true;
   m.def("driver_version", &cuda::driver_version, "1000 * major + 10 * minor; 0 without a driver.");
   m.def("runtime_version", &cuda::runtime_version, "The CUDA version that this is built with.");
 #ifdef RK_EMULATED

@@ -19,7 +19,7 @@ inline std::pair<int, long long> without_gil(const F& kernel) {
 
 namespace pybind11::detail {
 
-// None, or the tuple (data_ptr, dtype code, stride0, stride1) that rlhf_kernels.native makes.
+// None, or the tuple (data_ptr, dtype code, stride0, stride1) that rlhf_kernels.kernels.native makes.
 template <>
 struct type_caster<rk::Tensor> {
   PYBIND11_TYPE_CASTER(rk::Tensor, const_name("tuple[int, int, int, int] | None"));
@@ -45,7 +45,7 @@ struct type_caster<rk::Tensor> {
 };
 
 // A number of threads, or the tuple (device, stream, scratch address, scratch tensor) of
-// rlhf_kernels.native.boundary; the tensor is there to be kept alive.
+// rlhf_kernels.kernels.native.boundary; the tensor is there to be kept alive.
 template <>
 struct type_caster<rk::Exec> {
   PYBIND11_TYPE_CASTER(rk::Exec, const_name("int | tuple[int, int, int, object]"));

@@ -88,7 +88,8 @@ def unavailable_reason(backend: str) -> str | None:
 
 def emulated(backend: str) -> bool:
     """Whether a backend's kernels run in the tests' emulator, which takes tensors of the CPU."""
-    return getattr(module(backend), "emulated", False)
+    extension = module(backend)
+    return extension is not None and extension.emulated
 
 
 # Compute capability per device index, as asked for.

@@ -39,7 +39,7 @@ def _flags(t: Tensor | None) -> Tensor | None:
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, bound to an extension module."""
-    where, gpu = b.place(extension), b.is_gpu(extension)
+    where, gpu = b.place(extension), extension.gpu
 
     def scan(
         op: str,

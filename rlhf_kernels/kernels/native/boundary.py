@@ -53,11 +53,6 @@ Packed = tuple[int, int, int, int] | None
 Exec = int | tuple[int, int, int, Tensor | None]
 
 
-def is_gpu(extension: ModuleType) -> bool:
-    """Whether an extension runs on a GPU, where kernels poison bad data instead of reporting it."""
-    return hasattr(extension, "architectures")
-
-
 def _threads(like: Tensor, op: str | None = None, *sizes: int) -> Exec:
     return torch.get_num_threads()
 
@@ -70,7 +65,7 @@ def place(extension: ModuleType) -> Callable[..., Exec]:
     the name of an operation, as many bytes of scratch as `<op>_scratch(*sizes)` asks for. They come
     from torch's allocator and live as long as the result: keep it until the call returns.
     """
-    if not is_gpu(extension):
+    if not extension.gpu:
         return _threads
 
     def where(like: Tensor, op: str | None = None, *sizes: int) -> Exec:

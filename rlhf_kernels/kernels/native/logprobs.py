@@ -24,7 +24,7 @@ def _raise(
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, bound to an extension module."""
-    where, gpu = b.place(extension), b.is_gpu(extension)
+    where, gpu = b.place(extension), extension.gpu
 
     def check(labels: Tensor, temperatures: Tensor | None, vocab: int, ignore_index: int) -> None:
         # The CPU kernels look themselves.

@@ -91,7 +91,7 @@ def _spread(advantages: Tensor, logprobs: Tensor) -> b.Packed:
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, bound to an extension module."""
-    where, gpu = b.place(extension), b.is_gpu(extension)
+    where, gpu = b.place(extension), extension.gpu
 
     def policy_loss(
         logprobs: Tensor,

@@ -13,7 +13,7 @@ from . import boundary as b
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, bound to an extension module."""
-    where, gpu = b.place(extension), b.is_gpu(extension)
+    where, gpu = b.place(extension), extension.gpu
 
     def check(
         op: str,

@@ -14,7 +14,7 @@ _METRICS = 6
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, bound to an extension module."""
-    where, gpu = b.place(extension), b.is_gpu(extension)
+    where, gpu = b.place(extension), extension.gpu
 
     def value_loss(
         values: Tensor,
