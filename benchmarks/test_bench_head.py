@@ -254,7 +254,7 @@ def test_linear_policy_loss(run: Callable[[Case], None], settings: Settings, nam
             hidden.view(*shape, -1), weight, labels.view(shape), old, advantages.squeeze(1), mask,
             config=rk.PolicyLossConfig.ppo(clip_low=CLIP, clip_high=CLIP),
         )  # fmt: skip
-        return result.loss, result.metrics.values
+        return result.loss, result.metrics.tensor
 
     of_trl = trl_head()
     verl_head = peer("verl.utils.experimental.torch_functional", "FusedLinearForPPO")

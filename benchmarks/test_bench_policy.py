@@ -46,7 +46,7 @@ def ours(
     logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, weights: Tensor, *_: Tensor
 ) -> tuple[Tensor, ...]:
     result = rk.policy_loss(logprobs, old, advantages, mask, config=CONFIG)
-    return result.loss, result.metrics.values
+    return result.loss, result.metrics.tensor
 
 
 def _log_ratios(old: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def test_policy_loss_packed(run: Callable[[Case], None], settings: Settings, nam
     def ours_packed(*given: Tensor) -> tuple[Tensor, ...]:
         logprobs, old, advantages, _, cu_seqlens, mask, *_ = given
         result = rk.policy_loss(logprobs, old, advantages, mask, cu_seqlens=cu_seqlens, config=GRPO)
-        return result.loss, result.metrics.values
+        return result.loss, result.metrics.tensor
 
     verl = peer("verl.trainer.ppo.core_algos", "compute_policy_loss_vanilla")
     config = verl_actor_config()

@@ -33,7 +33,7 @@ def ours(
     values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, weights: Tensor, *_: Tensor
 ) -> tuple[Tensor, ...]:
     result = rk.value_loss(values, old, returns, mask, clip_range=CLIP)
-    return result.loss, result.metrics.values
+    return result.loss, result.metrics.tensor
 
 
 @pytest.mark.parametrize("name", points(SHAPES, GPU_SHAPES, FULL_SHAPES))

@@ -108,7 +108,7 @@ def run(function, args, options, **more):
     loss, metrics = function(*args, **options, **more)
     wanted = (args[0], options["entropy"])
     gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
-    metrics = metrics if isinstance(metrics, torch.Tensor) else metrics.values
+    metrics = metrics if isinstance(metrics, torch.Tensor) else metrics.tensor
     return loss.detach(), metrics, *gradients
 
 

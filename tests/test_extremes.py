@@ -303,8 +303,8 @@ def test_a_rollout_that_is_nan_says_nothing(backend, level, mode, packed):
     loss, grad, metrics = corrected(args[0], args[2], level, mode, cu)
     want_loss, want_grad, want_metrics = corrected(args[1], args[2], level, mode, cu)
     assert torch.equal(loss, want_loss) and torch.equal(grad, want_grad)
-    assert torch.equal(metrics.values, want_metrics.values)
-    assert not metrics.values.isnan().any()
+    assert torch.equal(metrics.tensor, want_metrics.tensor)
+    assert not metrics.tensor.isnan().any()
     # The second sequence's w is 1.
     none = corrected(args[2], args[2], None, mode, cu)
     assert torch.equal(grad.reshape(2, 4)[1], none[1].reshape(2, 4)[1])

@@ -161,7 +161,7 @@ def test_policy_loss_is_the_composition(backend, packed):
         **constants,
     )  # fmt: skip
     gradients = torch.autograd.grad(result.loss, leaves)
-    composed = (result.loss, result.metrics.values, *gradients)
+    composed = (result.loss, result.metrics.tensor, *gradients)
     exact = run_policy(
         reference.linear_policy_loss, to_float64(leaves), to_float64(tokens),
         **to_float64(constants), cu_seqlens=cu_seqlens, config=config,

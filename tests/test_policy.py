@@ -261,7 +261,7 @@ def test_far_log_ratios(backend, clamp):
             logprobs, old, advantages, mask, ref_logprobs=old, normalizer=1.0, config=config
         )
         (g,) = torch.autograd.grad(loss, logprobs)
-        assert g.isfinite().all() and metrics.values.isfinite().all()
+        assert g.isfinite().all() and metrics.tensor.isfinite().all()
     clip = Config(log_ratio_clamp=clamp)
     loss, _ = rk.policy_loss(logprobs, old, advantages, mask, config=clip)
     (g,) = torch.autograd.grad(loss, logprobs)

@@ -1,6 +1,9 @@
 """Every operation, compiled, exported and traced, is the one that runs eagerly."""
 
+import copy
+import pickle
 import warnings
+from collections.abc import Mapping
 
 import interface_cases as cases
 import pytest
@@ -137,8 +140,39 @@ def test_metrics_by_name_in_a_graph(op):
     _close(actual[:2], expected[:2], op)
     assert type(actual[2]) is type(expected[2])
     assert actual[2].as_dict() == pytest.approx(expected[2].as_dict())
-    with pytest.raises(ValueError, match="must be one of loss"):
-        expected[2]["no_such_metric"]
+
+
+@pytest.mark.parametrize("op", ("value_loss", "policy_loss", "linear_policy_loss"))
+def test_metrics_are_a_mapping(op):
+    call = cases.calls(op)[0]
+
+    def use(tensors):
+        metrics = call.run(tensors).metrics
+        total = sum(metrics[name] for name in metrics) + len(metrics)
+        first, *_ = metrics.values()
+        return total, first, dict(metrics), dict(**metrics), "tokens" in metrics, metrics.get("x")
+
+    metrics = call.run(call.tensors).metrics
+    assert isinstance(metrics, Mapping) and len(metrics) == len(list(metrics)) > 5
+    assert "tokens" in metrics and "no_such_metric" not in metrics and 0 not in metrics
+    assert all(t.dim() == 0 and t.data_ptr() >= metrics.tensor.data_ptr() for t in metrics.values())
+    assert metrics.as_dict() == {name: t.item() for name, t in metrics.items()}
+    with pytest.raises(KeyError, match="metrics are loss, .*tokens; got 'no_such_metric'"):
+        metrics["no_such_metric"]
+    for again in (pickle.loads(pickle.dumps(metrics)), copy.deepcopy(metrics)):
+        assert type(again) is type(metrics) and again.as_dict() == metrics.as_dict()
+    assert "'tokens': tensor(" in repr(metrics) and repr(metrics).startswith(type(metrics).__name__)
+    leaves, spec = torch.utils._pytree.tree_flatten(metrics)
+    again = torch.utils._pytree.tree_unflatten(leaves, spec)
+    assert len(leaves) == 1 and again.tensor is metrics.tensor
+
+    expected = use(call.tensors)
+    actual = torch.compile(use, backend="eager", fullgraph=True, dynamic=True)(call.tensors)
+    _close(actual[:2], expected[:2], op)
+    for a, e in zip(actual[2:4], expected[2:4], strict=True):
+        assert a.keys() == e.keys()
+        _close(list(a.values()), list(e.values()), op)
+    assert actual[4:] == expected[4:] == (True, None)
 
 
 def _memory(tensors):

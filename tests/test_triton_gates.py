@@ -423,7 +423,7 @@ class TestTraffic:
                 assert (forward.writes(t) == 0).all()
             slots = rows * 2
             written = rows * cols * 4 * len(wanted) + 4 * (slots * partials + 1 + 1)
-            assert forward.bytes_written == written + metrics.values.numel() * 4
+            assert forward.bytes_written == written + metrics.tensor.numel() * 4
             with self.traffic() as backward:
                 gradients = torch.autograd.grad(loss, wanted)
             count = rows * cols * len(wanted)

@@ -33,7 +33,7 @@ def make_inputs(rows=5, cols=37, dtype=torch.float32, *, seed=0, keep=0.7, offse
 def run(function, args, **options):
     loss, metrics = function(*args, **options)
     (gradient,) = torch.autograd.grad(loss, args[0])
-    return loss.detach(), metrics if isinstance(metrics, torch.Tensor) else metrics.values, gradient
+    return loss.detach(), metrics if isinstance(metrics, torch.Tensor) else metrics.tensor, gradient
 
 
 def check(args, **options):
@@ -269,7 +269,7 @@ def test_views_integer_masks_and_upstream(backend):
     fixed = rk.value_loss(args[0].detach(), *args[1:], clip_range=0.3)
     assert not fixed.loss.requires_grad
     assert_bitwise_equal(fixed.loss, expected[0])
-    assert fixed.metrics.as_dict() == {n: fixed.metrics[n].item() for n in fixed.metrics.fields}
+    assert fixed.metrics.as_dict() == {n: t.item() for n, t in fixed.metrics.items()}
 
 
 @pytest.mark.parametrize("shape", ((3, 20000), (70, 600)))
@@ -322,7 +322,7 @@ def test_compile_without_graph_breaks(backend):
 
     def step(values, old, returns, mask):
         loss, metrics = rk.value_loss(values, old, returns, mask, clip_range=0.3)
-        return 1.5 * loss, metrics["clip_frac"], metrics.values
+        return 1.5 * loss, metrics["clip_frac"], metrics.tensor
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=count)
     traced = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")

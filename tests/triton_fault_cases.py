@@ -443,7 +443,7 @@ def _policy_loss(config: rk.PolicyLossConfig) -> Iterator[Case]:
         mask = given.pop("mask", None)
         mask = torch.ones(logprobs.shape, dtype=torch.bool) if mask is None else mask
         loss, metrics = rk.policy_loss(logprobs, old_logprobs, mask=mask, config=config, **given)
-        return loss, backward((loss,), logprobs, torch.ones(())), metrics.values
+        return loss, backward((loss,), logprobs, torch.ones(())), metrics.tensor
 
     def arguments() -> dict[str, Tensor]:
         return {
@@ -464,7 +464,7 @@ def value_loss() -> Iterator[Case]:
         values = values.detach().requires_grad_()
         mask = torch.ones(values.shape, dtype=torch.bool) if mask is None else mask
         loss, metrics = rk.value_loss(values, mask=mask, clip_range=0.2, **given)
-        return loss, backward((loss,), values, torch.ones(())), metrics.values
+        return loss, backward((loss,), values, torch.ones(())), metrics.tensor
 
     def arguments() -> dict[str, Tensor]:
         names = ("values", "old_values", "returns")

@@ -1,46 +1,59 @@
-"""Metrics of a loss: one tensor whose entries have names."""
+"""Metrics of a loss: a mapping of names to the entries of one tensor."""
 
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 
-class Metrics:
-    """Named entries of one tensor.
+class Metrics(Mapping[str, Tensor]):
+    """0-d tensors by name, all of them views of `tensor`, which lies on the loss's device.
 
-    `metrics["tokens"]` is a 0-d view of `values`; `as_dict()` copies all to the host. Neither a
-    tuple nor a mapping: torch.compile of torch 2.6 calls no `__getitem__` of a named tuple.
+    `metrics["tokens"]`, iteration and `dict(metrics)` read nothing on the host; `as_dict()` copies
+    all metrics at once. An unknown name raises KeyError.
+
+    Not a named tuple: torch.compile of torch 2.6 calls no `__getitem__` of one.
     """
 
-    fields: ClassVar[tuple[str, ...]]
+    tensor: Tensor
+    _names: ClassVar[tuple[str, ...]]
     _positions: ClassVar[dict[str, int]]
 
     def __init_subclass__(cls) -> None:
-        cls._positions = {name: i for i, name in enumerate(cls.fields)}
+        cls._positions = {name: i for i, name in enumerate(cls._names)}
 
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
     def __getitem__(self, name: str) -> Tensor:
         position = self._positions.get(name)
         if position is None:
-            raise ValueError(f"metrics must be one of {', '.join(self.fields)}, got {name!r}")
-        return self.values[position]
+            raise KeyError(f"metrics are {', '.join(self._names)}; got {name!r}")
+        return self.tensor[position]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.values!r})"
+        return f"{type(self).__name__}({dict(self)!r})"
 
     def as_dict(self) -> dict[str, float]:
-        """All metrics as Python floats; the only host synchronisation."""
-        return dict(zip(self.fields, self.values.tolist(), strict=True))
+        """All metrics as Python floats, by one copy to the host."""
+        return dict(zip(self._names, self.tensor.tolist(), strict=True))
 
 
 def register_metrics(kind: type[Metrics]) -> None:
     """Makes torch.export and make_fx see the tensor in results that hold a `kind`."""
     torch.utils._pytree.register_pytree_node(
         kind,
-        lambda metrics: ([metrics.values], None),
-        lambda values, _: kind(*values),
+        lambda metrics: ([metrics.tensor], None),
+        lambda tensors, _: kind(*tensors),
         serialized_type_name=f"rlhf_kernels.{kind.__name__}",
     )

@@ -125,7 +125,7 @@ class _PolicyLoss(torch.autograd.Function):
 class PolicyMetrics(Metrics):
     """Metrics of one `policy_loss` call, on its device: reading one by name costs no host sync.
 
-    `metrics["clip_frac_high"]` is a 0-d view of `values`; `as_dict()` copies all to the host.
+    A mapping of names to 0-d tensors; `as_dict()` copies all of them to the host at once.
     Fractions and means are over the unmasked tokens, whatever the aggregation; 0 if there are none.
 
     loss: pg_loss + kl_coef * kl_loss - entropy_coef * entropy_loss.
@@ -142,7 +142,7 @@ class PolicyMetrics(Metrics):
     tokens: unmasked tokens.
     """
 
-    fields = METRICS
+    _names = METRICS
 
 
 register_metrics(PolicyMetrics)

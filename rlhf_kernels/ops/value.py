@@ -64,12 +64,14 @@ class _ValueLoss(torch.autograd.Function):
 class ValueMetrics(Metrics):
     """Metrics of one `value_loss` call, on its device: reading one by name costs no host sync.
 
+    A mapping of names to 0-d tensors; `as_dict()` copies all of them to the host at once.
+
     loss; clip_frac: unmasked tokens whose clipped error is the larger; value_mean, return_mean;
     explained_variance: 1 - Var(returns - values) / Var(returns), 0 where the returns do not vary;
     tokens: unmasked tokens.
     """
 
-    fields = METRICS
+    _names = METRICS
 
 
 register_metrics(ValueMetrics)

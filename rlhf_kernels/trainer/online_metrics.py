@@ -13,7 +13,7 @@ from .rollout import Samples
 
 def prefixed(prefix: str, metrics: Any) -> dict[str, Tensor]:
     """The fields of an operation's metrics as "prefix/name"."""
-    return {f"{prefix}/{name}": metrics[name] for name in metrics.fields}
+    return {f"{prefix}/{name}": metric for name, metric in metrics.items()}
 
 
 def fold(
