@@ -157,7 +157,7 @@ def test_metrics_are_a_mapping(op):
     assert "tokens" in metrics and "no_such_metric" not in metrics and 0 not in metrics
     assert all(t.dim() == 0 and t.data_ptr() >= metrics.tensor.data_ptr() for t in metrics.values())
     assert metrics.as_dict() == {name: t.item() for name, t in metrics.items()}
-    with pytest.raises(KeyError, match="metrics are loss, .*tokens; got 'no_such_metric'"):
+    with pytest.raises(KeyError, match=r"metrics are loss, .*tokens; got 'no_such_metric'"):
         metrics["no_such_metric"]
     for again in (pickle.loads(pickle.dumps(metrics)), copy.deepcopy(metrics)):
         assert type(again) is type(metrics) and again.as_dict() == metrics.as_dict()

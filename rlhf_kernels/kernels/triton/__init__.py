@@ -26,6 +26,10 @@ def _load() -> str | None:
     if not gpu and not os.environ.get("TRITON_INTERPRET"):
         return "this torch is built without GPU support (TRITON_INTERPRET=1 runs the interpreter)"
     try:
+        import triton
+
+        if not hasattr(triton, "knobs"):  # torch 2.6 and 2.7 bring one without
+            return f"triton {triton.__version__} is too old: expected 3.4 or later"
         from . import _launch, advantages, kl, logprobs, policy, support, value
     except ImportError as error:
         return f"triton could not be imported: {error}"
