@@ -18,7 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import rlhf_kernels as rk
 from rlhf_kernels.trainer.rewards import Rewards
-from rlhf_kernels.trainer.run import Stage, make_trainer
+from rlhf_kernels.trainer.run import make_trainer
+from rlhf_kernels.trainer.stage import Stage
 from rlhf_kernels.trainer.tokenizers import character_tokenizer
 
 from .memory import peak_extra_bytes

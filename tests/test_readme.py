@@ -19,7 +19,7 @@ import rlhf_kernels as rk
 from rlhf_kernels import cli
 from rlhf_kernels.trainer import models
 from rlhf_kernels.trainer.config import ModelConfig
-from rlhf_kernels.trainer.run import _settings_of
+from rlhf_kernels.trainer.stage import settings_of
 from rlhf_kernels.trainer.tokenizers import bpe_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -136,7 +136,7 @@ def test_examples_with_the_command_in_their_head(path, place, monkeypatch, capsy
 
 def test_every_flag_that_is_mentioned_exists():
     known = {
-        f.name for stage in cli.TRAINERS for made in _settings_of(stage)[0] for f in fields(made)
+        f.name for stage in cli.TRAINERS for made in settings_of(stage)[0] for f in fields(made)
     }
     known |= {"config", "traceback", "help", "any_setting"}
     # Of accelerate, torchrun, Ray and the doctor.

@@ -27,7 +27,7 @@ from rlhf_kernels.trainer.config import (
     parse_config,
 )
 from rlhf_kernels.trainer.report import MetricsLog, Stopwatch, table
-from rlhf_kernels.trainer.run import _OFFLINE
+from rlhf_kernels.trainer.stage import OFFLINE
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -126,7 +126,7 @@ def test_cli_usage(capsys):
 
 
 def test_cli_knows_every_stage():
-    assert cli.TRAINERS.keys() == ALGORITHMS.keys() | _OFFLINE.keys()
+    assert cli.TRAINERS.keys() == ALGORITHMS.keys() | OFFLINE.keys()
 
 
 def test_dry_run_tells_and_trains_nothing(tmp_path, capsys):

@@ -260,7 +260,7 @@ def test_an_output_that_nobody_reads_is_one_line(tmp_path, capsys, monkeypatch):
     def say(*_):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr("rlhf_kernels.trainer.run.Stage.say", say)
+    monkeypatch.setattr("rlhf_kernels.trainer.stage.Stage.say", say)
     assert train(tmp_path, "--total_steps 1") == 2
     assert "standard output: nobody reads it" in told(capsys)
 

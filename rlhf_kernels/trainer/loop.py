@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -16,9 +16,7 @@ from .finite import NonFinite
 from .interrupts import Interrupted, Interrupts
 from .offline import OfflineTrainer
 from .online import OnlineTrainer
-
-if TYPE_CHECKING:
-    from .run import Stage
+from .stage import Stage
 
 _SHOWN = ("loss", "accuracy", "margin", "reward", "kl", "entropy")
 
@@ -33,7 +31,7 @@ class Loop:
     """
 
     def __init__(
-        self, stage: "Stage", trainer: OfflineTrainer | OnlineTrainer, signals: Interrupts
+        self, stage: Stage, trainer: OfflineTrainer | OnlineTrainer, signals: Interrupts
     ) -> None:
         self.stage, self.trainer, self.signals = stage, trainer, signals
         self.run_config, self.out, self.accelerator = stage.run, stage.out, stage.accelerator

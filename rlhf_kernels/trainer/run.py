@@ -3,146 +3,26 @@
 import dataclasses
 import json
 import math
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from tqdm import tqdm
 
-import rlhf_kernels as rk
-
-from . import answers, checkpoint, checks, folder, models, resume
-from .algorithms import ALGORITHMS
-from .config import (
-    DataConfig,
-    DPOConfig,
-    ModelConfig,
-    OnlineConfig,
-    OptimConfig,
-    PPOConfig,
-    RewardConfig,
-    RunConfig,
-    parse_config,
-    require,
-)
-from .data import Task, load_task, read_rows
-from .errors import blamed_on
+from . import answers, folder, models, resume
+from .config import OnlineConfig, PPOConfig, require
+from .data import read_rows
 from .generation import Engine, TransformersEngine
 from .interrupts import Interrupted, Interrupts, interrupts
 from .learner import Learner
 from .loop import Loop
 from .offline import DPO, SFT, OfflineTrainer, RewardModelling
 from .online import OnlineTrainer
-from .reward_functions import is_function, load_reward
 from .rewards import load_rewards
 from .rollout import Collector
+from .stage import OFFLINE, Stage
 from .vllm_engine import VLLMEngine
-
-# Offline stages: settings of their own, kind of rows, and defaults that are not OptimConfig's.
-_OFFLINE: dict[str, tuple[tuple[type, ...], str, dict[str, Any]]] = {
-    "sft": ((), "supervised", {"learning_rate": 2e-5}),
-    "reward": ((RewardConfig,), "preference", {"learning_rate": 1e-4}),
-    "dpo": ((DPOConfig,), "preference", {"learning_rate": 1e-6}),
-}
-
-
-def _settings_of(name: str) -> tuple[tuple[type, ...], str, dict[str, Any]]:
-    """Settings, kind of rows and defaults of a stage."""
-    if name in _OFFLINE:
-        extra, kind, defaults = _OFFLINE[name]
-        defaults = {"batch_size": 64, "max_new_tokens": 512} | defaults
-    else:
-        algorithm, kind = ALGORITHMS[name], "prompt"
-        extra = (PPOConfig if algorithm.critic else OnlineConfig,)
-        defaults = dict(algorithm.defaults)
-    classes = (RunConfig, ModelConfig, DataConfig, OptimConfig, *extra)
-    return classes, kind, {"output_dir": f"runs/{name}"} | defaults
-
-
-class Stage:
-    """What every stage has: settings, engine, data, loop, checkpoints and report."""
-
-    def __init__(self, name: str, argv: Sequence[str]) -> None:
-        self.name, self.started = name, time.perf_counter()
-        classes, kind, defaults = _settings_of(name)
-        found = parse_config(classes, argv, prog=f"rlhf-kernels train {name}", defaults=defaults)
-        self.run: RunConfig
-        self.model: ModelConfig
-        self.data: DataConfig
-        self.optim: OptimConfig
-        self.run, self.model, self.data, self.optim, *self.own = found
-        self.settings = {k: v for group in found for k, v in dataclasses.asdict(group).items()}
-        self.out = Path(self.run.output_dir)
-        # Whatever needs neither data nor models, before anything is read or written.
-        checks.check_settings(name, self.run, self.model, self.optim, self.own)
-        checks.check_output(self.out)
-        newest = checkpoint.newest(self.out)
-        continued = self.run.resume or self.run.resume_from or self.run.dry_run
-        expected = "a folder without checkpoints (--resume continues them)"
-        require(newest is None or bool(continued), "output_dir", expected, str(newest))
-        checks.check_models(self.model, self.own)
-        for path in self.settings.get("reward_funcs", ()):
-            if is_function(path):
-                load_reward(path)
-        if self.run.threads:
-            torch.set_num_threads(self.run.threads)
-        with blamed_on("accelerate", "cannot start"):
-            self.accelerator = Accelerator(
-                cpu=self.run.device == "cpu",
-                mixed_precision=self.run.mixed_precision,
-                log_with=self.run.report_to or None,
-                project_dir=self.out,
-            )
-        engine = str(self.accelerator.distributed_type.value)
-        expected = "processes of DDP or FSDP (no other engine's checkpoints are written)"
-        require(engine not in ("DEEPSPEED", "MEGATRON_LM"), "accelerate", expected, engine)
-        # What accelerate launch chose, where the setting does not say.
-        self.settings["mixed_precision"] = str(self.accelerator.mixed_precision)
-        transformers.set_seed(self.run.seed)
-        self.task: Task = load_task(self.data, kind, seed=self.run.seed, model=self.model.model)
-        checks.check_rows(self.task.train, self.data, self.optim, self.own)
-        self.max_length = self.data.max_prompt_tokens + self.data.max_new_tokens
-
-    def say(self, text: str) -> None:
-        if self.accelerator.is_main_process:
-            print(text, flush=True)
-
-    def announce(self, trainer: OfflineTrainer | OnlineTrainer) -> None:
-        """What is trained, on what, and how much memory it takes at least."""
-        learner, reference = trainer.learner, trainer.reference
-        # What is left of the task's rows where completions may be too long.
-        train, held_out = (
-            len(getattr(trainer, part, getattr(self.task, part))) for part in ("train", "held_out")
-        )
-        networks = dict(learner.networks.named_children())
-        frozen = reference.model if reference is not None else None
-        weights = [*learner.networks.parameters(), *(frozen.parameters() if frozen else ())]
-        # Gradients and AdamW's two moments of what is trained.
-        memory = sum(p.nbytes * (4 if p.requires_grad else 1) for p in weights)
-        parts = ", ".join(
-            f"{name} of {sum(p.numel() for p in m.parameters()):,} weights"
-            for name, m in networks.items()
-        )
-        dropped = (
-            ("max_prompt_tokens", self.task.dropped),
-            ("max_new_tokens", getattr(trainer, "dropped", 0)),
-        )
-        for setting, rows in dropped:
-            if rows:
-                limit = getattr(self.data, setting)
-                self.say(f"{rows} rows are longer than {setting} {limit} and are dropped")
-        self.say(
-            f"{self.name} on {self.task.name}: {train} training and {held_out} held-out rows that "
-            f"are not too long; {parts}, vocabulary "
-            f"{len(self.task.tokenizer)}, on {self.accelerator.device} x {learner.processes}; "
-            f"{memory / 2**20:,.0f} MiB of weights, gradients and optimizer state, "
-            f"activations not counted; {self.optim.total_steps} steps; "
-            f"kernels: {', '.join(map(str, rk.available_backends()))}"
-        )
 
 
 def train(name: str, argv: Sequence[str]) -> dict[str, Any] | None:
@@ -197,7 +77,7 @@ def close() -> None:
 
 def make_trainer(stage: Stage, *, fresh: bool) -> OfflineTrainer | OnlineTrainer:
     """The stage's trainer; a `fresh` online one has its supervised phase first."""
-    return _offline(stage) if stage.name in _OFFLINE else _online(stage, fresh=fresh)
+    return _offline(stage) if stage.name in OFFLINE else _online(stage, fresh=fresh)
 
 
 def _offline(stage: Stage) -> OfflineTrainer:
