@@ -26,7 +26,7 @@ _SCRIPT = """
 import json, sys
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from rlhf_kernels.trainer import run
+from rlhf_kernels.trainer import run, stage as stages
 def sharded(**options):
     accelerator = Accelerator(**options)
     plugin = FullyShardedDataParallelPlugin(
@@ -37,7 +37,7 @@ def sharded(**options):
     }
     return accelerator
 if sys.argv[2] == "fsdp2":
-    run.Accelerator = sharded
+    stages.Accelerator = sharded
 for stage, flags in json.loads(sys.argv[1]):
     run.train(stage, flags)
 run.close()

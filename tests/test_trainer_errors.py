@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from transformers.utils import logging
 
 from rlhf_kernels import cli
-from rlhf_kernels.trainer import checks, models, run
+from rlhf_kernels.trainer import checks, models, stage
 from rlhf_kernels.trainer.config import ModelConfig
 from rlhf_kernels.trainer.tokenizers import bpe_tokenizer
 
@@ -413,7 +413,7 @@ def test_files_models_and_functions(told, line):
 
 def test_an_engine_whose_checkpoints_are_not_ours(told, monkeypatch):
     engine = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
-    monkeypatch.setattr(run, "Accelerator", lambda **_: engine)
+    monkeypatch.setattr(stage, "Accelerator", lambda **_: engine)
     assert "accelerate: expected processes of DDP or FSDP" in told("ppo")
 
 
@@ -424,7 +424,7 @@ def test_a_tracker_that_cannot_start_is_one_line(files, tmp_path, capsys, monkey
     AcceleratorState._reset_state(True)
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.setattr(checks, "get_available_trackers", lambda: ["tensorboard"])
-    monkeypatch.setattr(run.Accelerator, "init_trackers", failing)
+    monkeypatch.setattr(stage.Accelerator, "init_trackers", failing)
     args = f"sft --data {files}/sft.jsonl --eval_size 8 --batch_size 8 --hidden_size 32"
     more = ["--report_to", "tensorboard", "--output_dir", str(tmp_path / "out")]
     assert cli.main(["train", *args.split(), *more]) == 2
