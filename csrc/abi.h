@@ -163,6 +163,8 @@ struct KlBackwardArgs {
   Exec exec;
 };
 
+// An enum here has the names and the order of a tuple in rlhf_kernels/core/enums.py.
+
 // kl_penalty per token from x = logprob - ref_logprob.
 enum KlEstimator : int32_t { kK1 = 0, kK2 = 1, kK3 = 2, kAbs = 3 };
 struct KlPenaltyArgs {
@@ -206,18 +208,31 @@ struct LossTokens {
   Tensor offsets, mask;
 };
 
+// The metrics of a loss, with the names and the order of those in rlhf_kernels/config/metrics.py.
+struct PolicyMetrics {
+  float loss, pg_loss, kl_loss, entropy_loss;
+  float clip_frac_low, clip_frac_high, dual_clip_frac;
+  float ratio_mean, ratio_min, ratio_max;
+  float k1_old, k3_old, k1_ref, k3_ref;
+  float entropy, ess, correction_mean, tokens;
+};
+struct ValueMetrics {
+  float loss, clip_frac, value_mean, return_mean, explained_variance, tokens;
+};
+
 // policy_loss with its gradient. A tensor with a value per sequence has stride1 = 0. `divisor` 0
-// means the count that the aggregation implies. `metrics` are those of reference/policy.py METRICS.
-// On a GPU the divisor may be read from `normalizer`, and the gradients, fp32 and contiguous, are
-// yet to be multiplied by `scale`, which is 1 / divisor; on the CPU both are null.
-constexpr int kPolicyMetrics = 18;
+// means the count that the aggregation implies. On a GPU the divisor may be read from `normalizer`,
+// and the gradients, fp32 and contiguous, are yet to be multiplied by `scale`, which is 1 /
+// divisor; on the CPU both are null.
 struct PolicyArgs {
   LossTokens tokens;
   Tensor logprobs, old_logprobs, advantages, ref_logprobs, rollout_logprobs, entropy;
   double divisor;
   Tensor normalizer;
   PolicyConfig config;
-  float *loss, *metrics, *scale;
+  float* loss;
+  PolicyMetrics* metrics;
+  float* scale;
   Tensor grad_logprobs, grad_entropy;
   Exec exec;
 };
@@ -230,9 +245,7 @@ struct LossBackwardArgs {
   Exec exec;
 };
 
-// value_loss with its gradient, as of policy_loss. `clip_range` 0 means none. Metrics of
-// reference/value.py METRICS.
-constexpr int kValueMetrics = 6;
+// value_loss with its gradient, as of policy_loss. `clip_range` 0 means none.
 struct ValueArgs {
   LossTokens tokens;
   Tensor values, old_values, returns;
@@ -240,7 +253,9 @@ struct ValueArgs {
   Tensor normalizer;
   int32_t aggregation;
   float clip_range;
-  float *loss, *metrics, *scale;
+  float* loss;
+  ValueMetrics* metrics;
+  float* scale;
   Tensor grad_values;
   Exec exec;
 };

@@ -1,6 +1,7 @@
 // The token terms of the policy and value losses, written once for a float (CUDA, scalars) and for
-// a vector of floats (cpu/tokens.h). A vector type V has + - * /, unary -, a constructor from
-// float, and the functions below for float. max and min keep a NaN in their second argument.
+// a vector of floats (cpu/tokens.h), and the metrics that their sums give. A vector type V has + -
+// * /, unary -, a constructor from float, and the functions below for float. max and min keep a NaN
+// in their second argument.
 #pragma once
 #include "math.h"
 
@@ -246,6 +247,72 @@ RK_HD ValueTerm<V> value_term(V value, V old, V target, V range, bool clip) {
   return {half * select_less(square, other_square, other_square, square),
           select_less(square, other_square, zero, error),
           select_less(square, other_square, V(1.0f), zero)};
+}
+
+// Sums over the unmasked tokens, of which there are `tokens`. pg, kl and bonus (the entropy's) are
+// those of the loss: weighted, and divided by its divisor. Without rollout log-probabilities `w` is
+// `tokens`.
+struct PolicySums {
+  double pg, kl, bonus;
+  double low, high, dual, r, rr, x, k3, x_ref, k3_ref, entropy, w, tokens;
+  float r_min, r_max;
+};
+
+// The `fault` of a loss whose divisor is good: to add it changes no bit, not even the sign of a 0.
+constexpr double kNoFault = -0.0;
+
+// `fault` is added to all that the divisor does not reach: NaN where the divisor is none.
+RK_HD PolicyMetrics policy_metrics(const PolicyConfig& c, const PolicySums& s, double fault) {
+  const double n = s.tokens > 1.0 ? s.tokens : 1.0;
+  const bool some = s.tokens > 0.0;
+  // A term that is not part of the loss may be infinite.
+  double loss = s.pg;
+  if (c.kl_coef != 0.0f) loss += static_cast<double>(c.kl_coef) * s.kl;
+  if (c.entropy_coef != 0.0f) loss -= static_cast<double>(c.entropy_coef) * s.bonus;
+  // The minimum and the maximum may have stepped over a NaN; the sum has not.
+  const double lost = s.r - s.r + fault;
+  const auto mean = [&](double sum) { return static_cast<float>(sum / n + fault); };
+  PolicyMetrics m;
+  m.loss = static_cast<float>(loss);
+  m.pg_loss = static_cast<float>(s.pg);
+  m.kl_loss = static_cast<float>(s.kl);
+  m.entropy_loss = static_cast<float>(s.bonus);
+  m.clip_frac_low = mean(s.low);
+  m.clip_frac_high = mean(s.high);
+  m.dual_clip_frac = mean(s.dual);
+  m.ratio_mean = mean(s.r);
+  m.ratio_min = static_cast<float>((some ? s.r_min : 0.0) + lost);
+  m.ratio_max = static_cast<float>((some ? s.r_max : 0.0) + lost);
+  m.k1_old = mean(-s.x);
+  m.k3_old = mean(s.k3);
+  m.k1_ref = mean(s.x_ref);
+  m.k3_ref = mean(s.k3_ref);
+  m.entropy = mean(s.entropy);
+  m.ess = static_cast<float>((some ? s.r * s.r / (n * s.rr) : 0.0) + fault);
+  m.correction_mean = mean(s.w);
+  m.tokens = static_cast<float>(s.tokens + fault);
+  return m;
+}
+
+// Of the unmasked tokens: the loss, sums, and what returns and errors (return - value) vary by,
+// their sums of squared deviations.
+struct ValueTotals {
+  double loss, clipped, value, return_mean, return_m2, error_m2, tokens;
+};
+
+RK_HD ValueMetrics value_metrics(const ValueTotals& s, double fault) {
+  const double n = s.tokens > 1.0 ? s.tokens : 1.0;
+  // A NaN that is not under the mask shows.
+  const double explained =
+      s.return_m2 > 0.0 ? 1.0 - s.error_m2 / s.return_m2 : s.return_m2 - s.return_m2;
+  ValueMetrics m;
+  m.loss = static_cast<float>(s.loss);
+  m.clip_frac = static_cast<float>(s.clipped / n + fault);
+  m.value_mean = static_cast<float>(s.value / n + fault);
+  m.return_mean = static_cast<float>(s.return_mean + fault);
+  m.explained_variance = static_cast<float>(explained + fault);
+  m.tokens = static_cast<float>(s.tokens + fault);
+  return m;
 }
 
 }  // namespace

@@ -45,7 +45,7 @@ void bind_policy(pybind11::module_& m, Table table) {
                           normalizer,
                           policy_config(codes, params),
                           static_cast<float*>(loss.data),
-                          static_cast<float*>(metrics.data),
+                          static_cast<PolicyMetrics*>(metrics.data),
                           static_cast<float*>(scale.data),
                           grad_logprobs,
                           grad_entropy,

@@ -20,7 +20,7 @@ void bind_value(pybind11::module_& m, Table table) {
                                aggregation,
                                static_cast<float>(clip_range),
                                static_cast<float*>(loss.data),
-                               static_cast<float*>(metrics.data),
+                               static_cast<ValueMetrics*>(metrics.data),
                                static_cast<float*>(scale.data),
                                grad_values,
                                exec};

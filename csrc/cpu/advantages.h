@@ -1,4 +1,4 @@
-// Advantages: the scans of scan.h, whitening and group baselines.
+// Advantages: the scans of advantages_scan.h, whitening and group baselines.
 #pragma once
 
 namespace rk {

@@ -10,7 +10,7 @@
 #include "memory.h"
 #include "parallel.h"
 #include "vec.h"
-#include "../advantage_math.h"
+#include "../advantages_math.h"
 #include "../math.h"
 #include "../policy_math.h"
 
@@ -20,8 +20,8 @@
 #include "kl.h"
 #include "policy.h"
 #include "value.h"
-#include "recurrence.h"
-#include "scan.h"
+#include "advantages_recurrence.h"
+#include "advantages_scan.h"
 #include "advantages.h"
 
 namespace rk {

@@ -6,13 +6,6 @@
 namespace rk {
 namespace {
 
-// Sums over unmasked tokens; pg, kl and bonus are weighted as the aggregate asks.
-struct PolicySums {
-  double pg, kl, bonus;
-  double low, high, dual, r, rr, x, k3, x_ref, k3_ref, entropy, w, tokens;
-  float r_min, r_max;
-};
-
 // What a sequence gives its tokens.
 struct SequenceRatio {
   Ratio<float> ratio;
@@ -200,39 +193,6 @@ inline void add_pooled(const PolicyArgs& a, const Piece& p, float share) {
   });
 }
 
-inline void policy_metrics(const PolicyArgs& a, const PolicySums& s) {
-  const PolicyConfig& c = a.config;
-  const double n = s.tokens > 1.0 ? s.tokens : 1.0;
-  const bool any = s.tokens > 0.0;
-  double loss = s.pg;
-  if (c.kl_coef != 0.0f) loss += static_cast<double>(c.kl_coef) * s.kl;
-  if (c.entropy_coef != 0.0f) loss -= static_cast<double>(c.entropy_coef) * s.bonus;
-  // The vector minimum and maximum may step over a NaN; the sum does not.
-  const double poison = s.r - s.r;
-  const double values[kPolicyMetrics] = {
-      loss,
-      s.pg,
-      s.kl,
-      s.bonus,
-      s.low / n,
-      s.high / n,
-      s.dual / n,
-      s.r / n,
-      any ? s.r_min + poison : 0.0,
-      any ? s.r_max + poison : 0.0,
-      -s.x / n,
-      s.k3 / n,
-      s.x_ref / n,
-      s.k3_ref / n,
-      s.entropy / n,
-      any ? s.r * s.r / (n * s.rr) : 0.0,
-      a.rollout_logprobs.given ? s.w / n : (any ? 1.0 : 0.0),
-      s.tokens,
-  };
-  for (int i = 0; i < kPolicyMetrics; ++i) a.metrics[i] = static_cast<float>(values[i]);
-  *a.loss = a.metrics[0];
-}
-
 Status policy_loss(const PolicyArgs& a) {
   const LossTokens& t = a.tokens;
   const PolicyConfig& c = a.config;
@@ -313,7 +273,9 @@ Status policy_loss(const PolicyArgs& a) {
     sums.entropy += s.entropy, sums.w += s.w, sums.tokens += s.tokens;
     sums.r_min = min(s.r_min, sums.r_min), sums.r_max = max(s.r_max, sums.r_max);
   }
-  policy_metrics(a, sums);
+  if (!a.rollout_logprobs.given) sums.w = sums.tokens;
+  *a.metrics = policy_metrics(c, sums, kNoFault);
+  *a.loss = a.metrics->loss;
   return {};
 }
 

@@ -104,19 +104,10 @@ Status value_loss(const ValueArgs& a) {
     sums.target = merge_moments(sums.target, s.target);
     sums.error = merge_moments(sums.error, s.error);
   }
-  const double n = sums.target.count > 1.0 ? sums.target.count : 1.0;
-  const bool varies = sums.target.m2 > 0.0;
-  const double values[kValueMetrics] = {
-      sums.loss,
-      sums.clipped / n,
-      sums.value / n,
-      sums.target.mean,
-      // A NaN that is not under the mask shows.
-      varies ? 1.0 - sums.error.m2 / sums.target.m2 : sums.target.m2 - sums.target.m2,
-      sums.target.count,
-  };
-  for (int i = 0; i < kValueMetrics; ++i) a.metrics[i] = static_cast<float>(values[i]);
-  *a.loss = a.metrics[0];
+  const ValueTotals totals{sums.loss,      sums.clipped,  sums.value,       sums.target.mean,
+                           sums.target.m2, sums.error.m2, sums.target.count};
+  *a.metrics = value_metrics(totals, kNoFault);
+  *a.loss = a.metrics->loss;
   return {};
 }
 

@@ -9,7 +9,7 @@
 // Tiles are counted from the start of each sequence. Launches: scan alone where every row is one
 // tile; else aggregate before it, which finds the map of each tile, and scan composes those behind
 // its own. No block waits for another one. Rows of one short tile share a block.
-#include "../advantage_math.h"
+#include "../advantages_math.h"
 #include "../policy_math.h"
 #include "slots.cuh"
 

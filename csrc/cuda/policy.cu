@@ -10,7 +10,7 @@
 namespace rk::cuda {
 namespace {
 
-// Columns of the sums, in the order of the metrics.
+// Columns of the sums, in the order of PolicySums; then the slope of the sequence's ratio.
 enum : int {
   kPg,
   kKl,
@@ -203,32 +203,30 @@ __global__ void __launch_bounds__(kTokenThreads)
     r_min = Smaller{}(r_min, extremes[0][w]);
     r_max = Larger{}(r_max, extremes[1][w]);
   }
-  const double tokens = sums[kCount], n = tokens > 1.0 ? tokens : 1.0;
-  const bool some = tokens > 0.0;
+  const double tokens = sums[kCount];
   const double factor =
       loss_scale(a.normalizer, a.divisor, counted ? batch.sequences : tokens, batch.bad_offsets);
   *a.scale = static_cast<float>(factor);
+  const PolicySums total{sums[kPg] * factor,
+                         sums[kKl] * factor,
+                         sums[kBonus] * factor,
+                         sums[kLow],
+                         sums[kHigh],
+                         sums[kDual],
+                         sums[kR],
+                         sums[kRr],
+                         sums[kX],
+                         sums[kOldK3],
+                         sums[kXRef],
+                         sums[kRefK3],
+                         sums[kEntropy],
+                         sums[kW],
+                         tokens,
+                         r_min,
+                         r_max};
   // NaN where the factor is.
-  const double fault = factor - factor;
-  const double pg = sums[kPg] * factor, kl = sums[kKl] * factor, bonus = sums[kBonus] * factor;
-  // A term that is not part of the loss may be infinite.
-  double loss = pg;
-  if (a.config.kl_coef != 0.0f) loss += a.config.kl_coef * kl;
-  if (a.config.entropy_coef != 0.0f) loss -= a.config.entropy_coef * bonus;
-  // The minimum and the maximum may have stepped over a NaN.
-  const double r = sums[kR], lost = r - r + fault;
-  float* m = a.metrics;
-  *a.loss = m[0] = static_cast<float>(loss);
-  m[1] = static_cast<float>(pg), m[2] = static_cast<float>(kl), m[3] = static_cast<float>(bonus);
-  const auto mean = [&](int at, double sum) { m[at] = static_cast<float>(sum / n + fault); };
-  mean(4, sums[kLow]), mean(5, sums[kHigh]), mean(6, sums[kDual]), mean(7, r);
-  m[8] = static_cast<float>((some ? r_min : 0.0) + lost);
-  m[9] = static_cast<float>((some ? r_max : 0.0) + lost);
-  mean(10, -sums[kX]), mean(11, sums[kOldK3]), mean(12, sums[kXRef]), mean(13, sums[kRefK3]);
-  mean(14, sums[kEntropy]);
-  m[15] = static_cast<float>((some ? r * r / (n * sums[kRr]) : 0.0) + fault);
-  mean(16, sums[kW]);
-  m[17] = static_cast<float>(tokens + fault);
+  *a.metrics = policy_metrics(a.config, total, factor - factor);
+  *a.loss = a.metrics->loss;
 }
 
 // gradient * (scale * upstream) of up to two gradients.

@@ -105,18 +105,11 @@ __global__ void __launch_bounds__(kTokenThreads)
   const double factor =
       loss_scale(a.normalizer, a.divisor, counted ? batch.sequences : tokens, batch.bad_offsets);
   *a.scale = static_cast<float>(factor);
+  const ValueTotals total{sums[kLoss] * factor, sums[kClipped], sums[kValue], target_mean,
+                          squares[0],           squares[1],     tokens};
   // NaN where the factor is.
-  const double fault = factor - factor;
-  // A NaN that is not under the mask shows.
-  const double explained =
-      squares[0] > 0.0 ? 1.0 - squares[1] / squares[0] : squares[0] - squares[0];
-  float* m = a.metrics;
-  *a.loss = m[0] = static_cast<float>(sums[kLoss] * factor);
-  m[1] = static_cast<float>(sums[kClipped] / n + fault);
-  m[2] = static_cast<float>(sums[kValue] / n + fault);
-  m[3] = static_cast<float>(target_mean + fault);
-  m[4] = static_cast<float>(explained + fault);
-  m[5] = static_cast<float>(tokens + fault);
+  *a.metrics = value_metrics(total, factor - factor);
+  *a.loss = a.metrics->loss;
 }
 
 }  // namespace

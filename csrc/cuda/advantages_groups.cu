@@ -1,7 +1,7 @@
 // group_advantages: a warp to a group, found where the sorted ids change; fp64 throughout.
 //
 // A lane takes every 32nd member in the order of the group, so bits depend on the group alone.
-#include "../advantage_math.h"
+#include "../advantages_math.h"
 #include "common.cuh"
 
 namespace rk::cuda {

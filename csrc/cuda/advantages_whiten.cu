@@ -2,7 +2,7 @@
 //
 // A tile's moments are taken around its own mean, in fp64: a common offset costs nothing, and equal
 // elements have a variance of exactly zero.
-#include "../advantage_math.h"
+#include "../advantages_math.h"
 #include "common.cuh"
 
 namespace rk::cuda {
