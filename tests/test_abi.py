@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 import rlhf_kernels as rk
-from rlhf_kernels.config import policy
+from rlhf_kernels.config import metrics, policy
+from rlhf_kernels.core import enums
+from rlhf_kernels.kernels.native import boundary
 
 ABI = Path(rk.__file__).parent.parent / "csrc" / "abi.h"
 
@@ -52,3 +54,69 @@ def test_a_policy_config_is_encoded_under_the_right_names():
     bounds = rk.PolicyLossConfig(dual_clip=3.0, delta=2.0)._params
     assert (bounds.dual_clip, bounds.delta) == (3.0, 2.0)
     assert rk.PolicyLossConfig.ppo_penalty(penalty_coef=0.7)._params.penalty_coef == 0.7
+
+
+@pytest.mark.parametrize(
+    ("struct", "names"),
+    [("PolicyMetrics", metrics.POLICY_METRICS), ("ValueMetrics", metrics.VALUE_METRICS)],
+)
+def test_metrics_lie_in_the_order_of_their_names(struct, names):
+    assert fields(struct) == [("float", name) for name in names]
+
+
+# By enum of abi.h: the tuple of names, what the enum's own names have before and after each, and
+# the names of the same constants in the Triton kernels, which have less of it.
+ENUMS = {
+    "KlEstimator": (enums.PLAIN_KL_ESTIMATORS, "k", "", ""),
+    "Objective": (enums.OBJECTIVES, "k", "", ""),
+    "RatioLevel": (enums.RATIO_LEVELS, "k", "Ratio", "_RATIO"),
+    "CorrectionLevel": (enums.CORRECTION_CODES, "k", "Correction", "_CORRECTION"),
+    "CorrectionMode": (enums.CORRECTION_MODES, "k", "", ""),
+    "Aggregation": (enums.AGGREGATIONS, "k", "", ""),
+    "Baseline": (enums.BASELINES, "kBaseline", "", None),
+    "Scale": (enums.SCALES, "kScale", "", None),
+}
+
+
+def members(enum):
+    """{name: value} of an enum of abi.h."""
+    body = re.search(rf"enum {enum} : int32_t {{(.*?)}};", ABI.read_text(), re.DOTALL)[1]
+    found = re.findall(r"(\w+) = (\d+)", re.sub(r"//.*", "", body))
+    assert len(found) == body.count("=")
+    return {name: int(value) for name, value in found}
+
+
+@pytest.mark.parametrize("enum", ENUMS)
+def test_an_enum_has_the_names_of_its_tuple_in_order(enum):
+    names, before, after, _ = ENUMS[enum]
+    words = ["".join(map(str.capitalize, (n or "no").split("-"))) for n in names]
+    assert members(enum) == {f"{before}{word}{after}": i for i, word in enumerate(words)}
+
+
+def test_no_enum_of_choices_is_left_out():
+    found = set(re.findall(r"enum (\w+) :", ABI.read_text()))
+    assert found == {*ENUMS, "DType", "StatusCode"}
+
+
+def test_dtypes_and_status_codes_are_those_of_the_boundary():
+    dtypes = {f"k{str(t).removeprefix('torch.').capitalize()}": i
+              for t, i in boundary.DTYPE_CODES.items()}  # fmt: skip
+    assert {n.lower(): i for n, i in members("DType").items()} == {
+        n.lower(): i for n, i in dtypes.items()
+    }
+    for name, value in members("StatusCode").items():
+        constant = re.sub(r"(?<!^)(?=[A-Z])", "_", name.removeprefix("k")).upper()
+        assert getattr(boundary, constant) == value, name
+
+
+def test_the_triton_kernels_have_the_same_integers():
+    pytest.importorskip("triton")
+    from rlhf_kernels.kernels.triton import policy_math, value
+
+    for names, _, _, after in ENUMS.values():
+        if after is not None:
+            for i, name in enumerate(names):
+                constant = (name or "no").replace("-", "_").upper() + after
+                assert getattr(policy_math, constant).value == i, constant
+    for i, name in enumerate(metrics.VALUE_METRICS):
+        assert getattr(value, f"M_{name.upper()}").value == i, name

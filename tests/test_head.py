@@ -6,8 +6,8 @@ from head_bounds import HeadBounds, assert_all_within, logprobs_bounds, policy_b
 
 import rlhf_kernels as rk
 from rlhf_kernels import reference
+from rlhf_kernels.config.metrics import POLICY_METRICS
 from rlhf_kernels.core import checks
-from rlhf_kernels.reference.policy import METRICS
 from rlhf_kernels.testing import assert_bitwise_equal, generator, to_float64
 
 B, T, H, V = 3, 13, 24, 131
@@ -388,7 +388,7 @@ def test_without_old_logprobs_they_are_the_policys_own(backend, config):
     bounds = policy_bounds_of(leaves, (labels, own, *rest), constants, config=config)
     assert_all_within(actual, exact, bounds)
     # To the bit, whatever a product rounds to.
-    found = dict(zip(METRICS, actual[1].tolist(), strict=True))
+    found = dict(zip(POLICY_METRICS, actual[1].tolist(), strict=True))
     assert found["ratio_min"] == found["ratio_max"] == found["ratio_mean"] == 1
     assert found["k1_old"] == found["k3_old"] == found["clip_frac_low"] == 0
 

@@ -22,7 +22,7 @@ from policy_cases import (
 import rlhf_kernels as rk
 from rlhf_kernels import reference
 from rlhf_kernels.config import policy
-from rlhf_kernels.reference.policy import METRICS
+from rlhf_kernels.config.metrics import POLICY_METRICS
 from rlhf_kernels.testing import DTYPES, to_float64
 
 
@@ -33,7 +33,7 @@ def test_matches_fp64(backend, objective):
     for config in portion(backend, grid(objective), 0, 7):
         loss, metrics, g, g_entropy = check(args, options, config)
         assert abs(loss) > 1e-4 and g.abs().max() > 1e-5 and g_entropy.abs().max() > 1e-5
-        named = dict(zip(METRICS, metrics.tolist(), strict=True))
+        named = dict(zip(POLICY_METRICS, metrics.tolist(), strict=True))
         assert named["ratio_min"] < 0.9 and named["ratio_max"] > 1.1
         assert named["kl_loss"] != 0 and named["ess"] < 0.999
         if objective in ("clip", "cispo"):
@@ -200,7 +200,7 @@ def test_absolute_clip_bounds(backend):
     a = run(rk.policy_loss, args, options, config=absolute)
     r = run(rk.policy_loss, args, options, config=Config.cispo(clip_high=0.3))
     torch.testing.assert_close(a, r)
-    assert a[1][METRICS.index("clip_frac_high")] > 0.01
+    assert a[1][POLICY_METRICS.index("clip_frac_high")] > 0.01
 
 
 def test_on_policy_is_exact(backend):

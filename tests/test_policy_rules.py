@@ -23,9 +23,9 @@ from policy_cases import (
 import rlhf_kernels as rk
 from rlhf_kernels import reference
 from rlhf_kernels.config import policy as policy_config
+from rlhf_kernels.config.metrics import POLICY_METRICS
 from rlhf_kernels.core import env
 from rlhf_kernels.core.sequences import token_weights
-from rlhf_kernels.reference.policy import METRICS
 from rlhf_kernels.testing import DTYPES, assert_bitwise_equal, to_float64
 
 
@@ -266,9 +266,9 @@ def test_who_requires_grad(backend):
 def test_metrics(backend):
     args, options = make_inputs(4, 50)
     metrics = rk.policy_loss(*args, **options).metrics
-    assert tuple(metrics) == METRICS and metrics.tensor.shape == (len(METRICS),)
+    assert tuple(metrics) == POLICY_METRICS and metrics.tensor.shape == (len(POLICY_METRICS),)
     assert metrics.tensor.dtype is torch.float32 and not metrics.tensor.requires_grad
-    assert metrics.as_dict() == {name: metrics[name].item() for name in METRICS}
+    assert metrics.as_dict() == {name: metrics[name].item() for name in POLICY_METRICS}
     assert metrics["tokens"] == args[3].sum()
     bare = rk.policy_loss(*args).metrics
     assert bare["correction_mean"] == 1 and bare["entropy"] == 0 and bare["k3_ref"] == 0

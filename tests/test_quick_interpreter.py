@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from rlhf_kernels.kernels.triton._launch import INTERPRETED, kernel, launch
-from rlhf_kernels.kernels.triton._scan import ahead, ahead_both, ahead_cut
+from rlhf_kernels.kernels.triton.advantages_scan import ahead, ahead_both, ahead_cut
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="is about the interpreter")
 

@@ -120,10 +120,14 @@ LAUNCHES = {
     "discounted_returns": (["advantages.scan_kernel"], []),
     "ppo_advantages": (["advantages.scan_kernel"], []),
     "whiten": (
-        ["_moments.moments_kernel", "_moments.combine_kernel", "_moments.apply_kernel"],
+        [
+            "advantages_moments.moments_kernel",
+            "advantages_moments.combine_kernel",
+            "advantages_moments.apply_kernel",
+        ],
         [],
     ),
-    "group_advantages": (["_groups.group_kernel"], []),
+    "group_advantages": (["advantages_groups.group_kernel"], []),
     "policy_loss": (
         ["policy.policy_kernel", "policy.combine_kernel"],
         ["policy.backward_kernel"],
@@ -136,7 +140,7 @@ SCANS = ("gae", "discounted_returns", "ppo_advantages")
 def extras(op: str, name: str) -> tuple[list[str], list[str]]:
     """What the call `name` launches before and behind the kernels that `op` always launches."""
     if op == "group_advantages":
-        return [], ["_groups.batch_kernel"] if "scale=batch" in name else []
+        return [], ["advantages_groups.batch_kernel"] if "scale=batch" in name else []
     if op not in SCANS:
         return [], []
     # A row of several tiles, or rows of unknown length.
@@ -147,7 +151,7 @@ def extras(op: str, name: str) -> tuple[list[str], list[str]]:
     whitens = chosen[1] == "True" if chosen else default
     return (
         ["advantages.aggregate_kernel"] if several else [],
-        ["_moments.combine_kernel", "_moments.apply_kernel"] if whitens else [],
+        ["advantages_moments.combine_kernel", "advantages_moments.apply_kernel"] if whitens else [],
     )
 
 
@@ -308,8 +312,8 @@ class TestTraffic:
         assert (backward.bytes_read, backward.bytes_written) == (2100 * 12, 2100 * 4)
 
     def test_gae(self):
-        from rlhf_kernels.kernels.triton._scan import FIELDS
         from rlhf_kernels.kernels.triton.advantages import TILE
+        from rlhf_kernels.kernels.triton.advantages_scan import FIELDS
 
         rows, cols, tiles = 2, 2 * TILE + 22, 3
         rewards, values = torch.randn(rows, cols), torch.randn(rows, cols + 1)[:, 1:]
@@ -335,8 +339,8 @@ class TestTraffic:
         assert traffic.bytes_written == rows * cols * 8 + rows * (tiles - 1) * fields
 
     def test_discounted_returns(self):
-        from rlhf_kernels.kernels.triton._scan import FIELDS
         from rlhf_kernels.kernels.triton.advantages import TILE
+        from rlhf_kernels.kernels.triton.advantages_scan import FIELDS
 
         rows, cols = 2, 2 * TILE + 22
         rewards, mask = torch.randn(rows, cols), torch.rand(rows, cols) < 0.7

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 import rlhf_kernels as rk
 from rlhf_kernels import reference
-from rlhf_kernels.config.policy import AGGREGATIONS
+from rlhf_kernels.config.metrics import VALUE_METRICS
 from rlhf_kernels.core import env
+from rlhf_kernels.core.enums import AGGREGATIONS
 from rlhf_kernels.core.sequences import token_weights
-from rlhf_kernels.reference.value import METRICS
 from rlhf_kernels.testing import (
     DTYPES,
     assert_bitwise_equal,
@@ -66,7 +66,7 @@ def test_matches_fp64(backend, aggregation, clip_range, dtype):
         loss, metrics, gradient = check(args, clip_range=clip_range, **options)
         assert loss > 0.1 and gradient.abs().max() > 1e-5
         if clip_range and cols > 1:
-            assert metrics[METRICS.index("clip_frac")] > 0.1
+            assert metrics[VALUE_METRICS.index("clip_frac")] > 0.1
             assert gradient[args[3]].eq(0).any()
 
 
@@ -107,7 +107,7 @@ def test_against_a_scalar_loop(backend, aggregation, clip_range):
     )  # fmt: skip
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     torch.testing.assert_close(gradient, slopes)
-    named = dict(zip(METRICS, metrics.tolist(), strict=True))
+    named = dict(zip(VALUE_METRICS, metrics.tolist(), strict=True))
     n = len(kept)
     mean_v, mean_r = sum(a for a, _ in kept) / n, sum(b for _, b in kept) / n
     spread = sum((b - mean_r) ** 2 for _, b in kept)

@@ -4,18 +4,26 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
+from ..core.enums import (
+    AGGREGATIONS,
+    CORRECTION_CODES,
+    CORRECTION_LEVELS,
+    CORRECTION_MODES,
+    KL_ESTIMATORS,
+    OBJECTIVES,
+    PLAIN_KL_ESTIMATORS,
+    RATIO_LEVELS,
+    Aggregation,
+    CorrectionLevel,
+    CorrectionMode,
+    KlEstimator,
+    Objective,
+    RatioLevel,
+)
 from ..core.option_checks import shown
-from . import presets
-
-OBJECTIVES = ("clip", "penalty", "reinforce", "cispo", "sapo")
-RATIO_LEVELS = ("token", "sequence", "sequence-token")
-KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+")
-CORRECTION_LEVELS = ("token", "sequence")
-CORRECTION_MODES = ("truncate", "mask")
-AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant")
-
-# Of these, a code is the position: no correction is 0.
-CORRECTION_CODES = (None, *CORRECTION_LEVELS)
+from .parity.openrlhf import openrlhf
+from .parity.trl import trl
+from .parity.verl import verl
 
 #: exp() of a log-ratio saturates here whatever the options: the products of larger ratios would
 #: overflow fp32 and turn an advantage of 0 into NaN.
@@ -28,19 +36,19 @@ Clamp = float | tuple[float, float] | None
 
 
 class PolicyCodes(NamedTuple):
-    """The choices of a PolicyLossConfig as integers: each is a position in its tuple of names.
+    """The choices of a PolicyLossConfig as integers: positions in the tuples of core/enums.py.
 
     The operators take them as an int[] in this order, which is that of csrc/abi.h: PolicyCodes.
     """
 
     objective: int
     ratio_level: int
-    #: Position of the estimator without its "+".
+    #: In PLAIN_KL_ESTIMATORS: without its "+".
     kl_estimator: int
     #: 1 with a "+": the gradient is that of k2.
     kl_straight_through: int
     kl_importance_weighted: int
-    #: Position in CORRECTION_CODES.
+    #: In CORRECTION_CODES.
     correction_level: int
     correction_mode: int
     aggregation: int
@@ -141,8 +149,8 @@ class PolicyLossConfig:
             Pass the count of the whole step and micro-batches and ranks add up exactly.
     """
 
-    objective: str = "clip"
-    ratio_level: str = "token"
+    objective: Objective = "clip"
+    ratio_level: RatioLevel = "token"
     clip_low: float | None = 0.2
     clip_high: float | None = 0.2
     clip_absolute: bool = False
@@ -152,17 +160,17 @@ class PolicyLossConfig:
     sapo_tau_pos: float = 1.0
     sapo_tau_neg: float = 1.05
     kl_coef: float = 0.0
-    kl_estimator: str = "k3"
+    kl_estimator: KlEstimator = "k3"
     kl_input_clamp: Clamp = None
     kl_value_clamp: float | None = None
     kl_importance_weighted: bool = False
     entropy_coef: float = 0.0
-    correction_level: str | None = None
-    correction_mode: str = "truncate"
+    correction_level: CorrectionLevel | None = None
+    correction_mode: CorrectionMode = "truncate"
     correction_min: float | None = None
     correction_max: float | None = None
     log_ratio_clamp: Clamp = 20.0
-    aggregation: str = "token-mean"
+    aggregation: Aggregation = "token-mean"
     normalizer: float | None = None
 
     def __post_init__(self) -> None:
@@ -283,7 +291,7 @@ class PolicyLossConfig:
         return PolicyCodes(
             objective=OBJECTIVES.index(self.objective),
             ratio_level=RATIO_LEVELS.index(self.ratio_level),
-            kl_estimator=KL_ESTIMATORS.index(self.kl_estimator.removesuffix("+")),
+            kl_estimator=PLAIN_KL_ESTIMATORS.index(self.kl_estimator.removesuffix("+")),
             kl_straight_through=int(self.kl_estimator.endswith("+")),
             kl_importance_weighted=int(self.kl_importance_weighted),
             correction_level=CORRECTION_CODES.index(self.correction_level),
@@ -389,6 +397,6 @@ class PolicyLossConfig:
         """RLOO, Ahmadian et al. 2024 (arXiv:2402.14740): -A log p(sequence), mean of sequences."""
         return cls(**{"objective": "reinforce", "aggregation": "seq-mean-token-sum"} | options)
 
-    trl = classmethod(presets.trl)
-    verl = classmethod(presets.verl)
-    openrlhf = classmethod(presets.openrlhf)
+    trl = classmethod(trl)
+    verl = classmethod(verl)
+    openrlhf = classmethod(openrlhf)

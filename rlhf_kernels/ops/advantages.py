@@ -10,13 +10,9 @@ from torch import Tensor
 
 from .. import reference
 from ..core import checks, option_checks
+from ..core.enums import BASELINES, MASKED_STEPS, PLAIN_KL_ESTIMATORS, SCALES
 from ..kernels import backends
 from ._operator import define
-
-_MASKED = ("carry", "zero")
-_ESTIMATORS = ("k1", "k2", "k3", "abs")
-_BASELINES = ("mean", "leave-one-out", "greedy", "none")
-_SCALES = ("group", "batch", "none")
 
 
 def _fp32(like: Tensor) -> Tensor:
@@ -123,7 +119,7 @@ def _check_scan(
                 )
             checks.same_device(op, name, t, like, first.device)
         found.append(t)
-    option_checks.one_of(op, "masked", masked, _MASKED)
+    option_checks.one_of(op, "masked", masked, MASKED_STEPS)
     return *found, *(option_checks.rate(op, name, value) for name, value in rates.items())
 
 
@@ -315,7 +311,7 @@ def ppo_advantages(
     )  # fmt: skip
     whiten = option_checks.flag(op, "whiten", whiten)
     kl_coef = option_checks.number(op, "kl_coef", kl_coef)
-    option_checks.one_of(op, "kl_estimator", kl_estimator, _ESTIMATORS)
+    option_checks.one_of(op, "kl_estimator", kl_estimator, PLAIN_KL_ESTIMATORS)
     if reward_clip is not None:
         reward_clip = option_checks.positive(op, "reward_clip", reward_clip)
     backend = backends.select(op, logprobs.device)
@@ -389,8 +385,8 @@ def group_advantages(
     rewards = _of_sequences(op, "rewards", rewards)
     if rewards.dim() != 1:
         raise ValueError(f"{op}: rewards must be [B], got {tuple(rewards.shape)}")
-    option_checks.one_of(op, "baseline", baseline, _BASELINES)
-    option_checks.one_of(op, "scale", scale, _SCALES)
+    option_checks.one_of(op, "baseline", baseline, BASELINES)
+    option_checks.one_of(op, "scale", scale, SCALES)
     eps = option_checks.non_negative(op, "eps", eps)
     if isinstance(groups, Tensor) and groups.dim() > 0:
         checks.integers(op, "groups", groups)

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from .. import reference
 from ..core import checks, option_checks, temperature_rules
+from ..core.enums import DIRECTIONS, KL_ESTIMATORS
 from ..kernels import backends
 from ._operator import define, once_differentiable, remember
-
-ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+")
 
 _divergence = define(
     "kl_divergence",
@@ -112,7 +111,7 @@ def kl_divergence(
     checks.same_shape(op, "ref_logits", ref_logits, "logits", logits.shape)
     checks.same_device(op, "ref_logits", ref_logits, "logits", logits.device)
     checks.same_dtype(op, "ref_logits", ref_logits, "logits", logits.dtype)
-    option_checks.one_of(op, "direction", direction, ("reverse", "forward"))
+    option_checks.one_of(op, "direction", direction, DIRECTIONS)
     temperature = option_checks.positive(op, "temperature", temperature)
     temperature_rules.check(op, temperature)
     backend = backends.select(op, logits.device)
@@ -151,7 +150,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1")
     checks.floating(op, "ref_logprobs", ref_logprobs, double=True)
     checks.same_shape(op, "ref_logprobs", ref_logprobs, "logprobs", logprobs.shape)
     checks.same_device(op, "ref_logprobs", ref_logprobs, "logprobs", logprobs.device)
-    option_checks.one_of(op, "estimator", estimator, ESTIMATORS)
+    option_checks.one_of(op, "estimator", estimator, KL_ESTIMATORS)
     backend = backends.select(op, logprobs.device)
     if backend == backends.REFERENCE:
         return reference.kl_penalty(logprobs, ref_logprobs, estimator=estimator)

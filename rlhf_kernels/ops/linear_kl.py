@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..core import checks, option_checks, temperature_rules
+from ..core.enums import DIRECTIONS
 from ..head import kl as head
 from ..kernels import backends
 from ._heads import check_chunk, check_head, check_ref_head
@@ -107,7 +108,7 @@ def linear_kl_divergence(
         mask = checks.mask(op, "mask", mask)
         checks.same_shape(op, "mask", mask, "hidden without H", hidden.shape[:-1])
         checks.same_device(op, "mask", mask, "hidden", hidden.device)
-    option_checks.one_of(op, "direction", direction, ("reverse", "forward"))
+    option_checks.one_of(op, "direction", direction, DIRECTIONS)
     temperature = option_checks.positive(op, "temperature", temperature)
     logit_scale = option_checks.positive(op, "logit_scale", logit_scale)
     temperature_rules.check(op, temperature, None, logit_scale)

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..config.metrics import POLICY_METRICS
 from ..config.policy import PolicyLossConfig
 from ..core import checks, groups
 from ..head import policy as head
 from ..head import shard
 from ..kernels import backends
-from ..reference.policy import METRICS
 from ._heads import check_chunk, check_head, check_ref_head
 from ._operator import define, head_gradients_fake, once_differentiable, remember
 from .policy import (
@@ -33,7 +33,7 @@ def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tu
         g.new_empty(g.shape, dtype=late(g.dtype)) if need else g
         for g, need in zip(found, needs, strict=True)
     )
-    return scalar, scalar.new_empty((len(METRICS),)), *kept
+    return scalar, scalar.new_empty((len(POLICY_METRICS),)), *kept
 
 
 _ARGS = (

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..config.metrics import POLICY_METRICS
 from ..config.policy import PolicyLossConfig
 from ..core import checks, tracing
 from ..kernels import backends
-from ..reference.policy import METRICS
 from ._metrics import Metrics, register_metrics
 from ._operator import define, once_differentiable, remember
 
@@ -34,7 +34,7 @@ def _forward_fake(
     scalar = logprobs.new_empty((), dtype=torch.float32)
     return (
         scalar,
-        scalar.new_empty((len(METRICS),)),
+        scalar.new_empty((len(POLICY_METRICS),)),
         gradient_fake(logprobs, grad, backend),
         gradient_fake(entropy if entropy_grad else logprobs, entropy_grad, backend),
         scale_fake(logprobs, backend),
@@ -142,7 +142,7 @@ class PolicyMetrics(Metrics):
     tokens: unmasked tokens.
     """
 
-    _names = METRICS
+    _names = POLICY_METRICS
 
 
 register_metrics(PolicyMetrics)

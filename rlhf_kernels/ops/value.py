@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..config.policy import AGGREGATIONS
+from ..config.metrics import VALUE_METRICS
 from ..core import checks, option_checks
+from ..core.enums import AGGREGATIONS
 from ..kernels import backends
-from ..reference.value import METRICS
 from ._metrics import Metrics, register_metrics
 from ._operator import define, once_differentiable, remember
 from .policy import gradient_fake, scale_fake, scaled
@@ -23,7 +23,7 @@ def _forward_fake(
     scalar = values.new_empty((), dtype=torch.float32)
     return (
         scalar,
-        scalar.new_empty((len(METRICS),)),
+        scalar.new_empty((len(VALUE_METRICS),)),
         gradient_fake(values, grad, backend),
         scale_fake(values, backend),
     )
@@ -71,7 +71,7 @@ class ValueMetrics(Metrics):
     tokens: unmasked tokens.
     """
 
-    _names = METRICS
+    _names = VALUE_METRICS
 
 
 register_metrics(ValueMetrics)

@@ -13,14 +13,6 @@ from .kl import Sloped, kl_estimate
 # csrc/policy_math.h: kLogWeightBound.
 LOG_WEIGHT_BOUND = 1e30
 
-METRICS = (
-    *("loss", "pg_loss", "kl_loss", "entropy_loss"),
-    *("clip_frac_low", "clip_frac_high", "dual_clip_frac"),
-    *("ratio_mean", "ratio_min", "ratio_max"),
-    *("k1_old", "k3_old", "k1_ref", "k3_ref"),
-    *("entropy", "ess", "correction_mean", "tokens"),
-)
-
 
 def kl_term(x: Tensor, config: PolicyLossConfig) -> Tensor:
     """The KL estimate of config from x = logprob - ref."""
@@ -115,7 +107,7 @@ def policy_loss(
         config: options.
 
     Returns:
-        (loss, metrics in the order of METRICS).
+        (loss, metrics in the order of POLICY_METRICS).
     """
     mask = mask != 0
 

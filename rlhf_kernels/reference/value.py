@@ -6,8 +6,6 @@ from torch import Tensor
 from ..core.sequences import token_weights
 from ._common import compute
 
-METRICS = ("loss", "clip_frac", "value_mean", "return_mean", "explained_variance", "tokens")
-
 
 def value_loss(
     values: Tensor,
@@ -33,7 +31,7 @@ def value_loss(
         normalizer: as in PolicyLossConfig.
 
     Returns:
-        (loss, metrics in the order of METRICS).
+        (loss, metrics in the order of VALUE_METRICS).
     """
     mask = mask != 0
     v = torch.where(mask, compute(values), 0)

@@ -7,12 +7,9 @@ import torch
 from torch import Tensor
 
 from ...core import checks, env
+from ...core.enums import BASELINES, PLAIN_KL_ESTIMATORS, SCALES
 from . import boundary as b
 
-# csrc/abi.h: KlEstimator, Baseline, Scale
-_ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
-_BASELINES = {"mean": 0, "leave-one-out": 1, "greedy": 2, "none": 3}
-_SCALES = {"group": 0, "batch": 1, "none": 2}
 # csrc/abi.h: GaeArgs. The workspace holds three doubles a chunk, and three more for a GPU.
 _CHUNK_TOKENS = 2048
 # Added to the variance by `whiten=True`, as by `whiten` and verl.
@@ -91,9 +88,10 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         code, position = extension.gae(
             *b.grid(like.shape), sequences, b.pack(offsets), b.pack(rewards),
             b.pack(values), b.pack(mask), b.pack(dones), b.pack(bootstrap_values), b.pack(scores),
-            b.pack(logprobs), b.pack(ref_logprobs), kl_coef, _ESTIMATORS[kl_estimator],
-            0.0 if reward_clip is None else reward_clip, gamma, lam, masked == "carry", whiten,
-            b.pack(advantages), b.pack(returns), b.pack(shaped), b.pack(moments), _WHITEN_EPS,
+            b.pack(logprobs), b.pack(ref_logprobs), kl_coef,
+            PLAIN_KL_ESTIMATORS.index(kl_estimator), 0.0 if reward_clip is None else reward_clip,
+            gamma, lam, masked == "carry", whiten, b.pack(advantages), b.pack(returns),
+            b.pack(shaped), b.pack(moments), _WHITEN_EPS,
             where(like, "gae", sequences, like.shape[-1], cu_seqlens is not None),
         )  # fmt: skip
         if code == b.BAD_OFFSETS:
@@ -186,7 +184,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         rewards, greedy_rewards = b.as_grid(rewards), b.as_grid(greedy_rewards)
         code, _ = extension.group_advantages(
             rewards.numel(), b.pack(rewards), b.pack(greedy_rewards), b.pack(order),
-            b.pack(sorted_ids), group_size, _BASELINES[baseline], _SCALES[scale], eps,
+            b.pack(sorted_ids), group_size, BASELINES.index(baseline), SCALES.index(scale), eps,
             b.pack(work), b.pack(out), where(rewards),
         )  # fmt: skip
         if code == b.OUT_OF_MEMORY:

@@ -6,10 +6,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ...core.enums import PLAIN_KL_ESTIMATORS
 from . import boundary as b
-
-# csrc/abi.h: KlEstimator
-_ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
 
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
@@ -65,7 +63,8 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             logprobs, ref_logprobs = b.as_grid(logprobs), b.as_grid(ref_logprobs)
             extension.kl_penalty(
                 *b.grid(out.shape), b.pack(logprobs), b.pack(ref_logprobs),
-                _ESTIMATORS[estimator.removesuffix("+")], b.pack(out), where(logprobs),
+                PLAIN_KL_ESTIMATORS.index(estimator.removesuffix("+")), b.pack(out),
+                where(logprobs),
             )  # fmt: skip
         return out
 
@@ -78,8 +77,8 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             grad = b.as_grid(grad, torch.float32)
             extension.kl_penalty_backward(
                 *b.grid(out.shape), b.pack(logprobs), b.pack(ref_logprobs),
-                _ESTIMATORS[estimator.removesuffix("+")], estimator.endswith("+"), b.pack(grad),
-                b.pack(out), where(logprobs),
+                PLAIN_KL_ESTIMATORS.index(estimator.removesuffix("+")), estimator.endswith("+"),
+                b.pack(grad), b.pack(out), where(logprobs),
             )  # fmt: skip
         return out
 

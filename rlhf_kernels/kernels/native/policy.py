@@ -6,11 +6,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ...config.metrics import POLICY_METRICS
 from ...core import checks, env
 from . import boundary as b
-
-# csrc/abi.h: kPolicyMetrics
-_METRICS = 18
 
 
 def mask_grid(mask: Tensor) -> Tensor:
@@ -110,7 +108,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         entropy_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         op = "policy_loss"
-        loss, metrics, scale = outputs(logprobs, _METRICS, gpu)
+        loss, metrics, scale = outputs(logprobs, len(POLICY_METRICS), gpu)
         policy_grad = gradient(logprobs, grad, gpu)
         bonus = gradient(entropy if entropy_grad else logprobs, entropy_grad, gpu)
         divisor, normalizer = divisor_on(op, logprobs, normalizer, divisor, gpu)

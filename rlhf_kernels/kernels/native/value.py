@@ -5,11 +5,9 @@ from types import ModuleType
 
 from torch import Tensor
 
+from ...config.metrics import VALUE_METRICS
 from . import boundary as b
 from . import policy
-
-# csrc/abi.h: kValueMetrics
-_METRICS = 6
 
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
@@ -29,7 +27,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         op = "value_loss"
-        loss, metrics, scale = policy.outputs(values, _METRICS, gpu)
+        loss, metrics, scale = policy.outputs(values, len(VALUE_METRICS), gpu)
         gradient = policy.gradient(values, grad, gpu)
         divisor, normalizer = policy.divisor_on(op, values, normalizer, divisor, gpu)
         tokens = policy.sequences(op, values, cu_seqlens, gpu)

@@ -17,15 +17,15 @@ from ...core import checks, env
 from ...core.layout import as_grid, grid_strides
 from ._launch import INTERPRETED, kernel, tile_count
 from ._math import tree_sum
-from ._policy_math import log_weight
+from .policy_math import SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, log_weight
 
 # Tokens of a program, 4 a thread.
 TILE = 1024
 WARPS = 8
 # The first rows of the scratch [rows, slots], of statistics_kernel.
 TOKENS, LOG_RATIO, LOG_WEIGHT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-# Aggregations whose implied divisor is the number of sequences with a token: config/policy.py.
-SEQUENCE_COUNTS = (1, 2)
+# Aggregations whose implied divisor is the number of sequences with a token.
+SEQUENCE_COUNTS = (SEQ_MEAN_TOKEN_MEAN.value, SEQ_MEAN_TOKEN_SUM.value)
 # Slots that the combining program takes at a time. The interpreter scans element by element; and
 # with few, small tests have several groups.
 GROUP = 16 if INTERPRETED else 256

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from ...core import checks, env
 from ...core.layout import as_grid, grid_strides
-from ._groups import group_advantages
 from ._launch import INTERPRETED, kernel, launch, tile_count
 from ._math import scalar
-from ._moments import apply_moments, merge_moments, store_moments, whiten
-from ._scan import (
+from .advantages_groups import group_advantages
+from .advantages_moments import apply_moments, merge_moments, store_moments, whiten
+from .advantages_scan import (
     CUT,
     FIELDS,
     ahead_both,

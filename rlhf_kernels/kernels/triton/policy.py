@@ -19,25 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...config.metrics import POLICY_METRICS
 from ...config.policy import PolicyCodes, PolicyParams
 from ...core.layout import materialized
 from . import _tokens as t
 from ._launch import kernel, launch, tile_count
 from ._math import scalar
-from ._policy_math import (
-    NO_CORRECTION,
-    PENALTY,
-    SEQ_MEAN_TOKEN_MEAN,
-    SEQUENCE_CORRECTION,
-    SEQUENCE_RATIO,
-    TOKEN_RATIO,
-    correction_weight,
-    log_weight,
-    policy_kl,
-    policy_objective,
-    policy_ratio,
-    within,
-)
 from ._tokens import (
     LOG_RATIO,
     LOG_WEIGHT,
@@ -56,9 +43,30 @@ from ._tokens import (
     slot_tile,
     tile_tokens,
 )
+from .policy_math import (
+    NO_CORRECTION,
+    PENALTY,
+    SEQ_MEAN_TOKEN_MEAN,
+    SEQUENCE_CORRECTION,
+    SEQUENCE_RATIO,
+    TOKEN_RATIO,
+    correction_weight,
+    log_weight,
+    policy_kl,
+    policy_objective,
+    policy_ratio,
+    within,
+)
 
-# reference/policy.py: METRICS
-METRICS = 18
+# Where the metrics lie that a kernel stores, or the first of several that follow each other.
+_slot = POLICY_METRICS.index
+LOSS, PG_LOSS = tl.constexpr(_slot("loss")), tl.constexpr(_slot("pg_loss"))
+KL_LOSS, ENTROPY_LOSS = tl.constexpr(_slot("kl_loss")), tl.constexpr(_slot("entropy_loss"))
+CLIP_FRACTIONS, RATIO_MEAN = tl.constexpr(_slot("clip_frac_low")), tl.constexpr(_slot("ratio_mean"))
+RATIO_MIN, RATIO_MAX = tl.constexpr(_slot("ratio_min")), tl.constexpr(_slot("ratio_max"))
+K1_OLD, OTHER_MEANS = tl.constexpr(_slot("k1_old")), tl.constexpr(_slot("k3_old"))
+ESS, CORRECTION_MEAN = tl.constexpr(_slot("ess")), tl.constexpr(_slot("correction_mean"))
+TOKEN_COUNT = tl.constexpr(_slot("tokens"))
 # Rows of the scratch [ROWS, slots] after the statistics: the sums that policy_kernel names, and
 # which tile of its sequence the slot is.
 SUMS = tl.constexpr(16)
@@ -254,24 +262,24 @@ def combine_kernel(
     if ROLLOUT:
         w = pick(sums, 13, SUMS) * share
     tl.store(loss, value.to(tl.float32))
-    tl.store(metrics, value.to(tl.float32))
-    tl.store(metrics + 1, pg.to(tl.float32))
-    tl.store(metrics + 2, kl.to(tl.float32))
-    tl.store(metrics + 3, bonus.to(tl.float32))
+    tl.store(metrics + LOSS, value.to(tl.float32))
+    tl.store(metrics + PG_LOSS, pg.to(tl.float32))
+    tl.store(metrics + KL_LOSS, kl.to(tl.float32))
+    tl.store(metrics + ENTROPY_LOSS, bonus.to(tl.float32))
     for j in tl.static_range(3):
         fraction = pick(sums, 3 + j, SUMS) * share + fault
-        tl.store(metrics + 4 + j, fraction.to(tl.float32))
-    tl.store(metrics + 7, (r * share + fault).to(tl.float32))
-    tl.store(metrics + 8, tl.where(some, low, 0.0) + fault.to(tl.float32))
-    tl.store(metrics + 9, tl.where(some, high, 0.0) + fault.to(tl.float32))
-    tl.store(metrics + 10, (fault - pick(sums, 8, SUMS) * share).to(tl.float32))
+        tl.store(metrics + CLIP_FRACTIONS + j, fraction.to(tl.float32))
+    tl.store(metrics + RATIO_MEAN, (r * share + fault).to(tl.float32))
+    tl.store(metrics + RATIO_MIN, tl.where(some, low, 0.0) + fault.to(tl.float32))
+    tl.store(metrics + RATIO_MAX, tl.where(some, high, 0.0) + fault.to(tl.float32))
+    tl.store(metrics + K1_OLD, (fault - pick(sums, 8, SUMS) * share).to(tl.float32))
     for j in tl.static_range(4):
         mean = pick(sums, 9 + j, SUMS) * share + fault
-        tl.store(metrics + 11 + j, mean.to(tl.float32))
+        tl.store(metrics + OTHER_MEANS + j, mean.to(tl.float32))
     size = tl.where(some, r * r / tl.where(some, n * rr, 1.0), 0.0)
-    tl.store(metrics + 15, (size + fault).to(tl.float32))
-    tl.store(metrics + 16, (w + fault).to(tl.float32))
-    tl.store(metrics + 17, (tokens + fault).to(tl.float32))
+    tl.store(metrics + ESS, (size + fault).to(tl.float32))
+    tl.store(metrics + CORRECTION_MEAN, (w + fault).to(tl.float32))
+    tl.store(metrics + TOKEN_COUNT, (tokens + fault).to(tl.float32))
 
 
 def policy_loss(
@@ -295,7 +303,7 @@ def policy_loss(
     normalizer, divisor = t.divisor_on(op, logprobs.device, normalizer, divisor)
     codes, c = PolicyCodes(*codes), PolicyParams(*params)
     slots = t.slot_count(shape, cu_seqlens)
-    loss, metrics, scale, partials = t.outputs(logprobs, METRICS, ROWS * slots)
+    loss, metrics, scale, partials = t.outputs(logprobs, len(POLICY_METRICS), ROWS * slots)
     gradient = loss.new_empty(shape if grad else 0)
     bonus = loss.new_empty(shape if entropy_grad else 0)
     tokens = t.sequences(shape, cu_seqlens)

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import triton.language as tl
 from torch import Tensor
 
+from ...config.metrics import VALUE_METRICS
 from . import _tokens as t
 from ._launch import kernel, launch
 from ._math import scalar
-from ._policy_math import SEQ_MEAN_TOKEN_MEAN, value_term
 from ._tokens import (
     TOKENS,
     UNROLL,
@@ -30,9 +30,12 @@ from ._tokens import (
     slot_tile,
     tile_tokens,
 )
+from .policy_math import SEQ_MEAN_TOKEN_MEAN, value_term
 
-# reference/value.py: METRICS
-METRICS = 6
+# Where the metrics lie.
+M_LOSS, M_CLIP_FRAC, M_VALUE_MEAN, M_RETURN_MEAN, M_EXPLAINED_VARIANCE, M_TOKENS = (
+    tl.constexpr(i) for i in range(len(VALUE_METRICS))
+)
 # Rows of the scratch [ROWS, slots] after the statistics: sums; mean and sum of squared deviations
 # of the returns and of the errors; which tile of its sequence the slot is.
 LOSS, CLIPPED, VALUE, COUNT = (tl.constexpr(i) for i in range(3, 7))
@@ -158,12 +161,12 @@ def combine_kernel(
     value = (pick(sums, 0, 8) * factor).to(tl.float32)
     tl.store(scale, factor.to(tl.float32))
     tl.store(loss, value)
-    tl.store(metrics, value)
-    tl.store(metrics + 1, (pick(sums, 1, 8) * share + fault).to(tl.float32))
-    tl.store(metrics + 2, (pick(sums, 2, 8) * share + fault).to(tl.float32))
-    tl.store(metrics + 3, (target_mean + fault).to(tl.float32))
-    tl.store(metrics + 4, (explained + fault).to(tl.float32))
-    tl.store(metrics + 5, (tokens + fault).to(tl.float32))
+    tl.store(metrics + M_LOSS, value)
+    tl.store(metrics + M_CLIP_FRAC, (pick(sums, 1, 8) * share + fault).to(tl.float32))
+    tl.store(metrics + M_VALUE_MEAN, (pick(sums, 2, 8) * share + fault).to(tl.float32))
+    tl.store(metrics + M_RETURN_MEAN, (target_mean + fault).to(tl.float32))
+    tl.store(metrics + M_EXPLAINED_VARIANCE, (explained + fault).to(tl.float32))
+    tl.store(metrics + M_TOKENS, (tokens + fault).to(tl.float32))
 
 
 def value_loss(
@@ -182,7 +185,7 @@ def value_loss(
     t.check(op, cu_seqlens, shape[0], normalizer)
     normalizer, divisor = t.divisor_on(op, values.device, normalizer, divisor)
     slots = t.slot_count(shape, cu_seqlens)
-    loss, metrics, scale, partials = t.outputs(values, METRICS, ROWS * slots)
+    loss, metrics, scale, partials = t.outputs(values, len(VALUE_METRICS), ROWS * slots)
     gradient = loss.new_empty(shape if grad else 0)
     tokens = t.sequences(shape, cu_seqlens)
     offsets = cu_seqlens.contiguous() if packed else None

@@ -4,18 +4,27 @@ Comparisons are written so that a NaN stays: it fails them, and the value that m
 `c` is the PolicyParams of a PolicyLossConfig, whose fields a kernel reads by name.
 """
 
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
 
+from ...core import enums
 from ._math import exp_parts
 
-# Codes of PolicyLossConfig, as in csrc/abi.h.
-CLIP, PENALTY, REINFORCE, CISPO, SAPO = (tl.constexpr(i) for i in range(5))
-TOKEN_RATIO, SEQUENCE_RATIO, SEQUENCE_TOKEN_RATIO = (tl.constexpr(i) for i in range(3))
-K1, K2, K3, ABS = (tl.constexpr(i) for i in range(4))
-NO_CORRECTION, TOKEN_CORRECTION, SEQUENCE_CORRECTION = (tl.constexpr(i) for i in range(3))
-TRUNCATE, MASK = (tl.constexpr(i) for i in range(2))
-TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, CONSTANT = (tl.constexpr(i) for i in range(4))
+
+def _codes(names: tuple[object, ...]) -> Iterator[tl.constexpr]:
+    """The integer of each name of core/enums.py, for kernels."""
+    return (tl.constexpr(i) for i in range(len(names)))
+
+
+# PolicyCodes: names and order are those of core/enums.py.
+CLIP, PENALTY, REINFORCE, CISPO, SAPO = _codes(enums.OBJECTIVES)
+TOKEN_RATIO, SEQUENCE_RATIO, SEQUENCE_TOKEN_RATIO = _codes(enums.RATIO_LEVELS)
+K1, K2, K3, ABS = _codes(enums.PLAIN_KL_ESTIMATORS)
+NO_CORRECTION, TOKEN_CORRECTION, SEQUENCE_CORRECTION = _codes(enums.CORRECTION_CODES)
+TRUNCATE, MASK = _codes(enums.CORRECTION_MODES)
+TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, CONSTANT = _codes(enums.AGGREGATIONS)
 # exp(x) saturates at +-40 in every use: LOG_RATIO_BOUND of config/policy.py.
 BOUND = tl.constexpr(40.0)
 

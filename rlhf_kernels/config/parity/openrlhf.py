@@ -1,0 +1,123 @@
+"""OpenRLHF's policy losses.
+
+The advantages that go with them:
+
+    gae                   gae(..., mask=m, masked="zero"), then
+                          whiten(advantages, m, unbiased=False, eps=0)
+    reinforce             discounted_returns(rewards, mask=m, masked="zero", gamma=gamma), then the
+                          same whitening
+    reinforce_baseline    group_advantages(r, G, scale="none") per token, less KL to go, then the
+                          same whitening
+    group_norm            group_advantages(r, G, eps=1e-9)
+
+OpenRLHF bounds the variance from below by 1e-8 where eps is added here; with eps=0 both agree above
+it.
+"""
+
+import math
+from typing import Any
+
+from ._common import Config, inexpressible, one_of
+
+
+def openrlhf(
+    cls: type[Config],
+    policy_loss_type: str = "ppo",
+    *,
+    clip_eps_low: float = 0.2,
+    clip_eps_high: float = 0.2,
+    dual_clip: float | None = None,
+    token_level_loss: bool = True,
+    is_correction_level: str = "off",
+    is_correction_mode: str = "mask",
+    is_correction_gating: str = "ratio",
+    is_correction_threshold: tuple[float, float] = (0.5, 5.0),
+    kl_use_loss: bool = False,
+    kl_init_coef: float = 0.01,
+    kl_estimator: str = "k1",
+    kl_unbiased_gradient: bool = False,
+    entropy_coef: float | None = None,
+    **options: Any,
+) -> Config:
+    """The actor's loss of OpenRLHF; names and defaults of its PolicyLoss and of its flags
+    --algo.kl.* (kl_*) and --actor.entropy_coef. Checked against 0.11.2.
+
+    Log-ratio clamped to +-20 (gspo: not at all); the KL estimate clamped to +-10, k3 with its input
+    at least -10. gspo always averages by sequence. OpenRLHF's clip_ratio is clip_frac_low +
+    clip_frac_high here, its ppo_kl k1_old.
+
+    The normalizer, dp_size being the number of ranks over which gradients are averaged:
+    batch_num_tokens / dp_size with token_level_loss, else global_batch_size / dp_size.
+
+    Args:
+        cls: PolicyLossConfig.
+        policy_loss_type: "ppo" or "gspo".
+        clip_eps_low: lower clip distance.
+        clip_eps_high: upper clip distance.
+        dual_clip: c > 1, or None.
+        token_level_loss: mean over tokens; else mean over sequences of their means.
+        is_correction_level: "off" or "token". With gspo, whose ratio OpenRLHF then takes to the
+            rollout, "off": pass the rollout's logprobs as old_logprobs.
+        is_correction_mode: "mask" (weights outside the threshold become 0) or "clip".
+        is_correction_gating: "ratio".
+        is_correction_threshold: (low, high).
+        kl_use_loss: add the KL to the reference policy to the loss.
+        kl_init_coef: its weight; follow a controller with dataclasses.replace(config, kl_coef=...).
+        kl_estimator: k1, k2 or k3.
+        kl_unbiased_gradient: not expressible: its weight is the capped, detached ratio. Where
+            old_logprobs equal logprobs, dataclasses.replace(config, kl_estimator="k3+") is it.
+        entropy_coef: weight of the entropy bonus; None is 0.
+        **options: any field of PolicyLossConfig, over all this.
+
+    Returns:
+        PolicyLossConfig.
+
+    Raises:
+        ValueError: an unknown option, or one that cannot be expressed (sequence-level correction,
+            divergence gating, unbiased KL gradient, KL or entropy beside means by sequence).
+    """
+    one_of("openrlhf", "policy_loss_type", policy_loss_type, ("ppo", "gspo"))
+    one_of("openrlhf", "is_correction_level", is_correction_level, ("off", "token", "seq"))
+    one_of("openrlhf", "is_correction_mode", is_correction_mode, ("mask", "clip"))
+    one_of("openrlhf", "kl_estimator", kl_estimator, ("k1", "k2", "k3"))
+    gspo = policy_loss_type == "gspo"
+    by_sequence = gspo or not token_level_loss
+    if by_sequence and (kl_use_loss or entropy_coef):
+        why = "OpenRLHF takes the mean of KL and entropy over tokens and of the objective not"
+        inexpressible("openrlhf", "kl_use_loss or entropy_coef beside means by sequence", why)
+    if kl_use_loss and kl_unbiased_gradient:
+        why = "its weight is the capped, detached ratio"
+        inexpressible("openrlhf", "kl_unbiased_gradient", why)
+    if is_correction_level != "off":
+        if gspo:
+            why = "pass the rollout's logprobs as old_logprobs, which is what it does"
+            inexpressible("openrlhf", "is_correction_level with gspo", why)
+        if is_correction_level == "seq":
+            why = "it gates by the geometric mean and keeps the weights of the tokens"
+            inexpressible("openrlhf", "is_correction_level='seq'", why)
+        if is_correction_gating != "ratio":
+            why = "only the ratio gates here"
+            inexpressible("openrlhf", f"is_correction_gating={is_correction_gating!r}", why)
+
+    fields: dict[str, Any] = {
+        "ratio_level": "sequence" if gspo else "token",
+        "clip_low": clip_eps_low,
+        "clip_high": clip_eps_high,
+        "dual_clip": dual_clip,
+        "log_ratio_clamp": None if gspo else 20.0,
+        "aggregation": "seq-mean-token-mean" if by_sequence else "token-mean",
+        "entropy_coef": entropy_coef or 0.0,
+    }
+    if kl_use_loss:
+        fields |= {"kl_coef": kl_init_coef, "kl_estimator": kl_estimator, "kl_value_clamp": 10.0}
+        if kl_estimator == "k3":
+            fields["kl_input_clamp"] = (-10.0, math.inf)
+    if is_correction_level != "off":
+        low, high = is_correction_threshold
+        fields |= {
+            "correction_level": "token",
+            "correction_mode": "truncate" if is_correction_mode == "clip" else "mask",
+            "correction_min": low,
+            "correction_max": high,
+        }
+    return cls(**fields | options)

@@ -1,0 +1,148 @@
+"""TRL's policy losses.
+
+The advantages that go with them:
+
+    GRPO                          group_advantages(r, G, eps=1e-4), or scale="none"
+    GRPO, scale_rewards="batch"   group_advantages(r, G, scale="none") / (r.std() + 1e-4)
+    GRPO, normalize_then_sum      the weighted sum x of group_advantages(r_k, G, eps=1e-4), then
+                                  group_advantages(x, G, baseline="none", scale="batch", eps=1e-4)
+    RLOO                          group_advantages(r, G, baseline="leave-one-out", scale="none")
+    RLOO, normalize_advantages    the same with scale="batch", eps=1e-4
+
+TRL leaves rewards of None out of their group: leave those sequences out, with group ids.
+
+TRL's RLOOTrainer clips the ratio of whole sequences, exp of the sum of x: one "token" for each, as
+`policy_loss(sequence_logprobs(logprobs, mask)[:, None], ..., config=PolicyLossConfig.trl("grpo"))`.
+"""
+
+from typing import Any
+
+from ._common import Config, inexpressible, one_of
+
+
+def trl(
+    cls: type[Config],
+    loss_type: str = "dapo",
+    *,
+    importance_sampling_level: str = "token",
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+    beta: float = 0.0,
+    use_bias_correction_kl: bool = True,
+    entropy_coef: float = 0.0,
+    use_adaptive_entropy: bool = False,
+    top_entropy_quantile: float = 1.0,
+    off_policy_mask_threshold: float | None = None,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    use_vllm: bool = False,
+    vllm_importance_sampling_correction: bool = True,
+    vllm_importance_sampling_mode: str = "sequence_mask",
+    vllm_importance_sampling_clip_max: float | None = 3.0,
+    vllm_importance_sampling_clip_min: float | None = None,
+    **options: Any,
+) -> Config:
+    """The loss of TRL's GRPOTrainer; names and defaults of its GRPOConfig. Checked against 1.16.0.
+
+    No clamp of the log-ratio; k3 without clamps, times the differentiated ratio where
+    use_bias_correction_kl; CISPO's epsilon_high is the bound itself, not a distance from 1 (5.0 is
+    usual; TRL's default of 0.2 is kept). Clip fractions are over tokens, where TRL counts sequences
+    with importance_sampling_level="sequence"; for "cispo" they count every sign of the advantage.
+
+    The normalizer, with `accum` micro-batches per step and B sequences in this one (TRL counts
+    wholly masked sequences too; without a normalizer only the others count here):
+
+        dapo, cispo          num_items_in_batch / processes * accum / steps_per_generation
+        grpo, sapo, luspo    B * accum
+        bnpo                 unmasked tokens * accum; without accumulation, none
+        dr_grpo              B * max_completion_length * accum
+
+    The entropy bonus is TRL's mean over the micro-batch's tokens whatever the loss_type. Here it
+    shares the normalizer of the loss, so it is accepted where that is a number of tokens (bnpo;
+    dapo and cispo, the same where micro-batches have equal numbers of tokens) and refused
+    elsewhere: subtract `entropy_coef * entropy[mask].mean() / accum` from the loss instead.
+
+    Args:
+        cls: PolicyLossConfig.
+        loss_type: grpo, bnpo, dr_grpo, dapo, cispo, sapo or luspo.
+        importance_sampling_level: "token", or "sequence" (GSPO).
+        epsilon: lower clip distance.
+        epsilon_high: upper clip distance, for cispo the upper bound; None is epsilon.
+        delta: cap of the unclipped ratio, above 1 + epsilon_high.
+        beta: weight of the KL to the reference policy.
+        use_bias_correction_kl: multiply the KL estimate by the ratio.
+        entropy_coef: weight of the entropy bonus.
+        use_adaptive_entropy: not expressible; use dataclasses.replace(config, entropy_coef=...).
+        top_entropy_quantile: not expressible below 1.
+        off_policy_mask_threshold: not expressible.
+        sapo_temperature_pos: tau where the advantage is positive.
+        sapo_temperature_neg: tau elsewhere.
+        use_vllm: samples came from vLLM: pass rollout_logprobs.
+        vllm_importance_sampling_correction: weight tokens by exp(old - rollout); only if use_vllm.
+        vllm_importance_sampling_mode: {token,sequence}_{truncate,mask}.
+        vllm_importance_sampling_clip_max: upper cap.
+        vllm_importance_sampling_clip_min: lower cap.
+        **options: any field of PolicyLossConfig, over all this.
+
+    Returns:
+        PolicyLossConfig.
+
+    Raises:
+        ValueError: an unknown option, or one that cannot be expressed (loss_type="vespo").
+    """
+    losses = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
+    if loss_type == "vespo":
+        inexpressible("trl", "loss_type='vespo'", "its gamma weights are no option here")
+    one_of("trl", "loss_type", loss_type, losses)
+    one_of("trl", "importance_sampling_level", importance_sampling_level, ("token", "sequence"))
+    if use_adaptive_entropy:
+        why = "update with dataclasses.replace(config, entropy_coef=...) between steps"
+        inexpressible("trl", "use_adaptive_entropy", why)
+    if top_entropy_quantile < 1:
+        why = "its mask applies to the objective, not to the KL term"
+        inexpressible("trl", f"top_entropy_quantile={top_entropy_quantile}", why)
+    if off_policy_mask_threshold is not None:
+        why = "its mask applies to the objective, not to the KL term"
+        inexpressible("trl", f"off_policy_mask_threshold={off_policy_mask_threshold}", why)
+    if entropy_coef != 0 and loss_type not in ("bnpo", "dapo", "cispo"):
+        why = "TRL takes its mean over tokens; subtract entropy_coef * entropy[mask].mean() instead"
+        inexpressible("trl", f"entropy_coef with loss_type={loss_type!r}", why)
+
+    fields: dict[str, Any] = {
+        "ratio_level": importance_sampling_level,
+        "log_ratio_clamp": None,
+        "kl_coef": beta,
+        "kl_importance_weighted": use_bias_correction_kl,
+        "entropy_coef": entropy_coef,
+    }
+    high = epsilon if epsilon_high is None else epsilon_high
+    if loss_type == "cispo":
+        fields |= {"objective": "cispo", "clip_low": None, "clip_high": high, "clip_absolute": True}
+    elif loss_type == "sapo":
+        fields |= {
+            "objective": "sapo",
+            "sapo_tau_pos": sapo_temperature_pos,
+            "sapo_tau_neg": sapo_temperature_neg,
+        }
+    else:
+        fields |= {"clip_low": epsilon, "clip_high": high, "delta": delta}
+    if loss_type in ("grpo", "sapo"):
+        fields["aggregation"] = "seq-mean-token-mean"
+    elif loss_type == "luspo":
+        fields["aggregation"] = "seq-mean-token-sum"
+    elif loss_type == "dr_grpo":
+        fields["aggregation"] = "constant"
+    if use_vllm and vllm_importance_sampling_correction:
+        modes = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+        one_of("trl", "vllm_importance_sampling_mode", vllm_importance_sampling_mode, modes)
+        level, mode = vllm_importance_sampling_mode.split("_")
+        # A weight is never below 0, the cap that stands for none at all.
+        low = vllm_importance_sampling_clip_min
+        fields |= {
+            "correction_level": level,
+            "correction_mode": mode,
+            "correction_min": 0.0 if low is None else low,
+            "correction_max": vllm_importance_sampling_clip_max,
+        }
+    return cls(**fields | options)

@@ -1,0 +1,162 @@
+"""verl's policy losses.
+
+The advantages that go with them:
+
+    gae                           gae(..., mask=m, whiten=True)
+    grpo                          group_advantages(r, ids)
+    grpo, no std (Dr.GRPO)        group_advantages(r, ids, scale="none")
+    rloo                          group_advantages(r, ids, baseline="leave-one-out", scale="none")
+    remax                         discounted_returns(rewards, mask=m) less the greedy rewards
+    reinforce_plus_plus           whiten(discounted_returns(rewards, mask=m, gamma=gamma), m)
+    reinforce_plus_plus_baseline  whiten(group_advantages(r, ids, scale="none") per token, m)
+
+verl takes a group of one as it is (advantage = reward), here it has advantage 0.
+"""
+
+import math
+from typing import Any
+
+from ._common import Config, inexpressible, one_of
+
+_KL_ESTIMATORS = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
+_AGGREGATIONS = {
+    "token-mean": "token-mean",
+    "token-sum": "constant",
+    "seq-mean-token-sum": "seq-mean-token-sum",
+    "seq-mean-token-sum-norm": "constant",
+    "seq-mean-token-mean": "seq-mean-token-mean",
+}
+
+
+def verl(
+    cls: type[Config],
+    loss_mode: str = "vanilla",
+    *,
+    loss_agg_mode: str = "token-mean",
+    clip_ratio: float = 0.2,
+    clip_ratio_low: float | None = 0.2,
+    clip_ratio_high: float | None = 0.2,
+    clip_ratio_c: float = 3.0,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
+    entropy_coeff: float = 0.0,
+    use_kl_loss: bool = False,
+    kl_loss_coef: float = 0.001,
+    kl_loss_type: str = "low_var_kl",
+    rollout_is: str | None = None,
+    rollout_is_threshold: float | str = 2.0,
+    rollout_is_batch_normalize: bool = False,
+    rollout_rs: str | None = None,
+    **options: Any,
+) -> Config:
+    """The actor's loss of verl (`ppo_loss`); names and defaults of its ActorConfig. Against 0.9.1.
+
+    Log-ratio clamped to +-20 (gspo: at most 10), dual clip 3 by default, k3 with its input clamped
+    to +-20 and its value to +-10; gspo is the token form (the sequence's ratio, the gradient of the
+    token's own logprob). verl's pg_clipfrac is clip_frac_low + clip_frac_high here, its
+    pg_clipfrac_lower dual_clip_frac, and its ppo_kl k1_old (there after the clamp).
+
+    The normalizer, dp_size being the number of ranks over which gradients are averaged:
+
+        token-mean                                   batch_num_tokens / dp_size
+        token-sum                                    1 / dp_size (1 if none is given)
+        seq-mean-token-sum, seq-mean-token-mean      global_batch_size / dp_size
+        seq-mean-token-sum-norm                      global_batch_size * loss_scale_factor / dp_size
+
+    Args:
+        cls: PolicyLossConfig.
+        loss_mode: vanilla, gspo, sapo, cispo or gpg.
+        loss_agg_mode: as in the table. sapo's objective is always seq-mean-token-mean.
+        clip_ratio: counts only where clip_ratio_low or clip_ratio_high is None, as in verl.
+        clip_ratio_low: lower clip distance.
+        clip_ratio_high: upper clip distance.
+        clip_ratio_c: dual clip of vanilla.
+        tau_pos: sapo's tau where the advantage is positive.
+        tau_neg: sapo's tau elsewhere.
+        entropy_coeff: weight of the entropy bonus.
+        use_kl_loss: add the KL to the reference policy.
+        kl_loss_coef: its weight.
+        kl_loss_type: kl or k1, abs, mse or k2, low_var_kl or k3; with "+" the gradient of k2.
+        rollout_is: "token" or "sequence" importance weights exp(old - rollout), or None.
+        rollout_is_threshold: upper cap, or "low_high": weights outside become 0 (IcePop).
+        rollout_is_batch_normalize: not expressible.
+        rollout_rs: not expressible here: reject in the mask, as verl does.
+        **options: any field of PolicyLossConfig, over all this.
+
+    Returns:
+        PolicyLossConfig.
+
+    Raises:
+        ValueError: an unknown option, or one that cannot be expressed (clip_cov, kl_cov, geo_mean,
+            dppo_tv, dppo_kl, dro, bypass_mode).
+    """
+    if loss_mode in ("clip_cov", "kl_cov", "geo_mean", "dppo_tv", "dppo_kl", "dro"):
+        inexpressible("verl", f"loss_mode={loss_mode!r}", "its objective is none of those here")
+    if loss_mode == "bypass_mode":
+        why = "use loss_mode='vanilla' and pass the rollout's logprobs as old_logprobs"
+        inexpressible("verl", "loss_mode='bypass_mode'", why)
+    one_of("verl", "loss_mode", loss_mode, ("vanilla", "gspo", "sapo", "cispo", "gpg"))
+    one_of("verl", "loss_agg_mode", loss_agg_mode, tuple(_AGGREGATIONS))
+    if rollout_is_batch_normalize:
+        inexpressible("verl", "rollout_is_batch_normalize", "weights are not normalised here")
+    if rollout_rs is not None:
+        inexpressible("verl", f"rollout_rs={rollout_rs!r}", "reject samples in the mask instead")
+
+    fields: dict[str, Any] = {
+        "entropy_coef": entropy_coeff,
+        "aggregation": _AGGREGATIONS[loss_agg_mode],
+    }
+    if loss_agg_mode == "token-sum":
+        fields["normalizer"] = 1.0
+    clips = {
+        "clip_low": clip_ratio if clip_ratio_low is None else clip_ratio_low,
+        "clip_high": clip_ratio if clip_ratio_high is None else clip_ratio_high,
+    }
+    if loss_mode == "vanilla":
+        fields |= clips | {"dual_clip": clip_ratio_c, "log_ratio_clamp": 20.0}
+    elif loss_mode == "gspo":
+        unbounded = (-math.inf, 10.0)
+        fields |= clips | {"ratio_level": "sequence-token", "log_ratio_clamp": unbounded}
+    elif loss_mode == "cispo":
+        fields |= clips | {"objective": "cispo", "log_ratio_clamp": 20.0}
+    elif loss_mode == "gpg":
+        fields["objective"] = "reinforce"
+    else:
+        if loss_agg_mode != "seq-mean-token-mean" and (entropy_coeff != 0 or use_kl_loss):
+            why = "verl aggregates its objective by sequence means and the other terms so"
+            inexpressible("verl", f"loss_mode='sapo' with {loss_agg_mode!r}", why)
+        fields |= {
+            "objective": "sapo",
+            "sapo_tau_pos": tau_pos,
+            "sapo_tau_neg": tau_neg,
+            "log_ratio_clamp": 20.0,
+            "aggregation": "seq-mean-token-mean",
+            "normalizer": None,
+        }
+    if use_kl_loss:
+        name = kl_loss_type.removesuffix("+")
+        one_of("verl", "kl_loss_type", name, (*_KL_ESTIMATORS, "k1", "k2", "k3", "abs"))
+        estimator = _KL_ESTIMATORS.get(name, name)
+        fields |= {"kl_coef": kl_loss_coef, "kl_estimator": estimator + kl_loss_type[len(name) :]}
+        if estimator == "k3":
+            fields |= {"kl_input_clamp": 20.0, "kl_value_clamp": 10.0}
+    if rollout_is is not None:
+        one_of("verl", "rollout_is", rollout_is, ("token", "sequence"))
+        fields |= {"correction_level": rollout_is} | _threshold(rollout_is_threshold)
+    return cls(**fields | options)
+
+
+def _threshold(threshold: float | str) -> dict[str, Any]:
+    """2.0 or "2.0": a cap. "0.5_2.0": bounds outside of which the weight is 0."""
+    *low, high = str(threshold).split("_")
+    try:
+        if not low:
+            return {"correction_mode": "truncate", "correction_max": float(high)}
+        (low,) = low
+        bounds = {"correction_min": float(low), "correction_max": float(high)}
+        return {"correction_mode": "mask"} | bounds
+    except ValueError:
+        raise ValueError(
+            "PolicyLossConfig.verl: rollout_is_threshold must be a number or 'low_high', got "
+            f"{threshold!r}"
+        ) from None
