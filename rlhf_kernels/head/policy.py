@@ -11,6 +11,7 @@ from ..core.enums import AGGREGATIONS, CORRECTION_CODES, RATIO_LEVELS
 from ..core.row_options import RowOptions
 from ..core.sentinels import SHARD_IGNORED
 from ..core.sequences import per_token, token_weights
+from ..kernels import losses
 from ..kernels.rows import Kernels
 from .chunks import Chunk, Tile, Tokens, flat, localized, select, sum_is_dear
 from .gradients import Gradients
@@ -23,7 +24,7 @@ _SEQUENCE_CORRECTION = CORRECTION_CODES.index("sequence")
 def _complete(found: tuple[Tensor, ...], weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A policy loss's gradients in log-probabilities and entropy, times `weight` and its scale."""
     *_, g, h, scale = found
-    for factor in (weight, scale if scale.dim() == 0 else None):
+    for factor in (weight, scale if losses.is_deferred(scale) else None):
         if factor is not None:
             g, h = g * factor, h if h.numel() == 0 else h * factor
     return g, h

@@ -9,7 +9,7 @@ from .. import reference
 from ..config.metrics import POLICY_METRICS
 from ..config.policy import PolicyLossConfig
 from ..core import checks, tracing
-from ..kernels import backends
+from ..kernels import backends, losses
 from ._metrics import Metrics, register_metrics
 from ._operator import define, once_differentiable, remember
 
@@ -85,7 +85,7 @@ def scaled(
     backend: str,
 ) -> list[Tensor]:  # fmt: skip
     """One or two gradients times scale and upstream, in their dtypes; see scale_fake."""
-    if scale.dim() == 0:
+    if losses.is_deferred(scale):
         first, second = (*gradients, None)[:2]
         return _backward(first, second, scale, upstream, dtypes[0], dtypes[-1], backend)
     return [times(g, upstream, dtype) for g, dtype in zip(gradients, dtypes, strict=True)]

@@ -6,14 +6,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ...core import checks, env
+from ...core import checks
 from ...core.enums import BASELINES, PLAIN_KL_ESTIMATORS, SCALES
+from .. import scans
 from . import boundary as b
 
 # csrc/abi.h: GaeArgs. The workspace holds three doubles a chunk, and three more for a GPU.
 _CHUNK_TOKENS = 2048
-# Added to the variance by `whiten=True`, as by `whiten` and verl.
-_WHITEN_EPS = 1e-8
 
 
 def _fp32(like: Tensor) -> Tensor:
@@ -58,25 +57,12 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         lam: float = 1.0,
         masked: str,
         whiten: bool = False,
-    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        returns = _fp32(like)
-        advantages = _fp32(like) if values is not None else None
-        shaped = _fp32(like) if scores is not None else None
-        results = advantages, returns, shaped
-        if gpu and env.CHECK:
-            checks.offsets_valid(op, cu_seqlens, like.shape[0])
-        # The CPU kernel looks at the offsets in any case.
-        if like.numel() == 0 and (gpu or cu_seqlens is None):
+    ) -> scans.ScanResults:
+        results, done = scans.begin(op, like, cu_seqlens, values, scores, gpu)
+        if done:
             return results
-        sequences = like.shape[0]
-        if cu_seqlens is not None:
-            sequences = cu_seqlens.shape[0] - 1
-            if gpu and sequences == 0:
-                # Offsets that end before the tokens do: known without a look at them.
-                for t in results:
-                    if t is not None:
-                        t.fill_(float("nan"))
-                return results
+        advantages, returns, shaped = results
+        sequences = like.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         moments = _moments(like) if whiten else None
         # Every tensor stays bound until the call returns: the extension sees addresses alone.
         rewards, values, mask, dones = (
@@ -91,7 +77,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             b.pack(logprobs), b.pack(ref_logprobs), kl_coef,
             PLAIN_KL_ESTIMATORS.index(kl_estimator), 0.0 if reward_clip is None else reward_clip,
             gamma, lam, masked == "carry", whiten, b.pack(advantages), b.pack(returns),
-            b.pack(shaped), b.pack(moments), _WHITEN_EPS,
+            b.pack(shaped), b.pack(moments), scans.WHITEN_EPS,
             where(like, "gae", sequences, like.shape[-1], cu_seqlens is not None),
         )  # fmt: skip
         if code == b.BAD_OFFSETS:

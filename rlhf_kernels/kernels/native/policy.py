@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ...config.metrics import POLICY_METRICS
-from ...core import checks, env
+from ...core import checks
+from .. import losses
 from . import boundary as b
 
 
@@ -21,38 +22,17 @@ def mask_grid(mask: Tensor) -> Tensor:
     return b.as_grid(mask)
 
 
-def divisor_value(op: str, normalizer: Tensor | None, divisor: float) -> float:
-    """The number to divide by; 0 where the kernel shall count."""
-    if normalizer is None:
-        return divisor
-    checks.divisor_positive(op, normalizer)
-    return normalizer.item()
-
-
 def divisor_on(
     op: str, like: Tensor, normalizer: Tensor | None, divisor: float, gpu: bool
 ) -> tuple[float, Tensor | None]:
-    """The number, or the tensor on the GPU, which is not waited for."""
-    if not gpu or normalizer is None or normalizer.device != like.device:
-        return divisor_value(op, normalizer, divisor), None
-    if env.CHECK:
-        checks.divisor_positive(op, normalizer)
-    floating = normalizer.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    return 0.0, b.materialized(normalizer if floating else normalizer.double())
-
-
-def outputs(like: Tensor, metrics: int, gpu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, metrics and the scale of the gradients: empty on the CPU, where they are complete."""
-    loss = torch.empty((), dtype=torch.float32, device=like.device)
-    return loss, loss.new_empty(metrics), loss.new_empty(() if gpu else 0)
-
-
-def gradient(like: Tensor, wanted: bool, gpu: bool) -> Tensor:
-    """Memory for the gradient of `like`; empty if not wanted."""
-    shape = like.shape if wanted else (0,)
-    # One in fp16 waits for its upstream in fp32, which may be the scale that fp16 needs.
-    wide = gpu or like.dtype == torch.float16
-    return like.new_empty(shape, dtype=torch.float32 if wide else like.dtype)
+    """The number to divide by, 0 to count; or the tensor that a kernel on a GPU reads."""
+    if not gpu:
+        return losses.divisor_on_host(op, normalizer, divisor), None
+    divisor, normalizer = losses.divisor_on_device(op, like, normalizer, divisor)
+    if normalizer is not None:
+        floating = normalizer.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        normalizer = b.materialized(normalizer if floating else normalizer.double())
+    return divisor, normalizer
 
 
 def sequences(
@@ -60,14 +40,11 @@ def sequences(
 ) -> tuple[int, int, b.Packed] | None:
     """(sequences, cols, offsets) of csrc/abi.h: LossTokens; None where nothing is to be done."""
     if gpu:
-        if env.CHECK:
-            checks.offsets_valid(op, cu_seqlens, like.shape[0])
+        losses.check_offsets(op, cu_seqlens, like.shape[0])
     elif like.numel() == 0:
         checks.offsets_valid(op, cu_seqlens, 0)
         return None
-    if cu_seqlens is None:
-        return like.shape[0], like.shape[1], None
-    return cu_seqlens.shape[0] - 1, like.shape[0], b.pack(cu_seqlens)
+    return *losses.sequences(like.shape, cu_seqlens), b.pack(cu_seqlens)
 
 
 def raise_status(op: str, status: tuple[int, int], cu_seqlens: Tensor | None, total: int) -> None:
@@ -108,9 +85,9 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         entropy_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         op = "policy_loss"
-        loss, metrics, scale = outputs(logprobs, len(POLICY_METRICS), gpu)
-        policy_grad = gradient(logprobs, grad, gpu)
-        bonus = gradient(entropy if entropy_grad else logprobs, entropy_grad, gpu)
+        loss, metrics, scale = losses.results(logprobs, len(POLICY_METRICS), gpu)
+        policy_grad = losses.gradient(logprobs, grad, gpu)
+        bonus = losses.gradient(entropy if entropy_grad else logprobs, entropy_grad, gpu)
         divisor, normalizer = divisor_on(op, logprobs, normalizer, divisor, gpu)
         tokens = sequences(op, logprobs, cu_seqlens, gpu)
         if tokens is None:

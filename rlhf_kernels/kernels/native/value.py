@@ -6,6 +6,7 @@ from types import ModuleType
 from torch import Tensor
 
 from ...config.metrics import VALUE_METRICS
+from .. import losses
 from . import boundary as b
 from . import policy
 
@@ -27,8 +28,8 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         op = "value_loss"
-        loss, metrics, scale = policy.outputs(values, len(VALUE_METRICS), gpu)
-        gradient = policy.gradient(values, grad, gpu)
+        loss, metrics, scale = losses.results(values, len(VALUE_METRICS), gpu)
+        gradient = losses.gradient(values, grad, gpu)
         divisor, normalizer = policy.divisor_on(op, values, normalizer, divisor, gpu)
         tokens = policy.sequences(op, values, cu_seqlens, gpu)
         if tokens is None:

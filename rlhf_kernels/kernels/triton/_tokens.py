@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core import checks, env
 from ...core.layout import as_grid, grid_strides
 from ._launch import INTERPRETED, kernel, tile_count
 from ._math import tree_sum
@@ -52,38 +51,6 @@ def strided(t: Tensor | None, per_sequence: bool = False) -> tuple[Tensor | None
     t = as_grid(t)
     stride0, stride1 = grid_strides(t)
     return (t, stride1, 0) if per_sequence else (t, stride0, stride1)
-
-
-def sequences(shape: torch.Size, cu_seqlens: Tensor | None) -> tuple[int, int]:
-    """Sequences, and tokens of each; of all together if they are packed."""
-    if cu_seqlens is None:
-        return shape[0], shape[1]
-    return cu_seqlens.shape[0] - 1, shape[0]
-
-
-def outputs(like: Tensor, metrics: int, scratch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, metrics, scale of the gradient, and fp32 scratch."""
-    loss = torch.empty((), dtype=torch.float32, device=like.device)
-    return loss, loss.new_empty(metrics), torch.empty_like(loss), loss.new_empty(scratch)
-
-
-def check(op: str, cu_seqlens: Tensor | None, total: int, normalizer: Tensor | None) -> None:
-    """Raises for bad offsets or a bad normalizer where that was asked for; else they poison."""
-    if env.CHECK:
-        checks.offsets_valid(op, cu_seqlens, total)
-        checks.divisor_positive(op, normalizer)
-
-
-def divisor_on(
-    op: str, device: torch.device, normalizer: Tensor | None, divisor: float
-) -> tuple[Tensor | None, float]:
-    """The normalizer as a tensor that the kernel can read, or as a number; 0 to count."""
-    if normalizer is not None and normalizer.device != device:
-        # It lies on the host, so reading it waits for nothing.
-        checks.divisor_positive(op, normalizer)
-        return None, float(normalizer)
-    # An integer would be an argument of another type, and another kernel.
-    return normalizer, float(divisor)
 
 
 @triton.jit

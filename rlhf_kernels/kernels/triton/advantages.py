@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core import checks, env
 from ...core.layout import as_grid, grid_strides
+from .. import scans
 from ._launch import INTERPRETED, kernel, launch, tile_count
 from ._math import scalar
 from .advantages_groups import group_advantages
@@ -52,8 +52,6 @@ WARPS = 4
 GROUP = 16 if INTERPRETED else 64
 # Entries of cu_seqlens that are checked at a time.
 CHECKED = 1024
-# Added to the variance by `whiten=True`, as by `whiten` and verl.
-_WHITEN_EPS = 1e-8
 
 
 @triton.jit
@@ -264,26 +262,16 @@ def _scan(
     lam: float = 1.0,
     masked: str,
     whiten: bool = False,
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
+) -> scans.ScanResults:
     """(advantages, returns, shaped rewards). With scores, `rewards` are log-probabilities."""
-    if env.CHECK:
-        checks.offsets_valid(op, cu_seqlens, rewards.shape[0])
-    returns = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
-    advantages = None if values is None else torch.empty_like(returns)
-    shaped = None if scores is None else torch.empty_like(returns)
-    results = advantages, returns, shaped
-    if returns.numel() == 0:
+    results, done = scans.begin(op, rewards, cu_seqlens, values, scores, on_device=True)
+    if done:
         return results
+    advantages, returns, shaped = results
     packed = cu_seqlens is not None
     cols = returns.shape[-1]
     if packed:
         sequences, tiles = cu_seqlens.shape[0] - 1, 0
-        if sequences == 0:
-            # Offsets that end before the tokens do: known without a look at them.
-            for t in results:
-                if t is not None:
-                    t.fill_(float("nan"))
-            return results
         slots = cols // TILE + sequences
         offsets, bad = cu_seqlens.contiguous(), returns.new_empty(1, dtype=torch.int32)
     else:
@@ -319,7 +307,7 @@ def _scan(
     if whiten:
         apply_moments(
             advantages, tokens[3], partials, advantages, shift_mean=True, unbiased=True,
-            eps=_WHITEN_EPS,
+            eps=scans.WHITEN_EPS,
         )  # fmt: skip
     return results
 

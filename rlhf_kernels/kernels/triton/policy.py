@@ -22,6 +22,7 @@ from torch import Tensor
 from ...config.metrics import POLICY_METRICS
 from ...config.policy import PolicyCodes, PolicyParams
 from ...core.layout import materialized
+from .. import losses
 from . import _tokens as t
 from ._launch import kernel, launch, tile_count
 from ._math import scalar
@@ -299,14 +300,15 @@ def policy_loss(
     entropy_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     op, shape, packed = "policy_loss", logprobs.shape, cu_seqlens is not None
-    t.check(op, cu_seqlens, shape[0], normalizer)
-    normalizer, divisor = t.divisor_on(op, logprobs.device, normalizer, divisor)
+    losses.check_offsets(op, cu_seqlens, shape[0])
+    divisor, normalizer = losses.divisor_on_device(op, logprobs, normalizer, divisor)
     codes, c = PolicyCodes(*codes), PolicyParams(*params)
     slots = t.slot_count(shape, cu_seqlens)
-    loss, metrics, scale, partials = t.outputs(logprobs, len(POLICY_METRICS), ROWS * slots)
-    gradient = loss.new_empty(shape if grad else 0)
-    bonus = loss.new_empty(shape if entropy_grad else 0)
-    tokens = t.sequences(shape, cu_seqlens)
+    loss, metrics, scale = losses.results(logprobs, len(POLICY_METRICS), deferred=True)
+    partials = loss.new_empty(ROWS * slots)
+    gradient = losses.gradient(logprobs, grad, deferred=True)
+    bonus = losses.gradient(logprobs, entropy_grad, deferred=True)
+    tokens = losses.sequences(shape, cu_seqlens)
     offsets = cu_seqlens.contiguous() if packed else None
     spread = advantages.shape != shape
     (mask, *mask_strides), (logprobs, *strides) = t.strided(mask), t.strided(logprobs)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...config.metrics import VALUE_METRICS
+from .. import losses
 from . import _tokens as t
 from ._launch import kernel, launch
 from ._math import scalar
@@ -182,12 +183,13 @@ def value_loss(
     grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     op, shape, packed = "value_loss", values.shape, cu_seqlens is not None
-    t.check(op, cu_seqlens, shape[0], normalizer)
-    normalizer, divisor = t.divisor_on(op, values.device, normalizer, divisor)
+    losses.check_offsets(op, cu_seqlens, shape[0])
+    divisor, normalizer = losses.divisor_on_device(op, values, normalizer, divisor)
     slots = t.slot_count(shape, cu_seqlens)
-    loss, metrics, scale, partials = t.outputs(values, len(VALUE_METRICS), ROWS * slots)
-    gradient = loss.new_empty(shape if grad else 0)
-    tokens = t.sequences(shape, cu_seqlens)
+    loss, metrics, scale = losses.results(values, len(VALUE_METRICS), deferred=True)
+    partials = loss.new_empty(ROWS * slots)
+    gradient = losses.gradient(values, grad, deferred=True)
+    tokens = losses.sequences(shape, cu_seqlens)
     offsets = cu_seqlens.contiguous() if packed else None
     (mask, *mask_strides), (values, *strides) = t.strided(mask), t.strided(values)
     (old, *old_strides), (returns, *returns_strides) = t.strided(old), t.strided(returns)

@@ -1,0 +1,62 @@
+"""What the launchers of gae, discounted_returns and ppo_advantages share, native and Triton."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core import checks, env
+
+#: Added to the variance by `whiten=True`, as by `whiten` and verl.
+WHITEN_EPS = 1e-8
+
+
+class ScanResults(NamedTuple):
+    """What a scan writes, fp32 in the shape of its tokens: advantages of values, and the shaped
+    rewards that scores ask for.
+    """
+
+    advantages: Tensor | None
+    returns: Tensor
+    shaped: Tensor | None
+
+
+def begin(
+    op: str,
+    like: Tensor,
+    cu_seqlens: Tensor | None,
+    values: Tensor | None,
+    scores: Tensor | None,
+    on_device: bool,
+) -> tuple[ScanResults, bool]:
+    """Memory for the results of a scan over tokens `like`, and whether that is all there is to do.
+
+    Args:
+        op: the operation, for messages.
+        like: [B, T], or packed [N] with cu_seqlens.
+        cu_seqlens: offsets.
+        values: given where there are advantages.
+        scores: given where there are shaped rewards.
+        on_device: data may not be looked at. A kernel on the host looks at the offsets itself, so
+            it is wanted even where there are no tokens.
+
+    Raises:
+        ValueError: bad offsets on a device, where RLHF_KERNELS_CHECK asks for a look.
+    """
+    returns = torch.empty(like.shape, dtype=torch.float32, device=like.device)
+    results = ScanResults(
+        None if values is None else torch.empty_like(returns),
+        returns,
+        None if scores is None else torch.empty_like(returns),
+    )
+    if on_device and env.CHECK:
+        checks.offsets_valid(op, cu_seqlens, like.shape[0])
+    if like.numel() == 0:
+        return results, on_device or cu_seqlens is None
+    if on_device and cu_seqlens is not None and cu_seqlens.shape[0] == 1:
+        # Offsets that end before the tokens do: known without a look at them.
+        for t in results:
+            if t is not None:
+                t.fill_(float("nan"))
+        return results, True
+    return results, False
