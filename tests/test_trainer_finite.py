@@ -21,7 +21,7 @@ from rlhf_kernels.trainer.config import ModelConfig, OptimConfig
 from rlhf_kernels.trainer.finite import Micro, NonFinite, check_weights, finite
 from rlhf_kernels.trainer.learner import Learner
 from rlhf_kernels.trainer.offline import SFT, OfflineTrainer
-from rlhf_kernels.trainer.report import kernel
+from rlhf_kernels.trainer.timing import timed
 
 
 def sft(**options) -> OfflineTrainer:
@@ -402,4 +402,4 @@ def test_the_stopwatch_is_read_at_every_offline_step():
     trainer = sft()
     for _ in range(3):
         row = trainer.step()
-        assert 0 < row["time/kernels"] < row["time/step"] and kernel.spans == []
+        assert 0 < row["time/kernels"] < row["time/step"] and timed.spans == []

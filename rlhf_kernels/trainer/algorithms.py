@@ -11,7 +11,7 @@ from torch import Tensor
 import rlhf_kernels as rk
 
 from .config import OnlineConfig
-from .report import kernel
+from .timing import timed
 
 
 class Outcome(NamedTuple):
@@ -42,17 +42,17 @@ def group(baseline: str, scale: str) -> Callable[[Outcome], Estimate]:
     def advantages(rollout: Outcome) -> Estimate:
         scores, estimator = rollout.scores, rollout.config.kl_estimator
         if rollout.kl_coef:
-            kl = kernel(rk.kl_penalty, rollout.logprobs, rollout.ref_logprobs, estimator=estimator)
+            kl = timed(rk.kl_penalty, rollout.logprobs, rollout.ref_logprobs, estimator=estimator)
             scores = scores - rollout.kl_coef * rk.sequence_logprobs(kl, rollout.mask)
         options = {"baseline": baseline, "scale": scale, "greedy_rewards": rollout.greedy_scores}
-        return kernel(rk.group_advantages, scores, rollout.config.num_generations, **options), None
+        return timed(rk.group_advantages, scores, rollout.config.num_generations, **options), None
 
     return advantages
 
 
 def _gae(rollout: Outcome, scores: Tensor, values: Tensor, **options: Any) -> Estimate:
     """Generalised advantages of the KL-shaped reward."""
-    found = kernel(
+    found = timed(
         rk.ppo_advantages, scores, rollout.logprobs, rollout.ref_logprobs, values, rollout.mask,
         kl_coef=rollout.kl_coef, kl_estimator=rollout.config.kl_estimator,
         gamma=rollout.config.gamma, **options,

@@ -12,7 +12,7 @@ import rlhf_kernels as rk
 
 from .data import Batch, position_ids
 from .modes import recompute
-from .report import kernel
+from .timing import timed
 
 
 class Form(enum.Enum):
@@ -42,14 +42,14 @@ class Head(NamedTuple):
 
     def logprobs(self, labels: Tensor, *, temperature: float = 1.0) -> Tensor:
         """Log-probabilities of the labels, fp32 [B, T]; 0 where they are -100."""
-        return kernel(
+        return timed(
             rk.linear_token_logprobs, self.hidden, self.weight, labels,
             temperature=temperature, **self._options(),
         ).logprobs  # fmt: skip
 
     def policy_loss(self, labels: Tensor, *args: Tensor, **options: Any) -> rk.PolicyLoss:
         """`linear_policy_loss` of this head."""
-        return kernel(
+        return timed(
             rk.linear_policy_loss, self.hidden, self.weight, labels, *args,
             **self._options(), **options,
         )  # fmt: skip

@@ -19,7 +19,7 @@ from .encoding import encode_pair, encode_row
 from .finite import ADVICE, Micro, NonFinite, listed, row_name
 from .learner import Learner
 from .probe import check_length
-from .report import kernel
+from .timing import timed
 
 
 class Pair(NamedTuple):
@@ -233,7 +233,7 @@ class OfflineTrainer:
     def step(self) -> dict[str, float]:
         """One optimizer step; returns its metrics."""
         started = time.perf_counter()
-        kernel.seconds()
+        timed.seconds()
         items = self.next_items()
         found = self._sum(self.learner.accumulate(self.losses(items)))
         norms = self.learner.step(self.steps_done)
@@ -242,7 +242,7 @@ class OfflineTrainer:
             **found,
             "grad_norm": norms[0].item(),
             "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
-            "time/kernels": kernel.seconds(),
+            "time/kernels": timed.seconds(),
             "time/step": time.perf_counter() - started,
         }
         if self.optim.skip_nonfinite:

@@ -20,9 +20,9 @@ from .finite import Micro, NonFinite, check_rows, excerpt, row_name
 from .learner import Learner
 from .offline import OfflineTrainer
 from .online_metrics import fold, of_lengths, of_rewards, of_times, prefixed
-from .report import kernel
 from .rewards import means
 from .rollout import Collector, Samples, merge
+from .timing import timed
 
 # What JSON has.
 _PLAIN = (str, int, float, bool, type(None))
@@ -204,7 +204,7 @@ class OnlineTrainer:
     def step(self) -> dict[str, float]:
         """One rollout, its advantages and its updates; returns the step's metrics."""
         config, clock = self.config, [time.perf_counter()]
-        kernel.seconds()
+        timed.seconds()
         rows, samples = self._rollout = self.rollout()
         greedy = self._greedy(rows) if self.algorithm.greedy else None
         found = {"reward": samples.scores, "greedy reward": greedy}
@@ -374,7 +374,7 @@ class OnlineTrainer:
             )
             named = prefixed("policy", metrics)
             if isinstance(self.config, PPOConfig):
-                value, metrics = kernel(
+                value, metrics = timed(
                     rk.value_loss,
                     models.values(networks.critic, rows),
                     own["values"],

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .report import kernel
 from .rewards import means
 from .rollout import Samples
+from .timing import timed
 
 
 def prefixed(prefix: str, metrics: Any) -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ def of_times(samples: Samples, clock: Sequence[float]) -> dict[str, float]:
         "time/evaluate": evaluated - sampled,
         "time/update": updated - evaluated,
         # Part of the last two.
-        "time/kernels": kernel.seconds(),
+        "time/kernels": timed.seconds(),
         "time/step": updated - start,
         "tokens_per_second": samples.batch.completion_mask.sum().item() / (updated - start),
     }

@@ -1,4 +1,4 @@
-"""What a run leaves behind and tells: metrics log, curves, tables, time of our kernels."""
+"""What a run leaves behind and tells: metrics log, curves, tables, peak memory."""
 
 import io
 import json
@@ -6,8 +6,7 @@ import math
 import os
 import resource
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +18,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from .folder import write_whole, writing
-
-
-class Stopwatch:
-    """Calls kernels and adds up their time; a GPU's by events, so that nothing waits for it."""
-
-    def __init__(self) -> None:
-        self.spans: list[tuple[Any, Any]] = []
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        start = self._now()
-        result = function(*args, **kwargs)
-        self.spans.append((start, self._now()))
-        return result
-
-    @staticmethod
-    def _now() -> Any:
-        if not torch.cuda.is_initialized():
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self) -> float:
-        """Time of the calls since it was asked last."""
-        spans, self.spans = self.spans, []
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-            return sum(start.elapsed_time(end) for start, end in spans) / 1e3
-        return sum(end - start for start, end in spans)
-
-
-#: Every call of a kernel in a step goes through it.
-kernel = Stopwatch()
 
 
 def peak_memory_gib() -> float:
