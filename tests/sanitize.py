@@ -42,7 +42,7 @@ CASES = 300
 # A row of one word more than the memory holds, to a kernel itself.
 OVERRUN = """
 import sys, torch
-from rlhf_kernels import native
+from rlhf_kernels.kernels import native
 kernels, words = native.module("cpu"), int(sys.argv[1])
 x, y = torch.randn(1, 1000), torch.zeros(1, 1, dtype=torch.int64)
 out = torch.zeros(8)
@@ -135,7 +135,7 @@ def prove(folder: Path) -> None:
 
 def isas() -> list[str]:
     """Instruction sets that were built and that this machine has."""
-    code = "from rlhf_kernels import native; print(*native.module('cpu').isa_names())"
+    code = "from rlhf_kernels.kernels import native; print(*native.module('cpu').isa_names())"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=BUILD,
         env=sanitized(BUILD / "report"), check=True,

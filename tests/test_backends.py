@@ -139,7 +139,8 @@ def test_missing_extension_that_was_named_raises_at_the_call():
 @pytest.mark.parametrize("isa", ISAS)
 def test_environment_selects_the_instruction_set(isa):
     code = (
-        "from rlhf_kernels import native, __main__ as doctor\n"
+        "from rlhf_kernels import __main__ as doctor\n"
+        "from rlhf_kernels.kernels import native\n"
         "print(native.module('cpu').isa())\n"
         "raise SystemExit(doctor.main([]))"
     )

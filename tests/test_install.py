@@ -199,7 +199,7 @@ def test_import_changes_nothing():
 
 CALL = """
 import torch, rlhf_kernels as rk
-from rlhf_kernels import native
+from rlhf_kernels.kernels import native
 logits, labels = torch.randn(64, 999), torch.arange(64)
 def call():
     return rk.token_logprobs(logits, labels, entropy=True)

@@ -312,8 +312,12 @@ def token_inputs(
     return mask_
 
 
-def divisor(op: str, value: object) -> tuple[Tensor | None, float]:
-    """A normalizer as (0-d tensor or None, number), the number 0 where there is none."""
+def divisor(op: str, value: object, like: str, device: torch.device) -> tuple[Tensor | None, float]:
+    """A normalizer as (0-d tensor or None, number), the number 0 where there is none.
+
+    A tensor may be on any device that holds numbers; on the meta device it belongs to an argument
+    `like` that is there too.
+    """
     if value is None:
         return None, 0.0
     if isinstance(value, Tensor):
@@ -323,6 +327,8 @@ def divisor(op: str, value: object) -> tuple[Tensor | None, float]:
                 f"{op}: normalizer must be a number or a 0-d tensor of real numbers, got "
                 f"{value.dtype} of shape {tuple(value.shape)}"
             )
+        if value.is_meta and device.type != "meta":
+            same_device(op, "normalizer", value, like, device)
         return value.detach(), 0.0
     return None, option_checks.positive(op, "normalizer", value)
 

@@ -1,7 +1,8 @@
 """Checks of options: numbers, integers, flags, names. Each returns the value as kernels take it.
 
 What counts as a number is what torch takes for one: a number of Python or numpy, or a 0-d tensor
-that needs no gradient, which is read on the host. A bool is not a number.
+that needs no gradient and is not on the meta device, which is read on the host. A bool is not a
+number.
 """
 
 import math
@@ -19,7 +20,8 @@ def _scalar(value: object) -> object:
     """A 0-d tensor or numpy's scalar as Python's; anything else, also a bool, as it is."""
     if isinstance(value, Tensor):
         real = not value.is_complex() and value.dtype is not torch.bool
-        return value.item() if value.dim() == 0 and real and not value.requires_grad else value
+        there = not value.requires_grad and value.device.type != "meta"
+        return value.item() if value.dim() == 0 and real and there else value
     if isinstance(value, numbers.Integral):
         return value if isinstance(value, bool) else int(value)
     return float(value) if isinstance(value, numbers.Real) else value
@@ -31,7 +33,8 @@ def _got(value: object) -> str:
         grad = " that needs a gradient" if value.requires_grad else ""
         if value.is_nested:  # it has no shape to tell
             return f"a nested tensor of {value.dtype}{grad}"
-        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}{grad}"
+        where = " on the meta device, which holds no number" if value.device.type == "meta" else ""
+        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}{where}{grad}"
     return type(value).__name__
 
 

@@ -39,8 +39,8 @@ class Backend:
     devices: types of device that it serves.
     launchers: by operator name; empty where it is not built.
     empty: makes large buffers.
-    simulated: its kernels run on the CPU, for tests: it then serves tensors of any device, but only
-        where it is asked for by name.
+    simulated: its kernels run on the CPU, for tests: it then serves tensors of any device that have
+        memory, but only where it is asked for by name.
     """
 
     name: str
@@ -136,7 +136,8 @@ def select(op: str, device: torch.device, kernel: str | None = None) -> str:
         reason = unavailable_reason(_forced)
         if reason is not None:
             raise RuntimeError(f"{op}: backend {_forced!r} is not available: {reason}")
-        if not (backend.simulated or device.type in backend.devices):
+        simulated = backend.simulated and device.type != "meta"
+        if not (simulated or device.type in backend.devices):
             raise RuntimeError(f"{op}: backend {_forced!r} does not serve {device.type} tensors")
         if not _suits(_forced, device):
             raise RuntimeError(

@@ -190,7 +190,8 @@ def linear_policy_loss(
         hidden, weight, ref_logprobs, ref_hidden, ref_weight, ref_bias, bool(shards)
     )
     check_config(op, config, ref_hidden if ref_head else ref_logprobs, rollout_logprobs, normalizer)
-    count, divisor = checks.divisor(op, config.normalizer if normalizer is None else normalizer)
+    given = config.normalizer if normalizer is None else normalizer
+    count, divisor = checks.divisor(op, given, "hidden", hidden.device)
 
     backend = backends.select(op, hidden.device, "token_logprobs")
     columns = (2 if ref_head else 1) * weight.shape[0]

@@ -235,7 +235,8 @@ def policy_loss(
         raise ValueError(
             f"{op}: entropy must be given, since entropy_coef is {config.entropy_coef}"
         )
-    count, divisor = checks.divisor(op, config.normalizer if normalizer is None else normalizer)
+    given = config.normalizer if normalizer is None else normalizer
+    count, divisor = checks.divisor(op, given, "logprobs", logprobs.device)
 
     backend = backends.select(op, logprobs.device)
     if backend == backends.REFERENCE:

@@ -129,7 +129,7 @@ def value_loss(
         raise ValueError(f"{op}: normalizer must be given with the aggregation 'constant'")
     if clip_range is not None:
         clip_range = option_checks.positive(op, "clip_range", clip_range)
-    count, divisor = checks.divisor(op, normalizer)
+    count, divisor = checks.divisor(op, normalizer, "values", values.device)
 
     backend = backends.select(op, values.device)
     if backend == backends.REFERENCE:

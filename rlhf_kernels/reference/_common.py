@@ -11,6 +11,11 @@ def compute(t: Tensor) -> Tensor:
     return t if t.dtype is torch.float64 else t.float()
 
 
+def clamped(x: Tensor, low: float, high: float) -> Tensor:
+    """x.clamp(low, high) with a slope of 1 at NaN, where torch's is 0 and would hide it."""
+    return torch.where(x.isnan(), x, x.clamp(low, high))
+
+
 def per_row(temperature: float | Tensor, keep: Tensor) -> float | Tensor:
     """The temperature as a divisor of rows [..., V].
 

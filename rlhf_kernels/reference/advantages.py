@@ -11,12 +11,12 @@ from .kl import kl_estimate
 def _pad(x: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
     """Packed [N] as [S, T], T the longest sequence, zeros behind the others; padded input as is.
 
-    Where the call is traced, and lengths cannot be looked at, T is N.
+    Where lengths cannot be looked at, in a traced call or on the meta device, T is N.
     """
     if x is None or cu_seqlens is None:
         return x
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    if tracing.active(x):
+    if x.is_meta or tracing.active(x):
         longest = x.shape[0]
     else:
         longest = int(lengths.max()) if len(lengths) else 0

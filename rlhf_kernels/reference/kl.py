@@ -103,7 +103,12 @@ class Sloped(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         if ctx.estimator == "k1":
             return grad, None, None
-        slope = {"k2": lambda: x, "k3": lambda: -torch.expm1(-x), "abs": lambda: x.sign()}
+        slope = {
+            "k2": lambda: x,
+            "k3": lambda: -torch.expm1(-x),
+            # torch's sign of NaN is 0.
+            "abs": lambda: torch.where(x.isnan(), x, x.sign()),
+        }
         return torch.where(grad == 0, 0, grad * slope[ctx.estimator]()), None, None
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..config.policy import LOG_RATIO_BOUND, UNBOUNDED, PolicyLossConfig
 from ..core.sequences import per_token, sequence_sum, token_weights
-from ._common import compute
+from ._common import clamped, compute
 from .kl import Sloped, kl_estimate
 
 # csrc/policy_math.h: kLogWeightBound.
@@ -19,10 +19,10 @@ def kl_term(x: Tensor, config: PolicyLossConfig) -> Tensor:
     estimator = config.kl_estimator
     # A bound that is absent is as finite as in the kernels.
     low, high = config.kl_input_bounds()
-    z = x.clamp(max(low, -UNBOUNDED), min(high, UNBOUNDED))
+    z = clamped(x, max(low, -UNBOUNDED), min(high, UNBOUNDED))
     value = estimate(z, estimator.removesuffix("+"))
     limit = UNBOUNDED if config.kl_value_clamp is None else config.kl_value_clamp
-    value = value.clamp(-limit, limit)
+    value = clamped(value, -limit, limit)
     if estimator.endswith("+"):
         return Sloped.apply(x, value.detach(), "k2")
     return value
@@ -31,7 +31,7 @@ def kl_term(x: Tensor, config: PolicyLossConfig) -> Tensor:
 def estimate(x: Tensor, estimator: str) -> Tensor:
     """Schulman's estimators of KL(p || q) from x = log p - log q at a sample of p."""
     if estimator == "k3":
-        x = x.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+        x = clamped(x, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     return Sloped.apply(x, kl_estimate(x.detach(), estimator), estimator)
 
 
@@ -124,7 +124,7 @@ def policy_loss(
 
     token_x = lp - old
     x = token_x if config.ratio_level == "token" else sequence_sum(token_x, cu_seqlens) / length
-    log_r = x.clamp(*config.log_ratio_bounds())
+    log_r = clamped(x, *config.log_ratio_bounds())
     if config.ratio_level == "sequence-token":
         # Value s, and inside the clamp the gradient of the token's own logprob.
         inside = (log_r == x).to(lp.dtype)
@@ -176,7 +176,7 @@ def policy_loss(
                 *(mean(-token_x), mean(torch.expm1(k3_x) - k3_x)),
                 *(mean(ref_x), mean(estimate(ref_x, "k3"))),
                 mean(torch.zeros_like(lp) if bonus is None else bonus),
-                torch.where(square > 0, mean(r) ** 2 / square, 0),
+                torch.where(square == 0, 0, mean(r) ** 2 / square),
                 mean(torch.as_tensor(w, dtype=lp.dtype, device=lp.device)),
                 tokens,
             ]
