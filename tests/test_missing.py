@@ -3,7 +3,7 @@
 import torch
 
 import rlhf_kernels as rk
-from rlhf_kernels.reference import policy, value
+from rlhf_kernels.config.metrics import POLICY_METRICS, VALUE_METRICS
 
 NAN = float("nan")
 
@@ -82,6 +82,6 @@ def test_a_policy_or_value_that_is_nan_is_nan_in_loss_gradient_and_metrics(backe
         linear = "objective='reinforce'" in label or label == "k1"
         assert linear or slope[1, 2], label
         if metrics and not label.startswith("value"):
-            assert metrics[0][policy.METRICS.index("ess")], label
+            assert metrics[0][POLICY_METRICS.index("ess")], label
         elif metrics:
-            assert metrics[0][value.METRICS.index("explained_variance")], label
+            assert metrics[0][VALUE_METRICS.index("explained_variance")], label
