@@ -22,11 +22,16 @@ def is_deferred(scale: Tensor) -> bool:
     return scale.dim() == 0
 
 
+def waiting_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In what a complete gradient waits for its upstream, which may be the scale that fp16 needs:
+    one in fp16 would leave its range.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def gradient(like: Tensor, wanted: bool, deferred: bool) -> Tensor:
     """Memory for the gradient of `like`; empty if not wanted."""
-    # One in fp16 waits for its upstream in fp32, which may be the scale that fp16 needs.
-    wide = deferred or like.dtype == torch.float16
-    dtype = torch.float32 if wide else like.dtype
+    dtype = torch.float32 if deferred else waiting_dtype(like.dtype)
     return like.new_empty(like.shape if wanted else (0,), dtype=dtype)
 
 

@@ -11,7 +11,7 @@ from ..config.policy import PolicyLossConfig
 from ..core import checks, groups
 from ..head import policy as head
 from ..head import shard
-from ..kernels import backends
+from ..kernels import backends, losses
 from ._heads import check_chunk, check_head, check_ref_head
 from ._operator import define, head_gradients_fake, once_differentiable, remember
 from .policy import (
@@ -20,7 +20,6 @@ from .policy import (
     check_advantages,
     check_config,
     config_numbers,
-    late,
     times,
 )
 
@@ -30,7 +29,7 @@ def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tu
     *_, needs, _ = rest
     found = head_gradients_fake(hidden, weight, bias, needs)
     kept = (
-        g.new_empty(g.shape, dtype=late(g.dtype)) if need else g
+        g.new_empty(g.shape, dtype=losses.waiting_dtype(g.dtype)) if need else g
         for g, need in zip(found, needs, strict=True)
     )
     return scalar, scalar.new_empty((len(POLICY_METRICS),)), *kept

@@ -14,31 +14,17 @@ from ._metrics import Metrics, register_metrics
 from ._operator import define, once_differentiable, remember
 
 
-def gradient_fake(like: Tensor, wanted: bool, backend: str) -> Tensor:
-    """The gradient of `like` as an operator with a `scale` returns it; empty if not wanted."""
-    dtype = torch.float32 if backend in backends.GPU else late(like.dtype)
-    return like.new_empty(like.shape if wanted else (0,), dtype=dtype)
-
-
-def scale_fake(like: Tensor, backend: str) -> Tensor:
-    """What the gradients are yet to be multiplied by; empty where they are complete."""
-    return like.new_empty(() if backend in backends.GPU else (0,), dtype=torch.float32)
-
-
 def _forward_fake(
     logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, ref: Tensor | None,
     rollout: Tensor | None, entropy: Tensor | None, cu_seqlens: Tensor | None,
     normalizer: Tensor | None, divisor: float, codes: list[int], params: list[float],
     grad: bool, entropy_grad: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    scalar = logprobs.new_empty((), dtype=torch.float32)
-    return (
-        scalar,
-        scalar.new_empty((len(POLICY_METRICS),)),
-        gradient_fake(logprobs, grad, backend),
-        gradient_fake(entropy if entropy_grad else logprobs, entropy_grad, backend),
-        scale_fake(logprobs, backend),
-    )
+    deferred = backend in backends.GPU
+    loss, metrics, scale = losses.results(logprobs, len(POLICY_METRICS), deferred)
+    gradient = losses.gradient(logprobs, grad, deferred)
+    bonus = losses.gradient(entropy if entropy_grad else logprobs, entropy_grad, deferred)
+    return loss, metrics, gradient, bonus, scale
 
 
 _forward = define(
@@ -67,11 +53,6 @@ _backward = define(
 )
 
 
-def late(dtype: torch.dtype) -> torch.dtype:
-    """In what a gradient waits for its upstream: one in fp16 would leave its range, unscaled."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 def times(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient * upstream in `dtype`; the gradient itself where that is so and costs no look."""
     if type(upstream) is Tensor and upstream.device.type == "cpu":
@@ -84,7 +65,7 @@ def scaled(
     gradients: list[Tensor], dtypes: list[torch.dtype], scale: Tensor, upstream: Tensor,
     backend: str,
 ) -> list[Tensor]:  # fmt: skip
-    """One or two gradients times scale and upstream, in their dtypes; see scale_fake."""
+    """One or two gradients times scale and upstream, in their dtypes; see kernels/losses.py."""
     if losses.is_deferred(scale):
         first, second = (*gradients, None)[:2]
         return _backward(first, second, scale, upstream, dtypes[0], dtypes[-1], backend)

@@ -9,10 +9,10 @@ from .. import reference
 from ..config.metrics import VALUE_METRICS
 from ..core import checks, option_checks
 from ..core.enums import AGGREGATIONS
-from ..kernels import backends
+from ..kernels import backends, losses
 from ._metrics import Metrics, register_metrics
 from ._operator import define, once_differentiable, remember
-from .policy import gradient_fake, scale_fake, scaled
+from .policy import scaled
 
 
 def _forward_fake(
@@ -20,13 +20,9 @@ def _forward_fake(
     normalizer: Tensor | None, divisor: float, clip_range: float, aggregation: int, grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    scalar = values.new_empty((), dtype=torch.float32)
-    return (
-        scalar,
-        scalar.new_empty((len(VALUE_METRICS),)),
-        gradient_fake(values, grad, backend),
-        scale_fake(values, backend),
-    )
+    deferred = backend in backends.GPU
+    loss, metrics, scale = losses.results(values, len(VALUE_METRICS), deferred)
+    return loss, metrics, losses.gradient(values, grad, deferred), scale
 
 
 _forward = define(
