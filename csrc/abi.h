@@ -58,14 +58,19 @@ struct Status {
 constexpr int64_t kLabelElsewhere = INT64_MIN;
 constexpr int64_t kShardIgnored = INT64_MIN + 1;
 
+// Options of rows of logits: core/row_options.py. softcap 0 means none.
+struct RowOptions {
+  double temperature, softcap;
+  int64_t ignore_index;
+};
+
 // token_logprobs. `stats` is fp32 [rows, cols, 3], contiguous: row maximum m (NaN for a row of NaN
 // and -inf), s = sum exp((x-m)/T), and with `entropy` the mean of (x-m)/T, which is log s less the
-// entropy. `temperatures` (fp32) overrides `temperature`; softcap 0 means none.
+// entropy. `temperatures` (fp32) overrides the temperature of the options.
 struct LogprobsArgs {
   int64_t rows, cols, vocab;
   Tensor logits, labels, temperatures;
-  double temperature, softcap;
-  int64_t ignore_index;
+  RowOptions options;
   Tensor logprobs, entropy;
   float* stats;
   Exec exec;
@@ -76,8 +81,7 @@ struct LogprobsArgs {
 struct LogprobsBackwardArgs {
   int64_t rows, cols, vocab;
   Tensor logits, labels, temperatures;
-  double temperature, softcap;
-  int64_t ignore_index;
+  RowOptions options;
   const float* stats;
   Tensor grad_logprobs, grad_entropy;
   Tensor grad_logits;
@@ -98,8 +102,7 @@ struct SupportArgs {
   int64_t rows, cols, vocab, width;
   Tensor logits, weight, bias, labels, temperatures;
   Support support;
-  double temperature, softcap;
-  int64_t ignore_index;
+  RowOptions options;
   Tensor logprobs, entropy;
   float *stats, *kept;
   Exec exec;
@@ -111,8 +114,7 @@ struct SupportBackwardArgs {
   int64_t rows, cols, vocab;
   Tensor labels, temperatures;
   Support support;
-  double temperature, softcap;
-  int64_t ignore_index;
+  RowOptions options;
   const float *stats, *kept;
   Tensor grad_logprobs, grad_entropy;
   float* dz;

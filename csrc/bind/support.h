@@ -7,27 +7,26 @@ namespace rk {
 template <class Table>
 void bind_support(pybind11::module_& m, Table table) {
   const auto fp32 = [](const Tensor& t) { return static_cast<float*>(t.data); };
-  m.def("support_logprobs",
-        [=](int64_t rows, int64_t cols, int64_t vocab, int64_t width, Tensor logits, Tensor weight,
-            Tensor bias, Tensor labels, Tensor temperatures, int64_t entries, Tensor indptr,
-            Tensor indices, double temperature, double softcap, int64_t ignore_index,
-            Tensor logprobs, Tensor entropy, Tensor stats, Tensor kept, Exec exec) {
-          const SupportArgs args{
-              rows,        cols,       vocab,        width,        logits,
-              weight,      bias,       labels,       temperatures, {entries, indptr, indices},
-              temperature, softcap,    ignore_index, logprobs,     entropy,
-              fp32(stats), fp32(kept), exec};
-          return without_gil([&] { return table().support_logprobs(args); });
-        });
+  m.def("support_logprobs", [=](int64_t rows, int64_t cols, int64_t vocab, int64_t width,
+                                Tensor logits, Tensor weight, Tensor bias, Tensor labels,
+                                Tensor temperatures, int64_t entries, Tensor indptr, Tensor indices,
+                                RowOptions options, Tensor logprobs, Tensor entropy, Tensor stats,
+                                Tensor kept, Exec exec) {
+    const SupportArgs args{rows,    cols,     vocab,   width,        logits,
+                           weight,  bias,     labels,  temperatures, {entries, indptr, indices},
+                           options, logprobs, entropy, fp32(stats),  fp32(kept),
+                           exec};
+    return without_gil([&] { return table().support_logprobs(args); });
+  });
   m.def("support_backward", [=](int64_t rows, int64_t cols, int64_t vocab, Tensor labels,
                                 Tensor temperatures, int64_t entries, Tensor indptr, Tensor indices,
-                                double temperature, double softcap, int64_t ignore_index,
-                                Tensor stats, Tensor kept, Tensor grad_logprobs,
+                                RowOptions options, Tensor stats, Tensor kept, Tensor grad_logprobs,
                                 Tensor grad_entropy, Tensor dz, Tensor grad_logits, Exec exec) {
-    const SupportBackwardArgs args{
-        rows,         cols,     vocab,        labels,      temperatures, {entries, indptr, indices},
-        temperature,  softcap,  ignore_index, fp32(stats), fp32(kept),   grad_logprobs,
-        grad_entropy, fp32(dz), grad_logits,  exec};
+    const SupportBackwardArgs args{rows,          cols,         vocab,
+                                   labels,        temperatures, {entries, indptr, indices},
+                                   options,       fp32(stats),  fp32(kept),
+                                   grad_logprobs, grad_entropy, fp32(dz),
+                                   grad_logits,   exec};
     return without_gil([&] { return table().support_backward(args); });
   });
   m.def("support_head_backward",

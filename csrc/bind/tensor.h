@@ -19,7 +19,8 @@ inline std::pair<int, long long> without_gil(const F& kernel) {
 
 namespace pybind11::detail {
 
-// None, or the tuple (data_ptr, dtype code, stride0, stride1) that rlhf_kernels.kernels.native makes.
+// None, or the tuple (data_ptr, dtype code, stride0, stride1) that rlhf_kernels.kernels.native
+// makes.
 template <>
 struct type_caster<rk::Tensor> {
   PYBIND11_TYPE_CASTER(rk::Tensor, const_name("tuple[int, int, int, int] | None"));
@@ -60,6 +61,26 @@ struct type_caster<rk::Exec> {
     } else {
       value.threads = static_cast<int32_t>(PyLong_AsLong(source.ptr()));
     }
+    if (PyErr_Occurred()) {
+      PyErr_Clear();
+      return false;
+    }
+    return true;
+  }
+};
+
+// The tuple RowOptions of rlhf_kernels/core/row_options.py. `entropy` (2) says there which results
+// are wanted; here the tensor is given or not.
+template <>
+struct type_caster<rk::RowOptions> {
+  PYBIND11_TYPE_CASTER(rk::RowOptions, const_name("RowOptions"));
+
+  bool load(handle source, bool) {
+    if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 4) return false;
+    const auto item = [&](int i) { return PyTuple_GET_ITEM(source.ptr(), i); };
+    value.temperature = PyFloat_AsDouble(item(0));
+    value.softcap = PyFloat_AsDouble(item(1));
+    value.ignore_index = PyLong_AsLongLong(item(3));
     if (PyErr_Occurred()) {
       PyErr_Clear();
       return false;

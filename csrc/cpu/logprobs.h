@@ -154,10 +154,10 @@ inline Status check_tokens(const Args& a) {
   for (int64_t i = 0; i < a.rows; ++i) {
     for (int64_t j = 0; j < a.cols; ++j) {
       const int64_t y = load_label(a.labels, i, j);
-      if (y == a.ignore_index) continue;
-      const bool elsewhere = y == kLabelElsewhere && a.ignore_index == kShardIgnored;
+      if (y == a.options.ignore_index) continue;
+      const bool elsewhere = y == kLabelElsewhere && a.options.ignore_index == kShardIgnored;
       if ((y < 0 || y >= a.vocab) && !elsewhere) return {kLabelOutOfRange, i * a.cols + j};
-      const double t = row_temperature(a.temperatures, a.temperature, i, j);
+      const double t = row_temperature(a.temperatures, a.options.temperature, i, j);
       if (!good_temperature(t)) return {kBadTemperature, i * a.cols + j};
     }
   }
@@ -171,14 +171,14 @@ void logprobs_row(const LogprobsArgs& a, int64_t row) {
   float* entropy = kEntropy ? static_cast<float*>(a.entropy.data) + row : nullptr;
   float* stats = a.stats + 3 * row;
   const int64_t label = load_label(a.labels, i, j);
-  if (label == a.ignore_index) {
+  if (label == a.options.ignore_index) {
     *logprob = 0.0f;
     if (kEntropy) *entropy = 0.0f;
     stats[0] = 0.0f, stats[1] = 1.0f, stats[2] = 0.0f;
     return;
   }
-  const double inv_t = 1.0 / row_temperature(a.temperatures, a.temperature, i, j);
-  const float cap = static_cast<float>(a.softcap);
+  const double inv_t = 1.0 / row_temperature(a.temperatures, a.options.temperature, i, j);
+  const float cap = static_cast<float>(a.options.softcap);
   const auto* x = static_cast<const typename E::Storage*>(a.logits.data) + i * a.logits.stride0 +
                   j * a.logits.stride1;
   const RowSums r = row_sums<E, kSoftcap, kEntropy>(x, a.vocab, cap, inv_t);
@@ -211,15 +211,15 @@ void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
   const int64_t label = load_label(a.labels, i, j);
   S* out =
       static_cast<S*>(a.grad_logits.data) + i * a.grad_logits.stride0 + j * a.grad_logits.stride1;
-  if (label == a.ignore_index || (g == 0.0f && h == 0.0f)) {
+  if (label == a.options.ignore_index || (g == 0.0f && h == 0.0f)) {
     memset(out, 0, sizeof(S) * static_cast<size_t>(a.vocab));
     return;
   }
   const S* x = static_cast<const S*>(a.logits.data) + i * a.logits.stride0 + j * a.logits.stride1;
-  const double inv_t = 1.0 / row_temperature(a.temperatures, a.temperature, i, j);
+  const double inv_t = 1.0 / row_temperature(a.temperatures, a.options.temperature, i, j);
   const float* stats = a.stats + 3 * row;
   const double s = stats[1], mean = stats[2];
-  const float cap = static_cast<float>(a.softcap);
+  const float cap = static_cast<float>(a.options.softcap);
   const float raw_label = label == kLabelElsewhere ? 0.0f : E::get(x + label);
   const float xy = kSoftcap ? softcapped(raw_label, cap) : raw_label;
   const double logprob = logprob_from_stats(xy, stats[0], s, inv_t);
@@ -298,7 +298,7 @@ Status token_logprobs(const LogprobsArgs& a) {
   const Status status = check_tokens(a);
   if (status.code != kOk) return status;
   const auto row =
-      pick<LogprobsForward, LogprobsArgs>(a.logits.dtype, a.softcap > 0.0, a.entropy.given);
+      pick<LogprobsForward, LogprobsArgs>(a.logits.dtype, a.options.softcap > 0.0, a.entropy.given);
   parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) { row(a, r); });
   return {};
 }
@@ -309,8 +309,8 @@ Status token_logprobs_backward(const LogprobsBackwardArgs& a) {
   const bool in_place = a.grad_logits.data == a.logits.data;
   const int64_t row_bytes = a.vocab * dtype_size(a.grad_logits.dtype);
   const FreshPages pages(in_place ? nullptr : a.grad_logits.data, a.rows * a.cols * row_bytes);
-  const auto row = pick<LogprobsBackward, LogprobsBackwardArgs>(a.logits.dtype, a.softcap > 0.0,
-                                                                a.grad_entropy.given);
+  const auto row = pick<LogprobsBackward, LogprobsBackwardArgs>(
+      a.logits.dtype, a.options.softcap > 0.0, a.grad_entropy.given);
   parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) {
     pages.prepare(r * row_bytes, row_bytes);
     row(a, r);

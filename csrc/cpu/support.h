@@ -54,7 +54,7 @@ inline Status check_support(const Args& a, uint64_t* seen) {
   Status status = check_tokens(a);
   if (status.code == kOk) status = check_indptr(a.support, a.rows * a.cols);
   for (int64_t token = 0; token < a.rows * a.cols && status.code == kOk; ++token) {
-    if (load_label(a.labels, token / a.cols, token % a.cols) == a.ignore_index) continue;
+    if (load_label(a.labels, token / a.cols, token % a.cols) == a.options.ignore_index) continue;
     status = check_words(a.support, entries_of(a.support, token), a.vocab, seen);
   }
   return status;
@@ -139,17 +139,17 @@ inline int64_t label_entry(const Support& s, Range range, int64_t label) {
 
 // One token's kept logits as a row of logits: a grid of one token.
 template <class Args>
-inline Args one_row(int64_t n, const float* kept, const int64_t* label, double temperature,
-                    double softcap) {
+inline Args one_row(int64_t n, const float* kept, const int64_t* label, RowOptions options,
+                    double temperature) {
   Args row{};
   row.rows = row.cols = 1;
   row.vocab = n;
   row.logits = {const_cast<float*>(kept), kFloat32, 0, 0};
   row.labels = {const_cast<int64_t*>(label), kInt64, 0, 0};
-  row.temperature = temperature;
-  row.softcap = softcap;
+  row.options = options;
+  row.options.temperature = temperature;
   // No entry's number, nor kLabelElsewhere.
-  row.ignore_index = -1;
+  row.options.ignore_index = -1;
   return row;
 }
 
@@ -160,7 +160,7 @@ void support_row(const SupportArgs& a, int64_t token) {
   float* entropy = kEntropy ? static_cast<float*>(a.entropy.data) + token : nullptr;
   float* stats = a.stats + 3 * token;
   const int64_t label = load_label(a.labels, i, j);
-  if (label == a.ignore_index) {
+  if (label == a.options.ignore_index) {
     *logprob = 0.0f;
     if (kEntropy) *entropy = 0.0f;
     stats[0] = 0.0f, stats[1] = 1.0f, stats[2] = 0.0f;
@@ -169,8 +169,8 @@ void support_row(const SupportArgs& a, int64_t token) {
   const Range range = entries_of(a.support, token);
   keep_logits<E>(a, i, j, range);
   const int64_t entry = label_entry(a.support, range, label);
-  auto row = one_row<LogprobsArgs>(range.end - range.begin, a.kept + range.begin, &entry,
-                                   row_temperature(a.temperatures, a.temperature, i, j), a.softcap);
+  auto row = one_row<LogprobsArgs>(range.end - range.begin, a.kept + range.begin, &entry, a.options,
+                                   row_temperature(a.temperatures, a.options.temperature, i, j));
   row.logprobs.data = logprob;
   row.entropy.data = entropy;
   row.stats = stats;
@@ -187,15 +187,15 @@ void support_gradient(const SupportBackwardArgs& a, int64_t token, Range range) 
   };
   const int64_t label = load_label(a.labels, i, j), n = range.end - range.begin;
   float g = upstream(a.grad_logprobs), h = upstream(a.grad_entropy);
-  if (label == a.ignore_index || n == 0 || (g == 0.0f && h == 0.0f)) {
+  if (label == a.options.ignore_index || n == 0 || (g == 0.0f && h == 0.0f)) {
     // Without words in any support there is no memory, which memset may not be given.
     if (n > 0) memset(a.dz + range.begin, 0, sizeof(float) * static_cast<size_t>(n));
     return;
   }
   const int64_t entry = label_entry(a.support, range, label);
-  auto row = one_row<LogprobsBackwardArgs>(n, a.kept + range.begin, &entry,
-                                           row_temperature(a.temperatures, a.temperature, i, j),
-                                           a.softcap);
+  auto row =
+      one_row<LogprobsBackwardArgs>(n, a.kept + range.begin, &entry, a.options,
+                                    row_temperature(a.temperatures, a.options.temperature, i, j));
   row.stats = a.stats + 3 * token;
   row.grad_logprobs = {&g, kFloat32, 0, 0, true};
   row.grad_entropy = {&h, kFloat32, 0, 0, true};
@@ -234,7 +234,7 @@ Status support_logprobs(const SupportArgs& a) {
   const Status status = check_support(a, seen.data);
   if (status.code != kOk) return status;
   const auto row =
-      pick<SupportForward, SupportArgs>(a.logits.dtype, a.softcap > 0.0, a.entropy.given);
+      pick<SupportForward, SupportArgs>(a.logits.dtype, a.options.softcap > 0.0, a.entropy.given);
   parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) { row(a, r); });
   return {};
 }
@@ -244,8 +244,8 @@ Status support_backward(const SupportBackwardArgs& a) {
   if (status.code != kOk) return status;
   const int64_t row_bytes = a.vocab * dtype_size(a.grad_logits.dtype);
   const FreshPages pages(a.grad_logits.data, a.rows * a.cols * row_bytes);
-  const auto row = pick<SupportBackward, SupportBackwardArgs>(a.grad_logits.dtype, a.softcap > 0.0,
-                                                              a.grad_entropy.given);
+  const auto row = pick<SupportBackward, SupportBackwardArgs>(
+      a.grad_logits.dtype, a.options.softcap > 0.0, a.grad_entropy.given);
   parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) {
     pages.prepare(r * row_bytes, row_bytes);
     row(a, r);

@@ -17,7 +17,7 @@ struct Coefficients {
 
 template <class Args>
 __device__ __forceinline__ double row_temperature(const Args& a, int64_t row) {
-  if (!a.temperatures.given) return a.temperature;
+  if (!a.temperatures.given) return a.options.temperature;
   return static_cast<const float*>(a.temperatures.data)[token_at(a.temperatures, row, a.cols)];
 }
 
@@ -38,13 +38,13 @@ __global__ void __launch_bounds__(kRowThreads, kSoftcap ? 2 : 3)
   constexpr int kColumns = tile_columns(kSlots, sizeof(typename E::Storage));
   __shared__ float shared[3][kRowThreads / kWarp];
   const Tile tile = this_tile(tiles, a.vocab, kColumns);
-  if (row_label(a, tile.row) == a.ignore_index) return;
+  if (row_label(a, tile.row) == a.options.ignore_index) return;
   const float minus_inf = -__builtin_inff();
   Pack<E> slots[kSlots];
   load_tile<E, kRowThreads>(row_logits<E>(a, tile.row) + tile.first, tile.count, aligned, minus_inf,
                             slots);
   const float rate = 1.0f / static_cast<float>(row_temperature(a, tile.row));
-  const float cap = static_cast<float>(a.softcap);
+  const float cap = static_cast<float>(a.options.softcap);
   const auto logit = [&](int k, int w) {
     const float x = slots[k].get(w);
     if constexpr (!kSoftcap) return x;
@@ -133,18 +133,18 @@ __global__ void __launch_bounds__(kCombineThreads)
   if (row >= a.rows * a.cols) return;
   const int64_t label = row_label(a, row);
   float m = 0.0f, s = 1.0f, mean = 0.0f, logprob = 0.0f, entropy = 0.0f;
-  if (label != a.ignore_index) {
+  if (label != a.options.ignore_index) {
     const double temperature = row_temperature(a, row), rate = 1.0 / temperature;
     const Sums<double> r =
         combine_tiles(partials + row * tiles * 3, tiles, static_cast<float>(rate));
     const bool known = label >= 0 && label < a.vocab;
     float z = known ? E::get(row_logits<E>(a, row)[label]) : 0.0f;
-    if (a.softcap > 0.0) {
-      const float cap = static_cast<float>(a.softcap);
+    if (a.options.softcap > 0.0) {
+      const float cap = static_cast<float>(a.options.softcap);
       z = cap * tanh_parts(z / cap).value;
     }
     // A label outside the vocabulary, a bad temperature and a row of -inf poison the row.
-    const bool elsewhere = label == kLabelElsewhere && a.ignore_index == kShardIgnored;
+    const bool elsewhere = label == kLabelElsewhere && a.options.ignore_index == kShardIgnored;
     const bool good =
         (known || elsewhere) && good_temperature(temperature) && r.m != -__builtin_inff();
     const float poison = good ? 0.0f : __builtin_nanf("");
@@ -179,14 +179,14 @@ __global__ void __launch_bounds__(kCombineThreads)
   const float g = upstream(a.grad_logprobs), h = upstream(a.grad_entropy);
   const int64_t label = row_label(a, row);
   Coefficients c{0.0f, 1.0f, 0.0f, 0.0f, 0.0f};
-  if (label != a.ignore_index && (g != 0.0f || h != 0.0f)) {
+  if (label != a.options.ignore_index && (g != 0.0f || h != 0.0f)) {
     const float* stats = a.stats + 3 * row;
     const double rate = 1.0 / row_temperature(a, row), s = stats[1], mean = stats[2];
     const bool known = label >= 0 && label < a.vocab;
     float z = known ? E::get(row_logits<E>(a, row)[label]) : 0.0f;
     double slope = 1.0;
-    if (a.softcap > 0.0) {
-      const float cap = static_cast<float>(a.softcap);
+    if (a.options.softcap > 0.0) {
+      const float cap = static_cast<float>(a.options.softcap);
       const TanhParts p = tanh_parts(z / cap);
       z = cap * p.value;
       slope = p.slope;
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kRowThreads)
   Pack<E> slots[kBackwardSlots];
   load_tile<E, kRowThreads>(row_logits<E>(a, tile.row) + tile.first, tile.count, aligned, 0.0f,
                             slots);
-  const float cap = static_cast<float>(a.softcap);
+  const float cap = static_cast<float>(a.options.softcap);
   const float lowest = kLowest / c.rate, rate2 = c.rate * kLog2e;
   // The label's column in this tile, or one that is in none.
   const int64_t y = row_label(a, tile.row);
@@ -265,7 +265,7 @@ Status token_logprobs(const LogprobsArgs& a) {
   const bool aligned = rows_aligned(a.logits, a.rows, a.cols);
   for_dtype(a.logits.dtype, [&](auto element) {
     using E = decltype(element);
-    for_flag(a.softcap > 0.0, [&](auto softcap) {
+    for_flag(a.options.softcap > 0.0, [&](auto softcap) {
       for_flag(a.entropy.given, [&](auto entropy) {
         RK_ENQUEUE(a.exec, tokens * tiles, kRowThreads,
                    (partial_kernel<E, softcap.value, entropy.value>), a,
@@ -290,7 +290,7 @@ Status token_logprobs_backward(const LogprobsBackwardArgs& a) {
     using E = decltype(element);
     RK_ENQUEUE(a.exec, ceil_div(tokens, kCombineThreads), kCombineThreads, coefficients_kernel<E>,
                a, coefficients);
-    for_flag(a.softcap > 0.0, [&](auto softcap) {
+    for_flag(a.options.softcap > 0.0, [&](auto softcap) {
       for_flag(a.grad_entropy.given, [&](auto entropy) {
         RK_ENQUEUE(a.exec, tokens * tiles, kRowThreads,
                    (backward_kernel<E, softcap.value, entropy.value>), a,

@@ -30,7 +30,7 @@ __device__ __forceinline__ int64_t word_at(const Support& s, int64_t entry) {
 
 template <class Args>
 __device__ __forceinline__ double temperature_at(const Args& a, int64_t row) {
-  if (!a.temperatures.given) return a.temperature;
+  if (!a.temperatures.given) return a.options.temperature;
   return static_cast<const float*>(a.temperatures.data)[token_at(a.temperatures, row, a.cols)];
 }
 template <class Args>
@@ -98,7 +98,8 @@ __global__ void __launch_bounds__(kProductThreads)
   }
   const int64_t word = word_at(a.support, entry);
   // Ignored tokens' entries are not looked at; a word that is none poisons its token.
-  if (low >= a.rows * a.cols || label_at(a, low) == a.ignore_index || word < 0 || word >= a.vocab)
+  if (low >= a.rows * a.cols || label_at(a, low) == a.options.ignore_index || word < 0 ||
+      word >= a.vocab)
     return;
   using S = typename E::Storage;
   const S* x = static_cast<const S*>(a.logits.data) + token_at(a.logits, low, a.cols);
@@ -126,9 +127,9 @@ __global__ void __launch_bounds__(kListThreads)
   __shared__ double sums[2][kWarps];
   const int64_t row = blockIdx.x, label = label_at(a, row);
   float m = 0.0f, s = 1.0f, mean = 0.0f, logprob = 0.0f, entropy = 0.0f;
-  if (label != a.ignore_index) {
+  if (label != a.options.ignore_index) {
     const double temperature = temperature_at(a, row), rate = 1.0 / temperature;
-    const float rate32 = static_cast<float>(rate), cap = static_cast<float>(a.softcap);
+    const float rate32 = static_cast<float>(rate), cap = static_cast<float>(a.options.softcap);
     const List list = list_at(a.support.indptr, row, a.support.entries);
     const auto* x =
         static_cast<const typename E::Storage*>(a.logits.data) + token_at(a.logits, row, a.cols);
@@ -188,12 +189,12 @@ __global__ void __launch_bounds__(kListThreads) gradient_kernel(const SupportBac
   };
   const float g = upstream(a.grad_logprobs), h = upstream(a.grad_entropy);
   const List list = list_at(a.support.indptr, row, a.support.entries);
-  if (label == a.ignore_index || (g == 0.0f && h == 0.0f)) {
+  if (label == a.options.ignore_index || (g == 0.0f && h == 0.0f)) {
     for (int64_t e = list.begin + threadIdx.x; e < list.end; e += kListThreads) a.dz[e] = 0.0f;
     return;
   }
   const double rate = 1.0 / temperature_at(a, row);
-  const float rate32 = static_cast<float>(rate), cap = static_cast<float>(a.softcap);
+  const float rate32 = static_cast<float>(rate), cap = static_cast<float>(a.options.softcap);
   const float* stats = a.stats + 3 * row;
   const float m = stats[0];
   const double s = stats[1], mean = stats[2];

@@ -27,7 +27,7 @@ _PLAIN = frozenset(
     )
 )
 # How a schema spells the fields of RowOptions.
-_ROW_OPTIONS = "float temperature, float softcap, bool entropy, int ignore_index"
+_ROW_OPTIONS = ", ".join(f"{t.__name__} {name}" for name, t in RowOptions.__annotations__.items())
 _FIELDS = len(RowOptions._fields)
 
 

@@ -52,8 +52,8 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         check(labels, temperatures, vocab, options.ignore_index)
         status = extension.token_logprobs(
             *b.grid(shape), vocab, b.pack_rows(logits), b.pack(labels), b.pack(temperatures),
-            options.temperature, options.softcap, options.ignore_index, b.pack(logprobs),
-            b.pack(entropies) if options.entropy else None, b.pack(stats),
+            options, b.pack(logprobs), b.pack(entropies) if options.entropy else None,
+            b.pack(stats),
             where(logits, "token_logprobs", labels.numel(), vocab, logits.element_size()),
         )  # fmt: skip
         _raise(status, labels, temperatures, vocab)
@@ -79,8 +79,8 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         grad_entropy = b.as_upstream(grad_entropy)
         status = extension.token_logprobs_backward(
             *b.grid(shape), vocab, b.pack_rows(logits), b.pack(labels), b.pack(temperatures),
-            options.temperature, options.softcap, options.ignore_index, b.pack(stats),
-            b.pack(grad_logprobs), b.pack(grad_entropy), b.pack_rows(out),
+            options, b.pack(stats), b.pack(grad_logprobs), b.pack(grad_entropy),
+            b.pack_rows(out),
             where(logits, "token_logprobs_backward", labels.numel()),
         )  # fmt: skip
         _raise(status, labels, temperatures, vocab)

@@ -70,7 +70,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             *b.grid(shape), vocab, width, b.pack_rows(rows),
             None if weight is None else b.pack_rows(weight), b.pack(bias), b.pack(labels),
             b.pack(temperatures), indices.shape[0], b.pack(indptr), b.pack(indices),
-            options.temperature, options.softcap, options.ignore_index, b.pack(logprobs),
+            options, b.pack(logprobs),
             b.pack(entropies) if options.entropy else None,
             b.pack(stats), b.pack(kept), where(rows, "support_logprobs"),
         )  # fmt: skip
@@ -102,8 +102,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         grad_entropy = b.as_upstream(grad_entropy)
         status = extension.support_backward(
             *b.grid(shape), vocab, b.pack(labels), b.pack(temperatures), indices.shape[0],
-            b.pack(indptr), b.pack(indices), options.temperature, options.softcap,
-            options.ignore_index, b.pack(stats),
+            b.pack(indptr), b.pack(indices), options, b.pack(stats),
             b.pack(kept), b.pack(grad_logprobs), b.pack(grad_entropy), b.pack(dz),
             None if out is None else b.pack_rows(out), where(kept),
         )  # fmt: skip
