@@ -5,8 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import env, option_checks, sentinels, temperature_rules, tracing
-from .row_options import RowArguments
+from . import env, option_checks, temperature_rules, tracing
 
 # Arguments per token that may be None.
 _OPTIONAL = ("old_logprobs", "ref_logprobs", "rollout_logprobs", "entropy")
@@ -216,58 +215,6 @@ def bad_temperature(op: str, position: int, temperatures: Tensor) -> ValueError:
     """The error for the temperature at flat `position`."""
     value = temperatures.reshape(-1)[position].item()
     return temperature_rules.error(op, position, value)
-
-
-def row_arguments(
-    op: str,
-    labels_: object,
-    name: str,
-    rows: Tensor,
-    temperature: object,
-    softcap: object,
-    logit_scale: object = 1.0,
-    entropy: object = False,
-    ignore_index: object = -100,
-) -> RowArguments:
-    """Requires one label for each row of the argument `name` [..., K], and good options.
-
-    Returns:
-        The arguments; a temperature per token in the shape of the labels, not differentiated.
-    """
-    labels(op, "labels", labels_)
-    column = "V" if name == "logits" else "H"
-    same_shape(op, "labels", labels_, f"{name} without {column}", rows.shape[:-1])
-    same_device(op, "labels", labels_, name, rows.device)
-    if softcap is not None:
-        softcap = option_checks.positive(op, "softcap", softcap)
-    arguments = RowArguments(
-        _temperature(op, temperature, labels_),
-        softcap,
-        option_checks.positive(op, "logit_scale", logit_scale),
-        option_checks.flag(op, "entropy", entropy),
-        option_checks.integer(op, "ignore_index", ignore_index),
-    )
-    temperature_rules.check(op, *arguments[:3])
-    if arguments.ignore_index in (sentinels.ELSEWHERE, sentinels.SHARD_IGNORED):
-        raise ValueError(
-            f"{op}: ignore_index must not be {arguments.ignore_index}, by which kernels tell the "
-            "shards of a vocabulary apart"
-        )
-    return arguments
-
-
-def _temperature(op: str, value: object, labels_: Tensor) -> float | Tensor:
-    if not isinstance(value, Tensor):
-        return option_checks.positive(op, "temperature", value)
-    floating(op, "temperature", value, double=True)
-    same_device(op, "temperature", value, "labels", labels_.device)
-    try:
-        return value.detach().expand(labels_.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"{op}: temperature must broadcast to the shape of labels, {tuple(labels_.shape)}, "
-            f"got {tuple(value.shape)}"
-        ) from None
 
 
 def token_inputs(

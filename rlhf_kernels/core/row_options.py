@@ -1,14 +1,14 @@
 """Options of rows of logits: what every operation that reads a vocabulary shares.
 
-An option is added here, and then where it means something: in the checks, the reference and the
-kernels. Everything between carries the tuple whole.
+An option is added here, in the public functions, and where it means something: in the reference
+and the kernels. Everything between carries the tuple whole.
 """
 
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import temperature_rules
+from . import checks, option_checks, sentinels, temperature_rules
 
 
 class RowOptions(NamedTuple):
@@ -57,3 +57,55 @@ class RowArguments(NamedTuple):
         if isinstance(temperature, Tensor):
             return temperature, RowOptions(1.0, cap, self.entropy, self.ignore_index)
         return None, RowOptions(temperature, cap, self.entropy, self.ignore_index)
+
+
+def checked(
+    op: str,
+    labels: object,
+    name: str,
+    rows: Tensor,
+    temperature: object,
+    softcap: object,
+    logit_scale: object = 1.0,
+    entropy: object = False,
+    ignore_index: object = -100,
+) -> RowArguments:
+    """Requires one label for each row of the argument `name` [..., K], and good options.
+
+    Returns:
+        The arguments; a temperature per token in the shape of the labels, not differentiated.
+    """
+    checks.labels(op, "labels", labels)
+    column = "V" if name == "logits" else "H"
+    checks.same_shape(op, "labels", labels, f"{name} without {column}", rows.shape[:-1])
+    checks.same_device(op, "labels", labels, name, rows.device)
+    if softcap is not None:
+        softcap = option_checks.positive(op, "softcap", softcap)
+    arguments = RowArguments(
+        _temperature(op, temperature, labels),
+        softcap,
+        option_checks.positive(op, "logit_scale", logit_scale),
+        option_checks.flag(op, "entropy", entropy),
+        option_checks.integer(op, "ignore_index", ignore_index),
+    )
+    temperature_rules.check(op, *arguments[:3])
+    if arguments.ignore_index in (sentinels.ELSEWHERE, sentinels.SHARD_IGNORED):
+        raise ValueError(
+            f"{op}: ignore_index must not be {arguments.ignore_index}, by which kernels tell the "
+            "shards of a vocabulary apart"
+        )
+    return arguments
+
+
+def _temperature(op: str, value: object, labels: Tensor) -> float | Tensor:
+    if not isinstance(value, Tensor):
+        return option_checks.positive(op, "temperature", value)
+    checks.floating(op, "temperature", value, double=True)
+    checks.same_device(op, "temperature", value, "labels", labels.device)
+    try:
+        return value.detach().expand(labels.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{op}: temperature must broadcast to the shape of labels, {tuple(labels.shape)}, "
+            f"got {tuple(value.shape)}"
+        ) from None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..core import checks, groups
+from ..core import checks, groups, row_options
 from ..core.row_options import RowOptions
 from ..core.sentinels import SHARD_IGNORED
 from ..head import logprobs as head
@@ -185,7 +185,7 @@ def linear_token_logprobs(
     shards = groups.name(op, group)
     names = ("hidden", "weight", "bias")
     hidden, weight, bias = check_head(op, hidden, weight, bias, names, sharded=bool(shards))
-    arguments = checks.row_arguments(
+    arguments = row_options.checked(
         op, labels, "hidden", hidden, temperature, softcap, logit_scale, entropy, ignore_index
     )
     if support is not None:

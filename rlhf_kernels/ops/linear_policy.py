@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..config.metrics import POLICY_METRICS
 from ..config.policy import PolicyLossConfig
-from ..core import checks, groups
+from ..core import checks, groups, row_options
 from ..head import policy as head
 from ..head import shard
 from ..kernels import backends, losses
@@ -169,7 +169,7 @@ def linear_policy_loss(
     shards = groups.name(op, group)
     names = ("hidden", "weight", "bias")
     hidden, weight, bias = check_head(op, hidden, weight, bias, names, sharded=bool(shards))
-    arguments = checks.row_arguments(
+    arguments = row_options.checked(
         op, labels, "hidden", hidden, temperature, softcap, logit_scale, entropy=True
     )
     tokens = {

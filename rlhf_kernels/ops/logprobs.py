@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..core import checks, groups, layout, option_checks
+from ..core import checks, groups, layout, option_checks, row_options
 from ..core.row_options import RowOptions
 from ..core.sentinels import SHARD_IGNORED
 from ..head import shard
@@ -202,7 +202,7 @@ def token_logprobs(
     shards = groups.name(op, group)
     if logits.dim() == 0 or (logits.shape[-1] == 0 and not shards):
         raise ValueError(f"{op}: logits must be [..., V] with V >= 1, got {tuple(logits.shape)}")
-    arguments = checks.row_arguments(
+    arguments = row_options.checked(
         op, labels, "logits", logits, temperature, softcap, 1.0, entropy, ignore_index
     )
     inplace_backward = option_checks.flag(op, "inplace_backward", inplace_backward)

@@ -1,5 +1,7 @@
 """Log-probabilities, losses and KL from hidden states through the LM head, defined."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,14 +27,12 @@ def linear_token_logprobs(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
     logit_scale: float = 1.0,
-    entropy: bool = False,
     ignore_index: int = -100,
     group: str = "",
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """`token_logprobs` of the head's logits; see `rlhf_kernels.linear_token_logprobs`."""
+    """`token_logprobs` of the head's logits, with its options; see `linear_token_logprobs`."""
     # What lies in an ignored token's hidden state must not reach the gradient of the weight.
     keep = (labels != ignore_index).unsqueeze(-1)
     hidden = torch.where(keep, hidden, 0)
@@ -41,11 +41,9 @@ def linear_token_logprobs(
     return token_logprobs(
         head_logits(hidden, weight, bias, logit_scale),
         labels,
-        temperature=temperature,
-        softcap=softcap,
-        entropy=entropy,
         ignore_index=ignore_index,
         group=group,
+        **options,
     )
 
 

@@ -1,5 +1,7 @@
 """Log-probabilities over the words that the sampler kept, defined."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -75,21 +77,17 @@ def linear_token_logprobs_support(
     indices: Tensor,
     *,
     bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
     logit_scale: float = 1.0,
-    entropy: bool = False,
     ignore_index: int = -100,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """`token_logprobs_support` of the head's logits."""
+    """`token_logprobs_support` of the head's logits, with its options."""
     keep = (labels != ignore_index).unsqueeze(-1)
     return token_logprobs_support(
         head_logits(torch.where(keep, hidden, 0), weight, bias, logit_scale),
         labels,
         indptr,
         indices,
-        temperature=temperature,
-        softcap=softcap,
-        entropy=entropy,
         ignore_index=ignore_index,
+        **options,
     )
