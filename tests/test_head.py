@@ -116,7 +116,7 @@ def run_policy(function, operands, tokens, **options):
     hidden, weight, bias = operands
     labels, *rest = tokens
     loss, metrics = function(hidden, weight, labels, *rest, bias=bias, temperature=0.8, **options)
-    values = getattr(metrics, "values", metrics) if not torch.is_tensor(metrics) else metrics
+    values = getattr(metrics, "tensor", metrics)
     return (loss, values, *torch.autograd.grad(loss, operands))
 
 

@@ -237,7 +237,7 @@ def linear_policy_loss(
     for name, t in {"hidden": hidden, "advantages": advantages, **tokens}.items():
         if t is not None:
             checks.floating(op, name, t)
-    temperatures, row_options = arguments.split()
+    temperatures, of_rows = arguments.split()
     constants = (old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs)
     loss, metrics = _LinearPolicyLoss.apply(
         hidden,
@@ -249,7 +249,7 @@ def linear_policy_loss(
         *(ref_head[i] if i < len(ref_head) else None for i in range(3)),
         cu_seqlens,
         count,
-        row_options,
+        of_rows,
         divisor,
         *config_numbers(config),
         chunk,
