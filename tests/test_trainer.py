@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from trainer_tools import (
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_kernels import cli
-from rlhf_kernels.trainer import answers, models, rewards
+from rlhf_kernels.trainer import answers, models, rewards, timing
 from rlhf_kernels.trainer.algorithms import ALGORITHMS
 from rlhf_kernels.trainer.config import (
     DataConfig,
@@ -26,17 +25,26 @@ from rlhf_kernels.trainer.config import (
     RunConfig,
     parse_config,
 )
-from rlhf_kernels.trainer.report import MetricsLog, Stopwatch, table
+from rlhf_kernels.trainer.report import MetricsLog, table
 from rlhf_kernels.trainer.stage import OFFLINE
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def test_stopwatch_adds_up_and_starts_anew():
-    watch = Stopwatch()
-    assert watch(lambda a, b: (time.sleep(0.02), a + b)[1], 1, b=2) == 3
-    watch(time.sleep, 0.03)
-    assert watch.seconds() >= 0.05 and watch.seconds() == 0
+def test_stopwatch_adds_up_and_starts_anew(monkeypatch):
+    now = 100.0
+
+    def work(seconds, result):
+        nonlocal now
+        now += seconds
+        return result
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    watch = timing.Stopwatch()
+    assert watch(work, 0.5, result=3) == 3
+    now += 8.0
+    watch(work, 0.25, None)
+    assert watch.seconds() == 0.75 and watch.seconds() == 0
 
 
 def test_table():
