@@ -50,12 +50,12 @@ demo: venv
 # The points that matter, ten minutes with all peers installed; all of them, growth curves and a whole
 # step, over an hour.
 bench: venv
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python -m benchmarks.run
 
 bench-full: venv
-	$(BIN)/python benchmarks/run.py --full
-	$(BIN)/python -m benchmarks.growth
-	$(BIN)/python -m benchmarks.whole_step
+	$(BIN)/python -m benchmarks.run --full
+	$(BIN)/python -m benchmarks.studies.growth
+	$(BIN)/python -m benchmarks.studies.whole_step
 
 # Ratios of a run (NEW=json, or one made now) against an earlier one; fails where one got worse.
 BASE ?=
@@ -63,10 +63,10 @@ NEW ?=
 TOLERANCE ?= 0.1
 bench-compare: venv
 	$(if $(BASE),,$(error BASE=<json of an earlier run>))
-	$(BIN)/python benchmarks/compare.py $(BASE) $(if $(NEW),--new $(NEW)) --tolerance $(TOLERANCE)
+	$(BIN)/python -m benchmarks.reports.compare $(BASE) $(if $(NEW),--new $(NEW)) --tolerance $(TOLERANCE)
 
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) $(if $(PARTS),--parts $(PARTS)) \
+	$(PYTHON) -m benchmarks.gpu.check --out $(OUT) $(if $(PARTS),--parts $(PARTS)) \
 		$(if $(WHEELS),--wheels $(WHEELS))
 
 # No GPU needed: kernels are compiled, not run. DATE=2026-01-31 names another day.

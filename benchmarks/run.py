@@ -1,7 +1,7 @@
 """Runs the benchmark suite and writes results/<name>.json, <name>.md and <name>.svg.
 
 Without a name the results are called after the machine. Arguments behind "--" go to pytest:
-`python benchmarks/run.py gae-only -- -k gae`.
+`python -m benchmarks.run gae-only -- -k gae`.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+from . import RESULTS, ROOT
 
 
 def default_name(device: str, quick: bool) -> str:
@@ -63,7 +63,7 @@ def main() -> int:
         "--add", action="store_true", help="to the results of that name: measured in parts"
     )
     parser.add_argument("--providers", help="only these of eager,compile,trl,verl,...")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     words = sys.argv[1:]
     at = words.index("--") if "--" in words else len(words)
     args, rest = parser.parse_args(words[:at]), words[at + 1 :]
@@ -75,7 +75,7 @@ def main() -> int:
     # What lies there is of an earlier run, and must not pass for this one's.
     fresh = json_file.with_suffix(".part.json") if adds else json_file
     fresh.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", str(HERE), "--device", args.device]
+    command = [sys.executable, "-m", "pytest", "benchmarks/points", "--device", args.device]
     command += ["--benchmark-json", str(fresh), "--benchmark-columns=median,rounds"]
     command += ["--benchmark-group-by=group", "-p", "no:cacheprovider", "--show-capture=no"]
     command += [f"--{option}" for option in ("quick", "full") if getattr(args, option)]
@@ -86,7 +86,7 @@ def main() -> int:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     # Peers must find nothing to download.
     environment["HF_HUB_OFFLINE"] = "1"
-    status = subprocess.run([*command, *rest], cwd=HERE.parent, env=environment).returncode
+    status = subprocess.run([*command, *rest], cwd=ROOT, env=environment).returncode
     if not fresh.exists():
         return status or 1
     if adds:
@@ -97,10 +97,10 @@ def main() -> int:
         json_file.write_text(json.dumps(whole, indent=1) + "\n")
         fresh.unlink()
     if args.full and not args.quick and args.device == "cpu":
-        peaks = [sys.executable, "-m", "benchmarks.memory", str(json_file)]
-        status = subprocess.run(peaks, cwd=HERE.parent, env=environment).returncode or status
-    report = subprocess.run([sys.executable, str(HERE / "report.py"), str(json_file)])
-    return status or report.returncode
+        peaks = [sys.executable, "-m", "benchmarks.studies.memory", str(json_file)]
+        status = subprocess.run(peaks, cwd=ROOT, env=environment).returncode or status
+    report = [sys.executable, "-m", "benchmarks.reports.suite", str(json_file)]
+    return status or subprocess.run(report, cwd=ROOT).returncode
 
 
 if __name__ == "__main__":

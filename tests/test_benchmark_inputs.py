@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def suite(monkeypatch):
     """Imports a module of the suite."""
     monkeypatch.syspath_prepend(ROOT)
-    return lambda name: importlib.import_module(f"benchmarks.{name}")
+    return lambda name: importlib.import_module(f"benchmarks.harness.{name}")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def square_case(harness, mode, **providers):
 
 @pytest.mark.parametrize("mode", ["forward", "backward", "forward+backward"])
 def test_each_call_gets_the_next_copy_whoever_calls(suite, mode):
-    harness = suite("harness")
+    harness = suite("measure")
     case = square_case(harness, mode)
     turns, _, _ = harness._on_cpu(case, 96)
     # 36 bytes of inputs and 32 upstream: three copies are more than twice 96.
@@ -117,7 +117,7 @@ def test_each_call_gets_the_next_copy_whoever_calls(suite, mode):
 
 
 def test_the_machine_moves_other_bytes_each_time_too(suite):
-    harness = suite("harness")
+    harness = suite("measure")
     _, rates, cool = harness._on_cpu(square_case(harness, "forward"), 1024)
     for name, elements in (("copy", 8), ("read", 16)):
         prepare, run = rates[name]
@@ -140,13 +140,15 @@ def test_response_lengths_are_distributed_as_stated(suite):
 
 
 def test_what_needs_a_gpu_is_named_on_a_cpu(suite, tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks/run.py"), "r", "--quick"]
+    command = [sys.executable, "-m", "benchmarks.run", "r", "--quick"]
     command += ["--out", str(tmp_path), "--providers", "trl kernel,liger,flash-attn,quack,cce"]
     points = "bf16-logprobs and not backward and not 2048x"
-    done = subprocess.run([*command, "--", "-k", points], capture_output=True, text=True)
+    done = subprocess.run([*command, "--", "-k", points], cwd=ROOT, capture_output=True, text=True)
     points = "linear_policy_loss and bf16"
     assert done.returncode == 0, done.stdout + done.stderr
-    done = subprocess.run([*command, "--add", "--", "-k", points], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--add", "--", "-k", points], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("trl kernel", "liger", "flash-attn", "quack", "cce"):
         assert f"- {name} skipped: needs a GPU" in (tmp_path / "r.md").read_text(), name
@@ -172,15 +174,15 @@ def test_peak_memory_sees_what_fits_into_freed_memory(suite):
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="resident high-water mark is Linux's")
 def test_memory_in_a_fresh_process_goes_into_the_results(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks/run.py"), "r", "--quick"]
+    command = [sys.executable, "-m", "benchmarks.run", "r", "--quick"]
     command += ["--out", str(tmp_path), "--providers", "eager", "--"]
     points = "(bf16-entropy-forward+backward and not 2048x) or kl_penalty"
-    done = subprocess.run([*command, "-k", points], capture_output=True, text=True)
+    done = subprocess.run([*command, "-k", points], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     file = tmp_path / "r.json"
     for _ in range(2):
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.memory", str(file)],
+            [sys.executable, "-m", "benchmarks.studies.memory", str(file)],
             cwd=ROOT, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr

@@ -19,13 +19,13 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def harness(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
-    return importlib.import_module("benchmarks.harness")
+    return importlib.import_module("benchmarks.harness.measure")
 
 
 @pytest.fixture
 def report(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
-    return importlib.import_module("benchmarks.report")
+    return importlib.import_module("benchmarks.reports.suite")
 
 
 def square_case(harness, **providers):
@@ -167,12 +167,12 @@ def test_report_judges_targets(report):
 
 
 def test_suite_writes_json_table_and_picture(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks/run.py"), "smoke", "--quick"]
+    command = [sys.executable, "-m", "benchmarks.run", "smoke", "--quick"]
     command += ["--providers", "eager", "--out", str(tmp_path)]
     # A point of each kind.
     points = "(fp32-logprobs-forward and not backward) or (kl_divergence and fp32)"
     points += " or gae_packed or (policy and 64x) or (value and 64x)"
-    run = subprocess.run([*command, "--", "-k", points], capture_output=True, text=True)
+    run = subprocess.run([*command, "--", "-k", points], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     text = (tmp_path / "smoke.json").read_text()
     data = json.loads(text)
@@ -195,7 +195,7 @@ def test_suite_writes_json_table_and_picture(tmp_path):
     assert (tmp_path / "smoke.svg").read_text().count("ours") >= 2
     # A part measured anew takes the place of its own earlier figures, and of no other's.
     again = subprocess.run(
-        [*command, "--add", "--", "-k", "policy and 64x"], capture_output=True, text=True
+        [*command, "--add", "--", "-k", "policy and 64x"], cwd=ROOT, capture_output=True, text=True
     )
     assert again.returncode == 0, again.stdout + again.stderr
     added = {b["name"]: b for b in json.loads((tmp_path / "smoke.json").read_text())["benchmarks"]}
@@ -244,9 +244,9 @@ def run_of(**ours):
 def compared(tmp_path, base, new, *options):
     for name, data in (("base", base), ("new", new)):
         (tmp_path / f"{name}.json").write_text(json.dumps(data))
-    command = [sys.executable, str(ROOT / "benchmarks/compare.py"), str(tmp_path / "base.json")]
+    command = [sys.executable, "-m", "benchmarks.reports.compare", str(tmp_path / "base.json")]
     command += ["--new", str(tmp_path / "new.json"), *options]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_compare_finds_the_point_that_got_worse_whatever_the_clock(tmp_path):
@@ -291,7 +291,7 @@ def test_compare_does_not_judge_by_a_few_rounds(tmp_path):
 
 def test_compare_fails_where_its_own_run_did(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT)
-    compare = importlib.import_module("benchmarks.compare").compare
+    compare = importlib.import_module("benchmarks.reports.compare").compare
     # A point that raised while it was timed is in neither list.
     base, new = run_of(gae=0.1, kl=0.1), run_of(gae=0.1)
     assert compare(base, new, 0.1, 0) == 0
@@ -334,9 +334,9 @@ def test_compare_runs_the_suite_as_the_base_was_run(tmp_path):
     # So slow a base that today is better whatever the machine.
     base["benchmarks"][0]["extra_info"]["providers"]["ours"] = timed(1e6)
     (tmp_path / "base.json").write_text(json.dumps(base))
-    command = [sys.executable, str(ROOT / "benchmarks/compare.py"), str(tmp_path / "base.json")]
+    command = [sys.executable, "-m", "benchmarks.reports.compare", str(tmp_path / "base.json")]
     done = subprocess.run(
-        [*command, "--", "-k", "test_policy_loss and 64x"], capture_output=True, text=True
+        [*command, "--", "-k", "test_policy_loss and 64x"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("| better |") == 2
@@ -374,8 +374,8 @@ def report_of(tmp_path, entries, **machine):
 
 
 def run_report(*arguments):
-    command = [sys.executable, str(ROOT / "benchmarks/report.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.reports.suite", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -428,7 +428,15 @@ def test_report_sets_each_target_beside_what_was_measured(tmp_path):
 
 
 def test_report_knows_every_point_it_names(report):
-    command = [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "--full", "-q"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks/points",
+        "--collect-only",
+        "--full",
+        "-q",
+    ]
     command += ["-o", "addopts=", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     names = {line.partition("::")[2] for line in done.stdout.splitlines()}
@@ -454,7 +462,7 @@ def test_results_of_another_machine_are_not_added(monkeypatch):
 
 def test_growth_fits_slopes(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
-    growth_report = importlib.import_module("benchmarks.growth_report")
+    growth_report = importlib.import_module("benchmarks.reports.growth")
     xs = [1, 2, 4, 8]
     assert growth_report.fit(xs, [3.0 * x for x in xs]) == pytest.approx((1, 0), abs=1e-12)
     assert growth_report.fit(xs, [5.0, 5.0, 5.0, 5.0]) == pytest.approx((0, 0), abs=1e-12)
@@ -469,7 +477,7 @@ def test_growth_fits_slopes(monkeypatch):
 
 def test_growth_times_all_in_the_same_rounds(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
-    growth = importlib.import_module("benchmarks.growth")
+    growth = importlib.import_module("benchmarks.studies.growth")
     order, clock = [], iter(range(1000))
 
     class Clock:
@@ -488,7 +496,15 @@ def test_growth_times_all_in_the_same_rounds(monkeypatch):
 
 
 def test_growth_writes_curves_into_the_report(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.growth", "r", "--quick", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.studies.growth",
+        "r",
+        "--quick",
+        "--out",
+        str(tmp_path),
+    ]
     entry = report_entry("gae", {}, {"ours": 1.0, "copy": 1.0, "read": 1.0})
     report_of(tmp_path, {"test_gae[512x4096]": entry})
     # Of another machine: it goes.
@@ -513,7 +529,7 @@ def test_growth_writes_curves_into_the_report(tmp_path):
 
 
 def test_a_whole_step_is_the_sum_of_its_parts(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.whole_step", "r", "--quick"]
+    command = [sys.executable, "-m", "benchmarks.studies.whole_step", "r", "--quick"]
     done = subprocess.run(
         [*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
     )
@@ -541,12 +557,14 @@ def test_a_whole_step_is_the_sum_of_its_parts(tmp_path):
 
 def test_a_whole_step_refuses_a_wrong_provider(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
-    step = importlib.import_module("benchmarks.whole_step")
+    step = importlib.import_module("benchmarks.studies.whole_step")
 
     def wrong():
         ops = step.eager()
         return ops._replace(value=lambda *tensors: 1.01 * ops.value(*tensors))
 
     monkeypatch.setattr(step, "PROVIDERS", {"eager": step.eager, "ours": wrong})
-    with pytest.raises(importlib.import_module("benchmarks.harness").GateError, match="ours: a"):
+    with pytest.raises(
+        importlib.import_module("benchmarks.harness.measure").GateError, match="ours: a"
+    ):
         step.measure("ppo", True)

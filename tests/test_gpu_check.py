@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def check(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
-    return importlib.import_module("benchmarks.gpu_check")
+    return importlib.import_module("benchmarks.gpu.check")
 
 
 def parts(monkeypatch, check, **functions):
@@ -124,7 +124,7 @@ def test_all_parts_end_within_ten_minutes(check):
 
 
 def test_every_benchmark_is_run(check):
-    files = {f.stem.removeprefix("test_bench_") for f in (ROOT / "benchmarks").glob("test_*.py")}
+    files = {f.stem for f in (ROOT / "benchmarks/points").glob("[a-z]*.py")} - {"conftest"}
     assert set(check.BENCH_FILES) == files
 
 
@@ -140,8 +140,10 @@ def test_every_test_of_the_backends_is_run(check):
 
 
 def test_no_such_device_is_one_line(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks/gpu_check.py"), "--out", str(tmp_path)]
-    run = subprocess.run([*command, "--device", "nonsense"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.gpu.check", "--out", str(tmp_path)]
+    run = subprocess.run(
+        [*command, "--device", "nonsense"], cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode == 2 and run.stdout == ""
     (line,) = run.stderr.splitlines()
     assert line.startswith("gpu_check: cannot use device 'nonsense': RuntimeError: ")
@@ -153,7 +155,7 @@ def test_a_terminated_run_leaves_no_process_and_goes_on(tmp_path):
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import signal
-from benchmarks import gpu_check as check
+from benchmarks.gpu import check
 def first(run):
     return {{"status": "done"}}
 def second(run):
@@ -179,7 +181,7 @@ sys.exit(check.main(["--out", {str(tmp_path)!r}, "--device", "cpu"]))
     with pytest.raises(ProcessLookupError):
         os.kill(int(log.read_text().split()[0]), 0)
     # What was finished is kept, the rest is run.
-    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    again = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0 and "env: done before" in again.stdout
     assert "| gpu | done |" in (tmp_path / "report.md").read_text()
 
@@ -195,7 +197,7 @@ def test_wheels_add_what_is_missing_and_nothing_else(check, monkeypatch, tmp_pat
             info = zipfile.ZipInfo(f"{package}/bin/compute-sanitizer")
             info.external_attr = 0o100755 << 16
             archive.writestr(info, "#!/bin/sh")
-    process = importlib.import_module("benchmarks.gpu_process")
+    process = importlib.import_module("benchmarks.gpu.process")
     monkeypatch.setattr(sys, "path", list(sys.path))
     (folder,) = process.unpacked(wheels, out)
     assert "rk_absent_peer" in str(folder) and process.missing("rk_absent_peer") is None
@@ -259,7 +261,7 @@ def test_the_sanitizer_part(check, monkeypatch, tmp_path, broken, outcome, words
     tool.write_text(TOOL.format(python=sys.executable, broken=broken))
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    process = importlib.import_module("benchmarks.gpu_process")
+    process = importlib.import_module("benchmarks.gpu.process")
     plain = process.Run.process
 
     def faster(run, log, *command, **variables):
@@ -287,7 +289,7 @@ def test_the_sanitizer_tells_our_kernels_from_others(check):
 
 
 def test_backends_are_those_of_the_device(check, tmp_path):
-    process = importlib.import_module("benchmarks.gpu_process")
+    process = importlib.import_module("benchmarks.gpu.process")
     run = process.Run(
         argparse.Namespace(device="cuda", out=tmp_path, dry_run=False, wheels=None, limit=60)
     )
@@ -315,7 +317,7 @@ def test_failures_and_reasons_are_read_from_pytest(check, tmp_path):
 
 
 def test_the_report_judges_targets_and_hides_the_machine(check, tmp_path):
-    from benchmarks import gpu_report
+    from benchmarks.reports import gpu as gpu_report
 
     point = {
         "op": "gae", "label": "fp32 16×131072", "mode": "forward", "moved": 35651584,
@@ -343,7 +345,7 @@ def test_the_report_judges_targets_and_hides_the_machine(check, tmp_path):
 
 def test_the_report_of_what_there_is(tmp_path, check):
     """Parts that are missing, or broke before they had results."""
-    from benchmarks import gpu_report
+    from benchmarks.reports import gpu as gpu_report
 
     gpu_report.write({}, tmp_path, quick=False)
     assert "the part `env` has no result" in (tmp_path / "report.md").read_text()
@@ -375,7 +377,8 @@ class _Event:
 
 
 def test_device_events_time_the_call_and_not_the_wait(check, monkeypatch):
-    from benchmarks import clocks, harness
+    from benchmarks.harness import clocks
+    from benchmarks.harness import measure as harness
 
     waits = []
     monkeypatch.setattr(clocks, "FLUSH_BYTES", 1 << 20)
@@ -413,9 +416,9 @@ def test_device_events_time_the_call_and_not_the_wait(check, monkeypatch):
 
 
 def test_dry_run(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks/gpu_check.py"), "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.gpu.check", "--out", str(tmp_path)]
     command += ["--device", "cpu", "--dry-run", "--limit", "580"]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["env"]["doctor"]["ok"] and report["env"]["device"]["bytes_per_second"]["copy"] > 0

@@ -16,7 +16,7 @@ if importlib.util.find_spec("trl") is None:
 
 from trl.trainer import utils
 
-from benchmarks import trl_runs
+from benchmarks.studies import trl_runs
 from rlhf_kernels.integrations import _common, _patch, trl
 
 # Relative to the largest of a run's figures; fp32.

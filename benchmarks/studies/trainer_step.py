@@ -1,6 +1,6 @@
 """A step of ppo and of grpo, the kernels against the same step on the reference backend.
 
-    python -m benchmarks.trainer_step [--rounds 5] [--quick] [ppo grpo]
+    python -m benchmarks.studies.trainer_step [--rounds 5] [--quick] [ppo grpo]
 
 The rollout is sampled once and then used again by every step, so that the two do the same work:
 log-probabilities of policy and reference, advantages, losses, backward and optimizer. The backends
@@ -22,7 +22,7 @@ from rlhf_kernels.trainer.run import make_trainer
 from rlhf_kernels.trainer.stage import Stage
 from rlhf_kernels.trainer.tokenizers import character_tokenizer
 
-from .memory import peak_extra_bytes
+from ..harness.memory import peak_extra_bytes
 
 WIDTH, LAYERS, VOCAB, ROWS, TOKENS = 256, 2, 32768, 16, 128
 

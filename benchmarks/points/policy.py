@@ -8,9 +8,9 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from .harness import Case, Settings, compiled, points
-from .peers import peer, verl_actor_config
-from .ragged import described, offsets, padded, response_lengths
+from ..harness import Case, Settings, compiled, points
+from ..harness.peers import peer, verl_actor_config
+from ..harness.ragged import described, offsets, padded, response_lengths
 
 SHAPES = {"64x2048": (64, 2048), "2048x2048": (2048, 2048)}
 FULL_SHAPES = {"64x512": (64, 512), "8x32768": (8, 32768)}

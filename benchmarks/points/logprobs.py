@@ -10,8 +10,8 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from .harness import Case, Missing, Overwriting, Provider, Settings, compiled
-from .peers import kernel, peer, trl_kernel
+from ..harness import Case, Missing, Overwriting, Provider, Settings, compiled
+from ..harness.peers import kernel, peer, trl_kernel
 
 MODES = ("forward", "backward", "forward+backward")
 SAMPLED_ROWS = 16

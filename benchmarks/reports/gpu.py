@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from . import report
+from .. import ROOT
+from . import suite
 
-PEERS = {"eager": "eager", "compile": "compile", **report.PEERS}
+PEERS = {"eager": "eager", "compile": "compile", **suite.PEERS}
 Results = dict[str, dict[str, Any]]
 
 
@@ -19,7 +20,7 @@ def verdict(point: dict[str, Any], quick: bool) -> str:
     """Whether each target of a point is met; they are about real shapes."""
     if quick or "median" not in point["providers"]["ours"]:
         return ""
-    lines = [report.target_text(point, quick)] if point["targets"] else []
+    lines = [suite.target_text(point, quick)] if point["targets"] else []
     for key, most in point["at_most"].items():
         found = point["providers"]["ours"].get(key)
         if found is None:
@@ -34,7 +35,7 @@ def wanted(point: dict[str, Any]) -> str:
     """The targets in words."""
     words = []
     for name, least in point["targets"].items():
-        words.append(f"{least:.0%} of {name}" if name in report.LIMITS else f"{least:g}× {name}")
+        words.append(f"{least:.0%} of {name}" if name in suite.LIMITS else f"{least:g}× {name}")
     for key, most in point["at_most"].items():
         words.append(f"{'host ' if key == 'host' else ''}≤ {microseconds(most)} µs")
     return ", ".join(words)
@@ -51,9 +52,9 @@ def _row(point: dict[str, Any], peers: list[str], several: bool, quick: bool) ->
     peak = ours.get("peak_bytes")
     cells.append("–" if peak is None else f"{peak / 2**20:.1f}")
     cells.append(f"{point['moved'] / ours['median'] / 1e9:.0f}")
-    limit = report.of_limit(point)
+    limit = suite.of_limit(point)
     cells.append("–" if limit is None else f"{limit:.0%} {point['limit']}")
-    cells += [report.multiple(report.ratio(point, p)) for p in peers]
+    cells += [suite.multiple(suite.ratio(point, p)) for p in peers]
     cells += [wanted(point), verdict(point, quick)]
     return "| " + " | ".join(cells) + " |"
 
@@ -61,8 +62,8 @@ def _row(point: dict[str, Any], peers: list[str], several: bool, quick: bool) ->
 def bench_lines(points: list[dict[str, Any]], quick: bool) -> list[str]:
     if not points:
         return []
-    points = sorted(points, key=report.position)
-    peers = [p for p in PEERS if any(report.ratio(x, p) is not None for x in points)]
+    points = sorted(points, key=suite.position)
+    peers = [p for p in PEERS if any(suite.ratio(x, p) is not None for x in points)]
     head = ["operation", "shape", "ours, µs", "p20–p80", "host, µs", "peak MiB", "GB/s"]
     head += ["of the limit", *(f"÷ {PEERS[p]}" for p in peers), "target", "verdict"]
     lines = ["## Benchmarks", "", "| " + " | ".join(head) + " |"]
@@ -168,8 +169,7 @@ def without_machine(value: Any, folders: tuple[str, ...]) -> Any:
 
 def write(results: Results, out: Path, *, quick: bool) -> None:
     """Writes report.json and report.md to `out`."""
-    root = Path(__file__).resolve().parents[1]
-    cleaned = without_machine(results, (str(root), str(out), str(Path.home()) + "/"))
+    cleaned = without_machine(results, (str(ROOT), str(out), str(Path.home()) + "/"))
     doctor = cleaned.get("env", {}).get("doctor")
     if doctor:
         # What the shell had set may be about anything.

@@ -12,7 +12,8 @@ import torch
 
 import rlhf_kernels as rk
 
-from .harness import Case, Settings, measure, peak_alone
+from ..harness import Case, Settings
+from ..harness.measure import measure, peak_alone
 
 _FAILURES = pytest.StashKey[list]()
 _PEERS = ("trl", "verl", "transformers", "liger-kernel", "flash-attn", "cut-cross-entropy")

@@ -12,9 +12,8 @@ import torch
 
 import rlhf_kernels as rk
 
-from .run import default_name
-
-HERE = Path(__file__).resolve().parent
+from .. import RESULTS, ROOT
+from ..run import default_name
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -24,7 +23,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
     result.add_argument("name", nargs="?", help="name of the results; default: the machine")
     result.add_argument("--quick", action="store_true", help="small shapes: not a measurement")
-    result.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
+    result.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     return result
 
 
@@ -57,6 +56,6 @@ def measured(
         # At once: the run may be cut off.
         file.write_text(json.dumps({**stamp, key: kept}, indent=1) + "\n")
     if (run := args.out / f"{name}.json").exists():
-        report = [sys.executable, str(HERE / "report.py"), str(run)]
-        subprocess.run(report, check=True, stdout=subprocess.DEVNULL)
+        report = [sys.executable, "-m", "benchmarks.reports.suite", str(run.resolve())]
+        subprocess.run(report, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return file

@@ -9,9 +9,9 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from .harness import Case, Missing, Provider, Settings, compiled, points
-from .peers import peer
-from .ragged import described, offsets, padded, response_lengths
+from ..harness import Case, Missing, Provider, Settings, compiled, points
+from ..harness.peers import peer
+from ..harness.ragged import described, offsets, padded, response_lengths
 
 GAMMA, LAM, KL_COEF = 0.99, 0.95, 0.05
 TARGETS = {"eager": 100, "vectorized": 5, "compile": 5, "copy": 0.4}

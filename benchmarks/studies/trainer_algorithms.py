@@ -1,6 +1,6 @@
 """Every online algorithm on the arithmetic task, with fixed seeds; writes docs/algorithms.md.
 
-    python -m benchmarks.trainer_algorithms [--steps 80] [NAME ...]
+    python -m benchmarks.studies.trainer_algorithms [--steps 80] [NAME ...]
 
 One supervised model is the start of all. Names run again replace their rows; the figures lie in
 benchmarks/results/trainer-algorithms.json, the models in --out.
@@ -14,9 +14,10 @@ from typing import Any
 from rlhf_kernels.trainer.algorithms import ALGORITHMS
 from rlhf_kernels.trainer.run import train
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "trainer-algorithms.json"
-PAGE = HERE.parent / "docs" / "algorithms.md"
+from .. import RESULTS, ROOT
+
+FIGURES = RESULTS / "trainer-algorithms.json"
+PAGE = ROOT / "docs" / "algorithms.md"
 TASK = "--max_operand 19 --operators + --eval_size 80 --max_new_tokens 4 --device cpu --threads 1"
 SUPERVISED = "--total_steps 150 --batch_size 128 --learning_rate 2e-3 --warmup_steps 20"
 ONLINE = "--batch_size 256 --mini_batch_size 128 --learning_rate 5e-4 --lr_schedule linear"
@@ -28,7 +29,7 @@ OWN: dict[str, str] = {
 }
 PAGE_HEAD = """# Every online algorithm on one task
 
-Written by `python -m benchmarks.trainer_algorithms`. The task: sums of two numbers from 0 to 19, 80 of
+Written by `python -m benchmarks.studies.trainer_algorithms`. The task: sums of two numbers from 0 to 19, 80 of
 the 400 held out; the reward is 1 for the exact answer, else 0. All start from one two-layer Llama of 64
 units ({weights}) after 150 supervised steps, which solves {start:.0%} of the held-out problems greedily.
 Then {steps} steps of 256 completions in two updates each, learning rate 5e-4 falling to 0, seed 0, one
@@ -90,12 +91,12 @@ def main() -> None:
     if not start.exists():
         flags = f"{TASK} {SUPERVISED} --hidden_size 64 --output_dir {options.out / 'sft'}"
         train("sft", flags.split())
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
+    results = json.loads(FIGURES.read_text()) if FIGURES.exists() else {"rows": {}}
     weights = (start / "model.safetensors").stat().st_size // 4
     results["model"] = f"{weights / 1e6:.2f} million weights"
     for name in options.names or ALGORITHMS:
         results["rows"][name] = run(name, start, options.out, options.steps)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        FIGURES.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         PAGE.write_text(page(results), encoding="utf-8")
 
 

@@ -1,6 +1,6 @@
 """The table of the integrations: each trainer's own code with and without our patch.
 
-    python benchmarks/integrations.py [--only NAME ...] [--date 2026-01-31]
+    python -m benchmarks.studies.integrations [--only NAME ...] [--date 2026-01-31]
 
 runs the rows whose name begins with a NAME, keeps them in results/integrations.json beside those of
 other calls, and writes results/integrations.md from all. A row is measured in one process, theirs
@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
@@ -161,7 +161,7 @@ def trl_rows(wanted: Callable[[str], bool]) -> Iterator[Row]:
     if importlib.util.find_spec("trl") is None:
         print("TRL is not installed")
         return
-    from benchmarks import trl_runs
+    from benchmarks.studies import trl_runs
 
     sizes = trl_runs.Sizes(
         vocab=32768, hidden=256, layers=1, prompt=16, completion=112, batch=4, steps=4
@@ -455,7 +455,7 @@ def render(store: dict[str, Any]) -> str:
         "# Trainers with and without the patch",
         "",
         f"{store['machine']}; {store['date']}; {store['versions']}.",
-        "Written by `python benchmarks/integrations.py`.",
+        "Written by `python -m benchmarks.studies.integrations`.",
         "",
         "Differences are relative to the unpatched run: of the loss (at least to 1, or of the",
         "estimates, to their largest) and of the norm of its gradient; for TRL the largest over",

@@ -1,6 +1,6 @@
 """How time and memory grow: with tokens, vocabulary, sequence length, threads.
 
-    python -m benchmarks.growth [name] [--only gae ...] [--quick]
+    python -m benchmarks.studies.growth [name] [--only gae ...] [--quick]
 
 Writes results/<name>-growth.json and a picture of each operation; `report.py` puts them in the
 report of that name. Every point is gated against eager; providers take turns. Memory is what a call
@@ -21,18 +21,13 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from . import (
-    clocks,
-    growth_report,
-    harness,
-    kept,
-    memory,
-    test_bench_advantages,
-    test_bench_head,
-    test_bench_kl,
-)
-from . import test_bench_logprobs as bench_logprobs
-from . import test_bench_policy as bench_policy
+from ..harness import clocks, measure, memory
+from ..points import advantages, kl
+from ..points import head as head_points
+from ..points import logprobs as logprobs_points
+from ..points import policy as policy_points
+from ..reports import growth as report
+from . import kept
 
 CPU = torch.device("cpu")
 # As many rounds as fit into so many seconds of the slowest provider, but at least so many.
@@ -81,7 +76,7 @@ def logprobs(tokens: int, vocab: int = VOCAB) -> Calls:
     labels = torch.randint(0, vocab, (tokens,))
     functions = {
         "ours": lambda z: tuple(rk.token_logprobs(z, labels, entropy=True)),
-        "eager": lambda z: bench_logprobs.eager_entropy(z, labels),
+        "eager": lambda z: logprobs_points.eager_entropy(z, labels),
     }
     return {n: differentiated(f, (logits,), 2) for n, f in functions.items()}
 
@@ -91,18 +86,18 @@ def divergence(tokens: int, vocab: int = VOCAB) -> Calls:
     logits = ref + 0.3 * torch.randn_like(ref)
     return {
         "ours": lambda: (rk.kl_divergence(logits, ref),),
-        "eager": lambda: (test_bench_kl.eager_divergence(logits, ref),),
+        "eager": lambda: (kl.eager_divergence(logits, ref),),
     }
 
 
 def gae(length: int, sequences: int = 64) -> Calls:
     rewards, values = torch.randn(sequences, length), torch.randn(sequences, length)
     weights = torch.ones_like(values)
-    options = {"gamma": test_bench_advantages.GAMMA, "lam": test_bench_advantages.LAM}
+    options = {"gamma": advantages.GAMMA, "lam": advantages.LAM}
     return {
         "ours": lambda: tuple(rk.gae(rewards, values, **options)),
-        "eager": lambda: test_bench_advantages.loop(rewards, values, weights),
-        "vectorized": lambda: test_bench_advantages.vectorized(rewards, values, weights),
+        "eager": lambda: advantages.loop(rewards, values, weights),
+        "vectorized": lambda: advantages.vectorized(rewards, values, weights),
     }
 
 
@@ -114,7 +109,7 @@ def policy(tokens: int, length: int = 2048) -> Calls:
     new = (old + steps[torch.randint(0, 5, shape)]).requires_grad_()
     mask = torch.ones(shape, dtype=torch.bool)
     rest = (old, torch.randn(shape), mask, mask.float())
-    functions = {"ours": bench_policy.ours, "eager": bench_policy.eager}
+    functions = {"ours": policy_points.ours, "eager": policy_points.eager}
     return {n: differentiated(lambda x, f=f: f(x, *rest), (new,), 1) for n, f in functions.items()}
 
 
@@ -134,10 +129,10 @@ def head(tokens: int, vocab: int = VOCAB) -> Calls:
         return (rk.policy_loss(logprobs, old, advantages, mask, config=config).loss,)
 
     def eager(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        return after(test_bench_head.eager_logprobs(hidden, weight, labels))
+        return after(head_points.eager_logprobs(hidden, weight, labels))
 
     functions: dict[str, Any] = {"ours": ours, "eager": eager}
-    trl = test_bench_head.trl_head()
+    trl = head_points.trl_head()
     if trl:
         functions["TRL"] = lambda h, w: after(trl(h[0], w, labels[0], ())[0][None])
     return {n: differentiated(f, (hidden, weight), 1) for n, f in functions.items()}
@@ -198,12 +193,12 @@ def gate(calls: Calls, where: str) -> None:
     """Raises GateError where a provider's results are not eager's."""
     expected = calls["eager"]()
     # What is rounded on the way is as coarse as the coarsest.
-    gap = max(harness.GATE[e.dtype] for e in expected)
+    gap = max(measure.GATE[e.dtype] for e in expected)
     for name, call in calls.items():
         for a, e in zip(call(), expected, strict=True):
             allowed = gap * float(e.abs().max())
             if not float((a.float() - e.float()).abs().max()) <= allowed:
-                raise harness.GateError(f"{name}: {where}")
+                raise measure.GateError(f"{name}: {where}")
 
 
 def seconds(calls: Calls, budget: float) -> dict[str, float]:
@@ -254,7 +249,7 @@ def own_peaks(op: str, quick: bool) -> None:
 
 def peaks_elsewhere(op: str, quick: bool) -> list[list[dict[str, int | None]] | None]:
     """`own_peaks` of a process whose freed memory goes back to the system at once."""
-    words = ["benchmarks.growth", "--peaks", "--only", op, *(["--quick"] if quick else [])]
+    words = ["benchmarks.studies.growth", "--peaks", "--only", op, *(["--quick"] if quick else [])]
     return json.loads(memory.elsewhere(*words))
 
 
@@ -287,7 +282,7 @@ def main() -> None:
         own_peaks(ops[0], args.quick)
         return
     file = kept.measured(args, "growth", "curves", ops, grown)
-    print("\n".join(growth_report.lines(file)))
+    print("\n".join(report.lines(file)))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from .. import ROOT
+
 DONE, FAILED, SKIPPED, CUT = "done", "failed", "skipped", "cut off"
 Result = dict[str, Any]
 

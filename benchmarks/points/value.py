@@ -8,10 +8,10 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from .harness import Case, Settings, compiled, points
-from .peers import peer
-from .ragged import padded
-from .test_bench_policy import FULL_SHAPES, GPU_SHAPES, SHAPES
+from ..harness import Case, Settings, compiled, points
+from ..harness.peers import peer
+from ..harness.ragged import padded
+from .policy import FULL_SHAPES, GPU_SHAPES, SHAPES
 
 CLIP = 0.2
 

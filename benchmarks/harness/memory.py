@@ -1,31 +1,20 @@
-"""Peak memory of a call, and of the README's points in a fresh process for each provider.
+"""Peak memory of a call."""
 
-    python -m benchmarks.memory benchmarks/results/<name>.json
-
-puts the latter into the JSON, in place of what the timed run saw: there the process had run others.
-Part of `run.py --full`.
-"""
-
-import argparse
 import ctypes
 import gc
-import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .report import README, README_HEAD, holds_logits
+from .. import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 # Freed memory goes back to the system at once, so that small allocations show too.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-PROVIDERS = ("ours", "eager", "compile", "trl")
 
 
 def elsewhere(*arguments: str) -> str:
@@ -78,36 +67,3 @@ def measured(call: Callable[[], tuple[Any, ...]], device: torch.device) -> dict[
         "peak_bytes": peak,
         "extra_bytes": max(0, peak - sum(t.nbytes for t in results[0])),
     }
-
-
-def fresh(point: str, provider: str, machine: dict[str, Any]) -> dict[str, int | None]:
-    """`measured` of one provider at a point of the suite (its node id), in a fresh process."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "peak.json"
-        words = ["pytest", point, "--full", "--peak", provider, str(file), "-p", "no:cacheprovider"]
-        words += ["--backend", machine["backend"], *(["--quick"] if machine["quick"] else [])]
-        elsewhere(*words)
-        return json.loads(file.read_text())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("json", type=Path, help="results of a run on a CPU")
-    file = parser.parse_args().json
-    data = json.loads(file.read_text())
-    for point in data["benchmarks"]:
-        if point["name"] not in (*README, *README_HEAD) or not holds_logits(point["extra_info"]):
-            continue
-        for name, figures in point["extra_info"]["providers"].items():
-            if name in PROVIDERS and "median" in figures and not figures.get("fresh"):
-                found = fresh(point["fullname"], name, data["machine_info"])
-                figures |= {**found, "fresh": True}
-                print(point["name"], name, found, flush=True)
-        # At once: it may be cut off.
-        file.write_text(json.dumps(data, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from .harness import Case, Missing, Provider, Settings, points
-from .peers import kernel, peer
+from ..harness import Case, Missing, Provider, Settings, points
+from ..harness.peers import kernel, peer
 
 CLIP = 0.2
 POLICY_TARGETS = {

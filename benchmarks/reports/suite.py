@@ -1,6 +1,6 @@
 """Turns a benchmark JSON into a report: tables (Markdown) and a picture (SVG).
 
-    python benchmarks/report.py benchmarks/results/<name>.json [--readme]
+    python -m benchmarks.reports.suite benchmarks/results/<name>.json [--readme]
 
 Writes <name>.md and <name>.svg beside the JSON and prints the Markdown; what `growth` and
 `whole_step` measured under that name become sections of it. With --readme it writes nothing and
@@ -10,14 +10,11 @@ prints the README's tables.
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks import charts, growth_report, step_report
+from . import charts, growth, step
 
 PEERS = {"trl": "TRL", "verl": "verl", "liger": "Liger", "torch fused": "torch fused"}
 PEERS |= {"cce": "CCE", "quack": "QuACK", "flash-attn": "flash-attn", "trl kernel": "TRL kernel"}
@@ -364,7 +361,7 @@ def main() -> None:
         pictures.append(file.name)
     text = markdown(data, entries, pictures)
     # What was measured under the same name.
-    sections = (("growth", "Growth", growth_report), ("step", "A whole step", step_report))
+    sections = (("growth", "Growth", growth), ("step", "A whole step", step))
     for ending, title, module in sections:
         beside = args.json.with_name(f"{args.json.stem}-{ending}.json")
         if beside.exists():

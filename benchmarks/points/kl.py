@@ -9,8 +9,8 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from .harness import Case, Settings, compiled, points
-from .peers import peer
+from ..harness import Case, Settings, compiled, points
+from ..harness.peers import peer
 
 SAMPLED_ROWS = 16
 TOKENS = {"64x2048": (64, 2048), "2048x2048": (2048, 2048)}

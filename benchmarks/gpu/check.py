@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in parts that can be repeated: `make gpu-check OUT=dir`.
 
-    python benchmarks/gpu_check.py --out dir [--device cuda] [--parts tests,bench] [--limit 590]
+    python -m benchmarks.gpu.check --out dir [--device cuda] [--parts tests,bench] [--limit 590]
 
 Parts: build, env, gpu, bench, tests, sanitizer; the report is written after each. A part that
 finished is not run again unless --parts names it; one that was cut off goes on. Each has a budget
@@ -29,10 +29,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.gpu_process import (  # noqa: E402
+from .. import ROOT
+from .process import (
     CUT,
     DONE,
     FAILED,
@@ -64,7 +62,7 @@ def device_facts(device: str) -> dict[str, Any]:
     """The device, its driver and its memory rates, each a median of 20 with a cold cache."""
     import torch
 
-    from benchmarks.harness import timer
+    from ..harness.clocks import timer
 
     d = torch.device(device)
     facts: dict[str, Any] = {"device": device, "name": platform.machine()}
@@ -132,7 +130,7 @@ def part_env(run: Run) -> Result:
     facts_file = run.out / "env-device.json"
     # In a process of its own: this one must not hold memory of the device.
     code = (
-        "import json, sys; from benchmarks.gpu_check import device_facts; "
+        "import json, sys; from benchmarks.gpu.check import device_facts; "
         "json.dump(device_facts(sys.argv[1]), open(sys.argv[2], 'w'))"
     )
     facts = run.python("env-device.log", "-c", code, run.device, str(facts_file))
@@ -250,7 +248,7 @@ def part_bench(run: Run) -> Result:
     backends = ["triton"] if run.dry else kernel_backends(run)
     codes, logs = [], []
     for backend in backends:
-        arguments = ["-m", "pytest", *(f"benchmarks/test_bench_{n}.py" for n in BENCH_FILES)]
+        arguments = ["-m", "pytest", *(f"benchmarks/points/{n}.py" for n in BENCH_FILES)]
         arguments += ["--points", "gpu", "--device", run.device]
         arguments += ["--records", str(run.out / "bench-points.jsonl"), "-p", "no:cacheprovider"]
         arguments += ["--backend", backend, "--tb=short", "-v", "--benchmark-disable-gc"]
@@ -266,7 +264,8 @@ def part_bench(run: Run) -> Result:
     launches = run.out / "bench-launches.json"
     counted: int | None = 0
     if code is not None and not launches.exists():
-        profiled = ["benchmarks/launches.py", "--device", run.device, "--out", str(launches)]
+        profiled = ["-m", "benchmarks.studies.launches"]
+        profiled += ["--device", run.device, "--out", str(launches)]
         counted = run.python("bench-launches.log", *profiled)
     points = _records(run)
     # Those that raised before they were measured are in no record.
@@ -400,7 +399,7 @@ def run_part(run: Run, name: str, later: float) -> Result:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from benchmarks import gpu_report
+    from ..reports import gpu as report
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -441,8 +440,8 @@ def main(argv: list[str] | None = None) -> int:
             continue
         results[name] = run_part(run, name, sum(PARTS[n].budget for n in pending))
         # Now, since the next part may take this process with it.
-        gpu_report.write(results, run.out, quick=run.dry)
-    gpu_report.write(results, run.out, quick=run.dry)
+        report.write(results, run.out, quick=run.dry)
+    report.write(results, run.out, quick=run.dry)
     print((run.out / "report.md").read_text())
     good = all(results.get(name, {}).get("status") in (DONE, SKIPPED) for name in PARTS)
     return 0 if good else 1

@@ -1,6 +1,6 @@
 """Counts what each operation launches on a GPU, forward and backward.
 
-    python benchmarks/launches.py --device cuda --out launches.json
+    python -m benchmarks.studies.launches --device cuda --out launches.json
 
 In a process of its own: a profiler that was loaded once slows every later launch.
 """
@@ -16,10 +16,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from rlhf_kernels.ops._examples import EXAMPLES, Inputs, tensors  # noqa: E402
+from rlhf_kernels.ops._examples import EXAMPLES, Inputs, tensors
 
 ROWS, SIZE = 64, 2048
 

@@ -1,6 +1,6 @@
 """One PPO and one GRPO update of a small transformers model, part by part.
 
-    python -m benchmarks.whole_step [name] [--only ppo grpo] [--quick]
+    python -m benchmarks.studies.whole_step [name] [--only ppo grpo] [--quick]
 
 Writes results/<name>-step.json, which `report.py` puts into the report of that name. The parts that
 are a model's own (its layers, the optimizer) are the same code for every provider; no operation can
@@ -21,9 +21,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 import rlhf_kernels as rk
 
-from . import harness, kept, memory, step_report, test_bench_advantages, test_bench_head
-from .peers import peer, verl_actor_config
-from .ragged import padded
+from ..harness import Missing, memory
+from ..harness.measure import GateError
+from ..harness.peers import peer, verl_actor_config
+from ..harness.ragged import padded
+from ..points import advantages as gae_points
+from ..points import head as head_points
+from ..reports import step as report
+from . import kept
 
 CPU = torch.device("cpu")
 # A head of two fifths of the weights, as in models of half a billion parameters.
@@ -103,15 +108,15 @@ def eager() -> Operations:
     """Plain torch, as trainers without kernels write it."""
 
     def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        return test_bench_head.eager_logprobs(hidden, weight, labels)
+        return head_points.eager_logprobs(hidden, weight, labels)
 
     def advantages(s: Tensor, own: Tensor, ref: Tensor, v: Tensor, mask: Tensor) -> Any:
         weights = mask.float()
-        found, returns = test_bench_advantages.loop(_shaped(s, own, ref, mask), v, weights)
-        return test_bench_advantages.whitened(found, weights), returns
+        found, returns = gae_points.loop(_shaped(s, own, ref, mask), v, weights)
+        return gae_points.whitened(found, weights), returns
 
     def group(scores: Tensor) -> Tensor:
-        return test_bench_advantages.standardized(scores, GROUP)
+        return gae_points.standardized(scores, GROUP)
 
     def value(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
         clipped = values.clamp(old - CLIP, old + CLIP)
@@ -121,9 +126,9 @@ def eager() -> Operations:
     return Operations(logprobs, _policy(logprobs), advantages, group, value)
 
 
-def trl() -> Operations | harness.Missing:
+def trl() -> Operations | Missing:
     """TRL's chunked head; the rest of its step is plain torch, as eager."""
-    head = test_bench_head.trl_head()
+    head = head_points.trl_head()
     if not head:
         return head
 
@@ -134,7 +139,7 @@ def trl() -> Operations | harness.Missing:
     return eager()._replace(logprobs=logprobs, policy=_policy(logprobs))
 
 
-def verl() -> Operations | harness.Missing:
+def verl() -> Operations | Missing:
     """verl's functions, on logits."""
     core = "verl.trainer.ppo.core_algos"
     of_logits = peer("verl.utils.torch_functional", "logprobs_from_logits")
@@ -142,7 +147,7 @@ def verl() -> Operations | harness.Missing:
     names += ("compute_grpo_outcome_advantage", "compute_value_loss")
     found = [of_logits, verl_actor_config(), *(peer(core, n) for n in names)]
     for function in found:
-        if isinstance(function, harness.Missing):
+        if isinstance(function, Missing):
             return function
     of_logits, config, vanilla, penalty, gae, outcome, value_loss = found
 
@@ -160,7 +165,7 @@ def verl() -> Operations | harness.Missing:
         return loss + KL_COEF * _masked_mean(penalty(own, ref, "k3"), b.mask)
 
     def advantages(s: Tensor, own: Tensor, ref: Tensor, v: Tensor, mask: Tensor) -> Any:
-        options = (test_bench_advantages.GAMMA, test_bench_advantages.LAM)
+        options = (gae_points.GAMMA, gae_points.LAM)
         return gae(_shaped(s, own, ref, mask), v, mask.long(), *options)
 
     def group(scores: Tensor) -> Tensor:
@@ -190,7 +195,7 @@ def ours() -> Operations:
         return rk.linear_policy_loss(*tensors, ref_logprobs=ref, config=config).loss
 
     def advantages(s: Tensor, own: Tensor, ref: Tensor, v: Tensor, mask: Tensor) -> Any:
-        g, lam = test_bench_advantages.GAMMA, test_bench_advantages.LAM
+        g, lam = gae_points.GAMMA, gae_points.LAM
         return rk.ppo_advantages(s, own, ref, v, mask, kl_coef=KL_COEF, gamma=g, lam=lam)[:2]
 
     def value(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
@@ -332,7 +337,7 @@ def measure(algorithm: str, quick: bool) -> dict[str, Any]:
     """Medians of each part in seconds, and the memory that a step holds above what was there."""
     step = Step(quick)
     made = {name: make() for name, make in PROVIDERS.items()}
-    absent = {n: m.reason for n, m in made.items() if isinstance(m, harness.Missing)}
+    absent = {n: m.reason for n, m in made.items() if isinstance(m, Missing)}
     providers = {n: m for n, m in made.items() if n not in absent}
     # Once before, so that the optimizer has its state.
     expected = step.run(algorithm, providers["eager"])[1]
@@ -342,7 +347,7 @@ def measure(algorithm: str, quick: bool) -> dict[str, Any]:
         found = step.run(algorithm, ops)[1]
         off = float(((found - expected) / expected.abs().clamp(min=1e-2)).abs().max())
         if not off <= GATE:
-            raise harness.GateError(f"{name}: a loss or gradient is off by {off:.2g} of eager's")
+            raise GateError(f"{name}: a loss or gradient is off by {off:.2g} of eager's")
         step.optimizer.zero_grad(set_to_none=True)
         peaks[name] = memory.peak_extra_bytes(lambda ops=ops: step.run(algorithm, ops), CPU)
     times: dict[str, list[dict[str, float]]] = {n: [] for n in providers}
@@ -363,7 +368,7 @@ def main() -> None:
     args = parser.parse_args()
     rk.use_backend("cpu")
     file = kept.measured(args, "step", "steps", args.only, measure)
-    print("\n".join(step_report.lines(file)))
+    print("\n".join(report.lines(file)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Did it get slower? Compares a run with an earlier one by ratios, each measured within its run.
 
-    python benchmarks/compare.py BASE.json [--new NEW.json] [--tolerance 0.1]
+    python -m benchmarks.reports.compare BASE.json [--new NEW.json] [--tolerance 0.1]
 
 Two machines, or one on two days, have no time in common, but what plain torch (eager) and the
 machine's own rate (the limit) took beside ours in the same rounds they have. Without --new the
@@ -21,7 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-HERE = Path(__file__).resolve().parent
+from .. import ROOT
+
 TOLERANCE = 0.10
 # The spread of fewer rounds says nothing: of one it is 0.
 LEAST_ROUNDS = 5
@@ -154,11 +155,11 @@ def compare(base: Entry, new: Entry, tolerance: float, status: int = 0) -> int:
 def measure(base: Entry, folder: Path, rest: list[str]) -> tuple[Entry, int]:
     """A run now, of what is compared alone, and its exit status; ends the process without one."""
     machine = base["machine_info"]
-    command = [sys.executable, str(HERE / "run.py"), "new", "--out", str(folder)]
+    command = [sys.executable, "-m", "benchmarks.run", "new", "--out", str(folder)]
     command += ["--device", "cpu" if machine["device"] == "cpu" else "cuda"]
     command += ["--backend", machine["backend"], "--providers", "eager"]
     command += [f"--{option}" for option in ("quick", "full") if machine.get(option)]
-    status = subprocess.run([*command, *(["--", *rest] if rest else [])]).returncode
+    status = subprocess.run([*command, *(["--", *rest] if rest else [])], cwd=ROOT).returncode
     file = folder / "new.json"
     if not file.exists():
         print("Cannot be compared: the run wrote no results", file=sys.stderr)

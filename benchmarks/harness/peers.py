@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .harness import Missing
+from .case import Missing
 
 
 def _line(error: Exception) -> str:
