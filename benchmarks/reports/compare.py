@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import ROOT
+from .tables import table
 
 TOLERANCE = 0.10
 # The spread of fewer rounds says nothing: of one it is 0.
@@ -125,13 +126,13 @@ def compare(base: Entry, new: Entry, tolerance: float, status: int = 0) -> int:
         for line in [*differences, *([] if rows else ["no point is in both runs"])]:
             print(f"Cannot be compared: {line}", file=sys.stderr)
         return 2
-    print("\n| point | ours over | base | new | change | allowed | |")
-    print("|---|---|---:|---:|---:|---:|---|")
-    for c in sorted(rows, key=lambda c: c.allowed / c.factor):
-        cells = [title(c.point), c.other, f"{c.base:.3g}", f"{c.new:.3g}"]
-        cells += [f"{c.factor - 1:+.0%}", f"{c.allowed - 1:+.0%}", c.verdict]
-        print("| " + " | ".join(cells) + " |")
-    print()
+    cells = [
+        [title(c.point), c.other, f"{c.base:.3g}", f"{c.new:.3g}", f"{c.factor - 1:+.0%}",
+         f"{c.allowed - 1:+.0%}", c.verdict]
+        for c in sorted(rows, key=lambda c: c.allowed / c.factor)
+    ]  # fmt: skip
+    head = ["point", "ours over", "base", "new", "change", "allowed", ""]
+    print("\n".join(["", *table(head, cells, left=2, right=1), ""]))
     failures = [f"{f['op']} {f['label']} {f['mode']}" for f in new["failures"]]
     if status and not failures:
         # Of a point that raised while it was set up or timed, the JSON has nothing.

@@ -7,13 +7,10 @@ from typing import Any
 
 from .. import ROOT
 from . import suite
+from .tables import microseconds, multiple, table
 
 PEERS = {"eager": "eager", "compile": "compile", **suite.PEERS}
 Results = dict[str, dict[str, Any]]
-
-
-def microseconds(seconds: float) -> str:
-    return f"{seconds * 1e6:.3g}" if seconds < 0.9995e-3 else f"{seconds * 1e6:.0f}"
 
 
 def verdict(point: dict[str, Any], quick: bool) -> str:
@@ -41,11 +38,12 @@ def wanted(point: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _row(point: dict[str, Any], peers: list[str], several: bool, quick: bool) -> str:
+def _cells(point: dict[str, Any], peers: list[str], several: bool, quick: bool) -> list[str]:
     ours = point["providers"]["ours"]
     name = f"{point['op']}, {point['mode']}" + (f", {point['backend']}" if several else "")
     if "median" not in ours:
-        return f"| {name} | {point['label']} | failed: {ours.get('error', 'no time')} |"
+        failed = f"failed: {ours.get('error', 'no time')}"
+        return [name, point["label"], failed, *[""] * (len(peers) + 7)]
     spread = f"{microseconds(ours['p20'])}–{microseconds(ours['p80'])}"
     cells = [name, point["label"], microseconds(ours["median"]), spread]
     cells.append(microseconds(ours["host"]) if "host" in ours else "–")
@@ -54,9 +52,8 @@ def _row(point: dict[str, Any], peers: list[str], several: bool, quick: bool) ->
     cells.append(f"{point['moved'] / ours['median'] / 1e9:.0f}")
     limit = suite.of_limit(point)
     cells.append("–" if limit is None else f"{limit:.0%} {point['limit']}")
-    cells += [suite.multiple(suite.ratio(point, p)) for p in peers]
-    cells += [wanted(point), verdict(point, quick)]
-    return "| " + " | ".join(cells) + " |"
+    cells += [multiple(suite.ratio(point, p)) for p in peers]
+    return [*cells, wanted(point), verdict(point, quick)]
 
 
 def bench_lines(points: list[dict[str, Any]], quick: bool) -> list[str]:
@@ -66,10 +63,9 @@ def bench_lines(points: list[dict[str, Any]], quick: bool) -> list[str]:
     peers = [p for p in PEERS if any(suite.ratio(x, p) is not None for x in points)]
     head = ["operation", "shape", "ours, µs", "p20–p80", "host, µs", "peak MiB", "GB/s"]
     head += ["of the limit", *(f"÷ {PEERS[p]}" for p in peers), "target", "verdict"]
-    lines = ["## Benchmarks", "", "| " + " | ".join(head) + " |"]
-    lines.append("|---|---|" + "---:|" * (len(head) - 4) + "---|---|")
     several = len({p.get("backend") for p in points}) > 1
-    lines += [_row(p, peers, several, quick) for p in points]
+    rows = [_cells(p, peers, several, quick) for p in points]
+    lines = ["## Benchmarks", "", *table(head, rows, left=2, right=2)]
     lines += [
         "",
         "Medians of device time by events, cold cache; ÷ x: time of x over ours. Host: time until "
@@ -96,10 +92,11 @@ def launch_lines(launches: dict[str, Any] | None) -> list[str]:
         return ["", f"Launches were not counted: {launches['reason']}."]
     rows, size = launches["shape"]
     lines = ["", f"## Launches per call, every option on, {rows}×{size}", ""]
-    lines += ["| operation | forward | backward |", "|---|---:|---:|"]
-    for name, ways in launches["operations"].items():
-        counts = [str(ways[w]["count"]) if w in ways else "–" for w in ("forward", "backward")]
-        lines.append(f"| {name} | {' | '.join(counts)} |")
+    counts = {
+        name: [str(ways[w]["count"]) if w in ways else "–" for w in ("forward", "backward")]
+        for name, ways in launches["operations"].items()
+    }
+    lines += table(["operation", "forward", "backward"], [[n, *c] for n, c in counts.items()])
     return lines
 
 
@@ -129,15 +126,13 @@ def _machine_lines(env: dict[str, Any], commits: set[str | None]) -> list[str]:
 def markdown(results: Results, quick: bool) -> str:
     lines = ["# GPU check" + (" (dry run: not a measurement)" if quick else ""), ""]
     lines += _machine_lines(results.get("env", {}), {r.get("commit") for r in results.values()})
-    lines += [
-        "",
-        "| part | outcome | passed | failed | skipped | s |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
+    rows = []
     for name, r in results.items():
         counts = [str(r.get(k, "–")) for k in ("passed", "failed", "skipped")]
         reason = f": {r['reason']}" if "reason" in r else ""
-        lines.append(f"| {name} | {r['status']}{reason} | {' | '.join(counts)} | {r['seconds']} |")
+        rows.append([name, r["status"] + reason, *counts, str(r["seconds"])])
+    head = ["part", "outcome", "passed", "failed", "skipped", "s"]
+    lines += ["", *table(head, rows, left=2)]
     tools = results.get("sanitizer", {}).get("tools")
     if tools:
         lines += ["", "compute-sanitizer: " + ", ".join(f"{k} {v}" for k, v in tools.items())]

@@ -1,12 +1,14 @@
 """Growth curves of results/<name>-growth.json as a table and as pictures."""
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import charts
+from .tables import mebibytes, milliseconds, table
 
 #: Below, memory counts as none: what the allocator and autograd keep for themselves.
 NO_BYTES = 1 << 20
@@ -17,13 +19,13 @@ Curve = dict[str, Any]
 
 def fit(xs: list[int], ys: list[float]) -> tuple[float, float]:
     """Slope of log y over log x and its standard error: 1 is linear growth, 0 none."""
-    x, y = [math.log(v) for v in xs], [math.log(v) for v in ys]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    square = sum((a - mean_x) ** 2 for a in x)
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / square
-    rest = sum((b - mean_y - slope * (a - mean_x)) ** 2 for a, b in zip(x, y, strict=True))
+    x, y = np.log(xs), np.log(ys)
     # Two points have no error to speak of.
-    return slope, math.sqrt(rest / (len(x) - 2) / square) if len(x) > 2 else 0.0
+    if len(xs) == 2:
+        return float(np.polyfit(x, y, 1)[0]), 0.0
+    (slope, _), covariance = np.polyfit(x, y, 1, cov=True)
+    # Rounded: a slope of 0 is no -1e-17.
+    return round(float(slope), 9) + 0.0, float(np.sqrt(max(covariance[0, 0], 0.0)))
 
 
 def series(curve: Curve, what: str) -> dict[str, list[float]]:
@@ -51,8 +53,8 @@ def verdict(xs: list[int], ys: list[float], expected: float) -> str:
 
 def _size(value: float, what: str) -> str:
     if what == "seconds":
-        return f"{value * 1e3:.3g} ms" if value < 0.9995 else f"{value:.3g} s"
-    return "none" if value <= NO_BYTES else f"{value / 2**20:.0f} MiB"
+        return f"{milliseconds(value)} ms" if value < 0.9995 else f"{value:.3g} s"
+    return "none" if value <= NO_BYTES else f"{mebibytes(value)} MiB"
 
 
 def rows(curves: dict[str, list[Curve]]) -> list[list[str]]:
@@ -94,9 +96,7 @@ def lines(file: Path) -> list[str]:
         "Slopes of the logarithms, fitted to all points: 1 is linear, 0 constant, -1 halves with "
         "each doubling. Memory is beyond inputs and results.",
         "",
-        f"| {' | '.join(HEAD)} |",
-        "|---|---|---|---:|---:|---|---|---|",
-        *(f"| {' | '.join(row)} |" for row in rows(curves)),
+        *table(HEAD, rows(curves), left=3, right=3),
     ]
     for op, parts in curves.items():
         picture = picture_file(file, op)

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .tables import mebibytes, table
+
 #: Parts that are the model's own: no operation of ours is in them.
 OWN = ("layers", "optimizer")
 
@@ -17,35 +19,37 @@ def totals(seconds: dict[str, float]) -> tuple[float, float]:
     return sum(seconds.values()), sum(t for p, t in seconds.items() if is_own(p))
 
 
-def table(step: dict[str, Any]) -> list[str]:
+def parts_table(step: dict[str, Any]) -> list[str]:
+    """Each part of the step, the sums of both kinds of parts, and the whole."""
     seconds = step["seconds"]
     whole = totals(seconds["eager"])[0]
     others = [n for n in seconds if n != "ours"]
     head = [
         "part",
-        *(f"{n}, ms" for n in others),
-        "ours, ms",
+        *(f"{n}, ms" for n in (*others, "ours")),
         "share of eager's step",
         "saved of it",
     ]
-    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
-
-    def row(name: str, times: dict[str, float], saved: str) -> str:
-        cells = [name, *(f"{times[n] * 1e3:.4g}" for n in (*others, "ours"))]
-        share = f"{times['eager'] / whole:.1%}"
-        return f"| {' | '.join([*cells, share, saved])} |"
-
-    for part in seconds["eager"]:
-        times = {n: seconds[n][part] for n in seconds}
-        saved = f"{(times['eager'] - times['ours']) / whole:.1%}"
-        lines.append(row(part, times, "model's own" if is_own(part) else saved))
     ends = {n: totals(s) for n, s in seconds.items()}
-    operations = {n: w - o for n, (w, o) in ends.items()}
-    saved = f"{(operations['eager'] - operations['ours']) / whole:.1%}"
-    lines.append(row("**operations**", operations, saved))
-    lines.append(row("**model's own**", {n: o for n, (_, o) in ends.items()}, "nothing can be"))
-    lines.append(row("**step**", {n: w for n, (w, _) in ends.items()}, saved))
-    return lines
+    rows = {part: {n: seconds[n][part] for n in seconds} for part in seconds["eager"]}
+    rows |= {
+        "**operations**": {n: w - o for n, (w, o) in ends.items()},
+        "**model's own**": {n: o for n, (_, o) in ends.items()},
+        "**step**": {n: w for n, (w, _) in ends.items()},
+    }
+
+    def cells(name: str, times: dict[str, float]) -> list[str]:
+        # What the model's own parts took differs by chance alone: the step saves the operations'.
+        saving = rows["**operations**"] if name == "**step**" else times
+        saved = f"{(saving['eager'] - saving['ours']) / whole:.1%}"
+        if is_own(name):
+            saved = "model's own"
+        elif name == "**model's own**":
+            saved = "nothing can be"
+        figures = [f"{times[n] * 1e3:.4g}" for n in (*others, "ours")]
+        return [name, *figures, f"{times['eager'] / whole:.1%}", saved]
+
+    return table(head, [cells(name, times) for name, times in rows.items()])
 
 
 def sentences(step: dict[str, Any]) -> list[str]:
@@ -58,7 +62,7 @@ def sentences(step: dict[str, Any]) -> list[str]:
     ]
     peaks = {n: p for n, p in step["peak_bytes"].items() if p}
     if peaks:
-        words = ", ".join(f"{n} {p / 2**20:.0f}" for n, p in peaks.items())
+        words = ", ".join(f"{n} {mebibytes(p)}" for n, p in peaks.items())
         lines.append(f"Memory of a step, gradients included, MiB: {words}.")
     lines += [f"{name} is absent: {reason}." for name, reason in step["absent"].items()]
     return lines
@@ -81,7 +85,7 @@ def lines(file: Path) -> list[str]:
             f"tokens, responses of up to {s['response']}; no sampling. TRL: its chunked head, the "
             "rest as eager.",
             "",
-            *table(step),
+            *parts_table(step),
             "",
             *sentences(step),
         ]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import charts, growth, step
+from .tables import bold_if, mebibytes, milliseconds, multiple, table
 
 PEERS = {"trl": "TRL", "verl": "verl", "liger": "Liger", "torch fused": "torch fused"}
 PEERS |= {"cce": "CCE", "quack": "QuACK", "flash-attn": "flash-attn", "trl kernel": "TRL kernel"}
@@ -83,14 +84,6 @@ def judged(entry: Entry) -> list[tuple[str, float, float]]:
     return [(n, least, r) for n, least, r in found if r is not None]
 
 
-def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g}" if seconds < 0.9995 else f"{seconds * 1e3:.0f}"
-
-
-def multiple(value: float | None) -> str:
-    return "–" if value is None else f"{value:.0f}×" if value >= 99.5 else f"{value:.2g}×"
-
-
 def position(entry: Entry) -> int:
     """Where the operation stands in ORDER."""
     return next((i for i, o in enumerate(ORDER) if entry["op"].startswith(o)), len(ORDER))
@@ -139,17 +132,7 @@ def environment(data: Entry) -> str:
     )
 
 
-def _table(head: list[str], left: int, rows: list[list[str]], right: int = 0) -> list[str]:
-    """Lines of a table whose first `left` and last `right` columns hold words."""
-    rule = "|" + "---|" * left + "---:|" * (len(head) - left - right) + "---|" * right
-    return [f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(r)} |" for r in rows)]
-
-
-def _bold_if(lost: bool, text: str) -> str:
-    return f"**{text}**" if lost else text
-
-
-def table(
+def points_table(
     entries: list[Entry], quick: bool, details: bool = True, memory: bool = False
 ) -> list[str]:
     """Every entry; what is faster than ours is bold.
@@ -170,14 +153,14 @@ def table(
         if details:
             cells.append(f"{milliseconds(ours['p20'])}–{milliseconds(ours['p80'])}")
         ratios = [ratio(e, *names) for names in columns]
-        cells += [_bold_if(r is not None and r < 1, multiple(r)) for r in ratios]
+        cells += [bold_if(r is not None and r < 1, multiple(r)) for r in ratios]
         cells.append("–" if limit is None else f"{limit:.0%} {e['limit']}")
         cells += [rate(e)] if details else []
         if memory:
             peaks = (e["providers"].get(n, {}).get("peak_bytes") for n in ("ours", "eager", "trl"))
-            cells.append(", ".join("–" if p is None else f"{p / 2**20:.0f}" for p in peaks))
+            cells.append(", ".join(map(mebibytes, peaks)))
         rows.append([*cells, target_text(e, quick)] if details else cells)
-    return _table(head, 2, rows, 1 if details else 0)
+    return table(head, rows, left=2, right=1 if details else 0)
 
 
 def _against(name: str, wanted: float, found: float | None) -> str:
@@ -188,7 +171,7 @@ def _against(name: str, wanted: float, found: float | None) -> str:
     missed = found < wanted
     if missed and show(found) == show(wanted):
         show = "{:.2%}".format if name in LIMITS else "{:.4g}×".format
-    return _bold_if(missed, f"{show(found)} {'<' if missed else '≥'} {show(wanted)}")
+    return bold_if(missed, f"{show(found)} {'<' if missed else '≥'} {show(wanted)}")
 
 
 def targets_table(entries: list[Entry]) -> list[str]:
@@ -217,11 +200,11 @@ def targets_table(entries: list[Entry]) -> list[str]:
         if memory:
             over, most = memory[0] > memory[1], memory[1] / 2**20
             sizes = f"{memory[0] / 2**20:.6g} {'>' if over else '≤'} {most:.0f} MiB"
-            other.append(f"memory: {_bold_if(over, sizes)}")
+            other.append(f"memory: {bold_if(over, sizes)}")
         verdict = target_text(e, False).partition(":")[0]
         rows.append([f"{e['op']}, {e['mode']}", e["label"], *cells, "; ".join(other), verdict])
     head = ["operation", "shape", "÷ eager", "÷ compile", "of the limit", "other", ""]
-    return _table(head, 2, rows, 2)
+    return table(head, rows, left=2, right=2)
 
 
 def lost(entries: list[Entry]) -> Iterator[str]:
@@ -248,9 +231,10 @@ def memory_lines(entries: list[Entry]) -> list[str]:
             continue
         peaks = {n: p for n, p in e["providers"].items() if p.get("peak_bytes")}
         if "ours" in peaks:
-            sizes = {n: f"{p['peak_bytes'] / 2**20:.0f}" for n, p in peaks.items()}
-            marks = {n: "*" if p.get("fresh") else "" for n, p in peaks.items()}
-            row = ", ".join(f"{PEERS.get(n, n)} {sizes[n]}{marks[n]}" for n in peaks)
+            row = ", ".join(
+                f"{PEERS.get(n, n)} {mebibytes(p['peak_bytes'])}{'*' * bool(p.get('fresh'))}"
+                for n, p in peaks.items()
+            )
             lines.append(f"- {e['op']}, {e['label']}: {row}")
     note = "Peak beyond the inputs, forward+backward, results included, MiB; *: in a fresh process."
     return ["", "## Memory", note, "", *lines] if lines else []
@@ -304,7 +288,7 @@ def markdown(data: Entry, entries: list[Entry], pictures: list[str]) -> str:
         lines += targets_table(entries)
     for picture in pictures:
         lines += ["", f"![Share of the limit by provider]({picture})"]
-    lines += ["", "## Every point", *table(entries, m["quick"])]
+    lines += ["", "## Every point", *points_table(entries, m["quick"])]
     losses = list(lost(entries))
     if losses:
         lines += ["", "## Where something else is faster", "Its time over ours.", "", *losses]
@@ -351,7 +335,7 @@ def main() -> None:
         by_name = {e["name"]: e for e in entries}
         for names, memory in ((README, False), (README_HEAD, True)):
             rows = [by_name[name] for name in names if name in by_name]
-            print("\n".join([*table(rows, m["quick"], details=False, memory=memory), ""]))
+            print("\n".join([*points_table(rows, m["quick"], details=False, memory=memory), ""]))
         return
     pictures = []
     if any(e["targets"] for e in entries):

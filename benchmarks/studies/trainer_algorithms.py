@@ -15,6 +15,7 @@ from rlhf_kernels.trainer.algorithms import ALGORITHMS
 from rlhf_kernels.trainer.run import train
 
 from .. import RESULTS, ROOT
+from ..reports.tables import table
 
 FIGURES = RESULTS / "trainer-algorithms.json"
 PAGE = ROOT / "docs" / "algorithms.md"
@@ -36,9 +37,9 @@ Then {steps} steps of 256 completions in two updates each, learning rate 5e-4 fa
 thread. Settings: the algorithm's defaults but for those in the last column. One seed on a task this
 small says that an algorithm works, not which is better.
 
-| algorithm | reward, first 5 steps | last 5 | held out, greedy, before | after | step, ms | generation | our kernels | forward, backward, optimizer | settings |
-|---|---:|---:|---:|---:|---:|---:|---:|---:|---|
-"""  # noqa: E501 - a table's row
+"""  # noqa: E501 - a page's lines
+HEAD = ("algorithm", "reward, first 5 steps", "last 5", "held out, greedy, before", "after")
+HEAD += ("step, ms", "generation", "our kernels", "forward, backward, optimizer", "settings")
 PAGE_END = """
 Reward is that of sampled completions, the algorithm's own training reward without its KL part.
 Kernels are all calls of our operations in a step, the products of the LM head included (they
@@ -68,17 +69,17 @@ def run(name: str, start: Path, out: Path, steps: int) -> dict[str, Any]:
 
 def page(results: dict[str, Any]) -> str:
     """docs/algorithms.md."""
-    rows = {name: results["rows"][name] for name in ALGORITHMS if name in results["rows"]}
-    first = next(iter(rows.values()))
+    found = {name: results["rows"][name] for name in ALGORITHMS if name in results["rows"]}
+    first = next(iter(found.values()))
     text = PAGE_HEAD.format(weights=results["model"], start=first["before"], steps=first["steps"])
-    for name, row in rows.items():
+    rows = []
+    for name, row in found.items():
         step, kernels, generation = (row["seconds"][key] for key in ("step", "kernels", "generate"))
         cells = [f"`{name}`", *(f"{row[key]:.2f}" for key in ("first", "last", "before", "after"))]
         cells += [f"{1e3 * step:.0f}"]
         cells += [f"{x / step:.0%}" for x in (generation, kernels, step - generation - kernels)]
-        settings = f"`{row['settings']}`" if row["settings"] else ""
-        text += "| " + " | ".join([*cells, settings]) + " |\n"
-    return text + PAGE_END
+        rows.append([*cells, f"`{row['settings']}`" if row["settings"] else ""])
+    return text + "\n".join([*table(HEAD, rows, right=1), PAGE_END])
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from rlhf_kernels.trainer.stage import Stage
 from rlhf_kernels.trainer.tokenizers import character_tokenizer
 
 from ..harness.memory import peak_extra_bytes
+from ..reports.tables import table
 
 WIDTH, LAYERS, VOCAB, ROWS, TOKENS = 256, 2, 32768, 16, 128
 
@@ -76,15 +77,16 @@ def main() -> None:
     options = parser.parse_args()
     vocab, tokens = (256, 8) if options.quick else (VOCAB, TOKENS)
     print(f"{ROWS} completions of up to {tokens} tokens, vocabulary {vocab}, width {WIDTH}")
-    print("| step | kernels, s | reference, s | ratio | kernels, MiB | reference, MiB |")
-    print("|---|---:|---:|---:|---:|---:|")
+    head = ["step", "kernels, s", "reference, s", "ratio", "kernels, MiB", "reference, MiB"]
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder), vocab)
         for name in options.names:
             found = measure(name, Path(folder), options.rounds, tokens)
             (ours, peak), (theirs, their_peak) = found["kernels"], found["reference"]
             cells = [f"`{name}`", f"{ours:.2f}", f"{theirs:.2f}", f"{theirs / ours:.1f}×"]
-            print("| " + " | ".join([*cells, f"{peak:.0f}", f"{their_peak:.0f}"]) + " |")
+            rows.append([*cells, f"{peak:.0f}", f"{their_peak:.0f}"])
+    print("\n".join(table(head, rows)))
 
 
 if __name__ == "__main__":
