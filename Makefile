@@ -72,19 +72,19 @@ gpu-check:
 # No GPU needed: kernels are compiled, not run. DATE=2026-01-31 names another day.
 DATE ?= $(shell date +%F)
 triton-report: venv
-	$(BIN)/python tests/triton_aot.py --report benchmarks/results/triton-resources.md --date $(DATE)
+	$(BIN)/python -m tools.triton_aot --report benchmarks/results/triton-resources.md --date $(DATE)
 
 cuda-report: venv
-	$(BIN)/python tests/cuda_resources.py --report benchmarks/results/cuda-resources.md --date $(DATE)
+	$(BIN)/python -m tools.cuda_resources --report benchmarks/results/cuda-resources.md --date $(DATE)
 
 # Address and undefined behaviour, in the kernels; needs GCC.
 sanitize: venv
-	$(BIN)/python tests/sanitize.py
+	$(BIN)/python -m tools.sanitize
 
 # Random calls against float64; prints the command that repeats a finding.
 SECONDS ?= 600
 fuzz: venv
-	$(BIN)/python tests/fuzz.py --seconds $(SECONDS)
+	$(BIN)/python -m tools.fuzz --seconds $(SECONDS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -10,17 +10,18 @@ import os
 import sys
 
 import pytest
-import quick_interpreter
 import torch
+
+from tests.kernels import quick_interpreter
 
 try:
     from hypothesis import settings
 except ImportError:
     # A machine without it still runs everything else.
-    import no_hypothesis
+    from tests import no_hypothesis
 
     sys.modules["hypothesis"] = sys.modules["hypothesis.strategies"] = no_hypothesis
-    from no_hypothesis import settings
+    from tests.no_hypothesis import settings
 
 
 def pytest_addoption(parser):
@@ -85,7 +86,7 @@ def backend(request):
 
     with contextlib.ExitStack() as stack:
         if request.param == "cuda" and _device(request.config).type == "cpu":
-            import emulated_cuda
+            from tests.kernels import emulated_cuda
 
             stack.enter_context(emulated_cuda.installed())
         stack.enter_context(rk.use_backend(request.param))

@@ -47,9 +47,11 @@ from .process import (
 RESERVE = 15
 # Operation tests; the others are about the CPU, the package or the trainer.
 TEST_FILES = (
-    "logprobs", "head", "head_cases", "policy", "policy_rules", "kl", "advantages",
-    "advantages_rules", "value", "preference", "support", "support_rules", "extremes", "fp16",
-    "empty", "interface",
+    "ops/test_logprobs", "head/test_head", "head/test_cases", "ops/test_policy",
+    "ops/test_policy_rules", "ops/test_kl", "ops/test_advantages", "ops/test_advantages_rules",
+    "ops/test_value", "ops/test_preference", "ops/test_support", "ops/test_support_rules",
+    "ops/test_extremes", "ops/test_fp16", "ops/test_empty", "ops/test_interface",
+    "ops/test_missing",
 )  # fmt: skip
 # What has most at stake first: time may run out.
 BENCH_FILES = ("logprobs", "head", "kl", "advantages", "policy", "value")
@@ -205,17 +207,17 @@ def _workers(run: Run, distribution: str, most: int) -> list[str]:
 
 
 def part_gpu(run: Run) -> Result:
-    arguments = ["tests/test_gpu.py"]
+    arguments = ["tests/kernels/test_gpu.py"]
     if run.dry:
         arguments += ["-k", "poisons and (temperature or synchronisation)"]
     return _pytest(run, "gpu", *arguments, *_workers(run, "loadgroup", 4))
 
 
 def part_tests(run: Run) -> Result:
-    arguments = [f"tests/test_{name}.py" for name in TEST_FILES]
+    arguments = [f"tests/{name}.py" for name in TEST_FILES]
     arguments += ["-m", "not gpu and not slow"]
     if run.dry:
-        arguments = ["tests/test_logprobs.py", "-k", "triton and (empty_batch or infinite)"]
+        arguments = ["tests/ops/test_logprobs.py", "-k", "triton and (empty_batch or infinite)"]
     return _pytest(run, "tests", *arguments, *_workers(run, "worksteal", 8))
 
 
@@ -292,7 +294,7 @@ def part_sanitizer(run: Run) -> Result:
     for folder in run.packages:
         # NVIDIA also packs it as a wheel.
         tool = tool or next((str(f) for f in folder.rglob(name) if f.is_file()), None)
-    script = [sys.executable, "tests/gpu_faults.py", "--device", run.device, "--backend"]
+    script = [sys.executable, "-m", "tests.kernels.gpu_faults", "--device", run.device, "--backend"]
     backends = kernel_backends(run)
     # First without: kernels are compiled and cached, and a fault shows that is not memory's.
     for backend in backends:

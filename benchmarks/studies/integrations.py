@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 import torch
 from torch import Tensor
@@ -239,11 +239,12 @@ def verl_rows(wanted: Callable[[str], bool]) -> Iterator[Row | None]:
         return
     import numpy as np
     import verl.utils.torch_functional as verl_F
-    from parity import make_batch
     from verl.trainer.ppo import core_algos
     from verl.utils.experimental.torch_functional import FusedLinearForPPO
     from verl.workers.config import ActorConfig, PolicyLossConfig
     from verl.workers.utils import losses
+
+    from tests.parity.comparison import make_batch
 
     def both(losses: bool = False) -> Callable[[], Any]:
         return lambda: verl.patched(losses=losses)
@@ -337,8 +338,8 @@ def verl_rows(wanted: Callable[[str], bool]) -> Iterator[Row | None]:
 def openrlhf_rows(wanted: Callable[[str], bool]) -> Iterator[Row | None]:
     if not wanted("OpenRLHF"):
         return
-    import openrlhf_stubs
-    from parity import make_batch
+    from tests.parity import openrlhf_stubs
+    from tests.parity.comparison import make_batch
 
     theirs = openrlhf_stubs.load()
     if theirs is None:

@@ -1,0 +1,1 @@
+"""The LM head fused with an operation, and vocabulary shards."""

@@ -1,0 +1,1 @@
+"""The patches of TRL, verl and OpenRLHF."""

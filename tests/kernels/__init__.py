@@ -1,0 +1,1 @@
+"""The backends: what their kernels read, write and survive."""

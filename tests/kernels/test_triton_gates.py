@@ -1,0 +1,438 @@
+"""What the Triton kernels promise, checked without a GPU.
+
+They compile for every GPU we name without spilling; they launch what their design says, read and
+write each element as often as it says, and are not compiled anew for another length or coefficient.
+"""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.run_python import run_python
+
+import rlhf_kernels as rk
+from rlhf_kernels import PolicyLossConfig
+from rlhf_kernels.kernels import backends, triton
+
+pytest.importorskip("triton", reason="the package triton is not installed (it needs Linux)")
+
+TOOL = ("-m", "tools.triton_aot")
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Only there are the loads and stores seen.
+interpreted = pytest.mark.skipif(
+    not triton.interpreted(), reason="needs Triton's interpreter: set TRITON_INTERPRET=1"
+)
+
+
+def run_tool(directory: Path, *arguments: str) -> dict:
+    out = directory / "out.json"
+    root = str(Path(__file__).parents[2])
+    done = run_python(*TOOL, "--json", str(out), *arguments, check=False, PYTHONPATH=root)
+    assert out.exists(), f"{done.stdout}\n{done.stderr}"
+    result = json.loads(out.read_text())
+    assert done.returncode == (1 if result["problems"] else 0)
+    return result
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory):
+    """Every launch of every case, by the real launchers with the tiles of a GPU."""
+    return run_tool(tmp_path_factory.mktemp("launches"), "--record", "--target", "sm_90")
+
+
+# All main options, but for the latest GPU: there the largest kernels of each dtype.
+@pytest.mark.parametrize(
+    "target, extent",
+    [("sm_80", ()), ("sm_90", ()), ("gfx942", ()), ("sm_100", ("--brief",))],
+)
+def test_every_kernel_compiles_without_spills(target, extent, tmp_path):
+    result = run_tool(tmp_path, "--target", target, "--processes", "1", *extent)
+    assert result["problems"] == []
+    assert {r["kernel"] for r in result["resources"]} == set(result["kernels"])
+    assert all(r["registers"] > 0 for r in result["resources"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_combination_compiles_without_spills(target, tmp_path):
+    assert run_tool(tmp_path, "--full", "--target", target)["problems"] == []
+
+
+def test_the_gate_refuses_bad_kernels(tmp_path):
+    """Each kernel of triton_bad_kernels.py is refused for what is wrong with it."""
+    module = "tests.kernels.triton_bad_kernels"
+    result = run_tool(tmp_path, "--cases", module, "--target", "sm_90", "--target", "gfx942")
+    problems = [p.removeprefix(f"{module}.") for p in result["problems"]]
+    for kernel, target, reason in (
+        ("spilling_kernel", "sm_90", "spilled"),
+        ("spilling_kernel", "gfx942", "spilled"),
+        ("crowding_kernel", "sm_90", "1 blocks a multiprocessor, expected 2"),
+        ("narrow_kernel", "sm_90", "loads of 32 bits from aligned rows"),
+        ("narrow_kernel", "gfx942", "loads of 32 bits from aligned rows"),
+        ("broken_kernel", "sm_90", "does not compile: CompilationError"),
+        ("atomic_kernel", "sm_90", "1 atomic operations"),
+        ("atomic_kernel", "gfx942", "1 atomic operations"),
+    ):
+        start = f"{kernel} on {target}: "
+        assert any(p.startswith(start) and reason in p for p in problems), (start, problems)
+    assert "forgotten_kernel is never launched" in problems
+    # A helper is no kernel.
+    assert not any("helper" in name for name in result["kernels"])
+
+
+def test_every_operation_is_recorded(recorded):
+    """An operation whose example launches nothing would be served by the reference."""
+    assert recorded["problems"] == []
+    launched = {name.split("/")[1] for name, passes in recorded["launches"].items() if passes[0]}
+    operators = set(LAUNCHES)
+    assert operators <= launched
+    # The losses share a backward.
+    assert operators | {"loss"} == {
+        op.removesuffix("_inplace").removesuffix("_backward") for op in backends.triton.launchers()
+    }
+
+
+#: Kernels that an operation launches, forward and backward, whatever its options but for `extras`.
+LAUNCHES = {
+    "token_logprobs": (
+        ["logprobs.partial_kernel", "logprobs.combine_kernel"],
+        ["logprobs.coefficients_kernel", "logprobs.backward_kernel"],
+    ),
+    "token_logprobs_support": (
+        ["support.check_kernel", "support.rows_kernel"],
+        ["support.gradient_kernel"],
+    ),
+    # Two sums: the gradients of hidden, and of weight and bias.
+    "linear_token_logprobs_support": (
+        ["support.check_kernel", "support.products_kernel", "support.rows_kernel"],
+        ["support.gradient_kernel", "support.sums_kernel", "support.sums_kernel"],
+    ),
+    "kl_divergence": (
+        ["kl.partial_kernel", "kl.combine_kernel"],
+        ["kl.coefficients_kernel", "kl.backward_kernel"],
+    ),
+    "kl_penalty": (["kl.penalty_kernel"], ["kl.penalty_kernel"]),
+    "gae": (["advantages.scan_kernel"], []),
+    "discounted_returns": (["advantages.scan_kernel"], []),
+    "ppo_advantages": (["advantages.scan_kernel"], []),
+    "whiten": (
+        [
+            "advantages_moments.moments_kernel",
+            "advantages_moments.combine_kernel",
+            "advantages_moments.apply_kernel",
+        ],
+        [],
+    ),
+    "group_advantages": (["advantages_groups.group_kernel"], []),
+    "policy_loss": (
+        ["policy.policy_kernel", "policy.combine_kernel"],
+        ["policy.backward_kernel"],
+    ),
+    "value_loss": (["value.value_kernel", "value.combine_kernel"], ["policy.backward_kernel"]),
+}
+SCANS = ("gae", "discounted_returns", "ppo_advantages")
+
+
+def extras(op: str, name: str) -> tuple[list[str], list[str]]:
+    """What the call `name` launches before and behind the kernels that `op` always launches."""
+    if op == "group_advantages":
+        return [], ["advantages_groups.batch_kernel"] if "scale=batch" in name else []
+    if op not in SCANS:
+        return [], []
+    # A row of several tiles, or rows of unknown length.
+    several = "long" in name or "packed" in name
+    chosen = re.search(r"whiten=(True|False)", name)
+    # The default, but for what `warmup` runs.
+    default = op == "ppo_advantages" or (op, name.split("/")[0]) == ("gae", "example")
+    whitens = chosen[1] == "True" if chosen else default
+    return (
+        ["advantages.aggregate_kernel"] if several else [],
+        ["advantages_moments.combine_kernel", "advantages_moments.apply_kernel"] if whitens else [],
+    )
+
+
+def expected_launches(op: str, name: str) -> tuple[list[str], list[str]]:
+    """What the call `name` launches, forward and backward."""
+    forward, backward = LAUNCHES[op]
+    if not op.endswith("_loss"):
+        before, behind = extras(op, name)
+        return before + forward + behind, backward
+    *_, last = name.split("/")
+    options = dict(re.findall(r"(\w+)=\(?([^,]+)", last))
+    # A preset has no list of options, but its name.
+    preset = getattr(PolicyLossConfig, last)() if hasattr(PolicyLossConfig, last) else None
+    level = preset.ratio_level if preset else options.get("ratio_level", "token")
+    aggregation = preset.aggregation if preset else options.get("aggregation")
+    by_sequence = aggregation == "seq-mean-token-mean" or level != "token"
+    if by_sequence or options.get("correction") == "'sequence'":
+        forward = ["_tokens.statistics_kernel", *forward]
+    if level == "sequence":
+        forward = [*forward[:-1], "policy.pooled_kernel", forward[-1]]
+    return forward, [] if options.get("grad") == "False" else backward
+
+
+@pytest.mark.parametrize("op", LAUNCHES)
+def test_launches(op, recorded):
+    seen = {
+        name: tuple([kernel for kernel, _ in part] for part in passes)
+        for name, passes in recorded["launches"].items()
+        if op in name.split("/")
+    }
+    assert f"example/{op}/dtype=float32" in seen
+    wrong = {n: launches for n, launches in seen.items() if launches != expected_launches(op, n)}
+    assert wrong == {}
+
+
+@pytest.mark.parametrize("op", LAUNCHES)
+def test_nothing_is_compiled_anew(op, recorded):
+    """One kernel for all lengths, batch sizes, strides, temperatures and coefficients."""
+    keys: dict[tuple[str, int, int, str], dict[str, list[str]]] = {}
+    calls: dict[str, int] = {}
+    for name, passes in recorded["launches"].items():
+        if name.startswith(f"sweep/{op}/"):
+            kind = name.split("/")[2]
+            calls[kind] = calls.get(kind, 0) + 1
+            # A kernel that runs forward and backward, or for two results, is two.
+            for part, launches in enumerate(passes):
+                ran = Counter[str]()
+                for kernel, key in launches:
+                    at = (kind, part, ran[kernel], kernel)
+                    keys.setdefault(at, {}).setdefault(key, []).append(name)
+                    ran[kernel] += 1
+    assert calls and min(calls.values()) >= 3
+    assert {k: list(v.values()) for k, v in keys.items() if len(v) != 1} == {}
+    launched = {(part, kernel) for _, part, _, kernel in keys}
+    assert launched >= {(part, k) for part, ks in enumerate(LAUNCHES[op]) for k in ks}
+
+
+@interpreted
+class TestTraffic:
+    """Reads and writes per element: equal to the design, not merely below it."""
+
+    @pytest.fixture(autouse=True)
+    def _triton(self):
+        with rk.use_backend("triton"):
+            yield
+
+    def traffic(self):
+        from tests.kernels.triton_traffic import Traffic
+
+        return Traffic()
+
+    @pytest.mark.parametrize("entropy", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_token_logprobs(self, dtype, entropy):
+        from rlhf_kernels.kernels.triton.logprobs import BACKWARD_TILE, TILE
+
+        rows, vocab = 4, TILE + BACKWARD_TILE + 3
+        tiles, backward_tiles = 2, 4
+        logits = torch.randn(rows, vocab).to(dtype).requires_grad_()
+        labels = torch.tensor([0, -100, vocab - 1, TILE])
+        kept = labels != -100
+        once = kept[:, None].expand(rows, vocab).long()
+        # The label's own logit is read apart: another kernel needs it before all is known.
+        expected = once.clone()
+        expected[kept, labels[kept]] += 1
+
+        with self.traffic() as forward:
+            result = rk.token_logprobs(logits, labels, entropy=entropy)
+        assert torch.equal(forward.reads(logits), expected)
+        assert (forward.writes(logits) == 0).all()
+        outputs = [result.logprobs, *([result.entropy] if entropy else [])]
+        for out in outputs:
+            assert (forward.writes(out) == 1).all()
+        count, size = int(kept.sum()), logits.element_size()
+        partials = count * tiles * (3 if entropy else 2) * 4
+        of_labels = rows * (tiles + 1) * 8
+        assert forward.bytes_read == count * (vocab + 1) * size + of_labels + partials
+        # Three statistics a row are kept for the backward.
+        assert forward.bytes_written == partials + rows * (len(outputs) + 3) * 4
+
+        with self.traffic() as backward:
+            (grad,) = torch.autograd.grad(outputs, logits, [torch.ones_like(o) for o in outputs])
+        assert torch.equal(backward.reads(logits), expected)
+        assert (backward.writes(logits) == 0).all()
+        # Zeros for ignored rows are written too.
+        assert (backward.writes(grad) == 1).all()
+        assert (backward.reads(grad) == 0).all()
+        assert backward.kernels == ["coefficients_kernel", "backward_kernel"]
+        # Labels, statistics and gradients of rows; five coefficients a row and tile.
+        of_rows = rows * (8 + 3 * 4 + len(outputs) * 4) + backward_tiles * (
+            rows * 2 * 4 + count * (3 * 4 + 8)
+        )
+        assert backward.bytes_read == count * (vocab + 1) * size + of_rows
+        assert backward.bytes_written == rows * vocab * size + rows * 5 * 4
+
+    @pytest.mark.parametrize("direction", ["reverse", "forward"])
+    def test_kl_divergence(self, direction):
+        from rlhf_kernels.kernels.triton.kl import TILE
+
+        rows, vocab, tiles = 3, TILE + 5, 2
+        logits = torch.randn(rows, vocab, dtype=torch.bfloat16).requires_grad_()
+        ref = torch.randn(rows, vocab, dtype=torch.bfloat16)
+        with self.traffic() as forward:
+            result = rk.kl_divergence(logits, ref, direction=direction)
+        assert (forward.reads(logits) == 1).all() and (forward.reads(ref) == 1).all()
+        assert (forward.writes(result) == 1).all()
+        partials = rows * tiles * 5 * 4
+        assert forward.bytes_read == 2 * rows * vocab * 2 + partials
+        assert forward.bytes_written == partials + rows * (1 + 5) * 4
+
+        # A row without upstream gradient is not read.
+        upstream = torch.tensor([1.0, 0.0, -2.0])
+        with self.traffic() as backward:
+            (grad,) = torch.autograd.grad(result, logits, upstream)
+        expected = (upstream != 0)[:, None].expand(rows, vocab).long()
+        assert torch.equal(backward.reads(logits), expected)
+        assert torch.equal(backward.reads(ref), expected)
+        assert (backward.writes(grad) == 1).all() and (backward.reads(grad) == 0).all()
+        of_rows = rows * 6 * 4 + tiles * 4 * (rows * 2 + 2 * 2)
+        assert backward.bytes_read == 2 * 2 * vocab * 2 + of_rows
+        assert backward.bytes_written == rows * vocab * 2 + rows * 4 * 4
+
+    @pytest.mark.parametrize("estimator", ["k1", "k3", "k3+"])
+    def test_kl_penalty(self, estimator):
+        logprobs = torch.randn(3, 700).requires_grad_()
+        ref = torch.randn(3, 701)[:, 1:]
+        with self.traffic() as forward:
+            result = rk.kl_penalty(logprobs, ref, estimator=estimator)
+        assert (forward.reads(logprobs) == 1).all() and (forward.reads(ref) == 1).all()
+        assert (forward.writes(result) == 1).all()
+        assert (forward.bytes_read, forward.bytes_written) == (2100 * 8, 2100 * 4)
+        upstream = torch.randn(3, 700)
+        with self.traffic() as backward:
+            (grad,) = torch.autograd.grad(result, logprobs, upstream)
+        for t in (logprobs, ref, upstream):
+            assert (backward.reads(t) == 1).all()
+        assert (backward.writes(grad) == 1).all()
+        assert (backward.bytes_read, backward.bytes_written) == (2100 * 12, 2100 * 4)
+
+    def test_gae(self):
+        from rlhf_kernels.kernels.triton.advantages import TILE
+        from rlhf_kernels.kernels.triton.advantages_scan import FIELDS
+
+        rows, cols, tiles = 2, 2 * TILE + 22, 3
+        rewards, values = torch.randn(rows, cols), torch.randn(rows, cols + 1)[:, 1:]
+        mask = torch.rand(rows, cols) < 0.7
+        with self.traffic() as traffic:
+            result = rk.gae(rewards, values, mask=mask)
+        assert traffic.kernels == ["aggregate_kernel", "scan_kernel"]
+        # Once by each launch; the first tile of a row is what no tile waits for.
+        once = 1 + (torch.arange(cols) >= TILE).long().expand(rows, cols)
+        assert torch.equal(traffic.reads(rewards), once)
+        # The token and the one behind it, which is in the first-level cache by then.
+        inner = (torch.arange(cols) % TILE != 0).long()
+        assert torch.equal(traffic.reads(mask), once * (1 + inner))
+        # Where tokens are masked, the next one that is not.
+        assert (traffic.reads(values) >= once).all()
+        assert traffic.reads(values).sum() <= 2 * once.sum()
+        for out in result:
+            assert (traffic.writes(out) == 1).all()
+        fields = (FIELDS.value - 1) * 8
+        behind = sum(range(tiles))
+        reads = sum(int(traffic.reads(t).sum()) * t.element_size() for t in (rewards, values, mask))
+        assert traffic.bytes_read == reads + rows * behind * fields
+        assert traffic.bytes_written == rows * cols * 8 + rows * (tiles - 1) * fields
+
+    def test_discounted_returns(self):
+        from rlhf_kernels.kernels.triton.advantages import TILE
+        from rlhf_kernels.kernels.triton.advantages_scan import FIELDS
+
+        rows, cols = 2, 2 * TILE + 22
+        rewards, mask = torch.randn(rows, cols), torch.rand(rows, cols) < 0.7
+        with self.traffic() as traffic:
+            out = rk.discounted_returns(rewards, mask=mask)
+        assert traffic.kernels == ["aggregate_kernel", "scan_kernel"]
+        once = 1 + (torch.arange(cols) >= TILE).long().expand(rows, cols)
+        for t in (rewards, mask):
+            assert torch.equal(traffic.reads(t), once)
+        assert (traffic.writes(out) == 1).all()
+        # Of three tiles a row two leave their state, which one and two others read.
+        state = (FIELDS.value - 1) * 8
+        assert traffic.bytes_read == int(once.sum()) * (4 + 1) + rows * 3 * state
+        assert traffic.bytes_written == rows * cols * 4 + rows * 2 * state
+
+    @pytest.mark.parametrize("whiten", [False, True])
+    def test_ppo_advantages(self, whiten):
+        from rlhf_kernels.kernels.triton.advantages import TILE
+
+        rows, cols = 2, 2 * TILE + 22
+        logprobs, ref, values = torch.randn(3, rows, cols).unbind()
+        mask = torch.rand(rows, cols) < 0.7
+        with self.traffic() as traffic:
+            out = rk.ppo_advantages(
+                torch.randn(rows), logprobs, ref, values, mask, kl_coef=0.1, whiten=whiten
+            )
+        scan = ["aggregate_kernel", "scan_kernel"]
+        assert traffic.kernels == scan + ["combine_kernel", "apply_kernel"] * whiten
+        once = 1 + (torch.arange(cols) >= TILE).long().expand(rows, cols)
+        for t in (logprobs, ref):
+            assert torch.equal(traffic.reads(t), once)
+        assert (traffic.reads(values) >= once).all()
+        # Whitening reads what the scan wrote, and the mask, and writes it anew.
+        assert (traffic.writes(out.advantages) == 1 + whiten).all()
+        assert (traffic.reads(out.advantages) == int(whiten)).all()
+        assert (traffic.reads(mask) <= 2 * once + whiten).all()
+        for t in (out.returns, out.rewards):
+            assert (traffic.writes(t) == 1).all() and (traffic.reads(t) == 0).all()
+
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_whiten(self, masked):
+        x = torch.randn(3, 2101)[:, 1:]
+        mask = torch.rand(3, 2100) < 0.5 if masked else None
+        with self.traffic() as traffic:
+            out = rk.whiten(x, mask)
+        tiles = 2
+        assert (traffic.reads(x) == 2).all() and (traffic.writes(out) == 1).all()
+        assert mask is None or (traffic.reads(mask) == 2).all()
+        # Three moments a tile, of which two are read once more, to sum around the mean of all; then
+        # two statistics.
+        statistics = tiles * (2 + 3 + 2) * 8
+        assert traffic.bytes_read == 6300 * (10 if masked else 8) + statistics
+        assert traffic.bytes_written == 6300 * 4 + tiles * 3 * 8 + 2 * 8
+
+    def test_group_advantages(self):
+        rewards = torch.randn(40)
+        with self.traffic() as traffic:
+            out = rk.group_advantages(rewards, 8)
+        # Mean, spread, result; and the first of each group, which the others are relative to.
+        expected = 3 + (torch.arange(40) % 8 == 0).long()
+        assert torch.equal(traffic.reads(rewards), expected)
+        assert (traffic.writes(out) == 1).all() and (traffic.bytes_written) == 160
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_losses(self, dtype):
+        """The sweep reads every token once, the mask once more where it needs sequences' counts."""
+        shape = rows, cols = 2, 1100
+        x, old, third, ref, entropy = torch.randn(5, *shape).to(dtype)
+        x, entropy = x.requires_grad_(), entropy.requires_grad_()
+        mask = torch.rand(shape) < 0.7
+        policy = PolicyLossConfig(kl_coef=0.1, entropy_coef=0.01)
+        more = {"ref_logprobs": ref, "entropy": entropy, "config": policy}
+        for function, options, wanted, partials in (
+            (rk.policy_loss, more, (x, entropy), 16 + 3),
+            (rk.value_loss, {"clip_range": 0.2}, (x,), 8 + 1),
+        ):
+            inputs = [t for t in options.values() if isinstance(t, torch.Tensor)] + [x, old, third]
+            with self.traffic() as forward:
+                loss, metrics = function(x, old, third, mask, **options)
+            assert (forward.reads(mask) == 1).all()
+            for t in inputs:
+                # What lies under the mask is not read.
+                assert torch.equal(forward.reads(t), mask.long())
+                assert (forward.writes(t) == 0).all()
+            slots = rows * 2
+            written = rows * cols * 4 * len(wanted) + 4 * (slots * partials + 1 + 1)
+            assert forward.bytes_written == written + metrics.tensor.numel() * 4
+            with self.traffic() as backward:
+                gradients = torch.autograd.grad(loss, wanted)
+            count = rows * cols * len(wanted)
+            assert backward.kernels == ["backward_kernel"]
+            # The scale and the upstream gradient: once each.
+            assert backward.bytes_read == count * 4 + 2 * 4
+            assert backward.bytes_written == count * x.element_size()
+            assert all((backward.writes(g) == 1).all() for g in gradients)

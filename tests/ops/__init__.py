@@ -1,0 +1,1 @@
+"""The operations: values, gradients, rules of their arguments."""

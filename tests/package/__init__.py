@@ -1,0 +1,1 @@
+"""The package: its shape, build, installation, doctor and README."""

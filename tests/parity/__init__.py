@@ -1,0 +1,1 @@
+"""Our operations against the code of TRL, verl and OpenRLHF."""

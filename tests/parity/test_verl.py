@@ -1,0 +1,462 @@
+"""Parity with verl 0.9.1: advantages, KL estimates, losses, whitening, log-probabilities.
+
+The actor's loss is compared through `ppo_loss`, the function that its workers call, with the policy
+losses from its registry. Masks have gaps inside rows and one row that is wholly masked. Different
+by design:
+
+- What verl leaves at masked positions is carried values, products with garbage or whitened zeros;
+  here it is 0. Tests compare unmasked positions, and that ours are 0 elsewhere.
+- verl multiplies by the mask in places; here NaN under the mask changes nothing.
+- A group of one has advantage 0 here; verl takes its reward as it is.
+- verl computes group statistics in fp32, ours are fp64.
+- verl's `kl_penalty` clamps k3; here that is an option of the loss (PolicyLossConfig.verl sets it).
+- Its bfloat16 log-probabilities are bfloat16 on CPU, ours float32.
+"""
+
+import importlib.util
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tests.parity.comparison import (
+    FP32,
+    Batch,
+    close,
+    compare_policy_loss,
+    compare_token_logprobs,
+    make_batch,
+)
+
+import rlhf_kernels as rk
+from rlhf_kernels import reference
+from rlhf_kernels.testing import random_mask
+
+# Not importorskip: an import that fails where verl is installed must show.
+if importlib.util.find_spec("verl") is None:
+    pytest.skip("needs verl, which `make test` installs", allow_module_level=True)
+
+import verl.utils.torch_functional as verl_F
+from tensordict import TensorDict
+from verl.trainer.ppo import core_algos, rollout_corr_helper
+from verl.utils import tensordict_utils
+from verl.workers.config import ActorConfig, PolicyLossConfig
+from verl.workers.utils import losses
+
+DP_SIZE, GLOBAL_TOKENS, GLOBAL_BATCH, SCALE_FACTOR = 2, 301, 11, 24
+AGGREGATIONS = (
+    "token-mean",
+    "token-sum",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+    "seq-mean-token-mean",
+)
+# Bounds within reach of the batches.
+ACTOR = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_c": 1.75, "tau_neg": 1.5}
+# verl adds 1e-8 to the lengths that it divides by.
+EXACT = 1e-7
+
+
+def normalizer(loss_agg_mode):
+    """As the docstring of PolicyLossConfig.verl has it."""
+    return {
+        "token-mean": GLOBAL_TOKENS / DP_SIZE,
+        "token-sum": 1 / DP_SIZE,
+        "seq-mean-token-sum-norm": GLOBAL_BATCH * SCALE_FACTOR / DP_SIZE,
+    }.get(loss_agg_mode, GLOBAL_BATCH / DP_SIZE)
+
+
+def actor_loss(batch: Batch, loss_mode: str, *, distributed: bool, weights=None, **actor):
+    """(loss, metrics) of verl's ppo_loss."""
+    config = ActorConfig(
+        strategy="fsdp",
+        rollout_n=1,
+        use_dynamic_bsz=True,
+        policy_loss=PolicyLossConfig(loss_mode=loss_mode),
+        loss_scale_factor=SCALE_FACTOR,
+        **actor,
+    )
+    rows, cols = batch.mask.shape
+    # A prompt of one token, so that verl's shift by one lands on the responses.
+    tensors = {
+        "prompts": torch.ones(rows, 1, dtype=torch.long),
+        "responses": torch.ones(rows, cols, dtype=torch.long),
+        "attention_mask": torch.ones(rows, 1 + cols, dtype=torch.long),
+        "response_mask": batch.mask.long(),
+        "old_log_probs": batch.old,
+        "advantages": batch.advantages,
+        "ref_log_prob": batch.ref,
+    }
+    if weights is not None:
+        tensors["rollout_is_weights"] = weights
+    data = TensorDict(tensors, batch_size=rows)
+    tensordict_utils.assign_non_tensor(
+        data,
+        dp_size=DP_SIZE if distributed else 1,
+        batch_num_tokens=GLOBAL_TOKENS if distributed else None,
+        global_batch_size=GLOBAL_BATCH if distributed else None,
+    )
+
+    def packed(x):
+        return torch.cat([x, x.new_zeros(rows, 1)], dim=1).flatten()
+
+    output = {"log_probs": packed(batch.logprobs), "entropy": packed(batch.entropy)}
+    loss, metrics = losses.ppo_loss(config, output, data)
+    return loss, {k: getattr(v, "values", [v])[0] for k, v in metrics.items()}
+
+
+def rollout_weights(batch, rollout_is, threshold):
+    return rollout_corr_helper.compute_rollout_correction_weights(
+        batch.old - batch.rollout, batch.mask.long(), rollout_is, threshold
+    )[0]
+
+
+def check(batch, loss_mode, loss_agg_mode, *, distributed, rollout=None, exact=EXACT, **actor):
+    """The whole of verl's actor loss against ours; metrics of both."""
+    actor = ACTOR | actor | {"loss_agg_mode": loss_agg_mode}
+    correction = {}
+    if rollout is not None:
+        correction = dict(zip(("rollout_is", "rollout_is_threshold"), rollout, strict=True))
+    divisor = normalizer(loss_agg_mode)
+    if loss_mode == "sapo":
+        divisor = GLOBAL_BATCH / DP_SIZE
+    if not distributed:
+        sequences = float(batch.mask.any(-1).sum())
+        divisor = sequences * SCALE_FACTOR if loss_agg_mode == "seq-mean-token-sum-norm" else None
+
+    def theirs(batch):
+        weights = None if rollout is None else rollout_weights(batch, *rollout)
+        return actor_loss(batch, loss_mode, distributed=distributed, weights=weights, **actor)
+
+    return compare_policy_loss(
+        theirs,
+        batch,
+        rk.PolicyLossConfig.verl(loss_mode, **actor, **correction),
+        normalizer=divisor,
+        exact=exact,
+    )
+
+
+KL_TYPES = ("low_var_kl", "kl+", "mse", "abs+", "k3+", "k1", "k2+", "abs")
+ROLLOUT = (None, ("token", 1.25), ("sequence", 1.5), ("token", "0.8_1.2"), ("sequence", "0.5_2.0"))
+
+
+@pytest.mark.parametrize("loss_mode", ("vanilla", "gspo", "sapo", "cispo", "gpg"))
+def test_actor_loss(backend, loss_mode):
+    for i, loss_agg_mode in enumerate(AGGREGATIONS):
+        terms = {
+            "entropy_coeff": 0.05,
+            "use_kl_loss": True,
+            "kl_loss_coef": 0.3,
+            "kl_loss_type": KL_TYPES[i],
+        }
+        if loss_mode == "sapo" and loss_agg_mode != "seq-mean-token-mean":
+            terms = {}
+        # Seconds a call in Triton's interpreter.
+        for distributed in (i % 2 == 0,) if backend in ("cuda", "triton") else (False, True):
+            if loss_mode == "sapo" and not distributed and "norm" in loss_agg_mode:
+                continue
+            batch = make_batch(seed=i)
+            rollout = ROLLOUT[(i + distributed) % 5]
+            ours, theirs = check(
+                batch, loss_mode, loss_agg_mode, distributed=distributed, rollout=rollout, **terms
+            )
+            check_metrics(loss_mode, terms, rollout, batch, ours, theirs)
+
+
+def check_metrics(loss_mode, terms, rollout, batch, ours, theirs):
+    close(ours["pg_loss"], theirs["actor/pg_loss"], 10 * FP32, scale=0.1)
+    if terms:
+        close(ours["kl_loss"], theirs["kl_loss"], FP32)
+        close(ours["entropy_loss"], theirs["actor/entropy_loss"], FP32)
+    if rollout is not None:
+        mean = verl_F.masked_mean(rollout_weights(batch, *rollout), batch.mask)
+        close(ours["correction_mean"], mean, FP32)
+        assert abs(mean - 1) > 1e-3
+    if loss_mode == "gpg":
+        return
+    close(ours["k1_old"], theirs["actor/ppo_kl"], 10 * FP32, scale=0.1)
+    clipped = ours["clip_frac_low"] + ours["clip_frac_high"]
+    close(clipped, theirs["actor/pg_clipfrac"], FP32)
+    close(ours["dual_clip_frac"], theirs["actor/pg_clipfrac_lower"], FP32)
+    if loss_mode != "sapo":
+        assert ours["clip_frac_low"] > 0.02 and ours["clip_frac_high"] > 0.02
+    if loss_mode == "vanilla":
+        assert ours["dual_clip_frac"] > 0.02
+
+
+@pytest.mark.parametrize("kl_loss_type", KL_TYPES)
+def test_kl_loss_and_its_clamps(backend, kl_loss_type):
+    batch = make_batch(4, 9)
+    far = torch.tensor([2.0, 4.0, 12.0, 25.0, -4.0, -12.0, -25.0])
+    batch.ref[0, :7] = batch.logprobs.detach()[0, :7] + far
+    mask = batch.mask.clone()
+    mask[0] = True
+    batch = batch._replace(mask=mask)
+    terms = {"use_kl_loss": True, "kl_loss_coef": 0.5, "kl_loss_type": kl_loss_type}
+    ours, theirs = check(batch, "vanilla", "token-mean", distributed=False, **terms)
+    close(ours["kl_loss"], theirs["kl_loss"], FP32)
+    if kl_loss_type in ("low_var_kl", "k3+"):
+        # Four of the seven at the bound of 10.
+        assert 40 < float(ours["kl_loss"]) * float(mask.sum()) < 120
+
+
+@pytest.mark.parametrize(
+    ("loss_mode", "low", "high"), (("vanilla", -20.0, 20.0), ("gspo", -22.0, 10.0))
+)
+def test_log_ratio_clamps(backend, loss_mode, low, high):
+    batch = make_batch(3, 5)
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    drift = torch.tensor([[high + 2.0], [high - 2.0], [-22.0]])
+    logprobs = (batch.old + drift).requires_grad_()
+    batch = batch._replace(logprobs=logprobs, mask=mask, advantages=-batch.advantages.abs())
+    ours, _ = check(
+        batch, loss_mode, "token-mean", distributed=False, clip_ratio_c=1e12, use_kl_loss=False
+    )
+    close(ours["ratio_max"], math.exp(high), FP32)
+    close(ours["ratio_min"], math.exp(low), 1e-5)
+
+
+def test_defaults_are_those_of_actor_config():
+    theirs = {f: v.default for f, v in ActorConfig.__dataclass_fields__.items()}
+    ours = inspect.signature(rk.PolicyLossConfig.verl).parameters
+    names = [name for name in ours if name in theirs]
+    assert {n: ours[n].default for n in names} == {n: theirs[n] for n in names} and len(names) == 11
+    ours = {n: p.default for n, p in ours.items() if n.startswith("rollout")}
+    theirs = inspect.signature(
+        rollout_corr_helper.compute_rollout_correction_and_rejection_mask
+    ).parameters
+    assert ours == {name: theirs[name].default for name in ours} and len(ours) == 4
+    preset = rk.PolicyLossConfig.verl
+    assert preset(clip_ratio=0.3).clip_high == 0.2
+    assert preset(clip_ratio=0.3, clip_ratio_high=None).clip_high == 0.3
+
+
+def test_every_policy_loss_is_offered_or_refused():
+    preset = rk.PolicyLossConfig.verl
+    offered = ("vanilla", "gspo", "sapo", "cispo", "gpg")
+    for name in core_algos.POLICY_LOSS_REGISTRY:
+        if name in offered:
+            assert preset(name)
+        else:
+            with pytest.raises(ValueError, match=f"loss_mode='{name}' cannot be expressed"):
+                preset(name)
+    assert len(core_algos.POLICY_LOSS_REGISTRY) == 12
+    for options, message in (
+        ({"loss_mode": "ppo"}, "loss_mode must be one of"),
+        ({"loss_agg_mode": "mean"}, "loss_agg_mode must be one of"),
+        ({"use_kl_loss": True, "kl_loss_type": "full"}, "kl_loss_type must be one of"),
+        ({"rollout_is_batch_normalize": True}, "rollout_is_batch_normalize cannot be expressed"),
+        ({"rollout_rs": "token_k1"}, "rollout_rs='token_k1' cannot be expressed"),
+        ({"rollout_is": "token", "rollout_is_threshold": "a_b"}, "a number or 'low_high'"),
+        ({"rollout_is": "word"}, "rollout_is must be one of"),
+        ({"loss_mode": "sapo", "use_kl_loss": True}, "'sapo' with 'token-mean' cannot"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            preset(**options)
+    norm = preset(loss_agg_mode="seq-mean-token-sum-norm")
+    with pytest.raises(ValueError, match="normalizer must be given"):
+        rk.policy_loss(*make_batch()[:4], config=norm)
+
+
+@pytest.mark.parametrize("kind", ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"))
+@pytest.mark.parametrize("suffix", ("", "+"))
+def test_kl_penalty(backend, kind, suffix):
+    """Within verl's clamps of k3; `test_kl_loss_and_its_clamps` is about these."""
+    batch = make_batch()
+    estimator = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}.get(kind, kind) + suffix
+    weights = torch.randn(batch.mask.shape)
+
+    def run(function, x):
+        x = x.detach().requires_grad_()
+        kl = function(x, batch.ref.to(x.dtype))
+        return kl.detach(), torch.autograd.grad((kl * weights).sum(), x)[0]
+
+    def theirs(x, ref):
+        return core_algos.kl_penalty(x, ref, kind + suffix)
+
+    actual = run(lambda x, ref: rk.kl_penalty(x, ref, estimator=estimator), batch.logprobs)
+    oracle = run(theirs, batch.logprobs.double())
+    x = batch.logprobs.detach().double() - batch.ref.double()
+    closed = {"k1": x, "k2": x * x / 2, "k3": torch.exp(-x) - 1 + x, "abs": x.abs()}
+    slopes = {"k1": torch.ones_like(x), "k2": x, "k3": 1 - torch.exp(-x), "abs": x.sign()}
+    name = estimator.removesuffix("+")
+    close(oracle[0], closed[name], 1e-12)
+    close(oracle[1], weights * slopes["k2" if suffix else name], 1e-12)
+    for a, o in zip(actual, oracle, strict=True):
+        close(a, o, FP32)
+        assert o.abs().max() > 0.1
+
+
+def same_where_kept(actual, theirs, mask, tolerance=FP32):
+    """Equal at unmasked positions, and ours exactly 0 elsewhere."""
+    mask = mask.bool()
+    close(actual[mask], theirs[mask], tolerance)
+    assert (actual[~mask] == 0).all() and theirs[mask].abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("gamma", "lam"), ((1.0, 1.0), (0.99, 0.95), (0.9, 0.0)))
+@pytest.mark.parametrize("shape", ((4, 9), (6, 37)))
+def test_gae(backend, shape, gamma, lam):
+    rewards, values = torch.randn(2, *shape)
+    mask = random_mask(*shape)
+    ours = rk.gae(rewards, values, mask=mask, gamma=gamma, lam=lam, whiten=True)
+    raw = rk.gae(rewards, values, mask=mask, gamma=gamma, lam=lam)
+    wide = rewards.double(), values.double(), mask.double(), gamma, lam
+    oracle = core_algos.compute_gae_advantage_return(*wide)
+    defined = reference.gae(*wide[:2], mask=mask, gamma=gamma, lam=lam, whiten=True)
+    for a, b, d in zip(ours, oracle, defined, strict=True):
+        same_where_kept(a, b, mask)
+        same_where_kept(d, b, mask, EXACT)
+    # verl's masked_whiten of our raw advantages is our whitening of them.
+    same_where_kept(ours.advantages, verl_F.masked_whiten(raw.advantages.double(), mask), mask)
+
+
+def test_gae_carries_over_masked_steps(backend):
+    values, rewards = torch.tensor([[1.0, 1, 5, 5, 1]]), torch.tensor([[0.0, 0, 0, 0, 2]])
+    mask = torch.tensor([[1, 1, 0, 0, 1]])
+    expected = torch.tensor([[0.9025, 0.95, 0, 0, 1]])
+    close(rk.gae(rewards, values, mask=mask).advantages, expected, FP32)
+    _, returns = core_algos.compute_gae_advantage_return(rewards, values, mask, 1.0, 0.95)
+    same_where_kept(torch.where(mask == 1, expected + values, 0), returns, mask)
+
+
+def outcome(rows=9, cols=7):
+    """Token rewards with the score on the last kept token, ragged groups, mask with gaps."""
+    mask = random_mask(rows, cols)
+    last = (mask.cumsum(1) == mask.sum(1, keepdim=True)) & mask
+    scores = torch.randn(rows).where(mask.any(-1), 0)
+    ids = torch.tensor([3, 1, 3, 7, 1, 3, 7, 1, 1])[:rows]
+    index = np.array([f"prompt-{i}" for i in ids])
+    return torch.where(last, scores.unsqueeze(-1), 0), scores, mask, ids, index
+
+
+def estimate(name, rewards, mask, index, **options):
+    function = core_algos.get_adv_estimator_fn(name)
+    return function(token_level_rewards=rewards, response_mask=mask.long(), index=index, **options)[
+        0
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "verl_options", "options"),
+    (
+        ("grpo", {}, {}),
+        ("grpo_vectorized", {}, {}),
+        ("grpo", {"norm_adv_by_std_in_grpo": False}, {"scale": "none"}),
+        ("rloo", {}, {"baseline": "leave-one-out", "scale": "none"}),
+        ("rloo_vectorized", {}, {"baseline": "leave-one-out", "scale": "none"}),
+    ),
+)
+def test_group_advantages(backend, name, verl_options, options):
+    rewards, scores, mask, ids, index = outcome()
+    ours = rk.group_advantages(scores, ids, **options)
+    per_token = torch.where(mask, ours.unsqueeze(-1), 0)
+    same_where_kept(per_token, estimate(name, rewards, mask, index, **verl_options), mask, 1e-5)
+    s, g = scores.double().numpy(), ids.numpy()
+    for i in range(len(s)):
+        group = s[g == g[i]]
+        a = s[i] - group.mean()
+        if options.get("baseline"):
+            a *= len(group) / (len(group) - 1)
+        if not options.get("scale"):
+            a /= group.std(ddof=1) + 1e-6
+        assert ours[i].item() == pytest.approx(a, rel=1e-6, abs=1e-6)
+
+
+def test_groups_of_one_differ(backend):
+    """By design: verl keeps the reward, which has no baseline; here there is nothing to learn."""
+    rewards, scores, mask, _, _ = outcome(2)
+    alone = np.array(["a", "b"])
+    close(estimate("grpo", rewards, mask, alone), scores.unsqueeze(-1) * mask, 2e-6)
+    assert (rk.group_advantages(scores, 1) == 0).all() and scores.abs().min() > 0.1
+
+
+def test_remax(backend):
+    rewards, scores, mask, _, index = outcome()
+    greedy = torch.randn(len(scores))
+    theirs = estimate("remax", rewards, mask, index, reward_baselines=greedy)
+    returns = rk.discounted_returns(rewards, mask=mask)
+    same_where_kept(torch.where(mask, returns - greedy.unsqueeze(-1), 0), theirs, mask)
+    # A score on the last token alone is the reward of the sequence.
+    ours = rk.group_advantages(scores, 1, baseline="greedy", scale="none", greedy_rewards=greedy)
+    same_where_kept(torch.where(mask, ours.unsqueeze(-1), 0), theirs, mask)
+    close(ours, scores.double() - greedy.double(), FP32)
+
+
+@pytest.mark.parametrize("gamma", (1.0, 0.9))
+def test_reinforce_plus_plus(backend, gamma):
+    _, _, mask, _, index = outcome()
+    rewards = torch.randn(mask.shape)
+    config = core_algos.AlgoConfig(gamma=gamma)
+    theirs = estimate("reinforce_plus_plus", rewards.double(), mask, index, config=config)
+    ours = rk.whiten(rk.discounted_returns(rewards, mask=mask, gamma=gamma), mask)
+    same_where_kept(ours, theirs, mask)
+    kept = ours[mask].double()
+    assert abs(kept.mean()) < 1e-6 and kept.var() == pytest.approx(1, rel=1e-6)
+
+
+def test_reinforce_plus_plus_baseline(backend):
+    rewards, scores, mask, ids, index = outcome()
+    theirs = estimate("reinforce_plus_plus_baseline", rewards.double(), mask, index)
+    centred = rk.group_advantages(scores, ids, scale="none")
+    ours = rk.whiten(centred.unsqueeze(-1).expand(mask.shape), mask)
+    same_where_kept(ours, theirs, mask)
+    kept = ours[mask].double()
+    assert abs(kept.mean()) < 1e-6 and kept.var() == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize("shift_mean", (True, False))
+def test_whiten(backend, shift_mean):
+    x, mask = 3 * torch.randn(6, 37) + 5, random_mask(6, 37)
+    ours = rk.whiten(x, mask, shift_mean=shift_mean)
+    same_where_kept(ours, verl_F.masked_whiten(x.double(), mask, shift_mean), mask)
+    kept = x[mask].double()
+    closed = (kept - kept.mean()) / (kept.var() + 1e-8).sqrt() + (0 if shift_mean else kept.mean())
+    close(ours[mask], closed, FP32)
+
+
+@pytest.mark.parametrize("distributed", (False, True))
+@pytest.mark.parametrize("loss_agg_mode", AGGREGATIONS)
+def test_value_loss(backend, loss_agg_mode, distributed):
+    old, returns = torch.randn(2, 5, 13)
+    values = (old + 0.4 * torch.randn(5, 13)).requires_grad_()
+    mask = random_mask(5, 13)
+    config = rk.PolicyLossConfig.verl(loss_agg_mode=loss_agg_mode)
+    divisor = normalizer(loss_agg_mode) if distributed else config.normalizer
+    if not distributed and loss_agg_mode == "seq-mean-token-sum-norm":
+        divisor = float(mask.any(-1).sum()) * SCALE_FACTOR
+    batch_info = {"loss_scale_factor": SCALE_FACTOR}
+    if distributed:
+        batch_info |= {
+            "dp_size": DP_SIZE,
+            "batch_num_tokens": GLOBAL_TOKENS,
+            "global_batch_size": GLOBAL_BATCH,
+        }
+    x = values.detach().double().requires_grad_()
+    theirs, clip_fraction = core_algos.compute_value_loss(
+        x, returns.double(), old.double(), mask, 0.25, loss_agg_mode, **batch_info
+    )
+    options = {"clip_range": 0.25, "aggregation": config.aggregation, "normalizer": divisor}
+    loss, metrics = rk.value_loss(values, old, returns, mask, **options)
+    y = values.detach().double().requires_grad_()
+    oracle = reference.value_loss(y, old.double(), returns.double(), mask, **options)[0]
+    slopes = [torch.autograd.grad(*pair)[0] for pair in ((loss, values), (theirs, x), (oracle, y))]
+    close(theirs, oracle, EXACT)
+    close(slopes[1], slopes[2], EXACT)
+    close(loss, oracle, FP32)
+    close(slopes[0], slopes[2], FP32)
+    close(metrics["clip_frac"], clip_fraction, FP32)
+    assert oracle > 1e-3 and 0.1 < clip_fraction < 0.6
+    assert (slopes[0][mask] != 0).float().mean() > 0.4 and (slopes[0][~mask] == 0).all()
+
+
+@pytest.mark.parametrize(("vocabulary", "temperature"), ((1031, 1.0), (37, 0.75)))
+def test_logprobs_and_entropy(backend, vocabulary, temperature):
+    def theirs(x, labels, temperature):
+        x = x / temperature
+        return verl_F.logprobs_from_logits(x, labels), verl_F.entropy_from_logits(x)
+
+    compare_token_logprobs(theirs, vocabulary, temperature=temperature)

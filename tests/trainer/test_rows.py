@@ -1,0 +1,237 @@
+"""The forms of rows that map by themselves, and what a bad row says."""
+
+import json
+from decimal import Decimal
+
+import pytest
+
+from tests.trainer.trainer_tools import write_jsonl
+
+from rlhf_kernels.trainer.config import DataConfig, UserError
+from rlhf_kernels.trainer.data import Row, Sampler, load_task, parse_row, read_rows
+from rlhf_kernels.trainer.rows import template_arguments
+
+USER, MORE = {"role": "user", "content": "Hi"}, {"role": "user", "content": "And?"}
+YES, NO = {"role": "assistant", "content": "Hello"}, {"role": "assistant", "content": "Go"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def said(*pairs):
+    return [{"from": who, "value": what} for who, what in pairs]
+
+
+SUPERVISED = [
+    # TRL's mixed forms: a text beside a conversation is the user's or the assistant's.
+    ({"prompt": "Hi", "completion": [YES]}, [USER], [YES]),
+    ({"prompt": [USER], "completion": "Hello"}, [USER], [YES]),
+    ({"prompt": "Hi", "completion": [USER, YES]}, [USER], [YES]),
+    ({"prompt": "Hi", "completion": [SYSTEM, YES]}, [SYSTEM, USER], [YES]),
+    ({"prompt": [SYSTEM, USER], "completion": [USER, YES]}, [SYSTEM, USER], [YES]),
+    ({"messages": [SYSTEM, USER, YES, MORE, NO]}, [SYSTEM, USER, YES, MORE], [NO]),
+    ({"messages": [YES]}, [], [YES]),
+    # UltraChat.
+    ({"prompt": "Hi", "prompt_id": "7", "messages": [USER, YES]}, [USER], [YES]),
+    # ShareGPT.
+    ({"conversations": said(("human", "Hi"), ("gpt", "Hello"))}, [USER], [YES]),
+    (
+        {"conversations": said(("human", "Hi"), ("gpt", "Hello")), "system": "Be brief."},
+        [SYSTEM, USER],
+        [YES],
+    ),
+    ({"conversations": said(("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"))},
+     [SYSTEM, USER], [YES]),
+    ({"conversations": [USER, YES], "id": 3}, [USER], [YES]),
+    ({"messages": said(("human", "Hi"), ("chatgpt", "Hello"))}, [USER], [YES]),
+    # Alpaca, Dolly.
+    ({"instruction": "Add.", "input": "1 2", "output": "3"}, "Add.\n1 2\n", "3"),
+    ({"instruction": "Add.", "input": "", "output": "3", "text": "x"}, "Add.\n", "3"),
+    ({"instruction": "Add.", "input": None, "output": "3"}, "Add.\n", "3"),
+    ({"instruction": "Add.", "output": "3"}, "Add.\n", "3"),
+    ({"instruction": "Add.", "context": "1 2", "response": "3"}, "Add.\n1 2\n", "3"),
+    ({"query": "Add.", "response": "3"}, "Add.\n", "3"),
+    ({"question": "Add.", "answer": "3"}, "Add.\n", "3"),
+]  # fmt: skip
+PREFERENCES = [
+    # Ultrafeedback.
+    ({"prompt": "Hi", "chosen": [USER, YES], "rejected": [USER, NO], "score_chosen": 8.5,
+      "messages": [USER, YES]}, [USER], [YES], [NO]),
+    ({"prompt": "Hi", "chosen": [SYSTEM, USER, YES], "rejected": [SYSTEM, USER, NO]},
+     [SYSTEM, USER], [YES], [NO]),
+    ({"prompt": "Hi", "chosen": [YES], "rejected": [NO]}, [USER], [YES], [NO]),
+    ({"prompt": [USER], "chosen": "Hello", "rejected": "Go"}, [USER], [YES], [NO]),
+    ({"prompt": [USER], "chosen": [USER, YES], "rejected": [USER, NO]}, [USER], [YES], [NO]),
+    ({"prompt": [USER], "chosen": [YES], "rejected": [NO]}, [USER], [YES], [NO]),
+    ({"prompt": [USER], "chosen": YES, "rejected": NO}, [USER], [YES], [NO]),
+    ({"conversations": said(("human", "Hi")), "chosen": said(("gpt", "Hello"))[0],
+      "rejected": said(("gpt", "Go"))[0]}, [USER], [YES], [NO]),
+    # Without a prompt column; what has a user of its own has its prompt too.
+    ({"messages": [SYSTEM, USER], "chosen": "Hello", "rejected": "Go"},
+     [SYSTEM, USER], [YES], [NO]),
+    ({"messages": [USER], "chosen": YES, "rejected": [NO]}, [USER], [YES], [NO]),
+    ({"messages": [USER, YES], "chosen": [USER, YES], "rejected": [USER, NO]},
+     [USER], [YES], [NO]),
+    ({"chosen": "A", "rejected": "B", "input": ""}, "", "A", "B"),
+    ({"question": "Why?", "chosen": "A", "rejected": "B", "system": "s"}, "s\nWhy?\n", "A", "B"),
+    ({"question": "Why?", "chosen": "A", "rejected": "B", "system": ""}, "Why?\n", "A", "B"),
+    ({"instruction": "Do.", "input": "x", "chosen": "A", "rejected": "B"}, "Do.\nx\n", "A", "B"),
+    ({"chosen": said(("human", "Hi"), ("gpt", "Hello")),
+      "rejected": said(("human", "Hi"), ("gpt", "Go"))}, [USER], [YES], [NO]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "prompt", "completion"), SUPERVISED)
+def test_supervised_forms(row, prompt, completion):
+    before = json.dumps(row)
+    assert parse_row(row, "supervised")[:4] == (prompt, completion, None, None)
+    assert json.dumps(row) == before
+    if prompt:
+        asked = parse_row(row | {"answer": "3 #### 3"} if "answer" in row else row, "prompt")
+        # UltraChat's first message is a column of its own, as a text.
+        assert asked.prompt == (row["prompt"] if "prompt_id" in row else prompt)
+
+
+@pytest.mark.parametrize(("row", "prompt", "chosen", "rejected"), PREFERENCES)
+def test_preference_forms(row, prompt, chosen, rejected):
+    assert parse_row(row, "preference")[:4] == (prompt, None, chosen, rejected)
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"query": "Add."}, "Add.\n"),
+        ({"instruction": "Add.", "input": "1 2"}, "Add.\n1 2\n"),
+        ({"conversations": said(("human", "Hi"))}, [USER]),
+        ({"prompt": [USER], "completion": None}, [USER]),
+        ({"messages": [USER, YES]}, [USER]),
+    ],
+)
+def test_prompt_forms(row, prompt):
+    assert parse_row(row, "prompt").prompt == prompt
+
+
+def test_margins_are_finite_numbers():
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    for margin in (1, 0.5, Decimal("0.5"), -2):
+        assert parse_row(pair | {"margin": margin}, "preference").columns["margin"] == float(margin)
+    bad = (None, "big", "1", True, float("nan"), float("inf"), 10**400, 1e39, [1.0], {})
+    for margin in bad:
+        with pytest.raises(UserError, match="'margin': expected a finite number"):
+            parse_row(pair | {"margin": margin}, "preference")
+
+
+def test_arguments_of_the_chat_template_are_columns():
+    tools = [{"type": "function", "function": {"name": "add", "x": None}}]
+    row = {"prompt": [USER], "tools": tools, "chat_template_kwargs": '{"thinking": false}'}
+    found = parse_row(row, "prompt").template
+    assert found == {
+        "tools": [{"type": "function", "function": {"name": "add"}}],
+        "thinking": False,
+    }
+    assert template_arguments({"tools": [], "chat_template_kwargs": None}) == {}
+    # They mean nothing beside texts.
+    row = {"prompt": "p", "tools": "hammer", "chat_template_kwargs": 3}
+    assert parse_row(row, "prompt").columns == {"tools": "hammer", "chat_template_kwargs": 3}
+
+
+def test_columns_of_any_type_reach_reward_functions():
+    extra = {
+        "a": None,
+        "b": [1, {"c": float("nan")}],
+        "d": 10**30,
+        "e": b"\0",
+        "f": {"g": "\ud800"},
+    }
+    assert parse_row({"prompt": "p"} | extra, "prompt").columns == extra
+
+
+BAD = [
+    ("supervised", {"prompt": "a\ud800", "completion": "b"}, "'prompt': .*half a surrogate pair"),
+    ("supervised", {"text": "a\udfffb"}, "'text': .*half a surrogate pair.*at character 1"),
+    ("supervised", {"messages": [USER, YES | {"content": "\ud800"}]}, "'messages' in message 2: "),
+    ("supervised", {"prompt": None, "completion": "b"}, "'prompt': expected a text .*found None"),
+    ("supervised", {"prompt": "a", "completion": None}, "'completion': expected.*found None"),
+    ("supervised", {"prompt": "a", "completion": ["b"]}, "'completion': expected a text or a list"),
+    ("supervised", {"messages": "Hi"}, "'messages': expected a list of messages, found 'Hi'"),
+    ("supervised", {"messages": [USER, "Hello"]}, "'messages': expected a text or a list"),
+    ("supervised", {"messages": [USER, {"content": "x"}]}, "'messages': expected a 'role' in mess"),
+    ("supervised", {"messages": [USER, {"role": "assistant"}]}, "expected 'content' or 'tool_c"),
+    ("supervised", {"messages": [USER, YES | {"content": 3}]}, "expected a text as 'content'"),
+    (
+        "supervised",
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, YES]},
+        "'messages': expected parts of type 'text' in message 1, found .'type': 'image_url'",
+    ),
+    ("supervised", {"conversations": said(("human", "Hi"))}, "'conversations': expected an assis"),
+    ("supervised", {"instruction": "", "output": "x"}, "'instruction': expected a text, found ''"),
+    ("supervised", {"instruction": "x", "output": ""}, "'output': expected a text, found ''"),
+    ("supervised", {"instruction": "x", "output": "y", "history": [["a", "b"]]}, "'history': "),
+    ("supervised", {"instruction": "x"}, "'output': expected a text, found 'no such column'"),
+    ("supervised", {"prompt": "Bye", "completion": [USER, YES]}, "'prompt': .*conversation rep"),
+    ("supervised", {"prompt": [USER], "completion": [USER]}, "answer: expected a message after"),
+    ("supervised", {"chosen": "a", "rejected": "b"}, "found .'chosen', 'rejected'."),
+    ("supervised", {"messages": [USER, YES], "tools": "{"}, "'tools': expected JSON"),
+    ("supervised", {"messages": [USER, YES], "tools": [1]}, "'tools': expected a list of JSON sch"),
+    ("supervised", {"messages": [USER, YES], "chat_template_kwargs": []}, "expected an object"),
+    ("preference", {"prompt": "Bye", "chosen": [USER, YES], "rejected": [USER, NO]}, "both conver"),
+    ("preference", {"prompt": [USER], "chosen": "x", "rejected": [NO]}, "two answers of one form"),
+    ("preference", {"prompt": "p", "chosen": "x", "rejected": "x"}, "one form that differ"),
+    ("preference", {"prompt": [USER], "chosen": [USER, YES], "rejected": [YES]}, "different ans"),
+    ("preference", {"prompt": "p", "chosen": "", "rejected": "x"}, "'chosen': expected.*found ''"),
+    ("preference", {"prompt": "p", "chosen": "a", "rejected": None}, "'rejected': .*found None"),
+    ("preference", {"prompt": "p", "chosen": "a", "rejected": 3}, "'rejected': .*found 3"),
+    ("preference", {"chosen": [USER], "rejected": [USER, YES]}, "neither begins the other"),
+    ("preference", {"messages": [USER, YES], "chosen": "a", "rejected": "b"}, "answer, found"),
+    *(
+        ("preference", {name: "Why?", "chosen": "a", "rejected": "b"}, f"{name!r}: expected the pr")
+        for name in ("input", "problem", "context", "history", "conversation")
+    ),
+    ("prompt", {"messages": [YES]}, "'messages': expected something to answer"),
+    ("prompt", {"query": 3}, "'query': expected a text, found 3"),
+    *(
+        ("prompt", {"prompt": "p", name: 1}, f"{name!r}: expected a column of another name")
+        for name in ("prompts", "completions", "completion_ids", "finished", "trainer_state")
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "row", "match"), BAD)
+def test_bad_rows_say_what_is_wrong(tmp_path, kind, row, match):
+    good = {"prompt": "p", "completion": "c", "chosen": "a", "rejected": "b"}
+    path = write_jsonl(tmp_path / "a.jsonl", [good, row])
+    with pytest.raises(UserError, match=rf"a.jsonl:2: .*{match}") as error:
+        read_rows(path, kind)
+    assert "\n" not in str(error.value)
+
+
+def test_rows_are_equal_wherever_they_come_from():
+    assert Row("a", origin="x:1") == Row("a", origin="y:2") != Row("b", origin="x:1")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"eval_size": 9}, "eval_size: expected less than the 8 rows of .*a.jsonl.* found 9"),
+        ({"eval_size": 8}, "eval_size: expected less than the 8 rows"),
+        ({"eval_size": 2, "max_prompt_tokens": 1},
+         "max_prompt_tokens: .*found 1; the prompts of all 6 are longer, 9 to 9 tokens"),
+    ],
+)  # fmt: skip
+def test_too_few_rows_are_counted(tmp_path, options, match):
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [{"prompt": f"12345678{i}", "completion": "1"} for i in range(8)]
+    )
+    with pytest.raises(UserError, match=match):
+        load_task(DataConfig(data=path, vocab_size=300, **options), "supervised", seed=0)
+
+
+def test_dropped_rows_are_counted(tmp_path):
+    rows = [{"prompt": "1" * (3 + i % 2), "completion": "1"} for i in range(8)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    held_out = write_jsonl(tmp_path / "b.jsonl", rows)
+    config = DataConfig(data=path, eval_data=held_out, vocab_size=258, max_prompt_tokens=3)
+    task = load_task(config, "supervised", seed=0)
+    assert (len(task.train), len(task.held_out), task.dropped) == (4, 4, 8)
+    with pytest.raises(
+        UserError, match=r"batch_size: expected at most the 4 training rows .* found 5"
+    ):
+        Sampler(len(task.train), 5, seed=0)

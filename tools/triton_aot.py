@@ -1,0 +1,440 @@
+"""Compiles every Triton kernel ahead of time, for GPUs that need not be here, and reads the result.
+
+    python -m tools.triton_aot --target sm_90 --target gfx942 --json out.json
+    python -m tools.triton_aot --report benchmarks/results/triton-resources.md --date 2026-01-31
+    python -m tools.triton_aot --record --json launches.json
+
+A driver that has a target but no GPU stands under Triton's JIT, whose hook is told of every kernel
+that is about to be compiled and takes it instead: types, constants and specialisation are those of
+a launch, made by the real launchers from the calls in triton_cases.py. Nothing is executed, so
+tensors may hold anything. Distinct kernels are then compiled and held against `problems`.
+
+Not a test itself: it must run in a process without TRITON_INTERPRET (test_triton_gates.py).
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import importlib
+import json
+import math
+import multiprocessing
+import os
+import pkgutil
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+# The package loads its Triton kernels where torch has a GPU.
+torch.version.cuda = torch.version.cuda or "none here"
+
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime import JITFunction, driver  # noqa: E402
+
+import rlhf_kernels.kernels.triton  # noqa: E402
+from rlhf_kernels.kernels import backends  # noqa: E402
+from rlhf_kernels.ops import _examples  # noqa: E402
+
+#: Blocks of a kernel that a multiprocessor (NVIDIA) or compute unit (AMD) must hold at once: with
+#: one alone nothing hides the latency of its loads and barriers.
+MIN_BLOCKS = 2
+# The module that lists the calls.
+CASES = "tests.kernels.triton_cases"
+#: Bits of the widest load where rows are known to be aligned.
+ALIGNED_LOAD = 128
+
+
+class Target(NamedTuple):
+    """A GPU, and what one of its multiprocessors holds."""
+
+    gpu: GPUTarget
+    shared: int
+    warps: int = 64
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 164 << 10),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 228 << 10),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 228 << 10),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 << 10, 32),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel as the JIT would compile it: all that decides what comes out."""
+
+    kernel: str
+    function: JITFunction
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+    def label(self) -> str:
+        """What distinguishes it from other variants of its kernel, for people."""
+        names = list(self.signature)
+        parts = [f"{n}:{t}" for n, t in self.signature.items() if t == "i64" or t[0] == "*"]
+        parts += [f"{names[i]}={v}" for (i, *_), v in self.constants.items()]
+        parts += [f"{names[i]}:{n}={v}" for (i, *_), a in self.attributes.items() for n, v in a]
+        return " ".join(parts).replace("tt.", "")
+
+    def floats(self) -> str:
+        """Dtypes of the floating tensors, in order."""
+        return " ".join(t for t in self.signature.values() if t in ("*fp32", "*bf16", "*fp16"))
+
+    def switched_on(self) -> int:
+        """How many of its options add code."""
+        return sum(v is not None and v is not False for v in self.constants.values())
+
+    def rows_aligned(self) -> bool:
+        """Whether rows start at multiples of 16 bytes: all addresses and, by ALIGN, all strides."""
+        names = list(self.signature)
+        constants = {names[i]: v for (i,), v in self.constants.items()}
+        chosen = [p.num for p in self.function.params if not p.do_not_specialize]
+        pointers = [i for i in chosen if self.signature[names[i]].startswith("*")]
+        known = [["tt.divisibility", 16] in self.attributes.get((i,), []) for i in pointers]
+        return constants.get("ALIGN", 1) > 1 and bool(known) and all(known)
+
+
+class Recorder:
+    """Stands in for a driver and takes what the JIT is about to compile."""
+
+    def __init__(self, target: Target) -> None:
+        self._gpu = target.gpu
+        self.launched: list[tuple[str, str]] = []
+        self.variants: dict[str, Variant] = {}
+
+    def get_current_target(self) -> GPUTarget:
+        return self._gpu
+
+    def get_current_device(self) -> str:
+        # Kernels remember per device what they made of its target.
+        return str(self._gpu)
+
+    def get_current_stream(self, _: object) -> int:
+        return 0
+
+    def __enter__(self) -> "Recorder":
+        driver.set_active(self)
+        triton.knobs.runtime.jit_cache_hook = self._hook
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        triton.knobs.runtime.jit_cache_hook = None
+
+    def _hook(self, *, fn: Any, compile: dict[str, Any], **_: object) -> bool:
+        options = json.loads(compile["specialization_data"])["options"]
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+        kernel = f"{fn.module.rpartition('.')[2]}.{fn.name}"
+        key = hashlib.sha256(f"{kernel} {compile['key']}".encode()).hexdigest()
+        self.launched.append((kernel, key))
+        self.variants[key] = Variant(
+            kernel,
+            fn.jit_function,
+            compile["signature"],
+            compile["constants"],
+            compile["configs"][0],
+            options,
+        )
+        # Taken: neither compiled nor launched, nor remembered by the JIT.
+        return True
+
+
+def record(target: Target, cases: Iterable[Any]) -> tuple[Recorder, dict[str, list[Any]]]:
+    """Runs `cases` forward and backward; per case the (kernel, key) launched by each."""
+    launches = {}
+    kept = [backends.get(name) for name in ("cpu", "triton")]
+    # Launchers look at shapes, strides and addresses alone.
+    for backend, devices in zip(kept, ((), ("cpu",)), strict=True):
+        backends.install(dataclasses.replace(backend, devices=devices))
+    with Recorder(target) as recorder:
+        for case in cases:
+            if case.name in launches:
+                raise ValueError(f"two cases are called {case.name!r}")
+            start = len(recorder.launched)
+            result = case.function(*case.args, **case.options)
+            middle = len(recorder.launched)
+            outputs = list(_examples.tensors(case.outputs(result)))
+            _examples.gradients(outputs, (case.args, case.options))
+            launched = recorder.launched
+            launches[case.name] = [launched[start:middle], launched[middle:]]
+    for backend in kept:
+        backends.install(backend)
+    return recorder, launches
+
+
+def brief(variants: Iterable[Variant]) -> list[Variant]:
+    """One variant per kernel and dtypes: the one with most options on."""
+    chosen: dict[tuple[str, str], Variant] = {}
+    for v in variants:
+        best = chosen.setdefault((v.kernel, v.floats()), v)
+        if v.switched_on() > best.switched_on():
+            chosen[v.kernel, v.floats()] = v
+    return list(chosen.values())
+
+
+def kernels(modules: Iterable[ModuleType]) -> set[str]:
+    """Names of all functions that @kernel decorates."""
+    return {
+        f"{module.__name__.rpartition('.')[2]}.{name}"
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction)
+        and value.module == module.__name__
+        and value.raw_src[0].startswith("@kernel")
+    }
+
+
+def package_modules() -> Iterator[ModuleType]:
+    """Every module of rlhf_kernels.kernels.triton, loaded by the package or not."""
+    package = rlhf_kernels.kernels.triton
+    for module in pkgutil.iter_modules(package.__path__):
+        yield importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled variant needs; `spills` counts bytes or registers, `local` bytes."""
+
+    kernel: str
+    target: str
+    variant: str
+    warps: int
+    registers: int
+    shared: int
+    spills: int
+    local: int
+    barriers: int
+    atomics: int
+    load_bits: int
+    store_bits: int
+    blocks: int
+    wide: bool
+
+    def problems(self) -> list[str]:
+        """What the gate refuses."""
+        found = []
+        if self.spills or self.local:
+            found.append(f"{self.spills} spilled, {self.local} bytes of local memory")
+        if self.atomics:
+            found.append(f"{self.atomics} atomic operations, whose order is left to chance")
+        if self.blocks < MIN_BLOCKS:
+            found.append(
+                f"{self.blocks} blocks a multiprocessor, expected {MIN_BLOCKS} "
+                f"({self.registers} registers, {self.warps} warps, {self.shared} bytes shared)"
+            )
+        if self.wide and 0 < self.load_bits < ALIGNED_LOAD:
+            found.append(f"loads of {self.load_bits} bits from aligned rows")
+        return [f"{self.kernel} on {self.target}: {text} [{self.variant}]" for text in found]
+
+
+def _nvidia_blocks(target: Target, registers: int, warps: int, shared: int) -> int:
+    # Registers come in units of 256 a warp, from the quarter of the multiprocessor it lives in.
+    a_warp = math.ceil(registers * 32 / 256) * 256
+    held = min(target.warps, (1 << 14) // a_warp * 4)
+    # Each block takes 1 KiB beside its own.
+    return min(held // warps, target.shared // (shared + 1024), 32)
+
+
+def _amd_blocks(target: Target, registers: int, warps: int, shared: int) -> int:
+    # 512 registers a lane and SIMD in units of 8, at most 8 waves; four SIMDs.
+    held = min(target.warps, 4 * (512 // (math.ceil(max(registers, 1) / 8) * 8)))
+    return min(held // warps, target.shared // max(shared, 1), 16)
+
+
+def _widest(assembly: str, pattern: str, bits: Callable[[re.Match], int]) -> int:
+    return max((bits(m) for m in re.finditer(pattern, assembly)), default=0)
+
+
+def _ptx_width(m: re.Match) -> int:
+    return int(m[1] or 1) * int(m[2])
+
+
+_AMD_WIDTHS = {"byte": 8, "ubyte": 8, "sbyte": 8, "short": 16, "ushort": 16, "sshort": 16}
+
+
+def _amd_width(m: re.Match) -> int:
+    return _AMD_WIDTHS.get(m[1]) or 32 * int(m[2] or 1)
+
+
+def _cubin_usage(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, LOCAL and more, of the kernel in a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    if usage.keys() != {"REG", "STACK", "LOCAL"}:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
+    return usage
+
+
+def compiled(variant: Variant, name: str) -> Resources:
+    """Compiles for the target `name`; Triton's cache on disk makes a second time quick."""
+    target = TARGETS[name]
+    source = ASTSource(variant.function, variant.signature, variant.constants, variant.attributes)
+    binary = triton.compile(source, target=target.gpu, options=variant.options)
+    warps, shared = binary.metadata.num_warps, binary.metadata.shared
+    if target.gpu.backend == "cuda":
+        text = binary.asm["ptx"]
+        usage = _cubin_usage(binary.asm["cubin"])
+        # NVIDIA's spills live on the stack: a frame of 0 bytes is none.
+        registers, spills, local = usage["REG"], usage["STACK"], usage["LOCAL"]
+        barriers = len(re.findall(r"\bbar(?:rier)?\.", text))
+        atomics = len(re.findall(r"\b(?:atom|red)\.", text))
+        width = r"\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b"
+        load, store = (_widest(text, rf"\b{op}{width}", _ptx_width) for op in ("ld", "st"))
+        blocks = _nvidia_blocks(target, registers, warps, shared)
+    else:
+        text = binary.asm["amdgcn"]
+        fields = dict(re.findall(r"^\s+(?:- )?\.(\w+):\s+(\d+)$", text, re.MULTILINE))
+        count = {k: int(v) for k, v in fields.items()}
+        registers, local = count["vgpr_count"], count["private_segment_fixed_size"]
+        # A scalar register spills into lanes of a vector register, which is no memory traffic.
+        spills = count["vgpr_spill_count"]
+        barriers = len(re.findall(r"\bs_barrier\b", text))
+        atomics = len(re.findall(r"\b(?:global|buffer|flat|ds)_\w*(?:atomic|_rtn)", text))
+        width = r"_((?:[us]?(?:byte|short))|dword(?:x(\d))?)\b"
+        load, store = (
+            _widest(text, rf"\b(?:global|buffer|flat)_{op}{width}", _amd_width)
+            for op in ("load", "store")
+        )
+        blocks = _amd_blocks(target, registers, warps, shared)
+    return Resources(
+        variant.kernel, name, variant.label(), warps, registers, shared, spills, local, barriers,
+        atomics, load, store, blocks, variant.rows_aligned(),
+    )  # fmt: skip
+
+
+# Inherited by the worker processes, which are forked.
+_jobs: list[tuple[Variant, str]] = []
+
+
+def _run_job(index: int) -> Resources | str:
+    variant, name = _jobs[index]
+    try:
+        return compiled(variant, name)
+    except Exception as error:
+        # One kernel that does not compile shall not hide what the others need.
+        text = f"{type(error).__name__}: {error}"
+        return f"{variant.kernel} on {name}: does not compile: {text} [{variant.label()}]"
+
+
+def compile_all(jobs: list[tuple[Variant, str]], processes: int) -> list[Resources | str]:
+    """Compiles each (variant, target name), in order; a message where that fails."""
+    _jobs[:] = jobs
+    if processes == 1:
+        return [_run_job(i) for i in range(len(jobs))]
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        return pool.map(_run_job, range(len(jobs)), chunksize=4)
+
+
+def report(results: list[Resources], date: str) -> str:
+    """Markdown: the worst of the variants of each kernel on each target."""
+    lines = [
+        "# What the Triton kernels need",
+        "",
+        f"Compiled ahead of time, without a GPU, by Triton {triton.__version__} on {date}: "
+        f"{len(results)} variants (dtypes, options, alignment). The worst variant of each kernel.",
+        "Written by `make triton-report`. The gate: no spills, no local memory, no atomics, at "
+        f"least {MIN_BLOCKS} blocks a multiprocessor; {ALIGNED_LOAD}-bit loads from aligned rows.",
+        "",
+        "Blocks: how many a multiprocessor (compute unit) holds, by registers and shared memory. "
+        "Loads and stores: bits of the widest instruction, over the variants.",
+        "",
+        "| kernel | target | variants | warps | registers | shared B | spills | local B | blocks "
+        "| barriers | load | store |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    groups: dict[tuple[str, str], list[Resources]] = {}
+    for r in results:
+        groups.setdefault((r.kernel, r.target), []).append(r)
+    order = list(TARGETS)
+    for kernel, name in sorted(groups, key=lambda g: (g[0], order.index(g[1]))):
+        group = groups[kernel, name]
+
+        def worst(field: str, group: list[Resources] = group) -> int:
+            return max(getattr(r, field) for r in group)
+
+        cells = [kernel, name, len(group), *map(worst, ("warps", "registers", "shared", "spills"))]
+        cells += [worst("local"), min(r.blocks for r in group), worst("barriers")]
+        cells += [_range(r.load_bits for r in group), _range(r.store_bits for r in group)]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _range(values: Iterable[int]) -> str:
+    values = sorted(set(values))
+    return str(values[0]) if len(values) == 1 else f"{values[0]}-{values[-1]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
+    parser.add_argument("--cases", default=CASES, help="module that lists the calls")
+    parser.add_argument("--full", action="store_true", help="the whole cross product of options")
+    parser.add_argument("--brief", action="store_true", help="one variant per kernel and dtypes")
+    parser.add_argument("--record", action="store_true", help="list the launches, compile nothing")
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--json", type=Path, help="where results go")
+    parser.add_argument("--report", type=Path, help="where the Markdown table goes")
+    parser.add_argument("--date", help="of the report")
+    options = parser.parse_args()
+    if options.report and not options.date:
+        parser.error("--report needs --date")
+    # Workers are forked: a team of threads would not survive that.
+    torch.set_num_threads(1)
+    module = importlib.import_module(options.cases)
+    modules = list(getattr(module, "MODULES", None) or package_modules())
+    names = options.target or list(TARGETS)
+    recorded = {}
+    for name in names:
+        # The JIT specialises by maker, not by model; still each target is asked.
+        recorded[name], launches = record(TARGETS[name], module.cases(options.full))
+    captured = {v.kernel for r in recorded.values() for v in r.variants.values()}
+    output: dict[str, Any] = {
+        "kernels": sorted(kernels(modules)),
+        "captured": sorted(captured),
+        "launches": launches,
+    }
+    problems = [f"{kernel} is never launched" for kernel in kernels(modules) - captured]
+    if not options.record:
+        jobs = []
+        for name, r in recorded.items():
+            chosen = brief(r.variants.values()) if options.brief else r.variants.values()
+            jobs += [(v, name) for v in chosen]
+        done = compile_all(jobs, options.processes)
+        problems += [failure for failure in done if isinstance(failure, str)]
+        results = [r for r in done if isinstance(r, Resources)]
+        problems += [p for r in results for p in r.problems()]
+        output["resources"] = [asdict(r) for r in results]
+        if options.report:
+            options.report.write_text(report(results, options.date))
+        print(f"{len(results)} variants of {len(captured)} kernels compiled")
+    output["problems"] = problems
+    if options.json:
+        options.json.write_text(json.dumps(output))
+    for problem in problems:
+        print(problem)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    if platform.system() != "Linux":
+        sys.exit("Triton compiles on Linux alone")
+    sys.exit(main())
