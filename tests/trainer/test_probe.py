@@ -351,3 +351,19 @@ def test_critics_are_proved():
             batch = Batch(alone, kept, kept[:, : len(completion)])
             expected = models.values(critic, batch)[0]
             torch.testing.assert_close(found[: len(completion)], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("leak", "form"), [(0.0, Form.PADDED), (2e-5, Form.ALIGNED)])
+def test_padding_that_reaches_a_row_beyond_a_border_only_is_found(monkeypatch, leak, form):
+    """A leak that the comparison with the row alone takes for rounding, beyond a window of 12."""
+    model = small_model("mistral", sliding_window=12)
+    layer = model.model.layers[-1]
+    forward = layer.forward
+
+    def leaking(hidden, *args, **options):
+        # What stands first: of a short row on the left the filler, alone its own first token.
+        first = hidden[:, :1] * (leak if hidden.shape[1] > 14 else 0.0)
+        return forward(hidden + first, *args, **options)
+
+    monkeypatch.setattr(layer, "forward", leaking)
+    assert _proved(model)[0] is form
