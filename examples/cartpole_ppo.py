@@ -99,11 +99,11 @@ def main() -> None:
                 keep = torch.ones_like(x["actions"], dtype=torch.bool)
                 new = rk.token_logprobs(policy(x["states"]), x["actions"], entropy=True)
                 policy_part = rk.policy_loss(
-                    new.logprobs, x["old"], rk.whiten(x["advantages"]), keep, entropy=new.entropy,
-                    config=rk.PolicyLossConfig.ppo(entropy_coef=0.01),
+                    new.logprobs, x["old"], rk.whiten(x["advantages"]), mask=keep,
+                    entropy=new.entropy, config=rk.PolicyLossConfig.ppo(entropy_coef=0.01),
                 )  # fmt: skip
                 values = critic(x["states"])[..., 0]
-                value_part = rk.value_loss(values, x["old_values"], x["returns"], keep)
+                value_part = rk.value_loss(values, x["old_values"], x["returns"], mask=keep)
                 optimizer.zero_grad()
                 (policy_part.loss + value_part.loss).backward()
                 nn.utils.clip_grad_norm_(parameters, 0.5)

@@ -17,7 +17,7 @@ from .ops.kl import kl_divergence, kl_penalty
 from .ops.linear_kl import linear_kl_divergence
 from .ops.linear_logprobs import linear_token_logprobs
 from .ops.linear_policy import linear_policy_loss
-from .ops.logprobs import TokenLogprobs, token_logprobs
+from .ops.logprobs import TokenLogprobs, TokenLogprobsEntropy, token_logprobs
 from .ops.policy import PolicyLoss, PolicyMetrics, policy_loss
 from .ops.preference import DPOLoss, RewardModelLoss, dpo_loss, reward_model_loss, sequence_logprobs
 from .ops.value import ValueLoss, ValueMetrics, value_loss
@@ -36,6 +36,7 @@ __all__ = [
     "RewardModelLoss",
     "RunningMoments",
     "TokenLogprobs",
+    "TokenLogprobsEntropy",
     "ValueLoss",
     "ValueMetrics",
     "available_backends",

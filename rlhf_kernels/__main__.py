@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .core import env
+from .core.enums import BACKEND_NAMES
 from .kernels import backends as kernel_backends
 from .kernels import native
 from .ops._examples import EXAMPLES, VARIANTS, Inputs, gradients, tensors
@@ -139,7 +139,7 @@ def report() -> dict[str, Any]:
     """Everything the doctor knows, ready for JSON."""
     cpu, cuda = native.module("cpu"), native.module("cuda")
     backends = {}
-    for name in env.BACKEND_NAMES[1:]:
+    for name in BACKEND_NAMES[1:]:
         reason = kernel_backends.unavailable_reason(name)
         backends[name] = {"available": reason is None, "reason": reason}
     backends["cuda"]["built"] = cuda is not None

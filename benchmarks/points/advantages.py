@@ -221,7 +221,7 @@ def test_whiten(run: Callable[[Case], None], settings: Settings) -> None:
             providers={
                 "eager": eager,
                 "compile": compiled(eager),
-                "ours": lambda x, mask, _: rk.whiten(x, mask),
+                "ours": lambda x, mask, _: rk.whiten(x, mask=mask),
             },
             oracle=oracle,
             # Read once, written once; that the statistics need more passes is the op's own cost.
@@ -259,7 +259,7 @@ def test_ppo_advantages(run: Callable[[Case], None], settings: Settings) -> None
 
     def ours(*given: Tensor) -> tuple[Tensor, ...]:
         return rk.ppo_advantages(
-            *given[:5], kl_coef=KL_COEF, gamma=GAMMA, lam=LAM, whiten=True
+            *given[:4], mask=given[4], kl_coef=KL_COEF, gamma=GAMMA, lam=LAM, whiten=True
         )[:2]  # fmt: skip
 
     def oracle() -> tuple[Tensor, ...]:

@@ -251,8 +251,8 @@ def test_linear_policy_loss(run: Callable[[Case], None], settings: Settings, nam
     def ours(*given: Tensor) -> tuple[Tensor, ...]:
         hidden, weight, labels, old, advantages, mask, _ = given
         result = rk.linear_policy_loss(
-            hidden.view(*shape, -1), weight, labels.view(shape), old, advantages.squeeze(1), mask,
-            config=rk.PolicyLossConfig.ppo(clip_low=CLIP, clip_high=CLIP),
+            hidden.view(*shape, -1), weight, labels.view(shape), old, advantages.squeeze(1),
+            mask=mask, config=rk.PolicyLossConfig.ppo(clip_low=CLIP, clip_high=CLIP),
         )  # fmt: skip
         return result.loss, result.metrics.tensor
 

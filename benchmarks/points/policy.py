@@ -45,7 +45,7 @@ def eager(
 def ours(
     logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, weights: Tensor, *_: Tensor
 ) -> tuple[Tensor, ...]:
-    result = rk.policy_loss(logprobs, old, advantages, mask, config=CONFIG)
+    result = rk.policy_loss(logprobs, old, advantages, mask=mask, config=CONFIG)
     return result.loss, result.metrics.tensor
 
 
@@ -152,7 +152,9 @@ def test_policy_loss_packed(run: Callable[[Case], None], settings: Settings, nam
 
     def ours_packed(*given: Tensor) -> tuple[Tensor, ...]:
         logprobs, old, advantages, _, cu_seqlens, mask, *_ = given
-        result = rk.policy_loss(logprobs, old, advantages, mask, cu_seqlens=cu_seqlens, config=GRPO)
+        result = rk.policy_loss(
+            logprobs, old, advantages, mask=mask, cu_seqlens=cu_seqlens, config=GRPO
+        )
         return result.loss, result.metrics.tensor
 
     verl = peer("verl.trainer.ppo.core_algos", "compute_policy_loss_vanilla")

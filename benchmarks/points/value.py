@@ -32,7 +32,7 @@ def eager(
 def ours(
     values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, weights: Tensor, *_: Tensor
 ) -> tuple[Tensor, ...]:
-    result = rk.value_loss(values, old, returns, mask, clip_range=CLIP)
+    result = rk.value_loss(values, old, returns, mask=mask, clip_range=CLIP)
     return result.loss, result.metrics.tensor
 
 

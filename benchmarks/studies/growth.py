@@ -123,10 +123,10 @@ def head(tokens: int, vocab: int = VOCAB) -> Calls:
 
     def ours(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         args = (hidden, weight, labels, old, advantages, mask)
-        return (rk.linear_policy_loss(*args, config=config).loss,)
+        return (rk.linear_policy_loss(*args[:5], mask=args[5], config=config).loss,)
 
     def after(logprobs: Tensor) -> tuple[Tensor, ...]:
-        return (rk.policy_loss(logprobs, old, advantages, mask, config=config).loss,)
+        return (rk.policy_loss(logprobs, old, advantages, mask=mask, config=config).loss,)
 
     def eager(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         return after(head_points.eager_logprobs(hidden, weight, labels))

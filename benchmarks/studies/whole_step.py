@@ -192,14 +192,16 @@ def ours() -> Operations:
         options = {} if ref is None else {"kl_coef": KL_COEF, "kl_estimator": "k3"}
         config = rk.PolicyLossConfig.ppo(clip_low=CLIP, clip_high=CLIP, **options)
         tensors = (hidden, weight, b.labels, old, a, b.mask)
-        return rk.linear_policy_loss(*tensors, ref_logprobs=ref, config=config).loss
+        return rk.linear_policy_loss(
+            *tensors[:5], mask=tensors[5], ref_logprobs=ref, config=config
+        ).loss
 
     def advantages(s: Tensor, own: Tensor, ref: Tensor, v: Tensor, mask: Tensor) -> Any:
         g, lam = gae_points.GAMMA, gae_points.LAM
-        return rk.ppo_advantages(s, own, ref, v, mask, kl_coef=KL_COEF, gamma=g, lam=lam)[:2]
+        return rk.ppo_advantages(s, own, ref, v, mask=mask, kl_coef=KL_COEF, gamma=g, lam=lam)[:2]
 
     def value(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-        return rk.value_loss(values, old, returns, mask, clip_range=CLIP).loss
+        return rk.value_loss(values, old, returns, mask=mask, clip_range=CLIP).loss
 
     return Operations(logprobs, policy, advantages, lambda s: rk.group_advantages(s, GROUP), value)
 
@@ -295,7 +297,7 @@ class Step:
             with clock("values: layers"):
                 values = self._values(self._hidden(self.critic))
             with clock("advantages"):
-                advantages, returns = ops.ppo_advantages(b.scores, old, ref, values, b.mask)
+                advantages, returns = ops.ppo_advantages(b.scores, old, ref, values, mask=b.mask)
         losses = [self._policy_update(ops, old, advantages, None, clock)]
         losses.append(
             self._update(

@@ -90,6 +90,18 @@ def mask(op: str, name: str, value: object) -> Tensor:
     return keep
 
 
+def row_mask(
+    op: str, value: object, like: str, shape: torch.Size, device: torch.device
+) -> Tensor | None:
+    """Requires a mask of this shape, that of the argument `like`, or None; see `mask`."""
+    if value is None:
+        return None
+    found = mask(op, "mask", value)
+    same_shape(op, "mask", found, like, shape)
+    same_device(op, "mask", found, like.partition(" ")[0], device)
+    return found
+
+
 def same_shape(op: str, name: str, value: Tensor, like: str, shape: torch.Size) -> None:
     """Requires `value.shape == shape`, the shape of the argument called `like`."""
     if value.shape != shape:

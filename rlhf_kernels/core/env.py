@@ -2,7 +2,7 @@
 
 import os
 
-BACKEND_NAMES = ("auto", "reference", "cpu", "cuda", "triton")
+from .enums import BACKEND_NAMES
 
 _backend = os.environ.get("RLHF_KERNELS_BACKEND", "auto").strip().lower() or "auto"
 if _backend not in BACKEND_NAMES:

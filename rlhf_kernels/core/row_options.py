@@ -97,6 +97,16 @@ def checked(
     return arguments
 
 
+def without_masked(op: str, labels: Tensor, mask: object, ignore_index: int) -> Tensor:
+    """The labels [...] with `ignore_index` where the argument `mask` is zero; None keeps all."""
+    kept = checks.row_mask(op, mask, "labels", labels.shape, labels.device)
+    if kept is None:
+        return labels
+    if not -(2**31) <= ignore_index < 2**31:  # int32 would cut it short to a label
+        labels = labels.long()
+    return labels.masked_fill(kept == 0, ignore_index)
+
+
 def _temperature(op: str, value: object, labels: Tensor) -> float | Tensor:
     if not isinstance(value, Tensor):
         return option_checks.positive(op, "temperature", value)

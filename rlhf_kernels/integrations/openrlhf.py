@@ -269,7 +269,7 @@ def _policy_loss(original: Callable[..., Any]) -> Callable[..., Any]:
             # Its gspo has the ratio to the rollout where a correction is asked for.
             rollout_log_probs if corrected and gspo else old_log_probs,
             advantages,
-            mask,
+            mask=mask,
             rollout_logprobs=rollout_log_probs if corrected and not gspo else None,
             normalizer=_normalizer(
                 self.token_level_loss, dp_size, batch_num_tokens, global_batch_size
@@ -309,7 +309,7 @@ def _value_loss(original: Callable[..., Any]) -> Callable[..., Any]:
             values,
             old_values,
             returns,
-            mask,
+            mask=mask,
             clip_range=self.clip_eps,
             aggregation="token-mean" if self.token_level_loss else "seq-mean-token-mean",
             normalizer=_normalizer(

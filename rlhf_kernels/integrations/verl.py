@@ -158,7 +158,7 @@ def _reinforce_plus_plus_baseline(original: Callable[..., Any]) -> Callable[...,
         centred = _group_scores(
             token_level_rewards, response_mask, index, alone=lambda score: score, scale="none"
         )
-        advantages = rk.whiten(_spread(centred, response_mask), response_mask)
+        advantages = rk.whiten(_spread(centred, response_mask), mask=response_mask)
         return advantages, advantages
 
     return compute_reinforce_plus_plus_baseline_outcome_advantage
@@ -174,7 +174,7 @@ def _reinforce_plus_plus(original: Callable[..., Any]) -> Callable[..., Any]:
         returns = rk.discounted_returns(
             token_level_rewards, mask=response_mask, gamma=float(config.gamma)
         )
-        return rk.whiten(returns, response_mask), returns
+        return rk.whiten(returns, mask=response_mask), returns
 
     return compute_reinforce_plus_plus_outcome_advantage
 
@@ -296,7 +296,7 @@ def _policy_loss(loss_mode: str) -> Callable[..., Any]:
                 log_prob,
                 old_log_prob,
                 advantages,
-                response_mask,
+                mask=response_mask,
                 normalizer=_normalizer(aggregation, response_mask, config.global_batch_info),
                 config=preset,
             )
@@ -348,7 +348,7 @@ def _value_loss(original: Callable[..., Any]) -> Callable[..., Any]:
             vpreds,
             values,
             returns,
-            response_mask,
+            mask=response_mask,
             clip_range=float(cliprange_value),
             aggregation=_AGGREGATIONS.get(loss_agg_mode, loss_agg_mode),
             normalizer=_normalizer(loss_agg_mode, response_mask, info),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ..core import env
+from ..core.enums import BACKEND_NAMES, BackendName
 from ..core.layout import Empty, plain_empty
 from . import native, triton
 from .rows import Kernels, Rows
@@ -182,11 +183,11 @@ class use_backend:
         RuntimeError: the backend is not available here (the message says why).
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: BackendName) -> None:
         global _forced
-        if name not in env.BACKEND_NAMES:
+        if name not in BACKEND_NAMES:
             raise ValueError(
-                f"use_backend: expected one of {', '.join(env.BACKEND_NAMES)}, got {name!r}"
+                f"use_backend: expected one of {', '.join(BACKEND_NAMES)}, got {name!r}"
             )
         reason = None if name == "auto" else unavailable_reason(name)
         if reason is not None:

@@ -97,7 +97,8 @@ def _linear_policy_loss(x: Inputs) -> Call:
     advantages = x.floats(x.rows, 2, grad=False).abs()
     labels = x.integers(x.size, x.rows, 2)
     # Without clipping: where a ratio sits at the bound, rounding decides about the gradient.
-    return (hidden, weight, labels, old, advantages, mask), {"config": PolicyLossConfig.reinforce()}
+    config = PolicyLossConfig.reinforce()
+    return (hidden, weight, labels, old, advantages), {"mask": mask, "config": config}
 
 
 def _linear_token_logprobs(x: Inputs) -> Call:
@@ -119,12 +120,12 @@ def _policy_loss(x: Inputs) -> Call:
     options = {"ref_logprobs": ref, "rollout_logprobs": rollout, "config": config}
     options["entropy"] = x.tokens(grad=True)
     # All of one sign: a loss whose terms cancel says little about its error.
-    return (logprobs, old, x.tokens().abs(), x.mask()), options
+    return (logprobs, old, x.tokens().abs()), options | {"mask": x.mask()}
 
 
 def _ppo_advantages(x: Inputs) -> Call:
-    arguments = (x.floats(x.rows, grad=False), x.tokens(), x.tokens(), x.tokens(), x.mask())
-    return arguments, {"kl_coef": 0.05, "gamma": 0.99}
+    arguments = (x.floats(x.rows, grad=False), x.tokens(), x.tokens(), x.tokens())
+    return arguments, {"mask": x.mask(), "kl_coef": 0.05, "gamma": 0.99}
 
 
 def _reward_model_loss(x: Inputs) -> Call:
@@ -132,7 +133,7 @@ def _reward_model_loss(x: Inputs) -> Call:
 
 
 def _sequence_logprobs(x: Inputs) -> Call:
-    return (x.tokens(grad=True), x.mask()), {}
+    return (x.tokens(grad=True),), {"mask": x.mask()}
 
 
 def _token_logprobs(x: Inputs) -> Call:
@@ -160,11 +161,12 @@ def _token_logprobs_support(x: Inputs) -> Call:
 
 
 def _value_loss(x: Inputs) -> Call:
-    return (x.tokens(grad=True), x.tokens(), x.tokens(), x.mask()), {"clip_range": 0.2}
+    options = {"mask": x.mask(), "clip_range": 0.2}
+    return (x.tokens(grad=True), x.tokens(), x.tokens()), options
 
 
 def _whiten(x: Inputs) -> Call:
-    return (x.tokens(), x.mask()), {}
+    return (x.tokens(),), {"mask": x.mask()}
 
 
 #: Public operation -> arguments for it. A new operation adds its line here.

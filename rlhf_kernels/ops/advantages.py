@@ -10,7 +10,16 @@ from torch import Tensor
 
 from .. import reference
 from ..core import checks, option_checks
-from ..core.enums import BASELINES, MASKED_STEPS, PLAIN_KL_ESTIMATORS, SCALES
+from ..core.enums import (
+    BASELINES,
+    MASKED_STEPS,
+    PLAIN_KL_ESTIMATORS,
+    SCALES,
+    Baseline,
+    MaskedSteps,
+    PlainKlEstimator,
+    Scale,
+)
 from ..kernels import backends
 from ._operator import define
 
@@ -140,7 +149,7 @@ def gae(
     bootstrap_values: Tensor | None = None,
     gamma: float = 1.0,
     lam: float = 0.95,
-    masked: str = "carry",
+    masked: MaskedSteps = "carry",
     whiten: bool = False,
 ) -> Advantages:
     """Generalised advantage estimation (Schulman et al., 1506.02438).
@@ -217,7 +226,7 @@ def discounted_returns(
     dones: Tensor | None = None,
     bootstrap_values: Tensor | None = None,
     gamma: float = 1.0,
-    masked: str = "carry",
+    masked: MaskedSteps = "carry",
 ) -> Tensor:
     """Return to go, G_t = r_t + gamma G_{t+1} (REINFORCE, REINFORCE++).
 
@@ -265,14 +274,14 @@ def ppo_advantages(
     logprobs: Tensor,
     ref_logprobs: Tensor | None,
     values: Tensor,
-    mask: Tensor | None,
     *,
+    mask: Tensor | None = None,
     kl_coef: float = 0.0,
-    kl_estimator: str = "k1",
+    kl_estimator: PlainKlEstimator = "k1",
     cu_seqlens: Tensor | None = None,
     gamma: float = 1.0,
     lam: float = 0.95,
-    masked: str = "carry",
+    masked: MaskedSteps = "carry",
     whiten: bool = True,
     reward_clip: float | None = None,
 ) -> PPOAdvantages:
@@ -347,8 +356,8 @@ def group_advantages(
     rewards: Tensor,
     groups: int | Tensor,
     *,
-    baseline: str = "mean",
-    scale: str = "group",
+    baseline: Baseline = "mean",
+    scale: Scale = "group",
     greedy_rewards: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
@@ -428,8 +437,8 @@ def _of_sequences(op: str, name: str, t: object) -> Tensor:
 
 def whiten(
     x: Tensor,
-    mask: Tensor | None = None,
     *,
+    mask: Tensor | None = None,
     shift_mean: bool = True,
     unbiased: bool = True,
     eps: float = 1e-8,
@@ -456,10 +465,7 @@ def whiten(
     """
     op = "whiten"
     x = _constant(checks.real(op, "x", x))
-    if mask is not None:
-        mask = checks.mask(op, "mask", mask)
-        checks.same_shape(op, "mask", mask, "x", x.shape)
-        checks.same_device(op, "mask", mask, "x", x.device)
+    mask = checks.row_mask(op, mask, "x", x.shape, x.device)
     shift_mean = option_checks.flag(op, "shift_mean", shift_mean)
     unbiased = option_checks.flag(op, "unbiased", unbiased)
     eps = option_checks.non_negative(op, "eps", eps)

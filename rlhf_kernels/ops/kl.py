@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..core import checks, option_checks, temperature_rules
-from ..core.enums import DIRECTIONS, KL_ESTIMATORS
+from ..core.enums import DIRECTIONS, KL_ESTIMATORS, Direction, KlEstimator
 from ..kernels import backends
 from ._operator import define, once_differentiable, remember
 
@@ -79,7 +79,12 @@ class _KlPenalty(torch.autograd.Function):
 
 
 def kl_divergence(
-    logits: Tensor, ref_logits: Tensor, *, direction: str = "reverse", temperature: float = 1.0
+    logits: Tensor,
+    ref_logits: Tensor,
+    *,
+    mask: Tensor | None = None,
+    direction: Direction = "reverse",
+    temperature: float = 1.0,
 ) -> Tensor:
     """Exact per-token KL divergence over the whole vocabulary.
 
@@ -90,6 +95,8 @@ def kl_divergence(
     Args:
         logits: policy's logits [..., V], float32, bfloat16 or float16.
         ref_logits: reference's logits, same shape and dtype; a constant.
+        mask: [...], bool or integer, nonzero = keep, or floating, of 0 and 1 alone: the others give
+            0 and no gradient, whatever their logits. None keeps everything.
         direction: "reverse" or "forward".
         temperature: a number between 2^-60 and 2^60; divides both.
 
@@ -113,19 +120,29 @@ def kl_divergence(
     checks.same_dtype(op, "ref_logits", ref_logits, "logits", logits.dtype)
     option_checks.one_of(op, "direction", direction, DIRECTIONS)
     temperature = option_checks.positive(op, "temperature", temperature)
+    mask = checks.row_mask(op, mask, "logits without V", logits.shape[:-1], logits.device)
     temperature_rules.check(op, temperature)
     backend = backends.select(op, logits.device)
     if backend == backends.REFERENCE:
-        return reference.kl_divergence(
+        kl = reference.kl_divergence(
             logits, ref_logits, direction=direction, temperature=temperature
         )
-    checks.floating(op, "logits", logits)
-    return _KlDivergence.apply(
-        logits, ref_logits.detach(), temperature, direction == "reverse", backend
-    )
+    else:
+        checks.floating(op, "logits", logits)
+        kl = _KlDivergence.apply(
+            logits, ref_logits.detach(), temperature, direction == "reverse", backend
+        )
+    # Kernels give a row without an upstream gradient none, also where it holds NaN.
+    return kl if mask is None else torch.where(mask != 0, kl, 0)
 
 
-def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -> Tensor:
+def kl_penalty(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    *,
+    mask: Tensor | None = None,
+    estimator: KlEstimator = "k1",
+) -> Tensor:
     """Per-token estimate of KL(policy || ref) from log-probabilities of sampled tokens.
 
     With x = logprobs - ref_logprobs (Schulman, "Approximating KL divergence", 2020):
@@ -136,6 +153,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1")
     Args:
         logprobs: [...], float32, bfloat16 or float16; differentiated.
         ref_logprobs: [...], same shape, any of these dtypes; a constant.
+        mask: the shape of logprobs; as in `kl_divergence`.
         estimator: "k1", "k2", "k3", "abs", or one of these with "+".
 
     Returns:
@@ -151,9 +169,12 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1")
     checks.same_shape(op, "ref_logprobs", ref_logprobs, "logprobs", logprobs.shape)
     checks.same_device(op, "ref_logprobs", ref_logprobs, "logprobs", logprobs.device)
     option_checks.one_of(op, "estimator", estimator, KL_ESTIMATORS)
+    mask = checks.row_mask(op, mask, "logprobs", logprobs.shape, logprobs.device)
     backend = backends.select(op, logprobs.device)
     if backend == backends.REFERENCE:
-        return reference.kl_penalty(logprobs, ref_logprobs, estimator=estimator)
-    checks.floating(op, "logprobs", logprobs)
-    checks.floating(op, "ref_logprobs", ref_logprobs)
-    return _KlPenalty.apply(logprobs, ref_logprobs.detach(), estimator, backend)
+        kl = reference.kl_penalty(logprobs, ref_logprobs, estimator=estimator)
+    else:
+        checks.floating(op, "logprobs", logprobs)
+        checks.floating(op, "ref_logprobs", ref_logprobs)
+        kl = _KlPenalty.apply(logprobs, ref_logprobs.detach(), estimator, backend)
+    return kl if mask is None else torch.where(mask != 0, kl, 0)

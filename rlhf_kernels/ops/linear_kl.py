@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..core import checks, option_checks, temperature_rules
-from ..core.enums import DIRECTIONS
+from ..core.enums import DIRECTIONS, Direction
 from ..head import kl as head
 from ..kernels import backends
 from ._heads import check_chunk, check_head, check_ref_head
@@ -66,7 +66,7 @@ def linear_kl_divergence(
     ref_bias: Tensor | None = None,
     mask: Tensor | None = None,
     logit_scale: float = 1.0,
-    direction: str = "reverse",
+    direction: Direction = "reverse",
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
     batch_invariant: bool = False,
@@ -104,10 +104,7 @@ def linear_kl_divergence(
         op, hidden, weight, ref_hidden, ref_weight, ref_bias
     )
     checks.same_dtype(op, "ref_weight", ref_weight, "weight", weight.dtype)
-    if mask is not None:
-        mask = checks.mask(op, "mask", mask)
-        checks.same_shape(op, "mask", mask, "hidden without H", hidden.shape[:-1])
-        checks.same_device(op, "mask", mask, "hidden", hidden.device)
+    mask = checks.row_mask(op, mask, "hidden without H", hidden.shape[:-1], hidden.device)
     option_checks.one_of(op, "direction", direction, DIRECTIONS)
     temperature = option_checks.positive(op, "temperature", temperature)
     logit_scale = option_checks.positive(op, "logit_scale", logit_scale)

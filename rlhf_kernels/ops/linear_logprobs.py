@@ -1,6 +1,6 @@
 """linear_token_logprobs: log-probabilities from hidden states, logits never as a whole."""
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..head import shard
 from ..kernels import backends
 from ._heads import check_chunk, check_head
 from ._operator import define, head_gradients_fake, once_differentiable, remember
-from .logprobs import TokenLogprobs
+from .logprobs import TokenLogprobs, TokenLogprobsEntropy, named_result
 from .support import Support, linear_token_logprobs_support
 
 
@@ -115,11 +115,72 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), *nothing)
 
 
+@overload
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: Literal[False] = False,
+    ignore_index: int = -100,
+    chunk_tokens: int | None = None,
+    batch_invariant: bool = False,
+    group: "torch.distributed.ProcessGroup | None" = None,
+    support: Support | None = None,
+) -> TokenLogprobs: ...
+
+
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: Literal[True],
+    ignore_index: int = -100,
+    chunk_tokens: int | None = None,
+    batch_invariant: bool = False,
+    group: "torch.distributed.ProcessGroup | None" = None,
+    support: Support | None = None,
+) -> TokenLogprobsEntropy: ...
+
+
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: bool,
+    ignore_index: int = -100,
+    chunk_tokens: int | None = None,
+    batch_invariant: bool = False,
+    group: "torch.distributed.ProcessGroup | None" = None,
+    support: Support | None = None,
+) -> TokenLogprobs | TokenLogprobsEntropy: ...
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -130,7 +191,7 @@ def linear_token_logprobs(
     batch_invariant: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
-) -> TokenLogprobs:
+) -> TokenLogprobs | TokenLogprobsEntropy:
     """`token_logprobs` straight from hidden states: the LM head's logits never exist as a whole.
 
     logits = (hidden @ weight.T + bias) * logit_scale, computed chunk by chunk of tokens in one
@@ -151,6 +212,7 @@ def linear_token_logprobs(
             in fp32, a chunk of them upcast at a time. Under autocast any of these dtypes: operands
             are cast as F.linear casts them. Gradients come in each operand's own dtype.
         labels: [...], int64 or int32.
+        mask: as in `token_logprobs`: the others are not multiplied.
         bias: [V], or None.
         temperature: as in `token_logprobs`; over logit_scale it lies within the same bounds.
         softcap: as in `token_logprobs`, applied after logit_scale.
@@ -172,7 +234,8 @@ def linear_token_logprobs(
             and only they have a gradient.
 
     Returns:
-        TokenLogprobs(logprobs [...], entropy [...] or None), float32, differentiable in hidden,
+        TokenLogprobs(logprobs [...], entropy None), or with entropy=True
+        TokenLogprobsEntropy(logprobs [...], entropy [...]), float32, differentiable in hidden,
         weight and bias. Logits of 16-bit operands are summed in fp32; on CPU the GEMM then rounds
         those of bfloat16 to 16 bits, else they stay fp32. Of float16 a CPU multiplies blocks
         widened to fp32.
@@ -188,10 +251,11 @@ def linear_token_logprobs(
     arguments = row_options.checked(
         op, labels, "hidden", hidden, temperature, softcap, logit_scale, entropy, ignore_index
     )
+    labels = row_options.without_masked(op, labels, mask, arguments.ignore_index)
     if support is not None:
         if shards:
             raise ValueError(f"{op}: support and group do not go together")
-        return TokenLogprobs(
+        return named_result(
             *linear_token_logprobs_support(hidden, weight, bias, labels, support, arguments)
         )
 
@@ -203,13 +267,14 @@ def linear_token_logprobs(
             shard.meet(op, weight.shape[0], labels, effective, keep, shards)
         else:
             checks.token_data(op, labels, effective, keep, weight.shape[0])
-        return TokenLogprobs(
+        return named_result(
             *reference.linear_token_logprobs(
                 hidden, weight, labels, bias=bias, **arguments._asdict(), group=shards
             )
         )
     checks.floating(op, "hidden", hidden)
-    logprobs, *entropies = _LinearTokenLogprobs.apply(
-        hidden, weight, bias, labels, *arguments.split(), chunk, shards, backend
+    return named_result(
+        *_LinearTokenLogprobs.apply(
+            hidden, weight, bias, labels, *arguments.split(), chunk, shards, backend
+        )
     )
-    return TokenLogprobs(logprobs, entropies[0] if arguments.entropy else None)

@@ -15,6 +15,7 @@ from ..kernels import backends, losses
 from ._heads import check_chunk, check_head, check_ref_head
 from ._operator import define, head_gradients_fake, once_differentiable, remember
 from .policy import (
+    PPO,
     PolicyLoss,
     PolicyMetrics,
     check_advantages,
@@ -95,8 +96,8 @@ def linear_policy_loss(
     labels: Tensor,
     old_logprobs: Tensor | None,
     advantages: Tensor,
-    mask: Tensor,
     *,
+    mask: Tensor,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -111,7 +112,7 @@ def linear_policy_loss(
     chunk_tokens: int | None = None,
     batch_invariant: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
-    config: PolicyLossConfig,
+    config: PolicyLossConfig = PPO,
 ) -> PolicyLoss:
     """`policy_loss` straight from hidden states, its gradient taken in the forward pass.
 
@@ -154,7 +155,7 @@ def linear_policy_loss(
             fits for the largest shard.
         batch_invariant: as in `linear_token_logprobs`; with group, chunk_tokens must be given.
         group: process group over which V is sharded; None for none.
-        config: options.
+        config: options; PPO as in `policy_loss` by default.
 
     Returns:
         PolicyLoss(loss, metrics), float32; differentiable in hidden, weight and bias. The gradients

@@ -1,6 +1,6 @@
 """token_logprobs: log-probability and entropy of tokens from their logits."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -121,16 +121,81 @@ def _check_inplace(logits: Tensor) -> None:
 
 
 class TokenLogprobs(NamedTuple):
-    """Result of `token_logprobs`."""
+    """Result of `token_logprobs` and `linear_token_logprobs` without entropy."""
 
     logprobs: Tensor
-    entropy: Tensor | None
+    entropy: None = None
+
+
+class TokenLogprobsEntropy(NamedTuple):
+    """Result of the same with `entropy=True`."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def named_result(
+    logprobs: Tensor, entropy: Tensor | None = None
+) -> TokenLogprobs | TokenLogprobsEntropy:
+    """The public result of what an implementation returns."""
+    if entropy is None:
+        return TokenLogprobs(logprobs)
+    return TokenLogprobsEntropy(logprobs, entropy)
+
+
+@overload
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    entropy: Literal[False] = False,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    group: "torch.distributed.ProcessGroup | None" = None,
+    support: Support | None = None,
+) -> TokenLogprobs: ...
+
+
+@overload
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    entropy: Literal[True],
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    group: "torch.distributed.ProcessGroup | None" = None,
+    support: Support | None = None,
+) -> TokenLogprobsEntropy: ...
+
+
+@overload
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    entropy: bool,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    group: "torch.distributed.ProcessGroup | None" = None,
+    support: Support | None = None,
+) -> TokenLogprobs | TokenLogprobsEntropy: ...
 
 
 def token_logprobs(
     logits: Tensor,
     labels: Tensor,
     *,
+    mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
@@ -138,12 +203,13 @@ def token_logprobs(
     inplace_backward: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
-) -> TokenLogprobs:
+) -> TokenLogprobs | TokenLogprobsEntropy:
     """Log-probability of each label, and optionally the entropy of its distribution.
 
     With z = logits / temperature, or softcap * tanh(logits / softcap) / temperature:
     logprob = z_y - log sum_j exp(z_j) and entropy = -sum_j p_j log p_j, p = softmax(z). Both are
     differentiable in logits. One read of the logits forward; one read and one write backward.
+    TRL calls this `selective_log_softmax`, verl `logprobs_from_logits`.
 
     With `group` the vocabulary is sharded over its ranks (tensor parallelism): each has the columns
     that follow those of the rank before, any number, also none, and all have the same labels. Four
@@ -155,6 +221,8 @@ def token_logprobs(
         logits: [..., V], float32, bfloat16 or float16. Any [N, V] or [B, T, V] view with unit
             stride over V is read where it lies: `logits[:, :-1]` costs no copy.
         labels: [...], int64 or int32.
+        mask: [...], bool or integer: nonzero = keep; or floating, of 0 and 1 alone. The others are
+            skipped as those of `ignore_index` are, whatever their label. None keeps everything.
         temperature: a number between 2^-60 and 2^60, or a float tensor of one per token that
             broadcasts to the shape of labels (not differentiated). One of an ignored token does not
             matter. One that is zero, negative, NaN, infinite or beyond these bounds raises
@@ -181,7 +249,8 @@ def token_logprobs(
             the backward pass in place of the logits.
 
     Returns:
-        TokenLogprobs(logprobs [...], entropy [...] or None), float32. A row whose logits are all
+        TokenLogprobs(logprobs [...], entropy None), or with entropy=True
+        TokenLogprobsEntropy(logprobs [...], entropy [...]), float32. A row whose logits are all
         -inf, or that holds NaN or +inf, is NaN; a label at -inf gives -inf, as in torch.
 
     Raises:
@@ -205,11 +274,12 @@ def token_logprobs(
     arguments = row_options.checked(
         op, labels, "logits", logits, temperature, softcap, 1.0, entropy, ignore_index
     )
+    labels = row_options.without_masked(op, labels, mask, arguments.ignore_index)
     inplace_backward = option_checks.flag(op, "inplace_backward", inplace_backward)
     if support is not None:
         if inplace_backward or shards:
             raise ValueError(f"{op}: support goes with neither inplace_backward nor group")
-        return TokenLogprobs(*token_logprobs_support(logits, labels, support, arguments))
+        return named_result(*token_logprobs_support(logits, labels, support, arguments))
 
     backend = backends.select(op, logits.device)
     if backend == backends.REFERENCE:
@@ -220,13 +290,12 @@ def token_logprobs(
             shard.meet(op, logits.shape[-1], labels, arguments.temperature, keep, shards)
         else:
             checks.token_data(op, labels, arguments.temperature, keep, logits.shape[-1])
-        return TokenLogprobs(
+        return named_result(
             *reference.token_logprobs(logits, labels, **arguments.of_logits(), group=shards)
         )
     checks.floating(op, "logits", logits)
     if inplace_backward:
         _check_inplace(logits)
-    logprobs, *entropies = _TokenLogprobs.apply(
-        logits, labels, *arguments.split(), inplace_backward, shards, backend
+    return named_result(
+        *_TokenLogprobs.apply(logits, labels, *arguments.split(), inplace_backward, shards, backend)
     )
-    return TokenLogprobs(logprobs, entropies[0] if arguments.entropy else None)

@@ -136,7 +136,7 @@ class PolicyLoss(NamedTuple):
     metrics: PolicyMetrics
 
 
-_PPO = PolicyLossConfig.ppo()
+PPO = PolicyLossConfig.ppo()
 
 
 def _constant(t: Tensor | None) -> Tensor | None:
@@ -147,14 +147,14 @@ def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor | None,
     advantages: Tensor,
-    mask: Tensor,
     *,
+    mask: Tensor,
     ref_logprobs: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
     entropy: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    config: PolicyLossConfig = _PPO,
+    config: PolicyLossConfig = PPO,
 ) -> PolicyLoss:
     """Policy-gradient loss of PPO, GRPO, DAPO, GSPO, CISPO, SAPO, REINFORCE and their like.
 
@@ -183,7 +183,7 @@ def policy_loss(
         cu_seqlens: offsets [S + 1] of packed sequences, int32 or int64.
         normalizer: number or 0-d tensor > 0; overrides config.normalizer. A tensor is not read on
             the host, except on CPU.
-        config: options.
+        config: options; those of `PolicyLossConfig.ppo()` by default.
 
     Returns:
         PolicyLoss(loss, metrics): 0-d and PolicyMetrics, float32. With nothing unmasked the loss is

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..core import checks, option_checks
-
-_LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")
+from ..core.enums import DPO_LOSS_TYPES, DPOLossType
 
 
 class DPOLoss(NamedTuple):
@@ -40,7 +39,7 @@ def _check_pairs(op: str, pairs: dict[str, Tensor]) -> None:
 
 
 def sequence_logprobs(
-    logprobs: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None, average: bool = False
+    logprobs: Tensor, *, mask: Tensor, cu_seqlens: Tensor | None = None, average: bool = False
 ) -> Tensor:
     """Log-probability of each sequence: the sum of its unmasked tokens' log-probabilities.
 
@@ -73,7 +72,7 @@ def dpo_loss(
     ref_rejected_logprobs: Tensor,
     *,
     beta: float = 0.1,
-    loss_type: str = "sigmoid",
+    loss_type: DPOLossType = "sigmoid",
     label_smoothing: float = 0.0,
 ) -> DPOLoss:
     """Direct preference optimisation, mean over pairs.
@@ -113,7 +112,7 @@ def dpo_loss(
     }
     _check_pairs(op, pairs)
     beta = option_checks.positive(op, "beta", beta)
-    option_checks.one_of(op, "loss_type", loss_type, _LOSS_TYPES)
+    option_checks.one_of(op, "loss_type", loss_type, DPO_LOSS_TYPES)
     label_smoothing = option_checks.number(op, "label_smoothing", label_smoothing)
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"{op}: label_smoothing must be in [0, 0.5), got {label_smoothing}")

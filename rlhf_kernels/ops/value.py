@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..config.metrics import VALUE_METRICS
 from ..core import checks, option_checks
-from ..core.enums import AGGREGATIONS
+from ..core.enums import AGGREGATIONS, Aggregation
 from ..kernels import backends, losses
 from ._metrics import Metrics, register_metrics
 from ._operator import define, once_differentiable, remember
@@ -84,10 +84,10 @@ def value_loss(
     values: Tensor,
     old_values: Tensor,
     returns: Tensor,
-    mask: Tensor,
     *,
+    mask: Tensor,
     clip_range: float | None = None,
-    aggregation: str = "token-mean",
+    aggregation: Aggregation = "token-mean",
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
 ) -> ValueLoss:

@@ -43,7 +43,7 @@ def group(baseline: str, scale: str) -> Callable[[Outcome], Estimate]:
         scores, estimator = rollout.scores, rollout.config.kl_estimator
         if rollout.kl_coef:
             kl = timed(rk.kl_penalty, rollout.logprobs, rollout.ref_logprobs, estimator=estimator)
-            scores = scores - rollout.kl_coef * rk.sequence_logprobs(kl, rollout.mask)
+            scores = scores - rollout.kl_coef * rk.sequence_logprobs(kl, mask=rollout.mask)
         options = {"baseline": baseline, "scale": scale, "greedy_rewards": rollout.greedy_scores}
         return timed(rk.group_advantages, scores, rollout.config.num_generations, **options), None
 
@@ -53,8 +53,8 @@ def group(baseline: str, scale: str) -> Callable[[Outcome], Estimate]:
 def _gae(rollout: Outcome, scores: Tensor, values: Tensor, **options: Any) -> Estimate:
     """Generalised advantages of the KL-shaped reward."""
     found = timed(
-        rk.ppo_advantages, scores, rollout.logprobs, rollout.ref_logprobs, values, rollout.mask,
-        kl_coef=rollout.kl_coef, kl_estimator=rollout.config.kl_estimator,
+        rk.ppo_advantages, scores, rollout.logprobs, rollout.ref_logprobs, values,
+        mask=rollout.mask, kl_coef=rollout.kl_coef, kl_estimator=rollout.config.kl_estimator,
         gamma=rollout.config.gamma, **options,
     )  # fmt: skip
     return found.advantages, found.returns

@@ -133,7 +133,7 @@ class DPO(_Pairwise):
 
         def pair(head: models.Head) -> tuple[Tensor, Tensor]:
             logprobs = head.logprobs(batch.labels)
-            sums = rk.sequence_logprobs(logprobs, batch.completion_mask, average=average)
+            sums = rk.sequence_logprobs(logprobs, mask=batch.completion_mask, average=average)
             return sums.chunk(2)
 
         with torch.no_grad():

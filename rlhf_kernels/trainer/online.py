@@ -365,7 +365,7 @@ class OnlineTrainer:
                 rows.labels,
                 own["old"],
                 own["advantages"],
-                rows.completion_mask,
+                mask=rows.completion_mask,
                 temperature=self.config.temperature,
                 ref_logprobs=own["reference"],
                 rollout_logprobs=own["rollout"],
@@ -379,7 +379,7 @@ class OnlineTrainer:
                     models.values(networks.critic, rows),
                     own["values"],
                     own["returns"],
-                    rows.completion_mask,
+                    mask=rows.completion_mask,
                     clip_range=self.config.value_clip or None,
                     normalizer=tokens,
                 )

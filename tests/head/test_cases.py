@@ -133,7 +133,7 @@ def test_a_second_backward_gives_the_same(backend):
     mask = torch.ones(1, 9, dtype=torch.bool)
     loss = ours(hidden, weight, labels)[0].sum()
     policy = rk.linear_policy_loss(
-        hidden.unsqueeze(0), weight, labels.unsqueeze(0), old, advantages, mask,
+        hidden.unsqueeze(0), weight, labels.unsqueeze(0), old, advantages, mask=mask,
         config=rk.PolicyLossConfig.ppo(),
     ).loss  # fmt: skip
     kl = rk.linear_kl_divergence(hidden, weight, hidden.detach() + 0.1, weight.detach()).sum()
@@ -151,7 +151,8 @@ def test_upstream_scales_the_policy_gradient(backend):
     def loss():
         return rk.linear_policy_loss(
             hidden.unsqueeze(0), weight, labels.unsqueeze(0), torch.full((1, 9), -3.0),
-            torch.ones(1, 9), torch.ones(1, 9, dtype=torch.bool), config=rk.PolicyLossConfig.ppo(),
+            torch.ones(1, 9), mask=torch.ones(1, 9, dtype=torch.bool),
+            config=rk.PolicyLossConfig.ppo(),
         ).loss  # fmt: skip
 
     once = torch.autograd.grad(loss(), (hidden, weight))

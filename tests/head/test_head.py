@@ -115,8 +115,9 @@ def policy_problem(dtype=torch.float32):
 
 def run_policy(function, operands, tokens, **options):
     hidden, weight, bias = operands
-    labels, *rest = tokens
-    loss, metrics = function(hidden, weight, labels, *rest, bias=bias, temperature=0.8, **options)
+    *tokens, mask = tokens
+    options |= {"bias": bias, "mask": mask, "temperature": 0.8}
+    loss, metrics = function(hidden, weight, *tokens, **options)
     values = getattr(metrics, "tensor", metrics)
     return (loss, values, *torch.autograd.grad(loss, operands))
 
@@ -158,7 +159,7 @@ def test_policy_loss_is_the_composition(backend, packed):
         logits, labels.masked_fill(~mask, -100), temperature=0.8, entropy=True
     )
     result = rk.policy_loss(
-        logprobs, old, advantages, mask, entropy=entropy, cu_seqlens=cu_seqlens, config=config,
+        logprobs, old, advantages, mask=mask, entropy=entropy, cu_seqlens=cu_seqlens, config=config,
         **constants,
     )  # fmt: skip
     gradients = torch.autograd.grad(result.loss, leaves)
@@ -296,7 +297,7 @@ def test_batch_invariance(kernels, dtype):
         )
         loss = rk.linear_policy_loss(
             h[:, None], weight, labels[rows, None], old[rows, None], advantages[rows, None],
-            torch.ones(len(rows), 1, dtype=torch.bool),
+            mask=torch.ones(len(rows), 1, dtype=torch.bool),
             config=rk.PolicyLossConfig.reinforce(aggregation="constant", normalizer=3.0), **options,
         ).loss  # fmt: skip
         total = (lp.sum() + entropy.sum(), loss, kl.sum())
@@ -329,12 +330,12 @@ def test_policy_loss_finds_bad_labels_of_kept_tokens(backend, bad, monkeypatch):
     hidden, weight, _, labels = operands(bias=False)
     mask = torch.ones(B, T, dtype=torch.bool)
     mask[0, 1] = False
-    tokens = torch.zeros(B, T), torch.ones(B, T), mask
+    tokens = torch.zeros(B, T), torch.ones(B, T)
     labels[0, 1] = bad
 
     def run():
         return rk.linear_policy_loss(
-            hidden, weight, labels, *tokens, config=rk.PolicyLossConfig.ppo()
+            hidden, weight, labels, *tokens, mask=mask, config=rk.PolicyLossConfig.ppo()
         ).loss
 
     assert run().isfinite()
@@ -363,12 +364,13 @@ def test_bad_arguments(backend):
         rk.linear_token_logprobs(hidden, weight, labels, logit_scale=-1.0)
     with pytest.raises(ValueError, match="ref_hidden and ref_weight must have the tokens"):
         rk.linear_kl_divergence(hidden, weight, hidden[:, 1:], weight)
-    tokens = (labels, torch.zeros(B, T), torch.zeros(B, T), torch.ones(B, T, dtype=torch.bool))
+    tokens = (labels, torch.zeros(B, T), torch.zeros(B, T))
+    mask = torch.ones(B, T, dtype=torch.bool)
     config = rk.PolicyLossConfig.ppo()
     with pytest.raises(ValueError, match="ref_hidden and ref_weight must be given together"):
-        rk.linear_policy_loss(hidden, weight, *tokens, ref_hidden=hidden, config=config)
+        rk.linear_policy_loss(hidden, weight, *tokens, mask=mask, ref_hidden=hidden, config=config)
     with pytest.raises(ValueError, match="ref_logprobs must be given, since kl_coef"):
-        rk.linear_policy_loss(hidden, weight, *tokens, config=rk.PolicyLossConfig.grpo())
+        rk.linear_policy_loss(hidden, weight, *tokens, mask=mask, config=rk.PolicyLossConfig.grpo())
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))

@@ -454,14 +454,14 @@ def test_strides_beyond_2_31(device, name):
 
 def _policy_step(logits, labels, old, advantages, mask):
     new = rk.token_logprobs(logits * 1, labels, temperature=0.9, entropy=True)
-    loss = rk.policy_loss(new.logprobs, old, advantages, mask, entropy=new.entropy).loss
+    loss = rk.policy_loss(new.logprobs, old, advantages, mask=mask, entropy=new.entropy).loss
     return loss + rk.kl_penalty(new.logprobs, old, estimator="k3").mean()
 
 
 def _critic_step(rewards, values, old, mask):
     a = rk.gae(rewards, old, mask=mask, gamma=0.99, lam=0.9, whiten=True)
-    loss = rk.value_loss(values * 1, old, a.returns, mask, clip_range=0.2).loss
-    return loss + (rk.whiten(a.returns, mask) * a.advantages).mean()
+    loss = rk.value_loss(values * 1, old, a.returns, mask=mask, clip_range=0.2).loss
+    return loss + (rk.whiten(a.returns, mask=mask) * a.advantages).mean()
 
 
 def _divergence_step(logits, ref):

@@ -365,7 +365,7 @@ class TestTraffic:
         mask = torch.rand(rows, cols) < 0.7
         with self.traffic() as traffic:
             out = rk.ppo_advantages(
-                torch.randn(rows), logprobs, ref, values, mask, kl_coef=0.1, whiten=whiten
+                torch.randn(rows), logprobs, ref, values, mask=mask, kl_coef=0.1, whiten=whiten
             )
         scan = ["aggregate_kernel", "scan_kernel"]
         assert traffic.kernels == scan + ["combine_kernel", "apply_kernel"] * whiten
@@ -385,7 +385,7 @@ class TestTraffic:
         x = torch.randn(3, 2101)[:, 1:]
         mask = torch.rand(3, 2100) < 0.5 if masked else None
         with self.traffic() as traffic:
-            out = rk.whiten(x, mask)
+            out = rk.whiten(x, mask=mask)
         tiles = 2
         assert (traffic.reads(x) == 2).all() and (traffic.writes(out) == 1).all()
         assert mask is None or (traffic.reads(mask) == 2).all()

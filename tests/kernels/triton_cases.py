@@ -271,8 +271,8 @@ def statistics(full: bool) -> Iterator[Case]:
     ):  # fmt: skip
         tokens = Tokens(v["layout"])
         mask = None if v["mask"] is None else torch.zeros(3, 70, dtype=v["mask"])
-        options = {"shift_mean": v["shift_mean"]}
-        yield Case(f"whiten/{label(v)}", rk.whiten, (tokens(v["dtype"]), mask), options)
+        options = {"mask": mask, "shift_mean": v["shift_mean"]}
+        yield Case(f"whiten/{label(v)}", rk.whiten, (tokens(v["dtype"]),), options)
     for v in combine(
         dtype=(*DTYPES, torch.float64), groups=(4, "ids"),
         baseline=("mean", "leave-one-out", "greedy", "none"), scale=("group", "batch", "none"),
@@ -357,7 +357,8 @@ def policy(full: bool) -> Iterator[Case]:
             options["rollout_logprobs"] = tokens(dtype)
         if all_given or v["entropy"] or config.entropy_coef:
             options["entropy"] = tokens(dtype, grad=v["entropy"] == "bonus")
-        args = (tokens(dtype, grad=v["grad"]), tokens(dtype), advantages, tokens(v["mask"]))
+        args = (tokens(dtype, grad=v["grad"]), tokens(dtype), advantages)
+        options["mask"] = tokens(v["mask"])
         yield Case(f"policy_loss/{name}", rk.policy_loss, args, options)
 
 
@@ -373,8 +374,8 @@ def value(full: bool) -> Iterator[Case]:
         options = {k: v[k] for k in ("clip_range", "aggregation")} | tokens.options()
         options["normalizer"] = normalizers(kind)
         x = [tokens(v["dtype"], grad=v["grad"] and i == 0) for i in range(3)]
-        args = (*x, tokens(v["mask"]))
-        yield Case(f"value_loss/{label(v)}", rk.value_loss, args, options)
+        options["mask"] = tokens(v["mask"])
+        yield Case(f"value_loss/{label(v)}", rk.value_loss, tuple(x), options)
 
 
 def row_sweeps() -> Iterator[Case]:
@@ -435,11 +436,11 @@ def token_sweeps() -> Iterator[Case]:
             yield Case(f"sweep/discounted_returns/{name}", rk.discounted_returns, (x(),),
                        {"mask": mask, "gamma": gamma})  # fmt: skip
             yield Case(f"sweep/ppo_advantages/{name}", rk.ppo_advantages,
-                       (x()[:, 0], x(), x(), x(), mask),
-                       {"kl_coef": (0.1, 1, 2, 3.5)[n], "reward_clip": (1, 16, 2.5, 3)[n]} | rates,
-                       )  # fmt: skip
-            yield Case(f"sweep/whiten/{name}", rk.whiten, (x(), mask),
-                       {"eps": (1e-8, 0, 1, 16)[n], "unbiased": n > 1})  # fmt: skip
+                       (x()[:, 0], x(), x(), x()),
+                       {"mask": mask, "kl_coef": (0.1, 1, 2, 3.5)[n],
+                        "reward_clip": (1, 16, 2.5, 3)[n]} | rates)  # fmt: skip
+            yield Case(f"sweep/whiten/{name}", rk.whiten, (x(),),
+                       {"mask": mask, "eps": (1e-8, 0, 1, 16)[n], "unbiased": n > 1})  # fmt: skip
             rewards, size = torch.zeros(rows * length), (1, rows, length, 1)[n]
             options = {"eps": (1e-6, 0, 1, 16)[n]}
             yield Case(f"sweep/group_advantages/{name}", rk.group_advantages, (rewards, size),
@@ -452,13 +453,18 @@ def token_sweeps() -> Iterator[Case]:
                 clip_low=numbers[n], clip_high=(0.28, 1, 16, 2)[n], dual_clip=(3, 2.0, 16, 4)[n],
                 kl_coef=(0.1, 1, 16, 0.5)[n], entropy_coef=(0.01, 1, 2, 16)[n],
             )  # fmt: skip
-            inputs = {"ref_logprobs": x(), "entropy": x().requires_grad_(), "config": config}
-            args = (x().requires_grad_(), x(), x(), mask)
+            inputs = {
+                "mask": mask,
+                "ref_logprobs": x(),
+                "entropy": x().requires_grad_(),
+                "config": config,
+            }
+            args = (x().requires_grad_(), x(), x())
             yield Case(f"sweep/policy_loss/{name}", rk.policy_loss, args, inputs)
             inputs = inputs | {"normalizer": (3.0, 1, 16, 2.5)[n]}
             yield Case(f"sweep/policy_loss/{kind} normalizer/{n}", rk.policy_loss, args, inputs)
             yield Case(f"sweep/value_loss/{name}", rk.value_loss, args,
-                       {"clip_range": (0.2, 1, 16, 2)[n]})  # fmt: skip
+                       {"mask": mask, "clip_range": (0.2, 1, 16, 2)[n]})  # fmt: skip
 
 
 def packed_sweeps() -> Iterator[Case]:

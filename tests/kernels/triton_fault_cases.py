@@ -387,7 +387,7 @@ def ppo_advantages() -> Iterator[Case]:
 
 def whiten() -> Iterator[Case]:
     def call(x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        return (rk.whiten(x, mask),)
+        return (rk.whiten(x, mask=mask),)
 
     def arguments() -> dict[str, Tensor]:
         return {"x": normal(BATCH, 1500), "mask": normal(BATCH, 1500, seed=1) > 0}

@@ -79,6 +79,7 @@ def _build(op: str, base: dict, choices: Options, grads: tuple, full: bool) -> I
 def _token_logprobs(full: bool) -> Iterator[Call]:
     base = {"logits": lambda: _floats(B, T, V), "labels": lambda: torch.tensor([[1, 3, 1]] * B)}
     choices = {
+        "mask": (_ABSENT, _mask),
         "entropy": (False, True),
         "temperature": (1.0, lambda: torch.full((B, T), 0.7)),
         "softcap": (None, 5.0),
@@ -95,6 +96,7 @@ _OPERANDS = ("hidden", "weight", "bias")
 def _linear_token_logprobs(full: bool) -> Iterator[Call]:
     base = {**_HEAD, "labels": lambda: torch.tensor([[1, 3, 1]] * B)}
     choices = {
+        "mask": (_mask, _ABSENT),
         "entropy": (False, True),
         "bias": (_ABSENT, lambda: _floats(V)),
         "temperature": (lambda: torch.tensor(0.7), 1.0),
@@ -189,13 +191,14 @@ def _linear_policy_loss(full: bool) -> Iterator[Call]:
 
 def _kl_divergence(full: bool) -> Iterator[Call]:
     base = {"logits": lambda: _floats(B, T, V), "ref_logits": lambda: _floats(B, T, V)}
-    choices = {"direction": ("reverse", "forward"), "temperature": (1.0, 0.7)}
+    choices = {"mask": (_ABSENT, _mask), "direction": ("reverse", "forward")}
+    choices["temperature"] = (1.0, 0.7)
     yield from _build("kl_divergence", base, choices, ("logits",), full)
 
 
 def _kl_penalty(full: bool) -> Iterator[Call]:
     base = {"logprobs": lambda: _floats(B, T), "ref_logprobs": lambda: _floats(B, T)}
-    choices = {"estimator": ("k1", "k2", "k3", "abs", "k1+", "k3+")}
+    choices = {"mask": (_mask, _ABSENT), "estimator": ("k1", "k2", "k3", "abs", "k1+", "k3+")}
     yield from _build("kl_penalty", base, choices, ("logprobs",), full)
 
 

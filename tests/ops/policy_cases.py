@@ -106,7 +106,7 @@ def make_inputs(rows=5, cols=37, dtype=torch.float32, *, seed=0, keep=0.7):
 
 def run(function, args, options, **more):
     """(loss, metrics, gradient of logprobs, gradient of entropy)."""
-    loss, metrics = function(*args, **options, **more)
+    loss, metrics = function(*args[:3], mask=args[3], **options, **more)
     wanted = (args[0], options["entropy"])
     gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
     metrics = metrics if isinstance(metrics, torch.Tensor) else metrics.tensor

@@ -119,7 +119,9 @@ def test_masked_rewards_and_non_finite_values_change_nothing(backend):
                     assert (a[hidden] == 0).all()
     x = torch.randn(3, 7)
     mask = random_mask(3, 7)
-    assert_bitwise_equal(rk.whiten(x.masked_fill(~mask, torch.nan), mask), rk.whiten(x, mask))
+    assert_bitwise_equal(
+        rk.whiten(x.masked_fill(~mask, torch.nan), mask=mask), rk.whiten(x, mask=mask)
+    )
 
 
 def test_done_cuts_what_is_behind_it(backend):
@@ -153,16 +155,18 @@ def test_all_masked_and_empty(backend):
         for whiten in (False, True):
             result = rk.gae(x, x, mask=none, masked=masked, whiten=whiten)
             assert all((r == 0).all() for r in result)
-    result = rk.ppo_advantages(torch.full((3,), torch.nan), x, x, x, none, kl_coef=0.1)
+    result = rk.ppo_advantages(torch.full((3,), torch.nan), x, x, x, mask=none, kl_coef=0.1)
     assert all((r == 0).all() for r in result)
-    assert (rk.whiten(x, none) == 0).all()
+    assert (rk.whiten(x, mask=none) == 0).all()
     for shape in ((0, 5), (5, 0), (0, 0)):
         empty = torch.empty(shape)
         assert all(r.shape == shape for r in rk.gae(empty, empty, whiten=True))
         assert rk.whiten(empty).shape == shape
         assert rk.discounted_returns(empty).shape == shape
         scores = torch.zeros(shape[0])
-        assert all(r.shape == shape for r in rk.ppo_advantages(scores, empty, None, empty, None))
+        assert all(
+            r.shape == shape for r in rk.ppo_advantages(scores, empty, None, empty, mask=None)
+        )
     empty = torch.empty(0)
     for cu in ([0], [0, 0, 0]):
         assert rk.gae(empty, empty, cu_seqlens=torch.tensor(cu)).advantages.shape == (0,)
@@ -185,8 +189,8 @@ def test_ppo_advantages_equal_their_parts(backend, packed, estimator):
     scores[2] = torch.nan
     options = {"gamma": 0.99, "lam": 0.9, "cu_seqlens": cu}
     actual = rk.ppo_advantages(
-        scores, logprobs, ref, values, mask, kl_coef=0.2, kl_estimator=estimator, reward_clip=4.0,
-        whiten=False, **options,
+        scores, logprobs, ref, values, mask=mask, kl_coef=0.2, kl_estimator=estimator,
+        reward_clip=4.0, whiten=False, **options,
     )  # fmt: skip
     x = logprobs.double() - ref.double()
     kl = {"k1": x, "k2": x * x / 2, "k3": (-x).expm1() + x, "abs": x.abs()}[estimator]
@@ -203,24 +207,24 @@ def test_ppo_advantages_equal_their_parts(backend, packed, estimator):
     assert_bitwise_equal(actual.advantages, again.advantages)
     assert_bitwise_equal(actual.returns, again.returns)
     whitened = rk.ppo_advantages(
-        scores, logprobs, ref, values, mask, kl_coef=0.2, kl_estimator=estimator, reward_clip=4.0,
-        **options,
+        scores, logprobs, ref, values, mask=mask, kl_coef=0.2, kl_estimator=estimator,
+        reward_clip=4.0, **options,
     )  # fmt: skip
     if backend == "triton":
         # Moments of the scan's tiles, which end with sequences: another order of the same sum.
         fused = rk.gae(actual.rewards, values, mask=mask, whiten=True, **options)
         assert_bitwise_equal(whitened.advantages, fused.advantages)
-        assert_close(whitened.advantages, rk.whiten(actual.advantages, mask).double(), 3e-7)
+        assert_close(whitened.advantages, rk.whiten(actual.advantages, mask=mask).double(), 3e-7)
     else:
-        assert_bitwise_equal(whitened.advantages, rk.whiten(actual.advantages, mask))
+        assert_bitwise_equal(whitened.advantages, rk.whiten(actual.advantages, mask=mask))
 
 
 def test_ppo_advantages_without_penalty_ignore_the_reference(backend):
     inputs = [torch.randn(4, 9) for _ in range(2)]
     scores = torch.randn(4)
     nothing = torch.full((4, 9), torch.nan)
-    off = rk.ppo_advantages(scores, inputs[0], nothing, inputs[1], None, kl_coef=0.0)
-    none = rk.ppo_advantages(scores, inputs[0], None, inputs[1], None, kl_coef=0.5)
+    off = rk.ppo_advantages(scores, inputs[0], nothing, inputs[1], mask=None, kl_coef=0.0)
+    none = rk.ppo_advantages(scores, inputs[0], None, inputs[1], mask=None, kl_coef=0.5)
     for a, e in zip(off, none, strict=True):
         assert_bitwise_equal(a, e)
     assert_bitwise_equal(off.rewards[:, -1], scores)
@@ -303,15 +307,15 @@ def test_whiten(backend, shift_mean, unbiased):
         expected = torch.where(mask, (x.double() - kept.mean()) / std, 0)
         if not shift_mean:
             expected = torch.where(mask, expected + kept.mean(), 0)
-        assert_close(rk.whiten(x, mask, **options), expected)
+        assert_close(rk.whiten(x, mask=mask, **options), expected)
         assert_bitwise_equal(
-            rk.whiten(x, None, **options), rk.whiten(x, torch.ones_like(mask), **options)
+            rk.whiten(x, mask=None, **options), rk.whiten(x, mask=torch.ones_like(mask), **options)
         )
 
 
 def test_whiten_without_spread(backend):
     one = torch.tensor([5.0, 7.0])
     only = torch.tensor([True, False])
-    assert rk.whiten(one, only).tolist() == [0.0, 0.0]
-    assert rk.whiten(one, only, shift_mean=False).tolist() == [5.0, 0.0]
+    assert rk.whiten(one, mask=only).tolist() == [0.0, 0.0]
+    assert rk.whiten(one, mask=only, shift_mean=False).tolist() == [5.0, 0.0]
     assert (rk.whiten(torch.full((100,), 0.1), eps=0.0) == 0).all()

@@ -72,7 +72,15 @@ SCANS = {
     "discounted_returns": lambda scores, values, **x: (rk.discounted_returns(**x, gamma=0.99),),
     "ppo_advantages": lambda scores, rewards, values, mask, dones, bootstrap_values, **x: (
         rk.ppo_advantages(
-            scores, rewards, values, values, mask, kl_coef=0.2, kl_estimator="k3", whiten=False, **x
+            scores,
+            rewards,
+            values,
+            values,
+            mask=mask,
+            kl_coef=0.2,
+            kl_estimator="k3",
+            whiten=False,
+            **x,
         )
     ),
 }
@@ -170,20 +178,20 @@ def test_whitening_does_not_depend_on_threads_or_shape(backend):
     x = torch.randn(13, 1777)
     mask = random_mask(13, 1777)
     compare = same(backend)
-    expected = rk.whiten(x, mask)
-    compare(rk.whiten(x.flatten(), mask.flatten()), expected.flatten())
+    expected = rk.whiten(x, mask=mask)
+    compare(rk.whiten(x.flatten(), mask=mask.flatten()), expected.flatten())
     before = torch.get_num_threads()
     try:
         for threads in (1, 4) if backend == "cpu" else (before,):
             torch.set_num_threads(threads)
-            assert_bitwise_equal(rk.whiten(x, mask), expected)
+            assert_bitwise_equal(rk.whiten(x, mask=mask), expected)
     finally:
         torch.set_num_threads(before)
     if interpreted(backend):
         x, mask = x[:3, :140], mask[:3, :140]
     fused = rk.gae(x, x, mask=mask, whiten=True).advantages
     assert_bitwise_equal(rk.gae(x, x, mask=mask, whiten=True).advantages, fused)
-    parts = rk.whiten(rk.gae(x, x, mask=mask).advantages, mask)
+    parts = rk.whiten(rk.gae(x, x, mask=mask).advantages, mask=mask)
     if backend == "triton":
         # Moments of the scan's tiles, which end with sequences: another order of the same sum.
         assert_close(fused, parts.double(), 3e-7)
@@ -197,7 +205,7 @@ def test_results_are_constants(backend):
     results = (
         *rk.gae(x, y, whiten=True),
         rk.discounted_returns(x),
-        *rk.ppo_advantages(scores, x, y, y, None, kl_coef=0.1),
+        *rk.ppo_advantages(scores, x, y, y, mask=None, kl_coef=0.1),
         rk.group_advantages(scores, 2),
         rk.whiten(x),
     )
@@ -212,7 +220,7 @@ def test_bad_offsets(backend, monkeypatch):
             lambda cu=cu: rk.gae(flat, flat, cu_seqlens=cu),
             lambda cu=cu: rk.discounted_returns(flat, cu_seqlens=cu),
             lambda cu=cu: rk.ppo_advantages(
-                flat[: len(cu) - 1], flat, None, flat, None, cu_seqlens=cu
+                flat[: len(cu) - 1], flat, None, flat, mask=None, cu_seqlens=cu
             ),
         ):
             with monkeypatch.context() as patch:
@@ -246,16 +254,16 @@ def test_bad_arguments(backend):
         (ValueError, r"gamma must be in \[0, 1\]", lambda: rk.gae(x, x, gamma=1.5)),
         (ValueError, "lam must be finite", lambda: rk.gae(x, x, lam=math.nan)),
         (ValueError, "masked must be one of", lambda: rk.gae(x, x, masked="skip")),
-        (ValueError, "scores must have one", lambda: rk.ppo_advantages(flat, x, x, x, None)),
+        (ValueError, "scores must have one", lambda: rk.ppo_advantages(flat, x, x, x, mask=None)),
         (
             ValueError,
             "kl_estimator must be one of",
-            lambda: rk.ppo_advantages(scores, x, x, x, None, kl_estimator="k4"),
+            lambda: rk.ppo_advantages(scores, x, x, x, mask=None, kl_estimator="k4"),
         ),
         (
             ValueError,
             "reward_clip must be",
-            lambda: rk.ppo_advantages(scores, x, x, x, None, reward_clip=0.0),
+            lambda: rk.ppo_advantages(scores, x, x, x, mask=None, reward_clip=0.0),
         ),
         (ValueError, "divide the number of rewards", lambda: rk.group_advantages(flat, 3)),
         (TypeError, "groups must be an int", lambda: rk.group_advantages(flat, 2.0)),
@@ -264,7 +272,7 @@ def test_bad_arguments(backend):
         (ValueError, "scale must be one of", lambda: rk.group_advantages(flat, 2, scale="std")),
         (ValueError, r"rewards must be \[B\]", lambda: rk.group_advantages(x, 2)),
         (ValueError, "eps must be >= 0", lambda: rk.whiten(x, eps=-1.0)),
-        (ValueError, "mask must have the shape", lambda: rk.whiten(x, flat.bool())),
+        (ValueError, "mask must have the shape", lambda: rk.whiten(x, mask=flat.bool())),
     ):
         with pytest.raises(error, match=match):
             call()
@@ -291,7 +299,7 @@ def test_the_cpu_backend_is_really_used(monkeypatch):
     calls = (
         lambda: rk.gae(x, x),
         lambda: rk.discounted_returns(x),
-        lambda: rk.ppo_advantages(scores, x, x, x, None),
+        lambda: rk.ppo_advantages(scores, x, x, x, mask=None),
         lambda: rk.group_advantages(scores, 2),
         lambda: rk.whiten(x),
     )
@@ -346,11 +354,11 @@ def test_compiles_without_graph_break_or_recompilation():
     counter = CompileCounterWithBackend("aot_eager")
 
     def step(scores, logprobs, ref, values, mask, flat, cu, bonus, scale):
-        shaped = rk.ppo_advantages(scores, logprobs * 1, ref, values, mask, kl_coef=0.1)
+        shaped = rk.ppo_advantages(scores, logprobs * 1, ref, values, mask=mask, kl_coef=0.1)
         a = rk.gae(shaped.rewards, values, mask=mask, gamma=0.99, lam=0.9, whiten=True)
         packed = rk.gae(flat, flat, cu_seqlens=cu)
         g = rk.group_advantages(scores, 2) + rk.group_advantages(bonus, scale, baseline="none")
-        whitened = rk.whiten(a.returns, mask) * 2
+        whitened = rk.whiten(a.returns, mask=mask) * 2
         return whitened, packed.advantages, g, rk.discounted_returns(values, gamma=0.9)
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)

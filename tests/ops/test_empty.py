@@ -34,14 +34,14 @@ def test_no_tokens_padded(backend, b, t):
     run(lambda a, c: rk.kl_penalty(a, c, estimator="k3"), x, x)
     run(lambda r, v: tuple(rk.gae(r, v, mask=keep, bootstrap_values=ones, whiten=True)), x, x)
     run(lambda r: rk.discounted_returns(r, mask=keep, gamma=0.9), x)
-    run(lambda r: rk.whiten(r, keep), x)
-    run(lambda p, v: tuple(rk.ppo_advantages(ones, p, p, v, keep, kl_coef=0.1)), x, x)
-    run(lambda v: rk.value_loss(v, x, x, keep, clip_range=0.1).loss, x)
-    run(lambda p: rk.sequence_logprobs(p, keep, average=True), x)
+    run(lambda r: rk.whiten(r, mask=keep), x)
+    run(lambda p, v: tuple(rk.ppo_advantages(ones, p, p, v, mask=keep, kl_coef=0.1)), x, x)
+    run(lambda v: rk.value_loss(v, x, x, mask=keep, clip_range=0.1).loss, x)
+    run(lambda p: rk.sequence_logprobs(p, mask=keep, average=True), x)
 
     def loss(p):
         return rk.policy_loss(
-            p, x, x, keep, ref_logprobs=x, rollout_logprobs=x, entropy=x, config=config
+            p, x, x, mask=keep, ref_logprobs=x, rollout_logprobs=x, entropy=x, config=config
         ).loss
 
     run(loss, x)
@@ -53,9 +53,9 @@ def test_no_tokens_packed(backend, sequences):
     keep, ones = torch.ones(0, dtype=torch.bool), torch.ones(sequences)
     run(lambda r: tuple(rk.gae(r, x, mask=keep, cu_seqlens=cu, bootstrap_values=ones)), x)
     run(lambda r: rk.discounted_returns(r, cu_seqlens=cu, bootstrap_values=ones, gamma=0.9), x)
-    run(lambda p: tuple(rk.ppo_advantages(ones, p, x, x, keep, cu_seqlens=cu, kl_coef=0.1)), x)
-    run(lambda v: rk.value_loss(v, x, x, keep, cu_seqlens=cu).loss, x)
-    run(lambda p: rk.sequence_logprobs(p, keep, cu_seqlens=cu), x)
+    run(lambda p: tuple(rk.ppo_advantages(ones, p, x, x, mask=keep, cu_seqlens=cu, kl_coef=0.1)), x)
+    run(lambda v: rk.value_loss(v, x, x, mask=keep, cu_seqlens=cu).loss, x)
+    run(lambda p: rk.sequence_logprobs(p, mask=keep, cu_seqlens=cu), x)
     for aggregation in ("token-mean", "seq-mean-token-mean"):
         config = rk.PolicyLossConfig.gspo(
             aggregation=aggregation, correction_level="sequence", correction_max=2.0
@@ -63,7 +63,7 @@ def test_no_tokens_packed(backend, sequences):
 
         def loss(p, config=config):
             return rk.policy_loss(
-                p, x, ones, keep, rollout_logprobs=x, cu_seqlens=cu, config=config
+                p, x, ones, mask=keep, rollout_logprobs=x, cu_seqlens=cu, config=config
             ).loss
 
         run(loss, x)
@@ -90,7 +90,7 @@ def test_no_tokens_or_no_columns_of_a_head(backend, n, width):
 
     def loss(h, w, bias):
         return rk.linear_policy_loss(
-            h[None], w, labels[None], x, x + 1, keep, bias=bias, config=config
+            h[None], w, labels[None], x, x + 1, mask=keep, bias=bias, config=config
         ).loss
 
     for f in (logprobs, loss, lambda *a: rk.linear_kl_divergence(*a[:2], h, w, bias=a[2])):
@@ -180,7 +180,7 @@ def test_labels_under_the_mask_are_anything(backend):
     plain = torch.where(mask != 0, odd, 0)
     found = [
         rk.linear_policy_loss(
-            h, w, y, torch.full((1, 6), -2.0), torch.ones(1, 6), mask,
+            h, w, y, torch.full((1, 6), -2.0), torch.ones(1, 6), mask=mask,
             config=rk.PolicyLossConfig.ppo(),
         ).loss
         for y in (odd, plain)

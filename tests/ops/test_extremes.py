@@ -81,7 +81,7 @@ def test_a_temperature_that_is_not_taken_is_refused_by_name(backend, bad):
         lambda t: rk.token_logprobs(x, y, temperature=t, support=lists),
         lambda t: rk.linear_token_logprobs(h, w, y, temperature=t, support=lists),
         lambda t: rk.linear_policy_loss(
-            h[None], w, y[None], torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2).bool(),
+            h[None], w, y[None], torch.zeros(1, 2), torch.ones(1, 2), mask=torch.ones(1, 2).bool(),
             temperature=t, config=rk.PolicyLossConfig.ppo(),
         ),
     ]  # fmt: skip
@@ -284,7 +284,7 @@ def corrected(rollout, old, level, mode, packed=None, **options):
     advantages = torch.linspace(-1, 1, old.numel()).reshape(old.shape)
     lp = (old.nan_to_num(neginf=-50.0) + 0.05).requires_grad_()
     result = rk.policy_loss(
-        lp, old, advantages, mask, rollout_logprobs=rollout, cu_seqlens=packed, config=config
+        lp, old, advantages, mask=mask, rollout_logprobs=rollout, cu_seqlens=packed, config=config
     )
     result.loss.backward()
     return result.loss.detach(), lp.grad, result.metrics
@@ -336,10 +336,10 @@ def test_a_reference_without_weight_is_a_metric_alone(backend):
         found = []
         for ref in (None, torch.tensor([[NAN, -1.0, INF]])):
             lp, hidden = x.clone().requires_grad_(), operands[0].clone().requires_grad_()
-            rest = (x - 0.125, torch.ones(1, 3), mask)
-            loss = rk.policy_loss(lp, *rest, ref_logprobs=ref, config=config).loss
+            rest = (x - 0.125, torch.ones(1, 3))
+            loss = rk.policy_loss(lp, *rest, mask=mask, ref_logprobs=ref, config=config).loss
             head = rk.linear_policy_loss(
-                hidden, operands[1], labels, *rest, ref_logprobs=ref, config=config
+                hidden, operands[1], labels, *rest, mask=mask, ref_logprobs=ref, config=config
             ).loss
             (loss + head).backward()
             found.append((loss.detach(), head.detach(), lp.grad, hidden.grad))
@@ -358,7 +358,9 @@ def test_infinite_references_in_the_kl_term(backend):
 
             def loss(x, config=config, ref=ref):
                 old_, ones, ref = (t.to(x.dtype) for t in (old, torch.ones(1, 1), ref))
-                return rk.policy_loss(x, old_, ones, mask, ref_logprobs=ref, config=config).loss
+                return rk.policy_loss(
+                    x, old_, ones, mask=mask, ref_logprobs=ref, config=config
+                ).loss
 
             value, slope = gradient(loss, old)
             want, want_slope = judged(loss, old)

@@ -32,7 +32,14 @@ def head_gradients(operands, tokens, config, scale, **options):
     operands = [t.clone().requires_grad_() for t in operands]
     labels, old, advantages, mask = tokens
     loss = rk.linear_policy_loss(
-        *operands[:2], labels, old, advantages, mask, bias=operands[2], config=config, **options
+        *operands[:2],
+        labels,
+        old,
+        advantages,
+        mask=mask,
+        bias=operands[2],
+        config=config,
+        **options,
     ).loss
     (loss * scale).backward()
     return [t.grad.double() / scale for t in operands]
@@ -80,8 +87,8 @@ def test_loss_scaling_keeps_fp16_gradients_of_tokens(backend, op):
 
     def loss(x):
         if op == "policy":
-            return rk.policy_loss(x, *constants, mask).loss
-        return rk.value_loss(x, *constants, mask).loss
+            return rk.policy_loss(x, *constants, mask=mask).loss
+        return rk.value_loss(x, *constants, mask=mask).loss
 
     scale = 2.0**20
     got = gradient(loss, x, torch.tensor(scale))

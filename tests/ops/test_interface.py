@@ -140,9 +140,9 @@ def test_rewards_may_be_integers_and_bools(backend):
             rk.group_advantages(r, 2, baseline="greedy", greedy_rewards=r.flip(0)),
             rk.gae(s, x, bootstrap_values=s[:, 0]),
             rk.discounted_returns(s, gamma=0.5),
-            rk.ppo_advantages(r[:2], x, x, x, None, kl_coef=0.1),
+            rk.ppo_advantages(r[:2], x, x, x, mask=None, kl_coef=0.1),
             rk.whiten(s),
-            rk.policy_loss(x, x, s, torch.ones(2, 3, dtype=torch.bool)).loss,
+            rk.policy_loss(x, x, s, mask=torch.ones(2, 3, dtype=torch.bool)).loss,
             rk.reward_model_loss(x[:, 0], x[:, 1], margin=r[:2]).loss,
         )
 
@@ -198,8 +198,8 @@ def test_offsets_that_may_not_be_looked_at_poison(monkeypatch):
     for offsets in BAD_OFFSETS:
         bad = torch.tensor(offsets)
         if len(offsets) > 1:
-            assert rk.sequence_logprobs(x, mask, cu_seqlens=bad).isnan().all(), offsets
-    found = rk.sequence_logprobs(x, mask, cu_seqlens=torch.tensor([0, 2, 6]))
+            assert rk.sequence_logprobs(x, mask=mask, cu_seqlens=bad).isnan().all(), offsets
+    found = rk.sequence_logprobs(x, mask=mask, cu_seqlens=torch.tensor([0, 2, 6]))
     assert torch.equal(found, torch.zeros(2))
 
 
@@ -221,7 +221,7 @@ def _head_calls(hidden, weight, bias):
         ).logprobs.sum(),
         "kl": kl,
         "policy": lambda h, w, b: rk.linear_policy_loss(
-            h, w, labels, old, advantages, labels >= 0, bias=b, config=config
+            h, w, labels, old, advantages, mask=labels >= 0, bias=b, config=config
         ).loss,
         "support": lambda h, w, b: rk.linear_token_logprobs(
             h, w, labels, bias=b,

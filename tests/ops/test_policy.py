@@ -212,7 +212,7 @@ def test_on_policy_is_exact(backend):
             logprobs,
             logprobs.detach(),
             advantages,
-            mask,
+            mask=mask,
             ref_logprobs=logprobs.detach(),
             config=Config(**base, kl_coef=0.1),
         ).metrics
@@ -233,18 +233,20 @@ def test_exponentials_are_accurate(backend):
     still, mask = torch.zeros_like(x), torch.ones_like(x, dtype=torch.bool)
     options = {"log_ratio_clamp": None, "aggregation": "constant", "normalizer": 1.0}
     free = Config(clip_low=None, clip_high=None, **options)
-    (r,) = torch.autograd.grad(rk.policy_loss(x, still, still - 1, mask, config=free).loss, x)
+    (r,) = torch.autograd.grad(rk.policy_loss(x, still, still - 1, mask=mask, config=free).loss, x)
     exact = x.detach().double().exp()
     assert ((r - exact).abs() / exact).max() < 2.0**-23
     penalty = Config(objective="penalty", penalty_coef=1.0, **options)
-    (slope,) = torch.autograd.grad(rk.policy_loss(x, still, still, mask, config=penalty).loss, x)
+    (slope,) = torch.autograd.grad(
+        rk.policy_loss(x, still, still, mask=mask, config=penalty).loss, x
+    )
     exact = torch.expm1(x.detach().double())
     # torch forms the derivative of expm1 as expm1 + 1, the reference subtracts 1 again.
     size = exact.abs() + 1 if backend == "reference" else exact.abs()
     assert ((slope - exact).abs() <= size * 2.0**-22).all()
     for value in small[(small > 1e-4) & (small < 0.3)].reshape(-1, 1, 1):
         zero, one = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
-        k3 = rk.policy_loss(value, zero, zero, one).metrics["k3_old"].double()
+        k3 = rk.policy_loss(value, zero, zero, mask=one).metrics["k3_old"].double()
         exact = torch.expm1(value.double()) - value.double()
         # The reference subtracts two numbers of the size of x.
         bound = 2.0**-22 / value.item() if backend == "reference" else 2.0**-20
@@ -260,14 +262,14 @@ def test_far_log_ratios(backend, clamp):
     for base in BASES:
         config = Config(**base, log_ratio_clamp=clamp, kl_coef=0.1, aggregation="constant")
         loss, metrics = rk.policy_loss(
-            logprobs, old, advantages, mask, ref_logprobs=old, normalizer=1.0, config=config
+            logprobs, old, advantages, mask=mask, ref_logprobs=old, normalizer=1.0, config=config
         )
         (g,) = torch.autograd.grad(loss, logprobs)
         assert g.isfinite().all() and metrics.tensor.isfinite().all()
     clip = Config(log_ratio_clamp=clamp)
-    loss, _ = rk.policy_loss(logprobs, old, advantages, mask, config=clip)
+    loss, _ = rk.policy_loss(logprobs, old, advantages, mask=mask, config=clip)
     (g,) = torch.autograd.grad(loss, logprobs)
     # Advantage 0, clipped from above, and saturated: exactly zero.
     assert g[0, [0, 1, 2, 3, 5]].eq(0).all() and g[0, 4].item() == pytest.approx(-1 / 6)
-    zero, _ = rk.policy_loss(logprobs, old, torch.zeros(1, 6), mask, config=clip)
+    zero, _ = rk.policy_loss(logprobs, old, torch.zeros(1, 6), mask=mask, config=clip)
     assert zero.item() == 0.0

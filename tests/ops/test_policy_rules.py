@@ -52,7 +52,7 @@ def test_nan_outside_the_mask_shows(backend):
     args, _ = make_inputs(3, 40)
     broken = args[0].detach().clone()
     broken[0, args[3][0].nonzero()[0]] = math.nan
-    loss, metrics = rk.policy_loss(broken, *args[1:])
+    loss, metrics = rk.policy_loss(broken, *args[1:3], mask=args[3])
     assert loss.isnan()
     for name in ("ratio_mean", "ratio_min", "ratio_max", "k3_old"):
         assert metrics[name].isnan()
@@ -71,7 +71,7 @@ def test_all_masked(backend):
 def test_empty_batch(backend, shape):
     logprobs = torch.zeros(shape, requires_grad=True)
     mask = torch.ones(shape, dtype=torch.bool)
-    loss, metrics = rk.policy_loss(logprobs, logprobs.detach(), torch.zeros(shape[:1]), mask)
+    loss, metrics = rk.policy_loss(logprobs, logprobs.detach(), torch.zeros(shape[:1]), mask=mask)
     loss.backward()
     assert loss == 0 and metrics["tokens"] == 0 and logprobs.grad.shape == shape
 
@@ -229,7 +229,7 @@ def test_upstream_gradients_and_repeated_backward(backend):
     args, options = make_inputs(4, 50)
     config = Config(entropy_coef=0.1)
     whole = run(rk.policy_loss, args, options, config=config)
-    loss = rk.policy_loss(*args, **options, config=config).loss
+    loss = rk.policy_loss(*args[:3], mask=args[3], **options, config=config).loss
     upstream = torch.tensor([2.0]).expand(3)[1]
     for _ in range(2):
         (g,) = torch.autograd.grad(loss, args[0], upstream, retain_graph=True)
@@ -245,33 +245,37 @@ def test_who_requires_grad(backend):
     config = Config(entropy_coef=0.1)
     whole = run(rk.policy_loss, args, options, config=config)
     fixed, fixed_entropy = args[0].detach(), options["entropy"].detach()
-    loss = rk.policy_loss(fixed, *args[1:], **options, config=config).loss
+    loss = rk.policy_loss(fixed, *args[1:3], mask=args[3], **options, config=config).loss
     assert_bitwise_equal(loss.detach(), whole[0])
     (g,) = torch.autograd.grad(loss, options["entropy"])
     assert_bitwise_equal(g, whole[3])
     rest = options | {"entropy": fixed_entropy}
-    loss = rk.policy_loss(*args, **rest, config=config).loss
+    loss = rk.policy_loss(*args[:3], mask=args[3], **rest, config=config).loss
     assert_bitwise_equal(torch.autograd.grad(loss, args[0])[0], whole[2])
-    assert not rk.policy_loss(fixed, *args[1:], **rest, config=config).loss.requires_grad
+    assert not rk.policy_loss(
+        fixed, *args[1:3], mask=args[3], **rest, config=config
+    ).loss.requires_grad
     with torch.no_grad():
-        quiet = rk.policy_loss(*args, **options, config=config).loss
+        quiet = rk.policy_loss(*args[:3], mask=args[3], **options, config=config).loss
     assert_bitwise_equal(quiet, whole[0])
     with torch.inference_mode():
-        assert_bitwise_equal(rk.policy_loss(*args, **options, config=config).loss, whole[0])
+        assert_bitwise_equal(
+            rk.policy_loss(*args[:3], mask=args[3], **options, config=config).loss, whole[0]
+        )
     # Constants stay constant even if they require grad.
     old = args[1].clone().requires_grad_()
-    loss = rk.policy_loss(args[0], old, *args[2:]).loss
+    loss = rk.policy_loss(args[0], old, args[2], mask=args[3]).loss
     assert torch.autograd.grad(loss, old, allow_unused=True)[0] is None
 
 
 def test_metrics(backend):
     args, options = make_inputs(4, 50)
-    metrics = rk.policy_loss(*args, **options).metrics
+    metrics = rk.policy_loss(*args[:3], mask=args[3], **options).metrics
     assert tuple(metrics) == POLICY_METRICS and metrics.tensor.shape == (len(POLICY_METRICS),)
     assert metrics.tensor.dtype is torch.float32 and not metrics.tensor.requires_grad
     assert metrics.as_dict() == {name: metrics[name].item() for name in POLICY_METRICS}
     assert metrics["tokens"] == args[3].sum()
-    bare = rk.policy_loss(*args).metrics
+    bare = rk.policy_loss(*args[:3], mask=args[3]).metrics
     assert bare["correction_mean"] == 1 and bare["entropy"] == 0 and bare["k3_ref"] == 0
     assert metrics["correction_mean"] != 1 and metrics["entropy"] > 0 and metrics["k3_ref"] > 0
 
@@ -336,7 +340,7 @@ def test_launches_of_the_triton_backend(monkeypatch, config, forward):
     monkeypatch.setattr(policy, "launch", listen)
     args, options = make_inputs(3, 1100)
     with rk.use_backend("triton"):
-        loss = rk.policy_loss(*args, **options, config=config).loss
+        loss = rk.policy_loss(*args[:3], mask=args[3], **options, config=config).loss
         assert launched == forward
         torch.autograd.grad(loss, (args[0], options["entropy"]), allow_unused=True)
         assert launched == [*forward, "backward"]
@@ -360,14 +364,14 @@ def test_bad_data_poisons_the_triton_backend(monkeypatch):
             "config": config,
         }
         with rk.use_backend("triton"):
-            loss, metrics = rk.policy_loss(*inputs, **extra)
+            loss, metrics = rk.policy_loss(*inputs[:3], mask=inputs[3], **extra)
             gradients = torch.autograd.grad(loss, (inputs[0], entropy))
             assert loss.isnan() and metrics.tensor.isnan().all(), (offsets, divisor)
             assert all(g.isnan().all() for g in gradients)
             with monkeypatch.context() as patch:
                 patch.setattr(env, "CHECK", True)
                 with pytest.raises(ValueError, match=r"cu_seqlens must|normalizer must"):
-                    rk.policy_loss(*inputs, **extra)
+                    rk.policy_loss(*inputs[:3], mask=inputs[3], **extra)
 
 
 def test_compile_without_graph_breaks(backend):
@@ -381,7 +385,7 @@ def test_compile_without_graph_breaks(backend):
 
     def step(logprobs, old, advantages, mask, ref, entropy):
         loss, metrics = rk.policy_loss(
-            logprobs, old, advantages, mask, ref_logprobs=ref, entropy=entropy, config=config
+            logprobs, old, advantages, mask=mask, ref_logprobs=ref, entropy=entropy, config=config
         )
         return 1.5 * loss, metrics["k3_ref"], metrics.tensor
 
@@ -488,7 +492,7 @@ def test_bad_arguments_raise(backend, monkeypatch):
         ((logprobs, old.to("meta"), advantages, mask), ValueError, "device"),
     ):
         with pytest.raises(error, match=message):
-            rk.policy_loss(*bad)
+            rk.policy_loss(*bad[:3], mask=bad[3])
     for config, message in (
         (Config(kl_coef=0.1), "ref_logprobs must be given"),
         (Config(entropy_coef=0.1), "entropy must be given"),
@@ -496,12 +500,12 @@ def test_bad_arguments_raise(backend, monkeypatch):
         (Config.dr_grpo(), "normalizer must be given"),
     ):
         with pytest.raises(ValueError, match=message):
-            rk.policy_loss(*args, config=config)
+            rk.policy_loss(*args[:3], mask=args[3], config=config)
     with pytest.raises(TypeError, match="config must be a PolicyLossConfig"):
-        rk.policy_loss(*args, config={"objective": "clip"})
+        rk.policy_loss(*args[:3], mask=args[3], config={"objective": "clip"})
     for bad in (0, -1.0, math.nan, torch.tensor(0.0), torch.tensor([1.0]), torch.tensor(math.inf)):
         with pytest.raises(ValueError, match="normalizer must be"):
-            rk.policy_loss(*args, normalizer=bad)
+            rk.policy_loss(*args[:3], mask=args[3], normalizer=bad)
     flat = [t.detach().reshape(-1) for t in args]
     for offsets, error in (
         ([0, 8, 20], ValueError),
@@ -512,12 +516,12 @@ def test_bad_arguments_raise(backend, monkeypatch):
         ([0.0, 24.0], TypeError),
     ):
         with pytest.raises(error, match="cu_seqlens"):
-            rk.policy_loss(*flat, cu_seqlens=torch.tensor(offsets))
+            rk.policy_loss(*flat[:3], mask=flat[3], cu_seqlens=torch.tensor(offsets))
 
 
 def test_fp64_only_on_the_reference():
     wide = to_float64(make_inputs(3, 8)[0])
     with rk.use_backend("reference"):
-        assert rk.policy_loss(*wide).loss.dtype is torch.float64
+        assert rk.policy_loss(*wide[:3], mask=wide[3]).loss.dtype is torch.float64
     with rk.use_backend("cpu"), pytest.raises(TypeError, match="logprobs must be one of float32"):
-        rk.policy_loss(*wide)
+        rk.policy_loss(*wide[:3], mask=wide[3])

@@ -28,7 +28,7 @@ def gradients(loss, inputs):
 def test_sequence_logprobs(backend, dtype, average):
     mask = random_mask(5, 50)
     logprobs = torch.where(mask, -torch.rand(5, 50), math.nan).to(dtype).requires_grad_()
-    total = rk.sequence_logprobs(logprobs, mask, average=average)
+    total = rk.sequence_logprobs(logprobs, mask=mask, average=average)
     assert total.dtype is torch.float32 and total.shape == (5,)
     expected, slopes = torch.zeros(5), torch.zeros(5, 50)
     for i in range(5):
@@ -40,7 +40,7 @@ def test_sequence_logprobs(backend, dtype, average):
     (g,) = gradients(total.sum(), [logprobs])
     torch.testing.assert_close(g, slopes.to(dtype))
     assert expected[:4].abs().min() > 0.1 and expected[4] == 0
-    as_integers = rk.sequence_logprobs(logprobs, mask.long(), average=average)
+    as_integers = rk.sequence_logprobs(logprobs, mask=mask.long(), average=average)
     assert torch.equal(as_integers, total)
 
 
@@ -50,13 +50,13 @@ def test_sequence_logprobs_packed(backend):
     logprobs, mask = -torch.rand(4, 20), random_mask(4, 20, keep=0.8)
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
     for average in (False, True):
-        padded = rk.sequence_logprobs(logprobs, mask & inside, average=average)
+        padded = rk.sequence_logprobs(logprobs, mask=mask & inside, average=average)
         packed = rk.sequence_logprobs(
-            logprobs[inside], mask[inside], cu_seqlens=cu_seqlens, average=average
+            logprobs[inside], mask=mask[inside], cu_seqlens=cu_seqlens, average=average
         )
         torch.testing.assert_close(packed, padded)
     with pytest.raises(ValueError, match="cu_seqlens"):
-        rk.sequence_logprobs(logprobs[inside], mask[inside], cu_seqlens=cu_seqlens[:-1])
+        rk.sequence_logprobs(logprobs[inside], mask=mask[inside], cu_seqlens=cu_seqlens[:-1])
 
 
 def scalar_dpo(d, beta, loss_type, s):
@@ -158,7 +158,7 @@ def test_compile_without_graph_breaks(backend):
         return module.forward
 
     def step(logprobs, mask, ref):
-        sums = rk.sequence_logprobs(logprobs, mask)
+        sums = rk.sequence_logprobs(logprobs, mask=mask)
         w, r = sums.chunk(2)
         dpo = rk.dpo_loss(w, r, *ref.chunk(2), beta=0.2).loss
         return dpo + rk.reward_model_loss(w, r, center_coef=0.1).loss
@@ -207,4 +207,4 @@ def test_bad_arguments_raise(backend):
     with pytest.raises(TypeError, match="margin must be a number"):
         rk.reward_model_loss(*pairs[:2], margin="0.5")
     with pytest.raises(TypeError, match=r"mask\.bool\(\)"):
-        rk.sequence_logprobs(torch.zeros(2, 3), torch.full((2, 3), 0.5))
+        rk.sequence_logprobs(torch.zeros(2, 3), mask=torch.full((2, 3), 0.5))

@@ -276,8 +276,8 @@ def test_make_fx(op, mode):
 def test_soft_masks_are_found_in_a_graph():
     x, mask = torch.randn(2, 3), torch.tensor([[1.0, 0.0, 1.0]] * 2)
     run = torch.compile(
-        lambda mask: rk.whiten(x, mask), backend="aot_eager", fullgraph=True, dynamic=True
+        lambda mask: rk.whiten(x, mask=mask), backend="aot_eager", fullgraph=True, dynamic=True
     )
-    torch.testing.assert_close(run(mask), rk.whiten(x, mask.bool()))
+    torch.testing.assert_close(run(mask), rk.whiten(x, mask=mask.bool()))
     with pytest.raises(RuntimeError, match="mask must be bool or integer"):
         run(mask * 0.5)

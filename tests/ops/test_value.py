@@ -31,7 +31,7 @@ def make_inputs(rows=5, cols=37, dtype=torch.float32, *, seed=0, keep=0.7, offse
 
 
 def run(function, args, **options):
-    loss, metrics = function(*args, **options)
+    loss, metrics = function(*args[:3], mask=args[3], **options)
     (gradient,) = torch.autograd.grad(loss, args[0])
     return loss.detach(), metrics if isinstance(metrics, torch.Tensor) else metrics.tensor, gradient
 
@@ -135,12 +135,12 @@ def test_explained_variance_far_from_zero(backend):
     values, old, returns, mask = make_inputs(6, 700)
     far = [(t.detach() * 0.01 + 1000.0) for t in (values, old, returns)]
     far[0] = far[2] + 0.3 * (far[0] - far[2])
-    metrics = rk.value_loss(*far, mask).metrics
+    metrics = rk.value_loss(*far, mask=mask).metrics
     wide = reference.value_loss(*(t.double() for t in far), mask)[1]
     assert metrics["explained_variance"].item() == pytest.approx(wide[4].item(), abs=1e-3)
     assert 0.5 < wide[4] < 0.95
     same = torch.full_like(far[2], 3.0)
-    assert rk.value_loss(far[0], far[1], same, mask).metrics["explained_variance"] == 0
+    assert rk.value_loss(far[0], far[1], same, mask=mask).metrics["explained_variance"] == 0
 
 
 @pytest.mark.parametrize("bad", (math.nan, math.inf))
@@ -164,12 +164,12 @@ def test_all_masked_empty_and_nan(backend):
     for shape in ((0, 4), (4, 0)):
         empty = torch.zeros(shape, requires_grad=True)
         constant = empty.detach()
-        loss, metrics = rk.value_loss(empty, constant, constant, constant.bool())
+        loss, metrics = rk.value_loss(empty, constant, constant, mask=constant.bool())
         loss.backward()
         assert loss == 0 and metrics["tokens"] == 0 and empty.grad.shape == shape
     broken = values.detach().clone()
     broken[0, mask[0].nonzero()[0]] = math.nan
-    loss, metrics = rk.value_loss(broken, old, returns, mask, clip_range=0.3)
+    loss, metrics = rk.value_loss(broken, old, returns, mask=mask, clip_range=0.3)
     assert loss.isnan() and metrics["explained_variance"].isnan()
 
 
@@ -261,12 +261,12 @@ def test_views_integer_masks_and_upstream(backend):
     for dtype in (torch.int64, torch.int32, torch.uint8, torch.int16):
         actual = run(rk.value_loss, (*args[:3], 3 * args[3].to(dtype)), clip_range=0.3)
         assert_bitwise_equal(actual[2], expected[2])
-    loss = rk.value_loss(*args, clip_range=0.3).loss
+    loss = rk.value_loss(*args[:3], mask=args[3], clip_range=0.3).loss
     for _ in range(2):
         upstream = torch.tensor([2.0]).expand(3)[1]
         (g,) = torch.autograd.grad(loss, args[0], upstream, retain_graph=True)
         assert_bitwise_equal(g, 2 * expected[2])
-    fixed = rk.value_loss(args[0].detach(), *args[1:], clip_range=0.3)
+    fixed = rk.value_loss(args[0].detach(), *args[1:3], mask=args[3], clip_range=0.3)
     assert not fixed.loss.requires_grad
     assert_bitwise_equal(fixed.loss, expected[0])
     assert fixed.metrics.as_dict() == {n: t.item() for n, t in fixed.metrics.items()}
@@ -309,7 +309,7 @@ def test_bad_data_poisons_the_triton_backend(monkeypatch):
             with monkeypatch.context() as patch:
                 patch.setattr(env, "CHECK", True)
                 with pytest.raises(ValueError, match=r"cu_seqlens must|normalizer must"):
-                    rk.value_loss(*args, clip_range=0.3, **options)
+                    rk.value_loss(*args[:3], mask=args[3], clip_range=0.3, **options)
 
 
 def test_compile_without_graph_breaks(backend):
@@ -321,7 +321,7 @@ def test_compile_without_graph_breaks(backend):
         return module.forward
 
     def step(values, old, returns, mask):
-        loss, metrics = rk.value_loss(values, old, returns, mask, clip_range=0.3)
+        loss, metrics = rk.value_loss(values, old, returns, mask=mask, clip_range=0.3)
         return 1.5 * loss, metrics["clip_frac"], metrics.tensor
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=count)
@@ -390,7 +390,7 @@ def test_bad_arguments_raise(backend, monkeypatch):
         ((values[0], old[0], returns[0], mask[0]), ValueError, r"values must be \[B, T\]"),
     ):
         with pytest.raises(error, match=message):
-            rk.value_loss(*bad)
+            rk.value_loss(*bad[:3], mask=bad[3])
     for options, message in (
         ({"clip_range": 0.0}, "clip_range"),
         ({"clip_range": -1.0}, "clip_range"),
@@ -401,8 +401,8 @@ def test_bad_arguments_raise(backend, monkeypatch):
         ({"normalizer": torch.ones(2)}, "normalizer"),
     ):
         with pytest.raises(ValueError, match=message):
-            rk.value_loss(values, old, returns, mask, **options)
+            rk.value_loss(values, old, returns, mask=mask, **options)
     flat = [t.detach().reshape(-1) for t in (values, old, returns, mask)]
     for offsets in ([0, 8, 20], [1, 24], [0, 16, 8, 24]):
         with pytest.raises(ValueError, match="cu_seqlens"):
-            rk.value_loss(*flat, cu_seqlens=torch.tensor(offsets))
+            rk.value_loss(*flat[:3], mask=flat[3], cu_seqlens=torch.tensor(offsets))

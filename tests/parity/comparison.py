@@ -113,7 +113,7 @@ def compare_policy_loss(
     wide = Batch(*to_float64(tuple(batch)))
     oracle = with_gradients(reference.policy_loss(*wide[:4], **options(wide))[0], wide)
     all_close(with_gradients(theirs(wide)[0], wide), oracle, exact)
-    result = rk.policy_loss(*batch[:4], **options(batch))
+    result = rk.policy_loss(*batch[:3], mask=batch[3], **options(batch))
     loss, metrics = theirs(batch)
     ours = with_gradients(result.loss, batch)
     all_close(ours, oracle, fp32)

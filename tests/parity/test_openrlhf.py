@@ -192,7 +192,7 @@ def test_value_loss(backend, token_level_loss, distributed):
         values,
         old,
         returns,
-        mask,
+        mask=mask,
         clip_range=0.25,
         aggregation="token-mean" if token_level_loss else "seq-mean-token-mean",
         normalizer=count / DP_SIZE if distributed else None,
@@ -315,7 +315,7 @@ def test_advantages_against_its_formulas(backend):
     close(to_go[mask], returns[:, :13][mask], FP32)
     kept = advantages[:, :13][mask]
     whitened = (kept - kept.mean()) * kept.var(correction=0).clamp(min=1e-8).rsqrt()
-    close(rk.whiten(raw.advantages, mask, unbiased=False, eps=0)[mask], whitened, FP32)
+    close(rk.whiten(raw.advantages, mask=mask, unbiased=False, eps=0)[mask], whitened, FP32)
     scores = torch.randn(12)
     grouped = scores.double().view(3, 4)
     grouped = (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-9)

@@ -222,7 +222,7 @@ def test_rloo_loss(backend):
     stand_in = trainer("grpo", **SETTINGS)
 
     def per_sequence(x):
-        return rk.sequence_logprobs(x, batch.mask)
+        return rk.sequence_logprobs(x, mask=batch.mask)
 
     def theirs(batch):
         stand_in._get_per_token_logps_and_entropies = lambda *_, **__: (
@@ -242,7 +242,7 @@ def test_rloo_loss(backend):
         per_sequence(batch.logprobs)[:, None],
         per_sequence(batch.old)[:, None],
         batch.advantages,
-        torch.ones(12, 1, dtype=torch.bool),
+        mask=torch.ones(12, 1, dtype=torch.bool),
         config=config,
     )
     gradient = torch.autograd.grad(ours, batch.logprobs)[0]
@@ -286,7 +286,7 @@ def test_log_ratios_are_not_clamped_before_they_overflow(backend):
     config = rk.PolicyLossConfig.trl()
     assert (
         grpo_loss("dapo", far, 3)[0].isinf()
-        and rk.policy_loss(*far[:4], config=config).loss.isfinite()
+        and rk.policy_loss(*far[:3], mask=far[3], config=config).loss.isfinite()
     )
 
 

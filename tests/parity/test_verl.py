@@ -258,7 +258,8 @@ def test_every_policy_loss_is_offered_or_refused():
             preset(**options)
     norm = preset(loss_agg_mode="seq-mean-token-sum-norm")
     with pytest.raises(ValueError, match="normalizer must be given"):
-        rk.policy_loss(*make_batch()[:4], config=norm)
+        batch = make_batch()
+        rk.policy_loss(*batch[:3], mask=batch[3], config=norm)
 
 
 @pytest.mark.parametrize("kind", ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"))
@@ -392,7 +393,7 @@ def test_reinforce_plus_plus(backend, gamma):
     rewards = torch.randn(mask.shape)
     config = core_algos.AlgoConfig(gamma=gamma)
     theirs = estimate("reinforce_plus_plus", rewards.double(), mask, index, config=config)
-    ours = rk.whiten(rk.discounted_returns(rewards, mask=mask, gamma=gamma), mask)
+    ours = rk.whiten(rk.discounted_returns(rewards, mask=mask, gamma=gamma), mask=mask)
     same_where_kept(ours, theirs, mask)
     kept = ours[mask].double()
     assert abs(kept.mean()) < 1e-6 and kept.var() == pytest.approx(1, rel=1e-6)
@@ -402,7 +403,7 @@ def test_reinforce_plus_plus_baseline(backend):
     rewards, scores, mask, ids, index = outcome()
     theirs = estimate("reinforce_plus_plus_baseline", rewards.double(), mask, index)
     centred = rk.group_advantages(scores, ids, scale="none")
-    ours = rk.whiten(centred.unsqueeze(-1).expand(mask.shape), mask)
+    ours = rk.whiten(centred.unsqueeze(-1).expand(mask.shape), mask=mask)
     same_where_kept(ours, theirs, mask)
     kept = ours[mask].double()
     assert abs(kept.mean()) < 1e-6 and kept.var() == pytest.approx(1, rel=1e-6)
@@ -411,7 +412,7 @@ def test_reinforce_plus_plus_baseline(backend):
 @pytest.mark.parametrize("shift_mean", (True, False))
 def test_whiten(backend, shift_mean):
     x, mask = 3 * torch.randn(6, 37) + 5, random_mask(6, 37)
-    ours = rk.whiten(x, mask, shift_mean=shift_mean)
+    ours = rk.whiten(x, mask=mask, shift_mean=shift_mean)
     same_where_kept(ours, verl_F.masked_whiten(x.double(), mask, shift_mean), mask)
     kept = x[mask].double()
     closed = (kept - kept.mean()) / (kept.var() + 1e-8).sqrt() + (0 if shift_mean else kept.mean())
@@ -440,7 +441,7 @@ def test_value_loss(backend, loss_agg_mode, distributed):
         x, returns.double(), old.double(), mask, 0.25, loss_agg_mode, **batch_info
     )
     options = {"clip_range": 0.25, "aggregation": config.aggregation, "normalizer": divisor}
-    loss, metrics = rk.value_loss(values, old, returns, mask, **options)
+    loss, metrics = rk.value_loss(values, old, returns, mask=mask, **options)
     y = values.detach().double().requires_grad_()
     oracle = reference.value_loss(y, old.double(), returns.double(), mask, **options)[0]
     slopes = [torch.autograd.grad(*pair)[0] for pair in ((loss, values), (theirs, x), (oracle, y))]
