@@ -82,18 +82,22 @@ def get(name: str) -> Backend:
 def install(backend: Backend) -> Backend:
     """Puts a backend in the place of the one of its name, which is returned; for tests."""
     before, _BACKENDS[backend.name] = _BACKENDS[backend.name], backend
-    _ORDER.clear()
+    _ORDER.update(_orders())
     return before
 
 
-# Preference per type of device, as asked for.
-_ORDER: dict[str, tuple[Backend, ...]] = {}
+def _orders() -> dict[str, tuple[Backend, ...]]:
+    """Backends per type of device, preferred first."""
+    types = {device for b in _BACKENDS.values() for device in b.devices}
+    return {t: tuple(b for b in _BACKENDS.values() if t in b.devices) for t in types}
+
+
+# Not filled on first use: a compiled call would be compiled again as soon as it has changed.
+_ORDER: dict[str, tuple[Backend, ...]] = _orders()
 
 
 def _order(device_type: str) -> tuple[Backend, ...]:
-    if device_type not in _ORDER:
-        _ORDER[device_type] = tuple(b for b in _BACKENDS.values() if device_type in b.devices)
-    return _ORDER[device_type]
+    return _ORDER.get(device_type, ())
 
 
 def unavailable_reason(backend: str) -> str | None:
