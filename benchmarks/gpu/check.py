@@ -54,7 +54,9 @@ TEST_FILES = (
     "ops/test_missing", "ops/test_meta",
 )  # fmt: skip
 # What has most at stake first: time may run out.
-BENCH_FILES = ("logprobs", "head", "kl", "advantages", "policy", "value")
+BENCH_FILES = (
+    "logprobs", "head", "kl", "advantages", "policy", "value", "support", "preference",
+)  # fmt: skip
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
 
 # --- env ---------------------------------------------------------------------------------------

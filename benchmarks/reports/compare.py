@@ -168,7 +168,7 @@ def measure(base: Entry, folder: Path, rest: list[str]) -> tuple[Entry, int]:
     return json.loads(file.read_text()), status
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -177,7 +177,7 @@ def main() -> int:
     parser.add_argument(
         "--tolerance", type=float, default=TOLERANCE, help="rise that is no matter; default 0.1"
     )
-    words = sys.argv[1:]
+    words = sys.argv[1:] if argv is None else argv
     at = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:at])
     base = json.loads(args.base.read_text())

@@ -322,13 +322,13 @@ def read(file: Path) -> tuple[Entry, list[Entry]]:
     return data, sorted(entries, key=position)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("json", type=Path, help="results of a run")
     parser.add_argument("--readme", action="store_true", help="print the README's tables alone")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     data, entries = read(args.json)
     m = data["machine_info"]
     if args.readme:

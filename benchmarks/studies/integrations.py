@@ -7,26 +7,21 @@ other calls, and writes results/integrations.md from all. A row is measured in o
 and ours by turns, so that only its ratios mean anything.
 """
 
-# ruff: noqa: B023, E402 - a row is measured before its loop goes on; imports need the path first.
+# ruff: noqa: B023 - a row is measured before its loop goes on.
 import argparse
 import contextlib
-import ctypes
+import functools
 import importlib.metadata
 import importlib.util
 import json
 import platform
 import re
 import statistics
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 import torch
 from torch import Tensor
@@ -34,7 +29,12 @@ from torch import Tensor
 from rlhf_kernels.integrations import openrlhf, trl, verl
 from rlhf_kernels.testing import random_mask
 
-RESULTS = ROOT / "benchmarks/results"
+from .. import RESULTS
+from ..harness.clocks import synchronize
+from ..harness.memory import peak_extra_bytes
+from ..reports.tables import table
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS, SECONDS = 9, 3.0
 # A peak below this is the allocator's noise.
 LEAST_BYTES = 8 * 2**20
@@ -56,43 +56,22 @@ class Row(NamedTuple):
     note: str = ""
 
 
-class Peak:
-    """The most memory in use above what it was at the start: the device's, else the process's."""
-
-    def __enter__(self) -> "Peak":
-        self.bytes = 0
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-            self._start = torch.cuda.memory_allocated()
-            return self
-        # What earlier runs freed and the allocator kept would hide what this one takes.
-        with contextlib.suppress(AttributeError, OSError):
-            ctypes.CDLL(None).malloc_trim(0)
-        self._start = self._resident()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if torch.cuda.is_available():
-            self.bytes = torch.cuda.max_memory_allocated() - self._start
-            return
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.001):
-            self.bytes = max(self.bytes, self._resident() - self._start)
-
-    @staticmethod
-    def _resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+#: A row's name, and what measures it.
+Rows = Iterator[tuple[str, Callable[[], Row]]]
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def seconds_of(call: Callable[[], Any]) -> tuple[Any, float]:
+    """Result of a call, and how long it and the work that it queued took."""
+    synchronize(DEVICE)
+    start = time.perf_counter()
+    result = call()
+    synchronize(DEVICE)
+    return result, time.perf_counter() - start
+
+
+def memory_ratio(theirs: int, ours: int) -> float | None:
+    """Of two peaks in bytes; None where theirs is noise."""
+    return theirs / max(ours, LEAST_BYTES) if theirs > LEAST_BYTES else None
 
 
 def difference(
@@ -138,59 +117,52 @@ def compare(
     ):
         for ours in (False, True):
             with patched() if ours else contextlib.nullcontext():
-                synchronize()
-                start = time.perf_counter()
-                run()
-                synchronize()
-                times[ours].append(time.perf_counter() - start)
-    peaks = {}
+                times[ours].append(seconds_of(run)[1])
+    peaks = []
     for ours in (False, True):
-        with patched() if ours else contextlib.nullcontext(), Peak() as peak:
-            run()
-            synchronize()
-        peaks[ours] = peak.bytes
-    memory = None
-    if peaks[False] > LEAST_BYTES:
-        memory = peaks[False] / max(peaks[True], LEAST_BYTES)
+        with patched() if ours else contextlib.nullcontext():
+            peaks.append(peak_extra_bytes(run, DEVICE) or 0)
     ratio = statistics.median(times[False]) / statistics.median(times[True])
-    return Row(name, values, gradients, ratio, memory)
+    return Row(name, values, gradients, ratio, memory_ratio(*peaks))
 
 
-def trl_rows(wanted: Callable[[str], bool]) -> Iterator[Row]:
+def measured(name: str, *args: Any, **options: Any) -> tuple[str, Callable[[], Row]]:
+    """`compare` of these, when it is wanted."""
+    return name, functools.partial(compare, name, *args, **options)
+
+
+def trl_rows() -> Rows:
     """Whole trainers; time and memory of loss and backward, without the generation."""
     if importlib.util.find_spec("trl") is None:
         print("TRL is not installed")
         return
-    from benchmarks.studies import trl_runs
+    from . import trl_runs
 
     sizes = trl_runs.Sizes(
         vocab=32768, hidden=256, layers=1, prompt=16, completion=112, batch=4, steps=4
     )
-    names = [n for n in trl_runs.RUNS if wanted(f"TRL {n}")]
-    if not names:
-        return
+
+    def row(run: str, folder: Path) -> Row:
+        found = {}
+        for ours in (False, True):
+            with trl.patched() if ours else contextlib.nullcontext():
+                found[ours] = trl_runs.run(run, folder, sizes, watch=Watch(), learning_rate=1e-4)
+        theirs, ours = found[False], found[True]
+
+        def worst(a: list[float], b: list[float], floor: float) -> float:
+            return max(abs(x - y) / max(abs(y), floor) for x, y in zip(a, b, strict=True))
+
+        # A loss that is a difference of terms may be 0: relative to 1 at least.
+        loss = worst(ours.losses, theirs.losses, 1.0)
+        gradient = worst(ours.grad_norms, theirs.grad_norms, 1e-6)
+        a, b = theirs.watch, ours.watch
+        memory = memory_ratio(a.peak, b.peak)
+        return Row(f"TRL {run}", loss, gradient, a.seconds() / b.seconds(), memory)
+
     with tempfile.TemporaryDirectory() as folder:
         trl_runs.save_models(Path(folder), sizes)
-        for name in names:
-            runs = {}
-            for ours in (False, True):
-                with trl.patched() if ours else contextlib.nullcontext():
-                    runs[ours] = trl_runs.run(
-                        name, Path(folder), sizes, watch=Watch(), learning_rate=1e-4
-                    )
-            theirs, ours = runs[False], runs[True]
-            # A loss that is a difference of terms may be 0: relative to 1 at least.
-            loss = max(
-                abs(a - b) / max(abs(b), 1.0)
-                for a, b in zip(ours.losses, theirs.losses, strict=True)
-            )
-            gradient = max(
-                abs(a - b) / max(b, 1e-6)
-                for a, b in zip(ours.grad_norms, theirs.grad_norms, strict=True)
-            )
-            a, b = theirs.watch, ours.watch
-            memory = a.peak / max(b.peak, LEAST_BYTES) if a.peak > LEAST_BYTES else None
-            yield Row(f"TRL {name}", loss, gradient, a.seconds() / b.seconds(), memory)
+        for name in trl_runs.RUNS:
+            yield f"TRL {name}", functools.partial(row, name, Path(folder))
 
 
 class Watch:
@@ -203,54 +175,45 @@ class Watch:
     def attach(self, trainer: Any) -> None:
         loss, backward = trainer.compute_loss, trainer.accelerator.backward
 
-        def compute_loss(*args: Any, **kwargs: Any) -> Any:
-            with self.step():
-                return loss(*args, **kwargs)
-
         def run_backward(*args: Any, **kwargs: Any) -> Any:
-            with self.step():
-                result = backward(*args, **kwargs)
+            result = self.step(backward, *args, **kwargs)
             # Belongs to the loss before it.
             self.steps[-2:] = [sum(self.steps[-2:])]
             return result
 
-        trainer.compute_loss, trainer.accelerator.backward = compute_loss, run_backward
+        trainer.compute_loss = functools.partial(self.step, loss)
+        trainer.accelerator.backward = run_backward
 
-    @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
-        synchronize()
-        with Peak() as peak:
-            start = time.perf_counter()
-            yield
-            synchronize()
-            self.steps.append(time.perf_counter() - start)
-        self.peak = max(self.peak, peak.bytes)
+    def step(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        found: list[Any] = []
+
+        def call() -> None:
+            result, seconds = seconds_of(lambda: function(*args, **kwargs))
+            found.append(result)
+            self.steps.append(seconds)
+
+        self.peak = max(self.peak, peak_extra_bytes(call, DEVICE) or 0)
+        return found[0]
 
     def seconds(self) -> float:
         """Median without the first step, which allocates."""
         return statistics.median(self.steps[1:])
 
 
-def verl_rows(wanted: Callable[[str], bool]) -> Iterator[Row | None]:
-    if not wanted("verl"):
-        return
+def verl_rows() -> Rows:
     if importlib.util.find_spec("verl") is None:
         print("verl is not installed")
         return
     import numpy as np
     import verl.utils.torch_functional as verl_F
+    from parity import make_batch
     from verl.trainer.ppo import core_algos
     from verl.utils.experimental.torch_functional import FusedLinearForPPO
     from verl.workers.config import ActorConfig, PolicyLossConfig
     from verl.workers.utils import losses
 
-    from tests.parity.comparison import make_batch
-
     def both(losses: bool = False) -> Callable[[], Any]:
         return lambda: verl.patched(losses=losses)
-
-    def row(name: str, *args: Any, **options: Any) -> Row | None:
-        return compare(name, *args, **options) if wanted(name) else None
 
     torch.manual_seed(0)
     rows, cols = 256, 2048
@@ -258,7 +221,7 @@ def verl_rows(wanted: Callable[[str], bool]) -> Iterator[Row | None]:
     rewards, values = torch.randn(2, rows, cols)
     index = np.array([f"prompt-{i // 8}" for i in range(rows)], dtype=object)
 
-    yield row(
+    yield measured(
         "verl gae, 256×2048",
         lambda: Result(
             core_algos.compute_gae_advantage_return(rewards, values, mask, 0.99, 0.95), []
@@ -280,7 +243,7 @@ def verl_rows(wanted: Callable[[str], bool]) -> Iterator[Row | None]:
             found = function(token_level_rewards=rewards, response_mask=mask, index=index, **extra)
             return Result(found, [])
 
-        yield row(f"verl {name}, 256×2048", estimate, both(), kept=mask.bool())
+        yield measured(f"verl {name}, 256×2048", estimate, both(), kept=mask.bool())
     for mode in ("vanilla", "gspo", "sapo", "cispo", "gpg"):
         batch = make_batch(64, 2048)
 
@@ -302,7 +265,7 @@ def verl_rows(wanted: Callable[[str], bool]) -> Iterator[Row | None]:
             )
             return Result([loss], torch.autograd.grad(loss, [batch.logprobs]))
 
-        yield row(f"verl {mode} loss, 64×2048", policy, both(losses=True), floor=0.1)
+        yield measured(f"verl {mode} loss, 64×2048", policy, both(losses=True), floor=0.1)
     old, returns = torch.randn(2, 64, 2048)
     predicted = (old + torch.randn(64, 2048)).requires_grad_()
     kept_mask = random_mask(64, 2048).long()
@@ -311,7 +274,7 @@ def verl_rows(wanted: Callable[[str], bool]) -> Iterator[Row | None]:
         loss, _ = losses.compute_value_loss(predicted, returns, old, kept_mask, 0.5)
         return Result([loss], torch.autograd.grad(loss, predicted))
 
-    yield row("verl value loss, 64×2048", value, both(losses=True))
+    yield measured("verl value loss, 64×2048", value, both(losses=True))
     for dtype in (torch.float32, torch.bfloat16):
         logits = torch.randn(512, 32768).to(dtype).requires_grad_()
         labels = torch.randint(32768, (512,))
@@ -323,7 +286,7 @@ def verl_rows(wanted: Callable[[str], bool]) -> Iterator[Row | None]:
             gradients = torch.autograd.grad(lp.float().sum() + h.float().sum(), logits)
             return Result([lp, h], gradients)
 
-        yield row(f"verl logprobs, entropy, {short} 512×32768", logprobs, both())
+        yield measured(f"verl logprobs, entropy, {short} 512×32768", logprobs, both())
         hidden = torch.randn(512, 512).to(dtype).requires_grad_()
         weight = (0.05 * torch.randn(32768, 512)).to(dtype).requires_grad_()
 
@@ -332,23 +295,18 @@ def verl_rows(wanted: Callable[[str], bool]) -> Iterator[Row | None]:
             gradients = torch.autograd.grad(lp.sum() + h.float().sum(), (hidden, weight))
             return Result([lp, h], gradients)
 
-        yield row(f"verl FusedLinearForPPO, {short} 512×512×32768", fused, both())
+        yield measured(f"verl FusedLinearForPPO, {short} 512×512×32768", fused, both())
 
 
-def openrlhf_rows(wanted: Callable[[str], bool]) -> Iterator[Row | None]:
-    if not wanted("OpenRLHF"):
-        return
-    from tests.parity import openrlhf_stubs
-    from tests.parity.comparison import make_batch
+def openrlhf_rows() -> Rows:
+    import openrlhf_stubs
+    from parity import make_batch
 
     theirs = openrlhf_stubs.load()
     if theirs is None:
         print("OpenRLHF is not installed")
         return
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    def row(name: str, *args: Any, **options: Any) -> Row | None:
-        return compare(name, *args, **options) if wanted(name) else None
 
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
@@ -385,7 +343,7 @@ def openrlhf_rows(wanted: Callable[[str], bool]) -> Iterator[Row | None]:
         # OpenRLHF compiles its entropy.
         with torch.compiler.set_stance("force_eager"):
             short = str(dtype).removeprefix("torch.")
-            yield row(f"OpenRLHF Actor and ppo, {short} 4×160", step, openrlhf.patched)
+            yield measured(f"OpenRLHF Actor and ppo, {short} 4×160", step, openrlhf.patched)
     batch = make_batch(64, 2048)
     mask = batch.mask.clone()
     mask[:, 0] = True
@@ -401,7 +359,7 @@ def openrlhf_rows(wanted: Callable[[str], bool]) -> Iterator[Row | None]:
             loss = function(batch.logprobs, batch.old, batch.advantages, mask, batch.rollout)[0]
             return Result([loss], torch.autograd.grad(loss, batch.logprobs))
 
-        yield row(f"OpenRLHF {name} loss, 64×2048", policy, openrlhf.patched, floor=0.1)
+        yield measured(f"OpenRLHF {name} loss, 64×2048", policy, openrlhf.patched, floor=0.1)
     values, returns = torch.randn(2, 64, 2048)
     predicted = (values + torch.randn(64, 2048)).requires_grad_()
     value_function = theirs.loss.ValueLoss(0.5)
@@ -410,7 +368,7 @@ def openrlhf_rows(wanted: Callable[[str], bool]) -> Iterator[Row | None]:
         loss = value_function(predicted, values, returns, mask)
         return Result([loss], torch.autograd.grad(loss, predicted))
 
-    yield row("OpenRLHF value loss, 64×2048", value, openrlhf.patched)
+    yield measured("OpenRLHF value loss, 64×2048", value, openrlhf.patched)
     for estimator in ("k1", "k2", "k3"):
 
         def kl() -> Result:
@@ -419,7 +377,7 @@ def openrlhf_rows(wanted: Callable[[str], bool]) -> Iterator[Row | None]:
             )
             return Result([found], torch.autograd.grad(found.sum(), batch.logprobs))
 
-        yield row(f"OpenRLHF KL {estimator}, 64×2048", kl, openrlhf.patched)
+        yield measured(f"OpenRLHF KL {estimator}, 64×2048", kl, openrlhf.patched)
     maker = theirs.maker.RemoteExperienceMaker.__new__(theirs.maker.RemoteExperienceMaker)
     rewards, values = torch.randn(2, 256, 2048)
     wide = random_mask(256, 2048)
@@ -430,8 +388,8 @@ def openrlhf_rows(wanted: Callable[[str], bool]) -> Iterator[Row | None]:
     def cumulative() -> Result:
         return Result([maker.get_cumulative_returns(rewards, wide, 0.99)], [])
 
-    yield row("OpenRLHF gae, 256×2048", advantage, openrlhf.patched, kept=wide)
-    yield row("OpenRLHF returns, 256×2048", cumulative, openrlhf.patched, kept=wide)
+    yield measured("OpenRLHF gae, 256×2048", advantage, openrlhf.patched, kept=wide)
+    yield measured("OpenRLHF returns, 256×2048", cumulative, openrlhf.patched, kept=wide)
 
 
 def machine() -> str:
@@ -464,13 +422,13 @@ def render(store: dict[str, Any]) -> str:
         "÷ ours, for loss and backward of TRL's trainers without generation, and for the whole",
         "call elsewhere; memory is the peak above the start, – where that is below 8 MiB.",
         "",
-        "| trainer, loss or estimator | loss | gradient norm | time | memory |",
-        "|---|--:|--:|--:|--:|",
     ]
+    rows = []
     for row in (Row(*r) for r in store["rows"].values()):
         cells = (number(row.values), number(row.gradients), number(row.time, "×"))
-        lines.append(f"| {row.name} | {' | '.join(cells)} | {number(row.memory, '×')} |")
-    return "\n".join([*lines, "", *store["notes"], ""])
+        rows.append([row.name, *cells, number(row.memory, "×")])
+    head = ["trainer, loss or estimator", "loss", "gradient norm", "time", "memory"]
+    return "\n".join([*lines, *table(head, rows), "", *store["notes"], ""])
 
 
 NOTES = (
@@ -488,22 +446,23 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="write the table again, run nothing")
     options = parser.parse_args()
     store = json.loads(options.out.read_text()) if options.out.exists() else {"rows": {}}
-    names = ("torch", "transformers", "trl", "verl", "openrlhf")
-    found = []
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{name} {importlib.metadata.version(name)}")
-    store |= {"machine": machine(), "date": options.date, "notes": NOTES}
-    store["versions"] = ", ".join(found)
-
-    def wanted(name: str) -> bool:
-        return any(name.startswith(only) or only.startswith(name) for only in options.only)
-
-    for make in () if options.render else (trl_rows, verl_rows, openrlhf_rows):
-        for row in filter(None, make(wanted)):
-            store["rows"][row.name] = row
-            print(row, flush=True)
-            options.out.write_text(json.dumps(store, indent=1, ensure_ascii=False) + "\n")
+    if not options.render:
+        versions = []
+        for name in ("torch", "transformers", "trl", "verl", "openrlhf"):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions.append(f"{name} {importlib.metadata.version(name)}")
+        store |= {"machine": machine(), "date": options.date, "versions": ", ".join(versions)}
+        store["notes"] = NOTES
+        makers = {"TRL": trl_rows, "verl": verl_rows, "OpenRLHF": openrlhf_rows}
+        for trainer, make in makers.items():
+            # What is not asked for is not imported.
+            if not any(w.startswith(trainer) or trainer.startswith(w) for w in options.only):
+                continue
+            for name, measure in make():
+                if name.startswith(tuple(options.only)):
+                    store["rows"][name] = row = measure()
+                    print(row, flush=True)
+                    options.out.write_text(json.dumps(store, indent=1, ensure_ascii=False) + "\n")
     options.out.with_suffix(".md").write_text(render(json.loads(json.dumps(store))))
 
 

@@ -1,0 +1,70 @@
+"""token_logprobs over the tokens that a sampler's top-k kept, forward and forward + backward."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import rlhf_kernels as rk
+
+from ..harness import Case, Settings, compiled, points
+
+SAMPLED_ROWS = 16
+# dtype, tokens, vocabulary, how many of it each token's sampler kept.
+SHAPES = {"fp32": (torch.float32, 1024, 32768, 64)}
+FULL_SHAPES = {"bf16": (torch.bfloat16, 256, 151936, 64)}
+GPU_SHAPES = {"gpu-bf16": (torch.bfloat16, 8192, 151936, 64)}
+
+
+def eager(logits: Tensor, labels: Tensor, kept: Tensor, *_: Tensor) -> Tensor:
+    """What a trainer writes: -inf wherever the sampler kept nothing; kept [N, K]."""
+    dropped = torch.ones_like(logits, dtype=torch.bool).scatter(-1, kept, False)
+    logp = F.log_softmax(logits.float().masked_fill(dropped, -torch.inf), dim=-1)
+    return logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def ours(logits: Tensor, labels: Tensor, _: Tensor, indptr: Tensor, indices: Tensor) -> Tensor:
+    return rk.token_logprobs(logits, labels, support=(indptr, indices)).logprobs
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+@pytest.mark.parametrize("name", points(SHAPES, GPU_SHAPES, FULL_SHAPES))
+def test_token_logprobs_support(
+    run: Callable[[Case], None], settings: Settings, name: str, mode: str
+) -> None:
+    dtype, n, vocab, k = (SHAPES | FULL_SHAPES | GPU_SHAPES)[name]
+    n, vocab, k = (24, 1000, 8) if settings.quick else (n, vocab, k)
+    device, gradient = settings.device, mode != "forward"
+    logits = (torch.randn(n, vocab, device=device) * 2).to(dtype)
+    kept = logits.topk(k, sorted=False).indices
+    labels = kept[torch.arange(n, device=device), torch.randint(0, k, (n,), device=device)]
+    indptr = torch.arange(0, n * k + 1, k, device=device)
+    upstream = torch.randn(n, device=device)
+    rows = torch.randperm(n, device=device)[:SAMPLED_ROWS]
+    logits.requires_grad_(gradient)
+
+    def oracle() -> tuple[Tensor, ...]:
+        z = logits.detach()[rows].double().requires_grad_(gradient)
+        own = z.gather(-1, labels[rows].unsqueeze(-1)).squeeze(-1)
+        logp = own - z.gather(-1, kept[rows]).logsumexp(-1)
+        if not gradient:
+            return (logp,)
+        return logp.detach(), *torch.autograd.grad(logp, z, upstream[rows].double())
+
+    entry = 8 + logits.element_size()
+    run(
+        Case(
+            op="token_logprobs, support",
+            label=f"{'fp32' if dtype is torch.float32 else 'bf16'} {n}×{vocab}, {k} kept",
+            mode=mode,
+            inputs=(logits, labels, kept, indptr, kept.flatten()),
+            providers={"eager": eager, "compile": compiled(eager), "ours": ours},
+            oracle=oracle,
+            # Kept logits and their places; backward writes every gradient, nearly all of them 0.
+            moved=n * k * entry + gradient * logits.numel() * logits.element_size(),
+            select=lambda t: t[rows],
+            upstream=(upstream,),
+        )
+    )
