@@ -206,11 +206,12 @@ def verl_rows() -> Rows:
         return
     import numpy as np
     import verl.utils.torch_functional as verl_F
-    from parity import make_batch
     from verl.trainer.ppo import core_algos
     from verl.utils.experimental.torch_functional import FusedLinearForPPO
     from verl.workers.config import ActorConfig, PolicyLossConfig
     from verl.workers.utils import losses
+
+    from tools.policy_batches import make_batch
 
     def both(losses: bool = False) -> Callable[[], Any]:
         return lambda: verl.patched(losses=losses)
@@ -299,8 +300,8 @@ def verl_rows() -> Rows:
 
 
 def openrlhf_rows() -> Rows:
-    import openrlhf_stubs
-    from parity import make_batch
+    from tools import openrlhf_stubs
+    from tools.policy_batches import make_batch
 
     theirs = openrlhf_stubs.load()
     if theirs is None:

@@ -1,7 +1,7 @@
 """OpenRLHF with patch(): its own classes on a small model, before and after.
 
 flash-attn, deepspeed and peft, which it needs to be imported, are stubs where they are missing
-(openrlhf_stubs.py); what is compared is OpenRLHF's own code.
+(tools/openrlhf_stubs.py); what is compared is OpenRLHF's own code.
 """
 
 # ruff: noqa: E402 - the imports need the packages that are looked for first.
@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.parity import openrlhf_stubs
-from tests.parity.comparison import FP32, close, make_batch
+from tests.parity.comparison import FP32, close
+from tools import openrlhf_stubs
+from tools.policy_batches import make_batch
 
 from rlhf_kernels.integrations import openrlhf
 from rlhf_kernels.testing import random_mask
@@ -365,7 +366,7 @@ from rlhf_kernels.integrations import openrlhf
 openrlhf.setup()
 openrlhf.setup()
 assert "openrlhf" not in sys.modules and "transformers" not in sys.modules
-from tests.parity import openrlhf_stubs
+from tools import openrlhf_stubs
 theirs = openrlhf_stubs.load()
 names = openrlhf.report().replaced
 assert theirs.actor.Actor.forward.__code__.co_name == "dispatch"

@@ -22,7 +22,7 @@ from verl.trainer.ppo import core_algos
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.workers.utils import losses
 
-from tests.parity.comparison import FP32, close, make_batch, with_gradients
+from tests.parity.comparison import FP32, close, with_gradients
 from tests.parity.test_verl import (
     AGGREGATIONS,
     DP_SIZE,
@@ -32,6 +32,7 @@ from tests.parity.test_verl import (
     outcome,
 )
 from tests.run_python import run_python
+from tools.policy_batches import make_batch
 
 from rlhf_kernels.integrations import _common, verl
 from rlhf_kernels.testing import random_mask

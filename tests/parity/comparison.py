@@ -1,4 +1,4 @@
-"""What the parity tests share: inputs with every term in play, and the comparison of four results.
+"""What the parity tests share: the comparison of four results.
 
 A trainer's function is run in fp32 and, where it can, in fp64. Its fp64 must be our definition's
 fp64 to many digits, which says that the formulas are the same; our fp32 must then be that value to
@@ -6,56 +6,19 @@ fp32 precision, so that two results which are wrong together are seen too.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tools.policy_batches import Batch
+
 import rlhf_kernels as rk
 from rlhf_kernels import reference
-from rlhf_kernels.testing import assert_within_budget, generator, random_mask, to_float64
+from rlhf_kernels.testing import assert_within_budget, generator, to_float64
 
 # Of fp32 results: relative to the value, and to the largest element of the tensor.
 FP32 = 2e-6
-
-
-class Batch(NamedTuple):
-    """Inputs of a policy loss, [B, T]; advantages [B, T] or [B]."""
-
-    logprobs: Tensor
-    old: Tensor
-    advantages: Tensor
-    mask: Tensor
-    ref: Tensor
-    rollout: Tensor
-    entropy: Tensor
-
-
-def make_batch(
-    rows: int = 5, cols: int = 13, *, seed: int = 0, per_sequence: bool = False
-) -> Batch:
-    """Ratios on both sides of every bound; a mask with gaps inside rows, its last row wholly 0.
-
-    Under the mask lie finite numbers: trainers multiply by the mask, so that NaN would stay.
-    """
-    g = generator(seed)
-
-    def noise(scale: float, *shape: int) -> Tensor:
-        return scale * torch.randn(*(shape or (rows, cols)), generator=g)
-
-    old = -3 * torch.rand(rows, cols, generator=g)
-    # Whole sequences drift too, so that sequence ratios meet their bounds with either sign of A.
-    drift = torch.linspace(-0.6, 0.6, rows)[torch.randperm(rows, generator=g)].unsqueeze(-1)
-    advantages = noise(1.0, rows) if per_sequence else noise(1.0)
-    return Batch(
-        (old + drift + noise(0.7)).requires_grad_(),
-        old,
-        advantages,
-        random_mask(rows, cols, seed=seed),
-        old + noise(0.5),
-        old + noise(0.2),
-        torch.rand(rows, cols, generator=g).requires_grad_(),
-    )
 
 
 def with_gradients(loss: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Parity with OpenRLHF 0.11.2: PolicyLoss, KL estimates, value loss, advantages.
 
 What calls OpenRLHF runs where it is installed, with stubs for what it needs only to be imported
-(openrlhf_stubs.py); its policy loss is also written out here from its formulas, which runs
+(tools/openrlhf_stubs.py); its policy loss is also written out here from its formulas, which runs
 everywhere. The actor's loss is put together as its trainer does (ray/ppo_actor.py): PolicyLoss,
 plus the token mean of `compute_approx_kl`, less that of the entropy. Different by design:
 
@@ -17,14 +17,9 @@ import inspect
 import pytest
 import torch
 
-from tests.parity import openrlhf_stubs
-from tests.parity.comparison import (
-    FP32,
-    close,
-    compare_policy_loss,
-    compare_token_logprobs,
-    make_batch,
-)
+from tests.parity.comparison import FP32, close, compare_policy_loss, compare_token_logprobs
+from tools import openrlhf_stubs
+from tools.policy_batches import make_batch
 
 import rlhf_kernels as rk
 from rlhf_kernels.testing import random_mask

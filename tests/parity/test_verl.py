@@ -21,14 +21,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.parity.comparison import (
-    FP32,
-    Batch,
-    close,
-    compare_policy_loss,
-    compare_token_logprobs,
-    make_batch,
-)
+from tests.parity.comparison import FP32, close, compare_policy_loss, compare_token_logprobs
+from tools.policy_batches import Batch, make_batch
 
 import rlhf_kernels as rk
 from rlhf_kernels import reference
