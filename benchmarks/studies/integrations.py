@@ -447,13 +447,13 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="write the table again, run nothing")
     options = parser.parse_args()
     store = json.loads(options.out.read_text()) if options.out.exists() else {"rows": {}}
+    store["notes"] = NOTES
     if not options.render:
         versions = []
         for name in ("torch", "transformers", "trl", "verl", "openrlhf"):
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 versions.append(f"{name} {importlib.metadata.version(name)}")
         store |= {"machine": machine(), "date": options.date, "versions": ", ".join(versions)}
-        store["notes"] = NOTES
         makers = {"TRL": trl_rows, "verl": verl_rows, "OpenRLHF": openrlhf_rows}
         for trainer, make in makers.items():
             # What is not asked for is not imported.
