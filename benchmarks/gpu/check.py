@@ -51,7 +51,7 @@ TEST_FILES = (
     "ops/test_policy_rules", "ops/test_kl", "ops/test_advantages", "ops/test_advantages_rules",
     "ops/test_value", "ops/test_preference", "ops/test_support", "ops/test_support_rules",
     "ops/test_extremes", "ops/test_fp16", "ops/test_empty", "ops/test_interface",
-    "ops/test_missing", "ops/test_meta", "test_masks",
+    "ops/test_missing", "ops/test_meta", "ops/test_masks",
 )  # fmt: skip
 # What has most at stake first: time may run out.
 BENCH_FILES = (

@@ -2,9 +2,10 @@
 
 import dataclasses
 
-import interface_cases as cases
 import pytest
 import torch
+
+from tests.ops import interface_cases as cases
 
 import rlhf_kernels as rk
 from rlhf_kernels.kernels import backends
