@@ -52,6 +52,10 @@ class _Parser(HfArgumentParser):
         if value := re.match(r"invalid (\w+) value: (.*)", what, re.DOTALL):
             kind = _KINDS.get(value[1], value[1])
             raise UserError(f"{name}: expected {kind}, found {value[2][:80]}")
+        if choice := re.match(r"invalid choice: (.*) \(choose from (.*)\)", what, re.DOTALL):
+            # Quoted before Python 3.12.
+            known = choice[2].replace("'", "")
+            raise UserError(f"{name}: expected one of {known}, found {choice[1][:80]}")
         if "Truthy value expected" in what:
             value = re.search(r"got (.*) but expected", what)
             found_text = repr(value[1])[:80] if value else what

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .arguments import parse_config as parse_config
 from .errors import UserError as UserError
@@ -12,10 +12,6 @@ from .errors import require as require
 
 def _doc(text: str, default: Any) -> Any:
     return field(default=default, metadata={"help": text})
-
-
-def _one_of(config: Any, name: str, allowed: tuple[str, ...]) -> None:
-    require(getattr(config, name) in allowed, name, f"one of {allowed}", getattr(config, name))
 
 
 def _at_least(config: Any, least: float, *names: str) -> None:
@@ -38,10 +34,20 @@ def _share(config: Any, *names: str) -> None:
 LARGEST = 3.4e38
 
 
+def _choices(kind: Any) -> tuple[str, ...]:
+    """Texts that a `Literal`, or a `Literal | None`, allows; none for any other type."""
+    literals = (part for part in (kind, *get_args(kind)) if get_origin(part) is Literal)
+    return next(map(get_args, literals), ())
+
+
 def _plain(config: Any) -> None:
-    """Numbers that are finite, whole numbers that fit 64 bits, texts that are whole."""
+    """Requires known choices, finite numbers, whole numbers of 64 bits and whole texts."""
+    kinds = get_type_hints(type(config))
     for one in dataclasses.fields(config):
         values = getattr(config, one.name)
+        if choices := _choices(kinds[one.name]):
+            known = values in (*choices, one.default)
+            require(known, one.name, f"one of {', '.join(choices)}", values)
         for value in values if isinstance(values, list) else [values]:
             if isinstance(value, float):
                 finite = math.isfinite(value) and abs(value) <= LARGEST
@@ -62,10 +68,10 @@ class RunConfig:
 
     output_dir: str = _doc("folder for metrics, curves, samples and checkpoints", "runs/trainer")
     seed: int = _doc("seed of weights, data order and sampling", 0)
-    device: str = _doc("'auto' (accelerate's choice) or 'cpu'", "auto")
+    device: Literal["auto", "cpu"] = _doc("auto: accelerate's choice", "auto")
     threads: int = _doc("CPU threads; 0 keeps torch's own choice", 0)
-    mixed_precision: str | None = _doc(
-        "'no', 'bf16' or 'fp16' autocast; unset = accelerate launch's, else no", None
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = _doc(
+        "autocast; unset = accelerate launch's, else no", None
     )
     save_model: bool = _doc("save models and tokenizer at the end", True)
     save_steps: int = _doc("steps between checkpoints; 0 = only when interrupted", 0)
@@ -83,9 +89,6 @@ class RunConfig:
         _plain(self)
         # Python's, numpy's and torch's generators all take these.
         require(0 <= self.seed < 2**32, "seed", "a number from 0 to 2**32 - 1", self.seed)
-        _one_of(self, "device", ("auto", "cpu"))
-        if self.mixed_precision is not None:
-            _one_of(self, "mixed_precision", ("no", "bf16", "fp16"))
         _at_least(self, 0, "threads", "save_steps", "save_total_limit")
         require(self.threads <= 1024, "threads", "at most 1024", self.threads)
 
@@ -156,7 +159,9 @@ class OptimConfig:
     batch_size: int = _doc("rows (online: completions) per step, over all processes", 512)
     micro_batch_size: int = _doc("rows per forward pass of a process; 0 = all", 0)
     learning_rate: float = _doc("peak rate of the trained model", 3e-4)
-    lr_schedule: str = _doc("'constant', 'linear' or 'cosine' (to zero at the end)", "constant")
+    lr_schedule: Literal["constant", "linear", "cosine"] = _doc(
+        "linear and cosine fall to zero at the end", "constant"
+    )
     warmup_steps: int = _doc("steps over which the rates rise", 10)
     weight_decay: float = _doc("of AdamW", 0.0)
     max_grad_norm: float = _doc("global gradient norm, of each model", 1.0)
@@ -168,7 +173,6 @@ class OptimConfig:
         _at_least(self, 0, "micro_batch_size", "warmup_steps", "learning_rate", "weight_decay")
         _at_least(self, 0, "skip_nonfinite")
         _above(self, 0, "max_grad_norm")
-        _one_of(self, "lr_schedule", ("constant", "linear", "cosine"))
 
 
 @dataclass
@@ -187,13 +191,12 @@ class RewardConfig:
 class DPOConfig:
     """Direct preference optimisation."""
 
-    loss_type: str = _doc("sigmoid, ipo, robust or hinge", "sigmoid")
+    loss_type: Literal["sigmoid", "ipo", "robust", "hinge"] = _doc("loss of a pair", "sigmoid")
     beta: float = _doc("strength of the implicit KL", 0.1)
     label_smoothing: float = _doc("probability of a wrong label: sigmoid, robust", 0.0)
 
     def __post_init__(self) -> None:
         _plain(self)
-        _one_of(self, "loss_type", ("sigmoid", "ipo", "robust", "hinge"))
         _above(self, 0, "beta")
         smoothing, smooth = self.label_smoothing, self.loss_type in ("sigmoid", "robust")
         require(0 <= smoothing < 0.5, "label_smoothing", "a probability below 0.5", smoothing)
@@ -213,7 +216,7 @@ class OnlineConfig:
         default_factory=list, metadata={"help": "one weight per reward function; empty = ones"}
     )
     num_generations: int = _doc("completions of each prompt", 1)
-    engine: str = _doc("what completes prompts: transformers or vllm", "transformers")
+    engine: Literal["transformers", "vllm"] = _doc("what completes prompts", "transformers")
     vllm_memory: float = _doc("share of the device's memory that vLLM may take", 0.3)
     generation_batch_size: int = _doc("prompts decoded at once by a process; 0 = all", 0)
     temperature: float = _doc("sampling temperature, also of the loss", 1.0)
@@ -228,12 +231,18 @@ class OnlineConfig:
     penalty_coef: float = _doc("objective penalty: first weight of KL(old || new)", 1.0)
     penalty_target: float = _doc("KL per token it adapts to: halved or doubled; 0 = fixed", 0.0)
     kl_coef: float = _doc("weight of the KL to the reference; 0 = no reference", 0.0)
-    kl_estimator: str = _doc("k1, k2, k3 or abs; in the loss also with +", "k1")
+    kl_estimator: Literal["k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+"] = _doc(
+        "of the KL to the reference; those with + in the loss only", "k1"
+    )
     kl_target: float = _doc("KL per completion the coefficient adapts to; 0 = fixed", 0.0)
     kl_horizon: float = _doc("horizon of the adaptive coefficient, in completions", 10000.0)
     gamma: float = _doc("discount of returns to go", 1.0)
-    correction: str = _doc("of sampler-trainer mismatch: none, token or sequence", "none")
-    correction_mode: str = _doc("truncate or mask weights above correction_max", "truncate")
+    correction: Literal["none", "token", "sequence"] = _doc(
+        "importance weights for the mismatch of sampler and trainer", "none"
+    )
+    correction_mode: Literal["truncate", "mask"] = _doc(
+        "what happens to weights above correction_max", "truncate"
+    )
     correction_max: float = _doc("largest weight of the correction", 2.0)
     reward_normalize: bool = _doc("divide by running deviation after the running mean", False)
     reward_clip: float = _doc("clip of the (normalised) reward; 0 = off", 0.0)
@@ -260,10 +269,6 @@ class OnlineConfig:
         usual = 2.0**-60 <= self.temperature <= 2.0**60
         require(usual, "temperature", "a number from 2**-60 to 2**60", self.temperature)
         _share(self, "gamma", "vllm_memory")
-        _one_of(self, "kl_estimator", ("k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+"))
-        _one_of(self, "correction", ("none", "token", "sequence"))
-        _one_of(self, "correction_mode", ("truncate", "mask"))
-        _one_of(self, "engine", ("transformers", "vllm"))
         used = self.kl_coef > 0
         require(used or not self.kl_target, "kl_target", "0 where kl_coef is 0", self.kl_target)
         used = self.ptx_coef > 0

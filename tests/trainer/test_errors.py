@@ -172,7 +172,7 @@ ppo --threads 100000 | threads: expected at most 1024
 ppo --save_steps -1 | save_steps: expected >= 0
 ppo --save_total_limit -1 | save_total_limit: expected >= 0
 ppo --save_model maybe | save_model: expected true or false, found 'maybe'
-ppo --device gpu | device: expected one of cpu
+ppo --device gpu | device: expected one of auto, cpu, found 'gpu'
 ppo --mixed_precision fp8 | mixed_precision: expected one of
 ppo --mixed_precision fp16 --device cpu | mixed_precision: expected 'no' or 'bf16' without a GPU
 ppo --report_to nowhere | report_to: expected one of tensorboard found 'nowhere'
@@ -209,7 +209,7 @@ ppo --learning_rate -inf | learning_rate: expected a finite number
 ppo --learning_rate 1e39 | learning_rate: expected a finite number
 ppo --learning_rate -1e-3 | learning_rate: expected >= 0, found -0.001
 ppo --learning_rate fast | learning_rate: expected a number, found 'fast'
-ppo --lr_schedule step | lr_schedule: expected one of cosine
+ppo --lr-schedule step | lr_schedule: expected one of constant, linear, cosine, found 'step'
 ppo --weight_decay -1 | weight_decay: expected >= 0
 ppo --max_grad_norm 0 | max_grad_norm: expected > 0
 ppo --epochs 0 | epochs: expected >= 1
@@ -261,7 +261,7 @@ ppo --reward_weights 1 2 | reward_weights: expected 1 numbers, found 2
 ppo --reward_weights nan | reward_weights: expected a finite number
 ppo --reward_funcs a:b --reward_weights 1 2 | reward_weights: expected 1 numbers
 dpo --beta 0 | beta: expected > 0
-dpo --loss_type kto | loss_type: expected one of ipo
+dpo --loss_type kto | loss_type: expected one of sigmoid, ipo, robust, hinge, found 'kto'
 dpo --label_smoothing 0.5 | label_smoothing: expected a probability below 0.5
 dpo --label_smoothing 0.1 --loss_type ipo | label_smoothing: expected 0 with loss_type ipo
 reward --center_coef -1 | center_coef: expected >= 0
