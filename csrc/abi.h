@@ -52,9 +52,8 @@ struct Status {
   int64_t position = -1;
 };
 
-// A label whose word is not among these logits: they are a shard of the vocabulary and it lies in
-// another one. Its log-probability is NaN; statistics and gradient are as of any row.
-// Only with this ignore_index, which is a shard's.
+// Sentinel: the label is owned by another shard of the vocabulary. The log-probability is NaN;
+// statistics and gradient are those of any row. Valid only with kShardIgnored as ignore_index.
 constexpr int64_t kLabelElsewhere = INT64_MIN;
 constexpr int64_t kShardIgnored = INT64_MIN + 1;
 

@@ -164,7 +164,7 @@ def usable_offsets(
     """
     if cu_seqlens is None:
         return None, None
-    if may_look(cu_seqlens):
+    if can_read_on_host(cu_seqlens):
         offsets_valid(op, cu_seqlens, total)
         return cu_seqlens, None
     if cu_seqlens.shape[0] == 1:
@@ -189,7 +189,7 @@ def out_of_range(op: str, position: int, labels: Tensor, vocab: int) -> IndexErr
     )
 
 
-def may_look(t: Tensor) -> bool:
+def can_read_on_host(t: Tensor) -> bool:
     """Whether reading `t` on the host is free, or asked for by RLHF_KERNELS_CHECK=1."""
     free = t.device.type == "cpu" or (env.CHECK and not t.is_meta)
     return free and not tracing.active(t)
@@ -197,7 +197,7 @@ def may_look(t: Tensor) -> bool:
 
 def labels_in_range(op: str, labels: Tensor, keep: Tensor, vocab: int) -> None:
     """Raises IndexError for the first bad label of `keep` [...], where data may be looked at."""
-    if not may_look(labels):
+    if not can_read_on_host(labels):
         return
     bad = ((labels < 0) | (labels >= vocab)) & keep
     if bad.any():
@@ -208,7 +208,7 @@ def temperatures_positive(op: str, temperature: float | Tensor | None, keep: Ten
     """Raises ValueError for the first bad temperature of the tokens of `keep` [...], where there
     is one per token and data may be looked at.
     """
-    if not isinstance(temperature, Tensor) or not may_look(temperature):
+    if not isinstance(temperature, Tensor) or not can_read_on_host(temperature):
         return
     bad = temperature_rules.bad(temperature) & keep
     if bad.any():
@@ -299,7 +299,7 @@ def bad_divisor(op: str, value: Tensor) -> ValueError:
 
 def divisor_positive(op: str, value: Tensor | None) -> None:
     """Raises ValueError for a bad normalizer, where data may be looked at."""
-    if value is None or not may_look(value):
+    if value is None or not can_read_on_host(value):
         return
     if not 0 < value.item() < math.inf:
         raise bad_divisor(op, value)
@@ -365,7 +365,7 @@ def support_data(
         IndexError: of the indices of a token of `keep`.
     """
     token_data(op, labels, temperature, keep, vocab)
-    if not may_look(indptr):
+    if not can_read_on_host(indptr):
         return
     entries = indices.shape[0]
     bad = (indptr < 0) | (indptr > entries)

@@ -18,10 +18,10 @@ from ..core.sentinels import ELSEWHERE, NOWHERE, SHARD_IGNORED
 CHUNK_BYTES = {"cpu": 128 * 2**20}
 GPU_CHUNK_BYTES = 2**30
 # The GEMM's rows come in multiples of this; its columns, where they are part of a vocabulary.
-_CHUNK_MULTIPLE, _WORDS_MULTIPLE = 16, 64
+_CHUNK_MULTIPLE, _COLUMNS_MULTIPLE = 16, 64
 # More tokens make no product faster.
 _EXACT_TOKENS = 8192
-# Most tokens beside blocks of words: more would leave the budget too few words at a time.
+# Most tokens beside blocks of columns: more would leave the budget too few columns at a time.
 _BLOCK_TOKENS = 32768
 # Chunks of fewer tokens spend more on an fp32 sum of a 16-bit weight's gradient, which is read and
 # written for each, than a further product would cost.
@@ -58,15 +58,15 @@ def logits_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 class Chunk(NamedTuple):
-    """Tokens and words of a product: at most, or, where `exact`, always that many tokens."""
+    """Tokens and columns of a product: at most, or, where `exact`, always that many tokens."""
 
     size: int
-    words: int
+    columns: int
     exact: bool
 
     @classmethod
     def of(cls, chunk: int, weight: Tensor, heads: int = 1) -> "Chunk":
-        """Some tokens, all words.
+        """Some tokens, all columns.
 
         Args:
             chunk: an operator's argument: tokens, 0 for the device's budget, negative where exact.
@@ -81,24 +81,24 @@ class Chunk(NamedTuple):
     def backward(cls, chunk: int, weight: Tensor, count: int, heads: int = 1) -> "Chunk":
         """For gradients of `count` tokens whose statistics are known; arguments as in `of`.
 
-        Where the budget does not hold them all, on a CPU all tokens and some words, if the
+        Where the budget does not hold them all, on a CPU all tokens and some columns, if the
         vocabulary is larger: products of many tokens then give a block of the weight's gradient at
         once, and what is summed in fp32, once a block, is the smaller gradient of hidden.
         """
         whole = cls.of(chunk, weight, heads)
-        if chunk != 0 or weight.device.type != "cpu" or whole.size >= min(count, whole.words):
+        if chunk != 0 or weight.device.type != "cpu" or whole.size >= min(count, whole.columns):
             return whole
         tokens = min(count, _BLOCK_TOKENS)
         size = logits_dtype(weight.device, weight.dtype).itemsize
-        words = CHUNK_BYTES["cpu"] // (heads * tokens * size)
-        return cls(tokens, max(words // _WORDS_MULTIPLE, 1) * _WORDS_MULTIPLE, False)
+        columns = CHUNK_BYTES["cpu"] // (heads * tokens * size)
+        return cls(tokens, max(columns // _COLUMNS_MULTIPLE, 1) * _COLUMNS_MULTIPLE, False)
 
     def rows(self, count: int) -> int:
         """Rows of the buffer for `count` tokens."""
         return self.size if self.exact else min(self.size, max(count, 1))
 
 
-def sum_is_dear(chunk: int, weight: Tensor, count: int, heads: int = 1) -> bool:
+def prefer_recompute(chunk: int, weight: Tensor, count: int, heads: int = 1) -> bool:
     """Whether a gradient of the weight, summed over chunks, costs more than a product again."""
     size = Chunk.of(chunk, weight, heads).size
     return (
@@ -111,13 +111,13 @@ def sum_is_dear(chunk: int, weight: Tensor, count: int, heads: int = 1) -> bool:
 
 
 class Tile(NamedTuple):
-    """Tokens and words whose logits are in the buffer together.
+    """Tokens and columns whose logits are in the buffer together.
 
     step counts the tiles along the tokens; `is_last`: no tokens follow.
     """
 
     tokens: slice
-    words: slice
+    columns: slice
     step: int
     is_last: bool
 
@@ -134,10 +134,10 @@ class Tokens(NamedTuple):
 
     def tiles(self, chunk: Chunk, vocab: int) -> Iterator[Tile]:
         for step, part in enumerate(self.chunks(chunk.size)):
-            # Once where a shard has no words: its rank still takes part.
-            for start in range(0, max(vocab, 1), chunk.words):
-                words = slice(start, min(start + chunk.words, vocab))
-                yield Tile(part, words, step, part.stop == self.count)
+            # Once where a shard has no columns: its rank still takes part.
+            for start in range(0, max(vocab, 1), chunk.columns):
+                columns = slice(start, min(start + chunk.columns, vocab))
+                yield Tile(part, columns, step, part.stop == self.count)
 
     def take(self, t: Tensor | None, part: slice) -> Tensor | None:
         """Rows `part` of the tokens' t [N, ...]."""
@@ -165,15 +165,15 @@ def flat(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.reshape(-1)
 
 
-def localized(labels: Tensor, words: slice, vocab: int, ignore: int) -> tuple[Tensor, int]:
-    """(labels, ignore_index) for a row kernel that is given some words of the vocabulary.
+def localized(labels: Tensor, columns: slice, vocab: int, ignore: int) -> tuple[Tensor, int]:
+    """(labels, ignore_index) for a row kernel that is given some columns of the vocabulary.
 
     No label is to be ignored: those tokens were dropped.
     """
-    if words.stop - words.start == vocab:
+    if columns.stop - columns.start == vocab:
         return labels, ignore
     labels = labels.long()
     known = ((labels >= 0) & (labels < vocab)) | (labels == ELSEWHERE)
-    owned = (labels >= words.start) & (labels < words.stop)
+    owned = (labels >= columns.start) & (labels < columns.stop)
     local = torch.where(known, ELSEWHERE, NOWHERE)
-    return torch.where(owned, labels - words.start, local), SHARD_IGNORED
+    return torch.where(owned, labels - columns.start, local), SHARD_IGNORED

@@ -10,8 +10,7 @@ from ..kernels.rows import Reduce
 from .chunks import Chunk, Tile, Tokens, logits_dtype
 from .products import Head, add_product, blocks, in_fp16, matmul_into, widens
 
-# From so many tokens on a CPU gains more by operands that are not transposed than it costs to turn
-# their product round.
+# Above this many tokens, transposing the product is cheaper on a CPU than a transposed operand.
 _TURNED_TOKENS = 2048
 # Rows of a weight gradient that are summed over chunks at a time: their product stays in the cache.
 _SUM_ROWS = 1024
@@ -33,7 +32,7 @@ class Gradients:
         wide = reduce is not None or head.hidden.dtype == torch.float16
         dtype = torch.float32 if wide else head.hidden.dtype
         self.hidden = torch.zeros_like(head.hidden, dtype=dtype) if hidden else None
-        # Of a tile's tokens, over the words so far.
+        # Of a tile's tokens, over the columns so far.
         self._of_tokens: Tensor | None = None
         self._weight = _Sum(head.weight, head.empty) if weight else None
         self._bias = head.bias.new_zeros(head.bias.shape, dtype=torch.float32) if bias else None
@@ -41,25 +40,25 @@ class Gradients:
     def sweep(self, tokens: Tokens, chunk: Chunk, backward: Callable[[Tensor, Tile], None]) -> None:
         """Adds all `tokens`; `backward` overwrites the logits of a tile by their gradient."""
         for tile in tokens.tiles(chunk, self._head.weight.shape[0]):
-            if tile.words.start == 0:
+            if tile.columns.start == 0:
                 states = self._head.states(tokens, tile.tokens)
-            logits = self._head.project(states, tile.words)
+            logits = self._head.project(states, tile.columns)
             backward(logits, tile)
             self.add(tokens, tile, states, logits)
 
     def add(self, tokens: Tokens, tile: Tile, hidden: Tensor, grad_logits: Tensor) -> None:
-        """Adds a tile: its hidden states [n, H] and the gradient of its logits [n, words]."""
+        """Adds a tile: its hidden states [n, H] and the gradient of its logits [n, columns]."""
         if hidden.dtype != torch.float16:
             grad_logits = grad_logits.to(hidden.dtype)
         if self.hidden is not None:
             if grad_logits.shape[1] == self._head.weight.shape[0]:
                 self._add_hidden(tokens, tile.tokens, grad_logits)
             else:
-                self._add_hidden_of_words(tokens, tile, grad_logits)
+                self._add_hidden_of_columns(tokens, tile, grad_logits)
         if self._weight is not None:
             self._weight.add_product(grad_logits, hidden, tile)
         if self._bias is not None:
-            self._bias[tile.words] += grad_logits.sum(0, dtype=torch.float32)
+            self._bias[tile.columns] += grad_logits.sum(0, dtype=torch.float32)
 
     def _add_hidden(self, tokens: Tokens, part: slice, g: Tensor) -> None:
         head, count, dtype = self._head, g.shape[0], g.dtype
@@ -91,21 +90,21 @@ class Gradients:
             rows *= unit
         tokens.put(self.hidden, part, rows[:count])
 
-    def _add_hidden_of_words(self, tokens: Tokens, tile: Tile, g: Tensor) -> None:
-        """Sums over the tiles of some tokens in fp32; rounds with the last of the words."""
+    def _add_hidden_of_columns(self, tokens: Tokens, tile: Tile, g: Tensor) -> None:
+        """Sums over the tiles of some tokens in fp32; rounds with the last of the columns."""
         weight = self._head.weight
         in_place = tokens.index is None and self.hidden.dtype == torch.float32
-        if tile.words.start == 0:
+        if tile.columns.start == 0:
             self._of_tokens = (
                 self.hidden[tile.tokens]
                 if in_place
                 else g.new_zeros((g.shape[0], weight.shape[1]), dtype=torch.float32)
             )
         if g.dtype == torch.float32:
-            add_product(self._of_tokens, g, weight[tile.words])
+            add_product(self._of_tokens, g, weight[tile.columns])
         else:
-            self._of_tokens += g @ weight[tile.words]
-        if tile.words.stop == weight.shape[0] and not in_place:
+            self._of_tokens += g @ weight[tile.columns]
+        if tile.columns.stop == weight.shape[0] and not in_place:
             tokens.put(self.hidden, tile.tokens, self._of_tokens.to(self.hidden.dtype))
 
     def results(self, shape: torch.Size, late: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,13 +141,13 @@ class _Sum:
         self._b_t: Tensor | None = None
 
     def add_product(self, a: Tensor, b: Tensor, tile: Tile) -> None:
-        """Adds a.T @ b, of a tile's a [n, words] and b [n, H]."""
+        """Adds a.T @ b, of a tile's a [n, columns] and b [n, H]."""
         if logits_dtype(a.device, a.dtype) != torch.float32:
             self._add_rounded(a, b, tile)
             return
         if self._total is None:
             self._total = self._empty(self._like.shape, torch.float32, self._like.device)
-        total = self._total[tile.words]
+        total = self._total[tile.columns]
         if self._like.dtype == torch.float16:
             self._add_fp16(total, a, b, tile)
         elif tile.step == 0:
@@ -180,17 +179,17 @@ class _Sum:
         many tokens: the CPU's matrix units take half the time where neither operand is transposed,
         and the blocks that are turned round instead stay in the cache.
         """
-        like, words, turned = self._like, tile.words, a.shape[0] >= _TURNED_TOKENS
-        if words.start == 0:
+        like, columns, turned = self._like, tile.columns, a.shape[0] >= _TURNED_TOKENS
+        if columns.start == 0:
             self._b_t = b.T.contiguous() if turned else None
         if self._rounded is None:
             self._rounded = self._empty(like.shape, like.dtype, like.device)
         elif self._total is None and tile.step == 1 and not tile.is_last:
             self._total = self._empty(like.shape, torch.float32, like.device)
-        for start in range(words.start, words.stop, _SUM_ROWS):
-            rows = slice(start, min(start + _SUM_ROWS, words.stop))
+        for start in range(columns.start, columns.stop, _SUM_ROWS):
+            rows = slice(start, min(start + _SUM_ROWS, columns.stop))
             rounded = self._rounded[rows]
-            part = a[:, rows.start - words.start : rows.stop - words.start]
+            part = a[:, rows.start - columns.start : rows.stop - columns.start]
             if not turned and self._total is None:
                 if tile.step == 0:
                     torch.mm(part.T, b, out=rounded)

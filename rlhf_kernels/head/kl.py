@@ -67,7 +67,7 @@ def backward(
     gradients = Gradients(head, *needs)
 
     def overwrite(logits: Tensor, tile: Tile) -> None:
-        ref_logits = ref.project(ref.states(tokens, tile.tokens), tile.words)
+        ref_logits = ref.project(ref.states(tokens, tile.tokens), tile.columns)
         own, g = (tokens.take(t, tile.tokens) for t in (stats, grad))
         kernels.rows.kl_divergence_backward_inplace(
             logits, ref_logits, own, g, temperature, reverse

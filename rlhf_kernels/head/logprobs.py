@@ -78,7 +78,7 @@ def backward(
 
     def overwrite(logits: Tensor, tile: Tile) -> None:
         own, *rest = (tokens.take(t, tile.tokens) for t in (labels, temperatures, stats, g, h))
-        own, ignored = localized(own, tile.words, weight.shape[0], options.ignore_index)
+        own, ignored = localized(own, tile.columns, weight.shape[0], options.ignore_index)
         of_tile = options._replace(ignore_index=ignored)
         kernels.rows.token_logprobs_backward_inplace(logits, own, *rest, of_tile)
 

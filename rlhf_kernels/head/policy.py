@@ -13,7 +13,7 @@ from ..core.sentinels import SHARD_IGNORED
 from ..core.sequences import per_token, token_weights
 from ..kernels import losses
 from ..kernels.rows import Kernels
-from .chunks import Chunk, Tile, Tokens, flat, localized, select, sum_is_dear
+from .chunks import Chunk, Tile, Tokens, flat, localized, prefer_recompute, select
 from .gradients import Gradients
 from .products import Head
 
@@ -64,7 +64,7 @@ class _PolicySweep:
         self._chunk = Chunk.of(chunk, weight, heads)
         self._backward_chunk = functools.partial(Chunk.backward, chunk, weight)
         # The gradient's sum over chunks costs more than the logits again, in a second sweep.
-        self.sweeps_twice = sum_is_dear(chunk, weight, self.tokens.count, heads)
+        self.recomputes = prefer_recompute(chunk, weight, self.tokens.count, heads)
         shared = (self._chunk, self.tokens.count, kernels.empty)
         self.head = Head.of(*operands, *shared)
         self._ref = None
@@ -109,7 +109,7 @@ class _PolicySweep:
         weights: Tensor,
         codes: PolicyCodes,
         params: PolicyParams,
-        bonus: bool,
+        entropy_bonus: bool,
         needs: list[bool],
     ) -> Gradients:
         """Log-probabilities and gradients of `tokens`, one product forward and two backward."""
@@ -129,10 +129,11 @@ class _PolicySweep:
             found = self._kernels.rows.policy_loss(
                 row(logprobs), row(own_old), row(tokens.take(advantages, part)),
                 row(ones), row(own_ref), row(tokens.take(rollout, part)),
-                row(entropy) if bonus else None, None, None, 1.0, codes, params, True, bonus,
+                row(entropy) if entropy_bonus else None, None, None, 1.0, codes, params, True,
+                entropy_bonus,
             )  # fmt: skip
             g, h = _complete(found, tokens.take(weights, part))
-            self._gradient(tokens, tile, logits, stats, g[0], h[0] if bonus else None)
+            self._gradient(tokens, tile, logits, stats, g[0], h[0] if entropy_bonus else None)
             gradients.add(tokens, tile, hidden, logits)
         return gradients
 
@@ -166,7 +167,7 @@ class _PolicySweep:
         labels, temperatures = (
             tokens.take(t, tile.tokens) for t in (self._labels, self._temperatures)
         )
-        labels, ignored = localized(labels, tile.words, self._vocab, SHARD_IGNORED)
+        labels, ignored = localized(labels, tile.columns, self._vocab, SHARD_IGNORED)
         self._kernels.rows.token_logprobs_backward_inplace(
             logits, labels, temperatures, stats, g, h, self._options._replace(ignore_index=ignored)
         )
@@ -179,7 +180,7 @@ class _PolicySweep:
         rollout: Tensor | None,
         whole: tuple[object, ...],
         grad: bool,
-        bonus: bool,
+        entropy_bonus: bool,
     ) -> tuple[Tensor, ...]:
         """(loss, metrics, gradients) of all tokens from the recorded log-probabilities."""
         shape = self._mask.shape
@@ -188,7 +189,7 @@ class _PolicySweep:
         logprobs = self.logprobs.view(shape)
         return self._kernels.rows.policy_loss(
             logprobs, logprobs if old is None else old, advantages, self._mask, ref, rollout,
-            self.entropy.view(shape), *whole, grad, bonus,
+            self.entropy.view(shape), *whole, grad, entropy_bonus,
         )  # fmt: skip
 
 
@@ -227,14 +228,14 @@ def forward(
     )
     codes, params = PolicyCodes(*codes), PolicyParams(*params)
     whole = (cu_seqlens, normalizer, divisor, codes, params)
-    bonus = params.entropy_coef != 0
+    entropy_bonus = params.entropy_coef != 0
     if not any(needs):
         sweep.logprobs_of(sweep.tokens)
         gradients = Gradients(sweep.head, *needs)
     elif (
         codes.ratio_level == _TOKEN_RATIO
         and codes.correction_level != _SEQUENCE_CORRECTION
-        and not sweep.sweeps_twice
+        and not sweep.recomputes
     ):
         # Tokens stand alone: their gradient is known as soon as their log-probability is.
         count = normalizer if normalizer is not None else divisor or None
@@ -245,21 +246,21 @@ def forward(
             weights = torch.where(good, weights, torch.nan)
         of_tokens = per_token(advantages, mask, offsets)
         idle = torch.zeros((), dtype=torch.bool, device=hidden.device)
-        if params.kl_coef == 0 and not bonus and params.penalty_coef == 0:
+        if params.kl_coef == 0 and not entropy_bonus and params.penalty_coef == 0:
             # No advantage, no gradient.
             idle = flat(of_tokens) == 0
         kept = flat(mask) != 0
         sweep.logprobs_of(select(kept & idle))
         gradients = sweep.fused(
             select(kept & ~idle), flat(old), flat(of_tokens), flat(ref), flat(rollout),
-            flat(weights), codes, params, bonus, needs,
+            flat(weights), codes, params, entropy_bonus, needs,
         )  # fmt: skip
     else:
         # The gradient of a token needs its whole sequence, or is better left until all the
         # log-probabilities are known: a first sweep for those.
         sweep.logprobs_of(sweep.tokens)
-        found = sweep.policy_loss(old, advantages, ref, rollout, whole, True, bonus)
+        found = sweep.policy_loss(old, advantages, ref, rollout, whole, True, entropy_bonus)
         g, h = _complete(found)
-        gradients = sweep.backward(flat(g), flat(h) if bonus else None, needs)
+        gradients = sweep.backward(flat(g), flat(h) if entropy_bonus else None, needs)
     loss, metrics, *_ = sweep.policy_loss(old, advantages, ref, rollout, whole, False, False)
     return loss, metrics, *gradients.results(hidden.shape, late=True)

@@ -39,7 +39,7 @@ class Head(NamedTuple):
         hidden = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
         rows = chunk.rows(count)
         dtype = logits_dtype(weight.device, weight.dtype)
-        logits = empty((rows * min(chunk.words, weight.shape[0]),), dtype, hidden.device)
+        logits = empty((rows * min(chunk.columns, weight.shape[0]),), dtype, hidden.device)
         padded = weight.new_zeros((rows, hidden.shape[1])) if chunk.exact else None
         return cls(hidden, weight, bias, logits, padded, empty)
 
@@ -47,9 +47,9 @@ class Head(NamedTuple):
         """A chunk's hidden states as the product takes them: upcast to an fp32 weight's dtype."""
         return tokens.take(self.hidden, part).to(self.weight.dtype)
 
-    def project(self, hidden: Tensor, words: slice = slice(None)) -> Tensor:
-        """Logits [n, words] of a tile's hidden states, in the buffer."""
-        count, weight = hidden.shape[0], self.weight[words]
+    def project(self, hidden: Tensor, columns: slice = slice(None)) -> Tensor:
+        """Logits [n, columns] of a tile's hidden states, in the buffer."""
+        count, weight = hidden.shape[0], self.weight[columns]
         if self.padded is not None:
             self.padded[:count] = hidden
             hidden = self.padded
@@ -61,11 +61,11 @@ class Head(NamedTuple):
         else:
             matmul_into(out, hidden, weight.T)
         out = out[:count]
-        return out if self.bias is None else out.add_(self.bias[words])
+        return out if self.bias is None else out.add_(self.bias[columns])
 
-    def grid(self, rows: int, words: int) -> Tensor:
-        """The buffer as [rows, words]."""
-        return self.logits[: rows * words].view(rows, words)
+    def grid(self, rows: int, columns: int) -> Tensor:
+        """The buffer as [rows, columns]."""
+        return self.logits[: rows * columns].view(rows, columns)
 
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -96,7 +96,7 @@ def add_product(out: Tensor, g: Tensor, weight: Tensor) -> None:
 
 
 def in_fp16(g: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """(fp16, unit) with g [n, words] = fp16 * unit: powers of two that use fp16's range.
+    """(fp16, unit) with g [n, columns] = fp16 * unit: powers of two that use fp16's range.
 
     A loss is scaled so that gradients stay in that range; they are taken before this scale is
     known. One unit for all, dims (0, 1), or one per token, dims (1,), whose bits then depend on no

@@ -40,11 +40,11 @@ class Shards(NamedTuple):
         return torch.where(keep, local, SHARD_IGNORED)
 
 
-# What a rank tells the others before it begins.
+# What the ranks exchange before they begin.
 _FIELDS = ("vocab", "tokens", "checksum", "low", "low_at", "high", "high_at", "temperature_at")
 
 
-def meet(
+def exchange_metadata(
     op: str,
     vocab: int,
     labels: Tensor,
@@ -52,21 +52,21 @@ def meet(
     keep: Tensor,
     group: str,
 ) -> Shards:
-    """Tells the ranks each other's shard; where data may be looked at, also whether it is good.
+    """Gathers the shards of all ranks; checks labels and temperatures where the host may read.
 
     Raises:
         IndexError: a label outside the whole vocabulary on any rank; so on every rank.
         ValueError: likewise a bad temperature, labels that are not the same on every rank, or
             shards that are all empty.
     """
-    looked = checks.may_look(labels)
-    told = torch.full((len(_FIELDS),), vocab, dtype=torch.int64, device=labels.device)
-    if looked:
-        told[1:] = told.new_tensor(_summary(labels, temperatures, keep))
-    told = groups.gather(told, group)
-    if looked:
-        _judge(op, [dict(zip(_FIELDS, row, strict=True)) for row in told.tolist()])
-    return Shards(told[:, 0], groups.rank(group))
+    readable = checks.can_read_on_host(labels)
+    metadata = torch.full((len(_FIELDS),), vocab, dtype=torch.int64, device=labels.device)
+    if readable:
+        metadata[1:] = metadata.new_tensor(_summary(labels, temperatures, keep))
+    metadata = groups.gather(metadata, group)
+    if readable:
+        _check(op, [dict(zip(_FIELDS, row, strict=True)) for row in metadata.tolist()])
+    return Shards(metadata[:, 0], groups.rank(group))
 
 
 def _summary(labels: Tensor, temperatures: float | Tensor | None, keep: Tensor) -> list[int]:
@@ -89,11 +89,11 @@ def _summary(labels: Tensor, temperatures: float | Tensor | None, keep: Tensor) 
     ]  # fmt: skip
 
 
-def _judge(op: str, told: list[dict[str, int]]) -> None:
-    total = sum(t["vocab"] for t in told)
+def _check(op: str, metadata: list[dict[str, int]]) -> None:
+    total = sum(t["vocab"] for t in metadata)
     if total == 0:
         raise ValueError(f"{op}: every rank's shard of the vocabulary is empty")
-    for rank, t in enumerate(told):
+    for rank, t in enumerate(metadata):
         for end in ("low", "high"):
             if not 0 <= t[end] < total:
                 raise IndexError(
@@ -103,10 +103,10 @@ def _judge(op: str, told: list[dict[str, int]]) -> None:
         if t["temperature_at"] >= 0:
             raise temperature_rules.error(op, t["temperature_at"], where=f" on rank {rank}")
         for field in ("tokens", "checksum"):
-            if t[field] != told[0][field]:
+            if t[field] != metadata[0][field]:
                 raise ValueError(
                     f"{op}: labels must be the same on every rank of group; those of rank {rank} "
-                    f"({t['tokens']}) are not those of rank 0 ({told[0]['tokens']})"
+                    f"({t['tokens']}) are not those of rank 0 ({metadata[0]['tokens']})"
                 )
 
 
@@ -225,7 +225,9 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-probabilities, entropies, statistics, labels as columns of this shard)."""
     keep = labels != options.ignore_index
-    shards = meet("token_logprobs", logits.shape[-1], labels, temperatures, keep, group)
+    shards = exchange_metadata(
+        "token_logprobs", logits.shape[-1], labels, temperatures, keep, group
+    )
     local = shards.localized(labels, keep)
     rows = kernels_of(*kernels[:2], group).whole.rows
     return *rows.token_logprobs(logits, local, temperatures, options), local
@@ -244,9 +246,11 @@ def linear_token_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `logprobs.forward`, and the labels as columns of this shard."""
     op, keep = "linear_token_logprobs", labels != options.ignore_index
-    local = meet(op, weight.shape[0], labels, temperatures, keep, group).localized(labels, keep)
+    local = exchange_metadata(op, weight.shape[0], labels, temperatures, keep, group).localized(
+        labels, keep
+    )
     options = options._replace(ignore_index=SHARD_IGNORED)
-    # The chunks are this rank's own affair: one exchange at the end.
+    # Chunks need no exchange: there is one at the end.
     own = kernels_of(*kernels[:2], group).own
     found, _, stats = logprobs.forward(
         own, hidden, weight, bias, local, temperatures, options, chunk
@@ -287,8 +291,8 @@ def linear_policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `policy.forward`."""
     op, keep = "linear_policy_loss", mask != 0
-    shards = meet(op, weight.shape[0], labels, temperatures, keep, group)
-    # Chunk by chunk the ranks meet: their chunks are those of the largest shard, whose size is
+    shards = exchange_metadata(op, weight.shape[0], labels, temperatures, keep, group)
+    # The ranks exchange in every chunk, so all take the chunks of the largest shard. Its size is
     # a host synchronisation on a GPU.
     if chunk == 0:
         columns = (2 if ref_head else 1) * int(shards.sizes.max())

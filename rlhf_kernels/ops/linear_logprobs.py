@@ -264,7 +264,7 @@ def linear_token_logprobs(
     if backend == backends.REFERENCE:
         keep, effective = labels != arguments.ignore_index, arguments.effective_temperature()
         if shards:
-            shard.meet(op, weight.shape[0], labels, effective, keep, shards)
+            shard.exchange_metadata(op, weight.shape[0], labels, effective, keep, shards)
         else:
             checks.token_data(op, labels, effective, keep, weight.shape[0])
         return named_result(

@@ -196,15 +196,15 @@ def linear_policy_loss(
     backend = backends.select(op, hidden.device, "token_logprobs")
     columns = (2 if ref_head else 1) * weight.shape[0]
     if shards and batch_invariant and chunk_tokens is None:
-        # The ranks meet chunk by chunk.
+        # The ranks exchange in every chunk: they must agree on its size.
         raise ValueError(f"{op}: chunk_tokens must be given with group and batch_invariant")
-    # A bound that depends on the rank's own shard would keep the ranks from meeting.
+    # A bound from the rank's own shard would differ between ranks.
     columns = 0 if shards else columns
     chunk = check_chunk(op, chunk_tokens, batch_invariant, weight, columns, backend)
     if backend == backends.REFERENCE:
         keep, effective = mask != 0, arguments.effective_temperature()
         if shards:
-            shard.meet(op, weight.shape[0], labels, effective, keep, shards)
+            shard.exchange_metadata(op, weight.shape[0], labels, effective, keep, shards)
         else:
             checks.token_data(op, labels, effective, keep, weight.shape[0])
         checks.offsets_valid(op, cu_seqlens, labels.shape[0])

@@ -287,7 +287,9 @@ def token_logprobs(
             raise ValueError(f"{op}: the reference backend has no inplace_backward")
         keep = labels != arguments.ignore_index
         if shards:
-            shard.meet(op, logits.shape[-1], labels, arguments.temperature, keep, shards)
+            shard.exchange_metadata(
+                op, logits.shape[-1], labels, arguments.temperature, keep, shards
+            )
         else:
             checks.token_data(op, labels, arguments.temperature, keep, logits.shape[-1])
         return named_result(

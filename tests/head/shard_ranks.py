@@ -84,7 +84,7 @@ def call(
     if compiled:
         # Not inductor: what it compiles is not in question here.
         function = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
-    may_look = (lambda _: False) if blind else checks.may_look
+    can_read_on_host = (lambda _: False) if blind else checks.can_read_on_host
     emulated = contextlib.nullcontext()
     if backend == "cuda" and all(t.device.type == "cpu" for t in leaves.values()):
         from tests.kernels import emulated_cuda
@@ -93,12 +93,12 @@ def call(
     with (
         emulated,
         rk.use_backend(backend),
-        mock.patch.object(checks, "may_look", may_look),
+        mock.patch.object(checks, "can_read_on_host", can_read_on_host),
         mock.patch.object(env, "CHECK", checked),
         mock.patch.dict(chunks.CHUNK_BYTES, {} if budget is None else {"cpu": budget}),
     ):
         results = [*function(**arguments, **options, group=group)]
-        results = [getattr(r, "values", r) if op == "linear_policy_loss" and i else r
+        results = [getattr(r, "tensor", r) if op == "linear_policy_loss" and i else r
                    for i, r in enumerate(results)]  # fmt: skip
         gradients = {}
         if upstream and leaves:

@@ -185,7 +185,7 @@ def test_rounded_sum_of_a_weight_gradient(monkeypatch, turned, chunks, dtype):
     ):
         total = _Sum(torch.empty(vocab, width, dtype=dtype), plain_empty)
         for tile in head_chunks.Tokens(len(a), None).tiles(chunk, vocab):
-            total.add_product(a[tile.tokens, tile.words], b[tile.tokens], tile)
+            total.add_product(a[tile.tokens, tile.columns], b[tile.tokens], tile)
         assert_within_bound(total.result(), products.sum(0), bound)
 
 

@@ -344,7 +344,7 @@ def test_policy_loss_finds_bad_labels_of_kept_tokens(backend, bad, monkeypatch):
         run()
     if backend == "triton":
         # As on a GPU, where nobody looks: no label is skipped.
-        monkeypatch.setattr(checks, "may_look", lambda t: False)
+        monkeypatch.setattr(checks, "can_read_on_host", lambda t: False)
         assert run().isnan()
 
 
