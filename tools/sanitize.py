@@ -48,7 +48,8 @@ kernels, words = native.module("cpu"), int(sys.argv[1])
 x, y = torch.randn(1, 1000), torch.zeros(1, 1, dtype=torch.int64)
 out = torch.zeros(8)
 at = [(t.data_ptr(), code, 0, 0) for t, code in ((x, 0), (y, 3), (out, 0), (out[2:], 0))]
-kernels.token_logprobs(1, 1, words, *at[:2], None, 1.0, 0.0, -100, at[2], None, at[3], 1)
+kernels.token_logprobs(1, 1, words, *at[:2], None, (1.0, 0.0, False, -100), at[2], None, at[3],
+                       1)
 """
 # A number that the compiler may not know.
 OVERFLOW = """
