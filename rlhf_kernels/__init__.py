@@ -18,6 +18,7 @@ from .ops.linear_kl import linear_kl_divergence
 from .ops.linear_logprobs import linear_token_logprobs
 from .ops.linear_policy import linear_policy_loss
 from .ops.logprobs import TokenLogprobs, TokenLogprobsEntropy, token_logprobs
+from .ops.model_head import Head
 from .ops.policy import PolicyLoss, PolicyMetrics, policy_loss
 from .ops.preference import DPOLoss, RewardModelLoss, dpo_loss, reward_model_loss, sequence_logprobs
 from .ops.value import ValueLoss, ValueMetrics, value_loss
@@ -29,6 +30,7 @@ __all__ = [
     "Advantages",
     "DPOLoss",
     "FixedKLController",
+    "Head",
     "PPOAdvantages",
     "PolicyLoss",
     "PolicyLossConfig",
