@@ -202,8 +202,9 @@ def _pass(model: nn.Module, module: nn.Module, ids: Tensor, factor: float) -> tu
         except Exception as error:  # Whatever a model raises that wants more than tokens.
             raise _fail(
                 model,
-                f"does not give logits and hidden states of {ids.shape[1]} tokens "
-                f"({type(error).__name__}: {str(error)[:120]})",
+                f"does not compute {ids.shape[1]} tokens ({type(error).__name__}: "
+                f"{str(error)[:120]}): expected a model that takes input_ids alone; try another "
+                "attn_implementation (sdpa, eager), or see whether its config.json is whole",
             ) from error
     if not isinstance(hidden, Tensor) or not isinstance(theirs, Tensor):
         raise _fail(model, "gives no logits, or no hidden states")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 import rlhf_kernels as rk
 
@@ -73,27 +73,11 @@ def lm_head(policy: nn.Module, batch: Batch) -> Head:
 
 
 def head_over(model: PreTrainedModel, hidden: Tensor) -> Head:
-    """The model's LM head over hidden states `[B, T, H]`."""
-    head, config = model.get_output_embeddings(), model.config.get_text_config(decoder=True)
+    """The model's LM head over hidden states `[B, T, H]`; `check_head` has tried it."""
+    head = rk.Head.from_model(model, check=False)
     # The same dtype under autocast too, where the weights stay fp32.
-    weight, bias = (
-        None if t is None else t.to(hidden.dtype)
-        for t in (head.weight, getattr(head, "bias", None))
-    )
-    scale = _declared(config, "logit_scale", "lm_head_multiplier") or 1.0 / (
-        _declared(config, "logits_scaling") or 1.0
-    )
-    # The names that architectures give the cap.
-    softcap = _declared(
-        config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"
-    )
-    return Head(hidden, weight, bias, softcap, scale)
-
-
-def _declared(config: PretrainedConfig, *names: str) -> float | None:
-    """The first of these settings that is a number; MPT's scale may be a word that it ignores."""
-    found = (getattr(config, name, None) for name in names)
-    return next((float(value) for value in found if isinstance(value, int | float)), None)
+    weight, bias = (None if t is None else t.to(hidden.dtype) for t in (head.weight, head.bias))
+    return Head(hidden, weight, bias, head.softcap, head.logit_scale)
 
 
 def accepted(model: nn.Module, **inputs: Any) -> dict[str, Any]:

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 
+import rlhf_kernels as rk
+
 from .config import UserError
 from .data import Batch, pad
 from .decoding import Decoding, decoder
-from .forward import Form, causal_lm, head_over, hidden_states
+from .forward import Form, causal_lm, hidden_states
 from .modes import keep_scale
-from .trials import Pass, Rows, Trial, name_of, position_limit, random_tokens, trials
+from .trials import Pass, Rows, Trial, name_of, position_limit, trials
 
 T = TypeVar("T")
 
@@ -81,57 +83,12 @@ def check_length(network: nn.Module, lengths: Iterable[int]) -> None:
 
 
 def check_head(policy: nn.Module) -> None:
-    """Raises UserError where `lm_head`'s logits are not the model's own.
-
-    Tried on the hidden states as they are, and so much larger that a cap on the logits shows.
-    """
-    model = causal_lm(policy)
-    head, name = model.get_output_embeddings(), name_of(model)
-    if head is None or any("lora_" in n for n, _ in head.named_parameters()):
-        found = "none" if head is None else "one with adapters"
-        raise UserError(f"model: {name}: expected a linear LM head, found {found}")
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.tensor([random_tokens(model, 8, generator)], device=model.device)
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    factor = 1.0
-    for _ in range(2):
-        ours, theirs = _both_logits(model, Batch(ids, mask, mask), factor)
-        scale = float(theirs.std())
-        exact = ours.dtype is torch.float32 and model.dtype is torch.float32
-        tolerance = (1e-3 if exact else 0.1) * scale
-        ours, theirs = ours.detach(), theirs.detach()
-        # Written so that NaN fails.
-        if ours.shape != theirs.shape or not float((ours - theirs).abs().max()) <= tolerance:
-            raise UserError(
-                f"model: {name} does more between hidden states and logits than a linear head "
-                "with bias, scale and cap, which is what the kernels compute"
-            )
-        factor = 30.0 / max(scale, 1e-6)
-
-
-def _both_logits(model: PreTrainedModel, batch: Batch, factor: float) -> tuple[Tensor, Tensor]:
-    """Logits `[1, T, V]`, ours and the model's, with hidden states times a factor."""
-    hook = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, args: (args[0] * factor, *args[1:])
-    )
-    with hook, torch.no_grad():
-        try:
-            theirs = model(input_ids=batch.input_ids).logits.float()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # Whatever a model raises whose settings do not fit each other.
-            raise UserError(
-                f"model: {name_of(model)} does not compute {batch.input_ids.shape[1]} tokens "
-                f"({type(error).__name__}: {str(error)[:120]}): expected a model that takes "
-                "input_ids alone; try another attn_implementation (sdpa, eager), or see whether "
-                "its config.json is whole"
-            ) from error
+    """Raises UserError where `lm_head`'s logits are not the model's own."""
     try:
-        hidden = hidden_states(model, batch, Form.ALONE) * factor
-        return head_over(model, hidden).logits(), theirs
-    except (AttributeError, RuntimeError):
-        # No hidden states, or of another width than the head's.
-        return theirs.new_full((), torch.nan), theirs
+        rk.Head.from_model(causal_lm(policy))
+    except ValueError as error:
+        reason = str(error).removeprefix("Head.from_model: ")
+        raise UserError(f"model: {reason}") from error
 
 
 @contextmanager
