@@ -86,10 +86,14 @@ SECONDS ?= 600
 fuzz: venv
 	$(BIN)/python -m tools.fuzz --seconds $(SECONDS)
 
+# What type checkers read: a script as a user writes it.
+TYPED := tests/package/typing/user.py
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+	$(BIN)/mypy $(TYPED)
 
 format: venv
 	$(BIN)/ruff check --fix .

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from ..core.enums import (
     AGGREGATIONS,
@@ -24,6 +24,9 @@ from ..core.option_checks import shown
 from .parity.openrlhf import openrlhf
 from .parity.trl import trl
 from .parity.verl import verl
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 #: exp() of a log-ratio saturates here whatever the options: the products of larger ratios would
 #: overflow fp32 and turn an advantage of 0 into NaN.
@@ -90,6 +93,34 @@ def _bounds(clamp: Clamp) -> tuple[float, float]:
     if clamp is None:
         return -math.inf, math.inf
     return clamp if isinstance(clamp, tuple) else (-clamp, clamp)
+
+
+class PolicyLossOptions(TypedDict, total=False):
+    """The fields of PolicyLossConfig, as its presets take them by name."""
+
+    objective: Objective
+    ratio_level: RatioLevel
+    clip_low: float | None
+    clip_high: float | None
+    clip_absolute: bool
+    dual_clip: float | None
+    delta: float | None
+    penalty_coef: float
+    sapo_tau_pos: float
+    sapo_tau_neg: float
+    kl_coef: float
+    kl_estimator: KlEstimator
+    kl_input_clamp: Clamp
+    kl_value_clamp: float | None
+    kl_importance_weighted: bool
+    entropy_coef: float
+    correction_level: CorrectionLevel | None
+    correction_mode: CorrectionMode
+    correction_min: float | None
+    correction_max: float | None
+    log_ratio_clamp: Clamp
+    aggregation: Aggregation
+    normalizer: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -326,12 +357,12 @@ class PolicyLossConfig:
         return PolicyParams(*(float(min(max(v, -UNBOUNDED), UNBOUNDED)) for v in params))
 
     @classmethod
-    def ppo(cls, **options: Any) -> "PolicyLossConfig":
+    def ppo(cls, **options: "Unpack[PolicyLossOptions]") -> "PolicyLossConfig":
         """PPO-clip, Schulman et al. 2017 (arXiv:1707.06347): clip 0.2, mean over tokens."""
         return cls(**options)
 
     @classmethod
-    def ppo_penalty(cls, **options: Any) -> "PolicyLossConfig":
+    def ppo_penalty(cls, **options: "Unpack[PolicyLossOptions]") -> "PolicyLossConfig":
         """PPO with a KL(old || new) penalty, Schulman et al. 2017 (arXiv:1707.06347, §4).
 
         Update `penalty_coef` between rollouts: halve it where the KL is below target / 1.5, double
@@ -340,17 +371,17 @@ class PolicyLossConfig:
         return cls(**{"objective": "penalty", "penalty_coef": 1.0} | options)
 
     @classmethod
-    def grpo(cls, **options: Any) -> "PolicyLossConfig":
+    def grpo(cls, **options: "Unpack[PolicyLossOptions]") -> "PolicyLossConfig":
         """GRPO, Shao et al. 2024 (arXiv:2402.03300): k3 KL 0.04, mean of sequence means."""
         return cls(**{"kl_coef": 0.04, "aggregation": "seq-mean-token-mean"} | options)
 
     @classmethod
-    def dapo(cls, **options: Any) -> "PolicyLossConfig":
+    def dapo(cls, **options: "Unpack[PolicyLossOptions]") -> "PolicyLossConfig":
         """DAPO, Yu et al. 2025 (arXiv:2503.14476): clip-higher 0.2/0.28, token mean, no KL."""
         return cls(**{"clip_high": 0.28} | options)
 
     @classmethod
-    def dr_grpo(cls, **options: Any) -> "PolicyLossConfig":
+    def dr_grpo(cls, **options: "Unpack[PolicyLossOptions]") -> "PolicyLossConfig":
         """Dr. GRPO, Liu et al. 2025 (arXiv:2503.20783): token sum over a constant.
 
         The normalizer, sequences * maximum completion length, is given here or at the call.
@@ -358,7 +389,7 @@ class PolicyLossConfig:
         return cls(**{"aggregation": "constant"} | options)
 
     @classmethod
-    def gspo(cls, **options: Any) -> "PolicyLossConfig":
+    def gspo(cls, **options: "Unpack[PolicyLossOptions]") -> "PolicyLossConfig":
         """GSPO, Zheng et al. 2025 (arXiv:2507.18071): sequence ratio, clip 3e-4/4e-4."""
         defaults = {
             "ratio_level": "sequence",
@@ -369,7 +400,7 @@ class PolicyLossConfig:
         return cls(**defaults | options)
 
     @classmethod
-    def cispo(cls, **options: Any) -> "PolicyLossConfig":
+    def cispo(cls, **options: "Unpack[PolicyLossOptions]") -> "PolicyLossConfig":
         """CISPO, MiniMax-M1 2025 (arXiv:2506.13585): detached clipped weight, no lower bound.
 
         The paper leaves its upper distance open; 4, a weight of at most 5, is what reproductions
@@ -378,22 +409,22 @@ class PolicyLossConfig:
         return cls(**{"objective": "cispo", "clip_low": None, "clip_high": 4.0} | options)
 
     @classmethod
-    def sapo(cls, **options: Any) -> "PolicyLossConfig":
+    def sapo(cls, **options: "Unpack[PolicyLossOptions]") -> "PolicyLossConfig":
         """SAPO, Gao et al. 2025 (arXiv:2511.20347): soft gate, temperatures 1.0/1.05."""
         return cls(**{"objective": "sapo", "aggregation": "seq-mean-token-mean"} | options)
 
     @classmethod
-    def reinforce(cls, **options: Any) -> "PolicyLossConfig":
+    def reinforce(cls, **options: "Unpack[PolicyLossOptions]") -> "PolicyLossConfig":
         """REINFORCE, Williams 1992: -A logprob, mean over tokens."""
         return cls(**{"objective": "reinforce"} | options)
 
     @classmethod
-    def reinforce_plus_plus(cls, **options: Any) -> "PolicyLossConfig":
+    def reinforce_plus_plus(cls, **options: "Unpack[PolicyLossOptions]") -> "PolicyLossConfig":
         """REINFORCE++, Hu 2025 (arXiv:2501.03262): PPO-clip over batch-whitened advantages."""
         return cls(**options)
 
     @classmethod
-    def rloo(cls, **options: Any) -> "PolicyLossConfig":
+    def rloo(cls, **options: "Unpack[PolicyLossOptions]") -> "PolicyLossConfig":
         """RLOO, Ahmadian et al. 2024 (arXiv:2402.14740): -A log p(sequence), mean of sequences."""
         return cls(**{"objective": "reinforce", "aggregation": "seq-mean-token-sum"} | options)
 

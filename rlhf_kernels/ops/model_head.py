@@ -176,8 +176,7 @@ def _expected(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor]:
     bias = 0.0 if head.bias is None else head.bias.double()
     linear = states @ weight.T + bias
     size = states.abs() @ weight.abs().T + abs(bias)
-    eps = torch.finfo(torch.promote_types(hidden.dtype, head.weight.dtype)).eps
-    eps = max(eps, torch.finfo(hidden.dtype).eps)
+    eps = torch.finfo(hidden.dtype).eps
     spread = linear.abs() + linear.square().mean(-1, keepdim=True).sqrt()
     error = (states.shape[-1] + 1) * torch.finfo(torch.float32).eps * size + 2 * eps * spread
     logits = linear * head.logit_scale
@@ -208,7 +207,8 @@ def _pass(model: nn.Module, module: nn.Module, ids: Tensor, factor: float) -> tu
             ) from error
     if not isinstance(hidden, Tensor) or not isinstance(theirs, Tensor):
         raise _fail(model, "gives no logits, or no hidden states")
-    return hidden * factor, theirs.double()
+    # Some bodies end in fp32 whatever the dtype of the head, which is given theirs rounded.
+    return hidden.to(module.weight.dtype) * factor, theirs.double()
 
 
 def _backbone(model: nn.Module) -> nn.Module:

@@ -1,0 +1,24 @@
+"""Mistakes that a type checker must find: one on every line that says so. Never run."""
+
+import torch
+
+import rlhf_kernels as rk
+
+x, labels = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+keep = torch.ones(2, 3)
+
+rk.value_loss(x, x, x, mask=keep, aggregation="tokenmean")  # wrong
+rk.PolicyLossConfig(aggregation="tokenmean")  # wrong
+rk.PolicyLossConfig.dapo(aggregation="tokenmean")  # wrong
+rk.PolicyLossConfig.ppo(clip_hihg=0.3)  # wrong
+rk.kl_penalty(x, x, estimator="k4")  # wrong
+rk.kl_divergence(x, x, direction="backward")  # wrong
+rk.group_advantages(labels, 2, baseline="loo")  # wrong
+rk.group_advantages(labels, 2, scale="std")  # wrong
+rk.gae(x, x, masked="skip")  # wrong
+rk.dpo_loss(x, x, x, x, loss_type="sigmod")  # wrong
+rk.use_backend("gpu")  # wrong
+rk.policy_loss(x, x, x, keep)  # wrong
+rk.policy_loss(x, x, x)  # wrong
+rk.token_logprobs(x, labels).entropy.sum()  # wrong
+rk.policy_loss(x, x, x, mask=keep).metrics["tokens"] = x  # wrong

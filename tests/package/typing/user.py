@@ -1,0 +1,44 @@
+"""A script as a user writes it, for type checkers; test_typing.py also runs it."""
+
+import torch
+from torch import Tensor
+
+import rlhf_kernels as rk
+
+
+def step(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> dict[str, float]:
+    """One update, from rewards to metrics."""
+    old: rk.TokenLogprobs = rk.linear_token_logprobs(hidden, weight, labels, mask=mask)
+    new = rk.token_logprobs(hidden @ weight.T, labels, mask=mask, entropy=True)
+    entropy: Tensor = new.entropy
+    nothing: None = old.entropy
+    assert nothing is None
+    logprobs, second = rk.linear_token_logprobs(hidden, weight, labels, entropy=True)
+    total: Tensor = logprobs + second
+    advantages = rk.group_advantages(torch.ones(2), 2, baseline="leave-one-out", scale="none")
+    config = rk.PolicyLossConfig.grpo(kl_coef=0.0, aggregation="seq-mean-token-mean")
+    own = rk.PolicyLossConfig(objective="cispo", kl_estimator="k3+", aggregation="token-mean")
+    policy = rk.policy_loss(
+        new.logprobs, old.logprobs, advantages, mask=mask, entropy=entropy, config=config
+    )
+    head: rk.Head = rk.Head(weight)
+    fused = rk.linear_policy_loss(
+        hidden, head.weight, labels, None, advantages, mask=mask, bias=head.bias, config=own
+    )
+    kl = rk.kl_penalty(new.logprobs, old.logprobs, mask=mask, estimator="k2")
+    gae = rk.gae(kl.detach(), kl.detach(), mask=mask, masked="zero")
+    value = rk.value_loss(kl, gae.returns, gae.returns, mask=mask, aggregation="token-mean")
+    (policy.loss + fused.loss + value.loss + total.sum()).backward()  # type: ignore[no-untyped-call, unused-ignore]
+    names: list[str] = [name for name in policy.metrics if "kl" in name]
+    some: Tensor = policy.metrics["tokens"] + sum(value.metrics.values())
+    assert names and some.dim() == 0
+    with rk.use_backend("reference"):
+        rk.kl_divergence(hidden, hidden.detach(), direction="forward", mask=mask)
+    return policy.metrics.as_dict()
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    states, head = torch.randn(2, 3, 4, requires_grad=True), torch.randn(5, 4)
+    kept = torch.ones(2, 3, dtype=torch.bool)
+    print(step(states, head, torch.zeros(2, 3, dtype=torch.int64), kept)["tokens"])
