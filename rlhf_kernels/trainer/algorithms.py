@@ -15,7 +15,7 @@ from .timing import timed
 
 
 class Outcome(NamedTuple):
-    """What advantages are made of: a whole rollout, the same on every process.
+    """The data that advantages are computed from: a whole rollout, the same on every process.
 
     `scores` and `greedy_scores` are `[B]`, the other tensors `[B, T]`; `kl_coef` is 0 where the KL
     penalty is not part of the reward.

@@ -94,7 +94,7 @@ def _part(name: str, where: str, part: Any) -> str:
 
 
 def _pruned(value: Any) -> Any:
-    """Without the nulls with which a table fills what a struct does not have."""
+    """The value without the nulls that a table puts in for missing fields of a struct."""
     if isinstance(value, dict):
         return {k: _pruned(v) for k, v in value.items() if v is not None}
     return [_pruned(v) for v in value] if isinstance(value, list) else value

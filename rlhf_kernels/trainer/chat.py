@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from .cells import Text, content
 from .config import UserError, require
 
-# Where the formats of reasoning models keep it beside the content.
+# Fields beside the content in which the formats of reasoning models keep the reasoning.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -60,7 +60,7 @@ def _written(
     template: Mapping[str, Any],
     **options: bool,
 ) -> str:
-    """What the template writes, given the messages in a form that it reads.
+    """The text that the template renders, given the messages in a form that it reads.
 
     Some templates read the content of calls, which have none. In OpenAI's form arguments of calls
     are JSON texts: a template that would quote them once more, or does not take them, is given the
@@ -92,7 +92,7 @@ def _written(
 
 
 def _functions(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the calls of a conversation call."""
+    """Names of the functions that a conversation calls."""
     calls = [call for m in messages for call in m.get("tool_calls") or () if isinstance(call, dict)]
     return [f for call in calls if isinstance(f := call.get("function", call), dict)]
 
@@ -200,7 +200,7 @@ def _probed_parts(tokenizer: PreTrainedTokenizerBase, _: str) -> bool:
 
 
 def stripped(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """Without the space after a last special token."""
+    """The text without the space after a last special token."""
     end = text.rstrip()
     return end if end.endswith(_specials(tokenizer, len(tokenizer))) else text
 

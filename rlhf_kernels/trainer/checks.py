@@ -1,4 +1,4 @@
-"""What can be known to be wrong before data, models and the output folder are touched."""
+"""Checks of settings that need neither data nor models, and write nothing."""
 
 import importlib.util
 import json
@@ -99,7 +99,7 @@ def _check_trackers(names: Sequence[str]) -> None:
 
 
 def _check_size(model: ModelConfig) -> None:
-    """That a built model's layers fit the machine: their allocation alone would not fail."""
+    """Requires that a built model fits this machine's memory: allocation alone would not fail."""
     if model.model is not None:
         return
     # Four square matrices of attention, three twice as large of the MLP.
@@ -123,7 +123,7 @@ def _check_attention(name: str | None) -> None:
 
 
 def check_output(folder: Path) -> None:
-    """That the folder can be made and written to; nothing is made."""
+    """Requires that the folder can be created and written to; creates nothing."""
     there = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
     require(there.is_dir(), "output_dir", "a folder", f"the file {there}")
     expected = "a folder that can be written to"
@@ -131,7 +131,7 @@ def check_output(folder: Path) -> None:
 
 
 def check_model(name: str, path: str) -> None:
-    """That a path or hub name can be a model: what is there, its settings, its weights' files."""
+    """Requires that a path or hub name has the configuration and weight files of a model."""
     folder = Path(path)
     require(not folder.is_file(), name, "a folder or hub name of a model", f"the file {path}")
     if not folder.is_dir():
@@ -190,7 +190,7 @@ def check_models(model: ModelConfig, own: Sequence[Any]) -> None:
 def check_rows(
     rows: Sequence[Row], data: DataConfig, optim: OptimConfig, own: Sequence[Any]
 ) -> None:
-    """That the training rows are enough for a batch, and complete where they are imitated."""
+    """Requires enough training rows for a batch, with completions where a loss imitates them."""
     needed, name = optim.batch_size, "batch_size"
     for config in own:
         if isinstance(config, OnlineConfig):

@@ -1,4 +1,4 @@
-"""Which class gives a text one number: transformers' own, or a scalar head on the base model."""
+"""The class of reward models and critics: transformers' own, or a scalar head on the base."""
 
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,

@@ -64,7 +64,7 @@ def _plain(config: Any) -> None:
 
 @dataclass
 class RunConfig:
-    """What every stage shares: where it writes, how it repeats and continues."""
+    """Settings that every stage shares: output, seed, precision, checkpoints, resuming."""
 
     output_dir: str = _doc("folder for metrics, curves, samples and checkpoints", "runs/trainer")
     seed: int = _doc("seed of weights, data order and sampling", 0)
@@ -121,7 +121,7 @@ class ModelConfig:
         even = self.hidden_size % (2 * self.num_heads) == 0
         expected = f"a multiple of 2 * num_heads = {2 * self.num_heads}"
         require(even or self.model is not None, "hidden_size", expected, self.hidden_size)
-        # Each takes Python a moment to build, whatever its size.
+        # Python takes a moment to build a layer, however small the layer is.
         require(self.num_layers <= 1000, "num_layers", "at most 1000", self.num_layers)
 
 
@@ -145,7 +145,7 @@ class DataConfig:
         ops = self.operators
         require(bool(ops) and set(ops) <= set("+-"), "operators", "'+', '-' or '+-'", ops)
         _at_least(self, 1, "max_operand", "eval_size", "max_prompt_tokens", "max_new_tokens")
-        # All problems are made at once: two million.
+        # The task builds all problems at once: two million at this bound.
         require(self.max_operand <= 1000, "max_operand", "at most 1000", self.max_operand)
         # The 256 bytes, the end token and padding.
         _at_least(self, 258, "vocab_size")

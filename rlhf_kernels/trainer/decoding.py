@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from .data import Batch, position_ids
 from .forward import accepted, head_over, hidden_states
 
-#: What `forward` calls the state that it takes and gives back.
+#: Names under which `forward` takes and returns its state.
 _STATES = ("past_key_values", "cache_params", "state")
 
 

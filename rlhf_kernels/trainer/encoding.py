@@ -18,7 +18,7 @@ from .chat import holds, rendered, start_text, stripped
 from .config import UserError, require
 from .rows import Row
 
-# The same words each time, so that Python shows them once.
+# The text is the same each time, so that Python shows the warning once.
 _DIFFERS = (
     "a prompt has other tokens at its end where its completion follows: the completion is learned "
     "from where they differ, but generated after the whole prompt; end prompts at a word's end, "
@@ -234,7 +234,7 @@ def _closing(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int
 
 
 def _ending(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, text: bool) -> list[int]:
-    """What closes a text that a reward model reads."""
+    """Tokens that close a text for a reward model."""
     if _frames(tokenizer):
         return _edges(tokenizer)[1] if text else []
     return [] if tokenizer.eos_token_id is None else _closing(tokenizer, ids)

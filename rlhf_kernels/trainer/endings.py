@@ -1,4 +1,4 @@
-"""Which tokens end a completion."""
+"""The tokens that end a completion."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -46,7 +46,7 @@ def end_token_ids(
 
 
 def _tokens(value: Any, name: str) -> Iterable[int]:
-    """What an `eos_token_id` holds: None, a token, or a list of them."""
+    """The tokens of an `eos_token_id`, which is None, a token or a list of tokens."""
     found = value if isinstance(value, list | tuple) else [] if value is None else [value]
     if any(not isinstance(token, int) or isinstance(token, bool) for token in found):
         raise UserError(

@@ -1,4 +1,4 @@
-"""What the user can mend, as one sentence."""
+"""Errors that the user can correct, each told in one sentence."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from torch import OutOfMemoryError
 
 
 class UserError(ValueError):
-    """What the user can mend (a setting, file, model, reward function); the message says how.
+    """An error in a setting, file, model or reward function; the message says what to correct.
 
     The command line prints its message without a traceback and exits with status 2. `shared`: all
     processes are known to have raised it.

@@ -110,7 +110,7 @@ def _reason(error: Exception) -> str:
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T | None:
-    """What `function` returns in the main process; None in the others, which wait for it.
+    """Calls `function` in the main process and returns its result; others wait and get None.
 
     Raises:
         UserError: in every process, what the main one raised.

@@ -17,7 +17,7 @@ from typing import Any
 
 from .config import UserError
 
-#: Where an object comes from ("rows.jsonl:3", "rows.parquet: row 3"), and the object.
+#: An object's source ("rows.jsonl:3", "rows.parquet: row 3") and the object.
 Placed = tuple[str, Any]
 
 JSON_ENDINGS, _TABLES = (
@@ -218,7 +218,7 @@ _DECODER, _SPACE = json.JSONDecoder(object_pairs_hook=_object), re.compile(r"\s*
 
 
 def _guarded(path: Path, place: str, parse: Callable[[], Any], first: int = 1) -> Any:
-    """What `parse` finds in a text that begins in line `first`; errors name their place."""
+    """Objects that `parse` finds in a text that begins in line `first`; errors name the line."""
     try:
         return parse()
     except RecursionError as error:

@@ -75,7 +75,7 @@ def lm_head(policy: nn.Module, batch: Batch) -> Head:
 def head_over(model: PreTrainedModel, hidden: Tensor) -> Head:
     """The model's LM head over hidden states `[B, T, H]`; `check_head` has tried it."""
     head = rk.Head.from_model(model, check=False)
-    # The same dtype under autocast too, where the weights stay fp32.
+    # Under autocast the weights stay fp32, and the head needs the dtype of the hidden states.
     weight, bias = (None if t is None else t.to(hidden.dtype) for t in (head.weight, head.bias))
     return Head(hidden, weight, bias, head.softcap, head.logit_scale)
 

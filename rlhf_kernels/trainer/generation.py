@@ -22,7 +22,7 @@ class Generation(NamedTuple):
 
 
 class Engine(Protocol):
-    """What completes prompts; T is the longest completion of the run."""
+    """An engine that completes prompts; T is the longest completion of the run."""
 
     def __call__(
         self, ids: Tensor, mask: Tensor, uniforms: Tensor, *, temperature: float

@@ -1,4 +1,4 @@
-"""What every stage trains with: networks, AdamW and gradients that are global over processes."""
+"""The learner of every stage: networks, AdamW, and gradients summed over all processes."""
 
 import math
 import sys
@@ -63,7 +63,7 @@ class Learner:
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
         # FSDP2's weights.
         self.sharded = any(isinstance(p, DTensor) for p in self.module.parameters())
-        # Of the gradients that wait for a step: their micro-batches and losses.
+        # Micro-batches and losses of the gradients that wait for an optimizer step.
         self._pending: list[tuple[Callable[[Networks], Any], Tensor]] = []
         #: Updates in a row that were not finite and passed over.
         self.skipped = 0
@@ -220,7 +220,7 @@ class Learner:
         return torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms])
 
     def _not_finite(self, norms: Tensor) -> str:
-        """What of an update is not finite in any process: "loss", "gradient norm" or nothing."""
+        """The part of an update that is not finite anywhere: "loss", "gradient norm" or ""."""
         losses = torch.stack([norms.new_zeros(()), *(loss.float() for _, loss in self._pending)])
         bad = torch.stack([~losses.isfinite().all(), ~norms.isfinite().all()])
         loss, norm = self.total(bad.int()).tolist()
@@ -250,7 +250,7 @@ class Learner:
             )
 
     def _anywhere(self, bad: bool) -> bool:
-        """Whether it is so in any process."""
+        """Whether `bad` holds in any process."""
         return bool(self.total(torch.tensor(int(bad), device=self.accelerator.device)))
 
     def _broken(self, step: int) -> NonFinite:
@@ -270,7 +270,7 @@ class Learner:
             losses = torch.stack([loss.float() for _, loss in self._pending])
             number, rows = self.first_bad(functions, losses)
         elif self.sharded:
-            # Without an exchange between processes their gradients are not to be had.
+            # A row's gradient would need an exchange between the processes.
             number, rows = None, []
         else:
             number, rows = self._bad_gradients(functions)
@@ -298,7 +298,7 @@ class Learner:
     def _bad_gradients(
         self, functions: Sequence[Callable[[Networks], Any]]
     ) -> tuple[int | None, list[str]]:
-        """The same for gradients, of this process's own losses."""
+        """`first_bad` for the gradients of each process's own losses."""
         number = next((i for i, f in enumerate(functions) if not self._finite_gradients(f)), None)
         rows = [] if number is None else self._alone(functions[number])
         found = gather_object(
@@ -365,7 +365,7 @@ class Learner:
         self._load_counters(state)
 
     def _load_counters(self, state: Mapping[str, Any]) -> None:
-        """What is left when weights and moments are in place, and finite."""
+        """Restores the counters; then requires that the restored weights are finite."""
         self.skipped = state["skipped"]
         require(type(self.skipped) is int, "skipped", "a number of updates", self.skipped)
         if self.accelerator.scaler is not None:

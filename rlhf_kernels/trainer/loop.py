@@ -35,7 +35,7 @@ class Loop:
     ) -> None:
         self.stage, self.trainer, self.signals = stage, trainer, signals
         self.run_config, self.out, self.accelerator = stage.run, stage.out, stage.accelerator
-        #: What every checkpoint holds: the evaluation before, a reference that is nowhere else.
+        #: Kept in every checkpoint: the evaluation before training, a reference with no path.
         self.extra: dict[str, Any] = {}
         self.same = {
             "settings": stage.settings | {"processes": self.accelerator.num_processes},
@@ -47,7 +47,7 @@ class Loop:
         self.extra = {"before": self.trainer.evaluate()}
         reference = self.trainer.reference
         if self.stage.settings.get("sft_steps") and reference is not None:
-            # What the supervised phase made is nowhere else.
+            # No file holds the weights that the supervised phase made.
             self.extra["reference"] = reference.state_dict()
 
     def continue_from(self, path: Path, states: dict[str, Any]) -> None:
@@ -70,7 +70,8 @@ class Loop:
         try:
             summary = self.finish(rows, self.trainer.evaluate())
         except (Interrupted, NonFinite) as error:
-            # All steps are done: they are kept. Other processes may be elsewhere.
+            # All steps are done, and a checkpoint keeps them. Other processes may be elsewhere, so
+            # that they could not join in writing it.
             if self.accelerator.num_processes == 1 and not getattr(error, "broken", False):
                 with self.signals.waiting():
                     self.save()
@@ -122,7 +123,7 @@ class Loop:
 
     def _save_where_due(self, log: report.MetricsLog | None) -> None:
         done, every = self.trainer.steps_done, self.run_config.save_steps
-        # Of any process.
+        # A signal of any process stops all of them.
         seen = torch.tensor(self.signals.seen, device=self.accelerator.device)
         stop = bool(self.trainer.learner.total(seen))
         if stop or (every and done % every == 0):
@@ -149,7 +150,7 @@ class Loop:
         return error
 
     def _own_states(self) -> dict[str, Any]:
-        """What changes with a step, but weights and optimizer."""
+        """State that a step changes, besides weights and optimizer."""
         return {
             "trainer": self.trainer.state_dict(),
             "generators": checkpoint.generator_states(),
@@ -158,7 +159,7 @@ class Loop:
     def save(self, own: dict[str, Any] | None = None) -> None:
         """Writes a checkpoint; every process has to call it.
 
-        `own` is what `_own_states` gave at another time than now.
+        `own` is an earlier result of `_own_states`; None takes the present states.
         """
         states = {
             "learner": self.trainer.learner.state_dict(),
@@ -208,7 +209,7 @@ class Loop:
         return summary
 
     def _seconds(self, rows: Sequence[dict[str, float]]) -> dict[str, float]:
-        """Mean times of a step by their parts, which it says."""
+        """Mean seconds of a step, by its parts; prints their shares."""
         keys = [k for k in dict.fromkeys(k for row in rows for k in row) if k.startswith("time/")]
         found = {
             k.removeprefix("time/"): sum(row.get(k, 0.0) for row in rows) / len(rows) for k in keys

@@ -55,7 +55,7 @@ class Networks(nn.Module):
         super().__init__()
         for name, network in networks.items():
             self.add_module(name, network)
-        # Where accelerate's FSDP looks for the layers to wrap.
+        # accelerate's FSDP looks here for the layers to wrap.
         layers = [getattr(n, "_no_split_modules", None) or () for n in networks.values()]
         self._no_split_modules = sorted({name for names in layers for name in names})
 

@@ -97,7 +97,7 @@ class _Pairwise:
     def batch(self, items: Sequence[Pair], device: torch.device) -> Batch:
         """The chosen completions, then the rejected ones."""
         rows = [(p.prompt, p.chosen) for p in items] + [(p.prompt, p.rejected) for p in items]
-        # Without a prompt the first token of each has nothing to be predicted from.
+        # Without a prompt no token precedes the first one, so nothing predicts it.
         rows = [(prompt, rest) if prompt else (rest[:1], rest[1:]) for prompt, rest in rows]
         return collate(self.tokenizer, rows, device)
 

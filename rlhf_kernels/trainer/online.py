@@ -24,7 +24,7 @@ from .rewards import means
 from .rollout import Collector, Samples, merge
 from .timing import timed
 
-# What JSON has.
+# The types that JSON has.
 _PLAIN = (str, int, float, bool, type(None))
 # How a message calls what the updates read.
 _SPOKEN = {
@@ -119,7 +119,7 @@ class OnlineTrainer:
         return [rows[i] for i in chosen.tolist()], samples.select(index).trimmed()
 
     def _tell_rewards(self) -> None:
-        """What reward functions see of the run, as `trainer_state`; what they logged is dropped."""
+        """The run as reward functions see it in `trainer_state`; their earlier logs are dropped."""
         self.sample.rewards.forget()
         state, optim = self.sample.rewards.state, self.optim
         passes = optim.batch_size / self.config.num_generations / len(self.sample.task.train)
@@ -154,7 +154,7 @@ class OnlineTrainer:
         told = check_rows(good, lambda i: row_name(rows[i], i, "held-out"), what, "evaluation")
         if told:
             raise NonFinite(told)
-        # Of the main process, whose rows are the first of a batch.
+        # The main process has the first rows of a batch.
         shown = min(self.config.num_samples, -(-min(size, len(rows)) // self.learner.processes))
         logged = {
             column: [v if isinstance(v, _PLAIN) else repr(v) for v in values[:shown]]
@@ -255,7 +255,7 @@ class OnlineTrainer:
     def _estimate(
         self, samples: Samples, scores: Tensor, greedy: Tensor | None, parts: Sequence[Tensor]
     ) -> tuple[dict[str, Tensor | None], Tensor]:
-        """What the updates read of a rollout, by name, and the sampled log-probabilities."""
+        """Tensors that the updates read, by name, and the sampled log-probabilities."""
         config, batch = self.config, samples.batch
         old, reference, values = None, None, None
         if self.reference is not None:

@@ -13,7 +13,11 @@ from .tree import check_like
 
 
 def rate_factor(config: OptimConfig, step: int) -> float:
-    """Share of the peak learning rate at a step: a linear rise, then the schedule."""
+    """Share of the peak learning rate after `step` steps: a linear rise times the schedule.
+
+    The schedule falls from the first step on, also during the rise; transformers' own begins after
+    the rise, and has a rate of 0 in the first step.
+    """
     done = step / config.total_steps
     fade = {
         "constant": 1.0,

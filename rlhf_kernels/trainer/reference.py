@@ -33,7 +33,7 @@ class Reference:
                 adapters.freeze_twin(policy)
                 self.adapter = adapters.FROZEN
             else:
-                # It also trains weights of the base model.
+                # The adapter also trains weights of the base model.
                 self.model = self._copy(policy)
 
     @staticmethod
@@ -48,7 +48,7 @@ class Reference:
             return lm_head(networks.policy, batch)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What no path holds; empty where the reference is the policy without its adapter."""
+        """Weights that no file holds; none where the reference is the policy without adapter."""
         if self.model is not None:
             return dict(self.model.state_dict())
         return {n: p.detach() for n, p in self._own()}

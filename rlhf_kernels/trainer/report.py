@@ -1,4 +1,4 @@
-"""What a run leaves behind and tells: metrics log, curves, tables, peak memory."""
+"""The report of a run: metrics log, curves, tables, peak memory."""
 
 import io
 import json
@@ -74,7 +74,7 @@ def _kept(path: Path, steps_done: int) -> list[dict[str, float]]:
             continue
         if row["step"] < steps_done:
             numbers = {k: math.nan if v is None else v for k, v in row.items()}
-            # What somebody else wrote between them is no metric.
+            # Somebody else may have written other values into the log: they are no metrics.
             found.append({k: v for k, v in numbers.items() if _is_metric(v)})
     return found
 
@@ -99,10 +99,10 @@ _CURVES = {
 
 
 def plot_curves(rows: Sequence[dict[str, float]], path: Path) -> None:
-    """What the run logged of reward, KL, entropy, length, loss, accuracy and margin, as a PNG."""
+    """Plots reward, KL, entropy, length, loss, accuracy and margin over the steps, as a PNG."""
     shown = {key: title for key, title in _CURVES.items() if any(key in row for row in rows)}
     if not shown:
-        # Of a run that was done when it continued, its log gone.
+        # A finished run that was resumed after its log was deleted has no rows.
         return
     size = (4 * len(shown), 3.4)
     figure, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)

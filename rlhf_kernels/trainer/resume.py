@@ -12,18 +12,18 @@ from .config import UserError, require
 from .folder import set_aside
 from .tree import check_like, generator_states
 
-# What the training does not depend on. The content of the data counts, not where it lies.
+# Settings that do not affect training. The content of the data counts, not its path.
 _FREE = {
     "output_dir", "save_model", "save_steps", "save_total_limit", "resume", "resume_from",
     "resume_changed", "dry_run", "report_to", "num_samples", "skip_nonfinite", "data", "eval_data",
     "ptx_data", "vllm_memory",
 }  # fmt: skip
-# What changes roundings only.
+# Settings that change only how results are rounded.
 _ROUNDING = {
     "threads", "device", "processes", "micro_batch_size", "generation_batch_size",
     "gradient_checkpointing",
 }  # fmt: skip
-# Where the rows of each identity come from.
+# The setting that names the rows of each identity.
 _DATA = {"train": "data", "held_out": "eval_data", "ptx": "ptx_data"}
 
 
@@ -69,14 +69,14 @@ def identity(rows: Sequence[Any]) -> str:
     """SHA-256 of rows in their order."""
     found = hashlib.sha256()
     for row in rows:
-        # Where a row was read is not what it is.
+        # The file and line of a row are not part of its identity.
         content = row[:5] if hasattr(row, "origin") else row
         found.update(json.dumps(content, default=str).encode() + b"\n")
     return found.hexdigest()
 
 
 def identities(task: Any, trainer: Any) -> dict[str, str]:
-    """What the data of a run is, by the part of it."""
+    """Identities of a run's data, by its parts."""
     found = {"train": identity(task.train), "held_out": identity(task.held_out)}
     ptx = getattr(trainer, "ptx", None)
     return found | ({"ptx": identity(ptx.train)} if ptx is not None else {})

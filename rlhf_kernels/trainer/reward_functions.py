@@ -159,7 +159,7 @@ def _told(error: BaseException) -> str:
     """An exception of the user's code in one line, with the place where it was raised."""
     text = " ".join("".join(traceback.format_exception_only(error)[-1:]).split())
     frames = traceback.extract_tb(error.__traceback__)
-    # What was called from the user's code inside libraries tells less than the user's own line.
+    # The user's own line tells more than the library calls below it.
     libraries = (sys.prefix, sys.base_prefix, os.path.dirname(__file__), "<frozen")
     own = [f for f in frames if not f.filename.startswith(libraries)]
     if isinstance(error, SyntaxError):
@@ -268,7 +268,7 @@ def _undone() -> Iterator[None]:
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     gradients, folder = torch.is_grad_enabled(), None
     with contextlib.suppress(OSError):
-        # It may have been deleted.
+        # The file may have been deleted.
         folder = Path.cwd()
     try:
         yield
@@ -286,7 +286,7 @@ def _undone() -> Iterator[None]:
 def results(
     functions: Sequence[RewardFunction], arguments: Sequence[Mapping[str, Any]]
 ) -> list[Any]:
-    """What each function returns, or `_Raised` with its exception.
+    """The result of each function, or `_Raised` with its exception.
 
     Working folder, threads, default dtype and gradient mode are afterwards what they were.
     """

@@ -37,7 +37,7 @@ class Samples(NamedTuple):
         return Samples(self.batch.rows(rows), *(field[rows] for field in self[1:]))
 
     def trimmed(self) -> "Samples":
-        """Without columns that are padding in every row."""
+        """The rollout without columns that are padding in every row."""
         ids, attention, completed = self.batch
         used = attention.any(0).nonzero()
         first, last = int(used[0]), int(used[-1]) + 1

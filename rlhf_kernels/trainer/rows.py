@@ -18,7 +18,7 @@ _QUESTIONS = (
 # Columns that hold a prompt in some datasets and something else in others.
 _UNMAPPED = ("input", "problem", "context", "history", "conversation")
 _SYSTEMS = ("system", "system_prompt")
-# What the trainer itself passes to reward functions.
+# Arguments that the trainer itself passes to reward functions.
 _RESERVED = ("prompts", "completions", "completion_ids", "finished", "trainer_state")
 _RESERVED += ("log_extra", "log_metric")
 # Scripts that put no space between words.
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
     @property
     def template(self) -> dict[str, Any]:
-        """What the row adds to the arguments of the chat template."""
+        """Arguments of the chat template that the row adds."""
         return template_arguments(self.columns)
 
 

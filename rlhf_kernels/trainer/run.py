@@ -102,7 +102,7 @@ def _offline(stage: Stage) -> OfflineTrainer:
 def _online(stage: Stage, *, fresh: bool) -> OnlineTrainer:
     (config,) = stage.own
     accelerator, task, seed = stage.accelerator, stage.task, stage.run.seed
-    # All that is read before any model is built.
+    # All files are read before any model is built.
     columns = list(dict.fromkeys(name for row in task.train for name in row.columns))
     default = [answers.exact_match]
     if stage.data.data is not None:
@@ -172,7 +172,7 @@ def _warm_start(stage: Stage, config: OnlineConfig, policy: torch.nn.Module) -> 
     for _ in (bar := tqdm(range(config.sft_steps), desc="supervised")):
         loss = trainer.step()["loss"]
         if math.isnan(loss):
-            # Passed over.
+            # The update was passed over.
             continue
         running = loss if running is None else 0.9 * running + 0.1 * loss
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)

@@ -92,7 +92,7 @@ def _open(
         wrapped = adapters.load_adapter(
             model, found, config, setting=setting, task="SEQ_CLS", heads=() if kept else heads
         )
-        # What the adapter holds is not new.
+        # Weights that the adapter holds are not new.
         new = [k for k in new if not kept or not _trained_by(wrapped, k)]
     elif config.lora_rank and trains:
         wrapped = adapters.new_adapter(model, config, task="SEQ_CLS", heads=heads)

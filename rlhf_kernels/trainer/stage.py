@@ -1,4 +1,4 @@
-"""What a stage of training has before its trainer: settings, engine, data and output folder."""
+"""A stage of training before its trainer exists: settings, engine, data, output folder."""
 
 import dataclasses
 import time
@@ -41,7 +41,7 @@ OFFLINE: dict[str, tuple[tuple[type, ...], str, dict[str, Any]]] = {
 
 
 def settings_of(name: str) -> tuple[tuple[type, ...], str, dict[str, Any]]:
-    """Settings, kind of rows and defaults of a stage."""
+    """Settings classes, kind of rows and defaults of a stage."""
     if name in OFFLINE:
         extra, kind, defaults = OFFLINE[name]
         defaults = {"batch_size": 64, "max_new_tokens": 512} | defaults
@@ -54,7 +54,7 @@ def settings_of(name: str) -> tuple[tuple[type, ...], str, dict[str, Any]]:
 
 
 class Stage:
-    """What every stage has: settings, engine, data and output folder."""
+    """Settings, engine, data and output folder of a stage."""
 
     def __init__(self, name: str, argv: Sequence[str]) -> None:
         self.name, self.started = name, time.perf_counter()
@@ -67,7 +67,7 @@ class Stage:
         self.run, self.model, self.data, self.optim, *self.own = found
         self.settings = {k: v for group in found for k, v in dataclasses.asdict(group).items()}
         self.out = Path(self.run.output_dir)
-        # Whatever needs neither data nor models, before anything is read or written.
+        # These checks need neither data nor models, and come before any reading or writing.
         checks.check_settings(name, self.run, self.model, self.optim, self.own)
         checks.check_output(self.out)
         newest = checkpoint.newest(self.out)
@@ -90,7 +90,7 @@ class Stage:
         engine = str(self.accelerator.distributed_type.value)
         expected = "processes of DDP or FSDP (no other engine's checkpoints are written)"
         require(engine not in ("DEEPSPEED", "MEGATRON_LM"), "accelerate", expected, engine)
-        # What accelerate launch chose, where the setting does not say.
+        # accelerate launch chose the precision where the setting is None.
         self.settings["mixed_precision"] = str(self.accelerator.mixed_precision)
         transformers.set_seed(self.run.seed)
         self.task: Task = load_task(self.data, kind, seed=self.run.seed, model=self.model.model)
@@ -102,9 +102,9 @@ class Stage:
             print(text, flush=True)
 
     def announce(self, trainer: OfflineTrainer | OnlineTrainer) -> None:
-        """What is trained, on what, and how much memory it takes at least."""
+        """Prints networks, rows, device, steps, and the memory that training takes at least."""
         learner, reference = trainer.learner, trainer.reference
-        # What is left of the task's rows where completions may be too long.
+        # A trainer drops rows whose completions are too long, and has the rest.
         train, held_out = (
             len(getattr(trainer, part, getattr(self.task, part))) for part in ("train", "held_out")
         )

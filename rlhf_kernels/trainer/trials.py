@@ -21,7 +21,7 @@ Pass = Callable[[PreTrainedModel, Rows, int], list[Tensor]]
 # of what was measured. Where shapes differ, matrix products round differently.
 _SHAPES = {torch.float32: (1e-4, 2e-3), torch.float64: (1e-8, 1e-6)}
 _SHAPES_16_BIT = (0.1, 0.3)
-# Where only the tokens of other rows differ, nothing rounds differently but shared experts.
+# Where only the tokens of other rows differ, only shared experts round differently.
 _OTHERS = {torch.float32: (1e-5, 5e-4), torch.float64: (1e-9, 1e-6)}
 _OTHERS_16_BIT = (1e-4, 0.03)
 _NOISES = 8.0
@@ -31,7 +31,7 @@ _BORDERS = (
     "sliding_window", "attention_window_size", "window_size", "local_attention",
     "attention_chunk_size", "chunk_size", "mamba_chunk_size", "original_max_position_embeddings",
 )  # fmt: skip
-# That of linear attention is a constant of transformers' own code.
+# Chunk length of linear attention: a constant in transformers' own code.
 _LINEAR_ATTENTION_CHUNK = 64
 _LENGTH = 44
 
@@ -97,7 +97,7 @@ class Trial:
         (prompt, completion), name = self.rows[1], name_of(self.model)
         before = self.hidden[1][: len(prompt)]
         other = self._alone([*prompt, *self.fresh(completion)])[: len(prompt)]
-        # Written so that NaN fails.
+        # The comparison is false for NaN, which so counts as a fault.
         causal = _change(other, before, self.spread) <= self.others
         if not causal and self.border is None:
             raise UserError(
@@ -163,7 +163,7 @@ def trials(model: PreTrainedModel, *, max_length: int) -> list[Trial]:
         for border, shape in shapes.items():
             rows = [tuple(random_tokens(witness, n, generator) for n in pair) for pair in shape]
             made.append(Trial(witness, rows, generator, border))
-            # At once: some models' positions still know the longest sequence that they saw.
+            # Check at once: positions of some models depend on the longest sequence seen so far.
             made[-1].check_causality()
         return made
 
@@ -195,7 +195,7 @@ def _exact(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def name_of(model: nn.Module) -> str:
-    """What messages call a model."""
+    """The model's name in messages."""
     return type(model).__name__
 
 

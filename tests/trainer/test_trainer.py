@@ -26,6 +26,7 @@ from rlhf_kernels.trainer.config import (
     RunConfig,
     parse_config,
 )
+from rlhf_kernels.trainer.optimizer import rate_factor
 from rlhf_kernels.trainer.report import MetricsLog, table
 from rlhf_kernels.trainer.stage import OFFLINE
 
@@ -46,6 +47,22 @@ def test_stopwatch_adds_up_and_starts_anew(monkeypatch):
     now += 8.0
     watch(work, 0.25, None)
     assert watch.seconds() == 0.75 and watch.seconds() == 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 0, {0: 1.0, 7: 1.0}),
+        ("constant", 4, {0: 0.25, 1: 0.5, 3: 1.0, 7: 1.0}),
+        ("linear", 0, {0: 1.0, 1: 0.875, 7: 0.125}),
+        ("linear", 4, {0: 0.25, 1: 0.4375, 3: 0.625, 7: 0.125}),
+        ("cosine", 4, {0: 0.25, 2: 0.64016504, 4: 0.5, 7: 0.03806023}),
+    ],
+)
+def test_rates_rise_and_fall_from_the_first_step_to_the_last(schedule, warmup, expected):
+    config = OptimConfig(total_steps=8, warmup_steps=warmup, lr_schedule=schedule)
+    found = {step: rate_factor(config, step) for step in expected}
+    assert found == pytest.approx(expected, rel=1e-7)
 
 
 def test_table():
