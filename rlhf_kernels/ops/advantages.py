@@ -142,8 +142,8 @@ def _kernel_dtypes(op: str, **tensors: Tensor | None) -> None:
 def gae(
     rewards: Tensor,
     values: Tensor,
-    *,
     mask: Tensor | None = None,
+    *,
     cu_seqlens: Tensor | None = None,
     dones: Tensor | None = None,
     bootstrap_values: Tensor | None = None,
@@ -220,8 +220,8 @@ def gae(
 
 def discounted_returns(
     rewards: Tensor,
-    *,
     mask: Tensor | None = None,
+    *,
     cu_seqlens: Tensor | None = None,
     dones: Tensor | None = None,
     bootstrap_values: Tensor | None = None,
@@ -274,8 +274,8 @@ def ppo_advantages(
     logprobs: Tensor,
     ref_logprobs: Tensor | None,
     values: Tensor,
-    *,
     mask: Tensor | None = None,
+    *,
     kl_coef: float = 0.0,
     kl_estimator: PlainKlEstimator = "k1",
     cu_seqlens: Tensor | None = None,
@@ -437,8 +437,8 @@ def _of_sequences(op: str, name: str, t: object) -> Tensor:
 
 def whiten(
     x: Tensor,
-    *,
     mask: Tensor | None = None,
+    *,
     shift_mean: bool = True,
     unbiased: bool = True,
     eps: float = 1e-8,

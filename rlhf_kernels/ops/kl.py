@@ -81,8 +81,8 @@ class _KlPenalty(torch.autograd.Function):
 def kl_divergence(
     logits: Tensor,
     ref_logits: Tensor,
-    *,
     mask: Tensor | None = None,
+    *,
     direction: Direction = "reverse",
     temperature: float = 1.0,
 ) -> Tensor:
@@ -139,8 +139,8 @@ def kl_divergence(
 def kl_penalty(
     logprobs: Tensor,
     ref_logprobs: Tensor,
-    *,
     mask: Tensor | None = None,
+    *,
     estimator: KlEstimator = "k1",
 ) -> Tensor:
     """Per-token estimate of KL(policy || ref) from log-probabilities of sampled tokens.

@@ -147,8 +147,8 @@ def named_result(
 def token_logprobs(
     logits: Tensor,
     labels: Tensor,
-    *,
     mask: Tensor | None = None,
+    *,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     entropy: Literal[False] = False,
@@ -163,8 +163,8 @@ def token_logprobs(
 def token_logprobs(
     logits: Tensor,
     labels: Tensor,
-    *,
     mask: Tensor | None = None,
+    *,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     entropy: Literal[True],
@@ -179,8 +179,8 @@ def token_logprobs(
 def token_logprobs(
     logits: Tensor,
     labels: Tensor,
-    *,
     mask: Tensor | None = None,
+    *,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     entropy: bool,
@@ -194,8 +194,8 @@ def token_logprobs(
 def token_logprobs(
     logits: Tensor,
     labels: Tensor,
-    *,
     mask: Tensor | None = None,
+    *,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     entropy: bool = False,

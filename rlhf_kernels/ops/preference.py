@@ -39,7 +39,7 @@ def _check_pairs(op: str, pairs: dict[str, Tensor]) -> None:
 
 
 def sequence_logprobs(
-    logprobs: Tensor, *, mask: Tensor, cu_seqlens: Tensor | None = None, average: bool = False
+    logprobs: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None, average: bool = False
 ) -> Tensor:
     """Log-probability of each sequence: the sum of its unmasked tokens' log-probabilities.
 

@@ -158,8 +158,10 @@ def test_public_names_are_documented(name):
 def test_options_of_operations_are_keyword_only(name):
     for parameter in inspect.signature(getattr(rk, name)).parameters.values():
         assert parameter.annotation is not parameter.empty, parameter
-        # Tensors per token look alike: a mask among them is always named.
-        if parameter.default is not parameter.empty or parameter.name == "mask":
+        # A mask comes after the tensors that it belongs to, by position or by name.
+        if parameter.name == "mask":
+            assert parameter.kind is parameter.POSITIONAL_OR_KEYWORD, parameter
+        elif parameter.default is not parameter.empty:
             assert parameter.kind is parameter.KEYWORD_ONLY, parameter
 
 
