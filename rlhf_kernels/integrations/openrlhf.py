@@ -52,7 +52,11 @@ def _lm_head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
         model = model.module
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    try:
+        rk.Head.from_model(model, check=False)
+    except ValueError as error:
+        raise Unsupported(str(error).removeprefix("Head.from_model: ")) from None
+    head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise Unsupported(f"an LM head that is a {type(head).__name__}")
     if type(model) in _not_the_head:

@@ -198,8 +198,8 @@ def test_actors_that_fall_back():
     assert reasons == {
         "Gemma2ForCausalLM does more to its logits than its head": 2,
         "a call for the logits": 1,
-        "ZeRO-3 takes the weight away before the backward pass": 1,
-        "an LM head that is a Sequential": 1,
+        "LlamaForCausalLM has an LM head partitioned by ZeRO-3: gather its parameters first": 1,
+        "LlamaForCausalLM has a Sequential without a weight for its LM head": 1,
     }
     # Their forward calls our functions of logits.
     assert openrlhf.report().served["log_probs_from_logits"] == 4
