@@ -20,6 +20,7 @@ from .core.enums import BACKEND_NAMES
 from .kernels import backends as kernel_backends
 from .kernels import native
 from .ops._examples import EXAMPLES, VARIANTS, Inputs, gradients, tensors
+from .ops._operator import select
 from .testing import to_float64
 
 # What changes how kernels are chosen or run.
@@ -82,7 +83,7 @@ def _selected(operation: str, device: torch.device) -> str:
         # Not an operator: a few lines of torch over one number per sequence.
         return "torch"
     try:
-        return kernel_backends.select(operation, device)
+        return select(operation, device)
     except RuntimeError as error:
         return f"none: {error}"
 

@@ -156,6 +156,19 @@ def once_differentiable(op: str) -> Callable[..., Callable[..., tuple]]:
     return decorate
 
 
+# Operations over a head have no kernel of their own: the row kernel that each rests on.
+_ROW_KERNELS = {
+    "linear_kl_divergence": "kl_divergence",
+    "linear_policy_loss": "token_logprobs",
+    "linear_token_logprobs": "token_logprobs",
+}
+
+
+def select(op: str, device: torch.device) -> str:
+    """The backend for a public operation on `device`; errors as `backends.select`."""
+    return backends.select(op, device, _ROW_KERNELS.get(op, op))
+
+
 def head_gradients_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from ..core.enums import DIRECTIONS, Direction
 from ..head import kl as head
 from ..kernels import backends
 from ._heads import check_chunk, check_head, check_ref_head
-from ._operator import define, head_gradients_fake, once_differentiable, remember
+from ._operator import define, head_gradients_fake, once_differentiable, remember, select
 
 _forward = define(
     "linear_kl_divergence",
@@ -110,7 +110,7 @@ def linear_kl_divergence(
     logit_scale = option_checks.positive(op, "logit_scale", logit_scale)
     temperature_rules.check(op, temperature, None, logit_scale)
 
-    backend = backends.select(op, hidden.device, "kl_divergence")
+    backend = select(op, hidden.device)
     chunk = check_chunk(op, chunk_tokens, batch_invariant, weight, 2 * weight.shape[0], backend)
     if backend == backends.REFERENCE:
         return reference.linear_kl_divergence(

@@ -13,7 +13,7 @@ from ..head import logprobs as head
 from ..head import shard
 from ..kernels import backends
 from ._heads import check_chunk, check_head
-from ._operator import define, head_gradients_fake, once_differentiable, remember
+from ._operator import define, head_gradients_fake, once_differentiable, remember, select
 from .logprobs import TokenLogprobs, TokenLogprobsEntropy, named_result
 from .support import Support, linear_token_logprobs_support
 
@@ -259,7 +259,7 @@ def linear_token_logprobs(
             *linear_token_logprobs_support(hidden, weight, bias, labels, support, arguments)
         )
 
-    backend = backends.select(op, hidden.device, "token_logprobs")
+    backend = select(op, hidden.device)
     chunk = check_chunk(op, chunk_tokens, batch_invariant, weight, weight.shape[0], backend)
     if backend == backends.REFERENCE:
         keep, effective = labels != arguments.ignore_index, arguments.effective_temperature()

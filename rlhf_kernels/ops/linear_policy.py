@@ -13,7 +13,7 @@ from ..head import policy as head
 from ..head import shard
 from ..kernels import backends, losses
 from ._heads import check_chunk, check_head, check_ref_head
-from ._operator import define, head_gradients_fake, once_differentiable, remember
+from ._operator import define, head_gradients_fake, once_differentiable, remember, select
 from .policy import (
     PPO,
     PolicyLoss,
@@ -193,7 +193,7 @@ def linear_policy_loss(
     given = config.normalizer if normalizer is None else normalizer
     count, divisor = checks.divisor(op, given, "hidden", hidden.device)
 
-    backend = backends.select(op, hidden.device, "token_logprobs")
+    backend = select(op, hidden.device)
     columns = (2 if ref_head else 1) * weight.shape[0]
     if shards and batch_invariant and chunk_tokens is None:
         # The ranks exchange in every chunk: they must agree on its size.

@@ -233,7 +233,7 @@ def _head_calls(hidden, weight, bias):
 def rk_kernels():
     from rlhf_kernels.kernels import backends
 
-    return backends.select("linear_token_logprobs", torch.device("cpu")) != "reference"
+    return backends.select("token_logprobs", torch.device("cpu")) != "reference"
 
 
 def _with_gradients(function, operands):
