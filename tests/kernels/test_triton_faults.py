@@ -13,17 +13,16 @@ import pytest
 import torch
 import triton.language as tl
 
+from tests.cases.faults import OPERATIONS, assert_promised
 from tests.kernels.guarded_memory import SIDES
-from tests.kernels.triton_fault_cases import ALL, OPERATIONS
 from tests.run_python import run_python
 
 from rlhf_kernels.kernels.triton._launch import INTERPRETED, kernel, launch
 from rlhf_kernels.kernels.triton.logprobs import tile_bounds
-from rlhf_kernels.testing import assert_bitwise_equal
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="guards memory of the interpreter")
 
-SCRIPT = ("-m", "tests.kernels.triton_fault_cases")
+SCRIPT = ("-m", "tests.kernels.triton_faults")
 ROOT = str(Path(__file__).parents[2])
 
 
@@ -31,12 +30,6 @@ def run_cases(*arguments, **variables):
     return run_python(
         *SCRIPT, *map(str, arguments), TRITON_INTERPRET="1", PYTHONPATH=ROOT, **variables
     )
-
-
-def unharmed(tensor, poisoned):
-    """The rows of a result that are not poisoned."""
-    keep = [row for row in range(tensor.shape[0]) if row not in poisoned] if tensor.dim() else []
-    return tensor[keep] if poisoned else tensor
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -49,18 +42,8 @@ def test_bad_data_and_layouts(operation, tmp_path):
     assert list(sides) == list(SIDES)
     for results in sides.values():
         for case in cases:
-            actual, expected = results[case.name], sides[SIDES[0]][case.like]
             try:
-                if case.poisoned == ALL:
-                    assert all(t.isnan().all() for t in actual)
-                    continue
-                # A case may be after only the first results.
-                for a, e in zip(actual, expected, strict=False):
-                    assert_bitwise_equal(unharmed(a, case.poisoned), unharmed(e, case.poisoned))
-                    for row in case.poisoned:
-                        assert a[row].isnan().all()
-                    if not case.poisoned:
-                        assert a.isfinite().all()
+                assert_promised(case, results[case.name], sides[SIDES[0]][case.like])
             except AssertionError as error:
                 raise AssertionError(f"{operation}, {case.name}: {error}") from error
         for name, tensors in results.items():
