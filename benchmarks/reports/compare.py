@@ -70,21 +70,15 @@ def others(entry: Entry) -> dict[str, str]:
     return {"eager": "eager", "limit": entry["limit"]}
 
 
-def ratio(entry: Entry, name: str, paired: bool) -> tuple[float, float, int] | None:
+def ratio(entry: Entry, name: str) -> tuple[float, float, int] | None:
     """Ours over `name`, half of p20 to p80 of its logarithm, and its rounds; None without a time.
 
-    Paired: of the ratios of each round. Without, from the times of both, as if nothing had slowed
-    both alike: older runs have no more.
+    Of the ratios of each round, so that what slowed a whole round is not in it.
     """
-    ours, other = entry["providers"]["ours"], entry["providers"].get(name, {})
-    if "median" not in other:
+    ratios = entry["providers"].get(name, {}).get("ours_over")
+    if ratios is None:
         return None
-    if paired:
-        ratios = other["ours_over"]
-        return ratios["median"], math.log(ratios["p80"] / ratios["p20"]) / 2, ratios["rounds"]
-    spreads = (math.log(p["p80"] / p["p20"]) / 2 for p in (ours, other))
-    rounds = min(ours["rounds"], other["rounds"])
-    return ours["median"] / other["median"], math.hypot(*spreads), rounds
+    return ratios["median"], math.log(ratios["p80"] / ratios["p20"]) / 2, ratios["rounds"]
 
 
 def changes(base: Entry, new: Entry, tolerance: float) -> Iterator[Change | str]:
@@ -92,9 +86,7 @@ def changes(base: Entry, new: Entry, tolerance: float) -> Iterator[Change | str]
     old, now = points(base), points(new)
     for point in (p for p in old if p in now):
         for other, name in others(old[point]).items():
-            runs = (old[point], now[point])
-            paired = all("ours_over" in run["providers"].get(name, {}) for run in runs)
-            pair = [ratio(run, name, paired) for run in runs]
+            pair = [ratio(run, name) for run in (old[point], now[point])]
             if None in pair:
                 have = " and ".join(w for w, r in zip(("base", "new"), pair, strict=True) if r)
                 if have:
