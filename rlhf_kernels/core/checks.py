@@ -307,7 +307,8 @@ def divisor_positive(op: str, value: Tensor | None) -> None:
 
 def support(op: str, value: object, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Requires (indptr [tokens + 1], indices [nnz]), each int32 or int64; their values are data."""
-    if not isinstance(value, tuple | list) or len(value) != 2:
+    # No union of types, which torch.compile of torch 2.6 does not know.
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(
             f"{op}: support must be a pair (indptr, indices), got {type(value).__name__}"
         )

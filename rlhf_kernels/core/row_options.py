@@ -88,7 +88,9 @@ def checked(
         option_checks.flag(op, "entropy", entropy),
         option_checks.integer(op, "ignore_index", ignore_index),
     )
-    temperature_rules.check(op, *arguments[:3])
+    # By name: torch.compile of torch 2.6 slices no named tuple.
+    rules = (arguments.temperature, arguments.softcap, arguments.logit_scale)
+    temperature_rules.check(op, *rules)
     if arguments.ignore_index in (sentinels.ELSEWHERE, sentinels.SHARD_IGNORED):
         raise ValueError(
             f"{op}: ignore_index must not be {arguments.ignore_index}, by which kernels tell the "

@@ -159,7 +159,7 @@ def reward_model_loss(
     _check_pairs(op, pairs)
     if isinstance(margin, Tensor) and margin.dim() > 0:
         margin = checks.real(op, "margin", margin).detach()
-        _check_pairs(op, pairs | {"margin": margin})
+        _check_pairs(op, {**pairs, "margin": margin})
         margin = margin if margin.dtype is torch.float64 else margin.float()
     elif margin is not None:
         margin = option_checks.number(op, "margin", margin)
