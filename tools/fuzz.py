@@ -35,8 +35,8 @@ def run_case(seed: int, backends: list[str]) -> str | None:
     """What is wrong with the case of a seed, or None."""
     import torch
 
+    from tests.cases import fuzz as fuzz_cases
     from tests.kernels import emulated_cuda
-    from tests.ops import fuzz_cases
 
     backend = backend_of(seed)
     if backend not in backends:

@@ -6,7 +6,7 @@
 
 A driver that has a target but no GPU stands under Triton's JIT, whose hook is told of every kernel
 that is about to be compiled and takes it instead: types, constants and specialisation are those of
-a launch, made by the real launchers from the calls in triton_cases.py. Nothing is executed, so
+a launch, made by the real launchers from the calls in triton_calls.py. Nothing is executed, so
 tensors may hold anything. Distinct kernels are then compiled and held against `problems`.
 
 Not a test itself: it must run in a process without TRITON_INTERPRET (test_triton_gates.py).
@@ -50,7 +50,7 @@ from rlhf_kernels.ops import _examples  # noqa: E402
 #: one alone nothing hides the latency of its loads and barriers.
 MIN_BLOCKS = 2
 # The module that lists the calls.
-CASES = "tests.kernels.triton_cases"
+CASES = "tests.kernels.triton_calls"
 #: Bits of the widest load where rows are known to be aligned.
 ALIGNED_LOAD = 128
 

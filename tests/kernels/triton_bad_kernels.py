@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tests.kernels.triton_cases import Case
+from tests.kernels.triton_case import Case
 
 from rlhf_kernels.kernels.triton._launch import kernel, launch
 

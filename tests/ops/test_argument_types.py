@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 
-from tests.ops import interface_cases as cases
+from tests.cases import calls as cases
 
 import rlhf_kernels as rk
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from tests.ops import fuzz_cases
+from tests.cases import fuzz as fuzz_cases
 from tools import fuzz
 
 import rlhf_kernels as rk

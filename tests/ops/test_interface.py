@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tests.ops import interface_cases as cases
+from tests.cases import calls as cases
 
 import rlhf_kernels as rk
 from rlhf_kernels.core import checks

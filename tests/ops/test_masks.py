@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from tests.ops import interface_cases as cases
+from tests.cases import calls as cases
 
 import rlhf_kernels as rk
 from rlhf_kernels.kernels import backends

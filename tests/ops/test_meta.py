@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from tests.ops import interface_cases as cases
+from tests.cases import calls as cases
 
 import rlhf_kernels as rk
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tests.ops import interface_cases as cases
+from tests.cases import calls as cases
 
 import rlhf_kernels as rk
 from rlhf_kernels.ops import _operator

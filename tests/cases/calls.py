@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tests.cases.combinations import covering, products
+
 import rlhf_kernels as rk
 
 B, T, V, H = 2, 3, 7, 4
@@ -47,21 +49,10 @@ def _mask(packed: bool = False) -> torch.Tensor:
     return mask.reshape(_per_token(packed))
 
 
-def _product(choices: Options) -> Iterator[dict[str, Any]]:
-    for values in itertools.product(*choices.values()):
-        yield {k: v for k, v in zip(choices, values, strict=True) if v is not _ABSENT}
-
-
-def _covering(choices: Options) -> Iterator[dict[str, Any]]:
-    """A few of `_product` in which every value of every option occurs."""
-    for i in range(max(map(len, choices.values()), default=1)):
-        picked = {k: v[i % len(v)] for k, v in choices.items()}
-        yield {k: v for k, v in picked.items() if v is not _ABSENT}
-
-
 def _build(op: str, base: dict, choices: Options, grads: tuple, full: bool) -> Iterator[Call]:
     """Calls of `op`: option values that are functions make tensors, pairs of them a support."""
-    for chosen in (_product if full else _covering)(choices):
+    for every in (products if full else covering)(**choices):
+        chosen = {name: value for name, value in every.items() if value is not _ABSENT}
         tensors = {k: make() for k, make in base.items()}
         options, label = {}, []
         for name, value in chosen.items():

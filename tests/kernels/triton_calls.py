@@ -1,91 +1,29 @@
 """Calls of every operation that between them reach every Triton kernel and code variant."""
 
 import itertools
-import mmap
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests.cases.combinations import one_by_one, pairs, products
+from tests.kernels import triton_sweeps
+from tests.kernels.triton_case import (
+    BF16,
+    DTYPES,
+    LAYOUTS,
+    Case,
+    Tokens,
+    far,
+    label,
+    logits,
+)
+
 import rlhf_kernels as rk
 from rlhf_kernels import PolicyLossConfig
 from rlhf_kernels.config import policy as policy_config
-from rlhf_kernels.core import checks
 from rlhf_kernels.ops import _examples
-
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-DTYPES = checks.FLOATING
-
-
-class Case(NamedTuple):
-    """One call; `outputs` picks what of its result the backward starts from."""
-
-    name: str
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    options: dict[str, Any]
-    outputs: Callable[[Any], Any] = lambda result: result
-
-
-def label(values: dict[str, Any]) -> str:
-    def text(v: Any) -> str:
-        return str(v).removeprefix("torch.")
-
-    return ",".join(f"{k}={text(v)}" for k, v in values.items())
-
-
-def products(**axes: tuple) -> Iterator[dict[str, Any]]:
-    """Every combination of one value per axis."""
-    for values in itertools.product(*axes.values()):
-        yield dict(zip(axes, values, strict=True))
-
-
-def one_by_one(**axes: tuple) -> Iterator[dict[str, Any]]:
-    """The first value of every axis, then each other value with the rest at its first."""
-    first = {k: v[0] for k, v in axes.items()}
-    yield first
-    for axis, values in axes.items():
-        yield from (first | {axis: v} for v in values[1:])
-
-
-def pairs(**axes: tuple) -> Iterator[dict[str, Any]]:
-    """Few combinations among which any two values of two axes meet."""
-
-    def pair(a: str, v: int, b: str, w: int) -> tuple:
-        return (a, v, b, w) if a < b else (b, w, a, v)
-
-    missing = {pair(a, v, b, w) for a, b in itertools.combinations(axes, 2)
-               for v in range(len(axes[a])) for w in range(len(axes[b]))}  # fmt: skip
-    while missing:
-        a, v, b, w = min(missing)
-        chosen = {a: v, b: w}
-        for axis in sorted(axes.keys() - chosen.keys()):
-            gains = [
-                sum(pair(axis, i, other, j) in missing for other, j in chosen.items())
-                for i in range(len(axes[axis]))
-            ]
-            chosen[axis] = gains.index(max(gains))
-        missing -= {pair(*x, *y) for x, y in itertools.combinations(chosen.items(), 2)}
-        yield {axis: axes[axis][chosen[axis]] for axis in axes}
-
-
-def logits(dtype: torch.dtype, layout: str, rows: int = 3) -> Tensor:
-    """[rows, V]; "odd": V is no multiple of 16 bytes; "shifted": it is, the address is not."""
-    vocab = 251 if layout == "odd" else 256
-    flat = torch.zeros(rows * vocab + 1, dtype=dtype)
-    start = 1 if layout == "shifted" else 0
-    return flat[start : start + rows * vocab].view(rows, vocab).requires_grad_()
-
-
-def far(dtype: torch.dtype) -> Tensor:
-    """Logits [2, 2, 256] whose rows are more than 2^31 elements apart; nothing is allocated."""
-    stride = (1 << 31) + 264
-    bytes_ = (3 * stride + 256) * dtype.itemsize
-    # Private memory that nobody touches takes no pages.
-    memory = mmap.mmap(-1, bytes_, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
-    flat = torch.frombuffer(memory, dtype=dtype)
-    return flat.as_strided((2, 2, 256), (2 * stride, stride, 1)).requires_grad_()
 
 
 def examples() -> Iterator[Case]:
@@ -191,35 +129,6 @@ def support(full: bool) -> Iterator[Case]:
         if v["bias"]:
             options["bias"] = torch.zeros(9, dtype=dtype, requires_grad=True)
         yield Case(name, rk.linear_token_logprobs, (hidden, weight, y), options, last)
-
-
-#: Sequences as the token kernels see them: one tile each, several, rows with gaps, packed.
-LAYOUTS = ("padded", "long", "strided", "packed", "packed64")
-
-
-class Tokens(NamedTuple):
-    """Makes token tensors of one layout."""
-
-    layout: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (3, 10000) if self.layout == "long" else (3, 70) if self.padded else (210,)
-
-    @property
-    def padded(self) -> bool:
-        return not self.layout.startswith("packed")
-
-    def __call__(self, dtype: torch.dtype, *, grad: bool = False) -> Tensor:
-        if self.layout == "strided":
-            return torch.zeros(70, 3, dtype=dtype).t().requires_grad_(grad)
-        return torch.zeros(self.shape, dtype=dtype).requires_grad_(grad)
-
-    def options(self) -> dict[str, Tensor]:
-        if self.padded:
-            return {}
-        dtype = torch.int64 if self.layout == "packed64" else torch.int32
-        return {"cu_seqlens": torch.tensor([0, 70, 140, 210], dtype=dtype)}
 
 
 def scans(full: bool) -> Iterator[Case]:
@@ -378,113 +287,8 @@ def value(full: bool) -> Iterator[Case]:
         yield Case(f"value_loss/{label(v)}", rk.value_loss, tuple(x), options)
 
 
-def row_sweeps() -> Iterator[Case]:
-    for n, (rows, vocab, temperature, softcap, ignored) in enumerate(
-        (
-            (1, 8, 1.0, 30.0, -100),
-            (1, 256, 0.7, 50.0, 0),
-            # Whole numbers, and those that a JIT likes to build in.
-            (2, 256, 1, 1, 1),
-            (16, 1024, 2, 16, 16),
-            (17, 8 * 1021, 1e-3, 30.5, -1),
-            (3, 152064, 3.0, 10.0, 2),
-        )
-    ):
-        options = {"temperature": temperature, "softcap": softcap, "ignore_index": ignored}
-        x = torch.zeros(rows, vocab, dtype=BF16, requires_grad=True)
-        y = torch.zeros(rows, dtype=torch.int64)
-        options["entropy"] = True
-        yield Case(f"sweep/token_logprobs/all/{n}", rk.token_logprobs, (x, y), options)
-        # Another rank, gaps between rows, labels of one stride or another.
-        x = torch.zeros(rows, 5, vocab + 8, dtype=BF16)[:, :-1, :vocab].requires_grad_()
-        y = torch.zeros(4, rows, dtype=torch.int64).t()
-        yield Case(f"sweep/token_logprobs/all/strided {n}", rk.token_logprobs, (x, y), options)
-        options = {"temperature": temperature}
-        ref = torch.zeros(rows + 1, 5, vocab + 16, dtype=BF16)[1:, 1:, 8 : vocab + 8]
-        yield Case(f"sweep/kl_divergence/all/{n}", rk.kl_divergence, (x, ref), options)
-        yield Case(f"sweep/kl_penalty/all/{n}", rk.kl_penalty, (x[..., 1], ref[..., 3]), {})
-
-
-def support_sweeps() -> Iterator[Case]:
-    sizes = ((1, 1, 24), (16, 3, 64), (5, 1001, 4096), (7, 16, 100))
-    for n, (tokens, kept, vocab) in enumerate(sizes):
-        y = torch.zeros(tokens, dtype=torch.int64)
-        words = torch.arange(kept).repeat(tokens) % vocab
-        options = {"support": (torch.arange(tokens + 1) * kept, words), "entropy": True}
-        options |= {"temperature": (0.7, 1, 16, 2)[n], "softcap": (30.0, 1, 16, 2)[n]}
-        x = torch.zeros(tokens, vocab, requires_grad=True)
-        yield Case(f"sweep/token_logprobs_support/all/{n}", rk.token_logprobs, (x, y), options)
-        hidden, weight = (torch.zeros(r, 64, requires_grad=True) for r in (tokens, vocab))
-        yield Case(f"sweep/linear_token_logprobs_support/all/{n}", rk.linear_token_logprobs,
-                   (hidden, weight, y), options)  # fmt: skip
-
-
-def token_sweeps() -> Iterator[Case]:
-    # Lengths of one tile and of several: the second kind may need another kernel.
-    lengths = {"short": (1, 16, 1000, 1024), "long": (10000, 16384, 40001)}
-    coefficients = ((1.0, 0.95), (1, 1), (0.5, 0), (0, 0.25))
-    for kind, many in lengths.items():
-        for n, (length, (gamma, lam)) in enumerate(zip(many, coefficients, strict=False)):
-            rows = (1, 2, 16, 17)[n]
-
-            def x(rows: int = rows, length: int = length, **options: Any) -> Tensor:
-                return torch.zeros(rows + 1, length + 3, **options)[1:, 2:-1]
-
-            mask, name = x(dtype=torch.bool), f"{kind}/{n}"
-            rates: dict[str, Any] = {"gamma": gamma, "lam": lam}
-            yield Case(f"sweep/gae/{name}", rk.gae, (x(), x()), {"mask": mask} | rates)
-            yield Case(f"sweep/discounted_returns/{name}", rk.discounted_returns, (x(),),
-                       {"mask": mask, "gamma": gamma})  # fmt: skip
-            yield Case(f"sweep/ppo_advantages/{name}", rk.ppo_advantages,
-                       (x()[:, 0], x(), x(), x()),
-                       {"mask": mask, "kl_coef": (0.1, 1, 2, 3.5)[n],
-                        "reward_clip": (1, 16, 2.5, 3)[n]} | rates)  # fmt: skip
-            yield Case(f"sweep/whiten/{name}", rk.whiten, (x(),),
-                       {"mask": mask, "eps": (1e-8, 0, 1, 16)[n], "unbiased": n > 1})  # fmt: skip
-            rewards, size = torch.zeros(rows * length), (1, rows, length, 1)[n]
-            options = {"eps": (1e-6, 0, 1, 16)[n]}
-            yield Case(f"sweep/group_advantages/{name}", rk.group_advantages, (rewards, size),
-                       options)  # fmt: skip
-            ids = torch.zeros(rows * length, dtype=(torch.int64, torch.int32)[n % 2])
-            yield Case(f"sweep/group_advantages/{kind} ids/{n}", rk.group_advantages,
-                       (rewards, ids), options)  # fmt: skip
-            numbers = (0.2, 1, 0, 0.5)
-            config = PolicyLossConfig.ppo(
-                clip_low=numbers[n], clip_high=(0.28, 1, 16, 2)[n], dual_clip=(3, 2.0, 16, 4)[n],
-                kl_coef=(0.1, 1, 16, 0.5)[n], entropy_coef=(0.01, 1, 2, 16)[n],
-            )  # fmt: skip
-            inputs = {
-                "mask": mask,
-                "ref_logprobs": x(),
-                "entropy": x().requires_grad_(),
-                "config": config,
-            }
-            args = (x().requires_grad_(), x(), x())
-            yield Case(f"sweep/policy_loss/{name}", rk.policy_loss, args, inputs)
-            inputs = inputs | {"normalizer": (3.0, 1, 16, 2.5)[n]}
-            yield Case(f"sweep/policy_loss/{kind} normalizer/{n}", rk.policy_loss, args, inputs)
-            yield Case(f"sweep/value_loss/{name}", rk.value_loss, args,
-                       {"mask": mask, "clip_range": (0.2, 1, 16, 2)[n]})  # fmt: skip
-
-
-def packed_sweeps() -> Iterator[Case]:
-    for n, (sequences, tokens) in enumerate(((1, 1), (2, 1000), (16, 40001), (1025, 16384))):
-        x = torch.zeros(tokens + 3)[2:-1]
-        scores, mask = torch.zeros(sequences), torch.ones(tokens, dtype=torch.bool)
-        options = {"cu_seqlens": torch.zeros(sequences + 1, dtype=torch.int64), "mask": mask}
-        options |= {"gamma": (1, 0.5, 1.0, 0)[n]}
-        name = f"packed/{n}"
-        yield Case(f"sweep/gae/{name}", rk.gae, (x, x), options)
-        yield Case(f"sweep/discounted_returns/{name}", rk.discounted_returns, (x,), options)
-        yield Case(f"sweep/ppo_advantages/{name}", rk.ppo_advantages, (scores, x, x, x),
-                   options | {"kl_coef": 0.1})  # fmt: skip
-
-
 def cases(full: bool) -> Iterator[Case]:
-    """All calls: options one at a time, or with `full` any two of them together.
-
-    Calls named sweep/operation/kind/... of one kind must not compile anything anew.
-    """
+    """All calls: options one at a time, or with `full` any two of them together."""
     yield from examples()
     yield from token_logprobs(full)
     yield from kl(full)
@@ -493,7 +297,4 @@ def cases(full: bool) -> Iterator[Case]:
     yield from statistics(full)
     yield from policy(full)
     yield from value(full)
-    yield from row_sweeps()
-    yield from support_sweeps()
-    yield from token_sweeps()
-    yield from packed_sweeps()
+    yield from triton_sweeps.cases()

@@ -1,0 +1,134 @@
+"""Random calls of the operations, and what is right for each: what `tools/fuzz.py` runs.
+
+A case is made from its seed alone. It is judged against the reference in float64 per element: where
+a softmax or a product is inside, by the bounds of `tests/head/bounds.py`; elsewhere by how far the
+exact result moves when every input moves by a rounding, which is the error of the best algorithm.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.cases.fuzz.draw import INVARIANT, Case, Draw
+from tests.cases.fuzz.rows import (
+    kl_divergence,
+    linear_kl_divergence,
+    linear_policy_loss,
+    linear_token_logprobs,
+    token_logprobs,
+)
+from tests.cases.fuzz.tokens import (
+    discounted_returns,
+    dpo_loss,
+    gae,
+    group_advantages,
+    kl_penalty,
+    policy_loss,
+    ppo_advantages,
+    reward_model_loss,
+    sequence_logprobs,
+    value_loss,
+    whiten,
+)
+
+import rlhf_kernels as rk
+from rlhf_kernels.ops import _examples
+from rlhf_kernels.testing import assert_within_bound, to_float64
+
+EPS = torch.finfo(torch.float32).eps
+# Roundings of a result beside those of its inputs.
+ROUNDINGS = 8.0
+
+CASES = (
+    *(token_logprobs, token_logprobs, kl_divergence, linear_token_logprobs, linear_token_logprobs),
+    *(linear_kl_divergence, linear_policy_loss, policy_loss, policy_loss, value_loss, kl_penalty),
+    *(gae, gae, discounted_returns, ppo_advantages, group_advantages, whiten, sequence_logprobs),
+    *(dpo_loss, reward_model_loss),
+)
+
+
+def make(seed: int, interpreted: bool) -> Case:
+    """The case of a seed; small where the kernels are interpreted."""
+    d = Draw(seed, interpreted)
+    return d.pick(*CASES)(d)
+
+
+def run(case: Case, arguments: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """(results followed by gradients, upstream gradients)"""
+    results = list(_examples.tensors(getattr(rk, case.op)(**arguments)))
+    tensors = [t for t in arguments.values() if isinstance(t, Tensor) and t.requires_grad]
+    outputs = [r for r in results if r.requires_grad]
+    if not tensors or not outputs:
+        return [r.detach() for r in results], []
+    g = torch.Generator().manual_seed(1)
+    upstream = []
+    for i, o in enumerate(outputs):
+        up = torch.randn(o.shape, generator=g)
+        up = up.masked_fill(torch.rand(o.shape, generator=g) < 0.2, 0) if o.dim() else up
+        # As of a sum: one number for all.
+        up = torch.tensor(0.7).expand(o.shape) if i % 2 == 0 and case.draw.expanded_upstream else up
+        upstream.append(up.to(o.dtype))
+    found = torch.autograd.grad(outputs, tensors, upstream, materialize_grads=True)
+    return [*(r.detach() for r in results), *found], upstream
+
+
+def sensitivity(case: Case, exact: Sequence[Tensor]) -> list[Tensor]:
+    """How far each result moves, at most, in several draws that move every input by a rounding."""
+    g = torch.Generator().manual_seed(2)
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        t = value.detach().double()
+        t = t * (1 + EPS * torch.randn(t.shape, generator=g, dtype=torch.float64))
+        return t.requires_grad_(value.requires_grad)
+
+    worst = [torch.zeros_like(e) for e in exact]
+    for _ in range(8):
+        found, _ = run(case, {k: moved(v) for k, v in case.arguments.items()})
+        worst = [
+            torch.maximum(w, (f - e).abs().nan_to_num(0.0, 0.0, 0.0))
+            for w, f, e in zip(worst, found, exact, strict=True)
+        ]
+    if case.beside is not None:
+        i, name = case.beside
+        size = case.arguments[name].detach().double().abs() + exact[i].abs()
+        worst[i] = worst[i] + 2 * EPS * size.nan_to_num(0.0, 0.0, 0.0)
+    return [ROUNDINGS * (w + EPS * e.abs().nan_to_num(0.0, 0.0, 0.0)) + 1e-37
+            for w, e in zip(worst, exact, strict=True)]  # fmt: skip
+
+
+def check(case: Case, backend: str) -> None:
+    """Raises AssertionError where a backend's results are beyond their bounds."""
+    before = {k: v.detach().clone() for k, v in case.arguments.items() if isinstance(v, Tensor)}
+    with rk.use_backend(backend):
+        actual, _ = run(case, case.arguments)
+    with rk.use_backend("reference"):
+        # It takes all logits at once.
+        whole = {k: v for k, v in case.arguments.items() if k not in ("chunk_tokens", INVARIANT)}
+        exact, upstream = run(case, to_float64(whole))
+    with rk.use_backend(backend), torch.no_grad() if case.bounds else torch.enable_grad():
+        if case.bounds is None:
+            with rk.use_backend("reference"):
+                bounds = sensitivity(case, exact)
+        else:
+            bounds = case.bounds(exact, upstream)
+    if len(actual) != len(exact) or len(actual) != len(bounds):
+        raise AssertionError(f"{len(actual)} results, {len(exact)} exact, {len(bounds)} bounds")
+    for i, (a, e, bound) in enumerate(zip(actual, exact, bounds, strict=True)):
+        # What float32 cannot hold is infinite.
+        most, rounding = torch.finfo(a.dtype).max, torch.finfo(a.dtype).eps
+        e = torch.where(e.abs() > most, e.sign() * torch.inf, e)
+        if case.bounds is None:
+            # The budget of `rlhf_kernels.testing`: twice one rounding.
+            bound = bound + 1.5 * rounding * e.abs().nan_to_num(0.0, 0.0, 0.0)
+        try:
+            assert_within_bound(a, e, bound.reshape(e.shape))
+        except AssertionError as error:
+            raise AssertionError(f"result {i}: {error}") from None
+    for name, value in before.items():
+        now = case.arguments[name].detach()
+        if not torch.equal(now.nan_to_num(7.0), value.nan_to_num(7.0)):
+            raise AssertionError(f"{name} was changed")

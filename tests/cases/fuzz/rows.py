@@ -1,0 +1,221 @@
+"""Random calls of operations on logits, with the bounds of their softmaxes and products."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.cases.fuzz.draw import INVARIANT, Case, Draw
+from tests.cases.fuzz.tokens import per_token, policy_config_of
+from tests.head.bounds import HeadBounds, SoftmaxBounds, logprobs_bounds, policy_bounds
+from tests.ops.support_cases import within
+
+from rlhf_kernels import reference
+
+
+def temperature(d: Draw, shape: Sequence[int]) -> float | Tensor:
+    if d.chance(0.3):
+        values = torch.rand(tuple(shape), generator=d.torch) * 2 + 0.3
+        return d.laid_out(values.to(d.dtype()))
+    return d.pick(1.0, 0.7, 1.3, 0.05, 20.0)
+
+
+def logits(d: Draw, *shape: int, dtype: torch.dtype) -> Tensor:
+    values = d.normal(*shape) * d.pick(1.0, 3.0, 30.0) + d.pick(0.0, 0.0, 100.0, -1e4)
+    values = values.to(dtype)
+    if values.numel() and d.chance(0.3):
+        # Not the first word: a row of nothing is not a distribution.
+        taken_out = torch.rand(values.shape, generator=d.torch) < 0.2
+        taken_out[..., 0] = False
+        values[taken_out] = -torch.inf
+    return values
+
+
+def with_faults(d: Draw, values: Tensor) -> Tensor:
+    """One logit that is not a number, or infinite, or as large as can be."""
+    if values.numel():
+        at = d.random.randrange(values.numel())
+        values.view(-1)[at] = d.pick(torch.nan, torch.inf, torch.finfo(values.dtype).max)
+    return values
+
+
+def labels(d: Draw, shape: Sequence[int], vocab: int, ignored: int = -100) -> Tensor:
+    found = d.integers(0, vocab, *shape)
+    skipped = torch.rand(tuple(shape), generator=d.torch) < d.pick(0.0, 0.3, 1.1)
+    return torch.where(skipped, ignored, found).to(found.dtype)
+
+
+def row_options(d: Draw, shape: Sequence[int]) -> dict[str, Any]:
+    return {"temperature": temperature(d, shape), "softcap": d.pick(None, None, 5.0, 30.0)}
+
+
+def support(d: Draw, count: int, vocab: int) -> tuple[Tensor, Tensor]:
+    """Random words of each token, at times none or all."""
+    kept = torch.rand(count, vocab, generator=d.torch) < d.pick(0.05, 0.5, 1.1)
+    indptr = torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)])
+    words = [row.nonzero().flatten() for row in kept]
+    words = [w[torch.randperm(len(w), generator=d.torch)] for w in words]
+    words = torch.cat([*words, torch.zeros(0, dtype=torch.int64)])
+    dtype = d.pick(torch.int32, torch.int64)
+    return d.laid_out(indptr.to(dtype)), d.laid_out(words.to(dtype))
+
+
+def judged(labels: Tensor, kept: Tensor | None) -> Tensor:
+    """Labels, -1 for tokens without words: NaN, and a gradient of 0."""
+    return labels if kept is None else labels.where(kept.any(-1).view(labels.shape), -1)
+
+
+def token_logprobs(d: Draw) -> Case:
+    shape = (d.size(40),) if d.chance(0.6) else (d.size(5), d.size(9))
+    vocab = d.size(300_000 // max(1, torch.Size(shape).numel()), 1)
+    x, faulty = logits(d, *shape, vocab, dtype=d.dtype()), d.chance(0.1)
+    # A row that is not a distribution has a result, but no gradient to speak of.
+    x = d.laid_out(with_faults(d, x)) if faulty else d.wanted(d.laid_out(x))
+    ignored = d.pick(-100, -1, vocab + 3)
+    y = labels(d, shape, vocab, ignored)
+    options = row_options(d, shape)
+    given = support(d, y.numel(), vocab) if d.chance(0.2) else None
+
+    def bounds(exact: Sequence[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
+        z = x.detach().double().reshape(-1, vocab)
+        kept = within(given, z.shape)
+        if kept is not None:
+            z = torch.where(kept | ~kept.any(-1, keepdim=True), z, -torch.inf)
+        rows = SoftmaxBounds(z, torch.zeros_like(z), x.dtype, **options)
+        known = judged(torch.where(y == ignored, -1, y.long()), kept)
+        bound = torch.where(known >= 0, rows.logprobs(known), 0)
+        gradient = rows.token_gradient(known, *upstream)[1] if upstream else None
+        found = [bound, torch.where(known >= 0, rows.entropy(known.shape), 0), gradient]
+        return [b for b, e in zip(found, (True, entropy, x.requires_grad), strict=True) if e]
+
+    entropy = d.chance(0.5)
+    arguments = {"logits": x, "labels": y, **options, "entropy": entropy}
+    arguments |= {"ignore_index": ignored, "support": given}
+    return Case("token_logprobs", arguments, d, bounds)
+
+
+def kl_divergence(d: Draw) -> Case:
+    shape = (d.size(40),) if d.chance(0.6) else (d.size(5), d.size(9))
+    vocab, dtype = d.size(300_000 // max(1, torch.Size(shape).numel()), 1), d.dtype()
+    scale = d.pick(1.0, 3.0, 10.0)
+    x, r = (d.floats(*shape, vocab, scale=scale, dtype=dtype) for _ in range(2))
+    t, reverse = d.pick(1.0, 0.7, 2.0), d.chance(0.5)
+
+    def bounds(exact: Sequence[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
+        p, q = (
+            SoftmaxBounds(z.reshape(-1, vocab), torch.zeros(z.numel() // vocab, vocab), dtype,
+                          temperature=t)
+            for z in (x.detach().double(), r.detach().double())
+        )  # fmt: skip
+        found = [p.kl(q, reverse, shape)]
+        return found + ([p.kl_gradient(q, reverse, upstream[0])[1]] if upstream else [])
+
+    direction = "reverse" if reverse else "forward"
+    arguments = {"logits": d.wanted(x), "ref_logits": r, "temperature": t, "direction": direction}
+    return Case("kl_divergence", arguments, d, bounds)
+
+
+def head(d: Draw, count: int, dtype: torch.dtype, vocab: int) -> tuple[Tensor, ...]:
+    """(hidden [count, H], weight, bias or None)"""
+    width = d.size(80, 1)
+    hidden = d.laid_out((d.normal(count, width) * d.pick(1.0, 1.0, 5.0)).to(dtype))
+    weight = d.laid_out((d.normal(vocab, width) / width**0.5).to(dtype))
+    bias = d.laid_out(d.normal(vocab).to(dtype)) if d.chance(0.4) else None
+    return hidden, weight, bias
+
+
+def leaves(d: Draw, operands: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else d.wanted(t, 0.7) for t in operands]
+
+
+def chunks(d: Draw) -> dict[str, Any]:
+    options: dict[str, Any] = {"chunk_tokens": d.pick(None, None, 1, 5, 16, 64)}
+    return options | {INVARIANT: d.chance(0.15)}
+
+
+def of_chunk(options: dict[str, Any]) -> int:
+    return options["chunk_tokens"] or 16
+
+
+def linear_token_logprobs(d: Draw) -> Case:
+    count, dtype = d.size(300), d.dtype()
+    vocab = d.size(40_000 // max(1, count), 1)
+    hidden, weight, bias = leaves(d, head(d, count, dtype, vocab))
+    y = labels(d, (count,), vocab)
+    options = row_options(d, (count,)) | {"logit_scale": d.pick(1.0, 1.0, 0.3)}
+    given = support(d, count, vocab) if d.chance(0.2) else None
+    parts = chunks(d) if given is None else {}
+    entropy = d.chance(0.5)
+
+    def bounds(exact: Sequence[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
+        kept = within(given, (count, vocab))
+        rows = HeadBounds(hidden, weight, bias, kept=kept, **options)
+        size = of_chunk(parts) if parts else None
+        up = upstream or (torch.zeros(count),)
+        found = logprobs_bounds(rows, judged(y.long(), kept), up, tokens=size, words=64)
+        wanted = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
+        return [b for b, e in zip(found, (True, entropy, *wanted), strict=True) if e]
+
+    arguments = {"hidden": hidden, "weight": weight, "labels": y, "bias": bias, **options}
+    arguments |= {"entropy": entropy, "support": given, **parts}
+    return Case("linear_token_logprobs", arguments, d, bounds)
+
+
+def linear_kl_divergence(d: Draw) -> Case:
+    count, dtype = d.size(200), d.dtype()
+    vocab = d.size(30_000 // max(1, count), 1)
+    hidden, weight, bias = leaves(d, head(d, count, dtype, vocab))
+    ref = head(d, count, dtype, vocab)
+    mask = d.mask((count,)) if d.chance(0.6) else None
+    options = {"temperature": d.pick(1.0, 0.7), "logit_scale": d.pick(1.0, 0.5)}
+    parts, reverse = chunks(d), d.chance(0.5)
+
+    def bounds(exact: Sequence[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
+        p, q = (HeadBounds(*operands, **options) for operands in ((hidden, weight, bias), ref))
+        keep = torch.ones(count) if mask is None else mask != 0
+        up = (upstream[0] if upstream else torch.zeros(count)) * keep
+        found = p.products(p.kl_gradient(q, reverse, up), tokens=of_chunk(parts), words=64)
+        given = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
+        return [p.kl(q, reverse, (count,)) * keep,
+                *(b for b, e in zip(found, given, strict=True) if e)]  # fmt: skip
+
+    direction = "reverse" if reverse else "forward"
+    arguments = {"hidden": hidden, "weight": weight, "bias": bias, "ref_hidden": ref[0],
+                 "ref_weight": ref[1], "ref_bias": ref[2], "mask": mask, **options, **parts,
+                 "direction": direction}  # fmt: skip
+    return Case("linear_kl_divergence", arguments, d, bounds)
+
+
+def linear_policy_loss(d: Draw) -> Case:
+    rows, cols = d.random.randint(0, 3), d.random.randint(0, 7)
+    dtype, vocab = d.dtype(), d.size(200, 1)
+    hidden, weight, bias = head(d, rows * cols, dtype, vocab)
+    hidden = hidden.reshape(rows, cols, hidden.shape[-1])
+    mask = d.mask((rows, cols))
+    y = d.integers(0, vocab, rows, cols)
+    y = torch.where(mask == 0, d.pick(-7, vocab + 5, -100), y).to(y.dtype)
+    start = reference.linear_token_logprobs(
+        hidden, weight, y.long().masked_fill(mask == 0, -100), bias=bias
+    )[0]
+    config = policy_config_of(d, smooth=dtype != torch.float32)
+    old = start + 0.3 * d.normal(rows, cols)
+    constants = {"ref_logprobs": start + 0.3 * d.normal(rows, cols),
+                 "rollout_logprobs": old + 0.2 * d.normal(rows, cols)}  # fmt: skip
+    tokens = (y.long(), old, per_token(d, (rows, cols), rows, False), mask)
+    hidden, weight, bias = leaves(d, (hidden, weight, bias))
+    parts = chunks(d)
+
+    def bounds(exact: Sequence[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
+        found = policy_bounds(
+            HeadBounds(hidden, weight, bias), tokens, constants, config=config,
+            upstream=float(upstream[0]) if upstream else 1.0, tokens_of_chunk=of_chunk(parts),
+            words_of_block=64,
+        )  # fmt: skip
+        given = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
+        return [*found[:2], *(b for b, e in zip(found[2:], given, strict=True) if e)]
+
+    arguments = {"hidden": hidden, "weight": weight, "labels": y, "old_logprobs": old,
+                 "advantages": tokens[2], "mask": mask, "bias": bias, **constants, **parts,
+                 "config": config}  # fmt: skip
+    return Case("linear_policy_loss", arguments, d, bounds)

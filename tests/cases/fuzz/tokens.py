@@ -1,0 +1,171 @@
+"""Random calls of operations on tokens, sequences and pairs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.cases.fuzz.draw import Case, Draw
+
+import rlhf_kernels as rk
+from rlhf_kernels.config import policy
+
+
+def policy_config_of(d: Draw, smooth: bool = False) -> rk.PolicyLossConfig:
+    """Any combination that a configuration allows; `smooth`: without clips and clamps."""
+    objective = d.pick("reinforce", "sapo", *(() if smooth else ("clip", "clip", "cispo")))
+    options: dict[str, Any] = {"objective": objective, "kl_coef": d.pick(0.0, 0.1)}
+    if objective == "clip" and d.chance(0.5):
+        options |= {"dual_clip": d.pick(None, 1.9), "delta": d.pick(None, 2.5)}
+    if objective != "reinforce":
+        options["ratio_level"] = d.pick("token", *policy.RATIO_LEVELS)
+    if d.chance(0.4):
+        mode = "truncate" if smooth else d.pick(*policy.CORRECTION_MODES)
+        options |= {"correction_level": d.pick(*policy.CORRECTION_LEVELS),
+                    "correction_mode": mode, "correction_max": 50.0 if smooth else 1.3}  # fmt: skip
+    if not smooth and d.chance(0.3):
+        options |= {"log_ratio_clamp": (-0.9, 1.1), "kl_input_clamp": 0.6, "kl_value_clamp": 0.5}
+    estimators = ("k2", "k3") if smooth else policy.KL_ESTIMATORS
+    aggregation = d.pick(*policy.AGGREGATIONS)
+    return rk.PolicyLossConfig(
+        **options,
+        kl_estimator=d.pick(*estimators),
+        kl_importance_weighted=d.chance(0.3),
+        entropy_coef=d.pick(0.0, 0.02),
+        aggregation=aggregation,
+        normalizer=7.5 if aggregation == "constant" else d.pick(None, None, 11.0),
+    )
+
+
+def per_token(d: Draw, shape: Sequence[int], sequences: int, packed: bool) -> Tensor:
+    """Advantages per token or per sequence."""
+    whole = d.chance(0.3) and (not packed or sequences != shape[0])
+    a = d.normal(sequences) if whole else d.normal(*shape)
+    zero = torch.rand(a.shape, generator=d.torch) < d.pick(0.0, 0.3)
+    return d.laid_out(a.masked_fill(zero, 0))
+
+
+def policy_loss(d: Draw) -> Case:
+    shape, offsets, sequences = d.tokens()
+    mask = d.mask(shape)
+    base = -3 * torch.rand(shape, generator=d.torch)
+
+    def near(scale: float) -> Tensor:
+        return d.hidden(d.laid_out((base + d.normal(*shape) * scale).to(d.dtype())), mask)
+
+    arguments = {"logprobs": d.wanted(near(0.3)), "old_logprobs": near(0.2),
+                 "advantages": per_token(d, shape, sequences, offsets is not None), "mask": mask,
+                 "ref_logprobs": near(0.3), "rollout_logprobs": near(0.3),
+                 "entropy": d.wanted(d.hidden(d.floats(*shape), mask)), "cu_seqlens": offsets,
+                 "normalizer": d.pick(None, None, 3.5, torch.tensor(9.0)),
+                 "config": policy_config_of(d)}  # fmt: skip
+    return Case("policy_loss", arguments, d)
+
+
+def value_loss(d: Draw) -> Case:
+    shape, offsets, _ = d.tokens()
+    mask, aggregation = d.mask(shape), d.pick(*policy.AGGREGATIONS)
+    given = {n: d.hidden(d.floats(*shape), mask) for n in ("values", "old_values", "returns")}
+    normalizer = 7.5 if aggregation == "constant" else d.pick(None, 3.5, torch.tensor(9.0))
+    d.wanted(given["values"])
+    arguments = {**given, "mask": mask, "clip_range": d.pick(None, 0.2, 2.0),
+                 "aggregation": aggregation, "cu_seqlens": offsets,
+                 "normalizer": normalizer}  # fmt: skip
+    return Case("value_loss", arguments, d)
+
+
+def kl_penalty(d: Draw) -> Case:
+    shape = d.tokens()[0]
+    x = d.floats(*shape, scale=d.pick(1.0, 30.0))
+    estimator = d.pick(*policy.KL_ESTIMATORS)
+    return Case("kl_penalty", {"logprobs": d.wanted(x), "ref_logprobs": d.floats(*shape),
+                               "estimator": estimator}, d)  # fmt: skip
+
+
+def _steps(d: Draw, names: Sequence[str]) -> tuple[dict[str, Any], int]:
+    shape, offsets, sequences = d.tokens()
+    mask = d.mask(shape) if d.chance(0.7) else None
+    scale = d.pick(1.0, 1.0, 1e3)
+    given = {n: d.hidden(d.floats(*shape, scale=scale), mask) for n in names}
+    options = {"mask": mask, "cu_seqlens": offsets, "masked": d.pick("carry", "zero")}
+    return given | options, sequences
+
+
+def _ends(d: Draw, shape: Sequence[int], sequences: int) -> dict[str, Any]:
+    dones = d.mask(shape, 0.05) if d.chance(0.4) else None
+    bootstrap = d.floats(sequences) if d.chance(0.4) else None
+    return {"dones": dones, "bootstrap_values": bootstrap, "gamma": d.pick(0.0, 0.9, 0.99, 1.0)}
+
+
+def gae(d: Draw) -> Case:
+    arguments, sequences = _steps(d, ("rewards", "values"))
+    arguments |= _ends(d, arguments["rewards"].shape, sequences)
+    arguments |= {"lam": d.pick(0.0, 0.5, 0.95, 1.0), "whiten": d.chance(0.3)}
+    return Case("gae", arguments, d, beside=(1, "values"))
+
+
+def discounted_returns(d: Draw) -> Case:
+    arguments, sequences = _steps(d, ("rewards",))
+    return Case(
+        "discounted_returns", arguments | _ends(d, arguments["rewards"].shape, sequences), d
+    )
+
+
+def ppo_advantages(d: Draw) -> Case:
+    arguments, sequences = _steps(d, ("logprobs", "ref_logprobs", "values"))
+    arguments |= {"scores": d.floats(sequences), "kl_coef": d.pick(0.0, 0.05),
+                  "kl_estimator": d.pick("k1", "k2", "abs"), "gamma": d.pick(0.0, 0.99, 1.0),
+                  "lam": d.pick(0.0, 0.95, 1.0), "whiten": d.chance(0.5),
+                  "reward_clip": d.pick(None, 0.7)}  # fmt: skip
+    return Case("ppo_advantages", arguments, d, beside=(1, "values"))
+
+
+def group_advantages(d: Draw) -> Case:
+    size, groups = d.random.randint(1, 9), d.size(200)
+    count = size * groups
+    rewards = d.floats(count, scale=d.pick(1.0, 100.0)) if d.chance(0.7) else (
+        d.laid_out(d.integers(0, 2, count).float()))  # fmt: skip
+    baseline = d.pick("mean", "leave-one-out", "greedy", "none")
+    ids = size if d.chance(0.5) else d.integers(-3, max(groups, 1), count)
+    greedy = d.floats(count) if baseline == "greedy" else None
+    arguments = {"rewards": rewards, "groups": ids, "baseline": baseline,
+                 "scale": d.pick("group", "batch", "none"), "greedy_rewards": greedy,
+                 "eps": d.pick(1e-6, 1e-4)}  # fmt: skip
+    return Case("group_advantages", arguments, d)
+
+
+def whiten(d: Draw) -> Case:
+    shape = d.tokens()[0]
+    mask = d.mask(shape) if d.chance(0.7) else None
+    x = d.hidden(d.laid_out(d.normal(*shape) + d.pick(0.0, 1e3)), mask)
+    arguments = {"x": x, "mask": mask, "shift_mean": d.chance(0.5), "unbiased": d.chance(0.5)}
+    return Case("whiten", arguments, d)
+
+
+def sequence_logprobs(d: Draw) -> Case:
+    shape, offsets, _ = d.tokens()
+    mask = d.mask(shape)
+    arguments = {"logprobs": d.wanted(d.hidden(d.floats(*shape), mask)), "mask": mask,
+                 "cu_seqlens": offsets, "average": d.chance(0.5)}  # fmt: skip
+    return Case("sequence_logprobs", arguments, d)
+
+
+def dpo_loss(d: Draw) -> Case:
+    count, scale, kind = d.size(300), d.pick(1.0, 30.0), d.pick("sigmoid", "ipo", "hinge", "robust")
+    names = ("chosen_logprobs", "rejected_logprobs", "ref_chosen_logprobs", "ref_rejected_logprobs")
+    given = {n: d.floats(count, scale=scale) for n in names}
+    for name in names[:2]:
+        d.wanted(given[name])
+    smoothing = d.pick(0.0, 0.1) if kind in ("sigmoid", "robust") else 0.0
+    arguments = {**given, "beta": d.pick(0.1, 1.0), "loss_type": kind, "label_smoothing": smoothing}
+    return Case("dpo_loss", arguments, d)
+
+
+def reward_model_loss(d: Draw) -> Case:
+    count = d.size(300)
+    given = {n: d.wanted(d.floats(count)) for n in ("chosen_rewards", "rejected_rewards")}
+    margin = d.pick(None, 0.5, d.floats(count))
+    return Case(
+        "reward_model_loss", {**given, "margin": margin, "center_coef": d.pick(0.0, 0.01)}, d
+    )
