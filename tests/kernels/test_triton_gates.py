@@ -64,9 +64,9 @@ def test_every_combination_compiles_without_spills(target, tmp_path):
 
 def test_the_gate_refuses_bad_kernels(tmp_path):
     """Each kernel of triton_bad_kernels.py is refused for what is wrong with it."""
-    module = "tests.kernels.triton_bad_kernels"
-    result = run_tool(tmp_path, "--cases", module, "--target", "sm_90", "--target", "gfx942")
-    problems = [p.removeprefix(f"{module}.") for p in result["problems"]]
+    cases = "tests.kernels.triton_bad_kernels"
+    result = run_tool(tmp_path, "--cases", cases, "--target", "sm_90", "--target", "gfx942")
+    problems = [p.removeprefix("triton_bad_kernels.") for p in result["problems"]]
     for kernel, target, reason in (
         ("spilling_kernel", "sm_90", "spilled"),
         ("spilling_kernel", "gfx942", "spilled"),
