@@ -164,7 +164,7 @@ struct KlBackwardArgs {
   Exec exec;
 };
 
-// An enum here has the names and the order of a tuple in rlhf_kernels/core/enums.py.
+// An enum here has the names and the order of a tuple in rlhf_kernels/config/enums.py.
 
 // kl_penalty per token from x = logprob - ref_logprob.
 enum KlEstimator : int32_t { kK1 = 0, kK2 = 1, kK3 = 2, kAbs = 3 };

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .core.enums import BACKEND_NAMES
+from .core.env import BACKEND_NAMES
 from .kernels import backends as kernel_backends
 from .kernels import native
 from .ops._examples import EXAMPLES, VARIANTS, Inputs, gradients, tensors

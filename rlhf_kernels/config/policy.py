@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
-from ..core.enums import (
+from .enums import (
     AGGREGATIONS,
     CORRECTION_CODES,
     CORRECTION_LEVELS,
@@ -20,7 +20,6 @@ from ..core.enums import (
     Objective,
     RatioLevel,
 )
-from ..core.option_checks import shown
 from .parity.openrlhf import openrlhf
 from .parity.trl import trl
 from .parity.verl import verl
@@ -39,7 +38,7 @@ Clamp = float | tuple[float, float] | None
 
 
 class PolicyCodes(NamedTuple):
-    """The choices of a PolicyLossConfig as integers: positions in the tuples of core/enums.py.
+    """The choices of a PolicyLossConfig as integers: positions in the tuples of config/enums.py.
 
     The operators take them as an int[] in this order, which is that of csrc/abi.h: PolicyCodes.
     """
@@ -264,9 +263,11 @@ class PolicyLossConfig:
             self._fail("correction_min", f"at most correction_max, {self.correction_max}")
 
     def _fail(self, name: str, expected: str) -> None:
-        raise ValueError(
-            f"PolicyLossConfig: {name} must be {expected}, got {shown(getattr(self, name))}"
-        )
+        value = getattr(self, name)
+        # Python refuses to print the longest integers.
+        long = isinstance(value, int) and value.bit_length() > 128
+        got = f"an integer of {value.bit_length()} bits" if long else repr(value)
+        raise ValueError(f"PolicyLossConfig: {name} must be {expected}, got {got}")
 
     def _number(self, name: str, *, above: float | None = None, optional: bool = False) -> None:
         value = getattr(self, name)

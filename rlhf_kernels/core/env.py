@@ -1,8 +1,11 @@
 """Environment variables, read once at import. The README has the table."""
 
 import os
+from typing import Literal, get_args
 
-from .enums import BACKEND_NAMES
+#: Of use_backend: "auto" chooses by device.
+BackendName = Literal["auto", "reference", "cpu", "cuda", "triton"]
+BACKEND_NAMES: tuple[BackendName, ...] = get_args(BackendName)
 
 _backend = os.environ.get("RLHF_KERNELS_BACKEND", "auto").strip().lower() or "auto"
 if _backend not in BACKEND_NAMES:

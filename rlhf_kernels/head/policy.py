@@ -5,9 +5,9 @@ import functools
 import torch
 from torch import Tensor
 
+from ..config.enums import AGGREGATIONS, CORRECTION_CODES, RATIO_LEVELS
 from ..config.policy import PolicyCodes, PolicyParams
 from ..core import checks
-from ..core.enums import AGGREGATIONS, CORRECTION_CODES, RATIO_LEVELS
 from ..core.row_options import RowOptions
 from ..core.sentinels import SHARD_IGNORED
 from ..core.sequences import per_token, token_weights

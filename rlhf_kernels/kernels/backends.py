@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ..core import env
-from ..core.enums import BACKEND_NAMES, BackendName
+from ..core.env import BACKEND_NAMES, BackendName
 from ..core.layout import Empty, plain_empty
 from . import native, triton
 from .rows import Kernels, Rows

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..core import checks, option_checks
-from ..core.enums import (
+from ..config.enums import (
     BASELINES,
     MASKED_STEPS,
     PLAIN_KL_ESTIMATORS,
@@ -20,6 +19,7 @@ from ..core.enums import (
     PlainKlEstimator,
     Scale,
 )
+from ..core import checks, option_checks
 from ..kernels import backends
 from ._operator import define
 

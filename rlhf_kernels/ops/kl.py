@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..config.enums import DIRECTIONS, KL_ESTIMATORS, Direction, KlEstimator
 from ..core import checks, option_checks, temperature_rules
-from ..core.enums import DIRECTIONS, KL_ESTIMATORS, Direction, KlEstimator
 from ..kernels import backends
 from ._operator import define, once_differentiable, remember
 

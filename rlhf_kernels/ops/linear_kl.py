@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..config.enums import DIRECTIONS, Direction
 from ..core import checks, option_checks, temperature_rules
-from ..core.enums import DIRECTIONS, Direction
 from ..head import kl as head
 from ..kernels import backends
 from ._heads import check_chunk, check_head, check_ref_head

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..config.enums import DPO_LOSS_TYPES, DPOLossType
 from ..core import checks, option_checks
-from ..core.enums import DPO_LOSS_TYPES, DPOLossType
 
 
 class DPOLoss(NamedTuple):

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..config.enums import AGGREGATIONS, Aggregation
 from ..config.metrics import VALUE_METRICS
 from ..core import checks, option_checks
-from ..core.enums import AGGREGATIONS, Aggregation
 from ..kernels import backends, losses
 from ._metrics import Metrics, register_metrics
 from ._operator import define, once_differentiable, remember

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 import rlhf_kernels as rk
-from rlhf_kernels.config import metrics, policy
-from rlhf_kernels.core import enums
+from rlhf_kernels.config import enums, metrics, policy
 from rlhf_kernels.kernels.native import boundary
 
 ABI = Path(rk.__file__).parent.parent / "csrc" / "abi.h"

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 import rlhf_kernels as rk
 from rlhf_kernels import reference
+from rlhf_kernels.config.enums import AGGREGATIONS
 from rlhf_kernels.config.metrics import VALUE_METRICS
 from rlhf_kernels.core import env
-from rlhf_kernels.core.enums import AGGREGATIONS
 from rlhf_kernels.core.sequences import token_weights
 from rlhf_kernels.testing import (
     DTYPES,

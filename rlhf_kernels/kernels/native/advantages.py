@@ -6,8 +6,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ...config.enums import BASELINES, PLAIN_KL_ESTIMATORS, SCALES
 from ...core import checks
-from ...core.enums import BASELINES, PLAIN_KL_ESTIMATORS, SCALES
 from .. import scans
 from . import boundary as b
 

@@ -6,7 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ...core.enums import PLAIN_KL_ESTIMATORS
+from ...config.enums import PLAIN_KL_ESTIMATORS
 from . import boundary as b
 
 

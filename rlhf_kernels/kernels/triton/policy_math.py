@@ -9,16 +9,16 @@ from collections.abc import Iterator
 import triton
 import triton.language as tl
 
-from ...core import enums
+from ...config import enums
 from ._math import exp_parts
 
 
 def _codes(names: tuple[object, ...]) -> Iterator[tl.constexpr]:
-    """The integer of each name of core/enums.py, for kernels."""
+    """The integer of each name of config/enums.py, for kernels."""
     return (tl.constexpr(i) for i in range(len(names)))
 
 
-# PolicyCodes: names and order are those of core/enums.py.
+# PolicyCodes: names and order are those of config/enums.py.
 CLIP, PENALTY, REINFORCE, CISPO, SAPO = _codes(enums.OBJECTIVES)
 TOKEN_RATIO, SEQUENCE_RATIO, SEQUENCE_TOKEN_RATIO = _codes(enums.RATIO_LEVELS)
 K1, K2, K3, ABS = _codes(enums.PLAIN_KL_ESTIMATORS)

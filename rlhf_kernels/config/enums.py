@@ -49,7 +49,3 @@ SCALES: tuple[Scale, ...] = get_args(Scale)
 #: Which loss dpo_loss is.
 DPOLossType = Literal["sigmoid", "ipo", "hinge", "robust"]
 DPO_LOSS_TYPES: tuple[DPOLossType, ...] = get_args(DPOLossType)
-
-#: Of use_backend: "auto" chooses by device.
-BackendName = Literal["auto", "reference", "cpu", "cuda", "triton"]
-BACKEND_NAMES: tuple[BackendName, ...] = get_args(BackendName)
