@@ -42,17 +42,19 @@ class Head(NamedTuple):
 
         The operations over heads read `weight`, so that what acts around the module alone would be
         lost: adapters, parametrisations and hooks on the head are refused. Wrappers of DDP,
-        torch.compile and PEFT are looked through; sharded parameters are refused.
+        torch.compile and PEFT are looked through, also that of a head which PEFT trains whole;
+        sharded parameters are refused.
 
         Args:
             model: a causal LM, with `get_output_embeddings`, `base_model` and `config`.
-            check: False only reads the head and its settings, without a forward pass.
+            check: False only reads the head and its settings: no forward pass, and hooks, which may
+                be a wrapper's, are the caller's affair.
 
         Raises:
             ValueError: what the model has is not such a head, or its parameters are not whole.
         """
         model = _unwrapped(model)
-        module = _output_embeddings(model)
+        module = _output_embeddings(model, refuse_hooks=check)
         head = cls(module.weight, getattr(module, "bias", None), *_settings(model))
         if check:
             _check(model, module, head)
@@ -81,7 +83,17 @@ def _fail(model: nn.Module, why: str) -> ValueError:
     return ValueError(f"Head.from_model: {type(model).__name__} {why}")
 
 
-def _output_embeddings(model: nn.Module) -> nn.Module:
+def _in_use(module: nn.Module) -> nn.Module:
+    """The copy of a head that PEFT trains whole (modules_to_save), where that is in use."""
+    if not hasattr(module, "modules_to_save") or not hasattr(module, "original_module"):
+        return module
+    if module.disable_adapters:
+        return module.original_module
+    active = module.active_adapter
+    return module.modules_to_save[active if isinstance(active, str) else active[0]]
+
+
+def _output_embeddings(model: nn.Module, *, refuse_hooks: bool) -> nn.Module:
     """The module of the head, whose weight alone says what it computes."""
     if type(model).__name__ == "FullyShardedDataParallel":
         raise _fail(model, "has sharded parameters: call it inside summon_full_params")
@@ -93,6 +105,7 @@ def _output_embeddings(model: nn.Module) -> nn.Module:
     module = model.get_output_embeddings()
     if module is None:
         raise _fail(model, "has no LM head")
+    module = _in_use(module)
     kind, weight = type(module).__name__, getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         raise _fail(model, f"has a {kind} without a weight for its LM head")
@@ -116,7 +129,8 @@ def _output_embeddings(model: nn.Module) -> nn.Module:
     extra = {n for n, _ in module.named_parameters()} - {"weight", "bias"}
     if extra:
         raise _fail(model, f"has an LM head with more parameters ({min(extra)}), as of adapters")
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+    hooks = refuse_hooks and (module._forward_hooks or module._forward_pre_hooks)
+    if hooks or "forward" in vars(module):
         raise _fail(model, "has hooks on its LM head, or another forward than its class's")
     return module
 

@@ -253,3 +253,24 @@ def test_wrappers_and_shards(tmp_path):
         assert rk.Head.from_model(sharded, check=False).weight.shape == (99, 32)
     finally:
         dist.destroy_process_group()
+
+
+def test_a_head_that_peft_trains_whole():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = peft.get_peft_model(small_model("llama"), config)
+    found = rk.Head.from_model(model).weight
+    with torch.no_grad():
+        found.mul_(2)
+    assert found.requires_grad and rk.Head.from_model(model).weight is found
+    with model.disable_adapter():
+        before = rk.Head.from_model(model).weight
+    assert not before.requires_grad
+    assert torch.equal(before * 2, found)
+
+
+def test_hooks_are_the_callers_affair_without_the_check():
+    model = small_model("llama")
+    model.lm_head.register_forward_hook(lambda *_: None)
+    refused(model, "hooks on its LM head")
+    assert rk.Head.from_model(model, check=False).weight is model.lm_head.weight

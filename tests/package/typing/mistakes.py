@@ -18,7 +18,7 @@ rk.group_advantages(labels, 2, scale="std")  # wrong
 rk.gae(x, x, masked="skip")  # wrong
 rk.dpo_loss(x, x, x, x, loss_type="sigmod")  # wrong
 rk.use_backend("gpu")  # wrong
-rk.policy_loss(x, x, x, keep)  # wrong
+rk.policy_loss(x, x, x, keep, x)  # wrong
 rk.policy_loss(x, x, x)  # wrong
 rk.token_logprobs(x, labels).entropy.sum()  # wrong
 rk.policy_loss(x, x, x, mask=keep).metrics["tokens"] = x  # wrong
