@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..config.policy import PolicyLossConfig
 from ..core import checks
+from ._metrics import Metrics
 from .advantages import discounted_returns, gae, group_advantages, ppo_advantages, whiten
 from .kl import kl_divergence, kl_penalty
 from .linear_kl import linear_kl_divergence
@@ -197,12 +198,12 @@ VARIANTS: dict[Callable[..., Any], tuple[Callable[[Inputs], Call], ...]] = {
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """Floating tensors in a result: a tensor, a tuple of results, or metrics with `values`."""
-    if isinstance(value, tuple) and not hasattr(value, "values"):
+    """Floating tensors in a result: a tensor, a tuple of results, or metrics."""
+    if isinstance(value, tuple):
         for item in value:
             yield from tensors(item)
         return
-    value = getattr(value, "values", value) if not isinstance(value, Tensor) else value
+    value = value.tensor if isinstance(value, Metrics) else value
     if isinstance(value, Tensor) and value.is_floating_point():
         yield value
 
