@@ -30,7 +30,8 @@ RK_HD double label_gradient(double logprob, double distance, double mean, double
   return g * inv_temperature;
 }
 
-// Temperatures, over the scale of the logits, that rlhf_kernels/core/temperature_rules.py does not refuse.
+// Temperatures, over the scale of the logits, that rlhf_kernels/core/temperature_rules.py does not
+// refuse.
 RK_HD bool good_temperature(double t) { return t >= 0x1p-60 && t <= 0x1p60; }
 
 // k3 = exp(-x) - 1 + x; infinite at -inf too, where the sum would be inf - inf.

@@ -69,7 +69,9 @@ void select_isa(const std::string& name) {
 
 PYBIND11_MODULE(_cpu, m) {
   using namespace rk;
-  m.doc() = "CPU kernels of rlhf_kernels. Takes raw pointers: call it through rlhf_kernels.kernels.native.";
+  m.doc() =
+      "CPU kernels of rlhf_kernels. Takes raw pointers: call it through "
+      "rlhf_kernels.kernels.native.";
   m.def("isa_names", &isa_names,
         "Instruction sets that this CPU and this build support, best last.");
   m.def("isa", [] { return std::string(active->isa); }, "The instruction set in use.");

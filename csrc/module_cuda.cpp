@@ -56,7 +56,8 @@ std::vector<std::string> architectures() {
 PYBIND11_MODULE(RK_MODULE, m) {
   using namespace rk;
   m.doc() =
-      "CUDA kernels of rlhf_kernels. Takes raw pointers: call it through rlhf_kernels.kernels.native.";
+      "CUDA kernels of rlhf_kernels. Takes raw pointers: call it through "
+      "rlhf_kernels.kernels.native.";
   m.attr("architectures") = architectures();
   // Kernels poison bad data instead of reporting it.
   m.attr("gpu") = true;
