@@ -32,8 +32,9 @@ OPTIONS = {
 }
 TESTS = (
     *("ops/logprobs", "head/head", "head/cases", "head/blocks", "head/bounds", "head/shard"),
-    *("ops/kl", "ops/policy", "ops/policy_rules", "ops/value", "ops/advantages"),
-    *("ops/advantages_rules", "ops/preference", "ops/support", "ops/support_rules"),
+    *("ops/logprobs_rules", "ops/kl", "ops/policy", "ops/policy_rules", "ops/policy_masks"),
+    *("ops/value", "ops/advantages", "ops/advantages_rules", "ops/preference"),
+    *("ops/support", "ops/support_rules"),
     *("kernels/backends", "kernels/memory", "package/registration"),
 )
 # Not ours to instrument: torch's own arithmetic, and kernels that Python interprets.

@@ -47,11 +47,13 @@ from .process import (
 RESERVE = 15
 # Operation tests; the others are about the CPU, the package or the trainer.
 TEST_FILES = (
-    "ops/test_logprobs", "head/test_head", "head/test_cases", "ops/test_policy",
-    "ops/test_policy_rules", "ops/test_kl", "ops/test_advantages", "ops/test_advantages_rules",
-    "ops/test_value", "ops/test_preference", "ops/test_support", "ops/test_support_rules",
-    "ops/test_extremes", "ops/test_fp16", "ops/test_empty", "ops/test_interface",
-    "ops/test_missing", "ops/test_meta", "ops/test_masks",
+    "head/test_head",
+    "head/test_cases",
+    *(f"ops/test_{name}" for name in (
+        "logprobs", "logprobs_rules", "policy", "policy_rules", "policy_masks", "kl", "advantages",
+        "advantages_rules", "value", "preference", "support", "support_rules", "extremes", "fp16",
+        "empty", "interface", "missing", "meta", "masks",
+    )),
 )  # fmt: skip
 # What has most at stake first: time may run out.
 BENCH_FILES = (

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.head.bounds import HeadBounds, assert_all_within, logprobs_bounds, policy_bounds
-from tests.head.test_head import CONFIGS, operands, policy_problem, run_policy
+from tests.head.head_cases import CONFIGS, operands, policy_problem, run_policy
 
 import rlhf_kernels as rk
 from rlhf_kernels import reference

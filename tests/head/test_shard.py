@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.head.bounds import HeadBounds, assert_all_within, logprobs_bounds, policy_bounds
+from tests.head.head_cases import CONFIGS, operands, policy_bounds_of, policy_problem
 from tests.head.shard_ranks import Ranks
-from tests.head.test_head import CONFIGS, operands, policy_bounds_of, policy_problem
-from tests.ops.test_logprobs import check_against_oracle, problem, run_here
+from tests.ops.logprobs_cases import check_against_oracle, problem, run_here
 
 import rlhf_kernels as rk
 from rlhf_kernels import reference
