@@ -7,21 +7,11 @@
 import contextlib
 import importlib.util
 import os
-import sys
 
 import pytest
 import torch
 
 from tests.kernels import quick_interpreter
-
-try:
-    from hypothesis import settings
-except ImportError:
-    # A machine without it still runs everything else.
-    from tests import no_hypothesis
-
-    sys.modules["hypothesis"] = sys.modules["hypothesis.strategies"] = no_hypothesis
-    from tests.no_hypothesis import settings
 
 
 def pytest_addoption(parser):
@@ -54,9 +44,13 @@ def pytest_configure(config):
             quick_interpreter.quicken()
     # pytest-xdist's own, which may be absent.
     config.addinivalue_line("markers", "xdist_group: tests that must not run side by side")
-    settings.register_profile("repeatable", derandomize=True)
-    if "not slow" in config.option.markexpr:
-        settings.load_profile("repeatable")
+    # The tests of a GPU alone need none.
+    if importlib.util.find_spec("hypothesis"):
+        from hypothesis import settings
+
+        settings.register_profile("repeatable", derandomize=True)
+        if "not slow" in config.option.markexpr:
+            settings.load_profile("repeatable")
     if config.getoption("--device"):
         torch.set_default_device(_device(config))
 

@@ -180,8 +180,8 @@ def read_junit(file: Path) -> dict[str, Any]:
     return {**counts, "failures": failures, "skips": skips}
 
 
-def _pytest(run: Run, name: str, *arguments: str) -> Result:
-    reason = missing("pytest")
+def _pytest(run: Run, name: str, *arguments: str, needs: tuple[str, ...] = ()) -> Result:
+    reason = missing("pytest", *needs)
     if reason:
         return {"status": SKIPPED, "reason": reason}
     file = run.out / f"{name}.xml"
@@ -222,7 +222,8 @@ def part_tests(run: Run) -> Result:
     arguments += ["-m", "not gpu and not slow"]
     if run.dry:
         arguments = ["tests/ops/test_logprobs.py", "-k", "triton and (empty_batch or infinite)"]
-    return _pytest(run, "tests", *arguments, *_workers(run, "worksteal", 8))
+    workers = _workers(run, "worksteal", 8)
+    return _pytest(run, "tests", *arguments, *workers, needs=("hypothesis",))
 
 
 # --- bench -------------------------------------------------------------------------------------
