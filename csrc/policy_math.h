@@ -300,11 +300,15 @@ struct ValueTotals {
   double loss, clipped, value, return_mean, return_m2, error_m2, tokens;
 };
 
+// Two units in the last place of a float, 2^-22.
+constexpr double kMeanRoundings = 2.384185791015625e-7;
+
 RK_HD ValueMetrics value_metrics(const ValueTotals& s, double fault) {
   const double n = s.tokens > 1.0 ? s.tokens : 1.0;
-  // A NaN that is not under the mask shows.
-  const double explained =
-      s.return_m2 > 0.0 ? 1.0 - s.error_m2 / s.return_m2 : s.return_m2 - s.return_m2;
+  // Equal returns vary by what their mean rounds. A NaN that is not under the mask shows.
+  const double rounding = kMeanRoundings * s.return_mean;
+  const double explained = s.return_m2 > n * rounding * rounding ? 1.0 - s.error_m2 / s.return_m2
+                                                                 : s.return_m2 - s.return_m2;
   ValueMetrics m;
   m.loss = static_cast<float>(s.loss);
   m.clip_frac = static_cast<float>(s.clipped / n + fault);

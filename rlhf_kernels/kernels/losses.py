@@ -23,16 +23,18 @@ def is_deferred(scale: Tensor) -> bool:
 
 
 def waiting_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In what a complete gradient waits for its upstream, which may be the scale that fp16 needs:
+    """In what a gradient of weights waits for its upstream, which may be the scale that fp16 needs:
     one in fp16 would leave its range.
     """
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def gradient(like: Tensor, wanted: bool, deferred: bool) -> Tensor:
-    """Memory for the gradient of `like`; empty if not wanted."""
-    dtype = torch.float32 if deferred else waiting_dtype(like.dtype)
-    return like.new_empty(like.shape if wanted else (0,), dtype=dtype)
+def gradient(like: Tensor, wanted: bool) -> Tensor:
+    """Memory for the gradient of `like`, which waits for its upstream in fp32; empty if not wanted.
+
+    So it is rounded once: the slope of a sequence's ratio comes to a token's own in a second pass.
+    """
+    return like.new_empty(like.shape if wanted else (0,), dtype=torch.float32)
 
 
 def sequences(shape: torch.Size, cu_seqlens: Tensor | None) -> tuple[int, int]:

@@ -22,8 +22,8 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     deferred = backend in backends.GPU
     loss, metrics, scale = losses.results(logprobs, len(POLICY_METRICS), deferred)
-    gradient = losses.gradient(logprobs, grad, deferred)
-    bonus = losses.gradient(entropy if entropy_grad else logprobs, entropy_grad, deferred)
+    gradient = losses.gradient(logprobs, grad)
+    bonus = losses.gradient(entropy if entropy_grad else logprobs, entropy_grad)
     return loss, metrics, gradient, bonus, scale
 
 

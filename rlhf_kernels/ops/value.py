@@ -22,7 +22,7 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     deferred = backend in backends.GPU
     loss, metrics, scale = losses.results(values, len(VALUE_METRICS), deferred)
-    return loss, metrics, losses.gradient(values, grad, deferred), scale
+    return loss, metrics, losses.gradient(values, grad), scale
 
 
 _forward = define(

@@ -56,7 +56,9 @@ def value_loss(
             return mean((x - mean(x)) ** 2)
 
         total = variance(target)
-        explained = torch.where(total == 0, 0, 1 - variance(target - v) / total)
+        # Equal returns vary by what their mean rounds.
+        still = total.sqrt() <= 2 * torch.finfo(v.dtype).eps * mean(target).abs()
+        explained = torch.where(still, 0, 1 - variance(target - v) / total)
         fraction = mean(clipped_wins.to(v.dtype))
         metrics = torch.stack([loss, fraction, mean(v), mean(target), explained, tokens])
     return loss, metrics

@@ -66,9 +66,11 @@ class SoftmaxBounds:
         self.p = self.logp.exp()
         # Of log p: a logit's own error, and that of the logarithm of the sum.
         self.sum_error = (self.p * self.x_error.nan_to_num(0.0).exp()).sum(-1, keepdim=True).log()
-        size = (self.x - peak).abs().where(self.p > 0, 0)
+        # In the vocabulary, though its probability may be less than a float64 holds.
+        alive = self.logp.isfinite()
+        size = (self.x - peak).abs().where(alive, 0)
         self.rounding = C * EPS * torch.clamp(size, min=torch.tensor(self.x.shape[-1]).log())
-        self.logp_error = (self.x_error + self.sum_error + self.rounding).where(self.p > 0, 0)
+        self.logp_error = (self.x_error + self.sum_error + self.rounding).where(alive, 0)
         # A probability is at most 1, whatever its logit's error; exp may give 0 from about where
         # the normal numbers end.
         smallest = 4 * torch.finfo(torch.float32).smallest_normal

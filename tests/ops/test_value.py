@@ -139,8 +139,17 @@ def test_explained_variance_far_from_zero(backend):
     wide = reference.value_loss(*(t.double() for t in far), mask)[1]
     assert metrics["explained_variance"].item() == pytest.approx(wide[4].item(), abs=1e-3)
     assert 0.5 < wide[4] < 0.95
-    same = torch.full_like(far[2], 3.0)
-    assert rk.value_loss(far[0], far[1], same, mask=mask).metrics["explained_variance"] == 0
+
+
+@pytest.mark.parametrize("tokens", (1, 3, 197, 5000))
+@pytest.mark.parametrize("same", (3.0, 0.1, 1000.1, -7.3e-3))
+def test_equal_returns_are_not_explained(backend, tokens, same):
+    # One reward at the end, undiscounted. Their mean rounds: they must not vary by that.
+    values = torch.randn(2, 2, tokens, generator=generator(tokens))
+    mask = random_mask(2, tokens, keep=0.9)
+    mask[0] = True
+    loss = rk.value_loss(*values, torch.full((2, tokens), same), mask)
+    assert loss.metrics["explained_variance"] == 0
 
 
 @pytest.mark.parametrize("bad", (math.nan, math.inf))

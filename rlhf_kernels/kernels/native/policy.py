@@ -86,8 +86,8 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         op = "policy_loss"
         loss, metrics, scale = losses.results(logprobs, len(POLICY_METRICS), gpu)
-        policy_grad = losses.gradient(logprobs, grad, gpu)
-        bonus = losses.gradient(entropy if entropy_grad else logprobs, entropy_grad, gpu)
+        policy_grad = losses.gradient(logprobs, grad)
+        bonus = losses.gradient(entropy if entropy_grad else logprobs, entropy_grad)
         divisor, normalizer = divisor_on(op, logprobs, normalizer, divisor, gpu)
         tokens = sequences(op, logprobs, cu_seqlens, gpu)
         if tokens is None:

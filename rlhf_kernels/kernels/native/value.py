@@ -29,7 +29,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         op = "value_loss"
         loss, metrics, scale = losses.results(values, len(VALUE_METRICS), gpu)
-        gradient = losses.gradient(values, grad, gpu)
+        gradient = losses.gradient(values, grad)
         divisor, normalizer = policy.divisor_on(op, values, normalizer, divisor, gpu)
         tokens = policy.sequences(op, values, cu_seqlens, gpu)
         if tokens is None:

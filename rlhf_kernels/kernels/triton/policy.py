@@ -306,8 +306,8 @@ def policy_loss(
     slots = t.slot_count(shape, cu_seqlens)
     loss, metrics, scale = losses.results(logprobs, len(POLICY_METRICS), deferred=True)
     partials = loss.new_empty(ROWS * slots)
-    gradient = losses.gradient(logprobs, grad, deferred=True)
-    bonus = losses.gradient(logprobs, entropy_grad, deferred=True)
+    gradient = losses.gradient(logprobs, grad)
+    bonus = losses.gradient(logprobs, entropy_grad)
     tokens = losses.sequences(shape, cu_seqlens)
     offsets = cu_seqlens.contiguous() if packed else None
     spread = advantages.shape != shape

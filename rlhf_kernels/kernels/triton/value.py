@@ -43,6 +43,8 @@ LOSS, CLIPPED, VALUE, COUNT = (tl.constexpr(i) for i in range(3, 7))
 RETURN_MEAN, ERROR_MEAN, RETURN_M2, ERROR_M2 = (tl.constexpr(i) for i in range(7, 11))
 TILE_INDEX = tl.constexpr(11)
 ROWS = 12
+# Two units in the last place of a float.
+MEAN_ROUNDINGS = tl.constexpr(2.0**-22)
 
 
 @kernel
@@ -148,8 +150,10 @@ def combine_kernel(
             error_m2 += tl.load(at + ERROR_M2 * slots, mask=there, other=0.0).to(tl.float64)
     squares = column_sums(join4(target_m2, error_m2, zero, zero), GROUP, 4)
     total, rest = pick(squares, 0, 4), pick(squares, 1, 4)
-    # A NaN that is not under the mask shows.
-    explained = tl.where(total > 0.0, 1.0 - rest / tl.where(total > 0.0, total, 1.0), total - total)
+    # Equal returns vary by what their mean rounds. A NaN that is not under the mask shows.
+    rounding = MEAN_ROUNDINGS * target_mean
+    varies = total > tokens * rounding * rounding
+    explained = tl.where(varies, 1.0 - rest / tl.where(varies, total, 1.0), total - total)
     count = tokens
     if COUNT_SEQUENCES:
         count = tl.sum(found, axis=0).to(tl.float64)
@@ -188,7 +192,7 @@ def value_loss(
     slots = t.slot_count(shape, cu_seqlens)
     loss, metrics, scale = losses.results(values, len(VALUE_METRICS), deferred=True)
     partials = loss.new_empty(ROWS * slots)
-    gradient = losses.gradient(values, grad, deferred=True)
+    gradient = losses.gradient(values, grad)
     tokens = losses.sequences(shape, cu_seqlens)
     offsets = cu_seqlens.contiguous() if packed else None
     (mask, *mask_strides), (values, *strides) = t.strided(mask), t.strided(values)
