@@ -5,6 +5,12 @@
 #pragma once
 #include <stdint.h>
 
+#if defined(__CUDACC__)
+#define RK_HD __host__ __device__ __forceinline__
+#else
+#define RK_HD inline
+#endif
+
 namespace rk {
 
 enum DType : int32_t {
@@ -57,10 +63,15 @@ struct Status {
 constexpr int64_t kLabelElsewhere = INT64_MIN;
 constexpr int64_t kShardIgnored = INT64_MIN + 1;
 
-// Options of rows of logits: core/row_options.py. softcap 0 means none.
+// Options of rows of logits: core/row_options.py. softcap 0 means none. Each backend applies them
+// to a logit in one place: cuda/rows.cuh, cpu/logprobs.h. What they make of logits does not
+// decrease.
 struct RowOptions {
   double temperature, softcap;
   int64_t ignore_index;
+
+  // Whether they make anything of a logit before the temperature divides it.
+  RK_HD bool change_logits() const { return softcap > 0.0; }
 };
 
 // token_logprobs. `stats` is fp32 [rows, cols, 3], contiguous: row maximum m (NaN for a row of NaN

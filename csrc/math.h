@@ -5,12 +5,6 @@
 
 #include "abi.h"
 
-#if defined(__CUDACC__)
-#define RK_HD __host__ __device__ __forceinline__
-#else
-#define RK_HD inline
-#endif
-
 namespace rk {
 namespace {
 

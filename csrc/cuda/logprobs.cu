@@ -15,25 +15,14 @@ struct Coefficients {
   float at_label;  // gradient at the label itself
 };
 
-template <class Args>
-__device__ __forceinline__ double row_temperature(const Args& a, int64_t row) {
-  if (!a.temperatures.given) return a.options.temperature;
-  return static_cast<const float*>(a.temperatures.data)[token_at(a.temperatures, row, a.cols)];
-}
-
 template <class E, class Args>
 __device__ __forceinline__ const typename E::Storage* row_logits(const Args& a, int64_t row) {
   return static_cast<const typename E::Storage*>(a.logits.data) + token_at(a.logits, row, a.cols);
 }
 
-template <class Args>
-__device__ __forceinline__ int64_t row_label(const Args& a, int64_t row) {
-  return load_integer(a.labels, token_at(a.labels, row, a.cols));
-}
-
 // (m, s, t) of one tile of one row. partials: [rows * cols, tiles, 3].
-template <class E, bool kSoftcap, bool kEntropy>
-__global__ void __launch_bounds__(kRowThreads, kSoftcap ? 2 : 3)
+template <class E, bool kChange, bool kEntropy>
+__global__ void __launch_bounds__(kRowThreads, kChange ? 2 : 3)
     partial_kernel(const LogprobsArgs a, uint32_t tiles, bool aligned, float* partials) {
   constexpr int kColumns = tile_columns(kSlots, sizeof(typename E::Storage));
   __shared__ float shared[3][kRowThreads / kWarp];
@@ -44,13 +33,13 @@ __global__ void __launch_bounds__(kRowThreads, kSoftcap ? 2 : 3)
   load_tile<E, kRowThreads>(row_logits<E>(a, tile.row) + tile.first, tile.count, aligned, minus_inf,
                             slots);
   const float rate = 1.0f / static_cast<float>(row_temperature(a, tile.row));
-  const float cap = static_cast<float>(a.options.softcap);
+  const LogitOptions<kChange> options(a.options);
   const auto logit = [&](int k, int w) {
     const float x = slots[k].get(w);
-    if constexpr (!kSoftcap) return x;
-    // The cap of -inf is finite: what lies beyond the row must stay out by its position.
+    if constexpr (!kChange) return x;
+    // Options may make -inf finite: what lies beyond the row must stay out by its position.
     const bool inside = slot_column<E, kRowThreads>(k) + w < tile.count;
-    return inside ? cap * tanh_parts(x / cap).value : minus_inf;
+    return inside ? options(x).z : minus_inf;
   };
   float m = minus_inf;
 #pragma unroll
@@ -59,8 +48,8 @@ __global__ void __launch_bounds__(kRowThreads, kSoftcap ? 2 : 3)
     for (int w = 0; w < kWidth<E>; ++w) m = fmaxf(m, logit(k, w));
   m = block_reduce<kRowThreads>(m, Max{}, shared[0]);
   float s = 0.0f, t = 0.0f;
-  // Nothing but -inf adds nothing. The maximum hides a NaN, which belongs in the sums; with a
-  // softcap there is nothing but NaN here.
+  // Nothing but -inf adds nothing. The maximum hides a NaN, which belongs in the sums; under a cap
+  // there is nothing but NaN here.
   if (m == minus_inf) {
 #pragma unroll
     for (int k = 0; k < kSlots; ++k)
@@ -138,11 +127,8 @@ __global__ void __launch_bounds__(kCombineThreads)
     const Sums<double> r =
         combine_tiles(partials + row * tiles * 3, tiles, static_cast<float>(rate));
     const bool known = label >= 0 && label < a.vocab;
-    float z = known ? E::get(row_logits<E>(a, row)[label]) : 0.0f;
-    if (a.options.softcap > 0.0) {
-      const float cap = static_cast<float>(a.options.softcap);
-      z = cap * tanh_parts(z / cap).value;
-    }
+    const float x = known ? E::get(row_logits<E>(a, row)[label]) : 0.0f;
+    const float z = AnyLogitOptions(a.options)(x).z;
     // A label outside the vocabulary, a bad temperature and a row of -inf poison the row.
     const bool elsewhere = label == kLabelElsewhere && a.options.ignore_index == kShardIgnored;
     const bool good =
@@ -183,27 +169,22 @@ __global__ void __launch_bounds__(kCombineThreads)
     const float* stats = a.stats + 3 * row;
     const double rate = 1.0 / row_temperature(a, row), s = stats[1], mean = stats[2];
     const bool known = label >= 0 && label < a.vocab;
-    float z = known ? E::get(row_logits<E>(a, row)[label]) : 0.0f;
-    double slope = 1.0;
-    if (a.options.softcap > 0.0) {
-      const float cap = static_cast<float>(a.options.softcap);
-      const TanhParts p = tanh_parts(z / cap);
-      z = cap * p.value;
-      slope = p.slope;
-    }
-    const double logprob = logprob_from_stats(z, stats[0], s, rate);
+    const Logit own =
+        AnyLogitOptions(a.options)(known ? E::get(row_logits<E>(a, row)[label]) : 0.0f);
+    const double logprob = logprob_from_stats(own.z, stats[0], s, rate);
     c.m = stats[0];
     c.rate = static_cast<float>(rate);
     c.a0 = static_cast<float>((-g + h * mean) / s * rate);
     c.a1 = static_cast<float>(-h / s * rate / static_cast<double>(kLog2e));
-    const double distance = (static_cast<double>(z) - stats[0]) * rate;
-    c.at_label = static_cast<float>(label_gradient(logprob, distance, mean, g, h, rate) * slope);
+    const double distance = (static_cast<double>(own.z) - stats[0]) * rate;
+    const double dz = label_gradient(logprob, distance, mean, g, h, rate);
+    c.at_label = static_cast<float>(dz * own.slope);
   }
   out[row] = c;
 }
 
 // One tile of dz = p (-g - h (log p + H)) / T, plus g / T at the label.
-template <class E, bool kSoftcap, bool kEntropy>
+template <class E, bool kChange, bool kEntropy>
 __global__ void __launch_bounds__(kRowThreads)
     backward_kernel(const LogprobsBackwardArgs a, uint32_t tiles, bool aligned,
                     const Coefficients* coefficients) {
@@ -220,7 +201,7 @@ __global__ void __launch_bounds__(kRowThreads)
   Pack<E> slots[kBackwardSlots];
   load_tile<E, kRowThreads>(row_logits<E>(a, tile.row) + tile.first, tile.count, aligned, 0.0f,
                             slots);
-  const float cap = static_cast<float>(a.options.softcap);
+  const LogitOptions<kChange> options(a.options);
   const float lowest = kLowest / c.rate, rate2 = c.rate * kLog2e;
   // The label's column in this tile, or one that is in none.
   const int64_t y = row_label(a, tile.row);
@@ -231,16 +212,11 @@ __global__ void __launch_bounds__(kRowThreads)
     const int column = slot_column<E, kRowThreads>(k);
 #pragma unroll
     for (int w = 0; w < kWidth<E>; ++w) {
-      float z = slots[k].get(w), slope = 1.0f;
-      if constexpr (kSoftcap) {
-        const TanhParts p = tanh_parts(z / cap);
-        z = cap * p.value;
-        slope = p.slope;
-      }
-      const float d = z - c.m, log2_e = d * rate2;
+      const Logit x = options(slots[k].get(w));
+      const float d = x.z - c.m, log2_e = d * rate2;
       const float e = exp2_fast(log2_e);
       float dz = kEntropy ? e * fmaf(c.a1, log2_e, c.a0) : e * c.a0;
-      if constexpr (kSoftcap) dz *= slope;
+      if constexpr (kChange) dz *= x.slope;
       // Exactly zero, also at -inf, where e d would be NaN.
       dz = d < lowest ? 0.0f : dz;
       slots[k].set(w, E::put(column + w == label ? c.at_label : dz));
@@ -265,10 +241,10 @@ Status token_logprobs(const LogprobsArgs& a) {
   const bool aligned = rows_aligned(a.logits, a.rows, a.cols);
   for_dtype(a.logits.dtype, [&](auto element) {
     using E = decltype(element);
-    for_flag(a.options.softcap > 0.0, [&](auto softcap) {
+    for_flag(a.options.change_logits(), [&](auto change) {
       for_flag(a.entropy.given, [&](auto entropy) {
         RK_ENQUEUE(a.exec, tokens * tiles, kRowThreads,
-                   (partial_kernel<E, softcap.value, entropy.value>), a,
+                   (partial_kernel<E, change.value, entropy.value>), a,
                    static_cast<uint32_t>(tiles), aligned, partials);
       });
     });
@@ -290,10 +266,10 @@ Status token_logprobs_backward(const LogprobsBackwardArgs& a) {
     using E = decltype(element);
     RK_ENQUEUE(a.exec, ceil_div(tokens, kCombineThreads), kCombineThreads, coefficients_kernel<E>,
                a, coefficients);
-    for_flag(a.options.softcap > 0.0, [&](auto softcap) {
+    for_flag(a.options.change_logits(), [&](auto change) {
       for_flag(a.grad_entropy.given, [&](auto entropy) {
         RK_ENQUEUE(a.exec, tokens * tiles, kRowThreads,
-                   (backward_kernel<E, softcap.value, entropy.value>), a,
+                   (backward_kernel<E, change.value, entropy.value>), a,
                    static_cast<uint32_t>(tiles), aligned, coefficients);
       });
     });

@@ -28,24 +28,6 @@ __device__ __forceinline__ int64_t word_at(const Support& s, int64_t entry) {
   return load_integer(s.indices, entry * s.indices.stride1);
 }
 
-template <class Args>
-__device__ __forceinline__ double temperature_at(const Args& a, int64_t row) {
-  if (!a.temperatures.given) return a.options.temperature;
-  return static_cast<const float*>(a.temperatures.data)[token_at(a.temperatures, row, a.cols)];
-}
-template <class Args>
-__device__ __forceinline__ int64_t label_at(const Args& a, int64_t row) {
-  return load_integer(a.labels, token_at(a.labels, row, a.cols));
-}
-
-struct Capped {
-  float z, slope;
-};
-__device__ __forceinline__ Capped capped(float z, float cap) {
-  if (!(cap > 0.0f)) return {z, 1.0f};
-  const TanhParts p = tanh_parts(z / cap);
-  return {cap * p.value, p.slope};
-}
 // exp(rate d), exactly 0 below the normal floats.
 __device__ __forceinline__ float weight_of(float d, float rate) {
   return d * rate < kLowest ? 0.0f : exp2_fast(d * (rate * kLog2e));
@@ -98,7 +80,7 @@ __global__ void __launch_bounds__(kProductThreads)
   }
   const int64_t word = word_at(a.support, entry);
   // Ignored tokens' entries are not looked at; a word that is none poisons its token.
-  if (low >= a.rows * a.cols || label_at(a, low) == a.options.ignore_index || word < 0 ||
+  if (low >= a.rows * a.cols || row_label(a, low) == a.options.ignore_index || word < 0 ||
       word >= a.vocab)
     return;
   using S = typename E::Storage;
@@ -125,11 +107,12 @@ __global__ void __launch_bounds__(kListThreads)
   __shared__ float tops[kWarps], owns[kWarps];
   __shared__ int wrongs[kWarps];
   __shared__ double sums[2][kWarps];
-  const int64_t row = blockIdx.x, label = label_at(a, row);
+  const int64_t row = blockIdx.x, label = row_label(a, row);
   float m = 0.0f, s = 1.0f, mean = 0.0f, logprob = 0.0f, entropy = 0.0f;
   if (label != a.options.ignore_index) {
-    const double temperature = temperature_at(a, row), rate = 1.0 / temperature;
-    const float rate32 = static_cast<float>(rate), cap = static_cast<float>(a.options.softcap);
+    const double temperature = row_temperature(a, row), rate = 1.0 / temperature;
+    const float rate32 = static_cast<float>(rate);
+    const AnyLogitOptions options(a.options);
     const List list = list_at(a.support.indptr, row, a.support.entries);
     const auto* x =
         static_cast<const typename E::Storage*>(a.logits.data) + token_at(a.logits, row, a.cols);
@@ -146,7 +129,7 @@ __global__ void __launch_bounds__(kListThreads)
         a.kept[e] = z = known ? E::get(x[word]) : minus_inf;
       else if (known)
         z = a.kept[e];
-      z = capped(z, cap).z;
+      z = options(z).z;
       m = fmaxf(m, z);
       if (word == label) own = fmaxf(own, z);
     }
@@ -155,7 +138,7 @@ __global__ void __launch_bounds__(kListThreads)
     wrong = block_reduce<kListThreads>(wrong, Sum{}, wrongs);
     double total = 0.0, weighted = 0.0;
     for (int64_t e = list.begin + threadIdx.x; e < list.end; e += kListThreads) {
-      const float d = capped(a.kept[e], cap).z - m;
+      const float d = options(a.kept[e]).z - m;
       const float weight = weight_of(d, rate32);
       total += weight;
       weighted += weight == 0.0f ? 0.0 : static_cast<double>(weight) * d;
@@ -183,7 +166,7 @@ __global__ void __launch_bounds__(kListThreads)
 // Gradient of a token's kept logits; also into its row of `grad_logits`, of zeros, if there is one.
 __global__ void __launch_bounds__(kListThreads) gradient_kernel(const SupportBackwardArgs a) {
   __shared__ float owns[kListThreads / kWarp];
-  const int64_t row = blockIdx.x, label = label_at(a, row);
+  const int64_t row = blockIdx.x, label = row_label(a, row);
   const auto upstream = [&](const Tensor& g) {
     return g.given ? static_cast<const float*>(g.data)[token_at(g, row, a.cols)] : 0.0f;
   };
@@ -193,8 +176,9 @@ __global__ void __launch_bounds__(kListThreads) gradient_kernel(const SupportBac
     for (int64_t e = list.begin + threadIdx.x; e < list.end; e += kListThreads) a.dz[e] = 0.0f;
     return;
   }
-  const double rate = 1.0 / temperature_at(a, row);
-  const float rate32 = static_cast<float>(rate), cap = static_cast<float>(a.options.softcap);
+  const double rate = 1.0 / row_temperature(a, row);
+  const float rate32 = static_cast<float>(rate);
+  const AnyLogitOptions options(a.options);
   const float* stats = a.stats + 3 * row;
   const float m = stats[0];
   const double s = stats[1], mean = stats[2];
@@ -205,7 +189,7 @@ __global__ void __launch_bounds__(kListThreads) gradient_kernel(const SupportBac
   for (int64_t e = list.begin + threadIdx.x; e < list.end; e += kListThreads)
     if (word_at(a.support, e) == label) own = fmaxf(own, a.kept[e]);
   own = block_reduce<kListThreads>(own, Max{}, owns);
-  const Capped at_own = capped(own, cap);
+  const Logit at_own = options(own);
   const double distance = (static_cast<double>(at_own.z) - m) * rate;
   const double logprob = logprob_from_stats(at_own.z, m, s, rate);
   const float at_label =
@@ -215,7 +199,7 @@ __global__ void __launch_bounds__(kListThreads) gradient_kernel(const SupportBac
     const bool known = word >= 0 && word < a.vocab;
     float value = 0.0f;
     if (known) {
-      const Capped at = capped(a.kept[e], cap);
+      const Logit at = options(a.kept[e]);
       const float d = at.z - m;
       value = weight_of(d, rate32) * (h != 0.0f ? fmaf(a1, d * rate32, a0) : a0) * at.slope;
       // Exactly zero, also at -inf, where e d would be NaN.
