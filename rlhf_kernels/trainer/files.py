@@ -27,6 +27,13 @@ _SPLIT = re.compile(
     re.IGNORECASE,
 )
 
+# Of downloaded datasets: cards, indices, scripts. "" is LICENSE.
+_INDICES = ("dataset_infos.json", "dataset_info.json")
+_DOCUMENTS = (
+    *("", ".md", ".rst", ".txt", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".svg", ".log"),
+    *(".py", ".sh", ".ipynb", ".yaml", ".yml", ".toml", ".cfg", ".bib", ".cff", ".sha256", ".md5"),
+)
+
 
 def read_objects(path: str) -> Iterator[Placed]:
     """Objects of a file, a folder of shards, a glob pattern, a saved or a hub dataset, in order.
@@ -69,15 +76,20 @@ def is_path(name: str) -> bool:
 
 
 def _folder(folder: Path) -> Iterator[Placed]:
-    """A folder that `save_to_disk` wrote, or one of shards."""
+    """A folder that `save_to_disk` wrote, or one of shards; only documents are passed over."""
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         datasets = optional("datasets", folder)
         return _dataset(str(folder), lambda: datasets.load_from_disk(str(folder)))
-    # Cards and indices of downloaded datasets.
-    other = ("dataset_infos.json", "dataset_info.json")
-    files = [n for n in _listed(folder) if format_of(n) in FORMATS and n.name.lower() not in other]
+    listed = [name for name in _listed(folder) if name.name.lower() not in _INDICES]
+    files = [name for name in listed if format_of(name) in FORMATS]
     if not files:
         raise UserError(f"{folder}: expected a folder that holds {SUPPORTED}, found none")
+    unread = [str(n) for n in listed if n not in files and not _is_document(n)]
+    if unread:
+        raise UserError(
+            f"{folder}: expected {SUPPORTED} beside {files[0]}, found {_some(unread)}; unpack, "
+            "convert or move them, or name a file or a pattern"
+        )
     splits = {name: _split(name) for name in files}
     if any(splits.values()):
         files = [name for name in files if splits[name] == "train"]
@@ -87,12 +99,23 @@ def _folder(folder: Path) -> Iterator[Placed]:
             raise UserError(f"{folder}: expected files of a split 'train', found {found}; {how}")
         unused = [str(name) for name, split in splits.items() if split is None]
         if unused:
-            more = f" and {len(unused) - 3} more" * (len(unused) > 3)
             raise UserError(
                 f"{folder}: expected every name to tell a split, as that of {files[0]} does, found "
-                f"{', '.join(unused[:3])}{more}; rename or move them, or name a file or a pattern"
+                f"{_some(unused)}; rename or move them, or name a file or a pattern"
             )
     return _shards(str(folder), [folder / name for name in files])
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
+
+
+def _is_document(name: Path) -> bool:
+    """Whether a file is about the data beside it, by its name."""
+    endings = [suffix.lower() for suffix in name.suffixes] or [""]
+    # "train.txt" may well hold rows, and "rows.jsonl.txt" does.
+    rows = endings[-1] in ("", ".txt") and _SPLIT.search(name.name)
+    return endings[-1] in _DOCUMENTS and not rows and not {e[1:] for e in endings} & {*FORMATS}
 
 
 def _listed(folder: Path) -> list[Path]:

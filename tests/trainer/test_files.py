@@ -211,10 +211,23 @@ def test_no_file_of_a_folder_is_left_out_unsaid(tmp_path, unused):
     (tmp_path / "sub").mkdir()
     for name in (
         "README.md", "LICENSE", "dataset_infos.json", "sub/dataset_info.json", ".extra.jsonl",
-        ".cache/extra.jsonl", "__MACOSX/extra.jsonl", "load.py",
+        ".cache/extra.jsonl", "__MACOSX/extra.jsonl", "load.py", "notes.txt", "test_results.md",
     ):  # fmt: skip
         (tmp_path / name).write_text("{")
     assert contents(tmp_path) == WANTED * 2
+
+
+@pytest.mark.parametrize("split", ["", "train-"])
+@pytest.mark.parametrize(
+    "unread",
+    ["b.jsonl.zip", "b.tar.gz", "b.JSONL.bak", "b.csv.txt", "b.xlsx", "train.txt", "test", "b.jso"],
+)
+def test_what_cannot_be_read_is_not_passed_over(tmp_path, split, unread):
+    (tmp_path / f"{split}a.jsonl").write_text(LINES)
+    assert contents(tmp_path) == WANTED
+    (tmp_path / unread).write_bytes(b"PK")
+    with pytest.raises(UserError, match=f"beside {split}a.jsonl, found {unread}; unpack"):
+        read_rows(str(tmp_path), "supervised")
 
 
 def test_a_folder_named_after_a_split_beside_a_file(tmp_path):
