@@ -4,12 +4,24 @@ import torch
 from torch import Tensor
 
 
+def sequence_sums(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The sum of each sequence, in float64: [B] of padded [B, T], [S] of packed [N].
+
+    Of thousands of tokens, one after the other, float32 would lose three digits. The order of the
+    sum is fixed, on a GPU too.
+    """
+    x = x.double()
+    if cu_seqlens is None:
+        return x.sum(-1)
+    # Bad offsets, where data may not be looked at, index nothing that is not there.
+    offsets = cu_seqlens.long().clamp(0, x.shape[0])
+    return torch.segment_reduce(x, "sum", offsets=offsets, initial=0, unsafe=True)
+
+
 def sequence_sum(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Each token's sequence sum: [B, 1] of padded [B, T], [N] of packed [N]."""
-    if cu_seqlens is None:
-        return x.sum(-1, keepdim=True)
-    ids = sequence_ids(x, cu_seqlens)
-    return x.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, ids, x)[ids]
+    sums = sequence_sums(x, cu_seqlens).to(x.dtype)
+    return sums.unsqueeze(-1) if cu_seqlens is None else sums[sequence_ids(x, cu_seqlens)]
 
 
 def sequence_ids(x: Tensor, cu_seqlens: Tensor) -> Tensor:

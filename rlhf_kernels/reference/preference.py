@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.sequences import sequence_ids
+from ..core.sequences import sequence_sums
 from ._common import compute
 
 
@@ -14,13 +14,10 @@ def sequence_logprobs(
     """Sum, or with `average` mean, of each sequence's unmasked token log-probabilities: [B]."""
     mask = mask != 0
     x = torch.where(mask, compute(logprobs), 0)
-    if cu_seqlens is None:
-        total, count = x.sum(-1), mask.sum(-1)
-    else:
-        ids, sequences = sequence_ids(x, cu_seqlens), cu_seqlens.shape[0] - 1
-        total = x.new_zeros(sequences).index_add(0, ids, x)
-        count = x.new_zeros(sequences).index_add(0, ids, mask.to(x.dtype))
-    return total / count.clamp(min=1) if average else total
+    total = sequence_sums(x, cu_seqlens)
+    if average:
+        total = total / sequence_sums(mask, cu_seqlens).clamp(min=1)
+    return total.to(x.dtype)
 
 
 def dpo_loss(

@@ -19,6 +19,8 @@ from rlhf_kernels.testing import PRODUCT_ROUNDINGS, assert_within_bound, product
 EPS = torch.finfo(torch.float32).eps
 # Roundings of a step in float32: a few operations, each by half an eps.
 C = PRODUCT_ROUNDINGS
+# At least those of the largest tile of a kernel, 256 threads' 64 bfloat16 values on CUDA.
+TILE_LANES = 1 << 15
 
 
 def half_ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -110,8 +112,9 @@ class SoftmaxBounds:
         entropy = -(self.p * self.plogp).sum(-1, keepdim=True)
         carried = (self.p * (self.plogp + entropy).abs() * self.x_error).sum(-1, keepdim=True)
         steps = (self.p * (self.rounding + C * EPS * self.plogp.abs())).sum(-1, keepdim=True)
-        # Words, and lanes beyond the last, of almost no mass count as if of the least there is.
-        mass = (self.p.shape[-1] + 64) * torch.finfo(torch.float32).smallest_normal
+        # Words, and lanes of a tile beyond the last, of almost no mass count as if of the least
+        # there is.
+        mass = (self.p.shape[-1] + TILE_LANES) * torch.finfo(torch.float32).smallest_normal
         return carried + steps + self.sum_error.square() + 100 * mass
 
     def token_gradient(

@@ -59,6 +59,21 @@ def test_sequence_logprobs_packed(backend):
         rk.sequence_logprobs(logprobs[inside], mask=mask[inside], cu_seqlens=cu_seqlens[:-1])
 
 
+@pytest.mark.parametrize("average", (False, True))
+def test_sequence_logprobs_of_many_tokens(backend, average):
+    # Added one after the other in float32, 100,000 equal numbers have lost three digits.
+    lengths = (100_000, 3, 50_000)
+    logprobs = torch.full((sum(lengths),), -1.234567)
+    mask = torch.ones_like(logprobs, dtype=torch.bool)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
+    packed = rk.sequence_logprobs(logprobs, mask, cu_seqlens=cu_seqlens, average=average)
+    exact = [logprobs[0].item() * (1 if average else n) for n in lengths]
+    assert packed.tolist() == torch.tensor(exact, dtype=torch.float64).float().tolist()
+    inside = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(-1)
+    padded = rk.sequence_logprobs(logprobs[0].expand(inside.shape), inside, average=average)
+    assert torch.equal(padded, packed)
+
+
 def scalar_dpo(d, beta, loss_type, s):
     def log_sigmoid(z):
         return -math.log1p(math.exp(-z))
