@@ -74,8 +74,8 @@ def run(case: Case, arguments: dict[str, Any]) -> tuple[list[Tensor], list[Tenso
     return [*(r.detach() for r in results), *found], upstream
 
 
-def rounded_steps(case: Case) -> Tensor:
-    """Error of advantages whose steps are in float32, though neighbours' values may cancel.
+def rounded_steps(case: Case) -> tuple[Tensor, Tensor]:
+    """Errors of advantages and returns whose steps are in float32, where values cancel.
 
     One rounding of the sum over |reward| + gamma |next value| + |value|.
     """
@@ -90,13 +90,14 @@ def rounded_steps(case: Case) -> Tensor:
     zero = torch.zeros_like(values)
     next_values = rk.gae(zero, values, lam=0.0, **ends).advantages + values
     sizes = rk.gae(rewards.abs() + next_values + values, zero, lam=given["lam"], **ends).advantages
-    if case.arguments["whiten"]:
-        kept = (
-            torch.ones_like(sizes, dtype=torch.bool) if ends["mask"] is None else ends["mask"] != 0
-        )
-        # Beside a token's own error stand those of mean and deviation.
-        sizes = (sizes + sizes.amax()) / plain.advantages[kept].std()
-    return EPS * sizes.nan_to_num(0.0, 0.0, 0.0)
+    steps = EPS * sizes.nan_to_num(0.0, 0.0, 0.0)
+    if not case.arguments["whiten"]:
+        return steps, steps
+    kept = slice(None) if ends["mask"] is None else ends["mask"] != 0
+    # Beside a token's own error stand those of mean and deviation.
+    most = steps.max() if steps.numel() else 0.0
+    whitened = (steps + most) / plain.advantages[kept].std()
+    return whitened.nan_to_num(0.0, 0.0, 0.0), steps
 
 
 def sensitivity(case: Case, exact: Sequence[Tensor], backend: str) -> list[Tensor]:
@@ -126,9 +127,8 @@ def sensitivity(case: Case, exact: Sequence[Tensor], backend: str) -> list[Tenso
         worst[1][4] += EPS * (1 + (1 - exact[1][4]).abs().nan_to_num(0.0, 0.0, 0.0)) / ROUNDINGS
     if backend == "triton" and "lam" in case.arguments:
         # The others step in float64.
-        steps = rounded_steps(case) / ROUNDINGS
-        worst[0] = worst[0] + steps
-        worst[1] = worst[1] + (0 if case.arguments["whiten"] else steps)
+        for i, steps in enumerate(rounded_steps(case)):
+            worst[i] = worst[i] + steps / ROUNDINGS
     return [ROUNDINGS * (w + EPS * e.abs().nan_to_num(0.0, 0.0, 0.0)) + 1e-37
             for w, e in zip(worst, exact, strict=True)]  # fmt: skip
 
