@@ -8,6 +8,7 @@ memory traffic that nobody asked for. Results are cached by the contents of what
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -91,33 +92,43 @@ def parse(report: str) -> list[Resources]:
     return found
 
 
-def _readable(found: list[Resources]) -> list[Resources]:
-    """With C++ names, where there is a tool for that."""
-    if not found or shutil.which("c++filt") is None:
-        return found
-    names = subprocess.check_output(
-        ["c++filt"], input="\n".join(r.kernel for r in found), text=True
-    ).splitlines()
+def short_names(mangled: list[str]) -> list[str]:
+    """C++ names of kernels without namespaces and arguments, where there is a tool for that."""
+    if not mangled or shutil.which("c++filt") is None:
+        return mangled
+    names = subprocess.check_output(["c++filt"], input="\n".join(mangled), text=True).splitlines()
     short = [re.sub(r"^void |rk::cuda::|\(anonymous namespace\)::|\(rk::.*$", "", n) for n in names]
-    short = [re.sub(r"\(bool\)", "", n) for n in short]
-    return [Resources(**(asdict(r) | {"kernel": n})) for r, n in zip(found, short, strict=True)]
+    return [re.sub(r"\(bool\)", "", n) for n in short]
 
 
-def compile_file(source: Path, archs: tuple[int, ...], flags: tuple[str, ...] = ()) -> str:
-    """What nvcc says while compiling one file; raises RuntimeError with it if it cannot."""
+def _readable(found: list[Resources]) -> list[Resources]:
+    """With C++ names."""
+    names = short_names([r.kernel for r in found])
+    return [Resources(**(asdict(r) | {"kernel": n})) for r, n in zip(found, names, strict=True)]
+
+
+def compile_file(
+    source: Path, archs: tuple[int, ...], flags: tuple[str, ...] = (), out: Path | None = None
+) -> str:
+    """What nvcc says while compiling one file; raises RuntimeError with it if it cannot. The object
+    file goes to `out`, if given."""
     generate = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc(), "-c", *FLAGS, "-Xptxas=-v", *flags, *generate, str(source)]
         done = subprocess.run(
-            [*command, "-o", f"{folder}/out.o"], capture_output=True, text=True, cwd=ROOT
+            [*command, "-o", str(out or f"{folder}/out.o")],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
         )
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}{done.stdout}")
     return done.stderr + done.stdout
 
 
-def report(source: Path, archs: tuple[int, ...]) -> list[Resources]:
-    """The kernels of one file, on each architecture."""
+def compiled(source: Path, archs: tuple[int, ...]) -> tuple[list[Resources], Path]:
+    """The kernels of one file, on each architecture, and their object file. One process at a time
+    compiles a file; the others take what it made."""
     read = hashlib.sha256(subprocess.check_output([nvcc(), "--version"]))
     read.update(repr((FLAGS, archs, Path(__file__).read_bytes(), source.name)).encode())
     shared = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.*h"), source]
@@ -126,14 +137,23 @@ def report(source: Path, archs: tuple[int, ...]) -> list[Resources]:
     cache = ROOT / "build" / "cuda-resources"
     cache.mkdir(parents=True, exist_ok=True)
     cached = cache / f"{source.stem}-{read.hexdigest()[:16]}.json"
-    if not cached.exists():
-        found = _readable(parse(compile_file(source, archs)))
-        for old in cache.glob(f"{source.stem}-*.json"):
-            old.unlink(missing_ok=True)
-        new = cached.with_suffix(f".{os.getpid()}")
-        new.write_text(json.dumps([asdict(r) for r in found]))
-        new.replace(cached)
-    return [Resources(**r) for r in json.loads(cached.read_text())]
+    made = cached.with_suffix(".o")
+    with open(cache / f"{source.stem}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not cached.exists():
+            for old in (*cache.glob(f"{source.stem}-*.json"), *cache.glob(f"{source.stem}-*.o")):
+                old.unlink(missing_ok=True)
+            found = _readable(parse(compile_file(source, archs, out=made)))
+            # Last: a run that was stopped leaves no file that looks whole.
+            new = cached.with_suffix(".new")
+            new.write_text(json.dumps([asdict(r) for r in found]))
+            new.replace(cached)
+    return [Resources(**r) for r in json.loads(cached.read_text())], made
+
+
+def report(source: Path, archs: tuple[int, ...]) -> list[Resources]:
+    """The kernels of one file, on each architecture."""
+    return compiled(source, archs)[0]
 
 
 def sources() -> list[Path]:

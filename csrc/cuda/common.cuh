@@ -207,7 +207,14 @@ struct Pack {
     words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
   }
   __device__ __forceinline__ void store(void* p) const {
+#if defined(__CUDA_ARCH__)
+    // The compiler splits an assignment into four stores of 4 bytes on some architectures.
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(words[0]), "r"(words[1]),
+                 "r"(words[2]), "r"(words[3])
+                 : "memory");
+#else
     *static_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
+#endif
   }
 };
 

@@ -1,0 +1,312 @@
+"""Reads the machine code of csrc/cuda's main kernels, and holds it to `tools/cuda_budgets.py`.
+
+    python -m tools.cuda_sass              # every kernel of the table, sm_90 and sm_100
+
+A kernel's fast path is the cheapest way from its entry to its end that executes what the table says
+such a path must hold (so many exponentials, loads and stores). Of it are counted: instructions per
+element or token, widths of global loads and stores, bytes of loads in flight, and how often it
+waits for memory. The disassembler comes with triton. No GPU is needed, and none is measured.
+"""
+
+import functools
+import heapq
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from tools import cuda_budgets, cuda_resources
+from tools.cuda_budgets import Budget
+
+ARCHS = (90, 100)
+# What cuda_resources is asked for as well, so that one compilation serves both gates.
+COMPILED = (80, 90, 100)
+# Of a multiprocessor of sm_90 and sm_100.
+MAX_THREADS, MAX_BLOCKS = 2048, 32
+SHARED = 227 << 10
+
+
+def disassembler() -> Path | None:
+    """The cuobjdump that comes with triton."""
+    found = importlib.util.find_spec("triton")
+    if found is None or found.origin is None:
+        return None
+    tool = Path(found.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return tool if tool.exists() else None
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    text: str
+
+    @functools.cached_property
+    def operation(self) -> str:
+        """Without its predicate and operands: LDG.E.128."""
+        return re.sub(r"^@!?U?P\w+\s+", "", self.text).split()[0]
+
+    @functools.cached_property
+    def unconditional(self) -> bool:
+        """Whether it ends a block for good. A branch may hold its condition as an operand."""
+        if re.match(r"@!?U?P(?!T)\w", self.text):
+            return False
+        return not re.search(r"\bBRA(\.\w+)*\s+!?U?P\d", self.text)
+
+    @functools.cached_property
+    def width(self) -> int:
+        """Bytes that a load or store moves for a thread."""
+        parts = self.operation.split(".")
+        sizes = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "16": 2, "U8": 1, "S8": 1}
+        return next((size for part, size in sizes.items() if part in parts), 4)
+
+    @functools.cached_property
+    def registers(self) -> tuple[list[int], list[int]]:
+        """Numbers of the general registers that it writes and reads. Of a wide operand those that
+        a load, a store or an address has; of others the first."""
+        operands = re.sub(r"^(@\S+\s+)?\S+\s*", "", self.text).split(",")
+        stores = self.operation.startswith(("ST", "RED"))
+        write: list[int] = []
+        if not stores and (match := re.fullmatch(r"\s*R(\d+)(\.\w+)?\s*", operands[0])):
+            count = max(1, self.width // 4) if self.operation.startswith("LD") else 1
+            write = [int(match[1]) + i for i in range(count)]
+            operands = operands[1:]
+        read = []
+        for operand in operands:
+            for number, pair in re.findall(r"\bR(\d+)\b(\.64)?", operand):
+                value = stores and "[" not in operand
+                count = max(1, self.width // 4) if value else 2 if pair else 1
+                read += [int(number) + i for i in range(count)]
+        return write, read
+
+
+@dataclass(frozen=True)
+class Block:
+    """Instructions that run together, and the blocks that may follow."""
+
+    body: tuple[Instruction, ...]
+    after: tuple[int, ...]
+
+
+_FUNCTION = re.compile(r"Function : (\S+)")
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
+
+
+@functools.cache
+def functions(compiled: Path, arch: int) -> dict[str, list[Instruction]]:
+    """Kernels of an object file by their short C++ name."""
+    tool = disassembler()
+    path = f"{tool.parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    text = subprocess.run(
+        [str(tool), "-sass", "-arch", f"sm_{arch}", str(compiled)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PATH": path},
+    ).stdout
+    found: dict[str, list[Instruction]] = {}
+    current = None
+    for line in text.splitlines():
+        if match := _FUNCTION.search(line):
+            current = found.setdefault(match[1], [])
+        elif (match := _INSTRUCTION.match(line)) and current is not None:
+            current.append(Instruction(int(match[1], 16), match[2]))
+    return dict(zip(cuda_resources.short_names(list(found)), found.values(), strict=True))
+
+
+def flow(code: list[Instruction]) -> list[Block]:
+    """The control-flow graph of a kernel. Subroutines that it calls are not followed."""
+    place = {x.address: i for i, x in enumerate(code)}
+    targets = {
+        i: [
+            place[int(t, 16)] for t in re.findall(r"0x([0-9a-f]+)\b", x.text) if int(t, 16) in place
+        ]
+        for i, x in enumerate(code)
+        if x.operation.startswith("BRA")
+    }
+    ends = ("BRA", "EXIT", "RET", "BRX")
+    starts = {0} | {t for found in targets.values() for t in found}
+    starts |= {i + 1 for i, x in enumerate(code[:-1]) if x.operation.startswith(ends)}
+    edges = [*sorted(starts), len(code)]
+    number = {start: i for i, start in enumerate(edges[:-1])}
+    blocks = []
+    for i, (begin, end) in enumerate(pairwise(edges)):
+        last = code[end - 1]
+        after = [number[t] for t in targets.get(end - 1, [])]
+        leaves = last.operation.startswith(ends) and last.unconditional
+        if not leaves and end < len(code):
+            after.append(i + 1)
+        blocks.append(Block(tuple(code[begin:end]), tuple(after)))
+    return blocks
+
+
+def _without_loops(blocks: list[Block]) -> list[tuple[int, ...]]:
+    """The edges of each block but those back to one on the way to it: a loop runs once."""
+    state = [0] * len(blocks)
+    kept: list[list[int]] = [[] for _ in blocks]
+    stack = [(0, iter(blocks[0].after))]
+    state[0] = 1
+    while stack:
+        block, rest = stack[-1]
+        following = next(rest, None)
+        if following is None:
+            state[block] = 2
+            stack.pop()
+        elif state[following] != 1:
+            kept[block].append(following)
+            if state[following] == 0:
+                state[following] = 1
+                stack.append((following, iter(blocks[following].after)))
+    return [tuple(k) for k in kept]
+
+
+def fast_path(code: list[Instruction], holds: dict[str, int]) -> list[Instruction]:
+    """The cheapest path from entry to end with at least holds[pattern] operations of each
+    pattern. Raises LookupError where there is none."""
+    blocks = flow(code)
+    edges = _without_loops(blocks)
+    patterns = [re.compile(p) for p in holds]
+    wanted = tuple(holds.values())
+    has = [tuple(sum(bool(p.match(x.operation)) for x in b.body) for p in patterns) for b in blocks]
+
+    def met(before: tuple[int, ...], block: int) -> tuple[int, ...]:
+        return tuple(min(w, m + h) for w, m, h in zip(wanted, before, has[block], strict=True))
+
+    start = (0, met((0,) * len(wanted), 0))
+    cost, before = {start: len(blocks[0].body)}, {}
+    queue = [(cost[start], start)]
+    while queue:
+        spent, state = heapq.heappop(queue)
+        block, found = state
+        if spent > cost[state]:
+            continue
+        if blocks[block].body[-1].operation.startswith("EXIT") and found == wanted:
+            path = [block]
+            while state in before:
+                state = before[state]
+                path.append(state[0])
+            return [x for b in reversed(path) for x in blocks[b].body]
+        for following in edges[block]:
+            new = (following, met(found, following))
+            total = spent + len(blocks[following].body)
+            if total < cost.get(new, sys.maxsize):
+                cost[new], before[new] = total, state
+                heapq.heappush(queue, (total, new))
+    raise LookupError(f"no path through the kernel holds {holds}")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of a kernel's fast path; per unit (a logit, a pair or a token), padding of tiles included."""
+
+    instructions: float
+    exponentials: float
+    loads: dict[int, int]
+    stores: dict[int, int]
+    # KiB of loads in flight on a multiprocessor; times that a thread waits for loads.
+    in_flight: float
+    waits: int
+    registers: int
+    blocks: int
+    spills: int
+
+    def problems(self, budget: Budget, arch: int) -> list[str]:
+        """Where it is over `budget`."""
+        limit = budget.limits(arch)
+        found = []
+        if self.instructions > limit.instructions:
+            found.append(f"{self.instructions:.2f} instructions per {budget.unit}")
+        if self.registers > limit.registers:
+            found.append(f"{self.registers} registers")
+        if self.in_flight < limit.in_flight:
+            found.append(f"{self.in_flight:g} KiB of loads in flight")
+        if self.waits > limit.waits:
+            found.append(f"{self.waits} waits for memory")
+        for kind, widths in (("loads", self.loads), ("stores", self.stores)):
+            narrow = sum(n for width, n in widths.items() if width < 16)
+            if narrow > getattr(limit, f"narrow_{kind}"):
+                found.append(f"{narrow} {kind} of less than 16 bytes")
+        if self.spills:
+            found.append(f"{self.spills} bytes of spills")
+        return [f"{budget.name}, sm_{arch}: {p}, beyond its {limit}" for p in found]
+
+
+def _memory(path: list[Instruction]) -> tuple[int, int]:
+    """Bytes of loads in flight, at most, and how often the path waits for them: at the first use
+    of a load all those before it are taken as done."""
+    pending: set[int] = set()
+    most = flying = waits = 0
+    for x in path:
+        write, read = x.registers
+        if not pending.isdisjoint(read):
+            pending, flying, waits = set(), 0, waits + 1
+        if x.operation.startswith("LDG"):
+            flying += x.width
+            pending.update(write)
+            most = max(most, flying)
+        elif not x.text.startswith("@"):
+            pending.difference_update(write)
+    return most, waits
+
+
+def _widths(path: list[Instruction], operation: str) -> dict[int, int]:
+    return dict(sorted(Counter(x.width for x in path if x.operation.startswith(operation)).items()))
+
+
+def blocks_per_multiprocessor(registers: int, shared: int, threads: int) -> int:
+    """Of sm_90 and sm_100: by registers, shared memory and threads."""
+    by_registers = cuda_resources.REGISTERS // (-(-registers // 8) * 8 * threads)
+    by_shared = SHARED // (shared + cuda_resources.SYSTEM_SHARED)
+    return min(by_registers, by_shared, MAX_THREADS // threads, MAX_BLOCKS)
+
+
+def figures(budget: Budget, arch: int) -> Figures:
+    """Of a kernel of the table; compiles its file if need be. Raises LookupError if the file has
+    no such kernel, or that no such path."""
+    source = cuda_resources.ROOT / "csrc" / "cuda" / budget.file
+    found, compiled = cuda_resources.compiled(source, COMPILED)
+    needs = [r for r in found if r.kernel == budget.kernel and r.arch == arch]
+    code = functions(compiled, arch).get(budget.kernel)
+    if code is None or len(needs) != 1:
+        raise LookupError(f"{budget.file} has no kernel {budget.kernel} for sm_{arch}")
+    path = fast_path(code, budget.holds)
+    share = budget.waste / budget.units
+    most, waits = _memory(path)
+    blocks = blocks_per_multiprocessor(needs[0].registers, needs[0].shared, budget.threads)
+    return Figures(
+        instructions=len(path) * share,
+        exponentials=sum(x.operation.startswith("MUFU") for x in path) * share,
+        loads=_widths(path, "LDG"),
+        stores=_widths(path, "STG"),
+        in_flight=most * budget.threads * blocks / 1024,
+        waits=waits,
+        registers=needs[0].registers,
+        blocks=blocks,
+        spills=needs[0].spills,
+    )
+
+
+def main() -> int:
+    print(
+        f"{'kernel':40} {'':6} {'instr':>6} {'MUFU':>5} {'reg':>4} {'blk':>4} {'KiB':>5} "
+        "wait  loads, stores by width"
+    )
+    problems = []
+    for budget in cuda_budgets.BUDGETS:
+        for arch in ARCHS:
+            f = figures(budget, arch)
+            problems += f.problems(budget, arch)
+            print(
+                f"{budget.name:40} sm_{arch:<3} {f.instructions:6.2f} {f.exponentials:5.2f} "
+                f"{f.registers:4} {f.blocks:4} {f.in_flight:5.0f} {f.waits:4}  {f.loads} {f.stores}"
+            )
+    print("\n".join(problems))
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
