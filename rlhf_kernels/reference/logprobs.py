@@ -48,12 +48,33 @@ def token_logprobs(
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     d = distances(z, per_row(temperature, keep))
-    logp = torch.log_softmax(d, dim=-1)
-    index = torch.where(keep, labels, 0).long().unsqueeze(-1)
-    logprobs = torch.where(keep, logp.gather(-1, index).squeeze(-1), 0)
+    logprobs = torch.where(keep, _LogProb.apply(d, torch.where(keep, labels, 0).long()), 0)
     if not entropy:
         return logprobs, None
     return logprobs, torch.where(keep, _Entropy.apply(d), 0)
+
+
+class _LogProb(torch.autograd.Function):
+    """log softmax(d)_y, of d [..., V] and y [...]; without an upstream gradient it gives none."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(d: Tensor, y: Tensor) -> Tensor:
+        return torch.log_softmax(d, -1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        d, y = ctx.saved_tensors
+        grad = grad.unsqueeze(-1)
+        slope = -grad * torch.log_softmax(d, -1).exp()
+        slope = slope.scatter_add(-1, y.unsqueeze(-1), grad)
+        # Selected, not multiplied: a row that is not a number has no upstream to spoil.
+        return torch.where(grad == 0, 0, slope), None
 
 
 class _Entropy(torch.autograd.Function):

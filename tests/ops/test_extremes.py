@@ -221,6 +221,21 @@ def test_no_upstream_gradient_passes_an_infinite_slope(backend):
         assert not value.isnan().any()
 
 
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("support", [False, True])
+@pytest.mark.parametrize("row", [[0.0, NAN, 1.0], [0.0, INF, 1.0], [-INF] * 3])
+def test_no_upstream_gradient_leaves_a_row_that_is_no_distribution(backend, row, support, entropy):
+    logits = torch.tensor([row, [0.0, 1.0, 2.0]], requires_grad=True)
+    given = (torch.tensor([0, 2, 4]), torch.tensor([1, 2, 0, 1])) if support else None
+    labels = torch.tensor([1, 1])
+    found = rk.token_logprobs(logits, labels, entropy=entropy, support=given)
+    outputs = [found.logprobs, *([found.entropy] if entropy else [])]
+    assert all(o[0].isnan() and o[1].isfinite() for o in outputs)
+    upstream = [torch.tensor([0.0, 1.0])] * len(outputs)
+    (g,) = torch.autograd.grad(outputs, logits, upstream)
+    assert g[0].eq(0).all() and g[1].abs().sum() > 0.1
+
+
 def test_values_and_slopes_at_great_distances(backend):
     x = torch.tensor([1e19, -1e19, 3e38, -3e38, INF, -INF, 90.0, -90.0, -85.0, 0.0])
     ref = torch.zeros(10)

@@ -74,30 +74,32 @@ def run(case: Case, arguments: dict[str, Any]) -> tuple[list[Tensor], list[Tenso
     return [*(r.detach() for r in results), *found], upstream
 
 
-def rounded_steps(case: Case) -> tuple[Tensor, Tensor]:
-    """Errors of advantages and returns whose steps are in float32, where values cancel.
+def scan_roundings(case: Case, backend: str) -> tuple[Tensor, Tensor]:
+    """Of advantages and returns: sizes that are rounded to float32 beside the inputs and results.
 
-    One rounding of the sum over |reward| + gamma |next value| + |value|.
+    Triton's steps are, so that values do not cancel: the sum over |reward| + gamma |next value| +
+    |value|; the others step in float64. Advantages are before they are whitened.
     """
     given = {k: v for k, v in to_float64(case.arguments).items() if k != "whiten"}
     values = given["values"].abs()
     plain = getattr(rk, case.op)(**given)
-    rewards = plain.rewards if case.op == "ppo_advantages" else given["rewards"]
+    sizes = torch.zeros_like(values)
     ends = {k: given.get(k) for k in ("mask", "dones", "cu_seqlens")}
-    ends |= {"gamma": given["gamma"], "masked": given["masked"]}
-    if given.get("bootstrap_values") is not None:
-        ends["bootstrap_values"] = given["bootstrap_values"].abs()
-    zero = torch.zeros_like(values)
-    next_values = rk.gae(zero, values, lam=0.0, **ends).advantages + values
-    sizes = rk.gae(rewards.abs() + next_values + values, zero, lam=given["lam"], **ends).advantages
-    steps = EPS * sizes.nan_to_num(0.0, 0.0, 0.0)
+    if backend == "triton":
+        ends |= {"gamma": given["gamma"], "masked": given["masked"]}
+        if given.get("bootstrap_values") is not None:
+            ends["bootstrap_values"] = given["bootstrap_values"].abs()
+        rewards = plain.rewards if case.op == "ppo_advantages" else given["rewards"]
+        next_values = rk.gae(sizes, values, lam=0.0, **ends).advantages + values
+        steps = rewards.abs() + next_values + values
+        sizes = rk.gae(steps, sizes, lam=given["lam"], **ends).advantages
     if not case.arguments["whiten"]:
-        return steps, steps
+        return sizes, sizes
     kept = slice(None) if ends["mask"] is None else ends["mask"] != 0
+    before = sizes + plain.advantages.abs()
     # Beside a token's own error stand those of mean and deviation.
-    most = steps.max() if steps.numel() else 0.0
-    whitened = (steps + most) / plain.advantages[kept].std()
-    return whitened.nan_to_num(0.0, 0.0, 0.0), steps
+    most = before.nan_to_num(0.0, 0.0, 0.0).max() if before.numel() else 0.0
+    return (before + most) / plain.advantages[kept].std(), sizes
 
 
 def sensitivity(case: Case, exact: Sequence[Tensor], backend: str) -> list[Tensor]:
@@ -125,10 +127,9 @@ def sensitivity(case: Case, exact: Sequence[Tensor], backend: str) -> list[Tenso
     if case.op == "value_loss":
         # The explained variance is a difference to 1.
         worst[1][4] += EPS * (1 + (1 - exact[1][4]).abs().nan_to_num(0.0, 0.0, 0.0)) / ROUNDINGS
-    if backend == "triton" and "lam" in case.arguments:
-        # The others step in float64.
-        for i, steps in enumerate(rounded_steps(case)):
-            worst[i] = worst[i] + steps / ROUNDINGS
+    if "lam" in case.arguments:
+        for i, size in enumerate(scan_roundings(case, backend)):
+            worst[i] = worst[i] + EPS / ROUNDINGS * size.nan_to_num(0.0, 0.0, 0.0)
     return [ROUNDINGS * (w + EPS * e.abs().nan_to_num(0.0, 0.0, 0.0)) + 1e-37
             for w, e in zip(worst, exact, strict=True)]  # fmt: skip
 
