@@ -77,7 +77,8 @@ class Variant:
 
     kernel: str
     function: JITFunction
-    signature: dict[str, str]
+    # Of a tuple the types of its members, whose constants have the path (argument, member).
+    signature: dict[str, str | tuple[str, ...]]
     constants: dict[tuple[int, ...], Any]
     attributes: dict[tuple[int, ...], Any]
     options: dict[str, Any]
@@ -86,7 +87,9 @@ class Variant:
         """What distinguishes it from other variants of its kernel, for people."""
         names = list(self.signature)
         parts = [f"{n}:{t}" for n, t in self.signature.items() if t == "i64" or t[0] == "*"]
-        parts += [f"{names[i]}={v}" for (i, *_), v in self.constants.items()]
+        parts += [
+            ".".join((names[i], *map(str, at))) + f"={v}" for (i, *at), v in self.constants.items()
+        ]
         parts += [f"{names[i]}:{n}={v}" for (i, *_), a in self.attributes.items() for n, v in a]
         return " ".join(parts).replace("tt.", "")
 
@@ -96,12 +99,14 @@ class Variant:
 
     def switched_on(self) -> int:
         """How many of its options add code."""
-        return sum(v is not None and v is not False for v in self.constants.values())
+        constants = sum(v is not None and v is not False for v in self.constants.values())
+        members = (t for ts in self.signature.values() if isinstance(ts, tuple) for t in ts)
+        return constants + sum(t != "constexpr" for t in members)
 
     def rows_aligned(self) -> bool:
         """Whether rows start at multiples of 16 bytes: all addresses and, by ALIGN, all strides."""
         names = list(self.signature)
-        constants = {names[i]: v for (i,), v in self.constants.items()}
+        constants = {names[i]: v for (i, *_), v in self.constants.items()}
         chosen = [p.num for p in self.function.params if not p.do_not_specialize]
         pointers = [i for i in chosen if self.signature[names[i]].startswith("*")]
         known = [["tt.divisibility", 16] in self.attributes.get((i,), []) for i in pointers]

@@ -16,7 +16,8 @@ from torch import Tensor
 from ...core.layout import as_grid, as_rows, grid, grid_strides, rows_strides
 from ._launch import kernel, launch, tile_count
 from ._math import LOG2E, exp_parts, scalar, tree_sum
-from .logprobs import GROUP, LOWEST, ROWS, alignment, tile_bounds, token_at
+from ._rows import token_at
+from .logprobs import GROUP, LOWEST, ROWS, alignment, tile_bounds
 
 # Columns of a program, 16 of each row a thread: two rows fill as many registers as the single one
 # of token_logprobs.

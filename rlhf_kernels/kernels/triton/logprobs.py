@@ -17,7 +17,8 @@ from ...core import checks, env, sentinels
 from ...core.layout import as_grid, as_rows, as_upstream, grid, grid_strides, rows_strides
 from ...core.row_options import RowOptions
 from ._launch import kernel, launch, tile_count
-from ._math import LOG2E, good_temperature, scalar, tanh_parts, tree_sum
+from ._math import LOG2E, good_temperature, scalar, tree_sum
+from ._rows import packed, row_temperature, token_at, with_options
 
 # Columns of a program, 32 a thread: a whole tile of 16-byte loads is in flight at once.
 TILE = 8192
@@ -32,12 +33,6 @@ GROUP = 64
 LOWEST = tl.constexpr(-87.0)
 ELSEWHERE = tl.constexpr(sentinels.ELSEWHERE)
 SHARD_IGNORED = tl.constexpr(sentinels.SHARD_IGNORED)
-
-
-@triton.jit
-def token_at(i, cols, stride0, stride1):
-    """Offset of token i of a grid [rows, cols]."""
-    return (i // cols).to(tl.int64) * stride0 + (i % cols).to(tl.int64) * stride1
 
 
 @triton.jit
@@ -65,25 +60,24 @@ def tile_sums(z, inside, rate, ENTROPY: tl.constexpr, TILE: tl.constexpr):
 @kernel(aligned=("logits",))
 def partial_kernel(
     logits, labels, temperatures, partials, cols, tiles, vocab, stride0, stride1, labels_stride0,
-    labels_stride1, temperatures_stride0, temperatures_stride1, temperature, softcap, ignore_index,
-    ALIGN: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, PER_TOKEN: tl.constexpr,
-    TILE: tl.constexpr,
+    labels_stride1, temperatures_stride0, temperatures_stride1, row_options, ignore_index,
+    ALIGN: tl.constexpr, ENTROPY: tl.constexpr, PER_TOKEN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """(m, s, t) of one tile of one row; vocab and strides are counted in units of ALIGN."""
     pid = tl.program_id(0)
     row, tile = pid // tiles, pid % tiles
     label = tl.load(labels + token_at(row, cols, labels_stride0, labels_stride1))
     if label != ignore_index:
-        if PER_TOKEN:
-            at = token_at(row, cols, temperatures_stride0, temperatures_stride1)
-            temperature = tl.load(temperatures + at)
+        temperature = row_temperature(
+            row_options, temperatures, row, cols, temperatures_stride0, temperatures_stride1,
+            PER_TOKEN,
+        )  # fmt: skip
         first, count = tile_bounds(tile, vocab, ALIGN, TILE)
         column = tl.arange(0, TILE)
         inside = column < count
         x = logits + token_at(row, cols, stride0, stride1) * ALIGN + first
         z = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-        if SOFTCAP:
-            z = softcap * tanh_parts(z / softcap)[0]
+        z, _ = with_options(z, row_options)
         m, s, t = tile_sums(z, inside, 1.0 / temperature, ENTROPY, TILE)
         out = partials + pid.to(tl.int64) * 3
         tl.store(out, m)
@@ -127,8 +121,7 @@ def combine_tiles(partials, tiles, rate, ENTROPY: tl.constexpr, GROUP: tl.conste
 def combine_kernel(
     logits, labels, temperatures, partials, logprobs, entropies, stats, cols, tiles, vocab,
     stride0, stride1, labels_stride0, labels_stride1, temperatures_stride0, temperatures_stride1,
-    temperature, softcap, ignore_index, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
-    PER_TOKEN: tl.constexpr, GROUP: tl.constexpr,
+    row_options, ignore_index, ENTROPY: tl.constexpr, PER_TOKEN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Log-probability, entropy and statistics of one row from its tiles, in fp64."""
     row = tl.program_id(0)
@@ -136,9 +129,10 @@ def combine_kernel(
     logprob, entropy = 0.0, 0.0
     m, s, mean = 0.0, 1.0, 0.0
     if label != ignore_index:
-        if PER_TOKEN:
-            at = token_at(row, cols, temperatures_stride0, temperatures_stride1)
-            temperature = tl.load(temperatures + at)
+        temperature = row_temperature(
+            row_options, temperatures, row, cols, temperatures_stride0, temperatures_stride1,
+            PER_TOKEN,
+        )  # fmt: skip
         rate = 1.0 / scalar(temperature).to(tl.float64)
         of_row = partials + row.to(tl.int64) * tiles * 3
         row_m, row_s, row_t = combine_tiles(of_row, tiles, rate.to(tl.float32), ENTROPY, GROUP)
@@ -146,8 +140,7 @@ def combine_kernel(
         shard = tl.full((), 0, tl.int64) + ignore_index == SHARD_IGNORED
         x = logits + token_at(row, cols, stride0, stride1)
         z = tl.load(x + label, mask=known, other=0.0).to(tl.float32)
-        if SOFTCAP:
-            z = softcap * tanh_parts(z / softcap)[0]
+        z, _ = with_options(z, row_options)
         # A label outside the vocabulary, a bad temperature and a row of -inf poison the row.
         good = known | ((label == ELSEWHERE) & shard)
         good = good & good_temperature(temperature) & (row_m > float("-inf"))
@@ -187,9 +180,8 @@ def label_gradient(logprob, distance, mean, g, h):
 def coefficients_kernel(
     logits, labels, temperatures, stats, grad_logprobs, grad_entropy, coefficients, rows, cols,
     vocab, stride0, stride1, labels_stride0, labels_stride1, temperatures_stride0,
-    temperatures_stride1, g_stride0, g_stride1, h_stride0, h_stride1, temperature, softcap,
-    ignore_index, SOFTCAP: tl.constexpr, PER_TOKEN: tl.constexpr, LOGPROBS: tl.constexpr,
-    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    temperatures_stride1, g_stride0, g_stride1, h_stride0, h_stride1, row_options, ignore_index,
+    PER_TOKEN: tl.constexpr, LOGPROBS: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the backward needs of each row, [rows, 5]: m, 1 / T, a0, a1, gradient at the label.
 
@@ -206,10 +198,12 @@ def coefficients_kernel(
         g = tl.load(grad_logprobs + token_at(row, cols, g_stride0, g_stride1), mask=valid, other=0)
     if ENTROPY:
         h = tl.load(grad_entropy + token_at(row, cols, h_stride0, h_stride1), mask=valid, other=0)
-    t = tl.full((BLOCK,), 0.0, tl.float32) + temperature
-    if PER_TOKEN:
-        at = token_at(row, cols, temperatures_stride0, temperatures_stride1)
-        t = tl.load(temperatures + at, mask=valid, other=1.0)
+    t = row_temperature(
+        row_options, temperatures, row, cols, temperatures_stride0, temperatures_stride1,
+        PER_TOKEN, valid,
+    )  # fmt: skip
+    if not PER_TOKEN:
+        t = tl.full((BLOCK,), 0.0, tl.float32) + t
     skip = (label == ignore_index) | ((g == 0.0) & (h == 0.0))
     rate = 1.0 / t.to(tl.float64)
     of_row = row.to(tl.int64)
@@ -219,10 +213,7 @@ def coefficients_kernel(
     known = (label >= 0) & (label < vocab) & valid & (skip == 0)
     x = logits + token_at(row, cols, stride0, stride1) + label
     z = tl.load(x, mask=known, other=0.0).to(tl.float32)
-    slope = tl.full((BLOCK,), 1.0, tl.float32)
-    if SOFTCAP:
-        th, slope = tanh_parts(z / softcap)
-        z = softcap * th
+    z, slope = with_options(z, row_options)
     # dz = e (a0 + a1 log2 e): the entropy's part is linear in log p.
     a0 = (-g + h * mean) / s * rate
     a1 = -h / s * rate / LOG2E
@@ -239,8 +230,8 @@ def coefficients_kernel(
 @kernel(aligned=("logits", "out"))
 def backward_kernel(
     logits, labels, coefficients, out, cols, tiles, vocab, stride0, stride1, out_stride0,
-    out_stride1, labels_stride0, labels_stride1, softcap, ALIGN: tl.constexpr,
-    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, TILE: tl.constexpr,
+    out_stride1, labels_stride0, labels_stride1, row_options, ALIGN: tl.constexpr,
+    ENTROPY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One tile of dz = p (-g - h (log p + H)) / T, plus g / T at the label."""
     pid = tl.program_id(0)
@@ -258,17 +249,14 @@ def backward_kernel(
         label = tl.load(labels + token_at(row, cols, labels_stride0, labels_stride1))
         x = logits + token_at(row, cols, stride0, stride1) * ALIGN + first
         z = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-        if SOFTCAP:
-            th, slope = tanh_parts(z / softcap)
-            z = softcap * th
+        z, slope = with_options(z, row_options)
         d = z - m
         log2_e = d * (rate * LOG2E)
         e = tl.exp2(log2_e)
         dz = e * a0
         if ENTROPY:
             dz = e * (a0 + a1 * log2_e)
-        if SOFTCAP:
-            dz *= slope
+        dz *= slope
         # Exactly zero, also at -inf, where e d would be NaN.
         dz = tl.where(d * rate < LOWEST, 0.0, dz)
         # As a 32-bit column; a label that is not in this tile is none of them.
@@ -319,14 +307,10 @@ def token_logprobs(
     tiles = tile_count(vocab, TILE)
     partials = logprobs.new_empty(rows * cols * tiles * 3)
     align = alignment(vocab, logits)
-    # A whole number would be another type, hence another kernel.
-    numbers = float(options.temperature), float(options.softcap), options.ignore_index
-    tokens = (*grid_strides(labels), *_strides(temperatures), *numbers)
-    switches = {
-        "SOFTCAP": options.softcap > 0,
-        "ENTROPY": options.entropy,
-        "PER_TOKEN": temperatures is not None,
-    }
+    tokens = (
+        *grid_strides(labels), *_strides(temperatures), packed(options), options.ignore_index
+    )  # fmt: skip
+    switches = {"ENTROPY": options.entropy, "PER_TOKEN": temperatures is not None}
     strides = rows_strides(logits)
     # A shard of the vocabulary may be empty.
     if tiles > 0:
@@ -359,22 +343,20 @@ def _backward(
     temperatures = as_grid(temperatures, torch.float32)
     g, h = as_upstream(grad_logprobs), as_upstream(grad_entropy)
     coefficients = stats.new_empty(rows * cols * 5)
+    of_rows = packed(options)
     launch(
         coefficients_kernel, tile_count(rows * cols, ROWS), logits, logits, labels, temperatures,
         stats, g, h, coefficients, rows * cols, cols, vocab, *rows_strides(logits),
         *grid_strides(labels), *_strides(temperatures), *_strides(g), *_strides(h),
-        float(options.temperature), float(options.softcap), options.ignore_index,
-        SOFTCAP=options.softcap > 0,
-        PER_TOKEN=temperatures is not None, LOGPROBS=g is not None, ENTROPY=h is not None,
-        BLOCK=ROWS, warps=2,
+        of_rows, options.ignore_index, PER_TOKEN=temperatures is not None, LOGPROBS=g is not None,
+        ENTROPY=h is not None, BLOCK=ROWS, warps=2,
     )  # fmt: skip
     tiles, align = tile_count(vocab, BACKWARD_TILE), alignment(vocab, logits, out)
     launch(
         backward_kernel, rows * cols * tiles, logits, logits, labels, coefficients, out, cols,
         tiles, vocab // align, *(s // align for s in rows_strides(logits)),
-        *(s // align for s in rows_strides(out)), *grid_strides(labels), float(options.softcap),
-        ALIGN=align, SOFTCAP=options.softcap > 0, ENTROPY=h is not None, TILE=BACKWARD_TILE,
-        warps=WARPS,
+        *(s // align for s in rows_strides(out)), *grid_strides(labels), of_rows,
+        ALIGN=align, ENTROPY=h is not None, TILE=BACKWARD_TILE, warps=WARPS,
     )  # fmt: skip
 
 

@@ -17,8 +17,9 @@ from ...core import checks, env
 from ...core.layout import as_grid, as_rows, as_upstream, grid, grid_strides, rows_strides
 from ...core.row_options import RowOptions
 from ._launch import kernel, launch, tile_count
-from ._math import LOG2E, good_temperature, scalar, tanh_parts, tree_sum
-from .logprobs import LOWEST, _strides, alignment, label_gradient, tile_sums, token_at
+from ._math import LOG2E, good_temperature, scalar, tree_sum
+from ._rows import packed, row_temperature, token_at, with_options
+from .logprobs import LOWEST, _strides, alignment, label_gradient, tile_sums
 
 # Entries that a token's program takes at a time: few lists are longer, and 512 spill registers.
 BLOCK = 256
@@ -110,8 +111,8 @@ def products_kernel(
 def rows_kernel(
     logits, kept, labels, temperatures, indptr, indices, poison, logprobs, entropies, stats, cols,
     vocab, entries, stride0, stride1, labels_stride0, labels_stride1, temperatures_stride0,
-    temperatures_stride1, temperature, softcap, ignore_index, GATHER: tl.constexpr,
-    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+    temperatures_stride1, row_options, ignore_index, GATHER: tl.constexpr,
+    ENTROPY: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Log-probability, entropy and statistics of one token; with GATHER also its kept logits."""
     row = tl.program_id(0)
@@ -119,9 +120,10 @@ def rows_kernel(
     logprob, entropy = 0.0, 0.0
     out_m, out_s, mean = 0.0, 1.0, 0.0
     if label != ignore_index:
-        if PER_TOKEN:
-            at = token_at(row, cols, temperatures_stride0, temperatures_stride1)
-            temperature = tl.load(temperatures + at)
+        temperature = row_temperature(
+            row_options, temperatures, row, cols, temperatures_stride0, temperatures_stride1,
+            PER_TOKEN,
+        )  # fmt: skip
         rate = 1.0 / scalar(temperature).to(tl.float64)
         rate32 = rate.to(tl.float32)
         begin, count = entries_of(indptr, row, entries)
@@ -142,8 +144,7 @@ def rows_kernel(
                 tl.store(kept + begin + i, z, mask=inside)
             else:
                 z = tl.load(kept + begin + i, mask=inside, other=float("-inf"))
-            if SOFTCAP:
-                z = softcap * tanh_parts(z / softcap)[0]
+            z, _ = with_options(z, row_options)
             here = inside & (word == label)
             found = tl.max(tl.where(here, z, float("-inf")), axis=0)
             own = tl.where(found > own, found, own)
@@ -185,9 +186,9 @@ def rows_kernel(
 def gradient_kernel(
     kept, labels, temperatures, indptr, indices, stats, grad_logprobs, grad_entropy, dz, words,
     out, cols, vocab, entries, labels_stride0, labels_stride1, temperatures_stride0,
-    temperatures_stride1, g_stride0, g_stride1, h_stride0, h_stride1, temperature, softcap,
-    ignore_index, DENSE: tl.constexpr, SOFTCAP: tl.constexpr, PER_TOKEN: tl.constexpr,
-    LOGPROBS: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    temperatures_stride1, g_stride0, g_stride1, h_stride0, h_stride1, row_options, ignore_index,
+    DENSE: tl.constexpr, PER_TOKEN: tl.constexpr, LOGPROBS: tl.constexpr, ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a token's kept logits: into a row of zeros `out` with DENSE, else into `dz`.
 
@@ -203,9 +204,10 @@ def gradient_kernel(
     begin, count = entries_of(indptr, row, entries)
     used = (label != ignore_index) & ((g != 0.0) | (h != 0.0))
     if used:
-        if PER_TOKEN:
-            at = token_at(row, cols, temperatures_stride0, temperatures_stride1)
-            temperature = tl.load(temperatures + at)
+        temperature = row_temperature(
+            row_options, temperatures, row, cols, temperatures_stride0, temperatures_stride1,
+            PER_TOKEN,
+        )  # fmt: skip
         rate = 1.0 / scalar(temperature).to(tl.float64)
         rate32 = rate.to(tl.float32)
         of_row = stats + row.to(tl.int64) * 3
@@ -223,12 +225,8 @@ def gradient_kernel(
             raw = tl.load(kept + begin + i, mask=known, other=float("-inf"))
             here = known & (word == label)
             own = tl.max(tl.where(here, raw, float("-inf")), axis=0)
-            z, slope, own_slope = raw, 1.0, 1.0
-            if SOFTCAP:
-                th, slope = tanh_parts(raw / softcap)
-                z = softcap * th
-                own_th, own_slope = tanh_parts(own / softcap)
-                own = softcap * own_th
+            z, slope = with_options(raw, row_options)
+            own, own_slope = with_options(own, row_options)
             d = z - m
             log2_e = d * (rate32 * LOG2E)
             e = tl.exp2(log2_e)
@@ -355,10 +353,9 @@ def _forward(
     launch(
         rows_kernel, tokens, rows, rows, kept, labels, temperatures, indptr, indices, poison,
         logprobs, entropies, stats, cols, vocab, entries, *rows_strides(rows),
-        *grid_strides(labels), *_strides(temperatures), float(options.temperature),
-        float(options.softcap), options.ignore_index, GATHER=weight is None,
-        SOFTCAP=options.softcap > 0, ENTROPY=options.entropy,
-        PER_TOKEN=temperatures is not None, BLOCK=BLOCK, warps=WARPS,
+        *grid_strides(labels), *_strides(temperatures), packed(options), options.ignore_index,
+        GATHER=weight is None, ENTROPY=options.entropy, PER_TOKEN=temperatures is not None,
+        BLOCK=BLOCK, warps=WARPS,
     )  # fmt: skip
     return logprobs, entropies, stats, kept
 
@@ -386,9 +383,8 @@ def _gradient(
     launch(
         gradient_kernel, labels.numel(), kept, kept, labels, temperatures, indptr, indices, stats,
         g, h, dz, words, out, cols, vocab, indices.shape[0], *grid_strides(labels),
-        *_strides(temperatures), *_strides(g), *_strides(h), float(options.temperature),
-        float(options.softcap), options.ignore_index,
-        DENSE=out is not None, SOFTCAP=options.softcap > 0, PER_TOKEN=temperatures is not None,
+        *_strides(temperatures), *_strides(g), *_strides(h), packed(options),
+        options.ignore_index, DENSE=out is not None, PER_TOKEN=temperatures is not None,
         LOGPROBS=g is not None, ENTROPY=h is not None, BLOCK=BLOCK, warps=WARPS,
     )  # fmt: skip
     return dz, words
