@@ -64,7 +64,7 @@ constexpr int64_t kLabelElsewhere = INT64_MIN;
 constexpr int64_t kShardIgnored = INT64_MIN + 1;
 
 // Options of rows of logits: core/row_options.py. softcap 0 means none. Each backend applies them
-// to a logit in one place: cuda/rows.cuh, cpu/logprobs.h. What they make of logits does not
+// to a logit in one place: cuda/rows.cuh, cpu/rows.h. What they make of logits does not
 // decrease.
 struct RowOptions {
   double temperature, softcap;

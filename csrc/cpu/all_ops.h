@@ -15,6 +15,7 @@
 #include "../policy_math.h"
 
 #include "tokens.h"
+#include "rows.h"
 #include "logprobs.h"
 #include "support.h"
 #include "kl.h"

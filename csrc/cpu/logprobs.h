@@ -13,25 +13,12 @@ namespace {
 constexpr int64_t kBlock = 4096;
 constexpr int kUnroll = 4;
 
-// One row's reduction: maximum of the (softcapped) logits, sum of e, sum of e * (x - m).
+// One row's reduction: maximum of the logits, sum of e, sum of e * (x - m).
 struct RowSums {
   float m = -__builtin_inff();
   double s = 0.0;
   double t = 0.0;
 };
-
-template <class E, bool kSoftcap>
-inline Vec load_logits(const typename E::Storage* x, Vec cap, Vec inv_cap) {
-  const Vec v = E::load(x);
-  if constexpr (kSoftcap) return mul(cap, tanh(mul(v, inv_cap)));
-  return v;
-}
-
-inline float softcapped(float x, float cap) {
-  float lanes[kLanes];
-  store(lanes, mul(splat(cap), tanh(mul(splat(x), splat(1.0f / cap)))));
-  return lanes[0];
-}
 
 template <class E>
 inline float block_max(const typename E::Storage* x, int64_t n) {
@@ -56,14 +43,17 @@ inline bool has_nan(const typename E::Storage* x, int64_t n) {
 }
 
 // What the sums over a row have in common.
+template <bool kChange>
 struct SumsOptions {
-  Vec cap, inv_cap, rate, lowest;
+  LogitOptions<kChange> logits;
+  Vec rate, lowest;
 };
 
 // Adds a block of n logits to the sums, whose reference point is r.m, and returns the maximum of
 // the whole block after it where kNext says that there is one.
-template <class E, bool kSoftcap, bool kEntropy, bool kNext>
-inline float add_block(RowSums& r, const typename E::Storage* p, int64_t n, const SumsOptions& o) {
+template <class E, bool kChange, bool kEntropy, bool kNext>
+inline float add_block(RowSums& r, const typename E::Storage* p, int64_t n,
+                       const SumsOptions<kChange>& o) {
   const Vec m = splat(r.m);
   Vec s[kUnroll], t[kUnroll], next[kUnroll];
   for (int u = 0; u < kUnroll; ++u) {
@@ -80,14 +70,14 @@ inline float add_block(RowSums& r, const typename E::Storage* p, int64_t n, cons
   for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
     prefetch_ahead<E, kUnroll>(p + i + kBlock);
     for (int u = 0; u < kUnroll; ++u) {
-      accumulate(u, load_logits<E, kSoftcap>(p + i + u * kLanes, o.cap, o.inv_cap));
+      accumulate(u, o.logits.values(E::load(p + i + u * kLanes)));
       if constexpr (kNext) next[u] = max(next[u], E::load(p + kBlock + i + u * kLanes));
     }
   }
   for (; i < n; i += kLanes) {
     const int left = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
     Vec z = left == kLanes ? E::load(p + i) : load_partial<E>(p + i, left, 0.0f);
-    if constexpr (kSoftcap) z = mul(o.cap, tanh(mul(z, o.inv_cap)));
+    z = o.logits.values(z);
     // Past the end: -inf, whose e is below the resolution of a sum that holds exp(0).
     if (left < kLanes) z = keep_first(z, left, -__builtin_inff());
     accumulate(0, z);
@@ -97,25 +87,24 @@ inline float add_block(RowSums& r, const typename E::Storage* p, int64_t n, cons
   return reduce_max(max(max(next[0], next[1]), max(next[2], next[3])));
 }
 
-template <class E, bool kSoftcap, bool kEntropy>
-inline RowSums row_sums(const typename E::Storage* x, int64_t vocab, float cap, double inv_t) {
+template <class E, bool kChange, bool kEntropy>
+inline RowSums row_sums(const typename E::Storage* x, int64_t vocab,
+                        const LogitOptions<kChange>& logits, double inv_t) {
   RowSums r;
-  const SumsOptions options{splat(cap), splat(kSoftcap ? 1.0f / cap : 0.0f),
-                            splat(static_cast<float>(inv_t * kLog2e)),
-                            splat(static_cast<float>(kExpMin / inv_t))};
+  const SumsOptions<kChange> options{logits, splat(static_cast<float>(inv_t * kLog2e)),
+                                     splat(static_cast<float>(kExpMin / inv_t))};
   float next = 0.0f;
   bool known = false;
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const typename E::Storage* p = x + start;
     const int64_t n = vocab - start < kBlock ? vocab - start : kBlock;
-    float bm = known ? next : block_max<E>(p, n);
+    const float bm = logits.value(known ? next : block_max<E>(p, n));
     known = false;
-    if (!kSoftcap && bm == -__builtin_inff()) {
+    if (bm == -__builtin_inff()) {
       // Nothing but -inf here, which adds nothing, unless the maximum has hidden a NaN.
       if (has_nan<E>(p, n)) r.s = __builtin_nan("");
       continue;
     }
-    if constexpr (kSoftcap) bm = softcapped(bm, cap);
     if (bm > r.m) {
       if (r.s != 0.0) {
         // Shifting the reference by m' - m scales every e and lowers every (x - m).
@@ -128,24 +117,11 @@ inline RowSums row_sums(const typename E::Storage* x, int64_t vocab, float cap, 
     }
     known = vocab - start >= 2 * kBlock;
     if (known)
-      next = add_block<E, kSoftcap, kEntropy, true>(r, p, n, options);
+      next = add_block<E, kChange, kEntropy, true>(r, p, n, options);
     else
-      add_block<E, kSoftcap, kEntropy, false>(r, p, n, options);
+      add_block<E, kChange, kEntropy, false>(r, p, n, options);
   }
   return r;
-}
-
-inline int64_t load_label(const Tensor& labels, int64_t i, int64_t j) {
-  const int64_t at = i * labels.stride0 + j * labels.stride1;
-  return labels.dtype == kInt32 ? static_cast<const int32_t*>(labels.data)[at]
-                                : static_cast<const int64_t*>(labels.data)[at];
-}
-
-inline double row_temperature(const Tensor& temperatures, double temperature, int64_t i,
-                              int64_t j) {
-  if (!temperatures.given) return temperature;
-  return static_cast<const float*>(
-      temperatures.data)[i * temperatures.stride0 + j * temperatures.stride1];
 }
 
 // Data errors are found before anything is read through a label or written.
@@ -157,14 +133,14 @@ inline Status check_tokens(const Args& a) {
       if (y == a.options.ignore_index) continue;
       const bool elsewhere = y == kLabelElsewhere && a.options.ignore_index == kShardIgnored;
       if ((y < 0 || y >= a.vocab) && !elsewhere) return {kLabelOutOfRange, i * a.cols + j};
-      const double t = row_temperature(a.temperatures, a.options.temperature, i, j);
+      const double t = row_temperature(a, i, j);
       if (!good_temperature(t)) return {kBadTemperature, i * a.cols + j};
     }
   }
   return {};
 }
 
-template <class E, bool kSoftcap, bool kEntropy>
+template <class E, bool kChange, bool kEntropy>
 void logprobs_row(const LogprobsArgs& a, int64_t row) {
   const int64_t i = row / a.cols, j = row % a.cols;
   float* logprob = static_cast<float*>(a.logprobs.data) + row;
@@ -177,13 +153,12 @@ void logprobs_row(const LogprobsArgs& a, int64_t row) {
     stats[0] = 0.0f, stats[1] = 1.0f, stats[2] = 0.0f;
     return;
   }
-  const double inv_t = 1.0 / row_temperature(a.temperatures, a.options.temperature, i, j);
-  const float cap = static_cast<float>(a.options.softcap);
+  const double inv_t = 1.0 / row_temperature(a, i, j);
+  const LogitOptions<kChange> logits(a.options);
   const auto* x = static_cast<const typename E::Storage*>(a.logits.data) + i * a.logits.stride0 +
                   j * a.logits.stride1;
-  const RowSums r = row_sums<E, kSoftcap, kEntropy>(x, a.vocab, cap, inv_t);
-  float xy = label == kLabelElsewhere ? __builtin_nanf("") : E::get(x + label);
-  if (kSoftcap) xy = softcapped(xy, cap);
+  const RowSums r = row_sums<E, kChange, kEntropy>(x, a.vocab, logits, inv_t);
+  const float xy = logits.value(label == kLabelElsewhere ? __builtin_nanf("") : E::get(x + label));
   const bool empty = r.m == -__builtin_inff();
   const bool hidden_nan = r.s != r.s;
   *logprob =
@@ -199,7 +174,7 @@ void logprobs_row(const LogprobsArgs& a, int64_t row) {
 // d z_j = p_j (-g - h (log p_j + H)) / T, plus g / T at the label; p = exp((x - m) / T) / s.
 // log p_j + H = (x_j - m) / T less its mean: in this form neither large nor small temperatures
 // cancel.
-template <class E, bool kSoftcap, bool kEntropy>
+template <class E, bool kChange, bool kEntropy>
 void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
   using S = typename E::Storage;
   const int64_t i = row / a.cols, j = row % a.cols;
@@ -216,12 +191,12 @@ void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
     return;
   }
   const S* x = static_cast<const S*>(a.logits.data) + i * a.logits.stride0 + j * a.logits.stride1;
-  const double inv_t = 1.0 / row_temperature(a.temperatures, a.options.temperature, i, j);
+  const double inv_t = 1.0 / row_temperature(a, i, j);
   const float* stats = a.stats + 3 * row;
   const double s = stats[1], mean = stats[2];
-  const float cap = static_cast<float>(a.options.softcap);
+  const LogitOptions<kChange> logits(a.options);
   const float raw_label = label == kLabelElsewhere ? 0.0f : E::get(x + label);
-  const float xy = kSoftcap ? softcapped(raw_label, cap) : raw_label;
+  const float xy = logits.value(raw_label);
   const double logprob = logprob_from_stats(xy, stats[0], s, inv_t);
 
   const Vec m = splat(stats[0]);
@@ -231,18 +206,12 @@ void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
   const Vec a0 = splat(static_cast<float>((-g + h * mean) / s * inv_t));
   const Vec a1 = splat(static_cast<float>(-h / s * inv_t)),
             over_t = splat(static_cast<float>(inv_t));
-  const Vec vcap = splat(cap), vinv_cap = splat(kSoftcap ? 1.0f / cap : 0.0f);
   const auto gradient = [&](Vec raw) {
-    Vec z = raw, slope = splat(1.0f);
-    if constexpr (kSoftcap) {
-      const TanhSlope th = tanh_slope(mul(raw, vinv_cap));
-      z = mul(vcap, th.value);
-      slope = th.slope;
-    }
-    const Vec d = sub(z, m);
+    const Logits x = logits(raw);
+    const Vec d = sub(x.z, m);
     const Vec near = max(lowest, d), e = exp_scaled(near, rate);
     Vec dz = kEntropy ? mul(e, fma(a1, mul(near, over_t), a0)) : mul(e, a0);
-    if constexpr (kSoftcap) dz = mul(dz, slope);
+    if constexpr (kChange) dz = mul(dz, x.slope);
     return select_less(d, lowest, splat(0.0f), dz);
   };
   int64_t k = 0;
@@ -259,46 +228,25 @@ void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
   }
   if (label == kLabelElsewhere) return;
   const double distance = (static_cast<double>(xy) - stats[0]) * inv_t;
-  double at_label = label_gradient(logprob, distance, mean, g, h, inv_t);
-  if (kSoftcap) {
-    // 1 / cosh^2, not 1 - tanh^2, which cancels near the cap.
-    const double ch = cosh(static_cast<double>(raw_label) / cap);
-    at_label /= ch * ch;
-  }
-  E::set(out + label, static_cast<float>(at_label));
+  const double at_label = label_gradient(logprob, distance, mean, g, h, inv_t);
+  E::set(out + label, static_cast<float>(at_label / logits.inverse_slope(raw_label)));
 }
 
-// Picks the instantiation for a dtype and two flags.
-template <template <class, bool, bool> class F, class Args>
-inline auto pick(int32_t dtype, bool softcap, bool entropy) -> void (*)(const Args&, int64_t) {
-  const auto flags = [&](auto e) -> void (*)(const Args&, int64_t) {
-    using E = decltype(e);
-    if (softcap) return entropy ? F<E, true, true>::row : F<E, true, false>::row;
-    return entropy ? F<E, false, true>::row : F<E, false, false>::row;
-  };
-  switch (dtype) {
-    case kBFloat16: return flags(BF16{});
-    case kFloat16: return flags(F16{});
-    default: return flags(F32{});
-  }
-}
-
-template <class E, bool kSoftcap, bool kEntropy>
+template <class E, bool kChange, bool kEntropy>
 struct LogprobsForward {
-  static void row(const LogprobsArgs& a, int64_t r) { logprobs_row<E, kSoftcap, kEntropy>(a, r); }
+  static void row(const LogprobsArgs& a, int64_t r) { logprobs_row<E, kChange, kEntropy>(a, r); }
 };
-template <class E, bool kSoftcap, bool kEntropy>
+template <class E, bool kChange, bool kEntropy>
 struct LogprobsBackward {
   static void row(const LogprobsBackwardArgs& a, int64_t r) {
-    logprobs_backward_row<E, kSoftcap, kEntropy>(a, r);
+    logprobs_backward_row<E, kChange, kEntropy>(a, r);
   }
 };
 
 Status token_logprobs(const LogprobsArgs& a) {
   const Status status = check_tokens(a);
   if (status.code != kOk) return status;
-  const auto row =
-      pick<LogprobsForward, LogprobsArgs>(a.logits.dtype, a.options.softcap > 0.0, a.entropy.given);
+  const auto row = pick<LogprobsForward, LogprobsArgs>(a.logits.dtype, a.options, a.entropy.given);
   parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) { row(a, r); });
   return {};
 }
@@ -309,8 +257,8 @@ Status token_logprobs_backward(const LogprobsBackwardArgs& a) {
   const bool in_place = a.grad_logits.data == a.logits.data;
   const int64_t row_bytes = a.vocab * dtype_size(a.grad_logits.dtype);
   const FreshPages pages(in_place ? nullptr : a.grad_logits.data, a.rows * a.cols * row_bytes);
-  const auto row = pick<LogprobsBackward, LogprobsBackwardArgs>(
-      a.logits.dtype, a.options.softcap > 0.0, a.grad_entropy.given);
+  const auto row =
+      pick<LogprobsBackward, LogprobsBackwardArgs>(a.logits.dtype, a.options, a.grad_entropy.given);
   parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) {
     pages.prepare(r * row_bytes, row_bytes);
     row(a, r);

@@ -153,7 +153,7 @@ inline Args one_row(int64_t n, const float* kept, const int64_t* label, RowOptio
   return row;
 }
 
-template <class E, bool kSoftcap, bool kEntropy>
+template <class E, bool kChange, bool kEntropy>
 void support_row(const SupportArgs& a, int64_t token) {
   const int64_t i = token / a.cols, j = token % a.cols;
   float* logprob = static_cast<float*>(a.logprobs.data) + token;
@@ -170,16 +170,16 @@ void support_row(const SupportArgs& a, int64_t token) {
   keep_logits<E>(a, i, j, range);
   const int64_t entry = label_entry(a.support, range, label);
   auto row = one_row<LogprobsArgs>(range.end - range.begin, a.kept + range.begin, &entry, a.options,
-                                   row_temperature(a.temperatures, a.options.temperature, i, j));
+                                   row_temperature(a, i, j));
   row.logprobs.data = logprob;
   row.entropy.data = entropy;
   row.stats = stats;
-  logprobs_row<F32, kSoftcap, kEntropy>(row, 0);
+  logprobs_row<F32, kChange, kEntropy>(row, 0);
   // The logit of a label that was not kept is -inf.
   if (entry == kLabelElsewhere && stats[1] == stats[1]) *logprob = -__builtin_inff();
 }
 
-template <bool kSoftcap, bool kEntropy>
+template <bool kChange, bool kEntropy>
 void support_gradient(const SupportBackwardArgs& a, int64_t token, Range range) {
   const int64_t i = token / a.cols, j = token % a.cols;
   const auto upstream = [&](const Tensor& g) {
@@ -193,20 +193,19 @@ void support_gradient(const SupportBackwardArgs& a, int64_t token, Range range) 
     return;
   }
   const int64_t entry = label_entry(a.support, range, label);
-  auto row =
-      one_row<LogprobsBackwardArgs>(n, a.kept + range.begin, &entry, a.options,
-                                    row_temperature(a.temperatures, a.options.temperature, i, j));
+  auto row = one_row<LogprobsBackwardArgs>(n, a.kept + range.begin, &entry, a.options,
+                                           row_temperature(a, i, j));
   row.stats = a.stats + 3 * token;
   row.grad_logprobs = {&g, kFloat32, 0, 0, true};
   row.grad_entropy = {&h, kFloat32, 0, 0, true};
   row.grad_logits = {a.dz + range.begin, kFloat32, 0, 0};
-  logprobs_backward_row<F32, kSoftcap, kEntropy>(row, 0);
+  logprobs_backward_row<F32, kChange, kEntropy>(row, 0);
 }
 
-template <class E, bool kSoftcap, bool kEntropy>
+template <class E, bool kChange, bool kEntropy>
 void support_backward_row(const SupportBackwardArgs& a, int64_t token) {
   const Range range = entries_of(a.support, token);
-  support_gradient<kSoftcap, kEntropy>(a, token, range);
+  support_gradient<kChange, kEntropy>(a, token, range);
   if (!a.grad_logits.given) return;
   using S = typename E::Storage;
   S* out = static_cast<S*>(a.grad_logits.data) + (token / a.cols) * a.grad_logits.stride0 +
@@ -217,14 +216,14 @@ void support_backward_row(const SupportBackwardArgs& a, int64_t token) {
     if (a.dz[e] != 0.0f) E::set(out + load_index(a.support.indices, e), a.dz[e]);
 }
 
-template <class E, bool kSoftcap, bool kEntropy>
+template <class E, bool kChange, bool kEntropy>
 struct SupportForward {
-  static void row(const SupportArgs& a, int64_t r) { support_row<E, kSoftcap, kEntropy>(a, r); }
+  static void row(const SupportArgs& a, int64_t r) { support_row<E, kChange, kEntropy>(a, r); }
 };
-template <class E, bool kSoftcap, bool kEntropy>
+template <class E, bool kChange, bool kEntropy>
 struct SupportBackward {
   static void row(const SupportBackwardArgs& a, int64_t r) {
-    support_backward_row<E, kSoftcap, kEntropy>(a, r);
+    support_backward_row<E, kChange, kEntropy>(a, r);
   }
 };
 
@@ -233,8 +232,7 @@ Status support_logprobs(const SupportArgs& a) {
   if (!seen.data) return {kOutOfMemory, -1};
   const Status status = check_support(a, seen.data);
   if (status.code != kOk) return status;
-  const auto row =
-      pick<SupportForward, SupportArgs>(a.logits.dtype, a.options.softcap > 0.0, a.entropy.given);
+  const auto row = pick<SupportForward, SupportArgs>(a.logits.dtype, a.options, a.entropy.given);
   parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) { row(a, r); });
   return {};
 }
@@ -244,8 +242,8 @@ Status support_backward(const SupportBackwardArgs& a) {
   if (status.code != kOk) return status;
   const int64_t row_bytes = a.vocab * dtype_size(a.grad_logits.dtype);
   const FreshPages pages(a.grad_logits.data, a.rows * a.cols * row_bytes);
-  const auto row = pick<SupportBackward, SupportBackwardArgs>(
-      a.grad_logits.dtype, a.options.softcap > 0.0, a.grad_entropy.given);
+  const auto row = pick<SupportBackward, SupportBackwardArgs>(a.grad_logits.dtype, a.options,
+                                                              a.grad_entropy.given);
   parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) {
     pages.prepare(r * row_bytes, row_bytes);
     row(a, r);

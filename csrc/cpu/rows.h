@@ -1,0 +1,78 @@
+// Rows of logits: their options, labels and temperatures.
+#pragma once
+
+namespace rk {
+namespace {
+
+// Logits as the options make them, before the temperature divides them, and the slope of that.
+struct Logits {
+  Vec z, slope;
+};
+
+// What RowOptions make of logits; nothing without kChange (RowOptions::change_logits).
+template <bool kChange>
+struct LogitOptions {
+  float cap;
+  Vec caps, inv_caps;
+
+  explicit LogitOptions(const RowOptions& o)
+      : cap(static_cast<float>(o.softcap)),
+        caps(splat(cap)),
+        inv_caps(splat(kChange ? 1.0f / cap : 0.0f)) {}
+
+  Vec values(Vec x) const {
+    if constexpr (!kChange) return x;
+    return mul(caps, tanh(mul(x, inv_caps)));
+  }
+  Logits operator()(Vec x) const {
+    if constexpr (!kChange) return {x, splat(1.0f)};
+    const TanhSlope th = tanh_slope(mul(x, inv_caps));
+    return {mul(caps, th.value), th.slope};
+  }
+
+  // Of one logit: its value as in a block, and 1 over its slope in double.
+  float value(float x) const {
+    if constexpr (!kChange) return x;
+    float lanes[kLanes];
+    store(lanes, values(splat(x)));
+    return lanes[0];
+  }
+  double inverse_slope(float x) const {
+    if constexpr (!kChange) return 1.0;
+    // The slope is 1 / cosh^2, not 1 - tanh^2, which cancels near the cap.
+    const double ch = cosh(static_cast<double>(x) / cap);
+    return ch * ch;
+  }
+};
+
+inline int64_t load_label(const Tensor& labels, int64_t i, int64_t j) {
+  const int64_t at = i * labels.stride0 + j * labels.stride1;
+  return labels.dtype == kInt32 ? static_cast<const int32_t*>(labels.data)[at]
+                                : static_cast<const int64_t*>(labels.data)[at];
+}
+
+template <class Args>
+inline double row_temperature(const Args& a, int64_t i, int64_t j) {
+  const Tensor& t = a.temperatures;
+  if (!t.given) return a.options.temperature;
+  return static_cast<const float*>(t.data)[i * t.stride0 + j * t.stride1];
+}
+
+// Picks the instantiation for a dtype, for options that change logits or not, and a flag.
+template <template <class, bool, bool> class F, class Args>
+inline auto pick(int32_t dtype, const RowOptions& options, bool entropy)
+    -> void (*)(const Args&, int64_t) {
+  const auto flags = [&](auto e) -> void (*)(const Args&, int64_t) {
+    using E = decltype(e);
+    if (options.change_logits()) return entropy ? F<E, true, true>::row : F<E, true, false>::row;
+    return entropy ? F<E, false, true>::row : F<E, false, false>::row;
+  };
+  switch (dtype) {
+    case kBFloat16: return flags(BF16{});
+    case kFloat16: return flags(F16{});
+    default: return flags(F32{});
+  }
+}
+
+}  // namespace
+}  // namespace rk
