@@ -41,6 +41,10 @@ class RowArguments(NamedTuple):
         """By name, for a reference that is given logits, whose scale is 1."""
         return {k: v for k, v in self._asdict().items() if k != "logit_scale"}
 
+    def of_policy_loss(self) -> dict[str, Any]:
+        """By name, for the reference of a loss, which ignores what its mask says."""
+        return {k: v for k, v in self._asdict().items() if k not in ("entropy", "ignore_index")}
+
     def effective_temperature(self) -> float | Tensor:
         """What the logits are divided by before they are scaled."""
         if isinstance(self.temperature, Tensor):

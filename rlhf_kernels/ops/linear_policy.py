@@ -209,7 +209,7 @@ def linear_policy_loss(
             checks.token_data(op, labels, effective, keep, weight.shape[0])
         checks.offsets_valid(op, cu_seqlens, labels.shape[0])
         checks.divisor_positive(op, count)
-        of_rows = {k: getattr(arguments, k) for k in ("temperature", "softcap", "logit_scale")}
+        of_rows = arguments.of_policy_loss()
         if ref_head:
             ref_logprobs, _ = reference.linear_token_logprobs(
                 *ref_head[:2],

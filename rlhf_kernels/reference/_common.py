@@ -1,4 +1,4 @@
-"""What the references share: the dtype they compute in, and rows over a temperature."""
+"""What the references share: the dtype they compute in, and options of rows of logits."""
 
 import torch
 from torch import Tensor
@@ -14,6 +14,16 @@ def compute(t: Tensor) -> Tensor:
 def clamped(x: Tensor, low: float, high: float) -> Tensor:
     """x.clamp(low, high) with a slope of 1 at NaN, where torch's is 0 and would hide it."""
     return torch.where(x.isnan(), x, x.clamp(low, high))
+
+
+def with_options(logits: Tensor, *, softcap: float | None = None) -> Tensor:
+    """Logits as the options make them, before the temperature divides them.
+
+    Args:
+        logits: any shape.
+        softcap: c in c * tanh(logits / c), or None.
+    """
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def per_row(temperature: float | Tensor, keep: Tensor) -> float | Tensor:

@@ -82,19 +82,18 @@ def linear_policy_loss(
     mask: Tensor,
     *,
     bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     ref_logprobs: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     config: PolicyLossConfig,
     group: str = "",
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`policy_loss` of the head's log-probabilities; see `rlhf_kernels.linear_policy_loss`.
 
-    A masked token is an ignored one, whatever its label.
+    A masked token is an ignored one, whatever its label. `options` are those of
+    `linear_token_logprobs`: temperature, scale and what changes logits.
     """
     labels = labels.masked_fill(mask == 0, -100)
     logprobs, entropy = linear_token_logprobs(
@@ -102,11 +101,9 @@ def linear_policy_loss(
         weight,
         labels,
         bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
         entropy=True,
         group=group,
+        **options,
     )
     return policy_loss(
         logprobs,

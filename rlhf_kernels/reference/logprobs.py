@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import shard
-from ._common import compute, distances, per_row
+from ._common import compute, distances, per_row, with_options
 
 
 def token_logprobs(
@@ -14,21 +14,21 @@ def token_logprobs(
     labels: Tensor,
     *,
     temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
     entropy: bool = False,
     ignore_index: int = -100,
     group: str = "",
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """log softmax(z)_y and H = -sum_j p_j log p_j of z = softcap(logits) / temperature.
+    """log softmax(z)_y and H = -sum_j p_j log p_j of z = with_options(logits) / temperature.
 
     Args:
         logits: [..., V].
         labels: [...], integers in [0, V) or `ignore_index`.
         temperature: a number, or a tensor that broadcasts to the shape of labels.
-        softcap: c in c * tanh(logits / c), or None.
         entropy: also return H.
         ignore_index: tokens with this label give 0 and take no gradient, whatever their logits.
         group: name of the process group over which V is sharded; "" for none.
+        options: those of `with_options`.
 
     Returns:
         (logprobs [...], entropy [...] or None).
@@ -38,15 +38,13 @@ def token_logprobs(
             logits,
             labels,
             temperature=temperature,
-            softcap=softcap,
             entropy=entropy,
             ignore_index=ignore_index,
             group=group,
+            **options,
         )
     keep = labels != ignore_index
-    z = torch.where(keep.unsqueeze(-1), compute(logits), 0)
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+    z = with_options(torch.where(keep.unsqueeze(-1), compute(logits), 0), **options)
     d = distances(z, per_row(temperature, keep))
     logprobs = torch.where(keep, _LogProb.apply(d, torch.where(keep, labels, 0).long()), 0)
     if not entropy:

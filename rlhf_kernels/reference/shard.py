@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core import groups
-from ._common import compute, per_row
+from ._common import compute, per_row, with_options
 
 
 class _Summed(torch.autograd.Function):
@@ -47,16 +47,14 @@ def token_logprobs(
     labels: Tensor,
     *,
     temperature: float | Tensor,
-    softcap: float | None,
     entropy: bool,
     ignore_index: int,
     group: str,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """`token_logprobs` of logits [..., V_rank]; labels [...] count from rank 0's first column."""
     keep = labels != ignore_index
-    z = torch.where(keep.unsqueeze(-1), compute(logits), 0)
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+    z = with_options(torch.where(keep.unsqueeze(-1), compute(logits), 0), **options)
     # A shard may be empty, a maximum may not.
     z = torch.nn.functional.pad(z, (0, 1), value=-torch.inf)
     d = z - groups.maximum(z.detach().amax(-1), group).unsqueeze(-1)

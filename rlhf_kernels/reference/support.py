@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import compute
+from ._common import compute, with_options
 from .head import head_logits
 from .logprobs import token_logprobs
 
@@ -36,9 +36,9 @@ def token_logprobs_support(
     indices: Tensor,
     *,
     temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
     entropy: bool = False,
     ignore_index: int = -100,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """`token_logprobs` with every logit outside the token's support at -inf.
 
@@ -48,18 +48,16 @@ def token_logprobs_support(
         indptr: [N + 1]; those of token n, in row-major order, are indices[indptr[n]:indptr[n + 1]].
         indices: [nnz].
         temperature: as in `token_logprobs`.
-        softcap: as in `token_logprobs`.
         entropy: also return the entropy over the support.
         ignore_index: as in `token_logprobs`.
+        options: those of `with_options`.
 
     Returns:
         (logprobs [...], entropy [...] or None).
     """
     mask = support_mask(indptr, indices, labels != ignore_index, logits.shape[-1])
-    # Before the cap too: what lies outside must reach neither value nor gradient.
-    z = torch.where(mask, compute(logits), 0)
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+    # Before the options too: what lies outside must reach neither value nor gradient.
+    z = with_options(torch.where(mask, compute(logits), 0), **options)
     return token_logprobs(
         torch.where(mask, z, -torch.inf),
         labels,

@@ -7,6 +7,7 @@ import pytest
 
 import rlhf_kernels as rk
 from rlhf_kernels.config import enums, metrics, policy
+from rlhf_kernels.core import row_options
 from rlhf_kernels.kernels.native import boundary
 
 ABI = Path(rk.__file__).parent.parent / "csrc" / "abi.h"
@@ -30,6 +31,14 @@ def fields(struct):
 )
 def test_a_policy_config_crosses_in_the_order_of_its_fields(struct, kind, names):
     assert fields(struct) == [(kind, name) for name in names]
+
+
+def test_options_of_rows_cross_in_the_order_of_their_fields():
+    kinds = {float: "double", int: "int64_t"}
+    of_python = row_options.RowOptions.__annotations__
+    # Native code is given a tensor for entropies, or none.
+    expected = [(kinds[t], name) for name, t in of_python.items() if name != "entropy"]
+    assert fields("RowOptions") == expected
 
 
 def test_a_policy_config_is_encoded_under_the_right_names():
