@@ -1,5 +1,7 @@
 """Tokens and their sequences: sums over a sequence, and the weight of a token in a loss."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,11 +13,29 @@ def sequence_sums(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     sum is fixed, on a GPU too.
     """
     x = x.double()
-    if cu_seqlens is None:
-        return x.sum(-1)
-    # Bad offsets, where data may not be looked at, index nothing that is not there.
-    offsets = cu_seqlens.long().clamp(0, x.shape[0])
-    return torch.segment_reduce(x, "sum", offsets=offsets, initial=0, unsafe=True)
+    return x.sum(-1) if cu_seqlens is None else _PackedSums.apply(x, cu_seqlens)
+
+
+class _PackedSums(torch.autograd.Function):
+    """`torch.segment_reduce`, which has no second derivative of its own."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        # Bad offsets, where data may not be looked at, index nothing that is not there.
+        offsets = cu_seqlens.long().clamp(0, x.shape[0])
+        return torch.segment_reduce(x, "sum", offsets=offsets, initial=0, unsafe=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, cu_seqlens = inputs
+        ctx.save_for_backward(sequence_ids(x, cu_seqlens))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        return grad[ids], None
 
 
 def sequence_sum(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
