@@ -4,7 +4,6 @@ Without a name the results are called after the machine. Arguments behind "--" g
 `python -m benchmarks.run gae-only -- -k gae`.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -14,18 +13,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import RESULTS, ROOT
+from . import RESULTS, ROOT, divided, make_parser
+
+
+def cpu_model() -> str:
+    """The CPU as the system calls it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    return found[1] if found else platform.machine()
 
 
 def default_name(device: str, quick: bool) -> str:
     """<CPU model or device>-<cores>, with "quick" in front where shapes are small."""
-    model = device
-    if device == "cpu":
-        try:
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-            model = next(x.split(":")[1] for x in lines if x.startswith("model name"))
-        except (OSError, StopIteration):
-            model = platform.machine()
+    model = cpu_model() if device == "cpu" else device
     model = re.sub(r"\((R|TM)\)|processor|cpu @.*", "", model, flags=re.IGNORECASE)
     words = re.findall(r"[a-z0-9]+", model.lower()) or [platform.machine()]
     if device == "cpu":
@@ -36,37 +37,31 @@ def default_name(device: str, quick: bool) -> str:
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """`new` and those points of `old` that it did not measure; ValueError if machines differ."""
-    machine = {**new["machine_info"]}
-    full = machine.pop("full", False)
+    machine, commit = new["machine_info"], new["commit_info"]
     for key, value in old["machine_info"].items():
         if key != "full" and value != machine.get(key):
             raise ValueError(f"{key} was {value}, now {machine.get(key)}")
-    machine["full"] = full or old["machine_info"].get("full", False)
-    fresh = {x["name"] for key in ("benchmarks", "failures") for x in new[key]}
-    kept = {k: [x for x in old[k] if x["name"] not in fresh] for k in ("benchmarks", "failures")}
-    commit = {**new["commit_info"]}
-    commit["dirty"] = commit.get("dirty") or old["commit_info"].get("dirty")
-    points = {k: kept[k] + new[k] for k in kept}
-    return {**new, "machine_info": machine, "commit_info": commit, **points}
+    full = machine.get("full") or old["machine_info"].get("full", False)
+    dirty = commit.get("dirty") or old["commit_info"].get("dirty")
+    kinds = ("benchmarks", "failures")
+    fresh = {x["name"] for kind in kinds for x in new[kind]}
+    points = {k: [x for x in old[k] if x["name"] not in fresh] + new[k] for k in kinds}
+    stamps = {"machine_info": machine | {"full": full}, "commit_info": commit | {"dirty": dirty}}
+    return new | stamps | points
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("name", nargs="?", help="name of the results; default: the machine")
     parser.add_argument("--device", default="cpu", help="device of the tensors")
     parser.add_argument("--backend", help="backend of ours; default: the device's first kernels")
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds")
     parser.add_argument("--full", action="store_true", help="the points marked full too")
-    parser.add_argument(
-        "--add", action="store_true", help="to the results of that name: measured in parts"
-    )
+    parser.add_argument("--add", action="store_true", help="to the results of that name")
     parser.add_argument("--providers", help="only these of eager,compile,trl,verl,...")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    words = sys.argv[1:]
-    at = words.index("--") if "--" in words else len(words)
-    args, rest = parser.parse_args(words[:at]), words[at + 1 :]
+    own, rest = divided(sys.argv[1:])
+    args = parser.parse_args(own)
 
     args.out.mkdir(parents=True, exist_ok=True)
     name = args.name or default_name(args.device, args.quick)

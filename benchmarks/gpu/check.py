@@ -12,7 +12,6 @@ The running interpreter is used as it is. --wheels DIR adds the packages that it
 pytest-xdist, hypothesis) from wheels, without a network.
 """
 
-import argparse
 import datetime
 import importlib.util
 import json
@@ -29,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import ROOT
+from .. import ROOT, make_parser
 from .process import (
     CUT,
     DONE,
@@ -46,19 +45,13 @@ from .process import (
 # Seconds to end with: stopping what was cut off, and the report.
 RESERVE = 15
 # Operation tests; the others are about the CPU, the package or the trainer.
-TEST_FILES = (
-    "head/test_head",
-    "head/test_cases",
-    *(f"ops/test_{name}" for name in (
-        "logprobs", "logprobs_rules", "policy", "policy_rules", "policy_masks", "kl", "advantages",
-        "advantages_rules", "value", "preference", "support", "support_rules", "extremes", "fp16",
-        "empty", "interface", "missing", "meta", "masks",
-    )),
-)  # fmt: skip
+_OPERATION_TESTS = (
+    "logprobs logprobs_rules policy policy_rules policy_masks kl advantages advantages_rules value "
+    "preference support support_rules extremes fp16 empty interface missing meta masks"
+).split()
+TEST_FILES = ("head/test_head", "head/test_cases", *(f"ops/test_{n}" for n in _OPERATION_TESTS))
 # What has most at stake first: time may run out.
-BENCH_FILES = (
-    "logprobs", "head", "kl", "advantages", "policy", "value", "support", "preference",
-)  # fmt: skip
+BENCH_FILES = tuple("logprobs head kl advantages policy value support preference".split())
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
 
 # --- env ---------------------------------------------------------------------------------------
@@ -68,7 +61,7 @@ def device_facts(device: str) -> dict[str, Any]:
     """The device, its driver and its memory rates, each a median of 20 with a cold cache."""
     import torch
 
-    from ..harness.clocks import timer
+    from ..harness.clocks import once, timer
 
     d = torch.device(device)
     facts: dict[str, Any] = {"device": device, "name": platform.machine()}
@@ -89,12 +82,7 @@ def device_facts(device: str) -> dict[str, Any]:
     clock = timer(d)
     rates = {}
     for name, call, moved in (("copy", source.clone, 2 * size), ("read", source.sum, size)):
-        seconds = []
-        for _ in range(22):
-            clock.start(0.0)
-            # Bound to a name, so that freeing it is not timed.
-            result = call()  # noqa: F841
-            seconds.append(clock.stop())
+        seconds = [once(tuple, call, clock) for _ in range(22)]
         rates[name] = moved / sorted(seconds[2:])[10]
     return facts | {"bytes_per_second": rates, "rate_tensor_bytes": size}
 
@@ -121,9 +109,8 @@ def part_build(run: Run) -> Result:
         if run.python("build-device.log", "-c", ask, run.device) == 0:
             variables["RLHF_KERNELS_CUDA_ARCHS"] = run.tail("build-device.log", 1)
     code = run.python("build.log", "setup.py", "-q", "build_ext", "--inplace", **variables)
-    said = (run.out / "build.log").read_text(errors="replace").splitlines()
     failures = [] if code == 0 else [run.tail("build.log")]
-    built = [line for line in said if line.startswith("rlhf_kernels:")]
+    built = [line for line in run.lines("build.log") if line.startswith("rlhf_kernels:")]
     return {"status": status(code), "failures": failures, "said": built}
 
 
@@ -196,7 +183,7 @@ def _pytest(run: Run, name: str, *arguments: str, needs: tuple[str, ...] = ()) -
     except (OSError, ElementTree.ParseError):
         # Cut off, or it broke before the first test: the log has what there is.
         pass
-    lines = (run.out / f"{name}.log").read_text(errors="replace").splitlines()
+    lines = run.lines(f"{name}.log")
     failed = [x for x in lines if " FAILED" in f" {x}"]
     counts = {k: sum(f" {k.upper()}" in x for x in lines) for k in ("passed", "failed", "skipped")}
     failures = failed if code is None else [*failed, run.tail(f"{name}.log", 5)]
@@ -276,8 +263,7 @@ def part_bench(run: Run) -> Result:
         counted = run.python("bench-launches.log", *profiled)
     points = _records(run)
     # Those that raised before they were measured are in no record.
-    lines = [x for n in logs for x in (run.out / n).read_text(errors="replace").splitlines()]
-    failures = [x for x in lines if x.startswith(("FAILED ", "ERROR "))]
+    failures = [x for n in logs for x in run.lines(n) if x.startswith(("FAILED ", "ERROR "))]
     if code not in (0, None) and not failures:
         failures += [run.tail(n, 5) for n, c in zip(logs, codes, strict=True) if c]
     if counted not in (0, None):
@@ -410,9 +396,7 @@ def run_part(run: Run, name: str, later: float) -> Result:
 def main(argv: list[str] | None = None) -> int:
     from ..reports import gpu as report
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of logs and results")
     parser.add_argument("--device", default="cuda", help="device of the tensors")
     parser.add_argument("--parts", help=f"run these again, of {','.join(PARTS)}")

@@ -65,9 +65,13 @@ class Run:
         """`process` with this interpreter."""
         return self.process(log, sys.executable, *arguments, **variables)
 
+    def lines(self, log: str) -> list[str]:
+        """Lines of a log."""
+        return (self.out / log).read_text(errors="replace").splitlines()
+
     def tail(self, log: str, lines: int = 15) -> str:
-        """The last lines of a log."""
-        return "\n".join((self.out / log).read_text(errors="replace").splitlines()[-lines:])
+        """The last of them, as one text."""
+        return "\n".join(self.lines(log)[-lines:])
 
 
 def unpacked(wheels: Path, out: Path) -> list[Path]:

@@ -1,5 +1,18 @@
 """What points are made of and measured with."""
 
-from .case import Case, Missing, Overwriting, Provider, Settings, compiled, points
+from .case import (
+    SHORT,
+    Case,
+    Missing,
+    Overwriting,
+    Point,
+    Provider,
+    Settings,
+    against,
+    exact,
+    points,
+    sized,
+)
 
-__all__ = ["Case", "Missing", "Overwriting", "Provider", "Settings", "compiled", "points"]
+__all__ = ["SHORT", "Case", "Missing", "Overwriting", "Point", "Provider", "Settings"]
+__all__ += ["against", "exact", "points", "sized"]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 # Rounds of a point at least.
 MIN_ROUNDS = 20
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 class Missing(NamedTuple):
@@ -91,6 +92,25 @@ class Case:
     rounded: torch.dtype = torch.float32
 
 
+@dataclass
+class Point:
+    """What the test of a point is called with: calling it measures the case of these fields."""
+
+    settings: Settings
+    record: Callable[[Case], None]
+
+    def __call__(self, **fields: Any) -> None:
+        self.record(Case(**fields))
+
+    @property
+    def device(self) -> torch.device:
+        return self.settings.device
+
+    def size(self, small: Any, full: Any) -> Any:
+        """A shape: `small` in a quick run."""
+        return small if self.settings.quick else full
+
+
 def points(cpu: Iterable[str], gpu: Iterable[str], full: Iterable[str] = ()) -> list[Any]:
     """Names of the points of both kinds, as parameters; a run takes one kind (`--points`).
 
@@ -103,3 +123,40 @@ def points(cpu: Iterable[str], gpu: Iterable[str], full: Iterable[str] = ()) -> 
 def compiled(function: Provider) -> Provider:
     """`function` under torch.compile, in the form that suits it best: one graph, static shapes."""
     return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def against(
+    eager: Provider | Missing,
+    ours: Provider,
+    *,
+    vectorized: Provider | None = None,
+    others: dict[str, Provider | Missing] | None = None,
+) -> dict[str, Provider | Missing]:
+    """Providers of a point: eager, its compilation (that of `vectorized`, if any), others, ours."""
+    torch_forms = {"eager": eager} | ({"vectorized": vectorized} if vectorized else {})
+    fused = compiled(vectorized or eager)
+    return {**torch_forms, "compile": fused, **(others or {}), "ours": ours}
+
+
+def exact(
+    function: Callable[..., Any],
+    leaves: Iterable[Tensor],
+    upstream: Iterable[Tensor] = (),
+    gradient: bool = True,
+) -> tuple[Tensor, ...]:
+    """fp64 results of `function(*leaves)`, and with `gradient` those in the leaves.
+
+    upstream: gradient of each result; results without one are scalars.
+    """
+    wide = [t.detach().double().requires_grad_(gradient) for t in leaves]
+    found = function(*wide)
+    outputs = (found,) if isinstance(found, Tensor) else tuple(found)
+    if not gradient:
+        return outputs
+    ones = [u.double() for u in upstream] or None
+    return *(o.detach() for o in outputs), *torch.autograd.grad(outputs, wide, ones)
+
+
+def sized(dtype: torch.dtype, *sizes: int) -> str:
+    """A label: dtype and shape."""
+    return f"{SHORT[dtype]} {'×'.join(map(str, sizes))}"

@@ -1,6 +1,8 @@
 """What times a call: the wall clock, or on a GPU events of the device."""
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -64,3 +66,19 @@ Timer = WallClock | DeviceEvents
 def timer(device: torch.device) -> Timer:
     """What times calls on `device`."""
     return WallClock(device) if device.type == "cpu" else DeviceEvents(device)
+
+
+def once(
+    prepare: Callable[[], tuple], run: Callable[..., Any], clock: Timer, ahead: float = 0.0
+) -> float:
+    """Seconds of `run(*prepare())`, of which only `run` is timed."""
+    prepared = prepare()
+    clock.start(ahead)
+    # Bound to a name, so that freeing it is not timed.
+    result = run(*prepared)  # noqa: F841
+    return clock.stop()
+
+
+def device_name(device: torch.device) -> str:
+    """The device's model; "cpu" of a CPU."""
+    return "cpu" if device.type == "cpu" else getattr(torch, device.type).get_device_name(device)

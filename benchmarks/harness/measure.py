@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from .case import Case, Missing, Overwriting, Provider, Settings
-from .clocks import DeviceEvents, Timer, synchronize, timer
+from .clocks import DeviceEvents, once, synchronize, timer
 from .memory import measured
 from .rotation import Operands, chunks, last_level_cache, rotated
 
@@ -69,10 +70,7 @@ def _backward(operands: Operands, outputs: tuple[Tensor, ...]) -> tuple[Tensor, 
 
 
 def _steps(
-    case: Case,
-    function: Provider,
-    turns: Iterator[Operands],
-    cool: Callable[[], Any] = lambda: None,
+    case: Case, function: Provider, turns: Iterator[Operands], cool: Callable[[], Any] = tuple
 ) -> tuple[Callable[[], tuple], Callable[..., tuple]]:
     """(prepare, run): `run(*prepare())` is one measurement, of which only `run` is timed.
 
@@ -147,16 +145,6 @@ def _host_once(prepare: Callable[[], tuple], run: Callable[..., Any], device: An
     return seconds
 
 
-def _once(
-    prepare: Callable[[], tuple], run: Callable[..., Any], clock: Timer, ahead: float = 0.0
-) -> float:
-    prepared = prepare()
-    clock.start(ahead)
-    # Bound to a name, so that freeing it is not timed.
-    result = run(*prepared)  # noqa: F841
-    return clock.stop()
-
-
 def _on_cpu(case: Case, cache: int) -> tuple[Iterator[Operands], Steps, Callable[[], Any]]:
     """What providers get in turn; a copy and a read that move as many bytes as the case; cool.
 
@@ -172,9 +160,7 @@ def _on_cpu(case: Case, cache: int) -> tuple[Iterator[Operands], Steps, Callable
     return rotated(Operands(case.inputs, case.upstream), cache), rates, whole.sum
 
 
-def _on_gpu(
-    case: Case, device: torch.device
-) -> tuple[Iterator[Operands], Steps, Callable[[], Any]]:
+def _on_gpu(case: Case, device: torch.device) -> tuple[Iterator[Operands], Steps, Any]:
     """The same: its clock empties the cache before each call."""
     # Ones move faster than numbers on some GPUs.
     source = torch.rand(max(1, case.moved // 4), device=device)
@@ -184,8 +170,7 @@ def _on_gpu(
 
 
 def _summary(values: list[float]) -> dict[str, float | int]:
-    t = torch.tensor(values, dtype=torch.float64)
-    p20, median, p80 = torch.quantile(t, torch.tensor([0.2, 0.5, 0.8], dtype=t.dtype)).tolist()
+    p20, median, p80 = np.quantile(values, (0.2, 0.5, 0.8)).tolist()
     return {"median": median, "p20": p20, "p80": p80, "rounds": len(values)}
 
 
@@ -270,7 +255,7 @@ def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case
         host |= {n: _host_once(*steps[n], device) for n in again}
     estimates = dict(host)
     if is_gpu:
-        estimates = {name: _once(*s, clock, host[name]) for name, s in steps.items()}
+        estimates = {name: once(*s, clock, host[name]) for name, s in steps.items()}
     prepare, run = steps.pop("ours")
     ours = max(estimates.pop("ours"), host["ours"] if is_gpu else 0.0)
     # Providers alone: what others are held to runs in every round.
@@ -288,7 +273,7 @@ def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case
         nonlocal count
         for name in shuffler.sample(list(steps), len(steps)):
             if count % stride[name] == 0:
-                times[name].append(_once(*steps[name], clock, host[name]))
+                times[name].append(once(*steps[name], clock, host[name]))
                 if is_gpu:
                     hosts[name].append(_host_once(*steps[name], device))
         count += 1

@@ -1,6 +1,6 @@
 """gae padded and packed, with whitening, ppo_advantages and group_advantages."""
 
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from ..harness import Case, Missing, Provider, Settings, compiled, points
+from ..harness import Missing, Point, Provider, against, points, sized
 from ..harness.peers import peer
 from ..harness.ragged import described, offsets, padded, response_lengths
 
@@ -126,49 +126,44 @@ def _oracle(rewards: Tensor, values: Tensor, judged: Tensor) -> tuple[Tensor, Te
 
 
 @pytest.mark.parametrize("name", points(SHAPES, GPU_SHAPES, FULL_SHAPES))
-def test_gae(run: Callable[[Case], None], settings: Settings, name: str) -> None:
-    shape = (4, 300) if settings.quick else (SHAPES | FULL_SHAPES | GPU_SHAPES)[name]
-    rewards, values, mask = _batch(shape, settings.device)
+def test_gae(point: Point, name: str) -> None:
+    shape = point.size((4, 300), (SHAPES | FULL_SHAPES | GPU_SHAPES)[name])
+    rewards, values, mask = _batch(shape, point.device)
     judged = _sampled(mask, name)
 
     def plain(scan: Provider) -> Provider:
         return lambda r, v, mask, weights: scan(r, v, weights)
 
-    run(
-        Case(
-            op="gae",
-            label=f"fp32 {shape[0]}×{shape[1]}",
-            mode="forward",
-            inputs=(rewards, values, mask, mask.float()),
-            providers={
-                "eager": _loop(shape[1], name) and plain(loop),
-                "vectorized": plain(vectorized),
-                "compile": compiled(plain(vectorized)),
-                "ours": lambda r, v, mask, _: rk.gae(r, v, mask=mask, gamma=GAMMA, lam=LAM),
-            },
-            oracle=lambda: _oracle(rewards, values, judged),
-            moved=GAE_BYTES * rewards.numel(),
-            targets=TARGETS if name in SHAPES else GPU_TARGETS if name in GPU_SHAPES else {},
-            at_most=GPU_AT_MOST.get(name, {}),
-            select=lambda t: t[judged].cpu(),
-        )
+    point(
+        op="gae",
+        label=sized(values.dtype, *shape),
+        mode="forward",
+        inputs=(rewards, values, mask, mask.float()),
+        providers=against(
+            _loop(shape[1], name) and plain(loop),
+            lambda r, v, mask, _: rk.gae(r, v, mask=mask, gamma=GAMMA, lam=LAM),
+            vectorized=plain(vectorized),
+        ),
+        oracle=lambda: _oracle(rewards, values, judged),
+        moved=GAE_BYTES * rewards.numel(),
+        targets=TARGETS if name in SHAPES else GPU_TARGETS if name in GPU_SHAPES else {},
+        at_most=GPU_AT_MOST.get(name, {}),
+        select=lambda t: t[judged].cpu(),
     )
 
 
 @pytest.mark.parametrize("name", points({"512": 512}, {"gpu-4096": 4096}))
-def test_gae_packed(run: Callable[[Case], None], settings: Settings, name: str) -> None:
-    shape = (4, 300) if settings.quick else (int(name.removeprefix("gpu-")), 8192)
+def test_gae_packed(point: Point, name: str) -> None:
+    shape = point.size((4, 300), (int(name.removeprefix("gpu-")), 8192))
     # Trainers pad such a batch, scan it and pack the result.
-    lengths = response_lengths(shape[0], shape[1], settings.device)
-    rewards, values, mask = _batch(shape, settings.device, lengths)
+    lengths = response_lengths(shape[0], shape[1], point.device)
+    rewards, values, mask = _batch(shape, point.device, lengths)
     judged = _sampled(mask, name)
     judged_slots = judged[mask]
     slots = mask.flatten().nonzero().squeeze(1)
 
     def through_padding(scan: Provider) -> Provider:
-        def padded(
-            r: Tensor, v: Tensor, cu_seqlens: Tensor, slots: Tensor, weights: Tensor
-        ) -> tuple[Tensor, ...]:
+        def padded(r: Tensor, v: Tensor, _: Tensor, slots: Tensor, weights: Tensor) -> Any:
             grids = (r.new_zeros(weights.numel()).index_copy(0, slots, x) for x in (r, v))
             results = scan(*(g.view(shape) for g in grids), weights)
             return tuple(x.reshape(-1)[slots] for x in results)
@@ -178,65 +173,52 @@ def test_gae_packed(run: Callable[[Case], None], settings: Settings, name: str) 
     def ours(r: Tensor, v: Tensor, cu_seqlens: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         return rk.gae(r, v, cu_seqlens=cu_seqlens, gamma=GAMMA, lam=LAM)
 
-    run(
-        Case(
-            op="gae packed",
-            label=f"fp32 {described(lengths, shape[1])}",
-            mode="forward",
-            inputs=(rewards[mask], values[mask], offsets(lengths), slots, mask.float()),
-            providers={
-                "eager": through_padding(loop),
-                "vectorized": through_padding(vectorized),
-                "compile": compiled(through_padding(vectorized)),
-                "ours": ours,
-            },
-            oracle=lambda: _oracle(rewards, values, judged),
-            # No mask to read.
-            moved=(GAE_BYTES - 1) * len(slots),
-            targets=GPU_TARGETS if name.startswith("gpu") else TARGETS,
-            select=lambda t: t[judged_slots].cpu(),
-        )
+    point(
+        op="gae packed",
+        label=f"fp32 {described(lengths, shape[1])}",
+        mode="forward",
+        inputs=(rewards[mask], values[mask], offsets(lengths), slots, mask.float()),
+        providers=against(through_padding(loop), ours, vectorized=through_padding(vectorized)),
+        oracle=lambda: _oracle(rewards, values, judged),
+        # No mask to read.
+        moved=(GAE_BYTES - 1) * len(slots),
+        targets=GPU_TARGETS if name.startswith("gpu") else TARGETS,
+        select=lambda t: t[judged_slots].cpu(),
     )
+
+
+def _whitened(x: Tensor) -> Tensor:
+    """The oracle's, of the tokens that the mask keeps."""
+    x = x.double()
+    return (x - x.mean()) / (x.var() + 1e-8).sqrt()
 
 
 @pytest.mark.gpu
-def test_whiten(run: Callable[[Case], None], settings: Settings) -> None:
-    shape = (4, 300) if settings.quick else (2048, 4096)
-    _, x, mask = _batch(shape, settings.device)
+def test_whiten(point: Point) -> None:
+    shape = point.size((4, 300), (2048, 4096))
+    _, x, mask = _batch(shape, point.device)
     x = x + 3
-
-    def eager(x: Tensor, _: Tensor, weights: Tensor) -> Tensor:
-        return whitened(x, weights)
-
-    def oracle() -> tuple[Tensor]:
-        kept = x[mask].double()
-        return (((kept - kept.mean()) / (kept.var() + 1e-8).sqrt()).cpu(),)
-
-    run(
-        Case(
-            op="whiten",
-            label=f"fp32 {shape[0]}×{shape[1]}",
-            mode="forward",
-            inputs=(x, mask, mask.float()),
-            providers={
-                "eager": eager,
-                "compile": compiled(eager),
-                "ours": lambda x, mask, _: rk.whiten(x, mask=mask),
-            },
-            oracle=oracle,
-            # Read once, written once; that the statistics need more passes is the op's own cost.
-            moved=(4 + 1 + 4) * x.numel(),
-            select=lambda t: t[mask].cpu(),
-        )
+    point(
+        op="whiten",
+        label=sized(x.dtype, *shape),
+        mode="forward",
+        inputs=(x, mask, mask.float()),
+        providers=against(
+            lambda x, _, weights: whitened(x, weights), lambda x, mask, _: rk.whiten(x, mask=mask)
+        ),
+        oracle=lambda: (_whitened(x[mask]).cpu(),),
+        # Read once, written once; that the statistics need more passes is the op's own cost.
+        moved=(4 + 1 + 4) * x.numel(),
+        select=lambda t: t[mask].cpu(),
     )
 
 
-def test_ppo_advantages(run: Callable[[Case], None], settings: Settings) -> None:
+def test_ppo_advantages(point: Point) -> None:
     """Rewards shaped by the KL penalty, GAE and whitening: all of verl's advantage step."""
-    shape = (4, 300) if settings.quick else (512, 4096)
-    logprobs, values, mask = _batch(shape, settings.device)
+    shape = point.size((4, 300), (512, 4096))
+    logprobs, values, mask = _batch(shape, point.device)
     ref_logprobs = logprobs + 0.1 * torch.randn_like(logprobs)
-    scores = torch.randn(shape[0], device=settings.device)
+    scores = torch.randn(shape[0], device=point.device)
     last = mask.sum(1, keepdim=True) - 1
 
     def shaped(scores: Tensor, new: Tensor, ref: Tensor, last: Tensor) -> Tensor:
@@ -245,8 +227,8 @@ def test_ppo_advantages(run: Callable[[Case], None], settings: Settings) -> None
     # Inputs: scores, log-probabilities, the reference's, values, the mask in every form, last step.
     def plain(scan: Provider) -> Provider:
         def advantages(*given: Tensor) -> tuple[Tensor, ...]:
-            scores, new, ref, v, _, weights, _, last = given
-            advantages, returns = scan(shaped(scores, new, ref, last), v, weights)
+            *rewarded, v, _, weights, _, last = given
+            advantages, returns = scan(shaped(*rewarded, last), v, weights)
             return whitened(advantages, weights), returns
 
         return advantages
@@ -254,68 +236,52 @@ def test_ppo_advantages(run: Callable[[Case], None], settings: Settings) -> None
     scan = peer("verl.trainer.ppo.core_algos", "compute_gae_advantage_return")
 
     def verl(*given: Tensor) -> tuple[Tensor, ...]:
-        scores, new, ref, v, _, _, response_mask, last = given
-        return scan(shaped(scores, new, ref, last), v, response_mask, GAMMA, LAM)
+        *rewarded, v, _, _, response_mask, last = given
+        return scan(shaped(*rewarded, last), v, response_mask, GAMMA, LAM)
 
     def ours(*given: Tensor) -> tuple[Tensor, ...]:
-        return rk.ppo_advantages(
-            *given[:4], mask=given[4], kl_coef=KL_COEF, gamma=GAMMA, lam=LAM, whiten=True
-        )[:2]  # fmt: skip
+        options = {"kl_coef": KL_COEF, "gamma": GAMMA, "lam": LAM, "whiten": True}
+        return rk.ppo_advantages(*given[:4], mask=given[4], **options)[:2]
 
     def oracle() -> tuple[Tensor, ...]:
         rewards = shaped(scores.double(), logprobs.double(), ref_logprobs.double(), last)
         advantages, returns = _scalar_gae(rewards, values, mask.sum(1).tolist())
-        return (advantages - advantages.mean()) / (advantages.var() + 1e-8).sqrt(), returns
+        return _whitened(advantages), returns
 
-    run(
-        Case(
-            op="ppo_advantages",
-            label=f"fp32 {shape[0]}×{shape[1]}",
-            mode="forward",
-            inputs=(scores, logprobs, ref_logprobs, values, mask, mask.float(), mask.long(), last),
-            providers={
-                "eager": plain(loop),
-                "vectorized": plain(vectorized),
-                "compile": compiled(plain(vectorized)),
-                "verl": scan and verl,
-                "ours": ours,
-            },
-            oracle=oracle,
-            # Three tensors and the bool mask in; rewards, advantages and returns out.
-            moved=25 * values.numel(),
-            select=lambda t: t[mask].cpu(),
-        )
+    point(
+        op="ppo_advantages",
+        label=sized(values.dtype, *shape),
+        mode="forward",
+        inputs=(scores, logprobs, ref_logprobs, values, mask, mask.float(), mask.long(), last),
+        providers=against(
+            plain(loop), ours, vectorized=plain(vectorized), others={"verl": scan and verl}
+        ),
+        oracle=oracle,
+        # Three tensors and the bool mask in; rewards, advantages and returns out.
+        moved=25 * values.numel(),
+        select=lambda t: t[mask].cpu(),
     )
 
 
-def test_group_advantages(run: Callable[[Case], None], settings: Settings) -> None:
-    groups, size = (8, 4) if settings.quick else (128, 8)
-    rewards = torch.randn(groups * size, device=settings.device)
+def test_group_advantages(point: Point) -> None:
+    groups, size = point.size((8, 4), (128, 8))
+    rewards = torch.randn(groups * size, device=point.device)
     ids = np.repeat(np.arange(groups), size)
-    ones = torch.ones(groups * size, 1, dtype=torch.long, device=settings.device)
+    ones = torch.ones(groups * size, 1, dtype=torch.long, device=point.device)
 
     def eager(r: Tensor) -> Tensor:
         return standardized(r, size)
 
-    def oracle() -> tuple[Tensor]:
-        return (eager(rewards.double()).cpu(),)
-
     grpo = peer("verl.trainer.ppo.core_algos", "compute_grpo_outcome_advantage")
-    run(
-        Case(
-            op="group_advantages",
-            label=f"fp32 {groups} groups of {size}",
-            mode="forward",
-            inputs=(rewards,),
-            providers={
-                "eager": eager,
-                "compile": compiled(eager),
-                # One reward column, not one per token: the least that verl can be asked for.
-                "verl": grpo and (lambda r: grpo(r.clone().unsqueeze(1), ones, ids)[0].squeeze(1)),
-                "ours": lambda r: rk.group_advantages(r, size),
-            },
-            oracle=oracle,
-            moved=8 * rewards.numel(),
-            select=lambda t: t.cpu(),
-        )
+    # One reward column, not one per token: the least that verl can be asked for.
+    verl = grpo and (lambda r: grpo(r.clone().unsqueeze(1), ones, ids)[0].squeeze(1))
+    point(
+        op="group_advantages",
+        label=f"fp32 {groups} groups of {size}",
+        mode="forward",
+        inputs=(rewards,),
+        providers=against(eager, lambda r: rk.group_advantages(r, size), others={"verl": verl}),
+        oracle=lambda: (eager(rewards.double()).cpu(),),
+        moved=8 * rewards.numel(),
+        select=lambda t: t.cpu(),
     )

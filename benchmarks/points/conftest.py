@@ -1,8 +1,8 @@
 """Options of the benchmark suite, and what its JSON says about the machine."""
 
+import contextlib
 import json
 import platform
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 
 import rlhf_kernels as rk
 
-from ..harness import Case, Settings
+from ..harness import Case, Point, Settings
+from ..harness.clocks import device_name
 from ..harness.measure import measure, peak_alone
 
 _FAILURES = pytest.StashKey[list]()
@@ -78,11 +79,8 @@ def settings(request: pytest.FixtureRequest) -> Settings:
     rk.use_backend(_backend(request.config))
     device = torch.device(request.config.getoption("--device"))
     only = request.config.getoption("--providers")
-    return Settings(
-        device,
-        request.config.getoption("--quick"),
-        None if only is None else {"ours", *only.split(",")},
-    )
+    providers = None if only is None else {"ours", *only.split(",")}
+    return Settings(device, request.config.getoption("--quick"), providers)
 
 
 @pytest.fixture(autouse=True)
@@ -93,46 +91,41 @@ def _not_again(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture
-def run(
-    benchmark: Any, settings: Settings, request: pytest.FixtureRequest
-) -> Callable[[Case], None]:
+def point(benchmark: Any, settings: Settings, request: pytest.FixtureRequest) -> Point:
     """Measures a case and records it."""
     torch.manual_seed(0)
-    if (peak := request.config.option.peak) is not None:
-        name, out = peak
-        device = settings.device
-        return lambda case: Path(out).write_text(json.dumps(peak_alone(case, name, device)))
-    file, failures = request.config.option.records, request.config.stash[_FAILURES]
+    options, name = request.config.option, request.node.name
+    if options.peak is not None:
+        provider, out = options.peak
+
+        def peak(case: Case) -> None:
+            Path(out).write_text(json.dumps(peak_alone(case, provider, settings.device)))
+
+        return Point(settings, peak)
+    failures = request.config.stash[_FAILURES]
 
     def recorded(case: Case) -> None:
-        failed = len(failures)
+        before = len(failures)
         try:
             measure(benchmark, settings, failures, case)
         finally:
             # At once: the run may be cut off. A point that raised has neither.
-            for failure in failures[failed:]:
-                failure["name"] = request.node.name
-            found = failures[failed:] or ([benchmark.extra_info] if benchmark.extra_info else [])
-            if file is not None and found:
-                line = {
-                    "point": request.node.name,
-                    "backend": _backend(request.config),
-                    "failed": len(failures) > failed,
-                    **found[0],
-                }
-                with file.open("a") as out:
-                    out.write(json.dumps(line) + "\n")
+            failed = [f | {"name": name} for f in failures[before:]]
+            failures[before:] = failed
+            found = failed or ([benchmark.extra_info] if benchmark.extra_info else [])
+            if options.records is not None and found:
+                line = {"point": name, "backend": _backend(request.config), "failed": bool(failed)}
+                with options.records.open("a") as out:
+                    out.write(json.dumps({**line, **found[0]}) + "\n")
 
-    return recorded
+    return Point(settings, recorded)
 
 
 def _versions() -> dict[str, str]:
     found = {}
     for name in _PEERS:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -145,9 +138,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         cpu=cpu.get("brand_raw", platform.machine()),
         cores=cpu.get("count"),
         threads=torch.get_num_threads(),
-        device=str(device)
-        if device.type == "cpu"
-        else getattr(torch, device.type).get_device_name(device),
+        device=device_name(device),
         backend=_backend(config),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         system=platform.system(),

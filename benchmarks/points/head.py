@@ -10,10 +10,11 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from ..harness import Case, Missing, Provider, Settings, points
+from ..harness import Missing, Point, Provider, points, sized
 from ..harness.peers import kernel, peer
+from . import logprobs as of_logits
+from .policy import CLIP, CONFIG, terms
 
-CLIP = 0.2
 POLICY_TARGETS = {
     "fp32": {"eager": 1.4, "trl": 2, "GEMMs": 1 / 1.10},
     "bf16": {"eager": 1.8, "trl": 2, "GEMMs": 1 / 1.15},
@@ -42,21 +43,13 @@ GPU_SHAPES = {"gpu-bf16": (torch.bfloat16, 8192, 4096, 151936)}
 _TRL_CHUNK = peer("trl.trainer.utils", "_CHUNKED_LOGPROB_CHUNK_SIZE")
 
 
-def _operands(settings: Settings, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, n, width, vocab = (SHAPES | MODELS | GPU_SHAPES)[name]
-    if settings.quick:
-        n, width, vocab = 64, 32, 1000
-    device = settings.device
-    hidden = torch.randn(n, width, device=device).to(dtype)
-    weight = (torch.randn(vocab, width, device=device) * 2 / width**0.5).to(dtype)
-    labels = torch.randint(0, vocab, (n,), device=device)
+def _operands(point: Point, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, *full = (SHAPES | MODELS | GPU_SHAPES)[name]
+    n, width, vocab = point.size((64, 32, 1000), full)
+    hidden = torch.randn(n, width, device=point.device).to(dtype)
+    weight = (torch.randn(vocab, width, device=point.device) * 2 / width**0.5).to(dtype)
+    labels = torch.randint(0, vocab, (n,), device=point.device)
     return hidden.requires_grad_(), weight.requires_grad_(), labels
-
-
-def _label(name: str, hidden: Tensor, weight: Tensor) -> str:
-    dtype = "fp32" if hidden.dtype == torch.float32 else "bf16"
-    shape = f"{dtype} {hidden.shape[0]}×{hidden.shape[1]}×{weight.shape[0]}"
-    return shape + (f" ({name})" if name in MODELS else "")
 
 
 def gemms(hidden: Tensor, weight: Tensor, forward: int) -> Callable[[], None]:
@@ -74,13 +67,20 @@ def gemms(hidden: Tensor, weight: Tensor, forward: int) -> Callable[[], None]:
     return run
 
 
-def _moved(hidden: Tensor, weight: Tensor) -> int:
-    """Operands and their gradients."""
-    return 2 * (hidden.numel() + weight.numel()) * hidden.element_size()
-
-
-def _flops(hidden: Tensor, weight: Tensor, products: int) -> int:
-    return products * 2 * hidden.numel() * weight.shape[0]
+def _bounds(name: str, hidden: Tensor, weight: Tensor, forward: int) -> dict[str, Any]:
+    """What a point of these operands is called and held to."""
+    label = sized(hidden.dtype, *hidden.shape, len(weight))
+    return {
+        "label": label + (f" ({name})" if name in MODELS else ""),
+        "mode": "forward+backward",
+        # Operands and their gradients.
+        "moved": 2 * (hidden.nbytes + weight.nbytes),
+        "flops": (forward + 2) * 2 * hidden.numel() * len(weight),
+        "limit": "GEMMs",
+        "baselines": {"GEMMs": gemms(hidden, weight, forward)},
+        "least_rounds": 3 if name in MODELS else 7,
+        "rounded": hidden.dtype,
+    }
 
 
 def cce_head(device: torch.device) -> Provider | Missing:
@@ -94,22 +94,25 @@ def trl_head() -> Provider | Missing:
     function = peer("trl.trainer.utils", "_ChunkedLogProbFunction")
 
     def trl(hidden: Tensor, weight: Tensor, labels: Tensor, outputs: tuple[str, ...]) -> Any:
-        return function.apply(
-            hidden, weight, None, labels, 1.0, _TRL_CHUNK, None, 1.0, outputs
-        )  # fmt: skip
+        options = (1.0, _TRL_CHUNK, None, 1.0, outputs)
+        return function.apply(hidden, weight, None, labels, *options)
 
     return function and trl
 
 
+def verl_head() -> Provider | Missing:
+    """verl's fused head as (hidden, weight, labels) -> log-probabilities, entropies."""
+    function = peer("verl.utils.experimental.torch_functional", "FusedLinearForPPO")
+    return function and (lambda *inputs: function()(*inputs))
+
+
 def eager_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Autograd through the logits, as trainers without a fused head."""
-    logp = F.log_softmax((hidden @ weight.T).float(), dim=-1)
-    return logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return of_logits.eager(hidden @ weight.T, labels)
 
 
 def eager_both(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    logp = F.log_softmax((hidden @ weight.T).float(), dim=-1)
-    return logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1), -(logp.exp() * logp).sum(-1)
+    return of_logits.eager_entropy(hidden @ weight.T, labels)
 
 
 def _oracle(
@@ -151,13 +154,9 @@ LOGPROBS_POINTS = [
 
 
 @pytest.mark.parametrize(("name", "entropy"), LOGPROBS_POINTS)
-def test_linear_token_logprobs(
-    run: Callable[[Case], None], settings: Settings, name: str, entropy: bool
-) -> None:
-    hidden, weight, labels = _operands(settings, name)
-    upstream = tuple(
-        torch.randn(labels.shape, device=settings.device) for _ in range(2 if entropy else 1)
-    )
+def test_linear_token_logprobs(point: Point, name: str, entropy: bool) -> None:
+    hidden, weight, labels = _operands(point, name)
+    upstream = tuple(torch.randn(labels.shape, device=point.device) for _ in range(1 + entropy))
 
     def objective(logprobs: Tensor, entropies: Tensor, rows: slice) -> tuple[Tensor, ...]:
         outputs = (logprobs, entropies)[: len(upstream)]
@@ -168,56 +167,40 @@ def test_linear_token_logprobs(
         result = rk.linear_token_logprobs(hidden, weight, labels, entropy=entropy)
         return tuple(result) if entropy else (result.logprobs,)
 
-    of_trl = trl_head()
-    verl_head = peer("verl.utils.experimental.torch_functional", "FusedLinearForPPO")
+    of_trl, of_verl = trl_head(), verl_head()
     options = peer("torch.nn", "LinearCrossEntropyOptions")
     wanted = ("entropy",) if entropy else ()
 
     def trl(*inputs: Tensor) -> tuple[Tensor, ...]:
         return tuple(t for t in of_trl(*inputs, wanted) if t is not None)
 
-    def torch_fused(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        return -F.linear_cross_entropy(
-            hidden, weight, labels, reduction="none", options=options()
-        )  # fmt: skip
+    def torch_fused(*inputs: Tensor) -> Tensor:
+        return -F.linear_cross_entropy(*inputs, reduction="none", options=options())
 
     providers = {
         "eager": eager_both if entropy else eager_logprobs,
         "trl": of_trl and trl,
         # It has no form without the entropy, whose gradient then is zero.
-        "verl": verl_head and (lambda *inputs: verl_head()(*inputs)[: len(upstream)]),
+        "verl": of_verl and (lambda *inputs: of_verl(*inputs)[: len(upstream)]),
         "ours": ours,
     }
     if not entropy:
-        providers |= {
-            "torch fused": options and torch_fused,
-            "cce": cce_head(settings.device),
-        }
-    run(
-        Case(
-            op="linear_token_logprobs" + (" + entropy" if entropy else ""),
-            label=_label(name, hidden, weight),
-            mode="forward+backward",
-            inputs=(hidden, weight, labels),
-            providers=providers,
-            oracle=_oracle(hidden, weight, labels, objective),
-            moved=_moved(hidden, weight),
-            flops=_flops(hidden, weight, 4),
-            limit="GEMMs",
-            targets=LOGPROBS_TARGETS if name in SHAPES and not entropy else {},
-            upstream=upstream,
-            baselines={"GEMMs": gemms(hidden, weight, 2)},
-            least_rounds=3 if name in MODELS else 7,
-            rounded=hidden.dtype,
-        )
+        providers |= {"torch fused": options and torch_fused, "cce": cce_head(point.device)}
+    point(
+        op="linear_token_logprobs" + (" + entropy" if entropy else ""),
+        inputs=(hidden, weight, labels),
+        providers=providers,
+        oracle=_oracle(hidden, weight, labels, objective),
+        targets=LOGPROBS_TARGETS if name in SHAPES and not entropy else {},
+        upstream=upstream,
+        **_bounds(name, hidden, weight, 2),
     )
 
 
 @pytest.mark.parametrize("name", POINTS)
-def test_linear_policy_loss(run: Callable[[Case], None], settings: Settings, name: str) -> None:
-    hidden, weight, labels = _operands(settings, name)
-    shape = (SEQUENCES, hidden.shape[0] // SEQUENCES)
-    device = settings.device
+def test_linear_policy_loss(point: Point, name: str) -> None:
+    hidden, weight, labels = _operands(point, name)
+    shape, device = (SEQUENCES, hidden.shape[0] // SEQUENCES), point.device
     with torch.no_grad():
         start = eager_logprobs(hidden, weight, labels).view(shape)
     # Far from the bounds of the clip: a 16-bit product must not decide on which side a token is.
@@ -227,71 +210,53 @@ def test_linear_policy_loss(run: Callable[[Case], None], settings: Settings, nam
     mask = torch.ones(shape, dtype=torch.bool, device=device)
     weights = (mask.double() / mask.sum()).float()
 
-    def loss_of(logprobs: Tensor, old: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
-        ratio = (logprobs - old).exp()
-        clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
-        return -(torch.minimum(ratio * advantages, clipped * advantages) * weights).sum()
-
     def objective(logprobs: Tensor, _: Tensor, rows: slice) -> tuple[Tensor, ...]:
-        constants = (old, advantages.expand(shape), weights)
-        loss = loss_of(logprobs, *(t.flatten()[rows].double() for t in constants))
+        o, a, w = (t.flatten()[rows].double() for t in (old, advantages.expand(shape), weights))
+        loss = (terms(logprobs, o, a)[1] * w).sum()
         return loss.view(1), loss
 
     def oracle() -> tuple[Tensor, ...]:
         losses, *gradients = _oracle(hidden, weight, labels, objective)()
         return losses.sum(), *gradients
 
-    def after(function: Callable[..., Any]) -> Provider:
+    def after(function: Provider | Missing) -> Provider | Missing:
         def run(*given: Tensor) -> Tensor:
             *inputs, old, advantages, _, weights = given
-            return loss_of(function(*inputs).view(shape), old, advantages, weights)
+            return (terms(function(*inputs).view(shape), old, advantages)[1] * weights).sum()
 
-        return run
+        return function and run
+
+    def in_shape(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, weight, labels, old, advantages, mask, _ = given
+        return hidden.view(*shape, -1), weight, labels.view(shape), old, advantages[:, 0], mask
 
     def ours(*given: Tensor) -> tuple[Tensor, ...]:
-        hidden, weight, labels, old, advantages, mask, _ = given
-        result = rk.linear_policy_loss(
-            hidden.view(*shape, -1), weight, labels.view(shape), old, advantages.squeeze(1),
-            mask=mask, config=rk.PolicyLossConfig.ppo(clip_low=CLIP, clip_high=CLIP),
-        )  # fmt: skip
+        *tensors, mask = in_shape(given)
+        result = rk.linear_policy_loss(*tensors, mask=mask, config=CONFIG)
         return result.loss, result.metrics.tensor
 
-    of_trl = trl_head()
-    verl_head = peer("verl.utils.experimental.torch_functional", "FusedLinearForPPO")
-    cce = cce_head(device)
     liger_loss = peer("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
 
     def liger(*given: Tensor) -> Tensor:
-        hidden, weight, labels, old, advantages, mask, _ = given
+        hidden, weight, labels, old, advantages, mask = in_shape(given)
         function = liger_loss(beta=0.0, use_ref_model=False, epsilon_low=CLIP, epsilon_high=CLIP)
-        return function(
-            hidden.view(*shape, -1), weight, labels.view(shape), mask, advantages.squeeze(1),
-            old_per_token_logps=old,
-        )[0]  # fmt: skip
+        return function(hidden, weight, labels, mask, advantages, old_per_token_logps=old)[0]
 
-    run(
-        Case(
-            op="linear_policy_loss",
-            label=_label(name, hidden, weight),
-            mode="forward+backward",
-            inputs=(hidden, weight, labels, old, advantages, mask, weights),
-            providers={
-                "eager": after(eager_logprobs),
-                "trl": of_trl and after(lambda *inputs: of_trl(*inputs, ())[0]),
-                "verl": verl_head and after(lambda *inputs: verl_head()(*inputs)[0]),
-                "liger": liger_loss and liger,
-                "cce": cce and after(cce),
-                "ours": ours,
-            },
-            oracle=oracle,
-            moved=_moved(hidden, weight),
-            flops=_flops(hidden, weight, 3),
-            limit="GEMMs",
-            targets=POLICY_TARGETS.get(name, {}),
-            at_most={"extra_bytes": CHUNK_BYTES} if name in SHAPES else {},
-            outputs=1,
-            baselines={"GEMMs": gemms(hidden, weight, 1)},
-            least_rounds=3 if name in MODELS else 7,
-            rounded=hidden.dtype,
-        )
+    of_trl, of_verl = trl_head(), verl_head()
+    point(
+        op="linear_policy_loss",
+        inputs=(hidden, weight, labels, old, advantages, mask, weights),
+        providers={
+            "eager": after(eager_logprobs),
+            "trl": after(of_trl and (lambda *inputs: of_trl(*inputs, ())[0])),
+            "verl": after(of_verl and (lambda *inputs: of_verl(*inputs)[0])),
+            "liger": liger_loss and liger,
+            "cce": after(cce_head(device)),
+            "ours": ours,
+        },
+        oracle=oracle,
+        targets=POLICY_TARGETS.get(name, {}),
+        at_most={"extra_bytes": CHUNK_BYTES} if name in SHAPES else {},
+        outputs=1,
+        **_bounds(name, hidden, weight, 1),
     )

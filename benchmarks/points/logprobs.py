@@ -1,6 +1,5 @@
 """token_logprobs, with and without entropy, forward and backward."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,7 +9,7 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from ..harness import Case, Missing, Overwriting, Provider, Settings, compiled
+from ..harness import Missing, Overwriting, Point, Provider, against, exact, sized
 from ..harness.peers import kernel, peer, trl_kernel
 
 MODES = ("forward", "backward", "forward+backward")
@@ -29,26 +28,22 @@ _BACKWARD = {"eager": 5, "compile": 1.5, "copy": 0.6}
 _BOTH = {"eager": 5, "compile": 1.5}
 # Entropy may cost 15 %: the ratio of the time without it to the time with it.
 _FREE = 1 / 1.15
+_FP32 = {
+    ("forward", False): {"eager": 6, "compile": 1.6, "read": 0.6},
+    ("forward", True): {"eager": 15, "compile": 2, "no entropy": _FREE},
+}
+_BF16 = {
+    ("forward", False): {"eager": 12, "compile": 2},
+    ("forward", True): {"eager": 25, "compile": 3, "no entropy": _FREE},
+}
 SHAPES = {
-    "fp32": Shape(
-        *(torch.float32, 8, 256, 32768),
-        {
-            ("forward", False): {"eager": 6, "compile": 1.6, "read": 0.6},
-            ("forward", True): {"eager": 15, "compile": 2, "no entropy": _FREE},
-        },
-    ),
-    "bf16": Shape(
-        *(torch.bfloat16, 2, 128, 151936),
-        {
-            ("forward", False): {"eager": 12, "compile": 2},
-            ("forward", True): {"eager": 25, "compile": 3, "no entropy": _FREE},
-        },
-    ),
+    "fp32": Shape(torch.float32, 8, 256, 32768, _FP32),
+    "bf16": Shape(torch.bfloat16, 2, 128, 151936, _BF16),
 }
 # The other dtype on each of these.
 TARGETED_SHAPES = {
-    "bf16-2048x32768": Shape(torch.bfloat16, 8, 256, 32768, SHAPES["bf16"].targets),
-    "fp32-256x151936": Shape(torch.float32, 2, 128, 151936, SHAPES["fp32"].targets),
+    "bf16-2048x32768": Shape(torch.bfloat16, 8, 256, 32768, _BF16),
+    "fp32-256x151936": Shape(torch.float32, 2, 128, 151936, _FP32),
 }
 # The vocabularies of model families (Qwen's is above), 64 to 128 MiB of logits.
 FAMILIES = {
@@ -58,21 +53,15 @@ FAMILIES = {
     "gemma3": Shape(torch.bfloat16, 2, 64, 262208, {}),
 }
 
+# Ahead of every kernel that does the same. Liger has its gradient from the forward.
+_AHEAD = {"trl kernel": 1.0, "liger": 1.0, "flash-attn": 1.0}
 _GPU_TARGETS = {
-    ("forward", True): {"eager": 12, "trl": 12, "copy": 0.9},
-    ("backward", True): {"copy": 0.85},
-    ("forward", False): {"copy": 0.9},
-    ("backward", False): {"copy": 0.85},
-    ("forward+backward", False): {},
+    ("forward", True): {"eager": 12, "trl": 12, "copy": 0.9, "trl kernel": 1.0},
+    ("backward", True): {"copy": 0.85, "trl kernel": 1.0},
+    ("forward", False): {"copy": 0.9} | _AHEAD,
+    ("backward", False): {"copy": 0.85, "trl kernel": 1.0, "flash-attn": 1.0},
+    ("forward+backward", False): _AHEAD,
 }
-# Ahead of every kernel that does the same.
-_GPU_TARGETS = {
-    (mode, entropy): v
-    | dict.fromkeys(("trl kernel",) if entropy else ("trl kernel", "liger", "flash-attn"), 1.0)
-    for (mode, entropy), v in _GPU_TARGETS.items()
-}
-# Nothing to compare: Liger has its gradient from the forward.
-del _GPU_TARGETS["backward", False]["liger"]
 GPU_SHAPES = {
     "gpu-bf16": Shape(torch.bfloat16, 8, 1024, 151936, _GPU_TARGETS),
     "gpu-fp32": Shape(torch.float32, 1, 1024, 32000, {}),
@@ -82,14 +71,9 @@ GPU_SHAPES = {
 
 def _points(shape: str, modes: tuple[str, ...], entropies: tuple[bool, ...], *marks: Any) -> list:
     """(shape, entropy, mode) of every point of a shape."""
+    kinds = [(e, "entropy" if e else "logprobs", mode) for e in entropies for mode in modes]
     return [
-        pytest.param(
-            *(shape, entropy, mode),
-            id=f"{shape}-{'entropy' if entropy else 'logprobs'}-{mode}",
-            marks=marks,
-        )
-        for entropy in entropies
-        for mode in modes
+        pytest.param(shape, e, m, id=f"{shape}-{kind}-{m}", marks=marks) for e, kind, m in kinds
     ]
 
 
@@ -129,10 +113,7 @@ def _ours(entropy: bool) -> Provider:
 
 def _trl(batch: int, entropy: bool) -> Provider:
     # TRL passes [B, T, V] and loops over B, or, with bf16, over B again in bf16.
-    function = peer(
-        "trl.trainer.utils",
-        "selective_log_softmax_and_entropy" if entropy else "selective_log_softmax",
-    )
+    function = peer("trl.trainer.utils", "selective_log_softmax" + "_and_entropy" * entropy)
 
     def trl(logits: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, ...]:
         shaped = labels.view(batch, -1)
@@ -154,99 +135,61 @@ def _verl(entropy: bool) -> Provider:
     return logprobs and verl
 
 
-def _trl_kernel(entropy: bool, device: torch.device) -> Provider | Missing:
-    """It has no form without the entropy."""
-    function = Missing("needs a GPU") if device.type == "cpu" else trl_kernel()
-    return function and (lambda logits, labels: function(logits, labels)[: 2 if entropy else 1])
-
-
-def _liger(mode: str, device: torch.device) -> Provider | Missing:
-    if mode == "backward":
-        return Missing("its forward computes the gradient: see forward+backward")
-    function = kernel(device, "liger_kernel.transformers.functional", "liger_cross_entropy")
+def _cross_entropies(mode: str, device: torch.device) -> dict[str, Provider | Missing]:
+    """A cross entropy of its own for each token: the log-probability, negated."""
+    liger = kernel(device, "liger_kernel.transformers.functional", "liger_cross_entropy")
+    flash_attn = kernel(device, "flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
+    quack = kernel(device, "quack.cross_entropy", "cross_entropy")
     # It writes the gradient over the logits. Its loss has their dtype.
-    return function and Overwriting(
-        lambda logits, labels: -function(logits, labels, reduction="none")
-    )
-
-
-def _flash_attn(device: torch.device) -> Provider | Missing:
-    function = kernel(device, "flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
-    return function and (lambda logits, labels: -function(logits, labels)[0])
-
-
-def _quack(device: torch.device) -> Provider | Missing:
-    function = kernel(device, "quack.cross_entropy", "cross_entropy")
-    return function and (lambda logits, labels: -function(logits, labels, reduction="none"))
-
-
-def _oracle(
-    logits: Tensor, labels: Tensor, rows: Tensor, upstream: tuple[Tensor, ...], gradient: bool
-) -> Callable[[], tuple[Tensor, ...]]:
-    def oracle() -> tuple[Tensor, ...]:
-        z = logits.detach()[rows].double().requires_grad_(gradient)
-        logp = (z - z.logsumexp(-1, keepdim=True))[
-            torch.arange(len(rows), device=rows.device), labels[rows]
-        ]
-        p = z.softmax(-1)
-        entropy = z.logsumexp(-1) - (p * z).sum(-1)
-        outputs = (logp, entropy)[: len(upstream)]
-        if not gradient:
-            return outputs
-        gradients = torch.autograd.grad(outputs, z, [u[rows].double() for u in upstream])
-        return tuple(o.detach() for o in outputs) + gradients
-
-    return oracle
+    own = liger and Overwriting(lambda z, labels: -liger(z, labels, reduction="none"))
+    if mode == "backward":
+        own = Missing("its forward computes the gradient: see forward+backward")
+    return {
+        "liger": own,
+        "flash-attn": flash_attn and (lambda z, labels: -flash_attn(z, labels)[0]),
+        "quack": quack and (lambda z, labels: -quack(z, labels, reduction="none")),
+    }
 
 
 @pytest.mark.parametrize(("name", "entropy", "mode"), POINTS)
-def test_token_logprobs(
-    run: Callable[[Case], None], settings: Settings, name: str, entropy: bool, mode: str
-) -> None:
-    on_gpu = name in GPU_SHAPES
-    dtype, batch, length, vocab, targets = _ALL[name]
-    if settings.quick:
-        batch, length, vocab = 2, 12, 1000
-    n, device = batch * length, settings.device
-    logits = (torch.randn(n, vocab, device=device) * 2).to(dtype)
-    logits.requires_grad_(mode != "forward")
+def test_token_logprobs(point: Point, name: str, entropy: bool, mode: str) -> None:
+    on_gpu, gradient = name in GPU_SHAPES, mode != "forward"
+    dtype, *full, targets = _ALL[name]
+    batch, length, vocab = point.size((2, 12, 1000), full)
+    n, device = batch * length, point.device
+    logits = (torch.randn(n, vocab, device=device) * 2).to(dtype).requires_grad_(gradient)
     labels = torch.randint(0, vocab, (n,), device=device)
-    upstream = tuple(torch.randn(n, device=device) for _ in range(2 if entropy else 1))
+    upstream = tuple(torch.randn(n, device=device) for _ in range(1 + entropy))
     rows = torch.randperm(n, device=device)[:SAMPLED_ROWS]
-    plain = eager_entropy if entropy else eager
-    providers = {
-        "eager": plain,
-        "compile": compiled(plain),
+
+    def outputs(z: Tensor) -> tuple[Tensor, ...]:
+        own = z.gather(-1, labels[rows].unsqueeze(-1)).squeeze(-1)
+        logsumexp = z.logsumexp(-1)
+        return (own - logsumexp, logsumexp - (z.softmax(-1) * z).sum(-1))[: len(upstream)]
+
+    of_trl = trl_kernel() if device.type != "cpu" else Missing("needs a GPU")
+    others: dict[str, Provider | Missing] = {
         "trl": _trl(batch, entropy),
         "verl": _verl(entropy),
-        "trl kernel": _trl_kernel(entropy, device),
-        "ours": _ours(entropy),
+        # It has no form without the entropy.
+        "trl kernel": of_trl and (lambda z, labels: of_trl(z, labels)[: len(upstream)]),
     }
-    if not entropy:
-        # A cross entropy of its own for each token: the log-probability, negated.
-        providers |= {"liger": _liger(mode, device), "flash-attn": _flash_attn(device)}
-        providers["quack"] = _quack(device)
+    others |= {} if entropy else _cross_entropies(mode, device)
     wanted = targets.get((mode, entropy), {})
     if not on_gpu and name not in FAMILIES:
         wanted = targets.get((mode, entropy), _BACKWARD if mode == "backward" else _BOTH)
-    tensor_bytes = logits.numel() * logits.element_size()
     passes = {"forward": 1, "backward": 2, "forward+backward": 3}[mode]
-    run(
-        Case(
-            op="token_logprobs + entropy" if entropy else "token_logprobs",
-            label=f"{'fp32' if dtype is torch.float32 else 'bf16'} {n}×{vocab}"
-            + (f" ({name})" if name in FAMILIES else ""),
-            mode=mode,
-            inputs=(logits, labels),
-            providers=providers,
-            oracle=_oracle(logits, labels, rows, upstream, mode != "forward"),
-            moved=passes * tensor_bytes + 16 * n,
-            limit="read" if mode == "forward" and not on_gpu else "copy",
-            targets=wanted,
-            select=lambda t: t[rows],
-            upstream=upstream,
-            extra={"no entropy": _ours(False)}
-            if entropy and mode == "forward" and not on_gpu
-            else {},
-        )
+    point(
+        op="token_logprobs + entropy" if entropy else "token_logprobs",
+        label=sized(dtype, n, vocab) + (f" ({name})" if name in FAMILIES else ""),
+        mode=mode,
+        inputs=(logits, labels),
+        providers=against(eager_entropy if entropy else eager, _ours(entropy), others=others),
+        oracle=lambda: exact(outputs, [logits[rows]], [u[rows] for u in upstream], gradient),
+        moved=passes * logits.nbytes + 16 * n,
+        limit="copy" if gradient or on_gpu else "read",
+        targets=wanted,
+        select=lambda t: t[rows],
+        upstream=upstream,
+        extra={"no entropy": _ours(False)} if entropy and not (gradient or on_gpu) else {},
     )

@@ -1,14 +1,12 @@
 """policy_loss: the clipped loss with its metrics, padded and packed, forward and backward."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
 import rlhf_kernels as rk
 
-from ..harness import Case, Settings, compiled, points
+from ..harness import Point, against, exact, points, sized
 from ..harness.peers import peer, verl_actor_config
 from ..harness.ragged import described, offsets, padded, response_lengths
 
@@ -26,89 +24,70 @@ CONFIG, GRPO = rk.PolicyLossConfig.ppo(**OPTIONS), rk.PolicyLossConfig.grpo(kl_c
 LONGEST = 8192
 
 
+def terms(logprobs: Tensor, old: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each token: the log-ratio, the clipped loss, and whether the clip decided it."""
+    log_ratio = logprobs - old
+    ratio = log_ratio.exp()
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - CLIP, 1 + CLIP)
+    return log_ratio, torch.maximum(plain, clipped), clipped > plain
+
+
 def eager(
     logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, weights: Tensor, *_: Tensor
 ) -> tuple[Tensor, ...]:
     """The loss and the metrics that trainers log: clip fraction and approximate KL."""
     count = weights.sum()
-    log_ratio = logprobs - old
-    ratio = log_ratio.exp()
-    plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - CLIP, 1 + CLIP)
-    loss = (torch.maximum(plain, clipped) * weights).sum() / count
+    log_ratio, losses, is_clipped = terms(logprobs, old, advantages)
+    loss = (losses * weights).sum() / count
     with torch.no_grad():
-        clip_fraction = ((clipped > plain) * weights).sum() / count
         kl = (-log_ratio * weights).sum() / count
-    return loss, clip_fraction, kl
+    return loss, (is_clipped * weights).sum() / count, kl
 
 
-def ours(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, weights: Tensor, *_: Tensor
-) -> tuple[Tensor, ...]:
-    result = rk.policy_loss(logprobs, old, advantages, mask=mask, config=CONFIG)
+def ours(*given: Tensor) -> tuple[Tensor, ...]:
+    result = rk.policy_loss(*given[:3], mask=given[3], config=CONFIG)
     return result.loss, result.metrics.tensor
 
 
-def _log_ratios(old: Tensor) -> Tensor:
-    """None so near a clip bound that rounding decides its branch: no oracle could judge it."""
+def _steps(old: Tensor) -> Tensor:
+    """New log-probabilities: none so near a clip's bound that rounding decides its branch."""
     log_ratio = 0.2 * torch.randn_like(old)
     near = (log_ratio.exp() - 1).abs().sub(CLIP).abs() < 1e-4
-    return log_ratio.masked_fill(near, 0)
+    return (old + log_ratio.masked_fill(near, 0)).requires_grad_()
 
 
-def _exact(logprobs: Tensor, old: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of each token and its derivative, in fp64."""
-    x, a = logprobs.detach().double() - old.double(), advantages.double()
-    ratio = x.exp()
-    clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
-    use_plain = ratio * a <= clipped * a
-    return -torch.where(use_plain, ratio, clipped) * a, torch.where(use_plain, -ratio * a, 0.0)
+def _exact(logprobs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+    """Loss of each token, in fp64: no oracle could judge a token on a bound."""
+    return terms(logprobs.double(), old.double(), advantages.double())[1]
 
 
 @pytest.mark.parametrize("name", points(SHAPES, GPU_SHAPES, FULL_SHAPES))
-def test_policy_loss(run: Callable[[Case], None], settings: Settings, name: str) -> None:
-    device = settings.device
-    shape = (4, 50) if settings.quick else (SHAPES | FULL_SHAPES | GPU_SHAPES)[name]
-    old = -torch.rand(shape, device=device) * 5
-    logprobs = (old + _log_ratios(old)).requires_grad_()
+def test_policy_loss(point: Point, name: str) -> None:
+    shape = point.size((4, 50), (SHAPES | FULL_SHAPES | GPU_SHAPES)[name])
+    old = -torch.rand(shape, device=point.device) * 5
+    logprobs = _steps(old)
     advantages = torch.randn_like(old) + 0.5
-    mask = padded(shape, device)
-
-    def oracle() -> tuple[Tensor, ...]:
-        losses, slopes = _exact(logprobs[mask], old[mask], advantages[mask])
-        gradient = torch.zeros(shape, dtype=torch.float64, device=device)
-        gradient[mask] = slopes / len(slopes)
-        return losses.mean(), gradient
-
+    mask = padded(shape, point.device)
     verl = peer("verl.trainer.ppo.core_algos", "compute_policy_loss_vanilla")
     config = verl_actor_config()
 
-    def vanilla(
-        logprobs: Tensor, old: Tensor, advantages: Tensor, *masks: Tensor
-    ) -> tuple[Tensor, ...]:
+    def vanilla(new: Tensor, old: Tensor, advantages: Tensor, *masks: Tensor) -> Tensor:
         # Its metrics are Python floats: that is part of what it costs.
-        loss, _ = verl(old, logprobs, advantages, masks[-1], "token-mean", config=config)
-        return (loss,)
+        return verl(old, new, advantages, masks[-1], "token-mean", config=config)[0]
 
-    run(
-        Case(
-            op="policy_loss",
-            label=f"fp32 {shape[0]}×{shape[1]}",
-            mode="forward+backward",
-            inputs=(logprobs, old, advantages, mask, mask.float(), mask.long()),
-            providers={
-                "eager": eager,
-                "compile": compiled(eager),
-                "verl": verl and config and vanilla,
-                "ours": ours,
-            },
-            oracle=oracle,
-            # Three tensors and the bool mask in, the gradient out.
-            moved=17 * logprobs.numel(),
-            targets=TARGETS.get(name, {}),
-            at_most=GPU_AT_MOST.get(name, {}),
-            outputs=1,
-        )
+    point(
+        op="policy_loss",
+        label=sized(old.dtype, *shape),
+        mode="forward+backward",
+        inputs=(logprobs, old, advantages, mask, mask.float(), mask.long()),
+        providers=against(eager, ours, others={"verl": verl and config and vanilla}),
+        oracle=lambda: exact(lambda x: _exact(x, old, advantages)[mask].mean(), [logprobs]),
+        # Three tensors and the bool mask in, the gradient out.
+        moved=17 * logprobs.numel(),
+        targets=TARGETS.get(name, {}),
+        at_most=GPU_AT_MOST.get(name, {}),
+        outputs=1,
     )
 
 
@@ -121,78 +100,56 @@ def eager_packed(
     *_: Tensor,
 ) -> tuple[Tensor, ...]:
     """GRPO's mean over sequences of the mean over tokens; `owners` [N]: each token's sequence."""
-    a = advantages[owners]
-    log_ratio = logprobs - old
-    ratio = log_ratio.exp()
-    plain = -a * ratio
-    clipped = -a * ratio.clamp(1 - CLIP, 1 + CLIP)
-    sums = torch.zeros_like(advantages).index_add(0, owners, torch.maximum(plain, clipped))
+    log_ratio, losses, is_clipped = terms(logprobs, old, advantages[owners])
+    sums = torch.zeros_like(advantages).index_add(0, owners, losses)
     loss = (sums / cu_seqlens.diff()).mean()
     with torch.no_grad():
-        clip_fraction, kl = (clipped > plain).float().mean(), -log_ratio.mean()
-    return loss, clip_fraction, kl
+        return loss, is_clipped.float().mean(), -log_ratio.mean()
+
+
+def ours_packed(*given: Tensor) -> tuple[Tensor, ...]:
+    *tensors, _, cu_seqlens, mask = given[:6]
+    result = rk.policy_loss(*tensors, mask=mask, cu_seqlens=cu_seqlens, config=GRPO)
+    return result.loss, result.metrics.tensor
 
 
 @pytest.mark.parametrize("name", points((), (), {"256": 256}))
-def test_policy_loss_packed(run: Callable[[Case], None], settings: Settings, name: str) -> None:
-    device = settings.device
-    count, longest = (4, 50) if settings.quick else (int(name), LONGEST)
+def test_policy_loss_packed(point: Point, name: str) -> None:
+    device = point.device
+    count, longest = point.size((4, 50), (int(name), LONGEST))
     lengths = response_lengths(count, longest, device)
     owners = torch.arange(count, device=device).repeat_interleave(lengths)
     old = -torch.rand(len(owners), device=device) * 5
-    logprobs = (old + _log_ratios(old)).requires_grad_()
+    logprobs = _steps(old)
     advantages = torch.randn(count, device=device)
     grid = padded((count, longest), device, lengths)
     slots = grid.flatten().nonzero().squeeze(1)
+    mask = torch.ones_like(owners, dtype=torch.bool)
 
-    def oracle() -> tuple[Tensor, ...]:
-        losses, slopes = _exact(logprobs, old, advantages[owners])
-        means = [x.mean() for x in losses.split(lengths.tolist())]
-        return torch.stack(means).mean(), slopes / (lengths[owners] * count)
-
-    def ours_packed(*given: Tensor) -> tuple[Tensor, ...]:
-        logprobs, old, advantages, _, cu_seqlens, mask, *_ = given
-        result = rk.policy_loss(
-            logprobs, old, advantages, mask=mask, cu_seqlens=cu_seqlens, config=GRPO
-        )
-        return result.loss, result.metrics.tensor
+    def loss(logprobs: Tensor) -> Tensor:
+        losses = _exact(logprobs, old, advantages[owners]).split(lengths.tolist())
+        return torch.stack([x.mean() for x in losses]).mean()
 
     verl = peer("verl.trainer.ppo.core_algos", "compute_policy_loss_vanilla")
     config = verl_actor_config()
 
-    def vanilla(*given: Tensor) -> tuple[Tensor, ...]:
+    def vanilla(*given: Tensor) -> Tensor:
         # It takes padded tensors alone.
-        logprobs, old, advantages, *_, slots, response_mask = given
-        shape = response_mask.shape
-        grids = (
-            x.new_zeros(response_mask.numel()).index_copy(0, slots, x).view(shape)
-            for x in (old, logprobs)
-        )
-        loss, _ = verl(
-            *grids, advantages.unsqueeze(1).expand(shape), response_mask,
-            "seq-mean-token-mean", config=config,
-        )  # fmt: skip
-        return (loss,)
+        logprobs, old, advantages, *_, slots, kept = given
+        empty = torch.zeros(kept.numel(), device=kept.device)
+        grids = (empty.index_copy(0, slots, x).view(kept.shape) for x in (old, logprobs))
+        grids = (*grids, advantages.unsqueeze(1).expand(kept.shape))
+        return verl(*grids, kept, "seq-mean-token-mean", config=config)[0]
 
-    mask = torch.ones_like(owners, dtype=torch.bool)
-    run(
-        Case(
-            op="policy_loss packed",
-            label=f"fp32 {described(lengths, longest)}",
-            mode="forward+backward",
-            inputs=(
-                *(logprobs, old, advantages, owners, offsets(lengths), mask),
-                *(slots, grid.long()),
-            ),
-            providers={
-                "eager": eager_packed,
-                "compile": compiled(eager_packed),
-                "verl": verl and config and vanilla,
-                "ours": ours_packed,
-            },
-            oracle=oracle,
-            # Two tensors and the bool mask in, the gradient out.
-            moved=13 * len(owners),
-            outputs=1,
-        )
+    tensors = (logprobs, old, advantages, owners, offsets(lengths), mask, slots, grid.long())
+    point(
+        op="policy_loss packed",
+        label=f"fp32 {described(lengths, longest)}",
+        mode="forward+backward",
+        inputs=tensors,
+        providers=against(eager_packed, ours_packed, others={"verl": verl and config and vanilla}),
+        oracle=lambda: exact(loss, [logprobs]),
+        # Two tensors and the bool mask in, the gradient out.
+        moved=13 * len(owners),
+        outputs=1,
     )

@@ -1,7 +1,5 @@
 """token_logprobs over the tokens that a sampler's top-k kept, forward and forward + backward."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +7,7 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from ..harness import Case, Settings, compiled, points
+from ..harness import Point, against, exact, points, sized
 
 SAMPLED_ROWS = 16
 # dtype, tokens, vocabulary, how many of it each token's sampler kept.
@@ -31,12 +29,10 @@ def ours(logits: Tensor, labels: Tensor, _: Tensor, indptr: Tensor, indices: Ten
 
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 @pytest.mark.parametrize("name", points(SHAPES, GPU_SHAPES, FULL_SHAPES))
-def test_token_logprobs_support(
-    run: Callable[[Case], None], settings: Settings, name: str, mode: str
-) -> None:
-    dtype, n, vocab, k = (SHAPES | FULL_SHAPES | GPU_SHAPES)[name]
-    n, vocab, k = (24, 1000, 8) if settings.quick else (n, vocab, k)
-    device, gradient = settings.device, mode != "forward"
+def test_token_logprobs_support(point: Point, name: str, mode: str) -> None:
+    dtype, *full = (SHAPES | FULL_SHAPES | GPU_SHAPES)[name]
+    n, vocab, k = point.size((24, 1000, 8), full)
+    device, gradient = point.device, mode != "forward"
     logits = (torch.randn(n, vocab, device=device) * 2).to(dtype)
     kept = logits.topk(k, sorted=False).indices
     labels = kept[torch.arange(n, device=device), torch.randint(0, k, (n,), device=device)]
@@ -45,26 +41,20 @@ def test_token_logprobs_support(
     rows = torch.randperm(n, device=device)[:SAMPLED_ROWS]
     logits.requires_grad_(gradient)
 
-    def oracle() -> tuple[Tensor, ...]:
-        z = logits.detach()[rows].double().requires_grad_(gradient)
+    def logprobs(z: Tensor) -> Tensor:
         own = z.gather(-1, labels[rows].unsqueeze(-1)).squeeze(-1)
-        logp = own - z.gather(-1, kept[rows]).logsumexp(-1)
-        if not gradient:
-            return (logp,)
-        return logp.detach(), *torch.autograd.grad(logp, z, upstream[rows].double())
+        return own - z.gather(-1, kept[rows]).logsumexp(-1)
 
     entry = 8 + logits.element_size()
-    run(
-        Case(
-            op="token_logprobs, support",
-            label=f"{'fp32' if dtype is torch.float32 else 'bf16'} {n}×{vocab}, {k} kept",
-            mode=mode,
-            inputs=(logits, labels, kept, indptr, kept.flatten()),
-            providers={"eager": eager, "compile": compiled(eager), "ours": ours},
-            oracle=oracle,
-            # Kept logits and their places; backward writes every gradient, nearly all of them 0.
-            moved=n * k * entry + gradient * logits.numel() * logits.element_size(),
-            select=lambda t: t[rows],
-            upstream=(upstream,),
-        )
+    point(
+        op="token_logprobs, support",
+        label=f"{sized(dtype, n, vocab)}, {k} kept",
+        mode=mode,
+        inputs=(logits, labels, kept, indptr, kept.flatten()),
+        providers=against(eager, ours),
+        oracle=lambda: exact(logprobs, [logits[rows]], [upstream[rows]], gradient),
+        # Kept logits and their places; backward writes every gradient, nearly all of them 0.
+        moved=n * k * entry + gradient * logits.nbytes,
+        select=lambda t: t[rows],
+        upstream=(upstream,),
     )

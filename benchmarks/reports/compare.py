@@ -11,7 +11,6 @@ Exit status: 0 none is worse; 1 one is worse, a point of ours fails, or the run 
 2 nothing can be compared.
 """
 
-import argparse
 import json
 import math
 import subprocess
@@ -21,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import ROOT
+from .. import ROOT, divided, make_parser
 from .tables import table
 
 TOLERANCE = 0.10
@@ -111,18 +110,17 @@ def compare(base: Entry, new: Entry, tolerance: float, status: int = 0) -> int:
     """Prints the table and what could not be compared; the exit status. `status`: the new run's."""
     for line in unlike(base, new, REMARKED):
         print(f"Not the same {line}")
-    differences = unlike(base, new, SAME)
     found = list(changes(base, new, tolerance))
     rows = [c for c in found if isinstance(c, Change)]
-    if differences or not rows:
-        for line in [*differences, *([] if rows else ["no point is in both runs"])]:
-            print(f"Cannot be compared: {line}", file=sys.stderr)
+    reasons = unlike(base, new, SAME) + ([] if rows else ["no point is in both runs"])
+    for line in reasons:
+        print(f"Cannot be compared: {line}", file=sys.stderr)
+    if reasons:
         return 2
-    cells = [
-        [title(c.point), c.other, f"{c.base:.3g}", f"{c.new:.3g}", f"{c.factor - 1:+.0%}",
-         f"{c.allowed - 1:+.0%}", c.verdict]
-        for c in sorted(rows, key=lambda c: c.allowed / c.factor)
-    ]  # fmt: skip
+    cells = []
+    for c in sorted(rows, key=lambda c: c.allowed / c.factor):
+        figures = f"{c.base:.3g}", f"{c.new:.3g}", f"{c.factor - 1:+.0%}", f"{c.allowed - 1:+.0%}"
+        cells.append([title(c.point), c.other, *figures, c.verdict])
     head = ["point", "ours over", "base", "new", "change", "allowed", ""]
     print("\n".join(["", *table(head, cells, left=2, right=1), ""]))
     failures = [f"{f['op']} {f['label']} {f['mode']}" for f in new["failures"]]
@@ -161,22 +159,18 @@ def measure(base: Entry, folder: Path, rest: list[str]) -> tuple[Entry, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("base", type=Path, help="JSON of the earlier run")
     parser.add_argument("--new", type=Path, help="JSON of the later run; default: run it now")
-    parser.add_argument(
-        "--tolerance", type=float, default=TOLERANCE, help="rise that is no matter; default 0.1"
-    )
-    words = sys.argv[1:] if argv is None else argv
-    at = words.index("--") if "--" in words else len(words)
-    args = parser.parse_args(words[:at])
+    rise = "rise that is no matter; default 0.1"
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help=rise)
+    own, rest = divided(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(own)
     base = json.loads(args.base.read_text())
     if args.new is not None:
         return compare(base, json.loads(args.new.read_text()), args.tolerance)
     with tempfile.TemporaryDirectory() as folder:
-        new, status = measure(base, Path(folder), words[at + 1 :])
+        new, status = measure(base, Path(folder), rest)
     return compare(base, new, args.tolerance, status)
 
 

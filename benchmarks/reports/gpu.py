@@ -72,15 +72,7 @@ def bench_lines(points: list[dict[str, Any]], quick: bool) -> list[str]:
         "the call returns. GB/s: bytes that the operation must move at least, over its time. Of "
         "the limit: time of a copy of as many bytes in the same rounds, over ours.",
     ]
-    absent: dict[str, set[str]] = {}
-    for p in points:
-        for name, found in p["providers"].items():
-            reason = found.get("error") or found.get("skipped")
-            if reason:
-                absent.setdefault(f"{name}: {reason}", set()).add(f"{p['op']} {p['label']}")
-    if absent:
-        lines += ["", "Without a time:", ""]
-        lines += [f"- {reason} ({len(where)} points)" for reason, where in absent.items()]
+    lines += suite.problem_lines(points)
     lines += ["", "cut-cross-entropy has no operation on logits: it starts at the hidden states."]
     return lines
 

@@ -14,6 +14,11 @@ from .tables import mebibytes, milliseconds, table
 NO_BYTES = 1 << 20
 #: How far the fit may lie from the expected slope: caches and overheads bend a line.
 NEAR = 0.15
+#: Of the JSON's figures, their expected slopes, and how a plot shows them.
+KINDS = (
+    ("seconds", "time", "time, ms", 1e3),
+    ("bytes", "memory", "memory beyond results, MiB", 1 / 2**20),
+)
 Curve = dict[str, Any]
 
 
@@ -62,7 +67,7 @@ def rows(curves: dict[str, list[Curve]]) -> list[list[str]]:
     for op, parts in curves.items():
         for curve in parts:
             xs = curve["xs"]
-            for what, key in (("seconds", "time"), ("bytes", "memory")):
+            for what, key, *_ in KINDS:
                 ys = series(curve, what)
                 if "ours" not in ys:
                     continue
@@ -78,6 +83,13 @@ def rows(curves: dict[str, list[Curve]]) -> list[list[str]]:
 
 
 HEAD = ("operation", "along", "of", "expected slope", "ours", "", "others", "at the largest")
+
+
+def _plot(curve: Curve, what: str, key: str, label: str, unit: float) -> charts.Plot:
+    ys = {n: [y * unit for y in v] for n, v in series(curve, what).items()}
+    names = {n: f"{n}: slope {slope_text(curve['xs'], v)}" for n, v in ys.items()}
+    axis = f"{curve['axis']} ({curve['fixed']})"
+    return charts.Plot(axis, label, curve["xs"], ys, names, curve["expected"][key])
 
 
 def picture_file(file: Path, op: str) -> Path:
@@ -100,18 +112,6 @@ def lines(file: Path) -> list[str]:
     ]
     for op, parts in curves.items():
         picture = picture_file(file, op)
-        plots = []
-        for curve in parts:
-            row = []
-            for what, label in (("seconds", "time, ms"), ("bytes", "memory beyond results, MiB")):
-                unit, expected = 1e3, curve["expected"]["time"]
-                if what == "bytes":
-                    unit, expected = 1 / 2**20, curve["expected"]["memory"]
-                ys = {n: [y * unit for y in v] for n, v in series(curve, what).items()}
-                names = {n: f"{n}: slope {slope_text(curve['xs'], v)}" for n, v in ys.items()}
-                axis = f"{curve['axis']} ({curve['fixed']})"
-                row.append(charts.Plot(axis, label, curve["xs"], ys, names, expected))
-            plots.append(row)
-        charts.curves(plots, picture, op)
+        charts.curves([[_plot(c, *kind) for kind in KINDS] for c in parts], picture, op)
         found += ["", f"![{op}]({picture.name})"]
     return found

@@ -7,13 +7,13 @@ Writes <name>.md and <name>.svg beside the JSON and prints the Markdown; what `g
 prints the README's tables.
 """
 
-import argparse
 import json
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .. import make_parser
 from . import charts, growth, step
 from .tables import bold_if, mebibytes, milliseconds, multiple, table
 
@@ -78,12 +78,6 @@ def rate(entry: Entry) -> str:
     return f"{entry['moved'] / ours / 1e9:.3g} GB/s"
 
 
-def judged(entry: Entry) -> list[tuple[str, float, float]]:
-    """(provider, least ratio wanted, ratio measured) of each target that could be measured."""
-    found = ((n, least, ratio(entry, n)) for n, least in entry["targets"].items())
-    return [(n, least, r) for n, least, r in found if r is not None]
-
-
 def position(entry: Entry) -> int:
     """Where the operation stands in ORDER."""
     return next((i for i, o in enumerate(ORDER) if entry["op"].startswith(o)), len(ORDER))
@@ -100,18 +94,18 @@ def target_text(entry: Entry, quick: bool) -> str:
     """Whether the targets are met, and else which of them is not; they are about real shapes."""
     if quick or not entry["targets"]:
         return ""
-    results = judged(entry)
+    found = {name: ratio(entry, name) for name in entry["targets"]}
     missed = [
         f"{name} {least:.0%}" if name in LIMITS else f"{name} {least:.3g}×"
-        for name, least, r in results
-        if r < least
+        for name, least in entry["targets"].items()
+        if found[name] is not None and found[name] < least
     ]
     memory = excess(entry)
     if memory and memory[0] > memory[1]:
         missed.append(f"memory {memory[1] / 2**20:.0f} MiB")
     if missed:
         return "missed: " + ", ".join(missed)
-    unknown = [n for n in entry["targets"] if ratio(entry, n) is None]
+    unknown = [name for name, measured in found.items() if measured is None]
     if "extra_bytes" in entry.get("at_most", {}) and not memory:
         unknown.append("memory")
     return "met" + (f"; not measured: {', '.join(unknown)}" if unknown else "")
@@ -185,11 +179,9 @@ def targets_table(entries: list[Entry]) -> list[str]:
             continue
         wanted = dict(e["targets"])
         eager, compiled = wanted.pop("eager", None), wanted.pop("compile", None)
-        if wanted.pop("vectorized", None) is not None:
-            # Of any vectorised form: the faster one.
-            found = ratio(e, "compile", "vectorized")
-        else:
-            found = ratio(e, "compile")
+        # Of any vectorised form: the faster one.
+        vectorized = wanted.pop("vectorized", None) is not None
+        found = ratio(e, "compile", *(["vectorized"] if vectorized else []))
         cells = ["" if eager is None else _against("eager", eager, ratio(e, "eager"))]
         cells.append("" if compiled is None else _against("compile", compiled, found))
         limits = [n for n in wanted if n in LIMITS]
@@ -230,30 +222,27 @@ def memory_lines(entries: list[Entry]) -> list[str]:
         if not holds_logits(e):
             continue
         peaks = {n: p for n, p in e["providers"].items() if p.get("peak_bytes")}
-        if "ours" in peaks:
-            row = ", ".join(
-                f"{PEERS.get(n, n)} {mebibytes(p['peak_bytes'])}{'*' * bool(p.get('fresh'))}"
-                for n, p in peaks.items()
-            )
-            lines.append(f"- {e['op']}, {e['label']}: {row}")
+        cells = [
+            f"{PEERS.get(n, n)} {mebibytes(p['peak_bytes'])}{'*' * bool(p.get('fresh'))}"
+            for n, p in peaks.items()
+        ]
+        lines += [f"- {e['op']}, {e['label']}: {', '.join(cells)}"] if "ours" in peaks else []
     note = "Peak beyond the inputs, forward+backward, results included, MiB; *: in a fresh process."
     return ["", "## Memory", note, "", *lines] if lines else []
 
 
-def problem_lines(data: Entry, entries: list[Entry]) -> list[str]:
+def problem_lines(entries: list[Entry]) -> list[str]:
     """Points without a time, and why; each reason once."""
     found: dict[str, list[str]] = {}
-    for e in [*entries, *data["failures"]]:
+    for e in entries:
         for name, p in e["providers"].items():
             reason = p.get("error") or p.get("skipped")
             if reason:
                 kind = "failed" if "error" in p else "skipped"
                 point = f"{e['op']} {e['label']} {e['mode']}"
                 found.setdefault(f"{name} {kind}: {reason}", []).append(point)
-    lines = []
-    for reason, points in found.items():
-        where = points[0] if len(points) == 1 else f"{len(points)} points"
-        lines.append(f"- {reason} ({where})")
+    where = {r: p[0] if len(p) == 1 else f"{len(p)} points" for r, p in found.items()}
+    lines = [f"- {reason} ({points})" for reason, points in where.items()]
     return ["", "## Without a time", "", *lines] if lines else []
 
 
@@ -292,7 +281,8 @@ def markdown(data: Entry, entries: list[Entry], pictures: list[str]) -> str:
     losses = list(lost(entries))
     if losses:
         lines += ["", "## Where something else is faster", "Its time over ours.", "", *losses]
-    return "\n".join([*lines, *memory_lines(entries), *problem_lines(data, entries)]) + "\n"
+    lines += memory_lines(entries) + problem_lines([*entries, *data["failures"]])
+    return "\n".join(lines) + "\n"
 
 
 def picture(entries: list[Entry], file: Path, note: str) -> None:
@@ -323,9 +313,7 @@ def read(file: Path) -> tuple[Entry, list[Entry]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("json", type=Path, help="results of a run")
     parser.add_argument("--readme", action="store_true", help="print the README's tables alone")
     args = parser.parse_args(argv)

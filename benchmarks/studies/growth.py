@@ -13,7 +13,8 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -59,13 +60,12 @@ class Curve(NamedTuple):
     memory: float | None
 
 
-def differentiated(
-    function: Callable[..., tuple[Tensor, ...]], leaves: tuple[Tensor, ...], checked: int
-) -> Call:
-    """`checked` outputs of `function(*leaves)` and the gradients of their sum."""
+def differentiated(function: Callable[..., Any], leaves: Sequence[Tensor]) -> Call:
+    """Outputs of `function(*leaves)` and the gradients of their sum."""
 
     def call() -> tuple[Tensor, ...]:
-        outputs = function(*leaves)[:checked]
+        found = function(*leaves)
+        outputs = (found,) if isinstance(found, Tensor) else tuple(found)
         return *outputs, *torch.autograd.grad([o.sum() for o in outputs], leaves)
 
     return call
@@ -74,20 +74,16 @@ def differentiated(
 def logprobs(tokens: int, vocab: int = VOCAB) -> Calls:
     logits = (torch.randn(tokens, vocab) * 2).requires_grad_()
     labels = torch.randint(0, vocab, (tokens,))
-    functions = {
-        "ours": lambda z: tuple(rk.token_logprobs(z, labels, entropy=True)),
-        "eager": lambda z: logprobs_points.eager_entropy(z, labels),
-    }
-    return {n: differentiated(f, (logits,), 2) for n, f in functions.items()}
+    ours = partial(rk.token_logprobs, labels=labels, entropy=True)
+    eager = partial(logprobs_points.eager_entropy, labels=labels)
+    return {n: differentiated(f, [logits]) for n, f in (("ours", ours), ("eager", eager))}
 
 
 def divergence(tokens: int, vocab: int = VOCAB) -> Calls:
     ref = torch.randn(tokens, vocab) * 2
     logits = ref + 0.3 * torch.randn_like(ref)
-    return {
-        "ours": lambda: (rk.kl_divergence(logits, ref),),
-        "eager": lambda: (kl.eager_divergence(logits, ref),),
-    }
+    functions = {"ours": rk.kl_divergence, "eager": kl.eager_divergence}
+    return {n: lambda f=f: (f(logits, ref),) for n, f in functions.items()}
 
 
 def gae(length: int, sequences: int = 64) -> Calls:
@@ -110,7 +106,7 @@ def policy(tokens: int, length: int = 2048) -> Calls:
     mask = torch.ones(shape, dtype=torch.bool)
     rest = (old, torch.randn(shape), mask, mask.float())
     functions = {"ours": policy_points.ours, "eager": policy_points.eager}
-    return {n: differentiated(lambda x, f=f: f(x, *rest), (new,), 1) for n, f in functions.items()}
+    return {n: differentiated(lambda x, f=f: f(x, *rest)[0], [new]) for n, f in functions.items()}
 
 
 def head(tokens: int, vocab: int = VOCAB) -> Calls:
@@ -118,73 +114,67 @@ def head(tokens: int, vocab: int = VOCAB) -> Calls:
     weight = (torch.randn(vocab, WIDTH) * 2 / WIDTH**0.5).bfloat16().requires_grad_()
     labels = torch.randint(0, vocab, (1, tokens))
     old, advantages = torch.full((1, tokens), -math.log(vocab)), torch.randn(1, tokens)
-    mask = torch.ones(1, tokens, dtype=torch.bool)
-    config = rk.PolicyLossConfig.reinforce()
+    rest = {"mask": torch.ones(1, tokens, dtype=torch.bool)}
+    rest["config"] = rk.PolicyLossConfig.reinforce()
 
-    def ours(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        args = (hidden, weight, labels, old, advantages, mask)
-        return (rk.linear_policy_loss(*args[:5], mask=args[5], config=config).loss,)
+    def ours(hidden: Tensor, weight: Tensor) -> Tensor:
+        return rk.linear_policy_loss(hidden, weight, labels, old, advantages, **rest).loss
 
-    def after(logprobs: Tensor) -> tuple[Tensor, ...]:
-        return (rk.policy_loss(logprobs, old, advantages, mask=mask, config=config).loss,)
+    def after(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda h, w: rk.policy_loss(function(h, w, labels), old, advantages, **rest).loss
 
-    def eager(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        return after(head_points.eager_logprobs(hidden, weight, labels))
-
-    functions: dict[str, Any] = {"ours": ours, "eager": eager}
-    trl = head_points.trl_head()
-    if trl:
-        functions["TRL"] = lambda h, w: after(trl(h[0], w, labels[0], ())[0][None])
-    return {n: differentiated(f, (hidden, weight), 1) for n, f in functions.items()}
+    functions = {"ours": ours, "eager": after(head_points.eager_logprobs)}
+    if trl := head_points.trl_head():
+        functions["TRL"] = after(lambda h, w, labels: trl(h[0], w, labels[0], ())[0][None])
+    return {n: differentiated(f, [hidden, weight]) for n, f in functions.items()}
 
 
-def _powers(first: int, last: int, factor: int = 2) -> tuple[int, ...]:
-    found = [first]
-    while found[-1] * factor <= last:
-        found.append(found[-1] * factor)
-    return tuple(found)
-
-
-def _threads(fixed: str, calls: Callable[[], Calls]) -> Curve:
-    """1 to as many threads as torch takes here."""
-    most = torch.get_num_threads()
-    xs = tuple(sorted({*_powers(1, most), most}))
-    return Curve("threads", xs, fixed, lambda _: calls(), -1.0, None)
+def _powers(first: int, last: int) -> tuple[int, ...]:
+    """2**first to 2**last."""
+    return tuple(2**i for i in range(first, last + 1))
 
 
 def curves(quick: bool) -> dict[str, list[Curve]]:
     """Of each operation. Time is linear in the size, memory of ours is none or a fixed budget."""
     small = 64 if quick else 1
+    # 1 to as many threads as torch takes here.
+    most = torch.get_num_threads()
+    counts = tuple(sorted({*_powers(0, most.bit_length() - 1), most}))
 
     def sized(axis: str, xs: tuple[int, ...], fixed: str, calls: Callable[[int], Calls]) -> Curve:
         return Curve(axis, tuple(max(2, x // small) for x in xs), fixed, calls, 1.0, 0.0)
 
+    def threads(fixed: str, calls: Callable[..., Calls], *shape: int) -> Curve:
+        return Curve("threads", counts, fixed, lambda _: calls(*shape), -1.0, None)
+
+    def of_vocabulary(calls: Callable[..., Calls], n: int, tokens: tuple[int, ...]) -> list[Curve]:
+        """Curves of `calls(tokens, vocabulary)` along both."""
+        return [
+            sized("tokens", tokens, f"vocabulary {v}", lambda x: calls(x, v)),
+            sized("vocabulary", _powers(13, 17), f"{n} tokens", lambda x: calls(n, x)),
+            threads(f"{n}×{v}", calls, n, v),
+        ]
+
     n, v = 512 // small, VOCAB // small
-    vocabs = _powers(8192, 131072)
+    lengths, many = _powers(11, 15), _powers(8, 12)
     return {
-        "token_logprobs + entropy, forward+backward, fp32": [
-            sized("tokens", _powers(128, 2048), f"vocabulary {v}", lambda x: logprobs(x, v)),
-            sized("vocabulary", vocabs, f"{n} tokens", lambda x: logprobs(n, x)),
-            _threads(f"{n}×{v}", lambda: logprobs(n, v)),
-        ],
-        "kl_divergence, forward, fp32": [
-            sized("tokens", _powers(128, 2048), f"vocabulary {v}", lambda x: divergence(x, v)),
-            sized("vocabulary", vocabs, f"{n} tokens", lambda x: divergence(n, x)),
-            _threads(f"{n}×{v}", lambda: divergence(n, v)),
-        ],
+        "token_logprobs + entropy, forward+backward, fp32": of_vocabulary(
+            logprobs, n, _powers(7, 11)
+        ),
+        "kl_divergence, forward, fp32": of_vocabulary(divergence, n, _powers(7, 11)),
         "gae, forward, fp32": [
-            sized("sequence length", _powers(2048, 32768), "64 sequences", gae),
-            sized("sequences", _powers(256, 4096), "length 1024", lambda x: gae(1024 // small, x)),
-            _threads(f"512×{4096 // small}", lambda: gae(4096 // small, 512)),
+            sized("sequence length", lengths, "64 sequences", gae),
+            sized("sequences", many, "length 1024", lambda x: gae(1024 // small, x)),
+            threads(f"512×{4096 // small}", gae, 4096 // small, 512),
         ],
         "policy_loss, forward+backward, fp32": [
-            sized("tokens", _powers(2**18, 2**22), "in sequences of 2048", policy),
-            _threads(f"{2**22 // small} tokens", lambda: policy(2**22 // small)),
+            sized("tokens", _powers(18, 22), "in sequences of 2048", policy),
+            threads(f"{2**22 // small} tokens", policy, 2**22 // small),
         ],
         f"linear_policy_loss, forward+backward, bf16, width {WIDTH}": [
-            sized("tokens", _powers(1024, 8192), f"vocabulary {v}", lambda x: head(x, v)),
-            sized("vocabulary", vocabs[1:], "2048 tokens", lambda x: head(2048 // small, x)),
-            _threads(f"2048 tokens, vocabulary {v}", lambda: head(2048 // small, v)),
+            sized("tokens", _powers(10, 13), f"vocabulary {v}", lambda x: head(x, v)),
+            sized("vocabulary", _powers(14, 17), "2048 tokens", lambda x: head(2048 // small, x)),
+            threads(f"2048 tokens, vocabulary {v}", head, 2048 // small, v),
         ],
     }
 
@@ -207,10 +197,7 @@ def seconds(calls: Calls, budget: float) -> dict[str, float]:
     times: dict[str, list[float]] = {n: [] for n in calls}
     for turn in range(1, MOST_ROUNDS + 1):
         for name, call in calls.items():
-            clock.start(0.0)
-            result = call()
-            times[name].append(clock.stop())
-            del result
+            times[name].append(clocks.once(tuple, call, clock))
         medians = {n: statistics.median(t) for n, t in times.items()}
         if turn >= max(LEAST_ROUNDS, int(budget / max(medians.values()))):
             break
@@ -239,18 +226,9 @@ def along(op: str, curve: Curve, measure: Callable[[Calls], Any]) -> list[Any]:
     return found
 
 
-def own_peaks(op: str, quick: bool) -> None:
-    """Prints the peaks of every curve of `op` at each x as JSON; None where they do not matter."""
-    found = [
-        None if curve.memory is None else along(op, curve, peaks) for curve in curves(quick)[op]
-    ]
-    print(json.dumps(found))
-
-
-def peaks_elsewhere(op: str, quick: bool) -> list[list[dict[str, int | None]] | None]:
-    """`own_peaks` of a process whose freed memory goes back to the system at once."""
-    words = ["benchmarks.studies.growth", "--peaks", "--only", op, *(["--quick"] if quick else [])]
-    return json.loads(memory.elsewhere(*words))
+def own_peaks(op: str, quick: bool) -> list[Any]:
+    """Peaks along every curve of `op`; None where they do not matter."""
+    return [None if c.memory is None else along(op, c, peaks) for c in curves(quick)[op]]
 
 
 def grown(op: str, quick: bool) -> list[dict[str, Any]]:
@@ -260,8 +238,11 @@ def grown(op: str, quick: bool) -> list[dict[str, Any]]:
         gate(calls, op)
         return seconds(calls, 0.0 if quick else SECONDS)
 
+    # `own_peaks` of a process whose freed memory goes back to the system at once.
+    words = ["benchmarks.studies.growth", "--peaks", "--only", op, *(["--quick"] if quick else [])]
+    sizes = json.loads(memory.elsewhere(*words))
     found = []
-    for curve, size in zip(curves(quick)[op], peaks_elsewhere(op, quick), strict=True):
+    for curve, size in zip(curves(quick)[op], sizes, strict=True):
         shape = {"axis": curve.axis, "xs": curve.xs, "fixed": curve.fixed}
         expected = {"time": curve.time, "memory": curve.memory}
         times = along(op, curve, timed)
@@ -279,7 +260,7 @@ def main() -> None:
     if not ops:
         parser.error(f"--only: of {', '.join(curves(args.quick))}; found {' '.join(args.only)}")
     if args.peaks:
-        own_peaks(ops[0], args.quick)
+        print(json.dumps(own_peaks(ops[0], args.quick)))
         return
     file = kept.measured(args, "growth", "curves", ops, grown)
     print("\n".join(report.lines(file)))

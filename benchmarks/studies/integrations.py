@@ -14,8 +14,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
-import platform
-import re
 import statistics
 import tempfile
 import time
@@ -30,21 +28,15 @@ from rlhf_kernels.integrations import openrlhf, trl, verl
 from rlhf_kernels.testing import random_mask
 
 from .. import RESULTS
-from ..harness.clocks import synchronize
+from ..harness.clocks import device_name, synchronize
 from ..harness.memory import peak_extra_bytes
 from ..reports.tables import table
+from ..run import cpu_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS, SECONDS = 9, 3.0
 # A peak below this is the allocator's noise.
 LEAST_BYTES = 8 * 2**20
-
-
-class Result(NamedTuple):
-    """What a run gives: the loss or estimates, and the gradient's tensors (or its norm alone)."""
-
-    values: Sequence[Tensor]
-    gradients: Sequence[Tensor]
 
 
 class Row(NamedTuple):
@@ -80,50 +72,55 @@ def difference(
     """The largest difference, relative to the largest element of each (or to floor)."""
     worst = 0.0
     for a, b in zip(ours, theirs, strict=True):
-        a, b = a.detach().double(), b.detach().double()
-        if kept is not None:
-            a, b = a[kept], b[kept]
-        scale = max(float(b.abs().max()), floor)
-        worst = max(worst, float((a - b).abs().max()) / scale)
+        a, b = (x.detach().double()[... if kept is None else kept] for x in (a, b))
+        worst = max(worst, float((a - b).abs().max()) / max(float(b.abs().max()), floor))
     return worst
 
 
 def norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.stack([t.detach().double().norm() for t in tensors]).norm())
+    return float(torch.nn.utils.get_total_norm([t.detach().double() for t in tensors]))
 
 
 def compare(
     name: str,
-    run: Callable[[], Result],
+    function: Callable[[], Sequence[Tensor]],
     patched: Callable[[], Any],
+    leaves: Sequence[Tensor] = (),
     *,
     floor: float = 0.0,
     kept: Tensor | None = None,
 ) -> Row:
-    """A row of a function: differences, then the medians of both by turns, then both peaks."""
-    theirs = run()
-    with patched():
-        ours = run()
-    values = difference(ours.values, theirs.values, floor, kept)
+    """A row of a function: differences, then the medians of both by turns, then both peaks.
+
+    Compared are its results (the loss or estimates) and, in `leaves`, the gradient of their sum.
+    """
+
+    def run(is_patched: bool) -> tuple[Any, float]:
+        with patched() if is_patched else contextlib.nullcontext():
+            return seconds_of(both)
+
+    def both() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        found = function()
+        total = sum(t.float().sum() for t in found)
+        return found, torch.autograd.grad(total, leaves) if leaves else ()
+
+    def peak(is_patched: bool) -> int:
+        with patched() if is_patched else contextlib.nullcontext():
+            return peak_extra_bytes(both, DEVICE) or 0
+
+    theirs, ours = (run(p)[0] for p in (False, True))
+    values = difference(ours[0], theirs[0], floor, kept)
     gradients = None
-    if theirs.gradients:
-        expected = norm(theirs.gradients)
-        gradients = abs(norm(ours.gradients) - expected) / expected
+    if leaves:
+        expected = norm(theirs[1])
+        gradients = abs(norm(ours[1]) - expected) / expected
     del theirs, ours
-    times: dict[bool, list[float]] = {False: [], True: []}
+    times: list[list[float]] = []
     begun = time.perf_counter()
-    while len(times[True]) < ROUNDS and (
-        len(times[True]) < 3 or time.perf_counter() - begun < SECONDS
-    ):
-        for ours in (False, True):
-            with patched() if ours else contextlib.nullcontext():
-                times[ours].append(seconds_of(run)[1])
-    peaks = []
-    for ours in (False, True):
-        with patched() if ours else contextlib.nullcontext():
-            peaks.append(peak_extra_bytes(run, DEVICE) or 0)
-    ratio = statistics.median(times[False]) / statistics.median(times[True])
-    return Row(name, values, gradients, ratio, memory_ratio(*peaks))
+    while len(times) < 3 or (len(times) < ROUNDS and time.perf_counter() - begun < SECONDS):
+        times.append([run(p)[1] for p in (False, True)])
+    before, after = map(statistics.median, zip(*times, strict=True))
+    return Row(name, values, gradients, before / after, memory_ratio(peak(False), peak(True)))
 
 
 def measured(name: str, *args: Any, **options: Any) -> tuple[str, Callable[[], Row]]:
@@ -142,22 +139,19 @@ def trl_rows() -> Rows:
         vocab=32768, hidden=256, layers=1, prompt=16, completion=112, batch=4, steps=4
     )
 
+    def worst(a: list[float], b: list[float], floor: float) -> float:
+        return max(abs(x - y) / max(abs(y), floor) for x, y in zip(a, b, strict=True))
+
     def row(run: str, folder: Path) -> Row:
-        found = {}
-        for ours in (False, True):
-            with trl.patched() if ours else contextlib.nullcontext():
-                found[ours] = trl_runs.run(run, folder, sizes, watch=Watch(), learning_rate=1e-4)
-        theirs, ours = found[False], found[True]
-
-        def worst(a: list[float], b: list[float], floor: float) -> float:
-            return max(abs(x - y) / max(abs(y), floor) for x, y in zip(a, b, strict=True))
-
+        theirs = trl_runs.run(run, folder, sizes, watch=Watch(), learning_rate=1e-4)
+        with trl.patched():
+            ours = trl_runs.run(run, folder, sizes, watch=Watch(), learning_rate=1e-4)
         # A loss that is a difference of terms may be 0: relative to 1 at least.
         loss = worst(ours.losses, theirs.losses, 1.0)
         gradient = worst(ours.grad_norms, theirs.grad_norms, 1e-6)
         a, b = theirs.watch, ours.watch
-        memory = memory_ratio(a.peak, b.peak)
-        return Row(f"TRL {run}", loss, gradient, a.seconds() / b.seconds(), memory)
+        time_ratio, memory = a.seconds() / b.seconds(), memory_ratio(a.peak, b.peak)
+        return Row(f"TRL {run}", loss, gradient, time_ratio, memory)
 
     with tempfile.TemporaryDirectory() as folder:
         trl_runs.save_models(Path(folder), sizes)
@@ -213,90 +207,66 @@ def verl_rows() -> Rows:
 
     from tools.policy_batches import make_batch
 
-    def both(losses: bool = False) -> Callable[[], Any]:
-        return lambda: verl.patched(losses=losses)
-
+    of_losses = functools.partial(verl.patched, losses=True)
+    of_tensors = functools.partial(verl.patched, losses=False)
     torch.manual_seed(0)
     rows, cols = 256, 2048
     mask = random_mask(rows, cols).long()
     rewards, values = torch.randn(2, rows, cols)
     index = np.array([f"prompt-{i // 8}" for i in range(rows)], dtype=object)
 
-    yield measured(
-        "verl gae, 256×2048",
-        lambda: Result(
-            core_algos.compute_gae_advantage_return(rewards, values, mask, 0.99, 0.95), []
-        ),
-        both(),
-        kept=mask.bool(),
-    )
+    def gae() -> Sequence[Tensor]:
+        return core_algos.compute_gae_advantage_return(rewards, values, mask, 0.99, 0.95)
+
+    yield measured("verl gae, 256×2048", gae, of_tensors, kept=mask.bool())
     config = core_algos.AlgoConfig(gamma=0.99)
-    for name in (
-        "grpo",
-        "rloo",
-        "reinforce_plus_plus",
-        "reinforce_plus_plus_baseline",
-    ):
+    for name in ("grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"):
         extra = {"config": config} if name == "reinforce_plus_plus" else {}
 
-        def estimate() -> Result:
+        def estimate() -> Sequence[Tensor]:
             function = core_algos.get_adv_estimator_fn(name)
-            found = function(token_level_rewards=rewards, response_mask=mask, index=index, **extra)
-            return Result(found, [])
+            return function(token_level_rewards=rewards, response_mask=mask, index=index, **extra)
 
-        yield measured(f"verl {name}, 256×2048", estimate, both(), kept=mask.bool())
+        yield measured(f"verl {name}, 256×2048", estimate, of_tensors, kept=mask.bool())
     for mode in ("vanilla", "gspo", "sapo", "cispo", "gpg"):
         batch = make_batch(64, 2048)
-
-        actor = ActorConfig(
-            strategy="fsdp",
-            rollout_n=1,
-            use_dynamic_bsz=True,
-            policy_loss=PolicyLossConfig(loss_mode=mode),
-        )
+        wanted = PolicyLossConfig(loss_mode=mode)
+        actor = ActorConfig(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, policy_loss=wanted)
         kept = batch.mask.long()
 
-        def policy() -> Result:
-            loss, _ = core_algos.get_policy_loss_fn(mode)(
-                old_log_prob=batch.old,
-                log_prob=batch.logprobs,
-                advantages=batch.advantages,
-                response_mask=kept,
-                config=actor,
-            )
-            return Result([loss], torch.autograd.grad(loss, [batch.logprobs]))
+        def policy() -> Sequence[Tensor]:
+            function = core_algos.get_policy_loss_fn(mode)
+            tensors = (batch.old, batch.logprobs, batch.advantages, kept)
+            return function(*tensors, config=actor)[:1]
 
-        yield measured(f"verl {mode} loss, 64×2048", policy, both(losses=True), floor=0.1)
+        leaves = [batch.logprobs]
+        yield measured(f"verl {mode} loss, 64×2048", policy, of_losses, leaves, floor=0.1)
     old, returns = torch.randn(2, 64, 2048)
     predicted = (old + torch.randn(64, 2048)).requires_grad_()
     kept_mask = random_mask(64, 2048).long()
 
-    def value() -> Result:
-        loss, _ = losses.compute_value_loss(predicted, returns, old, kept_mask, 0.5)
-        return Result([loss], torch.autograd.grad(loss, predicted))
+    def value() -> Sequence[Tensor]:
+        return losses.compute_value_loss(predicted, returns, old, kept_mask, 0.5)[:1]
 
-    yield measured("verl value loss, 64×2048", value, both(losses=True))
+    yield measured("verl value loss, 64×2048", value, of_losses, [predicted])
     for dtype in (torch.float32, torch.bfloat16):
         logits = torch.randn(512, 32768).to(dtype).requires_grad_()
         labels = torch.randint(32768, (512,))
         short = str(dtype).removeprefix("torch.")
 
-        def logprobs() -> Result:
-            lp = verl_F.logprobs_from_logits(logits, labels)
-            h = verl_F.entropy_from_logits(logits)
-            gradients = torch.autograd.grad(lp.float().sum() + h.float().sum(), logits)
-            return Result([lp, h], gradients)
+        def logprobs() -> Sequence[Tensor]:
+            return verl_F.logprobs_from_logits(logits, labels), verl_F.entropy_from_logits(logits)
 
-        yield measured(f"verl logprobs, entropy, {short} 512×32768", logprobs, both())
+        name = f"verl logprobs, entropy, {short} 512×32768"
+        yield measured(name, logprobs, of_tensors, [logits])
         hidden = torch.randn(512, 512).to(dtype).requires_grad_()
         weight = (0.05 * torch.randn(32768, 512)).to(dtype).requires_grad_()
 
-        def fused() -> Result:
-            lp, h = FusedLinearForPPO()(hidden, weight, labels)
-            gradients = torch.autograd.grad(lp.sum() + h.float().sum(), (hidden, weight))
-            return Result([lp, h], gradients)
+        def fused() -> Sequence[Tensor]:
+            return FusedLinearForPPO()(hidden, weight, labels)
 
-        yield measured(f"verl FusedLinearForPPO, {short} 512×512×32768", fused, both())
+        name = f"verl FusedLinearForPPO, {short} 512×512×32768"
+        yield measured(name, fused, of_tensors, [hidden, weight])
 
 
 def openrlhf_rows() -> Rows:
@@ -309,20 +279,15 @@ def openrlhf_rows() -> Rows:
         return
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    patched = openrlhf.patched
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=32768,
-                hidden_size=256,
-                intermediate_size=512,
-                num_hidden_layers=1,
-                num_attention_heads=4,
-                num_key_value_heads=4,
-                tie_word_embeddings=False,
-                initializer_range=0.1,
-            )
-        ).to(dtype)
+        config = LlamaConfig(
+            vocab_size=32768, hidden_size=256, intermediate_size=512, num_hidden_layers=1,
+            num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=False,
+            initializer_range=0.1,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config).to(dtype)
         actor = theirs.actor.Actor(model)
         actor.packing_samples, actor.is_vlm = False, False
         sequences = torch.randint(32768, (4, 160))
@@ -333,18 +298,16 @@ def openrlhf_rows() -> Rows:
         with torch.no_grad():
             start = actor(sequences, action, attention) + 0.1 * torch.randn(4, 128)
 
-        def step() -> Result:
-            lp, output = actor(
-                sequences, action, attention, return_output=True, return_entropy=True
-            )
+        def step() -> Sequence[Tensor]:
+            wanted = {"return_output": True, "return_entropy": True}
+            lp, output = actor(sequences, action, attention, **wanted)
             loss = loss_function(lp, start, advantages, action)[0]
-            loss = loss - 0.01 * output.entropy[:, -128:][action].mean()
-            return Result([loss], torch.autograd.grad(loss, tuple(model.parameters())))
+            return [loss - 0.01 * output.entropy[:, -128:][action].mean()]
 
         # OpenRLHF compiles its entropy.
         with torch.compiler.set_stance("force_eager"):
-            short = str(dtype).removeprefix("torch.")
-            yield measured(f"OpenRLHF Actor and ppo, {short} 4×160", step, openrlhf.patched)
+            name = f"OpenRLHF Actor and ppo, {str(dtype).removeprefix('torch.')} 4×160"
+            yield measured(name, step, patched, tuple(model.parameters()))
     batch = make_batch(64, 2048)
     mask = batch.mask.clone()
     mask[:, 0] = True
@@ -356,49 +319,43 @@ def openrlhf_rows() -> Rows:
     ):
         function = theirs.loss.PolicyLoss(**options)
 
-        def policy() -> Result:
-            loss = function(batch.logprobs, batch.old, batch.advantages, mask, batch.rollout)[0]
-            return Result([loss], torch.autograd.grad(loss, batch.logprobs))
+        def policy() -> Sequence[Tensor]:
+            return function(batch.logprobs, batch.old, batch.advantages, mask, batch.rollout)[:1]
 
-        yield measured(f"OpenRLHF {name} loss, 64×2048", policy, openrlhf.patched, floor=0.1)
+        leaves = [batch.logprobs]
+        yield measured(f"OpenRLHF {name} loss, 64×2048", policy, patched, leaves, floor=0.1)
     values, returns = torch.randn(2, 64, 2048)
     predicted = (values + torch.randn(64, 2048)).requires_grad_()
     value_function = theirs.loss.ValueLoss(0.5)
 
-    def value() -> Result:
-        loss = value_function(predicted, values, returns, mask)
-        return Result([loss], torch.autograd.grad(loss, predicted))
+    def value() -> Sequence[Tensor]:
+        return [value_function(predicted, values, returns, mask)]
 
-    yield measured("OpenRLHF value loss, 64×2048", value, openrlhf.patched)
+    yield measured("OpenRLHF value loss, 64×2048", value, patched, [predicted])
     for estimator in ("k1", "k2", "k3"):
 
-        def kl() -> Result:
-            found = theirs.maker.compute_approx_kl(
-                batch.logprobs, batch.ref, kl_estimator=estimator
-            )
-            return Result([found], torch.autograd.grad(found.sum(), batch.logprobs))
+        def kl() -> Sequence[Tensor]:
+            function = theirs.maker.compute_approx_kl
+            return [function(batch.logprobs, batch.ref, kl_estimator=estimator)]
 
-        yield measured(f"OpenRLHF KL {estimator}, 64×2048", kl, openrlhf.patched)
+        yield measured(f"OpenRLHF KL {estimator}, 64×2048", kl, patched, [batch.logprobs])
     maker = theirs.maker.RemoteExperienceMaker.__new__(theirs.maker.RemoteExperienceMaker)
     rewards, values = torch.randn(2, 256, 2048)
     wide = random_mask(256, 2048)
 
-    def advantage() -> Result:
-        return Result(maker.get_advantages_and_returns(values, rewards, wide, 0.99, 0.95), [])
+    def advantage() -> Sequence[Tensor]:
+        return maker.get_advantages_and_returns(values, rewards, wide, 0.99, 0.95)
 
-    def cumulative() -> Result:
-        return Result([maker.get_cumulative_returns(rewards, wide, 0.99)], [])
+    def cumulative() -> Sequence[Tensor]:
+        return [maker.get_cumulative_returns(rewards, wide, 0.99)]
 
-    yield measured("OpenRLHF gae, 256×2048", advantage, openrlhf.patched, kept=wide)
-    yield measured("OpenRLHF returns, 256×2048", cumulative, openrlhf.patched, kept=wide)
+    yield measured("OpenRLHF gae, 256×2048", advantage, patched, kept=wide)
+    yield measured("OpenRLHF returns, 256×2048", cumulative, patched, kept=wide)
 
 
 def machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    name = match[1] if match else platform.processor()
-    return f"{name}, {torch.get_num_threads()} threads"
+    on_cpu = f"{cpu_model()}, {torch.get_num_threads()} threads"
+    return on_cpu if DEVICE.type == "cpu" else device_name(DEVICE)
 
 
 def number(x: float | None, unit: str = "") -> str:

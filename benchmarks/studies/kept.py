@@ -12,15 +12,13 @@ import torch
 
 import rlhf_kernels as rk
 
-from .. import RESULTS, ROOT
+from .. import RESULTS, ROOT, make_parser
 from ..run import default_name
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The options that both have."""
-    result = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    result = make_parser(description)
     result.add_argument("name", nargs="?", help="name of the results; default: the machine")
     result.add_argument("--quick", action="store_true", help="small shapes: not a measurement")
     result.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")

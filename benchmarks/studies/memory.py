@@ -6,12 +6,12 @@ puts it into the JSON, in place of what the timed run saw: there the process had
 Part of `run.py --full`.
 """
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from .. import make_parser
 from ..harness.memory import elsewhere
 from ..reports.suite import README, README_HEAD, holds_logits
 
@@ -29,9 +29,7 @@ def fresh(point: str, provider: str, machine: dict[str, Any]) -> dict[str, int |
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("json", type=Path, help="results of a run on a CPU")
     file = parser.parse_args().json
     data = json.loads(file.read_text())

@@ -10,6 +10,7 @@ chunked head, verl's functions and ours. A batch of completions is given: sampli
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -27,13 +28,16 @@ from ..harness.peers import peer, verl_actor_config
 from ..harness.ragged import padded
 from ..points import advantages as gae_points
 from ..points import head as head_points
+from ..points import policy as policy_points
+from ..points.kl import eager_k3
+from ..points.value import squares
 from ..reports import step as report
 from . import kept
 
 CPU = torch.device("cpu")
 # A head of two fifths of the weights, as in models of half a billion parameters.
 WIDTH, LAYERS, VOCAB, ROWS, PROMPT, RESPONSE = 512, 8, 32768, 8, 32, 96
-GROUP, CLIP, KL_COEF, ROUNDS = 4, 0.2, 0.05, 3
+GROUP, CLIP, KL_COEF, ROUNDS = 4, policy_points.CLIP, 0.05, 3
 #: Largest difference of loss and gradient norms from eager's.
 GATE = 1e-3
 
@@ -69,21 +73,8 @@ class Operations(NamedTuple):
 # --- providers -------------------------------------------------------------------------------
 
 
-def _clipped(logprobs: Tensor, batch: Batch, old: Tensor, advantages: Tensor) -> Tensor:
-    if advantages.dim() == 1:
-        advantages = advantages.unsqueeze(1)
-    ratio = (logprobs - old).exp()
-    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
-    return _masked_mean(loss, batch.mask)
-
-
 def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / mask.sum()
-
-
-def _k3(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-    x = reference - logprobs
-    return _masked_mean(x.exp() - 1 - x, mask)
 
 
 def _shaped(scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
@@ -91,24 +82,14 @@ def _shaped(scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor) -
     return rewards.scatter_add(1, mask.sum(1, keepdim=True) - 1, scores.unsqueeze(1))
 
 
-def _policy(logprobs: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Plain torch's loss of these log-probabilities."""
+def _in_torch(logprobs: Callable[..., Tensor]) -> Operations:
+    """A step in plain torch, but for these log-probabilities."""
 
-    def policy(
-        hidden: Tensor, weight: Tensor, b: Batch, old: Tensor, a: Tensor, ref: Any
-    ) -> Tensor:
+    def policy(hidden: Tensor, weight: Tensor, b: Batch, old: Tensor, a: Tensor, ref: Any) -> Any:
         own = logprobs(hidden, weight, b.labels, b.mask)
-        loss = _clipped(own, b, old, a)
-        return loss if ref is None else loss + KL_COEF * _k3(own, ref, b.mask)
-
-    return policy
-
-
-def eager() -> Operations:
-    """Plain torch, as trainers without kernels write it."""
-
-    def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        return head_points.eager_logprobs(hidden, weight, labels)
+        tokens = a if a.dim() == 2 else a.unsqueeze(1)
+        loss = _masked_mean(policy_points.terms(own, old, tokens)[1], b.mask)
+        return loss if ref is None else loss + KL_COEF * _masked_mean(eager_k3(own, ref), b.mask)
 
     def advantages(s: Tensor, own: Tensor, ref: Tensor, v: Tensor, mask: Tensor) -> Any:
         weights = mask.float()
@@ -119,44 +100,42 @@ def eager() -> Operations:
         return gae_points.standardized(scores, GROUP)
 
     def value(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-        clipped = values.clamp(old - CLIP, old + CLIP)
-        worse = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
-        return 0.5 * _masked_mean(worse, mask)
+        return 0.5 * _masked_mean(torch.maximum(*squares(values, old, returns)), mask)
 
-    return Operations(logprobs, _policy(logprobs), advantages, group, value)
+    return Operations(logprobs, policy, advantages, group, value)
+
+
+def eager() -> Operations:
+    """Plain torch, as trainers without kernels write it."""
+    return _in_torch(lambda *given: head_points.eager_logprobs(*given[:3]))
 
 
 def trl() -> Operations | Missing:
     """TRL's chunked head; the rest of its step is plain torch, as eager."""
     head = head_points.trl_head()
-    if not head:
-        return head
 
     def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         found = head(hidden.flatten(0, 1), weight, labels.flatten(), ())[0]
         return found.view_as(labels)
 
-    return eager()._replace(logprobs=logprobs, policy=_policy(logprobs))
+    return head and _in_torch(logprobs)
 
 
 def verl() -> Operations | Missing:
     """verl's functions, on logits."""
-    core = "verl.trainer.ppo.core_algos"
-    of_logits = peer("verl.utils.torch_functional", "logprobs_from_logits")
     names = ("compute_policy_loss_vanilla", "kl_penalty", "compute_gae_advantage_return")
     names += ("compute_grpo_outcome_advantage", "compute_value_loss")
-    found = [of_logits, verl_actor_config(), *(peer(core, n) for n in names)]
-    for function in found:
-        if isinstance(function, Missing):
-            return function
+    of_core = [peer("verl.trainer.ppo.core_algos", n) for n in names]
+    of_logits = peer("verl.utils.torch_functional", "logprobs_from_logits")
+    found = [of_logits, verl_actor_config(), *of_core]
+    if absent := [f for f in found if isinstance(f, Missing)]:
+        return absent[0]
     of_logits, config, vanilla, penalty, gae, outcome, value_loss = found
 
     def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         return of_logits(hidden @ weight.T, labels)
 
-    def policy(
-        hidden: Tensor, weight: Tensor, b: Batch, old: Tensor, a: Tensor, ref: Any
-    ) -> Tensor:
+    def policy(hidden: Tensor, weight: Tensor, b: Batch, old: Tensor, a: Tensor, ref: Any) -> Any:
         own = logprobs(hidden, weight, b.labels, b.mask)
         tokens = a if a.dim() == 2 else a.unsqueeze(1).expand_as(own)
         loss = vanilla(old, own, tokens, b.mask.long(), "token-mean", config=config)[0]
@@ -165,8 +144,7 @@ def verl() -> Operations | Missing:
         return loss + KL_COEF * _masked_mean(penalty(own, ref, "k3"), b.mask)
 
     def advantages(s: Tensor, own: Tensor, ref: Tensor, v: Tensor, mask: Tensor) -> Any:
-        options = (gae_points.GAMMA, gae_points.LAM)
-        return gae(_shaped(s, own, ref, mask), v, mask.long(), *options)
+        return gae(_shaped(s, own, ref, mask), v, mask.long(), gae_points.GAMMA, gae_points.LAM)
 
     def group(scores: Tensor) -> Tensor:
         ones = torch.ones(len(scores), 1, dtype=torch.long)
@@ -186,15 +164,11 @@ def ours() -> Operations:
         kept = labels.masked_fill(~mask, -100)
         return rk.linear_token_logprobs(hidden, weight, kept).logprobs
 
-    def policy(
-        hidden: Tensor, weight: Tensor, b: Batch, old: Tensor, a: Tensor, ref: Any
-    ) -> Tensor:
+    def policy(hidden: Tensor, weight: Tensor, b: Batch, old: Tensor, a: Tensor, ref: Any) -> Any:
         options = {} if ref is None else {"kl_coef": KL_COEF, "kl_estimator": "k3"}
         config = rk.PolicyLossConfig.ppo(clip_low=CLIP, clip_high=CLIP, **options)
-        tensors = (hidden, weight, b.labels, old, a, b.mask)
-        return rk.linear_policy_loss(
-            *tensors[:5], mask=tensors[5], ref_logprobs=ref, config=config
-        ).loss
+        rest = {"mask": b.mask, "ref_logprobs": ref, "config": config}
+        return rk.linear_policy_loss(hidden, weight, b.labels, old, a, **rest).loss
 
     def advantages(s: Tensor, own: Tensor, ref: Tensor, v: Tensor, mask: Tensor) -> Any:
         g, lam = gae_points.GAMMA, gae_points.LAM
@@ -211,17 +185,14 @@ PROVIDERS = {"eager": eager, "TRL": trl, "verl": verl, "ours": ours}
 # --- the step --------------------------------------------------------------------------------
 
 
-class Clock:
+class Clock(Counter[str]):
     """Seconds of each part, in the order in which they first came."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+        self[part] += time.perf_counter() - start
 
 
 class Step:
@@ -274,65 +245,44 @@ class Step:
             hidden.backward(leaf.grad)
         return loss.detach()
 
-    def _policy_update(
-        self, ops: Operations, old: Tensor, advantages: Tensor, ref: Tensor | None, clock: Clock
-    ) -> Tensor:
-        weight = self.policy.lm_head.weight
-        return self._update(
-            self.policy,
-            "policy",
-            lambda hidden: ops.policy(hidden, weight, self.batch, old, advantages, ref),
-            clock,
-        )
-
     def _values(self, hidden: Tensor) -> Tensor:
         return self.scalar(hidden).squeeze(-1)
 
-    def ppo(self, ops: Operations, clock: Clock) -> list[Tensor]:
-        """Its losses."""
-        b = self.batch
+    def losses(self, algorithm: str, ops: Operations, clock: Clock) -> list[Tensor]:
+        """Of "ppo" (policy and critic) or "grpo", whose loss holds the penalty to the reference."""
+        b, is_ppo = self.batch, algorithm == "ppo"
         with torch.no_grad():
             old = self._logprobs(self.policy, "old", ops, clock)
             ref = self._logprobs(self.reference, "reference", ops, clock)
-            with clock("values: layers"):
-                values = self._values(self._hidden(self.critic))
+            if is_ppo:
+                with clock("values: layers"):
+                    values = self._values(self._hidden(self.critic))
             with clock("advantages"):
-                advantages, returns = ops.ppo_advantages(b.scores, old, ref, values, mask=b.mask)
-        losses = [self._policy_update(ops, old, advantages, None, clock)]
-        losses.append(
-            self._update(
-                self.critic,
-                "critic",
-                lambda hidden: ops.value(self._values(hidden), values, returns, b.mask),
-                clock,
-            )
-        )
-        self._finish(clock)
-        return losses
+                if is_ppo:
+                    of_tokens = ops.ppo_advantages(b.scores, old, ref, values, mask=b.mask)
+                    advantages, returns = of_tokens
+                else:
+                    advantages = ops.group_advantages(b.scores)
+        rest = (self.policy.lm_head.weight, b, old, advantages, None if is_ppo else ref)
+        losses = [self._update(self.policy, "policy", lambda h: ops.policy(h, *rest), clock)]
+        if is_ppo:
 
-    def grpo(self, ops: Operations, clock: Clock) -> list[Tensor]:
-        """Its loss."""
-        with torch.no_grad():
-            old = self._logprobs(self.policy, "old", ops, clock)
-            ref = self._logprobs(self.reference, "reference", ops, clock)
-            with clock("advantages"):
-                advantages = ops.group_advantages(self.batch.scores)
-        losses = [self._policy_update(ops, old, advantages, ref, clock)]
-        self._finish(clock)
-        return losses
+            def value_loss(hidden: Tensor) -> Tensor:
+                return ops.value(self._values(hidden), values, returns, b.mask)
 
-    def _finish(self, clock: Clock) -> None:
+            losses.append(self._update(self.critic, "critic", value_loss, clock))
         with clock("optimizer"):
             self.optimizer.step()
+        return losses
 
     def run(self, algorithm: str, ops: Operations) -> tuple[dict[str, float], Tensor]:
         """Seconds of each part; losses and gradient norms, which all providers share."""
         self.optimizer.zero_grad(set_to_none=True)
         clock = Clock()
-        losses = getattr(self, algorithm)(ops, clock)
+        losses = self.losses(algorithm, ops, clock)
         parts = (self.policy.lm_head.parameters(), self.policy.model.parameters(), self.parameters)
         norms = [nn.utils.get_total_norm([p.grad for p in m if p.grad is not None]) for m in parts]
-        return clock.seconds, torch.stack([*losses, *norms])
+        return dict(clock), torch.stack([*losses, *norms])
 
 
 def measure(algorithm: str, quick: bool) -> dict[str, Any]:
