@@ -75,18 +75,20 @@ class Hook(NamedTuple):
         name: a function, "Class" or "Class.method".
         signatures: parameter names of the versions that are known, as "a, b, *, c"; of a class
             that is an autograd.Function, those of its forward.
-        build: makes ours from the original; takes what the original takes and raises Unsupported
-            for what it cannot serve. Its result stands behind `apply` of an autograd.Function.
+        ours: takes what the original takes and raises Unsupported for what it cannot serve; stands
+            behind `apply` of an autograd.Function.
         everywhere: also under the names by which other modules of the package imported it.
         required: without it the package is not one that is known.
+        makes_ours: `ours` is not the replacement, but makes it from the original.
     """
 
     module: str
     name: str
     signatures: tuple[str, ...]
-    build: Callable[[Any], Callable[..., Any]]
+    ours: Callable[..., Any]
     everywhere: bool = True
     required: bool = False
+    makes_ours: bool = False
 
     @property
     def path(self) -> str:
@@ -307,9 +309,10 @@ class Integration:
             self._fallbacks.setdefault(name, Counter())[reason] += 1
 
     def _replacement(self, hook: Hook, original: Any) -> Any:
+        ours = hook.ours(original) if hook.makes_ours else hook.ours
         if not _is_function(original):
-            return self.dispatcher(hook.name, original, hook.build(original))
-        apply = self.dispatcher(hook.name, original.apply, hook.build(original))
+            return self.dispatcher(hook.name, original, ours)
+        apply = self.dispatcher(hook.name, original.apply, ours)
         forward = staticmethod(original.forward)
         return type(original.__name__, (), {"apply": staticmethod(apply), "forward": forward})
 

@@ -157,51 +157,42 @@ def _actor_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _log_probs_from_logits(original: Callable[..., Any]) -> Callable[..., Any]:
-    def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-        require_logits(logits, labels)
-        require_temperature(temperature)
-        return rk.token_logprobs(logits, labels, temperature=temperature).logprobs
-
-    return log_probs_from_logits
+def _log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    require_logits(logits, labels)
+    require_temperature(temperature)
+    return rk.token_logprobs(logits, labels, temperature=temperature).logprobs
 
 
-def _compute_entropy(original: Callable[..., Any]) -> Callable[..., Any]:
-    def compute_entropy(logits: Tensor) -> Tensor:
-        return logits_entropy(logits)
-
-    return compute_entropy
+def _compute_entropy(logits: Tensor) -> Tensor:
+    return logits_entropy(logits)
 
 
-def _compute_approx_kl(original: Callable[..., Any]) -> Callable[..., Any]:
-    def compute_approx_kl(
-        log_probs: Tensor,
-        log_probs_base: Tensor,
-        log_probs_old: Tensor | None = None,
-        kl_estimator: str = "k1",
-        unbiased_gradient: bool = False,
-    ) -> Tensor:
-        if kl_estimator not in ("k1", "k2", "k3"):
-            raise Unsupported(f"the estimator {kl_estimator!r}")
-        require_floating(log_probs=log_probs, log_probs_base=log_probs_base)
-        require_constant(log_probs_base=log_probs_base)
-        if log_probs.shape != log_probs_base.shape:
-            raise Unsupported("log-probabilities of two shapes")
-        x, base = log_probs, log_probs_base
-        if kl_estimator == "k3":
-            # Below -10 the estimate is beyond its own bound, and its slope may overflow.
-            x = (log_probs.float() - log_probs_base.float()).clamp(min=-10)
-            base = torch.zeros_like(x)
-        value = rk.kl_penalty(x, base, estimator=kl_estimator).clamp(-10, 10)
-        if not unbiased_gradient:
-            return value
-        slope = rk.kl_penalty(log_probs, log_probs_base, estimator="k2")
-        if log_probs_old is not None:
-            ratio = (log_probs.detach().float() - log_probs_old.detach().float()).exp()
-            slope = ratio.clamp(max=10.0) * slope
-        return value.detach() + slope - slope.detach()
-
-    return compute_approx_kl
+def _compute_approx_kl(
+    log_probs: Tensor,
+    log_probs_base: Tensor,
+    log_probs_old: Tensor | None = None,
+    kl_estimator: str = "k1",
+    unbiased_gradient: bool = False,
+) -> Tensor:
+    if kl_estimator not in ("k1", "k2", "k3"):
+        raise Unsupported(f"the estimator {kl_estimator!r}")
+    require_floating(log_probs=log_probs, log_probs_base=log_probs_base)
+    require_constant(log_probs_base=log_probs_base)
+    if log_probs.shape != log_probs_base.shape:
+        raise Unsupported("log-probabilities of two shapes")
+    x, base = log_probs, log_probs_base
+    if kl_estimator == "k3":
+        # Below -10 the estimate is beyond its own bound, and its slope may overflow.
+        x = (log_probs.float() - log_probs_base.float()).clamp(min=-10)
+        base = torch.zeros_like(x)
+    value = rk.kl_penalty(x, base, estimator=kl_estimator).clamp(-10, 10)
+    if not unbiased_gradient:
+        return value
+    slope = rk.kl_penalty(log_probs, log_probs_base, estimator="k2")
+    if log_probs_old is not None:
+        ratio = (log_probs.detach().float() - log_probs_old.detach().float()).exp()
+        slope = ratio.clamp(max=10.0) * slope
+    return value.detach() + slope - slope.detach()
 
 
 @functools.lru_cache(maxsize=64)
@@ -234,128 +225,108 @@ def _require_tokens(action_mask: Tensor | None, first: Tensor, **others: Tensor)
     return action_mask
 
 
-def _policy_loss(original: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(
-        self: nn.Module,
-        log_probs: Tensor,
-        old_log_probs: Tensor,
-        advantages: Tensor,
-        action_mask: Tensor | None = None,
-        rollout_log_probs: Tensor | None = None,
-        dp_size: int = 1,
-        batch_num_tokens: float | None = None,
-        global_batch_size: float | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        constants = {"old_log_probs": old_log_probs, "advantages": advantages}
-        corrected = self.is_correction_level != "off"
-        if corrected:
-            constants["rollout_log_probs"] = rollout_log_probs
-            if rollout_log_probs is None:
-                raise Unsupported("no rollout_log_probs")
-        mask = _require_tokens(action_mask, log_probs, log_probs=log_probs, **constants)
-        require_constant(**constants)
-        options = {"clip_eps_low": self.clip_eps_low, "clip_eps_high": self.clip_eps_high}
-        options |= {"dual_clip": self.dual_clip, "token_level_loss": self.token_level_loss}
-        gspo = self.policy_loss_type == "gspo"
-        if corrected and not gspo:
-            options |= {
-                "is_correction_level": self.is_correction_level,
-                "is_correction_mode": self.is_correction_mode,
-                "is_correction_gating": self.is_correction_gating,
-                "is_correction_threshold": tuple(self.is_correction_threshold),
-            }
-        try:
-            config = _policy_config(self.policy_loss_type, **options)
-        except ValueError as error:
-            raise Unsupported(str(error)) from error
-        loss, metrics = rk.policy_loss(
-            log_probs,
-            # Its gspo has the ratio to the rollout where a correction is asked for.
-            rollout_log_probs if corrected and gspo else old_log_probs,
-            advantages,
-            mask=mask,
-            rollout_logprobs=rollout_log_probs if corrected and not gspo else None,
-            normalizer=_normalizer(
-                self.token_level_loss, dp_size, batch_num_tokens, global_batch_size
-            ),
-            config=config,
-        )
-        clip_ratio = metrics["clip_frac_low"] + metrics["clip_frac_high"]
-        if not corrected or gspo:
-            kl = metrics["k1_old"] if not gspo else _mean(old_log_probs - log_probs.detach(), mask)
-            return loss, clip_ratio, kl, None, None
-        low, high = self.is_correction_threshold
-        difference = old_log_probs - rollout_log_probs
-        weight = difference.exp()
-        filtered = _mean(((weight < low) | (weight > high)).float(), mask)
-        return loss, clip_ratio, metrics["k1_old"], _mean(-difference, mask), filtered
-
-    return forward
+def _policy_loss(
+    self: nn.Module,
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    action_mask: Tensor | None = None,
+    rollout_log_probs: Tensor | None = None,
+    dp_size: int = 1,
+    batch_num_tokens: float | None = None,
+    global_batch_size: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    constants = {"old_log_probs": old_log_probs, "advantages": advantages}
+    corrected = self.is_correction_level != "off"
+    if corrected:
+        constants["rollout_log_probs"] = rollout_log_probs
+        if rollout_log_probs is None:
+            raise Unsupported("no rollout_log_probs")
+    mask = _require_tokens(action_mask, log_probs, log_probs=log_probs, **constants)
+    require_constant(**constants)
+    options = {"clip_eps_low": self.clip_eps_low, "clip_eps_high": self.clip_eps_high}
+    options |= {"dual_clip": self.dual_clip, "token_level_loss": self.token_level_loss}
+    gspo = self.policy_loss_type == "gspo"
+    if corrected and not gspo:
+        options |= {
+            "is_correction_level": self.is_correction_level,
+            "is_correction_mode": self.is_correction_mode,
+            "is_correction_gating": self.is_correction_gating,
+            "is_correction_threshold": tuple(self.is_correction_threshold),
+        }
+    try:
+        config = _policy_config(self.policy_loss_type, **options)
+    except ValueError as error:
+        raise Unsupported(str(error)) from error
+    loss, metrics = rk.policy_loss(
+        log_probs,
+        # Its gspo has the ratio to the rollout where a correction is asked for.
+        rollout_log_probs if corrected and gspo else old_log_probs,
+        advantages,
+        mask=mask,
+        rollout_logprobs=rollout_log_probs if corrected and not gspo else None,
+        normalizer=_normalizer(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size),
+        config=config,
+    )
+    clip_ratio = metrics["clip_frac_low"] + metrics["clip_frac_high"]
+    if not corrected or gspo:
+        kl = metrics["k1_old"] if not gspo else _mean(old_log_probs - log_probs.detach(), mask)
+        return loss, clip_ratio, kl, None, None
+    low, high = self.is_correction_threshold
+    difference = old_log_probs - rollout_log_probs
+    weight = difference.exp()
+    filtered = _mean(((weight < low) | (weight > high)).float(), mask)
+    return loss, clip_ratio, metrics["k1_old"], _mean(-difference, mask), filtered
 
 
-def _value_loss(original: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(
-        self: nn.Module,
-        values: Tensor,
-        old_values: Tensor,
-        returns: Tensor,
-        action_mask: Tensor | None = None,
-        dp_size: int = 1,
-        batch_num_tokens: float | None = None,
-        global_batch_size: float | None = None,
-    ) -> Tensor:
-        constants = {"old_values": old_values, "returns": returns}
-        mask = _require_tokens(action_mask, values, values=values, **constants)
-        require_constant(**constants)
-        if self.clip_eps is not None and not self.clip_eps > 0:
-            raise Unsupported("a clip range that is not positive")
-        return rk.value_loss(
-            values,
-            old_values,
-            returns,
-            mask=mask,
-            clip_range=self.clip_eps,
-            aggregation="token-mean" if self.token_level_loss else "seq-mean-token-mean",
-            normalizer=_normalizer(
-                self.token_level_loss, dp_size, batch_num_tokens, global_batch_size
-            ),
-        ).loss
-
-    return forward
+def _value_loss(
+    self: nn.Module,
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    action_mask: Tensor | None = None,
+    dp_size: int = 1,
+    batch_num_tokens: float | None = None,
+    global_batch_size: float | None = None,
+) -> Tensor:
+    constants = {"old_values": old_values, "returns": returns}
+    mask = _require_tokens(action_mask, values, values=values, **constants)
+    require_constant(**constants)
+    if self.clip_eps is not None and not self.clip_eps > 0:
+        raise Unsupported("a clip range that is not positive")
+    return rk.value_loss(
+        values,
+        old_values,
+        returns,
+        mask=mask,
+        clip_range=self.clip_eps,
+        aggregation="token-mean" if self.token_level_loss else "seq-mean-token-mean",
+        normalizer=_normalizer(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size),
+    ).loss
 
 
-def _advantages(original: Callable[..., Any]) -> Callable[..., Any]:
-    def get_advantages_and_returns(
-        self: Any,
-        values: Tensor,
-        rewards: Tensor,
-        action_mask: Tensor | None,
-        gamma: float,
-        lambd: float,
-    ) -> tuple[Tensor, Tensor]:
-        require_floating(values=values, rewards=rewards)
-        require_constant(values=values, rewards=rewards)
-        if action_mask is not None:
-            require_mask(action_mask, rewards.shape)
-        advantages, returns = rk.gae(
-            rewards, values, mask=action_mask, gamma=gamma, lam=lambd, masked="zero"
-        )
-        return advantages, returns
-
-    return get_advantages_and_returns
+def _advantages(
+    self: Any,
+    values: Tensor,
+    rewards: Tensor,
+    action_mask: Tensor | None,
+    gamma: float,
+    lambd: float,
+) -> tuple[Tensor, Tensor]:
+    require_floating(values=values, rewards=rewards)
+    require_constant(values=values, rewards=rewards)
+    if action_mask is not None:
+        require_mask(action_mask, rewards.shape)
+    options = {"gamma": gamma, "lam": lambd, "masked": "zero"}
+    return tuple(rk.gae(rewards, values, mask=action_mask, **options))
 
 
-def _returns(original: Callable[..., Any]) -> Callable[..., Any]:
-    def get_cumulative_returns(
-        self: Any, rewards: Tensor, action_mask: Tensor | None, gamma: float
-    ) -> Tensor:
-        require_floating(rewards=rewards)
-        require_constant(rewards=rewards)
-        if action_mask is not None:
-            require_mask(action_mask, rewards.shape)
-        return rk.discounted_returns(rewards, mask=action_mask, gamma=gamma, masked="zero")
-
-    return get_cumulative_returns
+def _returns(self: Any, rewards: Tensor, action_mask: Tensor | None, gamma: float) -> Tensor:
+    require_floating(rewards=rewards)
+    require_constant(rewards=rewards)
+    if action_mask is not None:
+        require_mask(action_mask, rewards.shape)
+    return rk.discounted_returns(rewards, mask=action_mask, gamma=gamma, masked="zero")
 
 
 _UTILS, _LOSS = "openrlhf.models.utils", "openrlhf.models.loss"
@@ -371,6 +342,7 @@ _HOOKS = (
         ),
         _actor_forward,
         everywhere=False,
+        makes_ours=True,
     ),
     Hook(
         _UTILS,

@@ -58,42 +58,31 @@ def _labels(index: Tensor, row_mask: Tensor | None) -> tuple[Tensor, int]:
     return (index if row_mask is None else index.masked_fill(row_mask == 0, skipped)), skipped
 
 
-def _selective_log_softmax(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def selective_log_softmax(
-        logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
-    ) -> Tensor:
-        _check(logits, index, temperature)
-        labels, skipped = _labels(index, row_mask)
-        return rk.token_logprobs(
-            logits, labels, temperature=temperature, ignore_index=skipped
-        ).logprobs
-
-    return selective_log_softmax
+def _selective_log_softmax(
+    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+) -> Tensor:
+    _check(logits, index, temperature)
+    labels, skipped = _labels(index, row_mask)
+    return rk.token_logprobs(logits, labels, temperature=temperature, ignore_index=skipped).logprobs
 
 
-def _entropy_from_logits(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
-        return logits_entropy(logits)
-
-    return entropy_from_logits
+def _entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
+    return logits_entropy(logits)
 
 
-def _logprobs_and_entropy(original: Callable[..., Any]) -> Callable[..., Any]:
-    def selective_log_softmax_and_entropy(
-        logits: Tensor,
-        index: Tensor,
-        entropy_requires_grad: bool = True,
-        temperature: float = 1.0,
-        row_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        _check(logits, index, temperature)
-        labels, skipped = _labels(index, row_mask)
-        logprobs, entropy = rk.token_logprobs(
-            logits, labels, temperature=temperature, entropy=True, ignore_index=skipped
-        )
-        return logprobs, entropy if entropy_requires_grad else entropy.detach()
-
-    return selective_log_softmax_and_entropy
+def _logprobs_and_entropy(
+    logits: Tensor,
+    index: Tensor,
+    entropy_requires_grad: bool = True,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    _check(logits, index, temperature)
+    labels, skipped = _labels(index, row_mask)
+    logprobs, entropy = rk.token_logprobs(
+        logits, labels, temperature=temperature, entropy=True, ignore_index=skipped
+    )
+    return logprobs, entropy if entropy_requires_grad else entropy.detach()
 
 
 def _chunked_head(original: Any) -> Callable[..., tuple]:
@@ -206,19 +195,15 @@ def _statistics(
     return log_sum_sq, mean, top
 
 
-def _compact(original: Callable[[torch.device], bool]) -> Callable[[torch.device], bool]:
+def _compact(device: torch.device) -> bool:
     """Only rows with a label are scored; TRL scores all of them where it has no kernel."""
-
-    def use_triton(device: torch.device) -> bool:
-        require_kernels(device)
-        return True
-
-    return use_triton
+    require_kernels(device)
+    return True
 
 
 _UTILS = "trl.trainer.utils"
 _HOOKS = (
-    Hook(_UTILS, "_ChunkedLogProbFunction", _HEADS, _chunked_head),
+    Hook(_UTILS, "_ChunkedLogProbFunction", _HEADS, _chunked_head, makes_ours=True),
     # Asked there whether the head leaves out rows without a label. Elsewhere it chooses TRL's
     # kernels.
     Hook(_UTILS, "_use_triton", ("device",), _compact, everywhere=False),

@@ -52,26 +52,21 @@ def _require_rewards(rewards: Tensor, mask: Tensor) -> None:
     require_mask(mask, rewards.shape)
 
 
-def _gae(original: Callable[..., Any]) -> Callable[..., Any]:
-    def compute_gae_advantage_return(
-        token_level_rewards: Tensor,
-        values: Tensor,
-        response_mask: Tensor,
-        gamma: float,
-        lam: float,
-    ) -> tuple[Tensor, Tensor]:
-        _require_rewards(token_level_rewards, response_mask)
-        require_floating(values=values)
-        # A tensor or a number there.
-        gamma, lam = float(gamma), float(lam)
-        if not (0 <= gamma <= 1 and 0 <= lam <= 1):
-            raise Unsupported("gamma or lam outside [0, 1]")
-        advantages, returns = rk.gae(
-            token_level_rewards, values, mask=response_mask, gamma=gamma, lam=lam, whiten=True
-        )
-        return advantages, returns
-
-    return compute_gae_advantage_return
+def _gae(
+    token_level_rewards: Tensor,
+    values: Tensor,
+    response_mask: Tensor,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    _require_rewards(token_level_rewards, response_mask)
+    require_floating(values=values)
+    # A tensor or a number there.
+    gamma, lam = float(gamma), float(lam)
+    if not (0 <= gamma <= 1 and 0 <= lam <= 1):
+        raise Unsupported("gamma or lam outside [0, 1]")
+    options = {"gamma": gamma, "lam": lam, "whiten": True}
+    return tuple(rk.gae(token_level_rewards, values, mask=response_mask, **options))
 
 
 def _group_ids(index: Any, device: torch.device) -> Tensor:
@@ -83,9 +78,9 @@ def _group_ids(index: Any, device: torch.device) -> Tensor:
 
 
 def _group_scores(
-    rewards: Tensor, mask: Tensor, index: Any, *, alone: Callable[[Tensor], Tensor], **options: Any
+    rewards: Tensor, mask: Tensor, index: Any, alone: float = 1.0, **options: Any
 ) -> Tensor:
-    """Advantages [B] of the sequences' summed rewards; `alone`: of a group of one, from its score.
+    """Advantages [B, T] of the sequences' summed rewards; `alone`: of a group of one, per score.
 
     A group of one has no baseline: here that is advantage 0, in these estimators of verl not.
     """
@@ -96,134 +91,84 @@ def _group_scores(
     ids = _group_ids(index, scores.device)
     advantages = rk.group_advantages(scores, ids, **options)
     single = torch.bincount(ids)[ids] == 1
-    return torch.where(single, alone(scores), advantages)
+    return _spread(torch.where(single, scores / alone, advantages), mask)
 
 
-def _grpo(original: Callable[..., Any]) -> Callable[..., Any]:
-    def compute_grpo_outcome_advantage(
-        token_level_rewards: Tensor,
-        response_mask: Tensor,
-        index: Any,
-        epsilon: float = 1e-6,
-        norm_adv_by_std_in_grpo: bool = True,
-        config: Any = None,
-    ) -> tuple[Tensor, Tensor]:
-        scale = "group" if norm_adv_by_std_in_grpo else "none"
-        advantages = _group_scores(
-            token_level_rewards,
-            response_mask,
-            index,
-            alone=lambda score: score / (1 + epsilon) if norm_adv_by_std_in_grpo else score,
-            scale=scale,
-            eps=epsilon,
-        )
-        advantages = _spread(advantages, response_mask)
-        return advantages, advantages
-
-    return compute_grpo_outcome_advantage
+def _grpo(
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: Any,
+    epsilon: float = 1e-6,
+    norm_adv_by_std_in_grpo: bool = True,
+    config: Any = None,
+) -> tuple[Tensor, Tensor]:
+    options = {"scale": "none"}
+    if norm_adv_by_std_in_grpo:
+        options = {"scale": "group", "alone": 1 + epsilon}
+    groups = (token_level_rewards, response_mask, index)
+    advantages = _group_scores(*groups, eps=epsilon, **options)
+    return advantages, advantages
 
 
-def _rloo(original: Callable[..., Any]) -> Callable[..., Any]:
-    def compute_rloo_outcome_advantage(
-        token_level_rewards: Tensor,
-        response_mask: Tensor,
-        index: Any,
-        epsilon: float = 1e-6,
-        config: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
-        advantages = _group_scores(
-            token_level_rewards,
-            response_mask,
-            index,
-            alone=lambda score: score,
-            baseline="leave-one-out",
-            scale="none",
-        )
-        advantages = _spread(advantages, response_mask)
-        return advantages, advantages
-
-    return compute_rloo_outcome_advantage
+def _rloo(
+    token_level_rewards: Tensor, response_mask: Tensor, index: Any, epsilon: float = 1e-6, **_: Any
+) -> tuple[Tensor, Tensor]:
+    groups = (token_level_rewards, response_mask, index)
+    advantages = _group_scores(*groups, baseline="leave-one-out", scale="none")
+    return advantages, advantages
 
 
-def _reinforce_plus_plus_baseline(original: Callable[..., Any]) -> Callable[..., Any]:
-    def compute_reinforce_plus_plus_baseline_outcome_advantage(
-        token_level_rewards: Tensor,
-        response_mask: Tensor,
-        index: Any,
-        epsilon: float = 1e-6,
-        config: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
-        centred = _group_scores(
-            token_level_rewards, response_mask, index, alone=lambda score: score, scale="none"
-        )
-        advantages = rk.whiten(_spread(centred, response_mask), mask=response_mask)
-        return advantages, advantages
-
-    return compute_reinforce_plus_plus_baseline_outcome_advantage
+def _reinforce_plus_plus_baseline(
+    token_level_rewards: Tensor, response_mask: Tensor, index: Any, epsilon: float = 1e-6, **_: Any
+) -> tuple[Tensor, Tensor]:
+    centred = _group_scores(token_level_rewards, response_mask, index, scale="none")
+    advantages = rk.whiten(centred, mask=response_mask)
+    return advantages, advantages
 
 
-def _reinforce_plus_plus(original: Callable[..., Any]) -> Callable[..., Any]:
-    def compute_reinforce_plus_plus_outcome_advantage(
-        token_level_rewards: Tensor, response_mask: Tensor, config: Any = None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        _require_rewards(token_level_rewards, response_mask)
-        if config is None:
-            raise Unsupported("no config")
-        returns = rk.discounted_returns(
-            token_level_rewards, mask=response_mask, gamma=float(config.gamma)
-        )
-        return rk.whiten(returns, mask=response_mask), returns
-
-    return compute_reinforce_plus_plus_outcome_advantage
+def _reinforce_plus_plus(
+    token_level_rewards: Tensor, response_mask: Tensor, config: Any = None, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    _require_rewards(token_level_rewards, response_mask)
+    if config is None:
+        raise Unsupported("no config")
+    returns = rk.discounted_returns(
+        token_level_rewards, mask=response_mask, gamma=float(config.gamma)
+    )
+    return rk.whiten(returns, mask=response_mask), returns
 
 
-def _logprobs_from_logits(original: Callable[..., Any]) -> Callable[..., Any]:
-    def logprobs_from_logits(
-        logits: Tensor, labels: Tensor, inplace_backward: bool = True
-    ) -> Tensor:
-        require_logits(logits, labels)
-        # verl asks for this wherever nothing else needs the logits; with flash-attn on a GPU it
-        # then has them overwritten, elsewhere it never does.
-        inplace = (
-            inplace_backward
-            and logits.is_cuda
-            and logits.requires_grad
-            and not logits.is_leaf
-            and logits.is_contiguous()
-            and torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-        )
-        return rk.token_logprobs(logits, labels, inplace_backward=inplace).logprobs
-
-    return logprobs_from_logits
+def _logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
+    require_logits(logits, labels)
+    # verl asks for this wherever nothing else needs the logits; with flash-attn on a GPU it
+    # then has them overwritten, elsewhere it never does.
+    inplace = (
+        inplace_backward
+        and logits.is_cuda
+        and logits.requires_grad
+        and not logits.is_leaf
+        and logits.is_contiguous()
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+    return rk.token_logprobs(logits, labels, inplace_backward=inplace).logprobs
 
 
-def _entropy_from_logits(original: Callable[..., Any]) -> Callable[..., Any]:
-    def entropy_from_logits(logits: Tensor, chunk_size: int = 2048) -> Tensor:
-        return logits_entropy(logits)
-
-    return entropy_from_logits
+def _entropy_from_logits(logits: Tensor, chunk_size: int = 2048) -> Tensor:
+    return logits_entropy(logits)
 
 
-def _fused_linear(original: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(
-        self: torch.nn.Module,
-        hidden_states: Tensor,
-        vocab_weights: Tensor,
-        input_ids: Tensor,
-        temperature: float = 1.0,
-    ) -> tuple[Tensor, Tensor]:
-        if input_ids.shape != hidden_states.shape[:-1]:
-            raise Unsupported("labels of another shape than the hidden states' rows")
-        head = Head(hidden_states, vocab_weights, None)
-        logprobs, entropy = head.token_logprobs(
-            input_ids.to(torch.int64), temperature=temperature, entropy=True
-        )
-        return logprobs, entropy
-
-    return forward
+def _fused_linear(
+    self: torch.nn.Module,
+    hidden_states: Tensor,
+    vocab_weights: Tensor,
+    input_ids: Tensor,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    if input_ids.shape != hidden_states.shape[:-1]:
+        raise Unsupported("labels of another shape than the hidden states' rows")
+    head = Head(hidden_states, vocab_weights, None)
+    return tuple(head.token_logprobs(input_ids.long(), temperature=temperature, entropy=True))
 
 
 _PolicyOptions = tuple[tuple[str, Any], ...]
@@ -253,136 +198,127 @@ def _normalizer(loss_agg_mode: str, mask: Tensor, info: dict[str, Any]) -> float
 
 
 def _policy_loss(loss_mode: str) -> Callable[..., Any]:
-    def build(original: Callable[..., Any]) -> Callable[..., Any]:
-        def compute_policy_loss(
-            old_log_prob: Tensor,
-            log_prob: Tensor,
-            advantages: Tensor,
-            response_mask: Tensor,
-            loss_agg_mode: str = "seq-mean-token-mean"
-            if loss_mode in ("gspo", "sapo")
-            else "token-mean",
-            config: Any = None,
-            rollout_is_weights: Tensor | None = None,
-        ) -> tuple[Tensor, dict[str, Any]]:
-            if config is None:
-                raise Unsupported("no config")
-            tensors = {"old_log_prob": old_log_prob, "advantages": advantages}
-            if rollout_is_weights is not None:
-                tensors["rollout_is_weights"] = rollout_is_weights
-            require_floating(log_prob=log_prob, **tensors)
-            require_constant(**tensors)
-            require_mask(response_mask, log_prob.shape)
-            if log_prob.dim() != 2 or any(t.shape != log_prob.shape for t in tensors.values()):
-                raise Unsupported("tensors that are not all [B, T]")
-            options = {
-                "loss_agg_mode": loss_agg_mode,
-                "clip_ratio": config.clip_ratio,
-                "clip_ratio_low": config.clip_ratio_low,
-                "clip_ratio_high": config.clip_ratio_high,
-                "clip_ratio_c": config.get("clip_ratio_c", 3.0),
-                "tau_pos": config.tau_pos,
-                "tau_neg": config.tau_neg,
-            }
-            if rollout_is_weights is not None:
-                # Every objective is linear in the size of an advantage, and a weight is >= 0.
-                advantages = advantages * rollout_is_weights
-            try:
-                preset = _policy_config(loss_mode, tuple(options.items()))
-            except ValueError as error:
-                raise Unsupported(str(error)) from error
-            aggregation = "seq-mean-token-mean" if loss_mode == "sapo" else loss_agg_mode
-            loss, metrics = rk.policy_loss(
-                log_prob,
-                old_log_prob,
-                advantages,
-                mask=response_mask,
-                normalizer=_normalizer(aggregation, response_mask, config.global_batch_info),
-                config=preset,
-            )
-            if loss_mode == "gpg":
-                return loss, {}
-            # The one host synchronisation; verl has three.
-            m = metrics.as_dict()
-            return loss, {
-                "actor/pg_clipfrac": m["clip_frac_low"] + m["clip_frac_high"],
-                "actor/ppo_kl": m["k1_old"],
-                "actor/pg_clipfrac_lower": m["dual_clip_frac"],
-            }
+    def compute_policy_loss(
+        old_log_prob: Tensor,
+        log_prob: Tensor,
+        advantages: Tensor,
+        response_mask: Tensor,
+        loss_agg_mode: str = "seq-mean-token-mean"
+        if loss_mode in ("gspo", "sapo")
+        else "token-mean",
+        config: Any = None,
+        rollout_is_weights: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        if config is None:
+            raise Unsupported("no config")
+        tensors = {"old_log_prob": old_log_prob, "advantages": advantages}
+        if rollout_is_weights is not None:
+            tensors["rollout_is_weights"] = rollout_is_weights
+        require_floating(log_prob=log_prob, **tensors)
+        require_constant(**tensors)
+        require_mask(response_mask, log_prob.shape)
+        if log_prob.dim() != 2 or any(t.shape != log_prob.shape for t in tensors.values()):
+            raise Unsupported("tensors that are not all [B, T]")
+        options = {
+            "loss_agg_mode": loss_agg_mode,
+            "clip_ratio": config.clip_ratio,
+            "clip_ratio_low": config.clip_ratio_low,
+            "clip_ratio_high": config.clip_ratio_high,
+            "clip_ratio_c": config.get("clip_ratio_c", 3.0),
+            "tau_pos": config.tau_pos,
+            "tau_neg": config.tau_neg,
+        }
+        if rollout_is_weights is not None:
+            # Every objective is linear in the size of an advantage, and a weight is >= 0.
+            advantages = advantages * rollout_is_weights
+        try:
+            preset = _policy_config(loss_mode, tuple(options.items()))
+        except ValueError as error:
+            raise Unsupported(str(error)) from error
+        aggregation = "seq-mean-token-mean" if loss_mode == "sapo" else loss_agg_mode
+        loss, metrics = rk.policy_loss(
+            log_prob,
+            old_log_prob,
+            advantages,
+            mask=response_mask,
+            normalizer=_normalizer(aggregation, response_mask, config.global_batch_info),
+            config=preset,
+        )
+        if loss_mode == "gpg":
+            return loss, {}
+        # The one host synchronisation; verl has three.
+        m = metrics.as_dict()
+        return loss, {
+            "actor/pg_clipfrac": m["clip_frac_low"] + m["clip_frac_high"],
+            "actor/ppo_kl": m["k1_old"],
+            "actor/pg_clipfrac_lower": m["dual_clip_frac"],
+        }
 
-        return compute_policy_loss
-
-    return build
+    return compute_policy_loss
 
 
 _AGGREGATIONS = {"token-sum": "constant", "seq-mean-token-sum-norm": "constant"}
 
 
-def _value_loss(original: Callable[..., Any]) -> Callable[..., Any]:
-    def compute_value_loss(
-        vpreds: Tensor,
-        returns: Tensor,
-        values: Tensor,
-        response_mask: Tensor,
-        cliprange_value: float,
-        loss_agg_mode: str = "token-mean",
-        dp_size: int = 1,
-        batch_num_tokens: int | None = None,
-        global_batch_size: int | None = None,
-        loss_scale_factor: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        require_floating(vpreds=vpreds, returns=returns, values=values)
-        require_constant(returns=returns, values=values)
-        require_mask(response_mask, vpreds.shape)
-        if vpreds.dim() != 2 or returns.shape != vpreds.shape or values.shape != vpreds.shape:
-            raise Unsupported("tensors that are not all [B, T]")
-        if not cliprange_value > 0:
-            raise Unsupported("a clip range that is not positive")
-        info = {
-            "dp_size": dp_size,
-            "batch_num_tokens": batch_num_tokens,
-            "global_batch_size": global_batch_size,
-            "loss_scale_factor": loss_scale_factor,
-        }
-        loss, metrics = rk.value_loss(
-            vpreds,
-            values,
-            returns,
-            mask=response_mask,
-            clip_range=float(cliprange_value),
-            aggregation=_AGGREGATIONS.get(loss_agg_mode, loss_agg_mode),
-            normalizer=_normalizer(loss_agg_mode, response_mask, info),
-        )
-        return loss, metrics["clip_frac"]
-
-    return compute_value_loss
+def _value_loss(
+    vpreds: Tensor,
+    returns: Tensor,
+    values: Tensor,
+    response_mask: Tensor,
+    cliprange_value: float,
+    loss_agg_mode: str = "token-mean",
+    dp_size: int = 1,
+    batch_num_tokens: int | None = None,
+    global_batch_size: int | None = None,
+    loss_scale_factor: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    require_floating(vpreds=vpreds, returns=returns, values=values)
+    require_constant(returns=returns, values=values)
+    require_mask(response_mask, vpreds.shape)
+    if vpreds.dim() != 2 or returns.shape != vpreds.shape or values.shape != vpreds.shape:
+        raise Unsupported("tensors that are not all [B, T]")
+    if not cliprange_value > 0:
+        raise Unsupported("a clip range that is not positive")
+    info = {
+        "dp_size": dp_size,
+        "batch_num_tokens": batch_num_tokens,
+        "global_batch_size": global_batch_size,
+        "loss_scale_factor": loss_scale_factor,
+    }
+    loss, metrics = rk.value_loss(
+        vpreds,
+        values,
+        returns,
+        mask=response_mask,
+        clip_range=float(cliprange_value),
+        aggregation=_AGGREGATIONS.get(loss_agg_mode, loss_agg_mode),
+        normalizer=_normalizer(loss_agg_mode, response_mask, info),
+    )
+    return loss, metrics["clip_frac"]
 
 
 _GROUPS = "token_level_rewards, response_mask, index, epsilon"
+_algorithm = functools.partial(Hook, _ALGORITHMS)
 _HOOKS = (
-    Hook(
-        _ALGORITHMS,
+    _algorithm(
         "compute_gae_advantage_return",
         ("token_level_rewards, values, response_mask, gamma, lam",),
         _gae,
         required=True,
     ),
     # The estimators that loop over sequences or tokens; verl's vectorised ones are as fast as ours.
-    Hook(
-        _ALGORITHMS,
+    _algorithm(
         "compute_grpo_outcome_advantage",
         (f"{_GROUPS}, norm_adv_by_std_in_grpo, config",),
         _grpo,
     ),
-    Hook(_ALGORITHMS, "compute_rloo_outcome_advantage", (f"{_GROUPS}, config, **kwargs",), _rloo),
-    Hook(
-        _ALGORITHMS,
+    _algorithm("compute_rloo_outcome_advantage", (f"{_GROUPS}, config, **kwargs",), _rloo),
+    _algorithm(
         "compute_reinforce_plus_plus_baseline_outcome_advantage",
         (f"{_GROUPS}, config, **kwargs",),
         _reinforce_plus_plus_baseline,
     ),
-    Hook(
-        _ALGORITHMS,
+    _algorithm(
         "compute_reinforce_plus_plus_outcome_advantage",
         ("token_level_rewards, response_mask, config, **kwargs",),
         _reinforce_plus_plus,
@@ -412,21 +348,14 @@ _HOOKS = (
 _POLICY_LOSS = (
     "old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights"
 )
+_VALUE_LOSS = (
+    "vpreds, returns, values, response_mask, cliprange_value, loss_agg_mode, dp_size, "
+    "batch_num_tokens, global_batch_size, loss_scale_factor"
+)
 _MODES = ("vanilla", "gspo", "sapo", "gpg", "cispo")
 _LOSS_HOOKS = (
-    *(
-        Hook(_ALGORITHMS, f"compute_policy_loss_{mode}", (_POLICY_LOSS,), _policy_loss(mode))
-        for mode in _MODES
-    ),
-    Hook(
-        _ALGORITHMS,
-        "compute_value_loss",
-        (
-            "vpreds, returns, values, response_mask, cliprange_value, loss_agg_mode, dp_size, "
-            "batch_num_tokens, global_batch_size, loss_scale_factor",
-        ),
-        _value_loss,
-    ),
+    *(_algorithm(f"compute_policy_loss_{m}", (_POLICY_LOSS,), _policy_loss(m)) for m in _MODES),
+    _algorithm("compute_value_loss", (_VALUE_LOSS,), _value_loss),
 )
 
 
@@ -450,7 +379,7 @@ def patch(*, losses: bool = False) -> Report:
         name = f"rk_{mode}"
         # What theirs was before any replacement: it serves what ours cannot.
         original = _INTEGRATION.original(f"{_ALGORITHMS}.compute_policy_loss_{mode}")
-        ours = _INTEGRATION.dispatcher(name, original, _policy_loss(mode)(original))
+        ours = _INTEGRATION.dispatcher(name, original, _policy_loss(mode))
         _INTEGRATION.add(f"{_ALGORITHMS}.POLICY_LOSS_REGISTRY[{name!r}]", registry, name, ours)
     return report()
 
