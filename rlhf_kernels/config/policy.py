@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from .enums import (
     AGGREGATIONS,
@@ -20,6 +20,7 @@ from .enums import (
     Objective,
     RatioLevel,
 )
+from .options import Clamp, PolicyLossOptions
 from .parity.openrlhf import openrlhf
 from .parity.trl import trl
 from .parity.verl import verl
@@ -33,8 +34,6 @@ LOG_RATIO_BOUND = 40.0
 
 # In place of an absent upper bound; its negative is an absent lower bound.
 UNBOUNDED = 3.0e38
-
-Clamp = float | tuple[float, float] | None
 
 
 class PolicyCodes(NamedTuple):
@@ -92,34 +91,6 @@ def _bounds(clamp: Clamp) -> tuple[float, float]:
     if clamp is None:
         return -math.inf, math.inf
     return clamp if isinstance(clamp, tuple) else (-clamp, clamp)
-
-
-class PolicyLossOptions(TypedDict, total=False):
-    """The fields of PolicyLossConfig, as its presets take them by name."""
-
-    objective: Objective
-    ratio_level: RatioLevel
-    clip_low: float | None
-    clip_high: float | None
-    clip_absolute: bool
-    dual_clip: float | None
-    delta: float | None
-    penalty_coef: float
-    sapo_tau_pos: float
-    sapo_tau_neg: float
-    kl_coef: float
-    kl_estimator: KlEstimator
-    kl_input_clamp: Clamp
-    kl_value_clamp: float | None
-    kl_importance_weighted: bool
-    entropy_coef: float
-    correction_level: CorrectionLevel | None
-    correction_mode: CorrectionMode
-    correction_min: float | None
-    correction_max: float | None
-    log_ratio_clamp: Clamp
-    aggregation: Aggregation
-    normalizer: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,6 +174,10 @@ class PolicyLossConfig:
     aggregation: Aggregation = "token-mean"
     normalizer: float | None = None
 
+    if TYPE_CHECKING:  # no fields; see __post_init__
+        _codes: ClassVar[PolicyCodes]
+        _params: ClassVar[PolicyParams]
+
     def __post_init__(self) -> None:
         self._check_values()
         self._check_combinations()
@@ -254,12 +229,13 @@ class PolicyLossConfig:
             self._fail("penalty_coef", f"0 with the objective {self.objective!r}")
         if self.objective == "reinforce" and self.ratio_level != "token":
             self._fail("ratio_level", "token: the objective 'reinforce' has no ratio")
-        caps = (self.correction_min, self.correction_max)
-        if self.correction_level is None and caps != (None, None):
+        low_cap, high_cap = self.correction_min, self.correction_max
+        capped = low_cap is not None or high_cap is not None
+        if self.correction_level is None and capped:
             self._fail("correction_level", "'token' or 'sequence' where a correction cap is given")
-        if self.correction_level is not None and caps == (None, None):
+        if self.correction_level is not None and not capped:
             self._fail("correction_max", "a number, or correction_min, with a correction_level")
-        if None not in caps and self.correction_min > self.correction_max:
+        if low_cap is not None and high_cap is not None and low_cap > high_cap:
             self._fail("correction_min", f"at most correction_max, {self.correction_max}")
 
     def _fail(self, name: str, expected: str) -> None:
@@ -369,17 +345,18 @@ class PolicyLossConfig:
         Update `penalty_coef` between rollouts: halve it where the KL is below target / 1.5, double
         it above 1.5 target.
         """
-        return cls(**{"objective": "penalty", "penalty_coef": 1.0} | options)
+        return cls(**PolicyLossOptions(objective="penalty", penalty_coef=1.0) | options)
 
     @classmethod
     def grpo(cls, **options: "Unpack[PolicyLossOptions]") -> "PolicyLossConfig":
         """GRPO, Shao et al. 2024 (arXiv:2402.03300): k3 KL 0.04, mean of sequence means."""
-        return cls(**{"kl_coef": 0.04, "aggregation": "seq-mean-token-mean"} | options)
+        defaults = PolicyLossOptions(kl_coef=0.04, aggregation="seq-mean-token-mean")
+        return cls(**defaults | options)
 
     @classmethod
     def dapo(cls, **options: "Unpack[PolicyLossOptions]") -> "PolicyLossConfig":
         """DAPO, Yu et al. 2025 (arXiv:2503.14476): clip-higher 0.2/0.28, token mean, no KL."""
-        return cls(**{"clip_high": 0.28} | options)
+        return cls(**PolicyLossOptions(clip_high=0.28) | options)
 
     @classmethod
     def dr_grpo(cls, **options: "Unpack[PolicyLossOptions]") -> "PolicyLossConfig":
@@ -387,17 +364,17 @@ class PolicyLossConfig:
 
         The normalizer, sequences * maximum completion length, is given here or at the call.
         """
-        return cls(**{"aggregation": "constant"} | options)
+        return cls(**PolicyLossOptions(aggregation="constant") | options)
 
     @classmethod
     def gspo(cls, **options: "Unpack[PolicyLossOptions]") -> "PolicyLossConfig":
         """GSPO, Zheng et al. 2025 (arXiv:2507.18071): sequence ratio, clip 3e-4/4e-4."""
-        defaults = {
-            "ratio_level": "sequence",
-            "clip_low": 3e-4,
-            "clip_high": 4e-4,
-            "aggregation": "seq-mean-token-mean",
-        }
+        defaults = PolicyLossOptions(
+            ratio_level="sequence",
+            clip_low=3e-4,
+            clip_high=4e-4,
+            aggregation="seq-mean-token-mean",
+        )
         return cls(**defaults | options)
 
     @classmethod
@@ -407,17 +384,19 @@ class PolicyLossConfig:
         The paper leaves its upper distance open; 4, a weight of at most 5, is what reproductions
         use.
         """
-        return cls(**{"objective": "cispo", "clip_low": None, "clip_high": 4.0} | options)
+        defaults = PolicyLossOptions(objective="cispo", clip_low=None, clip_high=4.0)
+        return cls(**defaults | options)
 
     @classmethod
     def sapo(cls, **options: "Unpack[PolicyLossOptions]") -> "PolicyLossConfig":
         """SAPO, Gao et al. 2025 (arXiv:2511.20347): soft gate, temperatures 1.0/1.05."""
-        return cls(**{"objective": "sapo", "aggregation": "seq-mean-token-mean"} | options)
+        defaults = PolicyLossOptions(objective="sapo", aggregation="seq-mean-token-mean")
+        return cls(**defaults | options)
 
     @classmethod
     def reinforce(cls, **options: "Unpack[PolicyLossOptions]") -> "PolicyLossConfig":
         """REINFORCE, Williams 1992: -A logprob, mean over tokens."""
-        return cls(**{"objective": "reinforce"} | options)
+        return cls(**PolicyLossOptions(objective="reinforce") | options)
 
     @classmethod
     def reinforce_plus_plus(cls, **options: "Unpack[PolicyLossOptions]") -> "PolicyLossConfig":
@@ -427,7 +406,8 @@ class PolicyLossConfig:
     @classmethod
     def rloo(cls, **options: "Unpack[PolicyLossOptions]") -> "PolicyLossConfig":
         """RLOO, Ahmadian et al. 2024 (arXiv:2402.14740): -A log p(sequence), mean of sequences."""
-        return cls(**{"objective": "reinforce", "aggregation": "seq-mean-token-sum"} | options)
+        defaults = PolicyLossOptions(objective="reinforce", aggregation="seq-mean-token-sum")
+        return cls(**defaults | options)
 
     trl = classmethod(trl)
     verl = classmethod(verl)

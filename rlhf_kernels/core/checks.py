@@ -1,6 +1,8 @@
 """Checks shared by all operations. Each names the argument, what was expected, what came."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ _FLOATING_OR_DOUBLE = (*FLOATING, torch.float64)
 _INTEGER = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def tensor(op: str, name: str, value: object) -> None:
+def tensor(op: str, name: str, value: Any) -> Tensor:
     """Requires a tensor whose memory is its value."""
     kind = type(value)
     if kind is not Tensor and kind is not torch.nn.Parameter:
@@ -27,42 +29,46 @@ def tensor(op: str, name: str, value: object) -> None:
                 f"{name}.full_tensor(), or where the vocabulary is sharded pass "
                 f"{name}.to_local() and the process group as group="
             )
-    if value.layout is not torch.strided:
-        raise TypeError(f"{op}: {name} must be a strided tensor, got layout {value.layout}")
-    if value.is_nested:
+    found: Tensor = value
+    if found.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a strided tensor, got layout {found.layout}")
+    if found.is_nested:
         raise TypeError(f"{op}: {name} must be a plain tensor, got a nested one")
+    return found
 
 
-def floating(op: str, name: str, value: object, *, double: bool = False) -> None:
+def floating(op: str, name: str, value: object, *, double: bool = False) -> Tensor:
     """Requires a float32, bfloat16 or float16 tensor; also float64 with `double`."""
-    tensor(op, name, value)
+    value = tensor(op, name, value)
     allowed = _FLOATING_OR_DOUBLE if double else FLOATING
     if value.dtype not in allowed:
         names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
         raise TypeError(f"{op}: {name} must be one of {names}, got {value.dtype}")
+    return value
 
 
-def labels(op: str, name: str, value: object) -> None:
+def labels(op: str, name: str, value: object) -> Tensor:
     """Requires an int64 or int32 tensor."""
-    tensor(op, name, value)
+    value = tensor(op, name, value)
     if value.dtype not in LABEL_DTYPES:
         raise TypeError(f"{op}: {name} must be int64 or int32, got {value.dtype}")
+    return value
 
 
-def integers(op: str, name: str, value: object) -> None:
+def integers(op: str, name: str, value: object) -> Tensor:
     """Requires a bool or integer tensor."""
-    tensor(op, name, value)
+    value = tensor(op, name, value)
     if value.dtype not in _INTEGER:
         raise TypeError(f"{op}: {name} must be bool or integer, got {value.dtype}")
+    return value
 
 
 def real(op: str, name: str, value: object) -> Tensor:
     """Requires a tensor of real numbers, as rewards are; integers and bools become float32."""
-    tensor(op, name, value)
+    value = tensor(op, name, value)
     if value.dtype in _INTEGER:
         return value.float()
-    floating(op, name, value, double=True)
-    return value
+    return floating(op, name, value, double=True)
 
 
 def mask(op: str, name: str, value: object) -> Tensor:
@@ -72,7 +78,7 @@ def mask(op: str, name: str, value: object) -> Tensor:
     one. Where it cannot be looked at, since the call is traced, the look is part of the graph and
     raises when that runs; a meta tensor has nothing to look at.
     """
-    tensor(op, name, value)
+    value = tensor(op, name, value)
     if value.dtype in _INTEGER:
         return value
     expected = f"{op}: {name} must be bool or integer (nonzero = keep), or hold only 0 and 1"
@@ -122,15 +128,16 @@ def same_dtype(op: str, name: str, value: Tensor, like: str, dtype: torch.dtype)
         raise TypeError(f"{op}: {name} must have {like}'s dtype {dtype}, got {value.dtype}")
 
 
-def offsets(op: str, cu_seqlens: object, total: int) -> None:
+def offsets(op: str, cu_seqlens: object) -> Tensor:
     """Requires packed-sequence offsets `[S+1]` of int32 or int64; their values are data."""
-    tensor(op, "cu_seqlens", cu_seqlens)
+    cu_seqlens = tensor(op, "cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in LABEL_DTYPES:
         raise TypeError(f"{op}: cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(
             f"{op}: cu_seqlens must be 1-D with at least one entry, got {tuple(cu_seqlens.shape)}"
         )
+    return cu_seqlens
 
 
 def bad_offsets(op: str, position: int, cu_seqlens: Tensor, total: int) -> ValueError:
@@ -231,7 +238,7 @@ def bad_temperature(op: str, position: int, temperatures: Tensor) -> ValueError:
 
 def token_inputs(
     op: str,
-    tokens: dict[str, Tensor | None],
+    tokens: Mapping[str, Tensor | None],
     mask_: object,
     cu_seqlens: Tensor | None,
     like: tuple[str, Tensor] | None = None,
@@ -249,26 +256,26 @@ def token_inputs(
         The mask, as `mask` makes it.
     """
     if like is None:
-        like = next(iter(tokens.items()))
-        floating(op, *like, double=True)
-    like, first = like
+        name, given = next(iter(tokens.items()))
+        like = name, floating(op, name, given, double=True)
+    name, first = like
     shape, device = first.shape, first.device
     if len(shape) != (2 if cu_seqlens is None else 1):
         expected = "[B, T]" if cu_seqlens is None else "[N], packed as cu_seqlens says,"
-        raise ValueError(f"{op}: {like} must be {expected}, got {tuple(shape)}")
-    for name, value in tokens.items():
-        if value is first or (value is None and name in _OPTIONAL):
+        raise ValueError(f"{op}: {name} must be {expected}, got {tuple(shape)}")
+    for other, value in tokens.items():
+        if value is first or (value is None and other in _OPTIONAL):
             continue
-        floating(op, name, value, double=True)
-        same_shape(op, name, value, like, shape)
-        same_device(op, name, value, like, device)
-    mask_ = mask(op, "mask", mask_)
-    same_shape(op, "mask", mask_, like, shape)
-    same_device(op, "mask", mask_, like, device)
+        value = floating(op, other, value, double=True)
+        same_shape(op, other, value, name, shape)
+        same_device(op, other, value, name, device)
+    found = mask(op, "mask", mask_)
+    same_shape(op, "mask", found, name, shape)
+    same_device(op, "mask", found, name, device)
     if cu_seqlens is not None:
-        offsets(op, cu_seqlens, shape[0])
-        same_device(op, "cu_seqlens", cu_seqlens, like, device)
-    return mask_
+        offsets(op, cu_seqlens)
+        same_device(op, "cu_seqlens", cu_seqlens, name, device)
+    return found
 
 
 def divisor(op: str, value: object, like: str, device: torch.device) -> tuple[Tensor | None, float]:

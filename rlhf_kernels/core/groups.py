@@ -3,6 +3,8 @@
 Operators carry a group by its name, as torch's functional collectives do. "" stands for no group.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,9 @@ def name(op: str, group: object) -> str:
 
 
 def _resolve(group: str) -> "torch.distributed.ProcessGroup":
-    return torch.distributed.distributed_c10d._resolve_process_group(group)
+    # Its parameter is a type of its own in torch 2.13 and a string in 2.6.
+    name: Any = group
+    return torch._C._distributed_c10d._resolve_process_group(name)
 
 
 def rank(group: str) -> int:

@@ -1,6 +1,7 @@
 """Strides of token tensors: how a tensor of any layout is described to a kernel without a copy."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -8,9 +9,17 @@ from torch import Tensor
 #: empty(shape, dtype, device): torch.empty in the way that suits a backend's large buffers.
 Empty = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
 
+#: A tensor, or None where None may be given.
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
+
 
 def plain_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+def constant(t: MaybeTensor) -> MaybeTensor:
+    """`t` without its graph."""
+    return t.detach() if t is not None and t.requires_grad else t
 
 
 def materialized(t: Tensor) -> Tensor:
@@ -41,7 +50,7 @@ def row_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
     return stride
 
 
-def as_grid(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+def as_grid(t: MaybeTensor, dtype: torch.dtype | None = None) -> MaybeTensor:
     """`t` [...] as something with two strides: itself where possible, else a contiguous copy."""
     if t is None:
         return None
@@ -86,5 +95,9 @@ def as_rows(t: Tensor) -> Tensor:
 def rows_strides(t: Tensor) -> tuple[int, int]:
     """Strides (rows, cols) of the leading grid of logits [..., V] from `as_rows`."""
     stride1 = t.stride(-2) if t.dim() > 1 else 0
-    stride0 = row_stride(tuple(t.shape[:-2]), t.stride()[:-2]) if t.dim() > 2 else 0
+    if t.dim() <= 2:
+        return 0, stride1
+    stride0 = row_stride(tuple(t.shape[:-2]), t.stride()[:-2])
+    if stride0 is None:
+        raise ValueError(f"strides {t.stride()} of shape {tuple(t.shape)} do not form a grid")
     return stride0, stride1

@@ -7,6 +7,7 @@ number.
 
 import math
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,22 +46,23 @@ def shown(value: object) -> str:
     return repr(value)
 
 
-def number(op: str, name: str, value: object) -> float:
+def number(op: str, name: str, value: Any) -> float:
     """Requires a finite number."""
     if type(value) not in _NUMBER:
         value = _scalar(value)
     if type(value) not in _NUMBER:
         raise TypeError(f"{op}: {name} must be a number, got {_got(value)}")
+    found: float = value
     # Not math.isfinite: torch.compile traces comparisons of symbolic floats, not that.
-    finite = -math.inf < value < math.inf
-    if finite and isinstance(value, int) and not torch.compiler.is_compiling():
-        finite = value.bit_length() <= 1023
+    finite = -math.inf < found < math.inf
+    if finite and isinstance(found, int) and not torch.compiler.is_compiling():
+        finite = found.bit_length() <= 1023
     if not finite:
-        raise ValueError(f"{op}: {name} must be finite, got {shown(value)}")
+        raise ValueError(f"{op}: {name} must be finite, got {shown(found)}")
     # Torch multiplies with no integer beyond 64 bits.
-    if isinstance(value, int) and not _INT64[0] <= value <= _INT64[1]:
-        return float(value)
-    return value
+    if isinstance(found, int) and not _INT64[0] <= found <= _INT64[1]:
+        return float(found)
+    return found
 
 
 def positive(op: str, name: str, value: object) -> float:
@@ -87,17 +89,18 @@ def rate(op: str, name: str, value: object) -> float:
     return value
 
 
-def integer(op: str, name: str, value: object, *, low: int = _INT64[0], what: str = "") -> int:
+def integer(op: str, name: str, value: Any, *, low: int = _INT64[0], what: str = "") -> int:
     """Requires an integer of at least `low` that 64 bits hold; `what` else may be given."""
     if type(value) not in _INTEGER:
         value = _scalar(value)
     if type(value) not in _INTEGER:
         raise TypeError(f"{op}: {name} must be an integer{what}, got {_got(value)}")
-    if value < low:
-        raise ValueError(f"{op}: {name} must be an integer >= {low}{what}, got {shown(value)}")
-    if value > _INT64[1]:
-        raise ValueError(f"{op}: {name} must be an integer of 64 bits{what}, got {shown(value)}")
-    return value
+    found: int = value
+    if found < low:
+        raise ValueError(f"{op}: {name} must be an integer >= {low}{what}, got {shown(found)}")
+    if found > _INT64[1]:
+        raise ValueError(f"{op}: {name} must be an integer of 64 bits{what}, got {shown(found)}")
+    return found
 
 
 def flag(op: str, name: str, value: object) -> bool:

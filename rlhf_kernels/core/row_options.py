@@ -79,7 +79,7 @@ def checked(
     Returns:
         The arguments; a temperature per token in the shape of the labels, not differentiated.
     """
-    checks.labels(op, "labels", labels)
+    labels = checks.labels(op, "labels", labels)
     column = "V" if name == "logits" else "H"
     checks.same_shape(op, "labels", labels, f"{name} without {column}", rows.shape[:-1])
     checks.same_device(op, "labels", labels, name, rows.device)

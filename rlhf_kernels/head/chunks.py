@@ -5,12 +5,14 @@ whatever the batch. Tokens that nothing depends on are dropped before the produc
 on a CPU takes blocks of the vocabulary instead of tokens.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..core.layout import MaybeTensor
 from ..core.sentinels import ELSEWHERE, NOWHERE, SHARD_IGNORED
 
 #: Bytes of logits in flight. A GPU wants chunks that fill it; each rereads the fp32 gradient of the
@@ -122,7 +124,8 @@ class Tile(NamedTuple):
     is_last: bool
 
 
-class Tokens(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Tokens:
     """The tokens that take part: all of them, or those of `index` (flat positions, ascending)."""
 
     count: int
@@ -139,7 +142,7 @@ class Tokens(NamedTuple):
                 columns = slice(start, min(start + chunk.columns, vocab))
                 yield Tile(part, columns, step, part.stop == self.count)
 
-    def take(self, t: Tensor | None, part: slice) -> Tensor | None:
+    def take(self, t: MaybeTensor, part: slice) -> MaybeTensor:
         """Rows `part` of the tokens' t [N, ...]."""
         if t is None or self.index is None:
             return None if t is None else t[part]
@@ -160,7 +163,7 @@ def select(keep: Tensor) -> Tokens:
     return Tokens(count, None if count == keep.shape[0] else index)
 
 
-def flat(t: Tensor | None) -> Tensor | None:
+def flat(t: MaybeTensor) -> MaybeTensor:
     """Per-token [...] as [N]; strided views of two dimensions or more are copied."""
     return None if t is None else t.reshape(-1)
 

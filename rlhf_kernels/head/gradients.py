@@ -1,6 +1,6 @@
 """Gradients of a head's operands: summed over tiles in fp32, rounded once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,17 +25,18 @@ class Gradients:
     of fp16 operands are fp32 to the end.
     """
 
-    def __init__(
-        self, head: Head, hidden: bool, weight: bool, bias: bool, reduce: Reduce | None = None
-    ) -> None:
+    def __init__(self, head: Head, needs: Sequence[bool], reduce: Reduce | None = None) -> None:
+        hidden, weight, bias = needs
         self._head, self._reduce = head, reduce
         wide = reduce is not None or head.hidden.dtype == torch.float16
         dtype = torch.float32 if wide else head.hidden.dtype
         self.hidden = torch.zeros_like(head.hidden, dtype=dtype) if hidden else None
         # Of a tile's tokens, over the columns so far.
-        self._of_tokens: Tensor | None = None
+        self._of_tokens: Tensor
         self._weight = _Sum(head.weight, head.empty) if weight else None
-        self._bias = head.bias.new_zeros(head.bias.shape, dtype=torch.float32) if bias else None
+        self._bias: Tensor | None = None
+        if bias and head.bias is not None:
+            self._bias = head.bias.new_zeros(head.bias.shape, dtype=torch.float32)
 
     def sweep(self, tokens: Tokens, chunk: Chunk, backward: Callable[[Tensor, Tile], None]) -> None:
         """Adds all `tokens`; `backward` overwrites the logits of a tile by their gradient."""
@@ -52,32 +53,32 @@ class Gradients:
             grad_logits = grad_logits.to(hidden.dtype)
         if self.hidden is not None:
             if grad_logits.shape[1] == self._head.weight.shape[0]:
-                self._add_hidden(tokens, tile.tokens, grad_logits)
+                self._add_hidden(self.hidden, tokens, tile.tokens, grad_logits)
             else:
-                self._add_hidden_of_columns(tokens, tile, grad_logits)
+                self._add_hidden_of_columns(self.hidden, tokens, tile, grad_logits)
         if self._weight is not None:
             self._weight.add_product(grad_logits, hidden, tile)
         if self._bias is not None:
             self._bias[tile.columns] += grad_logits.sum(0, dtype=torch.float32)
 
-    def _add_hidden(self, tokens: Tokens, part: slice, g: Tensor) -> None:
+    def _add_hidden(self, out: Tensor, tokens: Tokens, part: slice, g: Tensor) -> None:
         head, count, dtype = self._head, g.shape[0], g.dtype
         if head.weight.dtype == torch.float16:
-            self._add_hidden_fp16(tokens, part, g)
+            self._add_hidden_fp16(out, tokens, part, g)
             return
         if self._reduce is not None:
             dtype = logits_dtype(g.device, dtype)
-        if tokens.index is None and dtype == self.hidden.dtype and head.padded is None:
-            matmul_into(self.hidden[part], g, head.weight)
+        if tokens.index is None and dtype == out.dtype and head.padded is None:
+            matmul_into(out[part], g, head.weight)
             return
         if head.padded is not None:
             # Rows after the last token are of an earlier chunk.
             g = head.grid(head.padded.shape[0], g.shape[1]).to(g.dtype)
         rows = g.new_empty((g.shape[0], head.weight.shape[1]), dtype=dtype)
         matmul_into(rows, g, head.weight)
-        tokens.put(self.hidden, part, rows[:count].to(self.hidden.dtype))
+        tokens.put(out, part, rows[:count].to(out.dtype))
 
-    def _add_hidden_fp16(self, tokens: Tokens, part: slice, g: Tensor) -> None:
+    def _add_hidden_fp16(self, out: Tensor, tokens: Tokens, part: slice, g: Tensor) -> None:
         head, count = self._head, g.shape[0]
         if head.padded is not None:
             g = head.grid(head.padded.shape[0], g.shape[1])
@@ -88,15 +89,15 @@ class Gradients:
             g, unit = in_fp16(g, (1,))
             matmul_into(rows, g, head.weight)
             rows *= unit
-        tokens.put(self.hidden, part, rows[:count])
+        tokens.put(out, part, rows[:count])
 
-    def _add_hidden_of_columns(self, tokens: Tokens, tile: Tile, g: Tensor) -> None:
+    def _add_hidden_of_columns(self, out: Tensor, tokens: Tokens, tile: Tile, g: Tensor) -> None:
         """Sums over the tiles of some tokens in fp32; rounds with the last of the columns."""
         weight = self._head.weight
-        in_place = tokens.index is None and self.hidden.dtype == torch.float32
+        in_place = tokens.index is None and out.dtype == torch.float32
         if tile.columns.start == 0:
             self._of_tokens = (
-                self.hidden[tile.tokens]
+                out[tile.tokens]
                 if in_place
                 else g.new_zeros((g.shape[0], weight.shape[1]), dtype=torch.float32)
             )
@@ -105,14 +106,14 @@ class Gradients:
         else:
             self._of_tokens += g @ weight[tile.columns]
         if tile.columns.stop == weight.shape[0] and not in_place:
-            tokens.put(self.hidden, tile.tokens, self._of_tokens.to(self.hidden.dtype))
+            tokens.put(out, tile.tokens, self._of_tokens.to(out.dtype))
 
     def results(self, shape: torch.Size, late: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """(hidden, weight, bias) in the dtypes of the operands; empty where not asked for.
 
         With `late` fp32 for operands in fp16: they are rounded when they have been scaled.
         """
-        like = self._head.hidden
+        like, bias = self._head.hidden, self._head.bias
         if self.hidden is not None and self._reduce is not None:
             self.hidden = self._reduce(self.hidden)
 
@@ -126,7 +127,7 @@ class Gradients:
             next(none)
             if self._weight is None
             else finished(self._weight.result(), self._head.weight),
-            next(none) if self._bias is None else finished(self._bias, self._head.bias),
+            next(none) if self._bias is None or bias is None else finished(self._bias, bias),
         )
 
 
@@ -196,7 +197,7 @@ class _Sum:
                 else:
                     rounded.addmm_(part.T, b)
                 continue
-            term = (self._b_t @ part).T if turned else part.T @ b
+            term = part.T @ b if self._b_t is None else (self._b_t @ part).T
             if tile.step == 0:
                 rounded.copy_(term)
                 continue

@@ -64,11 +64,11 @@ def backward(
     of_chunk = Chunk.backward(chunk, weight, tokens.count, heads=2)
     head = Head.of(hidden, weight, bias, of_chunk, tokens.count, kernels.empty)
     ref = Head.of(ref_hidden, ref_weight, ref_bias, of_chunk, tokens.count, kernels.empty)
-    gradients = Gradients(head, *needs)
+    gradients = Gradients(head, needs)
 
     def overwrite(logits: Tensor, tile: Tile) -> None:
         ref_logits = ref.project(ref.states(tokens, tile.tokens), tile.columns)
-        own, g = (tokens.take(t, tile.tokens) for t in (stats, grad))
+        own, g = tokens.take(stats, tile.tokens), tokens.take(grad, tile.tokens)
         kernels.rows.kl_divergence_backward_inplace(
             logits, ref_logits, own, g, temperature, reverse
         )

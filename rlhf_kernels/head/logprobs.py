@@ -74,13 +74,17 @@ def backward(
     tokens = select(used & (labels != options.ignore_index))
     of_chunk = Chunk.backward(chunk, weight, tokens.count)
     head = Head.of(hidden, weight, bias, of_chunk, tokens.count, kernels.empty)
-    gradients = Gradients(head, *needs, kernels.reduce)
+    gradients = Gradients(head, needs, kernels.reduce)
 
     def overwrite(logits: Tensor, tile: Tile) -> None:
-        own, *rest = (tokens.take(t, tile.tokens) for t in (labels, temperatures, stats, g, h))
-        own, ignored = localized(own, tile.columns, weight.shape[0], options.ignore_index)
-        of_tile = options._replace(ignore_index=ignored)
-        kernels.rows.token_logprobs_backward_inplace(logits, own, *rest, of_tile)
+        part = tile.tokens
+        own, ignored = localized(
+            tokens.take(labels, part), tile.columns, weight.shape[0], options.ignore_index
+        )
+        kernels.rows.token_logprobs_backward_inplace(
+            logits, own, tokens.take(temperatures, part), tokens.take(stats, part),
+            tokens.take(g, part), tokens.take(h, part), options._replace(ignore_index=ignored),
+        )  # fmt: skip
 
     gradients.sweep(tokens, of_chunk, overwrite)
     return gradients.results(hidden.shape)

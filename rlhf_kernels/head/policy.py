@@ -113,7 +113,7 @@ class _PolicySweep:
         needs: list[bool],
     ) -> Gradients:
         """Log-probabilities and gradients of `tokens`, one product forward and two backward."""
-        gradients = Gradients(self.head, *needs, self._kernels.reduce)
+        gradients = Gradients(self.head, needs, self._kernels.reduce)
         codes = codes._replace(aggregation=AGGREGATIONS.index("constant"))
         for tile in tokens.tiles(self._chunk, self.head.weight.shape[0]):
             part = tile.tokens
@@ -146,7 +146,7 @@ class _PolicySweep:
         # Their buffers give way to the next.
         self.head = self._ref = None
         head = Head.of(*operands, chunk, tokens.count, self._kernels.empty)
-        gradients = Gradients(head, *needs, self._kernels.reduce)
+        gradients = Gradients(head, needs, self._kernels.reduce)
 
         def backward(logits: Tensor, tile: Tile) -> None:
             stats, *upstream = (tokens.take(t, tile.tokens) for t in (self._stats, g, h))
@@ -231,7 +231,7 @@ def forward(
     entropy_bonus = params.entropy_coef != 0
     if not any(needs):
         sweep.logprobs_of(sweep.tokens)
-        gradients = Gradients(sweep.head, *needs)
+        gradients = Gradients(sweep.head, needs)
     elif (
         codes.ratio_level == _TOKEN_RATIO
         and codes.correction_level != _SEQUENCE_CORRECTION

@@ -7,6 +7,7 @@ mode the first in the device's order that exists and has the operation is taken.
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 
@@ -18,7 +19,8 @@ from .rows import Kernels, Rows
 
 REFERENCE = "reference"
 
-Launcher = Callable[..., object]
+# Their arguments and results are those of their operators.
+Launcher = Callable[..., Any]
 
 # Losses of these hand out gradients that are yet to be multiplied by a scale: on a GPU a token's
 # gradient is written before the last one is counted.
@@ -42,6 +44,7 @@ class Backend:
     empty: makes large buffers.
     simulated: its kernels run on the CPU, for tests: it then serves tensors of any device that have
         memory, but only where it is asked for by name.
+    kernels: what algorithms over its row kernels are given.
     """
 
     name: str
@@ -49,9 +52,10 @@ class Backend:
     launchers: Mapping[str, Launcher]
     empty: Empty = plain_empty
     simulated: bool = False
+    kernels: Kernels = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        rows: Rows = RowKernels(self.launchers)
+        rows = cast(Rows, RowKernels(self.launchers))
         object.__setattr__(self, "kernels", Kernels(rows, self.empty))
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..core import checks, option_checks
+from ..core.layout import MaybeTensor
 from ..head.chunks import exact_size
 from ..kernels import backends
 
@@ -25,8 +26,8 @@ def check_head(
         The operands; under autocast in its dtype, as F.linear casts them. Without it their dtypes
         are one, or weight is float32 and hidden of 16 bits, for a product in fp32.
     """
-    checks.floating(op, names[0], hidden, double=True)
-    checks.floating(op, names[1], weight, double=True)
+    hidden = checks.floating(op, names[0], hidden, double=True)
+    weight = checks.floating(op, names[1], weight, double=True)
     if weight.dim() != 2 or (weight.shape[0] == 0 and not sharded):
         raise ValueError(f"{op}: {names[1]} must be [V, H] with V >= 1, got {tuple(weight.shape)}")
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
@@ -40,24 +41,24 @@ def check_head(
         )
     checks.same_device(op, names[1], weight, names[0], hidden.device)
     if bias is not None:
-        checks.floating(op, names[2], bias, double=True)
+        bias = checks.floating(op, names[2], bias, double=True)
         if bias.shape != weight.shape[:1]:
             raise ValueError(
                 f"{op}: {names[2]} must be [V], ({weight.shape[0]},), got {tuple(bias.shape)}"
             )
         checks.same_device(op, names[2], bias, names[0], hidden.device)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
+    kind = hidden.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight = _autocast(hidden, dtype), _autocast(weight, dtype)
+        bias = _autocast(bias, dtype)
     _check_head_dtypes(op, hidden, weight, bias, names)
     return hidden, weight, bias
 
 
-def _autocast(*operands: Tensor | None) -> tuple[Tensor | None, ...]:
-    """A head's operands in the dtype that autocast is on for; float64 stays, as in F.linear."""
-    kind = operands[0].device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return operands
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in operands)
+def _autocast(t: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
+    """An operand in the dtype that autocast is on for; float64 stays, as in F.linear."""
+    return t if t is None or t.dtype is torch.float64 else t.to(dtype)
 
 
 def _check_head_dtypes(
@@ -95,7 +96,7 @@ def check_ref_head(
     checks.floating(op, "ref_hidden", ref_hidden, double=True)
     checks.same_device(op, "ref_hidden", ref_hidden, "hidden", hidden.device)
     with torch.no_grad():
-        ref = check_head(op, ref_hidden, ref_weight, ref_bias, names, sharded=sharded)
+        head = check_head(op, ref_hidden, ref_weight, ref_bias, names, sharded=sharded)
     expected = tuple(hidden.shape[:-1]), weight.shape[0]
     got = tuple(ref_hidden.shape[:-1]), ref_weight.shape[0]
     if got != expected:
@@ -103,7 +104,8 @@ def check_ref_head(
             f"{op}: ref_hidden and ref_weight must have the tokens and the vocabulary of hidden "
             f"and weight, {expected[0]} and {expected[1]}, got {got[0]} and {got[1]}"
         )
-    return tuple(None if t is None else t.detach() for t in ref)
+    found, matrix, bias = head
+    return found.detach(), matrix.detach(), None if bias is None else bias.detach()
 
 
 def check_chunk(

@@ -9,7 +9,7 @@ fake tensors, tensor subclasses) goes through the registered operator.
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,9 +30,13 @@ _PLAIN = frozenset(
 _ROW_OPTIONS = ", ".join(f"{t.__name__} {name}" for name, t in RowOptions.__annotations__.items())
 _FIELDS = len(RowOptions._fields)
 
+R = TypeVar("R")
+#: What a backward pass of an autograd.Function gives for its inputs.
+InputGradients = tuple[Tensor | None, ...]
 
-class Operator:
-    """A registered operator, callable as `op(*args, backend)`.
+
+class Operator(Generic[R]):
+    """A registered operator, callable as `op(*args, backend)`; R is its result.
 
     Its RowOptions are one argument here, and one argument each in the schema.
     """
@@ -41,8 +45,8 @@ class Operator:
         self,
         name: str,
         schema: str,
-        fake: Callable[..., object],
-        algorithm: Callable[..., object] | None,
+        fake: Callable[..., R],
+        algorithm: Callable[..., R] | None,
     ) -> None:
         self.name, self._algorithm = name, algorithm
         before, found, _ = schema.partition("RowOptions options")
@@ -52,26 +56,26 @@ class Operator:
         torch.library.register_fake(f"rlhf_kernels::{name}", self._gathered(fake), lib=_LIBRARY)
         self._registered = getattr(torch.ops.rlhf_kernels, name).default
 
-    def _run(self, *args: object) -> object:
-        *args, name = args
-        backend = backends.get(name)
+    def _run(self, *args: Any) -> R:
+        backend = backends.get(args[-1])
         if self._algorithm is not None:
-            return self._algorithm(backend.kernels, *args)
-        return backend.launchers[self.name](*args)
+            return self._algorithm(backend.kernels, *args[:-1])
+        launcher: Callable[..., R] = backend.launchers[self.name]
+        return launcher(*args[:-1])
 
-    def _gathered(self, f: Callable[..., object]) -> Callable[..., object]:
+    def _gathered(self, f: Callable[..., R]) -> Callable[..., R]:
         """`f` as it is called from the schema."""
         at = self._options_at
         if at is None:
             return f
 
-        def run(*args: object) -> object:
+        def run(*args: Any) -> R:
             end = at + _FIELDS
             return f(*args[:at], RowOptions(*args[at:end]), *args[end:])
 
         return run
 
-    def __call__(self, *args: object) -> object:
+    def __call__(self, *args: Any) -> R:
         if torch.compiler.is_compiling() or tracing.dispatch_modes():
             return self._dispatch(args)
         if not _PLAIN.issuperset(map(type, args)):
@@ -79,25 +83,27 @@ class Operator:
         backend = backends.get(args[-1])
         if self._algorithm is not None:
             return self._algorithm(backend.kernels, *args[:-1])
-        return backend.launchers[self.name](*args[:-1])
+        launcher: Callable[..., R] = backend.launchers[self.name]
+        return launcher(*args[:-1])
 
-    def _dispatch(self, args: tuple) -> object:
+    def _dispatch(self, args: tuple[Any, ...]) -> R:
         at = self._options_at
         if at is not None:
             args = (*args[:at], *args[at], *args[at + 1 :])
-        return self._registered(*args)
+        result: R = self._registered(*args)
+        return result
 
 
 class _Once(torch.autograd.Function):
     """Gradients as they are, which raise when they are differentiated in any of `sources`."""
 
     @staticmethod
-    def forward(ctx: Any, op: str, count: int, *tensors: Tensor | None) -> tuple:
+    def forward(ctx: Any, op: str, count: int, *tensors: Tensor | None) -> InputGradients:
         ctx.op = op
         return tuple(None if g is None else g.detach() for g in tensors[:count])
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor | None) -> tuple:
+    def backward(ctx: Any, *_: Tensor | None) -> InputGradients:
         raise RuntimeError(
             f"{ctx.op}: its kernels are once_differentiable, and their gradient is differentiated "
             "(create_graph=True); under use_backend('reference') it can be"
@@ -131,7 +137,9 @@ def _sources(ctx: Any) -> list[Tensor]:
     return found
 
 
-def once_differentiable(op: str) -> Callable[..., Callable[..., tuple]]:
+def once_differentiable(
+    op: str,
+) -> Callable[[Callable[..., InputGradients]], Callable[..., InputGradients]]:
     """Makes a backward pass raise where its result is differentiated, whatever the upstream.
 
     torch's decorator of this name cuts the graph in silence where the upstream gradient needs none,
@@ -139,9 +147,9 @@ def once_differentiable(op: str) -> Callable[..., Callable[..., tuple]]:
     gradient depends on: autograd runs no other node on its way to the `inputs` of a backward.
     """
 
-    def decorate(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    def decorate(backward: Callable[..., InputGradients]) -> Callable[..., InputGradients]:
         @functools.wraps(backward)
-        def run(ctx: Any, *args: object) -> tuple:
+        def run(ctx: Any, *args: object) -> InputGradients:
             # A compiled backward refuses by itself.
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():
                 return backward(ctx, *args)
@@ -149,7 +157,10 @@ def once_differentiable(op: str) -> Callable[..., Callable[..., tuple]]:
                 gradients = backward(ctx, *args)
             anchor = torch.empty(0, requires_grad=True)
             upstream = [t for t in args if isinstance(t, Tensor)]
-            return _Once.apply(op, len(gradients), *gradients, anchor, *upstream, *_sources(ctx))
+            once: InputGradients = _Once.apply(
+                op, len(gradients), *gradients, anchor, *upstream, *_sources(ctx)
+            )
+            return once
 
         return run
 
@@ -173,18 +184,20 @@ def head_gradients_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a head's operands; empty where not needed."""
-    return tuple(
-        t.new_empty(t.shape) if need else hidden.new_empty(0)
-        for t, need in zip((hidden, weight, bias), needs, strict=True)
-    )
+
+    def empty(t: Tensor | None, need: bool) -> Tensor:
+        return t.new_empty(t.shape) if need and t is not None else hidden.new_empty(0)
+
+    of_hidden, of_weight, of_bias = needs
+    return empty(hidden, of_hidden), empty(weight, of_weight), empty(bias, of_bias)
 
 
 def define(
     name: str,
     schema: str,
-    fake: Callable[..., object],
-    algorithm: Callable[..., object] | None = None,
-) -> Operator:
+    fake: Callable[..., R],
+    algorithm: Callable[..., R] | None = None,
+) -> Operator[R]:
     """Registers `rlhf_kernels::<name>`.
 
     Args:

@@ -20,41 +20,42 @@ from ..config.enums import (
     Scale,
 )
 from ..core import checks, option_checks
+from ..core.layout import constant
 from ..kernels import backends
-from ._operator import define
+from ._operator import Operator, define
 
 
 def _fp32(like: Tensor) -> Tensor:
     return like.new_empty(like.shape, dtype=torch.float32)
 
 
-_gae = define(
+_gae: Operator[tuple[Tensor, Tensor]] = define(
     "gae",
     "(Tensor rewards, Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor? dones, "
     "Tensor? bootstrap_values, float gamma, float lam, str masked, bool whiten, str backend) "
     "-> (Tensor, Tensor)",
     lambda rewards, *_: (_fp32(rewards), _fp32(rewards)),
 )
-_discounted_returns = define(
+_discounted_returns: Operator[Tensor] = define(
     "discounted_returns",
     "(Tensor rewards, Tensor? mask, Tensor? cu_seqlens, Tensor? dones, Tensor? bootstrap_values, "
     "float gamma, str masked, str backend) -> Tensor",
     lambda rewards, *_: _fp32(rewards),
 )
-_ppo_advantages = define(
+_ppo_advantages: Operator[tuple[Tensor, Tensor, Tensor]] = define(
     "ppo_advantages",
     "(Tensor scores, Tensor logprobs, Tensor? ref_logprobs, Tensor values, Tensor? mask, "
     "Tensor? cu_seqlens, float kl_coef, str kl_estimator, float gamma, float lam, str masked, "
     "bool whiten, float? reward_clip, str backend) -> (Tensor, Tensor, Tensor)",
     lambda scores, logprobs, *_: (_fp32(logprobs), _fp32(logprobs), _fp32(logprobs)),
 )
-_group_advantages = define(
+_group_advantages: Operator[Tensor] = define(
     "group_advantages",
     "(Tensor rewards, Tensor? group_ids, int group_size, str baseline, str scale, "
     "Tensor? greedy_rewards, float eps, str backend) -> Tensor",
     lambda rewards, *_: _fp32(rewards),
 )
-_whiten = define(
+_whiten: Operator[Tensor] = define(
     "whiten",
     "(Tensor x, Tensor? mask, bool shift_mean, bool unbiased, float eps, str backend) -> Tensor",
     lambda x, *_: _fp32(x),
@@ -76,10 +77,6 @@ class PPOAdvantages(NamedTuple):
     rewards: Tensor
 
 
-def _constant(t: Tensor | None) -> Tensor | None:
-    return t.detach() if t is not None and t.requires_grad else t
-
-
 def _check_scan(
     op: str,
     tokens: dict[str, Tensor | None],
@@ -96,13 +93,14 @@ def _check_scan(
         Integer rewards, scores and bootstrap values become float32.
     """
     like, first = next(iter(tokens.items()))
-    found = []
+    found: list[Tensor | None] = []
     for name, t in tokens.items():
         if name == "rewards":
             t = checks.real(op, name, t)
         elif t is not None or name != "ref_logprobs":
             checks.floating(op, name, t, double=True)
-        found.append(_constant(t))
+        found.append(constant(t))
+    assert first is not None  # else the loop has raised
     dims = 2 if cu_seqlens is None else 1
     if first.dim() != dims:
         expected = "[B, T]" if cu_seqlens is None else "[N], packed as cu_seqlens says,"
@@ -115,12 +113,12 @@ def _check_scan(
             checks.same_device(op, name, t, like, first.device)
     count = first.shape[0]
     if cu_seqlens is not None:
-        checks.offsets(op, cu_seqlens, first.shape[0])
+        checks.offsets(op, cu_seqlens)
         checks.same_device(op, "cu_seqlens", cu_seqlens, like, first.device)
         count = cu_seqlens.shape[0] - 1
     for name, t in sequences.items():
         if t is not None or name == "scores":
-            t = _constant(checks.real(op, name, t))
+            t = constant(checks.real(op, name, t))
             if t.shape != (count,):
                 raise ValueError(
                     f"{op}: {name} must have one entry per sequence, ({count},), "
@@ -432,7 +430,7 @@ def _of_sequences(op: str, name: str, t: object) -> Tensor:
     if isinstance(t, Tensor) and t.dtype is not torch.bool and not t.is_floating_point():
         checks.integers(op, name, t)
         return t.double()
-    return _constant(checks.real(op, name, t))
+    return constant(checks.real(op, name, t))
 
 
 def whiten(
@@ -464,7 +462,7 @@ def whiten(
         ValueError: shapes or devices that do not match; eps below 0.
     """
     op = "whiten"
-    x = _constant(checks.real(op, "x", x))
+    x = constant(checks.real(op, "x", x))
     mask = checks.row_mask(op, mask, "x", x.shape, x.device)
     shift_mean = option_checks.flag(op, "shift_mean", shift_mean)
     unbiased = option_checks.flag(op, "unbiased", unbiased)

@@ -9,9 +9,9 @@ from .. import reference
 from ..config.enums import DIRECTIONS, KL_ESTIMATORS, Direction, KlEstimator
 from ..core import checks, option_checks, temperature_rules
 from ..kernels import backends
-from ._operator import define, once_differentiable, remember
+from ._operator import InputGradients, Operator, define, once_differentiable, remember
 
-_divergence = define(
+_divergence: Operator[tuple[Tensor, Tensor]] = define(
     "kl_divergence",
     "(Tensor logits, Tensor ref_logits, float temperature, bool reverse, str backend) "
     "-> (Tensor, Tensor)",
@@ -20,18 +20,18 @@ _divergence = define(
         logits.new_empty((*logits.shape[:-1], 5), dtype=torch.float32),
     ),
 )
-_divergence_backward = define(
+_divergence_backward: Operator[Tensor] = define(
     "kl_divergence_backward",
     "(Tensor logits, Tensor ref_logits, Tensor stats, Tensor grad, float temperature, "
     "bool reverse, str backend) -> Tensor",
     lambda logits, *_: logits.new_empty(logits.shape),
 )
-_penalty = define(
+_penalty: Operator[Tensor] = define(
     "kl_penalty",
     "(Tensor logprobs, Tensor ref_logprobs, str estimator, str backend) -> Tensor",
     lambda logprobs, *_: logprobs.new_empty(logprobs.shape, dtype=torch.float32),
 )
-_penalty_backward = define(
+_penalty_backward: Operator[Tensor] = define(
     "kl_penalty_backward",
     "(Tensor logprobs, Tensor ref_logprobs, Tensor grad, str estimator, str backend) -> Tensor",
     lambda logprobs, *_: logprobs.new_empty(logprobs.shape),
@@ -56,7 +56,7 @@ class _KlDivergence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable("kl_divergence")
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> InputGradients:
         logits, ref_logits, stats = ctx.saved_tensors
         gradient = _divergence_backward(logits, ref_logits, stats, grad, *ctx.options)
         return gradient, None, None, None, None
@@ -74,7 +74,7 @@ class _KlPenalty(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable("kl_penalty")
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> InputGradients:
         return _penalty_backward(*ctx.saved_tensors, grad, *ctx.options), None, None, None
 
 

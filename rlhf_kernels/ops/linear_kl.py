@@ -11,9 +11,17 @@ from ..core import checks, option_checks, temperature_rules
 from ..head import kl as head
 from ..kernels import backends
 from ._heads import check_chunk, check_head, check_ref_head
-from ._operator import define, head_gradients_fake, once_differentiable, remember, select
+from ._operator import (
+    InputGradients,
+    Operator,
+    define,
+    head_gradients_fake,
+    once_differentiable,
+    remember,
+    select,
+)
 
-_forward = define(
+_forward: Operator[tuple[Tensor, Tensor]] = define(
     "linear_kl_divergence",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, "
     "Tensor? ref_bias, Tensor? mask, float temperature, bool reverse, int chunk_tokens, "
@@ -24,7 +32,7 @@ _forward = define(
     ),
     head.forward,
 )
-_backward = define(
+_backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
     "linear_kl_divergence_backward",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, "
     "Tensor? ref_bias, Tensor? mask, Tensor stats, Tensor grad, float temperature, bool reverse, "
@@ -49,7 +57,7 @@ class _LinearKlDivergence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable("linear_kl_divergence")
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> InputGradients:
         needs = list(ctx.needs_input_grad[:3])
         found = _backward(*ctx.saved_tensors, grad, *ctx.options, needs, ctx.backend)
         gradients = (g if need else None for g, need in zip(found, needs, strict=True))
@@ -126,7 +134,8 @@ def linear_kl_divergence(
             temperature=temperature,
         )
     checks.floating(op, "hidden", hidden)
-    return _LinearKlDivergence.apply(
+    kl: Tensor = _LinearKlDivergence.apply(
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, temperature / logit_scale,
         direction == "reverse", chunk, backend,
     )  # fmt: skip
+    return kl

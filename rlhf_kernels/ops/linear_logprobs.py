@@ -13,7 +13,15 @@ from ..head import logprobs as head
 from ..head import shard
 from ..kernels import backends
 from ._heads import check_chunk, check_head
-from ._operator import define, head_gradients_fake, once_differentiable, remember, select
+from ._operator import (
+    InputGradients,
+    Operator,
+    define,
+    head_gradients_fake,
+    once_differentiable,
+    remember,
+    select,
+)
 from .logprobs import TokenLogprobs, TokenLogprobsEntropy, named_result
 from .support import Support, linear_token_logprobs_support
 
@@ -39,14 +47,14 @@ _ARGS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? temperatures, "
     "RowOptions options, int chunk_tokens"
 )
-_forward = define(
+_forward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
     "linear_token_logprobs",
     f"({_ARGS}, str backend) -> (Tensor, Tensor, Tensor)",
     _forward_fake,
     head.forward,
 )
 # Also gives the labels as columns of this rank's shard, for the backward.
-_sharded_forward = define(
+_sharded_forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor]] = define(
     "sharded_linear_token_logprobs",
     f"({_ARGS}, str group, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda *args: (*_forward_fake(*args), args[3].new_empty(args[3].shape, dtype=torch.int64)),
@@ -57,13 +65,13 @@ _BACKWARD_ARGS = (
     "Tensor stats, Tensor? grad_logprobs, Tensor? grad_entropy, RowOptions options, "
     "int chunk_tokens, bool[] needs"
 )
-_backward = define(
+_backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
     "linear_token_logprobs_backward",
     f"({_BACKWARD_ARGS}, str backend) -> (Tensor, Tensor, Tensor)",
     lambda hidden, weight, bias, *rest: head_gradients_fake(hidden, weight, bias, rest[-2]),
     head.backward,
 )
-_sharded_backward = define(
+_sharded_backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
     "sharded_linear_token_logprobs_backward",
     f"({_BACKWARD_ARGS}, str group, str backend) -> (Tensor, Tensor, Tensor)",
     lambda hidden, weight, bias, *rest: head_gradients_fake(hidden, weight, bias, rest[-3]),
@@ -84,7 +92,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         chunk: int,
         group: str,
         backend: str,
-    ) -> tuple:
+    ) -> InputGradients:
         args = (hidden, weight, bias, labels, temperatures, options, chunk)
         if group:
             logprobs, entropies, stats, labels = _sharded_forward(*args, group, backend)
@@ -102,7 +110,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     @once_differentiable("linear_token_logprobs")
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
-    ) -> tuple:
+    ) -> InputGradients:
         nothing = (None,) * 6
         if grad_logprobs is None and grad_entropy is None:
             return (None, None, None, *nothing)

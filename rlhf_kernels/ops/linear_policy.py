@@ -13,7 +13,15 @@ from ..head import policy as head
 from ..head import shard
 from ..kernels import backends, losses
 from ._heads import check_chunk, check_head, check_ref_head
-from ._operator import define, head_gradients_fake, once_differentiable, remember, select
+from ._operator import (
+    InputGradients,
+    Operator,
+    define,
+    head_gradients_fake,
+    once_differentiable,
+    remember,
+    select,
+)
 from .policy import (
     PPO,
     PolicyLoss,
@@ -25,15 +33,16 @@ from .policy import (
 )
 
 
-def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+def _fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     scalar = hidden.new_empty((), dtype=torch.float32)
     *_, needs, _ = rest
-    found = head_gradients_fake(hidden, weight, bias, needs)
-    kept = (
+    of_hidden, of_weight, of_bias = (
         g.new_empty(g.shape, dtype=losses.waiting_dtype(g.dtype)) if need else g
-        for g, need in zip(found, needs, strict=True)
+        for g, need in zip(head_gradients_fake(hidden, weight, bias, needs), needs, strict=True)
     )
-    return scalar, scalar.new_empty((len(POLICY_METRICS),)), *kept
+    return scalar, scalar.new_empty((len(POLICY_METRICS),)), of_hidden, of_weight, of_bias
 
 
 _ARGS = (
@@ -44,10 +53,10 @@ _ARGS = (
     "int chunk_tokens, bool[] needs"
 )
 _RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
-_forward = define(
+_forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = define(
     "linear_policy_loss", f"({_ARGS}, str backend) -> {_RESULTS}", _fake, head.forward
 )
-_sharded_forward = define(
+_sharded_forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = define(
     "sharded_linear_policy_loss",
     f"({_ARGS}, str group, str backend) -> {_RESULTS}",
     lambda *args: _fake(*args[:-1]),
@@ -59,14 +68,15 @@ class _LinearPolicyLoss(torch.autograd.Function):
     """The gradient is computed with the loss; backward only scales it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple:
-        *args, group, backend = args
-        ctx.nothing = (None,) * (len(args) + 2)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        *inputs, group, backend = rest
+        ctx.nothing = (None,) * len(rest)
         ctx.needs = list(ctx.needs_input_grad[:3])
         # One by one up to here: autograd sees no tensor inside a list.
-        tokens, ref_head, options = args[:7], args[7:10], args[10:]
-        ref_head = [t for t in ref_head if t is not None]
-        args = (hidden, weight, bias, *tokens, ref_head, *options, ctx.needs)
+        ref_head = [t for t in inputs[7:10] if t is not None]
+        args = (hidden, weight, bias, *inputs[:7], ref_head, *inputs[10:], ctx.needs)
         if group:
             loss, metrics, *gradients = _sharded_forward(*args, group, backend)
         else:
@@ -80,7 +90,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable("linear_policy_loss")
-    def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple:
+    def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> InputGradients:
         if upstream is None:
             return (None, None, None, *ctx.nothing)
         gradients = (
@@ -212,7 +222,8 @@ def linear_policy_loss(
         of_rows = arguments.of_policy_loss()
         if ref_head:
             ref_logprobs, _ = reference.linear_token_logprobs(
-                *ref_head[:2],
+                ref_head[0],
+                ref_head[1],
                 labels.masked_fill(mask == 0, -100),
                 bias=ref_head[2] if len(ref_head) > 2 else None,
                 **of_rows,
@@ -238,7 +249,7 @@ def linear_policy_loss(
     for name, t in {"hidden": hidden, "advantages": advantages, **tokens}.items():
         if t is not None:
             checks.floating(op, name, t)
-    temperatures, of_rows = arguments.split()
+    temperatures, options = arguments.split()
     constants = (old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs)
     loss, metrics = _LinearPolicyLoss.apply(
         hidden,
@@ -250,7 +261,7 @@ def linear_policy_loss(
         *(ref_head[i] if i < len(ref_head) else None for i in range(3)),
         cu_seqlens,
         count,
-        of_rows,
+        options,
         divisor,
         *config_numbers(config),
         chunk,

@@ -11,7 +11,7 @@ from ..core.row_options import RowOptions
 from ..core.sentinels import SHARD_IGNORED
 from ..head import shard
 from ..kernels import backends
-from ._operator import define, once_differentiable, remember
+from ._operator import InputGradients, Operator, define, once_differentiable, remember
 from .support import Support, token_logprobs_support
 
 
@@ -27,13 +27,13 @@ def _forward_fake(
 
 
 _ROWS = "Tensor logits, Tensor labels, Tensor? temperatures"
-_forward = define(
+_forward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
     "token_logprobs",
     f"({_ROWS}, RowOptions options, str backend) -> (Tensor, Tensor, Tensor)",
     _forward_fake,
 )
 # Also gives the labels as columns of this shard, with which the backward is that of any rows.
-_sharded_forward = define(
+_sharded_forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor]] = define(
     "sharded_token_logprobs",
     f"({_ROWS}, RowOptions options, str group, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda *args: (*_forward_fake(*args), args[1].new_empty(args[1].shape, dtype=torch.int64)),
@@ -43,12 +43,12 @@ _BACKWARD_ARGS = (
     "Tensor labels, Tensor? temperatures, Tensor stats, Tensor? grad_logprobs, "
     "Tensor? grad_entropy, RowOptions options, str backend"
 )
-_backward = define(
+_backward: Operator[Tensor] = define(
     "token_logprobs_backward",
     f"(Tensor logits, {_BACKWARD_ARGS}) -> Tensor",
     lambda logits, *_: logits.new_empty(logits.shape),
 )
-_backward_inplace = define(
+_backward_inplace: Operator[None] = define(
     "token_logprobs_backward_inplace",
     f"(Tensor(a!) logits, {_BACKWARD_ARGS}) -> ()",
     lambda *_: None,
@@ -84,7 +84,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @once_differentiable("token_logprobs")
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
-    ) -> tuple:
+    ) -> InputGradients:
         nothing = (None,) * 6
         if grad_logprobs is None and grad_entropy is None:
             return (None, *nothing)

@@ -54,8 +54,8 @@ class Head(NamedTuple):
             ValueError: what the model has is not such a head, or its parameters are not whole.
         """
         model = _unwrapped(model)
-        module = _output_embeddings(model, refuse_hooks=check)
-        head = cls(module.weight, getattr(module, "bias", None), *_settings(model))
+        module, weight = _output_embeddings(model, refuse_hooks=check)
+        head = cls(weight, getattr(module, "bias", None), *_settings(model))
         if check:
             _check(model, module, head)
         return head
@@ -66,8 +66,9 @@ class Head(NamedTuple):
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(wrapped: nn.Module) -> nn.Module:
     """The model inside DDP, torch.compile and PEFT."""
+    model: Any = wrapped
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
@@ -76,14 +77,15 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         elif hasattr(model, "get_base_model"):
             model = model.get_base_model()
         else:
-            return model
+            inner: nn.Module = model
+            return inner
 
 
 def _fail(model: nn.Module, why: str) -> ValueError:
     return ValueError(f"Head.from_model: {type(model).__name__} {why}")
 
 
-def _in_use(module: nn.Module) -> nn.Module:
+def _in_use(module: Any) -> Any:
     """The copy of a head that PEFT trains whole (modules_to_save), where that is in use."""
     if not hasattr(module, "modules_to_save") or not hasattr(module, "original_module"):
         return module
@@ -93,8 +95,8 @@ def _in_use(module: nn.Module) -> nn.Module:
     return module.modules_to_save[active if isinstance(active, str) else active[0]]
 
 
-def _output_embeddings(model: nn.Module, *, refuse_hooks: bool) -> nn.Module:
-    """The module of the head, whose weight alone says what it computes."""
+def _output_embeddings(model: Any, *, refuse_hooks: bool) -> tuple[nn.Module, Tensor]:
+    """The module of the head, and its weight, which alone says what it computes."""
     if type(model).__name__ == "FullyShardedDataParallel":
         raise _fail(model, "has sharded parameters: call it inside summon_full_params")
     config = getattr(model, "config", None)
@@ -132,10 +134,10 @@ def _output_embeddings(model: nn.Module, *, refuse_hooks: bool) -> nn.Module:
     hooks = refuse_hooks and (module._forward_hooks or module._forward_pre_hooks)
     if hooks or "forward" in vars(module):
         raise _fail(model, "has hooks on its LM head, or another forward than its class's")
-    return module
+    return module, weight
 
 
-def _settings(model: nn.Module) -> tuple[float | None, float]:
+def _settings(model: Any) -> tuple[float | None, float]:
     """(softcap, logit scale) of a configuration, by the names that architectures give them."""
     config = model.config
     if hasattr(config, "get_text_config"):
@@ -161,7 +163,7 @@ def _check(model: nn.Module, module: nn.Module, head: Head) -> None:
     with _undisturbed(model):
         factor = 1.0
         for _ in range(2):
-            hidden, theirs = _pass(model, module, ids, factor)
+            hidden, theirs = _pass(model, module, head.weight.dtype, ids, factor)
             same = hidden.shape == (*ids.shape, head.weight.shape[1])
             if not same or theirs.shape != (*ids.shape, head.weight.shape[0]):
                 raise _fail(
@@ -187,9 +189,9 @@ def _expected(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor]:
     of the cap each round their own result.
     """
     weight, states = head.weight.double(), hidden.double()
-    bias = 0.0 if head.bias is None else head.bias.double()
+    bias = states.new_zeros(()) if head.bias is None else head.bias.double()
     linear = states @ weight.T + bias
-    size = states.abs() @ weight.abs().T + abs(bias)
+    size = states.abs() @ weight.abs().T + bias.abs()
     eps = torch.finfo(hidden.dtype).eps
     spread = linear.abs() + linear.square().mean(-1, keepdim=True).sqrt()
     error = (states.shape[-1] + 1) * torch.finfo(torch.float32).eps * size + 2 * eps * spread
@@ -202,7 +204,9 @@ def _expected(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor]:
     return capped, bound + 2 * eps * capped.abs()
 
 
-def _pass(model: nn.Module, module: nn.Module, ids: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+def _pass(
+    model: nn.Module, module: nn.Module, dtype: torch.dtype, ids: Tensor, factor: float
+) -> tuple[Tensor, Tensor]:
     """Hidden states times a factor, and the model's logits of them, fp64."""
     hook = module.register_forward_pre_hook(lambda _, args: (args[0] * factor, *args[1:]))
     with hook:
@@ -222,16 +226,17 @@ def _pass(model: nn.Module, module: nn.Module, ids: Tensor, factor: float) -> tu
     if not isinstance(hidden, Tensor) or not isinstance(theirs, Tensor):
         raise _fail(model, "gives no logits, or no hidden states")
     # Some bodies end in fp32 whatever the dtype of the head, which is given theirs rounded.
-    return hidden.to(module.weight.dtype) * factor, theirs.double()
+    return hidden.to(dtype) * factor, theirs.double()
 
 
-def _backbone(model: nn.Module) -> nn.Module:
+def _backbone(model: Any) -> nn.Module:
     """The model without its head; the prefix of some classes names a part of a larger model."""
     parts = [part for part in model.children() if hasattr(part, "base_model_prefix")]
-    return parts[0] if parts and model.base_model is model else model.base_model
+    found: nn.Module = parts[0] if parts and model.base_model is model else model.base_model
+    return found
 
 
-def _token_ids(model: nn.Module, weight: Tensor) -> Tensor:
+def _token_ids(model: Any, weight: Tensor) -> Tensor:
     """Random tokens [1, 8], none of which means padding, an image or the like to the model."""
     config = model.config
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config

@@ -1,5 +1,6 @@
 """policy_loss: the clipped losses of PPO, GRPO and their family, with their gradient."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,9 +10,10 @@ from .. import reference
 from ..config.metrics import POLICY_METRICS
 from ..config.policy import PolicyLossConfig
 from ..core import checks, tracing
+from ..core.layout import constant
 from ..kernels import backends, losses
 from ._metrics import Metrics, register_metrics
-from ._operator import define, once_differentiable, remember
+from ._operator import InputGradients, Operator, define, once_differentiable, remember
 
 
 def _forward_fake(
@@ -23,11 +25,12 @@ def _forward_fake(
     deferred = backend in backends.GPU
     loss, metrics, scale = losses.results(logprobs, len(POLICY_METRICS), deferred)
     gradient = losses.gradient(logprobs, grad)
-    bonus = losses.gradient(entropy if entropy_grad else logprobs, entropy_grad)
+    like = logprobs if entropy is None else entropy
+    bonus = losses.gradient(like, entropy_grad)
     return loss, metrics, gradient, bonus, scale
 
 
-_forward = define(
+_forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = define(
     "policy_loss",
     "(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
     "Tensor? rollout_logprobs, Tensor? entropy, Tensor? cu_seqlens, Tensor? normalizer, "
@@ -45,7 +48,7 @@ def _backward_fake(
     return [torch.empty_like(g, dtype=dtype) for g, dtype in pairs if g is not None]
 
 
-_backward = define(
+_backward: Operator[list[Tensor]] = define(
     "loss_backward",
     "(Tensor first, Tensor? second, Tensor scale, Tensor upstream, ScalarType first_dtype, "
     "ScalarType second_dtype, str backend) -> Tensor[]",
@@ -76,7 +79,7 @@ class _PolicyLoss(torch.autograd.Function):
     """The gradient is computed with the loss; backward only scales it."""
 
     @staticmethod
-    def forward(ctx: Any, logprobs: Tensor, entropy: Tensor | None, *args: Any) -> tuple:
+    def forward(ctx: Any, logprobs: Tensor, entropy: Tensor | None, *args: Any) -> InputGradients:
         old, advantages, mask, ref, rollout, *options = args
         loss, metrics, *gradients, scale = _forward(
             logprobs, old, advantages, mask, ref, rollout, entropy, *options
@@ -84,7 +87,7 @@ class _PolicyLoss(torch.autograd.Function):
         *_, grad, entropy_grad, ctx.backend = options
         ctx.wanted = (grad, entropy_grad)
         inputs = zip(gradients, (logprobs, entropy), ctx.wanted, strict=True)
-        kept = [(g, t.dtype) for g, t, wanted in inputs if wanted]
+        kept = [(g, t.dtype) for g, t, wanted in inputs if wanted and t is not None]
         ctx.dtypes = [dtype for _, dtype in kept]
         ctx.nothing = (None,) * len(args)
         remember(ctx, logprobs, entropy)
@@ -95,7 +98,7 @@ class _PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable("policy_loss")
-    def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple:
+    def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> InputGradients:
         if upstream is None:
             return (None, None, *ctx.nothing)
         scale, *gradients = ctx.saved_tensors
@@ -137,10 +140,6 @@ class PolicyLoss(NamedTuple):
 
 
 PPO = PolicyLossConfig.ppo()
-
-
-def _constant(t: Tensor | None) -> Tensor | None:
-    return t.detach() if t is not None and t.requires_grad else t
 
 
 def policy_loss(
@@ -248,16 +247,17 @@ def policy_loss(
             checks.floating(op, name, t)
     enabled = torch.is_grad_enabled()
     grad = enabled and logprobs.requires_grad
-    bonus = config.entropy_coef != 0 and entropy is not None
-    entropy_grad = enabled and bonus and entropy.requires_grad
-    if entropy is not None and not entropy_grad:
-        entropy = _constant(entropy)
+    entropy_grad = (
+        enabled and config.entropy_coef != 0 and entropy is not None and entropy.requires_grad
+    )
+    if not entropy_grad:
+        entropy = constant(entropy)
     constants = (
-        _constant(old_logprobs),
-        _constant(advantages),
+        constant(old_logprobs),
+        constant(advantages),
         mask,
-        _constant(ref_logprobs),
-        _constant(rollout_logprobs),
+        constant(ref_logprobs),
+        constant(rollout_logprobs),
     )
     options = (
         cu_seqlens, count, divisor, *config_numbers(config), grad, entropy_grad, backend
@@ -265,7 +265,7 @@ def policy_loss(
     if grad or entropy_grad:
         loss, metrics = _PolicyLoss.apply(logprobs, entropy, *constants, *options)
     else:
-        loss, metrics, *_ = _forward(_constant(logprobs), *constants, entropy, *options)
+        loss, metrics, *_ = _forward(constant(logprobs), *constants, entropy, *options)
     return PolicyLoss(loss, PolicyMetrics(metrics))
 
 
@@ -288,7 +288,7 @@ def check_advantages(
     return advantages
 
 
-def config_numbers(config: PolicyLossConfig) -> tuple[list[int], list[float]]:
+def config_numbers(config: PolicyLossConfig) -> tuple[Sequence[int], Sequence[float]]:
     """The codes and parameters of a configuration, as operators take them.
 
     torch.compile takes the floats of an object into the graph where they are first used. That must

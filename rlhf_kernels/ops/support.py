@@ -9,7 +9,14 @@ from .. import reference
 from ..core import checks
 from ..core.row_options import RowArguments, RowOptions
 from ..kernels import backends
-from ._operator import define, head_gradients_fake, once_differentiable, remember
+from ._operator import (
+    InputGradients,
+    Operator,
+    define,
+    head_gradients_fake,
+    once_differentiable,
+    remember,
+)
 
 #: indptr [N + 1] and indices [nnz] of the words of each token.
 Support = tuple[Tensor, Tensor]
@@ -40,22 +47,22 @@ _BACKWARD = (
     "RowOptions options"
 )
 # The fourth result is `kept`, the logit of each entry: all that the backward needs of the logits.
-_forward = define(
+_forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor]] = define(
     "token_logprobs_support",
     f"(Tensor logits, {_FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward_fake,
 )
-_backward = define(
+_backward: Operator[Tensor] = define(
     "token_logprobs_support_backward",
     f"({_BACKWARD}, SymInt vocab, ScalarType dtype, str backend) -> Tensor",
     lambda kept, labels, *args: kept.new_empty((*labels.shape, args[-3]), dtype=args[-2]),
 )
-_head_forward = define(
+_head_forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor]] = define(
     "linear_token_logprobs_support",
     f"(Tensor hidden, Tensor weight, Tensor? bias, {_FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda hidden, weight, bias, *args: _forward_fake(hidden, *args),
 )
-_head_backward = define(
+_head_backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
     "linear_token_logprobs_support_backward",
     f"(Tensor hidden, Tensor weight, Tensor? bias, {_BACKWARD}, bool[] needs, str backend) -> "
     "(Tensor, Tensor, Tensor)",
@@ -83,7 +90,7 @@ class _TokenLogprobsSupport(torch.autograd.Function):
     @once_differentiable("token_logprobs")
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
-    ) -> tuple:
+    ) -> InputGradients:
         gradient = None
         if grad_logprobs is not None or grad_entropy is not None:
             gradient = _backward(*ctx.saved_tensors, grad_logprobs, grad_entropy, *ctx.options)
@@ -106,7 +113,7 @@ class _LinearTokenLogprobsSupport(torch.autograd.Function):
     @once_differentiable("linear_token_logprobs")
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
-    ) -> tuple:
+    ) -> InputGradients:
         nothing = (None,) * 6
         if grad_logprobs is None and grad_entropy is None:
             return (None, None, None, *nothing)

@@ -11,7 +11,7 @@ from ..config.metrics import VALUE_METRICS
 from ..core import checks, option_checks
 from ..kernels import backends, losses
 from ._metrics import Metrics, register_metrics
-from ._operator import define, once_differentiable, remember
+from ._operator import InputGradients, Operator, define, once_differentiable, remember
 from .policy import scaled
 
 
@@ -25,7 +25,7 @@ def _forward_fake(
     return loss, metrics, losses.gradient(values, grad), scale
 
 
-_forward = define(
+_forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor]] = define(
     "value_loss",
     "(Tensor values, Tensor old_values, Tensor returns, Tensor mask, Tensor? cu_seqlens, "
     "Tensor? normalizer, float divisor, float clip_range, int aggregation, bool grad, "
@@ -50,7 +50,7 @@ class _ValueLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable("value_loss")
-    def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple:
+    def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> InputGradients:
         if upstream is None:
             return (None, *ctx.nothing)
         grad, scale = ctx.saved_tensors

@@ -8,12 +8,12 @@ from ._common import compute
 from .kl import kl_estimate
 
 
-def _pad(x: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
+def _pad(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Packed [N] as [S, T], T the longest sequence, zeros behind the others; padded input as is.
 
     Where lengths cannot be looked at, in a traced call or on the meta device, T is N.
     """
-    if x is None or cu_seqlens is None:
+    if cu_seqlens is None:
         return x
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     if x.is_meta or tracing.active(x):
@@ -205,6 +205,7 @@ def group_advantages(
         # r_i - mean of the others = n / (n - 1) * (r_i - mean of all)
         a = centred * (count / (count - 1).clamp(min=1))[group]
     elif baseline == "greedy":
+        assert greedy_rewards is not None
         a = r - greedy_rewards.double()
     else:
         a = r

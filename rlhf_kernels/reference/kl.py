@@ -24,7 +24,8 @@ def kl_divergence(
     """
     policy = distances(compute(logits), temperature)
     ref = distances(compute(ref_logits).detach(), temperature)
-    return _Divergence.apply(policy, ref, direction == "reverse")
+    kl: Tensor = _Divergence.apply(policy, ref, direction == "reverse")
+    return kl
 
 
 def _mean_difference(p: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -51,12 +52,12 @@ class _Divergence(torch.autograd.Function):
         return torch.where(kl < 0, 0, kl)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *tensors, ctx.reverse = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, y = ctx.saved_tensors
         p, grad = torch.softmax(x, -1), grad.unsqueeze(-1)
         if ctx.reverse:
@@ -81,11 +82,14 @@ def kl_estimate(x: Tensor, estimator: str) -> Tensor:
     return x.abs()
 
 
-class Sloped(torch.autograd.Function):
-    """`value` [...] with the slope of an estimator in x [...].
+def sloped(x: Tensor, value: Tensor, estimator: str) -> Tensor:
+    """`value` [...] with the slope of an estimator in x [...]."""
+    result: Tensor = _Sloped.apply(x, value, estimator)
+    return result
 
-    Where no gradient comes from above none goes on, also where the slope is infinite.
-    """
+
+class _Sloped(torch.autograd.Function):
+    """Where no gradient comes from above none goes on, also where the slope is infinite."""
 
     generate_vmap_rule = True
 
@@ -94,22 +98,22 @@ class Sloped(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, _, ctx.estimator = inputs
         ctx.save_for_backward(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         if ctx.estimator == "k1":
             return grad, None, None
-        slope = {
-            "k2": lambda: x,
-            "k3": lambda: -torch.expm1(-x),
-            # torch's sign of NaN is 0.
-            "abs": lambda: torch.where(x.isnan(), x, x.sign()),
-        }
-        return torch.where(grad == 0, 0, grad * slope[ctx.estimator]()), None, None
+        if ctx.estimator == "k2":
+            slope = x
+        elif ctx.estimator == "k3":
+            slope = -torch.expm1(-x)
+        else:  # "abs"; torch's sign of NaN is 0
+            slope = torch.where(x.isnan(), x, x.sign())
+        return torch.where(grad == 0, 0, grad * slope), None, None
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -> Tensor:
@@ -126,4 +130,4 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1")
     """
     x = compute(logprobs) - compute(ref_logprobs).detach()
     plain = estimator.removesuffix("+")
-    return Sloped.apply(x, kl_estimate(x.detach(), plain), "k2" if plain != estimator else plain)
+    return sloped(x, kl_estimate(x.detach(), plain), "k2" if plain != estimator else plain)

@@ -89,7 +89,7 @@ class _Entropy(torch.autograd.Function):
         return torch.logsumexp(d, -1) - mean.squeeze(-1)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ..config.policy import LOG_RATIO_BOUND, UNBOUNDED, PolicyLossConfig
+from ..core.layout import MaybeTensor
 from ..core.sequences import per_token, sequence_sum, token_weights
 from ._common import clamped, compute
-from .kl import Sloped, kl_estimate
+from .kl import kl_estimate, sloped
 
 # csrc/policy_math.h: kLogWeightBound.
 LOG_WEIGHT_BOUND = 1e30
@@ -24,7 +25,7 @@ def kl_term(x: Tensor, config: PolicyLossConfig) -> Tensor:
     limit = UNBOUNDED if config.kl_value_clamp is None else config.kl_value_clamp
     value = clamped(value, -limit, limit)
     if estimator.endswith("+"):
-        return Sloped.apply(x, value.detach(), "k2")
+        return sloped(x, value.detach(), "k2")
     return value
 
 
@@ -32,7 +33,7 @@ def estimate(x: Tensor, estimator: str) -> Tensor:
     """Schulman's estimators of KL(p || q) from x = log p - log q at a sample of p."""
     if estimator == "k3":
         x = clamped(x, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    return Sloped.apply(x, kl_estimate(x.detach(), estimator), estimator)
+    return sloped(x, kl_estimate(x.detach(), estimator), estimator)
 
 
 def token_log_weight(old: Tensor, rollout: Tensor) -> Tensor:
@@ -111,7 +112,7 @@ def policy_loss(
     """
     mask = mask != 0
 
-    def clean(x: Tensor | None, constant: bool = True) -> Tensor | None:
+    def clean(x: MaybeTensor, constant: bool = True) -> MaybeTensor:
         if x is None:
             return None
         return torch.where(mask, compute(x.detach() if constant else x), 0)

@@ -21,7 +21,7 @@ class _Summed(torch.autograd.Function):
         return groups.sum_(x.clone(memory_format=torch.contiguous_format), group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # One is the other's derivative, so that second derivatives are right too.
         return _Copied.apply(grad, ctx.group), None
 
@@ -33,13 +33,14 @@ class _Copied(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _Summed.apply(grad, ctx.group), None
 
 
 def copied(x: Tensor, group: str) -> Tensor:
     """Replicated x as the operand of each rank's shard; the gradient is summed over the ranks."""
-    return _Copied.apply(x, group)
+    result: Tensor = _Copied.apply(x, group)
+    return result
 
 
 def token_logprobs(

@@ -1,11 +1,10 @@
 """How a preset refuses an argument."""
 
-from typing import NoReturn, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import NoReturn
 
-Config = TypeVar("Config")
 
-
-def one_of(preset: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
+def one_of(preset: str, name: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise ValueError(
             f"PolicyLossConfig.{preset}: {name} must be one of {', '.join(allowed)}, got {value!r}"
@@ -14,3 +13,9 @@ def one_of(preset: str, name: str, value: str, allowed: tuple[str, ...]) -> None
 
 def inexpressible(preset: str, what: str, why: str) -> NoReturn:
     raise ValueError(f"PolicyLossConfig.{preset}: {what} cannot be expressed: {why}")
+
+
+def refuse(preset: str, name: str, value: str, reasons: Mapping[str, str]) -> None:
+    """Says why a name that the trainer knows cannot be expressed."""
+    if value in reasons:
+        inexpressible(preset, f"{name}={value!r}", reasons[value])

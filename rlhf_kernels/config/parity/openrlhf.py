@@ -15,30 +15,51 @@ it.
 """
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
-from ._common import Config, inexpressible, one_of
+from ..options import CommonOptions
+from ._common import inexpressible, one_of, refuse
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..options import PolicyLossOptions
+    from ..policy import PolicyLossConfig
+
+LossType = Literal["ppo", "gspo"]
+#: OpenRLHF knows "seq" and another gating too: neither can be expressed.
+SamplingLevel = Literal["off", "token"]
+SamplingMode = Literal["mask", "clip"]
+Gating = Literal["ratio"]
+Estimator = Literal["k1", "k2", "k3"]
+
+
+class Options(CommonOptions, total=False):
+    """Fields of PolicyLossConfig that are no argument of OpenRLHF's."""
+
+    delta: float | None
 
 
 def openrlhf(
-    cls: type[Config],
-    policy_loss_type: str = "ppo",
+    cls: "type[PolicyLossConfig]",
+    /,
+    policy_loss_type: LossType = "ppo",
     *,
     clip_eps_low: float = 0.2,
     clip_eps_high: float = 0.2,
     dual_clip: float | None = None,
     token_level_loss: bool = True,
-    is_correction_level: str = "off",
-    is_correction_mode: str = "mask",
-    is_correction_gating: str = "ratio",
+    is_correction_level: SamplingLevel = "off",
+    is_correction_mode: SamplingMode = "mask",
+    is_correction_gating: Gating = "ratio",
     is_correction_threshold: tuple[float, float] = (0.5, 5.0),
     kl_use_loss: bool = False,
     kl_init_coef: float = 0.01,
-    kl_estimator: str = "k1",
+    kl_estimator: Estimator = "k1",
     kl_unbiased_gradient: bool = False,
     entropy_coef: float | None = None,
-    **options: Any,
-) -> Config:
+    **options: "Unpack[Options]",
+) -> "PolicyLossConfig":
     """The actor's loss of OpenRLHF; names and defaults of its PolicyLoss and of its flags
     --algo.kl.* (kl_*) and --actor.entropy_coef. Checked against 0.11.2.
 
@@ -76,10 +97,12 @@ def openrlhf(
         ValueError: an unknown option, or one that cannot be expressed (sequence-level correction,
             divergence gating, unbiased KL gradient, KL or entropy beside means by sequence).
     """
-    one_of("openrlhf", "policy_loss_type", policy_loss_type, ("ppo", "gspo"))
-    one_of("openrlhf", "is_correction_level", is_correction_level, ("off", "token", "seq"))
-    one_of("openrlhf", "is_correction_mode", is_correction_mode, ("mask", "clip"))
-    one_of("openrlhf", "kl_estimator", kl_estimator, ("k1", "k2", "k3"))
+    one_of("openrlhf", "policy_loss_type", policy_loss_type, get_args(LossType))
+    one_of(
+        "openrlhf", "is_correction_level", is_correction_level, (*get_args(SamplingLevel), "seq")
+    )
+    one_of("openrlhf", "is_correction_mode", is_correction_mode, get_args(SamplingMode))
+    one_of("openrlhf", "kl_estimator", kl_estimator, get_args(Estimator))
     gspo = policy_loss_type == "gspo"
     by_sequence = gspo or not token_level_loss
     if by_sequence and (kl_use_loss or entropy_coef):
@@ -92,14 +115,13 @@ def openrlhf(
         if gspo:
             why = "pass the rollout's logprobs as old_logprobs, which is what it does"
             inexpressible("openrlhf", "is_correction_level with gspo", why)
-        if is_correction_level == "seq":
-            why = "it gates by the geometric mean and keeps the weights of the tokens"
-            inexpressible("openrlhf", "is_correction_level='seq'", why)
+        why = "it gates by the geometric mean and keeps the weights of the tokens"
+        refuse("openrlhf", "is_correction_level", is_correction_level, {"seq": why})
         if is_correction_gating != "ratio":
             why = "only the ratio gates here"
             inexpressible("openrlhf", f"is_correction_gating={is_correction_gating!r}", why)
 
-    fields: dict[str, Any] = {
+    fields: PolicyLossOptions = {
         "ratio_level": "sequence" if gspo else "token",
         "clip_low": clip_eps_low,
         "clip_high": clip_eps_high,
@@ -120,4 +142,4 @@ def openrlhf(
             "correction_min": low,
             "correction_max": high,
         }
-    return cls(**fields | options)
+    return cls(**fields | cast("PolicyLossOptions", options))

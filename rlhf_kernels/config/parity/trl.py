@@ -15,16 +15,42 @@ TRL's RLOOTrainer clips the ratio of whole sequences, exp of the sum of x: one "
 `policy_loss(sequence_logprobs(logprobs, mask)[:, None], ..., config=PolicyLossConfig.trl("grpo"))`.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
-from ._common import Config, inexpressible, one_of
+from ..enums import CorrectionLevel, CorrectionMode, KlEstimator
+from ..options import CommonOptions
+from ._common import inexpressible, one_of, refuse
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..options import PolicyLossOptions
+    from ..policy import PolicyLossConfig
+
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"]
+SamplingLevel = Literal["token", "sequence"]
+SamplingMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+_CORRECTIONS: dict[SamplingMode, tuple[CorrectionLevel, CorrectionMode]] = {
+    "token_truncate": ("token", "truncate"),
+    "token_mask": ("token", "mask"),
+    "sequence_truncate": ("sequence", "truncate"),
+    "sequence_mask": ("sequence", "mask"),
+}
+
+
+class Options(CommonOptions, total=False):
+    """Fields of PolicyLossConfig that are no argument of TRL's."""
+
+    dual_clip: float | None
+    kl_estimator: KlEstimator
 
 
 def trl(
-    cls: type[Config],
-    loss_type: str = "dapo",
+    cls: "type[PolicyLossConfig]",
+    /,
+    loss_type: LossType = "dapo",
     *,
-    importance_sampling_level: str = "token",
+    importance_sampling_level: SamplingLevel = "token",
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
     delta: float | None = None,
@@ -38,11 +64,11 @@ def trl(
     sapo_temperature_neg: float = 1.05,
     use_vllm: bool = False,
     vllm_importance_sampling_correction: bool = True,
-    vllm_importance_sampling_mode: str = "sequence_mask",
+    vllm_importance_sampling_mode: SamplingMode = "sequence_mask",
     vllm_importance_sampling_clip_max: float | None = 3.0,
     vllm_importance_sampling_clip_min: float | None = None,
-    **options: Any,
-) -> Config:
+    **options: "Unpack[Options]",
+) -> "PolicyLossConfig":
     """The loss of TRL's GRPOTrainer; names and defaults of its GRPOConfig. Checked against 1.16.0.
 
     No clamp of the log-ratio; k3 without clamps, times the differentiated ratio where
@@ -91,11 +117,10 @@ def trl(
     Raises:
         ValueError: an unknown option, or one that cannot be expressed (loss_type="vespo").
     """
-    losses = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
-    if loss_type == "vespo":
-        inexpressible("trl", "loss_type='vespo'", "its gamma weights are no option here")
-    one_of("trl", "loss_type", loss_type, losses)
-    one_of("trl", "importance_sampling_level", importance_sampling_level, ("token", "sequence"))
+    refuse("trl", "loss_type", loss_type, {"vespo": "its gamma weights are no option here"})
+    one_of("trl", "loss_type", loss_type, get_args(LossType))
+    levels = get_args(SamplingLevel)
+    one_of("trl", "importance_sampling_level", importance_sampling_level, levels)
     if use_adaptive_entropy:
         why = "update with dataclasses.replace(config, entropy_coef=...) between steps"
         inexpressible("trl", "use_adaptive_entropy", why)
@@ -109,7 +134,7 @@ def trl(
         why = "TRL takes its mean over tokens; subtract entropy_coef * entropy[mask].mean() instead"
         inexpressible("trl", f"entropy_coef with loss_type={loss_type!r}", why)
 
-    fields: dict[str, Any] = {
+    fields: PolicyLossOptions = {
         "ratio_level": importance_sampling_level,
         "log_ratio_clamp": None,
         "kl_coef": beta,
@@ -134,9 +159,9 @@ def trl(
     elif loss_type == "dr_grpo":
         fields["aggregation"] = "constant"
     if use_vllm and vllm_importance_sampling_correction:
-        modes = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-        one_of("trl", "vllm_importance_sampling_mode", vllm_importance_sampling_mode, modes)
-        level, mode = vllm_importance_sampling_mode.split("_")
+        sampling = vllm_importance_sampling_mode
+        one_of("trl", "vllm_importance_sampling_mode", sampling, _CORRECTIONS)
+        level, mode = _CORRECTIONS[sampling]
         # A weight is never below 0, the cap that stands for none at all.
         low = vllm_importance_sampling_clip_min
         fields |= {
@@ -145,4 +170,4 @@ def trl(
             "correction_min": 0.0 if low is None else low,
             "correction_max": vllm_importance_sampling_clip_max,
         }
-    return cls(**fields | options)
+    return cls(**fields | cast("PolicyLossOptions", options))

@@ -14,12 +14,41 @@ verl takes a group of one as it is (advantage = reward), here it has advantage 0
 """
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Literal, get_args
 
-from ._common import Config, inexpressible, one_of
+from ..enums import Aggregation, CorrectionLevel, KlEstimator
+from ._common import inexpressible, one_of, refuse
 
-_KL_ESTIMATORS = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
-_AGGREGATIONS = {
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..options import PolicyLossOptions
+    from ..policy import PolicyLossConfig
+
+LossMode = Literal["vanilla", "gspo", "sapo", "cispo", "gpg"]
+AggregationMode = Literal[
+    "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm",
+    "seq-mean-token-mean",
+]  # fmt: skip
+KlLossType = Literal[
+    "kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3",
+    "kl+", "k1+", "abs+", "mse+", "k2+", "low_var_kl+", "k3+",
+]  # fmt: skip
+_INEXPRESSIBLE = {
+    **dict.fromkeys(
+        ("clip_cov", "kl_cov", "geo_mean", "dppo_tv", "dppo_kl", "dro"),
+        "its objective is none of those here",
+    ),
+    "bypass_mode": "use loss_mode='vanilla' and pass the rollout's logprobs as old_logprobs",
+}
+
+_KL_ESTIMATORS: dict[KlLossType, KlEstimator] = {
+    **{"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2"},
+    **{"low_var_kl": "k3", "k3": "k3"},
+    **{"kl+": "k1+", "k1+": "k1+", "abs+": "abs+", "mse+": "k2+", "k2+": "k2+"},
+    **{"low_var_kl+": "k3+", "k3+": "k3+"},
+}
+_AGGREGATIONS: dict[AggregationMode, Aggregation] = {
     "token-mean": "token-mean",
     "token-sum": "constant",
     "seq-mean-token-sum": "seq-mean-token-sum",
@@ -29,10 +58,11 @@ _AGGREGATIONS = {
 
 
 def verl(
-    cls: type[Config],
-    loss_mode: str = "vanilla",
+    cls: "type[PolicyLossConfig]",
+    /,
+    loss_mode: LossMode = "vanilla",
     *,
-    loss_agg_mode: str = "token-mean",
+    loss_agg_mode: AggregationMode = "token-mean",
     clip_ratio: float = 0.2,
     clip_ratio_low: float | None = 0.2,
     clip_ratio_high: float | None = 0.2,
@@ -42,13 +72,13 @@ def verl(
     entropy_coeff: float = 0.0,
     use_kl_loss: bool = False,
     kl_loss_coef: float = 0.001,
-    kl_loss_type: str = "low_var_kl",
-    rollout_is: str | None = None,
+    kl_loss_type: KlLossType = "low_var_kl",
+    rollout_is: CorrectionLevel | None = None,
     rollout_is_threshold: float | str = 2.0,
     rollout_is_batch_normalize: bool = False,
     rollout_rs: str | None = None,
-    **options: Any,
-) -> Config:
+    **options: "Unpack[PolicyLossOptions]",
+) -> "PolicyLossConfig":
     """The actor's loss of verl (`ppo_loss`); names and defaults of its ActorConfig. Against 0.9.1.
 
     Log-ratio clamped to +-20 (gspo: at most 10), dual clip 3 by default, k3 with its input clamped
@@ -90,25 +120,21 @@ def verl(
         ValueError: an unknown option, or one that cannot be expressed (clip_cov, kl_cov, geo_mean,
             dppo_tv, dppo_kl, dro, bypass_mode).
     """
-    if loss_mode in ("clip_cov", "kl_cov", "geo_mean", "dppo_tv", "dppo_kl", "dro"):
-        inexpressible("verl", f"loss_mode={loss_mode!r}", "its objective is none of those here")
-    if loss_mode == "bypass_mode":
-        why = "use loss_mode='vanilla' and pass the rollout's logprobs as old_logprobs"
-        inexpressible("verl", "loss_mode='bypass_mode'", why)
-    one_of("verl", "loss_mode", loss_mode, ("vanilla", "gspo", "sapo", "cispo", "gpg"))
-    one_of("verl", "loss_agg_mode", loss_agg_mode, tuple(_AGGREGATIONS))
+    refuse("verl", "loss_mode", loss_mode, _INEXPRESSIBLE)
+    one_of("verl", "loss_mode", loss_mode, get_args(LossMode))
+    one_of("verl", "loss_agg_mode", loss_agg_mode, _AGGREGATIONS)
     if rollout_is_batch_normalize:
         inexpressible("verl", "rollout_is_batch_normalize", "weights are not normalised here")
     if rollout_rs is not None:
         inexpressible("verl", f"rollout_rs={rollout_rs!r}", "reject samples in the mask instead")
 
-    fields: dict[str, Any] = {
+    fields: PolicyLossOptions = {
         "entropy_coef": entropy_coeff,
         "aggregation": _AGGREGATIONS[loss_agg_mode],
     }
     if loss_agg_mode == "token-sum":
         fields["normalizer"] = 1.0
-    clips = {
+    clips: PolicyLossOptions = {
         "clip_low": clip_ratio if clip_ratio_low is None else clip_ratio_low,
         "clip_high": clip_ratio if clip_ratio_high is None else clip_ratio_high,
     }
@@ -134,27 +160,26 @@ def verl(
             "normalizer": None,
         }
     if use_kl_loss:
-        name = kl_loss_type.removesuffix("+")
-        one_of("verl", "kl_loss_type", name, (*_KL_ESTIMATORS, "k1", "k2", "k3", "abs"))
-        estimator = _KL_ESTIMATORS.get(name, name)
-        fields |= {"kl_coef": kl_loss_coef, "kl_estimator": estimator + kl_loss_type[len(name) :]}
-        if estimator == "k3":
+        one_of("verl", "kl_loss_type", kl_loss_type, _KL_ESTIMATORS)
+        estimator = _KL_ESTIMATORS[kl_loss_type]
+        fields |= {"kl_coef": kl_loss_coef, "kl_estimator": estimator}
+        if estimator in ("k3", "k3+"):
             fields |= {"kl_input_clamp": 20.0, "kl_value_clamp": 10.0}
     if rollout_is is not None:
         one_of("verl", "rollout_is", rollout_is, ("token", "sequence"))
-        fields |= {"correction_level": rollout_is} | _threshold(rollout_is_threshold)
+        fields["correction_level"] = rollout_is
+        fields |= _threshold(rollout_is_threshold)
     return cls(**fields | options)
 
 
-def _threshold(threshold: float | str) -> dict[str, Any]:
+def _threshold(threshold: float | str) -> "PolicyLossOptions":
     """2.0 or "2.0": a cap. "0.5_2.0": bounds outside of which the weight is 0."""
-    *low, high = str(threshold).split("_")
     try:
-        if not low:
-            return {"correction_mode": "truncate", "correction_max": float(high)}
-        (low,) = low
-        bounds = {"correction_min": float(low), "correction_max": float(high)}
-        return {"correction_mode": "mask"} | bounds
+        low, *high = map(float, str(threshold).split("_"))
+        if not high:
+            return {"correction_mode": "truncate", "correction_max": low}
+        (upper,) = high
+        return {"correction_mode": "mask", "correction_min": low, "correction_max": upper}
     except ValueError:
         raise ValueError(
             "PolicyLossConfig.verl: rollout_is_threshold must be a number or 'low_high', got "

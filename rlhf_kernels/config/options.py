@@ -1,0 +1,48 @@
+"""PolicyLossOptions: the fields of PolicyLossConfig as a dictionary, with their types."""
+
+from typing import TypedDict
+
+from .enums import (
+    Aggregation,
+    CorrectionLevel,
+    CorrectionMode,
+    KlEstimator,
+    Objective,
+    RatioLevel,
+)
+
+#: c or (low, high) of a clamp; None for none.
+Clamp = float | tuple[float, float] | None
+
+
+class CommonOptions(TypedDict, total=False):
+    """Those that no trainer has an argument of the same name for."""
+
+    objective: Objective
+    ratio_level: RatioLevel
+    clip_low: float | None
+    clip_high: float | None
+    clip_absolute: bool
+    penalty_coef: float
+    sapo_tau_pos: float
+    sapo_tau_neg: float
+    kl_coef: float
+    kl_input_clamp: Clamp
+    kl_value_clamp: float | None
+    kl_importance_weighted: bool
+    correction_level: CorrectionLevel | None
+    correction_mode: CorrectionMode
+    correction_min: float | None
+    correction_max: float | None
+    log_ratio_clamp: Clamp
+    aggregation: Aggregation
+    normalizer: float | None
+
+
+class PolicyLossOptions(CommonOptions, total=False):
+    """All of them, as the presets of PolicyLossConfig take them by name."""
+
+    dual_clip: float | None
+    delta: float | None
+    kl_estimator: KlEstimator
+    entropy_coef: float
