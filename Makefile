@@ -86,8 +86,9 @@ SECONDS ?= 600
 fuzz: venv
 	$(BIN)/python -m tools.fuzz --seconds $(SECONDS)
 
-# What type checkers read: a script as a user writes it.
-TYPED := tests/package/typing/user.py
+# What the type checker reads: the package below its integrations, and a script as a user writes it.
+TYPED := $(addprefix rlhf_kernels/,config core head kernels ops reference testing.py) \
+	tests/package/typing/user.py
 
 lint: venv
 	$(BIN)/ruff check .

@@ -5,14 +5,14 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.row_options import RowOptions
-from ..kernels.rows import Kernels
+from ..kernels.rows import Kernels, LabelKernels
 from .chunks import Chunk, Tile, flat, localized, select
 from .gradients import Gradients
 from .products import Head
 
 
 def forward(
-    kernels: Kernels,
+    kernels: Kernels | LabelKernels,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -50,7 +50,7 @@ def forward(
 
 
 def backward(
-    kernels: Kernels,
+    kernels: Kernels | LabelKernels,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,

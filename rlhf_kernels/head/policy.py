@@ -1,6 +1,7 @@
 """linear_policy_loss: loss and gradients chunk by chunk, a chunk's logits turned into their own."""
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,11 +9,12 @@ from torch import Tensor
 from ..config.enums import AGGREGATIONS, CORRECTION_CODES, RATIO_LEVELS
 from ..config.policy import PolicyCodes, PolicyParams
 from ..core import checks
+from ..core.layout import MaybeTensor
 from ..core.row_options import RowOptions
 from ..core.sentinels import SHARD_IGNORED
 from ..core.sequences import per_token, token_weights
 from ..kernels import losses
-from ..kernels.rows import Kernels
+from ..kernels.rows import Kernels, LabelKernels
 from .chunks import Chunk, Tile, Tokens, flat, localized, prefer_recompute, select
 from .gradients import Gradients
 from .products import Head
@@ -35,7 +37,7 @@ class _PolicySweep:
 
     def __init__(
         self,
-        kernels: Kernels,
+        kernels: Kernels | LabelKernels,
         operands: tuple[Tensor, Tensor, Tensor | None],
         labels: Tensor,
         temperatures: Tensor | None,
@@ -70,18 +72,20 @@ class _PolicySweep:
         self._ref = None
         if ref_head:
             ref_bias = ref_head[2] if len(ref_head) > 2 else None
-            self._ref = Head.of(*ref_head[:2], ref_bias, *shared)
+            self._ref = Head.of(ref_head[0], ref_head[1], ref_bias, *shared)
         shape = self._labels.shape
         self.logprobs = torch.zeros(shape, dtype=torch.float32, device=weight.device)
         self.entropy = torch.zeros_like(self.logprobs)
         self.ref_logprobs = torch.zeros_like(self.logprobs) if ref_head else None
         self._stats = self.logprobs.new_empty((*shape, 3))
 
-    def _forward(self, tokens: Tokens, part: slice) -> tuple[Tensor, ...]:
+    def _forward(
+        self, tokens: Tokens, part: slice
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """A chunk's (hidden, logits, log-probabilities, entropy, stats, reference's), recorded."""
         own = tokens.take(self._labels, part), tokens.take(self._temperatures, part)
         ref = None
-        if self._ref is not None:
+        if self._ref is not None and self.ref_logprobs is not None:
             logits = self._ref.project(self._ref.states(tokens, part))
             plain = self._options._replace(entropy=False)
             ref, _, _ = self._kernels.rows.token_logprobs(logits, *own, plain)
@@ -121,7 +125,7 @@ class _PolicySweep:
             if own_ref is None:
                 own_ref = tokens.take(ref, part)
 
-            def row(t: Tensor | None) -> Tensor | None:
+            def row(t: MaybeTensor) -> MaybeTensor:
                 return None if t is None else t.unsqueeze(0)
 
             ones = torch.ones_like(logprobs, dtype=torch.bool)
@@ -144,13 +148,13 @@ class _PolicySweep:
         chunk = self._backward_chunk(tokens.count)
         operands = self.head[:3]
         # Their buffers give way to the next.
-        self.head = self._ref = None
+        del self.head, self._ref
         head = Head.of(*operands, chunk, tokens.count, self._kernels.empty)
         gradients = Gradients(head, needs, self._kernels.reduce)
 
         def backward(logits: Tensor, tile: Tile) -> None:
-            stats, *upstream = (tokens.take(t, tile.tokens) for t in (self._stats, g, h))
-            self._gradient(tokens, tile, logits, stats, *upstream)
+            stats, own = tokens.take(self._stats, tile.tokens), tokens.take(g, tile.tokens)
+            self._gradient(tokens, tile, logits, stats, own, tokens.take(h, tile.tokens))
 
         gradients.sweep(tokens, chunk, backward)
         return gradients
@@ -164,9 +168,8 @@ class _PolicySweep:
         g: Tensor,
         h: Tensor | None,
     ) -> None:
-        labels, temperatures = (
-            tokens.take(t, tile.tokens) for t in (self._labels, self._temperatures)
-        )
+        labels = tokens.take(self._labels, tile.tokens)
+        temperatures = tokens.take(self._temperatures, tile.tokens)
         labels, ignored = localized(labels, tile.columns, self._vocab, SHARD_IGNORED)
         self._kernels.rows.token_logprobs_backward_inplace(
             logits, labels, temperatures, stats, g, h, self._options._replace(ignore_index=ignored)
@@ -178,7 +181,7 @@ class _PolicySweep:
         advantages: Tensor,
         ref: Tensor | None,
         rollout: Tensor | None,
-        whole: tuple[object, ...],
+        whole: tuple[Tensor | None, Tensor | None, float, PolicyCodes, PolicyParams],
         grad: bool,
         entropy_bonus: bool,
     ) -> tuple[Tensor, ...]:
@@ -194,7 +197,7 @@ class _PolicySweep:
 
 
 def forward(
-    kernels: Kernels,
+    kernels: Kernels | LabelKernels,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -210,8 +213,8 @@ def forward(
     normalizer: Tensor | None,
     options: RowOptions,
     divisor: float,
-    codes: list[int],
-    params: list[float],
+    codes: Sequence[int],
+    params: Sequence[float],
     chunk: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

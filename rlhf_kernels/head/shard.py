@@ -12,7 +12,8 @@ they begin, so that one rank's mistake raises on every rank instead of leaving t
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from ..core import checks, groups, temperature_rules
 from ..core.layout import Empty
 from ..core.row_options import RowOptions
 from ..core.sentinels import ELSEWHERE, NOWHERE, SHARD_IGNORED
-from ..kernels.rows import Kernels, Rows
+from ..kernels.rows import Kernels, LabelKernels, Rows
 from . import chunks, logprobs, policy
 
 
@@ -156,8 +157,8 @@ def combine(
         if options.entropy
         else found.new_empty(0)
     )
-    stats = [torch.where(kept, x, other) for x, other in ((top, 0.0), (total, 1.0), (mean, 0.0))]
-    return found, h, torch.stack(stats, -1).float()
+    of_all = [torch.where(kept, x, other) for x, other in ((top, 0.0), (total, 1.0), (mean, 0.0))]
+    return found, h, torch.stack(of_all, -1).float()
 
 
 def _ordered_sum(of_ranks: Tensor) -> Tensor:
@@ -204,14 +205,14 @@ class ShardKernels(NamedTuple):
     """
 
     own: Kernels
-    whole: Kernels
+    whole: LabelKernels
 
 
 @functools.cache
 def kernels_of(rows: Rows, empty: Empty, group: str) -> ShardKernels:
     """The kernels of a group, made once."""
     reduce = functools.partial(groups.sum_, group=group)
-    whole = Kernels(ShardRows(rows, group), empty, reduce)
+    whole = LabelKernels(ShardRows(rows, group), empty, reduce)
     return ShardKernels(Kernels(rows, empty, reduce), whole)
 
 
@@ -229,7 +230,7 @@ def token_logprobs(
         "token_logprobs", logits.shape[-1], labels, temperatures, keep, group
     )
     local = shards.localized(labels, keep)
-    rows = kernels_of(*kernels[:2], group).whole.rows
+    rows = kernels_of(kernels.rows, kernels.empty, group).whole.rows
     return *rows.token_logprobs(logits, local, temperatures, options), local
 
 
@@ -251,19 +252,17 @@ def linear_token_logprobs(
     )
     options = options._replace(ignore_index=SHARD_IGNORED)
     # Chunks need no exchange: there is one at the end.
-    own = kernels_of(*kernels[:2], group).own
+    own = kernels_of(kernels.rows, kernels.empty, group).own
     found, _, stats = logprobs.forward(
         own, hidden, weight, bias, local, temperatures, options, chunk
     )
     return *combine(local, found, stats, temperatures, options, group), local
 
 
-def linear_token_logprobs_backward(
-    kernels: Kernels, *args: object
-) -> tuple[Tensor, Tensor, Tensor]:
+def linear_token_logprobs_backward(kernels: Kernels, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """As `logprobs.backward`, whose arguments come before the group's name."""
-    *args, group = args
-    return logprobs.backward(kernels_of(*kernels[:2], group).own, *args)
+    *inputs, group = args
+    return logprobs.backward(kernels_of(kernels.rows, kernels.empty, group).own, *inputs)
 
 
 def linear_policy_loss(
@@ -283,8 +282,8 @@ def linear_policy_loss(
     normalizer: Tensor | None,
     options: RowOptions,
     divisor: float,
-    codes: list[int],
-    params: list[float],
+    codes: Sequence[int],
+    params: Sequence[float],
     chunk: int,
     needs: list[bool],
     group: str,
@@ -298,7 +297,7 @@ def linear_policy_loss(
         columns = (2 if ref_head else 1) * int(shards.sizes.max())
         chunk = chunks.chunk_size(weight.device, columns, weight.dtype)
     return policy.forward(
-        kernels_of(*kernels[:2], group).whole, hidden, weight, bias,
+        kernels_of(kernels.rows, kernels.empty, group).whole, hidden, weight, bias,
         shards.localized(labels, keep), temperatures, old, advantages, mask, ref, rollout, ref_head,
         cu_seqlens, normalizer, options, divisor, codes, params, chunk, needs,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Row kernels: what the head asks of a backend, as types."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -12,8 +12,11 @@ from ..core.row_options import RowOptions
 Reduce = Callable[[Tensor], Tensor]
 
 
-class Rows(Protocol):
-    """Kernels over rows of logits [N, V]. Statistics are what the backward needs of a row."""
+class LabelRows(Protocol):
+    """Kernels over rows of logits [N, V] and a label each, and over the log-probabilities.
+
+    Statistics are what the backward needs of a row.
+    """
 
     def token_logprobs(
         self, logits: Tensor, labels: Tensor, temperatures: Tensor | None, options: RowOptions, /
@@ -33,6 +36,32 @@ class Rows(Protocol):
     ) -> None:
         """Overwrites the logits by their gradient."""
 
+    def policy_loss(
+        self,
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        ref_logprobs: Tensor | None,
+        rollout_logprobs: Tensor | None,
+        entropy: Tensor | None,
+        cu_seqlens: Tensor | None,
+        normalizer: Tensor | None,
+        divisor: float,
+        codes: Sequence[int],
+        params: Sequence[float],
+        grad: bool,
+        entropy_grad: bool,
+        /,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(loss, metrics, gradient of logprobs, of entropy, scale) of tokens [B, T] or [N]."""
+
+
+class Rows(LabelRows, Protocol):
+    """All row kernels of a backend; two are equal where they are one."""
+
+    def __hash__(self) -> int: ...
+
     def kl_divergence(
         self, logits: Tensor, ref_logits: Tensor, temperature: float, reverse: bool, /
     ) -> tuple[Tensor, Tensor]:
@@ -50,26 +79,6 @@ class Rows(Protocol):
     ) -> None:
         """Overwrites the logits by their gradient."""
 
-    def policy_loss(
-        self,
-        logprobs: Tensor,
-        old_logprobs: Tensor,
-        advantages: Tensor,
-        mask: Tensor,
-        ref_logprobs: Tensor | None,
-        rollout_logprobs: Tensor | None,
-        entropy: Tensor | None,
-        cu_seqlens: Tensor | None,
-        normalizer: Tensor | None,
-        divisor: float,
-        codes: list[int],
-        params: list[float],
-        grad: bool,
-        entropy_grad: bool,
-        /,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(loss, metrics, gradient of logprobs, of entropy, scale) of tokens [B, T] or [N]."""
-
 
 class Kernels(NamedTuple):
     """What an algorithm over row kernels is given.
@@ -80,5 +89,13 @@ class Kernels(NamedTuple):
     """
 
     rows: Rows
+    empty: Empty
+    reduce: Reduce | None = None
+
+
+class LabelKernels(NamedTuple):
+    """The same without divergences, which no backend has over a sharded vocabulary."""
+
+    rows: LabelRows
     empty: Empty
     reduce: Reduce | None = None

@@ -20,6 +20,16 @@ class ScanResults(NamedTuple):
     returns: Tensor
     shaped: Tensor | None
 
+    def of_values(self) -> tuple[Tensor, Tensor]:
+        """(advantages, returns) of a scan with values."""
+        assert self.advantages is not None
+        return self.advantages, self.returns
+
+    def of_scores(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(advantages, returns, shaped rewards) of a scan with values and scores."""
+        assert self.shaped is not None
+        return *self.of_values(), self.shaped
+
 
 def begin(
     op: str,

@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from ...core import env
+from ...core.layout import Empty, plain_empty
 from . import advantages, boundary, kl, logprobs, policy, support, value
 
 _NAMES = {"cpu": "_cpu", "cuda": "_cuda"}
@@ -73,9 +74,11 @@ def module(backend: str) -> ModuleType | None:
     return _MODULES[backend][0]
 
 
-def empty(backend: str) -> Callable[..., torch.Tensor]:
-    """empty(shape, dtype, device) of a native backend, for large buffers."""
+def empty(backend: str) -> Empty:
+    """What makes large buffers of a native backend."""
     extension = _MODULES[backend][0]
+    if extension is None:
+        return plain_empty
     return functools.partial(boundary.empty, extension)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...config.enums import BASELINES, PLAIN_KL_ESTIMATORS, SCALES
 from ...core import checks
+from ...core.layout import MaybeTensor
 from .. import scans
 from . import boundary as b
 
@@ -27,7 +28,7 @@ def _moments(tokens: Tensor) -> Tensor:
     return _workspace(3 * (tokens.numel() // _CHUNK_TOKENS + 2), torch.float64, tokens)
 
 
-def _flags(t: Tensor | None) -> Tensor | None:
+def _flags(t: MaybeTensor) -> MaybeTensor:
     if t is not None and t.dtype not in (torch.bool, torch.int64, torch.int32):
         t = t != 0
     return b.as_grid(t)
@@ -81,6 +82,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             where(like, "gae", sequences, like.shape[-1], cu_seqlens is not None),
         )  # fmt: skip
         if code == b.BAD_OFFSETS:
+            assert cu_seqlens is not None  # the kernel has read them
             raise checks.bad_offsets(op, position, cu_seqlens, like.shape[0])
         return results
 
@@ -99,7 +101,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         return scan(
             "gae", rewards, cu_seqlens, rewards=rewards, values=values, mask=mask, dones=dones,
             bootstrap_values=bootstrap_values, gamma=gamma, lam=lam, masked=masked, whiten=whiten,
-        )[:2]  # fmt: skip
+        ).of_values()  # fmt: skip
 
     def discounted_returns(
         rewards: Tensor,
@@ -113,7 +115,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         return scan(
             "discounted_returns", rewards, cu_seqlens, rewards=rewards, mask=mask, dones=dones,
             bootstrap_values=bootstrap_values, gamma=gamma, masked=masked,
-        )[1]  # fmt: skip
+        ).returns  # fmt: skip
 
     def ppo_advantages(
         scores: Tensor,
@@ -135,7 +137,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             ref_logprobs=ref_logprobs, values=values, mask=mask, kl_coef=kl_coef,
             kl_estimator=kl_estimator, reward_clip=reward_clip, gamma=gamma, lam=lam,
             masked=masked, whiten=whiten,
-        )  # fmt: skip
+        ).of_scores()  # fmt: skip
 
     def whiten(
         x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float

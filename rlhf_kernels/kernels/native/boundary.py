@@ -6,6 +6,7 @@ what a raw address cannot express (lazy negation) and refuse what must not reach
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -46,8 +47,8 @@ DTYPE_CODES = {
 OK, LABEL_OUT_OF_RANGE, BAD_TEMPERATURE, BAD_OFFSETS, OUT_OF_MEMORY = 0, 1, 2, 3, 4
 BAD_INDPTR, INDEX_OUT_OF_RANGE, INDEX_REPEATED = 5, 6, 7
 
-Packed = tuple[int, int, int, int] | None
-
+# Address, dtype code and two strides.
+Packed = tuple[int, int, int, int]
 
 # csrc/bind/tensor.h: Exec
 Exec = int | tuple[int, int, int, Tensor | None]
@@ -71,7 +72,7 @@ def place(extension: ModuleType) -> Callable[..., Exec]:
     def where(like: Tensor, op: str | None = None, *sizes: int) -> Exec:
         size = getattr(extension, f"{op}_scratch")(*sizes) if op is not None else 0
         scratch = torch.empty(size, dtype=torch.uint8, device=like.device) if size else None
-        address = scratch.data_ptr() if size else 0
+        address = 0 if scratch is None else scratch.data_ptr()
         device = like.device.index
         # Only the emulated extension of the tests is called with CPU tensors.
         if device is None:
@@ -81,7 +82,15 @@ def place(extension: ModuleType) -> Callable[..., Exec]:
     return where
 
 
-def pack(t: Tensor | None) -> Packed:
+@overload
+def pack(t: Tensor) -> Packed: ...
+
+
+@overload
+def pack(t: Tensor | None) -> Packed | None: ...
+
+
+def pack(t: Tensor | None) -> Packed | None:
     """A token tensor [...] as a grid [rows, cols] with any strides.
 
     The caller keeps `t` alive and has passed it through `as_grid`, so that this is the very memory.

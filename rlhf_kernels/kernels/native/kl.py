@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,13 +31,13 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         return kl, stats
 
     def backward(
+        out: Tensor,
         logits: Tensor,
         ref_logits: Tensor,
         stats: Tensor,
         grad: Tensor,
         temperature: float,
         reverse: bool,
-        out: Tensor,
     ) -> None:
         shape, vocab = logits.shape[:-1], logits.shape[-1]
         if out.numel() > 0:
@@ -48,14 +49,14 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
                 where(logits, "kl_divergence_backward", shape.numel()),
             )  # fmt: skip
 
-    def kl_divergence_backward(logits: Tensor, *args: object) -> Tensor:
+    def kl_divergence_backward(logits: Tensor, *args: Any) -> Tensor:
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        backward(logits, *args, out)
+        backward(out, logits, *args)
         return out
 
-    def kl_divergence_backward_inplace(logits: Tensor, *args: object) -> None:
+    def kl_divergence_backward_inplace(logits: Tensor, *args: Any) -> None:
         """The gradient over the logits' own memory; for the fused head, not an operator."""
-        backward(logits, *args, logits)
+        backward(logits, logits, *args)
 
     def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
         out = torch.empty(logprobs.shape, dtype=torch.float32, device=logprobs.device)

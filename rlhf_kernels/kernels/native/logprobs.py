@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ def _raise(
     if code == b.LABEL_OUT_OF_RANGE:
         raise checks.out_of_range("token_logprobs", position, labels, vocab)
     if code == b.BAD_TEMPERATURE:
+        assert temperatures is not None  # the kernel has read them
         raise checks.bad_temperature("token_logprobs", position, temperatures)
 
 
@@ -60,6 +62,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         return logprobs, entropies, stats
 
     def backward(
+        out: Tensor,
         logits: Tensor,
         labels: Tensor,
         temperatures: Tensor | None,
@@ -67,7 +70,6 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         grad_logprobs: Tensor | None,
         grad_entropy: Tensor | None,
         options: RowOptions,
-        out: Tensor,
     ) -> None:
         if labels.numel() == 0:
             return
@@ -85,13 +87,13 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         )  # fmt: skip
         _raise(status, labels, temperatures, vocab)
 
-    def token_logprobs_backward(logits: Tensor, labels: Tensor, *args: object) -> Tensor:
+    def token_logprobs_backward(logits: Tensor, labels: Tensor, *args: Any) -> Tensor:
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        backward(logits, labels, *args, out)
+        backward(out, logits, labels, *args)
         return out
 
-    def token_logprobs_backward_inplace(logits: Tensor, labels: Tensor, *args: object) -> None:
-        backward(logits, labels, *args, logits)
+    def token_logprobs_backward_inplace(logits: Tensor, labels: Tensor, *args: Any) -> None:
+        backward(logits, logits, labels, *args)
 
     return {
         "token_logprobs": token_logprobs,

@@ -37,7 +37,7 @@ def divisor_on(
 
 def sequences(
     op: str, like: Tensor, cu_seqlens: Tensor | None, gpu: bool
-) -> tuple[int, int, b.Packed] | None:
+) -> tuple[int, int, b.Packed | None] | None:
     """(sequences, cols, offsets) of csrc/abi.h: LossTokens; None where nothing is to be done."""
     if gpu:
         losses.check_offsets(op, cu_seqlens, like.shape[0])
@@ -51,6 +51,7 @@ def raise_status(op: str, status: tuple[int, int], cu_seqlens: Tensor | None, to
     """Raises what the kernel has found."""
     code, position = status
     if code == b.BAD_OFFSETS:
+        assert cu_seqlens is not None  # the kernel has read them
         raise checks.bad_offsets(op, position, cu_seqlens, total)
     if code == b.OUT_OF_MEMORY:
         raise MemoryError(f"{op}: no memory for {total} tokens' partial sums")
@@ -87,7 +88,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         op = "policy_loss"
         loss, metrics, scale = losses.results(logprobs, len(POLICY_METRICS), gpu)
         policy_grad = losses.gradient(logprobs, grad)
-        bonus = losses.gradient(entropy if entropy_grad else logprobs, entropy_grad)
+        bonus = losses.gradient(logprobs if entropy is None else entropy, entropy_grad)
         divisor, normalizer = divisor_on(op, logprobs, normalizer, divisor, gpu)
         tokens = sequences(op, logprobs, cu_seqlens, gpu)
         if tokens is None:
@@ -124,6 +125,6 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             )  # fmt: skip
         return outs
 
-    table = {"policy_loss": policy_loss}
+    table: dict[str, Callable[..., object]] = {"policy_loss": policy_loss}
     # The gradients of the CPU are complete.
     return {**table, "loss_backward": loss_backward} if gpu else table

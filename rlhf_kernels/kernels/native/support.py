@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         if code == b.LABEL_OUT_OF_RANGE:
             raise checks.out_of_range(op, position, labels, vocab)
         if code == b.BAD_TEMPERATURE:
+            assert temperatures is not None  # the kernel has read them
             raise checks.bad_temperature(op, position, temperatures)
         if code == b.BAD_INDPTR:
             raise checks.bad_indptr(op, position, indptr, indices.shape[0])
@@ -109,33 +111,34 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         check(op, status, labels, temperatures, indptr, indices, vocab)
         return dz
 
-    def token_logprobs_support(logits: Tensor, *args: object) -> tuple[Tensor, ...]:
+    def token_logprobs_support(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
         return forward("token_logprobs", logits, None, None, *args)
 
-    def token_logprobs_support_backward(kept: Tensor, labels: Tensor, *args: object) -> Tensor:
-        *args, vocab, dtype = args
+    def token_logprobs_support_backward(kept: Tensor, labels: Tensor, *args: Any) -> Tensor:
+        *inputs, vocab, dtype = args
         # On a GPU only the kept words are written.
         make = torch.zeros if gpu else torch.empty
         out = make((*labels.shape, vocab), dtype=dtype, device=kept.device)
-        backward("token_logprobs", vocab, out, kept, labels, *args)
+        backward("token_logprobs", vocab, out, kept, labels, *inputs)
         return out
 
-    def linear_token_logprobs_support(*args: object) -> tuple[Tensor, ...]:
+    def linear_token_logprobs_support(*args: Any) -> tuple[Tensor, ...]:
         return forward("linear_token_logprobs", *args)
 
     def linear_token_logprobs_support_backward(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor, labels: Tensor,
-        temperatures: Tensor | None, indptr: Tensor, indices: Tensor, *args: object,
+        temperatures: Tensor | None, indptr: Tensor, indices: Tensor, *args: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        *args, needs = args
+        *inputs, needs = args
         vocab, width = weight.shape
         dz = backward(
-            "linear_token_logprobs", vocab, None, kept, labels, temperatures, indptr, indices, *args
-        )
+            "linear_token_logprobs", vocab, None, kept, labels, temperatures, indptr, indices,
+            *inputs,
+        )  # fmt: skip
         grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else hidden.new_empty(0)
         grad_weight = weight.new_empty(weight.shape) if needs[1] else hidden.new_empty(0)
         grad_bias = kept.new_zeros(vocab if needs[2] else 0)
-        bias_dtype = bias.dtype if needs[2] else hidden.dtype
+        bias_dtype = bias.dtype if needs[2] and bias is not None else hidden.dtype
         if labels.numel() == 0:
             return grad_hidden, grad_weight.zero_(), grad_bias.to(bias_dtype)
         sums = needs[1] or needs[2]

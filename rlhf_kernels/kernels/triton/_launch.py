@@ -40,7 +40,8 @@ def launch(
 
 
 def _current(device: torch.device) -> bool:
-    return getattr(torch, device.type).current_device() == device.index
+    index: int = getattr(torch, device.type).current_device()
+    return index == device.index
 
 
 def tile_count(size: int, tile: int) -> int:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.layout import as_grid, grid_strides
+from ...core.layout import MaybeTensor, as_grid, grid_strides
 from ._launch import INTERPRETED, kernel, tile_count
 from ._math import tree_sum
 from .policy_math import SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, log_weight
@@ -44,7 +44,7 @@ def slot_count(shape: torch.Size, cu_seqlens: Tensor | None) -> int:
     return shape[0] // TILE + cu_seqlens.shape[0] - 1
 
 
-def strided(t: Tensor | None, per_sequence: bool = False) -> tuple[Tensor | None, int, int]:
+def strided(t: MaybeTensor, per_sequence: bool = False) -> tuple[MaybeTensor, int, int]:
     """A tensor over tokens, or sequences, and its strides (sequence, token), 0 where absent."""
     if t is None:
         return None, 0, 0

@@ -15,6 +15,7 @@ adds 9. `whiten` itself moves 14.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -270,7 +271,7 @@ def _scan(
     advantages, returns, shaped = results
     packed = cu_seqlens is not None
     cols = returns.shape[-1]
-    if packed:
+    if cu_seqlens is not None:
         sequences, tiles = cu_seqlens.shape[0] - 1, 0
         slots = cols // TILE + sequences
         offsets, bad = cu_seqlens.contiguous(), returns.new_empty(1, dtype=torch.int32)
@@ -287,7 +288,7 @@ def _scan(
     sizes = cols, tiles, sequences, sequences.bit_length(), *strides
     # A whole number would be an argument of another type, and another kernel.
     numbers = [float(x) for x in (gamma, gamma * lam, kl_coef, reward_clip or 0.0)]
-    options = {
+    options: dict[str, Any] = {
         "ESTIMATOR": estimator, "CARRY": masked == "carry" and mask is not None, "PACKED": packed,
         "TILE": TILE, "BLOCK": BLOCK, "warps": WARPS,
     }  # fmt: skip
@@ -304,7 +305,8 @@ def _scan(
         advantages, returns, shaped, partials, *sizes, scores_stride, bootstrap_stride, *numbers,
         GROUP=GROUP, **options,
     )  # fmt: skip
-    if whiten:
+    if partials is not None:
+        assert advantages is not None  # of values, without which nothing is whitened
         apply_moments(
             advantages, tokens[3], partials, advantages, shift_mean=True, unbiased=True,
             eps=scans.WHITEN_EPS,
@@ -327,7 +329,7 @@ def gae(
     return _scan(
         "gae", rewards, cu_seqlens, values=values, mask=mask, dones=dones,
         bootstrap_values=bootstrap_values, gamma=gamma, lam=lam, masked=masked, whiten=whiten,
-    )[:2]  # fmt: skip
+    ).of_values()  # fmt: skip
 
 
 def discounted_returns(
@@ -342,7 +344,7 @@ def discounted_returns(
     return _scan(
         "discounted_returns", rewards, cu_seqlens, mask=mask, dones=dones,
         bootstrap_values=bootstrap_values, gamma=gamma, masked=masked,
-    )[1]  # fmt: skip
+    ).returns  # fmt: skip
 
 
 def ppo_advantages(
@@ -366,7 +368,7 @@ def ppo_advantages(
         ref_logprobs=ref_logprobs if penalty else None,
         estimator=kl_estimator if penalty else "none", kl_coef=kl_coef, reward_clip=reward_clip,
         gamma=gamma, lam=lam, masked=masked, whiten=whiten,
-    )  # fmt: skip
+    ).of_scores()  # fmt: skip
 
 
 LAUNCHERS: dict[str, Callable[..., object]] = {

@@ -7,6 +7,7 @@ rows are close, so is the sum. Tiles depend on the vocabulary alone, as in token
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -279,13 +280,13 @@ def kl_divergence(
 
 
 def _backward(
+    out: Tensor,
     logits: Tensor,
     ref_logits: Tensor,
     stats: Tensor,
     grad: Tensor,
     temperature: float,
     reverse: bool,
-    out: Tensor,
 ) -> None:
     if out.numel() == 0:
         return
@@ -307,15 +308,15 @@ def _backward(
     )  # fmt: skip
 
 
-def kl_divergence_backward(logits: Tensor, *args: object) -> Tensor:
+def kl_divergence_backward(logits: Tensor, *args: Any) -> Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _backward(logits, *args, out)
+    _backward(out, logits, *args)
     return out
 
 
-def kl_divergence_backward_inplace(logits: Tensor, *args: object) -> None:
+def kl_divergence_backward_inplace(logits: Tensor, *args: Any) -> None:
     """The gradient over the logits' own memory; for the fused head, not an operator."""
-    _backward(logits, *args, logits)
+    _backward(logits, logits, *args)
 
 
 def _penalty(

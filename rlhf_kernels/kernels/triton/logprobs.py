@@ -7,6 +7,7 @@ rows fill the device as many do.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -327,6 +328,7 @@ def token_logprobs(
 
 
 def _backward(
+    out: Tensor,
     logits: Tensor,
     labels: Tensor,
     temperatures: Tensor | None,
@@ -334,7 +336,6 @@ def _backward(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     options: RowOptions,
-    out: Tensor,
 ) -> None:
     if out.numel() == 0:
         return
@@ -360,14 +361,14 @@ def _backward(
     )  # fmt: skip
 
 
-def token_logprobs_backward(logits: Tensor, *args: object) -> Tensor:
+def token_logprobs_backward(logits: Tensor, *args: Any) -> Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _backward(logits, *args, out)
+    _backward(out, logits, *args)
     return out
 
 
-def token_logprobs_backward_inplace(logits: Tensor, *args: object) -> None:
-    _backward(logits, *args, logits)
+def token_logprobs_backward_inplace(logits: Tensor, *args: Any) -> None:
+    _backward(logits, logits, *args)
 
 
 LAUNCHERS: dict[str, Callable[..., object]] = {

@@ -309,7 +309,7 @@ def policy_loss(
     gradient = losses.gradient(logprobs, grad)
     bonus = losses.gradient(logprobs, entropy_grad)
     tokens = losses.sequences(shape, cu_seqlens)
-    offsets = cu_seqlens.contiguous() if packed else None
+    offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
     spread = advantages.shape != shape
     (mask, *mask_strides), (logprobs, *strides) = t.strided(mask), t.strided(logprobs)
     (old, *old_strides), (advantages, *each) = t.strided(old), t.strided(advantages, spread)

@@ -7,6 +7,7 @@ rows, entries in order. An entry's or a token's bits do not depend on what is ar
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -363,6 +364,8 @@ def _forward(
 def _gradient(
     vocab: int,
     out: Tensor | None,
+    dz: Tensor | None,
+    words: Tensor | None,
     kept: Tensor,
     labels: Tensor,
     temperatures: Tensor | None,
@@ -372,11 +375,8 @@ def _gradient(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     options: RowOptions,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dz, words) of the entries, or nothing where the gradient goes into `out`, which is zeros."""
-    dz, words = None, None
-    if out is None:
-        dz, words = torch.empty_like(kept), torch.empty_like(kept, dtype=torch.int32)
+) -> None:
+    """Writes the gradient into `out`, which is zeros, or that of the entries into dz and words."""
     _, cols = grid(labels.shape)
     labels, temperatures = as_grid(labels), as_grid(temperatures, torch.float32)
     g, h = as_upstream(grad_logprobs), as_upstream(grad_entropy)
@@ -387,7 +387,6 @@ def _gradient(
         options.ignore_index, DENSE=out is not None, PER_TOKEN=temperatures is not None,
         LOGPROBS=g is not None, ENTROPY=h is not None, BLOCK=BLOCK, warps=WARPS,
     )  # fmt: skip
-    return dz, words
 
 
 def _sums(
@@ -416,32 +415,33 @@ def _sums(
     )  # fmt: skip
 
 
-def token_logprobs_support(logits: Tensor, *args: object) -> tuple[Tensor, ...]:
+def token_logprobs_support(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _forward("token_logprobs", logits, None, None, *args)
 
 
 def token_logprobs_support_backward(
     kept: Tensor, labels: Tensor, temperatures: Tensor | None, indptr: Tensor, indices: Tensor,
-    *args: object,
+    *args: Any,
 ) -> Tensor:  # fmt: skip
-    *args, vocab, dtype = args
+    *inputs, vocab, dtype = args
     out = torch.zeros((*labels.shape, vocab), dtype=dtype, device=kept.device)
     if indices.numel() and labels.numel():
         _gradient(
-            vocab, out, kept, labels, temperatures, indptr.contiguous(), indices.contiguous(), *args
-        )
+            vocab, out, None, None, kept, labels, temperatures, indptr.contiguous(),
+            indices.contiguous(), *inputs,
+        )  # fmt: skip
     return out
 
 
-def linear_token_logprobs_support(*args: object) -> tuple[Tensor, ...]:
+def linear_token_logprobs_support(*args: Any) -> tuple[Tensor, ...]:
     return _forward("linear_token_logprobs", *args)
 
 
 def linear_token_logprobs_support_backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor, labels: Tensor,
-    temperatures: Tensor | None, indptr: Tensor, indices: Tensor, *args: object,
+    temperatures: Tensor | None, indptr: Tensor, indices: Tensor, *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    *args, needs = args
+    *inputs, needs = args
     vocab, entries, tokens = weight.shape[0], indices.shape[0], labels.numel()
     grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else hidden.new_empty(0)
     grad_weight = weight.new_empty(weight.shape) if needs[1] else hidden.new_empty(0)
@@ -451,7 +451,8 @@ def linear_token_logprobs_support_backward(
     else:
         found = (grad_hidden, grad_weight, grad_bias)
         indptr, indices = indptr.contiguous(), indices.contiguous()
-        dz, words = _gradient(vocab, None, kept, labels, temperatures, indptr, indices, *args)
+        dz, words = torch.empty_like(kept), torch.empty_like(kept, dtype=torch.int32)
+        _gradient(vocab, None, dz, words, kept, labels, temperatures, indptr, indices, *inputs)
         hidden, weight = as_rows(hidden), as_rows(weight)
         if needs[0]:
             _sums(weight, indptr, None, indices, dz, grad_hidden, None, vocab, vocab)
@@ -465,7 +466,8 @@ def linear_token_logprobs_support_backward(
                 grad_weight if needs[1] else None, grad_bias if needs[2] else None,
                 grid(labels.shape)[1], tokens,
             )  # fmt: skip
-    return found[0], found[1], found[2].to(bias.dtype if needs[2] else hidden.dtype)
+    bias_dtype = bias.dtype if needs[2] and bias is not None else hidden.dtype
+    return found[0], found[1], found[2].to(bias_dtype)
 
 
 LAUNCHERS: dict[str, Callable[..., object]] = {

@@ -194,7 +194,7 @@ def value_loss(
     partials = loss.new_empty(ROWS * slots)
     gradient = losses.gradient(values, grad)
     tokens = losses.sequences(shape, cu_seqlens)
-    offsets = cu_seqlens.contiguous() if packed else None
+    offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
     (mask, *mask_strides), (values, *strides) = t.strided(mask), t.strided(values)
     (old, *old_strides), (returns, *returns_strides) = t.strided(old), t.strided(returns)
     sequence_mean = aggregation == SEQ_MEAN_TOKEN_MEAN.value

@@ -11,6 +11,12 @@ rk.value_loss(x, x, x, mask=keep, aggregation="tokenmean")  # wrong
 rk.PolicyLossConfig(aggregation="tokenmean")  # wrong
 rk.PolicyLossConfig.dapo(aggregation="tokenmean")  # wrong
 rk.PolicyLossConfig.ppo(clip_hihg=0.3)  # wrong
+rk.PolicyLossConfig.trl("dappo")  # wrong
+rk.PolicyLossConfig.trl(vllm_importance_sampling_mode="token_clip")  # wrong
+rk.PolicyLossConfig.trl(clip_lwo=0.3)  # wrong
+rk.PolicyLossConfig.verl(loss_agg_mode="tokenmean")  # wrong
+rk.PolicyLossConfig.verl(rollout_is="tokens")  # wrong
+rk.PolicyLossConfig.openrlhf(kl_estimator="k3+")  # wrong
 rk.kl_penalty(x, x, estimator="k4")  # wrong
 rk.kl_divergence(x, x, direction="backward")  # wrong
 rk.group_advantages(labels, 2, baseline="loo")  # wrong

@@ -17,6 +17,12 @@ def step(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> dict[s
     total: Tensor = logprobs + second
     advantages = rk.group_advantages(torch.ones(2), 2, baseline="leave-one-out", scale="none")
     config = rk.PolicyLossConfig.grpo(kl_coef=0.0, aggregation="seq-mean-token-mean")
+    theirs = (
+        rk.PolicyLossConfig.trl("cispo", epsilon_high=5.0, kl_estimator="k3+"),
+        rk.PolicyLossConfig.verl(use_kl_loss=True, kl_loss_type="low_var_kl+", clip_high=0.28),
+        rk.PolicyLossConfig.openrlhf("gspo", delta=2.0),
+    )
+    assert isinstance(theirs[0], rk.PolicyLossConfig)
     own = rk.PolicyLossConfig(objective="cispo", kl_estimator="k3+", aggregation="token-mean")
     policy = rk.policy_loss(
         new.logprobs, old.logprobs, advantages, mask=mask, entropy=entropy, config=config
