@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, Concatenate, NamedTuple, ParamSpec
 
 from .enums import (
     AGGREGATIONS,
@@ -91,6 +92,16 @@ def _bounds(clamp: Clamp) -> tuple[float, float]:
     if clamp is None:
         return -math.inf, math.inf
     return clamp if isinstance(clamp, tuple) else (-clamp, clamp)
+
+
+P = ParamSpec("P")
+
+
+def _preset(
+    make: "Callable[Concatenate[type[PolicyLossConfig], P], PolicyLossConfig]",
+) -> "classmethod[PolicyLossConfig, P, PolicyLossConfig]":
+    """A constructor by the argument names of `make`."""
+    return classmethod(make)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -409,6 +420,6 @@ class PolicyLossConfig:
         defaults = PolicyLossOptions(objective="reinforce", aggregation="seq-mean-token-sum")
         return cls(**defaults | options)
 
-    trl = classmethod(trl)
-    verl = classmethod(verl)
-    openrlhf = classmethod(openrlhf)
+    trl = _preset(trl)
+    verl = _preset(verl)
+    openrlhf = _preset(openrlhf)

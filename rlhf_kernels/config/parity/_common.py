@@ -1,7 +1,21 @@
 """How a preset refuses an argument."""
 
 from collections.abc import Iterable, Mapping
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar
+
+from ..options import PolicyLossOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Preset(Protocol):
+    """What a preset makes: PolicyLossConfig, which has the presets."""
+
+    def __init__(self, **options: "Unpack[PolicyLossOptions]") -> None: ...
+
+
+Config = TypeVar("Config", bound=Preset)
 
 
 def one_of(preset: str, name: str, value: str, allowed: Iterable[str]) -> None:

@@ -17,14 +17,11 @@ it.
 import math
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
-from ..options import CommonOptions
-from ._common import inexpressible, one_of, refuse
+from ..options import CommonOptions, PolicyLossOptions
+from ._common import Config, inexpressible, one_of, refuse
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from ..options import PolicyLossOptions
-    from ..policy import PolicyLossConfig
 
 LossType = Literal["ppo", "gspo"]
 #: OpenRLHF knows "seq" and another gating too: neither can be expressed.
@@ -41,7 +38,7 @@ class Options(CommonOptions, total=False):
 
 
 def openrlhf(
-    cls: "type[PolicyLossConfig]",
+    cls: type[Config],
     /,
     policy_loss_type: LossType = "ppo",
     *,
@@ -59,7 +56,7 @@ def openrlhf(
     kl_unbiased_gradient: bool = False,
     entropy_coef: float | None = None,
     **options: "Unpack[Options]",
-) -> "PolicyLossConfig":
+) -> Config:
     """The actor's loss of OpenRLHF; names and defaults of its PolicyLoss and of its flags
     --algo.kl.* (kl_*) and --actor.entropy_coef. Checked against 0.11.2.
 
@@ -142,4 +139,4 @@ def openrlhf(
             "correction_min": low,
             "correction_max": high,
         }
-    return cls(**fields | cast("PolicyLossOptions", options))
+    return cls(**fields | cast(PolicyLossOptions, options))

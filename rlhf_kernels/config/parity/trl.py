@@ -18,14 +18,11 @@ TRL's RLOOTrainer clips the ratio of whole sequences, exp of the sum of x: one "
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from ..enums import CorrectionLevel, CorrectionMode, KlEstimator
-from ..options import CommonOptions
-from ._common import inexpressible, one_of, refuse
+from ..options import CommonOptions, PolicyLossOptions
+from ._common import Config, inexpressible, one_of, refuse
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from ..options import PolicyLossOptions
-    from ..policy import PolicyLossConfig
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"]
 SamplingLevel = Literal["token", "sequence"]
@@ -46,7 +43,7 @@ class Options(CommonOptions, total=False):
 
 
 def trl(
-    cls: "type[PolicyLossConfig]",
+    cls: type[Config],
     /,
     loss_type: LossType = "dapo",
     *,
@@ -68,7 +65,7 @@ def trl(
     vllm_importance_sampling_clip_max: float | None = 3.0,
     vllm_importance_sampling_clip_min: float | None = None,
     **options: "Unpack[Options]",
-) -> "PolicyLossConfig":
+) -> Config:
     """The loss of TRL's GRPOTrainer; names and defaults of its GRPOConfig. Checked against 1.16.0.
 
     No clamp of the log-ratio; k3 without clamps, times the differentiated ratio where
@@ -170,4 +167,4 @@ def trl(
             "correction_min": 0.0 if low is None else low,
             "correction_max": vllm_importance_sampling_clip_max,
         }
-    return cls(**fields | cast("PolicyLossOptions", options))
+    return cls(**fields | cast(PolicyLossOptions, options))

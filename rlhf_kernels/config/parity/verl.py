@@ -17,13 +17,11 @@ import math
 from typing import TYPE_CHECKING, Literal, get_args
 
 from ..enums import Aggregation, CorrectionLevel, KlEstimator
-from ._common import inexpressible, one_of, refuse
+from ..options import PolicyLossOptions
+from ._common import Config, inexpressible, one_of, refuse
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from ..options import PolicyLossOptions
-    from ..policy import PolicyLossConfig
 
 LossMode = Literal["vanilla", "gspo", "sapo", "cispo", "gpg"]
 AggregationMode = Literal[
@@ -58,7 +56,7 @@ _AGGREGATIONS: dict[AggregationMode, Aggregation] = {
 
 
 def verl(
-    cls: "type[PolicyLossConfig]",
+    cls: type[Config],
     /,
     loss_mode: LossMode = "vanilla",
     *,
@@ -78,7 +76,7 @@ def verl(
     rollout_is_batch_normalize: bool = False,
     rollout_rs: str | None = None,
     **options: "Unpack[PolicyLossOptions]",
-) -> "PolicyLossConfig":
+) -> Config:
     """The actor's loss of verl (`ppo_loss`); names and defaults of its ActorConfig. Against 0.9.1.
 
     Log-ratio clamped to +-20 (gspo: at most 10), dual clip 3 by default, k3 with its input clamped
@@ -172,7 +170,7 @@ def verl(
     return cls(**fields | options)
 
 
-def _threshold(threshold: float | str) -> "PolicyLossOptions":
+def _threshold(threshold: float | str) -> PolicyLossOptions:
     """2.0 or "2.0": a cap. "0.5_2.0": bounds outside of which the weight is 0."""
     try:
         low, *high = map(float, str(threshold).split("_"))
