@@ -62,7 +62,7 @@ class _LogProb(torch.autograd.Function):
         return torch.log_softmax(d, -1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
