@@ -28,7 +28,7 @@ class _PackedSums(torch.autograd.Function):
         return torch.segment_reduce(x, "sum", offsets=offsets, initial=0, unsafe=True)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, cu_seqlens = inputs
         ctx.save_for_backward(sequence_ids(x, cu_seqlens))
 
