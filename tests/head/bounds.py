@@ -46,6 +46,7 @@ class SoftmaxBounds:
         temperature: a number, or one per token.
         softcap: as given to the operation.
         logit_scale: as given to the operation.
+        kept: [N, V], the words that stay in the distribution; None: all.
     """
 
     def __init__(
@@ -57,12 +58,19 @@ class SoftmaxBounds:
         temperature: float | Tensor = 1.0,
         softcap: float | None = None,
         logit_scale: float = 1.0,
+        kept: Tensor | None = None,
     ) -> None:
         self._ulps = 2 if _interpreted(logits) and dtype == torch.bfloat16 else 1
         self.dtype = dtype
         t = torch.as_tensor(temperature, dtype=torch.float64).detach()
         t = t.reshape(-1, 1) if t.dim() else t
         self._transform(logits, error, logit_scale / t, softcap, t)
+        if kept is not None:
+            # A row without words is no distribution; it is left as if it had them all.
+            kept = kept | ~kept.any(-1, keepdim=True)
+            # After the cap, which makes a number of -inf.
+            self.x = torch.where(kept, self.x, -torch.inf)
+            self.x_error = torch.where(kept, self.x_error, 0)
         peak = self.x.amax(-1, keepdim=True)
         self.logp = (self.x - peak).log_softmax(-1)
         self.p = self.logp.exp()
@@ -198,7 +206,6 @@ class HeadBounds(SoftmaxBounds):
         hidden: [..., H] as given to the operation; its dtype is the one of the logits.
         weight: [V, H].
         bias: [V], or None.
-        kept: [N, V], the words that stay in the distribution; None: all.
         options: of SoftmaxBounds.
     """
 
@@ -207,8 +214,6 @@ class HeadBounds(SoftmaxBounds):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
-        *,
-        kept: Tensor | None = None,
         **options: Any,
     ) -> None:
         self.hidden = hidden.detach().double().reshape(-1, hidden.shape[-1])
@@ -219,10 +224,6 @@ class HeadBounds(SoftmaxBounds):
         if bias is not None:
             logits = logits + bias.detach().double()
             error = error + EPS * logits.abs() + half_ulp(logits.abs() + error, hidden.dtype)
-        if kept is not None:
-            # A row without words is no distribution; it is left as if it had them all.
-            kept = kept | ~kept.any(-1, keepdim=True)
-            logits = torch.where(kept, logits, -torch.inf)
         super().__init__(logits, error, hidden.dtype, **options)
 
     def products(

@@ -80,9 +80,7 @@ def token_logprobs(d: Draw) -> Case:
     def bounds(exact: Sequence[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
         z = x.detach().double().reshape(-1, vocab)
         kept = within(given, z.shape)
-        if kept is not None:
-            z = torch.where(kept | ~kept.any(-1, keepdim=True), z, -torch.inf)
-        rows = SoftmaxBounds(z, torch.zeros_like(z), x.dtype, **options)
+        rows = SoftmaxBounds(z, torch.zeros_like(z), x.dtype, kept=kept, **options)
         known = judged(torch.where(y == ignored, -1, y.long()), kept)
         bound = torch.where(known >= 0, rows.logprobs(known), 0)
         gradient = rows.token_gradient(known, *upstream)[1] if upstream else None
