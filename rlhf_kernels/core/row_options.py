@@ -1,7 +1,8 @@
 """Options of rows of logits: what every operation that reads a vocabulary shares.
 
-An option is added here, in the public functions, and where it means something: in the reference
-and the kernels. Everything between carries the tuple whole.
+An option is added here, in the public functions, and where it is applied to a logit, once for each
+backend: reference/_common.py, csrc/cpu/rows.h, csrc/cuda/rows.cuh, kernels/triton/_rows.py; its
+field is in csrc/abi.h and crosses in csrc/bind/tensor.h. All else carries the options whole.
 """
 
 from typing import Any, NamedTuple
