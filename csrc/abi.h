@@ -98,8 +98,8 @@ struct LogprobsBackwardArgs {
   Exec exec;
 };
 
-// The kept words of each token, as rows of a sparse matrix: those of token n are indices[indptr[n]]
-// to indices[indptr[n + 1]]. `entries` is the length of indices.
+// The kept token ids of each token, as rows of a sparse matrix: those of token n are
+// indices[indptr[n]] to indices[indptr[n + 1]]. `entries` is the length of indices.
 struct Support {
   int64_t entries;
   Tensor indptr, indices;
@@ -134,8 +134,8 @@ struct SupportBackwardArgs {
 
 // From `dz` to the head's operands; a gradient that is not given is not wanted. Entries with a
 // gradient of zero are not read. `starts` is scratch of vocab + 1, `uses` of `entries`. On a GPU
-// `starts` holds where each word's entries begin in `order`, entries sorted by word, and `owner`
-// the token of each entry.
+// `starts` holds where each token id's entries begin in `order`, entries sorted by token id, and
+// `owner` the token of each entry.
 struct SupportUse {
   int64_t token;
   float dz;

@@ -1,4 +1,4 @@
-// token_logprobs over a support: the words that the sampler kept, a list per token.
+// token_logprobs over a support: the token ids that the sampler kept, a list per token.
 //
 // The kept logits of a token, gathered or multiplied, lie side by side in fp32; from there on the
 // rows are those of logprobs.h. Gradients of the head are weighted sums of rows: of the weight's
@@ -32,8 +32,8 @@ inline Status check_indptr(const Support& s, int64_t tokens) {
   return {};
 }
 
-// The words of one token. `seen` has a bit per word of the vocabulary, zeros before and after; null
-// where it is known that no word is repeated.
+// The token ids of one token. `seen` has a bit per token id, zeros before and after; null where it
+// is known that none is repeated.
 inline Status check_words(const Support& s, Range range, int64_t vocab, uint64_t* seen) {
   for (int64_t e = range.begin; e < range.end; ++e) {
     const int64_t v = load_index(s.indices, e);
@@ -188,7 +188,7 @@ void support_gradient(const SupportBackwardArgs& a, int64_t token, Range range) 
   const int64_t label = load_label(a.labels, i, j), n = range.end - range.begin;
   float g = upstream(a.grad_logprobs), h = upstream(a.grad_entropy);
   if (label == a.options.ignore_index || n == 0 || (g == 0.0f && h == 0.0f)) {
-    // Without words in any support there is no memory, which memset may not be given.
+    // Without token ids in any support there is no memory, which memset may not be given.
     if (n > 0) memset(a.dz + range.begin, 0, sizeof(float) * static_cast<size_t>(n));
     return;
   }
@@ -259,8 +259,8 @@ struct Term {
 };
 
 // out[0, width) = sum over entries of factor * row, in order: sums of kTerms terms and the sum of
-// those, so that a word that thousands of tokens kept rounds no worse than one of a few. Terms of
-// factor 0 are not read. kVecs vectors of a sum stay in registers while the rows pass by.
+// those, so that a token id that thousands of tokens kept rounds no worse than one of a few. Terms
+// of factor 0 are not read. kVecs vectors of a sum stay in registers while the rows pass by.
 template <class E, class At>
 inline void sum_rows(Range range, int64_t width, typename E::Storage* out, const At& at) {
   constexpr int kVecs = 8, kAhead = 4, kTerms = 128;
@@ -317,10 +317,10 @@ void hidden_gradient(const SupportHeadArgs& a, int64_t token) {
 }
 
 template <class E>
-void weight_gradient(const SupportHeadArgs& a, int64_t word) {
-  const Range range{a.starts[word], a.starts[word + 1]};
+void weight_gradient(const SupportHeadArgs& a, int64_t token_id) {
+  const Range range{a.starts[token_id], a.starts[token_id + 1]};
   if (a.grad_weight.given) {
-    auto* out = static_cast<typename E::Storage*>(a.grad_weight.data) + word * a.width;
+    auto* out = static_cast<typename E::Storage*>(a.grad_weight.data) + token_id * a.width;
     sum_rows<E>(range, a.width, out, [&](int64_t u) {
       const SupportUse& use = a.uses[u];
       return Term<E>{row_at<E>(a.hidden, use.token / a.cols, use.token % a.cols), use.dz};
@@ -329,11 +329,11 @@ void weight_gradient(const SupportHeadArgs& a, int64_t word) {
   if (a.grad_bias.given) {
     double sum = 0.0;
     for (int64_t u = range.begin; u < range.end; ++u) sum += a.uses[u].dz;
-    static_cast<float*>(a.grad_bias.data)[word] = static_cast<float>(sum);
+    static_cast<float*>(a.grad_bias.data)[token_id] = static_cast<float>(sum);
   }
 }
 
-// Groups the entries that have a gradient by word, in the order of the tokens: a counting sort.
+// Groups the entries that have a gradient by token id, in the order of the tokens: a counting sort.
 inline void sort_uses(const SupportHeadArgs& a) {
   for (int64_t v = 0; v <= a.vocab; ++v) a.starts[v] = 0;
   const auto index = [&](int64_t e) { return load_index(a.support.indices, e); };

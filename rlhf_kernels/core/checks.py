@@ -353,7 +353,7 @@ def repeated_index(op: str, position: int, indices: Tensor) -> ValueError:
     """The error for the entry of a support's indices at `position`, which its token has already."""
     return ValueError(
         f"{op}: support index at position {position} is {indices[position].item()} again; expected "
-        "each word once in a token's support"
+        "each token id once in a token's support"
     )
 
 
@@ -369,7 +369,7 @@ def support_data(
     """`token_data`, and raises for the first bad entry of a support.
 
     Raises:
-        ValueError: of indptr; a word repeated in a token of `keep` [...].
+        ValueError: of indptr; a token id repeated in a token of `keep` [...].
         IndexError: of the indices of a token of `keep`.
     """
     token_data(op, labels, temperature, keep, vocab)
@@ -389,7 +389,7 @@ def support_data(
         raise bad_index(op, int(bad.nonzero()[0]), indices, vocab)
     token = torch.arange(counts.shape[0], device=indptr.device).repeat_interleave(counts)
     at = used.nonzero().squeeze(-1)
-    # Equal pairs of token and word come to lie side by side, the first of them first.
+    # Equal pairs of token and token id come to lie side by side, the first of them first.
     pair, order = (token[at] * vocab + indices[at]).sort(stable=True)
     repeats = at[order[1:][pair[1:] == pair[:-1]]]
     if repeats.numel():

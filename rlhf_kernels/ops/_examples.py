@@ -143,10 +143,10 @@ def _token_logprobs(x: Inputs) -> Call:
 
 
 def _support(x: Inputs, rows: int) -> tuple[Tensor, Tensor]:
-    """Three words for each of `rows` tokens."""
+    """Three token ids for each of `rows` tokens."""
     indptr = 3 * torch.arange(rows + 1, device=x.device)
-    words = (x.integers(x.size - 2, rows, 1) + torch.arange(3, device=x.device)).reshape(-1)
-    return indptr, words
+    token_ids = (x.integers(x.size - 2, rows, 1) + torch.arange(3, device=x.device)).reshape(-1)
+    return indptr, token_ids
 
 
 def _linear_token_logprobs_support(x: Inputs) -> Call:

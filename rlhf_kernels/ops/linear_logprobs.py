@@ -237,7 +237,7 @@ def linear_token_logprobs(
             to a chunk of products, little where tokens fill several chunks. No more than 8192 rows,
             nor 16 times the default, whatever chunk_tokens says.
         group: process group over which V is sharded; None for none.
-        support: the words that the sampler kept for each token, (indptr, indices), as in
+        support: the token ids that the sampler kept for each token, (indptr, indices), as in
             `token_logprobs`. Only their rows of the weight are multiplied, in fp32 without chunks,
             and only they have a gradient.
 

@@ -132,9 +132,10 @@ def linear_policy_loss(
     own gradient while they are there. Masked tokens are never multiplied; tokens that cannot have a
     gradient (no advantage, with neither KL nor entropy term) only forward. Configurations in which
     a token's gradient depends on its whole sequence (ratio_level "sequence", "sequence-token",
-    correction_level "sequence") need a sweep for the log-probabilities first, so four products. So
-    does a CPU with 16-bit operands where more than 32768 words leave a chunk so few tokens that to
-    sum the weight's gradient over chunks, in fp32, would cost more than the logits again.
+    correction_level "sequence") need a sweep for the log-probabilities first, so four products. A
+    CPU with 16-bit operands takes four as well where a vocabulary of more than 32768 leaves so few
+    tokens to a chunk that summing the weight's gradient over chunks, in fp32, would cost more than
+    the logits once again.
 
     With `group` the vocabulary is sharded over its ranks as in `linear_token_logprobs`, that of the
     reference policy too: loss and metrics are bit for bit the same on every rank. The ranks

@@ -235,14 +235,14 @@ def token_logprobs(
             for logits that nothing else needs; a later use in the same graph raises in autograd.
         group: process group over which V is sharded, logits being this rank's [..., V_rank]; labels
             count from the first column of rank 0, and all other arguments are the same everywhere.
-        support: the words that top-k, top-p or min-p kept for each token, (indptr [N + 1],
+        support: the token ids that top-k, top-p or min-p kept for each token, (indptr [N + 1],
             indices [nnz]), each int32 or int64, N tokens in row-major order of labels: those of
             token n are indices[indptr[n]:indptr[n + 1]], in any order, each once. These are
             `offsets` and `token_ids` of vLLM's sampling mask; for indices `top` [..., k] of a top-k
             they are (torch.arange(N + 1) * k, top.reshape(-1)). The result is that of logits whose
             others are -inf after the cap: log-probability and entropy renormalised over the
             support, gradient 0 outside it. A label that was not kept, which the sampler cannot
-            have drawn, gives -inf and a gradient in the kept logits. A token without words has no
+            have drawn, gives -inf and a gradient in the kept logits. A token without any has no
             distribution and gives NaN and gradient 0: give tokens of prompts and of tools
             `ignore_index`, whose entries are not looked at, and take tokens sampled from the whole
             vocabulary from a call without support. Only the kept logits are read, and saved for
@@ -258,10 +258,10 @@ def token_logprobs(
         ValueError: shapes or devices that do not match; temperature or softcap not between 2^-60
             and 2^60; inplace_backward on a leaf, on overlapping memory, under torch.compile, on the
             reference backend, or with support; group and support together; on CPU an indptr that
-            does not lead from 0 to nnz without decreasing, or a word twice in a token's support.
-        IndexError: a label or kept word outside [0, V) on CPU, with its position; nothing was read
-            through it. A GPU gives NaN, and what a repeated word gives there is undefined, unless
-            RLHF_KERNELS_CHECK=1.
+            does not lead from 0 to nnz without decreasing, or a token id twice in a support.
+        IndexError: a label or kept token id outside [0, V) on CPU, with its position; nothing was
+            read through it. A GPU gives NaN, and what a repeated one gives there is undefined,
+            unless RLHF_KERNELS_CHECK=1.
 
     With `group`, bad data of one rank, or labels that differ between ranks (both on CPU), raise on
     every rank.

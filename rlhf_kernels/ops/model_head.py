@@ -242,8 +242,8 @@ def _token_ids(model: Any, weight: Tensor) -> Tensor:
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     settings = {**vars(config), **vars(text)}
     special = {v for k, v in settings.items() if "token" in k and isinstance(v, int)}
-    words = min(weight.shape[0], model.get_input_embeddings().weight.shape[0])
-    drawn = torch.randperm(words, generator=torch.Generator().manual_seed(0)).tolist()
+    rows = min(weight.shape[0], model.get_input_embeddings().weight.shape[0])
+    drawn = torch.randperm(rows, generator=torch.Generator().manual_seed(0)).tolist()
     tokens = [token for token in drawn if token not in special] or drawn
     return torch.tensor([(tokens * _TOKENS)[:_TOKENS]], device=weight.device)
 

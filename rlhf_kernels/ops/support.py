@@ -1,4 +1,4 @@
-"""Log-probabilities over the words that the sampler kept: `support` of the public functions."""
+"""Log-probabilities over the token ids that the sampler kept: `support` of the public functions."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from ._operator import (
     remember,
 )
 
-#: indptr [N + 1] and indices [nnz] of the words of each token.
+#: indptr [N + 1] and indices [nnz] of the token ids of each token.
 Support = tuple[Tensor, Tensor]
 
 

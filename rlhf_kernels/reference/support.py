@@ -1,4 +1,4 @@
-"""Log-probabilities over the words that the sampler kept, defined."""
+"""Log-probabilities over the token ids that the sampler kept, defined."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from .logprobs import token_logprobs
 
 
 def support_mask(indptr: Tensor, indices: Tensor, keep: Tensor, vocab: int) -> Tensor:
-    """Which words are in each token's support, bool [..., V]; those of dropped tokens are not read.
+    """Whether a token id is in each token's support, bool [..., V]; a dropped token's is not read.
 
     Args:
         indptr: [N + 1].

@@ -249,7 +249,9 @@ def test_repeated_words(backend, monkeypatch):
             found = form()
             assert found[0][0].isfinite() or found[0][0] == -math.inf
             monkeypatch.setattr(env, "CHECK", True)
-        with pytest.raises(ValueError, match=r"position 9 is 96 again; expected each word once"):
+        with pytest.raises(
+            ValueError, match=r"position 9 is 96 again; expected each token id once"
+        ):
             form()
         monkeypatch.setattr(env, "CHECK", False)
     once = (support[0], support[1].index_fill(0, torch.tensor([9]), 11))

@@ -38,7 +38,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         if code == b.INDEX_REPEATED:
             raise checks.repeated_index(op, position, indices)
         if code == b.OUT_OF_MEMORY:
-            raise MemoryError(f"{op}: no memory for a bit per word of the vocabulary, {vocab}")
+            raise MemoryError(f"{op}: no memory for a bit per token id of the vocabulary, {vocab}")
 
     def forward(
         op: str,
@@ -116,7 +116,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
 
     def token_logprobs_support_backward(kept: Tensor, labels: Tensor, *args: Any) -> Tensor:
         *inputs, vocab, dtype = args
-        # On a GPU only the kept words are written.
+        # On a GPU only the kept token ids are written.
         make = torch.zeros if gpu else torch.empty
         out = make((*labels.shape, vocab), dtype=dtype, device=kept.device)
         backward("token_logprobs", vocab, out, kept, labels, *inputs)
@@ -163,10 +163,10 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     def by_word(
         dz: Tensor, indptr: Tensor, indices: Tensor, vocab: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Starts of the words' entries, entries sorted by word, the token of each entry."""
+        """Starts of each token id's entries, entries sorted by token id, each entry's token."""
         moves = (dz != 0) & (indices >= 0) & (indices < vocab)
-        words, order = torch.where(moves, indices, vocab).long().sort(stable=True)
-        starts = torch.searchsorted(words, torch.arange(vocab + 1, device=dz.device))
+        token_ids, order = torch.where(moves, indices, vocab).long().sort(stable=True)
+        starts = torch.searchsorted(token_ids, torch.arange(vocab + 1, device=dz.device))
         at = torch.arange(dz.shape[0], dtype=indptr.dtype, device=dz.device)
         return starts, order, torch.searchsorted(indptr[1:].contiguous(), at, right=True)
 

@@ -1,4 +1,4 @@
-"""token_logprobs over a support: the words that the sampler kept, a list per token.
+"""token_logprobs over a support: the token ids that the sampler kept, a list per token.
 
 Work on entries (the products with the weight) is cut into tiles of consecutive entries, whatever
 tokens they belong to: a token with a long list costs no more than many with short ones. Work on
@@ -91,10 +91,10 @@ def products_kernel(
     read = inside & (token < tokens)
     at = token_at(token, cols, labels_stride0, labels_stride1)
     read &= tl.load(labels + at, mask=read, other=ignore_index) != ignore_index
-    word = tl.load(indices + entry, mask=read, other=-1).to(tl.int64)
-    read &= (word >= 0) & (word < vocab)
+    token_id = tl.load(indices + entry, mask=read, other=-1).to(tl.int64)
+    read &= (token_id >= 0) & (token_id < vocab)
     x = hidden + token_at(token, cols, stride0, stride1) * ALIGN
-    w = weight + word * weight_stride * ALIGN
+    w = weight + token_id * weight_stride * ALIGN
     acc = tl.zeros((ROWS, COLS), tl.float32)
     for start in range(0, width * ALIGN, COLS):
         column = start + tl.arange(0, COLS)
@@ -104,7 +104,7 @@ def products_kernel(
         acc += a * b
     z = sum_cols(acc)
     if BIAS:
-        z += tl.load(bias + word * bias_stride, mask=read, other=0.0)
+        z += tl.load(bias + token_id * bias_stride, mask=read, other=0.0)
     tl.store(kept + entry, z, mask=inside)
 
 
@@ -137,16 +137,16 @@ def rows_kernel(
         for start in range(0, count, BLOCK):
             i = start + tl.arange(0, BLOCK)
             inside = i < count
-            word = tl.load(indices + begin + i, mask=inside, other=0).to(tl.int64)
-            known = (word >= 0) & (word < vocab)
+            token_id = tl.load(indices + begin + i, mask=inside, other=0).to(tl.int64)
+            known = (token_id >= 0) & (token_id < vocab)
             wrong = tl.maximum(wrong, tl.max(tl.where(known, 0, 1), axis=0))
             if GATHER:
-                z = tl.load(x + word, mask=inside & known, other=float("-inf")).to(tl.float32)
+                z = tl.load(x + token_id, mask=inside & known, other=float("-inf")).to(tl.float32)
                 tl.store(kept + begin + i, z, mask=inside)
             else:
                 z = tl.load(kept + begin + i, mask=inside, other=float("-inf"))
             z, _ = with_options(z, row_options)
-            here = inside & (word == label)
+            here = inside & (token_id == label)
             found = tl.max(tl.where(here, z, float("-inf")), axis=0)
             own = tl.where(found > own, found, own)
             tile_m, tile_s, tile_t = tile_sums(z, inside, rate32, ENTROPY, BLOCK)
@@ -163,8 +163,8 @@ def rows_kernel(
                 t = tl.where(old == 0.0, 0.0, old * (t + s * before)) + moved
             s = old * s + weight * tile_s
             m = top
-        # A label or a word outside the vocabulary, a bad temperature, lists that make no sense and
-        # a token without words poison the token.
+        # A label or a token id outside the vocabulary, a bad temperature, offsets that decrease and
+        # an empty support poison the token.
         good = (label >= 0) & (label < vocab) & good_temperature(temperature)
         good &= (wrong == 0) & (m > float("-inf"))
         nan = tl.where(good, tl.load(poison), float("nan"))
@@ -185,7 +185,7 @@ def rows_kernel(
 
 @kernel
 def gradient_kernel(
-    kept, labels, temperatures, indptr, indices, stats, grad_logprobs, grad_entropy, dz, words,
+    kept, labels, temperatures, indptr, indices, stats, grad_logprobs, grad_entropy, dz, token_ids,
     out, cols, vocab, entries, labels_stride0, labels_stride1, temperatures_stride0,
     temperatures_stride1, g_stride0, g_stride1, h_stride0, h_stride1, row_options, ignore_index,
     DENSE: tl.constexpr, PER_TOKEN: tl.constexpr, LOGPROBS: tl.constexpr, ENTROPY: tl.constexpr,
@@ -193,7 +193,7 @@ def gradient_kernel(
 ):  # fmt: skip
     """Gradient of a token's kept logits: into a row of zeros `out` with DENSE, else into `dz`.
 
-    `words` is the word of each entry that has a gradient, and `vocab` for the others.
+    `token_ids` is that of each entry that has a gradient, and `vocab` for the others.
     """
     row = tl.program_id(0)
     label = tl.load(labels + token_at(row, cols, labels_stride0, labels_stride1)).to(tl.int64)
@@ -221,10 +221,10 @@ def gradient_kernel(
         for start in range(0, count, BLOCK):
             i = start + tl.arange(0, BLOCK)
             inside = i < count
-            word = tl.load(indices + begin + i, mask=inside, other=0).to(tl.int64)
-            known = inside & (word >= 0) & (word < vocab)
+            token_id = tl.load(indices + begin + i, mask=inside, other=0).to(tl.int64)
+            known = inside & (token_id >= 0) & (token_id < vocab)
             raw = tl.load(kept + begin + i, mask=known, other=float("-inf"))
-            here = known & (word == label)
+            here = known & (token_id == label)
             own = tl.max(tl.where(here, raw, float("-inf")), axis=0)
             z, slope = with_options(raw, row_options)
             own, own_slope = with_options(own, row_options)
@@ -241,18 +241,20 @@ def gradient_kernel(
             at_label = at_label.to(tl.float32)
             value = tl.where(here, at_label, value)
             if DENSE:
-                to = out + row.to(tl.int64) * vocab + word
+                to = out + row.to(tl.int64) * vocab + token_id
                 tl.store(to, value.to(out.dtype.element_ty), mask=known)
             else:
                 moves = known & (value != 0.0)
                 tl.store(dz + begin + i, tl.where(moves, value, 0.0), mask=inside)
-                tl.store(words + begin + i, tl.where(moves, word, vocab), mask=inside)
+                tl.store(token_ids + begin + i, tl.where(moves, token_id, vocab), mask=inside)
     else:
         if DENSE == 0:
             for start in range(0, count, BLOCK):
                 i = start + tl.arange(0, BLOCK)
                 tl.store(dz + begin + i, tl.zeros((BLOCK,), tl.float32), mask=i < count)
-                tl.store(words + begin + i, tl.zeros((BLOCK,), tl.int32) + vocab, mask=i < count)
+                tl.store(
+                    token_ids + begin + i, tl.zeros((BLOCK,), tl.int32) + vocab, mask=i < count
+                )
 
 
 @kernel(aligned=("source", "out"))
@@ -365,7 +367,7 @@ def _gradient(
     vocab: int,
     out: Tensor | None,
     dz: Tensor | None,
-    words: Tensor | None,
+    token_ids: Tensor | None,
     kept: Tensor,
     labels: Tensor,
     temperatures: Tensor | None,
@@ -376,13 +378,13 @@ def _gradient(
     grad_entropy: Tensor | None,
     options: RowOptions,
 ) -> None:
-    """Writes the gradient into `out`, which is zeros, or that of the entries into dz and words."""
+    """Writes the gradient into `out`, which is zeros, or the entries' into dz and token_ids."""
     _, cols = grid(labels.shape)
     labels, temperatures = as_grid(labels), as_grid(temperatures, torch.float32)
     g, h = as_upstream(grad_logprobs), as_upstream(grad_entropy)
     launch(
         gradient_kernel, labels.numel(), kept, kept, labels, temperatures, indptr, indices, stats,
-        g, h, dz, words, out, cols, vocab, indices.shape[0], *grid_strides(labels),
+        g, h, dz, token_ids, out, cols, vocab, indices.shape[0], *grid_strides(labels),
         *_strides(temperatures), *_strides(g), *_strides(h), packed(options),
         options.ignore_index, DENSE=out is not None, PER_TOKEN=temperatures is not None,
         LOGPROBS=g is not None, ENTROPY=h is not None, BLOCK=BLOCK, warps=WARPS,
@@ -451,15 +453,15 @@ def linear_token_logprobs_support_backward(
     else:
         found = (grad_hidden, grad_weight, grad_bias)
         indptr, indices = indptr.contiguous(), indices.contiguous()
-        dz, words = torch.empty_like(kept), torch.empty_like(kept, dtype=torch.int32)
-        _gradient(vocab, None, dz, words, kept, labels, temperatures, indptr, indices, *inputs)
+        dz, token_ids = torch.empty_like(kept), torch.empty_like(kept, dtype=torch.int32)
+        _gradient(vocab, None, dz, token_ids, kept, labels, temperatures, indptr, indices, *inputs)
         hidden, weight = as_rows(hidden), as_rows(weight)
         if needs[0]:
             _sums(weight, indptr, None, indices, dz, grad_hidden, None, vocab, vocab)
         if needs[1] or needs[2]:
-            words, order = torch.sort(words, stable=True)
+            token_ids, order = torch.sort(token_ids, stable=True)
             starts = torch.searchsorted(
-                words, torch.arange(vocab + 1, dtype=torch.int32, device=words.device)
+                token_ids, torch.arange(vocab + 1, dtype=torch.int32, device=token_ids.device)
             )
             _sums(
                 hidden, starts, order, _owners(indptr, entries), dz,
