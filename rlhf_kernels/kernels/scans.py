@@ -1,5 +1,6 @@
 """What the launchers of gae, discounted_returns and ppo_advantages share, native and Triton."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -70,3 +71,64 @@ def begin(
                 t.fill_(float("nan"))
         return results, True
     return results, False
+
+
+def launchers(scan: Callable[..., ScanResults]) -> dict[str, Callable[..., object]]:
+    """Launchers by operator name, from the scan of a backend.
+
+    It takes the operation's name, the tokens (rewards; where there are scores, the policy's
+    log-probabilities), cu_seqlens, mask, masked, gamma, lam, values, dones, bootstrap_values,
+    whiten; and where rewards are to be shaped scores, ref_logprobs, kl_coef, kl_estimator,
+    reward_clip.
+    """
+
+    def gae(
+        rewards: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        dones: Tensor | None,
+        bootstrap_values: Tensor | None,
+        gamma: float,
+        lam: float,
+        masked: str,
+        whiten: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return scan(
+            "gae", rewards, cu_seqlens, mask, masked, gamma, lam, values, dones, bootstrap_values,
+            whiten,
+        ).of_values()  # fmt: skip
+
+    def discounted_returns(
+        rewards: Tensor,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        dones: Tensor | None,
+        bootstrap_values: Tensor | None,
+        gamma: float,
+        masked: str,
+    ) -> Tensor:
+        tokens = ("discounted_returns", rewards, cu_seqlens, mask, masked, gamma)
+        return scan(*tokens, dones=dones, bootstrap_values=bootstrap_values).returns
+
+    def ppo_advantages(
+        scores: Tensor,
+        logprobs: Tensor,
+        ref_logprobs: Tensor | None,
+        values: Tensor,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        kl_coef: float,
+        kl_estimator: str,
+        gamma: float,
+        lam: float,
+        masked: str,
+        whiten: bool,
+        reward_clip: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return scan(
+            "ppo_advantages", logprobs, cu_seqlens, mask, masked, gamma, lam, values, None, None,
+            whiten, scores, ref_logprobs, kl_coef, kl_estimator, reward_clip,
+        ).of_scores()  # fmt: skip
+
+    return {"gae": gae, "discounted_returns": discounted_returns, "ppo_advantages": ppo_advantages}

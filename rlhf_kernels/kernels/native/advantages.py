@@ -40,104 +40,45 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
 
     def scan(
         op: str,
-        like: Tensor,
+        tokens: Tensor,
         cu_seqlens: Tensor | None,
-        *,
-        rewards: Tensor | None = None,
+        mask: Tensor | None,
+        masked: str,
+        gamma: float,
+        lam: float = 1.0,
         values: Tensor | None = None,
-        mask: Tensor | None = None,
         dones: Tensor | None = None,
         bootstrap_values: Tensor | None = None,
+        whiten: bool = False,
         scores: Tensor | None = None,
-        logprobs: Tensor | None = None,
         ref_logprobs: Tensor | None = None,
         kl_coef: float = 0.0,
         kl_estimator: str = "k1",
         reward_clip: float | None = None,
-        gamma: float,
-        lam: float = 1.0,
-        masked: str,
-        whiten: bool = False,
     ) -> scans.ScanResults:
-        results, done = scans.begin(op, like, cu_seqlens, values, scores, gpu)
+        results, done = scans.begin(op, tokens, cu_seqlens, values, scores, gpu)
         if done:
             return results
-        advantages, returns, shaped = results
-        sequences = like.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        moments = _moments(like) if whiten else None
+        sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        moments = _moments(tokens) if whiten else None
         # Every tensor stays bound until the call returns: the extension sees addresses alone.
-        rewards, values, mask, dones = (
-            *map(b.as_grid, (rewards, values)),
-            *map(_flags, (mask, dones)),
-        )
-        scores, logprobs, ref_logprobs = map(b.as_grid, (scores, logprobs, ref_logprobs))
-        bootstrap_values, offsets = b.as_grid(bootstrap_values), b.as_grid(cu_seqlens)
+        like, tokens, values = tokens, b.as_grid(tokens), b.as_grid(values)
+        offsets = b.as_grid(cu_seqlens)
+        mask, dones, bootstrap_values = _flags(mask), _flags(dones), b.as_grid(bootstrap_values)
+        scores, ref_logprobs = b.as_grid(scores), b.as_grid(ref_logprobs)
+        rewards, logprobs = (tokens, None) if scores is None else (None, tokens)
         code, position = extension.gae(
             *b.grid(like.shape), sequences, b.pack(offsets), b.pack(rewards),
             b.pack(values), b.pack(mask), b.pack(dones), b.pack(bootstrap_values), b.pack(scores),
             b.pack(logprobs), b.pack(ref_logprobs), kl_coef,
             PLAIN_KL_ESTIMATORS.index(kl_estimator), 0.0 if reward_clip is None else reward_clip,
-            gamma, lam, masked == "carry", whiten, b.pack(advantages), b.pack(returns),
-            b.pack(shaped), b.pack(moments), scans.WHITEN_EPS,
-            where(like, "gae", sequences, like.shape[-1], cu_seqlens is not None),
+            gamma, lam, masked == "carry", whiten, *map(b.pack, (*results, moments)),
+            scans.WHITEN_EPS, where(like, "gae", sequences, like.shape[-1], cu_seqlens is not None),
         )  # fmt: skip
         if code == b.BAD_OFFSETS:
             assert cu_seqlens is not None  # the kernel has read them
             raise checks.bad_offsets(op, position, cu_seqlens, like.shape[0])
         return results
-
-    def gae(
-        rewards: Tensor,
-        values: Tensor,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        dones: Tensor | None,
-        bootstrap_values: Tensor | None,
-        gamma: float,
-        lam: float,
-        masked: str,
-        whiten: bool,
-    ) -> tuple[Tensor, Tensor]:
-        return scan(
-            "gae", rewards, cu_seqlens, rewards=rewards, values=values, mask=mask, dones=dones,
-            bootstrap_values=bootstrap_values, gamma=gamma, lam=lam, masked=masked, whiten=whiten,
-        ).of_values()  # fmt: skip
-
-    def discounted_returns(
-        rewards: Tensor,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        dones: Tensor | None,
-        bootstrap_values: Tensor | None,
-        gamma: float,
-        masked: str,
-    ) -> Tensor:
-        return scan(
-            "discounted_returns", rewards, cu_seqlens, rewards=rewards, mask=mask, dones=dones,
-            bootstrap_values=bootstrap_values, gamma=gamma, masked=masked,
-        ).returns  # fmt: skip
-
-    def ppo_advantages(
-        scores: Tensor,
-        logprobs: Tensor,
-        ref_logprobs: Tensor | None,
-        values: Tensor,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        kl_coef: float,
-        kl_estimator: str,
-        gamma: float,
-        lam: float,
-        masked: str,
-        whiten: bool,
-        reward_clip: float | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return scan(
-            "ppo_advantages", logprobs, cu_seqlens, scores=scores, logprobs=logprobs,
-            ref_logprobs=ref_logprobs, values=values, mask=mask, kl_coef=kl_coef,
-            kl_estimator=kl_estimator, reward_clip=reward_clip, gamma=gamma, lam=lam,
-            masked=masked, whiten=whiten,
-        ).of_scores()  # fmt: skip
 
     def whiten(
         x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float
@@ -180,9 +121,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         return out
 
     return {
-        "gae": gae,
-        "discounted_returns": discounted_returns,
-        "ppo_advantages": ppo_advantages,
+        **scans.launchers(scan),
         "group_advantages": group_advantages,
         "whiten": whiten,
     }

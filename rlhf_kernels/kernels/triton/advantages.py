@@ -247,25 +247,23 @@ def _strided(t: Tensor | None) -> tuple[Tensor | None, int, int]:
 
 def _scan(
     op: str,
-    rewards: Tensor,
+    tokens: Tensor,
     cu_seqlens: Tensor | None,
-    *,
-    values: Tensor | None = None,
-    mask: Tensor | None = None,
-    dones: Tensor | None = None,
-    bootstrap_values: Tensor | None = None,
-    scores: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    estimator: str = "reward",
-    kl_coef: float = 0.0,
-    reward_clip: float | None = None,
+    mask: Tensor | None,
+    masked: str,
     gamma: float,
     lam: float = 1.0,
-    masked: str,
+    values: Tensor | None = None,
+    dones: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
     whiten: bool = False,
+    scores: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k1",
+    reward_clip: float | None = None,
 ) -> scans.ScanResults:
-    """(advantages, returns, shaped rewards). With scores, `rewards` are log-probabilities."""
-    results, done = scans.begin(op, rewards, cu_seqlens, values, scores, on_device=True)
+    results, done = scans.begin(op, tokens, cu_seqlens, values, scores, on_device=True)
     if done:
         return results
     advantages, returns, shaped = results
@@ -278,10 +276,13 @@ def _scan(
     else:
         sequences, tiles = returns.shape[0], tile_count(cols, TILE)
         slots, offsets, bad = sequences * tiles, None, None
-    tokens, strides = [], []
-    for t in (rewards, ref_logprobs, values, mask, dones):
+    penalty = ref_logprobs is not None and kl_coef != 0
+    ref_logprobs = ref_logprobs if penalty else None
+    estimator = "reward" if scores is None else kl_estimator if penalty else "none"
+    per_token, strides = [], []
+    for t in (tokens, ref_logprobs, values, mask, dones):
         t, *steps = _strided(t)
-        tokens.append(t)
+        per_token.append(t)
         strides.extend(steps)
     scores, _, scores_stride = _strided(scores)
     bootstrap_values, _, bootstrap_stride = _strided(bootstrap_values)
@@ -289,92 +290,32 @@ def _scan(
     # A whole number would be an argument of another type, and another kernel.
     numbers = [float(x) for x in (gamma, gamma * lam, kl_coef, reward_clip or 0.0)]
     options: dict[str, Any] = {
-        "ESTIMATOR": estimator, "CARRY": masked == "carry" and mask is not None, "PACKED": packed,
-        "TILE": TILE, "BLOCK": BLOCK, "warps": WARPS,
-    }  # fmt: skip
+        "ESTIMATOR": estimator,
+        "CARRY": masked == "carry" and mask is not None,
+    }
+    options |= {"PACKED": packed, "TILE": TILE, "BLOCK": BLOCK, "warps": WARPS}
     aggregates = None
     if packed or tiles > 1:
         aggregates = returns.new_empty(slots * FIELDS.value, dtype=torch.float64)
         launch(
-            aggregate_kernel, slots + packed, returns, *tokens, scores, offsets, bad, aggregates,
+            aggregate_kernel, slots + packed, returns, *per_token, scores, offsets, bad, aggregates,
             *sizes, scores_stride, *numbers, CHECKED=CHECKED, **options,
         )  # fmt: skip
     partials = returns.new_empty(3 * slots, dtype=torch.float64) if whiten else None
     launch(
-        scan_kernel, slots, returns, *tokens, scores, bootstrap_values, offsets, bad, aggregates,
+        scan_kernel, slots, returns, *per_token, scores, bootstrap_values, offsets, bad, aggregates,
         advantages, returns, shaped, partials, *sizes, scores_stride, bootstrap_stride, *numbers,
         GROUP=GROUP, **options,
     )  # fmt: skip
     if partials is not None:
         assert advantages is not None  # of values, without which nothing is whitened
-        apply_moments(
-            advantages, tokens[3], partials, advantages, shift_mean=True, unbiased=True,
-            eps=scans.WHITEN_EPS,
-        )  # fmt: skip
+        whole: dict[str, Any] = {"shift_mean": True, "unbiased": True, "eps": scans.WHITEN_EPS}
+        apply_moments(advantages, per_token[3], partials, advantages, **whole)
     return results
 
 
-def gae(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dones: Tensor | None,
-    bootstrap_values: Tensor | None,
-    gamma: float,
-    lam: float,
-    masked: str,
-    whiten: bool,
-) -> tuple[Tensor, Tensor]:
-    return _scan(
-        "gae", rewards, cu_seqlens, values=values, mask=mask, dones=dones,
-        bootstrap_values=bootstrap_values, gamma=gamma, lam=lam, masked=masked, whiten=whiten,
-    ).of_values()  # fmt: skip
-
-
-def discounted_returns(
-    rewards: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dones: Tensor | None,
-    bootstrap_values: Tensor | None,
-    gamma: float,
-    masked: str,
-) -> Tensor:
-    return _scan(
-        "discounted_returns", rewards, cu_seqlens, mask=mask, dones=dones,
-        bootstrap_values=bootstrap_values, gamma=gamma, masked=masked,
-    ).returns  # fmt: skip
-
-
-def ppo_advantages(
-    scores: Tensor,
-    logprobs: Tensor,
-    ref_logprobs: Tensor | None,
-    values: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    kl_coef: float,
-    kl_estimator: str,
-    gamma: float,
-    lam: float,
-    masked: str,
-    whiten: bool,
-    reward_clip: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    penalty = ref_logprobs is not None and kl_coef != 0
-    return _scan(
-        "ppo_advantages", logprobs, cu_seqlens, values=values, mask=mask, scores=scores,
-        ref_logprobs=ref_logprobs if penalty else None,
-        estimator=kl_estimator if penalty else "none", kl_coef=kl_coef, reward_clip=reward_clip,
-        gamma=gamma, lam=lam, masked=masked, whiten=whiten,
-    ).of_scores()  # fmt: skip
-
-
 LAUNCHERS: dict[str, Callable[..., object]] = {
-    "gae": gae,
-    "discounted_returns": discounted_returns,
-    "ppo_advantages": ppo_advantages,
+    **scans.launchers(_scan),
     "group_advantages": group_advantages,
     "whiten": whiten,
 }
