@@ -29,6 +29,10 @@ COMPILED = (80, 90, 100)
 # Of a multiprocessor of sm_90 and sm_100.
 MAX_THREADS, MAX_BLOCKS = 2048, 32
 SHARED = 227 << 10
+# What marks a compiler's slow ways: subroutines, and shuffles of warps that have parted. In the
+# search of a path a block with one counts for so many instructions more.
+SLOW_WAYS = ("CALL", "WARPSYNC.COLLECTIVE")
+SLOW = 1000
 
 
 def disassembler() -> Path | None:
@@ -52,10 +56,11 @@ class Instruction:
 
     @functools.cached_property
     def unconditional(self) -> bool:
-        """Whether it ends a block for good. A branch may hold its condition as an operand."""
+        """Whether it ends a block for good. A branch may hold its condition as an operand, or ask
+        whether the warp has parted."""
         if re.match(r"@!?U?P(?!T)\w", self.text):
             return False
-        return not re.search(r"\bBRA(\.\w+)*\s+!?U?P\d", self.text)
+        return not re.search(r"\bBRA(\.\w+)*\s+!?U?P\d|\bBRA\.(DIV|CONV)", self.text)
 
     @functools.cached_property
     def width(self) -> int:
@@ -168,6 +173,9 @@ def fast_path(code: list[Instruction], holds: dict[str, int]) -> list[Instructio
     """The cheapest path from entry to end with at least holds[pattern] operations of each
     pattern. Raises LookupError where there is none."""
     blocks = flow(code)
+    prices = [
+        len(b.body) + SLOW * any(x.operation.startswith(SLOW_WAYS) for x in b.body) for b in blocks
+    ]
     edges = _without_loops(blocks)
     patterns = [re.compile(p) for p in holds]
     wanted = tuple(holds.values())
@@ -177,7 +185,7 @@ def fast_path(code: list[Instruction], holds: dict[str, int]) -> list[Instructio
         return tuple(min(w, m + h) for w, m, h in zip(wanted, before, has[block], strict=True))
 
     start = (0, met((0,) * len(wanted), 0))
-    cost, before = {start: len(blocks[0].body)}, {}
+    cost, before = {start: prices[0]}, {}
     queue = [(cost[start], start)]
     while queue:
         spent, state = heapq.heappop(queue)
@@ -192,7 +200,7 @@ def fast_path(code: list[Instruction], holds: dict[str, int]) -> list[Instructio
             return [x for b in reversed(path) for x in blocks[b].body]
         for following in edges[block]:
             new = (following, met(found, following))
-            total = spent + len(blocks[following].body)
+            total = spent + prices[following]
             if total < cost.get(new, sys.maxsize):
                 cost[new], before[new] = total, state
                 heapq.heappush(queue, (total, new))
@@ -292,7 +300,7 @@ def figures(budget: Budget, arch: int) -> Figures:
 
 def main() -> int:
     print(
-        f"{'kernel':40} {'':6} {'instr':>6} {'MUFU':>5} {'reg':>4} {'blk':>4} {'KiB':>5} "
+        f"{'kernel':47} {'':6} {'instr':>6} {'MUFU':>5} {'reg':>4} {'blk':>4} {'KiB':>5} "
         "wait  loads, stores by width"
     )
     problems = []
@@ -301,7 +309,7 @@ def main() -> int:
             f = figures(budget, arch)
             problems += f.problems(budget, arch)
             print(
-                f"{budget.name:40} sm_{arch:<3} {f.instructions:6.2f} {f.exponentials:5.2f} "
+                f"{budget.name:47} sm_{arch:<3} {f.instructions:6.2f} {f.exponentials:5.2f} "
                 f"{f.registers:4} {f.blocks:4} {f.in_flight:5.0f} {f.waits:4}  {f.loads} {f.stores}"
             )
     print("\n".join(problems))

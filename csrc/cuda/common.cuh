@@ -27,7 +27,7 @@ namespace rk::cuda {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr float kLog2e = 1.44269504f;
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.69314718f;
 // exp of less is below the normal floats and counts as zero.
 constexpr float kLowest = -87.0f;
 // No temperature, and no other option, is as large.
@@ -78,30 +78,108 @@ inline unsigned grid_size(int64_t blocks) {
     ::rk::cuda::check(cudaGetLastError());                            \
   } while (0)
 
+// The larger; NaN if either is.
+__device__ __forceinline__ float max_nan(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
+// The smaller; likewise.
+__device__ __forceinline__ float min_nan(float a, float b) { return -max_nan(-a, -b); }
+
 // ---- Elements -----------------------------------------------------------------------------------
+
+// A word of registers holds one element of 4 bytes or two of 2, the first in its lower half.
+// `larger` is element by element, a NaN only if both are; `larger_nan` and `smaller_nan` are if
+// either is.
+template <class E>
+constexpr int kPerWord = 4 / sizeof(typename E::Storage);
 
 struct F32 {
   using Storage = float;
+  static constexpr float kLeast = -3.40282347e38f;
   static __device__ __forceinline__ float get(float x) { return x; }
   static __device__ __forceinline__ float put(float x) { return x; }
+  static __device__ __forceinline__ uint32_t word(const float (&x)[1]) {
+    return __float_as_uint(x[0]);
+  }
+  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+    return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
+  }
+  static __device__ __forceinline__ uint32_t larger_nan(uint32_t a, uint32_t b) {
+    return __float_as_uint(max_nan(__uint_as_float(a), __uint_as_float(b)));
+  }
+  static __device__ __forceinline__ uint32_t smaller_nan(uint32_t a, uint32_t b) {
+    return __float_as_uint(min_nan(__uint_as_float(a), __uint_as_float(b)));
+  }
 };
+
+// An instruction on both halves of a word, and what the emulator has for it.
+#if defined(__CUDA_ARCH__)
+#define RK_HALVES(operation, kind, a, b, emulated)            \
+  uint32_t y;                                                 \
+  asm(operation " %0, %1, %2;" : "=r"(y) : kind(a), kind(b)); \
+  return y
+#else
+#define RK_HALVES(operation, kind, a, b, emulated) return emulated
+#endif
+// f of each half.
+template <class E, class F>
+__device__ __forceinline__ uint32_t by_halves(uint32_t a, uint32_t b, const F& f) {
+  const auto half = [&](int shift) {
+    return static_cast<uint32_t>(E::put(
+        f(E::get(static_cast<uint16_t>(a >> shift)), E::get(static_cast<uint16_t>(b >> shift)))));
+  };
+  return half(0) | half(16) << 16;
+}
+
 // As bits: the compiler keeps two to a register.
 struct BF16 {
   using Storage = uint16_t;
+  static constexpr float kLeast = -3.38953139e38f;
   static __device__ __forceinline__ float get(Storage x) {
     return __uint_as_float(static_cast<uint32_t>(x) << 16);
   }
   static __device__ __forceinline__ Storage put(float x) {
     return __bfloat16_as_ushort(__float2bfloat16_rn(x));
   }
+  static __device__ __forceinline__ uint32_t word(const float (&x)[2]) {
+    RK_HALVES("cvt.rn.bf16x2.f32", "f", x[1], x[0], put(x[0]) | uint32_t{put(x[1])} << 16);
+  }
+  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+    RK_HALVES("max.bf16x2", "r", a, b, by_halves<BF16>(a, b, fmaxf));
+  }
+  static __device__ __forceinline__ uint32_t larger_nan(uint32_t a, uint32_t b) {
+    RK_HALVES("max.NaN.bf16x2", "r", a, b, by_halves<BF16>(a, b, max_nan));
+  }
+  static __device__ __forceinline__ uint32_t smaller_nan(uint32_t a, uint32_t b) {
+    RK_HALVES("min.NaN.bf16x2", "r", a, b, by_halves<BF16>(a, b, min_nan));
+  }
 };
 struct F16 {
   using Storage = uint16_t;
+  static constexpr float kLeast = -65504.0f;
   static __device__ __forceinline__ float get(Storage x) {
     return __half2float(__ushort_as_half(x));
   }
   static __device__ __forceinline__ Storage put(float x) {
     return __half_as_ushort(__float2half_rn(x));
+  }
+  static __device__ __forceinline__ uint32_t word(const float (&x)[2]) {
+    RK_HALVES("cvt.rn.f16x2.f32", "f", x[1], x[0], put(x[0]) | uint32_t{put(x[1])} << 16);
+  }
+  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+    RK_HALVES("max.f16x2", "r", a, b, by_halves<F16>(a, b, fmaxf));
+  }
+  static __device__ __forceinline__ uint32_t larger_nan(uint32_t a, uint32_t b) {
+    RK_HALVES("max.NaN.f16x2", "r", a, b, by_halves<F16>(a, b, max_nan));
+  }
+  static __device__ __forceinline__ uint32_t smaller_nan(uint32_t a, uint32_t b) {
+    RK_HALVES("min.NaN.f16x2", "r", a, b, by_halves<F16>(a, b, min_nan));
   }
 };
 
@@ -218,64 +296,6 @@ struct Pack {
   }
 };
 
-// Whether every row of logits `t` starts at a multiple of 16 bytes.
-inline bool rows_aligned(const Tensor& t, int64_t rows, int64_t cols) {
-  const int64_t size = element_size(t.dtype);
-  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 &&
-         (rows == 1 || t.stride0 * size % 16 == 0) && (cols == 1 || t.stride1 * size % 16 == 0);
-}
-
-// Slot k of thread i holds the kWidth columns from (k * threads + i) * kWidth: a warp reads 512
-// bytes side by side.
-template <class E, int kThreads>
-__device__ __forceinline__ int slot_column(int slot) {
-  return (slot * kThreads + static_cast<int>(threadIdx.x)) * kWidth<E>;
-}
-
-// The thread's slots of a tile of `count` columns; `beyond` where there are none.
-template <class E, int kThreads, int kSlots>
-__device__ __forceinline__ void load_tile(const typename E::Storage* x, int count, bool aligned,
-                                          float beyond, Pack<E> (&slots)[kSlots]) {
-  if (aligned && count == kSlots * kThreads * kWidth<E>) {
-    // All loads in flight at once.
-#pragma unroll
-    for (int k = 0; k < kSlots; ++k) slots[k].load(x + slot_column<E, kThreads>(k));
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < kSlots; ++k) {
-    const int column = slot_column<E, kThreads>(k);
-    if (aligned && column + kWidth<E> <= count) {
-      slots[k].load(x + column);
-    } else {
-#pragma unroll
-      for (int w = 0; w < kWidth<E>; ++w)
-        slots[k].set(w, column + w < count ? x[column + w] : E::put(beyond));
-    }
-  }
-}
-
-template <class E>
-__device__ __forceinline__ void store_slot(typename E::Storage* out, int column, int count,
-                                           bool aligned, const Pack<E>& slot) {
-  if (aligned && column + kWidth<E> <= count) {
-    slot.store(out + column);
-    return;
-  }
-#pragma unroll
-  for (int w = 0; w < kWidth<E>; ++w)
-    if (column + w < count) out[column + w] = slot.item(w);
-}
-
-// Zeros in the thread's slots of a tile.
-template <class E, int kThreads, int kSlots>
-__device__ __forceinline__ void zero_tile(typename E::Storage* out, int count, bool aligned) {
-  const Pack<E> zero{};
-#pragma unroll
-  for (int k = 0; k < kSlots; ++k)
-    store_slot<E>(out, slot_column<E, kThreads>(k), count, aligned, zero);
-}
-
 // ---- Arithmetic ---------------------------------------------------------------------------------
 
 // 2^x, within 2 units in the last place; 0 below the normal floats.
@@ -289,14 +309,14 @@ __device__ __forceinline__ float exp2_fast(float x) {
 #endif
 }
 
-// The larger; NaN if either is.
-__device__ __forceinline__ float max_nan(float a, float b) {
+// 1 / x, within a unit in the last place; 0 below the normal floats.
+__device__ __forceinline__ float reciprocal_fast(float x) {
 #if defined(__CUDA_ARCH__)
   float y;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
-  return a > b || a != a ? a : b;
+  return 1.0f / x;
 #endif
 }
 

@@ -8,82 +8,81 @@
 namespace rk::cuda {
 namespace {
 
-// 16-byte loads of each of the two rows that a thread has in flight.
+// 16-byte loads of each of the two rows that a lane has in flight.
 constexpr int kSlots = 4;
 constexpr int kPenaltyThreads = 256;
 
 // A row pair's or a tile's sums.
 template <class T>
-struct PairSums {
+struct alignas(16) PairSums {
   float m_p;
   T s_p;
   float m_q;
   T s_q, t;
 };
 
-// Reverse: dz = e a (x - m - (y - m') - b) / T. Forward: dz = e a - e' b. a and b are 0 where the
-// row takes no gradient.
-struct Coefficients {
+// Reverse: dz = e a (x - m - (y - m') - b). Forward: dz = e a - e' b. a and b are 0 where the row
+// takes no gradient.
+struct alignas(16) Coefficients {
   float m, ref_m, a, b;
 };
 
-template <class E>
-__device__ __forceinline__ const typename E::Storage* row_of(const Tensor& x, int64_t row,
-                                                             int64_t cols) {
-  return static_cast<const typename E::Storage*>(x.data) + token_at(x, row, cols);
-}
+// Logits within, of both rows, leave every distance and every difference of two finite.
+constexpr float kFinite = 1.0e38f;
 
 // exp(rate d), and exactly 0 below the normal floats: what is under such a weight is unread.
 __device__ __forceinline__ float weight_of(float d, float rate) {
   return d * rate < kLowest ? 0.0f : exp2_fast(d * (rate * kLog2e));
 }
 
-// The sums of one tile of one row pair.
-template <class E>
-__global__ void __launch_bounds__(kRowThreads)
-    partial_kernel(const Tensor p, const Tensor q, int64_t cols, int64_t vocab, float temperature,
-                   uint32_t tiles, bool aligned, PairSums<float>* partials) {
-  constexpr int kColumns = tile_columns(kSlots, sizeof(typename E::Storage));
-  __shared__ float shared[5][kRowThreads / kWarp];
-  const Tile tile = this_tile(tiles, vocab, kColumns);
-  const float minus_inf = -__builtin_inff();
-  Pack<E> slots_p[kSlots], slots_q[kSlots];
-  load_tile<E, kRowThreads>(row_of<E>(p, tile.row, cols) + tile.first, tile.count, aligned,
-                            minus_inf, slots_p);
-  load_tile<E, kRowThreads>(row_of<E>(q, tile.row, cols) + tile.first, tile.count, aligned,
-                            minus_inf, slots_q);
-  PairSums<float> r{minus_inf, 0.0f, minus_inf, 0.0f, 0.0f};
+// A lane's sums of a tile; kFinite: every logit lies within.
+template <class E, bool kAllFinite>
+__device__ __forceinline__ void add_pairs(const Pack<E> (&p)[kSlots], const Pack<E> (&q)[kSlots],
+                                          float base_p, float base_q, float rate,
+                                          PairSums<float>& r) {
+  const float rate2 = rate * kLog2e;
 #pragma unroll
   for (int k = 0; k < kSlots; ++k) {
 #pragma unroll
     for (int w = 0; w < kWidth<E>; ++w) {
-      r.m_p = max_nan(r.m_p, slots_p[k].get(w));
-      r.m_q = max_nan(r.m_q, slots_q[k].get(w));
+      const float d_p = p[k].get(w) - base_p, d_q = q[k].get(w) - base_q;
+      const float e = exp2_fast(d_p * rate2);
+      r.s_p += e;
+      r.s_q += exp2_fast(d_q * rate2);
+      // No weight, no term, also where Q is -inf there.
+      if (kAllFinite || e != 0.0f) r.t = fmaf(e, d_p - d_q, r.t);
     }
   }
-  r.m_p = block_reduce<kRowThreads>(r.m_p, MaxNan{}, shared[0]);
-  r.m_q = block_reduce<kRowThreads>(r.m_q, MaxNan{}, shared[1]);
-  const float rate = 1.0f / temperature;
+}
+
+// The sums of one tile of one row pair, by a warp. partials: [rows * cols, tiles].
+template <class E>
+__global__ void __launch_bounds__(kRowThreads, 4)
+    partial_kernel(const Tensor p, const Tensor q, int64_t vocab, float rate, const RowTiles tiles,
+                   PairSums<float>* partials) {
+  constexpr int kColumns = tile_columns(kSlots, sizeof(typename E::Storage));
+  const Tile tile(tiles);
+  if (tile.id >= tiles.total) return;
+  const float minus_inf = -__builtin_inff();
+  const int64_t first = static_cast<int64_t>(tile.index) * kColumns;
+  Pack<E> slots_p[kSlots], slots_q[kSlots];
+  load_tile<E>(tile.start<E>(p) + first, vocab - first, minus_inf, slots_p);
+  load_tile<E>(tile.start<E>(q) + first, vocab - first, minus_inf, slots_q);
+  const Ends ends_p = lane_ends<E>(slots_p), ends_q = lane_ends<E>(slots_q);
+  PairSums<float> r{warp_reduce(ends_p.most, MaxNan{}), 0.0f, warp_reduce(ends_q.most, MaxNan{}),
+                    0.0f, 0.0f};
   // Nothing but -inf leaves no reference point: any will do for sums of zeros.
   const float base_p = r.m_p == minus_inf ? 0.0f : r.m_p;
   const float base_q = r.m_q == minus_inf ? 0.0f : r.m_q;
-#pragma unroll
-  for (int k = 0; k < kSlots; ++k) {
-#pragma unroll
-    for (int w = 0; w < kWidth<E>; ++w) {
-      const float d_p = slots_p[k].get(w) - base_p;
-      const float d_q = slots_q[k].get(w) - base_q;
-      const float e = weight_of(d_p, rate);
-      r.s_p += e;
-      r.s_q += weight_of(d_q, rate);
-      // No weight, no term, also where Q is -inf there.
-      r.t += e == 0.0f ? 0.0f : e * (d_p - d_q);
-    }
-  }
-  r.s_p = block_reduce<kRowThreads>(r.s_p, Sum{}, shared[2]);
-  r.s_q = block_reduce<kRowThreads>(r.s_q, Sum{}, shared[3]);
-  r.t = block_reduce<kRowThreads>(r.t, Sum{}, shared[4]);
-  if (threadIdx.x == 0) partials[blockIdx.x] = r;
+  const float least = fminf(ends_p.least, ends_q.least);
+  if (least > -kFinite && r.m_p < kFinite && r.m_q < kFinite)
+    add_pairs<E, true>(slots_p, slots_q, base_p, base_q, rate, r);
+  else
+    add_pairs<E, false>(slots_p, slots_q, base_p, base_q, rate, r);
+  r.s_p = warp_reduce(r.s_p, Sum{});
+  r.s_q = warp_reduce(r.s_q, Sum{});
+  r.t = warp_reduce(r.t, Sum{});
+  if (threadIdx.x % kWarp == 0) partials[tile.id] = r;
 }
 
 // Sums around m seen from the reference point `base`: their weight and distance.
@@ -160,51 +159,72 @@ __global__ void __launch_bounds__(kCombineThreads)
     const double scaled = g / a.temperature + poison;
     c.m = stats[0];
     c.ref_m = stats[2];
-    c.a = static_cast<float>(scaled / s);
+    c.a = static_cast<float>(scaled / s / (a.reverse ? a.temperature : 1.0));
     c.b = static_cast<float>(a.reverse ? mean : scaled / ref_s);
   }
   out[row] = c;
 }
 
-// One tile of p (log p - log q - KL) g / T (reverse) or (p - q) g / T (forward).
+// The gradients of a lane's slots of x, in their place. kAllFinite: that of every pair is one, and
+// all logits but -inf lie within kFinite.
+template <class E, bool kReverse, bool kAllFinite, int kCount>
+__device__ __forceinline__ void gradients(const Coefficients& c, float rate2, Pack<E> (&x)[kCount],
+                                          Pack<E> (&y)[kCount]) {
+  if constexpr (kAllFinite && kReverse) {
+    // Where the policy has no weight the difference may be any number, but a number.
+    raise_to<E>(floor_of<E>(), x);
+    raise_to<E>(E::kLeast, y);
+  }
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float dz[kPerWord<E>];
+#pragma unroll
+      for (int w = 0; w < kPerWord<E>; ++w) {
+        const float d = x[k].get(i * kPerWord<E> + w) - c.m;
+        const float ref_d = y[k].get(i * kPerWord<E> + w) - c.ref_m;
+        const float e = exp2_fast(d * rate2);
+        if constexpr (kReverse) {
+          // Added, so that no zero has a sign.
+          dz[w] = kAllFinite || e != 0.0f ? fmaf(e * c.a, d - ref_d - c.b, 0.0f) : 0.0f;
+        } else {
+          const float ref_e = exp2_fast(ref_d * rate2);
+          // Selected: a and b may be the NaN of a row without a finite divergence.
+          dz[w] = kAllFinite ? fmaf(e, c.a, -(ref_e * c.b))
+                             : (e == 0.0f ? 0.0f : e * c.a) - (ref_e == 0.0f ? 0.0f : ref_e * c.b);
+        }
+      }
+      x[k].words[i] = E::word(dz);
+    }
+  }
+}
+
+// One tile of p (log p - log q - KL) g / T (reverse) or (p - q) g / T (forward), by a warp.
 template <class E, bool kReverse>
-__global__ void __launch_bounds__(kRowThreads)
-    backward_kernel(const KlBackwardArgs a, uint32_t tiles, bool aligned,
+__global__ void __launch_bounds__(kRowThreads, 4)
+    backward_kernel(const KlBackwardArgs a, float rate, const RowTiles tiles,
                     const Coefficients* coefficients) {
   using S = typename E::Storage;
-  constexpr int kColumns = tile_columns(kSlots, sizeof(S));
-  const Tile tile = this_tile(tiles, a.vocab, kColumns);
-  const Coefficients c = coefficients[tile.row];
-  S* out =
-      static_cast<S*>(a.grad_logits.data) + token_at(a.grad_logits, tile.row, a.cols) + tile.first;
+  const Tile tile(tiles);
+  if (tile.id >= tiles.total) return;
+  const Coefficients c = coefficients[tile.token];
+  const S *x = tile.start<E>(a.logits), *y = tile.start<E>(a.ref_logits);
+  S* out = const_cast<S*>(tile.start<E>(a.grad_logits));
+  const Window<E, kSlots> window(tile, a.vocab, out, x, y);
   if (c.a == 0.0f && c.b == 0.0f) {
-    zero_tile<E, kRowThreads, kSlots>(out, tile.count, aligned);
+    window.clear(out);
     return;
   }
-  Pack<E> x[kSlots], y[kSlots];
-  load_tile<E, kRowThreads>(row_of<E>(a.logits, tile.row, a.cols) + tile.first, tile.count, aligned,
-                            0.0f, x);
-  load_tile<E, kRowThreads>(row_of<E>(a.ref_logits, tile.row, a.cols) + tile.first, tile.count,
-                            aligned, 0.0f, y);
-  const float rate = 1.0f / static_cast<float>(a.temperature);
-#pragma unroll
-  for (int k = 0; k < kSlots; ++k) {
-#pragma unroll
-    for (int w = 0; w < kWidth<E>; ++w) {
-      const float d = x[k].get(w) - c.m, ref_d = y[k].get(w) - c.ref_m;
-      const float e = weight_of(d, rate);
-      float dz;
-      if constexpr (kReverse) {
-        dz = e == 0.0f ? 0.0f : e * c.a * ((d - ref_d - c.b) * rate);
-      } else {
-        const float ref_e = weight_of(ref_d, rate);
-        // Selected: a and b may be the NaN of a row without a finite divergence.
-        dz = (e == 0.0f ? 0.0f : e * c.a) - (ref_e == 0.0f ? 0.0f : ref_e * c.b);
-      }
-      x[k].set(w, E::put(dz));
-    }
-    store_slot<E>(out, slot_column<E, kRowThreads>(k), tile.count, aligned, x[k]);
-  }
+  const float rate2 = rate * kLog2e;
+  const bool finite = c.a * 0.0f == 0.0f && c.b * 0.0f == 0.0f && fabsf(c.ref_m) < 1.0e30f &&
+                      floor_weighs_nothing<E>(c.m, rate2);
+  if (finite)
+    window.map(x, y, out,
+               [&](auto& own, auto& ref) { gradients<E, kReverse, true>(c, rate2, own, ref); });
+  else
+    window.map(x, y, out,
+               [&](auto& own, auto& ref) { gradients<E, kReverse, false>(c, rate2, own, ref); });
 }
 
 template <bool kBackward>
@@ -245,14 +265,13 @@ Status kl_divergence(const KlArgs& a) {
   const int64_t tokens = a.rows * a.cols;
   auto* partials = static_cast<PairSums<float>*>(a.exec.scratch);
   const int64_t tiles = ceil_div(a.vocab, tile_columns(kSlots, element_size(a.logits.dtype)));
-  const bool aligned =
-      rows_aligned(a.logits, a.rows, a.cols) && rows_aligned(a.ref_logits, a.rows, a.cols);
+  const RowTiles all(a.rows, a.cols, tiles);
+  const float rate = 1.0f / static_cast<float>(a.temperature);
   const Tensor& p = a.reverse ? a.logits : a.ref_logits;
   const Tensor& q = a.reverse ? a.ref_logits : a.logits;
   for_dtype(a.logits.dtype, [&](auto element) {
-    RK_ENQUEUE(a.exec, tokens * tiles, kRowThreads, partial_kernel<decltype(element)>, p, q, a.cols,
-               a.vocab, static_cast<float>(a.temperature), static_cast<uint32_t>(tiles), aligned,
-               partials);
+    RK_ENQUEUE(a.exec, all.blocks(), kRowThreads, partial_kernel<decltype(element)>, p, q, a.vocab,
+               rate, all, partials);
   });
   RK_ENQUEUE(a.exec, ceil_div(tokens, kCombineThreads / kWarp), kCombineThreads, combine_kernel, a,
              static_cast<uint32_t>(tiles), partials);
@@ -263,17 +282,14 @@ Status kl_divergence_backward(const KlBackwardArgs& a) {
   const OnDevice guard(a.exec);
   const int64_t tokens = a.rows * a.cols;
   auto* coefficients = static_cast<Coefficients*>(a.exec.scratch);
-  const int64_t tiles = ceil_div(a.vocab, tile_columns(kSlots, element_size(a.logits.dtype)));
-  const bool aligned = rows_aligned(a.logits, a.rows, a.cols) &&
-                       rows_aligned(a.ref_logits, a.rows, a.cols) &&
-                       rows_aligned(a.grad_logits, a.rows, a.cols);
+  const RowTiles all(a.rows, a.cols, window_tiles(a.vocab, kSlots, element_size(a.logits.dtype)));
+  const float rate = 1.0f / static_cast<float>(a.temperature);
   RK_ENQUEUE(a.exec, ceil_div(tokens, kCombineThreads), kCombineThreads, coefficients_kernel, a,
              coefficients);
   for_dtype(a.logits.dtype, [&](auto element) {
     for_flag(a.reverse, [&](auto reverse) {
-      RK_ENQUEUE(a.exec, tokens * tiles, kRowThreads,
-                 (backward_kernel<decltype(element), reverse.value>), a,
-                 static_cast<uint32_t>(tiles), aligned, coefficients);
+      RK_ENQUEUE(a.exec, all.blocks(), kRowThreads,
+                 (backward_kernel<decltype(element), reverse.value>), a, rate, all, coefficients);
     });
   });
   return {};

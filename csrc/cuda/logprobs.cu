@@ -4,15 +4,20 @@
 namespace rk::cuda {
 namespace {
 
-// 16-byte loads a thread has in flight. The gradient keeps more in registers and reduces nothing.
+// 16-byte loads a lane has in flight. The gradient keeps more in registers and reduces nothing.
 constexpr int kSlots = 8;
 constexpr int kBackwardSlots = 4;
 
-// What the backward needs of each row; zeros where it takes no gradient.
-struct Coefficients {
-  float m, rate;   // rate is 1 / T
-  float a0, a1;    // dz = e (a0 + a1 log2 e): the entropy's part is linear in log p
-  float at_label;  // gradient at the label itself
+// What the backward needs of each row; zeros where it takes no gradient. With d = x - m and
+// e = exp2(d rate2), that is e (a0 + a1 d rate2): the entropy's part is linear in log p.
+struct alignas(16) Slopes {
+  float m, rate2, a0, a1;
+};
+struct alignas(16) Coefficients {
+  Slopes slopes;
+  // Column of the label, negative where the row has none, and the gradient there.
+  int64_t label;
+  float at_label;
 };
 
 template <class E, class Args>
@@ -20,75 +25,96 @@ __device__ __forceinline__ const typename E::Storage* row_logits(const Args& a, 
   return static_cast<const typename E::Storage*>(a.logits.data) + token_at(a.logits, row, a.cols);
 }
 
-// (m, s, t) of one tile of one row. partials: [rows * cols, tiles, 3].
-template <class E, bool kChange, bool kEntropy>
-__global__ void __launch_bounds__(kRowThreads, kChange ? 2 : 3)
-    partial_kernel(const LogprobsArgs a, uint32_t tiles, bool aligned, float* partials) {
-  constexpr int kColumns = tile_columns(kSlots, sizeof(typename E::Storage));
-  __shared__ float shared[3][kRowThreads / kWarp];
-  const Tile tile = this_tile(tiles, a.vocab, kColumns);
-  if (row_label(a, tile.row) == a.options.ignore_index) return;
-  const float minus_inf = -__builtin_inff();
-  Pack<E> slots[kSlots];
-  load_tile<E, kRowThreads>(row_logits<E>(a, tile.row) + tile.first, tile.count, aligned, minus_inf,
-                            slots);
-  const float rate = 1.0f / static_cast<float>(row_temperature(a, tile.row));
-  const LogitOptions<kChange> options(a.options);
-  const auto logit = [&](int k, int w) {
-    const float x = slots[k].get(w);
-    if constexpr (!kChange) return x;
-    // Options may make -inf finite: what lies beyond the row must stay out by its position.
-    const bool inside = slot_column<E, kRowThreads>(k) + w < tile.count;
-    return inside ? options(x).z : minus_inf;
-  };
-  float m = minus_inf;
-#pragma unroll
-  for (int k = 0; k < kSlots; ++k)
-#pragma unroll
-    for (int w = 0; w < kWidth<E>; ++w) m = fmaxf(m, logit(k, w));
-  m = block_reduce<kRowThreads>(m, Max{}, shared[0]);
+// s and t of a lane's slots around m, the maximum of the tile.
+template <class E, bool kEntropy>
+__device__ __forceinline__ Sums<float> lane_sums(Pack<E> (&slots)[kSlots], float m, float rate) {
   float s = 0.0f, t = 0.0f;
-  // Nothing but -inf adds nothing. The maximum hides a NaN, which belongs in the sums; under a cap
-  // there is nothing but NaN here.
-  if (m == minus_inf) {
+  const float rate2 = rate * kLog2e;
+  const auto add = [&](float d) {
+    const float e = exp2_fast(d * rate2);
+    s += e;
+    if constexpr (kEntropy) t = fmaf(e, d, t);
+  };
+  const auto add_all = [&](const auto& distance) {
 #pragma unroll
     for (int k = 0; k < kSlots; ++k)
 #pragma unroll
-      for (int w = 0; w < kWidth<E>; ++w)
-        s += slots[k].get(w) == slots[k].get(w) ? 0.0f : slots[k].get(w);
-    s = warp_reduce(s, Sum{});
+      for (int w = 0; w < kWidth<E>; ++w) add(distance(slots[k].get(w) - m));
+  };
+  // Raised or clamped: 0 times the distance of -inf would be NaN.
+  if (!kEntropy || floor_weighs_nothing<E>(m, rate2)) {
+    if constexpr (kEntropy) raise_to<E>(floor_of<E>(), slots);
+    add_all([](float d) { return d; });
   } else {
-    const float lowest = kLowest / rate, rate2 = rate * kLog2e;
+    const float lowest = kLowest / rate;
+    add_all([&](float d) { return max_nan(lowest, d); });
+  }
+  return {m, s, t * rate};
+}
+
+// The same of logits that the options change, whose largest is m; `left` columns are the row's.
+template <class E, bool kEntropy>
+__device__ __forceinline__ Sums<float> changed_sums(const Pack<E> (&slots)[kSlots], int64_t left,
+                                                    float m, const LogitValues& value, float rate) {
+  float s = 0.0f, t = 0.0f;
+  const float rate2 = rate * kLog2e;
+  // Options may make -inf finite: what lies beyond the row must stay out by its position.
+  const auto sums = [&](auto whole) {
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) {
 #pragma unroll
       for (int w = 0; w < kWidth<E>; ++w) {
-        // Clamped: 0 times the distance of -inf would be NaN.
-        const float d = max_nan(lowest, logit(k, w) - m);
-        const float e = exp2_fast(d * rate2);
-        s += e;
-        if constexpr (kEntropy) t = fmaf(e, d, t);
+        const float d = value(slots[k].get(w)) - m, e = exp2_fast(d * rate2);
+        const bool inside = whole.value || slot_column<E>(k) + w < left;
+        s += inside ? e : 0.0f;
+        if constexpr (kEntropy) t = inside ? fmaf(e, d, t) : t;
       }
     }
-    s = warp_reduce(s, Sum{});
-    if constexpr (kEntropy) t = warp_reduce(t, Sum{}) * rate;
+  };
+  if (left >= tile_columns(kSlots, sizeof(typename E::Storage)))
+    sums(std::true_type{});
+  else
+    sums(std::false_type{});
+  return {m, s, t * rate};
+}
+
+// (m, s, t) of one tile of one row, by a warp. partials: [rows * cols, tiles].
+template <class E, bool kChange, bool kEntropy>
+__global__ void __launch_bounds__(kRowThreads, kChange ? 3 : 4)
+    partial_kernel(const LogprobsArgs a, const RowTiles tiles, float rate_of_all,
+                   const LogitValues value, float4* partials) {
+  constexpr int kColumns = tile_columns(kSlots, sizeof(typename E::Storage));
+  const Tile tile(tiles);
+  if (tile.id >= tiles.total) return;
+  if (load_integer(a.labels, tile.of(a.labels)) == a.options.ignore_index) return;
+  const float minus_inf = -__builtin_inff();
+  const int64_t first = static_cast<int64_t>(tile.index) * kColumns;
+  Pack<E> slots[kSlots];
+  load_tile<E>(tile.start<E>(a.logits) + first, a.vocab - first, minus_inf, slots);
+  const float rate =
+      a.temperatures.given
+          ? 1.0f / static_cast<const float*>(a.temperatures.data)[tile.of(a.temperatures)]
+          : rate_of_all;
+  Sums<float> r{tile_max<E>(slots), 0.0f, 0.0f};
+  if constexpr (kChange) {
+    r = changed_sums<E, kEntropy>(slots, a.vocab - first, value(r.m), value, rate);
+  } else if (r.m == minus_inf) {
+    // Nothing but -inf adds nothing. The maximum hides a NaN, which belongs in the sums.
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k)
+#pragma unroll
+      for (int w = 0; w < kWidth<E>; ++w)
+        r.s += slots[k].get(w) == slots[k].get(w) ? 0.0f : slots[k].get(w);
+  } else {
+    r = lane_sums<E, kEntropy>(slots, r.m, rate);
   }
-  if (threadIdx.x % kWarp == 0) {
-    shared[1][threadIdx.x / kWarp] = s;
-    shared[2][threadIdx.x / kWarp] = t;
-  }
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  for (int w = 1; w < kRowThreads / kWarp; ++w) {
-    s += shared[1][w];
-    t += shared[2][w];
-  }
-  float* out = partials + 3 * static_cast<int64_t>(blockIdx.x);
-  out[0] = m, out[1] = s, out[2] = t;
+  r.s = warp_reduce(r.s, Sum{});
+  if constexpr (kEntropy) r.t = warp_reduce(r.t, Sum{});
+  if (threadIdx.x % kWarp == 0) partials[tile.id] = make_float4(r.m, r.s, r.t, 0.0f);
 }
 
 // (m, s, t) of a row from those of its tiles, by a warp: 32 tiles at a time, groups in order.
-__device__ __forceinline__ Sums<double> combine_tiles(const float* partials, int64_t tiles,
+__device__ __forceinline__ Sums<double> combine_tiles(const float4* partials, int64_t tiles,
                                                       float rate) {
   const float minus_inf = -__builtin_inff();
   Sums<double> r{minus_inf, 0.0, 0.0};
@@ -102,11 +128,10 @@ __device__ __forceinline__ Sums<double> combine_tiles(const float* partials, int
   for (int64_t start = 0; start < tiles; start += kWarp) {
     const int64_t tile = start + threadIdx.x % kWarp;
     const bool inside = tile < tiles;
-    const float m = inside ? partials[3 * tile] : minus_inf;
-    const float top = fmaxf(r.m, warp_reduce(m, Max{}));
+    const float4 x = inside ? partials[tile] : make_float4(minus_inf, 0.0f, 0.0f, 0.0f);
+    const float top = fmaxf(r.m, warp_reduce(x.x, Max{}));
     const float base = top == minus_inf ? 0.0f : top;
-    const Sums<double> now = moved(inside ? partials[3 * tile + 1] : 0.0,
-                                   inside ? partials[3 * tile + 2] : 0.0, m - base);
+    const Sums<double> now = moved(x.y, x.z, x.x - base);
     const Sums<double> before = moved(r.s, r.t, r.m - base);
     r = {top, before.s + warp_reduce(now.s, Sum{}), before.t + warp_reduce(now.t, Sum{})};
   }
@@ -116,7 +141,7 @@ __device__ __forceinline__ Sums<double> combine_tiles(const float* partials, int
 // Log-probability, entropy and statistics of a row; a warp to a row.
 template <class E>
 __global__ void __launch_bounds__(kCombineThreads)
-    combine_kernel(const LogprobsArgs a, uint32_t tiles, const float* partials) {
+    combine_kernel(const LogprobsArgs a, uint32_t tiles, const float4* partials) {
   const int64_t row =
       static_cast<int64_t>(blockIdx.x) * (kCombineThreads / kWarp) + threadIdx.x / kWarp;
   if (row >= a.rows * a.cols) return;
@@ -124,8 +149,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   float m = 0.0f, s = 1.0f, mean = 0.0f, logprob = 0.0f, entropy = 0.0f;
   if (label != a.options.ignore_index) {
     const double temperature = row_temperature(a, row), rate = 1.0 / temperature;
-    const Sums<double> r =
-        combine_tiles(partials + row * tiles * 3, tiles, static_cast<float>(rate));
+    const Sums<double> r = combine_tiles(partials + row * tiles, tiles, static_cast<float>(rate));
     const bool known = label >= 0 && label < a.vocab;
     const float x = known ? E::get(row_logits<E>(a, row)[label]) : 0.0f;
     const float z = AnyLogitOptions(a.options)(x).z;
@@ -164,7 +188,8 @@ __global__ void __launch_bounds__(kCombineThreads)
   };
   const float g = upstream(a.grad_logprobs), h = upstream(a.grad_entropy);
   const int64_t label = row_label(a, row);
-  Coefficients c{0.0f, 1.0f, 0.0f, 0.0f, 0.0f};
+  Coefficients all{{0.0f, 0.0f, 0.0f, 0.0f}, -1, 0.0f};
+  Slopes& c = all.slopes;
   if (label != a.options.ignore_index && (g != 0.0f || h != 0.0f)) {
     const float* stats = a.stats + 3 * row;
     const double rate = 1.0 / row_temperature(a, row), s = stats[1], mean = stats[2];
@@ -173,62 +198,87 @@ __global__ void __launch_bounds__(kCombineThreads)
         AnyLogitOptions(a.options)(known ? E::get(row_logits<E>(a, row)[label]) : 0.0f);
     const double logprob = logprob_from_stats(own.z, stats[0], s, rate);
     c.m = stats[0];
-    c.rate = static_cast<float>(rate);
+    c.rate2 = static_cast<float>(rate) * kLog2e;
     c.a0 = static_cast<float>((-g + h * mean) / s * rate);
     c.a1 = static_cast<float>(-h / s * rate / static_cast<double>(kLog2e));
     const double distance = (static_cast<double>(own.z) - stats[0]) * rate;
     const double dz = label_gradient(logprob, distance, mean, g, h, rate);
-    c.at_label = static_cast<float>(dz * own.slope);
+    all.at_label = static_cast<float>(dz * own.slope);
+    if (known) all.label = label;
   }
-  out[row] = c;
+  out[row] = all;
 }
 
-// One tile of dz = p (-g - h (log p + H)) / T, plus g / T at the label.
+// The gradients of a lane's slots, in their place, but for the label's.
+template <class E, bool kChange, bool kEntropy, int kCount>
+__device__ __forceinline__ void gradients(const Slopes& c, const LogitOptions<kChange>& options,
+                                          Pack<E> (&slots)[kCount]) {
+  const auto each = [&](const auto& gradient) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float dz[kPerWord<E>];
+#pragma unroll
+        for (int w = 0; w < kPerWord<E>; ++w) dz[w] = gradient(slots[k].get(i * kPerWord<E> + w));
+        slots[k].words[i] = E::word(dz);
+      }
+    }
+  };
+  const auto scaled = [&](float e, float log2_e) {
+    // Added, so that no zero has a sign.
+    return fmaf(e, kEntropy ? fmaf(c.a1, log2_e, c.a0) : c.a0, 0.0f);
+  };
+  // Of a row that is NaN, what weighs nothing still takes none.
+  const bool number = c.a0 * 0.0f == 0.0f && c.a1 * 0.0f == 0.0f;
+  if (!kChange && number && (!kEntropy || floor_weighs_nothing<E>(c.m, c.rate2))) {
+    if constexpr (kEntropy) raise_to<E>(floor_of<E>(), slots);
+    each([&](float x) {
+      const float log2_e = (x - c.m) * c.rate2;
+      return scaled(exp2_fast(log2_e), log2_e);
+    });
+  } else {
+    each([&](float x) {
+      const Logit z = options(x);
+      const float log2_e = (z.z - c.m) * c.rate2, e = exp2_fast(log2_e);
+      float dz = scaled(e, log2_e);
+      if constexpr (kChange) dz *= z.slope;
+      // Exactly zero, also at -inf, where e log e would be NaN.
+      return e == 0.0f ? 0.0f : dz;
+    });
+  }
+}
+
+// One tile of dz = p (-g - h (log p + H)) / T, plus g / T at the label, by a warp.
 template <class E, bool kChange, bool kEntropy>
-__global__ void __launch_bounds__(kRowThreads)
-    backward_kernel(const LogprobsBackwardArgs a, uint32_t tiles, bool aligned,
+__global__ void __launch_bounds__(kRowThreads, kChange ? 2 : 6)
+    backward_kernel(const LogprobsBackwardArgs a, const RowTiles tiles,
                     const Coefficients* coefficients) {
   using S = typename E::Storage;
-  constexpr int kColumns = tile_columns(kBackwardSlots, sizeof(S));
-  const Tile tile = this_tile(tiles, a.vocab, kColumns);
-  const Coefficients c = coefficients[tile.row];
-  S* out =
-      static_cast<S*>(a.grad_logits.data) + token_at(a.grad_logits, tile.row, a.cols) + tile.first;
+  const Tile tile(tiles);
+  if (tile.id >= tiles.total) return;
+  const Slopes c = coefficients[tile.token].slopes;
+  const S* x = tile.start<E>(a.logits);
+  S* out = const_cast<S*>(tile.start<E>(a.grad_logits));
+  const Window<E, kBackwardSlots> window(tile, a.vocab, out, x, x);
   if (c.a0 == 0.0f && c.a1 == 0.0f) {
-    zero_tile<E, kRowThreads, kBackwardSlots>(out, tile.count, aligned);
+    window.clear(out);
     return;
   }
-  Pack<E> slots[kBackwardSlots];
-  load_tile<E, kRowThreads>(row_logits<E>(a, tile.row) + tile.first, tile.count, aligned, 0.0f,
-                            slots);
   const LogitOptions<kChange> options(a.options);
-  const float lowest = kLowest / c.rate, rate2 = c.rate * kLog2e;
-  // The label's column in this tile, or one that is in none.
-  const int64_t y = row_label(a, tile.row);
-  const bool here = y >= tile.first && y < tile.first + tile.count;
-  const int label = here ? static_cast<int>(y - tile.first) : -1;
-#pragma unroll
-  for (int k = 0; k < kBackwardSlots; ++k) {
-    const int column = slot_column<E, kRowThreads>(k);
-#pragma unroll
-    for (int w = 0; w < kWidth<E>; ++w) {
-      const Logit x = options(slots[k].get(w));
-      const float d = x.z - c.m, log2_e = d * rate2;
-      const float e = exp2_fast(log2_e);
-      float dz = kEntropy ? e * fmaf(c.a1, log2_e, c.a0) : e * c.a0;
-      if constexpr (kChange) dz *= x.slope;
-      // Exactly zero, also at -inf, where e d would be NaN.
-      dz = d < lowest ? 0.0f : dz;
-      slots[k].set(w, E::put(column + w == label ? c.at_label : dz));
-    }
-    store_slot<E>(out, column, tile.count, aligned, slots[k]);
-  }
+  window.map(x, x, out,
+             [&](auto& slots, const auto&) { gradients<E, kChange, kEntropy>(c, options, slots); });
+  // By the lane that has just stored this column.
+  const int64_t label = coefficients[tile.token].label, at = label - window.first;
+  if (label >= 0 && at >= 0 && at < window.kColumns &&
+      static_cast<int>(at) / kWidth<E> % kWarp == static_cast<int>(threadIdx.x % kWarp))
+    out[label] = E::put(coefficients[tile.token].at_label);
 }
 
 }  // namespace
 
 int64_t token_logprobs_scratch(int64_t tokens, int64_t vocab, int64_t element_size) {
-  return tokens * ceil_div(vocab, tile_columns(kSlots, element_size)) * 3 * sizeof(float);
+  return tokens * ceil_div(vocab, tile_columns(kSlots, element_size)) * sizeof(float4);
 }
 
 int64_t token_logprobs_backward_scratch(int64_t tokens) { return tokens * sizeof(Coefficients); }
@@ -236,16 +286,17 @@ int64_t token_logprobs_backward_scratch(int64_t tokens) { return tokens * sizeof
 Status token_logprobs(const LogprobsArgs& a) {
   const OnDevice guard(a.exec);
   const int64_t tokens = a.rows * a.cols;
-  float* partials = static_cast<float*>(a.exec.scratch);
+  auto* partials = static_cast<float4*>(a.exec.scratch);
   const int64_t tiles = ceil_div(a.vocab, tile_columns(kSlots, element_size(a.logits.dtype)));
-  const bool aligned = rows_aligned(a.logits, a.rows, a.cols);
+  const RowTiles all(a.rows, a.cols, tiles);
+  const float rate = 1.0f / static_cast<float>(a.options.temperature);
+  const LogitValues value(a.options);
   for_dtype(a.logits.dtype, [&](auto element) {
     using E = decltype(element);
     for_flag(a.options.change_logits(), [&](auto change) {
       for_flag(a.entropy.given, [&](auto entropy) {
-        RK_ENQUEUE(a.exec, tokens * tiles, kRowThreads,
-                   (partial_kernel<E, change.value, entropy.value>), a,
-                   static_cast<uint32_t>(tiles), aligned, partials);
+        RK_ENQUEUE(a.exec, all.blocks(), kRowThreads,
+                   (partial_kernel<E, change.value, entropy.value>), a, all, rate, value, partials);
       });
     });
     RK_ENQUEUE(a.exec, ceil_div(tokens, kCombineThreads / kWarp), kCombineThreads,
@@ -258,19 +309,16 @@ Status token_logprobs_backward(const LogprobsBackwardArgs& a) {
   const OnDevice guard(a.exec);
   const int64_t tokens = a.rows * a.cols;
   auto* coefficients = static_cast<Coefficients*>(a.exec.scratch);
-  const int64_t tiles =
-      ceil_div(a.vocab, tile_columns(kBackwardSlots, element_size(a.logits.dtype)));
-  const bool aligned =
-      rows_aligned(a.logits, a.rows, a.cols) && rows_aligned(a.grad_logits, a.rows, a.cols);
+  const RowTiles all(a.rows, a.cols,
+                     window_tiles(a.vocab, kBackwardSlots, element_size(a.logits.dtype)));
   for_dtype(a.logits.dtype, [&](auto element) {
     using E = decltype(element);
     RK_ENQUEUE(a.exec, ceil_div(tokens, kCombineThreads), kCombineThreads, coefficients_kernel<E>,
                a, coefficients);
     for_flag(a.options.change_logits(), [&](auto change) {
       for_flag(a.grad_entropy.given, [&](auto entropy) {
-        RK_ENQUEUE(a.exec, tokens * tiles, kRowThreads,
-                   (backward_kernel<E, change.value, entropy.value>), a,
-                   static_cast<uint32_t>(tiles), aligned, coefficients);
+        RK_ENQUEUE(a.exec, all.blocks(), kRowThreads,
+                   (backward_kernel<E, change.value, entropy.value>), a, all, coefficients);
       });
     });
   });

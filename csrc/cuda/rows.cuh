@@ -1,34 +1,9 @@
-// Rows of logits cut into tiles: a block per tile, then a warp per row that combines them in order.
-//
-// The tiles depend on the vocabulary and the dtype alone, so a row's bits do not depend on the
-// batch around it, and a few rows fill the device as many do. A block reads its tile once, into
-// registers.
+// What the operations on rows of logits share: the options of a row, and the sums of its tiles.
 #pragma once
-#include "common.cuh"
+#include "tiles.cuh"
 
 namespace rk::cuda {
 namespace {
-
-constexpr int kRowThreads = 256;
-// Threads of a kernel that has a warp, or a thread, per row.
-constexpr int kCombineThreads = 128;
-
-// Columns of a tile of kSlots 16-byte loads a thread.
-__host__ __device__ constexpr int64_t tile_columns(int slots, int64_t element_size) {
-  return slots * kRowThreads * (16 / element_size);
-}
-
-// Where a block works: `tiles` blocks to a row.
-struct Tile {
-  int64_t row, index, first;
-  int count;
-};
-__device__ __forceinline__ Tile this_tile(uint32_t tiles, int64_t vocab, int64_t columns) {
-  const uint32_t row = blockIdx.x / tiles, index = blockIdx.x % tiles;
-  const int64_t first = index * columns;
-  const int64_t left = vocab - first;
-  return {row, index, first, static_cast<int>(left < columns ? left : columns)};
-}
 
 // ---- Options of rows ----------------------------------------------------------------------------
 
@@ -48,6 +23,27 @@ struct LogitOptions {
     if constexpr (!kChange) return {x, 1.0f};
     const TanhParts p = tanh_parts(x / cap);
     return {cap * p.value, p.slope};
+  }
+};
+
+// The values alone, at a third of the price, for the sums over a row: where |x| is small beside the
+// cap by tanh's series, elsewhere within a rounding or two of the cap. They keep the order of
+// logits but for that.
+struct LogitValues {
+  float cap, rate2, near, third, fifth;
+
+  explicit LogitValues(const RowOptions& o) : cap(static_cast<float>(o.softcap)) {
+    const double u = o.softcap > 0.0 ? 1.0 / o.softcap : 0.0;
+    rate2 = static_cast<float>(-2.0 * 1.4426950408889634 * u);
+    near = 0.1f * cap;
+    third = static_cast<float>(u * u / -3.0);
+    fifth = static_cast<float>(u * u * (u * u) * 2.0 / 15.0);
+  }
+  __device__ __forceinline__ float operator()(float x) const {
+    // tanh(u) = 2 / (1 + exp(-2 u)) - 1
+    const float far = fmaf(2.0f * cap, reciprocal_fast(1.0f + exp2_fast(x * rate2)), -cap);
+    const float x2 = x * x;
+    return fabsf(x) < near ? fmaf(x2 * x, fmaf(x2, fifth, third), x) : far;
   }
 };
 

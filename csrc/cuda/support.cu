@@ -47,6 +47,13 @@ __global__ void __launch_bounds__(kCheckThreads)
   if (threadIdx.x == 0) *poison = wrong ? __builtin_nanf("") : 0.0f;
 }
 
+// Whether every row of `t` starts at a multiple of 16 bytes.
+bool rows_aligned(const Tensor& t, int64_t rows, int64_t cols) {
+  const int64_t size = element_size(t.dtype);
+  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 &&
+         (rows == 1 || t.stride0 * size % 16 == 0) && (cols == 1 || t.stride1 * size % 16 == 0);
+}
+
 // 16 bytes of a row from `column`; 0 beyond its end.
 template <class E>
 __device__ __forceinline__ Pack<E> load_columns(const typename E::Storage* row, int64_t column,

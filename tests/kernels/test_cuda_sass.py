@@ -60,6 +60,28 @@ def test_the_fast_path_is_the_cheapest_that_holds_what_it_must(holds, addresses)
     assert [x.address // 16 for x in path] == addresses
 
 
+# The short way calls a subroutine; a shuffle has another one for a warp that has parted.
+WAYS = code("""
+    @!P0 BRA 0x40
+    CALL.REL.NOINC 0x100
+    EXIT
+    NOP
+    BRA.DIV UR4, 0x90
+    SHFL.DOWN PT, R2, R2, 0x1, 0x1f
+    FADD R2, R2, R2
+    FADD R2, R2, R2
+    EXIT
+    WARPSYNC.COLLECTIVE R4, 0xb0
+    SHFL.DOWN PT, R2, R2, 0x1, 0x1f
+    BRA 0x80
+""")
+
+
+def test_slow_ways_are_not_the_fast_path():
+    path = cuda_sass.fast_path(WAYS, {})
+    assert [x.address // 16 for x in path] == [0, 4, 5, 6, 7, 8]
+
+
 @pytest.mark.parametrize("holds", [{r"LDG\.E\.U16": 2}, {"LDG": 2}, {"STG": 1}])
 def test_a_path_that_is_not_there_is_an_error(holds):
     # A loop counts once: it cannot make up for what the path lacks.

@@ -1,0 +1,294 @@
+// Rows of logits cut into tiles, a warp to each.
+//
+// The tiles depend on the vocabulary and the dtype alone, and a lane owns the same columns of a
+// tile wherever the row lies in memory: so a row's bits do not depend on the batch around it, and a
+// few rows fill the device as many do. A warp reads its tile once, into registers, 16 bytes at a
+// time, and waits for no other warp.
+#pragma once
+#include "common.cuh"
+
+namespace rk::cuda {
+namespace {
+
+constexpr int kRowThreads = 256, kRowWarps = kRowThreads / kWarp;
+// Threads of a kernel that has a warp, or a thread, per row.
+constexpr int kCombineThreads = 128;
+
+// n / d for n below 2^31 by a multiplication, exact (Granlund and Montgomery, 1994).
+struct Divisor {
+  uint32_t divisor, factor;
+  int shift;
+
+  explicit Divisor(int64_t d) : divisor(static_cast<uint32_t>(d > 1 ? d : 1)), shift(0) {
+    while ((uint64_t{1} << shift) < divisor) ++shift;
+    factor = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + divisor - 1) / divisor);
+  }
+  __device__ __forceinline__ uint32_t quotient(uint32_t n) const {
+    return static_cast<uint32_t>((static_cast<uint64_t>(n * 2) * factor) >> 32) >> shift;
+  }
+};
+
+// The tiles of a batch of rows, for a kernel's arguments.
+struct RowTiles {
+  Divisor tiles, cols;
+  uint32_t total;
+
+  RowTiles(int64_t rows, int64_t columns, int64_t tiles_of_row)
+      : tiles(tiles_of_row), cols(columns), total(grid_size(rows * columns * tiles_of_row)) {}
+  int64_t blocks() const { return ceil_div(total, kRowWarps); }
+};
+
+// Columns of a tile of kSlots 16-byte loads a lane.
+__host__ __device__ constexpr int tile_columns(int slots, int64_t element_size) {
+  return slots * kWarp * static_cast<int>(16 / element_size);
+}
+
+// A warp's tile: number `id` of all, `index` of token `token`, which is `row`, `col` of its grid.
+struct Tile {
+  uint32_t id, token, index, row, col;
+
+  __device__ __forceinline__ explicit Tile(const RowTiles& t)
+      : id(blockIdx.x * kRowWarps + threadIdx.x / kWarp) {
+    token = t.tiles.quotient(id);
+    index = id - token * t.tiles.divisor;
+    row = t.cols.quotient(token);
+    col = token - row * t.cols.divisor;
+  }
+  // Element offset of the token in `t`.
+  __device__ __forceinline__ int64_t of(const Tensor& t) const {
+    return row * t.stride0 + col * t.stride1;
+  }
+  template <class E>
+  __device__ __forceinline__ const typename E::Storage* start(const Tensor& t) const {
+    return static_cast<const typename E::Storage*>(t.data) + of(t);
+  }
+};
+
+// Slot k of a lane holds the kWidth columns from (k * kWarp + lane) * kWidth: a warp reads 512
+// bytes side by side.
+template <class E>
+__device__ __forceinline__ int slot_column(int slot) {
+  return (slot * kWarp + static_cast<int>(threadIdx.x % kWarp)) * kWidth<E>;
+}
+
+// Bytes by which `p` lies behind a multiple of 16.
+__device__ __forceinline__ uint32_t misaligned(const void* p) {
+  return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p)) & 15;
+}
+
+// 16 bytes at p, which lies kWords whole words and `bits` bits behind a multiple of 16 bytes.
+template <int kWords, class E>
+__device__ __forceinline__ void load_shifted(const void* p, uint32_t bits, Pack<E>& x) {
+  const char* before = static_cast<const char*>(p) - kWords * 4 - bits / 8;
+  Pack<E> low, high;
+  low.load(before);
+  high.load(before + 16);
+  uint32_t words[8];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = low.words[i], words[4 + i] = high.words[i];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint64_t pair = static_cast<uint64_t>(words[kWords + i + 1]) << 32 | words[kWords + i];
+    x.words[i] = static_cast<uint32_t>(pair >> bits);
+  }
+}
+
+// A lane's slots of the tile at x, behind which `left` columns of the row are left, the tile's own
+// among them; `beyond` where there are none. The same slots whatever the address of x.
+template <class E, int kSlots>
+__device__ __forceinline__ void load_tile(const typename E::Storage* x, int64_t left, float beyond,
+                                          Pack<E> (&slots)[kSlots]) {
+  constexpr int kColumns = tile_columns(kSlots, sizeof(typename E::Storage));
+  const uint32_t off = misaligned(x);
+  if (off == 0 && left >= kColumns) {
+    // All loads in flight at once.
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k) slots[k].load(x + slot_column<E>(k));
+    return;
+  }
+  if (left >= kColumns + kWidth<E>) {
+    // Not at a multiple of 16 bytes, but what follows is the row's own.
+    const uint32_t bits = off % 4 * 8;
+    const auto shifted = [&](auto words) {
+#pragma unroll
+      for (int k = 0; k < kSlots; ++k)
+        load_shifted<words.value>(x + slot_column<E>(k), bits, slots[k]);
+    };
+    if (off < 8)
+      off < 4 ? shifted(std::integral_constant<int, 0>{})
+              : shifted(std::integral_constant<int, 1>{});
+    else
+      off < 12 ? shifted(std::integral_constant<int, 2>{})
+               : shifted(std::integral_constant<int, 3>{});
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kSlots; ++k) {
+    const int column = slot_column<E>(k);
+    if (off == 0 && column + kWidth<E> <= left) {
+      slots[k].load(x + column);
+    } else {
+#pragma unroll
+      for (int w = 0; w < kWidth<E>; ++w)
+        slots[k].set(w, column + w < left ? x[column + w] : E::put(beyond));
+    }
+  }
+}
+
+// The columns of a tile of gradients. These need no sum, so tiles may begin where 16 bytes do: up
+// to kWidth - 1 columns before the row's first.
+template <class E, int kSlots>
+struct Window {
+  using S = typename E::Storage;
+  static constexpr int kColumns = tile_columns(kSlots, sizeof(S));
+  // Of the row, the tile's first column, may be negative; of the tile, those that are the row's.
+  int64_t first;
+  int begin, end;
+  // Whether the rows of all tensors lie alike, for 16 bytes of one to be 16 bytes of another.
+  bool together;
+
+  // On rows that start at `out`, `x` and `y`.
+  __device__ __forceinline__ Window(const Tile& tile, int64_t vocab, const void* out, const void* x,
+                                    const void* y) {
+    const int before = static_cast<int>(misaligned(out) / sizeof(S));
+    first = static_cast<int64_t>(tile.index) * kColumns - before;
+    begin = tile.index == 0 ? before : 0;
+    const int64_t left = vocab - first;
+    end = left < kColumns ? static_cast<int>(left) : kColumns;
+    together = ((reinterpret_cast<uintptr_t>(out) ^ reinterpret_cast<uintptr_t>(x)) & 15) == 0 &&
+               ((reinterpret_cast<uintptr_t>(out) ^ reinterpret_cast<uintptr_t>(y)) & 15) == 0;
+  }
+  // To out what change(slots of x, slots of y) makes of the former; rows of the tensors that the
+  // window is on. Slots that cannot be moved at once go column by column, one after another.
+  template <class Change>
+  __device__ __forceinline__ void map(const S* x, const S* y, S* out, const Change& change) const {
+    x += first, y += first, out += first;
+    if (together && begin == 0 && end == kColumns) {
+      Pack<E> own[kSlots], other[kSlots];
+#pragma unroll
+      for (int k = 0; k < kSlots; ++k) own[k].load(x + slot_column<E>(k));
+#pragma unroll
+      for (int k = 0; k < kSlots; ++k) other[k].load(y + slot_column<E>(k));
+      change(own, other);
+#pragma unroll
+      for (int k = 0; k < kSlots; ++k) own[k].store(out + slot_column<E>(k));
+      return;
+    }
+#pragma unroll 1
+    for (int k = 0; k < kSlots; ++k) {
+      const int column = slot_column<E>(k);
+      const bool whole = together && column >= begin && column + kWidth<E> <= end;
+      Pack<E> own[1] = {}, other[1] = {};
+      if (whole) {
+        own[0].load(x + column);
+        other[0].load(y + column);
+      } else {
+        by_column(column, [&](int w) {
+          own[0].set(w, x[column + w]);
+          other[0].set(w, y[column + w]);
+        });
+      }
+      change(own, other);
+      if (whole)
+        own[0].store(out + column);
+      else
+        by_column(column, [&](int w) { out[column + w] = own[0].item(w); });
+    }
+  }
+  // Zeros to `out`.
+  __device__ __forceinline__ void clear(S* out) const {
+    out += first;
+    const Pack<E> zero{};
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k) {
+      const int column = slot_column<E>(k);
+      if (together && column >= begin && column + kWidth<E> <= end)
+        zero.store(out + column);
+      else
+        by_column(column, [&](int w) { out[column + w] = S(0); });
+    }
+  }
+
+ private:
+  // f(w) for the columns of a slot that are there.
+  template <class F>
+  __device__ __forceinline__ void by_column(int column, const F& f) const {
+#pragma unroll
+    for (int w = 0; w < kWidth<E>; ++w)
+      if (column + w >= begin && column + w < end) f(w);
+  }
+};
+
+// The tiles of a row's windows: rows that start behind a multiple of 16 bytes need more.
+inline int64_t window_tiles(int64_t vocab, int slots, int64_t element_size) {
+  return vocab == 0 ? 0
+                    : ceil_div(vocab + 16 / element_size - 1, tile_columns(slots, element_size));
+}
+
+// The largest logit of a warp's tile, -inf if there is no number.
+template <class E, int kSlots>
+__device__ __forceinline__ float tile_max(const Pack<E> (&slots)[kSlots]) {
+  float lowest[kPerWord<E>];
+#pragma unroll
+  for (int w = 0; w < kPerWord<E>; ++w) lowest[w] = -__builtin_inff();
+  Pack<E> top;
+  // Two chains, so that one does not wait for its own last result.
+  top.words[0] = top.words[1] = E::word(lowest);
+#pragma unroll
+  for (int k = 0; k < kSlots; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) top.words[i % 2] = E::larger(top.words[i % 2], slots[k].words[i]);
+  top.words[0] = E::larger(top.words[0], top.words[1]);
+  float m = top.get(0);
+  if constexpr (kPerWord<E> == 2) m = fmaxf(m, top.get(1));
+  return warp_reduce(m, Max{});
+}
+
+// The largest and the least of a lane's logits; NaN if one is.
+struct Ends {
+  float most, least;
+};
+template <class E, int kSlots>
+__device__ __forceinline__ Ends lane_ends(const Pack<E> (&slots)[kSlots]) {
+  Pack<E> most, least;
+  most.words[0] = least.words[0] = slots[0].words[0];
+#pragma unroll
+  for (int k = 0; k < kSlots; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      most.words[0] = E::larger_nan(most.words[0], slots[k].words[i]);
+      least.words[0] = E::smaller_nan(least.words[0], slots[k].words[i]);
+    }
+  }
+  Ends x{most.get(0), least.get(0)};
+  if constexpr (kPerWord<E> == 2)
+    x = {max_nan(x.most, most.get(1)), -max_nan(-x.least, -least.get(1))};
+  return x;
+}
+
+// Logits below may be taken for it where they weigh nothing: then their distance to the maximum is
+// finite, and products of it with their weight are 0.
+template <class E>
+__device__ __forceinline__ constexpr float floor_of() {
+  return E::kLeast > -1.0e38f ? E::kLeast : -1.0e38f;
+}
+// Whether that is so of all logits below the floor, in a row or tile with the maximum m.
+template <class E>
+__device__ __forceinline__ bool floor_weighs_nothing(float m, float rate2) {
+  return fabsf(m) < 1.0e37f && (floor_of<E>() - m) * rate2 < -130.0f;
+}
+// A lane's logits, none below the floor.
+template <class E, int kSlots>
+__device__ __forceinline__ void raise_to(float floor, Pack<E> (&slots)[kSlots]) {
+  float both[kPerWord<E>];
+#pragma unroll
+  for (int w = 0; w < kPerWord<E>; ++w) both[w] = floor;
+  const uint32_t word = E::word(both);
+#pragma unroll
+  for (int k = 0; k < kSlots; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) slots[k].words[i] = E::larger_nan(word, slots[k].words[i]);
+}
+
+}  // namespace
+}  // namespace rk::cuda
