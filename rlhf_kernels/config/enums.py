@@ -1,7 +1,7 @@
-"""The names that options choose from: a type for annotations and a tuple for checks of each.
+"""The values of string options: for each option a type for annotations and a tuple for checks.
 
-Where native code takes a choice as an integer, that is the position in the tuple, and csrc/abi.h
-has an enum of the same names in the same order.
+Native code takes a choice as its position in the tuple; csrc/abi.h has an enum of the same names in
+the same order.
 """
 
 from typing import Literal, get_args
@@ -10,11 +10,11 @@ from typing import Literal, get_args
 PlainKlEstimator = Literal["k1", "k2", "k3", "abs"]
 PLAIN_KL_ESTIMATORS: tuple[PlainKlEstimator, ...] = get_args(PlainKlEstimator)
 
-#: The same, and with "+" those whose gradient is that of k2.
+#: The same, and with the suffix "+" the variants that have the gradient of k2.
 KlEstimator = Literal["k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+"]
 KL_ESTIMATORS: tuple[KlEstimator, ...] = get_args(KlEstimator)
 
-#: Of kl_divergence: KL(policy || ref) or KL(ref || policy).
+#: Directions of kl_divergence: reverse KL(policy || ref), forward KL(ref || policy).
 Direction = Literal["reverse", "forward"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 
@@ -24,10 +24,10 @@ OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 RatioLevel = Literal["token", "sequence", "sequence-token"]
 RATIO_LEVELS: tuple[RatioLevel, ...] = get_args(RatioLevel)
 
-#: No correction is None.
+#: Levels of the importance correction; None means no correction.
 CorrectionLevel = Literal["token", "sequence"]
 CORRECTION_LEVELS: tuple[CorrectionLevel, ...] = get_args(CorrectionLevel)
-#: Of these, the position is the integer: no correction is 0.
+#: The integer is the position in this tuple: 0 for no correction.
 CORRECTION_CODES: tuple[CorrectionLevel | None, ...] = (None, *CORRECTION_LEVELS)
 
 CorrectionMode = Literal["truncate", "mask"]
@@ -36,16 +36,16 @@ CORRECTION_MODES: tuple[CorrectionMode, ...] = get_args(CorrectionMode)
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant"]
 AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
 
-#: What a masked step is to gae and its like.
+#: How gae and the other recurrences treat a masked step.
 MaskedSteps = Literal["carry", "zero"]
 MASKED_STEPS: tuple[MaskedSteps, ...] = get_args(MaskedSteps)
 
-#: What group_advantages subtracts, and what it divides by.
+#: The value that group_advantages subtracts, and the one that it divides by.
 Baseline = Literal["mean", "leave-one-out", "greedy", "none"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 Scale = Literal["group", "batch", "none"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
 
-#: Which loss dpo_loss is.
+#: Variants of dpo_loss.
 DPOLossType = Literal["sigmoid", "ipo", "hinge", "robust"]
 DPO_LOSS_TYPES: tuple[DPOLossType, ...] = get_args(DPOLossType)

@@ -11,12 +11,12 @@ from .enums import (
     RatioLevel,
 )
 
-#: c or (low, high) of a clamp; None for none.
+#: Bounds of a clamp: c or (low, high); None for no clamp.
 Clamp = float | tuple[float, float] | None
 
 
 class CommonOptions(TypedDict, total=False):
-    """Those that no trainer has an argument of the same name for."""
+    """The fields that share no name with an argument of any trainer preset."""
 
     objective: Objective
     ratio_level: RatioLevel
@@ -40,7 +40,7 @@ class CommonOptions(TypedDict, total=False):
 
 
 class PolicyLossOptions(CommonOptions, total=False):
-    """All of them, as the presets of PolicyLossConfig take them by name."""
+    """All fields, as keyword arguments of the presets of PolicyLossConfig."""
 
     dual_clip: float | None
     delta: float | None

@@ -1,4 +1,4 @@
-"""PolicyLossConfig: which policy loss, with every constant that trainers disagree about."""
+"""PolicyLossConfig: the choice of policy loss, with every constant on which trainers differ."""
 
 import dataclasses
 import math
@@ -29,11 +29,11 @@ from .parity.verl import verl
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-#: exp() of a log-ratio saturates here whatever the options: the products of larger ratios would
-#: overflow fp32 and turn an advantage of 0 into NaN.
+#: Every log-ratio is clamped to +-40 before exp(), whatever the options. Products of larger ratios
+#: would overflow fp32, and inf times an advantage of 0 is NaN.
 LOG_RATIO_BOUND = 40.0
 
-# In place of an absent upper bound; its negative is an absent lower bound.
+# Stands for an absent upper bound; -UNBOUNDED stands for an absent lower bound.
 UNBOUNDED = 3.0e38
 
 
@@ -45,12 +45,12 @@ class PolicyCodes(NamedTuple):
 
     objective: int
     ratio_level: int
-    #: In PLAIN_KL_ESTIMATORS: without its "+".
+    #: Position in PLAIN_KL_ESTIMATORS, ignoring a "+".
     kl_estimator: int
-    #: 1 with a "+": the gradient is that of k2.
+    #: 1 for an estimator with "+", which has the gradient of k2.
     kl_straight_through: int
     kl_importance_weighted: int
-    #: In CORRECTION_CODES.
+    #: Position in CORRECTION_CODES.
     correction_level: int
     correction_mode: int
     aggregation: int
@@ -81,14 +81,14 @@ class PolicyParams(NamedTuple):
 
 
 def _bounded(value: float) -> float:
-    """A number as torch and the kernels take it: no larger than fp32 holds, nor a long integer."""
+    """The value; one that exceeds int64 becomes a float within +-UNBOUNDED (infinities stay)."""
     if abs(value) >= 2**63:
         return float(min(max(value, -UNBOUNDED), UNBOUNDED)) if abs(value) < math.inf else value
     return value
 
 
 def _bounds(clamp: Clamp) -> tuple[float, float]:
-    """(low, high) of a clamp: None is no clamp, c is (-c, c)."""
+    """(low, high) of a clamp: None means no clamp, c means (-c, c)."""
     if clamp is None:
         return -math.inf, math.inf
     return clamp if isinstance(clamp, tuple) else (-clamp, clamp)
@@ -100,7 +100,7 @@ P = ParamSpec("P")
 def _preset(
     make: "Callable[Concatenate[type[PolicyLossConfig], P], PolicyLossConfig]",
 ) -> "classmethod[PolicyLossConfig, P, PolicyLossConfig]":
-    """A constructor by the argument names of `make`."""
+    """A classmethod with the signature of `make`."""
     return classmethod(make)
 
 
@@ -114,12 +114,12 @@ class PolicyLossConfig:
     Attributes:
         objective: "clip": max(-A min(r, delta), -A clip(r, 1 - clip_low, 1 + clip_high)), for A < 0
             at most -A dual_clip. "penalty": -A r + penalty_coef * (r - 1 - x), whose second term
-            estimates KL(old || new) on samples of old without bias (k3). "reinforce": -A logprob.
-            "cispo": -A sg(clip(r)) logprob. "sapo": -A sigmoid(tau (r - 1)) 4 / tau. At a tie the
-            unclipped branch, and so its gradient, is taken.
-        ratio_level: "token": r_t = exp(x_t). "sequence": s = exp(mean of x over the sequence's
-            unmasked tokens) for each of its tokens, differentiated through s (GSPO, as TRL).
-            "sequence-token": value s, gradient sg(s) d logprob_t (GSPO-token, as verl).
+            is an unbiased estimate (k3) of KL(old || new) on samples of old. "reinforce":
+            -A logprob. "cispo": -A sg(clip(r)) logprob. "sapo": -A sigmoid(tau (r - 1)) 4 / tau.
+            A tie takes the unclipped branch and its gradient.
+        ratio_level: "token": r_t = exp(x_t). "sequence": every token of a sequence has the ratio
+            s = exp(mean of x over its unmasked tokens), differentiated through s (GSPO, as in TRL).
+            "sequence-token": value s, gradient sg(s) d logprob_t (GSPO-token, as in verl).
         clip_low: lower clip distance; None for no lower bound.
         clip_high: upper clip distance; None for no upper bound.
         clip_absolute: clip_low and clip_high are the bounds themselves, not distances from 1
@@ -128,37 +128,38 @@ class PolicyLossConfig:
         delta: cap of r in the unclipped branch (two-sided clipping), above 1 + clip_high, or None.
         penalty_coef: beta of the penalty objective.
         sapo_tau_pos: tau where A > 0.
-        sapo_tau_neg: tau elsewhere.
+        sapo_tau_neg: tau where A <= 0.
         kl_coef: weight of the KL to the reference policy; 0 for none.
-        kl_estimator: k1, k2, k3, abs of logprob - ref; with "+", value of the estimator and
-            gradient of k2 (straight-through).
-        kl_input_clamp: c or (low, high): clamp of logprob - ref before the estimator; no gradient
+        kl_estimator: k1, k2, k3 or abs of logprob - ref. With "+": the value of that estimator and
+            the gradient of k2 (straight-through).
+        kl_input_clamp: c or (low, high): clamp of logprob - ref before the estimator; gradient 0
             outside.
-        kl_value_clamp: c: clamp of the estimate to [-c, c]; no gradient outside. A "+" estimator
+        kl_value_clamp: c: clamp of the estimate to [-c, c]; gradient 0 outside. A "+" estimator
             keeps the gradient of the unclamped k2 through both clamps.
-        kl_importance_weighted: multiply the estimate by r, differentiated through r: the unbiased
-            gradient of TRL and DeepSeek-V3.2.
+        kl_importance_weighted: multiply the estimate by r and differentiate through r. The gradient
+            is then unbiased (TRL, DeepSeek-V3.2).
         entropy_coef: weight of the entropy bonus; 0 for none.
-        correction_level: importance correction of the mismatch between the engine that sampled and
-            the trainer, or None. "token": w = exp(old - rollout). "sequence": exp of its sum over
-            the sequence's unmasked tokens. w is detached and multiplies the objective alone (of
-            "penalty" only -A r).
-        correction_mode: "truncate": clamp w to [correction_min, correction_max]. "mask": w outside
-            them becomes 0. A token whose rollout log-probability is NaN, as an engine may report
-            of a nearly certain one, counts as if both engines agreed: at "token" level its w is
-            that of 1, at "sequence" level it adds nothing to the sum. So does -inf in both. An
-            infinite difference saturates; those of both signs in a sequence cancel.
+        correction_level: importance correction w for the mismatch between rollout engine and
+            trainer, or None. "token": w = exp(old - rollout). "sequence": w = exp of the sum of
+            old - rollout over the sequence's unmasked tokens. w is detached and scales only the
+            policy-gradient term; for "penalty", not its KL part.
+        correction_mode: "truncate": clamp w to [correction_min, correction_max]. "mask": set w to 0
+            outside these bounds. The difference old - rollout counts as 0 where the rollout
+            log-probability is NaN (some engines report NaN for a nearly certain token), and where
+            both are -inf. An infinite difference saturates; two of opposite sign in a sequence
+            cancel.
         correction_min: lower cap, or None.
         correction_max: upper cap, or None.
-        log_ratio_clamp: c or (low, high): clamp of log r; no gradient outside, so a token (or
-            sequence) that far off stops learning. None leaves only the saturation at +-40 that all
-            exponentials here have.
+        log_ratio_clamp: c or (low, high): clamp of log r; gradient 0 outside, so a token (or
+            sequence) outside stops learning. None leaves only the saturation at +-40, which applies
+            to every exponential here.
         aggregation: "token-mean": sum of the unmasked terms / normalizer. "seq-mean-token-mean":
             sum over sequences of their means / normalizer. "seq-mean-token-sum": sum over
             sequences of their sums / normalizer. "constant": sum / normalizer.
-        normalizer: the divisor. None: unmasked tokens (token-mean) or sequences with at least one
-            unmasked token (seq-mean-*), at least 1. "constant" needs one, here or at the call.
-            Pass the count of the whole step and micro-batches and ranks add up exactly.
+        normalizer: the divisor. None: the number of unmasked tokens (token-mean) or of sequences
+            with an unmasked token (seq-mean-*), at least 1. "constant" needs a number, here or at
+            the call. With the count of the whole step, the losses of micro-batches and ranks add up
+            to the loss of the step exactly.
     """
 
     objective: Objective = "clip"
@@ -192,7 +193,7 @@ class PolicyLossConfig:
     def __post_init__(self) -> None:
         self._check_values()
         self._check_combinations()
-        # Computed once, so that a call passes two tuples.
+        # Encoded once here; each call only passes the two tuples.
         object.__setattr__(self, "_codes", self._encode_codes())
         object.__setattr__(self, "_params", self._encode_params())
 
@@ -251,7 +252,7 @@ class PolicyLossConfig:
 
     def _fail(self, name: str, expected: str) -> None:
         value = getattr(self, name)
-        # Python refuses to print the longest integers.
+        # Python refuses to print very long integers.
         long = isinstance(value, int) and value.bit_length() > 128
         got = f"an integer of {value.bit_length()} bits" if long else repr(value)
         raise ValueError(f"PolicyLossConfig: {name} must be {expected}, got {got}")
@@ -262,7 +263,7 @@ class PolicyLossConfig:
             return
         limit = "a finite number " + (">= 0" if above is None else f"> {above:g}")
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        # Not math.isfinite: it overflows where an integer is too long for a double.
+        # math.isfinite would overflow on an integer too long for a double.
         finite = number and abs(value) < math.inf
         if finite and isinstance(value, int):
             finite = value.bit_length() <= 1023
@@ -341,7 +342,7 @@ class PolicyLossConfig:
             correction_low=correction_low,
             correction_high=correction_high,
         )
-        # Finite, so that a product with an advantage of 0 is 0.
+        # Finite bounds: a bound times an advantage of 0 must be 0, not NaN.
         return PolicyParams(*(float(min(max(v, -UNBOUNDED), UNBOUNDED)) for v in params))
 
     @classmethod
@@ -392,8 +393,8 @@ class PolicyLossConfig:
     def cispo(cls, **options: "Unpack[PolicyLossOptions]") -> "PolicyLossConfig":
         """CISPO, MiniMax-M1 2025 (arXiv:2506.13585): detached clipped weight, no lower bound.
 
-        The paper leaves its upper distance open; 4, a weight of at most 5, is what reproductions
-        use.
+        The paper does not give the upper clip distance. The default of 4, a weight of at most 5,
+        follows reproductions.
         """
         defaults = PolicyLossOptions(objective="cispo", clip_low=None, clip_high=4.0)
         return cls(**defaults | options)

@@ -1,1 +1,1 @@
-"""What everything above shares: environment, checks, layout, process groups."""
+"""Shared foundations: environment variables, checks, tensor layout, process groups."""

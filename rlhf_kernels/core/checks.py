@@ -1,4 +1,4 @@
-"""Checks shared by all operations. Each names the argument, what was expected, what came."""
+"""Checks shared by all operations. Messages name the argument, the expectation and the value."""
 
 import math
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _INTEGER = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch
 
 
 def tensor(op: str, name: str, value: Any) -> Tensor:
-    """Requires a tensor whose memory is its value."""
+    """Requires a plain strided tensor: no DTensor, sparse or nested tensor."""
     kind = type(value)
     if kind is not Tensor and kind is not torch.nn.Parameter:
         if not isinstance(value, Tensor):
@@ -72,11 +72,11 @@ def real(op: str, name: str, value: object) -> Tensor:
 
 
 def mask(op: str, name: str, value: object) -> Tensor:
-    """Requires a bool or integer tensor, nonzero = keep, or a floating one of 0 and 1 alone.
+    """Requires a bool or integer tensor, nonzero = keep, or a floating one that holds only 0 and 1.
 
-    A floating mask is looked at on every device, a synchronisation on a GPU, and becomes a bool
-    one. Where it cannot be looked at, since the call is traced, the look is part of the graph and
-    raises when that runs; a meta tensor has nothing to look at.
+    A floating mask is validated on every device (a host sync on a GPU) and converted to bool. A
+    traced call records the validation in the graph, which raises when it runs. A mask on the meta
+    device has no values to validate.
     """
     value = tensor(op, name, value)
     if value.dtype in _INTEGER:
@@ -87,11 +87,11 @@ def mask(op: str, name: str, value: object) -> Tensor:
     keep = value != 0
     if value.is_meta:
         return keep
-    whole = ((value == 1) | ~keep).all()
+    binary = ((value == 1) | ~keep).all()
     advice = f"soft masks are not supported, pass {name}.bool()"
     if tracing.active(value):
-        torch._assert_async(whole, f"{expected}, got other numbers; {advice}")
-    elif not whole:
+        torch._assert_async(binary, f"{expected}, got other numbers; {advice}")
+    elif not binary:
         raise TypeError(f"{expected}, got {value.dtype} with other numbers; {advice}")
     return keep
 
@@ -99,7 +99,7 @@ def mask(op: str, name: str, value: object) -> Tensor:
 def row_mask(
     op: str, value: object, like: str, shape: torch.Size, device: torch.device
 ) -> Tensor | None:
-    """Requires a mask of this shape, that of the argument `like`, or None; see `mask`."""
+    """Requires None or a mask (see `mask`) of `shape`, the shape of the argument `like`."""
     if value is None:
         return None
     found = mask(op, "mask", value)
@@ -129,7 +129,7 @@ def same_dtype(op: str, name: str, value: Tensor, like: str, dtype: torch.dtype)
 
 
 def offsets(op: str, cu_seqlens: object) -> Tensor:
-    """Requires packed-sequence offsets `[S+1]` of int32 or int64; their values are data."""
+    """Requires packed-sequence offsets `[S+1]` of int32 or int64. Does not read their values."""
     cu_seqlens = tensor(op, "cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in LABEL_DTYPES:
         raise TypeError(f"{op}: cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
@@ -163,11 +163,12 @@ def offsets_valid(op: str, cu_seqlens: Tensor | None, total: int) -> None:
 def usable_offsets(
     op: str, cu_seqlens: Tensor | None, total: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(offsets that may index, whether they are those given), for plain torch on any device.
+    """(offsets that are safe to index with, whether the argument was valid), for plain torch.
 
-    Where data may be looked at, bad offsets raise ValueError and the second is None. Elsewhere it
-    is a 0-d bool, and one sequence stands in for bad offsets: an index out of range would end a
-    GPU's process. The caller poisons its result with NaN where it is false.
+    If the host may read the offsets, bad ones raise ValueError and the second result is None.
+    Otherwise the second result is a 0-d bool, and a single sequence replaces bad offsets, because
+    an index out of range aborts a process on a GPU. The caller poisons its result with NaN where
+    the bool is false.
     """
     if cu_seqlens is None:
         return None, None
@@ -175,16 +176,16 @@ def usable_offsets(
         offsets_valid(op, cu_seqlens, total)
         return cu_seqlens, None
     if cu_seqlens.shape[0] == 1:
-        # No sequence: there is nothing to stand in with, and nothing to index.
+        # Zero sequences: no offset can be replaced, and no token is indexed.
         if total > 0:
             raise ValueError(
                 f"{op}: cu_seqlens must end at the number of tokens, {total}, got one entry alone"
             )
         return cu_seqlens, cu_seqlens[0] == 0
     good = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total) & (cu_seqlens.diff() >= 0).all()
-    whole = torch.full_like(cu_seqlens, total)
-    whole[0] = 0
-    return torch.where(good, cu_seqlens, whole), good
+    one_sequence = torch.full_like(cu_seqlens, total)
+    one_sequence[0] = 0
+    return torch.where(good, cu_seqlens, one_sequence), good
 
 
 def out_of_range(op: str, position: int, labels: Tensor, vocab: int) -> IndexError:
@@ -197,13 +198,13 @@ def out_of_range(op: str, position: int, labels: Tensor, vocab: int) -> IndexErr
 
 
 def can_read_on_host(t: Tensor) -> bool:
-    """Whether reading `t` on the host is free, or asked for by RLHF_KERNELS_CHECK=1."""
+    """Whether reading `t` on the host is free, or RLHF_KERNELS_CHECK=1 accepts its cost."""
     free = t.device.type == "cpu" or (env.CHECK and not t.is_meta)
     return free and not tracing.active(t)
 
 
 def labels_in_range(op: str, labels: Tensor, keep: Tensor, vocab: int) -> None:
-    """Raises IndexError for the first bad label of `keep` [...], where data may be looked at."""
+    """Raises IndexError for the first bad label under `keep` [...], if the host may read labels."""
     if not can_read_on_host(labels):
         return
     bad = ((labels < 0) | (labels >= vocab)) & keep
@@ -212,8 +213,9 @@ def labels_in_range(op: str, labels: Tensor, keep: Tensor, vocab: int) -> None:
 
 
 def temperatures_positive(op: str, temperature: float | Tensor | None, keep: Tensor) -> None:
-    """Raises ValueError for the first bad temperature of the tokens of `keep` [...], where there
-    is one per token and data may be looked at.
+    """Raises ValueError for the first bad temperature under `keep` [...].
+
+    Does nothing for a number, or where the host may not read the tensor.
     """
     if not isinstance(temperature, Tensor) or not can_read_on_host(temperature):
         return
@@ -247,17 +249,17 @@ def token_inputs(
 
     Args:
         op: operation, for the messages.
-        tokens: by name; None is skipped where it is one of _OPTIONAL.
+        tokens: values by argument name; the arguments in _OPTIONAL may be None.
         mask_: the argument `mask`.
         cu_seqlens: offsets of packed sequences.
-        like: name and tensor that set shape and device; None for the first of the tokens.
+        like: name and tensor that set shape and device; None for the first of `tokens`.
 
     Returns:
-        The mask, as `mask` makes it.
+        The mask, as `mask` returns it.
     """
     if like is None:
-        name, given = next(iter(tokens.items()))
-        like = name, floating(op, name, given, double=True)
+        name, first_value = next(iter(tokens.items()))
+        like = name, floating(op, name, first_value, double=True)
     name, first = like
     shape, device = first.shape, first.device
     if len(shape) != (2 if cu_seqlens is None else 1):
@@ -279,10 +281,9 @@ def token_inputs(
 
 
 def divisor(op: str, value: object, like: str, device: torch.device) -> tuple[Tensor | None, float]:
-    """A normalizer as (0-d tensor or None, number), the number 0 where there is none.
+    """A normalizer as (0-d tensor or None, number); the number is 0 unless a number was passed.
 
-    A tensor may be on any device that holds numbers; on the meta device it belongs to an argument
-    `like` that is there too.
+    A tensor may be on any device, but on the meta device only if the argument `like` is too.
     """
     if value is None:
         return None, 0.0
@@ -305,7 +306,7 @@ def bad_divisor(op: str, value: Tensor) -> ValueError:
 
 
 def divisor_positive(op: str, value: Tensor | None) -> None:
-    """Raises ValueError for a bad normalizer, where data may be looked at."""
+    """Raises ValueError for a bad normalizer tensor, if the host may read it."""
     if value is None or not can_read_on_host(value):
         return
     if not 0 < value.item() < math.inf:
@@ -313,8 +314,8 @@ def divisor_positive(op: str, value: Tensor | None) -> None:
 
 
 def support(op: str, value: object, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Requires (indptr [tokens + 1], indices [nnz]), each int32 or int64; their values are data."""
-    # No union of types, which torch.compile of torch 2.6 does not know.
+    """Requires (indptr [tokens + 1], indices [nnz]), each int32 or int64. Reads no values."""
+    # A tuple of types: torch.compile of torch 2.6 cannot trace a union in isinstance.
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(
             f"{op}: support must be a pair (indptr, indices), got {type(value).__name__}"
@@ -350,7 +351,7 @@ def bad_index(op: str, position: int, indices: Tensor, vocab: int) -> IndexError
 
 
 def repeated_index(op: str, position: int, indices: Tensor) -> ValueError:
-    """The error for the entry of a support's indices at `position`, which its token has already."""
+    """The error for a token id that occurs twice in one token's support, second at `position`."""
     return ValueError(
         f"{op}: support index at position {position} is {indices[position].item()} again; expected "
         "each token id once in a token's support"
@@ -366,11 +367,11 @@ def support_data(
     keep: Tensor,
     vocab: int,
 ) -> None:
-    """`token_data`, and raises for the first bad entry of a support.
+    """`token_data`, then the same for the entries of a support.
 
     Raises:
-        ValueError: of indptr; a token id repeated in a token of `keep` [...].
-        IndexError: of the indices of a token of `keep`.
+        ValueError: a bad entry of indptr, or a token id that one token under `keep` [...] repeats.
+        IndexError: a token id outside [0, vocab) of a token under `keep`.
     """
     token_data(op, labels, temperature, keep, vocab)
     if not can_read_on_host(indptr):
@@ -389,7 +390,7 @@ def support_data(
         raise bad_index(op, int(bad.nonzero()[0]), indices, vocab)
     token = torch.arange(counts.shape[0], device=indptr.device).repeat_interleave(counts)
     at = used.nonzero().squeeze(-1)
-    # Equal pairs of token and token id come to lie side by side, the first of them first.
+    # The stable sort puts equal (token, token id) pairs next to each other in their given order.
     pair, order = (token[at] * vocab + indices[at]).sort(stable=True)
     repeats = at[order[1:][pair[1:] == pair[:-1]]]
     if repeats.numel():

@@ -3,7 +3,7 @@
 import os
 from typing import Literal, get_args
 
-#: Of use_backend: "auto" chooses by device.
+#: Names that use_backend takes; "auto" chooses by device.
 BackendName = Literal["auto", "reference", "cpu", "cuda", "triton"]
 BACKEND_NAMES: tuple[BackendName, ...] = get_args(BackendName)
 
@@ -16,13 +16,13 @@ if _backend not in BACKEND_NAMES:
 #: Backend forced for the whole process, or "auto".
 BACKEND: str = _backend
 
-#: Instruction set of the CPU kernels, or None for the best that this machine has.
+#: Instruction set of the CPU kernels, or None for the best one of this machine.
 CPU_ISA: str | None = os.environ.get("RLHF_KERNELS_CPU_ISA", "").strip().lower() or None
 
 _check = os.environ.get("RLHF_KERNELS_CHECK", "").strip() or "0"
 if _check not in ("0", "1"):
     raise ValueError(f"RLHF_KERNELS_CHECK: expected 0 or 1, got {_check!r}")
 
-#: Whether GPU calls look at their data first (labels, temperatures, offsets, normalizer) and raise,
-#: at the price of a host synchronisation, instead of poisoning the result with NaN.
+#: Whether GPU calls validate labels, temperatures, offsets and normalizer first. Bad values then
+#: raise, at the cost of a host sync, instead of turning the result into NaN.
 CHECK: bool = _check == "1"

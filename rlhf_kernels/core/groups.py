@@ -1,6 +1,6 @@
-"""Process groups over which a vocabulary is sharded: their names, and the collectives needed.
+"""Process groups over which a vocabulary is sharded: their names and collectives.
 
-Operators carry a group by its name, as torch's functional collectives do. "" stands for no group.
+Operators take a group by name, as torch's functional collectives do. "" means no group.
 """
 
 from typing import Any
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def name(op: str, group: object) -> str:
-    """The name of the argument `group`, "" where the vocabulary is whole: None, or one rank.
+    """The name of the argument `group`; "" for None or a group of one rank (nothing is sharded).
 
     Raises:
-        TypeError: not a process group that this process belongs to.
+        TypeError: `group` is not a process group that this process belongs to.
     """
     if group is None:
         return ""
@@ -27,13 +27,13 @@ def name(op: str, group: object) -> str:
 
 
 def _resolve(group: str) -> "torch.distributed.ProcessGroup":
-    # Its parameter is a type of its own in torch 2.13 and a string in 2.6.
+    # The parameter's type differs between torch 2.13 (a type of its own) and 2.6 (str).
     name: Any = group
     return torch._C._distributed_c10d._resolve_process_group(name)
 
 
 def rank(group: str) -> int:
-    """This process's place in the group."""
+    """This process's rank in the group."""
     return _resolve(group).rank()
 
 

@@ -1,4 +1,4 @@
-"""Strides of token tensors: how a tensor of any layout is described to a kernel without a copy."""
+"""Strides of token tensors: how a kernel reads a tensor of almost any layout without a copy."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-#: empty(shape, dtype, device): torch.empty in the way that suits a backend's large buffers.
+#: empty(shape, dtype, device): a backend's torch.empty, which may treat large buffers specially.
 Empty = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
 
 #: A tensor, or None where None may be given.
@@ -18,12 +18,12 @@ def plain_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 
 
 def constant(t: MaybeTensor) -> MaybeTensor:
-    """`t` without its graph."""
+    """`t`, detached if it requires a gradient."""
     return t.detach() if t is not None and t.requires_grad else t
 
 
 def materialized(t: Tensor) -> Tensor:
-    """`t` with its memory equal to its value (a lazily negated view is not)."""
+    """`t`, copied if it is a lazily negated view, whose memory holds the negated values."""
     return t.resolve_neg() if t.is_neg() else t
 
 
@@ -37,7 +37,7 @@ def grid(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
 
 
 def row_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
-    """Stride of the collapsed leading dimensions, or None where they do not collapse to one."""
+    """Stride of the dimensions collapsed into one, or None where they do not collapse."""
     stride, expected = 0, None
     for size, step in zip(reversed(shape), reversed(strides), strict=True):
         if size == 1:
@@ -51,7 +51,7 @@ def row_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
 
 
 def as_grid(t: MaybeTensor, dtype: torch.dtype | None = None) -> MaybeTensor:
-    """`t` [...] as something with two strides: itself where possible, else a contiguous copy."""
+    """`t` [...] with strides that form a grid of rows and columns; a contiguous copy if needed."""
     if t is None:
         return None
     if dtype is not None and t.dtype is not dtype:
@@ -63,15 +63,17 @@ def as_grid(t: MaybeTensor, dtype: torch.dtype | None = None) -> MaybeTensor:
 
 
 def as_upstream(t: Tensor | None) -> Tensor | None:
-    """The gradient of a result per token as a grid in fp32; None for that of one that is empty,
-    since it was not asked for, but traced code passes a gradient.
+    """The upstream gradient of a per-token result as an fp32 grid, or None.
+
+    Traced code passes an empty gradient for an optional result that was not requested; this
+    returns None for it.
     """
     return None if t is None or t.numel() == 0 else as_grid(t, torch.float32)
 
 
 def grid_strides(t: Tensor) -> tuple[int, int]:
-    """Strides (rows, cols) of a token tensor [...] from `as_grid`; 0 for a row that is alone."""
-    # The common case first: these few lines run for every argument of every call.
+    """Strides (rows, cols) of a token tensor [...] from `as_grid`; the first is 0 for one row."""
+    # The contiguous case comes first: this runs for every argument of every call.
     if t.is_contiguous():
         return t.shape[-1] if t.dim() > 1 else 0, 1 if t.dim() else 0
     stride0 = row_stride(tuple(t.shape[:-1]), t.stride()[:-1])
@@ -83,7 +85,8 @@ def grid_strides(t: Tensor) -> tuple[int, int]:
 def as_rows(t: Tensor) -> Tensor:
     """Logits [..., V] with unit stride over V and leading dimensions that form a grid.
 
-    Itself wherever the strides allow it (any [N, V] or [B, T, V] slice), else a contiguous copy.
+    Returns `t` itself where its strides allow it (any [N, V] or [B, T, V] slice), else a contiguous
+    copy.
     """
     t = materialized(t)
     lead = tuple(t.shape[:-2]), t.stride()[:-2]

@@ -1,8 +1,7 @@
 """Checks of options: numbers, integers, flags, names. Each returns the value as kernels take it.
 
-What counts as a number is what torch takes for one: a number of Python or numpy, or a 0-d tensor
-that needs no gradient and is not on the meta device, which is read on the host. A bool is not a
-number.
+A number is a Python or numpy number, or a 0-d tensor, whose value is then read on the host. A
+tensor that requires a gradient or is on the meta device is refused. A bool is not a number.
 """
 
 import math
@@ -18,21 +17,21 @@ _INT64 = (-(2**63), 2**63 - 1)
 
 
 def _scalar(value: object) -> object:
-    """A 0-d tensor or numpy's scalar as Python's; anything else, also a bool, as it is."""
+    """A 0-d tensor or numpy scalar as a Python number; any other value, or a bool, unchanged."""
     if isinstance(value, Tensor):
         real = not value.is_complex() and value.dtype is not torch.bool
-        there = not value.requires_grad and value.device.type != "meta"
-        return value.item() if value.dim() == 0 and real and there else value
+        readable = not value.requires_grad and value.device.type != "meta"
+        return value.item() if value.dim() == 0 and real and readable else value
     if isinstance(value, numbers.Integral):
         return value if isinstance(value, bool) else int(value)
     return float(value) if isinstance(value, numbers.Real) else value
 
 
 def _got(value: object) -> str:
-    """What came, for a message about its type."""
+    """Describes a value of the wrong type for a message."""
     if isinstance(value, Tensor):
         grad = " that needs a gradient" if value.requires_grad else ""
-        if value.is_nested:  # it has no shape to tell
+        if value.is_nested:  # a nested tensor has no single shape
             return f"a nested tensor of {value.dtype}{grad}"
         where = " on the meta device, which holds no number" if value.device.type == "meta" else ""
         return f"a tensor of shape {tuple(value.shape)} and {value.dtype}{where}{grad}"
@@ -40,7 +39,7 @@ def _got(value: object) -> str:
 
 
 def shown(value: object) -> str:
-    """A value for a message: Python refuses to print the longest integers."""
+    """A value for a message. Python refuses to print very long integers."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
     return repr(value)
@@ -53,13 +52,13 @@ def number(op: str, name: str, value: Any) -> float:
     if type(value) not in _NUMBER:
         raise TypeError(f"{op}: {name} must be a number, got {_got(value)}")
     found: float = value
-    # Not math.isfinite: torch.compile traces comparisons of symbolic floats, not that.
+    # torch.compile traces comparisons of symbolic floats, but not math.isfinite.
     finite = -math.inf < found < math.inf
     if finite and isinstance(found, int) and not torch.compiler.is_compiling():
         finite = found.bit_length() <= 1023
     if not finite:
         raise ValueError(f"{op}: {name} must be finite, got {shown(found)}")
-    # Torch multiplies with no integer beyond 64 bits.
+    # Torch cannot multiply by an integer beyond 64 bits.
     if isinstance(found, int) and not _INT64[0] <= found <= _INT64[1]:
         return float(found)
     return found
@@ -90,7 +89,7 @@ def rate(op: str, name: str, value: object) -> float:
 
 
 def integer(op: str, name: str, value: Any, *, low: int = _INT64[0], what: str = "") -> int:
-    """Requires an integer of at least `low` that 64 bits hold; `what` else may be given."""
+    """Requires an integer in [low, 2^63); `what` adds an alternative to the message."""
     if type(value) not in _INTEGER:
         value = _scalar(value)
     if type(value) not in _INTEGER:

@@ -1,8 +1,9 @@
-"""Options of rows of logits: what every operation that reads a vocabulary shares.
+"""Options of rows of logits, shared by every operation that reads a vocabulary.
 
-An option is added here, in the public functions, and where it is applied to a logit, once for each
-backend: reference/_common.py, csrc/cpu/rows.h, csrc/cuda/rows.cuh, kernels/triton/_rows.py; its
-field is in csrc/abi.h and crosses in csrc/bind/tensor.h. All else carries the options whole.
+A new option is added here, in the public functions, and once per backend where it changes a logit:
+reference/_common.py, csrc/cpu/rows.h, csrc/cuda/rows.cuh, kernels/triton/_rows.py. Its C++ field is
+in csrc/abi.h and is filled in csrc/bind/tensor.h. All other code passes the options on as one
+object.
 """
 
 from typing import Any, NamedTuple
@@ -15,11 +16,11 @@ from . import checks, option_checks, sentinels, temperature_rules
 class RowOptions(NamedTuple):
     """Options as operators, the head and launchers take them.
 
-    A schema has the fields one by one, in this order (`ops._operator`).
+    `ops._operator` flattens the fields into a schema in this order.
 
-    temperature: of all tokens, 1 where each has its own.
+    temperature: of all tokens; 1 where each token has its own.
     softcap: c of c tanh(x / c), 0 for none.
-    entropy: whether entropies are wanted.
+    entropy: whether to compute entropies.
     ignore_index: label of tokens to skip.
     """
 
@@ -30,7 +31,7 @@ class RowOptions(NamedTuple):
 
 
 class RowArguments(NamedTuple):
-    """The same as a caller gives them, checked: numbers, but for a temperature per token."""
+    """Options as a caller passes them, checked. The temperature may be a tensor, one per token."""
 
     temperature: float | Tensor
     softcap: float | None
@@ -39,15 +40,15 @@ class RowArguments(NamedTuple):
     ignore_index: int
 
     def of_logits(self) -> dict[str, Any]:
-        """By name, for a reference that is given logits, whose scale is 1."""
+        """Keyword arguments for a reference over logits, which takes no logit_scale."""
         return {k: v for k, v in self._asdict().items() if k != "logit_scale"}
 
     def of_policy_loss(self) -> dict[str, Any]:
-        """By name, for the reference of a loss, which ignores what its mask says."""
+        """Keyword arguments for the reference of a loss, which skips tokens by its mask."""
         return {k: v for k, v in self._asdict().items() if k not in ("entropy", "ignore_index")}
 
     def effective_temperature(self) -> float | Tensor:
-        """What the logits are divided by before they are scaled."""
+        """The temperature to apply to unscaled logits, temperature / logit_scale."""
         if isinstance(self.temperature, Tensor):
             return temperature_rules.scaled(self.temperature, self.logit_scale)
         return self.temperature / self.logit_scale
@@ -75,10 +76,10 @@ def checked(
     entropy: object = False,
     ignore_index: object = -100,
 ) -> RowArguments:
-    """Requires one label for each row of the argument `name` [..., K], and good options.
+    """Requires one label for each row of the argument `name` [..., K], and valid options.
 
     Returns:
-        The arguments; a temperature per token in the shape of the labels, not differentiated.
+        The arguments. A temperature per token is expanded to the shape of the labels and detached.
     """
     labels = checks.labels(op, "labels", labels)
     column = "V" if name == "logits" else "H"
@@ -93,13 +94,13 @@ def checked(
         option_checks.flag(op, "entropy", entropy),
         option_checks.integer(op, "ignore_index", ignore_index),
     )
-    # By name: torch.compile of torch 2.6 slices no named tuple.
+    # Fields by name: torch.compile of torch 2.6 cannot slice a named tuple.
     rules = (arguments.temperature, arguments.softcap, arguments.logit_scale)
     temperature_rules.check(op, *rules)
     if arguments.ignore_index in (sentinels.ELSEWHERE, sentinels.SHARD_IGNORED):
         raise ValueError(
-            f"{op}: ignore_index must not be {arguments.ignore_index}, by which kernels tell the "
-            "shards of a vocabulary apart"
+            f"{op}: ignore_index must not be {arguments.ignore_index}, which kernels reserve for "
+            "sharded vocabularies"
         )
     return arguments
 
@@ -109,7 +110,7 @@ def without_masked(op: str, labels: Tensor, mask: object, ignore_index: int) -> 
     kept = checks.row_mask(op, mask, "labels", labels.shape, labels.device)
     if kept is None:
         return labels
-    if not -(2**31) <= ignore_index < 2**31:  # int32 would cut it short to a label
+    if not -(2**31) <= ignore_index < 2**31:  # int32 would truncate it to a valid label
         labels = labels.long()
     return labels.masked_fill(kept == 0, ignore_index)
 

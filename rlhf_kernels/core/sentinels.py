@@ -1,15 +1,14 @@
-"""Labels outside every vocabulary, by which row kernels tell shards and skipped tokens apart.
+"""Sentinel labels of the row kernels: skipped tokens, and labels outside this vocabulary shard.
 
-One value and one meaning each; csrc/abi.h and kernels/triton/logprobs.py have the same. As they are
-below -1, and a label outside the vocabulary is clamped to -1 or refused before, no label of a
-caller is one of them.
+csrc/abi.h and kernels/triton/logprobs.py define the same values. A caller's label never equals a
+sentinel: all sentinels are below -1, and a bad label is refused or clamped to -1 first.
 """
 
 # The label is owned by another shard of the vocabulary (kLabelElsewhere). Valid only with
 # SHARD_IGNORED as ignore_index.
 ELSEWHERE = -(2**63)
-# The token is skipped. As ignore_index it also says that the columns are a part of the vocabulary,
-# or that no token is skipped (kShardIgnored).
+# The token is skipped (kShardIgnored). As ignore_index it also means that the columns are one shard
+# of the vocabulary, or that no token is skipped.
 SHARD_IGNORED = -(2**63) + 1
-# Outside the vocabulary of all shards.
+# The label is outside the whole vocabulary.
 NOWHERE = -2

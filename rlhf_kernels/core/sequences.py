@@ -1,4 +1,4 @@
-"""Tokens and their sequences: sums over a sequence, and the weight of a token in a loss."""
+"""Sums over the tokens of a sequence, and the weight of a token in a loss."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from torch import Tensor
 def sequence_sums(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """The sum of each sequence, in float64: [B] of padded [B, T], [S] of packed [N].
 
-    Of thousands of tokens, one after the other, float32 would lose three digits. The order of the
-    sum is fixed, on a GPU too.
+    A sequential float32 sum of thousands of tokens would lose three digits. The order of the sum is
+    fixed, on a GPU too.
     """
     x = x.double()
     return x.sum(-1) if cu_seqlens is None else _PackedSums.apply(x, cu_seqlens)
@@ -23,7 +23,7 @@ class _PackedSums(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        # Bad offsets, where data may not be looked at, index nothing that is not there.
+        # Clamped, so that unvalidated bad offsets never index out of bounds.
         offsets = cu_seqlens.long().clamp(0, x.shape[0])
         return torch.segment_reduce(x, "sum", offsets=offsets, initial=0, unsafe=True)
 
@@ -39,7 +39,7 @@ class _PackedSums(torch.autograd.Function):
 
 
 def sequence_sum(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Each token's sequence sum: [B, 1] of padded [B, T], [N] of packed [N]."""
+    """Each token's sequence sum: [B, 1] for padded [B, T], [N] for packed [N]."""
     sums = sequence_sums(x, cu_seqlens).to(x.dtype)
     return sums.unsqueeze(-1) if cu_seqlens is None else sums[sequence_ids(x, cu_seqlens)]
 
@@ -48,12 +48,12 @@ def sequence_ids(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     """The sequence of each packed token of x [N]."""
     tokens = torch.arange(x.shape[0], device=x.device)
     ids = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
-    # Offsets that end too early, where data may not be looked at, index nothing that is not there.
+    # Clamped, so that unvalidated offsets that end too early never index out of bounds.
     return ids.clamp(max=cu_seqlens.shape[0] - 2)
 
 
 def per_token(x: Tensor, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """x as it is if it has the shape of tokens, else one per sequence spread over its tokens."""
+    """x unchanged if it has the shape of tokens; else one value per sequence, expanded to it."""
     if x.shape == tokens.shape:
         return x
     if cu_seqlens is None:
@@ -68,7 +68,7 @@ def token_weights(
     dtype: torch.dtype,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """c_t with loss = sum over the mask of c_t * term_t; broadcasts to the mask.
+    """Weights c_t such that loss = sum over the mask of c_t * term_t; they broadcast to the mask.
 
     Args:
         mask: bool, [B, T] or packed [N].
@@ -80,7 +80,7 @@ def token_weights(
     kept = mask.to(dtype)
     length = sequence_sum(kept, cu_seqlens).clamp(min=1)
     if normalizer is None:
-        # A sequence is the sum over its tokens of 1 / length.
+        # Each sequence counts once: 1 / length summed over its tokens.
         count = kept if aggregation == "token-mean" else torch.where(mask, 1 / length, 0)
         normalizer = count.sum().round().clamp(min=1)
     weight = torch.ones_like(length) / normalizer

@@ -1,8 +1,9 @@
-"""Temperatures and caps of logits: how a scale of the logits enters them, and which are refused.
+"""Bounds of temperatures and caps of logits, and how logit_scale changes both.
 
-Kernels are given effective ones: scale * x under a cap c and a temperature T is x under c / scale
-and T / scale. Both, and the scale itself, lie between 2^-60 and 2^60: beyond, 1 / T^2 or the
-distance of two logits over T leaves fp32, and finite logits would give NaN.
+Kernels take effective values: scale * x with cap c and temperature T equals x with cap c / scale
+and temperature T / scale. Both effective values and the scale must lie between 2^-60 and 2^60.
+Outside these bounds 1 / T^2, or a difference of two logits over T, overflows or underflows fp32,
+and finite logits would give NaN.
 """
 
 import torch
@@ -16,7 +17,7 @@ _EXPECTED = "between 2^-60 and 2^60 (8.7e-19 and 1.2e18)"
 def check(
     op: str, temperature: float | Tensor, softcap: float | None = None, logit_scale: float = 1.0
 ) -> None:
-    """Raises ValueError for numbers that are refused; those of a tensor are data."""
+    """Raises ValueError for a number out of bounds. Does not read a temperature tensor."""
     _within(op, "logit_scale", logit_scale)
     if softcap is not None:
         _within(op, "softcap", softcap, logit_scale)
@@ -25,14 +26,14 @@ def check(
 
 
 def _within(op: str, name: str, value: float, logit_scale: float = 1.0) -> None:
-    # Not value / logit_scale, which may overflow.
+    # Multiplied instead of value / logit_scale, which may overflow.
     if not LOWEST * logit_scale <= value <= HIGHEST * logit_scale:
         scaled = "" if logit_scale == 1.0 else f" / logit_scale ({logit_scale})"
         raise ValueError(f"{op}: {name}{scaled} must lie {_EXPECTED}, got {name} {value}")
 
 
 def scaled(temperature: Tensor, logit_scale: float) -> Tensor:
-    """Temperatures per token over the scale, in fp32 (fp64 stays)."""
+    """Temperatures per token divided by the scale, in fp32 (fp64 stays)."""
     if logit_scale == 1.0:
         return temperature
     wide = temperature if temperature.dtype == torch.float64 else temperature.float()
@@ -40,7 +41,7 @@ def scaled(temperature: Tensor, logit_scale: float) -> Tensor:
 
 
 def bad(temperature: Tensor) -> Tensor:
-    """Which of the effective temperatures are refused; NaN is."""
+    """True where an effective temperature is out of bounds or NaN."""
     return ~((temperature >= LOWEST) & (temperature <= HIGHEST))
 
 

@@ -1,6 +1,7 @@
-"""The definitions, in plain torch: short, differentiable, any device, fp32 (fp64 if given).
+"""Reference implementations in plain torch: short, differentiable, on any device.
 
-These functions are the meaning of the operations; every backend is tested against them.
+They compute in fp32, or in fp64 for fp64 inputs. They define the operations, and every backend is
+tested against them.
 """
 
 from .advantages import discounted_returns, gae, group_advantages, ppo_advantages, whiten

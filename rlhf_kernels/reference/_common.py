@@ -1,4 +1,4 @@
-"""What the references share: the dtype they compute in, and options of rows of logits."""
+"""Shared by the references: the compute dtype, and the options of rows of logits."""
 
 import torch
 from torch import Tensor
@@ -7,17 +7,17 @@ from ..core import temperature_rules
 
 
 def compute(t: Tensor) -> Tensor:
-    """`t` in the dtype that references compute in: fp64 stays, everything else becomes fp32."""
+    """`t` in the compute dtype of the references: fp64 stays, everything else becomes fp32."""
     return t if t.dtype is torch.float64 else t.float()
 
 
 def clamped(x: Tensor, low: float, high: float) -> Tensor:
-    """x.clamp(low, high) with a slope of 1 at NaN, where torch's is 0 and would hide it."""
+    """x.clamp(low, high) with gradient 1 at NaN; torch's gradient of 0 would hide the NaN."""
     return torch.where(x.isnan(), x, x.clamp(low, high))
 
 
 def with_options(logits: Tensor, *, softcap: float | None = None) -> Tensor:
-    """Logits as the options make them, before the temperature divides them.
+    """Logits after the options, before division by the temperature.
 
     Args:
         logits: any shape.
@@ -29,8 +29,8 @@ def with_options(logits: Tensor, *, softcap: float | None = None) -> Tensor:
 def per_row(temperature: float | Tensor, keep: Tensor) -> float | Tensor:
     """The temperature as a divisor of rows [..., V].
 
-    One that belongs to an ignored token does not matter; one that is refused, where data was not
-    looked at, makes its row NaN.
+    The temperature of an ignored token is replaced by 1. A bad temperature that was not validated
+    makes its row NaN.
     """
     if not isinstance(temperature, Tensor):
         return temperature
@@ -39,8 +39,8 @@ def per_row(temperature: float | Tensor, keep: Tensor) -> float | Tensor:
 
 
 def distances(z: Tensor, temperature: float | Tensor) -> Tensor:
-    """(z - max z) / temperature: the distance is taken where nothing has been rounded yet.
+    """(z - max z) / temperature, subtracted before the division rounds.
 
-    Contiguous, as the order of a sum over V depends on the layout.
+    Contiguous, because the order of a sum over V depends on the layout.
     """
     return (z - z.detach().amax(-1, keepdim=True)).contiguous() / temperature

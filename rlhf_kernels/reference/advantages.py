@@ -1,4 +1,4 @@
-"""Advantages, returns and whitening, defined."""
+"""Reference of advantages, returns and whitening."""
 
 import torch
 from torch import Tensor
@@ -9,9 +9,9 @@ from .kl import kl_estimate
 
 
 def _pad(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Packed [N] as [S, T], T the longest sequence, zeros behind the others; padded input as is.
+    """Packed [N] as [S, T] padded with zeros, T the longest sequence; padded input unchanged.
 
-    Where lengths cannot be looked at, in a traced call or on the meta device, T is N.
+    T is N in a traced call or on the meta device, where the lengths cannot be read.
     """
     if cu_seqlens is None:
         return x
@@ -23,7 +23,7 @@ def _pad(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     steps = torch.arange(longest, device=x.device)
     inside = steps < lengths.unsqueeze(-1)
     index = torch.where(inside, starts.unsqueeze(-1) + steps, 0)
-    # An empty packed tensor has no element 0 to stand for the padding.
+    # An empty packed tensor has no element 0 for the padding to index.
     zeros = x.new_zeros(inside.shape)
     return torch.where(inside, x[index], zeros) if x.numel() else zeros
 
@@ -52,7 +52,7 @@ def _scan(
     """The recurrence A_t = r_t + gamma V_{t+1} - V_t + gamma lam A_{t+1}; returns (A, keep)."""
     keep = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask != 0
     rewards, values = torch.where(keep, rewards, 0), torch.where(keep, values, 0)
-    # Steps that the recurrence sees. Padding behind a packed sequence is never one.
+    # Steps of the recurrence. Padding after a packed sequence is never a step.
     exists = _pad(torch.ones_like(keep) if masked == "zero" else keep, cu_seqlens)
     done = _pad(torch.zeros_like(keep) if dones is None else dones != 0, cu_seqlens)
     rewards, values = _pad(rewards, cu_seqlens), _pad(values, cu_seqlens)
@@ -60,7 +60,7 @@ def _scan(
     next_advantage = rewards.new_zeros(rewards.shape[0]) + next_advantage
     advantages = []
     for t in reversed(range(rewards.shape[1])):
-        # A done transition looks at nothing behind it: selected away, since 0 * NaN is NaN.
+        # A done step takes nothing from later steps. where, not a product: 0 * NaN is NaN.
         value_ahead = torch.where(done[:, t], 0, next_value)
         advantage_ahead = torch.where(done[:, t], 0, next_advantage)
         delta = rewards[:, t] + gamma * value_ahead - values[:, t]
@@ -113,7 +113,7 @@ def discounted_returns(
     rewards = compute(rewards)
     zeros = torch.zeros_like(rewards)
     bootstrap = 0.0 if bootstrap_values is None else compute(bootstrap_values)
-    # The recurrence of gae without values, its end standing in for G behind the last step.
+    # The recurrence of gae with values of 0; the bootstrap value is G after the last step.
     return _scan(rewards, zeros, mask, cu_seqlens, dones, 0.0, bootstrap, gamma, 1.0, masked)[0]
 
 
@@ -144,10 +144,10 @@ def ppo_advantages(
         x = torch.where(keep, compute(logprobs) - compute(ref_logprobs), 0)
         rewards = torch.where(keep, -kl_coef * kl_estimate(x, kl_estimator), 0)
     scores = compute(scores)
-    # A bound that the dtype cannot hold bounds nothing.
+    # A bound above the dtype's range clips nothing.
     if reward_clip is not None and reward_clip <= torch.finfo(scores.dtype).max:
         scores = scores.clamp(-reward_clip, reward_clip)
-    # The last kept token of a sequence is kept and has as many kept tokens up to it as there are.
+    # A kept token is its sequence's last one if the count of kept tokens up to it is the total.
     kept = _pad(keep, cu_seqlens)
     last = kept & (kept.cumsum(1) == kept.sum(1, keepdim=True))
     at_last = torch.where(last, scores.unsqueeze(-1), 0)
@@ -166,7 +166,7 @@ def ppo_advantages(
 
 
 def _numbered(ids: Tensor) -> Tensor:
-    """Any ids [B] as numbers from 0, in a shape that does not depend on their values."""
+    """Arbitrary ids [B] renumbered from 0; no shape depends on the values of the ids."""
     ids, order = ids.long().sort(stable=True)
     change = torch.ones_like(ids)
     change[1:] = ids[1:] != ids[:-1]
@@ -184,13 +184,13 @@ def group_advantages(
 ) -> Tensor:
     """Rewards [B] relative to their group; see `rlhf_kernels.group_advantages`.
 
-    Statistics are fp64 and taken of the differences to the group's first reward, so that a common
-    offset costs nothing and equal rewards have a spread of exactly zero.
+    Statistics are fp64 and use differences to the group's first reward. A common offset therefore
+    costs no precision, and equal rewards have a standard deviation of exactly zero.
     """
     r = rewards.double()
     index = torch.arange(len(r), device=r.device)
     group = _numbered(groups) if isinstance(groups, Tensor) else index // groups
-    # As many groups as rewards at most: the rest stay empty.
+    # B slots hold any number of groups; unused slots stay empty.
     count = torch.zeros_like(index).index_add(0, group, torch.ones_like(index))
     first = torch.zeros_like(index).scatter_reduce(0, group, index, "amin", include_self=False)
 
@@ -214,7 +214,7 @@ def group_advantages(
         a = torch.where(std == 0, 0, a / (std + eps))
     elif scale == "batch":
         if baseline in ("none", "greedy") and len(a):
-            # The other baselines have a mean of zero by construction.
+            # The other baselines already give a mean of zero.
             a = a - a[0]
             a = a - a.mean()
         std = (a.square().sum() / max(len(a) - 1, 1)).sqrt()
@@ -238,12 +238,12 @@ def whiten(
     centred = torch.where(keep, d - mean, 0)
     var = centred.square().sum() / (count - int(unbiased)).clamp(min=1)
     spread = (var + eps).sqrt()
-    # Equal elements with eps = 0.
+    # spread is 0 for equal elements with eps = 0.
     out = torch.where(spread == 0, 0, centred / spread)
     if not shift_mean:
         out = out + mean
     return torch.where(keep, out, 0).to(compute(x).dtype)
 
 
-# `whiten` is also the name of an option.
+# The parameter `whiten` of gae shadows the function.
 _whiten = whiten

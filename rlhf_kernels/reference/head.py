@@ -1,4 +1,4 @@
-"""Log-probabilities, losses and KL from hidden states through the LM head, defined."""
+"""Reference of log-probabilities, losses and KL from hidden states through the LM head."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from .policy import policy_loss
 
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float) -> Tensor:
-    """(hidden @ weight.T + bias) * logit_scale in fp32, or fp64 where that is given."""
+    """(hidden @ weight.T + bias) * logit_scale in fp32, or in fp64 for fp64 inputs."""
     logits = compute(hidden) @ compute(weight).T
     if bias is not None:
         logits = logits + compute(bias)
@@ -33,7 +33,7 @@ def linear_token_logprobs(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """`token_logprobs` of the head's logits, with its options; see `linear_token_logprobs`."""
-    # What lies in an ignored token's hidden state must not reach the gradient of the weight.
+    # NaN in an ignored token's hidden state must not reach the gradient of the weight.
     keep = (labels != ignore_index).unsqueeze(-1)
     hidden = torch.where(keep, hidden, 0)
     if group:
@@ -92,8 +92,8 @@ def linear_policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """`policy_loss` of the head's log-probabilities; see `rlhf_kernels.linear_policy_loss`.
 
-    A masked token is an ignored one, whatever its label. `options` are those of
-    `linear_token_logprobs`: temperature, scale and what changes logits.
+    Masked tokens are ignored, whatever their labels. `options` are temperature, logit_scale and
+    softcap of `linear_token_logprobs`.
     """
     labels = labels.masked_fill(mask == 0, -100)
     logprobs, entropy = linear_token_logprobs(

@@ -1,4 +1,4 @@
-"""KL divergence over the vocabulary and its per-token estimators, defined."""
+"""Reference of the KL divergence over the vocabulary and its per-token estimators."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def kl_divergence(
         logits: [..., V] of the policy, differentiated.
         ref_logits: [..., V] of the reference, a constant.
         direction: "reverse" or "forward".
-        temperature: divides both.
+        temperature: divides both tensors.
 
     Returns:
         The divergence [...], never negative.
@@ -29,15 +29,16 @@ def kl_divergence(
 
 
 def _mean_difference(p: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """The mean of x - y under p, [..., 1]; a term of weight zero is zero, also where y is -inf."""
+    """The mean of x - y under p, [..., 1]; a term with p = 0 is 0, even where y is -inf."""
     return (p * torch.where(p > 0, x - y, 0)).sum(-1, keepdim=True)
 
 
 class _Divergence(torch.autograd.Function):
     """The divergence of softmax(x) and softmax(y), x and y [..., V] with maximum 0.
 
-    Gradient in x. reverse: p_j (x_j - y_j - their mean under p), the logarithms of the sums gone;
-    where the divergence is infinite that is not a number. forward: p_j - q_j, also there.
+    Gradient in x. reverse: p_j (x_j - y_j - mean), with the mean of x - y under p; the log-sum-exp
+    terms cancel. It is NaN where the divergence is infinite. forward: p_j - q_j, even where the
+    divergence is infinite.
     """
 
     generate_vmap_rule = True
@@ -48,7 +49,7 @@ class _Divergence(torch.autograd.Function):
             x, y = y, x
         logp, logq = torch.log_softmax(x, -1), torch.log_softmax(y, -1)
         kl = _mean_difference(logp.exp(), logp, logq).squeeze(-1)
-        # Rounding may take it below zero. NaN stays.
+        # Rounding may make kl negative. NaN stays.
         return torch.where(kl < 0, 0, kl)
 
     @staticmethod
@@ -77,19 +78,19 @@ def kl_estimate(x: Tensor, estimator: str) -> Tensor:
         return 0.5 * x.square()
     if estimator == "k3":
         e = torch.expm1(-x)
-        # Infinite at -inf too, where the sum would be inf - inf.
+        # At x = -inf the sum would be inf - inf = NaN.
         return torch.where(e.isinf(), e, e + x)
     return x.abs()
 
 
 def sloped(x: Tensor, value: Tensor, estimator: str) -> Tensor:
-    """`value` [...] with the slope of an estimator in x [...]."""
+    """`value` [...] with the gradient of an estimator in x [...]."""
     result: Tensor = _Sloped.apply(x, value, estimator)
     return result
 
 
 class _Sloped(torch.autograd.Function):
-    """Where no gradient comes from above none goes on, also where the slope is infinite."""
+    """A zero upstream gradient gives zero, even where the slope is infinite."""
 
     generate_vmap_rule = True
 
@@ -111,7 +112,7 @@ class _Sloped(torch.autograd.Function):
             slope = x
         elif ctx.estimator == "k3":
             slope = -torch.expm1(-x)
-        else:  # "abs"; torch's sign of NaN is 0
+        else:  # "abs"; torch.sign would map NaN to 0
             slope = torch.where(x.isnan(), x, x.sign())
         return torch.where(grad == 0, 0, grad * slope), None, None
 
@@ -122,8 +123,8 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1")
     Args:
         logprobs: [...], differentiated.
         ref_logprobs: [...], a constant.
-        estimator: k1, k2, k3 or abs; a suffix "+" keeps the value and takes the gradient of k2,
-            which is the one whose expectation is the gradient of the KL.
+        estimator: k1, k2, k3 or abs. A suffix "+" keeps the value but takes the gradient of k2,
+            whose expectation is the gradient of the KL.
 
     Returns:
         The estimates [...].

@@ -1,4 +1,4 @@
-"""Token log-probabilities and entropy, defined."""
+"""Reference of token log-probabilities and entropy."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def token_logprobs(
         labels: [...], integers in [0, V) or `ignore_index`.
         temperature: a number, or a tensor that broadcasts to the shape of labels.
         entropy: also return H.
-        ignore_index: tokens with this label give 0 and take no gradient, whatever their logits.
+        ignore_index: tokens with this label have result 0 and gradient 0, whatever their logits.
         group: name of the process group over which V is sharded; "" for none.
         options: those of `with_options`.
 
@@ -53,7 +53,7 @@ def token_logprobs(
 
 
 class _LogProb(torch.autograd.Function):
-    """log softmax(d)_y, of d [..., V] and y [...]; without an upstream gradient it gives none."""
+    """log softmax(d)_y of d [..., V] and y [...]; a zero upstream gradient gives a zero row."""
 
     generate_vmap_rule = True
 
@@ -71,14 +71,14 @@ class _LogProb(torch.autograd.Function):
         grad = grad.unsqueeze(-1)
         slope = -grad * torch.log_softmax(d, -1).exp()
         slope = slope.scatter_add(-1, y.unsqueeze(-1), grad)
-        # Selected, not multiplied: a row that is not a number has no upstream to spoil.
+        # where, not a product: 0 * NaN is NaN.
         return torch.where(grad == 0, 0, slope), None
 
 
 class _Entropy(torch.autograd.Function):
     """H = log s - mean of d under p = e^d / s, of d [..., V] with maximum 0; dH/dd = -p (d - mean).
 
-    In this form neither a large nor a small temperature cancels, as log p + H would.
+    This form has no cancellation at large or small temperatures; -p (log p + H) would.
     """
 
     generate_vmap_rule = True
@@ -101,6 +101,6 @@ class _Entropy(torch.autograd.Function):
 
 
 def _weights(d: Tensor) -> tuple[Tensor, Tensor]:
-    """p = softmax(d) and the mean of d under it, [..., 1]; where p is 0 so is p d, also at -inf."""
+    """p = softmax(d) and the mean of d under p, [..., 1]; a term with p = 0 is 0, even at -inf."""
     p = torch.softmax(d, -1)
     return p, (p * torch.where(p > 0, d, 0)).sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The policy loss, defined."""
+"""Reference of the policy loss."""
 
 from collections.abc import Callable
 
@@ -16,9 +16,9 @@ LOG_WEIGHT_BOUND = 1e30
 
 
 def kl_term(x: Tensor, config: PolicyLossConfig) -> Tensor:
-    """The KL estimate of config from x = logprob - ref."""
+    """The KL estimate that `config` selects, from x = logprob - ref."""
     estimator = config.kl_estimator
-    # A bound that is absent is as finite as in the kernels.
+    # An absent bound is the same finite number as in the kernels.
     low, high = config.kl_input_bounds()
     z = clamped(x, max(low, -UNBOUNDED), min(high, UNBOUNDED))
     value = estimate(z, estimator.removesuffix("+"))
@@ -37,8 +37,9 @@ def estimate(x: Tensor, estimator: str) -> Tensor:
 
 
 def token_log_weight(old: Tensor, rollout: Tensor) -> Tensor:
-    """old - rollout. One that is not a number though old is, as of a rollout that reports NaN, says
-    nothing: 0. An infinite one stays finite, so that a sequence may hold both signs.
+    """old - rollout, or 0 where it is NaN although old is a number (a rollout may report NaN).
+
+    Infinities become large finite numbers, so that a sequence may hold both signs.
     """
     x = (old - rollout).clamp(-LOG_WEIGHT_BOUND, LOG_WEIGHT_BOUND)
     return torch.where(x.isnan() & ~old.isnan(), 0, x)
@@ -47,7 +48,7 @@ def token_log_weight(old: Tensor, rollout: Tensor) -> Tensor:
 def correction_weight(
     log_weight: Tensor, cu_seqlens: Tensor | None, config: PolicyLossConfig
 ) -> Tensor:
-    """w from `token_log_weight`: exp, of its sum if so configured, then truncated or masked."""
+    """w = exp of `token_log_weight` or of its sequence sum, then truncated or masked."""
     if config.correction_level == "sequence":
         log_weight = sequence_sum(log_weight, cu_seqlens)
     w = log_weight.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
@@ -101,7 +102,7 @@ def policy_loss(
         logprobs: [B, T], or packed [N] with cu_seqlens.
         old_logprobs, ref_logprobs, rollout_logprobs: same shape; constants.
         advantages: same shape, or one per sequence; constant.
-        mask: bool or integer, nonzero = keep. What lies under it changes nothing.
+        mask: bool or integer, nonzero = keep. Values at masked tokens have no effect.
         entropy: same shape.
         cu_seqlens: [S + 1].
         normalizer: overrides config.normalizer.
@@ -127,7 +128,7 @@ def policy_loss(
     x = token_x if config.ratio_level == "token" else sequence_sum(token_x, cu_seqlens) / length
     log_r = clamped(x, *config.log_ratio_bounds())
     if config.ratio_level == "sequence-token":
-        # Value s, and inside the clamp the gradient of the token's own logprob.
+        # The value is s; inside the clamp the gradient is that of the token's own logprob.
         inside = (log_r == x).to(lp.dtype)
         log_r = log_r.detach() + inside * (lp - lp.detach())
     r, log_r = log_r.exp().expand_as(lp), log_r.expand_as(lp)
@@ -186,7 +187,7 @@ def policy_loss(
 
 
 def clipped_tokens(r: Tensor, a: Tensor, config: PolicyLossConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the lower clip, the upper clip, and dual_clip or delta take effect."""
+    """Bool masks of tokens clipped by the lower bound, the upper bound, and dual_clip or delta."""
     low, high = config.clip_bounds()
     nowhere = torch.zeros_like(r, dtype=torch.bool)
     if config.objective == "cispo":

@@ -1,4 +1,4 @@
-"""Sequence log-probabilities and the losses of preference pairs, defined."""
+"""Reference of sequence log-probabilities and the losses of preference pairs."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from ._common import compute
 def sequence_logprobs(
     logprobs: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None, average: bool = False
 ) -> Tensor:
-    """Sum, or with `average` mean, of each sequence's unmasked token log-probabilities: [B]."""
+    """Sum (with `average`: mean) of each sequence's unmasked token log-probabilities, [B]."""
     mask = mask != 0
     x = torch.where(mask, compute(logprobs), 0)
     total = sequence_sums(x, cu_seqlens)
@@ -46,7 +46,7 @@ def dpo_loss(
         term = torch.relu(1 - z)
     else:
         term = -(1 - s) * F.logsigmoid(z)
-        # Without smoothing nothing of it: 0 times an infinite term is NaN.
+        # Skipped without smoothing: 0 times an infinite term is NaN.
         if s != 0:
             flipped = s * F.logsigmoid(-z)
             term = (term + flipped) / (1 - 2 * s) if loss_type == "robust" else term - flipped

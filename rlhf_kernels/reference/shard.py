@@ -1,8 +1,8 @@
-"""A vocabulary sharded over a process group, defined: differentiable collectives.
+"""Reference over a vocabulary sharded over a process group, with differentiable collectives.
 
-Every rank computes the same loss from the same replicated values, and gradients are those of that
-one loss: a sum over the ranks hands its gradient to each, and what was copied to the ranks
-collects their gradients.
+Every rank computes the same loss from the same replicated values, and gradients are those of this
+one loss. A sum over the ranks therefore copies its gradient to each rank, and a tensor copied to
+the ranks sums their gradients.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # One is the other's derivative, so that second derivatives are right too.
+        # _Summed and _Copied are each other's derivative, so second derivatives are right too.
         return _Copied.apply(grad, ctx.group), None
 
 
@@ -38,7 +38,7 @@ class _Copied(torch.autograd.Function):
 
 
 def copied(x: Tensor, group: str) -> Tensor:
-    """Replicated x as the operand of each rank's shard; the gradient is summed over the ranks."""
+    """Replicated x as an operand of each rank's shard; its gradient is summed over the ranks."""
     result: Tensor = _Copied.apply(x, group)
     return result
 
@@ -56,12 +56,12 @@ def token_logprobs(
     """`token_logprobs` of logits [..., V_rank]; labels [...] count from rank 0's first column."""
     keep = labels != ignore_index
     z = with_options(torch.where(keep.unsqueeze(-1), compute(logits), 0), **options)
-    # A shard may be empty, a maximum may not.
+    # amax needs one column, but a shard may be empty.
     z = torch.nn.functional.pad(z, (0, 1), value=-torch.inf)
     d = z - groups.maximum(z.detach().amax(-1), group).unsqueeze(-1)
     d = d / per_row(temperature, keep)
     e = d.exp()
-    # Only sums over the ranks enter what follows, which is the same on every rank.
+    # From here on only sums over the ranks are used, so results are the same on every rank.
     log_s = _Summed.apply(e.sum(-1), group).log()
     sizes = groups.gather(torch.tensor(logits.shape[-1], device=logits.device), group)
     rank = groups.rank(group)
@@ -72,6 +72,6 @@ def token_logprobs(
     logprobs = torch.where(keep, own - log_s, 0)
     if not entropy:
         return logprobs, None
-    # x e^x is 0 where e^x is, where x may be -inf.
+    # The limit of d e^d at d = -inf is 0; the product would be NaN.
     weighted = _Summed.apply((e * torch.where(e > 0, d, 0)).sum(-1), group)
     return logprobs, torch.where(keep, log_s - weighted / log_s.exp(), 0)

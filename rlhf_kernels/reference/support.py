@@ -1,4 +1,4 @@
-"""Log-probabilities over the token ids that the sampler kept, defined."""
+"""Reference of log-probabilities over the token ids that the sampler kept."""
 
 from typing import Any
 
@@ -11,18 +11,18 @@ from .logprobs import token_logprobs
 
 
 def support_mask(indptr: Tensor, indices: Tensor, keep: Tensor, vocab: int) -> Tensor:
-    """Whether a token id is in each token's support, bool [..., V]; a dropped token's is not read.
+    """The sampling mask, bool [..., V]: True for the token ids in each token's support.
 
     Args:
         indptr: [N + 1].
         indices: [nnz].
-        keep: bool [...], N of them.
+        keep: bool [...] of N tokens; the entries of a dropped token are not read.
         vocab: V.
     """
     mask = torch.zeros(keep.numel() + 1, vocab, dtype=torch.bool, device=keep.device)
     entry = torch.arange(indices.shape[0], device=keep.device)
     token = torch.searchsorted(indptr[1:].long().contiguous(), entry, right=True)
-    # Entries of dropped tokens go to a row of their own.
+    # Entries of dropped tokens go to an extra last row.
     used = torch.cat([keep.reshape(-1), keep.new_zeros(1)])[token]
     token, index = torch.where(used, token, keep.numel()), torch.where(used, indices, 0)
     mask[token, index.long()] = True
@@ -44,9 +44,9 @@ def token_logprobs_support(
 
     Args:
         logits: [..., V].
-        labels: [...], integers in [0, V) or `ignore_index`; N of them.
-        indptr: [N + 1]; those of token n, in row-major order, are indices[indptr[n]:indptr[n + 1]].
-        indices: [nnz].
+        labels: [...], integers in [0, V) or `ignore_index`, of N tokens in row-major order.
+        indptr: [N + 1]; the support of token n is indices[indptr[n]:indptr[n + 1]].
+        indices: [nnz], token ids.
         temperature: as in `token_logprobs`.
         entropy: also return the entropy over the support.
         ignore_index: as in `token_logprobs`.
@@ -56,7 +56,7 @@ def token_logprobs_support(
         (logprobs [...], entropy [...] or None).
     """
     mask = support_mask(indptr, indices, labels != ignore_index, logits.shape[-1])
-    # Before the options too: what lies outside must reach neither value nor gradient.
+    # Masked before the options too: NaN outside the support must reach no value or gradient.
     z = with_options(torch.where(mask, compute(logits), 0), **options)
     return token_logprobs(
         torch.where(mask, z, -torch.inf),

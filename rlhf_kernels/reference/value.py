@@ -1,4 +1,4 @@
-"""The value loss, defined."""
+"""Reference of the value loss."""
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def value_loss(
         values: V, [B, T], or packed [N] with cu_seqlens.
         old_values: V_old, same shape; constant.
         returns: R, same shape; constant.
-        mask: bool or integer, nonzero = keep. What lies under it changes nothing.
+        mask: bool or integer, nonzero = keep. Values at masked tokens have no effect.
         clip_range: c, or None for the plain squared error.
         aggregation: as in PolicyLossConfig.
         cu_seqlens: [S + 1].
@@ -56,9 +56,9 @@ def value_loss(
             return mean((x - mean(x)) ** 2)
 
         total = variance(target)
-        # Equal returns vary by what their mean rounds.
-        still = total.sqrt() <= 2 * torch.finfo(v.dtype).eps * mean(target).abs()
-        explained = torch.where(still, 0, 1 - variance(target - v) / total)
+        # The variance of equal returns is not 0 but the rounding error of their mean.
+        equal = total.sqrt() <= 2 * torch.finfo(v.dtype).eps * mean(target).abs()
+        explained = torch.where(equal, 0, 1 - variance(target - v) / total)
         fraction = mean(clipped_wins.to(v.dtype))
         metrics = torch.stack([loss, fraction, mean(v), mean(target), explained, tokens])
     return loss, metrics

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Preset(Protocol):
-    """What a preset makes: PolicyLossConfig, which has the presets."""
+    """The constructor that a preset calls. PolicyLossConfig imports the presets, not vice versa."""
 
     def __init__(self, **options: "Unpack[PolicyLossOptions]") -> None: ...
 
@@ -30,6 +30,6 @@ def inexpressible(preset: str, what: str, why: str) -> NoReturn:
 
 
 def refuse(preset: str, name: str, value: str, reasons: Mapping[str, str]) -> None:
-    """Says why a name that the trainer knows cannot be expressed."""
+    """Raises ValueError with the reason if the trainer's option `value` cannot be expressed."""
     if value in reasons:
         inexpressible(preset, f"{name}={value!r}", reasons[value])

@@ -10,8 +10,8 @@ The advantages that go with them:
                           same whitening
     group_norm            group_advantages(r, G, eps=1e-9)
 
-OpenRLHF bounds the variance from below by 1e-8 where eps is added here; with eps=0 both agree above
-it.
+OpenRLHF clamps the variance to at least 1e-8; whiten adds eps to it. With eps=0 both agree for
+every variance above 1e-8.
 """
 
 import math
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 LossType = Literal["ppo", "gspo"]
-#: OpenRLHF knows "seq" and another gating too: neither can be expressed.
+#: OpenRLHF also has "seq" and another gating; neither can be expressed.
 SamplingLevel = Literal["off", "token"]
 SamplingMode = Literal["mask", "clip"]
 Gating = Literal["ratio"]
@@ -32,7 +32,7 @@ Estimator = Literal["k1", "k2", "k3"]
 
 
 class Options(CommonOptions, total=False):
-    """Fields of PolicyLossConfig that are no argument of OpenRLHF's."""
+    """Fields of PolicyLossConfig that are not also arguments of OpenRLHF."""
 
     delta: float | None
 
@@ -60,12 +60,12 @@ def openrlhf(
     """The actor's loss of OpenRLHF; names and defaults of its PolicyLoss and of its flags
     --algo.kl.* (kl_*) and --actor.entropy_coef. Checked against 0.11.2.
 
-    Log-ratio clamped to +-20 (gspo: not at all); the KL estimate clamped to +-10, k3 with its input
-    at least -10. gspo always averages by sequence. OpenRLHF's clip_ratio is clip_frac_low +
-    clip_frac_high here, its ppo_kl k1_old.
+    The log-ratio is clamped to +-20 (gspo: not clamped), the KL estimate to +-10, and the input of
+    k3 to at least -10. gspo always averages by sequence. OpenRLHF's metric clip_ratio is
+    clip_frac_low + clip_frac_high here; its ppo_kl is k1_old.
 
-    The normalizer, dp_size being the number of ranks over which gradients are averaged:
-    batch_num_tokens / dp_size with token_level_loss, else global_batch_size / dp_size.
+    The normalizer is batch_num_tokens / dp_size with token_level_loss, else
+    global_batch_size / dp_size; dp_size is the number of ranks over which gradients are averaged.
 
     Args:
         cls: PolicyLossConfig.
@@ -74,18 +74,20 @@ def openrlhf(
         clip_eps_high: upper clip distance.
         dual_clip: c > 1, or None.
         token_level_loss: mean over tokens; else mean over sequences of their means.
-        is_correction_level: "off" or "token". With gspo, whose ratio OpenRLHF then takes to the
-            rollout, "off": pass the rollout's logprobs as old_logprobs.
+        is_correction_level: "off" or "token". With gspo only "off": OpenRLHF would take the ratio
+            to the rollout policy; pass the rollout's logprobs as old_logprobs instead.
         is_correction_mode: "mask" (weights outside the threshold become 0) or "clip".
         is_correction_gating: "ratio".
         is_correction_threshold: (low, high).
         kl_use_loss: add the KL to the reference policy to the loss.
-        kl_init_coef: its weight; follow a controller with dataclasses.replace(config, kl_coef=...).
+        kl_init_coef: weight of this KL. Apply a controller's updates with
+            dataclasses.replace(config, kl_coef=...).
         kl_estimator: k1, k2 or k3.
-        kl_unbiased_gradient: not expressible: its weight is the capped, detached ratio. Where
-            old_logprobs equal logprobs, dataclasses.replace(config, kl_estimator="k3+") is it.
+        kl_unbiased_gradient: not expressible: OpenRLHF weights by the capped, detached ratio. Where
+            old_logprobs equal logprobs, dataclasses.replace(config, kl_estimator="k3+") has the
+            same gradient.
         entropy_coef: weight of the entropy bonus; None is 0.
-        **options: any field of PolicyLossConfig, over all this.
+        **options: fields of PolicyLossConfig; they override the above.
 
     Returns:
         PolicyLossConfig.
@@ -103,16 +105,16 @@ def openrlhf(
     gspo = policy_loss_type == "gspo"
     by_sequence = gspo or not token_level_loss
     if by_sequence and (kl_use_loss or entropy_coef):
-        why = "OpenRLHF takes the mean of KL and entropy over tokens and of the objective not"
+        why = "OpenRLHF averages KL and entropy over tokens, but the objective over sequences"
         inexpressible("openrlhf", "kl_use_loss or entropy_coef beside means by sequence", why)
     if kl_use_loss and kl_unbiased_gradient:
         why = "its weight is the capped, detached ratio"
         inexpressible("openrlhf", "kl_unbiased_gradient", why)
     if is_correction_level != "off":
         if gspo:
-            why = "pass the rollout's logprobs as old_logprobs, which is what it does"
+            why = "OpenRLHF takes the ratio to the rollout: pass its logprobs as old_logprobs"
             inexpressible("openrlhf", "is_correction_level with gspo", why)
-        why = "it gates by the geometric mean and keeps the weights of the tokens"
+        why = "OpenRLHF gates by the geometric mean but keeps the weights of the tokens"
         refuse("openrlhf", "is_correction_level", is_correction_level, {"seq": why})
         if is_correction_gating != "ratio":
             why = "only the ratio gates here"

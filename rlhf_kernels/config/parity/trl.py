@@ -9,9 +9,10 @@ The advantages that go with them:
     RLOO                          group_advantages(r, G, baseline="leave-one-out", scale="none")
     RLOO, normalize_advantages    the same with scale="batch", eps=1e-4
 
-TRL leaves rewards of None out of their group: leave those sequences out, with group ids.
+TRL excludes rewards of None from their group. Here, drop those sequences and pass group ids.
 
-TRL's RLOOTrainer clips the ratio of whole sequences, exp of the sum of x: one "token" for each, as
+TRL's RLOOTrainer clips the ratio of a whole sequence, exp(sum of x). Here, pass each sequence as
+one token:
 `policy_loss(sequence_logprobs(logprobs, mask)[:, None], ..., config=PolicyLossConfig.trl("grpo"))`.
 """
 
@@ -36,7 +37,7 @@ _CORRECTIONS: dict[SamplingMode, tuple[CorrectionLevel, CorrectionMode]] = {
 
 
 class Options(CommonOptions, total=False):
-    """Fields of PolicyLossConfig that are no argument of TRL's."""
+    """Fields of PolicyLossConfig that are not also arguments of TRL."""
 
     dual_clip: float | None
     kl_estimator: KlEstimator
@@ -68,23 +69,25 @@ def trl(
 ) -> Config:
     """The loss of TRL's GRPOTrainer; names and defaults of its GRPOConfig. Checked against 1.16.0.
 
-    No clamp of the log-ratio; k3 without clamps, times the differentiated ratio where
-    use_bias_correction_kl; CISPO's epsilon_high is the bound itself, not a distance from 1 (5.0 is
-    usual; TRL's default of 0.2 is kept). Clip fractions are over tokens, where TRL counts sequences
-    with importance_sampling_level="sequence"; for "cispo" they count every sign of the advantage.
+    The log-ratio is not clamped. The KL is k3 without clamps, times the differentiated ratio with
+    use_bias_correction_kl. CISPO's epsilon_high is the upper bound itself, not a distance from 1
+    (5.0 is usual; the default of 0.2 is TRL's). Clip fractions are over tokens; TRL counts
+    sequences with importance_sampling_level="sequence". For "cispo" they count tokens with any sign
+    of the advantage.
 
-    The normalizer, with `accum` micro-batches per step and B sequences in this one (TRL counts
-    wholly masked sequences too; without a normalizer only the others count here):
+    The normalizer, with `accum` micro-batches per step and B sequences in this micro-batch. TRL's B
+    includes sequences without an unmasked token; normalizer=None here excludes them:
 
         dapo, cispo          num_items_in_batch / processes * accum / steps_per_generation
         grpo, sapo, luspo    B * accum
         bnpo                 unmasked tokens * accum; without accumulation, none
         dr_grpo              B * max_completion_length * accum
 
-    The entropy bonus is TRL's mean over the micro-batch's tokens whatever the loss_type. Here it
-    shares the normalizer of the loss, so it is accepted where that is a number of tokens (bnpo;
-    dapo and cispo, the same where micro-batches have equal numbers of tokens) and refused
-    elsewhere: subtract `entropy_coef * entropy[mask].mean() / accum` from the loss instead.
+    TRL averages the entropy bonus over the micro-batch's tokens, whatever the loss_type. Here the
+    bonus shares the normalizer of the loss. entropy_coef is therefore accepted only where the
+    normalizer is a number of tokens: bnpo, and dapo and cispo, which equal TRL if micro-batches
+    have equal numbers of tokens. For the others, subtract
+    `entropy_coef * entropy[mask].mean() / accum` from the loss.
 
     Args:
         cls: PolicyLossConfig.
@@ -100,13 +103,13 @@ def trl(
         top_entropy_quantile: not expressible below 1.
         off_policy_mask_threshold: not expressible.
         sapo_temperature_pos: tau where the advantage is positive.
-        sapo_temperature_neg: tau elsewhere.
-        use_vllm: samples came from vLLM: pass rollout_logprobs.
+        sapo_temperature_neg: tau where it is not.
+        use_vllm: the samples came from vLLM; pass rollout_logprobs.
         vllm_importance_sampling_correction: weight tokens by exp(old - rollout); only if use_vllm.
         vllm_importance_sampling_mode: {token,sequence}_{truncate,mask}.
         vllm_importance_sampling_clip_max: upper cap.
         vllm_importance_sampling_clip_min: lower cap.
-        **options: any field of PolicyLossConfig, over all this.
+        **options: fields of PolicyLossConfig; they override the above.
 
     Returns:
         PolicyLossConfig.
@@ -114,7 +117,7 @@ def trl(
     Raises:
         ValueError: an unknown option, or one that cannot be expressed (loss_type="vespo").
     """
-    refuse("trl", "loss_type", loss_type, {"vespo": "its gamma weights are no option here"})
+    refuse("trl", "loss_type", loss_type, {"vespo": "its gamma weights are not supported"})
     one_of("trl", "loss_type", loss_type, get_args(LossType))
     levels = get_args(SamplingLevel)
     one_of("trl", "importance_sampling_level", importance_sampling_level, levels)
@@ -159,7 +162,7 @@ def trl(
         sampling = vllm_importance_sampling_mode
         one_of("trl", "vllm_importance_sampling_mode", sampling, _CORRECTIONS)
         level, mode = _CORRECTIONS[sampling]
-        # A weight is never below 0, the cap that stands for none at all.
+        # Weights are positive, so a lower cap of 0 means no cap.
         low = vllm_importance_sampling_clip_min
         fields |= {
             "correction_level": level,

@@ -10,7 +10,7 @@ The advantages that go with them:
     reinforce_plus_plus           whiten(discounted_returns(rewards, mask=m, gamma=gamma), m)
     reinforce_plus_plus_baseline  whiten(group_advantages(r, ids, scale="none") per token, m)
 
-verl takes a group of one as it is (advantage = reward), here it has advantage 0.
+A group of one has advantage = reward in verl, advantage 0 here.
 """
 
 import math
@@ -35,7 +35,7 @@ KlLossType = Literal[
 _INEXPRESSIBLE = {
     **dict.fromkeys(
         ("clip_cov", "kl_cov", "geo_mean", "dppo_tv", "dppo_kl", "dro"),
-        "its objective is none of those here",
+        "its objective is not implemented here",
     ),
     "bypass_mode": "use loss_mode='vanilla' and pass the rollout's logprobs as old_logprobs",
 }
@@ -77,14 +77,16 @@ def verl(
     rollout_rs: str | None = None,
     **options: "Unpack[PolicyLossOptions]",
 ) -> Config:
-    """The actor's loss of verl (`ppo_loss`); names and defaults of its ActorConfig. Against 0.9.1.
+    """The actor's loss of verl (`ppo_loss`); names and defaults of its ActorConfig, checked against
+    0.9.1.
 
-    Log-ratio clamped to +-20 (gspo: at most 10), dual clip 3 by default, k3 with its input clamped
-    to +-20 and its value to +-10; gspo is the token form (the sequence's ratio, the gradient of the
-    token's own logprob). verl's pg_clipfrac is clip_frac_low + clip_frac_high here, its
-    pg_clipfrac_lower dual_clip_frac, and its ppo_kl k1_old (there after the clamp).
+    The log-ratio is clamped to +-20 (gspo: to at most 10), the dual clip is 3 by default, and k3
+    has its input clamped to +-20 and its value to +-10. gspo is the token form: the ratio of the
+    sequence, the gradient of the token's own logprob. verl's metric pg_clipfrac is clip_frac_low +
+    clip_frac_high here, its pg_clipfrac_lower is dual_clip_frac, and its ppo_kl is k1_old (verl
+    computes it after the clamp).
 
-    The normalizer, dp_size being the number of ranks over which gradients are averaged:
+    The normalizer; dp_size is the number of ranks over which gradients are averaged:
 
         token-mean                                   batch_num_tokens / dp_size
         token-sum                                    1 / dp_size (1 if none is given)
@@ -95,21 +97,22 @@ def verl(
         cls: PolicyLossConfig.
         loss_mode: vanilla, gspo, sapo, cispo or gpg.
         loss_agg_mode: as in the table. sapo's objective is always seq-mean-token-mean.
-        clip_ratio: counts only where clip_ratio_low or clip_ratio_high is None, as in verl.
+        clip_ratio: replaces clip_ratio_low or clip_ratio_high where that is None, as in verl.
         clip_ratio_low: lower clip distance.
         clip_ratio_high: upper clip distance.
         clip_ratio_c: dual clip of vanilla.
         tau_pos: sapo's tau where the advantage is positive.
-        tau_neg: sapo's tau elsewhere.
+        tau_neg: sapo's tau where it is not.
         entropy_coeff: weight of the entropy bonus.
         use_kl_loss: add the KL to the reference policy.
-        kl_loss_coef: its weight.
-        kl_loss_type: kl or k1, abs, mse or k2, low_var_kl or k3; with "+" the gradient of k2.
+        kl_loss_coef: weight of this KL.
+        kl_loss_type: kl or k1, abs, mse or k2, low_var_kl or k3; "+" takes the gradient of k2.
         rollout_is: "token" or "sequence" importance weights exp(old - rollout), or None.
-        rollout_is_threshold: upper cap, or "low_high": weights outside become 0 (IcePop).
+        rollout_is_threshold: upper cap of the weights, or "low_high": weights outside become 0
+            (IcePop).
         rollout_is_batch_normalize: not expressible.
-        rollout_rs: not expressible here: reject in the mask, as verl does.
-        **options: any field of PolicyLossConfig, over all this.
+        rollout_rs: not expressible; reject samples in the mask, as verl does.
+        **options: fields of PolicyLossConfig; they override the above.
 
     Returns:
         PolicyLossConfig.
@@ -147,7 +150,7 @@ def verl(
         fields["objective"] = "reinforce"
     else:
         if loss_agg_mode != "seq-mean-token-mean" and (entropy_coeff != 0 or use_kl_loss):
-            why = "verl aggregates its objective by sequence means and the other terms so"
+            why = "verl aggregates its objective by sequence means, but the other terms like this"
             inexpressible("verl", f"loss_mode='sapo' with {loss_agg_mode!r}", why)
         fields |= {
             "objective": "sapo",
@@ -171,7 +174,7 @@ def verl(
 
 
 def _threshold(threshold: float | str) -> PolicyLossOptions:
-    """2.0 or "2.0": a cap. "0.5_2.0": bounds outside of which the weight is 0."""
+    """The fields for rollout_is_threshold: 2.0 or "2.0" is a cap, "0.5_2.0" masks outside."""
     try:
         low, *high = map(float, str(threshold).split("_"))
         if not high:
