@@ -8,6 +8,10 @@ namespace {
 constexpr int kSlots = 8;
 constexpr int kBackwardSlots = 4;
 
+// Blocks of the backward that a multiprocessor holds: as many as spill no register.
+template <class E, bool kChange, bool kEntropy>
+constexpr int kBackwardBlocks = kChange ? 2 : (kEntropy && std::is_same_v<E, F16> ? 4 : 6);
+
 // What the backward needs of each row; zeros where it takes no gradient. With d = x - m and
 // e = exp2(d rate2), that is e (a0 + a1 d rate2): the entropy's part is linear in log p.
 struct alignas(16) Slopes {
@@ -251,7 +255,7 @@ __device__ __forceinline__ void gradients(const Slopes& c, const LogitOptions<kC
 
 // One tile of dz = p (-g - h (log p + H)) / T, plus g / T at the label, by a warp.
 template <class E, bool kChange, bool kEntropy>
-__global__ void __launch_bounds__(kRowThreads, kChange ? 2 : 6)
+__global__ void __launch_bounds__(kRowThreads, kBackwardBlocks<E, kChange, kEntropy>)
     backward_kernel(const LogprobsBackwardArgs a, const RowTiles tiles,
                     const Coefficients* coefficients) {
   using S = typename E::Storage;

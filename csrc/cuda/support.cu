@@ -190,8 +190,9 @@ __global__ void __launch_bounds__(kListThreads) gradient_kernel(const SupportBac
   const float m = stats[0];
   const double s = stats[1], mean = stats[2];
   // dz = e (a0 + a1 (z - m) / T): the entropy's part is linear in log p.
-  const float a0 = static_cast<float>((-g + h * mean) / s * rate);
-  const float a1 = static_cast<float>(-h / s * rate);
+  const double each = rate / s;
+  const float a0 = static_cast<float>((-g + h * mean) * each);
+  const float a1 = static_cast<float>(-h * each);
   float own = -__builtin_inff();
   for (int64_t e = list.begin + threadIdx.x; e < list.end; e += kListThreads)
     if (word_at(a.support, e) == label) own = fmaxf(own, a.kept[e]);
