@@ -1,1 +1,1 @@
-"""Operations: registration, autograd and the public functions, one file per operation."""
+"""Operations: registration, autograd and public functions, one file per operation."""

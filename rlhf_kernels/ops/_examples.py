@@ -1,4 +1,4 @@
-"""Small inputs for every operation: what `warmup` runs and what the doctor checks."""
+"""Small example inputs of every operation, for `warmup` and the doctor."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
@@ -22,7 +22,7 @@ from .value import value_loss
 
 
 class Inputs(NamedTuple):
-    """Makes inputs of one size, dtype and device, from a generator of their own."""
+    """Makes random inputs of one size, dtype and device from its own generator."""
 
     rows: int
     size: int
@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
     generator: torch.Generator
 
     def _seeded(self) -> dict[str, Any]:
-        # The device by name: the default device may be another than the generator's.
+        # The default device may differ from the generator's.
         return {"generator": self.generator, "device": self.generator.device}
 
     def floats(self, *shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
@@ -94,10 +94,10 @@ def _linear_policy_loss(x: Inputs) -> Call:
     hidden, weight = _head(x)
     old = x.floats(x.rows, 2, scale=0.2, grad=False) - 6
     mask = torch.ones(x.rows, 2, dtype=torch.bool, device=x.device)
-    # All of one sign: a loss whose terms cancel says little about its error.
+    # One sign only: terms of both signs would cancel and hide errors.
     advantages = x.floats(x.rows, 2, grad=False).abs()
     labels = x.integers(x.size, x.rows, 2)
-    # Without clipping: where a ratio sits at the bound, rounding decides about the gradient.
+    # No clipping: rounding would decide the gradient of a ratio at the bound.
     config = PolicyLossConfig.reinforce()
     return (hidden, weight, labels, old, advantages), {"mask": mask, "config": config}
 
@@ -120,7 +120,7 @@ def _policy_loss(x: Inputs) -> Call:
     )
     options = {"ref_logprobs": ref, "rollout_logprobs": rollout, "config": config}
     options["entropy"] = x.tokens(grad=True)
-    # All of one sign: a loss whose terms cancel says little about its error.
+    # One sign only: terms of both signs would cancel and hide errors.
     return (logprobs, old, x.tokens().abs()), options | {"mask": x.mask()}
 
 
@@ -170,7 +170,7 @@ def _whiten(x: Inputs) -> Call:
     return (x.tokens(),), {"mask": x.mask()}
 
 
-#: Public operation -> arguments for it. A new operation adds its line here.
+#: Public operation -> its example arguments. A new operation adds a line here.
 EXAMPLES: dict[Callable[..., Any], Callable[[Inputs], Call]] = {
     discounted_returns: _discounted_returns,
     dpo_loss: _dpo_loss,
@@ -190,7 +190,7 @@ EXAMPLES: dict[Callable[..., Any], Callable[[Inputs], Call]] = {
     whiten: _whiten,
 }
 
-#: More calls of an operation, of kernels that its example does not reach.
+#: Further calls of an operation, for kernels that its example does not reach.
 VARIANTS: dict[Callable[..., Any], tuple[Callable[[Inputs], Call], ...]] = {
     linear_token_logprobs: (_linear_token_logprobs_support,),
     token_logprobs: (_token_logprobs_support,),
@@ -209,12 +209,12 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def gradients(results: Sequence[Tensor], call: Call) -> list[Tensor]:
-    """Gradients of a weighted sum of `results` in the arguments of `call` that require grad."""
+    """Gradients of a weighted sum of `results` w.r.t. the arguments of `call` that require grad."""
     leaves = [v for v in (*call[0], *call[1].values()) if isinstance(v, Tensor) and v.requires_grad]
     outputs = [r for r in results if r.requires_grad]
     if not leaves or not outputs:
         return []
-    # Uneven, so that a backward that mixes up its upstream gradients is noticed.
+    # Distinct weights reveal a backward pass that mixes up its upstream gradients.
     upstream = [torch.linspace(0.5, 1.5, o.numel()).to(o).view(o.shape) for o in outputs]
     return list(torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True))
 
@@ -225,25 +225,25 @@ def warmup(
 ) -> None:
     """Runs every operation forward and backward once on tiny tensors.
 
-    Later calls then meet no first-time cost. On CPU that is loading the kernels' code, the first
-    allocations and, in the calling thread, the start of the OpenMP team (its threads belong to the
-    thread that calls). On GPUs it is compiling and loading kernels, which must not happen while a
-    CUDA graph is captured. Results are thrown away; no random state is touched.
+    Later calls then have no first-call cost. On CPU this cost is loading the kernels' code, the
+    first allocations and the start of the OpenMP team, which belongs to the calling thread. On
+    GPUs it is compiling and loading kernels, which must not happen while a CUDA graph is captured.
+    Results are discarded; no random state changes.
 
     Args:
-        device: where the tensors live.
+        device: device of the tensors.
         dtypes: dtypes of the floating inputs, from float32, bfloat16, float16.
 
     Raises:
-        TypeError: a dtype that no kernel takes.
-        RuntimeError: a backend was named that cannot serve this device.
+        TypeError: a dtype that no kernel supports.
+        RuntimeError: the selected backend does not support this device.
     """
     device = torch.device(device)
     for dtype in dtypes:
         if dtype not in checks.FLOATING:
             names = ", ".join(str(d).removeprefix("torch.") for d in checks.FLOATING)
             raise TypeError(f"warmup: dtypes must be from {names}, got {dtype}")
-    # Enough rows to give every thread of the team one.
+    # At least one row for every thread of the team.
     rows = max(2, torch.get_num_threads())
     with torch.inference_mode(False), torch.enable_grad():
         for function, example in EXAMPLES.items():

@@ -1,4 +1,4 @@
-"""Checks that the operations over an LM head share."""
+"""Checks shared by the operations over an LM head."""
 
 import torch
 from torch import Tensor
@@ -20,11 +20,11 @@ def check_head(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Requires hidden [..., H] and weight [V, H], bias [V], all on one device.
 
-    V may be 0 in a shard of a vocabulary.
+    V may be 0 in a vocabulary shard.
 
     Returns:
-        The operands; under autocast in its dtype, as F.linear casts them. Without it their dtypes
-        are one, or weight is float32 and hidden of 16 bits, for a product in fp32.
+        The operands. Under autocast they are cast as F.linear casts them. Otherwise all have one
+        dtype, or weight is float32 and hidden has 16 bits, for a product in fp32.
     """
     hidden = checks.floating(op, names[0], hidden, double=True)
     weight = checks.floating(op, names[1], weight, double=True)
@@ -57,7 +57,7 @@ def check_head(
 
 
 def _autocast(t: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
-    """An operand in the dtype that autocast is on for; float64 stays, as in F.linear."""
+    """An operand cast to the autocast dtype; float64 stays, as in F.linear."""
     return t if t is None or t.dtype is torch.float64 else t.to(dtype)
 
 
@@ -87,10 +87,10 @@ def check_ref_head(
     *,
     sharded: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Requires a reference policy's head over the tokens and the vocabulary of the policy's.
+    """Requires a reference head with the same tokens and vocabulary as the policy's head.
 
     Returns:
-        Its operands, as `check_head`, constant.
+        The operands of the reference head, as `check_head` returns them, detached.
     """
     names = ("ref_hidden", "ref_weight", "ref_bias")
     checks.floating(op, "ref_hidden", ref_hidden, double=True)
@@ -116,7 +116,10 @@ def check_chunk(
     columns: int,
     backend: str,
 ) -> int:
-    """An operator's chunk_tokens (see `_head.Chunk`), for logits of `columns` in all."""
+    """The chunk_tokens argument of an operator, for `columns` columns of logits in total.
+
+    0 chooses the default size; a negative number -n means exactly n tokens in every product.
+    """
     if chunk_tokens is not None:
         chunk_tokens = option_checks.integer(
             op, "chunk_tokens", chunk_tokens, low=1, what=" or None"

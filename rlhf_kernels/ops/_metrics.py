@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 class Metrics(Mapping[str, Tensor]):
-    """0-d tensors by name, all of them views of `tensor`, which lies on the loss's device.
+    """0-d tensors by name, all views of `tensor`, which is on the device of the loss.
 
-    `metrics["tokens"]`, iteration and `dict(metrics)` read nothing on the host; `as_dict()` copies
-    all metrics at once. An unknown name raises KeyError.
+    `metrics["tokens"]`, iteration and `dict(metrics)` need no host sync; `as_dict()` copies all
+    metrics to the host at once. An unknown name raises KeyError.
 
-    Not a named tuple: torch.compile of torch 2.6 calls no `__getitem__` of one.
+    Not a named tuple: torch.compile of torch 2.6 ignores an overridden `__getitem__` of one.
     """
 
     tensor: Tensor
@@ -50,7 +50,7 @@ class Metrics(Mapping[str, Tensor]):
 
 
 def register_metrics(kind: type[Metrics]) -> None:
-    """Makes torch.export and make_fx see the tensor in results that hold a `kind`."""
+    """Registers `kind` as a pytree node, so torch.export and make_fx see its tensor."""
     torch.utils._pytree.register_pytree_node(
         kind,
         lambda metrics: ([metrics.tensor], None),

@@ -1,9 +1,9 @@
 """Registration of kernels as torch.library operators.
 
-An operator takes the backend's name as its last argument, so that a backward pass runs where its
-forward ran. Eager calls on plain tensors go straight to the launcher: the dispatcher would cost
-more than a small kernel (3 µs against 1.5 µs per call, torch 2.13). Everything else (torch.compile,
-fake tensors, tensor subclasses) goes through the registered operator.
+An operator takes the backend's name as its last argument, so that a backward pass uses the backend
+of its forward pass. Eager calls on plain tensors skip the dispatcher and call the launcher, because
+the dispatcher costs more than a small kernel (3 µs against 1.5 µs per call, torch 2.13). All other
+calls (torch.compile, fake tensors, tensor subclasses) use the registered operator.
 """
 
 import functools
@@ -19,26 +19,26 @@ from ..core.row_options import RowOptions
 from ..kernels import backends
 
 _LIBRARY = torch.library.Library("rlhf_kernels", "DEF")
-# Types of arguments that a launcher takes as they are.
+# Argument types that a launcher accepts directly.
 _PLAIN = frozenset(
     (
         *(Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list),
         *(torch.dtype, RowOptions),
     )
 )
-# How a schema spells the fields of RowOptions.
+# The fields of RowOptions in schema syntax.
 _ROW_OPTIONS = ", ".join(f"{t.__name__} {name}" for name, t in RowOptions.__annotations__.items())
 _FIELDS = len(RowOptions._fields)
 
 R = TypeVar("R")
-#: What a backward pass of an autograd.Function gives for its inputs.
+#: The gradients that the backward pass of an autograd.Function returns.
 InputGradients = tuple[Tensor | None, ...]
 
 
 class Operator(Generic[R]):
-    """A registered operator, callable as `op(*args, backend)`; R is its result.
+    """A registered operator, callable as `op(*args, backend)`; R is the type of its result.
 
-    Its RowOptions are one argument here, and one argument each in the schema.
+    RowOptions is a single argument of this call; the schema has one argument per field.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Operator(Generic[R]):
         return launcher(*args[:-1])
 
     def _gathered(self, f: Callable[..., R]) -> Callable[..., R]:
-        """`f` as it is called from the schema."""
+        """`f` with the schema's arguments, which it gathers into RowOptions."""
         at = self._options_at
         if at is None:
             return f
@@ -95,7 +95,7 @@ class Operator(Generic[R]):
 
 
 class _Once(torch.autograd.Function):
-    """Gradients as they are, which raise when they are differentiated in any of `sources`."""
+    """Passes gradients through; differentiating them w.r.t. any further tensor raises."""
 
     @staticmethod
     def forward(ctx: Any, op: str, count: int, *tensors: Tensor | None) -> InputGradients:
@@ -111,8 +111,8 @@ class _Once(torch.autograd.Function):
 
 
 def remember(ctx: Any, *inputs: Tensor | None) -> None:
-    """Notes the inputs that a second derivative may be asked for; keeps none of them alive."""
-    if torch.compiler.is_compiling():  # a compiled backward refuses by itself
+    """Stores weak references to the inputs w.r.t. which a second derivative may be requested."""
+    if torch.compiler.is_compiling():  # torch itself refuses to differentiate a compiled backward
         return
     ctx.sources = [
         weakref.ref(t) for t in inputs if t is not None and t.requires_grad and not t.is_leaf
@@ -120,9 +120,9 @@ def remember(ctx: Any, *inputs: Tensor | None) -> None:
 
 
 def _sources(ctx: Any) -> list[Tensor]:
-    """Tensors that the gradient of a node depends on: its living inputs, and every leaf behind it.
+    """Tensors on which the gradient of a node depends: its live inputs and all leaves of its graph.
 
-    What nobody holds cannot be asked for; but a leaf can, also where the inputs are gone.
+    A derivative w.r.t. a freed input cannot be requested, but one w.r.t. a leaf always can.
     """
     found = [t for t in (source() for source in ctx.sources) if t is not None]
     nodes, seen = [ctx], {ctx}
@@ -140,17 +140,17 @@ def _sources(ctx: Any) -> list[Tensor]:
 def once_differentiable(
     op: str,
 ) -> Callable[[Callable[..., InputGradients]], Callable[..., InputGradients]]:
-    """Makes a backward pass raise where its result is differentiated, whatever the upstream.
+    """Makes differentiating the result of a backward pass raise, whatever the upstream gradient.
 
-    torch's decorator of this name cuts the graph in silence where the upstream gradient needs none,
-    though the gradient still depends on what was saved. The node that raises leads to what the
-    gradient depends on: autograd runs no other node on its way to the `inputs` of a backward.
+    torch's decorator of this name silently cuts the graph where the upstream gradient requires no
+    gradient, although the result still depends on the saved tensors. The raising node here has
+    these tensors as inputs, because autograd only runs nodes on a path to the requested `inputs`.
     """
 
     def decorate(backward: Callable[..., InputGradients]) -> Callable[..., InputGradients]:
         @functools.wraps(backward)
         def run(ctx: Any, *args: object) -> InputGradients:
-            # A compiled backward refuses by itself.
+            # torch itself refuses to differentiate a compiled backward.
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():
                 return backward(ctx, *args)
             with torch.no_grad():
@@ -167,7 +167,7 @@ def once_differentiable(
     return decorate
 
 
-# Operations over a head have no kernel of their own: the row kernel that each rests on.
+# Operations over a head -> the row kernel that each uses; they have no kernel of their own.
 _ROW_KERNELS = {
     "linear_kl_divergence": "kl_divergence",
     "linear_policy_loss": "token_logprobs",
@@ -202,10 +202,9 @@ def define(
 
     Args:
         name: operator name, also the key of its launcher in each backend.
-        schema: arguments and results, the last argument being `str backend`. `RowOptions options`
-            stands for their fields.
-        fake: shapes and dtypes of the results for abstract tensors, same arguments.
-        algorithm: what runs in place of a launcher: it takes the backend's `Kernels`, then the
-            arguments.
+        schema: arguments and results; the last argument is `str backend`. `RowOptions options`
+            expands to one argument per field.
+        fake: returns empty results with the right shapes and dtypes from the same arguments.
+        algorithm: runs instead of a launcher; takes the backend's `Kernels`, then the arguments.
     """
     return Operator(name, schema, fake, algorithm)

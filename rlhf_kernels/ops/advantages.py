@@ -86,10 +86,10 @@ def _check_scan(
     rates: dict[str, float],
     masked: str,
 ) -> tuple[Any, ...]:
-    """Checks what the scans have in common; the first of `tokens` sets shape and device.
+    """Checks the arguments common to the scans; the first of `tokens` sets shape and device.
 
     Returns:
-        The values of tokens, masks, sequences and rates, one after another, as kernels take them.
+        The values of tokens, masks, sequences and rates in one flat list, as kernels take them.
         Integer rewards, scores and bootstrap values become float32.
     """
     like, first = next(iter(tokens.items()))
@@ -100,7 +100,7 @@ def _check_scan(
         elif t is not None or name != "ref_logprobs":
             checks.floating(op, name, t, double=True)
         found.append(constant(t))
-    assert first is not None  # else the loop has raised
+    assert first is not None  # the loop has raised otherwise
     dims = 2 if cu_seqlens is None else 1
     if first.dim() != dims:
         expected = "[B, T]" if cu_seqlens is None else "[N], packed as cu_seqlens says,"
@@ -131,7 +131,7 @@ def _check_scan(
 
 
 def _kernel_dtypes(op: str, **tensors: Tensor | None) -> None:
-    """Kernels take no float64: raises what the reference would have accepted."""
+    """Raises TypeError for float64, which the reference accepts but kernels do not."""
     for name, t in tensors.items():
         if t is not None:
             checks.floating(op, name, t)
@@ -159,21 +159,21 @@ def gae(
         rewards: [B, T], or packed [N] with `cu_seqlens`; float32, bfloat16 or float16; integers and
             bools become float32.
         values: the shape of rewards; V_t, the value before step t.
-        mask: the shape of rewards, bool or integer, nonzero = keep, or floating, of 0 and 1 alone.
+        mask: the shape of rewards; bool or integer, nonzero = keep, or floating with only 0 and 1.
             None keeps everything.
-        cu_seqlens: [S+1] int32 or int64, sequence s being tokens cu_seqlens[s] to cu_seqlens[s+1].
-        dones: the shape and the dtypes of mask: the step ended its episode, so nothing behind
-            it counts, neither value nor advantage.
-        bootstrap_values: [B], or [S] if packed: value behind the last step of a sequence that was
-            cut off. 0 if None.
+        cu_seqlens: [S+1] int32 or int64; sequence s is tokens cu_seqlens[s] to cu_seqlens[s+1].
+        dones: the shape and dtypes of mask; nonzero where the step ended its episode. No later
+            value or advantage enters such a step.
+        bootstrap_values: [B], or [S] if packed: value after the last step of a truncated sequence.
+            0 if None.
         gamma: discount, in [0, 1].
         lam: decay of the estimator, in [0, 1].
-        masked: what a masked step is. "carry" (verl, NeMo-RL, AReaL): nothing at all; the steps
-            around it are neighbours. "zero" (OpenRLHF): a step with reward 0 and value 0, which
-            decays what passes through it; `dones` counts there, and `bootstrap_values` stands
-            behind the padding.
+        masked: how masked steps count. "carry" (verl, NeMo-RL, AReaL): not at all; the steps before
+            and after are neighbours. "zero" (OpenRLHF): as steps with reward 0 and value 0, which
+            discount the advantage that passes through; their `dones` apply, and `bootstrap_values`
+            follow the padding.
         whiten: give advantages zero mean and unit variance over the mask, as `whiten` does. verl's
-            gae is whiten=True; OpenRLHF's masked="zero", then whiten(unbiased=False, eps=0).
+            gae is whiten=True; OpenRLHF's is masked="zero", then whiten(unbiased=False, eps=0).
 
     Returns:
         Advantages(advantages, returns), float32 in the shape of rewards; exactly 0 at masked
@@ -182,7 +182,7 @@ def gae(
     Raises:
         TypeError: wrong dtype or type of an argument.
         ValueError: shapes or devices that do not match; an unknown option; on CPU, cu_seqlens that
-            do not rise from 0 to N.
+            do not start at 0, decrease, or do not end at N.
     """
     op = "gae"
     rewards, values, mask, dones, bootstrap_values, gamma, lam = _check_scan(
@@ -234,7 +234,7 @@ def discounted_returns(
         mask: as in `gae`.
         cu_seqlens: as in `gae`.
         dones: as in `gae`.
-        bootstrap_values: [B], or [S] if packed: return behind the last step. 0 if None.
+        bootstrap_values: [B], or [S] if packed: return after the last step. 0 if None.
         gamma: discount, in [0, 1].
         masked: as in `gae`: "carry" skips masked steps, "zero" discounts through them.
 
@@ -283,19 +283,19 @@ def ppo_advantages(
     whiten: bool = True,
     reward_clip: float | None = None,
 ) -> PPOAdvantages:
-    """Shaped rewards (InstructGPT, 2203.02155), their GAE and whitening, in one pass.
+    """Shaped rewards (InstructGPT, 2203.02155), their GAE and its whitening, in one pass.
 
     r_t = -kl_coef * KL_t, plus the sequence's score at its last kept token. With
     x = logprob - ref_logprob, KL_t is x (k1), x^2 / 2 (k2), exp(-x) - 1 + x (k3) or |x| (abs).
     Results are detached: constants of the loss.
 
     Args:
-        scores: [B], or [S] if packed: the reward of each sequence. Not used where no token is kept.
-        logprobs: [B, T], or packed [N] with `cu_seqlens`: of the policy that sampled.
+        scores: [B], or [S] if packed: the reward of each sequence. Unused if no token is kept.
+        logprobs: [B, T], or packed [N] with `cu_seqlens`: log-probabilities of the sampling policy.
         ref_logprobs: the shape of logprobs; None for no KL penalty.
         values: the shape of logprobs.
         mask: the shape of logprobs; as in `gae`.
-        kl_coef: weight of the penalty, a finite number; 0 does not look at `ref_logprobs`.
+        kl_coef: weight of the penalty, a finite number; with 0, `ref_logprobs` are not read.
         kl_estimator: "k1", "k2", "k3" or "abs".
         cu_seqlens: as in `gae`.
         gamma: as in `gae`.
@@ -306,7 +306,7 @@ def ppo_advantages(
 
     Returns:
         PPOAdvantages(advantages, returns, rewards), float32 in the shape of logprobs; exactly 0 at
-        masked positions. `rewards` are the shaped ones; `gae` of them gives the other two.
+        masked positions. `rewards` are the shaped rewards, whose `gae` are the other two.
 
     Raises:
         TypeError, ValueError: as in `gae`.
@@ -359,34 +359,35 @@ def group_advantages(
     greedy_rewards: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Rewards of whole sequences, relative to the other answers to the same prompt.
+    """Rewards of whole sequences relative to the other answers to the same prompt.
 
     GRPO (2402.03300): "mean", "group". Dr.GRPO (2503.20783): "mean", "none". RLOO (2402.14740):
     "leave-one-out", "none". REINFORCE++ (2501.03262): "none" or "mean", "batch". ReMax
-    (2310.10505): "greedy", "none". Statistics are fp64 and relative to a group's first reward:
-    exact for rewards with a large common offset.
+    (2310.10505): "greedy", "none". Statistics are fp64 and relative to a group's first reward, so a
+    large common offset costs no precision.
 
     Args:
         rewards: [B], floating, integer or bool.
-        groups: size of consecutive groups (it divides B), or the group of each sequence as an
-            integer tensor [B] of any ids; groups may then differ in size and lie in any order.
-        baseline: what to subtract: "mean" of the group, mean of the others in it
+        groups: size of consecutive groups, which divides B; or an integer tensor [B] with the group
+            id of each sequence, where groups may differ in size and be in any order.
+        baseline: value to subtract: "mean" of the group, mean of the others in the group
             ("leave-one-out"), `greedy_rewards` ("greedy"), or "none".
-        scale: what to divide by: std of the group's rewards + eps ("group"); "batch" subtracts the
-            mean of the baselined rewards over the batch and divides by their std + eps; or "none".
+        scale: "group" divides by the std of the group's rewards + eps. "batch" subtracts the batch
+            mean after the baseline, then divides by the batch std + eps. "none" does not divide.
             Standard deviations are unbiased.
         greedy_rewards: [B], the reward of the greedy answer to each sequence's prompt.
         eps: added to the standard deviation, >= 0. TRL's is 1e-4, verl's 1e-6, OpenRLHF's 1e-9.
 
     Returns:
-        Advantages [B], float32, detached. Exactly 0 where the scale is a standard deviation of zero
-        (equal rewards, groups of one), and for "mean" and "leave-one-out" also without a scale.
-        A reward that is NaN or infinite poisons its own group alone (with "batch", the batch).
+        Advantages [B], float32, detached. Exactly 0 where the standard deviation to divide by is 0
+        (equal rewards, groups of one); with scale "none" the baselines "mean" and "leave-one-out"
+        also give exactly 0 there. A NaN or infinite reward makes only its own group NaN (with
+        "batch", the whole batch).
 
     Raises:
         TypeError: wrong dtype or type of an argument.
         ValueError: shapes or devices that do not match; an unknown option; a group size that does
-            not divide B; greedy_rewards without baseline "greedy", or the reverse.
+            not divide B; greedy_rewards without baseline "greedy", or vice versa.
     """
     op = "group_advantages"
     rewards = _of_sequences(op, "rewards", rewards)
@@ -426,7 +427,7 @@ def group_advantages(
 
 
 def _of_sequences(op: str, name: str, t: object) -> Tensor:
-    """Rewards of whole sequences; integers become float64, which their statistics are in."""
+    """Checked rewards of whole sequences; integers become float64, the dtype of the statistics."""
     if isinstance(t, Tensor) and t.dtype is not torch.bool and not t.is_floating_point():
         checks.integers(op, name, t)
         return t.double()
@@ -454,8 +455,8 @@ def whiten(
         eps: added to the variance, >= 0.
 
     Returns:
-        float32 in the shape of x, detached; exactly 0 at masked positions. One kept element has
-        variance 0, so its result is 0 (its own value with shift_mean=False).
+        float32 in the shape of x, detached; exactly 0 at masked positions. A single kept element
+        has variance 0, so its result is 0 (with shift_mean=False, its own value).
 
     Raises:
         TypeError: wrong dtype or type of an argument.

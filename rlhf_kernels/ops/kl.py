@@ -89,21 +89,22 @@ def kl_divergence(
     """Exact per-token KL divergence over the whole vocabulary.
 
     reverse: KL(policy || ref) = sum_j p_j (log p_j - log q_j), the KL term of RLHF.
-    forward: KL(ref || policy), the loss of distillation. p = softmax(logits / temperature), q the
-    same of ref_logits. One read of each tensor forward; differentiable in `logits` only.
+    forward: KL(ref || policy), the loss of distillation. Here p = softmax(logits / temperature) and
+    q = softmax(ref_logits / temperature). The forward pass reads each tensor once. Differentiable
+    in `logits` only.
 
     Args:
         logits: policy's logits [..., V], float32, bfloat16 or float16.
         ref_logits: reference's logits, same shape and dtype; a constant.
-        mask: [...], bool or integer, nonzero = keep, or floating, of 0 and 1 alone: the others give
-            0 and no gradient, whatever their logits. None keeps everything.
+        mask: [...]; bool or integer, nonzero = keep, or floating with only 0 and 1. Masked tokens
+            give 0 and no gradient, whatever their logits. None keeps everything.
         direction: "reverse" or "forward".
-        temperature: a number between 2^-60 and 2^60; divides both.
+        temperature: a number between 2^-60 and 2^60; divides both tensors.
 
     Returns:
-        [...], float32, never negative; +inf where the second distribution gives no mass to a token
-        that the first does; NaN for a row of NaN, +inf or nothing but -inf. Where the forward
-        divergence is infinite its gradient is still (p - q) / T; that of an infinite reverse one is
+        [...], float32, never negative. +inf where the second distribution is 0 for a token to which
+        the first gives mass. NaN for a row that holds NaN or +inf, or only -inf. The gradient of an
+        infinite forward divergence is still (p - q) / T; that of an infinite reverse divergence is
         NaN where p > 0, else 0.
 
     Raises:
@@ -132,7 +133,7 @@ def kl_divergence(
         kl = _KlDivergence.apply(
             logits, ref_logits.detach(), temperature, direction == "reverse", backend
         )
-    # Kernels give a row without an upstream gradient none, also where it holds NaN.
+    # Kernels give a row with zero upstream gradient a zero gradient, even if it holds NaN.
     return kl if mask is None else torch.where(mask != 0, kl, 0)
 
 
@@ -146,9 +147,9 @@ def kl_penalty(
     """Per-token estimate of KL(policy || ref) from log-probabilities of sampled tokens.
 
     With x = logprobs - ref_logprobs (Schulman, "Approximating KL divergence", 2020):
-    k1 = x; k2 = x^2 / 2; k3 = exp(-x) - 1 + x; abs = |x|. With the suffix "+" the value is the
-    estimator's and the gradient that of k2 (straight-through), whose expectation is the gradient of
-    the KL; as a loss term, k1 alone has zero expected gradient and k3 a biased one.
+    k1 = x; k2 = x^2 / 2; k3 = exp(-x) - 1 + x; abs = |x|. The suffix "+" keeps the value of the
+    estimator but takes the gradient of k2 (straight-through), whose expectation is the gradient of
+    the KL. As a loss term without "+", k1 has zero expected gradient and k3 a biased one.
 
     Args:
         logprobs: [...], float32, bfloat16 or float16; differentiated.

@@ -79,9 +79,9 @@ def linear_kl_divergence(
     chunk_tokens: int | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
-    """`kl_divergence` between two LM heads, without the logits of either in memory as a whole.
+    """`kl_divergence` between two LM heads, without ever holding all logits of either in memory.
 
-    Both heads' logits are computed chunk by chunk of tokens, forward and again backward.
+    Both heads' logits are computed in chunks of tokens, once forward and once more backward.
     reverse: KL(policy || ref); forward: KL(ref || policy), the loss of distillation.
 
     Args:
@@ -91,19 +91,20 @@ def linear_kl_divergence(
         ref_weight: reference's head [V, H'], dtype of weight; constant.
         bias: [V], or None.
         ref_bias: [V], or None; constant.
-        mask: [...], bool or integer, nonzero = keep, or floating, of 0 and 1: the others are not
-            multiplied and give 0.
-        logit_scale: a finite number > 0 that multiplies the logits of both.
+        mask: [...]; bool or integer, nonzero = keep, or floating with only 0 and 1. Masked tokens
+            are not multiplied and give 0.
+        logit_scale: a finite number > 0 that multiplies the logits of both heads.
         direction: "reverse" or "forward".
-        temperature: a number, over logit_scale between 2^-60 and 2^60; divides both.
+        temperature: a number that divides the logits of both heads; temperature / logit_scale must
+            lie between 2^-60 and 2^60.
         chunk_tokens: as in `linear_token_logprobs`.
         batch_invariant: as in `linear_token_logprobs`.
 
     Returns:
-        [...], float32, differentiable in hidden, weight and bias; values as `kl_divergence`.
+        [...], float32, differentiable in hidden, weight and bias; values as in `kl_divergence`.
 
     Raises:
-        TypeError, ValueError: as `kl_divergence`; operands whose shapes or dtypes do not match.
+        TypeError, ValueError: as in `kl_divergence`; operands whose shapes or dtypes do not match.
     """
     op = "linear_kl_divergence"
     names = ("hidden", "weight", "bias")

@@ -1,4 +1,4 @@
-"""linear_token_logprobs: log-probabilities from hidden states, logits never as a whole."""
+"""linear_token_logprobs: log-probabilities from hidden states, with logits only in chunks."""
 
 from typing import Any, Literal, overload
 
@@ -53,7 +53,7 @@ _forward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
     _forward_fake,
     head.forward,
 )
-# Also gives the labels as columns of this rank's shard, for the backward.
+# Also returns the labels as columns of this rank's shard, for the backward pass.
 _sharded_forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor]] = define(
     "sharded_linear_token_logprobs",
     f"({_ARGS}, str group, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -200,57 +200,58 @@ def linear_token_logprobs(
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
 ) -> TokenLogprobs | TokenLogprobsEntropy:
-    """`token_logprobs` straight from hidden states: the LM head's logits never exist as a whole.
+    """`token_logprobs` from hidden states, without ever holding all of the LM head's logits.
 
-    logits = (hidden @ weight.T + bias) * logit_scale, computed chunk by chunk of tokens in one
-    buffer, forward and again backward. Tokens with `ignore_index` are dropped before the product;
-    tokens whose upstream gradient is zero (clipped, without advantage, prompt) are skipped in the
-    backward pass. The gradient of the weight is accumulated over chunks in fp32, and has no buffer
-    where the weight is frozen.
+    logits = (hidden @ weight.T + bias) * logit_scale, computed in chunks of tokens in one buffer,
+    once forward and once more backward. Tokens with `ignore_index` are dropped before the product.
+    The backward pass skips tokens whose upstream gradient is zero (clipped tokens, zero advantage,
+    prompts). The gradient of the weight is accumulated over chunks in fp32; a frozen weight has no
+    gradient buffer.
 
-    With `group` the vocabulary is sharded over its ranks as in `token_logprobs`: weight and bias
-    are this rank's rows; hidden and everything per token are the same on every rank. The gradients
-    of weight and bias are those of this rank's rows; that of hidden is summed over the ranks, in
-    fp32 and once per backward, so it is whole on every rank. All ranks need it or none, and all
-    take part in the backward, with the same upstream gradient.
+    With `group` the vocabulary is sharded over the ranks of the group as in `token_logprobs`.
+    weight and bias are this rank's rows; hidden and all per-token arguments are the same on every
+    rank. The gradients of weight and bias cover this rank's rows. The gradient of hidden is summed
+    over the ranks, in fp32 and once per backward pass, so every rank gets the complete gradient.
+    Either all ranks or none must need it, and all must run the backward pass with the same upstream
+    gradient.
 
     Args:
         hidden: [..., H], float32, bfloat16 or float16.
-        weight: [V, H], dtype of hidden; or float32 with 16-bit hidden states, whose product is then
-            in fp32, a chunk of them upcast at a time. Under autocast any of these dtypes: operands
-            are cast as F.linear casts them. Gradients come in each operand's own dtype.
+        weight: [V, H], dtype of hidden; or float32 with 16-bit hidden states, which are then upcast
+            chunk by chunk for a product in fp32. Under autocast any of these dtypes; operands are
+            cast as F.linear casts them. Gradients have each operand's own dtype.
         labels: [...], int64 or int32.
-        mask: as in `token_logprobs`: the others are not multiplied.
+        mask: as in `token_logprobs`; masked tokens are not multiplied.
         bias: [V], or None.
-        temperature: as in `token_logprobs`; over logit_scale it lies within the same bounds.
+        temperature: as in `token_logprobs`; the bounds hold for temperature / logit_scale.
         softcap: as in `token_logprobs`, applied after logit_scale.
         logit_scale: a number between 2^-60 and 2^60 (Cohere, Granite).
         entropy: also return the entropy.
         ignore_index: label of tokens to skip.
-        chunk_tokens: tokens of a chunk. None: what 128 MiB of logits hold on CPU, 1 GiB on a GPU;
-            a CPU's backward pass then takes blocks of the vocabulary, not of tokens, so that the
-            gradient of the weight is written once, and only that of hidden is summed in fp32.
-        batch_invariant: every product takes exactly chunk_tokens rows, the last chunk padded, so
-            that a token's results and its own gradient are the same bits in any batch. GEMM
-            libraries choose their kernel, and with it the order of a sum, by the number of rows;
-            without this a batch of another size may differ in the last bits. Costs the padding: up
-            to a chunk of products, little where tokens fill several chunks. No more than 8192 rows,
-            nor 16 times the default, whatever chunk_tokens says.
+        chunk_tokens: tokens of a chunk. None: as many as fit 128 MiB of logits on CPU, 1 GiB on a
+            GPU. With None the backward pass on CPU works in blocks of the vocabulary instead of
+            tokens: it writes the gradient of the weight once and sums only that of hidden in fp32.
+        batch_invariant: every product has exactly chunk_tokens rows (the last chunk is padded), so
+            that a token's results and its own gradient have the same bits in any batch. GEMM
+            libraries choose the kernel, and thereby the order of a sum, by the number of rows;
+            without this option, batches of different sizes may differ in the last bits. The padding
+            costs up to one chunk of products. chunk_tokens is capped at 8192 rows and at 16 times
+            the default.
         group: process group over which V is sharded; None for none.
         support: the token ids that the sampler kept for each token, (indptr, indices), as in
-            `token_logprobs`. Only their rows of the weight are multiplied, in fp32 without chunks,
-            and only they have a gradient.
+            `token_logprobs`. Only the rows of the weight for these ids are multiplied, in fp32 and
+            without chunks, and only these rows have a gradient.
 
     Returns:
         TokenLogprobs(logprobs [...], entropy None), or with entropy=True
         TokenLogprobsEntropy(logprobs [...], entropy [...]), float32, differentiable in hidden,
-        weight and bias. Logits of 16-bit operands are summed in fp32; on CPU the GEMM then rounds
-        those of bfloat16 to 16 bits, else they stay fp32. Of float16 a CPU multiplies blocks
-        widened to fp32.
+        weight and bias. Logits of 16-bit operands are summed in fp32 and stay fp32, except that the
+        GEMM on CPU rounds logits of bfloat16 operands to bfloat16. For float16, a CPU multiplies
+        blocks widened to fp32.
 
     Raises:
-        TypeError, ValueError, IndexError: as `token_logprobs`; operands whose shapes or dtypes do
-            not match.
+        TypeError, ValueError, IndexError: as in `token_logprobs`; operands whose shapes or dtypes
+            do not match.
     """
     op = "linear_token_logprobs"
     shards = groups.name(op, group)

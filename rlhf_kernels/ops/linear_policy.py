@@ -1,4 +1,4 @@
-"""linear_policy_loss: the policy loss straight from hidden states, with its gradient."""
+"""linear_policy_loss: the policy loss from hidden states, with its gradient."""
 
 from typing import Any
 
@@ -65,7 +65,7 @@ _sharded_forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = defi
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
-    """The gradient is computed with the loss; backward only scales it."""
+    """The forward pass computes the gradient too; backward only scales it."""
 
     @staticmethod
     def forward(
@@ -74,7 +74,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         *inputs, group, backend = rest
         ctx.nothing = (None,) * len(rest)
         ctx.needs = list(ctx.needs_input_grad[:3])
-        # One by one up to here: autograd sees no tensor inside a list.
+        # Separate arguments up to here, because autograd sees no tensor inside a list.
         ref_head = [t for t in inputs[7:10] if t is not None]
         args = (hidden, weight, bias, *inputs[:7], ref_head, *inputs[10:], ctx.needs)
         if group:
@@ -124,30 +124,32 @@ def linear_policy_loss(
     group: "torch.distributed.ProcessGroup | None" = None,
     config: PolicyLossConfig = PPO,
 ) -> PolicyLoss:
-    """`policy_loss` straight from hidden states, its gradient taken in the forward pass.
+    """`policy_loss` from hidden states; the forward pass computes the gradient too.
 
     The value, metrics and gradients are those of
-    `policy_loss(*token_logprobs(hidden @ weight.T, labels, entropy=True), ...)`, by three products
-    in all instead of the four of a head that is recomputed: a chunk's logits are turned into their
-    own gradient while they are there. Masked tokens are never multiplied; tokens that cannot have a
-    gradient (no advantage, with neither KL nor entropy term) only forward. Configurations in which
-    a token's gradient depends on its whole sequence (ratio_level "sequence", "sequence-token",
-    correction_level "sequence") need a sweep for the log-probabilities first, so four products. A
-    CPU with 16-bit operands takes four as well where a vocabulary of more than 32768 leaves so few
-    tokens to a chunk that summing the weight's gradient over chunks, in fp32, would cost more than
-    the logits once again.
+    `policy_loss(*token_logprobs(hidden @ weight.T, labels, entropy=True), ...)`. A chunk's logits
+    are overwritten by their gradient in the forward pass, so that three matrix products suffice
+    where recomputing the logits in the backward pass takes four. Masked tokens are never
+    multiplied. Tokens without a gradient (zero advantage, no KL or entropy term) are multiplied
+    only forward.
 
-    With `group` the vocabulary is sharded over its ranks as in `linear_token_logprobs`, that of the
-    reference policy too: loss and metrics are bit for bit the same on every rank. The ranks
-    exchange four floats per token chunk by chunk, and the gradient of hidden once, in the forward
-    pass: which operands need a gradient must be the same on every rank.
+    Four products are still needed where a token's gradient depends on its whole sequence
+    (ratio_level "sequence" or "sequence-token", correction_level "sequence"): a first sweep then
+    computes the log-probabilities. Four are also used on CPU with 16-bit operands and V > 32768,
+    where chunks hold so few tokens that summing the weight's gradient over chunks in fp32 would
+    cost more than recomputing the logits.
+
+    With `group` the vocabulary is sharded over the ranks of the group as in
+    `linear_token_logprobs`, that of the reference policy too. Loss and metrics have the same bits
+    on every rank. In the forward pass the ranks exchange four floats per token chunk by chunk, and
+    the gradient of hidden once. The same operands must require a gradient on every rank.
 
     Args:
         hidden: [B, T, H], or packed [N, H] with cu_seqlens; float32, bfloat16 or float16.
         weight: [V, H], its dtype as in `linear_token_logprobs`.
-        labels: [B, T] or [N], int64 or int32; under the mask anything.
+        labels: [B, T] or [N], int64 or int32; any values at masked tokens.
         old_logprobs: as in `policy_loss`. None costs no further product, and the ratio is exactly 1
-            whatever the number of tokens that a product takes.
+            for any chunk size.
         advantages: as in `policy_loss`.
         mask: as in `policy_loss`.
         bias: [V], or None.
@@ -155,27 +157,27 @@ def linear_policy_loss(
         softcap: as in `token_logprobs`, applied after logit_scale.
         logit_scale: a number between 2^-60 and 2^60 that multiplies the logits.
         ref_logprobs: as in `policy_loss`.
-        ref_hidden: hidden states [..., H'] of the reference policy, in place of ref_logprobs: its
-            log-probabilities are computed in the same sweep. Constant.
-        ref_weight: head [V, H'] of the reference policy, given with ref_hidden.
-        ref_bias: its bias [V], or None.
+        ref_hidden: hidden states [..., H'] of the reference policy instead of ref_logprobs, which
+            are then computed in the same sweep. Constant.
+        ref_weight: head [V, H'] of the reference policy; required with ref_hidden.
+        ref_bias: bias [V] of the reference head, or None.
         rollout_logprobs: as in `policy_loss`.
         cu_seqlens: as in `policy_loss`.
         normalizer: as in `policy_loss`.
-        chunk_tokens: as in `linear_token_logprobs`, the same on every rank of group. None: what
-            fits for the largest shard.
+        chunk_tokens: as in `linear_token_logprobs`, the same on every rank of group. None: as many
+            as fit for the largest shard.
         batch_invariant: as in `linear_token_logprobs`; with group, chunk_tokens must be given.
         group: process group over which V is sharded; None for none.
-        config: options; PPO as in `policy_loss` by default.
+        config: options; by default those of `PolicyLossConfig.ppo()`.
 
     Returns:
         PolicyLoss(loss, metrics), float32; differentiable in hidden, weight and bias. The gradients
-        of weight and bias are accumulated in fp32 and rounded once to their dtype. Those of float16
-        operands are kept in fp32, twice the memory, until the upstream gradient is known, so that a
-        loss scale does for them what it does where autograd multiplies first.
+        of weight and bias are accumulated in fp32 and rounded once to their dtype. Gradients of
+        float16 operands stay in fp32, at twice the memory, until they are multiplied by the
+        upstream gradient, so that a loss scale protects them as usual.
 
     Raises:
-        TypeError, ValueError, IndexError: as `policy_loss` and `linear_token_logprobs`.
+        TypeError, ValueError, IndexError: as in `policy_loss` and `linear_token_logprobs`.
     """
     op = "linear_policy_loss"
     shards = groups.name(op, group)
@@ -201,15 +203,15 @@ def linear_policy_loss(
         hidden, weight, ref_logprobs, ref_hidden, ref_weight, ref_bias, bool(shards)
     )
     check_config(op, config, ref_hidden if ref_head else ref_logprobs, rollout_logprobs, normalizer)
-    given = config.normalizer if normalizer is None else normalizer
-    count, divisor = checks.divisor(op, given, "hidden", hidden.device)
+    effective_normalizer = config.normalizer if normalizer is None else normalizer
+    count, divisor = checks.divisor(op, effective_normalizer, "hidden", hidden.device)
 
     backend = select(op, hidden.device)
     columns = (2 if ref_head else 1) * weight.shape[0]
     if shards and batch_invariant and chunk_tokens is None:
-        # The ranks exchange in every chunk: they must agree on its size.
+        # The ranks communicate once per chunk, so they must agree on its size.
         raise ValueError(f"{op}: chunk_tokens must be given with group and batch_invariant")
-    # A bound from the rank's own shard would differ between ranks.
+    # A bound from the columns of this rank's shard would differ between ranks.
     columns = 0 if shards else columns
     chunk = check_chunk(op, chunk_tokens, batch_invariant, weight, columns, backend)
     if backend == backends.REFERENCE:

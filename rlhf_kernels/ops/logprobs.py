@@ -32,7 +32,7 @@ _forward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
     f"({_ROWS}, RowOptions options, str backend) -> (Tensor, Tensor, Tensor)",
     _forward_fake,
 )
-# Also gives the labels as columns of this shard, with which the backward is that of any rows.
+# Also returns the labels as columns of this shard; with them the usual backward kernel applies.
 _sharded_forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor]] = define(
     "sharded_token_logprobs",
     f"({_ROWS}, RowOptions options, str group, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -96,7 +96,7 @@ class _TokenLogprobs(torch.autograd.Function):
             return (_backward(logits, *args), *nothing)
         memory = logits.detach()
         _backward_inplace(memory, *args)
-        # The write is invisible to autograd: anyone else who saved these logits must be told.
+        # Autograd does not see this write; the new version makes other uses of these logits raise.
         torch.autograd.graph.increment_version(logits)
         return (memory, *nothing)
 
@@ -128,7 +128,7 @@ class TokenLogprobs(NamedTuple):
 
 
 class TokenLogprobsEntropy(NamedTuple):
-    """Result of the same with `entropy=True`."""
+    """Result of `token_logprobs` and `linear_token_logprobs` with `entropy=True`."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -137,7 +137,7 @@ class TokenLogprobsEntropy(NamedTuple):
 def named_result(
     logprobs: Tensor, entropy: Tensor | None = None
 ) -> TokenLogprobs | TokenLogprobsEntropy:
-    """The public result of what an implementation returns."""
+    """The public result for the tensors that an implementation returns."""
     if entropy is None:
         return TokenLogprobs(logprobs)
     return TokenLogprobsEntropy(logprobs, entropy)
@@ -204,67 +204,70 @@ def token_logprobs(
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
 ) -> TokenLogprobs | TokenLogprobsEntropy:
-    """Log-probability of each label, and optionally the entropy of its distribution.
+    """Log-probability of each label, and optionally the entropy of the token's distribution.
 
     With z = logits / temperature, or softcap * tanh(logits / softcap) / temperature:
     logprob = z_y - log sum_j exp(z_j) and entropy = -sum_j p_j log p_j, p = softmax(z). Both are
-    differentiable in logits. One read of the logits forward; one read and one write backward.
-    TRL calls this `selective_log_softmax`, verl `logprobs_from_logits`.
+    differentiable in logits. The forward pass reads the logits once; the backward pass reads and
+    writes them once. TRL calls this `selective_log_softmax`, verl `logprobs_from_logits`.
 
-    With `group` the vocabulary is sharded over its ranks (tensor parallelism): each has the columns
-    that follow those of the rank before, any number, also none, and all have the same labels. Four
-    floats per token are exchanged forward, nothing backward. Every rank gets the whole result, bit
-    for bit the same, and computes the same loss from it; the gradient of its logits is that of this
-    one loss, as without a group.
+    With `group` the vocabulary is sharded over the ranks of the group (tensor parallelism). Ranks
+    hold consecutive column ranges of any size, including 0, and all ranks pass the same labels. The
+    forward pass exchanges four floats per token, the backward pass nothing. Every rank gets the
+    complete result with the same bits and computes the same loss from it. The gradient of a rank's
+    logits is that of this one loss, as without a group.
 
     Args:
         logits: [..., V], float32, bfloat16 or float16. Any [N, V] or [B, T, V] view with unit
             stride over V is read where it lies: `logits[:, :-1]` costs no copy.
         labels: [...], int64 or int32.
-        mask: [...], bool or integer: nonzero = keep; or floating, of 0 and 1 alone. The others are
-            skipped as those of `ignore_index` are, whatever their label. None keeps everything.
+        mask: [...]; bool or integer, nonzero = keep, or floating with only 0 and 1. Masked tokens
+            are skipped like tokens with `ignore_index`, whatever their labels. None keeps
+            everything.
         temperature: a number between 2^-60 and 2^60, or a float tensor of one per token that
-            broadcasts to the shape of labels (not differentiated). One of an ignored token does not
-            matter. One that is zero, negative, NaN, infinite or beyond these bounds raises
-            ValueError with its position on CPU; a GPU, and traced code, gives NaN for its token,
-            unless RLHF_KERNELS_CHECK=1.
+            broadcasts to the shape of labels (not differentiated). Temperatures of ignored tokens
+            have no effect. A temperature that is NaN or out of bounds raises ValueError with its
+            position on CPU. On a GPU or in traced code it makes its token NaN instead, unless
+            RLHF_KERNELS_CHECK=1.
         softcap: cap of the final logits (Gemma 2), applied before temperature; None for none.
         entropy: also return the entropy.
         ignore_index: label of tokens to skip: result 0, gradient exactly 0, logits never read.
-        inplace_backward: write the gradient into the memory of `logits` and save the buffer. Only
+        inplace_backward: write the gradient into the memory of `logits`, which saves a buffer. Only
             for logits that nothing else needs; a later use in the same graph raises in autograd.
-        group: process group over which V is sharded, logits being this rank's [..., V_rank]; labels
-            count from the first column of rank 0, and all other arguments are the same everywhere.
-        support: the token ids that top-k, top-p or min-p kept for each token, (indptr [N + 1],
-            indices [nnz]), each int32 or int64, N tokens in row-major order of labels: those of
-            token n are indices[indptr[n]:indptr[n + 1]], in any order, each once. These are
-            `offsets` and `token_ids` of vLLM's sampling mask; for indices `top` [..., k] of a top-k
-            they are (torch.arange(N + 1) * k, top.reshape(-1)). The result is that of logits whose
-            others are -inf after the cap: log-probability and entropy renormalised over the
-            support, gradient 0 outside it. A label that was not kept, which the sampler cannot
-            have drawn, gives -inf and a gradient in the kept logits. A token without any has no
-            distribution and gives NaN and gradient 0: give tokens of prompts and of tools
-            `ignore_index`, whose entries are not looked at, and take tokens sampled from the whole
-            vocabulary from a call without support. Only the kept logits are read, and saved for
-            the backward pass in place of the logits.
+        group: process group over which V is sharded. logits are then this rank's [..., V_rank];
+            labels count from the first column of rank 0, and all other arguments are the same on
+            every rank.
+        support: the sampling mask, as the token ids that top-k, top-p or min-p kept for each token:
+            (indptr [N + 1], indices [nnz]), each int32 or int64. N is the number of tokens in
+            row-major order of labels. Token n kept indices[indptr[n]:indptr[n + 1]], in any order
+            and without repeats. vLLM's sampling mask has them as `offsets` and `token_ids`; for
+            indices `top` [..., k] of a top-k pass (torch.arange(N + 1) * k, top.reshape(-1)).
+            Logits outside the support count as -inf after the cap: log-probability and entropy are
+            renormalised over the support, and the gradient outside it is 0. A label outside its
+            support, which the sampler cannot have drawn, gives -inf and a gradient in the kept
+            logits. A token with an empty support gives NaN and gradient 0. Give tokens of prompts
+            and tools `ignore_index`; their entries are not read. For tokens sampled from the whole
+            vocabulary, make a separate call without support. Only the kept logits are read, and
+            only they are saved for the backward pass.
 
     Returns:
         TokenLogprobs(logprobs [...], entropy None), or with entropy=True
-        TokenLogprobsEntropy(logprobs [...], entropy [...]), float32. A row whose logits are all
-        -inf, or that holds NaN or +inf, is NaN; a label at -inf gives -inf, as in torch.
+        TokenLogprobsEntropy(logprobs [...], entropy [...]), float32. A row that holds NaN or +inf,
+        or only -inf, gives NaN; a label whose logit is -inf gives -inf, as in torch.
 
     Raises:
         TypeError: wrong dtype or type of an argument.
         ValueError: shapes or devices that do not match; temperature or softcap not between 2^-60
             and 2^60; inplace_backward on a leaf, on overlapping memory, under torch.compile, on the
             reference backend, or with support; group and support together; on CPU an indptr that
-            does not lead from 0 to nnz without decreasing, or a token id twice in a support.
-        IndexError: a label or kept token id outside [0, V) on CPU, with its position; nothing was
-            read through it. A GPU gives NaN, and what a repeated one gives there is undefined,
-            unless RLHF_KERNELS_CHECK=1.
+            does not start at 0, decreases, or does not end at nnz, or a repeated token id in a
+            support.
+        IndexError: on CPU, a label or kept token id outside [0, V), with its position; it is never
+            used as an index. On a GPU it gives NaN instead, and a repeated token id gives an
+            undefined result, unless RLHF_KERNELS_CHECK=1.
 
-    With `group`, bad data of one rank, or labels that differ between ranks (both on CPU), raise on
-    every rank.
+    With `group` on CPU, bad data of one rank, or labels that differ between ranks, raise on every
+    rank.
     """
     op = "token_logprobs"
     checks.floating(op, "logits", logits, double=True)

@@ -1,6 +1,6 @@
 """Head: the LM head of a Hugging Face model, as the operations over hidden states take it.
 
-Nothing is imported of transformers: what is asked of a model are its methods and its settings.
+This module does not import transformers: it only uses methods and settings of the model.
 """
 
 from collections.abc import Iterator
@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 
 _TOKENS = 8
-#: Standard deviation of the logits on which a cap shows; caps of models lie between 15 and 50.
+#: Standard deviation of logits large enough to reveal a cap; models use caps between 15 and 50.
 _LARGE = 30.0
 
 
 class Head(NamedTuple):
     """The LM head of a model: logits = softcap((hidden @ weight.T + bias) * logit_scale).
 
-    Its fields are arguments of `linear_token_logprobs` and `linear_policy_loss`:
+    The fields are arguments of `linear_token_logprobs` and `linear_policy_loss`:
     `linear_policy_loss(hidden, labels=labels, **head._asdict(), ...)`.
 
     weight: [V, H], the model's own parameter.
     bias: [V], or None.
     softcap: c of c tanh(x / c), or None.
-    logit_scale: multiplies the product.
+    logit_scale: multiplies hidden @ weight.T + bias.
     """
 
     weight: Tensor
@@ -34,24 +34,25 @@ class Head(NamedTuple):
 
     @classmethod
     def from_model(cls, model: nn.Module, *, check: bool = True) -> "Head":
-        """The head of a Hugging Face causal LM, checked on the model itself.
+        """The head of a Hugging Face causal LM, checked against the model.
 
-        The check is a forward pass over eight random tokens: the logits of the model against those
-        of this head over the last hidden states of its base model, once as they are and once so
-        much larger that a cap would show. Mode, gradients and generators stay as they are.
+        The check runs the model on eight random tokens and compares its logits with those of this
+        head over the last hidden states of the base model. A second run scales the hidden states
+        up, so that a cap of the logits shows. Training mode, gradients and random generators stay
+        unchanged.
 
-        The operations over heads read `weight`, so that what acts around the module alone would be
-        lost: adapters, parametrisations and hooks on the head are refused. Wrappers of DDP,
-        torch.compile and PEFT are looked through, also that of a head which PEFT trains whole;
-        sharded parameters are refused.
+        The operations over heads read only `weight` and ignore the module around it. Adapters,
+        parametrisations and hooks on the head are therefore refused, and so are sharded parameters.
+        Wrappers of DDP, torch.compile and PEFT are unwrapped, including a head that PEFT trains
+        fully.
 
         Args:
             model: a causal LM, with `get_output_embeddings`, `base_model` and `config`.
-            check: False only reads the head and its settings: no forward pass, and hooks, which may
-                be a wrapper's, are the caller's affair.
+            check: False only reads the head and its settings. It runs no forward pass and accepts
+                hooks on the head, which a wrapper may have set; the caller answers for them.
 
         Raises:
-            ValueError: what the model has is not such a head, or its parameters are not whole.
+            ValueError: the model has no such head, or its parameters are sharded.
         """
         model = _unwrapped(model)
         module, weight = _output_embeddings(model, refuse_hooks=check)
@@ -61,7 +62,7 @@ class Head(NamedTuple):
         return head
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The logits of hidden states [..., H] themselves, fp32 [..., V]."""
+        """The logits of hidden states [..., H], fp32 [..., V]."""
         logits = nn.functional.linear(hidden, self.weight, self.bias).float() * self.logit_scale
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
@@ -86,7 +87,7 @@ def _fail(model: nn.Module, why: str) -> ValueError:
 
 
 def _in_use(module: Any) -> Any:
-    """The copy of a head that PEFT trains whole (modules_to_save), where that is in use."""
+    """The active copy of a head that PEFT trains fully (modules_to_save); else `module` itself."""
     if not hasattr(module, "modules_to_save") or not hasattr(module, "original_module"):
         return module
     if module.disable_adapters:
@@ -96,7 +97,7 @@ def _in_use(module: Any) -> Any:
 
 
 def _output_embeddings(model: Any, *, refuse_hooks: bool) -> tuple[nn.Module, Tensor]:
-    """The module of the head, and its weight, which alone says what it computes."""
+    """The module of the head and its weight; raises if the module is more than a linear layer."""
     if type(model).__name__ == "FullyShardedDataParallel":
         raise _fail(model, "has sharded parameters: call it inside summon_full_params")
     config = getattr(model, "config", None)
@@ -138,7 +139,7 @@ def _output_embeddings(model: Any, *, refuse_hooks: bool) -> tuple[nn.Module, Te
 
 
 def _settings(model: Any) -> tuple[float | None, float]:
-    """(softcap, logit scale) of a configuration, by the names that architectures give them."""
+    """(softcap, logit scale) of a model's config, under the names that architectures use."""
     config = model.config
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
@@ -151,14 +152,14 @@ def _settings(model: Any) -> tuple[float | None, float]:
 
 
 def _declared(config: Any, *names: str) -> float | None:
-    """The first of these settings that is a number; MPT's scale may be a word that it ignores."""
+    """The first of these settings that is a number. MPT's logit_scale may be a string."""
     found = (getattr(config, name, None) for name in names)
     numbers = (v for v in found if isinstance(v, int | float) and not isinstance(v, bool))
     return next((float(value) for value in numbers), None)
 
 
 def _check(model: nn.Module, module: nn.Module, head: Head) -> None:
-    """Raises ValueError where the model's logits are not the head's over its hidden states."""
+    """Raises ValueError if the model's logits differ from the head's over its hidden states."""
     ids = _token_ids(model, head.weight)
     with _undisturbed(model):
         factor = 1.0
@@ -170,7 +171,7 @@ def _check(model: nn.Module, module: nn.Module, head: Head) -> None:
                     model, f"gives logits {tuple(theirs.shape)} of states {tuple(hidden.shape)}"
                 )
             ours, bound = _expected(head, hidden)
-            # Written so that NaN fails.
+            # not all(<=) instead of any(>): NaN must fail.
             if not bool(((ours - theirs).abs() <= bound).all()):
                 raise _fail(
                     model,
@@ -181,12 +182,12 @@ def _check(model: nn.Module, module: nn.Module, head: Head) -> None:
 
 
 def _expected(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits in fp64, and how far those of the model may lie from them.
+    """Logits in fp64, and the bound on the error of the model's logits.
 
-    A product of n terms in fp32 errs by n + 1 roundings of the sum of magnitudes, whatever the
-    order. The result is rounded to the operands' dtype, and where a GEMM splits the sum so are a
-    few of its parts, which are about as large: four roundings. Scale, division, tanh and product
-    of the cap each round their own result.
+    An fp32 dot product of n terms has an error of at most n + 1 roundings of the sum of magnitudes,
+    in any order. The GEMM rounds the result to the operands' dtype; a GEMM that splits the sum also
+    rounds a few partial sums of about the same size. The bound counts four such roundings. Scale,
+    division, tanh and product of the cap each round once more.
     """
     weight, states = head.weight.double(), hidden.double()
     bias = states.new_zeros(()) if head.bias is None else head.bias.double()
@@ -216,7 +217,7 @@ def _pass(
             hidden = base(input_ids=ids).last_hidden_state
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # Whatever a model raises that wants more than tokens.
+        except Exception as error:  # A model that needs more inputs may raise anything.
             raise _fail(
                 model,
                 f"does not compute {ids.shape[1]} tokens ({type(error).__name__}: "
@@ -225,19 +226,19 @@ def _pass(
             ) from error
     if not isinstance(hidden, Tensor) or not isinstance(theirs, Tensor):
         raise _fail(model, "gives no logits, or no hidden states")
-    # Some bodies end in fp32 whatever the dtype of the head, which is given theirs rounded.
+    # Some base models return fp32 whatever the head's dtype; the model rounds before its head.
     return hidden.to(dtype) * factor, theirs.double()
 
 
 def _backbone(model: Any) -> nn.Module:
-    """The model without its head; the prefix of some classes names a part of a larger model."""
+    """The model without its head. Some classes have a base_model that is the model itself."""
     parts = [part for part in model.children() if hasattr(part, "base_model_prefix")]
     found: nn.Module = parts[0] if parts and model.base_model is model else model.base_model
     return found
 
 
 def _token_ids(model: Any, weight: Tensor) -> Tensor:
-    """Random tokens [1, 8], none of which means padding, an image or the like to the model."""
+    """Random token ids [1, 8] without the model's special tokens (padding, image and others)."""
     config = model.config
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     settings = {**vars(config), **vars(text)}
@@ -250,7 +251,7 @@ def _token_ids(model: Any, weight: Tensor) -> Tensor:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation without gradients; the modes of all modules and the generators as before."""
+    """Evaluation mode without gradients; restores module modes and random generators on exit."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(sorted(devices, key=str)), torch.no_grad():

@@ -57,7 +57,7 @@ _backward: Operator[list[Tensor]] = define(
 
 
 def times(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * upstream in `dtype`; the gradient itself where that is so and costs no look."""
+    """gradient * upstream in `dtype`; skips the product if upstream is known to be 1 (on CPU)."""
     if type(upstream) is Tensor and upstream.device.type == "cpu":
         if not tracing.active(upstream) and upstream.item() == 1.0:
             return gradient.to(dtype)
@@ -68,7 +68,7 @@ def scaled(
     gradients: list[Tensor], dtypes: list[torch.dtype], scale: Tensor, upstream: Tensor,
     backend: str,
 ) -> list[Tensor]:  # fmt: skip
-    """One or two gradients times scale and upstream, in their dtypes; see kernels/losses.py."""
+    """One or two gradients times scale and upstream, each in its dtype; see kernels/losses.py."""
     if losses.is_deferred(scale):
         first, second = (*gradients, None)[:2]
         return _backward(first, second, scale, upstream, dtypes[0], dtypes[-1], backend)
@@ -76,7 +76,7 @@ def scaled(
 
 
 class _PolicyLoss(torch.autograd.Function):
-    """The gradient is computed with the loss; backward only scales it."""
+    """The forward pass computes the gradient too; backward only scales it."""
 
     @staticmethod
     def forward(ctx: Any, logprobs: Tensor, entropy: Tensor | None, *args: Any) -> InputGradients:
@@ -107,22 +107,22 @@ class _PolicyLoss(torch.autograd.Function):
 
 
 class PolicyMetrics(Metrics):
-    """Metrics of one `policy_loss` call, on its device: reading one by name costs no host sync.
+    """Metrics of one `policy_loss` call, on its device: reading one by name needs no host sync.
 
     A mapping of names to 0-d tensors; `as_dict()` copies all of them to the host at once.
-    Fractions and means are over the unmasked tokens, whatever the aggregation; 0 if there are none.
+    Fractions and means are over the unmasked tokens, whatever the aggregation; 0 without any.
 
     loss: pg_loss + kl_coef * kl_loss - entropy_coef * entropy_loss.
     pg_loss, kl_loss, entropy_loss: the three terms, aggregated as configured.
-    clip_frac_low: clipped at the lower bound (for "clip": where A < 0, so that the gradient stops).
-    clip_frac_high: clipped at the upper bound (for "clip": where A > 0).
-    dual_clip_frac: A < 0 and the ratio above dual_clip or delta.
-    ratio_mean, ratio_min, ratio_max: of the ratio that the objective uses.
+    clip_frac_low: tokens clipped at the lower bound (for "clip" only where A < 0: gradient 0).
+    clip_frac_high: tokens clipped at the upper bound (for "clip" only where A > 0).
+    dual_clip_frac: tokens with A < 0 and a ratio above dual_clip or delta.
+    ratio_mean, ratio_min, ratio_max: statistics of the ratio that the objective uses.
     k1_old, k3_old: estimates of KL(old || new) from each token's log-ratio, k3 after its clamp.
     k1_ref, k3_ref: estimates of KL(new || ref), without the clamps of the loss term.
     entropy: mean of the entropy argument.
     ess: effective sample size (sum r)^2 / (n sum r^2) of the ratios.
-    correction_mean: mean of w; of the token weights where none is configured, 1 without rollout.
+    correction_mean: mean of w; without correction_level that of token weights; 1 without rollout.
     tokens: unmasked tokens.
     """
 
@@ -155,43 +155,44 @@ def policy_loss(
     normalizer: float | Tensor | None = None,
     config: PolicyLossConfig = PPO,
 ) -> PolicyLoss:
-    """Policy-gradient loss of PPO, GRPO, DAPO, GSPO, CISPO, SAPO, REINFORCE and their like.
+    """Policy-gradient loss of PPO, GRPO, DAPO, GSPO, CISPO, SAPO, REINFORCE and related methods.
 
-    The formula is that of `PolicyLossConfig`. Differentiable in logprobs, and in entropy where
+    `PolicyLossConfig` documents the formula. Differentiable in logprobs, and in entropy where
     config.entropy_coef is not 0; everything else is a constant. The kernel backends compute loss,
     metrics and gradient in one pass over the tokens; backward only scales the gradient.
 
-    Where new and old log-probabilities are equal the ratio is exactly 1, the clip fractions and the
-    KL to old are exactly 0. Log-ratios saturate (config.log_ratio_clamp, and at +-40 in any case),
-    so finite inputs never give NaN and an advantage of 0 gives exactly 0.
+    Where new and old log-probabilities are equal, the ratio is exactly 1, and the clip fractions
+    and the KL to old are exactly 0. Log-ratios saturate (config.log_ratio_clamp, and always at
+    +-40), so finite inputs never give NaN and an advantage of 0 gives exactly 0.
 
     Args:
         logprobs: [B, T], or packed [N] with cu_seqlens; float32, bfloat16 or float16. Any strides.
-        old_logprobs: same shape, of the policy that sampled (or its recomputation). None: logprobs
-            themselves, as a constant, in the first update after a rollout: every ratio is 1.
+        old_logprobs: same shape, of the sampling policy (as sampled or recomputed). None: the
+            logprobs themselves as a constant, for the first update after a rollout; every ratio is
+            then 1.
         advantages: same shape, or one per sequence: [B], or [S] with cu_seqlens. A packed tensor
             with as many tokens as sequences counts as one per token.
-        mask: same shape, bool or integer: nonzero = keep; or floating, of 0 and 1 alone. NaN under
-            the mask changes nothing.
-        ref_logprobs: same shape, of the reference policy. Needed where kl_coef is not 0; given
-            without, it adds the k1_ref and k3_ref metrics only.
-        rollout_logprobs: same shape, as reported by the engine that sampled. Needed for importance
-            correction; given without, it adds the correction_mean metric only. NaN says nothing of
-            its token: w is as if rollout and old agreed, in a sequence's sum it counts 0.
-        entropy: same shape. Needed where entropy_coef is not 0; given without, a metric only.
+        mask: same shape; bool or integer, nonzero = keep, or floating with only 0 and 1. Values of
+            masked tokens, even NaN, have no effect.
+        ref_logprobs: same shape, of the reference policy. Required if kl_coef is not 0; otherwise
+            they only add the metrics k1_ref and k3_ref.
+        rollout_logprobs: same shape, as reported by the rollout engine. Required for importance
+            correction; otherwise they only add the metric correction_mean. At a NaN the rollout
+            counts as equal to old.
+        entropy: same shape. Required if entropy_coef is not 0; otherwise only a metric.
         cu_seqlens: offsets [S + 1] of packed sequences, int32 or int64.
         normalizer: number or 0-d tensor > 0; overrides config.normalizer. A tensor is not read on
             the host, except on CPU.
         config: options; those of `PolicyLossConfig.ppo()` by default.
 
     Returns:
-        PolicyLoss(loss, metrics): 0-d and PolicyMetrics, float32. With nothing unmasked the loss is
-        0 and connected, its gradients zero.
+        PolicyLoss(loss, metrics): 0-d and PolicyMetrics, float32. Without unmasked tokens the loss
+        is 0, still connected to the graph, with zero gradients.
 
     Raises:
-        TypeError: wrong dtype or type of an argument; a mask of other numbers than 0 and 1.
-        ValueError: shapes or devices that do not match, an input that config needs and is missing,
-            bad cu_seqlens or normalizer.
+        TypeError: wrong dtype or type of an argument; a floating mask with values besides 0 and 1.
+        ValueError: shapes or devices that do not match, a missing input that config requires, bad
+            cu_seqlens or normalizer.
     """
     op = "policy_loss"
     if old_logprobs is None:
@@ -276,7 +277,9 @@ def check_advantages(
     cu_seqlens: Tensor | None,
     like: str = "logprobs",
 ) -> Tensor:
-    """Requires advantages per token or sequence of the argument `like`; integers become float32."""
+    """Requires one advantage per token or per sequence of the argument `like`; integers become
+    float32.
+    """
     advantages = checks.real(op, "advantages", advantages)
     checks.same_device(op, "advantages", advantages, like, logprobs.device)
     sequences = logprobs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -291,8 +294,8 @@ def check_advantages(
 def config_numbers(config: PolicyLossConfig) -> tuple[Sequence[int], Sequence[float]]:
     """The codes and parameters of a configuration, as operators take them.
 
-    torch.compile takes the floats of an object into the graph where they are first used. That must
-    not be inside a custom function, whose graph a second call could not see.
+    torch.compile lifts the floats of an object into the graph at their first use. This first use
+    must not be inside an autograd.Function, whose graph is separate and hidden from a second call.
     """
     if torch.compiler.is_compiling():
         return config._codes, [float(p) for p in config._params]
@@ -306,7 +309,7 @@ def check_config(
     rollout_logprobs: Tensor | None,
     normalizer: float | Tensor | None,
 ) -> None:
-    """Requires what the configuration needs."""
+    """Requires a PolicyLossConfig and the inputs that it needs."""
     if not isinstance(config, PolicyLossConfig):
         raise TypeError(f"{op}: config must be a PolicyLossConfig, got {type(config).__name__}")
     if config.kl_coef != 0 and ref_logprobs is None:

@@ -1,6 +1,6 @@
 """Preference learning: sequence log-probabilities, DPO and the reward model's loss.
 
-Plain torch on every backend: the tensors are [B], and the kernel work lies in the logprobs.
+Plain torch on every backend: the tensors are only [B], and the logprobs are the expensive part.
 """
 
 from typing import NamedTuple
@@ -45,16 +45,16 @@ def sequence_logprobs(
 
     Args:
         logprobs: [B, T], or packed [N] with cu_seqlens; float32, bfloat16 or float16.
-        mask: same shape, bool or integer: nonzero = keep; or floating, of 0 and 1 alone. NaN under
-            the mask changes nothing.
+        mask: same shape; bool or integer, nonzero = keep, or floating with only 0 and 1. Values of
+            masked tokens, even NaN, have no effect.
         cu_seqlens: offsets [S + 1] of packed sequences, int32 or int64.
-        average: the mean over the unmasked tokens instead (the length-normalised form of IPO).
+        average: return the mean over the unmasked tokens instead of the sum (for IPO).
 
     Returns:
         [B] (packed: [S]), float32, differentiable; 0 for a sequence without unmasked tokens.
 
     Raises:
-        TypeError: wrong dtype or type of an argument; a mask of other numbers than 0 and 1.
+        TypeError: wrong dtype or type of an argument; a floating mask with values besides 0 and 1.
         ValueError: shapes or devices that do not match; bad cu_seqlens.
     """
     op = "sequence_logprobs"
@@ -78,10 +78,10 @@ def dpo_loss(
     """Direct preference optimisation, mean over pairs.
 
     With d = (chosen - ref_chosen) - (rejected - ref_rejected), z = beta d, s = label_smoothing:
-    "sigmoid": -(1 - s) log sigmoid(z) - s log sigmoid(-z), Rafailov et al. 2023 (arXiv:2305.18290),
-    with s > 0 the conservative form. "ipo": (d - 1 / (2 beta))^2, Azar et al. 2023
-    (arXiv:2310.12036); give it means (`sequence_logprobs(average=True)`) for the form of TRL, sums
-    for that of the paper. "hinge": max(0, 1 - z), Zhao et al. 2023 (arXiv:2305.10425). "robust":
+    "sigmoid": -(1 - s) log sigmoid(z) - s log sigmoid(-z), Rafailov et al. 2023 (arXiv:2305.18290);
+    s > 0 is conservative DPO. "ipo": (d - 1 / (2 beta))^2, Azar et al. 2023 (arXiv:2310.12036);
+    pass means (`sequence_logprobs(average=True)`) as TRL does, or sums as in the paper. "hinge":
+    max(0, 1 - z), Zhao et al. 2023 (arXiv:2305.10425). "robust":
     (-(1 - s) log sigmoid(z) + s log sigmoid(-z)) / (1 - 2 s), Chowdhury et al. 2024
     (arXiv:2403.00409).
 
@@ -97,11 +97,11 @@ def dpo_loss(
 
     Returns:
         DPOLoss(loss, chosen_rewards [B], rejected_rewards [B]), float32; the rewards
-        beta * (logprob - ref) are detached. The loss of no pairs is 0.
+        beta * (logprob - ref) are detached. Without pairs the loss is 0.
 
     Raises:
         TypeError: wrong dtype or type of an argument.
-        ValueError: shapes or devices that do not match; bad or contradicting options.
+        ValueError: shapes or devices that do not match; bad or contradictory options.
     """
     op = "dpo_loss"
     pairs = {
@@ -143,12 +143,12 @@ def reward_model_loss(
     Args:
         chosen_rewards: [B], float32, bfloat16 or float16.
         rejected_rewards: [B].
-        margin: a number, a tensor [B] (constant; integers too), or None for none.
+        margin: a number, a constant tensor [B] (floating or integer), or None.
         center_coef: weight >= 0 of the centering term.
 
     Returns:
         RewardModelLoss(loss, accuracy), 0-d float32; accuracy is the fraction of pairs with
-        r_w > r_l. Both are 0 for no pairs.
+        r_w > r_l. Without pairs both are 0.
 
     Raises:
         TypeError: wrong dtype or type of an argument.

@@ -1,4 +1,4 @@
-"""Log-probabilities over the token ids that the sampler kept: `support` of the public functions."""
+"""Log-probabilities over the token ids that the sampler kept (`support` of public functions)."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from ._operator import (
     remember,
 )
 
-#: indptr [N + 1] and indices [nnz] of the token ids of each token.
+#: (indptr [N + 1], indices [nnz]): the token ids that the sampler kept for each token.
 Support = tuple[Tensor, Tensor]
 
 
@@ -46,7 +46,7 @@ _BACKWARD = (
     f"Tensor kept, {_TOKENS}, Tensor stats, Tensor? grad_logprobs, Tensor? grad_entropy, "
     "RowOptions options"
 )
-# The fourth result is `kept`, the logit of each entry: all that the backward needs of the logits.
+# The fourth result, `kept`, is the logit of each entry. The backward pass needs no other logits.
 _forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor]] = define(
     "token_logprobs_support",
     f"(Tensor logits, {_FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -80,7 +80,7 @@ class _TokenLogprobsSupport(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
         *tokens, options, backend = args
         results = _forward(logits, *args)
-        # Not the logits: they are free as soon as nobody else needs them.
+        # The logits are not saved, so their memory can be freed.
         remember(ctx, logits)
         ctx.save_for_backward(results[3], *tokens, results[2])
         ctx.options = (options, logits.shape[-1], logits.dtype, backend)
@@ -127,7 +127,7 @@ class _LinearTokenLogprobsSupport(torch.autograd.Function):
 def token_logprobs_support(
     logits: Tensor, labels: Tensor, support: Support, arguments: RowArguments
 ) -> tuple[Tensor, Tensor | None]:
-    """`token_logprobs` over a support, (indptr, indices); the other arguments are checked."""
+    """`token_logprobs` over a support; expects all other arguments to be checked."""
     op = "token_logprobs"
     pair = checks.support(op, support, labels.numel(), labels.device)
     backend = backends.select(op, logits.device, f"{op}_support")
@@ -151,7 +151,7 @@ def linear_token_logprobs_support(
     support: Support,
     arguments: RowArguments,
 ) -> tuple[Tensor, Tensor | None]:
-    """`linear_token_logprobs` over a support; the other arguments are checked."""
+    """`linear_token_logprobs` over a support; expects all other arguments to be checked."""
     op = "linear_token_logprobs"
     pair = checks.support(op, support, labels.numel(), labels.device)
     backend = backends.select(op, hidden.device, f"{op}_support")
@@ -162,7 +162,7 @@ def linear_token_logprobs_support(
             hidden, weight, labels, *pair, bias=bias, **arguments._asdict()
         )
     checks.floating(op, "hidden", hidden)
-    # As large as the hidden states, not as logits.
+    # The copy has the size of the hidden states, which is small beside logits.
     hidden = hidden.to(weight.dtype)
     temperatures, options = arguments.split()
     logprobs, *entropies = _LinearTokenLogprobsSupport.apply(

@@ -35,7 +35,7 @@ _forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor]] = define(
 
 
 class _ValueLoss(torch.autograd.Function):
-    """The gradient is computed with the loss; backward only scales it."""
+    """The forward pass computes the gradient too; backward only scales it."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -58,12 +58,14 @@ class _ValueLoss(torch.autograd.Function):
 
 
 class ValueMetrics(Metrics):
-    """Metrics of one `value_loss` call, on its device: reading one by name costs no host sync.
+    """Metrics of one `value_loss` call, on its device: reading one by name needs no host sync.
 
     A mapping of names to 0-d tensors; `as_dict()` copies all of them to the host at once.
 
-    loss; clip_frac: unmasked tokens whose clipped error is the larger; value_mean, return_mean;
-    explained_variance: 1 - Var(returns - values) / Var(returns), 0 where the returns do not vary;
+    loss: the loss.
+    clip_frac: fraction of unmasked tokens whose clipped error is the larger one.
+    value_mean, return_mean: means over the unmasked tokens.
+    explained_variance: 1 - Var(returns - values) / Var(returns), 0 where the returns do not vary.
     tokens: unmasked tokens.
     """
 
@@ -93,16 +95,16 @@ def value_loss(
 ) -> ValueLoss:
     """Value loss of PPO: 0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2), aggregated.
 
-    Differentiable in values alone. At a tie the unclipped branch is taken; where the clipped one
-    wins the gradient is 0. See Schulman et al. 2017 (arXiv:1707.06347) and Engstrom et al. 2020
+    Differentiable in values only. A tie takes the unclipped branch; where the clipped branch is
+    larger, the gradient is 0. See Schulman et al. 2017 (arXiv:1707.06347) and Engstrom et al. 2020
     (arXiv:2005.12729).
 
     Args:
         values: V, [B, T], or packed [N] with cu_seqlens; float32, bfloat16 or float16. Any strides.
         old_values: V_old, same shape.
         returns: R, same shape.
-        mask: same shape, bool or integer: nonzero = keep; or floating, of 0 and 1 alone. NaN under
-            the mask changes nothing.
+        mask: same shape; bool or integer, nonzero = keep, or floating with only 0 and 1. Values of
+            masked tokens, even NaN, have no effect.
         clip_range: c > 0, or None for the plain squared error.
         aggregation: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum" or "constant", as in
             PolicyLossConfig.
@@ -110,11 +112,11 @@ def value_loss(
         normalizer: divisor of the aggregation, a number or 0-d tensor > 0, as in PolicyLossConfig.
 
     Returns:
-        ValueLoss(loss, metrics): 0-d and ValueMetrics, float32. With nothing unmasked the loss is 0
-        and connected, its gradient zero.
+        ValueLoss(loss, metrics): 0-d and ValueMetrics, float32. Without unmasked tokens the loss is
+        0, still connected to the graph, with a zero gradient.
 
     Raises:
-        TypeError: wrong dtype or type of an argument; a mask of other numbers than 0 and 1.
+        TypeError: wrong dtype or type of an argument; a floating mask with values besides 0 and 1.
         ValueError: shapes or devices that do not match; bad options, cu_seqlens or normalizer.
     """
     op = "value_loss"
