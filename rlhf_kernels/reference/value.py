@@ -53,12 +53,13 @@ def value_loss(
             return torch.where(mask, x, 0).sum() / tokens.clamp(min=1)
 
         def variance(x: Tensor) -> Tensor:
+            # About one of the values: equal ones vary by exactly 0, whatever their mean rounds.
+            shift = torch.where(mask, x, -torch.inf).max() if x.numel() else 0.0
+            x = torch.where(mask, x - shift, 0)
             return mean((x - mean(x)) ** 2)
 
         total = variance(target)
-        # The variance of equal returns is not 0 but the rounding error of their mean.
-        equal = total.sqrt() <= 2 * torch.finfo(v.dtype).eps * mean(target).abs()
-        explained = torch.where(equal, 0, 1 - variance(target - v) / total)
+        explained = torch.where(total == 0, 0, 1 - variance(target - v) / total)
         fraction = mean(clipped_wins.to(v.dtype))
         metrics = torch.stack([loss, fraction, mean(v), mean(target), explained, tokens])
     return loss, metrics
