@@ -1,7 +1,7 @@
 // The contract between Python and native code: dtype codes, strided views and argument structs.
-// No torch and no Python here, so one build serves every torch version, and the CUDA backend
-// takes the same structs. Sizes and strides are in elements. Whether a tensor is given says
-// `given`, never its address: that of a tensor without elements is null.
+// This header includes neither torch nor Python, so one build serves every torch version. The CPU
+// and CUDA backends take the same structs. Sizes and strides are in elements. The flag `given` says
+// whether a tensor was passed; its address does not, because an empty tensor has a null address.
 #pragma once
 #include <stdint.h>
 
@@ -23,7 +23,7 @@ enum DType : int32_t {
   kFloat64 = 6
 };
 
-// A tensor of tokens [rows, cols]. For logits the vocabulary is a third dimension of stride 1.
+// A tensor of tokens [rows, cols]. Logits have the vocabulary as a third dimension of stride 1.
 struct Tensor {
   void* data = nullptr;
   int32_t dtype = kFloat32;
@@ -32,8 +32,8 @@ struct Tensor {
   bool given = false;
 };
 
-// Where a call runs. CPU: `threads`. CUDA: `stream` (a cudaStream_t) of `device`, with `scratch`,
-// the bytes that the operation's <name>_scratch function asks for.
+// Where a call runs. CPU: `threads`. CUDA: `stream` (a cudaStream_t) of `device`, and `scratch`,
+// whose size in bytes the operation's <name>_scratch function returns.
 struct Exec {
   int32_t threads = 1;
   int32_t device = 0;
@@ -41,14 +41,14 @@ struct Exec {
   void* scratch = nullptr;
 };
 
-// What a kernel found in the data. `position` is the flat row-major index of the first offence.
+// Errors that a kernel found in the data. `position` is the flat row-major index of the first one.
 enum StatusCode : int32_t {
   kOk = 0,
   kLabelOutOfRange = 1,
   kBadTemperature = 2,
   kBadOffsets = 3,
   kOutOfMemory = 4,
-  // support: `position` is that of the entry, in indptr or in indices.
+  // For a support, `position` is the index of the entry in indptr or in indices.
   kBadIndptr = 5,
   kIndexOutOfRange = 6,
   kIndexRepeated = 7
@@ -58,25 +58,25 @@ struct Status {
   int64_t position = -1;
 };
 
-// Sentinel: the label is owned by another shard of the vocabulary. The log-probability is NaN;
-// statistics and gradient are those of any row. Valid only with kShardIgnored as ignore_index.
+// Sentinel: the label is owned by another vocabulary shard. The log-probability is NaN; statistics
+// and gradient are computed as usual. Valid only with kShardIgnored as ignore_index.
 constexpr int64_t kLabelElsewhere = INT64_MIN;
 constexpr int64_t kShardIgnored = INT64_MIN + 1;
 
-// Options of rows of logits: core/row_options.py. softcap 0 means none. Each backend applies them
-// to a logit in one place: cuda/rows.cuh, cpu/rows.h. What they make of logits does not
-// decrease.
+// Options of rows of logits; see core/row_options.py. softcap 0 means none. Each backend applies
+// the options to a logit in one place: cuda/rows.cuh, cpu/rows.h. This map of logits is monotone
+// (it never decreases).
 struct RowOptions {
   double temperature, softcap;
   int64_t ignore_index;
 
-  // Whether they make anything of a logit before the temperature divides it.
+  // Whether the options change a logit before the temperature divides it.
   RK_HD bool change_logits() const { return softcap > 0.0; }
 };
 
-// token_logprobs. `stats` is fp32 [rows, cols, 3], contiguous: row maximum m (NaN for a row of NaN
-// and -inf), s = sum exp((x-m)/T), and with `entropy` the mean of (x-m)/T, which is log s less the
-// entropy. `temperatures` (fp32) overrides the temperature of the options.
+// token_logprobs. `stats` is fp32 [rows, cols, 3], contiguous: row maximum m (NaN for a row of only
+// NaN and -inf), s = sum exp((x-m)/T), and with `entropy` the mean of (x-m)/T, which equals
+// log s - entropy. `temperatures` (fp32) overrides the temperature of the options.
 struct LogprobsArgs {
   int64_t rows, cols, vocab;
   Tensor logits, labels, temperatures;
@@ -86,8 +86,8 @@ struct LogprobsArgs {
   Exec exec;
 };
 
-// Its gradient. `grad_logits` may be the memory of `logits`. An upstream gradient that is not given
-// is zero.
+// The gradient of token_logprobs. `grad_logits` may share the memory of `logits`. An upstream
+// gradient that is not given counts as zero.
 struct LogprobsBackwardArgs {
   int64_t rows, cols, vocab;
   Tensor logits, labels, temperatures;
@@ -98,16 +98,17 @@ struct LogprobsBackwardArgs {
   Exec exec;
 };
 
-// The kept token ids of each token, as rows of a sparse matrix: those of token n are
-// indices[indptr[n]] to indices[indptr[n + 1]]. `entries` is the length of indices.
+// The kept token ids of each token, as a sparse matrix in CSR form: token n kept the half-open
+// range [indptr[n], indptr[n + 1]) of indices. `entries` is the length of indices.
 struct Support {
   int64_t entries;
   Tensor indptr, indices;
 };
 
-// token_logprobs over each token's support, from logits [rows, cols, vocab], or, with `weight`,
-// from hidden states in their place, `width` of them, times weight [vocab, width] plus bias (fp32).
-// `kept` is fp32 [entries], the logit of each entry; entries of ignored tokens are not written.
+// token_logprobs over each token's support. Without `weight`, `logits` is [rows, cols, vocab]. With
+// `weight` [vocab, width], `logits` holds hidden states [rows, cols, width], and a logit is hidden
+// times a row of `weight`, plus `bias` (fp32). `kept` is fp32 [entries], the logit of each entry;
+// entries of ignored tokens are not written.
 struct SupportArgs {
   int64_t rows, cols, vocab, width;
   Tensor logits, weight, bias, labels, temperatures;
@@ -118,8 +119,8 @@ struct SupportArgs {
   Exec exec;
 };
 
-// Its gradient in the kept logits, `dz` fp32 [entries], and, where given, spread into
-// `grad_logits`.
+// The gradient of the above: `dz`, fp32 [entries], w.r.t. the kept logits. If `grad_logits` is
+// given, `dz` is also scattered into it.
 struct SupportBackwardArgs {
   int64_t rows, cols, vocab;
   Tensor labels, temperatures;
@@ -132,10 +133,10 @@ struct SupportBackwardArgs {
   Exec exec;
 };
 
-// From `dz` to the head's operands; a gradient that is not given is not wanted. Entries with a
-// gradient of zero are not read. `starts` is scratch of vocab + 1, `uses` of `entries`. On a GPU
-// `starts` holds where each token id's entries begin in `order`, entries sorted by token id, and
-// `owner` the token of each entry.
+// Gradients of the head's operands from `dz`; a gradient that is not given is not computed. The
+// token ids of entries with dz = 0 are not read. CPU: `starts` (vocab + 1) and `uses` (`entries`)
+// are scratch. GPU: `order` lists the entries sorted by token id, `starts` is the first position of
+// each token id in `order`, and `owner` is the token of each entry.
 struct SupportUse {
   int64_t token;
   float dz;
@@ -153,8 +154,9 @@ struct SupportHeadArgs {
 };
 
 // kl_divergence over the whole vocabulary. `stats` is fp32 [rows, cols, 5], contiguous: m and s of
-// the policy, m and s of the reference, and the mean under P of (x_P - m_P) - (x_Q - m_Q), which
-// is finite where the divergence is. reverse = KL(policy || ref), else KL(ref || policy).
+// the policy, m and s of the reference, and the mean under P of (x_P - m_P) - (x_Q - m_Q). This
+// mean is finite exactly where the divergence is. reverse = KL(policy || ref), else
+// KL(ref || policy).
 struct KlArgs {
   int64_t rows, cols, vocab;
   Tensor logits, ref_logits;
@@ -175,7 +177,7 @@ struct KlBackwardArgs {
   Exec exec;
 };
 
-// An enum here has the names and the order of a tuple in rlhf_kernels/config/enums.py.
+// The enums below have the names and the order of tuples in rlhf_kernels/config/enums.py.
 
 // kl_penalty per token from x = logprob - ref_logprob.
 enum KlEstimator : int32_t { kK1 = 0, kK2 = 1, kK3 = 2, kAbs = 3 };
@@ -189,8 +191,8 @@ struct KlPenaltyArgs {
   Exec exec;
 };
 
-// Options of the policy loss. PolicyCodes and PolicyParams have the names and the order of those in
-// rlhf_kernels/config/policy.py: absent bounds are +-3e38, never infinite.
+// Options of the policy loss. PolicyCodes and PolicyParams have the names and the order of the
+// named tuples in rlhf_kernels/config/policy.py. An absent bound is +-3e38, never infinite.
 enum Objective : int32_t { kClip = 0, kPenalty = 1, kReinforce = 2, kCispo = 3, kSapo = 4 };
 enum RatioLevel : int32_t { kTokenRatio = 0, kSequenceRatio = 1, kSequenceTokenRatio = 2 };
 enum CorrectionLevel : int32_t { kNoCorrection = 0, kTokenCorrection = 1, kSequenceCorrection = 2 };
@@ -213,14 +215,14 @@ struct PolicyParams {
 };
 struct PolicyConfig : PolicyCodes, PolicyParams {};
 
-// The tokens of a loss: padded [sequences, cols], or packed with `offsets` [sequences + 1] into
-// `cols` tokens, which lie along stride1.
+// The tokens of a loss: padded [sequences, cols], or, with `offsets` [sequences + 1], `cols` packed
+// tokens along stride1.
 struct LossTokens {
   int64_t sequences, cols;
   Tensor offsets, mask;
 };
 
-// The metrics of a loss, with the names and the order of those in rlhf_kernels/config/metrics.py.
+// The metrics of a loss, with the names and the order of rlhf_kernels/config/metrics.py.
 struct PolicyMetrics {
   float loss, pg_loss, kl_loss, entropy_loss;
   float clip_frac_low, clip_frac_high, dual_clip_frac;
@@ -232,10 +234,10 @@ struct ValueMetrics {
   float loss, clip_frac, value_mean, return_mean, explained_variance, tokens;
 };
 
-// policy_loss with its gradient. A tensor with a value per sequence has stride1 = 0. `divisor` 0
-// means the count that the aggregation implies. On a GPU the divisor may be read from `normalizer`,
-// and the gradients, fp32 and contiguous, are yet to be multiplied by `scale`, which is 1 /
-// divisor; on the CPU both are null.
+// policy_loss with its gradient. A tensor with one value per sequence has stride1 = 0. `divisor` 0
+// means the count that the aggregation implies. On a GPU the divisor may be read from `normalizer`;
+// the gradients, fp32 and contiguous, are unscaled, and the backward pass multiplies them by
+// `scale` = 1 / divisor. On the CPU `normalizer` and `scale` are null.
 struct PolicyArgs {
   LossTokens tokens;
   Tensor logprobs, old_logprobs, advantages, ref_logprobs, rollout_logprobs, entropy;
@@ -249,7 +251,8 @@ struct PolicyArgs {
   Exec exec;
 };
 
-// first and, where second_out is given, second, fp32 [count], times scale and upstream; GPU alone.
+// Writes first, and second if second_out is given (fp32 [count]), times scale and upstream. GPU
+// only.
 struct LossBackwardArgs {
   int64_t count;
   const float *first, *second, *scale;
@@ -257,7 +260,7 @@ struct LossBackwardArgs {
   Exec exec;
 };
 
-// value_loss with its gradient, as of policy_loss. `clip_range` 0 means none.
+// value_loss with its gradient, fields as in PolicyArgs. `clip_range` 0 means no clipping.
 struct ValueArgs {
   LossTokens tokens;
   Tensor values, old_values, returns;
@@ -272,13 +275,13 @@ struct ValueArgs {
   Exec exec;
 };
 
-// gae, discounted_returns and ppo_advantages: one reverse scan. Padded [rows, cols], sequence s
-// being row s; or packed, rows = 1, sequence s being columns offsets[s] to offsets[s + 1].
-// `bootstrap` and `scores` have an entry per sequence along stride1. Without `values` it computes
-// discounted returns and no `advantages`; with `scores` it forms the rewards from these and the
-// log-probabilities, into `shaped`. Results
-// are contiguous. With `whiten` advantages are whitened and `moments` is scratch of 3 doubles
-// per 2048 tokens begun, and of 3 more on a GPU.
+// gae, discounted_returns and ppo_advantages: one reverse scan. Padded [rows, cols]: sequence s is
+// row s. Packed: rows = 1, and sequence s is columns offsets[s] to offsets[s + 1]. `bootstrap` and
+// `scores` have one entry per sequence along stride1. Without `values` the scan computes discounted
+// returns and no `advantages`. With `scores` it computes the rewards from scores and
+// log-probabilities and writes them to `shaped`. Results are contiguous. `whiten` whitens the
+// advantages; `moments` is then scratch of 3 doubles per chunk of 2048 tokens (rounded up), plus 3
+// on a GPU.
 struct GaeArgs {
   int64_t rows, cols, sequences;
   Tensor offsets;
@@ -315,9 +318,9 @@ enum Baseline : int32_t {
 };
 enum Scale : int32_t { kScaleGroup = 0, kScaleBatch = 1, kScaleNone = 2 };
 
-// `rewards` and `greedy` lie along stride1. Groups are consecutive runs of `group_size`; where
-// that is 0, runs of equal `sorted_ids`, their members `order`. `work`: on a GPU, scratch of
-// `count` doubles.
+// `rewards` and `greedy` are 1-D along stride1. Groups are consecutive runs of `group_size`
+// rewards. With group_size = 0 they are runs of equal `sorted_ids`, and `order` holds the reward
+// indices in that order. `work` is scratch of `count` doubles on a GPU.
 struct GroupAdvantagesArgs {
   int64_t count;
   Tensor rewards, greedy;

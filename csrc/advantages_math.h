@@ -5,12 +5,12 @@
 namespace rk {
 namespace {
 
-// Number, mean and sum of squared differences to the mean.
+// Count, mean and sum of squared differences to the mean.
 struct Moments {
   double count, mean, m2;
 };
 
-// Of two sets together (Chan et al., 1979).
+// Moments of the union of two sets (Chan et al., 1979).
 RK_HD Moments merge_moments(const Moments& a, const Moments& b) {
   if (a.count == 0.0 || b.count == 0.0) return a.count == 0.0 ? b : a;
   const double count = a.count + b.count, difference = b.mean - a.mean;
@@ -25,25 +25,25 @@ struct Whitening {
 RK_HD Whitening whitening(const Moments& all, bool shift_mean, bool unbiased, double eps) {
   const double divisor = all.count - (unbiased ? 1.0 : 0.0);
   const double variance = divisor > 0.0 ? all.m2 / divisor : 0.0;
-  // One element, or equal ones, with eps = 0: 0 / 0 is meant to be 0.
+  // Equal elements with eps = 0 would give 0 / 0; the result is 0.
   const double spread = sqrt(variance + eps);
   return {all.mean, spread == 0.0 ? 0.0 : 1.0 / spread, shift_mean ? 0.0 : all.mean};
 }
 
-// A sequence's score within [-clip, clip]; 0 means no clipping.
+// A sequence's score clipped to [-clip, clip]; clip = 0 means no clipping.
 RK_HD float clipped_score(float score, float clip) {
   if (!(clip > 0.0f)) return score;
   return score < -clip ? -clip : score > clip ? clip : score;
 }
 
-// A group's n rewards: the first of them, the mean of the differences to it, their spread. Equal
-// rewards have a spread of exactly 0, and a common offset costs nothing.
+// Statistics of a group's n rewards: the first reward, and the mean and spread of the differences
+// to it. Equal rewards have a spread of exactly 0, and a common offset costs no precision.
 struct GroupStatistics {
   double n, first, mean, spread;
 };
 RK_HD double others_of(double n) { return n > 1.0 ? n - 1.0 : 1.0; }
 
-// A reward by its group's baseline, scaled by the group's spread if asked.
+// A reward minus its group's baseline, divided by the group's spread if so configured.
 RK_HD double group_advantage(double reward, double greedy, const GroupStatistics& s,
                              int32_t baseline, int32_t scale, double eps) {
   const double centred = reward - s.first - s.mean;
@@ -55,7 +55,7 @@ RK_HD double group_advantage(double reward, double greedy, const GroupStatistics
   return scale == kScaleGroup ? (s.spread == 0.0 ? 0.0 : x / (s.spread + eps)) : x;
 }
 
-// Whether the mean of all baselined rewards is 0 by construction.
+// Whether the mean over the batch is already 0 after the baseline.
 RK_HD bool zero_mean(int32_t baseline) {
   return baseline == kBaselineMean || baseline == kBaselineLeaveOneOut;
 }

@@ -8,27 +8,27 @@
 namespace rk {
 namespace {
 
-// log(p_y) from a row's statistics, in double: (x - m) / T - log s, never x - lse, so that a large
-// common offset of the logits costs nothing. s >= 1 and x <= m keep it at or below zero.
+// log(p_y) from a row's statistics, in double: (x - m) / T - log s instead of x - lse, so that a
+// large common offset of the logits costs no precision. It is never positive, as s >= 1 and x <= m.
 RK_HD double logprob_from_stats(double x, double m, double s, double inv_temperature) {
   return (x - m) * inv_temperature - log(s);
 }
 
-// d logits_y for the label itself. 1 - p_y is -expm1(log p_y): exact where p_y is close to 1.
-// log p_y + H is `distance`, (x_y - m) / T, less the mean of these, the logarithms of the sum gone.
+// The gradient of the label's own logit. 1 - p_y = -expm1(log p_y) is accurate where p_y is close
+// to 1. log p_y + H = `distance` - mean, with distance = (x_y - m) / T; the logarithms of s cancel.
 RK_HD double label_gradient(double logprob, double distance, double mean, double g_logprob,
                             double g_entropy, double inv_temperature) {
   double g = g_logprob * -expm1(logprob);
-  // p log p is 0 at p = 0, also where log p is -inf.
+  // p log p is 0 at p = 0, even where log p is -inf.
   if (g_entropy != 0.0 && logprob > -745.0) g -= g_entropy * exp(logprob) * (distance - mean);
   return g * inv_temperature;
 }
 
-// Temperatures, over the scale of the logits, that rlhf_kernels/core/temperature_rules.py does not
-// refuse.
+// Whether an effective temperature (divided by logit_scale) is within the bounds of
+// rlhf_kernels/core/temperature_rules.py.
 RK_HD bool good_temperature(double t) { return t >= 0x1p-60 && t <= 0x1p60; }
 
-// k3 = exp(-x) - 1 + x; infinite at -inf too, where the sum would be inf - inf.
+// k3 = exp(-x) - 1 + x; +inf at x = -inf, where the sum would be inf - inf.
 RK_HD float k3_estimate(float x) {
   const float e = expm1f(-x);
   return e > 3.4e38f ? e : e + x;

@@ -1,4 +1,5 @@
-// The extension `_cpu`: integers in, status out. Picks the instruction set and releases the GIL.
+// The extension `_cpu`: takes integers, returns a status. It selects the instruction set and
+// releases the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -32,7 +33,7 @@ std::vector<const Kernels*> supported_kernels() {
   std::vector<const Kernels*> found{&kernels_baseline};
 #ifdef RK_HAVE_X86_LEVELS
   __builtin_cpu_init();
-  // F16C through cpuid: Clang's __builtin_cpu_supports does not know it.
+  // F16C through cpuid, because Clang's __builtin_cpu_supports lacks it.
   unsigned a, b, c, d;
   const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
   if (f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
@@ -86,7 +87,7 @@ PYBIND11_MODULE(_cpu, m) {
           pages.prepare(i * kItem, bytes - i * kItem < kItem ? bytes - i * kItem : kItem);
         });
       },
-      "For memory that nothing was written to yet and all of which will be.");
+      "Pre-faults the pages of a fresh buffer that will be written completely.");
   m.def("freed_pages_leave", &freed_pages_leave, py::arg("devices") = "/sys/bus/virtio/devices",
         "Whether a hypervisor takes back the pages that this machine frees.");
   // See module_cuda.cpp.

@@ -1,4 +1,5 @@
-// The extension `_cuda`: integers in, status out. Importing it needs no driver and starts nothing.
+// The extension `_cuda`: takes integers, returns a status. Importing it needs no driver and does
+// not initialise CUDA.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -35,7 +36,8 @@ struct Kernels {
   decltype(&cuda::group_advantages) group_advantages = cuda::group_advantages;
 };
 
-// "sm_90 compute_90": code for a device, and PTX that later ones translate.
+// For example "sm_90 compute_90": machine code for one architecture, and PTX that later GPUs
+// compile.
 std::vector<std::string> architectures() {
   std::istringstream words(RK_CUDA_ARCHITECTURES);
   std::vector<std::string> found;
@@ -46,7 +48,8 @@ std::vector<std::string> architectures() {
 }  // namespace
 }  // namespace rk
 
-// The tests build the kernels for an emulator, which may be loaded beside the extension itself.
+// Tests also build the kernels for an emulator, under another module name, so that both can be
+// loaded in one process.
 #ifdef RK_EMULATED
 #define RK_MODULE _cuda_emulated
 #else
@@ -59,7 +62,7 @@ PYBIND11_MODULE(RK_MODULE, m) {
       "CUDA kernels of rlhf_kernels. Takes raw pointers: call it through "
       "rlhf_kernels.kernels.native.";
   m.attr("architectures") = architectures();
-  // Kernels poison bad data instead of reporting it.
+  // GPU kernels report bad data by NaN results, not by a status.
   m.attr("gpu") = true;
   m.def("driver_version", &cuda::driver_version, "1000 * major + 10 * minor; 0 without a driver.");
   m.def("runtime_version", &cuda::runtime_version, "The CUDA version that this is built with.");

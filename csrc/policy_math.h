@@ -1,7 +1,6 @@
-// The token terms of the policy and value losses, written once for a float (CUDA, scalars) and for
-// a vector of floats (cpu/tokens.h), and the metrics that their sums give. A vector type V has + -
-// * /, unary -, a constructor from float, and the functions below for float. max and min keep a NaN
-// in their second argument.
+// Token terms of the policy and value losses, and metrics from their sums. V is float (CUDA and
+// scalar code) or a vector of floats (cpu/tokens.h) with + - * /, unary -, a constructor from float
+// and overloads of the float functions below. max and min return a NaN in their second argument.
 #pragma once
 #include "math.h"
 
@@ -33,10 +32,10 @@ RK_HD V clamp(V x, V low, V high) {
   return min(high, max(low, x));
 }
 
-// exp(x), exp(x) - 1 and exp(x) - 1 - x for |x| <= 80; NaN in, NaN out; exactly 1, 0, 0 at x = 0.
-// x = n ln 2 + f; exp(f) = 1 + f + f^2 q(f), q minimax of degree 5 (relative error 1e-8 of q). exp
-// is within 1.5 units in the last place, the others as exact wherever |x| < ln(2) / 2, and nowhere
-// worse than torch.expm1(x) - x.
+// exp(x), exp(x) - 1 and exp(x) - 1 - x for |x| <= 80; NaN for NaN; exactly 1, 0, 0 at x = 0.
+// x = n ln 2 + f and exp(f) = 1 + f + f^2 q(f), with q a minimax polynomial of degree 5 (relative
+// error 1e-8). exp is within 1.5 units in the last place. The other two are as accurate for
+// |x| < ln(2) / 2, and never worse than torch.expm1(x) - x.
 template <class V>
 struct ExpParts {
   V e, em1, em1mx;
@@ -46,7 +45,7 @@ template <class V>
 RK_HD ExpParts<V> exp_parts(V x) {
   const V magic(12582912.0f);  // 1.5 * 2^23 rounds to the nearest integer
   const V n = fma(x, V(1.44269504f), magic) - magic;
-  // ln 2 in two parts, the first short enough for n times it to be exact.
+  // ln 2 in two parts; the first has so few bits that its product with n is exact.
   const V f = fma(n, V(2.12194440e-4f), fma(n, V(-0.693359375f), x));
   V q(1.9899517e-4f);
   q = fma(q, f, V(1.3933830e-3f));
@@ -67,17 +66,17 @@ struct KlPenalty {
   float value, slope;
 };
 RK_HD KlPenalty kl_penalty_term(float x, int32_t estimator) {
-  // kl_estimate is inexact where |x| is small, exp_parts where it is large.
+  // kl_estimate is inaccurate for small |x|, exp_parts for large |x|.
   if (estimator != kK3 || abs(x) > 80.0f)
     return {kl_estimate(x, estimator), kl_estimate_slope(x, estimator)};
   const ExpParts<float> p = exp_parts(-x);
   return {p.em1mx, -p.em1};
 }
 
-// What config/policy.py gives for a bound that is not set.
+// An absent bound: UNBOUNDED of config/policy.py.
 constexpr float kUnbounded = 3.0e38f;
 
-// exp(x) saturates at +-40 in every use: LOG_RATIO_BOUND of config/policy.py.
+// Every exp(x) here clamps x to +-40: LOG_RATIO_BOUND of config/policy.py.
 constexpr float kLogRatioBound = 40.0f;
 
 template <class V>
@@ -85,7 +84,7 @@ RK_HD V saturated(V x) {
   return clamp(x, V(-kLogRatioBound), V(kLogRatioBound));
 }
 
-// The ratio of a token or a sequence. `log` is clamped.
+// The ratio of a token or a sequence; `log` is its clamped logarithm.
 template <class V>
 struct Ratio {
   V r, em1, em1mx, log;
@@ -98,21 +97,21 @@ RK_HD Ratio<V> policy_ratio(V x, const PolicyConfig& c) {
   return {p.e, p.em1, p.em1mx, log};
 }
 
-// 0 where x lies outside the clamp of the log-ratio, else slope.
+// 0 where x is outside the clamp of the log-ratio, else slope.
 template <class V>
 RK_HD V inside_clamp(V x, V slope, const PolicyConfig& c) {
   const V above = select_less(x, V(c.log_ratio_low), V(0.0f), slope);
   return select_less(V(c.log_ratio_high), x, V(0.0f), above);
 }
 
-// yes where x is a number, else no.
+// yes where x is not NaN, else no.
 template <class V>
 RK_HD V select_number(V x, V yes, V no) {
   return select_less(x, V(1.0f), yes, select_less(V(0.0f), x, yes, no));
 }
 
-// old - rollout, the logarithm of a token's weight. One that is not a number though old is says
-// nothing: 0. An infinite one stays finite, so that a sequence may hold both signs.
+// old - rollout, the logarithm of a token's weight; 0 where it is NaN although old is a number.
+// Infinities become large finite numbers, so that a sequence may hold both signs.
 constexpr float kLogWeightBound = 1.0e30f;
 template <class V>
 RK_HD V log_weight(V old, V rollout) {
@@ -130,8 +129,8 @@ RK_HD V correction_weight(V x, const PolicyConfig& c) {
   return select_less(w, low, zero, select_less(high, w, zero, w));
 }
 
-// One token of the objective. `direct` is d loss / d logprob where it does not pass through the
-// ratio, `ratio` d loss / d log r. low, high and dual are 1 where that bound takes effect.
+// The objective of one token. `direct` is the part of d loss / d logprob that does not pass through
+// the ratio; `ratio` is d loss / d log r. low, high and dual are 1 where that bound takes effect.
 template <class V>
 struct PolicyTerm {
   V loss, direct, ratio, low, high, dual;
@@ -159,13 +158,13 @@ RK_HD PolicyTerm<V> policy_objective(const Ratio<V>& x, V logprob, V a, V w,
   } else if constexpr (kObjective == kSapo) {
     const V tau = select_less(zero, a, V(c.sapo_tau_pos), V(c.sapo_tau_neg));
     const V z = tau * (x.r - one);
-    // exp(-z), exactly 0 where it would be below 1e-34; z >= -tau.
+    // exp(-z), exactly 0 where it is below 1e-34; z >= -tau.
     const V u = select_less(V(80.0f), z, zero, exp_parts(clamp(-z, V(-80.0f), V(80.0f))).e);
     const V gate = one / (one + u);
     t.loss = w * (-a * gate * (V(4.0f) / tau));
     t.ratio = w * (-a * V(4.0f) * gate * (u * gate) * x.r);
   } else {
-    // Without delta and dual clip their terms would change nothing.
+    // Skipped without delta and dual clip, where these terms have no effect.
     const bool bounded = min(c.delta, c.dual_clip) < kUnbounded;
     const V delta(c.delta);
     const V free = -a * x.r, clipped = -a * clamp(x.r, low, high);
@@ -189,8 +188,7 @@ RK_HD PolicyTerm<V> policy_objective(const Ratio<V>& x, V logprob, V a, V w,
   return t;
 }
 
-// The KL to the reference from x = logprob - ref: the term of the loss, its slope, and the plain
-// k3.
+// The KL to the reference from x = logprob - ref: the loss term, its slope, and k3 without clamps.
 template <class V>
 struct KlTerm {
   V value, slope, k3;
@@ -225,12 +223,12 @@ RK_HD KlTerm<V> policy_kl(V x, const PolicyConfig& c) {
   const V limit(c.kl_value_clamp);
   slope = within(value, -limit, limit, slope);
   value = clamp(value, -limit, limit);
-  // The gradient of k2, through both clamps.
+  // The gradient of k2, as if without both clamps.
   if (c.kl_straight_through) slope = x;
   return {value, slope, plain.em1mx};
 }
 
-// 0.5 of the squared error, its slope, and 1 where the clipped value's error is the larger.
+// Half the squared error, its slope, and 1 where the error of the clipped value is larger.
 template <class V>
 struct ValueTerm {
   V loss, slope, clipped;
@@ -249,8 +247,8 @@ RK_HD ValueTerm<V> value_term(V value, V old, V target, V range, bool clip) {
           select_less(square, other_square, V(1.0f), zero)};
 }
 
-// Sums over the unmasked tokens, of which there are `tokens`. pg, kl and bonus (the entropy's) are
-// those of the loss: weighted, and divided by its divisor. Without rollout log-probabilities `w` is
+// Sums over the unmasked tokens, whose number is `tokens`. pg, kl and bonus (entropy bonus) are the
+// terms of the loss, weighted and divided by the divisor. Without rollout log-probabilities `w` is
 // `tokens`.
 struct PolicySums {
   double pg, kl, bonus;
@@ -258,18 +256,18 @@ struct PolicySums {
   float r_min, r_max;
 };
 
-// The `fault` of a loss whose divisor is good: to add it changes no bit, not even the sign of a 0.
+// The `fault` of a loss with a valid divisor: -0.0, since adding it changes no bit of any number.
 constexpr double kNoFault = -0.0;
 
-// `fault` is added to all that the divisor does not reach: NaN where the divisor is none.
+// `fault` is NaN for an invalid divisor. It is added to all metrics that do not use the divisor.
 RK_HD PolicyMetrics policy_metrics(const PolicyConfig& c, const PolicySums& s, double fault) {
   const double n = s.tokens > 1.0 ? s.tokens : 1.0;
   const bool some = s.tokens > 0.0;
-  // A term that is not part of the loss may be infinite.
+  // A term with coefficient 0 is skipped, since it may be infinite.
   double loss = s.pg;
   if (c.kl_coef != 0.0f) loss += static_cast<double>(c.kl_coef) * s.kl;
   if (c.entropy_coef != 0.0f) loss -= static_cast<double>(c.entropy_coef) * s.bonus;
-  // The minimum and the maximum may have stepped over a NaN; the sum has not.
+  // Minimum and maximum may have skipped a NaN, but the sum has not.
   const double lost = s.r - s.r + fault;
   const auto mean = [&](double sum) { return static_cast<float>(sum / n + fault); };
   PolicyMetrics m;
@@ -294,18 +292,18 @@ RK_HD PolicyMetrics policy_metrics(const PolicyConfig& c, const PolicySums& s, d
   return m;
 }
 
-// Of the unmasked tokens: the loss, sums, and what returns and errors (return - value) vary by,
-// their sums of squared deviations.
+// Over the unmasked tokens: the loss, sums, and the sums of squared deviations of returns and of
+// errors (return - value).
 struct ValueTotals {
   double loss, clipped, value, return_mean, return_m2, error_m2, tokens;
 };
 
-// Two units in the last place of a float, 2^-22.
+// 2^-22, two units in the last place of a float near 1.
 constexpr double kMeanRoundings = 2.384185791015625e-7;
 
 RK_HD ValueMetrics value_metrics(const ValueTotals& s, double fault) {
   const double n = s.tokens > 1.0 ? s.tokens : 1.0;
-  // Equal returns vary by what their mean rounds. A NaN that is not under the mask shows.
+  // The variance of equal returns is the rounding error of their mean. An unmasked NaN stays NaN.
   const double rounding = kMeanRoundings * s.return_mean;
   const double explained = s.return_m2 > n * rounding * rounding ? 1.0 - s.error_m2 / s.return_m2
                                                                  : s.return_m2 - s.return_m2;

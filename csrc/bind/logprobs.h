@@ -1,4 +1,4 @@
-// Python signatures of token_logprobs. `table()` gives the kernels of the backend in use.
+// Python signatures of token_logprobs. `table()` returns the kernels of the backend in use.
 #pragma once
 #include "tensor.h"
 

@@ -1,4 +1,4 @@
-// Python signature of policy_loss. codes and params are PolicyLossConfig's.
+// Python signature of policy_loss. codes and params are the encoded PolicyLossConfig.
 #pragma once
 #include <cstring>
 #include <type_traits>
@@ -7,7 +7,8 @@
 
 namespace rk {
 
-// A struct of numbers T from a sequence of as many: abi.h alone says which one is which.
+// Fills a struct whose fields are all of type T from a sequence of the same length, in the order of
+// the fields in abi.h.
 template <class Fields, class T>
 Fields fields_from(const pybind11::sequence& values) {
   static_assert(std::is_standard_layout_v<Fields> && std::is_trivially_copyable_v<Fields>);

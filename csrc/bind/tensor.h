@@ -1,4 +1,4 @@
-// What the extension modules share: how a tensor crosses the boundary, and how a status leaves it.
+// Shared by the extension modules: conversion of tensors from Python and of a status to Python.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -19,8 +19,8 @@ inline std::pair<int, long long> without_gil(const F& kernel) {
 
 namespace pybind11::detail {
 
-// None, or the tuple (data_ptr, dtype code, stride0, stride1) that rlhf_kernels.kernels.native
-// makes.
+// From None, or from the tuple (data_ptr, dtype code, stride0, stride1) that
+// rlhf_kernels.kernels.native builds.
 template <>
 struct type_caster<rk::Tensor> {
   PYBIND11_TYPE_CASTER(rk::Tensor, const_name("tuple[int, int, int, int] | None"));
@@ -45,8 +45,8 @@ struct type_caster<rk::Tensor> {
   }
 };
 
-// A number of threads, or the tuple (device, stream, scratch address, scratch tensor) of
-// rlhf_kernels.kernels.native.boundary; the tensor is there to be kept alive.
+// From a number of threads, or from the tuple (device, stream, scratch address, scratch tensor) of
+// rlhf_kernels.kernels.native.boundary. The tuple holds the tensor only to keep it alive.
 template <>
 struct type_caster<rk::Exec> {
   PYBIND11_TYPE_CASTER(rk::Exec, const_name("int | tuple[int, int, int, object]"));
@@ -69,8 +69,8 @@ struct type_caster<rk::Exec> {
   }
 };
 
-// The tuple RowOptions of rlhf_kernels/core/row_options.py. `entropy` (2) says there which results
-// are wanted; here the tensor is given or not.
+// From the tuple RowOptions of rlhf_kernels/core/row_options.py. Its field `entropy` (2) is not
+// used: the entropy tensor is given or not.
 template <>
 struct type_caster<rk::RowOptions> {
   PYBIND11_TYPE_CASTER(rk::RowOptions, const_name("RowOptions"));

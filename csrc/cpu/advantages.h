@@ -5,7 +5,7 @@ namespace rk {
 namespace {
 namespace scan {
 
-// Whitening works on chunks of the flat order of tokens, so bits do not depend on strides.
+// Whitening works on chunks of tokens in flat order, so its bits do not depend on strides.
 constexpr int64_t kChunkTokens = 2048;
 
 // Calls body(row, t, offset, n) for the pieces of rows that make up flat tokens [begin, begin + n).
@@ -37,7 +37,7 @@ struct Chunk {
   }
 };
 
-// Sum of f(k) over the kept tokens, in eight interleaved sums.
+// Sum of f(k) over the kept tokens, by eight interleaved accumulators.
 template <class F>
 inline double sum_kept(const Chunk& c, int64_t n, const F& f) {
   double s[8] = {}, y[256];
@@ -55,7 +55,7 @@ inline double sum_kept(const Chunk& c, int64_t n, const F& f) {
 template <class F>
 inline void parallel_chunks(const WhitenArgs& a, const F& body) {
   const int64_t tokens = a.rows * a.cols;
-  // Several chunks an item, for less scheduling.
+  // Several chunks per item reduce the scheduling overhead.
   const int64_t size = 8 * kChunkTokens;
   parallel_for((tokens + size - 1) / size, a.exec.threads, [&](int64_t item) {
     for (int64_t c = item * 8; c < item * 8 + 8 && c * kChunkTokens < tokens; ++c) {
@@ -98,7 +98,8 @@ inline double reward_at(const Tensor& x, int64_t i) {
                              : load_scalar(x.data, x.dtype, at);
 }
 
-// Baselined and, if asked, scaled rewards of one group: `member(k)`, k in [0, n).
+// The rewards of one group after baseline and, if configured, scale. `member(k)` for k in [0, n)
+// are its indices.
 template <class F>
 inline void group(const GroupAdvantagesArgs& a, int64_t n, const F& member) {
   GroupStatistics s{static_cast<double>(n), reward_at(a.rewards, member(0)), 0.0, 0.0};
@@ -118,7 +119,7 @@ inline void group(const GroupAdvantagesArgs& a, int64_t n, const F& member) {
 }
 
 inline void scale_by_batch(const GroupAdvantagesArgs& a) {
-  // Equal rewards must stay exactly 0.
+  // Advantages of equal rewards must be exactly 0.
   if (!zero_mean(a.baseline)) {
     const double first = a.work[0];
     double mean = 0.0;

@@ -1,13 +1,13 @@
-// The recurrence of the scans, A_t = delta_t + d A_{t+1}: a suffix scan (Hillis and Steele, 1986)
-// over vectors of doubles. The steps of a vector take log2(lanes) multiply-adds, with d, d^2 and
-// d^4; one more adds what follows them. Doubles, since a chain of 10^5 additions in fp32 is not
-// accurate.
+// The recurrence of the scans, A_t = delta_t + d A_{t+1}, as a suffix scan (Hillis and Steele,
+// 1986) over vectors of doubles. The steps of one vector take log2(lanes) multiply-adds, with d,
+// d^2 and d^4; one more multiply-add carries in the advantage of the next step. The scan uses
+// doubles because a chain of 10^5 additions in fp32 is inaccurate.
 #pragma once
 
 namespace rk {
 namespace {
 
-// A vector of doubles, lane 0 the earliest step, with just the operations needed here.
+// A vector of doubles, with only the operations needed here. Lane 0 is the earliest step.
 #if defined(__AVX512F__)
 
 constexpr int kDoubles = 8;
@@ -21,7 +21,7 @@ inline Doubles add(Doubles a, Doubles b) { return _mm512_add_pd(a, b); }
 inline Doubles sub(Doubles a, Doubles b) { return _mm512_sub_pd(a, b); }
 inline Doubles fma(Doubles a, Doubles b, Doubles c) { return _mm512_fmadd_pd(a, b, c); }
 inline double first(Doubles x) { return _mm512_cvtsd_f64(x); }
-// Of the steps in x and those in `after`, which follow: the vector that begins n steps into x.
+// The vector of steps that begins n steps into x; `after` holds the steps that follow x.
 template <int n>
 inline Doubles later(Doubles x, Doubles after) {
   return _mm512_castsi512_pd(
@@ -87,10 +87,10 @@ inline double multiply_add(double a, double b, double c) {
 #endif
 }
 
-// What a recurrence with the factor d multiplies by.
+// The multipliers of a recurrence with the factor d.
 struct Factors {
   double gamma, all;
-  // d^(lanes), ..., d^2, d: by which what follows a vector reaches its lanes.
+  // d^(lanes), ..., d^2, d: lane by lane, the factor of the advantage that follows the vector.
   double powers[kDoubles];
 
   Factors(double gamma_, double d) : gamma(gamma_) {
@@ -101,7 +101,7 @@ struct Factors {
   double power(int n) const { return powers[kDoubles - n]; }
 };
 
-// The step that follows.
+// Advantage and value of the step that follows.
 struct Next {
   double advantage;
   float value;
@@ -116,7 +116,7 @@ template <bool kValues>
 struct Recurrence {
   const Doubles gamma, one, two, four, powers;
   const double all;
-  // Of what follows.
+  // Advantage and value that follow the next vector.
   double advantage;
   Doubles value;
 
@@ -158,9 +158,10 @@ inline void store_steps(const Steps& s, float* advantages, float* returns) {
   }
 }
 
-// The recurrence over n steps, last one first. `next` moves in front of the whole vectors. The
-// results of the n % kDoubles steps in front of those are right, since later steps see nothing of
-// earlier ones; but for what is in front of them they have to be seen again, in a whole vector.
+// The recurrence over n steps, last step first. Afterwards `next` describes the first step of the
+// full vectors. The first n % kDoubles steps do not fill a vector. Their results are already right,
+// as a step does not depend on earlier ones, but the caller must pass these steps again, in a full
+// vector together with the steps before them.
 template <bool kValues>
 inline void recur(const Factors& f, const float* rewards, const float* values, int64_t n,
                   Next& next, float* advantages, float* returns) {

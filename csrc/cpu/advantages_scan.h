@@ -1,9 +1,9 @@
 // Reverse scans: GAE, discounted returns, PPO's shaped rewards.
 //
-// A sequence is walked from its end in windows of tokens that stay in the first-level cache. The
-// steps that the recurrence sees, the kept tokens of "carry" and all tokens of "zero", are put into
-// vectors counted from the sequence's end or from a `done`. So a step meets the same arithmetic
-// wherever its sequence lies, packed or padded, and whatever masked tokens lie between.
+// A sequence is processed from its end in windows of tokens that fit the L1 cache. The steps of the
+// recurrence are the kept tokens with "carry" and all tokens with "zero". They are grouped into
+// vectors that are counted from the sequence's end or from a `done`. So the arithmetic of a step
+// does not depend on the place of its sequence, on padding or packing, or on masked tokens between.
 #pragma once
 
 namespace rk {
@@ -11,10 +11,10 @@ namespace {
 namespace scan {
 
 constexpr int64_t kBlockTokens = 128;
-// Tokens that are handed to a thread at a time.
+// Tokens that a thread takes at a time.
 constexpr int64_t kItemTokens = 16384;
 
-// As keep_or_zero in vec.h, for doubles.
+// x where keep is 1, else other; branchless like keep_or_zero in vec.h, for doubles.
 inline double keep_or(uint8_t keep, double x, double other) {
   uint64_t a, b;
   memcpy(&a, &x, 8);
@@ -42,7 +42,7 @@ inline void copy_tokens(const Tensor& x, int64_t at, int64_t n, float* out) {
   }
 }
 
-// Tokens [t, t + n) of row i as fp32: where they lie if they can be read there, else copied.
+// Tokens [t, t + n) of row i as fp32: a pointer to them if contiguous fp32, else a copy in buffer.
 inline const float* load_tokens(const Tensor& x, int64_t i, int64_t t, int64_t n, float* buffer) {
   const int64_t at = i * x.stride0 + t * x.stride1;
   if (x.dtype == kFloat32 && x.stride1 == 1) return static_cast<const float*>(x.data) + at;
@@ -60,7 +60,8 @@ inline void copy_flags(const void* data, int64_t at, int64_t stride, int64_t n, 
   }
 }
 
-// Tokens [t, t + n) of row i as 0 or 1; `missing` where there is no tensor. Returns how many are 1.
+// Tokens [t, t + n) of row i as 0 or 1; all are `missing` without a tensor. Returns the number of
+// ones.
 inline int64_t load_flags(const Tensor& x, int64_t i, int64_t t, int64_t n, uint8_t missing,
                           uint8_t* out) {
   if (!x.given) {
@@ -84,28 +85,28 @@ inline void kl_rewards(const float* p, const float* q, int64_t n, double coef, f
     out[k] = static_cast<float>(-coef * kl_estimate(p[k] - q[k], kEstimator));
 }
 
-// A sequence: what its walk has still to do, and what follows that.
+// The state of the walk through one sequence, from its end to its start.
 struct Walk {
   int64_t sequence, row, start;
-  // Tokens in front.
+  // Tokens not yet reached; they precede the last window.
   int64_t left;
-  // What follows the pending steps: done, but too few for a vector.
+  // The step after the pending ones. Pending steps have their results, but do not fill a vector.
   Next next;
   int64_t pending;
   float pending_rewards[kDoubles], pending_values[kDoubles];
   bool scored;
 };
 
-// The n tokens from `begin`, counted from the sequence's start, and the steps that they are.
+// A window of n tokens from `begin`, counted from the sequence's start, and its steps.
 struct Window {
   int64_t begin, n, kept, steps;
   uint8_t keep[kBlockTokens], done[kBlockTokens];
-  // A vector longer, for compress and expand.
+  // One vector longer, because compress and expand access whole vectors.
   float rewards[kBlockTokens + kLanes], values[kBlockTokens + kLanes], other[kBlockTokens];
   float advantages[kBlockTokens + kLanes], returns[kBlockTokens + kLanes];
 
   bool skips() const { return steps < n; }
-  // "zero" has masked tokens.
+  // Whether some steps are masked tokens (only with "zero").
   bool zeros() const { return kept < steps; }
 };
 
@@ -124,7 +125,7 @@ inline void begin_walk(const GaeArgs& a, int64_t sequence, Walk& w) {
   w.next = a.values.given ? Next{0.0, bootstrap} : Next{bootstrap, 0.0f};
 }
 
-// The window in front of the last one. With the pending steps it makes a whole block.
+// Moves to the preceding window, which together with the pending steps fills a block.
 inline void next_window(const GaeArgs& a, Walk& w, Window& x) {
   const int64_t most = kBlockTokens - w.pending;
   x.n = w.left < most ? w.left : most;
@@ -142,8 +143,9 @@ inline void zero_results(const GaeArgs& a, const Walk& w, const Window& x) {
   if (a.scores.given) memset(a.shaped + at, 0, bytes);
 }
 
-// Masked tokens at the end, so that windows begin at the last kept one. Those of "zero" with
-// nothing behind them are steps that change nothing, and must not move the vectors.
+// Skips masked tokens at the end, so that the first window ends at the last kept token. With "zero"
+// these tokens are steps; they are skipped only if nothing follows them, as they are then all zero
+// and must not shift the grouping into vectors.
 inline void skip_masked_end(const GaeArgs& a, Walk& w, Window& x) {
   const bool nothing_behind = w.next.advantage == 0.0 && w.next.value == 0.0f;
   if (!a.mask.given || !(a.carry || nothing_behind)) return;
@@ -184,7 +186,7 @@ inline void zero_masked(const float* from, const uint8_t* keep, int64_t n, float
   for (int64_t k = 0; k < n; ++k) to[k] = keep_or_zero(keep[k], from[k]);
 }
 
-// A window's tokens as steps, the pending ones behind them: where they lie, or in the buffer.
+// A window's steps followed by the pending ones: in place if possible, else in the buffer.
 inline const float* to_steps(const Walk& w, const Window& x, const float* tokens,
                              const float* pending, float* buffer) {
   if (x.skips()) {
@@ -200,7 +202,7 @@ inline const float* to_steps(const Walk& w, const Window& x, const float* tokens
   return buffer;
 }
 
-// A window's results, of its steps, at its tokens.
+// Writes the results of a window's steps to its tokens.
 inline void write_tokens(const Window& x, const float* steps, float* out) {
   if (x.skips())
     expand_tokens(steps, x.keep, x.n, out);
@@ -208,7 +210,7 @@ inline void write_tokens(const Window& x, const float* steps, float* out) {
     zero_masked(steps, x.keep, x.n, out);
 }
 
-// -kl_coef * KL per token, plus the score at the last kept one.
+// -kl_coef * KL per token, plus the sequence's score at its last kept token.
 inline const float* shaped_rewards(const GaeArgs& a, Walk& w, Window& x) {
   if (a.ref_logprobs.given && a.kl_coef != 0.0) {
     const float* p = load_tokens(a.logprobs, w.row, w.start + x.begin, x.n, x.rewards);
@@ -232,7 +234,7 @@ inline const float* shaped_rewards(const GaeArgs& a, Walk& w, Window& x) {
   return x.rewards;
 }
 
-// A flag per step. Returns how many are set.
+// Loads the `done` flag of each step. Returns the number of set flags.
 inline int64_t load_dones(const GaeArgs& a, const Walk& w, Window& x) {
   int64_t count = load_flags(a.dones, w.row, w.start + x.begin, x.n, 0, x.done);
   if (count == 0 || !x.skips()) return count;
@@ -247,8 +249,7 @@ inline int64_t load_dones(const GaeArgs& a, const Walk& w, Window& x) {
   return count;
 }
 
-// The recurrence over a window's steps, and anew in front of a done one, which looks at nothing
-// behind it.
+// The recurrence over a window's steps. It restarts at each done step, which nothing follows.
 template <bool kValues>
 inline void recur_window(const GaeArgs& a, const Factors& f, Walk& w, Window& x, const float* r,
                          const float* v, float* advantages, float* returns) {
@@ -257,7 +258,7 @@ inline void recur_window(const GaeArgs& a, const Factors& f, Walk& w, Window& x,
     for (int64_t k = x.steps - 1; k >= 0; --k) {
       if (!x.done[k]) continue;
       const int64_t begin = k + 1;
-      // Else these are the pending steps alone.
+      // Otherwise only pending steps remain, which have their results.
       if (begin < x.steps)
         recur<kValues>(f, r + begin, kValues ? v + begin : nullptr, end - begin, w.next,
                        kValues ? advantages + begin : nullptr, returns + begin);
@@ -302,7 +303,7 @@ inline void walk_sequence(const GaeArgs& a, const Factors& f, int64_t sequence, 
   }
 }
 
-// The first sequence that begins at token `at` or behind it.
+// The first sequence that begins at token `at` or later.
 inline int64_t sequence_from(const GaeArgs& a, int64_t at) {
   int64_t low = 0, high = a.sequences;
   while (low < high) {
@@ -322,7 +323,7 @@ void run(const GaeArgs& a) {
   const int64_t items =
       a.offsets.given ? (a.cols + kItemTokens - 1) / kItemTokens : (a.rows + rows - 1) / rows;
   parallel_for(items, a.exec.threads, [&](int64_t i) {
-    // Last one first, as within a sequence: memory is read in one direction.
+    // Last item first, as within a sequence, so that memory is read in one direction.
     const int64_t item = items - 1 - i;
     int64_t begin = item * rows, end = begin + rows < a.rows ? begin + rows : a.rows;
     if (a.offsets.given) {

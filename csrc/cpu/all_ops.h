@@ -1,6 +1,6 @@
-// Included once by each isa_*.cpp, which the build compiles with that instruction set's flags.
-// Everything is in an anonymous namespace: no AVX-512 inline function can leak to another unit.
-// Standard headers come first, in every unit alike.
+// Included once by each isa_*.cpp, which the build compiles with the flags of its instruction set.
+// All kernels are in an anonymous namespace, so that no AVX-512 inline function is shared with
+// another translation unit. Standard headers come first, in the same order in every unit.
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>

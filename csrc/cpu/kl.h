@@ -1,19 +1,19 @@
 // KL divergence between two rows of logits over the whole vocabulary, and the per-token estimators.
 //
-// With P the distribution that weighs (policy for reverse, reference for forward) and Q the other:
+// P is the weighting distribution (policy for reverse, reference for forward), Q the other one:
 // KL = sum P (log P - log Q) = t / s_P - (log s_P - log s_Q), t = sum e_P ((x_P - m_P) - (x_Q -
-// m_Q)). The difference is taken element by element: where the two rows are close, so is the sum.
+// m_Q)). The difference is taken element by element, so t is accurate where the two rows are close.
 #pragma once
 
 namespace rk {
 namespace {
 
-// One row pair's reduction. P is the distribution that weighs.
+// The reduction of a pair of rows. P is the weighting distribution.
 struct PairSums {
   RowSums p, q;  // p.t is the sum above; q.t is unused
 };
 
-// The reference point of a row's sums moves from r.m to m: every e shrinks by the factor returned.
+// Moves the reference point of a row's sums from r.m to m. Returns the factor that scales every e.
 inline double rebase(RowSums& r, float m, double inv_t) {
   double scale = 1.0;
   if (r.s != 0.0) scale = exp((static_cast<double>(r.m) - m) * inv_t);
@@ -22,7 +22,7 @@ inline double rebase(RowSums& r, float m, double inv_t) {
   return scale;
 }
 
-// Half a block of each row: both halves together stay in the first-level cache.
+// Half a block of each row, so that both together fit the L1 cache.
 constexpr int64_t kPairBlock = kBlock / 2;
 constexpr int kPairUnroll = 2;
 
@@ -30,14 +30,14 @@ struct PairMax {
   float p, q;
 };
 
-// Adds a block of n pairs of logits to the sums and returns the maxima of the whole block after it
-// where kNext says that there is one, as add_block of one row does.
+// Adds a block of n pairs of logits to the sums. With kNext, returns the maxima of the next full
+// block, as add_block does for one row.
 template <class E, bool kNext>
 inline PairMax add_pairs(PairSums& r, const typename E::Storage* xp, const typename E::Storage* xq,
                          int64_t n, Vec rate, Vec lowest) {
   const float minus_inf = -__builtin_inff();
   const Vec zero = splat(0.0f);
-  // A row that is -inf so far has no reference point yet; any will do for sums of zeros.
+  // A row of only -inf so far has no reference point yet; its sums are 0 with any.
   const Vec vp = splat(r.p.m == minus_inf ? 0.0f : r.p.m);
   const Vec vq = splat(r.q.m == minus_inf ? 0.0f : r.q.m);
   Vec sp[kPairUnroll], sq[kPairUnroll], t[kPairUnroll], next_p[kPairUnroll], next_q[kPairUnroll];
@@ -47,8 +47,8 @@ inline PairMax add_pairs(PairSums& r, const typename E::Storage* xp, const typen
   }
   const auto accumulate = [&](int u, Vec zp, Vec zq) {
     const Vec dp = sub(zp, vp), dq = sub(zq, vq);
-    // Exactly zero weight below the range of exp, so that -inf of the reference under it is no
-    // 0 * inf, and sums over -inf alone stay 0.
+    // Weights below the range of exp are exactly zero, so that a reference logit of -inf does not
+    // give 0 * inf, and sums over only -inf stay 0.
     const Vec ep = select_less(dp, lowest, zero, exp_scaled(max(lowest, dp), rate));
     const Vec eq = select_less(dq, lowest, zero, exp_scaled(max(lowest, dq), rate));
     sp[u] = add(sp[u], ep);
@@ -94,15 +94,15 @@ inline PairSums pair_sums(const typename E::Storage* xp, const typename E::Stora
     const float mp = known ? next.p : block_max<E>(xp + start, n);
     const float mq = known ? next.q : block_max<E>(xq + start, n);
     if (mp > r.p.m) {
-      // Every x_P - m_P falls by m' - m as well.
+      // The new maximum m' also lowers every x_P - m_P by m' - m.
       const double shift = static_cast<double>(r.p.m) - mp;
       const bool any = r.p.s != 0.0;
       const double scale = rebase(r.p, mp, inv_t);
-      // A weight that underflows is nothing, also where its term was infinite.
+      // Weights that underflow contribute 0, even if their terms were infinite.
       if (any) r.p.t = scale == 0.0 ? 0.0 : scale * r.p.t + r.p.s * shift;
     }
     if (mq > r.q.m) {
-      // -(x_Q - m_Q) grows by m' - m; infinite while the reference has seen nothing but -inf.
+      // Raises every -(x_Q - m_Q) by m' - m; skipped while the reference has seen only -inf.
       if (r.p.s != 0.0 && r.q.m != minus_inf) r.p.t += r.p.s * (static_cast<double>(mq) - r.q.m);
       rebase(r.q, mq, inv_t);
     }
@@ -132,7 +132,7 @@ void kl_row(const KlArgs& a, int64_t row) {
   double kl = __builtin_nan("");
   if (r.p.m != minus_inf && r.q.m != minus_inf) {
     kl = r.p.t / r.p.s * inv_t - (log(r.p.s) - log(r.q.s));
-    // Gibbs: never negative. The comparison keeps NaN.
+    // A KL divergence is never negative (Gibbs), but rounding may make it so. NaN stays.
     if (kl < 0.0) kl = 0.0;
   }
   static_cast<float*>(a.kl.data)[row] = static_cast<float>(kl);
@@ -141,12 +141,13 @@ void kl_row(const KlArgs& a, int64_t row) {
   const RowSums& ref = a.reverse ? r.q : r.p;
   stats[0] = policy.m, stats[1] = static_cast<float>(policy.s);
   stats[2] = ref.m, stats[3] = static_cast<float>(ref.s);
-  // Not the divergence: in that the logarithms cancel, which the gradient needs nothing of.
+  // The mean difference, not the divergence: the gradient does not need the logarithms, whose
+  // difference loses digits by cancellation.
   stats[4] = static_cast<float>(kl != kl ? kl : r.p.t / r.p.s);
 }
 
-// Gradient in the policy's logits. Reverse: p_j (log p_j - log q_j - KL) / T, which is p_j / T
-// times the difference (x - m - (y - m')) / T less its mean under p. Forward: (p_j - q_j) / T.
+// Gradient w.r.t. the policy's logits. Reverse: p_j (log p_j - log q_j - KL) / T, which is p_j / T
+// times the difference (x - m - (y - m')) / T minus its mean under p. Forward: (p_j - q_j) / T.
 template <class E, bool kReverse>
 void kl_backward_row(const KlBackwardArgs& a, int64_t row) {
   using S = typename E::Storage;
@@ -167,8 +168,8 @@ void kl_backward_row(const KlBackwardArgs& a, int64_t row) {
   const float* stats = a.stats + 5 * row;
   const double inv_t = 1.0 / a.temperature;
   const float mean = stats[4];
-  // Where the reverse divergence is infinite no difference to its mean is a number. The forward one
-  // has a gradient there.
+  // An infinite reverse divergence has a NaN gradient, as differences to its mean are NaN. An
+  // infinite forward divergence has a finite gradient.
   const float poison = kReverse || mean != mean ? mean - mean : 0.0f;
   const Vec rate = splat(static_cast<float>(inv_t * kLog2e));
   const Vec lowest = splat(static_cast<float>(kExpMin / inv_t));
@@ -230,7 +231,7 @@ Status kl_divergence_backward(const KlBackwardArgs& a) {
   return {};
 }
 
-// body(row, col, n) for every run of at most kTokenBlock tokens of a row.
+// Calls body(row, col, n) for every run of at most kTokenBlock tokens of a row.
 template <class F>
 inline void for_token_blocks(int64_t rows, int64_t cols, int32_t threads, const F& body) {
   const int64_t per_row = (cols + kTokenBlock - 1) / kTokenBlock, blocks = rows * per_row;
@@ -253,7 +254,7 @@ inline Lanes kl_lanes(Lanes x, int32_t estimator) {
   if (estimator == kK2) return kSlope ? x : Lanes(0.5f) * x * x;
   if (estimator == kAbs)
     return kSlope ? select_less(zero, x, one, select_less(x, zero, -one, x)) : abs(x);
-  // Not one + 0 * x: that would be NaN where x is infinite.
+  // one + 0 * x would be NaN where x is infinite.
   if (estimator == kK1) return kSlope ? one : x;
   const auto e = exp_parts(max(Lanes(-kExpRange), min(Lanes(kExpRange), -x)));
   return kSlope ? -e.em1 : e.em1mx;
@@ -274,7 +275,7 @@ Status kl_penalty_blocks(const KlPenaltyArgs& a, int32_t estimator) {
     const Lanes zero(0.0f), range(kExpRange);
     Lanes beyond = zero;
     const auto gradient = [&](Lanes upstream, Lanes slope) {
-      // Selected, not multiplied: a token without upstream gradient takes none, whatever its value.
+      // A selection instead of a product: a zero upstream gradient gives 0, even if slope is NaN.
       const Lanes product = upstream * slope;
       return select_less(zero, upstream, product, select_less(upstream, zero, product, upstream));
     };

@@ -1,10 +1,10 @@
 // Token log-probability and entropy of rows of logits, and their gradient.
 //
-// A row is read once from memory, in blocks that stay in the first-level cache: the block's
-// maximum first, then the sums of e = exp((x - m) / T) and e * (x - m). While a block is summed the
-// maximum of the next is taken, so that memory is read at all times. Within a block four
-// accumulators per sum; across blocks in double. Block boundaries depend on the vocabulary alone,
-// so a row's bits do not depend on the batch around it.
+// A row is read once from memory, in blocks that fit the L1 cache: first the block's maximum, then
+// the sums of e = exp((x - m) / T) and e * (x - m). While one block is summed, the maximum of the
+// next is taken, so that memory is always busy. Each sum has four accumulators within a block and a
+// double across blocks. Block boundaries depend only on the vocabulary, so a row's bits do not
+// depend on its batch.
 #pragma once
 
 namespace rk {
@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kBlock = 4096;
 constexpr int kUnroll = 4;
 
-// One row's reduction: maximum of the logits, sum of e, sum of e * (x - m).
+// The reduction of one row: maximum of the logits, sum of e, sum of e * (x - m).
 struct RowSums {
   float m = -__builtin_inff();
   double s = 0.0;
@@ -42,15 +42,15 @@ inline bool has_nan(const typename E::Storage* x, int64_t n) {
   return false;
 }
 
-// What the sums over a row have in common.
+// Constants of the sums over a row.
 template <bool kChange>
 struct SumsOptions {
   LogitOptions<kChange> logits;
   Vec rate, lowest;
 };
 
-// Adds a block of n logits to the sums, whose reference point is r.m, and returns the maximum of
-// the whole block after it where kNext says that there is one.
+// Adds a block of n logits to the sums, whose reference point is r.m. With kNext, returns the
+// maximum of the next full block.
 template <class E, bool kChange, bool kEntropy, bool kNext>
 inline float add_block(RowSums& r, const typename E::Storage* p, int64_t n,
                        const SumsOptions<kChange>& o) {
@@ -78,7 +78,7 @@ inline float add_block(RowSums& r, const typename E::Storage* p, int64_t n,
     const int left = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
     Vec z = left == kLanes ? E::load(p + i) : load_partial<E>(p + i, left, 0.0f);
     z = o.logits.values(z);
-    // Past the end: -inf, whose e is below the resolution of a sum that holds exp(0).
+    // Lanes past the end are -inf; their e is below the resolution of a sum that holds exp(0).
     if (left < kLanes) z = keep_first(z, left, -__builtin_inff());
     accumulate(0, z);
   }
@@ -101,13 +101,13 @@ inline RowSums row_sums(const typename E::Storage* x, int64_t vocab,
     const float bm = logits.value(known ? next : block_max<E>(p, n));
     known = false;
     if (bm == -__builtin_inff()) {
-      // Nothing but -inf here, which adds nothing, unless the maximum has hidden a NaN.
+      // A block of only -inf adds nothing, unless the maximum has hidden a NaN.
       if (has_nan<E>(p, n)) r.s = __builtin_nan("");
       continue;
     }
     if (bm > r.m) {
       if (r.s != 0.0) {
-        // Shifting the reference by m' - m scales every e and lowers every (x - m).
+        // Moving the reference point by m' - m scales every e and lowers every (x - m).
         const double shift = static_cast<double>(r.m) - bm;
         const double scale = exp(shift * inv_t);
         r.t = scale * (r.t + r.s * shift);
@@ -124,7 +124,7 @@ inline RowSums row_sums(const typename E::Storage* x, int64_t vocab,
   return r;
 }
 
-// Data errors are found before anything is read through a label or written.
+// Finds bad data before a label is used as an index and before anything is written.
 template <class Args>
 inline Status check_tokens(const Args& a) {
   for (int64_t i = 0; i < a.rows; ++i) {
@@ -163,7 +163,7 @@ void logprobs_row(const LogprobsArgs& a, int64_t row) {
   const bool hidden_nan = r.s != r.s;
   *logprob =
       empty ? __builtin_nanf("") : static_cast<float>(logprob_from_stats(xy, r.m, r.s, inv_t));
-  // A NaN among nothing but -inf, so that no shard of it passes for an empty one.
+  // A NaN among only -inf must not make a vocabulary shard look empty.
   stats[0] = empty && hidden_nan ? __builtin_nanf("") : r.m;
   stats[1] = empty ? __builtin_nanf("") : static_cast<float>(r.s);
   const double mean = r.t / r.s * inv_t;
@@ -171,9 +171,9 @@ void logprobs_row(const LogprobsArgs& a, int64_t row) {
   if (kEntropy) *entropy = empty ? __builtin_nanf("") : static_cast<float>(log(r.s) - mean);
 }
 
-// d z_j = p_j (-g - h (log p_j + H)) / T, plus g / T at the label; p = exp((x - m) / T) / s.
-// log p_j + H = (x_j - m) / T less its mean: in this form neither large nor small temperatures
-// cancel.
+// dz_j = p_j (-g - h (log p_j + H)) / T, plus g / T at the label; p = exp((x - m) / T) / s.
+// log p_j + H is computed as (x_j - m) / T minus its mean, which does not cancel at large or small
+// temperatures.
 template <class E, bool kChange, bool kEntropy>
 void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
   using S = typename E::Storage;

@@ -11,7 +11,7 @@
 namespace rk {
 namespace {
 
-// The first line of a file that the kernel shows, as far as it fits; empty where it cannot be read.
+// The first line of a file in sysfs, truncated to the buffer; empty if the file cannot be read.
 struct Line {
   char text[64] = {};
 
@@ -31,17 +31,17 @@ Line virtio_line(const char* devices, int device, const char* name) {
 
 constexpr int64_t kBlock = 256 * 1024;
 
-// The pages that begin in a block, as far as they are whole ones of the data.
+// Populates the pages that begin in a block and lie completely in the data.
 void populate([[maybe_unused]] char* block, [[maybe_unused]] char* data_end) {
 #if defined(__linux__)
-  // In Linux since 5.14; older ones refuse it, and headers may not know it.
+  // MADV_POPULATE_WRITE, since Linux 5.14. Older kernels refuse it; headers may not define it.
   constexpr int kPopulateWrite = 23;
   static const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(block) + page - 1) & ~(page - 1);
   const uintptr_t last = reinterpret_cast<uintptr_t>(data_end) & ~(page - 1);
   const uintptr_t end = begin + kBlock < last ? begin + kBlock : last;
   if (end <= begin) return;
-  // Where the memory is not fresh, a look at every page of it would be a waste.
+  // One resident page means that the memory is not fresh; populating would only visit every page.
   unsigned char resident = 0;
   const uintptr_t middle = (begin + (end - begin) / 2) & ~(page - 1);
   if (mincore(reinterpret_cast<void*>(middle), page, &resident) == 0 && resident & 1) return;
@@ -51,8 +51,8 @@ void populate([[maybe_unused]] char* block, [[maybe_unused]] char* data_end) {
 
 }  // namespace
 
-// Virtio 1.2, 5.5: the memory balloon is device type 5, free page reporting its feature bit 5. The
-// kernel shows features as a line of 0 and 1, bit 0 first.
+// Virtio 1.2, section 5.5: the memory balloon is device type 5, and free page reporting is its
+// feature bit 5. sysfs lists features as a line of 0 and 1, bit 0 first.
 bool freed_pages_leave(const char* devices) {
   constexpr int kDevices = 64;
   for (int i = 0; i < kDevices; ++i) {
@@ -86,14 +86,14 @@ bool advise_huge_pages(void*, int64_t) { return false; }
 #endif
 
 FreshPages::FreshPages(void* data, int64_t bytes) : data_(static_cast<char*>(data)), bytes_(bytes) {
-  // Less is served from memory that the process already holds.
+  // Smaller buffers come from memory that the process already holds.
   constexpr int64_t kSmallest = 4 << 20;
   if (data && (bytes < kSmallest || advise_huge_pages(data, bytes))) data_ = nullptr;
 }
 
 void FreshPages::prepare(int64_t begin, int64_t bytes) const {
   if (!data_) return;
-  // A block is made by whoever writes its first byte.
+  // The writer of a block's first byte populates the block.
   for (int64_t at = (begin + kBlock - 1) / kBlock * kBlock; at < begin + bytes; at += kBlock)
     populate(data_ + at, data_ + bytes_);
 }

@@ -1,5 +1,5 @@
-// Page faults of 4 KiB are most of the cost of filling a new buffer of logits' size: what is done
-// to have fewer of them.
+// Page faults of 4 KiB are most of the cost of filling a new buffer of logits. The functions here
+// reduce their number.
 #pragma once
 #include <stdint.h>
 
@@ -7,25 +7,25 @@
 
 namespace rk {
 
-// Whether a hypervisor takes back the pages that this machine frees: one of the virtio devices
-// listed in the folder is a balloon that reports free pages.
+// Whether a hypervisor takes back the pages that this machine frees. It does if a virtio device
+// listed in the folder `devices` is a memory balloon with free page reporting.
 bool freed_pages_leave(const char* devices);
 
-// Asks for huge pages before the first write. Advice only: harmless where the memory is not fresh.
-// Returns whether they were asked for. Not where the system has them off, and not where freed pages
-// leave the machine: the next huge page is then often one that the hypervisor has to find anew,
-// several times as slow as 4 KiB pages, which are seldom taken from what left.
+// Asks for huge pages before the first write, and returns whether it did. This is only advice and
+// harmless for memory in use. Does nothing if huge pages are disabled, or if freed pages leave the
+// machine: the hypervisor must then often find memory for a new huge page, which is several times
+// slower than 4 KiB pages, as those rarely come from returned memory.
 bool advise_huge_pages(void* data, int64_t bytes);
 
-// A large result, about to be written by threads in any order. Where there are no huge pages, its
-// 4 KiB pages are made a block at a time just before they are written, not at a fault of each.
-// Nothing is inline: a unit compiled for AVX-512 must not serve the others.
+// A large result that threads are about to write in any order. Without huge pages, its 4 KiB pages
+// are populated block by block just before they are written, instead of by one fault per page.
+// Nothing here is inline, because code compiled for AVX-512 must not be linked into other units.
 class FreshPages {
  public:
-  // No data: nothing is to be prepared.
+  // `data` may be null; prepare then does nothing.
   FreshPages(void* data, int64_t bytes);
 
-  // Called before bytes [begin, begin + bytes) are written.
+  // Call before writing bytes [begin, begin + bytes).
   void prepare(int64_t begin, int64_t bytes) const;
 
  private:

@@ -1,5 +1,4 @@
-// Work is cut into items whose boundaries never depend on the thread count, so results do not
-// either.
+// Work is cut into items whose boundaries do not depend on the thread count, so neither do results.
 #pragma once
 #include <stdint.h>
 
@@ -11,8 +10,8 @@ inline void parallel_for(int64_t items, [[maybe_unused]] int32_t threads, const 
 #ifdef _OPENMP
   if (threads > 1 && items > 1) {
     const int32_t team = items < threads ? static_cast<int32_t>(items) : threads;
-    // Dynamic: rows differ in cost (ignored ones are free) and cores are shared with other work.
-    // Several neighbours at a time where there are many: memory is read faster in long runs.
+    // Dynamic schedule: rows differ in cost (ignored ones are free), and other work shares the
+    // cores. With many items a thread takes several neighbours, as long runs of memory read faster.
     const int64_t chunk = items / (16 * team) > 1 ? items / (16 * team) : 1;
 #pragma omp parallel for schedule(dynamic, chunk) num_threads(team)
     for (int64_t i = 0; i < items; ++i) body(i);

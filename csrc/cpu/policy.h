@@ -1,12 +1,12 @@
-// The policy loss, its metrics and its gradient: one pass over the tokens after a count of the
-// mask. A sequence-level ratio or weight needs the sequence's sums before (a second pass), and the
-// gradient through a sequence's ratio its slope after (a pass over the gradient alone).
+// The policy loss, its metrics and its gradient: a count of the mask, then one pass over the
+// tokens. A sequence-level ratio or weight needs the sequence's sums first (one more pass). The
+// gradient through a sequence's ratio needs its slope afterwards (a pass over the gradient only).
 #pragma once
 
 namespace rk {
 namespace {
 
-// What a sequence gives its tokens.
+// Values of a sequence that its tokens share.
 struct SequenceRatio {
   Ratio<float> ratio;
   float w;
@@ -18,16 +18,16 @@ struct PolicyBlock {
   float *grad, *grad_entropy;
 };
 
-// Adds n tokens to sums; returns the sum of their slopes in the log-ratio, if that is the
-// sequence's. kPlain: a ratio per token, and no input beyond the four that every loss has. Without
-// the branches of the others, all sums stay in registers.
+// Adds n tokens to the sums. For a sequence-level ratio, returns the sum of their slopes w.r.t. the
+// log-ratio. kPlain: ratio per token and only the four inputs that every loss has; without the
+// other branches all sums stay in registers.
 template <int kObjective, bool kPlain>
 double policy_block(const PolicyConfig& config, const PolicyBlock& b, int64_t n,
                     const SequenceRatio& q, double weight, PolicySums& sums) {
   using V = Lanes;
-  // A copy, which no store to a gradient can change.
+  // A local copy: the compiler knows that no store to a gradient changes it.
   const PolicyConfig c = config;
-  // A metric alone, where it has no weight: 0 * NaN would be NaN.
+  // With coefficient 0 the KL is only a metric; 0 * NaN would be NaN.
   const bool weighs_kl = c.kl_coef != 0.0f;
   const V zero(0.0f), kl_coef(c.kl_coef), token_weight(static_cast<float>(weight));
   const bool token_ratio = kPlain || c.ratio_level == kTokenRatio;
@@ -45,7 +45,7 @@ double policy_block(const PolicyConfig& config, const PolicyBlock& b, int64_t n,
     prefetch_ahead<F32, 1>(b.advantages + i);
     if (b.grad) prefetch_ahead<F32, 1, true>(b.grad + i);
     const V m = load(b.mask + i);
-    // Selected here, so that what lay under the mask is gone; later the mask may multiply.
+    // Selected here, so that NaN at masked tokens is gone; later code may multiply by the mask.
     const auto kept = [&](const float* p) { return select_less(zero, m, load(p + i), zero); };
     const V logprob = kept(b.logprobs), old = kept(b.old), a = kept(b.advantages);
     const V x = logprob - old;
@@ -138,7 +138,7 @@ inline PolicyBlockFunction policy_block_function(const PolicyArgs& a) {
   return policy_block_of<false>(a.config.objective);
 }
 
-// Tokens, and where asked for the sums of logprob - old and of log_weight, of one piece.
+// Counts the tokens of one piece; also sums logprob - old with `ratios`, log_weight with `weights`.
 inline void policy_count(const PolicyArgs& a, const Piece& p, bool ratios, bool weights,
                          SequenceSums& out) {
   const LossTokens& t = a.tokens;
@@ -175,7 +175,7 @@ inline SequenceRatio sequence_ratio(const PolicyConfig& c, const SequenceSums& s
   return q;
 }
 
-// Adds a sequence's share of the slope of its ratio to the gradient of its unmasked tokens.
+// Adds `share`, a token's share of its sequence's slope, to the gradient of the unmasked tokens.
 inline void add_pooled(const PolicyArgs& a, const Piece& p, float share) {
   const LossTokens& t = a.tokens;
   const Tensor& g = a.grad_logprobs;

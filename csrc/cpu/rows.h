@@ -4,12 +4,12 @@
 namespace rk {
 namespace {
 
-// Logits as the options make them, before the temperature divides them, and the slope of that.
+// Logits after the options, before the temperature divides them, and the slope of this map.
 struct Logits {
   Vec z, slope;
 };
 
-// What RowOptions make of logits; nothing without kChange (RowOptions::change_logits).
+// Applies RowOptions to logits; without kChange (RowOptions::change_logits) logits stay unchanged.
 template <bool kChange>
 struct LogitOptions {
   float cap;
@@ -30,7 +30,7 @@ struct LogitOptions {
     return {mul(caps, th.value), th.slope};
   }
 
-  // Of one logit: its value as in a block, and 1 over its slope in double.
+  // For one logit: its value, with the bits of a block, and in double the inverse of its slope.
   float value(float x) const {
     if constexpr (!kChange) return x;
     float lanes[kLanes];
@@ -39,7 +39,7 @@ struct LogitOptions {
   }
   double inverse_slope(float x) const {
     if constexpr (!kChange) return 1.0;
-    // The slope is 1 / cosh^2, not 1 - tanh^2, which cancels near the cap.
+    // The slope is 1 / cosh^2; 1 - tanh^2 would cancel near the cap.
     const double ch = cosh(static_cast<double>(x) / cap);
     return ch * ch;
   }
@@ -58,7 +58,7 @@ inline double row_temperature(const Args& a, int64_t i, int64_t j) {
   return static_cast<const float*>(t.data)[i * t.stride0 + j * t.stride1];
 }
 
-// Picks the instantiation for a dtype, for options that change logits or not, and a flag.
+// Picks the instantiation for a dtype, for options that change logits, and for a flag.
 template <template <class, bool, bool> class F, class Args>
 inline auto pick(int32_t dtype, const RowOptions& options, bool entropy)
     -> void (*)(const Args&, int64_t) {

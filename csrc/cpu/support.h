@@ -1,9 +1,9 @@
-// token_logprobs over a support: the token ids that the sampler kept, a list per token.
+// token_logprobs over a support, the list of token ids that the sampler kept for each token.
 //
-// The kept logits of a token, gathered or multiplied, lie side by side in fp32; from there on the
-// rows are those of logprobs.h. Gradients of the head are weighted sums of rows: of the weight's
-// rows for a hidden state, of the hidden states for a row of the weight, each sum by one thread in
-// the order of its entries.
+// The kept logits of a token, gathered or computed by products, are contiguous in fp32; the kernels
+// of logprobs.h process them as a row. Gradients of the head are weighted sums of rows: rows of the
+// weight for a hidden state, hidden states for a row of the weight. One thread computes each sum,
+// in the order of its entries.
 #pragma once
 
 namespace rk {
@@ -32,9 +32,9 @@ inline Status check_indptr(const Support& s, int64_t tokens) {
   return {};
 }
 
-// The token ids of one token. `seen` has a bit per token id, zeros before and after; null where it
-// is known that none is repeated.
-inline Status check_words(const Support& s, Range range, int64_t vocab, uint64_t* seen) {
+// Checks the token ids of one token. `seen` has one bit per token id and is all zero before and
+// after; it is null where token ids are known to be distinct.
+inline Status check_token_ids(const Support& s, Range range, int64_t vocab, uint64_t* seen) {
   for (int64_t e = range.begin; e < range.end; ++e) {
     const int64_t v = load_index(s.indices, e);
     if (v < 0 || v >= vocab) return {kIndexOutOfRange, e};
@@ -48,14 +48,14 @@ inline Status check_words(const Support& s, Range range, int64_t vocab, uint64_t
   return {};
 }
 
-// Finds bad data before anything is read through it. Ignored tokens' entries are not looked at.
+// Finds bad data before it is used as an index. Entries of ignored tokens are not read.
 template <class Args>
 inline Status check_support(const Args& a, uint64_t* seen) {
   Status status = check_tokens(a);
   if (status.code == kOk) status = check_indptr(a.support, a.rows * a.cols);
   for (int64_t token = 0; token < a.rows * a.cols && status.code == kOk; ++token) {
     if (load_label(a.labels, token / a.cols, token % a.cols) == a.options.ignore_index) continue;
-    status = check_words(a.support, entries_of(a.support, token), a.vocab, seen);
+    status = check_token_ids(a.support, entries_of(a.support, token), a.vocab, seen);
   }
   return status;
 }
@@ -65,8 +65,8 @@ inline const typename E::Storage* row_at(const Tensor& t, int64_t i, int64_t j) 
   return static_cast<const typename E::Storage*>(t.data) + i * t.stride0 + j * t.stride1;
 }
 
-// Products of R rows with x, each with sums of its own, while the lines of the next R rows come.
-// A product's bits do not depend on the rows beside it.
+// Products of R rows with x, with separate sums, while the next R rows are prefetched. The bits of
+// a product do not depend on the other rows.
 template <class E, int R>
 inline void products(const typename E::Storage* x, const typename E::Storage* const* w,
                      const typename E::Storage* const* next, int64_t n, float* out) {
@@ -89,13 +89,13 @@ inline void products(const typename E::Storage* x, const typename E::Storage* co
   for (int r = 0; r < R; ++r) out[r] = static_cast<float>(reduce_add(add(even[r], odd[r])));
 }
 
-// Products of a token's hidden state with the rows of the weight into kept[begin, end).
+// Writes the products of a token's hidden state with rows of the weight to kept[begin, end).
 template <class E>
 void project_entries(const SupportArgs& a, const typename E::Storage* x, Range range) {
   using S = typename E::Storage;
   constexpr int kRows = 4;
   const auto row = [&](int64_t e) {
-    // Past the end: the last row again, prefetched for nothing.
+    // Past the end the last row is prefetched again, to no effect.
     const int64_t entry = e < range.end ? e : range.end - 1;
     return row_at<E>(a.weight, 0, load_index(a.support.indices, entry));
   };
@@ -111,7 +111,7 @@ void project_entries(const SupportArgs& a, const typename E::Storage* x, Range r
   for (int r = 0; e < range.end; ++e, ++r) products<E, 1>(x, w + r, w + r, a.width, a.kept + e);
 }
 
-// Raw logits of a token's entries into kept[begin, end).
+// Writes the raw logits of a token's entries to kept[begin, end).
 template <class E>
 void keep_logits(const SupportArgs& a, int64_t i, int64_t j, Range range) {
   const auto index = [&](int64_t e) { return load_index(a.support.indices, e); };
@@ -120,7 +120,7 @@ void keep_logits(const SupportArgs& a, int64_t i, int64_t j, Range range) {
     for (int64_t e = range.begin; e < range.end; ++e) a.kept[e] = E::get(x + index(e));
     return;
   }
-  // Without columns neither operand has memory.
+  // With width 0 neither operand has memory.
   if (a.width == 0)
     for (int64_t e = range.begin; e < range.end; ++e) a.kept[e] = 0.0f;
   else
@@ -130,14 +130,14 @@ void keep_logits(const SupportArgs& a, int64_t i, int64_t j, Range range) {
   for (int64_t e = range.begin; e < range.end; ++e) a.kept[e] += bias[index(e) * a.bias.stride1];
 }
 
-// Where the label is among a token's entries, counted from the first.
+// The position of the label among a token's entries.
 inline int64_t label_entry(const Support& s, Range range, int64_t label) {
   for (int64_t e = range.begin; e < range.end; ++e)
     if (load_index(s.indices, e) == label) return e - range.begin;
   return kLabelElsewhere;
 }
 
-// One token's kept logits as a row of logits: a grid of one token.
+// Presents one token's kept logits as a row of logits, in a grid of one token.
 template <class Args>
 inline Args one_row(int64_t n, const float* kept, const int64_t* label, RowOptions options,
                     double temperature) {
@@ -148,7 +148,7 @@ inline Args one_row(int64_t n, const float* kept, const int64_t* label, RowOptio
   row.labels = {const_cast<int64_t*>(label), kInt64, 0, 0};
   row.options = options;
   row.options.temperature = temperature;
-  // No entry's number, nor kLabelElsewhere.
+  // Differs from every position of an entry and from kLabelElsewhere.
   row.options.ignore_index = -1;
   return row;
 }
@@ -188,7 +188,7 @@ void support_gradient(const SupportBackwardArgs& a, int64_t token, Range range) 
   const int64_t label = load_label(a.labels, i, j), n = range.end - range.begin;
   float g = upstream(a.grad_logprobs), h = upstream(a.grad_entropy);
   if (label == a.options.ignore_index || n == 0 || (g == 0.0f && h == 0.0f)) {
-    // Without token ids in any support there is no memory, which memset may not be given.
+    // If all supports are empty, dz has no memory, and memset does not accept null.
     if (n > 0) memset(a.dz + range.begin, 0, sizeof(float) * static_cast<size_t>(n));
     return;
   }
@@ -212,7 +212,7 @@ void support_backward_row(const SupportBackwardArgs& a, int64_t token) {
            (token % a.cols) * a.grad_logits.stride1;
   memset(out, 0, sizeof(S) * static_cast<size_t>(a.vocab));
   for (int64_t e = range.begin; e < range.end; ++e)
-    // A token without a gradient may be an ignored one, whose entries were not checked.
+    // A token with zero gradient may be ignored, and then its entries were not checked.
     if (a.dz[e] != 0.0f) E::set(out + load_index(a.support.indices, e), a.dz[e]);
 }
 
@@ -251,16 +251,16 @@ Status support_backward(const SupportBackwardArgs& a) {
   return {};
 }
 
-// One row of a sum and its factor.
+// A term of a sum: factor * row.
 template <class E>
 struct Term {
   const typename E::Storage* row;
   float factor;
 };
 
-// out[0, width) = sum over entries of factor * row, in order: sums of kTerms terms and the sum of
-// those, so that a token id that thousands of tokens kept rounds no worse than one of a few. Terms
-// of factor 0 are not read. kVecs vectors of a sum stay in registers while the rows pass by.
+// out[0, width) = sum over entries of factor * row, in order, as a sum of partial sums of kTerms
+// terms. So a token id kept by thousands of tokens rounds no worse than one kept by a few. Rows
+// with factor 0 are not read. kVecs vectors of a sum stay in registers over all rows.
 template <class E, class At>
 inline void sum_rows(Range range, int64_t width, typename E::Storage* out, const At& at) {
   constexpr int kVecs = 8, kAhead = 4, kTerms = 128;
@@ -310,7 +310,7 @@ void hidden_gradient(const SupportHeadArgs& a, int64_t token) {
   auto* out = static_cast<typename E::Storage*>(a.grad_hidden.data) + token * a.width;
   sum_rows<E>(entries_of(a.support, token), a.width, out, [&](int64_t e) {
     const float factor = a.dz[e];
-    // A factor of 0 may come with an index that was not checked.
+    // An entry with factor 0 may have an unchecked index.
     if (factor == 0.0f) return Term<E>{nullptr, 0.0f};
     return Term<E>{row_at<E>(a.weight, 0, load_index(a.support.indices, e)), factor};
   });
@@ -333,7 +333,7 @@ void weight_gradient(const SupportHeadArgs& a, int64_t token_id) {
   }
 }
 
-// Groups the entries that have a gradient by token id, in the order of the tokens: a counting sort.
+// Groups the entries with a gradient by token id, in token order, by a counting sort.
 inline void sort_uses(const SupportHeadArgs& a) {
   for (int64_t v = 0; v <= a.vocab; ++v) a.starts[v] = 0;
   const auto index = [&](int64_t e) { return load_index(a.support.indices, e); };
@@ -345,7 +345,7 @@ inline void sort_uses(const SupportHeadArgs& a) {
     a.starts[v] = total;
     total += count;
   }
-  // Filling moves each start to its end, which is the next one's start.
+  // Filling advances each start to its end, which is the start of the next token id.
   for (int64_t token = 0; token < a.rows * a.cols; ++token) {
     const Range range = entries_of(a.support, token);
     for (int64_t e = range.begin; e < range.end; ++e)
@@ -355,7 +355,7 @@ inline void sort_uses(const SupportHeadArgs& a) {
   a.starts[0] = 0;
 }
 
-// Called right after support_backward, which has checked the support and written `dz`.
+// Must follow support_backward, which checks the support and writes `dz`.
 Status support_head_backward(const SupportHeadArgs& a) {
   const auto each = [&](auto element) {
     using E = decltype(element);
@@ -365,12 +365,12 @@ Status support_head_backward(const SupportHeadArgs& a) {
     sort_uses(a);
     const int64_t row_bytes = a.width * dtype_size(a.grad_weight.dtype);
     const FreshPages pages(a.grad_weight.data, a.vocab * row_bytes);
-    // Most rows of the weight are touched by no token and cost only their zeros.
-    constexpr int64_t kWords = 16;
-    parallel_for((a.vocab + kWords - 1) / kWords, a.exec.threads, [&](int64_t chunk) {
-      const int64_t end = (chunk + 1) * kWords < a.vocab ? (chunk + 1) * kWords : a.vocab;
-      pages.prepare(chunk * kWords * row_bytes, (end - chunk * kWords) * row_bytes);
-      for (int64_t v = chunk * kWords; v < end; ++v) weight_gradient<E>(a, v);
+    // No token uses most rows of the weight; these rows only cost writing zeros.
+    constexpr int64_t kRows = 16;
+    parallel_for((a.vocab + kRows - 1) / kRows, a.exec.threads, [&](int64_t chunk) {
+      const int64_t end = (chunk + 1) * kRows < a.vocab ? (chunk + 1) * kRows : a.vocab;
+      pages.prepare(chunk * kRows * row_bytes, (end - chunk * kRows) * row_bytes);
+      for (int64_t v = chunk * kRows; v < end; ++v) weight_gradient<E>(a, v);
     });
   };
   switch (a.hidden.dtype) {

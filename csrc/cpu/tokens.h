@@ -1,21 +1,21 @@
-// What the losses over tokens share: the sequences of a batch, their division into work, blocks of
-// tokens widened to fp32, and the weight of each sequence in the aggregate.
+// Shared by the losses over tokens: the sequences of a batch, their division into work items,
+// blocks of tokens widened to fp32, and the weight of each sequence in the aggregate.
 //
-// Sequences are cut at fixed distances from their own start, so a token meets the same arithmetic
-// wherever its sequence lies, packed or padded. Sums are fp32 within a block, double beyond, and
-// combined in the order of the sequences.
+// Sequences are cut at fixed distances from their start, so the arithmetic of a token does not
+// depend on the place of its sequence, packed or padded. Sums are fp32 within a block, double
+// across blocks, and combined in the order of the sequences.
 #pragma once
 
 namespace rk {
 namespace {
 
-// 32 fp32 additions per lane whatever the vector's width, so that narrow ones are not less exact.
+// 32 fp32 additions per lane for every vector width, so that narrow vectors are as accurate.
 constexpr int64_t kTokenBlock = 32 * kLanes;
 constexpr int64_t kPieceTokens = 16384;
-// Pieces are handed out in groups of at least this many tokens.
+// Work items group pieces to at least this many tokens.
 constexpr int64_t kItemTokens = 8192;
 
-// A vector with the operators that policy_math.h is written in.
+// A vector with the operators that policy_math.h uses.
 struct Lanes {
   Vec v;
   Lanes() = default;
@@ -36,8 +36,8 @@ inline Lanes select_less(Lanes a, Lanes b, Lanes yes, Lanes no) {
   return select_less(a.v, b.v, yes.v, no.v);
 }
 
-// Memory for the plan and the partial sums. Not std::vector: its instantiations are shared between
-// translation units, and one compiled for AVX-512 must not serve the baseline.
+// Memory for the plan and the partial sums. std::vector is avoided: its instantiations are shared
+// between translation units, and the baseline must not run one compiled for AVX-512.
 template <class T>
 struct Scratch {
   T* data;
@@ -60,7 +60,7 @@ inline int64_t sequence_begin(const LossTokens& t, int64_t s) {
 inline int64_t sequence_length(const LossTokens& t, int64_t s) {
   return t.offsets.given ? offset_at(t, s + 1) - offset_at(t, s) : t.cols;
 }
-// Where a tensor has token j of sequence s, in elements.
+// The element offset of token j of sequence s in a tensor.
 inline int64_t token_at(const LossTokens& t, const Tensor& x, int64_t s, int64_t j) {
   return s * x.stride0 + (sequence_begin(t, s) + j) * x.stride1;
 }
@@ -79,7 +79,7 @@ struct Piece {
   int64_t sequence, begin, length;
 };
 
-// The pieces of all sequences in order, and the first piece of each work item.
+// All pieces of the sequences in order, and the first piece of each work item.
 struct Plan {
   int64_t pieces = 0, items = 0;
   Scratch<Piece> piece;
@@ -105,7 +105,7 @@ struct Plan {
     return t.sequences + tokens / kPieceTokens + 1;
   }
 
-  // body(piece, item) for every piece; those of one item in order, on one thread.
+  // Calls body(piece, item) for every piece. One thread takes the pieces of an item in order.
   template <class F>
   void for_pieces(int32_t threads, const F& body) const {
     parallel_for(items, threads, [&](int64_t item) {
@@ -128,8 +128,8 @@ inline void widen(const typename E::Storage* p, int64_t stride, int64_t n, float
 
 inline int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// n elements from `at` as floats: where they lie if that can be read in whole vectors, else in
-// `buffer`, zeros up to the next whole vector.
+// n elements from `at` as floats: in place if they can be read in whole vectors, else a copy in
+// `buffer`, padded with zeros to a whole vector.
 inline const float* read_block(const Tensor& x, int64_t at, int64_t n, float* buffer) {
   if (!x.given) return nullptr;
   if (x.dtype == kFloat32 && x.stride1 == 1 && n % kLanes == 0)
@@ -154,8 +154,8 @@ inline void narrow(const float* p, int64_t n, typename E::Storage* out) {
   for (; i < n; ++i) E::set(out + i, p[i]);
 }
 
-// Where a block of results is computed: in place if it can be written in whole vectors, else
-// `buffer`, for write_block. Results are contiguous.
+// The memory to compute a block of results in: in place if it can be written in whole vectors, else
+// `buffer`, which write_block copies. Results are contiguous.
 inline float* result_block(const Tensor& x, int64_t at, int64_t n, float* buffer) {
   if (!x.given) return nullptr;
   if (x.dtype == kFloat32 && n % kLanes == 0) return static_cast<float*>(x.data) + at;
@@ -195,7 +195,8 @@ inline int64_t widen_mask(const T* p, int64_t stride, int64_t n, float* out) {
   return count;
 }
 
-// n <= kTokenBlock mask entries as 0 and 1; returns how many are 1. A bool is any byte.
+// Reads n <= kTokenBlock mask entries as 0 and 1; returns the number of ones. A bool may be any
+// byte.
 inline int64_t read_mask(const Tensor& x, int64_t at, int64_t n, float* out) {
   switch (x.dtype) {
     case kInt64: return widen_mask(static_cast<const int64_t*>(x.data) + at, x.stride1, n, out);
@@ -204,8 +205,8 @@ inline int64_t read_mask(const Tensor& x, int64_t at, int64_t n, float* out) {
   }
 }
 
-// Calls body(begin, n, mask, count) for the blocks of a piece, begin counted from the sequence's
-// start; mask is 0 and 1, zeros up to the next whole vector.
+// Calls body(begin, n, mask, count) for the blocks of a piece. begin counts from the sequence's
+// start; mask is 0 and 1, padded with zeros to a whole vector.
 template <class F>
 inline void for_blocks(const LossTokens& t, const Piece& p, const F& body) {
   alignas(64) float mask[kTokenBlock];
@@ -216,7 +217,7 @@ inline void for_blocks(const LossTokens& t, const Piece& p, const F& body) {
   }
 }
 
-// Unmasked tokens, and sums over them, of a piece or of a sequence.
+// Number of unmasked tokens of a piece or a sequence, and sums over them.
 struct SequenceSums {
   double tokens, log_ratio, log_weight, slope;
 };
@@ -231,7 +232,7 @@ inline void add_pieces(const Plan& plan, const Scratch<SequenceSums>& pieces,
   }
 }
 
-// The divisor of the aggregate: the one given, or the count it implies, at least 1.
+// The divisor of the aggregate: `divisor` if not 0, else the implied count, at least 1.
 inline double loss_divisor(const LossTokens& t, int32_t aggregation, double divisor,
                            const Scratch<SequenceSums>& sequences) {
   if (divisor != 0.0) return divisor;
@@ -243,7 +244,7 @@ inline double loss_divisor(const LossTokens& t, int32_t aggregation, double divi
   return count > 1.0 ? count : 1.0;
 }
 
-// What multiplies the terms of a sequence with `tokens` unmasked tokens.
+// The weight of each term of a sequence with `tokens` unmasked tokens.
 inline double sequence_weight(int32_t aggregation, double divisor, double tokens) {
   return aggregation == kSeqMeanTokenMean ? 1.0 / (divisor * (tokens > 1.0 ? tokens : 1.0))
                                           : 1.0 / divisor;

@@ -1,5 +1,4 @@
-// The value loss, its metrics and its gradient, in one pass over the tokens after a count of the
-// mask.
+// The value loss, its metrics and its gradient: a count of the mask, then one pass over the tokens.
 #pragma once
 
 namespace rk {
@@ -20,7 +19,7 @@ inline void value_block(const ValueArgs& a, const ValueBlock& b, int64_t n, int6
   using V = Lanes;
   const V zero(0.0f), range(a.clip_range), token_weight(static_cast<float>(weight));
   V loss = zero, clipped = zero, value = zero, target = zero, error = zero;
-  // Selected, so that what lies under the mask is gone; without clipping old_values are not read.
+  // Selected, so that NaN at masked tokens is gone. Without clipping old_values are not read.
   const auto kept = [&](const float* p, int64_t i) {
     return select_less(zero, V(load(b.mask + i)), V(load(p + i)), zero);
   };
@@ -37,7 +36,7 @@ inline void value_block(const ValueArgs& a, const ValueBlock& b, int64_t n, int6
     value = value + v;
     target = target + r;
     error = error + (r - v);
-    // Masked: v, r and with them the slope are 0.
+    // At masked tokens v and r are 0, and therefore the slope.
     if (b.grad) store(b.grad + i, (t.slope * token_weight).v);
   }
   sums.loss += weight * reduce_add(loss.v);
@@ -54,7 +53,7 @@ inline void value_block(const ValueArgs& a, const ValueBlock& b, int64_t n, int6
     t2 = fma(t, t, t2), e2 = fma(e, e, e2);
     td = td + t, ed = ed + e;
   }
-  // The deviations are from the rounded mean: their own mean corrects for that.
+  // Deviations are taken from the rounded mean; subtracting their own mean corrects for this.
   const double t_off = reduce_add(td.v) / k, e_off = reduce_add(ed.v) / k;
   targets.m2 = reduce_add(t2.v) - k * t_off * t_off;
   errors.m2 = reduce_add(e2.v) - k * e_off * e_off;

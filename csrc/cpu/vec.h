@@ -1,6 +1,6 @@
-// A vector of floats, as wide as the instruction set of this translation unit, with just the
-// operations that the kernels need. Partial loads and stores (n < kLanes) go through the same
-// arithmetic as full ones, so an element's value does not depend on where a row ends.
+// A vector of floats as wide as the instruction set of this translation unit, with only the
+// operations that the kernels need. Partial loads and stores (n < kLanes) use the same arithmetic
+// as full ones, so an element's value does not depend on where its row ends.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -53,7 +53,7 @@ inline uint16_t float_to_half(float f) {
   if (u > 0x7f800000u) return sign | 0x7e00u;
   if (u >= 0x477ff000u) return sign | 0x7c00u;  // rounds to 65536 or more
   if (u < 0x38800000u) {
-    // Denormal half: adding 0.5 leaves the value, rounded to even, in the low bits.
+    // Denormal half: adding 0.5 puts the value, rounded to even, into the low bits.
     float a;
     memcpy(&a, &u, 4);
     a += 0.5f;
@@ -63,7 +63,7 @@ inline uint16_t float_to_half(float f) {
   return sign | static_cast<uint16_t>((u - 0x38000000u + 0xfffu + ((u >> 13) & 1u)) >> 13);
 }
 
-// A strided element of any floating dtype, for the few places that read single values.
+// Reads one element of any floating dtype; for the few places that need single values.
 inline float load_scalar(const void* data, int32_t dtype, int64_t index) {
   switch (dtype) {
     case kBFloat16: return bf16_to_float(static_cast<const uint16_t*>(data)[index]);
@@ -92,7 +92,7 @@ inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec fms(Vec a, Vec b, Vec c) { return _mm512_fmsub_ps(a, b, c); }
-// NaN in b is kept, NaN in a is not: callers put the data second where NaN must survive.
+// Keeps a NaN in b but not in a. Callers pass the data as b where NaN must survive.
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 inline Vec abs(Vec a) { return _mm512_abs_ps(a); }
@@ -218,7 +218,7 @@ inline void store_half(uint16_t* p, Vec x) {
 
 #endif
 
-// Element types: how a row of them is read and written. All arithmetic is fp32.
+// Element types: each defines how its elements are read and written. All arithmetic is fp32.
 struct F32 {
   using Storage = float;
   static Vec load(const float* p) { return rk::load(p); }
@@ -255,8 +255,8 @@ inline void store_partial(typename E::Storage* p, Vec x, int n) {
   for (int i = 0; i < n; ++i) E::set(p + i, buffer[i]);
 }
 
-// A selection by 0 or 1 in the bits: compilers turn a conditional on floats into a branch, which
-// masks mispredict, or leave the loop scalar.
+// x where keep is 1, else 0, selected by bits. Compilers turn a conditional on floats into a
+// branch, which masks mispredict, or do not vectorise the loop.
 inline float keep_or_zero(uint8_t keep, float x) {
   uint32_t a;
   memcpy(&a, &x, 4);
@@ -265,8 +265,8 @@ inline float keep_or_zero(uint8_t keep, float x) {
   return x;
 }
 
-// The lanes whose byte in `keep` is not 0, next to each other at p, where kLanes may be written.
-// Returns how many they are.
+// Stores the lanes whose byte in `keep` is not 0 contiguously at p, where kLanes may be written.
+// Returns their number.
 inline int compress(float* p, Vec x, const uint8_t* keep) {
 #if defined(__AVX512F__)
   const __m128i flags = _mm_loadu_si128(reinterpret_cast<const __m128i*>(keep));
@@ -285,7 +285,7 @@ inline int compress(float* p, Vec x, const uint8_t* keep) {
 #endif
 }
 
-// The inverse: lanes from p, of which kLanes may be read, zeros in the others.
+// The inverse of compress: kept lanes come from p, where kLanes may be read; the others are 0.
 inline int expand(const float* p, const uint8_t* keep, float* out) {
 #if defined(__AVX512F__)
   const __m128i flags = _mm_loadu_si128(reinterpret_cast<const __m128i*>(keep));
@@ -302,15 +302,15 @@ inline int expand(const float* p, const uint8_t* keep, float* out) {
 #endif
 }
 
-// Asks for the cache lines of `vectors` vectors at p. Never faults: p may lie past the end.
+// Prefetches the cache lines of `vectors` vectors at p. Never faults: p may be past the end.
 template <class E, int vectors>
 inline void prefetch(const typename E::Storage* p) {
   constexpr int kBytes = vectors * kLanes * static_cast<int>(sizeof(*p));
   for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + b);
 }
 
-// Of a stream that is at p now: asks for lines that come soon, into the second-level cache, whose
-// queue of misses is longer than the first one's. kStore: they will be written.
+// Prefetches upcoming lines of a stream that is now at p into the L2 cache, which can have more
+// outstanding misses than L1. kStore: the lines will be written.
 template <class E, int vectors, bool kStore = false>
 inline void prefetch_ahead(const typename E::Storage* p) {
   constexpr int kAhead = 2048, kBytes = vectors * kLanes * static_cast<int>(sizeof(*p));
@@ -318,7 +318,7 @@ inline void prefetch_ahead(const typename E::Storage* p) {
     __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead + b, kStore, 2);
 }
 
-// The first n lanes of x, the others replaced.
+// The first n lanes of x; the other lanes are `fill`.
 inline Vec keep_first(Vec x, int n, float fill) {
   float buffer[kLanes];
   store(buffer, x);
@@ -334,7 +334,7 @@ inline float reduce_max(Vec x) {
   for (int i = 1; i < kLanes; ++i) r = v[i] > r ? v[i] : r;
   return r;
 }
-// In four interleaved sums, which are vectors of doubles where there are such.
+// The sum in double, by four interleaved accumulators (vectors of doubles where available).
 inline double reduce_add(Vec x) {
   float v[kLanes];
   store(v, x);
@@ -345,12 +345,12 @@ inline double reduce_add(Vec x) {
 }
 
 constexpr float kLog2e = 1.44269504088896341f;
-// exp(kExpMin) is the smallest normal float; below it the kernels treat exp as zero.
+// exp(kExpMin) is the smallest normal float; kernels treat exp of smaller arguments as zero.
 constexpr float kExpMin = -87.3365447f;
 
-// exp(d * rate / log2e) for d * rate in [-126, 0]; NaN in, NaN out. 2^n times a degree-5 minimax
-// polynomial of the fraction (relative error 9.2e-8) with constant term 1, so that exp(0) is
-// exactly 1. `rate` is log2(e) / temperature: temperature costs no instruction.
+// exp(d * rate / log2e) for d * rate in [-126, 0]; NaN for NaN. Computed as 2^n times a degree-5
+// minimax polynomial of the fraction (relative error 9.2e-8); its constant term is 1, so exp(0) is
+// exactly 1. `rate` is log2(e) / temperature, so the temperature costs no instruction.
 inline Vec exp_scaled(Vec d, Vec rate) {
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23 rounds to the nearest integer
   const Vec n = sub(fma(d, rate, magic), magic);
@@ -364,8 +364,9 @@ inline Vec exp_scaled(Vec d, Vec rate) {
   return scale2(p, n);
 }
 
-// tanh, relative error below 2e-7, and its derivative. With e = exp(-2|x|): an odd polynomial below
-// 0.625, (1 - e) / (1 + e) above; 1 - tanh^2 = 4 e / (1 + e)^2, exact where tanh is close to 1.
+// tanh, with relative error below 2e-7, and its derivative. With e = exp(-2|x|), tanh is an odd
+// polynomial below 0.625 and (1 - e) / (1 + e) above. The derivative 1 - tanh^2 is
+// 4 e / (1 + e)^2, which is accurate where tanh is close to 1.
 struct TanhSlope {
   Vec value, slope;
 };
@@ -378,8 +379,8 @@ inline TanhSlope tanh_slope(Vec x) {
   p = fma(p, z, splat(1.33314422036e-1f));
   p = fma(p, z, splat(-3.33332819422e-1f));
   const Vec small = fma(mul(p, z), x, x);
-  // Stays in the range of exp_scaled: beyond 40 tanh is 1 in fp32. max keeps a NaN that comes
-  // second.
+  // Clamped to the range of exp_scaled; tanh(x) is 1 in fp32 for x > 40. max keeps a NaN in its
+  // second argument.
   const Vec e = exp_scaled(max(splat(-80.0f), mul(splat(-2.0f), a)), splat(kLog2e));
   const Vec one = splat(1.0f), inverse = div(one, add(one, e));
   const Vec big = mul(sub(one, e), inverse);
