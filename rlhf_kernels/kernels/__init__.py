@@ -1,1 +1,1 @@
-"""Row kernels by backend, and which backend serves a call."""
+"""Kernels by backend, and the choice of a backend for a call."""

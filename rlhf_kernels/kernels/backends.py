@@ -1,7 +1,7 @@
-"""Which backend serves a call.
+"""The choice of a backend for a call.
 
-A backend that is named, by `use_backend` or RLHF_KERNELS_BACKEND, either serves or raises. In auto
-mode the first in the device's order that exists and has the operation is taken.
+A backend named by `use_backend` or RLHF_KERNELS_BACKEND serves every call or raises. In auto mode a
+call takes the first available backend in its device's order of preference that has the operation.
 """
 
 import dataclasses
@@ -19,16 +19,16 @@ from .rows import Kernels, Rows
 
 REFERENCE = "reference"
 
-# Their arguments and results are those of their operators.
+# A launcher has the arguments and results of its operator.
 Launcher = Callable[..., Any]
 
-# Losses of these hand out gradients that are yet to be multiplied by a scale: on a GPU a token's
-# gradient is written before the last one is counted.
+# Losses of these backends return unscaled gradients and a scale to multiply by: on a GPU a token's
+# gradient is written before all tokens are counted.
 GPU = ("cuda", "triton")
 
 
 class RowKernels:
-    """The launchers of a backend as attributes: its `Rows`, where it has them."""
+    """The launchers of a backend as attributes; the `Rows` of a backend that has all of them."""
 
     def __init__(self, launchers: Mapping[str, Launcher]) -> None:
         vars(self).update(launchers)
@@ -38,13 +38,13 @@ class RowKernels:
 class Backend:
     """A kernel backend.
 
-    name: as `use_backend` takes it.
-    devices: types of device that it serves.
-    launchers: by operator name; empty where it is not built.
-    empty: makes large buffers.
-    simulated: its kernels run on the CPU, for tests: it then serves tensors of any device that have
-        memory, but only where it is asked for by name.
-    kernels: what algorithms over its row kernels are given.
+    name: its name in `use_backend`.
+    devices: device types that it serves.
+    launchers: by operator name; empty if the backend is not available.
+    empty: allocates large buffers.
+    simulated: its kernels run on the CPU, for tests. It then serves tensors of any device except
+        meta, but only if selected by name.
+    kernels: its kernels as an algorithm over row kernels takes them.
     """
 
     name: str
@@ -60,13 +60,13 @@ class Backend:
 
 
 def of_extension(name: str, devices: tuple[str, ...]) -> Backend:
-    """The backend of a native extension, as it is now."""
+    """The backend of a native extension in its current state."""
     empty = native.empty(name) if name == "cpu" else plain_empty
     return Backend(name, devices, native.launchers(name), empty, native.emulated(name))
 
 
-# Filled at import, not on first use: torch.compile cannot trace what fills it. In the order of
-# preference; every device ends with the reference, which torch runs anywhere.
+# In order of preference; the reference, which torch runs on any device, comes last. Filled at
+# import, because torch.compile cannot trace the loading of extensions on first use.
 _BACKENDS: dict[str, Backend] = {
     "cpu": of_extension("cpu", ("cpu",)),
     "cuda": of_extension("cuda", ("cuda",)),
@@ -84,19 +84,19 @@ def get(name: str) -> Backend:
 
 
 def install(backend: Backend) -> Backend:
-    """Puts a backend in the place of the one of its name, which is returned; for tests."""
+    """Replaces the backend of the same name and returns the replaced one; for tests."""
     before, _BACKENDS[backend.name] = _BACKENDS[backend.name], backend
     _ORDER.update(_orders())
     return before
 
 
 def _orders() -> dict[str, tuple[Backend, ...]]:
-    """Backends per type of device, preferred first."""
+    """Backends by device type, preferred first."""
     types = {device for b in _BACKENDS.values() for device in b.devices}
     return {t: tuple(b for b in _BACKENDS.values() if t in b.devices) for t in types}
 
 
-# Not filled on first use: a compiled call would be compiled again as soon as it has changed.
+# Filled at import: torch.compile guards on this table and would recompile after a later change.
 _ORDER: dict[str, tuple[Backend, ...]] = _orders()
 
 
@@ -114,8 +114,8 @@ def unavailable_reason(backend: str) -> str | None:
 
 
 def _suits(backend: str, device: torch.device) -> bool:
-    """Whether the backend's code runs on this very device."""
-    # Not while tracing, which cannot ask the device: it would have been refused before.
+    """Whether the backend has code for this device's generation."""
+    # Not checked while tracing, which cannot query the device.
     known = backend != "cuda" or device.type != "cuda" or torch.compiler.is_compiling()
     return known or native.suits(device)
 
@@ -131,11 +131,11 @@ def select(op: str, device: torch.device, kernel: str | None = None) -> str:
 
     Args:
         op: operation, for the messages.
-        device: of its tensors.
-        kernel: the launcher that the operation rests on; None for the one of its own name.
+        device: device of the tensors.
+        kernel: name of the launcher that the operation uses; None for `op`.
 
     Raises:
-        RuntimeError: a backend was named and cannot serve this operation on this device.
+        RuntimeError: the named backend cannot serve this operation on this device.
     """
     kernel = op if kernel is None else kernel
     if _forced != "auto":
@@ -178,13 +178,13 @@ def _warn_once(backend: str) -> None:
 
 
 class use_backend:
-    """Forces a backend, for the process or for a `with` block.
+    """Selects a backend for the process, or for a `with` block.
 
     Args:
         name: "reference", "cpu", "cuda", "triton", or "auto" to choose by device again.
 
-    The choice is global to the process, threads included. A named backend never falls back: an
-    operation or device it cannot serve raises RuntimeError at the call.
+    The choice is global to the process, including all threads. A named backend never falls back to
+    another one: a call with an operation or device that it cannot serve raises RuntimeError.
 
     Raises:
         ValueError: unknown name.

@@ -1,8 +1,8 @@
-"""What the launchers of policy_loss and value_loss share, native and Triton: results and divisor.
+"""Results and divisor of policy_loss and value_loss, shared by native and Triton launchers.
 
-A backend whose scale is deferred hands out gradients, in fp32, that are yet to be multiplied by
-`scale`, which is 1 / divisor: it writes a token's gradient before the last token is counted. That
-of another backend is complete and its `scale` empty, since an operator returns no optional tensor.
+A backend with a deferred scale writes a token's gradient before all tokens are counted. It returns
+unscaled fp32 gradients, and the backward pass multiplies them by `scale` = 1 / divisor. The other
+backends return complete gradients and an empty `scale`, since an operator cannot return None.
 """
 
 import torch
@@ -12,40 +12,43 @@ from ..core import checks, env
 
 
 def results(like: Tensor, metrics: int, deferred: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for the loss, as many metrics, and the scale of the gradients, all fp32."""
+    """Uninitialised loss, metrics and scale of the gradients, fp32; the scale only if deferred."""
     loss = torch.empty((), dtype=torch.float32, device=like.device)
     return loss, loss.new_empty(metrics), loss.new_empty(() if deferred else 0)
 
 
 def is_deferred(scale: Tensor) -> bool:
-    """Whether the gradients that came with `scale` are yet to be multiplied by it."""
+    """Whether the gradients returned with `scale` still have to be multiplied by it."""
     return scale.dim() == 0
 
 
 def waiting_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In what a gradient of weights waits for its upstream, which may be the scale that fp16 needs:
-    one in fp16 would leave its range.
+    """The dtype that stores a gradient of weights until it is multiplied by the upstream gradient.
+
+    fp16 gradients need fp32: the upstream gradient may be a loss scale, without which they could
+    leave the range of fp16.
     """
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def gradient(like: Tensor, wanted: bool) -> Tensor:
-    """Memory for the gradient of `like`, which waits for its upstream in fp32; empty if not wanted.
+    """Uninitialised fp32 memory for the gradient of `like`; empty if not wanted.
 
-    So it is rounded once: the slope of a sequence's ratio comes to a token's own in a second pass.
+    A second pass may add the slope of a sequence's ratio, and the backward pass multiplies by the
+    upstream gradient. In fp32 the gradient is rounded to its dtype only once, at the end.
     """
     return like.new_empty(like.shape if wanted else (0,), dtype=torch.float32)
 
 
 def sequences(shape: torch.Size, cu_seqlens: Tensor | None) -> tuple[int, int]:
-    """Sequences, and tokens of each: [B, T]; or of all together, [N] with cu_seqlens."""
+    """(B, T) of padded [B, T]; (number of sequences, N) of packed [N] with cu_seqlens."""
     if cu_seqlens is None:
         return shape[0], shape[1]
     return cu_seqlens.shape[0] - 1, shape[0]
 
 
 def divisor_on_host(op: str, normalizer: Tensor | None, divisor: float) -> float:
-    """The number to divide by; 0 where the kernel shall count."""
+    """The number to divide by; 0 if the kernel must count."""
     if normalizer is None:
         return float(divisor)
     checks.divisor_positive(op, normalizer)
@@ -55,9 +58,10 @@ def divisor_on_host(op: str, normalizer: Tensor | None, divisor: float) -> float
 def divisor_on_device(
     op: str, like: Tensor, normalizer: Tensor | None, divisor: float
 ) -> tuple[float, Tensor | None]:
-    """The number to divide by, or the normalizer where it lies on the device of `like`.
+    """(number to divide by, None), or (0, normalizer) if it is a tensor on the device of `like`.
 
-    That is not waited for: a bad one poisons the results, unless RLHF_KERNELS_CHECK asks for more.
+    Such a tensor is not read on the host: a bad normalizer makes the results NaN, or raises with
+    RLHF_KERNELS_CHECK=1.
     """
     if normalizer is None or normalizer.device != like.device:
         return divisor_on_host(op, normalizer, divisor), None
@@ -67,6 +71,6 @@ def divisor_on_device(
 
 
 def check_offsets(op: str, cu_seqlens: Tensor | None, total: int) -> None:
-    """Raises for bad offsets on a device where RLHF_KERNELS_CHECK asks for it; else they poison."""
+    """With RLHF_KERNELS_CHECK=1, raises for bad offsets; else they make GPU results NaN."""
     if env.CHECK:
         checks.offsets_valid(op, cu_seqlens, total)

@@ -1,4 +1,4 @@
-"""Row kernels: what the head asks of a backend, as types."""
+"""Row kernels: the types of the kernels that the head needs from a backend."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
@@ -8,14 +8,14 @@ from torch import Tensor
 from ..core.layout import Empty
 from ..core.row_options import RowOptions
 
-#: Sums a tensor over the ranks that share a vocabulary.
+#: Sums a tensor over the ranks of a sharded vocabulary.
 Reduce = Callable[[Tensor], Tensor]
 
 
 class LabelRows(Protocol):
-    """Kernels over rows of logits [N, V] and a label each, and over the log-probabilities.
+    """Kernels over rows of logits [N, V] with one label each, and over log-probabilities.
 
-    Statistics are what the backward needs of a row.
+    `statistics` are the per-row values that the backward pass needs.
     """
 
     def token_logprobs(
@@ -58,7 +58,7 @@ class LabelRows(Protocol):
 
 
 class Rows(LabelRows, Protocol):
-    """All row kernels of a backend; two are equal where they are one."""
+    """All row kernels of a backend; hashed and compared by identity."""
 
     def __hash__(self) -> int: ...
 
@@ -81,11 +81,11 @@ class Rows(LabelRows, Protocol):
 
 
 class Kernels(NamedTuple):
-    """What an algorithm over row kernels is given.
+    """The first argument of an algorithm over row kernels.
 
     rows: the kernels of a backend.
-    empty: makes large buffers.
-    reduce: where the columns here are a shard of the vocabulary, sums over its ranks; else None.
+    empty: allocates large buffers.
+    reduce: sums over the ranks of a sharded vocabulary; None for a whole vocabulary.
     """
 
     rows: Rows
@@ -94,7 +94,7 @@ class Kernels(NamedTuple):
 
 
 class LabelKernels(NamedTuple):
-    """The same without divergences, which no backend has over a sharded vocabulary."""
+    """`Kernels` without divergences, which no backend offers over a sharded vocabulary."""
 
     rows: LabelRows
     empty: Empty

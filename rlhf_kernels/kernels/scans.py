@@ -1,4 +1,4 @@
-"""What the launchers of gae, discounted_returns and ppo_advantages share, native and Triton."""
+"""Shared by the native and Triton launchers of gae, discounted_returns and ppo_advantages."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,13 +8,15 @@ from torch import Tensor
 
 from ..core import checks, env
 
-#: Added to the variance by `whiten=True`, as by `whiten` and verl.
+#: eps that `whiten=True` adds to the variance; the default of `whiten`, and of verl.
 WHITEN_EPS = 1e-8
 
 
 class ScanResults(NamedTuple):
-    """What a scan writes, fp32 in the shape of its tokens: advantages of values, and the shaped
-    rewards that scores ask for.
+    """Results of a scan, fp32 in the shape of its tokens.
+
+    advantages: only for a scan with values.
+    shaped: the shaped rewards, only for a scan with scores.
     """
 
     advantages: Tensor | None
@@ -40,19 +42,19 @@ def begin(
     scores: Tensor | None,
     on_device: bool,
 ) -> tuple[ScanResults, bool]:
-    """Memory for the results of a scan over tokens `like`, and whether that is all there is to do.
+    """(uninitialised results of a scan over tokens `like`, whether the kernel can be skipped).
 
     Args:
         op: the operation, for messages.
         like: [B, T], or packed [N] with cu_seqlens.
         cu_seqlens: offsets.
-        values: given where there are advantages.
-        scores: given where there are shaped rewards.
-        on_device: data may not be looked at. A kernel on the host looks at the offsets itself, so
-            it is wanted even where there are no tokens.
+        values: given if the scan has advantages.
+        scores: given if the scan has shaped rewards.
+        on_device: whether the kernel runs on a GPU. A kernel on the host validates the offsets
+            itself, so it must run even without tokens.
 
     Raises:
-        ValueError: bad offsets on a device, where RLHF_KERNELS_CHECK asks for a look.
+        ValueError: bad offsets on a GPU with RLHF_KERNELS_CHECK=1.
     """
     returns = torch.empty(like.shape, dtype=torch.float32, device=like.device)
     results = ScanResults(
@@ -65,7 +67,7 @@ def begin(
     if like.numel() == 0:
         return results, on_device or cu_seqlens is None
     if on_device and cu_seqlens is not None and cu_seqlens.shape[0] == 1:
-        # Offsets that end before the tokens do: known without a look at them.
+        # Without sequences, the offsets cannot end at the number of tokens. The host knows this.
         for t in results:
             if t is not None:
                 t.fill_(float("nan"))
@@ -74,12 +76,11 @@ def begin(
 
 
 def launchers(scan: Callable[..., ScanResults]) -> dict[str, Callable[..., object]]:
-    """Launchers by operator name, from the scan of a backend.
+    """Launchers by operator name, from the scan function of a backend.
 
-    It takes the operation's name, the tokens (rewards; where there are scores, the policy's
-    log-probabilities), cu_seqlens, mask, masked, gamma, lam, values, dones, bootstrap_values,
-    whiten; and where rewards are to be shaped scores, ref_logprobs, kl_coef, kl_estimator,
-    reward_clip.
+    `scan` takes the operation's name, the tokens (rewards; for ppo_advantages the policy's
+    log-probabilities), cu_seqlens, mask, masked, gamma, lam, values, dones, bootstrap_values and
+    whiten; for ppo_advantages also scores, ref_logprobs, kl_coef, kl_estimator and reward_clip.
     """
 
     def gae(

@@ -1,7 +1,7 @@
-"""Native extensions: loading, and the table of launchers that each offers.
+"""Native extensions: loading, and the launchers of each.
 
-One module per operation here holds the launchers; `boundary` is the only file that reads a
-tensor's address. torch is imported before the extensions: `_cpu` shares its OpenMP runtime.
+This package has one module of launchers per operation; only `boundary` reads tensor addresses.
+torch is imported before the extensions, because `_cpu` shares its OpenMP runtime.
 """
 
 import functools
@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Callable
 from types import ModuleType
 
-# First, so that libgomp is loaded.
+# Before the extensions, so that libgomp is loaded.
 import torch
 
 from ...core import env
@@ -37,7 +37,7 @@ def _load(backend: str) -> tuple[ModuleType | None, str | None]:
 
 
 def _cuda_reason(module: ModuleType) -> str | None:
-    """Why a built CUDA extension cannot run here; asking starts nothing."""
+    """Why a built CUDA extension cannot run here. Does not initialise CUDA."""
     if module.emulated:
         return None
     driver, runtime = module.driver_version(), module.runtime_version()
@@ -54,7 +54,7 @@ _MODULES = {backend: _load(backend) for backend in _NAMES}
 
 
 def launchers(backend: str) -> dict[str, Callable[..., object]]:
-    """Launchers of a native backend by operator name; empty where it cannot run."""
+    """Launchers of a native backend by operator name; empty if it cannot run here."""
     extension, reason = _MODULES[backend]
     if extension is None or reason is not None:
         return {}
@@ -64,18 +64,18 @@ def launchers(backend: str) -> dict[str, Callable[..., object]]:
 def install(
     backend: str, extension: ModuleType | None, reason: str | None = None
 ) -> tuple[ModuleType | None, str | None]:
-    """Puts a module in the place of a backend's, which is returned with its reason; for tests."""
+    """Replaces a backend's module; returns the replaced module and its reason; for tests."""
     before, _MODULES[backend] = _MODULES[backend], (extension, reason)
     return before
 
 
 def module(backend: str) -> ModuleType | None:
-    """The extension module of a native backend, or None where it is not built."""
+    """The extension module of a native backend, or None if it is not built."""
     return _MODULES[backend][0]
 
 
 def empty(backend: str) -> Empty:
-    """What makes large buffers of a native backend."""
+    """The function that allocates large buffers for a native backend."""
     extension = _MODULES[backend][0]
     if extension is None:
         return plain_empty
@@ -90,17 +90,19 @@ def unavailable_reason(backend: str) -> str | None:
 
 
 def emulated(backend: str) -> bool:
-    """Whether a backend's kernels run in the tests' emulator, which takes tensors of the CPU."""
+    """Whether a backend's kernels run in the tests' emulator, which takes CPU tensors."""
     extension = module(backend)
     return extension is not None and extension.emulated
 
 
-# Compute capability per device index, as asked for.
+# Whether each device index is supported; cached by `suits`.
 _SUITED: dict[int | None, bool] = {}
 
 
 def suits(device: torch.device) -> bool:
-    """Whether the CUDA extension holds code for a device: for its generation, or PTX for later."""
+    """Whether the CUDA extension has code for a device: machine code for its compute capability, or
+    PTX of an earlier one.
+    """
     suited = _SUITED.get(device.index)
     if suited is None:
         major, minor = torch.cuda.get_device_capability(device)

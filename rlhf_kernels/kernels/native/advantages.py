@@ -12,7 +12,7 @@ from ...core.layout import MaybeTensor
 from .. import scans
 from . import boundary as b
 
-# csrc/abi.h: GaeArgs. The workspace holds three doubles a chunk, and three more for a GPU.
+# csrc/abi.h: GaeArgs. The workspace holds three doubles per chunk, and three more on a GPU.
 _CHUNK_TOKENS = 2048
 
 
@@ -36,7 +36,7 @@ def _flags(t: MaybeTensor) -> MaybeTensor:
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, bound to an extension module."""
-    where, gpu = b.place(extension), extension.gpu
+    make_exec, gpu = b.exec_builder(extension), extension.gpu
 
     def scan(
         op: str,
@@ -61,7 +61,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             return results
         sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         moments = _moments(tokens) if whiten else None
-        # Every tensor stays bound until the call returns: the extension sees addresses alone.
+        # The extension gets only addresses, so every tensor must stay bound until the call returns.
         like, tokens, values = tokens, b.as_grid(tokens), b.as_grid(values)
         offsets = b.as_grid(cu_seqlens)
         mask, dones, bootstrap_values = _flags(mask), _flags(dones), b.as_grid(bootstrap_values)
@@ -73,10 +73,11 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             b.pack(logprobs), b.pack(ref_logprobs), kl_coef,
             PLAIN_KL_ESTIMATORS.index(kl_estimator), 0.0 if reward_clip is None else reward_clip,
             gamma, lam, masked == "carry", whiten, *map(b.pack, (*results, moments)),
-            scans.WHITEN_EPS, where(like, "gae", sequences, like.shape[-1], cu_seqlens is not None),
+            scans.WHITEN_EPS,
+            make_exec(like, "gae", sequences, like.shape[-1], cu_seqlens is not None),
         )  # fmt: skip
         if code == b.BAD_OFFSETS:
-            assert cu_seqlens is not None  # the kernel has read them
+            assert cu_seqlens is not None  # the kernel read a bad entry
             raise checks.bad_offsets(op, position, cu_seqlens, like.shape[0])
         return results
 
@@ -90,7 +91,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         x, mask = b.as_grid(x), _flags(mask)
         extension.whiten(
             *b.grid(x.shape), b.pack(x), b.pack(mask), shift_mean, unbiased, eps, b.pack(moments),
-            b.pack(out), where(x),
+            b.pack(out), make_exec(x),
         )  # fmt: skip
         return out
 
@@ -114,7 +115,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         code, _ = extension.group_advantages(
             rewards.numel(), b.pack(rewards), b.pack(greedy_rewards), b.pack(order),
             b.pack(sorted_ids), group_size, BASELINES.index(baseline), SCALES.index(scale), eps,
-            b.pack(work), b.pack(out), where(rewards),
+            b.pack(work), b.pack(out), make_exec(rewards),
         )  # fmt: skip
         if code == b.OUT_OF_MEMORY:
             raise MemoryError(f"group_advantages: no memory for {rewards.numel()} rewards in fp64")

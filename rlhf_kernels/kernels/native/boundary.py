@@ -1,7 +1,8 @@
-"""How tensors cross into native code: address, dtype code and strides as integers.
+"""Conversion of tensors for native code: address, dtype code and strides as integers.
 
-The only file that calls data_ptr(). Every tensor goes through `pack` or `pack_rows`, which resolve
-what a raw address cannot express (lazy negation) and refuse what must not reach native code.
+This is the only file that calls data_ptr(). Every tensor passes through `as_grid` or `as_rows`,
+which resolve lazy negation, and then through `pack` or `pack_rows`, which refuse tensors without
+memory.
 """
 
 from collections.abc import Callable
@@ -26,11 +27,11 @@ __all__ = [
     "as_rows",
     "as_upstream",
     "empty",
+    "exec_builder",
     "grid",
     "materialized",
     "pack",
     "pack_rows",
-    "place",
 ]
 
 # csrc/abi.h: DType
@@ -58,28 +59,28 @@ def _threads(like: Tensor, op: str | None = None, *sizes: int) -> Exec:
     return torch.get_num_threads()
 
 
-def place(extension: ModuleType) -> Callable[..., Exec]:
-    """How an extension is told where to run: `where(like, op=None, *sizes)`.
+def exec_builder(extension: ModuleType) -> Callable[..., Exec]:
+    """The function `make_exec(like, op=None, *sizes)` that builds an extension's Exec argument.
 
-    The result is the last argument of every native function. For the CPU it is the number of
-    threads that torch would use. For CUDA it is the device of `like`, its current stream and, with
-    the name of an operation, as many bytes of scratch as `<op>_scratch(*sizes)` asks for. They come
-    from torch's allocator and live as long as the result: keep it until the call returns.
+    Exec is the last argument of every native function. For the CPU it is torch's number of threads.
+    For CUDA it holds the device of `like`, its current stream and, if `op` is given, scratch of
+    `<op>_scratch(*sizes)` bytes. The scratch comes from torch's allocator and lives as long as the
+    result: keep the result until the call returns.
     """
     if not extension.gpu:
         return _threads
 
-    def where(like: Tensor, op: str | None = None, *sizes: int) -> Exec:
+    def make_exec(like: Tensor, op: str | None = None, *sizes: int) -> Exec:
         size = getattr(extension, f"{op}_scratch")(*sizes) if op is not None else 0
         scratch = torch.empty(size, dtype=torch.uint8, device=like.device) if size else None
         address = 0 if scratch is None else scratch.data_ptr()
         device = like.device.index
-        # Only the emulated extension of the tests is called with CPU tensors.
+        # A CPU tensor: only the tests' emulated extension takes those.
         if device is None:
             return 0, 0, address, scratch
         return device, torch._C._cuda_getCurrentRawStream(device), address, scratch
 
-    return where
+    return make_exec
 
 
 @overload
@@ -93,7 +94,7 @@ def pack(t: Tensor | None) -> Packed | None: ...
 def pack(t: Tensor | None) -> Packed | None:
     """A token tensor [...] as a grid [rows, cols] with any strides.
 
-    The caller keeps `t` alive and has passed it through `as_grid`, so that this is the very memory.
+    `t` must come from `as_grid`, and the caller must keep it alive during the native call.
     """
     if t is None:
         return None
@@ -115,7 +116,7 @@ def pack_rows(t: Tensor) -> Packed:
 def empty(
     extension: ModuleType, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """torch.empty for a large buffer that something else than our kernels writes first."""
+    """torch.empty for a large buffer that torch writes first; pre-faults its pages."""
     t = torch.empty(shape, dtype=dtype, device=device)
     extension.prepare_pages(t.data_ptr(), t.nbytes, torch.get_num_threads())
     return t

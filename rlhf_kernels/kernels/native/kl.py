@@ -13,7 +13,7 @@ from . import boundary as b
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, bound to an extension module."""
-    where = b.place(extension)
+    make_exec = b.exec_builder(extension)
 
     def kl_divergence(
         logits: Tensor, ref_logits: Tensor, temperature: float, reverse: bool
@@ -26,7 +26,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             extension.kl_divergence(
                 *b.grid(shape), vocab, b.pack_rows(logits), b.pack_rows(ref_logits), temperature,
                 reverse, b.pack(kl), b.pack(stats),
-                where(logits, "kl_divergence", kl.numel(), vocab, logits.element_size()),
+                make_exec(logits, "kl_divergence", kl.numel(), vocab, logits.element_size()),
             )  # fmt: skip
         return kl, stats
 
@@ -46,7 +46,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             extension.kl_divergence_backward(
                 *b.grid(shape), vocab, b.pack_rows(logits), b.pack_rows(ref_logits), temperature,
                 reverse, b.pack(stats), b.pack(grad), b.pack_rows(out),
-                where(logits, "kl_divergence_backward", shape.numel()),
+                make_exec(logits, "kl_divergence_backward", shape.numel()),
             )  # fmt: skip
 
     def kl_divergence_backward(logits: Tensor, *args: Any) -> Tensor:
@@ -55,7 +55,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         return out
 
     def kl_divergence_backward_inplace(logits: Tensor, *args: Any) -> None:
-        """The gradient over the logits' own memory; for the fused head, not an operator."""
+        """Writes the gradient over the logits. Only for the fused head; not an operator."""
         backward(logits, logits, *args)
 
     def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
@@ -65,7 +65,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             extension.kl_penalty(
                 *b.grid(out.shape), b.pack(logprobs), b.pack(ref_logprobs),
                 PLAIN_KL_ESTIMATORS.index(estimator.removesuffix("+")), b.pack(out),
-                where(logprobs),
+                make_exec(logprobs),
             )  # fmt: skip
         return out
 
@@ -79,7 +79,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             extension.kl_penalty_backward(
                 *b.grid(out.shape), b.pack(logprobs), b.pack(ref_logprobs),
                 PLAIN_KL_ESTIMATORS.index(estimator.removesuffix("+")), estimator.endswith("+"),
-                b.pack(grad), b.pack(out), where(logprobs),
+                b.pack(grad), b.pack(out), make_exec(logprobs),
             )  # fmt: skip
         return out
 

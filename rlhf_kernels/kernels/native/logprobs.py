@@ -20,19 +20,19 @@ def _raise(
     if code == b.LABEL_OUT_OF_RANGE:
         raise checks.out_of_range("token_logprobs", position, labels, vocab)
     if code == b.BAD_TEMPERATURE:
-        assert temperatures is not None  # the kernel has read them
+        assert temperatures is not None  # the kernel read a bad one
         raise checks.bad_temperature("token_logprobs", position, temperatures)
 
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, bound to an extension module."""
-    where, gpu = b.place(extension), extension.gpu
+    make_exec, gpu = b.exec_builder(extension), extension.gpu
 
     def check(labels: Tensor, temperatures: Tensor | None, vocab: int, ignore_index: int) -> None:
-        # The CPU kernels look themselves.
+        # CPU kernels validate the data themselves.
         if gpu and env.CHECK:
             keep = labels != ignore_index
-            # A shard's labels were found good before.
+            # Labels of a vocabulary shard were validated before.
             if ignore_index != SHARD_IGNORED:
                 checks.labels_in_range("token_logprobs", labels, keep, vocab)
             checks.temperatures_positive("token_logprobs", temperatures, keep)
@@ -56,7 +56,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             *b.grid(shape), vocab, b.pack_rows(logits), b.pack(labels), b.pack(temperatures),
             options, b.pack(logprobs), b.pack(entropies) if options.entropy else None,
             b.pack(stats),
-            where(logits, "token_logprobs", labels.numel(), vocab, logits.element_size()),
+            make_exec(logits, "token_logprobs", labels.numel(), vocab, logits.element_size()),
         )  # fmt: skip
         _raise(status, labels, temperatures, vocab)
         return logprobs, entropies, stats
@@ -83,7 +83,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             *b.grid(shape), vocab, b.pack_rows(logits), b.pack(labels), b.pack(temperatures),
             options, b.pack(stats), b.pack(grad_logprobs), b.pack(grad_entropy),
             b.pack_rows(out),
-            where(logits, "token_logprobs_backward", labels.numel()),
+            make_exec(logits, "token_logprobs_backward", labels.numel()),
         )  # fmt: skip
         _raise(status, labels, temperatures, vocab)
 

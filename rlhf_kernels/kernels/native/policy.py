@@ -1,4 +1,4 @@
-"""Launcher of policy_loss for the native backends, and what the losses over tokens share."""
+"""Launcher of policy_loss for the native backends, and helpers of the losses over tokens."""
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -13,9 +13,9 @@ from . import boundary as b
 
 
 def mask_grid(mask: Tensor) -> Tensor:
-    """The mask as bool, int32 or int64, without a copy where its own bytes serve."""
+    """The mask as a grid of bool, int32 or int64; copies only other dtypes."""
     if mask.dtype in (torch.uint8, torch.int8):
-        # Native code takes any nonzero byte as true.
+        # Native code treats any nonzero byte as true.
         mask = b.materialized(mask).view(torch.bool)
     elif mask.dtype not in (torch.bool, torch.int64, torch.int32):
         mask = mask != 0
@@ -25,7 +25,7 @@ def mask_grid(mask: Tensor) -> Tensor:
 def divisor_on(
     op: str, like: Tensor, normalizer: Tensor | None, divisor: float, gpu: bool
 ) -> tuple[float, Tensor | None]:
-    """The number to divide by, 0 to count; or the tensor that a kernel on a GPU reads."""
+    """The number to divide by (0 to count), or the tensor that a GPU kernel reads."""
     if not gpu:
         return losses.divisor_on_host(op, normalizer, divisor), None
     divisor, normalizer = losses.divisor_on_device(op, like, normalizer, divisor)
@@ -38,7 +38,7 @@ def divisor_on(
 def sequences(
     op: str, like: Tensor, cu_seqlens: Tensor | None, gpu: bool
 ) -> tuple[int, int, b.Packed | None] | None:
-    """(sequences, cols, offsets) of csrc/abi.h: LossTokens; None where nothing is to be done."""
+    """(sequences, cols, offsets) of csrc/abi.h: LossTokens; None if there is nothing to compute."""
     if gpu:
         losses.check_offsets(op, cu_seqlens, like.shape[0])
     elif like.numel() == 0:
@@ -48,10 +48,10 @@ def sequences(
 
 
 def raise_status(op: str, status: tuple[int, int], cu_seqlens: Tensor | None, total: int) -> None:
-    """Raises what the kernel has found."""
+    """Raises the error that a kernel reported."""
     code, position = status
     if code == b.BAD_OFFSETS:
-        assert cu_seqlens is not None  # the kernel has read them
+        assert cu_seqlens is not None  # the kernel read a bad entry
         raise checks.bad_offsets(op, position, cu_seqlens, total)
     if code == b.OUT_OF_MEMORY:
         raise MemoryError(f"{op}: no memory for {total} tokens' partial sums")
@@ -67,7 +67,7 @@ def _spread(advantages: Tensor, logprobs: Tensor) -> b.Packed:
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, bound to an extension module."""
-    where, gpu = b.place(extension), extension.gpu
+    make_exec, gpu = b.exec_builder(extension), extension.gpu
 
     def policy_loss(
         logprobs: Tensor,
@@ -101,7 +101,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             b.pack(ref), b.pack(rollout), b.pack(entropy), divisor, b.pack(normalizer),
             codes, params, b.pack(loss), b.pack(metrics), b.pack(scale) if gpu else None,
             b.pack(policy_grad) if grad else None, b.pack(bonus) if entropy_grad else None,
-            where(logprobs, op, *tokens[:2], cu_seqlens is not None),
+            make_exec(logprobs, op, *tokens[:2], cu_seqlens is not None),
         )  # fmt: skip
         raise_status(op, status, cu_seqlens, logprobs.numel())
         return loss, metrics, policy_grad, bonus, scale
@@ -121,10 +121,10 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             upstream = b.materialized(upstream)
             extension.loss_backward(
                 first.numel(), b.pack(first), b.pack(second), b.pack(scale), b.pack(upstream),
-                b.pack(outs[0]), b.pack(outs[1]) if second is not None else None, where(first),
+                b.pack(outs[0]), b.pack(outs[1]) if second is not None else None, make_exec(first),
             )  # fmt: skip
         return outs
 
     table: dict[str, Callable[..., object]] = {"policy_loss": policy_loss}
-    # The gradients of the CPU are complete.
+    # Gradients from the CPU kernels are complete and need no loss_backward.
     return {**table, "loss_backward": loss_backward} if gpu else table

@@ -14,7 +14,7 @@ from . import boundary as b
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, bound to an extension module."""
-    where, gpu = b.place(extension), extension.gpu
+    make_exec, gpu = b.exec_builder(extension), extension.gpu
 
     def check(
         op: str,
@@ -29,7 +29,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         if code == b.LABEL_OUT_OF_RANGE:
             raise checks.out_of_range(op, position, labels, vocab)
         if code == b.BAD_TEMPERATURE:
-            assert temperatures is not None  # the kernel has read them
+            assert temperatures is not None  # the kernel read a bad one
             raise checks.bad_temperature(op, position, temperatures)
         if code == b.BAD_INDPTR:
             raise checks.bad_indptr(op, position, indptr, indices.shape[0])
@@ -60,7 +60,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         vocab = width if weight is None else weight.shape[0]
         if labels.numel() == 0:
             return logprobs, entropies, stats, kept
-        # The CPU kernels look themselves.
+        # CPU kernels validate the data themselves.
         if gpu and env.CHECK:
             keep = labels != options.ignore_index
             checks.support_data(op, labels, temperatures, indptr, indices, keep, vocab)
@@ -74,7 +74,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             b.pack(temperatures), indices.shape[0], b.pack(indptr), b.pack(indices),
             options, b.pack(logprobs),
             b.pack(entropies) if options.entropy else None,
-            b.pack(stats), b.pack(kept), where(rows, "support_logprobs"),
+            b.pack(stats), b.pack(kept), make_exec(rows, "support_logprobs"),
         )  # fmt: skip
         check(op, status, labels, temperatures, indptr, indices, vocab)
         return logprobs, entropies, stats, kept
@@ -93,7 +93,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         grad_entropy: Tensor | None,
         options: RowOptions,
     ) -> Tensor:
-        """The gradient of the kept logits, also spread into `out` where that is given."""
+        """The gradient of the kept logits; also scatters it into `out` if that is given."""
         dz = torch.empty_like(kept)
         if labels.numel() == 0:
             return dz
@@ -106,7 +106,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             *b.grid(shape), vocab, b.pack(labels), b.pack(temperatures), indices.shape[0],
             b.pack(indptr), b.pack(indices), options, b.pack(stats),
             b.pack(kept), b.pack(grad_logprobs), b.pack(grad_entropy), b.pack(dz),
-            None if out is None else b.pack_rows(out), where(kept),
+            None if out is None else b.pack_rows(out), make_exec(kept),
         )  # fmt: skip
         check(op, status, labels, temperatures, indptr, indices, vocab)
         return dz
@@ -116,7 +116,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
 
     def token_logprobs_support_backward(kept: Tensor, labels: Tensor, *args: Any) -> Tensor:
         *inputs, vocab, dtype = args
-        # On a GPU only the kept token ids are written.
+        # GPU kernels write only the kept token ids.
         make = torch.zeros if gpu else torch.empty
         out = make((*labels.shape, vocab), dtype=dtype, device=kept.device)
         backward("token_logprobs", vocab, out, kept, labels, *inputs)
@@ -144,7 +144,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         sums = needs[1] or needs[2]
         starts = uses = order = owner = None
         if sums and gpu:
-            starts, order, owner = by_word(dz, indptr, indices, vocab)
+            starts, order, owner = by_token_id(dz, indptr, indices, vocab)
         elif sums:
             starts = torch.empty(vocab + 1, dtype=torch.int64, device=kept.device)
             # csrc/abi.h: SupportUse
@@ -156,14 +156,14 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             b.pack_rows(weight), indices.shape[0], b.pack(indptr),
             b.pack(indices), b.pack(dz), b.pack_rows(grad_hidden) if needs[0] else None,
             b.pack_rows(grad_weight) if needs[1] else None, b.pack(grad_bias) if needs[2] else None,
-            b.pack(starts), b.pack(uses), b.pack(order), b.pack(owner), where(dz),
+            b.pack(starts), b.pack(uses), b.pack(order), b.pack(owner), make_exec(dz),
         )  # fmt: skip
         return grad_hidden, grad_weight, grad_bias.to(bias_dtype)
 
-    def by_word(
+    def by_token_id(
         dz: Tensor, indptr: Tensor, indices: Tensor, vocab: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Starts of each token id's entries, entries sorted by token id, each entry's token."""
+        """(first position of each token id in order, entries sorted by token id, token of each)."""
         moves = (dz != 0) & (indices >= 0) & (indices < vocab)
         token_ids, order = torch.where(moves, indices, vocab).long().sort(stable=True)
         starts = torch.searchsorted(token_ids, torch.arange(vocab + 1, device=dz.device))

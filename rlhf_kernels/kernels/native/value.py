@@ -13,7 +13,7 @@ from . import policy
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, bound to an extension module."""
-    where, gpu = b.place(extension), extension.gpu
+    make_exec, gpu = b.exec_builder(extension), extension.gpu
 
     def value_loss(
         values: Tensor,
@@ -40,7 +40,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             *tokens, b.pack(mask), b.pack(values), b.pack(old), b.pack(returns), divisor,
             b.pack(normalizer), aggregation, clip_range, b.pack(loss), b.pack(metrics),
             b.pack(scale) if gpu else None, b.pack(gradient) if grad else None,
-            where(values, op, *tokens[:2], cu_seqlens is not None),
+            make_exec(values, op, *tokens[:2], cu_seqlens is not None),
         )  # fmt: skip
         policy.raise_status(op, status, cu_seqlens, values.numel())
         return loss, metrics, gradient, scale

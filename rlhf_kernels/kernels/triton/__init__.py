@@ -1,8 +1,8 @@
 """Triton kernels: NVIDIA, AMD and Intel GPUs, and any tensor under Triton's interpreter.
 
-One module per operation here holds its kernels and their launchers, `LAUNCHERS` by operator name.
-They are loaded at import where torch has a GPU or TRITON_INTERPRET=1 asks for the interpreter: not
-on first use, since torch.compile cannot trace an import.
+This package has one module per operation with its kernels and, in `LAUNCHERS`, its launchers by
+operator name. The modules are loaded at import if torch has a GPU or TRITON_INTERPRET=1 selects the
+interpreter. Loading on first use would fail under torch.compile, which cannot trace an import.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ _INTERPRETED = False
 
 
 def _load() -> str | None:
-    """Fills the table; returns why that cannot be done."""
+    """Fills the table of launchers; returns None, or why Triton is not available."""
     global _INTERPRETED
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
@@ -28,7 +28,7 @@ def _load() -> str | None:
     try:
         import triton
 
-        if not hasattr(triton, "knobs"):  # torch 2.6 and 2.7 bring one without
+        if not hasattr(triton, "knobs"):  # absent in the Triton of torch 2.6 and 2.7
             return f"triton {triton.__version__} is too old: expected 3.4 or later"
         from . import _launch, advantages, kl, logprobs, policy, support, value
     except ImportError as error:
@@ -48,10 +48,10 @@ def unavailable_reason() -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, which takes tensors of any device."""
+    """Whether kernels run in Triton's interpreter, which accepts tensors of any device."""
     return _INTERPRETED
 
 
 def launchers() -> dict[str, Callable[..., object]]:
-    """Launchers by operator name; empty where Triton is not available."""
+    """Launchers by operator name; empty if Triton is not available."""
     return _LAUNCHERS

@@ -1,4 +1,4 @@
-"""How kernels are launched: device, grid, and what Triton may specialise on."""
+"""Launching kernels: device, grid, and the arguments that Triton may specialise on."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-#: Kernels run in Triton's interpreter, on tensors of any device.
+#: Whether kernels run in Triton's interpreter, on tensors of any device.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
 
@@ -15,8 +15,8 @@ def kernel(function: Any = None, *, aligned: tuple[str, ...] = ()) -> Any:
 
     Args:
         function: the kernel.
-        aligned: pointers whose 16-byte alignment is worth a variant, because 16-byte loads are.
-            Every other argument is taken as it comes.
+        aligned: pointers with a separate variant for 16-byte alignment, which allows 16-byte loads.
+            Triton specialises on no other argument.
     """
     if function is None:
         return lambda f: kernel(f, aligned=aligned)
@@ -45,5 +45,5 @@ def _current(device: torch.device) -> bool:
 
 
 def tile_count(size: int, tile: int) -> int:
-    """Tiles of `tile` that cover `size`."""
+    """The number of tiles of `tile` elements that cover `size`."""
     return -(-size // tile)

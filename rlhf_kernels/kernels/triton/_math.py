@@ -1,8 +1,8 @@
-"""Device functions that several kernels share.
+"""Device functions shared by several kernels.
 
-Bits must not depend on how a tensor lies in memory, yet Triton derives the layout of a block, and
-with it the order of a reduction, from the alignment it may assume. So sums here are trees of pairs
-in index order: the sum of two numbers is the same in any layout.
+Bits must not depend on the memory layout of a tensor. Triton, however, derives the layout of a
+block, and with it the order of a reduction, from the alignment that it may assume. Sums here are
+therefore trees of pairs in index order, which give the same bits in any layout.
 """
 
 import triton
@@ -13,7 +13,7 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def scalar(x):
-    """A number argument as an fp32 tensor: the interpreter passes it as a Python float."""
+    """A number argument as an fp32 tensor. The interpreter passes numbers as Python floats."""
     return tl.full((), 0.0, tl.float32) + x
 
 
@@ -25,7 +25,7 @@ def good_temperature(t):
 
 @triton.jit
 def tree_sum(x, N: tl.constexpr):
-    """Sum of a block [N], N a power of two up to 2^20: neighbours first."""
+    """Sum of a block [N] as a tree, neighbours first; N is a power of two up to 2^20."""
     for _ in tl.static_range(20):
         if x.shape[0] > 1:
             x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2)), axis=1)
@@ -42,10 +42,10 @@ def power_of_two(n):
 def exp_parts(x):
     """exp(x), exp(x) - 1 and exp(x) - 1 - x for |x| <= 80, fp32: `exp_parts` of csrc/policy_math.h.
 
-    Exactly 1, 0, 0 at x = 0; NaN in, NaN out.
+    Exactly 1, 0, 0 at x = 0; NaN for NaN.
     """
     n = tl.floor(x * 1.44269504 + 0.5)
-    # ln 2 in two parts, the first short enough for n times it to be exact.
+    # ln 2 in two parts; the first has so few bits that its product with n is exact.
     f = n * 2.12194440e-4 + (n * -0.693359375 + x)
     q = 1.9899517e-4
     q = q * f + 1.3933830e-3
@@ -62,11 +62,11 @@ def exp_parts(x):
 
 @triton.jit
 def tanh_parts(u):
-    """tanh(u) and its slope, without cancellation at either end."""
+    """tanh(u) and its slope, without cancellation at small or large |u|."""
     a = tl.where(tl.abs(u) > 40.0, 40.0, tl.abs(u))
     e, em1, _ = exp_parts(-2.0 * a)
     th = -em1 / (1.0 + e)
     slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
-    # A NaN fails both comparisons.
+    # A NaN fails both comparisons and stays.
     th = tl.where(u < 0.0, -th, tl.where(u >= 0.0, th, u))
     return th, tl.where(u == u, slope, u)

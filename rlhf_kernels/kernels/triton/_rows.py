@@ -1,8 +1,8 @@
-"""Options of rows of logits in kernels, as csrc/cuda/rows.cuh has them.
+"""Options of rows of logits in kernels, like csrc/cuda/rows.cuh.
 
-A kernel takes them as one argument `row_options`, a tuple of numbers with None for what is off:
-Triton compiles a variant for None and none for the value of a float. Integers stay arguments of
-their own: inside a tuple they would be specialised on, whatever the kernel says. A named tuple
+A kernel takes the options as one argument `row_options`, a tuple of floats with None for an option
+that is off. Triton compiles a variant for None but not for the value of a float. Integer options
+are separate arguments, because Triton always specialises on integers inside a tuple. A named tuple
 would make each launch slower.
 """
 
@@ -14,16 +14,16 @@ from ._math import tanh_parts
 
 
 def packed(options: RowOptions) -> tuple[float | None, ...]:
-    """(temperature, softcap) as the functions below unpack them."""
-    # A whole number would be another type, hence another kernel.
+    """(temperature, softcap), the tuple that the functions below unpack."""
+    # float(): an int has another type and would compile another kernel.
     return float(options.temperature), float(options.softcap) if options.softcap > 0 else None
 
 
 @triton.jit
 def with_options(x, row_options):
-    """Logits as the options make them, before the temperature divides, and the slope of that.
+    """Logits after the options, before the temperature divides them, and the slope of this map.
 
-    It does not decrease. -inf may become finite: what is no logit must stay out by its position.
+    The map never decreases. -inf may become finite, so padding must be excluded by its position.
     """
     _, softcap = row_options
     slope = 1.0
@@ -43,7 +43,7 @@ def token_at(i, cols, stride0, stride1):
 def row_temperature(
     row_options, temperatures, row, cols, stride0, stride1, PER_TOKEN: tl.constexpr, valid=None
 ):  # fmt: skip
-    """Temperature of all rows, or that of each; 1 where a block's row is not `valid`."""
+    """The temperature of all rows, or one per row; 1 where a row of the block is not `valid`."""
     temperature, _ = row_options
     if PER_TOKEN:
         at = temperatures + token_at(row, cols, stride0, stride1)

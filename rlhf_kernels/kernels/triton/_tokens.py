@@ -1,9 +1,10 @@
-"""What the losses over tokens share: tiles of sequences, ordered sums over them, the normalizer.
+"""Shared by the losses over tokens: tiles of sequences, ordered sums over tiles, the normalizer.
 
-Sequences are cut into tiles from their own start, padded or packed, so that a token meets the same
-arithmetic wherever its sequence lies. A tile has a slot for its partial sums. Padded, slot
-s * tiles + k is tile k of sequence s. Packed, it is offsets[s] // TILE + s + k: slots that grow
-with s, known without reading the offsets on the host; some stay empty.
+Sequences are cut into tiles from their start, so the arithmetic of a token does not depend on the
+place of its sequence, padded or packed. Each tile has a slot for its partial sums. Tile k of
+sequence s has slot s * tiles + k if padded, and slot offsets[s] // TILE + s + k if packed. Packed
+slots increase with s, and their number is known without reading the offsets on the host; some
+slots stay empty.
 
 Sums are fp32 within a tile, by pairs at fixed distances, and fp64 over the slots, in order.
 """
@@ -18,34 +19,34 @@ from ._launch import INTERPRETED, kernel, tile_count
 from ._math import tree_sum
 from .policy_math import SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, log_weight
 
-# Tokens of a program, 4 a thread.
+# Tokens per program, 4 per thread.
 TILE = 1024
 WARPS = 8
-# The first rows of the scratch [rows, slots], of statistics_kernel.
+# Rows of the scratch [rows, slots] that statistics_kernel writes; they come first.
 TOKENS, LOG_RATIO, LOG_WEIGHT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-# Aggregations whose implied divisor is the number of sequences with a token.
+# Aggregations whose implied divisor is the number of sequences with an unmasked token.
 SEQUENCE_COUNTS = (SEQ_MEAN_TOKEN_MEAN.value, SEQ_MEAN_TOKEN_SUM.value)
-# Slots that the combining program takes at a time. The interpreter scans element by element; and
-# with few, small tests have several groups.
+# Slots that the combining program takes at a time. Few in the interpreter, which scans element by
+# element, and where small tests must cover several groups.
 GROUP = 16 if INTERPRETED else 256
-# Groups whose loads are under way together: one program must hide their latency by itself.
+# Groups whose loads are in flight together: the single program must hide their latency itself.
 UNROLL = tl.constexpr(1 if INTERPRETED else 2)
 COMBINE_WARPS = 8
 # Slots of one sequence that a program takes at a time.
 SEQUENCE_GROUP = tl.constexpr(4 if INTERPRETED else 128)
-# Threads of a program, and the width to which they fold a block each by itself.
+# Threads per program. A block is first folded to this width, within registers of a thread.
 FOLDED = tl.constexpr(256)
 
 
 def slot_count(shape: torch.Size, cu_seqlens: Tensor | None) -> int:
-    """Slots of a batch: [B, T], or [N] with cu_seqlens."""
+    """The number of slots of a batch [B, T], or [N] with cu_seqlens."""
     if cu_seqlens is None:
         return shape[0] * tile_count(shape[1], TILE)
     return shape[0] // TILE + cu_seqlens.shape[0] - 1
 
 
 def strided(t: MaybeTensor, per_sequence: bool = False) -> tuple[MaybeTensor, int, int]:
-    """A tensor over tokens, or sequences, and its strides (sequence, token), 0 where absent."""
+    """A tensor over tokens or sequences and its strides (sequence, token); 0 where absent."""
     if t is None:
         return None, 0, 0
     t = as_grid(t)
@@ -55,9 +56,10 @@ def strided(t: MaybeTensor, per_sequence: bool = False) -> tuple[MaybeTensor, in
 
 @triton.jit
 def slot_tile(offsets, sequences, cols, PACKED: tl.constexpr, TILE: tl.constexpr):
-    """(s, k, begin, length): the program's tile, k of sequence s, which has `length` tokens.
+    """(s, k, begin, length): this program has tile k of sequence s.
 
-    They start at `begin`. Whatever the offsets say, begin and begin + length lie in [0, cols].
+    The sequence has `length` tokens from `begin`. Even with bad offsets, begin and begin + length
+    are in [0, cols].
     """
     pid = tl.program_id(0)
     if PACKED:
@@ -70,7 +72,7 @@ def slot_tile(offsets, sequences, cols, PACKED: tl.constexpr, TILE: tl.constexpr
             s = tl.where(before, middle, s)
             last = tl.where(before, last, middle - 1)
         begin = tl.load(offsets + s).to(tl.int64)
-        # Without a sequence there is no such entry.
+        # Masked, since this entry does not exist without sequences.
         end = tl.load(offsets + s + 1, mask=s < sequences, other=0).to(tl.int64)
         begin = tl.minimum(tl.maximum(begin, 0), cols)
         length = tl.maximum(tl.minimum(end, cols) - begin, 0)
@@ -85,7 +87,7 @@ def slot_tile(offsets, sequences, cols, PACKED: tl.constexpr, TILE: tl.constexpr
 
 @triton.jit
 def tile_tokens(k, length, TILE: tl.constexpr):
-    """Where tile k's tokens lie within its first, [TILE], and which of them the sequence has."""
+    """(index of each token within tile k, [TILE]; whether the sequence has that token)."""
     i = tl.arange(0, TILE)
     left = tl.where(k >= 0, length - k.to(tl.int64) * TILE, 0)
     return i, i < tl.minimum(left, TILE).to(tl.int32)
@@ -106,27 +108,27 @@ def load_tile(x, s, first, i, inside, stride0, stride1):
 
 @triton.jit
 def load_kept(x, s, first, i, kept, stride0, stride1):
-    """The entries of one tile in fp32. What lies under the mask is not even read: 0."""
+    """The entries of one tile in fp32. Masked entries are not read and are 0."""
     return load_tile(x, s, first, i, kept, stride0, stride1).to(tl.float32)
 
 
 @triton.jit
 def join4(a, b, c, d):
-    """Blocks [N] side by side, [N, 2, 2]: the first index of the last two is the higher bit."""
+    """Four blocks [N] joined to [N, 2, 2]; block number = 2 * second index + last index."""
     return tl.join(tl.join(a, c), tl.join(b, d))
 
 
 @triton.jit
 def join8(a, b, c, d, e, f, g, h):
-    """Blocks [N] side by side, [N, 2, 2, 2]."""
+    """Eight blocks [N] joined to [N, 2, 2, 2]."""
     return tl.join(join4(a, c, e, g), join4(b, d, f, h))
 
 
 @triton.jit
 def column_sums(x, N: tl.constexpr, COLUMNS: tl.constexpr):
-    """The sums of blocks [N] that were joined, as a block [COLUMNS]: one reduction for all."""
+    """The sums of joined blocks [N], as a block [COLUMNS], by one reduction for all."""
     x = tl.reshape(x, (N, COLUMNS))
-    # What lies far apart first: it is in registers of one thread. Then neighbours.
+    # Distant elements first, which are in registers of one thread; then neighbours.
     for _ in tl.static_range(4):
         if x.shape[0] > FOLDED:
             x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2, COLUMNS)), axis=0)
@@ -144,9 +146,9 @@ def pick(x, i, N: tl.constexpr):
 
 @triton.jit
 def inverse(n):
-    """1 / n for fp64 n in [1, 2^100]. A division would be a call, around which registers spill."""
+    """1 / n for fp64 n in [1, 2^100]. An fp64 division would be a call that spills registers."""
     x = (1.0 / n.to(tl.float32)).to(tl.float64)
-    # Each of Newton's steps doubles the digits.
+    # Each Newton step doubles the number of right digits.
     x *= 2.0 - n * x
     return x * (2.0 - n * x)
 
@@ -183,13 +185,14 @@ def later(a, b):
 
 @triton.jit
 def opening_slots(tokens, tile, slot, slots, before):
-    """1 at each slot that is the first with a token in its sequence, and the last with a token.
+    """(1 at each slot that is the first with a token in its sequence, last slot with a token).
 
     Args:
-        tokens, tile: of every slot, fp32: its tokens, and which tile of its sequence it is.
+        tokens, tile: fp32, of every slot: its number of tokens, and its tile number in the
+            sequence.
         slot: a block of consecutive slots.
-        slots: how many there are.
-        before: the last slot before the block that has a token, or -1.
+        slots: the number of slots.
+        before: the last slot with a token before the block, or -1.
     """
     there = slot < slots
     some = tl.load(tokens + slot, mask=there, other=0.0) > 0.0
@@ -202,7 +205,7 @@ def opening_slots(tokens, tile, slot, slots, before):
 
 @triton.jit
 def loss_scale(normalizer, divisor, count, NORMALIZER: tl.constexpr):
-    """1 / the divisor in fp64: the one given, else `count`, at least 1. NaN if it is no divisor."""
+    """1 / divisor in fp64: the given divisor, else `count`, at least 1. NaN for a bad divisor."""
     d = tl.full((), 0.0, tl.float64) + divisor
     if NORMALIZER:
         d = tl.load(normalizer).to(tl.float64)
@@ -219,7 +222,7 @@ def statistics_kernel(
     rollout_stride1, PACKED: tl.constexpr, RATIO: tl.constexpr, WEIGHT: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Unmasked tokens of each slot, their sums of logprob - old and of log_weight."""
+    """Per slot: number of unmasked tokens, and their sums of logprob - old and of log_weight."""
     pid, slots = tl.program_id(0), tl.num_programs(0)
     s, k, begin, length = slot_tile(offsets, sequences, cols, PACKED, TILE)
     i, inside = tile_tokens(k, length, TILE)

@@ -1,17 +1,18 @@
-"""gae, discounted_returns, ppo_advantages: tiles of sequences scanned side by side.
+"""gae, discounted_returns, ppo_advantages: tiles of sequences scanned in parallel.
 
-Tiles are counted from the start of each sequence, so a sequence's bits depend neither on the
-batch, nor on padding or packing, and 16 rows of 131,072 steps fill a device as 8,192 of 4,096 do.
-One launch finds how each tile maps what is behind it to what is ahead of it; a second one composes
-the tiles behind its own, scans it and writes the results. There is no waiting between programs.
+Tiles are counted from the start of each sequence, so a sequence's bits depend neither on the batch
+nor on padding or packing, and 16 rows of 131,072 steps fill a device as well as 8,192 rows of
+4,096. The first launch computes, for each tile, the map from the state after the tile to the state
+before it. In the second launch a program composes the maps of all later tiles of its sequence,
+scans its own tile and writes the results. No program waits for another one.
 
-Launches: 1 where every row is one tile, else 2; packed 2. `whiten=True` adds 2, for the sums of the
-moments, which the scan has left, and for their use. `whiten` alone takes 3, `group_advantages` 1,
-or 2 with scale "batch", behind torch's sort where there are ids.
+Launches: 1 if every row is one tile, else 2; packed 2. `whiten=True` adds 2: one combines the
+moments that the scan has stored, one applies them. `whiten` alone takes 3, `group_advantages` takes
+1, or 2 with scale "batch", after torch's sort of group ids.
 
-Memory traffic per token in bytes, fp32 and a bool mask: `gae` reads 9 and writes 8; a second launch
-reads its 9 again, from the second-level cache for anything but the largest batches; `whiten=True`
-adds 9. `whiten` itself moves 14.
+Memory traffic per token in bytes, for fp32 and a bool mask: `gae` reads 9 and writes 8. The second
+launch reads the same 9 again, from the L2 cache except for the largest batches. `whiten=True` adds
+9. `whiten` alone moves 14.
 """
 
 from collections.abc import Callable
@@ -42,11 +43,11 @@ from .advantages_scan import (
     state_behind,
 )
 
-# Steps of a program: a row of 4096 is read once. The interpreter scans element by element, and
-# short tests shall cross tiles.
+# Steps per program, so that a row of 4096 is read once. Few in the interpreter, which scans element
+# by element, and where short tests must cover several tiles.
 TILE = 64 if INTERPRETED else 4096
-# Steps that a program scans at a time, 8 a thread: small enough for several programs on a
-# processor, one of which loads while another one scans.
+# Steps that a program scans at a time, 8 per thread. This is small enough for several programs per
+# multiprocessor, so that one loads while another scans.
 BLOCK = 32 if INTERPRETED else 1024
 WARPS = 4
 # Tiles that a program composes at a time.
@@ -57,7 +58,7 @@ CHECKED = 1024
 
 @triton.jit
 def check_offsets(offsets, bad, sequences, total, CHECKED: tl.constexpr):
-    """Stores whether cu_seqlens do anything but rise from 0 to total."""
+    """Stores whether cu_seqlens are bad: not from 0 to total, or decreasing."""
     wrong = tl.zeros((CHECKED,), tl.int32)
     for start in range(0, sequences + 1, CHECKED):
         i = start + tl.arange(0, CHECKED)
@@ -78,10 +79,7 @@ def aggregate_kernel(
     decay, kl_coef, clip, ESTIMATOR: tl.constexpr, CARRY: tl.constexpr, PACKED: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
-    """What one tile with tiles before it makes of what is behind it.
-
-    Packed, program 0 checks the offsets.
-    """
+    """The map of one tile that has earlier tiles. If packed, program 0 also checks the offsets."""
     slot = tl.program_id(0)
     if PACKED:
         if slot == 0:
@@ -105,7 +103,7 @@ def aggregate_kernel(
                 rewards_stride1, ref_stride0, ref_stride1, values_stride0, values_stride1,
                 mask_stride0, mask_stride1, kl_coef, ESTIMATOR, CARRY, BLOCK,
             )  # fmt: skip
-            # Without the value behind the block: that is in u.
+            # The value after the block is left out here; it is part of u.
             a, b = block_steps(
                 r, v, v_next, 0.0, dones, exists, last, row, begin + start, dones_stride0,
                 dones_stride1, gamma, decay, values is not None, BLOCK,
@@ -117,7 +115,7 @@ def aggregate_kernel(
             if scores is None:
                 a, b = compose(a, b, dones is not None)
             else:
-                # Whether the sequence's last kept token is here is not known yet.
+                # It is not known yet whether the sequence's last kept token is in this tile.
                 final = tl.max(tl.where(keep, i, -1), axis=0)
                 score = score_of(scores, sequence, scores_stride, clip)
                 s = block_steps(
@@ -153,7 +151,7 @@ def scan_kernel(
     ESTIMATOR: tl.constexpr, CARRY: tl.constexpr, PACKED: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Results of one tile, and the moments of its advantages if there are partials to store."""
+    """Results of one tile; with `partials` also the moments of its advantages."""
     slot = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     sequence, _, row, begin, count, behind = locate(
@@ -163,7 +161,7 @@ def scan_kernel(
     mean, m2 = n, n
     if PACKED:
         if tl.load(bad) != 0:
-            # Sequences mean nothing: NaN for all tokens, in plain tiles.
+            # With bad offsets all tokens become NaN, tile by tile without regard to sequences.
             count = 0
             n, mean = n + 1.0, mean + float("nan")
             for start in range(0, TILE, BLOCK):
@@ -201,7 +199,7 @@ def scan_kernel(
             at = row * cols + begin + start + i
             inside = i < count - start
             if scores is not None:
-                # The score belongs to the last kept token.
+                # The last kept token receives the score.
                 final = tl.max(tl.where(keep, i, -1), axis=0)
                 score = score_of(scores, sequence, scores_stride, clip)
                 r = tl.where((i == final) & (kept == 0), r + score, r)
@@ -212,10 +210,10 @@ def scan_kernel(
                 dones_stride1, gamma, decay, values is not None, BLOCK,
             )  # fmt: skip
             a, b = compose(a, b, dones is not None)
-            # x in two parts: the sum of a long sequence is rounded once.
+            # x as two fp32 parts, so that the sum of a long sequence is rounded only once.
             high = x.to(tl.float32)
             low = (x - high.to(tl.float64)).to(tl.float32)
-            # Infinity has no second part.
+            # The second part of an infinity would be NaN.
             low = tl.where(low == low, low, 0.0)
             if last >= 0:
                 x = d * before(pick(a, i, 0).to(tl.float64), pick(b, i, 0).to(tl.float64), x)
@@ -240,7 +238,7 @@ def scan_kernel(
 
 
 def _strided(t: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """A token tensor that the kernels can read, and its strides."""
+    """A token tensor as a grid that the kernels can read, and its strides."""
     t = as_grid(t)
     return (None, 0, 0) if t is None else (t, *grid_strides(t))
 
@@ -287,7 +285,7 @@ def _scan(
     scores, _, scores_stride = _strided(scores)
     bootstrap_values, _, bootstrap_stride = _strided(bootstrap_values)
     sizes = cols, tiles, sequences, sequences.bit_length(), *strides
-    # A whole number would be an argument of another type, and another kernel.
+    # float(): an int has another type and would compile another kernel.
     numbers = [float(x) for x in (gamma, gamma * lam, kl_coef, reward_clip or 0.0)]
     options: dict[str, Any] = {
         "ESTIMATOR": estimator,
@@ -308,9 +306,9 @@ def _scan(
         GROUP=GROUP, **options,
     )  # fmt: skip
     if partials is not None:
-        assert advantages is not None  # of values, without which nothing is whitened
-        whole: dict[str, Any] = {"shift_mean": True, "unbiased": True, "eps": scans.WHITEN_EPS}
-        apply_moments(advantages, per_token[3], partials, advantages, **whole)
+        assert advantages is not None  # only scans with values are whitened
+        rules: dict[str, Any] = {"shift_mean": True, "unbiased": True, "eps": scans.WHITEN_EPS}
+        apply_moments(advantages, per_token[3], partials, advantages, **rules)
     return results
 
 

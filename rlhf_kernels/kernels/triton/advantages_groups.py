@@ -1,4 +1,7 @@
-"""group_advantages: one program per group, found where sorted ids change; fp64 throughout."""
+"""group_advantages: one program per group; fp64 throughout.
+
+Groups begin where the sorted ids change.
+"""
 
 import torch
 import triton
@@ -18,7 +21,7 @@ _BATCH_WARPS = 8
 
 @triton.jit
 def group_end(ids, begin, count, bits):
-    """First position behind the group of sorted ids that starts at `begin`."""
+    """First position after the group of sorted ids that starts at `begin`."""
     own = tl.load(ids + begin)
     low, high = begin + 1, count + begin * 0
     for _ in range(bits):
@@ -44,9 +47,10 @@ def group_kernel(
     rewards, greedy, ids, order, out, count, size, bits, stride, greedy_stride, eps,
     BASELINE: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Baselined and, with SCALE "group", scaled rewards of the group that starts here, if any.
+    """Rewards of the group that starts at this program, if any, minus the baseline.
 
-    Statistics are relative to the group's first reward: equal rewards have a spread of exactly 0.
+    With SCALE "group" also divides them by the standard deviation. Statistics are relative to the
+    group's first reward, so equal rewards have a standard deviation of exactly 0.
     """
     if ids is None:
         begin = tl.program_id(0) * size
@@ -89,11 +93,11 @@ def group_kernel(
 
 @kernel
 def batch_kernel(work, out, count, eps, CENTRE: tl.constexpr, BLOCK: tl.constexpr):
-    """Scales fp64 baselined rewards by the standard deviation of all of them, in one program."""
+    """Divides fp64 rewards, after the baseline, by their standard deviation; a single program."""
     first = tl.full((), 0.0, tl.float64)
     mean = tl.full((), 0.0, tl.float64)
     if CENTRE:
-        # The other baselines have a mean of zero by construction.
+        # The other baselines already give a mean of zero.
         first = tl.load(work)
         sums = tl.zeros((BLOCK,), tl.float64)
         for start in range(0, count, BLOCK):
@@ -123,7 +127,7 @@ def group_advantages(
     greedy_rewards: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """One launch, two for scale "batch"; ids that matter are sorted by torch before them."""
+    """One launch, or two for scale "batch", after torch's sort of the ids if they are needed."""
     out = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
     count = rewards.numel()
     if count == 0:
@@ -131,7 +135,7 @@ def group_advantages(
     sorted_ids = order = None
     programs = count
     if baseline in ("none", "greedy") and scale != "group":
-        # Every reward by itself: any grouping will do.
+        # Groups do not matter here, so arbitrary blocks replace them.
         group_ids, group_size = None, BLOCK
     if group_ids is None:
         programs = tile_count(count, group_size)

@@ -1,7 +1,8 @@
 """Whitening: moments of tiles, combined in order, then applied.
 
-A tile's moments are taken around its own mean, in fp32; tiles meet in fp64 by Chan's formula. So a
-common offset costs nothing, and equal elements have a variance of exactly zero.
+A tile's moments are taken around its own mean in fp32. Tiles are combined in fp64 by Chan's
+formula. A common offset therefore costs no precision, and equal elements have a variance of exactly
+zero.
 """
 
 import torch
@@ -13,7 +14,7 @@ from ...core.layout import as_grid, grid, grid_strides
 from ._launch import kernel, launch, tile_count
 from ._math import scalar, tree_sum
 
-# Tokens of a program, 16 a thread.
+# Tokens per program, 16 per thread.
 TILE = 4096
 WARPS = 8
 # Partials that the combining program takes at a time.
@@ -30,7 +31,7 @@ def store_moments(partials, slot, count, mean, m2):
 
 @triton.jit
 def total(x, N: tl.constexpr):
-    """fp64 sum of a block [N], N up to 2^15: halves first, which lie in registers of a thread."""
+    """fp64 sum of a block [N], N up to 2^15; halves first, which are in registers of a thread."""
     for _ in tl.static_range(8):
         if x.shape[0] > 128:
             x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2)), axis=0)
@@ -43,7 +44,7 @@ def tile_moments(x, keep, N: tl.constexpr):
     count = tl.sum(keep.to(tl.int32), axis=0).to(tl.float64)
     n = tl.maximum(count, 1.0)
     centre = (total(tl.where(keep, x, 0.0), N) / n).to(tl.float32)
-    # Twice: the first centre is off by the rounding of a sum of large numbers.
+    # Centred twice: the first centre has the rounding error of a sum of large numbers.
     centre += (total(tl.where(keep, x - centre, 0.0), N) / n).to(tl.float32)
     d = tl.where(keep, x - centre, 0.0)
     rest = total(d, N) / n
@@ -53,7 +54,7 @@ def tile_moments(x, keep, N: tl.constexpr):
 
 @triton.jit
 def merge_moments(count, mean, m2, x, keep, N: tl.constexpr):
-    """The moments and those of the kept elements of a block, together (Chan)."""
+    """The moments of the union with the kept elements of a block (Chan)."""
     more, block_mean, block_m2 = tile_moments(x, keep, N)
     share = more / tl.maximum(count + more, 1.0)
     d = block_mean - mean
@@ -61,30 +62,31 @@ def merge_moments(count, mean, m2, x, keep, N: tl.constexpr):
 
 
 @triton.jit
-def tile_places(slot, cols, TILE: tl.constexpr):
-    """(rows, columns) of one tile of the flat order of a grid.
+def tile_positions(slot, cols, TILE: tl.constexpr):
+    """(rows, columns) of the elements of one tile of a grid in flat order.
 
-    Only its first place is found by a 64-bit division: those are slow, and one per token would take
-    longer than memory does.
+    Only the first position takes a 64-bit division. One per token would take longer than the memory
+    accesses.
     """
     begin = slot.to(tl.int64) * TILE
     row, column = begin // cols, begin % cols
     i = tl.arange(0, TILE)
-    # Places from the second row on; rows longer than a tile have no third one.
-    beyond = i - tl.minimum(cols - column, TILE).to(tl.int32)
+    # Positions counted from the second row of the tile, negative in the first. If rows are longer
+    # than a tile, the tile has no third row.
+    past_first = i - tl.minimum(cols - column, TILE).to(tl.int32)
     width = tl.minimum(begin * 0 + cols, TILE).to(tl.int32)
-    rows = row + tl.where(beyond < 0, 0, beyond // width + 1)
-    return rows, tl.where(beyond < 0, column + i, (beyond % width).to(tl.int64))
+    rows = row + tl.where(past_first < 0, 0, past_first // width + 1)
+    return rows, tl.where(past_first < 0, column + i, (past_first % width).to(tl.int64))
 
 
 @triton.jit
 def tile_elements(
     slot, x, mask, count, cols, stride0, stride1, mask_stride0, mask_stride1, TILE: tl.constexpr
 ):
-    """(index, inside, fp32 value, keep) of one tile of the flat order of a grid."""
+    """(index, inside, fp32 value, keep) of the elements of one tile of a grid in flat order."""
     i = slot.to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = i < count
-    row, column = tile_places(slot, cols, TILE)
+    row, column = tile_positions(slot, cols, TILE)
     keep = inside
     if mask is not None:
         at = mask + row * mask_stride0 + column * mask_stride1
@@ -108,7 +110,7 @@ def moments_kernel(
 
 @kernel
 def combine_kernel(partials, stats, slots, correction, eps, GROUP: tl.constexpr):
-    """Mean of everything and 1 / sqrt(variance + eps), fp64, from the moments of the tiles."""
+    """Mean and 1 / sqrt(variance + eps) of all elements, fp64, from the moments of the tiles."""
     counts, sums = tl.zeros((GROUP,), tl.float64), tl.zeros((GROUP,), tl.float64)
     for start in range(0, slots, GROUP):
         i = start + tl.arange(0, GROUP)
@@ -128,7 +130,7 @@ def combine_kernel(partials, stats, slots, correction, eps, GROUP: tl.constexpr)
     divisor = tl.maximum(count - correction, 1.0)
     spread = tl.sqrt(tree_sum(squares, GROUP) / divisor + scalar(eps).to(tl.float64))
     tl.store(stats, mean)
-    # Equal elements with eps = 0 are 0, not 0 / 0.
+    # Equal elements with eps = 0 would give 0 / 0; the result is 0.
     tl.store(stats + 1, tl.where(spread == 0.0, 0.0, 1.0 / spread))
 
 
@@ -137,7 +139,7 @@ def apply_kernel(
     x, mask, stats, out, count, cols, stride0, stride1, mask_stride0, mask_stride1,
     SHIFT: tl.constexpr, INPLACE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """(x - mean) * scale, plus the mean unless SHIFT; 0 where masked, or x if INPLACE."""
+    """(x - mean) * scale, plus the mean unless SHIFT; masked elements are 0, or x if INPLACE."""
     i, inside, value, keep = tile_elements(
         tl.program_id(0), x, mask, count, cols, stride0, stride1, mask_stride0, mask_stride1, TILE
     )
@@ -148,15 +150,15 @@ def apply_kernel(
     y = (value - high - low) * scale
     if SHIFT == 0:
         y += high
-    # In place, masked entries hold 0, or the NaN of a result that is poisoned as a whole.
+    # In place, masked entries already hold 0, or NaN if the whole result is NaN.
     hidden = 0.0
     if INPLACE:
         hidden = value
     tl.store(out + i, tl.where(keep, y, hidden), mask=inside)
 
 
-def _places(x: Tensor, mask: Tensor | None) -> tuple[int, ...]:
-    """Columns, and the strides of x and mask."""
+def _columns_and_strides(x: Tensor, mask: Tensor | None) -> tuple[int, ...]:
+    """The number of columns, and the strides of x and mask."""
     return grid(x.shape)[1], *grid_strides(x), *((0, 0) if mask is None else grid_strides(mask))
 
 
@@ -164,7 +166,7 @@ def apply_moments(
     x: Tensor, mask: Tensor | None, partials: Tensor, out: Tensor, *, shift_mean: bool,
     unbiased: bool, eps: float,
 ) -> None:  # fmt: skip
-    """Two launches: whitens x into `out` (contiguous; may be x) by the moments of its tiles."""
+    """Two launches: whitens x by the moments of its tiles into `out` (contiguous; may be x)."""
     stats = partials.new_empty(2)
     launch(
         combine_kernel, 1, x, partials, stats, partials.shape[0] // 3, int(unbiased), float(eps),
@@ -172,7 +174,7 @@ def apply_moments(
     )  # fmt: skip
     launch(
         apply_kernel, tile_count(x.numel(), TILE), x, x, mask, stats, out, x.numel(),
-        *_places(x, mask), SHIFT=shift_mean, INPLACE=out is x, TILE=TILE, warps=WARPS,
+        *_columns_and_strides(x, mask), SHIFT=shift_mean, INPLACE=out is x, TILE=TILE, warps=WARPS,
     )  # fmt: skip
 
 
@@ -185,8 +187,8 @@ def whiten(x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps
     tiles = tile_count(x.numel(), TILE)
     partials = torch.empty(3 * tiles, dtype=torch.float64, device=x.device)
     launch(
-        moments_kernel, tiles, x, x, mask, partials, x.numel(), *_places(x, mask), TILE=TILE,
-        warps=WARPS,
+        moments_kernel, tiles, x, x, mask, partials, x.numel(), *_columns_and_strides(x, mask),
+        TILE=TILE, warps=WARPS,
     )  # fmt: skip
     apply_moments(
         x, mask, partials, out, shift_mean=shift_mean, unbiased=unbiased, eps=eps

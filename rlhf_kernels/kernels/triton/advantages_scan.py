@@ -1,15 +1,16 @@
-"""Device functions of the reverse scans: which tile a program has, its steps, what lies behind it.
+"""Device functions of the reverse scans: the tile of a program, its steps, the state behind it.
 
-A step maps the advantage A' behind it to b + a A'. Steps that "carry" skips and places outside a
-sequence are the identity, a = 1 and b = -0.0, which leaves every bit of what it meets. A step that
-is done is a = CUT: nothing passes it, not even NaN, which a factor of 0 would let through.
+"Behind" a step means later in its sequence, "ahead" means earlier. A step maps the advantage A'
+behind it to b + a A'. Steps that "carry" skips and positions outside a sequence are the identity:
+a = 1 and b = -0.0, which preserves every bit. A done step has a = CUT: nothing passes it, not even
+a NaN, which would survive a factor of 0.
 
-A tile is scanned in blocks, from its end. The last step of a block looks at a value V and an
-advantage A of steps that are not in the block. Its factor is left out, a = 1, and what it gets from
-behind, x = decay A, is applied to all steps of the block when it is known. A tile as a whole maps
-u = gamma V + x behind it, all that its last step gets, to the u ahead of it, p u + q.
+A tile is scanned in blocks, from its end. The last step of a block needs the value V and the
+advantage A of the step behind the block. Its own factor is therefore left out (a = 1), and
+x = decay A is applied to all steps of the block once it is known. A whole tile maps
+u = gamma V + x behind it to p u + q, the u ahead of it.
 
-Multiply-adds are spelled out where a compiler could contract them in two ways.
+Multiply-adds are written as fma where a compiler could contract them in two ways.
 """
 
 import triton
@@ -18,20 +19,20 @@ import triton.language as tl
 from ._math import exp_parts, scalar
 
 CUT = tl.constexpr(-1.0)
-# Numbers in a tile's aggregate: p, q, the value of its first step, whether a token of it is kept,
-# and q if the sequence's score belongs to its last kept token.
+# Fields of a tile's aggregate: p, q, the value of its first step, whether it has a kept token, and
+# the alternative q if its last kept token receives the sequence's score.
 FIELDS = tl.constexpr(5)
 
 
 @triton.jit
 def ahead(a_behind, b_behind, a, b):
-    """The step (a, b) ahead of the composed steps behind it."""
+    """Composes the step (a, b) with the composed steps behind it."""
     return a * a_behind, tl.fma(a, b_behind, b)
 
 
 @triton.jit
 def ahead_cut(a_behind, b_behind, a, b):
-    """`ahead` where steps may be cut."""
+    """`ahead` if steps may have a = CUT."""
     cut = a < 0.0
     composed = tl.where(cut | (a_behind < 0.0), CUT, a * a_behind)
     return composed, tl.where(cut, b, tl.fma(a, b_behind, b))
@@ -39,7 +40,7 @@ def ahead_cut(a_behind, b_behind, a, b):
 
 @triton.jit
 def ahead_both(a_behind, b_behind, s_behind, a, b, s):
-    """`ahead` for two b at once."""
+    """`ahead` for two values of b at once."""
     return a * a_behind, tl.fma(a, b_behind, b), tl.fma(a, s_behind, s)
 
 
@@ -50,18 +51,18 @@ def nearer(behind, index):
 
 @triton.jit
 def offset_at(offsets, s, total):
-    """cu_seqlens[s], moved into [0, total]: bad offsets give bad numbers, not bad addresses."""
+    """cu_seqlens[s] clamped to [0, total], so that bad offsets never give bad addresses."""
     return tl.minimum(tl.maximum(tl.load(offsets + s).to(tl.int64), 0), total)
 
 
 @triton.jit
 def packed_tile(slot, offsets, sequences, total, bits, TILE: tl.constexpr):
-    """(sequence, k, first token, tokens left from it) of the tile k in `slot`; none left if empty.
+    """(sequence, k, first token, tokens left from it) of the tile k in `slot`; 0 left if empty.
 
-    Tile k of sequence s is in slot offsets[s] // TILE + s + k. No two tiles share one: with
+    Tile k of sequence s is in slot offsets[s] // TILE + s + k. No two tiles share a slot: with
     offsets[s] = q TILE + r, sequence s + 1 starts floor((r + length) / TILE) + 1 slots after s,
-    at least the ceil(length / TILE) that s has. So the first slots rise with s and can be
-    searched, and total // TILE + sequences slots are enough.
+    and s has only ceil(length / TILE) tiles, which is not more. The first slots therefore increase
+    with s and can be searched, and total // TILE + sequences slots suffice.
     """
     low = tl.full((), 0, tl.int32)
     high = low + sequences
@@ -98,8 +99,8 @@ def locate(
 def address(x, row, t, stride0, stride1):
     """Addresses of tokens t of a row, in 64 bits.
 
-    t has the place of the block in it: offsets that are the same for every block of a loop would be
-    kept in registers.
+    t includes the position of the block. Offsets that are equal for every block of a loop would
+    occupy registers.
     """
     return x + row * stride0 + t * stride1
 
@@ -120,7 +121,7 @@ def kl_estimate(x, ESTIMATOR: tl.constexpr):
     if ESTIMATOR == "k2":
         x = 0.5 * x * x
     elif ESTIMATOR == "k3":
-        # exp(-x) - 1 + x; where exp_parts ends, as a square of half the exponent.
+        # exp(-x) - 1 + x; beyond the range of exp_parts, exp(-x) is the square of exp(-x / 2).
         far = tl.abs(x) > 80.0
         u = tl.where(far, -0.5 * x, -x)
         e, _, rest = exp_parts(tl.where(u > 80.0, 80.0, tl.where(u < -80.0, -80.0, u)))
@@ -132,7 +133,7 @@ def kl_estimate(x, ESTIMATOR: tl.constexpr):
 
 @triton.jit
 def score_of(scores, sequence, stride, clip):
-    """A sequence's score in fp32, within [-clip, clip] unless clip is 0."""
+    """A sequence's score in fp32, clipped to [-clip, clip] unless clip is 0."""
     score = tl.load(scores + sequence.to(tl.int64) * stride).to(tl.float32)
     clip = scalar(clip)
     clipped = tl.where(score > clip, clip, tl.where(score < -clip, -clip, score))
@@ -145,15 +146,15 @@ def load_block(
     ref_stride1, values_stride0, values_stride1, mask_stride0, mask_stride1, kl_coef,
     ESTIMATOR: tl.constexpr, CARRY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block's tokens: `count` of a row from `begin`.
+    """Loads a block of `count` tokens of a row from `begin`.
 
     Args:
         rewards: rewards if ESTIMATOR is "reward", else log-probabilities.
 
     Returns:
-        (keep, exists, last, r, v, v_next): kept tokens, steps of the recurrence, index of the last
-        step, -1 if none, reward and value, 0 where masked, and the value behind each step but the
-        last, for which it is anything.
+        (keep, exists, last, r, v, v_next): mask of kept tokens, mask of steps of the recurrence,
+        index of the last step or -1, reward and value (0 where masked), and the value behind each
+        step (undefined for the last step).
     """
     i = tl.arange(0, BLOCK)
     inside = i < count
@@ -173,12 +174,12 @@ def load_block(
     if values is not None:
         v = load_tokens(values, row, begin + i, values_stride0, values_stride1, inside)
         v = tl.where(keep, v, 0.0)
-        # The next token once more, now from the first-level cache.
+        # Loads each next token again, now from the L1 cache.
         if CARRY:
             behind = i + 1
             first = tl.min(tl.where(exists, i, BLOCK), axis=0)
             if tl.sum(exists.to(tl.int32), axis=0) < last - first + 1:
-                # Masked tokens between steps: the next kept one.
+                # The value of the next kept token, past masked tokens.
                 behind = tl.associative_scan(
                     tl.where(ahead_kept, behind, BLOCK), 0, nearer, reverse=True
                 )
@@ -207,7 +208,7 @@ def block_steps(
     r, v, v_next, v_behind, dones, exists, last, row, begin, dones_stride0, dones_stride1, gamma,
     decay, VALUES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(a, b) of each step of a block; the last one's own factor is left out."""
+    """(a, b) of each step of a block; the last step has a = 1 (see above)."""
     i = tl.arange(0, BLOCK)
     a = tl.where(i == last, 1.0, scalar(decay))
     if VALUES:
@@ -224,7 +225,7 @@ def block_steps(
 
 @triton.jit
 def compose(a, b, CUTS: tl.constexpr):
-    """Each step of a block composed with all behind it."""
+    """Composes each step of a block with all steps behind it."""
     if CUTS:
         a, b = tl.associative_scan((a, b), 0, ahead_cut, reverse=True)
     else:
@@ -234,13 +235,13 @@ def compose(a, b, CUTS: tl.constexpr):
 
 @triton.jit
 def pick(x, i, at):
-    """Element `at` of a block with indices i, whatever the others are; 0 if there is none."""
+    """Element `at` of a block with indices i; 0 if there is none. Ignores NaN in the others."""
     return tl.sum(tl.where(i == at, x, 0.0), axis=0)
 
 
 @triton.jit
 def before(a, b, x):
-    """b + a x of scalars, b alone where a is CUT."""
+    """b + a x of scalars; b where a is CUT."""
     return tl.where(a < 0.0, b, tl.fma(a, x, b))
 
 
@@ -249,11 +250,11 @@ def state_behind(
     aggregates, slot, behind, v, x, gamma, VALUES: tl.constexpr, SCORE: tl.constexpr,
     CARRY: tl.constexpr, CUTS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """What a tile gets from the `behind` tiles in the slots after its own.
+    """The state behind a tile, from the `behind` tiles in the slots after its own.
 
     Args:
         v: value behind the sequence, fp32.
-        x: decay times the advantage (or return) there, fp64.
+        x: decay times the advantage (or return) behind the sequence, fp64.
 
     Returns:
         (v, x, kept): v and x behind the tile, and whether a token behind it is kept, 0 or 1.
@@ -266,7 +267,7 @@ def state_behind(
     found = tl.full((), 0, tl.int32)
     groups = (behind + GROUP - 1) // GROUP
     for g in range(groups):
-        # Groups are counted from the tile itself: masked tiles at the end then change no bit.
+        # Groups are counted from this tile, so that masked tiles at the end change no bit.
         nearest = (groups - 1 - g) * GROUP
         j = nearest + tl.arange(0, GROUP)
         inside = j < behind
@@ -291,6 +292,6 @@ def state_behind(
             v = tl.where(some, pick(first, j, near), v)
             found = tl.where(some, 1, found)
     if VALUES:
-        # In fp64 this difference loses nothing.
+        # This difference is accurate in fp64.
         u = tl.where(found != 0, u - gamma * v.to(tl.float64), x)
     return v, u, kept

@@ -1,9 +1,9 @@
-"""kl_divergence: tiles of both rows reduced side by side, then combined in order; and kl_penalty.
+"""kl_divergence: tiles of both rows reduced in parallel, then combined in order; and kl_penalty.
 
-With P the distribution that weighs (policy for reverse, reference for forward) and Q the other,
+P is the weighting distribution (policy for reverse, reference for forward), Q the other one:
 KL = t / (T s_P) - (log s_P - log s_Q), where e = exp((x - m) / T), s = sum e and
-t = sum e_P ((x_P - m_P) - (x_Q - m_Q)). The difference is taken element by element: where the two
-rows are close, so is the sum. Tiles depend on the vocabulary alone, as in token_logprobs.
+t = sum e_P ((x_P - m_P) - (x_Q - m_Q)). The difference is taken element by element, so t is
+accurate where the two rows are close. Tiles depend only on the vocabulary, as in token_logprobs.
 """
 
 from collections.abc import Callable
@@ -20,23 +20,23 @@ from ._math import LOG2E, exp_parts, scalar, tree_sum
 from ._rows import token_at
 from .logprobs import GROUP, LOWEST, ROWS, alignment, tile_bounds
 
-# Columns of a program, 16 of each row a thread: two rows fill as many registers as the single one
+# Columns per program, 16 of each row per thread: two rows need as many registers as the single row
 # of token_logprobs.
 TILE = 4096
 WARPS = 8
-# Tokens of a program of kl_penalty.
+# Tokens per program of kl_penalty.
 TOKENS = 1024
 
 
 @triton.jit
 def weight_of(d, rate):
-    """exp(rate d), and exactly 0 below the normal floats: what is under such a weight is unread."""
+    """exp(rate d), or exactly 0 below the normal floats; a term with weight 0 is ignored."""
     return tl.where(d * rate < LOWEST, 0.0, tl.exp2(d * (rate * LOG2E)))
 
 
 @triton.jit
 def distances(x, inside):
-    """Maximum m of a tile and x - m; x itself where nothing but -inf leaves no reference point."""
+    """Maximum m of a tile and x - m; x itself for a tile of only -inf."""
     m = tl.max(tl.where(inside, x, float("-inf")), axis=0)
     return m, x - tl.where(m == float("-inf"), 0.0, m)
 
@@ -63,7 +63,7 @@ def partial_kernel(
     out = partials + pid.to(tl.int64) * 5
     tl.store(out, m_p)
     tl.store(out + 1, tree_sum(e, TILE))
-    # No weight, no term, also where Q is -inf there.
+    # A term with weight 0 is 0, even where Q's logit is -inf.
     tl.store(out + 4, tree_sum(tl.where(e == 0.0, 0.0, e * (d_p - d_q)), TILE))
     e = tl.where(inside, weight_of(d_q, rate), 0.0)
     tl.store(out + 2, m_q)
@@ -72,8 +72,8 @@ def partial_kernel(
 
 @triton.jit
 def rebased(m, s, base, rate):
-    """Distance of sums around m from the reference point `base`, and the weight it gives them."""
-    # Sums of nothing have no distance to anything.
+    """(m - base, exp(rate (m - base))): moves sums around m to the reference point `base`."""
+    # Empty sums have no reference point; their distance is 0.
     shift = tl.where(s == 0.0, 0.0, m.to(tl.float64) - base.to(tl.float64))
     return shift, weight_of(shift.to(tl.float32), rate).to(tl.float64)
 
@@ -95,7 +95,7 @@ def combine_pairs(partials, tiles, rate, GROUP: tl.constexpr):
         tile_mq = tl.load(at + 2, mask=inside, other=float("-inf"))
         tile_sq = tl.load(at + 3, mask=inside, other=0.0).to(tl.float64)
         tile_t = tl.load(at + 4, mask=inside, other=0.0).to(tl.float64)
-        # Not tl.maximum: a NaN may be lost here, it is in the sums too.
+        # This maximum may lose a NaN, but the sums have it too.
         top_p, top_q = tl.max(tile_mp, axis=0), tl.max(tile_mq, axis=0)
         top_p = tl.where(m_p > top_p, m_p, top_p)
         top_q = tl.where(m_q > top_q, m_q, top_q)
@@ -105,7 +105,7 @@ def combine_pairs(partials, tiles, rate, GROUP: tl.constexpr):
         shift_q, weight_q = rebased(tile_mq, tile_sq, base_q, rate)
         before_p, kept_p = rebased(m_p, s_p, base_p, rate)
         before_q, kept_q = rebased(m_q, s_q, base_q, rate)
-        # Every x - m moves with m. A weight that underflows leaves nothing of an infinite term.
+        # Every x - m changes with m. A weight that underflows makes even an infinite term 0.
         moved = weight_p * (tile_t + tile_sp * (shift_p - shift_q))
         kept = kept_p * (t + s_p * (before_p - before_q))
         moved = tree_sum(tl.where(weight_p == 0.0, 0.0, moved), GROUP)
@@ -126,7 +126,7 @@ def combine_kernel(
     of_row = partials + row * tiles * 5
     m_p, s_p, m_q, s_q, t = combine_pairs(of_row, tiles, rate.to(tl.float32), GROUP)
     value = t / s_p * rate - (tl.log(s_p) - tl.log(s_q))
-    # Gibbs: never negative. The comparison keeps NaN.
+    # A KL divergence is never negative (Gibbs), but rounding may make it so. NaN stays.
     value = tl.where(value < 0.0, 0.0, value)
     good = (m_p > float("-inf")) & (m_q > float("-inf"))
     value = tl.where(good, value, float("nan")).to(tl.float32)
@@ -137,7 +137,8 @@ def combine_kernel(
     tl.store(out + of_p + 1, s_p.to(tl.float32))
     tl.store(out + of_q, m_q)
     tl.store(out + of_q + 1, s_q.to(tl.float32))
-    # Not the divergence: in that the logarithms cancel, which the gradient needs nothing of.
+    # The mean difference, not the divergence: the gradient does not need the logarithms, whose
+    # difference loses digits by cancellation.
     tl.store(out + 4, tl.where(value == value, (t / s_p).to(tl.float32), value))
 
 
@@ -146,10 +147,10 @@ def coefficients_kernel(
     stats, grad, coefficients, rows, cols, grad_stride0, grad_stride1, temperature,
     REVERSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What the backward needs of each row, [rows, 4]: m of the policy, of the reference, a, b.
+    """Coefficients of the backward pass, [rows, 4]: m of the policy, m of the reference, a, b.
 
-    Reverse: dz = e a (x - m - (y - m') - b) / T. Forward: dz = e a - e' b. a and b are 0 where
-    the row takes no gradient.
+    Reverse: dz = e a (x - m - (y - m') - b) / T. Forward: dz = e a - e' b. a and b are 0 for a row
+    without gradient.
     """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = row < rows
@@ -160,8 +161,8 @@ def coefficients_kernel(
     ref_m = tl.load(at + 2, mask=valid, other=0.0)
     ref_s = tl.load(at + 3, mask=valid, other=1.0).to(tl.float64)
     mean = tl.load(at + 4, mask=valid, other=0.0).to(tl.float64)
-    # Where the reverse divergence is infinite no difference to its mean is a number. The forward
-    # one has a gradient there.
+    # An infinite reverse divergence has a NaN gradient, as differences to its mean are NaN. An
+    # infinite forward divergence has a finite gradient.
     poison = mean - mean
     if not REVERSE:
         poison = tl.where(mean == mean, 0.0, mean)
@@ -205,22 +206,22 @@ def backward_kernel(
             dz = tl.where(e == 0.0, 0.0, e * a * ((d - ref_d - b) * rate))
         else:
             ref_e = weight_of(ref_d, rate)
-            # Selected: a and b may be the NaN of a row without a finite divergence.
+            # Selected, not multiplied: a and b are NaN for a row without a finite divergence.
             dz = tl.where(e == 0.0, 0.0, e * a) - tl.where(ref_e == 0.0, 0.0, ref_e * b)
         tl.store(to, dz.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def k3_parts(x):
-    """exp(-x) - 1 + x and its slope, at any distance."""
+    """exp(-x) - 1 + x and its slope, for any x."""
     y = -x
     near = tl.where(y > 80.0, 80.0, tl.where(y < -80.0, -80.0, y))
     _, em1, em1mx = exp_parts(near)
-    # Beyond the range of exp_parts as e^16 times what is in it; infinite from there on.
+    # Beyond the range of exp_parts, exp(y) = e^16 exp(y - 16); above y = 96 it is infinite.
     far = exp_parts(tl.where(y > 96.0, 80.0, tl.where(y > 80.0, y - 16.0, 0.0)))[0] * 8886110.5
-    # Infinite at -inf too, where the sum would be inf - inf.
-    beyond = tl.where(far > 3.4e38, far, far + (x - 1.0))
-    value = tl.where(y > 80.0, beyond, tl.where(y < -80.0, x - 1.0, em1mx))
+    # At x = -inf the sum would be inf - inf = NaN.
+    far_value = tl.where(far > 3.4e38, far, far + (x - 1.0))
+    value = tl.where(y > 80.0, far_value, tl.where(y < -80.0, x - 1.0, em1mx))
     return value, tl.where(y > 80.0, -far, -em1)
 
 
@@ -233,7 +234,7 @@ def penalty_kernel(
     """The estimate of each token, or its slope times the upstream gradient; `out` is contiguous."""
     first, count = tile_bounds(tl.program_id(0), tokens, 1, BLOCK)
     inside = tl.arange(0, BLOCK) < count
-    # As wide as the count of tokens: 32 bits but for more than 2^31 of them.
+    # Indices have the dtype of the token count: 32 bits up to 2^31 tokens.
     i = first.to(tokens.dtype) + tl.arange(0, BLOCK)
     x = tl.load(logprobs + token_at(i, cols, stride0, stride1), mask=inside, other=0.0)
     ref = tl.load(ref_logprobs + token_at(i, cols, ref_stride0, ref_stride1), mask=inside, other=0)
@@ -245,11 +246,11 @@ def penalty_kernel(
     elif ESTIMATOR == "k3":
         value, slope = k3_parts(x)
     else:
-        # NaN fails both comparisons.
+        # A NaN fails both comparisons and stays.
         value, slope = tl.abs(x), tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, x))
     if BACKWARD:
         g = tl.load(grad + token_at(i, cols, grad_stride0, grad_stride1), mask=inside, other=0.0)
-        # A token without upstream gradient takes none, whatever its value.
+        # A zero upstream gradient gives 0, even where the slope is NaN.
         value = tl.where(g == 0.0, 0.0, g * slope)
     tl.store(out + first + tl.arange(0, BLOCK), value.to(out.dtype.element_ty), mask=inside)
 
@@ -315,7 +316,7 @@ def kl_divergence_backward(logits: Tensor, *args: Any) -> Tensor:
 
 
 def kl_divergence_backward_inplace(logits: Tensor, *args: Any) -> None:
-    """The gradient over the logits' own memory; for the fused head, not an operator."""
+    """Writes the gradient over the logits. Only for the fused head; not an operator."""
     _backward(logits, logits, *args)
 
 

@@ -1,9 +1,9 @@
-"""token_logprobs: tiles of the vocabulary reduced side by side, then combined in order.
+"""token_logprobs: tiles of the vocabulary reduced in parallel, then combined in order.
 
-A program reads TILE columns of one row once and keeps them in registers: their maximum m and the
-sums of e = exp((x - m) / T) and e (x - m) / T. A second kernel combines the tiles of each row. The
-tiles depend on the vocabulary alone: a row's bits do not depend on the batch around it, and a few
-rows fill the device as many do.
+A program reads TILE columns of one row once, keeps them in registers and computes their maximum m
+and the sums of e = exp((x - m) / T) and e (x - m) / T. A second kernel combines the tiles of each
+row. Tiles depend only on the vocabulary, so a row's bits do not depend on its batch, and a few rows
+fill the device as well as many.
 """
 
 from collections.abc import Callable
@@ -21,16 +21,16 @@ from ._launch import kernel, launch, tile_count
 from ._math import LOG2E, good_temperature, scalar, tree_sum
 from ._rows import packed, row_temperature, token_at, with_options
 
-# Columns of a program, 32 a thread: a whole tile of 16-byte loads is in flight at once.
+# Columns per program, 32 per thread: all 16-byte loads of a tile are in flight at once.
 TILE = 8192
 WARPS = 8
-# The gradient keeps more in registers and reduces nothing.
+# Smaller for the gradient, which needs more registers per column and has no reduction.
 BACKWARD_TILE = 4096
-# Rows of a program that works on rows alone.
+# Rows per program of kernels over rows only.
 ROWS = 64
 # Tiles that the combining kernel takes at a time, 2^19 columns.
 GROUP = 64
-# exp of less is below the normal floats and counts as zero.
+# exp of a smaller number is below the normal floats and counts as zero.
 LOWEST = tl.constexpr(-87.0)
 ELSEWHERE = tl.constexpr(sentinels.ELSEWHERE)
 SHARD_IGNORED = tl.constexpr(sentinels.SHARD_IGNORED)
@@ -38,7 +38,7 @@ SHARD_IGNORED = tl.constexpr(sentinels.SHARD_IGNORED)
 
 @triton.jit
 def tile_bounds(tile, size, UNIT: tl.constexpr, TILE: tl.constexpr):
-    """First of a tile's elements and how many there are, of `size` units; size may pass 2^31."""
+    """(first element, number of elements) of a tile of `size` units; size may exceed 2^31."""
     first = tile.to(tl.int64) * TILE
     return first, tl.minimum(size.to(tl.int64) * UNIT - first, TILE).to(tl.int32)
 
@@ -47,13 +47,13 @@ def tile_bounds(tile, size, UNIT: tl.constexpr, TILE: tl.constexpr):
 def tile_sums(z, inside, rate, ENTROPY: tl.constexpr, TILE: tl.constexpr):
     """m = max z, sum of e = exp(rate (z - m)) and sum of e rate (z - m), over a tile of logits."""
     m = tl.max(tl.where(inside, z, float("-inf")), axis=0)
-    # Nothing but -inf adds nothing; a NaN that the maximum ignores still reaches the sums.
+    # A tile of only -inf adds 0. A NaN that the maximum ignores still reaches the sums.
     d = z - tl.where(m == float("-inf"), 0.0, m)
     e = tl.where(inside, tl.exp2(d * (rate * LOG2E)), 0.0)
     s = tree_sum(e, TILE)
     t = 0.0
     if ENTROPY:
-        # e is 0 far from the maximum, where d may be -inf.
+        # Far from the maximum e is 0 and d may be -inf; the term is 0.
         t = tree_sum(tl.where(e == 0.0, 0.0, e * (d * rate)), TILE)
     return m, s, t
 
@@ -99,18 +99,18 @@ def combine_tiles(partials, tiles, rate, ENTROPY: tl.constexpr, GROUP: tl.conste
         at = partials + tile.to(tl.int64) * 3
         tile_m = tl.load(at, mask=inside, other=float("-inf"))
         tile_s = tl.load(at + 1, mask=inside, other=0.0).to(tl.float64)
-        # Not tl.maximum: a NaN may be lost here, it is in the sums too.
+        # This maximum may lose a NaN, but the sums have it too.
         top = tl.max(tile_m, axis=0)
         top = tl.where(m > top, m, top)
         base = tl.where(top == float("-inf"), 0.0, top)
-        # Tiles of -inf have a sum of 0 and no distance to anything.
+        # A tile of only -inf has no reference point and a sum of 0; its distance is 0.
         shift = tl.where(tile_s == 0.0, 0.0, (tile_m - base) * rate)
         weight = tl.exp2(shift * LOG2E).to(tl.float64)
         before = tl.where(s == 0.0, 0.0, (m - base) * rate)
         kept = tl.exp2(before * LOG2E).to(tl.float64)
         if ENTROPY:
             tile_t = tl.load(at + 2, mask=inside, other=0.0).to(tl.float64)
-            # Logits masked with the lowest float may be at distance -inf, under a weight of 0.
+            # Logits masked with the lowest float may have distance -inf and weight 0.
             moved = tl.where(weight == 0.0, 0.0, weight * (tile_t + tile_s * shift))
             t = tl.where(kept == 0.0, 0.0, kept * (t + s * before)) + tree_sum(moved, GROUP)
         s = kept * s + tree_sum(weight * tile_s, GROUP)
@@ -142,17 +142,17 @@ def combine_kernel(
         x = logits + token_at(row, cols, stride0, stride1)
         z = tl.load(x + label, mask=known, other=0.0).to(tl.float32)
         z, _ = with_options(z, row_options)
-        # A label outside the vocabulary, a bad temperature and a row of -inf poison the row.
+        # A label outside the vocabulary, a bad temperature or a row of only -inf gives NaN.
         good = known | ((label == ELSEWHERE) & shard)
         good = good & good_temperature(temperature) & (row_m > float("-inf"))
         poison = tl.where(good, 0.0, float("nan"))
         log_s = tl.log(row_s)
         logprob = ((z - row_m).to(tl.float64) * rate - log_s).to(tl.float32) + poison
-        # A shard of the vocabulary that has not the label; its sums are as of any row.
+        # NaN if another vocabulary shard owns the label; the statistics are valid.
         logprob = tl.where(known, logprob, float("nan"))
         mean = (row_t / row_s).to(tl.float32) + poison
         entropy = (log_s - row_t / row_s).to(tl.float32) + poison
-        # A NaN among nothing but -inf, so that no shard of it passes for an empty one.
+        # A NaN among only -inf must not make a vocabulary shard look empty.
         m = tl.where((row_m == float("-inf")) & (row_s != row_s), float("nan"), row_m)
         s = row_s.to(tl.float32) + poison
     tl.store(logprobs + row, logprob)
@@ -166,13 +166,15 @@ def combine_kernel(
 
 @triton.jit
 def label_gradient(logprob, distance, mean, g, h):
-    """T times the gradient in the label's own logit, in fp64: 1 - p without cancellation, and
-    log p + H as `distance`, (z - m) / T, less the mean of these.
+    """T times the gradient of the label's own logit, in fp64.
+
+    1 - p is computed without cancellation, and log p + H as distance - mean, with
+    distance = (z - m) / T.
     """
     p = tl.exp(logprob)
-    # 1 - exp(x) by its series where it cancels.
+    # 1 - exp(logprob) by its series where it would cancel.
     rest = tl.where(logprob > -1.0e-4, -logprob * (1.0 + logprob * (0.5 + logprob / 6.0)), 1.0 - p)
-    # p log p is 0 at p = 0, also where log p is -inf.
+    # p log p is 0 at p = 0, even where log p is -inf.
     bend = tl.where((h == 0.0) | (p == 0.0), 0.0, h * p * (distance - mean))
     return g * rest - bend
 
@@ -184,10 +186,10 @@ def coefficients_kernel(
     temperatures_stride1, g_stride0, g_stride1, h_stride0, h_stride1, row_options, ignore_index,
     PER_TOKEN: tl.constexpr, LOGPROBS: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What the backward needs of each row, [rows, 5]: m, 1 / T, a0, a1, gradient at the label.
+    """Coefficients of the backward pass, [rows, 5]: m, 1 / T, a0, a1, gradient at the label.
 
-    A kernel of its own: fp64 once per row, and the label's logit is read before the gradient may
-    overwrite it. a0 and a1 are 0 where the row takes no gradient.
+    A separate kernel does the fp64 work once per row, and reads the label's logit before the
+    gradient may overwrite it. a0 and a1 are 0 for a row without gradient.
     """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = row < rows
@@ -215,7 +217,7 @@ def coefficients_kernel(
     x = logits + token_at(row, cols, stride0, stride1) + label
     z = tl.load(x, mask=known, other=0.0).to(tl.float32)
     z, slope = with_options(z, row_options)
-    # dz = e (a0 + a1 log2 e): the entropy's part is linear in log p.
+    # dz = e (a0 + a1 log2 e): the entropy term is linear in log p.
     a0 = (-g + h * mean) / s * rate
     a1 = -h / s * rate / LOG2E
     distance = (z - m).to(tl.float64) * rate
@@ -258,9 +260,9 @@ def backward_kernel(
         if ENTROPY:
             dz = e * (a0 + a1 * log2_e)
         dz *= slope
-        # Exactly zero, also at -inf, where e d would be NaN.
+        # Exactly zero, even at -inf, where e d is NaN.
         dz = tl.where(d * rate < LOWEST, 0.0, dz)
-        # As a 32-bit column; a label that is not in this tile is none of them.
+        # The label as a 32-bit column of this tile; -1 if it is in another tile.
         here = label.to(tl.int64) - first
         here = tl.where((here >= 0) & (here < count), here, -1).to(tl.int32)
         dz = tl.where(column == here, own, dz)
@@ -268,7 +270,7 @@ def backward_kernel(
 
 
 def alignment(vocab: int, *tensors: Tensor) -> int:
-    """Elements that 16 bytes hold if vocabulary and rows of all tensors are multiples, else 1."""
+    """Elements in 16 bytes, if the vocabulary and all row strides are multiples of them; else 1."""
     unit = 16 // tensors[0].element_size()
     for t in tensors:
         if vocab % unit or any(s % unit for s in rows_strides(t)):
@@ -283,7 +285,7 @@ def _strides(t: Tensor | None) -> tuple[int, int]:
 def _check(labels: Tensor, temperatures: Tensor | None, vocab: int, ignore_index: int) -> None:
     if env.CHECK:
         keep = labels != ignore_index
-        # A shard's labels were found good before.
+        # Labels of a vocabulary shard were validated before.
         if ignore_index != sentinels.SHARD_IGNORED:
             checks.labels_in_range("token_logprobs", labels, keep, vocab)
         checks.temperatures_positive("token_logprobs", temperatures, keep)
@@ -313,7 +315,7 @@ def token_logprobs(
     )  # fmt: skip
     switches = {"ENTROPY": options.entropy, "PER_TOKEN": temperatures is not None}
     strides = rows_strides(logits)
-    # A shard of the vocabulary may be empty.
+    # A vocabulary shard may be empty.
     if tiles > 0:
         launch(
             partial_kernel, rows * cols * tiles, logits, logits, labels, temperatures, partials,

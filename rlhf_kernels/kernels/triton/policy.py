@@ -1,15 +1,15 @@
-"""policy_loss: every token read once, for its terms, their gradient and the partial sums.
+"""policy_loss: one read of every token gives its terms, their gradient and the partial sums.
 
-The gradient comes without its common factor 1 / divisor, which is known only after the last token:
-`loss_backward` multiplies by it as it multiplies by the upstream gradient. Launches:
+The gradient lacks its common factor 1 / divisor, which is known only after the last token;
+`loss_backward` multiplies by it and by the upstream gradient. Launches:
 
-    statistics  sums of each sequence, where a ratio, a correction or the aggregation needs them
+    statistics  sums of each sequence, if a ratio, a correction or the aggregation needs them
     policy      the sweep: gradient and partial sums of each tile
     pooled      adds the slope of a sequence's ratio to the gradient of its tokens (GSPO)
-    combine     partial sums in order: loss, metrics and scale; there are no atomics
+    combine     partial sums in order, without atomics: loss, metrics and scale
 
-so two for token-level losses, three with sequence sums, four where the gradient passes through a
-sequence's ratio; one backward.
+That is two launches for token-level losses, three with sequence sums, four if the gradient passes
+through a sequence's ratio. The backward pass is one launch.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,7 +59,7 @@ from .policy_math import (
     within,
 )
 
-# Where the metrics lie that a kernel stores, or the first of several that follow each other.
+# Positions of the metrics that a kernel stores; of consecutive metrics only the first.
 _slot = POLICY_METRICS.index
 LOSS, PG_LOSS = tl.constexpr(_slot("loss")), tl.constexpr(_slot("pg_loss"))
 KL_LOSS, ENTROPY_LOSS = tl.constexpr(_slot("kl_loss")), tl.constexpr(_slot("entropy_loss"))
@@ -68,13 +68,13 @@ RATIO_MIN, RATIO_MAX = tl.constexpr(_slot("ratio_min")), tl.constexpr(_slot("rat
 K1_OLD, OTHER_MEANS = tl.constexpr(_slot("k1_old")), tl.constexpr(_slot("k3_old"))
 ESS, CORRECTION_MEAN = tl.constexpr(_slot("ess")), tl.constexpr(_slot("correction_mean"))
 TOKEN_COUNT = tl.constexpr(_slot("tokens"))
-# Rows of the scratch [ROWS, slots] after the statistics: the sums that policy_kernel names, and
-# which tile of its sequence the slot is.
+# Rows of the scratch [ROWS, slots] after the statistics: the sums of policy_kernel, and the tile
+# number of each slot in its sequence.
 SUMS = tl.constexpr(16)
 FIRST, COUNT, SLOPE = tl.constexpr(3), tl.constexpr(3 + 14), tl.constexpr(3 + 15)
 R_MIN, R_MAX, TILE_INDEX = tl.constexpr(19), tl.constexpr(20), tl.constexpr(21)
 ROWS = 22
-# Elements of a program of loss_backward, and of a 16-byte load.
+# Elements per program of loss_backward, and per 16-byte load.
 BACKWARD_TILE = 4096
 ALIGN = tl.constexpr(4)
 
@@ -90,7 +90,7 @@ def policy_kernel(
     MODE: tl.constexpr, SEQUENCE_MEAN: tl.constexpr, REF: tl.constexpr, ROLLOUT: tl.constexpr,
     ENTROPY: tl.constexpr, GRAD: tl.constexpr, ENTROPY_GRAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient, without 1 / divisor, and partial sums of one tile. c: PolicyParams."""
+    """Gradient (without 1 / divisor) and partial sums of one tile. c: PolicyParams."""
     pid, slots = tl.program_id(0), tl.num_programs(0)
     s, k, begin, length = slot_tile(offsets, sequences, cols, PACKED, TILE)
     i, inside = tile_tokens(k, length, TILE)
@@ -112,7 +112,7 @@ def policy_kernel(
         if SEQUENCE_MEAN:
             weight = each.to(tl.float32)
         if LEVEL != TOKEN_RATIO:
-            # The ratio of the sequence, for each of its tokens.
+            # All tokens have the ratio of their sequence.
             total = sequence_total(partials + LOG_RATIO * slots, slot, tiles)
             mean = (total * each).to(tl.float32)
             r, rm1, ratio_k3 = policy_ratio(zero + mean, c)
@@ -133,7 +133,7 @@ def policy_kernel(
         r, rm1, ratio_k3, logprob, a, w, c, OBJECTIVE
     )
     if OBJECTIVE == PENALTY and LEVEL != TOKEN_RATIO:
-        # Of all terms these alone are not 0 for inputs of 0.
+        # Only these terms can be nonzero at masked tokens, whose inputs are 0.
         loss, slope = tl.where(kept, loss, 0.0), tl.where(kept, slope, 0.0)
     kl, x_ref, k3_ref = zero, zero, zero
     if REF:
@@ -141,7 +141,7 @@ def policy_kernel(
         kl, kl_slope, k3_ref = policy_kl(x_ref, c, ESTIMATOR, STRAIGHT)
         if WEIGHTED:
             kl, kl_slope = kl * r, kl_slope * r
-        # A metric alone, where it has no weight: 0 * NaN would be NaN.
+        # With coefficient 0 the KL is only a metric; 0 * NaN would be NaN.
         if c.kl_coef != 0.0:
             if WEIGHTED:
                 slope += c.kl_coef * kl
@@ -167,15 +167,15 @@ def policy_kernel(
     r_kept = tl.where(kept, r, 0.0)
     low, high = tl.where(kept, low, 0.0), tl.where(kept, high, 0.0)
     count = tl.where(kept, 1.0, 0.0)
-    # In the order of the metrics' columns: pg, kl, bonus; low, high, dual; r, rr; x, k3, x_ref,
-    # k3_ref; entropy; w; tokens; slope.
+    # Order of the columns: pg, kl, bonus; low, high, dual; r, rr; x, k3, x_ref, k3_ref; entropy; w;
+    # tokens; slope.
     even = join8(loss, bonus, high, r_kept, x, x_ref, bonus, count)
     odd = join8(kl, low, dual, r_kept * r, k3, k3_ref, w_sum, slope)
     sums = column_sums(tl.join(even, odd), TILE, SUMS)
     column = tl.arange(0, SUMS)
     sums *= tl.where(column < 3, weight, 1.0)
     tl.store(partials + (FIRST + column) * slots + pid, sums)
-    # Not the place to see a NaN, which these may step over: the sum of r is.
+    # Minimum and maximum may skip a NaN, but the sum of r does not.
     tl.store(partials + R_MIN * slots + pid, tl.min(tl.where(kept, r, 3.0e38), axis=0))
     tl.store(partials + R_MAX * slots + pid, tl.max(tl.where(kept, r, -3.0e38), axis=0))
     tl.store(partials + TILE_INDEX * slots + pid, k.to(tl.float32))
@@ -243,7 +243,7 @@ def combine_kernel(
         bad = bad_offsets(offsets, sequences, cols, GROUP)
         factor = tl.where(bad == 0, factor, float("nan"))
     tl.store(scale, factor.to(tl.float32))
-    # NaN where the factor is.
+    # NaN if the factor is NaN, else 0.
     fault = factor - factor
     n = tl.where(tokens > 1.0, tokens, 1.0)
     share = inverse(n)
@@ -252,11 +252,11 @@ def combine_kernel(
         pick(sums, 0, SUMS) * factor, pick(sums, 1, SUMS) * factor, pick(sums, 2, SUMS) * factor
     )  # fmt: skip
     value = pg
-    # A term that is not part of the loss may be infinite.
+    # A term with coefficient 0 is skipped, since it may be infinite.
     value += tl.where(kl_coef != 0.0, scalar(kl_coef).to(tl.float64) * kl, 0.0)
     value -= tl.where(entropy_coef != 0.0, scalar(entropy_coef).to(tl.float64) * bonus, 0.0)
     r, rr = pick(sums, 6, SUMS), pick(sums, 7, SUMS)
-    # The minimum and the maximum may have stepped over a NaN.
+    # Minimum and maximum may have skipped a NaN, but the sum has not.
     lost = (r - r).to(tl.float32)
     low, high = tl.min(r_min, axis=0) + lost, tl.max(r_max, axis=0) + lost
     w = tl.where(some, 1.0, 0.0).to(tl.float64)
@@ -363,12 +363,12 @@ def backward_kernel(
     first, second, first_out, second_out, scale, upstream, count, SECOND: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """gradient * (scale * upstream), one tile of up to two gradients."""
+    """gradient * (scale * upstream) for one tile of one or two gradients."""
     begin = tl.program_id(0).to(tl.int64) * TILE
     factor = tl.load(scale) * tl.load(upstream).to(tl.float32)
     i = tl.arange(0, TILE)
     left = tl.minimum(count - begin, TILE).to(tl.int32)
-    # Whole groups, so that these are loads of 16 bytes whatever the count; then the last few.
+    # First full groups of ALIGN elements, with 16-byte loads for any count; then the remainder.
     grouped = i // ALIGN < left // ALIGN
     scale_tile(first + begin, first_out + begin, i, grouped, factor)
     if SECOND:

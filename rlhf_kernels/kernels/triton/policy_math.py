@@ -1,7 +1,7 @@
-"""The token terms of the policy and value losses: csrc/policy_math.h on blocks of tokens.
+"""Token terms of the policy and value losses: csrc/policy_math.h on blocks of tokens.
 
-Comparisons are written so that a NaN stays: it fails them, and the value that may be one is kept.
-`c` is the PolicyParams of a PolicyLossConfig, whose fields a kernel reads by name.
+Comparisons are written so that NaN stays: a NaN fails them, and the failing branch keeps the value.
+`c` is the PolicyParams of a PolicyLossConfig; kernels read its fields by name.
 """
 
 from collections.abc import Iterator
@@ -14,18 +14,18 @@ from ._math import exp_parts
 
 
 def _codes(names: tuple[object, ...]) -> Iterator[tl.constexpr]:
-    """The integer of each name of config/enums.py, for kernels."""
+    """The integer code of each name of a tuple in config/enums.py, as constants for kernels."""
     return (tl.constexpr(i) for i in range(len(names)))
 
 
-# PolicyCodes: names and order are those of config/enums.py.
+# The codes of PolicyCodes, in the order of config/enums.py.
 CLIP, PENALTY, REINFORCE, CISPO, SAPO = _codes(enums.OBJECTIVES)
 TOKEN_RATIO, SEQUENCE_RATIO, SEQUENCE_TOKEN_RATIO = _codes(enums.RATIO_LEVELS)
 K1, K2, K3, ABS = _codes(enums.PLAIN_KL_ESTIMATORS)
 NO_CORRECTION, TOKEN_CORRECTION, SEQUENCE_CORRECTION = _codes(enums.CORRECTION_CODES)
 TRUNCATE, MASK = _codes(enums.CORRECTION_MODES)
 TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, CONSTANT = _codes(enums.AGGREGATIONS)
-# exp(x) saturates at +-40 in every use: LOG_RATIO_BOUND of config/policy.py.
+# Every exp(x) here clamps x to +-40: LOG_RATIO_BOUND of config/policy.py.
 BOUND = tl.constexpr(40.0)
 
 
@@ -37,13 +37,13 @@ def clamp(x, low, high):
 
 @triton.jit
 def within(x, low, high, slope):
-    """slope where x lies in [low, high], or is NaN; else 0."""
+    """slope where x is in [low, high] or NaN; else 0."""
     return tl.where((x < low) | (x > high), 0.0, slope)
 
 
 @triton.jit
 def policy_ratio(x, c):
-    """r, r - 1 and r - 1 - log r of the log-ratio x, clamped."""
+    """r, r - 1 and r - 1 - log r of the clamped log-ratio x."""
     return exp_parts(clamp(x, c.log_ratio_low, c.log_ratio_high))
 
 
@@ -51,7 +51,7 @@ def policy_ratio(x, c):
 def log_weight(old, rollout):
     """old - rollout, the logarithm of a token's weight: `log_weight` of csrc/policy_math.h.
 
-    0 where it is not a number though old is one; an infinite one stays finite.
+    0 where it is NaN although old is a number. Infinities become large finite numbers.
     """
     x = clamp(old - rollout, -1.0e30, 1.0e30)
     return tl.where(x == x, x, tl.where(old == old, 0.0, old))
@@ -75,9 +75,9 @@ def flag(condition):
 
 @triton.jit
 def policy_objective(r, rm1, rm1mx, logprob, a, w, c, OBJECTIVE: tl.constexpr):
-    """One token's objective: (loss, direct, ratio, low, high, dual).
+    """The objective of one token: (loss, direct, ratio, low, high, dual).
 
-    direct is d loss / d logprob where it does not pass through the ratio, ratio is
+    direct is the part of d loss / d logprob that does not pass through the ratio; ratio is
     d loss / d log r. low, high and dual are 1 where that bound takes effect.
     """
     zero = tl.zeros_like(a)
@@ -90,7 +90,7 @@ def policy_objective(r, rm1, rm1mx, logprob, a, w, c, OBJECTIVE: tl.constexpr):
         direct = w * weight
         loss = w * (weight * logprob)
         low, high = flag(r < c.clip_low), flag(r > c.clip_high)
-        # Of a sequence's ratio too.
+        # Broadcasts the flags to all tokens, for the ratio of a sequence too.
         low, high = low + zero, high + zero
     elif OBJECTIVE == PENALTY:
         pg = w * (-a * r)
@@ -99,7 +99,7 @@ def policy_objective(r, rm1, rm1mx, logprob, a, w, c, OBJECTIVE: tl.constexpr):
     elif OBJECTIVE == SAPO:
         tau = tl.where(a > 0.0, c.sapo_tau_pos, c.sapo_tau_neg)
         z = tau * (r - 1.0)
-        # exp(-z), exactly 0 where it would be below 1e-34; z >= -tau.
+        # exp(-z), exactly 0 where it is below 1e-34; z >= -tau.
         e, _, _ = exp_parts(clamp(-z, -80.0, 80.0))
         u = tl.where(z > 80.0, 0.0, e)
         gate = 1.0 / (1.0 + u)
@@ -124,7 +124,7 @@ def policy_objective(r, rm1, rm1mx, logprob, a, w, c, OBJECTIVE: tl.constexpr):
 
 @triton.jit
 def policy_kl(x, c, ESTIMATOR: tl.constexpr, STRAIGHT: tl.constexpr):
-    """The KL to the reference from x = logprob - ref: (term of the loss, its slope, plain k3)."""
+    """The KL to the reference from x = logprob - ref: (loss term, its slope, k3 unclamped)."""
     z = clamp(x, c.kl_input_low, c.kl_input_high)
     _, _, k3 = exp_parts(-clamp(x, -BOUND, BOUND))
     value, slope = z, tl.full(x.shape, 1.0, tl.float32)
@@ -140,14 +140,14 @@ def policy_kl(x, c, ESTIMATOR: tl.constexpr, STRAIGHT: tl.constexpr):
     slope = within(value, -c.kl_value_clamp, c.kl_value_clamp, slope)
     value = clamp(value, -c.kl_value_clamp, c.kl_value_clamp)
     if STRAIGHT:
-        # The gradient of k2, through both clamps.
+        # The gradient of k2, as if without both clamps.
         slope = x
     return value, slope, k3
 
 
 @triton.jit
 def value_term(value, old, target, clip_range, CLIPPED: tl.constexpr):
-    """0.5 of the squared error, its slope, and 1 where the clipped value's error is the larger."""
+    """Half the squared error, its slope, and 1 where the error of the clipped value is larger."""
     error = value - target
     square = error * error
     slope, wins = error, tl.zeros_like(error)

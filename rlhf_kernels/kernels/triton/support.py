@@ -1,9 +1,9 @@
-"""token_logprobs over a support: the token ids that the sampler kept, a list per token.
+"""token_logprobs over a support, the list of token ids that the sampler kept for each token.
 
-Work on entries (the products with the weight) is cut into tiles of consecutive entries, whatever
-tokens they belong to: a token with a long list costs no more than many with short ones. Work on
-tokens loops over the token's entries, and the gradients of the head are weighted sums of gathered
-rows, entries in order. An entry's or a token's bits do not depend on what is around it.
+Work on entries (products with the weight) is cut into tiles of consecutive entries across token
+borders, so one token with a long list costs no more than many with short lists. Work on tokens
+loops over the token's entries. Gradients of the head are weighted sums of gathered rows, in the
+order of the entries. The bits of an entry or a token do not depend on its neighbours.
 """
 
 from collections.abc import Callable
@@ -22,24 +22,29 @@ from ._math import LOG2E, good_temperature, scalar, tree_sum
 from ._rows import packed, row_temperature, token_at, with_options
 from .logprobs import LOWEST, _strides, alignment, label_gradient, tile_sums
 
-# Entries that a token's program takes at a time: few lists are longer, and 512 spill registers.
+# Entries that a token's program takes at a time. Few lists are longer, and 512 would spill
+# registers.
 BLOCK = 256
-# Entries and columns of a tile of products, and of one of a sum of rows: 32 values a thread. Fewer
-# where rows are not aligned and every value needs an address; never what sets the order of a sum.
+# Entries and columns per tile of products, and per tile of a sum of rows: 32 values per thread.
+# Fewer for unaligned rows, where every value needs an address. The order of a sum does not depend
+# on these numbers.
 PRODUCT_ROWS, PRODUCT_ROWS_UNALIGNED, PRODUCT_COLS = 32, 8, 128
 SUM_ROWS, SUM_COLS, SUM_COLS_UNALIGNED = 4, 512, 128
-# Entries whose sum is taken by itself before it joins the sum of a list.
+# Entries per partial sum of a list.
 SUM_TERMS = 512
 WARPS = 4
-# Entries of indptr that are looked at together.
+# Entries of indptr that are checked at a time.
 CHECKED = 2048
-# A list longer than the vocabulary can only be broken: lengths stay in 32 bits.
+# Bound on the length of a list, so that lengths fit 32 bits. Valid lists are not longer than the
+# vocabulary.
 LONGEST = tl.constexpr(2**30)
 
 
 @triton.jit
 def sum_cols(x):
-    """Sums of a tile's rows, [R, C] to [R]: trees of neighbours, the same in any layout."""
+    """Sums of a tile's rows, [R, C] to [R], as trees of neighbours with the same bits in any
+    layout.
+    """
     for _ in tl.static_range(20):
         if x.shape[1] > 1:
             x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)), axis=2)
@@ -57,7 +62,7 @@ def sum_rows(x):
 
 @triton.jit
 def entries_of(starts, i, entries):
-    """First entry of list i and how many there are, inside [0, entries) whatever `starts` says."""
+    """(first entry, number of entries) of list i, within [0, entries) even for bad `starts`."""
     size = tl.full((), 0, tl.int64) + entries
     begin = tl.minimum(tl.maximum(tl.load(starts + i).to(tl.int64), 0), size)
     end = tl.minimum(tl.load(starts + i + 1).to(tl.int64), size)
@@ -66,7 +71,7 @@ def entries_of(starts, i, entries):
 
 @kernel
 def check_kernel(indptr, poison, tokens, entries, BLOCK: tl.constexpr):
-    """0, or NaN if indptr does not lead from 0 to `entries` without decreasing."""
+    """Stores 0, or NaN if indptr does not start at 0, decreases, or does not end at `entries`."""
     bad = (tl.load(indptr) != 0) | (tl.load(indptr + tokens) != entries)
     wrong = tl.where(bad, 1, 0)
     for start in range(0, tokens, BLOCK):
@@ -150,10 +155,10 @@ def rows_kernel(
             found = tl.max(tl.where(here, z, float("-inf")), axis=0)
             own = tl.where(found > own, found, own)
             tile_m, tile_s, tile_t = tile_sums(z, inside, rate32, ENTROPY, BLOCK)
-            # A NaN may be lost here, it is in the sums too.
+            # This maximum may lose a NaN, but the sums have it too.
             top = tl.where(m > tile_m, m, tile_m)
             base = tl.where(top == float("-inf"), 0.0, top)
-            # Nothing but -inf has a sum of 0 and no distance to anything.
+            # A tile of only -inf has no reference point and a sum of 0; its distance is 0.
             shift = tl.where(tile_s == 0.0, 0.0, (tile_m - base) * rate32)
             weight = tl.exp2(shift * LOG2E).to(tl.float64)
             before = tl.where(s == 0.0, 0.0, (m - base) * rate32)
@@ -163,13 +168,13 @@ def rows_kernel(
                 t = tl.where(old == 0.0, 0.0, old * (t + s * before)) + moved
             s = old * s + weight * tile_s
             m = top
-        # A label or a token id outside the vocabulary, a bad temperature, offsets that decrease and
-        # an empty support poison the token.
+        # The token is NaN for a label or token id outside the vocabulary, a bad temperature,
+        # decreasing offsets or an empty support.
         good = (label >= 0) & (label < vocab) & good_temperature(temperature)
         good &= (wrong == 0) & (m > float("-inf"))
         nan = tl.where(good, tl.load(poison), float("nan"))
         log_s = tl.log(s)
-        # Not poisoned by -inf - -inf: a label that was not kept is at -inf.
+        # A label that was not kept has the logit own = -inf and gives -inf, not NaN.
         logprob = ((own - m).to(tl.float64) * rate - log_s).to(tl.float32) + nan
         mean = (t / s).to(tl.float32) + nan
         entropy = (log_s - t / s).to(tl.float32) + nan
@@ -191,9 +196,9 @@ def gradient_kernel(
     DENSE: tl.constexpr, PER_TOKEN: tl.constexpr, LOGPROBS: tl.constexpr, ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a token's kept logits: into a row of zeros `out` with DENSE, else into `dz`.
+    """Gradient of a token's kept logits: into a row of zeros of `out` with DENSE, else into `dz`.
 
-    `token_ids` is that of each entry that has a gradient, and `vocab` for the others.
+    Also stores `token_ids`: the token id of each entry with a gradient, `vocab` for the others.
     """
     row = tl.program_id(0)
     label = tl.load(labels + token_at(row, cols, labels_stride0, labels_stride1)).to(tl.int64)
@@ -215,7 +220,7 @@ def gradient_kernel(
         m, mean = tl.load(of_row), tl.load(of_row + 2).to(tl.float64)
         s = tl.load(of_row + 1).to(tl.float64)
         log_s = tl.log(s)
-        # dz = e (a0 + a1 log2 e): the entropy's part is linear in log p.
+        # dz = e (a0 + a1 log2 e): the entropy term is linear in log p.
         a0 = ((-g + h * mean) / s * rate).to(tl.float32)
         a1 = (-h / s * rate / LOG2E).to(tl.float32)
         for start in range(0, count, BLOCK):
@@ -234,7 +239,7 @@ def gradient_kernel(
             value = e * a0
             if ENTROPY:
                 value = e * (a0 + a1 * log2_e)
-            # Exactly zero, also at -inf, where e d would be NaN.
+            # Exactly zero, even at -inf, where e d is NaN.
             value = tl.where(d * rate32 < LOWEST, 0.0, value * slope)
             distance = (own - m).to(tl.float64) * rate
             at_label = label_gradient(distance - log_s, distance, mean, g, h) * rate * own_slope
@@ -263,10 +268,10 @@ def sums_kernel(
     stride1, ALIGN: tl.constexpr, SORTED: tl.constexpr, SUM: tl.constexpr, BIAS: tl.constexpr,
     TERMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Columns of one row of `out`: the sum of dz times rows of `source` over a list of entries.
+    """A block of columns of one row of `out`: the sum of dz * row of `source` over a list.
 
-    List i is starts[i] to starts[i + 1], in `order` if SORTED; `rows` is the row of each entry, of
-    which there are `limit`. With BIAS the sum of dz alone too.
+    List i has the entries starts[i] to starts[i + 1], through `order` if SORTED. `rows` is the row
+    of each entry; `source` has `limit` rows. With BIAS also the sum of dz.
     """
     pid = tl.program_id(0)
     i, block = pid // blocks, pid % blocks
@@ -305,7 +310,7 @@ def sums_kernel(
 
 
 def _owners(indptr: Tensor, entries: int) -> Tensor:
-    """The token of each entry, int64 [entries]; as many as there are tokens where it has none."""
+    """The token of each entry, int64 [entries]; the number of tokens for an entry without one."""
     at = torch.arange(entries, dtype=indptr.dtype, device=indptr.device)
     return torch.searchsorted(indptr[1:], at, right=True)
 
@@ -378,7 +383,7 @@ def _gradient(
     grad_entropy: Tensor | None,
     options: RowOptions,
 ) -> None:
-    """Writes the gradient into `out`, which is zeros, or the entries' into dz and token_ids."""
+    """Writes the gradient into `out` (all zeros before), or per entry into dz and token_ids."""
     _, cols = grid(labels.shape)
     labels, temperatures = as_grid(labels), as_grid(temperatures, torch.float32)
     g, h = as_upstream(grad_logprobs), as_upstream(grad_entropy)
@@ -402,11 +407,11 @@ def _sums(
     cols: int,
     limit: int,
 ) -> None:
-    """Sums of dz times rows of `source` [..., H] over the lists `starts`, into `out` and `bias`."""
+    """Writes the sums of dz times rows of `source` [..., H] over each list to `out` and `bias`."""
     width = source.shape[-1]
     align = alignment(width, source)
     columns = SUM_COLS if align > 1 else SUM_COLS_UNALIGNED
-    # One at least: the bias has a gradient also where the rows have no columns.
+    # At least one block: the bias has a gradient even if the rows have no columns.
     blocks = max(tile_count(width, columns), 1) if out is not None else 1
     stride0, stride1 = (s // align for s in rows_strides(source))
     launch(

@@ -1,7 +1,7 @@
-"""value_loss: every token read once, for its error, the gradient and the partial sums.
+"""value_loss: one read of every token gives its error, the gradient and the partial sums.
 
-Launched as policy_loss is, whose backward it shares: value_kernel and combine_kernel, before them
-the sequences' statistics where the aggregation needs each one's tokens.
+Launches value_kernel and combine_kernel, after statistics_kernel if the aggregation needs the
+number of tokens of each sequence. The backward pass is that of policy_loss.
 """
 
 from collections.abc import Callable
@@ -33,17 +33,17 @@ from ._tokens import (
 )
 from .policy_math import SEQ_MEAN_TOKEN_MEAN, value_term
 
-# Where the metrics lie.
+# Positions of the metrics.
 M_LOSS, M_CLIP_FRAC, M_VALUE_MEAN, M_RETURN_MEAN, M_EXPLAINED_VARIANCE, M_TOKENS = (
     tl.constexpr(i) for i in range(len(VALUE_METRICS))
 )
 # Rows of the scratch [ROWS, slots] after the statistics: sums; mean and sum of squared deviations
-# of the returns and of the errors; which tile of its sequence the slot is.
+# of the returns and of the errors; the tile number of each slot in its sequence.
 LOSS, CLIPPED, VALUE, COUNT = (tl.constexpr(i) for i in range(3, 7))
 RETURN_MEAN, ERROR_MEAN, RETURN_M2, ERROR_M2 = (tl.constexpr(i) for i in range(7, 11))
 TILE_INDEX = tl.constexpr(11)
 ROWS = 12
-# Two units in the last place of a float.
+# Two units in the last place of a float near 1.
 MEAN_ROUNDINGS = tl.constexpr(2.0**-22)
 
 
@@ -54,7 +54,7 @@ def value_kernel(
     returns_stride1, clip_range, PACKED: tl.constexpr, CLIP: tl.constexpr,
     SEQUENCE_MEAN: tl.constexpr, GRAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient, without 1 / divisor, and partial sums of one tile."""
+    """Gradient (without 1 / divisor) and partial sums of one tile."""
     pid, slots = tl.program_id(0), tl.num_programs(0)
     s, k, begin, length = slot_tile(offsets, sequences, cols, PACKED, TILE)
     i, inside = tile_tokens(k, length, TILE)
@@ -66,7 +66,7 @@ def value_kernel(
     before = zero
     if CLIP:
         before = load_kept(old, s, at, i, kept, old_stride0, old_stride1)
-    # Masked: v, target and with them all terms are 0.
+    # At masked tokens v and target are 0, and therefore all terms.
     term, slope, clipped = value_term(v, before, target, clip_range, CLIP)
     weight = scalar(1.0)
     if SEQUENCE_MEAN:
@@ -83,7 +83,7 @@ def value_kernel(
     sums = column_sums(join8(term, clipped, v, count, target, error, zero, zero), TILE, 8)
     n = tl.maximum(pick(sums, 3, 8), 1.0)
     target_mean, error_mean = pick(sums, 4, 8) / n, pick(sums, 5, 8) / n
-    # The deviations are from the rounded mean: their own mean corrects for that.
+    # Deviations are taken from the rounded mean; subtracting their own mean corrects for this.
     target_off = tl.where(kept, target - target_mean, 0.0)
     error_off = tl.where(kept, error - error_mean, 0.0)
     square, error_square = target_off * target_off, error_off * error_off
@@ -134,7 +134,7 @@ def combine_kernel(
     tokens = pick(sums, 3, 8)
     share = inverse(tl.where(tokens > 1.0, tokens, 1.0))
     target_mean, error_mean = pick(sums, 4, 8) * share, pick(sums, 5, 8) * share
-    # What the tiles vary in themselves, and how their means differ.
+    # Squared deviations within tiles, plus those between the means of tiles.
     target_m2, error_m2 = zero, zero
     for start in range(0, slots, UNROLL * GROUP):
         for j in tl.static_range(UNROLL):
@@ -150,7 +150,7 @@ def combine_kernel(
             error_m2 += tl.load(at + ERROR_M2 * slots, mask=there, other=0.0).to(tl.float64)
     squares = column_sums(join4(target_m2, error_m2, zero, zero), GROUP, 4)
     total, rest = pick(squares, 0, 4), pick(squares, 1, 4)
-    # Equal returns vary by what their mean rounds. A NaN that is not under the mask shows.
+    # The variance of equal returns is the rounding error of their mean. An unmasked NaN stays NaN.
     rounding = MEAN_ROUNDINGS * target_mean
     varies = total > tokens * rounding * rounding
     explained = tl.where(varies, 1.0 - rest / tl.where(varies, total, 1.0), total - total)
@@ -161,7 +161,7 @@ def combine_kernel(
     if PACKED:
         bad = bad_offsets(offsets, sequences, cols, GROUP)
         factor = tl.where(bad == 0, factor, float("nan"))
-    # NaN where the factor is.
+    # NaN if the factor is NaN, else 0.
     fault = factor - factor
     value = (pick(sums, 0, 8) * factor).to(tl.float32)
     tl.store(scale, factor.to(tl.float32))
