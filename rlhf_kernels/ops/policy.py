@@ -216,8 +216,8 @@ def policy_loss(
         raise ValueError(
             f"{op}: entropy must be given, since entropy_coef is {config.entropy_coef}"
         )
-    given = config.normalizer if normalizer is None else normalizer
-    count, divisor = checks.divisor(op, given, "logprobs", logprobs.device)
+    effective_normalizer = config.normalizer if normalizer is None else normalizer
+    count, divisor = checks.divisor(op, effective_normalizer, "logprobs", logprobs.device)
 
     backend = backends.select(op, logprobs.device)
     if backend == backends.REFERENCE:

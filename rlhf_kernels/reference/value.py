@@ -53,7 +53,7 @@ def value_loss(
             return torch.where(mask, x, 0).sum() / tokens.clamp(min=1)
 
         def variance(x: Tensor) -> Tensor:
-            # About one of the values: equal ones vary by exactly 0, whatever their mean rounds.
+            # Shifted by one of the values, so that equal values have a variance of exactly 0.
             shift = torch.where(mask, x, -torch.inf).max() if x.numel() else 0.0
             x = torch.where(mask, x - shift, 0)
             return mean((x - mean(x)) ** 2)

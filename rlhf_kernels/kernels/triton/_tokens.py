@@ -169,12 +169,12 @@ def bad_offsets(offsets, sequences, cols, GROUP: tl.constexpr):
     bad = tl.zeros((GROUP,), tl.int32)
     for start in range(0, sequences + 1, GROUP):
         i = start + tl.arange(0, GROUP)
-        there = i <= sequences
-        entry = tl.load(offsets + i, mask=there, other=0)
-        low = tl.load(offsets + i - 1, mask=there & (i > 0), other=0)
+        inside = i <= sequences
+        entry = tl.load(offsets + i, mask=inside, other=0)
+        low = tl.load(offsets + i - 1, mask=inside & (i > 0), other=0)
         high = tl.where(i > 0, cols, 0)
         wrong = (entry < low) | (entry > high) | ((i == sequences) & (entry != cols))
-        bad = tl.where(there & wrong, 1, bad)
+        bad = tl.where(inside & wrong, 1, bad)
     return tl.max(bad, axis=0)
 
 
@@ -194,10 +194,10 @@ def opening_slots(tokens, tile, slot, slots, before):
         slots: the number of slots.
         before: the last slot with a token before the block, or -1.
     """
-    there = slot < slots
-    some = tl.load(tokens + slot, mask=there, other=0.0) > 0.0
-    k = tl.load(tile + slot, mask=there, other=0.0).to(tl.int32)
-    previous = tl.load(tokens + slot - 1, mask=there & (slot > 0), other=0.0) > 0.0
+    inside = slot < slots
+    some = tl.load(tokens + slot, mask=inside, other=0.0) > 0.0
+    k = tl.load(tile + slot, mask=inside, other=0.0).to(tl.int32)
+    previous = tl.load(tokens + slot - 1, mask=inside & (slot > 0), other=0.0) > 0.0
     last = tl.associative_scan(tl.where(previous, slot - 1, -1), 0, later)
     opens = some & (later(last, before) < slot - k)
     return tl.where(opens, 1, 0), later(before, tl.max(tl.where(some, slot, -1), axis=0))

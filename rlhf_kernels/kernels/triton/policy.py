@@ -222,11 +222,11 @@ def combine_kernel(
     for start in range(0, slots, UNROLL * GROUP):
         for j in tl.static_range(UNROLL):
             slot = start + j * GROUP + tl.arange(0, GROUP)
-            there = slot < slots
+            inside = slot < slots
             at = partials + (FIRST + column) * slots + slot[:, None]
-            total += tl.load(at, mask=there[:, None], other=0.0).to(tl.float64)
-            low = tl.load(partials + R_MIN * slots + slot, mask=there, other=3.0e38)
-            high = tl.load(partials + R_MAX * slots + slot, mask=there, other=-3.0e38)
+            total += tl.load(at, mask=inside[:, None], other=0.0).to(tl.float64)
+            low = tl.load(partials + R_MIN * slots + slot, mask=inside, other=3.0e38)
+            high = tl.load(partials + R_MAX * slots + slot, mask=inside, other=-3.0e38)
             r_min, r_max = tl.minimum(r_min, low), tl.maximum(r_max, high)
             if COUNT_SEQUENCES:
                 opens, last = opening_slots(

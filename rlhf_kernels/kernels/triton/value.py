@@ -115,15 +115,15 @@ def combine_kernel(
     for start in range(0, slots, UNROLL * GROUP):
         for j in tl.static_range(UNROLL):
             slot = start + j * GROUP + tl.arange(0, GROUP)
-            there = slot < slots
+            inside = slot < slots
             at = partials + slot
-            n = tl.load(at + COUNT * slots, mask=there, other=0.0).to(tl.float64)
-            terms += tl.load(at + LOSS * slots, mask=there, other=0.0).to(tl.float64)
-            clipped += tl.load(at + CLIPPED * slots, mask=there, other=0.0).to(tl.float64)
-            values += tl.load(at + VALUE * slots, mask=there, other=0.0).to(tl.float64)
+            n = tl.load(at + COUNT * slots, mask=inside, other=0.0).to(tl.float64)
+            terms += tl.load(at + LOSS * slots, mask=inside, other=0.0).to(tl.float64)
+            clipped += tl.load(at + CLIPPED * slots, mask=inside, other=0.0).to(tl.float64)
+            values += tl.load(at + VALUE * slots, mask=inside, other=0.0).to(tl.float64)
             counts += n
-            targets += n * tl.load(at + RETURN_MEAN * slots, mask=there, other=0.0).to(tl.float64)
-            errors += n * tl.load(at + ERROR_MEAN * slots, mask=there, other=0.0).to(tl.float64)
+            targets += n * tl.load(at + RETURN_MEAN * slots, mask=inside, other=0.0).to(tl.float64)
+            errors += n * tl.load(at + ERROR_MEAN * slots, mask=inside, other=0.0).to(tl.float64)
             if COUNT_SEQUENCES:
                 opens, last = opening_slots(
                     partials + COUNT * slots, partials + TILE_INDEX * slots, slot, slots, last
@@ -139,15 +139,15 @@ def combine_kernel(
     for start in range(0, slots, UNROLL * GROUP):
         for j in tl.static_range(UNROLL):
             slot = start + j * GROUP + tl.arange(0, GROUP)
-            there = slot < slots
+            inside = slot < slots
             at = partials + slot
-            n_slot = tl.load(at + COUNT * slots, mask=there, other=0.0).to(tl.float64)
-            target = tl.load(at + RETURN_MEAN * slots, mask=there, other=0.0) - target_mean
-            error = tl.load(at + ERROR_MEAN * slots, mask=there, other=0.0) - error_mean
+            n_slot = tl.load(at + COUNT * slots, mask=inside, other=0.0).to(tl.float64)
+            target = tl.load(at + RETURN_MEAN * slots, mask=inside, other=0.0) - target_mean
+            error = tl.load(at + ERROR_MEAN * slots, mask=inside, other=0.0) - error_mean
             target_m2 += n_slot * target * target
             error_m2 += n_slot * error * error
-            target_m2 += tl.load(at + RETURN_M2 * slots, mask=there, other=0.0).to(tl.float64)
-            error_m2 += tl.load(at + ERROR_M2 * slots, mask=there, other=0.0).to(tl.float64)
+            target_m2 += tl.load(at + RETURN_M2 * slots, mask=inside, other=0.0).to(tl.float64)
+            error_m2 += tl.load(at + ERROR_M2 * slots, mask=inside, other=0.0).to(tl.float64)
     squares = column_sums(join4(target_m2, error_m2, zero, zero), GROUP, 4)
     total, rest = pick(squares, 0, 4), pick(squares, 1, 4)
     # The variance of equal returns is the rounding error of their mean. An unmasked NaN stays NaN.
