@@ -1,5 +1,5 @@
-// The extension `_cpu`: takes integers, returns a status. It selects the instruction set and
-// releases the GIL.
+// The extension `_cpu`: takes tensors, returns a status. It selects the instruction set and
+// releases the GIL for work that takes longer than microseconds.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -71,7 +71,7 @@ void select_isa(const std::string& name) {
 PYBIND11_MODULE(_cpu, m) {
   using namespace rk;
   m.doc() =
-      "CPU kernels of rlhf_kernels. Takes raw pointers: call it through "
+      "CPU kernels of rlhf_kernels. Does not check its arguments: call it through "
       "rlhf_kernels.kernels.native.";
   m.def("isa_names", &isa_names,
         "Instruction sets that this CPU and this build support, best last.");
@@ -90,6 +90,8 @@ PYBIND11_MODULE(_cpu, m) {
       "Pre-faults the pages of a fresh buffer that will be written completely.");
   m.def("freed_pages_leave", &freed_pages_leave, py::arg("devices") = "/sys/bus/virtio/devices",
         "Whether a hypervisor takes back the pages that this machine frees.");
+  m.def("learn_dtypes", &TensorView::learn_dtypes,
+        "Takes the code in abi.h of each dtype of torch.");
   // See module_cuda.cpp.
   m.attr("gpu") = false;
   m.attr("emulated") = false;

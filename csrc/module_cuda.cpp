@@ -1,4 +1,4 @@
-// The extension `_cuda`: takes integers, returns a status. Importing it needs no driver and does
+// The extension `_cuda`: takes tensors, returns a status. Importing it needs no driver and does
 // not initialise CUDA.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -59,10 +59,12 @@ std::vector<std::string> architectures() {
 PYBIND11_MODULE(RK_MODULE, m) {
   using namespace rk;
   m.doc() =
-      "CUDA kernels of rlhf_kernels. Takes raw pointers: call it through "
+      "CUDA kernels of rlhf_kernels. Does not check its arguments: call it through "
       "rlhf_kernels.kernels.native.";
   m.attr("architectures") = architectures();
   // GPU kernels report bad data by NaN results, not by a status.
+  m.def("learn_dtypes", &TensorView::learn_dtypes,
+        "Takes the code in abi.h of each dtype of torch.");
   m.attr("gpu") = true;
   m.def("driver_version", &cuda::driver_version, "1000 * major + 10 * minor; 0 without a driver.");
   m.def("runtime_version", &cuda::runtime_version, "The CUDA version that this is built with.");

@@ -2,67 +2,80 @@
 #pragma once
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "tensor.h"
 
 namespace rk {
 
-// Fills a struct whose fields are all of type T from a sequence of the same length, in the order of
-// the fields in abi.h.
+// Fills a struct whose fields are all of type T from a tuple or list of the same length, in the
+// order of the fields in abi.h.
 template <class Fields, class T>
-Fields fields_from(const pybind11::sequence& values) {
+Fields fields_from(pybind11::handle values) {
   static_assert(std::is_standard_layout_v<Fields> && std::is_trivially_copyable_v<Fields>);
-  constexpr size_t kCount = sizeof(Fields) / sizeof(T);
-  if (values.size() != kCount)
+  constexpr Py_ssize_t kCount = sizeof(Fields) / sizeof(T);
+  if (!PyTuple_Check(values.ptr()) && !PyList_Check(values.ptr()))
+    throw pybind11::type_error("policy_loss: codes and params must be tuples or lists");
+  if (PySequence_Fast_GET_SIZE(values.ptr()) != kCount)
     throw pybind11::value_error("policy_loss: codes and params are not those of PolicyLossConfig");
   T numbers[kCount];
-  for (size_t i = 0; i < kCount; ++i) numbers[i] = values[i].template cast<T>();
+  for (Py_ssize_t i = 0; i < kCount; ++i) {
+    PyObject* const item = PySequence_Fast_GET_ITEM(values.ptr(), i);
+    if constexpr (std::is_integral_v<T>) {
+      numbers[i] = static_cast<T>(PyLong_AsLong(item));
+    } else {
+      numbers[i] = static_cast<T>(PyFloat_AsDouble(item));
+    }
+  }
+  if (PyErr_Occurred()) throw pybind11::error_already_set();
   Fields fields;
   std::memcpy(&fields, numbers, sizeof(fields));
   return fields;
 }
 
-inline PolicyConfig policy_config(const pybind11::sequence& codes,
-                                  const pybind11::sequence& params) {
+inline PolicyConfig policy_config(pybind11::handle codes, pybind11::handle params) {
   return {fields_from<PolicyCodes, int32_t>(codes), fields_from<PolicyParams, float>(params)};
 }
 
 template <class Table>
 void bind_policy(pybind11::module_& m, Table table) {
-  m.def("policy_loss", [table](int64_t sequences, int64_t cols, Tensor offsets, Tensor mask,
-                               Tensor logprobs, Tensor old_logprobs, Tensor advantages,
-                               Tensor ref_logprobs, Tensor rollout_logprobs, Tensor entropy,
-                               double divisor, Tensor normalizer, const pybind11::sequence& codes,
-                               const pybind11::sequence& params, Tensor loss, Tensor metrics,
-                               Tensor scale, Tensor grad_logprobs, Tensor grad_entropy, Exec exec) {
-    const PolicyArgs args{{sequences, cols, offsets, mask},
-                          logprobs,
-                          old_logprobs,
-                          advantages,
-                          ref_logprobs,
-                          rollout_logprobs,
-                          entropy,
-                          divisor,
-                          normalizer,
-                          policy_config(codes, params),
-                          static_cast<float*>(loss.data),
-                          static_cast<PolicyMetrics*>(metrics.data),
-                          static_cast<float*>(scale.data),
-                          grad_logprobs,
-                          grad_entropy,
-                          exec};
-    return without_gil([&] { return table().policy_loss(args); });
-  });
+  m.def("policy_loss",
+        [table](int64_t sequences, int64_t cols, In offsets, In mask, In logprobs, In old_logprobs,
+                In advantages, bool advantage_per_sequence, In ref_logprobs, In rollout_logprobs,
+                In entropy, double divisor, In normalizer, const pybind11::object& codes,
+                const pybind11::object& params, Out loss, Out metrics, Out scale, Out grad_logprobs,
+                Out grad_entropy, Exec exec) {
+          if (advantage_per_sequence)  // one after another, each for all tokens of its row
+            advantages.stride0 = std::exchange(advantages.stride1, 0);
+          const PolicyArgs args{{sequences, cols, offsets, mask},
+                                logprobs,
+                                old_logprobs,
+                                advantages,
+                                ref_logprobs,
+                                rollout_logprobs,
+                                entropy,
+                                divisor,
+                                normalizer,
+                                policy_config(codes, params),
+                                static_cast<float*>(loss.data),
+                                static_cast<PolicyMetrics*>(metrics.data),
+                                static_cast<float*>(scale.data),
+                                grad_logprobs,
+                                grad_entropy,
+                                exec};
+          return launch(exec, tokens_of(sequences, cols, offsets),
+                        [&] { return table().policy_loss(args); });
+        });
 }
 
 template <class Table>
 void bind_loss_backward(pybind11::module_& m, Table table) {
   const auto fp32 = [](const Tensor& t) { return static_cast<const float*>(t.data); };
-  m.def("loss_backward", [=](int64_t count, Tensor first, Tensor second, Tensor scale,
-                             Tensor upstream, Tensor first_out, Tensor second_out, Exec exec) {
+  m.def("loss_backward", [=](int64_t count, In first, In second, In scale, In upstream,
+                             Out first_out, Out second_out, Exec exec) {
     const LossBackwardArgs args{count,    fp32(first), fp32(second), fp32(scale),
                                 upstream, first_out,   second_out,   exec};
-    return without_gil([&] { return table().loss_backward(args); });
+    return launch(exec, count, [&] { return table().loss_backward(args); });
   });
 }
 

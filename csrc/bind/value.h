@@ -7,10 +7,9 @@ namespace rk {
 template <class Table>
 void bind_value(pybind11::module_& m, Table table) {
   m.def("value_loss",
-        [table](int64_t sequences, int64_t cols, Tensor offsets, Tensor mask, Tensor values,
-                Tensor old_values, Tensor returns, double divisor, Tensor normalizer,
-                int32_t aggregation, double clip_range, Tensor loss, Tensor metrics, Tensor scale,
-                Tensor grad_values, Exec exec) {
+        [table](int64_t sequences, int64_t cols, In offsets, In mask, In values, In old_values,
+                In returns, double divisor, In normalizer, int32_t aggregation, double clip_range,
+                Out loss, Out metrics, Out scale, Out grad_values, Exec exec) {
           const ValueArgs args{{sequences, cols, offsets, mask},
                                values,
                                old_values,
@@ -24,7 +23,8 @@ void bind_value(pybind11::module_& m, Table table) {
                                static_cast<float*>(scale.data),
                                grad_values,
                                exec};
-          return without_gil([&] { return table().value_loss(args); });
+          return launch(exec, tokens_of(sequences, cols, offsets),
+                        [&] { return table().value_loss(args); });
         });
 }
 

@@ -105,7 +105,7 @@ def test_import_parser_sees_relative_imports():
     assert "kernels.native.boundary" in _imports(native / "logprobs.py")[0]
 
 
-def test_only_the_boundary_reads_addresses():
+def test_only_native_code_and_the_boundary_read_addresses():
     users = {
         name
         for name, file in MODULES.items()

@@ -31,7 +31,7 @@ def _moments(tokens: Tensor) -> Tensor:
 def _flags(t: MaybeTensor) -> MaybeTensor:
     if t is not None and t.dtype not in (torch.bool, torch.int64, torch.int32):
         t = t != 0
-    return b.as_grid(t)
+    return t
 
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
@@ -61,24 +61,17 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             return results
         sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         moments = _moments(tokens) if whiten else None
-        # The extension gets only addresses, so every tensor must stay bound until the call returns.
-        like, tokens, values = tokens, b.as_grid(tokens), b.as_grid(values)
-        offsets = b.as_grid(cu_seqlens)
-        mask, dones, bootstrap_values = _flags(mask), _flags(dones), b.as_grid(bootstrap_values)
-        scores, ref_logprobs = b.as_grid(scores), b.as_grid(ref_logprobs)
         rewards, logprobs = (tokens, None) if scores is None else (None, tokens)
         code, position = extension.gae(
-            *b.grid(like.shape), sequences, b.pack(offsets), b.pack(rewards),
-            b.pack(values), b.pack(mask), b.pack(dones), b.pack(bootstrap_values), b.pack(scores),
-            b.pack(logprobs), b.pack(ref_logprobs), kl_coef,
+            *b.grid(tokens.shape), sequences, cu_seqlens, rewards, values, _flags(mask),
+            _flags(dones), bootstrap_values, scores, logprobs, ref_logprobs, kl_coef,
             PLAIN_KL_ESTIMATORS.index(kl_estimator), 0.0 if reward_clip is None else reward_clip,
-            gamma, lam, masked == "carry", whiten, *map(b.pack, (*results, moments)),
-            scans.WHITEN_EPS,
-            make_exec(like, "gae", sequences, like.shape[-1], cu_seqlens is not None),
+            gamma, lam, masked == "carry", whiten, *results, moments, scans.WHITEN_EPS,
+            make_exec(tokens, "gae", sequences, tokens.shape[-1], cu_seqlens is not None),
         )  # fmt: skip
         if code == b.BAD_OFFSETS:
             assert cu_seqlens is not None  # the kernel read a bad entry
-            raise checks.bad_offsets(op, position, cu_seqlens, like.shape[0])
+            raise checks.bad_offsets(op, position, cu_seqlens, tokens.shape[0])
         return results
 
     def whiten(
@@ -88,10 +81,8 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         if x.numel() == 0:
             return out
         moments = _moments(x)
-        x, mask = b.as_grid(x), _flags(mask)
         extension.whiten(
-            *b.grid(x.shape), b.pack(x), b.pack(mask), shift_mean, unbiased, eps, b.pack(moments),
-            b.pack(out), make_exec(x),
+            *b.grid(x.shape), x, _flags(mask), shift_mean, unbiased, eps, moments, out, make_exec(x)
         )  # fmt: skip
         return out
 
@@ -111,11 +102,9 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         if group_ids is not None:
             sorted_ids, order = group_ids.long().sort(stable=True)
         work = _workspace(rewards.numel(), torch.float64, rewards) if gpu else None
-        rewards, greedy_rewards = b.as_grid(rewards), b.as_grid(greedy_rewards)
         code, _ = extension.group_advantages(
-            rewards.numel(), b.pack(rewards), b.pack(greedy_rewards), b.pack(order),
-            b.pack(sorted_ids), group_size, BASELINES.index(baseline), SCALES.index(scale), eps,
-            b.pack(work), b.pack(out), make_exec(rewards),
+            rewards.numel(), rewards, greedy_rewards, order, sorted_ids, group_size,
+            BASELINES.index(baseline), SCALES.index(scale), eps, work, out, make_exec(rewards),
         )  # fmt: skip
         if code == b.OUT_OF_MEMORY:
             raise MemoryError(f"group_advantages: no memory for {rewards.numel()} rewards in fp64")

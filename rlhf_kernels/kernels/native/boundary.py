@@ -1,38 +1,19 @@
-"""Conversion of tensors for native code: address, dtype code and strides as integers.
+"""How tensors cross into native code: as they are.
 
-This is the only file that calls data_ptr(). Every tensor passes through `as_grid` or `as_rows`,
-which resolve lazy negation, and then through `pack` or `pack_rows`, which refuse tensors without
-memory.
+csrc/bind/tensor.h reads their addresses, dtypes and strides. It copies an input whose layout no
+kernel reads, or that is a lazily negated view, and refuses a tensor without memory. Here is what
+else a call needs.
 """
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import overload
 
 import torch
 from torch import Tensor
 
-from ...core.layout import (
-    as_grid,
-    as_rows,
-    as_upstream,
-    grid,
-    grid_strides,
-    materialized,
-    rows_strides,
-)
+from ...core.layout import as_grid, as_upstream, grid, materialized
 
-__all__ = [
-    "as_grid",
-    "as_rows",
-    "as_upstream",
-    "empty",
-    "exec_builder",
-    "grid",
-    "materialized",
-    "pack",
-    "pack_rows",
-]
+__all__ = ["as_grid", "as_upstream", "empty", "exec_builder", "grid", "materialized"]
 
 # csrc/abi.h: DType
 DTYPE_CODES = {
@@ -47,9 +28,6 @@ DTYPE_CODES = {
 # csrc/abi.h: StatusCode
 OK, LABEL_OUT_OF_RANGE, BAD_TEMPERATURE, BAD_OFFSETS, OUT_OF_MEMORY = 0, 1, 2, 3, 4
 BAD_INDPTR, INDEX_OUT_OF_RANGE, INDEX_REPEATED = 5, 6, 7
-
-# Address, dtype code and two strides.
-Packed = tuple[int, int, int, int]
 
 # csrc/bind/tensor.h: Exec
 Exec = int | tuple[int, int, int, Tensor | None]
@@ -66,7 +44,10 @@ def exec_builder(extension: ModuleType) -> Callable[..., Exec]:
     For CUDA it holds the device of `like`, its current stream and, if `op` is given, scratch of
     `<op>_scratch(*sizes)` bytes. The scratch comes from torch's allocator and lives as long as the
     result: keep the result until the call returns.
+
+    Also tells the extension the dtypes of torch.
     """
+    extension.learn_dtypes(DTYPE_CODES)
     if not extension.gpu:
         return _threads
 
@@ -81,36 +62,6 @@ def exec_builder(extension: ModuleType) -> Callable[..., Exec]:
         return device, torch._C._cuda_getCurrentRawStream(device), address, scratch
 
     return make_exec
-
-
-@overload
-def pack(t: Tensor) -> Packed: ...
-
-
-@overload
-def pack(t: Tensor | None) -> Packed | None: ...
-
-
-def pack(t: Tensor | None) -> Packed | None:
-    """A token tensor [...] as a grid [rows, cols] with any strides.
-
-    `t` must come from `as_grid`, and the caller must keep it alive during the native call.
-    """
-    if t is None:
-        return None
-    stride0, stride1 = grid_strides(t)
-    address = t.data_ptr()
-    if address == 0 and t.numel() > 0:
-        raise ValueError("tensor has no memory (fake or meta tensor)")
-    return address, DTYPE_CODES[t.dtype], stride0, stride1
-
-
-def pack_rows(t: Tensor) -> Packed:
-    """Logits [..., V] from `as_rows`: the strides are those of the leading grid."""
-    address = t.data_ptr()
-    if address == 0 and t.numel() > 0:
-        raise ValueError("tensor has no memory (fake or meta tensor)")
-    return address, DTYPE_CODES[t.dtype], *rows_strides(t)
 
 
 def empty(

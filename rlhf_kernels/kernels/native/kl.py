@@ -22,10 +22,8 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         kl = torch.empty(shape, dtype=torch.float32, device=logits.device)
         stats = torch.empty((*shape, 5), dtype=torch.float32, device=logits.device)
         if kl.numel() > 0:
-            logits, ref_logits = b.as_rows(logits), b.as_rows(ref_logits)
             extension.kl_divergence(
-                *b.grid(shape), vocab, b.pack_rows(logits), b.pack_rows(ref_logits), temperature,
-                reverse, b.pack(kl), b.pack(stats),
+                *b.grid(shape), vocab, logits, ref_logits, temperature, reverse, kl, stats,
                 make_exec(logits, "kl_divergence", kl.numel(), vocab, logits.element_size()),
             )  # fmt: skip
         return kl, stats
@@ -41,11 +39,10 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     ) -> None:
         shape, vocab = logits.shape[:-1], logits.shape[-1]
         if out.numel() > 0:
-            logits, ref_logits = b.as_rows(logits), b.as_rows(ref_logits)
             grad = b.as_grid(grad, torch.float32)
             extension.kl_divergence_backward(
-                *b.grid(shape), vocab, b.pack_rows(logits), b.pack_rows(ref_logits), temperature,
-                reverse, b.pack(stats), b.pack(grad), b.pack_rows(out),
+                *b.grid(shape), vocab, logits, ref_logits, temperature, reverse, stats,
+                grad, out,
                 make_exec(logits, "kl_divergence_backward", shape.numel()),
             )  # fmt: skip
 
@@ -61,10 +58,9 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
         out = torch.empty(logprobs.shape, dtype=torch.float32, device=logprobs.device)
         if out.numel() > 0:
-            logprobs, ref_logprobs = b.as_grid(logprobs), b.as_grid(ref_logprobs)
             extension.kl_penalty(
-                *b.grid(out.shape), b.pack(logprobs), b.pack(ref_logprobs),
-                PLAIN_KL_ESTIMATORS.index(estimator.removesuffix("+")), b.pack(out),
+                *b.grid(out.shape), logprobs, ref_logprobs,
+                PLAIN_KL_ESTIMATORS.index(estimator.removesuffix("+")), out,
                 make_exec(logprobs),
             )  # fmt: skip
         return out
@@ -74,12 +70,11 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     ) -> Tensor:
         out = torch.empty(logprobs.shape, dtype=logprobs.dtype, device=logprobs.device)
         if out.numel() > 0:
-            logprobs, ref_logprobs = b.as_grid(logprobs), b.as_grid(ref_logprobs)
             grad = b.as_grid(grad, torch.float32)
             extension.kl_penalty_backward(
-                *b.grid(out.shape), b.pack(logprobs), b.pack(ref_logprobs),
+                *b.grid(out.shape), logprobs, ref_logprobs,
                 PLAIN_KL_ESTIMATORS.index(estimator.removesuffix("+")), estimator.endswith("+"),
-                b.pack(grad), b.pack(out), make_exec(logprobs),
+                grad, out, make_exec(logprobs),
             )  # fmt: skip
         return out
 

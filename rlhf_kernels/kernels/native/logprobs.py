@@ -49,13 +49,11 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         stats = torch.empty((*shape, 3), dtype=torch.float32, device=logits.device)
         if labels.numel() == 0:
             return logprobs, entropies, stats
-        logits, labels = b.as_rows(logits), b.as_grid(labels)
         temperatures = b.as_grid(temperatures, torch.float32)
         check(labels, temperatures, vocab, options.ignore_index)
         status = extension.token_logprobs(
-            *b.grid(shape), vocab, b.pack_rows(logits), b.pack(labels), b.pack(temperatures),
-            options, b.pack(logprobs), b.pack(entropies) if options.entropy else None,
-            b.pack(stats),
+            *b.grid(shape), vocab, logits, labels, temperatures, options, logprobs,
+            entropies if options.entropy else None, stats,
             make_exec(logits, "token_logprobs", labels.numel(), vocab, logits.element_size()),
         )  # fmt: skip
         _raise(status, labels, temperatures, vocab)
@@ -74,15 +72,13 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         if labels.numel() == 0:
             return
         shape, vocab = labels.shape, logits.shape[-1]
-        logits, labels = b.as_rows(logits), b.as_grid(labels)
         temperatures = b.as_grid(temperatures, torch.float32)
         check(labels, temperatures, vocab, options.ignore_index)
         grad_logprobs = b.as_upstream(grad_logprobs)
         grad_entropy = b.as_upstream(grad_entropy)
         status = extension.token_logprobs_backward(
-            *b.grid(shape), vocab, b.pack_rows(logits), b.pack(labels), b.pack(temperatures),
-            options, b.pack(stats), b.pack(grad_logprobs), b.pack(grad_entropy),
-            b.pack_rows(out),
+            *b.grid(shape), vocab, logits, labels, temperatures, options, stats, grad_logprobs,
+            grad_entropy, out,
             make_exec(logits, "token_logprobs_backward", labels.numel()),
         )  # fmt: skip
         _raise(status, labels, temperatures, vocab)

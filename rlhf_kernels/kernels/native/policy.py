@@ -12,14 +12,14 @@ from .. import losses
 from . import boundary as b
 
 
-def mask_grid(mask: Tensor) -> Tensor:
-    """The mask as a grid of bool, int32 or int64; copies only other dtypes."""
+def flags(mask: Tensor) -> Tensor:
+    """The mask as bool, int32 or int64; copies only other dtypes."""
     if mask.dtype in (torch.uint8, torch.int8):
         # Native code treats any nonzero byte as true.
         mask = b.materialized(mask).view(torch.bool)
     elif mask.dtype not in (torch.bool, torch.int64, torch.int32):
         mask = mask != 0
-    return b.as_grid(mask)
+    return mask
 
 
 def divisor_on(
@@ -37,14 +37,14 @@ def divisor_on(
 
 def sequences(
     op: str, like: Tensor, cu_seqlens: Tensor | None, gpu: bool
-) -> tuple[int, int, b.Packed | None] | None:
+) -> tuple[int, int, Tensor | None] | None:
     """(sequences, cols, offsets) of csrc/abi.h: LossTokens; None if there is nothing to compute."""
     if gpu:
         losses.check_offsets(op, cu_seqlens, like.shape[0])
     elif like.numel() == 0:
         checks.offsets_valid(op, cu_seqlens, 0)
         return None
-    return *losses.sequences(like.shape, cu_seqlens), b.pack(cu_seqlens)
+    return *losses.sequences(like.shape, cu_seqlens), cu_seqlens
 
 
 def raise_status(op: str, status: tuple[int, int], cu_seqlens: Tensor | None, total: int) -> None:
@@ -55,14 +55,6 @@ def raise_status(op: str, status: tuple[int, int], cu_seqlens: Tensor | None, to
         raise checks.bad_offsets(op, position, cu_seqlens, total)
     if code == b.OUT_OF_MEMORY:
         raise MemoryError(f"{op}: no memory for {total} tokens' partial sums")
-
-
-def _spread(advantages: Tensor, logprobs: Tensor) -> b.Packed:
-    packed = b.pack(advantages)
-    if advantages.shape == logprobs.shape:
-        return packed
-    address, dtype, _, step = packed
-    return address, dtype, step, 0
 
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
@@ -93,14 +85,11 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         tokens = sequences(op, logprobs, cu_seqlens, gpu)
         if tokens is None:
             return loss.zero_(), metrics.zero_(), policy_grad, bonus, scale
-        mask, logprobs, old = mask_grid(mask), b.as_grid(logprobs), b.as_grid(old)
-        advantages, ref = b.as_grid(advantages), b.as_grid(ref)
-        rollout, entropy = b.as_grid(rollout), b.as_grid(entropy)
         status = extension.policy_loss(
-            *tokens, b.pack(mask), b.pack(logprobs), b.pack(old), _spread(advantages, logprobs),
-            b.pack(ref), b.pack(rollout), b.pack(entropy), divisor, b.pack(normalizer),
-            codes, params, b.pack(loss), b.pack(metrics), b.pack(scale) if gpu else None,
-            b.pack(policy_grad) if grad else None, b.pack(bonus) if entropy_grad else None,
+            *tokens, flags(mask), logprobs, old, advantages, advantages.shape != logprobs.shape,
+            ref, rollout, entropy, divisor, normalizer, codes, params, loss, metrics,
+            scale if gpu else None,
+            policy_grad if grad else None, bonus if entropy_grad else None,
             make_exec(logprobs, op, *tokens[:2], cu_seqlens is not None),
         )  # fmt: skip
         raise_status(op, status, cu_seqlens, logprobs.numel())
@@ -118,10 +107,9 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         if second is not None:
             outs.append(torch.empty_like(second, dtype=second_dtype))
         if first.numel() > 0:
-            upstream = b.materialized(upstream)
             extension.loss_backward(
-                first.numel(), b.pack(first), b.pack(second), b.pack(scale), b.pack(upstream),
-                b.pack(outs[0]), b.pack(outs[1]) if second is not None else None, make_exec(first),
+                first.numel(), first, second, scale, upstream, outs[0],
+                outs[1] if second is not None else None, make_exec(first),
             )  # fmt: skip
         return outs
 

@@ -64,17 +64,12 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         if gpu and env.CHECK:
             keep = labels != options.ignore_index
             checks.support_data(op, labels, temperatures, indptr, indices, keep, vocab)
-        rows, labels = b.as_rows(rows), b.as_grid(labels)
-        indptr, indices = b.as_grid(indptr), b.as_grid(indices)
-        weight = None if weight is None else b.as_rows(weight)
         bias, temperatures = b.as_grid(bias, torch.float32), b.as_grid(temperatures, torch.float32)
         status = extension.support_logprobs(
-            *b.grid(shape), vocab, width, b.pack_rows(rows),
-            None if weight is None else b.pack_rows(weight), b.pack(bias), b.pack(labels),
-            b.pack(temperatures), indices.shape[0], b.pack(indptr), b.pack(indices),
-            options, b.pack(logprobs),
-            b.pack(entropies) if options.entropy else None,
-            b.pack(stats), b.pack(kept), make_exec(rows, "support_logprobs"),
+            *b.grid(shape), vocab, width, rows, weight, bias, labels, temperatures,
+            indices.shape[0], indptr, indices, options, logprobs,
+            entropies if options.entropy else None, stats, kept,
+            make_exec(rows, "support_logprobs"),
         )  # fmt: skip
         check(op, status, labels, temperatures, indptr, indices, vocab)
         return logprobs, entropies, stats, kept
@@ -97,16 +92,12 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         dz = torch.empty_like(kept)
         if labels.numel() == 0:
             return dz
-        shape, labels = labels.shape, b.as_grid(labels)
-        indptr, indices = b.as_grid(indptr), b.as_grid(indices)
         temperatures = b.as_grid(temperatures, torch.float32)
         grad_logprobs = b.as_upstream(grad_logprobs)
         grad_entropy = b.as_upstream(grad_entropy)
         status = extension.support_backward(
-            *b.grid(shape), vocab, b.pack(labels), b.pack(temperatures), indices.shape[0],
-            b.pack(indptr), b.pack(indices), options, b.pack(stats),
-            b.pack(kept), b.pack(grad_logprobs), b.pack(grad_entropy), b.pack(dz),
-            None if out is None else b.pack_rows(out), make_exec(kept),
+            *b.grid(labels.shape), vocab, labels, temperatures, indices.shape[0], indptr, indices,
+            options, stats, kept, grad_logprobs, grad_entropy, dz, out, make_exec(kept),
         )  # fmt: skip
         check(op, status, labels, temperatures, indptr, indices, vocab)
         return dz
@@ -149,14 +140,11 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             starts = torch.empty(vocab + 1, dtype=torch.int64, device=kept.device)
             # csrc/abi.h: SupportUse
             uses = starts.new_empty(2 * indices.shape[0])
-        hidden, weight = b.as_rows(hidden), b.as_rows(weight)
-        indptr, indices = b.as_grid(indptr), b.as_grid(indices)
         extension.support_head_backward(
-            *b.grid(labels.shape), vocab, width, b.pack_rows(hidden),
-            b.pack_rows(weight), indices.shape[0], b.pack(indptr),
-            b.pack(indices), b.pack(dz), b.pack_rows(grad_hidden) if needs[0] else None,
-            b.pack_rows(grad_weight) if needs[1] else None, b.pack(grad_bias) if needs[2] else None,
-            b.pack(starts), b.pack(uses), b.pack(order), b.pack(owner), make_exec(dz),
+            *b.grid(labels.shape), vocab, width, hidden, weight, indices.shape[0], indptr, indices,
+            dz, grad_hidden if needs[0] else None,
+            grad_weight if needs[1] else None, grad_bias if needs[2] else None,
+            starts, uses, order, owner, make_exec(dz),
         )  # fmt: skip
         return grad_hidden, grad_weight, grad_bias.to(bias_dtype)
 

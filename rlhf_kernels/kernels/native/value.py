@@ -34,12 +34,9 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         tokens = policy.sequences(op, values, cu_seqlens, gpu)
         if tokens is None:
             return loss.zero_(), metrics.zero_(), gradient, scale
-        mask, values = policy.mask_grid(mask), b.as_grid(values)
-        old, returns = b.as_grid(old), b.as_grid(returns)
         status = extension.value_loss(
-            *tokens, b.pack(mask), b.pack(values), b.pack(old), b.pack(returns), divisor,
-            b.pack(normalizer), aggregation, clip_range, b.pack(loss), b.pack(metrics),
-            b.pack(scale) if gpu else None, b.pack(gradient) if grad else None,
+            *tokens, policy.flags(mask), values, old, returns, divisor, normalizer, aggregation,
+            clip_range, loss, metrics, scale if gpu else None, gradient if grad else None,
             make_exec(values, op, *tokens[:2], cu_seqlens is not None),
         )  # fmt: skip
         policy.raise_status(op, status, cu_seqlens, values.numel())
