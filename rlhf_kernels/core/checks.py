@@ -47,6 +47,12 @@ def floating(op: str, name: str, value: object, *, double: bool = False) -> Tens
     return value
 
 
+def not_double(op: str, name: str, value: Tensor | None) -> None:
+    """Requires of what `floating` has found, float64 allowed, that it is not that."""
+    if value is not None and value.dtype is torch.float64:
+        floating(op, name, value)
+
+
 def labels(op: str, name: str, value: object) -> Tensor:
     """Requires an int64 or int32 tensor."""
     value = tensor(op, name, value)

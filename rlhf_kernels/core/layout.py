@@ -17,6 +17,14 @@ def plain_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return torch.empty(shape, dtype=dtype, device=device)
 
 
+def fp32_like(t: Tensor) -> Tensor:
+    """Memory for a contiguous float32 tensor of the shape of `t`, on its device.
+
+    torch reads the shape of a tensor much faster than one that it is given.
+    """
+    return torch.empty_like(t, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
 def constant(t: MaybeTensor) -> MaybeTensor:
     """`t`, detached if it requires a gradient."""
     return t.detach() if t is not None and t.requires_grad else t

@@ -47,6 +47,8 @@ def shown(value: object) -> str:
 
 def number(op: str, name: str, value: Any) -> float:
     """Requires a finite number."""
+    if type(value) is float and -math.inf < value < math.inf:  # the common case
+        return value
     if type(value) not in _NUMBER:
         value = _scalar(value)
     if type(value) not in _NUMBER:
@@ -90,6 +92,8 @@ def rate(op: str, name: str, value: object) -> float:
 
 def integer(op: str, name: str, value: Any, *, low: int = _INT64[0], what: str = "") -> int:
     """Requires an integer in [low, 2^63); `what` adds an alternative to the message."""
+    if type(value) is int and low <= value <= _INT64[1]:  # the common case
+        return value
     if type(value) not in _INTEGER:
         value = _scalar(value)
     if type(value) not in _INTEGER:

@@ -18,7 +18,8 @@ def check(
     op: str, temperature: float | Tensor, softcap: float | None = None, logit_scale: float = 1.0
 ) -> None:
     """Raises ValueError for a number out of bounds. Does not read a temperature tensor."""
-    _within(op, "logit_scale", logit_scale)
+    if logit_scale != 1.0:
+        _within(op, "logit_scale", logit_scale)
     if softcap is not None:
         _within(op, "softcap", softcap, logit_scale)
     if not isinstance(temperature, Tensor):

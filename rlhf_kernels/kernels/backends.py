@@ -157,7 +157,7 @@ def select(op: str, device: torch.device, kernel: str | None = None) -> str:
             raise RuntimeError(f"{op}: backend {_forced!r} does not have this operation")
         return _forced
     for backend in _order(device.type):
-        if kernel in backend.launchers and _suits(backend.name, device):
+        if kernel in backend.launchers and (backend.name == "cpu" or _suits(backend.name, device)):
             return backend.name
     if not torch.compiler.is_compiling():
         for backend in _order(device.type):

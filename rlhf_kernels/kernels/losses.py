@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..core import checks, env
+from ..core.layout import fp32_like
 
 
 def results(like: Tensor, metrics: int, deferred: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised loss, metrics and scale of the gradients, fp32; the scale only if deferred."""
-    loss = torch.empty((), dtype=torch.float32, device=like.device)
-    return loss, loss.new_empty(metrics), loss.new_empty(() if deferred else 0)
+    memory = like.new_empty(metrics, dtype=torch.float32)
+    return memory.new_empty(()), memory, memory.new_empty(() if deferred else 0)
 
 
 def is_deferred(scale: Tensor) -> bool:
@@ -37,7 +38,7 @@ def gradient(like: Tensor, wanted: bool) -> Tensor:
     A second pass may add the slope of a sequence's ratio, and the backward pass multiplies by the
     upstream gradient. In fp32 the gradient is rounded to its dtype only once, at the end.
     """
-    return like.new_empty(like.shape if wanted else (0,), dtype=torch.float32)
+    return fp32_like(like) if wanted else like.new_empty(0, dtype=torch.float32)
 
 
 def sequences(shape: torch.Size, cu_seqlens: Tensor | None) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core import checks, env
+from ..core.layout import fp32_like
 
 #: eps that `whiten=True` adds to the variance; the default of `whiten`, and of verl.
 WHITEN_EPS = 1e-8
@@ -56,7 +57,7 @@ def begin(
     Raises:
         ValueError: bad offsets on a GPU with RLHF_KERNELS_CHECK=1.
     """
-    returns = torch.empty(like.shape, dtype=torch.float32, device=like.device)
+    returns = fp32_like(like)
     results = ScanResults(
         None if values is None else torch.empty_like(returns),
         returns,

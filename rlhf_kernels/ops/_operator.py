@@ -3,7 +3,8 @@
 An operator takes the backend's name as its last argument, so that a backward pass uses the backend
 of its forward pass. Eager calls on plain tensors skip the dispatcher and call the launcher, because
 the dispatcher costs more than a small kernel (3 µs against 1.5 µs per call, torch 2.13). All other
-calls (torch.compile, fake tensors, tensor subclasses) use the registered operator.
+calls (torch.compile, fake tensors, tensor subclasses, transforms of torch.func) use the registered
+operator.
 """
 
 import functools
@@ -14,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from ..config.policy import PolicyCodes, PolicyParams
 from ..core import tracing
 from ..core.row_options import RowOptions
 from ..kernels import backends
@@ -23,7 +25,7 @@ _LIBRARY = torch.library.Library("rlhf_kernels", "DEF")
 _PLAIN = frozenset(
     (
         *(Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list),
-        *(torch.dtype, RowOptions),
+        *(torch.dtype, RowOptions, PolicyCodes, PolicyParams),
     )
 )
 # The fields of RowOptions in schema syntax.
@@ -78,7 +80,7 @@ class Operator(Generic[R]):
     def __call__(self, *args: Any) -> R:
         if torch.compiler.is_compiling() or tracing.dispatch_modes():
             return self._dispatch(args)
-        if not _PLAIN.issuperset(map(type, args)):
+        if tracing.transform() is not None or not _PLAIN.issuperset(map(type, args)):
             return self._dispatch(args)
         backend = backends.get(args[-1])
         if self._algorithm is not None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..core import checks, groups, layout, option_checks, row_options
+from ..core import checks, groups, layout, option_checks, row_options, tracing
 from ..core.row_options import RowOptions
 from ..core.sentinels import SHARD_IGNORED
 from ..head import shard
@@ -298,9 +298,14 @@ def token_logprobs(
         return named_result(
             *reference.token_logprobs(logits, labels, **arguments.of_logits(), group=shards)
         )
-    checks.floating(op, "logits", logits)
+    checks.not_double(op, "logits", logits)
     if inplace_backward:
         _check_inplace(logits)
-    return named_result(
-        *_TokenLogprobs.apply(logits, labels, *arguments.split(), inplace_backward, shards, backend)
-    )
+    rows = (logits, labels, *arguments.split())
+    if (torch.is_grad_enabled() and logits.requires_grad) or tracing.forward_mode():
+        return named_result(*_TokenLogprobs.apply(*rows, inplace_backward, shards, backend))
+    if shards:
+        logprobs, entropies, *_ = _sharded_forward(*rows, shards, backend)
+    else:
+        logprobs, entropies, _ = _forward(*rows, backend)
+    return named_result(logprobs, entropies if arguments.entropy else None)

@@ -244,8 +244,7 @@ def policy_loss(
         ("rollout_logprobs", rollout_logprobs),
         ("entropy", entropy),
     ):
-        if t is not None:
-            checks.floating(op, name, t)
+        checks.not_double(op, name, t)
     enabled = torch.is_grad_enabled()
     grad = enabled and logprobs.requires_grad
     entropy_grad = (
@@ -263,7 +262,7 @@ def policy_loss(
     options = (
         cu_seqlens, count, divisor, *config_numbers(config), grad, entropy_grad, backend
     )  # fmt: skip
-    if grad or entropy_grad:
+    if grad or entropy_grad or tracing.forward_mode():
         loss, metrics = _PolicyLoss.apply(logprobs, entropy, *constants, *options)
     else:
         loss, metrics, *_ = _forward(constant(logprobs), *constants, entropy, *options)

@@ -8,7 +8,8 @@ from torch import Tensor
 from .. import reference
 from ..config.enums import AGGREGATIONS, Aggregation
 from ..config.metrics import VALUE_METRICS
-from ..core import checks, option_checks
+from ..core import checks, option_checks, tracing
+from ..core.layout import constant
 from ..kernels import backends, losses
 from ._metrics import Metrics, register_metrics
 from ._operator import InputGradients, Operator, define, once_differentiable, remember
@@ -145,14 +146,14 @@ def value_loss(
         )
         return ValueLoss(loss, ValueMetrics(metrics))
     for name, t in tokens.items():
-        checks.floating(op, name, t)
+        checks.not_double(op, name, t)
     grad = torch.is_grad_enabled() and values.requires_grad
     args = (
-        old_values.detach(), returns.detach(), mask, cu_seqlens, count, divisor,
+        constant(old_values), constant(returns), mask, cu_seqlens, count, divisor,
         0.0 if clip_range is None else clip_range, AGGREGATIONS.index(aggregation), grad, backend,
     )  # fmt: skip
-    if grad:
+    if grad or tracing.forward_mode():
         loss, metrics = _ValueLoss.apply(values, *args)
     else:
-        loss, metrics, *_ = _forward(values.detach(), *args)
+        loss, metrics, *_ = _forward(constant(values), *args)
     return ValueLoss(loss, ValueMetrics(metrics))

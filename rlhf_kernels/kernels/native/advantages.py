@@ -8,16 +8,12 @@ from torch import Tensor
 
 from ...config.enums import BASELINES, PLAIN_KL_ESTIMATORS, SCALES
 from ...core import checks
-from ...core.layout import MaybeTensor
+from ...core.layout import MaybeTensor, fp32_like
 from .. import scans
 from . import boundary as b
 
 # csrc/abi.h: GaeArgs. The workspace holds three doubles per chunk, and three more on a GPU.
 _CHUNK_TOKENS = 2048
-
-
-def _fp32(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, dtype=torch.float32, device=like.device)
 
 
 def _workspace(size: int, dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -77,7 +73,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     def whiten(
         x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float
     ) -> Tensor:
-        out = _fp32(x)
+        out = fp32_like(x)
         if x.numel() == 0:
             return out
         moments = _moments(x)
@@ -95,7 +91,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         greedy_rewards: Tensor | None,
         eps: float,
     ) -> Tensor:
-        out = _fp32(rewards)
+        out = fp32_like(rewards)
         if rewards.numel() == 0:
             return out
         sorted_ids = order = None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core import checks, env
+from ...core.layout import fp32_like
 from ...core.row_options import RowOptions
 from ...core.sentinels import SHARD_IGNORED
 from . import boundary as b
@@ -44,9 +45,9 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         options: RowOptions,
     ) -> tuple[Tensor, Tensor, Tensor]:
         shape, vocab = labels.shape, logits.shape[-1]
-        logprobs = torch.empty(shape, dtype=torch.float32, device=logits.device)
+        logprobs = fp32_like(labels)
         entropies = torch.empty_like(logprobs) if options.entropy else logprobs.new_empty(0)
-        stats = torch.empty((*shape, 3), dtype=torch.float32, device=logits.device)
+        stats = logprobs.new_empty(*shape, 3)
         if labels.numel() == 0:
             return logprobs, entropies, stats
         temperatures = b.as_grid(temperatures, torch.float32)
@@ -84,7 +85,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         _raise(status, labels, temperatures, vocab)
 
     def token_logprobs_backward(logits: Tensor, labels: Tensor, *args: Any) -> Tensor:
-        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
         backward(out, logits, labels, *args)
         return out
 
