@@ -13,10 +13,14 @@ PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest \
 
 # With the interpreter as it is, whatever it has: a GPU machine brings its own torch.
 OUT ?= gpu-check
+RESULTS ?= $(OUT)/results
+LIMIT ?= 590
 PARTS ?=
 WHEELS ?=
+# The Python of the GPU machine, for which `make gpu-extensions` builds.
+GPU_PYTHON ?= python3.12
 
-.PHONY: venv test test-all demo bench bench-full bench-compare gpu-check triton-report cuda-report sanitize fuzz lint \
+.PHONY: venv test test-all demo bench bench-full bench-compare gpu-check gpu-extensions triton-report cuda-report sanitize fuzz lint \
 	format clean
 
 venv: $(INSTALLED)
@@ -66,8 +70,14 @@ bench-compare: venv
 	$(BIN)/python -m benchmarks.reports.compare $(BASE) $(if $(NEW),--new $(NEW)) --tolerance $(TOLERANCE)
 
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu.check --out $(OUT) $(if $(PARTS),--parts $(PARTS)) \
-		$(if $(WHEELS),--wheels $(WHEELS))
+	$(PYTHON) -m benchmarks.gpu.check --out $(OUT) --results $(RESULTS) --limit $(LIMIT) \
+		$(if $(PARTS),--parts $(PARTS)) $(if $(WHEELS),--wheels $(WHEELS))
+
+# Here, for a machine with a GPU and little time: build/gpu-extensions travels with the tree.
+gpu-extensions:
+	test -x .venv-gpu/bin/python || $(GPU_PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install -q 'setuptools>=77' 'pybind11>=2.13'
+	.venv-gpu/bin/python -m benchmarks.gpu.prebuilt
 
 # No GPU needed: kernels are compiled, not run. DATE=2026-01-31 names another day.
 DATE ?= $(shell date +%F)
@@ -102,5 +112,5 @@ format: venv
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
 
 clean:
-	rm -rf .venv build dist *.egg-info rlhf_kernels/*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-gpu build dist *.egg-info rlhf_kernels/*.so .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,15 +1,18 @@
 """Everything that needs a GPU, in parts that can be repeated: `make gpu-check OUT=dir`.
 
-    python -m benchmarks.gpu.check --out dir [--device cuda] [--parts tests,bench] [--limit 590]
+    python -m benchmarks.gpu.check --out dir [--device cuda] [--parts tests,ours] [--limit 590]
 
-Parts: build, env, gpu, bench, tests, sanitizer; the report is written after each. A part that
-finished is not run again unless --parts names it; one that was cut off goes on. Each has a budget
-of seconds, plus what the parts before it left, and all together have --limit. OUT gets a log and a
-JSON of each part, and report.json and report.md: the results to keep. Exit status 1: something
-failed or is not finished; 2: there is no such device.
+Parts, in the order of what we most need to know: build, env, compile, smoke, ours, ncu, peers,
+sanitizer, launches, tests. Each has its own limit of seconds, and the last one what is left of
+--limit. A part that finished is not run again unless --parts names it; one that was cut off goes
+on. OUT gets a log and a JSON of each part, and report.json and report.md; after each part the
+report and an archive of all that there is are put whole into --results (default: OUT/results), so
+that a machine that is taken away takes the running part alone. Exit status 1: something failed or
+is not finished; 2: there is no such device.
 
 The running interpreter is used as it is. --wheels DIR adds the packages that it lacks (peers,
-pytest-xdist, hypothesis) from wheels, without a network.
+pytest-xdist, hypothesis) from wheels, without a network. What `make gpu-extensions` built elsewhere
+is taken instead of compiling, where it fits.
 """
 
 import datetime
@@ -17,7 +20,6 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import shutil
 import signal
 import subprocess
@@ -29,9 +31,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import ROOT, make_parser
+from . import keep, prebuilt
+from .bench import part_launches, part_ours, part_peers
+from .ncu import part_ncu
 from .process import (
     CUT,
     DONE,
+    DRY_SECONDS,
     FAILED,
     SKIPPED,
     Result,
@@ -41,6 +47,7 @@ from .process import (
     refusal,
     status,
 )
+from .sanitizer import part_sanitizer
 
 # Seconds to end with: stopping what was cut off, and the report.
 RESERVE = 15
@@ -50,9 +57,12 @@ _OPERATION_TESTS = (
     "preference support support_rules extremes fp16 empty interface missing meta masks"
 ).split()
 TEST_FILES = ("head/test_head", "head/test_cases", *(f"ops/test_{n}" for n in _OPERATION_TESTS))
-# What has most at stake first: time may run out.
-BENCH_FILES = tuple("logprobs head kl advantages policy value support preference".split())
-SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
+# Processes of pytest on one GPU: compiling is most of the time, and that is the CPU's.
+WORKERS = 12
+# A few of each file.
+DRY_TESTS = "poisons and (temperature or synchronisation) or triton and (empty_batch or infinite)"
+# Compute capabilities that tools/triton_aot.py compiles for.
+AHEAD_OF_TIME = ("80", "90", "100")
 
 # --- env ---------------------------------------------------------------------------------------
 
@@ -95,23 +105,41 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else None
 
 
+def _capability(run: Run) -> str | None:
+    """Of a CUDA device, as in "90"; None of another."""
+    if not run.device.startswith("cuda"):
+        return None
+    ask = "import sys, torch; print(*torch.cuda.get_device_capability(sys.argv[1]), sep='')"
+    return (
+        run.tail("capability.log", 1)
+        if run.python("capability.log", "-c", ask, run.device) == 0
+        else None
+    )
+
+
 def part_build(run: Run) -> Result:
-    """The extensions beside their sources: CUDA for this very device, the CPU's to compare with."""
-    reason = "a dry run takes it as it is" if run.dry else missing("setuptools", "pybind11")
-    if reason:
-        return {"status": SKIPPED, "reason": reason}
+    """The extensions beside their sources: those prebuilt, or compiled for this very device."""
+    if run.dry:
+        return {"status": SKIPPED, "reason": "a dry run takes it as it is"}
+    arch = _capability(run)
+    reason = prebuilt.refusal(arch)
+    if reason is None:
+        prebuilt.install()
+        return {"status": DONE, "said": [f"prebuilt: {', '.join(prebuilt.file_names())}"]}
+    absent = missing("setuptools", "pybind11")
+    if absent:
+        return {"status": SKIPPED, "reason": absent, "said": [reason]}
     variables = {"RLHF_KERNELS_CUDA": "0"}
     if run.device.startswith("cuda"):
         # Where there is a compiler, its failure is one. Where there is none, what is built serves.
         nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
         variables = {"RLHF_KERNELS_CUDA": "1" if nvcc else ""}
-        ask = "import sys, torch; print(*torch.cuda.get_device_capability(sys.argv[1]), sep='')"
-        if run.python("build-device.log", "-c", ask, run.device) == 0:
-            variables["RLHF_KERNELS_CUDA_ARCHS"] = run.tail("build-device.log", 1)
+        if arch is not None:
+            variables["RLHF_KERNELS_CUDA_ARCHS"] = arch
     code = run.python("build.log", "setup.py", "-q", "build_ext", "--inplace", **variables)
     failures = [] if code == 0 else [run.tail("build.log")]
     built = [line for line in run.lines("build.log") if line.startswith("rlhf_kernels:")]
-    return {"status": status(code), "failures": failures, "said": built}
+    return {"status": status(code), "failures": failures, "said": [reason, *built]}
 
 
 def part_env(run: Run) -> Result:
@@ -143,6 +171,47 @@ def part_env(run: Run) -> Result:
     if facts != 0:
         failures.append("the device: " + run.tail("env-device.log", 3))
     return {"status": status(doctor, facts), "failures": failures, **result}
+
+
+def part_compile(run: Run) -> Result:
+    """Triton's cache on disk, filled by all cores at once: what the later parts then only load."""
+    arch = _capability(run)
+    if run.dry or arch not in AHEAD_OF_TIME:
+        return {"status": SKIPPED, "reason": f"compiled as they are called: device {arch}"}
+    words = ["-m", "tools.triton_aot", "--target", f"sm_{arch}"]
+    words += ["--processes", str(os.cpu_count() or 1)]
+    # Cut off, it has filled the cache with what it came to.
+    code = run.python("compile.log", *words)
+    failures = [] if code in (0, None) else [run.tail("compile.log", 5)]
+    return {"status": status(code), "failures": failures}
+
+
+def part_smoke(run: Run) -> Result:
+    """Every operation on every backend against fp64, small."""
+    backends = ["triton"] if run.dry else kernel_backends(run)
+    file = run.out / "smoke.jsonl"
+    file.unlink(missing_ok=True)
+    words = ["-m", "benchmarks.gpu.smoke", "--device", run.device, "--out", str(file)]
+    words += ["--backends", ",".join(backends)]
+    words += ["--only", "kl_penalty"] if run.dry else []
+    code = run.python("smoke.log", *words)
+    lines = file.read_text().splitlines() if file.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("}")]
+    bad = [x for x in found if not x["ok"]]
+    failures = [
+        "{operation} {backend} {dtype}: ".format(**x)
+        + x.get("message", f"off by {x['error']} roundings")
+        for x in bad
+    ]
+    if code not in (0, None) and not bad:
+        failures.append(run.tail("smoke.log", 5))
+    return {
+        "status": status(code),
+        "failures": failures,
+        "passed": len(found) - len(bad),
+        "failed": len(bad),
+        "checks": found,
+    }
 
 
 # --- tests -------------------------------------------------------------------------------------
@@ -190,178 +259,38 @@ def _pytest(run: Run, name: str, *arguments: str, needs: tuple[str, ...] = ()) -
     return result | counts | {"failures": failures}
 
 
-def _workers(run: Run, distribution: str, most: int) -> list[str]:
-    """Several processes on one GPU: compiling is most of the time, and that is the CPU's."""
-    if run.dry or importlib.util.find_spec("xdist") is None:
-        return []
-    return ["-n", str(max(1, min(most, (os.cpu_count() or 2) // 2))), "--dist", distribution]
-
-
-def part_gpu(run: Run) -> Result:
-    arguments = ["tests/kernels/test_gpu.py"]
-    if run.dry:
-        arguments += ["-k", "poisons and (temperature or synchronisation)"]
-    return _pytest(run, "gpu", *arguments, *_workers(run, "loadgroup", 4))
-
-
 def part_tests(run: Run) -> Result:
-    arguments = [f"tests/{name}.py" for name in TEST_FILES]
-    arguments += ["-m", "not gpu and not slow"]
+    """What only a GPU can show, then every operation's tests on it, until the time is up."""
+    arguments = ["tests/kernels/test_gpu.py", *(f"tests/{name}.py" for name in TEST_FILES)]
+    arguments += ["-m", "not slow"]
     if run.dry:
-        arguments = ["tests/ops/test_logprobs.py", "-k", "triton and (empty_batch or infinite)"]
-    workers = _workers(run, "worksteal", 8)
-    return _pytest(run, "tests", *arguments, *workers, needs=("hypothesis",))
-
-
-# --- bench -------------------------------------------------------------------------------------
-
-
-def _records(run: Run, *, failed: bool = True) -> list[dict[str, Any]]:
-    """Points measured so far; the others, and without `failed` those that failed, are dropped."""
-    file = run.out / "bench-points.jsonl"
-    if not file.exists():
-        return []
-    found = []
-    for line in file.read_text().splitlines():
-        try:
-            point = json.loads(line)
-        except json.JSONDecodeError:
-            # Cut off while it was written: that point is measured again.
-            continue
-        if failed or not point["failed"]:
-            found.append(point)
-    file.write_text("".join(json.dumps(f) + "\n" for f in found))
-    return found
-
-
-def part_bench(run: Run) -> Result:
-    reason = missing("pytest", "pytest_benchmark")
-    if reason:
-        return {"status": SKIPPED, "reason": reason}
-    _records(run, failed=False)
-    backends = ["triton"] if run.dry else kernel_backends(run)
-    codes, logs = [], []
-    for backend in backends:
-        arguments = ["-m", "pytest", *(f"benchmarks/points/{n}.py" for n in BENCH_FILES)]
-        arguments += ["--points", "gpu", "--device", run.device]
-        arguments += ["--records", str(run.out / "bench-points.jsonl"), "-p", "no:cacheprovider"]
-        arguments += ["--backend", backend, "--tb=short", "-v", "--benchmark-disable-gc"]
-        if run.dry:
-            arguments += ["--quick", "-k", "kl_penalty", "--providers", "eager,verl"]
-        elif logs:
-            # The others were measured beside the first.
-            arguments += ["--providers", "ours"]
-        logs.append("bench.log" if not logs else f"bench-{backend}.log")
-        # Wide, so that the summary gives reasons in full.
-        codes.append(run.python(logs[-1], *arguments, COLUMNS="300"))
-    code = None if None in codes else max(codes)
-    launches = run.out / "bench-launches.json"
-    counted: int | None = 0
-    if code is not None and not launches.exists():
-        profiled = ["-m", "benchmarks.studies.launches"]
-        profiled += ["--device", run.device, "--out", str(launches)]
-        counted = run.python("bench-launches.log", *profiled)
-    points = _records(run)
-    # Those that raised before they were measured are in no record.
-    failures = [x for n in logs for x in run.lines(n) if x.startswith(("FAILED ", "ERROR "))]
-    if code not in (0, None) and not failures:
-        failures += [run.tail(n, 5) for n, c in zip(logs, codes, strict=True) if c]
-    if counted not in (0, None):
-        failures.append("launches: " + run.tail("bench-launches.log", 3))
-    return {
-        "status": status(code, counted),
-        "points": points,
-        "failures": failures,
-        "launches": json.loads(launches.read_text()) if launches.exists() else None,
-    }
-
-
-# --- sanitizer ---------------------------------------------------------------------------------
-
-
-def part_sanitizer(run: Run) -> Result:
-    name = "compute-sanitizer"
-    tool = shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
-    for folder in run.packages:
-        # NVIDIA also packs it as a wheel.
-        tool = tool or next((str(f) for f in folder.rglob(name) if f.is_file()), None)
-    script = [sys.executable, "-m", "tests.kernels.gpu_faults", "--device", run.device]
-    # Triton's interpreter takes seconds for each.
-    script += [*(["--every", "40"] if run.dry else []), "--backend"]
-    backends = kernel_backends(run)
-    # First without: kernels are compiled and cached, and a fault shows that is not memory's.
-    for backend in backends:
-        plain = run.process("sanitizer-plain.log", *script, backend)
-        if plain != 0:
-            failure = f"{backend} without the sanitizer: " + run.tail("sanitizer-plain.log", 3)
-            return {"status": status(plain), "failures": [failure]}
-    if tool is None or run.device == "cpu":
-        return {"status": SKIPPED, "reason": "compute-sanitizer is not here"}
-    tools: dict[str, str] = {}
-    failures: list[str] = []
-    for kind in SANITIZER_TOOLS:
-        for backend in backends:
-            found = _sanitize(
-                run, tool, kind, [*script, backend], f"sanitizer-{kind}-{backend}.log"
-            )
-            tools[f"{kind} {backend}"] = found
-            if found.startswith(FAILED):
-                failures.append(f"{kind} {backend}: {found.partition(': ')[2]}")
-                tools[f"{kind} {backend}"] = FAILED
-    result = {"tools": tools, "failures": failures}
-    # The first is a must; the others take what time there is.
-    first = [tools[f"{SANITIZER_TOOLS[0]} {b}"] for b in backends]
-    if failures or CUT in first:
-        return {"status": FAILED if failures else CUT, **result}
-    if any(f.startswith(SKIPPED) for f in first):
-        return {"status": SKIPPED, "reason": "memcheck does not work here", **result}
-    return {"status": DONE, **result}
-
-
-def _sanitize(run: Run, tool: str, kind: str, script: list[str], log: str) -> str:
-    """Outcome of one of the sanitizer's tools."""
-    if run.left() < 10:
-        return CUT
-    command = [tool, "--tool", kind, "--error-exitcode", "9", "--print-limit", "50"]
-    if kind == "memcheck":
-        # torch asks the driver what it then is refused.
-        command += ["--report-api-errors", "no"]
-    # Each allocation by itself, so that the one behind it is not taken for it.
-    code = run.process(log, *command, *script, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    text = (run.out / log).read_text(errors="replace")
-    if code in (0, None):
-        return status(code)
-    if "ERROR SUMMARY" not in text or "Device not supported" in text:
-        return f"{SKIPPED}: {run.tail(log, 2)}"
-    if kind == "memcheck" or _names_ours(text):
-        return f"{FAILED}: {run.tail(log, 3)}"
-    return "done; it names kernels of torch only"
-
-
-def _names_ours(log: str) -> bool:
-    """Whether the sanitizer found something in one of our kernels."""
-    sources = (ROOT / "rlhf_kernels/kernels/triton").glob("*.py")
-    names = {n for s in sources for n in re.findall(r"^def (\w+_kernel)\(", s.read_text(), re.M)}
-    if "rk::cuda::" in log:
-        return True
-    return any(found in names for found in re.findall(r"\b(?:at|in) (\w+_kernel)\b", log))
+        arguments = ["tests/kernels/test_gpu.py", "tests/ops/test_logprobs.py", "-k", DRY_TESTS]
+    elif importlib.util.find_spec("xdist") is not None:
+        # By group: tests that fill the memory are not run beside each other.
+        arguments += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "loadgroup"]
+    return _pytest(run, "tests", *arguments, needs=("hypothesis",))
 
 
 class Part(NamedTuple):
-    """A part and its budget in seconds."""
+    """A part and its limit in seconds; 0 where it takes what is left."""
 
     run: Callable[[Run], Result]
-    budget: float
+    limit: float
 
 
-# By what would be missed most. All budgets together stay below ten minutes.
+# By what would be missed most: the machine may be taken away. All limits together stay below ten
+# minutes even where everything has to be compiled.
 PARTS = {
-    "build": Part(part_build, 75),
-    "env": Part(part_env, 45),
-    "gpu": Part(part_gpu, 110),
-    "bench": Part(part_bench, 180),
-    "tests": Part(part_tests, 110),
-    "sanitizer": Part(part_sanitizer, 45),
+    "build": Part(part_build, 90),
+    "env": Part(part_env, 30),
+    "compile": Part(part_compile, 40),
+    "smoke": Part(part_smoke, 60),
+    "ours": Part(part_ours, 90),
+    "ncu": Part(part_ncu, 60),
+    "peers": Part(part_peers, 120),
+    "sanitizer": Part(part_sanitizer, 40),
+    "launches": Part(part_launches, 20),
+    "tests": Part(part_tests, 0),
 }
 
 
@@ -371,33 +300,44 @@ def load(out: Path) -> dict[str, Result]:
     return {name: json.loads(f.read_text()) for name, f in files.items() if f.exists()}
 
 
-def run_part(run: Run, name: str, later: float) -> Result:
-    """Runs a part and keeps its result, whatever happens; `later` seconds are for what follows."""
+def run_part(run: Run, name: str) -> Result:
+    """Runs a part within its limit and keeps its result, whatever happens."""
     part = PARTS[name]
     started = time.monotonic()
     end = run.deadline - RESERVE
-    run.ends = min(end, max(started + part.budget, end - later))
+    limit = DRY_SECONDS if run.dry else part.limit
+    run.ends = min(end, started + limit) if limit else end
     print(f"{name}: at most {run.left():.0f} s", flush=True)
+    # What is kept of it where it is interrupted.
+    result: Result = {"status": CUT, "failures": ["interrupted"]}
     try:
         result = part.run(run)
     except Exception as error:
         # A broken part must not take the others with it.
         result = {"status": FAILED, "failures": [f"{type(error).__name__}: {error}"]}
-    result["seconds"] = round(time.monotonic() - started, 1)
-    # Parts may be run on different days.
-    result["commit"] = _output("git", "rev-parse", "HEAD")
-    (run.out / f"{name}.json").write_text(json.dumps(result, indent=1))
+    finally:
+        result["seconds"] = round(time.monotonic() - started, 1)
+        # Parts may be run on different days.
+        result["commit"] = _output("git", "rev-parse", "HEAD")
+        keep.write_text(run.out / f"{name}.json", json.dumps(result, indent=1))
     print(f"{name}: {result['status']} in {result['seconds']} s", flush=True)
     for line in result.get("failures", [])[:20]:
         print(f"  {line}", flush=True)
     return result
 
 
-def main(argv: list[str] | None = None) -> int:
+def publish(run: Run) -> None:
+    """Report and archive of what there is now, whole."""
     from ..reports import gpu as report
 
+    report.write(load(run.out), run.out, quick=run.dry)
+    keep.publish(run.out, run.results)
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of logs and results")
+    parser.add_argument("--results", type=Path, help="folder of the report and the archive")
     parser.add_argument("--device", default="cuda", help="device of the tensors")
     parser.add_argument("--parts", help=f"run these again, of {','.join(PARTS)}")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to take what is missing from")
@@ -412,30 +352,32 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
     options.out = options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
+    options.results = (options.results or options.out / "results").resolve()
     run = Run(options)
     reason = refusal(run)
     if reason:
         print(f"gpu_check: cannot use device {run.device!r}: {reason}", file=sys.stderr)
         return 2
-    if "bench" in named:
-        for file in ("bench-points.jsonl", "bench-launches.json"):
-            (run.out / file).unlink(missing_ok=True)
+    for name in set(named) & {"ours", "peers"}:
+        (run.out / f"{name}-points.jsonl").unlink(missing_ok=True)
     results = load(run.out)
     for name, result in results.items():
         if not named and result["status"] in (DONE, SKIPPED):
             print(f"{name}: {result['status']} before", flush=True)
     finished = () if named else (DONE, SKIPPED)
     pending = [n for n in named or PARTS if results.get(n, {}).get("status") not in finished]
-    while pending:
-        name = pending.pop(0)
-        if run.deadline - RESERVE - time.monotonic() < 5:
-            print(f"{name}: no time left; run this again", flush=True)
-            continue
-        results[name] = run_part(run, name, sum(PARTS[n].budget for n in pending))
-        # Now, since the next part may take this process with it.
-        report.write(results, run.out, quick=run.dry)
-    report.write(results, run.out, quick=run.dry)
+    try:
+        for name in pending:
+            if run.deadline - RESERVE - time.monotonic() < 5:
+                print(f"{name}: no time left; run this again", flush=True)
+                continue
+            run_part(run, name)
+            # Now, since the next part may take this process with it.
+            publish(run)
+    finally:
+        publish(run)
     print((run.out / "report.md").read_text())
+    results = load(run.out)
     good = all(results.get(name, {}).get("status") in (DONE, SKIPPED) for name in PARTS)
     return 0 if good else 1
 
@@ -446,5 +388,6 @@ def terminated(*_: Any) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, terminated)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, terminated)
     sys.exit(main())

@@ -2,7 +2,9 @@
 
 import argparse
 import importlib.util
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,10 @@ from .. import ROOT
 DONE, FAILED, SKIPPED, CUT = "done", "failed", "skipped", "cut off"
 Result = dict[str, Any]
 
+#: Seconds that a dry run may take at most, and each of its parts: it is no measurement, and a busy
+#: machine must not fail it.
+DRY_SECONDS = 3600.0
+
 
 class Run:
     """What a part needs: the options, the folder, and processes that end in time."""
@@ -24,17 +30,23 @@ class Run:
     def __init__(self, options: argparse.Namespace) -> None:
         self.device: str = options.device
         self.out: Path = options.out
+        self.results: Path = options.results
         self.dry: bool = options.dry_run
         self.packages = unpacked(options.wheels, self.out) if options.wheels else []
-        self.deadline = time.monotonic() + options.limit
+        self.deadline = time.monotonic() + (DRY_SECONDS if self.dry else options.limit)
         self.ends = self.deadline
 
     def left(self) -> float:
         """Seconds left to the present part."""
         return self.ends - time.monotonic()
 
-    def process(self, log: str, *command: str, **variables: str) -> int | None:
-        """Exit status of a command, None where its time ran out; output goes to OUT/log."""
+    def process(
+        self, log: str, *command: str, seconds: float = math.inf, **variables: str
+    ) -> int | None:
+        """Exit status of a command, None where its time ran out; output goes to OUT/log.
+
+        seconds: less than the part has left, where others follow.
+        """
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
         environment |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
         # Whatever the caller had stays in front of the wheels.
@@ -54,16 +66,18 @@ class Run:
                 start_new_session=True,
             )
             try:
-                return child.wait(timeout=max(1.0, self.left()))
+                return child.wait(timeout=max(1.0, min(seconds, self.left())))
             except subprocess.TimeoutExpired:
                 return None
             finally:
                 # Also what outlives a child that ended, and the child where this is interrupted.
                 _end(child)
 
-    def python(self, log: str, *arguments: str, **variables: str) -> int | None:
+    def python(
+        self, log: str, *arguments: str, seconds: float = math.inf, **variables: str
+    ) -> int | None:
         """`process` with this interpreter."""
-        return self.process(log, sys.executable, *arguments, **variables)
+        return self.process(log, sys.executable, *arguments, seconds=seconds, **variables)
 
     def lines(self, log: str) -> list[str]:
         """Lines of a log."""
@@ -108,7 +122,7 @@ def unpacked(wheels: Path, out: Path) -> list[Path]:
 def refusal(run: Run) -> str | None:
     """Why nothing can run on the device, in a line, or None."""
     code = "import sys, torch, triton; torch.ones(1, device=sys.argv[1]).sum().item()"
-    run.ends = time.monotonic() + 60
+    run.ends = time.monotonic() + (DRY_SECONDS if run.dry else 60)
     found = run.python("device.log", "-c", code, run.device)
     if found == 0:
         return None
@@ -137,6 +151,15 @@ def _end(child: subprocess.Popen) -> None:
             continue
         # The others of the group, which cannot be waited for.
         time.sleep(0.2)
+
+
+def find_tool(run: Run, name: str) -> str | None:
+    """A program of the CUDA toolkit: on the path, where installers put it, or from a wheel."""
+    tool = shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+    for folder in run.packages:
+        # NVIDIA also packs some as wheels.
+        tool = tool or next((str(f) for f in folder.rglob(name) if f.is_file()), None)
+    return tool
 
 
 def status(*codes: int | None) -> str:

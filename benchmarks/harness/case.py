@@ -37,11 +37,12 @@ class Overwriting:
 
 @dataclass
 class Settings:
-    """Command-line options of a run."""
+    """Command-line options of a run; `seconds` of a point, None: by the device."""
 
     device: torch.device
     quick: bool
     providers: set[str] | None
+    seconds: float | None = None
 
 
 @dataclass

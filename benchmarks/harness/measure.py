@@ -262,6 +262,8 @@ def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case
     strided = {n for n in case.providers if max(estimates.get(n, 0.0), host.get(n, 0.0)) > slow}
     stride = {n: every if n in strided else 1 for n in estimates}
     per_round = ours + sum(max(t, host[n]) / stride[n] for n, t in estimates.items())
+    if settings.seconds is not None:
+        point_seconds = settings.seconds
     rounds = max(case.least_rounds, min(MAX_ROUNDS, int(point_seconds / per_round)))
     rounds = QUICK_ROUNDS if settings.quick else rounds
     times: dict[str, list[float]] = {name: [] for name in (*steps, "ours")}

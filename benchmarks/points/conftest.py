@@ -26,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quick", action="store_true", help="small shapes, few rounds")
     group.addoption("--device", default="cpu", help="device of the tensors")
     group.addoption("--providers", help="comma-separated: measure only these beside ours")
+    group.addoption("--seconds", type=float, help="of a point; its least rounds are run anyway")
     group.addoption("--points", choices=("cpu", "gpu"), help="shapes; default: by the device")
     group.addoption("--full", action="store_true", help="the CPU points marked full too")
     group.addoption(
@@ -80,7 +81,8 @@ def settings(request: pytest.FixtureRequest) -> Settings:
     device = torch.device(request.config.getoption("--device"))
     only = request.config.getoption("--providers")
     providers = None if only is None else {"ours", *only.split(",")}
-    return Settings(device, request.config.getoption("--quick"), providers)
+    options = request.config.option
+    return Settings(device, options.quick, providers, options.seconds)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import ROOT
+from ..gpu.keep import write_text
+from ..gpu.ncu import short_name
 from . import suite
 from .tables import microseconds, multiple, table
 
@@ -77,6 +79,35 @@ def bench_lines(points: list[dict[str, Any]], quick: bool) -> list[str]:
     return lines
 
 
+def points_of(results: Results) -> list[dict[str, Any]]:
+    """The points of both benchmark parts; where both have one, that with the peers."""
+    found: dict[tuple, dict[str, Any]] = {}
+    for part in ("ours", "peers"):
+        for point in results.get(part, {}).get("points", []):
+            key = tuple(point.get(k) for k in ("op", "label", "mode", "backend"))
+            if part == "ours" or "median" in point["providers"]["ours"] or key not in found:
+                found[key] = point
+    return list(found.values())
+
+
+def counter_lines(kernels: list[dict[str, Any]]) -> list[str]:
+    """What the profiler counted of each kernel."""
+    if not kernels:
+        return []
+    names = [k for k in kernels[0] if k not in ("call", "backend", "kernel")]
+    rows = []
+    for found in kernels:
+        cells = ["–" if found[n] is None else f"{found[n]:,.4g}" for n in names]
+        rows.append([found["call"], found["backend"], short_name(found["kernel"]), *cells])
+    head = ["call", "backend", "kernel", *names]
+    lines = ["", "## Hardware counters", "", *table(head, rows, left=3)]
+    return [
+        *lines,
+        "",
+        "Of one launch each, with the clocks as they were. Sectors are of 32 bytes.",
+    ]
+
+
 def launch_lines(launches: dict[str, Any] | None) -> list[str]:
     if not launches:
         return []
@@ -128,9 +159,9 @@ def markdown(results: Results, quick: bool) -> str:
     tools = results.get("sanitizer", {}).get("tools")
     if tools:
         lines += ["", "compute-sanitizer: " + ", ".join(f"{k} {v}" for k, v in tools.items())]
-    bench = results.get("bench", {})
-    lines += ["", *bench_lines(bench.get("points", []), quick)]
-    lines += launch_lines(bench.get("launches"))
+    lines += ["", *bench_lines(points_of(results), quick)]
+    lines += counter_lines(results.get("ncu", {}).get("kernels", []))
+    lines += launch_lines(results.get("launches", {}).get("launches"))
     failures = [f"{name}: {f}" for name, r in results.items() for f in r.get("failures", [])]
     if failures:
         lines += ["", "## Failures", "", *("- " + f.replace("\n", " ⏎ ") for f in failures)]
@@ -161,5 +192,5 @@ def write(results: Results, out: Path, *, quick: bool) -> None:
     if doctor:
         # What the shell had set may be about anything.
         doctor.pop("environment", None)
-    (out / "report.json").write_text(json.dumps({"quick": quick, **cleaned}, indent=1))
-    (out / "report.md").write_text(markdown(cleaned, quick))
+    write_text(out / "report.json", json.dumps({"quick": quick, **cleaned}, indent=1))
+    write_text(out / "report.md", markdown(cleaned, quick))

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ROOT
-from benchmarks.gpu import check, process
+from benchmarks.gpu import bench, check, keep, process, sanitizer
 from benchmarks.reports import gpu as report
 
 
@@ -24,12 +25,16 @@ def parts(monkeypatch, **functions):
     monkeypatch.setattr(check, "refusal", lambda run: None)
 
 
+NAMED = ["--device", "cpu", "--parts"]
+
+
 def done(run):
     return {"status": "done"}
 
 
 def options(out, **more):
     given = {"device": "cuda", "out": out, "dry_run": False, "wheels": None, "limit": 60}
+    given["results"] = out / "results"
     return argparse.Namespace(**given | more)
 
 
@@ -87,7 +92,7 @@ time.sleep(600)
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] in "ZX"
 
 
-def test_a_part_has_its_budget_and_what_the_parts_before_it_left(monkeypatch, tmp_path):
+def test_a_part_has_its_limit_and_the_last_one_what_is_left(monkeypatch, tmp_path):
     ends, now = {}, [1000.0]
 
     def part(name, seconds):
@@ -102,20 +107,34 @@ def test_a_part_has_its_budget_and_what_the_parts_before_it_left(monkeypatch, tm
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(check, "_output", lambda *command: None)
     parts(monkeypatch, env=part("env", 10), gpu=part("gpu", 25), tests=part("tests", 1))
+    check.PARTS["tests"] = check.PARTS["tests"]._replace(limit=0)
     assert check.main(["--out", str(tmp_path), "--device", "cpu", "--limit", "100"]) == 0
-    # 85 s without the reserve: 30 for each; what one leaves the next may use, the last one all.
-    assert ends == {"env": 30, "gpu": 55, "tests": 85}
+    # 85 s without the reserve; 30 from where each begins, whatever those before it left.
+    assert ends == {"env": 30, "gpu": 40, "tests": 85}
+    # A limit beyond the end ends there.
+    assert check.main([*NAMED, "env", "--out", str(tmp_path), "--limit", "35"]) == 0
+    assert ends["env"] == now[0] - 1000 - 10 + 20
+    # A dry run is no measurement: a busy machine cuts nothing off.
+    assert check.main([*NAMED, "env", "--out", str(tmp_path), "--limit", "35", "--dry-run"]) == 0
+    assert ends["env"] == now[0] - 1000 - 10 + process.DRY_SECONDS - check.RESERVE
 
 
-def test_all_parts_end_within_ten_minutes():
+def test_the_parts_are_in_the_order_of_what_is_most_needed_and_end_within_ten_minutes():
+    words = "build env compile smoke ours ncu peers sanitizer launches tests"
+    assert list(check.PARTS) == words.split()
+    limits = {name: part.limit for name, part in check.PARTS.items()}
+    wanted = {"smoke": 60, "ours": 90, "ncu": 60, "peers": 120, "tests": 0}
+    assert wanted.items() <= limits.items()
+    # Only the last one takes what is left, and something is.
+    assert [n for n, limit in limits.items() if not limit] == ["tests"]
     # The last one, which may need 11 s to be stopped, ends inside the reserve.
-    assert sum(p.budget for p in check.PARTS.values()) + check.RESERVE <= 590
+    assert sum(limits.values()) + check.RESERVE <= 590 - 15
     assert check.RESERVE > 11
 
 
 def test_every_benchmark_and_every_test_of_the_backends_is_run_and_every_name_exists():
     points = {f.stem for f in (ROOT / "benchmarks/points").glob("[a-z]*.py")} - {"conftest"}
-    assert set(check.BENCH_FILES) == points
+    assert set(bench.BENCH_FILES) == points
     of_backends = {
         str(f.relative_to(ROOT / "tests").with_suffix(""))
         for f in (ROOT / "tests").rglob("test_*.py")
@@ -125,7 +144,8 @@ def test_every_benchmark_and_every_test_of_the_backends_is_run_and_every_name_ex
     elsewhere = ("head/test_shard", "parity/", "integrations/", "benchmarks/")
     assert set(check.TEST_FILES) == {f for f in of_backends if not f.startswith(elsewhere)}
     # What the parts name outright.
-    source = (ROOT / "benchmarks/gpu/check.py").read_text()
+    sources = (ROOT / "benchmarks/gpu").glob("*.py")
+    source = "".join(file.read_text() for file in sources)
     files = set(re.findall(r"\b(?:tests|tools|benchmarks)/[\w/]+\.py", source))
     modules = set(re.findall(r'"-m", "((?:tests|tools|benchmarks)[\w.]+)"', source))
     files |= {m.replace(".", "/") + ".py" for m in modules}
@@ -154,7 +174,7 @@ def second(run):
         return {{"status": "done"}}
     file.touch()
     run.python("child.log", "-c", "import os, time; print(os.getpid()); time.sleep(600)")
-check.PARTS = {{"env": check.Part(first, 60), "gpu": check.Part(second, 60)}}
+check.PARTS = {{"env": check.Part(first, 600), "gpu": check.Part(second, 600)}}
 check.refusal = lambda run: None
 signal.signal(signal.SIGTERM, check.terminated)
 sys.exit(check.main(["--out", {str(tmp_path)!r}, "--device", "cpu"]))
@@ -202,13 +222,13 @@ def test_wheels_add_what_is_missing_and_nothing_else(monkeypatch, tmp_path):
 
 
 def test_a_cut_off_line_of_a_point_is_measured_again(tmp_path):
-    run = argparse.Namespace(out=tmp_path)
+    file = tmp_path / "ours-points.jsonl"
     good, bad = ({"point": p, "failed": p == "b"} for p in "ab")
     lines = [json.dumps(good), json.dumps(bad), '{"point": "c", "fai']
-    (tmp_path / "bench-points.jsonl").write_text("\n".join(lines))
-    assert check._records(run) == [good, bad]
-    assert check._records(run, failed=False) == [good]
-    assert (tmp_path / "bench-points.jsonl").read_text() == json.dumps(good) + "\n"
+    file.write_text("\n".join(lines))
+    assert bench.records(file) == [good, bad]
+    assert bench.records(file, failed=False) == [good]
+    assert file.read_text() == json.dumps(good) + "\n"
 
 
 TOOL = """#!{python}
@@ -247,11 +267,11 @@ def test_the_sanitizer_part(monkeypatch, tmp_path, broken, outcome, words, backe
         return 0 if log == "sanitizer-plain.log" else plain(run, log, *command, **variables)
 
     monkeypatch.setattr(process.Run, "process", faster)
-    parts(monkeypatch, sanitizer=check.part_sanitizer)
-    monkeypatch.setattr(check, "kernel_backends", lambda run: backends)
+    parts(monkeypatch, sanitizer=sanitizer.part_sanitizer)
+    monkeypatch.setattr(sanitizer, "kernel_backends", lambda run: backends)
     check.main(["--out", str(tmp_path), "--device", "cuda"])
     result = check.load(tmp_path)["sanitizer"]
-    tools = zip(check.SANITIZER_TOOLS, words, strict=True)
+    tools = zip(sanitizer.SANITIZER_TOOLS, words, strict=True)
     assert result["tools"] == {f"{t} {b}": w for t, w in tools for b in backends}
     assert result["status"] == outcome
     assert "compute-sanitizer: memcheck" in (tmp_path / "report.md").read_text()
@@ -259,9 +279,9 @@ def test_the_sanitizer_part(monkeypatch, tmp_path, broken, outcome, words, backe
 
 def test_the_sanitizer_tells_our_kernels_from_others():
     line = "=========     at {}+0x4d0 in kernel.py:12"
-    assert check._names_ours(line.format("partial_kernel"))
-    assert not check._names_ours(line.format("vectorized_elementwise_kernel"))
-    assert check._names_ours(line.format("void rk::cuda::<unnamed>::scan_kernel<(int)16>(...)"))
+    assert sanitizer._names_ours(line.format("partial_kernel"))
+    assert not sanitizer._names_ours(line.format("vectorized_elementwise_kernel"))
+    assert sanitizer._names_ours(line.format("void rk::cuda::<unnamed>::scan_kernel<(int)16>(...)"))
 
 
 def test_failures_and_reasons_are_read_from_pytest(tmp_path):
@@ -293,8 +313,8 @@ def test_the_report_judges_targets_and_hides_the_machine(tmp_path):
         },
     }  # fmt: skip
     wrong = point | {"op": "whiten", "providers": {"ours": {"error": "result 0 is off"}}}
-    bench = {"status": "done", "seconds": 1.0}
-    report.write({"bench": bench | {"points": [point, wrong]}}, tmp_path, quick=False)
+    part = {"status": "done", "seconds": 1.0}
+    report.write({"ours": part | {"points": [point, wrong]}}, tmp_path, quick=False)
     text = (tmp_path / "report.md").read_text()
     assert "| gae, forward | fp32 16×131072 | 40 | 39–41 | 9 | 1.0 | 891 | 50% copy |" in text
     assert "| 75% of copy, ≤ 30 µs | missed: copy 75%; missed: time ≤ 30 µs |" in text
@@ -302,8 +322,13 @@ def test_the_report_judges_targets_and_hides_the_machine(tmp_path):
     assert "ModuleNotFoundError" in text
     assert str(ROOT) not in text + (tmp_path / "report.json").read_text()
     both = [point | {"backend": b} for b in ("cuda", "triton")]
-    report.write({"bench": bench | {"points": both}}, tmp_path, quick=False)
+    report.write({"ours": part | {"points": both}}, tmp_path, quick=False)
     assert "| gae, forward, triton | fp32 16×131072 |" in (tmp_path / "report.md").read_text()
+    # Where both parts have a point, that with the peers counts; unless it has no time of ours.
+    slower = both[0] | {"providers": {**point["providers"], "ours": {"median": 80e-6}}}
+    broken = both[1] | {"providers": {"ours": {"error": "out of memory"}}}
+    results = {"ours": part | {"points": both}, "peers": part | {"points": [slower, broken]}}
+    assert report.points_of(results) == [slower, both[1]]
 
 
 def test_the_report_of_what_there_is(tmp_path):
@@ -311,25 +336,99 @@ def test_the_report_of_what_there_is(tmp_path):
     report.write({}, tmp_path, quick=False)
     assert "the part `env` has no result" in (tmp_path / "report.md").read_text()
     env = {"status": "failed", "seconds": 1, "date": "2026-01-31 10:00", "device": None}
-    bench = {"status": "cut off", "seconds": 2, "commit": "abc", "points": [], "launches": None}
-    report.write({"env": {**env, "doctor": None}, "bench": bench}, tmp_path, quick=False)
+    ours = {"status": "cut off", "seconds": 2, "commit": "abc", "points": []}
+    report.write({"env": {**env, "doctor": None}, "ours": ours}, tmp_path, quick=False)
     text = (tmp_path / "report.md").read_text()
     assert "- device: unknown\n" in text and "commit abc, unknown\n" in text
-    assert "| bench | cut off | – | – | – | 2 |" in text
+    assert "| ours | cut off | – | – | – | 2 |" in text
 
 
 def test_dry_run(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.gpu.check", "--out", str(tmp_path)]
-    command += ["--device", "cpu", "--dry-run", "--limit", "580"]
+    """Every part in order; no limit of time, so that a busy machine changes nothing."""
+    out, results = tmp_path / "out", tmp_path / "results"
+    command = [sys.executable, "-m", "benchmarks.gpu.check", "--out", str(out)]
+    command += ["--device", "cpu", "--dry-run", "--results", str(results)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    found = json.loads((tmp_path / "report.json").read_text())
+    started = re.findall(r"^(\w+): at most", run.stdout, re.M)
+    assert started == list(check.PARTS)
+    found = json.loads((results / "report.json").read_text())
     assert found["env"]["doctor"]["ok"] and found["env"]["device"]["bytes_per_second"]["copy"] > 0
-    assert found["gpu"]["passed"] >= 4 and found["gpu"]["failed"] == 0
-    assert found["tests"]["passed"] == 2 and found["tests"]["failed"] == 0
-    (point,) = found["bench"]["points"]
-    assert point["op"] == "kl_penalty k3" and point["providers"]["ours"]["median"] > 0
+    assert found["smoke"]["passed"] == 2 and found["smoke"]["failed"] == 0
+    assert found["tests"]["passed"] >= 6 and found["tests"]["failed"] == 0
+    for part in ("ours", "peers"):
+        (point,) = found[part]["points"]
+        assert point["op"] == "kl_penalty k3" and point["providers"]["ours"]["median"] > 0
+        assert point["providers"]["copy"]["median"] > 0
+        assert ("eager" in point["providers"]) == (part == "peers")
+    assert found["ncu"]["reason"] == "ncu is not here"
     assert "compute-sanitizer is not here" in found["sanitizer"]["reason"]
-    text = (tmp_path / "report.md").read_text()
-    assert "| kl_penalty k3, forward+backward | fp32 4×50 |" in text
+    assert "no device activity" in found["launches"]["launches"]["reason"]
+    text = (results / "report.md").read_text()
+    assert text.count("| kl_penalty k3, forward+backward | fp32 4×50 |") == 1
     assert str(ROOT) not in text + json.dumps(found)
+    # What comes back from a machine that gives back eight files.
+    assert {f.name for f in results.iterdir()} == set(keep.PUBLISHED)
+    assert len(keep.PUBLISHED) <= 4
+    with tarfile.open(results / "logs.tar.gz") as packed:
+        names = set(packed.getnames())
+    assert {f"{name}.json" for name in check.PARTS} | {"tests.log", "ours-triton.log"} <= names
+
+
+KILLED = """
+import os, sys, time
+from benchmarks.gpu import check
+def first(run):
+    (run.out / "first.log").write_text("all of it")
+    return {{"status": "done"}}
+def second(run):
+    print("second", flush=True)
+    time.sleep(600)
+check.PARTS = {{"env": check.Part(first, 0), "gpu": check.Part(second, 0)}}
+check.refusal = lambda run: None
+sys.exit(check.main(["--out", {out!r}, "--results", {results!r}, "--device", "cpu"]))
+"""
+
+
+def test_a_kill_in_the_middle_leaves_the_earlier_parts_whole_in_few_files(tmp_path):
+    out, results = tmp_path / "out", tmp_path / "results"
+    code = KILLED.format(out=str(out), results=str(results))
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
+        # What comes before the second part is on disk when that begins.
+        for line in run.stdout:
+            if line == "second\n":
+                break
+        run.kill()
+    assert run.wait() == -signal.SIGKILL
+    assert {f.name for f in results.iterdir()} == set(keep.PUBLISHED)
+    assert json.loads((results / "report.json").read_text())["env"]["status"] == "done"
+    assert "| env | done |" in (results / "report.md").read_text()
+    with tarfile.open(results / "logs.tar.gz") as packed:
+        assert packed.extractfile("first.log").read() == b"all of it"
+        assert json.load(packed.extractfile("env.json"))["status"] == "done"
+        assert "gpu.json" not in packed.getnames()
+
+
+def test_what_is_half_written_is_never_seen(monkeypatch, tmp_path):
+    out, results = tmp_path / "out", tmp_path / "results"
+    out.mkdir()
+    (out / "report.md").write_text("one")
+    (out / "long.log").write_bytes(b"0" * keep.LOG_BYTES + b"the end")
+    keep.publish(out, results)
+    before = (results / "logs.tar.gz").read_bytes()
+    with tarfile.open(results / "logs.tar.gz") as packed:
+        kept = packed.extractfile("long.log").read()
+    assert len(kept) == keep.LOG_BYTES and kept.endswith(b"the end")
+
+    def killed(*_):
+        raise SystemExit
+
+    # Between writing and renaming: nobody finds the new one, and the old one is whole.
+    monkeypatch.setattr(os, "replace", killed)
+    (out / "report.md").write_text("two")
+    with pytest.raises(SystemExit):
+        keep.publish(out, results)
+    assert (results / "logs.tar.gz").read_bytes() == before
+    assert (results / "report.md").read_text() == "one"
+    assert len(list(results.iterdir())) <= 8

@@ -1,0 +1,112 @@
+"""What the parts of `make gpu-check` read and choose: counters, points, prebuilt extensions."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.benchmarks.test_gpu_check import options
+
+from benchmarks import ROOT
+from benchmarks.gpu import bench, ncu, prebuilt, process
+
+NAMES = ",".join(f'"{m}"' for m in ncu.METRICS)
+UNITS = ",".join('"%"' for _ in ncu.METRICS)
+KERNEL = "void rk::cuda::<unnamed>::forward_kernel<(int)16, float>(rk::Rows, float *)"
+VALUES = ",".join(f'"{1000 + i:,}.5"' for i in range(len(ncu.METRICS)))
+TABLE = f'''==PROF== Connected to process 12
+"ID","Process ID","Kernel Name",{NAMES}
+"","","",{UNITS}
+"0","12","{KERNEL}",{VALUES}
+"1","12","scan_kernel",{VALUES.replace("1,000.5", "n/a")}
+==PROF== Disconnected
+'''
+TOOL = f"""#!{sys.executable}
+import sys
+words = sys.argv[1:]
+assert "benchmarks.gpu.profiled" in words
+assert words[words.index("--profile-from-start") + 1] == "off"
+call = words[words.index("--call") + 1]
+if "{{fails}}" == call:
+    print("RuntimeError: of the call"); sys.exit(1)
+if "{{fails}}" == "all":
+    print("==ERROR== ERR_NVGPUCTRPERM"); sys.exit(1)
+open(words[words.index("--log-file") + 1], "w").write({TABLE!r})
+"""
+
+
+def test_the_counters_of_kernels_are_read():
+    one, other = ncu.kernels(TABLE)
+    assert one["kernel"] == KERNEL and ncu.short_name(KERNEL) == "forward_kernel"
+    assert one["ns"] == 1000.5 and one["L2 write sectors"] == 1006.5
+    assert other["kernel"] == "scan_kernel" and other["ns"] is None and other["issue %"] == 1001.5
+    assert ncu.short_name("scan_kernel") == "scan_kernel"
+    assert ncu.kernels("==ERROR== no such device\n") == []
+
+
+@pytest.mark.parametrize(
+    "fails,outcome", [("", "done"), ("gae", "failed"), ("all", "skipped")], ids=str
+)
+def test_the_ncu_part(monkeypatch, tmp_path, fails, outcome):
+    tool = tmp_path / "ncu"
+    tool.write_text(TOOL.replace("{fails}", fails))
+    tool.chmod(0o755)
+    monkeypatch.setattr(ncu, "find_tool", lambda run, name: str(tool))
+    monkeypatch.setattr(ncu, "kernel_backends", lambda run: ["cuda"])
+    result = ncu.part_ncu(process.Run(options(tmp_path)))
+    assert result["status"] == outcome
+    if outcome == "skipped":
+        assert "ERR_NVGPUCTRPERM" in result["reason"]
+        return
+    assert {k["call"] for k in result["kernels"]} == set(ncu.CALLS) - {fails}
+    assert len(result["failures"]) == bool(fails)
+    assert not fails or "RuntimeError: of the call" in result["failures"][0]
+
+
+def test_the_shapes_that_matter_are_among_the_points(tmp_path):
+    run = process.Run(options(tmp_path, device="cpu"))
+    words = bench.command(run, bench.PEER_FILES, "reference", tmp_path / "points.jsonl")
+    found = subprocess.run(
+        [sys.executable, *words, "-k", bench.PEER_POINTS, "--collect-only"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    functions = set(re.findall(r"test_\w+", found.stdout)) - {"test_functions"}
+    wanted = {"test_token_logprobs", "test_linear_policy_loss", "test_kl_divergence", "test_gae"}
+    assert functions == wanted, found.stdout + found.stderr
+    assert "16x131072" in found.stdout and "few-rows" not in found.stdout
+
+
+def test_prebuilt_extensions_serve_only_what_they_were_built_for(tmp_path):
+    root, folder = tmp_path / "root", tmp_path / "built"
+    (root / "csrc").mkdir(parents=True), (root / prebuilt.PACKAGE).mkdir()
+    (root / "setup.py").write_text("flags")
+    (root / "csrc" / "a.cu").write_text("kernel")
+    (folder / prebuilt.PACKAGE).mkdir(parents=True)
+
+    def refusal(arch="90"):
+        return prebuilt.refusal(arch, folder, root)
+
+    assert "nothing prebuilt" in refusal()
+    stamp = {"sources": prebuilt.sources_hash(root), "archs": ["90"]}
+    (folder / "stamp.json").write_text(json.dumps(stamp))
+    assert "another Python" in refusal()
+    for name in prebuilt.file_names():
+        assert name.endswith(".so") and f"{sys.version_info[0]}{sys.version_info[1]}" in name
+        (folder / prebuilt.PACKAGE / name).write_text(f"code of {name}")
+    assert refusal() is None
+    assert "are for 90, the device is 100" in refusal("100") and refusal(None) is not None
+    prebuilt.install(folder, root)
+    installed = {f.name: f.read_text() for f in (root / prebuilt.PACKAGE).iterdir()}
+    assert installed == {n: f"code of {n}" for n in prebuilt.file_names()}
+    # A flag counts as much as a kernel, and so does a file that was added.
+    for file, text in (("setup.py", "flag"), ("csrc/a.cu", "kernal"), ("csrc/b.h", "")):
+        kept = (root / file).read_text() if (root / file).exists() else None
+        (root / file).write_text(text)
+        assert "other sources" in refusal()
+        if kept is None:
+            (root / file).unlink()
+        else:
+            (root / file).write_text(kept)
+        assert refusal() is None
