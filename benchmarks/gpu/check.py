@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.check --out dir [--device cuda] [--parts tests,ours] [--limit 590]
 
-Parts, in the order of what we most need to know: build, env, compile, smoke, ours, ncu, peers,
+Parts, in the order of what we most need to know: build, compile, env, smoke, ours, ncu, peers,
 sanitizer, launches, tests. Each has its own limit of seconds, and the last one what is left of
 --limit. A part that finished is not run again unless --parts names it; one that was cut off goes
 on. OUT gets a log and a JSON of each part, and report.json and report.md; after each part the
@@ -282,8 +282,9 @@ class Part(NamedTuple):
 # minutes even where everything has to be compiled.
 PARTS = {
     "build": Part(part_build, 90),
-    "env": Part(part_env, 30),
+    # Before the doctor, whose check would compile one kernel after another.
     "compile": Part(part_compile, 40),
+    "env": Part(part_env, 30),
     "smoke": Part(part_smoke, 60),
     "ours": Part(part_ours, 90),
     "ncu": Part(part_ncu, 60),

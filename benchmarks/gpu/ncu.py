@@ -74,7 +74,7 @@ def part_ncu(run: Run) -> Result:
     backend = kernel_backends(run)[0]
     if run.device == "cpu":
         # Nothing to count, but the calls must work.
-        words = _command(run, None, CALLS[1], backend, "")
+        words = _command(run, None, CALLS[-1], backend, "")
         code = run.python("ncu-plain.log", *words)
         if code != 0:
             return {"status": status(code), "failures": [run.tail("ncu-plain.log", 5)]}
