@@ -54,13 +54,13 @@ RESERVE = 15
 # Operation tests; the others are about the CPU, the package or the trainer.
 _OPERATION_TESTS = (
     "logprobs logprobs_rules policy policy_rules policy_masks kl advantages advantages_rules value "
-    "preference support support_rules extremes fp16 empty interface missing meta masks"
+    "preference support support_rules tiles extremes fp16 empty interface missing meta masks"
 ).split()
 TEST_FILES = ("head/test_head", "head/test_cases", *(f"ops/test_{n}" for n in _OPERATION_TESTS))
 # Processes of pytest on one GPU: compiling is most of the time, and that is the CPU's.
 WORKERS = 12
 # A few of each file.
-DRY_TESTS = "poisons and (temperature or synchronisation) or triton and (empty_batch or infinite)"
+DRY_TESTS = "triton and (poisons and temperature or empty_batch or infinite)"
 # Compute capabilities that tools/triton_aot.py compiles for.
 AHEAD_OF_TIME = ("80", "90", "100")
 
