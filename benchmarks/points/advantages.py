@@ -12,6 +12,7 @@ import rlhf_kernels as rk
 from ..harness import Missing, Point, Provider, against, points, sized
 from ..harness.peers import peer
 from ..harness.ragged import described, offsets, padded, response_lengths
+from .policy import HOST_SHAPES
 
 GAMMA, LAM, KL_COEF = 0.99, 0.95, 0.05
 TARGETS = {"eager": 100, "vectorized": 5, "compile": 5, "copy": 0.4}
@@ -125,9 +126,9 @@ def _oracle(rewards: Tensor, values: Tensor, judged: Tensor) -> tuple[Tensor, Te
     return _scalar_gae(rewards[rows], values[rows], judged[rows].sum(1).tolist())
 
 
-@pytest.mark.parametrize("name", points(SHAPES, GPU_SHAPES, FULL_SHAPES))
+@pytest.mark.parametrize("name", points(HOST_SHAPES | SHAPES, GPU_SHAPES, FULL_SHAPES))
 def test_gae(point: Point, name: str) -> None:
-    shape = point.size((4, 300), (SHAPES | FULL_SHAPES | GPU_SHAPES)[name])
+    shape = point.size((4, 300), (HOST_SHAPES | SHAPES | FULL_SHAPES | GPU_SHAPES)[name])
     rewards, values, mask = _batch(shape, point.device)
     judged = _sampled(mask, name)
 

@@ -45,6 +45,8 @@ TARGETED_SHAPES = {
     "bf16-2048x32768": Shape(torch.bfloat16, 8, 256, 32768, _BF16),
     "fp32-256x151936": Shape(torch.float32, 2, 128, 151936, _FP32),
 }
+# So few logits that a call takes what the host needs for it.
+HOST_SHAPES = {"4x16x64": Shape(torch.float32, 4, 16, 64, {})}
 # The vocabularies of model families (Qwen's is above), 64 to 128 MiB of logits.
 FAMILIES = {
     "gpt2": Shape(torch.float32, 2, 256, 50257, {}),
@@ -77,12 +79,14 @@ def _points(shape: str, modes: tuple[str, ...], entropies: tuple[bool, ...], *ma
     ]
 
 
-_ALL = SHAPES | TARGETED_SHAPES | FAMILIES | GPU_SHAPES
+_UNTARGETED = HOST_SHAPES | FAMILIES
+_ALL = SHAPES | TARGETED_SHAPES | _UNTARGETED | GPU_SHAPES
 BOTH, GPU, FULL = (False, True), pytest.mark.gpu, pytest.mark.full
 ONLY_FULL = {"backward": (FULL,)}
 POINTS = [
     # The backward alone in the full run: forward+backward has it too.
     *(p for n in SHAPES for m in MODES for p in _points(n, (m,), BOTH, *ONLY_FULL.get(m, ()))),
+    *(p for n in HOST_SHAPES for p in _points(n, MODES[::2], (False,))),
     *(p for n in TARGETED_SHAPES for p in _points(n, MODES, BOTH, FULL)),
     *(p for n in FAMILIES for p in _points(n, MODES[2:], BOTH, FULL)),
     # On a GPU what the targets are about.
@@ -176,7 +180,7 @@ def test_token_logprobs(point: Point, name: str, entropy: bool, mode: str) -> No
     }
     others |= {} if entropy else _cross_entropies(mode, device)
     wanted = targets.get((mode, entropy), {})
-    if not on_gpu and name not in FAMILIES:
+    if not on_gpu and name not in _UNTARGETED:
         wanted = targets.get((mode, entropy), _BACKWARD if mode == "backward" else _BOTH)
     passes = {"forward": 1, "backward": 2, "forward+backward": 3}[mode]
     point(

@@ -9,7 +9,7 @@ import rlhf_kernels as rk
 from ..harness import Point, against, exact, points, sized
 from ..harness.peers import peer
 from ..harness.ragged import padded
-from .policy import FULL_SHAPES, GPU_SHAPES, SHAPES
+from .policy import FULL_SHAPES, GPU_SHAPES, HOST_SHAPES, SHAPES
 
 CLIP = 0.2
 
@@ -35,9 +35,9 @@ def ours(*given: Tensor) -> tuple[Tensor, ...]:
     return result.loss, result.metrics.tensor
 
 
-@pytest.mark.parametrize("name", points(SHAPES, GPU_SHAPES, FULL_SHAPES))
+@pytest.mark.parametrize("name", points(HOST_SHAPES | SHAPES, GPU_SHAPES, FULL_SHAPES))
 def test_value_loss(point: Point, name: str) -> None:
-    shape = point.size((4, 50), (SHAPES | FULL_SHAPES | GPU_SHAPES)[name])
+    shape = point.size((4, 50), (HOST_SHAPES | SHAPES | FULL_SHAPES | GPU_SHAPES)[name])
     old = torch.randn(shape, device=point.device)
     change = 0.2 * torch.randn_like(old)
     # None so near a branch that rounding decides it: the oracle could not judge it.
