@@ -1,16 +1,20 @@
 """What the parts of `make gpu-check` read and choose: counters, points, prebuilt extensions."""
 
+import dataclasses
 import json
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.benchmarks.test_gpu_check import options
 
+import rlhf_kernels as rk
 from benchmarks import ROOT
-from benchmarks.gpu import bench, ncu, prebuilt, process
+from benchmarks.gpu import bench, check, ncu, prebuilt, process, profiled, smoke
+from rlhf_kernels.kernels import backends
 
 NAMES = ",".join(f'"{m}"' for m in ncu.METRICS)
 UNITS = ",".join('"%"' for _ in ncu.METRICS)
@@ -63,6 +67,37 @@ def test_the_ncu_part(monkeypatch, tmp_path, fails, outcome):
     assert {k["call"] for k in result["kernels"]} == set(ncu.CALLS) - {fails}
     assert len(result["failures"]) == bool(fails)
     assert not fails or "RuntimeError: of the call" in result["failures"][0]
+
+
+@pytest.mark.parametrize("call", ncu.CALLS)
+def test_what_is_profiled_runs(call):
+    assert set(ncu.CALLS) == set(profiled.CALLS)
+    with rk.use_backend("cpu"):
+        profiled.CALLS[call](torch.device("cpu"), small=True)()
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["right", "wrong"])
+def test_the_smoke_test_tells_wrong_from_right(monkeypatch, tmp_path, wrong):
+    """In this process, by a backend of the CPU; the part itself reads what was written."""
+    doubled = dict.fromkeys(["gae"] if wrong else [], lambda *a, **k: (a[0], a[0]))
+    before = backends.get("cpu")
+    backends.install(dataclasses.replace(before, launchers={**before.launchers, **doubled}))
+
+    def in_process(run, log, *words):
+        (run.out / log).write_text("")
+        monkeypatch.setattr(sys, "argv", [words[1], *words[2:], "--only", "gae,kl_penalty"])
+        return smoke.main()
+
+    monkeypatch.setattr(process.Run, "python", in_process)
+    monkeypatch.setattr(check, "kernel_backends", lambda run: ["cpu"])
+    try:
+        result = check.part_smoke(process.Run(options(tmp_path, device="cpu")))
+    finally:
+        backends.install(before)
+    assert (result["status"], result["passed"]) == (("failed", 2) if wrong else ("done", 4))
+    assert [f.split(": ")[0] for f in result["failures"]] == (
+        ["gae cpu float32", "gae cpu bfloat16"] if wrong else []
+    )
 
 
 def test_the_shapes_that_matter_are_among_the_points(tmp_path):
