@@ -153,10 +153,8 @@ class _Sum:
             self._add_fp16(total, a, b, tile)
         elif tile.step == 0:
             matmul_into(total, a.T, b)
-        elif a.dtype == torch.float32:
-            total.addmm_(a.T, b)
         else:
-            torch.addmm(total, a.T, b, out_dtype=torch.float32, out=total)
+            matmul_into(total, a.T, b, add=True)
 
     @staticmethod
     def _add_fp16(total: Tensor, a: Tensor, b: Tensor, tile: Tile) -> None:
@@ -167,7 +165,9 @@ class _Sum:
             return
         a, unit = in_fp16(a, (0, 1))
         for rows in blocks(total.shape[0], _SCALED_ROWS):
-            term = torch.mm(a[:, rows].T, b, out_dtype=torch.float32).mul_(unit)
+            term = torch.empty_like(total[rows])
+            matmul_into(term, a[:, rows].T, b)
+            term.mul_(unit)
             if tile.step == 0:
                 total[rows] = term
             else:

@@ -11,6 +11,8 @@ from .chunks import Chunk, Tokens, logits_dtype
 
 # Rows of an fp16 weight that are widened at a time.
 _WIDE_ROWS = 1024
+# Whether torch.mm and torch.addmm take out_dtype: from torch 2.8 on.
+_MIXED_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype")
 # Below this exponent of two scaled gradients stay: fp16 ends at 2^16.
 _FP16_EXPONENT = 15
 
@@ -68,10 +70,20 @@ class Head(NamedTuple):
         return self.logits[: rows * columns].view(rows, columns)
 
 
-def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a @ b, in fp32 sums; also into fp32 from 16-bit operands, on a GPU."""
+def matmul_into(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
+    """out = a @ b, or out += a @ b, in fp32 sums; also into fp32 from 16-bit operands, on a GPU.
+
+    Before torch 2.8 such a product needs operands in fp32: those of b are made in blocks.
+    """
     if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
+        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    elif not _MIXED_PRODUCTS:
+        wide = a.float()
+        for columns in blocks(b.shape[1], _WIDE_ROWS):
+            part = out[:, columns]
+            torch.addmm(part, wide, b[:, columns].float(), beta=float(add), out=part)
+    elif add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
