@@ -20,7 +20,15 @@ from .ops.linear_policy import linear_policy_loss
 from .ops.logprobs import TokenLogprobs, TokenLogprobsEntropy, token_logprobs
 from .ops.model_head import Head
 from .ops.policy import PolicyLoss, PolicyMetrics, policy_loss
-from .ops.preference import DPOLoss, RewardModelLoss, dpo_loss, reward_model_loss, sequence_logprobs
+from .ops.preference import (
+    KTOLoss,
+    PreferenceLoss,
+    RewardModelLoss,
+    kto_loss,
+    preference_loss,
+    reward_model_loss,
+    sequence_logprobs,
+)
 from .ops.value import ValueLoss, ValueMetrics, value_loss
 
 __version__ = "0.1.0"
@@ -28,13 +36,14 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveKLController",
     "Advantages",
-    "DPOLoss",
     "FixedKLController",
     "Head",
+    "KTOLoss",
     "PPOAdvantages",
     "PolicyLoss",
     "PolicyLossConfig",
     "PolicyMetrics",
+    "PreferenceLoss",
     "RewardModelLoss",
     "RunningMoments",
     "TokenLogprobs",
@@ -43,16 +52,17 @@ __all__ = [
     "ValueMetrics",
     "available_backends",
     "discounted_returns",
-    "dpo_loss",
     "gae",
     "group_advantages",
     "kl_divergence",
     "kl_penalty",
+    "kto_loss",
     "linear_kl_divergence",
     "linear_policy_loss",
     "linear_token_logprobs",
     "policy_loss",
     "ppo_advantages",
+    "preference_loss",
     "reward_model_loss",
     "sequence_logprobs",
     "token_logprobs",

@@ -1,4 +1,7 @@
-"""sequence_logprobs and dpo_loss, forward + backward: plain torch, so the peers show its checks."""
+"""sequence_logprobs and preference_loss, forward + backward.
+
+Both are plain torch, so the peers show their checks.
+"""
 
 import pytest
 import torch
@@ -43,17 +46,17 @@ def eager_dpo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected
 
 
 @pytest.mark.parametrize("name", points(PAIRS, GPU_PAIRS))
-def test_dpo_loss(point: Point, name: str) -> None:
+def test_preference_loss(point: Point, name: str) -> None:
     pairs = point.size(8, (PAIRS | GPU_PAIRS)[name])
     references = [-100 * torch.rand(pairs, device=point.device) for _ in range(2)]
     policies = [(r + 5 * torch.randn_like(r)).requires_grad_() for r in references]
     wide = [r.double() for r in references]
     point(
-        op="dpo_loss",
+        op="preference_loss",
         label=f"fp32 {pairs} pairs",
         mode="forward+backward",
         inputs=(*policies, *references),
-        providers=against(eager_dpo, lambda *inputs: rk.dpo_loss(*inputs, beta=BETA).loss),
+        providers=against(eager_dpo, lambda *inputs: rk.preference_loss(*inputs, beta=BETA).loss),
         oracle=lambda: exact(lambda *leaves: eager_dpo(*leaves, *wide), policies),
         # Four tensors in, two gradients out.
         moved=24 * pairs,

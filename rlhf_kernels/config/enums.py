@@ -46,6 +46,30 @@ BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 Scale = Literal["group", "batch", "none"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
 
-#: Variants of dpo_loss.
-DPOLossType = Literal["sigmoid", "ipo", "hinge", "robust"]
-DPO_LOSS_TYPES: tuple[DPOLossType, ...] = get_args(DPOLossType)
+#: Losses of preference_loss.
+PreferenceLossName = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+    "cpo",
+    "simpo",
+    "alphapo",
+    "orpo",
+]
+PREFERENCE_LOSSES: tuple[PreferenceLossName, ...] = get_args(PreferenceLossName)
+
+#: Whose f' preference_loss takes of the ratio of policy and reference.
+FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+F_DIVERGENCES: tuple[FDivergence, ...] = get_args(FDivergence)

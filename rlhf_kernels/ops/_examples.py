@@ -17,7 +17,7 @@ from .linear_logprobs import linear_token_logprobs
 from .linear_policy import linear_policy_loss
 from .logprobs import token_logprobs
 from .policy import policy_loss
-from .preference import dpo_loss, reward_model_loss, sequence_logprobs
+from .preference import kto_loss, preference_loss, reward_model_loss, sequence_logprobs
 from .value import value_loss
 
 
@@ -59,10 +59,6 @@ def _discounted_returns(x: Inputs) -> Call:
     return (x.tokens(),), {"mask": x.mask(), "gamma": 0.99}
 
 
-def _dpo_loss(x: Inputs) -> Call:
-    return tuple(x.floats(x.rows, grad=i < 2) for i in range(4)), {}
-
-
 def _gae(x: Inputs) -> Call:
     return (x.tokens(), x.tokens()), {"mask": x.mask(), "gamma": 0.99, "whiten": True}
 
@@ -77,6 +73,11 @@ def _kl_divergence(x: Inputs) -> Call:
 
 def _kl_penalty(x: Inputs) -> Call:
     return (x.tokens(grad=True), x.tokens()), {"estimator": "k3"}
+
+
+def _kto_loss(x: Inputs) -> Call:
+    values = x.floats(x.rows), x.floats(x.rows, grad=False), x.integers(2, x.rows)
+    return values, {"kl": 0.1}
 
 
 def _head(x: Inputs) -> tuple[Tensor, Tensor]:
@@ -129,6 +130,10 @@ def _ppo_advantages(x: Inputs) -> Call:
     return arguments, {"mask": x.mask(), "kl_coef": 0.05, "gamma": 0.99}
 
 
+def _preference_loss(x: Inputs) -> Call:
+    return tuple(x.floats(x.rows, grad=i < 2) for i in range(4)), {}
+
+
 def _reward_model_loss(x: Inputs) -> Call:
     return (x.floats(x.rows), x.floats(x.rows)), {"center_coef": 0.01}
 
@@ -173,16 +178,17 @@ def _whiten(x: Inputs) -> Call:
 #: Public operation -> its example arguments. A new operation adds a line here.
 EXAMPLES: dict[Callable[..., Any], Callable[[Inputs], Call]] = {
     discounted_returns: _discounted_returns,
-    dpo_loss: _dpo_loss,
     gae: _gae,
     group_advantages: _group_advantages,
     kl_divergence: _kl_divergence,
     kl_penalty: _kl_penalty,
+    kto_loss: _kto_loss,
     linear_kl_divergence: _linear_kl_divergence,
     linear_policy_loss: _linear_policy_loss,
     linear_token_logprobs: _linear_token_logprobs,
     policy_loss: _policy_loss,
     ppo_advantages: _ppo_advantages,
+    preference_loss: _preference_loss,
     reward_model_loss: _reward_model_loss,
     sequence_logprobs: _sequence_logprobs,
     token_logprobs: _token_logprobs,

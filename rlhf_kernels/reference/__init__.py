@@ -9,23 +9,24 @@ from .head import linear_kl_divergence, linear_policy_loss, linear_token_logprob
 from .kl import kl_divergence, kl_penalty
 from .logprobs import token_logprobs
 from .policy import policy_loss
-from .preference import dpo_loss, reward_model_loss, sequence_logprobs
+from .preference import kto_loss, preference_loss, reward_model_loss, sequence_logprobs
 from .support import linear_token_logprobs_support, token_logprobs_support
 from .value import value_loss
 
 __all__ = [
     "discounted_returns",
-    "dpo_loss",
     "gae",
     "group_advantages",
     "kl_divergence",
     "kl_penalty",
+    "kto_loss",
     "linear_kl_divergence",
     "linear_policy_loss",
     "linear_token_logprobs",
     "linear_token_logprobs_support",
     "policy_loss",
     "ppo_advantages",
+    "preference_loss",
     "reward_model_loss",
     "sequence_logprobs",
     "token_logprobs",

@@ -13,8 +13,17 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..config.preference import SORTED
 from .algorithms import ALGORITHMS, loss_config
-from .config import DataConfig, ModelConfig, OnlineConfig, OptimConfig, PPOConfig, RunConfig
+from .config import (
+    DataConfig,
+    DPOConfig,
+    ModelConfig,
+    OnlineConfig,
+    OptimConfig,
+    PPOConfig,
+    RunConfig,
+)
 from .data import Row
 from .errors import UserError, blamed_on, one_line, require
 from .reward_functions import is_function
@@ -55,6 +64,11 @@ def check_settings(
     if model.lora_rank:
         _needs("peft", "lora_rank", model.lora_rank)
     for config in own:
+        if isinstance(config, DPOConfig):
+            sort = [x for x in config.loss_type if x in SORTED]
+            whole = count == 1 and optim.micro_batch_size in (0, size)
+            expected = "no loss that sorts the pairs of a batch where the batch is split"
+            require(whole or not sort, "loss_type", expected, *sort[:1] or [None])
         if isinstance(config, OnlineConfig):
             if config.engine == "vllm" and not run.dry_run:
                 _needs("vllm", "engine", config.engine)

@@ -5,6 +5,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from ..config import preference
+from ..config.enums import PREFERENCE_LOSSES
 from .arguments import parse_config as parse_config
 from .errors import UserError as UserError
 from .errors import require as require
@@ -191,17 +193,61 @@ class RewardConfig:
 class DPOConfig:
     """Direct preference optimisation."""
 
-    loss_type: Literal["sigmoid", "ipo", "robust", "hinge"] = _doc("loss of a pair", "sigmoid")
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": "losses of a pair, added: " + ", ".join(PREFERENCE_LOSSES)},
+    )
+    loss_weights: list[float] = field(
+        default_factory=list, metadata={"help": "one weight per loss_type; empty = ones"}
+    )
     beta: float = _doc("strength of the implicit KL", 0.1)
-    label_smoothing: float = _doc("probability of a wrong label: sigmoid, robust", 0.0)
+    label_smoothing: float = _doc(
+        f"probability of a wrong label: {', '.join(preference.SMOOTHED)}", 0.0
+    )
+    ld_alpha: float | None = _doc(
+        "weight of the tokens by which an answer is longer than its pair's other", None
+    )
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = (
+        _doc("of policy and reference, for losses of the difference of rewards", "reverse_kl")
+    )
+    f_alpha_divergence_coef: float = _doc("of alpha_divergence", 0.5)
+    discopop_tau: float = _doc("temperature of discopop", 0.05)
+    simpo_gamma: float = _doc("target margin of simpo, alphapo", 0.5)
+    alpha: float = _doc("of alphapo; 0 = simpo", 0.25)
 
     def __post_init__(self) -> None:
         _plain(self)
-        _above(self, 0, "beta")
-        smoothing, smooth = self.label_smoothing, self.loss_type in ("sigmoid", "robust")
+        names = self.loss_type
+        require(bool(names), "loss_type", "at least one", names)
+        for name in names:
+            known = f"one of {', '.join(PREFERENCE_LOSSES)}"
+            require(name in PREFERENCE_LOSSES, "loss_type", known, name)
+        same = len(self.loss_weights) in (0, len(names))
+        require(same, "loss_weights", f"{len(names)} numbers", self.loss_weights)
+        _above(self, 0, "beta", "discopop_tau")
+        smoothing = self.label_smoothing
         require(0 <= smoothing < 0.5, "label_smoothing", "a probability below 0.5", smoothing)
-        expected = f"0 with loss_type {self.loss_type}"
-        require(smooth or not smoothing, "label_smoothing", expected, smoothing)
+        settings = {
+            "label_smoothing": "label_smoothing",
+            "f_divergence": "f_divergence_type",
+            "f_alpha": "f_alpha_divergence_coef",
+            "discopop_tau": "discopop_tau",
+            "gamma": "simpo_gamma",
+            "alpha": "alpha",
+        }
+        options = {option: getattr(self, name) for option, name in settings.items()}
+        if wrong := preference.contradiction(names, options):
+            option, expected = wrong
+            require(False, settings[option], expected, options[option])
+        if self.ld_alpha is not None:
+            _share(self, "ld_alpha")
+            expected = "no value with loss_type sft, which is of whole answers"
+            require("sft" not in names, "ld_alpha", expected, self.ld_alpha)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a loss reads the reference."""
+        return not set(self.loss_type) <= set(preference.REFERENCE_FREE)
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """The stages that learn from a dataset: supervised, reward model and DPO."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 import rlhf_kernels as rk
 
+from ..config.preference import AVERAGED
 from . import models
 from .config import DPOConfig, OptimConfig, RewardConfig, UserError
 from .data import Batch, Row, Sampler, collate
@@ -123,25 +123,63 @@ class RewardModelling(_Pairwise):
         }
 
 
+class _Size(float):
+    """A number of pairs, with that of the tokens of their chosen answers."""
+
+    tokens: int
+
+
 class DPO(_Pairwise):
-    """Direct preference optimisation against the frozen policy it started from."""
+    """Direct preference optimisation and its relatives; the reference is the policy at first."""
+
+    config: DPOConfig
+
+    def size(self, items: Sequence[Pair]) -> float:
+        size = _Size(len(items))
+        # As `batch` has them.
+        size.tokens = sum(len(p.chosen) - (not p.prompt) for p in items)
+        return size
 
     def loss(self, networks: models.Networks, items: Sequence[Pair], size: float) -> Loss:
         batch = self.batch(items, networks.policy.device)
-        # IPO's margin is a mean over tokens (as in TRL), so that it does not grow with length.
-        average = self.config.loss_type == "ipo"
-
-        def pair(head: models.Head) -> tuple[Tensor, Tensor]:
-            logprobs = head.logprobs(batch.labels)
-            sums = rk.sequence_logprobs(logprobs, mask=batch.completion_mask, average=average)
-            return sums.chunk(2)
-
-        with torch.no_grad():
-            reference = pair(self.reference(networks, batch))
-        policy = pair(models.lm_head(networks.policy, batch))
-        found = rk.dpo_loss(*policy, *reference, **dataclasses.asdict(self.config))
+        config = self.config
+        weights = dict(enumerate(config.loss_weights or [1.0] * len(config.loss_type)))
+        # The mean of sft is over tokens, that of the others over pairs.
+        of_pairs = [i for i, name in enumerate(config.loss_type) if name != "sft"]
+        plain = config.f_divergence_type == "reverse_kl"
+        average = plain and all(name in AVERAGED for name in config.loss_type)
+        lengths = batch.completion_mask.sum(-1)
+        counts = dict(zip(("chosen_lengths", "rejected_lengths"), lengths.chunk(2), strict=True))
+        policy = self._sums(models.lm_head(networks.policy, batch), batch, average)
+        reference: tuple[Tensor, ...] = ()
+        if self.reference is not None:
+            with torch.no_grad():
+                reference = self._sums(self.reference(networks, batch), batch, average)
         share = len(items) / size
-        loss = found.loss * share
+        terms = []
+        if of_pairs:
+            found = rk.preference_loss(
+                *policy,
+                *reference,
+                loss=[config.loss_type[i] for i in of_pairs],
+                loss_weights=[weights[i] for i in of_pairs],
+                beta=config.beta,
+                label_smoothing=config.label_smoothing,
+                f_divergence=config.f_divergence_type,
+                f_alpha=config.f_alpha_divergence_coef,
+                discopop_tau=config.discopop_tau,
+                gamma=config.simpo_gamma,
+                alpha=config.alpha,
+                **({} if average else counts),
+            )
+            terms.append(found.loss * share)
+        if len(of_pairs) < len(weights):
+            tokens = rk.preference_loss(*policy, loss="sft", beta=config.beta, **counts)
+            weight = sum(weights[i] for i in weights if i not in of_pairs)
+            whole = max(size.tokens, 1) if isinstance(size, _Size) else size
+            terms.append(tokens.loss * weight * (int(lengths.chunk(2)[0].sum()) / whole))
+            found = found if of_pairs else tokens
+        loss = terms[0] if len(terms) == 1 else terms[0] + terms[1]
         margins = found.chosen_rewards - found.rejected_rewards
         return loss, {
             "loss": loss.detach(),
@@ -150,6 +188,16 @@ class DPO(_Pairwise):
             "reward_chosen": found.chosen_rewards.mean() * share,
             "reward_rejected": found.rejected_rewards.mean() * share,
         }
+
+    def _sums(self, head: models.Head, batch: Batch, average: bool) -> tuple[Tensor, ...]:
+        """Log-probabilities of the chosen and of the rejected answers, sums or means of tokens."""
+        mask, options = batch.completion_mask, {}
+        if self.config.ld_alpha is not None:
+            chosen, rejected = mask.sum(-1).chunk(2)
+            shared = torch.minimum(chosen, rejected).repeat(2)
+            options = {"shared_lengths": shared, "ld_alpha": self.config.ld_alpha}
+        logprobs = head.logprobs(batch.labels)
+        return rk.sequence_logprobs(logprobs, mask=mask, average=average, **options).chunk(2)
 
 
 def _fits(limit: int | None, *completions: list[int]) -> bool:

@@ -91,7 +91,9 @@ def _offline(stage: Stage) -> OfflineTrainer:
     if stage.name == "reward":
         objective = RewardModelling(tokenizer, limit, *stage.own)
     elif stage.name == "dpo":
-        objective = DPO(tokenizer, limit, *stage.own, models.Reference(network))
+        (config,) = stage.own
+        reference = models.Reference(network) if config.has_reference else None
+        objective = DPO(tokenizer, limit, config, reference)
     networks = {"reward" if stage.name == "reward" else "policy": network}
     rates = dict.fromkeys(networks, stage.optim.learning_rate)
     learner = Learner(stage.accelerator, networks, rates, stage.optim)

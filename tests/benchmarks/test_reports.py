@@ -234,12 +234,13 @@ def test_a_run_writes_json_table_and_picture_and_what_follows_adds_to_them(tmp_p
     words = ["smoke", "--quick", "--out", tmp_path]
     # A point of each kind; what needs a GPU is named.
     points = "(fp32-logprobs-forward and not backward) or (kl_divergence and fp32) or gae_packed"
-    points += " or (policy_loss and 64x) or (value and 64x) or support and fp32 or dpo or sequence"
+    points += " or (policy_loss and 64x) or (value and 64x) or support and fp32"
+    points += " or preference_loss or sequence"
     program("run", *words, "--providers", "eager,trl kernel,liger,quack", "--", "-k", points)
     text = (tmp_path / "smoke.json").read_text()
     data = json.loads(text)
     ops = {"token_logprobs", "kl_divergence", "gae packed", "policy_loss", "value_loss"}
-    ops |= {"token_logprobs, support", "dpo_loss", "sequence_logprobs"}
+    ops |= {"token_logprobs, support", "preference_loss", "sequence_logprobs"}
     assert {b["extra_info"]["op"] for b in data["benchmarks"]} == ops
     assert data["failures"] == [] and data["machine_info"]["backend"] == "cpu"
     for b in data["benchmarks"]:

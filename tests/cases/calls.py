@@ -9,9 +9,13 @@ import torch
 from tests.cases.combinations import covering, products
 
 import rlhf_kernels as rk
+from rlhf_kernels.config.enums import PREFERENCE_LOSSES
+from rlhf_kernels.config.preference import REFERENCE_FREE, SORTED
 
 B, T, V, H = 2, 3, 7, 4
 N = B * T
+#: Compositions of torch's own operations, which no kernel serves.
+PLAIN = ("kto_loss", "preference_loss", "reward_model_loss", "sequence_logprobs")
 Config = rk.PolicyLossConfig
 
 
@@ -266,16 +270,29 @@ def _sequence_logprobs(full: bool) -> Iterator[Call]:
         base |= {"mask": lambda p=packed: _mask(p)}
         if packed:
             base["cu_seqlens"] = lambda: torch.tensor([0, T, N])
-        yield from _build(
-            "sequence_logprobs", base, {"average": (False, True)}, ("logprobs",), full
-        )
+        shared = lambda: torch.tensor([2, 1])  # noqa: E731
+        choices = {"average": (False, True), "shared_lengths": (None, shared)}
+        yield from _build("sequence_logprobs", base, choices, ("logprobs",), full)
 
 
-def _dpo_loss(full: bool) -> Iterator[Call]:
+def _preference_loss(full: bool) -> Iterator[Call]:
     names = ("chosen_logprobs", "rejected_logprobs", "ref_chosen_logprobs", "ref_rejected_logprobs")
+    lengths = {k: lambda: torch.randint(1, 9, (B,)) for k in ("chosen_lengths", "rejected_lengths")}
     base = {name: lambda: _floats(B) for name in names}
-    choices = {"loss_type": ("sigmoid", "ipo", "hinge", "robust"), "beta": (0.1,)}
-    yield from _build("dpo_loss", base, choices, names, full)
+    for loss in PREFERENCE_LOSSES:
+        smoothing = (0.1 if loss == "exo_pair" else 0.0,)
+        reference = dict.fromkeys(names[2:]) if loss in REFERENCE_FREE else {}
+        options = {"loss": (loss,), "label_smoothing": smoothing, "beta": (0.1,)}
+        options["weights"] = (None,) if loss in SORTED else (None, lambda: torch.rand(B))
+        given = {k: v for k, v in base.items() if k not in reference} | lengths
+        yield from _build("preference_loss", given, options, names, full)
+
+
+def _kto_loss(full: bool) -> Iterator[Call]:
+    base = {name: lambda: _floats(B) for name in ("logprobs", "ref_logprobs")}
+    given = base | {"desirable": lambda: torch.tensor([True, False])}
+    choices = {"kl": (0.1, lambda: torch.tensor(0.2)), "desirable_weight": (1.0, 1.5)}
+    yield from _build("kto_loss", given, choices, tuple(base), full)
 
 
 def _reward_model_loss(full: bool) -> Iterator[Call]:
@@ -286,16 +303,17 @@ def _reward_model_loss(full: bool) -> Iterator[Call]:
 
 _MAKERS: dict[str, Callable[[bool], Iterator[Call]]] = {
     "discounted_returns": lambda full: _scans("discounted_returns", full),
-    "dpo_loss": _dpo_loss,
     "gae": lambda full: _scans("gae", full),
     "group_advantages": _group_advantages,
     "kl_divergence": _kl_divergence,
     "kl_penalty": _kl_penalty,
+    "kto_loss": _kto_loss,
     "linear_kl_divergence": _linear_kl_divergence,
     "linear_policy_loss": _linear_policy_loss,
     "linear_token_logprobs": _linear_token_logprobs,
     "policy_loss": _policy_loss,
     "ppo_advantages": _ppo_advantages,
+    "preference_loss": _preference_loss,
     "reward_model_loss": _reward_model_loss,
     "sequence_logprobs": _sequence_logprobs,
     "token_logprobs": _token_logprobs,

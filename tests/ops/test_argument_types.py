@@ -54,7 +54,7 @@ NO_NAMES = {"None": None, "text": "no such", "1": 1, "list": ["k1"], "array": nu
 
 INTEGERS = ("ignore_index", "chunk_tokens")
 # Options of their own kinds.
-OTHERS = ("config", "group", "support")
+OTHERS = ("config", "group", "support", "loss_weights")
 
 
 def _bad_values(call, name):
@@ -67,7 +67,13 @@ def _bad_values(call, name):
         return {k: v for k, v in NO_INTEGERS.items() if not (optional and v is None)}
     if "Literal" in annotation:
         return NO_NAMES
-    if "Tensor" in annotation and name not in ("normalizer", "temperature", "margin", "groups"):
+    if "Tensor" in annotation and name not in (
+        "normalizer",
+        "temperature",
+        "margin",
+        "groups",
+        "kl",
+    ):
         optional = "None" in annotation
         bad = NO_TENSORS if optional else NO_TENSORS | {"None": None}
         return bad | ({"0-d": torch.tensor(1)} if name != "x" else {})
@@ -91,7 +97,7 @@ def _richest(op):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("op", cases.OPERATIONS)
 def test_a_wrong_argument_is_named(op, name):
-    plain = op in ("dpo_loss", "reward_model_loss", "sequence_logprobs")
+    plain = op in cases.PLAIN
     tried = 0
     with rk.use_backend("auto" if plain else name):
         call = _richest(op)
@@ -176,7 +182,7 @@ def test_large_numbers_are_numbers(name, large):
         torch.testing.assert_close(kl.rewards, torch.full((1, 3), -0.25 * large))
         found = rk.reward_model_loss(torch.zeros(2), torch.ones(2), margin=large)[0]
         torch.testing.assert_close(found, torch.tensor(float(large)))
-        assert rk.dpo_loss(*torch.tensor([[1.0], [0.0], [0.0], [0.0]]), beta=large)[0] == 0
+        assert rk.preference_loss(*torch.tensor([[1.0], [0.0], [0.0], [0.0]]), beta=large)[0] == 0
 
 
 def test_numbers_of_a_configuration_are_named():

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import rlhf_kernels as rk
+from rlhf_kernels.config.enums import PREFERENCE_LOSSES
+from rlhf_kernels.config.preference import REFERENCE_FREE
 from rlhf_kernels.core import sentinels
 from rlhf_kernels.core.row_options import RowArguments
 from rlhf_kernels.core.sequences import sequence_ids
@@ -74,7 +76,19 @@ def test_no_rewards_and_no_pairs(backend):
     for scale in ("group", "batch", "none"):
         for groups in (4, torch.zeros(0, dtype=torch.long)):
             assert rk.group_advantages(none, groups, scale=scale).shape == (0,)
-    run(lambda a: rk.dpo_loss(a, a, a, a).loss, none)
+    counts = torch.zeros(0, dtype=torch.long)
+    for name in PREFERENCE_LOSSES:
+        options = {"label_smoothing": 0.1} if name == "exo_pair" else {}
+        reference = 0 if name in REFERENCE_FREE else 2
+        run(
+            lambda a, r=reference, n=name, o=options: (
+                rk.preference_loss(
+                    *[a] * (2 + r), loss=n, chosen_lengths=counts, rejected_lengths=counts, **o
+                ).loss
+            ),
+            none,
+        )
+    run(lambda a: rk.kto_loss(a, a, counts, kl=0.1).loss, none)
     run(lambda a: rk.reward_model_loss(a, a).loss, none)
 
 

@@ -274,11 +274,12 @@ def test_preference_losses_at_great_margins():
     zero = torch.zeros(3)
     for loss_type in ("sigmoid", "hinge", "robust"):
         value, slope = gradient(
-            lambda x, t=loss_type: rk.dpo_loss(x, zero, zero, zero, loss_type=t).loss, far
+            lambda x, t=loss_type: rk.preference_loss(x, zero, zero, zero, loss=t).loss, far
         )
         assert value == 0 and bool((slope == 0).all()), loss_type
         value, slope = gradient(
-            lambda x, t=loss_type: rk.dpo_loss(zero, x, zero, zero, beta=0.5, loss_type=t).loss, far
+            lambda x, t=loss_type: rk.preference_loss(zero, x, zero, zero, beta=0.5, loss=t).loss,
+            far,
         )
         assert value == INF
         torch.testing.assert_close(slope, torch.full((3,), 0.5 / 3))

@@ -53,7 +53,8 @@ def _run(call, tensors):
 
 
 def test_every_operation_on_tokens_takes_a_mask():
-    others = {"dpo_loss", "reward_model_loss", "group_advantages"}  # of whole sequences
+    # Of whole sequences.
+    others = {"preference_loss", "kto_loss", "reward_model_loss", "group_advantages"}
     assert set(MASKED) == set(cases.OPERATIONS) - others
 
 

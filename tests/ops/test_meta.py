@@ -9,9 +9,6 @@ from tests.cases import calls as cases
 
 import rlhf_kernels as rk
 
-#: Compositions of torch's own operations, which no kernel serves.
-PLAIN = ("dpo_loss", "reward_model_loss", "sequence_logprobs")
-
 
 def on_meta(call):
     return {
@@ -37,7 +34,7 @@ def test_results_and_gradients_are_those_of_any_device(op, name):
                 assert tensors[key].grad.shape == tensors[key].shape, f"{call.label}: {key}"
 
 
-@pytest.mark.parametrize("op", [op for op in cases.OPERATIONS if op not in PLAIN])
+@pytest.mark.parametrize("op", [op for op in cases.OPERATIONS if op not in cases.PLAIN])
 def test_a_backend_by_name_refuses_them(op, backend):
     if backend == "reference":
         return

@@ -124,7 +124,7 @@ def test_inductor(op):
 
 def _backend(op, name):
     """The backend by name; those that are plain torch everywhere are not any backend's."""
-    plain = op in ("dpo_loss", "reward_model_loss", "sequence_logprobs")
+    plain = op in cases.PLAIN
     return rk.use_backend("auto" if plain else name)
 
 

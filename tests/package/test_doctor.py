@@ -24,7 +24,7 @@ def test_json_report():
     assert report["cpu_extension"]["isa"] == report["cpu_extension"]["isas"][-1]
     # Losses over a number per sequence are a few lines of torch; everything else has kernels.
     selected = report["selected"]["cpu"]
-    plain = {"dpo_loss", "reward_model_loss", "sequence_logprobs"}
+    plain = {"preference_loss", "kto_loss", "reward_model_loss", "sequence_logprobs"}
     assert {name for name, backend in selected.items() if backend == "torch"} == plain
     assert {backend for name, backend in selected.items() if name not in plain} == {"cpu"}
     names = {c["operation"] for c in report["self_check"]}

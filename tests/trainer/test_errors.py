@@ -261,9 +261,18 @@ ppo --reward_weights 1 2 | reward_weights: expected 1 numbers, found 2
 ppo --reward_weights nan | reward_weights: expected a finite number
 ppo --reward_funcs a:b --reward_weights 1 2 | reward_weights: expected 1 numbers
 dpo --beta 0 | beta: expected > 0
-dpo --loss_type kto | loss_type: expected one of sigmoid, ipo, robust, hinge, found 'kto'
+dpo --loss_type kto | loss_type: expected one of sigmoid, hinge, ipo orpo, found 'kto'
+dpo --loss_type sigmoid sft --loss_weights 1 | loss_weights: expected 2 numbers, found [1.0]
+dpo --loss_type exo_pair | label_smoothing: expected > 0 with loss exo_pair
+dpo --loss_type bco_pair --f_divergence_type forward_kl | f_divergence_type: expected reverse_kl
+dpo --f_divergence_type js | f_divergence_type: expected one of reverse_kl
+dpo --f_alpha_divergence_coef 0.7 | f_alpha_divergence_coef: expected 0.5 with f_divergence
+dpo --simpo_gamma 1 | simpo_gamma: expected 0.5 with loss sigmoid
+dpo --ld_alpha 1.5 | ld_alpha: expected a number from 0 to 1
+dpo --loss_type sigmoid sft --ld_alpha 0.5 | ld_alpha: expected no value with loss_type sft
+dpo --loss_type aot --batch_size 8 --micro_batch_size 4 | loss_type: expected no loss that sorts
 dpo --label_smoothing 0.5 | label_smoothing: expected a probability below 0.5
-dpo --label_smoothing 0.1 --loss_type ipo | label_smoothing: expected 0 with loss_type ipo
+dpo --label_smoothing 0.1 --loss_type ipo | label_smoothing: expected 0 with loss ipo
 reward --center_coef -1 | center_coef: expected >= 0
 reward --margin nan | margin: expected a finite number
 ppo --output_dir {f}/\udcff | output_dir: expected a text of whole UTF-8 characters

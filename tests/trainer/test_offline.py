@@ -19,6 +19,8 @@ from tests.trainer.trainer_tools import (
 
 import rlhf_kernels as rk
 from rlhf_kernels import cli
+from rlhf_kernels.config.enums import PREFERENCE_LOSSES
+from rlhf_kernels.config.preference import OF_DIFFERENCES, REFERENCE_FREE
 from rlhf_kernels.trainer import models
 from rlhf_kernels.trainer.config import DPOConfig, ModelConfig, OptimConfig, RewardConfig, UserError
 from rlhf_kernels.trainer.data import Row
@@ -52,8 +54,9 @@ def offline_trainer(objective: str, *, micro=0, seed=0, rows=None, rate=3e-3, **
         networks = {"policy": policy}
         made = SFT(task.tokenizer, None)
         if objective == "dpo":
-            reference = models.Reference(policy)
-            made = DPO(task.tokenizer, None, DPOConfig(**options), reference)
+            config = DPOConfig(**options)
+            reference = models.Reference(policy) if config.has_reference else None
+            made = DPO(task.tokenizer, None, config, reference)
     learner = Learner(accelerator(), networks, dict.fromkeys(networks, rate), optim)
     rows = rows or (task.train[:200] if objective == "sft" else preferences())
     return OfflineTrainer(learner, made, rows[:-40], rows[-40:], optim, seed=seed)
@@ -63,9 +66,11 @@ OBJECTIVES = [
     ("sft", {}),
     ("reward", {"margin": 0.5, "center_coef": 0.1}),
     ("dpo", {}),
-    ("dpo", {"loss_type": "ipo"}),
-    ("dpo", {"loss_type": "robust", "label_smoothing": 0.1}),
-    ("dpo", {"loss_type": "hinge"}),
+    ("dpo", {"loss_type": ["ipo"]}),
+    ("dpo", {"loss_type": ["robust"], "label_smoothing": 0.1}),
+    ("dpo", {"loss_type": ["hinge"]}),
+    ("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "beta": 0.5}),
+    ("dpo", {"loss_type": ["simpo"], "beta": 2.0}),
 ]
 
 
@@ -122,7 +127,7 @@ def test_sft_loss_is_the_models_own():
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
 def test_dpo_loss_from_its_definition(loss_type):
-    trainer = offline_trainer("dpo", loss_type=loss_type, beta=0.3)
+    trainer = offline_trainer("dpo", loss_type=[loss_type], beta=0.3)
     policy, reference = trainer.learner.networks.policy, trainer.objective.reference.model
     with torch.no_grad():
         for p in policy.parameters():
@@ -151,6 +156,52 @@ def test_dpo_loss_from_its_definition(loss_type):
         right += float(d > 0) / len(items)
     assert loss.item() == pytest.approx(expected, rel=1e-4)
     assert metrics["accuracy"].item() == pytest.approx(right)
+
+
+@pytest.mark.parametrize("loss_type", PREFERENCE_LOSSES)
+def test_every_preference_loss_by_name(loss_type):
+    """With what the trainer gives it: lengths, shared lengths, the reference where there is one."""
+    options = {"label_smoothing": 0.1} if loss_type == "exo_pair" else {}
+    options |= {"ld_alpha": 0.5} if loss_type != "sft" else {}
+    options |= {"f_divergence_type": "js_divergence"} if loss_type in OF_DIFFERENCES else {}
+    trainer = offline_trainer("dpo", loss_type=[loss_type], **options)
+    policy, reference = trainer.learner.networks.policy, trainer.objective.reference
+    assert (reference is None) == (loss_type in REFERENCE_FREE)
+    before = [] if reference is None else [{k: v.clone() for k, v in policy.state_dict().items()}]
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    items = trainer.next_items()
+    loss, metrics = trainer.losses(items)[0](trainer.learner.networks)
+
+    def sums():
+        found = torch.zeros(2, len(items))
+        for i, pair in enumerate(items):
+            shared = min(len(pair.chosen), len(pair.rejected))
+            for side, answer in enumerate((pair.chosen, pair.rejected)):
+                logits = policy(input_ids=torch.tensor([pair.prompt + answer])).logits[0]
+                picked = torch.log_softmax(logits[len(pair.prompt) - 1 : -1], -1)
+                picked = picked.gather(1, torch.tensor(answer)[:, None])[:, 0]
+                rest = 1.0 if loss_type == "sft" else 0.5
+                found[side, i] = picked[:shared].sum() + rest * picked[shared:].sum()
+        return found
+
+    with torch.no_grad():
+        values = [sums()]
+        for state in before:
+            policy.load_state_dict(state)
+            values.append(sums())
+    given = (
+        {"f_divergence": options["f_divergence_type"]} if loss_type in OF_DIFFERENCES[:7] else {}
+    )
+    expected = rk.preference_loss(
+        *torch.cat(values), loss=loss_type, label_smoothing=options.get("label_smoothing", 0.0),
+        chosen_lengths=torch.tensor([len(p.chosen) for p in items]),
+        rejected_lengths=torch.tensor([len(p.rejected) for p in items]), **given,
+    )  # fmt: skip
+    assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-4)
+    margins = expected.chosen_rewards - expected.rejected_rewards
+    assert metrics["margin"].item() == pytest.approx(margins.mean().item(), rel=1e-3, abs=1e-5)
 
 
 def test_reward_margins_come_from_the_column_first():

@@ -21,12 +21,13 @@ from tests.cases.fuzz.rows import (
 )
 from tests.cases.fuzz.tokens import (
     discounted_returns,
-    dpo_loss,
     gae,
     group_advantages,
     kl_penalty,
+    kto_loss,
     policy_loss,
     ppo_advantages,
+    preference_loss,
     reward_model_loss,
     sequence_logprobs,
     value_loss,
@@ -47,7 +48,7 @@ CASES = (
     *(token_logprobs, token_logprobs, kl_divergence, linear_token_logprobs, linear_token_logprobs),
     *(linear_kl_divergence, linear_policy_loss, policy_loss, policy_loss, value_loss, kl_penalty),
     *(gae, gae, discounted_returns, ppo_advantages, group_advantages, whiten, sequence_logprobs),
-    *(dpo_loss, reward_model_loss),
+    *(preference_loss, kto_loss, reward_model_loss),
 )
 
 

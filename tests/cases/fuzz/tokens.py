@@ -9,7 +9,8 @@ from torch import Tensor
 from tests.cases.fuzz.draw import Case, Draw
 
 import rlhf_kernels as rk
-from rlhf_kernels.config import policy
+from rlhf_kernels.config import policy, preference
+from rlhf_kernels.config.enums import PREFERENCE_LOSSES
 
 
 def policy_config_of(d: Draw, smooth: bool = False) -> rk.PolicyLossConfig:
@@ -151,15 +152,37 @@ def sequence_logprobs(d: Draw) -> Case:
     return Case("sequence_logprobs", arguments, d)
 
 
-def dpo_loss(d: Draw) -> Case:
-    count, scale, kind = d.size(300), d.pick(1.0, 30.0), d.pick("sigmoid", "ipo", "hinge", "robust")
-    names = ("chosen_logprobs", "rejected_logprobs", "ref_chosen_logprobs", "ref_rejected_logprobs")
-    given = {n: d.floats(count, scale=scale) for n in names}
+def preference_loss(d: Draw) -> Case:
+    count, scale, kind = d.size(300), d.pick(1.0, 30.0), d.pick(*PREFERENCE_LOSSES)
+    names = ["chosen_logprobs", "rejected_logprobs", "ref_chosen_logprobs", "ref_rejected_logprobs"]
+    if kind in preference.REFERENCE_FREE:
+        names = names[:2]
+    # Of ORPO they are means below 0, well away from 0, where rounding decides.
+    made = {n: d.floats(count, scale=scale) for n in names}
+    given = {n: (-x.abs() - 0.5 if kind == "orpo" else x) for n, x in made.items()}
     for name in names[:2]:
         d.wanted(given[name])
-    smoothing = d.pick(0.0, 0.1) if kind in ("sigmoid", "robust") else 0.0
-    arguments = {**given, "beta": d.pick(0.1, 1.0), "loss_type": kind, "label_smoothing": smoothing}
-    return Case("dpo_loss", arguments, d)
+    smoothing = d.pick(0.1, 0.2 if kind == "exo_pair" else 0.0)
+    difference = kind in preference.OF_DIFFERENCES and scale == 1.0
+    divergence = d.pick("reverse_kl", "js_divergence", "forward_kl") if difference else "reverse_kl"
+    lengths = kind == "sft" or d.chance(0.5)
+    arguments = {**given, "beta": d.pick(0.1, 1.0), "loss": kind, "f_divergence": divergence,
+                 "label_smoothing": smoothing if kind in preference.SMOOTHED else 0.0,
+                 "weights": d.pick(None, d.floats(count).abs())
+                 if kind not in preference.SORTED else None,
+                 "chosen_lengths": d.integers(1, 9, count) if lengths else None,
+                 "rejected_lengths": d.integers(1, 9, count) if lengths else None}  # fmt: skip
+    return Case("preference_loss", arguments, d)
+
+
+def kto_loss(d: Draw) -> Case:
+    count, scale = d.size(300), d.pick(1.0, 30.0)
+    arguments = {"logprobs": d.wanted(d.floats(count, scale=scale)),
+                 "ref_logprobs": d.floats(count, scale=scale),
+                 "desirable": d.integers(0, 2, count), "beta": d.pick(0.1, 1.0),
+                 "kl": d.pick(0.0, -0.5, 0.7, torch.tensor(0.3)),
+                 "desirable_weight": d.pick(1.0, 1.5)}  # fmt: skip
+    return Case("kto_loss", arguments, d)
 
 
 def reward_model_loss(d: Draw) -> Case:

@@ -22,7 +22,10 @@ rk.kl_divergence(x, x, direction="backward")  # wrong
 rk.group_advantages(labels, 2, baseline="loo")  # wrong
 rk.group_advantages(labels, 2, scale="std")  # wrong
 rk.gae(x, x, masked="skip")  # wrong
-rk.dpo_loss(x, x, x, x, loss_type="sigmod")  # wrong
+rk.preference_loss(x, x, x, x, loss="sigmod")  # wrong
+rk.preference_loss(x, x, x, x, loss=["sigmoid", "itpo"])  # wrong
+rk.preference_loss(x, x, f_divergence="js")  # wrong
+rk.kto_loss(x, x, x)  # wrong
 rk.use_backend("gpu")  # wrong
 rk.policy_loss(x, x, x, keep, x)  # wrong
 rk.policy_loss(x, x, x)  # wrong

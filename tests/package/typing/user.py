@@ -38,6 +38,10 @@ def step(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> dict[s
     names: list[str] = [name for name in policy.metrics if "kl" in name]
     some: Tensor = policy.metrics["tokens"] + sum(value.metrics.values())
     assert names and some.dim() == 0
+    sums = rk.sequence_logprobs(new.logprobs, mask)
+    pairs: rk.PreferenceLoss = rk.preference_loss(sums, sums.detach(), loss=("cpo", "simpo"))
+    unpaired = rk.kto_loss(sums, sums.detach(), mask[:, 0], kl=kl.mean(), beta=0.2)
+    assert pairs.chosen_rewards.dim() == unpaired.rewards.dim() == 1
     with rk.use_backend("reference"):
         rk.kl_divergence(hidden, hidden.detach(), direction="forward", mask=mask)
     return policy.metrics.as_dict()
