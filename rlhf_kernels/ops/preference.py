@@ -82,6 +82,7 @@ def sequence_logprobs(
     mask = checks.token_inputs(op, {"logprobs": logprobs}, mask, cu_seqlens)
     average = option_checks.flag(op, "average", average)
     ld_alpha = option_checks.rate(op, "ld_alpha", ld_alpha)
+    cu_seqlens, good = checks.usable_offsets(op, cu_seqlens, logprobs.shape[0])
     if shared_lengths is not None:
         checks.integers(op, "shared_lengths", shared_lengths)
         count = logprobs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -90,7 +91,6 @@ def sequence_logprobs(
         checks.same_device(op, "shared_lengths", shared_lengths, "logprobs", logprobs.device)
     elif ld_alpha != 1:
         raise ValueError(f"{op}: ld_alpha must be 1 without shared_lengths, got {ld_alpha}")
-    cu_seqlens, good = checks.usable_offsets(op, cu_seqlens, logprobs.shape[0])
     found = reference.sequence_logprobs(
         logprobs,
         mask,
@@ -250,6 +250,7 @@ def _loss_weights(op: str, names: Sequence[str], given: Any) -> list[float]:
     if given is None:
         return [1.0] * len(names)
     if not isinstance(given, list | tuple):
+        option_checks.number(op, "loss_weights", given)
         raise TypeError(f"{op}: loss_weights must be a list of numbers, got {type(given).__name__}")
     if len(given) != len(names):
         found = f"{len(names)} numbers, one per loss, got {len(given)}"

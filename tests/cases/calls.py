@@ -285,7 +285,8 @@ def _preference_loss(full: bool) -> Iterator[Call]:
         options = {"loss": (loss,), "label_smoothing": smoothing, "beta": (0.1,)}
         options["weights"] = (None,) if loss in SORTED else (None, lambda: torch.rand(B))
         given = {k: v for k, v in base.items() if k not in reference} | lengths
-        yield from _build("preference_loss", given, options, names, full)
+        grads = names[:1] if loss == "sft" else names
+        yield from _build("preference_loss", given, options, grads, full)
 
 
 def _kto_loss(full: bool) -> Iterator[Call]:

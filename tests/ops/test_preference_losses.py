@@ -424,7 +424,7 @@ def test_what_contradicts_is_refused_by_name():
             rk.preference_loss(*[a] * count, **options)
     for options, message in (
         ({"chosen_lengths": a, "rejected_lengths": n}, "chosen_lengths must be bool or integer"),
-        (two | {"loss_weights": "ab"}, "loss_weights must be a list of numbers, got str"),
+        (two | {"loss_weights": 0.5}, "loss_weights must be a list of numbers, got float"),
         ({"loss": ["sigmoid", 1]}, "loss must be one of the strings"),
     ):
         with pytest.raises(TypeError, match=f"^preference_loss: {message}"):

@@ -191,9 +191,7 @@ def test_every_preference_loss_by_name(loss_type):
         for state in before:
             policy.load_state_dict(state)
             values.append(sums())
-    given = (
-        {"f_divergence": options["f_divergence_type"]} if loss_type in OF_DIFFERENCES[:7] else {}
-    )
+    given = {"f_divergence": options.get("f_divergence_type", "reverse_kl")}
     expected = rk.preference_loss(
         *torch.cat(values), loss=loss_type, label_smoothing=options.get("label_smoothing", 0.0),
         chosen_lengths=torch.tensor([len(p.chosen) for p in items]),
