@@ -36,6 +36,8 @@ class Budget:
     units: int
     columns: int
     holds: dict[str, int]
+    # Bytes of a unit to and from memory.
+    traffic: int
     sm_90: Limit
     sm_100: Limit
     threads: int = 256
@@ -58,38 +60,58 @@ def _row(slots: int, exponentials: int, stores: int = 0) -> dict[str, int]:
     return {r"LDG\.E\.128": slots, r"MUFU\.EX2": exponentials} | stored
 
 
+def _tokens(loads: int, stores: int, more: dict[str, int], flags: int = 2) -> dict[str, int]:
+    """What a path through a thread's tokens holds: `flags` loads of four bytes of a mask."""
+    return {r"LDG\.E\.128": loads, r"LDG\.E$": flags, r"STG\.E\.128": stores} | more
+
+
 _LOGPROBS, _KL = "logprobs.cu", "kl.cu"
 
 # fmt: off
 BUDGETS = (
     Budget("token_logprobs, bf16", _LOGPROBS, "partial_kernel<BF16, false, false>", "logit",
-           64, 2048, _row(8, 64),
+           64, 2048, _row(8, 64), 2,
            Limit(7.1, 60, 128, 2, 1, 0), Limit(7.1, 62, 128, 2, 1, 0)),
     Budget("token_logprobs + entropy, bf16", _LOGPROBS, "partial_kernel<BF16, false, true>",
-           "logit", 64, 2048, _row(8, 64),
+           "logit", 64, 2048, _row(8, 64), 2,
            Limit(8.9, 63, 128, 2, 1, 0), Limit(8.9, 62, 128, 2, 1, 0)),
     Budget("token_logprobs + entropy, odd vocabulary, bf16", _LOGPROBS,
-           "partial_kernel<BF16, false, true>", "logit", 64, 2048, _row(8, 64) | {"LDG": 17},
+           "partial_kernel<BF16, false, true>", "logit", 64, 2048, _row(8, 64) | {"LDG": 17}, 2,
            Limit(9.9, 63, 128, 2, 9, 0), Limit(9.9, 62, 128, 2, 9, 0)),
     Budget("token_logprobs + entropy, fp32", _LOGPROBS, "partial_kernel<F32, false, true>",
-           "logit", 32, 1024, _row(8, 32),
+           "logit", 32, 1024, _row(8, 32), 4,
            Limit(10.9, 60, 128, 2, 1, 0), Limit(10.4, 62, 128, 2, 1, 0)),
     Budget("token_logprobs, softcap, bf16", _LOGPROBS, "partial_kernel<BF16, true, false>",
-           "logit", 64, 2048, _row(8, 128) | {r"MUFU\.RCP": 64},
+           "logit", 64, 2048, _row(8, 128) | {r"MUFU\.RCP": 64}, 2,
            Limit(19.5, 80, 96, 2, 1, 0), Limit(17.4, 80, 96, 2, 1, 0)),
     Budget("token_logprobs backward, bf16", _LOGPROBS, "backward_kernel<BF16, false, false>",
-           "logit", 32, 1024, _row(4, 32, 4),
+           "logit", 32, 1024, _row(4, 32, 4), 4,
            Limit(9.0, 40, 96, 3, 1, 0), Limit(8.8, 40, 96, 3, 1, 0)),
     Budget("token_logprobs + entropy backward, bf16", _LOGPROBS,
-           "backward_kernel<BF16, false, true>", "logit", 32, 1024, _row(4, 32, 4),
+           "backward_kernel<BF16, false, true>", "logit", 32, 1024, _row(4, 32, 4), 4,
            Limit(10.8, 40, 96, 3, 1, 0), Limit(10.6, 40, 96, 3, 1, 0)),
-    Budget("kl_divergence, bf16", _KL, "partial_kernel<BF16>", "pair", 32, 1024, _row(8, 64),
+    Budget("kl_divergence, bf16", _KL, "partial_kernel<BF16>", "pair", 32, 1024, _row(8, 64), 4,
            Limit(17.7, 63, 128, 1, 0, 0), Limit(17.8, 64, 128, 1, 0, 0)),
     Budget("kl_divergence backward, reverse, bf16", _KL, "backward_kernel<BF16, true>", "pair",
-           32, 1024, _row(8, 32, 4),
+           32, 1024, _row(8, 32, 4), 6,
            Limit(16.2, 64, 128, 2, 0, 0), Limit(15.5, 64, 128, 2, 0, 0)),
     Budget("kl_divergence backward, forward, bf16", _KL, "backward_kernel<BF16, false>", "pair",
-           32, 1024, _row(8, 64, 4),
+           32, 1024, _row(8, 64, 4), 6,
            Limit(15.1, 64, 96, 3, 0, 0), Limit(14.4, 64, 96, 3, 0, 0)),
+    Budget("gae with mask, fp32", "advantages.cu", "scan_kernel<16>", "token", 8, 0,
+           _tokens(4, 4, {"DFMA": 24, "F2F": 48, "SHFL": 24}), 17,
+           Limit(66.0, 64, 68, 2, 2, 0), Limit(66.3, 64, 64, 3, 2, 0), threads=512),
+    Budget("policy_loss with gradient, clip, fp32", "policy.cu", "policy_kernel<0>", "token", 8, 0,
+           _tokens(6, 2, {"F2I": 8, "FADD": 104, "BAR": 2}), 17,
+           Limit(132.2, 96, 48, 3, 4, 0), Limit(128.0, 103, 48, 3, 2, 0)),
+    Budget("value_loss with gradient, fp32", "value.cu", "value_kernel", "token", 8, 0,
+           _tokens(6, 2, {"FFMA": 16, "BAR": 4}), 17,
+           Limit(61.0, 64, 96, 3, 4, 0), Limit(59.2, 71, 72, 3, 2, 0)),
+    Budget("loss backward, fp32", "policy.cu", "backward_kernel<F32>", "token", 8, 0,
+           _tokens(2, 2, {}, flags=0), 8,
+           Limit(6.8, 26, 64, 2, 2, 0), Limit(5.8, 20, 64, 2, 2, 0)),
+    Budget("loss backward, bf16", "policy.cu", "backward_kernel<BF16>", "token", 16, 0,
+           _tokens(4, 2, {}, flags=0), 6,
+           Limit(4.5, 32, 128, 2, 2, 0), Limit(4.0, 28, 128, 2, 2, 0)),
 )
 # fmt: on

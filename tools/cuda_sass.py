@@ -1,6 +1,7 @@
 """Reads the machine code of csrc/cuda's main kernels, and holds it to `tools/cuda_budgets.py`.
 
     python -m tools.cuda_sass              # every kernel of the table, sm_90 and sm_100
+    python -m tools.cuda_sass --report benchmarks/results/cuda-sass.md --date 2026-01-31
 
 A kernel's fast path is the cheapest way from its entry to its end that executes what the table says
 such a path must hold (so many exponentials, loads and stores). Of it are counted: instructions per
@@ -8,6 +9,7 @@ element or token, widths of global loads and stores, bytes of loads in flight, a
 waits for memory. The disassembler comes with triton. No GPU is needed, and none is measured.
 """
 
+import argparse
 import functools
 import heapq
 import importlib.util
@@ -298,7 +300,85 @@ def figures(budget: Budget, arch: int) -> Figures:
     )
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """Multiprocessors, clock in GHz and the rate of a copy in TB/s."""
+
+    name: str
+    arch: int
+    multiprocessors: int
+    clock: float
+    copy: float
+
+
+# Copy rates of the first two were measured; the third is nine tenths of the data sheet's.
+GPUS = (
+    Gpu("H100", 90, 132, 1.755, 3.0),
+    Gpu("H200", 90, 132, 1.755, 4.3),
+    Gpu("B200", 100, 148, 1.85, 7.2),
+)
+# Instructions of a multiprocessor and a clock: all, and those of the unit of exponentials.
+ISSUED, EXPONENTIALS = 128, 16
+
+
+def bounds(f: Figures, budget: Budget, gpu: Gpu) -> tuple[float, float, float]:
+    """TB/s that the instructions allow, and the exponentials, and the share of a copy's rate that
+    is left of that. Bounds, not measurements: latency and contention come on top."""
+    clocks = gpu.multiprocessors * gpu.clock * 1e9 * budget.traffic / 1e12
+    issue = clocks * ISSUED / f.instructions
+    exponentials = clocks * EXPONENTIALS / f.exponentials if f.exponentials else float("inf")
+    return issue, exponentials, min(1.0, issue / gpu.copy, exponentials / gpu.copy)
+
+
+def markdown(found: dict[tuple[str, int], Figures], date: str) -> str:
+    """The figures of every kernel, and what they allow on each GPU."""
+    budgets = {b.name: b for b in cuda_budgets.BUDGETS}
+    lines = [
+        "# Machine code of the CUDA kernels",
+        "",
+        f"Read from what nvcc compiled on {date}, by `make cuda-report`; nothing was measured.",
+        "The fast path of each kernel, padding of tiles included. KiB: loads in flight on a",
+        "multiprocessor. Waits: times that a thread waits for loads. Narrow: loads and stores of",
+        "less than 16 bytes. Instructions and exponentials (MUFU) are per unit.",
+        "",
+        "| kernel | target | unit | issued | MUFU | registers | blocks | KiB | waits | narrow |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for (name, arch), f in found.items():
+        narrow = (sum(n for w, n in kind.items() if w < 16) for kind in (f.loads, f.stores))
+        cells = [name, f"sm_{arch}", budgets[name].unit, f"{f.instructions:.2f}"]
+        cells += [f"{f.exponentials:.2f}", f.registers, f.blocks, f"{f.in_flight:.0f}", f.waits]
+        lines.append("| " + " | ".join(map(str, [*cells, " + ".join(map(str, narrow))])) + " |")
+    lines += [
+        "",
+        "What instructions and exponentials (MUFU) allow, in TB/s, and the least of these and of a",
+        "copy as a share of the copy: " + ", ".join(f"{g.name} {g.copy} TB/s" for g in GPUS) + ".",
+        "Latency and contention come on top.",
+        "",
+        "| kernel | " + " | ".join(f"{g.name}: issue | MUFU | share" for g in GPUS) + " |",
+        "|---|" + "--:|" * 3 * len(GPUS),
+    ]
+    for name, budget in budgets.items():
+        cells = [name]
+        for gpu in GPUS:
+            issue, exponentials, share = bounds(found[name, gpu.arch], budget, gpu)
+            cells += [f"{issue:.1f}", f"{exponentials:.1f}".replace("inf", "-"), f"{share:.0%}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--report", type=Path, help="where the Markdown table goes")
+    parser.add_argument("--date", help="of the report")
+    options = parser.parse_args()
+    if options.report and not options.date:
+        parser.error("--report needs --date")
+    found = {
+        (budget.name, arch): figures(budget, arch)
+        for budget in cuda_budgets.BUDGETS
+        for arch in ARCHS
+    }
     print(
         f"{'kernel':47} {'':6} {'instr':>6} {'MUFU':>5} {'reg':>4} {'blk':>4} {'KiB':>5} "
         "wait  loads, stores by width"
@@ -306,12 +386,14 @@ def main() -> int:
     problems = []
     for budget in cuda_budgets.BUDGETS:
         for arch in ARCHS:
-            f = figures(budget, arch)
+            f = found[budget.name, arch]
             problems += f.problems(budget, arch)
             print(
                 f"{budget.name:47} sm_{arch:<3} {f.instructions:6.2f} {f.exponentials:5.2f} "
                 f"{f.registers:4} {f.blocks:4} {f.in_flight:5.0f} {f.waits:4}  {f.loads} {f.stores}"
             )
+    if options.report:
+        options.report.write_text(markdown(found, options.date))
     print("\n".join(problems))
     return 1 if problems else 0
 

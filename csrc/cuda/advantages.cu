@@ -16,14 +16,14 @@
 namespace rk::cuda {
 namespace {
 
-// Steps of a thread; warps of a middle tile, whose square is those of a whole one. Short tests
-// shall cross the emulator's tiles.
+// Steps of a thread, side by side; warps of a middle tile and of a whole one. Short tests shall cross
+// the emulator's tiles.
 #ifdef RK_EMULATED
-constexpr int kSteps = 2, kMiddle = 2;
+constexpr int kSteps = kSide, kMiddle = 1, kWarps = 2;
 #else
-constexpr int kSteps = 8, kMiddle = 4;
+constexpr int kSteps = 2 * kSide, kMiddle = 4, kWarps = 16;
 #endif
-constexpr int kWarps = kMiddle * kMiddle, kScanThreads = kWarps * kWarp;
+constexpr int kScanThreads = kWarps * kWarp;
 constexpr int kChunk = kWarp * kSteps, kScanTile = kWarps * kChunk;
 
 // u behind some steps -> u ahead of them: p u + q, q alone where p is kCut.
@@ -73,115 +73,124 @@ struct Larger {
   __device__ __forceinline__ int operator()(int a, int b) const { return a > b ? a : b; }
 };
 
-enum : uint8_t { kKept = 1, kExists = 2, kDone = 4 };
-
-// The tokens of a block's tiles. Loaded side by side, then read by the thread that owns them; the
-// padding keeps the banks of its neighbours apart.
-struct Staged {
-  float rewards[kScanTile + kScanTile / kWarp], values[kScanTile + kScanTile / kWarp];
-  uint8_t flags[kScanTile];
+// What the warps of a block tell one another: the map of each, and a place in its tile.
+struct Shared {
   Map totals[kWarps];
   int last[kWarps];
-
-  static __device__ __forceinline__ int at(int i) { return i + i / kWarp; }
 };
 
-// The tile of a group of kGroup warps, and what it has to do with it.
+// The tile of a group of kGroup warps, and this thread's steps of it.
 template <int kGroup>
 struct Group {
   static constexpr int kThreads = kGroup * kWarp;
   TokenTile tile;
-  // This group's first token in Staged, and this thread's number in the group.
-  int base, own;
+  // This thread's first step in the tile.
+  int own;
 
-  __device__ __forceinline__ Group(const LossTokens& t, int64_t slots, int64_t first_slot) {
-    const int group = threadIdx.x / kThreads;
-    own = threadIdx.x % kThreads;
-    base = group * kGroup * kChunk;
-    const int64_t slot = first_slot + group;
+  __device__ __forceinline__ Group(const LossTokens& t, int64_t slots, int64_t first_slot)
+      : own(static_cast<int>(threadIdx.x) % kThreads * kSteps) {
+    const int64_t slot = first_slot + threadIdx.x / kThreads;
     tile = slot_tile<kScanTile>(t, slot < slots ? slot : 0);
     if (slot >= slots) tile.count = 0;
   }
-
-  // Of the tile's token number `own`.
-  __device__ __forceinline__ int64_t offset(const Tensor& t) const {
-    const int64_t first = tile.begin + tile.k * kScanTile + own;
-    return tile.sequence * t.stride0 + first * t.stride1;
-  }
-  __device__ __forceinline__ bool has(int j) const { return j * kThreads + own < tile.count; }
-
-  // Numbers of `t` where a bit of `wanted` is set, all loads in flight; else 0.
-  __device__ __forceinline__ void load(const Tensor& t, unsigned wanted, float (&x)[kSteps]) const {
-    switch (t.dtype) {
-      case kFloat32: return load_as<F32>(t, wanted, x);
-      case kBFloat16: return load_as<BF16>(t, wanted, x);
-      default: return load_as<F16>(t, wanted, x);
-    }
-  }
-  template <class E>
-  __device__ __forceinline__ void load_as(const Tensor& t, unsigned wanted,
-                                          float (&x)[kSteps]) const {
-    const auto* p = static_cast<const typename E::Storage*>(t.data) + offset(t);
-#pragma unroll
-    for (int j = 0; j < kSteps; ++j)
-      x[j] = wanted >> j & 1 ? E::get(p[j * kThreads * t.stride1]) : 0.0f;
-  }
-  // The bits of `wanted` under which `t` is not 0.
-  __device__ __forceinline__ unsigned load_flags(const Tensor& t, unsigned wanted) const {
-    const int64_t at = offset(t);
-    unsigned found = 0;
-#pragma unroll
-    for (int j = 0; j < kSteps; ++j)
-      if (wanted >> j & 1 && load_integer(t, at + j * kThreads * t.stride1) != 0) found |= 1u << j;
+  // The last of the group's places in shared.last; behind a barrier.
+  __device__ __forceinline__ int last(const Shared& shared) const {
+    int found = -1;
+    const int first = threadIdx.x / kThreads * kGroup;
+    for (int w = first; w < first + kGroup; ++w) found = Larger{}(found, shared.last[w]);
     return found;
   }
+};
 
-  // Loads the tile. Rewards are without the score, whose place, the last kept token, goes to
-  // shared.last, warp by warp: -1 if there is none.
-  __device__ __forceinline__ void stage(const GaeArgs& a, Staged& shared) const {
-    unsigned inside = 0;
+// A thread's steps: rewards, without the score, and values, 0 where they are masked.
+struct Steps : OwnTokens<kSteps, kSide> {
+  // Bit j: step j is not masked; it takes part, which a masked one does but under "carry"; it is
+  // the last of its episode.
+  unsigned kept, exists, done;
+  float rewards[kSteps], values[kSteps];
+
+  __device__ __forceinline__ Steps(const GaeArgs& a, const TokenTile& tile, int own)
+      : OwnTokens(tile, tile.begin + tile.k * kScanTile, own) {
+    kept = a.mask.given ? flags(a.mask, inside) : inside;
+    exists = a.carry ? kept : inside;
+    done = a.dones.given ? flags(a.dones, exists) : 0u;
+    const bool shaped = a.ref_logprobs.given && a.kl_coef != 0.0;
 #pragma unroll
-    for (int j = 0; j < kSteps; ++j) inside |= has(j) ? 1u << j : 0u;
-    const unsigned kept = a.mask.given ? load_flags(a.mask, inside) : inside;
-    const unsigned exists = a.carry ? kept : inside;
-    const unsigned done = a.dones.given ? load_flags(a.dones, exists) : 0u;
-    float rewards[kSteps] = {}, values[kSteps] = {};
-    if (a.values.given) load(a.values, kept, values);
+    for (int j = 0; j < kSteps; ++j) rewards[j] = values[j] = 0.0f;
     if (!a.scores.given) {
-      load(a.rewards, kept, rewards);
-    } else if (a.ref_logprobs.given && a.kl_coef != 0.0) {
-      float ref[kSteps];
-      load(a.logprobs, kept, rewards);
-      load(a.ref_logprobs, kept, ref);
+      load(kept, Numbers{a.rewards, rewards}, Numbers{a.values, values, a.values.given});
+    } else {
+      float ref[kSteps] = {};
+      load(kept, Numbers{a.logprobs, rewards, shaped}, Numbers{a.ref_logprobs, ref, shaped},
+           Numbers{a.values, values, a.values.given});
+      if (shaped) {
 #pragma unroll
-      for (int j = 0; j < kSteps; ++j) {
-        const float kl = kl_penalty_term(rewards[j] - ref[j], a.kl_estimator).value;
-        rewards[j] = kept >> j & 1 ? static_cast<float>(-a.kl_coef * kl) : 0.0f;
+        for (int j = 0; j < kSteps; ++j) {
+          const float kl = kl_penalty_term(rewards[j] - ref[j], a.kl_estimator).value;
+          rewards[j] = kept >> j & 1 ? static_cast<float>(-a.kl_coef * kl) : 0.0f;
+        }
       }
     }
+  }
+  // Whether every step is there, counts, and hands on what is behind it.
+  __device__ __forceinline__ bool plain() const { return kept == kAll && done == 0; }
+  // The last unmasked step, -1 if there is none.
+  __device__ __forceinline__ int last_kept() const {
     int last = -1;
 #pragma unroll
-    for (int j = 0; j < kSteps; ++j) {
-      const int i = j * kThreads + own, at = Staged::at(base + i);
-      shared.rewards[at] = rewards[j];
-      shared.values[at] = values[j];
-      shared.flags[base + i] =
-          static_cast<uint8_t>((kept >> j & 1 ? kKept : 0) | (exists >> j & 1 ? kExists : 0) |
-                               (done >> j & 1 ? kDone : 0));
-      if (kept >> j & 1) last = i;
-    }
-    if (a.scores.given) {
-      last = warp_reduce(last, Larger{});
-      if (threadIdx.x % kWarp == 0) shared.last[threadIdx.x / kWarp] = last;
-    }
-  }
-
-  // The group's last kept token, -1 if none; behind a barrier.
-  __device__ __forceinline__ int last_kept(const Staged& shared) const {
-    int last = -1;
-    const int first = threadIdx.x / kThreads * kGroup;
-    for (int w = first; w < first + kGroup; ++w) last = Larger{}(last, shared.last[w]);
+    for (int j = 0; j < kSteps; ++j)
+      if (kept >> j & 1) last = j;
     return last;
+  }
+  __device__ __forceinline__ void add_score(int step, float score) {
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j)
+      if (j == step) rewards[j] += score;
+  }
+  __device__ __forceinline__ double surplus(int j) const {
+    return static_cast<double>(rewards[j]) - values[j];
+  }
+  // What step j hands on of its own.
+  __device__ __forceinline__ double offers(int j, double gamma, double decay) const {
+    return ::fma(decay, surplus(j), gamma * values[j]);
+  }
+  __device__ __forceinline__ Map step(int j, double gamma, double decay) const {
+    if (!(exists >> j & 1)) return identity();
+    return {done >> j & 1 ? kCut : decay, offers(j, gamma, decay)};
+  }
+  // The map of all steps.
+  __device__ __forceinline__ Map map(double gamma, double decay) const {
+    Map all = identity();
+    if (plain()) {
+#pragma unroll
+      for (int j = kSteps - 1; j >= 0; --j)
+        all = {decay * all.p, ::fma(decay, all.q, offers(j, gamma, decay))};
+    } else {
+#pragma unroll
+      for (int j = kSteps - 1; j >= 0; --j) all = compose(step(j, gamma, decay), all);
+    }
+    return all;
+  }
+  // Advantages and returns from u behind the last step, in the places of rewards and values.
+  __device__ __forceinline__ void finish(double u, double gamma, double decay) {
+    if (plain()) {
+#pragma unroll
+      for (int j = kSteps - 1; j >= 0; --j) {
+        const double advantage = surplus(j) + u, value = values[j];
+        u = ::fma(decay, u, offers(j, gamma, decay));
+        rewards[j] = static_cast<float>(advantage);
+        values[j] = static_cast<float>(advantage + value);
+      }
+    } else {
+#pragma unroll
+      for (int j = kSteps - 1; j >= 0; --j) {
+        const Map own = step(j, gamma, decay);
+        const double advantage = surplus(j) + (own.p < 0.0 ? 0.0 : u), value = values[j];
+        u = apply(own, u);
+        rewards[j] = kept >> j & 1 ? static_cast<float>(advantage) : 0.0f;
+        values[j] = kept >> j & 1 ? static_cast<float>(advantage + value) : 0.0f;
+      }
+    }
   }
 };
 
@@ -190,24 +199,11 @@ __device__ __forceinline__ float score_of(const GaeArgs& a, int64_t sequence) {
                        static_cast<float>(a.reward_clip));
 }
 
-// Of the step in Staged at `i`, with `score` added to its reward.
-__device__ __forceinline__ Map step_at(const Staged& shared, int i, double gamma, double decay,
-                                       float score) {
-  const uint8_t flags = shared.flags[i];
-  if (!(flags & kExists)) return identity();
-  const float r = shared.rewards[Staged::at(i)] + score;
-  const double v = shared.values[Staged::at(i)];
-  return {flags & kDone ? kCut : decay, ::fma(decay, r - v, gamma * v)};
-}
-
-// Of this thread's steps; `score` belongs to the step in Staged at `scored`.
-__device__ __forceinline__ Map own_steps(const Staged& shared, double gamma, double decay,
-                                         int scored, float score) {
-  const int first = threadIdx.x * kSteps;
-  Map map = identity();
-  for (int i = first + kSteps - 1; i >= first; --i)
-    map = compose(step_at(shared, i, gamma, decay, i == scored ? score : 0.0f), map);
-  return map;
+// Each warp's last unmasked step of the tile to shared.last, -1 if it has none.
+__device__ __forceinline__ void find_last_kept(const Steps& steps, int own, Shared& shared) {
+  const int step = steps.last_kept();
+  const int last = warp_reduce(step >= 0 ? own + step : -1, Larger{});
+  if (threadIdx.x % kWarp == 0) shared.last[threadIdx.x / kWarp] = last;
 }
 
 __device__ __forceinline__ double decay_of(const GaeArgs& a) {
@@ -218,7 +214,7 @@ __device__ __forceinline__ double decay_of(const GaeArgs& a) {
 __global__ void __launch_bounds__(kScanThreads, 2)
     aggregate_kernel(const GaeArgs a, const LossTokens t, int64_t slots, Aggregate* aggregates,
                      int32_t* bad) {
-  __shared__ Staged shared;
+  __shared__ Shared shared;
   if (blockIdx.x == slots) {
     const int wrong = warp_reduce(wrong_offsets<kScanThreads>(t) ? 1 : 0, Larger{});
     if (threadIdx.x % kWarp == 0) shared.last[threadIdx.x / kWarp] = wrong;
@@ -230,18 +226,18 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   }
   const Group<kWarps> group(t, slots, blockIdx.x);
   if (group.tile.k <= 0 || group.tile.count == 0) return;
-  group.stage(a, shared);
-  __syncthreads();
+  Steps steps(a, group.tile, group.own);
   const double decay = decay_of(a);
-  scan_warp(own_steps(shared, a.gamma, decay, -1, 0.0f), shared.totals);
+  scan_warp(steps.map(a.gamma, decay), shared.totals);
+  if (a.scores.given) find_last_kept(steps, group.own, shared);
   __syncthreads();
   Aggregate out{total_of(shared.totals), 0.0, 0.0};
   if (a.scores.given) {
     // Whether a token of a later tile is kept is not known yet: then the score is not here.
-    const int last = group.last_kept(shared);
-    const float score = last >= 0 ? score_of(a, group.tile.sequence) : 0.0f;
+    const int last = group.last(shared);
+    if (last >= 0) steps.add_score(last - group.own, score_of(a, group.tile.sequence));
     __syncthreads();
-    scan_warp(own_steps(shared, a.gamma, decay, last, score), shared.totals);
+    scan_warp(steps.map(a.gamma, decay), shared.totals);
     __syncthreads();
     out.scored = total_of(shared.totals).q;
     out.kept = last >= 0 ? 1.0 : 0.0;
@@ -258,7 +254,7 @@ struct Behind {
 // Composes the `count` tiles from `aggregates`, as many at a time as the block has threads, counted
 // from the nearest one: masked tiles at the end then change no bit.
 __device__ __forceinline__ Behind look_behind(const Aggregate* aggregates, int64_t count,
-                                              bool scored, double u, Staged& shared) {
+                                              bool scored, double u, Shared& shared) {
   Behind behind{u, false};
   for (int64_t group = (count - 1) / kScanThreads; group >= 0; --group) {
     const int64_t i = group * kScanThreads + threadIdx.x;
@@ -287,8 +283,7 @@ template <int kGroup>
 __global__ void __launch_bounds__(kScanThreads, 2)
     scan_kernel(const GaeArgs a, const LossTokens t, int64_t slots, const Aggregate* aggregates,
                 const int32_t* bad) {
-  __shared__ Staged shared;
-  constexpr int kThreads = Group<kGroup>::kThreads;
+  __shared__ Shared shared;
   const int64_t first_slot = static_cast<int64_t>(blockIdx.x) * (kWarps / kGroup);
   if (bad && *bad) {
     // Sequences mean nothing: NaN for all tokens, in plain tiles.
@@ -305,62 +300,33 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   const TokenTile& tile = group.tile;
   // Rows of one tile are scanned in any case: their blocks' barriers are for several.
   if (kGroup == kWarps && tile.count == 0) return;
+  Steps steps(a, tile, group.own);
   double u = 0.0;
   if (a.bootstrap.given && tile.count > 0)
     u = a.gamma * load_float(a.bootstrap, tile.sequence * a.bootstrap.stride1);
   bool scored = a.scores.given && tile.count > 0;
-  // Before the tile is staged: that would have to wait for it.
   if (kGroup == kWarps && tile.k + 1 < tile.tiles) {
     const Behind behind =
         look_behind(aggregates + first_slot + 1, tile.tiles - 1 - tile.k, scored, u, shared);
     u = behind.u;
     scored &= !behind.kept;
   }
-  group.stage(a, shared);
-  __syncthreads();
-  int last = -1;
-  float score = 0.0f;
-  if (scored && (last = group.last_kept(shared)) >= 0) {
-    last += group.base;
-    score = score_of(a, tile.sequence);
-  }
-  const int64_t place =
-      (t.offsets.given ? 0 : tile.sequence * a.cols) + tile.begin + tile.k * kScanTile + group.own;
   if (a.scores.given) {
-#pragma unroll
-    for (int j = 0; j < kSteps; ++j) {
-      const int i = group.base + j * kThreads + group.own;
-      if (group.has(j))
-        a.shaped[place + j * kThreads] = shared.rewards[Staged::at(i)] + (i == last ? score : 0.0f);
-    }
+    find_last_kept(steps, group.own, shared);
+    __syncthreads();
+    const int last = scored ? group.last(shared) : -1;
+    if (last >= 0) steps.add_score(last - group.own, score_of(a, tile.sequence));
   }
+  const int64_t place = steps.place(t);
+  if (a.scores.given) steps.store(a.shaped + place, steps.rewards);
   const double decay = decay_of(a);
-  const Map near = scan_warp(own_steps(shared, a.gamma, decay, last, score), shared.totals);
+  const Map near = scan_warp(steps.map(a.gamma, decay), shared.totals);
   __syncthreads();
   const int warp = threadIdx.x / kWarp;
   for (int w = warp / kGroup * kGroup + kGroup - 1; w > warp; --w) u = apply(shared.totals[w], u);
-  u = apply(near, u);
-  // The results take the places of rewards and values, which are this thread's alone.
-  const int first = threadIdx.x * kSteps;
-  for (int i = first + kSteps - 1; i >= first; --i) {
-    const Map step = step_at(shared, i, a.gamma, decay, i == last ? score : 0.0f);
-    float& r = shared.rewards[Staged::at(i)];
-    float& v = shared.values[Staged::at(i)];
-    const double reward = r + (i == last ? score : 0.0f), value = v;
-    const double advantage = reward - value + (step.p < 0.0 ? 0.0 : u);
-    const bool kept = shared.flags[i] & kKept;
-    r = kept ? static_cast<float>(advantage) : 0.0f;
-    v = kept ? static_cast<float>(advantage + value) : 0.0f;
-    u = apply(step, u);
-  }
-  __syncthreads();
-#pragma unroll
-  for (int j = 0; j < kSteps; ++j) {
-    const int i = Staged::at(group.base + j * kThreads + group.own);
-    if (!group.has(j)) continue;
-    if (a.values.given) a.advantages[place + j * kThreads] = shared.rewards[i];
-    a.returns[place + j * kThreads] = shared.values[i];
-  }
+  steps.finish(apply(near, u), a.gamma, decay);
+  if (a.values.given) steps.store(a.advantages + place, steps.rewards);
+  steps.store(a.returns + place, steps.values);
 }
 
 int64_t scan_slots(int64_t sequences, int64_t cols, bool packed) {

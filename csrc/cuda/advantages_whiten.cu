@@ -21,13 +21,20 @@ struct Elements {
 
   __device__ __forceinline__ explicit Elements(const WhitenArgs& a) {
 #pragma unroll
-    for (int j = 0; j < kPerThread; ++j) {
-      const int64_t i = place(j);
-      x[j] = 0.0f;
-      if (i >= a.rows * a.cols) continue;
-      inside |= 1u << j;
-      if (!a.mask.given || load_integer(a.mask, token_at(a.mask, i, a.cols)) != 0) kept |= 1u << j;
-      x[j] = load_float(a.x, token_at(a.x, i, a.cols));
+    for (int j = 0; j < kPerThread; ++j) inside |= place(j) < a.rows * a.cols ? 1u << j : 0u;
+    switch (a.x.dtype) {
+      case kFloat32: numbers<F32>(a); break;
+      case kBFloat16: numbers<BF16>(a); break;
+      default: numbers<F16>(a);
+    }
+    if (!a.mask.given) {
+      kept = inside;
+      return;
+    }
+    switch (a.mask.dtype) {
+      case kInt64: flags<int64_t>(a); break;
+      case kInt32: flags<int32_t>(a); break;
+      default: flags<uint8_t>(a);
     }
   }
   static __device__ __forceinline__ int64_t place(int j) {
@@ -35,6 +42,29 @@ struct Elements {
   }
   __device__ __forceinline__ bool has(int j) const { return inside >> j & 1; }
   __device__ __forceinline__ bool keeps(int j) const { return kept >> j & 1; }
+
+ private:
+  // Of a tensor, all loads in flight; 0 where there is no token.
+  template <class T>
+  __device__ __forceinline__ void fetch(const Tensor& t, int64_t cols, T (&y)[kPerThread]) const {
+#pragma unroll
+    for (int j = 0; j < kPerThread; ++j)
+      y[j] = has(j) ? static_cast<const T*>(t.data)[token_at(t, place(j), cols)] : T(0);
+  }
+  template <class E>
+  __device__ __forceinline__ void numbers(const WhitenArgs& a) {
+    typename E::Storage y[kPerThread];
+    fetch(a.x, a.cols, y);
+#pragma unroll
+    for (int j = 0; j < kPerThread; ++j) x[j] = E::get(y[j]);
+  }
+  template <class T>
+  __device__ __forceinline__ void flags(const WhitenArgs& a) {
+    T y[kPerThread];
+    fetch(a.mask, a.cols, y);
+#pragma unroll
+    for (int j = 0; j < kPerThread; ++j) kept |= y[j] != T(0) ? 1u << j : 0u;
+  }
 };
 
 __global__ void __launch_bounds__(kThreads) moments_kernel(const WhitenArgs a, Moments* partials) {

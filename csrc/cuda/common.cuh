@@ -101,6 +101,7 @@ constexpr int kPerWord = 4 / sizeof(typename E::Storage);
 
 struct F32 {
   using Storage = float;
+  static constexpr int32_t kDType = kFloat32;
   static constexpr float kLeast = -3.40282347e38f;
   static __device__ __forceinline__ float get(float x) { return x; }
   static __device__ __forceinline__ float put(float x) { return x; }
@@ -140,6 +141,7 @@ __device__ __forceinline__ uint32_t by_halves(uint32_t a, uint32_t b, const F& f
 // As bits: the compiler keeps two to a register.
 struct BF16 {
   using Storage = uint16_t;
+  static constexpr int32_t kDType = kBFloat16;
   static constexpr float kLeast = -3.38953139e38f;
   static __device__ __forceinline__ float get(Storage x) {
     return __uint_as_float(static_cast<uint32_t>(x) << 16);
@@ -162,6 +164,7 @@ struct BF16 {
 };
 struct F16 {
   using Storage = uint16_t;
+  static constexpr int32_t kDType = kFloat16;
   static constexpr float kLeast = -65504.0f;
   static __device__ __forceinline__ float get(Storage x) {
     return __half2float(__ushort_as_half(x));
@@ -295,6 +298,11 @@ struct Pack {
 #endif
   }
 };
+
+// Bytes by which `p` lies behind a multiple of 16.
+__device__ __forceinline__ uint32_t misaligned(const void* p) {
+  return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p)) & 15;
+}
 
 // ---- Arithmetic ---------------------------------------------------------------------------------
 

@@ -51,12 +51,11 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
   const bool token_ratio = c.ratio_level == kTokenRatio;
   float logprobs[kPerThread], olds[kPerThread], advantages[kPerThread], refs[kPerThread],
       rollouts[kPerThread], entropies[kPerThread];
-  own.load(a.logprobs, logprobs);
-  own.load(a.old_logprobs, olds);
-  own.load(a.advantages, advantages);
-  if (a.ref_logprobs.given) own.load(a.ref_logprobs, refs);
-  if (a.rollout_logprobs.given) own.load(a.rollout_logprobs, rollouts);
-  if (a.entropy.given) own.load(a.entropy, entropies);
+  using N = Tokens::Numbers;
+  own.load(own.kept, N{a.logprobs, logprobs}, N{a.old_logprobs, olds}, N{a.advantages, advantages},
+           N{a.ref_logprobs, refs, a.ref_logprobs.given},
+           N{a.rollout_logprobs, rollouts, a.rollout_logprobs.given},
+           N{a.entropy, entropies, a.entropy.given});
 
   // What the sequence gives its tokens.
   Ratio<float> sequence{1.0f, 0.0f, 0.0f, 0.0f};
@@ -77,11 +76,9 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
         static_cast<float>(sequence_total(partials + kLogWeight * slots, own.tile)), c);
 
   float s[kSums] = {};
-  float r_min = 3.0e38f, r_max = -3.0e38f;
+  float r_min = 3.0e38f, r_max = -3.0e38f, gradients[kPerThread], bonuses[kPerThread];
 #pragma unroll
   for (int j = 0; j < kPerThread; ++j) {
-    if (!own.has(j)) continue;
-    const int64_t place = own.place(a.tokens, j);
     float g = 0.0f, h = 0.0f;
     if (own.keeps(j)) {
       const float logprob = logprobs[j], x = logprob - olds[j];
@@ -132,9 +129,13 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
       g *= weight;
       h = -c.entropy_coef * weight;
     }
-    if (a.grad_logprobs.given) static_cast<float*>(a.grad_logprobs.data)[place] = g;
-    if (a.grad_entropy.given) static_cast<float*>(a.grad_entropy.data)[place] = h;
+    gradients[j] = g;
+    bonuses[j] = h;
   }
+  const int64_t place = own.place(a.tokens);
+  if (a.grad_logprobs.given)
+    own.store(static_cast<float*>(a.grad_logprobs.data) + place, gradients);
+  if (a.grad_entropy.given) own.store(static_cast<float*>(a.grad_entropy.data) + place, bonuses);
   s[kBonus] = s[kEntropy];
   // Not the place to see a NaN, which these may step over: the sum of r is.
   r_min = warp_reduce(r_min, Smaller{});
@@ -167,10 +168,10 @@ __global__ void __launch_bounds__(kTokenThreads)
   double share = sequence_total(partials + (kFirst + kSlope) * slots, own.tile) * each;
   if (a.config.aggregation == kSeqMeanTokenMean) share *= each;
   const float slope = inside_clamp(static_cast<float>(mean), static_cast<float>(share), a.config);
-  float* grad = static_cast<float*>(a.grad_logprobs.data);
+  float* grad = static_cast<float*>(a.grad_logprobs.data) + own.place(a.tokens);
 #pragma unroll
   for (int j = 0; j < kPerThread; ++j)
-    if (own.keeps(j)) grad[own.place(a.tokens, j)] += slope;
+    if (own.keeps(j)) grad[own.behind(j)] += slope;
 }
 
 // Loss, metrics and 1 / divisor from the partial sums of all slots, in fp64.
@@ -229,15 +230,51 @@ __global__ void __launch_bounds__(kTokenThreads)
   *a.loss = a.metrics->loss;
 }
 
-// gradient * (scale * upstream) of up to two gradients.
+// 16-byte stores of a thread of the backward.
+constexpr int kBackwardSlots = 2;
+template <class E>
+constexpr int kBackwardTile = kTokenThreads * kBackwardSlots * kWidth<E>;
+
+// gradient * (scale * upstream) of up to two gradients, of E or, element by element, of any dtype.
+template <class E>
 __global__ void __launch_bounds__(kTokenThreads) backward_kernel(const LossBackwardArgs a) {
   const float factor = *a.scale * load_float(a.upstream, 0);
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kTokenTile + threadIdx.x;
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kBackwardTile<E>;
+  const int64_t left = a.count - begin;
+  const auto place = [](int k) {
+    return (k * kTokenThreads + static_cast<int>(threadIdx.x)) * kWidth<E>;
+  };
   const auto scaled = [&](const float* from, const Tensor& to) {
+    from += begin;
+    auto* out = static_cast<typename E::Storage*>(to.data) + begin;
+    if (left >= kBackwardTile<E> && to.dtype == E::kDType && misaligned(from) == 0 &&
+        misaligned(out) == 0) {
+      Pack<F32> in[kBackwardSlots][kWidth<E> / 4];
 #pragma unroll
-    for (int j = 0; j < kPerThread; ++j) {
-      const int64_t i = begin + j * kTokenThreads;
-      if (i < a.count) store_float(to, i, from[i] * factor);
+      for (int k = 0; k < kBackwardSlots; ++k)
+#pragma unroll
+        for (int i = 0; i < kWidth<E> / 4; ++i) in[k][i].load(from + place(k) + 4 * i);
+#pragma unroll
+      for (int k = 0; k < kBackwardSlots; ++k) {
+        Pack<E> pack;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float x[kPerWord<E>];
+#pragma unroll
+          for (int w = 0; w < kPerWord<E>; ++w) {
+            const int j = i * kPerWord<E> + w;
+            x[w] = in[k][j / 4].get(j % 4) * factor;
+          }
+          pack.words[i] = E::word(x);
+        }
+        pack.store(out + place(k));
+      }
+      return;
+    }
+#pragma unroll 1
+    for (int j = 0; j < kBackwardTile<E> / kTokenThreads; ++j) {
+      const int i = j * kTokenThreads + static_cast<int>(threadIdx.x);
+      if (i < left) store_float(to, begin + i, from[i] * factor);
     }
   };
   scaled(a.first, a.first_out);
@@ -280,7 +317,10 @@ Status policy_loss(const PolicyArgs& a) {
 
 Status loss_backward(const LossBackwardArgs& a) {
   const OnDevice guard(a.exec);
-  RK_ENQUEUE(a.exec, ceil_div(a.count, kTokenTile), kTokenThreads, backward_kernel, a);
+  for_dtype(a.first_out.dtype, [&](auto element) {
+    using E = decltype(element);
+    RK_ENQUEUE(a.exec, ceil_div(a.count, kBackwardTile<E>), kTokenThreads, backward_kernel<E>, a);
+  });
   return {};
 }
 

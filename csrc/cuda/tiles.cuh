@@ -71,11 +71,6 @@ __device__ __forceinline__ int slot_column(int slot) {
   return (slot * kWarp + static_cast<int>(threadIdx.x % kWarp)) * kWidth<E>;
 }
 
-// Bytes by which `p` lies behind a multiple of 16.
-__device__ __forceinline__ uint32_t misaligned(const void* p) {
-  return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p)) & 15;
-}
-
 // 16 bytes at p, which lies kWords whole words and `bits` bits behind a multiple of 16 bytes.
 template <int kWords, class E>
 __device__ __forceinline__ void load_shifted(const void* p, uint32_t bits, Pack<E>& x) {

@@ -6,62 +6,28 @@ namespace rk::cuda {
 namespace {
 
 constexpr int kTokenThreads = 256;
-constexpr int kPerThread = 4;
-constexpr int kTokenTile = kTokenThreads * kPerThread;
+// Tokens of a thread, side by side in as many groups as make two 16-byte loads of fp32.
+constexpr int kPerThread = 2 * kSide, kTokenTile = kTokenThreads * kPerThread;
 // A thread in sixteen folds a column of a block's sums; the padding keeps their banks apart.
 constexpr int kFold = 16, kColumn = kTokenThreads + kFold;
 // The first rows of the scratch [rows, slots], of statistics_kernel.
 enum : int { kTokens, kLogRatio, kLogWeight, kStatistics };
 
-// This thread's tokens of a tile: `slot` j is number threadIdx.x + j * kTokenThreads of it.
-struct Tokens {
+// This thread's tokens of a tile.
+struct Tokens : OwnTokens<kPerThread, kTokenThreads * kSide> {
   TokenTile tile;
-  int64_t first;
-  // Bit j: token j is there, and is not masked.
-  unsigned inside, kept;
+  // Bit j: token j is not masked.
+  unsigned kept;
 
   __device__ __forceinline__ Tokens(const LossTokens& t, int64_t slot)
-      : tile(slot_tile<kTokenTile>(t, slot)) {
-    first = tile.begin + tile.k * kTokenTile + threadIdx.x;
-    inside = kept = 0;
-#pragma unroll
-    for (int j = 0; j < kPerThread; ++j)
-      if (static_cast<int>(threadIdx.x) + j * kTokenThreads < tile.count) inside |= 1u << j;
-    const int64_t at = offset(t.mask, 0);
-#pragma unroll
-    for (int j = 0; j < kPerThread; ++j)
-      if (inside >> j & 1 && load_integer(t.mask, at + j * kTokenThreads * t.mask.stride1) != 0)
-        kept |= 1u << j;
-  }
-  __device__ __forceinline__ int64_t offset(const Tensor& t, int j) const {
-    return tile.sequence * t.stride0 + (first + j * kTokenThreads) * t.stride1;
-  }
-  __device__ __forceinline__ bool has(int j) const { return inside >> j & 1; }
+      : Tokens(t, slot_tile<kTokenTile>(t, slot)) {}
   __device__ __forceinline__ bool keeps(int j) const { return kept >> j & 1; }
-  // Of a contiguous result.
-  __device__ __forceinline__ int64_t place(const LossTokens& t, int j) const {
-    const int64_t at = first + j * kTokenThreads;
-    return t.offsets.given ? at : tile.sequence * t.cols + at;
-  }
-
-  // The unmasked numbers of `t`, all loads in flight; what lies under the mask is not read: 0.
-  __device__ __forceinline__ void load(const Tensor& t, float (&x)[kPerThread]) const {
-    const int64_t at = offset(t, 0), step = kTokenThreads * t.stride1;
-    switch (t.dtype) {
-      case kFloat32: return load_as<F32>(t, at, step, x);
-      case kBFloat16: return load_as<BF16>(t, at, step, x);
-      default: return load_as<F16>(t, at, step, x);
-    }
-  }
 
  private:
-  template <class E>
-  __device__ __forceinline__ void load_as(const Tensor& t, int64_t at, int64_t step,
-                                          float (&x)[kPerThread]) const {
-    const auto* p = static_cast<const typename E::Storage*>(t.data) + at;
-#pragma unroll
-    for (int j = 0; j < kPerThread; ++j) x[j] = keeps(j) ? E::get(p[j * step]) : 0.0f;
-  }
+  __device__ __forceinline__ Tokens(const LossTokens& t, const TokenTile& own)
+      : OwnTokens(own, own.begin + own.k * kTokenTile, static_cast<int>(threadIdx.x) * kSide),
+        tile(own),
+        kept(flags(t.mask, inside)) {}
 };
 
 // The sums of a block's columns into `sums`, for all threads to read; `shared` is scratch.
@@ -107,19 +73,16 @@ __global__ void __launch_bounds__(kTokenThreads)
                       const Tensor rollout, float* partials, int64_t slots) {
   __shared__ float shared[3][kColumn], sums[3];
   const Tokens own(t, blockIdx.x);
-  float x[kPerThread], y[kPerThread], found[3] = {0.0f, 0.0f, 0.0f};
+  float x[kPerThread], y[kPerThread], z[kPerThread], found[3] = {0.0f, 0.0f, 0.0f};
 #pragma unroll
   for (int j = 0; j < kPerThread; ++j) found[0] += own.keeps(j) ? 1.0f : 0.0f;
-  if (logprobs.given || rollout.given) own.load(old, y);
-  if (logprobs.given) {
-    own.load(logprobs, x);
+  own.load(own.kept, Tokens::Numbers{old, y, logprobs.given || rollout.given},
+           Tokens::Numbers{logprobs, x, logprobs.given},
+           Tokens::Numbers{rollout, z, rollout.given});
 #pragma unroll
-    for (int j = 0; j < kPerThread; ++j) found[1] += x[j] - y[j];
-  }
-  if (rollout.given) {
-    own.load(rollout, x);
-#pragma unroll
-    for (int j = 0; j < kPerThread; ++j) found[2] += log_weight(y[j], x[j]);
+  for (int j = 0; j < kPerThread; ++j) {
+    if (logprobs.given) found[1] += x[j] - y[j];
+    if (rollout.given) found[2] += log_weight(y[j], z[j]);
   }
   column_sums(found, shared, sums);
   if (threadIdx.x < kStatistics) partials[threadIdx.x * slots + blockIdx.x] = sums[threadIdx.x];

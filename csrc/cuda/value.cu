@@ -20,13 +20,12 @@ __global__ void __launch_bounds__(kTokenThreads, 1)
   const Tokens own(a.tokens, blockIdx.x);
   const bool clip = a.clip_range > 0.0f;
   float values[kPerThread], olds[kPerThread] = {}, targets[kPerThread];
-  own.load(a.values, values);
-  own.load(a.returns, targets);
-  if (clip) own.load(a.old_values, olds);
+  using N = Tokens::Numbers;
+  own.load(own.kept, N{a.values, values}, N{a.returns, targets}, N{a.old_values, olds, clip});
   float weight = 1.0f;
   if (a.aggregation == kSeqMeanTokenMean)
     weight = static_cast<float>(sequence_share(partials, slots, own.tile));
-  float s[kSums] = {};
+  float s[kSums] = {}, slopes[kPerThread];
 #pragma unroll
   for (int j = 0; j < kPerThread; ++j) {
     // Masked: value, target and with them all terms are 0.
@@ -37,17 +36,18 @@ __global__ void __launch_bounds__(kTokenThreads, 1)
     s[kCount] += own.keeps(j) ? 1.0f : 0.0f;
     s[kReturn] += targets[j];
     s[kError] += targets[j] - values[j];
-    if (a.grad_values.given && own.has(j))
-      static_cast<float*>(a.grad_values.data)[own.place(a.tokens, j)] = t.slope * weight;
+    slopes[j] = t.slope * weight;
   }
+  if (a.grad_values.given)
+    own.store(static_cast<float*>(a.grad_values.data) + own.place(a.tokens), slopes);
   column_sums(s, shared, sums);
   const float n = sums[kCount] > 1.0f ? sums[kCount] : 1.0f;
   const float target_mean = sums[kReturn] / n, error_mean = sums[kError] / n;
   float d[4] = {};
 #pragma unroll
   for (int j = 0; j < kPerThread; ++j) {
-    if (!own.keeps(j)) continue;
-    const float target = targets[j] - target_mean, error = targets[j] - values[j] - error_mean;
+    const float target = own.keeps(j) ? targets[j] - target_mean : 0.0f;
+    const float error = own.keeps(j) ? targets[j] - values[j] - error_mean : 0.0f;
     d[0] += target, d[1] += error;
     d[2] = fmaf(target, target, d[2]), d[3] = fmaf(error, error, d[3]);
   }

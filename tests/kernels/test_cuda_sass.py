@@ -140,11 +140,23 @@ def test_widths_of_loads_and_stores():
 )
 def test_a_kernel_over_its_budget_is_refused(worse, said):
     limit = cuda_budgets.Limit(13.4, 64, 96, 2, 1, 0)
-    budget = cuda_budgets.Budget("x", "x.cu", "x", "token", 4, 0, {}, limit, limit)
+    budget = cuda_budgets.Budget("x", "x.cu", "x", "token", 4, 0, {}, 2, limit, limit)
     at_limit = cuda_sass.Figures(13.4, 1.0, {1: 1, 16: 8}, {16: 4}, 96.0, 2, 64, 4, 0)
     assert at_limit.problems(budget, 90) == []
     [problem] = replace(at_limit, **worse).problems(budget, 90)
     assert said in problem
+
+
+def test_bounds_of_a_kernel():
+    limit = cuda_budgets.Limit(8.0, 64, 96, 2, 1, 0)
+    budget = cuda_budgets.Budget("x", "x.cu", "x", "logit", 4, 0, {}, 2, limit, limit)
+    gpu = cuda_sass.Gpu("x", 90, 100, 1.5, 3.0)
+    figures = cuda_sass.Figures(8.0, 2.0, {16: 8}, {16: 4}, 96.0, 2, 64, 4, 0)
+    # 100 multiprocessors of 128 lanes: 19.2e12 instructions a second, an eighth of that in logits.
+    assert cuda_sass.bounds(figures, budget, gpu) == pytest.approx((4.8, 2.4, 0.8))
+    # Without exponentials these bind nothing; a copy is as fast as can be.
+    figures = replace(figures, instructions=4.0, exponentials=0.0)
+    assert cuda_sass.bounds(figures, budget, gpu) == pytest.approx((9.6, float("inf"), 1.0))
 
 
 @pytest.mark.parametrize(
