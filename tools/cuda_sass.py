@@ -326,7 +326,9 @@ def bounds(f: Figures, budget: Budget, gpu: Gpu) -> tuple[float, float, float]:
     is left of that. Bounds, not measurements: latency and contention come on top."""
     clocks = gpu.multiprocessors * gpu.clock * 1e9 * budget.traffic / 1e12
     issue = clocks * ISSUED / f.instructions
-    exponentials = clocks * EXPONENTIALS / f.exponentials if f.exponentials else float("inf")
+    # Those of a thread's preamble bind nothing.
+    few = f.exponentials < 0.5
+    exponentials = float("inf") if few else clocks * EXPONENTIALS / f.exponentials
     return issue, exponentials, min(1.0, issue / gpu.copy, exponentials / gpu.copy)
 
 

@@ -16,8 +16,8 @@
 namespace rk::cuda {
 namespace {
 
-// Steps of a thread, side by side; warps of a middle tile and of a whole one. Short tests shall cross
-// the emulator's tiles.
+// Steps of a thread, side by side; warps of a middle tile and of a whole one. Short tests shall
+// cross the emulator's tiles.
 #ifdef RK_EMULATED
 constexpr int kSteps = kSide, kMiddle = 1, kWarps = 2;
 #else
