@@ -71,8 +71,8 @@ class _PolicySweep:
         self.head = Head.of(*operands, *shared)
         self._ref = None
         if ref_head:
-            ref_bias = ref_head[2] if len(ref_head) > 2 else None
-            self._ref = Head.of(ref_head[0], ref_head[1], ref_bias, *shared)
+            ref_hidden, ref_weight, *ref_bias = ref_head
+            self._ref = Head.of(ref_hidden, ref_weight, ref_bias[0] if ref_bias else None, *shared)
         shape = self._labels.shape
         self.logprobs = torch.zeros(shape, dtype=torch.float32, device=weight.device)
         self.entropy = torch.zeros_like(self.logprobs)

@@ -26,27 +26,30 @@ def check_head(
         The operands. Under autocast they are cast as F.linear casts them. Otherwise all have one
         dtype, or weight is float32 and hidden has 16 bits, for a product in fp32.
     """
-    hidden = checks.floating(op, names[0], hidden, double=True)
-    weight = checks.floating(op, names[1], weight, double=True)
+    hidden_name, weight_name, bias_name = names
+    hidden = checks.floating(op, hidden_name, hidden, double=True)
+    weight = checks.floating(op, weight_name, weight, double=True)
     if weight.dim() != 2 or (weight.shape[0] == 0 and not sharded):
-        raise ValueError(f"{op}: {names[1]} must be [V, H] with V >= 1, got {tuple(weight.shape)}")
+        raise ValueError(
+            f"{op}: {weight_name} must be [V, H] with V >= 1, got {tuple(weight.shape)}"
+        )
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"{op}: {names[0]} must be [..., {weight.shape[1]}] as {names[1]} is [V, H], got "
+            f"{op}: {hidden_name} must be [..., {weight.shape[1]}] as {weight_name} is [V, H], got "
             f"{tuple(hidden.shape)}"
         )
     if weight.shape[1] == 0:
         raise ValueError(
-            f"{op}: {names[0]} must be [..., H] with H >= 1, got {tuple(hidden.shape)}"
+            f"{op}: {hidden_name} must be [..., H] with H >= 1, got {tuple(hidden.shape)}"
         )
-    checks.same_device(op, names[1], weight, names[0], hidden.device)
+    checks.same_device(op, weight_name, weight, hidden_name, hidden.device)
     if bias is not None:
-        bias = checks.floating(op, names[2], bias, double=True)
+        bias = checks.floating(op, bias_name, bias, double=True)
         if bias.shape != weight.shape[:1]:
             raise ValueError(
-                f"{op}: {names[2]} must be [V], ({weight.shape[0]},), got {tuple(bias.shape)}"
+                f"{op}: {bias_name} must be [V], ({weight.shape[0]},), got {tuple(bias.shape)}"
             )
-        checks.same_device(op, names[2], bias, names[0], hidden.device)
+        checks.same_device(op, bias_name, bias, hidden_name, hidden.device)
     kind = hidden.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -64,16 +67,17 @@ def _autocast(t: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
 def _check_head_dtypes(
     op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str]
 ) -> None:
+    hidden_name, weight_name, bias_name = names
     half = hidden.dtype in (torch.bfloat16, torch.float16)
     if hidden.dtype != weight.dtype and not (half and weight.dtype is torch.float32):
         raise TypeError(
-            f"{op}: {names[1]} must have {names[0]}'s dtype {hidden.dtype}"
+            f"{op}: {weight_name} must have {hidden_name}'s dtype {hidden.dtype}"
             f"{', or float32' if half else ''}, got {weight.dtype}; cast one of them, or call "
             "under torch.autocast, which casts both"
         )
     if bias is not None and (bias.dtype is torch.float64) != (weight.dtype is torch.float64):
         raise TypeError(
-            f"{op}: {names[2]} must have {names[1]}'s dtype {weight.dtype}, got {bias.dtype}"
+            f"{op}: {bias_name} must have {weight_name}'s dtype {weight.dtype}, got {bias.dtype}"
         )
 
 

@@ -77,6 +77,14 @@ class PPOAdvantages(NamedTuple):
     rewards: Tensor
 
 
+def _of_sequences(op: str, name: str, t: object) -> Tensor:
+    """Checked rewards of whole sequences; integers become float64, the dtype of the statistics."""
+    if isinstance(t, Tensor) and t.dtype is not torch.bool and not t.is_floating_point():
+        checks.integers(op, name, t)
+        return t.double()
+    return constant(checks.real(op, name, t))
+
+
 def _check_scan(
     op: str,
     tokens: dict[str, Tensor | None],
@@ -423,14 +431,6 @@ def group_advantages(
         ).float()
     ids, size = (groups, 0) if isinstance(groups, Tensor) else (None, groups)
     return _group_advantages(rewards, ids, size, baseline, scale, greedy_rewards, eps, backend)
-
-
-def _of_sequences(op: str, name: str, t: object) -> Tensor:
-    """Checked rewards of whole sequences; integers become float64, the dtype of the statistics."""
-    if isinstance(t, Tensor) and t.dtype is not torch.bool and not t.is_floating_point():
-        checks.integers(op, name, t)
-        return t.double()
-    return constant(checks.real(op, name, t))
 
 
 def whiten(

@@ -33,6 +33,26 @@ from .policy import (
 )
 
 
+def _check_ref_head(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_logprobs: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    sharded: bool,
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """The reference policy's head as (hidden, weight, bias), or None."""
+    op = "linear_policy_loss"
+    if ref_hidden is None and ref_weight is None and ref_bias is None:
+        return None
+    if ref_hidden is None or ref_weight is None:
+        raise ValueError(f"{op}: ref_hidden and ref_weight must be given together")
+    if ref_logprobs is not None:
+        raise ValueError(f"{op}: ref_logprobs must be None where ref_hidden is given")
+    return check_ref_head(op, hidden, weight, ref_hidden, ref_weight, ref_bias, sharded=sharded)
+
+
 def _fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -69,14 +89,20 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
-    ) -> tuple[Tensor, Tensor]:
-        *inputs, group, backend = rest
-        ctx.nothing = (None,) * len(rest)
-        ctx.needs = list(ctx.needs_input_grad[:3])
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
+        temperatures: Tensor | None, old: Tensor | None, advantages: Tensor, mask: Tensor,
+        ref: Tensor | None, rollout: Tensor | None, ref_hidden: Tensor | None,
+        ref_weight: Tensor | None, ref_bias: Tensor | None, *rest: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        *options, group, backend = rest
+        of_hidden, of_weight, of_bias, *others = ctx.needs_input_grad
+        ctx.needs, ctx.nothing = [of_hidden, of_weight, of_bias], (None,) * len(others)
         # Separate arguments up to here, because autograd sees no tensor inside a list.
-        ref_head = [t for t in inputs[7:10] if t is not None]
-        args = (hidden, weight, bias, *inputs[:7], ref_head, *inputs[10:], ctx.needs)
+        ref_head = [t for t in (ref_hidden, ref_weight, ref_bias) if t is not None]
+        args = (
+            hidden, weight, bias, labels, temperatures, old, advantages, mask, ref, rollout,
+            ref_head, *options, ctx.needs,
+        )  # fmt: skip
         if group:
             loss, metrics, *gradients = _sharded_forward(*args, group, backend)
         else:
@@ -223,12 +249,13 @@ def linear_policy_loss(
         checks.offsets_valid(op, cu_seqlens, labels.shape[0])
         checks.divisor_positive(op, count)
         of_rows = arguments.of_policy_loss()
-        if ref_head:
+        if ref_head is not None:
+            states, head_weight, head_bias = ref_head
             ref_logprobs, _ = reference.linear_token_logprobs(
-                ref_head[0],
-                ref_head[1],
+                states,
+                head_weight,
                 labels.masked_fill(mask == 0, -100),
-                bias=ref_head[2] if len(ref_head) > 2 else None,
+                bias=head_bias,
                 **of_rows,
                 group=shards,
             )
@@ -261,7 +288,7 @@ def linear_policy_loss(
         labels,
         temperatures,
         *(None if t is None else t.detach() for t in constants),
-        *(ref_head[i] if i < len(ref_head) else None for i in range(3)),
+        *(ref_head or (None, None, None)),
         cu_seqlens,
         count,
         options,
@@ -272,24 +299,3 @@ def linear_policy_loss(
         backend,
     )
     return PolicyLoss(loss, PolicyMetrics(metrics))
-
-
-def _check_ref_head(
-    hidden: Tensor,
-    weight: Tensor,
-    ref_logprobs: Tensor | None,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    ref_bias: Tensor | None,
-    sharded: bool,
-) -> list[Tensor]:
-    """The reference policy's head as [hidden, weight] or [hidden, weight, bias]; [] if none."""
-    op = "linear_policy_loss"
-    if ref_hidden is None and ref_weight is None and ref_bias is None:
-        return []
-    if ref_hidden is None or ref_weight is None:
-        raise ValueError(f"{op}: ref_hidden and ref_weight must be given together")
-    if ref_logprobs is not None:
-        raise ValueError(f"{op}: ref_logprobs must be None where ref_hidden is given")
-    ref = check_ref_head(op, hidden, weight, ref_hidden, ref_weight, ref_bias, sharded=sharded)
-    return [t for t in ref if t is not None]

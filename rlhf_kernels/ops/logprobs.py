@@ -15,6 +15,25 @@ from ._operator import InputGradients, Operator, define, once_differentiable, re
 from .support import Support, token_logprobs_support
 
 
+def _check_inplace(logits: Tensor) -> None:
+    op = "token_logprobs"
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{op}: inplace_backward is not supported under torch.compile")
+    if logits.is_leaf and logits.requires_grad:
+        raise ValueError(
+            f"{op}: inplace_backward would overwrite a leaf tensor; logits must be the result of "
+            "an operation"
+        )
+    lead = tuple(logits.shape[:-2]), logits.stride()[:-2]
+    bad = logits.is_neg() or logits.stride(-1) != 1 or 0 in logits.stride()
+    if bad or layout.row_stride(*lead) is None:
+        raise ValueError(
+            f"{op}: inplace_backward needs logits whose elements do not share memory, whose last "
+            "stride is 1 and whose leading dimensions form rows of one stride, got strides "
+            f"{logits.stride()}"
+        )
+
+
 def _forward_fake(
     logits: Tensor, labels: Tensor, temperatures: Tensor | None, options: RowOptions, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,25 +118,6 @@ class _TokenLogprobs(torch.autograd.Function):
         # Autograd does not see this write; the new version makes other uses of these logits raise.
         torch.autograd.graph.increment_version(logits)
         return (memory, *nothing)
-
-
-def _check_inplace(logits: Tensor) -> None:
-    op = "token_logprobs"
-    if torch.compiler.is_compiling():
-        raise ValueError(f"{op}: inplace_backward is not supported under torch.compile")
-    if logits.is_leaf and logits.requires_grad:
-        raise ValueError(
-            f"{op}: inplace_backward would overwrite a leaf tensor; logits must be the result of "
-            "an operation"
-        )
-    lead = tuple(logits.shape[:-2]), logits.stride()[:-2]
-    bad = logits.is_neg() or logits.stride(-1) != 1 or 0 in logits.stride()
-    if bad or layout.row_stride(*lead) is None:
-        raise ValueError(
-            f"{op}: inplace_backward needs logits whose elements do not share memory, whose last "
-            "stride is 1 and whose leading dimensions form rows of one stride, got strides "
-            f"{logits.stride()}"
-        )
 
 
 class TokenLogprobs(NamedTuple):

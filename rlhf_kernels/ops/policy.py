@@ -16,6 +16,59 @@ from ._metrics import Metrics, register_metrics
 from ._operator import InputGradients, Operator, define, once_differentiable, remember
 
 
+def check_advantages(
+    op: str,
+    advantages: object,
+    logprobs: Tensor,
+    cu_seqlens: Tensor | None,
+    like: str = "logprobs",
+) -> Tensor:
+    """Requires one advantage per token or per sequence of the argument `like`; integers become
+    float32.
+    """
+    advantages = checks.real(op, "advantages", advantages)
+    checks.same_device(op, "advantages", advantages, like, logprobs.device)
+    sequences = logprobs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if advantages.shape != logprobs.shape and advantages.shape != (sequences,):
+        raise ValueError(
+            f"{op}: advantages must have the shape of {like}, {tuple(logprobs.shape)}, or one "
+            f"entry per sequence, ({sequences},), got {tuple(advantages.shape)}"
+        )
+    return advantages
+
+
+def check_config(
+    op: str,
+    config: PolicyLossConfig,
+    ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    normalizer: float | Tensor | None,
+) -> None:
+    """Requires a PolicyLossConfig and the inputs that it needs."""
+    if not isinstance(config, PolicyLossConfig):
+        raise TypeError(f"{op}: config must be a PolicyLossConfig, got {type(config).__name__}")
+    if config.kl_coef != 0 and ref_logprobs is None:
+        raise ValueError(f"{op}: ref_logprobs must be given, since kl_coef is {config.kl_coef}")
+    if config.correction_level is not None and rollout_logprobs is None:
+        raise ValueError(
+            f"{op}: rollout_logprobs must be given, since correction_level is "
+            f"{config.correction_level!r}"
+        )
+    if config.aggregation == "constant" and config.normalizer is None and normalizer is None:
+        raise ValueError(f"{op}: normalizer must be given with the aggregation 'constant'")
+
+
+def config_numbers(config: PolicyLossConfig) -> tuple[Sequence[int], Sequence[float]]:
+    """The codes and parameters of a configuration, as operators take them.
+
+    torch.compile lifts the floats of an object into the graph at their first use. This first use
+    must not be inside an autograd.Function, whose graph is separate and hidden from a second call.
+    """
+    if torch.compiler.is_compiling():
+        return config._codes, [float(p) for p in config._params]
+    return config._codes, config._params
+
+
 def _forward_fake(
     logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, ref: Tensor | None,
     rollout: Tensor | None, entropy: Tensor | None, cu_seqlens: Tensor | None,
@@ -267,56 +320,3 @@ def policy_loss(
     else:
         loss, metrics, *_ = _forward(constant(logprobs), *constants, entropy, *options)
     return PolicyLoss(loss, PolicyMetrics(metrics))
-
-
-def check_advantages(
-    op: str,
-    advantages: object,
-    logprobs: Tensor,
-    cu_seqlens: Tensor | None,
-    like: str = "logprobs",
-) -> Tensor:
-    """Requires one advantage per token or per sequence of the argument `like`; integers become
-    float32.
-    """
-    advantages = checks.real(op, "advantages", advantages)
-    checks.same_device(op, "advantages", advantages, like, logprobs.device)
-    sequences = logprobs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if advantages.shape != logprobs.shape and advantages.shape != (sequences,):
-        raise ValueError(
-            f"{op}: advantages must have the shape of {like}, {tuple(logprobs.shape)}, or one "
-            f"entry per sequence, ({sequences},), got {tuple(advantages.shape)}"
-        )
-    return advantages
-
-
-def config_numbers(config: PolicyLossConfig) -> tuple[Sequence[int], Sequence[float]]:
-    """The codes and parameters of a configuration, as operators take them.
-
-    torch.compile lifts the floats of an object into the graph at their first use. This first use
-    must not be inside an autograd.Function, whose graph is separate and hidden from a second call.
-    """
-    if torch.compiler.is_compiling():
-        return config._codes, [float(p) for p in config._params]
-    return config._codes, config._params
-
-
-def check_config(
-    op: str,
-    config: PolicyLossConfig,
-    ref_logprobs: Tensor | None,
-    rollout_logprobs: Tensor | None,
-    normalizer: float | Tensor | None,
-) -> None:
-    """Requires a PolicyLossConfig and the inputs that it needs."""
-    if not isinstance(config, PolicyLossConfig):
-        raise TypeError(f"{op}: config must be a PolicyLossConfig, got {type(config).__name__}")
-    if config.kl_coef != 0 and ref_logprobs is None:
-        raise ValueError(f"{op}: ref_logprobs must be given, since kl_coef is {config.kl_coef}")
-    if config.correction_level is not None and rollout_logprobs is None:
-        raise ValueError(
-            f"{op}: rollout_logprobs must be given, since correction_level is "
-            f"{config.correction_level!r}"
-        )
-    if config.aggregation == "constant" and config.normalizer is None and normalizer is None:
-        raise ValueError(f"{op}: normalizer must be given with the aggregation 'constant'")

@@ -70,21 +70,17 @@ _head_backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
 )
 
 
-def _finish(ctx: Any, results: tuple[Tensor, ...], entropy: bool) -> tuple[Tensor, ...]:
-    ctx.set_materialize_grads(False)
-    return results[: 2 if entropy else 1]
-
-
 class _TokenLogprobsSupport(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
         *tokens, options, backend = args
-        results = _forward(logits, *args)
+        logprobs, entropies, stats, kept = _forward(logits, *args)
         # The logits are not saved, so their memory can be freed.
         remember(ctx, logits)
-        ctx.save_for_backward(results[3], *tokens, results[2])
+        ctx.save_for_backward(kept, *tokens, stats)
         ctx.options = (options, logits.shape[-1], logits.dtype, backend)
-        return _finish(ctx, results, options.entropy)
+        ctx.set_materialize_grads(False)
+        return (logprobs, entropies) if options.entropy else (logprobs,)
 
     @staticmethod
     @once_differentiable("token_logprobs")
@@ -103,11 +99,12 @@ class _LinearTokenLogprobsSupport(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
     ) -> tuple[Tensor, ...]:
         *tokens, options, backend = args
-        results = _head_forward(hidden, weight, bias, *args)
+        logprobs, entropies, stats, kept = _head_forward(hidden, weight, bias, *args)
         remember(ctx, hidden, weight, bias)
-        ctx.save_for_backward(hidden, weight, bias, results[3], *tokens, results[2])
+        ctx.save_for_backward(hidden, weight, bias, kept, *tokens, stats)
         ctx.options, ctx.backend = options, backend
-        return _finish(ctx, results, options.entropy)
+        ctx.set_materialize_grads(False)
+        return (logprobs, entropies) if options.entropy else (logprobs,)
 
     @staticmethod
     @once_differentiable("linear_token_logprobs")

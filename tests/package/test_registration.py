@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import rlhf_kernels as rk
-from rlhf_kernels.kernels import backends
+from rlhf_kernels.kernels import backends, rows
 from rlhf_kernels.ops import _examples
 
 PACKAGE = Path(rk.__file__).parent
 ROOT = PACKAGE.parent
+HERE = ROOT / "tests"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module imports only from lower layers and from its own.
@@ -93,8 +94,20 @@ def test_no_module_imports_itself_by_way_of_others():
 
 
 def test_the_package_is_seven_levels_deep_and_sixteen_places_wide():
-    places = {module.split(".")[0] for module in MODULES}
-    assert len(LAYERS) <= 7 and len(places) <= 16, sorted(places)
+    """As the imports have it, whatever LAYERS says; and no folder imports one that imports it."""
+    places = {_area(module): set() for module in MODULES}
+    for module, file in MODULES.items():
+        # A program, `python -m rlhf_kernels.trainer`, of no other content than the command's.
+        if module != "trainer.__main__":
+            places[_area(module)] |= {_area(t) for t in _imports(file)[0]} - {_area(module)}
+    # `from . import x` of the package names the package too.
+    for place in places.keys() - {"__main__", "trainer", "integrations"}:
+        places[place].discard("")
+    levels = {}
+    for place in graphlib.TopologicalSorter(places).static_order():
+        levels[place] = 1 + max((levels[below] for below in places[place]), default=0)
+    assert max(levels.values()) <= 7 and len(places) <= 16, levels
+    assert levels["ops"] > levels["head"] > levels["kernels"] > levels["core"]
 
 
 def test_import_parser_sees_relative_imports():
@@ -122,6 +135,90 @@ def test_native_code_includes_no_torch():
     assert len(sources) > 5
     for source in sources:
         assert not re.search(r'#\s*include\s*[<"](torch|ATen|c10)', source.read_text()), source
+
+
+def _families(*parts: str, suffix: str = ".py") -> set[str]:
+    """The first words of the names of files in a folder, but for those that families share."""
+    names = {file.name.removesuffix(suffix) for file in ROOT.joinpath(*parts).glob(f"*{suffix}")}
+    return {name.partition("_")[0] for name in names} - {""}
+
+
+# Of each folder: its path, how its files end, and what it holds beside families.
+FOLDERS = (
+    (("rlhf_kernels", "reference"), ".py", {"head", "shard"}),
+    (("rlhf_kernels", "ops"), ".py", {"linear", "model"}),
+    (("rlhf_kernels", "kernels", "native"), ".py", {"boundary"}),
+    (("rlhf_kernels", "kernels", "triton"), ".py", set()),
+    (("csrc", "bind"), ".h", {"tensor"}),
+    (("csrc", "cpu"), ".h", {"all", "kernels", "memory", "parallel", "rows", "tokens", "vec"}),
+    (("csrc", "cuda"), ".cu", {"device"}),
+    (("benchmarks", "points"), ".py", {"conftest", "head"}),
+)
+FAMILIES = {"logprobs", "kl", "advantages", "policy", "value", "support"}
+
+
+@pytest.mark.parametrize(("folder", "suffix", "others"), FOLDERS, ids=lambda x: str(x))
+def test_a_family_has_one_name_in_every_folder(folder, suffix, others):
+    if not ROOT.joinpath(*folder).is_dir():
+        pytest.skip("an installed package has the Python files alone")
+    # Without a kernel of its own.
+    plain = {"preference"} & _families(*folder, suffix=suffix)
+    assert _families(*folder, suffix=suffix) == FAMILIES | plain | others
+
+
+def test_a_family_has_its_tests_and_the_head_its_families():
+    tests = {name.name.split("_")[1].removesuffix(".py") for name in HERE.glob("ops/test_*.py")}
+    assert tests >= FAMILIES | {"preference"}
+    for family in ("logprobs", "kl", "policy"):
+        assert f"head.{family}" in MODULES and f"ops.linear_{family}" in MODULES
+
+
+def test_the_public_functions_are_the_last_of_their_file():
+    """In a file of ops: checks, the autograd Function, what it gives, then what a user calls."""
+    for name in (m for m in MODULES if re.match(r"ops\.[a-z]", m)):
+        ranks = []
+        for node in ast.parse(MODULES[name].read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name in rk.__all__:
+                ranks.append((2, node.name))
+            elif isinstance(node, ast.ClassDef) and "Function" in map(_last_word, node.bases):
+                ranks.append((1, node.name))
+            elif isinstance(node, ast.FunctionDef) and node.name.lstrip("_").startswith("check"):
+                ranks.append((0, node.name))
+            elif isinstance(node, ast.FunctionDef) and ranks:
+                # Any other helper stands before the first public function.
+                ranks.append((min(ranks[-1][0], 1), node.name))
+        assert ranks == sorted(ranks, key=lambda rank: rank[0]), (name, ranks)
+
+
+def _last_word(node: ast.expr) -> str:
+    return ast.unparse(node).rpartition(".")[2]
+
+
+def test_benchmarks_import_no_tests():
+    for file in (ROOT / "benchmarks").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            assert "tests" not in {name.partition(".")[0] for name in names}, file
+
+
+@pytest.mark.parametrize("name", ("cpu", "triton"))
+def test_a_backend_takes_what_its_row_kernels_are_given(name):
+    """`Rows` says it to the type checker; the table of launchers is not typed."""
+    launchers = backends.get(name).launchers
+    if not launchers:
+        pytest.skip(f"{name} is not available")
+    kernels = {n: f for c in rows.Rows.__mro__ for n, f in vars(c).items() if n[0] != "_"}
+    assert "token_logprobs" in kernels and "kl_divergence" in kernels
+    for operator, kernel in kernels.items():
+        _, *given = inspect.signature(kernel).parameters.values()
+        taken = list(inspect.signature(launchers[operator]).parameters.values())
+        # One launcher may pass on what another names.
+        if taken[-1].kind is taken[-1].VAR_POSITIONAL:
+            taken.pop()
+            given = given[: len(taken)]
+        assert taken and [p.annotation for p in taken] == [p.annotation for p in given], operator
 
 
 def test_every_launcher_is_a_registered_operator():

@@ -120,19 +120,19 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         hidden: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor, labels: Tensor,
         temperatures: Tensor | None, indptr: Tensor, indices: Tensor, *args: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        *inputs, needs = args
+        *inputs, (of_hidden, of_weight, of_bias) = args
         vocab, width = weight.shape
         dz = backward(
             "linear_token_logprobs", vocab, None, kept, labels, temperatures, indptr, indices,
             *inputs,
         )  # fmt: skip
-        grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else hidden.new_empty(0)
-        grad_weight = weight.new_empty(weight.shape) if needs[1] else hidden.new_empty(0)
-        grad_bias = kept.new_zeros(vocab if needs[2] else 0)
-        bias_dtype = bias.dtype if needs[2] and bias is not None else hidden.dtype
+        grad_hidden = hidden.new_empty(hidden.shape) if of_hidden else hidden.new_empty(0)
+        grad_weight = weight.new_empty(weight.shape) if of_weight else hidden.new_empty(0)
+        grad_bias = kept.new_zeros(vocab if of_bias else 0)
+        bias_dtype = bias.dtype if of_bias and bias is not None else hidden.dtype
         if labels.numel() == 0:
             return grad_hidden, grad_weight.zero_(), grad_bias.to(bias_dtype)
-        sums = needs[1] or needs[2]
+        sums = of_weight or of_bias
         starts = uses = order = owner = None
         if sums and gpu:
             starts, order, owner = by_token_id(dz, indptr, indices, vocab)
@@ -142,8 +142,8 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             uses = starts.new_empty(2 * indices.shape[0])
         extension.support_head_backward(
             *b.grid(labels.shape), vocab, width, hidden, weight, indices.shape[0], indptr, indices,
-            dz, grad_hidden if needs[0] else None,
-            grad_weight if needs[1] else None, grad_bias if needs[2] else None,
+            dz, grad_hidden if of_hidden else None,
+            grad_weight if of_weight else None, grad_bias if of_bias else None,
             starts, uses, order, owner, make_exec(dz),
         )  # fmt: skip
         return grad_hidden, grad_weight, grad_bias.to(bias_dtype)

@@ -448,11 +448,11 @@ def linear_token_logprobs_support_backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor, labels: Tensor,
     temperatures: Tensor | None, indptr: Tensor, indices: Tensor, *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    *inputs, needs = args
+    *inputs, (of_hidden, of_weight, of_bias) = args
     vocab, entries, tokens = weight.shape[0], indices.shape[0], labels.numel()
-    grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else hidden.new_empty(0)
-    grad_weight = weight.new_empty(weight.shape) if needs[1] else hidden.new_empty(0)
-    grad_bias = kept.new_empty(vocab if needs[2] else 0)
+    grad_hidden = hidden.new_empty(hidden.shape) if of_hidden else hidden.new_empty(0)
+    grad_weight = weight.new_empty(weight.shape) if of_weight else hidden.new_empty(0)
+    grad_bias = kept.new_empty(vocab if of_bias else 0)
     if not entries or not tokens:
         found = (grad_hidden.zero_(), grad_weight.zero_(), grad_bias.zero_())
     else:
@@ -461,19 +461,19 @@ def linear_token_logprobs_support_backward(
         dz, token_ids = torch.empty_like(kept), torch.empty_like(kept, dtype=torch.int32)
         _gradient(vocab, None, dz, token_ids, kept, labels, temperatures, indptr, indices, *inputs)
         hidden, weight = as_rows(hidden), as_rows(weight)
-        if needs[0]:
+        if of_hidden:
             _sums(weight, indptr, None, indices, dz, grad_hidden, None, vocab, vocab)
-        if needs[1] or needs[2]:
+        if of_weight or of_bias:
             token_ids, order = torch.sort(token_ids, stable=True)
             starts = torch.searchsorted(
                 token_ids, torch.arange(vocab + 1, dtype=torch.int32, device=token_ids.device)
             )
             _sums(
                 hidden, starts, order, _owners(indptr, entries), dz,
-                grad_weight if needs[1] else None, grad_bias if needs[2] else None,
+                grad_weight if of_weight else None, grad_bias if of_bias else None,
                 grid(labels.shape)[1], tokens,
             )  # fmt: skip
-    bias_dtype = bias.dtype if needs[2] and bias is not None else hidden.dtype
+    bias_dtype = bias.dtype if of_bias and bias is not None else hidden.dtype
     return found[0], found[1], found[2].to(bias_dtype)
 
 
