@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.reports.tables import table
+
 ROOT = Path(__file__).parent.parent
 FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 # Registers of a multiprocessor, and the blocks of a kernel that it must hold at once: with one
@@ -176,17 +178,16 @@ def markdown(found: dict[str, list[Resources]], date: str) -> str:
         "Written by `make cuda-report`. The gate: no spills, no stack frames, at least "
         f"{MIN_BLOCKS} blocks of 256 threads a multiprocessor by registers and by shared memory.",
         "",
-        "| file | kernel | target | variants | registers | shared B | spills B | stack B |",
-        "|---|---|---|--:|--:|--:|--:|--:|",
     ]
+    head = ("file", "kernel", "target", "variants", "registers", "shared B", "spills B", "stack B")
+    rows = []
     for file, kernels in sorted(found.items()):
         names = {(r.kernel.partition("<")[0], r.arch) for r in kernels}
         for name, arch in sorted(names):
             own = [r for r in kernels if (r.kernel.partition("<")[0], r.arch) == (name, arch)]
             most = [max(getattr(r, k) for r in own) for k in figures]
-            cells = [f"{file}.cu", name, f"sm_{arch}", len(own), *most]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+            rows.append([f"{file}.cu", name, f"sm_{arch}", *map(str, (len(own), *most))])
+    return "\n".join([*lines, *table(head, rows, left=3)]) + "\n"
 
 
 def main() -> int:

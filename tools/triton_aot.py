@@ -43,6 +43,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime import JITFunction, driver  # noqa: E402
 
 import rlhf_kernels.kernels.triton  # noqa: E402
+from benchmarks.reports.tables import table  # noqa: E402
 from rlhf_kernels.kernels import backends  # noqa: E402
 from rlhf_kernels.ops import _examples  # noqa: E402
 
@@ -362,10 +363,10 @@ def report(results: list[Resources], date: str) -> str:
         "Blocks: how many a multiprocessor (compute unit) holds, by registers and shared memory. "
         "Loads and stores: bits of the widest instruction, over the variants.",
         "",
-        "| kernel | target | variants | warps | registers | shared B | spills | local B | blocks "
-        "| barriers | load | store |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
+    head = ("kernel", "target", "variants", "warps", "registers", "shared B", "spills", "local B")
+    head += ("blocks", "barriers", "load", "store")
+    rows = []
     groups: dict[tuple[str, str], list[Resources]] = {}
     for r in results:
         groups.setdefault((r.kernel, r.target), []).append(r)
@@ -379,8 +380,8 @@ def report(results: list[Resources], date: str) -> str:
         cells = [kernel, name, len(group), *map(worst, ("warps", "registers", "shared", "spills"))]
         cells += [worst("local"), min(r.blocks for r in group), worst("barriers")]
         cells += [_range(r.load_bits for r in group), _range(r.store_bits for r in group)]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([str(cell) for cell in cells])
+    return "\n".join([*lines, *table(head, rows, left=2)]) + "\n"
 
 
 def _range(values: Iterable[int]) -> str:
