@@ -47,6 +47,62 @@ def _check_pairs(op: str, pairs: dict[str, Tensor]) -> None:
         checks.same_device(op, name, value, like, first.device)
 
 
+def _names(op: str, loss: object) -> tuple[str, ...]:
+    """The names of losses that `loss` is or holds."""
+    names = tuple(loss) if isinstance(loss, list | tuple) else (loss,)
+    if not names:
+        raise ValueError(f"{op}: loss must be a name or several, got none")
+    for name in names:
+        option_checks.one_of(op, "loss", name, PREFERENCE_LOSSES)
+    return names
+
+
+def _loss_weights(op: str, names: Sequence[str], given: Any) -> list[float]:
+    """One number per loss."""
+    if given is None:
+        return [1.0] * len(names)
+    if not isinstance(given, list | tuple):
+        option_checks.number(op, "loss_weights", given)
+        raise TypeError(f"{op}: loss_weights must be a list of numbers, got {type(given).__name__}")
+    if len(given) != len(names):
+        found = f"{len(names)} numbers, one per loss, got {len(given)}"
+        raise ValueError(f"{op}: loss_weights must be {found}")
+    return [option_checks.number(op, "loss_weights", x) for x in given]
+
+
+def _given(values: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _both(op: str, values: dict[str, Tensor | None]) -> None:
+    if len(_given(values)) == 1:
+        (here, missing) = sorted(values, key=lambda name: values[name] is None)
+        raise ValueError(f"{op}: {missing} must be given with {here}, got None")
+
+
+def _check_references(op: str, names: Sequence[str], references: dict[str, Tensor | None]) -> None:
+    """Requires them where a loss has them, and nowhere else."""
+    given = _given(references)
+    for name in names:
+        free = name in rules.REFERENCE_FREE or name in rules.REFERENCE_OPTIONAL
+        if not given and not free:
+            needed = f"{' and '.join(references)} must be given with loss {name!r}"
+            raise ValueError(f"{op}: {needed}, got None")
+    if given and all(name in rules.REFERENCE_FREE for name in names):
+        found = f"None with loss {' and '.join(map(repr, names))}, which has no reference"
+        raise ValueError(f"{op}: {next(iter(given))} must be {found}")
+
+
+def _check_options(op: str, names: Sequence[str], options: dict[str, Any]) -> None:
+    option_checks.one_of(op, "f_divergence", options["f_divergence"], F_DIVERGENCES)
+    smoothing = options["label_smoothing"]
+    if not 0 <= smoothing < 0.5:
+        raise ValueError(f"{op}: label_smoothing must be in [0, 0.5), got {smoothing}")
+    if wrong := rules.contradiction(names, options):
+        name, expected = wrong
+        raise ValueError(f"{op}: {name} must be {expected}, got {options[name]}")
+
+
 def sequence_logprobs(
     logprobs: Tensor,
     mask: Tensor,
@@ -233,62 +289,6 @@ def preference_loss(
             **options,
         )
     )
-
-
-def _names(op: str, loss: object) -> tuple[str, ...]:
-    """The names of losses that `loss` is or holds."""
-    names = tuple(loss) if isinstance(loss, list | tuple) else (loss,)
-    if not names:
-        raise ValueError(f"{op}: loss must be a name or several, got none")
-    for name in names:
-        option_checks.one_of(op, "loss", name, PREFERENCE_LOSSES)
-    return names
-
-
-def _loss_weights(op: str, names: Sequence[str], given: Any) -> list[float]:
-    """One number per loss."""
-    if given is None:
-        return [1.0] * len(names)
-    if not isinstance(given, list | tuple):
-        option_checks.number(op, "loss_weights", given)
-        raise TypeError(f"{op}: loss_weights must be a list of numbers, got {type(given).__name__}")
-    if len(given) != len(names):
-        found = f"{len(names)} numbers, one per loss, got {len(given)}"
-        raise ValueError(f"{op}: loss_weights must be {found}")
-    return [option_checks.number(op, "loss_weights", x) for x in given]
-
-
-def _given(values: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _both(op: str, values: dict[str, Tensor | None]) -> None:
-    if len(_given(values)) == 1:
-        (here, missing) = sorted(values, key=lambda name: values[name] is None)
-        raise ValueError(f"{op}: {missing} must be given with {here}, got None")
-
-
-def _check_references(op: str, names: Sequence[str], references: dict[str, Tensor | None]) -> None:
-    """Requires them where a loss has them, and nowhere else."""
-    given = _given(references)
-    for name in names:
-        free = name in rules.REFERENCE_FREE or name in rules.REFERENCE_OPTIONAL
-        if not given and not free:
-            needed = f"{' and '.join(references)} must be given with loss {name!r}"
-            raise ValueError(f"{op}: {needed}, got None")
-    if given and all(name in rules.REFERENCE_FREE for name in names):
-        found = f"None with loss {' and '.join(map(repr, names))}, which has no reference"
-        raise ValueError(f"{op}: {next(iter(given))} must be {found}")
-
-
-def _check_options(op: str, names: Sequence[str], options: dict[str, Any]) -> None:
-    option_checks.one_of(op, "f_divergence", options["f_divergence"], F_DIVERGENCES)
-    smoothing = options["label_smoothing"]
-    if not 0 <= smoothing < 0.5:
-        raise ValueError(f"{op}: label_smoothing must be in [0, 0.5), got {smoothing}")
-    if wrong := rules.contradiction(names, options):
-        name, expected = wrong
-        raise ValueError(f"{op}: {name} must be {expected}, got {options[name]}")
 
 
 def kto_loss(
