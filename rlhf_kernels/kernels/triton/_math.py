@@ -33,6 +33,19 @@ def tree_sum(x, N: tl.constexpr):
 
 
 @triton.jit
+def tile_sum(x, N: tl.constexpr, CHUNK: tl.constexpr):
+    """Sum of a block [N] as of `tree_sum`, but halves first until CHUNK numbers are left.
+
+    A thread's loads of a tile are CHUNK numbers apart: it adds them up by itself, and one tree goes
+    over the lanes.
+    """
+    for _ in tl.static_range(20):
+        if x.shape[0] > CHUNK:
+            x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2)), axis=0)
+    return tree_sum(x, N)
+
+
+@triton.jit
 def power_of_two(n):
     """2^n for integral fp32 n in [-126, 127], exact on every device."""
     return ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)

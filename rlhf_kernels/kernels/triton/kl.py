@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ...core.layout import as_grid, as_rows, grid, grid_strides, rows_strides
 from ._launch import kernel, launch, tile_count
-from ._math import LOG2E, exp_parts, scalar, tree_sum
+from ._math import LOG2E, exp_parts, scalar, tile_sum, tree_sum
 from ._rows import token_at
-from .logprobs import GROUP, LOWEST, ROWS, alignment, tile_bounds
+from .logprobs import CHUNK, GROUP, LOWEST, ROWS, alignment, tile_bounds
 
 # Columns per program, 16 of each row per thread: two rows need as many registers as the single row
 # of token_logprobs.
@@ -62,12 +62,12 @@ def partial_kernel(
     e = tl.where(inside, weight_of(d_p, rate), 0.0)
     out = partials + pid.to(tl.int64) * 5
     tl.store(out, m_p)
-    tl.store(out + 1, tree_sum(e, TILE))
+    tl.store(out + 1, tile_sum(e, TILE, CHUNK))
     # A term with weight 0 is 0, even where Q's logit is -inf.
-    tl.store(out + 4, tree_sum(tl.where(e == 0.0, 0.0, e * (d_p - d_q)), TILE))
+    tl.store(out + 4, tile_sum(tl.where(e == 0.0, 0.0, e * (d_p - d_q)), TILE, CHUNK))
     e = tl.where(inside, weight_of(d_q, rate), 0.0)
     tl.store(out + 2, m_q)
-    tl.store(out + 3, tree_sum(e, TILE))
+    tl.store(out + 3, tile_sum(e, TILE, CHUNK))
 
 
 @triton.jit

@@ -18,12 +18,14 @@ from ...core import checks, env, sentinels
 from ...core.layout import as_grid, as_rows, as_upstream, grid, grid_strides, rows_strides
 from ...core.row_options import RowOptions
 from ._launch import kernel, launch, tile_count
-from ._math import LOG2E, good_temperature, scalar, tree_sum
+from ._math import LOG2E, good_temperature, scalar, tile_sum, tree_sum
 from ._rows import packed, row_temperature, token_at, with_options
 
 # Columns per program, 32 per thread: all 16-byte loads of a tile are in flight at once.
 TILE = 8192
 WARPS = 8
+# Columns that its threads load at once, of 2 bytes each: tile_sum adds these first.
+CHUNK = tl.constexpr(2048)
 # Smaller for the gradient, which needs more registers per column and has no reduction.
 BACKWARD_TILE = 4096
 # Rows per program of kernels over rows only.
@@ -50,11 +52,11 @@ def tile_sums(z, inside, rate, ENTROPY: tl.constexpr, TILE: tl.constexpr):
     # A tile of only -inf adds 0. A NaN that the maximum ignores still reaches the sums.
     d = z - tl.where(m == float("-inf"), 0.0, m)
     e = tl.where(inside, tl.exp2(d * (rate * LOG2E)), 0.0)
-    s = tree_sum(e, TILE)
+    s = tile_sum(e, TILE, CHUNK)
     t = 0.0
     if ENTROPY:
         # Far from the maximum e is 0 and d may be -inf; the term is 0.
-        t = tree_sum(tl.where(e == 0.0, 0.0, e * (d * rate)), TILE)
+        t = tile_sum(tl.where(e == 0.0, 0.0, e * (d * rate)), TILE, CHUNK)
     return m, s, t
 
 
