@@ -46,17 +46,20 @@ def tile_bounds(tile, size, UNIT: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def tile_sums(z, inside, rate, ENTROPY: tl.constexpr, TILE: tl.constexpr):
-    """m = max z, sum of e = exp(rate (z - m)) and sum of e rate (z - m), over a tile of logits."""
-    m = tl.max(tl.where(inside, z, float("-inf")), axis=0)
+def tile_sums(z, rate, ENTROPY: tl.constexpr, TILE: tl.constexpr):
+    """m = max z, sum of e = exp(rate (z - m)) and sum of e rate (z - m), over a tile of logits.
+
+    z is -inf where the tile has no column.
+    """
+    m = tl.max(z, axis=0)
     # A tile of only -inf adds 0. A NaN that the maximum ignores still reaches the sums.
     d = z - tl.where(m == float("-inf"), 0.0, m)
-    e = tl.where(inside, tl.exp2(d * (rate * LOG2E)), 0.0)
+    e = tl.exp2(d * (rate * LOG2E))
     s = tile_sum(e, TILE, CHUNK)
     t = 0.0
     if ENTROPY:
         # Far from the maximum e is 0 and d may be -inf; the term is 0.
-        t = tile_sum(tl.where(e == 0.0, 0.0, e * (d * rate)), TILE, CHUNK)
+        t = tile_sum(tl.where(e == 0.0, 0.0, e * d), TILE, CHUNK) * rate
     return m, s, t
 
 
@@ -79,9 +82,12 @@ def partial_kernel(
         column = tl.arange(0, TILE)
         inside = column < count
         x = logits + token_at(row, cols, stride0, stride1) * ALIGN + first
-        z = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-        z, _ = with_options(z, row_options)
-        m, s, t = tile_sums(z, inside, 1.0 / temperature, ENTROPY, TILE)
+        z = tl.load(x + column, mask=inside, other=float("-inf")).to(tl.float32)
+        _, softcap = row_options
+        if softcap is not None:
+            z, _ = with_options(z, row_options)
+            z = tl.where(inside, z, float("-inf"))
+        m, s, t = tile_sums(z, 1.0 / temperature, ENTROPY, TILE)
         out = partials + pid.to(tl.int64) * 3
         tl.store(out, m)
         tl.store(out + 1, s)

@@ -154,7 +154,8 @@ def rows_kernel(
             here = inside & (token_id == label)
             found = tl.max(tl.where(here, z, float("-inf")), axis=0)
             own = tl.where(found > own, found, own)
-            tile_m, tile_s, tile_t = tile_sums(z, inside, rate32, ENTROPY, BLOCK)
+            z = tl.where(inside, z, float("-inf"))
+            tile_m, tile_s, tile_t = tile_sums(z, rate32, ENTROPY, BLOCK)
             # This maximum may lose a NaN, but the sums have it too.
             top = tl.where(m > tile_m, m, tile_m)
             base = tl.where(top == float("-inf"), 0.0, top)
