@@ -268,7 +268,7 @@ def preference_loss(
     sort = [name for name in names if name in rules.SORTED]
     if weights is not None and sort:
         raise ValueError(f"{op}: weights must be None with loss {sort[0]!r}, which sorts the pairs")
-    options = {
+    options: dict[str, Any] = {
         "label_smoothing": option_checks.number(op, "label_smoothing", label_smoothing),
         "f_divergence": f_divergence,
         "f_alpha": option_checks.number(op, "f_alpha", f_alpha),
@@ -279,13 +279,16 @@ def preference_loss(
     _check_options(op, names, options)
     return PreferenceLoss(
         *reference.preference_loss(
-            *pairs.values(),
-            *references.values(),
+            chosen_logprobs,
+            rejected_logprobs,
+            ref_chosen_logprobs,
+            ref_rejected_logprobs,
             loss=names,
             loss_weights=_loss_weights(op, names, loss_weights),
             beta=option_checks.positive(op, "beta", beta),
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
             weights=weights,
-            **lengths,
             **options,
         )
     )
@@ -340,7 +343,8 @@ def kto_loss(
         kl = option_checks.number(op, "kl", kl)
     return KTOLoss(
         *reference.kto_loss(
-            *values.values(),
+            logprobs,
+            ref_logprobs,
             desirable,
             kl=kl,
             beta=option_checks.positive(op, "beta", beta),
