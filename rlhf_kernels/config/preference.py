@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .enums import PreferenceLossName
+from .enums import PREFERENCE_LOSSES, PreferenceLossName
+
+NAMES: tuple[str, ...] = PREFERENCE_LOSSES
 
 #: They never read the reference.
 REFERENCE_FREE: tuple[PreferenceLossName, ...] = ("cpo", "simpo", "alphapo", "orpo", "sft")

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..config import preference
-from ..config.enums import PREFERENCE_LOSSES
 from .arguments import parse_config as parse_config
 from .errors import UserError as UserError
 from .errors import require as require
@@ -195,7 +194,7 @@ class DPOConfig:
 
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": "losses of a pair, added: " + ", ".join(PREFERENCE_LOSSES)},
+        metadata={"help": "losses of a pair, added: " + ", ".join(preference.NAMES)},
     )
     loss_weights: list[float] = field(
         default_factory=list, metadata={"help": "one weight per loss_type; empty = ones"}
@@ -220,8 +219,8 @@ class DPOConfig:
         names = self.loss_type
         require(bool(names), "loss_type", "at least one", names)
         for name in names:
-            known = f"one of {', '.join(PREFERENCE_LOSSES)}"
-            require(name in PREFERENCE_LOSSES, "loss_type", known, name)
+            known = f"one of {', '.join(preference.NAMES)}"
+            require(name in preference.NAMES, "loss_type", known, name)
         same = len(self.loss_weights) in (0, len(names))
         require(same, "loss_weights", f"{len(names)} numbers", self.loss_weights)
         _above(self, 0, "beta", "discopop_tau")

@@ -79,9 +79,11 @@ def test_imports_point_one_way(module):
         other = _area(target)
         assert RANKS[other] <= RANKS[area], f"{module} imports {target}"
         if area in ("trainer", "integrations"):
-            assert other in ("", "cli", area) or target == "trainer.errors", (
-                f"{module} imports {target}, which is not public"
-            )
+            # The rules of preference losses are the stage's too.
+            assert other in ("", "cli", area) or target in (
+                "trainer.errors",
+                "config.preference",
+            ), f"{module} imports {target}, which is not public"
     if area not in ("trainer", "integrations"):
         assert not outside & TRAINER_ONLY
 
@@ -157,7 +159,9 @@ FOLDERS = (
 FAMILIES = {"logprobs", "kl", "advantages", "policy", "value", "support"}
 
 
-@pytest.mark.parametrize(("folder", "suffix", "others"), FOLDERS, ids=lambda x: str(x))
+@pytest.mark.parametrize(
+    ("folder", "suffix", "others"), FOLDERS, ids=["/".join(folder) for folder, *_ in FOLDERS]
+)
 def test_a_family_has_one_name_in_every_folder(folder, suffix, others):
     if not ROOT.joinpath(*folder).is_dir():
         pytest.skip("an installed package has the Python files alone")
@@ -255,8 +259,8 @@ def test_public_names_are_documented(name):
 def test_options_of_operations_are_keyword_only(name):
     for parameter in inspect.signature(getattr(rk, name)).parameters.values():
         assert parameter.annotation is not parameter.empty, parameter
-        # A mask comes after the tensors that it belongs to, by position or by name.
-        if parameter.name == "mask":
+        # Tensors come by position or by name: a mask, and the references of pairs.
+        if parameter.name in ("mask", "ref_chosen_logprobs", "ref_rejected_logprobs"):
             assert parameter.kind is parameter.POSITIONAL_OR_KEYWORD, parameter
         elif parameter.default is not parameter.empty:
             assert parameter.kind is parameter.KEYWORD_ONLY, parameter

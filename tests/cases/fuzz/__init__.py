@@ -77,6 +77,16 @@ def run(case: Case, arguments: dict[str, Any]) -> tuple[list[Tensor], list[Tenso
     return [*(r.detach() for r in results), *found], upstream
 
 
+def cancelling_slopes(arguments: dict[str, Any]) -> Tensor:
+    """Sizes of the slopes of apo_down, whose two sigmoids may cancel; for an upstream below 1."""
+    given = to_float64(arguments)
+    chosen = given["beta"] * (given["chosen_logprobs"] - given["ref_chosen_logprobs"]).detach()
+    rejected = given["beta"] * (given["rejected_logprobs"] - given["ref_rejected_logprobs"])
+    sizes = sum(z.sigmoid() * (-z).sigmoid() for z in (chosen, chosen - rejected.detach()))
+    weights = 1.0 if given["weights"] is None else given["weights"].abs()
+    return given["beta"] * sizes * weights / max(len(chosen), 1)
+
+
 def scan_roundings(case: Case, backend: str) -> tuple[Tensor, Tensor]:
     """Of advantages and returns: sizes that are rounded to float32 beside the inputs and results.
 
@@ -130,6 +140,10 @@ def sensitivity(case: Case, exact: Sequence[Tensor], backend: str) -> list[Tenso
     if case.op == "value_loss":
         # The explained variance is a difference to 1.
         worst[1][4] += EPS * (1 + (1 - exact[1][4]).abs().nan_to_num(0.0, 0.0, 0.0)) / ROUNDINGS
+    if case.op == "preference_loss" and "apo_down" in case.arguments["loss"]:
+        sizes = cancelling_slopes(case.arguments)
+        for i in range(3, len(worst)):
+            worst[i] = worst[i] + EPS * sizes
     if "lam" in case.arguments:
         for i, size in enumerate(scan_roundings(case, backend)):
             worst[i] = worst[i] + EPS / ROUNDINGS * size.nan_to_num(0.0, 0.0, 0.0)
