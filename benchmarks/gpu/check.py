@@ -54,7 +54,8 @@ RESERVE = 15
 # Operation tests; the others are about the CPU, the package or the trainer.
 _OPERATION_TESTS = (
     "logprobs logprobs_rules policy policy_rules policy_masks kl advantages advantages_rules value "
-    "preference support support_rules tiles extremes fp16 empty interface missing meta masks"
+    "preference support support_rules tiles token_loads extremes fp16 empty interface missing meta "
+    "masks"
 ).split()
 TEST_FILES = ("head/test_head", "head/test_cases", *(f"ops/test_{n}" for n in _OPERATION_TESTS))
 # Processes of pytest on one GPU: compiling is most of the time, and that is the CPU's.
