@@ -8,26 +8,6 @@ from torch import Tensor
 from ._common import compute, distances
 
 
-def kl_divergence(
-    logits: Tensor, ref_logits: Tensor, *, direction: str = "reverse", temperature: float = 1.0
-) -> Tensor:
-    """sum_j P_j (log P_j - log Q_j); (P, Q) = (policy, ref) for reverse, (ref, policy) for forward.
-
-    Args:
-        logits: [..., V] of the policy, differentiated.
-        ref_logits: [..., V] of the reference, a constant.
-        direction: "reverse" or "forward".
-        temperature: divides both tensors.
-
-    Returns:
-        The divergence [...], never negative.
-    """
-    policy = distances(compute(logits), temperature)
-    ref = distances(compute(ref_logits).detach(), temperature)
-    kl: Tensor = _Divergence.apply(policy, ref, direction == "reverse")
-    return kl
-
-
 def _mean_difference(p: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """The mean of x - y under p, [..., 1]; a term with p = 0 is 0, even where y is -inf."""
     return (p * torch.where(p > 0, x - y, 0)).sum(-1, keepdim=True)
@@ -70,25 +50,6 @@ class _Divergence(torch.autograd.Function):
         return torch.where(grad == 0, 0, grad * slope), None, None
 
 
-def kl_estimate(x: Tensor, estimator: str) -> Tensor:
-    """k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x, abs = |x| of x = logprobs - ref_logprobs."""
-    if estimator == "k1":
-        return x
-    if estimator == "k2":
-        return 0.5 * x.square()
-    if estimator == "k3":
-        e = torch.expm1(-x)
-        # At x = -inf the sum would be inf - inf = NaN.
-        return torch.where(e.isinf(), e, e + x)
-    return x.abs()
-
-
-def sloped(x: Tensor, value: Tensor, estimator: str) -> Tensor:
-    """`value` [...] with the gradient of an estimator in x [...]."""
-    result: Tensor = _Sloped.apply(x, value, estimator)
-    return result
-
-
 class _Sloped(torch.autograd.Function):
     """A zero upstream gradient gives zero, even where the slope is infinite."""
 
@@ -115,6 +76,45 @@ class _Sloped(torch.autograd.Function):
         else:  # "abs"; torch.sign would map NaN to 0
             slope = torch.where(x.isnan(), x, x.sign())
         return torch.where(grad == 0, 0, grad * slope), None, None
+
+
+def kl_divergence(
+    logits: Tensor, ref_logits: Tensor, *, direction: str = "reverse", temperature: float = 1.0
+) -> Tensor:
+    """sum_j P_j (log P_j - log Q_j); (P, Q) = (policy, ref) for reverse, (ref, policy) for forward.
+
+    Args:
+        logits: [..., V] of the policy, differentiated.
+        ref_logits: [..., V] of the reference, a constant.
+        direction: "reverse" or "forward".
+        temperature: divides both tensors.
+
+    Returns:
+        The divergence [...], never negative.
+    """
+    policy = distances(compute(logits), temperature)
+    ref = distances(compute(ref_logits).detach(), temperature)
+    kl: Tensor = _Divergence.apply(policy, ref, direction == "reverse")
+    return kl
+
+
+def kl_estimate(x: Tensor, estimator: str) -> Tensor:
+    """k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x, abs = |x| of x = logprobs - ref_logprobs."""
+    if estimator == "k1":
+        return x
+    if estimator == "k2":
+        return 0.5 * x.square()
+    if estimator == "k3":
+        e = torch.expm1(-x)
+        # At x = -inf the sum would be inf - inf = NaN.
+        return torch.where(e.isinf(), e, e + x)
+    return x.abs()
+
+
+def sloped(x: Tensor, value: Tensor, estimator: str) -> Tensor:
+    """`value` [...] with the gradient of an estimator in x [...]."""
+    result: Tensor = _Sloped.apply(x, value, estimator)
+    return result
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -> Tensor:

@@ -9,49 +9,6 @@ from . import shard
 from ._common import compute, distances, per_row, with_options
 
 
-def token_logprobs(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float | Tensor = 1.0,
-    entropy: bool = False,
-    ignore_index: int = -100,
-    group: str = "",
-    **options: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """log softmax(z)_y and H = -sum_j p_j log p_j of z = with_options(logits) / temperature.
-
-    Args:
-        logits: [..., V].
-        labels: [...], integers in [0, V) or `ignore_index`.
-        temperature: a number, or a tensor that broadcasts to the shape of labels.
-        entropy: also return H.
-        ignore_index: tokens with this label have result 0 and gradient 0, whatever their logits.
-        group: name of the process group over which V is sharded; "" for none.
-        options: those of `with_options`.
-
-    Returns:
-        (logprobs [...], entropy [...] or None).
-    """
-    if group:
-        return shard.token_logprobs(
-            logits,
-            labels,
-            temperature=temperature,
-            entropy=entropy,
-            ignore_index=ignore_index,
-            group=group,
-            **options,
-        )
-    keep = labels != ignore_index
-    z = with_options(torch.where(keep.unsqueeze(-1), compute(logits), 0), **options)
-    d = distances(z, per_row(temperature, keep))
-    logprobs = torch.where(keep, _LogProb.apply(d, torch.where(keep, labels, 0).long()), 0)
-    if not entropy:
-        return logprobs, None
-    return logprobs, torch.where(keep, _Entropy.apply(d), 0)
-
-
 class _LogProb(torch.autograd.Function):
     """log softmax(d)_y of d [..., V] and y [...]; a zero upstream gradient gives a zero row."""
 
@@ -104,3 +61,46 @@ def _weights(d: Tensor) -> tuple[Tensor, Tensor]:
     """p = softmax(d) and the mean of d under p, [..., 1]; a term with p = 0 is 0, even at -inf."""
     p = torch.softmax(d, -1)
     return p, (p * torch.where(p > 0, d, 0)).sum(-1, keepdim=True)
+
+
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    ignore_index: int = -100,
+    group: str = "",
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """log softmax(z)_y and H = -sum_j p_j log p_j of z = with_options(logits) / temperature.
+
+    Args:
+        logits: [..., V].
+        labels: [...], integers in [0, V) or `ignore_index`.
+        temperature: a number, or a tensor that broadcasts to the shape of labels.
+        entropy: also return H.
+        ignore_index: tokens with this label have result 0 and gradient 0, whatever their logits.
+        group: name of the process group over which V is sharded; "" for none.
+        options: those of `with_options`.
+
+    Returns:
+        (logprobs [...], entropy [...] or None).
+    """
+    if group:
+        return shard.token_logprobs(
+            logits,
+            labels,
+            temperature=temperature,
+            entropy=entropy,
+            ignore_index=ignore_index,
+            group=group,
+            **options,
+        )
+    keep = labels != ignore_index
+    z = with_options(torch.where(keep.unsqueeze(-1), compute(logits), 0), **options)
+    d = distances(z, per_row(temperature, keep))
+    logprobs = torch.where(keep, _LogProb.apply(d, torch.where(keep, labels, 0).long()), 0)
+    if not entropy:
+        return logprobs, None
+    return logprobs, torch.where(keep, _Entropy.apply(d), 0)

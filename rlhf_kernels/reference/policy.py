@@ -15,6 +15,10 @@ from .kl import kl_estimate, sloped
 LOG_WEIGHT_BOUND = 1e30
 
 
+def _extreme(x: Tensor, any_token: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    return torch.where(any_token, reduce(x), 0) if x.numel() else x.new_zeros(())
+
+
 def kl_term(x: Tensor, config: PolicyLossConfig) -> Tensor:
     """The KL estimate that `config` selects, from x = logprob - ref."""
     estimator = config.kl_estimator
@@ -199,7 +203,3 @@ def clipped_tokens(r: Tensor, a: Tensor, config: PolicyLossConfig) -> tuple[Tens
         if bound is not None:
             dual = dual | ((a < 0) & (r > bound))
     return (a < 0) & (r < low), (a > 0) & (r > high), dual
-
-
-def _extreme(x: Tensor, any_token: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-    return torch.where(any_token, reduce(x), 0) if x.numel() else x.new_zeros(())
