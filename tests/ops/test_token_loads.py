@@ -45,6 +45,12 @@ def tokens(backend, count):
     return [torch.randn(shape, generator=g) * 0.5 for _ in range(count)], mask
 
 
+def needs_rounding(backend, dtype):
+    """Skips where bfloat16 is cut off and not rounded."""
+    if backend == "triton" and triton.interpreted() and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter cuts off what bfloat16 does not hold")
+
+
 def policy(x, mask):
     logprobs, entropy = x[0].detach().requires_grad_(), x[3].detach().requires_grad_()
     config = rk.PolicyLossConfig(entropy_coef=0.1, kl_coef=0.2)
@@ -72,6 +78,8 @@ def type_as(flags, layout):
 
 @pytest.mark.parametrize("operation", [policy, value, gae])
 def test_bits_do_not_depend_on_where_tokens_lie(backend, operation):
+    if backend == "reference":
+        pytest.skip("the order of torch's own sums depends on strides")
     x, mask = tokens(backend, 5)
     want = operation(x, mask)
     for layout in LAYOUTS:
@@ -84,6 +92,7 @@ def test_bits_do_not_depend_on_where_tokens_lie(backend, operation):
 @pytest.mark.parametrize("operation", [policy, value, gae])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_tokens_are_their_fp32(backend, operation, dtype):
+    needs_rounding(backend, dtype)
     x, mask = tokens(backend, 5)
     x = [t.to(dtype) for t in x]
     want = operation([t.float() for t in x], mask)
@@ -94,6 +103,7 @@ def test_16_bit_tokens_are_their_fp32(backend, operation, dtype):
 
 
 def test_gradients_of_two_dtypes(backend):
+    needs_rounding(backend, torch.bfloat16)
     # Log-probabilities in 16 bits, the entropy in fp32, and the other way round.
     x, mask = tokens(backend, 5)
     x[0], x[3] = x[0].bfloat16(), x[3].bfloat16()
