@@ -41,16 +41,16 @@ TESTS = (
 LEFT_OUT = "not triton and not reference"
 CASES = 300
 
-# A row of one word more than the memory holds, to a kernel itself.
+# A row of one column more than the memory holds, to a kernel itself.
 OVERRUN = """
 import sys, torch
 from rlhf_kernels.kernels import native
-kernels, words = native.module("cpu"), int(sys.argv[1])
-x, y = torch.randn(1, 1000), torch.zeros(1, 1, dtype=torch.int64)
-out = torch.zeros(8)
-at = [(t.data_ptr(), code, 0, 0) for t, code in ((x, 0), (y, 3), (out, 0), (out[2:], 0))]
-kernels.token_logprobs(1, 1, words, *at[:2], None, (1.0, 0.0, False, -100), at[2], None, at[3],
-                       1)
+from rlhf_kernels.kernels.native import boundary
+kernels, cols = native.module("cpu"), int(sys.argv[1])
+boundary.exec_builder(kernels)
+x, y = torch.randn(1, 1, 1000), torch.zeros(1, 1, dtype=torch.int64)
+out, stats = torch.zeros(1, 1), torch.zeros(1, 1, 3)
+kernels.token_logprobs(1, 1, cols, x, y, None, (1.0, 0.0, False, -100), out, None, stats, 1)
 """
 # A number that the compiler may not know.
 OVERFLOW = """
