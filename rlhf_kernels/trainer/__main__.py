@@ -1,4 +1,4 @@
-"""`python -m rlhf_kernels.trainer ppo ...`, the form that launchers start."""
+"""`python -m rlhf_kernels.trainer ppo ...`, for launchers that start a module."""
 
 import sys
 

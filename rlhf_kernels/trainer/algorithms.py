@@ -1,4 +1,4 @@
-"""Every online algorithm: its advantage, its policy loss and where its KL penalty lies."""
+"""The online algorithms: how each estimates advantages, its policy loss and its KL penalty."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -15,10 +15,10 @@ from .timing import timed
 
 
 class Outcome(NamedTuple):
-    """The data that advantages are computed from: a whole rollout, the same on every process.
+    """The input of an advantage estimate: a whole rollout, the same on every process.
 
-    `scores` and `greedy_scores` are `[B]`, the other tensors `[B, T]`; `kl_coef` is 0 where the KL
-    penalty is not part of the reward.
+    `scores` and `greedy_scores` are `[B]`, the other tensors `[B, T]`. `kl_coef` is 0 unless the
+    KL penalty is part of the reward.
     """
 
     config: OnlineConfig
@@ -32,12 +32,12 @@ class Outcome(NamedTuple):
     running_mean: float
 
 
-# Advantages `[B]` or `[B, T]`, and the critic's returns.
+# Advantages `[B]` or `[B, T]`, and the returns that the critic learns, if there is one.
 Estimate = tuple[Tensor, Tensor | None]
 
 
 def group(baseline: str, scale: str) -> Callable[[Outcome], Estimate]:
-    """One advantage per completion, relative to the others of its prompt."""
+    """One advantage per completion, relative to the other completions of its prompt."""
 
     def advantages(rollout: Outcome) -> Estimate:
         scores, estimator = rollout.scores, rollout.config.kl_estimator
@@ -51,7 +51,7 @@ def group(baseline: str, scale: str) -> Callable[[Outcome], Estimate]:
 
 
 def _gae(rollout: Outcome, scores: Tensor, values: Tensor, **options: Any) -> Estimate:
-    """Generalised advantages of the KL-shaped reward."""
+    """Generalised advantage estimates of the KL-shaped reward."""
     found = timed(
         rk.ppo_advantages, scores, rollout.logprobs, rollout.ref_logprobs, values,
         mask=rollout.mask, kl_coef=rollout.kl_coef, kl_estimator=rollout.config.kl_estimator,
@@ -61,16 +61,16 @@ def _gae(rollout: Outcome, scores: Tensor, values: Tensor, **options: Any) -> Es
 
 
 def generalised(rollout: Outcome) -> Estimate:
-    """GAE over the critic's values."""
+    """GAE with the critic's values."""
     options = {"lam": rollout.config.lam, "whiten": rollout.config.whiten_advantages}
     return _gae(rollout, rollout.scores, rollout.values, **options)
 
 
 def returns_to_go(*, whiten: bool, group_baseline: bool = False) -> Callable[[Outcome], Estimate]:
-    """Return to go of the KL-shaped reward: GAE with lambda 1 and no critic.
+    """Advantages are the returns to go of the KL-shaped reward: GAE with lambda 1, no critic.
 
-    Scores count from their running mean (of earlier rollouts, so that it does not bias the
-    gradient), or from the mean of their group; whitening makes the first needless.
+    The baseline is the running mean of the scores of earlier rollouts, which does not bias the
+    gradient, or the mean of the prompt group. Whitening makes the running mean unnecessary.
     """
 
     def advantages(rollout: Outcome) -> Estimate:
@@ -88,12 +88,12 @@ class Algorithm:
     """An online algorithm.
 
     Attributes:
-        advantages: from a rollout to advantages, and returns for the critic.
-        loss: preset of PolicyLossConfig; settings that are given override it.
+        advantages: computes advantages and the critic's returns from a rollout.
+        loss: preset of PolicyLossConfig; settings that the user gives override it.
         kl: whether the KL penalty is part of the "reward" or of the "loss".
-        defaults: settings whose default is not OnlineConfig's.
-        critic: whether it trains a critic.
-        greedy: whether it decodes each prompt greedily for its baseline.
+        defaults: settings whose default differs from OnlineConfig's.
+        critic: whether the algorithm trains a critic.
+        greedy: whether the baseline is the score of a greedy completion of each prompt.
     """
 
     advantages: Callable[[Outcome], Estimate]
@@ -105,7 +105,7 @@ class Algorithm:
 
     @property
     def grouped(self) -> bool:
-        """Whether an advantage compares completions of one prompt, so that one alone has none."""
+        """Whether advantages compare completions of a prompt, which needs at least two of them."""
         return "num_generations" in self.defaults
 
 
@@ -139,7 +139,7 @@ ALGORITHMS = {
 
 
 def loss_config(algorithm: Algorithm, config: OnlineConfig) -> rk.PolicyLossConfig:
-    """The algorithm's policy loss under the settings that are given."""
+    """The policy loss of the algorithm, overridden by the settings that the user gave."""
     names = ("objective", "clip_low", "clip_high", "dual_clip", "aggregation")
     options = {n: getattr(config, n) for n in names if getattr(config, n) is not None}
     options |= {"entropy_coef": config.entropy_coef, "kl_coef": 0.0}
@@ -157,9 +157,9 @@ def loss_config(algorithm: Algorithm, config: OnlineConfig) -> rk.PolicyLossConf
 
 
 def adapted(loss: rk.PolicyLossConfig, kl: float, target: float) -> rk.PolicyLossConfig:
-    """The loss with the penalty for the next rollout (1707.06347, section 4).
+    """The loss with the penalty coefficient of the next rollout (1707.06347, section 4).
 
-    `kl` is the last epoch's KL(old || new) per token, `target` what it should be.
+    `kl` is KL(old || new) per token in the last epoch; `target` is its target.
     """
     factor = 1.0
     if kl < target / 1.5:
@@ -170,9 +170,9 @@ def adapted(loss: rk.PolicyLossConfig, kl: float, target: float) -> rk.PolicyLos
 
 
 def normalizer_of(loss: rk.PolicyLossConfig, mask: Tensor, longest: int) -> float:
-    """The divisor of the loss over a whole mini-batch, wherever its rows are.
+    """The divisor of the loss for a whole mini-batch, whichever processes have its rows.
 
-    `mask` is the completions' `[B, T]`, `longest` the most tokens that one may have.
+    `mask` is the completion mask `[B, T]`; `longest` is the maximum length of a completion.
     """
     if loss.aggregation == "token-mean":
         return max(1.0, float(mask.sum()))

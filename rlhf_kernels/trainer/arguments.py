@@ -1,4 +1,4 @@
-"""From a YAML file and command-line flags to settings; whatever is wrong is one UserError."""
+"""Reads settings from a YAML file and command-line flags; every mistake raises a UserError."""
 
 import difflib
 import re
@@ -16,18 +16,18 @@ _KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "true 
 
 
 class _Loader(yaml.SafeLoader):
-    """Every scalar is its text, or None: flags and file are then read by the same rules.
+    """Loads every scalar as a string or None, so that the same rules apply to files and flags.
 
-    YAML 1.1 alone would take `no` for False and `1e-4` for a text.
+    YAML 1.1 itself would read `no` as False and `1e-4` as a string.
     """
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 - as its base class has it.
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as in its base class.
         first: [(tag, pattern) for tag, pattern in found if tag.endswith((":null", ":merge"))]
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As its base class, but a key that is there twice is an error: the last one would win."""
+        """Like the base class, but a repeated key is an error; otherwise the last one would win."""
         keys = [str(key.value).replace("-", "_") for key, _ in node.value]
         for i, key in enumerate(keys):
             if key in keys[:i]:
@@ -37,11 +37,11 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Parser(HfArgumentParser):
-    """Raises UserError where argparse prints its usage and exits."""
+    """Raises UserError instead of printing the usage and exiting."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **options)
-        # Before Python 3.14 argparse takes -1e-3 and -inf for flags.
+        # Before Python 3.14 argparse mistakes -1e-3 and -inf for flags.
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
 
     def error(self, message: str) -> NoReturn:
@@ -53,7 +53,7 @@ class _Parser(HfArgumentParser):
             kind = _KINDS.get(value[1], value[1])
             raise UserError(f"{name}: expected {kind}, found {value[2][:80]}")
         if choice := re.match(r"invalid choice: (.*) \(choose from (.*)\)", what, re.DOTALL):
-            # Quoted before Python 3.12.
+            # The choices have quotes before Python 3.12.
             known = choice[2].replace("'", "")
             raise UserError(f"{name}: expected one of {known}, found {choice[1][:80]}")
         if "Truthy value expected" in what:
@@ -74,7 +74,7 @@ def _unknown(name: str, known: Sequence[str], help_command: str) -> UserError:
 
 
 def _kinds(classes: Sequence[type]) -> dict[str, Any]:
-    """Type of every setting."""
+    """The type of every setting, by name."""
     return {
         one.name: hints[one.name]
         for made, hints in ((made, get_type_hints(made)) for made in classes)
@@ -90,7 +90,7 @@ def _read_yaml(path: str) -> Any:
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}") from error
     try:
-        # A subclass of SafeLoader.
+        # _Loader is a subclass of SafeLoader.
         return yaml.load(content, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -104,7 +104,7 @@ def _read_yaml(path: str) -> Any:
 
 
 def _as_flags(content: Any, kinds: Mapping[str, Any], help_command: str) -> list[str]:
-    """A mapping of settings as command-line flags."""
+    """Converts a mapping of settings to command-line flags."""
     if content is None:
         return []
     if not isinstance(content, dict):
@@ -135,7 +135,7 @@ def _as_flags(content: Any, kinds: Mapping[str, Any], help_command: str) -> list
 def parse_config(
     classes: Sequence[type], argv: Sequence[str], *, prog: str, defaults: Mapping[str, Any]
 ) -> tuple[Any, ...]:
-    """Dataclass instances from `--config file.yaml` and flags; a flag wins over the file.
+    """Makes dataclass instances from `--config file.yaml` and flags; flags override the file.
 
     Args:
         classes: dataclasses with disjoint field names.
@@ -144,7 +144,7 @@ def parse_config(
         defaults: defaults of this subcommand that differ from the dataclasses'.
 
     Raises:
-        UserError: naming the setting, and the file where it is the file's.
+        UserError: names the setting, and the file if the value comes from it.
     """
     parser, kinds, help_command = _Parser(classes, prog=prog), _kinds(classes), f"{prog} --help"
     parser.set_defaults(**defaults)

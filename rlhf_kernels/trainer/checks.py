@@ -1,4 +1,4 @@
-"""Checks of settings that need neither data nor models, and write nothing."""
+"""Checks settings before anything is read or written; they need neither data nor models."""
 
 import importlib.util
 import json
@@ -39,22 +39,22 @@ def _needs(package: str, name: str, value: object) -> None:
 
 
 def processes() -> int:
-    """Processes that the launcher started, before they are joined."""
+    """The number of processes that the launcher started, read before they are connected."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def check_settings(
     name: str, run: RunConfig, model: ModelConfig, optim: OptimConfig, own: Sequence[Any]
 ) -> None:
-    """Settings that contradict each other, the machine or what is installed.
+    """Requires settings that agree with each other, the machine and the installed packages.
 
     Raises:
-        UserError: naming the setting.
+        UserError: names the setting.
     """
     count, size = processes(), optim.batch_size
     require(size % count == 0, "batch_size", f"a multiple of {count} processes", size)
     _check_trackers(run.report_to)
-    # The variable is accelerate launch's.
+    # accelerate launch sets this variable.
     precision = run.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision == "fp16":
         there = run.device != "cpu" and torch.accelerator.is_available()
@@ -79,7 +79,7 @@ def check_settings(
 
 
 def check_online(name: str, config: OnlineConfig, optim: OptimConfig, count: int) -> None:
-    """Contradictions in the settings of an online stage over `count` processes."""
+    """Requires that the settings of an online stage fit each other and `count` processes."""
     size, group, rounds = optim.batch_size, config.num_generations, config.dynamic_sampling
     mini, target = config.mini_batch_size or size, config.penalty_target
     algorithm = ALGORITHMS[name]
@@ -96,7 +96,7 @@ def check_online(name: str, config: OnlineConfig, optim: OptimConfig, count: int
     try:
         loss = loss_config(algorithm, config)
     except (TypeError, ValueError) as error:
-        # "PolicyLossConfig: clip_low must be ..."
+        # The message is of the form "PolicyLossConfig: clip_low must be ...".
         raise UserError(str(error).removeprefix("PolicyLossConfig: ")) from error
     penal = loss.objective == "penalty" or not target
     require(penal, "penalty_target", "0 without objective penalty", target)
@@ -113,10 +113,10 @@ def _check_trackers(names: Sequence[str]) -> None:
 
 
 def _check_size(model: ModelConfig) -> None:
-    """Requires that a built model fits this machine's memory: allocation alone would not fail."""
+    """Requires that a built model fits in memory, because allocation alone would not fail."""
     if model.model is not None:
         return
-    # Four square matrices of attention, three twice as large of the MLP.
+    # Attention has four square matrices, the MLP three of twice that size.
     size = 10 * model.num_layers * model.hidden_size**2 * getattr(torch, model.dtype).itemsize
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     expected = f"weights within this machine's {there / 2**30:,.0f} GiB"
@@ -125,10 +125,10 @@ def _check_size(model: ModelConfig) -> None:
 
 
 def _check_attention(name: str | None) -> None:
-    # A name with a slash is a kernel of the hub.
+    # A name with a slash is a kernel on the hub.
     if name is None or "/" in name:
         return
-    # The paged ones need the cache of transformers' own server.
+    # Paged attention needs the cache of transformers' own server.
     keys = ALL_ATTENTION_FUNCTIONS.valid_keys()
     known = sorted({"eager", *(key for key in keys if not key.startswith("paged|"))})
     require(name in known, "attn_implementation", f"one of {', '.join(known)}", name)
@@ -171,7 +171,7 @@ def _check_json(name: str, file: Path) -> None:
 
 
 def _check_hub(name: str, path: str) -> None:
-    """Asks the hub once where nothing is cached: loaders retry for half a minute."""
+    """Asks the hub once if nothing is cached; a loader would retry for half a minute."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith((".", "~", "/")):
         raise UserError(f"{name}: expected a folder of a model, found none at {path!r}")
     with blamed_on(name, "expected a folder or hub name of a model"):
@@ -189,7 +189,7 @@ def _check_hub(name: str, path: str) -> None:
 
 
 def check_models(model: ModelConfig, own: Sequence[Any]) -> None:
-    """`check_model` of everything that is named, each once."""
+    """Calls `check_model` once for every model that the settings name."""
     named = [("model", model.model)]
     for config in own:
         if isinstance(config, OnlineConfig):
@@ -204,7 +204,7 @@ def check_models(model: ModelConfig, own: Sequence[Any]) -> None:
 def check_rows(
     rows: Sequence[Row], data: DataConfig, optim: OptimConfig, own: Sequence[Any]
 ) -> None:
-    """Requires enough training rows for a batch, with completions where a loss imitates them."""
+    """Requires enough training rows for a batch, with completions if a loss imitates them."""
     needed, name = optim.batch_size, "batch_size"
     for config in own:
         if isinstance(config, OnlineConfig):

@@ -31,18 +31,18 @@ def _share(config: Any, *names: str) -> None:
         require(0 <= value <= 1, name, "a number from 0 to 1", value)
 
 
-#: Beyond it a number is infinite in fp32, in which losses and rates are computed.
+#: Losses and learning rates are computed in fp32, where larger numbers are infinite.
 LARGEST = 3.4e38
 
 
 def _choices(kind: Any) -> tuple[str, ...]:
-    """Texts that a `Literal`, or a `Literal | None`, allows; none for any other type."""
+    """The strings that a `Literal` or a `Literal | None` allows; empty for any other type."""
     literals = (part for part in (kind, *get_args(kind)) if get_origin(part) is Literal)
     return next(map(get_args, literals), ())
 
 
 def _plain(config: Any) -> None:
-    """Requires known choices, finite numbers, whole numbers of 64 bits and whole texts."""
+    """Requires known choices, finite numbers, integers that fit in 64 bits and valid strings."""
     kinds = get_type_hints(type(config))
     for one in dataclasses.fields(config):
         values = getattr(config, one.name)
@@ -58,7 +58,7 @@ def _plain(config: Any) -> None:
             elif isinstance(value, str):
                 written = bool(value.strip()) and "\0" not in value
                 require(written, one.name, "a text that is not empty", value)
-                # Bytes of the command line that are no UTF-8 come as halves of surrogate pairs.
+                # Command-line bytes that are not UTF-8 arrive as lone surrogates.
                 spelled = not any("\ud800" <= character <= "\udfff" for character in value)
                 require(spelled, one.name, "a text of whole UTF-8 characters", value)
 
@@ -88,7 +88,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _plain(self)
-        # Python's, numpy's and torch's generators all take these.
+        # The generators of Python, numpy and torch all accept this range.
         require(0 <= self.seed < 2**32, "seed", "a number from 0 to 2**32 - 1", self.seed)
         _at_least(self, 0, "threads", "save_steps", "save_total_limit")
         require(self.threads <= 1024, "threads", "at most 1024", self.threads)
@@ -111,18 +111,18 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _plain(self)
-        # Adam's squares and epsilon are 0 in float16: every weight is NaN after the first step.
+        # Adam's squares and epsilon underflow to 0 in float16: one step makes every weight NaN.
         expected = "one of float32, bfloat16 (mixed_precision fp16 keeps float32 weights)"
         require(self.dtype in ("float32", "bfloat16"), "dtype", expected, self.dtype)
         _at_least(self, 0, "lora_rank")
         _at_least(self, 1, "hidden_size", "num_layers", "num_heads")
         if self.lora_alpha is not None:
             _at_least(self, 1, "lora_alpha")
-        # Rotary positions turn pairs of a head's units.
+        # Rotary embeddings rotate pairs of a head's units, so the head size must be even.
         even = self.hidden_size % (2 * self.num_heads) == 0
         expected = f"a multiple of 2 * num_heads = {2 * self.num_heads}"
         require(even or self.model is not None, "hidden_size", expected, self.hidden_size)
-        # Python takes a moment to build a layer, however small the layer is.
+        # Building a layer takes Python some time, however small the layer is.
         require(self.num_layers <= 1000, "num_layers", "at most 1000", self.num_layers)
 
 
@@ -146,9 +146,9 @@ class DataConfig:
         ops = self.operators
         require(bool(ops) and set(ops) <= set("+-"), "operators", "'+', '-' or '+-'", ops)
         _at_least(self, 1, "max_operand", "eval_size", "max_prompt_tokens", "max_new_tokens")
-        # The task builds all problems at once: two million at this bound.
+        # The task builds all problems at once: this bound gives two million.
         require(self.max_operand <= 1000, "max_operand", "at most 1000", self.max_operand)
-        # The 256 bytes, the end token and padding.
+        # The vocabulary contains the 256 bytes, the end token and the padding token.
         _at_least(self, 258, "vocab_size")
 
 
@@ -245,7 +245,7 @@ class DPOConfig:
 
     @property
     def has_reference(self) -> bool:
-        """Whether a loss reads the reference."""
+        """Whether a loss needs log-probabilities of the reference policy."""
         return not set(self.loss_type) <= set(preference.REFERENCE_FREE)
 
 
@@ -310,7 +310,7 @@ class OnlineConfig:
             "sft_stop_loss", "sft_learning_rate", "entropy_coef", "penalty_coef",
         )  # fmt: skip
         _above(self, 0, "temperature", "kl_horizon", "correction_max")
-        # The kernels' own bounds.
+        # The kernels have the same bounds.
         usual = 2.0**-60 <= self.temperature <= 2.0**60
         require(usual, "temperature", "a number from 2**-60 to 2**60", self.temperature)
         _share(self, "gamma", "vllm_memory")

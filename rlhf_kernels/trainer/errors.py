@@ -1,4 +1,4 @@
-"""Errors that the user can correct, each told in one sentence."""
+"""Errors that the user can correct, each with a message of one sentence."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,28 +9,28 @@ from torch import OutOfMemoryError
 class UserError(ValueError):
     """An error in a setting, file, model or reward function; the message says what to correct.
 
-    The command line prints its message without a traceback and exits with status 2. `shared`: all
-    processes are known to have raised it.
+    The command line prints the message without a traceback and exits with status 2. `shared` is
+    true if all processes raised the error.
     """
 
     shared = False
 
 
 def require(ok: bool, name: str, expected: str, found: object) -> None:
-    """Raises UserError naming the setting, what it should be and what it is."""
+    """Raises a UserError that names the setting, the expected and the found value."""
     if not ok:
         raise UserError(f"{name}: expected {expected}, found {repr(found)[:80]}")
 
 
 def one_line(error: BaseException) -> str:
-    """Kind and message of another library's error, without line breaks and not too long."""
+    """Type and message of another library's error on one line of limited length."""
     text = " ".join(str(error).split())
     text = text if len(text) <= 300 else text[:299] + "…"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, of a GPU, of torch on a CPU (which has no class for it)."""
+    """Whether an error means that memory ran out; on a CPU torch has no class for it."""
     return isinstance(error, MemoryError | OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
@@ -38,7 +38,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def named_by(setting: str) -> Iterator[None]:
-    """Errors inside that begin with "model" begin with the setting that names this one."""
+    """Errors inside that blame the setting "model" blame `setting` instead."""
     try:
         yield
     except UserError as error:
@@ -50,9 +50,9 @@ def named_by(setting: str) -> Iterator[None]:
 
 @contextmanager
 def blamed_on(name: str, what: str) -> Iterator[None]:
-    """Turns what another library raises inside into a UserError: `name: what: its message`.
+    """Turns another library's errors inside into a UserError: `name: what: its message`.
 
-    For calls that do nothing but read what the user named; memory that runs out stays as it is.
+    Use it only around calls that read what the user named. Out-of-memory errors pass unchanged.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Numbers that are not: finding them, and the rows that they came from."""
+"""Finds NaN and infinity, and the rows that they come from."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -18,9 +18,9 @@ _SHOWN_ROWS = 4
 
 
 class NonFinite(UserError):
-    """A loss, gradient, weight or rollout that holds NaN or infinity.
+    """A loss, gradient, weight or rollout has NaN or infinity.
 
-    `broken` tells that trained weights hold it too: there is nothing to save.
+    `broken` is true if trained weights have it too, so that there is nothing to save.
     """
 
     def __init__(self, message: str, *, broken: bool = False) -> None:
@@ -29,12 +29,12 @@ class NonFinite(UserError):
 
 
 class Micro:
-    """The loss of a micro-batch as a function of the networks; of any of its rows alone, too.
+    """The loss of a micro-batch as a function of the networks; also of each row alone.
 
     Args:
-        loss: of the networks and some rows, gives a loss and what comes with it.
-        rows: of the micro-batch; anything that a slice selects from.
-        name: how a message calls a row.
+        loss: maps the networks and some rows to a loss and further results.
+        rows: the rows of the micro-batch; anything that can be sliced.
+        name: maps a row to its name in messages.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Micro:
         return self.loss(networks, self.rows)
 
     def each(self) -> list["Micro"]:
-        """One for each row."""
+        """A micro-batch for each row."""
         return [Micro(self.loss, self.rows[i : i + 1], self.name) for i in range(len(self.rows))]
 
     def __str__(self) -> str:
@@ -54,10 +54,10 @@ class Micro:
 
 
 def finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all elements of all tensors are finite; of sharded ones, those of this process."""
+    """Whether all elements are finite; of sharded tensors, those of this process."""
     local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
     floats = [t.detach() for t in local if t.is_floating_point() and t.dtype.itemsize > 1]
-    # One read; only where it overflows or finds something are elements looked at.
+    # The norm needs one host read. It may overflow, so a bad norm is checked by elements.
     if bool(nn.utils.get_total_norm(floats).isfinite()):
         return True
     return all(bool(t.isfinite().all()) for t in floats)
@@ -67,7 +67,7 @@ def check_weights(name: str, network: nn.Module) -> None:
     """Requires that a network's weights are finite.
 
     Raises:
-        UserError: naming the first weight that is not.
+        UserError: names the first weight that is not finite.
     """
     if finite(network.parameters()):
         return
@@ -79,7 +79,7 @@ def check_weights(name: str, network: nn.Module) -> None:
 
 
 def check_rows(rows: Tensor, names: Callable[[int], str], what: str, where: str) -> str:
-    """A sentence about the rows of a bool tensor `[B]` that are False; empty where none is."""
+    """A message about the rows that are False in a bool tensor `[B]`; empty if there are none."""
     bad = (~rows).nonzero()[:, 0].tolist()
     if not bad:
         return ""
@@ -87,13 +87,13 @@ def check_rows(rows: Tensor, names: Callable[[int], str], what: str, where: str)
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first few of some names."""
+    """The first few names, and how many more there are."""
     shown, more = names[:_SHOWN_ROWS], len(names) - _SHOWN_ROWS
     return "; ".join(shown) + (f" and {more} others" if more > 0 else "")
 
 
 def excerpt(*texts: Text | None, limit: int = 60) -> str:
-    """Texts or conversations, cut to a length that fits into a line."""
+    """Texts or conversations, cut to fit into a line."""
     parts = [
         text if isinstance(text, str) else " ".join(str(m.get("content", "")) for m in text)
         for text in texts
@@ -104,13 +104,13 @@ def excerpt(*texts: Text | None, limit: int = 60) -> str:
 
 
 def row_name(row: Row, number: int, part: str) -> str:
-    """File and line of a row, or its number in `part`, with an excerpt."""
+    """The file and line of a row, or its number in `part`, with an excerpt."""
     where = row.origin or f"{part} row {number}"
     return f"{where} ({excerpt(row.prompt, row.completion, row.chosen, row.rejected)})"
 
 
 def require_trainable(name: str, network: nn.Module) -> None:
-    """Refuses trained float16 weights: Adam's squares and epsilon are 0 in their range."""
+    """Refuses trained float16 weights: Adam's squares and epsilon underflow to 0 in float16."""
     kinds = {p.dtype for p in network.parameters() if p.requires_grad}
     expected = "float32 or bfloat16 for a trained model; mixed_precision fp16 keeps float32 weights"
     require(torch.float16 not in kinds, "dtype", expected, f"float16 in {name}")

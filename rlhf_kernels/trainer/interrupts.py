@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, a lost terminal: a run ends in a line, with status 130 and whole checkpoints."""
+"""Ctrl-C, SIGTERM and SIGHUP end a run with a message, status 130 and valid checkpoints."""
 
 import contextlib
 import signal
@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 
 class Interrupted(SystemExit):
-    """A signal that stops what is going on at once.
+    """Stops the program after a signal.
 
-    `told`: the user has been told where the run can be continued.
+    `told` is true once the user knows where the run can be continued.
     """
 
     def __init__(self) -> None:
@@ -18,9 +18,9 @@ class Interrupted(SystemExit):
 
 
 class Interrupts:
-    """Signals so far. While `patient`, the first is a wish that the step ends first.
+    """Counts signals. While `patient`, the first signal is only counted: the step may finish.
 
-    Otherwise, and from the second on, a signal raises Interrupted where the program is.
+    Otherwise, and from the second signal on, a signal raises Interrupted immediately.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Lets what is inside end before a first signal counts."""
+        """Inside, the first signal is only counted."""
         before, self.patient = self.patient, True
         try:
             yield
@@ -44,10 +44,10 @@ class Interrupts:
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[Interrupts]:
-    """Takes SIGINT, SIGTERM and SIGHUP in the main thread; elsewhere they are not to be had."""
+    """Handles SIGINT, SIGTERM and SIGHUP, if called in the main thread; others get no signals."""
     found = Interrupts()
     numbers: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
-    # nohup lets a run go on without its terminal.
+    # Under nohup SIGHUP is ignored, and the run goes on without its terminal.
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers += (signal.SIGHUP,)
     if threading.current_thread() is not threading.main_thread():

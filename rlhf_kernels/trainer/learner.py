@@ -61,16 +61,16 @@ class Learner:
         ]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=config.weight_decay)
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
-        # FSDP2's weights.
+        # FSDP2 stores weights as DTensors.
         self.sharded = any(isinstance(p, DTensor) for p in self.module.parameters())
-        # Micro-batches and losses of the gradients that wait for an optimizer step.
+        # The loss functions and losses since the last optimizer step.
         self._pending: list[tuple[Callable[[Networks], Any], Tensor]] = []
-        #: Updates in a row that were not finite and passed over.
+        #: How many updates in a row were skipped because they were not finite.
         self.skipped = 0
 
     @property
     def networks(self) -> Networks:
-        """The networks without the engine's wrapper: for saving, not for forward passes."""
+        """The networks without accelerate's wrapper: for saving, not for forward passes."""
         return self.accelerator.unwrap_model(self.module)
 
     @property
@@ -78,23 +78,23 @@ class Learner:
         return self.accelerator.num_processes
 
     def share(self, rows: Tensor | Sequence[T]) -> Tensor | Sequence[T]:
-        """This process's part of rows that all processes hold."""
+        """This process's share of rows that all processes hold."""
         size = len(rows) // self.processes
         return rows[self.accelerator.process_index * size :][:size]
 
     def micro(self, rows: Tensor) -> Sequence[Tensor]:
-        """Rows of this process in micro-batches."""
+        """Splits rows of this process into micro-batches."""
         return rows.split(self.config.micro_batch_size or max(1, len(rows)))
 
     def collect(self, own: Tensor, rows: Tensor, count: int) -> Tensor:
-        """All `count` rows, on every process, from those `rows` that each has."""
+        """All `count` rows, on every process, assembled from the `rows` that each process has."""
         dtype = torch.uint8 if own.dtype is torch.bool else own.dtype
         everyone = own.new_zeros((count, *own.shape[1:]), dtype=dtype)
         everyone[rows] = own.detach().to(dtype)
         return self.total(everyone).to(own.dtype)
 
     def forward(self, function: Callable[[Networks], T]) -> T:
-        """`function` of the networks, their weights gathered, without gradients."""
+        """Calls `function` with the networks, weights gathered, without gradients."""
         with torch.no_grad():
             return self.module(function)
 
@@ -103,7 +103,7 @@ class Learner:
         return self.accelerator.reduce(x, "sum")
 
     def means(self, values: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        """Mean of each name's values, of all processes; a process may have names of its own."""
+        """The mean of each name's values over all processes; processes may have other names."""
         everyone = gather_object([dict(values)]) if self.processes > 1 else [values]
         names = dict.fromkeys(name for own in everyone for name in own)
         lists = {n: [x for own in everyone for x in own.get(n, ())] for n in names}
@@ -111,9 +111,9 @@ class Learner:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A UserError of any process is raised on all: the first one's, which names its process.
+        """Raises a UserError of any process on all: the first process's, with its number.
 
-        Nothing inside may wait for another process.
+        The code inside must not wait for another process.
         """
         error: UserError | None = None
         try:
@@ -132,40 +132,40 @@ class Learner:
                 raise shared from error
 
     def any_alive(self, alive: Tensor) -> bool:
-        """Whether a row is left; of any process where decoding gathers weights from all."""
+        """Whether a row is unfinished, on any process if decoding gathers weights from all."""
         alive = alive.any()
         if self.sharded:
             alive = self.total(alive.int())
         return bool(alive)
 
     def accumulate(self, functions: Sequence[Callable[[Networks], tuple[Tensor, T]]]) -> list[T]:
-        """Adds up the gradients of losses whose normalisers are those of the whole batch.
+        """Adds up the gradients of losses that are normalised by the whole batch.
 
         Args:
-            functions: of the networks; each gives a loss and what to return of it. The last one
-                has to reach every trained weight: with it the processes exchange gradients.
+            functions: map the networks to a loss and a result to return. The last one has to
+                reach every trained weight, because its backward pass exchanges gradients.
         """
         found, self._pending = [], []
         for i, function in enumerate(functions):
             last = i == len(functions) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.module):
                 loss, result = self.module(function)
-                # The engines take the mean over processes, of losses that add up to the whole.
+                # The engines average over processes, but these losses add up to the whole.
                 self.accelerator.backward(loss * self.processes)
             self._pending.append((function, loss.detach()))
             found.append(result)
         return found
 
     def step(self, step: int, *, frozen: Sequence[str] = ()) -> Tensor:
-        """One optimizer step with the rates of `step`; none where a loss or norm is not finite.
+        """One optimizer step with the rates of `step`, skipped if a loss or norm is not finite.
 
         Args:
             step: finished steps.
-            frozen: networks that stay as they are.
+            frozen: names of networks that this step does not update.
 
         Returns:
-            The gradient norm before clipping, of the networks in turn; NaN where the update was
-            passed over, which leaves weights and moments as they were.
+            The gradient norm of each network before clipping. It is NaN if the update was skipped,
+            which leaves weights and moments unchanged.
 
         Raises:
             NonFinite: more than `skip_nonfinite` updates in a row were not finite, the loss scale
@@ -184,7 +184,7 @@ class Learner:
         try:
             self.optimizer.step()
         except RuntimeError as error:
-            # "value cannot be converted to type float without overflow"
+            # AdamW raises "value cannot be converted to type float without overflow".
             if "overflow" not in str(error):
                 raise
             raise self._broken(step) from error
@@ -194,10 +194,10 @@ class Learner:
         return norms
 
     def pass_over(self, message: str) -> None:
-        """Counts an update that is not finite.
+        """Counts an update that is skipped because it is not finite.
 
         Raises:
-            NonFinite: it is one too many in a row.
+            NonFinite: `skip_nonfinite` updates in a row have been skipped before.
         """
         if self.skipped >= self.config.skip_nonfinite:
             raise NonFinite(message)
@@ -207,37 +207,37 @@ class Learner:
             tqdm.write(text, file=sys.stderr)
 
     def _clip(self) -> Tensor:
-        """Clips the gradients; their norms before."""
+        """Clips the gradients; returns their norms before clipping."""
         parts = [g["params"] for g in self.optimizer.param_groups]
         if self.joint_clip:
             parts = [[p for part in parts for p in part]]
         clip: Callable[..., Tensor] = self.accelerator.clip_grad_norm_
         if self.accelerator.scaler is not None:
-            # accelerate's divides by the loss scale at every call, which works once.
+            # accelerate's clipping unscales the gradients at every call, which works only once.
             self.accelerator.unscale_gradients()
             clip = nn.utils.clip_grad_norm_
         norms = [clip(part, self.config.max_grad_norm) for part in parts]
         return torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms])
 
     def _not_finite(self, norms: Tensor) -> str:
-        """The part of an update that is not finite anywhere: "loss", "gradient norm" or ""."""
+        """What is not finite on any process: "loss", "gradient norm" or ""."""
         losses = torch.stack([norms.new_zeros(()), *(loss.float() for _, loss in self._pending)])
         bad = torch.stack([~losses.isfinite().all(), ~norms.isfinite().all()])
         loss, norm = self.total(bad.int()).tolist()
         if loss:
             return "loss"
-        # Infinite gradients under a loss scale are the scaler's: it skips the step, and lowers it.
+        # The scaler itself handles infinite gradients: it skips the step and lowers the scale.
         return "gradient norm" if norm and self.accelerator.scaler is None else ""
 
     def _drop_gradients(self) -> None:
         self.optimizer.zero_grad()
         scaler = self.accelerator.scaler
         if scaler is not None:
-            # Forgets what it found in these gradients, and stays as it is.
+            # The scaler forgets the infinities of these gradients and keeps its scale.
             scaler.update(scaler.get_scale())
 
     def _check_stepped(self, step: int) -> None:
-        """Requires finite weights, and a loss scale that gradients can live with."""
+        """Requires finite weights, and a loss scale of at least 1."""
         weights = [p for g in self.optimizer.param_groups for p in g["params"]]
         if self._anywhere(not finite(weights)):
             raise self._broken(step)
@@ -250,7 +250,7 @@ class Learner:
             )
 
     def _anywhere(self, bad: bool) -> bool:
-        """Whether `bad` holds in any process."""
+        """Whether `bad` holds on any process."""
         return bool(self.total(torch.tensor(int(bad), device=self.accelerator.device)))
 
     def _broken(self, step: int) -> NonFinite:
@@ -258,10 +258,10 @@ class Learner:
         message = f"step {step}: weights are not finite after the update with learning_rate {rates}"
         return NonFinite(f"{message}; try a lower one", broken=True)
 
-    # --- where it came from ------------------------------------------------------------------
+    # --- the source of values that are not finite --------------------------------------------
 
     def _explain(self, what: str) -> str:
-        """The micro-batch and the rows of losses or gradients that are not finite.
+        """Describes the micro-batch and the rows whose loss or gradient is not finite.
 
         Every process has to call it.
         """
@@ -270,7 +270,7 @@ class Learner:
             losses = torch.stack([loss.float() for _, loss in self._pending])
             number, rows = self.first_bad(functions, losses)
         elif self.sharded:
-            # A row's gradient would need an exchange between the processes.
+            # The gradient of one row would need an exchange between the processes.
             number, rows = None, []
         else:
             number, rows = self._bad_gradients(functions)
@@ -281,7 +281,7 @@ class Learner:
     def first_bad(
         self, functions: Sequence[Callable[[Networks], Any]], losses: Tensor
     ) -> tuple[int | None, list[str]]:
-        """Number of the first micro-batch, of any process, whose loss is not finite, and its rows.
+        """The first micro-batch, on any process, whose loss is not finite, and its bad rows.
 
         Every process has to call it.
         """
@@ -298,7 +298,7 @@ class Learner:
     def _bad_gradients(
         self, functions: Sequence[Callable[[Networks], Any]]
     ) -> tuple[int | None, list[str]]:
-        """`first_bad` for the gradients of each process's own losses."""
+        """Like `first_bad`, for the gradients of each process's own losses."""
         number = next((i for i, f in enumerate(functions) if not self._finite_gradients(f)), None)
         rows = [] if number is None else self._alone(functions[number])
         found = gather_object(
@@ -317,13 +317,13 @@ class Learner:
         return function.each() if isinstance(function, Micro) else []
 
     def weights(self) -> dict[str, Tensor]:
-        """All weights, whole, on the main process at least; every process has to call it."""
+        """All weights, unsharded, at least on the main process; every process has to call it."""
         if self.sharded:
             return get_model_state_dict(self.module, options=self._sharded())
         return self.accelerator.get_state_dict(self.module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Trained weights and optimizer state, whole; every process has to call it."""
+        """Trained weights and optimizer state, unsharded; every process has to call it."""
         if self.sharded:
             weights, optimizer = get_state_dict(
                 self.module, self.optimizer.optimizer, options=self._sharded()
@@ -336,10 +336,10 @@ class Learner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` returned.
+        """Restores the result of `state_dict`.
 
         Raises:
-            ValueError: naming a weight that is missing, left over, of another shape or not finite.
+            ValueError: a weight is missing, unexpected, of another shape or not finite.
         """
         weights = state["weights"]
         if self.sharded:
@@ -365,7 +365,7 @@ class Learner:
         self._load_counters(state)
 
     def _load_counters(self, state: Mapping[str, Any]) -> None:
-        """Restores the counters; then requires that the restored weights are finite."""
+        """Restores the counters, and requires that the restored weights are finite."""
         self.skipped = state["skipped"]
         require(type(self.skipped) is int, "skipped", "a number of updates", self.skipped)
         if self.accelerator.scaler is not None:

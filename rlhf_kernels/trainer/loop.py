@@ -1,4 +1,4 @@
-"""The loop of a run: steps, checkpoints, what stops it, and what it leaves."""
+"""The training loop: steps, checkpoints, interrupts and the final report."""
 
 import json
 import time
@@ -22,11 +22,11 @@ _SHOWN = ("loss", "accuracy", "margin", "reward", "kl", "entropy")
 
 
 class Loop:
-    """A stage's trainer at work.
+    """Runs a stage's trainer from the first or a resumed step to the report.
 
     Args:
-        stage: settings, data, engine and output folder.
-        trainer: what makes the steps.
+        stage: settings, data, accelerator and output folder.
+        trainer: makes the steps.
         signals: Ctrl-C and SIGTERM.
     """
 
@@ -35,7 +35,7 @@ class Loop:
     ) -> None:
         self.stage, self.trainer, self.signals = stage, trainer, signals
         self.run_config, self.out, self.accelerator = stage.run, stage.out, stage.accelerator
-        #: Kept in every checkpoint: the evaluation before training, a reference with no path.
+        #: Part of every checkpoint: the evaluation before training, and a reference without path.
         self.extra: dict[str, Any] = {}
         self.same = {
             "settings": stage.settings | {"processes": self.accelerator.num_processes},
@@ -43,15 +43,15 @@ class Loop:
         }
 
     def begin(self) -> None:
-        """A run from its first step."""
+        """Starts a run at its first step."""
         self.extra = {"before": self.trainer.evaluate()}
         reference = self.trainer.reference
         if self.stage.settings.get("sft_steps") and reference is not None:
-            # No file holds the weights that the supervised phase made.
+            # The supervised phase made these weights, so no file holds them.
             self.extra["reference"] = reference.state_dict()
 
     def continue_from(self, path: Path, states: dict[str, Any]) -> None:
-        """Goes on from a checkpoint, whose settings and data have to be this run's."""
+        """Continues from a checkpoint, which must have the same settings and data."""
         changed = self.run_config.resume_changed
         new_data = resume.check_same(
             path, states.get("run"), self.same, changed=changed, say=self.stage.say
@@ -65,13 +65,13 @@ class Loop:
         folder.on_main(self.accelerator, lambda: resume.set_later_aside(self.out, path, done))
 
     def run(self) -> dict[str, Any]:
-        """The steps that are left, the evaluation after them and the report; the summary."""
+        """Takes the remaining steps, evaluates and reports; returns the summary."""
         rows = self.fit()
         try:
             summary = self.finish(rows, self.trainer.evaluate())
         except (Interrupted, NonFinite) as error:
-            # All steps are done, and a checkpoint keeps them. Other processes may be elsewhere, so
-            # that they could not join in writing it.
+            # All steps are done, so a checkpoint keeps them. With several processes the others may
+            # be elsewhere and could not take part in writing it.
             if self.accelerator.num_processes == 1 and not getattr(error, "broken", False):
                 with self.signals.waiting():
                     self.save()
@@ -83,7 +83,7 @@ class Loop:
         return summary
 
     def fit(self) -> list[dict[str, float]]:
-        """Steps until the last or an interrupt, which saves; returns the metrics of all steps."""
+        """Steps until the end or an interrupt, which saves; returns the metrics of all steps."""
         trainer, total = self.trainer, self.stage.optim.total_steps
         main, name = self.accelerator.is_main_process, self.stage.name
         path = self.out / "metrics.jsonl"
@@ -91,7 +91,7 @@ class Loop:
             self.accelerator, lambda: report.MetricsLog(path, steps_done=trainer.steps_done)
         )
         if self.run_config.report_to:
-            # Trackers take plain values only.
+            # Trackers accept only simple values.
             plain = {k: str(v) for k, v in self.stage.settings.items()}
             names = ", ".join(self.run_config.report_to)
             with trainer.learner.together(), blamed_on("report_to", f"{names} cannot start"):
@@ -115,7 +115,7 @@ class Loop:
         try:
             return self.trainer.step()
         except NonFinite as error:
-            # Nothing of the step is in the weights, or what was finite of it.
+            # Unless `broken`, the weights hold nothing of this step, or only its finite updates.
             if not error.broken:
                 self.save(before)
             self._tell(error)
@@ -123,7 +123,7 @@ class Loop:
 
     def _save_where_due(self, log: report.MetricsLog | None) -> None:
         done, every = self.trainer.steps_done, self.run_config.save_steps
-        # A signal of any process stops all of them.
+        # A signal to any process stops all processes.
         seen = torch.tensor(self.signals.seen, device=self.accelerator.device)
         stop = bool(self.trainer.learner.total(seen))
         if stop or (every and done % every == 0):
@@ -134,11 +134,11 @@ class Loop:
             raise self._tell(Interrupted())
 
     def _tell(self, error: NonFinite | Interrupted) -> NonFinite | Interrupted:
-        """Says where --resume would continue."""
+        """Tells the user where --resume would continue."""
         if isinstance(error, Interrupted):
             error.told = True
         if not self.accelerator.is_main_process:
-            # The folder is the main process's.
+            # Only the main process writes to the output folder.
             return error
         newest, where = checkpoint.newest(self.out), "no checkpoint was saved"
         if newest is not None:
@@ -150,7 +150,7 @@ class Loop:
         return error
 
     def _own_states(self) -> dict[str, Any]:
-        """State that a step changes, besides weights and optimizer."""
+        """The state that a step changes, besides weights and optimizer."""
         return {
             "trainer": self.trainer.state_dict(),
             "generators": checkpoint.generator_states(),
@@ -159,7 +159,7 @@ class Loop:
     def save(self, own: dict[str, Any] | None = None) -> None:
         """Writes a checkpoint; every process has to call it.
 
-        `own` is an earlier result of `_own_states`; None takes the present states.
+        `own` is an earlier result of `_own_states`; None means the current state.
         """
         states = {
             "learner": self.trainer.learner.state_dict(),
@@ -176,7 +176,7 @@ class Loop:
     # --- the end -----------------------------------------------------------------------------
 
     def finish(self, rows: Sequence[dict[str, float]], after: dict[str, Any]) -> dict[str, Any]:
-        """Says what came of it; saves models, curves and the summary, which it returns."""
+        """Prints the results; saves models, curves and the summary, which it returns."""
         stage, before = self.stage, self.extra["before"]
         shown = zip(stage.task.held_out, before["texts"], after["texts"], strict=False)
         samples = [
@@ -209,7 +209,7 @@ class Loop:
         return summary
 
     def _seconds(self, rows: Sequence[dict[str, float]]) -> dict[str, float]:
-        """Mean seconds of a step, by its parts; prints their shares."""
+        """The mean seconds of each part of a step; prints their shares."""
         keys = [k for k in dict.fromkeys(k for row in rows for k in row) if k.startswith("time/")]
         found = {
             k.removeprefix("time/"): sum(row.get(k, 0.0) for row in rows) / len(rows) for k in keys

@@ -23,7 +23,7 @@ from .timing import timed
 
 
 class Pair(NamedTuple):
-    """Two completions of a prompt as tokens, the first preferred."""
+    """Two completions of a prompt as tokens; the first is preferred."""
 
     prompt: list[int]
     chosen: list[int]
@@ -31,17 +31,17 @@ class Pair(NamedTuple):
     margin: float
 
 
-# The loss, and metrics whose sums over a batch are its metrics.
+# A loss, and metrics that are added up over the micro-batches.
 Loss = tuple[Tensor, dict[str, Tensor]]
 
-# What a stage minimises is an objective, a sum over items (rows, pairs) over a size that is the
-# batch's: `encode` makes an item of a row, or None to drop it; `size` is what the loss of items is
-# divided by; `loss` is the share of some items in a loss over `size`; `length` counts the tokens of
-# an item's longest sequence.
+# A stage minimises an objective: a sum over the items of a batch (rows or pairs) divided by the
+# size of the batch. `encode` makes an item from a row, or None to drop the row; `size` is the
+# divisor for a batch of items; `loss` is the sum over some items divided by `size`; `length` is
+# the number of tokens of an item's longest sequence.
 
 
 class SFT:
-    """-log p(completion | prompt), mean over the tokens of the batch."""
+    """-log p(completion | prompt), averaged over the tokens of the batch."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> None:
         self.tokenizer, self.limit = tokenizer, limit
@@ -63,7 +63,7 @@ class SFT:
 
 
 class _Pairwise:
-    """Encoding of preferences; `scored`: as a reward model reads them."""
+    """Encodes preference pairs; `scored` encodes them as a reward model reads them."""
 
     scored = False
 
@@ -95,15 +95,15 @@ class _Pairwise:
         return float(len(items))
 
     def batch(self, items: Sequence[Pair], device: torch.device) -> Batch:
-        """The chosen completions, then the rejected ones."""
+        """The chosen completions, followed by the rejected ones."""
         rows = [(p.prompt, p.chosen) for p in items] + [(p.prompt, p.rejected) for p in items]
-        # Without a prompt no token precedes the first one, so nothing predicts it.
+        # Without a prompt nothing predicts the first token, so it serves as the prompt.
         rows = [(prompt, rest) if prompt else (rest[:1], rest[1:]) for prompt, rest in rows]
         return collate(self.tokenizer, rows, device)
 
 
 class RewardModelling(_Pairwise):
-    """-log sigmoid(r_w - r_l - margin), with centring; the Bradley-Terry model."""
+    """The Bradley-Terry loss, -log sigmoid(r_w - r_l - margin), plus a centring term."""
 
     scored = True
 
@@ -124,19 +124,19 @@ class RewardModelling(_Pairwise):
 
 
 class _Size(float):
-    """A number of pairs, with that of the tokens of their chosen answers."""
+    """A number of pairs that also holds the number of tokens of their chosen completions."""
 
     tokens: int
 
 
 class DPO(_Pairwise):
-    """Direct preference optimisation and its relatives; the reference is the policy at first."""
+    """Direct preference optimisation and variants; the reference is the initial policy."""
 
     config: DPOConfig
 
     def size(self, items: Sequence[Pair]) -> float:
         size = _Size(len(items))
-        # As `batch` has them.
+        # `batch` moves the first token of a pair without prompt out of the completion.
         size.tokens = sum(len(p.chosen) - (not p.prompt) for p in items)
         return size
 
@@ -144,7 +144,7 @@ class DPO(_Pairwise):
         batch = self.batch(items, networks.policy.device)
         config = self.config
         weights = dict(enumerate(config.loss_weights or [1.0] * len(config.loss_type)))
-        # The mean of sft is over tokens, that of the others over pairs.
+        # The sft loss is averaged over tokens, the other losses over pairs.
         of_pairs = [i for i, name in enumerate(config.loss_type) if name != "sft"]
         plain = config.f_divergence_type == "reverse_kl"
         average = plain and all(name in AVERAGED for name in config.loss_type)
@@ -190,7 +190,7 @@ class DPO(_Pairwise):
         }
 
     def _sums(self, head: models.Head, batch: Batch, average: bool) -> tuple[Tensor, ...]:
-        """Log-probabilities of the chosen and of the rejected answers, sums or means of tokens."""
+        """Log-probabilities of the chosen and the rejected completions, summed or averaged."""
         mask, options = batch.completion_mask, {}
         if self.config.ld_alpha is not None:
             chosen, rejected = mask.sum(-1).chunk(2)
@@ -219,7 +219,7 @@ class OfflineTrainer:
     ) -> None:
         self.learner, self.objective, self.optim = learner, objective, optim
         self.reference = getattr(objective, "reference", None)
-        # Items with the rows that they were made of, for messages.
+        # Each item with its row, for messages.
         self._rows: list[tuple[Any, Row, str]] = []
         self.train = self._encode(train, "training")
         self.held_out = self._encode(held_out, "held-out")
@@ -242,7 +242,7 @@ class OfflineTrainer:
         return [item for item, _, _ in kept]
 
     def _name(self, wanted: Any) -> str:
-        """How a message calls an item."""
+        """The name of an item in messages."""
         for number, (item, row, part) in enumerate(self._rows):
             if item is wanted:
                 return row_name(
@@ -258,15 +258,15 @@ class OfflineTrainer:
         self.sampler.load_state_dict(state["sampler"])
 
     def next_items(self) -> list[Any]:
-        """The next batch, of all processes."""
+        """The next batch, for all processes together."""
         return [self.train[i] for i in next(self.sampler)]
 
     def losses(
         self, items: Sequence[Any], *, size: float | None = None, weight: float = 1.0
     ) -> list[Micro]:
-        """Loss functions of this process's micro-batches; they add up to `weight` * the loss.
+        """Loss functions of this process's micro-batches; they add up to `weight` times the loss.
 
-        `size` is the items' own, or that of more of which they are a part.
+        `size` is the divisor if these items are part of a larger batch; by default it is theirs.
         """
         whole = size or self.objective.size(items)
 
@@ -279,7 +279,7 @@ class OfflineTrainer:
         return [Micro(function, [own[i] for i in part], self._name) for part in parts]
 
     def step(self) -> dict[str, float]:
-        """One optimizer step; returns its metrics."""
+        """Takes one optimizer step; returns its metrics."""
         started = time.perf_counter()
         timed.seconds()
         items = self.next_items()
@@ -303,7 +303,7 @@ class OfflineTrainer:
         return dict(zip(metrics[0], self.learner.total(table.sum(0)).tolist(), strict=True))
 
     def evaluate(self) -> dict[str, Any]:
-        """`scores`: metrics over the held-out rows, as many as the processes can share evenly."""
+        """`scores`: metrics over the held-out rows, cut to a multiple of the processes."""
         processes, step = self.learner.processes, self.optim.batch_size
         items = self.held_out[: len(self.held_out) // processes * processes]
         size = self.objective.size(items)
@@ -323,7 +323,7 @@ class OfflineTrainer:
 
 
 def wilson_interval(share: float, count: float, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a share of `count` trials (Wilson 1927)."""
+    """The 95 % confidence interval of a proportion of `count` trials (Wilson 1927)."""
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     spread = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return middle - z * spread / (1 + z * z / count), middle + z * spread / (1 + z * z / count)

@@ -1,4 +1,4 @@
-"""The online step: sample, score, estimate advantages, update. Every algorithm is this one."""
+"""The online step of all algorithms: sample, score, estimate advantages, update."""
 
 import dataclasses
 import math
@@ -24,9 +24,9 @@ from .rewards import means
 from .rollout import Collector, Samples, merge
 from .timing import timed
 
-# The types that JSON has.
+# The types that JSON can represent.
 _PLAIN = (str, int, float, bool, type(None))
-# How a message calls what the updates read.
+# Names, for messages, of the tensors that the updates read.
 _SPOKEN = {
     "old": "the policy's log-probability",
     "advantages": "the advantage",
@@ -38,10 +38,10 @@ _SPOKEN = {
 
 
 class OnlineTrainer:
-    """The state of an online run; `step()` is one rollout and its updates.
+    """The state of an online run; `step()` samples one rollout and trains on it.
 
-    Every process holds the whole rollout and works on its part of each mini-batch, so that
-    statistics, normalisers and whitening are those of the whole batch.
+    Every process holds the whole rollout and trains on its share of each mini-batch. Statistics,
+    normalisers and whitening therefore cover the whole batch.
     """
 
     def __init__(
@@ -96,10 +96,10 @@ class OnlineTrainer:
     # --- sampling ----------------------------------------------------------------------------
 
     def rollout(self) -> tuple[list[Row], Samples]:
-        """A batch of groups of completions.
+        """Samples a batch of prompt groups.
 
-        Dynamic sampling (DAPO): groups whose rewards are all equal teach nothing, so up to
-        `dynamic_sampling` rounds look for others; what is still missing then are equal groups.
+        Dynamic sampling (DAPO): a group with equal rewards has no gradient. Up to
+        `dynamic_sampling` rounds sample more groups; groups with equal rewards fill what remains.
         """
         self._tell_rewards()
         group, parts, rows = self.config.num_generations, [], []
@@ -119,7 +119,7 @@ class OnlineTrainer:
         return [rows[i] for i in chosen.tolist()], samples.select(index).trimmed()
 
     def _tell_rewards(self) -> None:
-        """The run as reward functions see it in `trainer_state`; their earlier logs are dropped."""
+        """Updates the `trainer_state` that reward functions see, and drops their earlier logs."""
         self.sample.rewards.forget()
         state, optim = self.sample.rewards.state, self.optim
         passes = optim.batch_size / self.config.num_generations / len(self.sample.task.train)
@@ -135,12 +135,12 @@ class OnlineTrainer:
         return self.sample.task.tokenizer.pad_token_id
 
     def _greedy(self, rows: Sequence[Row]) -> Tensor:
-        """Score of the greedy completion of each prompt, once per completion."""
+        """The score of each prompt's greedy completion, repeated for every completion."""
         scores = self.sample(rows, temperature=0).scores
         return scores.repeat_interleave(self.config.num_generations)
 
     def evaluate(self) -> dict[str, Any]:
-        """Greedy completions of the held-out rows: mean rewards as `scores`, and `texts`."""
+        """Completes the held-out rows greedily; returns mean rewards as `scores`, and `texts`."""
         self._tell_rewards()
         rows, size = self.sample.task.held_out, self.optim.batch_size
         parts = [
@@ -154,7 +154,7 @@ class OnlineTrainer:
         told = check_rows(good, lambda i: row_name(rows[i], i, "held-out"), what, "evaluation")
         if told:
             raise NonFinite(told)
-        # The main process has the first rows of a batch.
+        # Samples are shown for the main process's rows, which are the first of a batch.
         shown = min(self.config.num_samples, -(-min(size, len(rows)) // self.learner.processes))
         logged = {
             column: [v if isinstance(v, _PLAIN) else repr(v) for v in values[:shown]]
@@ -164,17 +164,17 @@ class OnlineTrainer:
         return {"scores": dict(zip(names, scores, strict=True)), "texts": texts, "logged": logged}
 
     def _shaped(self, samples: Samples) -> Tensor:
-        """Scores with the overlong penalty, normalised and clipped as configured."""
+        """The scores with the overlong penalty, normalised and clipped as configured."""
         config, scores = self.config, samples.scores
         if config.overlong_buffer:
-            # DAPO (2503.14476), equation 13; what was cut off counts as beyond the limit.
+            # DAPO (2503.14476), equation 13. A truncated completion counts as beyond the limit.
             soft = self.sample.max_new_tokens - config.overlong_buffer
             lengths = samples.batch.completion_mask.sum(1)
             penalty = ((soft - lengths) / config.overlong_buffer).clamp(-1.0, 0.0)
             scores = scores + torch.where(samples.finished, penalty, -1.0)
         if config.reward_normalize:
             self.moments.update(scores)
-            # Equal rewards have deviation 0.
+            # The deviation of equal rewards is 0.
             scores = (scores - self.moments.mean) / (self.moments.std or 1.0)
         if config.reward_clip:
             scores = scores.clamp(-config.reward_clip, config.reward_clip)
@@ -188,9 +188,9 @@ class OnlineTrainer:
         parts: Sequence[Tensor],
         function: Callable[[models.Networks, Batch], Tensor],
     ) -> Tensor:
-        """`function` of the whole batch, in the very micro-batches of the first epoch.
+        """`function` of the whole batch, computed in the micro-batches of the first epoch.
 
-        So the first update sees the same shapes, and its ratio is exactly 1.
+        The first update then has the same shapes, so its ratio is exactly 1.
         """
         micro = [m for part in parts for m in self.learner.micro(self.learner.share(part))]
         found = [self.learner.forward(lambda n, m=m: function(n, batch.rows(m))) for m in micro]
@@ -202,7 +202,7 @@ class OnlineTrainer:
             return detached.logprobs(batch.labels, temperature=self.config.temperature)
 
     def step(self) -> dict[str, float]:
-        """One rollout, its advantages and its updates; returns the step's metrics."""
+        """Samples a rollout, estimates advantages and updates; returns the step's metrics."""
         config, clock = self.config, [time.perf_counter()]
         timed.seconds()
         rows, samples = self._rollout = self.rollout()
@@ -255,7 +255,7 @@ class OnlineTrainer:
     def _estimate(
         self, samples: Samples, scores: Tensor, greedy: Tensor | None, parts: Sequence[Tensor]
     ) -> tuple[dict[str, Tensor | None], Tensor]:
-        """Tensors that the updates read, by name, and the sampled log-probabilities."""
+        """The tensors that the updates read, by name, and the sampled log-probabilities."""
         config, batch = self.config, samples.batch
         old, reference, values = None, None, None
         if self.reference is not None:
@@ -263,7 +263,7 @@ class OnlineTrainer:
             reference = self._evaluate(batch, parts, lambda n, b: self._logprobs(ask(n, b), b))
         if self.algorithm.critic:
             values = self._evaluate(batch, parts, lambda n, b: models.values(n.critic, b))
-        # In the only update of a rollout they are the policy's own.
+        # A single update per rollout starts from the policy that sampled, and needs no `old`.
         if len(parts) * config.epochs > 1:
             old = self._evaluate(
                 batch, parts, lambda n, b: self._logprobs(models.lm_head(n.policy, b), b)
@@ -282,17 +282,17 @@ class OnlineTrainer:
                 running_mean=0.0 if config.reward_normalize else self.moments.mean,
             )
         )
-        # Causes first: a message names the first that is not finite.
+        # Causes come before effects, because a message names the first tensor that is not finite.
         tensors = {"old": old, "reference": reference, "rollout": samples.logprobs}
         tensors |= {"values": values, "advantages": advantages, "returns": returns}
         return tensors, sampled
 
-    # --- what is not finite ------------------------------------------------------------------
+    # --- values that are not finite ----------------------------------------------------------
 
     def _not_finite(self, tensors: dict[str, Tensor | None]) -> str:
-        """A sentence about the first of some tensors, `[B]` or `[B, T]`, that is not finite.
+        """Describes the first of some tensors, `[B]` or `[B, T]`, that is not finite.
 
-        Empty where all are. The tensors are the same on every process, and so is what it says.
+        Returns "" if all are finite. The tensors, and so the result, are equal on every process.
         """
         kept = self._rollout[1].batch.completion_mask
         good = {
@@ -307,7 +307,7 @@ class OnlineTrainer:
         return next(message for message in found if message)
 
     def _row_name(self, number: int) -> str:
-        """How a message calls a completion of the rollout."""
+        """The name of a completion of the rollout in messages."""
         rows, samples = self._rollout
         row = rows[number // self.config.num_generations]
         (text,) = self.sample.texts(samples.batch.rows(slice(number, number + 1)))
@@ -315,7 +315,7 @@ class OnlineTrainer:
         return f"completion {number}{where} ({excerpt(row.prompt)} -> {excerpt(text)})"
 
     def _pass_over(self, message: str, clock: Sequence[float]) -> dict[str, float]:
-        """The row of a rollout that cannot be learnt from."""
+        """Skips a rollout that is not finite; returns the row of its step."""
         self.learner.pass_over(message)
         seconds = time.perf_counter() - clock[0]
         row = {"step": self.steps_done, "skipped": 1.0, "time/step": seconds}
@@ -352,7 +352,7 @@ class OnlineTrainer:
     def _update(
         self, batch: Batch, part: Tensor, tensors: dict[str, Tensor | None]
     ) -> list[dict[str, Tensor]]:
-        """Gradients of one mini-batch; metrics of each of this process's micro-batches."""
+        """Accumulates a mini-batch's gradients; metrics of this process's micro-batches."""
         mask = batch.completion_mask[part]
         normalizer = normalizer_of(self.loss, mask, self.sample.max_new_tokens)
         tokens = max(1.0, float(mask.sum()))
@@ -393,6 +393,6 @@ class OnlineTrainer:
         ]
         if self.ptx is None:
             return self.learner.accumulate(functions)
-        # Before them: the last one has to reach the critic too.
+        # The last function has to reach the critic too, so these come first.
         extra = self.ptx.losses(self.ptx.next_items(), weight=self.config.ptx_coef)
         return self.learner.accumulate([*extra, *functions])[len(extra) :]

@@ -1,4 +1,4 @@
-"""Metrics of an online step: of its rollout, its updates and its times."""
+"""Metrics of an online step: rewards, lengths, losses and times."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,19 +12,19 @@ from .timing import timed
 
 
 def prefixed(prefix: str, metrics: Any) -> dict[str, Tensor]:
-    """The fields of an operation's metrics as "prefix/name"."""
+    """The metrics of an operation under the names "prefix/name"."""
     return {f"{prefix}/{name}": metric for name, metric in metrics.items()}
 
 
 def fold(
     table: Sequence[dict[str, Tensor]], updates: int, gather: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
-    """Metrics over micro-batches and processes: losses are sums, the others token means.
+    """Combines metrics of micro-batches and processes: sums of losses, token means of the others.
 
     Args:
-        table: names and numbers of this process's micro-batches.
-        updates: among which losses and tokens are divided.
-        gather: the rows `[micro-batches, names]` of all processes.
+        table: metrics of each micro-batch of this process, by name.
+        updates: number of updates, by which sums of losses and tokens are divided.
+        gather: collects the rows `[micro-batches, names]` of all processes.
     """
     names = list(table[0])
     whole = gather(torch.stack([torch.stack([row[name] for name in names]) for row in table]))
@@ -42,7 +42,7 @@ def fold(
 
 
 def of_rewards(samples: Samples, names: Sequence[str], group: int) -> dict[str, float]:
-    """Mean and deviation of the rewards, of each function's too; `group` completions a prompt."""
+    """Mean and deviation of the rewards, and each function's mean; `group` is the group size."""
     groups = samples.scores.view(-1, group)
     return {
         "reward": samples.scores.mean().item(),
@@ -53,7 +53,7 @@ def of_rewards(samples: Samples, names: Sequence[str], group: int) -> dict[str, 
 
 
 def of_lengths(samples: Samples) -> dict[str, float]:
-    """Mean length, the share of completions that were cut off, and all tokens."""
+    """Mean length, share of truncated completions, and total tokens."""
     lengths = samples.batch.completion_mask.sum(1)
     return {
         "length": lengths.float().mean().item(),
@@ -63,13 +63,13 @@ def of_lengths(samples: Samples) -> dict[str, float]:
 
 
 def of_times(samples: Samples, clock: Sequence[float]) -> dict[str, float]:
-    """Seconds between four moments: begin, sampled, evaluated, updated."""
+    """Seconds between four times in `clock`: start, sampled, evaluated, updated."""
     start, sampled, evaluated, updated = clock
     return {
         "time/generate": sampled - start,
         "time/evaluate": evaluated - sampled,
         "time/update": updated - evaluated,
-        # Part of the last two.
+        # A part of the evaluate and update times.
         "time/kernels": timed.seconds(),
         "time/step": updated - start,
         "tokens_per_second": samples.batch.completion_mask.sum().item() / (updated - start),

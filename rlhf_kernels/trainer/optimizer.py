@@ -1,4 +1,4 @@
-"""AdamW's learning rate at a step, and its state out of a checkpoint."""
+"""AdamW's learning rate at a step, and its state from a checkpoint."""
 
 import math
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ from .tree import check_like
 
 
 def rate_factor(config: OptimConfig, step: int) -> float:
-    """Share of the peak learning rate after `step` steps: a linear rise times the schedule.
+    """The fraction of the peak learning rate after `step` steps: linear warmup times schedule.
 
-    The schedule falls from the first step on, also during the rise; transformers' own begins after
-    the rise, and has a rate of 0 in the first step.
+    The schedule falls from the first step on, also during the warmup. transformers' schedules start
+    after the warmup and have a rate of 0 in the first step.
     """
     done = step / config.total_steps
     fade = {
@@ -28,14 +28,14 @@ def rate_factor(config: OptimConfig, step: int) -> float:
 
 
 def load_adamw(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Restores AdamW's state, under accelerate's wrapper or not.
+    """Restores AdamW's state, with or without accelerate's wrapper.
 
     Args:
-        optimizer: has the groups and weights of the one that the state is of.
-        state: what `state_dict` of that one returned.
+        optimizer: must have the groups and weights of the optimizer that was saved.
+        state: the `state_dict` of that optimizer.
 
     Raises:
-        UserError: groups of other keys or kinds, moments of other shapes or not finite.
+        UserError: groups have other keys or types; moments have other shapes or are not finite.
     """
     groups = "param_groups"
     own = optimizer.state_dict()[groups]

@@ -21,7 +21,7 @@ from .folder import write_whole, writing
 
 
 def peak_memory_gib() -> float:
-    """Most memory held so far: the GPU's tensors, without one the process."""
+    """The peak memory: of tensors on the GPU, or of the process if there is no GPU."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -29,17 +29,17 @@ def peak_memory_gib() -> float:
 
 
 class MetricsLog:
-    """One JSON object per line, written at each step so that a killed run keeps its log.
+    """A file with one JSON object per line, written at each step so that a kill loses no rows.
 
-    A run that continues from `steps_done` keeps the rows before, drops what came later and what a
-    kill cut off. The file is replaced in one go: a kill meanwhile leaves the old one.
+    A run that continues from `steps_done` keeps the rows of earlier steps, and drops later rows
+    and incomplete lines. The new file replaces the old one atomically.
     """
 
     def __init__(self, path: Path, *, steps_done: int = 0) -> None:
         self.path, self.rows = path, _kept(path, steps_done)
         with writing(path):
             write_whole(path, "".join(map(_line, self.rows)).encode())
-            # Unbuffered: what could not be written must not be tried again at the end.
+            # Unbuffered, so that closing the file does not repeat a failed write.
             self.file = path.open("ab", buffering=0)
 
     def write(self, row: dict[str, float]) -> None:
@@ -56,12 +56,12 @@ class MetricsLog:
 
 
 def _line(row: dict[str, float]) -> str:
-    """A row as JSON, which has no NaN and no infinity: null."""
+    """A row as JSON; NaN and infinity, which JSON lacks, become null."""
     return json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n"
 
 
 def _kept(path: Path, steps_done: int) -> list[dict[str, float]]:
-    """The rows of the steps before `steps_done`; lines that are none are dropped."""
+    """The rows of the steps before `steps_done`; invalid lines are dropped."""
     found = []
     with writing(path):
         content = path.read_bytes() if steps_done and path.is_file() else b""
@@ -74,13 +74,13 @@ def _kept(path: Path, steps_done: int) -> list[dict[str, float]]:
             continue
         if row["step"] < steps_done:
             numbers = {k: math.nan if v is None else v for k, v in row.items()}
-            # Somebody else may have written other values into the log: they are no metrics.
+            # Other programs may have written other values into the log.
             found.append({k: v for k, v in numbers.items() if _is_metric(v)})
     return found
 
 
 def _is_metric(value: Any) -> bool:
-    """Whether a value of a log is a number that a float holds."""
+    """Whether a value in the log is a number that fits in a float."""
     try:
         return isinstance(value, int | float) and not math.isinf(value)
     except OverflowError:
@@ -102,7 +102,7 @@ def plot_curves(rows: Sequence[dict[str, float]], path: Path) -> None:
     """Plots reward, KL, entropy, length, loss, accuracy and margin over the steps, as a PNG."""
     shown = {key: title for key, title in _CURVES.items() if any(key in row for row in rows)}
     if not shown:
-        # A finished run that was resumed after its log was deleted has no rows.
+        # A finished run that is resumed after its log was deleted has no rows.
         return
     size = (4 * len(shown), 3.4)
     figure, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
@@ -117,7 +117,7 @@ def plot_curves(rows: Sequence[dict[str, float]], path: Path) -> None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns aligned for a terminal; line breaks are shown, long cells are cut."""
+    """A text table with aligned columns; line breaks are escaped and long cells are cut."""
     cells = [[str(value).replace("\n", "\\n") for value in row] for row in (header, *rows)]
     cells = [[c if len(c) <= 48 else c[:47] + "…" for c in row] for row in cells]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

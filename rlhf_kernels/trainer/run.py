@@ -1,4 +1,4 @@
-"""The subcommands: from settings to a trained, evaluated and reported model."""
+"""The subcommands: train, evaluate and report a model according to the settings."""
 
 import dataclasses
 import json
@@ -26,10 +26,10 @@ from .vllm_engine import VLLMEngine
 
 
 def train(name: str, argv: Sequence[str]) -> dict[str, Any] | None:
-    """`rlhf-kernels train NAME`: trains, evaluates before and after, and reports.
+    """Runs `rlhf-kernels train NAME`: trains, evaluates before and after, and reports.
 
     Returns:
-        The summary that `summary.json` in the output folder holds; None after a dry run.
+        The content of `summary.json` in the output folder; None after a dry run.
     """
     with interrupts() as signals:
         try:
@@ -71,12 +71,12 @@ def _train(stage: Stage, signals: Interrupts) -> dict[str, Any]:
 
 
 def close() -> None:
-    """Leaves the other processes: nothing can be trained afterwards."""
+    """Leaves the group of processes; training is not possible afterwards."""
     PartialState().destroy_process_group()
 
 
 def make_trainer(stage: Stage, *, fresh: bool) -> OfflineTrainer | OnlineTrainer:
-    """The stage's trainer; a `fresh` online one has its supervised phase first."""
+    """The stage's trainer; the policy of a `fresh` online run has its supervised phase here."""
     return _offline(stage) if stage.name in OFFLINE else _online(stage, fresh=fresh)
 
 
@@ -104,7 +104,7 @@ def _offline(stage: Stage) -> OfflineTrainer:
 def _online(stage: Stage, *, fresh: bool) -> OnlineTrainer:
     (config,) = stage.own
     accelerator, task, seed = stage.accelerator, stage.task, stage.run.seed
-    # All files are read before any model is built.
+    # Read all files before building any model, because a bad file is then found early.
     columns = list(dict.fromkeys(name for row in task.train for name in row.columns))
     default = [answers.exact_match]
     if stage.data.data is not None:
@@ -158,7 +158,7 @@ def _online(stage: Stage, *, fresh: bool) -> OnlineTrainer:
 
 
 def _warm_start(stage: Stage, config: OnlineConfig, policy: torch.nn.Module) -> None:
-    """The supervised phase, with an optimizer of its own."""
+    """Runs the supervised phase with its own optimizer."""
     rows, rate = stage.task.train, config.sft_learning_rate
     optim = dataclasses.replace(
         stage.optim,
@@ -174,7 +174,7 @@ def _warm_start(stage: Stage, config: OnlineConfig, policy: torch.nn.Module) -> 
     for _ in (bar := tqdm(range(config.sft_steps), desc="supervised")):
         loss = trainer.step()["loss"]
         if math.isnan(loss):
-            # The update was passed over.
+            # The update was skipped.
             continue
         running = loss if running is None else 0.9 * running + 0.1 * loss
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)

@@ -1,4 +1,4 @@
-"""A stage of training before its trainer exists: settings, engine, data, output folder."""
+"""The setup of a training stage: settings, accelerator, data and output folder."""
 
 import dataclasses
 import time
@@ -32,7 +32,7 @@ from .offline import OfflineTrainer
 from .online import OnlineTrainer
 from .reward_functions import is_function, load_reward
 
-# Offline stages: settings of their own, kind of rows, and defaults that are not OptimConfig's.
+# Offline stages: their own settings classes, the kind of rows, and defaults of shared settings.
 OFFLINE: dict[str, tuple[tuple[type, ...], str, dict[str, Any]]] = {
     "sft": ((), "supervised", {"learning_rate": 2e-5}),
     "reward": ((RewardConfig,), "preference", {"learning_rate": 1e-4}),
@@ -41,7 +41,7 @@ OFFLINE: dict[str, tuple[tuple[type, ...], str, dict[str, Any]]] = {
 
 
 def settings_of(name: str) -> tuple[tuple[type, ...], str, dict[str, Any]]:
-    """Settings classes, kind of rows and defaults of a stage."""
+    """The settings classes, the kind of rows and the defaults of a stage."""
     if name in OFFLINE:
         extra, kind, defaults = OFFLINE[name]
         defaults = {"batch_size": 64, "max_new_tokens": 512} | defaults
@@ -54,7 +54,7 @@ def settings_of(name: str) -> tuple[tuple[type, ...], str, dict[str, Any]]:
 
 
 class Stage:
-    """Settings, engine, data and output folder of a stage."""
+    """The settings, accelerator, data and output folder of a stage."""
 
     def __init__(self, name: str, argv: Sequence[str]) -> None:
         self.name, self.started = name, time.perf_counter()
@@ -67,7 +67,7 @@ class Stage:
         self.run, self.model, self.data, self.optim, *self.own = found
         self.settings = {k: v for group in found for k, v in dataclasses.asdict(group).items()}
         self.out = Path(self.run.output_dir)
-        # These checks need neither data nor models, and come before any reading or writing.
+        # These checks need neither data nor models, so they run before any reading or writing.
         checks.check_settings(name, self.run, self.model, self.optim, self.own)
         checks.check_output(self.out)
         newest = checkpoint.newest(self.out)
@@ -90,7 +90,7 @@ class Stage:
         engine = str(self.accelerator.distributed_type.value)
         expected = "processes of DDP or FSDP (no other engine's checkpoints are written)"
         require(engine not in ("DEEPSPEED", "MEGATRON_LM"), "accelerate", expected, engine)
-        # accelerate launch chose the precision where the setting is None.
+        # The accelerator knows the precision that accelerate launch chose for an unset setting.
         self.settings["mixed_precision"] = str(self.accelerator.mixed_precision)
         transformers.set_seed(self.run.seed)
         self.task: Task = load_task(self.data, kind, seed=self.run.seed, model=self.model.model)
@@ -102,16 +102,16 @@ class Stage:
             print(text, flush=True)
 
     def announce(self, trainer: OfflineTrainer | OnlineTrainer) -> None:
-        """Prints networks, rows, device, steps, and the memory that training takes at least."""
+        """Prints networks, rows, device, steps and a lower bound of the memory for training."""
         learner, reference = trainer.learner, trainer.reference
-        # A trainer drops rows whose completions are too long, and has the rest.
+        # An offline trainer drops rows with too long completions and has its own lists of rows.
         train, held_out = (
             len(getattr(trainer, part, getattr(self.task, part))) for part in ("train", "held_out")
         )
         networks = dict(learner.networks.named_children())
         frozen = reference.model if reference is not None else None
         weights = [*learner.networks.parameters(), *(frozen.parameters() if frozen else ())]
-        # Gradients and AdamW's two moments of what is trained.
+        # A trained weight also has a gradient and the two moments of AdamW.
         memory = sum(p.nbytes * (4 if p.requires_grad else 1) for p in weights)
         parts = ", ".join(
             f"{name} of {sum(p.numel() for p in m.parameters()):,} weights"

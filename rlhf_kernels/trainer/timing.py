@@ -1,4 +1,4 @@
-"""How long a step's calls of our operations take."""
+"""Measures how long a step spends in operations of `rlhf_kernels`."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 
 
 class Stopwatch:
-    """Calls functions and adds up their time; on a GPU by events, so that the host never waits."""
+    """Adds up the time of function calls; uses events on a GPU, so the host never waits."""
 
     def __init__(self) -> None:
         self.spans: list[tuple[Any, Any]] = []
@@ -28,7 +28,7 @@ class Stopwatch:
         return event
 
     def seconds(self) -> float:
-        """Time of all calls since this method was called last."""
+        """Time of all calls since the last call of this method."""
         spans, self.spans = self.spans, []
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
