@@ -1,4 +1,4 @@
-"""Adapters (peft): new ones, those that a path holds, and what is saved of them."""
+"""Adapters (peft): creating, loading, continuing, merging and saving them."""
 
 import contextlib
 import copy
@@ -20,10 +20,10 @@ from .loading import names
 if TYPE_CHECKING:
     import peft
 
-#: peft's names of the adapter that is trained and of the frozen one that the reference uses.
+#: peft's names of the trained adapter and of the reference policy's frozen one.
 TRAINED, FROZEN = "default", "reference"
 
-# Kinds that change layers in place, so that the base model's own forward passes have them.
+# Adapter types that change layers in place, so the base model's forward pass applies them.
 _KINDS = ("LORA", "IA3", "LOHA", "LOKR", "OFT", "VERA", "HRA", "LN_TUNING")
 
 
@@ -40,16 +40,16 @@ class Adapter:
 
 
 def find_adapter(path: str, *, setting: str) -> Adapter | None:
-    """The adapter that a folder or hub name holds; None where it holds a whole model.
+    """The adapter in a folder or on the hub; None if the path holds a whole model.
 
     Raises:
-        UserError: it is of a kind that cannot be trained here, or names no base model.
+        UserError: the trainer does not support its type, or it names no base model.
     """
     if find_adapter_config_file(path) is None:
         return None
     installed = importlib.util.find_spec("peft") is not None
     require(installed, setting, f"the package peft for the adapter in {path}", "none")
-    # Only here: an optional package.
+    # peft is an optional package.
     import peft
 
     with blamed_on(setting, f"the adapter in {path} cannot be read"):
@@ -72,7 +72,7 @@ def find_adapter(path: str, *, setting: str) -> Adapter | None:
 
 @contextlib.contextmanager
 def named_base(adapter: Adapter | None, *, setting: str) -> Iterator[None]:
-    """Errors while the base model is loaded also name the adapter that asks for it."""
+    """Adds the name of the adapter to errors that loading its base model raises."""
     try:
         yield
     except UserError as error:
@@ -87,8 +87,8 @@ def named_base(adapter: Adapter | None, *, setting: str) -> Iterator[None]:
 def new_adapter(
     model: PreTrainedModel, config: ModelConfig, *, task: str, heads: Sequence[str] = ()
 ) -> nn.Module:
-    """`model` under fresh LoRA on all linear layers but the `heads`, which are trained whole."""
-    # Only here: an optional package.
+    """Adds new LoRA weights to all linear layers but the `heads`, which are trained whole."""
+    # peft is an optional package.
     import peft
 
     _check_rank(model, config.lora_rank, heads)
@@ -107,7 +107,7 @@ def new_adapter(
 
 
 def _check_rank(model: PreTrainedModel, rank: int, heads: Sequence[str]) -> None:
-    """Requires a rank that some adapted layer can have; small ones beside it do no harm."""
+    """Requires that the rank fits at least one adapted layer; it may exceed smaller layers."""
     output = model.get_output_embeddings()
     ranks = {
         name: min(_sizes(module))
@@ -123,7 +123,7 @@ def _check_rank(model: PreTrainedModel, rank: int, heads: Sequence[str]) -> None
 
 
 def _sizes(module: nn.Linear | Conv1D) -> tuple[int, int]:
-    """Inputs and outputs; a quantised weight's shape does not tell them."""
+    """Input and output size; the weight of a quantised layer may have another shape."""
     if isinstance(module, Conv1D):
         return module.nx, module.nf
     return module.in_features, module.out_features
@@ -147,20 +147,20 @@ def load_adapter(
     task: str,
     heads: Sequence[str] = (),
 ) -> nn.Module:
-    """`model` under the adapter of a path, which is trained further.
+    """Adds a stored adapter to `model`, to train it further.
 
     Args:
         model: the adapter's base model.
-        adapter: on disk.
-        config: its `lora_rank` is 0 or the adapter's own, as is `lora_alpha`.
-        setting: what errors begin with.
-        task: peft's name of what the model is for.
-        heads: modules that are trained whole even where the adapter lacks them.
+        adapter: the stored adapter.
+        config: `lora_rank` and `lora_alpha` must be unset or equal to the adapter's.
+        setting: the setting that error messages name.
+        task: peft's name of the model's task.
+        heads: modules that are trained whole even if the adapter lacks them.
 
     Raises:
         UserError: the adapter does not fit the model, or has another rank.
     """
-    # Only here: an optional package.
+    # peft is an optional package.
     import peft
 
     own = copy.deepcopy(adapter.config)
@@ -178,7 +178,7 @@ def load_adapter(
         if heads:
             own.inference_mode = False
             policy = peft.get_peft_model(model, own, adapter_name=TRAINED)
-            # peft asks for all that is trained whole; what is not stored stays as it is.
+            # peft requires all modules that are trained whole; those not stored keep their values.
             fresh = peft.get_peft_model_state_dict(policy, adapter_name=TRAINED)
             fresh |= {k: v for k, v in stored.items() if k in fresh}
             peft.set_peft_model_state_dict(policy, fresh, adapter_name=TRAINED)
@@ -189,7 +189,7 @@ def load_adapter(
     loaded = peft.get_peft_model_state_dict(policy, adapter_name=TRAINED)
     prefix = "base_model.model."
     lacking = [k for k in loaded.keys() - stored.keys() if not _headed(k, heads, prefix)]
-    # A reward model has no use for what the adapter does to the LM head.
+    # A reward model has no LM head, so it needs no adapter weights of one.
     useless = ("lm_head", "embed_out") if sequence else ()
     extra = [k for k in stored.keys() - loaded.keys() if not _headed(k, useless, prefix)]
     for found, what in ((lacking, "lacks"), (extra, "has beyond the model's")):
@@ -205,10 +205,10 @@ def _headed(key: str, heads: Sequence[str], prefix: str) -> bool:
 
 
 def check_output(policy: nn.Module, *, setting: str) -> None:
-    """Requires an LM head whose weight is all that there is to it.
+    """Requires that the weight alone defines the output of the LM head.
 
     Raises:
-        UserError: the adapter changes the head by a product or by rows of its own.
+        UserError: the adapter adds a product or rows of its own to the LM head.
     """
     head = policy.get_base_model().get_output_embeddings()
     whole = isinstance(head, nn.Linear) or hasattr(head, "modules_to_save")
@@ -218,26 +218,26 @@ def check_output(policy: nn.Module, *, setting: str) -> None:
 
 
 def merged(model: nn.Module) -> PreTrainedModel:
-    """A copy of the base model with the adapter added to its weights; of a plain model, a copy."""
+    """A copy of the base model with the adapter merged into its weights, or of a plain model."""
     twin = copy.deepcopy(model)
     return twin.merge_and_unload() if hasattr(twin, "merge_and_unload") else twin
 
 
 def is_new(policy: nn.Module) -> bool:
-    """Whether the adapter changes nothing yet: LoRA of ours whose second factors are all zero."""
+    """Whether the adapter changes nothing yet: a new LoRA adapter, with B matrices of zeros."""
     if getattr(policy, "continued", False):
         return False
     return not any(p.any() for n, p in policy.named_parameters() if ".lora_B." in n)
 
 
 def can_freeze_twin(policy: nn.Module) -> bool:
-    """Whether all that the adapter trains is its own, so that a second one can stand beside it."""
+    """Whether the adapter trains no weights of the base model, so a frozen copy can coexist."""
     config = policy.peft_config[TRAINED]
     return config.peft_type == "LORA" and config.bias == "none"
 
 
 def freeze_twin(policy: nn.Module) -> None:
-    """Adds a frozen copy of the adapter, for the reference."""
+    """Adds a frozen copy of the adapter for the reference policy."""
     config = copy.deepcopy(policy.peft_config[TRAINED])
     config.inference_mode = True
     policy.add_adapter(FROZEN, config)
@@ -252,9 +252,9 @@ def freeze_twin(policy: nn.Module) -> None:
 
 @contextlib.contextmanager
 def acting(policy: nn.Module, adapter: str | None) -> Iterator[None]:
-    """Forward passes inside use this adapter, or none, and leave `requires_grad` as it is.
+    """Forward passes inside use the given adapter, or none; `requires_grad` does not change.
 
-    peft's own switches set it anew, which sharded weights that are gathered do not survive.
+    peft's own switches reset `requires_grad`, which fails for sharded weights while gathered.
     """
     layers = [m for m in policy.modules() if hasattr(m, "_disable_adapters")]
     before = [(m._disable_adapters, m._active_adapter) for m in layers]
@@ -272,14 +272,14 @@ def acting(policy: nn.Module, adapter: str | None) -> Iterator[None]:
 
 
 def save_network(network: nn.Module, folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Writes a network so that transformers or peft, and a later stage, load it.
+    """Saves a network for transformers or peft, and for later stages.
 
-    An adapter of a model that was built here is merged: its base model is nowhere else.
+    An adapter of a model that was built here is merged, because its base model is not saved.
 
     Args:
-        network: gives architecture and configuration.
-        folder: is made.
-        weights: the network's, whole and by its own names.
+        network: has the architecture and the configuration.
+        folder: is created.
+        weights: the unsharded weights of the network by its own names.
     """
     if not hasattr(network, "peft_config"):
         network.save_pretrained(folder, state_dict=dict(weights))
@@ -290,8 +290,8 @@ def save_network(network: nn.Module, folder: Path, weights: Mapping[str, Tensor]
 
 
 def _whole(network: nn.Module, weights: Mapping[str, Tensor]) -> PreTrainedModel:
-    """A merged model out of gathered weights."""
-    # Only here: an optional package.
+    """A merged model made from gathered weights."""
+    # peft is an optional package.
     import peft
 
     base = network.get_base_model()

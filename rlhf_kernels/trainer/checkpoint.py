@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors and JSON under a manifest; whole or not there at all."""
+"""Checkpoints: safetensors and JSON with a manifest, written atomically."""
 
 import hashlib
 import json
@@ -25,13 +25,13 @@ _FAMILY = "rlhf_kernels.trainer/"
 _FORMAT = f"{_FAMILY}2"
 _NAME = re.compile(r"checkpoint-([0-9]{8,})")
 _DRAFT = re.compile(r"\.checkpoint-[0-9]{8,}")
-# A plain name, so that no file lies elsewhere.
+# Plain names only: a path could lead out of the checkpoint.
 _FILE = re.compile(r"state\.json|[A-Za-z0-9_]+\.safetensors")
 _MANIFEST, _STATE = "manifest.json", "state.json"
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is incomplete, altered or not of this run; the message names it."""
+    """A checkpoint is incomplete, altered or of another run; the message names it."""
 
 
 def _digest(path: Path) -> str:
@@ -53,18 +53,18 @@ def _seal(manifest: Mapping[str, Any]) -> str:
 def save(folder: Path, step: int, stage: str, states: Mapping[str, Any], *, keep: int = 0) -> Path:
     """Writes `folder/checkpoint-<step>`.
 
-    Everything is written and synchronised to disk under another name, and renamed last: a kill at
-    any moment leaves the former checkpoints and perhaps a folder that is cleaned up next time.
+    All files are written and synchronised to disk under another name, which is changed last. A
+    kill at any moment keeps older checkpoints; the next save removes the unfinished folder.
 
     Args:
         folder: output folder of the run.
-        step: finished steps; a whole checkpoint of them that is there already stays.
+        step: finished steps; a valid checkpoint of the same step is kept as it is.
         stage: subcommand.
-        states: name -> nested state; a file of tensors each.
-        keep: newest checkpoints to keep, 0 for all.
+        states: nested states by name; the tensors of each have a file of their own.
+        keep: how many of the newest checkpoints to keep, 0 for all.
 
     Raises:
-        UserError: the disk is full or cannot be written; the former checkpoints are whole.
+        UserError: the disk is full or cannot be written; older checkpoints remain valid.
     """
     final = folder / f"checkpoint-{step:08d}"
     with writing(final):
@@ -85,7 +85,7 @@ def save(folder: Path, step: int, stage: str, states: Mapping[str, Any], *, keep
             raise
         _sync(folder)
         for old in checkpoints(folder)[:-keep] if keep else ():
-            # A kill leaves a draft, not a checkpoint that lacks files.
+            # A kill while files are deleted leaves a draft, not an incomplete checkpoint.
             shutil.rmtree(old.rename(_draft(old)))
     return final
 
@@ -98,14 +98,14 @@ def _saved(path: Path, stage: str) -> bool:
 
 
 def _draft(path: Path) -> Path:
-    """A free name for what is not yet, or no longer, a checkpoint."""
+    """A free name for a folder that is not yet, or no longer, a checkpoint."""
     draft = path.with_name(f".{path.name}")
     set_aside(draft)
     return draft
 
 
 def _is_draft(path: Path) -> bool:
-    """Whether a folder is what a kill left of a checkpoint: nothing but a checkpoint's files."""
+    """Whether a folder is the rest of a killed save: it has only files of a checkpoint."""
     if not _DRAFT.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
         return False
     return all(
@@ -132,19 +132,19 @@ def _write(draft: Path, step: int, stage: str, states: Mapping[str, Any]) -> Non
 
 
 def _named(folder: Path) -> list[Path]:
-    """Folders called like checkpoints, of the earliest step first; no links to any."""
+    """Folders with names of checkpoints, in the order of their steps; links are left out."""
     paths = folder.iterdir() if folder.is_dir() else ()
     found = [p for p in paths if _NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
     return sorted(found, key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """Finished steps, by the name of a checkpoint."""
+    """The number of finished steps in a checkpoint's name."""
     return int(path.name.rpartition("-")[2])
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first: those of the trainer's whose manifest is valid."""
+    """The trainer's checkpoints with a valid manifest, oldest first."""
     found = []
     for path in _named(folder):
         try:
@@ -156,12 +156,12 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path) -> Path | None:
-    """The last checkpoint, even where it is damaged; None where there is none of the trainer's."""
+    """The last checkpoint of the trainer, even if it is damaged; None if there is none."""
     return next((path for path in reversed(_named(folder)) if _claims(path)), None)
 
 
 def _claims(path: Path) -> bool:
-    """Whether a folder's manifest is the trainer's, or cannot be told any more."""
+    """Whether a folder's manifest is the trainer's, or is too damaged to decide."""
     try:
         manifest = json.loads(_text(path / _MANIFEST))
     except FileNotFoundError:
@@ -173,7 +173,7 @@ def _claims(path: Path) -> bool:
 
 
 def whole(folder: Path, stage: str) -> list[Path]:
-    """Checkpoints of a stage that can be loaded, newest first; reads all of them."""
+    """The valid checkpoints of a stage, newest first; reads all their files."""
     return [path for path in reversed(checkpoints(folder)) if _saved(path, stage)]
 
 
@@ -181,17 +181,17 @@ def whole(folder: Path, stage: str) -> list[Path]:
 
 
 def _text(file: Path) -> str:
-    """Content of a file; anything else is an error, as a pipe would be waited for."""
+    """The content of a regular file; a pipe would block, so anything else raises."""
     if not stat.S_ISREG(file.stat().st_mode):
         raise OSError(f"{file.name} is not a file")
     return file.read_text(encoding="utf-8")
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, every entry of the kind that it should be.
+    """The manifest of a checkpoint, with the type of every entry checked.
 
     Raises:
-        CheckpointError: naming what is missing, mistyped or altered.
+        CheckpointError: names what is missing, altered or of a wrong type.
     """
     file = path / _MANIFEST
     try:
@@ -220,7 +220,7 @@ def _expect(file: Path, name: str, ok: bool, expected: str, found: object) -> No
 
 
 def _verified(path: Path) -> dict[str, Any]:
-    """The manifest, after every file has been compared with it."""
+    """The manifest, after a comparison of every file with it."""
     manifest = _manifest(path)
     for name, entry in manifest["files"].items():
         file = path / name
@@ -239,10 +239,10 @@ def _verified(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, stage: str) -> dict[str, Any]:
-    """The states that `save` was given.
+    """Reads the states that `save` wrote.
 
     Raises:
-        CheckpointError: naming the file that is missing, truncated, altered or another stage's.
+        CheckpointError: names the file that is missing, truncated, altered or of another stage.
     """
     manifest = _verified(path)
     if manifest["stage"] != stage:

@@ -1,4 +1,4 @@
-"""The class of reward models and critics: transformers' own, or a scalar head on the base."""
+"""The model class of reward models and critics: transformers' own, or a head on a base model."""
 
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -14,10 +14,10 @@ from .errors import UserError
 def scalar_class(
     settings: PretrainedConfig, *, setting: str, ours: bool = False
 ) -> type[PreTrainedModel]:
-    """The class of reward models and critics of an architecture.
+    """The model class of reward models and critics for an architecture.
 
-    Where transformers has none, or `ours` asks for it: a linear head without bias over the base
-    model of the causal LM, read at the last token, as transformers' own decoders have it.
+    If transformers has none, or if `ours` is set, it is the base model of the causal LM under a
+    linear head without bias, read at the last token as in transformers' decoder classifiers.
 
     Raises:
         UserError: the architecture has no causal LM either.

@@ -1,4 +1,4 @@
-"""Logits of the next tokens while a batch of sequences grows."""
+"""Computes next-token logits for a growing batch of sequences."""
 
 import enum
 import inspect
@@ -11,35 +11,35 @@ from transformers import PreTrainedModel
 from .data import Batch, position_ids
 from .forward import accepted, head_over, hidden_states
 
-#: Names under which `forward` takes and returns its state.
+#: Names of the argument and the result of `forward` that hold the model's state.
 _STATES = ("past_key_values", "cache_params", "state")
 
 
 class Decoding(enum.Enum):
-    """How the next token's logits are found."""
+    """How the next token's logits are computed."""
 
-    #: From the new tokens alone and the state that the model keeps of those before.
+    #: From the new tokens and the state (KV cache) of all tokens before them.
     CACHED = "cached"
-    #: From a pass over the whole sequences, in the form that training uses.
+    #: From a forward pass over the whole sequences, in the form that training uses.
     WHOLE = "whole"
 
 
 class CachedDecoder:
-    """Feeds new tokens only. Left-padded prompts `[B, P]` and their mask."""
+    """Feeds only new tokens, after left-padded prompts `[B, P]` with their mask."""
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, mask: Tensor) -> None:
         self.model, self.ids, self.mask = model, ids, mask
         self.positions = position_ids(mask)
         parameters = inspect.signature(model.forward).parameters
         self.name = next((name for name in _STATES if name in parameters), _STATES[0])
-        # The model makes the kind of state that it needs.
+        # The model creates the type of state that it needs.
         self.state: Any = None
 
     def logits(self) -> Tensor:
         """Logits `[B, V]` after the last token of each row."""
         mask: Tensor | None = self.mask.long()
         if self.state is not None and self.name != _STATES[0]:
-            # No attention that could look back at padding.
+            # Only attention can see padding that was fed before; a recurrent state needs no mask.
             mask = None
         inputs = accepted(
             self.model,
@@ -54,13 +54,13 @@ class CachedDecoder:
         return found.logits[:, -1]
 
     def append(self, tokens: Tensor, kept: Tensor) -> None:
-        """The next token of each row, `[B]`; rows that are finished keep none."""
+        """Adds the next token of each row, `[B]`; `kept` is False for finished rows."""
         self.ids, self.positions = tokens[:, None], self.positions[:, -1:] + 1
         self.mask = torch.cat([self.mask, kept[:, None]], 1)
 
 
 class WholeDecoder:
-    """A pass over everything at each step: slow, and right for every causal model."""
+    """Feeds the whole sequences at each step: slow, but correct for every causal model."""
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, mask: Tensor) -> None:
         self.model, self.ids, self.mask = model, ids, mask
@@ -74,7 +74,7 @@ class WholeDecoder:
         return head_over(self.model, hidden[rows, last][:, None]).logits()[:, 0]
 
     def append(self, tokens: Tensor, kept: Tensor) -> None:
-        """The next token of each row, `[B]`; rows that are finished keep none."""
+        """Adds the next token of each row, `[B]`; `kept` is False for finished rows."""
         self.ids = torch.cat([self.ids, tokens[:, None]], 1)
         self.mask = torch.cat([self.mask, kept[:, None]], 1)
 
@@ -82,9 +82,9 @@ class WholeDecoder:
 def decoder(
     model: PreTrainedModel, ids: Tensor, mask: Tensor, how: Decoding | None = None
 ) -> CachedDecoder | WholeDecoder:
-    """The decoder that the model was proved to decode right with, unless `how` is given."""
+    """The decoder that `probe.prove` found correct for the model, unless `how` is given."""
     how = how or getattr(model, "decoding", Decoding.CACHED)
-    # Columns that are padding in every row: some models ignore the mask of a single row.
+    # Drop columns that are padding in every row: some models ignore the mask of a single row.
     first = int(mask.long().argmax(1).min())
     made = CachedDecoder if how is Decoding.CACHED else WholeDecoder
     return made(model, ids[:, first:], mask[:, first:])

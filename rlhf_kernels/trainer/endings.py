@@ -16,15 +16,15 @@ _TURN = "sentinel"
 def end_token_ids(
     policy: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> tuple[int, ...]:
-    """The tokens that end a completion, in order.
+    """The sorted tokens that end a completion.
 
-    All that somebody declares as an end: the model's generation configuration, its configuration
-    (and the text model's in a multimodal one), the tokenizer. And the special token with which the
-    tokenizer's chat template closes an assistant's turn, as supervised completions close with it.
-    Numbers beyond the vocabulary, which defaults of configurations often are, end nothing.
+    These are the end tokens in the model's generation configuration, its configuration (and the
+    text model's in a multimodal one) and the tokenizer, and the special token that closes an
+    assistant's turn in the chat template, because supervised completions end with it. Ids outside
+    the vocabulary, which are common defaults of configurations, are left out.
 
     Raises:
-        UserError: one of them declares something else than a token or a list of them.
+        UserError: an `eos_token_id` is neither a token nor a list of tokens.
     """
     model = causal_lm(policy)
     config = model.config
@@ -57,13 +57,13 @@ def _tokens(value: Any, name: str) -> Iterable[int]:
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
-    """The special token right after an assistant's words in the chat template, if there is one."""
+    """The special token that follows an assistant's content in the chat template, if any."""
     if not getattr(tokenizer, "chat_template", None):
         return
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _TURN}]
     try:
         text = rendered(tokenizer, turns, {})
-    except UserError:  # A conversation that the template does not take.
+    except UserError:  # The template rejects the conversation.
         return
     _, found, rest = text.rpartition(_TURN)
     if not found:

@@ -1,4 +1,4 @@
-"""The output folder: one run's at a time, and files that are whole or not there."""
+"""The output folder: locked by one run at a time; files are replaced atomically."""
 
 import contextlib
 import errno
@@ -26,7 +26,7 @@ _LOCK = ".lock"
 
 
 def sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
+    """Waits until a file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -35,13 +35,13 @@ def sync(path: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """The same for a folder with everything in it."""
+    """Waits until a folder and everything in it is on disk."""
     for path in (*folder.rglob("*"), folder):
         sync(path)
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Replaces a file in one go: a kill at any moment leaves the old or the new one."""
+    """Replaces a file atomically: after a kill at any moment the old or the new file exists."""
     draft = path.with_name(f".{path.name}.draft")
     try:
         with draft.open("wb") as file:
@@ -56,7 +56,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Gives what is in the way another name; nothing is deleted."""
+    """Renames whatever has this path, so that nothing is deleted."""
     if not os.path.lexists(path):
         return
     names = (path.with_name(f"{path.name}.aside-{i}") for i in itertools.count(1))
@@ -66,9 +66,9 @@ def set_aside(path: Path) -> None:
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Writes a folder under another name and renames it into place; an older one goes then.
+    """Writes a folder under a temporary name and renames it into place.
 
-    An older folder with files that the new one lacks is kept under another name.
+    An older folder is deleted, or renamed if it has files that the new one lacks.
     """
     draft = folder.with_name(f".{folder.name}.draft")
     old = folder.with_name(f".{folder.name}.old")
@@ -94,7 +94,7 @@ def _names(folder: Path) -> set[str]:
 
 @contextlib.contextmanager
 def writing(what: Path | str) -> Iterator[None]:
-    """Errors of the disk as a UserError that names what was written."""
+    """Turns file errors into a UserError that names what was written."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -113,7 +113,7 @@ def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T | None:
     """Calls `function` in the main process and returns its result; others wait and get None.
 
     Raises:
-        UserError: in every process, what the main one raised.
+        UserError: in every process, if `function` raised one.
     """
     result, raised = None, None
     if accelerator.is_main_process:
@@ -131,11 +131,11 @@ def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T | None:
 
 @contextlib.contextmanager
 def opened(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """The output folder, made if need be, for this run alone.
+    """Creates the output folder if necessary, and locks it for this run.
 
     Raises:
-        UserError: it cannot be written, another run writes there, or the processes of a launcher
-            do not know of each other.
+        UserError: it cannot be written, another run writes there, or the launcher's processes do
+            not form one group.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
@@ -148,7 +148,7 @@ def opened(folder: Path, accelerator: Accelerator) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            # While it is still held: whoever opened it meanwhile finds that it is gone.
+            # The lock is still held: a run that opened the file meanwhile will see it is deleted.
             with contextlib.suppress(OSError):
                 (folder / _LOCK).unlink()
             os.close(descriptor)
@@ -185,7 +185,7 @@ def _lock(folder: Path) -> int:
         tqdm.write(text, file=sys.stderr)
         return descriptor
     if not path.exists() or not os.path.samestat(path.stat(), os.fstat(descriptor)):
-        # Another run ended between the opening and the lock, and took the file with it.
+        # Another run ended between the opening and the lock, and deleted the file.
         os.close(descriptor)
         return _lock(folder)
     os.ftruncate(descriptor, 0)

@@ -1,4 +1,4 @@
-"""Forward passes over a batch: hidden states, and the LM head over them."""
+"""Forward passes over a batch: hidden states, and the LM head applied to them."""
 
 import enum
 import inspect
@@ -16,20 +16,20 @@ from .timing import timed
 
 
 class Form(enum.Enum):
-    """How a batch is given to a model, from what wastes least to what any causal model takes."""
+    """How a batch is passed to a model, from the most efficient to the most widely supported."""
 
-    #: All sequences in one row: attention finds their bounds in the positions.
+    #: All sequences in one row; attention finds their boundaries from the positions.
     PACKED = "packed"
-    #: As it is: padding on both sides, a mask, positions that count kept tokens.
+    #: Unchanged: padding on both sides, a mask, and positions that count only kept tokens.
     PADDED = "padded"
-    #: Every row moved to column 0, so that padding comes last, where no token looks.
+    #: Every row shifted to column 0. Padding follows all tokens, so causal attention ignores it.
     ALIGNED = "aligned"
-    #: One sequence after the other, without padding.
+    #: One sequence at a time, without padding.
     ALONE = "alone"
 
 
 class Head(NamedTuple):
-    """Hidden states `[B, T, H]` that predict the completion's tokens, and the LM head."""
+    """The hidden states `[B, T, H]` that predict the completion's tokens, and the LM head."""
 
     hidden: Tensor
     weight: Tensor
@@ -41,47 +41,47 @@ class Head(NamedTuple):
         return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.scale}
 
     def logprobs(self, labels: Tensor, *, temperature: float = 1.0) -> Tensor:
-        """Log-probabilities of the labels, fp32 [B, T]; 0 where they are -100."""
+        """Log-probabilities of the labels, fp32 [B, T]; 0 where a label is -100."""
         return timed(
             rk.linear_token_logprobs, self.hidden, self.weight, labels,
             temperature=temperature, **self._options(),
         ).logprobs  # fmt: skip
 
     def policy_loss(self, labels: Tensor, *args: Tensor, **options: Any) -> rk.PolicyLoss:
-        """`linear_policy_loss` of this head."""
+        """`linear_policy_loss` with this head."""
         return timed(
             rk.linear_policy_loss, self.hidden, self.weight, labels, *args,
             **self._options(), **options,
         )  # fmt: skip
 
     def logits(self) -> Tensor:
-        """The logits themselves, fp32 [B, T, V]."""
+        """The logits, fp32 [B, T, V]."""
         logits = nn.functional.linear(self.hidden, self.weight, self.bias).float() * self.scale
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
 
 def causal_lm(policy: nn.Module) -> PreTrainedModel:
-    """The causal LM, below LoRA's wrapper if there is one."""
+    """The causal LM, without the wrapper of an adapter."""
     return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
 
 
 def lm_head(policy: nn.Module, batch: Batch) -> Head:
-    """The hidden states of the completion's tokens and the head over them."""
+    """The hidden states that predict the completion's tokens, with the LM head."""
     model = causal_lm(policy)
     hidden = hidden_states(model, batch)[:, -batch.completion_mask.shape[1] - 1 : -1]
     return head_over(model, hidden)
 
 
 def head_over(model: PreTrainedModel, hidden: Tensor) -> Head:
-    """The model's LM head over hidden states `[B, T, H]`; `check_head` has tried it."""
+    """The model's LM head with hidden states `[B, T, H]`; `check_head` has tested it."""
     head = rk.Head.from_model(model, check=False)
-    # Under autocast the weights stay fp32, and the head needs the dtype of the hidden states.
+    # Autocast leaves the weights fp32, but the head needs the dtype of the hidden states.
     weight, bias = (None if t is None else t.to(hidden.dtype) for t in (head.weight, head.bias))
     return Head(hidden, weight, bias, head.softcap, head.logit_scale)
 
 
 def accepted(model: nn.Module, **inputs: Any) -> dict[str, Any]:
-    """Those inputs that the model's `forward` has a name for, or all where it takes any."""
+    """The inputs that the model's `forward` has parameters for; all if it accepts any."""
     parameters = inspect.signature(model.forward).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return inputs
@@ -89,7 +89,7 @@ def accepted(model: nn.Module, **inputs: Any) -> dict[str, Any]:
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
-    """The model without its head; the prefix of some classes names a part of a larger model."""
+    """The model without its head; `base_model` of some classes is the whole model instead."""
     parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
     return parts[0] if parts and model.base_model is model else model.base_model
 
@@ -100,9 +100,9 @@ def _base(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch, form: Form | None = None) -> Tensor:
-    """Hidden states `[B, P + T, H]`; what stands on padding has no meaning.
+    """Hidden states `[B, P + T, H]`; those of padding are meaningless.
 
-    `form` is the model's own, `model.form`, unless it is given.
+    `form` defaults to `model.form`.
     """
     recompute(model, torch.is_grad_enabled())
     form = form or getattr(model, "form", Form.PADDED)
@@ -122,7 +122,7 @@ def hidden_states(model: PreTrainedModel, batch: Batch, form: Form | None = None
 
 
 def _aligned(model: PreTrainedModel, ids: Tensor, kept: Tensor) -> Tensor:
-    # Kept columns first, in their order.
+    # Sort the kept columns to the front, in their order.
     columns = torch.argsort((~kept).byte(), dim=1, stable=True)[:, : int(kept.sum(1).max())]
     found = _base(
         model, input_ids=ids.gather(1, columns), attention_mask=kept.gather(1, columns).long()

@@ -1,4 +1,4 @@
-"""Engines that complete prompts: a batched sampler with a KV cache."""
+"""Engines that complete prompts; the transformers engine samples batches with a KV cache."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
@@ -15,27 +15,27 @@ from .learner import Learner
 
 
 class Generation(NamedTuple):
-    """Prompts with their completions, and the sampler's own log-probabilities `[B, T]`."""
+    """Prompts with completions, and the sampler's log-probabilities `[B, T]`."""
 
     batch: Batch
     logprobs: Tensor
 
 
 class Engine(Protocol):
-    """An engine that completes prompts; T is the longest completion of the run."""
+    """An engine that completes prompts with up to T tokens, the run's `max_new_tokens`."""
 
     def __call__(
         self, ids: Tensor, mask: Tensor, uniforms: Tensor, *, temperature: float
     ) -> Generation:
-        """Completions of left-padded prompts `[B, P]`, as one batch `[B, P + T]`.
+        """Completes left-padded prompts `[B, P]`; returns one batch `[B, P + T]`.
 
-        `uniforms`, `[B, T]` in [0, 1), is all the randomness that there is; `temperature=0` takes
-        the most likely tokens.
+        `uniforms`, `[B, T]` in [0, 1), is the only source of randomness; `temperature=0` takes the
+        most likely tokens.
         """
 
 
 class TransformersEngine:
-    """The policy itself, `batch_size` prompts at once (0: all)."""
+    """Samples from the policy itself, with `batch_size` prompts in a batch (0: all)."""
 
     def __init__(
         self, learner: Learner, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 0
@@ -74,23 +74,23 @@ def generate(
     temperature: float = 1.0,
     any_alive: Callable[[Tensor], bool] = torch.any,
 ) -> Generation:
-    """Completions as `Engine` has them.
+    """Completes prompts as `Engine` specifies.
 
-    Tokens are drawn from softmax(logits / temperature), each by inverting the distribution at its
-    own number: a completion does not depend on the rows beside it, nor on how many processes share
-    them. The loop is our own because transformers' `generate` mixes in the checkpoint's generation
-    settings (top-k, top-p, penalties), after which the tokens no longer come from the distribution
-    that the loss differentiates, and because it draws from the global generator alone.
+    Each token is drawn from softmax(logits / temperature) by inverting the distribution at the
+    token's own uniform number, so a completion depends neither on other rows nor on the number of
+    processes. transformers' `generate` cannot be used: it applies the generation settings of the
+    checkpoint (top-k, top-p, penalties), so its tokens do not come from the distribution that the
+    loss differentiates, and it draws from the global generator.
 
     Args:
-        model: proved (`probe.prove`); its attribute `decoding` says whether it may keep a cache.
+        model: tested by `probe.prove`, which sets `decoding`: whether a KV cache may be used.
         prompt_ids: left-padded prompts `[B, P]`.
-        prompt_mask: their mask.
+        prompt_mask: the mask of the prompts, `[B, P]`.
         uniforms: `[B, T]`.
-        eos_token_id: one or more tokens that end a completion, beside those that the model names.
-        pad_token_id: what stands after the end.
+        eos_token_id: tokens that end a completion, in addition to the model's own.
+        pad_token_id: token after the end.
         temperature: 0 takes the most likely tokens.
-        any_alive: whether a row of any process is left.
+        any_alive: whether a row of any process is unfinished.
     """
     model.eval()
     given = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
@@ -105,7 +105,7 @@ def generate(
         if temperature == 0:
             token = scores.argmax(-1)
         else:
-            # In fp64, so that rounding cannot reach a token of probability 0.
+            # The sums are fp64, so that rounding cannot select a token of probability 0.
             sums = scores.double().exp().cumsum(-1)
             drawn = uniforms[:, t, None].double() * sums[:, -1:]
             token = torch.searchsorted(sums, drawn, right=True)[:, 0].clamp(max=sums.shape[1] - 1)
@@ -115,7 +115,7 @@ def generate(
         alive = alive & ~torch.isin(token, ends)
         if not any_alive(alive):
             break
-        # Finished rows keep decoding; what they see never reaches another row.
+        # Finished rows keep decoding, but their tokens are masked and no other row sees them.
         decoding.append(tokens[:, t], mask[:, t])
     whole = Batch(torch.cat([prompt_ids, tokens], 1), torch.cat([prompt_mask, mask], 1), mask)
     return Generation(whole, logprobs)

@@ -1,4 +1,4 @@
-"""Models from paths, with a look at what transformers left out or made up."""
+"""Loads models, and checks which weights transformers left out or initialised."""
 
 import os
 import warnings
@@ -20,17 +20,17 @@ from .errors import UserError, blamed_on, one_line
 
 
 def names(found: Sequence[str], most: int = 3) -> str:
-    """A few names, and how many more there are."""
+    """Lists up to `most` names, and how many more there are."""
     shown = sorted(found)[:most]
     more = len(found) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def load_settings(path: str, *, setting: str) -> PretrainedConfig:
-    """The configuration of a model's folder or hub name.
+    """The configuration of a model in a folder or on the hub.
 
     Raises:
-        UserError: there is none.
+        UserError: it cannot be loaded.
     """
     try:
         return AutoConfig.from_pretrained(path)
@@ -46,7 +46,7 @@ def load_settings(path: str, *, setting: str) -> PretrainedConfig:
 def small_llama(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> LlamaConfig:
-    """The configuration of a model that is built, not loaded."""
+    """The configuration of the model that is built if no path is given."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
@@ -95,22 +95,22 @@ def load(
     may_be_left: Callable[[PreTrainedModel, str], bool] = lambda model, key: False,
     **more: Any,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """A model with the weights of a path, none of them made up unasked.
+    """A model with the weights of a path; random weights only where `may_be_new` allows them.
 
     Args:
         auto: a class or an auto class of transformers.
         path: folder or hub name.
         config: dtype and attention.
-        setting: what errors begin with.
+        setting: the setting that error messages name.
         may_be_new: whether a weight that the path lacks may be random.
-        may_be_left: whether a weight of the path that the model has no place for may go unnamed.
+        may_be_left: whether an unused weight of the path causes no warning.
         more: options of `from_pretrained`.
 
     Returns:
         The model, and the names of its new weights.
 
     Raises:
-        UserError: the path cannot be loaded, or lacks weights, or has them in other shapes.
+        UserError: the path cannot be loaded, lacks weights or has weights of other shapes.
     """
     with blamed_on(setting, f"{path} cannot be loaded"):
         model, report = auto.from_pretrained(
@@ -118,7 +118,7 @@ def load(
         )
     cls = type(model).__name__
     new, extra = list(report["missing_keys"]), list(report["unexpected_keys"])
-    # A name, or the name and two shapes.
+    # An entry is a name, or a name and two shapes.
     other = [k if isinstance(k, str) else k[0] for k in report["mismatched_keys"]]
     expected = f"the weights of a {cls}"
     if other:

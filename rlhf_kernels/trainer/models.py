@@ -1,4 +1,4 @@
-"""The networks and the forward passes that training needs."""
+"""The networks of a stage and their forward passes."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -45,17 +45,17 @@ T = TypeVar("T")
 
 
 class Networks(nn.Module):
-    """All networks that a stage trains, under one root for the distributed engine.
+    """All networks that a stage trains, as one module for the distributed engine.
 
-    `forward(function)` is `function(self)`: whatever reads weights runs inside, while the engine
-    has them gathered. So the LM head is applied, and the loss taken, inside.
+    `forward(function)` is `function(self)`. FSDP gathers weights during a forward pass only, so
+    everything that reads weights runs inside the function, including the LM head and the loss.
     """
 
     def __init__(self, **networks: nn.Module) -> None:
         super().__init__()
         for name, network in networks.items():
             self.add_module(name, network)
-        # accelerate's FSDP looks here for the layers to wrap.
+        # accelerate's FSDP reads the layers to wrap from this attribute.
         layers = [getattr(n, "_no_split_modules", None) or () for n in networks.values()]
         self._no_split_modules = sorted({name for names in layers for name in names})
 
@@ -70,10 +70,10 @@ def build_policy(
     max_length: int,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """A causal LM from a path, or a small Llama with random weights, proved right on its device.
+    """A causal LM from a path, or a small Llama with random weights, tested on its device.
 
-    A path that holds an adapter is trained further: the adapter alone, its base model frozen.
-    With `lora_rank` a new adapter is trained on any other model.
+    If the path holds an adapter, training continues it and its base model stays frozen. With
+    `lora_rank` any other model gets a new adapter, which is trained alone.
     """
     found = None
     if config.model is None:

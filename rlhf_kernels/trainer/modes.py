@@ -1,4 +1,4 @@
-"""How a network runs: without anything random, and recomputing activations where that is asked."""
+"""How a network runs: without randomness, and optionally with activation checkpointing."""
 
 import copy
 
@@ -10,14 +10,14 @@ from .errors import UserError
 
 
 def _random(name: str) -> bool:
-    """Whether an attribute says how much a layer leaves out by chance in training mode."""
+    """Whether an attribute is a dropout rate: the share that a layer drops in training mode."""
     return "drop" in name
 
 
 def settled(model: nn.Module) -> nn.Module:
-    """Evaluation mode, and nothing random in the layers that checkpointing puts in training mode.
+    """Puts a model in evaluation mode, without dropout in layers that recompute in training mode.
 
-    Only without dropout do two passes over the same tokens agree, and the first ratio equal 1.
+    With dropout two passes over the same tokens would differ, and the first ratio would not be 1.
     """
     for module in model.modules():
         for name, value in list(vars(module).items()):
@@ -27,8 +27,8 @@ def settled(model: nn.Module) -> nn.Module:
             module.p = 0.0
         config = getattr(module, "config", None)
         if isinstance(module, GradientCheckpointingLayer) and config is not None:
-            # Some layers read the rate when they run. The model's own configuration is what is
-            # saved, so it stays.
+            # Some layers read the rate from the configuration in every forward pass. They get a
+            # copy, because the model's own configuration is saved and must not change.
             rates = {k for k, v in vars(config).items() if _random(k) and isinstance(v, float)}
             module.config = copy.copy(config)
             for name in rates:
@@ -38,13 +38,13 @@ def settled(model: nn.Module) -> nn.Module:
 
 
 def keep_scale(model: nn.Module) -> None:
-    """Keeps RWKV from halving weights of deep layers in evaluation, in place.
+    """Turns off RWKV's halving of deep layers' weights in evaluation mode.
 
-    It does so against overflow in fp16; they would be trained and saved halved.
+    RWKV halves them in place against overflow in fp16, and they would be trained and saved so.
     """
     for module in model.modules():
         if hasattr(module, "layers_are_rescaled") and not module.layers_are_rescaled:
-            # A copy: the model's own configuration is what is saved.
+            # The model's own configuration is saved and must not change.
             module.config = copy.copy(module.config)
             module.config.rescale_every = 0
 
@@ -53,11 +53,11 @@ def use_checkpointing(model: PreTrainedModel, wanted: bool) -> None:
     """Prepares a model to recompute its activations in the backward pass, if `wanted`.
 
     Raises:
-        UserError: the model cannot.
+        UserError: the model cannot recompute activations.
     """
     model.recomputes = ()
     if wanted:
-        # The second is transformers' older name.
+        # gradient_checkpointing_enable is transformers' older name of the method.
         name = "activation_checkpointing_enable"
         try:
             getattr(model, name, model.gradient_checkpointing_enable)({"use_reentrant": False})
@@ -69,9 +69,9 @@ def use_checkpointing(model: PreTrainedModel, wanted: bool) -> None:
 
 
 def recompute(model: nn.Module, on: bool) -> None:
-    """Training mode of the layers that recompute, and of nothing else in the model.
+    """Turns training mode on or off for the layers that recompute activations, and no others.
 
-    They recompute in training mode only, and keep a cache for decoding only outside it.
+    They recompute only in training mode, and keep a KV cache for decoding only in evaluation mode.
     """
     for module in getattr(model, "recomputes", ()):
         module.training = on

@@ -1,4 +1,4 @@
-"""Scores of texts by a classifier's own forward pass, in batches the same as alone."""
+"""Scores texts with a classifier's forward pass; scores do not depend on the rest of the batch."""
 
 import contextlib
 import inspect
@@ -12,7 +12,7 @@ from .data import position_ids
 from .errors import UserError
 from .trials import position_limit
 
-# No token has this id.
+# An id that no token has.
 _NOWHERE = -1
 
 
@@ -22,16 +22,16 @@ def own_logits(model: PreTrainedModel, ids: Tensor, kept: Tensor, side: str | No
     Args:
         model: a classifier with one output.
         ids: tokens `[B, T]`.
-        kept: which of them are text, `[B, T]` bool.
-        side: where padding goes, "left" or "right"; None scores one row at a time.
+        kept: True for tokens of the text, `[B, T]` bool.
+        side: side of the padding, "left" or "right"; None scores one row at a time.
 
     Raises:
-        UserError: a row is empty or has more tokens than the model has positions.
+        UserError: a row is empty or is longer than the model's maximum length.
     """
     _check_lengths(model, kept)
     if side is None:
         return torch.cat([_alone(model, row[k]) for row, k in zip(ids, kept, strict=True)])
-    # The row's text in one piece, at the other end of its padding.
+    # Move the text of each row to the side opposite to the padding.
     order = torch.sort(kept.int(), dim=1, descending=side == "right", stable=True).indices
     width = int(kept.sum(1).max())
     columns = order[:, :width] if side == "right" else order[:, -width:]
@@ -52,7 +52,7 @@ def own_logits(model: PreTrainedModel, ids: Tensor, kept: Tensor, side: str | No
 def _alone(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """The score `[1]` of one text."""
     if _sparse(model):
-        # A short text turns block-sparse attention off for all that come after it.
+        # After a short text, the model stops using block-sparse attention: turn it on again.
         for module in model.modules():
             if hasattr(module, "set_attention_type"):
                 module.set_attention_type("block_sparse")
@@ -68,12 +68,12 @@ def _refused(model: PreTrainedModel, length: int, error: Exception) -> UserError
 
 
 def _sparse(model: PreTrainedModel) -> bool:
-    """Whether attention picks its blocks by the length that a text is padded to."""
+    """Whether block-sparse attention chooses blocks by the padded length of a text."""
     return getattr(model.config, "attention_type", None) == "block_sparse"
 
 
 def _padding(model: PreTrainedModel) -> int:
-    """The model's own padding token, by which its class may look for the end of the text."""
+    """The model's padding token, which its class may use to find the end of a text."""
     pad = model.config.get_text_config().pad_token_id
     return pad if pad is not None and 0 <= pad < _rows(model) else 0
 
@@ -85,10 +85,10 @@ def _rows(model: PreTrainedModel) -> int:
 
 @contextlib.contextmanager
 def _last_column(model: PreTrainedModel) -> Iterator[None]:
-    """Where a decoder knows no padding token, which its class asks for, every row ends at the end.
+    """Makes a decoder without padding token read batches at the last column.
 
-    Without one it reads a single row at its last token. An id that no token has makes it read a
-    batch that is padded on the left in the same way.
+    Such a decoder reads a single row at its last token, and refuses batches. With a padding id that
+    no token has, it reads every row of a left-padded batch at the last token too.
     """
     configs = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
     without = [c for c in configs if getattr(c, "pad_token_id", None) is None]
@@ -102,13 +102,13 @@ def _last_column(model: PreTrainedModel) -> Iterator[None]:
 
 
 def padding_side(model: PreTrainedModel) -> str | None:
-    """The side on which padding changes no score of this model; None where both do.
+    """The side on which padding changes no score of this model; None if there is none.
 
-    Tried on the model in hand: rows of a few lengths, padded, against each alone.
+    Compares padded rows of a few lengths with each row alone, on the given model.
     """
     model.positions = position_limit(model)
     if model.config.is_encoder_decoder or _sparse(model):
-        # Encoder-decoders read the score at the last end token, as many of them in every row.
+        # Encoder-decoders read the score at the last end token; all rows need as many of them.
         return None
     limit = model.positions
     longest = 23 if limit is None else min(23, limit)
@@ -135,7 +135,7 @@ def padding_side(model: PreTrainedModel) -> str | None:
 
 
 def _agree(found: Tensor, alone: Tensor, dtype: torch.dtype) -> bool:
-    """Whether scores differ by no more than rounding, measured by how much texts differ."""
+    """Whether scores differ by rounding only, relative to the differences between texts."""
     scale = (alone.max() - alone.min() + alone.abs().max()).item()
     share = 1e-5 if dtype is torch.float32 else 2e-2
     return bool(torch.allclose(found, alone, atol=share * scale, rtol=0))

@@ -1,9 +1,9 @@
-"""Proof, on the model in hand, that the passes of training and sampling are right.
+"""Tests on the given model that the forward passes of training and sampling are correct.
 
-A pass is right where each sequence comes out as it does alone, without padding and without a cache.
-Whether it does depends on the architecture (ALiBi, learned positions, convolutions, states), on the
-attention that computes it and on transformers' version. So it is tried at the start of every run,
-on the run's own weights, device and dtype, with a few dozen random tokens.
+A pass is correct if each sequence gets the same result as alone, without padding and without a
+cache. This depends on the architecture (ALiBi, learned positions, convolutions, recurrent states),
+the attention implementation and transformers' version. Every run therefore tests it at its start,
+with its own weights, device and dtype, on a few dozen random tokens.
 """
 
 import warnings
@@ -34,19 +34,19 @@ _INSTEAD = {
 
 
 def prove(policy: nn.Module, *, max_length: int, packing: bool = False) -> None:
-    """Finds how a causal LM computes rightly; keeps it as the attributes `form` and `decoding`.
+    """Finds correct ways to run a causal LM, and stores them as its `form` and `decoding`.
 
-    `proved_length` is the length up to which that holds. A warning says what is not the first
-    choice. Weights, mode and generators stay as they are.
+    `proved_length` is the tested sequence length. A warning says if the preferred way is not
+    correct. Weights, mode and random generators do not change.
 
     Args:
-        policy: a causal LM, under LoRA or not.
+        policy: a causal LM, with or without an adapter.
         max_length: tokens of the run's longest sequence.
         packing: whether training passes should be packed.
 
     Raises:
-        UserError: no form is right, a later token changes an earlier one, or the logits are not a
-            linear head over the last hidden states.
+        UserError: no form is correct, a later token changes an earlier one, or the logits are not a
+            linear head of the last hidden states.
     """
     model = causal_lm(policy)
     if getattr(model.config, "is_encoder_decoder", False):
@@ -64,16 +64,16 @@ def prove(policy: nn.Module, *, max_length: int, packing: bool = False) -> None:
 
 
 def prove_states(model: PreTrainedModel, *, max_length: int, packing: bool = False) -> None:
-    """`prove` for a model of which hidden states alone are used: `form`."""
+    """Like `prove`, for a model of which only the hidden states are used; sets `form`."""
     with _undisturbed(model):
         _settle_form(model, max_length, packing)
 
 
 def check_length(network: nn.Module, lengths: Iterable[int]) -> None:
-    """Raises UserError where a sequence of these lengths goes beyond the network's positions."""
+    """Raises UserError if a sequence is longer than the network's table of positions."""
     model = causal_lm(network)
     limit = position_limit(model)
-    # The lengths may take work to find.
+    # Computing the lengths may be expensive, so it is skipped if there is no limit.
     longest = 0 if limit is None else max(lengths, default=0)
     if longest > (limit or 0):
         raise UserError(
@@ -83,7 +83,7 @@ def check_length(network: nn.Module, lengths: Iterable[int]) -> None:
 
 
 def check_head(policy: nn.Module) -> None:
-    """Raises UserError where `lm_head`'s logits are not the model's own."""
+    """Raises UserError if the logits of `lm_head` differ from the model's own."""
     try:
         rk.Head.from_model(causal_lm(policy))
     except ValueError as error:
@@ -93,10 +93,10 @@ def check_head(policy: nn.Module) -> None:
 
 @contextmanager
 def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation without gradients; mode and global generators afterwards as before.
+    """Evaluation mode without gradients; restores mode and global generators afterwards.
 
     Raises:
-        UserError: a pass changed the weights, which training and saving would not know of.
+        UserError: a forward pass changed the weights, which training and saving do not expect.
     """
     keep_scale(model)
     written = {name: weight._version for name, weight in model.named_parameters()}
@@ -133,7 +133,7 @@ def _settle_form(model: PreTrainedModel, max_length: int, packing: bool) -> list
 
 
 def _check_training_mode(trial: Trial, run: Pass) -> None:
-    """Raises UserError where training mode, which recomputing needs, computes something else."""
+    """Raises UserError if training mode, which checkpointing needs, changes the results."""
     with torch.enable_grad():
         same = trial.right(run, trial.hidden)
     trial.model.eval()
@@ -145,7 +145,7 @@ def _check_training_mode(trial: Trial, run: Pass) -> None:
 
 
 def _passing(form: Form, *, each: bool = False) -> Pass:
-    """Hidden states of rows in a form, as one padded batch or `each` row of it by itself."""
+    """Hidden states of rows in a form, as one padded batch or with `each` row by itself."""
 
     def run(model: PreTrainedModel, rows: Rows, filler: int) -> list[Tensor]:
         prompts, completions = zip(*rows, strict=True)
@@ -183,7 +183,7 @@ def _first(
     alone: Callable[[Trial], list[Tensor]],
     verb: str,
 ) -> T:
-    """The first of the ways that is right in all trials and on all processes."""
+    """The first of the ways that is correct in all trials and on all processes."""
     names = list(ways)
     index, cause = 0, None
     while index < len(names):
@@ -196,7 +196,7 @@ def _first(
                 break
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # Whatever a model raises on inputs that it does not take.
+        except Exception as error:  # A model may raise anything on inputs that it rejects.
             cause = error
         index += 1
     index = _agreed(index, found[0].model.device)
@@ -211,7 +211,7 @@ def _first(
 
 
 def _agreed(index: int, device: torch.device) -> int:
-    """The largest over the processes, which all have to compute alike."""
+    """The maximum over the processes, which all have to use the same way."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return index
     largest = torch.tensor(index, device=device)
@@ -220,7 +220,7 @@ def _agreed(index: int, device: torch.device) -> int:
 
 
 def _say(model: PreTrainedModel, what: str, instead: str) -> None:
-    """A warning, of one process."""
+    """Warns, on one process."""
     several = distributed.is_available() and distributed.is_initialized()
     if not several or distributed.get_rank() == 0:
         message = f"model: {name_of(model)} is not right with {what}, so {instead}"

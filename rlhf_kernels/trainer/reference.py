@@ -1,4 +1,4 @@
-"""The frozen policy that penalties and DPO measure from."""
+"""The reference policy: frozen, for KL penalties and DPO."""
 
 import copy
 from typing import Any
@@ -12,14 +12,14 @@ from .modes import settled
 
 
 class Reference:
-    """The policy as it is now, whatever training makes of it.
+    """A frozen snapshot of the policy, which training does not change.
 
-    A copy, or where the policy trains an adapter: the policy with it switched off if it is new, and
-    with a frozen copy of it in its place if it is not.
+    It is a copy of the model, except where the policy trains an adapter: then it is the policy with
+    a new adapter switched off, or with a frozen copy of an adapter that is not new.
 
     Args:
-        policy: before the distributed engine has it.
-        moved: whether it was trained in this run, also where a checkpoint will say how far.
+        policy: the policy before accelerate wraps it.
+        moved: whether this run has trained it, or a checkpoint will restore a trained reference.
     """
 
     def __init__(self, policy: nn.Module, *, moved: bool = False) -> None:
@@ -41,23 +41,23 @@ class Reference:
         return settled(copy.deepcopy(policy).requires_grad_(False))
 
     def __call__(self, networks: Any, batch: Batch) -> Head:
-        """The reference's head; `networks.policy` is the policy that it was made of."""
+        """The reference's LM head; `networks.policy` must be the policy given to `__init__`."""
         if self.model is not None:
             return lm_head(self.model, batch)
         with adapters.acting(networks.policy, self.adapter):
             return lm_head(networks.policy, batch)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Weights that no file holds; none where the reference is the policy without adapter."""
+        """Weights that no file holds; empty if the reference is the policy without its adapter."""
         if self.model is not None:
             return dict(self.model.state_dict())
         return {n: p.detach() for n, p in self._own()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores what `state_dict` returned.
+        """Restores the result of `state_dict`.
 
         Raises:
-            ValueError: it is of another model.
+            ValueError: the state belongs to another model.
         """
         if self.model is not None:
             self.model.load_state_dict(state)

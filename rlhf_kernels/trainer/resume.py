@@ -1,4 +1,4 @@
-"""Continuing a run: which checkpoint, and whether settings and data are still those."""
+"""Resuming: finds the checkpoint and checks that settings and data are unchanged."""
 
 import hashlib
 import json
@@ -18,12 +18,12 @@ _FREE = {
     "resume_changed", "dry_run", "report_to", "num_samples", "skip_nonfinite", "data", "eval_data",
     "ptx_data", "vllm_memory",
 }  # fmt: skip
-# Settings that change only how results are rounded.
+# Settings that only change rounding errors.
 _ROUNDING = {
     "threads", "device", "processes", "micro_batch_size", "generation_batch_size",
     "gradient_checkpointing",
 }  # fmt: skip
-# The setting that names the rows of each identity.
+# The setting that names the rows of each part of the data.
 _DATA = {"train": "data", "held_out": "eval_data", "ptx": "ptx_data"}
 
 
@@ -31,7 +31,7 @@ def find(folder: Path, stage: str, wanted: str | None) -> tuple[Path, dict[str, 
     """The checkpoint to continue from and its states: the newest, or the `wanted` one.
 
     Raises:
-        CheckpointError: it is damaged; the message names those that are whole.
+        CheckpointError: it is damaged; the message names the valid ones.
     """
     path: Path | None
     if wanted is None:
@@ -52,10 +52,10 @@ def find(folder: Path, stage: str, wanted: str | None) -> tuple[Path, dict[str, 
 
 
 def set_later_aside(folder: Path, path: Path, steps_done: int) -> None:
-    """Renames the checkpoints of later steps than the one that a run continues from.
+    """Renames the checkpoints after the step that the run continues from.
 
-    They are not of this course of the training, and `--resume` would take them for its own. The
-    `path` may have any name: a copy under another one, a link.
+    They belong to an abandoned course of training, and `--resume` would continue from them. `path`
+    may have any name: it may be a renamed copy or a link.
     """
     if path.parent.resolve() != folder.resolve():
         return
@@ -66,7 +66,7 @@ def set_later_aside(folder: Path, path: Path, steps_done: int) -> None:
 
 
 def identity(rows: Sequence[Any]) -> str:
-    """SHA-256 of rows in their order."""
+    """The SHA-256 hash of rows in their order."""
     found = hashlib.sha256()
     for row in rows:
         # The file and line of a row are not part of its identity.
@@ -76,7 +76,7 @@ def identity(rows: Sequence[Any]) -> str:
 
 
 def identities(task: Any, trainer: Any) -> dict[str, str]:
-    """Identities of a run's data, by its parts."""
+    """The hash of each part of a run's data."""
     found = {"train": identity(task.train), "held_out": identity(task.held_out)}
     ptx = getattr(trainer, "ptx", None)
     return found | ({"ptx": identity(ptx.train)} if ptx is not None else {})
@@ -90,18 +90,18 @@ def check_same(
     changed: bool,
     say: Callable[[str], None],
 ) -> list[str]:
-    """Compares the settings and data of a checkpoint with a run's; names of data that differ.
+    """Compares settings and data of a checkpoint with this run's; returns parts that differ.
 
     Args:
         path: the checkpoint, for messages.
-        saved: its `settings` and `data`.
-        now: those of this run.
+        saved: `settings` and `data` of the checkpoint.
+        now: `settings` and `data` of this run.
         changed: whether they may differ.
-        say: takes sentences about what differs and may.
+        say: receives messages about allowed differences.
 
     Raises:
-        UserError: naming every setting that differs, with both values.
-        CheckpointError: the checkpoint does not hold them.
+        UserError: names every setting that differs, with both values.
+        CheckpointError: the checkpoint does not hold settings and data.
     """
     old, identity_of = _run_entries(path, saved, now)
     new = now["settings"]
@@ -129,7 +129,7 @@ def check_same(
 def _run_entries(
     path: Path, saved: Any, now: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings and identities of data that a checkpoint holds."""
+    """The settings and the hashes of data in a checkpoint."""
     saved = saved if isinstance(saved, dict) else {}
     settings, data = saved.get("settings"), saved.get("data")
     if not (isinstance(settings, dict) and isinstance(data, dict)):
@@ -145,12 +145,12 @@ def _plain(value: Any) -> Any:
 
 
 def put(path: Path, states: Mapping[str, Any], trainer: Any, *, new_data: Sequence[str]) -> None:
-    """Puts a checkpoint's states in place, the generators' last.
+    """Restores a checkpoint's states, those of the random number generators last.
 
-    Where data is new, its order begins anew.
+    Data that has changed starts in a new order.
 
     Raises:
-        CheckpointError: an entry is missing or of another kind than the trainer's own.
+        CheckpointError: an entry is missing or has another type than the trainer's own.
     """
     try:
         own = trainer.state_dict()
@@ -178,7 +178,7 @@ def put(path: Path, states: Mapping[str, Any], trainer: Any, *, new_data: Sequen
 
 
 def _check_before(before: Any) -> None:
-    """Requires what `evaluate` returned before the first step."""
+    """Requires a result of `evaluate`, which ran before the first step."""
     scores, texts = before["scores"], before["texts"]
     numbers = isinstance(scores, dict) and all(type(v) in (int, float) for v in scores.values())
     require(numbers, "before.scores", "numbers by name", scores)

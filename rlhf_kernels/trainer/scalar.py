@@ -1,4 +1,4 @@
-"""Reward models and critics: networks that give a text, or each of its tokens, one number."""
+"""Reward models and critics: networks with one number per text, or per token."""
 
 import copy
 import dataclasses
@@ -27,16 +27,16 @@ from .probe import prove_states
 
 
 def values(critic: PreTrainedModel, batch: Batch) -> Tensor:
-    """Values `[B, T]` of the states in which the completion's tokens were chosen."""
+    """Values `[B, T]` of the states before each token of the completion."""
     hidden = hidden_states(critic, batch)[:, -batch.completion_mask.shape[1] - 1 : -1]
     return scalar_head(critic)(hidden)[..., 0]
 
 
 def sequence_rewards(model: nn.Module, batch: Batch) -> Tensor:
-    """Reward `[B]` of each sequence: what the model's own forward gives it alone.
+    """Reward `[B]` of each sequence, equal to the model's own output for that sequence alone.
 
     Raises:
-        UserError: a sequence is longer than the model's positions.
+        UserError: a sequence is longer than the model's maximum length.
     """
     base = causal_lm(model)
     recompute(base, torch.is_grad_enabled())
@@ -44,7 +44,7 @@ def sequence_rewards(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def scalar_head(model: PreTrainedModel) -> nn.Module | None:
-    """The linear layer from hidden states to the number, if the model ends in one."""
+    """The linear layer from hidden states to the number, if the model ends with one."""
     for name in ("score", "classifier"):
         head = getattr(model, name, None)
         if isinstance(head, nn.Linear):
@@ -53,17 +53,17 @@ def scalar_head(model: PreTrainedModel) -> nn.Module | None:
 
 
 def _is_head(model: PreTrainedModel, key: str) -> bool:
-    """Whether a weight is above the base model, or pools what comes out of it."""
+    """Whether a weight belongs to the head, or to a pooler in the base model."""
     return not key.startswith(f"{model.base_model_prefix}.") or "pooler" in key
 
 
 def _is_lm_head(model: PreTrainedModel, key: str) -> bool:
-    """Whether a weight is what a language model has above its base model."""
+    """Whether a weight belongs to the head of a language model."""
     return not key.startswith(f"{model.base_model_prefix}.")
 
 
 def _one_output(settings: PretrainedConfig, path: str, setting: str) -> None:
-    """Requires that a classifier has one output; other models have none yet."""
+    """Requires that a classifier has one output; other models do not have a scalar head yet."""
     named = settings.architectures or []
     classifies = any(n.endswith("ForSequenceClassification") for n in named)
     if classifies and settings.num_labels != 1:
@@ -74,7 +74,7 @@ def _one_output(settings: PretrainedConfig, path: str, setting: str) -> None:
 def _open(
     path: str, config: ModelConfig, *, setting: str, trains: bool
 ) -> tuple[nn.Module, list[str]]:
-    """A reward model with the adapter that its path may hold, and its new weights."""
+    """A reward model, with the adapter if its path holds one, and the names of new weights."""
     found = adapters.find_adapter(path, setting=setting)
     base = found.base if found else path
     with adapters.named_base(found, setting=setting):
@@ -92,7 +92,7 @@ def _open(
         wrapped = adapters.load_adapter(
             model, found, config, setting=setting, task="SEQ_CLS", heads=() if kept else heads
         )
-        # Weights that the adapter holds are not new.
+        # A weight that the adapter stores is not new.
         new = [k for k in new if not kept or not _trained_by(wrapped, k)]
     elif config.lora_rank and trains:
         wrapped = adapters.new_adapter(model, config, task="SEQ_CLS", heads=heads)
@@ -103,7 +103,7 @@ def _open(
 
 
 def _head_modules(model: PreTrainedModel, new: Sequence[str]) -> list[str]:
-    """Names of the modules above the base model, and of new ones in it."""
+    """The names of the head's modules, and of new modules in the base model."""
     prefix = model.base_model_prefix
     above = [n for n, m in model.named_children() if n != prefix and len(list(m.parameters()))]
     pooled = {k.rpartition(".")[0] for k in new if k.startswith(f"{prefix}.")}
@@ -111,14 +111,14 @@ def _head_modules(model: PreTrainedModel, new: Sequence[str]) -> list[str]:
 
 
 def _trained_by(wrapped: nn.Module, key: str) -> bool:
-    """Whether an adapter brings a weight of its base model along."""
+    """Whether an adapter stores a weight of its base model."""
     module = key.rpartition(".")[0]
     saved = wrapped.peft_config[adapters.TRAINED].modules_to_save or ()
     return any(f".{module}.".endswith(f".{s}.") or f".{s}." in f".{module}." for s in saved)
 
 
 def _ready(model: nn.Module, config: ModelConfig) -> nn.Module:
-    """Settled, able to recompute, and with the padding that its class gets right."""
+    """Turns dropout off, enables checkpointing and finds the padding that the class supports."""
     settled(model)
     base = causal_lm(model)
     use_checkpointing(base, config.gradient_checkpointing)
@@ -129,10 +129,10 @@ def _ready(model: nn.Module, config: ModelConfig) -> nn.Module:
 def load_reward_model(
     path: str, config: ModelConfig, *, setting: str = "reward_funcs"
 ) -> nn.Module:
-    """A trained reward model that scores.
+    """A trained reward model for scoring.
 
     Raises:
-        UserError: it has another number of outputs, or no trained scoring head.
+        UserError: it has more than one output, or no trained scoring head.
     """
     config = dataclasses.replace(config, lora_rank=0, lora_alpha=None, gradient_checkpointing=False)
     return _ready(_open(path, config, setting=setting, trains=False)[0], config)
@@ -141,7 +141,7 @@ def load_reward_model(
 def build_reward_model(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> nn.Module:
-    """A reward model to train: from a path, or on a small Llama with random weights."""
+    """A reward model to train, from a path or as a small Llama with random weights."""
     if config.model is None:
         settings = small_llama(config, tokenizer, max_length=max_length)
         model = _on_policy(build(AutoModelForCausalLM, settings, config), config)
@@ -157,15 +157,15 @@ def build_reward_model(
     require(len(tokenizer) <= rows, "model", f"embeddings of {len(tokenizer)} tokens", rows)
     text = base.config.get_text_config()
     if text.pad_token_id is None and tokenizer.pad_token_id != tokenizer.eos_token_id:
-        # Whoever loads the model needs it for more than one row. Where the end token pads, the
-        # class would no longer read the score at it.
+        # Scoring more than one row needs a padding token. If the end token were the padding token,
+        # the class would no longer read the score at the end token.
         base.config.pad_token_id = text.pad_token_id = tokenizer.pad_token_id
     _check_gradients(_ready(model, config))
     return model
 
 
 def _check_gradients(model: nn.Module) -> None:
-    """Requires that a score can be differentiated as we compute it."""
+    """Requires that the score, as `sequence_rewards` computes it, is differentiable."""
     base = causal_lm(model)
     end = getattr(base.config.get_text_config(), "eos_token_id", None) or 1
     ids = torch.full((1, 4), end[0] if isinstance(end, list) else end, device=base.device)
@@ -176,9 +176,9 @@ def _check_gradients(model: nn.Module) -> None:
 
 
 def build_critic(policy: nn.Module, config: ModelConfig, path: str | None = None) -> nn.Module:
-    """A value model: a reward model from a path, or the policy's base model under zeros.
+    """A value model: a reward model from a path, or the policy's base model with a zero head.
 
-    It is trained whole, even where the policy trains an adapter; an adapter is merged into it.
+    All its weights are trained, even if the policy trains an adapter; adapters are merged first.
 
     Raises:
         UserError: the path holds no decoder with a trained linear scoring head.
@@ -203,7 +203,7 @@ def _prove(critic: PreTrainedModel, policy: nn.Module) -> None:
 
 
 def _on_policy(policy: nn.Module, config: ModelConfig) -> PreTrainedModel:
-    """The policy's base model, adapter included, under a linear head of zeros."""
+    """The policy's base model, with its adapter merged, and a linear head of zeros."""
     base = adapters.merged(policy)
     settings = copy.deepcopy(base.config)
     settings.num_labels = 1
@@ -220,7 +220,7 @@ def _on_policy(policy: nn.Module, config: ModelConfig) -> PreTrainedModel:
 
 
 def _check_critic(critic: PreTrainedModel, path: str) -> None:
-    """Requires values per token that see no later token, and agree with the model's own number."""
+    """Requires causal values per token that agree with the model's own score of a text."""
     name = type(critic).__name__
     expected = f"critic_model: expected a decoder with a linear score in {path}, found {name}"
     if scalar_head(critic) is None:

@@ -1,4 +1,4 @@
-"""States as JSON and tensors: nested dicts and lists, random number generators, their kinds."""
+"""Converts nested states to JSON and tensors and back; random generators; type checks."""
 
 import math
 import random
@@ -16,7 +16,7 @@ def flatten(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         tensors[path] = tree.detach().cpu().contiguous().clone()
         return {"tensor": path}
     if isinstance(tree, Mapping):
-        # As pairs: integer keys (an optimizer's parameters) would come back as texts.
+        # JSON has only string keys, but an optimizer's parameters have integers: so use pairs.
         names = [f"{path}.{k}" if path else str(k) for k in tree]
         forms = [flatten(v, n, tensors) for v, n in zip(tree.values(), names, strict=True)]
         return {"dict": list(zip(tree, forms, strict=True))}
@@ -30,7 +30,7 @@ def unflatten(form: Any, tensors: Mapping[str, Tensor]) -> Any:
     """The inverse of `flatten`.
 
     Raises:
-        ValueError, TypeError, KeyError: the form is not one that `flatten` makes.
+        ValueError, TypeError, KeyError: `flatten` does not make this form.
     """
     if isinstance(form, list):
         return [unflatten(v, tensors) for v in form]
@@ -47,7 +47,7 @@ def unflatten(form: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def generator_states() -> dict[str, Any]:
-    """Every global generator; a stage's own ones are part of its state."""
+    """The states of all global generators; a stage keeps those of its own generators."""
     kind, keys, *rest = numpy.random.get_state()
     numbers = (kind, torch.from_numpy(keys.astype("int64")), *rest)
     states = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numbers}
@@ -66,12 +66,12 @@ def set_generator_states(states: Mapping[str, Any]) -> None:
 
 
 def check_like(found: Any, like: Any, where: str) -> None:
-    """Requires a state of the same kind as another: keys, types of entries, dtypes, dimensions.
+    """Requires a state with the structure of another: keys, types, dtypes, dimensions.
 
     Lengths of lists and sizes of tensors may differ.
 
     Raises:
-        ValueError: naming the entry, what was expected and what it is.
+        ValueError: names the entry, what was expected and what was found.
     """
     if isinstance(like, Tensor):
         kind = f"a tensor of {like.dtype} with {like.dim()} dimensions"
@@ -87,7 +87,7 @@ def check_like(found: Any, like: Any, where: str) -> None:
     elif isinstance(like, float) or like is None:
         number = isinstance(found, float)
         kind = "a finite number with a point"
-        # Python's generator holds None or a number.
+        # Only Python's generator state may have None in place of a number.
         good = math.isfinite(found) if number else found is None and where.endswith("python.2")
         good = good or (like is None and found is None)
     else:

@@ -1,4 +1,4 @@
-"""Random sequences on a model, each as it comes out alone, against which passes are held."""
+"""Trials: random sequences with a model's results for each alone, to compare passes with."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -12,35 +12,35 @@ from .config import UserError
 from .data import Batch
 from .forward import Form, backbone, head_over, hidden_states
 
-#: Prompts and completions as tokens.
+#: The tokens of prompts and completions.
 Rows = list[tuple[list[int], list[int]]]
-#: Features `[tokens, D]` of each row, from a model, all rows and the token that fills padding.
+#: From a model, all rows and a padding token to the features `[tokens, D]` of each row.
 Pass = Callable[[PreTrainedModel, Rows, int], list[Tensor]]
 
-# Changes, relative to the features' spread, that count as rounding: between these two, a multiple
-# of what was measured. Where shapes differ, matrix products round differently.
+# Bounds of changes that count as rounding, relative to the spread of the features. The tolerance is
+# a multiple of the measured change, within these. Matrix products of other shapes round otherwise.
 _SHAPES = {torch.float32: (1e-4, 2e-3), torch.float64: (1e-8, 1e-6)}
 _SHAPES_16_BIT = (0.1, 0.3)
-# Where only the tokens of other rows differ, only shared experts round differently.
+# If only the tokens of other rows change, only shared experts round differently.
 _OTHERS = {torch.float32: (1e-5, 5e-4), torch.float64: (1e-9, 1e-6)}
 _OTHERS_16_BIT = (1e-4, 0.03)
 _NOISES = 8.0
 
-# Settings: numbers of tokens at which attention, positions or scans change their ways.
+# Settings with a number of tokens at which attention, positions or scans change their method.
 _BORDERS = (
     "sliding_window", "attention_window_size", "window_size", "local_attention",
     "attention_chunk_size", "chunk_size", "mamba_chunk_size", "original_max_position_embeddings",
 )  # fmt: skip
-# Chunk length of linear attention: a constant in transformers' own code.
+# The chunk length of linear attention is a constant in transformers' code.
 _LINEAR_ATTENTION_CHUNK = 64
 _LENGTH = 44
 
 
 class Trial:
-    """Rows on a model: the hidden states `[T, H]` of each alone, and how exact they are.
+    """Random rows with the hidden states `[T, H]` of each alone, and tolerances for rounding.
 
-    `shapes` and `others` are the largest changes that are rounding where a pass has other shapes,
-    and where only the tokens of other rows differ. `border` is the length that the rows surround.
+    `shapes` is the tolerance for passes of other shapes, `others` the one for passes in which only
+    the tokens of other rows differ. The rows have lengths around `border`, if it is given.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Trial:
                 "try float32 or bfloat16)"
             )
         self.spread = _spread(self.hidden)
-        # The longest row beside another one.
+        # Rounding is measured on the longest row, with another row beside it.
         row, alone = [*rows[1][0], *rows[1][1]], self.hidden[1]
         first, second = (self._alone(row, self.fresh(row)) for _ in range(2))
         self.shapes = self._bound(first, alone, _SHAPES.get(alone.dtype, _SHAPES_16_BIT))
@@ -69,35 +69,35 @@ class Trial:
         return min(max(_NOISES * _change(one, other, self.spread), between[0]), between[1])
 
     def _alone(self, *rows: list[int]) -> Tensor:
-        """Hidden states `[T, H]` of the first of rows that are equally long."""
+        """Hidden states `[T, H]` of the first of several rows of the same length."""
         ids = torch.tensor(rows, device=self.model.device)
         mask = torch.ones_like(ids, dtype=torch.bool)
         form = Form.ALONE if len(rows) == 1 else Form.ALIGNED
         return hidden_states(self.model, Batch(ids, mask, mask), form)[0]
 
     def fresh(self, tokens: Sequence[int]) -> list[int]:
-        """As many random tokens."""
+        """As many random tokens as `tokens` has."""
         return random_tokens(self.model, len(tokens), self.generator)
 
     def logits(self) -> list[Tensor]:
-        """Logits `[T, V]` that predict each row's completion, alone."""
+        """Logits `[T, V]` that predict the completion of each row, computed alone."""
         return [
             head_over(self.model, hidden[None, len(prompt) - 1 : -1]).logits()[0]
             for hidden, (prompt, _) in zip(self.hidden, self.rows, strict=True)
         ]
 
     def sees_order(self) -> bool:
-        """Whether an exchange of two tokens changes a later state by more than rounding."""
+        """Whether swapping two tokens changes a later state by more than rounding."""
         *before, a, b, c = [*self.rows[1][0], *self.rows[1][1]]
         changed = self._alone([*before, b, a, c])[-1:]
         return _change(changed, self.hidden[1][-1:], self.spread) > 4 * self.shapes
 
     def check_causality(self) -> None:
-        """Raises UserError where what comes later changes what came before."""
+        """Raises UserError if later tokens change the states of earlier ones."""
         (prompt, completion), name = self.rows[1], name_of(self.model)
         before = self.hidden[1][: len(prompt)]
         other = self._alone([*prompt, *self.fresh(completion)])[: len(prompt)]
-        # The comparison is false for NaN, which so counts as a fault.
+        # The comparison is False for NaN, which therefore counts as an error.
         causal = _change(other, before, self.spread) <= self.others
         if not causal and self.border is None:
             raise UserError(
@@ -112,13 +112,13 @@ class Trial:
             )
 
     def right(self, run: Pass, alone: list[Tensor], *, beside: bool = True) -> bool:
-        """Whether each row comes out as it does alone, and whatever stands `beside` it.
+        """Whether each row has the same result as alone, and does not depend on rows `beside` it.
 
-        The second needs further passes, in which rows that are kept must not change while other
-        rows and the filler are drawn anew. Two passes keep one outer row each: it depends on no
-        other row. Rows around a border are long, so they take one pass, which keeps both outer
-        rows: neither depends on the row at the border or on the filler, and how they depend on
-        each other is what the trial of short rows shows.
+        The second check repeats the pass with other random tokens in all rows but the kept ones,
+        and with another padding token. Two passes keep one outer row each, which therefore depends
+        on no other row. Rows around a border are long, so one pass keeps both outer rows: neither
+        depends on the row at the border or on the padding token, and the trial of short rows
+        shows whether they depend on each other.
         """
         spread, filler = _spread(alone), self.fresh([0])[0]
         found = run(self.model, self.rows, filler)
@@ -139,18 +139,18 @@ class Trial:
 
 
 def trials(model: PreTrainedModel, *, max_length: int) -> list[Trial]:
-    """Trials on a causal model, and on a stronger copy where its own weights would hide a fault.
+    """Trials of a causal model, and of a modified copy if its own weights would hide errors.
 
     Args:
-        model: in evaluation mode.
-        max_length: the run's longest sequence; borders beyond it are not tried.
+        model: a model in evaluation mode.
+        max_length: tokens of the run's longest sequence; longer borders are not tested.
 
     Raises:
         UserError: the model is not causal, or its hidden states are not finite.
     """
     generator = torch.Generator().manual_seed(0)
     limit, borders = position_limit(model), _borders(model.config, max_length)
-    # The three rows fit the positions one after the other, too.
+    # All three rows together have to fit into the model's positions, for packing.
     length = max(8, min(_LENGTH, max_length, limit // 2 if limit else _LENGTH))
     length = min(length, *(border - 1 for border in borders)) if borders else length
     shapes = {None: [(2, 3), (length - 4, 4), (length // 2 - 2, 2)]}
@@ -163,7 +163,7 @@ def trials(model: PreTrainedModel, *, max_length: int) -> list[Trial]:
         for border, shape in shapes.items():
             rows = [tuple(random_tokens(witness, n, generator) for n in pair) for pair in shape]
             made.append(Trial(witness, rows, generator, border))
-            # Check at once: positions of some models depend on the longest sequence seen so far.
+            # Check now: positions of some models depend on the longest sequence so far.
             made[-1].check_causality()
         return made
 
@@ -174,9 +174,9 @@ def trials(model: PreTrainedModel, *, max_length: int) -> list[Trial]:
 
 
 def _chooses(model: PreTrainedModel) -> bool:
-    """Whether 16-bit rounding decides where tokens go: experts, or an index of what is attended.
+    """Whether 16-bit rounding can change discrete choices: of experts, or of attended tokens.
 
-    Near a tie it sends a token elsewhere, a change as large as that of a fault.
+    Near a tie, rounding may choose otherwise, a change as large as that of an error.
     """
     words = ("expert", "router", "indexer")
     names = [name for name, _ in model.named_parameters()]
@@ -184,7 +184,7 @@ def _chooses(model: PreTrainedModel) -> bool:
 
 
 def _exact(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy in fp32, with the attention that takes it; the model itself where memory is short."""
+    """An fp32 copy with an attention that supports fp32; the model itself if memory is short."""
     try:
         exact = copy.deepcopy(model).float()
     except torch.OutOfMemoryError:
@@ -195,37 +195,37 @@ def _exact(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def name_of(model: nn.Module) -> str:
-    """The model's name in messages."""
+    """The name of a model in messages."""
     return type(model).__name__
 
 
 def _spread(features: list[Tensor]) -> float:
-    """Mean distance of features from their mean."""
+    """The mean distance of features from their mean."""
     whole = torch.cat(features).float()
     return max(float((whole - whole.mean(0)).norm(dim=1).mean()), 1e-30)
 
 
 def _change(found: Tensor, expected: Tensor, spread: float) -> float:
-    """Largest distance over the tokens, relative to a spread; NaN where there is one."""
+    """The largest distance over the tokens, relative to a spread; NaN if any distance is."""
     return float((found.float() - expected.float()).norm(dim=1).max()) / spread
 
 
 def random_tokens(model: PreTrainedModel, count: int, generator: torch.Generator) -> list[int]:
-    """Random tokens, none of which means padding, an image or the like to the model."""
+    """Random tokens without those that the model uses for padding, images and the like."""
     text = model.config.get_text_config(decoder=True)
     settings = {**vars(model.config), **vars(text)}
     special = {v for k, v in settings.items() if "token" in k and isinstance(v, int)}
     size = model.get_input_embeddings().num_embeddings
     drawn = torch.randperm(size, generator=generator)[: count + len(special)].tolist()
     tokens = [token for token in drawn if token not in special] or drawn
-    # Distinct ones where the vocabulary has enough.
+    # The tokens are distinct if the vocabulary has enough.
     return (tokens * count)[:count]
 
 
 def _borders(config: PretrainedConfig, max_length: int) -> list[int]:
-    """Lengths within the run's at which the model changes its ways."""
+    """Lengths up to the run's longest at which the model changes its method."""
     text = config.get_text_config(decoder=True)
-    # A configuration whose layers differ refuses to name one value for all.
+    # A configuration with different layers refuses to return one value for all.
     layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
     found = {getattr(layer, name, None) for layer in layers for name in _BORDERS}
     rope = getattr(text, "rope_parameters", None) or {}
@@ -240,7 +240,7 @@ def _borders(config: PretrainedConfig, max_length: int) -> list[int]:
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
-    """Tokens for which the model has a table of positions; None where it computes them."""
+    """The length of the model's table of positions; None if it computes positions."""
     text = model.config.get_text_config(decoder=True)
     length = getattr(text, "max_position_embeddings", None)
     base = backbone(model)
@@ -264,15 +264,15 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 
 def _padding_rows(table: nn.Embedding) -> int:
-    """Rows up to the one that stands for padding, after which positions begin."""
+    """The number of rows up to the padding row, after which positions begin."""
     return 0 if table.padding_idx is None else table.padding_idx + 1
 
 
 def _vivid(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy with matrices drawn anew, so large that attention prefers and positions matter.
+    """A copy with random matrices, large enough that attention is selective and sees positions.
 
-    In a model that was just initialised each token attends to all alike and may add nothing to the
-    states, which hides what training brings out.
+    In a newly initialised model each token attends to all alike, and attention may add nothing to
+    the states. This would hide errors that appear after training.
     """
     vivid = copy.deepcopy(model)
     if "flash" not in str(model.config._attn_implementation):

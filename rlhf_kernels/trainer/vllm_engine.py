@@ -1,4 +1,4 @@
-"""vLLM as the engine that completes prompts, in this process and on its device."""
+"""An engine that completes prompts with vLLM, in this process and on its device."""
 
 import importlib.util
 import os
@@ -16,17 +16,17 @@ from .learner import Learner
 
 
 class VLLMEngine:
-    """Completions by vLLM, whose weights become the policy's before every rollout.
+    """Completes prompts with vLLM, after giving it the policy's current weights.
 
-    Its log-probabilities are its own, close to the trainer's but not equal: `correction` weighs
-    tokens by the ratio. Every process holds a whole copy of the weights (no FSDP, no LoRA).
+    vLLM's log-probabilities are close but not equal to the trainer's; `correction` weights tokens
+    by the ratio. Every process holds all weights, so FSDP and LoRA are not supported.
 
     Args:
         learner: holds the policy.
-        tokenizer: gives the end and padding tokens.
-        folder: where the policy is written for vLLM to load its architecture from.
-        max_length: longest prompt and completion together.
-        memory: share of the device's memory that vLLM may take.
+        tokenizer: has the end and padding tokens.
+        folder: folder in which the policy is saved, for vLLM to load its architecture.
+        max_length: maximum length of prompt and completion together.
+        memory: share of the device's memory that vLLM may use.
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class VLLMEngine:
         policy = learner.networks.policy
         whole = not learner.sharded and not hasattr(policy, "disable_adapter")
         require(whole, "engine", "'transformers' with FSDP or LoRA", "vllm")
-        # The engine's core in this process, where its model can be reached.
+        # The engine's core has to run in this process, to give access to its model.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        # Only here: an optional package.
+        # vllm is an optional package.
         import vllm
 
         if learner.accelerator.is_main_process:
@@ -56,7 +56,7 @@ class VLLMEngine:
             model=str(folder),
             skip_tokenizer_init=True,
             generation_config="vllm",
-            # After the temperature, as the loss has them.
+            # The loss uses log-probabilities after the temperature.
             logprobs_mode="processed_logprobs",
             max_model_len=max_length,
             gpu_memory_utilization=memory,
