@@ -9,7 +9,7 @@ _FINAL_NUMBER = re.compile(r"####[ \t]*(-?\$?\d[\d,]*(?:\.\d+)?)\s*\Z")
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number after `####` at the very end of the text, or None."""
+    """The number after `####` at the end of the text, or None."""
     found = _FINAL_NUMBER.search(text)
     return Decimal(re.sub(r"[,$]", "", found.group(1))) if found else None
 
@@ -17,13 +17,13 @@ def final_number(text: str) -> Decimal | None:
 def exact_match(
     completions: Sequence[str], answer: Sequence[str], finished: Sequence[bool], **_: Any
 ) -> list[float]:
-    """1 where the completion is the answer and then ends, else 0."""
+    """1 if the completion is the answer and then ends, else 0."""
     rows = zip(completions, answer, finished, strict=True)
     return [float(end and text.strip() == wanted) for text, wanted, end in rows]
 
 
 def answer_format(completions: Sequence[str], finished: Sequence[bool], **_: Any) -> list[float]:
-    """1 where the completion closes with `#### <number>` and then ends, else 0."""
+    """1 if the completion ends with `#### <number>` and an end token, else 0."""
     rows = zip(completions, finished, strict=True)
     return [float(end and final_number(text) is not None) for text, end in rows]
 
@@ -31,7 +31,7 @@ def answer_format(completions: Sequence[str], finished: Sequence[bool], **_: Any
 def answer_correct(
     completions: Sequence[str], answer: Sequence[str], finished: Sequence[bool], **_: Any
 ) -> list[float]:
-    """1 where the final number is that of the answer, else 0."""
+    """1 if the final number equals that of the answer and the completion ends, else 0."""
     numbers = [(final_number(a), final_number(b)) for a, b in zip(completions, answer, strict=True)]
     pairs = zip(numbers, finished, strict=True)
     return [float(end and found is not None and found == wanted) for (found, wanted), end in pairs]

@@ -1,4 +1,4 @@
-"""Cells of a dataset: texts, conversations, JSON and numbers, checked."""
+"""Checks the cells of a dataset: texts, conversations, JSON and numbers."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def _found(row: dict[str, Any], key: str) -> Any:
 
 
 def string_cell(row: dict[str, Any], key: str) -> str:
-    """A column that must hold a text, not empty."""
+    """A cell that must hold a non-empty text."""
     value = row.get(key)
     require(isinstance(value, str) and bool(value), repr(key), "a text", _found(row, key))
     return _encodable(repr(key), str(value))
@@ -48,9 +48,9 @@ def _encodable(name: str, text: str) -> str:
 
 
 def text_cell(row: dict[str, Any], key: str) -> Text:
-    """A column that must hold a text or a conversation, not empty."""
+    """A cell that must hold a non-empty text or conversation."""
     value = row.get(key)
-    # LLaMA-Factory's preferences: one message.
+    # LLaMA-Factory's preference data has a single message here.
     value = [value] if isinstance(value, dict) else value
     conversation = isinstance(value, list) and all(isinstance(m, dict) for m in value)
     good = bool(value) and (isinstance(value, str) or conversation)
@@ -61,9 +61,9 @@ def text_cell(row: dict[str, Any], key: str) -> Text:
 
 
 def _message(name: str, where: str, message: dict[str, Any]) -> dict[str, Any]:
-    """A message with `role` and `content`; ShareGPT says `from` and `value`.
+    """A message with `role` and `content`, also from ShareGPT's `from` and `value`.
 
-    Content in parts becomes one text. A cell that is null was filled in by a table: it goes.
+    Parts of content are joined to one text. Null fields, which tables fill in, are removed.
     """
     message = {k: v for k, v in message.items() if v is not None}
     for theirs, ours in (("from", "role"), ("value", "content")):
@@ -94,14 +94,14 @@ def _part(name: str, where: str, part: Any) -> str:
 
 
 def _pruned(value: Any) -> Any:
-    """The value without the nulls that a table puts in for missing fields of a struct."""
+    """The value without nulls, which tables fill in for missing fields of a struct."""
     if isinstance(value, dict):
         return {k: _pruned(v) for k, v in value.items() if v is not None}
     return [_pruned(v) for v in value] if isinstance(value, list) else value
 
 
 def json_cell(name: str, value: Any, form: type) -> Any:
-    """A column that holds a list or an object, or its JSON; null stays."""
+    """A cell that holds a list or an object, or JSON of one; null stays null."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -120,13 +120,13 @@ def margin_cell(value: Any) -> float:
         found = float(value) if number else math.nan
     except OverflowError:
         found = math.inf
-    # Beyond its largest number fp32 has infinity only.
+    # Larger numbers are infinite in fp32.
     require(abs(found) <= _LARGEST, "'margin'", "a finite number of fp32", value)
     return found
 
 
 def spoken(text: Text | None) -> str:
-    """A text, or the contents of a conversation."""
+    """The text, or the joined contents of a conversation."""
     if text is None or isinstance(text, str):
         return text or ""
     return "\n".join(map(content, text))

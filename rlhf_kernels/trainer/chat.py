@@ -1,4 +1,4 @@
-"""Conversations as text, through the tokenizer's chat template."""
+"""Renders conversations as text with the tokenizer's chat template."""
 
 import functools
 import json
@@ -10,14 +10,14 @@ from transformers import PreTrainedTokenizerBase
 from .cells import Text, content
 from .config import UserError, require
 
-# Fields beside the content in which the formats of reasoning models keep the reasoning.
+# Fields in which datasets keep a model's reasoning beside the content.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def start_text(
     tokenizer: PreTrainedTokenizerBase, prompt: Text, template: Mapping[str, Any]
 ) -> str:
-    """The text of a prompt, up to where its completion begins."""
+    """The text of a prompt, up to the start of its completion."""
     if isinstance(prompt, str):
         return prompt
     if not prompt:
@@ -31,10 +31,10 @@ def rendered(
     template: Mapping[str, Any],
     **options: bool,
 ) -> str:
-    """A conversation as the chat template writes it.
+    """A conversation as text of the chat template.
 
     Raises:
-        UserError: there is no template, it raises, or it leaves out messages, tools or calls.
+        UserError: there is no template, it raises, or it drops messages, tools or tool calls.
     """
     if not tokenizer.chat_template:
         how = "give a model with one, set it and save the tokenizer, or give texts"
@@ -60,11 +60,11 @@ def _written(
     template: Mapping[str, Any],
     **options: bool,
 ) -> str:
-    """The text that the template renders, given the messages in a form that it reads.
+    """The rendered text, after converting the messages to a form that the template reads.
 
-    Some templates read the content of calls, which have none. In OpenAI's form arguments of calls
-    are JSON texts: a template that would quote them once more, or does not take them, is given the
-    objects that they stand for, as servers of models do.
+    Some templates need the content of tool calls, which have none. In OpenAI's format the arguments
+    of a call are JSON strings. If the template would quote them again, or rejects them, it gets the
+    parsed objects instead, as inference servers do.
     """
     if _wants_parts(tokenizer):
         messages = [_in_parts(m) for m in messages]
@@ -92,13 +92,13 @@ def _written(
 
 
 def _functions(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Names of the functions that a conversation calls."""
+    """The functions that a conversation calls, with name and arguments."""
     calls = [call for m in messages for call in m.get("tool_calls") or () if isinstance(call, dict)]
     return [f for call in calls if isinstance(f := call.get("function", call), dict)]
 
 
 def _changed(form: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-    """A tool or a call, its function changed; some are the function itself."""
+    """A tool or tool call with its function changed; some forms are the function itself."""
     if not isinstance(form, dict):
         return form
     function = form.get("function")
@@ -126,11 +126,11 @@ def _require_whole(
     template: Mapping[str, Any],
     text: str,
 ) -> None:
-    """Raises UserError where the template leaves out tools, calls of them, or messages.
+    """Raises UserError if the template drops tools, tool calls or messages.
 
-    They are written once more with a mark in each: a function's name or a short content may stand
-    elsewhere in the text too. Users and assistants every template writes, and what an assistant
-    said earlier it may rewrite.
+    Renders the conversation again with a unique mark in each of them, because a function's name or
+    a short content may also occur elsewhere in the text. The contents of users and assistants are
+    not marked: every template renders them, and may rewrite an assistant's earlier ones.
     """
     marks: list[tuple[str, str, str]] = []
 
@@ -160,7 +160,7 @@ def _require_whole(
     try:
         again = _written(tokenizer, conversation, {**template, "tools": tools or None})
     except Exception:
-        # It reads what is marked. A name that is nowhere is seen all the same.
+        # The template interprets a marked value. Then only check that the names occur at all.
         again, marks = text, [(what, name, name) for what, name, new in marks if name in new]
     for what, value, new in marks:
         expected = "a template that writes it: take another, or leave this out of the row"
@@ -168,7 +168,7 @@ def _require_whole(
 
 
 def holds(text: str, answer: Sequence[dict[str, Any]]) -> bool:
-    """Whether a rendered text has the words of an answer, its reasoning too, white space aside."""
+    """Whether a rendered text contains an answer with its reasoning, white space aside."""
     said = [m.get(key) for m in answer for key in ("content", *_REASONING)]
     whole = "".join(text.split())
     return all("".join(s.split()) in whole for s in said if isinstance(s, str))
@@ -181,7 +181,7 @@ def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _wants_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template reads content in parts only, as some of image models do."""
+    """Whether the template reads only content in parts, as some of image models do."""
     return _probed_parts(tokenizer, str(tokenizer.chat_template))
 
 
@@ -194,13 +194,13 @@ def _probed_parts(tokenizer: PreTrainedTokenizerBase, _: str) -> bool:
         try:
             found.append(word in tokenizer.apply_chat_template([form], tokenize=False))
         except Exception:
-            # Nothing to learn from it; a conversation that it refuses is reported with its row.
+            # A conversation that the template rejects is reported later, with its row.
             found.append(False)
     return found == [False, True]
 
 
 def stripped(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The text without the space after a last special token."""
+    """The text without white space after a final special token."""
     end = text.rstrip()
     return end if end.endswith(_specials(tokenizer, len(tokenizer))) else text
 

@@ -39,8 +39,8 @@ __all__ = [
 class Batch(NamedTuple):
     """Left-padded prompts followed by right-padded completions.
 
-    `input_ids` and `attention_mask` are `[B, P + T]`. `completion_mask`, `[B, T]`, keeps each
-    completion up to its end token and drops the padding.
+    `input_ids` and `attention_mask` are `[B, P + T]`. `completion_mask`, `[B, T]`, is True for each
+    completion up to and including its end token, and False for padding.
     """
 
     input_ids: Tensor
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
 
     @property
     def labels(self) -> Tensor:
-        """The completion's tokens `[B, T]`, -100 on padding."""
+        """The tokens of the completions `[B, T]`, with -100 for padding."""
         return torch.where(self.completion_mask, self.completion_ids, -100)
 
     def rows(self, index: Tensor | slice) -> "Batch":
@@ -61,12 +61,12 @@ class Batch(NamedTuple):
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions that count kept tokens only, so that left padding does not shift a prompt."""
+    """Positions that count only kept tokens, so that left padding does not shift a prompt."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Token lists as `[B, longest]` ids and their bool mask."""
+    """Pads token lists; returns ids `[B, longest]` and their bool mask."""
     width = max(map(len, rows), default=0)
     ids = torch.full((len(rows), width), value)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -81,7 +81,7 @@ def collate(
     pairs: Sequence[tuple[list[int], list[int]]],
     device: torch.device,
 ) -> Batch:
-    """Prompts and completions as one batch."""
+    """Pads and joins prompts and completions into one batch."""
     prompts, completions = zip(*pairs, strict=True)
     prompt_ids, prompt_mask = pad(prompts, tokenizer.pad_token_id, left=True)
     ids, mask = pad(completions, tokenizer.pad_token_id, left=False)
@@ -90,7 +90,7 @@ def collate(
 
 
 class Sampler:
-    """Batches of row numbers without end: a fresh shuffle each pass, no row twice within one."""
+    """An endless iterator over batches of row numbers; each pass over the rows is a new shuffle."""
 
     def __init__(self, count: int, batch_size: int, seed: int) -> None:
         if batch_size > count:
@@ -118,7 +118,7 @@ class Sampler:
 
 
 def arithmetic_rows(max_operand: int, operators: str) -> list[Row]:
-    """Every `a+b=` and `a-b=` with operands from 0 to `max_operand`."""
+    """All problems `a+b=` and `a-b=` with operands from 0 to `max_operand`."""
     signs = {"+": 1, "-": -1}
     span = range(max_operand + 1)
     texts = [(f"{a}{o}{b}=", str(a + signs[o] * b)) for o in operators for a in span for b in span]
@@ -140,7 +140,7 @@ class Task:
 
 
 def load_task(config: DataConfig, kind: str, *, seed: int, model: str | None = None) -> Task:
-    """The rows of a configuration; the tokenizer is the model's own where `model` names one."""
+    """Loads the rows of a configuration and a tokenizer: that of `model`, or a new one."""
     if config.data is None:
         require(kind != "preference", "data", "a file of preferences", None)
         rows = arithmetic_rows(config.max_operand, config.operators)
@@ -159,7 +159,7 @@ def load_task(config: DataConfig, kind: str, *, seed: int, model: str | None = N
     elif config.data is None:
         tokenizer = character_tokenizer("0123456789+-=")
     else:
-        # The held-out rows must not shape the vocabulary either.
+        # Only training rows may influence the vocabulary.
         texts = [spoken(r.prompt) + spoken(r.completion or r.chosen) for r in train]
         tokenizer = bpe_tokenizer(texts, config.vocab_size)
     lengths = {

@@ -1,8 +1,8 @@
-"""Rows as tokens: texts as their tokenizer writes them, conversations through its chat template.
+"""Encodes rows as tokens: texts directly, conversations through the chat template.
 
-A prompt and its completion are tokenised together, as the model saw text in pretraining. The
-completion's tokens begin where the tokens of both together leave those of the prompt alone, as in
-TRL: a token that spans the boundary belongs to the completion.
+A prompt and its completion are tokenised together, as text was in pretraining. The completion's
+tokens begin where the joint tokens differ from those of the prompt alone, as in TRL: a token that
+spans the boundary belongs to the completion.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from .chat import holds, rendered, start_text, stripped
 from .config import UserError, require
 from .rows import Row
 
-# The text is the same each time, so that Python shows the warning once.
+# The text never varies, so that Python shows the warning once.
 _DIFFERS = (
     "a prompt has other tokens at its end where its completion follows: the completion is learned "
     "from where they differ, but generated after the whole prompt; end prompts at a word's end, "
@@ -34,10 +34,10 @@ _NO_ARGUMENTS: Mapping[str, Any] = {}
 def prompt_tokens(
     tokenizer: PreTrainedTokenizerBase, prompt: Text, template: Mapping[str, Any] = _NO_ARGUMENTS
 ) -> list[int]:
-    """A prompt as tokens: opened as the tokenizer opens texts, not closed.
+    """The tokens of a prompt, with the tokenizer's opening tokens but no closing ones.
 
-    A conversation goes through the chat template, up to where the assistant answers; `template`
-    are further arguments of it.
+    A conversation is rendered with the chat template, up to the start of the answer; `template`
+    has further arguments of the chat template.
     """
     return _tokens(tokenizer, [start_text(tokenizer, prompt, template)], isinstance(prompt, str))[0]
 
@@ -48,10 +48,10 @@ def row_tokens(
     completion: Text,
     template: Mapping[str, Any] = _NO_ARGUMENTS,
 ) -> tuple[list[int], list[int]]:
-    """Prompt and completion as tokens; the completion closes with the end token.
+    """The tokens of prompt and completion; the completion ends with the end token.
 
-    Without a prompt, what the tokenizer opens texts with stands for it, or else the first token,
-    which has nothing to be predicted from.
+    Without a prompt, the tokenizer's opening tokens serve as the prompt, or else the first token,
+    because nothing predicts it.
     """
     first, (rest,) = _split(tokenizer, prompt, [completion], template)
     if not first:
@@ -68,10 +68,10 @@ def pair_tokens(
     *,
     scored: bool = False,
 ) -> tuple[list[int], list[int], list[int]]:
-    """A prompt's tokens and those of its two completions, whole.
+    """The tokens of a prompt and its two completions, with end tokens.
 
-    The prompt is empty where the two have no beginning in common. `scored`: closed as
-    `whole_tokens` closes, for a reward model, instead of with the end token.
+    The prompt is empty if the completions have no common beginning. `scored` closes them for a
+    reward model, as `whole_tokens` does.
     """
     first, rests = _split(tokenizer, prompt, [chosen, rejected], template)
     text = isinstance(chosen, str)
@@ -90,10 +90,10 @@ def whole_tokens(
     ended: bool = True,
     template: Mapping[str, Any] = _NO_ARGUMENTS,
 ) -> list[int]:
-    """A prompt with its completion as a reward model reads it: as the tokenizer itself encodes it.
+    """The tokens of a prompt with its completion, as a reward model reads them.
 
-    Tokenizers of encoders open and close every text ([CLS] ... [SEP]). For the others a completion
-    that `ended` closes with the end token, once, and one that was cut off does not.
+    Tokenizers of encoders open and close every text ([CLS] ... [SEP]). Others add one end token to
+    a completion that `ended`, and none to one that was truncated.
     """
     first, (rest,) = _split(tokenizer, prompt, [completion], template)
     ids = first + rest
@@ -104,13 +104,13 @@ def whole_tokens(
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
-    """`prompt_tokens` of a row; an error names it."""
+    """`prompt_tokens` of a row; errors name the row."""
     with naming(row):
         return prompt_tokens(tokenizer, row.prompt, row.template)
 
 
 def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int], list[int]]:
-    """`row_tokens` of a row; an error names it."""
+    """`row_tokens` of a row; errors name the row."""
     with naming(row):
         expected = "a completion: without it nothing can be learned"
         require(row.completion is not None, "row", expected, row.prompt)
@@ -120,7 +120,7 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int],
 def encode_pair(
     tokenizer: PreTrainedTokenizerBase, row: Row, *, scored: bool = False
 ) -> tuple[list[int], list[int], list[int]]:
-    """`pair_tokens` of a row; an error names it."""
+    """`pair_tokens` of a row; errors name the row."""
     with naming(row):
         return pair_tokens(
             tokenizer, row.prompt, row.chosen, row.rejected, row.template, scored=scored
@@ -129,7 +129,7 @@ def encode_pair(
 
 @contextlib.contextmanager
 def naming(row: Row) -> Iterator[None]:
-    """Errors of a row begin with its origin."""
+    """Puts the row's origin in front of error messages."""
     try:
         yield
     except UserError as error:
@@ -147,13 +147,13 @@ def _split(
     completions: Sequence[Text],
     template: Mapping[str, Any],
 ) -> tuple[list[int], list[list[int]]]:
-    """The tokens that all begin with, the prompt's at most, and the rest of each; not closed."""
+    """The common first tokens, at most the prompt's, and the rest of each text; not closed."""
     text = isinstance(completions[0], str)
     start = start_text(tokenizer, prompt, template)
     if text:
         wholes = [f"{prompt}{completion}" for completion in completions]
     else:
-        # Templates close an answer with more than the end token, mostly a line's end.
+        # After the end token of an answer, templates add more, usually a line break.
         found = (rendered(tokenizer, [*prompt, *c], template) for c in completions)
         wholes = [stripped(tokenizer, whole) for whole in found]
         if not all(map(holds, wholes, completions)):
@@ -167,7 +167,7 @@ def _split(
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common beginning."""
+    """The length of the common beginning."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
@@ -175,7 +175,7 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 def _tokens(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], text: bool
 ) -> list[list[int]]:
-    """Tokens of texts, opened as the tokenizer does; chat templates write that themselves."""
+    """The tokens of texts with the tokenizer's opening; chat templates have written their own."""
     try:
         rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     except Exception as error:
@@ -183,13 +183,13 @@ def _tokens(
         raise UserError(f"tokenizer: cannot encode {texts[-1][:80]!r}: {reason}") from error
     opening = _edges(tokenizer)[0] if text else []
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    # Never twice, also where the text or the tokenizer has written it already.
+    # The text or the tokenizer may have written the opening tokens already: never repeat them.
     rows = [row[1:] if bos and row[:2] == bos * 2 else row for row in rows]
     return [row if row[: len(opening)] == opening else [*opening, *row] for row in rows]
 
 
 def _outside(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> str:
-    """The characters that the tokenizer refuses."""
+    """A message about the characters that the tokenizer cannot encode."""
     refused = []
     for character in sorted(set("".join(texts))):
         try:
@@ -219,14 +219,14 @@ def _probed(tokenizer: PreTrainedTokenizerBase, *_: Any) -> tuple[list[int], lis
 
 
 def _frames(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer is an encoder's: its closing token is part of every text."""
+    """Whether the tokenizer is that of an encoder, whose closing token is part of every text."""
     opening, closing = _edges(tokenizer)
     marks = {tokenizer.cls_token_id, tokenizer.sep_token_id} - {None}
     return bool(closing) and (bool(marks & {*opening, *closing}) or tokenizer.eos_token_id is None)
 
 
 def _closing(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
-    """The end token, where `ids` do not end with it."""
+    """The end token, unless `ids` already end with it."""
     end = tokenizer.eos_token_id
     if end is None:
         raise UserError("model: expected a tokenizer with an end token, found none")
@@ -234,7 +234,7 @@ def _closing(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int
 
 
 def _ending(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, text: bool) -> list[int]:
-    """Tokens that close a text for a reward model."""
+    """The tokens that close a text for a reward model."""
     if _frames(tokenizer):
         return _edges(tokenizer)[1] if text else []
     return [] if tokenizer.eos_token_id is None else _closing(tokenizer, ids)

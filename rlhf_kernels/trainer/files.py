@@ -1,4 +1,4 @@
-"""Files, folders, globs and hub datasets as numbered objects."""
+"""Numbered objects from files, folders, glob patterns and hub datasets."""
 
 import glob
 import os
@@ -20,14 +20,14 @@ from .formats import (
     optional,
 )
 
-# "train-00000-of-00002.parquet", "test/part.jsonl", "gsm8k_train.jsonl": as `datasets` has it.
+# Split names as in "train-00000-of-00002.parquet", "test/part.jsonl", as `datasets` finds them.
 _SPLIT = re.compile(
     r"(?<![a-z0-9])(train(?:ing|set)?|test(?:ing|set)?|valid(?:ation)?|val|dev|eval(?:uation)?)"
     r"(?![a-z])",
     re.IGNORECASE,
 )
 
-# Of downloaded datasets: cards, indices, scripts. "" is LICENSE.
+# Files beside downloaded datasets: cards, indices, scripts. The ending "" is LICENSE's.
 _INDICES = ("dataset_infos.json", "dataset_info.json")
 _DOCUMENTS = (
     *("", ".md", ".rst", ".txt", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".svg", ".log"),
@@ -36,12 +36,12 @@ _DOCUMENTS = (
 
 
 def read_objects(path: str) -> Iterator[Placed]:
-    """Objects of a file, a folder of shards, a glob pattern, a saved or a hub dataset, in order.
+    """The objects of a file, folder of shards, glob pattern, saved or hub dataset, in order.
 
-    What exists here is never looked up on the hub.
+    A path that exists is never looked up on the hub.
 
     Raises:
-        UserError: naming the file, the line or row and the reason.
+        UserError: names the file, the line or row and the reason.
     """
     try:
         found = Path(path).expanduser()
@@ -50,7 +50,7 @@ def read_objects(path: str) -> Iterator[Placed]:
         if found.exists():
             return file_objects(found)
     except (OSError, RuntimeError) as error:
-        # A name that is too long, a folder that may not be read, the home of nobody.
+        # The name is too long, the folder is not readable, or the home does not exist.
         raise UserError(f"{path[:200]}: cannot be read: {one_line(error)}") from error
     if glob.has_magic(path):
         matches = [Path(name) for name in sorted(glob.glob(str(found), recursive=True))]
@@ -64,7 +64,7 @@ def read_objects(path: str) -> Iterator[Placed]:
 
 
 def is_path(name: str) -> bool:
-    """Whether a name that does not exist was meant as a path: hub names are 'owner/name'."""
+    """Whether a name that does not exist is a path; hub names have the form 'owner/name'."""
     spelled = Path(name).expanduser()
     ending = re.search(r"\.[a-z]\w{0,8}$", name, re.IGNORECASE)
     deep = spelled.is_absolute() or name.startswith((".", "~")) or "\\" in name
@@ -76,7 +76,7 @@ def is_path(name: str) -> bool:
 
 
 def _folder(folder: Path) -> Iterator[Placed]:
-    """A folder that `save_to_disk` wrote, or one of shards; only documents are passed over."""
+    """Reads a folder from `save_to_disk`, or of shards; it skips documents and nothing else."""
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         datasets = optional("datasets", folder)
         return _dataset(str(folder), lambda: datasets.load_from_disk(str(folder)))
@@ -111,22 +111,22 @@ def _some(names: list[str]) -> str:
 
 
 def _is_document(name: Path) -> bool:
-    """Whether a file is about the data beside it, by its name."""
+    """Whether the name of a file says that it describes the data rather than holds it."""
     endings = [suffix.lower() for suffix in name.suffixes] or [""]
-    # "train.txt" may well hold rows, and "rows.jsonl.txt" does.
+    # "train.txt" may hold rows, and "rows.jsonl.txt" does.
     rows = endings[-1] in ("", ".txt") and _SPLIT.search(name.name)
     return endings[-1] in _DOCUMENTS and not rows and not {e[1:] for e in endings} & {*FORMATS}
 
 
 def _listed(folder: Path) -> list[Path]:
-    """Names of the files below a folder, linked folders too, in order; none that are hidden."""
+    """The sorted names of all files below a folder that are not hidden; links are followed."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{folder}: cannot be listed: {error.strerror}: {error.filename}")
 
     found, seen = [], set()
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        # A link may lead back to where it stands.
+        # A link may lead back to one of its parents.
         here = os.path.realpath(place)
         if here in seen:
             folders.clear()
@@ -134,13 +134,13 @@ def _listed(folder: Path) -> list[Path]:
         seen.add(here)
         folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
         paths = [Path(place, name) for name in names if not name.startswith((".", "_"))]
-        # A link to nothing is kept, so that reading it says so; pipes and the like are no data.
+        # A broken link is kept, so that reading it raises. Pipes and devices are no data.
         found += [p.relative_to(folder) for p in paths if p.is_file() or not p.exists()]
     return sorted(found)
 
 
 def _split(name: Path) -> str | None:
-    """The split that the name of a file tells; if it tells none, its folders'."""
+    """The split in a file's name, or else in the names of its folders; None if there is none."""
     for part in reversed(name.parts):
         found = _SPLIT.search(part)
         if found:
@@ -161,10 +161,10 @@ def _hub(name: str) -> Iterator[Placed]:
     datasets = optional("datasets", f"{name}: no such file; a dataset of the hub")
     hub = optional("huggingface_hub", name)
     try:
-        # `datasets` would try for half a minute before it says that there is no network.
+        # Without network `datasets` would retry for half a minute before it raises.
         hub.HfApi().dataset_info(name, timeout=10)
     except (hub.errors.OfflineModeIsEnabled, hub.errors.GatedRepoError):
-        # Only what was downloaded before; `datasets` finds it at once.
+        # Only a copy downloaded before is available; `datasets` finds it without the network.
         pass
     except (hub.errors.RepositoryNotFoundError, hub.errors.HFValidationError) as error:
         raise UserError(f"{name}: no such file, and no dataset of this name on the hub") from error
@@ -177,7 +177,7 @@ def _hub(name: str) -> Iterator[Placed]:
 
 
 def _dataset(path: str, load: Callable[[], Any]) -> Iterator[Placed]:
-    """Rows of a dataset, or of the split 'train' of several."""
+    """The rows of a dataset; of several splits, those of 'train'."""
     try:
         found = load()
         if isinstance(found, dict):

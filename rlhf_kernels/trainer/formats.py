@@ -1,4 +1,4 @@
-"""One file's bytes as numbered objects: JSON, CSV, Parquet, Arrow, compressed or not."""
+"""Parses a file into numbered objects: JSON, CSV, Parquet, Arrow, compressed or not."""
 
 import bz2
 import codecs
@@ -17,7 +17,7 @@ from typing import Any
 
 from .config import UserError
 
-#: An object's source ("rows.jsonl:3", "rows.parquet: row 3") and the object.
+#: The source of an object ("rows.jsonl:3", "rows.parquet: row 3") and the object.
 Placed = tuple[str, Any]
 
 JSON_ENDINGS, _TABLES = (
@@ -29,7 +29,7 @@ FORMATS = (*JSON_ENDINGS, *_SEPARATORS, *_TABLES)
 SUPPORTED = (
     "a .json, .jsonl, .ndjson, .csv, .tsv, .parquet or .arrow file, also .gz, .bz2, .xz, .zst"
 )
-# By the first bytes, which do not lie as endings do.
+# Compression is detected by the first bytes, because the ending of a name may be wrong.
 _COMPRESSIONS = {
     b"\x1f\x8b": ("gz",),
     b"BZh": ("bz2",),
@@ -47,7 +47,7 @@ _LINE_END = re.compile(r"\r\n|\n|\r")
 
 
 def optional(name: str, path: object) -> Any:
-    """A package that only some formats need."""
+    """Imports a package that only some formats need."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -60,17 +60,17 @@ def numbered(path: object, rows: Iterable[Any]) -> Iterator[Placed]:
 
 
 def one_line(error: BaseException) -> str:
-    """An error of another package in one line."""
+    """The message of another package's error in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _endings(path: Path) -> list[str]:
-    """Endings without their dots, in lower case, the last first."""
+    """The endings of a name without dots, in lower case, the last one first."""
     return [ending[1:].lower() for ending in reversed(path.suffixes)]
 
 
 def format_of(path: Path) -> str | None:
-    """The last ending that is not a compression's."""
+    """The last ending that does not name a compression."""
     compressions = [e for endings in _COMPRESSIONS.values() for e in endings]
     return next((e for e in _endings(path) if e not in compressions), None)
 
@@ -94,7 +94,7 @@ def file_objects(path: Path) -> Iterator[Placed]:
 
 
 def _sniffed(raw: bytes) -> str | None:
-    """A format by its first bytes."""
+    """Guesses the format from the first bytes."""
     for magic, kind in ((b"PAR1", "parquet"), (b"ARROW1", "arrow")):
         if raw.startswith(magic):
             return kind
@@ -126,9 +126,9 @@ def _decompressed(path: Path, raw: bytes) -> bytes:
 
 
 def _streams(raw: bytes, decompressor: Callable[[], Any]) -> bytes:
-    """Streams one after the other; the modules' own functions stop silently at a damaged one."""
+    """Decompresses all streams; the modules' own functions silently stop at a damaged one."""
     parts = []
-    # Padding between and after streams.
+    # Zero bytes may follow each stream as padding.
     while raw := raw.lstrip(b"\0"):
         stream = decompressor()
         parts.append(stream.decompress(raw))
@@ -139,7 +139,7 @@ def _streams(raw: bytes, decompressor: Callable[[], Any]) -> bytes:
 
 
 def _text(path: Path, raw: bytes) -> str:
-    """Text in UTF-8, or in what a byte order mark says."""
+    """Decodes UTF-8, or the encoding of a byte order mark."""
     marks = (encoding for mark, encoding in _BYTE_ORDER_MARKS.items() if raw.startswith(mark))
     encoding = next(marks, "utf-8")
     try:
@@ -162,7 +162,7 @@ def _table(path: Path, raw: bytes, kind: str) -> Iterator[Placed]:
         if kind == "parquet":
             table = parts.read_table(source)
         else:
-            # Files of `datasets` are streams; other writers close theirs with a footer.
+            # `datasets` writes streams; other writers write files, which have a footer.
             opened = parts.open_file if raw.startswith(b"ARROW1") else parts.open_stream
             table = opened(source).read_all()
         rows = table.to_pylist()
@@ -172,8 +172,8 @@ def _table(path: Path, raw: bytes, kind: str) -> Iterator[Placed]:
 
 
 def _csv(path: Path, text: str, separator: str) -> Iterator[Placed]:
-    """Rows under a header; cells are texts, `margin` a number where it is one."""
-    # The default limit is 128 KiB a cell. It belongs to the process, so it is set back.
+    """Rows under a header; cells are strings, but `margin` is a number if it can be parsed."""
+    # The default limit is 128 KiB per cell. It is global in the process, so it is restored.
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
@@ -218,7 +218,7 @@ _DECODER, _SPACE = json.JSONDecoder(object_pairs_hook=_object), re.compile(r"\s*
 
 
 def _guarded(path: Path, place: str, parse: Callable[[], Any], first: int = 1) -> Any:
-    """Objects that `parse` finds in a text that begins in line `first`; errors name the line."""
+    """The result of `parse` for a text that starts in line `first`; errors name the line."""
     try:
         return parse()
     except RecursionError as error:
@@ -227,7 +227,7 @@ def _guarded(path: Path, place: str, parse: Callable[[], Any], first: int = 1) -
         line = first + error.lineno - 1
         raise UserError(f"{path}:{line}: {error.msg} at column {error.colno}") from error
     except ValueError as error:
-        # A key twice, a number of too many digits.
+        # A key occurs twice, or a number has too many digits.
         raise UserError(f"{place}: {error}") from error
 
 
@@ -238,7 +238,7 @@ def _parsed(path: Path, text: str, line: int | None = None) -> Any:
 
 
 def _json(path: Path, text: str, *, lines: bool) -> Iterator[Placed]:
-    """An array, one object a line, or {"data": [...]}; `lines`: what the ending says."""
+    """An array, one object per line, or {"data": [...]}; `lines`: the ending says JSON lines."""
     start = text.lstrip()[:1]
     every = enumerate(_LINE_END.split(text), start=1)
     content = [(number, line) for number, line in every if line.strip()]
@@ -248,7 +248,7 @@ def _json(path: Path, text: str, *, lines: bool) -> Iterator[Placed]:
         try:
             document = _parsed(path, text)
         except UserError:
-            # One object a line, and the first is broken?
+            # The file may have one object per line, the first of which is damaged.
             if len(content) < 2 or not _complete(content[1]):
                 raise
         else:
@@ -262,7 +262,7 @@ def _json(path: Path, text: str, *, lines: bool) -> Iterator[Placed]:
 
 
 def _array(path: Path, text: str) -> Iterator[Placed]:
-    """Elements of a JSON array one by one, so that an error knows its row."""
+    """Parses the elements of a JSON array one by one, so that an error names its row."""
     position, number = _SPACE.match(text, text.index("[") + 1).end(), 0
     while text[position : position + 1] != "]" or number:
         number += 1
@@ -290,6 +290,6 @@ def _complete(line: tuple[int, str]) -> bool:
 
 
 def _wrapped(document: Any) -> list[Any] | None:
-    """The rows of {"data": [...]}."""
+    """The rows of {"data": [...]}, or None."""
     rows = document.get("data") if isinstance(document, dict) else None
     return rows if isinstance(rows, list) and all(isinstance(r, dict) for r in rows) else None

@@ -1,11 +1,11 @@
-"""Reward functions in TRL's signature: where they are found, how they are called, what they say.
+"""Reward functions in TRL's signature: loading, calling and checking their results.
 
 A reward function is `f(prompts, completions, completion_ids, **columns) -> list[float | None]`:
 texts (or messages), token ids without padding, and one list per data column. `None` means that the
-function has nothing to say about a sample. The trainer adds the column `finished` (whether the
-completion ended with the end token) and, as TRL does, `trainer_state` (transformers'
-`TrainerState`), `log_extra` and `log_metric`. All are passed by keyword. A function without
-`**columns` is given those that it names. An `async` function is awaited together with the others.
+function does not score a sample. The trainer adds the column `finished` (whether the completion
+ended with the end token) and, as TRL does, `trainer_state` (transformers' `TrainerState`),
+`log_extra` and `log_metric`. All arguments are passed by keyword. A function without `**columns`
+gets only the arguments that it names. `async` functions run concurrently.
 """
 
 import asyncio
@@ -40,16 +40,16 @@ from .interrupts import Interrupted
 Rewards = list[float | None]
 RewardFunction = Callable[..., Rewards | Awaitable[Rewards]]
 
-# --- where a function is found ---------------------------------------------------------------
+# --- loading ---------------------------------------------------------------------------------
 
 
 def is_function(path: str) -> bool:
-    """Whether a value of `reward_funcs` names a function, not the path of a reward model."""
+    """Whether a value of `reward_funcs` names a function rather than a reward model."""
     return ":" in re.sub(r"\A[A-Za-z]:(?=[\\/])", "", path) and not Path(path).is_dir()
 
 
 def check_path(path: str) -> None:
-    """Raises UserError where the path of a reward model is a file of functions."""
+    """Raises UserError if the path of a reward model is a Python file without function name."""
     file = Path(path if path.endswith(".py") else f"{path}.py").expanduser()
     if file.is_file() and not Path(path).expanduser().is_dir():
         how = f"name the function, as in '{path}:score'"
@@ -59,11 +59,11 @@ def check_path(path: str) -> None:
 def load_reward(path: str) -> RewardFunction:
     """The function at `package.module:name` or `path/to/file.py:name` (pytest's `::` too).
 
-    Modules are looked for in the current folder first, then where Python finds packages. `name`
-    may be dotted: a method of an object, or a static method of a class.
+    The current folder is searched first, then Python's own search path. `name` may be dotted, to
+    name a method of an object or a static method of a class.
 
     Raises:
-        UserError: naming what is missing, or what the module raised when it was imported.
+        UserError: names what is missing, or what importing the module raised.
     """
     module, _, name = path.replace("::", ":").rpartition(":")
     if not (module and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name)):
@@ -85,18 +85,18 @@ def load_reward(path: str) -> RewardFunction:
 
 
 def _imported(module: str, path: str) -> ModuleType:
-    """The module, by its name or the path of its file."""
+    """Imports a module by its name or the path of its file."""
     is_file = module.endswith(".py") or "/" in module or os.sep in module
     file = Path(module if is_file else f"{module}.py").expanduser()
     if is_file and not file.is_file():
         raise UserError(f"reward_funcs: {path!r}: no file {str(file)!r}")
     try:
-        # A file of the current folder even where an installed module has the same name.
+        # A file in the current folder takes precedence over an installed module of that name.
         with _undone():
             return _from_file(file.resolve()) if file.is_file() else _from_name(module)
     except (KeyboardInterrupt, Interrupted):
         raise
-    except BaseException as error:  # SystemExit too: a script that parses its arguments.
+    except BaseException as error:  # A script that parses arguments raises SystemExit.
         missing = isinstance(error, ModuleNotFoundError) and error.name is not None
         if missing and (module == error.name or module.startswith(f"{error.name}.")):
             where = "in the current folder or among the installed packages"
@@ -105,7 +105,7 @@ def _imported(module: str, path: str) -> ModuleType:
 
 
 def _from_name(module: str) -> ModuleType:
-    # As `python -m` has it; a console script has its own folder there.
+    # `python -m` puts the current folder first; a console script puts its own folder there.
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())
     importlib.invalidate_caches()
@@ -113,13 +113,13 @@ def _from_name(module: str) -> ModuleType:
 
 
 def _from_file(file: Path) -> ModuleType:
-    """A module from its file, once; what lies beside the file can be imported by it."""
+    """Imports a file once; it may import the modules beside it."""
     name = file.stem
     for known in (name, str(file)):
         module = sys.modules.get(known)
         if module is not None and getattr(module, "__file__", None) == str(file):
             return module
-    # Under its own name where that is free: pickle and dataclasses look modules up.
+    # Use the plain name if it is free, because pickle and dataclasses look modules up by name.
     name = str(file) if name in sys.modules else name
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
@@ -139,7 +139,7 @@ def _from_file(file: Path) -> ModuleType:
 
 
 def _from_package(file: Path, error: ImportError) -> ModuleType:
-    """A module that imports from the package that it belongs to, under its whole name."""
+    """Imports a file with relative imports under its full name in its package."""
     names, folder = [file.stem], file.parent
     while (folder / "__init__.py").is_file():
         names.insert(0, folder.name)
@@ -150,7 +150,7 @@ def _from_package(file: Path, error: ImportError) -> ModuleType:
         sys.path.append(str(folder))
     module = importlib.import_module(".".join(names))
     if getattr(module, "__file__", None) != str(file):
-        # Another package has the name.
+        # Another package has this name.
         raise error
     return module
 
@@ -159,7 +159,7 @@ def _told(error: BaseException) -> str:
     """An exception of the user's code in one line, with the place where it was raised."""
     text = " ".join("".join(traceback.format_exception_only(error)[-1:]).split())
     frames = traceback.extract_tb(error.__traceback__)
-    # The user's own line tells more than the library calls below it.
+    # The last line of the user's own code tells more than the library code that it called.
     libraries = (sys.prefix, sys.base_prefix, os.path.dirname(__file__), "<frozen")
     own = [f for f in frames if not f.filename.startswith(libraries)]
     if isinstance(error, SyntaxError):
@@ -169,22 +169,22 @@ def _told(error: BaseException) -> str:
     return text if len(text) <= 400 else text[:399] + "…"
 
 
-# --- what it is called and given -------------------------------------------------------------
+# --- names and arguments ---------------------------------------------------------------------
 
 
 def reward_name(function: Callable[..., Any]) -> str:
-    """How a reward function is called in metrics and errors; as TRL has it."""
+    """The name of a reward function in metrics and errors, the same as in TRL."""
     while isinstance(function, functools.partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__)
 
 
 def _parameters(function: Callable[..., Any]) -> tuple[dict[str, bool], bool] | None:
-    """Named parameters (whether each is needed) and whether it takes any; None if unknown."""
+    """Parameter name -> whether it is required, and whether `**` is accepted; None if unknown."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
-        # Some functions of C.
+        # Some functions written in C have no signature.
         return None
     named = {
         p.name: p.default is p.empty
@@ -195,7 +195,7 @@ def _parameters(function: Callable[..., Any]) -> tuple[dict[str, bool], bool] | 
 
 
 def accepted(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that the function takes by name, or all with `**columns`."""
+    """The arguments that the function has parameters for; all if it has `**columns`."""
     found = _parameters(function)
     if found is None or found[1]:
         return dict(arguments)
@@ -203,7 +203,7 @@ def accepted(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict
 
 
 def check_arguments(name: str, function: Callable[..., Any], given: Sequence[str]) -> None:
-    """Raises UserError where the function needs what is neither given nor a column."""
+    """Raises UserError if the function requires an argument that is not given."""
     named, _ = _parameters(function) or ({}, True)
     missing = [
         parameter for parameter, needed in named.items() if needed and parameter not in given
@@ -217,7 +217,7 @@ _PLAIN = frozenset({str, bytes, int, float, bool, type(None)})
 
 
 def copied(value: Any) -> Any:
-    """A value anew, so that a function may change what it is given; faster than deepcopy."""
+    """A copy of a value, which a function may change; faster than deepcopy."""
     if type(value) is list:
         return [v if type(v) in _PLAIN else copied(v) for v in value]
     if type(value) is dict:
@@ -230,17 +230,17 @@ def copied(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Raised:
-    """An exception in the place of a result."""
+    """An exception in place of a result."""
 
     error: BaseException
 
 
 @functools.cache
 def _loop() -> asyncio.AbstractEventLoop:
-    """The event loop of asynchronous rewards, in a thread of its own.
+    """The event loop of asynchronous reward functions, in its own thread.
 
-    One for the whole run, since clients and locks belong to the loop that they were first used in;
-    not the caller's, which may be running.
+    The whole run uses one loop, because clients and locks belong to the loop that first used them.
+    It cannot be the caller's loop, which may be running.
     """
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
@@ -248,12 +248,12 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 
 def _awaited(waiting: Sequence[Awaitable[Any]]) -> list[Any]:
-    """Results of awaitables, all awaited at once; `_Raised` in the place of one that raised."""
+    """Awaits all awaitables concurrently; `_Raised` replaces the result of one that raised."""
 
     async def settled(one: Awaitable[Any]) -> Any:
         try:
             return await one
-        except BaseException as error:  # It would end the loop, and be waited for.
+        except BaseException as error:  # It would end the loop, and the caller would wait forever.
             return _Raised(error)
 
     async def gather() -> list[Any]:
@@ -264,11 +264,11 @@ def _awaited(waiting: Sequence[Awaitable[Any]]) -> list[Any]:
 
 @contextlib.contextmanager
 def _undone() -> Iterator[None]:
-    """Puts back what foreign code changes for the whole process: it would change the training."""
+    """Restores process-wide state that foreign code may change, because training depends on it."""
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     gradients, folder = torch.is_grad_enabled(), None
     with contextlib.suppress(OSError):
-        # The file may have been deleted.
+        # The current folder may have been deleted.
         folder = Path.cwd()
     try:
         yield
@@ -288,7 +288,7 @@ def results(
 ) -> list[Any]:
     """The result of each function, or `_Raised` with its exception.
 
-    Working folder, threads, default dtype and gradient mode are afterwards what they were.
+    Working folder, threads, default dtype and gradient mode are restored afterwards.
     """
     found: list[Any] = []
     for function, given in zip(functions, arguments, strict=True):
@@ -296,9 +296,9 @@ def results(
             own = {name: copied(value) for name, value in given.items()}
             found.append(function(**accepted(function, own)))
         except (Interrupted, KeyboardInterrupt):
-            # The user's signal, not the function's exit.
+            # These come from a signal of the user, not from the function.
             raise
-        except BaseException as error:  # SystemExit, and what libraries keep from `except`.
+        except BaseException as error:  # Also SystemExit and BaseExceptions of libraries.
             found.append(_Raised(error))
     waiting = [i for i, result in enumerate(found) if inspect.isawaitable(result)]
     if waiting:
@@ -308,15 +308,15 @@ def results(
 
 
 def _rows(arguments: Mapping[str, Any], index: Sequence[int]) -> dict[str, Any]:
-    """The arguments of some samples only."""
+    """The arguments for a subset of the samples."""
     return {k: [v[i] for i in index] if isinstance(v, list) else v for k, v in arguments.items()}
 
 
 def _blamed(function: RewardFunction, arguments: Mapping[str, Any], count: int) -> int | None:
-    """The sample at which a function raises; None where it is not one alone.
+    """The sample for which a function raises; None if no single sample does.
 
-    Halves are asked, so that it takes about as long as the call that raised, and not after ten
-    seconds: what raised may be a server that is waited for.
+    Bisects, which takes about as long as the call that raised, and gives up after ten seconds
+    because the function may wait for a server.
     """
     index, deadline = list(range(count)), time.monotonic() + 10
 
@@ -332,10 +332,10 @@ def _blamed(function: RewardFunction, arguments: Mapping[str, Any], count: int) 
 def numbers(
     name: str, function: RewardFunction, result: Any, arguments: Mapping[str, Any], count: int
 ) -> list[float]:
-    """The result of a function as `count` numbers that fp32 holds; NaN for None.
+    """A function's result as `count` numbers that are finite in fp32, with NaN for None.
 
     Raises:
-        UserError: beginning with the function's name: it raised, or returned anything else.
+        UserError: the function raised or returned something else; the message names it.
     """
     if isinstance(result, _Raised):
         if isinstance(result.error, UserError):
@@ -369,7 +369,7 @@ def _as_list(name: str, result: Any, count: int) -> Sequence[Any]:
 
 
 def _number(name: str, i: int, value: Any) -> float:
-    """A reward as the number that the fp32 table will hold."""
+    """A reward as a number, checked to be finite in fp32."""
     if value is None:
         return math.nan
     plain = value
@@ -380,12 +380,12 @@ def _number(name: str, i: int, value: Any) -> float:
         raise UserError(f"{name}: expected numbers or None, found {found} for sample {i}")
     try:
         number = float(plain)
-        # Beyond its largest number fp32 has infinity only.
+        # Larger numbers are infinite in fp32.
         held = torch.tensor(number, dtype=torch.float32).item()
     except (OverflowError, ValueError):
         held = math.inf
     except TypeError:
-        # A span of time is one of numpy's integers.
+        # numpy's timedelta64 counts as an integer, but cannot be converted to a float.
         found = f"{type(value).__name__} {repr(value)[:60]}"
         raise UserError(f"{name}: expected numbers or None, found {found} for sample {i}") from None
     if not math.isfinite(held):

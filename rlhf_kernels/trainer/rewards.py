@@ -1,4 +1,4 @@
-"""Reward functions and reward models together: their table, its weighted sum and its means."""
+"""Combines reward functions and reward models: a table of rewards, weighted sums, means."""
 
 import functools
 import math
@@ -28,7 +28,7 @@ from .reward_functions import (
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Names with a number behind the second and later ones that are equal."""
+    """The names, with a number appended to repeated ones."""
     found: list[str] = []
     for name in names:
         count = 2
@@ -45,9 +45,9 @@ class Rewards:
 
     Attributes:
         functions: in the order of the table's columns.
-        weights: one each.
-        labels: their names in metrics and errors; empty: the functions' own.
-        state: what functions see as `trainer_state`.
+        weights: the weight of each function.
+        labels: names of the functions in metrics and errors; if empty, their own names.
+        state: the `trainer_state` that functions see.
         metrics: values of `log_metric` since `forget`.
         extra: values of `log_extra` for the `seen` samples since `forget`, a list per column.
     """
@@ -65,7 +65,7 @@ class Rewards:
         return _distinct(self.labels or [reward_name(f) for f in self.functions])
 
     def check(self, columns: Sequence[str]) -> None:
-        """Raises UserError where a function needs a column that the data lacks."""
+        """Raises UserError if a function needs a column that the data lacks."""
         given = ("prompts", "completions", "completion_ids", "finished")
         given += ("trainer_state", "log_extra", "log_metric")
         for name, function in zip(self.names, self.functions, strict=True):
@@ -78,11 +78,11 @@ class Rewards:
         completion_ids: Sequence[Sequence[int]],
         columns: dict[str, list[Any]],
     ) -> Tensor:
-        """Rewards `[B, functions]` of a batch, fp32; NaN where a function said None.
+        """Rewards `[B, functions]` of a batch, fp32, with NaN where a function returned None.
 
         Raises:
-            UserError: a function raised, or returned another number of rewards or one that is not
-                a finite number of fp32; or no function scored some sample.
+            UserError: a function raised, or returned a wrong number of rewards or a reward that
+                is not finite in fp32; or no function scored some sample.
         """
         count = len(prompts)
         given = columns | {
@@ -110,7 +110,7 @@ class Rewards:
         return table.contiguous()
 
     def _log_metric(self, function: str, name: str, value: float) -> None:
-        """`log_metric` of TRL: averaged over a step, in the metrics as `logged/<name>`."""
+        """TRL's `log_metric`: averaged over a step and logged as `logged/<name>`."""
         if isinstance(value, Tensor) and value.ndim == 0:
             value = value.item()
         if not (isinstance(value, Real) and math.isfinite(value)):
@@ -120,22 +120,22 @@ class Rewards:
         self.metrics.setdefault(name, []).append(float(value))
 
     def _log_extra(self, function: str, count: int, column: str, values: Sequence[Any]) -> None:
-        """`log_extra` of TRL: a column of the table of samples."""
+        """TRL's `log_extra`: a column in the table of samples."""
         if len(values) != count:
             raise UserError(
                 f"{function}: log_extra {column!r}: expected {count} values, found {len(values)}"
             )
-        # None for samples of calls that did not log it; the last value where it is logged twice.
+        # Samples of calls that did not log the column get None; a second log replaces the first.
         known = [*self.extra.get(column, ()), *[None] * self.seen][: self.seen]
         self.extra[column] = [*known, *values]
 
     def forget(self) -> None:
-        """Drops what functions logged so far."""
+        """Drops everything that functions have logged."""
         self.metrics, self.extra, self.seen = {}, {}, 0
 
 
 def weighted_sum(table: Tensor, weights: Sequence[float]) -> Tensor:
-    """Sum `[B]` over the functions of `table`, `[B, functions]`, that scored a sample.
+    """The weighted sum `[B]` over the functions that scored a sample; `table` is `[B, functions]`.
 
     Raises:
         UserError: a sum is infinite in fp32.
@@ -149,12 +149,12 @@ def weighted_sum(table: Tensor, weights: Sequence[float]) -> Tensor:
 
 
 def means(table: Tensor) -> list[float]:
-    """Mean of each function where it scored; 0 where it never did."""
+    """The mean of each function over the samples that it scored; 0 if there are none."""
     return table.nanmean(0).nan_to_num().tolist()
 
 
 class RewardModel:
-    """A reward model as a reward function: the whole text in, its scalar out."""
+    """A reward model as a reward function: it scores the whole text with one number."""
 
     def __init__(self, path: str, config: ModelConfig, device: torch.device) -> None:
         self.__name__ = Path(path).name
@@ -182,7 +182,7 @@ def load_rewards(
     config: ModelConfig,
     device: torch.device,
 ) -> Rewards:
-    """Functions by import path and reward models by path; `default` where there are none."""
+    """Loads reward functions by import path and reward models by path; or takes `default`."""
     for path in paths:
         check_path(path)
     functions = [
@@ -192,7 +192,7 @@ def load_rewards(
     weights = list(weights) or [1.0] * len(functions)
     if len(weights) != len(functions):
         raise UserError(f"reward_weights: expected {len(functions)} numbers, found {len(weights)}")
-    # As the user wrote them: a lambda or a partial has no name of its own.
+    # Use the names that the user wrote, because a lambda or a partial has no name of its own.
     labels = [
         path.rpartition(":")[2] if is_function(path) else reward_name(function)
         for path, function in zip(paths, functions, strict=False)

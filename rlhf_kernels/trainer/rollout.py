@@ -1,4 +1,4 @@
-"""Completions of prompts, shared among the processes, and their rewards."""
+"""Completes prompts on all processes and computes their rewards."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -17,14 +17,14 @@ from .rewards import Rewards, weighted_sum
 
 
 class Samples(NamedTuple):
-    """A rollout, whole on every process.
+    """A rollout, complete on every process.
 
     Attributes:
         batch: prompts and completions, `[B, P + T]`.
-        logprobs: the sampler's own, `[B, T]`.
+        logprobs: the sampler's log-probabilities, `[B, T]`.
         finished: whether a completion ended with an end token, `[B]`.
-        table: rewards `[B, functions]`, NaN where a function said None.
-        scores: their weighted sum, `[B]`.
+        table: rewards `[B, functions]`, NaN where a function returned None.
+        scores: weighted sums of the rewards, `[B]`.
     """
 
     batch: Batch
@@ -48,7 +48,7 @@ class Samples(NamedTuple):
 
 
 def merge(parts: Sequence[Samples], pad_token_id: int) -> Samples:
-    """Several rollouts as one; prompts are padded to the longest."""
+    """Joins rollouts into one; prompts are padded to the longest."""
     width = max(part.batch.input_ids.shape[1] for part in parts)
     batches = []
     for part in parts:
@@ -61,13 +61,13 @@ def merge(parts: Sequence[Samples], pad_token_id: int) -> Samples:
 
 
 def token_lists(batch: Batch) -> list[list[int]]:
-    """The completions' tokens without padding."""
+    """The tokens of each completion without padding."""
     rows, lengths = batch.completion_ids.tolist(), batch.completion_mask.sum(1).tolist()
     return [row[:n] for row, n in zip(rows, lengths, strict=True)]
 
 
 class Collector:
-    """Completes prompts and scores the completions, every process its own part."""
+    """Completes prompts and scores the completions; every process does its share."""
 
     def __init__(
         self,
@@ -86,18 +86,18 @@ class Collector:
             check_length(network, self._lengths())
 
     def _lengths(self) -> Iterator[int]:
-        """Tokens of each prompt with the longest completion."""
+        """For each prompt, its tokens plus the longest completion's."""
         for row in (*self.task.train, *self.task.held_out):
             yield len(encode_prompt(self.task.tokenizer, row)) + self.max_new_tokens
 
     def __call__(self, rows: Sequence[Row], *, temperature: float) -> Samples:
-        """Samples of the rows' prompts, with random numbers that belong to the row.
+        """Completes and scores the rows' prompts; every row has its own random numbers.
 
         `temperature=0` is greedy.
         """
         learner, tokenizer = self.learner, self.task.tokenizer
         device = learner.accelerator.device
-        # Every process needs as many rows as the others; the added ones are cut off again.
+        # Every process needs the same number of rows; the added rows are removed at the end.
         count = len(rows)
         rows = [*rows, *[rows[0]] * (-count % learner.processes)]
         tokens = [encode_prompt(tokenizer, row) for row in rows]
@@ -126,9 +126,9 @@ class Collector:
         return end_token_ids(self.learner.networks.policy, self.task.tokenizer)
 
     def texts(self, batch: Batch) -> list[str]:
-        """The completions, decoded, without the token that ended them.
+        """The completions as text, without the token that ended them.
 
-        A token that the tokenizer lacks (vocabularies are padded) leaves no text.
+        Padded vocabularies have tokens that the tokenizer lacks; these are left out.
         """
         tokenizer, ends = self.task.tokenizer, {*self.end_token_ids}
         known = range(len(tokenizer))
@@ -145,7 +145,7 @@ class Collector:
         columns = {name: [row.columns.get(name) for row in rows] for name in names}
         columns["finished"] = finished.tolist()
         prompts = [row.prompt for row in rows]
-        # A function may raise on one process alone: the others must not wait for it in vain.
+        # A function may raise on one process alone; the others must not wait for it forever.
         with self.learner.together():
             table = self.rewards(prompts, completions, token_lists(batch), columns)
         return table.to(batch.input_ids.device)

@@ -1,4 +1,4 @@
-"""A dataset's columns as rows: the forms of TRL and of well-known datasets."""
+"""Parses the columns of a dataset into rows: TRL's forms and those of well-known datasets."""
 
 import re
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from .cells import Text, content, json_cell, margin_cell, spoken, string_cell, t
 from .config import UserError, require
 from .files import read_objects
 
-# Columns of a question, of what belongs to it, and of its answer. A question ends its line.
+# Columns of a question, of its input, and of its answer. A line break ends question and input.
 _QUESTIONS = (
     ("question", (), ("answer", "response")),
     ("query", (), ("response", "answer")),
@@ -21,7 +21,7 @@ _SYSTEMS = ("system", "system_prompt")
 # Arguments that the trainer itself passes to reward functions.
 _RESERVED = ("prompts", "completions", "completion_ids", "finished", "trainer_state")
 _RESERVED += ("log_extra", "log_metric")
-# Scripts that put no space between words.
+# Scripts that have no spaces between words.
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef"
 )
@@ -29,9 +29,9 @@ _LAST_WORD = re.compile(rf" ?[^\s{_UNSPACED}]*\Z")
 
 
 class Row(NamedTuple):
-    """A prompt, what may follow it, the columns that reward functions read, and its origin.
+    """A prompt, what may follow it, the columns for reward functions, and its origin.
 
-    `origin` is the file and the line or row, for errors; equality does not look at it.
+    `origin` is the file and the line or row, for errors; comparisons ignore it.
     """
 
     prompt: Text
@@ -49,13 +49,13 @@ class Row(NamedTuple):
 
     @property
     def template(self) -> dict[str, Any]:
-        """Arguments of the chat template that the row adds."""
+        """The row's own arguments of the chat template."""
         return template_arguments(self.columns)
 
 
 def template_arguments(columns: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of the chat template from the columns `tools` and `chat_template_kwargs`."""
-    # Some templates announce tools when the list is there but empty.
+    # With an empty list some templates still announce tools.
     tools = {"tools": columns["tools"]} if columns.get("tools") else {}
     return tools | (columns.get("chat_template_kwargs") or {})
 
@@ -64,7 +64,7 @@ def read_rows(path: str, kind: str) -> list[Row]:
     """The rows of a file, a folder, a glob pattern or a hub dataset.
 
     Raises:
-        UserError: naming the file and the line or row of a bad one.
+        UserError: names the file and the line or row of a bad row.
     """
     rows = []
     for place, found in read_objects(path):
@@ -77,14 +77,14 @@ def read_rows(path: str, kind: str) -> list[Row]:
 
 
 def parse_row(row: Any, kind: str) -> Row:
-    """A Row from an object; docs/trainer.md has the table of forms.
+    """Parses an object into a Row; docs/trainer.md has a table of the supported forms.
 
     Args:
-        row: object of the dataset.
+        row: an object of the dataset.
         kind: "supervised", "preference" or "prompt".
 
     Raises:
-        UserError: columns are missing or hold something else.
+        UserError: columns are missing or have values of another type.
     """
     require(isinstance(row, dict), "row", "an object", row)
     columns = {k: v for k, v in row.items() if k not in ("prompt", "completion", "messages")}
@@ -104,8 +104,8 @@ def parse_row(row: Any, kind: str) -> Row:
 
 
 def _supervised(row: dict[str, Any], kind: str, columns: dict[str, Any]) -> Row:
-    """A prompt, and its completion where the row has one."""
-    # UltraChat has the first message as 'prompt' too.
+    """A prompt, with its completion if the row has one."""
+    # UltraChat repeats the first message as 'prompt'; such a row is read from 'messages'.
     if "prompt" in row and not (kind == "supervised" and _lacks_completion(row)):
         prompt = text_cell(row, "prompt")
         if kind != "supervised" and row.get("completion") is None:
@@ -144,16 +144,16 @@ def _dialogue(name: str, row: dict[str, Any], kind: str, columns: dict[str, Any]
 
 
 def _question(row: dict[str, Any]) -> tuple[str, tuple[str, ...]] | None:
-    """The prompt that a question's columns make, and the names that its answer may have."""
+    """The prompt made from the columns of a question, and the possible names of its answer."""
     for name, more, answers in _QUESTIONS:
         if name in row:
-            # LLaMA-Factory's earlier turns, which a text cannot hold.
+            # LLaMA-Factory has earlier turns in 'history', which a text cannot hold.
             expected = "nothing: give earlier turns as 'messages'"
             require(not row.get("history"), "'history'", expected, row.get("history"))
-            # Orca's, before the question.
+            # Orca has a system prompt, which precedes the question.
             first = [key for key in _SYSTEMS if row.get(key) not in (None, "")]
             parts = [string_cell(row, key) for key in (*first, name)]
-            # Alpaca's input is empty or null where the instruction says all.
+            # Alpaca's input is empty or null if the instruction needs none.
             parts += [string_cell(row, extra) for extra in more if row.get(extra) not in (None, "")]
             return "".join(part + "\n" for part in parts), answers
     return None
@@ -196,14 +196,14 @@ def _preference(row: dict[str, Any], kind: str, columns: dict[str, Any]) -> Row:
     cut = _common_prompt(chosen, rejected)
     apart = bool(chosen[cut:]) and bool(rejected[cut:])
     require(apart, "'chosen' and 'rejected'", "that neither begins the other", chosen)
-    # Ultrafeedback has the prompt as a text, and again in both conversations.
+    # Ultrafeedback repeats the prompt in both conversations.
     held = prompt is None or prompt.strip() in spoken(chosen[:cut])
     require(held, "'prompt'", "a text that both conversations begin with", prompt)
     return Row(chosen[:cut], None, chosen[cut:], rejected[cut:], columns)
 
 
 def _asked_before(row: dict[str, Any]) -> Text | None:
-    """The prompt of answers alone: `messages` that end with a user's, or none."""
+    """The prompt of answers without own prompt: `messages` that end with a user's, or None."""
     if row.get("messages"):
         messages = text_cell(row, "messages")
         asks = isinstance(messages, list) and messages[-1]["role"] != "assistant"
@@ -216,9 +216,9 @@ def _asked_before(row: dict[str, Any]) -> Text | None:
 
 
 def _joined(prompt: Text, answer: Text) -> tuple[Text, Text]:
-    """Prompt and answer in one form; an answer that repeats the prompt loses it.
+    """Prompt and answer in the same form; an answer that repeats the prompt loses it.
 
-    A text beside a conversation is the user's (prompt) or the assistant's (answer).
+    If only one is a text, it becomes a message of the user (prompt) or the assistant (answer).
     """
     if isinstance(prompt, str) and isinstance(answer, str):
         return prompt, answer
@@ -243,14 +243,14 @@ def _reply(answer: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _common_prompt(chosen: Text, rejected: Text) -> int:
-    """Length of the prompt that two answers without a prompt column share."""
+    """The length of the prompt that two answers without a prompt column share."""
     pairs = enumerate(zip(chosen, rejected, strict=False))
     shorter = min(len(chosen), len(rejected))
     same = next((i for i, (a, b) in pairs if a != b), shorter)
     if isinstance(chosen, str):
-        # Back to the start of a word and the space before it.
+        # Go back to the start of the word, before the space.
         return len(_LAST_WORD.sub("", chosen[:same]))
     if same == shorter and chosen[same - 1]["role"] == "assistant":
-        # One conversation goes on where the other ends: that end is its answer.
+        # One conversation continues the other, whose last message is therefore its answer.
         return same - 1
     return same

@@ -1,4 +1,4 @@
-"""Tokenizers of models, and those for models that are built from a configuration."""
+"""Tokenizers: loaded from a model, or built for a model from a configuration."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +12,8 @@ from .files import is_path
 
 _SPECIAL = ("<pad>", "<eos>")
 
-# Each message closes with the end token, so that a completion knows where it ends. A role ends its
-# line: after a space the answer's first word would take the space into its token.
+# Each message ends with the end token, which teaches completions to end. A role ends with a line
+# break: after a space the first word of the answer would take the space into its token.
 _CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '\n\n' + m['role'] + ':\n' + m['content'] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\nassistant:\n' }}{% endif %}"
@@ -42,7 +42,7 @@ def _check(texts: Sequence[str]) -> None:
 
 
 def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
-    """One token per character; a text with another character raises."""
+    """A tokenizer with one token per character; other characters raise."""
     _check([characters])
     vocab = {token: i for i, token in enumerate([*_SPECIAL, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocab))
@@ -52,10 +52,10 @@ def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
 
 
 def bpe_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE trained on the texts; numbers are split into digits.
+    """A byte-level BPE tokenizer trained on the texts; it splits numbers into digits.
 
     Raises:
-        UserError: a text is no Unicode: it holds half of a surrogate pair.
+        UserError: a text is invalid Unicode, with half of a surrogate pair.
     """
     _check(texts)
     tokenizer = Tokenizer(models.BPE())
@@ -76,19 +76,19 @@ def bpe_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerF
 def load_tokenizer(
     model: str, *, setting: str = "model", ends: bool = True
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; the end token pads where there is no padding token.
+    """The tokenizer of a model; if it has no padding token, the end token is used.
 
     Args:
         model: folder or hub name.
-        setting: what errors begin with.
-        ends: whether an end token is needed, as it is to generate; encoders have none.
+        setting: the setting that error messages name.
+        ends: whether an end token is required, as for generation; encoders have none.
 
     Raises:
-        UserError: there is none, or it lacks a token that is needed.
+        UserError: there is no tokenizer, or it lacks a required token.
     """
     missing = is_path(model) and not Path(model).expanduser().exists()
     require(not missing, setting, "a folder that exists, or the hub's 'owner/name'", model)
-    # A broken file makes the library raise a bare Exception.
+    # For a damaged file the library raises a bare Exception.
     with blamed_on(setting, f"no tokenizer can be loaded from {model!r}"):
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     require(
