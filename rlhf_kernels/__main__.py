@@ -23,10 +23,10 @@ from .ops._examples import EXAMPLES, VARIANTS, Inputs, gradients, tensors
 from .ops._operator import select
 from .testing import to_float64
 
-# What changes how kernels are chosen or run.
+# Variables that affect how kernels are selected or run.
 _VARIABLES = re.compile(r"(RLHF_KERNELS|OMP|GOMP|KMP|MKL|TRITON|CUDA_VISIBLE)_\w+$")
 _PACKAGES = ("triton", "numpy", "transformers", "accelerate", "flash-attn")
-# Roundings that an element may be off. Coarse: the test suite holds the kernels to far less.
+# The allowed error of an element in roundings. The test suite has far tighter bounds.
 _ROUNDINGS = 64
 
 
@@ -46,9 +46,9 @@ def _cpu_name() -> str:
 
 
 def openmp_runtimes() -> list[str] | None:
-    """Files of the OpenMP runtimes loaded in this process, or None where that cannot be known.
+    """Files of the OpenMP runtimes loaded in this process; None if they cannot be found out.
 
-    One is right. With two, each keeps its own threads and settings.
+    There should be one. Two runtimes have separate threads and settings.
     """
     try:
         maps = Path("/proc/self/maps").read_text()
@@ -80,7 +80,7 @@ def devices() -> list[torch.device]:
 
 def _selected(operation: str, device: torch.device) -> str:
     if not hasattr(torch.ops.rlhf_kernels, operation):
-        # Not an operator: a few lines of torch over one number per sequence.
+        # Such an operation is no operator: it is a few lines of torch on one number per sequence.
         return "torch"
     try:
         return select(operation, device)
@@ -91,12 +91,12 @@ def _selected(operation: str, device: torch.device) -> str:
 def check(
     function: Callable[..., Any], device: torch.device, dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
-    """Compares an operation, forward and gradient, with its reference in fp64 on the same inputs.
+    """Compares an operation, forward and gradient, with its fp64 reference on the same inputs.
 
     Returns:
-        name, device, dtype, backend, `error` (the largest, in roundings of the result's dtype, or
-        of the logits' where a product makes them, at its largest magnitude), ok, and a message
-        where it raised.
+        name, device, dtype, backend, `error`, ok, and a message if the operation raised. `error`
+        is the largest error in roundings of the result's dtype at its largest magnitude; for a
+        product, in roundings of the dtype of the logits.
     """
     result: dict[str, Any] = {
         "operation": function.__name__,
@@ -128,16 +128,16 @@ def check(
             result["error"] = round(max(errors), 2)
         else:
             result["message"] = "a result is not finite"
-        # Not max(errors): a NaN must fail wherever it stands.
+        # max(errors) could miss a NaN, depending on its position.
         result["ok"] = all(error <= _ROUNDINGS for error in errors)
     except Exception as error:
-        # A report says what is broken instead of breaking off.
+        # The report states what is broken instead of aborting.
         result["message"] = f"{type(error).__name__}: {error}"
     return result
 
 
 def report() -> dict[str, Any]:
-    """Everything the doctor knows, ready for JSON."""
+    """The whole report, ready for JSON."""
     cpu, cuda = native.module("cpu"), native.module("cuda")
     backends = {}
     for name in BACKEND_NAMES[1:]:
@@ -154,7 +154,7 @@ def report() -> dict[str, Any]:
         "versions": {
             "rlhf_kernels": __version__,
             "python": platform.python_version(),
-            # Unlike the metadata, this names the build: +cpu, +cu130.
+            # Unlike the metadata, this names the build (+cpu, +cu130).
             "torch": torch.__version__,
             **{p: v for p in _PACKAGES if (v := _version(p)) is not None},
         },
@@ -249,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     if options.integrations:
-        # Not imported above: they import the trainers.
+        # The integrations import the trainers, so they are imported only here.
         reports = importlib.import_module("rlhf_kernels.integrations").reports()
         if options.json:
             print(json.dumps({name: r._asdict() for name, r in reports.items()}, indent=2))

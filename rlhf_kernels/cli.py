@@ -1,4 +1,4 @@
-"""`rlhf-kernels`: the command line, and how its errors are told."""
+"""The command line `rlhf-kernels` and its error messages."""
 
 import difflib
 import errno
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from .trainer.errors import UserError, out_of_memory
 
-# subcommand of `train` -> one line of help
+# Subcommand of `train` -> one line of help.
 TRAINERS = {
     "sft": "supervised: imitate completions",
     "reward": "pairwise reward model of preferences",
@@ -35,7 +35,7 @@ _MEMORY = (
     "gradient_checkpointing, lora_rank, shorter max_prompt_tokens and max_new_tokens, or a smaller "
     "model"
 )
-# What a full, broken or forbidden disk says, and one that holds no such name.
+# Errors of a disk that is full, broken or not writable, or that does not support a name.
 _DISK = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
     errno.ENAMETOOLONG,
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(args)
     except KeyboardInterrupt:
-        # Before a run takes signals itself.
+        # The signal arrived before a run installed its own handlers.
         print("rlhf-kernels: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
@@ -84,8 +84,8 @@ def _run(args: list[str]) -> int:
     if len(args) < 2 or args[1] not in TRAINERS:
         found = repr(args[1]) if len(args) > 1 else "none"
         raise UserError(f"train: expected a stage, found {found}; {_hint(found, list(TRAINERS))}")
-    # MKL's GEMMs otherwise round by the addresses of their operands, which differ between runs.
-    # It is read at the first GEMM, so that setting it after torch's import is in time.
+    # Without this, MKL's GEMMs round by the addresses of their operands, which differ between runs.
+    # MKL reads the variable at the first GEMM, so it may be set after torch's import.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     try:
         trainer = importlib.import_module(MODULE)
@@ -105,7 +105,7 @@ def _hint(name: str, known: list[str]) -> str:
 
 
 def _tell(error: Exception, shown: bool) -> int:
-    """Says on standard error what went wrong, once for all processes; returns the exit status."""
+    """Prints the error on standard error, once for all processes; returns the exit status."""
     message = _mendable(error)
     if message is None:
         traceback.print_exception(error)
@@ -116,8 +116,8 @@ def _tell(error: Exception, shown: bool) -> int:
         traceback.print_exception(error)
     rank = os.environ.get("RANK", "0")
     if rank != "0":
-        # The main process tells what all of them found, and its launcher ends the others. What this
-        # one alone found it has to tell itself.
+        # The main process reports what all processes raised, and its launcher ends the others. An
+        # error of this process alone has to be reported by this process.
         if getattr(error, "shared", False):
             return 2
         time.sleep(30)
@@ -127,7 +127,7 @@ def _tell(error: Exception, shown: bool) -> int:
 
 
 def _mendable(error: Exception) -> str | None:
-    """One line on an error that the user can mend; None for any other."""
+    """One line about an error that the user can correct; None for any other."""
     if isinstance(error, UserError):
         return str(error)
     if out_of_memory(error):
@@ -135,7 +135,7 @@ def _mendable(error: Exception) -> str | None:
     if isinstance(error, BrokenPipeError) and error.filename is None:
         return "standard output: nobody reads it any more; --resume continues from a checkpoint"
     if isinstance(error, FileNotFoundError) and error.filename is None:
-        # Only the current folder has no name.
+        # Only an error of the current folder has no file name.
         return "the current folder: it was deleted; change to another one"
     if isinstance(error, OSError) and error.errno in _DISK:
         return f"{error.filename or 'the disk'}: {error.strerror}"

@@ -1,4 +1,4 @@
-"""Small state between steps: KL coefficient controllers and running moments of the reward."""
+"""State between steps: controllers of the KL coefficient, and running moments of the reward."""
 
 import math
 
@@ -9,7 +9,7 @@ from .core import checks, option_checks
 
 
 class FixedKLController:
-    """A KL coefficient that stays as it is.
+    """A constant KL coefficient.
 
     Args:
         kl_coef: the coefficient, a finite number >= 0.
@@ -23,22 +23,22 @@ class FixedKLController:
         return self.value
 
     def state_dict(self) -> dict[str, float]:
-        """The state, as plain numbers."""
+        """The state as plain numbers."""
         return {"value": self.value}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores the result of `state_dict`."""
         self.value = float(state["value"])
 
 
 class AdaptiveKLController:
-    """A KL coefficient steered towards a target KL (Ziegler et al., 1909.08593, section 2.2).
+    """A KL coefficient that adapts to a target KL (Ziegler et al., 1909.08593, section 2.2).
 
     Each update: value *= 1 + clip(kl / target - 1, -0.2, 0.2) * n_steps / horizon.
 
     Args:
-        init_kl_coef: first coefficient, a finite number >= 0.
-        target: KL to aim at, > 0, in the unit of the `current_kl` that is passed to `update`.
+        init_kl_coef: initial coefficient, a finite number >= 0.
+        target: target KL, > 0, in the unit of the `current_kl` that is passed to `update`.
         horizon: time scale in the unit of `n_steps`, > 0.
     """
 
@@ -49,17 +49,17 @@ class AdaptiveKLController:
         self.horizon = float(option_checks.positive(op, "horizon", horizon))
 
     def update(self, current_kl: float | Tensor, n_steps: int) -> float:
-        """Moves the coefficient after `n_steps` steps with mean KL `current_kl`.
+        """Adapts the coefficient after `n_steps` steps with mean KL `current_kl`.
 
         Args:
-            current_kl: mean KL; a number or a tensor of one element (read: a device sync).
+            current_kl: mean KL; a number or a tensor of one element (reading it syncs the device).
             n_steps: steps since the last update, usually the number of sequences.
 
         Returns:
             The new coefficient.
 
         Raises:
-            ValueError: current_kl is not finite: the coefficient would be lost for good.
+            ValueError: current_kl is not finite; the coefficient would never recover.
         """
         kl = float(current_kl)
         if not math.isfinite(kl):
@@ -69,24 +69,24 @@ class AdaptiveKLController:
         return self.value
 
     def state_dict(self) -> dict[str, float]:
-        """The state, as plain numbers. Target and horizon are configuration and not in it."""
+        """The state as plain numbers, without target and horizon, which are configuration."""
         return {"value": self.value}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores the result of `state_dict`."""
         self.value = float(state["value"])
 
 
 class RunningMoments:
-    """Mean and standard deviation of everything seen so far (Welford; batches merged as by Chan).
+    """Mean and standard deviation of all elements so far (Welford; batches merged as by Chan).
 
-    PPO-max (2307.04964) divides rewards by the running standard deviation of the rewards.
+    PPO-max (2307.04964) divides rewards by their running standard deviation.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self.mean = 0.0
-        # Sum of squared differences to the mean.
+        # The sum of squared differences from the mean.
         self._m2 = 0.0
 
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
@@ -97,7 +97,7 @@ class RunningMoments:
             mask: the shape of x, bool or integer, nonzero = keep; or floating, of 0 and 1.
 
         Raises:
-            ValueError: a kept element is not finite: it would stay in the moments for good.
+            ValueError: a kept element is not finite; the moments would never recover.
         """
         kept = checks.real("RunningMoments", "x", x).detach().double()
         if mask is not None:
@@ -118,14 +118,14 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
-        """Unbiased standard deviation; 1.0 before two elements, so that dividing is safe."""
+        """The unbiased standard deviation; 1.0 for fewer than two elements, for safe division."""
         return math.sqrt(self._m2 / (self.count - 1)) if self.count > 1 else 1.0
 
     def state_dict(self) -> dict[str, float]:
-        """The state, as plain numbers."""
+        """The state as plain numbers."""
         return {"count": self.count, "mean": self.mean, "m2": self._m2}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores the result of `state_dict`."""
         self.count = int(state["count"])
         self.mean, self._m2 = float(state["mean"]), float(state["m2"])

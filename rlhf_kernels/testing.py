@@ -1,11 +1,11 @@
-"""Help for testing these operations, and code built on them: fp64 oracles and error budgets.
+"""Tools to test the operations, and code built on them: fp64 oracles and error budgets.
 
 The budget: an element's error against the fp64 oracle may be at most twice the error of plain torch
-in the working dtype plus one rounding. The rounding band keeps a reference that is exact by luck
-from failing a kernel that is not worse.
+in the working dtype plus one rounding. The additional rounding is needed where plain torch happens
+to be exact: a kernel that is not worse would fail.
 
-A product's budget is another: what a GEMM happens to round differs between machines, so the bound
-of an element comes from its operands (`product_bound`).
+Matrix products have another budget. GEMMs round differently on different machines, so the bound of
+an element is computed from its operands (`product_bound`).
 """
 
 from collections.abc import Callable, Sequence
@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Lengths that cross the kernels' boundaries: one lane, a vector less one, unrolled steps, a block.
+# Lengths around the kernels' boundaries: a lane, a vector less one, unrolled steps, a block.
 RAGGED_SIZES = (1, 7, 31, 127, 257, 4096, 4099, 8200)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def generator(seed: int) -> torch.Generator:
-    """A seeded generator on the default device, where it makes tensors and nowhere else."""
+    """A seeded generator on the default device; it can only make tensors on that device."""
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def to_float64(value: Any) -> Any:
-    """`value` with every floating tensor in it as fp64, detached and, if it was, requiring grad."""
+    """`value` with every floating tensor as fp64, detached, with the same requires_grad."""
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             return value
@@ -51,12 +51,12 @@ def assert_within_budget(
         actual: result under test; its dtype sets the size of one rounding.
         oracle: fp64 result on the same inputs. NaN and infinities must match exactly.
         torch_result: plain torch in the working dtype on the same inputs.
-        scale: magnitude of the intermediate values that `actual` is a difference of (for a
-            log-probability max(|x_y - m|, log V)), where that is larger than the result's own.
+        scale: magnitude of intermediate values whose difference is `actual` (max(|x_y - m|, log V)
+            for a log-probability), if it is larger than that of the result.
         factor: allowed multiple.
 
     Raises:
-        AssertionError: with the position, the three values and the budget of the worst element.
+        AssertionError: names the position, the three values and the budget of the worst element.
     """
     if actual.shape != oracle.shape:
         raise AssertionError(f"shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}")
@@ -71,7 +71,7 @@ def assert_within_budget(
     scale = torch.as_tensor(scale, dtype=torch.float64, device=o.device).detach()
     magnitude = torch.maximum(o.abs(), scale.expand_as(o))
     one_rounding = info.eps * magnitude + info.smallest_normal
-    # A torch result that overflowed says nothing about the budget.
+    # A torch result that overflowed does not enlarge the budget.
     torch_error = torch.where(t.isfinite(), (t - o).abs(), 0.0)
     excess = (a - o).abs() - factor * (torch_error + one_rounding)
     excess = torch.where(finite, torch.where(a.isfinite(), excess, torch.inf), -torch.inf)
@@ -85,9 +85,9 @@ def assert_within_budget(
 
 
 #: c of `product_bound`. The sum of n products rounds n times, by at most eps / 2 of the sum so far.
-#: Roundings are of either sign and add up as a random walk: their sum stays below
-#: eps * sqrt(n) / 2 * (|a| @ |b|), and far below where terms cancel or a library sums in blocks, as
-#: every GEMM does. 4 holds for a block of 64 terms of one sign in the worst of those walks.
+#: Roundings have random signs and add up as a random walk. Their sum stays below
+#: eps * sqrt(n) / 2 * (|a| @ |b|), and far below if terms cancel or a library sums in blocks, as
+#: every GEMM does. 4 covers the worst such walk in a block of 64 terms of the same sign.
 PRODUCT_ROUNDINGS = 4.0
 
 
@@ -101,14 +101,14 @@ def product_bound(
 ) -> Tensor:
     """Bound of |got - a @ b| per element: c * eps * (|a| @ |b|), for sums in float32.
 
-    Where an operand is itself a computed quantity, the error that it carries is multiplied by the
-    other one and added. The rounding of a result to 16 bits is left to `assert_within_bound`.
+    The error of a computed operand is multiplied by the other operand and added. The rounding of a
+    result to 16 bits is part of `assert_within_bound`.
 
     Args:
         a: [..., n, k], exact values.
         b: [..., k, m], exact values.
-        a_error: bound of the error that a carries, of its shape; None for an input.
-        b_error: the same for b.
+        a_error: bound of the error of a, with its shape; None for an input.
+        b_error: bound of the error of b, with its shape; None for an input.
         c: roundings; see PRODUCT_ROUNDINGS.
 
     Returns:
@@ -132,18 +132,18 @@ def assert_within_bound(actual: Tensor, exact: Tensor, bound: Tensor | float) ->
         bound: bound of the error before the last rounding, broadcast to the result's shape.
 
     Raises:
-        AssertionError: with the position, the two values and the bound of the worst element.
+        AssertionError: names the position, the two values and the bound of the worst element.
     """
     if actual.shape != exact.shape:
         raise AssertionError(f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}")
     info = torch.finfo(actual.dtype)
     a, e = actual.detach().double(), exact.detach().double()
     bound = torch.as_tensor(bound, dtype=torch.float64, device=e.device).detach().expand_as(e)
-    # Half a unit in the last place, which below the normal numbers is that of the smallest.
+    # The last rounding is half a unit in the last place; subnormal numbers share the smallest unit.
     allowed = bound + info.eps / 2 * (e.abs() + bound) + info.eps * info.smallest_normal
     same = (a == e) | (a.isnan() & e.isnan())
     excess = torch.where(same, 0.0, (a - e).abs() / allowed)
-    # Also where there is no bound: NaN.
+    # A bound of NaN counts as exceeded.
     known = a.isfinite() & e.isfinite() & ~excess.isnan()
     excess = torch.where(same | known, excess, torch.inf)
     if excess.numel() and float(excess.max()) > 1:
@@ -159,7 +159,7 @@ def assert_bitwise_equal(actual: Tensor, expected: Tensor) -> None:
     """Requires the same shape, dtype and bits (NaN equals NaN of the same bits).
 
     Raises:
-        AssertionError: with the first differing position and both values.
+        AssertionError: names the first differing position and both values.
     """
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         raise AssertionError(
@@ -185,15 +185,15 @@ def gradients(
     inputs: Sequence[Tensor],
     upstream: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of `function(*inputs)` in the inputs that require grad.
+    """Gradients of `function(*inputs)` w.r.t. the inputs that require grad.
 
     Args:
         function: returns one tensor or several.
-        inputs: its arguments.
+        inputs: the arguments of the function.
         upstream: one gradient per output; ones if None.
 
     Returns:
-        One gradient per input that requires grad, zeros where autograd has none.
+        One gradient per input that requires grad, zeros if autograd has none.
     """
     outputs = function(*inputs)
     outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
@@ -211,7 +211,7 @@ def gradients(
 
 
 def random_mask(rows: int, cols: int, *, keep: float = 0.7, seed: int = 0) -> Tensor:
-    """A bool mask [rows, cols] with gaps inside rows; the last row is wholly masked if rows > 2."""
+    """A bool mask [rows, cols] with gaps inside rows; the last row is all False if rows > 2."""
     mask = torch.rand(rows, cols, generator=generator(seed)) < keep
     if rows > 2:
         mask[-1] = False

@@ -1,6 +1,6 @@
-"""Drop-in for trainers: `trl`, `verl` and `openrlhf`, each with patch(), unpatch() and patched().
+"""Integrations into trainers: `trl`, `verl`, `openrlhf`, with patch(), unpatch() and patched().
 
-Nothing is imported or replaced before patch() is called.
+patch() imports and replaces functions; importing this package does neither.
 """
 
 import importlib
@@ -13,5 +13,5 @@ NAMES = ("trl", "verl", "openrlhf")
 
 
 def reports() -> dict[str, Report]:
-    """What each integration finds in this process; imports the trainers that are installed."""
+    """The report of each integration in this process; imports the installed trainers."""
     return {name: importlib.import_module(f"{__name__}.{name}").report() for name in NAMES}

@@ -1,4 +1,4 @@
-"""Checks that decide whether ours can serve a call, and the head as all three trainers call it."""
+"""Checks whether our kernels can serve a call, and the LM head as all three trainers use it."""
 
 import contextlib
 import functools
@@ -15,8 +15,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def require_kernels(device: torch.device) -> None:
-    """Unsupported on a device for which there is nothing but the reference."""
-    # A compiled graph has met the device already, in the call that it was compiled for.
+    """Raises Unsupported for a device that only the reference supports."""
+    # A compiled graph has checked the device in the call that compiled it.
     if not torch.compiler.is_compiling() and not _has_kernels(device.type):
         raise Unsupported(f"no kernels for {device.type} tensors")
 
@@ -27,7 +27,7 @@ def _has_kernels(device_type: str) -> bool:
 
 
 def require_floating(**tensors: Tensor | None) -> None:
-    """Unsupported unless each is float32, bfloat16 or float16, on a device with kernels."""
+    """Raises Unsupported unless each is float32, bfloat16 or float16, on a device with kernels."""
     for name, t in tensors.items():
         if t is None:
             continue
@@ -37,14 +37,14 @@ def require_floating(**tensors: Tensor | None) -> None:
 
 
 def require_constant(**tensors: Tensor | None) -> None:
-    """Unsupported where something that ours takes as a constant wants a gradient."""
+    """Raises Unsupported if a tensor that our kernels treat as constant requires grad."""
     for name, t in tensors.items():
         if t is not None and t.requires_grad and torch.is_grad_enabled():
             raise Unsupported(f"{name} that wants a gradient")
 
 
 def require_mask(mask: Tensor, shape: torch.Size) -> None:
-    """Unsupported unless it is a bool or integer mask of that shape."""
+    """Raises Unsupported unless the mask is bool or integer and has that shape."""
     if mask.is_floating_point():
         raise Unsupported("a mask of weights")
     if mask.shape != shape:
@@ -52,13 +52,13 @@ def require_mask(mask: Tensor, shape: torch.Size) -> None:
 
 
 def require_temperature(temperature: float) -> None:
-    """Unsupported unless it is a positive number: trainers have their own messages."""
+    """Raises Unsupported unless it is a positive number; the trainers have their own messages."""
     if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
         raise Unsupported("a temperature that is not a positive number")
 
 
 def require_logits(logits: Tensor, labels: Tensor | None) -> None:
-    """Unsupported unless they are [..., V] with V >= 1, and labels [...] of an integer dtype."""
+    """Raises Unsupported unless logits are [..., V] with V >= 1, and labels [...] are integers."""
     require_floating(logits=logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise Unsupported("logits without a vocabulary")
@@ -71,17 +71,17 @@ def require_logits(logits: Tensor, labels: Tensor | None) -> None:
 
 
 def logits_entropy(logits: Tensor) -> Tensor:
-    """Entropy [...] of logits [..., V], float32."""
+    """The entropy [...] of logits [..., V], float32."""
     require_logits(logits, None)
     labels = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     return rk.token_logprobs(logits, labels, entropy=True).entropy
 
 
 class Head:
-    """Hidden states and a head in the dtype in which the trainer would multiply them.
+    """Hidden states and an LM head in the dtype of the trainer's own product.
 
-    That is the autocast dtype, else the hidden states' own. The casts are part of the graph: the
-    weight's gradient has the dtype of the weight again.
+    This is the autocast dtype, or else that of the hidden states. Casts are part of the graph, so
+    the gradient of the weight has the dtype of the weight.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -99,7 +99,7 @@ class Head:
         self.bias = None if bias is None else bias.to(dtype)
 
     def no_autocast(self) -> contextlib.AbstractContextManager:
-        """The casts are made; the products choose their own precision."""
+        """Turns autocast off: operands are cast already, and products choose their precision."""
         if self._autocast:
             return torch.autocast(self._device, enabled=False)
         return contextlib.nullcontext()
@@ -114,7 +114,7 @@ class Head:
         entropy: bool = False,
         ignore_index: int = -100,
     ) -> rk.TokenLogprobs:
-        """`rk.linear_token_logprobs` of this head."""
+        """`rk.linear_token_logprobs` with this head."""
         require_temperature(temperature)
         if not 0 < logit_scale < math.inf:
             raise Unsupported(f"logit_scale {logit_scale}")

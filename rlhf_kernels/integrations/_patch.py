@@ -1,4 +1,4 @@
-"""Replacing functions of an installed package by ours, and undoing it: what integrations share."""
+"""Replaces functions of an installed package by ours and restores them, for all integrations."""
 
 import contextlib
 import functools
@@ -20,7 +20,7 @@ class Unsupported(Exception):
 
 
 class IncompatibleError(RuntimeError):
-    """The installed package is not one that the integration knows; nothing was replaced."""
+    """Raised if an integration does not support the installed package; nothing was replaced."""
 
 
 class Report(NamedTuple):
@@ -30,14 +30,14 @@ class Report(NamedTuple):
         package: name of the trainer's package.
         version: installed version, or None.
         active: whether the package is patched.
-        replaced: dotted names that are ours now, and entries of registries.
+        replaced: dotted names of replaced functions, and of added registry entries.
         available: dotted names that patch() would replace.
         absent: dotted names that this version lacks, with the reason.
-        refused: dotted names whose signature is not known, with both signatures.
-        kept: dotted names that something else has replaced over ours, so that unpatch() left them;
-            ours behind them passes every call on to the original.
-        served: calls of each replacement that ours served.
-        fallbacks: for each replacement, the calls that the original served, by reason.
+        refused: dotted names with an unknown signature, with both signatures.
+        kept: dotted names that other code replaced after us, so that unpatch() left them. If that
+            code calls our replacement, it passes every call on to the original.
+        served: number of calls that each replacement served.
+        fallbacks: for each replacement, the number of calls that the original served, by reason.
     """
 
     package: str
@@ -68,18 +68,18 @@ class Report(NamedTuple):
 
 
 class Hook(NamedTuple):
-    """A name of the package that ours can take.
+    """A function or class of the package, with our replacement.
 
     Attributes:
         module: the module that defines it.
         name: a function, "Class" or "Class.method".
-        signatures: parameter names of the versions that are known, as "a, b, *, c"; of a class
-            that is an autograd.Function, those of its forward.
-        ours: takes what the original takes and raises Unsupported for what it cannot serve; stands
-            behind `apply` of an autograd.Function.
-        everywhere: also under the names by which other modules of the package imported it.
-        required: without it the package is not one that is known.
-        makes_ours: `ours` is not the replacement, but makes it from the original.
+        signatures: parameter names of the known versions, as "a, b, *, c"; for an
+            autograd.Function, those of its forward.
+        ours: takes the same arguments and raises Unsupported for calls that it cannot serve; for
+            an autograd.Function it replaces `apply`.
+        everywhere: whether to replace it also in modules of the package that imported it.
+        required: whether the package is incompatible without it.
+        makes_ours: whether `ours` makes the replacement from the original.
     """
 
     module: str
@@ -114,7 +114,7 @@ def _is_function(value: Any) -> bool:
 
 
 def parameters(value: Any) -> str:
-    """Names of the parameters of a function, or of an autograd.Function's forward."""
+    """The parameter names of a function, or of an autograd.Function's forward."""
     names, keyword_only = [], False
     for p in inspect.signature(value.forward if _is_function(value) else value).parameters.values():
         if p.kind is p.KEYWORD_ONLY and not keyword_only:
@@ -126,7 +126,7 @@ def parameters(value: Any) -> str:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """(1, 16, 0) of "1.16.0.dev0"."""
+    """The release numbers of a version: (1, 16, 0) of "1.16.0.dev0"."""
     numbers = []
     for part in version.split("+")[0].split("."):
         digits = part[: len(part) - len(part.lstrip("0123456789"))]
@@ -140,9 +140,9 @@ class Integration:
     """Patches one package.
 
     Args:
-        package: the name by which it is imported.
-        versions: (first known, first unknown).
-        distribution: the name by which it is installed, where that differs.
+        package: name of the package in imports.
+        versions: the first known version, and the first that is not known any more.
+        distribution: name of the distribution, if it differs.
     """
 
     def __init__(self, package: str, versions: tuple[str, str], *, distribution: str = "") -> None:
@@ -157,7 +157,7 @@ class Integration:
         self._fallbacks: dict[str, Counter[str]] = {}
 
     def version(self) -> str | None:
-        """The installed version; None where the package is not installed."""
+        """The installed version; None if the package is not installed."""
         if importlib.util.find_spec(self.package) is None:
             return None
         try:
@@ -179,7 +179,7 @@ class Integration:
     def _resolve(
         self, hooks: Iterable[Hook]
     ) -> tuple[list[_Target], dict[str, str], dict[str, str]]:
-        """(what can be replaced, what is absent, what is refused)."""
+        """Sorts hooks into replaceable, absent and refused ones; skips those in place."""
         found, absent, refused = [], {}, {}
         for hook in hooks:
             if hook.path in self._replacements:
@@ -187,7 +187,7 @@ class Integration:
             try:
                 owner = importlib.import_module(hook.module)
             except Exception as error:
-                # Of packages that it needs too, or of what they do at import.
+                # The error may come from another package that the module imports.
                 absent[hook.path] = f"cannot be imported: {error}"
                 continue
             *outer, attribute = hook.name.split(".")
@@ -208,7 +208,7 @@ class Integration:
         return found, absent, refused
 
     def patch(self, hooks: Sequence[Hook]) -> Report:
-        """Replaces what `hooks` name, all or nothing; what is replaced already stays as it is."""
+        """Replaces what `hooks` name, all or nothing; existing replacements stay."""
         self._check_version()
         found, absent, refused = self._resolve(hooks)
         if refused:
@@ -236,14 +236,14 @@ class Integration:
         return self.report(hooks)
 
     def original(self, path: str) -> Any:
-        """What stood, or stands, under a dotted name of a module."""
+        """The package's own function under a dotted name, whether it is replaced or not."""
         if path in self._replacements:
             return self._replacements[path].original
         module, _, name = path.rpartition(".")
         return getattr(importlib.import_module(module), name)
 
     def add(self, path: str, registry: dict, key: str, value: Callable[..., Any]) -> None:
-        """A new entry of one of the package's registries, until unpatch(); `path` names it."""
+        """Adds an entry to a registry of the package, until unpatch(); `path` names it."""
         if path not in self._added:
             if key in registry:
                 raise IncompatibleError(f"{path} exists already")
@@ -251,7 +251,7 @@ class Integration:
             self._added[path] = (registry, key)
 
     def unpatch(self) -> Report:
-        """Puts the originals back, also where a module imported ours since; keeps the counts."""
+        """Restores the originals, also in modules that imported ours; keeps the counts."""
         self.active = False
         kept = []
         for path, r in self._replacements.items():
@@ -270,7 +270,7 @@ class Integration:
 
     @contextlib.contextmanager
     def patched(self, patch: Callable[[], Report], unpatch: Callable[[], Report]) -> Iterator[None]:
-        """patch() on entry and unpatch() on exit; where it is patched already, does nothing."""
+        """Calls patch() on entry and unpatch() on exit; does nothing if it is patched already."""
         if self.active:
             yield
             return
@@ -281,7 +281,7 @@ class Integration:
             unpatch()
 
     def report(self, hooks: Sequence[Hook] = ()) -> Report:
-        """What is replaced; of `hooks`, also what could be."""
+        """What is replaced, and which of `hooks` could be."""
         version = self.version()
         found, absent, refused = self._resolve(hooks) if version is not None else ([], {}, {})
         return Report(
@@ -298,13 +298,13 @@ class Integration:
         )
 
     def reset_counts(self) -> None:
-        """Forgets the calls counted so far."""
+        """Resets the counts of calls."""
         self._served.clear()
         self._fallbacks.clear()
 
     def fell_back(self, name: str, reason: str) -> None:
         """Counts a call that the original serves."""
-        # A count in a compiled graph would be a guard that fails with every call.
+        # A compiled graph would guard on the count, and recompile with every call.
         if not torch.compiler.is_compiling():
             self._fallbacks.setdefault(name, Counter())[reason] += 1
 
@@ -319,11 +319,11 @@ class Integration:
     def dispatcher(
         self, name: str, original: Callable[..., Any], ours: Callable[..., Any]
     ) -> Callable[..., Any]:
-        """Calls `ours` while the package is patched, and `original` for what it cannot serve."""
+        """Makes a function that calls `ours` while patched, and `original` if ours cannot serve."""
 
         @functools.wraps(original)
         def dispatch(*args: Any, **kwargs: Any) -> Any:
-            # Modules outside the package may hold this function after unpatch().
+            # Modules outside the package may keep this function after unpatch().
             if not self.active:
                 return original(*args, **kwargs)
             try:
@@ -338,7 +338,7 @@ class Integration:
         return dispatch
 
     def _swap(self, old: Any, new: Any) -> None:
-        """`new` for `old` in every imported module of the package and in its registries."""
+        """Replaces `old` by `new` in all imported modules of the package and their registries."""
         for name, module in list(sys.modules.items()):
             if name.split(".")[0] != self.package or not isinstance(module, ModuleType):
                 continue
@@ -346,7 +346,7 @@ class Integration:
                 if value is old:
                     setattr(module, attribute, new)
                 elif type(value) is dict and not attribute.startswith("__"):
-                    # A registry.
+                    # A dict may be a registry of functions.
                     value.update({key: new for key, entry in value.items() if entry is old})
 
 

@@ -3,13 +3,13 @@
     from rlhf_kernels.integrations import openrlhf
     openrlhf.patch()
 
-OpenRLHF computes in Ray workers, so ours must be there in every process:
+OpenRLHF computes in Ray workers, so every process has to be patched:
 
     ray job submit --runtime-env-json \
         '{"worker_process_setup_hook": "rlhf_kernels.integrations.openrlhf.setup"}' -- ...
 
-setup() patches what a process imports of OpenRLHF when it imports it, and imports nothing itself:
-the workers of vLLM stay free of it.
+setup() imports nothing of OpenRLHF itself: it patches each module when the process imports it, so
+vLLM's workers do not load OpenRLHF.
 """
 
 import contextlib
@@ -42,12 +42,12 @@ __all__ = ["IncompatibleError", "Report", "patch", "patched", "report", "setup",
 _INTEGRATION = Integration("openrlhf", ("0.11", "0.12"))
 _IGNORED = -100
 
-# Models whose forward does more to the logits than the head: found out by a call.
+# Models whose forward changes the logits after the head, as a call has shown.
 _not_the_head: set[type] = set()
 
 
 def _lm_head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
-    """(the model inside its wrappers, its LM head)."""
+    """The model without its wrappers, and its LM head."""
     while hasattr(model, "module"):
         model = model.module
     if hasattr(model, "get_base_model"):
@@ -66,7 +66,7 @@ def _lm_head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
 
 @contextlib.contextmanager
 def _passing_through(head: nn.Linear) -> Iterator[list[Tensor]]:
-    """The head returns what it is given; the list receives it."""
+    """Makes the head return its input, and records the input in the list."""
     given: list[Tensor] = []
 
     def forward(hidden: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def _actor_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             raise Unsupported("an entropy without the output that carries it")
         require_temperature(self.temperature)
         model, head = _lm_head(self.model)
-        # Checked before the model runs, whose hidden states have the dtype of its parameters.
+        # Check before the model runs; its hidden states will have the dtype of its parameters.
         Head(head.weight.new_empty(0, head.weight.shape[1]), head.weight, head.bias)
 
         packing = self.packing_samples
@@ -118,7 +118,7 @@ def _actor_forward(original: Callable[..., Any]) -> Callable[..., Any]:
                 attention_mask == 0, 1
             )
         if action_mask is not None and ring_attn_group is None:
-            # Of prompts and padding nothing is asked.
+            # Tokens of prompts and padding need no log-probabilities.
             steps = action_mask.shape[1]
             wanted = torch.zeros_like(sequences, dtype=torch.bool)
             wanted[:, -1 - steps : -1] = action_mask != 0
@@ -137,7 +137,7 @@ def _actor_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         logprobs, entropy = Head(given[0], head.weight, head.bias).token_logprobs(
             labels, temperature=float(self.temperature), entropy=return_entropy
         )
-        # Nobody must take the hidden states for logits.
+        # These are hidden states, which no caller must mistake for logits.
         output["logits"] = None
 
         def padded(x: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def _compute_approx_kl(
         raise Unsupported("log-probabilities of two shapes")
     x, base = log_probs, log_probs_base
     if kl_estimator == "k3":
-        # Below -10 the estimate is beyond its own bound, and its slope may overflow.
+        # Below -10 the estimate exceeds its upper bound of 10, and its gradient could overflow.
         x = (log_probs.float() - log_probs_base.float()).clamp(min=-10)
         base = torch.zeros_like(x)
     value = rk.kl_penalty(x, base, estimator=kl_estimator).clamp(-10, 10)
@@ -208,7 +208,7 @@ def _mean(x: Tensor, mask: Tensor) -> Tensor:
 def _normalizer(
     by_token: bool, dp_size: int, tokens: float | None, sequences: float | None
 ) -> float | Tensor | None:
-    """The divisor of OpenRLHF's aggregate_loss; None: of this batch."""
+    """The divisor of OpenRLHF's aggregate_loss; None means this batch's own count."""
     count = tokens if by_token else sequences
     if isinstance(count, int | float) and not count > 0:
         raise Unsupported(f"a global count of {count}")
@@ -260,7 +260,7 @@ def _policy_loss(
         raise Unsupported(str(error)) from error
     loss, metrics = rk.policy_loss(
         log_probs,
-        # Its gspo has the ratio to the rollout where a correction is asked for.
+        # With a correction, OpenRLHF's gspo uses the ratio to the rollout policy.
         rollout_log_probs if corrected and gspo else old_log_probs,
         advantages,
         mask=mask,
@@ -389,16 +389,16 @@ _HOOKS = (
 
 
 def patch() -> Report:
-    """Replaces OpenRLHF's functions in this process, importing the modules that have them.
+    """Replaces OpenRLHF's functions in this process, and imports the modules that have them.
 
-    Idempotent. Raises IncompatibleError, with nothing replaced, for a version or a signature that
-    is not known.
+    Idempotent. Raises IncompatibleError, with nothing replaced, for an unknown version or
+    signature.
     """
     return _INTEGRATION.patch(_HOOKS)
 
 
 def unpatch() -> Report:
-    """Puts OpenRLHF's own functions back; ends what setup() began."""
+    """Restores OpenRLHF's own functions, and ends the patching of setup()."""
     if _FINDER in sys.meta_path:
         sys.meta_path.remove(_FINDER)
     return _INTEGRATION.unpatch()
@@ -410,12 +410,12 @@ def patched() -> contextlib.AbstractContextManager[None]:
 
 
 def report() -> Report:
-    """What is replaced or could be, and the calls that each replacement served or passed on."""
+    """What is replaced or could be, and how many calls were served or passed on."""
     return _INTEGRATION.report(_HOOKS)
 
 
 def setup() -> None:
-    """Patches each module of OpenRLHF when this process imports it: a Ray worker's setup hook."""
+    """The setup hook of Ray workers: patches OpenRLHF's modules when the process imports them."""
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
     _patch_imported()
@@ -428,7 +428,7 @@ def _patch_imported() -> None:
 
 
 class _Loader(importlib.abc.Loader):
-    """Executes a module as its own loader does, then patches it."""
+    """Runs a module's own loader, then patches the module."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader
@@ -445,7 +445,7 @@ class _Loader(importlib.abc.Loader):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    # Packages whose modules are all there when they are.
+    # When these have been imported, so have all modules below them that have hooks.
     modules = ("openrlhf.models", _MAKER)
 
     def find_spec(

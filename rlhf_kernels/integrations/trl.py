@@ -1,12 +1,12 @@
-"""TRL: its LM head and its log-probabilities from logits, by our kernels.
+"""TRL: its LM head and its log-probabilities from logits, computed by our kernels.
 
     from rlhf_kernels.integrations import trl
     trl.patch()
 
-before or after a trainer is built. GRPO, RLOO, DPO, KTO and SFT of TRL >= 1.15 all go through the
-head; trainers with logits (TRL <= 1.14, and the experimental ones) through the functions of logits.
-TRL writes its losses inside its trainers: they stay as they are, and so does RewardTrainer, which
-has no head. Each call that ours cannot serve goes to TRL's function; report() counts them.
+This works before or after a trainer is built. In TRL >= 1.15 GRPO, RLOO, DPO, KTO and SFT use the
+replaced head. Trainers with logits (TRL <= 1.14, and experimental ones) use the replaced functions
+of logits. TRL's losses are part of its trainers and are not replaced, nor is RewardTrainer, which
+has no LM head. TRL's function serves each call that ours cannot serve; report() counts them.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ from ._patch import Hook, IncompatibleError, Integration, Report, Unsupported
 __all__ = ["IncompatibleError", "Report", "patch", "patched", "report", "unpatch"]
 
 _INTEGRATION = Integration("trl", ("1.0", "2.0"))
-# Bytes of logits of the rows whose statistics need a product of their own.
+# Maximum bytes of logits at a time, for the rows whose statistics need logits.
 _STATISTICS_BYTES = 128 * 2**20
 
-# hidden, weight, then the rest: TRL 1.15 and later; 1.13 and 1.14; 1.4 to 1.12.
+# Signatures of the chunked head in TRL 1.15 and later, in 1.13 and 1.14, and in 1.4 to 1.12.
 _HEADS = (
     "ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, "
     "logit_scale, outputs",
@@ -47,13 +47,13 @@ def _check(logits: Tensor, index: Tensor, temperature: float = 1.0) -> None:
 
 
 def _no_label(index: Tensor) -> int:
-    """A label that is no token's. Not the lowest integers, which kernels keep for themselves."""
+    """A label that no token has. The kernels reserve the lowest integers, so it is not one."""
     return torch.iinfo(index.dtype).min // 2
 
 
 def _labels(index: Tensor, row_mask: Tensor | None) -> tuple[Tensor, int]:
-    """(labels, the label of rows to skip)."""
-    # Rows to skip get a label of their own: an index of -100 must stay the error that it is.
+    """The labels, and the label of rows to skip."""
+    # Skipped rows get a label of their own, because an index of -100 must remain an error.
     skipped = _no_label(index)
     return (index if row_mask is None else index.masked_fill(row_mask == 0, skipped)), skipped
 
@@ -86,8 +86,8 @@ def _logprobs_and_entropy(
 
 
 def _chunked_head(original: Any) -> Callable[..., tuple]:
-    """ChunkedLogProbFunction.apply in each of its layouts; chunk_size is a number of words there,
-    and without meaning here."""
+    """ChunkedLogProbFunction.apply with any of its signatures; the chunk_size, a number of
+    vocabulary entries, is ignored."""
     signature = inspect.signature(original.forward)
 
     def apply(*args: Any, **kwargs: Any) -> tuple:
@@ -121,7 +121,7 @@ def _head(
     logit_scale: float,
     outputs: tuple[str, ...],
 ) -> tuple[Tensor | None, ...]:
-    """(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1), None where not asked for."""
+    """(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1), None if not in `outputs`."""
     unknown = set(outputs) - {"log_probs", *_OPTIONAL_OUTPUTS}
     if unknown:
         raise Unsupported(f"output {min(unknown)!r}")
@@ -132,7 +132,7 @@ def _head(
         softcap=softcap,
         logit_scale=logit_scale,
         entropy="entropy" in outputs,
-        # No label stands for a row to skip: TRL passes 0 where there is none.
+        # TRL has no label for rows to skip: it passes 0 for rows without a label.
         ignore_index=_no_label(targets),
     )
     with head.no_autocast(), torch.no_grad():
@@ -152,11 +152,11 @@ def _statistics(
     logprobs: Tensor,
     entropy: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(log_sum_sq_probs, mean_logits, is_top1) of TRL's metrics: what can be had without logits.
+    """(log_sum_sq_probs, mean_logits, is_top1) of TRL's metrics, with as few logits as possible.
 
     The mean of linear logits is a product with the mean of the weight's rows. A label with
-    p > 1/2 is the likeliest word; one with p < exp(-entropy) is not, as the likeliest has at least
-    that. Only the rest is multiplied once more.
+    p > 1/2 is the most likely token. One with p < exp(-entropy) is not, because the most likely
+    token has at least that probability. Logits are computed only for the other rows.
     """
     hidden, weight, bias = head.hidden, head.weight, head.bias
     log_sum_sq = mean = top = None
@@ -186,7 +186,7 @@ def _statistics(
             logits = softcap * torch.tanh(logits / softcap)
         logits /= temperature
         if top is not None:
-            # The first of equals, as in TRL.
+            # argmax returns the first of equal maxima, as in TRL.
             top[part] = logits.argmax(-1) == targets[part]
         if mean is not None and softcap is not None:
             mean[part] = logits.mean(-1)
@@ -196,7 +196,7 @@ def _statistics(
 
 
 def _compact(device: torch.device) -> bool:
-    """Only rows with a label are scored; TRL scores all of them where it has no kernel."""
+    """Always true: our head leaves out rows without a label; TRL's does so only with a kernel."""
     require_kernels(device)
     return True
 
@@ -204,8 +204,8 @@ def _compact(device: torch.device) -> bool:
 _UTILS = "trl.trainer.utils"
 _HOOKS = (
     Hook(_UTILS, "_ChunkedLogProbFunction", _HEADS, _chunked_head, makes_ours=True),
-    # Asked there whether the head leaves out rows without a label. Elsewhere it chooses TRL's
-    # kernels.
+    # In this module TRL asks whether the head leaves out rows without a label. In other modules the
+    # function selects TRL's kernels, so it is not replaced there.
     Hook(_UTILS, "_use_triton", ("device",), _compact, everywhere=False),
     Hook(
         _UTILS,
@@ -231,16 +231,16 @@ _HOOKS = (
 
 
 def patch() -> Report:
-    """Replaces what this version of TRL has of the head and the functions of logits.
+    """Replaces the LM head and the functions of logits, as far as this version of TRL has them.
 
-    Idempotent. Raises IncompatibleError, with nothing replaced, for a version or a signature that
-    is not known.
+    Idempotent. Raises IncompatibleError, with nothing replaced, for an unknown version or
+    signature.
     """
     return _INTEGRATION.patch(_HOOKS)
 
 
 def unpatch() -> Report:
-    """Puts TRL's own functions back."""
+    """Restores TRL's own functions."""
     return _INTEGRATION.unpatch()
 
 
@@ -250,5 +250,5 @@ def patched() -> contextlib.AbstractContextManager[None]:
 
 
 def report() -> Report:
-    """What is replaced or could be, and the calls that each replacement served or passed on."""
+    """What is replaced or could be, and how many calls were served or passed on."""
     return _INTEGRATION.report(_HOOKS)

@@ -1,15 +1,15 @@
 """verl: advantages in the driver, log-probabilities and entropy in the workers, policy losses.
 
-verl computes in Ray workers, so ours must be there in every process. Its plug-in hook does that:
+verl computes in Ray workers, so every process has to be patched. verl's plug-in hook does this:
 
     export VERL_USE_EXTERNAL_MODULES=rlhf_kernels.integrations.verl_plugin
 
-or, where this package is installed, its entry point in "verl.plugins" with RLHF_KERNELS_VERL=1.
-patch() does the same for one process.
+If this package is installed, RLHF_KERNELS_VERL=1 does it through the entry point "verl.plugins".
+patch() patches one process.
 
 The policy losses are registered as rk_vanilla, rk_gspo, rk_sapo, rk_gpg and rk_cispo
-(`actor.policy_loss.loss_mode=rk_vanilla`); patch(losses=True) or RLHF_KERNELS_VERL=losses also puts
-them, and the value loss, in the place of verl's.
+(`actor.policy_loss.loss_mode=rk_vanilla`); patch(losses=True) or RLHF_KERNELS_VERL=losses also
+replaces verl's policy losses and its value loss.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ _FUNCTIONS = "verl.utils.torch_functional"
 
 
 def _spread(per_sequence: Tensor, mask: Tensor) -> Tensor:
-    """[B] over the kept tokens of mask [B, T], 0 elsewhere."""
+    """Values [B] of sequences, copied to the kept tokens of mask [B, T]; 0 elsewhere."""
     return torch.where(mask != 0, per_sequence.unsqueeze(-1), 0)
 
 
@@ -61,7 +61,7 @@ def _gae(
 ) -> tuple[Tensor, Tensor]:
     _require_rewards(token_level_rewards, response_mask)
     require_floating(values=values)
-    # A tensor or a number there.
+    # verl passes numbers or tensors.
     gamma, lam = float(gamma), float(lam)
     if not (0 <= gamma <= 1 and 0 <= lam <= 1):
         raise Unsupported("gamma or lam outside [0, 1]")
@@ -70,7 +70,7 @@ def _gae(
 
 
 def _group_ids(index: Any, device: torch.device) -> Tensor:
-    """Groups [B] as integers; `index` holds any hashable labels, verl's are strings."""
+    """Numbers the groups, [B]; `index` holds hashable labels, which are strings in verl."""
     numbers: dict[Any, int] = {}
     labels = index.tolist() if isinstance(index, Tensor) else index
     ids = [numbers.setdefault(label, len(numbers)) for label in labels]
@@ -80,9 +80,9 @@ def _group_ids(index: Any, device: torch.device) -> Tensor:
 def _group_scores(
     rewards: Tensor, mask: Tensor, index: Any, alone: float = 1.0, **options: Any
 ) -> Tensor:
-    """Advantages [B, T] of the sequences' summed rewards; `alone`: of a group of one, per score.
+    """Advantages [B, T] of the summed rewards; `alone` divides the score of a group of one.
 
-    A group of one has no baseline: here that is advantage 0, in these estimators of verl not.
+    A group of one has no baseline. Our operation gives it advantage 0, verl its score.
     """
     _require_rewards(rewards, mask)
     if len(index) != rewards.shape[0]:
@@ -140,8 +140,8 @@ def _reinforce_plus_plus(
 
 def _logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
     require_logits(logits, labels)
-    # verl asks for this wherever nothing else needs the logits; with flash-attn on a GPU it
-    # then has them overwritten, elsewhere it never does.
+    # verl sets inplace_backward whenever nothing else needs the logits. They are then overwritten
+    # on a GPU with flash-attn, but nowhere else.
     inplace = (
         inplace_backward
         and logits.is_cuda
@@ -180,7 +180,7 @@ def _policy_config(loss_mode: str, options: _PolicyOptions) -> rk.PolicyLossConf
 
 
 def _normalizer(loss_agg_mode: str, mask: Tensor, info: dict[str, Any]) -> float | Tensor | None:
-    """The divisor that verl's agg_loss has: of the step where it knows that, else of this batch."""
+    """The divisor of verl's agg_loss: the whole step's if verl knows it, else this batch's."""
     dp_size = info.get("dp_size") or 1
     if loss_agg_mode == "token-sum":
         return 1 / dp_size
@@ -229,7 +229,7 @@ def _policy_loss(loss_mode: str) -> Callable[..., Any]:
             "tau_neg": config.tau_neg,
         }
         if rollout_is_weights is not None:
-            # Every objective is linear in the size of an advantage, and a weight is >= 0.
+            # Every objective is linear in the magnitude of an advantage, and weights are >= 0.
             advantages = advantages * rollout_is_weights
         try:
             preset = _policy_config(loss_mode, tuple(options.items()))
@@ -246,7 +246,7 @@ def _policy_loss(loss_mode: str) -> Callable[..., Any]:
         )
         if loss_mode == "gpg":
             return loss, {}
-        # The one host synchronisation; verl has three.
+        # This is the only host synchronisation; verl has three.
         m = metrics.as_dict()
         return loss, {
             "actor/pg_clipfrac": m["clip_frac_low"] + m["clip_frac_high"],
@@ -306,7 +306,7 @@ _HOOKS = (
         _gae,
         required=True,
     ),
-    # The estimators that loop over sequences or tokens; verl's vectorised ones are as fast as ours.
+    # These estimators loop over sequences or tokens in verl. Its others are as fast as ours.
     _algorithm(
         "compute_grpo_outcome_advantage",
         (f"{_GROUPS}, norm_adv_by_std_in_grpo, config",),
@@ -366,8 +366,8 @@ def _hooks(losses: bool) -> Sequence[Hook]:
 def patch(*, losses: bool = False) -> Report:
     """Replaces verl's functions in this process and registers our policy losses.
 
-    Idempotent. Raises IncompatibleError, with nothing replaced, for a version or a signature that
-    is not known.
+    Idempotent. Raises IncompatibleError, with nothing replaced, for an unknown version or
+    signature.
 
     Args:
         losses: also replace verl's own policy losses and its value loss.
@@ -377,7 +377,7 @@ def patch(*, losses: bool = False) -> Report:
     registry = algorithms.POLICY_LOSS_REGISTRY
     for mode in _MODES:
         name = f"rk_{mode}"
-        # What theirs was before any replacement: it serves what ours cannot.
+        # verl's own function, from before any replacement, serves the calls that ours cannot.
         original = _INTEGRATION.original(f"{_ALGORITHMS}.compute_policy_loss_{mode}")
         ours = _INTEGRATION.dispatcher(name, original, _policy_loss(mode))
         _INTEGRATION.add(f"{_ALGORITHMS}.POLICY_LOSS_REGISTRY[{name!r}]", registry, name, ours)
@@ -385,7 +385,7 @@ def patch(*, losses: bool = False) -> Report:
 
 
 def unpatch() -> Report:
-    """Puts verl's own functions back and takes our policy losses out of its registry."""
+    """Restores verl's own functions and removes our policy losses from its registry."""
     return _INTEGRATION.unpatch()
 
 
@@ -395,5 +395,5 @@ def patched(*, losses: bool = False) -> contextlib.AbstractContextManager[None]:
 
 
 def report() -> Report:
-    """What is replaced or could be, and the calls that each replacement served or passed on."""
+    """What is replaced or could be, and how many calls were served or passed on."""
     return _INTEGRATION.report(_hooks(True))

@@ -1,7 +1,7 @@
 """Patches verl in a process that imports it; for VERL_USE_EXTERNAL_MODULES and "verl.plugins".
 
-Every Ray worker imports verl, and verl imports this. Inert where neither VERL_USE_EXTERNAL_MODULES
-names this module nor RLHF_KERNELS_VERL is 1 or losses: installing the package changes nothing.
+Every Ray worker imports verl, and verl imports this module. It does nothing unless
+VERL_USE_EXTERNAL_MODULES names it or RLHF_KERNELS_VERL is 1 or losses.
 """
 
 import logging
@@ -18,6 +18,6 @@ if _SWITCH != "0" or _NAMED:
     try:
         verl.patch(losses=_SWITCH == "losses")
     except verl.IncompatibleError:
-        # verl drops what its plug-ins raise.
+        # verl ignores exceptions of its plug-ins, so log this one.
         logging.getLogger(__name__).exception("rlhf_kernels: verl is not patched")
         raise
