@@ -1,4 +1,4 @@
-"""The benchmarks: `python -m benchmarks.run`, and what README.md of this folder lists."""
+"""The benchmarks; README.md in this folder lists its programs, such as `benchmarks.run`."""
 
 import argparse
 from pathlib import Path
@@ -8,12 +8,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Of a program whose help is its docstring as it stands."""
+    """A parser whose help shows the description with its line breaks."""
     kind = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(description=description, formatter_class=kind)
 
 
 def divided(words: list[str]) -> tuple[list[str], list[str]]:
-    """A program's own arguments, and pytest's, which follow "--"."""
+    """A program's own arguments, and those for pytest after "--"."""
     at = words.index("--") if "--" in words else len(words)
     return words[:at], words[at + 1 :]

@@ -1,6 +1,6 @@
 """Runs the benchmark suite and writes results/<name>.json, <name>.md and <name>.svg.
 
-Without a name the results are called after the machine. Arguments behind "--" go to pytest:
+The default name is that of the machine. Arguments after "--" go to pytest:
 `python -m benchmarks.run gae-only -- -k gae`.
 """
 
@@ -17,7 +17,7 @@ from . import RESULTS, ROOT, divided, make_parser
 
 
 def cpu_model() -> str:
-    """The CPU as the system calls it."""
+    """The name of the CPU according to the system."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     found = re.search(r"model name\s*:\s*(.+)", text)
@@ -25,7 +25,7 @@ def cpu_model() -> str:
 
 
 def default_name(device: str, quick: bool) -> str:
-    """<CPU model or device>-<cores>, with "quick" in front where shapes are small."""
+    """<CPU model or device>-<cores>, preceded by "quick" for small shapes."""
     model = cpu_model() if device == "cpu" else device
     model = re.sub(r"\((R|TM)\)|processor|cpu @.*", "", model, flags=re.IGNORECASE)
     words = re.findall(r"[a-z0-9]+", model.lower()) or [platform.machine()]
@@ -36,7 +36,7 @@ def default_name(device: str, quick: bool) -> str:
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """`new` and those points of `old` that it did not measure; ValueError if machines differ."""
+    """`new` and the points of `old` that it lacks; ValueError if the machines differ."""
     machine, commit = new["machine_info"], new["commit_info"]
     for key, value in old["machine_info"].items():
         if key != "full" and value != machine.get(key):
@@ -67,7 +67,7 @@ def main() -> int:
     name = args.name or default_name(args.device, args.quick)
     json_file = args.out.resolve() / f"{name}.json"
     adds = args.add and json_file.exists()
-    # What lies there is of an earlier run, and must not pass for this one's.
+    # A file of an earlier run must not be mistaken for the result of this one.
     fresh = json_file.with_suffix(".part.json") if adds else json_file
     fresh.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "benchmarks/points", "--device", args.device]
@@ -77,9 +77,9 @@ def main() -> int:
     for option in ("backend", "providers"):
         value = getattr(args, option)
         command += [f"--{option}", value] if value else []
-    # Without PYTEST_*: started from a pytest-xdist worker, pytest-benchmark would measure nothing.
+    # PYTEST_* is removed: in a pytest-xdist worker pytest-benchmark would measure nothing.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    # Peers must find nothing to download.
+    # Peers must not download anything.
     environment["HF_HUB_OFFLINE"] = "1"
     status = subprocess.run([*command, *rest], cwd=ROOT, env=environment).returncode
     if not fresh.exists():

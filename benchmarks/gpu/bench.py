@@ -1,4 +1,4 @@
-"""The benchmark suite on a GPU, in two parts of `gpu_check`: ours alone, then beside the peers."""
+"""The benchmark suite in `gpu_check`, as two parts: ours alone, and ours beside its peers."""
 
 import json
 from pathlib import Path
@@ -6,24 +6,24 @@ from typing import Any
 
 from .process import SKIPPED, Result, Run, kernel_backends, missing, status
 
-# What has most at stake first, since time may run out; a point of the head takes the longest.
+# The most important files come first, because time may run out; the head's points take longest.
 BENCH_FILES = tuple("logprobs kl advantages policy head value support preference".split())
-# A point of ours has 20 rounds at least, of a few milliseconds.
+# Even then each point has at least 20 rounds of a few milliseconds.
 OURS_SECONDS = 0.5
-#: The shapes on which peers are compared: logits 8192×151936 and two of 4096×131072, the head of
+#: Peers are compared on these shapes: logits 8192×151936 and two of 4096×131072, the head of
 #: 8192×4096×151936, rows of 131,072 tokens.
 PEER_FILES = ("logprobs", "head", "kl", "advantages")
 PEER_POINTS = (
     "gpu-bf16 and (test_token_logprobs or test_linear_policy_loss or test_kl_divergence)"
     " or test_gae and gpu-16x131072"
 )
-# One file: importing the peers of all takes longer than everything else in a dry run.
+# A single file, because importing the peers of all files takes most of a dry run.
 _DRY_FILES = ("kl",)
 _DRY = ("--quick", "-k", "kl_penalty")
 
 
 def records(file: Path, *, failed: bool = True) -> list[dict[str, Any]]:
-    """Points measured so far; the others, and without `failed` those that failed, are dropped."""
+    """The points measured so far, without failed ones unless `failed`; rewrites the file so."""
     if not file.exists():
         return []
     found = []
@@ -31,7 +31,7 @@ def records(file: Path, *, failed: bool = True) -> list[dict[str, Any]]:
         try:
             point = json.loads(line)
         except json.JSONDecodeError:
-            # Cut off while it was written: that point is measured again.
+            # The line was cut off while it was written; its point is measured again.
             continue
         if failed or not point["failed"]:
             found.append(point)
@@ -40,7 +40,7 @@ def records(file: Path, *, failed: bool = True) -> list[dict[str, Any]]:
 
 
 def command(run: Run, files: tuple[str, ...], backend: str, file: Path) -> list[str]:
-    """pytest over points of a GPU, which appends each to `file` as it ends."""
+    """The pytest command for GPU points; pytest appends each finished point to `file`."""
     arguments = ["-m", "pytest", *(f"benchmarks/points/{n}.py" for n in files)]
     arguments += ["--points", "gpu", "--device", run.device, "--records", str(file)]
     arguments += ["-p", "no:cacheprovider", "--tb=short", "-v", "--benchmark-disable-gc"]
@@ -48,7 +48,7 @@ def command(run: Run, files: tuple[str, ...], backend: str, file: Path) -> list[
 
 
 def _measured(run: Run, name: str, arguments: dict[str, list[str]]) -> Result:
-    """Runs pytest with the arguments of each backend; the first of two leaves the other a share."""
+    """Runs pytest with the arguments of each backend, and shares the time between backends."""
     reason = missing("pytest", "pytest_benchmark")
     if reason:
         return {"status": SKIPPED, "reason": reason}
@@ -61,17 +61,17 @@ def _measured(run: Run, name: str, arguments: dict[str, list[str]]) -> Result:
             continue
         share = run.left() / (len(arguments) - i)
         log = f"{name}-{backend}.log"
-        # Wide, so that the summary gives reasons in full.
+        # The terminal is wide, so that pytest's summary does not cut reasons.
         code = run.python(log, *words, seconds=share, COLUMNS="300")
         codes.append(code)
-        # Those that raised before they were measured are in no record.
+        # Points that raised before they were measured have no record.
         found = [x for x in run.lines(log) if x.startswith(("FAILED ", "ERROR "))]
         failures += found or ([run.tail(log, 5)] if code else [])
     return {"status": status(*codes), "points": records(file), "failures": failures}
 
 
 def part_ours(run: Run) -> Result:
-    """Ours beside the machine's copy rate, every shape of a GPU, on both backends."""
+    """Measures ours and the machine's copy rate, on every GPU shape and both backends."""
     backends = ["triton"] if run.dry else kernel_backends(run)
     files = _DRY_FILES if run.dry else BENCH_FILES
     file = run.out / "ours-points.jsonl"
@@ -80,7 +80,7 @@ def part_ours(run: Run) -> Result:
 
 
 def part_peers(run: Run) -> Result:
-    """Ours beside everybody else who is installed, on the shapes that matter."""
+    """Measures ours beside all installed peers, on the most important shapes."""
     backend = "triton" if run.dry else kernel_backends(run)[0]
     file = run.out / "peers-points.jsonl"
     files, chosen = PEER_FILES, ["-k", PEER_POINTS]
@@ -90,7 +90,7 @@ def part_peers(run: Run) -> Result:
 
 
 def part_launches(run: Run) -> Result:
-    """How many launches each operation takes."""
+    """Counts the launches of each operation."""
     file = run.out / "launches-counts.json"
     words = ["-m", "benchmarks.studies.launches", "--device", run.device, "--out", str(file)]
     code = run.python("launches.log", *words)

@@ -1,18 +1,18 @@
-"""Everything that needs a GPU, in parts that can be repeated: `make gpu-check OUT=dir`.
+"""Runs every check that needs a GPU, in parts that can be repeated: `make gpu-check OUT=dir`.
 
     python -m benchmarks.gpu.check --out dir [--device cuda] [--parts tests,ours] [--limit 590]
 
-Parts, in the order of what we most need to know: build, compile, env, smoke, ours, ncu, peers,
-sanitizer, launches, tests. Each has its own limit of seconds, and the last one what is left of
---limit. A part that finished is not run again unless --parts names it; one that was cut off goes
-on. OUT gets a log and a JSON of each part, and report.json and report.md; after each part the
-report and an archive of all that there is are put whole into --results (default: OUT/results), so
-that a machine that is taken away takes the running part alone. Exit status 1: something failed or
-is not finished; 2: there is no such device.
+The parts, most important first, are build, compile, env, smoke, ours, ncu, peers, sanitizer,
+launches and tests. Each has its own limit in seconds; the last one gets the rest of --limit. A
+finished part does not run again unless --parts names it; an interrupted one continues. OUT gets a
+log and a JSON file of each part, and report.json and report.md. After each part, the report and an
+archive of all files are written atomically to --results (default: OUT/results), so that losing the
+machine loses only the part that was running. Exit status 1: something failed or is unfinished; 2:
+there is no such device.
 
-The running interpreter is used as it is. --wheels DIR adds the packages that it lacks (peers,
-pytest-xdist, hypothesis) from wheels, without a network. What `make gpu-extensions` built elsewhere
-is taken instead of compiling, where it fits.
+The running interpreter is not changed. --wheels DIR adds missing packages (peers, pytest-xdist,
+hypothesis) from wheels, without network access. Extensions from `make gpu-extensions` on another
+machine are used instead of compiling, if they fit.
 """
 
 import datetime
@@ -49,18 +49,18 @@ from .process import (
 )
 from .sanitizer import part_sanitizer
 
-# Seconds to end with: stopping what was cut off, and the report.
+# Seconds reserved for stopping interrupted processes and writing the report.
 RESERVE = 15
-# Operation tests; the others are about the CPU, the package or the trainer.
+# Tests of operations; the other tests cover the CPU, the package or the trainer.
 _OPERATION_TESTS = (
     "logprobs logprobs_rules policy policy_rules policy_masks kl advantages advantages_rules value "
     "preference support support_rules tiles token_loads extremes fp16 empty interface missing meta "
     "masks"
 ).split()
 TEST_FILES = ("head/test_head", "head/test_cases", *(f"ops/test_{n}" for n in _OPERATION_TESTS))
-# Processes of pytest on one GPU: compiling is most of the time, and that is the CPU's.
+# Processes of pytest on one GPU: most of the time is compilation, which runs on the CPU.
 WORKERS = 12
-# A few of each file.
+# Selects a few tests of each file.
 DRY_TESTS = "triton and (poisons and temperature or empty_batch or infinite)"
 # Compute capabilities that tools/triton_aot.py compiles for.
 AHEAD_OF_TIME = ("80", "90", "100")
@@ -69,7 +69,7 @@ AHEAD_OF_TIME = ("80", "90", "100")
 
 
 def device_facts(device: str) -> dict[str, Any]:
-    """The device, its driver and its memory rates, each a median of 20 with a cold cache."""
+    """The device, its driver and its memory rates, medians of 20 measurements with cold caches."""
     import torch
 
     from ..harness.clocks import once, timer
@@ -86,7 +86,7 @@ def device_facts(device: str) -> dict[str, Any]:
         for key in ("major", "minor", "multi_processor_count", "L2_cache_size", "gcnArchName"):
             if hasattr(properties, key):
                 facts[key] = getattr(properties, key)
-        # Room for the source, its copy and the buffer that empties the cache.
+        # The source, its copy and the buffer that empties the cache have to fit.
         if properties.total_memory < 6 << 30:
             size >>= 2
     source = torch.rand(size // 4, device=d)
@@ -107,7 +107,7 @@ def _output(*command: str) -> str | None:
 
 
 def _capability(run: Run) -> str | None:
-    """Of a CUDA device, as in "90"; None of another."""
+    """The compute capability of a CUDA device, as in "90"; None for other devices."""
     if not run.device.startswith("cuda"):
         return None
     ask = "import sys, torch; print(*torch.cuda.get_device_capability(sys.argv[1]), sep='')"
@@ -119,7 +119,7 @@ def _capability(run: Run) -> str | None:
 
 
 def part_build(run: Run) -> Result:
-    """The extensions beside their sources: those prebuilt, or compiled for this very device."""
+    """Installs the prebuilt extensions, or compiles them for this device."""
     if run.dry:
         return {"status": SKIPPED, "reason": "a dry run takes it as it is"}
     arch = _capability(run)
@@ -132,7 +132,7 @@ def part_build(run: Run) -> Result:
         return {"status": SKIPPED, "reason": absent, "said": [reason]}
     variables = {"RLHF_KERNELS_CUDA": "0"}
     if run.device.startswith("cuda"):
-        # Where there is a compiler, its failure is one. Where there is none, what is built serves.
+        # With nvcc, a failing CUDA build is an error. Without nvcc, an existing build is used.
         nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
         variables = {"RLHF_KERNELS_CUDA": "1" if nvcc else ""}
         if arch is not None:
@@ -146,11 +146,11 @@ def part_build(run: Run) -> Result:
 def part_env(run: Run) -> Result:
     doctor_file = run.out / "env-doctor.log"
     doctor = run.python("env-doctor.log", "-m", "rlhf_kernels", "--json")
-    # Warnings may stand before the report.
+    # The output may have warnings before the report.
     text = doctor_file.read_text()
     found = json.loads(text[text.index("{") :]) if "{" in text else None
     facts_file = run.out / "env-device.json"
-    # In a process of its own: this one must not hold memory of the device.
+    # Runs in a separate process, because this one must not hold device memory.
     code = (
         "import json, sys; from benchmarks.gpu.check import device_facts; "
         "json.dump(device_facts(sys.argv[1]), open(sys.argv[2], 'w'))"
@@ -175,20 +175,20 @@ def part_env(run: Run) -> Result:
 
 
 def part_compile(run: Run) -> Result:
-    """Triton's cache on disk, filled by all cores at once: what the later parts then only load."""
+    """Compiles all Triton kernels into the cache on disk, on all cores, for the later parts."""
     arch = _capability(run)
     if run.dry or arch not in AHEAD_OF_TIME:
         return {"status": SKIPPED, "reason": f"compiled as they are called: device {arch}"}
     words = ["-m", "tools.triton_aot", "--target", f"sm_{arch}"]
     words += ["--processes", str(os.cpu_count() or 1)]
-    # Cut off, it has filled the cache with what it came to.
+    # If it is interrupted, the cache keeps what has been compiled.
     code = run.python("compile.log", *words)
     failures = [] if code in (0, None) else [run.tail("compile.log", 5)]
     return {"status": status(code), "failures": failures}
 
 
 def part_smoke(run: Run) -> Result:
-    """Every operation on every backend against fp64, small."""
+    """Compares every operation on every backend with fp64, on small inputs."""
     backends = ["triton"] if run.dry else kernel_backends(run)
     file = run.out / "smoke.jsonl"
     file.unlink(missing_ok=True)
@@ -251,7 +251,7 @@ def _pytest(run: Run, name: str, *arguments: str, needs: tuple[str, ...] = ()) -
     try:
         return result | read_junit(file)
     except (OSError, ElementTree.ParseError):
-        # Cut off, or it broke before the first test: the log has what there is.
+        # pytest was interrupted or failed before the first test; read its log instead.
         pass
     lines = run.lines(f"{name}.log")
     failed = [x for x in lines if " FAILED" in f" {x}"]
@@ -261,29 +261,29 @@ def _pytest(run: Run, name: str, *arguments: str, needs: tuple[str, ...] = ()) -
 
 
 def part_tests(run: Run) -> Result:
-    """What only a GPU can show, then every operation's tests on it, until the time is up."""
+    """Runs the tests that need a GPU, then all tests of operations, until the time is up."""
     arguments = ["tests/kernels/test_gpu.py", *(f"tests/{name}.py" for name in TEST_FILES)]
     arguments += ["-m", "not slow"]
     if run.dry:
         arguments = ["tests/kernels/test_gpu.py", "tests/ops/test_logprobs.py", "-k", DRY_TESTS]
     elif importlib.util.find_spec("xdist") is not None:
-        # By group: tests that fill the memory are not run beside each other.
+        # Tests that fill the memory are in one group, and must not run at the same time.
         arguments += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "loadgroup"]
     return _pytest(run, "tests", *arguments, needs=("hypothesis",))
 
 
 class Part(NamedTuple):
-    """A part and its limit in seconds; 0 where it takes what is left."""
+    """A part and its limit in seconds; a limit of 0 means the remaining time."""
 
     run: Callable[[Run], Result]
     limit: float
 
 
-# By what would be missed most: the machine may be taken away. All limits together stay below ten
-# minutes even where everything has to be compiled.
+# The most important parts come first, because the machine may be lost. All limits together stay
+# below ten minutes even if everything has to be compiled.
 PARTS = {
     "build": Part(part_build, 90),
-    # Before the doctor, whose check would compile one kernel after another.
+    # This precedes the doctor, whose check would compile the kernels one by one.
     "compile": Part(part_compile, 40),
     "env": Part(part_env, 30),
     "smoke": Part(part_smoke, 60),
@@ -297,29 +297,29 @@ PARTS = {
 
 
 def load(out: Path) -> dict[str, Result]:
-    """Results of the parts that were run, by name."""
+    """The results of finished parts, by name."""
     files = {name: out / f"{name}.json" for name in PARTS}
     return {name: json.loads(f.read_text()) for name, f in files.items() if f.exists()}
 
 
 def run_part(run: Run, name: str) -> Result:
-    """Runs a part within its limit and keeps its result, whatever happens."""
+    """Runs a part within its limit, and stores its result even if it is interrupted."""
     part = PARTS[name]
     started = time.monotonic()
     end = run.deadline - RESERVE
     limit = DRY_SECONDS if run.dry else part.limit
     run.ends = min(end, started + limit) if limit else end
     print(f"{name}: at most {run.left():.0f} s", flush=True)
-    # What is kept of it where it is interrupted.
+    # This result is stored if the part is interrupted.
     result: Result = {"status": CUT, "failures": ["interrupted"]}
     try:
         result = part.run(run)
     except Exception as error:
-        # A broken part must not take the others with it.
+        # An error in one part must not stop the others.
         result = {"status": FAILED, "failures": [f"{type(error).__name__}: {error}"]}
     finally:
         result["seconds"] = round(time.monotonic() - started, 1)
-        # Parts may be run on different days.
+        # Parts may run at different commits.
         result["commit"] = _output("git", "rev-parse", "HEAD")
         keep.write_text(run.out / f"{name}.json", json.dumps(result, indent=1))
     print(f"{name}: {result['status']} in {result['seconds']} s", flush=True)
@@ -329,7 +329,7 @@ def run_part(run: Run, name: str) -> Result:
 
 
 def publish(run: Run) -> None:
-    """Report and archive of what there is now, whole."""
+    """Writes the report and the archive of the results so far."""
     from ..reports import gpu as report
 
     report.write(load(run.out), run.out, quick=run.dry)
@@ -374,7 +374,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{name}: no time left; run this again", flush=True)
                 continue
             run_part(run, name)
-            # Now, since the next part may take this process with it.
+            # Publish after every part, because the next one may end this process.
             publish(run)
     finally:
         publish(run)
@@ -385,7 +385,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def terminated(*_: Any) -> None:
-    """Ends this as an interruption does, so that what it started ends too."""
+    """Exits on a signal in the same way as on an interrupt, so that child processes end too."""
     sys.exit(143)
 
 

@@ -1,33 +1,33 @@
-"""Results that outlive a machine that is taken away: written whole, in few files."""
+"""Keeps results although the machine may be lost: few files, written atomically."""
 
 import os
 import tarfile
 from pathlib import Path
 
-# Of one log in the archive: its end, where it is longer.
+# The archive has at most this many bytes of a log, from its end.
 LOG_BYTES = 2 << 20
-#: What `publish` writes.
+#: The files that `publish` writes.
 PUBLISHED = ("report.md", "report.json", "logs.tar.gz")
 
 
 def replace(file: Path, part: Path) -> None:
-    """Puts `part` in the place of `file` at once: whoever reads finds the old one or the new."""
+    """Renames `part` to `file` atomically: readers find the old file or the new one."""
     with part.open("rb") as written:
         os.fsync(written.fileno())
     os.replace(part, file)
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file atomically."""
     part = file.with_name(file.name + ".part")
     part.write_text(text)
     replace(file, part)
 
 
 def publish(work: Path, results: Path) -> None:
-    """Copies the report to `results` and packs all logs and results of `work` beside it.
+    """Copies the report to `results`, and packs all logs and results of `work` beside it.
 
-    Folders in `work` (wheels) are left out, and so is what is half written.
+    Folders in `work` (wheels) and unfinished files are left out.
     """
     results.mkdir(parents=True, exist_ok=True)
     archive = results / PUBLISHED[-1]
@@ -43,7 +43,7 @@ def publish(work: Path, results: Path) -> None:
 
 def _add(packed: tarfile.TarFile, file: Path) -> None:
     with file.open("rb") as source:
-        # A log may grow while it is packed: the header's size is what is read.
+        # A log may grow while it is packed, but exactly the size in the header must be read.
         size = os.fstat(source.fileno()).st_size
         source.seek(max(0, size - LOG_BYTES))
         entry = tarfile.TarInfo(file.name)

@@ -1,4 +1,4 @@
-"""Hardware counters of the main kernels by Nsight Compute: the part `ncu` of `gpu_check`."""
+"""Hardware counters of the main kernels from Nsight Compute: the part `ncu` of `gpu_check`."""
 
 import csv
 import io
@@ -8,7 +8,7 @@ from typing import Any
 
 from .process import DONE, FAILED, SKIPPED, Result, Run, find_tool, kernel_backends, status
 
-#: Metric -> what the report calls it. Sectors are of 32 bytes.
+#: Metric -> its name in the report. A sector has 32 bytes.
 METRICS = {
     "gpu__time_duration.sum": "ns",
     "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue %",
@@ -23,19 +23,19 @@ METRICS = {
     "smsp__inst_executed.sum": "warp instructions",
 }
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis")
-#: Calls of `profiled.py`: six kernels, those of two calls forward and backward.
+#: Calls of `profiled.py`. They run six kernels, because two of them have a backward pass.
 CALLS = ("token_logprobs", "gae", "kl_divergence", "policy_loss")
-# What it says where a machine does not let it read counters.
+# Messages of ncu on machines that do not permit counters.
 _REFUSED = ("ERR_NVGPUCTRPERM", "LibraryNotLoaded", "Failed to initialize", "not supported")
 
 
 def kernels(text: str) -> list[dict[str, Any]]:
-    """Name and METRICS of each kernel in ncu's raw CSV; a metric that is not there is None."""
+    """The name and METRICS of each kernel in ncu's raw CSV; a missing metric is None."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     found = []
     for row in csv.DictReader(io.StringIO("\n".join(lines[start:]))):
-        # The first is of units; what it says after the table has no such columns.
+        # Skip the row of units, and messages after the table.
         if not (row["ID"] or "").isdigit() or row.get("Kernel Name") is None:
             continue
         values = {name: _number(row.get(metric)) for metric, name in METRICS.items()}
@@ -51,7 +51,7 @@ def _number(text: str | None) -> float | None:
 
 
 def short_name(kernel: str) -> str:
-    """Of a kernel: without types, templates and namespaces."""
+    """The name of a kernel without types, templates and namespaces."""
     name = re.sub(r"<unnamed>::|\(anonymous namespace\)::", "", kernel)
     name = re.sub(r"[<(].*", "", name)
     return name.split()[-1].rpartition("::")[2] if name.split() else kernel
@@ -69,11 +69,11 @@ def _command(run: Run, tool: str | None, call: str, backend: str, table: str) ->
 
 
 def part_ncu(run: Run) -> Result:
-    """Memory workload, issue utilisation and L2 sectors of six kernels; one process a call."""
+    """Memory workload, issue utilisation and L2 sectors of six kernels; one process per call."""
     tool = find_tool(run, "ncu")
     backend = kernel_backends(run)[0]
     if run.device == "cpu":
-        # Nothing to count, but the calls must work.
+        # A CPU has no counters, but the calls must work.
         words = _command(run, None, CALLS[-1], backend, "")
         code = run.python("ncu-plain.log", *words)
         if code != 0:

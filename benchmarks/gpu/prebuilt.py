@@ -1,11 +1,11 @@
-"""Native extensions built on one machine for another: `make gpu-extensions`, and what takes them.
+"""Builds the native extensions for another machine: `make gpu-extensions`.
 
     python -m benchmarks.gpu.prebuilt [--archs 90]
 
-compiles `_cpu` and `_cuda` for the Python that runs this into build/gpu-extensions, beside a hash
-of their sources. Where `make gpu-check` finds that folder, with the same sources, a Python of the
-same version and a device of one of these architectures, it copies them and compiles nothing.
-Needs setuptools, pybind11, GCC or Clang and nvcc; neither torch nor a GPU.
+compiles `_cpu` and `_cuda` for the running Python into build/gpu-extensions, and adds a hash of
+their sources. `make gpu-check` copies the extensions instead of compiling, if their sources, the
+version of Python and the architecture of the device match. This needs setuptools, pybind11, GCC or
+Clang and nvcc, but neither torch nor a GPU.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ NAMES = ("_cpu", "_cuda")
 
 
 def sources_hash(root: Path = ROOT) -> str:
-    """SHA-256 over names and bytes of all that the extensions are compiled from."""
+    """The SHA-256 hash of names and contents of all files that the extensions are compiled from."""
     found = hashlib.sha256()
     for file in [root / "setup.py", *sorted((root / "csrc").rglob("*"))]:
         if file.is_file():
@@ -35,15 +35,15 @@ def sources_hash(root: Path = ROOT) -> str:
 
 
 def file_names() -> list[str]:
-    """Names of both extensions for this Python: version and platform are in them."""
+    """The file names of both extensions for this Python, with its version and platform."""
     return [name + sysconfig.get_config_var("EXT_SUFFIX") for name in NAMES]
 
 
 def build(archs: str, folder: Path = FOLDER) -> None:
-    """Compiles both; the hash is written last, so that a broken build does not count.
+    """Compiles both extensions; the hash is written last, so that a failed build is ignored.
 
     Raises:
-        subprocess.CalledProcessError: the compiler failed; it has said why.
+        subprocess.CalledProcessError: the compiler failed and has printed the reason.
     """
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder)]
@@ -59,9 +59,9 @@ def build(archs: str, folder: Path = FOLDER) -> None:
 
 
 def refusal(arch: str | None, folder: Path = FOLDER, root: Path = ROOT) -> str | None:
-    """Why what lies in `folder` does not serve here, or None.
+    """Why the extensions in `folder` cannot be used here, or None.
 
-    arch: of the device, as in "90"; None where it is no CUDA device.
+    arch: compute capability of the device, as in "90"; None without a CUDA device.
     """
     file = folder / "stamp.json"
     if not file.is_file():
@@ -78,12 +78,12 @@ def refusal(arch: str | None, folder: Path = FOLDER, root: Path = ROOT) -> str |
 
 
 def install(folder: Path = FOLDER, root: Path = ROOT) -> None:
-    """Copies both beside the Python files."""
+    """Copies both extensions beside the Python files."""
     for name in file_names():
         target = root / PACKAGE / name
         part = target.with_name(name + ".part")
         shutil.copyfile(folder / PACKAGE / name, part)
-        # At once: a process that has the old one loaded keeps it.
+        # Renaming leaves the old file intact for processes that have loaded it.
         part.replace(target)
 
 

@@ -1,4 +1,4 @@
-"""What the parts of `gpu_check` run with: processes that end in time, packages from wheels."""
+"""Utilities for the parts of `gpu_check`: processes with a time limit, packages from wheels."""
 
 import argparse
 import importlib.util
@@ -19,13 +19,13 @@ from .. import ROOT
 DONE, FAILED, SKIPPED, CUT = "done", "failed", "skipped", "cut off"
 Result = dict[str, Any]
 
-#: Seconds that a dry run may take at most, and each of its parts: it is no measurement, and a busy
-#: machine must not fail it.
+#: Limit in seconds of a dry run and of each of its parts. It measures nothing, so that a busy
+#: machine must not make it fail.
 DRY_SECONDS = 3600.0
 
 
 class Run:
-    """What a part needs: the options, the folder, and processes that end in time."""
+    """The options and folders of a check, and processes with a time limit."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.device: str = options.device
@@ -37,25 +37,25 @@ class Run:
         self.ends = self.deadline
 
     def left(self) -> float:
-        """Seconds left to the present part."""
+        """The seconds that remain for the current part."""
         return self.ends - time.monotonic()
 
     def process(
         self, log: str, *command: str, seconds: float = math.inf, **variables: str
     ) -> int | None:
-        """Exit status of a command, None where its time ran out; output goes to OUT/log.
+        """The exit status of a command, or None if its time ran out; output goes to OUT/log.
 
-        seconds: less than the part has left, where others follow.
+        seconds: a limit below the rest of the part, if other commands follow.
         """
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
         environment |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-        # Whatever the caller had stays in front of the wheels.
+        # Packages of the caller take precedence over those of the wheels.
         paths = [str(ROOT), os.environ.get("PYTHONPATH", ""), *map(str, self.packages)]
         environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
         if self.device == "cpu":
             environment["TRITON_INTERPRET"] = "1"
         with (self.out / log).open("w") as output:
-            # A session of its own, so that what it started ends with it.
+            # A separate session makes it possible to end all processes that the command starts.
             child = subprocess.Popen(
                 command,
                 cwd=ROOT,
@@ -70,28 +70,28 @@ class Run:
             except subprocess.TimeoutExpired:
                 return None
             finally:
-                # Also what outlives a child that ended, and the child where this is interrupted.
+                # Ends processes that outlive the command, and the command itself on an interrupt.
                 _end(child)
 
     def python(
         self, log: str, *arguments: str, seconds: float = math.inf, **variables: str
     ) -> int | None:
-        """`process` with this interpreter."""
+        """Runs `process` with this interpreter."""
         return self.process(log, sys.executable, *arguments, seconds=seconds, **variables)
 
     def lines(self, log: str) -> list[str]:
-        """Lines of a log."""
+        """The lines of a log."""
         return (self.out / log).read_text(errors="replace").splitlines()
 
     def tail(self, log: str, lines: int = 15) -> str:
-        """The last of them, as one text."""
+        """The last lines of a log as one string."""
         return "\n".join(self.lines(log)[-lines:])
 
 
 def unpacked(wheels: Path, out: Path) -> list[Path]:
-    """Folders for the path: the wheels in `wheels` whose packages this interpreter lacks.
+    """Unpacks the wheels in `wheels` whose packages this interpreter lacks; returns the folders.
 
-    Unpacked, not installed: that needs no network, no pip and no right to write to the interpreter.
+    Unlike installing, unpacking needs no network, no pip and no write access to the interpreter.
     """
     if not wheels.is_dir():
         raise NotADirectoryError(f"--wheels: {wheels} is not a folder")
@@ -108,19 +108,19 @@ def unpacked(wheels: Path, out: Path) -> list[Path]:
             with zipfile.ZipFile(wheel) as archive:
                 for entry in archive.infolist():
                     file = Path(archive.extract(entry, part))
-                    # Programs stay programs, which zipfile forgets.
+                    # zipfile does not restore the executable bit of programs.
                     if entry.external_attr >> 16 & 0o111 and not entry.is_dir():
                         file.chmod(0o755)
-            # At once, so that what was cut off is not taken for whole.
+            # Renaming last ensures that an interrupted extraction is not used.
             part.rename(folder)
         folders.append(folder)
-    # For the parts that ask whether a package is here.
+    # Some parts check in this process whether a package is available.
     sys.path += map(str, folders)
     return folders
 
 
 def refusal(run: Run) -> str | None:
-    """Why nothing can run on the device, in a line, or None."""
+    """Why the device cannot be used, in one line, or None."""
     code = "import sys, torch, triton; torch.ones(1, device=sys.argv[1]).sum().item()"
     run.ends = time.monotonic() + (DRY_SECONDS if run.dry else 60)
     found = run.python("device.log", "-c", code, run.device)
@@ -130,16 +130,16 @@ def refusal(run: Run) -> str | None:
 
 
 def kernel_backends(run: Run) -> list[str]:
-    """Backends with kernels for the device, preferred first."""
+    """The kernel backends for the device, in the order of preference."""
     code = "import sys, rlhf_kernels as rk; print(*rk.available_backends(sys.argv[1]))"
-    # In a process of its own, behind the part that may have built one.
+    # Runs in a separate process, because a part may have built an extension after this one started.
     if run.device == "cpu" or run.python("backends.log", "-c", code, run.device) != 0:
         return ["triton"]
     return [b for b in run.tail("backends.log", 1).split() if b in ("cuda", "triton")] or ["triton"]
 
 
 def _end(child: subprocess.Popen) -> None:
-    """Ends a process and what it started; at the first signal pytest still writes its results."""
+    """Ends a process and its children; on the first signal pytest still writes its results."""
     for number, seconds in ((signal.SIGINT, 5), (signal.SIGTERM, 1), (signal.SIGKILL, 5)):
         try:
             os.killpg(child.pid, number)
@@ -149,25 +149,25 @@ def _end(child: subprocess.Popen) -> None:
             child.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             continue
-        # The others of the group, which cannot be waited for.
+        # Other processes of the group cannot be waited for.
         time.sleep(0.2)
 
 
 def find_tool(run: Run, name: str) -> str | None:
-    """A program of the CUDA toolkit: on the path, where installers put it, or from a wheel."""
+    """A program of the CUDA toolkit, from the path, its usual folder or a wheel."""
     tool = shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
     for folder in run.packages:
-        # NVIDIA also packs some as wheels.
+        # NVIDIA also distributes some programs as wheels.
         tool = tool or next((str(f) for f in folder.rglob(name) if f.is_file()), None)
     return tool
 
 
 def status(*codes: int | None) -> str:
-    """Outcome of processes."""
+    """The status of a part from the exit codes of its processes."""
     return CUT if None in codes else DONE if not any(codes) else FAILED
 
 
 def missing(*packages: str) -> str | None:
-    """Why a part cannot run here, or None."""
+    """Which of the required packages are missing, or None."""
     absent = [p for p in packages if importlib.util.find_spec(p.replace("-", "_")) is None]
     return f"not installed: {', '.join(absent)}" if absent else None

@@ -1,4 +1,4 @@
-"""One operation on a shape beyond every cache, for a profiler that counts between start and stop.
+"""Runs one operation on a shape larger than all caches, for profilers with start and stop.
 
 ncu --profile-from-start off ... python -m benchmarks.gpu.profiled --call gae --backend cuda
 """
@@ -45,7 +45,7 @@ def kl_divergence(device: torch.device, small: bool) -> Work:
 
 
 def gae(device: torch.device, small: bool) -> Work:
-    """With a mask, rows of 131,072 tokens."""
+    """GAE with a mask, on rows of 131,072 tokens."""
     shape = (2, 300) if small else (16, 131072)
     rewards, values = (torch.randn(shape, device=device) for _ in range(2))
     mask = torch.rand(shape, device=device) < 0.9
@@ -63,7 +63,7 @@ def policy_loss(device: torch.device, small: bool) -> Work:
     )
 
 
-#: In the order of what we most need to know.
+#: The most important calls come first.
 CALLS = {f.__name__: f for f in (token_logprobs, gae, kl_divergence, policy_loss)}
 
 
@@ -77,7 +77,7 @@ def main() -> int:
     device = torch.device(options.device)
     work = CALLS[options.call](device, options.small)
     with rk.use_backend(options.backend):
-        # Compiles, loads and allocates.
+        # The first call compiles, loads and allocates.
         work()
         if device.type == "cuda":
             torch.cuda.synchronize()

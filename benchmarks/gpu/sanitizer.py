@@ -1,4 +1,4 @@
-"""compute-sanitizer over bad data and odd layouts: the part `sanitizer` of `gpu_check`."""
+"""compute-sanitizer on invalid data and odd layouts: the part `sanitizer` of `gpu_check`."""
 
 import re
 import sys
@@ -12,10 +12,10 @@ SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
 def part_sanitizer(run: Run) -> Result:
     tool = find_tool(run, "compute-sanitizer")
     script = [sys.executable, "-m", "tests.kernels.gpu_faults", "--device", run.device]
-    # Triton's interpreter takes seconds for each.
+    # Triton's interpreter needs seconds for each case.
     script += [*(["--every", "40"] if run.dry else []), "--backend"]
     backends = kernel_backends(run)
-    # First without: kernels are compiled and cached, and a fault shows that is not memory's.
+    # A run without the sanitizer compiles and caches the kernels, and shows other failures.
     for backend in backends:
         plain = run.process("sanitizer-plain.log", *script, backend)
         if plain != 0:
@@ -35,7 +35,7 @@ def part_sanitizer(run: Run) -> Result:
                 failures.append(f"{kind} {backend}: {found.partition(': ')[2]}")
                 tools[f"{kind} {backend}"] = FAILED
     result = {"tools": tools, "failures": failures}
-    # The first is a must; the others take what time there is.
+    # memcheck is required; the other tools use the remaining time.
     first = [tools[f"{SANITIZER_TOOLS[0]} {b}"] for b in backends]
     if failures or CUT in first:
         return {"status": FAILED if failures else CUT, **result}
@@ -45,14 +45,14 @@ def part_sanitizer(run: Run) -> Result:
 
 
 def _sanitize(run: Run, tool: str, kind: str, script: list[str], log: str) -> str:
-    """Outcome of one of the sanitizer's tools."""
+    """Runs one tool of the sanitizer; returns its outcome."""
     if run.left() < 10:
         return CUT
     command = [tool, "--tool", kind, "--error-exitcode", "9", "--print-limit", "50"]
     if kind == "memcheck":
-        # torch asks the driver what it then is refused.
+        # torch itself makes API calls that the driver rejects.
         command += ["--report-api-errors", "no"]
-    # Each allocation by itself, so that the one behind it is not taken for it.
+    # Without torch's caching allocator, an access beyond a tensor does not hit another tensor.
     code = run.process(log, *command, *script, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     text = (run.out / log).read_text(errors="replace")
     if code in (0, None):
@@ -65,7 +65,7 @@ def _sanitize(run: Run, tool: str, kind: str, script: list[str], log: str) -> st
 
 
 def _names_ours(log: str) -> bool:
-    """Whether the sanitizer found something in one of our kernels."""
+    """Whether the sanitizer reported one of our kernels."""
     sources = (ROOT / "rlhf_kernels/kernels/triton").glob("*.py")
     names = {n for s in sources for n in re.findall(r"^def (\w+_kernel)\(", s.read_text(), re.M)}
     if "rk::cuda::" in log:

@@ -1,9 +1,9 @@
-"""Is every kernel right at all? Each operation on each backend, against its definition in fp64.
+"""Compares each operation on each backend with its fp64 definition, on small inputs.
 
     python -m benchmarks.gpu.smoke --device cuda --backends cuda,triton --out smoke.jsonl
 
-The doctor's check with the backend named: 5 rows of 1031, forward and gradient, in fp32 and bf16.
-A line of JSON for each as it ends, so that a crash of one leaves those before it.
+This is the doctor's check for a named backend: 5 rows of 1031, forward and gradient, in fp32 and
+bf16. Each result is written immediately as a line of JSON, so that a crash loses only one.
 """
 
 import json
@@ -33,7 +33,7 @@ def main() -> int:
     functions = [f for f in EXAMPLES if not only or f.__name__ in only]
     bad = 0
     with options.out.open("w") as out:
-        # The kinds in the outer loop: a slow backend takes no time from the other's first dtype.
+        # dtype is the outer loop, so that a slow backend does not delay the first dtype of others.
         for dtype in DTYPES:
             for backend in options.backends.split(","):
                 for function in functions:

@@ -1,4 +1,4 @@
-"""What points are made of and measured with."""
+"""The types of benchmark points, and their measurement."""
 
 from .case import (
     SHORT,

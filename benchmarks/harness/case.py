@@ -1,4 +1,4 @@
-"""One operation on one shape, as a point hands it to `measure`."""
+"""One operation on one shape, as a benchmark point passes it to `measure`."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-# Rounds of a point at least.
+# The minimum number of rounds of a point.
 MIN_ROUNDS = 20
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 class Missing(NamedTuple):
-    """A provider that is not here, and why. False: `peer(...) and (lambda ...)` stays Missing."""
+    """A provider that is not available, and why. It is falsy: `peer(...) and f` stays Missing."""
 
     reason: str
 
@@ -27,7 +27,7 @@ Provider = Callable[..., Any]
 
 @dataclass
 class Overwriting:
-    """A provider that writes over its first input: it gets a copy, made while no clock runs."""
+    """A provider that overwrites its first input; it gets a copy, which is not timed."""
 
     function: Provider
 
@@ -37,7 +37,7 @@ class Overwriting:
 
 @dataclass
 class Settings:
-    """Command-line options of a run; `seconds` of a point, None: by the device."""
+    """Command-line options of a run; `seconds` per point, None for the device's default."""
 
     device: torch.device
     quick: bool
@@ -50,27 +50,27 @@ class Case:
     """One operation on one shape.
 
     Attributes:
-        op: name of the operation, with its options where they matter.
-        label: dtype and shape, for people.
+        op: name of the operation, with options that matter.
+        label: dtype and shape, for readers.
         mode: "forward", "backward" or "forward+backward".
-        inputs: arguments of the providers; gradients are taken in those that require grad.
-        providers: name -> function(*inputs) -> tensor or tensors. "ours" is timed by the fixture.
-        oracle: -> fp64 outputs, followed by fp64 gradients where the mode has a backward, each
-            already passed through `select`.
-        moved: bytes that the operation must read and write at least.
-        flops: of the products in it; 0 where memory is what bounds it.
+        inputs: arguments of the providers; gradients are taken w.r.t. those that require grad.
+        providers: name -> function(*inputs) -> tensor or tensors. The fixture times "ours".
+        oracle: returns fp64 outputs, then fp64 gradients if the mode has a backward pass, all of
+            them already passed through `select`.
+        moved: minimum number of bytes that the operation reads and writes.
+        flops: floating-point operations of its matrix products; 0 if memory is the bound.
         limit: what bounds it: "copy" or "read", the machine's rates, or one of `baselines`.
-        targets: provider (or "copy", "read", a baseline) -> least ratio of its time to ours.
-        at_most: "median" (time) or "host" (time of the host in a call) of ours -> seconds;
+        targets: provider (or "copy", "read", a baseline) -> minimum ratio of its time to ours.
+        at_most: "median" (time) or "host" (host time of a call) of ours -> seconds;
             "extra_bytes" (memory beyond inputs and results) -> bytes.
-        select: part of each result that the oracle holds (sampled rows, unmasked tokens).
+        select: selects the part of a result that the oracle has (sampled rows, unmasked tokens).
         upstream: gradient of each checked output; ones if empty.
-        extra: more functions of the inputs to time beside the providers, ungated.
-        outputs: how many outputs are checked and differentiated; the rest (metrics) are only
-            computed. All of them if None.
-        baselines: work without which the operation cannot be done, as functions of nothing.
-        least_rounds: fewer than MIN_ROUNDS where a round takes many seconds.
-        rounded: dtype that something is rounded to on the way, where coarser than the results.
+        extra: further functions of the inputs to time, without a check of their results.
+        outputs: number of outputs that are checked and differentiated; the others (metrics) are
+            only computed. None means all.
+        baselines: functions without arguments for work that every implementation needs.
+        least_rounds: minimum rounds; less than MIN_ROUNDS if a round takes many seconds.
+        rounded: dtype of intermediate results, if it is coarser than that of the results.
     """
 
     op: str
@@ -95,7 +95,7 @@ class Case:
 
 @dataclass
 class Point:
-    """What the test of a point is called with: calling it measures the case of these fields."""
+    """The argument of a point's test; calling it measures a Case with the given fields."""
 
     settings: Settings
     record: Callable[[Case], None]
@@ -108,21 +108,21 @@ class Point:
         return self.settings.device
 
     def size(self, small: Any, full: Any) -> Any:
-        """A shape: `small` in a quick run."""
+        """The shape to use: `small` in a quick run."""
         return small if self.settings.quick else full
 
 
 def points(cpu: Iterable[str], gpu: Iterable[str], full: Iterable[str] = ()) -> list[Any]:
-    """Names of the points of both kinds, as parameters; a run takes one kind (`--points`).
+    """CPU and GPU points as pytest parameters; a run measures one kind (`--points`).
 
-    full: CPU points that only a full run takes (`--full`).
+    full: CPU points that only a full run measures (`--full`).
     """
     marked = ((), cpu), (pytest.mark.full, full), (pytest.mark.gpu, gpu)
     return [pytest.param(n, marks=mark) for mark, names in marked for n in names]
 
 
 def compiled(function: Provider) -> Provider:
-    """`function` under torch.compile, in the form that suits it best: one graph, static shapes."""
+    """`function` under torch.compile with its best options: one graph, static shapes."""
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
@@ -133,7 +133,7 @@ def against(
     vectorized: Provider | None = None,
     others: dict[str, Provider | Missing] | None = None,
 ) -> dict[str, Provider | Missing]:
-    """Providers of a point: eager, its compilation (that of `vectorized`, if any), others, ours."""
+    """Providers of a point: eager, its compilation (of `vectorized`, if given), others, ours."""
     torch_forms = {"eager": eager} | ({"vectorized": vectorized} if vectorized else {})
     fused = compiled(vectorized or eager)
     return {**torch_forms, "compile": fused, **(others or {}), "ours": ours}
@@ -145,7 +145,7 @@ def exact(
     upstream: Iterable[Tensor] = (),
     gradient: bool = True,
 ) -> tuple[Tensor, ...]:
-    """fp64 results of `function(*leaves)`, and with `gradient` those in the leaves.
+    """fp64 results of `function(*leaves)`, and with `gradient` also the gradients of the leaves.
 
     upstream: gradient of each result; results without one are scalars.
     """
@@ -159,5 +159,5 @@ def exact(
 
 
 def sized(dtype: torch.dtype, *sizes: int) -> str:
-    """A label: dtype and shape."""
+    """A label of dtype and shape."""
     return f"{SHORT[dtype]} {'×'.join(map(str, sizes))}"

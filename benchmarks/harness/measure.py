@@ -1,12 +1,12 @@
-"""Measures one point: every provider of one operation on one shape, in the same rounds.
+"""Measures one point: all providers of one operation on one shape, in the same rounds.
 
-A provider is timed only after its result passed the gate against the fp64 oracle. In each round
-the other providers and the machine's own copy and read run in a random order, then
-`pytest_benchmark` times ours; so a drifting clock hits all of them alike.
+A provider is timed only if its result agrees with the fp64 oracle. In each round, the other
+providers and the machine's copy and read run in random order, then `pytest_benchmark` times ours.
+A drifting clock therefore affects all of them equally.
 
-On a CPU the wall clock times, and each call gets other copies of the inputs, so that no cache holds
-them from the call before. On a GPU it is device events, with the L2 cache cold and the host far
-enough ahead for its launches not to show; what the host spends in a call is a figure of its own.
+On a CPU, the wall clock is used, and each call gets another copy of the inputs, so that the caches
+do not hold them. On a GPU, device events are used, with a cold L2 cache and launches queued far
+enough ahead that they do not delay the device. The host time of a call is reported separately.
 """
 
 import gc
@@ -26,25 +26,25 @@ from .clocks import DeviceEvents, once, synchronize, timer
 from .memory import measured
 from .rotation import Operands, chunks, last_level_cache, rotated
 
-# Rounds per point: more where they are cheap. A provider slower than SLOW joins every fourth round.
+# Cheap points have more rounds. A provider slower than SLOW_SECONDS runs in every fourth round.
 MAX_ROUNDS, POINT_SECONDS = 100, 6.0
 SLOW_SECONDS, SLOW_STRIDE = 1.0, 4
 QUICK_ROUNDS = 4
-# A GPU's times are short, its compilers slow.
+# On a GPU calls are short and compilation is slow.
 GPU_POINT_SECONDS, GPU_SLOW_SECONDS, GPU_SLOW_STRIDE = 2.0, 0.05, 10
 
-# Largest error that passes the gate: a fraction of the oracle's element plus the same fraction of
-# its RMS, or of its row's where that is larger: a word of many tokens has a large gradient, and
-# small elements in it. It finds a wrong formula; accuracy has its own tests. By dtype of result.
+# The largest error that passes the gate, by dtype of the result: a fraction of the oracle's element
+# plus the same fraction of its RMS, or of its row's RMS if larger, because the gradient of a
+# frequent token is large but has small elements. The gate finds wrong formulas, not inaccuracy.
 GATE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
 
-# name -> (prepare, run).
+# Name -> (prepare, run).
 Steps = dict[str, tuple[Callable[[], tuple], Callable[..., Any]]]
 
 
 class GateError(Exception):
-    """A provider's result is not what the oracle says."""
+    """The result of a provider disagrees with the oracle."""
 
 
 def _tensors(result: Any) -> tuple[Tensor, ...]:
@@ -52,7 +52,7 @@ def _tensors(result: Any) -> tuple[Tensor, ...]:
 
 
 def _inputs(inputs: tuple[Any, ...], function: Provider) -> tuple[Any, ...]:
-    """What to call a provider with."""
+    """The arguments for a provider, with a copy of an input that it overwrites."""
     if not isinstance(function, Overwriting):
         return inputs
     first, *rest = inputs
@@ -60,7 +60,7 @@ def _inputs(inputs: tuple[Any, ...], function: Provider) -> tuple[Any, ...]:
 
 
 def _backward(operands: Operands, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Gradients in the inputs that require grad."""
+    """The gradients w.r.t. the inputs that require grad."""
     upstream = operands.upstream or tuple(torch.ones_like(o) for o in outputs)
     return torch.autograd.grad(
         outputs,
@@ -74,7 +74,7 @@ def _steps(
 ) -> tuple[Callable[[], tuple], Callable[..., tuple]]:
     """(prepare, run): `run(*prepare())` is one measurement, of which only `run` is timed.
 
-    turns: what each call gets. cool: empties the caches of what a forward pass left there.
+    turns: the operands of each call. cool: removes data of a forward pass from the caches.
     """
 
     def operands() -> tuple[Operands]:
@@ -104,7 +104,7 @@ def _steps(
 
 
 def gate(case: Case, function: Provider, expected: tuple[Tensor, ...]) -> float:
-    """Worst error of the provider against the oracle, as a fraction of what the gate allows.
+    """The provider's largest error against the oracle, as a fraction of the allowed error.
 
     Raises:
         GateError: a result is wrong.
@@ -126,7 +126,7 @@ def gate(case: Case, function: Provider, expected: tuple[Tensor, ...]) -> float:
             scale = e.square().mean(-1, keepdim=True).sqrt().clamp(min=scale)
         allowed = max(GATE[result.dtype], GATE[case.rounded]) * (e.abs() + scale)
         error = float(((r - e).abs() / allowed.clamp(min=1e-30)).max())
-        # Not `error > 1`: NaN must fail.
+        # `error > 1` would accept NaN.
         if not error <= 1:
             raise GateError(f"result {i} is off by {error:.3g} times what the gate allows")
         worst = max(worst, error)
@@ -134,11 +134,11 @@ def gate(case: Case, function: Provider, expected: tuple[Tensor, ...]) -> float:
 
 
 def _host_once(prepare: Callable[[], tuple], run: Callable[..., Any], device: Any) -> float:
-    """Seconds until the call returns; the device may still work."""
+    """Seconds until the call returns, while the device may still work."""
     prepared = prepare()
     synchronize(device)
     start = time.perf_counter()
-    # Bound to a name, so that freeing it is not timed.
+    # The name keeps the result alive, so that freeing it is not timed.
     result = run(*prepared)  # noqa: F841
     seconds = time.perf_counter() - start
     synchronize(device)
@@ -146,9 +146,9 @@ def _host_once(prepare: Callable[[], tuple], run: Callable[..., Any], device: An
 
 
 def _on_cpu(case: Case, cache: int) -> tuple[Iterator[Operands], Steps, Callable[[], Any]]:
-    """What providers get in turn; a copy and a read that move as many bytes as the case; cool.
+    """The operands of each call; a copy and a read of as many bytes as the case; and `cool`.
 
-    fp32 whatever the case's dtype: a bf16 sum is bound by its conversions, not by memory.
+    Copy and read use fp32 for all dtypes: a bf16 sum is bound by conversions, not by memory.
     """
     whole, parts = chunks(case.moved, cache)
 
@@ -161,8 +161,8 @@ def _on_cpu(case: Case, cache: int) -> tuple[Iterator[Operands], Steps, Callable
 
 
 def _on_gpu(case: Case, device: torch.device) -> tuple[Iterator[Operands], Steps, Any]:
-    """The same: its clock empties the cache before each call."""
-    # Ones move faster than numbers on some GPUs.
+    """Like `_on_cpu`; `cool` does nothing, because the clock empties the cache before each call."""
+    # Some GPUs move constant data faster than random numbers.
     source = torch.rand(max(1, case.moved // 4), device=device)
     half = source[: max(1, len(source) // 2)]
     rates = {"copy": (tuple, half.clone), "read": (tuple, source.sum)}
@@ -175,10 +175,10 @@ def _summary(values: list[float]) -> dict[str, float | int]:
 
 
 def peak_alone(case: Case, name: str, device: torch.device) -> dict[str, int | None]:
-    """Peak memory of one provider, in a process that has done nothing else."""
+    """The peak memory of one provider, in a process that has done nothing else."""
     turns = itertools.repeat(Operands(case.inputs, case.upstream))
     prepare, run = _steps(case, case.providers[name], turns)
-    # Once before, for what is set up once.
+    # The first call includes one-time setup.
     run(*prepare())
     prepared = prepare()
     return measured(lambda: run(*prepared), device)
@@ -188,16 +188,16 @@ _POINT = ("op", "label", "mode")
 
 
 def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case) -> None:
-    """Gates and times all providers of `case`; the figures go into `benchmark.extra_info`."""
+    """Checks and times all providers of `case`; stores the results in `benchmark.extra_info`."""
     device = settings.device
     torch.compiler.reset()
     expected = case.oracle()
     record: dict[str, dict[str, Any]] = {}
     steps: Steps = {}
-    # Seconds of a call each, so far.
+    # Seconds of one call of each provider so far.
     took: dict[str, float] = {}
     if device.type == "cpu":
-        # Nothing is measured with small shapes: two copies show that they work.
+        # A quick run measures nothing; two copies show that rotation works.
         turns, rates, cool = _on_cpu(case, 0 if settings.quick else last_level_cache())
     else:
         turns, rates, cool = _on_gpu(case, device)
@@ -211,7 +211,7 @@ def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case
             error = gate(case, function, expected)
             prepare, run = steps[name] = _steps(case, function, turns, cool)
             if case.mode == "forward":
-                # The gate ran with autograd: without it a provider may compile anew.
+                # The gate ran with autograd; without it a provider may have to compile again.
                 run(*prepare())
             prepared = prepare()
             start = time.perf_counter()
@@ -221,14 +221,14 @@ def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case
         except GateError as wrong:
             record[name] = {"error": str(wrong)}
         except Exception as broken:
-            # Perhaps in its second call.
+            # It may have failed in its second call.
             steps.pop(name, None)
             reason = (str(broken).splitlines() or [""])[0]
             record[name] = {"error": f"{type(broken).__name__}: {reason}"}
-        # Also where it failed half way.
+        # This also frees the inputs of a call that failed.
         prepared = None
         if device.type != "cpu":
-            # What a large provider leaves cached, or half done, is room for the next.
+            # Free memory that a provider left cached or referenced, for the next one.
             gc.collect()
             getattr(torch, device.type).empty_cache()
     info = {
@@ -247,8 +247,8 @@ def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case
     is_gpu = isinstance(clock, DeviceEvents)
     point_seconds = GPU_POINT_SECONDS if is_gpu else POINT_SECONDS
     slow, every = (GPU_SLOW_SECONDS, GPU_SLOW_STRIDE) if is_gpu else (SLOW_SECONDS, SLOW_STRIDE)
-    # Once and again: the first may still compile or page in. The slow once, the slowest not at all:
-    # gate and memory called them too.
+    # Up to two more calls, because the first may still compile or page in. Gate and memory have
+    # called every provider, so slow ones run only once more and the slowest not at all.
     host = {} if is_gpu else dict(took)
     for most in (4 * slow, slow):
         again = [n for n in steps if is_gpu or host.get(n, 0.0) < most]
@@ -258,7 +258,7 @@ def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case
         estimates = {name: once(*s, clock, host[name]) for name, s in steps.items()}
     prepare, run = steps.pop("ours")
     ours = max(estimates.pop("ours"), host["ours"] if is_gpu else 0.0)
-    # Providers alone: what others are held to runs in every round.
+    # Only slow providers skip rounds. Copy, read and baselines run in every round.
     strided = {n for n in case.providers if max(estimates.get(n, 0.0), host.get(n, 0.0)) > slow}
     stride = {n: every if n in strided else 1 for n in estimates}
     per_round = ours + sum(max(t, host[n]) / stride[n] for n, t in estimates.items())
@@ -297,12 +297,12 @@ def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case
         benchmark.pedantic(timed, setup=others, rounds=rounds, iterations=1)
     finally:
         gc.enable()
-    # Disabled (--benchmark-disable): everything ran, nothing is recorded.
+    # With --benchmark-disable everything has run but nothing is recorded.
     if benchmark.stats is not None:
         for name, seconds in times.items():
             record[name].update(_summary(seconds))
             if name != "ours":
-                # Round by round, so that what slows a whole round is not in it.
+                # Ratios within a round are independent of effects that slow the whole round.
                 pairs = zip(times["ours"][:: stride[name]], seconds, strict=True)
                 record[name]["ours_over"] = _summary([o / s for o, s in pairs])
             if is_gpu:

@@ -13,12 +13,12 @@ import torch
 
 from .. import ROOT
 
-# Freed memory goes back to the system at once, so that small allocations show too.
+# glibc then returns freed memory immediately, so that small allocations are visible too.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
 def elsewhere(*arguments: str) -> str:
-    """Output of `python -m` with these arguments, in a process that holds no freed memory."""
+    """The output of `python -m` with these arguments, in a process without freed memory."""
     command = [sys.executable, "-m", *arguments]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, text=True
@@ -29,7 +29,7 @@ def elsewhere(*arguments: str) -> str:
 
 
 def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Memory that `call` holds at its highest above what was there before; None if unknown."""
+    """The peak memory during `call` above the memory before it; None if unknown."""
     gc.collect()
     if device.type != "cpu":
         module = getattr(torch, device.type)
@@ -38,7 +38,7 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | Non
         call()
         return module.max_memory_allocated(device) - before
 
-    # Freed memory that glibc still holds would take in the call's, or go in its midst: not seen.
+    # Freed memory that glibc still holds would hide allocations of the call.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -48,7 +48,7 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | Non
         return int(status.split(f"{name}:")[1].split()[0])
 
     try:
-        # Linux: sets the high-water mark of resident memory back to the present.
+        # Linux resets the high-water mark of resident memory to its current size.
         Path("/proc/self/clear_refs").write_text("5")
         before = kilobytes("VmRSS")
         call()
@@ -58,7 +58,7 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | Non
 
 
 def measured(call: Callable[[], tuple[Any, ...]], device: torch.device) -> dict[str, int | None]:
-    """peak_bytes of a call beyond what was there, and extra_bytes beyond its results too."""
+    """peak_bytes of a call beyond the memory before it, and extra_bytes beyond its results too."""
     results: list[tuple[Any, ...]] = []
     peak = peak_extra_bytes(lambda: results.append(call()), device)
     if peak is None:

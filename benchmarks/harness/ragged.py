@@ -1,4 +1,4 @@
-"""Lengths of the sequences in a packed or padded batch."""
+"""Random lengths of the sequences in a packed or padded batch."""
 
 import math
 
@@ -9,24 +9,24 @@ LEAST, SIGMA = 16, 1.0
 
 
 def response_lengths(count: int, longest: int, device: torch.device) -> Tensor:
-    """Lengths [count] as of responses in reinforcement learning of reasoning: long-tailed.
+    """Random lengths [count] with a long tail, as of responses in RL of reasoning models.
 
-    Log-normal with median `longest` / 4 and σ = 1 of the logarithm, clipped to [16, `longest`]:
-    about one response in twelve is cut off at the longest, the mean is 0.35 of it.
+    Log-normal with median `longest` / 4 and σ = 1 of the logarithm, clipped to [16, `longest`].
+    About one response in twelve is truncated; the mean length is 0.35 * `longest`.
     """
     drawn = (math.log(longest / 4) + SIGMA * torch.randn(count, device=device)).exp()
     return drawn.round().long().clamp(LEAST, longest)
 
 
 def padded(shape: tuple[int, int], device: torch.device, lengths: Tensor | None = None) -> Tensor:
-    """Bool mask [B, T] of sequences of `lengths`, else of random ones of at least half of T."""
+    """Bool mask [B, T] of sequences of `lengths`; by default random ones of at least T / 2."""
     if lengths is None:
         lengths = torch.randint(shape[1] // 2, shape[1] + 1, shape[:1], device=device)
     return torch.arange(shape[1], device=device) < lengths[:, None]
 
 
 def described(lengths: Tensor, longest: int) -> str:
-    """For a point's label."""
+    """A description of the lengths for a point's label."""
     return f"{len(lengths)} log-normal sequences of up to {longest}, {int(lengths.sum())} tokens"
 
 

@@ -1,4 +1,4 @@
-"""Inputs that a CPU's caches do not hold: each call takes the next of several copies."""
+"""Rotates inputs so that a CPU's caches do not hold them: each call gets another copy."""
 
 import itertools
 import re
@@ -9,42 +9,42 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# All copies together: twice the last-level cache, for not every provider reads every input, and no
-# more bytes than this. Of small inputs so many at most: their calls are overhead, not memory.
+# Limits of all copies together. They have twice the size of the last-level cache, because not every
+# provider reads every input. Many copies of small inputs are useless: their cost is overhead.
 MOST_BYTES, MOST_COPIES = 1 << 30, 1024
-# Where the system does not say.
+# The assumed cache size if the system does not report it.
 USUAL_CACHE = 64 << 20
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 class Operands(NamedTuple):
-    """What a provider is called with, and the gradients of its outputs."""
+    """The inputs of a provider, and the gradients of its outputs."""
 
     inputs: tuple[Any, ...]
     upstream: tuple[Tensor, ...]
 
 
 def last_level_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
-    """Bytes of the largest cache that the system reports."""
+    """The bytes of the largest cache that the system reports."""
     sizes = (re.fullmatch(r"(\d+)([KMG])\n?", f.read_text()) for f in folder.glob("index*/size"))
     return max((int(s[1]) * _UNITS[s[2]] for s in sizes if s), default=USUAL_CACHE)
 
 
 def copies(size: int, cache: int) -> int:
-    """How many copies of `size` bytes a cache does not hold; 1 where two are too many bytes."""
+    """How many copies of `size` bytes exceed a cache; 1 if two copies are too large."""
     size = max(1, size)
     return max(1, min(max(2, 2 * cache // size + 1), MOST_BYTES // size, MOST_COPIES))
 
 
 def _flat(t: Tensor) -> Tensor:
-    """The memory that a tensor spans, once each: its elements may share some, or leave gaps."""
+    """The memory that a tensor spans as a 1-d view; elements may overlap or leave gaps."""
     steps = (n - 1 for n in t.size())
     span = 1 + sum(n * s for n, s in zip(steps, t.stride(), strict=True)) if t.numel() else 0
     return t.detach().as_strided((span,), (1,))
 
 
 def duplicate(x: Any) -> Any:
-    """A tensor of the same values and strides in other memory; anything else as it is."""
+    """A copy of a tensor with the same strides; other values are returned unchanged."""
     if not isinstance(x, Tensor):
         return x
     result = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
@@ -53,7 +53,7 @@ def duplicate(x: Any) -> Any:
 
 
 def rotated(operands: Operands, cache: int) -> Iterator[Operands]:
-    """`operands` and copies of them, in turn for ever."""
+    """Iterates endlessly over `operands` and copies of them."""
     size = sum(_flat(t).nbytes for group in operands for t in group if isinstance(t, Tensor))
 
     def copy() -> Operands:
@@ -64,7 +64,7 @@ def rotated(operands: Operands, cache: int) -> Iterator[Operands]:
 
 
 def chunks(size: int, cache: int) -> tuple[Tensor, Iterator[Tensor]]:
-    """Floats of at least `size` bytes, more than a cache holds; its parts of `size`, in turn."""
+    """A float buffer larger than a cache, and an endless iterator over its parts of `size`."""
     elements = max(1, size // 4)
     whole = torch.ones(elements * copies(4 * elements, cache))
     return whole, itertools.cycle(whole.split(elements))

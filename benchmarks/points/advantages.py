@@ -1,4 +1,4 @@
-"""gae padded and packed, with whitening, ppo_advantages and group_advantages."""
+"""GAE (padded and packed), whitening, ppo_advantages and group_advantages."""
 
 from typing import Any
 
@@ -20,16 +20,16 @@ SHAPES = {"512x4096": (512, 4096), "16x131072": (16, 131072)}
 FULL_SHAPES = {"64x512": (64, 512), "8x32768": (8, 32768)}
 GPU_SHAPES = {"gpu-8192x4096": (8192, 4096), "gpu-16x131072": (16, 131072)}
 GPU_TARGETS, GPU_AT_MOST = {"copy": 0.75}, {"gpu-16x131072": {"median": 30e-6}}
-# Longest loop that a GPU is put through: beyond, one call is seconds of empty launches.
+# A longer loop on a GPU takes seconds per call, all of it launch overhead.
 LONGEST_GPU_LOOP = 8192
-# Sequences of a large batch that the oracle goes through.
+# The oracle checks this many sequences of a large batch.
 SAMPLED_SEQUENCES = 8
-# Bytes a token: rewards, values and bool mask in, advantages and returns out.
+# Bytes per token: rewards, values and a bool mask are read, advantages and returns written.
 GAE_BYTES = 17
 
 
 def loop(rewards: Tensor, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """What trainers run: a Python loop over time that skips masked steps."""
+    """The implementation of most trainers: a Python loop over time that skips masked steps."""
     next_value = advantage = torch.zeros_like(values[:, 0])
     advantages = []
     for t in reversed(range(values.shape[1])):
@@ -52,7 +52,7 @@ def _decayed_sums(x: Tensor, decay: float, chunk: int = 128) -> Tensor:
         return x @ matrix
     chunks = torch.nn.functional.pad(x, (0, -length % chunk)).unflatten(-1, (-1, chunk))
     y = chunks @ matrix
-    # What each chunk receives from behind it.
+    # Each chunk receives the decayed sum of all later chunks.
     heads = _decayed_sums(y[..., 0], decay**chunk, chunk)
     behind = torch.nn.functional.pad(heads[..., 1:], (0, 1))
     y = y + behind.unsqueeze(-1) * decay ** (chunk - step).to(x.dtype)
@@ -60,7 +60,7 @@ def _decayed_sums(x: Tensor, decay: float, chunk: int = 128) -> Tensor:
 
 
 def vectorized(rewards: Tensor, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The fastest plain torch form that we know; right only for masks without gaps."""
+    """The fastest form in plain torch that we know; correct only for masks without gaps."""
     values = values * weights
     following = torch.nn.functional.pad(values[:, 1:], (0, 1))
     delta = (rewards + GAMMA * following - values) * weights
@@ -76,13 +76,13 @@ def whitened(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def standardized(rewards: Tensor, size: int) -> Tensor:
-    """Of each group of `size` rewards that follow each other."""
+    """Standardises each group of `size` consecutive rewards."""
     g = rewards.view(-1, size)
     return ((g - g.mean(1, keepdim=True)) / (g.std(1, keepdim=True) + 1e-6)).flatten()
 
 
 def _scalar_gae(rewards: Tensor, values: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """The oracle: one step after another in Python floats, tokens of all rows in one line."""
+    """The oracle: a loop of Python floats over each row; tokens of all rows in one tensor."""
     advantages: list[float] = []
     for r, v, n in zip(rewards.tolist(), values.tolist(), lengths, strict=True):
         advantage = next_value = 0.0
@@ -100,7 +100,7 @@ def _scalar_gae(rewards: Tensor, values: Tensor, lengths: list[int]) -> tuple[Te
 def _batch(
     shape: tuple[int, int], device: torch.device, lengths: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """rewards, values and the mask of `padded`."""
+    """Rewards, values and the mask of `padded`."""
     rewards, values = (torch.randn(shape, device=device) for _ in range(2))
     return rewards, values, padded(shape, device, lengths)
 
@@ -112,11 +112,11 @@ def _loop(length: int, name: str) -> Provider | Missing:
 
 
 def _sampled(mask: Tensor, name: str) -> Tensor:
-    """Mask [B, T] of the tokens that the oracle judges: all, or some sequences of a large batch."""
+    """Mask [B, T] of the tokens that the oracle checks: all, or sequences of a large batch."""
     chosen = torch.zeros_like(mask)
     every = max(1, len(mask) // SAMPLED_SEQUENCES) if name.startswith("gpu") else 1
     chosen[::every] = mask[::every]
-    # The last sequence too: mistakes like ends.
+    # Include the last sequence, because errors are likely at the end.
     chosen[-1] = mask[-1]
     return chosen
 
@@ -156,7 +156,7 @@ def test_gae(point: Point, name: str) -> None:
 @pytest.mark.parametrize("name", points({"512": 512}, {"gpu-4096": 4096}))
 def test_gae_packed(point: Point, name: str) -> None:
     shape = point.size((4, 300), (int(name.removeprefix("gpu-")), 8192))
-    # Trainers pad such a batch, scan it and pack the result.
+    # Trainers pad such a batch, run the scan and pack the result.
     lengths = response_lengths(shape[0], shape[1], point.device)
     rewards, values, mask = _batch(shape, point.device, lengths)
     judged = _sampled(mask, name)
@@ -181,7 +181,7 @@ def test_gae_packed(point: Point, name: str) -> None:
         inputs=(rewards[mask], values[mask], offsets(lengths), slots, mask.float()),
         providers=against(through_padding(loop), ours, vectorized=through_padding(vectorized)),
         oracle=lambda: _oracle(rewards, values, judged),
-        # No mask to read.
+        # There is no mask to read.
         moved=(GAE_BYTES - 1) * len(slots),
         targets=GPU_TARGETS if name.startswith("gpu") else TARGETS,
         select=lambda t: t[judged_slots].cpu(),
@@ -189,7 +189,7 @@ def test_gae_packed(point: Point, name: str) -> None:
 
 
 def _whitened(x: Tensor) -> Tensor:
-    """The oracle's, of the tokens that the mask keeps."""
+    """The oracle for the kept tokens."""
     x = x.double()
     return (x - x.mean()) / (x.var() + 1e-8).sqrt()
 
@@ -208,14 +208,14 @@ def test_whiten(point: Point) -> None:
             lambda x, _, weights: whitened(x, weights), lambda x, mask, _: rk.whiten(x, mask=mask)
         ),
         oracle=lambda: (_whitened(x[mask]).cpu(),),
-        # Read once, written once; that the statistics need more passes is the op's own cost.
+        # One read and one write; further passes for the statistics are part of the op's own cost.
         moved=(4 + 1 + 4) * x.numel(),
         select=lambda t: t[mask].cpu(),
     )
 
 
 def test_ppo_advantages(point: Point) -> None:
-    """Rewards shaped by the KL penalty, GAE and whitening: all of verl's advantage step."""
+    """Rewards shaped by the KL penalty, GAE and whitening: the advantage step of verl."""
     shape = point.size((4, 300), (512, 4096))
     logprobs, values, mask = _batch(shape, point.device)
     ref_logprobs = logprobs + 0.1 * torch.randn_like(logprobs)
@@ -225,7 +225,7 @@ def test_ppo_advantages(point: Point) -> None:
     def shaped(scores: Tensor, new: Tensor, ref: Tensor, last: Tensor) -> Tensor:
         return (-KL_COEF * (new - ref)).scatter_add(1, last, scores.unsqueeze(1))
 
-    # Inputs: scores, log-probabilities, the reference's, values, the mask in every form, last step.
+    # Inputs: scores, logprobs, reference logprobs, values, the mask in three dtypes, last step.
     def plain(scan: Provider) -> Provider:
         def advantages(*given: Tensor) -> tuple[Tensor, ...]:
             *rewarded, v, _, weights, _, last = given
@@ -258,7 +258,7 @@ def test_ppo_advantages(point: Point) -> None:
             plain(loop), ours, vectorized=plain(vectorized), others={"verl": scan and verl}
         ),
         oracle=oracle,
-        # Three tensors and the bool mask in; rewards, advantages and returns out.
+        # Three tensors and the bool mask are read; rewards, advantages and returns are written.
         moved=25 * values.numel(),
         select=lambda t: t[mask].cpu(),
     )
@@ -274,7 +274,7 @@ def test_group_advantages(point: Point) -> None:
         return standardized(r, size)
 
     grpo = peer("verl.trainer.ppo.core_algos", "compute_grpo_outcome_advantage")
-    # One reward column, not one per token: the least that verl can be asked for.
+    # One reward column instead of one per token is the least work for verl.
     verl = grpo and (lambda r: grpo(r.clone().unsqueeze(1), ones, ids)[0].squeeze(1))
     point(
         op="group_advantages",

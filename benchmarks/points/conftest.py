@@ -1,4 +1,4 @@
-"""Options of the benchmark suite, and what its JSON says about the machine."""
+"""Options of the benchmark suite, and the description of the machine in its JSON."""
 
 import contextlib
 import json
@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _backend(config: pytest.Config) -> str:
-    """The backend to measure: never the reference, which is no kernel, unless it is named."""
+    """The backend to measure; the reference has no kernels, so it must be named explicitly."""
     named = config.getoption("--backend")
     if named is not None:
         return named
@@ -76,7 +76,7 @@ def _recorded(file: Path | None) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def settings(request: pytest.FixtureRequest) -> Settings:
-    """Device, backend and size of this run; the backend is forced, so that it cannot fall back."""
+    """Device, backend and size of this run; forcing the backend prevents a fallback."""
     rk.use_backend(_backend(request.config))
     device = torch.device(request.config.getoption("--device"))
     only = request.config.getoption("--providers")
@@ -111,7 +111,7 @@ def point(benchmark: Any, settings: Settings, request: pytest.FixtureRequest) ->
         try:
             measure(benchmark, settings, failures, case)
         finally:
-            # At once: the run may be cut off. A point that raised has neither.
+            # Record each point immediately, because the run may be interrupted.
             failed = [f | {"name": name} for f in failures[before:]]
             failures[before:] = failed
             found = failed or ([benchmark.extra_info] if benchmark.extra_info else [])
@@ -131,7 +131,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-# The three hooks below replace what could name this machine or its user by what a reader needs.
+# The next three hooks remove what could identify this machine or its user from the JSON.
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     cpu = machine_info.get("cpu", {})
     device = torch.device(config.getoption("--device"))
@@ -162,7 +162,7 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict
 def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: list, output_json: dict
 ) -> None:
-    # Points whose own result was wrong or raised: they have no time.
+    # Points for which ours was wrong or raised have no time.
     output_json["failures"] = config.stash[_FAILURES]
     for entry in output_json["benchmarks"]:
         entry["stats"].pop("data", None)

@@ -1,4 +1,4 @@
-"""The fused LM head, forward + backward, against the bare products that no head can do without."""
+"""The fused LM head, forward + backward, against the matrix products that every head needs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,16 +22,16 @@ POLICY_TARGETS = {
 }
 LOGPROBS_TARGETS = {"trl": 2, "GEMMs": 1 / 1.12}
 SEQUENCES = 8
-# What linear_policy_loss may hold on a CPU beyond its inputs and gradients: its chunk budget.
+# Memory of linear_policy_loss on a CPU beyond its inputs and gradients: its chunk budget.
 CHUNK_BYTES = 128 << 20
 # dtype, tokens, width, vocabulary.
 SHAPES = {
     "fp32": (torch.float32, 4096, 1024, 32768),
     "bf16": (torch.bfloat16, 4096, 1024, 32768),
 }
-# Real models: Qwen3-0.6B.
+# The shape of a real model, Qwen3-0.6B.
 FULL_SHAPES = {"qwen3-0.6b": (torch.bfloat16, 1024, 1024, 151936)}
-# Widths and vocabularies of other families: GPT-2 124M, Llama 3.2 1B, Gemma 3 1B. The loss alone.
+# Shapes of other families (GPT-2 124M, Llama 3.2 1B, Gemma 3 1B), only for the loss.
 FAMILIES = {
     "gpt2": (torch.float32, 512, 768, 50257),
     "llama3.2-1b": (torch.bfloat16, 512, 2048, 128256),
@@ -39,7 +39,7 @@ FAMILIES = {
 }
 MODELS = FULL_SHAPES | FAMILIES
 GPU_SHAPES = {"gpu-bf16": (torch.bfloat16, 8192, 4096, 151936)}
-# TRL's own, for its chunks of the vocabulary or of the tokens.
+# TRL's own chunk size, over the vocabulary or the tokens.
 _TRL_CHUNK = peer("trl.trainer.utils", "_CHUNKED_LOGPROB_CHUNK_SIZE")
 
 
@@ -53,7 +53,7 @@ def _operands(point: Point, name: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gemms(hidden: Tensor, weight: Tensor, forward: int) -> Callable[[], None]:
-    """`forward` products to logits and the two of a backward pass, into memory that is there."""
+    """The products to logits, `forward` times, and the two of a backward pass, preallocated."""
     hidden, weight = hidden.detach(), weight.detach()
     logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
     grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
@@ -68,12 +68,12 @@ def gemms(hidden: Tensor, weight: Tensor, forward: int) -> Callable[[], None]:
 
 
 def _bounds(name: str, hidden: Tensor, weight: Tensor, forward: int) -> dict[str, Any]:
-    """What a point of these operands is called and held to."""
+    """The label and the bounds of a point with these operands."""
     label = sized(hidden.dtype, *hidden.shape, len(weight))
     return {
         "label": label + (f" ({name})" if name in MODELS else ""),
         "mode": "forward+backward",
-        # Operands and their gradients.
+        # The operands and their gradients.
         "moved": 2 * (hidden.nbytes + weight.nbytes),
         "flops": (forward + 2) * 2 * hidden.numel() * len(weight),
         "limit": "GEMMs",
@@ -90,7 +90,7 @@ def cce_head(device: torch.device) -> Provider | Missing:
 
 
 def trl_head() -> Provider | Missing:
-    """TRL's chunked head as (hidden, weight, labels, wanted outputs) -> its outputs."""
+    """TRL's chunked head as (hidden, weight, labels, names of outputs) -> outputs."""
     function = peer("trl.trainer.utils", "_ChunkedLogProbFunction")
 
     def trl(hidden: Tensor, weight: Tensor, labels: Tensor, outputs: tuple[str, ...]) -> Any:
@@ -107,7 +107,7 @@ def verl_head() -> Provider | Missing:
 
 
 def eager_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Autograd through the logits, as trainers without a fused head."""
+    """Autograd through the logits, as in trainers without a fused head."""
     return of_logits.eager(hidden @ weight.T, labels)
 
 
@@ -118,9 +118,9 @@ def eager_both(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, 
 def _oracle(
     hidden: Tensor, weight: Tensor, labels: Tensor, objective: Callable[..., tuple[Tensor, ...]]
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """fp64 outputs and gradients, a few rows at a time.
+    """fp64 outputs and gradients, computed a few rows at a time.
 
-    objective(logprobs, entropy, rows) -> (outputs of these rows, what to differentiate).
+    objective(logprobs, entropy, rows) -> (outputs of these rows, a scalar to differentiate).
     """
 
     def oracle() -> tuple[Tensor, ...]:
@@ -142,7 +142,7 @@ def _oracle(
     return oracle
 
 
-# Minutes a point: one of a CPU's in the short run, the loss in bf16.
+# A point takes minutes, so a short run on a CPU has only one: the loss in bf16.
 POINTS = points(["bf16"], GPU_SHAPES, ["fp32", *MODELS])
 _LOGPROBS = points((), GPU_SHAPES, [*SHAPES, *FULL_SHAPES])
 _ENTROPY = points((), GPU_SHAPES, SHAPES)
@@ -180,7 +180,7 @@ def test_linear_token_logprobs(point: Point, name: str, entropy: bool) -> None:
     providers = {
         "eager": eager_both if entropy else eager_logprobs,
         "trl": of_trl and trl,
-        # It has no form without the entropy, whose gradient then is zero.
+        # verl always computes the entropy; without an upstream its gradient is zero.
         "verl": of_verl and (lambda *inputs: of_verl(*inputs)[: len(upstream)]),
         "ours": ours,
     }
@@ -203,7 +203,7 @@ def test_linear_policy_loss(point: Point, name: str) -> None:
     shape, device = (SEQUENCES, hidden.shape[0] // SEQUENCES), point.device
     with torch.no_grad():
         start = eager_logprobs(hidden, weight, labels).view(shape)
-    # Far from the bounds of the clip: a 16-bit product must not decide on which side a token is.
+    # Ratios far from the clip bounds, so that a 16-bit product cannot move a token across a bound.
     choices = torch.tensor([-0.4, -0.1, 0.0, 0.1, 0.4], device=device)
     old = start - choices[torch.randint(0, 5, shape, device=device)]
     advantages = torch.randn(SEQUENCES, 1, device=device)

@@ -1,4 +1,4 @@
-"""kl_divergence over the whole vocabulary, and the per-token kl_penalty."""
+"""kl_divergence over the whole vocabulary, and kl_penalty per token."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_kl_divergence(point: Point, name: str, mode: str) -> None:
     device, gradient = point.device, mode != "forward"
     base = torch.randn(n, vocab, device=device) * 2
     ref_logits = base.to(dtype)
-    # A policy near its reference, as in training.
+    # The policy is near its reference, as in training.
     logits = (base + 0.3 * torch.randn_like(base)).to(dtype).requires_grad_(gradient)
     del base
     upstream = torch.randn(n, device=device)
@@ -54,7 +54,7 @@ def test_kl_divergence(point: Point, name: str, mode: str) -> None:
         inputs=(logits, ref_logits),
         providers=against(eager_divergence, rk.kl_divergence),
         oracle=lambda: exact(divergence, [logits[rows]], [upstream[rows]], gradient),
-        # Backward reads both again and writes the gradient.
+        # The backward pass reads both again and writes the gradient.
         moved=(5 if gradient else 2) * logits.nbytes + 4 * n,
         limit="copy" if gradient or name in GPU_LOGITS else "read",
         targets={"copy": 0.6} if name in GPU_LOGITS else targets,
@@ -81,7 +81,7 @@ def test_kl_penalty(point: Point, name: str) -> None:
             others={"verl": verl and (lambda new, ref: verl(new, ref, "k3"))},
         ),
         oracle=lambda: exact(lambda x: eager_k3(x, ref_logprobs.double()), [logprobs], [upstream]),
-        # Forward: two in, one out. Backward: upstream and both again in, one out.
+        # Forward reads two tensors and writes one; backward reads three and writes one.
         moved=7 * logprobs.nbytes,
         upstream=(upstream,),
     )

@@ -26,7 +26,7 @@ class Shape(NamedTuple):
 
 _BACKWARD = {"eager": 5, "compile": 1.5, "copy": 0.6}
 _BOTH = {"eager": 5, "compile": 1.5}
-# Entropy may cost 15 %: the ratio of the time without it to the time with it.
+# The entropy may add 15 %: this is the minimum ratio of the time without it to the time with it.
 _FREE = 1 / 1.15
 _FP32 = {
     ("forward", False): {"eager": 6, "compile": 1.6, "read": 0.6},
@@ -40,12 +40,12 @@ SHAPES = {
     "fp32": Shape(torch.float32, 8, 256, 32768, _FP32),
     "bf16": Shape(torch.bfloat16, 2, 128, 151936, _BF16),
 }
-# The other dtype on each of these.
+# Each shape with the other dtype.
 TARGETED_SHAPES = {
     "bf16-2048x32768": Shape(torch.bfloat16, 8, 256, 32768, _BF16),
     "fp32-256x151936": Shape(torch.float32, 2, 128, 151936, _FP32),
 }
-# So few logits that a call takes what the host needs for it.
+# With so few logits, the host time of a call dominates.
 HOST_SHAPES = {"4x16x64": Shape(torch.float32, 4, 16, 64, {})}
 # The vocabularies of model families (Qwen's is above), 64 to 128 MiB of logits.
 FAMILIES = {
@@ -55,7 +55,7 @@ FAMILIES = {
     "gemma3": Shape(torch.bfloat16, 2, 64, 262208, {}),
 }
 
-# Ahead of every kernel that does the same. Liger has its gradient from the forward.
+# Targets to be faster than all similar kernels. Liger computes its gradient in the forward pass.
 _AHEAD = {"trl kernel": 1.0, "liger": 1.0, "flash-attn": 1.0}
 _GPU_TARGETS = {
     ("forward", True): {"eager": 12, "trl": 12, "copy": 0.9, "trl kernel": 1.0},
@@ -72,7 +72,7 @@ GPU_SHAPES = {
 
 
 def _points(shape: str, modes: tuple[str, ...], entropies: tuple[bool, ...], *marks: Any) -> list:
-    """(shape, entropy, mode) of every point of a shape."""
+    """The points (shape, entropy, mode) of a shape."""
     kinds = [(e, "entropy" if e else "logprobs", mode) for e in entropies for mode in modes]
     return [
         pytest.param(shape, e, m, id=f"{shape}-{kind}-{m}", marks=marks) for e, kind, m in kinds
@@ -84,12 +84,12 @@ _ALL = SHAPES | TARGETED_SHAPES | _UNTARGETED | GPU_SHAPES
 BOTH, GPU, FULL = (False, True), pytest.mark.gpu, pytest.mark.full
 ONLY_FULL = {"backward": (FULL,)}
 POINTS = [
-    # The backward alone in the full run: forward+backward has it too.
+    # Only a full run measures the backward pass alone; forward+backward includes it.
     *(p for n in SHAPES for m in MODES for p in _points(n, (m,), BOTH, *ONLY_FULL.get(m, ()))),
     *(p for n in HOST_SHAPES for p in _points(n, MODES[::2], (False,))),
     *(p for n in TARGETED_SHAPES for p in _points(n, MODES, BOTH, FULL)),
     *(p for n in FAMILIES for p in _points(n, MODES[2:], BOTH, FULL)),
-    # On a GPU what the targets are about.
+    # On a GPU, only modes that have targets.
     *_points("gpu-bf16", MODES[:2], (True,), GPU),
     *_points("gpu-bf16", MODES, (False,), GPU),
     *(p for n in list(GPU_SHAPES)[1:] for p in _points(n, MODES[:2], (True,), GPU)),
@@ -97,7 +97,7 @@ POINTS = [
 
 
 def eager(logits: Tensor, labels: Tensor) -> Tensor:
-    """What a trainer writes: fp32 results, as ours."""
+    """The usual code of a trainer, with fp32 results as ours."""
     logp = F.log_softmax(logits.float(), dim=-1)
     return logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
@@ -116,7 +116,7 @@ def _ours(entropy: bool) -> Provider:
 
 
 def _trl(batch: int, entropy: bool) -> Provider:
-    # TRL passes [B, T, V] and loops over B, or, with bf16, over B again in bf16.
+    # TRL passes [B, T, V] and loops over B; for bf16 it loops over B again in bf16.
     function = peer("trl.trainer.utils", "selective_log_softmax" + "_and_entropy" * entropy)
 
     def trl(logits: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -128,7 +128,7 @@ def _trl(batch: int, entropy: bool) -> Provider:
 
 
 def _verl(entropy: bool) -> Provider:
-    # verl's packed path: [total tokens, V], a loop over tokens.
+    # verl's packed path takes [total tokens, V] and loops over tokens.
     logprobs = peer("verl.utils.torch_functional", "logprobs_from_logits")
     entropies = peer("verl.utils.torch_functional", "entropy_from_logits")
 
@@ -140,11 +140,11 @@ def _verl(entropy: bool) -> Provider:
 
 
 def _cross_entropies(mode: str, device: torch.device) -> dict[str, Provider | Missing]:
-    """A cross entropy of its own for each token: the log-probability, negated."""
+    """Cross entropies per token; negated they are log-probabilities."""
     liger = kernel(device, "liger_kernel.transformers.functional", "liger_cross_entropy")
     flash_attn = kernel(device, "flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
     quack = kernel(device, "quack.cross_entropy", "cross_entropy")
-    # It writes the gradient over the logits. Its loss has their dtype.
+    # Liger writes the gradient over the logits, and its loss has their dtype.
     own = liger and Overwriting(lambda z, labels: -liger(z, labels, reduction="none"))
     if mode == "backward":
         own = Missing("its forward computes the gradient: see forward+backward")
@@ -175,7 +175,7 @@ def test_token_logprobs(point: Point, name: str, entropy: bool, mode: str) -> No
     others: dict[str, Provider | Missing] = {
         "trl": _trl(batch, entropy),
         "verl": _verl(entropy),
-        # It has no form without the entropy.
+        # The kernel always computes the entropy.
         "trl kernel": of_trl and (lambda z, labels: of_trl(z, labels)[: len(upstream)]),
     }
     others |= {} if entropy else _cross_entropies(mode, device)

@@ -1,4 +1,4 @@
-"""policy_loss: the clipped loss with its metrics, padded and packed, forward and backward."""
+"""policy_loss: the clipped loss with metrics, padded and packed, forward and backward."""
 
 import pytest
 import torch
@@ -10,24 +10,24 @@ from ..harness import Point, against, exact, points, sized
 from ..harness.peers import peer, verl_actor_config
 from ..harness.ragged import described, offsets, padded, response_lengths
 
-# So few tokens that a call takes what the host needs for it.
+# With so few tokens, the host time of a call dominates.
 HOST_SHAPES = {"4x16": (4, 16)}
 SHAPES = {"64x2048": (64, 2048), "2048x2048": (2048, 2048)}
 FULL_SHAPES = {"64x512": (64, 512), "8x32768": (8, 32768)}
 GPU_SHAPES = {f"gpu-{name}": shape for name, shape in SHAPES.items()}
 TARGETS = {"64x2048": {"eager": 8, "compile": 1.5}, "2048x2048": {"copy": 0.5}}
-# 10 µs of the host for each way.
+# The host may take 10 µs for forward and 10 µs for backward.
 GPU_AT_MOST = {"gpu-64x2048": {"host": 20e-6}}
 CLIP = 0.2
-# The same loss for all: clip 0.2 both ways, no dual clip. Made once, as verl's and a trainer's are.
+# All providers compute the same loss: clip 0.2 on both sides, no dual clip. Created once, as usual.
 OPTIONS = {"clip_low": CLIP, "clip_high": CLIP}
 CONFIG, GRPO = rk.PolicyLossConfig.ppo(**OPTIONS), rk.PolicyLossConfig.grpo(kl_coef=0.0, **OPTIONS)
-# Longest of the packed sequences.
+# The maximum length of a packed sequence.
 LONGEST = 8192
 
 
 def terms(logprobs: Tensor, old: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each token: the log-ratio, the clipped loss, and whether the clip decided it."""
+    """For each token: the log-ratio, the clipped loss, and whether clipping was active."""
     log_ratio = logprobs - old
     ratio = log_ratio.exp()
     plain = -advantages * ratio
@@ -53,14 +53,14 @@ def ours(*given: Tensor) -> tuple[Tensor, ...]:
 
 
 def _steps(old: Tensor) -> Tensor:
-    """New log-probabilities: none so near a clip's bound that rounding decides its branch."""
+    """New log-probabilities; no ratio is so near a clip bound that rounding decides its branch."""
     log_ratio = 0.2 * torch.randn_like(old)
     near = (log_ratio.exp() - 1).abs().sub(CLIP).abs() < 1e-4
     return (old + log_ratio.masked_fill(near, 0)).requires_grad_()
 
 
 def _exact(logprobs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
-    """Loss of each token, in fp64: no oracle could judge a token on a bound."""
+    """The fp64 loss of each token; no token may lie on a clip bound, see `_steps`."""
     return terms(logprobs.double(), old.double(), advantages.double())[1]
 
 
@@ -75,7 +75,7 @@ def test_policy_loss(point: Point, name: str) -> None:
     config = verl_actor_config()
 
     def vanilla(new: Tensor, old: Tensor, advantages: Tensor, *masks: Tensor) -> Tensor:
-        # Its metrics are Python floats: that is part of what it costs.
+        # verl's metrics are Python floats, and this is part of its cost.
         return verl(old, new, advantages, masks[-1], "token-mean", config=config)[0]
 
     point(
@@ -85,7 +85,7 @@ def test_policy_loss(point: Point, name: str) -> None:
         inputs=(logprobs, old, advantages, mask, mask.float(), mask.long()),
         providers=against(eager, ours, others={"verl": verl and config and vanilla}),
         oracle=lambda: exact(lambda x: _exact(x, old, advantages)[mask].mean(), [logprobs]),
-        # Three tensors and the bool mask in, the gradient out.
+        # Three tensors and the bool mask are read, the gradient is written.
         moved=17 * logprobs.numel(),
         targets=TARGETS.get(name, {}),
         at_most=GPU_AT_MOST.get(name, {}),
@@ -101,7 +101,7 @@ def eager_packed(
     cu_seqlens: Tensor,
     *_: Tensor,
 ) -> tuple[Tensor, ...]:
-    """GRPO's mean over sequences of the mean over tokens; `owners` [N]: each token's sequence."""
+    """GRPO's mean over sequences of token means; `owners` [N] is the sequence of each token."""
     log_ratio, losses, is_clipped = terms(logprobs, old, advantages[owners])
     sums = torch.zeros_like(advantages).index_add(0, owners, losses)
     loss = (sums / cu_seqlens.diff()).mean()
@@ -136,7 +136,7 @@ def test_policy_loss_packed(point: Point, name: str) -> None:
     config = verl_actor_config()
 
     def vanilla(*given: Tensor) -> Tensor:
-        # It takes padded tensors alone.
+        # verl supports only padded tensors.
         logprobs, old, advantages, *_, slots, kept = given
         empty = torch.zeros(kept.numel(), device=kept.device)
         grids = (empty.index_copy(0, slots, x).view(kept.shape) for x in (old, logprobs))
@@ -151,7 +151,7 @@ def test_policy_loss_packed(point: Point, name: str) -> None:
         inputs=tensors,
         providers=against(eager_packed, ours_packed, others={"verl": verl and config and vanilla}),
         oracle=lambda: exact(loss, [logprobs]),
-        # Two tensors and the bool mask in, the gradient out.
+        # Two tensors and the bool mask are read, the gradient is written.
         moved=13 * len(owners),
         outputs=1,
     )

@@ -1,6 +1,6 @@
 """sequence_logprobs and preference_loss, forward + backward.
 
-Both are plain torch, so the peers show their checks.
+Both are plain torch, so the comparison shows the cost of their checks.
 """
 
 import pytest
@@ -34,7 +34,7 @@ def test_sequence_logprobs(point: Point, name: str) -> None:
         inputs=(logprobs, mask, mask.float()),
         providers=against(eager_sequences, lambda x, mask, _: rk.sequence_logprobs(x, mask)),
         oracle=lambda: exact(lambda x: (x * mask.double()).sum(-1), [logprobs], [upstream]),
-        # The log-probabilities once, the bool mask in both ways, the gradient out.
+        # The log-probabilities are read once, the bool mask twice, the gradient is written.
         moved=10 * logprobs.numel(),
         upstream=(upstream,),
     )
@@ -58,6 +58,6 @@ def test_preference_loss(point: Point, name: str) -> None:
         inputs=(*policies, *references),
         providers=against(eager_dpo, lambda *inputs: rk.preference_loss(*inputs, beta=BETA).loss),
         oracle=lambda: exact(lambda *leaves: eager_dpo(*leaves, *wide), policies),
-        # Four tensors in, two gradients out.
+        # Four tensors are read, two gradients are written.
         moved=24 * pairs,
     )

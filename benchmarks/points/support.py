@@ -1,4 +1,4 @@
-"""token_logprobs over the tokens that a sampler's top-k kept, forward and forward + backward."""
+"""token_logprobs over the tokens that top-k sampling kept, forward and forward + backward."""
 
 import pytest
 import torch
@@ -10,14 +10,14 @@ import rlhf_kernels as rk
 from ..harness import Point, against, exact, points, sized
 
 SAMPLED_ROWS = 16
-# dtype, tokens, vocabulary, how many of it each token's sampler kept.
+# dtype, tokens, vocabulary, number of tokens that the sampler kept.
 SHAPES = {"fp32": (torch.float32, 1024, 32768, 64)}
 FULL_SHAPES = {"bf16": (torch.bfloat16, 256, 151936, 64)}
 GPU_SHAPES = {"gpu-bf16": (torch.bfloat16, 8192, 151936, 64)}
 
 
 def eager(logits: Tensor, labels: Tensor, kept: Tensor, *_: Tensor) -> Tensor:
-    """What a trainer writes: -inf wherever the sampler kept nothing; kept [N, K]."""
+    """The usual code of a trainer: -inf for all tokens that the sampler dropped; kept [N, K]."""
     dropped = torch.ones_like(logits, dtype=torch.bool).scatter(-1, kept, False)
     logp = F.log_softmax(logits.float().masked_fill(dropped, -torch.inf), dim=-1)
     return logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
@@ -53,7 +53,7 @@ def test_token_logprobs_support(point: Point, name: str, mode: str) -> None:
         inputs=(logits, labels, kept, indptr, kept.flatten()),
         providers=against(eager, ours),
         oracle=lambda: exact(logprobs, [logits[rows]], [upstream[rows]], gradient),
-        # Kept logits and their places; backward writes every gradient, nearly all of them 0.
+        # Kept logits and their indices; backward writes the whole gradient, which is mostly 0.
         moved=n * k * entry + gradient * logits.nbytes,
         select=lambda t: t[rows],
         upstream=(upstream,),

@@ -23,7 +23,7 @@ def squares(values: Tensor, old: Tensor, returns: Tensor) -> tuple[Tensor, Tenso
 def eager(
     values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, weights: Tensor, *_: Tensor
 ) -> tuple[Tensor, ...]:
-    """The loss and the clip fraction, as trainers log it."""
+    """The loss and the clip fraction that trainers log."""
     count = weights.sum()
     plain, clipped = squares(values, old, returns)
     loss = 0.5 * (torch.maximum(plain, clipped) * weights).sum() / count
@@ -40,7 +40,7 @@ def test_value_loss(point: Point, name: str) -> None:
     shape = point.size((4, 50), (HOST_SHAPES | SHAPES | FULL_SHAPES | GPU_SHAPES)[name])
     old = torch.randn(shape, device=point.device)
     change = 0.2 * torch.randn_like(old)
-    # None so near a branch that rounding decides it: the oracle could not judge it.
+    # No value is so near a branch that rounding decides it; the oracle could not check it.
     change.masked_fill_((change.abs() - CLIP).abs() < 1e-4, 0)
     values = (old + change).requires_grad_()
     returns = old + torch.randn_like(old)
@@ -62,7 +62,7 @@ def test_value_loss(point: Point, name: str) -> None:
             eager, ours, others={"verl": verl and (lambda v, o, r, *m: verl(v, r, o, m[-1], CLIP))}
         ),
         oracle=lambda: exact(loss, [values]),
-        # Three tensors and the bool mask in, the gradient out.
+        # Three tensors and the bool mask are read, the gradient is written.
         moved=17 * values.numel(),
         outputs=1,
     )

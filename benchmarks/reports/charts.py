@@ -1,4 +1,4 @@
-"""Pictures of the reports, as SVG: bars of providers against the limit, curves of growth."""
+"""SVG charts of the reports: bars of providers relative to the limit, and growth curves."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ COLOURS = {
 
 
 class Bar(NamedTuple):
-    """A provider's share of the limit."""
+    """The share of the limit that a provider reaches."""
 
     provider: str
     share: float
@@ -27,7 +27,7 @@ def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("svg")
-    # The same bytes from the same figures, and text that stays text.
+    # Reproducible bytes from the same figures, and text as text instead of outlines.
     matplotlib.rcParams.update({"svg.hashsalt": "rlhf_kernels", "svg.fonttype": "none"})
     import matplotlib.pyplot as plt
 
@@ -41,7 +41,7 @@ def save(figure: Any, file: Path) -> None:
 
 
 def bars(groups: list[tuple[str, list[Bar]]], file: Path, note: str) -> None:
-    """Groups of bars, one below the other; logarithmic, the limit a line at 100 %."""
+    """Draws groups of bars, one below the other, on a log scale with a line at the limit."""
     plt = _pyplot()
     count = sum(len(found) + 1.6 for _, found in groups)
     figure, axes = plt.subplots(figsize=(9, 0.9 + 0.19 * count), layout="constrained")
@@ -70,7 +70,7 @@ def bars(groups: list[tuple[str, list[Bar]]], file: Path, note: str) -> None:
 
 
 class Plot(NamedTuple):
-    """Lines over x; empty where there are none."""
+    """Lines over x; `lines` is empty if there is nothing to plot."""
 
     x_label: str
     y_label: str
@@ -81,7 +81,7 @@ class Plot(NamedTuple):
 
 
 def curves(plots: list[list[Plot]], file: Path, note: str) -> None:
-    """A column of log-log plots for each list; a dashed line shows the slope expected of ours."""
+    """Draws a column of log-log plots for each list; a dashed line has the expected slope."""
     plt = _pyplot()
     columns, height = len(plots), len(plots[0])
     size = (4.4 * columns, 3.3 * height + 0.3)

@@ -1,13 +1,13 @@
-"""Did it get slower? Compares a run with an earlier one by ratios, each measured within its run.
+"""Checks whether ours became slower, by ratios of times that were measured within one run.
 
     python -m benchmarks.reports.compare BASE.json [--new NEW.json] [--tolerance 0.1]
 
-Two machines, or one on two days, have no time in common, but what plain torch (eager) and the
-machine's own rate (the limit) took beside ours in the same rounds they have. Without --new the
-suite runs now, as BASE was run. A ratio is worse where it rose by more than the tolerance and, on
-top, what the rounds of both runs leave open: half of p20 to p80 of each, on a logarithmic scale;
-of fewer than five rounds it is unsure at most.
-Exit status: 0 none is worse; 1 one is worse, a point of ours fails, or the run that was made fails;
+Times of two machines or two days cannot be compared. Each run therefore contains the times of
+plain torch (eager) and of the machine's own rate (the limit), measured in the same rounds as ours.
+Without --new the suite runs now, with the settings of BASE. A ratio is worse if it rose by more
+than the tolerance and the spread of both runs, which is half of p20 to p80 on a log scale. With
+fewer than five rounds it is at most unsure.
+Exit status: 0 nothing is worse; 1 something is worse, a point of ours fails, or the new run fails;
 2 nothing can be compared.
 """
 
@@ -24,16 +24,16 @@ from .. import ROOT, divided, make_parser
 from .tables import table
 
 TOLERANCE = 0.10
-# The spread of fewer rounds says nothing: of one it is 0.
+# Fewer rounds do not show the spread; that of one round is 0.
 LEAST_ROUNDS = 5
-# What two runs must share for their ratios to mean the same, and what is only worth a word.
+# Two runs must agree in SAME, or their ratios differ in meaning; REMARKED are only mentioned.
 SAME, REMARKED = ("device", "backend", "quick"), ("cpu", "threads", "cpu_capability", "torch")
 Entry = dict[str, Any]
 Point = tuple[str, str]
 
 
 class Change(NamedTuple):
-    """Ours over `other` in both runs, the factor by which it may rise, the fewer rounds of both."""
+    """Ours over `other` in both runs, the allowed factor, and the smaller number of rounds."""
 
     point: Point
     other: str
@@ -53,26 +53,26 @@ class Change(NamedTuple):
             return "WORSE"
         if self.factor < 1 / self.allowed:
             return "better"
-        # More than the tolerance, less than the rounds leave open, or too few of them: to be
-        # measured again.
+        # The change is above the tolerance but within the spread, or the rounds are too few. It
+        # has to be measured again.
         return "unsure" if self.factor > 1 + self.tolerance else "same"
 
 
 def points(data: Entry) -> dict[Point, Entry]:
-    """Points that have a time, by test and shape: a test whose shape changed is another point."""
+    """Points that have a time, by test and shape; a test with another shape is another point."""
     found = {(b["name"], b["extra_info"]["label"]): b["extra_info"] for b in data["benchmarks"]}
     return {p: e for p, e in found.items() if "median" in e["providers"]["ours"]}
 
 
 def others(entry: Entry) -> dict[str, str]:
-    """What ours is compared with: a name that both runs share -> the provider's."""
+    """What ours is compared with: the name in both runs -> the name of the provider."""
     return {"eager": "eager", "limit": entry["limit"]}
 
 
 def ratio(entry: Entry, name: str) -> tuple[float, float, int] | None:
     """Ours over `name`, half of p20 to p80 of its logarithm, and its rounds; None without a time.
 
-    Of the ratios of each round, so that what slowed a whole round is not in it.
+    It uses the ratios of single rounds, so that effects on a whole round cancel.
     """
     ratios = entry["providers"].get(name, {}).get("ours_over")
     if ratios is None:
@@ -81,7 +81,7 @@ def ratio(entry: Entry, name: str) -> tuple[float, float, int] | None:
 
 
 def changes(base: Entry, new: Entry, tolerance: float) -> Iterator[Change | str]:
-    """Of each point that both runs have; a line of text for a ratio that only one has."""
+    """The changes of all points in both runs; a line of text for a ratio that only one run has."""
     old, now = points(base), points(new)
     for point in (p for p in old if p in now):
         for other, name in others(old[point]).items():
@@ -107,7 +107,7 @@ def unlike(base: Entry, new: Entry, keys: tuple[str, ...]) -> list[str]:
 
 
 def compare(base: Entry, new: Entry, tolerance: float, status: int = 0) -> int:
-    """Prints the table and what could not be compared; the exit status. `status`: the new run's."""
+    """Prints the comparison; returns the exit status. `status` is that of the new run."""
     for line in unlike(base, new, REMARKED):
         print(f"Not the same {line}")
     found = list(changes(base, new, tolerance))
@@ -125,7 +125,7 @@ def compare(base: Entry, new: Entry, tolerance: float, status: int = 0) -> int:
     print("\n".join(["", *table(head, cells, left=2, right=1), ""]))
     failures = [f"{f['op']} {f['label']} {f['mode']}" for f in new["failures"]]
     if status and not failures:
-        # Of a point that raised while it was set up or timed, the JSON has nothing.
+        # A point that raised during setup or timing is missing in the JSON.
         failures = [f"the run, with exit status {status}; a point may be missing, see its output"]
     old, now = points(base), points(new)
     listed = {
@@ -144,7 +144,7 @@ def compare(base: Entry, new: Entry, tolerance: float, status: int = 0) -> int:
 
 
 def measure(base: Entry, folder: Path, rest: list[str]) -> tuple[Entry, int]:
-    """A run now, of what is compared alone, and its exit status; ends the process without one."""
+    """Runs the suite for a comparison; returns results and exit status, or exits without any."""
     machine = base["machine_info"]
     command = [sys.executable, "-m", "benchmarks.run", "new", "--out", str(folder)]
     command += ["--device", "cpu" if machine["device"] == "cpu" else "cuda"]

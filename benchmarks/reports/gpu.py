@@ -16,7 +16,7 @@ Results = dict[str, dict[str, Any]]
 
 
 def verdict(point: dict[str, Any], quick: bool) -> str:
-    """Whether each target of a point is met; they are about real shapes."""
+    """Whether each target of a point is met; empty for a quick run, which has other shapes."""
     if quick or "median" not in point["providers"]["ours"]:
         return ""
     lines = [suite.target_text(point, quick)] if point["targets"] else []
@@ -80,7 +80,7 @@ def bench_lines(points: list[dict[str, Any]], quick: bool) -> list[str]:
 
 
 def points_of(results: Results) -> list[dict[str, Any]]:
-    """The points of both benchmark parts; where both have one, that with the peers."""
+    """The points of both benchmark parts; a point of both is taken from the part with peers."""
     found: dict[tuple, dict[str, Any]] = {}
     for part in ("ours", "peers"):
         for point in results.get(part, {}).get("points", []):
@@ -91,7 +91,7 @@ def points_of(results: Results) -> list[dict[str, Any]]:
 
 
 def counter_lines(kernels: list[dict[str, Any]]) -> list[str]:
-    """What the profiler counted of each kernel."""
+    """The hardware counters of each kernel."""
     if not kernels:
         return []
     names = [k for k in kernels[0] if k not in ("call", "backend", "kernel")]
@@ -172,7 +172,7 @@ def markdown(results: Results, quick: bool) -> str:
 
 
 def without_machine(value: Any, folders: tuple[str, ...]) -> Any:
-    """`value` without names of folders on this machine: the report is made to be published."""
+    """`value` without names of folders on this machine, because the report may be published."""
     if isinstance(value, dict):
         return {k: without_machine(v, folders) for k, v in value.items()}
     if isinstance(value, list):
@@ -180,7 +180,7 @@ def without_machine(value: Any, folders: tuple[str, ...]) -> Any:
     if isinstance(value, str):
         for folder in folders:
             value = value.replace(folder, "…")
-        # Whatever else lies in somebody's home, or in an environment.
+        # Also remove other paths, which may be in a home folder or an environment.
         value = re.sub(r"(/[\w.@+-]+){2,}/(?=[\w.@+-]+)", "…/", value)
     return value
 
@@ -190,7 +190,7 @@ def write(results: Results, out: Path, *, quick: bool) -> None:
     cleaned = without_machine(results, (str(ROOT), str(out), str(Path.home()) + "/"))
     doctor = cleaned.get("env", {}).get("doctor")
     if doctor:
-        # What the shell had set may be about anything.
+        # Environment variables of the shell may hold private data.
         doctor.pop("environment", None)
     write_text(out / "report.json", json.dumps({"quick": quick, **cleaned}, indent=1))
     write_text(out / "report.md", markdown(cleaned, quick))

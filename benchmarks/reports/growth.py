@@ -1,4 +1,4 @@
-"""Growth curves of results/<name>-growth.json as a table and as pictures."""
+"""Growth curves of results/<name>-growth.json as a table and as charts."""
 
 import json
 import re
@@ -10,11 +10,11 @@ import numpy as np
 from . import charts
 from .tables import mebibytes, milliseconds, table
 
-#: Below, memory counts as none: what the allocator and autograd keep for themselves.
+#: Less memory counts as none, because the allocator and autograd need some themselves.
 NO_BYTES = 1 << 20
-#: How far the fit may lie from the expected slope: caches and overheads bend a line.
+#: The allowed distance of the fit from the expected slope: caches and overheads bend a line.
 NEAR = 0.15
-#: Of the JSON's figures, their expected slopes, and how a plot shows them.
+#: For each figure: its key in the JSON, the key of its expected slope, plot label and unit.
 KINDS = (
     ("seconds", "time", "time, ms", 1e3),
     ("bytes", "memory", "memory beyond results, MiB", 1 / 2**20),
@@ -23,18 +23,18 @@ Curve = dict[str, Any]
 
 
 def fit(xs: list[int], ys: list[float]) -> tuple[float, float]:
-    """Slope of log y over log x and its standard error: 1 is linear growth, 0 none."""
+    """Slope of log y over log x, and its standard error; 1 is linear growth, 0 is none."""
     x, y = np.log(xs), np.log(ys)
-    # Two points have no error to speak of.
+    # A line through two points has no error.
     if len(xs) == 2:
         return float(np.polyfit(x, y, 1)[0]), 0.0
     (slope, _), covariance = np.polyfit(x, y, 1, cov=True)
-    # Rounded: a slope of 0 is no -1e-17.
+    # Rounding turns a slope of -1e-17 into 0.
     return round(float(slope), 9) + 0.0, float(np.sqrt(max(covariance[0, 0], 0.0)))
 
 
 def series(curve: Curve, what: str) -> dict[str, list[float]]:
-    """Figures of each provider along the curve: "seconds", or "bytes", of which few are none."""
+    """The figures of each provider along the curve: "seconds", or "bytes" of at least NO_BYTES."""
     points = curve[what]
     if points is None or any(v is None for p in points for v in p.values()):
         return {}
@@ -52,7 +52,7 @@ def verdict(xs: list[int], ys: list[float], expected: float) -> str:
     off = abs(slope - expected)
     if off <= NEAR:
         return "as expected"
-    # Growing less than expected is to be explained too.
+    # Less growth than expected has to be explained too.
     return "unsure" if off <= NEAR + 2 * error else "**not as expected**"
 
 
@@ -98,7 +98,7 @@ def picture_file(file: Path, op: str) -> Path:
 
 
 def lines(file: Path) -> list[str]:
-    """The report's section; writes a picture of each operation beside the JSON."""
+    """The section of the report; writes a chart of each operation beside the JSON."""
     data = json.loads(file.read_text())
     # On one core there is no curve over threads.
     curves = {op: [c for c in p if len(c["xs"]) > 1] for op, p in data["curves"].items()}

@@ -1,4 +1,4 @@
-"""A whole step, from results/<name>-step.json: its parts, and what can be saved where."""
+"""A whole training step from results/<name>-step.json: its parts, and the possible savings."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from .tables import mebibytes, table
 
-#: Parts that are the model's own: no operation of ours is in them.
+#: Parts that belong to the model; none of our operations can change them.
 OWN = ("layers", "optimizer")
 
 
@@ -15,7 +15,7 @@ def is_own(part: str) -> bool:
 
 
 def totals(seconds: dict[str, float]) -> tuple[float, float]:
-    """Seconds of the whole step, and of the model's own parts."""
+    """The seconds of the whole step, and of the model's own parts."""
     return sum(seconds.values()), sum(t for p, t in seconds.items() if is_own(p))
 
 
@@ -39,7 +39,7 @@ def parts_table(step: dict[str, Any]) -> list[str]:
     }
 
     def cells(name: str, times: dict[str, float]) -> list[str]:
-        # What the model's own parts took differs by chance alone: the step saves the operations'.
+        # The model's own parts differ only by chance, so the step saves what the operations save.
         saving = rows["**operations**"] if name == "**step**" else times
         saved = f"{(saving['eager'] - saving['ours']) / whole:.1%}"
         if is_own(name):
@@ -53,7 +53,7 @@ def parts_table(step: dict[str, Any]) -> list[str]:
 
 
 def sentences(step: dict[str, Any]) -> list[str]:
-    """The step in words."""
+    """A summary of the step in words."""
     seconds = step["seconds"]
     (whole, own), (ours, _) = totals(seconds["eager"]), totals(seconds["ours"])
     lines = [
@@ -69,7 +69,7 @@ def sentences(step: dict[str, Any]) -> list[str]:
 
 
 def lines(file: Path) -> list[str]:
-    """The report's section."""
+    """The section of the report."""
     data = json.loads(file.read_text())
     found = [
         f"{data['threads']} threads, torch {data['torch']}, fp32"

@@ -1,10 +1,10 @@
-"""Turns a benchmark JSON into a report: tables (Markdown) and a picture (SVG).
+"""Turns a benchmark JSON into a report: tables (Markdown) and a chart (SVG).
 
     python -m benchmarks.reports.suite benchmarks/results/<name>.json [--readme]
 
-Writes <name>.md and <name>.svg beside the JSON and prints the Markdown; what `growth` and
-`whole_step` measured under that name become sections of it. With --readme it writes nothing and
-prints the README's tables.
+Writes <name>.md and <name>.svg beside the JSON and prints the Markdown. Results of `growth` and
+`whole_step` under the same name become sections. With --readme it only prints the tables of the
+README.
 """
 
 import json
@@ -19,9 +19,9 @@ from .tables import bold_if, mebibytes, milliseconds, multiple, table
 
 PEERS = {"trl": "TRL", "verl": "verl", "liger": "Liger", "torch fused": "torch fused"}
 PEERS |= {"cce": "CCE", "quack": "QuACK", "flash-attn": "flash-attn", "trl kernel": "TRL kernel"}
-#: What bounds an operation: a share of it is reached.
+#: Bounds of an operation; reports show which share of its bound it reaches.
 LIMITS = ("copy", "read", "GEMMs")
-# Rows in the order of a training step; operations not listed come last.
+# Rows follow the order of a training step; operations not listed come last.
 ORDER = ("token_logprobs", "linear_", "kl_", "gae", "ppo_", "group_", "policy_", "value_")
 Entry = dict[str, Any]
 
@@ -41,7 +41,7 @@ TARGETED = (
     *("test_linear_policy_loss[fp32]", "test_linear_policy_loss[bf16]"),
     *("test_linear_token_logprobs[fp32-logprobs]", "test_linear_token_logprobs[bf16-logprobs]"),
 )
-#: The rows of the README's tables: the second is of the fused head, and shows memory.
+#: The rows of the README's two tables; the second is for the fused head, and shows memory.
 README = (
     *(_logprobs(shape)[i] for shape, i in (("fp32", 2), ("fp32", 5), ("bf16", 5))),
     *("test_kl_divergence[fp32-forward]", "test_gae[16x131072]", "test_group_advantages"),
@@ -57,20 +57,20 @@ README_HEAD = tuple(
 def ratio(entry: Entry, *names: str) -> float | None:
     """Time of the fastest of `names` over ours, or None if none of them has a time.
 
-    The median over the rounds that both ran in: a slow provider joins only some, and what it leaves
-    behind slows ours in these.
+    This is the median over the rounds in which both ran. A slow provider runs only in some rounds,
+    and slows ours in them by its effect on the caches.
     """
     rounds = [entry["providers"].get(n, {}).get("ours_over") for n in names]
     return min((1 / r["median"] for r in rounds if r), default=None)
 
 
 def of_limit(entry: Entry) -> float | None:
-    """Fraction of the machine's copy or read rate."""
+    """The share of the machine's copy or read rate, or of the bare products, that ours reaches."""
     return ratio(entry, entry["limit"])
 
 
 def rate(entry: Entry) -> str:
-    """What ours achieves: of products beside the bare ones, else of bytes."""
+    """The rate of ours: of the products, compared with bare products, or else of bytes."""
     ours, limit = (entry["providers"][n]["median"] for n in ("ours", entry["limit"]))
     if entry.get("flops"):
         giga = entry["flops"] / 1e9
@@ -79,19 +79,19 @@ def rate(entry: Entry) -> str:
 
 
 def position(entry: Entry) -> int:
-    """Where the operation stands in ORDER."""
+    """The position of the operation in ORDER."""
     return next((i for i, o in enumerate(ORDER) if entry["op"].startswith(o)), len(ORDER))
 
 
 def excess(entry: Entry) -> tuple[float, float] | None:
-    """Bytes beyond inputs and results that ours holds, and how many it may; None without either."""
+    """Bytes of ours beyond inputs and results, and their limit; None if either is missing."""
     most = entry.get("at_most", {}).get("extra_bytes")
     found = entry["providers"]["ours"].get("extra_bytes")
     return None if most is None or found is None else (found, most)
 
 
 def target_text(entry: Entry, quick: bool) -> str:
-    """Whether the targets are met, and else which of them is not; they are about real shapes."""
+    """Whether the targets are met, or which are missed; empty for a quick run."""
     if quick or not entry["targets"]:
         return ""
     found = {name: ratio(entry, name) for name in entry["targets"]}
@@ -115,7 +115,7 @@ def environment(data: Entry) -> str:
     m, commit = data["machine_info"], data["commit_info"]
     peers = ", ".join(f"{k} {v}" for k, v in m["peers"].items()) or "none installed"
     dirty = " (with local changes)" if commit.get("dirty") else ""
-    # Points that an earlier run measured (`--add`) have a commit of their own.
+    # Points of an earlier run (`--add`) have their own commit.
     ids = {str(commit.get("id")), *(b.get("commit", "") for b in data["benchmarks"])} - {""}
     commits = ", ".join(sorted(i[:12] for i in ids))
     return (
@@ -129,9 +129,9 @@ def environment(data: Entry) -> str:
 def points_table(
     entries: list[Entry], quick: bool, details: bool = True, memory: bool = False
 ) -> list[str]:
-    """Every entry; what is faster than ours is bold.
+    """A row for every point; ratios of providers that are faster than ours are bold.
 
-    details: spread, rates and targets too; memory: peaks beyond the inputs.
+    details: adds spread, rates and targets; memory: adds peaks beyond the inputs.
     """
     peers = [p for p in PEERS if any(ratio(e, p) is not None for e in entries)]
     columns = [("eager",), ("compile", "vectorized"), *((p,) for p in peers)]
@@ -158,7 +158,7 @@ def points_table(
 
 
 def _against(name: str, wanted: float, found: float | None) -> str:
-    """A measured figure beside its target; bold where it is missed."""
+    """A measured figure beside its target; bold if the target is missed."""
     show = "{:.0%}".format if name in LIMITS else multiple
     if found is None:
         return f"not measured (≥ {show(wanted)})"
@@ -169,7 +169,7 @@ def _against(name: str, wanted: float, found: float | None) -> str:
 
 
 def targets_table(entries: list[Entry]) -> list[str]:
-    """Each row of the design's table of targets, and what was measured."""
+    """The design's table of targets with the measured figures."""
     by_name = {e["name"]: e for e in entries}
     rows = []
     for name in TARGETED:
@@ -179,7 +179,7 @@ def targets_table(entries: list[Entry]) -> list[str]:
             continue
         wanted = dict(e["targets"])
         eager, compiled = wanted.pop("eager", None), wanted.pop("compile", None)
-        # Of any vectorised form: the faster one.
+        # A target for vectorised code applies to the faster of its two forms.
         vectorized = wanted.pop("vectorized", None) is not None
         found = ratio(e, "compile", *(["vectorized"] if vectorized else []))
         cells = ["" if eager is None else _against("eager", eager, ratio(e, "eager"))]
@@ -200,7 +200,7 @@ def targets_table(entries: list[Entry]) -> list[str]:
 
 
 def lost(entries: list[Entry]) -> Iterator[str]:
-    """Where something else is faster."""
+    """The points at which another provider is faster."""
     for e in entries:
         found = {n: ratio(e, n) for n in ("eager", "compile", "vectorized", *PEERS)}
         faster = [f"{PEERS.get(n, n)} {multiple(r)}" for n, r in found.items() if r and r < 1]
@@ -209,14 +209,14 @@ def lost(entries: list[Entry]) -> Iterator[str]:
 
 
 def holds_logits(entry: Entry) -> bool:
-    """Whether its peak memory is worth a line."""
+    """Whether the operation may hold logits, so that its peak memory is listed."""
     return entry["mode"] == "forward+backward" and entry["op"].startswith(
         ("token_logprobs", "linear_")
     )
 
 
 def memory_lines(entries: list[Entry]) -> list[str]:
-    """Peak memory beyond the inputs, forward + backward, where logits are; result included."""
+    """Peak memory beyond the inputs, results included, of points that may hold logits."""
     lines = []
     for e in entries:
         if not holds_logits(e):
@@ -232,7 +232,7 @@ def memory_lines(entries: list[Entry]) -> list[str]:
 
 
 def problem_lines(entries: list[Entry]) -> list[str]:
-    """Points without a time, and why; each reason once."""
+    """Points without a time, with each reason listed once."""
     found: dict[str, list[str]] = {}
     for e in entries:
         for name, p in e["providers"].items():
@@ -247,7 +247,7 @@ def problem_lines(entries: list[Entry]) -> list[str]:
 
 
 def rates_line(entries: list[Entry]) -> str:
-    """Median machine rates over the points that are too large for a core's own cache."""
+    """The median rates of the machine over points that are larger than a core's cache."""
     words = []
     for name in ("copy", "read"):
         large = (e for e in entries if e["moved"] >= 1 << 26 and "median" in e["providers"][name])
@@ -286,7 +286,7 @@ def markdown(data: Entry, entries: list[Entry], pictures: list[str]) -> str:
 
 
 def picture(entries: list[Entry], file: Path, note: str) -> None:
-    """Each provider's share of the limit, at the points that have targets and a forward."""
+    """Draws each provider's share of the limit, for points with targets and a forward pass."""
     groups = []
     for e in entries:
         of_ours = of_limit(e)
@@ -295,7 +295,7 @@ def picture(entries: list[Entry], file: Path, note: str) -> None:
         found = []
         for name, p in e["providers"].items():
             if "median" in p and name not in LIMITS and name != "no entropy":
-                # Of ours, times how much slower than ours it is.
+                # The provider's share is that of ours divided by the provider's relative time.
                 share = of_ours / (ratio(e, name) or 1.0)
                 percent = f"{share:.0%}" if share >= 0.095 else f"{share:.2%}"
                 text = f"{milliseconds(p['median'])} ms, {percent}"
@@ -332,7 +332,7 @@ def main(argv: list[str] | None = None) -> None:
         picture(entries, file, note)
         pictures.append(file.name)
     text = markdown(data, entries, pictures)
-    # What was measured under the same name.
+    # Add sections for studies under the same name.
     sections = (("growth", "Growth", growth), ("step", "A whole step", step))
     for ending, title, module in sections:
         beside = args.json.with_name(f"{args.json.stem}-{ending}.json")

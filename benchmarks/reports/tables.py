@@ -1,18 +1,18 @@
-"""Markdown tables and the numbers in them."""
+"""Markdown tables and the format of numbers in them."""
 
 from collections.abc import Iterable, Sequence
 
-#: Columns of a table: words, and after them figures, which stand on the right.
+#: Alignment of columns: words on the left, figures on the right.
 WORDS, FIGURE = "---|", "---:|"
 
 
 def table(
     head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, right: int = 0
 ) -> list[str]:
-    """Lines of a table whose first `left` and last `right` columns hold words, the rest figures.
+    """Lines of a table; its first `left` and last `right` columns hold words, the others figures.
 
     Raises:
-        ValueError: a row has not as many cells as the head.
+        ValueError: a row and the head differ in their number of cells.
     """
     figures = len(head) - left - right
     lines = [_line(head), "|" + WORDS * left + FIGURE * figures + WORDS * right]
@@ -28,17 +28,17 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def bold_if(wanted: bool, text: str) -> str:
-    """`text`, bold where `wanted`."""
+    """`text`, in bold if `wanted`."""
     return f"**{text}**" if wanted else text
 
 
 def multiple(value: float | None) -> str:
-    """A ratio in two digits; – without one."""
+    """A ratio with two digits, or "–" for None."""
     return "–" if value is None else f"{value:.0f}×" if value >= 99.5 else f"{value:.2g}×"
 
 
 def scaled(seconds: float, unit: float) -> str:
-    """Seconds in units of `unit`, in three digits, but in whole units from 1000 of them on."""
+    """Seconds in the given unit with three digits; without decimals from 1000 units on."""
     return f"{seconds / unit:.3g}" if seconds < 999.5 * unit else f"{seconds / unit:.0f}"
 
 
@@ -51,5 +51,5 @@ def microseconds(seconds: float) -> str:
 
 
 def mebibytes(size: float | None) -> str:
-    """Bytes in whole MiB; – without a number."""
+    """Bytes in whole MiB, or "–" for None."""
     return "–" if size is None else f"{size / 2**20:.0f}"

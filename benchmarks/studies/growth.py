@@ -1,11 +1,11 @@
-"""How time and memory grow: with tokens, vocabulary, sequence length, threads.
+"""Measures growth of time and memory with tokens, vocabulary, sequence length and threads.
 
     python -m benchmarks.studies.growth [name] [--only gae ...] [--quick]
 
-Writes results/<name>-growth.json and a picture of each operation; `report.py` puts them in the
-report of that name. Every point is gated against eager; providers take turns. Memory is what a call
-holds at its highest beyond inputs and results, in a process of its own that gives freed memory back
-at once, so that small allocations show too. With --only the other curves of the file stay.
+Writes results/<name>-growth.json and a chart of each operation; the report of that name includes
+them. Every result is compared with eager, and providers take turns. Memory is the peak of a call
+beyond inputs and results, measured in a separate process that returns freed memory immediately, so
+that small allocations are visible. --only keeps the other curves of the file.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from ..reports import growth as report
 from . import kept
 
 CPU = torch.device("cpu")
-# As many rounds as fit into so many seconds of the slowest provider, but at least so many.
+# Rounds that fit into SECONDS for the slowest provider, within these limits.
 SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 4.0, 3, 21
 WIDTH, VOCAB = 1024, 32768
 
@@ -43,13 +43,13 @@ class Curve(NamedTuple):
     """One operation along one axis.
 
     Attributes:
-        axis: what grows; "threads" sets torch's.
-        xs: its values.
-        fixed: the rest of the shape, for people.
-        calls: x -> providers as functions of nothing, "eager" among them: what others are
-            compared with. All return the same results.
-        time: slope of log time over log x that ours should have.
-        memory: of its memory beyond inputs and results; None where that is not measured.
+        axis: what grows; "threads" sets torch's number of threads.
+        xs: the values on the axis.
+        fixed: the rest of the shape, for readers.
+        calls: maps x to providers as functions without arguments; all return the same results,
+            and "eager" is the one that others are compared with.
+        time: expected slope of log time over log x of ours.
+        memory: expected slope of its memory beyond inputs and results; None if not measured.
     """
 
     axis: str
@@ -61,7 +61,7 @@ class Curve(NamedTuple):
 
 
 def differentiated(function: Callable[..., Any], leaves: Sequence[Tensor]) -> Call:
-    """Outputs of `function(*leaves)` and the gradients of their sum."""
+    """A call that returns `function(*leaves)` and the gradients of the sum of its outputs."""
 
     def call() -> tuple[Tensor, ...]:
         found = function(*leaves)
@@ -100,7 +100,7 @@ def gae(length: int, sequences: int = 64) -> Calls:
 def policy(tokens: int, length: int = 2048) -> Calls:
     shape = (max(1, tokens // length), min(tokens, length))
     old = -torch.rand(shape) * 5
-    # Away from the clip's bounds: rounding must not decide on which side a token is.
+    # Ratios far from the clip bounds, so that rounding cannot move a token across a bound.
     steps = torch.tensor([-0.4, -0.1, 0.05, 0.1, 0.4])
     new = (old + steps[torch.randint(0, 5, shape)]).requires_grad_()
     mask = torch.ones(shape, dtype=torch.bool)
@@ -130,14 +130,14 @@ def head(tokens: int, vocab: int = VOCAB) -> Calls:
 
 
 def _powers(first: int, last: int) -> tuple[int, ...]:
-    """2**first to 2**last."""
+    """The powers of two from 2**first to 2**last."""
     return tuple(2**i for i in range(first, last + 1))
 
 
 def curves(quick: bool) -> dict[str, list[Curve]]:
-    """Of each operation. Time is linear in the size, memory of ours is none or a fixed budget."""
+    """The curves of each operation. Time is linear in size; memory of ours is zero or constant."""
     small = 64 if quick else 1
-    # 1 to as many threads as torch takes here.
+    # From 1 to torch's number of threads on this machine.
     most = torch.get_num_threads()
     counts = tuple(sorted({*_powers(0, most.bit_length() - 1), most}))
 
@@ -148,7 +148,7 @@ def curves(quick: bool) -> dict[str, list[Curve]]:
         return Curve("threads", counts, fixed, lambda _: calls(*shape), -1.0, None)
 
     def of_vocabulary(calls: Callable[..., Calls], n: int, tokens: tuple[int, ...]) -> list[Curve]:
-        """Curves of `calls(tokens, vocabulary)` along both."""
+        """Curves of `calls(tokens, vocabulary)` along both axes, and along threads."""
         return [
             sized("tokens", tokens, f"vocabulary {v}", lambda x: calls(x, v)),
             sized("vocabulary", _powers(13, 17), f"{n} tokens", lambda x: calls(n, x)),
@@ -180,9 +180,9 @@ def curves(quick: bool) -> dict[str, list[Curve]]:
 
 
 def gate(calls: Calls, where: str) -> None:
-    """Raises GateError where a provider's results are not eager's."""
+    """Raises GateError if a provider's results differ from eager's."""
     expected = calls["eager"]()
-    # What is rounded on the way is as coarse as the coarsest.
+    # Intermediate results may be rounded to the coarsest dtype of the results.
     gap = max(measure.GATE[e.dtype] for e in expected)
     for name, call in calls.items():
         for a, e in zip(call(), expected, strict=True):
@@ -192,7 +192,7 @@ def gate(calls: Calls, where: str) -> None:
 
 
 def seconds(calls: Calls, budget: float) -> dict[str, float]:
-    """Medians of the same rounds for all, in which the providers take turns."""
+    """Medians over common rounds, in which the providers take turns."""
     clock = clocks.timer(CPU)
     times: dict[str, list[float]] = {n: [] for n in calls}
     for turn in range(1, MOST_ROUNDS + 1):
@@ -205,17 +205,17 @@ def seconds(calls: Calls, budget: float) -> dict[str, float]:
 
 
 def peaks(calls: Calls) -> dict[str, int | None]:
-    """Bytes beyond inputs and results that each provider holds at its highest."""
+    """The peak bytes of each provider beyond inputs and results."""
     found = {}
     for name, call in calls.items():
-        # Once before, for what is set up once.
+        # The first call includes one-time setup.
         call()
         found[name] = memory.measured(call, CPU).get("extra_bytes")
     return found
 
 
 def along(op: str, curve: Curve, measure: Callable[[Calls], Any]) -> list[Any]:
-    """`measure` of the providers at each x of a curve."""
+    """Applies `measure` to the providers at each x of a curve."""
     threads, found = torch.get_num_threads(), []
     for x in curve.xs:
         torch.manual_seed(0)
@@ -227,18 +227,18 @@ def along(op: str, curve: Curve, measure: Callable[[Calls], Any]) -> list[Any]:
 
 
 def own_peaks(op: str, quick: bool) -> list[Any]:
-    """Peaks along every curve of `op`; None where they do not matter."""
+    """The peaks along every curve of `op`; None for curves without memory."""
     return [None if c.memory is None else along(op, c, peaks) for c in curves(quick)[op]]
 
 
 def grown(op: str, quick: bool) -> list[dict[str, Any]]:
-    """The curves of an operation, as the JSON has them."""
+    """The curves of an operation in the form of the JSON."""
 
     def timed(calls: Calls) -> dict[str, float]:
         gate(calls, op)
         return seconds(calls, 0.0 if quick else SECONDS)
 
-    # `own_peaks` of a process whose freed memory goes back to the system at once.
+    # Runs `own_peaks` in a process that returns freed memory immediately.
     words = ["benchmarks.studies.growth", "--peaks", "--only", op, *(["--quick"] if quick else [])]
     sizes = json.loads(memory.elsewhere(*words))
     found = []

@@ -1,13 +1,13 @@
-"""The table of the integrations: each trainer's own code with and without our patch.
+"""Compares each trainer's own code with and without our patch.
 
     python -m benchmarks.studies.integrations [--only NAME ...] [--date 2026-01-31]
 
-runs the rows whose name begins with a NAME, keeps them in results/integrations.json beside those of
-other calls, and writes results/integrations.md from all. A row is measured in one process, theirs
-and ours by turns, so that only its ratios mean anything.
+measures the rows whose name begins with a NAME, adds them to results/integrations.json, and writes
+results/integrations.md from all rows. A row is measured in one process in which theirs and ours
+take turns, so only its ratios are meaningful.
 """
 
-# ruff: noqa: B023 - a row is measured before its loop goes on.
+# ruff: noqa: B023 - a row is measured within its loop iteration.
 import argparse
 import contextlib
 import functools
@@ -35,7 +35,7 @@ from ..run import cpu_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS, SECONDS = 9, 3.0
-# A peak below this is the allocator's noise.
+# Smaller peaks are noise of the allocator.
 LEAST_BYTES = 8 * 2**20
 
 
@@ -48,12 +48,12 @@ class Row(NamedTuple):
     note: str = ""
 
 
-#: A row's name, and what measures it.
+#: The name of a row, and the function that measures it.
 Rows = Iterator[tuple[str, Callable[[], Row]]]
 
 
 def seconds_of(call: Callable[[], Any]) -> tuple[Any, float]:
-    """Result of a call, and how long it and the work that it queued took."""
+    """The result of a call, and the time until its queued work is done."""
     synchronize(DEVICE)
     start = time.perf_counter()
     result = call()
@@ -62,14 +62,14 @@ def seconds_of(call: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def memory_ratio(theirs: int, ours: int) -> float | None:
-    """Of two peaks in bytes; None where theirs is noise."""
+    """The ratio of two peaks in bytes; None if theirs is noise."""
     return theirs / max(ours, LEAST_BYTES) if theirs > LEAST_BYTES else None
 
 
 def difference(
     ours: Sequence[Tensor], theirs: Sequence[Tensor], floor: float = 0.0, kept: Tensor | None = None
 ) -> float:
-    """The largest difference, relative to the largest element of each (or to floor)."""
+    """The largest difference, relative to the largest element of each tensor, or to `floor`."""
     worst = 0.0
     for a, b in zip(ours, theirs, strict=True):
         a, b = (x.detach().double()[... if kept is None else kept] for x in (a, b))
@@ -90,9 +90,9 @@ def compare(
     floor: float = 0.0,
     kept: Tensor | None = None,
 ) -> Row:
-    """A row of a function: differences, then the medians of both by turns, then both peaks.
+    """Measures a function: differences, then medians of both in turn, then both peaks.
 
-    Compared are its results (the loss or estimates) and, in `leaves`, the gradient of their sum.
+    Compares its results (a loss or estimates), and the gradient of their sum w.r.t. `leaves`.
     """
 
     def run(is_patched: bool) -> tuple[Any, float]:
@@ -124,12 +124,12 @@ def compare(
 
 
 def measured(name: str, *args: Any, **options: Any) -> tuple[str, Callable[[], Row]]:
-    """`compare` of these, when it is wanted."""
+    """A row that runs `compare` with these arguments."""
     return name, functools.partial(compare, name, *args, **options)
 
 
 def trl_rows() -> Rows:
-    """Whole trainers; time and memory of loss and backward, without the generation."""
+    """Rows of whole trainers; time and memory are of loss and backward, without generation."""
     if importlib.util.find_spec("trl") is None:
         print("TRL is not installed")
         return
@@ -146,7 +146,7 @@ def trl_rows() -> Rows:
         theirs = trl_runs.run(run, folder, sizes, watch=Watch(), learning_rate=1e-4)
         with trl.patched():
             ours = trl_runs.run(run, folder, sizes, watch=Watch(), learning_rate=1e-4)
-        # A loss that is a difference of terms may be 0: relative to 1 at least.
+        # A loss that is a difference of terms may be 0, so the scale is at least 1.
         loss = worst(ours.losses, theirs.losses, 1.0)
         gradient = worst(ours.grad_norms, theirs.grad_norms, 1e-6)
         a, b = theirs.watch, ours.watch
@@ -160,7 +160,7 @@ def trl_rows() -> Rows:
 
 
 class Watch:
-    """Seconds and bytes of a trainer's compute_loss and backward, step by step."""
+    """Measures time and peak memory of a trainer's compute_loss and backward in every step."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -171,7 +171,7 @@ class Watch:
 
         def run_backward(*args: Any, **kwargs: Any) -> Any:
             result = self.step(backward, *args, **kwargs)
-            # Belongs to the loss before it.
+            # Add the backward pass to the time of its loss.
             self.steps[-2:] = [sum(self.steps[-2:])]
             return result
 
@@ -190,7 +190,7 @@ class Watch:
         return found[0]
 
     def seconds(self) -> float:
-        """Median without the first step, which allocates."""
+        """The median without the first step, which allocates."""
         return statistics.median(self.steps[1:])
 
 
@@ -413,7 +413,7 @@ def main() -> None:
         store |= {"machine": machine(), "date": options.date, "versions": ", ".join(versions)}
         makers = {"TRL": trl_rows, "verl": verl_rows, "OpenRLHF": openrlhf_rows}
         for trainer, make in makers.items():
-            # What is not asked for is not imported.
+            # Do not import trainers that --only excludes.
             if not any(w.startswith(trainer) or trainer.startswith(w) for w in options.only):
                 continue
             for name, measure in make():

@@ -1,4 +1,4 @@
-"""Results that are measured part by part beside a run's, as `growth` and `whole_step` are."""
+"""Results that a study measures part by part and keeps beside those of a run."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from ..run import default_name
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that both have."""
+    """A parser with the common options of these studies."""
     result = make_parser(description)
     result.add_argument("name", nargs="?", help="name of the results; default: the machine")
     result.add_argument("--quick", action="store_true", help="small shapes: not a measurement")
@@ -32,9 +32,9 @@ def measured(
     parts: Iterable[str],
     measure: Callable[[str, bool], Any],
 ) -> Path:
-    """`measure(part, quick)` of each part, under `key` of <name>-<ending>.json; others stay there.
+    """Stores `measure(part, quick)` of each part under `key` of <name>-<ending>.json.
 
-    A report of that name is written again.
+    Keeps the other parts in the file, and updates an existing report of that name.
     """
     name = args.name or default_name("cpu", args.quick)
     file = args.out / f"{name}-{ending}.json"
@@ -47,11 +47,11 @@ def measured(
         "quick": args.quick,
     }
     earlier = json.loads(file.read_text()) if file.exists() else {}
-    # Figures of another machine or version must not stand beside these.
+    # Discard figures of another machine, version or setting.
     kept = earlier[key] if all(earlier.get(k) == v for k, v in stamp.items()) else {}
     for part in parts:
         kept[part] = measure(part, args.quick)
-        # At once: the run may be cut off.
+        # Write after every part, because the run may be interrupted.
         file.write_text(json.dumps({**stamp, key: kept}, indent=1) + "\n")
     if (run := args.out / f"{name}.json").exists():
         report = [sys.executable, "-m", "benchmarks.reports.suite", str(run.resolve())]

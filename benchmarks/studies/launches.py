@@ -1,8 +1,8 @@
-"""Counts what each operation launches on a GPU, forward and backward.
+"""Counts the launches of each operation on a GPU, forward and backward.
 
     python -m benchmarks.studies.launches --device cuda --out launches.json
 
-In a process of its own: a profiler that was loaded once slows every later launch.
+This needs a separate process, because a loaded profiler slows every later launch.
 """
 
 import argparse
@@ -26,21 +26,21 @@ def _activity(device: torch.device) -> ProfilerActivity:
 
 
 def launches(call: Callable[[], Any], device: torch.device) -> dict[str, int]:
-    """Kernels, copies and fills that `call` puts on the device, by name."""
+    """The kernels, copies and fills that `call` launches on the device, by name."""
     torch.accelerator.synchronize(device)
     with profile(activities=[ProfilerActivity.CPU, _activity(device)]) as profiled:
         call()
         torch.accelerator.synchronize(device)
     found: dict[str, int] = {}
     for event in profiled.events():
-        # A range that somebody annotated is no launch.
+        # An annotated range is not a launch.
         if event.device_type.name != "CPU" and not getattr(event, "is_user_annotation", False):
             found[event.name] = found.get(event.name, 0) + 1
     return found
 
 
 def of_operation(function: Callable[..., Any], device: torch.device) -> dict[str, Any]:
-    """Launches of one operation, forward and backward."""
+    """The launches of one operation, forward and backward."""
     inputs = Inputs(ROWS, SIZE, torch.float32, device, torch.Generator().manual_seed(0))
     arguments, options = EXAMPLES[function](inputs)
     leaves = [
@@ -71,7 +71,7 @@ def main() -> int:
     args = parser.parse_args()
     device = torch.device(args.device)
     report: dict[str, Any] = {"shape": [ROWS, SIZE], "operations": {}}
-    # The first profile also loads the profiler; one that sees nothing cannot count.
+    # The first profile loads the profiler. If the second sees nothing, counting is impossible.
     probe = torch.ones(8, device=device)
     for _ in range(2):
         seen = launches(lambda: probe + 1, device) if device.type != "cpu" else {}

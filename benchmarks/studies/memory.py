@@ -1,9 +1,9 @@
-"""Peak memory of the README's points, each provider in a fresh process.
+"""Measures the peak memory of the README's points, each provider in a fresh process.
 
     python -m benchmarks.studies.memory benchmarks/results/<name>.json
 
-puts it into the JSON, in place of what the timed run saw: there the process had run others.
-Part of `run.py --full`.
+replaces the peaks in the JSON, which a process measured that had run other providers before.
+`run.py --full` includes it.
 """
 
 import json
@@ -41,7 +41,7 @@ def main() -> None:
                 found = fresh(point["fullname"], name, data["machine_info"])
                 figures |= {**found, "fresh": True}
                 print(point["name"], name, found, flush=True)
-        # At once: it may be cut off.
+        # Write after every point, because the run may be interrupted.
         file.write_text(json.dumps(data, indent=1) + "\n")
 
 

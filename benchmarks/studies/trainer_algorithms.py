@@ -1,9 +1,9 @@
-"""Every online algorithm on the arithmetic task, with fixed seeds; writes docs/algorithms.md.
+"""Trains with every online algorithm on the arithmetic task; writes docs/algorithms.md.
 
     python -m benchmarks.studies.trainer_algorithms [--steps 80] [NAME ...]
 
-One supervised model is the start of all. Names run again replace their rows; the figures lie in
-benchmarks/results/trainer-algorithms.json, the models in --out.
+All start from one supervised model, with fixed seeds. A repeated NAME replaces its row. The figures
+are in benchmarks/results/trainer-algorithms.json, the models in --out.
 """
 
 import argparse
@@ -22,7 +22,7 @@ PAGE = ROOT / "docs" / "algorithms.md"
 TASK = "--max_operand 19 --operators + --eval_size 80 --max_new_tokens 4 --device cpu --threads 1"
 SUPERVISED = "--total_steps 150 --batch_size 128 --learning_rate 2e-3 --warmup_steps 20"
 ONLINE = "--batch_size 256 --mini_batch_size 128 --learning_rate 5e-4 --lr_schedule linear"
-# What differs from the algorithm's defaults, and why is in the page.
+# Settings that differ from the algorithm's defaults; the page explains them.
 OWN: dict[str, str] = {
     "ppo": "--epochs 1 --lam 1.0 --critic_learning_rate 1e-3 --kl_coef 0.005",
     "reinforce++": "--kl_coef 0.005",
@@ -50,7 +50,7 @@ milliseconds only if nothing else ran meanwhile (it did in the run above).
 
 
 def run(name: str, start: Path, out: Path, steps: int) -> dict[str, Any]:
-    """One algorithm from the supervised model on; its row."""
+    """Trains with one algorithm from the supervised model; returns its row."""
     own = OWN.get(name, "")
     flags = f"{TASK} {ONLINE} {own} --total_steps {steps} --model {start} --output_dir {out / name}"
     summary = train(name, flags.split())
@@ -68,7 +68,7 @@ def run(name: str, start: Path, out: Path, steps: int) -> dict[str, Any]:
 
 
 def page(results: dict[str, Any]) -> str:
-    """docs/algorithms.md."""
+    """The text of docs/algorithms.md."""
     found = {name: results["rows"][name] for name in ALGORITHMS if name in results["rows"]}
     first = next(iter(found.values()))
     text = PAGE_HEAD.format(weights=results["model"], start=first["before"], steps=first["steps"])

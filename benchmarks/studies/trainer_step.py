@@ -1,10 +1,10 @@
-"""A step of ppo and of grpo, the kernels against the same step on the reference backend.
+"""Compares a step of PPO and GRPO with kernels to the same step on the reference backend.
 
     python -m benchmarks.studies.trainer_step [--rounds 5] [--quick] [ppo grpo]
 
-The rollout is sampled once and then used again by every step, so that the two do the same work:
+The rollout is sampled once and used in every step, so that both backends do the same work:
 log-probabilities of policy and reference, advantages, losses, backward and optimizer. The backends
-take turns; medians, and the memory that a step holds at its highest above what was there before.
+take turns. The table has median times, and the peak memory of a step above the memory before it.
 """
 
 import argparse
@@ -29,7 +29,7 @@ WIDTH, LAYERS, VOCAB, ROWS, TOKENS = 256, 2, 32768, 16, 128
 
 
 def save_model(folder: Path, vocab: int) -> None:
-    """A Llama with random weights whose vocabulary is far larger than its tokenizer's."""
+    """Saves a Llama with random weights and a vocabulary far larger than its tokenizer's."""
     tokenizer = character_tokenizer("0123456789+-=")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -42,13 +42,13 @@ def save_model(folder: Path, vocab: int) -> None:
 
 
 def measure(name: str, model: Path, rounds: int, tokens: int) -> dict[str, tuple[float, float]]:
-    """Median seconds and peak MiB of a step by backend."""
+    """The median seconds and the peak MiB of a step, by backend."""
     flags = f"--model {model} --batch_size {ROWS} --max_new_tokens {tokens} --device cpu"
     flags += f" --output_dir {model}/{name} --epochs 1 --kl_coef 0.05"
     if name == "grpo":
         flags += " --num_generations 8"
     trainer = make_trainer(Stage(name, flags.split()), fresh=True)
-    # A random policy earns nothing: scores that differ, so that no advantage is 0.
+    # A random policy would earn nothing; rewards that differ give nonzero advantages.
     trainer.sample.rewards = Rewards([lambda prompts, **_: list(range(len(prompts)))], [1.0])
     rollout = trainer.rollout()
     trainer.rollout = lambda: rollout
@@ -62,7 +62,7 @@ def measure(name: str, model: Path, rounds: int, tokens: int) -> dict[str, tuple
                     trainer.step()
                     times.append(time.perf_counter() - start)
                 else:
-                    # Once before, so that the optimizer's state is there already.
+                    # The first step creates the optimizer's state.
                     trainer.step()
                     extra = peak_extra_bytes(trainer.step, torch.device("cpu"))
                     peaks[backend] = (extra or 0) / 2**20

@@ -1,6 +1,6 @@
-"""Short runs of TRL's trainers on a local model: what the tests and the table of integrations use.
+"""Short runs of TRL's trainers on a local model, for the tests and the integrations' table.
 
-Needs trl; no network. Each trainer starts from the same saved weights and the same seed.
+Needs trl, but no network. Each trainer starts from the same saved weights and the same seed.
 """
 
 import os
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Before transformers is imported.
+# This must be set before transformers is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import datasets
@@ -42,7 +42,7 @@ SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 
 class Sizes(NamedTuple):
-    """Of the model and the run. `words` are in the texts; the vocabulary may be larger."""
+    """Sizes of the model and the run. Texts use `words`; the vocabulary may be larger."""
 
     vocab: int = 193
     hidden: int = 32
@@ -55,7 +55,7 @@ class Sizes(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One number per step: loss and gradient norm; and TRL's own metrics of the last step."""
+    """Loss and gradient norm of each step, and TRL's own metrics of the last step."""
 
     losses: list[float]
     grad_norms: list[float]
@@ -83,7 +83,7 @@ def save_models(folder: Path, sizes: Sizes) -> None:
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        # Logits of some size: at the usual 0.02 every distribution is uniform.
+        # With the usual 0.02 logits are so small that every distribution is uniform.
         initializer_range=0.3,
         tie_word_embeddings=False,
         pad_token_id=0,
@@ -95,7 +95,7 @@ def save_models(folder: Path, sizes: Sizes) -> None:
     for name, kind in (("policy", LlamaForCausalLM), ("reward", LlamaForSequenceClassification)):
         model = kind(config)
         if name == "policy":
-            # Larger logits: some completions end early.
+            # A likelier end token makes some completions end early.
             with torch.no_grad():
                 model.lm_head.weight[config.eos_token_id] *= 3
         model.save_pretrained(folder / name)
@@ -103,7 +103,7 @@ def save_models(folder: Path, sizes: Sizes) -> None:
 
 
 def _texts(sizes: Sizes, rows: int, length: int, seed: int) -> list[str]:
-    """Of lengths between half and all of `length`, so that batches are padded."""
+    """Random texts with lengths from half of `length` to all of it, so that batches are padded."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint((length + 1) // 2, length + 1, (rows,), generator=g)
     return [
@@ -134,7 +134,7 @@ def _options(kind: str, variant: str, sizes: Sizes) -> dict[str, Any]:
         options: dict[str, Any] = {
             "num_generations": sizes.batch,
             "max_completion_length": sizes.completion,
-            # The second update of a batch has ratios other than 1.
+            # In the second update of a batch the ratios differ from 1.
             "num_iterations": 2,
             "beta": 0.04,
             "entropy_coef": 0.01,
@@ -154,9 +154,9 @@ def _options(kind: str, variant: str, sizes: Sizes) -> dict[str, Any]:
 def run(
     name: str, folder: Path, sizes: Sizes, *, bf16: bool = False, watch: Any = None, **more: Any
 ) -> Run:
-    """Trains `name` of RUNS for sizes.steps; the models are those of `save_models(folder)`.
+    """Trains `name` of RUNS for sizes.steps, with the models of `save_models(folder)`.
 
-    `watch.attach(trainer)` is called before training, where there is a watch.
+    Before training it calls `watch.attach(trainer)`, if a watch is given.
     """
     kind, _, variant = name.partition(" ")
     datasets.disable_progress_bars()
@@ -197,7 +197,7 @@ def run(
 
 
 def _record(trainer: Any) -> list[float]:
-    """The list of exact losses that the trainer will fill: its log rounds them."""
+    """A list that will receive the exact losses, which the trainer's log rounds."""
     losses: list[float] = []
     step: Callable[..., torch.Tensor] = trainer.training_step
 

@@ -1,11 +1,11 @@
-"""One PPO and one GRPO update of a small transformers model, part by part.
+"""Measures one PPO and one GRPO update of a small transformers model, part by part.
 
     python -m benchmarks.studies.whole_step [name] [--only ppo grpo] [--quick]
 
-Writes results/<name>-step.json, which `report.py` puts into the report of that name. The parts that
-are a model's own (its layers, the optimizer) are the same code for every provider; no operation can
-save anything there, and their share of the step is shown as such. The others are eager torch, TRL's
-chunked head, verl's functions and ours. A batch of completions is given: sampling is not timed.
+Writes results/<name>-step.json; the report of that name includes it. The model's own parts (its
+layers and the optimizer) run the same code for every provider, so operations cannot save time
+there; their share of the step is shown separately. The other parts use eager torch, TRL's chunked
+head, verl's functions or ours. The batch of completions is given, and sampling is not timed.
 """
 
 import statistics
@@ -35,10 +35,10 @@ from ..reports import step as report
 from . import kept
 
 CPU = torch.device("cpu")
-# A head of two fifths of the weights, as in models of half a billion parameters.
+# The head has two fifths of the weights, as in models of half a billion parameters.
 WIDTH, LAYERS, VOCAB, ROWS, PROMPT, RESPONSE = 512, 8, 32768, 8, 32, 96
 GROUP, CLIP, KL_COEF, ROUNDS = 4, policy_points.CLIP, 0.05, 3
-#: Largest difference of loss and gradient norms from eager's.
+#: The allowed relative difference of losses and gradient norms from eager's.
 GATE = 1e-3
 
 
@@ -52,12 +52,12 @@ class Batch(NamedTuple):
 
 
 class Operations(NamedTuple):
-    """What a provider has; hidden is [B, R, H], per-token tensors are [B, R].
+    """The operations of a provider; hidden is [B, R, H], per-token tensors are [B, R].
 
     Attributes:
         logprobs: (hidden, weight, labels, mask) -> log-probabilities, without a gradient.
-        policy: (hidden, weight, batch, old, advantages, reference or None) -> loss; advantages
-            [B, R], or [B] of sequences; with a reference, k3 to it is in the loss.
+        policy: (hidden, weight, batch, old, advantages, reference or None) -> loss. Advantages
+            are [B, R] or [B]. With a reference the loss includes the k3 penalty.
         ppo_advantages: (scores, logprobs, reference, values, mask) -> advantages, returns.
         group_advantages: (scores) -> advantages [B].
         value: (values, old values, returns, mask) -> loss.
@@ -83,7 +83,7 @@ def _shaped(scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor) -
 
 
 def _in_torch(logprobs: Callable[..., Tensor]) -> Operations:
-    """A step in plain torch, but for these log-probabilities."""
+    """The operations in plain torch, except for the given log-probabilities."""
 
     def policy(hidden: Tensor, weight: Tensor, b: Batch, old: Tensor, a: Tensor, ref: Any) -> Any:
         own = logprobs(hidden, weight, b.labels, b.mask)
@@ -106,12 +106,12 @@ def _in_torch(logprobs: Callable[..., Tensor]) -> Operations:
 
 
 def eager() -> Operations:
-    """Plain torch, as trainers without kernels write it."""
+    """Plain torch, as in trainers without kernels."""
     return _in_torch(lambda *given: head_points.eager_logprobs(*given[:3]))
 
 
 def trl() -> Operations | Missing:
-    """TRL's chunked head; the rest of its step is plain torch, as eager."""
+    """TRL's chunked head; the rest of its step is plain torch, the same as in `eager`."""
     head = head_points.trl_head()
 
     def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ def verl() -> Operations | Missing:
 
 
 def ours() -> Operations:
-    """The fused head, and the kernels behind it."""
+    """Our fused head and kernels."""
 
     def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         kept = labels.masked_fill(~mask, -100)
@@ -186,7 +186,7 @@ PROVIDERS = {"eager": eager, "TRL": trl, "verl": verl, "ours": ours}
 
 
 class Clock(Counter[str]):
-    """Seconds of each part, in the order in which they first came."""
+    """The seconds of each part, in the order of their first use."""
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
@@ -196,7 +196,7 @@ class Clock(Counter[str]):
 
 
 class Step:
-    """Policy, reference and critic, and a batch; learning rate 0, so that each step is the same."""
+    """Models and a batch; the learning rate is 0, so that all steps do the same."""
 
     def __init__(self, quick: bool) -> None:
         torch.manual_seed(0)
@@ -220,7 +220,7 @@ class Step:
         self.shape |= {"width": width, "layers": layers, "parameters": count}
 
     def _hidden(self, model: nn.Module) -> Tensor:
-        """What the response's tokens are predicted from."""
+        """The hidden states that predict the tokens of the response."""
         body = model.model if isinstance(model, LlamaForCausalLM) else model
         hidden = body(self.batch.ids, use_cache=False).last_hidden_state
         return hidden[:, -self.batch.labels.shape[1] - 1 : -1]
@@ -234,7 +234,7 @@ class Step:
     def _update(
         self, model: nn.Module, name: str, loss_of: Callable[[Tensor], Tensor], clock: Clock
     ) -> Tensor:
-        """Gradients of a loss of the hidden states, those of the layers apart."""
+        """Computes the gradients of a loss; times the layers' part separately."""
         with clock(f"{name} update: layers forward"):
             hidden = self._hidden(model).contiguous()
         leaf = hidden.detach().requires_grad_()
@@ -249,7 +249,7 @@ class Step:
         return self.scalar(hidden).squeeze(-1)
 
     def losses(self, algorithm: str, ops: Operations, clock: Clock) -> list[Tensor]:
-        """Of "ppo" (policy and critic) or "grpo", whose loss holds the penalty to the reference."""
+        """Losses of "ppo" (policy, critic) or "grpo", whose loss includes the KL penalty."""
         b, is_ppo = self.batch, algorithm == "ppo"
         with torch.no_grad():
             old = self._logprobs(self.policy, "old", ops, clock)
@@ -276,7 +276,7 @@ class Step:
         return losses
 
     def run(self, algorithm: str, ops: Operations) -> tuple[dict[str, float], Tensor]:
-        """Seconds of each part; losses and gradient norms, which all providers share."""
+        """The seconds of each part; and losses and gradient norms, to compare providers."""
         self.optimizer.zero_grad(set_to_none=True)
         clock = Clock()
         losses = self.losses(algorithm, ops, clock)
@@ -286,16 +286,16 @@ class Step:
 
 
 def measure(algorithm: str, quick: bool) -> dict[str, Any]:
-    """Medians of each part in seconds, and the memory that a step holds above what was there."""
+    """The median seconds of each part, and the peak memory of a step above the memory before."""
     step = Step(quick)
     made = {name: make() for name, make in PROVIDERS.items()}
     absent = {n: m.reason for n, m in made.items() if isinstance(m, Missing)}
     providers = {n: m for n, m in made.items() if n not in absent}
-    # Once before, so that the optimizer has its state.
+    # The first step creates the optimizer's state.
     expected = step.run(algorithm, providers["eager"])[1]
     peaks: dict[str, int | None] = {}
     for name, ops in providers.items():
-        # Once before its peak, for what is set up once.
+        # The first step of a provider includes one-time setup, so its peak is measured later.
         found = step.run(algorithm, ops)[1]
         off = float(((found - expected) / expected.abs().clamp(min=1e-2)).abs().max())
         if not off <= GATE:
