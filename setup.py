@@ -1,11 +1,11 @@
-"""Compiles the native extensions. Needs setuptools, pybind11 and GCC or Clang; never torch.
+"""Compiles the native extensions. Needs setuptools, pybind11 and GCC or Clang, but not torch.
 
-`_cpu`, always: csrc/cpu/isa_<name>.cpp are the same kernels once per instruction set, each compiled
-with its own flags; the module chooses among them when it is imported.
+`_cpu` is always built: csrc/cpu/isa_<name>.cpp hold the same kernels once per instruction set, each
+compiled with its own flags. The module selects one of them when it is imported.
 
-`_cuda`, csrc/cuda/*.cu, where nvcc is found. RLHF_KERNELS_CUDA=1 fails the build if that cannot be
-done, 0 leaves it out, unset warns. RLHF_KERNELS_CUDA_ARCHS names the architectures, as in
-"80;90;100+PTX"; without it TORCH_CUDA_ARCH_LIST does.
+`_cuda` is built from csrc/cuda/*.cu if nvcc is found. RLHF_KERNELS_CUDA=1 makes a failure an error,
+0 skips it, unset warns. RLHF_KERNELS_CUDA_ARCHS, or else TORCH_CUDA_ARCH_LIST, names the
+architectures, as in "80;90;100+PTX".
 """
 
 import os
@@ -25,15 +25,15 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-# CFLAGS with -fsanitize=... (make sanitize): reports name functions and lines.
+# Used if CFLAGS contain -fsanitize=... (make sanitize), so that reports name functions and lines.
 SANITIZED_FLAGS = ["-O1", "-g1", "-fno-omit-frame-pointer"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-# Without the preference, compilers stay at 256 bits even where AVX-512 is on.
+# Without -mprefer-vector-width, compilers use 256 bits even with AVX-512.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *AVX2[1:]]
-# GCC 12 warns about its own AVX-512 headers; the other levels warn about ours.
+# GCC 12 warns about its own AVX-512 headers; the other levels still warn about our code.
 AVX512 += ["-mprefer-vector-width=512", "-Wno-uninitialized"]
 ISA_FLAGS = {"baseline": [], "avx2": AVX2, "avx512": AVX512}
-# No fast-math, not even from CFLAGS: it changes results and, when given to the linker, the
+# Fast-math is removed even from CFLAGS: it changes results and, passed to the linker, the
 # floating-point mode of the whole process that loads the module.
 COMPILE_FLAGS = [
     *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"),
@@ -42,17 +42,17 @@ COMPILE_FLAGS = [
 FAST_MATH = {
     *("-Ofast", "-ffast-math", "-funsafe-math-optimizations", "-ffinite-math-only"),
     *("-fassociative-math", "-freciprocal-math", "-fno-signed-zeros", "-fcx-limited-range"),
-    # nvcc's, by its environment variables.
+    # These are flags of nvcc, from its environment variables.
     *("-use_fast_math", "-ftz=true", "-prec-div=false", "-prec-sqrt=false"),
     *("--use_fast_math", "--ftz=true", "--prec-div=false", "--prec-sqrt=false"),
 }
-# The same, but Clang does not know this warning.
+# This is for the same GCC warnings, but Clang does not know the flag.
 OPTIONAL_FLAGS = ["-Wno-maybe-uninitialized"]
 
-# What `_cuda` is built for where nothing else is asked for, as far as the nvcc can, and PTX of the
-# newest for what comes after. The kernels need 8.0.
+# Default architectures of `_cuda`, if nvcc supports them, plus PTX of the newest for later GPUs.
+# The kernels need 8.0.
 CUDA_ARCHS = (80, 86, 89, 90, 100, 120)
-# Contraction is wanted here, and fast-math is not, as above. GCC checks the host part.
+# Contraction is allowed here, but not fast-math, as above. GCC checks the host part.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 NVCC_FLAGS += ["-Xfatbin=-compress-all"]
 
@@ -76,7 +76,7 @@ def without_fast_math(words: Iterable[str]) -> list[str]:
 
 
 def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME or CUDA_PATH, else on the PATH, else where installers put it."""
+    """nvcc of CUDA_HOME or CUDA_PATH, else on the PATH, else in its default folder."""
     for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
         if home:
             return shutil.which("nvcc", path=f"{home}/bin")
@@ -84,7 +84,7 @@ def find_nvcc() -> str | None:
 
 
 def run_nvcc(nvcc: str, *arguments: str) -> str:
-    """Its output; raises CompileError with what it says."""
+    """Runs nvcc and returns its output; raises CompileError with its messages."""
     environment = dict(os.environ)
     for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"):
         if name in environment:
@@ -100,7 +100,7 @@ def run_nvcc(nvcc: str, *arguments: str) -> str:
 
 
 def cuda_archs(nvcc: str) -> list[str]:
-    """Code to generate: "sm_90" for a device, "compute_90" for PTX."""
+    """The code to generate: "sm_90" for a device, "compute_90" for PTX."""
     listed = run_nvcc(nvcc, "--list-gpu-arch")
     known = {int(n) for n in re.findall(r"compute_(\d+)\b", listed)}
     for variable in ("RLHF_KERNELS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
@@ -125,10 +125,10 @@ def cuda_archs(nvcc: str) -> list[str]:
 
 
 class BuildExt(build_ext):
-    """build_ext that asks the compiler what it can, and compiles in parallel, each ISA its way."""
+    """build_ext that probes the compiler, and compiles in parallel with flags per ISA."""
 
     def _error(self, code: str, flags: list[str]) -> str | None:
-        """What the compiler says against building `code` into a program, or None if it can."""
+        """The compiler's errors when building `code` into a program, or None."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")
             source.write_text(code)
@@ -157,7 +157,7 @@ class BuildExt(build_ext):
             self.build_cpu(ext)
 
     def build_cpu(self, ext: Extension) -> None:
-        """Builds `_cpu`: the kernels once per instruction set."""
+        """Builds `_cpu`, with the kernels once per instruction set."""
         error = self._error("int main() { return 0; }\n", COMPILE_FLAGS)
         if error is not None:
             raise CompileError(
@@ -165,13 +165,13 @@ class BuildExt(build_ext):
                 f"set CXX). The compiler said: {error}"
             )
         isas = ["baseline"]
-        # Asked of the compiler, not of the machine: it may be cross-compiling.
+        # Probe the compiler rather than the machine, because it may be cross-compiling.
         if self._error(X86_PROBE, AVX512) is None:
             isas += ["avx2", "avx512"]
         openmp = ["-fopenmp"] if self._error(OPENMP_PROBE, ["-fopenmp"]) is None else []
         if not openmp:
             note("the compiler has no OpenMP; the kernels will run on one thread")
-        # -Werror: Clang only warns about a warning that it does not know.
+        # -Werror is needed because Clang only warns about an unknown warning flag.
         optional = [f for f in OPTIONAL_FLAGS if not self._error("int main() {}\n", [f, "-Werror"])]
         sanitized = any("-fsanitize=" in word for word in self.compiler.compiler_so_cxx)
         if sanitized:
@@ -179,7 +179,7 @@ class BuildExt(build_ext):
         macros = [("RK_HAVE_X86_LEVELS", "1")] if "avx512" in isas else []
 
         def compile_one(source: str) -> str:
-            # Concurrent calls are safe: distutils' Unix compile() changes no state of the compiler.
+            # Concurrent calls are safe: distutils' Unix compile() does not change the compiler.
             [object_file] = self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
@@ -207,7 +207,7 @@ class BuildExt(build_ext):
         note(f"built {ext.name} for {', '.join(isas)}; OpenMP: {'yes' if openmp else 'no'}")
 
     def build_cuda(self, ext: Extension) -> None:
-        """Builds `_cuda`: an object per .cu for all architectures, and the module without nvcc."""
+        """Builds `_cuda`: an object per .cu for all architectures; the module needs no nvcc."""
         nvcc = find_nvcc()
         if nvcc is None:
             note("nvcc was not found: built without CUDA kernels")
@@ -216,8 +216,8 @@ class BuildExt(build_ext):
         sources = sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
         cores = os.cpu_count() or 1
         generate = [f"-gencode=arch=compute_{a.partition('_')[2]},code={a}" for a in archs]
-        # Each file for all architectures: as many at a time as there are cores, and the rest of
-        # the cores to the architectures of each.
+        # Each file is compiled for all architectures. As many files as cores run at once; the
+        # remaining cores are divided among the architectures of each file.
         at_once = max(1, min(cores, len(sources)))
         flags = [*NVCC_FLAGS, *generate, f"--threads={max(1, cores // at_once)}"]
         folder = Path(self.build_temp, "csrc", "cuda")
@@ -240,8 +240,8 @@ class BuildExt(build_ext):
         )
         target = self.get_ext_fullpath(ext.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        # The runtime inside: nothing to find at import, with or without a driver, and no quarrel
-        # with the one that torch brings. Its symbols stay inside too.
+        # The CUDA runtime is linked statically, with hidden symbols. The module then needs no
+        # library or driver when imported, and does not conflict with the runtime of torch.
         link = ["-shared", "-cudart=static", "-Xlinker=-s", "-Xlinker=--exclude-libs,ALL"]
         run_nvcc(nvcc, *link, *objects, "-o", target)
         size = Path(target).stat().st_size / 2**20
@@ -249,7 +249,7 @@ class BuildExt(build_ext):
 
 
 def extensions() -> list[Extension]:
-    """`_cuda` where it may be built, optional unless it must: a failure of it is then a warning."""
+    """The extensions. Unless it is required, `_cuda` is optional: its failure only warns."""
     common = {"include_dirs": [get_include()], "language": "c++"}
     cpu = ["csrc/module_cpu.cpp", "csrc/cpu/memory.cpp"]
     found = [Extension("rlhf_kernels._cpu", sources=cpu, **common)]
@@ -257,7 +257,7 @@ def extensions() -> list[Extension]:
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"RLHF_KERNELS_CUDA: expected 0, 1 or nothing, got {wanted!r}")
     if wanted == "1" and find_nvcc() is None:
-        # Before the minute that `_cpu` takes.
+        # Fail before `_cpu` is built, which takes a minute.
         raise SystemExit(
             "RLHF_KERNELS_CUDA=1, but nvcc was not found; set CUDA_HOME to where CUDA is installed"
         )

@@ -1,7 +1,7 @@
 """Fixtures shared by the tests: every operation test runs on each backend of its device.
 
-`pytest tests --device cuda` runs the operation tests on tensors of another device: those that take
-`backend`, and those marked `gpu`. The others are about the CPU.
+`pytest tests --device cuda` runs tests on tensors of another device: those that take `backend`,
+and those marked `gpu`. All other tests are for the CPU.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ def _device(config):
 
 
 def _backends(device):
-    """Backends that the tests of operations run on. The CUDA extension counts where it is built."""
+    """The backends for tests of operations; on a GPU the CUDA extension is used if it is built."""
     if device.type == "cpu":
         return "reference", "cpu", "cuda", "triton"
     from rlhf_kernels.kernels import native
@@ -36,15 +36,15 @@ def _backends(device):
 
 def pytest_configure(config):
     """The quick suite draws the same examples every time; `make test-all` explores new ones."""
-    # Triton reads this when it is first imported, which is after this. Only here can the option
-    # be known: kernels for CPU tensors run in Triton's interpreter, also where there is a GPU.
+    # Triton reads this when it is first imported, which is later. The option is known only from
+    # here on. Kernels for CPU tensors run in Triton's interpreter even if there is a GPU.
     if _device(config).type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         if importlib.util.find_spec("triton"):
             quick_interpreter.quicken()
-    # pytest-xdist's own, which may be absent.
+    # The marker belongs to pytest-xdist, which may not be installed.
     config.addinivalue_line("markers", "xdist_group: tests that must not run side by side")
-    # The tests of a GPU alone need none.
+    # Tests that run only on a GPU do not need hypothesis.
     if importlib.util.find_spec("hypothesis"):
         from hypothesis import settings
 
@@ -75,7 +75,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def backend(request):
-    """Each backend of the device in turn, forced. A missing one is a failure, not a skip."""
+    """Forces each backend of the device in turn. A missing backend is a failure, not a skip."""
     import rlhf_kernels as rk
 
     with contextlib.ExitStack() as stack:

@@ -1,19 +1,19 @@
-"""What the machine code of csrc/cuda's main kernels may cost: the table that cuda_sass checks.
+"""Budgets for the machine code of csrc/cuda's main kernels, which cuda_sass checks.
 
-Limits are of the fast path of aligned, whole tiles; the largest vocabulary in use sets what tiles
-waste. A limit is tightened when its kernel gets better, and never widened to pass.
+The limits apply to the fast path of aligned, full tiles; the padding of tiles is counted for the
+largest vocabulary in use. A limit is tightened when its kernel improves, and never widened.
 """
 
 from dataclasses import dataclass
 
-# Of Qwen's models.
+# The vocabulary of Qwen's models.
 VOCABULARY = 151_936
 
 
 @dataclass(frozen=True)
 class Limit:
-    """The most instructions per unit, registers, waits for loads, and loads and stores of less
-    than 16 bytes; the least KiB of loads in flight on a multiprocessor."""
+    """Maximum instructions per unit, registers, waits for loads, and loads and stores of less than
+    16 bytes; minimum KiB of loads in flight on a multiprocessor."""
 
     instructions: float
     registers: int
@@ -25,9 +25,9 @@ class Limit:
 
 @dataclass(frozen=True)
 class Budget:
-    """A kernel, its fast path and its limits. A thread works on `units` of it; the path executes
-    at least holds[pattern] operations of each pattern. `columns` of a row make a tile; 0 where
-    tiles waste nothing."""
+    """A kernel, its fast path and its limits. A thread works on `units` units; the fast path
+    executes at least holds[pattern] operations of each pattern. A tile has `columns` of a row; 0
+    means that tiles have no padding."""
 
     name: str
     file: str
@@ -36,32 +36,32 @@ class Budget:
     units: int
     columns: int
     holds: dict[str, int]
-    # Bytes of a unit to and from memory.
+    # Bytes per unit read from and written to memory.
     traffic: int
     sm_90: Limit
     sm_100: Limit
     threads: int = 256
 
     def limits(self, arch: int) -> Limit:
-        """Those of sm_90 or sm_100."""
+        """The limits for sm_90 or sm_100."""
         return {90: self.sm_90, 100: self.sm_100}[arch]
 
     @property
     def waste(self) -> float:
-        """Columns that the tiles of a row work on, by those that there are."""
+        """Columns of all tiles of a row, padding included, divided by the columns of the row."""
         if self.columns == 0:
             return 1.0
         return -(-VOCABULARY // self.columns) * self.columns / VOCABULARY
 
 
 def _row(slots: int, exponentials: int, stores: int = 0) -> dict[str, int]:
-    """What a path through a tile of logits holds."""
+    """The operations on a path through a tile of logits."""
     stored = {r"STG": stores} if stores else {}
     return {r"LDG\.E\.128": slots, r"MUFU\.EX2": exponentials} | stored
 
 
 def _tokens(loads: int, stores: int, more: dict[str, int], flags: int = 2) -> dict[str, int]:
-    """What a path through a thread's tokens holds: `flags` loads of four bytes of a mask."""
+    """The operations on a path through a thread's tokens; `flags` are 4-byte loads of a mask."""
     return {r"LDG\.E\.128": loads, r"LDG\.E$": flags, r"STG\.E\.128": stores} | more
 
 

@@ -1,10 +1,10 @@
-"""Compiles csrc/cuda with nvcc, for GPUs that need not be here, and reads what ptxas reports.
+"""Compiles csrc/cuda with nvcc, without a GPU, and reads the resources that ptxas reports.
 
     python -m tools.cuda_resources --arch 80 --arch 90
     python -m tools.cuda_resources --report benchmarks/results/cuda-resources.md --date 2026-01-31
 
-prints registers and shared memory of every kernel. Spills and stack frames are failures: both are
-memory traffic that nobody asked for. Results are cached by the contents of what they come from.
+prints registers and shared memory of every kernel. Spills and stack frames are failures, because
+both cause memory traffic. Results are cached by the contents of their sources.
 """
 
 import argparse
@@ -25,18 +25,18 @@ from benchmarks.reports.tables import table
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
-# Registers of a multiprocessor, and the blocks of a kernel that it must hold at once: with one
-# alone nothing hides the latency of its loads and barriers.
+# Registers of a multiprocessor, and the minimum number of resident blocks: with a single block
+# nothing hides the latency of its loads and barriers.
 REGISTERS = 65536
 MIN_BLOCKS = 2
-# Shared memory of the multiprocessor with the least, that of sm_86, sm_89 and sm_120, and what the
-# system takes of it for each block.
+# The smallest shared memory of a multiprocessor (sm_86, sm_89 and sm_120), and the part of it that
+# the system reserves for each block.
 SHARED, SYSTEM_SHARED = 100 << 10, 1 << 10
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel takes on one architecture."""
+    """The resources of one kernel on one architecture."""
 
     kernel: str
     arch: int
@@ -46,7 +46,7 @@ class Resources:
     spills: int
 
     def problems(self, threads: int = 256) -> list[str]:
-        """What the gate refuses; `threads` of a block."""
+        """Violations of the gate; `threads` is the size of a block."""
         found = []
         if self.stack:
             found.append(f"a stack frame of {self.stack} bytes")
@@ -62,7 +62,7 @@ class Resources:
 
 
 def nvcc() -> str | None:
-    """Where setup.py would find it."""
+    """The nvcc that setup.py would use."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
         return shutil.which("nvcc", path=f"{home}/bin")
@@ -83,7 +83,7 @@ def parse(report: str) -> list[Resources]:
         if match := _ENTRY.search(line):
             name, arch = match[1], int(match[2])
         elif match := _MEMORY.search(line):
-            # Also printed for functions that were not inlined, whose frames count as well.
+            # ptxas prints this also for functions that were not inlined; their frames count too.
             stack, spills = int(match[1]), int(match[2]) + int(match[3])
         elif (match := _USED.search(line)) and name is not None:
             shared = _SHARED.search(line)
@@ -95,7 +95,7 @@ def parse(report: str) -> list[Resources]:
 
 
 def short_names(mangled: list[str]) -> list[str]:
-    """C++ names of kernels without namespaces and arguments, where there is a tool for that."""
+    """C++ names of kernels without namespaces and arguments; unchanged if c++filt is missing."""
     if not mangled or shutil.which("c++filt") is None:
         return mangled
     names = subprocess.check_output(["c++filt"], input="\n".join(mangled), text=True).splitlines()
@@ -104,7 +104,7 @@ def short_names(mangled: list[str]) -> list[str]:
 
 
 def _readable(found: list[Resources]) -> list[Resources]:
-    """With C++ names."""
+    """The same resources with C++ names of kernels."""
     names = short_names([r.kernel for r in found])
     return [Resources(**(asdict(r) | {"kernel": n})) for r, n in zip(found, names, strict=True)]
 
@@ -112,8 +112,8 @@ def _readable(found: list[Resources]) -> list[Resources]:
 def compile_file(
     source: Path, archs: tuple[int, ...], flags: tuple[str, ...] = (), out: Path | None = None
 ) -> str:
-    """What nvcc says while compiling one file; raises RuntimeError with it if it cannot. The object
-    file goes to `out`, if given."""
+    """Compiles one file, with its object file at `out` if given. Returns nvcc's output, or raises
+    RuntimeError with it."""
     generate = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc(), "-c", *FLAGS, "-Xptxas=-v", *flags, *generate, str(source)]
@@ -129,8 +129,8 @@ def compile_file(
 
 
 def compiled(source: Path, archs: tuple[int, ...]) -> tuple[list[Resources], Path]:
-    """The kernels of one file, on each architecture, and their object file. One process at a time
-    compiles a file; the others take what it made."""
+    """The kernels of one file on each architecture, and their object file. A lock makes other
+    processes wait and use the result."""
     read = hashlib.sha256(subprocess.check_output([nvcc(), "--version"]))
     read.update(repr((FLAGS, archs, Path(__file__).read_bytes(), source.name)).encode())
     shared = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.*h"), source]
@@ -146,7 +146,7 @@ def compiled(source: Path, archs: tuple[int, ...]) -> tuple[list[Resources], Pat
             for old in (*cache.glob(f"{source.stem}-*.json"), *cache.glob(f"{source.stem}-*.o")):
                 old.unlink(missing_ok=True)
             found = _readable(parse(compile_file(source, archs, out=made)))
-            # Last: a run that was stopped leaves no file that looks whole.
+            # The JSON is written last, so that an interrupted run leaves no complete entry.
             new = cached.with_suffix(".new")
             new.write_text(json.dumps([asdict(r) for r in found]))
             new.replace(cached)
@@ -154,17 +154,17 @@ def compiled(source: Path, archs: tuple[int, ...]) -> tuple[list[Resources], Pat
 
 
 def report(source: Path, archs: tuple[int, ...]) -> list[Resources]:
-    """The kernels of one file, on each architecture."""
+    """The kernels of one file on each architecture."""
     return compiled(source, archs)[0]
 
 
 def sources() -> list[Path]:
-    """The CUDA files, largest first: they take longest."""
+    """The CUDA files, largest first because they take longest."""
     return sorted((ROOT / "csrc" / "cuda").glob("*.cu"), key=lambda f: -f.stat().st_size)
 
 
 def markdown(found: dict[str, list[Resources]], date: str) -> str:
-    """The worst of the variants of each kernel on each architecture, by file."""
+    """A table of the maxima over the variants of each kernel, by file and architecture."""
     version = re.search(
         r"release ([\d.]+)", subprocess.check_output([nvcc(), "--version"]).decode()
     )

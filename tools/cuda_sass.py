@@ -1,12 +1,12 @@
-"""Reads the machine code of csrc/cuda's main kernels, and holds it to `tools/cuda_budgets.py`.
+"""Checks the machine code of csrc/cuda's main kernels against `tools/cuda_budgets.py`.
 
     python -m tools.cuda_sass              # every kernel of the table, sm_90 and sm_100
     python -m tools.cuda_sass --report benchmarks/results/cuda-sass.md --date 2026-01-31
 
-A kernel's fast path is the cheapest way from its entry to its end that executes what the table says
-such a path must hold (so many exponentials, loads and stores). Of it are counted: instructions per
-element or token, widths of global loads and stores, bytes of loads in flight, and how often it
-waits for memory. The disassembler comes with triton. No GPU is needed, and none is measured.
+The fast path of a kernel is the cheapest path from entry to end that executes the operations in the
+table (so many exponentials, loads and stores). The figures of this path are instructions per
+element or token, widths of global loads and stores, bytes of loads in flight, and waits for memory.
+The disassembler comes with triton. No GPU is needed, and nothing is measured.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from tools import cuda_budgets, cuda_resources
 from tools.cuda_budgets import Budget
 
 ARCHS = (90, 100)
-# What cuda_resources is asked for as well, so that one compilation serves both gates.
+# The architectures of cuda_resources, so that both gates share one compilation.
 COMPILED = (80, 90, 100)
-# Of a multiprocessor of sm_90 and sm_100.
+# Limits of a multiprocessor of sm_90 and sm_100.
 MAX_THREADS, MAX_BLOCKS = 2048, 32
 SHARED = 227 << 10
-# What marks a compiler's slow ways: subroutines, and shuffles of warps that have parted. In the
-# search of a path a block with one counts for so many instructions more.
+# Slow code paths of compilers contain subroutine calls and shuffles of diverged warps. The search
+# for a path adds the cost SLOW to a block that contains one.
 SLOW_WAYS = ("CALL", "WARPSYNC.COLLECTIVE")
 SLOW = 1000
 
@@ -53,28 +53,28 @@ class Instruction:
 
     @functools.cached_property
     def operation(self) -> str:
-        """Without its predicate and operands: LDG.E.128."""
+        """The operation without predicate and operands, as in LDG.E.128."""
         return re.sub(r"^@!?U?P\w+\s+", "", self.text).split()[0]
 
     @functools.cached_property
     def unconditional(self) -> bool:
-        """Whether it ends a block for good. A branch may hold its condition as an operand, or ask
-        whether the warp has parted."""
+        """Whether control never passes to the next instruction. A branch may have its condition as
+        an operand, or branch on divergence of the warp."""
         if re.match(r"@!?U?P(?!T)\w", self.text):
             return False
         return not re.search(r"\bBRA(\.\w+)*\s+!?U?P\d|\bBRA\.(DIV|CONV)", self.text)
 
     @functools.cached_property
     def width(self) -> int:
-        """Bytes that a load or store moves for a thread."""
+        """Bytes per thread of a load or store."""
         parts = self.operation.split(".")
         sizes = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "16": 2, "U8": 1, "S8": 1}
         return next((size for part, size in sizes.items() if part in parts), 4)
 
     @functools.cached_property
     def registers(self) -> tuple[list[int], list[int]]:
-        """Numbers of the general registers that it writes and reads. Of a wide operand those that
-        a load, a store or an address has; of others the first."""
+        """The general registers that it writes and reads. Wide operands are known of loads, stores
+        and addresses; of others only the first register is."""
         operands = re.sub(r"^(@\S+\s+)?\S+\s*", "", self.text).split(",")
         stores = self.operation.startswith(("ST", "RED"))
         write: list[int] = []
@@ -93,7 +93,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Block:
-    """Instructions that run together, and the blocks that may follow."""
+    """A basic block, and the blocks that may follow it."""
 
     body: tuple[Instruction, ...]
     after: tuple[int, ...]
@@ -105,7 +105,7 @@ _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 
 @functools.cache
 def functions(compiled: Path, arch: int) -> dict[str, list[Instruction]]:
-    """Kernels of an object file by their short C++ name."""
+    """The kernels of an object file by their short C++ name."""
     tool = disassembler()
     path = f"{tool.parent}{os.pathsep}{os.environ.get('PATH', '')}"
     text = subprocess.run(
@@ -126,7 +126,7 @@ def functions(compiled: Path, arch: int) -> dict[str, list[Instruction]]:
 
 
 def flow(code: list[Instruction]) -> list[Block]:
-    """The control-flow graph of a kernel. Subroutines that it calls are not followed."""
+    """The control-flow graph of a kernel, without the subroutines that it calls."""
     place = {x.address: i for i, x in enumerate(code)}
     targets = {
         i: [
@@ -152,7 +152,7 @@ def flow(code: list[Instruction]) -> list[Block]:
 
 
 def _without_loops(blocks: list[Block]) -> list[tuple[int, ...]]:
-    """The edges of each block but those back to one on the way to it: a loop runs once."""
+    """The edges of each block without back edges, so that a loop runs once."""
     state = [0] * len(blocks)
     kept: list[list[int]] = [[] for _ in blocks]
     stack = [(0, iter(blocks[0].after))]
@@ -172,8 +172,8 @@ def _without_loops(blocks: list[Block]) -> list[tuple[int, ...]]:
 
 
 def fast_path(code: list[Instruction], holds: dict[str, int]) -> list[Instruction]:
-    """The cheapest path from entry to end with at least holds[pattern] operations of each
-    pattern. Raises LookupError where there is none."""
+    """The cheapest path from entry to end with at least holds[pattern] operations of each pattern.
+    Raises LookupError if there is none."""
     blocks = flow(code)
     prices = [
         len(b.body) + SLOW * any(x.operation.startswith(SLOW_WAYS) for x in b.body) for b in blocks
@@ -211,13 +211,13 @@ def fast_path(code: list[Instruction], holds: dict[str, int]) -> list[Instructio
 
 @dataclass(frozen=True)
 class Figures:
-    """Of a kernel's fast path; per unit (a logit, a pair or a token), padding of tiles included."""
+    """Figures of a kernel's fast path, per unit (logit, pair or token), with padding of tiles."""
 
     instructions: float
     exponentials: float
     loads: dict[int, int]
     stores: dict[int, int]
-    # KiB of loads in flight on a multiprocessor; times that a thread waits for loads.
+    # KiB of loads in flight on a multiprocessor, and how often a thread waits for loads.
     in_flight: float
     waits: int
     registers: int
@@ -225,7 +225,7 @@ class Figures:
     spills: int
 
     def problems(self, budget: Budget, arch: int) -> list[str]:
-        """Where it is over `budget`."""
+        """The figures that exceed `budget`."""
         limit = budget.limits(arch)
         found = []
         if self.instructions > limit.instructions:
@@ -246,8 +246,8 @@ class Figures:
 
 
 def _memory(path: list[Instruction]) -> tuple[int, int]:
-    """Bytes of loads in flight, at most, and how often the path waits for them: at the first use
-    of a load all those before it are taken as done."""
+    """The maximum bytes of loads in flight, and how often the path waits for loads. At the first
+    use of a load, all earlier loads count as complete."""
     pending: set[int] = set()
     most = flying = waits = 0
     for x in path:
@@ -268,15 +268,15 @@ def _widths(path: list[Instruction], operation: str) -> dict[int, int]:
 
 
 def blocks_per_multiprocessor(registers: int, shared: int, threads: int) -> int:
-    """Of sm_90 and sm_100: by registers, shared memory and threads."""
+    """Blocks per multiprocessor of sm_90 and sm_100, by registers, shared memory and threads."""
     by_registers = cuda_resources.REGISTERS // (-(-registers // 8) * 8 * threads)
     by_shared = SHARED // (shared + cuda_resources.SYSTEM_SHARED)
     return min(by_registers, by_shared, MAX_THREADS // threads, MAX_BLOCKS)
 
 
 def figures(budget: Budget, arch: int) -> Figures:
-    """Of a kernel of the table; compiles its file if need be. Raises LookupError if the file has
-    no such kernel, or that no such path."""
+    """The figures of a kernel of the table; compiles its file if necessary. Raises LookupError if
+    the file has no such kernel, or the kernel has no such path."""
     source = cuda_resources.ROOT / "csrc" / "cuda" / budget.file
     found, compiled = cuda_resources.compiled(source, COMPILED)
     needs = [r for r in found if r.kernel == budget.kernel and r.arch == arch]
@@ -302,7 +302,7 @@ def figures(budget: Budget, arch: int) -> Figures:
 
 @dataclass(frozen=True)
 class Gpu:
-    """Multiprocessors, clock in GHz and the rate of a copy in TB/s."""
+    """A GPU: multiprocessors, clock in GHz and copy rate in TB/s."""
 
     name: str
     arch: int
@@ -311,29 +311,29 @@ class Gpu:
     copy: float
 
 
-# Copy rates of the first two were measured; the third is nine tenths of the data sheet's.
+# The copy rates of the first two are measured; the third is nine tenths of the data sheet's.
 GPUS = (
     Gpu("H100", 90, 132, 1.755, 3.0),
     Gpu("H200", 90, 132, 1.755, 4.3),
     Gpu("B200", 100, 148, 1.85, 7.2),
 )
-# Instructions of a multiprocessor and a clock: all, and those of the unit of exponentials.
+# Instructions per clock of a multiprocessor: in total, and exponentials.
 ISSUED, EXPONENTIALS = 128, 16
 
 
 def bounds(f: Figures, budget: Budget, gpu: Gpu) -> tuple[float, float, float]:
-    """TB/s that the instructions allow, and the exponentials, and the share of a copy's rate that
-    is left of that. Bounds, not measurements: latency and contention come on top."""
+    """The TB/s that instructions and exponentials allow, and the lower one as a share of the copy
+    rate. These are bounds, not measurements: latency and contention reduce them."""
     clocks = gpu.multiprocessors * gpu.clock * 1e9 * budget.traffic / 1e12
     issue = clocks * ISSUED / f.instructions
-    # Those of a thread's preamble bind nothing.
+    # Exponentials of a thread's preamble are too few to be a bound.
     few = f.exponentials < 0.5
     exponentials = float("inf") if few else clocks * EXPONENTIALS / f.exponentials
     return issue, exponentials, min(1.0, issue / gpu.copy, exponentials / gpu.copy)
 
 
 def markdown(found: dict[tuple[str, int], Figures], date: str) -> str:
-    """The figures of every kernel, and what they allow on each GPU."""
+    """The figures of every kernel, and the rates that they allow on each GPU."""
     budgets = {b.name: b for b in cuda_budgets.BUDGETS}
     lines = [
         "# Machine code of the CUDA kernels",

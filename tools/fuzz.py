@@ -4,9 +4,9 @@
     python -m tools.fuzz --cases 500        a number of cases, from --first
     python -m tools.fuzz --seed 1234        one case again, in this process
 
-The cases run in a child process, which names each before it starts: a crash, a case that does not
-end and a result beyond its bounds are findings, printed with the command that repeats them. The
-exit status is 1 if there are any.
+The cases run in a child process, which prints each seed before the case starts. A crash, a hang or
+a result out of bounds is a finding, which is printed with the command that repeats it. The exit
+status is 1 if there are findings.
 """
 
 import argparse
@@ -18,12 +18,12 @@ import subprocess
 import sys
 import time
 
-# Triton reads this at its import.
+# Triton reads this when it is imported.
 os.environ["TRITON_INTERPRET"] = "1"
-# Of a case, in seconds. None should need one; an interpreted kernel on a busy machine may.
+# Limit of a case in seconds. Only interpreted kernels on a busy machine may come near it.
 LIMIT = 120.0
 PROGRAM = (sys.executable, "-m", "tools.fuzz")
-# Out of ten cases: the emulated and the interpreted kernels are slow.
+# Weights of ten: the emulated and the interpreted kernels are slow.
 BACKENDS = ("cpu",) * 8 + ("cuda", "triton")
 
 
@@ -32,7 +32,7 @@ def backend_of(seed: int) -> str:
 
 
 def run_case(seed: int, backends: list[str]) -> str | None:
-    """What is wrong with the case of a seed, or None."""
+    """A description of the failure of a case, or None."""
     import torch
 
     from tests.cases import fuzz as fuzz_cases
@@ -55,14 +55,14 @@ def run_case(seed: int, backends: list[str]) -> str | None:
 
 
 def work(first: int, backends: list[str]) -> None:
-    """The child: cases from `first` on, until it is stopped. Lines: "case N", "wrong N what"."""
+    """The child: runs cases from `first` on until it is killed. Prints "case N", "wrong N what"."""
     import torch
 
     from tests.kernels import quick_interpreter
 
     quick_interpreter.quicken()
     torch.set_num_threads(2)
-    # Its parent reads what the operating system has, also after a crash.
+    # Line buffering: the parent can read what was printed before a crash.
     out = os.fdopen(os.dup(1), "w", buffering=1)
     seed = first
     while True:
@@ -74,7 +74,7 @@ def work(first: int, backends: list[str]) -> None:
 
 
 class Child:
-    """A process that runs cases, and the lines it writes."""
+    """A process that runs cases, and the lines that it prints."""
 
     def __init__(self, first: int, backends: list[str]) -> None:
         command = [*PROGRAM, "--work", str(first), "--backends", *backends]
@@ -82,7 +82,7 @@ class Child:
         self._rest = b""
 
     def lines(self, seconds: float) -> list[str] | None:
-        """What came within some seconds, at once if there is something; None: it ended."""
+        """Waits up to `seconds` for lines; returns None after the end of the process."""
         stream = self.process.stdout
         if not select.select([stream], [], [], seconds)[0]:
             return []
@@ -98,7 +98,7 @@ class Child:
 
 
 def fuzz(first: int, cases: int, seconds: float, backends: list[str], limit: float) -> int:
-    """Runs until `cases` are done or the time is up; the number of findings."""
+    """Runs cases until `cases` are done or the time is up; returns the number of findings."""
     found, done, seed = 0, 0, first
     until, child = time.monotonic() + seconds, Child(first, backends)
     last = time.monotonic()

@@ -1,8 +1,8 @@
-"""OpenRLHF without what it needs only to be imported: flash-attn, deepspeed, peft, pylatexenc.
+"""Imports OpenRLHF without packages that it needs only for imports: flash-attn, deepspeed, peft.
 
-`load()` imports its modules with stubs in the place of what is missing, and takes the stubs away
-again, so that other packages do not find them. Padding is what flash-attn's functions are asked
-for, and is done here by indexing.
+`load()` imports its modules with stubs for missing packages, and then removes the stubs, so that
+other packages do not find them. The functions for padding, which flash-attn would provide, are
+implemented here by indexing.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def rearrange(x: Tensor, pattern: str) -> Tensor:
 
 
 class _Name:
-    """Anything that is imported but not used."""
+    """A stub for names that are imported but not used."""
 
 
 def _stubs() -> dict[str, dict]:
@@ -72,7 +72,7 @@ def _importable():
             module.__path__ = []
             vars(module).update(content)
             missing.setdefault(package, []).append((name, module))
-    # Ray actors; the classes that they run import much more.
+    # Actors of Ray import much more, so their module is a stub too.
     launcher = ModuleType("openrlhf.trainer.ray.launcher")
     launcher.RayActorGroup = _Name
     modules = dict(pair for pairs in missing.values() for pair in pairs)
@@ -86,10 +86,10 @@ def _importable():
 
 
 def load() -> SimpleNamespace | None:
-    """OpenRLHF's actor, loss, utils and experience_maker; None where it is not installed."""
+    """OpenRLHF's actor, loss, utils and experience_maker; None if it is not installed."""
     if importlib.util.find_spec("openrlhf") is None:
         return None
-    # What they find out about optional packages they find out now, without the stubs.
+    # transformers caches which optional packages exist: let it look now, without the stubs.
     importlib.import_module("transformers.integrations.deepspeed")
     available = importlib.import_module("transformers.utils.import_utils")
     for name, function in vars(available).items():

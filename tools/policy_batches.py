@@ -1,4 +1,4 @@
-"""Inputs of policy losses with every term in play, for the parity tests and the benchmarks."""
+"""Inputs of policy losses that exercise every term, for the parity tests and the benchmarks."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from rlhf_kernels.testing import generator, random_mask
 
 
 class Batch(NamedTuple):
-    """Inputs of a policy loss, [B, T]; advantages [B, T] or [B]."""
+    """Inputs of a policy loss, [B, T]; advantages are [B, T] or [B]."""
 
     logprobs: Tensor
     old: Tensor
@@ -23,9 +23,9 @@ class Batch(NamedTuple):
 def make_batch(
     rows: int = 5, cols: int = 13, *, seed: int = 0, per_sequence: bool = False
 ) -> Batch:
-    """Ratios on both sides of every bound; a mask with gaps inside rows, its last row wholly 0.
+    """Ratios on both sides of every bound; a mask with gaps inside rows and a last row of zeros.
 
-    Under the mask lie finite numbers: trainers multiply by the mask, so that NaN would stay.
+    Masked values are finite, because trainers multiply by the mask and would keep NaN.
     """
     g = generator(seed)
 
@@ -33,7 +33,7 @@ def make_batch(
         return scale * torch.randn(*(shape or (rows, cols)), generator=g)
 
     old = -3 * torch.rand(rows, cols, generator=g)
-    # Whole sequences drift too, so that sequence ratios meet their bounds with either sign of A.
+    # Whole sequences drift too, so that sequence ratios reach their bounds for both signs of A.
     drift = torch.linspace(-0.6, 0.6, rows)[torch.randperm(rows, generator=g)].unsqueeze(-1)
     advantages = noise(1.0, rows) if per_sequence else noise(1.0)
     return Batch(

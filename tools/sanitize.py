@@ -1,13 +1,13 @@
 """The operations' tests under AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
 
 Builds the CPU kernels, and the CUDA kernels for the tests' emulator, with both sanitizers into
-build/sanitized, proves that each reports what it should on this machine, and runs the tests and
-some cases of the fuzzer with what was built. Needs GCC. The exit status is 1 if anything was
-reported or failed.
+build/sanitized. It checks that each sanitizer reports an error on this machine, and then runs the
+tests and some cases of the fuzzer. Needs GCC. The exit status is 1 if anything was reported or
+failed.
 
-Vector loads under a mask are single instructions that no compiler instruments: what those may touch
-is for `guarded_memory.py`. Python and torch are not instrumented either; what they allocate is
-watched, what they keep until the end is not a leak of ours.
+Masked vector loads are single instructions that no compiler instruments; `guarded_memory.py` tests
+them. Python and torch are not instrumented either. Accesses to their memory are checked, but leaks
+are not, because they keep memory until the end.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "sanitized"
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all"
-# The emulator's threads change stacks, which AddressSanitizer would take for one that overflows.
+# The emulator's threads switch stacks, which AddressSanitizer would report as an overflow.
 EMULATOR_FLAGS = f"{FLAGS} --param=asan-stack=0"
-# log_path gets ".<process>". GCC's UndefinedBehaviorSanitizer, where it stands beside the other,
-# writes to stderr all the same, and ends the process.
+# log_path gets the suffix ".<process>". GCC's UndefinedBehaviorSanitizer ignores it when combined
+# with AddressSanitizer: it writes to stderr, and ends the process.
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:log_path={report}",
     "UBSAN_OPTIONS": "print_stacktrace=1:log_path={report}",
@@ -37,11 +37,11 @@ TESTS = (
     *("ops/support", "ops/support_rules"),
     *("kernels/backends", "kernels/memory", "package/registration"),
 )
-# Not ours to instrument: torch's own arithmetic, and kernels that Python interprets.
+# torch's own arithmetic is not instrumented, nor are kernels that Python interprets.
 LEFT_OUT = "not triton and not reference"
 CASES = 300
 
-# A row of one column more than the memory holds, to a kernel itself.
+# Calls a kernel directly with a row of one column more than its memory holds.
 OVERRUN = """
 import sys, torch
 from rlhf_kernels.kernels import native
@@ -52,7 +52,7 @@ x, y = torch.randn(1, 1, 1000), torch.zeros(1, 1, dtype=torch.int64)
 out, stats = torch.zeros(1, 1), torch.zeros(1, 1, 3)
 kernels.token_logprobs(1, 1, cols, x, y, None, (1.0, 0.0, False, -100), out, None, stats, 1)
 """
-# A number that the compiler may not know.
+# The compiler must not know the number.
 OVERFLOW = """
 int main(int count, char**) {
   volatile int most = 2147483647;
@@ -69,13 +69,13 @@ def compiler() -> list[str]:
 
 
 def build() -> None:
-    """The package with sanitized kernels in BUILD, and the emulator's."""
+    """Builds the package with sanitized kernels in BUILD, and the emulator's kernels."""
     environment = {**os.environ, "CFLAGS": FLAGS, "CXXFLAGS": FLAGS, "RLHF_KERNELS_CUDA": "0"}
     command = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(BUILD)]
     command += ["--build-temp", str(BUILD / "objects"), "build_ext", "--force"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     code = "from tests.kernels import emulated_cuda; emulated_cuda.build()"
-    # With the ordinary kernels: the others need the sanitizers' libraries before Python.
+    # This uses the ordinary kernels; sanitized ones need their libraries loaded before Python.
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CXX": emulator_compiler()}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
 
@@ -85,7 +85,7 @@ def emulator_compiler() -> str:
 
 
 def sanitized(report: Path) -> dict[str, str]:
-    """The environment of a process that loads what was built; reports go to `report`.<process>."""
+    """The environment of a process with the sanitized build; reports go to `report`.<process>."""
     names = ("libasan.so", "libubsan.so", "libstdc++.so.6")
     found = [
         subprocess.run([*compiler(), f"-print-file-name={name}"], capture_output=True, text=True)
@@ -94,7 +94,7 @@ def sanitized(report: Path) -> dict[str, str]:
     libraries = [f.stdout.strip() for f in found]
     if not all(os.path.isabs(library) for library in libraries):
         raise SystemExit(f"make sanitize needs GCC with {', '.join(names)}; found {libraries}")
-    # Before Python itself, which is not linked with them.
+    # Python is not linked with these libraries, so they have to be preloaded.
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join((str(BUILD), str(ROOT))),
@@ -107,12 +107,12 @@ def sanitized(report: Path) -> dict[str, str]:
 
 
 def reports(folder: Path) -> list[Path]:
-    """Files of errors. A warning alone says that the emulator changes stacks."""
+    """The reports with errors; the others only warn that the emulator switches stacks."""
     return [f for f in sorted(folder.glob("report.*")) if "ERROR: " in f.read_text()]
 
 
 def prove(folder: Path) -> None:
-    """Both sanitizers report a fault of ours, and no other, or this ends with what they missed."""
+    """Exits unless both sanitizers report a planted error, and nothing else."""
 
     def run(command: list[str], **environment: str) -> str:
         for old in reports(folder):
@@ -137,7 +137,7 @@ def prove(folder: Path) -> None:
 
 
 def isas() -> list[str]:
-    """Instruction sets that were built and that this machine has."""
+    """The instruction sets that were built and that this machine supports."""
     code = "from rlhf_kernels.kernels import native; print(*native.module('cpu').isa_names())"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=BUILD,
@@ -147,9 +147,9 @@ def isas() -> list[str]:
 
 
 def run_tests(folder: Path, processes: str, cases: int) -> tuple[int, int]:
-    """The tests and the fuzzer's cases: (how many of the two failed, undefined behaviours said)."""
+    """Runs tests and fuzzer: (how many of the two failed, number of undefined behaviours)."""
     environment = sanitized(folder / "report")
-    # pytest would put the folder with the ordinary kernels first, by `-m` and by its usual imports.
+    # `python -m pytest` and pytest's usual imports would find the ordinary kernels first.
     pytest = Path(sysconfig.get_path("scripts"), "pytest")
     names = [str(ROOT / "tests" / f"{f.parent}/test_{f.name}.py") for f in map(Path, TESTS)]
     commands = [

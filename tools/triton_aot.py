@@ -1,15 +1,15 @@
-"""Compiles every Triton kernel ahead of time, for GPUs that need not be here, and reads the result.
+"""Compiles every Triton kernel ahead of time, without a GPU, and checks its resources.
 
     python -m tools.triton_aot --target sm_90 --target gfx942 --json out.json
     python -m tools.triton_aot --report benchmarks/results/triton-resources.md --date 2026-01-31
     python -m tools.triton_aot --record --json launches.json
 
-A driver that has a target but no GPU stands under Triton's JIT, whose hook is told of every kernel
-that is about to be compiled and takes it instead: types, constants and specialisation are those of
-a launch, made by the real launchers from the calls in triton_calls.py. Nothing is executed, so
-tensors may hold anything. Distinct kernels are then compiled and held against `problems`.
+A driver that has a target but no GPU is installed in Triton, and a hook of the JIT captures every
+kernel that it is about to compile. The real launchers make the launches from the calls in
+triton_calls.py, so types, constants and specialisation are real. Nothing is executed, so the values
+of tensors do not matter. The distinct kernels are then compiled and checked by `problems`.
 
-Not a test itself: it must run in a process without TRITON_INTERPRET (test_triton_gates.py).
+This is not a test itself: it needs a process without TRITON_INTERPRET (test_triton_gates.py).
 """
 
 import argparse
@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-# The package loads its Triton kernels where torch has a GPU.
+# The package loads its Triton kernels only if torch has a GPU.
 torch.version.cuda = torch.version.cuda or "none here"
 
 import triton  # noqa: E402
@@ -47,17 +47,17 @@ from benchmarks.reports.tables import table  # noqa: E402
 from rlhf_kernels.kernels import backends  # noqa: E402
 from rlhf_kernels.ops import _examples  # noqa: E402
 
-#: Blocks of a kernel that a multiprocessor (NVIDIA) or compute unit (AMD) must hold at once: with
-#: one alone nothing hides the latency of its loads and barriers.
+#: Minimum resident blocks of a kernel on a multiprocessor (NVIDIA) or compute unit (AMD): with a
+#: single block nothing hides the latency of its loads and barriers.
 MIN_BLOCKS = 2
 # The module that lists the calls.
 CASES = "tests.kernels.triton_calls"
-#: Bits of the widest load where rows are known to be aligned.
+#: Bits of the widest load if rows are known to be aligned.
 ALIGNED_LOAD = 128
 
 
 class Target(NamedTuple):
-    """A GPU, and what one of its multiprocessors holds."""
+    """A GPU, with the shared memory and the warps of a multiprocessor."""
 
     gpu: GPUTarget
     shared: int
@@ -74,18 +74,18 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel as the JIT would compile it: all that decides what comes out."""
+    """A kernel with everything that determines the result of its compilation."""
 
     kernel: str
     function: JITFunction
-    # Of a tuple the types of its members, whose constants have the path (argument, member).
+    # A tuple has the types of its members; their constants have the path (argument, member).
     signature: dict[str, str | tuple[str, ...]]
     constants: dict[tuple[int, ...], Any]
     attributes: dict[tuple[int, ...], Any]
     options: dict[str, Any]
 
     def label(self) -> str:
-        """What distinguishes it from other variants of its kernel, for people."""
+        """What distinguishes it from other variants of its kernel, for readers."""
         names = list(self.signature)
         parts = [f"{n}:{t}" for n, t in self.signature.items() if t == "i64" or t[0] == "*"]
         parts += [
@@ -95,11 +95,11 @@ class Variant:
         return " ".join(parts).replace("tt.", "")
 
     def floats(self) -> str:
-        """Dtypes of the floating tensors, in order."""
+        """The dtypes of the floating tensors, in order."""
         return " ".join(t for t in self.signature.values() if t in ("*fp32", "*bf16", "*fp16"))
 
     def switched_on(self) -> int:
-        """How many of its options add code."""
+        """The number of its options that add code."""
         constants = sum(v is not None and v is not False for v in self.constants.values())
         members = (t for ts in self.signature.values() if isinstance(ts, tuple) for t in ts)
         return constants + sum(t != "constexpr" for t in members)
@@ -115,7 +115,7 @@ class Variant:
 
 
 class Recorder:
-    """Stands in for a driver and takes what the JIT is about to compile."""
+    """A substitute for a driver that captures the kernels that the JIT is about to compile."""
 
     def __init__(self, target: Target) -> None:
         self._gpu = target.gpu
@@ -126,7 +126,7 @@ class Recorder:
         return self._gpu
 
     def get_current_device(self) -> str:
-        # Kernels remember per device what they made of its target.
+        # The JIT caches per device what it compiled for its target.
         return str(self._gpu)
 
     def get_current_stream(self, _: object) -> int:
@@ -154,15 +154,15 @@ class Recorder:
             compile["configs"][0],
             options,
         )
-        # Taken: neither compiled nor launched, nor remembered by the JIT.
+        # True tells the JIT that the kernel was handled: it does not compile, launch or cache it.
         return True
 
 
 def record(target: Target, cases: Iterable[Any]) -> tuple[Recorder, dict[str, list[Any]]]:
-    """Runs `cases` forward and backward; per case the (kernel, key) launched by each."""
+    """Runs `cases` forward and backward; returns the (kernel, key) launched by each case."""
     launches = {}
     kept = [backends.get(name) for name in ("cpu", "triton")]
-    # Launchers look at shapes, strides and addresses alone.
+    # Launchers read only shapes, strides and addresses, so CPU tensors will do.
     for backend, devices in zip(kept, ((), ("cpu",)), strict=True):
         backends.install(dataclasses.replace(backend, devices=devices))
     with Recorder(target) as recorder:
@@ -182,7 +182,7 @@ def record(target: Target, cases: Iterable[Any]) -> tuple[Recorder, dict[str, li
 
 
 def brief(variants: Iterable[Variant]) -> list[Variant]:
-    """One variant per kernel and dtypes: the one with most options on."""
+    """One variant per kernel and dtypes: that with the most options switched on."""
     chosen: dict[tuple[str, str], Variant] = {}
     for v in variants:
         best = chosen.setdefault((v.kernel, v.floats()), v)
@@ -192,7 +192,7 @@ def brief(variants: Iterable[Variant]) -> list[Variant]:
 
 
 def kernels(modules: Iterable[ModuleType]) -> set[str]:
-    """Names of all functions that @kernel decorates."""
+    """The names of all functions decorated with @kernel."""
     return {
         f"{module.__name__.rpartition('.')[2]}.{name}"
         for module in modules
@@ -204,7 +204,7 @@ def kernels(modules: Iterable[ModuleType]) -> set[str]:
 
 
 def package_modules() -> Iterator[ModuleType]:
-    """Every module of rlhf_kernels.kernels.triton, loaded by the package or not."""
+    """Every module of rlhf_kernels.kernels.triton, whether the package has loaded it or not."""
     package = rlhf_kernels.kernels.triton
     for module in pkgutil.iter_modules(package.__path__):
         yield importlib.import_module(f"{package.__name__}.{module.name}")
@@ -212,7 +212,7 @@ def package_modules() -> Iterator[ModuleType]:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled variant needs; `spills` counts bytes or registers, `local` bytes."""
+    """The resources of a compiled variant; `spills` counts bytes or registers, `local` bytes."""
 
     kernel: str
     target: str
@@ -230,7 +230,7 @@ class Resources:
     wide: bool
 
     def problems(self) -> list[str]:
-        """What the gate refuses."""
+        """Violations of the gate."""
         found = []
         if self.spills or self.local:
             found.append(f"{self.spills} spilled, {self.local} bytes of local memory")
@@ -247,15 +247,15 @@ class Resources:
 
 
 def _nvidia_blocks(target: Target, registers: int, warps: int, shared: int) -> int:
-    # Registers come in units of 256 a warp, from the quarter of the multiprocessor it lives in.
+    # A warp gets registers in units of 256, from the quarter of the multiprocessor that runs it.
     a_warp = math.ceil(registers * 32 / 256) * 256
     held = min(target.warps, (1 << 14) // a_warp * 4)
-    # Each block takes 1 KiB beside its own.
+    # The system reserves 1 KiB for each block.
     return min(held // warps, target.shared // (shared + 1024), 32)
 
 
 def _amd_blocks(target: Target, registers: int, warps: int, shared: int) -> int:
-    # 512 registers a lane and SIMD in units of 8, at most 8 waves; four SIMDs.
+    # A SIMD has 512 registers per lane, in units of 8, and at most 8 waves; there are four SIMDs.
     held = min(target.warps, 4 * (512 // (math.ceil(max(registers, 1) / 8) * 8)))
     return min(held // warps, target.shared // max(shared, 1), 16)
 
@@ -276,7 +276,7 @@ def _amd_width(m: re.Match) -> int:
 
 
 def _cubin_usage(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, LOCAL and more, of the kernel in a cubin."""
+    """REG, STACK, LOCAL and more of the kernel in a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -291,7 +291,7 @@ def _cubin_usage(cubin: bytes) -> dict[str, int]:
 
 
 def compiled(variant: Variant, name: str) -> Resources:
-    """Compiles for the target `name`; Triton's cache on disk makes a second time quick."""
+    """Compiles for the target `name`; Triton's cache on disk makes a repetition quick."""
     target = TARGETS[name]
     source = ASTSource(variant.function, variant.signature, variant.constants, variant.attributes)
     binary = triton.compile(source, target=target.gpu, options=variant.options)
@@ -299,7 +299,7 @@ def compiled(variant: Variant, name: str) -> Resources:
     if target.gpu.backend == "cuda":
         text = binary.asm["ptx"]
         usage = _cubin_usage(binary.asm["cubin"])
-        # NVIDIA's spills live on the stack: a frame of 0 bytes is none.
+        # NVIDIA spills to the stack, so a frame of 0 bytes means no spills.
         registers, spills, local = usage["REG"], usage["STACK"], usage["LOCAL"]
         barriers = len(re.findall(r"\bbar(?:rier)?\.", text))
         atomics = len(re.findall(r"\b(?:atom|red)\.", text))
@@ -311,7 +311,7 @@ def compiled(variant: Variant, name: str) -> Resources:
         fields = dict(re.findall(r"^\s+(?:- )?\.(\w+):\s+(\d+)$", text, re.MULTILINE))
         count = {k: int(v) for k, v in fields.items()}
         registers, local = count["vgpr_count"], count["private_segment_fixed_size"]
-        # A scalar register spills into lanes of a vector register, which is no memory traffic.
+        # Scalar registers spill into lanes of vector registers, which is no memory traffic.
         spills = count["vgpr_spill_count"]
         barriers = len(re.findall(r"\bs_barrier\b", text))
         atomics = len(re.findall(r"\b(?:global|buffer|flat|ds)_\w*(?:atomic|_rtn)", text))
@@ -327,7 +327,7 @@ def compiled(variant: Variant, name: str) -> Resources:
     )  # fmt: skip
 
 
-# Inherited by the worker processes, which are forked.
+# The forked worker processes inherit this list.
 _jobs: list[tuple[Variant, str]] = []
 
 
@@ -336,13 +336,13 @@ def _run_job(index: int) -> Resources | str:
     try:
         return compiled(variant, name)
     except Exception as error:
-        # One kernel that does not compile shall not hide what the others need.
+        # A kernel that does not compile must not hide the results of others.
         text = f"{type(error).__name__}: {error}"
         return f"{variant.kernel} on {name}: does not compile: {text} [{variant.label()}]"
 
 
 def compile_all(jobs: list[tuple[Variant, str]], processes: int) -> list[Resources | str]:
-    """Compiles each (variant, target name), in order; a message where that fails."""
+    """Compiles each (variant, target name), in order; gives a message for each that fails."""
     _jobs[:] = jobs
     if processes == 1:
         return [_run_job(i) for i in range(len(jobs))]
@@ -351,7 +351,7 @@ def compile_all(jobs: list[tuple[Variant, str]], processes: int) -> list[Resourc
 
 
 def report(results: list[Resources], date: str) -> str:
-    """Markdown: the worst of the variants of each kernel on each target."""
+    """A Markdown table of the maxima over the variants of each kernel on each target."""
     lines = [
         "# What the Triton kernels need",
         "",
@@ -403,14 +403,14 @@ def main() -> int:
     options = parser.parse_args()
     if options.report and not options.date:
         parser.error("--report needs --date")
-    # Workers are forked: a team of threads would not survive that.
+    # Workers are forked, and a team of threads would not survive a fork.
     torch.set_num_threads(1)
     module = importlib.import_module(options.cases)
     modules = list(getattr(module, "MODULES", None) or package_modules())
     names = options.target or list(TARGETS)
     recorded = {}
     for name in names:
-        # The JIT specialises by maker, not by model; still each target is asked.
+        # The JIT specialises by vendor, not by model, but every target is recorded.
         recorded[name], launches = record(TARGETS[name], module.cases(options.full))
     captured = {v.kernel for r in recorded.values() for v in r.variants.values()}
     output: dict[str, Any] = {

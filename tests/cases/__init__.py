@@ -1,1 +1,1 @@
-"""What the tests call the operations with: options, layouts, bad data, random draws."""
+"""Inputs for the tests of the operations: options, layouts, bad data, random draws."""

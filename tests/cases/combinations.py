@@ -12,7 +12,7 @@ def products(**axes: tuple) -> Iterator[dict[str, Any]]:
 
 
 def one_by_one(**axes: tuple) -> Iterator[dict[str, Any]]:
-    """The first value of every axis, then each other value with the rest at its first."""
+    """The first value of every axis; then each other value, with the first of all other axes."""
     first = {k: v[0] for k, v in axes.items()}
     yield first
     for axis, values in axes.items():
@@ -20,7 +20,7 @@ def one_by_one(**axes: tuple) -> Iterator[dict[str, Any]]:
 
 
 def pairs(**axes: tuple) -> Iterator[dict[str, Any]]:
-    """Few combinations among which any two values of two axes meet."""
+    """A small set of combinations that contains every pair of values of two axes."""
 
     def pair(a: str, v: int, b: str, w: int) -> tuple:
         return (a, v, b, w) if a < b else (b, w, a, v)
@@ -41,6 +41,6 @@ def pairs(**axes: tuple) -> Iterator[dict[str, Any]]:
 
 
 def covering(**axes: tuple) -> Iterator[dict[str, Any]]:
-    """As few combinations as hold every value of every axis."""
+    """The smallest set of combinations that contains every value of every axis."""
     for i in range(max(map(len, axes.values()), default=1)):
         yield {axis: values[i % len(values)] for axis, values in axes.items()}

@@ -1,7 +1,7 @@
-"""Bad data and odd layouts for every operation with kernels, and what is promised of the results.
+"""Bad data and odd layouts for every operation with kernels, and the promised results.
 
-Tensors lie on the default device while they are made. Sizes reach several tiles of a kernel and
-rows that end inside a vector, but stay small enough for an interpreter.
+Tensors are made on the default device. Sizes include several tiles of a kernel and rows that end
+inside a vector, but are small enough for an interpreter.
 """
 
 from collections.abc import Callable, Iterator

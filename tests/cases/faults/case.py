@@ -1,4 +1,4 @@
-"""A call with bad data or in an odd layout, and what is promised of its results."""
+"""A call with bad data or an odd layout, and what is promised of its results."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -25,13 +25,13 @@ class Case(NamedTuple):
     name: str
     run: Run
     make: Make
-    # Name of the case whose results these repeat, bit for bit, but for the poisoned rows.
+    # Name of the case with the same results, bit for bit, except for the poisoned rows.
     like: str = "clean"
-    # Rows that are NaN in every result, or ALL results.
+    # Rows that are NaN in every result; ALL means that all elements are NaN.
     poisoned: tuple[int, ...] | str = ()
-    # What RLHF_KERNELS_CHECK=1 raises: type, and part of the message.
+    # The error with RLHF_KERNELS_CHECK=1: its type, and a part of the message.
     error: str = ""
-    # The results that the promise is about.
+    # The results to which the promise applies.
     part: slice = slice(None)
 
     def call(self) -> tuple[Tensor, ...]:
@@ -39,11 +39,11 @@ class Case(NamedTuple):
 
 
 def assert_promised(case: Case, actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """Raises AssertionError; `expected` are the results of the case that `case.like` names."""
+    """Asserts the promise; `expected` are the results of the case that `case.like` names."""
     if case.poisoned == ALL:
         assert all(t.isnan().all() for t in actual)
         return
-    # A case may be after only the first results.
+    # `expected` may have more results, because a case may select only the first ones.
     for a, e in zip(actual, expected, strict=False):
         assert_bitwise_equal(_unharmed(a, case.poisoned), _unharmed(e, case.poisoned))
         for row in case.poisoned:
@@ -61,7 +61,7 @@ def _unharmed(tensor: Tensor, poisoned: tuple[int, ...]) -> Tensor:
 def normal(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator, device="cpu")
-    # Where factories make tensors, whoever said so.
+    # The default device is wherever factories make tensors, also in a `with` block.
     return values.to(torch.empty(0).device)
 
 
@@ -77,7 +77,7 @@ def backward(outputs: tuple[Tensor, ...], of: Tensor, upstream: Tensor) -> Tenso
 
 
 def in_layouts(run: Run, make: Make) -> Iterator[Case]:
-    """Every layout of every argument of `run`: another one for each."""
+    """Cases with every layout of every argument of `run`; in each they have different layouts."""
     names = [[layout for layout, _ in layouts(t)] for t in make().values()]
 
     def odd(i: int) -> Arguments:

@@ -22,8 +22,8 @@ from tests.cases.faults.case import (
 
 import rlhf_kernels as rk
 
-# Rows of logits: 16-byte loads for every case; for a few a vocabulary of several tiles, the last
-# one ragged.
+# Rows of logits. They allow 16-byte loads; a few cases have a vocabulary of several tiles, with a
+# ragged last tile.
 ROWS, VOCAB, TILES = 3, 304, 8197
 
 
@@ -60,7 +60,7 @@ def _token_logprobs(vocab: int) -> Iterator[Case]:
 
         error = "temperature at flat position 1 must be a finite number > 0, between 2^-60 and "
         error += f"2^60 (8.7e-19 and 1.2e18), got {value}"
-        # The gradient of a row without a temperature is no matter.
+        # The gradient of a row with a bad temperature is not specified.
         return Case(f"temperature {value}", run, tempered, "clean", (1,), error, slice(2))
 
     def ignored(fill: float) -> Arguments:
@@ -126,13 +126,13 @@ def _kl_divergence(direction: str, vocab: int) -> Iterator[Case]:
     yield Case("vocabulary of one", run, partial(make, words=1), like="vocabulary of one")
     yield Case("empty", run, partial(make, rows=0, words=9), like="empty")
     yield Case("expanded upstream", run, lambda: make() | {"upstream": torch.ones(()).expand(ROWS)})
-    # The direction only swaps the two.
+    # The other direction only swaps the two arguments.
     if direction == "reverse":
         yield from in_layouts(run, make)
 
 
 def without_upstream(run: Run, make: Make, name: str, fills: tuple[float, ...]) -> Iterator[Case]:
-    """Row 2 of the argument is no number, and nothing is asked of its gradient: it is 0."""
+    """Row 2 of an argument is not finite, but its upstream gradient is 0: so is its gradient."""
 
     def frozen(fill: float) -> Arguments:
         given = filled(make, "upstream", 2, 0.0)

@@ -22,10 +22,10 @@ from tests.cases.faults.case import (
 
 import rlhf_kernels as rk
 
-# Tokens: rows of two tiles of 64, the last one ragged. Sequences of four: the one with all tokens.
+# Rows of tokens span two tiles of 64, the last one ragged. Offsets EVEN name the same rows packed.
 BATCH, LENGTH = 3, 70
 EVEN = [0, 70, 140, 210]
-# The same tokens packed, each list wrong in its own way.
+# Wrong offsets for the same tokens, and the index of the entry that the error names.
 BAD_OFFSETS = {
     "late start": ([7, 70, 140, 210], 0),
     "negative start": ([-7, 70, 140, 210], 0),
@@ -40,7 +40,7 @@ BAD_OFFSETS = {
     "falling from beyond": ([0, 2**31 - 1, -(2**31), 210], 1),
     "no sequence": ([0], 0),
 }
-# Those for which the width of an entry could matter and which are not too large for 32 bits.
+# Offsets that fit into 32 bits and for which the width of an entry could matter.
 OF_32_BITS = ("negative", "end beyond", "falling from beyond", "no sequence")
 
 
@@ -53,13 +53,13 @@ def mask() -> Tensor:
 def of_tokens(
     operation: str, run: Run, make: Make, per_sequence: tuple[str, ...] = ()
 ) -> Iterator[Case]:
-    """What every operation on tokens promises; `make` gives [BATCH, LENGTH], or [BATCH]."""
+    """The promises of every operation on tokens; `make` gives [BATCH, LENGTH] or [BATCH]."""
     tokens = [name for name in make() if name not in per_sequence]
 
     def packed(offsets: list[int], dtype: torch.dtype = torch.int64) -> Arguments:
         given = make()
         given |= {name: given[name].reshape(-1) for name in tokens}
-        # One entry per sequence, however many the offsets name.
+        # One entry per sequence, for the number of sequences in the offsets.
         given |= {name: given[name][: len(offsets) - 1] for name in per_sequence}
         return given | {"cu_seqlens": torch.tensor(offsets, dtype=dtype)}
 
@@ -79,7 +79,7 @@ def of_tokens(
         for name, (offsets, at) in BAD_OFFSETS.items():
             if dtype is torch.int32 and name not in OF_32_BITS:
                 continue
-            # S = 0 of tokens has no operation on sequences to compare its one entry with.
+            # The only entry of [0] is also the last, which must be the number of tokens.
             error = f"ValueError: {operation}: cu_seqlens must start at 0, never decrease and "
             error += f"end at the number of tokens, 210; entry {at} is {offsets[at]}"
             bad = partial(packed, offsets, dtype)
@@ -184,7 +184,7 @@ def group_advantages() -> Iterator[Case]:
 
 
 def policy_loss() -> Iterator[Case]:
-    # With sequences as a whole there is a pass over the tokens before, and one behind.
+    # Options per sequence need a pass over the tokens before the loss, and one after it.
     sequences = rk.PolicyLossConfig(
         ratio_level="sequence",
         correction_level="sequence",
@@ -238,5 +238,5 @@ def normalizers(run: Run, make: Make) -> Iterator[Case]:
     for bad in (0.0, -2.0, NAN, INF):
         error = f"normalizer must be a finite number > 0, got {bad}"
         name, arguments = f"normalizer {bad}", partial(divided, bad)
-        # Metrics know no normalizer.
+        # Metrics do not depend on the normalizer.
         yield Case(name, run, arguments, "clean", ALL, error, slice(2))

@@ -1,8 +1,8 @@
-"""Random calls of the operations, and what is right for each: what `tools/fuzz.py` runs.
+"""Random calls of the operations and their checks, for `tools/fuzz.py`.
 
-A case is made from its seed alone. It is judged against the reference in float64 per element: where
-a softmax or a product is inside, by the bounds of `tests/head/bounds.py`; elsewhere by how far the
-exact result moves when every input moves by a rounding, which is the error of the best algorithm.
+A case is made from its seed alone. Each element is compared with the reference in float64. With a
+softmax or a product inside, its bound is that of `tests/head/bounds.py`; else it is the change of
+the exact result when every input changes by a rounding, which is the error of the best algorithm.
 """
 
 from collections.abc import Sequence
@@ -39,9 +39,9 @@ from rlhf_kernels.ops import _examples
 from rlhf_kernels.testing import assert_within_bound, to_float64
 
 EPS = torch.finfo(torch.float32).eps
-# Roundings of a result beside those of its inputs; a term of SAPO takes a dozen, its sum some more.
+# Roundings of a result beside those of its inputs; a term of SAPO has a dozen, its sum some more.
 ROUNDINGS, SAPO_ROUNDINGS = 8.0, 16.0
-# Below the normal numbers of float32 a step may flush to zero.
+# Steps below the normal numbers of float32 may flush to zero.
 FLUSHED = 1e-37
 
 CASES = (
@@ -53,7 +53,7 @@ CASES = (
 
 
 def make(seed: int, interpreted: bool) -> Case:
-    """The case of a seed; small where the kernels are interpreted."""
+    """The case of a seed; it is small if the kernels are interpreted."""
     d = Draw(seed, interpreted)
     return d.pick(*CASES)(d)
 
@@ -70,7 +70,7 @@ def run(case: Case, arguments: dict[str, Any]) -> tuple[list[Tensor], list[Tenso
     for i, o in enumerate(outputs):
         up = torch.randn(o.shape, generator=g)
         up = up.masked_fill(torch.rand(o.shape, generator=g) < 0.2, 0) if o.dim() else up
-        # As of a sum: one number for all.
+        # The upstream gradient of a sum is one number, expanded.
         up = torch.tensor(0.7).expand(o.shape) if i % 2 == 0 and case.draw.expanded_upstream else up
         upstream.append(up.to(o.dtype))
     found = torch.autograd.grad(outputs, tensors, upstream, materialize_grads=True)
@@ -78,7 +78,7 @@ def run(case: Case, arguments: dict[str, Any]) -> tuple[list[Tensor], list[Tenso
 
 
 def cancelling_slopes(arguments: dict[str, Any]) -> Tensor:
-    """Sizes of the slopes of apo_down, whose two sigmoids may cancel; for an upstream below 1."""
+    """Magnitudes of the slopes of apo_down, whose sigmoids may cancel; for an upstream below 1."""
     given = to_float64(arguments)
     chosen = given["beta"] * (given["chosen_logprobs"] - given["ref_chosen_logprobs"]).detach()
     rejected = given["beta"] * (given["rejected_logprobs"] - given["ref_rejected_logprobs"])
@@ -88,10 +88,10 @@ def cancelling_slopes(arguments: dict[str, Any]) -> Tensor:
 
 
 def scan_roundings(case: Case, backend: str) -> tuple[Tensor, Tensor]:
-    """Of advantages and returns: sizes that are rounded to float32 beside the inputs and results.
+    """Magnitudes that a scan rounds to float32 for advantages and returns, beside inputs, results.
 
-    Triton's steps are, so that values do not cancel: the sum over |reward| + gamma |next value| +
-    |value|; the others step in float64. Advantages are before they are whitened.
+    Triton rounds every step, even if values cancel: the scan of |reward| + gamma |next value| +
+    |value|. The other backends step in float64. Whitening rounds the advantages before it.
     """
     given = {k: v for k, v in to_float64(case.arguments).items() if k != "whiten"}
     values = given["values"].abs()
@@ -110,13 +110,13 @@ def scan_roundings(case: Case, backend: str) -> tuple[Tensor, Tensor]:
         return sizes, sizes
     kept = slice(None) if ends["mask"] is None else ends["mask"] != 0
     before = sizes + plain.advantages.abs()
-    # Beside a token's own error stand those of mean and deviation.
+    # The errors of mean and deviation add to that of the token itself.
     most = before.nan_to_num(0.0, 0.0, 0.0).max() if before.numel() else 0.0
     return (before + most) / plain.advantages[kept].std(), sizes
 
 
 def sensitivity(case: Case, exact: Sequence[Tensor], backend: str) -> list[Tensor]:
-    """How far each result moves, at most, in several draws that move every input by a rounding."""
+    """The largest change of each result in several draws that change every input by a rounding."""
     g = torch.Generator().manual_seed(2)
 
     def moved(value: Any) -> Any:
@@ -138,7 +138,7 @@ def sensitivity(case: Case, exact: Sequence[Tensor], backend: str) -> list[Tenso
         size = case.arguments[name].detach().double().abs() + exact[i].abs()
         worst[i] = worst[i] + 2 * EPS * size.nan_to_num(0.0, 0.0, 0.0)
     if case.op == "value_loss":
-        # The explained variance is a difference to 1.
+        # The explained variance is the difference of a number and 1.
         worst[1][4] += EPS * (1 + (1 - exact[1][4]).abs().nan_to_num(0.0, 0.0, 0.0)) / ROUNDINGS
     if case.op == "preference_loss" and "apo_down" in case.arguments["loss"]:
         sizes = cancelling_slopes(case.arguments)
@@ -156,12 +156,12 @@ def sensitivity(case: Case, exact: Sequence[Tensor], backend: str) -> list[Tenso
 
 
 def check(case: Case, backend: str) -> None:
-    """Raises AssertionError where a backend's results are beyond their bounds."""
+    """Raises AssertionError if results of a backend are out of bounds."""
     before = {k: v.detach().clone() for k, v in case.arguments.items() if isinstance(v, Tensor)}
     with rk.use_backend(backend):
         actual, _ = run(case, case.arguments)
     with rk.use_backend("reference"):
-        # It takes all logits at once.
+        # The reference computes all logits at once.
         whole = {k: v for k, v in case.arguments.items() if k not in ("chunk_tokens", INVARIANT)}
         exact, upstream = run(case, to_float64(whole))
     with rk.use_backend(backend), torch.no_grad() if case.bounds else torch.enable_grad():
@@ -171,17 +171,17 @@ def check(case: Case, backend: str) -> None:
         else:
             bounds = case.bounds(exact, upstream)
     if case.arguments.get("estimator") == "k3" and len(exact) > 1:
-        # The slope of a value that float32 cannot hold is none either, whatever its upstream.
+        # If float32 cannot hold the value, its slope is infinite too, for any upstream.
         held = (exact[0].abs() <= torch.finfo(torch.float32).max) | (exact[1] == 0)
         exact[1] = torch.where(held, exact[1], exact[1] * torch.inf)
     if len(actual) != len(exact) or len(actual) != len(bounds):
         raise AssertionError(f"{len(actual)} results, {len(exact)} exact, {len(bounds)} bounds")
     for i, (a, e, bound) in enumerate(zip(actual, exact, bounds, strict=True)):
-        # What float32 cannot hold is infinite.
+        # Values that float32 cannot hold are infinite.
         most, rounding = torch.finfo(a.dtype).max, torch.finfo(a.dtype).eps
         e = torch.where(e.abs() > most, e.sign() * torch.inf, e)
         if case.bounds is None:
-            # The budget of `rlhf_kernels.testing`: twice one rounding.
+            # The budget of `rlhf_kernels.testing` is twice one rounding.
             bound = bound + 1.5 * rounding * e.abs().nan_to_num(0.0, 0.0, 0.0)
         try:
             assert_within_bound(a, e, bound.reshape(e.shape) + FLUSHED)

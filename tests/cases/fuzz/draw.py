@@ -1,4 +1,4 @@
-"""Random values of a case, and the case: a call and how its results are judged."""
+"""Random values of a case; and the case: a call, and how its results are checked."""
 
 import dataclasses
 import random
@@ -11,25 +11,25 @@ from torch import Tensor
 import rlhf_kernels as rk
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Around vectors, unrolled steps, blocks and tiles of the kernels.
+# Sizes around vectors, unrolled steps, blocks and tiles of the kernels.
 EDGES = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)
 FAR_EDGES = (511, 513, 1023, 1024, 1025, 2047, 2049, 4096, 4099, 8200)
-# What an interpreted kernel can do in a second.
+# The largest size that an interpreted kernel can process in a second.
 INTERPRETED_MOST = 140
 INVARIANT = "batch_invariant"
-# Bounds of (results..., gradients...) from the exact results and the upstream gradients.
+# Computes bounds of (results..., gradients...) from exact results and upstream gradients.
 Bounds = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
 
 
 @dataclasses.dataclass
 class Case:
-    """A call: the operation's name, its keyword arguments, and how its results are judged."""
+    """A call: name of the operation, keyword arguments, and the bounds of its results."""
 
     op: str
     arguments: dict[str, Any]
     draw: "Draw"
     bounds: Bounds | None = None
-    # A result that is a sum with this argument, which rounds whatever cancels.
+    # A result that is a sum with this argument; the sum rounds even if its terms cancel.
     beside: tuple[int, str] | None = None
 
     def __str__(self) -> str:
@@ -87,9 +87,9 @@ class Draw:
         return t.requires_grad_() if self.chance(p) else t
 
     def laid_out(self, t: Tensor, expand: bool = False) -> Tensor:
-        """The same values in other strides, beside values that nobody may look at.
+        """The same values with other strides, surrounded by values that kernels must not read.
 
-        With `expand` also one value, or one slice, in place of all along a dimension.
+        With `expand`, one slice may be expanded along a dimension in place of all values.
         """
         if t.dim() == 0 or self.chance(0.4):
             return t
@@ -118,7 +118,7 @@ class Draw:
         return out.copy_(t)
 
     def mask(self, shape: Sequence[int], p: float | None = None) -> Tensor:
-        """Bool or integer; sometimes nothing, or everything, or whole sequences."""
+        """A bool or integer mask; sometimes of nothing, everything or without whole sequences."""
         keep = torch.rand(tuple(shape), generator=self.torch) < (p or self.pick(0.0, 0.5, 0.9, 1.1))
         if len(shape) > 1 and shape[0] > 1 and self.chance(0.3):
             keep[self.random.randrange(shape[0])] = False
@@ -126,10 +126,10 @@ class Draw:
         return self.laid_out(keep if dtype is torch.bool else keep.to(dtype) * 3)
 
     def hidden(self, t: Tensor, mask: Tensor | None) -> Tensor:
-        """t with NaN and infinities where the mask is 0."""
+        """t with NaN or an infinity where the mask is 0."""
         if mask is None or t.numel() == 0 or self.chance(0.5):
             return t
-        # Expanded memory holds one value for several tokens.
+        # In expanded memory one value belongs to several tokens.
         t = t.clone() if 0 in t.stride() else t
         junk = torch.tensor([torch.nan, torch.inf, -torch.inf]).to(t.dtype)
         t[mask == 0] = junk[self.random.randrange(3)]

@@ -25,7 +25,7 @@ def logits(d: Draw, *shape: int, dtype: torch.dtype) -> Tensor:
     values = d.normal(*shape) * d.pick(1.0, 3.0, 30.0) + d.pick(0.0, 0.0, 100.0, -1e4)
     values = values.to(dtype)
     if values.numel() and d.chance(0.3):
-        # Not the first word: a row of nothing is not a distribution.
+        # Column 0 stays, because a row of -inf alone is not a distribution.
         taken_out = torch.rand(values.shape, generator=d.torch) < 0.2
         taken_out[..., 0] = False
         values[taken_out] = -torch.inf
@@ -33,7 +33,7 @@ def logits(d: Draw, *shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def with_faults(d: Draw, values: Tensor) -> Tensor:
-    """One logit that is not a number, or infinite, or as large as can be."""
+    """Makes one logit NaN, infinite or the largest number of its dtype."""
     if values.numel():
         at = d.random.randrange(values.numel())
         values.view(-1)[at] = d.pick(torch.nan, torch.inf, torch.finfo(values.dtype).max)
@@ -51,7 +51,7 @@ def row_options(d: Draw, shape: Sequence[int]) -> dict[str, Any]:
 
 
 def support(d: Draw, count: int, vocab: int) -> tuple[Tensor, Tensor]:
-    """Random words of each token, at times none or all."""
+    """Random vocabulary entries for each token, sometimes none or all."""
     kept = torch.rand(count, vocab, generator=d.torch) < d.pick(0.05, 0.5, 1.1)
     indptr = torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)])
     words = [row.nonzero().flatten() for row in kept]
@@ -62,7 +62,7 @@ def support(d: Draw, count: int, vocab: int) -> tuple[Tensor, Tensor]:
 
 
 def judged(labels: Tensor, kept: Tensor | None) -> Tensor:
-    """Labels, -1 for tokens without words: NaN, and a gradient of 0."""
+    """Labels, with -1 for tokens that keep no vocabulary entry: NaN, with a gradient of 0."""
     return labels if kept is None else labels.where(kept.any(-1).view(labels.shape), -1)
 
 
@@ -70,7 +70,7 @@ def token_logprobs(d: Draw) -> Case:
     shape = (d.size(40),) if d.chance(0.6) else (d.size(5), d.size(9))
     vocab = d.size(300_000 // max(1, torch.Size(shape).numel()), 1)
     x, faulty = logits(d, *shape, vocab, dtype=d.dtype()), d.chance(0.1)
-    # A row that is not a distribution has a result, but no gradient to speak of.
+    # A row that is not a distribution has a result, but no meaningful gradient.
     x = d.laid_out(with_faults(d, x)) if faulty else d.wanted(d.laid_out(x))
     ignored = d.pick(-100, -1, vocab + 3)
     y = labels(d, shape, vocab, ignored)

@@ -14,7 +14,7 @@ from rlhf_kernels.config.enums import PREFERENCE_LOSSES
 
 
 def policy_config_of(d: Draw, smooth: bool = False) -> rk.PolicyLossConfig:
-    """Any combination that a configuration allows; `smooth`: without clips and clamps."""
+    """A random valid configuration; with `smooth` it has no clips and clamps."""
     objective = d.pick("reinforce", "sapo", *(() if smooth else ("clip", "clip", "cispo")))
     options: dict[str, Any] = {"objective": objective, "kl_coef": d.pick(0.0, 0.1)}
     if objective == "clip" and d.chance(0.5):
@@ -157,7 +157,7 @@ def preference_loss(d: Draw) -> Case:
     names = ["chosen_logprobs", "rejected_logprobs", "ref_chosen_logprobs", "ref_rejected_logprobs"]
     if kind in preference.REFERENCE_FREE:
         names = names[:2]
-    # Of ORPO they are means below 0, well away from 0, where rounding decides.
+    # ORPO takes means below 0. They stay away from 0, where rounding decides the result.
     made = {n: d.floats(count, scale=scale) for n in names}
     given = {n: (-x.abs() - 0.5 if kind == "orpo" else x) for n, x in made.items()}
     for name in names[:2]:
