@@ -1,4 +1,4 @@
-"""Imports OpenRLHF without packages that it needs only for imports: flash-attn, deepspeed, peft.
+"""Imports OpenRLHF without packages that only its imports need, such as flash-attn and deepspeed.
 
 `load()` imports its modules with stubs for missing packages, and then removes the stubs, so that
 other packages do not find them. The functions for padding, which flash-attn would provide, are

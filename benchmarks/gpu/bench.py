@@ -23,7 +23,7 @@ _DRY = ("--quick", "-k", "kl_penalty")
 
 
 def records(file: Path, *, failed: bool = True) -> list[dict[str, Any]]:
-    """The points measured so far, without failed ones unless `failed`; rewrites the file so."""
+    """Reads the measured points, failed ones only if `failed`, and rewrites the file with them."""
     if not file.exists():
         return []
     found = []

@@ -1,4 +1,4 @@
-"""The types of benchmark points, and their measurement."""
+"""The building blocks of benchmark points."""
 
 from .case import (
     SHORT,

@@ -48,8 +48,8 @@ class Curve(NamedTuple):
         fixed: the rest of the shape, for readers.
         calls: maps x to providers as functions without arguments; all return the same results,
             and "eager" is the one that others are compared with.
-        time: expected slope of log time over log x of ours.
-        memory: expected slope of its memory beyond inputs and results; None if not measured.
+        time: expected slope of ours, log time over log x.
+        memory: the same of its memory beyond inputs and results; None if not measured.
     """
 
     axis: str

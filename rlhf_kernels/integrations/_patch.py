@@ -141,7 +141,7 @@ class Integration:
 
     Args:
         package: name of the package in imports.
-        versions: the first known version, and the first that is not known any more.
+        versions: the first known version, and the first later one that is not known.
         distribution: name of the distribution, if it differs.
     """
 

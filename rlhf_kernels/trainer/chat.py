@@ -181,7 +181,7 @@ def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _wants_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template reads only content in parts, as some of image models do."""
+    """Whether the template reads only content in parts, as some templates of image models do."""
     return _probed_parts(tokenizer, str(tokenizer.chat_template))
 
 

@@ -44,7 +44,7 @@ class Interrupts:
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[Interrupts]:
-    """Handles SIGINT, SIGTERM and SIGHUP, if called in the main thread; others get no signals."""
+    """Handles SIGINT, SIGTERM and SIGHUP in the main thread; others cannot install handlers."""
     found = Interrupts()
     numbers: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
     # Under nohup SIGHUP is ignored, and the run goes on without its terminal.

@@ -40,7 +40,7 @@ def settled(model: nn.Module) -> nn.Module:
 def keep_scale(model: nn.Module) -> None:
     """Turns off RWKV's halving of deep layers' weights in evaluation mode.
 
-    RWKV halves them in place against overflow in fp16, and they would be trained and saved so.
+    RWKV halves them in place against overflow in fp16; training would change and save them halved.
     """
     for module in model.modules():
         if hasattr(module, "layers_are_rescaled") and not module.layers_are_rescaled:

@@ -1,4 +1,4 @@
-"""Tests on the given model that the forward passes of training and sampling are correct.
+"""Tests, on the given model, whether the forward passes of training and sampling are correct.
 
 A pass is correct if each sequence gets the same result as alone, without padding and without a
 cache. This depends on the architecture (ALiBi, learned positions, convolutions, recurrent states),

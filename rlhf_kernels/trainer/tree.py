@@ -16,7 +16,7 @@ def flatten(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         tensors[path] = tree.detach().cpu().contiguous().clone()
         return {"tensor": path}
     if isinstance(tree, Mapping):
-        # JSON has only string keys, but an optimizer's parameters have integers: so use pairs.
+        # JSON objects would turn integer keys (of an optimizer's parameters) into strings.
         names = [f"{path}.{k}" if path else str(k) for k in tree]
         forms = [flatten(v, n, tensors) for v, n in zip(tree.values(), names, strict=True)]
         return {"dict": list(zip(tree, forms, strict=True))}

@@ -18,7 +18,7 @@ Rows = list[tuple[list[int], list[int]]]
 Pass = Callable[[PreTrainedModel, Rows, int], list[Tensor]]
 
 # Bounds of changes that count as rounding, relative to the spread of the features. The tolerance is
-# a multiple of the measured change, within these. Matrix products of other shapes round otherwise.
+# a multiple of the measured change within these. Products of other shapes round differently.
 _SHAPES = {torch.float32: (1e-4, 2e-3), torch.float64: (1e-8, 1e-6)}
 _SHAPES_16_BIT = (0.1, 0.3)
 # If only the tokens of other rows change, only shared experts round differently.

@@ -88,7 +88,7 @@ def cancelling_slopes(arguments: dict[str, Any]) -> Tensor:
 
 
 def scan_roundings(case: Case, backend: str) -> tuple[Tensor, Tensor]:
-    """Magnitudes that a scan rounds to float32 for advantages and returns, beside inputs, results.
+    """Magnitudes beyond inputs and results that a scan of advantages and returns rounds to fp32.
 
     Triton rounds every step, even if values cancel: the scan of |reward| + gamma |next value| +
     |value|. The other backends step in float64. Whitening rounds the advantages before it.
