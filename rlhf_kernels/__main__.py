@@ -4,7 +4,6 @@ import argparse
 import importlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import re
@@ -19,15 +18,13 @@ from . import __version__
 from .core.env import BACKEND_NAMES
 from .kernels import backends as kernel_backends
 from .kernels import native
-from .ops._examples import EXAMPLES, VARIANTS, Inputs, gradients, tensors
+from .ops._examples import EXAMPLES
 from .ops._operator import select
-from .testing import to_float64
+from .testing import check_operation
 
 # Variables that affect how kernels are selected or run.
 _VARIABLES = re.compile(r"(RLHF_KERNELS|OMP|GOMP|KMP|MKL|TRITON|CUDA_VISIBLE)_\w+$")
 _PACKAGES = ("triton", "numpy", "transformers", "accelerate", "flash-attn")
-# The allowed error of an element in roundings. The test suite has far tighter bounds.
-_ROUNDINGS = 64
 
 
 def _version(package: str) -> str | None:
@@ -88,52 +85,11 @@ def _selected(operation: str, device: torch.device) -> str:
         return f"none: {error}"
 
 
-def check(
-    function: Callable[..., Any], device: torch.device, dtype: torch.dtype = torch.float32
+def _checked(
+    function: Callable[..., Any], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Compares an operation, forward and gradient, with its fp64 reference on the same inputs.
-
-    Returns:
-        name, device, dtype, backend, `error`, ok, and a message if the operation raised. `error`
-        is the largest error in roundings of the result's dtype at its largest magnitude; for a
-        product, in roundings of the dtype of the logits.
-    """
-    result: dict[str, Any] = {
-        "operation": function.__name__,
-        "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "backend": _selected(function.__name__, device),
-        "error": None,
-        "ok": False,
-    }
-    generator = torch.Generator().manual_seed(0)
-    inputs = Inputs(5, 1031, dtype, device, generator)
-    # On CPU the library rounds logits of 16-bit operands to 16 bits.
-    product = torch.finfo(dtype).eps if function.__name__.startswith("linear_") else 0.0
-    try:
-        errors = []
-        for example in (EXAMPLES[function], *VARIANTS.get(function, ())):
-            call = example(inputs)
-            actual = list(tensors(function(*call[0], **call[1])))
-            actual += gradients(actual, call)
-            exact = to_float64(call)
-            with kernel_backends.use_backend(kernel_backends.REFERENCE):
-                expected = list(tensors(function(*exact[0], **exact[1])))
-            expected += gradients(expected, exact)
-            for a, e in zip(actual, expected, strict=True):
-                a, e = a.detach(), e.detach()
-                unit = max(torch.finfo(a.dtype).eps, product) * max(1.0, float(e.abs().max()))
-                errors.append(float((a.double() - e).abs().max()) / unit)
-        if all(map(math.isfinite, errors)):
-            result["error"] = round(max(errors), 2)
-        else:
-            result["message"] = "a result is not finite"
-        # max(errors) could miss a NaN, depending on its position.
-        result["ok"] = all(error <= _ROUNDINGS for error in errors)
-    except Exception as error:
-        # The report states what is broken instead of aborting.
-        result["message"] = f"{type(error).__name__}: {error}"
-    return result
+    backend = _selected(function.__name__, device)
+    return check_operation(function, device, dtype) | {"backend": backend}
 
 
 def report() -> dict[str, Any]:
@@ -145,7 +101,7 @@ def report() -> dict[str, Any]:
         backends[name] = {"available": reason is None, "reason": reason}
     backends["cuda"]["built"] = cuda is not None
     checks = [
-        check(function, device, dtype)
+        _checked(function, device, dtype)
         for device in devices()
         for function in EXAMPLES
         for dtype in (torch.float32, torch.bfloat16)

@@ -15,7 +15,7 @@ from .trainer.errors import UserError, out_of_memory
 TRAINERS = {
     "sft": "supervised: imitate completions",
     "reward": "pairwise reward model of preferences",
-    "dpo": "direct preference optimisation: sigmoid, ipo, robust, hinge",
+    "dpo": "preference optimisation without a reward model: DPO, IPO, SimPO, ORPO and others",
     "ppo": "PPO with a critic and a KL penalty; PPO-penalty and PPO-max by settings",
     "grpo": "group-relative advantages, KL in the loss",
     "dr_grpo": "GRPO without its deviation and length biases",

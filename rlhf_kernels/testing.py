@@ -8,15 +8,21 @@ Matrix products have another budget. GEMMs round differently on different machin
 an element is computed from its operands (`product_bound`).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .kernels import backends
+from .ops import _examples
+
 # Lengths around the kernels' boundaries: a lane, a vector less one, unrolled steps, a block.
 RAGGED_SIZES = (1, 7, 31, 127, 257, 4096, 4099, 8200)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Roundings by which `check_operation` lets an element be off. Coarse: the tests allow far less.
+_ROUNDINGS = 64
 
 
 def generator(seed: int) -> torch.Generator:
@@ -216,3 +222,54 @@ def random_mask(rows: int, cols: int, *, keep: float = 0.7, seed: int = 0) -> Te
     if rows > 2:
         mask[-1] = False
     return mask
+
+
+def check_operation(
+    function: Callable[..., Any], device: torch.device, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Compares an operation, forward and gradient, with its reference in fp64 on the same inputs.
+
+    Args:
+        function: a public operation, such as `rlhf_kernels.gae`.
+        device: device of the tensors.
+        dtype: dtype of the floating inputs.
+
+    Returns:
+        operation, device, dtype, `error` (the largest, in roundings of the result's dtype, or of
+        the logits' where a product makes them, at its largest magnitude; None where a result is
+        not finite), ok, and a message where the operation raised or gave what is not finite.
+    """
+    result: dict[str, Any] = {
+        "operation": function.__name__,
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "error": None,
+        "ok": False,
+    }
+    inputs = _examples.Inputs(5, 1031, dtype, device, torch.Generator().manual_seed(0))
+    # On CPU the library rounds logits of 16-bit operands to 16 bits.
+    product = torch.finfo(dtype).eps if function.__name__.startswith("linear_") else 0.0
+    try:
+        errors = []
+        for example in (_examples.EXAMPLES[function], *_examples.VARIANTS.get(function, ())):
+            call = example(inputs)
+            actual = list(_examples.tensors(function(*call[0], **call[1])))
+            actual += _examples.gradients(actual, call)
+            exact = to_float64(call)
+            with backends.use_backend(backends.REFERENCE):
+                expected = list(_examples.tensors(function(*exact[0], **exact[1])))
+            expected += _examples.gradients(expected, exact)
+            for a, e in zip(actual, expected, strict=True):
+                a, e = a.detach(), e.detach()
+                unit = max(torch.finfo(a.dtype).eps, product) * max(1.0, float(e.abs().max()))
+                errors.append(float((a.double() - e).abs().max()) / unit)
+        if all(map(math.isfinite, errors)):
+            result["error"] = round(max(errors), 2)
+        else:
+            result["message"] = "a result is not finite"
+        # max(errors) could miss a NaN, depending on its position.
+        result["ok"] = all(error <= _ROUNDINGS for error in errors)
+    except Exception as error:
+        # The report states what is broken instead of aborting.
+        result["message"] = f"{type(error).__name__}: {error}"
+    return result

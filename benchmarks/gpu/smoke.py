@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from rlhf_kernels.__main__ import check
 from rlhf_kernels.kernels import backends
 from rlhf_kernels.ops._examples import EXAMPLES
+from rlhf_kernels.testing import check_operation
 
 from .. import make_parser
 
@@ -38,7 +38,7 @@ def main() -> int:
             for backend in options.backends.split(","):
                 for function in functions:
                     with backends.use_backend(backend):
-                        found = check(function, device, dtype)
+                        found = check_operation(function, device, dtype)
                     found["backend"] = backend
                     print(json.dumps(found), file=out, flush=True)
                     bad += not found["ok"]

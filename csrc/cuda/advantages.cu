@@ -1,14 +1,14 @@
 // gae, discounted_returns, ppo_advantages: tiles of sequences scanned side by side.
 //
-// All that a step gets from behind is u = gamma V + gamma lam A, the next value and advantage. It
-// hands on p u + q with p = gamma lam, q = gamma V + gamma lam (r - V) of its own; a done step
-// cuts, one that "carry" skips is the identity, which leaves every bit of u. So a step needs
-// nothing of its neighbours, and maps compose in any grouping. All in fp64: bits of the results
-// hardly depend on that grouping, and a long chain loses nothing.
+// A step receives u = gamma V + gamma lam A, of the next value and advantage, from the step behind
+// it. It passes on p u + q, with p = gamma lam and q = gamma V + gamma lam (r - V) of its own. A
+// done step cuts; a step that "carry" skips is the identity, which keeps every bit of u. So a step
+// needs nothing else of its neighbours, and the maps compose in any grouping. Everything is fp64:
+// bits of the results hardly depend on the grouping, and a long chain loses nothing.
 //
-// Tiles are counted from the start of each sequence. Launches: scan alone where every row is one
-// tile; else aggregate before it, which finds the map of each tile, and scan composes those behind
-// its own. No block waits for another one. Rows of one short tile share a block.
+// Tiles are counted from the start of each sequence. Where every row is one tile, `scan` is the
+// only launch. Otherwise `aggregate` runs first and finds the map of each tile; `scan` composes the
+// maps behind its own tile. No block waits for another. Rows of one short tile share a block.
 #include "../advantages_math.h"
 #include "../policy_math.h"
 #include "slots.cuh"
@@ -16,8 +16,8 @@
 namespace rk::cuda {
 namespace {
 
-// Steps of a thread, side by side; warps of a middle tile and of a whole one. Short tests shall
-// cross the emulator's tiles.
+// Consecutive steps of a thread; warps of a middle tile and of a whole one. The emulator's tiles
+// are shorter, so that short tests cross their borders.
 #ifdef RK_EMULATED
 constexpr int kSteps = kSide, kMiddle = 1, kWarps = 2;
 #else
@@ -41,14 +41,14 @@ __device__ __forceinline__ Map compose(const Map& ahead, const Map& behind) {
 }
 __device__ __forceinline__ Map identity() { return {1.0, -0.0}; }
 
-// What `behind` lanes on this warp holds; the identity beyond the last one.
+// What the lane `behind` places further on holds; the identity beyond the last lane.
 __device__ __forceinline__ Map lane_behind(const Map& map, int behind) {
   const Map found{__shfl_down_sync(0xffffffffu, map.p, behind),
                   __shfl_down_sync(0xffffffffu, map.q, behind)};
   return static_cast<int>(threadIdx.x) % kWarp + behind < kWarp ? found : identity();
 }
 
-// The map of the lanes behind this one; that of the whole warp goes to `totals`.
+// The map of the lanes behind this one; the whole warp's map goes to `totals`.
 __device__ __forceinline__ Map scan_warp(Map map, Map* totals) {
 #pragma unroll
   for (int behind = 1; behind < kWarp; behind *= 2) map = compose(map, lane_behind(map, behind));
@@ -56,7 +56,7 @@ __device__ __forceinline__ Map scan_warp(Map map, Map* totals) {
   return lane_behind(map, 1);
 }
 
-// Of all warps of a block.
+// The same over all warps of a block.
 __device__ __forceinline__ Map total_of(const Map* totals) {
   Map map = identity();
   for (int w = kWarps - 1; w >= 0; --w) map = compose(totals[w], map);
@@ -73,7 +73,7 @@ struct Larger {
   __device__ __forceinline__ int operator()(int a, int b) const { return a > b ? a : b; }
 };
 
-// What the warps of a block tell one another: the map of each, and a place in its tile.
+// What the warps of a block tell one another: each one's map, and a position in its tile.
 struct Shared {
   Map totals[kWarps];
   int last[kWarps];
@@ -93,7 +93,7 @@ struct Group {
     tile = slot_tile<kScanTile>(t, slot < slots ? slot : 0);
     if (slot >= slots) tile.count = 0;
   }
-  // The last of the group's places in shared.last; behind a barrier.
+  // The last position that the group put into shared.last; call it after a barrier.
   __device__ __forceinline__ int last(const Shared& shared) const {
     int found = -1;
     const int first = threadIdx.x / kThreads * kGroup;
@@ -104,8 +104,8 @@ struct Group {
 
 // A thread's steps: rewards, without the score, and values, 0 where they are masked.
 struct Steps : OwnTokens<kSteps, kSide> {
-  // Bit j: step j is not masked; it takes part, which a masked one does but under "carry"; it is
-  // the last of its episode.
+  // Bit j of each: step j is not masked; step j takes part (a masked one does unless "carry" skips
+  // it); step j is the last of its episode.
   unsigned kept, exists, done;
   float rewards[kSteps], values[kSteps];
 
@@ -150,7 +150,7 @@ struct Steps : OwnTokens<kSteps, kSide> {
   __device__ __forceinline__ double surplus(int j) const {
     return static_cast<double>(rewards[j]) - values[j];
   }
-  // What step j hands on of its own.
+  // The map of step j alone.
   __device__ __forceinline__ double offers(int j, double gamma, double decay) const {
     return ::fma(decay, surplus(j), gamma * values[j]);
   }
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   if (threadIdx.x == 0) aggregates[blockIdx.x] = out;
 }
 
-// What is behind a tile: u, and whether a token of its sequence is kept there.
+// What lies behind a tile: u, and whether it holds an unmasked token of the sequence.
 struct Behind {
   double u;
   bool kept;
@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   }
   const Group<kGroup> group(t, slots, first_slot);
   const TokenTile& tile = group.tile;
-  // Rows of one tile are scanned in any case: their blocks' barriers are for several.
+  // Rows of one tile are always scanned: other rows share the barriers of their block.
   if (kGroup == kWarps && tile.count == 0) return;
   Steps steps(a, tile, group.own);
   double u = 0.0;
@@ -332,7 +332,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
 int64_t scan_slots(int64_t sequences, int64_t cols, bool packed) {
   return token_slots<kScanTile>(sequences, cols, packed);
 }
-// In front of the aggregates: whether the offsets are bad.
+// What precedes the aggregates in the scratch: whether the offsets are bad.
 constexpr int64_t kHeader = 16;
 
 }  // namespace

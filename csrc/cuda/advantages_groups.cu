@@ -87,7 +87,7 @@ Status group_advantages(const GroupAdvantagesArgs& given) {
   const OnDevice guard(given.exec);
   GroupAdvantagesArgs a = given;
   if (!zero_mean(a.baseline) && a.scale != kScaleGroup) {
-    // Every reward by itself: any grouping will do.
+    // Every reward stands alone: any grouping gives the same.
     a.group_size = kWarp;
   }
   const int64_t warps = a.group_size == 0 ? a.count : ceil_div(a.count, a.group_size);

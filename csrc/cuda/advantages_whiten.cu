@@ -44,7 +44,7 @@ struct Elements {
   __device__ __forceinline__ bool keeps(int j) const { return kept >> j & 1; }
 
  private:
-  // Of a tensor, all loads in flight; 0 where there is no token.
+  // A tensor's values, all loads in flight at once; 0 where there is no token.
   template <class T>
   __device__ __forceinline__ void fetch(const Tensor& t, int64_t cols, T (&y)[kPerThread]) const {
 #pragma unroll
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   all.count = block_reduce<kCombineThreads>(all.count, Sum{}, shared[0]);
   sum = block_reduce<kCombineThreads>(sum, Sum{}, shared[1]);
   all.mean = sum / (all.count > 1.0 ? all.count : 1.0);
-  // What the tiles vary in themselves, and how their means differ.
+  // The variation within the tiles, and that of their means.
   for (int64_t i = threadIdx.x; i < tiles; i += kCombineThreads) {
     const Moments own = partials[i];
     const double d = own.mean - all.mean;

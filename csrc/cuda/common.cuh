@@ -17,7 +17,7 @@
 #include "../policy_math.h"
 #include "kernels.h"
 
-// The tests' emulator defines it otherwise; it is the one thing about CUDA that is not C++.
+// The tests' emulator defines it otherwise: a launch is the one CUDA construct that is not C++.
 #ifndef RK_LAUNCH
 #define RK_LAUNCH(kernel, blocks, threads, stream, ...) \
   (kernel)<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
@@ -28,9 +28,9 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.69314718f;
-// exp of less is below the normal floats and counts as zero.
+// exp of anything less is below the normal floats and counts as zero.
 constexpr float kLowest = -87.0f;
-// No temperature, and no other option, is as large.
+// Temperatures and all other options are smaller.
 
 inline void check(cudaError_t error) {
   if (error == cudaSuccess) return;
@@ -93,9 +93,9 @@ __device__ __forceinline__ float min_nan(float a, float b) { return -max_nan(-a,
 
 // ---- Elements -----------------------------------------------------------------------------------
 
-// A word of registers holds one element of 4 bytes or two of 2, the first in its lower half.
-// `larger` is element by element, a NaN only if both are; `larger_nan` and `smaller_nan` are if
-// either is.
+// A 32-bit register holds one element of 4 bytes or two of 2, the first in its lower half.
+// `larger` works element by element and gives NaN only if both are NaN; `larger_nan` and
+// `smaller_nan` give NaN if either is.
 template <class E>
 constexpr int kPerWord = 4 / sizeof(typename E::Storage);
 
@@ -119,7 +119,7 @@ struct F32 {
   }
 };
 
-// An instruction on both halves of a word, and what the emulator has for it.
+// An instruction on both halves of a register, and its form for the emulator.
 #if defined(__CUDA_ARCH__)
 #define RK_HALVES(operation, kind, a, b, emulated)            \
   uint32_t y;                                                 \
@@ -128,7 +128,7 @@ struct F32 {
 #else
 #define RK_HALVES(operation, kind, a, b, emulated) return emulated
 #endif
-// f of each half.
+// f applied to each half.
 template <class E, class F>
 __device__ __forceinline__ uint32_t by_halves(uint32_t a, uint32_t b, const F& f) {
   const auto half = [&](int shift) {
@@ -363,8 +363,8 @@ __device__ __forceinline__ T warp_reduce(T x, Op op) {
   return x;
 }
 
-// A block's reduction, in every thread; `shared` holds one T per warp and is free afterwards only
-// behind a barrier.
+// A block's reduction, in every thread. `shared` holds one T per warp; a barrier must come before
+// its next use.
 template <int kThreads, class T, class Op>
 __device__ __forceinline__ T block_reduce(T x, Op op, T* shared) {
   constexpr int kWarps = kThreads / kWarp;

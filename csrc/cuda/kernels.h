@@ -31,7 +31,7 @@ Status loss_backward(const LossBackwardArgs& a);
 int64_t value_loss_scratch(int64_t sequences, int64_t cols, bool packed);
 Status value_loss(const ValueArgs& a);
 
-// None where every sequence is scanned by one block.
+// Zero bytes where one block scans each whole sequence.
 int64_t gae_scratch(int64_t sequences, int64_t cols, bool packed);
 Status gae(const GaeArgs& a);
 Status whiten(const WhitenArgs& a);

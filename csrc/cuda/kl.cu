@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   const Ends ends_p = lane_ends<E>(slots_p), ends_q = lane_ends<E>(slots_q);
   PairSums<float> r{warp_reduce(ends_p.most, MaxNan{}), 0.0f, warp_reduce(ends_q.most, MaxNan{}),
                     0.0f, 0.0f};
-  // Nothing but -inf leaves no reference point: any will do for sums of zeros.
+  // A tile of nothing but -inf has no reference point; its sums are zero around any.
   const float base_p = r.m_p == minus_inf ? 0.0f : r.m_p;
   const float base_q = r.m_q == minus_inf ? 0.0f : r.m_q;
   const float least = fminf(ends_p.least, ends_q.least);
@@ -90,7 +90,7 @@ struct Rebased {
   double shift, weight;
 };
 __device__ __forceinline__ Rebased rebased(float m, double s, float base, float rate) {
-  // Sums of nothing have no distance to anything.
+  // An empty tile has no distance to anything.
   const double shift = s == 0.0 ? 0.0 : static_cast<double>(m) - base;
   return {shift, weight_of(static_cast<float>(shift), rate)};
 }
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   const int of_p = a.reverse ? 0 : 2, of_q = 2 - of_p;
   stats[of_p] = r.m_p, stats[of_p + 1] = static_cast<float>(r.s_p);
   stats[of_q] = r.m_q, stats[of_q + 1] = static_cast<float>(r.s_q);
-  // Not the divergence: in that the logarithms cancel, which the gradient needs nothing of.
+  // Not taken from the divergence, in which the logarithms cancel.
   stats[4] = static_cast<float>(kl != kl ? kl : r.t / r.s_p);
 }
 
@@ -153,8 +153,8 @@ __global__ void __launch_bounds__(kCombineThreads)
   if (g != 0.0f) {
     const float* stats = a.stats + 5 * row;
     const double s = stats[1], ref_s = stats[3], mean = stats[4];
-    // Where the reverse divergence is infinite no difference to its mean is a number. The forward
-    // one has a gradient there.
+    // An infinite reverse divergence leaves no number as the difference to its mean. The forward
+    // divergence has a gradient there.
     const double poison = a.reverse || mean != mean ? mean - mean : 0.0;
     const double scaled = g / a.temperature + poison;
     c.m = stats[0];
@@ -165,13 +165,13 @@ __global__ void __launch_bounds__(kCombineThreads)
   out[row] = c;
 }
 
-// The gradients of a lane's slots of x, in their place. kAllFinite: that of every pair is one, and
-// all logits but -inf lie within kFinite.
+// Overwrites a lane's slots of x with their gradients. kAllFinite: every pair's divergence has a
+// gradient, and all logits but -inf lie within kFinite.
 template <class E, bool kReverse, bool kAllFinite, int kCount>
 __device__ __forceinline__ void gradients(const Coefficients& c, float rate2, Pack<E> (&x)[kCount],
                                           Pack<E> (&y)[kCount]) {
   if constexpr (kAllFinite && kReverse) {
-    // Where the policy has no weight the difference may be any number, but a number.
+    // Where the policy has no weight any difference will do that is a number.
     raise_to<E>(floor_of<E>(), x);
     raise_to<E>(E::kLeast, y);
   }

@@ -45,7 +45,7 @@ __device__ __forceinline__ Sums<float> lane_sums(Pack<E> (&slots)[kSlots], float
 #pragma unroll
       for (int w = 0; w < kWidth<E>; ++w) add(distance(slots[k].get(w) - m));
   };
-  // Raised or clamped: 0 times the distance of -inf would be NaN.
+  // Raised or clamped, because 0 times the distance of -inf would be NaN.
   if (!kEntropy || floor_weighs_nothing<E>(m, rate2)) {
     if constexpr (kEntropy) raise_to<E>(floor_of<E>(), slots);
     add_all([](float d) { return d; });
@@ -56,7 +56,7 @@ __device__ __forceinline__ Sums<float> lane_sums(Pack<E> (&slots)[kSlots], float
   return {m, s, t * rate};
 }
 
-// The same of logits that the options change, whose largest is m; `left` columns are the row's.
+// The same for logits that the options change, the largest of them m; `left` columns are the row's.
 template <class E, bool kEntropy>
 __device__ __forceinline__ Sums<float> changed_sums(const Pack<E> (&slots)[kSlots], int64_t left,
                                                     float m, const LogitValues& value, float rate) {
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kRowThreads, kChange ? 3 : 4)
   if constexpr (kChange) {
     r = changed_sums<E, kEntropy>(slots, a.vocab - first, value(r.m), value, rate);
   } else if (r.m == minus_inf) {
-    // Nothing but -inf adds nothing. The maximum hides a NaN, which belongs in the sums.
+    // A tile of nothing but -inf adds nothing. The maximum hides a NaN, which belongs in the sums.
 #pragma unroll
     for (int k = 0; k < kSlots; ++k)
 #pragma unroll
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kCombineThreads)
     // A NaN among nothing but -inf, so that no shard of it passes for an empty one.
     m = r.m == -__builtin_inff() && r.s != r.s ? __builtin_nanf("") : r.m;
     s = static_cast<float>(r.s) + poison;
-    // A shard of the vocabulary that has not the label; its sums are as of any row.
+    // A shard of the vocabulary without the label; its sums are those of any row.
     if (known)
       logprob = static_cast<float>(logprob_from_stats(z, r.m, r.s, rate)) + poison;
     else
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   out[row] = all;
 }
 
-// The gradients of a lane's slots, in their place, but for the label's.
+// Overwrites a lane's slots with their gradients, without the label's own term.
 template <class E, bool kChange, bool kEntropy, int kCount>
 __device__ __forceinline__ void gradients(const Slopes& c, const LogitOptions<kChange>& options,
                                           Pack<E> (&slots)[kCount]) {
@@ -233,7 +233,7 @@ __device__ __forceinline__ void gradients(const Slopes& c, const LogitOptions<kC
     // Added, so that no zero has a sign.
     return fmaf(e, kEntropy ? fmaf(c.a1, log2_e, c.a0) : c.a0, 0.0f);
   };
-  // Of a row that is NaN, what weighs nothing still takes none.
+  // In a row that is NaN, a logit without weight still has no gradient.
   const bool number = c.a0 * 0.0f == 0.0f && c.a1 * 0.0f == 0.0f;
   if (!kChange && number && (!kEntropy || floor_weighs_nothing<E>(c.m, c.rate2))) {
     if constexpr (kEntropy) raise_to<E>(floor_of<E>(), slots);

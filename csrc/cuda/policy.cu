@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
            N{a.rollout_logprobs, rollouts, a.rollout_logprobs.given},
            N{a.entropy, entropies, a.entropy.given});
 
-  // What the sequence gives its tokens.
+  // What a token takes from its sequence.
   Ratio<float> sequence{1.0f, 0.0f, 0.0f, 0.0f};
   float weight = 1.0f, sequence_w = 1.0f;
   bool learns = true;
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
       if (a.ref_logprobs.given) {
         const float d = logprob - refs[j];
         KlTerm<float> k = policy_kl(d, c);
-        // A metric alone, where it has no weight: 0 * NaN would be NaN.
+        // Without a coefficient it is only a metric: 0 * NaN would be NaN.
         const bool weighs_kl = c.kl_coef != 0.0f;
         if (c.kl_importance_weighted) {
           k.value *= ratio.r;
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
     own.store(static_cast<float*>(a.grad_logprobs.data) + place, gradients);
   if (a.grad_entropy.given) own.store(static_cast<float*>(a.grad_entropy.data) + place, bonuses);
   s[kBonus] = s[kEntropy];
-  // Not the place to see a NaN, which these may step over: the sum of r is.
+  // These may step over a NaN; the sum of r does not.
   r_min = warp_reduce(r_min, Smaller{});
   r_max = warp_reduce(r_max, Larger{});
   if (threadIdx.x % kWarp == 0) {
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(kTokenThreads)
                          tokens,
                          r_min,
                          r_max};
-  // NaN where the factor is.
+  // NaN where the factor is NaN.
   *a.metrics = policy_metrics(a.config, total, factor - factor);
   *a.loss = a.metrics->loss;
 }

@@ -12,7 +12,7 @@ struct Logit {
   float z, slope;
 };
 
-// What RowOptions make of a logit; nothing without kChange (RowOptions::change_logits).
+// A logit as RowOptions change it; unchanged without kChange (RowOptions::change_logits).
 template <bool kChange>
 struct LogitOptions {
   float cap;
@@ -26,9 +26,9 @@ struct LogitOptions {
   }
 };
 
-// The values alone, at a third of the price, for the sums over a row: where |x| is small beside the
-// cap by tanh's series, elsewhere within a rounding or two of the cap. They keep the order of
-// logits but for that.
+// The values alone, at a third of the cost, for the sums over a row. Where |x| is small beside the
+// cap they come from tanh's series; elsewhere they are within two roundings of the cap. Within that
+// error they keep the order of the logits.
 struct LogitValues {
   float cap, rate2, near, third, fifth;
 
@@ -47,7 +47,7 @@ struct LogitValues {
   }
 };
 
-// The same where a kernel has no variant of its own for options that change logits.
+// The same for kernels without a variant of their own for options that change logits.
 struct AnyLogitOptions {
   bool change;
   LogitOptions<true> changed;

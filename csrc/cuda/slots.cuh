@@ -43,7 +43,7 @@ __device__ __forceinline__ TokenTile slot_tile(const LossTokens& t, int64_t slot
     }
     tile.sequence = low;
     tile.begin = offset_at(t.offsets, low, t.cols);
-    // Without a sequence there is no such entry.
+    // With no sequence there is no such entry.
     const int64_t end = low < t.sequences ? offset_at(t.offsets, low + 1, t.cols) : 0;
     tile.length = end > tile.begin ? end - tile.begin : 0;
     tile.first_slot = tile.begin / kTile + low;
@@ -116,7 +116,7 @@ struct OwnTokens {
   // Bit j: token j is there.
   unsigned inside;
 
-  // Where the numbers of a tensor go, if they are wanted.
+  // Where the loaded values of a tensor go, if they are wanted.
   struct Numbers {
     const Tensor& t;
     float (&x)[kCount];
@@ -133,12 +133,12 @@ struct OwnTokens {
       inside |= ((1u << there) - 1) << (s * kSide);
     }
   }
-  // Of token j behind the first.
+  // The offset of token j from the first.
   static __device__ __forceinline__ constexpr int behind(int j) {
     return j / kSide * kStep + j % kSide;
   }
   __device__ __forceinline__ bool has(int j) const { return inside >> j & 1; }
-  // Of the first, in a contiguous result.
+  // The first token's offset in a contiguous result.
   __device__ __forceinline__ int64_t place(const LossTokens& t) const {
     return t.offsets.given ? first : sequence * t.cols + first;
   }
@@ -171,7 +171,7 @@ struct OwnTokens {
     (mask(numbers), ...);
   }
 
-  // To the tokens that are there; `out` is the first one's place.
+  // Stores to the tokens that exist; `out` points at the first one's.
   __device__ __forceinline__ void store(float* out, const float (&x)[kCount]) const {
     if (inside == kAll && misaligned(out) == 0) {
 #pragma unroll

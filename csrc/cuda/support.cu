@@ -1,9 +1,9 @@
-// token_logprobs over a support: the words that the sampler kept, a list per token.
+// token_logprobs over a support: the tokens that the sampler kept, a list per token.
 //
-// A warp to an entry for the products with the weight, a block to a token's list for what follows.
-// Gradients of the head are weighted sums of gathered rows, entries in order: a thread owns
-// columns. Bits of an entry or a list do not depend on what is around it. Bad data poisons its
-// token; a bad indptr all of them.
+// One warp computes an entry's product with the weight; one block computes what follows from a
+// token's list. The head's gradients are weighted sums of gathered rows: a thread owns columns and
+// adds the entries in order. Bits of an entry or a list do not depend on its neighbours. Bad data
+// makes its token NaN; a bad indptr makes all tokens NaN.
 #include "rows.cuh"
 
 namespace rk::cuda {
@@ -24,7 +24,7 @@ __device__ __forceinline__ List list_at(const Tensor& starts, int64_t i, int64_t
   end = end < begin ? begin : (end > entries ? entries : end);
   return {begin, end};
 }
-__device__ __forceinline__ int64_t word_at(const Support& s, int64_t entry) {
+__device__ __forceinline__ int64_t kept_token(const Support& s, int64_t entry) {
   return load_integer(s.indices, entry * s.indices.stride1);
 }
 
@@ -85,14 +85,14 @@ __global__ void __launch_bounds__(kProductThreads)
     else
       high = middle;
   }
-  const int64_t word = word_at(a.support, entry);
-  // Ignored tokens' entries are not looked at; a word that is none poisons its token.
-  if (low >= a.rows * a.cols || row_label(a, low) == a.options.ignore_index || word < 0 ||
-      word >= a.vocab)
+  const int64_t id = kept_token(a.support, entry);
+  // Entries of ignored tokens are not read. An id outside the vocabulary has no row.
+  if (low >= a.rows * a.cols || row_label(a, low) == a.options.ignore_index || id < 0 ||
+      id >= a.vocab)
     return;
   using S = typename E::Storage;
   const S* x = static_cast<const S*>(a.logits.data) + token_at(a.logits, low, a.cols);
-  const S* y = static_cast<const S*>(a.weight.data) + word * a.weight.stride1;
+  const S* y = static_cast<const S*>(a.weight.data) + id * a.weight.stride1;
   float sum = 0.0f;
   for (int64_t c = threadIdx.x % kWarp * kWidth<E>; c < a.width; c += kWarp * kWidth<E>) {
     const Pack<E> p = load_columns<E>(x, c, a.width, aligned);
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kProductThreads)
   }
   sum = warp_reduce(sum, Sum{});
   if (threadIdx.x % kWarp != 0) return;
-  if (a.bias.given) sum += static_cast<const float*>(a.bias.data)[word * a.bias.stride1];
+  if (a.bias.given) sum += static_cast<const float*>(a.bias.data)[id * a.bias.stride1];
   a.kept[entry] = sum;
 }
 
@@ -128,17 +128,17 @@ __global__ void __launch_bounds__(kListThreads)
     int wrong = 0;
     m = minus_inf;
     for (int64_t e = list.begin + threadIdx.x; e < list.end; e += kListThreads) {
-      const int64_t word = word_at(a.support, e);
-      const bool known = word >= 0 && word < a.vocab;
+      const int64_t id = kept_token(a.support, e);
+      const bool known = id >= 0 && id < a.vocab;
       wrong += known ? 0 : 1;
       float z = minus_inf;
       if (!a.weight.given)
-        a.kept[e] = z = known ? E::get(x[word]) : minus_inf;
+        a.kept[e] = z = known ? E::get(x[id]) : minus_inf;
       else if (known)
         z = a.kept[e];
       z = options(z).z;
       m = fmaxf(m, z);
-      if (word == label) own = fmaxf(own, z);
+      if (id == label) own = fmaxf(own, z);
     }
     m = block_reduce<kListThreads>(m, Max{}, tops);
     own = block_reduce<kListThreads>(own, Max{}, owns);
@@ -152,8 +152,8 @@ __global__ void __launch_bounds__(kListThreads)
     }
     total = block_reduce<kListThreads>(total, Sum{}, sums[0]);
     weighted = block_reduce<kListThreads>(weighted, Sum{}, sums[1]);
-    // A label or a word outside the vocabulary, a bad temperature, lists that make no sense and a
-    // token without words poison the token.
+    // The token is NaN if its label or a kept token id is outside the vocabulary, if its
+    // temperature is bad, if indptr is, or if no token was kept.
     const bool good = label >= 0 && label < a.vocab && good_temperature(temperature) &&
                       wrong == 0 && m > minus_inf;
     const float nan = good ? *poison : __builtin_nanf("");
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kListThreads) gradient_kernel(const SupportBac
   const float a1 = static_cast<float>(-h * each);
   float own = -__builtin_inff();
   for (int64_t e = list.begin + threadIdx.x; e < list.end; e += kListThreads)
-    if (word_at(a.support, e) == label) own = fmaxf(own, a.kept[e]);
+    if (kept_token(a.support, e) == label) own = fmaxf(own, a.kept[e]);
   own = block_reduce<kListThreads>(own, Max{}, owns);
   const Logit at_own = options(own);
   const double distance = (static_cast<double>(at_own.z) - m) * rate;
@@ -203,8 +203,8 @@ __global__ void __launch_bounds__(kListThreads) gradient_kernel(const SupportBac
   const float at_label =
       static_cast<float>(label_gradient(logprob, distance, mean, g, h, rate) * at_own.slope);
   for (int64_t e = list.begin + threadIdx.x; e < list.end; e += kListThreads) {
-    const int64_t word = word_at(a.support, e);
-    const bool known = word >= 0 && word < a.vocab;
+    const int64_t id = kept_token(a.support, e);
+    const bool known = id >= 0 && id < a.vocab;
     float value = 0.0f;
     if (known) {
       const Logit at = options(a.kept[e]);
@@ -212,11 +212,11 @@ __global__ void __launch_bounds__(kListThreads) gradient_kernel(const SupportBac
       value = weight_of(d, rate32) * (h != 0.0f ? fmaf(a1, d * rate32, a0) : a0) * at.slope;
       // Exactly zero, also at -inf, where e d would be NaN.
       if (d * rate32 < kLowest) value = 0.0f;
-      if (word == label) value = at_label;
+      if (id == label) value = at_label;
     }
     a.dz[e] = value;
     if (known && a.grad_logits.given)
-      store_float(a.grad_logits, token_at(a.grad_logits, row, a.cols) + word, value);
+      store_float(a.grad_logits, token_at(a.grad_logits, row, a.cols) + id, value);
   }
 }
 
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kSumThreads, 4)
           if (j + k >= end) continue;
           const int64_t entry = entry_at(j + k);
           const int64_t row = load_integer(a.rows, entry * a.rows.stride1);
-          // A factor of 0 may come with a row that is none.
+          // An entry with a factor of 0 may have an id outside the vocabulary: no row to read.
           if (row >= 0 && row < a.limit) factors[k] = a.dz[entry];
           if (factors[k] != 0.0f)
             terms[k] = load_columns<E>(
@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(kSumThreads, 4)
 template <class E>
 void enqueue_sums(const Exec& exec, const RowSums& a, int64_t lists) {
   const int64_t columns = kSumThreads * kWidth<E>;
-  // One at least: the bias has a gradient also where the rows have no columns.
+  // At least one block per row: the bias has a gradient even if the rows have no columns.
   const int64_t blocks = a.out.given && a.width > 0 ? ceil_div(a.width, columns) : 1;
   const bool aligned = a.out.given && rows_aligned(a.source, 2, 2);
   RK_ENQUEUE(exec, lists * blocks, kSumThreads, sums_kernel<E>, a, static_cast<uint32_t>(blocks),

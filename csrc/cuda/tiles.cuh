@@ -136,13 +136,13 @@ template <class E, int kSlots>
 struct Window {
   using S = typename E::Storage;
   static constexpr int kColumns = tile_columns(kSlots, sizeof(S));
-  // Of the row, the tile's first column, may be negative; of the tile, those that are the row's.
+  // The tile's first column in the row, which may be negative; the tile's columns inside the row.
   int64_t first;
   int begin, end;
   // Whether the rows of all tensors lie alike, for 16 bytes of one to be 16 bytes of another.
   bool together;
 
-  // On rows that start at `out`, `x` and `y`.
+  // A window on rows that start at `out`, `x` and `y`.
   __device__ __forceinline__ Window(const Tile& tile, int64_t vocab, const void* out, const void* x,
                                     const void* y) {
     const int before = static_cast<int>(misaligned(out) / sizeof(S));
@@ -153,8 +153,8 @@ struct Window {
     together = ((reinterpret_cast<uintptr_t>(out) ^ reinterpret_cast<uintptr_t>(x)) & 15) == 0 &&
                ((reinterpret_cast<uintptr_t>(out) ^ reinterpret_cast<uintptr_t>(y)) & 15) == 0;
   }
-  // To out what change(slots of x, slots of y) makes of the former; rows of the tensors that the
-  // window is on. Slots that cannot be moved at once go column by column, one after another.
+  // Applies change(slots of x, slots of y), which overwrites the slots of x, and stores those to
+  // `out`. Slots that cannot be moved 16 bytes at a time go column by column.
   template <class Change>
   __device__ __forceinline__ void map(const S* x, const S* y, S* out, const Change& change) const {
     x += first, y += first, out += first;
@@ -190,7 +190,7 @@ struct Window {
         by_column(column, [&](int w) { out[column + w] = own[0].item(w); });
     }
   }
-  // Zeros to `out`.
+  // Stores zeros to `out`.
   __device__ __forceinline__ void clear(S* out) const {
     out += first;
     const Pack<E> zero{};
@@ -205,7 +205,7 @@ struct Window {
   }
 
  private:
-  // f(w) for the columns of a slot that are there.
+  // f(w) for the columns of a slot that are inside the row.
   template <class F>
   __device__ __forceinline__ void by_column(int column, const F& f) const {
 #pragma unroll
@@ -267,7 +267,7 @@ template <class E>
 __device__ __forceinline__ constexpr float floor_of() {
   return E::kLeast > -1.0e38f ? E::kLeast : -1.0e38f;
 }
-// Whether that is so of all logits below the floor, in a row or tile with the maximum m.
+// Whether that holds for all logits below the floor, in a row or tile with the maximum m.
 template <class E>
 __device__ __forceinline__ bool floor_weighs_nothing(float m, float rate2) {
   return fabsf(m) < 1.0e37f && (floor_of<E>() - m) * rate2 < -130.0f;

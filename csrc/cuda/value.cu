@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kTokenThreads)
   column_sums(s, shared, sums);
   const double tokens = sums[kCount], n = tokens > 1.0 ? tokens : 1.0;
   const double target_mean = sums[kReturn] / n, error_mean = sums[kError] / n;
-  // What the tiles vary in themselves, and how their means differ.
+  // The variation within the tiles, and that of their means.
   double d[2] = {0.0, 0.0};
   for (int64_t slot = threadIdx.x; slot < slots; slot += kTokenThreads) {
     const double here = at(kFirst + kCount, slot);
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kTokenThreads)
   *a.scale = static_cast<float>(factor);
   const ValueTotals total{sums[kLoss] * factor, sums[kClipped], sums[kValue], target_mean,
                           squares[0],           squares[1],     tokens};
-  // NaN where the factor is.
+  // NaN where the factor is NaN.
   *a.metrics = value_metrics(total, factor - factor);
   *a.loss = a.metrics->loss;
 }
