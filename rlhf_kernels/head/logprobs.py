@@ -4,36 +4,30 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from ..core.row_options import RowOptions
 from ..kernels.rows import Kernels, LabelKernels
+from .arguments import Operands, Targets, Upstream
 from .chunks import Chunk, Tile, flat, localized, select
 from .gradients import Gradients
 from .products import Head
 
 
 def forward(
-    kernels: Kernels | LabelKernels,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    temperatures: Tensor | None,
-    options: RowOptions,
-    chunk: int,
+    kernels: Kernels | LabelKernels, operands: Operands, targets: Targets, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probabilities [...], entropies [...] or empty, statistics [..., 3]) of labels [...]."""
-    shape = labels.shape
-    labels, temperatures = flat(labels), flat(temperatures)
+    weight, options = operands.weight, targets.options
+    shape, labels = targets.labels.shape, flat(targets.labels)
+    temperatures = flat(targets.temperatures)
     keep = labels != options.ignore_index
     # The labels of a shard were found good before.
     if kernels.reduce is None:
         checks.token_data("linear_token_logprobs", labels, temperatures, keep, weight.shape[0])
-    logprobs = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
+    logprobs = torch.zeros(labels.shape, dtype=torch.float32, device=weight.device)
     entropies = torch.zeros_like(logprobs) if options.entropy else logprobs.new_empty(0)
     stats = logprobs.new_empty((*labels.shape, 3))
     tokens = select(keep)
     of_chunk = Chunk.of(chunk, weight)
-    head = Head.of(hidden, weight, bias, of_chunk, tokens.count, kernels.empty)
+    head = Head.of(operands, of_chunk, tokens.count, kernels.empty)
     for part in tokens.chunks(of_chunk.size):
         logits = head.project(head.states(tokens, part))
         own = tokens.take(labels, part), tokens.take(temperatures, part)
@@ -51,29 +45,25 @@ def forward(
 
 def backward(
     kernels: Kernels | LabelKernels,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    temperatures: Tensor | None,
-    stats: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    options: RowOptions,
+    operands: Operands,
+    targets: Targets,
+    upstream: Upstream,
     chunk: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; empty where `needs` says no."""
-    labels, temperatures = flat(labels), flat(temperatures)
-    g, h, stats = flat(grad_logprobs), flat(grad_entropy), stats.view(-1, 3)
+    weight, options = operands.weight, targets.options
+    labels, temperatures = flat(targets.labels), flat(targets.temperatures)
+    g, h = flat(upstream.grad_logprobs), flat(upstream.grad_entropy)
+    stats = upstream.stats.view(-1, 3)
     # A token without an upstream gradient adds nothing: clipped, no advantage, prompt, tool.
     used = torch.zeros_like(labels, dtype=torch.bool)
-    for upstream in (g, h):
-        if upstream is not None:
-            used |= upstream != 0
+    for given in (g, h):
+        if given is not None:
+            used |= given != 0
     tokens = select(used & (labels != options.ignore_index))
     of_chunk = Chunk.backward(chunk, weight, tokens.count)
-    head = Head.of(hidden, weight, bias, of_chunk, tokens.count, kernels.empty)
+    head = Head.of(operands, of_chunk, tokens.count, kernels.empty)
     gradients = Gradients(head, needs, kernels.reduce)
 
     def overwrite(logits: Tensor, tile: Tile) -> None:
@@ -87,4 +77,4 @@ def backward(
         )  # fmt: skip
 
     gradients.sweep(tokens, of_chunk, overwrite)
-    return gradients.results(hidden.shape)
+    return gradients.results(operands.hidden.shape)

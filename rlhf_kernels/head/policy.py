@@ -1,20 +1,18 @@
 """linear_policy_loss: loss and gradients chunk by chunk, a chunk's logits turned into their own."""
 
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..config.enums import AGGREGATIONS, CORRECTION_CODES, RATIO_LEVELS
-from ..config.policy import PolicyCodes, PolicyParams
 from ..core import checks
 from ..core.layout import MaybeTensor
-from ..core.row_options import RowOptions
 from ..core.sentinels import SHARD_IGNORED
 from ..core.sequences import per_token, token_weights
 from ..kernels import losses
 from ..kernels.rows import Kernels, LabelKernels
+from .arguments import Operands, PolicyArguments, Targets
 from .chunks import Chunk, Tile, Tokens, flat, localized, prefer_recompute, select
 from .gradients import Gradients
 from .products import Head
@@ -38,21 +36,19 @@ class _PolicySweep:
     def __init__(
         self,
         kernels: Kernels | LabelKernels,
-        operands: tuple[Tensor, Tensor, Tensor | None],
-        labels: Tensor,
-        temperatures: Tensor | None,
-        mask: Tensor,
-        ref_head: list[Tensor],
-        options: RowOptions,
+        operands: Operands,
+        targets: Targets,
+        policy: PolicyArguments,
+        reference: Operands | None,
         chunk: int,
     ) -> None:
-        _, weight, _ = operands
-        self._kernels, self._mask = kernels, mask
-        self._labels, self._temperatures = flat(labels), flat(temperatures)
+        weight = operands.weight
+        self._kernels, self._policy = kernels, policy
+        self._labels, self._temperatures = flat(targets.labels), flat(targets.temperatures)
         self._vocab = weight.shape[0]
         # Masked tokens are dropped already.
-        self._options = options._replace(entropy=True, ignore_index=SHARD_IGNORED)
-        keep = flat(mask) != 0
+        self._options = targets.options._replace(entropy=True, ignore_index=SHARD_IGNORED)
+        keep = flat(policy.mask) != 0
         # The labels of a shard were found good before.
         if kernels.reduce is None:
             checks.token_data(
@@ -62,21 +58,18 @@ class _PolicySweep:
             # NaN.
             self._labels = self._labels.clamp(min=-1)
         self.tokens = select(keep)
-        heads = 2 if ref_head else 1
+        heads = 1 if reference is None else 2
         self._chunk = Chunk.of(chunk, weight, heads)
         self._backward_chunk = functools.partial(Chunk.backward, chunk, weight)
         # The gradient's sum over chunks costs more than the logits again, in a second sweep.
         self.recomputes = prefer_recompute(chunk, weight, self.tokens.count, heads)
         shared = (self._chunk, self.tokens.count, kernels.empty)
-        self.head = Head.of(*operands, *shared)
-        self._ref = None
-        if ref_head:
-            ref_hidden, ref_weight, *ref_bias = ref_head
-            self._ref = Head.of(ref_hidden, ref_weight, ref_bias[0] if ref_bias else None, *shared)
+        self.head = Head.of(operands, *shared)
+        self._ref = None if reference is None else Head.of(reference, *shared)
         shape = self._labels.shape
         self.logprobs = torch.zeros(shape, dtype=torch.float32, device=weight.device)
         self.entropy = torch.zeros_like(self.logprobs)
-        self.ref_logprobs = torch.zeros_like(self.logprobs) if ref_head else None
+        self.ref_logprobs = None if reference is None else torch.zeros_like(self.logprobs)
         self._stats = self.logprobs.new_empty((*shape, 3))
 
     def _forward(
@@ -104,26 +97,26 @@ class _PolicySweep:
             self._forward(tokens, part)
 
     def fused(
-        self,
-        tokens: Tokens,
-        old: Tensor | None,
-        advantages: Tensor,
-        ref: Tensor | None,
-        rollout: Tensor | None,
-        weights: Tensor,
-        codes: PolicyCodes,
-        params: PolicyParams,
-        entropy_bonus: bool,
-        needs: list[bool],
+        self, tokens: Tokens, advantages: Tensor, weights: Tensor, needs: list[bool]
     ) -> Gradients:
-        """Log-probabilities and gradients of `tokens`, one product forward and two backward."""
+        """Log-probabilities and gradients of `tokens`, one product forward and two backward.
+
+        Args:
+            tokens: some of the unmasked tokens.
+            advantages: per token [N].
+            weights: of each token in the loss, [N].
+            needs: which gradients are wanted.
+        """
         gradients = Gradients(self.head, needs, self._kernels.reduce)
-        codes = codes._replace(aggregation=AGGREGATIONS.index("constant"))
+        policy, bonus = self._policy, self._policy.entropy_bonus
+        old, given_ref = flat(policy.old_logprobs), flat(policy.ref_logprobs)
+        rollout = flat(policy.rollout_logprobs)
+        codes = policy.codes._replace(aggregation=AGGREGATIONS.index("constant"))
         for tile in tokens.tiles(self._chunk, self.head.weight.shape[0]):
             part = tile.tokens
-            hidden, logits, logprobs, entropy, stats, own_ref = self._forward(tokens, part)
-            if own_ref is None:
-                own_ref = tokens.take(ref, part)
+            hidden, logits, logprobs, entropy, stats, ref = self._forward(tokens, part)
+            if ref is None:
+                ref = tokens.take(given_ref, part)
 
             def row(t: MaybeTensor) -> MaybeTensor:
                 return None if t is None else t.unsqueeze(0)
@@ -132,12 +125,11 @@ class _PolicySweep:
             own_old = logprobs if old is None else tokens.take(old, part)
             found = self._kernels.rows.policy_loss(
                 row(logprobs), row(own_old), row(tokens.take(advantages, part)),
-                row(ones), row(own_ref), row(tokens.take(rollout, part)),
-                row(entropy) if entropy_bonus else None, None, None, 1.0, codes, params, True,
-                entropy_bonus,
+                row(ones), row(ref), row(tokens.take(rollout, part)),
+                row(entropy) if bonus else None, None, None, 1.0, codes, policy.params, True, bonus,
             )  # fmt: skip
             g, h = _complete(found, tokens.take(weights, part))
-            self._gradient(tokens, tile, logits, stats, g[0], h[0] if entropy_bonus else None)
+            self._gradient(tokens, tile, logits, stats, g[0], h[0] if bonus else None)
             gradients.add(tokens, tile, hidden, logits)
         return gradients
 
@@ -146,10 +138,10 @@ class _PolicySweep:
         used = g != 0 if h is None else (g != 0) | (h != 0)
         tokens = select(used)
         chunk = self._backward_chunk(tokens.count)
-        operands = self.head[:3]
+        operands = self.head.operands
         # Their buffers give way to the next.
         del self.head, self._ref
-        head = Head.of(*operands, chunk, tokens.count, self._kernels.empty)
+        head = Head.of(operands, chunk, tokens.count, self._kernels.empty)
         gradients = Gradients(head, needs, self._kernels.reduce)
 
         def backward(logits: Tensor, tile: Tile) -> None:
@@ -175,95 +167,80 @@ class _PolicySweep:
             logits, labels, temperatures, stats, g, h, self._options._replace(ignore_index=ignored)
         )
 
-    def policy_loss(
-        self,
-        old: Tensor | None,
-        advantages: Tensor,
-        ref: Tensor | None,
-        rollout: Tensor | None,
-        whole: tuple[Tensor | None, Tensor | None, float, PolicyCodes, PolicyParams],
-        grad: bool,
-        entropy_bonus: bool,
-    ) -> tuple[Tensor, ...]:
+    def policy_loss(self, grad: bool) -> tuple[Tensor, ...]:
         """(loss, metrics, gradients) of all tokens from the recorded log-probabilities."""
-        shape = self._mask.shape
+        given = self._policy
+        shape, ref = given.mask.shape, given.ref_logprobs
         if self.ref_logprobs is not None:
             ref = self.ref_logprobs.view(shape)
         logprobs = self.logprobs.view(shape)
+        old = logprobs if given.old_logprobs is None else given.old_logprobs
         return self._kernels.rows.policy_loss(
-            logprobs, logprobs if old is None else old, advantages, self._mask, ref, rollout,
-            self.entropy.view(shape), *whole, grad, entropy_bonus,
+            logprobs, old, given.advantages, given.mask, ref, given.rollout_logprobs,
+            self.entropy.view(shape), given.cu_seqlens, given.normalizer, given.divisor,
+            given.codes, given.params, grad, grad and given.entropy_bonus,
         )  # fmt: skip
 
 
 def forward(
     kernels: Kernels | LabelKernels,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    temperatures: Tensor | None,
-    old: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor,
-    ref: Tensor | None,
-    rollout: Tensor | None,
-    ref_head: list[Tensor],
-    cu_seqlens: Tensor | None,
-    normalizer: Tensor | None,
-    options: RowOptions,
-    divisor: float,
-    codes: Sequence[int],
-    params: Sequence[float],
+    operands: Operands,
+    targets: Targets,
+    policy: PolicyArguments,
+    reference: Operands | None,
     chunk: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, metrics, gradients of hidden, weight and bias); those empty where not needed.
 
-    `old`: None for the policy's own log-probabilities, as they are found. `ref_head`: hidden
-    states, weight and, if there is one, bias of the reference policy; or [].
+    `reference`: the head of the reference policy, or None.
     """
     # Where they may not be looked at, the kernel that is given these poisons the loss.
-    checks.divisor_positive("linear_policy_loss", normalizer)
-    offsets, good = checks.usable_offsets("linear_policy_loss", cu_seqlens, mask.shape[0])
-    sweep = _PolicySweep(
-        kernels, (hidden, weight, bias), labels, temperatures, mask, ref_head, options, chunk
+    checks.divisor_positive("linear_policy_loss", policy.normalizer)
+    offsets, good = checks.usable_offsets(
+        "linear_policy_loss", policy.cu_seqlens, policy.mask.shape[0]
     )
-    codes, params = PolicyCodes(*codes), PolicyParams(*params)
-    whole = (cu_seqlens, normalizer, divisor, codes, params)
-    entropy_bonus = params.entropy_coef != 0
+    sweep = _PolicySweep(kernels, operands, targets, policy, reference, chunk)
     if not any(needs):
         sweep.logprobs_of(sweep.tokens)
         gradients = Gradients(sweep.head, needs)
     elif (
-        codes.ratio_level == _TOKEN_RATIO
-        and codes.correction_level != _SEQUENCE_CORRECTION
+        policy.codes.ratio_level == _TOKEN_RATIO
+        and policy.codes.correction_level != _SEQUENCE_CORRECTION
         and not sweep.recomputes
     ):
         # Tokens stand alone: their gradient is known as soon as their log-probability is.
-        count = normalizer if normalizer is not None else divisor or None
-        weights = token_weights(
-            mask != 0, AGGREGATIONS[codes.aggregation], count, torch.float32, offsets
-        ).expand(mask.shape)
-        if good is not None:
-            weights = torch.where(good, weights, torch.nan)
-        of_tokens = per_token(advantages, mask, offsets)
-        idle = torch.zeros((), dtype=torch.bool, device=hidden.device)
-        if params.kl_coef == 0 and not entropy_bonus and params.penalty_coef == 0:
-            # No advantage, no gradient.
-            idle = flat(of_tokens) == 0
-        kept = flat(mask) != 0
-        sweep.logprobs_of(select(kept & idle))
-        gradients = sweep.fused(
-            select(kept & ~idle), flat(old), flat(of_tokens), flat(ref), flat(rollout),
-            flat(weights), codes, params, entropy_bonus, needs,
-        )  # fmt: skip
+        gradients = _fused(sweep, policy, offsets, good, needs)
     else:
         # The gradient of a token needs its whole sequence, or is better left until all the
         # log-probabilities are known: a first sweep for those.
         sweep.logprobs_of(sweep.tokens)
-        found = sweep.policy_loss(old, advantages, ref, rollout, whole, True, entropy_bonus)
-        g, h = _complete(found)
-        gradients = sweep.backward(flat(g), flat(h) if entropy_bonus else None, needs)
-    loss, metrics, *_ = sweep.policy_loss(old, advantages, ref, rollout, whole, False, False)
-    return loss, metrics, *gradients.results(hidden.shape, late=True)
+        g, h = _complete(sweep.policy_loss(grad=True))
+        gradients = sweep.backward(flat(g), flat(h) if policy.entropy_bonus else None, needs)
+    loss, metrics, *_ = sweep.policy_loss(grad=False)
+    return loss, metrics, *gradients.results(operands.hidden.shape, late=True)
+
+
+def _fused(
+    sweep: _PolicySweep,
+    policy: PolicyArguments,
+    offsets: Tensor | None,
+    good: Tensor | None,
+    needs: list[bool],
+) -> Gradients:
+    """Gradients of a loss whose tokens stand alone; offsets and good as from `usable_offsets`."""
+    mask, params = policy.mask, policy.params
+    count = policy.normalizer if policy.normalizer is not None else policy.divisor or None
+    weights = token_weights(
+        mask != 0, AGGREGATIONS[policy.codes.aggregation], count, torch.float32, offsets
+    ).expand(mask.shape)
+    if good is not None:
+        weights = torch.where(good, weights, torch.nan)
+    advantages = flat(per_token(policy.advantages, mask, offsets))
+    idle = torch.zeros((), dtype=torch.bool, device=mask.device)
+    if params.kl_coef == 0 and not policy.entropy_bonus and params.penalty_coef == 0:
+        # No advantage, no gradient.
+        idle = advantages == 0
+    kept = flat(mask) != 0
+    sweep.logprobs_of(select(kept & idle))
+    return sweep.fused(select(kept & ~idle), advantages, flat(weights), needs)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core.layout import Empty
+from .arguments import Operands
 from .chunks import Chunk, Tokens, logits_dtype
 
 # Rows of an fp16 weight that are widened at a time.
@@ -28,22 +29,20 @@ class Head(NamedTuple):
     empty: Empty
 
     @classmethod
-    def of(
-        cls,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        chunk: Chunk,
-        count: int,
-        empty: Empty,
-    ) -> "Head":
+    def of(cls, operands: Operands, chunk: Chunk, count: int, empty: Empty) -> "Head":
         """For `count` of the tokens of hidden [..., H]."""
+        hidden, weight, bias = operands
         hidden = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
         rows = chunk.rows(count)
         dtype = logits_dtype(weight.device, weight.dtype)
         logits = empty((rows * min(chunk.columns, weight.shape[0]),), dtype, hidden.device)
         padded = weight.new_zeros((rows, hidden.shape[1])) if chunk.exact else None
         return cls(hidden, weight, bias, logits, padded, empty)
+
+    @property
+    def operands(self) -> Operands:
+        """The operands, hidden as [N, H]."""
+        return Operands(self.hidden, self.weight, self.bias)
 
     def states(self, tokens: Tokens, part: slice) -> Tensor:
         """A chunk's hidden states as the product takes them: upcast to an fp32 weight's dtype."""

@@ -12,7 +12,6 @@ they begin, so that one rank's mistake raises on every rank instead of leaving t
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,9 @@ from ..core.layout import Empty
 from ..core.row_options import RowOptions
 from ..core.sentinels import ELSEWHERE, NOWHERE, SHARD_IGNORED
 from ..kernels.rows import Kernels, LabelKernels, Rows
-from . import chunks, logprobs, policy
+from . import chunks, logprobs
+from . import policy as policy_loss
+from .arguments import Operands, PolicyArguments, Targets
 
 
 class Shards(NamedTuple):
@@ -112,24 +113,18 @@ def _check(op: str, metadata: list[dict[str, int]]) -> None:
 
 
 def combine(
-    local: Tensor,
-    of_shard: Tensor,
-    stats: Tensor,
-    temperatures: Tensor | None,
-    options: RowOptions,
-    group: str,
+    targets: Targets, of_shard: Tensor, stats: Tensor, group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probabilities, entropies, stats) over all shards from those over this rank's.
 
     Args:
-        local: labels from `Shards.localized`, [...].
+        targets: labels from `Shards.localized`, [...], temperatures and options: the temperature
+            of all tokens where none are given; whether entropies are wanted, and the mean is one.
         of_shard: log-probabilities of the row kernel given them, fp32 [...].
         stats: of the row kernel, fp32 [..., 3]: m, s, mean.
-        temperatures: per token [...], or None.
-        options: temperature of all tokens where `temperatures` is None; whether entropies are
-            wanted, and the mean is one.
         group: name of the group.
     """
+    local, temperatures, options = targets
     # No log-probability is positive.
     of_shard = torch.where(local == ELSEWHERE, torch.inf, of_shard)
     parts = torch.stack([*stats.unbind(-1), of_shard])
@@ -180,7 +175,7 @@ class ShardRows:
     ) -> tuple[Tensor, Tensor, Tensor]:
         options = options._replace(ignore_index=SHARD_IGNORED)
         found, _, stats = self._rows.token_logprobs(logits, local, temperatures, options)
-        return combine(local, found, stats, temperatures, options, self._group)
+        return combine(Targets(local, temperatures, options), found, stats, self._group)
 
     def token_logprobs_backward_inplace(
         self,
@@ -235,28 +230,19 @@ def token_logprobs(
 
 
 def linear_token_logprobs(
-    kernels: Kernels,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    temperatures: Tensor | None,
-    options: RowOptions,
-    chunk: int,
-    group: str,
+    kernels: Kernels, operands: Operands, targets: Targets, chunk: int, group: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `logprobs.forward`, and the labels as columns of this shard."""
+    labels, temperatures, options = targets
     op, keep = "linear_token_logprobs", labels != options.ignore_index
-    local = exchange_metadata(op, weight.shape[0], labels, temperatures, keep, group).localized(
-        labels, keep
-    )
-    options = options._replace(ignore_index=SHARD_IGNORED)
+    vocab = operands.weight.shape[0]
+    shards = exchange_metadata(op, vocab, labels, temperatures, keep, group)
+    local = shards.localized(labels, keep)
+    targets = Targets(local, temperatures, options._replace(ignore_index=SHARD_IGNORED))
     # Chunks need no exchange: there is one at the end.
     own = kernels_of(kernels.rows, kernels.empty, group).own
-    found, _, stats = logprobs.forward(
-        own, hidden, weight, bias, local, temperatures, options, chunk
-    )
-    return *combine(local, found, stats, temperatures, options, group), local
+    found, _, stats = logprobs.forward(own, operands, targets, chunk)
+    return *combine(targets, found, stats, group), local
 
 
 def linear_token_logprobs_backward(kernels: Kernels, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,37 +253,24 @@ def linear_token_logprobs_backward(kernels: Kernels, *args: Any) -> tuple[Tensor
 
 def linear_policy_loss(
     kernels: Kernels,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    temperatures: Tensor | None,
-    old: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor,
-    ref: Tensor | None,
-    rollout: Tensor | None,
-    ref_head: list[Tensor],
-    cu_seqlens: Tensor | None,
-    normalizer: Tensor | None,
-    options: RowOptions,
-    divisor: float,
-    codes: Sequence[int],
-    params: Sequence[float],
+    operands: Operands,
+    targets: Targets,
+    policy: PolicyArguments,
+    reference: Operands | None,
     chunk: int,
     needs: list[bool],
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `policy.forward`."""
-    op, keep = "linear_policy_loss", mask != 0
-    shards = exchange_metadata(op, weight.shape[0], labels, temperatures, keep, group)
+    op, keep, weight = "linear_policy_loss", policy.mask != 0, operands.weight
+    shards = exchange_metadata(
+        op, weight.shape[0], targets.labels, targets.temperatures, keep, group
+    )
     # The ranks exchange in every chunk, so all take the chunks of the largest shard. Its size is
     # a host synchronisation on a GPU.
     if chunk == 0:
-        columns = (2 if ref_head else 1) * int(shards.sizes.max())
+        columns = (1 if reference is None else 2) * int(shards.sizes.max())
         chunk = chunks.chunk_size(weight.device, columns, weight.dtype)
-    return policy.forward(
-        kernels_of(kernels.rows, kernels.empty, group).whole, hidden, weight, bias,
-        shards.localized(labels, keep), temperatures, old, advantages, mask, ref, rollout, ref_head,
-        cu_seqlens, normalizer, options, divisor, codes, params, chunk, needs,
-    )  # fmt: skip
+    targets = targets._replace(labels=shards.localized(targets.labels, keep))
+    whole = kernels_of(kernels.rows, kernels.empty, group).whole
+    return policy_loss.forward(whole, operands, targets, policy, reference, chunk, needs)

@@ -9,7 +9,7 @@ operator.
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -18,29 +18,107 @@ from torch import Tensor
 from ..config.policy import PolicyCodes, PolicyParams
 from ..core import tracing
 from ..core.row_options import RowOptions
+from ..head.arguments import Divergence, Operands, PolicyArguments, Targets, Upstream
 from ..kernels import backends
 
 _LIBRARY = torch.library.Library("rlhf_kernels", "DEF")
+# Arguments that a schema has field by field.
+_GROUPS: dict[str, type] = {
+    t.__name__: t for t in (RowOptions, Operands, Targets, Upstream, PolicyArguments, Divergence)
+}
+# The other types of their fields.
+_SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    int: "int",
+    float: "float",
+    PolicyCodes: "int[]",
+    PolicyParams: "float[]",
+}
 # Argument types that a launcher accepts directly.
 _PLAIN = frozenset(
     (
         *(Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list),
-        *(torch.dtype, RowOptions, PolicyCodes, PolicyParams),
+        *(torch.dtype, PolicyCodes, PolicyParams, *_GROUPS.values()),
     )
 )
-# The fields of RowOptions in schema syntax.
-_ROW_OPTIONS = ", ".join(f"{t.__name__} {name}" for name, t in RowOptions.__annotations__.items())
-_FIELDS = len(RowOptions._fields)
 
 R = TypeVar("R")
 #: The gradients that the backward pass of an autograd.Function returns.
 InputGradients = tuple[Tensor | None, ...]
 
 
+class _Group:
+    """A named tuple among an operator's arguments, which the schema has field by field.
+
+    Args:
+        kind: the named tuple.
+        prefix: of the fields' names in the schema.
+        optional: whether the argument may be None; every field is then None in the schema.
+    """
+
+    def __init__(self, kind: Any, prefix: str, optional: bool) -> None:
+        self._kind, self._optional = kind, optional
+        #: Whether one of the fields may be a tensor.
+        self.has_tensors: bool = kind is not RowOptions
+        self._fields: list[_Group | Callable[[Any], Any] | None] = []
+        schema: list[str] = []
+        for name, field in kind.__annotations__.items():
+            if field in _GROUPS.values():
+                inner = _Group(field, prefix, optional)
+                self._fields.append(inner)
+                schema.append(inner.schema)
+                continue
+            self._fields.append(_of_sequence(field))
+            mark = "?" if optional and not _SCHEMA_TYPES[field].endswith("?") else ""
+            schema.append(f"{_SCHEMA_TYPES[field]}{mark} {prefix}{name}")
+        self.schema: str = ", ".join(schema)
+
+    def flattened(self, value: Any) -> list[Any]:
+        """The schema's arguments of `value`."""
+        flat = []
+        for field, part in zip(self._fields, value or (None,) * len(self._fields), strict=True):
+            if isinstance(field, _Group):
+                flat += field.flattened(part)
+            else:
+                flat.append(part)
+        return flat
+
+    def gathered(self, flat: Iterator[Any]) -> Any:
+        """The inverse of `flattened`; takes what belongs to the tuple from `flat`."""
+        parts = []
+        for field in self._fields:
+            if isinstance(field, _Group):
+                parts.append(field.gathered(flat))
+            else:
+                part = next(flat)
+                parts.append(part if field is None else field(part))
+        return None if self._optional and parts[0] is None else self._kind(*parts)
+
+
+def _of_sequence(kind: Any) -> Callable[[Any], Any] | None:
+    """Makes a field of a list in the schema's arguments; None for a field that is its argument."""
+    return (lambda t: kind(*t)) if kind in (PolicyCodes, PolicyParams) else None
+
+
+def _group(argument: str) -> _Group | None:
+    """The group that an argument of a schema names; None if it names none.
+
+    `Operands operands` has the fields' names, `Operands ref_` those with the prefix `ref_`, and
+    `Operands? ref_` may be None.
+    """
+    kind, _, name = argument.partition(" ")
+    optional, prefix = kind.endswith("?"), name if name.endswith("_") else ""
+    group = _GROUPS.get(kind.removesuffix("?"))
+    return None if group is None else _Group(group, prefix, optional)
+
+
 class Operator(Generic[R]):
     """A registered operator, callable as `op(*args, backend)`; R is the type of its result.
 
-    RowOptions is a single argument of this call; the schema has one argument per field.
+    RowOptions, Operands and the like are single arguments of this call; the schema has one argument
+    per field.
     """
 
     def __init__(
@@ -51,9 +129,13 @@ class Operator(Generic[R]):
         algorithm: Callable[..., R] | None,
     ) -> None:
         self.name, self._algorithm = name, algorithm
-        before, found, _ = schema.partition("RowOptions options")
-        self._options_at = before.count(",") if found else None
-        _LIBRARY.define(name + schema.replace("RowOptions options", _ROW_OPTIONS))
+        head, _, results = schema.removeprefix("(").partition(") -> ")
+        arguments = head.split(", ")
+        # By position; None where an argument is no group.
+        self._groups = [_group(t) for t in arguments]
+        self._with_tensors = [at for at, g in enumerate(self._groups) if g and g.has_tensors]
+        flat = (g.schema if g else t for g, t in zip(self._groups, arguments, strict=True))
+        _LIBRARY.define(f"{name}({', '.join(flat)}) -> {results}")
         _LIBRARY.impl(name, self._gathered(self._run), "CompositeExplicitAutograd")
         torch.library.register_fake(f"rlhf_kernels::{name}", self._gathered(fake), lib=_LIBRARY)
         self._registered = getattr(torch.ops.rlhf_kernels, name).default
@@ -66,21 +148,23 @@ class Operator(Generic[R]):
         return launcher(*args[:-1])
 
     def _gathered(self, f: Callable[..., R]) -> Callable[..., R]:
-        """`f` with the schema's arguments, which it gathers into RowOptions."""
-        at = self._options_at
-        if at is None:
+        """`f` with the schema's arguments, which it gathers into groups."""
+        if not any(self._groups):
             return f
 
-        def run(*args: Any) -> R:
-            end = at + _FIELDS
-            return f(*args[:at], RowOptions(*args[at:end]), *args[end:])
+        def run(*flat: Any) -> R:
+            rest = iter(flat)
+            return f(*[next(rest) if g is None else g.gathered(rest) for g in self._groups])
 
         return run
 
     def __call__(self, *args: Any) -> R:
         if torch.compiler.is_compiling() or tracing.dispatch_modes():
             return self._dispatch(args)
-        if tracing.transform() is not None or not _PLAIN.issuperset(map(type, args)):
+        plain = tracing.transform() is None and _PLAIN.issuperset(map(type, args))
+        for at in self._with_tensors:
+            plain = plain and _PLAIN.issuperset(map(type, args[at] or ()))
+        if not plain:
             return self._dispatch(args)
         backend = backends.get(args[-1])
         if self._algorithm is not None:
@@ -89,10 +173,10 @@ class Operator(Generic[R]):
         return launcher(*args[:-1])
 
     def _dispatch(self, args: tuple[Any, ...]) -> R:
-        at = self._options_at
-        if at is not None:
-            args = (*args[:at], *args[at], *args[at + 1 :])
-        result: R = self._registered(*args)
+        flat: list[Any] = []
+        for group, argument in zip(self._groups, args, strict=True):
+            flat += [argument] if group is None else group.flattened(argument)
+        result: R = self._registered(*flat)
         return result
 
 
@@ -182,14 +266,13 @@ def select(op: str, device: torch.device) -> str:
     return backends.select(op, device, _ROW_KERNELS.get(op, op))
 
 
-def head_gradients_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+def head_gradients_fake(operands: Operands, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a head's operands; empty where not needed."""
 
     def empty(t: Tensor | None, need: bool) -> Tensor:
         return t.new_empty(t.shape) if need and t is not None else hidden.new_empty(0)
 
+    hidden, weight, bias = operands
     of_hidden, of_weight, of_bias = needs
     return empty(hidden, of_hidden), empty(weight, of_weight), empty(bias, of_bias)
 
@@ -204,8 +287,8 @@ def define(
 
     Args:
         name: operator name, also the key of its launcher in each backend.
-        schema: arguments and results; the last argument is `str backend`. `RowOptions options`
-            expands to one argument per field.
+        schema: arguments and results; the last argument is `str backend`. A group such as
+            `RowOptions options` expands to one argument per field; see `_group`.
         fake: returns empty results with the right shapes and dtypes from the same arguments.
         algorithm: runs instead of a launcher; takes the backend's `Kernels`, then the arguments.
     """

@@ -9,6 +9,7 @@ from .. import reference
 from ..config.enums import DIRECTIONS, Direction
 from ..core import checks, option_checks, temperature_rules
 from ..head import kl as head
+from ..head.arguments import Divergence, Operands
 from ..kernels import backends
 from ._heads import check_chunk, check_head, check_ref_head
 from ._operator import (
@@ -21,45 +22,48 @@ from ._operator import (
     select,
 )
 
+_ARGS = "Operands operands, Operands ref_, Divergence divergence"
 _forward: Operator[tuple[Tensor, Tensor]] = define(
     "linear_kl_divergence",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, "
-    "Tensor? ref_bias, Tensor? mask, float temperature, bool reverse, int chunk_tokens, "
-    "str backend) -> (Tensor, Tensor)",
-    lambda hidden, *_: (
-        hidden.new_empty(hidden.shape[:-1], dtype=torch.float32),
-        hidden.new_empty((*hidden.shape[:-1], 5), dtype=torch.float32),
+    f"({_ARGS}, int chunk_tokens, str backend) -> (Tensor, Tensor)",
+    lambda operands, *_: (
+        operands.hidden.new_empty(operands.hidden.shape[:-1], dtype=torch.float32),
+        operands.hidden.new_empty((*operands.hidden.shape[:-1], 5), dtype=torch.float32),
     ),
     head.forward,
 )
 _backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
     "linear_kl_divergence_backward",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, "
-    "Tensor? ref_bias, Tensor? mask, Tensor stats, Tensor grad, float temperature, bool reverse, "
-    "int chunk_tokens, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
-    lambda hidden, weight, bias, *rest: head_gradients_fake(hidden, weight, bias, rest[-2]),
+    f"({_ARGS}, Tensor stats, Tensor grad, int chunk_tokens, bool[] needs, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    lambda operands, *rest: head_gradients_fake(operands, rest[-2]),
     head.backward,
 )
 
 
 class _LinearKlDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
-    ) -> Tensor:
-        *constants, temperature, reverse, chunk, backend = args
-        kl, stats = _forward(hidden, weight, bias, *args)
-        remember(ctx, hidden, weight, bias)
-        ctx.save_for_backward(hidden, weight, bias, *constants, stats)
-        ctx.options = (temperature, reverse, chunk)
-        ctx.backend = backend
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        """`args`: the fields of both heads' Operands and of Divergence; chunk, backend."""
+        operands, reference = Operands(*args[:3]), Operands(*args[3:6])
+        divergence = Divergence(*args[6:9])
+        chunk, backend = args[9:]
+        kl, stats = _forward(operands, reference, divergence, chunk, backend)
+        remember(ctx, *operands)
+        ctx.save_for_backward(*operands, *reference, divergence.mask, stats)
+        ctx.options = (divergence.temperature, divergence.reverse)
+        ctx.chunk, ctx.backend = chunk, backend
         return kl
 
     @staticmethod
     @once_differentiable("linear_kl_divergence")
     def backward(ctx: Any, grad: Tensor) -> InputGradients:
         needs = list(ctx.needs_input_grad[:3])
-        found = _backward(*ctx.saved_tensors, grad, *ctx.options, needs, ctx.backend)
+        *heads, mask, stats = ctx.saved_tensors
+        found = _backward(
+            Operands(*heads[:3]), Operands(*heads[3:]), Divergence(mask, *ctx.options), stats, grad,
+            ctx.chunk, needs, ctx.backend,
+        )  # fmt: skip
         gradients = (g if need else None for g, need in zip(found, needs, strict=True))
         return (*gradients, *(None,) * 8)
 

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from .. import reference
 from ..core import checks, groups, row_options
-from ..core.row_options import RowOptions
 from ..core.sentinels import SHARD_IGNORED
 from ..head import logprobs as head
 from ..head import shard
+from ..head.arguments import Operands, Targets, Upstream
 from ..kernels import backends
 from ._heads import check_chunk, check_head
 from ._operator import (
@@ -26,27 +26,17 @@ from .logprobs import TokenLogprobs, TokenLogprobsEntropy, named_result
 from .support import Support, linear_token_logprobs_support
 
 
-def _forward_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    temperatures: Tensor | None,
-    options: RowOptions,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    logprobs = hidden.new_empty(labels.shape, dtype=torch.float32)
+def _forward_fake(operands: Operands, targets: Targets, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    shape = targets.labels.shape
+    logprobs = operands.hidden.new_empty(shape, dtype=torch.float32)
     return (
         logprobs,
-        logprobs.new_empty(labels.shape if options.entropy else (0,)),
-        logprobs.new_empty((*labels.shape, 3)),
+        logprobs.new_empty(shape if targets.options.entropy else (0,)),
+        logprobs.new_empty((*shape, 3)),
     )
 
 
-_ARGS = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? temperatures, "
-    "RowOptions options, int chunk_tokens"
-)
+_ARGS = "Operands operands, Targets targets, int chunk_tokens"
 _forward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
     "linear_token_logprobs",
     f"({_ARGS}, str backend) -> (Tensor, Tensor, Tensor)",
@@ -57,54 +47,48 @@ _forward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
 _sharded_forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor]] = define(
     "sharded_linear_token_logprobs",
     f"({_ARGS}, str group, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda *args: (*_forward_fake(*args), args[3].new_empty(args[3].shape, dtype=torch.int64)),
+    lambda operands, targets, *_: (
+        *_forward_fake(operands, targets),
+        targets.labels.new_empty(targets.labels.shape, dtype=torch.int64),
+    ),
     shard.linear_token_logprobs,
 )
 _BACKWARD_ARGS = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? temperatures, "
-    "Tensor stats, Tensor? grad_logprobs, Tensor? grad_entropy, RowOptions options, "
-    "int chunk_tokens, bool[] needs"
+    "Operands operands, Targets targets, Upstream upstream, int chunk_tokens, bool[] needs"
 )
 _backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
     "linear_token_logprobs_backward",
     f"({_BACKWARD_ARGS}, str backend) -> (Tensor, Tensor, Tensor)",
-    lambda hidden, weight, bias, *rest: head_gradients_fake(hidden, weight, bias, rest[-2]),
+    lambda operands, *rest: head_gradients_fake(operands, rest[-2]),
     head.backward,
 )
 _sharded_backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
     "sharded_linear_token_logprobs_backward",
     f"({_BACKWARD_ARGS}, str group, str backend) -> (Tensor, Tensor, Tensor)",
-    lambda hidden, weight, bias, *rest: head_gradients_fake(hidden, weight, bias, rest[-3]),
+    lambda operands, *rest: head_gradients_fake(operands, rest[-3]),
     shard.linear_token_logprobs_backward,
 )
 
 
 class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        temperatures: Tensor | None,
-        options: RowOptions,
-        chunk: int,
-        group: str,
-        backend: str,
-    ) -> InputGradients:
-        args = (hidden, weight, bias, labels, temperatures, options, chunk)
+    def forward(ctx: Any, *args: Any) -> InputGradients:
+        """`args`: the fields of Operands and Targets; chunk, group, backend."""
+        operands, targets = Operands(*args[:3]), Targets(*args[3:6])
+        chunk, group, backend = args[6:]
         if group:
-            logprobs, entropies, stats, labels = _sharded_forward(*args, group, backend)
-            options = options._replace(ignore_index=SHARD_IGNORED)
+            found = _sharded_forward(operands, targets, chunk, group, backend)
+            logprobs, entropies, stats, local = found
+            options = targets.options._replace(ignore_index=SHARD_IGNORED)
+            targets = targets._replace(labels=local, options=options)
         else:
-            logprobs, entropies, stats = _forward(*args, backend)
+            logprobs, entropies, stats = _forward(operands, targets, chunk, backend)
         ctx.set_materialize_grads(False)
-        remember(ctx, hidden, weight, bias)
-        ctx.save_for_backward(hidden, weight, bias, labels, temperatures, stats)
-        ctx.options, ctx.chunk = options, chunk
+        remember(ctx, *operands)
+        ctx.save_for_backward(*operands, targets.labels, targets.temperatures, stats)
+        ctx.options, ctx.chunk = targets.options, chunk
         ctx.group, ctx.backend = group, backend
-        return (logprobs, entropies) if options.entropy else (logprobs,)
+        return (logprobs, entropies) if targets.options.entropy else (logprobs,)
 
     @staticmethod
     @once_differentiable("linear_token_logprobs")
@@ -115,7 +99,14 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         if grad_logprobs is None and grad_entropy is None:
             return (None, None, None, *nothing)
         needs = list(ctx.needs_input_grad[:3])
-        args = (*ctx.saved_tensors, grad_logprobs, grad_entropy, ctx.options, ctx.chunk, needs)
+        *operands, labels, temperatures, stats = ctx.saved_tensors
+        args = (
+            Operands(*operands),
+            Targets(labels, temperatures, ctx.options),
+            Upstream(stats, grad_logprobs, grad_entropy),
+            ctx.chunk,
+            needs,
+        )
         if ctx.group:
             found = _sharded_backward(*args, ctx.group, ctx.backend)
         else:

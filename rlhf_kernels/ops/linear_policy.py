@@ -11,6 +11,7 @@ from ..config.policy import PolicyLossConfig
 from ..core import checks, groups, row_options
 from ..head import policy as head
 from ..head import shard
+from ..head.arguments import Operands, PolicyArguments, Targets
 from ..kernels import backends, losses
 from ._heads import check_chunk, check_head, check_ref_head
 from ._operator import (
@@ -53,23 +54,18 @@ def _check_ref_head(
     return check_ref_head(op, hidden, weight, ref_hidden, ref_weight, ref_bias, sharded=sharded)
 
 
-def _fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    scalar = hidden.new_empty((), dtype=torch.float32)
+def _fake(operands: Operands, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    scalar = operands.hidden.new_empty((), dtype=torch.float32)
     *_, needs, _ = rest
     of_hidden, of_weight, of_bias = (
         g.new_empty(g.shape, dtype=losses.waiting_dtype(g.dtype)) if need else g
-        for g, need in zip(head_gradients_fake(hidden, weight, bias, needs), needs, strict=True)
+        for g, need in zip(head_gradients_fake(operands, needs), needs, strict=True)
     )
     return scalar, scalar.new_empty((len(POLICY_METRICS),)), of_hidden, of_weight, of_bias
 
 
 _ARGS = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? temperatures, "
-    "Tensor? old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
-    "Tensor? rollout_logprobs, Tensor[] ref_head, Tensor? cu_seqlens, Tensor? normalizer, "
-    "RowOptions options, float divisor, int[] codes, float[] params, "
+    "Operands operands, Targets targets, PolicyArguments policy, Operands? ref_, "
     "int chunk_tokens, bool[] needs"
 )
 _RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -88,27 +84,23 @@ class _LinearPolicyLoss(torch.autograd.Function):
     """The forward pass computes the gradient too; backward only scales it."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
-        temperatures: Tensor | None, old: Tensor | None, advantages: Tensor, mask: Tensor,
-        ref: Tensor | None, rollout: Tensor | None, ref_hidden: Tensor | None,
-        ref_weight: Tensor | None, ref_bias: Tensor | None, *rest: Any,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        *options, group, backend = rest
-        of_hidden, of_weight, of_bias, *others = ctx.needs_input_grad
-        ctx.needs, ctx.nothing = [of_hidden, of_weight, of_bias], (None,) * len(others)
-        # Separate arguments up to here, because autograd sees no tensor inside a list.
-        ref_head = [t for t in (ref_hidden, ref_weight, ref_bias) if t is not None]
-        args = (
-            hidden, weight, bias, labels, temperatures, old, advantages, mask, ref, rollout,
-            ref_head, *options, ctx.needs,
-        )  # fmt: skip
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        """`args`: the fields of Operands, Targets and PolicyArguments and of the reference's
+        Operands, or three times None; chunk, group, backend. Autograd sees no tensor in a tuple.
+        """
+        operands, targets = Operands(*args[:3]), Targets(*args[3:6])
+        policy, ref_hidden = PolicyArguments(*args[6:16]), args[16]
+        reference = None if ref_hidden is None else Operands(*args[16:19])
+        chunk, group, backend = args[19:]
+        ctx.needs = list(ctx.needs_input_grad[:3])
+        ctx.nothing = (None,) * (len(args) - 3)
+        inputs = (operands, targets, policy, reference, chunk, ctx.needs)
         if group:
-            loss, metrics, *gradients = _sharded_forward(*args, group, backend)
+            loss, metrics, *gradients = _sharded_forward(*inputs, group, backend)
         else:
-            loss, metrics, *gradients = _forward(*args, backend)
-        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
-        remember(ctx, hidden, weight, bias)
+            loss, metrics, *gradients = _forward(*inputs, backend)
+        ctx.dtypes = [None if t is None else t.dtype for t in operands]
+        remember(ctx, *operands)
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
@@ -287,13 +279,13 @@ def linear_policy_loss(
         bias,
         labels,
         temperatures,
+        options,
         *(None if t is None else t.detach() for t in constants),
-        *(ref_head or (None, None, None)),
         cu_seqlens,
         count,
-        options,
         divisor,
         *config_numbers(config),
+        *(ref_head or (None, None, None)),
         chunk,
         shards,
         backend,

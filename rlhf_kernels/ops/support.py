@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..core import checks
 from ..core.row_options import RowArguments, RowOptions
+from ..head.arguments import Operands
 from ..kernels import backends
 from ._operator import (
     InputGradients,
@@ -66,7 +67,7 @@ _head_backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
     "linear_token_logprobs_support_backward",
     f"(Tensor hidden, Tensor weight, Tensor? bias, {_BACKWARD}, bool[] needs, str backend) -> "
     "(Tensor, Tensor, Tensor)",
-    lambda hidden, weight, bias, *args: head_gradients_fake(hidden, weight, bias, args[-2]),
+    lambda *args: head_gradients_fake(Operands(*args[:3]), args[-2]),
 )
 
 

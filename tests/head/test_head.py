@@ -343,7 +343,7 @@ def test_opcheck():
     torch.library.opcheck(op.default, (*args, "cpu"))
     stats = op(*args, "cpu")[2]
     g = torch.randn(B, T)
-    back = (hidden, weight, bias, labels, None, stats, g, g, 0.9, 0.0, True, -100, 16)
+    back = (hidden, weight, bias, labels, None, 0.9, 0.0, True, -100, stats, g, g, 16)
     torch.library.opcheck(
         torch.ops.rlhf_kernels.linear_token_logprobs_backward.default,
         (*back, [True, True, False], "cpu"),

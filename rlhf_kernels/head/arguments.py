@@ -1,0 +1,75 @@
+"""Arguments of the operations over an LM head that belong together.
+
+`ops._operator` flattens them into the schema of an operator, field by field in this order.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..config.policy import PolicyCodes, PolicyParams
+from ..core.row_options import RowOptions
+
+
+class Operands(NamedTuple):
+    """What an LM head multiplies: hidden states [..., H] and weight [V, H]; bias [V], or None."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Targets(NamedTuple):
+    """Labels [...] of hidden states [..., H], and the options of their rows of logits.
+
+    temperatures: one per token [...], or None for the temperature of the options.
+    """
+
+    labels: Tensor
+    temperatures: Tensor | None
+    options: RowOptions
+
+
+class Upstream(NamedTuple):
+    """What the gradients of log-probabilities are computed from.
+
+    stats: statistics of the rows, fp32 [..., 3].
+    grad_logprobs, grad_entropy: upstream gradients [...]; None counts as zero.
+    """
+
+    stats: Tensor
+    grad_logprobs: Tensor | None
+    grad_entropy: Tensor | None
+
+
+class PolicyArguments(NamedTuple):
+    """Arguments of a policy loss beside the log-probabilities, as `policy_loss` has them.
+
+    old_logprobs: None for the policy's own.
+    normalizer, divisor: the aggregation divides by the tensor or the number; None and 0 for the
+        count that it implies.
+    """
+
+    old_logprobs: Tensor | None
+    advantages: Tensor
+    mask: Tensor
+    ref_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None
+    cu_seqlens: Tensor | None
+    normalizer: Tensor | None
+    divisor: float
+    codes: PolicyCodes
+    params: PolicyParams
+
+    @property
+    def entropy_bonus(self) -> bool:
+        """Whether the loss has a term of the entropies."""
+        return self.params.entropy_coef != 0
+
+
+class Divergence(NamedTuple):
+    """Options of a divergence of two heads: mask [...] or None; reverse is KL(policy || ref)."""
+
+    mask: Tensor | None
+    temperature: float
+    reverse: bool
