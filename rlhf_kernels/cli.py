@@ -16,6 +16,7 @@ TRAINERS = {
     "sft": "supervised: imitate completions",
     "reward": "pairwise reward model of preferences",
     "dpo": "preference optimisation without a reward model: DPO, IPO, SimPO, ORPO and others",
+    "kto": "completions that are desirable or not, without pairs",
     "ppo": "PPO with a critic and a KL penalty; PPO-penalty and PPO-max by settings",
     "grpo": "group-relative advantages, KL in the loss",
     "dr_grpo": "GRPO without its deviation and length biases",

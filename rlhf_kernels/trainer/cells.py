@@ -125,6 +125,15 @@ def margin_cell(value: Any) -> float:
     return found
 
 
+def label_cell(value: Any) -> bool:
+    """Whether a completion is desirable: a bool, 0 or 1, or one of these as text."""
+    text = value.strip().lower() if isinstance(value, str) else value
+    known = {"true": True, "false": False, "1": True, "0": False, 1: True, 0: False}
+    found = known.get(text) if isinstance(text, str | int | float) else None
+    require(found is not None, "'label'", "true or false", value)
+    return bool(found)
+
+
 def spoken(text: Text | None) -> str:
     """The text, or the joined contents of a conversation."""
     if text is None or isinstance(text, str):

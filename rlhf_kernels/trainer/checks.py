@@ -18,6 +18,7 @@ from .algorithms import ALGORITHMS, loss_config
 from .config import (
     DataConfig,
     DPOConfig,
+    KTOConfig,
     ModelConfig,
     OnlineConfig,
     OptimConfig,
@@ -69,6 +70,9 @@ def check_settings(
             whole = count == 1 and optim.micro_batch_size in (0, size)
             expected = "no loss that sorts the pairs of a batch where the batch is split"
             require(whole or not sort, "loss_type", expected, *sort[:1] or [None])
+        if isinstance(config, KTOConfig) and config.loss_type == "kto":
+            expected = ">= 2 with loss_type kto, whose baseline mismatches the rows of a batch"
+            require(size >= 2, "batch_size", expected, size)
         if isinstance(config, OnlineConfig):
             if config.engine == "vllm" and not run.dry_run:
                 _needs("vllm", "engine", config.engine)

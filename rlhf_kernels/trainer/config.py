@@ -250,6 +250,25 @@ class DPOConfig:
 
 
 @dataclass
+class KTOConfig:
+    """Kahneman-Tversky optimisation."""
+
+    loss_type: Literal["kto", "apo_zero_unpaired"] = _doc(
+        "kto, or apo_zero_unpaired: without the KL baseline", "kto"
+    )
+    beta: float = _doc("strength of the implicit KL", 0.1)
+    desirable_weight: float = _doc("weight of desirable completions", 1.0)
+    undesirable_weight: float = _doc("weight of undesirable completions", 1.0)
+
+    def __post_init__(self) -> None:
+        _plain(self)
+        _above(self, 0, "beta")
+        _at_least(self, 0, "desirable_weight", "undesirable_weight")
+        some = self.desirable_weight or self.undesirable_weight
+        require(bool(some), "undesirable_weight", "> 0 with desirable_weight 0", 0.0)
+
+
+@dataclass
 class OnlineConfig:
     """Rollouts, their rewards and the policy loss. Unset = the algorithm's own value."""
 

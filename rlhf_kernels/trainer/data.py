@@ -142,7 +142,11 @@ class Task:
 def load_task(config: DataConfig, kind: str, *, seed: int, model: str | None = None) -> Task:
     """Loads the rows of a configuration and a tokenizer: that of `model`, or a new one."""
     if config.data is None:
-        require(kind != "preference", "data", "a file of preferences", None)
+        needed = {
+            "preference": "a file of preferences",
+            "unpaired": "a file of labelled completions",
+        }
+        require(kind not in needed, "data", needed.get(kind, ""), None)
         rows = arithmetic_rows(config.max_operand, config.operators)
     else:
         rows = read_rows(config.data, kind)

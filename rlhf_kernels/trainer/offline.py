@@ -1,207 +1,21 @@
-"""The stages that learn from a dataset: supervised, reward model and DPO."""
+"""The trainer of the stages that learn from a dataset."""
 
 import math
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-import rlhf_kernels as rk
-
-from ..config.preference import AVERAGED
 from . import models
-from .config import DPOConfig, OptimConfig, RewardConfig, UserError
-from .data import Batch, Row, Sampler, collate
-from .encoding import encode_pair, encode_row
+from .config import OptimConfig, UserError
+from .data import Row, Sampler
 from .finite import ADVICE, Micro, NonFinite, listed, row_name
 from .learner import Learner
+from .objectives import Loss, Objective
 from .probe import check_length
 from .timing import timed
-
-
-class Pair(NamedTuple):
-    """Two completions of a prompt as tokens; the first is preferred."""
-
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-    margin: float
-
-
-# A loss, and metrics that are added up over the micro-batches.
-Loss = tuple[Tensor, dict[str, Tensor]]
-
-# A stage minimises an objective: a sum over the items of a batch (rows or pairs) divided by the
-# size of the batch. `encode` makes an item from a row, or None to drop the row; `size` is the
-# divisor for a batch of items; `loss` is the sum over some items divided by `size`; `length` is
-# the number of tokens of an item's longest sequence.
-
-
-class SFT:
-    """-log p(completion | prompt), averaged over the tokens of the batch."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> None:
-        self.tokenizer, self.limit = tokenizer, limit
-
-    def encode(self, row: Row) -> tuple[list[int], list[int]] | None:
-        prompt, completion = encode_row(self.tokenizer, row)
-        return (prompt, completion) if _fits(self.limit, completion) else None
-
-    def length(self, item: tuple[list[int], list[int]]) -> int:
-        return len(item[0]) + len(item[1])
-
-    def size(self, items: Sequence[tuple[list[int], list[int]]]) -> float:
-        return float(sum(len(completion) for _, completion in items))
-
-    def loss(self, networks: models.Networks, items: Sequence[Any], size: float) -> Loss:
-        batch = collate(self.tokenizer, items, networks.policy.device)
-        loss = -models.lm_head(networks.policy, batch).logprobs(batch.labels).sum() / size
-        return loss, {"loss": loss.detach()}
-
-
-class _Pairwise:
-    """Encodes preference pairs; `scored` encodes them as a reward model reads them."""
-
-    scored = False
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        limit: int | None,
-        config: RewardConfig | DPOConfig,
-        reference: models.Reference | None = None,
-    ) -> None:
-        self.tokenizer, self.limit, self.config, self.reference = (
-            tokenizer,
-            limit,
-            config,
-            reference,
-        )
-        self.margin = getattr(config, "margin", 0.0)
-
-    def encode(self, row: Row) -> Pair | None:
-        first, chosen, rejected = encode_pair(self.tokenizer, row, scored=self.scored)
-        if not _fits(self.limit, chosen, rejected):
-            return None
-        return Pair(first, chosen, rejected, float(row.columns.get("margin", self.margin)))
-
-    def length(self, item: Pair) -> int:
-        return len(item.prompt) + max(len(item.chosen), len(item.rejected))
-
-    def size(self, items: Sequence[Pair]) -> float:
-        return float(len(items))
-
-    def batch(self, items: Sequence[Pair], device: torch.device) -> Batch:
-        """The chosen completions, followed by the rejected ones."""
-        rows = [(p.prompt, p.chosen) for p in items] + [(p.prompt, p.rejected) for p in items]
-        # Without a prompt nothing predicts the first token, so it serves as the prompt.
-        rows = [(prompt, rest) if prompt else (rest[:1], rest[1:]) for prompt, rest in rows]
-        return collate(self.tokenizer, rows, device)
-
-
-class RewardModelling(_Pairwise):
-    """The Bradley-Terry loss, -log sigmoid(r_w - r_l - margin), plus a centring term."""
-
-    scored = True
-
-    def loss(self, networks: models.Networks, items: Sequence[Pair], size: float) -> Loss:
-        batch = self.batch(items, networks.reward.device)
-        chosen, rejected = models.sequence_rewards(networks.reward, batch).float().chunk(2)
-        margin = torch.tensor([p.margin for p in items], device=chosen.device)
-        center_coef = self.config.center_coef
-        found = rk.reward_model_loss(chosen, rejected, margin=margin, center_coef=center_coef)
-        share = len(items) / size
-        loss = found.loss * share
-        return loss, {
-            "loss": loss.detach(),
-            "accuracy": found.accuracy * share,
-            "margin": (chosen - rejected).detach().mean() * share,
-            "reward_mean": (chosen + rejected).detach().mean() / 2 * share,
-        }
-
-
-class _Size(float):
-    """A number of pairs that also holds the number of tokens of their chosen completions."""
-
-    tokens: int
-
-
-class DPO(_Pairwise):
-    """Direct preference optimisation and variants; the reference is the initial policy."""
-
-    config: DPOConfig
-
-    def size(self, items: Sequence[Pair]) -> float:
-        size = _Size(len(items))
-        # `batch` moves the first token of a pair without prompt out of the completion.
-        size.tokens = sum(len(p.chosen) - (not p.prompt) for p in items)
-        return size
-
-    def loss(self, networks: models.Networks, items: Sequence[Pair], size: float) -> Loss:
-        batch = self.batch(items, networks.policy.device)
-        config = self.config
-        weights = dict(enumerate(config.loss_weights or [1.0] * len(config.loss_type)))
-        # The sft loss is averaged over tokens, the other losses over pairs.
-        of_pairs = [i for i, name in enumerate(config.loss_type) if name != "sft"]
-        plain = config.f_divergence_type == "reverse_kl"
-        average = plain and all(name in AVERAGED for name in config.loss_type)
-        lengths = batch.completion_mask.sum(-1)
-        counts = dict(zip(("chosen_lengths", "rejected_lengths"), lengths.chunk(2), strict=True))
-        policy = self._sums(models.lm_head(networks.policy, batch), batch, average)
-        reference: tuple[Tensor, ...] = ()
-        if self.reference is not None:
-            with torch.no_grad():
-                reference = self._sums(self.reference(networks, batch), batch, average)
-        share = len(items) / size
-        terms = []
-        if of_pairs:
-            found = rk.preference_loss(
-                *policy,
-                *reference,
-                loss=[config.loss_type[i] for i in of_pairs],
-                loss_weights=[weights[i] for i in of_pairs],
-                beta=config.beta,
-                label_smoothing=config.label_smoothing,
-                f_divergence=config.f_divergence_type,
-                f_alpha=config.f_alpha_divergence_coef,
-                discopop_tau=config.discopop_tau,
-                gamma=config.simpo_gamma,
-                alpha=config.alpha,
-                **({} if average else counts),
-            )
-            terms.append(found.loss * share)
-        if len(of_pairs) < len(weights):
-            tokens = rk.preference_loss(*policy, loss="sft", beta=config.beta, **counts)
-            weight = sum(weights[i] for i in weights if i not in of_pairs)
-            whole = max(size.tokens, 1) if isinstance(size, _Size) else size
-            terms.append(tokens.loss * weight * (int(lengths.chunk(2)[0].sum()) / whole))
-            found = found if of_pairs else tokens
-        loss = terms[0] if len(terms) == 1 else terms[0] + terms[1]
-        margins = found.chosen_rewards - found.rejected_rewards
-        return loss, {
-            "loss": loss.detach(),
-            "accuracy": (margins > 0).float().mean() * share,
-            "margin": margins.mean() * share,
-            "reward_chosen": found.chosen_rewards.mean() * share,
-            "reward_rejected": found.rejected_rewards.mean() * share,
-        }
-
-    def _sums(self, head: models.Head, batch: Batch, average: bool) -> tuple[Tensor, ...]:
-        """Log-probabilities of the chosen and the rejected completions, summed or averaged."""
-        mask, options = batch.completion_mask, {}
-        if self.config.ld_alpha is not None:
-            chosen, rejected = mask.sum(-1).chunk(2)
-            shared = torch.minimum(chosen, rejected).repeat(2)
-            options = {"shared_lengths": shared, "ld_alpha": self.config.ld_alpha}
-        logprobs = head.logprobs(batch.labels)
-        return rk.sequence_logprobs(logprobs, mask=mask, average=average, **options).chunk(2)
-
-
-def _fits(limit: int | None, *completions: list[int]) -> bool:
-    return limit is None or all(len(c) <= limit for c in completions)
 
 
 class OfflineTrainer:
@@ -210,7 +24,7 @@ class OfflineTrainer:
     def __init__(
         self,
         learner: Learner,
-        objective: SFT | _Pairwise,
+        objective: Objective,
         train: Sequence[Row],
         held_out: Sequence[Row],
         optim: OptimConfig,
@@ -231,7 +45,7 @@ class OfflineTrainer:
                 found = f"the completions of all {len(given)} {name} rows are longer; raise it"
                 raise UserError(f"max_new_tokens: expected rows whose completions fit: {found}")
         for network in learner.networks.children():
-            check_length(network, map(objective.length, [*self.train, *self.held_out]))
+            check_length(network, objective.lengths([*self.train, *self.held_out]))
         self.sampler = Sampler(len(self.train), optim.batch_size, seed)
         self.steps_done = 0
 
@@ -268,7 +82,7 @@ class OfflineTrainer:
 
         `size` is the divisor if these items are part of a larger batch; by default it is theirs.
         """
-        whole = size or self.objective.size(items)
+        whole = size or self.objective.size(items, self.learner)
 
         def function(networks: models.Networks, part: Sequence[Any]) -> Loss:
             loss, metrics = self.objective.loss(networks, part, whole)
@@ -306,7 +120,7 @@ class OfflineTrainer:
         """`scores`: metrics over the held-out rows, cut to a multiple of the processes."""
         processes, step = self.learner.processes, self.optim.batch_size
         items = self.held_out[: len(self.held_out) // processes * processes]
-        size = self.objective.size(items)
+        size = self.objective.size(items, self.learner)
         parts = [items[start : start + step] for start in range(0, len(items), step)]
         functions = [f for part in parts for f in self.losses(part, size=size)]
         losses, metrics = zip(*map(self.learner.forward, functions), strict=True)

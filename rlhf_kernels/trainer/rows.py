@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .answers import final_number
-from .cells import Text, content, json_cell, margin_cell, spoken, string_cell, text_cell
+from .cells import Text, content, json_cell, label_cell, margin_cell, spoken, string_cell, text_cell
 from .config import UserError, require
 from .files import read_objects
 
@@ -69,11 +69,23 @@ def read_rows(path: str, kind: str) -> list[Row]:
     rows = []
     for place, found in read_objects(path):
         try:
-            rows.append(parse_row(found, kind)._replace(origin=place))
+            rows += [row._replace(origin=place) for row in parse_rows(found, kind)]
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
     require(bool(rows), path, "at least one row", 0)
     return rows
+
+
+def parse_rows(row: Any, kind: str) -> list[Row]:
+    """The rows of an object: one, or two where KTO is given a preference."""
+    if kind == "unpaired" and isinstance(row, dict) and "label" not in row and "chosen" in row:
+        pair = parse_row(row, "preference")
+        answers = ((pair.chosen, True), (pair.rejected, False))
+        return [
+            Row(pair.prompt, answer, columns=pair.columns | {"label": label})
+            for answer, label in answers
+        ]
+    return [parse_row(row, kind)]
 
 
 def parse_row(row: Any, kind: str) -> Row:
@@ -81,7 +93,7 @@ def parse_row(row: Any, kind: str) -> Row:
 
     Args:
         row: an object of the dataset.
-        kind: "supervised", "preference" or "prompt".
+        kind: "supervised", "preference", "unpaired" or "prompt".
 
     Raises:
         UserError: columns are missing or have values of another type.
@@ -93,7 +105,9 @@ def parse_row(row: Any, kind: str) -> Row:
             expected = "a column of another name: the trainer gives reward functions its own"
             require(name not in row, repr(name), expected, row.get(name))
     made = _preference if kind == "preference" else _supervised
-    parsed = made(row, kind, columns)
+    parsed = made(row, "supervised" if kind == "unpaired" else kind, columns)
+    if kind == "unpaired":
+        columns["label"] = label_cell(row.get("label"))
     if kind == "prompt":
         require(bool(parsed.prompt), "'messages'", "something to answer", parsed.completion)
     if not isinstance(parsed.prompt, str):

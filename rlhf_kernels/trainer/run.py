@@ -17,7 +17,8 @@ from .generation import Engine, TransformersEngine
 from .interrupts import Interrupted, Interrupts, interrupts
 from .learner import Learner
 from .loop import Loop
-from .offline import DPO, SFT, OfflineTrainer, RewardModelling
+from .objectives import DPO, KTO, SFT, RewardModelling
+from .offline import OfflineTrainer
 from .online import OnlineTrainer
 from .rewards import load_rewards
 from .rollout import Collector
@@ -94,6 +95,8 @@ def _offline(stage: Stage) -> OfflineTrainer:
         (config,) = stage.own
         reference = models.Reference(network) if config.has_reference else None
         objective = DPO(tokenizer, limit, config, reference)
+    elif stage.name == "kto":
+        objective = KTO(tokenizer, limit, *stage.own, models.Reference(network))
     networks = {"reward" if stage.name == "reward" else "policy": network}
     rates = dict.fromkeys(networks, stage.optim.learning_rate)
     learner = Learner(stage.accelerator, networks, rates, stage.optim)

@@ -17,6 +17,7 @@ from .algorithms import ALGORITHMS
 from .config import (
     DataConfig,
     DPOConfig,
+    KTOConfig,
     ModelConfig,
     OnlineConfig,
     OptimConfig,
@@ -37,6 +38,7 @@ OFFLINE: dict[str, tuple[tuple[type, ...], str, dict[str, Any]]] = {
     "sft": ((), "supervised", {"learning_rate": 2e-5}),
     "reward": ((RewardConfig,), "preference", {"learning_rate": 1e-4}),
     "dpo": ((DPOConfig,), "preference", {"learning_rate": 1e-6}),
+    "kto": ((KTOConfig,), "unpaired", {"learning_rate": 1e-6}),
 }
 
 

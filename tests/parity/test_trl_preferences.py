@@ -1,7 +1,7 @@
-"""Parity with TRL 1.16.0: the losses of its DPOTrainer, value and gradient.
+"""Parity with TRL 1.16.0: the losses of its DPO, KTO, CPO and ORPO trainers, value and gradient.
 
-`DPOTrainer._compute_loss` itself runs, on an object that carries what it reads. Different by
-design: TRL ignores label_smoothing with "sigmoid", ours is then conservative DPO.
+The trainers' own methods run, on an object that carries what they read. Different by design: TRL's
+DPO ignores label_smoothing with "sigmoid", ours is then conservative DPO.
 """
 
 import collections
@@ -18,7 +18,10 @@ from rlhf_kernels.config.preference import OF_DIFFERENCES, SORTED
 if importlib.util.find_spec("trl") is None:
     pytest.skip("needs trl (the extra 'parity')", allow_module_level=True)
 
+from trl.experimental.cpo.cpo_trainer import CPOTrainer
+from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_trainer import KTOTrainer
 
 NAMES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"),
@@ -99,3 +102,81 @@ def test_dpo(names, f, ld_alpha, weighting):
     slopes = [torch.autograd.grad(x, logprobs)[0] * mask for x in (found, expected)]
     assert slopes[1].abs().max() > 1e-3
     torch.testing.assert_close(*slopes, rtol=3e-5, atol=2e-6)
+
+
+def assert_same(found, expected, logprobs):
+    torch.testing.assert_close(found, expected, rtol=3e-6, atol=1e-6)
+    slopes = [torch.autograd.grad(x, logprobs, retain_graph=True)[0] for x in (found, expected)]
+    assert slopes[1].abs().max() > 1e-3
+    torch.testing.assert_close(*slopes, rtol=3e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+@pytest.mark.parametrize("shift", [0.5, -0.5])
+@pytest.mark.parametrize("kind", ["mixed", "desirable", "undesirable"])
+def test_kto(loss_type, shift, kind):
+    logprobs = (-3 * torch.rand(PAIRS, TOKENS)).requires_grad_()
+    reference, mismatched = -3 * torch.rand(PAIRS, TOKENS), -9 * torch.rand(PAIRS)
+    desirable = torch.tensor([True, False, True, True, False])
+    if kind != "mixed":
+        desirable = torch.full((PAIRS,), kind == "desirable")
+    completion = torch.ones(PAIRS, TOKENS + 1).long()
+    zeros = torch.zeros(PAIRS, TOKENS)
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=False), aux_loss_enabled=False, precompute_ref_logps=True,
+        calculate_KL=loss_type == "kto", loss_type=loss_type, beta=0.3, desirable_weight=1.3,
+        undesirable_weight=0.7, _total_train_tokens=0,
+        _compute_kl_logps=lambda *_: mismatched + shift,
+        _metrics=collections.defaultdict(lambda: collections.defaultdict(list)),
+        accelerator=SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x,
+                                    gather_for_metrics=lambda x: x),
+    )  # fmt: skip
+    inputs = {"completion_mask": completion, "input_ids": completion, "label": desirable,
+              "attention_mask": completion, "ref_logps": reference.sum(-1),
+              "ref_KL_logps": mismatched}  # fmt: skip
+    expected = KTOTrainer._compute_loss(
+        trainer, lambda **_: outputs(logprobs, zeros), inputs, False
+    )
+    found = rk.kto_loss(
+        rk.sequence_logprobs(logprobs, torch.ones(PAIRS, TOKENS)), reference.sum(-1), desirable,
+        kl=shift if loss_type == "kto" else 0.0, beta=0.3, desirable_weight=1.3,
+        undesirable_weight=0.7,
+    )  # fmt: skip
+    assert_same(found.loss, expected, logprobs)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "alpha"),
+    [("cpo", "sigmoid", 0.0), ("simpo", "simpo", 0.0), ("alphapo", "simpo", 0.4)],
+)
+def test_cpo(ours, theirs, alpha):
+    """CPO's loss is of sums over tokens, that of SimPO and AlphaPO of means."""
+    logprobs = (-3 * torch.rand(2 * PAIRS, TOKENS)).requires_grad_()
+    smoothing = 0.1 if ours == "cpo" else 0.0
+    trainer = SimpleNamespace(
+        alpha=alpha, beta=1.5, loss_type=theirs, simpo_gamma=0.7, label_smoothing=smoothing,
+        accelerator=SimpleNamespace(device=torch.device("cpu")),
+    )  # fmt: skip
+    sums = logprobs.sum(-1) if ours == "cpo" else logprobs.mean(-1)
+    expected = CPOTrainer.cpo_loss(trainer, *sums.chunk(2))[0].mean()
+    mask = torch.ones(2 * PAIRS, TOKENS)
+    average = ours != "cpo"
+    options = {} if ours == "cpo" else {"gamma": 0.7}
+    if ours == "alphapo":
+        options["alpha"] = alpha
+    found = rk.preference_loss(
+        *rk.sequence_logprobs(logprobs, mask, average=average).chunk(2), loss=ours, beta=1.5,
+        label_smoothing=smoothing, **options,
+    )  # fmt: skip
+    assert_same(found.loss, expected, logprobs)
+
+
+def test_orpo():
+    """TRL subtracts what it calls the losses from the language model's: the sign is the other."""
+    logprobs = (-3 * torch.rand(2 * PAIRS, TOKENS)).requires_grad_()
+    trainer = SimpleNamespace(beta=0.4, accelerator=SimpleNamespace(device=torch.device("cpu")))
+    expected = -ORPOTrainer.odds_ratio_loss(trainer, *logprobs.mean(-1).chunk(2))[0].mean()
+    mask = torch.ones(2 * PAIRS, TOKENS)
+    means = rk.sequence_logprobs(logprobs, mask, average=True).chunk(2)
+    found = rk.preference_loss(*means, loss="orpo", beta=0.4)
+    assert_same(found.loss, expected, logprobs)

@@ -28,7 +28,7 @@ def lines(capsys):
     [
         (["trian", "ppo"], "unknown command 'trian'; did you mean 'train'?"),
         (["ppo"], "unknown command 'ppo'"),
-        (["train"], "expected a stage, found none; one of: sft, reward, dpo, ppo"),
+        (["train"], "expected a stage, found none; one of: sft, reward, dpo, kto, ppo"),
         (["train", "gropo"], "found 'gropo'; did you mean 'grpo'?"),
         (["train", "--config", "x.yaml"], "found '--config'; one of: sft"),
         (["train", ""], "expected a stage, found ''"),

@@ -21,6 +21,7 @@ _FLAGS = {
     "ppo": "--mini_batch_size 16 --epochs 2 --micro_batch_size 4 --kl_target 0.05",
     "grpo": "--num_generations 4 --reward_normalize --micro_batch_size 8",
     "dpo": "--max_new_tokens 8",
+    "kto": "--max_new_tokens 8 --micro_batch_size 5",
 }
 # A process imports once and trains all stages in turn. accelerate refuses FSDP on CPU: it is told.
 _SCRIPT = """
@@ -48,7 +49,7 @@ _POISONED = """
 import math, os, sys
 import torch
 from rlhf_kernels import cli
-from rlhf_kernels.trainer.offline import SFT
+from rlhf_kernels.trainer.objectives import SFT
 plain, calls = SFT.loss, [0]
 def loss(self, networks, items, size):
     found, metrics = plain(self, networks, items, size)
@@ -73,7 +74,7 @@ def jobs(folder: Path, name: str, stages: dict[str, str]) -> str:
     found = []
     for stage, flags in stages.items():
         own = ["--output_dir", str(folder / name / stage)]
-        if stage == "dpo":
+        if stage in ("dpo", "kto"):
             own += ["--data", str(folder / "pairs.jsonl"), "--vocab_size", "280"]
         else:
             own += ["--reward_funcs", "sevens_reward:sevens", "--max_new_tokens", "5"]

@@ -32,7 +32,7 @@ from rlhf_kernels.trainer.data import (
     whole_tokens,
 )
 from rlhf_kernels.trainer.encoding import pair_tokens
-from rlhf_kernels.trainer.offline import DPO, RewardModelling
+from rlhf_kernels.trainer.objectives import DPO, RewardModelling
 from rlhf_kernels.trainer.tokenizers import bpe_tokenizer
 
 

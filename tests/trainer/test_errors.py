@@ -271,6 +271,12 @@ dpo --simpo_gamma 1 | simpo_gamma: expected 0.5 with loss sigmoid
 dpo --ld_alpha 1.5 | ld_alpha: expected a number from 0 to 1
 dpo --loss_type sigmoid sft --ld_alpha 0.5 | ld_alpha: expected no value with loss_type sft
 dpo --loss_type aot --batch_size 8 --micro_batch_size 4 | loss_type: expected no loss that sorts
+kto | data: expected a file of labelled completions, found None
+kto --beta 0 | beta: expected > 0
+kto --loss_type bco | loss_type: expected one of kto, apo_zero_unpaired, found 'bco'
+kto --batch_size 1 | batch_size: expected >= 2 with loss_type kto
+kto --desirable_weight -1 | desirable_weight: expected >= 0
+kto --desirable_weight 0 --undesirable_weight 0 | undesirable_weight: expected > 0
 dpo --label_smoothing 0.5 | label_smoothing: expected a probability below 0.5
 dpo --label_smoothing 0.1 --loss_type ipo | label_smoothing: expected 0 with loss ipo
 reward --center_coef -1 | center_coef: expected >= 0
@@ -300,6 +306,7 @@ sft --data {f}/mixed | mixed: expected every name to tell a split train.jsonl ex
 sft --data no-such-owner-here/no-such-data | no-such-owner-here/no-such-data
 reward | data: expected a file of preferences
 dpo --data {f}/sft.jsonl | sft.jsonl:1 chosen
+kto --data {f}/sft.jsonl | sft.jsonl:1 'label': expected true or false, found None
 ppo --data {f}/bare.jsonl --eval_size 8 --batch_size 8 --sft_steps 2 | sft_steps bare.jsonl
 ppo --data {f}/bare.jsonl --eval_size 8 --batch_size 8 --ptx_coef 1 | ptx_coef bare.jsonl
 ppo --data {f}/sft.jsonl --eval_size 8 --batch_size 8 | reward_funcs: no column 'answer'

@@ -21,7 +21,8 @@ from rlhf_kernels.trainer import checkpoint, models, online
 from rlhf_kernels.trainer.config import ModelConfig, OptimConfig
 from rlhf_kernels.trainer.finite import Micro, NonFinite, check_weights, finite
 from rlhf_kernels.trainer.learner import Learner
-from rlhf_kernels.trainer.offline import SFT, OfflineTrainer
+from rlhf_kernels.trainer.objectives import SFT
+from rlhf_kernels.trainer.offline import OfflineTrainer
 from rlhf_kernels.trainer.timing import timed
 
 

@@ -1,6 +1,7 @@
 """The stages that learn from a dataset: supervised, reward model and DPO."""
 
 import json
+import math
 import random
 
 import pytest
@@ -22,10 +23,18 @@ from rlhf_kernels import cli
 from rlhf_kernels.config.enums import PREFERENCE_LOSSES
 from rlhf_kernels.config.preference import OF_DIFFERENCES, REFERENCE_FREE
 from rlhf_kernels.trainer import models
-from rlhf_kernels.trainer.config import DPOConfig, ModelConfig, OptimConfig, RewardConfig, UserError
+from rlhf_kernels.trainer.config import (
+    DPOConfig,
+    KTOConfig,
+    ModelConfig,
+    OptimConfig,
+    RewardConfig,
+    UserError,
+)
 from rlhf_kernels.trainer.data import Row
 from rlhf_kernels.trainer.learner import Learner
-from rlhf_kernels.trainer.offline import DPO, SFT, OfflineTrainer, RewardModelling, wilson_interval
+from rlhf_kernels.trainer.objectives import DPO, KTO, SFT, RewardModelling
+from rlhf_kernels.trainer.offline import OfflineTrainer, wilson_interval
 
 
 def preferences(count: int = 200) -> list[Row]:
@@ -36,6 +45,14 @@ def preferences(count: int = 200) -> list[Row]:
         a, b = draw.randrange(9), draw.randrange(9)
         rows.append(Row(f"{a}+{b}=", None, str(a + b), str(a + b + draw.choice([1, -1, 2]))))
     return rows
+
+
+def labelled() -> list[Row]:
+    """Every other completion is wrong, and labelled so."""
+    return [
+        Row(r.prompt, r.rejected if i % 2 else r.chosen, columns={"label": i % 2 == 0})
+        for i, r in enumerate(preferences())
+    ]
 
 
 def offline_trainer(objective: str, *, micro=0, seed=0, rows=None, rate=3e-3, **options):
@@ -57,8 +74,11 @@ def offline_trainer(objective: str, *, micro=0, seed=0, rows=None, rate=3e-3, **
             config = DPOConfig(**options)
             reference = models.Reference(policy) if config.has_reference else None
             made = DPO(task.tokenizer, None, config, reference)
+        if objective == "kto":
+            made = KTO(task.tokenizer, None, KTOConfig(**options), models.Reference(policy))
     learner = Learner(accelerator(), networks, dict.fromkeys(networks, rate), optim)
-    rows = rows or (task.train[:200] if objective == "sft" else preferences())
+    made_rows = {"sft": lambda: task.train[:200], "kto": labelled}
+    rows = rows or made_rows.get(objective, preferences)()
     return OfflineTrainer(learner, made, rows[:-40], rows[-40:], optim, seed=seed)
 
 
@@ -71,6 +91,8 @@ OBJECTIVES = [
     ("dpo", {"loss_type": ["hinge"]}),
     ("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "beta": 0.5}),
     ("dpo", {"loss_type": ["simpo"], "beta": 2.0}),
+    ("kto", {"beta": 0.5}),
+    ("kto", {"loss_type": "apo_zero_unpaired", "beta": 0.5}),
 ]
 
 
@@ -94,7 +116,7 @@ def test_gradient_of_micro_batches_is_the_whole_batchs(objective, options):
     found = []
     for micro in (0, 5, 16):
         trainer = offline_trainer(objective, micro=micro, **options)
-        if objective == "dpo":
+        if objective in ("dpo", "kto"):
             # Away from the reference, where the margin is 0.
             with torch.no_grad():
                 for p in trainer.learner.networks.parameters():
@@ -123,6 +145,52 @@ def test_sft_loss_is_the_models_own():
         total += policy(input_ids=ids, labels=labels).loss.item() * len(completion)
         count += len(completion)
     assert loss.item() == pytest.approx(total / count, rel=1e-5)
+
+
+def sequence_sum(model, prompt: list[int], completion: list[int]) -> float:
+    """log p(completion | prompt) from the model's own logits."""
+    ids = torch.tensor([prompt + completion])
+    with torch.no_grad():
+        logprobs = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+    return logprobs.gather(-1, ids[0, 1:, None])[-len(completion) :].sum().item()
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+@pytest.mark.parametrize("micro", [0, 5])
+def test_kto_loss_from_its_definition(loss_type, micro):
+    """Shows the Kahneman-Tversky loss of 2402.01306, its baseline from mismatched examples."""
+    trainer = offline_trainer(
+        "kto",
+        micro=micro,
+        loss_type=loss_type,
+        beta=0.3,
+        desirable_weight=1.5,
+        undesirable_weight=0.1,
+    )
+    policy = trainer.learner.networks.policy
+    # Away from the reference, where the baseline is 0.
+    for _ in range(12):
+        trainer.step()
+    items = trainer.next_items()
+
+    def ratio(prompt, completion):
+        frozen = trainer.reference.model
+        own = sequence_sum(policy, prompt, completion)
+        return own - sequence_sum(frozen, prompt, completion)
+
+    kl = sum(ratio(x.prompt, items[i - 1].completion) for i, x in enumerate(items)) / len(items)
+    baseline = max(kl, 0.0) if loss_type == "kto" else 0.0
+    assert baseline > 0.01 or loss_type != "kto"
+    expected = 0.0
+    for x in items:
+        z = 0.3 * (ratio(x.prompt, x.completion) - baseline)
+        sigmoid = 1 / (1 + math.exp(z if x.desirable else -z))
+        expected += (1.5 if x.desirable else 0.1) * sigmoid / len(items)
+    metrics = trainer._sum([f(trainer.learner.networks)[1] for f in trainer.losses(items)])
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
+    assert metrics["kl"] == pytest.approx(baseline, rel=1e-4, abs=1e-6)
+    good = [0.3 * ratio(x.prompt, x.completion) for x in items if x.desirable]
+    assert metrics["reward_desirable"] == pytest.approx(sum(good) / len(good), rel=1e-4)
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
@@ -242,13 +310,20 @@ def test_pipeline_by_the_command_line(tmp_path):
     assert cli.main(["train", "sft", *shared, *sft]) == 0
     model = ["--model", str(tmp_path / "sft" / "policy")]
     data = ["--data", write_jsonl(tmp_path / "pairs.jsonl", pairs)]
-    for stage in ("reward", "dpo"):
-        out = ["--output_dir", str(tmp_path / stage)]
-        assert cli.main(["train", stage, *shared, *model, *data, *out]) == 0
-        summary = json.loads((tmp_path / stage / "summary.json").read_text())
+    labels = [
+        {"prompt": r.prompt, "completion": r.completion, "label": r.columns["label"]}
+        for r in labelled()
+    ]
+    labels = ["--data", write_jsonl(tmp_path / "labels.jsonl", labels)]
+    # KTO takes preferences too: a desirable and an undesirable completion each.
+    runs = {"reward": data, "dpo": data, "kto": data, "kto labels": labels}
+    for run, rows in runs.items():
+        out = ["--output_dir", str(tmp_path / run)]
+        assert cli.main(["train", run.split()[0], *shared, *model, *rows, *out]) == 0
+        summary = json.loads((tmp_path / run / "summary.json").read_text())
         keys = {"loss", "accuracy", "accuracy_low", "accuracy_high", "margin"}
         assert keys <= summary["held_out_after"].keys()
-        assert (tmp_path / stage / "curves.png").exists()
+        assert (tmp_path / run / "curves.png").exists()
     reward = tmp_path / "reward" / "reward"
     loaded = AutoModelForSequenceClassification.from_pretrained(reward)
     assert loaded.score.weight.shape == (1, 32)

@@ -9,7 +9,7 @@ from tests.trainer.trainer_tools import write_jsonl
 
 from rlhf_kernels.trainer.config import DataConfig, UserError
 from rlhf_kernels.trainer.data import Row, Sampler, load_task, parse_row, read_rows
-from rlhf_kernels.trainer.rows import template_arguments
+from rlhf_kernels.trainer.rows import parse_rows, template_arguments
 
 USER, MORE = {"role": "user", "content": "Hi"}, {"role": "user", "content": "And?"}
 YES, NO = {"role": "assistant", "content": "Hello"}, {"role": "assistant", "content": "Go"}
@@ -93,6 +93,34 @@ def test_supervised_forms(row, prompt, completion):
 @pytest.mark.parametrize(("row", "prompt", "chosen", "rejected"), PREFERENCES)
 def test_preference_forms(row, prompt, chosen, rejected):
     assert parse_row(row, "preference")[:4] == (prompt, None, chosen, rejected)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        # TRL's unpaired preferences; a table may hold the labels as numbers or texts.
+        ({"prompt": "Hi", "completion": "A", "label": True}, [("Hi", "A", True)]),
+        ({"prompt": [USER], "completion": [NO], "label": False}, [([USER], [NO], False)]),
+        ({"prompt": "Hi", "completion": "A", "label": 0}, [("Hi", "A", False)]),
+        ({"prompt": "Hi", "completion": "A", "label": "True"}, [("Hi", "A", True)]),
+        ({"messages": [USER, YES], "label": 1.0}, [([USER], [YES], True)]),
+        # A preference is two completions.
+        ({"prompt": "Hi", "chosen": "A", "rejected": "B"}, [("Hi", "A", True), ("Hi", "B", False)]),
+        (
+            {"chosen": [USER, YES], "rejected": [USER, NO]},
+            [([USER], [YES], True), ([USER], [NO], False)],
+        ),
+    ],
+)
+def test_unpaired_forms(row, expected):
+    found = parse_rows(row, "unpaired")
+    assert [(r.prompt, r.completion, r.columns["label"]) for r in found] == expected
+
+
+@pytest.mark.parametrize("label", [None, 2, "good", [True], float("nan")])
+def test_unpaired_labels_that_are_neither_true_nor_false(label):
+    with pytest.raises(UserError, match="'label': expected true or false"):
+        parse_rows({"prompt": "Hi", "completion": "A", "label": label}, "unpaired")
 
 
 @pytest.mark.parametrize(

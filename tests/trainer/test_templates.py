@@ -17,7 +17,7 @@ from rlhf_kernels.trainer.data import (
     row_tokens,
 )
 from rlhf_kernels.trainer.encoding import encode_pair, encode_prompt, encode_row
-from rlhf_kernels.trainer.offline import DPO, SFT
+from rlhf_kernels.trainer.objectives import DPO, SFT
 from rlhf_kernels.trainer.tokenizers import bpe_tokenizer
 
 CHATML = (

@@ -29,7 +29,8 @@ from rlhf_kernels.trainer.config import (
 from rlhf_kernels.trainer.data import Task, collate, load_task, row_tokens
 from rlhf_kernels.trainer.generation import TransformersEngine
 from rlhf_kernels.trainer.learner import Learner
-from rlhf_kernels.trainer.offline import SFT, OfflineTrainer
+from rlhf_kernels.trainer.objectives import SFT
+from rlhf_kernels.trainer.offline import OfflineTrainer
 from rlhf_kernels.trainer.online import OnlineTrainer
 from rlhf_kernels.trainer.rewards import Rewards
 from rlhf_kernels.trainer.rollout import Collector
