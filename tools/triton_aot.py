@@ -84,33 +84,37 @@ class Variant:
     attributes: dict[tuple[int, ...], Any]
     options: dict[str, Any]
 
+    def _members(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
+        """(name, path, type) of every argument; of a tuple those of its members."""
+        for i, (name, types) in enumerate(self.signature.items()):
+            if isinstance(types, tuple):
+                yield from ((f"{name}.{j}", (i, j), t) for j, t in enumerate(types))
+            else:
+                yield name, (i,), types
+
     def label(self) -> str:
         """What distinguishes it from other variants of its kernel, for readers."""
-        names = list(self.signature)
-        parts = [f"{n}:{t}" for n, t in self.signature.items() if t == "i64" or t[0] == "*"]
-        parts += [
-            ".".join((names[i], *map(str, at))) + f"={v}" for (i, *at), v in self.constants.items()
-        ]
-        parts += [f"{names[i]}:{n}={v}" for (i, *_), a in self.attributes.items() for n, v in a]
+        names = {path: name for name, path, _ in self._members()}
+        parts = [f"{n}:{t}" for n, _, t in self._members() if t == "i64" or t[0] == "*"]
+        parts += [f"{names[path]}={v}" for path, v in self.constants.items()]
+        parts += [f"{names[path]}:{n}={v}" for path, a in self.attributes.items() for n, v in a]
         return " ".join(parts).replace("tt.", "")
 
     def floats(self) -> str:
         """The dtypes of the floating tensors, in order."""
-        return " ".join(t for t in self.signature.values() if t in ("*fp32", "*bf16", "*fp16"))
+        return " ".join(t for _, _, t in self._members() if t in ("*fp32", "*bf16", "*fp16"))
 
-    def switched_on(self) -> int:
-        """The number of its options that add code."""
-        constants = sum(v is not None and v is not False for v in self.constants.values())
-        members = (t for ts in self.signature.values() if isinstance(ts, tuple) for t in ts)
-        return constants + sum(t != "constexpr" for t in members)
+    def switched_off(self) -> int:
+        """The number of its absent arguments and options that are off, which add no code."""
+        return sum(v is None or v is False for v in self.constants.values())
 
     def rows_aligned(self) -> bool:
         """Whether rows start at multiples of 16 bytes: all addresses and, by ALIGN, all strides."""
         names = list(self.signature)
-        constants = {names[i]: v for (i, *_), v in self.constants.items()}
-        chosen = [p.num for p in self.function.params if not p.do_not_specialize]
-        pointers = [i for i in chosen if self.signature[names[i]].startswith("*")]
-        known = [["tt.divisibility", 16] in self.attributes.get((i,), []) for i in pointers]
+        constants = {names[i]: v for (i, *at), v in self.constants.items() if not at}
+        chosen = {p.num for p in self.function.params if not p.do_not_specialize}
+        pointers = [path for _, path, t in self._members() if path[0] in chosen and t[0] == "*"]
+        known = [["tt.divisibility", 16] in self.attributes.get(path, []) for path in pointers]
         return constants.get("ALIGN", 1) > 1 and bool(known) and all(known)
 
 
@@ -182,11 +186,11 @@ def record(target: Target, cases: Iterable[Any]) -> tuple[Recorder, dict[str, li
 
 
 def brief(variants: Iterable[Variant]) -> list[Variant]:
-    """One variant per kernel and dtypes: that with the most options switched on."""
+    """One variant per kernel and dtypes: that with the fewest options switched off."""
     chosen: dict[tuple[str, str], Variant] = {}
     for v in variants:
         best = chosen.setdefault((v.kernel, v.floats()), v)
-        if v.switched_on() > best.switched_on():
+        if v.switched_off() < best.switched_off():
             chosen[v.kernel, v.floats()] = v
     return list(chosen.values())
 

@@ -97,9 +97,18 @@ def launchers(scan: Callable[..., ScanResults]) -> dict[str, Callable[..., objec
         whiten: bool,
     ) -> tuple[Tensor, Tensor]:
         return scan(
-            "gae", rewards, cu_seqlens, mask, masked, gamma, lam, values, dones, bootstrap_values,
+            "gae",
+            rewards,
+            cu_seqlens,
+            mask,
+            masked,
+            gamma,
+            lam,
+            values,
+            dones,
+            bootstrap_values,
             whiten,
-        ).of_values()  # fmt: skip
+        ).of_values()
 
     def discounted_returns(
         rewards: Tensor,
@@ -129,8 +138,22 @@ def launchers(scan: Callable[..., ScanResults]) -> dict[str, Callable[..., objec
         reward_clip: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         return scan(
-            "ppo_advantages", logprobs, cu_seqlens, mask, masked, gamma, lam, values, None, None,
-            whiten, scores, ref_logprobs, kl_coef, kl_estimator, reward_clip,
-        ).of_scores()  # fmt: skip
+            "ppo_advantages",
+            logprobs,
+            cu_seqlens,
+            mask,
+            masked,
+            gamma,
+            lam,
+            values,
+            None,
+            None,
+            whiten,
+            scores,
+            ref_logprobs,
+            kl_coef,
+            kl_estimator,
+            reward_clip,
+        ).of_scores()
 
     return {"gae": gae, "discounted_returns": discounted_returns, "ppo_advantages": ppo_advantages}

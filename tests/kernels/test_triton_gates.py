@@ -108,8 +108,8 @@ LAUNCHES = {
     ),
     # Two sums: the gradients of hidden, and of weight and bias.
     "linear_token_logprobs_support": (
-        ["support.check_kernel", "support.products_kernel", "support.rows_kernel"],
-        ["support.gradient_kernel", "support.sums_kernel", "support.sums_kernel"],
+        ["support.check_kernel", "support_products.products_kernel", "support.rows_kernel"],
+        ["support.gradient_kernel", "support_products.sums_kernel", "support_products.sums_kernel"],
     ),
     "kl_divergence": (
         ["kl.partial_kernel", "kl.combine_kernel"],

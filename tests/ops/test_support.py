@@ -285,7 +285,7 @@ def test_nan_spoils_its_token_only(backend):
 def test_gradients_of_a_word_that_many_tokens_kept(backend, dtype, monkeypatch):
     # Terms of one sign, so that rounding adds up, in many groups: small ones where the interpreter
     # makes each token expensive.
-    monkeypatch.setattr(triton.support, "SUM_TERMS", 8)
+    monkeypatch.setattr(triton.support_products, "SUM_TERMS", 8)
     rows, vocab = 40 if backend == "triton" else 6000, 5
     sizes = [2 + n % 3 for n in range(rows)]
     operands, labels, support = head_problem(sizes, dtype, vocab=vocab, hidden=16)

@@ -59,12 +59,29 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         moments = _moments(tokens) if whiten else None
         rewards, logprobs = (tokens, None) if scores is None else (None, tokens)
         code, position = extension.gae(
-            *b.grid(tokens.shape), sequences, cu_seqlens, rewards, values, _flags(mask),
-            _flags(dones), bootstrap_values, scores, logprobs, ref_logprobs, kl_coef,
-            PLAIN_KL_ESTIMATORS.index(kl_estimator), 0.0 if reward_clip is None else reward_clip,
-            gamma, lam, masked == "carry", whiten, *results, moments, scans.WHITEN_EPS,
+            *b.grid(tokens.shape),
+            sequences,
+            cu_seqlens,
+            rewards,
+            values,
+            _flags(mask),
+            _flags(dones),
+            bootstrap_values,
+            scores,
+            logprobs,
+            ref_logprobs,
+            kl_coef,
+            PLAIN_KL_ESTIMATORS.index(kl_estimator),
+            0.0 if reward_clip is None else reward_clip,
+            gamma,
+            lam,
+            masked == "carry",
+            whiten,
+            *results,
+            moments,
+            scans.WHITEN_EPS,
             make_exec(tokens, "gae", sequences, tokens.shape[-1], cu_seqlens is not None),
-        )  # fmt: skip
+        )
         if code == b.BAD_OFFSETS:
             assert cu_seqlens is not None  # the kernel read a bad entry
             raise checks.bad_offsets(op, position, cu_seqlens, tokens.shape[0])
@@ -79,7 +96,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         moments = _moments(x)
         extension.whiten(
             *b.grid(x.shape), x, _flags(mask), shift_mean, unbiased, eps, moments, out, make_exec(x)
-        )  # fmt: skip
+        )
         return out
 
     def group_advantages(
@@ -99,9 +116,19 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             sorted_ids, order = group_ids.long().sort(stable=True)
         work = _workspace(rewards.numel(), torch.float64, rewards) if gpu else None
         code, _ = extension.group_advantages(
-            rewards.numel(), rewards, greedy_rewards, order, sorted_ids, group_size,
-            BASELINES.index(baseline), SCALES.index(scale), eps, work, out, make_exec(rewards),
-        )  # fmt: skip
+            rewards.numel(),
+            rewards,
+            greedy_rewards,
+            order,
+            sorted_ids,
+            group_size,
+            BASELINES.index(baseline),
+            SCALES.index(scale),
+            eps,
+            work,
+            out,
+            make_exec(rewards),
+        )
         if code == b.OUT_OF_MEMORY:
             raise MemoryError(f"group_advantages: no memory for {rewards.numel()} rewards in fp64")
         return out

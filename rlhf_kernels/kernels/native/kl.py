@@ -23,9 +23,16 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         stats = torch.empty((*shape, 5), dtype=torch.float32, device=logits.device)
         if kl.numel() > 0:
             extension.kl_divergence(
-                *b.grid(shape), vocab, logits, ref_logits, temperature, reverse, kl, stats,
+                *b.grid(shape),
+                vocab,
+                logits,
+                ref_logits,
+                temperature,
+                reverse,
+                kl,
+                stats,
                 make_exec(logits, "kl_divergence", kl.numel(), vocab, logits.element_size()),
-            )  # fmt: skip
+            )
         return kl, stats
 
     def backward(
@@ -41,10 +48,17 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         if out.numel() > 0:
             grad = b.as_grid(grad, torch.float32)
             extension.kl_divergence_backward(
-                *b.grid(shape), vocab, logits, ref_logits, temperature, reverse, stats,
-                grad, out,
+                *b.grid(shape),
+                vocab,
+                logits,
+                ref_logits,
+                temperature,
+                reverse,
+                stats,
+                grad,
+                out,
                 make_exec(logits, "kl_divergence_backward", shape.numel()),
-            )  # fmt: skip
+            )
 
     def kl_divergence_backward(logits: Tensor, *args: Any) -> Tensor:
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -59,10 +73,13 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         out = torch.empty(logprobs.shape, dtype=torch.float32, device=logprobs.device)
         if out.numel() > 0:
             extension.kl_penalty(
-                *b.grid(out.shape), logprobs, ref_logprobs,
-                PLAIN_KL_ESTIMATORS.index(estimator.removesuffix("+")), out,
+                *b.grid(out.shape),
+                logprobs,
+                ref_logprobs,
+                PLAIN_KL_ESTIMATORS.index(estimator.removesuffix("+")),
+                out,
                 make_exec(logprobs),
-            )  # fmt: skip
+            )
         return out
 
     def kl_penalty_backward(
@@ -72,10 +89,15 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         if out.numel() > 0:
             grad = b.as_grid(grad, torch.float32)
             extension.kl_penalty_backward(
-                *b.grid(out.shape), logprobs, ref_logprobs,
-                PLAIN_KL_ESTIMATORS.index(estimator.removesuffix("+")), estimator.endswith("+"),
-                grad, out, make_exec(logprobs),
-            )  # fmt: skip
+                *b.grid(out.shape),
+                logprobs,
+                ref_logprobs,
+                PLAIN_KL_ESTIMATORS.index(estimator.removesuffix("+")),
+                estimator.endswith("+"),
+                grad,
+                out,
+                make_exec(logprobs),
+            )
         return out
 
     return {

@@ -53,10 +53,17 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         temperatures = b.as_grid(temperatures, torch.float32)
         check(labels, temperatures, vocab, options.ignore_index)
         status = extension.token_logprobs(
-            *b.grid(shape), vocab, logits, labels, temperatures, options, logprobs,
-            entropies if options.entropy else None, stats,
+            *b.grid(shape),
+            vocab,
+            logits,
+            labels,
+            temperatures,
+            options,
+            logprobs,
+            entropies if options.entropy else None,
+            stats,
             make_exec(logits, "token_logprobs", labels.numel(), vocab, logits.element_size()),
-        )  # fmt: skip
+        )
         _raise(status, labels, temperatures, vocab)
         return logprobs, entropies, stats
 
@@ -78,10 +85,18 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         grad_logprobs = b.as_upstream(grad_logprobs)
         grad_entropy = b.as_upstream(grad_entropy)
         status = extension.token_logprobs_backward(
-            *b.grid(shape), vocab, logits, labels, temperatures, options, stats, grad_logprobs,
-            grad_entropy, out,
+            *b.grid(shape),
+            vocab,
+            logits,
+            labels,
+            temperatures,
+            options,
+            stats,
+            grad_logprobs,
+            grad_entropy,
+            out,
             make_exec(logits, "token_logprobs_backward", labels.numel()),
-        )  # fmt: skip
+        )
         _raise(status, labels, temperatures, vocab)
 
     def token_logprobs_backward(logits: Tensor, labels: Tensor, *args: Any) -> Tensor:

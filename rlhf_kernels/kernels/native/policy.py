@@ -86,12 +86,26 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         if tokens is None:
             return loss.zero_(), metrics.zero_(), policy_grad, bonus, scale
         status = extension.policy_loss(
-            *tokens, flags(mask), logprobs, old, advantages, advantages.shape != logprobs.shape,
-            ref, rollout, entropy, divisor, normalizer, codes, params, loss, metrics,
+            *tokens,
+            flags(mask),
+            logprobs,
+            old,
+            advantages,
+            advantages.shape != logprobs.shape,
+            ref,
+            rollout,
+            entropy,
+            divisor,
+            normalizer,
+            codes,
+            params,
+            loss,
+            metrics,
             scale if gpu else None,
-            policy_grad if grad else None, bonus if entropy_grad else None,
+            policy_grad if grad else None,
+            bonus if entropy_grad else None,
             make_exec(logprobs, op, *tokens[:2], cu_seqlens is not None),
-        )  # fmt: skip
+        )
         raise_status(op, status, cu_seqlens, logprobs.numel())
         return loss, metrics, policy_grad, bonus, scale
 
@@ -108,9 +122,15 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             outs.append(torch.empty_like(second, dtype=second_dtype))
         if first.numel() > 0:
             extension.loss_backward(
-                first.numel(), first, second, scale, upstream, outs[0],
-                outs[1] if second is not None else None, make_exec(first),
-            )  # fmt: skip
+                first.numel(),
+                first,
+                second,
+                scale,
+                upstream,
+                outs[0],
+                outs[1] if second is not None else None,
+                make_exec(first),
+            )
         return outs
 
     table: dict[str, Callable[..., object]] = {"policy_loss": policy_loss}

@@ -66,11 +66,24 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             checks.support_data(op, labels, temperatures, indptr, indices, keep, vocab)
         bias, temperatures = b.as_grid(bias, torch.float32), b.as_grid(temperatures, torch.float32)
         status = extension.support_logprobs(
-            *b.grid(shape), vocab, width, rows, weight, bias, labels, temperatures,
-            indices.shape[0], indptr, indices, options, logprobs,
-            entropies if options.entropy else None, stats, kept,
+            *b.grid(shape),
+            vocab,
+            width,
+            rows,
+            weight,
+            bias,
+            labels,
+            temperatures,
+            indices.shape[0],
+            indptr,
+            indices,
+            options,
+            logprobs,
+            entropies if options.entropy else None,
+            stats,
+            kept,
             make_exec(rows, "support_logprobs"),
-        )  # fmt: skip
+        )
         check(op, status, labels, temperatures, indptr, indices, vocab)
         return logprobs, entropies, stats, kept
 
@@ -96,9 +109,22 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         grad_logprobs = b.as_upstream(grad_logprobs)
         grad_entropy = b.as_upstream(grad_entropy)
         status = extension.support_backward(
-            *b.grid(labels.shape), vocab, labels, temperatures, indices.shape[0], indptr, indices,
-            options, stats, kept, grad_logprobs, grad_entropy, dz, out, make_exec(kept),
-        )  # fmt: skip
+            *b.grid(labels.shape),
+            vocab,
+            labels,
+            temperatures,
+            indices.shape[0],
+            indptr,
+            indices,
+            options,
+            stats,
+            kept,
+            grad_logprobs,
+            grad_entropy,
+            dz,
+            out,
+            make_exec(kept),
+        )
         check(op, status, labels, temperatures, indptr, indices, vocab)
         return dz
 
@@ -117,15 +143,29 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         return forward("linear_token_logprobs", *args)
 
     def linear_token_logprobs_support_backward(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor, labels: Tensor,
-        temperatures: Tensor | None, indptr: Tensor, indices: Tensor, *args: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kept: Tensor,
+        labels: Tensor,
+        temperatures: Tensor | None,
+        indptr: Tensor,
+        indices: Tensor,
+        *args: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         *inputs, (of_hidden, of_weight, of_bias) = args
         vocab, width = weight.shape
         dz = backward(
-            "linear_token_logprobs", vocab, None, kept, labels, temperatures, indptr, indices,
+            "linear_token_logprobs",
+            vocab,
+            None,
+            kept,
+            labels,
+            temperatures,
+            indptr,
+            indices,
             *inputs,
-        )  # fmt: skip
+        )
         grad_hidden = hidden.new_empty(hidden.shape) if of_hidden else hidden.new_empty(0)
         grad_weight = weight.new_empty(weight.shape) if of_weight else hidden.new_empty(0)
         grad_bias = kept.new_zeros(vocab if of_bias else 0)
@@ -141,11 +181,24 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             # csrc/abi.h: SupportUse
             uses = starts.new_empty(2 * indices.shape[0])
         extension.support_head_backward(
-            *b.grid(labels.shape), vocab, width, hidden, weight, indices.shape[0], indptr, indices,
-            dz, grad_hidden if of_hidden else None,
-            grad_weight if of_weight else None, grad_bias if of_bias else None,
-            starts, uses, order, owner, make_exec(dz),
-        )  # fmt: skip
+            *b.grid(labels.shape),
+            vocab,
+            width,
+            hidden,
+            weight,
+            indices.shape[0],
+            indptr,
+            indices,
+            dz,
+            grad_hidden if of_hidden else None,
+            grad_weight if of_weight else None,
+            grad_bias if of_bias else None,
+            starts,
+            uses,
+            order,
+            owner,
+            make_exec(dz),
+        )
         return grad_hidden, grad_weight, grad_bias.to(bias_dtype)
 
     def by_token_id(

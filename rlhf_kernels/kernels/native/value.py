@@ -35,10 +35,21 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         if tokens is None:
             return loss.zero_(), metrics.zero_(), gradient, scale
         status = extension.value_loss(
-            *tokens, policy.flags(mask), values, old, returns, divisor, normalizer, aggregation,
-            clip_range, loss, metrics, scale if gpu else None, gradient if grad else None,
+            *tokens,
+            policy.flags(mask),
+            values,
+            old,
+            returns,
+            divisor,
+            normalizer,
+            aggregation,
+            clip_range,
+            loss,
+            metrics,
+            scale if gpu else None,
+            gradient if grad else None,
             make_exec(values, op, *tokens[:2], cu_seqlens is not None),
-        )  # fmt: skip
+        )
         policy.raise_status(op, status, cu_seqlens, values.numel())
         return loss, metrics, gradient, scale
 

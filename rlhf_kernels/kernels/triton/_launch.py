@@ -10,20 +10,72 @@ from torch import Tensor
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
 
+class _Members(dict[tuple[Any, Any], tuple[Any, Any]]):
+    """From (types, keys) of the members of a tuple, as Triton finds them, those without keys.
+
+    Triton has a key for whatever it specialises on: a multiple of 16, and the number 1, which it
+    would compile as a constant.
+    """
+
+    def __init__(self, aligned: bool) -> None:
+        super().__init__()
+        self._aligned = aligned
+
+    def __missing__(self, found: tuple[Any, Any]) -> tuple[Any, Any]:
+        types, keys = found
+        # None is a constant without a key.
+        plain = tuple(
+            "i32" if t == "constexpr" and k is not None else t
+            for t, k in zip(types, keys, strict=True)
+        )
+        kept = tuple(
+            k if self._aligned and t.startswith("*") else None
+            for t, k in zip(plain, keys, strict=True)
+        )
+        self[found] = plain, kept
+        return plain, kept
+
+
+class _Kernel(triton.JITFunction):  # type: ignore[misc]
+    """A JIT function for which `do_not_specialize` also holds for the members of tuples.
+
+    Triton itself always specialises on integers and addresses in tuples, so each stride of a tensor
+    could compile another kernel, with another order of its sums. Named tuples are left as they are:
+    they hold floats, on which Triton never specialises.
+    """
+
+    def create_binder(self) -> tuple[Any, ...]:
+        *others, bind = super().create_binder()
+        members = [
+            (p.num, _Members(not p.do_not_specialize)) for p in self.params if not p.is_constexpr
+        ]
+
+        def bind_plainly(*args: Any, **options: Any) -> tuple[Any, list[tuple[Any, Any]], Any]:
+            bound, found, rest = bind(*args, **options)
+            for i, plain in members:
+                if type(found[i][0]) is tuple:
+                    found[i] = plain[found[i]]
+            return bound, found, rest
+
+        return *others, bind_plainly
+
+
 def kernel(function: Any = None, *, aligned: tuple[str, ...] = ()) -> Any:
-    """`triton.jit` that compiles once per dtype and constexpr, not per length or address.
+    """`triton.jit` that compiles once per dtype and constexpr, not per length, stride or address.
 
     Args:
         function: the kernel.
-        aligned: pointers with a separate variant for 16-byte alignment, which allows 16-byte loads.
-            Triton specialises on no other argument.
+        aligned: tensors with a separate variant for addresses that are multiples of 16 bytes, which
+            allows 16-byte loads. Triton specialises on no other argument.
     """
     if function is None:
         return lambda f: kernel(f, aligned=aligned)
+    if INTERPRETED:
+        return triton.jit(function)
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     constants = {n for n, t in function.__annotations__.items() if "constexpr" in str(t)}
     runtime = [n for n in names if n not in constants and n not in aligned]
-    return triton.jit(function, do_not_specialize=runtime, do_not_specialize_on_alignment=runtime)
+    return _Kernel(function, do_not_specialize=runtime, do_not_specialize_on_alignment=runtime)
 
 
 def launch(

@@ -1,9 +1,8 @@
 """Options of rows of logits in kernels, like csrc/cuda/rows.cuh.
 
 A kernel takes the options as one argument `row_options`, a tuple of floats with None for an option
-that is off. Triton compiles a variant for None but not for the value of a float. Integer options
-are separate arguments, because Triton always specialises on integers inside a tuple. A named tuple
-would make each launch slower.
+that is off. Triton compiles a variant for None but not for the value of a float. A named tuple would
+make each launch slower.
 """
 
 import triton
@@ -11,6 +10,7 @@ import triton.language as tl
 
 from ...core.row_options import RowOptions
 from ._math import tanh_parts
+from ._strided import token_at
 
 
 def packed(options: RowOptions) -> tuple[float | None, ...]:
@@ -34,19 +34,11 @@ def with_options(x, row_options):
 
 
 @triton.jit
-def token_at(i, cols, stride0, stride1):
-    """Offset of token i of a grid [rows, cols]."""
-    return (i // cols).to(tl.int64) * stride0 + (i % cols).to(tl.int64) * stride1
-
-
-@triton.jit
-def row_temperature(
-    row_options, temperatures, row, cols, stride0, stride1, PER_TOKEN: tl.constexpr, valid=None
-):  # fmt: skip
+def row_temperature(row_options, temperatures, row, cols, valid=None):
     """The temperature of all rows, or one per row; 1 where a row of the block is not `valid`."""
     temperature, _ = row_options
-    if PER_TOKEN:
-        at = temperatures + token_at(row, cols, stride0, stride1)
+    if temperatures is not None:
+        at = token_at(temperatures, row, cols)
         if valid is None:
             temperature = tl.load(at)
         else:

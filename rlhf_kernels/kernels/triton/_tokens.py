@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.layout import MaybeTensor, as_grid, grid_strides
+from .. import losses
 from ._launch import INTERPRETED, kernel, tile_count
 from ._math import tree_sum
+from ._strided import Strided, strided
 from .policy_math import SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, log_weight
 
 # Tokens per program, 4 per thread.
@@ -36,6 +37,8 @@ COMBINE_WARPS = 8
 SEQUENCE_GROUP = tl.constexpr(4 if INTERPRETED else 128)
 # Threads per program. A block is first folded to this width, within registers of a thread.
 FOLDED = tl.constexpr(256)
+# (offsets, sequences, cols) of a packed batch [cols], or (None, sequences, cols) of a padded one.
+Batch = tuple[Tensor | None, int, int]
 
 
 def slot_count(shape: torch.Size, cu_seqlens: Tensor | None) -> int:
@@ -45,24 +48,28 @@ def slot_count(shape: torch.Size, cu_seqlens: Tensor | None) -> int:
     return shape[0] // TILE + cu_seqlens.shape[0] - 1
 
 
-def strided(t: MaybeTensor, per_sequence: bool = False) -> tuple[MaybeTensor, int, int]:
-    """A tensor over tokens or sequences and its strides (sequence, token); 0 where absent."""
-    if t is None:
-        return None, 0, 0
-    t = as_grid(t)
-    stride0, stride1 = grid_strides(t)
-    return (t, stride1, 0) if per_sequence else (t, stride0, stride1)
+def batch_of(shape: torch.Size, cu_seqlens: Tensor | None) -> Batch:
+    """The sequences of a batch [B, T], or [N] with cu_seqlens, as kernels take them."""
+    offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
+    return offsets, *losses.sequences(shape, cu_seqlens)
+
+
+def per_sequence(t: Tensor) -> Strided:
+    """A tensor over sequences [B] as one over tokens: its values repeat along the sequences."""
+    tensor, _, stride = strided(t)
+    return tensor, stride, 0
 
 
 @triton.jit
-def slot_tile(offsets, sequences, cols, PACKED: tl.constexpr, TILE: tl.constexpr):
+def slot_tile(batch, TILE: tl.constexpr):
     """(s, k, begin, length): this program has tile k of sequence s.
 
     The sequence has `length` tokens from `begin`. Even with bad offsets, begin and begin + length
     are in [0, cols].
     """
     pid = tl.program_id(0)
-    if PACKED:
+    offsets, sequences, cols = batch
+    if offsets is not None:
         # The last sequence whose first slot is not after this one.
         s = tl.full((), 0, tl.int32)
         last = tl.full((), 0, tl.int32) + sequences - 1
@@ -86,6 +93,15 @@ def slot_tile(offsets, sequences, cols, PACKED: tl.constexpr, TILE: tl.constexpr
 
 
 @triton.jit
+def token_index(batch, s, first):
+    """The position in a contiguous tensor of the token at `first` of sequence s."""
+    offsets, _, cols = batch
+    if offsets is None:
+        first += s.to(tl.int64) * cols
+    return first
+
+
+@triton.jit
 def tile_tokens(k, length, TILE: tl.constexpr):
     """(index of each token within tile k, [TILE]; whether the sequence has that token)."""
     i = tl.arange(0, TILE)
@@ -94,22 +110,17 @@ def tile_tokens(k, length, TILE: tl.constexpr):
 
 
 @triton.jit
-def tile_pointer(x, s, first, stride0, stride1):
-    """The address of the token at `first` of sequence s."""
-    return x + s.to(tl.int64) * stride0 + first * stride1
-
-
-@triton.jit
-def load_tile(x, s, first, i, inside, stride0, stride1):
-    """The entries of one tile, 0 outside."""
-    at = tile_pointer(x, s, first, stride0, stride1)
+def load_tile(x, s, first, i, inside):
+    """The entries of the tile at token `first` of sequence s, 0 outside."""
+    pointer, stride0, stride1 = x
+    at = pointer + s.to(tl.int64) * stride0 + first * stride1
     return tl.load(at + i.to(tl.int64) * stride1, mask=inside, other=0)
 
 
 @triton.jit
-def load_kept(x, s, first, i, kept, stride0, stride1):
+def load_kept(x, s, first, i, kept):
     """The entries of one tile in fp32. Masked entries are not read and are 0."""
-    return load_tile(x, s, first, i, kept, stride0, stride1).to(tl.float32)
+    return load_tile(x, s, first, i, kept).to(tl.float32)
 
 
 @triton.jit
@@ -164,8 +175,9 @@ def sequence_total(x, first, tiles):
 
 
 @triton.jit
-def bad_offsets(offsets, sequences, cols, GROUP: tl.constexpr):
+def bad_offsets(batch, GROUP: tl.constexpr):
     """1 unless cu_seqlens starts at 0, never decreases and ends at cols, else 0."""
+    offsets, sequences, cols = batch
     bad = tl.zeros((GROUP,), tl.int32)
     for start in range(0, sequences + 1, GROUP):
         i = start + tl.arange(0, GROUP)
@@ -204,39 +216,51 @@ def opening_slots(tokens, tile, slot, slots, before):
 
 
 @triton.jit
-def loss_scale(normalizer, divisor, count, NORMALIZER: tl.constexpr):
-    """1 / divisor in fp64: the given divisor, else `count`, at least 1. NaN for a bad divisor."""
+def loss_scale(batch, normalizer, divisor, count, GROUP: tl.constexpr):
+    """1 / divisor in fp64: the given divisor, else `count`, at least 1.
+
+    NaN for a bad divisor and bad offsets.
+    """
     d = tl.full((), 0.0, tl.float64) + divisor
-    if NORMALIZER:
+    if normalizer is not None:
         d = tl.load(normalizer).to(tl.float64)
     else:
         d = tl.where(d == 0.0, tl.where(count > 1.0, count, 1.0), d)
     good = (d > 0.0) & (d < float("inf"))
-    return tl.where(good, 1.0 / d, float("nan"))
+    factor = tl.where(good, 1.0 / d, float("nan"))
+    offsets, _, _ = batch
+    if offsets is not None:
+        factor = tl.where(bad_offsets(batch, GROUP) == 0, factor, float("nan"))
+    return factor
 
 
 @kernel
 def statistics_kernel(
-    offsets, mask, logprobs, old, rollout, partials, sequences, cols, mask_stride0, mask_stride1,
-    logprobs_stride0, logprobs_stride1, old_stride0, old_stride1, rollout_stride0,
-    rollout_stride1, PACKED: tl.constexpr, RATIO: tl.constexpr, WEIGHT: tl.constexpr,
+    batch,
+    mask,
+    logprobs,
+    old,
+    rollout,
+    partials,
+    RATIO: tl.constexpr,
+    WEIGHT: tl.constexpr,
     TILE: tl.constexpr,
-):  # fmt: skip
+):
     """Per slot: number of unmasked tokens, and their sums of logprob - old and of log_weight."""
     pid, slots = tl.program_id(0), tl.num_programs(0)
-    s, k, begin, length = slot_tile(offsets, sequences, cols, PACKED, TILE)
+    s, k, begin, length = slot_tile(batch, TILE)
     i, inside = tile_tokens(k, length, TILE)
     at = begin + k.to(tl.int64) * TILE
-    kept = load_tile(mask, s, at, i, inside, mask_stride0, mask_stride1) != 0
+    kept = load_tile(mask, s, at, i, inside) != 0
     count = tl.where(kept, 1.0, 0.0)
     ratio, weight = tl.zeros_like(count), tl.zeros_like(count)
     if RATIO or WEIGHT:
-        before = load_kept(old, s, at, i, kept, old_stride0, old_stride1)
+        before = load_kept(old, s, at, i, kept)
         if RATIO:
-            now = load_kept(logprobs, s, at, i, kept, logprobs_stride0, logprobs_stride1)
+            now = load_kept(logprobs, s, at, i, kept)
             ratio = now - before
         if WEIGHT:
-            sampled = load_kept(rollout, s, at, i, kept, rollout_stride0, rollout_stride1)
+            sampled = load_kept(rollout, s, at, i, kept)
             weight = log_weight(before, sampled)
     sums = column_sums(join4(count, ratio, weight, tl.zeros_like(count)), TILE, 4)
     column = tl.arange(0, 4)

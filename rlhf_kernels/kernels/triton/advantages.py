@@ -23,10 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.layout import as_grid, grid_strides
 from .. import scans
 from ._launch import INTERPRETED, kernel, launch, tile_count
 from ._math import scalar
+from ._strided import strided
 from .advantages_groups import group_advantages
 from .advantages_moments import apply_moments, merge_moments, store_moments, whiten
 from .advantages_scan import (
@@ -40,6 +40,7 @@ from .advantages_scan import (
     locate,
     pick,
     score_of,
+    sequence_at,
     state_behind,
 )
 
@@ -73,21 +74,31 @@ def check_offsets(offsets, bad, sequences, total, CHECKED: tl.constexpr):
 
 @kernel
 def aggregate_kernel(
-    rewards, ref, values, mask, dones, scores, offsets, bad, aggregates, cols, tiles, sequences,
-    bits, rewards_stride0, rewards_stride1, ref_stride0, ref_stride1, values_stride0,
-    values_stride1, mask_stride0, mask_stride1, dones_stride0, dones_stride1, scores_stride, gamma,
-    decay, kl_coef, clip, ESTIMATOR: tl.constexpr, CARRY: tl.constexpr, PACKED: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, CHECKED: tl.constexpr,
-):  # fmt: skip
+    rewards,
+    ref,
+    values,
+    mask,
+    dones,
+    scores,
+    batch,
+    bad,
+    aggregates,
+    rates,
+    ESTIMATOR: tl.constexpr,
+    CARRY: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHECKED: tl.constexpr,
+):
     """The map of one tile that has earlier tiles. If packed, program 0 also checks the offsets."""
     slot = tl.program_id(0)
-    if PACKED:
+    gamma, decay, kl_coef, clip = rates
+    offsets, cols, _, sequences, _ = batch
+    if offsets is not None:
         if slot == 0:
             check_offsets(offsets, bad, sequences, cols, CHECKED)
         slot -= 1
-    sequence, k, row, begin, count, _ = locate(
-        tl.maximum(slot, 0), offsets, cols, tiles, sequences, bits, PACKED, TILE
-    )
+    sequence, k, row, begin, count, _ = locate(tl.maximum(slot, 0), batch, TILE)
     if (slot >= 0) & (k > 0) & (count > 0):
         i = tl.arange(0, BLOCK)
         g, d = scalar(gamma).to(tl.float64), scalar(decay).to(tl.float64)
@@ -99,15 +110,34 @@ def aggregate_kernel(
         for block in range(blocks):
             start = (blocks - 1 - block) * BLOCK
             keep, exists, last, r, v, v_next = load_block(
-                rewards, ref, values, mask, row, begin + start, count - start, rewards_stride0,
-                rewards_stride1, ref_stride0, ref_stride1, values_stride0, values_stride1,
-                mask_stride0, mask_stride1, kl_coef, ESTIMATOR, CARRY, BLOCK,
-            )  # fmt: skip
+                rewards,
+                ref,
+                values,
+                mask,
+                row,
+                begin + start,
+                count - start,
+                kl_coef,
+                ESTIMATOR,
+                CARRY,
+                BLOCK,
+            )
             # The value after the block is left out here; it is part of u.
             a, b = block_steps(
-                r, v, v_next, 0.0, dones, exists, last, row, begin + start, dones_stride0,
-                dones_stride1, gamma, decay, values is not None, BLOCK,
-            )  # fmt: skip
+                r,
+                v,
+                v_next,
+                0.0,
+                dones,
+                exists,
+                last,
+                row,
+                begin + start,
+                gamma,
+                decay,
+                values is not None,
+                BLOCK,
+            )
             ahead_value = tl.full((), 0.0, tl.float64)
             if values is not None:
                 first = tl.min(tl.where(exists, i, BLOCK), axis=0)
@@ -117,12 +147,23 @@ def aggregate_kernel(
             else:
                 # It is not known yet whether the sequence's last kept token is in this tile.
                 final = tl.max(tl.where(keep, i, -1), axis=0)
-                score = score_of(scores, sequence, scores_stride, clip)
+                score = score_of(scores, sequence, clip)
+                scored_r = tl.where((i == final) & (kept == 0), r + score, r)
                 s = block_steps(
-                    tl.where((i == final) & (kept == 0), r + score, r), v, v_next, 0.0, dones,
-                    exists, last, row, begin + start, dones_stride0, dones_stride1, gamma, decay,
-                    values is not None, BLOCK,
-                )[1]  # fmt: skip
+                    scored_r,
+                    v,
+                    v_next,
+                    0.0,
+                    dones,
+                    exists,
+                    last,
+                    row,
+                    begin + start,
+                    gamma,
+                    decay,
+                    values is not None,
+                    BLOCK,
+                )[1]
                 a, b, s = tl.associative_scan((a, b, s), 0, ahead_both, reverse=True)
             if last >= 0:
                 a0, b0 = pick(a, i, 0).to(tl.float64), pick(b, i, 0).to(tl.float64)
@@ -144,22 +185,36 @@ def aggregate_kernel(
 
 @kernel
 def scan_kernel(
-    rewards, ref, values, mask, dones, scores, bootstrap, offsets, bad, aggregates, advantages,
-    returns, shaped, partials, cols, tiles, sequences, bits, rewards_stride0, rewards_stride1,
-    ref_stride0, ref_stride1, values_stride0, values_stride1, mask_stride0, mask_stride1,
-    dones_stride0, dones_stride1, scores_stride, bootstrap_stride, gamma, decay, kl_coef, clip,
-    ESTIMATOR: tl.constexpr, CARRY: tl.constexpr, PACKED: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    rewards,
+    ref,
+    values,
+    mask,
+    dones,
+    scores,
+    bootstrap,
+    batch,
+    bad,
+    aggregates,
+    advantages,
+    returns,
+    shaped,
+    partials,
+    rates,
+    ESTIMATOR: tl.constexpr,
+    CARRY: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """Results of one tile; with `partials` also the moments of its advantages."""
     slot = tl.program_id(0)
+    gamma, decay, kl_coef, clip = rates
+    offsets, cols, _, _, _ = batch
     i = tl.arange(0, BLOCK)
-    sequence, _, row, begin, count, behind = locate(
-        slot, offsets, cols, tiles, sequences, bits, PACKED, TILE
-    )
+    sequence, _, row, begin, count, behind = locate(slot, batch, TILE)
     n = tl.full((), 0.0, tl.float64)
     mean, m2 = n, n
-    if PACKED:
+    if offsets is not None:
         if tl.load(bad) != 0:
             # With bad offsets all tokens become NaN, tile by tile without regard to sequences.
             count = 0
@@ -177,7 +232,7 @@ def scan_kernel(
         x = tl.full((), 0.0, tl.float64)
         d = scalar(decay).to(tl.float64)
         if bootstrap is not None:
-            end = tl.load(bootstrap + sequence.to(tl.int64) * bootstrap_stride).to(tl.float32)
+            end = tl.load(sequence_at(bootstrap, sequence)).to(tl.float32)
             if values is not None:
                 v_behind = end
             else:
@@ -185,30 +240,58 @@ def scan_kernel(
         kept = tl.full((), 0, tl.int32)
         if aggregates is not None:
             v_behind, x, kept = state_behind(
-                aggregates, slot, behind, v_behind, x, gamma, values is not None,
-                scores is not None, CARRY, dones is not None, GROUP,
-            )  # fmt: skip
+                aggregates,
+                slot,
+                behind,
+                v_behind,
+                x,
+                gamma,
+                values is not None,
+                scores is not None,
+                CARRY,
+                dones is not None,
+                GROUP,
+            )
         blocks = (count + BLOCK - 1) // BLOCK
         for block in range(blocks):
             start = (blocks - 1 - block) * BLOCK
             keep, exists, last, r, v, v_next = load_block(
-                rewards, ref, values, mask, row, begin + start, count - start, rewards_stride0,
-                rewards_stride1, ref_stride0, ref_stride1, values_stride0, values_stride1,
-                mask_stride0, mask_stride1, kl_coef, ESTIMATOR, CARRY, BLOCK,
-            )  # fmt: skip
+                rewards,
+                ref,
+                values,
+                mask,
+                row,
+                begin + start,
+                count - start,
+                kl_coef,
+                ESTIMATOR,
+                CARRY,
+                BLOCK,
+            )
             at = row * cols + begin + start + i
             inside = i < count - start
             if scores is not None:
                 # The last kept token receives the score.
                 final = tl.max(tl.where(keep, i, -1), axis=0)
-                score = score_of(scores, sequence, scores_stride, clip)
+                score = score_of(scores, sequence, clip)
                 r = tl.where((i == final) & (kept == 0), r + score, r)
                 kept = tl.maximum(kept, tl.max(keep.to(tl.int32), axis=0))
                 tl.store(shaped + at, r, mask=inside)
             a, b = block_steps(
-                r, v, v_next, v_behind, dones, exists, last, row, begin + start, dones_stride0,
-                dones_stride1, gamma, decay, values is not None, BLOCK,
-            )  # fmt: skip
+                r,
+                v,
+                v_next,
+                v_behind,
+                dones,
+                exists,
+                last,
+                row,
+                begin + start,
+                gamma,
+                decay,
+                values is not None,
+                BLOCK,
+            )
             a, b = compose(a, b, dones is not None)
             # x as two fp32 parts, so that the sum of a long sequence is rounded only once.
             high = x.to(tl.float32)
@@ -237,12 +320,6 @@ def scan_kernel(
         store_moments(partials, slot, n, mean, m2)
 
 
-def _strided(t: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """A token tensor as a grid that the kernels can read, and its strides."""
-    t = as_grid(t)
-    return (None, 0, 0) if t is None else (t, *grid_strides(t))
-
-
 def _scan(
     op: str,
     tokens: Tensor,
@@ -265,7 +342,6 @@ def _scan(
     if done:
         return results
     advantages, returns, shaped = results
-    packed = cu_seqlens is not None
     cols = returns.shape[-1]
     if cu_seqlens is not None:
         sequences, tiles = cu_seqlens.shape[0] - 1, 0
@@ -277,38 +353,54 @@ def _scan(
     penalty = ref_logprobs is not None and kl_coef != 0
     ref_logprobs = ref_logprobs if penalty else None
     estimator = "reward" if scores is None else kl_estimator if penalty else "none"
-    per_token, strides = [], []
-    for t in (tokens, ref_logprobs, values, mask, dones):
-        t, *steps = _strided(t)
-        per_token.append(t)
-        strides.extend(steps)
-    scores, _, scores_stride = _strided(scores)
-    bootstrap_values, _, bootstrap_stride = _strided(bootstrap_values)
-    sizes = cols, tiles, sequences, sequences.bit_length(), *strides
+    kept = strided(mask)
+    per_token = (strided(tokens), strided(ref_logprobs), strided(values), kept, strided(dones))
+    of_sequences, end = strided(scores), strided(bootstrap_values)
+    batch = (offsets, cols, tiles, sequences, sequences.bit_length())
     # float(): an int has another type and would compile another kernel.
-    numbers = [float(x) for x in (gamma, gamma * lam, kl_coef, reward_clip or 0.0)]
-    options: dict[str, Any] = {
-        "ESTIMATOR": estimator,
-        "CARRY": masked == "carry" and mask is not None,
-    }
-    options |= {"PACKED": packed, "TILE": TILE, "BLOCK": BLOCK, "warps": WARPS}
+    rates = tuple(float(x) for x in (gamma, gamma * lam, kl_coef, reward_clip or 0.0))
+    constants: dict[str, Any] = {"ESTIMATOR": estimator, "TILE": TILE, "BLOCK": BLOCK}
+    constants |= {"CARRY": masked == "carry" and mask is not None, "warps": WARPS}
     aggregates = None
-    if packed or tiles > 1:
+    if offsets is not None or tiles > 1:
         aggregates = returns.new_empty(slots * FIELDS.value, dtype=torch.float64)
+        programs = slots if offsets is None else slots + 1
         launch(
-            aggregate_kernel, slots + packed, returns, *per_token, scores, offsets, bad, aggregates,
-            *sizes, scores_stride, *numbers, CHECKED=CHECKED, **options,
-        )  # fmt: skip
+            aggregate_kernel,
+            programs,
+            returns,
+            *per_token,
+            of_sequences,
+            batch,
+            bad,
+            aggregates,
+            rates,
+            CHECKED=CHECKED,
+            **constants,
+        )
     partials = returns.new_empty(3 * slots, dtype=torch.float64) if whiten else None
     launch(
-        scan_kernel, slots, returns, *per_token, scores, bootstrap_values, offsets, bad, aggregates,
-        advantages, returns, shaped, partials, *sizes, scores_stride, bootstrap_stride, *numbers,
-        GROUP=GROUP, **options,
-    )  # fmt: skip
+        scan_kernel,
+        slots,
+        returns,
+        *per_token,
+        of_sequences,
+        end,
+        batch,
+        bad,
+        aggregates,
+        advantages,
+        returns,
+        shaped,
+        partials,
+        rates,
+        GROUP=GROUP,
+        **constants,
+    )
     if partials is not None:
         assert advantages is not None  # only scans with values are whitened
         rules: dict[str, Any] = {"shift_mean": True, "unbiased": True, "eps": scans.WHITEN_EPS}
-        apply_moments(advantages, per_token[3], partials, advantages, **rules)
+        apply_moments(strided(advantages), kept, partials, advantages, **rules)
     return results
 
 

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.layout import as_grid
 from ._launch import kernel, launch, tile_count
 from ._math import scalar, tree_sum
+from ._strided import strided
 
 # Rewards of a group that its program takes at a time.
 BLOCK = 64
@@ -33,20 +33,31 @@ def group_end(ids, begin, count, bits):
 
 
 @triton.jit
-def members(rewards, order, k, end, stride):
+def members(rewards, order, k, end):
     """(index, inside, fp64 reward) of sorted positions k of a group."""
     inside = k < end
     index = k.to(tl.int64)
     if order is not None:
         index = tl.load(order + k, mask=inside, other=0)
-    return index, inside, tl.load(rewards + index * stride, mask=inside, other=0.0).to(tl.float64)
+    pointer, _, stride = rewards
+    return index, inside, tl.load(pointer + index * stride, mask=inside, other=0.0).to(tl.float64)
 
 
 @kernel
 def group_kernel(
-    rewards, greedy, ids, order, out, count, size, bits, stride, greedy_stride, eps,
-    BASELINE: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    rewards,
+    greedy,
+    ids,
+    order,
+    out,
+    count,
+    size,
+    bits,
+    eps,
+    BASELINE: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Rewards of the group that starts at this program, if any, minus the baseline.
 
     With SCALE "group" also divides them by the standard deviation. Statistics are relative to the
@@ -63,29 +74,30 @@ def group_kernel(
             end = group_end(ids, begin, count, bits)
     first = tl.full((), 0.0, tl.float64)
     if begin < end:
-        first += tl.sum(members(rewards, order, begin + tl.arange(0, 1), end, stride)[2], axis=0)
+        first += tl.sum(members(rewards, order, begin + tl.arange(0, 1), end)[2], axis=0)
     n = tl.maximum(end - begin, 1).to(tl.float64)
     others = tl.maximum(n - 1.0, 1.0)
     mean, spread = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
     if BASELINE == "mean" or BASELINE == "leave-one-out" or SCALE == "group":
         for start in range(begin, end, BLOCK):
-            _, inside, r = members(rewards, order, start + tl.arange(0, BLOCK), end, stride)
+            _, inside, r = members(rewards, order, start + tl.arange(0, BLOCK), end)
             mean += tree_sum(tl.where(inside, r - first, 0.0), BLOCK)
         mean /= n
         for start in range(begin, end, BLOCK):
-            _, inside, r = members(rewards, order, start + tl.arange(0, BLOCK), end, stride)
+            _, inside, r = members(rewards, order, start + tl.arange(0, BLOCK), end)
             d = tl.where(inside, r - first - mean, 0.0)
             spread += tree_sum(d * d, BLOCK)
         spread = tl.sqrt(spread / others)
     for start in range(begin, end, BLOCK):
-        index, inside, r = members(rewards, order, start + tl.arange(0, BLOCK), end, stride)
+        index, inside, r = members(rewards, order, start + tl.arange(0, BLOCK), end)
         if BASELINE == "mean":
             r = r - first - mean
         elif BASELINE == "leave-one-out":
             # r_i - mean of the others = n / (n - 1) * (r_i - mean of all)
             r = (r - first - mean) * (n / others)
         elif BASELINE == "greedy":
-            r -= tl.load(greedy + index * greedy_stride, mask=inside, other=0.0).to(tl.float64)
+            pointer, _, stride = greedy
+            r -= tl.load(pointer + index * stride, mask=inside, other=0.0).to(tl.float64)
         if SCALE == "group":
             r = tl.where(spread == 0.0, 0.0, r / (spread + scalar(eps).to(tl.float64)))
         tl.store(out + index, r.to(out.dtype.element_ty), mask=inside)
@@ -141,18 +153,28 @@ def group_advantages(
         programs = tile_count(count, group_size)
     else:
         sorted_ids, order = group_ids.long().sort(stable=True)
-    rewards, greedy_rewards = as_grid(rewards), as_grid(greedy_rewards)
     batch = scale == "batch"
     work = torch.empty_like(out, dtype=torch.float64) if batch else out
     launch(
-        group_kernel, programs, rewards, rewards, greedy_rewards, sorted_ids, order, work, count,
-        group_size, count.bit_length(), rewards.stride(0),
-        0 if greedy_rewards is None else greedy_rewards.stride(0), float(eps), BASELINE=baseline,
-        SCALE=scale, BLOCK=BLOCK, warps=1,
-    )  # fmt: skip
+        group_kernel,
+        programs,
+        rewards,
+        strided(rewards),
+        strided(greedy_rewards),
+        sorted_ids,
+        order,
+        work,
+        count,
+        group_size,
+        count.bit_length(),
+        float(eps),
+        BASELINE=baseline,
+        SCALE=scale,
+        BLOCK=BLOCK,
+        warps=1,
+    )
     if batch:
-        launch(
-            batch_kernel, 1, rewards, work, out, count, float(eps),
-            CENTRE=baseline in ("none", "greedy"), BLOCK=BATCH_BLOCK, warps=_BATCH_WARPS,
-        )  # fmt: skip
+        constants = {"CENTRE": baseline in ("none", "greedy"), "BLOCK": BATCH_BLOCK}
+        constants["warps"] = _BATCH_WARPS
+        launch(batch_kernel, 1, rewards, work, out, count, float(eps), **constants)
     return out

@@ -5,14 +5,17 @@ formula. A common offset therefore costs no precision, and equal elements have a
 zero.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.layout import as_grid, grid, grid_strides
+from ...core.layout import grid
 from ._launch import kernel, launch, tile_count
 from ._math import scalar, tree_sum
+from ._strided import Strided, strided
 
 # Tokens per program, 16 per thread.
 TILE = 4096
@@ -80,30 +83,30 @@ def tile_positions(slot, cols, TILE: tl.constexpr):
 
 
 @triton.jit
-def tile_elements(
-    slot, x, mask, count, cols, stride0, stride1, mask_stride0, mask_stride1, TILE: tl.constexpr
-):
+def element_at(x, row, column):
+    """Addresses of elements of a grid."""
+    pointer, stride0, stride1 = x
+    return pointer + row * stride0 + column * stride1
+
+
+@triton.jit
+def tile_elements(slot, x, mask, count, cols, TILE: tl.constexpr):
     """(index, inside, fp32 value, keep) of the elements of one tile of a grid in flat order."""
     i = slot.to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = i < count
     row, column = tile_positions(slot, cols, TILE)
     keep = inside
     if mask is not None:
-        at = mask + row * mask_stride0 + column * mask_stride1
-        keep = inside & (tl.load(at, mask=inside, other=0) != 0)
-    at = x + row * stride0 + column * stride1
-    return i, inside, tl.load(at, mask=inside, other=0.0).to(tl.float32), keep
+        keep = inside & (tl.load(element_at(mask, row, column), mask=inside, other=0) != 0)
+    value = tl.load(element_at(x, row, column), mask=inside, other=0.0).to(tl.float32)
+    return i, inside, value, keep
 
 
 @kernel
-def moments_kernel(
-    x, mask, partials, count, cols, stride0, stride1, mask_stride0, mask_stride1, TILE: tl.constexpr
-):
+def moments_kernel(x, mask, partials, count, cols, TILE: tl.constexpr):
     """(n, mean, M2) of one tile."""
     slot = tl.program_id(0)
-    _, _, value, keep = tile_elements(
-        slot, x, mask, count, cols, stride0, stride1, mask_stride0, mask_stride1, TILE
-    )
+    _, _, value, keep = tile_elements(slot, x, mask, count, cols, TILE)
     n, mean, m2 = tile_moments(value, keep, TILE)
     store_moments(partials, slot, n, mean, m2)
 
@@ -136,13 +139,11 @@ def combine_kernel(partials, stats, slots, correction, eps, GROUP: tl.constexpr)
 
 @kernel
 def apply_kernel(
-    x, mask, stats, out, count, cols, stride0, stride1, mask_stride0, mask_stride1,
-    SHIFT: tl.constexpr, INPLACE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    x, mask, stats, out, count, cols, SHIFT: tl.constexpr, INPLACE: tl.constexpr, TILE: tl.constexpr
+):
     """(x - mean) * scale, plus the mean unless SHIFT; masked elements are 0, or x if INPLACE."""
-    i, inside, value, keep = tile_elements(
-        tl.program_id(0), x, mask, count, cols, stride0, stride1, mask_stride0, mask_stride1, TILE
-    )
+    slot = tl.program_id(0)
+    i, inside, value, keep = tile_elements(slot, x, mask, count, cols, TILE)
     mean = tl.load(stats)
     scale = tl.load(stats + 1).to(tl.float32)
     high = mean.to(tl.float32)
@@ -157,25 +158,35 @@ def apply_kernel(
     tl.store(out + i, tl.where(keep, y, hidden), mask=inside)
 
 
-def _columns_and_strides(x: Tensor, mask: Tensor | None) -> tuple[int, ...]:
-    """The number of columns, and the strides of x and mask."""
-    return grid(x.shape)[1], *grid_strides(x), *((0, 0) if mask is None else grid_strides(mask))
-
-
 def apply_moments(
-    x: Tensor, mask: Tensor | None, partials: Tensor, out: Tensor, *, shift_mean: bool,
-    unbiased: bool, eps: float,
-) -> None:  # fmt: skip
+    x: Strided,
+    mask: Strided | None,
+    partials: Tensor,
+    out: Tensor,
+    *,
+    shift_mean: bool,
+    unbiased: bool,
+    eps: float,
+) -> None:
     """Two launches: whitens x by the moments of its tiles into `out` (contiguous; may be x)."""
-    stats = partials.new_empty(2)
+    stats, count, group = partials.new_empty(2), out.numel(), {"GROUP": GROUP, "warps": WARPS}
+    slots = partials.shape[0] // 3
+    launch(combine_kernel, 1, out, partials, stats, slots, int(unbiased), float(eps), **group)
     launch(
-        combine_kernel, 1, x, partials, stats, partials.shape[0] // 3, int(unbiased), float(eps),
-        GROUP=GROUP, warps=WARPS,
-    )  # fmt: skip
-    launch(
-        apply_kernel, tile_count(x.numel(), TILE), x, x, mask, stats, out, x.numel(),
-        *_columns_and_strides(x, mask), SHIFT=shift_mean, INPLACE=out is x, TILE=TILE, warps=WARPS,
-    )  # fmt: skip
+        apply_kernel,
+        tile_count(count, TILE),
+        out,
+        x,
+        mask,
+        stats,
+        out,
+        count,
+        grid(out.shape)[1],
+        SHIFT=shift_mean,
+        INPLACE=out is x[0],
+        TILE=TILE,
+        warps=WARPS,
+    )
 
 
 def whiten(x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float) -> Tensor:
@@ -183,14 +194,10 @@ def whiten(x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return out
-    x, mask = as_grid(x), as_grid(mask)
-    tiles = tile_count(x.numel(), TILE)
+    tiles, count, cols = tile_count(x.numel(), TILE), x.numel(), grid(x.shape)[1]
     partials = torch.empty(3 * tiles, dtype=torch.float64, device=x.device)
-    launch(
-        moments_kernel, tiles, x, x, mask, partials, x.numel(), *_columns_and_strides(x, mask),
-        TILE=TILE, warps=WARPS,
-    )  # fmt: skip
-    apply_moments(
-        x, mask, partials, out, shift_mean=shift_mean, unbiased=unbiased, eps=eps
-    )  # fmt: skip
+    tensors, tile = (strided(x), strided(mask)), {"TILE": TILE, "warps": WARPS}
+    launch(moments_kernel, tiles, x, *tensors, partials, count, cols, **tile)
+    rules: dict[str, Any] = {"shift_mean": shift_mean, "unbiased": unbiased, "eps": eps}
+    apply_moments(*tensors, partials, out, **rules)
     return out

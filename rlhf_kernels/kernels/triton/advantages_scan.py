@@ -79,11 +79,10 @@ def packed_tile(slot, offsets, sequences, total, bits, TILE: tl.constexpr):
 
 
 @triton.jit
-def locate(
-    slot, offsets, cols, tiles, sequences, bits, PACKED: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
+def locate(slot, batch, TILE: tl.constexpr):
     """(sequence, k, row, first token in the row, tokens, tiles behind) of the tile k in `slot`."""
-    if PACKED:
+    offsets, cols, tiles, sequences, bits = batch
+    if offsets is not None:
         sequence, k, begin, left = packed_tile(slot, offsets, sequences, cols, bits, TILE)
         row = begin * 0
     else:
@@ -96,23 +95,31 @@ def locate(
 
 
 @triton.jit
-def address(x, row, t, stride0, stride1):
+def address(x, row, t):
     """Addresses of tokens t of a row, in 64 bits.
 
     t includes the position of the block. Offsets that are equal for every block of a loop would
     occupy registers.
     """
-    return x + row * stride0 + t * stride1
+    pointer, stride0, stride1 = x
+    return pointer + row * stride0 + t * stride1
 
 
 @triton.jit
-def load_flags(x, row, t, stride0, stride1, inside):
-    return tl.load(address(x, row, t, stride0, stride1), mask=inside, other=0) != 0
+def sequence_at(x, sequence):
+    """The address of the entry of a sequence in a tensor over sequences."""
+    pointer, _, stride = x
+    return pointer + sequence.to(tl.int64) * stride
 
 
 @triton.jit
-def load_tokens(x, row, t, stride0, stride1, inside):
-    return tl.load(address(x, row, t, stride0, stride1), mask=inside, other=0.0).to(tl.float32)
+def load_flags(x, row, t, inside):
+    return tl.load(address(x, row, t), mask=inside, other=0) != 0
+
+
+@triton.jit
+def load_tokens(x, row, t, inside):
+    return tl.load(address(x, row, t), mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -132,9 +139,9 @@ def kl_estimate(x, ESTIMATOR: tl.constexpr):
 
 
 @triton.jit
-def score_of(scores, sequence, stride, clip):
+def score_of(scores, sequence, clip):
     """A sequence's score in fp32, clipped to [-clip, clip] unless clip is 0."""
-    score = tl.load(scores + sequence.to(tl.int64) * stride).to(tl.float32)
+    score = tl.load(sequence_at(scores, sequence)).to(tl.float32)
     clip = scalar(clip)
     clipped = tl.where(score > clip, clip, tl.where(score < -clip, -clip, score))
     return tl.where(clip > 0.0, clipped, score)
@@ -142,10 +149,18 @@ def score_of(scores, sequence, stride, clip):
 
 @triton.jit
 def load_block(
-    rewards, ref, values, mask, row, begin, count, rewards_stride0, rewards_stride1, ref_stride0,
-    ref_stride1, values_stride0, values_stride1, mask_stride0, mask_stride1, kl_coef,
-    ESTIMATOR: tl.constexpr, CARRY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    rewards,
+    ref,
+    values,
+    mask,
+    row,
+    begin,
+    count,
+    kl_coef,
+    ESTIMATOR: tl.constexpr,
+    CARRY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Loads a block of `count` tokens of a row from `begin`.
 
     Args:
@@ -161,18 +176,16 @@ def load_block(
     keep, exists = inside, inside
     ahead_kept = i + 1 < count
     if mask is not None:
-        keep = inside & load_flags(mask, row, begin + i, mask_stride0, mask_stride1, inside)
+        keep = inside & load_flags(mask, row, begin + i, inside)
         if values is not None:
-            ahead_kept = ahead_kept & load_flags(
-                mask, row, begin + i + 1, mask_stride0, mask_stride1, ahead_kept
-            )
+            ahead_kept = ahead_kept & load_flags(mask, row, begin + i + 1, ahead_kept)
         if CARRY:
             exists = keep
     last = tl.max(tl.where(exists, i, -1), axis=0)
     v = tl.zeros((BLOCK,), tl.float32)
     v_next = v
     if values is not None:
-        v = load_tokens(values, row, begin + i, values_stride0, values_stride1, inside)
+        v = load_tokens(values, row, begin + i, inside)
         v = tl.where(keep, v, 0.0)
         # Loads each next token again, now from the L1 cache.
         if CARRY:
@@ -183,21 +196,17 @@ def load_block(
                 behind = tl.associative_scan(
                     tl.where(ahead_kept, behind, BLOCK), 0, nearer, reverse=True
                 )
-            v_next = load_tokens(
-                values, row, begin + behind, values_stride0, values_stride1, behind <= last
-            )
+            v_next = load_tokens(values, row, begin + behind, behind <= last)
         else:
-            v_next = load_tokens(
-                values, row, begin + i + 1, values_stride0, values_stride1, i + 1 < count
-            )
+            v_next = load_tokens(values, row, begin + i + 1, i + 1 < count)
             if mask is not None:
                 v_next = tl.where(ahead_kept, v_next, 0.0)
     if ESTIMATOR == "none":
         r = tl.zeros((BLOCK,), tl.float32)
     else:
-        r = load_tokens(rewards, row, begin + i, rewards_stride0, rewards_stride1, inside)
+        r = load_tokens(rewards, row, begin + i, inside)
         if ESTIMATOR != "reward":
-            r -= load_tokens(ref, row, begin + i, ref_stride0, ref_stride1, inside)
+            r -= load_tokens(ref, row, begin + i, inside)
             r = -scalar(kl_coef) * kl_estimate(r, ESTIMATOR)
         r = tl.where(keep, r, 0.0)
     return keep, exists, last, r, v, v_next
@@ -205,16 +214,27 @@ def load_block(
 
 @triton.jit
 def block_steps(
-    r, v, v_next, v_behind, dones, exists, last, row, begin, dones_stride0, dones_stride1, gamma,
-    decay, VALUES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    r,
+    v,
+    v_next,
+    v_behind,
+    dones,
+    exists,
+    last,
+    row,
+    begin,
+    gamma,
+    decay,
+    VALUES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """(a, b) of each step of a block; the last step has a = 1 (see above)."""
     i = tl.arange(0, BLOCK)
     a = tl.where(i == last, 1.0, scalar(decay))
     if VALUES:
         v_next = tl.where(i == last, v_behind, v_next)
     if dones is not None:
-        done = load_flags(dones, row, begin + i, dones_stride0, dones_stride1, exists)
+        done = load_flags(dones, row, begin + i, exists)
         a = tl.where(done, CUT, a)
         v_next = tl.where(done, 0.0, v_next)
     b = r
@@ -247,9 +267,18 @@ def before(a, b, x):
 
 @triton.jit
 def state_behind(
-    aggregates, slot, behind, v, x, gamma, VALUES: tl.constexpr, SCORE: tl.constexpr,
-    CARRY: tl.constexpr, CUTS: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    aggregates,
+    slot,
+    behind,
+    v,
+    x,
+    gamma,
+    VALUES: tl.constexpr,
+    SCORE: tl.constexpr,
+    CARRY: tl.constexpr,
+    CUTS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """The state behind a tile, from the `behind` tiles in the slots after its own.
 
     Args:

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.layout import as_grid, as_rows, grid, grid_strides, rows_strides
+from ...core.layout import as_rows, grid
 from ._launch import kernel, launch, tile_count
 from ._math import LOG2E, exp_parts, scalar, tile_sum, tree_sum
-from ._rows import token_at
+from ._strided import strided, strided_rows, token_at
 from .logprobs import CHUNK, GROUP, LOWEST, ROWS, alignment, tile_bounds
 
 # Columns per program, 16 of each row per thread: two rows need as many registers as the single row
@@ -43,17 +43,16 @@ def distances(x, inside):
 
 @kernel(aligned=("p", "q"))
 def partial_kernel(
-    p, q, partials, cols, tiles, vocab, p_stride0, p_stride1, q_stride0, q_stride1, temperature,
-    ALIGN: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    p, q, partials, cols, tiles, vocab, temperature, ALIGN: tl.constexpr, TILE: tl.constexpr
+):
     """(m_P, s_P, m_Q, s_Q, t) of one tile; vocab and strides are counted in units of ALIGN."""
     pid = tl.program_id(0)
     row, tile = pid // tiles, pid % tiles
     first, count = tile_bounds(tile, vocab, ALIGN, TILE)
     column = tl.arange(0, TILE)
     inside = column < count
-    x_p = p + token_at(row, cols, p_stride0, p_stride1) * ALIGN + first
-    x_q = q + token_at(row, cols, q_stride0, q_stride1) * ALIGN + first
+    x_p = token_at(p, row, cols, ALIGN) + first
+    x_q = token_at(q, row, cols, ALIGN) + first
     z_p = tl.load(x_p + column, mask=inside, other=0.0).to(tl.float32)
     z_q = tl.load(x_q + column, mask=inside, other=0.0).to(tl.float32)
     rate = 1.0 / temperature
@@ -144,9 +143,8 @@ def combine_kernel(
 
 @kernel
 def coefficients_kernel(
-    stats, grad, coefficients, rows, cols, grad_stride0, grad_stride1, temperature,
-    REVERSE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    stats, grad, coefficients, rows, cols, temperature, REVERSE: tl.constexpr, BLOCK: tl.constexpr
+):
     """Coefficients of the backward pass, [rows, 4]: m of the policy, m of the reference, a, b.
 
     Reverse: dz = e a (x - m - (y - m') - b) / T. Forward: dz = e a - e' b. a and b are 0 for a row
@@ -154,7 +152,7 @@ def coefficients_kernel(
     """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = row < rows
-    g = tl.load(grad + token_at(row, cols, grad_stride0, grad_stride1), mask=valid, other=0.0)
+    g = tl.load(token_at(grad, row, cols), mask=valid, other=0.0)
     at = stats + row.to(tl.int64) * 5
     m = tl.load(at, mask=valid, other=0.0)
     s = tl.load(at + 1, mask=valid, other=1.0).to(tl.float64)
@@ -179,10 +177,18 @@ def coefficients_kernel(
 
 @kernel(aligned=("logits", "ref_logits", "out"))
 def backward_kernel(
-    logits, ref_logits, coefficients, out, cols, tiles, vocab, stride0, stride1, ref_stride0,
-    ref_stride1, out_stride0, out_stride1, temperature, ALIGN: tl.constexpr,
-    REVERSE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    logits,
+    ref_logits,
+    coefficients,
+    out,
+    cols,
+    tiles,
+    vocab,
+    temperature,
+    ALIGN: tl.constexpr,
+    REVERSE: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """One tile of p (log p - log q - KL) g / T (reverse) or (p - q) g / T (forward)."""
     pid = tl.program_id(0)
     row, tile = pid // tiles, pid % tiles
@@ -191,13 +197,13 @@ def backward_kernel(
     first, count = tile_bounds(tile, vocab, ALIGN, TILE)
     column = tl.arange(0, TILE)
     inside = column < count
-    to = out + token_at(row, cols, out_stride0, out_stride1) * ALIGN + first + column
+    to = token_at(out, row, cols, ALIGN) + first + column
     if (a == 0.0) & (b == 0.0):
-        tl.store(to, tl.zeros((TILE,), tl.float32).to(out.dtype.element_ty), mask=inside)
+        tl.store(to, tl.zeros((TILE,), tl.float32).to(to.dtype.element_ty), mask=inside)
     else:
         m, ref_m = tl.load(of_row), tl.load(of_row + 1)
-        x = logits + token_at(row, cols, stride0, stride1) * ALIGN + first
-        y = ref_logits + token_at(row, cols, ref_stride0, ref_stride1) * ALIGN + first
+        x = token_at(logits, row, cols, ALIGN) + first
+        y = token_at(ref_logits, row, cols, ALIGN) + first
         d = tl.load(x + column, mask=inside, other=0.0).to(tl.float32) - m
         ref_d = tl.load(y + column, mask=inside, other=0.0).to(tl.float32) - ref_m
         rate = 1.0 / temperature
@@ -208,7 +214,7 @@ def backward_kernel(
             ref_e = weight_of(ref_d, rate)
             # Selected, not multiplied: a and b are NaN for a row without a finite divergence.
             dz = tl.where(e == 0.0, 0.0, e * a) - tl.where(ref_e == 0.0, 0.0, ref_e * b)
-        tl.store(to, dz.to(out.dtype.element_ty), mask=inside)
+        tl.store(to, dz.to(to.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -227,17 +233,15 @@ def k3_parts(x):
 
 @kernel
 def penalty_kernel(
-    logprobs, ref_logprobs, grad, out, tokens, cols, stride0, stride1, ref_stride0, ref_stride1,
-    grad_stride0, grad_stride1, ESTIMATOR: tl.constexpr, BACKWARD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+    logprobs, ref_logprobs, grad, out, tokens, cols, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr
+):
     """The estimate of each token, or its slope times the upstream gradient; `out` is contiguous."""
     first, count = tile_bounds(tl.program_id(0), tokens, 1, BLOCK)
     inside = tl.arange(0, BLOCK) < count
     # Indices have the dtype of the token count: 32 bits up to 2^31 tokens.
     i = first.to(tokens.dtype) + tl.arange(0, BLOCK)
-    x = tl.load(logprobs + token_at(i, cols, stride0, stride1), mask=inside, other=0.0)
-    ref = tl.load(ref_logprobs + token_at(i, cols, ref_stride0, ref_stride1), mask=inside, other=0)
+    x = tl.load(token_at(logprobs, i, cols), mask=inside, other=0.0)
+    ref = tl.load(token_at(ref_logprobs, i, cols), mask=inside, other=0)
     x = x.to(tl.float32) - ref.to(tl.float32)
     if ESTIMATOR == "k1":
         value, slope = x, 1.0
@@ -248,8 +252,8 @@ def penalty_kernel(
     else:
         # A NaN fails both comparisons and stays.
         value, slope = tl.abs(x), tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, x))
-    if BACKWARD:
-        g = tl.load(grad + token_at(i, cols, grad_stride0, grad_stride1), mask=inside, other=0.0)
+    if grad is not None:
+        g = tl.load(token_at(grad, i, cols), mask=inside, other=0.0)
         # A zero upstream gradient gives 0, even where the slope is NaN.
         value = tl.where(g == 0.0, 0.0, g * slope)
     tl.store(out + first + tl.arange(0, BLOCK), value.to(out.dtype.element_ty), mask=inside)
@@ -268,15 +272,12 @@ def kl_divergence(
     p, q = (logits, ref_logits) if reverse else (ref_logits, logits)
     partials = kl.new_empty(rows * cols * tiles * 5)
     align = alignment(vocab, p, q)
-    strides = (s // align for s in (*rows_strides(p), *rows_strides(q)))
-    launch(
-        partial_kernel, rows * cols * tiles, p, p, q, partials, cols, tiles, vocab // align,
-        *strides, float(temperature), ALIGN=align, TILE=TILE, warps=WARPS,
-    )  # fmt: skip
-    launch(
-        combine_kernel, rows * cols, p, partials, kl, stats, tiles, float(temperature),
-        REVERSE=reverse, GROUP=GROUP, warps=1,
-    )  # fmt: skip
+    tensors = (strided_rows(p, align), strided_rows(q, align), partials)
+    sizes, scale = (cols, tiles, vocab // align), float(temperature)
+    tile = {"ALIGN": align, "TILE": TILE, "warps": WARPS}
+    launch(partial_kernel, rows * cols * tiles, p, *tensors, *sizes, scale, **tile)
+    group = {"REVERSE": reverse, "GROUP": GROUP, "warps": 1}
+    launch(combine_kernel, rows * cols, p, partials, kl, stats, tiles, scale, **group)
     return kl, stats
 
 
@@ -293,20 +294,39 @@ def _backward(
         return
     (rows, cols), vocab = grid(logits.shape[:-1]), logits.shape[-1]
     logits, ref_logits = as_rows(logits), as_rows(ref_logits)
-    grad = as_grid(grad, torch.float32)
-    coefficients = stats.new_empty(rows * cols * 4)
+    coefficients, scale = stats.new_empty(rows * cols * 4), float(temperature)
     launch(
-        coefficients_kernel, tile_count(rows * cols, ROWS), logits, stats, grad, coefficients,
-        rows * cols, cols, *grid_strides(grad), float(temperature), REVERSE=reverse, BLOCK=ROWS,
+        coefficients_kernel,
+        tile_count(rows * cols, ROWS),
+        logits,
+        stats,
+        strided(grad, torch.float32),
+        coefficients,
+        rows * cols,
+        cols,
+        scale,
+        REVERSE=reverse,
+        BLOCK=ROWS,
         warps=2,
-    )  # fmt: skip
+    )
     tiles, align = tile_count(vocab, TILE), alignment(vocab, logits, ref_logits, out)
-    strides = (*rows_strides(logits), *rows_strides(ref_logits), *rows_strides(out))
     launch(
-        backward_kernel, rows * cols * tiles, logits, logits, ref_logits, coefficients, out, cols,
-        tiles, vocab // align, *(s // align for s in strides), float(temperature), ALIGN=align,
-        REVERSE=reverse, TILE=TILE, warps=WARPS,
-    )  # fmt: skip
+        backward_kernel,
+        rows * cols * tiles,
+        logits,
+        strided_rows(logits, align),
+        strided_rows(ref_logits, align),
+        coefficients,
+        strided_rows(out, align),
+        cols,
+        tiles,
+        vocab // align,
+        scale,
+        ALIGN=align,
+        REVERSE=reverse,
+        TILE=TILE,
+        warps=WARPS,
+    )
 
 
 def kl_divergence_backward(logits: Tensor, *args: Any) -> Tensor:
@@ -326,14 +346,10 @@ def _penalty(
     if out.numel() == 0:
         return out
     rows, cols = grid(out.shape)
-    logprobs, ref_logprobs = as_grid(logprobs), as_grid(ref_logprobs)
-    grad = as_grid(grad, torch.float32)
-    grad_strides = (0, 0) if grad is None else grid_strides(grad)
-    launch(
-        penalty_kernel, tile_count(rows * cols, TOKENS), logprobs, logprobs, ref_logprobs, grad,
-        out, rows * cols, cols, *grid_strides(logprobs), *grid_strides(ref_logprobs), *grad_strides,
-        ESTIMATOR=estimator, BACKWARD=grad is not None, BLOCK=TOKENS, warps=4,
-    )  # fmt: skip
+    inputs = (strided(logprobs), strided(ref_logprobs), strided(grad, torch.float32))
+    constants: dict[str, Any] = {"ESTIMATOR": estimator, "BLOCK": TOKENS, "warps": 4}
+    programs = tile_count(rows * cols, TOKENS)
+    launch(penalty_kernel, programs, logprobs, *inputs, out, rows * cols, cols, **constants)
     return out
 
 

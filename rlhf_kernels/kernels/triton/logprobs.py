@@ -15,11 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core import checks, env, sentinels
-from ...core.layout import as_grid, as_rows, as_upstream, grid, grid_strides, rows_strides
+from ...core.layout import as_rows, as_upstream, grid, rows_strides
 from ...core.row_options import RowOptions
 from ._launch import kernel, launch, tile_count
 from ._math import LOG2E, good_temperature, scalar, tile_sum, tree_sum
-from ._rows import packed, row_temperature, token_at, with_options
+from ._rows import packed, row_temperature, with_options
+from ._strided import strided, strided_rows, token_at
 
 # Columns per program, 32 per thread: all 16-byte loads of a tile are in flight at once.
 TILE = 8192
@@ -65,23 +66,29 @@ def tile_sums(z, rate, ENTROPY: tl.constexpr, TILE: tl.constexpr):
 
 @kernel(aligned=("logits",))
 def partial_kernel(
-    logits, labels, temperatures, partials, cols, tiles, vocab, stride0, stride1, labels_stride0,
-    labels_stride1, temperatures_stride0, temperatures_stride1, row_options, ignore_index,
-    ALIGN: tl.constexpr, ENTROPY: tl.constexpr, PER_TOKEN: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    logits,
+    labels,
+    temperatures,
+    partials,
+    cols,
+    tiles,
+    vocab,
+    row_options,
+    ignore_index,
+    ALIGN: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """(m, s, t) of one tile of one row; vocab and strides are counted in units of ALIGN."""
     pid = tl.program_id(0)
     row, tile = pid // tiles, pid % tiles
-    label = tl.load(labels + token_at(row, cols, labels_stride0, labels_stride1))
+    label = tl.load(token_at(labels, row, cols))
     if label != ignore_index:
-        temperature = row_temperature(
-            row_options, temperatures, row, cols, temperatures_stride0, temperatures_stride1,
-            PER_TOKEN,
-        )  # fmt: skip
+        temperature = row_temperature(row_options, temperatures, row, cols)
         first, count = tile_bounds(tile, vocab, ALIGN, TILE)
         column = tl.arange(0, TILE)
         inside = column < count
-        x = logits + token_at(row, cols, stride0, stride1) * ALIGN + first
+        x = token_at(logits, row, cols, ALIGN) + first
         z = tl.load(x + column, mask=inside, other=float("-inf")).to(tl.float32)
         _, softcap = row_options
         if softcap is not None:
@@ -128,27 +135,34 @@ def combine_tiles(partials, tiles, rate, ENTROPY: tl.constexpr, GROUP: tl.conste
 
 @kernel
 def combine_kernel(
-    logits, labels, temperatures, partials, logprobs, entropies, stats, cols, tiles, vocab,
-    stride0, stride1, labels_stride0, labels_stride1, temperatures_stride0, temperatures_stride1,
-    row_options, ignore_index, ENTROPY: tl.constexpr, PER_TOKEN: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    logits,
+    labels,
+    temperatures,
+    partials,
+    logprobs,
+    entropies,
+    stats,
+    cols,
+    tiles,
+    vocab,
+    row_options,
+    ignore_index,
+    GROUP: tl.constexpr,
+):
     """Log-probability, entropy and statistics of one row from its tiles, in fp64."""
     row = tl.program_id(0)
-    label = tl.load(labels + token_at(row, cols, labels_stride0, labels_stride1)).to(tl.int64)
+    label = tl.load(token_at(labels, row, cols)).to(tl.int64)
     logprob, entropy = 0.0, 0.0
     m, s, mean = 0.0, 1.0, 0.0
     if label != ignore_index:
-        temperature = row_temperature(
-            row_options, temperatures, row, cols, temperatures_stride0, temperatures_stride1,
-            PER_TOKEN,
-        )  # fmt: skip
+        temperature = row_temperature(row_options, temperatures, row, cols)
         rate = 1.0 / scalar(temperature).to(tl.float64)
         of_row = partials + row.to(tl.int64) * tiles * 3
-        row_m, row_s, row_t = combine_tiles(of_row, tiles, rate.to(tl.float32), ENTROPY, GROUP)
+        wanted = entropies is not None
+        row_m, row_s, row_t = combine_tiles(of_row, tiles, rate.to(tl.float32), wanted, GROUP)
         known = (label >= 0) & (label < vocab)
         shard = tl.full((), 0, tl.int64) + ignore_index == SHARD_IGNORED
-        x = logits + token_at(row, cols, stride0, stride1)
-        z = tl.load(x + label, mask=known, other=0.0).to(tl.float32)
+        z = tl.load(token_at(logits, row, cols) + label, mask=known, other=0.0).to(tl.float32)
         z, _ = with_options(z, row_options)
         # A label outside the vocabulary, a bad temperature or a row of only -inf gives NaN.
         good = known | ((label == ELSEWHERE) & shard)
@@ -164,7 +178,7 @@ def combine_kernel(
         m = tl.where((row_m == float("-inf")) & (row_s != row_s), float("nan"), row_m)
         s = row_s.to(tl.float32) + poison
     tl.store(logprobs + row, logprob)
-    if ENTROPY:
+    if entropies is not None:
         tl.store(entropies + row, entropy)
     out = stats + row.to(tl.int64) * 3
     tl.store(out, m)
@@ -189,11 +203,20 @@ def label_gradient(logprob, distance, mean, g, h):
 
 @kernel
 def coefficients_kernel(
-    logits, labels, temperatures, stats, grad_logprobs, grad_entropy, coefficients, rows, cols,
-    vocab, stride0, stride1, labels_stride0, labels_stride1, temperatures_stride0,
-    temperatures_stride1, g_stride0, g_stride1, h_stride0, h_stride1, row_options, ignore_index,
-    PER_TOKEN: tl.constexpr, LOGPROBS: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits,
+    labels,
+    temperatures,
+    stats,
+    grad_logprobs,
+    grad_entropy,
+    coefficients,
+    rows,
+    cols,
+    vocab,
+    row_options,
+    ignore_index,
+    BLOCK: tl.constexpr,
+):
     """Coefficients of the backward pass, [rows, 5]: m, 1 / T, a0, a1, gradient at the label.
 
     A separate kernel does the fp64 work once per row, and reads the label's logit before the
@@ -201,19 +224,14 @@ def coefficients_kernel(
     """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = row < rows
-    label = tl.load(
-        labels + token_at(row, cols, labels_stride0, labels_stride1), mask=valid, other=0
-    ).to(tl.int64)
+    label = tl.load(token_at(labels, row, cols), mask=valid, other=0).to(tl.int64)
     g, h = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    if LOGPROBS:
-        g = tl.load(grad_logprobs + token_at(row, cols, g_stride0, g_stride1), mask=valid, other=0)
-    if ENTROPY:
-        h = tl.load(grad_entropy + token_at(row, cols, h_stride0, h_stride1), mask=valid, other=0)
-    t = row_temperature(
-        row_options, temperatures, row, cols, temperatures_stride0, temperatures_stride1,
-        PER_TOKEN, valid,
-    )  # fmt: skip
-    if not PER_TOKEN:
+    if grad_logprobs is not None:
+        g = tl.load(token_at(grad_logprobs, row, cols), mask=valid, other=0)
+    if grad_entropy is not None:
+        h = tl.load(token_at(grad_entropy, row, cols), mask=valid, other=0)
+    t = row_temperature(row_options, temperatures, row, cols, valid)
+    if temperatures is None:
         t = tl.full((BLOCK,), 0.0, tl.float32) + t
     skip = (label == ignore_index) | ((g == 0.0) & (h == 0.0))
     rate = 1.0 / t.to(tl.float64)
@@ -222,8 +240,7 @@ def coefficients_kernel(
     s = tl.load(stats + of_row * 3 + 1, mask=valid, other=1.0).to(tl.float64)
     mean = tl.load(stats + of_row * 3 + 2, mask=valid, other=0.0).to(tl.float64)
     known = (label >= 0) & (label < vocab) & valid & (skip == 0)
-    x = logits + token_at(row, cols, stride0, stride1) + label
-    z = tl.load(x, mask=known, other=0.0).to(tl.float32)
+    z = tl.load(token_at(logits, row, cols) + label, mask=known, other=0.0).to(tl.float32)
     z, slope = with_options(z, row_options)
     # dz = e (a0 + a1 log2 e): the entropy term is linear in log p.
     a0 = (-g + h * mean) / s * rate
@@ -240,10 +257,18 @@ def coefficients_kernel(
 
 @kernel(aligned=("logits", "out"))
 def backward_kernel(
-    logits, labels, coefficients, out, cols, tiles, vocab, stride0, stride1, out_stride0,
-    out_stride1, labels_stride0, labels_stride1, row_options, ALIGN: tl.constexpr,
-    ENTROPY: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    logits,
+    labels,
+    coefficients,
+    out,
+    cols,
+    tiles,
+    vocab,
+    row_options,
+    ALIGN: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """One tile of dz = p (-g - h (log p + H)) / T, plus g / T at the label."""
     pid = tl.program_id(0)
     row, tile = pid // tiles, pid % tiles
@@ -252,13 +277,13 @@ def backward_kernel(
     first, count = tile_bounds(tile, vocab, ALIGN, TILE)
     column = tl.arange(0, TILE)
     inside = column < count
-    to = out + token_at(row, cols, out_stride0, out_stride1) * ALIGN + first + column
+    to = token_at(out, row, cols, ALIGN) + first + column
     if (a0 == 0.0) & (a1 == 0.0):
-        tl.store(to, tl.zeros((TILE,), tl.float32).to(out.dtype.element_ty), mask=inside)
+        tl.store(to, tl.zeros((TILE,), tl.float32).to(to.dtype.element_ty), mask=inside)
     else:
         m, rate, own = tl.load(of_row), tl.load(of_row + 1), tl.load(of_row + 4)
-        label = tl.load(labels + token_at(row, cols, labels_stride0, labels_stride1))
-        x = logits + token_at(row, cols, stride0, stride1) * ALIGN + first
+        label = tl.load(token_at(labels, row, cols))
+        x = token_at(logits, row, cols, ALIGN) + first
         z = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
         z, slope = with_options(z, row_options)
         d = z - m
@@ -274,7 +299,7 @@ def backward_kernel(
         here = label.to(tl.int64) - first
         here = tl.where((here >= 0) & (here < count), here, -1).to(tl.int32)
         dz = tl.where(column == here, own, dz)
-        tl.store(to, dz.to(out.dtype.element_ty), mask=inside)
+        tl.store(to, dz.to(to.dtype.element_ty), mask=inside)
 
 
 def alignment(vocab: int, *tensors: Tensor) -> int:
@@ -284,10 +309,6 @@ def alignment(vocab: int, *tensors: Tensor) -> int:
         if vocab % unit or any(s % unit for s in rows_strides(t)):
             return 1
     return unit
-
-
-def _strides(t: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if t is None else grid_strides(t)
 
 
 def _check(labels: Tensor, temperatures: Tensor | None, vocab: int, ignore_index: int) -> None:
@@ -313,27 +334,47 @@ def token_logprobs(
     if labels.numel() == 0:
         return logprobs, entropies, stats
     _check(labels, temperatures, vocab, options.ignore_index)
-    logits, labels = as_rows(logits), as_grid(labels)
-    temperatures = as_grid(temperatures, torch.float32)
-    tiles = tile_count(vocab, TILE)
+    logits, tiles = as_rows(logits), tile_count(vocab, TILE)
     partials = logprobs.new_empty(rows * cols * tiles * 3)
     align = alignment(vocab, logits)
-    tokens = (
-        *grid_strides(labels), *_strides(temperatures), packed(options), options.ignore_index
-    )  # fmt: skip
-    switches = {"ENTROPY": options.entropy, "PER_TOKEN": temperatures is not None}
-    strides = rows_strides(logits)
+    tokens, of_rows = (strided(labels), strided(temperatures, torch.float32)), packed(options)
     # A vocabulary shard may be empty.
     if tiles > 0:
         launch(
-            partial_kernel, rows * cols * tiles, logits, logits, labels, temperatures, partials,
-            cols, tiles, vocab // align, *(s // align for s in strides), *tokens, ALIGN=align,
-            TILE=TILE, **switches, warps=WARPS,
-        )  # fmt: skip
+            partial_kernel,
+            rows * cols * tiles,
+            logits,
+            strided_rows(logits, align),
+            *tokens,
+            partials,
+            cols,
+            tiles,
+            vocab // align,
+            of_rows,
+            options.ignore_index,
+            ALIGN=align,
+            ENTROPY=options.entropy,
+            TILE=TILE,
+            warps=WARPS,
+        )
     launch(
-        combine_kernel, rows * cols, logits, logits, labels, temperatures, partials, logprobs,
-        entropies, stats, cols, tiles, vocab, *strides, *tokens, GROUP=GROUP, **switches, warps=1,
-    )  # fmt: skip
+        combine_kernel,
+        rows * cols,
+        logits,
+        strided_rows(logits),
+        *tokens,
+        partials,
+        logprobs,
+        entropies if options.entropy else None,
+        stats,
+        cols,
+        tiles,
+        vocab,
+        of_rows,
+        options.ignore_index,
+        GROUP=GROUP,
+        warps=1,
+    )
     return logprobs, entropies, stats
 
 
@@ -350,25 +391,46 @@ def _backward(
     if out.numel() == 0:
         return
     (rows, cols), vocab = grid(labels.shape), logits.shape[-1]
-    logits, labels = as_rows(logits), as_grid(labels)
-    temperatures = as_grid(temperatures, torch.float32)
-    g, h = as_upstream(grad_logprobs), as_upstream(grad_entropy)
+    logits, tokens, of_rows = as_rows(logits), strided(labels), packed(options)
+    g, h = strided(as_upstream(grad_logprobs)), strided(as_upstream(grad_entropy))
     coefficients = stats.new_empty(rows * cols * 5)
-    of_rows = packed(options)
     launch(
-        coefficients_kernel, tile_count(rows * cols, ROWS), logits, logits, labels, temperatures,
-        stats, g, h, coefficients, rows * cols, cols, vocab, *rows_strides(logits),
-        *grid_strides(labels), *_strides(temperatures), *_strides(g), *_strides(h),
-        of_rows, options.ignore_index, PER_TOKEN=temperatures is not None, LOGPROBS=g is not None,
-        ENTROPY=h is not None, BLOCK=ROWS, warps=2,
-    )  # fmt: skip
+        coefficients_kernel,
+        tile_count(rows * cols, ROWS),
+        logits,
+        strided_rows(logits),
+        tokens,
+        strided(temperatures, torch.float32),
+        stats,
+        g,
+        h,
+        coefficients,
+        rows * cols,
+        cols,
+        vocab,
+        of_rows,
+        options.ignore_index,
+        BLOCK=ROWS,
+        warps=2,
+    )
     tiles, align = tile_count(vocab, BACKWARD_TILE), alignment(vocab, logits, out)
     launch(
-        backward_kernel, rows * cols * tiles, logits, logits, labels, coefficients, out, cols,
-        tiles, vocab // align, *(s // align for s in rows_strides(logits)),
-        *(s // align for s in rows_strides(out)), *grid_strides(labels), of_rows,
-        ALIGN=align, ENTROPY=h is not None, TILE=BACKWARD_TILE, warps=WARPS,
-    )  # fmt: skip
+        backward_kernel,
+        rows * cols * tiles,
+        logits,
+        strided_rows(logits, align),
+        tokens,
+        coefficients,
+        strided_rows(out, align),
+        cols,
+        tiles,
+        vocab // align,
+        of_rows,
+        ALIGN=align,
+        ENTROPY=h is not None,
+        TILE=BACKWARD_TILE,
+        warps=WARPS,
+    )
 
 
 def token_logprobs_backward(logits: Tensor, *args: Any) -> Tensor:

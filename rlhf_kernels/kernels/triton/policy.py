@@ -26,12 +26,12 @@ from .. import losses
 from . import _tokens as t
 from ._launch import kernel, launch, tile_count
 from ._math import scalar
+from ._strided import strided
 from ._tokens import (
     LOG_RATIO,
     LOG_WEIGHT,
     TOKENS,
     UNROLL,
-    bad_offsets,
     column_sums,
     inverse,
     join8,
@@ -43,6 +43,7 @@ from ._tokens import (
     sequence_total,
     slot_tile,
     tile_tokens,
+    token_index,
 )
 from .policy_math import (
     NO_CORRECTION,
@@ -81,24 +82,37 @@ ALIGN = tl.constexpr(4)
 
 @kernel
 def policy_kernel(
-    offsets, mask, logprobs, old, advantages, ref, rollout, entropy, grad, grad_entropy, partials,
-    sequences, cols, mask_stride0, mask_stride1, logprobs_stride0, logprobs_stride1, old_stride0,
-    old_stride1, advantages_stride0, advantages_stride1, ref_stride0, ref_stride1,
-    rollout_stride0, rollout_stride1, entropy_stride0, entropy_stride1, c,
-    PACKED: tl.constexpr, OBJECTIVE: tl.constexpr, LEVEL: tl.constexpr, ESTIMATOR: tl.constexpr,
-    STRAIGHT: tl.constexpr, WEIGHTED: tl.constexpr, CORRECTION: tl.constexpr,
-    MODE: tl.constexpr, SEQUENCE_MEAN: tl.constexpr, REF: tl.constexpr, ROLLOUT: tl.constexpr,
-    ENTROPY: tl.constexpr, GRAD: tl.constexpr, ENTROPY_GRAD: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    batch,
+    mask,
+    logprobs,
+    old,
+    advantages,
+    ref,
+    rollout,
+    entropy,
+    grad,
+    grad_entropy,
+    partials,
+    c,
+    OBJECTIVE: tl.constexpr,
+    LEVEL: tl.constexpr,
+    ESTIMATOR: tl.constexpr,
+    STRAIGHT: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    CORRECTION: tl.constexpr,
+    MODE: tl.constexpr,
+    SEQUENCE_MEAN: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Gradient (without 1 / divisor) and partial sums of one tile. c: PolicyParams."""
     pid, slots = tl.program_id(0), tl.num_programs(0)
-    s, k, begin, length = slot_tile(offsets, sequences, cols, PACKED, TILE)
+    s, k, begin, length = slot_tile(batch, TILE)
     i, inside = tile_tokens(k, length, TILE)
     at = begin + k.to(tl.int64) * TILE
-    kept = load_tile(mask, s, at, i, inside, mask_stride0, mask_stride1) != 0
-    logprob = load_kept(logprobs, s, at, i, kept, logprobs_stride0, logprobs_stride1)
-    before = load_kept(old, s, at, i, kept, old_stride0, old_stride1)
-    a = load_kept(advantages, s, at, i, kept, advantages_stride0, advantages_stride1)
+    kept = load_tile(mask, s, at, i, inside) != 0
+    logprob = load_kept(logprobs, s, at, i, kept)
+    before = load_kept(old, s, at, i, kept)
+    a = load_kept(advantages, s, at, i, kept)
     zero = tl.zeros_like(a)
     x = logprob - before
     r, rm1, k3 = policy_ratio(x, c)
@@ -118,8 +132,8 @@ def policy_kernel(
             r, rm1, ratio_k3 = policy_ratio(zero + mean, c)
             learns = within(mean, c.log_ratio_low, c.log_ratio_high, 1.0) != 0.0
     w, w_sum = zero + 1.0, tl.where(kept, 1.0, 0.0)
-    if ROLLOUT:
-        sampled = load_kept(rollout, s, at, i, kept, rollout_stride0, rollout_stride1)
+    if rollout is not None:
+        sampled = load_kept(rollout, s, at, i, kept)
         log_w = log_weight(before, sampled)
         if CORRECTION == SEQUENCE_CORRECTION:
             slot, tiles = pid - k, ((length - 1) // TILE + 1).to(tl.int32)
@@ -136,8 +150,8 @@ def policy_kernel(
         # Only these terms can be nonzero at masked tokens, whose inputs are 0.
         loss, slope = tl.where(kept, loss, 0.0), tl.where(kept, slope, 0.0)
     kl, x_ref, k3_ref = zero, zero, zero
-    if REF:
-        x_ref = logprob - load_kept(ref, s, at, i, kept, ref_stride0, ref_stride1)
+    if ref is not None:
+        x_ref = logprob - load_kept(ref, s, at, i, kept)
         kl, kl_slope, k3_ref = policy_kl(x_ref, c, ESTIMATOR, STRAIGHT)
         if WEIGHTED:
             kl, kl_slope = kl * r, kl_slope * r
@@ -147,21 +161,19 @@ def policy_kernel(
                 slope += c.kl_coef * kl
             direct += c.kl_coef * kl_slope
     bonus = zero
-    if ENTROPY:
-        bonus = load_kept(entropy, s, at, i, kept, entropy_stride0, entropy_stride1)
+    if entropy is not None:
+        bonus = load_kept(entropy, s, at, i, kept)
     if LEVEL == TOKEN_RATIO:
         slope = within(x, c.log_ratio_low, c.log_ratio_high, slope)
-    to = at + i
-    if not PACKED:
-        to += s.to(tl.int64) * cols
-    if GRAD:
+    to = token_index(batch, s, at) + i
+    if grad is not None:
         g = direct
         if LEVEL == TOKEN_RATIO:
             g += slope
         elif LEVEL != SEQUENCE_RATIO:
             g += tl.where(learns, slope, 0.0)
         tl.store(grad + to, tl.where(kept, g * weight, 0.0), mask=inside)
-    if ENTROPY_GRAD:
+    if grad_entropy is not None:
         g = -c.entropy_coef * weight
         tl.store(grad_entropy + to, tl.where(kept, g, 0.0), mask=inside)
     r_kept = tl.where(kept, r, 0.0)
@@ -183,15 +195,21 @@ def policy_kernel(
 
 @kernel
 def pooled_kernel(
-    offsets, mask, grad, partials, sequences, cols, mask_stride0, mask_stride1, log_ratio_low,
-    log_ratio_high, PACKED: tl.constexpr, SEQUENCE_MEAN: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    batch,
+    mask,
+    grad,
+    partials,
+    log_ratio_low,
+    log_ratio_high,
+    SEQUENCE_MEAN: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Adds to each unmasked token its share of the slope of its sequence's ratio."""
     pid, slots = tl.program_id(0), tl.num_programs(0)
-    s, k, begin, length = slot_tile(offsets, sequences, cols, PACKED, TILE)
+    s, k, begin, length = slot_tile(batch, TILE)
     i, inside = tile_tokens(k, length, TILE)
     at = begin + k.to(tl.int64) * TILE
-    kept = load_tile(mask, s, at, i, inside, mask_stride0, mask_stride1) != 0
+    kept = load_tile(mask, s, at, i, inside) != 0
     slot, tiles = pid - k, ((length - 1) // TILE + 1).to(tl.int32)
     tokens = sequence_total(partials + TOKENS * slots, slot, tiles)
     each = inverse(tl.where(tokens > 1.0, tokens, 1.0))
@@ -200,18 +218,26 @@ def pooled_kernel(
     if SEQUENCE_MEAN:
         share *= each
     share = within(mean.to(tl.float32), log_ratio_low, log_ratio_high, share.to(tl.float32))
-    to = grad + at + i
-    if not PACKED:
-        to += s.to(tl.int64) * cols
+    to = grad + token_index(batch, s, at) + i
     tl.store(to, tl.load(to, mask=kept, other=0.0) + share, mask=kept)
 
 
 @kernel
 def combine_kernel(
-    offsets, normalizer, partials, loss, metrics, scale, sequences, cols, slots, divisor, kl_coef,
-    entropy_coef, PACKED: tl.constexpr, NORMALIZER: tl.constexpr, COUNT_SEQUENCES: tl.constexpr,
-    ROLLOUT: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    batch,
+    normalizer,
+    partials,
+    loss,
+    metrics,
+    scale,
+    slots,
+    divisor,
+    kl_coef,
+    entropy_coef,
+    COUNT_SEQUENCES: tl.constexpr,
+    ROLLOUT: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """Loss, metrics and 1 / divisor from the partial sums of all slots, in fp64."""
     column = tl.arange(0, SUMS)[None, :]
     total = tl.zeros((GROUP, SUMS), tl.float64)
@@ -238,19 +264,15 @@ def combine_kernel(
     count = tokens
     if COUNT_SEQUENCES:
         count = tl.sum(found, axis=0).to(tl.float64)
-    factor = loss_scale(normalizer, divisor, count, NORMALIZER)
-    if PACKED:
-        bad = bad_offsets(offsets, sequences, cols, GROUP)
-        factor = tl.where(bad == 0, factor, float("nan"))
+    factor = loss_scale(batch, normalizer, divisor, count, GROUP)
     tl.store(scale, factor.to(tl.float32))
     # NaN if the factor is NaN, else 0.
     fault = factor - factor
     n = tl.where(tokens > 1.0, tokens, 1.0)
     share = inverse(n)
     some = tokens > 0.0
-    pg, kl, bonus = (
-        pick(sums, 0, SUMS) * factor, pick(sums, 1, SUMS) * factor, pick(sums, 2, SUMS) * factor
-    )  # fmt: skip
+    pg, kl = pick(sums, 0, SUMS) * factor, pick(sums, 1, SUMS) * factor
+    bonus = pick(sums, 2, SUMS) * factor
     value = pg
     # A term with coefficient 0 is skipped, since it may be infinite.
     value += tl.where(kl_coef != 0.0, scalar(kl_coef).to(tl.float64) * kl, 0.0)
@@ -299,7 +321,7 @@ def policy_loss(
     grad: bool,
     entropy_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    op, shape, packed = "policy_loss", logprobs.shape, cu_seqlens is not None
+    op, shape = "policy_loss", logprobs.shape
     losses.check_offsets(op, cu_seqlens, shape[0])
     divisor, normalizer = losses.divisor_on_device(op, logprobs, normalizer, divisor)
     codes, c = PolicyCodes(*codes), PolicyParams(*params)
@@ -308,47 +330,67 @@ def policy_loss(
     partials = loss.new_empty(ROWS * slots)
     gradient = losses.gradient(logprobs, grad)
     bonus = losses.gradient(logprobs, entropy_grad)
-    tokens = losses.sequences(shape, cu_seqlens)
-    offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
-    spread = advantages.shape != shape
-    (mask, *mask_strides), (logprobs, *strides) = t.strided(mask), t.strided(logprobs)
-    (old, *old_strides), (advantages, *each) = t.strided(old), t.strided(advantages, spread)
-    (ref, *ref_strides), (rollout, *rollout_strides) = t.strided(ref), t.strided(rollout)
-    entropy, *entropy_strides = t.strided(entropy)
+    batch, spread = t.batch_of(shape, cu_seqlens), advantages.shape != shape
+    weights, ratios = strided(mask), (strided(logprobs), strided(old))
+    sampled = strided(rollout)
     pooled = codes.ratio_level == SEQUENCE_RATIO.value
     by_sequence = codes.ratio_level != TOKEN_RATIO.value
     by_weight = codes.correction_level == SEQUENCE_CORRECTION.value
     sequence_mean = codes.aggregation == SEQ_MEAN_TOKEN_MEAN.value
-    options = {"PACKED": packed, "TILE": t.TILE, "warps": t.WARPS}
+    tile = {"TILE": t.TILE, "warps": t.WARPS}
     if by_sequence or by_weight or sequence_mean:
-        launch(
-            t.statistics_kernel, slots, loss, offsets, mask, logprobs, old, rollout, partials,
-            *tokens, *mask_strides, *strides, *old_strides, *rollout_strides, RATIO=by_sequence,
-            WEIGHT=by_weight, **options,
-        )  # fmt: skip
+        sums = {"RATIO": by_sequence, "WEIGHT": by_weight}
+        tensors = (weights, *ratios, sampled, partials)
+        launch(t.statistics_kernel, slots, loss, batch, *tensors, **sums, **tile)
     launch(
-        policy_kernel, slots, loss, offsets, mask, logprobs, old, advantages, ref, rollout,
-        entropy, gradient, bonus, partials, *tokens, *mask_strides, *strides, *old_strides, *each,
-        *ref_strides, *rollout_strides, *entropy_strides, c, OBJECTIVE=codes.objective,
-        LEVEL=codes.ratio_level, ESTIMATOR=codes.kl_estimator, STRAIGHT=codes.kl_straight_through,
-        WEIGHTED=codes.kl_importance_weighted, CORRECTION=codes.correction_level,
-        MODE=codes.correction_mode, SEQUENCE_MEAN=sequence_mean, REF=ref is not None,
-        ROLLOUT=rollout is not None, ENTROPY=entropy is not None, GRAD=grad,
-        ENTROPY_GRAD=entropy_grad, **options,
-    )  # fmt: skip
+        policy_kernel,
+        slots,
+        loss,
+        batch,
+        weights,
+        *ratios,
+        t.per_sequence(advantages) if spread else strided(advantages),
+        strided(ref),
+        sampled,
+        strided(entropy),
+        gradient if grad else None,
+        bonus if entropy_grad else None,
+        partials,
+        c,
+        OBJECTIVE=codes.objective,
+        LEVEL=codes.ratio_level,
+        ESTIMATOR=codes.kl_estimator,
+        STRAIGHT=codes.kl_straight_through,
+        WEIGHTED=codes.kl_importance_weighted,
+        CORRECTION=codes.correction_level,
+        MODE=codes.correction_mode,
+        SEQUENCE_MEAN=sequence_mean,
+        **tile,
+    )
     if pooled and grad:
-        launch(
-            pooled_kernel, slots, loss, offsets, mask, gradient, partials, *tokens, *mask_strides,
-            c.log_ratio_low, c.log_ratio_high, SEQUENCE_MEAN=sequence_mean, **options,
-        )  # fmt: skip
+        bounds = (c.log_ratio_low, c.log_ratio_high)
+        slopes = (batch, weights, gradient, partials)
+        launch(pooled_kernel, slots, loss, *slopes, *bounds, SEQUENCE_MEAN=sequence_mean, **tile)
     counted = normalizer is None and divisor == 0.0
     launch(
-        combine_kernel, 1, loss, offsets, normalizer, partials, loss, metrics, scale, *tokens,
-        slots, divisor, c.kl_coef, c.entropy_coef, PACKED=packed,
-        NORMALIZER=normalizer is not None,
+        combine_kernel,
+        1,
+        loss,
+        batch,
+        normalizer,
+        partials,
+        loss,
+        metrics,
+        scale,
+        slots,
+        divisor,
+        c.kl_coef,
+        c.entropy_coef,
         COUNT_SEQUENCES=counted and codes.aggregation in t.SEQUENCE_COUNTS,
-        ROLLOUT=rollout is not None, GROUP=t.GROUP, warps=t.COMBINE_WARPS,
-    )  # fmt: skip
+        ROLLOUT=rollout is not None,
+        GROUP=t.GROUP,
+        warps=t.COMBINE_WARPS,
+    )
     return loss, metrics, gradient, bonus, scale
 
 
@@ -360,9 +402,8 @@ def scale_tile(gradient, out, i, inside, factor):
 
 @kernel(aligned=("first", "second", "first_out", "second_out"))
 def backward_kernel(
-    first, second, first_out, second_out, scale, upstream, count, SECOND: tl.constexpr,
-    TILE: tl.constexpr,
-):  # fmt: skip
+    first, second, first_out, second_out, scale, upstream, count, TILE: tl.constexpr
+):
     """gradient * (scale * upstream) for one tile of one or two gradients."""
     begin = tl.program_id(0).to(tl.int64) * TILE
     factor = tl.load(scale) * tl.load(upstream).to(tl.float32)
@@ -371,11 +412,11 @@ def backward_kernel(
     # First full groups of ALIGN elements, with 16-byte loads for any count; then the remainder.
     grouped = i // ALIGN < left // ALIGN
     scale_tile(first + begin, first_out + begin, i, grouped, factor)
-    if SECOND:
+    if second is not None:
         scale_tile(second + begin, second_out + begin, i, grouped, factor)
     i = left // ALIGN * ALIGN + tl.arange(0, ALIGN)
     scale_tile(first + begin, first_out + begin, i, i < left, factor)
-    if SECOND:
+    if second is not None:
         scale_tile(second + begin, second_out + begin, i, i < left, factor)
 
 
@@ -391,11 +432,10 @@ def loss_backward(
     if second is not None:
         outs.append(torch.empty_like(second, dtype=second_dtype))
     count = first.numel()
-    launch(
-        backward_kernel, tile_count(count, BACKWARD_TILE), first, first, second, outs[0],
-        None if second is None else outs[1], scale, materialized(upstream), count,
-        SECOND=second is not None, TILE=BACKWARD_TILE, warps=t.WARPS,
-    )  # fmt: skip
+    gradients, results = (first, second), (outs[0], None if second is None else outs[1])
+    factors, tile = (scale, materialized(upstream)), {"TILE": BACKWARD_TILE, "warps": t.WARPS}
+    programs = tile_count(count, BACKWARD_TILE)
+    launch(backward_kernel, programs, first, *gradients, *results, *factors, count, **tile)
     return outs
 
 

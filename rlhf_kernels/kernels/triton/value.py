@@ -14,10 +14,10 @@ from .. import losses
 from . import _tokens as t
 from ._launch import kernel, launch
 from ._math import scalar
+from ._strided import strided
 from ._tokens import (
     TOKENS,
     UNROLL,
-    bad_offsets,
     column_sums,
     inverse,
     join4,
@@ -30,6 +30,7 @@ from ._tokens import (
     sequence_total,
     slot_tile,
     tile_tokens,
+    token_index,
 )
 from .policy_math import SEQ_MEAN_TOKEN_MEAN, value_term
 
@@ -49,23 +50,30 @@ MEAN_ROUNDINGS = tl.constexpr(2.0**-22)
 
 @kernel
 def value_kernel(
-    offsets, mask, values, old, returns, grad, partials, sequences, cols, mask_stride0,
-    mask_stride1, values_stride0, values_stride1, old_stride0, old_stride1, returns_stride0,
-    returns_stride1, clip_range, PACKED: tl.constexpr, CLIP: tl.constexpr,
-    SEQUENCE_MEAN: tl.constexpr, GRAD: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    batch,
+    mask,
+    values,
+    old,
+    returns,
+    grad,
+    partials,
+    clip_range,
+    CLIP: tl.constexpr,
+    SEQUENCE_MEAN: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Gradient (without 1 / divisor) and partial sums of one tile."""
     pid, slots = tl.program_id(0), tl.num_programs(0)
-    s, k, begin, length = slot_tile(offsets, sequences, cols, PACKED, TILE)
+    s, k, begin, length = slot_tile(batch, TILE)
     i, inside = tile_tokens(k, length, TILE)
     at = begin + k.to(tl.int64) * TILE
-    kept = load_tile(mask, s, at, i, inside, mask_stride0, mask_stride1) != 0
-    v = load_kept(values, s, at, i, kept, values_stride0, values_stride1)
-    target = load_kept(returns, s, at, i, kept, returns_stride0, returns_stride1)
+    kept = load_tile(mask, s, at, i, inside) != 0
+    v = load_kept(values, s, at, i, kept)
+    target = load_kept(returns, s, at, i, kept)
     zero = tl.zeros_like(v)
     before = zero
     if CLIP:
-        before = load_kept(old, s, at, i, kept, old_stride0, old_stride1)
+        before = load_kept(old, s, at, i, kept)
     # At masked tokens v and target are 0, and therefore all terms.
     term, slope, clipped = value_term(v, before, target, clip_range, CLIP)
     weight = scalar(1.0)
@@ -73,10 +81,8 @@ def value_kernel(
         slot, tiles = pid - k, ((length - 1) // TILE + 1).to(tl.int32)
         tokens = sequence_total(partials + TOKENS * slots, slot, tiles)
         weight = inverse(tl.where(tokens > 1.0, tokens, 1.0)).to(tl.float32)
-    if GRAD:
-        to = at + i
-        if not PACKED:
-            to += s.to(tl.int64) * cols
+    if grad is not None:
+        to = token_index(batch, s, at) + i
         tl.store(grad + to, slope * weight, mask=inside)
     error = target - v
     count = tl.where(kept, 1.0, 0.0)
@@ -102,10 +108,17 @@ def value_kernel(
 
 @kernel
 def combine_kernel(
-    offsets, normalizer, partials, loss, metrics, scale, sequences, cols, slots, divisor,
-    PACKED: tl.constexpr, NORMALIZER: tl.constexpr, COUNT_SEQUENCES: tl.constexpr,
+    batch,
+    normalizer,
+    partials,
+    loss,
+    metrics,
+    scale,
+    slots,
+    divisor,
+    COUNT_SEQUENCES: tl.constexpr,
     GROUP: tl.constexpr,
-):  # fmt: skip
+):
     """Loss, metrics and 1 / divisor from the partial sums of all slots, in fp64."""
     terms = tl.zeros((GROUP,), tl.float64)
     clipped, values, counts = tl.zeros_like(terms), tl.zeros_like(terms), tl.zeros_like(terms)
@@ -157,10 +170,7 @@ def combine_kernel(
     count = tokens
     if COUNT_SEQUENCES:
         count = tl.sum(found, axis=0).to(tl.float64)
-    factor = loss_scale(normalizer, divisor, count, NORMALIZER)
-    if PACKED:
-        bad = bad_offsets(offsets, sequences, cols, GROUP)
-        factor = tl.where(bad == 0, factor, float("nan"))
+    factor = loss_scale(batch, normalizer, divisor, count, GROUP)
     # NaN if the factor is NaN, else 0.
     fault = factor - factor
     value = (pick(sums, 0, 8) * factor).to(tl.float32)
@@ -186,36 +196,52 @@ def value_loss(
     aggregation: int,
     grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    op, shape, packed = "value_loss", values.shape, cu_seqlens is not None
+    op, shape = "value_loss", values.shape
     losses.check_offsets(op, cu_seqlens, shape[0])
     divisor, normalizer = losses.divisor_on_device(op, values, normalizer, divisor)
     slots = t.slot_count(shape, cu_seqlens)
     loss, metrics, scale = losses.results(values, len(VALUE_METRICS), deferred=True)
     partials = loss.new_empty(ROWS * slots)
     gradient = losses.gradient(values, grad)
-    tokens = losses.sequences(shape, cu_seqlens)
-    offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
-    (mask, *mask_strides), (values, *strides) = t.strided(mask), t.strided(values)
-    (old, *old_strides), (returns, *returns_strides) = t.strided(old), t.strided(returns)
+    batch, weights = t.batch_of(shape, cu_seqlens), strided(mask)
     sequence_mean = aggregation == SEQ_MEAN_TOKEN_MEAN.value
-    options = {"PACKED": packed, "TILE": t.TILE, "warps": t.WARPS}
+    tile = {"TILE": t.TILE, "warps": t.WARPS}
     if sequence_mean:
-        launch(
-            t.statistics_kernel, slots, loss, offsets, mask, None, None, None, partials, *tokens,
-            *mask_strides, 0, 0, 0, 0, 0, 0, RATIO=False, WEIGHT=False, **options,
-        )  # fmt: skip
+        counts = (batch, weights, None, None, None, partials)
+        launch(t.statistics_kernel, slots, loss, *counts, RATIO=False, WEIGHT=False, **tile)
     launch(
-        value_kernel, slots, loss, offsets, mask, values, old, returns, gradient, partials,
-        *tokens, *mask_strides, *strides, *old_strides, *returns_strides, float(clip_range),
-        CLIP=clip_range > 0, SEQUENCE_MEAN=sequence_mean, GRAD=grad, **options,
-    )  # fmt: skip
+        value_kernel,
+        slots,
+        loss,
+        batch,
+        weights,
+        strided(values),
+        strided(old),
+        strided(returns),
+        gradient if grad else None,
+        partials,
+        float(clip_range),
+        CLIP=clip_range > 0,
+        SEQUENCE_MEAN=sequence_mean,
+        **tile,
+    )
     counted = normalizer is None and divisor == 0.0
     launch(
-        combine_kernel, 1, loss, offsets, normalizer, partials, loss, metrics, scale, *tokens,
-        slots, divisor, PACKED=packed, NORMALIZER=normalizer is not None,
-        COUNT_SEQUENCES=counted and aggregation in t.SEQUENCE_COUNTS, GROUP=t.GROUP,
+        combine_kernel,
+        1,
+        loss,
+        batch,
+        normalizer,
+        partials,
+        loss,
+        metrics,
+        scale,
+        slots,
+        divisor,
+        COUNT_SEQUENCES=counted and aggregation in t.SEQUENCE_COUNTS,
+        GROUP=t.GROUP,
         warps=t.COMBINE_WARPS,
-    )  # fmt: skip
+    )
     return loss, metrics, gradient, scale
 
 
