@@ -82,13 +82,14 @@ def launch(
     kernel: Any, programs: int, on: Tensor, *args: Any, warps: int, **constants: Any
 ) -> None:
     """Runs `kernel` with a one-dimensional grid on the device and current stream of `on`."""
-    options = dict(constants, num_warps=warps, enable_fp_fusion=True)
+    # kernel[grid](...) would do the same through one more call.
+    constants |= {"num_warps": warps, "enable_fp_fusion": True}
     device = on.device
     if device.type == "cpu" or _current(device):
-        kernel[(programs,)](*args, **options)
+        kernel.run(*args, grid=(programs,), warmup=False, **constants)
         return
     with getattr(torch, device.type).device(device):
-        kernel[(programs,)](*args, **options)
+        kernel.run(*args, grid=(programs,), warmup=False, **constants)
 
 
 def _current(device: torch.device) -> bool:

@@ -1,8 +1,8 @@
 """Options of rows of logits in kernels, like csrc/cuda/rows.cuh.
 
 A kernel takes the options as one argument `row_options`, a tuple of floats with None for an option
-that is off. Triton compiles a variant for None but not for the value of a float. A named tuple would
-make each launch slower.
+that is off. Triton compiles a variant for None but not for the value of a float. A named tuple
+would make each launch slower.
 """
 
 import triton

@@ -27,10 +27,24 @@ def strided(t: Tensor | None, dtype: torch.dtype | None = None) -> Strided | Non
     return t, *grid_strides(t)
 
 
-def strided_rows(t: Tensor, unit: int = 1) -> Strided:
-    """Logits [..., V] from `as_rows`, with the strides of their rows counted in `unit` elements."""
-    stride0, stride1 = rows_strides(t)
+def strided_rows(t: Tensor) -> Strided:
+    """Logits [..., V] from `as_rows` with the strides of their rows."""
+    return t, *rows_strides(t)
+
+
+def in_units(x: Strided, unit: int) -> Strided:
+    """`x` with its strides counted in `unit` elements, of which they are multiples."""
+    t, stride0, stride1 = x
     return t, stride0 // unit, stride1 // unit
+
+
+def alignment(width: int, *tensors: Strided) -> int:
+    """Elements in 16 bytes, if `width` and all strides are multiples of them; else 1."""
+    unit = 16 // tensors[0][0].element_size()
+    for _, stride0, stride1 in tensors:
+        if width % unit or stride0 % unit or stride1 % unit:
+            return 1
+    return unit
 
 
 @triton.jit

@@ -93,12 +93,12 @@ def slot_tile(batch, TILE: tl.constexpr):
 
 
 @triton.jit
-def token_index(batch, s, first):
-    """The position in a contiguous tensor of the token at `first` of sequence s."""
+def token_index(batch, s, i):
+    """The position in a contiguous tensor of token i, counted as for `load_tile`, of sequence s."""
     offsets, _, cols = batch
     if offsets is None:
-        first += s.to(tl.int64) * cols
-    return first
+        i += s.to(tl.int64) * cols
+    return i
 
 
 @triton.jit

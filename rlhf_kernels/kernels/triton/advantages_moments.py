@@ -5,8 +5,6 @@ formula. A common offset therefore costs no precision, and equal elements have a
 zero.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -198,6 +196,5 @@ def whiten(x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps
     partials = torch.empty(3 * tiles, dtype=torch.float64, device=x.device)
     tensors, tile = (strided(x), strided(mask)), {"TILE": TILE, "warps": WARPS}
     launch(moments_kernel, tiles, x, *tensors, partials, count, cols, **tile)
-    rules: dict[str, Any] = {"shift_mean": shift_mean, "unbiased": unbiased, "eps": eps}
-    apply_moments(*tensors, partials, out, **rules)
+    apply_moments(*tensors, partials, out, shift_mean=shift_mean, unbiased=unbiased, eps=eps)
     return out

@@ -17,8 +17,8 @@ from torch import Tensor
 from ...core.layout import as_rows, grid
 from ._launch import kernel, launch, tile_count
 from ._math import LOG2E, exp_parts, scalar, tile_sum, tree_sum
-from ._strided import strided, strided_rows, token_at
-from .logprobs import CHUNK, GROUP, LOWEST, ROWS, alignment, tile_bounds
+from ._strided import alignment, in_units, strided, strided_rows, token_at
+from .logprobs import CHUNK, GROUP, LOWEST, ROWS, tile_bounds
 
 # Columns per program, 16 of each row per thread: two rows need as many registers as the single row
 # of token_logprobs.
@@ -271,8 +271,9 @@ def kl_divergence(
     logits, ref_logits = as_rows(logits), as_rows(ref_logits)
     p, q = (logits, ref_logits) if reverse else (ref_logits, logits)
     partials = kl.new_empty(rows * cols * tiles * 5)
-    align = alignment(vocab, p, q)
-    tensors = (strided_rows(p, align), strided_rows(q, align), partials)
+    x, y = strided_rows(p), strided_rows(q)
+    align = alignment(vocab, x, y)
+    tensors = (in_units(x, align), in_units(y, align), partials)
     sizes, scale = (cols, tiles, vocab // align), float(temperature)
     tile = {"ALIGN": align, "TILE": TILE, "warps": WARPS}
     launch(partial_kernel, rows * cols * tiles, p, *tensors, *sizes, scale, **tile)
@@ -309,15 +310,16 @@ def _backward(
         BLOCK=ROWS,
         warps=2,
     )
-    tiles, align = tile_count(vocab, TILE), alignment(vocab, logits, ref_logits, out)
+    x, y, to = strided_rows(logits), strided_rows(ref_logits), strided_rows(out)
+    tiles, align = tile_count(vocab, TILE), alignment(vocab, x, y, to)
     launch(
         backward_kernel,
         rows * cols * tiles,
         logits,
-        strided_rows(logits, align),
-        strided_rows(ref_logits, align),
+        in_units(x, align),
+        in_units(y, align),
         coefficients,
-        strided_rows(out, align),
+        in_units(to, align),
         cols,
         tiles,
         vocab // align,

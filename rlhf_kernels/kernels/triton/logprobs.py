@@ -15,12 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core import checks, env, sentinels
-from ...core.layout import as_rows, as_upstream, grid, rows_strides
+from ...core.layout import as_rows, as_upstream, grid
 from ...core.row_options import RowOptions
 from ._launch import kernel, launch, tile_count
 from ._math import LOG2E, good_temperature, scalar, tile_sum, tree_sum
 from ._rows import packed, row_temperature, with_options
-from ._strided import strided, strided_rows, token_at
+from ._strided import alignment, in_units, strided, strided_rows, token_at
 
 # Columns per program, 32 per thread: all 16-byte loads of a tile are in flight at once.
 TILE = 8192
@@ -302,15 +302,6 @@ def backward_kernel(
         tl.store(to, dz.to(to.dtype.element_ty), mask=inside)
 
 
-def alignment(vocab: int, *tensors: Tensor) -> int:
-    """Elements in 16 bytes, if the vocabulary and all row strides are multiples of them; else 1."""
-    unit = 16 // tensors[0].element_size()
-    for t in tensors:
-        if vocab % unit or any(s % unit for s in rows_strides(t)):
-            return 1
-    return unit
-
-
 def _check(labels: Tensor, temperatures: Tensor | None, vocab: int, ignore_index: int) -> None:
     if env.CHECK:
         keep = labels != ignore_index
@@ -336,7 +327,8 @@ def token_logprobs(
     _check(labels, temperatures, vocab, options.ignore_index)
     logits, tiles = as_rows(logits), tile_count(vocab, TILE)
     partials = logprobs.new_empty(rows * cols * tiles * 3)
-    align = alignment(vocab, logits)
+    x = strided_rows(logits)
+    align = alignment(vocab, x)
     tokens, of_rows = (strided(labels), strided(temperatures, torch.float32)), packed(options)
     # A vocabulary shard may be empty.
     if tiles > 0:
@@ -344,7 +336,7 @@ def token_logprobs(
             partial_kernel,
             rows * cols * tiles,
             logits,
-            strided_rows(logits, align),
+            in_units(x, align),
             *tokens,
             partials,
             cols,
@@ -361,7 +353,7 @@ def token_logprobs(
         combine_kernel,
         rows * cols,
         logits,
-        strided_rows(logits),
+        x,
         *tokens,
         partials,
         logprobs,
@@ -393,12 +385,12 @@ def _backward(
     (rows, cols), vocab = grid(labels.shape), logits.shape[-1]
     logits, tokens, of_rows = as_rows(logits), strided(labels), packed(options)
     g, h = strided(as_upstream(grad_logprobs)), strided(as_upstream(grad_entropy))
-    coefficients = stats.new_empty(rows * cols * 5)
+    coefficients, x = stats.new_empty(rows * cols * 5), strided_rows(logits)
     launch(
         coefficients_kernel,
         tile_count(rows * cols, ROWS),
         logits,
-        strided_rows(logits),
+        x,
         tokens,
         strided(temperatures, torch.float32),
         stats,
@@ -413,15 +405,16 @@ def _backward(
         BLOCK=ROWS,
         warps=2,
     )
-    tiles, align = tile_count(vocab, BACKWARD_TILE), alignment(vocab, logits, out)
+    tiles, to = tile_count(vocab, BACKWARD_TILE), strided_rows(out)
+    align = alignment(vocab, x, to)
     launch(
         backward_kernel,
         rows * cols * tiles,
         logits,
-        strided_rows(logits, align),
+        in_units(x, align),
         tokens,
         coefficients,
-        strided_rows(out, align),
+        in_units(to, align),
         cols,
         tiles,
         vocab // align,

@@ -165,7 +165,7 @@ def policy_kernel(
         bonus = load_kept(entropy, s, at, i, kept)
     if LEVEL == TOKEN_RATIO:
         slope = within(x, c.log_ratio_low, c.log_ratio_high, slope)
-    to = token_index(batch, s, at) + i
+    to = token_index(batch, s, at + i)
     if grad is not None:
         g = direct
         if LEVEL == TOKEN_RATIO:
@@ -218,7 +218,7 @@ def pooled_kernel(
     if SEQUENCE_MEAN:
         share *= each
     share = within(mean.to(tl.float32), log_ratio_low, log_ratio_high, share.to(tl.float32))
-    to = grad + token_index(batch, s, at) + i
+    to = grad + token_index(batch, s, at + i)
     tl.store(to, tl.load(to, mask=kept, other=0.0) + share, mask=kept)
 
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from ...core.layout import as_rows
 from ._launch import kernel, launch, tile_count
 from ._math import tree_sum
-from ._strided import Strided, strided, strided_rows, token_at
-from .logprobs import alignment
+from ._strided import Strided, alignment, in_units, strided, strided_rows, token_at
 
 # Entries and columns per tile of products, and per tile of a sum of rows: 32 values per thread.
 # Fewer for unaligned rows, where every value needs an address. The order of a sum does not depend
@@ -186,14 +185,15 @@ def store_products(
         indptr, indices: the support, contiguous.
     """
     weight, (vocab, width), entries = as_rows(weight), weight.shape, indices.shape[0]
-    align = alignment(width, hidden, weight)
+    rows, words = strided_rows(hidden), strided_rows(weight)
+    align = alignment(width, rows, words)
     tile = PRODUCT_ROWS if align > 1 else PRODUCT_ROWS_UNALIGNED
     launch(
         products_kernel,
         tile_count(entries, tile),
         hidden,
-        strided_rows(hidden, align),
-        strided_rows(weight, align),
+        in_units(rows, align),
+        in_units(words, align),
         strided(bias, torch.float32),
         labels,
         indices,
@@ -224,8 +224,8 @@ def store_sums(
     limit: int,
 ) -> None:
     """Writes the sums of dz times rows of `source` [..., H] over each list to `out` and `bias`."""
-    width = source.shape[-1]
-    align = alignment(width, source)
+    width, x = source.shape[-1], strided_rows(source)
+    align = alignment(width, x)
     columns = SUM_COLS if align > 1 else SUM_COLS_UNALIGNED
     # At least one block: the bias has a gradient even if the rows have no columns.
     blocks = max(tile_count(width, columns), 1) if out is not None else 1
@@ -233,7 +233,7 @@ def store_sums(
         sums_kernel,
         (starts.shape[0] - 1) * blocks,
         source,
-        strided_rows(source, align),
+        in_units(x, align),
         starts,
         order,
         rows,

@@ -82,7 +82,7 @@ def value_kernel(
         tokens = sequence_total(partials + TOKENS * slots, slot, tiles)
         weight = inverse(tl.where(tokens > 1.0, tokens, 1.0)).to(tl.float32)
     if grad is not None:
-        to = token_index(batch, s, at) + i
+        to = token_index(batch, s, at + i)
         tl.store(grad + to, slope * weight, mask=inside)
     error = target - v
     count = tl.where(kept, 1.0, 0.0)
