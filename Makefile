@@ -87,6 +87,7 @@ triton-report: venv
 cuda-report: venv
 	$(BIN)/python -m tools.cuda_resources --report benchmarks/results/cuda-resources.md --date $(DATE)
 	$(BIN)/python -m tools.cuda_sass --report benchmarks/results/cuda-sass.md --date $(DATE)
+	$(BIN)/python -m tools.triton_sass --report benchmarks/results/triton-sass.md --date $(DATE)
 
 # Address and undefined behaviour, in the kernels; needs GCC.
 sanitize: venv

@@ -115,6 +115,12 @@ def functions(compiled: Path, arch: int) -> dict[str, list[Instruction]]:
         check=True,
         env=os.environ | {"PATH": path},
     ).stdout
+    found = listing(text)
+    return dict(zip(cuda_resources.short_names(list(found)), found.values(), strict=True))
+
+
+def listing(text: str) -> dict[str, list[Instruction]]:
+    """The instructions of each function in cuobjdump's text."""
     found: dict[str, list[Instruction]] = {}
     current = None
     for line in text.splitlines():
@@ -122,7 +128,7 @@ def functions(compiled: Path, arch: int) -> dict[str, list[Instruction]]:
             current = found.setdefault(match[1], [])
         elif (match := _INSTRUCTION.match(line)) and current is not None:
             current.append(Instruction(int(match[1], 16), match[2]))
-    return dict(zip(cuda_resources.short_names(list(found)), found.values(), strict=True))
+    return found
 
 
 def flow(code: list[Instruction]) -> list[Block]:
@@ -151,10 +157,11 @@ def flow(code: list[Instruction]) -> list[Block]:
     return blocks
 
 
-def _without_loops(blocks: list[Block]) -> list[tuple[int, ...]]:
-    """The edges of each block without back edges, so that a loop runs once."""
+def _without_loops(blocks: list[Block]) -> tuple[list[tuple[int, ...]], list[tuple[int, int]]]:
+    """The edges of each block without back edges, so that a loop runs once; and the back edges."""
     state = [0] * len(blocks)
     kept: list[list[int]] = [[] for _ in blocks]
+    back = []
     stack = [(0, iter(blocks[0].after))]
     state[0] = 1
     while stack:
@@ -163,22 +170,26 @@ def _without_loops(blocks: list[Block]) -> list[tuple[int, ...]]:
         if following is None:
             state[block] = 2
             stack.pop()
-        elif state[following] != 1:
+        elif state[following] == 1:
+            back.append((block, following))
+        else:
             kept[block].append(following)
             if state[following] == 0:
                 state[following] = 1
                 stack.append((following, iter(blocks[following].after)))
-    return [tuple(k) for k in kept]
+    return [tuple(k) for k in kept], back
 
 
-def fast_path(code: list[Instruction], holds: dict[str, int]) -> list[Instruction]:
-    """The cheapest path from entry to end with at least holds[pattern] operations of each pattern.
-    Raises LookupError if there is none."""
-    blocks = flow(code)
+def _cheapest(
+    blocks: list[Block],
+    edges: list[tuple[int, ...]],
+    ends: tuple[int, set[int]],
+    holds: dict[str, int],
+) -> list[Instruction] | None:
+    """The cheapest path from ends[0] to a block of ends[1] with the operations of `holds`."""
     prices = [
         len(b.body) + SLOW * any(x.operation.startswith(SLOW_WAYS) for x in b.body) for b in blocks
     ]
-    edges = _without_loops(blocks)
     patterns = [re.compile(p) for p in holds]
     wanted = tuple(holds.values())
     has = [tuple(sum(bool(p.match(x.operation)) for x in b.body) for p in patterns) for b in blocks]
@@ -186,15 +197,16 @@ def fast_path(code: list[Instruction], holds: dict[str, int]) -> list[Instructio
     def met(before: tuple[int, ...], block: int) -> tuple[int, ...]:
         return tuple(min(w, m + h) for w, m, h in zip(wanted, before, has[block], strict=True))
 
-    start = (0, met((0,) * len(wanted), 0))
-    cost, before = {start: prices[0]}, {}
+    first, last = ends
+    start = (first, met((0,) * len(wanted), first))
+    cost, before = {start: prices[first]}, {}
     queue = [(cost[start], start)]
     while queue:
         spent, state = heapq.heappop(queue)
         block, found = state
         if spent > cost[state]:
             continue
-        if blocks[block].body[-1].operation.startswith("EXIT") and found == wanted:
+        if block in last and found == wanted:
             path = [block]
             while state in before:
                 state = before[state]
@@ -206,7 +218,30 @@ def fast_path(code: list[Instruction], holds: dict[str, int]) -> list[Instructio
             if total < cost.get(new, sys.maxsize):
                 cost[new], before[new] = total, state
                 heapq.heappush(queue, (total, new))
-    raise LookupError(f"no path through the kernel holds {holds}")
+    return None
+
+
+def fast_path(code: list[Instruction], holds: dict[str, int]) -> list[Instruction]:
+    """The cheapest path from entry to end with at least holds[pattern] operations of each pattern.
+    Raises LookupError if there is none."""
+    blocks = flow(code)
+    exits = {i for i, b in enumerate(blocks) if b.body[-1].operation.startswith("EXIT")}
+    path = _cheapest(blocks, _without_loops(blocks)[0], (0, exits), holds)
+    if path is None:
+        raise LookupError(f"no path through the kernel holds {holds}")
+    return path
+
+
+def loop_path(code: list[Instruction], holds: dict[str, int]) -> list[Instruction]:
+    """The cheapest iteration of a loop with at least holds[pattern] operations of each pattern.
+    Raises LookupError if no loop has one."""
+    blocks = flow(code)
+    edges, back = _without_loops(blocks)
+    found = [_cheapest(blocks, edges, (head, {tail}), holds) for tail, head in back]
+    paths = [path for path in found if path is not None]
+    if not paths:
+        raise LookupError(f"no loop of the kernel holds {holds}")
+    return min(paths, key=len)
 
 
 @dataclass(frozen=True)
@@ -245,7 +280,7 @@ class Figures:
         return [f"{budget.name}, sm_{arch}: {p}, beyond its {limit}" for p in found]
 
 
-def _memory(path: list[Instruction]) -> tuple[int, int]:
+def memory(path: list[Instruction]) -> tuple[int, int]:
     """The maximum bytes of loads in flight, and how often the path waits for loads. At the first
     use of a load, all earlier loads count as complete."""
     pending: set[int] = set()
@@ -285,7 +320,7 @@ def figures(budget: Budget, arch: int) -> Figures:
         raise LookupError(f"{budget.file} has no kernel {budget.kernel} for sm_{arch}")
     path = fast_path(code, budget.holds)
     share = budget.waste / budget.units
-    most, waits = _memory(path)
+    most, waits = memory(path)
     blocks = blocks_per_multiprocessor(needs[0].registers, needs[0].shared, budget.threads)
     return Figures(
         instructions=len(path) * share,

@@ -250,7 +250,7 @@ class Resources:
         return [f"{self.kernel} on {self.target}: {text} [{self.variant}]" for text in found]
 
 
-def _nvidia_blocks(target: Target, registers: int, warps: int, shared: int) -> int:
+def nvidia_blocks(target: Target, registers: int, warps: int, shared: int) -> int:
     # A warp gets registers in units of 256, from the quarter of the multiprocessor that runs it.
     a_warp = math.ceil(registers * 32 / 256) * 256
     held = min(target.warps, (1 << 14) // a_warp * 4)
@@ -279,7 +279,7 @@ def _amd_width(m: re.Match) -> int:
     return _AMD_WIDTHS.get(m[1]) or 32 * int(m[2] or 1)
 
 
-def _cubin_usage(cubin: bytes) -> dict[str, int]:
+def cubin_usage(cubin: bytes) -> dict[str, int]:
     """REG, STACK, LOCAL and more of the kernel in a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -294,22 +294,27 @@ def _cubin_usage(cubin: bytes) -> dict[str, int]:
     return usage
 
 
-def compiled(variant: Variant, name: str) -> Resources:
-    """Compiles for the target `name`; Triton's cache on disk makes a repetition quick."""
-    target = TARGETS[name]
+def binary_of(variant: Variant, target: Target) -> Any:
+    """What Triton's compiler makes of a variant; its cache on disk makes a repetition quick."""
     source = ASTSource(variant.function, variant.signature, variant.constants, variant.attributes)
-    binary = triton.compile(source, target=target.gpu, options=variant.options)
+    return triton.compile(source, target=target.gpu, options=variant.options)
+
+
+def compiled(variant: Variant, name: str) -> Resources:
+    """Compiles for the target `name`."""
+    target = TARGETS[name]
+    binary = binary_of(variant, target)
     warps, shared = binary.metadata.num_warps, binary.metadata.shared
     if target.gpu.backend == "cuda":
         text = binary.asm["ptx"]
-        usage = _cubin_usage(binary.asm["cubin"])
+        usage = cubin_usage(binary.asm["cubin"])
         # NVIDIA spills to the stack, so a frame of 0 bytes means no spills.
         registers, spills, local = usage["REG"], usage["STACK"], usage["LOCAL"]
         barriers = len(re.findall(r"\bbar(?:rier)?\.", text))
         atomics = len(re.findall(r"\b(?:atom|red)\.", text))
         width = r"\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b"
         load, store = (_widest(text, rf"\b{op}{width}", _ptx_width) for op in ("ld", "st"))
-        blocks = _nvidia_blocks(target, registers, warps, shared)
+        blocks = nvidia_blocks(target, registers, warps, shared)
     else:
         text = binary.asm["amdgcn"]
         fields = dict(re.findall(r"^\s+(?:- )?\.(\w+):\s+(\d+)$", text, re.MULTILINE))

@@ -60,6 +60,14 @@ def test_the_fast_path_is_the_cheapest_that_holds_what_it_must(holds, addresses)
     assert [x.address // 16 for x in path] == addresses
 
 
+def test_the_cheapest_iteration_of_a_loop():
+    path = cuda_sass.loop_path(BRANCHES, {r"LDG\.E\.U16": 1})
+    assert [x.address // 16 for x in path] == [2, 3, 4]
+    # The exponentials are outside the loop.
+    with pytest.raises(LookupError, match="no loop"):
+        cuda_sass.loop_path(BRANCHES, {"MUFU": 1})
+
+
 # The short way calls a subroutine; a shuffle has another one for a warp that has parted.
 WAYS = code("""
     @!P0 BRA 0x40
@@ -116,7 +124,7 @@ CHAINED = code("""
     "path,most,waits", [(TOGETHER, 17, 1), (ONE_BY_ONE, 16, 2), (CHAINED, 8, 2)]
 )
 def test_loads_that_wait_for_one_another_are_seen(path, most, waits):
-    assert cuda_sass._memory(path) == (most, waits)
+    assert cuda_sass.memory(path) == (most, waits)
 
 
 def test_widths_of_loads_and_stores():

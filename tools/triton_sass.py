@@ -1,0 +1,253 @@
+"""Counts the machine code of Triton kernels: ours beside those of TRL and Liger, if installed.
+
+    python -m tools.triton_sass                                   # sm_90 and sm_100
+    python -m tools.triton_sass --report benchmarks/results/triton-sass.md --date 2026-01-31
+
+Each library's own function is called on bf16 rows of Qwen's vocabulary. What it would launch is
+recorded and compiled by `tools.triton_aot`. The fast path is counted per logit as in
+`tools.cuda_sass`: the whole path, with the padding of tiles, or an iteration if the kernel loops
+over its row. No GPU is needed, and nothing is measured.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tools import cuda_sass, triton_aot
+from tools.cuda_budgets import VOCABULARY
+
+import rlhf_kernels as rk
+from benchmarks.reports.tables import table
+
+ARCHS = (90, 100)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A kernel that a library's call launches.
+
+    `columns` names the constant that says how many columns of a row a program takes, or with
+    `loops` an iteration of its loop; `traffic` are bytes read and written per unit.
+    """
+
+    name: str
+    library: str
+    kernel: str
+    call: Callable[[], "Call"]
+    columns: str
+    loops: bool
+    traffic: int
+    unit: str = "logit"
+    exponentials: int = 1
+
+
+class Call(NamedTuple):
+    """A call in the form that `triton_aot.record` takes."""
+
+    name: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def outputs(self, result: Any) -> Any:
+        return result
+
+
+def _logits(grad: bool = True) -> Tensor:
+    return torch.zeros(2, VOCABULARY, dtype=torch.bfloat16, requires_grad=grad)
+
+
+def _ours(entropy: bool) -> Call:
+    labels = torch.zeros(2, dtype=torch.int64)
+    function: Any = rk.token_logprobs
+    if not entropy:
+        function = lambda *args: rk.token_logprobs(*args).logprobs  # noqa: E731
+    return Call("ours", function, (_logits(), labels), {"entropy": True} if entropy else {})
+
+
+def _trl() -> Call:
+    from trl.kernels import selective_log_softmax_and_entropy
+
+    return Call(
+        "TRL", selective_log_softmax_and_entropy, (_logits(), torch.zeros(2, dtype=torch.int64)), {}
+    )
+
+
+def _liger() -> Call:
+    from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
+
+    # It drops the last of three positions.
+    logits = torch.zeros(1, 3, VOCABULARY, dtype=torch.bfloat16)
+    labels = torch.zeros(1, 2, dtype=torch.int64)
+    return Call("Liger", fused_selective_log_softmax, (logits, labels), {"temperature": 1.0})
+
+
+def _ours_kl() -> Call:
+    return Call("ours", rk.kl_divergence, (_logits(), _logits(grad=False)), {})
+
+
+_LOGPROB, _BOTH, _BACKWARD = (
+    *("log-probability", "log-probability and entropy"),
+    "backward of log-probability and entropy",
+)
+POINTS = (
+    Point(_LOGPROB, "ours", "logprobs.partial_kernel", lambda: _ours(False), "TILE", False, 2),
+    Point(_LOGPROB, "Liger", "grpo_loss._selective_log_softmax_kernel", _liger, "BLOCK_N", True, 2),
+    Point(_BOTH, "ours", "logprobs.partial_kernel", lambda: _ours(True), "TILE", False, 2),
+    Point(_BOTH, "TRL", "logprob_entropy._forward_kernel", _trl, "BLOCK_SIZE", True, 2),
+    Point(_BACKWARD, "ours", "logprobs.backward_kernel", lambda: _ours(True), "TILE", False, 4),
+    Point(_BACKWARD, "TRL", "logprob_entropy._backward_kernel", _trl, "BLOCK_SIZE", False, 4),
+    Point("KL divergence", "ours", "kl.partial_kernel", _ours_kl, "TILE", False, 4, "pair", 2),
+)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Per unit of a fast path: instructions and exponentials; of a block: registers and warps."""
+
+    instructions: float
+    exponentials: float
+    registers: int
+    warps: int
+    blocks: int
+    # KiB of loads in flight on a multiprocessor.
+    in_flight: float
+
+
+def installed(library: str) -> bool:
+    return importlib.util.find_spec({"TRL": "trl", "Liger": "liger_kernel"}[library]) is not None
+
+
+def instructions(cubin: bytes) -> list[cuda_sass.Instruction]:
+    """The instructions of the one kernel in a cubin."""
+    tool = cuda_sass.disassembler()
+    assert tool is not None  # triton compiled the cubin
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        path = f"{tool.parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        text = subprocess.run(
+            [str(tool), "-sass", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"PATH": path},
+        ).stdout
+    (code,) = cuda_sass.listing(text).values()
+    return code
+
+
+def figures(point: Point, arch: int) -> Figures:
+    """The figures of a point on sm_90 or sm_100.
+
+    Raises:
+        LookupError: the call launches no such kernel, or its code has no such path.
+    """
+    target = triton_aot.TARGETS[f"sm_{arch}"]
+    recorder, _ = triton_aot.record(target, [point.call()])
+    chosen = [v for v in recorder.variants.values() if v.kernel == point.kernel]
+    if len(chosen) != 1:
+        found = sorted(v.kernel for v in recorder.variants.values())
+        raise LookupError(f"expected one {point.kernel}, found {found}")
+    names = list(chosen[0].signature)
+    constants = {names[i]: v for (i, *at), v in chosen[0].constants.items() if not at}
+    binary = triton_aot.binary_of(chosen[0], target)
+    columns, warps = constants[point.columns], binary.metadata.num_warps
+    # A thread's columns of one row.
+    units = columns // (32 * warps)
+    code = instructions(binary.asm["cubin"])
+    path_of = cuda_sass.loop_path if point.loops else cuda_sass.fast_path
+    path = path_of(code, {r"MUFU\.EX2": units * point.exponentials})
+    share = -(-VOCABULARY // columns) * columns / VOCABULARY / units
+    usage = triton_aot.cubin_usage(binary.asm["cubin"])
+    blocks = triton_aot.nvidia_blocks(target, usage["REG"], warps, binary.metadata.shared)
+    flying, _ = cuda_sass.memory(path)
+    return Figures(
+        instructions=len(path) * share,
+        exponentials=sum(x.operation.startswith("MUFU") for x in path) * share,
+        registers=usage["REG"],
+        warps=warps,
+        blocks=blocks,
+        in_flight=flying * 32 * warps * blocks / 1024,
+    )
+
+
+def bounds(point: Point, f: Figures, gpu: cuda_sass.Gpu) -> tuple[float, float]:
+    """The TB/s that instructions and exponentials allow, and that as a share of a copy's."""
+    clocks = gpu.multiprocessors * gpu.clock * 1e9 * point.traffic / 1e12
+    rate = clocks * min(cuda_sass.ISSUED / f.instructions, cuda_sass.EXPONENTIALS / f.exponentials)
+    return rate, min(1.0, rate / gpu.copy)
+
+
+def markdown(found: dict[tuple[Point, int], Figures], missing: list[str], date: str) -> str:
+    """The figures of every point, and the rates that they allow."""
+    head = ["operation", "library", "target", "issued", "MUFU", "registers", "warps", "blocks"]
+    head += ["KiB", *(f"{g.name}: TB/s, share" for g in cuda_sass.GPUS)]
+    rows = []
+    for (point, arch), f in found.items():
+        cells = [point.name, point.library, f"sm_{arch}", f"{f.instructions:.1f}"]
+        cells += [f"{f.exponentials:.2f}", str(f.registers), str(f.warps), str(f.blocks)]
+        cells.append(f"{f.in_flight:.0f}")
+        for gpu in cuda_sass.GPUS:
+            rate, share = bounds(point, f, gpu)
+            cells.append(f"{rate:.1f}, {share:.0%}" if gpu.arch == arch else "-")
+        rows.append(cells)
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}"
+        for name in ("triton", "trl", "liger-kernel")
+        if importlib.util.find_spec(name.replace("-", "_"))
+    )
+    absent = f" Not installed: {', '.join(missing)}." if missing else ""
+    return "\n".join(
+        [
+            "# Machine code of Triton kernels, ours and others'",
+            "",
+            f"Compiled on {date} by `make cuda-report` with {versions}.",
+            f"Nothing was measured.{absent}",
+            f"The logits are bf16, the vocabulary is {VOCABULARY:,}. Instructions and",
+            "exponentials (MUFU) are per logit, for a divergence per pair, padding of tiles",
+            "included; if the kernel loops over its row, those of an iteration. KiB: loads in",
+            "flight on a multiprocessor, in a loop those of an iteration. The rates are what",
+            "instructions and exponentials allow, also as a share of a copy. Latency and barriers",
+            "come on top.",
+            "",
+            *table(head, rows, left=3),
+            "",
+        ]
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--report", type=Path, help="where the Markdown table goes")
+    parser.add_argument("--date", help="of the report")
+    options = parser.parse_args()
+    if options.report and not options.date:
+        parser.error("--report needs --date")
+    missing = [name for name in ("TRL", "Liger") if not installed(name)]
+    found = {
+        (point, arch): figures(point, arch)
+        for point in POINTS
+        if point.library not in missing
+        for arch in ARCHS
+    }
+    text = markdown(found, missing, options.date or "a day not given")
+    print(text)
+    if options.report:
+        options.report.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
