@@ -3,7 +3,7 @@
 from .config.policy import PolicyLossConfig
 from .controllers import AdaptiveKLController, FixedKLController, RunningMoments
 from .kernels.backends import available_backends, use_backend
-from .ops._examples import warmup
+from .ops._calls import warmup
 from .ops.advantages import (
     Advantages,
     PPOAdvantages,

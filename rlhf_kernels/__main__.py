@@ -18,7 +18,7 @@ from . import __version__
 from .core.env import BACKEND_NAMES
 from .kernels import backends as kernel_backends
 from .kernels import native
-from .ops._examples import EXAMPLES
+from .ops._calls import OPERATIONS
 from .ops._operator import select
 from .testing import check_operation
 
@@ -103,7 +103,7 @@ def report() -> dict[str, Any]:
     checks = [
         _checked(function, device, dtype)
         for device in devices()
-        for function in EXAMPLES
+        for function in OPERATIONS
         for dtype in (torch.float32, torch.bfloat16)
     ]
     return {
@@ -136,7 +136,7 @@ def report() -> dict[str, Any]:
         "backends": backends,
         "forced_backend": kernel_backends.current_backend(),
         "selected": {
-            str(device): {f.__name__: _selected(f.__name__, device) for f in EXAMPLES}
+            str(device): {f.__name__: _selected(f.__name__, device) for f in OPERATIONS}
             for device in devices()
         },
         "environment": {k: v for k, v in sorted(os.environ.items()) if _VARIABLES.match(k)},

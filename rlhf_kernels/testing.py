@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .kernels import backends
-from .ops import _examples
+from .ops import _calls
 
 # Lengths around the kernels' boundaries: a lane, a vector less one, unrolled steps, a block.
 RAGGED_SIZES = (1, 7, 31, 127, 257, 4096, 4099, 8200)
@@ -246,21 +246,17 @@ def check_operation(
         "error": None,
         "ok": False,
     }
-    inputs = _examples.Inputs(5, 1031, dtype, device, torch.Generator().manual_seed(0))
+    inputs = _calls.Inputs(5, 1031, dtype, device, torch.Generator().manual_seed(0))
     # On CPU the library rounds logits of 16-bit operands to 16 bits.
     product = torch.finfo(dtype).eps if function.__name__.startswith("linear_") else 0.0
     try:
         errors = []
-        for example in (_examples.EXAMPLES[function], *_examples.VARIANTS.get(function, ())):
-            call = example(inputs)
-            actual = list(_examples.tensors(function(*call[0], **call[1])))
-            actual += _examples.gradients(actual, call)
-            exact = to_float64(call)
+        for call in _calls.examples(function, inputs):
+            actual = _calls.results(call)
+            exact = call._replace(tensors=to_float64(call.tensors))
             with backends.use_backend(backends.REFERENCE):
-                expected = list(_examples.tensors(function(*exact[0], **exact[1])))
-            expected += _examples.gradients(expected, exact)
+                expected = _calls.results(exact)
             for a, e in zip(actual, expected, strict=True):
-                a, e = a.detach(), e.detach()
                 unit = max(torch.finfo(a.dtype).eps, product) * max(1.0, float(e.abs().max()))
                 errors.append(float((a.double() - e).abs().max()) / unit)
         if all(map(math.isfinite, errors)):

@@ -45,7 +45,7 @@ from triton.runtime import JITFunction, driver  # noqa: E402
 import rlhf_kernels.kernels.triton  # noqa: E402
 from benchmarks.reports.tables import table  # noqa: E402
 from rlhf_kernels.kernels import backends  # noqa: E402
-from rlhf_kernels.ops import _examples  # noqa: E402
+from rlhf_kernels.ops import _calls  # noqa: E402
 
 #: Minimum resident blocks of a kernel on a multiprocessor (NVIDIA) or compute unit (AMD): with a
 #: single block nothing hides the latency of its loads and barriers.
@@ -174,10 +174,10 @@ def record(target: Target, cases: Iterable[Any]) -> tuple[Recorder, dict[str, li
             if case.name in launches:
                 raise ValueError(f"two cases are called {case.name!r}")
             start = len(recorder.launched)
-            result = case.function(*case.args, **case.options)
+            result = case.call.run()
             middle = len(recorder.launched)
-            outputs = list(_examples.tensors(case.outputs(result)))
-            _examples.gradients(outputs, (case.args, case.options))
+            outputs = list(_calls.tensors(case.outputs(result)))
+            _calls.gradients(outputs, case.call)
             launched = recorder.launched
             launches[case.name] = [launched[start:middle], launched[middle:]]
     for backend in kept:

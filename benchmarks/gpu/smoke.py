@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from rlhf_kernels.kernels import backends
-from rlhf_kernels.ops._examples import EXAMPLES
+from rlhf_kernels.ops._calls import OPERATIONS
 from rlhf_kernels.testing import check_operation
 
 from .. import make_parser
@@ -30,7 +30,7 @@ def main() -> int:
     options = parser.parse_args()
     device = torch.device(options.device)
     only = options.only and options.only.split(",")
-    functions = [f for f in EXAMPLES if not only or f.__name__ in only]
+    functions = [f for f in OPERATIONS if not only or f.__name__ in only]
     bad = 0
     with options.out.open("w") as out:
         # dtype is the outer loop, so that a slow backend does not delay the first dtype of others.

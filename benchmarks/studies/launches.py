@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from rlhf_kernels.ops._examples import EXAMPLES, Inputs, tensors
+from rlhf_kernels.ops._calls import OPERATIONS, Inputs, example, tensors
 
 ROWS, SIZE = 64, 2048
 
@@ -42,13 +42,11 @@ def launches(call: Callable[[], Any], device: torch.device) -> dict[str, int]:
 def of_operation(function: Callable[..., Any], device: torch.device) -> dict[str, Any]:
     """The launches of one operation, forward and backward."""
     inputs = Inputs(ROWS, SIZE, torch.float32, device, torch.Generator().manual_seed(0))
-    arguments, options = EXAMPLES[function](inputs)
-    leaves = [
-        v for v in (*arguments, *options.values()) if isinstance(v, Tensor) and v.requires_grad
-    ]
+    call = example(function, inputs)
+    leaves = [t for t in call.tensors.values() if t.requires_grad]
 
     def forward() -> list[Tensor]:
-        return list(tensors(function(*arguments, **options)))
+        return list(tensors(call.run()))
 
     outputs = [r for r in forward() if r.requires_grad]
     ones = [torch.ones_like(o) for o in outputs]
@@ -78,7 +76,7 @@ def main() -> int:
     if not seen:
         report["reason"] = "the profiler sees no device activity here"
     else:
-        for function in EXAMPLES:
+        for function in OPERATIONS:
             report["operations"][function.__name__] = of_operation(function, device)
     args.out.write_text(json.dumps(report, indent=1))
     return 0

@@ -7,55 +7,40 @@ import torch
 
 import rlhf_kernels as rk
 from rlhf_kernels.kernels import triton
-from rlhf_kernels.ops import _examples
+from rlhf_kernels.ops import _calls
 from rlhf_kernels.testing import assert_bitwise_equal
 
-KERNELS = [f for f in _examples.EXAMPLES if f.__name__ in triton.launchers()]
+KERNELS = [f for f in _calls.OPERATIONS if f.__name__ in triton.launchers()]
 each_kernel = pytest.mark.parametrize("function", KERNELS, ids=lambda f: f.__name__)
 
 
 def example(function, device, *, rows=5, size=1031, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return _examples.EXAMPLES[function](_examples.Inputs(rows, size, dtype, device, g))
+    return _calls.example(function, _calls.Inputs(rows, size, dtype, device, g))
 
 
 def moved(call, device):
-    """The arguments of a call as tensors of their own on `device`."""
-
-    def move(v):
-        if not isinstance(v, torch.Tensor):
-            return v
-        return v.detach().to(device, copy=True).requires_grad_(v.requires_grad)
-
-    return tuple(map(move, call[0])), {k: move(v) for k, v in call[1].items()}
+    """The call with tensors of their own on `device`."""
+    tensors = {k: t.detach().to(device, copy=True).requires_grad_(t.requires_grad)
+               for k, t in call.tensors.items()}  # fmt: skip
+    return call._replace(tensors=tensors)
 
 
-def inputs_of(call):
-    return [v for v in (*call[0], *call[1].values()) if isinstance(v, torch.Tensor)]
-
-
-def forward(function, call):
-    return list(_examples.tensors(function(*call[0], **call[1])))
-
-
-def run(function, call):
-    """Results and gradients."""
-    results = forward(function, call)
-    return [r.detach() for r in results] + _examples.gradients(results, call)
+run = _calls.results
 
 
 class Step:
     """Forward and backward on fixed tensors, without anything that copies from the host."""
 
-    def __init__(self, function, call):
-        self.function, self.call = function, call
+    def __init__(self, call):
+        self.call = call
         # Also compiles.
-        results = forward(function, call)
-        self.leaves = [t for t in inputs_of(call) if t.requires_grad]
+        results = list(_calls.tensors(call.run()))
+        self.leaves = [t for t in call.tensors.values() if t.requires_grad]
         self.upstream = [torch.ones_like(r) if r.requires_grad else None for r in results]
 
     def __call__(self):
-        results = forward(self.function, self.call)
+        results = list(_calls.tensors(self.call.run()))
         pairs = [(r, u) for r, u in zip(results, self.upstream, strict=True) if u is not None]
         if not pairs:
             return results
@@ -85,44 +70,33 @@ def compilations():
         runtime.jit_post_compile_hook = before
 
 
-def _token_logprobs(logits, labels, g, h):
-    logits.requires_grad_()
-    r = rk.token_logprobs(logits, labels, entropy=True, temperature=0.7)
-    return [*r, *torch.autograd.grad(tuple(r), logits, (g, h))]
-
-
-def _kl_divergence(logits, ref, g):
-    kl = rk.kl_divergence(logits.requires_grad_(), ref, temperature=0.7)
-    return [kl, *torch.autograd.grad(kl, logits, g)]
-
-
-def _kl_penalty(logprobs, ref, g):
-    kl = rk.kl_penalty(logprobs.requires_grad_(), ref, estimator="k3")
-    return [kl, *torch.autograd.grad(kl, logprobs, g)]
-
-
-# Operations whose rows have nothing to do with each other -> (call, what its tensors are).
+STEPS = {"mask": _calls.GIVEN, "gamma": 0.99}
+#: Operations whose rows have nothing to do with each other, by name -> options.
 ROWWISE = {
-    "token_logprobs": (_token_logprobs, ("rows", "labels", "one", "one")),
-    "kl_divergence": (_kl_divergence, ("rows", "rows", "one")),
-    "kl_penalty": (_kl_penalty, ("tokens", "tokens", "upstream")),
-    "gae": (lambda r, v, m: [*rk.gae(r, v, mask=m, gamma=0.99)], ("tokens", "tokens", "mask")),
-    "discounted_returns": (
-        lambda r, m: [rk.discounted_returns(r, mask=m, gamma=0.99)],
-        ("tokens", "mask"),
-    ),
+    "token_logprobs": {"entropy": True, "temperature": 0.7},
+    "kl_divergence": {"temperature": 0.7},
+    "kl_penalty": {"estimator": "k3"},
+    "gae": STEPS,
+    "discounted_returns": STEPS,
 }
 ROWWISE = {k: v for k, v in ROWWISE.items() if k in triton.launchers()}
+OF_TOKENS = [name for name in ROWWISE if not _calls.OPERATIONS[getattr(rk, name)].length]
 
 
-def rowwise_inputs(kinds, rows, size, dtype, device, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    make = {
-        "rows": lambda: (4 * torch.randn(rows, size, generator=g)).to(dtype),
-        "tokens": lambda: torch.randn(rows, size, generator=g).to(dtype),
-        "upstream": lambda: torch.randn(rows, size, generator=g),
-        "labels": lambda: torch.randint(0, size, (rows,), generator=g),
-        "mask": lambda: torch.rand(rows, size, generator=g) < 0.8,
-        "one": lambda: torch.randn(rows, generator=g),
-    }
-    return [make[kind]().to(device) for kind in kinds]
+def rowwise(name, rows, size, dtype, device, seed=0):
+    """(step, inputs): results and gradients as a function of tensors and upstream gradients."""
+    function, g = getattr(rk, name), torch.Generator().manual_seed(seed)
+    call = _calls.call(function, _calls.Inputs(rows, size, dtype, device, g), **ROWWISE[name])
+    results = list(_calls.tensors(call.run())) if call.differentiable else []
+    upstream = [torch.randn(r.shape, generator=g).to(device) for r in results]
+
+    def step(*given):
+        own = dict(zip(call.tensors, given, strict=False))
+        made = call._replace(tensors=own).requiring(*call.differentiable)
+        found = list(_calls.tensors(made.run()))
+        if not upstream:
+            return found
+        leaves = [made.tensors[k] for k in call.differentiable]
+        return [*found, *torch.autograd.grad(found, leaves, given[len(own) :])]
+
+    return step, [*call.tensors.values(), *upstream]

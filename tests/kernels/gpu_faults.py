@@ -8,7 +8,7 @@ each fault poisons and raises.
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from tests.cases.faults import OPERATIONS, Case
 from tests.cases.layouts import layouts
 
 from rlhf_kernels.kernels import backends, triton
-from rlhf_kernels.ops._examples import EXAMPLES, Inputs, gradients, tensors
+from rlhf_kernels.ops import _calls
 
 #: (operation, case) of data that RLHF_KERNELS_CHECK=1 refuses.
 FAULTS = [(op, case) for op, cases in OPERATIONS.items() for case in cases() if case.error]
@@ -30,29 +30,24 @@ def results(case: Case, device: torch.device) -> tuple[Tensor, ...]:
     return case.run(**given)[case.part]
 
 
-def examples(device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
+def examples(device: torch.device) -> Iterator[tuple[str, Callable[[], list[Tensor]]]]:
     """Every operation with its kernels, forward and backward: ragged, and in odd layouts."""
-    for function, example in EXAMPLES.items():
+    for function in _calls.OPERATIONS:
         if function.__name__ not in triton.launchers():
             continue
         for rows, size, dtype in ((1, 1, torch.float32), (5, 1031, torch.bfloat16)):
-            inputs = Inputs(rows, size, dtype, device, torch.Generator().manual_seed(1))
-            arguments, options = example(inputs)
+            inputs = _calls.Inputs(rows, size, dtype, device, torch.Generator().manual_seed(1))
+            call = _calls.example(function, inputs)
             for i in range(4):
-                views = [_layout(a, i) for a in arguments]
-
-                def call(f: Any = function, a: Any = views, o: Any = options) -> list[Tensor]:
-                    results = list(tensors(f(*a, **o)))
-                    return results + gradients(results, (a, o))
-
-                yield f"{function.__name__} {rows}x{size} layout {i}", call
+                yield (
+                    f"{call.op} {rows}x{size} layout {i}",
+                    partial(_calls.results, _laid_out(call, i)),
+                )
 
 
-def _layout(value: Any, index: int) -> Any:
-    if not isinstance(value, Tensor) or value.dim() == 0:
-        return value
-    _, view = list(layouts(value))[index]
-    return view.requires_grad_(value.requires_grad)
+def _laid_out(call: _calls.Call, index: int) -> _calls.Call:
+    views = {k: list(layouts(t))[index][1] for k, t in call.tensors.items() if t.dim()}
+    return call._replace(tensors=call.tensors | views).requiring(*call.differentiable)
 
 
 def main() -> int:

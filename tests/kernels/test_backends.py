@@ -13,7 +13,7 @@ from tests.run_python import BLOCK_EXTENSION, run_python
 
 import rlhf_kernels as rk
 from rlhf_kernels.kernels import backends, native
-from rlhf_kernels.ops import _examples
+from rlhf_kernels.ops import _calls
 from rlhf_kernels.testing import (
     DTYPES,
     RAGGED_SIZES,
@@ -32,7 +32,7 @@ OPERATION_TESTS = [
     for file in sorted(TESTS.rglob("test_*.py"))
     if re.search(r"^def test_\w+\([^)]*\bbackend\b", file.read_text(), re.M)
 ]
-KERNELS = [f for f in _examples.EXAMPLES if f.__name__ in native.launchers("cpu")]
+KERNELS = [f for f in _calls.OPERATIONS if f.__name__ in native.launchers("cpu")]
 
 CALL = """
 import torch, rlhf_kernels as rk
@@ -151,24 +151,19 @@ def test_environment_selects_the_instruction_set(isa):
     assert f"[{isa}]" in done.stdout
 
 
-def _run(function, call):
-    results = list(_examples.tensors(function(*call[0], **call[1])))
-    return [r.detach() for r in results] + _examples.gradients(results, call)
-
-
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("function", KERNELS, ids=lambda f: f.__name__)
 def test_every_instruction_set_is_within_budget(isa, function, dtype):
     for size in RAGGED_SIZES:
         generator = torch.Generator().manual_seed(size)
-        inputs = _examples.Inputs(3, size, dtype, torch.device("cpu"), generator)
-        call = _examples.EXAMPLES[function](inputs)
+        inputs = _calls.Inputs(3, size, dtype, torch.device("cpu"), generator)
+        call = _calls.example(function, inputs)
         with rk.use_backend("cpu"):
-            actual = _run(function, call)
+            actual = _calls.results(call)
         with rk.use_backend("reference"):
-            torch_results = _run(function, call)
-            oracle = _run(function, to_float64(call))
+            torch_results = _calls.results(call)
+            oracle = _calls.results(call._replace(tensors=to_float64(call.tensors)))
         assert len(actual) == len(oracle) > 0
         for a, o, t in zip(actual, oracle, torch_results, strict=True):
             # Twice the budget of the operation's own tests, which know how large its intermediate
@@ -191,15 +186,15 @@ def test_concurrent_calls_give_the_same_bits(function):
     calls = []
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
-        inputs = _examples.Inputs(7, 515, torch.float32, torch.device("cpu"), generator)
-        calls.append(_examples.EXAMPLES[function](inputs))
-    expected = [_run(function, call) for call in calls]
+        inputs = _calls.Inputs(7, 515, torch.float32, torch.device("cpu"), generator)
+        calls.append(_calls.example(function, inputs))
+    expected = [_calls.results(call) for call in calls]
     failures = []
 
     def work(index):
         try:
             for _ in range(20):
-                for a, e in zip(_run(function, calls[index]), expected[index], strict=True):
+                for a, e in zip(_calls.results(calls[index]), expected[index], strict=True):
                     assert_bitwise_equal(a, e)
         except BaseException as error:
             failures.append(error)

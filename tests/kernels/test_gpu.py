@@ -15,15 +15,15 @@ from tests.cases.faults import OPERATIONS, assert_promised
 from tests.cases.layouts import layouts
 from tests.kernels.gpu_calls import (
     KERNELS,
+    OF_TOKENS,
     ROWWISE,
     Step,
     assert_all_equal,
     compilations,
     each_kernel,
     example,
-    inputs_of,
     moved,
-    rowwise_inputs,
+    rowwise,
     run,
 )
 from tests.kernels.gpu_faults import FAULTS, examples, results
@@ -102,15 +102,15 @@ def test_agrees_with_the_cpu_backend_within_budget(device, function, dtype):
     large = (33_000,) if function in (rk.token_logprobs, rk.kl_divergence) else ()
     for size in (1, 127, 4099) if device.type == "cpu" else (1, 7, 127, 257, 4099, *large):
         call = example(function, torch.device("cpu"), rows=3, size=size, dtype=dtype)
-        actual = run(function, moved(call, device))
+        actual = run(moved(call, device))
         with rk.use_backend("reference"):
-            plain = run(function, call)
-            oracle = run(function, to_float64(call))
+            plain = run(call)
+            oracle = run(call._replace(tensors=to_float64(call.tensors)))
         # Without the extension, which some machine may not be able to build, its budget is torch's.
         other = plain
         if native.unavailable_reason("cpu") is None:
             with rk.use_backend("cpu"):
-                other = run(function, call)
+                other = run(call)
         assert len(actual) == len(oracle) == len(other) > 0
         for a, o, t, c in zip(actual, oracle, plain, other, strict=True):
             # As in test_backends: the operations' own tests know their intermediate values better.
@@ -127,8 +127,8 @@ def test_more_than_65535_rows_or_tokens(device, function, rows, size):
     call = example(function, torch.device("cpu"), rows=rows, size=size)
     # The reference would loop over the tokens for half a minute: only where there is no other.
     with rk.use_backend("reference" if native.unavailable_reason("cpu") else "cpu"):
-        expected = run(function, call)
-    actual = run(function, moved(call, device))
+        expected = run(call)
+    actual = run(moved(call, device))
     for a, e in zip(actual, expected, strict=True):
         unit = torch.finfo(torch.float32).eps * max(1.0, float(e.abs().max()))
         assert float((a.cpu().double() - e.double()).abs().max()) <= 64 * unit
@@ -137,23 +137,23 @@ def test_more_than_65535_rows_or_tokens(device, function, rows, size):
 @each_kernel
 def test_repeats_are_bitwise_equal(device, function):
     call = example(function, device, rows=9, size=5003, dtype=torch.bfloat16)
-    first = run(function, call)
+    first = run(call)
     for _ in range(2 if device.type == "cpu" else 100):
-        assert_all_equal(run(function, call), first)
+        assert_all_equal(run(call), first)
 
 
 @each_kernel
 def test_nothing_is_read_that_was_not_written(device, function):
     """Scratch and results full of NaN before the kernels run."""
     call = example(function, device, rows=9, size=9001)
-    expected = run(function, call)
+    expected = run(call)
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         assert torch.empty(3, device=device).isnan().all()
-        assert_all_equal(run(function, call), expected)
+        assert_all_equal(run(call), expected)
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
@@ -162,16 +162,15 @@ def test_nothing_is_read_that_was_not_written(device, function):
 @pytest.mark.parametrize("size", (151_936, 50_257))
 @pytest.mark.parametrize("name", ROWWISE)
 def test_a_row_does_not_depend_on_its_surroundings(device, name, size, dtype):
-    function, kinds = ROWWISE[name]
     rows, size = (19, size) if device.type != "cpu" else (4, size // 37)
-    inputs = rowwise_inputs(kinds, rows, size, dtype, device)
+    function, inputs = rowwise(name, rows, size, dtype, device)
     whole = function(*(t.clone() for t in inputs))
     for i in (0, rows // 2, rows - 1):
         alone = function(*(t[i : i + 1].clone() for t in inputs))
         assert_all_equal(alone, [w[i : i + 1] for w in whole])
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(0)).to(device)
     assert_all_equal(function(*(t[order] for t in inputs)), [w[order] for w in whole])
-    strangers = rowwise_inputs(kinds, 2 * rows + 1, size, dtype, device, seed=1)
+    _, strangers = rowwise(name, 2 * rows + 1, size, dtype, device, seed=1)
     around = [torch.cat([s, t, s]) for s, t in zip(strangers, inputs, strict=True)]
     at = slice(2 * rows + 1, 3 * rows + 1)
     assert_all_equal([a[at] for a in function(*around)], whole)
@@ -211,10 +210,10 @@ def test_bad_data_poisons_or_raises(device, operation, fault, monkeypatch):
 def test_nothing_is_compiled_per_length(compiling, device, function):
     # Aligned and not: the two variants that a vocabulary may have.
     for rows, size in ((2, 64), (3, 65)):
-        run(function, example(function, device, rows=rows, size=size))
+        run(example(function, device, rows=rows, size=size))
     with compilations() as compiled:
         for rows, size in ((1, 1), (2, 16), (5, 1031), (16, 4096), (17, 129), (3, 70_001)):
-            run(function, example(function, device, rows=rows, size=size, seed=size))
+            run(example(function, device, rows=rows, size=size, seed=size))
     assert compiled == []
 
 
@@ -231,13 +230,13 @@ def test_warmup_compiles_what_is_called(compiling, device):
     with compilations() as compiled:
         for function in KERNELS:
             for dtype in DTYPES:
-                run(function, example(function, device, rows=4, size=128, dtype=dtype))
+                run(example(function, device, rows=4, size=128, dtype=dtype))
     assert compiled == []
 
 
 @each_kernel
 def test_no_host_synchronisation(cuda, function):
-    step = Step(function, example(function, cuda, rows=4, size=2048))
+    step = Step(example(function, cuda, rows=4, size=2048))
     step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -253,10 +252,10 @@ def test_no_host_synchronisation(cuda, function):
 @each_kernel
 def test_kernels_run_on_the_current_stream(cuda, function):
     call = example(function, cuda, rows=7, size=5003)
-    expected = Step(function, call)()
+    expected = Step(call)()
     # Filled on the other stream, and only after a while: work on any other would see NaN or 0.
     late = moved(call, cuda)
-    step = Step(function, late)
+    step = Step(late)
     stream = torch.cuda.Stream(cuda)
     # Gives the stream its memory: an allocation may wait for the device.
     stream.wait_stream(torch.cuda.current_stream())
@@ -264,13 +263,13 @@ def test_kernels_run_on_the_current_stream(cuda, function):
         step()
     torch.cuda.synchronize()
     with torch.no_grad():
-        for t in inputs_of(late):
+        for t in late.tensors.values():
             t.fill_(torch.nan) if t.is_floating_point() else t.zero_()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)
         with torch.no_grad():
-            for t, source in zip(inputs_of(late), inputs_of(call), strict=True):
+            for t, source in zip(late.tensors.values(), call.tensors.values(), strict=True):
                 t.copy_(source)
         actual = step()
         done = stream.record_event()
@@ -282,7 +281,7 @@ def test_kernels_run_on_the_current_stream(cuda, function):
 @each_kernel
 def test_cuda_graph_replays_with_new_inputs(cuda, function):
     call = example(function, cuda, rows=6, size=4100, dtype=torch.bfloat16)
-    step = Step(function, call)
+    step = Step(call)
     stream = torch.cuda.Stream(cuda)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -294,9 +293,9 @@ def test_cuda_graph_replays_with_new_inputs(cuda, function):
         captured = step()
     for seed in (1, 2):
         other = example(function, cuda, rows=6, size=4100, dtype=torch.bfloat16, seed=seed)
-        expected = Step(function, other)()
+        expected = Step(other)()
         with torch.no_grad():
-            for t, source in zip(inputs_of(call), inputs_of(other), strict=True):
+            for t, source in zip(call.tensors.values(), other.tensors.values(), strict=True):
                 t.copy_(source)
         graph.replay()
         torch.cuda.synchronize()
@@ -309,9 +308,9 @@ def test_tensors_of_another_device_than_the_current(cuda, function):
         pytest.skip("one device")
     second = torch.device("cuda", 1)
     call = example(function, cuda, rows=5, size=4100)
-    expected = run(function, call)
+    expected = run(call)
     with torch.cuda.device(0):
-        actual = run(function, moved(call, second))
+        actual = run(moved(call, second))
     assert all(a.device == second for a in actual)
     assert_all_equal([a.to(cuda) for a in actual], expected)
 
@@ -325,13 +324,12 @@ def _memory(device, gibibytes):
 
 
 @pytest.mark.xdist_group("memory")
-@pytest.mark.parametrize("name", [n for n in ROWWISE if n in ("token_logprobs", "kl_divergence")])
+@pytest.mark.parametrize("name", [n for n in ROWWISE if n not in OF_TOKENS])
 def test_more_than_2_31_logits(device, name):
     _memory(device, 40)
-    function, kinds = ROWWISE[name]
     vocab = 131_075
     rows = 2**31 // vocab + 20
-    inputs = rowwise_inputs(kinds, 8, vocab, torch.bfloat16, device)
+    function, inputs = rowwise(name, 8, vocab, torch.bfloat16, device)
     # The same eight rows throughout, so that the last, behind 2^31, have a known result.
     expected = function(*(t.clone() for t in inputs))
     last = torch.arange(rows - 8, rows, device=device) % 8
@@ -343,11 +341,10 @@ def test_more_than_2_31_logits(device, name):
 
 
 @pytest.mark.xdist_group("memory")
-@pytest.mark.parametrize("name", [n for n in ROWWISE if "tokens" in ROWWISE[n][1]])
+@pytest.mark.parametrize("name", OF_TOKENS)
 def test_strides_beyond_2_31(device, name):
     _memory(device, 40)
-    function, kinds = ROWWISE[name]
-    inputs = rowwise_inputs(kinds, 2, 5000, torch.bfloat16, device)
+    function, inputs = rowwise(name, 2, 5000, torch.bfloat16, device)
     expected = function(*(t.clone() for t in inputs))
     far = []
     for t in inputs:

@@ -10,6 +10,7 @@ import triton.language as tl
 from tests.kernels.triton_case import Case
 
 from rlhf_kernels.kernels.triton._launch import kernel, launch
+from rlhf_kernels.ops._calls import Call
 
 MODULES = (sys.modules[__name__],)
 
@@ -72,4 +73,4 @@ def cases(full: bool) -> Iterator[Case]:
         "broken": lambda: launch(broken_kernel, 1, x, x, None, warps=1),
         "narrow": lambda: launch(narrow_kernel, 1, x, x, 9, ALIGN=4, BLOCK=1024, warps=4),
     }.items():
-        yield Case(name, lambda call=call: call() or (), (), {})
+        yield Case(name, Call(lambda call=call: call() or (), {}, {}, ()))

@@ -12,7 +12,7 @@ from tests.run_python import BLOCK_EXTENSION, run_python
 import rlhf_kernels as rk
 from rlhf_kernels import __main__ as doctor
 from rlhf_kernels.kernels import backends
-from rlhf_kernels.ops import _examples
+from rlhf_kernels.ops import _calls
 
 DOCTOR = "from rlhf_kernels.__main__ import main\nraise SystemExit(main({}))"
 
@@ -30,7 +30,7 @@ def test_json_report():
     assert {name for name, backend in selected.items() if backend == "torch"} == plain
     assert {backend for name, backend in selected.items() if name not in plain} == {"cpu"}
     names = {c["operation"] for c in report["self_check"]}
-    assert names == {f.__name__ for f in _examples.EXAMPLES}
+    assert names == {f.__name__ for f in _calls.OPERATIONS}
 
 
 def test_text_report_shows_what_is_forced():

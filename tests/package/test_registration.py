@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.cases import calls as cases
+
 import rlhf_kernels as rk
 from rlhf_kernels.kernels import backends, rows
-from rlhf_kernels.ops import _examples
+from rlhf_kernels.ops import _calls
 
 PACKAGE = Path(rk.__file__).parent
 ROOT = PACKAGE.parent
@@ -245,7 +247,21 @@ def _operations() -> dict[str, object]:
 
 
 def test_every_public_operation_has_an_example_for_warmup_and_doctor():
-    assert set(_operations().values()) == set(_examples.EXAMPLES)
+    assert set(_operations().values()) == set(_calls.OPERATIONS)
+
+
+def _tensor_arguments(function) -> set[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if "Tensor" in str(p.annotation)}
+
+
+def test_every_tensor_argument_is_made_and_given_by_some_call_of_the_tests():
+    for op, function in cases.FUNCTIONS.items():
+        wanted = _tensor_arguments(function)
+        assert wanted <= set(_calls.ARGUMENTS), op
+        given = {name for call in cases.calls(op) for name in call.tensors}
+        given = {"support" if name in _calls.SUPPORT else name for name in given}
+        assert given == wanted, op
 
 
 @pytest.mark.parametrize("name", rk.__all__)

@@ -35,7 +35,7 @@ from tests.cases.fuzz.tokens import (
 )
 
 import rlhf_kernels as rk
-from rlhf_kernels.ops import _examples
+from rlhf_kernels.ops import _calls
 from rlhf_kernels.testing import assert_within_bound, to_float64
 
 EPS = torch.finfo(torch.float32).eps
@@ -60,7 +60,7 @@ def make(seed: int, interpreted: bool) -> Case:
 
 def run(case: Case, arguments: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     """(results followed by gradients, upstream gradients)"""
-    results = list(_examples.tensors(getattr(rk, case.op)(**arguments)))
+    results = list(_calls.tensors(getattr(rk, case.op)(**arguments)))
     tensors = [t for t in arguments.values() if isinstance(t, Tensor) and t.requires_grad]
     outputs = [r for r in results if r.requires_grad]
     if not tensors or not outputs:

@@ -1,0 +1,316 @@
+"""A call of every operation, once: for `warmup`, the doctor, studies and tests, which vary it."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config.policy import PolicyLossConfig
+from ..core import checks
+from ._metrics import Metrics
+from .advantages import discounted_returns, gae, group_advantages, ppo_advantages, whiten
+from .kl import kl_divergence, kl_penalty
+from .linear_kl import linear_kl_divergence
+from .linear_logprobs import linear_token_logprobs
+from .linear_policy import linear_policy_loss
+from .logprobs import token_logprobs
+from .policy import policy_loss
+from .preference import kto_loss, preference_loss, reward_model_loss, sequence_logprobs
+from .value import value_loss
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Makes random tensors for the arguments of an operation, of one size, dtype and device.
+
+    Values per token are [rows, size], or packed [rows * size]. Of an operation on logits `size` is
+    the vocabulary, unless that is given: see `of_words`.
+    """
+
+    rows: int
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+    generator: torch.Generator
+    packed: bool = False
+    vocabulary: int = 0
+    width: int = 16
+    #: Makers of arguments that are not to be what ARGUMENTS says.
+    others: Mapping[str, "Maker"] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of values per token."""
+        return (self.rows * self.size,) if self.packed else (self.rows, self.size)
+
+    def of_words(self, length: int) -> "Inputs":
+        """Sequences of `length` tokens over `size` words."""
+        return self if self.vocabulary else replace(self, size=length, vocabulary=self.size)
+
+    def _seeded(self) -> dict[str, Any]:
+        # The default device may differ from the generator's.
+        return {"generator": self.generator, "device": self.generator.device}
+
+    def floats(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, **self._seeded()) * scale).to(self.device, self.dtype)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, **self._seeded()).to(self.device)
+
+    def tokens(self) -> Tensor:
+        return self.floats(*self.shape)
+
+    def logprobs(self) -> Tensor:
+        """Per token: apart by less than usual clips, and near those of an even distribution."""
+        values = self.floats(*self.shape, scale=0.2)
+        return values - math.log(self.vocabulary) if self.vocabulary else values
+
+    def mask(self) -> Tensor:
+        """Bool per token, with gaps and one wholly masked row."""
+        mask = torch.rand(self.rows, self.size, **self._seeded()) < 0.8
+        mask[-1] = False
+        return mask.to(self.device).view(self.shape)
+
+    def labels(self) -> Tensor:
+        """The same whenever they are made: the support is of them."""
+        seed = self.generator.initial_seed() + 1
+        g = torch.Generator(self.generator.device).manual_seed(seed)
+        return replace(self, generator=g).integers(self.vocabulary, *self.shape)
+
+    def support(self) -> tuple[Tensor, Tensor]:
+        """(indptr, token ids): of every token its label and the two words behind it."""
+        words = self.labels().view(-1, 1) + torch.arange(3, device=self.device)
+        indptr = torch.arange(len(words) + 1, device=self.device) * 3
+        return indptr, words.view(-1) % self.vocabulary
+
+    def sequences(self) -> Tensor:
+        return self.floats(self.rows)
+
+    def samples(self) -> Tensor:
+        """Four values per row."""
+        return self.floats(4 * self.rows)
+
+
+Maker = Callable[[Inputs], Any]
+_PAIRS = ("chosen_logprobs", "rejected_logprobs", "ref_chosen_logprobs", "ref_rejected_logprobs")
+_REWARDS = ("chosen_rewards", "rejected_rewards")
+_LENGTHS = ("chosen_lengths", "rejected_lengths", "shared_lengths")
+
+
+def _all(make: Maker, *names: str) -> dict[str, Maker]:
+    return dict.fromkeys(names, make)
+
+
+#: Every argument that is or may be a tensor -> what makes it.
+ARGUMENTS: dict[str, Maker] = {
+    **_all(Inputs.tokens, "rewards", "values", "old_values", "returns", "x", "entropy"),
+    **_all(Inputs.logprobs, "logprobs", "old_logprobs", "ref_logprobs", "rollout_logprobs"),
+    # One sign only: terms of both signs would cancel and hide errors.
+    "advantages": lambda x: x.tokens().abs(),
+    "mask": Inputs.mask,
+    "dones": lambda x: ~x.mask(),
+    "cu_seqlens": lambda x: x.size * torch.arange(x.rows + 1, device=x.device),
+    **_all(Inputs.sequences, "scores", "bootstrap_values", *_PAIRS, *_REWARDS),
+    **_all(lambda x: x.sequences().abs(), "weights", "margin"),
+    **_all(lambda x: 1 + x.integers(8, x.rows), *_LENGTHS),
+    "desirable": lambda x: x.integers(2, x.rows),
+    "greedy_rewards": Inputs.samples,
+    "groups": lambda x: torch.arange(4 * x.rows, device=x.device) // 4,
+    **_all(lambda x: x.floats(*x.shape, x.vocabulary, scale=4.0), "logits", "ref_logits"),
+    "labels": Inputs.labels,
+    "support": Inputs.support,
+    "temperature": lambda x: torch.full(x.shape, 0.7, device=x.device),
+    **_all(lambda x: x.floats(*x.shape, x.width), "hidden", "ref_hidden"),
+    **_all(lambda x: x.floats(x.vocabulary, x.width, scale=0.5), "weight", "ref_weight"),
+    **_all(lambda x: x.floats(x.vocabulary), "bias", "ref_bias"),
+    **_all(lambda x: torch.tensor(0.7, device=x.device), "normalizer", "kl"),
+}
+
+
+class _Given:
+    def __repr__(self) -> str:
+        return "given"
+
+
+#: As the value of an option: the tensor that `Inputs` makes for it.
+GIVEN: Any = _Given()
+
+
+class Operation(NamedTuple):
+    """What an operation is called with, beside the arguments that it cannot be called without."""
+
+    differentiable: tuple[str, ...] = ()
+    #: Options of its examples.
+    examples: tuple[dict[str, Any], ...] = ({},)
+    #: Tokens of a sequence, of an operation on logits.
+    length: int = 0
+    #: Makers of arguments that are not what ARGUMENTS says.
+    others: Mapping[str, Maker] = MappingProxyType({})
+
+
+# Every term switched on.
+_PPO = PolicyLossConfig.ppo(
+    dual_clip=3.0, kl_coef=0.05, entropy_coef=0.01, correction_level="token", correction_max=2.0
+)
+_OF_PPO = dict.fromkeys(("ref_logprobs", "rollout_logprobs", "entropy"), GIVEN)
+# No clipping: rounding would decide the gradient of a ratio at the bound.
+_REINFORCE = PolicyLossConfig.reinforce()
+_OPERANDS = ("hidden", "weight", "bias")
+_ROWS = ({"temperature": 0.7, "entropy": True}, {"support": GIVEN, "entropy": True})
+_FAR = _all(Inputs.tokens, "logprobs", "ref_logprobs")
+_SUMS = _all(Inputs.sequences, "logprobs", "ref_logprobs")
+_WHOLE: dict[str, Maker] = {
+    "mask": lambda x: torch.ones(x.shape, dtype=torch.bool, device=x.device)
+}
+_STEPS = {"mask": GIVEN, "gamma": 0.99}
+
+#: Public operation -> what it is called with. A new operation adds an entry here.
+OPERATIONS: dict[Callable[..., Any], Operation] = {
+    discounted_returns: Operation(examples=(_STEPS,)),
+    gae: Operation(examples=({**_STEPS, "whiten": True},)),
+    group_advantages: Operation(examples=({"groups": 4},), others={"rewards": Inputs.samples}),
+    kl_divergence: Operation(("logits",), ({"temperature": 0.7},), 1),
+    kl_penalty: Operation(("logprobs",), ({"estimator": "k3"},), others=_FAR),
+    kto_loss: Operation(("logprobs", "ref_logprobs"), ({"kl": 0.1},), others=_SUMS),
+    linear_kl_divergence: Operation(_OPERANDS, ({"temperature": 0.7},), 2),
+    linear_policy_loss: Operation(_OPERANDS, ({"config": _REINFORCE},), 2, _WHOLE),
+    linear_token_logprobs: Operation(_OPERANDS, _ROWS, 2),
+    policy_loss: Operation(("logprobs", "entropy"), ({**_OF_PPO, "config": _PPO},)),
+    ppo_advantages: Operation(examples=({**_STEPS, "kl_coef": 0.05},), others=_FAR),
+    preference_loss: Operation(_PAIRS, (dict.fromkeys(_PAIRS[2:], GIVEN),)),
+    reward_model_loss: Operation(_REWARDS, ({"center_coef": 0.01},)),
+    sequence_logprobs: Operation(("logprobs",), others=_FAR),
+    token_logprobs: Operation(("logits",), _ROWS, 1),
+    value_loss: Operation(("values",), ({"clip_range": 0.2},)),
+    whiten: Operation(examples=({"mask": GIVEN},)),
+}
+
+#: The two tensors of a support.
+SUPPORT = ("indptr", "indices")
+
+
+class Call(NamedTuple):
+    """An operation, its tensors by name and its options; `differentiable` tensors by name."""
+
+    function: Callable[..., Any]
+    tensors: dict[str, Tensor]
+    options: dict[str, Any]
+    differentiable: tuple[str, ...]
+
+    @property
+    def op(self) -> str:
+        return self.function.__name__
+
+    def run(self, tensors: Mapping[str, Tensor] | None = None) -> Any:
+        """The result, of the call's own tensors or of others by the same names."""
+        given: dict[str, Any] = dict(self.tensors if tensors is None else tensors)
+        if SUPPORT[0] in given:
+            given["support"] = tuple(given.pop(name) for name in SUPPORT)
+        return self.function(**given, **self.options)
+
+    def requiring(self, *names: str) -> "Call":
+        """The call with the tensors `names` as leaves that require a gradient."""
+        tensors = {k: t.detach().requires_grad_(k in names) for k, t in self.tensors.items()}
+        return self._replace(tensors=tensors)
+
+
+def call(function: Callable[..., Any], inputs: Inputs, **options: Any) -> Call:
+    """A call with the tensors that an operation cannot be without, and with `options`.
+
+    An option that is GIVEN is the tensor that `inputs` makes; so are the offsets of packed inputs.
+    No tensor requires a gradient.
+    """
+    operation, parameters = OPERATIONS[function], inspect.signature(function).parameters
+    inputs = inputs.of_words(operation.length) if operation.length else inputs
+    given, makers = dict(options), {**ARGUMENTS, **operation.others, **inputs.others}
+    for name, parameter in parameters.items():
+        packed = name == "cu_seqlens" and inputs.packed
+        if name in ARGUMENTS and (packed or parameter.default is parameter.empty):
+            given.setdefault(name, GIVEN)
+        if given.get(name) is GIVEN:
+            given[name] = makers[name](inputs)
+    given |= zip(SUPPORT, given.pop("support", None) or (), strict=False)
+    names = [k for k in (*parameters, *SUPPORT) if isinstance(given.get(k), Tensor)]
+    tensors = {name: given.pop(name) for name in names}
+    return Call(function, tensors, given, tuple(k for k in operation.differentiable if k in names))
+
+
+def examples(function: Callable[..., Any], inputs: Inputs) -> Iterator[Call]:
+    """The calls of an operation that between them reach its kernels, ready for a backward."""
+    for options in OPERATIONS[function].examples:
+        found = call(function, inputs, **options)
+        yield found.requiring(*found.differentiable)
+
+
+def example(function: Callable[..., Any], inputs: Inputs) -> Call:
+    """The first of `examples`."""
+    return next(examples(function, inputs))
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Floating tensors in a result: a tensor, a tuple of results, or metrics."""
+    if isinstance(value, tuple):
+        for item in value:
+            yield from tensors(item)
+        return
+    value = value.tensor if isinstance(value, Metrics) else value
+    if isinstance(value, Tensor) and value.is_floating_point():
+        yield value
+
+
+def gradients(results: Sequence[Tensor], call: Call) -> list[Tensor]:
+    """Gradients of a weighted sum of `results` w.r.t. the tensors of `call` that require grad."""
+    leaves = [t for t in call.tensors.values() if t.requires_grad]
+    outputs = [r for r in results if r.requires_grad]
+    if not leaves or not outputs:
+        return []
+    # Distinct weights reveal a backward pass that mixes up its upstream gradients.
+    upstream = [torch.linspace(0.5, 1.5, o.numel()).to(o).view(o.shape) for o in outputs]
+    return list(torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True))
+
+
+def results(call: Call) -> list[Tensor]:
+    """The floating results of a call, detached, and the gradients of a weighted sum of them."""
+    found = list(tensors(call.run()))
+    return [r.detach() for r in found] + gradients(found, call)
+
+
+def warmup(
+    device: str | torch.device = "cpu",
+    dtypes: Sequence[torch.dtype] = checks.FLOATING,
+) -> None:
+    """Runs every operation forward and backward once on tiny tensors.
+
+    Later calls then have no first-call cost. On CPU this cost is loading the kernels' code, the
+    first allocations and the start of the OpenMP team, which belongs to the calling thread. On
+    GPUs it is compiling and loading kernels, which must not happen while a CUDA graph is captured.
+    Results are discarded; no random state changes.
+
+    Args:
+        device: device of the tensors.
+        dtypes: dtypes of the floating inputs, from float32, bfloat16, float16.
+
+    Raises:
+        TypeError: a dtype that no kernel supports.
+        RuntimeError: the selected backend does not support this device.
+    """
+    device = torch.device(device)
+    for dtype in dtypes:
+        if dtype not in checks.FLOATING:
+            names = ", ".join(str(d).removeprefix("torch.") for d in checks.FLOATING)
+            raise TypeError(f"warmup: dtypes must be from {names}, got {dtype}")
+    # At least one row for every thread of the team.
+    rows = max(2, torch.get_num_threads())
+    with torch.inference_mode(False), torch.enable_grad():
+        for function, dtype in product(OPERATIONS, dtypes):
+            inputs = Inputs(rows, 64, dtype, device, torch.Generator().manual_seed(0))
+            for found in examples(function, inputs):
+                results(found)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
