@@ -1,4 +1,4 @@
-"""A call of every operation, once: for `warmup`, the doctor, studies and tests, which vary it."""
+"""A call of every operation: `warmup`, the doctor and the tests take theirs from here."""
 
 import inspect
 import math
@@ -29,8 +29,8 @@ from .value import value_loss
 class Inputs:
     """Makes random tensors for the arguments of an operation, of one size, dtype and device.
 
-    Values per token are [rows, size], or packed [rows * size]. Of an operation on logits `size` is
-    the vocabulary, unless that is given: see `of_words`.
+    Values per token have the shape [rows, size], or [rows * size] if packed. An operation on logits
+    takes `size` as the size of its vocabulary, unless `vocabulary` is given.
     """
 
     rows: int
@@ -41,16 +41,16 @@ class Inputs:
     packed: bool = False
     vocabulary: int = 0
     width: int = 16
-    #: Makers of arguments that are not to be what ARGUMENTS says.
+    #: Argument -> what makes it instead of what ARGUMENTS names.
     others: Mapping[str, "Maker"] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of values per token."""
+        """The shape of values per token."""
         return (self.rows * self.size,) if self.packed else (self.rows, self.size)
 
-    def of_words(self, length: int) -> "Inputs":
-        """Sequences of `length` tokens over `size` words."""
+    def over_vocabulary(self, length: int) -> "Inputs":
+        """The inputs with `size` as the vocabulary and `length` tokens per sequence."""
         return self if self.vocabulary else replace(self, size=length, vocabulary=self.size)
 
     def _seeded(self) -> dict[str, Any]:
@@ -67,33 +67,33 @@ class Inputs:
         return self.floats(*self.shape)
 
     def logprobs(self) -> Tensor:
-        """Per token: apart by less than usual clips, and near those of an even distribution."""
+        """Values per token around those of an even distribution, within most clip ranges."""
         values = self.floats(*self.shape, scale=0.2)
         return values - math.log(self.vocabulary) if self.vocabulary else values
 
     def mask(self) -> Tensor:
-        """Bool per token, with gaps and one wholly masked row."""
+        """A bool mask with gaps and one wholly masked row."""
         mask = torch.rand(self.rows, self.size, **self._seeded()) < 0.8
         mask[-1] = False
         return mask.to(self.device).view(self.shape)
 
     def labels(self) -> Tensor:
-        """The same whenever they are made: the support is of them."""
+        """Token ids. Every call makes the same ones, so that `support` can hold them."""
         seed = self.generator.initial_seed() + 1
         g = torch.Generator(self.generator.device).manual_seed(seed)
         return replace(self, generator=g).integers(self.vocabulary, *self.shape)
 
     def support(self) -> tuple[Tensor, Tensor]:
-        """(indptr, token ids): of every token its label and the two words behind it."""
-        words = self.labels().view(-1, 1) + torch.arange(3, device=self.device)
-        indptr = torch.arange(len(words) + 1, device=self.device) * 3
-        return indptr, words.view(-1) % self.vocabulary
+        """(indptr, token ids): each token keeps its label and the next two ids."""
+        ids = self.labels().view(-1, 1) + torch.arange(3, device=self.device)
+        indptr = torch.arange(len(ids) + 1, device=self.device) * 3
+        return indptr, ids.view(-1) % self.vocabulary
 
     def sequences(self) -> Tensor:
         return self.floats(self.rows)
 
     def samples(self) -> Tensor:
-        """Four values per row."""
+        """Values of four samples per row."""
         return self.floats(4 * self.rows)
 
 
@@ -107,7 +107,7 @@ def _all(make: Maker, *names: str) -> dict[str, Maker]:
     return dict.fromkeys(names, make)
 
 
-#: Every argument that is or may be a tensor -> what makes it.
+#: Argument that is a tensor, or may be one -> what makes it.
 ARGUMENTS: dict[str, Maker] = {
     **_all(Inputs.tokens, "rewards", "values", "old_values", "returns", "x", "entropy"),
     **_all(Inputs.logprobs, "logprobs", "old_logprobs", "ref_logprobs", "rollout_logprobs"),
@@ -138,19 +138,19 @@ class _Given:
         return "given"
 
 
-#: As the value of an option: the tensor that `Inputs` makes for it.
+#: An option with this value becomes the tensor that ARGUMENTS makes for it.
 GIVEN: Any = _Given()
 
 
 class Operation(NamedTuple):
-    """What an operation is called with, beside the arguments that it cannot be called without."""
+    """How an operation is called. Its required arguments come from its signature."""
 
     differentiable: tuple[str, ...] = ()
-    #: Options of its examples.
+    #: Options of each example.
     examples: tuple[dict[str, Any], ...] = ({},)
-    #: Tokens of a sequence, of an operation on logits.
+    #: Tokens per sequence for an operation on logits, 0 for others.
     length: int = 0
-    #: Makers of arguments that are not what ARGUMENTS says.
+    #: Argument -> what makes it instead of what ARGUMENTS names.
     others: Mapping[str, Maker] = MappingProxyType({})
 
 
@@ -170,7 +170,7 @@ _WHOLE: dict[str, Maker] = {
 }
 _STEPS = {"mask": GIVEN, "gamma": 0.99}
 
-#: Public operation -> what it is called with. A new operation adds an entry here.
+#: Public operation -> how it is called. A new operation adds an entry here.
 OPERATIONS: dict[Callable[..., Any], Operation] = {
     discounted_returns: Operation(examples=(_STEPS,)),
     gae: Operation(examples=({**_STEPS, "whiten": True},)),
@@ -196,7 +196,7 @@ SUPPORT = ("indptr", "indices")
 
 
 class Call(NamedTuple):
-    """An operation, its tensors by name and its options; `differentiable` tensors by name."""
+    """An operation with its tensors and options by argument, and the differentiable ones by name."""
 
     function: Callable[..., Any]
     tensors: dict[str, Tensor]
@@ -208,26 +208,26 @@ class Call(NamedTuple):
         return self.function.__name__
 
     def run(self, tensors: Mapping[str, Tensor] | None = None) -> Any:
-        """The result, of the call's own tensors or of others by the same names."""
+        """Calls the operation, with other tensors of the same names if they are given."""
         given: dict[str, Any] = dict(self.tensors if tensors is None else tensors)
         if SUPPORT[0] in given:
             given["support"] = tuple(given.pop(name) for name in SUPPORT)
         return self.function(**given, **self.options)
 
     def requiring(self, *names: str) -> "Call":
-        """The call with the tensors `names` as leaves that require a gradient."""
+        """The call with new leaves, of which `names` require a gradient."""
         tensors = {k: t.detach().requires_grad_(k in names) for k, t in self.tensors.items()}
         return self._replace(tensors=tensors)
 
 
 def call(function: Callable[..., Any], inputs: Inputs, **options: Any) -> Call:
-    """A call with the tensors that an operation cannot be without, and with `options`.
+    """A call of `function` with its required arguments, made from `inputs`, and with `options`.
 
-    An option that is GIVEN is the tensor that `inputs` makes; so are the offsets of packed inputs.
+    An option that is GIVEN becomes a tensor from `inputs`. Packed inputs add their `cu_seqlens`.
     No tensor requires a gradient.
     """
     operation, parameters = OPERATIONS[function], inspect.signature(function).parameters
-    inputs = inputs.of_words(operation.length) if operation.length else inputs
+    inputs = inputs.over_vocabulary(operation.length) if operation.length else inputs
     given, makers = dict(options), {**ARGUMENTS, **operation.others, **inputs.others}
     for name, parameter in parameters.items():
         packed = name == "cu_seqlens" and inputs.packed
@@ -242,7 +242,7 @@ def call(function: Callable[..., Any], inputs: Inputs, **options: Any) -> Call:
 
 
 def examples(function: Callable[..., Any], inputs: Inputs) -> Iterator[Call]:
-    """The calls of an operation that between them reach its kernels, ready for a backward."""
+    """The example calls of an operation. Their differentiable tensors require a gradient."""
     for options in OPERATIONS[function].examples:
         found = call(function, inputs, **options)
         yield found.requiring(*found.differentiable)
@@ -276,7 +276,7 @@ def gradients(results: Sequence[Tensor], call: Call) -> list[Tensor]:
 
 
 def results(call: Call) -> list[Tensor]:
-    """The floating results of a call, detached, and the gradients of a weighted sum of them."""
+    """The floating results of a call, detached, and the gradients of their weighted sum."""
     found = list(tensors(call.run()))
     return [r.detach() for r in found] + gradients(found, call)
 

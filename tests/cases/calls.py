@@ -1,4 +1,4 @@
-"""Every operation with every option: one table of tiny calls for the tests of tracing and types."""
+"""Every operation with every option: small calls for the tests of tracing, masks and types."""
 
 import inspect
 import itertools
@@ -26,7 +26,7 @@ Config = rk.PolicyLossConfig
 
 
 class Call(_calls.Call):
-    """A call whose tensors require no gradient, with a name for messages."""
+    """A call with a name for messages. Its tensors require no gradient."""
 
     @property
     def label(self) -> str:
@@ -36,13 +36,13 @@ class Call(_calls.Call):
 
 
 def _mask(x: Inputs) -> torch.Tensor:
-    """One token masked."""
+    """Masks one token."""
     mask = torch.ones(B, T, dtype=torch.bool)
     mask[1, -1] = False
     return mask.view(x.shape)
 
 
-#: Of both signs, of few words, masked as above.
+#: Argument -> what makes it here. Advantages have both signs, labels and supports few token ids.
 _MAKERS = {
     "advantages": Inputs.tokens,
     "mask": _mask,
@@ -97,8 +97,8 @@ def _preferences() -> Iterator[dict[str, tuple[Any, ...]]]:
         } | dict.fromkeys(names, (GIVEN,))
 
 
-#: Operation -> values of its options, of which those of one table are combined. Functions make
-#: tensors other than what is GIVEN.
+#: Operation -> tables of options. The values in one table are combined with each other. A function
+#: makes a tensor from the inputs.
 CHOICES: dict[str, tuple[dict[str, tuple[Any, ...]], ...]] = {
     "discounted_returns": (_STEPS,),
     "gae": ({**_STEPS, "whiten": (False, True)},),
@@ -175,7 +175,7 @@ CHOICES: dict[str, tuple[dict[str, tuple[Any, ...]], ...]] = {
 def _call(op: str, x: Inputs, options: dict[str, Any]) -> Call:
     values = {k: v(x) if callable(v) else v for k, v in options.items() if v is not ABSENT}
     call = Call(*_calls.call(FUNCTIONS[op], x, **values))
-    # What moves the loss.
+    # Other tensors do not change this loss.
     moving = call.differentiable
     if (op == "policy_loss" and not values["config"].entropy_coef) or values.get("loss") == "sft":
         moving = moving[:1]

@@ -84,7 +84,7 @@ OF_TOKENS = [name for name in ROWWISE if not _calls.OPERATIONS[getattr(rk, name)
 
 
 def rowwise(name, rows, size, dtype, device, seed=0):
-    """(step, inputs): results and gradients as a function of tensors and upstream gradients."""
+    """(step, inputs): step(*inputs) returns results and gradients. All inputs are by rows."""
     function, g = getattr(rk, name), torch.Generator().manual_seed(seed)
     call = _calls.call(function, _calls.Inputs(rows, size, dtype, device, g), **ROWWISE[name])
     results = list(_calls.tensors(call.run())) if call.differentiable else []

@@ -30,7 +30,7 @@ from rlhf_kernels.ops import _calls
 from rlhf_kernels.ops._calls import GIVEN
 
 Variants = Iterable[dict[str, Any]]
-#: What the backward of log-probabilities starts from; without, they come without entropies.
+#: Results that the backward starts from. "no entropy" does not ask for entropies.
 WANTS: dict[str, Callable[[Any], Any]] = {
     "both": lambda r: r,
     "logprobs": lambda r: r.logprobs,
@@ -51,7 +51,7 @@ def examples() -> Iterator[Case]:
 
 
 def completed(v: dict[str, Any]) -> dict[str, Any]:
-    """The options of a variant, with those that some of them need beside."""
+    """The options of a variant, with those that they require."""
     v = dict(v)
     if "wants" in v:
         wants = v.pop("wants")
@@ -71,7 +71,7 @@ def completed(v: dict[str, Any]) -> dict[str, Any]:
 
 
 def varied(function: Callable[..., Any], variants: Variants, suffix: str = "") -> Iterator[Case]:
-    """A call for each of the variants: of dtype and layout, and of options of `function`."""
+    """A call for each variant: a dtype, a layout and options of `function`."""
     for name, v in {label(v): completed(v) for v in variants}.items():
         dtype, layout = v.pop("dtype"), v.pop("layout", "")
         x = inputs_of(layout, dtype)
@@ -103,7 +103,7 @@ def rows(full: bool) -> Iterator[Case]:
     x = inputs(2, 2, vocabulary=256)
     yield case("token_logprobs/far", rk.token_logprobs, x, logits=far(BF16), entropy=True)
 
-    # Over the words that a sampler kept, of logits and of the fused head.
+    # Over the tokens that a sampler kept, of logits and of the fused head.
     axes |= {"layout": ("even",), "support": INTEGERS}
     yield from varied(rk.token_logprobs, combine(**axes), "_support")
     axes |= {"layout": ("even", "odd"), "bias": (GIVEN, None)}

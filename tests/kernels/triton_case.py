@@ -43,7 +43,7 @@ def far(dtype: torch.dtype) -> Tensor:
 
 
 def inputs(rows: int, size: int, dtype: torch.dtype = FP32, **options: Any) -> Inputs:
-    """Inputs on the CPU; nothing is executed, so that their values are of no matter."""
+    """Inputs on the CPU. No kernel is executed, so their values do not matter."""
     return Inputs(rows, size, dtype, torch.device("cpu"), torch.Generator(), **options)
 
 
@@ -57,7 +57,7 @@ def inputs_of(layout: str, dtype: torch.dtype) -> Inputs:
 
 
 def laid(t: Tensor, layout: str) -> Tensor:
-    """The values of a tensor per token, or of logits, in a layout; "inner": cut out of larger."""
+    """A tensor with the shape of `t` in a layout; "inner" is a part of a larger tensor."""
     if layout == "strided":
         return t.t().contiguous().t()
     if layout == "shifted":
@@ -78,9 +78,9 @@ def case(
     outputs: Callable[[Any], Any] = lambda result: result,
     **options: Any,
 ) -> Case:
-    """A call of `function`; `grads`: what requires a gradient, all that may unless it is given.
+    """A call of `function`, where the tensors `grads` require a gradient: by default all that may.
 
-    An option that is a dtype is the tensor that is GIVEN, of this dtype.
+    An option that is a dtype becomes the tensor for GIVEN, of this dtype.
     """
     dtypes = {k: v for k, v in options.items() if isinstance(v, torch.dtype)}
     made = call(function, x, **options | dict.fromkeys(dtypes, GIVEN))
