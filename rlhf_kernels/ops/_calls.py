@@ -196,7 +196,7 @@ SUPPORT = ("indptr", "indices")
 
 
 class Call(NamedTuple):
-    """An operation with its tensors and options by argument, and the differentiable ones by name."""
+    """An operation, its tensors and options by argument, and which tensors are differentiable."""
 
     function: Callable[..., Any]
     tensors: dict[str, Tensor]
