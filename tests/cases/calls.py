@@ -175,11 +175,15 @@ CHOICES: dict[str, tuple[dict[str, tuple[Any, ...]], ...]] = {
 def _call(op: str, x: Inputs, options: dict[str, Any]) -> Call:
     values = {k: v(x) if callable(v) else v for k, v in options.items() if v is not ABSENT}
     call = Call(*_calls.call(FUNCTIONS[op], x, **values))
+    tensors = call.tensors
+    if op == "ppo_advantages":
+        # First in every call is the tensor whose device the others must have.
+        tensors = {"logprobs": tensors["logprobs"], **tensors}
     # Other tensors do not change this loss.
     moving = call.differentiable
     if (op == "policy_loss" and not values["config"].entropy_coef) or values.get("loss") == "sft":
         moving = moving[:1]
-    return call._replace(differentiable=moving)
+    return call._replace(tensors=tensors, differentiable=moving)
 
 
 def calls(op: str, *, full: bool = False) -> list[Call]:
