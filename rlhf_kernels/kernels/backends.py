@@ -7,7 +7,7 @@ call takes the first available backend in its device's order of preference that 
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 
@@ -17,7 +17,7 @@ from ..core.layout import Empty, plain_empty
 from . import native, triton
 from .rows import Kernels, Rows
 
-REFERENCE = "reference"
+REFERENCE: Final = "reference"
 
 # A launcher has the arguments and results of its operator.
 Launcher = Callable[..., Any]

@@ -163,6 +163,8 @@ _OF_PPO = dict.fromkeys(("ref_logprobs", "rollout_logprobs", "entropy"), GIVEN)
 _REINFORCE = PolicyLossConfig.reinforce()
 _OPERANDS = ("hidden", "weight", "bias")
 _ROWS = ({"temperature": 0.7, "entropy": True}, {"support": GIVEN, "entropy": True})
+# Moderate logits: a gradient is a difference of them, and its rounding grows with their size.
+_NEAR = _all(lambda x: x.floats(*x.shape, x.vocabulary), "logits", "ref_logits")
 _FAR = _all(Inputs.tokens, "logprobs", "ref_logprobs")
 _SUMS = _all(Inputs.sequences, "logprobs", "ref_logprobs")
 _WHOLE: dict[str, Maker] = {
@@ -175,7 +177,7 @@ OPERATIONS: dict[Callable[..., Any], Operation] = {
     discounted_returns: Operation(examples=(_STEPS,)),
     gae: Operation(examples=({**_STEPS, "whiten": True},)),
     group_advantages: Operation(examples=({"groups": 4},), others={"rewards": Inputs.samples}),
-    kl_divergence: Operation(("logits",), ({"temperature": 0.7},), 1),
+    kl_divergence: Operation(("logits",), ({"temperature": 0.7},), 1, _NEAR),
     kl_penalty: Operation(("logprobs",), ({"estimator": "k3"},), others=_FAR),
     kto_loss: Operation(("logprobs", "ref_logprobs"), ({"kl": 0.1},), others=_SUMS),
     linear_kl_divergence: Operation(_OPERANDS, ({"temperature": 0.7},), 2),
