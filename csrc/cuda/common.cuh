@@ -207,6 +207,17 @@ void for_dtype(int32_t dtype, const F& f) {
   }
 }
 
+// f(E{}, O{}) for the element types of logits and of their gradient: alike, or bf16 from fp32.
+template <class F>
+void for_gradient(int32_t logits, int32_t gradient, const F& f) {
+  if (logits == gradient)
+    for_dtype(logits, [&](auto element) { f(element, element); });
+  else if (logits == kFloat32 && gradient == kBFloat16)
+    f(F32{}, BF16{});
+  else
+    throw std::runtime_error("rlhf_kernels: no kernel for a gradient of this dtype");
+}
+
 // f(std::true_type{}) or f(std::false_type{}): an option that is a template parameter.
 template <class F>
 void for_flag(bool flag, const F& f) {

@@ -12,6 +12,13 @@ namespace {
 constexpr int kSlots = 4;
 constexpr int kPenaltyThreads = 256;
 
+// Slots of a lane in a window of gradients, as many 16-byte loads for every dtype.
+template <class E, class O>
+constexpr int window_slots() {
+  return kSlots * static_cast<int>(sizeof(typename O::Storage)) /
+         static_cast<int>(sizeof(typename E::Storage));
+}
+
 // A row pair's or a tile's sums.
 template <class T>
 struct alignas(16) PairSums {
@@ -200,8 +207,9 @@ __device__ __forceinline__ void gradients(const Coefficients& c, float rate2, Pa
   }
 }
 
-// One tile of p (log p - log q - KL) g / T (reverse) or (p - q) g / T (forward), by a warp.
-template <class E, bool kReverse>
+// One tile of p (log p - log q - KL) g / T (reverse) or (p - q) g / T (forward), by a warp; O is
+// the dtype of the gradient.
+template <class E, class O, bool kReverse>
 __global__ void __launch_bounds__(kRowThreads, 4)
     backward_kernel(const KlBackwardArgs a, float rate, const RowTiles tiles,
                     const Coefficients* coefficients) {
@@ -210,8 +218,8 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   if (tile.id >= tiles.total) return;
   const Coefficients c = coefficients[tile.token];
   const S *x = tile.start<E>(a.logits), *y = tile.start<E>(a.ref_logits);
-  S* out = const_cast<S*>(tile.start<E>(a.grad_logits));
-  const Window<E, kSlots> window(tile, a.vocab, out, x, y);
+  auto* out = const_cast<typename O::Storage*>(tile.start<O>(a.grad_logits));
+  const Window<E, window_slots<E, O>(), O> window(tile, a.vocab, out, x, y);
   if (c.a == 0.0f && c.b == 0.0f) {
     window.clear(out);
     return;
@@ -282,14 +290,17 @@ Status kl_divergence_backward(const KlBackwardArgs& a) {
   const OnDevice guard(a.exec);
   const int64_t tokens = a.rows * a.cols;
   auto* coefficients = static_cast<Coefficients*>(a.exec.scratch);
-  const RowTiles all(a.rows, a.cols, window_tiles(a.vocab, kSlots, element_size(a.logits.dtype)));
   const float rate = 1.0f / static_cast<float>(a.temperature);
   RK_ENQUEUE(a.exec, ceil_div(tokens, kCombineThreads), kCombineThreads, coefficients_kernel, a,
              coefficients);
-  for_dtype(a.logits.dtype, [&](auto element) {
+  for_gradient(a.logits.dtype, a.grad_logits.dtype, [&](auto element, auto result) {
+    using E = decltype(element);
+    using O = decltype(result);
+    const RowTiles all(a.rows, a.cols,
+                       window_tiles(a.vocab, window_slots<E, O>(), sizeof(typename O::Storage)));
     for_flag(a.reverse, [&](auto reverse) {
-      RK_ENQUEUE(a.exec, all.blocks(), kRowThreads,
-                 (backward_kernel<decltype(element), reverse.value>), a, rate, all, coefficients);
+      RK_ENQUEUE(a.exec, all.blocks(), kRowThreads, (backward_kernel<E, O, reverse.value>), a, rate,
+                 all, coefficients);
     });
   });
   return {};

@@ -8,6 +8,13 @@ namespace {
 constexpr int kSlots = 8;
 constexpr int kBackwardSlots = 4;
 
+// Slots of a lane in a window of gradients, as many 16-byte loads for every dtype.
+template <class E, class O>
+constexpr int backward_slots() {
+  return kBackwardSlots * static_cast<int>(sizeof(typename O::Storage)) /
+         static_cast<int>(sizeof(typename E::Storage));
+}
+
 // Blocks of the backward that a multiprocessor holds: as many as spill no register.
 template <class E, bool kChange, bool kEntropy>
 constexpr int kBackwardBlocks = kChange ? 2 : (kEntropy && std::is_same_v<E, F16> ? 4 : 6);
@@ -253,18 +260,18 @@ __device__ __forceinline__ void gradients(const Slopes& c, const LogitOptions<kC
   }
 }
 
-// One tile of dz = p (-g - h (log p + H)) / T, plus g / T at the label, by a warp.
-template <class E, bool kChange, bool kEntropy>
+// One tile of dz = p (-g - h (log p + H)) / T, plus g / T at the label, by a warp; O is the dtype
+// of dz.
+template <class E, class O, bool kChange, bool kEntropy>
 __global__ void __launch_bounds__(kRowThreads, kBackwardBlocks<E, kChange, kEntropy>)
     backward_kernel(const LogprobsBackwardArgs a, const RowTiles tiles,
                     const Coefficients* coefficients) {
-  using S = typename E::Storage;
   const Tile tile(tiles);
   if (tile.id >= tiles.total) return;
   const Slopes c = coefficients[tile.token].slopes;
-  const S* x = tile.start<E>(a.logits);
-  S* out = const_cast<S*>(tile.start<E>(a.grad_logits));
-  const Window<E, kBackwardSlots> window(tile, a.vocab, out, x, x);
+  const typename E::Storage* x = tile.start<E>(a.logits);
+  auto* out = const_cast<typename O::Storage*>(tile.start<O>(a.grad_logits));
+  const Window<E, backward_slots<E, O>(), O> window(tile, a.vocab, out, x, x);
   if (c.a0 == 0.0f && c.a1 == 0.0f) {
     window.clear(out);
     return;
@@ -275,8 +282,8 @@ __global__ void __launch_bounds__(kRowThreads, kBackwardBlocks<E, kChange, kEntr
   // By the lane that has just stored this column.
   const int64_t label = coefficients[tile.token].label, at = label - window.first;
   if (label >= 0 && at >= 0 && at < window.kColumns &&
-      static_cast<int>(at) / kWidth<E> % kWarp == static_cast<int>(threadIdx.x % kWarp))
-    out[label] = E::put(coefficients[tile.token].at_label);
+      static_cast<int>(at) / kWidth<O> % kWarp == static_cast<int>(threadIdx.x % kWarp))
+    out[label] = O::put(coefficients[tile.token].at_label);
 }
 
 }  // namespace
@@ -313,16 +320,17 @@ Status token_logprobs_backward(const LogprobsBackwardArgs& a) {
   const OnDevice guard(a.exec);
   const int64_t tokens = a.rows * a.cols;
   auto* coefficients = static_cast<Coefficients*>(a.exec.scratch);
-  const RowTiles all(a.rows, a.cols,
-                     window_tiles(a.vocab, kBackwardSlots, element_size(a.logits.dtype)));
-  for_dtype(a.logits.dtype, [&](auto element) {
+  for_gradient(a.logits.dtype, a.grad_logits.dtype, [&](auto element, auto result) {
     using E = decltype(element);
+    using O = decltype(result);
+    const RowTiles all(a.rows, a.cols,
+                       window_tiles(a.vocab, backward_slots<E, O>(), sizeof(typename O::Storage)));
     RK_ENQUEUE(a.exec, ceil_div(tokens, kCombineThreads), kCombineThreads, coefficients_kernel<E>,
                a, coefficients);
     for_flag(a.options.change_logits(), [&](auto change) {
       for_flag(a.grad_entropy.given, [&](auto entropy) {
         RK_ENQUEUE(a.exec, all.blocks(), kRowThreads,
-                   (backward_kernel<E, change.value, entropy.value>), a, all, coefficients);
+                   (backward_kernel<E, O, change.value, entropy.value>), a, all, coefficients);
       });
     });
   });

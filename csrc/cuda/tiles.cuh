@@ -132,10 +132,15 @@ __device__ __forceinline__ void load_tile(const typename E::Storage* x, int64_t 
 
 // The columns of a tile of gradients. These need no sum, so tiles may begin where 16 bytes do: up
 // to kWidth - 1 columns before the row's first.
-template <class E, int kSlots>
+//
+// The gradient's elements O may be narrower than the logits' E: a slot is then 16 bytes of the
+// gradient and kParts times 16 bytes of logits.
+template <class E, int kSlots, class O = E>
 struct Window {
   using S = typename E::Storage;
-  static constexpr int kColumns = tile_columns(kSlots, sizeof(S));
+  using R = typename O::Storage;
+  static constexpr int kParts = kWidth<O> / kWidth<E>;
+  static constexpr int kColumns = tile_columns(kSlots, sizeof(R));
   // The tile's first column in the row, which may be negative; the tile's columns inside the row.
   int64_t first;
   int begin, end;
@@ -145,71 +150,96 @@ struct Window {
   // A window on rows that start at `out`, `x` and `y`.
   __device__ __forceinline__ Window(const Tile& tile, int64_t vocab, const void* out, const void* x,
                                     const void* y) {
-    const int before = static_cast<int>(misaligned(out) / sizeof(S));
+    const int before = static_cast<int>(misaligned(out) / sizeof(R));
     first = static_cast<int64_t>(tile.index) * kColumns - before;
     begin = tile.index == 0 ? before : 0;
     const int64_t left = vocab - first;
     end = left < kColumns ? static_cast<int>(left) : kColumns;
-    together = ((reinterpret_cast<uintptr_t>(out) ^ reinterpret_cast<uintptr_t>(x)) & 15) == 0 &&
-               ((reinterpret_cast<uintptr_t>(out) ^ reinterpret_cast<uintptr_t>(y)) & 15) == 0;
+    const uintptr_t behind = before * sizeof(S);
+    together = ((reinterpret_cast<uintptr_t>(x) - behind) & 15) == 0 &&
+               ((reinterpret_cast<uintptr_t>(y) - behind) & 15) == 0;
   }
   // Applies change(slots of x, slots of y), which overwrites the slots of x, and stores those to
   // `out`. Slots that cannot be moved 16 bytes at a time go column by column.
   template <class Change>
-  __device__ __forceinline__ void map(const S* x, const S* y, S* out, const Change& change) const {
+  __device__ __forceinline__ void map(const S* x, const S* y, R* out, const Change& change) const {
     x += first, y += first, out += first;
     if (together && begin == 0 && end == kColumns) {
-      Pack<E> own[kSlots], other[kSlots];
+      Pack<E> own[kSlots * kParts], other[kSlots * kParts];
 #pragma unroll
-      for (int k = 0; k < kSlots; ++k) own[k].load(x + slot_column<E>(k));
+      for (int k = 0; k < kSlots; ++k) load(x + slot_column<O>(k), own + k * kParts);
 #pragma unroll
-      for (int k = 0; k < kSlots; ++k) other[k].load(y + slot_column<E>(k));
+      for (int k = 0; k < kSlots; ++k) load(y + slot_column<O>(k), other + k * kParts);
       change(own, other);
 #pragma unroll
-      for (int k = 0; k < kSlots; ++k) own[k].store(out + slot_column<E>(k));
+      for (int k = 0; k < kSlots; ++k) store(own + k * kParts, out + slot_column<O>(k));
       return;
     }
 #pragma unroll 1
     for (int k = 0; k < kSlots; ++k) {
-      const int column = slot_column<E>(k);
-      const bool whole = together && column >= begin && column + kWidth<E> <= end;
-      Pack<E> own[1] = {}, other[1] = {};
+      const int column = slot_column<O>(k);
+      const bool whole = together && column >= begin && column + kWidth<O> <= end;
+      Pack<E> own[kParts] = {}, other[kParts] = {};
       if (whole) {
-        own[0].load(x + column);
-        other[0].load(y + column);
+        load(x + column, own);
+        load(y + column, other);
       } else {
         by_column(column, [&](int w) {
-          own[0].set(w, x[column + w]);
-          other[0].set(w, y[column + w]);
+          own[w / kWidth<E>].set(w % kWidth<E>, x[column + w]);
+          other[w / kWidth<E>].set(w % kWidth<E>, y[column + w]);
         });
       }
       change(own, other);
       if (whole)
-        own[0].store(out + column);
+        store(own, out + column);
       else
-        by_column(column, [&](int w) { out[column + w] = own[0].item(w); });
+        by_column(column, [&](int w) { out[column + w] = result(own, w); });
     }
   }
   // Stores zeros to `out`.
-  __device__ __forceinline__ void clear(S* out) const {
+  __device__ __forceinline__ void clear(R* out) const {
     out += first;
-    const Pack<E> zero{};
+    const Pack<O> zero{};
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) {
-      const int column = slot_column<E>(k);
-      if (together && column >= begin && column + kWidth<E> <= end)
+      const int column = slot_column<O>(k);
+      if (together && column >= begin && column + kWidth<O> <= end)
         zero.store(out + column);
       else
-        by_column(column, [&](int w) { out[column + w] = S(0); });
+        by_column(column, [&](int w) { out[column + w] = R(0); });
     }
   }
 
  private:
+  // A slot's logits, and its gradients as O.
+  static __device__ __forceinline__ void load(const S* x, Pack<E>* slot) {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) slot[i].load(x + i * kWidth<E>);
+  }
+  static __device__ __forceinline__ void store(const Pack<E>* slot, R* out) {
+    if constexpr (kParts == 1) {
+      slot[0].store(out);
+    } else {
+      Pack<O> narrow;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float both[2] = {slot[i / 2].get(i % 2 * 2), slot[i / 2].get(i % 2 * 2 + 1)};
+        narrow.words[i] = O::word(both);
+      }
+      narrow.store(out);
+    }
+  }
+  static __device__ __forceinline__ R result(const Pack<E>* slot, int w) {
+    if constexpr (kParts == 1)
+      return slot[0].item(w);
+    else
+      return O::put(slot[w / kWidth<E>].get(w % kWidth<E>));
+  }
   // f(w) for the columns of a slot that are inside the row.
   template <class F>
   __device__ __forceinline__ void by_column(int column, const F& f) const {
 #pragma unroll
-    for (int w = 0; w < kWidth<E>; ++w)
+    for (int w = 0; w < kWidth<O>; ++w)
       if (column + w >= begin && column + w < end) f(w);
   }
 };

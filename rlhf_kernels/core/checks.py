@@ -238,6 +238,18 @@ def token_data(
     temperatures_positive(op, temperature, keep)
 
 
+def kept_tokens(op: str, keep: Tensor, given: int) -> None:
+    """Raises ValueError if `keep` is true more often than `given`, unless this is negative."""
+    if given < 0 or not can_read_on_host(keep):
+        return
+    count = int(keep.sum())
+    if count > given:
+        raise ValueError(
+            f"{op}: kept_tokens must be at least the number of tokens that are kept, {count}, got "
+            f"{given}"
+        )
+
+
 def bad_temperature(op: str, position: int, temperatures: Tensor) -> ValueError:
     """The error for the temperature at flat `position`."""
     value = temperatures.reshape(-1)[position].item()

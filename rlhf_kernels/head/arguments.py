@@ -3,7 +3,7 @@
 `ops._operator` flattens them into the schema of an operator, field by field in this order.
 """
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from torch import Tensor
 
@@ -65,6 +65,18 @@ class PolicyArguments(NamedTuple):
     def entropy_bonus(self) -> bool:
         """Whether the loss has a term of the entropies."""
         return self.params.entropy_coef != 0
+
+
+class Batching(NamedTuple):
+    """How tokens are cut into products.
+
+    chunk_tokens: of a chunk; 0 for the device's budget, negative where every product has exactly so
+        many.
+    kept_tokens: how many are kept, or more, as the caller knows it; negative to count them.
+    """
+
+    chunk_tokens: int
+    kept_tokens: Annotated[int, "SymInt"]
 
 
 class Divergence(NamedTuple):

@@ -14,11 +14,14 @@ from torch import Tensor
 
 from ..core.layout import MaybeTensor
 from ..core.sentinels import ELSEWHERE, NOWHERE, SHARD_IGNORED
+from . import devices
 
-#: Bytes of logits in flight. A GPU wants chunks that fill it; each rereads the fp32 gradient of the
-#: weight.
+#: Bytes of logits in flight on a CPU.
 CHUNK_BYTES = {"cpu": 128 * 2**20}
-GPU_CHUNK_BYTES = 2**30
+#: On a GPU bytes of logits and of their gradient where it has memory of its own, and the most
+#: tokens. Chunks must fill the GPU, and each rereads the fp32 gradient of the weight: with 4096
+#: tokens that is a twentieth of the time of its products.
+GPU_CHUNK_BYTES, GPU_CHUNK_TOKENS = 4 * 2**30, 4096
 # The GEMM's rows come in multiples of this; its columns, where they are part of a vocabulary.
 _CHUNK_MULTIPLE, _COLUMNS_MULTIPLE = 16, 64
 # More tokens make no product faster.
@@ -32,9 +35,14 @@ _SUM_TOKENS = 2048
 
 def chunk_size(device: torch.device, vocab: int, dtype: torch.dtype) -> int:
     """Tokens of a chunk: what the byte budget of the device holds, at least 16."""
-    budget = CHUNK_BYTES.get(device.type, GPU_CHUNK_BYTES)
     # A shard of a vocabulary may be empty.
-    tokens = budget // (max(vocab, 1) * logits_dtype(device, dtype).itemsize)
+    columns, logits = max(vocab, 1), logits_dtype(device, dtype)
+    if devices.is_cpu(device):
+        tokens = CHUNK_BYTES["cpu"] // (columns * logits.itemsize)
+    else:
+        own = gradient_dtype(dtype)
+        size = logits.itemsize + (0 if own == logits else own.itemsize)
+        tokens = min(GPU_CHUNK_BYTES // (columns * size), GPU_CHUNK_TOKENS)
     return max(tokens // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE, _CHUNK_MULTIPLE)
 
 
@@ -56,7 +64,15 @@ def logits_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     And for fp16, whose range a gradient leaves: its products then take operands in fp32, which
     CPUs without fp16 arithmetic multiply many times as fast.
     """
-    return torch.float32 if device.type == "cuda" or dtype == torch.float16 else dtype
+    return torch.float32 if devices.mixes(device) or dtype == torch.float16 else dtype
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the gradient of logits is rounded to, of operands of `dtype`: what their products take.
+
+    fp16 ones are scaled first.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 class Chunk(NamedTuple):
@@ -88,7 +104,11 @@ class Chunk(NamedTuple):
         once, and what is summed in fp32, once a block, is the smaller gradient of hidden.
         """
         whole = cls.of(chunk, weight, heads)
-        if chunk != 0 or weight.device.type != "cpu" or whole.size >= min(count, whole.columns):
+        if (
+            chunk != 0
+            or not devices.is_cpu(weight.device)
+            or whole.size >= min(count, whole.columns)
+        ):
             return whole
         tokens = min(count, _BLOCK_TOKENS)
         size = logits_dtype(weight.device, weight.dtype).itemsize
@@ -105,7 +125,7 @@ def prefer_recompute(chunk: int, weight: Tensor, count: int, heads: int = 1) -> 
     size = Chunk.of(chunk, weight, heads).size
     return (
         chunk == 0
-        and weight.device.type == "cpu"
+        and devices.is_cpu(weight.device)
         and logits_dtype(weight.device, weight.dtype) != torch.float32
         and size < _SUM_TOKENS
         and count > 2 * size
@@ -126,10 +146,15 @@ class Tile(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """The tokens that take part: all of them, or those of `index` (flat positions, ascending)."""
+    """The tokens that take part: all of them, or those of `index` (flat positions).
+
+    dropped: bool [count], which of them only fill a number that the caller gave: they have no
+    result and no gradient. None where there are none.
+    """
 
     count: int
     index: Tensor | None
+    dropped: Tensor | None = None
 
     def chunks(self, size: int) -> Iterator[slice]:
         for start in range(0, self.count, size):
@@ -155,12 +180,62 @@ class Tokens:
         else:
             out.index_copy_(0, self.index[part], rows)
 
+    def kept(self, part: slice, device: torch.device) -> Tensor:
+        """Which tokens of `part` are not dropped, bool."""
+        if self.dropped is None:
+            return torch.ones(part.stop - part.start, dtype=torch.bool, device=device)
+        return ~self.dropped[part]
 
-def select(keep: Tensor) -> Tokens:
-    """The tokens where `keep` [N]. On a GPU the count is a host synchronisation."""
-    index = keep.nonzero().squeeze(-1)
-    count = index.shape[0]
-    return Tokens(count, None if count == keep.shape[0] else index)
+    def of_kept(self, rows: Tensor, part: slice) -> Tensor:
+        """Rows `part` [n, ...], zero where the token is dropped."""
+        if self.dropped is None:
+            return rows
+        dropped = self.dropped[part]
+        return rows.masked_fill(dropped.view(-1, *[1] * (rows.dim() - 1)), 0)
+
+
+def select(keep: Tensor, at_most: int = -1) -> Tokens:
+    """The tokens where `keep` [N].
+
+    Args:
+        keep: bool.
+        at_most: the number of them or more; so many tokens are then taken, whatever `keep` says.
+            Negative: they are counted, which on a GPU is a host synchronisation.
+    """
+    size = keep.shape[0]
+    if at_most < 0:
+        index = keep.nonzero().squeeze(-1)
+        count = index.shape[0]
+        return Tokens(count, None if count == size else index)
+    if at_most >= size:
+        return Tokens(size, None, ~keep)
+    # Those to keep come first, in order.
+    index = torch.argsort((~keep).to(torch.uint8), stable=True)[:at_most]
+    return Tokens(at_most, index, ~keep.index_select(0, index))
+
+
+def split(keep: Tensor, idle: Tensor) -> tuple[Tokens, Tokens]:
+    """The tokens where `keep` [N] without `idle` [N] and with it, for one host synchronisation."""
+    busy, rest = keep & ~idle, keep & idle
+    if devices.is_cpu(keep.device):
+        return select(busy), select(rest)
+    # Three groups, each in order.
+    order = torch.argsort(2 - busy.to(torch.uint8) - keep.to(torch.uint8), stable=True)
+    first, both = torch.stack((busy.sum(), keep.sum())).tolist()
+    size = keep.shape[0]
+    busy_index = None if first == size else order[:first]
+    return Tokens(first, busy_index), Tokens(both - first, order[first:both])
+
+
+def covered(keep: Tensor, at_most: int) -> Tensor | None:
+    """Whether `select` takes all that `keep` says, 0-d bool; None where it surely does."""
+    return None if at_most < 0 or at_most >= keep.shape[0] else keep.sum() <= at_most
+
+
+def zeros_or_nan(keep: Tensor, at_most: int) -> Tensor:
+    """fp32 [N] for the results of the tokens that `select` takes; NaN for those it should have."""
+    zeros = torch.zeros(keep.shape, dtype=torch.float32, device=keep.device)
+    return zeros.masked_fill_(keep, torch.nan) if 0 <= at_most < keep.shape[0] else zeros
 
 
 def flat(t: MaybeTensor) -> MaybeTensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..core.layout import Empty
 from ..kernels.rows import Reduce
-from .chunks import Chunk, Tile, Tokens, logits_dtype
+from .chunks import Chunk, Tile, Tokens, gradient_dtype, logits_dtype
 from .products import Head, add_product, blocks, in_fp16, matmul_into, widens
 
 # Above this many tokens, transposing the product is cheaper on a CPU than a transposed operand.
@@ -31,6 +31,8 @@ class Gradients:
         wide = reduce is not None or head.hidden.dtype == torch.float16
         dtype = torch.float32 if wide else head.hidden.dtype
         self.hidden = torch.zeros_like(head.hidden, dtype=dtype) if hidden else None
+        # Of a tile's logits, where it cannot take their place.
+        self._of_logits: Tensor | None = None
         # Of a tile's tokens, over the columns so far.
         self._of_tokens: Tensor
         self._weight = _Sum(head.weight, head.empty) if weight else None
@@ -38,19 +40,44 @@ class Gradients:
         if bias and head.bias is not None:
             self._bias = head.bias.new_zeros(head.bias.shape, dtype=torch.float32)
 
-    def sweep(self, tokens: Tokens, chunk: Chunk, backward: Callable[[Tensor, Tile], None]) -> None:
-        """Adds all `tokens`; `backward` overwrites the logits of a tile by their gradient."""
+    def of_logits(self, logits: Tensor) -> Tensor:
+        """Where the gradient of a tile's logits goes, [n, columns]: in their place if it may.
+
+        Products of 16-bit operands take it in 16 bits, from logits that are fp32.
+        """
+        dtype = gradient_dtype(self._head.weight.dtype)
+        if logits.dtype == dtype:
+            return logits
+        if self._of_logits is None:
+            buffer = self._head.logits
+            self._of_logits = self._head.empty(tuple(buffer.shape), dtype, buffer.device)
+        return self._of_logits[: logits.numel()].view(logits.shape)
+
+    def _padded(self, g: Tensor) -> Tensor:
+        """The gradient of a tile's logits with the rows of an exact product, some of no token."""
+        head = self._head
+        if head.padded is None:
+            return g
+        # Rows after the last token are of an earlier chunk.
+        rows, columns = head.padded.shape[0], g.shape[1]
+        memory = head.logits if g.dtype == head.logits.dtype else self._of_logits
+        assert memory is not None
+        return memory[: rows * columns].view(rows, columns)
+
+    def sweep(
+        self, tokens: Tokens, chunk: Chunk, backward: Callable[[Tensor, Tensor, Tile], None]
+    ) -> None:
+        """Adds all `tokens`; `backward` is given where the gradient of a tile's logits goes."""
         for tile in tokens.tiles(chunk, self._head.weight.shape[0]):
             if tile.columns.start == 0:
                 states = self._head.states(tokens, tile.tokens)
             logits = self._head.project(states, tile.columns)
-            backward(logits, tile)
-            self.add(tokens, tile, states, logits)
+            out = self.of_logits(logits)
+            backward(out, logits, tile)
+            self.add(tokens, tile, states, out)
 
     def add(self, tokens: Tokens, tile: Tile, hidden: Tensor, grad_logits: Tensor) -> None:
         """Adds a tile: its hidden states [n, H] and the gradient of its logits [n, columns]."""
-        if hidden.dtype != torch.float16:
-            grad_logits = grad_logits.to(hidden.dtype)
         if self.hidden is not None:
             if grad_logits.shape[1] == self._head.weight.shape[0]:
                 self._add_hidden(self.hidden, tokens, tile.tokens, grad_logits)
@@ -71,17 +98,14 @@ class Gradients:
         if tokens.index is None and dtype == out.dtype and head.padded is None:
             matmul_into(out[part], g, head.weight)
             return
-        if head.padded is not None:
-            # Rows after the last token are of an earlier chunk.
-            g = head.grid(head.padded.shape[0], g.shape[1]).to(g.dtype)
+        g = self._padded(g)
         rows = g.new_empty((g.shape[0], head.weight.shape[1]), dtype=dtype)
         matmul_into(rows, g, head.weight)
         tokens.put(out, part, rows[:count].to(out.dtype))
 
     def _add_hidden_fp16(self, out: Tensor, tokens: Tokens, part: slice, g: Tensor) -> None:
         head, count = self._head, g.shape[0]
-        if head.padded is not None:
-            g = head.grid(head.padded.shape[0], g.shape[1])
+        g = self._padded(g)
         rows = g.new_zeros((g.shape[0], head.weight.shape[1]))
         if widens(head.weight):
             add_product(rows, g, head.weight)
@@ -145,6 +169,12 @@ class _Sum:
         """Adds a.T @ b, of a tile's a [n, columns] and b [n, H]."""
         if logits_dtype(a.device, a.dtype) != torch.float32:
             self._add_rounded(a, b, tile)
+            return
+        if a.dtype != torch.float32 and tile.step == 0 and tile.is_last:
+            # Nothing to add: the product's own fp32 sums are rounded once.
+            if self._rounded is None:
+                self._rounded = self._empty(self._like.shape, self._like.dtype, self._like.device)
+            matmul_into(self._rounded[tile.columns], a.T, b)
             return
         if self._total is None:
             self._total = self._empty(self._like.shape, torch.float32, self._like.device)

@@ -5,28 +5,29 @@ from torch import Tensor
 
 from ..core import checks
 from ..kernels.rows import Kernels, LabelKernels
-from .arguments import Operands, Targets, Upstream
-from .chunks import Chunk, Tile, flat, localized, select
+from .arguments import Batching, Operands, Targets, Upstream
+from .chunks import Chunk, Tile, covered, flat, localized, select, zeros_or_nan
 from .gradients import Gradients
 from .products import Head
 
 
 def forward(
-    kernels: Kernels | LabelKernels, operands: Operands, targets: Targets, chunk: int
+    kernels: Kernels | LabelKernels, operands: Operands, targets: Targets, batching: Batching
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probabilities [...], entropies [...] or empty, statistics [..., 3]) of labels [...]."""
-    weight, options = operands.weight, targets.options
+    op, weight, options = "linear_token_logprobs", operands.weight, targets.options
     shape, labels = targets.labels.shape, flat(targets.labels)
     temperatures = flat(targets.temperatures)
     keep = labels != options.ignore_index
     # The labels of a shard were found good before.
     if kernels.reduce is None:
-        checks.token_data("linear_token_logprobs", labels, temperatures, keep, weight.shape[0])
-    logprobs = torch.zeros(labels.shape, dtype=torch.float32, device=weight.device)
-    entropies = torch.zeros_like(logprobs) if options.entropy else logprobs.new_empty(0)
+        checks.token_data(op, labels, temperatures, keep, weight.shape[0])
+    checks.kept_tokens(op, keep, batching.kept_tokens)
+    logprobs = zeros_or_nan(keep, batching.kept_tokens)
+    entropies = logprobs.clone() if options.entropy else logprobs.new_empty(0)
     stats = logprobs.new_empty((*labels.shape, 3))
-    tokens = select(keep)
-    of_chunk = Chunk.of(chunk, weight)
+    tokens = select(keep, batching.kept_tokens)
+    of_chunk = Chunk.of(batching.chunk_tokens, weight)
     head = Head.of(operands, of_chunk, tokens.count, kernels.empty)
     for part in tokens.chunks(of_chunk.size):
         logits = head.project(head.states(tokens, part))
@@ -48,7 +49,7 @@ def backward(
     operands: Operands,
     targets: Targets,
     upstream: Upstream,
-    chunk: int,
+    batching: Batching,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; empty where `needs` says no."""
@@ -56,25 +57,30 @@ def backward(
     labels, temperatures = flat(targets.labels), flat(targets.temperatures)
     g, h = flat(upstream.grad_logprobs), flat(upstream.grad_entropy)
     stats = upstream.stats.view(-1, 3)
-    # A token without an upstream gradient adds nothing: clipped, no advantage, prompt, tool.
-    used = torch.zeros_like(labels, dtype=torch.bool)
-    for given in (g, h):
-        if given is not None:
-            used |= given != 0
-    tokens = select(used & (labels != options.ignore_index))
-    of_chunk = Chunk.backward(chunk, weight, tokens.count)
+    keep = labels != options.ignore_index
+    if batching.kept_tokens < 0:
+        # A token without an upstream gradient adds nothing: clipped, no advantage, prompt, tool.
+        used = torch.zeros_like(labels, dtype=torch.bool)
+        for given in (g, h):
+            if given is not None:
+                used |= given != 0
+        keep = used & keep
+    elif (enough := covered(keep, batching.kept_tokens)) is not None:
+        g, h = (None if t is None else torch.where(enough, t, torch.nan) for t in (g, h))
+    tokens = select(keep, batching.kept_tokens)
+    of_chunk = Chunk.backward(batching.chunk_tokens, weight, tokens.count)
     head = Head.of(operands, of_chunk, tokens.count, kernels.empty)
     gradients = Gradients(head, needs, kernels.reduce)
 
-    def overwrite(logits: Tensor, tile: Tile) -> None:
+    def backward(out: Tensor, logits: Tensor, tile: Tile) -> None:
         part = tile.tokens
         own, ignored = localized(
             tokens.take(labels, part), tile.columns, weight.shape[0], options.ignore_index
         )
-        kernels.rows.token_logprobs_backward_inplace(
-            logits, own, tokens.take(temperatures, part), tokens.take(stats, part),
+        kernels.rows.token_logprobs_backward_into(
+            out, logits, own, tokens.take(temperatures, part), tokens.take(stats, part),
             tokens.take(g, part), tokens.take(h, part), options._replace(ignore_index=ignored),
         )  # fmt: skip
 
-    gradients.sweep(tokens, of_chunk, overwrite)
+    gradients.sweep(tokens, of_chunk, backward)
     return gradients.results(operands.hidden.shape)

@@ -9,16 +9,29 @@ from ..config.enums import AGGREGATIONS, CORRECTION_CODES, RATIO_LEVELS
 from ..core import checks
 from ..core.layout import MaybeTensor
 from ..core.sentinels import SHARD_IGNORED
-from ..core.sequences import per_token, token_weights
+from ..core.sequences import per_token, sequence_sum, token_weights
 from ..kernels import losses
 from ..kernels.rows import Kernels, LabelKernels
-from .arguments import Operands, PolicyArguments, Targets
-from .chunks import Chunk, Tile, Tokens, flat, localized, prefer_recompute, select
+from . import devices
+from .arguments import Batching, Operands, PolicyArguments, Targets
+from .chunks import (
+    Chunk,
+    Tile,
+    Tokens,
+    covered,
+    flat,
+    localized,
+    prefer_recompute,
+    select,
+    split,
+    zeros_or_nan,
+)
 from .gradients import Gradients
 from .products import Head
 
 _TOKEN_RATIO = RATIO_LEVELS.index("token")
 _SEQUENCE_CORRECTION = CORRECTION_CODES.index("sequence")
+_NONE = Tokens(0, None)
 
 
 def _complete(found: tuple[Tensor, ...], weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -31,7 +44,10 @@ def _complete(found: tuple[Tensor, ...], weight: Tensor | None = None) -> tuple[
 
 
 class _PolicySweep:
-    """The chunks of one `linear_policy_loss`, and the log-probabilities found on the way."""
+    """The chunks of one `linear_policy_loss`, and the log-probabilities found on the way.
+
+    `count` tokens are unmasked, or taken as if they were.
+    """
 
     def __init__(
         self,
@@ -40,13 +56,14 @@ class _PolicySweep:
         targets: Targets,
         policy: PolicyArguments,
         reference: Operands | None,
-        chunk: int,
+        batching: Batching,
+        count: int,
     ) -> None:
         weight = operands.weight
         self._kernels, self._policy = kernels, policy
         self._labels, self._temperatures = flat(targets.labels), flat(targets.temperatures)
         self._vocab = weight.shape[0]
-        # Masked tokens are dropped already.
+        # Masked tokens are dropped already, or have this label.
         self._options = targets.options._replace(entropy=True, ignore_index=SHARD_IGNORED)
         keep = flat(policy.mask) != 0
         # The labels of a shard were found good before.
@@ -57,20 +74,20 @@ class _PolicySweep:
             # Of the others, where they may not be looked at, none may be SHARD_IGNORED: -1 gives
             # NaN.
             self._labels = self._labels.clamp(min=-1)
-        self.tokens = select(keep)
+            if batching.kept_tokens >= 0:
+                self._labels = torch.where(keep, self._labels.long(), SHARD_IGNORED)
         heads = 1 if reference is None else 2
-        self._chunk = Chunk.of(chunk, weight, heads)
-        self._backward_chunk = functools.partial(Chunk.backward, chunk, weight)
+        self._chunk = Chunk.of(batching.chunk_tokens, weight, heads)
+        self._backward_chunk = functools.partial(Chunk.backward, batching.chunk_tokens, weight)
         # The gradient's sum over chunks costs more than the logits again, in a second sweep.
-        self.recomputes = prefer_recompute(chunk, weight, self.tokens.count, heads)
-        shared = (self._chunk, self.tokens.count, kernels.empty)
+        self.recomputes = prefer_recompute(batching.chunk_tokens, weight, count, heads)
+        shared = (self._chunk, count, kernels.empty)
         self.head = Head.of(operands, *shared)
         self._ref = None if reference is None else Head.of(reference, *shared)
-        shape = self._labels.shape
-        self.logprobs = torch.zeros(shape, dtype=torch.float32, device=weight.device)
+        self.logprobs = zeros_or_nan(keep, batching.kept_tokens)
         self.entropy = torch.zeros_like(self.logprobs)
         self.ref_logprobs = None if reference is None else torch.zeros_like(self.logprobs)
-        self._stats = self.logprobs.new_empty((*shape, 3))
+        self._stats = self.logprobs.new_empty((*keep.shape, 3))
 
     def _forward(
         self, tokens: Tokens, part: slice
@@ -102,7 +119,7 @@ class _PolicySweep:
         """Log-probabilities and gradients of `tokens`, one product forward and two backward.
 
         Args:
-            tokens: some of the unmasked tokens.
+            tokens: unmasked tokens, or taken as if they were.
             advantages: per token [N].
             weights: of each token in the loss, [N].
             needs: which gradients are wanted.
@@ -121,22 +138,20 @@ class _PolicySweep:
             def row(t: MaybeTensor) -> MaybeTensor:
                 return None if t is None else t.unsqueeze(0)
 
-            ones = torch.ones_like(logprobs, dtype=torch.bool)
             own_old = logprobs if old is None else tokens.take(old, part)
             found = self._kernels.rows.policy_loss(
                 row(logprobs), row(own_old), row(tokens.take(advantages, part)),
-                row(ones), row(ref), row(tokens.take(rollout, part)),
+                row(tokens.kept(part, logprobs.device)), row(ref), row(tokens.take(rollout, part)),
                 row(entropy) if bonus else None, None, None, 1.0, codes, policy.params, True, bonus,
             )  # fmt: skip
             g, h = _complete(found, tokens.take(weights, part))
-            self._gradient(tokens, tile, logits, stats, g[0], h[0] if bonus else None)
-            gradients.add(tokens, tile, hidden, logits)
+            out = gradients.of_logits(logits)
+            self._gradient(out, tokens, tile, logits, stats, g[0], h[0] if bonus else None)
+            gradients.add(tokens, tile, hidden, out)
         return gradients
 
-    def backward(self, g: Tensor, h: Tensor | None, needs: list[bool]) -> Gradients:
-        """The second sweep: gradients from those of the log-probabilities and entropies."""
-        used = g != 0 if h is None else (g != 0) | (h != 0)
-        tokens = select(used)
+    def backward(self, tokens: Tokens, g: Tensor, h: Tensor | None, needs: list[bool]) -> Gradients:
+        """The second sweep: gradients from those of the log-probabilities and entropies, [N]."""
         chunk = self._backward_chunk(tokens.count)
         operands = self.head.operands
         # Their buffers give way to the next.
@@ -144,15 +159,16 @@ class _PolicySweep:
         head = Head.of(operands, chunk, tokens.count, self._kernels.empty)
         gradients = Gradients(head, needs, self._kernels.reduce)
 
-        def backward(logits: Tensor, tile: Tile) -> None:
+        def backward(out: Tensor, logits: Tensor, tile: Tile) -> None:
             stats, own = tokens.take(self._stats, tile.tokens), tokens.take(g, tile.tokens)
-            self._gradient(tokens, tile, logits, stats, own, tokens.take(h, tile.tokens))
+            self._gradient(out, tokens, tile, logits, stats, own, tokens.take(h, tile.tokens))
 
         gradients.sweep(tokens, chunk, backward)
         return gradients
 
     def _gradient(
         self,
+        out: Tensor,
         tokens: Tokens,
         tile: Tile,
         logits: Tensor,
@@ -161,10 +177,10 @@ class _PolicySweep:
         h: Tensor | None,
     ) -> None:
         labels = tokens.take(self._labels, tile.tokens)
-        temperatures = tokens.take(self._temperatures, tile.tokens)
+        own = labels, tokens.take(self._temperatures, tile.tokens)
         labels, ignored = localized(labels, tile.columns, self._vocab, SHARD_IGNORED)
-        self._kernels.rows.token_logprobs_backward_inplace(
-            logits, labels, temperatures, stats, g, h, self._options._replace(ignore_index=ignored)
+        self._kernels.rows.token_logprobs_backward_into(
+            out, logits, labels, own[1], stats, g, h, self._options._replace(ignore_index=ignored)
         )
 
     def policy_loss(self, grad: bool) -> tuple[Tensor, ...]:
@@ -188,7 +204,7 @@ def forward(
     targets: Targets,
     policy: PolicyArguments,
     reference: Operands | None,
-    chunk: int,
+    batching: Batching,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, metrics, gradients of hidden, weight and bias); those empty where not needed.
@@ -200,47 +216,75 @@ def forward(
     offsets, good = checks.usable_offsets(
         "linear_policy_loss", policy.cu_seqlens, policy.mask.shape[0]
     )
-    sweep = _PolicySweep(kernels, operands, targets, policy, reference, chunk)
-    if not any(needs):
-        sweep.logprobs_of(sweep.tokens)
-        gradients = Gradients(sweep.head, needs)
-    elif (
+    keep = flat(policy.mask) != 0
+    checks.kept_tokens("linear_policy_loss", keep, batching.kept_tokens)
+    enough = covered(keep, batching.kept_tokens)
+    if enough is not None:
+        good = enough if good is None else good & enough
+    advantages = per_token(policy.advantages, policy.mask, offsets)
+    # Whether tokens stand alone: their gradient is known as soon as their log-probability is.
+    alone = (
         policy.codes.ratio_level == _TOKEN_RATIO
         and policy.codes.correction_level != _SEQUENCE_CORRECTION
-        and not sweep.recomputes
-    ):
-        # Tokens stand alone: their gradient is known as soon as their log-probability is.
-        gradients = _fused(sweep, policy, offsets, good, needs)
+    )
+    tokens, idle = _selected(policy, advantages, offsets, alone, batching.kept_tokens, any(needs))
+    count = tokens.count + idle.count
+    sweep = _PolicySweep(kernels, operands, targets, policy, reference, batching, count)
+    if not any(needs):
+        sweep.logprobs_of(tokens)
+        gradients = Gradients(sweep.head, needs)
+    elif alone and not sweep.recomputes:
+        sweep.logprobs_of(idle)
+        weights = _weights(policy, offsets, good)
+        gradients = sweep.fused(tokens, flat(advantages), flat(weights), needs)
     else:
         # The gradient of a token needs its whole sequence, or is better left until all the
         # log-probabilities are known: a first sweep for those.
-        sweep.logprobs_of(sweep.tokens)
+        counts = batching.kept_tokens < 0 and devices.is_cpu(keep.device)
+        if counts and idle.count > 0:
+            tokens, idle = select(keep), _NONE
+        sweep.logprobs_of(tokens)
+        sweep.logprobs_of(idle)
         g, h = _complete(sweep.policy_loss(grad=True))
-        gradients = sweep.backward(flat(g), flat(h) if policy.entropy_bonus else None, needs)
+        g, bonus = flat(g), flat(h) if policy.entropy_bonus else None
+        if counts:
+            tokens = select(g != 0 if bonus is None else (g != 0) | (bonus != 0))
+        gradients = sweep.backward(tokens, g, bonus, needs)
     loss, metrics, *_ = sweep.policy_loss(grad=False)
     return loss, metrics, *gradients.results(operands.hidden.shape, late=True)
 
 
-def _fused(
-    sweep: _PolicySweep,
+def _selected(
     policy: PolicyArguments,
+    advantages: Tensor,
     offsets: Tensor | None,
-    good: Tensor | None,
-    needs: list[bool],
-) -> Gradients:
-    """Gradients of a loss whose tokens stand alone; offsets and good as from `usable_offsets`."""
-    mask, params = policy.mask, policy.params
-    count = policy.normalizer if policy.normalizer is not None else policy.divisor or None
-    weights = token_weights(
-        mask != 0, AGGREGATIONS[policy.codes.aggregation], count, torch.float32, offsets
-    ).expand(mask.shape)
-    if good is not None:
-        weights = torch.where(good, weights, torch.nan)
-    advantages = flat(per_token(policy.advantages, mask, offsets))
-    idle = torch.zeros((), dtype=torch.bool, device=mask.device)
-    if params.kl_coef == 0 and not policy.entropy_bonus and params.penalty_coef == 0:
-        # No advantage, no gradient.
+    alone: bool,
+    kept_tokens: int,
+    grad: bool,
+) -> tuple[Tokens, Tokens]:
+    """(unmasked tokens, those of them that surely have no gradient, if it is worth while)."""
+    keep, params = policy.mask != 0, policy.params
+    if kept_tokens >= 0:
+        return select(flat(keep), kept_tokens), _NONE
+    # No advantage, no gradient.
+    linear = params.kl_coef == 0 and not policy.entropy_bonus and params.penalty_coef == 0
+    # Where a second sweep counts again, it knows better.
+    counts_again = not alone and devices.is_cpu(keep.device)
+    if not grad or not linear or counts_again:
+        return select(flat(keep)), _NONE
+    if alone:
         idle = advantages == 0
-    kept = flat(mask) != 0
-    sweep.logprobs_of(select(kept & idle))
-    return sweep.fused(select(kept & ~idle), advantages, flat(weights), needs)
+    else:
+        moving = ((advantages != 0) & keep).to(torch.float32)
+        idle = (sequence_sum(moving, offsets) == 0).expand(keep.shape)
+    return split(flat(keep), flat(idle))
+
+
+def _weights(policy: PolicyArguments, offsets: Tensor | None, good: Tensor | None) -> Tensor:
+    """The weight of each token in the loss, as the mask; NaN where `good` is false."""
+    mask = policy.mask
+    count = policy.normalizer if policy.normalizer is not None else policy.divisor or None
+    aggregation = AGGREGATIONS[policy.codes.aggregation]
+    weights = token_weights(mask != 0, aggregation, count, torch.float32, offsets)
+    weights = weights.expand(mask.shape)
+    return weights if good is None else torch.where(good, weights, torch.nan)

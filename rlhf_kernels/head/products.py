@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core.layout import Empty
+from . import devices
 from .arguments import Operands
 from .chunks import Chunk, Tokens, logits_dtype
 
@@ -45,8 +46,11 @@ class Head(NamedTuple):
         return Operands(self.hidden, self.weight, self.bias)
 
     def states(self, tokens: Tokens, part: slice) -> Tensor:
-        """A chunk's hidden states as the product takes them: upcast to an fp32 weight's dtype."""
-        return tokens.take(self.hidden, part).to(self.weight.dtype)
+        """A chunk's hidden states as the product takes them: upcast to an fp32 weight's dtype.
+
+        Those of dropped tokens are zero.
+        """
+        return tokens.of_kept(tokens.take(self.hidden, part).to(self.weight.dtype), part)
 
     def project(self, hidden: Tensor, columns: slice = slice(None)) -> Tensor:
         """Logits [n, columns] of a tile's hidden states, in the buffer."""
@@ -89,7 +93,7 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
 
 def widens(t: Tensor) -> bool:
     """Whether products take this operand in fp32."""
-    return t.dtype == torch.float16 and t.device.type != "cuda"
+    return t.dtype == torch.float16 and not devices.mixes(t.device)
 
 
 def blocks(size: int, most: int) -> Iterator[slice]:

@@ -24,7 +24,7 @@ from ..core.sentinels import ELSEWHERE, NOWHERE, SHARD_IGNORED
 from ..kernels.rows import Kernels, LabelKernels, Rows
 from . import chunks, logprobs
 from . import policy as policy_loss
-from .arguments import Operands, PolicyArguments, Targets
+from .arguments import Batching, Operands, PolicyArguments, Targets
 
 
 class Shards(NamedTuple):
@@ -177,8 +177,9 @@ class ShardRows:
         found, _, stats = self._rows.token_logprobs(logits, local, temperatures, options)
         return combine(Targets(local, temperatures, options), found, stats, self._group)
 
-    def token_logprobs_backward_inplace(
+    def token_logprobs_backward_into(
         self,
+        out: Tensor,
         logits: Tensor,
         local: Tensor,
         temperatures: Tensor | None,
@@ -188,8 +189,8 @@ class ShardRows:
         options: RowOptions,
     ) -> None:
         options = options._replace(ignore_index=SHARD_IGNORED)
-        self._rows.token_logprobs_backward_inplace(
-            logits, local, temperatures, stats, grad_logprobs, grad_entropy, options
+        self._rows.token_logprobs_backward_into(
+            out, logits, local, temperatures, stats, grad_logprobs, grad_entropy, options
         )
 
 
@@ -230,7 +231,7 @@ def token_logprobs(
 
 
 def linear_token_logprobs(
-    kernels: Kernels, operands: Operands, targets: Targets, chunk: int, group: str
+    kernels: Kernels, operands: Operands, targets: Targets, batching: Batching, group: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `logprobs.forward`, and the labels as columns of this shard."""
     labels, temperatures, options = targets
@@ -241,7 +242,7 @@ def linear_token_logprobs(
     targets = Targets(local, temperatures, options._replace(ignore_index=SHARD_IGNORED))
     # Chunks need no exchange: there is one at the end.
     own = kernels_of(kernels.rows, kernels.empty, group).own
-    found, _, stats = logprobs.forward(own, operands, targets, chunk)
+    found, _, stats = logprobs.forward(own, operands, targets, batching)
     return *combine(targets, found, stats, group), local
 
 
@@ -257,7 +258,7 @@ def linear_policy_loss(
     targets: Targets,
     policy: PolicyArguments,
     reference: Operands | None,
-    chunk: int,
+    batching: Batching,
     needs: list[bool],
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -268,9 +269,10 @@ def linear_policy_loss(
     )
     # The ranks exchange in every chunk, so all take the chunks of the largest shard. Its size is
     # a host synchronisation on a GPU.
-    if chunk == 0:
+    if batching.chunk_tokens == 0:
         columns = (1 if reference is None else 2) * int(shards.sizes.max())
         chunk = chunks.chunk_size(weight.device, columns, weight.dtype)
+        batching = batching._replace(chunk_tokens=chunk)
     targets = targets._replace(labels=shards.localized(targets.labels, keep))
     whole = kernels_of(kernels.rows, kernels.empty, group).whole
-    return policy_loss.forward(whole, operands, targets, policy, reference, chunk, needs)
+    return policy_loss.forward(whole, operands, targets, policy, reference, batching, needs)

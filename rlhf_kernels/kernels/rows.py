@@ -23,8 +23,9 @@ class LabelRows(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(log-probabilities [N], entropies [N] or empty, statistics [N, 3])."""
 
-    def token_logprobs_backward_inplace(
+    def token_logprobs_backward_into(
         self,
+        out: Tensor,
         logits: Tensor,
         labels: Tensor,
         temperatures: Tensor | None,
@@ -34,7 +35,10 @@ class LabelRows(Protocol):
         options: RowOptions,
         /,
     ) -> None:
-        """Overwrites the logits by their gradient."""
+        """Writes the gradient of the logits to `out`, which may be the logits.
+
+        On a GPU `out` may also be bfloat16 where they are fp32.
+        """
 
     def policy_loss(
         self,
@@ -67,8 +71,9 @@ class Rows(LabelRows, Protocol):
     ) -> tuple[Tensor, Tensor]:
         """(divergences [N], statistics [N, 5])."""
 
-    def kl_divergence_backward_inplace(
+    def kl_divergence_backward_into(
         self,
+        out: Tensor,
         logits: Tensor,
         ref_logits: Tensor,
         stats: Tensor,
@@ -77,7 +82,10 @@ class Rows(LabelRows, Protocol):
         reverse: bool,
         /,
     ) -> None:
-        """Overwrites the logits by their gradient."""
+        """Writes the gradient of the logits to `out`, which may be the logits.
+
+        On a GPU `out` may also be bfloat16 where they are fp32.
+        """
 
 
 class Kernels(NamedTuple):

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..core import checks, option_checks
 from ..core.layout import MaybeTensor
+from ..head.arguments import Batching
 from ..head.chunks import exact_size
 from ..kernels import backends
 
@@ -112,24 +113,25 @@ def check_ref_head(
     return found.detach(), matrix.detach(), None if bias is None else bias.detach()
 
 
-def check_chunk(
+def check_batching(
     op: str,
     chunk_tokens: object,
+    kept_tokens: object,
     batch_invariant: object,
     weight: Tensor,
     columns: int,
     backend: str,
-) -> int:
-    """The chunk_tokens argument of an operator, for `columns` columns of logits in total.
-
-    0 chooses the default size; a negative number -n means exactly n tokens in every product.
-    """
+) -> Batching:
+    """How tokens are cut into products of `columns` columns of logits in total."""
     if chunk_tokens is not None:
         chunk_tokens = option_checks.integer(
             op, "chunk_tokens", chunk_tokens, low=1, what=" or None"
         )
+    kept = -1
+    if kept_tokens is not None:
+        kept = option_checks.integer(op, "kept_tokens", kept_tokens, low=0, what=" or None")
     if not option_checks.flag(op, "batch_invariant", batch_invariant):
-        return chunk_tokens or 0
+        return Batching(chunk_tokens or 0, kept)
     if backend == backends.REFERENCE:
         raise ValueError(f"{op}: the reference backend has no batch_invariant")
-    return -exact_size(chunk_tokens, weight.device, columns, weight.dtype)
+    return Batching(-exact_size(chunk_tokens, weight.device, columns, weight.dtype), kept)

@@ -10,7 +10,7 @@ operator.
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,13 +18,14 @@ from torch import Tensor
 from ..config.policy import PolicyCodes, PolicyParams
 from ..core import tracing
 from ..core.row_options import RowOptions
-from ..head.arguments import Divergence, Operands, PolicyArguments, Targets, Upstream
+from ..head.arguments import Batching, Divergence, Operands, PolicyArguments, Targets, Upstream
 from ..kernels import backends
 
 _LIBRARY = torch.library.Library("rlhf_kernels", "DEF")
 # Arguments that a schema has field by field.
 _GROUPS: dict[str, type] = {
-    t.__name__: t for t in (RowOptions, Operands, Targets, Upstream, PolicyArguments, Divergence)
+    t.__name__: t
+    for t in (RowOptions, Operands, Targets, Upstream, PolicyArguments, Divergence, Batching)
 }
 # The other types of their fields.
 _SCHEMA_TYPES: dict[Any, str] = {
@@ -32,6 +33,7 @@ _SCHEMA_TYPES: dict[Any, str] = {
     Tensor | None: "Tensor?",
     bool: "bool",
     int: "int",
+    Annotated[int, "SymInt"]: "SymInt",
     float: "float",
     PolicyCodes: "int[]",
     PolicyParams: "float[]",
@@ -251,6 +253,18 @@ def once_differentiable(
         return run
 
     return decorate
+
+
+# From torch 2.5 on; not public.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+
+
+def graph_is_kept() -> bool:
+    """Whether the running backward pass may run again, and so needs its saved tensors unchanged.
+
+    True where torch does not tell.
+    """
+    return True if _keeps_graph is None else bool(_keeps_graph())
 
 
 # Operations over a head -> the row kernel that each uses; they have no kernel of their own.

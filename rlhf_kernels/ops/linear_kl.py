@@ -11,7 +11,7 @@ from ..core import checks, option_checks, temperature_rules
 from ..head import kl as head
 from ..head.arguments import Divergence, Operands
 from ..kernels import backends
-from ._heads import check_chunk, check_head, check_ref_head
+from ._heads import check_batching, check_head, check_ref_head
 from ._operator import (
     InputGradients,
     Operator,
@@ -25,7 +25,7 @@ from ._operator import (
 _ARGS = "Operands operands, Operands ref_, Divergence divergence"
 _forward: Operator[tuple[Tensor, Tensor]] = define(
     "linear_kl_divergence",
-    f"({_ARGS}, int chunk_tokens, str backend) -> (Tensor, Tensor)",
+    f"({_ARGS}, Batching batching, str backend) -> (Tensor, Tensor)",
     lambda operands, *_: (
         operands.hidden.new_empty(operands.hidden.shape[:-1], dtype=torch.float32),
         operands.hidden.new_empty((*operands.hidden.shape[:-1], 5), dtype=torch.float32),
@@ -34,7 +34,7 @@ _forward: Operator[tuple[Tensor, Tensor]] = define(
 )
 _backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
     "linear_kl_divergence_backward",
-    f"({_ARGS}, Tensor stats, Tensor grad, int chunk_tokens, bool[] needs, str backend) "
+    f"({_ARGS}, Tensor stats, Tensor grad, Batching batching, bool[] needs, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     lambda operands, *rest: head_gradients_fake(operands, rest[-2]),
     head.backward,
@@ -44,15 +44,15 @@ _backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
 class _LinearKlDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        """`args`: the fields of both heads' Operands and of Divergence; chunk, backend."""
+        """`args`: the fields of both heads' Operands and of Divergence; batching, backend."""
         operands, reference = Operands(*args[:3]), Operands(*args[3:6])
         divergence = Divergence(*args[6:9])
-        chunk, backend = args[9:]
-        kl, stats = _forward(operands, reference, divergence, chunk, backend)
+        batching, backend = args[9:]
+        kl, stats = _forward(operands, reference, divergence, batching, backend)
         remember(ctx, *operands)
         ctx.save_for_backward(*operands, *reference, divergence.mask, stats)
         ctx.options = (divergence.temperature, divergence.reverse)
-        ctx.chunk, ctx.backend = chunk, backend
+        ctx.batching, ctx.backend = batching, backend
         return kl
 
     @staticmethod
@@ -62,7 +62,7 @@ class _LinearKlDivergence(torch.autograd.Function):
         *heads, mask, stats = ctx.saved_tensors
         found = _backward(
             Operands(*heads[:3]), Operands(*heads[3:]), Divergence(mask, *ctx.options), stats, grad,
-            ctx.chunk, needs, ctx.backend,
+            ctx.batching, needs, ctx.backend,
         )  # fmt: skip
         gradients = (g if need else None for g, need in zip(found, needs, strict=True))
         return (*gradients, *(None,) * 8)
@@ -81,6 +81,7 @@ def linear_kl_divergence(
     direction: Direction = "reverse",
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
+    kept_tokens: int | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
     """`kl_divergence` between two LM heads, without ever holding all logits of either in memory.
@@ -102,6 +103,7 @@ def linear_kl_divergence(
         temperature: a number that divides the logits of both heads; temperature / logit_scale must
             lie between 2^-60 and 2^60.
         chunk_tokens: as in `linear_token_logprobs`.
+        kept_tokens: as in `linear_token_logprobs`, by the mask.
         batch_invariant: as in `linear_token_logprobs`.
 
     Returns:
@@ -124,7 +126,9 @@ def linear_kl_divergence(
     temperature_rules.check(op, temperature, None, logit_scale)
 
     backend = select(op, hidden.device)
-    chunk = check_chunk(op, chunk_tokens, batch_invariant, weight, 2 * weight.shape[0], backend)
+    batching = check_batching(
+        op, chunk_tokens, kept_tokens, batch_invariant, weight, 2 * weight.shape[0], backend
+    )
     if backend == backends.REFERENCE:
         return reference.linear_kl_divergence(
             hidden,
@@ -141,6 +145,6 @@ def linear_kl_divergence(
     checks.floating(op, "hidden", hidden)
     kl: Tensor = _LinearKlDivergence.apply(
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, temperature / logit_scale,
-        direction == "reverse", chunk, backend,
+        direction == "reverse", batching, backend,
     )  # fmt: skip
     return kl

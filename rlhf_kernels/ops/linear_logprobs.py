@@ -12,7 +12,7 @@ from ..head import logprobs as head
 from ..head import shard
 from ..head.arguments import Operands, Targets, Upstream
 from ..kernels import backends
-from ._heads import check_chunk, check_head
+from ._heads import check_batching, check_head
 from ._operator import (
     InputGradients,
     Operator,
@@ -36,7 +36,7 @@ def _forward_fake(operands: Operands, targets: Targets, *_: Any) -> tuple[Tensor
     )
 
 
-_ARGS = "Operands operands, Targets targets, int chunk_tokens"
+_ARGS = "Operands operands, Targets targets, Batching batching"
 _forward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
     "linear_token_logprobs",
     f"({_ARGS}, str backend) -> (Tensor, Tensor, Tensor)",
@@ -54,7 +54,7 @@ _sharded_forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor]] = define(
     shard.linear_token_logprobs,
 )
 _BACKWARD_ARGS = (
-    "Operands operands, Targets targets, Upstream upstream, int chunk_tokens, bool[] needs"
+    "Operands operands, Targets targets, Upstream upstream, Batching batching, bool[] needs"
 )
 _backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
     "linear_token_logprobs_backward",
@@ -73,20 +73,20 @@ _sharded_backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
 class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> InputGradients:
-        """`args`: the fields of Operands and Targets; chunk, group, backend."""
+        """`args`: the fields of Operands and Targets; batching, group, backend."""
         operands, targets = Operands(*args[:3]), Targets(*args[3:6])
-        chunk, group, backend = args[6:]
+        batching, group, backend = args[6:]
         if group:
-            found = _sharded_forward(operands, targets, chunk, group, backend)
+            found = _sharded_forward(operands, targets, batching, group, backend)
             logprobs, entropies, stats, local = found
             options = targets.options._replace(ignore_index=SHARD_IGNORED)
             targets = targets._replace(labels=local, options=options)
         else:
-            logprobs, entropies, stats = _forward(operands, targets, chunk, backend)
+            logprobs, entropies, stats = _forward(operands, targets, batching, backend)
         ctx.set_materialize_grads(False)
         remember(ctx, *operands)
         ctx.save_for_backward(*operands, targets.labels, targets.temperatures, stats)
-        ctx.options, ctx.chunk = targets.options, chunk
+        ctx.options, ctx.batching = targets.options, batching
         ctx.group, ctx.backend = group, backend
         return (logprobs, entropies) if targets.options.entropy else (logprobs,)
 
@@ -104,7 +104,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             Operands(*operands),
             Targets(labels, temperatures, ctx.options),
             Upstream(stats, grad_logprobs, grad_entropy),
-            ctx.chunk,
+            ctx.batching,
             needs,
         )
         if ctx.group:
@@ -128,6 +128,7 @@ def linear_token_logprobs(
     entropy: Literal[False] = False,
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
+    kept_tokens: int | None = None,
     batch_invariant: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
@@ -148,6 +149,7 @@ def linear_token_logprobs(
     entropy: Literal[True],
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
+    kept_tokens: int | None = None,
     batch_invariant: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
@@ -168,6 +170,7 @@ def linear_token_logprobs(
     entropy: bool,
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
+    kept_tokens: int | None = None,
     batch_invariant: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
@@ -187,6 +190,7 @@ def linear_token_logprobs(
     entropy: bool = False,
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
+    kept_tokens: int | None = None,
     batch_invariant: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
@@ -219,9 +223,16 @@ def linear_token_logprobs(
         logit_scale: a number between 2^-60 and 2^60 (Cohere, Granite).
         entropy: also return the entropy.
         ignore_index: label of tokens to skip.
-        chunk_tokens: tokens of a chunk. None: as many as fit 128 MiB of logits on CPU, 1 GiB on a
-            GPU. With None the backward pass on CPU works in blocks of the vocabulary instead of
-            tokens: it writes the gradient of the weight once and sums only that of hidden in fp32.
+        chunk_tokens: tokens of a chunk. None: as many as fit 128 MiB of logits on CPU; 4096 on a
+            GPU, or as many as fit 4 GiB. With None the backward pass on CPU works in blocks of the
+            vocabulary instead of tokens: it writes the gradient of the weight once and sums only
+            that of hidden in fp32.
+        kept_tokens: an upper bound of the number of tokens that labels and mask keep, where the
+            caller knows one. Neither pass then waits for a GPU to count them, so both can be
+            captured in a CUDA graph, and the mask may change between replays. Exactly so many
+            tokens are multiplied in each pass; labels.numel() drops none. Dropped tokens have zero
+            results and gradients as usual. A bound that is too small raises ValueError on CPU and
+            gives NaN on a GPU. None: each pass counts, with one synchronisation of a GPU.
         batch_invariant: every product has exactly chunk_tokens rows (the last chunk is padded), so
             that a token's results and its own gradient have the same bits in any batch. GEMM
             libraries choose the kernel, and thereby the order of a sum, by the number of rows;
@@ -260,7 +271,9 @@ def linear_token_logprobs(
         )
 
     backend = select(op, hidden.device)
-    chunk = check_chunk(op, chunk_tokens, batch_invariant, weight, weight.shape[0], backend)
+    batching = check_batching(
+        op, chunk_tokens, kept_tokens, batch_invariant, weight, weight.shape[0], backend
+    )
     if backend == backends.REFERENCE:
         keep, effective = labels != arguments.ignore_index, arguments.effective_temperature()
         if shards:
@@ -275,6 +288,6 @@ def linear_token_logprobs(
     checks.floating(op, "hidden", hidden)
     return named_result(
         *_LinearTokenLogprobs.apply(
-            hidden, weight, bias, labels, *arguments.split(), chunk, shards, backend
+            hidden, weight, bias, labels, *arguments.split(), batching, shards, backend
         )
     )

@@ -8,16 +8,17 @@ from torch import Tensor
 from .. import reference
 from ..config.metrics import POLICY_METRICS
 from ..config.policy import PolicyLossConfig
-from ..core import checks, groups, row_options
+from ..core import checks, groups, row_options, tracing
+from ..head import devices, shard
 from ..head import policy as head
-from ..head import shard
 from ..head.arguments import Operands, PolicyArguments, Targets
 from ..kernels import backends, losses
-from ._heads import check_chunk, check_head, check_ref_head
+from ._heads import check_batching, check_head, check_ref_head
 from ._operator import (
     InputGradients,
     Operator,
     define,
+    graph_is_kept,
     head_gradients_fake,
     once_differentiable,
     remember,
@@ -66,7 +67,7 @@ def _fake(operands: Operands, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 _ARGS = (
     "Operands operands, Targets targets, PolicyArguments policy, Operands? ref_, "
-    "int chunk_tokens, bool[] needs"
+    "Batching batching, bool[] needs"
 )
 _RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 _forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = define(
@@ -80,21 +81,31 @@ _sharded_forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = defi
 )
 
 
+def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * upstream in `dtype`; in the gradient's own memory where nobody needs it again.
+
+    A second gradient of the weight would double the memory of the largest tensor in the call.
+    """
+    if devices.is_cpu(upstream.device) or graph_is_kept() or tracing.active(upstream):
+        return times(gradient, upstream, dtype)
+    return gradient.mul_(upstream).to(dtype)
+
+
 class _LinearPolicyLoss(torch.autograd.Function):
     """The forward pass computes the gradient too; backward only scales it."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         """`args`: the fields of Operands, Targets and PolicyArguments and of the reference's
-        Operands, or three times None; chunk, group, backend. Autograd sees no tensor in a tuple.
+        Operands, or three times None; batching, group, backend. Autograd sees no tensor in a tuple.
         """
         operands, targets = Operands(*args[:3]), Targets(*args[3:6])
         policy, ref_hidden = PolicyArguments(*args[6:16]), args[16]
         reference = None if ref_hidden is None else Operands(*args[16:19])
-        chunk, group, backend = args[19:]
+        batching, group, backend = args[19:]
         ctx.needs = list(ctx.needs_input_grad[:3])
         ctx.nothing = (None,) * (len(args) - 3)
-        inputs = (operands, targets, policy, reference, chunk, ctx.needs)
+        inputs = (operands, targets, policy, reference, batching, ctx.needs)
         if group:
             loss, metrics, *gradients = _sharded_forward(*inputs, group, backend)
         else:
@@ -112,7 +123,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if upstream is None:
             return (None, None, None, *ctx.nothing)
         gradients = (
-            times(g, upstream, dtype) if need else None
+            _scaled(g, upstream, dtype) if need else None
             for g, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
         )
         return (*gradients, *ctx.nothing)
@@ -138,6 +149,7 @@ def linear_policy_loss(
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     chunk_tokens: int | None = None,
+    kept_tokens: int | None = None,
     batch_invariant: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     config: PolicyLossConfig = PPO,
@@ -184,6 +196,9 @@ def linear_policy_loss(
         normalizer: as in `policy_loss`.
         chunk_tokens: as in `linear_token_logprobs`, the same on every rank of group. None: as many
             as fit for the largest shard.
+        kept_tokens: as in `linear_token_logprobs`, by the mask. Tokens without a gradient are then
+            multiplied like any other. None: counted, with one synchronisation of a GPU; two with
+            group and without chunk_tokens.
         batch_invariant: as in `linear_token_logprobs`; with group, chunk_tokens must be given.
         group: process group over which V is sharded; None for none.
         config: options; by default those of `PolicyLossConfig.ppo()`.
@@ -231,7 +246,9 @@ def linear_policy_loss(
         raise ValueError(f"{op}: chunk_tokens must be given with group and batch_invariant")
     # A bound from the columns of this rank's shard would differ between ranks.
     columns = 0 if shards else columns
-    chunk = check_chunk(op, chunk_tokens, batch_invariant, weight, columns, backend)
+    batching = check_batching(
+        op, chunk_tokens, kept_tokens, batch_invariant, weight, columns, backend
+    )
     if backend == backends.REFERENCE:
         keep, effective = mask != 0, arguments.effective_temperature()
         if shards:
@@ -286,7 +303,7 @@ def linear_policy_loss(
         divisor,
         *config_numbers(config),
         *(ref_head or (None, None, None)),
-        chunk,
+        batching,
         shards,
         backend,
     )

@@ -65,10 +65,6 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         backward(out, logits, *args)
         return out
 
-    def kl_divergence_backward_inplace(logits: Tensor, *args: Any) -> None:
-        """Writes the gradient over the logits. Only for the fused head; not an operator."""
-        backward(logits, logits, *args)
-
     def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
         out = torch.empty(logprobs.shape, dtype=torch.float32, device=logprobs.device)
         if out.numel() > 0:
@@ -103,7 +99,8 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     return {
         "kl_divergence": kl_divergence,
         "kl_divergence_backward": kl_divergence_backward,
-        "kl_divergence_backward_inplace": kl_divergence_backward_inplace,
+        # Only for the fused head; not an operator.
+        "kl_divergence_backward_into": backward,
         "kl_penalty": kl_penalty,
         "kl_penalty_backward": kl_penalty_backward,
     }

@@ -39,8 +39,8 @@ def in_units(x: Strided, unit: int) -> Strided:
 
 
 def alignment(width: int, *tensors: Strided) -> int:
-    """Elements in 16 bytes, if `width` and all strides are multiples of them; else 1."""
-    unit = 16 // tensors[0][0].element_size()
+    """Elements in at least 16 bytes of each, if `width` and all strides are multiples; else 1."""
+    unit = 16 // min(t.element_size() for t, *_ in tensors)
     for _, stride0, stride1 in tensors:
         if width % unit or stride0 % unit or stride1 % unit:
             return 1

@@ -337,11 +337,6 @@ def kl_divergence_backward(logits: Tensor, *args: Any) -> Tensor:
     return out
 
 
-def kl_divergence_backward_inplace(logits: Tensor, *args: Any) -> None:
-    """Writes the gradient over the logits. Only for the fused head; not an operator."""
-    _backward(logits, logits, *args)
-
-
 def _penalty(
     logprobs: Tensor, ref_logprobs: Tensor, grad: Tensor | None, estimator: str, out: Tensor
 ) -> Tensor:
@@ -372,7 +367,8 @@ def kl_penalty_backward(
 LAUNCHERS: dict[str, Callable[..., object]] = {
     "kl_divergence": kl_divergence,
     "kl_divergence_backward": kl_divergence_backward,
-    "kl_divergence_backward_inplace": kl_divergence_backward_inplace,
+    # Only for the fused head; not an operator.
+    "kl_divergence_backward_into": _backward,
     "kl_penalty": kl_penalty,
     "kl_penalty_backward": kl_penalty_backward,
 }

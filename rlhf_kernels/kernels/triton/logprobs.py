@@ -440,4 +440,6 @@ LAUNCHERS: dict[str, Callable[..., object]] = {
     "token_logprobs": token_logprobs,
     "token_logprobs_backward": token_logprobs_backward,
     "token_logprobs_backward_inplace": token_logprobs_backward_inplace,
+    # Only for the fused head; not an operator.
+    "token_logprobs_backward_into": _backward,
 }

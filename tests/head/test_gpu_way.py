@@ -1,0 +1,262 @@
+"""The head's way on a GPU, taken on the emulated kernels: what it costs, and its numbers."""
+
+import pytest
+import torch
+
+from tests.head import gpu_way
+from tests.head.head_cases import drawn
+from tests.kernels import emulated_cuda
+
+import rlhf_kernels as rk
+from rlhf_kernels.core import checks
+from rlhf_kernels.core.row_options import RowOptions
+from rlhf_kernels.head import chunks
+from rlhf_kernels.kernels import backends
+from rlhf_kernels.testing import assert_bitwise_equal
+
+TOKENS, H, V = 24, 16, 520
+
+
+@pytest.fixture(autouse=True)
+def kernels():
+    with emulated_cuda.installed(), rk.use_backend("cuda"):
+        yield
+
+
+class Problem:
+    """A head with [2, 12] tokens, some of them masked, some without an advantage."""
+
+    def __init__(self, dtype=torch.bfloat16):
+        hidden, self.weight, labels = drawn(TOKENS, H, V, dtype)
+        self.hidden = hidden.detach().view(2, -1, H).requires_grad_()
+        self.labels = labels.view(2, -1)
+        self.mask = torch.rand(2, 12) < 0.75
+        self.old, self.advantages = torch.randn(2, 12) - 6, torch.randn(2, 12)
+        self.advantages[:, 3:5] = 0
+        self.ref = [t.detach() for t in drawn(TOKENS, H, V, dtype)[:2]]
+        self.ref[0] = self.ref[0].view(2, -1, H)
+        self.kept = int(self.mask.sum())
+
+    def call(self, op, **options):
+        if op == "linear_token_logprobs":
+            found = rk.linear_token_logprobs(
+                self.hidden, self.weight, self.labels, self.mask, entropy=True, **options
+            )
+            return found.logprobs, found.entropy
+        if op == "linear_kl_divergence":
+            return (
+                rk.linear_kl_divergence(self.hidden, self.weight, *self.ref, self.mask, **options),
+            )
+        loss, metrics = rk.linear_policy_loss(
+            self.hidden, self.weight, self.labels, self.old, self.advantages, self.mask, **options
+        )
+        return loss, metrics.tensor
+
+    def run(self, op, **options):
+        """Results and gradients."""
+        results = self.call(op, **options)
+        moving = [r for r in results if r.requires_grad]
+        ups = [torch.linspace(0.5, 1.5, r.numel()).view(r.shape) for r in moving]
+        gradients = torch.autograd.grad(moving, (self.hidden, self.weight), ups)
+        return *(r.detach() for r in results), *gradients
+
+
+# Operation, its options; how often the host waits, forward and backward.
+CALLS = {
+    "logprobs": ("linear_token_logprobs", {}, 1, 1),
+    "kl": ("linear_kl_divergence", {}, 1, 1),
+    "policy, idle tokens": (
+        "linear_policy_loss",
+        {"config": rk.PolicyLossConfig.reinforce()},
+        1,
+        0,
+    ),
+    "policy, entropy": (
+        "linear_policy_loss",
+        {"config": rk.PolicyLossConfig.ppo(entropy_coef=0.1)},
+        1,
+        0,
+    ),
+    "policy, two sweeps": (
+        "linear_policy_loss",
+        {"config": rk.PolicyLossConfig.gspo(clip_low=0.2, clip_high=0.3)},
+        1,
+        0,
+    ),
+}
+each_call = pytest.mark.parametrize("name", CALLS)
+
+
+@each_call
+def test_the_host_waits_once_a_pass(name):
+    op, options, forward, backward = CALLS[name]
+    problem = Problem()
+    with gpu_way.counted() as cost:
+        results = problem.call(op, **options)
+        assert cost.syncs == forward
+        results[0].sum().backward()
+        assert cost.syncs == forward + backward
+
+
+@pytest.mark.parametrize("more", ("exact", "some", "all"))
+@each_call
+def test_nothing_waits_where_the_number_of_tokens_is_given(name, more):
+    op, options, *_ = CALLS[name]
+    problem = Problem()
+    with gpu_way.taken():
+        expected = problem.run(op, **options)
+    kept = {"exact": problem.kept, "some": problem.kept + 2, "all": TOKENS}[more]
+    with torch.no_grad():
+        problem.hidden[~problem.mask] = torch.nan
+    with gpu_way.counted() as cost:
+        found = problem.run(op, kept_tokens=kept, **options)
+    assert cost.syncs == 0
+    for a, e in zip(found, expected, strict=True):
+        assert a.dtype == e.dtype
+        eps = torch.finfo(a.dtype).eps
+        torch.testing.assert_close(a, e, rtol=4 * eps, atol=4 * eps * float(e.abs().max()))
+    hidden = found[-2]
+    assert (hidden[~problem.mask] == 0).all() and hidden.abs().max() > 0
+
+
+@each_call
+def test_too_small_a_number_raises_or_gives_nan(name, monkeypatch):
+    op, options, *_ = CALLS[name]
+    problem = Problem()
+    few = {"kept_tokens": problem.kept - 1, **options}
+    with pytest.raises(ValueError, match=f"kept_tokens must be at least .*, {problem.kept}, got"):
+        problem.call(op, **few)
+    # As on a GPU, where nobody looks.
+    monkeypatch.setattr(checks, "can_read_on_host", lambda t: False)
+    with gpu_way.taken():
+        results = problem.run(op, **few)
+    assert results[0].isnan().any()
+    assert results[-1].isnan().any()
+    results = problem.run(op, **options | {"kept_tokens": problem.kept})
+    assert all(r.isfinite().all() for r in results)
+
+
+# Bytes per logit to and from row kernels, forward and backward; heads; most launches of a call of
+# one chunk, forward and backward, and of each further chunk.
+COSTS = {
+    "logprobs": (4, 6, 1, (13, 14), 14),
+    "kl": (8, 10, 2, (12, 14), 16),
+    "policy, idle tokens": (10, 0, 1, (48, 4), 16),
+    "policy, entropy": (10, 0, 1, (42, 4), 18),
+    "policy, two sweeps": (10, 0, 1, (42, 4), 13),
+}
+
+
+@pytest.mark.parametrize("chunks_of_call", (1, 2, 3))
+@each_call
+def test_launches_and_bytes_of_a_call(name, chunks_of_call):
+    op, options, *_ = CALLS[name]
+    forward, backward, heads, (first, second), more = COSTS[name]
+    problem = Problem()
+    problem.mask[:], problem.advantages[:] = True, 1.0
+    size = TOKENS // chunks_of_call
+    with gpu_way.counted() as cost:
+        results = problem.call(op, chunk_tokens=size, **options)
+        assert cost.rows == forward * TOKENS * V
+        between = cost.launches
+        assert between <= first + more * (chunks_of_call - 1)
+        results[0].sum().backward()
+    assert cost.rows == (forward + backward) * TOKENS * V
+    assert cost.launches - between <= second + more * (chunks_of_call - 1)
+    logits, weight, hidden = TOKENS * V, V * H, TOKENS * H
+    # The logits, and their fp32 sums; again for a second pass over them.
+    sweeps = heads * (1 if name in ("policy, idle tokens", "policy, entropy") else 2)
+    expected = sweeps * (2 * hidden + 2 * weight * chunks_of_call + 4 * logits)
+    expected += 2 * logits + 2 * weight * chunks_of_call + 2 * hidden
+    # The gradient of the weight: once in its own dtype, or summed in fp32.
+    sums = 2 * weight if chunks_of_call == 1 else 4 * weight + 8 * weight * (chunks_of_call - 1)
+    assert cost.products == expected + 2 * logits + 2 * hidden + sums
+    # Nothing else reads or writes the logits of a chunk; the gradient of the weight is rounded, and
+    # scaled in its place.
+    passes = [("_to_copy", 6 * weight)] if chunks_of_call > 1 else []
+    passes += [("mul_", 4 * weight + 4)] if op == "linear_policy_loss" else []
+    assert cost.rest_of(min(2 * size * V, 4 * weight)) == passes
+
+
+def test_chunks_of_a_gpu():
+    """Two to four thousand tokens within the memory that they may take, of today's models."""
+    with gpu_way.taken():
+        for vocab in (32_000, 128_256, 151_936, 262_144):
+            size = chunks.chunk_size(torch.device("cpu"), vocab, torch.bfloat16)
+            assert 2048 <= size <= 4096 and size * vocab * 6 <= 4 * 2**30
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
+def test_the_gradient_is_scaled_in_its_place_where_the_graph_goes(dtype):
+    problem = Problem(dtype)
+
+    def loss():
+        return problem.call("linear_policy_loss", config=rk.PolicyLossConfig.reinforce())[0]
+
+    leaves = (problem.hidden, problem.weight)
+    with gpu_way.taken():
+        kept = loss()
+        saved = kept.grad_fn.saved_tensors
+        before = [t.clone() for t in saved]
+        found = [torch.autograd.grad(kept, leaves, torch.tensor(1.5), retain_graph=True)]
+        for t, e in zip(saved, before, strict=True):
+            assert_bitwise_equal(t, e)
+        # Twice: what the first left is whole.
+        found += [torch.autograd.grad(kept, leaves, torch.tensor(1.5))]
+        last = loss()
+        memory = [t.data_ptr() for t in last.grad_fn.saved_tensors[:2]]
+        found += [torch.autograd.grad(last, leaves, torch.tensor(1.5))]
+    for g, leaf, e in zip(found[0], leaves, before, strict=False):
+        assert g.dtype == dtype
+        assert_bitwise_equal(g, (e * 1.5).to(dtype).view(leaf.shape))
+    for other in found[1:]:
+        for g, e in zip(other, found[0], strict=True):
+            assert_bitwise_equal(g, e)
+    # Those of fp16 are kept in fp32.
+    same = [g.data_ptr() == m for g, m in zip(found[2], memory, strict=True)]
+    assert all(same) == (dtype != torch.float16)
+
+
+@pytest.mark.parametrize("name", ("cuda", "triton"))
+@pytest.mark.parametrize("vocab", (7, 517, 1032))
+def test_a_gradient_in_16_bits_is_that_in_fp32_rounded(name, vocab):
+    rows = 5
+    logits = 3 * torch.randn(rows, vocab)
+    logits[1, 3:6] = -torch.inf
+    ref = torch.randn(rows, vocab)
+    labels = torch.randint(0, vocab, (rows,))
+    labels[2] = -100
+    g, h = torch.randn(rows), torch.randn(rows)
+    g[3] = h[3] = 0
+    options = RowOptions(0.7, 0.0, True, -100)
+    kernels = backends.get(name).kernels.rows
+
+    def logprobs(out, logits, _):
+        *_, stats = kernels.token_logprobs(logits, labels, None, options)
+        kernels.token_logprobs_backward_into(out, logits, labels, None, stats, g, h, options)
+
+    def divergence(reverse):
+        def run(out, logits, ref):
+            _, stats = kernels.kl_divergence(logits, ref, 0.7, reverse)
+            kernels.kl_divergence_backward_into(out, logits, ref, stats, g, 0.7, reverse)
+
+        return run
+
+    for run in (logprobs, divergence(True), divergence(False)):
+        exact = torch.empty_like(logits)
+        run(exact, logits, ref)
+        assert exact.nan_to_num().abs().max() > 0
+        # Side by side, and at every place of a row behind a multiple of 16 bytes.
+        for before in range(0, 10, 3):
+            memory = torch.full((rows, vocab + before + 5), 7.0, dtype=torch.bfloat16)
+            out = memory[:, before : before + vocab]
+            own = torch.full((rows, vocab + before), 9.0)[:, before:].copy_(logits)
+            run(out, own, ref)
+            if name == "cuda":
+                assert_bitwise_equal(out.contiguous(), exact.bfloat16())
+            else:
+                # The interpreter cuts off what the format has no room for.
+                error = (out.double() - exact.double()).abs()
+                ulp = torch.finfo(torch.bfloat16).eps * exact.double().abs()
+                assert (error <= ulp).logical_or(exact.isnan() & out.isnan()).all()
+            assert (memory[:, :before] == 7).all() and (memory[:, before + vocab :] == 7).all()
