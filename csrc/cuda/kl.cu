@@ -12,13 +12,6 @@ namespace {
 constexpr int kSlots = 4;
 constexpr int kPenaltyThreads = 256;
 
-// Slots of a lane in a window of gradients, as many 16-byte loads for every dtype.
-template <class E, class O>
-constexpr int window_slots() {
-  return kSlots * static_cast<int>(sizeof(typename O::Storage)) /
-         static_cast<int>(sizeof(typename E::Storage));
-}
-
 // A row pair's or a tile's sums.
 template <class T>
 struct alignas(16) PairSums {
@@ -219,7 +212,7 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   const Coefficients c = coefficients[tile.token];
   const S *x = tile.start<E>(a.logits), *y = tile.start<E>(a.ref_logits);
   auto* out = const_cast<typename O::Storage*>(tile.start<O>(a.grad_logits));
-  const Window<E, window_slots<E, O>(), O> window(tile, a.vocab, out, x, y);
+  const Window<E, kWindowSlots<E, O, kSlots>, O> window(tile, a.vocab, out, x, y);
   if (c.a == 0.0f && c.b == 0.0f) {
     window.clear(out);
     return;
@@ -296,8 +289,9 @@ Status kl_divergence_backward(const KlBackwardArgs& a) {
   for_gradient(a.logits.dtype, a.grad_logits.dtype, [&](auto element, auto result) {
     using E = decltype(element);
     using O = decltype(result);
-    const RowTiles all(a.rows, a.cols,
-                       window_tiles(a.vocab, window_slots<E, O>(), sizeof(typename O::Storage)));
+    const RowTiles all(
+        a.rows, a.cols,
+        window_tiles(a.vocab, kWindowSlots<E, O, kSlots>, sizeof(typename O::Storage)));
     for_flag(a.reverse, [&](auto reverse) {
       RK_ENQUEUE(a.exec, all.blocks(), kRowThreads, (backward_kernel<E, O, reverse.value>), a, rate,
                  all, coefficients);

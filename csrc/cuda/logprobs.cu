@@ -8,13 +8,6 @@ namespace {
 constexpr int kSlots = 8;
 constexpr int kBackwardSlots = 4;
 
-// Slots of a lane in a window of gradients, as many 16-byte loads for every dtype.
-template <class E, class O>
-constexpr int backward_slots() {
-  return kBackwardSlots * static_cast<int>(sizeof(typename O::Storage)) /
-         static_cast<int>(sizeof(typename E::Storage));
-}
-
 // Blocks of the backward that a multiprocessor holds: as many as spill no register.
 template <class E, bool kChange, bool kEntropy>
 constexpr int kBackwardBlocks = kChange ? 2 : (kEntropy && std::is_same_v<E, F16> ? 4 : 6);
@@ -271,7 +264,7 @@ __global__ void __launch_bounds__(kRowThreads, kBackwardBlocks<E, kChange, kEntr
   const Slopes c = coefficients[tile.token].slopes;
   const typename E::Storage* x = tile.start<E>(a.logits);
   auto* out = const_cast<typename O::Storage*>(tile.start<O>(a.grad_logits));
-  const Window<E, backward_slots<E, O>(), O> window(tile, a.vocab, out, x, x);
+  const Window<E, kWindowSlots<E, O, kBackwardSlots>, O> window(tile, a.vocab, out, x, x);
   if (c.a0 == 0.0f && c.a1 == 0.0f) {
     window.clear(out);
     return;
@@ -323,8 +316,9 @@ Status token_logprobs_backward(const LogprobsBackwardArgs& a) {
   for_gradient(a.logits.dtype, a.grad_logits.dtype, [&](auto element, auto result) {
     using E = decltype(element);
     using O = decltype(result);
-    const RowTiles all(a.rows, a.cols,
-                       window_tiles(a.vocab, backward_slots<E, O>(), sizeof(typename O::Storage)));
+    const RowTiles all(
+        a.rows, a.cols,
+        window_tiles(a.vocab, kWindowSlots<E, O, kBackwardSlots>, sizeof(typename O::Storage)));
     RK_ENQUEUE(a.exec, ceil_div(tokens, kCombineThreads), kCombineThreads, coefficients_kernel<E>,
                a, coefficients);
     for_flag(a.options.change_logits(), [&](auto change) {

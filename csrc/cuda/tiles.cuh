@@ -130,6 +130,10 @@ __device__ __forceinline__ void load_tile(const typename E::Storage* x, int64_t 
   }
 }
 
+// Slots of a window with kLoads 16-byte loads of E a lane, for gradients O.
+template <class E, class O, int kLoads>
+constexpr int kWindowSlots = kLoads * kWidth<E> / kWidth<O>;
+
 // The columns of a tile of gradients. These need no sum, so tiles may begin where 16 bytes do: up
 // to kWidth - 1 columns before the row's first.
 //
@@ -155,9 +159,7 @@ struct Window {
     begin = tile.index == 0 ? before : 0;
     const int64_t left = vocab - first;
     end = left < kColumns ? static_cast<int>(left) : kColumns;
-    const uintptr_t behind = before * sizeof(S);
-    together = ((reinterpret_cast<uintptr_t>(x) - behind) & 15) == 0 &&
-               ((reinterpret_cast<uintptr_t>(y) - behind) & 15) == 0;
+    together = alike(out, x) && alike(out, y);
   }
   // Applies change(slots of x, slots of y), which overwrites the slots of x, and stores those to
   // `out`. Slots that cannot be moved 16 bytes at a time go column by column.
@@ -211,6 +213,14 @@ struct Window {
   }
 
  private:
+  // Whether columns of x begin 16 bytes where those of `out` do.
+  static __device__ __forceinline__ bool alike(const void* out, const void* x) {
+    const uintptr_t a = reinterpret_cast<uintptr_t>(out), b = reinterpret_cast<uintptr_t>(x);
+    if constexpr (kParts == 1)
+      return ((a ^ b) & 15) == 0;
+    else
+      return ((b - (a & 15) * kParts) & 15) == 0;
+  }
   // A slot's logits, and its gradients as O.
   static __device__ __forceinline__ void load(const S* x, Pack<E>* slot) {
 #pragma unroll

@@ -14,9 +14,17 @@ KERNELS = [f for f in _calls.OPERATIONS if f.__name__ in triton.launchers()]
 each_kernel = pytest.mark.parametrize("function", KERNELS, ids=lambda f: f.__name__)
 
 
+#: Operations over a head, which never wait where they are told how many tokens there are.
+HEADS = [rk.linear_token_logprobs, rk.linear_kl_divergence, rk.linear_policy_loss]
+each_call = pytest.mark.parametrize("function", [*KERNELS, *HEADS], ids=lambda f: f.__name__)
+
+
 def example(function, device, *, rows=5, size=1031, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return _calls.example(function, _calls.Inputs(rows, size, dtype, device, g))
+    call = _calls.example(function, _calls.Inputs(rows, size, dtype, device, g))
+    if function in HEADS:
+        call.options["kept_tokens"] = call.tensors["hidden"].shape[:-1].numel()
+    return call
 
 
 def moved(call, device):

@@ -20,6 +20,7 @@ from tests.kernels.gpu_calls import (
     Step,
     assert_all_equal,
     compilations,
+    each_call,
     each_kernel,
     example,
     moved,
@@ -134,7 +135,7 @@ def test_more_than_65535_rows_or_tokens(device, function, rows, size):
         assert float((a.cpu().double() - e.double()).abs().max()) <= 64 * unit
 
 
-@each_kernel
+@each_call
 def test_repeats_are_bitwise_equal(device, function):
     call = example(function, device, rows=9, size=5003, dtype=torch.bfloat16)
     first = run(call)
@@ -142,7 +143,7 @@ def test_repeats_are_bitwise_equal(device, function):
         assert_all_equal(run(call), first)
 
 
-@each_kernel
+@each_call
 def test_nothing_is_read_that_was_not_written(device, function):
     """Scratch and results full of NaN before the kernels run."""
     call = example(function, device, rows=9, size=9001)
@@ -234,7 +235,7 @@ def test_warmup_compiles_what_is_called(compiling, device):
     assert compiled == []
 
 
-@each_kernel
+@each_call
 def test_no_host_synchronisation(cuda, function):
     step = Step(example(function, cuda, rows=4, size=2048))
     step()
@@ -249,7 +250,7 @@ def test_no_host_synchronisation(cuda, function):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@each_kernel
+@each_call
 def test_kernels_run_on_the_current_stream(cuda, function):
     call = example(function, cuda, rows=7, size=5003)
     expected = Step(call)()
@@ -278,7 +279,7 @@ def test_kernels_run_on_the_current_stream(cuda, function):
     assert_all_equal(actual, expected)
 
 
-@each_kernel
+@each_call
 def test_cuda_graph_replays_with_new_inputs(cuda, function):
     call = example(function, cuda, rows=6, size=4100, dtype=torch.bfloat16)
     step = Step(call)
@@ -302,7 +303,7 @@ def test_cuda_graph_replays_with_new_inputs(cuda, function):
         assert_all_equal(captured, expected)
 
 
-@each_kernel
+@each_call
 def test_tensors_of_another_device_than_the_current(cuda, function):
     if torch.cuda.device_count() < 2:
         pytest.skip("one device")
@@ -351,6 +352,34 @@ def test_strides_beyond_2_31(device, name):
         store = torch.empty(2**31 + 5000 + 7, dtype=t.dtype, device=device)
         far.append(store.as_strided(t.shape, (2**31 + 7, 1)).copy_(t))
     assert_all_equal(function(*far), expected)
+
+
+@pytest.mark.xdist_group("memory")
+def test_more_than_2_31_logits_of_a_head(device):
+    """In one chunk, whose gradient has 16 bits: the same eight tokens throughout."""
+    _memory(device, 40)
+    vocab, width = 131_075, 16
+    tokens = 2**31 // vocab + 20
+    g = torch.Generator().manual_seed(0)
+    eight = torch.randn(8, width, generator=g).to(device, torch.bfloat16)
+    weight = torch.randn(vocab, width, generator=g).to(device, torch.bfloat16)
+    labels = torch.randint(vocab, (8,), generator=g).to(device)
+
+    def run(hidden, labels):
+        leaf = hidden.requires_grad_()
+        found = rk.linear_token_logprobs(
+            leaf, weight, labels, entropy=True, chunk_tokens=len(labels), kept_tokens=len(labels)
+        )
+        (gradient,) = torch.autograd.grad(found.logprobs.sum() + found.entropy.sum(), leaf)
+        return found.logprobs.detach(), found.entropy.detach(), gradient
+
+    expected = run(eight.clone(), labels)
+    order = torch.arange(tokens, device=device) % 8
+    assert tokens * vocab > 2**31
+    for found, e in zip(run(eight[order], labels[order]), expected, strict=True):
+        # The library may take another order of sums for so many tokens.
+        torch.testing.assert_close(found, e[order], rtol=2e-2, atol=1e-3)
+        assert e.abs().max() > 0
 
 
 def _policy_step(logits, labels, old, advantages, mask):
