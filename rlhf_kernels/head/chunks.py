@@ -156,6 +156,14 @@ class Tokens:
     index: Tensor | None
     dropped: Tensor | None = None
 
+    @property
+    def whole(self) -> slice:
+        return slice(0, self.count)
+
+    def fill(self, chunk: Chunk) -> bool:
+        """Whether they are all tokens of the operation, in a single chunk: its results are its."""
+        return self.index is None and 0 < self.count <= chunk.size
+
     def chunks(self, size: int) -> Iterator[slice]:
         for start in range(0, self.count, size):
             yield slice(start, min(start + size, self.count))

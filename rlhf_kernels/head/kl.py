@@ -27,12 +27,17 @@ def forward(
         else flat(mask) != 0
     )
     checks.kept_tokens("linear_kl_divergence", keep, batching.kept_tokens)
-    kl = zeros_or_nan(keep, batching.kept_tokens)
-    stats = kl.new_empty((*kl.shape, 5))
     tokens = select(keep, batching.kept_tokens)
     of_chunk = Chunk.of(batching.chunk_tokens, operands.weight, heads=2)
     head = Head.of(operands, of_chunk, tokens.count, kernels.empty)
     ref = Head.of(reference, of_chunk, tokens.count, kernels.empty)
+    if tokens.fill(of_chunk):
+        logits = head.project(head.states(tokens, tokens.whole))
+        ref_logits = ref.project(ref.states(tokens, tokens.whole))
+        kl, stats = kernels.rows.kl_divergence(logits, ref_logits, temperature, reverse)
+        return tokens.of_kept(kl, tokens.whole).view(shape), stats.view(*shape, 5)
+    kl = zeros_or_nan(keep, batching.kept_tokens)
+    stats = kl.new_empty((*kl.shape, 5))
     for part in tokens.chunks(of_chunk.size):
         logits = head.project(head.states(tokens, part))
         ref_logits = ref.project(ref.states(tokens, part))

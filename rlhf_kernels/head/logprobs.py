@@ -1,5 +1,7 @@
 """linear_token_logprobs: log-probabilities and entropies chunk by chunk, and their gradients."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -23,12 +25,22 @@ def forward(
     if kernels.reduce is None:
         checks.token_data(op, labels, temperatures, keep, weight.shape[0])
     checks.kept_tokens(op, keep, batching.kept_tokens)
-    logprobs = zeros_or_nan(keep, batching.kept_tokens)
-    entropies = logprobs.clone() if options.entropy else logprobs.new_empty(0)
-    stats = logprobs.new_empty((*labels.shape, 3))
     tokens = select(keep, batching.kept_tokens)
     of_chunk = Chunk.of(batching.chunk_tokens, weight)
     head = Head.of(operands, of_chunk, tokens.count, kernels.empty)
+    if tokens.fill(of_chunk):
+        logits = head.project(head.states(tokens, tokens.whole))
+        logprobs, entropies, stats = kernels.rows.token_logprobs(
+            logits, labels, temperatures, options
+        )
+        return (
+            logprobs.view(shape),
+            entropies.view(shape) if options.entropy else entropies,
+            stats.view(*shape, 3),
+        )
+    logprobs = zeros_or_nan(keep, batching.kept_tokens)
+    entropies = logprobs.clone() if options.entropy else logprobs.new_empty(0)
+    stats = logprobs.new_empty((*labels.shape, 3))
     for part in tokens.chunks(of_chunk.size):
         logits = head.project(head.states(tokens, part))
         own = tokens.take(labels, part), tokens.take(temperatures, part)
@@ -60,11 +72,8 @@ def backward(
     keep = labels != options.ignore_index
     if batching.kept_tokens < 0:
         # A token without an upstream gradient adds nothing: clipped, no advantage, prompt, tool.
-        used = torch.zeros_like(labels, dtype=torch.bool)
-        for given in (g, h):
-            if given is not None:
-                used |= given != 0
-        keep = used & keep
+        used = [t != 0 for t in (g, h) if t is not None]
+        keep &= functools.reduce(torch.logical_or, used)
     elif (enough := covered(keep, batching.kept_tokens)) is not None:
         g, h = (None if t is None else torch.where(enough, t, torch.nan) for t in (g, h))
     tokens = select(keep, batching.kept_tokens)
