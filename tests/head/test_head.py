@@ -336,25 +336,30 @@ def test_without_old_logprobs_they_are_the_policys_own(backend, config):
     assert found["k1_old"] == found["k3_old"] == found["clip_frac_low"] == 0
 
 
-def test_opcheck():
+@pytest.mark.parametrize("kept", [-1, B * T])
+def test_opcheck(kept):
     hidden, weight, bias, labels = (t.detach() for t in operands())
     op = torch.ops.rlhf_kernels.linear_token_logprobs
-    args = (hidden, weight, bias, labels, None, 0.9, 0.0, True, -100, 16)
+    args = (hidden, weight, bias, labels, None, 0.9, 0.0, True, -100, 16, kept)
     torch.library.opcheck(op.default, (*args, "cpu"))
     stats = op(*args, "cpu")[2]
     g = torch.randn(B, T)
-    back = (hidden, weight, bias, labels, None, 0.9, 0.0, True, -100, stats, g, g, 16)
+    back = (hidden, weight, bias, labels, None, 0.9, 0.0, True, -100, stats, g, g, 16, kept)
     torch.library.opcheck(
         torch.ops.rlhf_kernels.linear_token_logprobs_backward.default,
         (*back, [True, True, False], "cpu"),
     )
 
 
-def test_compiles_without_graph_break():
+@pytest.mark.parametrize("given", [False, True])
+def test_compiles_without_graph_break(given):
     torch._dynamo.reset()
 
     def step(hidden, weight, labels):
-        logprobs, entropy = rk.linear_token_logprobs(hidden * 1, weight, labels, entropy=True)
+        logprobs, entropy = rk.linear_token_logprobs(
+            hidden * 1, weight, labels, entropy=True,
+            kept_tokens=labels.numel() if given else None,
+        )  # fmt: skip
         return logprobs.sum() - 0.01 * entropy.sum()
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
