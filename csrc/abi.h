@@ -260,6 +260,13 @@ struct LossBackwardArgs {
   Exec exec;
 };
 
+// Multiplies `values` (contiguous [count]) in place by `factor`, a number on the device. GPU only.
+struct ScaleArgs {
+  int64_t count;
+  Tensor values, factor;
+  Exec exec;
+};
+
 // value_loss with its gradient, fields as in PolicyArgs. `clip_range` 0 means no clipping.
 struct ValueArgs {
   LossTokens tokens;

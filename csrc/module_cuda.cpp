@@ -30,6 +30,7 @@ struct Kernels {
   decltype(&cuda::kl_penalty_backward) kl_penalty_backward = cuda::kl_penalty_backward;
   decltype(&cuda::policy_loss) policy_loss = cuda::policy_loss;
   decltype(&cuda::loss_backward) loss_backward = cuda::loss_backward;
+  decltype(&cuda::scale) scale = cuda::scale;
   decltype(&cuda::value_loss) value_loss = cuda::value_loss;
   decltype(&cuda::gae) gae = cuda::gae;
   decltype(&cuda::whiten) whiten = cuda::whiten;

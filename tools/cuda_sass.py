@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from tools import cuda_budgets, cuda_resources
+from tools import cuda_budgets, cuda_resources, head_traffic
 from tools.cuda_budgets import Budget
 
 ARCHS = (90, 100)
@@ -401,7 +401,7 @@ def markdown(found: dict[tuple[str, int], Figures], date: str) -> str:
             issue, exponentials, share = bounds(found[name, gpu.arch], budget, gpu)
             cells += [f"{issue:.1f}", f"{exponentials:.1f}".replace("inf", "-"), f"{share:.0%}"]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + head_traffic.markdown()
 
 
 def main() -> int:

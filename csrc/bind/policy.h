@@ -77,6 +77,10 @@ void bind_loss_backward(pybind11::module_& m, Table table) {
                                 upstream, first_out,   second_out,   exec};
     return launch(exec, count, [&] { return table().loss_backward(args); });
   });
+  m.def("scale", [=](int64_t count, Out values, In factor, Exec exec) {
+    const ScaleArgs args{count, values, factor, exec};
+    return launch(exec, count, [&] { return table().scale(args); });
+  });
 }
 
 }  // namespace rk

@@ -27,6 +27,7 @@ Status kl_penalty_backward(const KlPenaltyArgs& a);
 int64_t policy_loss_scratch(int64_t sequences, int64_t cols, bool packed);
 Status policy_loss(const PolicyArgs& a);
 Status loss_backward(const LossBackwardArgs& a);
+Status scale(const ScaleArgs& a);
 
 int64_t value_loss_scratch(int64_t sequences, int64_t cols, bool packed);
 Status value_loss(const ValueArgs& a);

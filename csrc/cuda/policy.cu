@@ -281,6 +281,40 @@ __global__ void __launch_bounds__(kTokenThreads) backward_kernel(const LossBackw
   if (a.second_out.given) scaled(a.second, a.second_out);
 }
 
+// Every value once, or none where the factor is 1: so few blocks that this takes no time.
+constexpr int kScaleBlocks = 2048, kScaleLoads = 4;
+
+template <class E>
+__global__ void __launch_bounds__(kTokenThreads) scale_kernel(const ScaleArgs a) {
+  const float factor = load_float(a.factor, 0);
+  if (factor == 1.0f) return;
+  auto* x = static_cast<typename E::Storage*>(a.values.data);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTokenThreads + threadIdx.x;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kTokenThreads;
+  const int64_t packs = misaligned(x) == 0 ? a.count / kWidth<E> : 0;
+  for (int64_t at = first; at < packs; at += kScaleLoads * step) {
+    Pack<E> values[kScaleLoads];
+#pragma unroll
+    for (int k = 0; k < kScaleLoads; ++k)
+      if (at + k * step < packs) values[k].load(x + (at + k * step) * kWidth<E>);
+#pragma unroll
+    for (int k = 0; k < kScaleLoads; ++k) {
+      if (at + k * step >= packs) break;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float scaled[kPerWord<E>];
+#pragma unroll
+        for (int w = 0; w < kPerWord<E>; ++w)
+          scaled[w] = values[k].get(i * kPerWord<E> + w) * factor;
+        values[k].words[i] = E::word(scaled);
+      }
+      values[k].store(x + (at + k * step) * kWidth<E>);
+    }
+  }
+  for (int64_t at = packs * kWidth<E> + first; at < a.count; at += step)
+    x[at] = E::put(E::get(x[at]) * factor);
+}
+
 }  // namespace
 
 int64_t policy_loss_scratch(int64_t sequences, int64_t cols, bool packed) {
@@ -320,6 +354,17 @@ Status loss_backward(const LossBackwardArgs& a) {
   for_dtype(a.first_out.dtype, [&](auto element) {
     using E = decltype(element);
     RK_ENQUEUE(a.exec, ceil_div(a.count, kBackwardTile<E>), kTokenThreads, backward_kernel<E>, a);
+  });
+  return {};
+}
+
+Status scale(const ScaleArgs& a) {
+  const OnDevice guard(a.exec);
+  for_dtype(a.values.dtype, [&](auto element) {
+    using E = decltype(element);
+    const int64_t blocks = ceil_div(a.count, kWidth<E> * kTokenThreads);
+    RK_ENQUEUE(a.exec, blocks < kScaleBlocks ? blocks : kScaleBlocks, kTokenThreads,
+               scale_kernel<E>, a);
   });
   return {};
 }

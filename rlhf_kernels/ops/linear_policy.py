@@ -81,14 +81,16 @@ _sharded_forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = defi
 )
 
 
-def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """gradient * upstream in `dtype`; in the gradient's own memory where nobody needs it again.
 
     A second gradient of the weight would double the memory of the largest tensor in the call.
     """
     if devices.is_cpu(upstream.device) or graph_is_kept() or tracing.active(upstream):
         return times(gradient, upstream, dtype)
-    return gradient.mul_(upstream).to(dtype)
+    scale = backends.get(backend).launchers.get("scale_inplace", Tensor.mul_)
+    scaled: Tensor = scale(gradient, upstream)
+    return scaled.to(dtype)
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
@@ -103,7 +105,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         policy, ref_hidden = PolicyArguments(*args[6:16]), args[16]
         reference = None if ref_hidden is None else Operands(*args[16:19])
         batching, group, backend = args[19:]
-        ctx.needs = list(ctx.needs_input_grad[:3])
+        ctx.needs, ctx.backend = list(ctx.needs_input_grad[:3]), backend
         ctx.nothing = (None,) * (len(args) - 3)
         inputs = (operands, targets, policy, reference, batching, ctx.needs)
         if group:
@@ -123,7 +125,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if upstream is None:
             return (None, None, None, *ctx.nothing)
         gradients = (
-            _scaled(g, upstream, dtype) if need else None
+            _scaled(g, upstream, dtype, ctx.backend) if need else None
             for g, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
         )
         return (*gradients, *ctx.nothing)

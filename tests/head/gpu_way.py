@@ -116,7 +116,9 @@ def _mixed(name: str, watch: _Watch | None, cost: Cost):
 
 def _rows(name: str, function, cost: Cost):
     def call(*args):
-        cost.launches += _LAUNCHES
+        cost.launches += 1 if name == "scale" else _LAUNCHES
+        if name == "scale":
+            cost.rest.append((name, 2 * _size(args[1])))
         cost.rows += sum(_size(args[i]) for i in _ROW_KERNELS.get(name, ()))
         return function(*args)
 
@@ -148,7 +150,7 @@ def counted() -> Iterator[Cost]:
         patch(checks, "can_read_on_host", lambda t: False)
         # Or an operator would be seen instead of what it is made of.
         patch(tracing, "dispatch_modes", lambda: 0)
-        for name in (*_ROW_KERNELS, "policy_loss", "loss_backward"):
+        for name in (*_ROW_KERNELS, "policy_loss", "loss_backward", "scale"):
             patch(extension, name, _rows(name, getattr(extension, name), cost))
         tolist = torch.Tensor.tolist
 

@@ -6,13 +6,14 @@ import torch
 from tests.head import gpu_way
 from tests.head.head_cases import drawn
 from tests.kernels import emulated_cuda
+from tools import head_traffic
 
 import rlhf_kernels as rk
 from rlhf_kernels.core import checks
 from rlhf_kernels.core.row_options import RowOptions
 from rlhf_kernels.head import chunks
 from rlhf_kernels.kernels import backends
-from rlhf_kernels.testing import assert_bitwise_equal
+from rlhf_kernels.testing import DTYPES, assert_bitwise_equal
 
 TOKENS, H, V = 24, 16, 520
 
@@ -171,10 +172,14 @@ def test_launches_and_bytes_of_a_call(name, chunks_of_call):
     # The gradient of the weight: once in its own dtype, or summed in fp32.
     sums = 2 * weight if chunks_of_call == 1 else 4 * weight + 8 * weight * (chunks_of_call - 1)
     assert cost.products == expected + 2 * logits + 2 * hidden + sums
+    if sweeps == 1:
+        # What the report predicts from.
+        predicted = head_traffic.traffic(TOKENS, H, V, size)
+        assert (cost.products, cost.rows) == (predicted.products, predicted.rows)
     # Nothing else reads or writes the logits of a chunk; the gradient of the weight is rounded, and
     # scaled in its place.
     passes = [("_to_copy", 6 * weight)] if chunks_of_call > 1 else []
-    passes += [("mul_", 4 * weight + 4)] if op == "linear_policy_loss" else []
+    passes += [("scale", 4 * weight)] if op == "linear_policy_loss" else []
     assert cost.rest_of(min(2 * size * V, 4 * weight)) == passes
 
 
@@ -215,6 +220,23 @@ def test_the_gradient_is_scaled_in_its_place_where_the_graph_goes(dtype):
     # Those of fp16 are kept in fp32.
     same = [g.data_ptr() == m for g, m in zip(found[2], memory, strict=True)]
     assert all(same) == (dtype != torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_are_scaled_in_place(dtype):
+    scale = backends.get("cuda").launchers["scale_inplace"]
+    # Whole and not, aligned and not; and more than twice what the blocks of a launch take at once.
+    shapes = [(3, 0), (1 << 12, 0), (70_003, 0), (70_003, 1)]
+    shapes += [(9_000_001, 0)] if dtype == torch.float32 else []
+    for size, before in shapes:
+        memory = torch.randn(size + before).to(dtype)
+        values, expected = memory[before:], memory.clone()
+        expected[before:] *= torch.tensor(1.7)
+        assert scale(values, torch.tensor(1.7)).data_ptr() == values.data_ptr()
+        assert_bitwise_equal(memory, expected)
+        scale(values, torch.tensor(1.0))
+        assert_bitwise_equal(memory, expected)
+    assert scale(torch.empty(0, 4, dtype=dtype), torch.tensor(2.0)).shape == (0, 4)
 
 
 @pytest.mark.parametrize("name", ("cuda", "triton"))

@@ -133,6 +133,15 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             )
         return outs
 
+    def scale_inplace(values: Tensor, factor: Tensor) -> Tensor:
+        """values [...], contiguous, times the 0-d factor; touches none where that is 1."""
+        if values.numel() > 0:
+            extension.scale(values.numel(), values.view(-1), factor, make_exec(values))
+        return values
+
     table: dict[str, Callable[..., object]] = {"policy_loss": policy_loss}
-    # Gradients from the CPU kernels are complete and need no loss_backward.
-    return {**table, "loss_backward": loss_backward} if gpu else table
+    # Gradients from the CPU kernels are complete and need no loss_backward. Scaling in place is of
+    # use to the head alone; not an operator.
+    if gpu:
+        table |= {"loss_backward": loss_backward, "scale_inplace": scale_inplace}
+    return table
