@@ -68,7 +68,7 @@ def markdown() -> str:
         f"row kernels move {rows}, rounding the weight's gradient {rounding}, products {products};",
         f"three bare products move {bare}. The table has the time of a call, divided by that of",
         f"three bare products at {PRODUCT_SHARE:.0%} of the data sheet's rate. Least: the bytes of",
-        "products are hidden behind their arithmetic. Most: only as many as bare products move are.",
+        "products are hidden behind their arithmetic. Most: only as many as bare ones move are.",
         "",
         "| | least | most |",
         "|---|--:|--:|",

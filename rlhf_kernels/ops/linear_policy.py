@@ -86,7 +86,7 @@ def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str
 
     A second gradient of the weight would double the memory of the largest tensor in the call.
     """
-    if devices.is_cpu(upstream.device) or graph_is_kept() or tracing.active(upstream):
+    if devices.is_cpu(upstream.device) or tracing.active(upstream) or graph_is_kept():
         return times(gradient, upstream, dtype)
     scale = backends.get(backend).launchers.get("scale_inplace", Tensor.mul_)
     scaled: Tensor = scale(gradient, upstream)
