@@ -82,3 +82,15 @@ def once(
 def device_name(device: torch.device) -> str:
     """The model of a device; "cpu" for the CPU."""
     return "cpu" if device.type == "cpu" else getattr(torch, device.type).get_device_name(device)
+
+
+def host_once(prepare: Callable[[], tuple], run: Callable[..., Any], device: Any) -> float:
+    """Seconds until the call returns, while the device may still work."""
+    prepared = prepare()
+    synchronize(device)
+    start = time.perf_counter()
+    # The name keeps the result alive, so that freeing it is not timed.
+    result = run(*prepared)  # noqa: F841
+    seconds = time.perf_counter() - start
+    synchronize(device)
+    return seconds

@@ -11,7 +11,6 @@ enough ahead that they do not delay the device. The host time of a call is repor
 
 import gc
 import itertools
-import random
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,9 +21,10 @@ import torch
 from torch import Tensor
 
 from .case import Case, Missing, Overwriting, Provider, Settings
-from .clocks import DeviceEvents, once, synchronize, timer
+from .clocks import DeviceEvents, host_once, once, timer
 from .memory import measured
 from .rotation import Operands, chunks, last_level_cache, rotated
+from .rounds import REPEATS, STEADY, Rounds, Steps, copy_rate
 
 # Cheap points have more rounds. A provider slower than SLOW_SECONDS runs in every fourth round.
 MAX_ROUNDS, POINT_SECONDS = 100, 6.0
@@ -37,10 +37,6 @@ GPU_POINT_SECONDS, GPU_SLOW_SECONDS, GPU_SLOW_STRIDE = 2.0, 0.05, 10
 # plus the same fraction of its RMS, or of its row's RMS if larger, because the gradient of a
 # frequent token is large but has small elements. The gate finds wrong formulas, not inaccuracy.
 GATE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
-
-
-# Name -> (prepare, run).
-Steps = dict[str, tuple[Callable[[], tuple], Callable[..., Any]]]
 
 
 class GateError(Exception):
@@ -133,18 +129,6 @@ def gate(case: Case, function: Provider, expected: tuple[Tensor, ...]) -> float:
     return worst
 
 
-def _host_once(prepare: Callable[[], tuple], run: Callable[..., Any], device: Any) -> float:
-    """Seconds until the call returns, while the device may still work."""
-    prepared = prepare()
-    synchronize(device)
-    start = time.perf_counter()
-    # The name keeps the result alive, so that freeing it is not timed.
-    result = run(*prepared)  # noqa: F841
-    seconds = time.perf_counter() - start
-    synchronize(device)
-    return seconds
-
-
 def _on_cpu(case: Case, cache: int) -> tuple[Iterator[Operands], Steps, Callable[[], Any]]:
     """The operands of each call; a copy and a read of as many bytes as the case; and `cool`.
 
@@ -182,6 +166,19 @@ def peak_alone(case: Case, name: str, device: torch.device) -> dict[str, int | N
     run(*prepare())
     prepared = prepare()
     return measured(lambda: run(*prepared), device)
+
+
+def _steadiest(found: Rounds, limit: str, rounds: int, repeats: int) -> float:
+    """Measures again while the halves of the rounds differ; keeps the attempt that agrees most."""
+    best, kept = found.disagreement(limit), (found.times, found.hosts)
+    for _ in range(repeats):
+        if best <= STEADY:
+            break
+        found.again(rounds)
+        if found.disagreement(limit) < best:
+            best, kept = found.disagreement(limit), (found.times, found.hosts)
+    found.times, found.hosts = kept
+    return best
 
 
 _POINT = ("op", "label", "mode")
@@ -252,7 +249,7 @@ def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case
     host = {} if is_gpu else dict(took)
     for most in (4 * slow, slow):
         again = [n for n in steps if is_gpu or host.get(n, 0.0) < most]
-        host |= {n: _host_once(*steps[n], device) for n in again}
+        host |= {n: host_once(*steps[n], device) for n in again}
     estimates = dict(host)
     if is_gpu:
         estimates = {name: once(*s, clock, host[name]) for name, s in steps.items()}
@@ -266,46 +263,25 @@ def measure(benchmark: Any, settings: Settings, failures: list[dict], case: Case
         point_seconds = settings.seconds
     rounds = max(case.least_rounds, min(MAX_ROUNDS, int(point_seconds / per_round)))
     rounds = QUICK_ROUNDS if settings.quick else rounds
-    times: dict[str, list[float]] = {name: [] for name in (*steps, "ours")}
-    hosts: dict[str, list[float]] = {name: [] for name in times}
-    shuffler = random.Random(0)
-    count = 0
-
-    def others() -> tuple[tuple, dict]:
-        nonlocal count
-        for name in shuffler.sample(list(steps), len(steps)):
-            if count % stride[name] == 0:
-                times[name].append(once(*steps[name], clock, host[name]))
-                if is_gpu:
-                    hosts[name].append(_host_once(*steps[name], device))
-        count += 1
-        if is_gpu:
-            hosts["ours"].append(_host_once(prepare, run, device))
-        prepared = prepare()
-        synchronize(device)
-        return prepared, {}
-
-    def timed(*prepared: Tensor) -> tuple[Tensor, ...]:
-        clock.start(host["ours"])
-        result = run(*prepared)
-        times["ours"].append(clock.stop())
-        return result
-
+    found = Rounds(steps, (prepare, run), clock, host, stride, device)
     gc.collect()
     gc.disable()
     try:
-        benchmark.pedantic(timed, setup=others, rounds=rounds, iterations=1)
+        benchmark.pedantic(found.timed, setup=found.others, rounds=rounds, iterations=1)
+        # With --benchmark-disable everything has run but nothing is recorded.
+        if benchmark.stats is not None:
+            if not settings.quick:
+                info["copy_rate"] = copy_rate(device)
+                # A GPU's minutes are too few for repetitions.
+                repeats = 0 if is_gpu else REPEATS
+                info["disagreement"] = _steadiest(found, case.limit, rounds, repeats)
+            for name, seconds in found.times.items():
+                record[name].update(_summary(seconds))
+                if name != "ours":
+                    record[name]["ours_over"] = _summary(found.ours_over(name))
+                if is_gpu:
+                    record[name]["host"] = _summary(found.hosts[name])["median"]
     finally:
         gc.enable()
-    # With --benchmark-disable everything has run but nothing is recorded.
-    if benchmark.stats is not None:
-        for name, seconds in times.items():
-            record[name].update(_summary(seconds))
-            if name != "ours":
-                # Ratios within a round are independent of effects that slow the whole round.
-                pairs = zip(times["ours"][:: stride[name]], seconds, strict=True)
-                record[name]["ours_over"] = _summary([o / s for o, s in pairs])
-            if is_gpu:
-                record[name]["host"] = _summary(hosts[name])["median"]
     benchmark.group = case.op
     benchmark.extra_info.update(info)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import make_parser
+from ..harness.rounds import STEADY
 from . import charts, growth, step
 from .tables import bold_if, mebibytes, milliseconds, multiple, table
 
@@ -144,6 +145,7 @@ def points_table(
     for e in entries:
         limit, ours = of_limit(e), e["providers"]["ours"]
         cells = [f"{e['op']}, {e['mode']}", e["label"], milliseconds(ours["median"])]
+        cells[1] += " ~" * unsteady(e)
         if details:
             cells.append(f"{milliseconds(ours['p20'])}–{milliseconds(ours['p80'])}")
         ratios = [ratio(e, *names) for names in columns]
@@ -175,7 +177,7 @@ def targets_table(entries: list[Entry]) -> list[str]:
     for name in TARGETED:
         e = by_name.get(name)
         if e is None:
-            rows.append([name.removeprefix("test_"), *["–"] * 5, "not measured"])
+            # Only `make bench-full` measures it.
             continue
         wanted = dict(e["targets"])
         eager, compiled = wanted.pop("eager", None), wanted.pop("compile", None)
@@ -256,6 +258,38 @@ def rates_line(entries: list[Entry]) -> str:
     return f"Machine, same run: {', '.join(words)}." if words else ""
 
 
+def drift(entries: list[Entry]) -> float | None:
+    """The largest median copy rate of a third of the run over the smallest; None if unknown.
+
+    entries: in the order in which they were measured.
+    """
+    rates = [e["copy_rate"] for e in entries if "copy_rate" in e]
+    size = len(rates) // 3
+    if size < 3:
+        return None
+    parts = rates[:size], rates[size : 2 * size], rates[2 * size :]
+    medians = [statistics.median(part) for part in parts]
+    return max(medians) / min(medians)
+
+
+def unsteady(entry: Entry) -> bool:
+    """Whether the halves of the rounds differ, although the point was repeated."""
+    return entry.get("disagreement", 1.0) > STEADY
+
+
+def busy_lines(ordered: list[Entry]) -> list[str]:
+    """What says that the machine was busy; `ordered` as for `drift`."""
+    found, moved = [e for e in ordered if unsteady(e)], drift(ordered)
+    lines = []
+    if moved is not None and moved > STEADY:
+        text = f"its copy rate differed by {moved - 1:.0%} between thirds of the run"
+        lines += ["", f"**The machine was busy: {text}.** Do not compare these figures."]
+    if found:
+        text = f"differ by more than {STEADY - 1:.0%} between both halves of the rounds"
+        lines += ["", f"{len(found)} of {len(ordered)} points, marked ~, {text}, though repeated."]
+    return lines
+
+
 LEGEND = (
     "Medians. ÷ x: time of x over ours, in the rounds that both ran in; below 1 (bold) x is "
     "faster. ÷ compile: `torch.compile` of eager; for the advantages, the faster of a vectorised "
@@ -271,9 +305,17 @@ def markdown(data: Entry, entries: list[Entry], pictures: list[str]) -> str:
     m = data["machine_info"]
     lines = [f"# Benchmarks: {m['cpu']}, {m['threads']} threads", "", environment(data) + "."]
     command = "make bench-full" if m.get("full") else "make bench"
-    lines += [rates_line(entries), f"`{command}` measures a machine and writes this.", "", LEGEND]
+    lines += [rates_line(entries), f"`{command}` measures a machine and writes this."]
+    lines += [*busy_lines([b["extra_info"] for b in data["benchmarks"]]), "", LEGEND]
     if m["device"] == "cpu" and not m["quick"]:
-        lines += ["", "## Targets", "What was wanted and what was measured; bold is missed.", ""]
+        missing = sum(name not in {e["name"] for e in entries} for name in TARGETED)
+        rest = f" `make bench-full` has {missing} more." if missing else ""
+        lines += [
+            "",
+            "## Targets",
+            f"What was wanted and what was measured; bold is missed.{rest}",
+            "",
+        ]
         lines += targets_table(entries)
     for picture in pictures:
         lines += ["", f"![Share of the limit by provider]({picture})"]

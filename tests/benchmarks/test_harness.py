@@ -18,6 +18,7 @@ from benchmarks.harness import (
     memory,
     ragged,
     rotation,
+    rounds,
 )
 from benchmarks.harness import measure as m
 
@@ -89,6 +90,75 @@ def test_gate_refuses_a_wrong_provider(wrong):
     assert m.gate(case, case.providers["ours"], expected) < 1
     with pytest.raises((m.GateError, RuntimeError)):
         m.gate(case, wrong, expected)
+
+
+def clocked(monkeypatch, seconds):
+    """Rounds of ours, copy and eager on a clock that gives each call its `seconds(round)`."""
+    current = {"name": ""}
+
+    class Clock:
+        def start(self, ahead):
+            pass
+
+        def stop(self):
+            return seconds(current["name"], made.count)
+
+    def provider(name):
+        def run():
+            current["name"] = name
+
+        return tuple, run
+
+    steps = {name: provider(name) for name in ("copy", "eager")}
+    one = dict.fromkeys((*steps, "ours"), 1)
+    made = rounds.Rounds(steps, provider("ours"), Clock(), one, one, CPU)
+    return made
+
+
+def test_rounds_whose_halves_differ_are_measured_again(monkeypatch):
+    calls = []
+
+    def seconds(name, count):
+        # The machine is busy in the second half of the first attempt.
+        calls.append(name)
+        busy = len(calls) > 12 and len(calls) <= 24
+        return {"copy": 1.0, "eager": 4.0, "ours": 2.0}[name] * (1.5 if busy else 1.0)
+
+    found = clocked(monkeypatch, seconds)
+    found.again(8)
+    assert found.disagreement("copy") == pytest.approx(1.5)
+    assert m._steadiest(found, "copy", 8, 2) == 1.0
+    # One repetition was enough, and its times alone are kept.
+    assert len(calls) == 48 and found.times["ours"] == [2.0] * 8
+    assert found.ours_over("eager") == [0.5] * 8
+
+
+def test_rounds_that_never_agree_keep_the_best_attempt(monkeypatch):
+    attempt = []
+
+    def seconds(name, count):
+        if name == "ours" and count == 1:
+            attempt.append(1)
+        slow = {1: 2.0, 2: 1.3, 3: 1.6}[max(1, len(attempt))]
+        return slow if name == "ours" and count > 4 else 1.0
+
+    found = clocked(monkeypatch, seconds)
+    found.again(8)
+    assert m._steadiest(found, "copy", 8, 2) == pytest.approx(1.3)
+    assert len(attempt) == 3 and max(found.times["ours"]) == 1.3
+
+
+@pytest.mark.parametrize(
+    "values,expected",
+    [([1, 1, 2, 2], 2.0), ([2, 2, 1, 1], 2.0), ([1, 9, 1, 1, 1, 1], 1.0), ([1, 5, 9], 1.0)],
+)
+def test_disagreement_of_halves(values, expected):
+    assert rounds.disagreement(values) == expected
+
+
+def test_copy_rate():
+    # Between a floppy disk and a cache.
+    assert 1e6 < rounds.copy_rate(CPU) < 1e13
 
 
 def test_only_providers_that_pass_are_timed():

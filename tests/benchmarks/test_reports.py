@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import ROOT
 from benchmarks.harness.measure import GateError
-from benchmarks.reports import compare, suite, tables
+from benchmarks.reports import compare, machines, suite, tables
 from benchmarks.reports import growth as growth_report
 from benchmarks.run import merged
 from benchmarks.studies import growth
@@ -136,8 +136,10 @@ def test_report_sets_each_target_beside_what_was_measured(tmp_path, capsys):
         assert cell in row, row
     # Any vectorised form: the faster of the two.
     assert "| 200× ≥ 100× | **4× < 5×** |" in next(r for r in rows if "gae, " in r)
-    # A row of the design that was not measured stays in its place and says so.
-    assert any("linear_policy_loss[bf16]" in r and "not measured" in r for r in rows)
+    # The short form leaves out what it does not measure, and says how much that is.
+    targets = text.partition("## Targets")[2].partition("##")[0]
+    assert "linear_policy_loss[bf16]" not in targets and "not measured" not in targets
+    assert f"`make bench-full` has {len(suite.TARGETED) - 2} more." in text
     for line in (
         "| group_advantages, forward+backward | 8 | 1000 | 980–1020 | **0.5×** |",
         "- group_advantages, forward+backward, 8: eager 0.5×",
@@ -156,6 +158,41 @@ def test_report_sets_each_target_beside_what_was_measured(tmp_path, capsys):
     # The head's table has the memory too: of ours, eager and TRL.
     assert "| 95% GEMMs | 4, –, 9 |" in second.splitlines()[2]
     assert not (tmp_path / "r.md").exists()
+
+
+def test_a_busy_machine_is_told(tmp_path, capsys):
+    run = times_of(**{f"gae{i}": 0.1 for i in range(12)})
+    found = [b["extra_info"] for b in run["benchmarks"]]
+    for i, e in enumerate(found):
+        e |= {"copy_rate": 10e9 if i < 8 else 8e9, "disagreement": 1.3 if i == 3 else 1.1}
+    assert suite.drift(found) == pytest.approx(1.25)
+    assert suite.drift(found[:8]) is None
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps(run))
+    suite.main([str(file)])
+    text = capsys.readouterr().out
+    assert "**The machine was busy: its copy rate differed by 25% between thirds" in text
+    assert "1 of 12 points, marked ~, differ by more than 15%" in text
+    assert text.count("| 8 ~ |") == 1
+    for e in found:
+        e |= {"copy_rate": 10e9, "disagreement": 1.1}
+    assert suite.busy_lines(found) == []
+
+
+def test_machines_side_by_side(tmp_path):
+    """Shows ratios within each run, and a dash for a point that a machine lacks."""
+    one, two = times_of(gae=0.1, kl=2.0), times_of(gae=0.25)
+    two["machine_info"] = {**two["machine_info"], "cpu": "Other CPU"}
+    for name, run in (("one", one), ("two", two)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(run))
+    page = tmp_path / "machines.md"
+    machines.main([str(tmp_path / f"{n}.json") for n in ("one", "two")] + ["--out", str(page)])
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]
+    assert rows[1:] == [
+        "| gae, forward+backward | 8 | 10× | – | 50% copy | 4× | – | 20% copy |",
+        "| kl, forward+backward | 8 | **0.5×** | – | 2% copy | – | – | – |",
+    ]
+    assert "- B: Other CPU" in page.read_text()
 
 
 def compared(tmp_path, capsys, base, new, *options):
