@@ -5,7 +5,7 @@ This module does not import transformers: it only uses methods and settings of t
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,20 @@ _TOKENS = 8
 _LARGE = 30.0
 
 
+class HeadArguments(TypedDict):
+    """The fields of a `Head` as keyword arguments; typed, so that a type checker keeps the call."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+
 class Head(NamedTuple):
     """The LM head of a model: logits = softcap((hidden @ weight.T + bias) * logit_scale).
 
     The fields are arguments of `linear_token_logprobs` and `linear_policy_loss`:
-    `linear_policy_loss(hidden, labels=labels, **head._asdict(), ...)`.
+    `linear_policy_loss(hidden, labels=labels, **head.arguments(), ...)`.
 
     weight: [V, H], the model's own parameter.
     bias: [V], or None.
@@ -60,6 +69,18 @@ class Head(NamedTuple):
         if check:
             _check(model, module, head)
         return head
+
+    def arguments(self) -> HeadArguments:
+        """The fields as keyword arguments of `linear_token_logprobs` and `linear_policy_loss`.
+
+        `_asdict()` gives the same values, but pyright cannot choose an overload by its types.
+        """
+        return {
+            "weight": self.weight,
+            "bias": self.bias,
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+        }
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits of hidden states [..., H], fp32 [..., V]."""

@@ -41,6 +41,28 @@ def test_options_of_rows_cross_in_the_order_of_their_fields():
     assert fields("RowOptions") == expected
 
 
+# Of each part that reads options of rows: its files, and the one of them that may name an option.
+READERS = [
+    ("csrc/bind/*.h", "tensor.h"),
+    ("csrc/cpu/*.h", "rows.h"),
+    ("csrc/cuda/*.cu*", "rows.cuh"),
+    ("rlhf_kernels/kernels/**/*.py", "_rows.py"),
+    ("rlhf_kernels/head/*.py", None),
+    ("rlhf_kernels/ops/_*.py", None),
+]
+
+
+@pytest.mark.parametrize(("files", "reader"), READERS, ids=[files for files, _ in READERS])
+def test_one_file_of_each_part_reads_an_option_that_changes_logits(files, reader):
+    """So a new option changes that file alone; other files carry the tuple whole."""
+    paths = sorted(ABI.parents[1].glob(files))
+    assert len(paths) > 3
+    naming = {p.name for p in paths if re.search(r"\bsoftcap\b", p.read_text())}
+    # A kernel that unpacks the tuple itself breaks with each new field.
+    naming |= {p.name for p in paths if re.search(r"= row_options$", p.read_text(), re.MULTILINE)}
+    assert naming == ({reader} if reader else set())
+
+
 def test_a_policy_config_is_encoded_under_the_right_names():
     config = rk.PolicyLossConfig(
         objective="cispo", ratio_level="sequence-token", clip_low=0.1, clip_high=0.3,

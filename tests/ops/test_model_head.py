@@ -47,12 +47,13 @@ def test_log_probabilities_of_the_head_are_the_models(kind):
     assert head.weight is model.get_output_embeddings().weight
     assert (head.bias is not None, head.softcap, head.logit_scale) == (bias, softcap, scale)
     assert rk.Head.from_model(model, check=False) == head
+    assert head.arguments() == head._asdict()
     ids = torch.arange(20, 32).view(2, 6)
     with torch.no_grad():
         base = model.base_model if model.base_model is not model else model.model
         hidden = base(input_ids=ids).last_hidden_state[:, :-1]
         logits = model(input_ids=ids).logits[:, :-1]
-        found = rk.linear_token_logprobs(hidden, labels=ids[:, 1:], **head._asdict()).logprobs
+        found = rk.linear_token_logprobs(hidden, labels=ids[:, 1:], **head.arguments()).logprobs
     expected = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(head.logits(hidden), logits, rtol=1e-4, atol=1e-4)
@@ -65,7 +66,7 @@ def test_the_head_fits_the_policy_loss():
     mask = torch.ones(2, 3, dtype=torch.bool)
     rk.linear_policy_loss(
         args[0], labels=labels, old_logprobs=args[1], advantages=args[2], mask=mask,
-        **head._asdict(),
+        **head.arguments(),
     ).loss.backward()  # fmt: skip
     assert head.weight.grad.abs().sum() > 0
 

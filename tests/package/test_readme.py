@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.trainer import trainer_tools
+from tests.trainer.model_zoo import small_model
 from tests.trainer.trainer_tools import one_thread  # noqa: F401
 
 import rlhf_kernels as rk
@@ -189,3 +190,36 @@ def test_python_of_the_readme(monkeypatch):
         assert trl.report()
     finally:
         trl.unpatch()
+
+
+def test_python_of_the_integrations():
+    """The loop and the subclass of docs/integrations.md, on a model and a batch made up here."""
+    transformers = pytest.importorskip("transformers")
+    loop, subclass = blocks(ROOT / "docs" / "integrations.md", "python")
+    torch.manual_seed(0)
+    model = small_model("llama")
+    ids = torch.randint(3, 90, (16, 7))
+    kept = torch.ones_like(ids)
+    kept[:, :3] = 0
+    with torch.no_grad():
+        old = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    given = {
+        "model": model, "input_ids": ids, "attention_mask": torch.ones_like(ids),
+        "completion_mask": kept, "rewards": torch.rand(16), "updates": 2,
+        "old_logprobs": old.gather(-1, ids[:, 1:, None])[..., 0],
+        "optimizer": torch.optim.SGD(model.parameters(), 0.1), "print": lambda *_: None,
+        "transformers": transformers,
+    }  # fmt: skip
+    exec(compile(loop, "integrations.md: A plain PyTorch loop", "exec"), given)
+    metrics = given["result"].metrics.as_dict()
+    # The second update no longer takes the sampling policy's own step.
+    assert metrics["tokens"] == 16 * 4 and metrics["k3_old"] > 0
+    exec(compile(subclass, "integrations.md: A subclass", "exec"), given)
+    labels = ids.where(kept != 0, -100)
+    expected = model(input_ids=ids, labels=labels).loss
+    compute_loss = given["Supervised"].compute_loss
+    found = compute_loss(None, model, {"input_ids": ids, "labels": labels})
+    torch.testing.assert_close(found, expected)
+    count = torch.tensor(100)
+    found, _ = compute_loss(None, model, {"input_ids": ids, "labels": labels}, True, count)
+    torch.testing.assert_close(found, expected * 16 * 4 / 100)

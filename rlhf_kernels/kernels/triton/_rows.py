@@ -34,6 +34,16 @@ def with_options(x, row_options):
 
 
 @triton.jit
+def tile_with_options(z, inside, row_options):
+    """Logits of a tile after the options; z is -inf in columns that are not `inside`."""
+    _, softcap = row_options
+    if softcap is not None:
+        z, _ = with_options(z, row_options)
+        z = tl.where(inside, z, float("-inf"))
+    return z
+
+
+@triton.jit
 def row_temperature(row_options, temperatures, row, cols, valid=None):
     """The temperature of all rows, or one per row; 1 where a row of the block is not `valid`."""
     temperature, _ = row_options

@@ -19,7 +19,7 @@ from ...core.layout import as_rows, as_upstream, grid
 from ...core.row_options import RowOptions
 from ._launch import kernel, launch, tile_count
 from ._math import LOG2E, good_temperature, scalar, tile_sum, tree_sum
-from ._rows import packed, row_temperature, with_options
+from ._rows import packed, row_temperature, tile_with_options, with_options
 from ._strided import alignment, in_units, strided, strided_rows, token_at
 
 # Columns per program, 32 per thread: all 16-byte loads of a tile are in flight at once.
@@ -90,10 +90,7 @@ def partial_kernel(
         inside = column < count
         x = token_at(logits, row, cols, ALIGN) + first
         z = tl.load(x + column, mask=inside, other=float("-inf")).to(tl.float32)
-        _, softcap = row_options
-        if softcap is not None:
-            z, _ = with_options(z, row_options)
-            z = tl.where(inside, z, float("-inf"))
+        z = tile_with_options(z, inside, row_options)
         m, s, t = tile_sums(z, 1.0 / temperature, ENTROPY, TILE)
         out = partials + pid.to(tl.int64) * 3
         tl.store(out, m)

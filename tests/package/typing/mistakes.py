@@ -30,4 +30,5 @@ rk.use_backend("gpu")  # wrong
 rk.policy_loss(x, x, x, keep, x)  # wrong
 rk.policy_loss(x, x, x)  # wrong
 rk.token_logprobs(x, labels).entropy.sum()  # wrong
+rk.linear_token_logprobs(x, labels=labels, **rk.Head(x).arguments()).entropy.sum()  # wrong
 rk.policy_loss(x, x, x, mask=keep).metrics["tokens"] = x  # wrong

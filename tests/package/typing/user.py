@@ -29,8 +29,12 @@ def step(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> dict[s
     )
     head: rk.Head = rk.Head(weight)
     fused = rk.linear_policy_loss(
-        hidden, head.weight, labels, None, advantages, mask=mask, bias=head.bias, config=own
-    )
+        hidden, labels=labels, old_logprobs=None, advantages=advantages, mask=mask, config=own,
+        **head.arguments(),
+    )  # fmt: skip
+    again = rk.linear_token_logprobs(hidden, labels=labels, **head.arguments())
+    third = rk.linear_token_logprobs(hidden, labels=labels, entropy=True, **head.arguments())
+    total = total + again.logprobs + third.logprobs + third.entropy
     kl = rk.kl_penalty(new.logprobs, old.logprobs, mask=mask, estimator="k2")
     gae = rk.gae(kl.detach(), kl.detach(), mask=mask, masked="zero")
     value = rk.value_loss(kl, gae.returns, gae.returns, mask=mask, aggregation="token-mean")
