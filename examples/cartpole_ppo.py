@@ -33,7 +33,8 @@ class Rollout:
     """HORIZON steps of every environment, as [environment, step]."""
 
     def __init__(self) -> None:
-        # A cut-off episode is continued by its value, a failed one is worth nothing more.
+        # The value of the last state stands for the rest of an episode that is cut off. After a
+        # failure the rest is worth 0.
         mode = gymnasium.vector.AutoresetMode.SAME_STEP
         self.environments = gymnasium.make_vec(
             "CartPole-v1", ENVIRONMENTS, "sync", vector_kwargs={"autoreset_mode": mode}

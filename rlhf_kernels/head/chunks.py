@@ -99,9 +99,9 @@ class Chunk(NamedTuple):
     def backward(cls, chunk: int, weight: Tensor, count: int, heads: int = 1) -> "Chunk":
         """For gradients of `count` tokens whose statistics are known; arguments as in `of`.
 
-        Where the budget does not hold them all, on a CPU all tokens and some columns, if the
-        vocabulary is larger: products of many tokens then give a block of the weight's gradient at
-        once, and what is summed in fp32, once a block, is the smaller gradient of hidden.
+        On a CPU, if the budget does not hold all logits and the vocabulary is larger than `count`,
+        a chunk is many tokens by a block of columns. One product then gives a block of the weight's
+        gradient, and only the smaller gradient of hidden is summed over blocks, in fp32.
         """
         whole = cls.of(chunk, weight, heads)
         if (

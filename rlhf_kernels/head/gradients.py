@@ -31,9 +31,9 @@ class Gradients:
         wide = reduce is not None or head.hidden.dtype == torch.float16
         dtype = torch.float32 if wide else head.hidden.dtype
         self.hidden = torch.zeros_like(head.hidden, dtype=dtype) if hidden else None
-        # Of a tile's logits, where it cannot take their place.
+        # The gradient of a tile's logits, if it needs a buffer of its own.
         self._of_logits: Tensor | None = None
-        # Of a tile's tokens, over the columns so far.
+        # The gradient of a tile's hidden states, summed over the columns so far.
         self._of_tokens: Tensor
         self._weight = _Sum(head.weight, head.empty) if weight else None
         self._bias: Tensor | None = None

@@ -42,7 +42,7 @@ class Shards(NamedTuple):
         return torch.where(keep, local, SHARD_IGNORED)
 
 
-# What the ranks exchange before they begin.
+# Fields of the metadata that the ranks exchange before any work.
 _FIELDS = ("vocab", "tokens", "checksum", "low", "low_at", "high", "high_at", "temperature_at")
 
 

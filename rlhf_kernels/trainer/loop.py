@@ -115,7 +115,7 @@ class Loop:
         try:
             return self.trainer.step()
         except NonFinite as error:
-            # Unless `broken`, the weights hold nothing of this step, or only its finite updates.
+            # Unless `broken`, the step has not changed the weights, or only by its finite updates.
             if not error.broken:
                 self.save(before)
             self._tell(error)

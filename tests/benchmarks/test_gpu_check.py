@@ -62,7 +62,7 @@ def test_finished_parts_are_not_run_again_and_one_that_raises_fails_alone(
     # What failed is run again, what was done is not.
     assert check.main(arguments) == 0 and calls == ["gpu", "tests", "gpu"]
     assert "gate 7" not in (tmp_path / "report.md").read_text()
-    # Unless it is named.
+    # A part that is named runs again, even if it was done.
     assert check.main([*arguments, "--parts", "tests"]) == 0
     assert calls == ["gpu", "tests", "gpu", "tests"]
     with pytest.raises(SystemExit):
@@ -143,7 +143,7 @@ def test_every_benchmark_and_every_test_of_the_backends_is_run_and_every_name_ex
     # Processes over gloo, and trainers that are not there: on a CPU's tensors.
     elsewhere = ("head/test_shard", "parity/", "integrations/", "benchmarks/")
     assert set(check.TEST_FILES) == {f for f in of_backends if not f.startswith(elsewhere)}
-    # What the parts name outright.
+    # Files that the sources of the parts name must exist.
     sources = (ROOT / "benchmarks/gpu").glob("*.py")
     source = "".join(file.read_text() for file in sources)
     files = set(re.findall(r"\b(?:tests|tools|benchmarks)/[\w/]+\.py", source))

@@ -384,7 +384,7 @@ def bare_run(file):
 
 def test_growth_writes_curves_into_the_report(tmp_path):
     bare_run(tmp_path / "r.json")
-    # Of another machine: it goes.
+    # These curves are another machine's, so the program drops them.
     (tmp_path / "r-growth.json").write_text(json.dumps({"cpu": "a", "curves": {"gae": []}}))
     for op in ("policy", "kl"):
         program("studies.growth", "r", "--quick", "--out", tmp_path, "--only", op)

@@ -74,7 +74,7 @@ class SoftmaxBounds:
         peak = self.x.amax(-1, keepdim=True)
         self.logp = (self.x - peak).log_softmax(-1)
         self.p = self.logp.exp()
-        # Of log p: a logit's own error, and that of the logarithm of the sum.
+        # log p has the error of its logit and that of the logarithm of the sum; this is the latter.
         self.sum_error = (self.p * self.x_error.nan_to_num(0.0).exp()).sum(-1, keepdim=True).log()
         # In the vocabulary, though its probability may be less than a float64 holds.
         alive = self.logp.isfinite()

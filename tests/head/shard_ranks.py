@@ -24,7 +24,7 @@ def _dumped(value: Any) -> bytes:
 
 
 def _loaded(data: bytes) -> Any:
-    # What these processes sent each other, with configurations and exceptions; no file of others.
+    # weights_only=False admits configurations and exceptions. Only these processes wrote the data.
     return torch.load(io.BytesIO(data), weights_only=False)
 
 

@@ -52,7 +52,7 @@ class Made(TorchDispatchMode):
         return out
 
 
-# 64 words of all tokens, and what is left of them.
+# Columns of each block of logits: 64 words, and in the last block the rest.
 IN_BLOCKS = [64, 64, 64, 8]
 
 
@@ -156,7 +156,7 @@ def test_a_named_chunk_or_batch_invariance_keeps_chunks_of_tokens(blocks):
 
 
 def test_memory_holds_no_second_gradient_of_the_weight(blocks):
-    """16 bits: beside the results only what is smaller than the weight is ever made."""
+    """In 16 bits the backward pass makes no fp32 tensor of the weight's size."""
     hidden, weight, labels = operands(TOKENS, 16, 64 * VOCAB, torch.bfloat16)
     logprobs = rk.linear_token_logprobs(hidden, weight, labels).logprobs
     with Made() as made:

@@ -121,7 +121,7 @@ def test_all_or_nothing(package):
         it.patch([hook(), hook("volume", required=True)])
     with pytest.raises(IncompatibleError, match=r"nowhere\.f is cannot be imported"):
         it.patch([Hook("made_up.nowhere", "f", ("x",), area)])
-    # What an older version lacks is no obstacle.
+    # A function that an older version lacks is skipped unless it is required.
     assert it.patch([hook(), hook("volume")]).replaced == ("made_up.shapes.area",)
     it.unpatch()
 
@@ -189,7 +189,7 @@ def test_nothing_is_imported_before_patch():
 
 
 def test_doctor():
-    """`--integrations`, with trainers that cannot be imported: quick, and it still answers."""
+    """`--integrations` answers, and quickly, though the trainers cannot be imported."""
     block = (
         "import importlib.util, sys\n"
         "find = importlib.util.find_spec\n"

@@ -243,7 +243,7 @@ def test_names_that_others_imported():
         assert module.imported_after is module.imported_before is UNPATCHED["entropy_from_logits"]
     finally:
         del sys.modules[module.__name__]
-    # What others hold calls TRL's function again.
+    # References to our function that outlive the patch call TRL's function again.
     logits = torch.randn(2, 9, dtype=torch.bfloat16)
     assert ours(logits).dtype == torch.bfloat16 and not trl.report().served
 

@@ -230,7 +230,8 @@ def _steps_during_a_call() -> int:
 def test_native_calls_release_the_gil():
     threads, interval = torch.get_num_threads(), sys.getswitchinterval()
     torch.set_num_threads(1)
-    # Nobody is made to give the GIL away: while a call holds it, the other thread stands still.
+    # With this interval no thread is forced to release the GIL: while a call holds it, the other
+    # thread makes no step.
     sys.setswitchinterval(1e6)
     try:
         with rk.use_backend("cpu"):

@@ -351,7 +351,8 @@ class TestTraffic:
         for t in (rewards, mask):
             assert torch.equal(traffic.reads(t), once)
         assert (traffic.writes(out) == 1).all()
-        # Of three tiles a row two leave their state, which one and two others read.
+        # A row has three tiles. The first two write their states; the second reads one, the third
+        # both.
         state = (FIELDS.value - 1) * 8
         assert traffic.bytes_read == int(once.sum()) * (4 + 1) + rows * 3 * state
         assert traffic.bytes_written == rows * cols * 4 + rows * 2 * state

@@ -53,7 +53,7 @@ def _run(call, tensors):
 
 
 def test_every_operation_on_tokens_takes_a_mask():
-    # Of whole sequences.
+    # These take one value per sequence.
     others = {"preference_loss", "kto_loss", "reward_model_loss", "group_advantages"}
     assert set(MASKED) == set(cases.OPERATIONS) - others
 

@@ -59,7 +59,7 @@ def test_bits_do_not_depend_on_the_address(backend, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_a_batch_are_rows_alone(backend, dtype):
-    # Of an odd vocabulary every row of a batch starts elsewhere.
+    # With an odd vocabulary the rows of a batch start at different alignments.
     logits = (torch.randn(9, VOCAB, generator=generator(6)) * 4).to(dtype)
     together = logprobs_of(logits)
     divergences = divergence_of(logits, logits.flip(0), "reverse")

@@ -201,7 +201,7 @@ def test_packed_equals_padded(backend):
 
 @pytest.mark.parametrize("aggregation", ("token-mean", "seq-mean-token-mean"))
 def test_a_sequence_does_not_depend_on_its_surroundings(backend, aggregation):
-    # Of Triton's tiles and of pieces of the CPU's kernels several.
+    # A row spans several tiles of Triton's kernels and several pieces of the CPU's.
     rows, cols = 3, 2100
     args = make_inputs(rows, cols)
     args[3][-1] = args[3][0].flip(0)

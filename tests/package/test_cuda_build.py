@@ -126,7 +126,7 @@ def test_architectures(setup_module, tmp_path, monkeypatch):
     archs, nvcc = setup_module["cuda_archs"], _fake_nvcc(tmp_path, OLD_NVCC)
     monkeypatch.delenv("RLHF_KERNELS_CUDA_ARCHS", raising=False)
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    # Of the usual, those that the compiler knows, and PTX of the newest.
+    # The default is those usual architectures that the compiler knows, and PTX of the newest.
     assert archs(nvcc) == ["sm_80", "sm_86", "sm_90", "compute_90"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0+PTX")
     assert archs(nvcc) == ["sm_80", "sm_90", "compute_90"]

@@ -141,7 +141,7 @@ def test_every_flag_that_is_mentioned_exists():
         f.name for stage in cli.TRAINERS for made in settings_of(stage)[0] for f in fields(made)
     }
     known |= {"config", "traceback", "help", "any_setting"}
-    # Of accelerate, torchrun, Ray and the doctor.
+    # These flags belong to accelerate, torchrun, Ray and the doctor.
     other = {"config_file", "nproc_per_node", "runtime-env-json", "integrations"}
     found = {}
     for path in (*DOCS, *EXAMPLES, ROOT / "examples" / "pipeline.sh"):

@@ -147,7 +147,7 @@ def _families(*parts: str, suffix: str = ".py") -> set[str]:
     return {name.partition("_")[0] for name in names} - {""}
 
 
-# Of each folder: its path, how its files end, and what it holds beside families.
+# For each folder: its path, the suffix of its files, and the names that are no families.
 FOLDERS = (
     (("rlhf_kernels", "reference"), ".py", {"head", "shard"}),
     (("rlhf_kernels", "ops"), ".py", {"linear", "model"}),
@@ -229,7 +229,7 @@ def test_a_backend_takes_what_its_row_kernels_are_given(name):
 
 def test_every_launcher_is_a_registered_operator():
     launchers = set(backends.get("cpu").launchers)
-    # Of no use but to the head, which says where the gradient goes.
+    # Only the head uses these, because it says where the gradient goes.
     launchers -= {"kl_divergence_backward_into", "token_logprobs_backward_into"}
     assert "token_logprobs" in launchers
     for name in launchers:

@@ -46,7 +46,7 @@ def _mypy(tmp_path):
 def _pyright(tmp_path):
     config = {"include": [str(HERE)], "extraPaths": [str(ROOT)], "typeCheckingMode": "strict"}
     config |= {"pythonVersion": "3.10", "reportUnusedExpression": False}
-    # Of torch, which leaves some of its types open, and basedpyright's own beyond pyright's.
+    # torch leaves some of its types open; the second rule is basedpyright's own, not pyright's.
     quiet = ("reportUnknownMemberType", "reportUnnecessaryTypeIgnoreComment")
     config |= dict.fromkeys(quiet, False)
     (tmp_path / "pyrightconfig.json").write_text(json.dumps(config))

@@ -17,7 +17,7 @@ import rlhf_kernels as rk
 from rlhf_kernels import reference
 from rlhf_kernels.testing import assert_within_budget, generator, to_float64
 
-# Of fp32 results: relative to the value, and to the largest element of the tensor.
+# Tolerance for fp32 results, relative to the value and to the largest element of the tensor.
 FP32 = 2e-6
 
 
@@ -81,7 +81,7 @@ def compare_policy_loss(
     ours = with_gradients(result.loss, batch)
     all_close(ours, oracle, fp32)
     all_close(with_gradients(loss, batch), ours, 2 * fp32)
-    # Not equal for want of anything to compare.
+    # A loss or gradient of almost only zeros would make the comparison trivial.
     assert abs(oracle[0]) > 1e-3
     assert (oracle[1][batch.mask] != 0).float().mean() > 0.2
     assert (oracle[1][~batch.mask] == 0).all()

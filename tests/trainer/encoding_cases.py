@@ -67,7 +67,7 @@ KINDS = {
         pre_tokenizers.BertPreTokenizer(),
     ),
 }
-# What the tokenizer puts around a text.
+# Templates of the special tokens that a tokenizer puts around a text; $A is the text.
 AROUND = (None, "<s> $A", "<s> $A </s>", "$A </s>", "[CLS] $A [SEP]")
 
 

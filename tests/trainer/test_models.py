@@ -288,7 +288,7 @@ def test_vllm_engine_completes_as_ours(monkeypatch, tmp_path):
     assert FakeLLM.made["max_model_len"] == 64
     assert FakeLLM.made["logprobs_mode"] == "processed_logprobs"
     supervised(learner.networks.policy, task, 60, 3e-3)
-    # An end that the model alone declares ends completions of both.
+    # Only the model declares this end token; it must end completions of ours and of vLLM's.
     digit = task.tokenizer.convert_tokens_to_ids("1")
     learner.networks.policy.generation_config.eos_token_id = [task.tokenizer.eos_token_id, digit]
     ours = trainer.sample(task.held_out[:16], temperature=0).trimmed()

@@ -361,7 +361,7 @@ def test_padding_that_reaches_a_row_beyond_a_border_only_is_found(monkeypatch, l
     forward = layer.forward
 
     def leaking(hidden, *args, **options):
-        # What stands first: of a short row on the left the filler, alone its own first token.
+        # Adds the first position: padding if a short row is padded on the left, else its own token.
         first = hidden[:, :1] * (leak if hidden.shape[1] > 14 else 0.0)
         return forward(hidden + first, *args, **options)
 

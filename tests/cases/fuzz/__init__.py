@@ -138,7 +138,7 @@ def sensitivity(case: Case, exact: Sequence[Tensor], backend: str) -> list[Tenso
         size = case.arguments[name].detach().double().abs() + exact[i].abs()
         worst[i] = worst[i] + 2 * EPS * size.nan_to_num(0.0, 0.0, 0.0)
     if case.op == "value_loss":
-        # The explained variance is the difference of a number and 1.
+        # The explained variance is 1 minus a number, whose own size bounds the rounding.
         worst[1][4] += EPS * (1 + (1 - exact[1][4]).abs().nan_to_num(0.0, 0.0, 0.0)) / ROUNDINGS
     if case.op == "preference_loss" and "apo_down" in case.arguments["loss"]:
         sizes = cancelling_slopes(case.arguments)
