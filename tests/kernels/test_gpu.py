@@ -7,6 +7,7 @@ No default device is set here: a kernel that forgets to name one would fail.
 
 import contextlib
 import functools
+import warnings
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from tests.cases.faults import OPERATIONS, assert_promised
 from tests.cases.layouts import layouts
 from tests.kernels.gpu_calls import (
+    HEADS,
     KERNELS,
     OF_TOKENS,
     ROWWISE,
@@ -32,6 +34,7 @@ from tests.kernels.gpu_faults import FAULTS, examples, results
 import rlhf_kernels as rk
 from rlhf_kernels.core import env
 from rlhf_kernels.kernels import backends, native, triton
+from rlhf_kernels.ops import _calls
 from rlhf_kernels.testing import DTYPES, assert_within_budget, to_float64
 
 pytestmark = pytest.mark.gpu
@@ -248,6 +251,65 @@ def test_no_host_synchronisation(cuda, function):
             torch.ones(1, device=cuda).item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("function", HEADS, ids=lambda f: f.__name__)
+def test_a_head_waits_once_a_pass_to_count_tokens(cuda, function):
+    call = example(function, cuda, rows=4, size=2048)
+    del call.options["kept_tokens"]
+    results = list(_calls.tensors(call.run()))
+    upstream = [torch.ones_like(r) for r in results if r.requires_grad]
+    passes = 1 if function is rk.linear_policy_loss else 2
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            results = [r for r in _calls.tensors(call.run()) if r.requires_grad]
+            leaves = [t for t in call.tensors.values() if t.requires_grad]
+            torch.autograd.grad(results, leaves, upstream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [w for w in seen if "synchroniz" in str(w.message)]
+    assert len(waits) == passes
+
+
+def _masked_head(hidden, weight, labels, mask, **options):
+    leaf = hidden.detach().requires_grad_()
+    found = rk.linear_token_logprobs(leaf, weight, labels, mask, entropy=True, **options)
+    (gradient,) = torch.autograd.grad(
+        [found.logprobs, found.entropy], leaf, [torch.ones_like(x) for x in found]
+    )
+    return found.logprobs.detach(), found.entropy.detach(), gradient
+
+
+def test_a_graph_of_a_head_replays_with_another_mask(device):
+    """Of any number of tokens up to the one that it was captured with."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, 9, 16, generator=g).to(device)
+    weight, labels = torch.randn(70, 16, generator=g), torch.randint(70, (5, 9), generator=g)
+    inputs = [hidden, weight.to(device), labels.to(device), torch.zeros(5, 9).bool().to(device)]
+    options = {"kept_tokens": 30, "chunk_tokens": 16}
+    captured = _masked_head(*inputs, **options)
+    graph = None
+    if device.type == "cuda":
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            _masked_head(*inputs, **options)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = _masked_head(*inputs, **options)
+    for kept in (0, 7, 30):
+        inputs[3].zero_().view(-1)[torch.randperm(45, generator=g)[:kept].to(device)] = True
+        if graph is None:
+            captured = _masked_head(*inputs, **options)
+        else:
+            graph.replay()
+        for a, e in zip(captured, _masked_head(*inputs), strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+            assert (a.abs().amax(-1) if a.dim() == 3 else a.abs()).count_nonzero() == kept
 
 
 @each_call
