@@ -36,7 +36,7 @@ class Problem:
         self.advantages[:, 3:5] = 0
         self.ref = [t.detach() for t in drawn(TOKENS, H, V, dtype)[:2]]
         self.ref[0] = self.ref[0].view(2, -1, H)
-        self.kept = int(self.mask.sum())
+        self.kept, self.spoilt = int(self.mask.sum()), False
 
     def call(self, op, **options):
         if op == "linear_token_logprobs":
@@ -53,11 +53,22 @@ class Problem:
         )
         return loss, metrics.tensor
 
+    def spoil(self):
+        """Makes everything about masked tokens unusable."""
+        self.spoilt = True
+        with torch.no_grad():
+            for t in (self.hidden, self.ref[0], self.old, self.advantages):
+                t[~self.mask] = torch.nan
+        self.labels[~self.mask] = V + 7
+
     def run(self, op, **options):
         """Results and gradients."""
         results = self.call(op, **options)
         moving = [r for r in results if r.requires_grad]
         ups = [torch.linspace(0.5, 1.5, r.numel()).view(r.shape) for r in moving]
+        for up in ups if self.spoilt else ():
+            if up.shape == self.mask.shape:
+                up.masked_fill_(~self.mask, torch.nan)
         gradients = torch.autograd.grad(moving, (self.hidden, self.weight), ups)
         return *(r.detach() for r in results), *gradients
 
@@ -107,8 +118,7 @@ def test_nothing_waits_where_the_number_of_tokens_is_given(name, more):
     with gpu_way.taken():
         expected = problem.run(op, **options)
     kept = {"exact": problem.kept, "some": problem.kept + 2, "all": TOKENS}[more]
-    with torch.no_grad():
-        problem.hidden[~problem.mask] = torch.nan
+    problem.spoil()
     with gpu_way.counted() as cost:
         found = problem.run(op, kept_tokens=kept, **options)
     assert cost.syncs == 0
