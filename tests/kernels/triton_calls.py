@@ -12,6 +12,7 @@ from tests.kernels import triton_sweeps
 from tests.kernels.triton_case import (
     BF16,
     DTYPES,
+    FP32,
     LAYOUTS,
     ROW_LAYOUTS,
     Case,
@@ -26,6 +27,8 @@ from tests.kernels.triton_case import (
 import rlhf_kernels as rk
 from rlhf_kernels import PolicyLossConfig
 from rlhf_kernels.config import policy as policy_config
+from rlhf_kernels.core.row_options import RowOptions
+from rlhf_kernels.kernels import triton
 from rlhf_kernels.ops import _calls
 from rlhf_kernels.ops._calls import GIVEN
 
@@ -78,7 +81,70 @@ def varied(function: Callable[..., Any], variants: Variants, suffix: str = "") -
         yield case(f"{function.__name__}{suffix}/{name}", function, x, layout, **v)
 
 
+class _SixteenBits(torch.autograd.Function):
+    """Log-probabilities and entropies of fp32 logits, whose gradient is written in bfloat16."""
+
+    OPTIONS = RowOptions(0.7, 0.0, True, -100)
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        launcher = triton.launchers()["token_logprobs"]
+        logprobs, entropies, stats = launcher(logits, labels, None, _SixteenBits.OPTIONS)
+        ctx.save_for_backward(logits, labels, stats)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, h: Tensor) -> tuple[Tensor, None]:
+        logits, labels, stats = ctx.saved_tensors
+        out = torch.empty_like(logits, dtype=BF16)
+        arguments = (out, logits, labels, None, stats, g, h, _SixteenBits.OPTIONS)
+        triton.launchers()["token_logprobs_backward_into"](*arguments)
+        return out.to(logits.dtype), None
+
+
+class _SixteenBitsOfTwo(torch.autograd.Function):
+    """The divergence of fp32 logits, whose gradient is written in bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ref_logits: Tensor, reverse: bool) -> Tensor:
+        kl, stats = triton.launchers()["kl_divergence"](logits, ref_logits, 0.7, reverse)
+        ctx.save_for_backward(logits, ref_logits, stats)
+        ctx.reverse = reverse
+        return kl
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        logits, ref_logits, stats = ctx.saved_tensors
+        out = torch.empty_like(logits, dtype=BF16)
+        arguments = (out, logits, ref_logits, stats, grad, 0.7, ctx.reverse)
+        triton.launchers()["kl_divergence_backward_into"](*arguments)
+        return out.to(logits.dtype), None, None
+
+
+def sixteen_bits() -> Iterator[Case]:
+    """What the fused head launches on a GPU: gradients in bfloat16 of logits in fp32."""
+    for layout in ("even", "odd"):
+        x = inputs_of(layout, FP32)
+        made = case(f"token_logprobs/bf16 of fp32,layout={layout!r}", rk.token_logprobs, x, layout)
+        yield made._replace(
+            call=made.call._replace(
+                function=lambda logits, labels: _SixteenBits.apply(logits, labels)
+            )
+        )
+        for direction in ("reverse", "forward"):
+            name = f"kl_divergence/bf16 of fp32,layout={layout!r},direction={direction!r}"
+            made = case(name, rk.kl_divergence, x, layout)
+            yield made._replace(
+                call=made.call._replace(
+                    function=lambda logits, ref_logits, reverse=direction == "reverse": (
+                        _SixteenBitsOfTwo.apply(logits, ref_logits, reverse)
+                    )
+                )
+            )
+
+
 def rows(full: bool) -> Iterator[Case]:
+    yield from sixteen_bits()
     combine = products if full else one_by_one
     axes = {
         "dtype": DTYPES,
