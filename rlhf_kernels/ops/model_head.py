@@ -169,7 +169,13 @@ def _settings(model: Any) -> tuple[float | None, float]:
     )
     scale = _declared(config, "logit_scale", "lm_head_multiplier")
     divisor = _declared(config, "logits_scaling")
-    return softcap or None, scale or 1.0 / (divisor or 1.0)
+    if scale is None:
+        scale = 1.0 / (divisor or 1.0)
+    if not scale > 0 or (softcap is not None and not softcap >= 0):
+        raise _fail(
+            model, f"declares logit scale {scale} and cap {softcap}: expected positive numbers"
+        )
+    return softcap or None, scale
 
 
 def _declared(config: Any, *names: str) -> float | None:
@@ -191,9 +197,7 @@ def _check(model: nn.Module, module: nn.Module, head: Head) -> None:
                 raise _fail(
                     model, f"gives logits {tuple(theirs.shape)} of states {tuple(hidden.shape)}"
                 )
-            ours, bound = _expected(head, hidden)
-            # not all(<=) instead of any(>): NaN must fail.
-            if not bool(((ours - theirs).abs() <= bound).all()):
+            if not _agree(head, hidden, theirs):
                 raise _fail(
                     model,
                     "does more between hidden states and logits than a linear head with bias, "
@@ -202,8 +206,21 @@ def _check(model: nn.Module, module: nn.Module, head: Head) -> None:
             factor = _LARGE / max(float(theirs.std()), 1e-6)
 
 
-def _expected(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits in fp64, and the bound on the error of the model's logits.
+def _agree(head: Head, hidden: Tensor, theirs: Tensor) -> bool:
+    """Whether the model's logits are those of the head, but for roundings; false at NaN.
+
+    A factor close to 1 stays within the bound of each logit in 16 bits. But roundings have both
+    signs, so their projection on the logits is far below one rounding, and the factor's is not.
+    """
+    ours, bound, fp32_error = _expected(head, hidden)
+    apart, eps = theirs - ours, torch.finfo(hidden.dtype).eps
+    projection = (apart * ours).sum().abs()
+    allowed = (eps * ours.square() + fp32_error * ours.abs()).sum()
+    return bool((apart.abs() <= bound).all()) and bool(projection <= allowed)
+
+
+def _expected(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits in fp64, the bound on the error of the model's logits, and its part from fp32 sums.
 
     An fp32 dot product of n terms has an error of at most n + 1 roundings of the sum of magnitudes,
     in any order. The GEMM rounds the result to the operands' dtype; a GEMM that splits the sum also
@@ -216,14 +233,14 @@ def _expected(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor]:
     size = states.abs() @ weight.abs().T + bias.abs()
     eps = torch.finfo(hidden.dtype).eps
     spread = linear.abs() + linear.square().mean(-1, keepdim=True).sqrt()
-    error = (states.shape[-1] + 1) * torch.finfo(torch.float32).eps * size + 2 * eps * spread
+    sums = (states.shape[-1] + 1) * torch.finfo(torch.float32).eps * size * head.logit_scale
     logits = linear * head.logit_scale
-    bound = error * abs(head.logit_scale) + eps * logits.abs()
+    bound = sums + 2 * eps * spread * head.logit_scale + eps * logits.abs()
     if head.softcap is None:
-        return logits, bound
+        return logits, bound, sums
     capped = head.softcap * (logits / head.softcap).tanh()
     # The cap's slope is at most 1.
-    return capped, bound + 2 * eps * capped.abs()
+    return capped, bound + 2 * eps * capped.abs(), sums
 
 
 def _pass(

@@ -76,8 +76,12 @@ def test_the_head_fits_the_policy_loss():
 def test_sixteen_bits(kind, dtype):
     model = small_model(kind).to(dtype)
     assert rk.Head.from_model(model).weight.dtype is dtype
-    model.forward = _with(model, lambda logits: logits * 1.1)
-    refused(model, "does more between")
+    plain = model.forward
+    # The bound of a single bf16 logit would allow all but the last.
+    for factor in (0.98, 1.02, 1.1):
+        model.forward = _with(model, lambda logits, factor=factor: logits * factor)
+        refused(model, "does more between")
+        model.forward = plain
 
 
 def test_the_model_stays_as_it_is():
@@ -150,6 +154,24 @@ def test_settings_that_a_model_does_not_follow_are_seen(kind, setting, value):
     model.config = copy.deepcopy(model.config)
     setattr(model.config, setting, value)
     refused(model, "does more between")
+
+
+@pytest.mark.parametrize("check", (True, False))
+@pytest.mark.parametrize(
+    ("kind", "setting", "value"),
+    [
+        ("cohere", "logit_scale", -0.5),
+        ("cohere", "logit_scale", 0.0),
+        ("granite", "logits_scaling", -4.0),
+        ("gemma2", "final_logit_softcapping", -5.0),
+    ],
+)
+def test_settings_that_no_operation_takes_are_refused(kind, setting, value, check):
+    refused(
+        small_model(kind, **{setting: value}),
+        "declares logit scale .* and cap .*: expected positive numbers",
+        check=check,
+    )
 
 
 def test_what_is_done_to_the_hidden_states_is_seen():
