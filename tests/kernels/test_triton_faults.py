@@ -18,7 +18,7 @@ from tests.kernels.guarded_memory import SIDES
 from tests.run_python import run_python
 
 from rlhf_kernels.kernels.triton._launch import INTERPRETED, kernel, launch
-from rlhf_kernels.kernels.triton.logprobs import tile_bounds
+from rlhf_kernels.kernels.triton._tiles import tile_bounds
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="guards memory of the interpreter")
 

@@ -227,7 +227,7 @@ class TestTraffic:
     @pytest.mark.parametrize("entropy", [False, True])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     def test_token_logprobs(self, dtype, entropy):
-        from rlhf_kernels.kernels.triton.logprobs import BACKWARD_TILE, TILE
+        from rlhf_kernels.kernels.triton.logprobs import BACKWARD_TILE, PARTS, TILE
 
         rows, vocab = 4, TILE + BACKWARD_TILE + 3
         tiles, backward_tiles = 2, 4
@@ -247,7 +247,7 @@ class TestTraffic:
         for out in outputs:
             assert (forward.writes(out) == 1).all()
         count, size = int(kept.sum()), logits.element_size()
-        partials = count * tiles * (3 if entropy else 2) * 4
+        partials = count * tiles * PARTS * (3 if entropy else 2) * 4
         of_labels = rows * (tiles + 1) * 8
         assert forward.bytes_read == count * (vocab + 1) * size + of_labels + partials
         # Three statistics a row are kept for the backward.
@@ -270,7 +270,7 @@ class TestTraffic:
 
     @pytest.mark.parametrize("direction", ["reverse", "forward"])
     def test_kl_divergence(self, direction):
-        from rlhf_kernels.kernels.triton.kl import TILE
+        from rlhf_kernels.kernels.triton.kl import PARTS, TILE
 
         rows, vocab, tiles = 3, TILE + 5, 2
         logits = torch.randn(rows, vocab, dtype=torch.bfloat16).requires_grad_()
@@ -279,7 +279,7 @@ class TestTraffic:
             result = rk.kl_divergence(logits, ref, direction=direction)
         assert (forward.reads(logits) == 1).all() and (forward.reads(ref) == 1).all()
         assert (forward.writes(result) == 1).all()
-        partials = rows * tiles * 5 * 4
+        partials = rows * tiles * PARTS * 5 * 4
         assert forward.bytes_read == 2 * rows * vocab * 2 + partials
         assert forward.bytes_written == partials + rows * (1 + 5) * 4
 

@@ -33,16 +33,12 @@ def tree_sum(x, N: tl.constexpr):
 
 
 @triton.jit
-def tile_sum(x, N: tl.constexpr, CHUNK: tl.constexpr):
-    """Sum of a block [N] as of `tree_sum`, but halves first until CHUNK numbers are left.
-
-    A thread's loads of a tile are CHUNK numbers apart: it adds them up by itself, and one tree goes
-    over the lanes.
-    """
+def tree_sums(x):
+    """Sums of the rows of a block [R, C], each as of `tree_sum`."""
     for _ in tl.static_range(20):
-        if x.shape[0] > CHUNK:
-            x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2)), axis=0)
-    return tree_sum(x, N)
+        if x.shape[1] > 1:
+            x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)), axis=2)
+    return tl.reshape(x, (x.shape[0],))
 
 
 @triton.jit

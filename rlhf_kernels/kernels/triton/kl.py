@@ -1,9 +1,9 @@
-"""kl_divergence: tiles of both rows reduced in parallel, then combined in order; and kl_penalty.
+"""kl_divergence: parts of both rows reduced in parallel, then combined in order; and kl_penalty.
 
 P is the weighting distribution (policy for reverse, reference for forward), Q the other one:
 KL = t / (T s_P) - (log s_P - log s_Q), where e = exp((x - m) / T), s = sum e and
 t = sum e_P ((x_P - m_P) - (x_Q - m_Q)). The difference is taken element by element, so t is
-accurate where the two rows are close. Tiles depend only on the vocabulary, as in token_logprobs.
+accurate where the two rows are close. Parts are those of token_logprobs.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,17 @@ from torch import Tensor
 
 from ...core.layout import as_rows, grid
 from ._launch import kernel, launch, tile_count
-from ._math import LOG2E, exp_parts, scalar, tile_sum, tree_sum
+from ._math import LOG2E, exp_parts, scalar, tree_sum, tree_sums
 from ._strided import alignment, in_units, strided, strided_rows, token_at
-from .logprobs import CHUNK, GROUP, LOWEST, ROWS, tile_bounds
+from ._tiles import load_blocks, tile_bounds, tops
+from .logprobs import GROUP, LOWEST, ROWS
 
-# Columns per program, 16 of each row per thread: two rows need as many registers as the single row
+# Columns per program, 32 of each row per thread: two rows need as many registers as the single row
 # of token_logprobs.
 TILE = 4096
-WARPS = 8
+PARTS = 4
+# Of the gradient, which has the same tiles.
+BACKWARD_WARPS = 8
 # Tokens per program of kl_penalty.
 TOKENS = 1024
 
@@ -34,39 +37,43 @@ def weight_of(d, rate):
     return tl.where(d * rate < LOWEST, 0.0, tl.exp2(d * (rate * LOG2E)))
 
 
-@triton.jit
-def distances(x, inside):
-    """Maximum m of a tile and x - m; x itself for a tile of only -inf."""
-    m = tl.max(tl.where(inside, x, float("-inf")), axis=0)
-    return m, x - tl.where(m == float("-inf"), 0.0, m)
-
-
 @kernel(aligned=("p", "q"))
 def partial_kernel(
-    p, q, partials, cols, tiles, vocab, temperature, ALIGN: tl.constexpr, TILE: tl.constexpr
+    p,
+    q,
+    partials,
+    cols,
+    tiles,
+    vocab,
+    temperature,
+    ALIGN: tl.constexpr,
+    TILE: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """(m_P, s_P, m_Q, s_Q, t) of one tile; vocab and strides are counted in units of ALIGN."""
+    """(m_P, s_P, m_Q, s_Q, t) of the parts of a tile; ALIGN is the unit of vocab and strides."""
     pid = tl.program_id(0)
     row, tile = pid // tiles, pid % tiles
     first, count = tile_bounds(tile, vocab, ALIGN, TILE)
-    column = tl.arange(0, TILE)
-    inside = column < count
-    x_p = token_at(p, row, cols, ALIGN) + first
-    x_q = token_at(q, row, cols, ALIGN) + first
-    z_p = tl.load(x_p + column, mask=inside, other=0.0).to(tl.float32)
-    z_q = tl.load(x_q + column, mask=inside, other=0.0).to(tl.float32)
-    rate = 1.0 / temperature
-    m_p, d_p = distances(z_p, inside)
-    m_q, d_q = distances(z_q, inside)
-    e = tl.where(inside, weight_of(d_p, rate), 0.0)
-    out = partials + pid.to(tl.int64) * 5
+    z_p = load_blocks(token_at(p, row, cols, ALIGN) + first, count, TILE, PARTS)
+    z_q = load_blocks(token_at(q, row, cols, ALIGN) + first, count, TILE, PARTS)
+    m_p, base_p = tops(z_p)
+    m_q, base_q = tops(z_q)
+    rate2 = 1.0 / temperature * LOG2E
+    s_p, s_q, t = tl.zeros_like(z_p[0]), tl.zeros_like(z_p[0]), tl.zeros_like(z_p[0])
+    for k in tl.static_range(len(z_p)):
+        d_p, d_q = z_p[k] - base_p, z_q[k] - base_q
+        log2_e = d_p * rate2
+        e = tl.exp2(log2_e)
+        s_p += e
+        s_q += tl.exp2(d_q * rate2)
+        # A term with a weight below the normal floats is 0, even where Q's logit is -inf.
+        t = tl.fma(e, tl.where(log2_e < LOWEST * LOG2E, 0.0, d_p - d_q), t)
+    out = partials + (pid.to(tl.int64) * PARTS + tl.arange(0, PARTS)) * 5
     tl.store(out, m_p)
-    tl.store(out + 1, tile_sum(e, TILE, CHUNK))
-    # A term with weight 0 is 0, even where Q's logit is -inf.
-    tl.store(out + 4, tile_sum(tl.where(e == 0.0, 0.0, e * (d_p - d_q)), TILE, CHUNK))
-    e = tl.where(inside, weight_of(d_q, rate), 0.0)
+    tl.store(out + 1, tree_sums(s_p))
     tl.store(out + 2, m_q)
-    tl.store(out + 3, tile_sum(e, TILE, CHUNK))
+    tl.store(out + 3, tree_sums(s_q))
+    tl.store(out + 4, tree_sums(t))
 
 
 @triton.jit
@@ -78,52 +85,52 @@ def rebased(m, s, base, rate):
 
 
 @triton.jit
-def combine_pairs(partials, tiles, rate, GROUP: tl.constexpr):
-    """(m_P, s_P, m_Q, s_Q, t) of a row from those of its tiles, in order; all sums are fp64."""
+def combine_pairs(partials, parts, rate, GROUP: tl.constexpr):
+    """(m_P, s_P, m_Q, s_Q, t) of a row from those of its parts, in order; all sums are fp64."""
     m_p = tl.full((), float("-inf"), tl.float32)
     m_q = tl.full((), float("-inf"), tl.float32)
     s_p = tl.full((), 0.0, tl.float64)
     s_q = tl.full((), 0.0, tl.float64)
     t = tl.full((), 0.0, tl.float64)
-    for start in range(0, tiles, GROUP):
-        tile = start + tl.arange(0, GROUP)
-        inside = tile < tiles
-        at = partials + tile.to(tl.int64) * 5
-        tile_mp = tl.load(at, mask=inside, other=float("-inf"))
-        tile_sp = tl.load(at + 1, mask=inside, other=0.0).to(tl.float64)
-        tile_mq = tl.load(at + 2, mask=inside, other=float("-inf"))
-        tile_sq = tl.load(at + 3, mask=inside, other=0.0).to(tl.float64)
-        tile_t = tl.load(at + 4, mask=inside, other=0.0).to(tl.float64)
+    for start in range(0, parts, GROUP):
+        part = start + tl.arange(0, GROUP)
+        inside = part < parts
+        at = partials + part.to(tl.int64) * 5
+        part_mp = tl.load(at, mask=inside, other=float("-inf"))
+        part_sp = tl.load(at + 1, mask=inside, other=0.0).to(tl.float64)
+        part_mq = tl.load(at + 2, mask=inside, other=float("-inf"))
+        part_sq = tl.load(at + 3, mask=inside, other=0.0).to(tl.float64)
+        part_t = tl.load(at + 4, mask=inside, other=0.0).to(tl.float64)
         # This maximum may lose a NaN, but the sums have it too.
-        top_p, top_q = tl.max(tile_mp, axis=0), tl.max(tile_mq, axis=0)
+        top_p, top_q = tl.max(part_mp, axis=0), tl.max(part_mq, axis=0)
         top_p = tl.where(m_p > top_p, m_p, top_p)
         top_q = tl.where(m_q > top_q, m_q, top_q)
         base_p = tl.where(top_p == float("-inf"), 0.0, top_p)
         base_q = tl.where(top_q == float("-inf"), 0.0, top_q)
-        shift_p, weight_p = rebased(tile_mp, tile_sp, base_p, rate)
-        shift_q, weight_q = rebased(tile_mq, tile_sq, base_q, rate)
+        shift_p, weight_p = rebased(part_mp, part_sp, base_p, rate)
+        shift_q, weight_q = rebased(part_mq, part_sq, base_q, rate)
         before_p, kept_p = rebased(m_p, s_p, base_p, rate)
         before_q, kept_q = rebased(m_q, s_q, base_q, rate)
         # Every x - m changes with m. A weight that underflows makes even an infinite term 0.
-        moved = weight_p * (tile_t + tile_sp * (shift_p - shift_q))
+        moved = weight_p * (part_t + part_sp * (shift_p - shift_q))
         kept = kept_p * (t + s_p * (before_p - before_q))
         moved = tree_sum(tl.where(weight_p == 0.0, 0.0, moved), GROUP)
         t = tl.where(kept_p == 0.0, 0.0, kept) + moved
-        s_p = kept_p * s_p + tree_sum(weight_p * tile_sp, GROUP)
-        s_q = kept_q * s_q + tree_sum(weight_q * tile_sq, GROUP)
+        s_p = kept_p * s_p + tree_sum(weight_p * part_sp, GROUP)
+        s_q = kept_q * s_q + tree_sum(weight_q * part_sq, GROUP)
         m_p, m_q = top_p, top_q
     return m_p, s_p, m_q, s_q, t
 
 
 @kernel
 def combine_kernel(
-    partials, kl, stats, tiles, temperature, REVERSE: tl.constexpr, GROUP: tl.constexpr
+    partials, kl, stats, parts, temperature, REVERSE: tl.constexpr, GROUP: tl.constexpr
 ):
     """Divergence of one row and its statistics: m, s of the policy, of the reference, t / s_P."""
     row = tl.program_id(0).to(tl.int64)
     rate = 1.0 / scalar(temperature).to(tl.float64)
-    of_row = partials + row * tiles * 5
-    m_p, s_p, m_q, s_q, t = combine_pairs(of_row, tiles, rate.to(tl.float32), GROUP)
+    of_row = partials + row * parts * 5
+    m_p, s_p, m_q, s_q, t = combine_pairs(of_row, parts, rate.to(tl.float32), GROUP)
     value = t / s_p * rate - (tl.log(s_p) - tl.log(s_q))
     # A KL divergence is never negative (Gibbs), but rounding may make it so. NaN stays.
     value = tl.where(value < 0.0, 0.0, value)
@@ -270,15 +277,15 @@ def kl_divergence(
     (rows, cols), tiles = grid(shape), tile_count(vocab, TILE)
     logits, ref_logits = as_rows(logits), as_rows(ref_logits)
     p, q = (logits, ref_logits) if reverse else (ref_logits, logits)
-    partials = kl.new_empty(rows * cols * tiles * 5)
+    partials = kl.new_empty(rows * cols * tiles * PARTS * 5)
     x, y = strided_rows(p), strided_rows(q)
     align = alignment(vocab, x, y)
     tensors = (in_units(x, align), in_units(y, align), partials)
     sizes, scale = (cols, tiles, vocab // align), float(temperature)
-    tile = {"ALIGN": align, "TILE": TILE, "warps": WARPS}
+    tile = {"ALIGN": align, "TILE": TILE, "PARTS": PARTS, "warps": PARTS}
     launch(partial_kernel, rows * cols * tiles, p, *tensors, *sizes, scale, **tile)
-    group = {"REVERSE": reverse, "GROUP": GROUP, "warps": 1}
-    launch(combine_kernel, rows * cols, p, partials, kl, stats, tiles, scale, **group)
+    parts, group = tiles * PARTS, {"REVERSE": reverse, "GROUP": GROUP, "warps": 1}
+    launch(combine_kernel, rows * cols, p, partials, kl, stats, parts, scale, **group)
     return kl, stats
 
 
@@ -327,7 +334,7 @@ def _backward(
         ALIGN=align,
         REVERSE=reverse,
         TILE=TILE,
-        warps=WARPS,
+        warps=BACKWARD_WARPS,
     )
 
 

@@ -1,9 +1,9 @@
 """token_logprobs: tiles of the vocabulary reduced in parallel, then combined in order.
 
-A program reads TILE columns of one row once, keeps them in registers and computes their maximum m
-and the sums of e = exp((x - m) / T) and e (x - m) / T. A second kernel combines the tiles of each
-row. Tiles depend only on the vocabulary, so a row's bits do not depend on its batch, and a few rows
-fill the device as well as many.
+A program reads TILE columns of one row once and keeps them in registers. Each of its warps computes
+the maximum m of its part of them, and the sums of e = exp((x - m) / T) and e (x - m) / T. A second
+kernel combines the parts of each row. Parts depend only on the vocabulary and the dtype, so a row's
+bits do not depend on its batch, and a few rows fill the device as well as many.
 """
 
 from collections.abc import Callable
@@ -18,50 +18,25 @@ from ...core import checks, env, sentinels
 from ...core.layout import as_rows, as_upstream, grid
 from ...core.row_options import RowOptions
 from ._launch import kernel, launch, tile_count
-from ._math import LOG2E, good_temperature, scalar, tile_sum, tree_sum
-from ._rows import packed, row_temperature, tile_with_options, with_options
+from ._math import LOG2E, good_temperature, scalar, tree_sum, tree_sums
+from ._rows import packed, row_temperature, with_options
 from ._strided import alignment, in_units, strided, strided_rows, token_at
+from ._tiles import LEAST, load_blocks, tile_bounds, tops
 
-# Columns per program, 32 per thread: all 16-byte loads of a tile are in flight at once.
+# Columns per program, 64 per thread: all 16-byte loads of a tile are in flight at once.
 TILE = 8192
-WARPS = 8
-# Columns that its threads load at once, of 2 bytes each: tile_sum adds these first.
-CHUNK = tl.constexpr(2048)
+PARTS = 4
 # Smaller for the gradient, which needs more registers per column and has no reduction.
 BACKWARD_TILE = 4096
+BACKWARD_WARPS = 8
 # Rows per program of kernels over rows only.
 ROWS = 64
-# Tiles that the combining kernel takes at a time, 2^19 columns.
-GROUP = 64
+# Parts that the combining kernel takes at a time, 2^18 columns.
+GROUP = 128
 # exp of a smaller number is below the normal floats and counts as zero.
 LOWEST = tl.constexpr(-87.0)
 ELSEWHERE = tl.constexpr(sentinels.ELSEWHERE)
 SHARD_IGNORED = tl.constexpr(sentinels.SHARD_IGNORED)
-
-
-@triton.jit
-def tile_bounds(tile, size, UNIT: tl.constexpr, TILE: tl.constexpr):
-    """(first element, number of elements) of a tile of `size` units; size may exceed 2^31."""
-    first = tile.to(tl.int64) * TILE
-    return first, tl.minimum(size.to(tl.int64) * UNIT - first, TILE).to(tl.int32)
-
-
-@triton.jit
-def tile_sums(z, rate, ENTROPY: tl.constexpr, TILE: tl.constexpr):
-    """m = max z, sum of e = exp(rate (z - m)) and sum of e rate (z - m), over a tile of logits.
-
-    z is -inf where the tile has no column.
-    """
-    m = tl.max(z, axis=0)
-    # A tile of only -inf adds 0. A NaN that the maximum ignores still reaches the sums.
-    d = z - tl.where(m == float("-inf"), 0.0, m)
-    e = tl.exp2(d * (rate * LOG2E))
-    s = tile_sum(e, TILE, CHUNK)
-    t = 0.0
-    if ENTROPY:
-        # Far from the maximum e is 0 and d may be -inf; the term is 0.
-        t = tile_sum(tl.where(e == 0.0, 0.0, e * d), TILE, CHUNK) * rate
-    return m, s, t
 
 
 @kernel(aligned=("logits",))
@@ -78,54 +53,63 @@ def partial_kernel(
     ALIGN: tl.constexpr,
     ENTROPY: tl.constexpr,
     TILE: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """(m, s, t) of one tile of one row; vocab and strides are counted in units of ALIGN."""
+    """(m, s, t) of the parts of a tile; vocab and strides are counted in units of ALIGN."""
     pid = tl.program_id(0)
     row, tile = pid // tiles, pid % tiles
     label = tl.load(token_at(labels, row, cols))
     if label != ignore_index:
         temperature = row_temperature(row_options, temperatures, row, cols)
         first, count = tile_bounds(tile, vocab, ALIGN, TILE)
-        column = tl.arange(0, TILE)
-        inside = column < count
         x = token_at(logits, row, cols, ALIGN) + first
-        z = tl.load(x + column, mask=inside, other=float("-inf")).to(tl.float32)
-        z = tile_with_options(z, inside, row_options)
-        m, s, t = tile_sums(z, 1.0 / temperature, ENTROPY, TILE)
-        out = partials + pid.to(tl.int64) * 3
+        z = load_blocks(x, count, TILE, PARTS, row_options)
+        m, base = tops(z)
+        rate = 1.0 / temperature
+        s, t = tl.zeros_like(z[0]), tl.zeros_like(z[0])
+        for k in tl.static_range(len(z)):
+            d = z[k] - base
+            if ENTROPY:
+                # Where d is -inf, e is 0, and e d must not be NaN. A NaN stays.
+                d = tl.maximum(d, LEAST, propagate_nan=tl.PropagateNan.ALL)
+            e = tl.exp2(d * (rate * LOG2E))
+            s += e
+            if ENTROPY:
+                t = tl.fma(e, d, t)
+        out = partials + (pid.to(tl.int64) * PARTS + tl.arange(0, PARTS)) * 3
         tl.store(out, m)
-        tl.store(out + 1, s)
+        tl.store(out + 1, tree_sums(s))
         if ENTROPY:
-            tl.store(out + 2, t)
+            tl.store(out + 2, tree_sums(t) * rate)
 
 
 @triton.jit
-def combine_tiles(partials, tiles, rate, ENTROPY: tl.constexpr, GROUP: tl.constexpr):
-    """(m, s, t) of a row from those of its tiles, in order; s and t are fp64."""
+def combine_parts(partials, parts, rate, ENTROPY: tl.constexpr, GROUP: tl.constexpr):
+    """(m, s, t) of a row from those of its parts, in order; s and t are fp64."""
     m = tl.full((), float("-inf"), tl.float32)
     s = tl.full((), 0.0, tl.float64)
     t = tl.full((), 0.0, tl.float64)
-    for start in range(0, tiles, GROUP):
-        tile = start + tl.arange(0, GROUP)
-        inside = tile < tiles
-        at = partials + tile.to(tl.int64) * 3
-        tile_m = tl.load(at, mask=inside, other=float("-inf"))
-        tile_s = tl.load(at + 1, mask=inside, other=0.0).to(tl.float64)
+    for start in range(0, parts, GROUP):
+        part = start + tl.arange(0, GROUP)
+        inside = part < parts
+        at = partials + part.to(tl.int64) * 3
+        part_m = tl.load(at, mask=inside, other=float("-inf"))
+        part_s = tl.load(at + 1, mask=inside, other=0.0).to(tl.float64)
         # This maximum may lose a NaN, but the sums have it too.
-        top = tl.max(tile_m, axis=0)
+        top = tl.max(part_m, axis=0)
         top = tl.where(m > top, m, top)
         base = tl.where(top == float("-inf"), 0.0, top)
-        # A tile of only -inf has no reference point and a sum of 0; its distance is 0.
-        shift = tl.where(tile_s == 0.0, 0.0, (tile_m - base) * rate)
+        # A part of only -inf has no reference point and a sum of 0; its distance is 0.
+        shift = tl.where(part_s == 0.0, 0.0, (part_m - base) * rate)
         weight = tl.exp2(shift * LOG2E).to(tl.float64)
         before = tl.where(s == 0.0, 0.0, (m - base) * rate)
         kept = tl.exp2(before * LOG2E).to(tl.float64)
         if ENTROPY:
-            tile_t = tl.load(at + 2, mask=inside, other=0.0).to(tl.float64)
+            part_t = tl.load(at + 2, mask=inside, other=0.0).to(tl.float64)
             # Logits masked with the lowest float may have distance -inf and weight 0.
-            moved = tl.where(weight == 0.0, 0.0, weight * (tile_t + tile_s * shift))
+            moved = tl.where(weight == 0.0, 0.0, weight * (part_t + part_s * shift))
             t = tl.where(kept == 0.0, 0.0, kept * (t + s * before)) + tree_sum(moved, GROUP)
-        s = kept * s + tree_sum(weight * tile_s, GROUP)
+        s = kept * s + tree_sum(weight * part_s, GROUP)
         m = top
     return m, s, t
 
@@ -140,13 +124,13 @@ def combine_kernel(
     entropies,
     stats,
     cols,
-    tiles,
+    parts,
     vocab,
     row_options,
     ignore_index,
     GROUP: tl.constexpr,
 ):
-    """Log-probability, entropy and statistics of one row from its tiles, in fp64."""
+    """Log-probability, entropy and statistics of one row from its parts, in fp64."""
     row = tl.program_id(0)
     label = tl.load(token_at(labels, row, cols)).to(tl.int64)
     logprob, entropy = 0.0, 0.0
@@ -154,9 +138,9 @@ def combine_kernel(
     if label != ignore_index:
         temperature = row_temperature(row_options, temperatures, row, cols)
         rate = 1.0 / scalar(temperature).to(tl.float64)
-        of_row = partials + row.to(tl.int64) * tiles * 3
+        of_row = partials + row.to(tl.int64) * parts * 3
         wanted = entropies is not None
-        row_m, row_s, row_t = combine_tiles(of_row, tiles, rate.to(tl.float32), wanted, GROUP)
+        row_m, row_s, row_t = combine_parts(of_row, parts, rate.to(tl.float32), wanted, GROUP)
         known = (label >= 0) & (label < vocab)
         shard = tl.full((), 0, tl.int64) + ignore_index == SHARD_IGNORED
         z = tl.load(token_at(logits, row, cols) + label, mask=known, other=0.0).to(tl.float32)
@@ -323,7 +307,7 @@ def token_logprobs(
         return logprobs, entropies, stats
     _check(labels, temperatures, vocab, options.ignore_index)
     logits, tiles = as_rows(logits), tile_count(vocab, TILE)
-    partials = logprobs.new_empty(rows * cols * tiles * 3)
+    partials = logprobs.new_empty(rows * cols * tiles * PARTS * 3)
     x = strided_rows(logits)
     align = alignment(vocab, x)
     tokens, of_rows = (strided(labels), strided(temperatures, torch.float32)), packed(options)
@@ -344,7 +328,8 @@ def token_logprobs(
             ALIGN=align,
             ENTROPY=options.entropy,
             TILE=TILE,
-            warps=WARPS,
+            PARTS=PARTS,
+            warps=PARTS,
         )
     launch(
         combine_kernel,
@@ -357,7 +342,7 @@ def token_logprobs(
         entropies if options.entropy else None,
         stats,
         cols,
-        tiles,
+        tiles * PARTS,
         vocab,
         of_rows,
         options.ignore_index,
@@ -419,7 +404,7 @@ def _backward(
         ALIGN=align,
         ENTROPY=h is not None,
         TILE=BACKWARD_TILE,
-        warps=WARPS,
+        warps=BACKWARD_WARPS,
     )
 
 

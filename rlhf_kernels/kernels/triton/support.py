@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -16,10 +17,10 @@ from ...core import checks, env
 from ...core.layout import as_rows, as_upstream, grid
 from ...core.row_options import RowOptions
 from ._launch import kernel, launch
-from ._math import LOG2E, good_temperature, scalar
+from ._math import LOG2E, good_temperature, scalar, tree_sum
 from ._rows import packed, row_temperature, with_options
 from ._strided import strided, strided_rows, token_at
-from .logprobs import LOWEST, label_gradient, tile_sums
+from .logprobs import LOWEST, label_gradient
 from .support_products import entries_of, owners, store_products, store_sums
 
 # Entries that a token's program takes at a time. Few lists are longer, and 512 would spill
@@ -42,6 +43,23 @@ def check_kernel(indptr, poison, tokens, entries, BLOCK: tl.constexpr):
         high = tl.load(indptr + i + 1, mask=inside, other=0)
         wrong = tl.maximum(wrong, tl.max(tl.where(high < low, 1, 0), axis=0))
     tl.store(poison, tl.where(wrong != 0, float("nan"), 0.0))
+
+
+@triton.jit
+def tile_sums(z, rate, ENTROPY: tl.constexpr, N: tl.constexpr):
+    """m = max z, sum of e = exp(rate (z - m)) and sum of e rate (z - m), over a block [N].
+
+    z is -inf where the block has no entry.
+    """
+    m = tl.max(z, axis=0)
+    # A block of only -inf adds 0. A NaN that the maximum ignores still reaches the sums.
+    d = z - tl.where(m == float("-inf"), 0.0, m)
+    e = tl.exp2(d * (rate * LOG2E))
+    t = 0.0
+    if ENTROPY:
+        # Far from the maximum e is 0 and d may be -inf; the term is 0.
+        t = tree_sum(tl.where(e == 0.0, 0.0, e * d), N) * rate
+    return m, tree_sum(e, N), t
 
 
 @kernel

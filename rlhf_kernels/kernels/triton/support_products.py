@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...core.layout import as_rows
 from ._launch import kernel, launch, tile_count
-from ._math import tree_sum
+from ._math import tree_sum, tree_sums
 from ._strided import Strided, alignment, in_units, strided, strided_rows, token_at
 
 # Entries and columns per tile of products, and per tile of a sum of rows: 32 values per thread.
@@ -24,17 +24,6 @@ WARPS = 4
 # Bound on the length of a list, so that lengths fit 32 bits. Valid lists are not longer than the
 # vocabulary.
 LONGEST = tl.constexpr(2**30)
-
-
-@triton.jit
-def sum_cols(x):
-    """Sums of a tile's rows, [R, C] to [R], as trees of neighbours with the same bits in any
-    layout.
-    """
-    for _ in tl.static_range(20):
-        if x.shape[1] > 1:
-            x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)), axis=2)
-    return tl.reshape(x, (x.shape[0],))
 
 
 @triton.jit
@@ -93,7 +82,7 @@ def products_kernel(
         a = tl.load(w[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
         b = tl.load(x[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
         acc += a * b
-    z = sum_cols(acc)
+    z = tree_sums(acc)
     if bias is not None:
         biases, _, stride = bias
         z += tl.load(biases + token_id * stride, mask=read, other=0.0)
