@@ -1,12 +1,14 @@
 """Counts the machine code of Triton kernels: ours beside those of TRL and Liger, if installed.
 
     python -m tools.triton_sass                                   # sm_90 and sm_100
+    python -m tools.triton_sass --ours                            # without TRL and Liger
     python -m tools.triton_sass --report benchmarks/results/triton-sass.md --date 2026-01-31
 
 Each library's own function is called on bf16 rows of Qwen's vocabulary. What it would launch is
 recorded and compiled by `tools.triton_aot`. The fast path is counted per logit as in
 `tools.cuda_sass`: the whole path, with the padding of tiles, or an iteration if the kernel loops
-over its row. No GPU is needed, and nothing is measured.
+over its row. Our kernels must keep to the limits of `POINTS`: otherwise the exit status is 1. No
+GPU is needed, and nothing is measured.
 """
 
 import argparse
@@ -50,15 +52,29 @@ class Point:
     traffic: int
     unit: str = "logit"
     exponentials: int = 1
+    # Of our kernels: the most instructions per unit and registers, the least KiB in flight. A limit
+    # is tightened when its kernel gets better, and never widened to pass.
+    limit: tuple[float, int, float] | None = None
 
 
 class Call(NamedTuple):
-    """A call in the form that `triton_aot.record` takes."""
+    """A call in the form that `triton_aot.record` takes: it is a case and its call in one."""
 
     name: str
     function: Callable[..., Any]
     args: tuple[Any, ...]
     options: dict[str, Any]
+
+    @property
+    def call(self) -> "Call":
+        return self
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {str(i): t for i, t in enumerate(self.args)}
+
+    def run(self) -> Any:
+        return self.function(*self.args, **self.options)
 
     def outputs(self, result: Any) -> Any:
         return result
@@ -102,14 +118,26 @@ _LOGPROB, _BOTH, _BACKWARD = (
     "backward of log-probability and entropy",
 )
 POINTS = (
-    Point(_LOGPROB, "ours", "logprobs.partial_kernel", lambda: _ours(False), "TILE", False, 2),
+    Point(
+        _LOGPROB, "ours", "logprobs.partial_kernel", lambda: _ours(False), "TILE", False, 2,
+        limit=(10.2, 80, 96),
+    ),
     Point(_LOGPROB, "Liger", "grpo_loss._selective_log_softmax_kernel", _liger, "BLOCK_N", True, 2),
-    Point(_BOTH, "ours", "logprobs.partial_kernel", lambda: _ours(True), "TILE", False, 2),
+    Point(
+        _BOTH, "ours", "logprobs.partial_kernel", lambda: _ours(True), "TILE", False, 2,
+        limit=(12.7, 80, 96),
+    ),
     Point(_BOTH, "TRL", "logprob_entropy._forward_kernel", _trl, "BLOCK_SIZE", True, 2),
-    Point(_BACKWARD, "ours", "logprobs.backward_kernel", lambda: _ours(True), "TILE", False, 4),
+    Point(
+        _BACKWARD, "ours", "logprobs.backward_kernel", lambda: _ours(True), "TILE", False, 4,
+        limit=(22.8, 36, 78),
+    ),
     Point(_BACKWARD, "TRL", "logprob_entropy._backward_kernel", _trl, "BLOCK_SIZE", False, 4),
-    Point("KL divergence", "ours", "kl.partial_kernel", _ours_kl, "TILE", False, 4, "pair", 2),
-)
+    Point(
+        "KL divergence", "ours", "kl.partial_kernel", _ours_kl, "TILE", False, 4, "pair", 2,
+        limit=(25.6, 80, 96),
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,6 +151,20 @@ class Figures:
     blocks: int
     # KiB of loads in flight on a multiprocessor.
     in_flight: float
+
+    def problems(self, point: Point, arch: int) -> list[str]:
+        """The figures that exceed the limit of a point."""
+        if point.limit is None:
+            return []
+        issued, registers, in_flight = point.limit
+        found = []
+        if self.instructions > issued:
+            found.append(f"{self.instructions:.2f} instructions per {point.unit}")
+        if self.registers > registers:
+            found.append(f"{self.registers} registers")
+        if self.in_flight < in_flight:
+            found.append(f"{self.in_flight:g} KiB of loads in flight")
+        return [f"{point.name}, sm_{arch}: {text}, beyond {point.limit}" for text in found]
 
 
 def installed(library: str) -> bool:
@@ -232,10 +274,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--report", type=Path, help="where the Markdown table goes")
     parser.add_argument("--date", help="of the report")
+    parser.add_argument("--ours", action="store_true", help="leave out other libraries")
     options = parser.parse_args()
     if options.report and not options.date:
         parser.error("--report needs --date")
-    missing = [name for name in ("TRL", "Liger") if not installed(name)]
+    missing = [name for name in ("TRL", "Liger") if options.ours or not installed(name)]
     found = {
         (point, arch): figures(point, arch)
         for point in POINTS
@@ -246,7 +289,9 @@ def main() -> int:
     print(text)
     if options.report:
         options.report.write_text(text)
-    return 0
+    problems = [text for (point, arch), f in found.items() for text in f.problems(point, arch)]
+    print("\n".join(problems))
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from rlhf_kernels.kernels import backends, triton
 pytest.importorskip("triton", reason="the package triton is not installed (it needs Linux)")
 
 TOOL = ("-m", "tools.triton_aot")
+ROOT = str(Path(__file__).parents[2])
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Only there are the loads and stores seen.
 interpreted = pytest.mark.skipif(
@@ -30,8 +31,7 @@ interpreted = pytest.mark.skipif(
 
 def run_tool(directory: Path, *arguments: str) -> dict:
     out = directory / "out.json"
-    root = str(Path(__file__).parents[2])
-    done = run_python(*TOOL, "--json", str(out), *arguments, check=False, PYTHONPATH=root)
+    done = run_python(*TOOL, "--json", str(out), *arguments, check=False, PYTHONPATH=ROOT)
     assert out.exists(), f"{done.stdout}\n{done.stderr}"
     result = json.loads(out.read_text())
     assert done.returncode == (1 if result["problems"] else 0)
@@ -82,6 +82,27 @@ def test_the_gate_refuses_bad_kernels(tmp_path):
     assert "forgotten_kernel is never launched" in problems
     # A helper is no kernel.
     assert not any("helper" in name for name in result["kernels"])
+
+
+def test_main_kernels_keep_to_the_limits_of_their_machine_code():
+    done = run_python("-m", "tools.triton_sass", "--ours", check=False, PYTHONPATH=ROOT)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert done.stdout.count("| ours | sm_90 |") == done.stdout.count("| ours | sm_100 |") == 4
+
+
+def test_what_exceeds_a_limit_is_reported():
+    script = """
+from tools.triton_sass import POINTS, Figures
+point = POINTS[0]
+issued, registers, in_flight = point.limit
+for figures in (
+    Figures(issued, 1.0, registers, 4, 6, in_flight),
+    Figures(issued + 0.1, 1.0, registers + 1, 4, 6, in_flight - 8),
+):
+    print(len(figures.problems(point, 90)))
+"""
+    done = run_python("-c", script, PYTHONPATH=ROOT)
+    assert done.stdout.split() == ["0", "3"]
 
 
 def test_every_operation_is_recorded(recorded):
