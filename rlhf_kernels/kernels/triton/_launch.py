@@ -1,5 +1,6 @@
 """Launching kernels: device, grid, and the arguments that Triton may specialise on."""
 
+import functools
 from typing import Any
 
 import torch
@@ -95,6 +96,18 @@ def launch(
 def _current(device: torch.device) -> bool:
     index: int = getattr(torch, device.type).current_device()
     return index == device.index
+
+
+@functools.cache
+def _warp_size(driver: Any) -> int:
+    # That of the device that is current at the first call; others would lose speed, not bits.
+    size: int = driver.get_current_target().warp_size
+    return size
+
+
+def warps_of(threads: int) -> int:
+    """The number of warps that have so many threads: a warp has 32 or, on some GPUs, 64."""
+    return threads // (32 if INTERPRETED else _warp_size(triton.runtime.driver.active))
 
 
 def tile_count(size: int, tile: int) -> int:

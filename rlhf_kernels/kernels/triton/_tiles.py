@@ -1,9 +1,9 @@
 """Tiles of rows of logits, read once and kept in registers.
 
-A tile is a tuple of blocks [PARTS, COLS] of consecutive columns. A lane has one 16-byte load of
-each block, and a warp has one row of it: a part of the tile. Sums first add up the blocks, in order
-and within each lane; then one tree goes over the lanes of a part. Parts keep their sums apart, so
-that no warp waits for another one. A kernel has as many warps as PARTS.
+A tile is a tuple of blocks [PARTS, COLS] of consecutive columns. A thread has one 16-byte load of
+each block, and 32 threads have one row of it: a part of the tile. Sums first add up the blocks, in
+order and within each thread; then one tree goes over the threads of a part. Parts keep their sums
+apart, so that no warp waits for another one. A program has 32 * PARTS threads.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ._rows import tile_with_options
 
-# Bits of the loads of 32 lanes.
+# Bits of the loads of 32 threads.
 PART_BITS = tl.constexpr(32 * 128)
 # Below every distance of finite logits from their maximum.
 LEAST = tl.constexpr(-3.4028234663852886e38)

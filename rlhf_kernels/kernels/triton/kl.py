@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.layout import as_rows, grid
-from ._launch import kernel, launch, tile_count
+from ._launch import kernel, launch, tile_count, warps_of
 from ._math import LOG2E, exp_parts, scalar, tree_sum, tree_sums
 from ._strided import alignment, in_units, strided, strided_rows, token_at
 from ._tiles import load_blocks, tile_bounds, tops
@@ -282,7 +282,7 @@ def kl_divergence(
     align = alignment(vocab, x, y)
     tensors = (in_units(x, align), in_units(y, align), partials)
     sizes, scale = (cols, tiles, vocab // align), float(temperature)
-    tile = {"ALIGN": align, "TILE": TILE, "PARTS": PARTS, "warps": PARTS}
+    tile = {"ALIGN": align, "TILE": TILE, "PARTS": PARTS, "warps": warps_of(32 * PARTS)}
     launch(partial_kernel, rows * cols * tiles, p, *tensors, *sizes, scale, **tile)
     parts, group = tiles * PARTS, {"REVERSE": reverse, "GROUP": GROUP, "warps": 1}
     launch(combine_kernel, rows * cols, p, partials, kl, stats, parts, scale, **group)

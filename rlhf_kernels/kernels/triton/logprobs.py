@@ -17,7 +17,7 @@ from torch import Tensor
 from ...core import checks, env, sentinels
 from ...core.layout import as_rows, as_upstream, grid
 from ...core.row_options import RowOptions
-from ._launch import kernel, launch, tile_count
+from ._launch import kernel, launch, tile_count, warps_of
 from ._math import LOG2E, good_temperature, scalar, tree_sum, tree_sums
 from ._rows import packed, row_temperature, with_options
 from ._strided import alignment, in_units, strided, strided_rows, token_at
@@ -329,7 +329,7 @@ def token_logprobs(
             ENTROPY=options.entropy,
             TILE=TILE,
             PARTS=PARTS,
-            warps=PARTS,
+            warps=warps_of(32 * PARTS),
         )
     launch(
         combine_kernel,
