@@ -128,10 +128,7 @@ POINTS = (
         limit=(12.7, 80, 96),
     ),
     Point(_BOTH, "TRL", "logprob_entropy._forward_kernel", _trl, "BLOCK_SIZE", True, 2),
-    Point(
-        _BACKWARD, "ours", "logprobs.backward_kernel", lambda: _ours(True), "TILE", False, 4,
-        limit=(22.8, 36, 78),
-    ),
+    Point(_BACKWARD, "ours", "logprobs.backward_kernel", lambda: _ours(True), "TILE", False, 4),
     Point(_BACKWARD, "TRL", "logprob_entropy._backward_kernel", _trl, "BLOCK_SIZE", False, 4),
     Point(
         "KL divergence", "ours", "kl.partial_kernel", _ours_kl, "TILE", False, 4, "pair", 2,

@@ -25,7 +25,7 @@ def tile_bounds(tile, size, UNIT: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def load_blocks(x, count, TILE: tl.constexpr, PARTS: tl.constexpr, row_options=None):
+def load_blocks(x, count, row_options, TILE: tl.constexpr, PARTS: tl.constexpr):
     """The fp32 blocks of a tile of `count` columns from the address x, after the options of rows.
 
     -inf beyond the columns.
@@ -37,9 +37,8 @@ def load_blocks(x, count, TILE: tl.constexpr, PARTS: tl.constexpr, row_options=N
         at = column + k * PARTS * COLS
         inside = at < count
         z = tl.load(x + at, mask=inside, other=float("-inf")).to(tl.float32)
-        if row_options is not None:
-            z = tile_with_options(z, inside, row_options)
-        blocks += (z,)
+        z = tile_with_options(z, inside, row_options)
+        blocks += (z,)  # type: ignore[assignment]
     return blocks
 
 

@@ -54,8 +54,10 @@ def partial_kernel(
     pid = tl.program_id(0)
     row, tile = pid // tiles, pid % tiles
     first, count = tile_bounds(tile, vocab, ALIGN, TILE)
-    z_p = load_blocks(token_at(p, row, cols, ALIGN) + first, count, TILE, PARTS)
-    z_q = load_blocks(token_at(q, row, cols, ALIGN) + first, count, TILE, PARTS)
+    row_options = (temperature, None)
+    x_p, x_q = token_at(p, row, cols, ALIGN) + first, token_at(q, row, cols, ALIGN) + first
+    z_p = load_blocks(x_p, count, row_options, TILE, PARTS)
+    z_q = load_blocks(x_q, count, row_options, TILE, PARTS)
     m_p, base_p = tops(z_p)
     m_q, base_q = tops(z_q)
     rate2 = 1.0 / temperature * LOG2E

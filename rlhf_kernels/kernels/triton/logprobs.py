@@ -63,7 +63,7 @@ def partial_kernel(
         temperature = row_temperature(row_options, temperatures, row, cols)
         first, count = tile_bounds(tile, vocab, ALIGN, TILE)
         x = token_at(logits, row, cols, ALIGN) + first
-        z = load_blocks(x, count, TILE, PARTS, row_options)
+        z = load_blocks(x, count, row_options, TILE, PARTS)
         m, base = tops(z)
         rate = 1.0 / temperature
         s, t = tl.zeros_like(z[0]), tl.zeros_like(z[0])
