@@ -42,8 +42,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime import JITFunction, driver  # noqa: E402
 
+from tools.tables import table  # noqa: E402
+
 import rlhf_kernels.kernels.triton  # noqa: E402
-from benchmarks.reports.tables import table  # noqa: E402
 from rlhf_kernels.kernels import backends  # noqa: E402
 from rlhf_kernels.ops import _calls  # noqa: E402
 

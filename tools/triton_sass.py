@@ -28,9 +28,9 @@ from torch import Tensor
 
 from tools import cuda_sass, triton_aot
 from tools.cuda_budgets import VOCABULARY
+from tools.tables import table
 
 import rlhf_kernels as rk
-from benchmarks.reports.tables import table
 
 ARCHS = (90, 100)
 

@@ -20,8 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tools.tables import table
+
 from .. import ROOT, divided, make_parser
-from .tables import table
 
 TOLERANCE = 0.10
 # Fewer rounds do not show the spread; that of one round is 0.

@@ -5,11 +5,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tools.tables import microseconds, multiple, table
+
 from .. import ROOT
 from ..gpu.keep import write_text
 from ..gpu.ncu import short_name
 from . import suite
-from .tables import microseconds, multiple, table
 
 PEERS = {"eager": "eager", "compile": "compile", **suite.PEERS}
 Results = dict[str, dict[str, Any]]

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from tools.tables import mebibytes, milliseconds, table
+
 from . import charts
-from .tables import mebibytes, milliseconds, table
 
 #: Less memory counts as none, because the allocator and autograd need some themselves.
 NO_BYTES = 1 << 20

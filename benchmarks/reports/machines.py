@@ -8,10 +8,11 @@ compile's time over ours, and the share of the limit. A point that a run lacks i
 
 from pathlib import Path
 
+from tools.tables import bold_if, multiple, table
+
 from .. import make_parser
 from . import suite
 from .suite import Entry
-from .tables import bold_if, multiple, table
 
 
 def name(data: Entry) -> str:

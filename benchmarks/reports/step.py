@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .tables import mebibytes, table
+from tools.tables import mebibytes, table
 
 #: Parts that belong to the model; none of our operations can change them.
 OWN = ("layers", "optimizer")

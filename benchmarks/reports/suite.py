@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tools.tables import bold_if, mebibytes, milliseconds, multiple, table
+
 from .. import make_parser
 from ..harness.rounds import STEADY
 from . import charts, growth, step
-from .tables import bold_if, mebibytes, milliseconds, multiple, table
 
 PEERS = {"trl": "TRL", "verl": "verl", "liger": "Liger", "torch fused": "torch fused"}
 PEERS |= {"cce": "CCE", "quack": "QuACK", "flash-attn": "flash-attn", "trl kernel": "TRL kernel"}

@@ -24,13 +24,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tools.tables import table
+
 from rlhf_kernels.integrations import openrlhf, trl, verl
 from rlhf_kernels.testing import random_mask
 
 from .. import RESULTS
 from ..harness.clocks import device_name, synchronize
 from ..harness.memory import peak_extra_bytes
-from ..reports.tables import table
 from ..run import cpu_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

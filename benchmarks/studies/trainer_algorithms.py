@@ -11,11 +11,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tools.tables import table
+
 from rlhf_kernels.trainer.algorithms import ALGORITHMS
 from rlhf_kernels.trainer.run import train
 
 from .. import RESULTS, ROOT
-from ..reports.tables import table
 
 FIGURES = RESULTS / "trainer-algorithms.json"
 PAGE = ROOT / "docs" / "algorithms.md"

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tools.tables import table
+
 import rlhf_kernels as rk
 from rlhf_kernels.trainer.rewards import Rewards
 from rlhf_kernels.trainer.run import make_trainer
@@ -23,7 +25,6 @@ from rlhf_kernels.trainer.stage import Stage
 from rlhf_kernels.trainer.tokenizers import character_tokenizer
 
 from ..harness.memory import peak_extra_bytes
-from ..reports.tables import table
 
 WIDTH, LAYERS, VOCAB, ROWS, TOKENS = 256, 2, 32768, 16, 128
 

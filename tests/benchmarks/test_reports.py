@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tools import tables
+
 from benchmarks import ROOT
 from benchmarks.harness.measure import GateError
-from benchmarks.reports import compare, machines, suite, tables
+from benchmarks.reports import compare, machines, suite
 from benchmarks.reports import growth as growth_report
 from benchmarks.run import merged
 from benchmarks.studies import growth
