@@ -30,7 +30,8 @@ class Gradients:
         self._head, self._reduce = head, reduce
         wide = reduce is not None or head.hidden.dtype == torch.float16
         dtype = torch.float32 if wide else head.hidden.dtype
-        self.hidden = torch.zeros_like(head.hidden, dtype=dtype) if hidden else None
+        # Contiguous like every gradient here, whatever the strides of the operand.
+        self.hidden = head.hidden.new_zeros(head.hidden.shape, dtype=dtype) if hidden else None
         # The gradient of a tile's logits, if it needs a buffer of its own.
         self._of_logits: Tensor | None = None
         # The gradient of a tile's hidden states, summed over the columns so far.
@@ -247,5 +248,5 @@ class _Sum:
         if self._rounded is not None:
             return self._rounded
         if self._total is None:
-            return torch.zeros_like(self._like, dtype=torch.float32)
+            return self._like.new_zeros(self._like.shape, dtype=torch.float32)
         return self._total

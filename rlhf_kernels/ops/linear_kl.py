@@ -130,6 +130,11 @@ def linear_kl_divergence(
         op, chunk_tokens, kept_tokens, batch_invariant, weight, 2 * weight.shape[0], backend
     )
     if backend == backends.REFERENCE:
+        if mask is None:
+            keep = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
+        else:
+            keep = mask != 0
+        checks.kept_tokens(op, keep, batching.kept_tokens)
         return reference.linear_kl_divergence(
             hidden,
             weight,

@@ -242,7 +242,8 @@ def linear_token_logprobs(
         group: process group over which V is sharded; None for none.
         support: the token ids that the sampler kept for each token, (indptr, indices), as in
             `token_logprobs`. Only the rows of the weight for these ids are multiplied, in fp32 and
-            without chunks, and only these rows have a gradient.
+            without chunks, and only these rows have a gradient. No pass counts tokens, and every
+            row is summed alone: chunk_tokens, kept_tokens and batch_invariant change nothing.
 
     Returns:
         TokenLogprobs(logprobs [...], entropy None), or with entropy=True
@@ -263,19 +264,21 @@ def linear_token_logprobs(
         op, labels, "hidden", hidden, temperature, softcap, logit_scale, entropy, ignore_index
     )
     labels = row_options.without_masked(op, labels, mask, arguments.ignore_index)
-    if support is not None:
-        if shards:
-            raise ValueError(f"{op}: support and group do not go together")
-        return named_result(
-            *linear_token_logprobs_support(hidden, weight, bias, labels, support, arguments)
-        )
-
     backend = select(op, hidden.device)
     batching = check_batching(
         op, chunk_tokens, kept_tokens, batch_invariant, weight, weight.shape[0], backend
     )
+    if support is not None:
+        if shards:
+            raise ValueError(f"{op}: support and group do not go together")
+        checks.kept_tokens(op, labels != arguments.ignore_index, batching.kept_tokens)
+        return named_result(
+            *linear_token_logprobs_support(hidden, weight, bias, labels, support, arguments)
+        )
+
     if backend == backends.REFERENCE:
         keep, effective = labels != arguments.ignore_index, arguments.effective_temperature()
+        checks.kept_tokens(op, keep, batching.kept_tokens)
         if shards:
             shard.exchange_metadata(op, weight.shape[0], labels, effective, keep, shards)
         else:

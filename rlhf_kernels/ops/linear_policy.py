@@ -81,15 +81,23 @@ _sharded_forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = defi
 )
 
 
+def _scale_inplace(values: Tensor, factor: Tensor) -> Tensor:
+    """values [...] times the fp32 0-d factor, which torch on a GPU would round to their dtype."""
+    return values.mul_(factor.unsqueeze(0))
+
+
 def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """gradient * upstream in `dtype`; in the gradient's own memory where nobody needs it again.
 
     A second gradient of the weight would double the memory of the largest tensor in the call.
     """
-    if devices.is_cpu(upstream.device) or tracing.active(upstream) or graph_is_kept():
+    if tracing.active(upstream) or tracing.transform() is not None:
+        # As in `_scale_inplace`.
+        return (gradient * upstream.unsqueeze(0)).to(dtype)
+    if devices.is_cpu(upstream.device):
         return times(gradient, upstream, dtype)
-    scale = backends.get(backend).launchers.get("scale_inplace", Tensor.mul_)
-    scaled: Tensor = scale(gradient, upstream)
+    scale = backends.get(backend).launchers.get("scale_inplace", _scale_inplace)
+    scaled: Tensor = scale(gradient.clone() if graph_is_kept() else gradient, upstream)
     return scaled.to(dtype)
 
 
@@ -257,6 +265,7 @@ def linear_policy_loss(
             shard.exchange_metadata(op, weight.shape[0], labels, effective, keep, shards)
         else:
             checks.token_data(op, labels, effective, keep, weight.shape[0])
+        checks.kept_tokens(op, keep, batching.kept_tokens)
         checks.offsets_valid(op, cu_seqlens, labels.shape[0])
         checks.divisor_positive(op, count)
         of_rows = arguments.of_policy_loss()

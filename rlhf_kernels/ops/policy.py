@@ -13,7 +13,14 @@ from ..core import checks, tracing
 from ..core.layout import constant
 from ..kernels import backends, losses
 from ._metrics import Metrics, register_metrics
-from ._operator import InputGradients, Operator, define, once_differentiable, remember
+from ._operator import (
+    InputGradients,
+    Operator,
+    define,
+    graph_is_kept,
+    once_differentiable,
+    remember,
+)
 
 
 def check_advantages(
@@ -110,10 +117,14 @@ _backward: Operator[list[Tensor]] = define(
 
 
 def times(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * upstream in `dtype`; skips the product if upstream is known to be 1 (on CPU)."""
+    """gradient * upstream in `dtype`; skips the product if upstream is known to be 1 (on CPU).
+
+    The result shares the gradient's memory only where no backward pass needs that again.
+    """
     if type(upstream) is Tensor and upstream.device.type == "cpu":
-        if not tracing.active(upstream) and upstream.item() == 1.0:
-            return gradient.to(dtype)
+        traced = tracing.active(upstream) or tracing.transform() is not None
+        if not traced and upstream.item() == 1.0:
+            return gradient.to(dtype, copy=graph_is_kept())
     return (gradient * upstream).to(dtype)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.head import gpu_way
 from tests.head.head_cases import drawn
@@ -9,7 +10,7 @@ from tests.kernels import emulated_cuda
 from tools import head_traffic
 
 import rlhf_kernels as rk
-from rlhf_kernels.core import checks
+from rlhf_kernels.core import checks, tracing
 from rlhf_kernels.core.row_options import RowOptions
 from rlhf_kernels.head import chunks
 from rlhf_kernels.kernels import backends
@@ -230,6 +231,38 @@ def test_the_gradient_is_scaled_in_its_place_where_the_graph_goes(dtype):
     # Those of fp16 are kept in fp32.
     same = [g.data_ptr() == m for g, m in zip(found[2], memory, strict=True)]
     assert all(same) == (dtype != torch.float16)
+
+
+class _Factors(TorchDispatchMode):
+    """Counts 16-bit tensors times an fp32 number on the device: a GPU rounds it to 16 bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.rounded = self.products = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in ("mul", "mul_"):
+            a, b = args
+            self.products += 1
+            self.rounded += a.dtype != torch.float32 and a.dim() > b.dim() == 0
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kept", (False, True))
+@pytest.mark.parametrize("traced", (False, True))
+def test_no_upstream_gradient_is_rounded_to_16_bits(traced, kept, monkeypatch):
+    # As Triton's backend, which has no kernel for it.
+    monkeypatch.delitem(backends.get("cuda").launchers, "scale_inplace")
+    if not traced:
+        monkeypatch.setattr(tracing, "dispatch_modes", lambda: 0)
+    problem = Problem()
+    with gpu_way.taken():
+        loss, _ = problem.call("linear_policy_loss")
+        with _Factors() as factors:
+            torch.autograd.grad(
+                loss, (problem.hidden, problem.weight), torch.tensor(1 / 3), retain_graph=kept
+            )
+    assert factors.products == 2 and factors.rounded == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

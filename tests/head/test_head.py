@@ -300,6 +300,16 @@ def test_bad_arguments(backend):
         rk.linear_token_logprobs(hidden, weight, labels[:, 1:])
     with pytest.raises(ValueError, match="chunk_tokens must be an integer >= 1"):
         rk.linear_token_logprobs(hidden, weight, labels, chunk_tokens=0)
+    few = pytest.raises(ValueError, match=f"kept_tokens must be at least .*, {B * T}, got 2")
+    with few:
+        rk.linear_token_logprobs(hidden, weight, labels, kept_tokens=2)
+    with few:
+        rk.linear_kl_divergence(hidden, weight, hidden, weight, kept_tokens=2)
+    support = torch.arange(B * T + 1), labels.flatten()
+    with few:
+        rk.linear_token_logprobs(hidden, weight, labels, support=support, kept_tokens=2)
+    with pytest.raises(ValueError, match="chunk_tokens must be an integer >= 1"):
+        rk.linear_token_logprobs(hidden, weight, labels, support=support, chunk_tokens=0)
     with pytest.raises(ValueError, match="logit_scale must be a finite number > 0"):
         rk.linear_token_logprobs(hidden, weight, labels, logit_scale=-1.0)
     with pytest.raises(ValueError, match="ref_hidden and ref_weight must have the tokens"):
@@ -307,6 +317,8 @@ def test_bad_arguments(backend):
     tokens = (labels, torch.zeros(B, T), torch.zeros(B, T))
     mask = torch.ones(B, T, dtype=torch.bool)
     config = rk.PolicyLossConfig.ppo()
+    with few:
+        rk.linear_policy_loss(hidden, weight, *tokens, mask, kept_tokens=2, config=config)
     with pytest.raises(ValueError, match="ref_hidden and ref_weight must be given together"):
         rk.linear_policy_loss(hidden, weight, *tokens, mask=mask, ref_hidden=hidden, config=config)
     with pytest.raises(ValueError, match="ref_logprobs must be given, since kl_coef"):
@@ -334,6 +346,53 @@ def test_without_old_logprobs_they_are_the_policys_own(backend, config):
     found = dict(zip(POLICY_METRICS, actual[1].tolist(), strict=True))
     assert found["ratio_min"] == found["ratio_max"] == found["ratio_mean"] == 1
     assert found["k1_old"] == found["k3_old"] == found["clip_frac_low"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_of_a_kept_graph_stand_alone(backend, dtype):
+    leaves, tokens, constants = policy_problem(dtype)
+
+    def run():
+        return rk.linear_policy_loss(*leaves[:2], *tokens, bias=leaves[2], **constants).loss
+
+    kept = run()
+    for up in torch.tensor([1.0, 1.5, 1.0]):
+        found = torch.autograd.grad(kept, leaves, up, retain_graph=True)
+        for g, e in zip(found, torch.autograd.grad(run(), leaves, up), strict=True):
+            assert_bitwise_equal(g, e)
+            # Whoever has it may change it.
+            g.mul_(7)
+    (first,) = torch.autograd.grad(kept, leaves[1], retain_graph=True)
+    torch.autograd.grad(kept, leaves[0], torch.tensor(1.5))
+    assert_bitwise_equal(first, torch.autograd.grad(run(), leaves[1])[0])
+
+
+def test_a_batch_of_upstream_gradients(backend):
+    leaves, tokens, constants = policy_problem()
+    loss, _ = rk.linear_policy_loss(*leaves[:2], *tokens, bias=leaves[2], **constants)
+
+    def run(up):
+        return torch.autograd.grad(loss, leaves, up, retain_graph=True)
+
+    for batched, one in zip(torch.func.vmap(run)(torch.tensor([1.0, 2.0])), run(None), strict=True):
+        assert_bitwise_equal(batched, torch.stack((one, 2 * one)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_are_contiguous_whatever_the_strides(backend, masked):
+    leaves, (*tokens, mask), constants = policy_problem()
+    if masked:
+        mask = torch.zeros_like(mask)
+    tokens = (*tokens, mask)
+    moved = [t.detach().mT.contiguous().mT for t in leaves[:2]]
+    # The tokens are a dimension that collapses.
+    moved[0] = leaves[0].detach().permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    moved = [*(t.requires_grad_() for t in moved), leaves[2]]
+    expected = run_policy(rk.linear_policy_loss, leaves, tokens, **constants)
+    found = run_policy(rk.linear_policy_loss, moved, tokens, **constants)
+    for a, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
+        assert a.is_contiguous() or backend == "reference"
 
 
 @pytest.mark.parametrize("kept", [-1, B * T])

@@ -228,6 +228,11 @@ def test_upstream_gradients_and_repeated_backward(backend):
     for _ in range(2):
         (g,) = torch.autograd.grad(loss, args[0], upstream, retain_graph=True)
         assert_bitwise_equal(g, 2 * whole[2])
+    # Nor does it share memory with a gradient that was handed out.
+    for _ in range(2):
+        (g,) = torch.autograd.grad(loss, args[0], retain_graph=True)
+        assert_bitwise_equal(g, whole[2])
+        g.mul_(7)
     # The saved gradient survives a leaf that accumulates.
     for times in (1, 2, 3):
         loss.backward(retain_graph=True)
