@@ -21,6 +21,7 @@ import rlhf_kernels as rk
 from rlhf_kernels.core import env
 from rlhf_kernels.core.row_options import RowOptions
 from rlhf_kernels.kernels import native, triton
+from rlhf_kernels.kernels.triton import support_products
 from rlhf_kernels.testing import DTYPES, assert_bitwise_equal, generator
 
 
@@ -282,7 +283,8 @@ def test_memory_of_the_linear_form(backend, monkeypatch):
         with _disable_current_modes():
             launch(*args, **options)
 
-    monkeypatch.setattr(triton.support, "launch", unseen)
+    for module in (triton.support, support_products):
+        monkeypatch.setattr(module, "launch", unseen)
     # Room for the longest list and no more: neither logits nor rows of the weight per entry, and
     # for a frozen weight nothing of its size.
     rows, kept = 6, 7
