@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ..config.policy import PolicyLossConfig
 from ..core import checks
+from ..kernels.backends import REFERENCE
 from ._metrics import Metrics
+from ._operator import select
 from .advantages import discounted_returns, gae, group_advantages, ppo_advantages, whiten
 from .kl import kl_divergence, kl_penalty
 from .linear_kl import linear_kl_divergence
@@ -283,6 +285,14 @@ def results(call: Call) -> list[Tensor]:
     return [r.detach() for r in found] + gradients(found, call)
 
 
+def _overwrite_logits(inputs: Inputs) -> None:
+    """`token_logprobs` with its gradient in the memory of the logits, which may not be a leaf."""
+    found = example(token_logprobs, inputs)
+    leaf, labels = found.tensors["logits"], found.tensors["labels"]
+    logprobs = token_logprobs(leaf * 1, labels, inplace_backward=True).logprobs
+    torch.autograd.grad(logprobs.sum(), leaf)
+
+
 def warmup(
     device: str | torch.device = "cpu",
     dtypes: Sequence[torch.dtype] = checks.FLOATING,
@@ -314,5 +324,7 @@ def warmup(
             inputs = Inputs(rows, 64, dtype, device, torch.Generator().manual_seed(0))
             for found in examples(function, inputs):
                 results(found)
+            if function is token_logprobs and select("token_logprobs", device) != REFERENCE:
+                _overwrite_logits(inputs)
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

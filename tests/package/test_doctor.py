@@ -121,7 +121,7 @@ def test_warmup_runs_every_kernel():
     state = torch.get_rng_state()
     with _cpu_launchers(**{n: recorded(n, f) for n, f in table.items()}), torch.inference_mode():
         rk.warmup()
-    # In-place variants by way of the head, which overwrites its logits.
+    # Variants for the head by way of the head, which overwrites its logits.
     assert called == set(table)
     assert torch.equal(torch.get_rng_state(), state)
 
