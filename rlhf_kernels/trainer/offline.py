@@ -13,9 +13,11 @@ from .config import OptimConfig, UserError
 from .data import Row, Sampler
 from .finite import ADVICE, Micro, NonFinite, listed, row_name
 from .learner import Learner
-from .objectives import Loss, Objective
+from .objectives import DPO, KTO, SFT, Loss, Objective, RewardModelling
 from .probe import check_length
 from .timing import timed
+
+__all__ = ["DPO", "KTO", "SFT", "OfflineTrainer", "RewardModelling", "wilson_interval"]
 
 
 class OfflineTrainer:

@@ -33,8 +33,14 @@ from rlhf_kernels.trainer.config import (
 )
 from rlhf_kernels.trainer.data import Row
 from rlhf_kernels.trainer.learner import Learner
-from rlhf_kernels.trainer.objectives import DPO, KTO, SFT, RewardModelling
-from rlhf_kernels.trainer.offline import OfflineTrainer, wilson_interval
+from rlhf_kernels.trainer.offline import (
+    DPO,
+    KTO,
+    SFT,
+    OfflineTrainer,
+    RewardModelling,
+    wilson_interval,
+)
 
 
 def preferences(count: int = 200) -> list[Row]:
