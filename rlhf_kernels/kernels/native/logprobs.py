@@ -2,15 +2,13 @@
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...core import checks, env
-from ...core.layout import fp32_like
+from ...core import checks
 from ...core.row_options import RowOptions
-from ...core.sentinels import SHARD_IGNORED
+from .. import logprobs
 from . import boundary as b
 
 
@@ -27,45 +25,27 @@ def _raise(
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, bound to an extension module."""
-    make_exec, gpu = b.exec_builder(extension), extension.gpu
+    make_exec = b.exec_builder(extension)
 
-    def check(labels: Tensor, temperatures: Tensor | None, vocab: int, ignore_index: int) -> None:
-        # CPU kernels validate the data themselves.
-        if gpu and env.CHECK:
-            keep = labels != ignore_index
-            # Labels of a vocabulary shard were validated before.
-            if ignore_index != SHARD_IGNORED:
-                checks.labels_in_range("token_logprobs", labels, keep, vocab)
-            checks.temperatures_positive("token_logprobs", temperatures, keep)
-
-    def token_logprobs(
+    def forward(
         logits: Tensor,
         labels: Tensor,
         temperatures: Tensor | None,
         options: RowOptions,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        shape, vocab = labels.shape, logits.shape[-1]
-        logprobs = fp32_like(labels)
-        entropies = torch.empty_like(logprobs) if options.entropy else logprobs.new_empty(0)
-        stats = logprobs.new_empty(*shape, 3)
-        if labels.numel() == 0:
-            return logprobs, entropies, stats
-        temperatures = b.as_grid(temperatures, torch.float32)
-        check(labels, temperatures, vocab, options.ignore_index)
+        *results: Tensor | None,
+    ) -> None:
+        vocab, temperatures = logits.shape[-1], b.as_grid(temperatures, torch.float32)
         status = extension.token_logprobs(
-            *b.grid(shape),
+            *b.grid(labels.shape),
             vocab,
             logits,
             labels,
             temperatures,
             options,
-            logprobs,
-            entropies if options.entropy else None,
-            stats,
+            *results,
             make_exec(logits, "token_logprobs", labels.numel(), vocab, logits.element_size()),
         )
         _raise(status, labels, temperatures, vocab)
-        return logprobs, entropies, stats
 
     def backward(
         out: Tensor,
@@ -77,15 +57,11 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         grad_entropy: Tensor | None,
         options: RowOptions,
     ) -> None:
-        if labels.numel() == 0:
-            return
-        shape, vocab = labels.shape, logits.shape[-1]
-        temperatures = b.as_grid(temperatures, torch.float32)
-        check(labels, temperatures, vocab, options.ignore_index)
+        vocab, temperatures = logits.shape[-1], b.as_grid(temperatures, torch.float32)
         grad_logprobs = b.as_upstream(grad_logprobs)
         grad_entropy = b.as_upstream(grad_entropy)
         status = extension.token_logprobs_backward(
-            *b.grid(shape),
+            *b.grid(labels.shape),
             vocab,
             logits,
             labels,
@@ -99,18 +75,4 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         )
         _raise(status, labels, temperatures, vocab)
 
-    def token_logprobs_backward(logits: Tensor, labels: Tensor, *args: Any) -> Tensor:
-        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        backward(out, logits, labels, *args)
-        return out
-
-    def token_logprobs_backward_inplace(logits: Tensor, labels: Tensor, *args: Any) -> None:
-        backward(logits, logits, labels, *args)
-
-    return {
-        "token_logprobs": token_logprobs,
-        "token_logprobs_backward": token_logprobs_backward,
-        "token_logprobs_backward_inplace": token_logprobs_backward_inplace,
-        # Only for the fused head; not an operator.
-        "token_logprobs_backward_into": backward,
-    }
+    return logprobs.launchers(forward, backward, extension.gpu)

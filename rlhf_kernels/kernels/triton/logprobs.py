@@ -6,17 +6,15 @@ kernel combines the parts of each row. Parts depend only on the vocabulary and t
 bits do not depend on its batch, and a few rows fill the device as well as many.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core import checks, env, sentinels
+from ...core import sentinels
 from ...core.layout import as_rows, as_upstream, grid
 from ...core.row_options import RowOptions
+from .. import logprobs as shared
 from ._launch import kernel, launch, tile_count, warps_of
 from ._math import LOG2E, good_temperature, scalar, tree_sum, tree_sums
 from ._rows import packed, row_temperature, with_options
@@ -283,29 +281,16 @@ def backward_kernel(
         tl.store(to, dz.to(to.dtype.element_ty), mask=inside)
 
 
-def _check(labels: Tensor, temperatures: Tensor | None, vocab: int, ignore_index: int) -> None:
-    if env.CHECK:
-        keep = labels != ignore_index
-        # Labels of a vocabulary shard were validated before.
-        if ignore_index != sentinels.SHARD_IGNORED:
-            checks.labels_in_range("token_logprobs", labels, keep, vocab)
-        checks.temperatures_positive("token_logprobs", temperatures, keep)
-
-
-def token_logprobs(
+def _forward(
     logits: Tensor,
     labels: Tensor,
     temperatures: Tensor | None,
     options: RowOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape, vocab = labels.shape, logits.shape[-1]
-    logprobs = torch.empty(shape, dtype=torch.float32, device=logits.device)
-    entropies = torch.empty_like(logprobs) if options.entropy else logprobs.new_empty(0)
-    stats = logprobs.new_empty((*shape, 3))
-    rows, cols = grid(shape)
-    if labels.numel() == 0:
-        return logprobs, entropies, stats
-    _check(labels, temperatures, vocab, options.ignore_index)
+    logprobs: Tensor,
+    entropies: Tensor | None,
+    stats: Tensor,
+) -> None:
+    (rows, cols), vocab = grid(labels.shape), logits.shape[-1]
     logits, tiles = as_rows(logits), tile_count(vocab, TILE)
     partials = logprobs.new_empty(rows * cols * tiles * PARTS * 3)
     x = strided_rows(logits)
@@ -339,7 +324,7 @@ def token_logprobs(
         *tokens,
         partials,
         logprobs,
-        entropies if options.entropy else None,
+        entropies,
         stats,
         cols,
         tiles * PARTS,
@@ -349,7 +334,6 @@ def token_logprobs(
         GROUP=GROUP,
         warps=1,
     )
-    return logprobs, entropies, stats
 
 
 def _backward(
@@ -362,8 +346,6 @@ def _backward(
     grad_entropy: Tensor | None,
     options: RowOptions,
 ) -> None:
-    if out.numel() == 0:
-        return
     (rows, cols), vocab = grid(labels.shape), logits.shape[-1]
     logits, tokens, of_rows = as_rows(logits), strided(labels), packed(options)
     g, h = strided(as_upstream(grad_logprobs)), strided(as_upstream(grad_entropy))
@@ -408,20 +390,4 @@ def _backward(
     )
 
 
-def token_logprobs_backward(logits: Tensor, *args: Any) -> Tensor:
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _backward(out, logits, *args)
-    return out
-
-
-def token_logprobs_backward_inplace(logits: Tensor, *args: Any) -> None:
-    _backward(logits, logits, *args)
-
-
-LAUNCHERS: dict[str, Callable[..., object]] = {
-    "token_logprobs": token_logprobs,
-    "token_logprobs_backward": token_logprobs_backward,
-    "token_logprobs_backward_inplace": token_logprobs_backward_inplace,
-    # Only for the fused head; not an operator.
-    "token_logprobs_backward_into": _backward,
-}
+LAUNCHERS = shared.launchers(_forward, _backward, on_device=True)

@@ -5,7 +5,6 @@ so one token with a long list costs no more than many with short lists. Work on 
 the token's entries. The bits of an entry or a token do not depend on its neighbours.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core import checks, env
 from ...core.layout import as_rows, as_upstream, grid
 from ...core.row_options import RowOptions
+from .. import support
 from ._launch import kernel, launch
 from ._math import LOG2E, good_temperature, scalar, tree_sum
 from ._rows import packed, row_temperature, with_options
@@ -231,37 +230,29 @@ def gradient_kernel(
 
 def _forward(
     op: str,
+    vocab: int,
     rows: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    labels: Tensor,
-    temperatures: Tensor | None,
-    indptr: Tensor,
-    indices: Tensor,
+    tokens: support.Tokens,
     options: RowOptions,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape, width = labels.shape, rows.shape[-1]
-    vocab = width if weight is None else weight.shape[0]
-    logprobs = torch.empty(shape, dtype=torch.float32, device=rows.device)
-    entropies = torch.empty_like(logprobs) if options.entropy else logprobs.new_empty(0)
-    stats = logprobs.new_empty((*shape, 3))
-    kept = logprobs.new_empty(indices.shape)
-    if labels.numel() == 0:
-        return logprobs, entropies, stats, kept
-    if env.CHECK:
-        keep = labels != options.ignore_index
-        checks.support_data(op, labels, temperatures, indptr, indices, keep, vocab)
-    tokens, entries, (_, cols) = labels.numel(), indices.shape[0], grid(shape)
+    logprobs: Tensor,
+    entropies: Tensor | None,
+    stats: Tensor,
+    kept: Tensor,
+) -> None:
+    labels, temperatures, indptr, indices = tokens
+    count, entries, (_, cols) = labels.numel(), indices.shape[0], grid(labels.shape)
     rows, of_tokens = as_rows(rows), strided(labels)
     indptr, indices = indptr.contiguous(), indices.contiguous()
     poison = logprobs.new_empty(1)
-    launch(check_kernel, 1, rows, indptr, poison, tokens, entries, BLOCK=CHECKED, warps=WARPS)
+    launch(check_kernel, 1, rows, indptr, poison, count, entries, BLOCK=CHECKED, warps=WARPS)
     if weight is not None and entries:
         ignored = options.ignore_index
         store_products(rows, weight, bias, of_tokens, indptr, indices, kept, cols, ignored)
     launch(
         rows_kernel,
-        tokens,
+        count,
         rows,
         strided_rows(rows) if weight is None else None,
         kept,
@@ -270,7 +261,7 @@ def _forward(
         (indptr, indices, entries),
         poison,
         logprobs,
-        entropies if options.entropy else None,
+        entropies,
         stats,
         cols,
         vocab,
@@ -279,7 +270,6 @@ def _forward(
         BLOCK=BLOCK,
         warps=WARPS,
     )
-    return logprobs, entropies, stats, kept
 
 
 def _gradient(
@@ -288,16 +278,14 @@ def _gradient(
     dz: Tensor | None,
     token_ids: Tensor | None,
     kept: Tensor,
-    labels: Tensor,
-    temperatures: Tensor | None,
-    indptr: Tensor,
-    indices: Tensor,
+    tokens: support.Tokens,
     stats: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     options: RowOptions,
 ) -> None:
     """Writes the gradient into `out` (all zeros before), or per entry into dz and token_ids."""
+    labels, temperatures, indptr, indices = tokens
     _, cols = grid(labels.shape)
     launch(
         gradient_kernel,
@@ -306,7 +294,7 @@ def _gradient(
         kept,
         strided(labels),
         strided(temperatures, torch.float32),
-        (indptr, indices, indices.shape[0]),
+        (indptr.contiguous(), indices.contiguous(), indices.shape[0]),
         stats,
         strided(as_upstream(grad_logprobs)),
         strided(as_upstream(grad_entropy)),
@@ -322,72 +310,31 @@ def _gradient(
     )
 
 
-def token_logprobs_support(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return _forward("token_logprobs", logits, None, None, *args)
+def _scatter(vocab: int, out: Tensor, *args: Any) -> None:
+    _gradient(vocab, out, None, None, *args)
 
 
-def token_logprobs_support_backward(
-    kept: Tensor,
-    labels: Tensor,
-    temperatures: Tensor | None,
-    indptr: Tensor,
-    indices: Tensor,
-    *args: Any,
-) -> Tensor:
-    *inputs, vocab, dtype = args
-    out = torch.zeros((*labels.shape, vocab), dtype=dtype, device=kept.device)
-    if indices.numel() and labels.numel():
-        support = (indptr.contiguous(), indices.contiguous())
-        _gradient(vocab, out, None, None, kept, labels, temperatures, *support, *inputs)
-    return out
-
-
-def linear_token_logprobs_support(*args: Any) -> tuple[Tensor, ...]:
-    return _forward("linear_token_logprobs", *args)
-
-
-def linear_token_logprobs_support_backward(
+def _head_backward(
+    gradients: support.HeadGradients,
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     kept: Tensor,
-    labels: Tensor,
-    temperatures: Tensor | None,
-    indptr: Tensor,
-    indices: Tensor,
-    *args: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    *inputs, (of_hidden, of_weight, of_bias) = args
-    vocab, entries, tokens = weight.shape[0], indices.shape[0], labels.numel()
-    grad_hidden = hidden.new_empty(hidden.shape) if of_hidden else hidden.new_empty(0)
-    grad_weight = weight.new_empty(weight.shape) if of_weight else hidden.new_empty(0)
-    grad_bias = kept.new_empty(vocab if of_bias else 0)
-    if not entries or not tokens:
-        found = (grad_hidden.zero_(), grad_weight.zero_(), grad_bias.zero_())
-    else:
-        found = (grad_hidden, grad_weight, grad_bias)
-        indptr, indices = indptr.contiguous(), indices.contiguous()
-        dz, token_ids = torch.empty_like(kept), torch.empty_like(kept, dtype=torch.int32)
-        _gradient(vocab, None, dz, token_ids, kept, labels, temperatures, indptr, indices, *inputs)
-        hidden, weight = as_rows(hidden), as_rows(weight)
-        if of_hidden:
-            store_sums(weight, indptr, None, indices, dz, grad_hidden, None, vocab, vocab)
-        if of_weight or of_bias:
-            token_ids, order = torch.sort(token_ids, stable=True)
-            starts = torch.searchsorted(
-                token_ids, torch.arange(vocab + 1, dtype=torch.int32, device=token_ids.device)
-            )
-            by_token_id = (starts, order, owners(indptr, entries), dz)
-            outs = (grad_weight if of_weight else None, grad_bias if of_bias else None)
-            cols = grid(labels.shape)[1]
-            store_sums(hidden, *by_token_id, *outs, cols, tokens)
-    bias_dtype = bias.dtype if of_bias and bias is not None else hidden.dtype
-    return found[0], found[1], found[2].to(bias_dtype)
+    tokens: support.Tokens,
+    *inputs: Any,
+) -> None:
+    vocab, (grad_hidden, *sums) = weight.shape[0], gradients
+    labels, indptr, indices = tokens.labels, tokens.indptr.contiguous(), tokens.indices.contiguous()
+    dz, token_ids = torch.empty_like(kept), torch.empty_like(kept, dtype=torch.int32)
+    _gradient(vocab, None, dz, token_ids, kept, tokens, *inputs)
+    if grad_hidden is not None:
+        store_sums(as_rows(weight), indptr, None, indices, dz, grad_hidden, None, vocab, vocab)
+    if any(t is not None for t in sums):
+        token_ids, order = torch.sort(token_ids, stable=True)
+        starts = torch.searchsorted(
+            token_ids, torch.arange(vocab + 1, dtype=torch.int32, device=token_ids.device)
+        )
+        entries = (starts, order, owners(indptr, indices.shape[0]), dz)
+        store_sums(as_rows(hidden), *entries, *sums, grid(labels.shape)[1], labels.numel())
 
 
-LAUNCHERS: dict[str, Callable[..., object]] = {
-    "token_logprobs_support": token_logprobs_support,
-    "token_logprobs_support_backward": token_logprobs_support_backward,
-    "linear_token_logprobs_support": linear_token_logprobs_support,
-    "linear_token_logprobs_support_backward": linear_token_logprobs_support_backward,
-}
+LAUNCHERS = support.launchers(_forward, _scatter, _head_backward, on_device=True)

@@ -1,0 +1,80 @@
+"""Shared by the native and Triton launchers of token_logprobs: results, checks and outputs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core import checks, env
+from ..core.layout import fp32_like
+from ..core.row_options import RowOptions
+from ..core.sentinels import SHARD_IGNORED
+
+
+def results(labels: Tensor, options: RowOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for log-probabilities [...], entropies [...] or [0], statistics [..., 3], fp32."""
+    logprobs = fp32_like(labels)
+    entropies = torch.empty_like(logprobs) if options.entropy else logprobs.new_empty(0)
+    return logprobs, entropies, logprobs.new_empty((*labels.shape, 3))
+
+
+def launchers(
+    forward: Callable[..., None], backward: Callable[..., None], on_device: bool
+) -> dict[str, Callable[..., object]]:
+    """Launchers by operator name, from the functions of a backend that launch its kernels.
+
+    `forward` takes logits, labels, temperatures and options, and writes its last arguments: the
+    log-probabilities, the entropies or None, and the statistics. `backward` takes what
+    `token_logprobs_backward_into` takes. Neither is called without a token. Kernels that are not
+    `on_device` validate the data themselves.
+    """
+
+    def check(labels: Tensor, temperatures: Tensor | None, vocab: int, options: RowOptions) -> None:
+        """Raises for bad data on a GPU with RLHF_KERNELS_CHECK=1."""
+        if on_device and env.CHECK:
+            keep = labels != options.ignore_index
+            # Labels of a vocabulary shard were validated before.
+            if options.ignore_index != SHARD_IGNORED:
+                checks.labels_in_range("token_logprobs", labels, keep, vocab)
+            checks.temperatures_positive("token_logprobs", temperatures, keep)
+
+    def token_logprobs(
+        logits: Tensor, labels: Tensor, temperatures: Tensor | None, options: RowOptions
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logprobs, entropies, stats = results(labels, options)
+        if labels.numel() > 0:
+            check(labels, temperatures, logits.shape[-1], options)
+            wanted = entropies if options.entropy else None
+            forward(logits, labels, temperatures, options, logprobs, wanted, stats)
+        return logprobs, entropies, stats
+
+    def token_logprobs_backward_into(
+        out: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        temperatures: Tensor | None,
+        stats: Tensor,
+        grad_logprobs: Tensor | None,
+        grad_entropy: Tensor | None,
+        options: RowOptions,
+    ) -> None:
+        if out.numel() > 0:
+            check(labels, temperatures, logits.shape[-1], options)
+            backward(out, logits, labels, temperatures, stats, grad_logprobs, grad_entropy, options)
+
+    def token_logprobs_backward(logits: Tensor, labels: Tensor, *args: Any) -> Tensor:
+        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        token_logprobs_backward_into(out, logits, labels, *args)
+        return out
+
+    def token_logprobs_backward_inplace(logits: Tensor, labels: Tensor, *args: Any) -> None:
+        token_logprobs_backward_into(logits, logits, labels, *args)
+
+    return {
+        "token_logprobs": token_logprobs,
+        "token_logprobs_backward": token_logprobs_backward,
+        "token_logprobs_backward_inplace": token_logprobs_backward_inplace,
+        # Only for the fused head; not an operator.
+        "token_logprobs_backward_into": token_logprobs_backward_into,
+    }

@@ -1,0 +1,101 @@
+"""Shared by the native and Triton launchers of token_logprobs over a support.
+
+A support is (indptr, indices): the token ids that the sampler kept for each token. Results `kept`
+are their logits; the backward pass needs no other logits.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core import checks, env
+from . import logprobs
+
+#: Memory for the gradients of (hidden, weight, bias); None where not wanted. That of the bias is
+#: fp32, the others have the dtypes of their operands.
+HeadGradients = Sequence[Tensor | None]
+
+
+class Tokens(NamedTuple):
+    """labels and temperatures (or None) of tokens [...], and their support."""
+
+    labels: Tensor
+    temperatures: Tensor | None
+    indptr: Tensor
+    indices: Tensor
+
+
+def launchers(
+    forward: Callable[..., None],
+    scatter: Callable[..., None],
+    head_backward: Callable[..., None],
+    on_device: bool,
+) -> dict[str, Callable[..., object]]:
+    """Launchers by operator name, from the functions of a backend that launch its kernels.
+
+    `forward` takes the operation's name, the size of the vocabulary, logits or hidden, weight and
+    bias or None, `Tokens` and options, and writes its last arguments: the log-probabilities, the
+    entropies or None, the statistics, kept. `scatter` takes that size, the gradient of the logits
+    that it writes, kept, `Tokens`, statistics, both upstream gradients and options. `head_backward`
+    takes the `HeadGradients` that it writes, hidden, weight, and the same from kept on. None is
+    called without a token. Kernels `on_device` expect zeros where no logit was kept. The others
+    write them, and validate the data themselves.
+    """
+
+    def run(
+        op: str, rows: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *inputs, options = args
+        tokens = Tokens(*inputs)
+        found, entropies, stats = logprobs.results(tokens.labels, options)
+        kept = found.new_empty(tokens.indices.shape)
+        vocab = rows.shape[-1] if weight is None else weight.shape[0]
+        if found.numel() > 0:
+            if on_device and env.CHECK:
+                keep = tokens.labels != options.ignore_index
+                checks.support_data(op, *tokens, keep, vocab)
+            outs = (found, entropies if options.entropy else None, stats, kept)
+            forward(op, vocab, rows, weight, bias, tokens, options, *outs)
+        return found, entropies, stats, kept
+
+    def token_logprobs_support(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        return run("token_logprobs", logits, None, None, *args)
+
+    def token_logprobs_support_backward(kept: Tensor, *args: Any) -> Tensor:
+        tokens, (*inputs, vocab, dtype) = Tokens(*args[:4]), args[4:]
+        make = torch.zeros if on_device else torch.empty
+        out = make((*tokens.labels.shape, vocab), dtype=dtype, device=kept.device)
+        if out.numel() > 0 and (kept.numel() > 0 or not on_device):
+            scatter(vocab, out, kept, tokens, *inputs)
+        return out
+
+    def linear_token_logprobs_support(*args: Any) -> tuple[Tensor, ...]:
+        return run("linear_token_logprobs", *args)
+
+    def linear_token_logprobs_support_backward(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor, *args: Any
+    ) -> tuple[Tensor, ...]:
+        tokens, (*inputs, needs) = Tokens(*args[:4]), args[4:]
+        likes = ((hidden, hidden.shape), (weight, weight.shape), (kept, weight.shape[:1]))
+        gradients = [
+            like.new_empty(shape) if need else None
+            for (like, shape), need in zip(likes, needs, strict=True)
+        ]
+        if tokens.labels.numel() > 0 and kept.numel() > 0:
+            head_backward(gradients, hidden, weight, kept, tokens, *inputs)
+        else:
+            gradients = [None if t is None else t.zero_() for t in gradients]
+        dtypes = (hidden.dtype, weight.dtype, hidden.dtype if bias is None else bias.dtype)
+        return tuple(
+            hidden.new_empty(0) if t is None else t.to(dtype)
+            for t, dtype in zip(gradients, dtypes, strict=True)
+        )
+
+    return {
+        "token_logprobs_support": token_logprobs_support,
+        "token_logprobs_support_backward": token_logprobs_support_backward,
+        "linear_token_logprobs_support": linear_token_logprobs_support,
+        "linear_token_logprobs_support_backward": linear_token_logprobs_support_backward,
+    }
