@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   const Coefficients c = coefficients[tile.token];
   const S *x = tile.start<E>(a.logits), *y = tile.start<E>(a.ref_logits);
   auto* out = const_cast<typename O::Storage*>(tile.start<O>(a.grad_logits));
-  const Window<E, kWindowSlots<E, O, kSlots>, O> window(tile, a.vocab, out, x, y);
+  const Window<E, kWindowSlots<E, O, kSlots>, O> window(tile.index, a.vocab, out, x, y);
   if (c.a == 0.0f && c.b == 0.0f) {
     window.clear(out);
     return;

@@ -5,6 +5,7 @@
 // statistics, where a sequence's sums are needed; policy, the sweep; pooled, which adds the slope
 // of a sequence's ratio to the gradient of its tokens; combine, of one block, which adds the
 // partial sums in order.
+#include "policy_token.cuh"
 #include "tokens.cuh"
 
 namespace rk::cuda {
@@ -81,48 +82,30 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
   for (int j = 0; j < kPerThread; ++j) {
     float g = 0.0f, h = 0.0f;
     if (own.keeps(j)) {
-      const float logprob = logprobs[j], x = logprob - olds[j];
-      const Ratio<float> token = policy_ratio(x, c);
-      const Ratio<float> ratio = token_ratio ? token : sequence;
-      float w = 1.0f;
-      if (a.rollout_logprobs.given) {
-        w = c.correction_level == kSequenceCorrection
-                ? sequence_w
-                : correction_weight(log_weight(olds[j], rollouts[j]), c);
-        s[kW] += w;
-        if (c.correction_level == kNoCorrection) w = 1.0f;
-      } else {
-        s[kW] += 1.0f;
+      const PolicyToken x =
+          policy_token<kObjective>({logprobs[j], olds[j], advantages[j], refs[j], rollouts[j],
+                                    a.ref_logprobs.given, a.rollout_logprobs.given},
+                                   c, sequence, sequence_w);
+      s[kW] += x.weight;
+      const PolicyTerm<float>& t = x.term;
+      if (a.ref_logprobs.given) {
+        s[kKl] += x.kl.value;
+        s[kXRef] += x.log_ref;
+        s[kRefK3] += x.kl.k3;
       }
-      PolicyTerm<float> t = policy_objective<kObjective>(ratio, logprob, advantages[j], w, c);
       s[kPg] += t.loss;
       s[kLow] += t.low;
       s[kHigh] += t.high;
       s[kDual] += t.dual;
-      if (a.ref_logprobs.given) {
-        const float d = logprob - refs[j];
-        KlTerm<float> k = policy_kl(d, c);
-        // Without a coefficient it is only a metric: 0 * NaN would be NaN.
-        const bool weighs_kl = c.kl_coef != 0.0f;
-        if (c.kl_importance_weighted) {
-          k.value *= ratio.r;
-          k.slope *= ratio.r;
-          if (weighs_kl) t.ratio = fmaf(c.kl_coef, k.value, t.ratio);
-        }
-        s[kKl] += k.value;
-        if (weighs_kl) t.direct = fmaf(c.kl_coef, k.slope, t.direct);
-        s[kXRef] += d;
-        s[kRefK3] += k.k3;
-      }
       if (a.entropy.given) s[kEntropy] += entropies[j];
-      s[kR] += ratio.r;
-      s[kRr] = fmaf(ratio.r, ratio.r, s[kRr]);
-      s[kX] += x;
-      s[kOldK3] += token.em1mx;
+      const float r = x.ratio.r;
+      s[kR] += r;
+      s[kRr] = fmaf(r, r, s[kRr]);
+      s[kX] += x.log_ratio;
+      s[kOldK3] += x.old_k3;
       s[kCount] += 1.0f;
-      r_min = Smaller{}(r_min, ratio.r);
-      r_max = Larger{}(r_max, ratio.r);
-      if (token_ratio) t.ratio = inside_clamp(x, t.ratio, c);
+      r_min = Smaller{}(r_min, r);
+      r_max = Larger{}(r_max, r);
       s[kSlope] += t.ratio;
       g = t.direct;
       if (token_ratio || (c.ratio_level != kSequenceRatio && learns)) g += t.ratio;
@@ -333,16 +316,9 @@ Status policy_loss(const PolicyArgs& a) {
     RK_ENQUEUE(a.exec, slots, kTokenThreads, statistics_kernel, t,
                by_sequence ? a.logprobs : Tensor{}, a.old_logprobs,
                by_weight ? a.rollout_logprobs : Tensor{}, partials, slots);
-  const auto sweep = [&](auto objective) {
+  for_objective(c.objective, [&](auto objective) {
     RK_ENQUEUE(a.exec, slots, kTokenThreads, policy_kernel<objective.value>, a, partials, slots);
-  };
-  switch (c.objective) {
-    case kPenalty: sweep(std::integral_constant<int, kPenalty>{}); break;
-    case kReinforce: sweep(std::integral_constant<int, kReinforce>{}); break;
-    case kCispo: sweep(std::integral_constant<int, kCispo>{}); break;
-    case kSapo: sweep(std::integral_constant<int, kSapo>{}); break;
-    default: sweep(std::integral_constant<int, kClip>{});
-  }
+  });
   if (c.ratio_level == kSequenceRatio && a.grad_logprobs.given)
     RK_ENQUEUE(a.exec, slots, kTokenThreads, pooled_kernel, a, partials, slots);
   RK_ENQUEUE(a.exec, 1, kTokenThreads, combine_kernel, a, partials, slots);

@@ -151,12 +151,12 @@ struct Window {
   // Whether the rows of all tensors lie alike, for 16 bytes of one to be 16 bytes of another.
   bool together;
 
-  // A window on rows that start at `out`, `x` and `y`.
-  __device__ __forceinline__ Window(const Tile& tile, int64_t vocab, const void* out, const void* x,
+  // Window `index` of rows that start at `out`, `x` and `y`.
+  __device__ __forceinline__ Window(uint32_t index, int64_t vocab, const void* out, const void* x,
                                     const void* y) {
     const int before = static_cast<int>(misaligned(out) / sizeof(R));
-    first = static_cast<int64_t>(tile.index) * kColumns - before;
-    begin = tile.index == 0 ? before : 0;
+    first = static_cast<int64_t>(index) * kColumns - before;
+    begin = index == 0 ? before : 0;
     const int64_t left = vocab - first;
     end = left < kColumns ? static_cast<int>(left) : kColumns;
     together = alike(out, x) && alike(out, y);
