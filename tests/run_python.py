@@ -26,7 +26,7 @@ def run_python(
         env=environment | variables,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,  # of a hang, not of a slow machine
     )
     if check and done.returncode != 0:
         raise AssertionError(f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}")

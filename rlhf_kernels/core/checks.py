@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import env, option_checks, temperature_rules, tracing
+from .option_checks import shown
 
 # Arguments per token that may be None.
 _OPTIONAL = ("old_logprobs", "ref_logprobs", "rollout_logprobs", "entropy")
@@ -118,7 +119,7 @@ def same_shape(op: str, name: str, value: Tensor, like: str, shape: torch.Size) 
     """Requires `value.shape == shape`, the shape of the argument called `like`."""
     if value.shape != shape:
         raise ValueError(
-            f"{op}: {name} must have the shape of {like}, {tuple(shape)}, got {tuple(value.shape)}"
+            f"{op}: {name} must have the shape of {like}, {shown(shape)}, got {shown(value.shape)}"
         )
 
 
@@ -141,7 +142,7 @@ def offsets(op: str, cu_seqlens: object) -> Tensor:
         raise TypeError(f"{op}: cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(
-            f"{op}: cu_seqlens must be 1-D with at least one entry, got {tuple(cu_seqlens.shape)}"
+            f"{op}: cu_seqlens must be 1-D with at least one entry, got {shown(cu_seqlens.shape)}"
         )
     return cu_seqlens
 
@@ -282,7 +283,7 @@ def token_inputs(
     shape, device = first.shape, first.device
     if len(shape) != (2 if cu_seqlens is None else 1):
         expected = "[B, T]" if cu_seqlens is None else "[N], packed as cu_seqlens says,"
-        raise ValueError(f"{op}: {name} must be {expected}, got {tuple(shape)}")
+        raise ValueError(f"{op}: {name} must be {expected}, got {shown(shape)}")
     for other, value in tokens.items():
         if value is first or (value is None and other in _OPTIONAL):
             continue
@@ -310,7 +311,7 @@ def divisor(op: str, value: object, like: str, device: torch.device) -> tuple[Te
         if value.dim() != 0 or value.is_complex() or value.dtype is torch.bool:
             raise ValueError(
                 f"{op}: normalizer must be a number or a 0-d tensor of real numbers, got "
-                f"{value.dtype} of shape {tuple(value.shape)}"
+                f"{value.dtype} of shape {shown(value.shape)}"
             )
         if value.is_meta and device.type != "meta":
             same_device(op, "normalizer", value, like, device)
@@ -342,12 +343,12 @@ def support(op: str, value: object, tokens: int, device: torch.device) -> tuple[
         labels(op, name, part)
         same_device(op, name, part, "labels", device)
         if part.dim() != 1:
-            raise ValueError(f"{op}: {name} must be 1-D, got {tuple(part.shape)}")
+            raise ValueError(f"{op}: {name} must be 1-D, got {shown(part.shape)}")
     indptr, indices = value
     if indptr.shape[0] != tokens + 1:
         raise ValueError(
             f"{op}: support indptr must have an entry per token and one more, {tokens + 1}, got "
-            f"{indptr.shape[0]}"
+            f"{shown(indptr.shape[0])}"
         )
     return indptr, indices
 

@@ -14,6 +14,7 @@ from torch import Tensor
 _NUMBER = (int, float, torch.SymInt, torch.SymFloat)
 _INTEGER = (int, torch.SymInt)
 _INT64 = (-(2**63), 2**63 - 1)
+_LARGEST = 1e308
 
 
 def _scalar(value: object) -> object:
@@ -34,20 +35,38 @@ def _got(value: object) -> str:
         if value.is_nested:  # a nested tensor has no single shape
             return f"a nested tensor of {value.dtype}{grad}"
         where = " on the meta device, which holds no number" if value.device.type == "meta" else ""
-        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}{where}{grad}"
+        return f"a tensor of shape {shown(value.shape)} and {value.dtype}{where}{grad}"
     return type(value).__name__
 
 
+def _finite(value: float) -> bool:
+    """math.isfinite, as torch.compile traces it for a symbolic number.
+
+    It takes such a number to be below infinity unless that is NaN, and writes the largest float as
+    infinity; so numbers beyond 1e308 count as infinite.
+    """
+    return -math.inf < value < math.inf and -_LARGEST <= value <= _LARGEST
+
+
 def shown(value: object) -> str:
-    """A value for a message. Python refuses to print very long integers."""
-    if isinstance(value, int) and value.bit_length() > 128:
+    """A value for a message: a shape, a number, any other object.
+
+    A symbolic number of torch.compile has no text; a cast makes it a constant of the graph.
+    """
+    if isinstance(value, torch.Size):
+        sizes = ", ".join([f"{int(n)}" for n in value])
+        return f"({sizes}{',' if len(value) == 1 else ''})"
+    # Python refuses to print very long integers.
+    if isinstance(value, int) and not -(2**128) < value < 2**128:
         return f"an integer of {value.bit_length()} bits"
-    return repr(value)
+    if torch.compiler.is_compiling() and isinstance(value, int | float):
+        return f"{int(value)}" if isinstance(value, int) else f"{float(value)}"
+    return f"{value!r}"
 
 
 def number(op: str, name: str, value: Any) -> float:
     """Requires a finite number."""
-    if type(value) is float and -math.inf < value < math.inf:  # the common case
+    if type(value) is float and _finite(value):  # the common case
         return value
     if type(value) not in _NUMBER:
         value = _scalar(value)
@@ -55,7 +74,7 @@ def number(op: str, name: str, value: Any) -> float:
         raise TypeError(f"{op}: {name} must be a number, got {_got(value)}")
     found: float = value
     # torch.compile traces comparisons of symbolic floats, but not math.isfinite.
-    finite = -math.inf < found < math.inf
+    finite = _finite(found)
     if finite and isinstance(found, int) and not torch.compiler.is_compiling():
         finite = found.bit_length() <= 1023
     if not finite:
@@ -70,7 +89,7 @@ def positive(op: str, name: str, value: object) -> float:
     """Requires a finite number above zero."""
     value = number(op, name, value)
     if not value > 0:
-        raise ValueError(f"{op}: {name} must be a finite number > 0, got {value}")
+        raise ValueError(f"{op}: {name} must be a finite number > 0, got {shown(value)}")
     return value
 
 
@@ -78,7 +97,7 @@ def non_negative(op: str, name: str, value: object) -> float:
     """Requires a finite number of at least zero."""
     value = number(op, name, value)
     if value < 0:
-        raise ValueError(f"{op}: {name} must be >= 0, got {value}")
+        raise ValueError(f"{op}: {name} must be >= 0, got {shown(value)}")
     return value
 
 
@@ -86,7 +105,7 @@ def rate(op: str, name: str, value: object) -> float:
     """Requires a number in [0, 1]."""
     value = number(op, name, value)
     if not 0 <= value <= 1:
-        raise ValueError(f"{op}: {name} must be in [0, 1], got {value}")
+        raise ValueError(f"{op}: {name} must be in [0, 1], got {shown(value)}")
     return value
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from . import checks, option_checks, sentinels, temperature_rules
+from .option_checks import shown
 
 
 class RowOptions(NamedTuple):
@@ -124,6 +125,6 @@ def _temperature(op: str, value: object, labels: Tensor) -> float | Tensor:
         return value.detach().expand(labels.shape)
     except RuntimeError:
         raise ValueError(
-            f"{op}: temperature must broadcast to the shape of labels, {tuple(labels.shape)}, "
-            f"got {tuple(value.shape)}"
+            f"{op}: temperature must broadcast to the shape of labels, {shown(labels.shape)}, "
+            f"got {shown(value.shape)}"
         ) from None

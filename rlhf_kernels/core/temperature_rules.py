@@ -9,6 +9,8 @@ and finite logits would give NaN.
 import torch
 from torch import Tensor
 
+from .option_checks import shown
+
 # csrc/math.h: good_temperature.
 LOWEST, HIGHEST = 2.0**-60, 2.0**60
 _EXPECTED = "between 2^-60 and 2^60 (8.7e-19 and 1.2e18)"
@@ -29,8 +31,8 @@ def check(
 def _within(op: str, name: str, value: float, logit_scale: float = 1.0) -> None:
     # Multiplied instead of value / logit_scale, which may overflow.
     if not LOWEST * logit_scale <= value <= HIGHEST * logit_scale:
-        scaled = "" if logit_scale == 1.0 else f" / logit_scale ({logit_scale})"
-        raise ValueError(f"{op}: {name}{scaled} must lie {_EXPECTED}, got {name} {value}")
+        scaled = "" if logit_scale == 1.0 else f" / logit_scale ({shown(logit_scale)})"
+        raise ValueError(f"{op}: {name}{scaled} must lie {_EXPECTED}, got {name} {shown(value)}")
 
 
 def scaled(temperature: Tensor, logit_scale: float) -> Tensor:

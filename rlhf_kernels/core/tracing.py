@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
@@ -23,3 +24,47 @@ def active(t: Tensor) -> bool:
 def forward_mode() -> bool:
     """Whether tensors may carry tangents, which only an autograd.Function notices, and refuses."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def under_transform(*values: object) -> bool:
+    """Whether a transform of torch.func is in force, or a tensor among `values` stands for several.
+
+    The second is what `is_grads_batched` and `vectorize=True` make of upstream gradients.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return transform() is not None or any(
+        isinstance(value, Tensor) and is_legacy_batchedtensor(value) for value in values
+    )
+
+
+def refuse_derivative(op: str, *values: object) -> None:
+    """Refuses the derivatives of an operation's kernels that are not those of one backward pass.
+
+    Raises:
+        NotImplementedError: a transform of torch.func is in force (see `under_transform`), or a
+            tensor among `values` carries a tangent.
+    """
+    if under_transform(*values):
+        raise NotImplementedError(
+            f"{op}: its kernels have no gradient under torch.func (grad, vjp, jacrev, vmap) or "
+            "with is_grads_batched; take it with backward() or torch.autograd.grad, one upstream "
+            "gradient at a time, or under use_backend('reference')"
+        )
+    refuse_tangents(op, *values)
+
+
+def refuse_tangents(op: str, *values: object) -> None:
+    """Refuses forward mode, which no operation has.
+
+    Raises:
+        NotImplementedError: a tensor among `values` carries a tangent.
+    """
+    if forward_mode() and any(
+        isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
+        for value in values
+    ):
+        raise NotImplementedError(
+            f"{op} has no forward-mode derivative (jvp, jacfwd, hessian); take the gradient with "
+            "backward() or torch.autograd.grad"
+        )

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..core import checks, option_checks
 from ..core.layout import MaybeTensor
+from ..core.option_checks import shown
 from ..head.arguments import Batching
 from ..head.chunks import exact_size
 from ..kernels import backends
@@ -32,23 +33,23 @@ def check_head(
     weight = checks.floating(op, weight_name, weight, double=True)
     if weight.dim() != 2 or (weight.shape[0] == 0 and not sharded):
         raise ValueError(
-            f"{op}: {weight_name} must be [V, H] with V >= 1, got {tuple(weight.shape)}"
+            f"{op}: {weight_name} must be [V, H] with V >= 1, got {shown(weight.shape)}"
         )
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"{op}: {hidden_name} must be [..., {weight.shape[1]}] as {weight_name} is [V, H], got "
-            f"{tuple(hidden.shape)}"
+            f"{op}: {hidden_name} must be [..., {shown(weight.shape[1])}] as {weight_name} is "
+            f"[V, H], got {shown(hidden.shape)}"
         )
     if weight.shape[1] == 0:
         raise ValueError(
-            f"{op}: {hidden_name} must be [..., H] with H >= 1, got {tuple(hidden.shape)}"
+            f"{op}: {hidden_name} must be [..., H] with H >= 1, got {shown(hidden.shape)}"
         )
     checks.same_device(op, weight_name, weight, hidden_name, hidden.device)
     if bias is not None:
         bias = checks.floating(op, bias_name, bias, double=True)
         if bias.shape != weight.shape[:1]:
             raise ValueError(
-                f"{op}: {bias_name} must be [V], ({weight.shape[0]},), got {tuple(bias.shape)}"
+                f"{op}: {bias_name} must be [V], {shown(weight.shape[:1])}, got {shown(bias.shape)}"
             )
         checks.same_device(op, bias_name, bias, hidden_name, hidden.device)
     kind = hidden.device.type

@@ -238,6 +238,7 @@ def once_differentiable(
     def decorate(backward: Callable[..., InputGradients]) -> Callable[..., InputGradients]:
         @functools.wraps(backward)
         def run(ctx: Any, *args: object) -> InputGradients:
+            tracing.refuse_derivative(op, *args)
             # torch itself refuses to differentiate a compiled backward.
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():
                 return backward(ctx, *args)
@@ -253,6 +254,41 @@ def once_differentiable(
         return run
 
     return decorate
+
+
+class _Unrecorded:
+    """Stands for the context of an autograd.Function whose backward pass never comes."""
+
+    needs_input_grad = (False,) * 32
+
+    def save_for_backward(self, *_: Tensor | None) -> None: ...
+
+    mark_non_differentiable = save_for_backward
+
+    def set_materialize_grads(self, _: bool) -> None: ...
+
+
+def apply(op: str, function: type[torch.autograd.Function], *args: Any) -> Any:
+    """The result of operation `op`, recorded for a backward pass if an input asks for a gradient.
+
+    Args:
+        op: name for errors.
+        function: computes the operation and its gradient.
+        args: of its forward.
+
+    Raises:
+        NotImplementedError: a gradient is asked for that the kernels do not have; see
+            `tracing.refuse_derivative`.
+    """
+    if torch.compiler.is_compiling():
+        return function.apply(*args)
+    wanted = torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for t in args
+    )
+    if not (wanted or tracing.forward_mode()):
+        return function.forward(_Unrecorded(), *args)
+    tracing.refuse_derivative(op, *args)
+    return function.apply(*args)
 
 
 # From torch 2.5 on; not public.

@@ -21,6 +21,7 @@ from ..config.enums import (
 )
 from ..core import checks, option_checks
 from ..core.layout import constant
+from ..core.option_checks import shown
 from ..kernels import backends
 from ._operator import Operator, define
 
@@ -112,7 +113,7 @@ def _check_scan(
     dims = 2 if cu_seqlens is None else 1
     if first.dim() != dims:
         expected = "[B, T]" if cu_seqlens is None else "[N], packed as cu_seqlens says,"
-        raise ValueError(f"{op}: {like} must be {expected}, got {tuple(first.shape)}")
+        raise ValueError(f"{op}: {like} must be {expected}, got {shown(first.shape)}")
     for name, t in masks.items():
         found.append(None if t is None else checks.mask(op, name, t))
     for name, t in (*tokens.items(), *masks.items()):
@@ -130,7 +131,7 @@ def _check_scan(
             if t.shape != (count,):
                 raise ValueError(
                     f"{op}: {name} must have one entry per sequence, ({count},), "
-                    f"got {tuple(t.shape)}"
+                    f"got {shown(t.shape)}"
                 )
             checks.same_device(op, name, t, like, first.device)
         found.append(t)
@@ -399,7 +400,7 @@ def group_advantages(
     op = "group_advantages"
     rewards = _of_sequences(op, "rewards", rewards)
     if rewards.dim() != 1:
-        raise ValueError(f"{op}: rewards must be [B], got {tuple(rewards.shape)}")
+        raise ValueError(f"{op}: rewards must be [B], got {shown(rewards.shape)}")
     option_checks.one_of(op, "baseline", baseline, BASELINES)
     option_checks.one_of(op, "scale", scale, SCALES)
     eps = option_checks.non_negative(op, "eps", eps)
@@ -413,7 +414,8 @@ def group_advantages(
         )
         if rewards.shape[0] % groups:
             raise ValueError(
-                f"{op}: groups must divide the number of rewards, {rewards.shape[0]}, got {groups}"
+                f"{op}: groups must divide the number of rewards, "
+                f"{shown(rewards.shape[0])}, got {shown(groups)}"
             )
     if (greedy_rewards is None) == (baseline == "greedy"):
         raise ValueError(

@@ -8,8 +8,9 @@ from torch import Tensor
 from .. import reference
 from ..config.enums import DIRECTIONS, KL_ESTIMATORS, Direction, KlEstimator
 from ..core import checks, option_checks, temperature_rules
+from ..core.option_checks import shown
 from ..kernels import backends
-from ._operator import InputGradients, Operator, define, once_differentiable, remember
+from ._operator import InputGradients, Operator, apply, define, once_differentiable, remember
 
 _divergence: Operator[tuple[Tensor, Tensor]] = define(
     "kl_divergence",
@@ -115,7 +116,7 @@ def kl_divergence(
     checks.floating(op, "logits", logits, double=True)
     checks.floating(op, "ref_logits", ref_logits, double=True)
     if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"{op}: logits must be [..., V] with V >= 1, got {tuple(logits.shape)}")
+        raise ValueError(f"{op}: logits must be [..., V] with V >= 1, got {shown(logits.shape)}")
     checks.same_shape(op, "ref_logits", ref_logits, "logits", logits.shape)
     checks.same_device(op, "ref_logits", ref_logits, "logits", logits.device)
     checks.same_dtype(op, "ref_logits", ref_logits, "logits", logits.dtype)
@@ -130,9 +131,8 @@ def kl_divergence(
         )
     else:
         checks.floating(op, "logits", logits)
-        kl = _KlDivergence.apply(
-            logits, ref_logits.detach(), temperature, direction == "reverse", backend
-        )
+        reverse = direction == "reverse"
+        kl = apply(op, _KlDivergence, logits, ref_logits.detach(), temperature, reverse, backend)
     # Kernels give a row with zero upstream gradient a zero gradient, even if it holds NaN.
     return kl if mask is None else torch.where(mask != 0, kl, 0)
 
@@ -177,5 +177,5 @@ def kl_penalty(
     else:
         checks.floating(op, "logprobs", logprobs)
         checks.floating(op, "ref_logprobs", ref_logprobs)
-        kl = _KlPenalty.apply(logprobs, ref_logprobs.detach(), estimator, backend)
+        kl = apply(op, _KlPenalty, logprobs, ref_logprobs.detach(), estimator, backend)
     return kl if mask is None else torch.where(mask != 0, kl, 0)

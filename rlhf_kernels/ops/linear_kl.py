@@ -15,6 +15,7 @@ from ._heads import check_batching, check_head, check_ref_head
 from ._operator import (
     InputGradients,
     Operator,
+    apply,
     define,
     head_gradients_fake,
     once_differentiable,
@@ -148,8 +149,9 @@ def linear_kl_divergence(
             temperature=temperature,
         )
     checks.floating(op, "hidden", hidden)
-    kl: Tensor = _LinearKlDivergence.apply(
-        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, temperature / logit_scale,
+    kl: Tensor = apply(
+        op, _LinearKlDivergence, hidden, weight, bias, ref_hidden, ref_weight, ref_bias,
+        mask, temperature / logit_scale,
         direction == "reverse", batching, backend,
     )  # fmt: skip
     return kl

@@ -16,6 +16,7 @@ from ._heads import check_batching, check_head
 from ._operator import (
     InputGradients,
     Operator,
+    apply,
     define,
     head_gradients_fake,
     once_differentiable,
@@ -289,8 +290,8 @@ def linear_token_logprobs(
             )
         )
     checks.floating(op, "hidden", hidden)
-    return named_result(
-        *_LinearTokenLogprobs.apply(
-            hidden, weight, bias, labels, *arguments.split(), batching, shards, backend
-        )
+    tokens = (labels, *arguments.split())
+    found = apply(
+        op, _LinearTokenLogprobs, hidden, weight, bias, *tokens, batching, shards, backend
     )
+    return named_result(*found)

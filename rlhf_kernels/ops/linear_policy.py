@@ -17,6 +17,7 @@ from ._heads import check_batching, check_head, check_ref_head
 from ._operator import (
     InputGradients,
     Operator,
+    apply,
     define,
     graph_is_kept,
     head_gradients_fake,
@@ -301,7 +302,9 @@ def linear_policy_loss(
             checks.floating(op, name, t)
     temperatures, options = arguments.split()
     constants = (old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs)
-    loss, metrics = _LinearPolicyLoss.apply(
+    loss, metrics = apply(
+        op,
+        _LinearPolicyLoss,
         hidden,
         weight,
         bias,

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from .. import reference
 from ..core import checks, groups, layout, option_checks, row_options, tracing
+from ..core.option_checks import shown
 from ..core.row_options import RowOptions
 from ..core.sentinels import SHARD_IGNORED
 from ..head import shard
 from ..kernels import backends
-from ._operator import InputGradients, Operator, define, once_differentiable, remember
+from ._operator import InputGradients, Operator, apply, define, once_differentiable, remember
 from .support import Support, token_logprobs_support
 
 
@@ -273,7 +274,7 @@ def token_logprobs(
     checks.floating(op, "logits", logits, double=True)
     shards = groups.name(op, group)
     if logits.dim() == 0 or (logits.shape[-1] == 0 and not shards):
-        raise ValueError(f"{op}: logits must be [..., V] with V >= 1, got {tuple(logits.shape)}")
+        raise ValueError(f"{op}: logits must be [..., V] with V >= 1, got {shown(logits.shape)}")
     arguments = row_options.checked(
         op, labels, "logits", logits, temperature, softcap, 1.0, entropy, ignore_index
     )
@@ -303,7 +304,7 @@ def token_logprobs(
         _check_inplace(logits)
     rows = (logits, labels, *arguments.split())
     if (torch.is_grad_enabled() and logits.requires_grad) or tracing.forward_mode():
-        return named_result(*_TokenLogprobs.apply(*rows, inplace_backward, shards, backend))
+        return named_result(*apply(op, _TokenLogprobs, *rows, inplace_backward, shards, backend))
     if shards:
         logprobs, entropies, *_ = _sharded_forward(*rows, shards, backend)
     else:

@@ -11,11 +11,13 @@ from ..config.metrics import POLICY_METRICS
 from ..config.policy import PolicyLossConfig
 from ..core import checks, tracing
 from ..core.layout import constant
+from ..core.option_checks import shown
 from ..kernels import backends, losses
 from ._metrics import Metrics, register_metrics
 from ._operator import (
     InputGradients,
     Operator,
+    apply,
     define,
     graph_is_kept,
     once_differentiable,
@@ -38,8 +40,8 @@ def check_advantages(
     sequences = logprobs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if advantages.shape != logprobs.shape and advantages.shape != (sequences,):
         raise ValueError(
-            f"{op}: advantages must have the shape of {like}, {tuple(logprobs.shape)}, or one "
-            f"entry per sequence, ({sequences},), got {tuple(advantages.shape)}"
+            f"{op}: advantages must have the shape of {like}, {shown(logprobs.shape)}, or one "
+            f"entry per sequence, ({shown(sequences)},), got {shown(advantages.shape)}"
         )
     return advantages
 
@@ -327,7 +329,7 @@ def policy_loss(
         cu_seqlens, count, divisor, *config_numbers(config), grad, entropy_grad, backend
     )  # fmt: skip
     if grad or entropy_grad or tracing.forward_mode():
-        loss, metrics = _PolicyLoss.apply(logprobs, entropy, *constants, *options)
+        loss, metrics = apply(op, _PolicyLoss, logprobs, entropy, *constants, *options)
     else:
         loss, metrics, *_ = _forward(constant(logprobs), *constants, entropy, *options)
     return PolicyLoss(loss, PolicyMetrics(metrics))

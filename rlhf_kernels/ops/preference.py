@@ -13,6 +13,7 @@ from .. import reference
 from ..config import preference as rules
 from ..config.enums import F_DIVERGENCES, PREFERENCE_LOSSES, FDivergence, PreferenceLossName
 from ..core import checks, option_checks
+from ..core.option_checks import shown
 
 
 class PreferenceLoss(NamedTuple):
@@ -42,7 +43,7 @@ def _check_pairs(op: str, pairs: dict[str, Tensor]) -> None:
     for name, value in pairs.items():
         checks.floating(op, name, value, double=True)
         if value.dim() != 1:
-            raise ValueError(f"{op}: {name} must be [B], got {tuple(value.shape)}")
+            raise ValueError(f"{op}: {name} must be [B], got {shown(value.shape)}")
         checks.same_shape(op, name, value, like, first.shape)
         checks.same_device(op, name, value, like, first.device)
 
@@ -97,10 +98,10 @@ def _check_options(op: str, names: Sequence[str], options: dict[str, Any]) -> No
     option_checks.one_of(op, "f_divergence", options["f_divergence"], F_DIVERGENCES)
     smoothing = options["label_smoothing"]
     if not 0 <= smoothing < 0.5:
-        raise ValueError(f"{op}: label_smoothing must be in [0, 0.5), got {smoothing}")
+        raise ValueError(f"{op}: label_smoothing must be in [0, 0.5), got {shown(smoothing)}")
     if wrong := rules.contradiction(names, options):
         name, expected = wrong
-        raise ValueError(f"{op}: {name} must be {expected}, got {options[name]}")
+        raise ValueError(f"{op}: {name} must be {expected}, got {shown(options[name])}")
 
 
 def sequence_logprobs(
@@ -146,7 +147,7 @@ def sequence_logprobs(
         checks.same_shape(op, "shared_lengths", shared_lengths, what, torch.Size([count]))
         checks.same_device(op, "shared_lengths", shared_lengths, "logprobs", logprobs.device)
     elif ld_alpha != 1:
-        raise ValueError(f"{op}: ld_alpha must be 1 without shared_lengths, got {ld_alpha}")
+        raise ValueError(f"{op}: ld_alpha must be 1 without shared_lengths, got {shown(ld_alpha)}")
     found = reference.sequence_logprobs(
         logprobs,
         mask,

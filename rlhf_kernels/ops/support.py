@@ -13,6 +13,7 @@ from ..kernels import backends
 from ._operator import (
     InputGradients,
     Operator,
+    apply,
     define,
     head_gradients_fake,
     once_differentiable,
@@ -135,9 +136,8 @@ def token_logprobs_support(
         return reference.token_logprobs_support(logits, labels, *pair, **arguments.of_logits())
     checks.floating(op, "logits", logits)
     temperatures, options = arguments.split()
-    logprobs, *entropies = _TokenLogprobsSupport.apply(
-        logits, labels, temperatures, *pair, options, backend
-    )
+    tokens = (labels, temperatures, *pair)
+    logprobs, *entropies = apply(op, _TokenLogprobsSupport, logits, *tokens, options, backend)
     return logprobs, entropies[0] if options.entropy else None
 
 
@@ -163,7 +163,6 @@ def linear_token_logprobs_support(
     # The copy has the size of the hidden states, which is small beside logits.
     hidden = hidden.to(weight.dtype)
     temperatures, options = arguments.split()
-    logprobs, *entropies = _LinearTokenLogprobsSupport.apply(
-        hidden, weight, bias, labels, temperatures, *pair, options, backend
-    )
+    head, tokens = (hidden, weight, bias), (labels, temperatures, *pair)
+    logprobs, *entropies = apply(op, _LinearTokenLogprobsSupport, *head, *tokens, options, backend)
     return logprobs, entropies[0] if options.entropy else None

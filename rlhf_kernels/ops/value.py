@@ -12,7 +12,7 @@ from ..core import checks, option_checks, tracing
 from ..core.layout import constant
 from ..kernels import backends, losses
 from ._metrics import Metrics, register_metrics
-from ._operator import InputGradients, Operator, define, once_differentiable, remember
+from ._operator import InputGradients, Operator, apply, define, once_differentiable, remember
 from .policy import scaled
 
 
@@ -153,7 +153,7 @@ def value_loss(
         0.0 if clip_range is None else clip_range, AGGREGATIONS.index(aggregation), grad, backend,
     )  # fmt: skip
     if grad or tracing.forward_mode():
-        loss, metrics = _ValueLoss.apply(values, *args)
+        loss, metrics = apply(op, _ValueLoss, values, *args)
     else:
         loss, metrics, *_ = _forward(constant(values), *args)
     return ValueLoss(loss, ValueMetrics(metrics))

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core import tracing
 from ._common import compute, distances
 
 
@@ -92,6 +93,7 @@ def kl_divergence(
     Returns:
         The divergence [...], never negative.
     """
+    tracing.refuse_tangents("kl_divergence", logits)
     policy = distances(compute(logits), temperature)
     ref = distances(compute(ref_logits).detach(), temperature)
     kl: Tensor = _Divergence.apply(policy, ref, direction == "reverse")
@@ -113,6 +115,7 @@ def kl_estimate(x: Tensor, estimator: str) -> Tensor:
 
 def sloped(x: Tensor, value: Tensor, estimator: str) -> Tensor:
     """`value` [...] with the gradient of an estimator in x [...]."""
+    tracing.refuse_tangents("the gradient of a KL estimator", x)
     result: Tensor = _Sloped.apply(x, value, estimator)
     return result
 

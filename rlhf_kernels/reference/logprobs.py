@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core import tracing
 from . import shard
 from ._common import compute, distances, per_row, with_options
 
@@ -97,6 +98,7 @@ def token_logprobs(
             group=group,
             **options,
         )
+    tracing.refuse_tangents("token_logprobs", logits)
     keep = labels != ignore_index
     z = with_options(torch.where(keep.unsqueeze(-1), compute(logits), 0), **options)
     d = distances(z, per_row(temperature, keep))

@@ -188,7 +188,7 @@ sys.exit(check.main(["--out", {str(tmp_path)!r}, "--device", "cpu"]))
         assert run.poll() is None
         time.sleep(0.1)
     run.send_signal(signal.SIGTERM)
-    run.communicate(timeout=300)
+    run.communicate(timeout=900)
     assert run.returncode == 143
     with pytest.raises(ProcessLookupError):
         os.kill(int(log.read_text().split()[0]), 0)

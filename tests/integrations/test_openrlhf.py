@@ -378,6 +378,6 @@ assert theirs.actor.Actor.forward.__code__.co_name == "forward"
     extra = os.environ.get("PYTHONPATH")
     variables["PYTHONPATH"] += os.pathsep + extra if extra else ""
     out = subprocess.run(
-        [sys.executable, "-c", program], env=variables, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", program], env=variables, capture_output=True, text=True, timeout=900
     )
     assert out.stdout.split("\n")[-2] == "8 False", out.stderr

@@ -281,3 +281,46 @@ def test_soft_masks_are_found_in_a_graph():
     torch.testing.assert_close(run(mask), rk.whiten(x, mask=mask.bool()))
     with pytest.raises(RuntimeError, match="mask must be bool or integer"):
         run(mask * 0.5)
+
+
+_NAN, _INF = float("nan"), float("inf")
+_X, _LABELS, _KEEP = torch.ones(6, 8), torch.arange(6), torch.ones(2, 3, dtype=torch.bool)
+_Y = torch.ones(2, 3)
+# By name: a call of one argument; its values, the first two right, so that it becomes symbolic.
+_WRONG = {
+    "kept_tokens": (
+        lambda k: rk.linear_token_logprobs(_X, _X, _LABELS, kept_tokens=k),
+        (6, 7, -1, -2, 2**70, "a", 1.5, True),
+    ),
+    "chunk_tokens": (
+        lambda k: rk.linear_token_logprobs(_X, _X, _LABELS, chunk_tokens=k),
+        (6, 7, 0, -2, 2**200, "a", 1.5),
+    ),
+    "temperature": (
+        lambda k: rk.token_logprobs(_X, _LABELS, temperature=k),
+        (1.5, 0.5, -1.0, 0.0, 1e-30, _NAN, _INF, -_INF, "a"),
+    ),
+    "gamma": (lambda k: rk.gae(_Y, _Y, mask=_KEEP, gamma=k), (0.5, 0.7, -1.0, _NAN, _INF, "a")),
+    "clip_range": (
+        lambda k: rk.value_loss(_Y, _Y, _Y, _KEEP, clip_range=k),
+        (0.2, 0.3, -1.0, _INF, _NAN, "a"),
+    ),
+    "groups": (lambda k: rk.group_advantages(_LABELS.float(), groups=k), (2, 3, 4, 0, "a")),
+    "shape": (lambda k: rk.kl_penalty(_X, torch.ones(6, k)), (8, 8, 4, 5)),
+    "labels": (lambda k: rk.token_logprobs(_X, torch.zeros(k).long()), (6, 6, 4, 5)),
+    "head": (lambda k: rk.linear_token_logprobs(_X, torch.ones(9, k), _LABELS), (8, 8, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("name", _WRONG)
+def test_compiled_calls_refuse_in_the_words_of_eager_ones(name, fullgraph):
+    call, (first, second, *wrong) = _WRONG[name]
+    compiled = torch.compile(call, backend="eager", fullgraph=fullgraph)
+    compiled(first), compiled(second)
+    for value in wrong:
+        with pytest.raises((TypeError, ValueError)) as expected:
+            call(value)
+        with pytest.raises(Exception) as found:
+            compiled(value)
+        assert str(expected.value) in str(found.value), value

@@ -137,7 +137,7 @@ def train_both(folder: Path, mode: str, stages: dict[str, str]) -> None:
     two = start_two(folder, mode, jobs(folder, "two", stages))
     for stage, flags in json.loads(jobs(folder, "one", stages)):
         assert cli.main(["train", stage, *flags]) == 0
-    outputs = [run.communicate(timeout=300)[0] for run in two]
+    outputs = [run.communicate(timeout=900)[0] for run in two]
     assert [run.returncode for run in two] == [0, 0], outputs
     assert outputs[0].count("x 2;") == len(stages) and "x 2;" not in outputs[1]
 
@@ -162,7 +162,7 @@ def test_processes_agree_on_what_is_not_finite(folder):
     text = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(60)]
     data = write_jsonl(folder / "text.jsonl", text)
     runs = start_two(folder, str(folder / "out"), data)
-    outputs = [run.communicate(timeout=120)[0] for run in runs]
+    outputs = [run.communicate(timeout=900)[0] for run in runs]
     assert [run.returncode for run in runs] == [2, 2], outputs
     for output in outputs:
         (line,) = [n for n in output.splitlines() if n.startswith("rlhf-kernels: ")]
@@ -182,7 +182,7 @@ def test_accelerate_launches_two_processes_and_ends(tmp_path):
     launch += "--max_operand 9 --eval_size 16 --hidden_size 16 --num_layers 1 --num_heads 2".split()
     launch += "--batch_size 16 --total_steps 2 --output_dir".split()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    options = {"env": environment, "capture_output": True, "text": True, "timeout": 240}
+    options = {"env": environment, "capture_output": True, "text": True, "timeout": 900}
     out = tmp_path / "cpu"
     done = subprocess.run([*launch, str(out), "--device", "cpu"], **options)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -204,7 +204,7 @@ def test_sharded_weights_train_as_one_process_and_resume(folder):
     wanted = [(stage, [*flags, "--resume"]) for stage, flags in
               json.loads(jobs(folder, "two", stages))]  # fmt: skip
     again = start_two(folder, "fsdp2", json.dumps(wanted))
-    outputs = [run.communicate(timeout=300)[0] for run in again]
+    outputs = [run.communicate(timeout=900)[0] for run in again]
     assert [run.returncode for run in again] == [0, 0], outputs
     for stage in stages:
         same_training(folder, stage, ("policy",))
