@@ -26,30 +26,25 @@ def forward_mode() -> bool:
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
-def under_transform(*values: object) -> bool:
-    """Whether a transform of torch.func is in force, or a tensor among `values` stands for several.
+def stand_for_several(*values: object) -> bool:
+    """Whether a tensor among `values` is several, as `is_grads_batched` makes upstream gradients.
 
-    The second is what `is_grads_batched` and `vectorize=True` make of upstream gradients.
+    Those of torch.func.vmap are told by `transform`.
     """
-    if torch.compiler.is_compiling():
-        return False
-    return transform() is not None or any(
-        isinstance(value, Tensor) and is_legacy_batchedtensor(value) for value in values
-    )
+    return any(isinstance(value, Tensor) and is_legacy_batchedtensor(value) for value in values)
 
 
 def refuse_derivative(op: str, *values: object) -> None:
-    """Refuses the derivatives of an operation's kernels that are not those of one backward pass.
+    """Refuses what the kernels' autograd.Functions do not take part in.
 
     Raises:
-        NotImplementedError: a transform of torch.func is in force (see `under_transform`), or a
-            tensor among `values` carries a tangent.
+        NotImplementedError: a transform of torch.func is in force, or a tensor among `values`
+            carries a tangent.
     """
-    if under_transform(*values):
+    if transform() is not None:
         raise NotImplementedError(
-            f"{op}: its kernels have no gradient under torch.func (grad, vjp, jacrev, vmap) or "
-            "with is_grads_batched; take it with backward() or torch.autograd.grad, one upstream "
-            "gradient at a time, or under use_backend('reference')"
+            f"{op}: its kernels have no gradient within torch.func (grad, vjp, jacrev, vmap); take "
+            "it with backward() or torch.autograd.grad, or under use_backend('reference')"
         )
     refuse_tangents(op, *values)
 

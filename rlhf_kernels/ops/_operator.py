@@ -10,10 +10,12 @@ operator.
 import functools
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Annotated, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..config.policy import PolicyCodes, PolicyParams
 from ..core import tracing
@@ -182,6 +184,13 @@ class Operator(Generic[R]):
         return result
 
 
+class _Dispatched(TorchDispatchMode):
+    """Sends operators through the dispatcher, which takes batched tensors apart."""
+
+    def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return f(*args, **(kwargs or {}))
+
+
 class _Once(torch.autograd.Function):
     """Passes gradients through; differentiating them w.r.t. any further tensor raises."""
 
@@ -238,18 +247,22 @@ def once_differentiable(
     def decorate(backward: Callable[..., InputGradients]) -> Callable[..., InputGradients]:
         @functools.wraps(backward)
         def run(ctx: Any, *args: object) -> InputGradients:
-            tracing.refuse_derivative(op, *args)
             # torch itself refuses to differentiate a compiled backward.
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            if torch.compiler.is_compiling():
                 return backward(ctx, *args)
-            with torch.no_grad():
+            once, several = torch.is_grad_enabled(), tracing.stand_for_several(*args)
+            if not once and not several:
+                return backward(ctx, *args)
+            with torch.no_grad(), _Dispatched() if several else nullcontext():
                 gradients = backward(ctx, *args)
+            if not once:
+                return gradients
             anchor = torch.empty(0, requires_grad=True)
             upstream = [t for t in args if isinstance(t, Tensor)]
-            once: InputGradients = _Once.apply(
+            guarded: InputGradients = _Once.apply(
                 op, len(gradients), *gradients, anchor, *upstream, *_sources(ctx)
             )
-            return once
+            return guarded
 
         return run
 

@@ -136,6 +136,9 @@ def scaled(
 ) -> list[Tensor]:  # fmt: skip
     """One or two gradients times scale and upstream, each in its dtype; see kernels/losses.py."""
     if losses.is_deferred(scale):
+        if tracing.transform() is not None or tracing.stand_for_several(upstream):
+            # An operator that returns a list cannot be taken apart.
+            return [(g * (scale * upstream)).to(d) for g, d in zip(gradients, dtypes, strict=True)]
         first, second = (*gradients, None)[:2]
         return _backward(first, second, scale, upstream, dtypes[0], dtypes[-1], backend)
     return [times(g, upstream, dtype) for g, dtype in zip(gradients, dtypes, strict=True)]

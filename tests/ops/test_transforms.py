@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
+from tests.cases import calls as cases
+
 import rlhf_kernels as rk
+from rlhf_kernels.kernels import triton
 from rlhf_kernels.ops import _calls
 
 B, T, V = 2, 3, 5
@@ -48,20 +51,28 @@ def _differentiable():
                 yield pytest.param(call, name, id=f"{call.op}-{name}-{'support' in call.tensors}")
 
 
-def _batched(f, x):
-    leaf = x.clone().requires_grad_()
-    upstream = torch.ones(2)
-    return torch.autograd.grad(f(leaf), leaf, upstream, is_grads_batched=True)[0][1]
-
-
-# By name: a gradient of f at x by one of torch's other ways.
-DERIVATIVES = {
+# By name: a gradient of f at x within torch.func, of which a kernel's gradient is no part.
+WITHIN = {
     "grad": lambda f, x: torch.func.grad(f)(x),
     "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.ones(()))[0],
     "jacrev": lambda f, x: torch.func.jacrev(f)(x),
     "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(f))(torch.stack([x, x]))[1],
-    "is_grads_batched": _batched,
-    "vectorized jacobian": lambda f, x: torch.autograd.functional.jacobian(f, x, vectorize=True),
+}
+
+
+def _one_each(result, x, upstream):
+    rows = [torch.autograd.grad(result, x, u, retain_graph=True)[0] for u in upstream]
+    return torch.stack(rows)
+
+
+# By name: gradients of one result for several upstream gradients.
+SEVERAL = {
+    "is_grads_batched": lambda result, x, upstream: torch.autograd.grad(
+        result, x, upstream, is_grads_batched=True, retain_graph=True
+    )[0],
+    "vmap": lambda result, x, upstream: torch.func.vmap(
+        lambda u: torch.autograd.grad(result, x, u, retain_graph=True)[0]
+    )(upstream),
 }
 
 
@@ -91,22 +102,37 @@ def test_a_tangent_is_refused_and_not_dropped(name, implementation):
         call(forward_ad.make_dual(torch.ones(shape), torch.ones(shape)))
 
 
-@pytest.mark.parametrize("call, name", _differentiable())
+@pytest.mark.parametrize("call, name", list(_differentiable()))
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_other_ways_to_a_gradient_are_right_or_refused_in_a_sentence(call, name):
+def test_a_gradient_within_torch_func_is_right_or_refused_in_a_sentence(call, name):
     call = call.requiring()
     f, x = _by_tensor(call, name), call.tensors[name]
     leaf = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(f(leaf), leaf)
-    in_torch = call.function in (rk.preference_loss, rk.kto_loss, rk.reward_model_loss)
-    in_torch = in_torch or call.function is rk.sequence_logprobs
-    for way, derivative in DERIVATIVES.items():
-        if not in_torch:
+    for way, derivative in WITHIN.items():
+        if call.op not in cases.PLAIN:
             with pytest.raises(NotImplementedError, match=f"{call.op}: its kernels have no grad"):
                 derivative(f, x)
         with rk.use_backend("reference"):
             found = derivative(f, x)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=way)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", *(["triton"] if triton.interpreted() else [])])
+@pytest.mark.parametrize("call, name", list(_differentiable()))
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_several_upstream_gradients_give_what_one_each_does(call, name, implementation):
+    call = call.requiring()
+    with rk.use_backend("auto" if call.op in cases.PLAIN else implementation):
+        x = call.tensors[name].clone().requires_grad_()
+        result = _by_tensor(call, name)(x)
+        upstream = torch.tensor([1.0, 0.0, -0.7])
+        expected = _one_each(result, x, upstream)
+        for way, several in SEVERAL.items():
+            assert torch.equal(several(result, x, upstream), expected), way
+    jacobian = torch.autograd.functional.jacobian
+    f, x = _by_tensor(call, name), x.detach()
+    assert torch.equal(jacobian(f, x, vectorize=True), jacobian(f, x))
 
 
 @pytest.mark.parametrize("name", CALLS)
