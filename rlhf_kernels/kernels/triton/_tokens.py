@@ -102,19 +102,27 @@ def token_index(batch, s, i):
 
 
 @triton.jit
-def tile_tokens(k, length, TILE: tl.constexpr):
-    """(index of each token within tile k, [TILE]; whether the sequence has that token)."""
-    i = tl.arange(0, TILE)
-    left = tl.where(k >= 0, length - k.to(tl.int64) * TILE, 0)
-    return i, i < tl.minimum(left, TILE).to(tl.int32)
-
-
-@triton.jit
 def load_tile(x, s, first, i, inside):
     """The entries of the tile at token `first` of sequence s, 0 outside."""
     pointer, stride0, stride1 = x
     at = pointer + s.to(tl.int64) * stride0 + first * stride1
     return tl.load(at + i.to(tl.int64) * stride1, mask=inside, other=0)
+
+
+@triton.jit
+def own_tile(batch, mask, TILE: tl.constexpr):
+    """The tile of this program: (s, k, length, at, i, inside, kept).
+
+    It is tile k of sequence s, which has `length` tokens, and starts at token `at`, counted as for
+    `load_tile`. Blocks [TILE]: the index of each token within the tile, whether the sequence has
+    that token, whether it is unmasked.
+    """
+    s, k, begin, length = slot_tile(batch, TILE)
+    i = tl.arange(0, TILE)
+    left = tl.where(k >= 0, length - k.to(tl.int64) * TILE, 0)
+    inside = i < tl.minimum(left, TILE).to(tl.int32)
+    at = begin + k.to(tl.int64) * TILE
+    return s, k, length, at, i, inside, load_tile(mask, s, at, i, inside) != 0
 
 
 @triton.jit
@@ -165,12 +173,16 @@ def inverse(n):
 
 
 @triton.jit
-def sequence_total(x, first, tiles):
-    """The fp64 sum of x[first : first + tiles], the slots of one sequence, in order."""
+def sequence_total(x, k, length, TILE: tl.constexpr):
+    """The fp64 sum of x [slots] over the slots of this program's sequence, in order.
+
+    The program has tile k of it; it has `length` tokens.
+    """
+    first, tiles = tl.program_id(0) - k, ((length - 1) // TILE + 1).to(tl.int32)
     total = tl.zeros((SEQUENCE_GROUP,), tl.float64)
     for start in range(0, tiles, SEQUENCE_GROUP):
-        k = start + tl.arange(0, SEQUENCE_GROUP)
-        total += tl.load(x + first + k, mask=k < tiles, other=0.0).to(tl.float64)
+        j = start + tl.arange(0, SEQUENCE_GROUP)
+        total += tl.load(x + first + j, mask=j < tiles, other=0.0).to(tl.float64)
     return tree_sum(total, SEQUENCE_GROUP)
 
 
@@ -248,10 +260,7 @@ def statistics_kernel(
 ):
     """Per slot: number of unmasked tokens, and their sums of logprob - old and of log_weight."""
     pid, slots = tl.program_id(0), tl.num_programs(0)
-    s, k, begin, length = slot_tile(batch, TILE)
-    i, inside = tile_tokens(k, length, TILE)
-    at = begin + k.to(tl.int64) * TILE
-    kept = load_tile(mask, s, at, i, inside) != 0
+    s, _, _, at, i, _, kept = own_tile(batch, mask, TILE)
     count = tl.where(kept, 1.0, 0.0)
     ratio, weight = tl.zeros_like(count), tl.zeros_like(count)
     if RATIO or WEIGHT:

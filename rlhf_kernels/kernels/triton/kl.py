@@ -19,7 +19,7 @@ from ._launch import kernel, launch, tile_count, warps_of
 from ._math import LOG2E, exp_parts, scalar, tree_sum, tree_sums
 from ._strided import alignment, in_units, strided, strided_rows, token_at
 from ._tiles import load_blocks, tile_bounds, tops
-from .logprobs import GROUP, LOWEST, ROWS
+from .logprobs import GROUP, LOWEST, ROWS, raised
 
 # Columns per program, 32 of each row per thread: two rows need as many registers as the single row
 # of token_logprobs.
@@ -103,12 +103,8 @@ def combine_pairs(partials, parts, rate, GROUP: tl.constexpr):
         part_mq = tl.load(at + 2, mask=inside, other=float("-inf"))
         part_sq = tl.load(at + 3, mask=inside, other=0.0).to(tl.float64)
         part_t = tl.load(at + 4, mask=inside, other=0.0).to(tl.float64)
-        # This maximum may lose a NaN, but the sums have it too.
-        top_p, top_q = tl.max(part_mp, axis=0), tl.max(part_mq, axis=0)
-        top_p = tl.where(m_p > top_p, m_p, top_p)
-        top_q = tl.where(m_q > top_q, m_q, top_q)
-        base_p = tl.where(top_p == float("-inf"), 0.0, top_p)
-        base_q = tl.where(top_q == float("-inf"), 0.0, top_q)
+        top_p, base_p = raised(m_p, tl.max(part_mp, axis=0))
+        top_q, base_q = raised(m_q, tl.max(part_mq, axis=0))
         shift_p, weight_p = rebased(part_mp, part_sp, base_p, rate)
         shift_q, weight_q = rebased(part_mq, part_sq, base_q, rate)
         before_p, kept_p = rebased(m_p, s_p, base_p, rate)

@@ -36,13 +36,11 @@ from ._tokens import (
     inverse,
     join8,
     load_kept,
-    load_tile,
     loss_scale,
     opening_slots,
+    own_tile,
     pick,
     sequence_total,
-    slot_tile,
-    tile_tokens,
     token_index,
 )
 from .policy_math import (
@@ -106,10 +104,7 @@ def policy_kernel(
 ):
     """Gradient (without 1 / divisor) and partial sums of one tile. c: PolicyParams."""
     pid, slots = tl.program_id(0), tl.num_programs(0)
-    s, k, begin, length = slot_tile(batch, TILE)
-    i, inside = tile_tokens(k, length, TILE)
-    at = begin + k.to(tl.int64) * TILE
-    kept = load_tile(mask, s, at, i, inside) != 0
+    s, k, length, at, i, inside, kept = own_tile(batch, mask, TILE)
     logprob = load_kept(logprobs, s, at, i, kept)
     before = load_kept(old, s, at, i, kept)
     a = load_kept(advantages, s, at, i, kept)
@@ -120,14 +115,13 @@ def policy_kernel(
     weight = scalar(1.0)
     learns = tl.full((), 1, tl.int1)
     if SEQUENCE_MEAN or LEVEL != TOKEN_RATIO:
-        slot, tiles = pid - k, ((length - 1) // TILE + 1).to(tl.int32)
-        tokens = sequence_total(partials + TOKENS * slots, slot, tiles)
+        tokens = sequence_total(partials + TOKENS * slots, k, length, TILE)
         each = inverse(tl.where(tokens > 1.0, tokens, 1.0))
         if SEQUENCE_MEAN:
             weight = each.to(tl.float32)
         if LEVEL != TOKEN_RATIO:
             # All tokens have the ratio of their sequence.
-            total = sequence_total(partials + LOG_RATIO * slots, slot, tiles)
+            total = sequence_total(partials + LOG_RATIO * slots, k, length, TILE)
             mean = (total * each).to(tl.float32)
             r, rm1, ratio_k3 = policy_ratio(zero + mean, c)
             learns = within(mean, c.log_ratio_low, c.log_ratio_high, 1.0) != 0.0
@@ -136,8 +130,7 @@ def policy_kernel(
         sampled = load_kept(rollout, s, at, i, kept)
         log_w = log_weight(before, sampled)
         if CORRECTION == SEQUENCE_CORRECTION:
-            slot, tiles = pid - k, ((length - 1) // TILE + 1).to(tl.int32)
-            total = sequence_total(partials + LOG_WEIGHT * slots, slot, tiles)
+            total = sequence_total(partials + LOG_WEIGHT * slots, k, length, TILE)
             log_w = zero + total.to(tl.float32)
         correction = correction_weight(log_w, c, MODE)
         w_sum = tl.where(kept, correction, 0.0)
@@ -205,16 +198,12 @@ def pooled_kernel(
     TILE: tl.constexpr,
 ):
     """Adds to each unmasked token its share of the slope of its sequence's ratio."""
-    pid, slots = tl.program_id(0), tl.num_programs(0)
-    s, k, begin, length = slot_tile(batch, TILE)
-    i, inside = tile_tokens(k, length, TILE)
-    at = begin + k.to(tl.int64) * TILE
-    kept = load_tile(mask, s, at, i, inside) != 0
-    slot, tiles = pid - k, ((length - 1) // TILE + 1).to(tl.int32)
-    tokens = sequence_total(partials + TOKENS * slots, slot, tiles)
+    slots = tl.num_programs(0)
+    s, k, length, at, i, _, kept = own_tile(batch, mask, TILE)
+    tokens = sequence_total(partials + TOKENS * slots, k, length, TILE)
     each = inverse(tl.where(tokens > 1.0, tokens, 1.0))
-    mean = sequence_total(partials + LOG_RATIO * slots, slot, tiles) * each
-    share = sequence_total(partials + SLOPE * slots, slot, tiles) * each
+    mean = sequence_total(partials + LOG_RATIO * slots, k, length, TILE) * each
+    share = sequence_total(partials + SLOPE * slots, k, length, TILE) * each
     if SEQUENCE_MEAN:
         share *= each
     share = within(mean.to(tl.float32), log_ratio_low, log_ratio_high, share.to(tl.float32))

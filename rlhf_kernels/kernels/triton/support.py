@@ -19,7 +19,7 @@ from ._launch import kernel, launch
 from ._math import LOG2E, good_temperature, scalar, tree_sum
 from ._rows import packed, row_temperature, with_options
 from ._strided import strided, strided_rows, token_at
-from .logprobs import LOWEST, label_gradient
+from .logprobs import LOWEST, label_gradient, merged
 from .support_products import entries_of, owners, store_products, store_sums
 
 # Entries that a token's program takes at a time. Few lists are longer, and 512 would spill
@@ -113,19 +113,9 @@ def rows_kernel(
             own = tl.where(found > own, found, own)
             z = tl.where(inside, z, float("-inf"))
             tile_m, tile_s, tile_t = tile_sums(z, rate32, entropies is not None, BLOCK)
-            # This maximum may lose a NaN, but the sums have it too.
-            top = tl.where(m > tile_m, m, tile_m)
-            base = tl.where(top == float("-inf"), 0.0, top)
-            # A tile of only -inf has no reference point and a sum of 0; its distance is 0.
-            shift = tl.where(tile_s == 0.0, 0.0, (tile_m - base) * rate32)
-            weight = tl.exp2(shift * LOG2E).to(tl.float64)
-            before = tl.where(s == 0.0, 0.0, (m - base) * rate32)
-            old = tl.exp2(before * LOG2E).to(tl.float64)
-            if entropies is not None:
-                moved = tl.where(weight == 0.0, 0.0, weight * (tile_t + tile_s * shift))
-                t = tl.where(old == 0.0, 0.0, old * (t + s * before)) + moved
-            s = old * s + weight * tile_s
-            m = top
+            m, s, t = merged(
+                m, s, t, tile_m, tile_m, tile_s, tile_t, rate32, entropies is not None, 1
+            )
         # The token is NaN for a label or token id outside the vocabulary, a bad temperature,
         # decreasing offsets or an empty support.
         good = (label >= 0) & (label < vocab) & good_temperature(temperature)
@@ -322,19 +312,20 @@ def _head_backward(
     tokens: support.Tokens,
     *inputs: Any,
 ) -> None:
-    vocab, (grad_hidden, *sums) = weight.shape[0], gradients
+    vocab, (of_hidden, of_weight, of_bias) = weight.shape[0], gradients
     labels, indptr, indices = tokens.labels, tokens.indptr.contiguous(), tokens.indices.contiguous()
     dz, token_ids = torch.empty_like(kept), torch.empty_like(kept, dtype=torch.int32)
     _gradient(vocab, None, dz, token_ids, kept, tokens, *inputs)
-    if grad_hidden is not None:
-        store_sums(as_rows(weight), indptr, None, indices, dz, grad_hidden, None, vocab, vocab)
-    if any(t is not None for t in sums):
+    if of_hidden is not None:
+        store_sums(as_rows(weight), indptr, None, indices, dz, of_hidden, None, vocab, vocab)
+    if of_weight is not None or of_bias is not None:
         token_ids, order = torch.sort(token_ids, stable=True)
         starts = torch.searchsorted(
             token_ids, torch.arange(vocab + 1, dtype=torch.int32, device=token_ids.device)
         )
         entries = (starts, order, owners(indptr, indices.shape[0]), dz)
-        store_sums(as_rows(hidden), *entries, *sums, grid(labels.shape)[1], labels.numel())
+        cols, tokens_in_all = grid(labels.shape)[1], labels.numel()
+        store_sums(as_rows(hidden), *entries, of_weight, of_bias, cols, tokens_in_all)
 
 
 LAUNCHERS = support.launchers(_forward, _scatter, _head_backward, on_device=True)

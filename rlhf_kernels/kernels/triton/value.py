@@ -23,13 +23,11 @@ from ._tokens import (
     join4,
     join8,
     load_kept,
-    load_tile,
     loss_scale,
     opening_slots,
+    own_tile,
     pick,
     sequence_total,
-    slot_tile,
-    tile_tokens,
     token_index,
 )
 from .policy_math import SEQ_MEAN_TOKEN_MEAN, value_term
@@ -64,10 +62,7 @@ def value_kernel(
 ):
     """Gradient (without 1 / divisor) and partial sums of one tile."""
     pid, slots = tl.program_id(0), tl.num_programs(0)
-    s, k, begin, length = slot_tile(batch, TILE)
-    i, inside = tile_tokens(k, length, TILE)
-    at = begin + k.to(tl.int64) * TILE
-    kept = load_tile(mask, s, at, i, inside) != 0
+    s, k, length, at, i, inside, kept = own_tile(batch, mask, TILE)
     v = load_kept(values, s, at, i, kept)
     target = load_kept(returns, s, at, i, kept)
     zero = tl.zeros_like(v)
@@ -78,8 +73,7 @@ def value_kernel(
     term, slope, clipped = value_term(v, before, target, clip_range, CLIP)
     weight = scalar(1.0)
     if SEQUENCE_MEAN:
-        slot, tiles = pid - k, ((length - 1) // TILE + 1).to(tl.int32)
-        tokens = sequence_total(partials + TOKENS * slots, slot, tiles)
+        tokens = sequence_total(partials + TOKENS * slots, k, length, TILE)
         weight = inverse(tl.where(tokens > 1.0, tokens, 1.0)).to(tl.float32)
     if grad is not None:
         to = token_index(batch, s, at + i)
