@@ -9,13 +9,15 @@ slots stay empty.
 Sums are fp32 within a tile, by pairs at fixed distances, and fp64 over the slots, in order.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import losses
-from ._launch import INTERPRETED, kernel, tile_count
+from ._launch import INTERPRETED, kernel, launch, tile_count
 from ._math import tree_sum
 from ._strided import Strided, strided
 from .policy_math import SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, log_weight
@@ -52,6 +54,66 @@ def batch_of(shape: torch.Size, cu_seqlens: Tensor | None) -> Batch:
     """The sequences of a batch [B, T], or [N] with cu_seqlens, as kernels take them."""
     offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
     return offsets, *losses.sequences(shape, cu_seqlens)
+
+
+class Sweep(NamedTuple):
+    """What the launches of one call of a loss share.
+
+    partials: scratch [rows, slots], the statistics first.
+    loss, metrics, scale: results, uninitialised.
+    divisor: the number to divide by, or 0 to read the normalizer, or to count without one.
+    """
+
+    batch: Batch
+    slots: int
+    partials: Tensor
+    loss: Tensor
+    metrics: Tensor
+    scale: Tensor
+    divisor: float
+    normalizer: Tensor | None
+
+    def combine(
+        self, kernel: Any, aggregation: int, *coefficients: float, **constants: bool
+    ) -> None:
+        """Launches `kernel` in a single program: results from the partial sums of all slots."""
+        counted = self.normalizer is None and self.divisor == 0.0
+        launch(
+            kernel,
+            1,
+            self.loss,
+            self.batch,
+            self.normalizer,
+            self.partials,
+            self.loss,
+            self.metrics,
+            self.scale,
+            self.slots,
+            self.divisor,
+            *coefficients,
+            COUNT_SEQUENCES=counted and aggregation in SEQUENCE_COUNTS,
+            GROUP=GROUP,
+            warps=COMBINE_WARPS,
+            **constants,
+        )
+
+
+def begin(
+    op: str,
+    like: Tensor,
+    cu_seqlens: Tensor | None,
+    normalizer: Tensor | None,
+    divisor: float,
+    metrics: int,
+    rows: int,
+) -> Sweep:
+    """Checks what the host may read, and allocates; `like` are the tokens [B, T] or [N]."""
+    losses.check_offsets(op, cu_seqlens, like.shape[0])
+    divisor, normalizer = losses.divisor_on_device(op, like, normalizer, divisor)
+    batch, slots = batch_of(like.shape, cu_seqlens), slot_count(like.shape, cu_seqlens)
+    results = losses.results(like, metrics, deferred=True)
+    partials = results[0].new_empty(rows * slots)
+    return Sweep(batch, slots, partials, *results, divisor, normalizer)
 
 
 def per_sequence(t: Tensor) -> Strided:

@@ -93,6 +93,7 @@ def aggregate_kernel(
     """The map of one tile that has earlier tiles. If packed, program 0 also checks the offsets."""
     slot = tl.program_id(0)
     gamma, decay, kl_coef, clip = rates
+    tokens = rewards, ref, values, mask
     offsets, cols, _, sequences, _ = batch
     if offsets is not None:
         if slot == 0:
@@ -109,35 +110,11 @@ def aggregate_kernel(
         blocks = (count + BLOCK - 1) // BLOCK
         for block in range(blocks):
             start = (blocks - 1 - block) * BLOCK
-            keep, exists, last, r, v, v_next = load_block(
-                rewards,
-                ref,
-                values,
-                mask,
-                row,
-                begin + start,
-                count - start,
-                kl_coef,
-                ESTIMATOR,
-                CARRY,
-                BLOCK,
-            )
+            place = row, begin + start, count - start
+            loaded = load_block(tokens, place, kl_coef, ESTIMATOR, CARRY, BLOCK)
+            keep, exists, last, r, v, _ = loaded
             # The value after the block is left out here; it is part of u.
-            a, b = block_steps(
-                r,
-                v,
-                v_next,
-                0.0,
-                dones,
-                exists,
-                last,
-                row,
-                begin + start,
-                gamma,
-                decay,
-                values is not None,
-                BLOCK,
-            )
+            a, b = block_steps(loaded, r, 0.0, dones, place, rates, values is not None, BLOCK)
             ahead_value = tl.full((), 0.0, tl.float64)
             if values is not None:
                 first = tl.min(tl.where(exists, i, BLOCK), axis=0)
@@ -150,19 +127,7 @@ def aggregate_kernel(
                 score = score_of(scores, sequence, clip)
                 scored_r = tl.where((i == final) & (kept == 0), r + score, r)
                 s = block_steps(
-                    scored_r,
-                    v,
-                    v_next,
-                    0.0,
-                    dones,
-                    exists,
-                    last,
-                    row,
-                    begin + start,
-                    gamma,
-                    decay,
-                    values is not None,
-                    BLOCK,
+                    loaded, scored_r, 0.0, dones, place, rates, values is not None, BLOCK
                 )[1]
                 a, b, s = tl.associative_scan((a, b, s), 0, ahead_both, reverse=True)
             if last >= 0:
@@ -209,6 +174,7 @@ def scan_kernel(
     """Results of one tile; with `partials` also the moments of its advantages."""
     slot = tl.program_id(0)
     gamma, decay, kl_coef, clip = rates
+    tokens = rewards, ref, values, mask
     offsets, cols, _, _, _ = batch
     i = tl.arange(0, BLOCK)
     sequence, _, row, begin, count, behind = locate(slot, batch, TILE)
@@ -255,19 +221,9 @@ def scan_kernel(
         blocks = (count + BLOCK - 1) // BLOCK
         for block in range(blocks):
             start = (blocks - 1 - block) * BLOCK
-            keep, exists, last, r, v, v_next = load_block(
-                rewards,
-                ref,
-                values,
-                mask,
-                row,
-                begin + start,
-                count - start,
-                kl_coef,
-                ESTIMATOR,
-                CARRY,
-                BLOCK,
-            )
+            place = row, begin + start, count - start
+            loaded = load_block(tokens, place, kl_coef, ESTIMATOR, CARRY, BLOCK)
+            keep, exists, last, r, v, _ = loaded
             at = row * cols + begin + start + i
             inside = i < count - start
             if scores is not None:
@@ -277,21 +233,7 @@ def scan_kernel(
                 r = tl.where((i == final) & (kept == 0), r + score, r)
                 kept = tl.maximum(kept, tl.max(keep.to(tl.int32), axis=0))
                 tl.store(shaped + at, r, mask=inside)
-            a, b = block_steps(
-                r,
-                v,
-                v_next,
-                v_behind,
-                dones,
-                exists,
-                last,
-                row,
-                begin + start,
-                gamma,
-                decay,
-                values is not None,
-                BLOCK,
-            )
+            a, b = block_steps(loaded, r, v_behind, dones, place, rates, values is not None, BLOCK)
             a, b = compose(a, b, dones is not None)
             # x as two fp32 parts, so that the sum of a long sequence is rounded only once.
             high = x.to(tl.float32)

@@ -149,28 +149,21 @@ def score_of(scores, sequence, clip):
 
 @triton.jit
 def load_block(
-    rewards,
-    ref,
-    values,
-    mask,
-    row,
-    begin,
-    count,
-    kl_coef,
-    ESTIMATOR: tl.constexpr,
-    CARRY: tl.constexpr,
-    BLOCK: tl.constexpr,
+    tokens, place, kl_coef, ESTIMATOR: tl.constexpr, CARRY: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Loads a block of `count` tokens of a row from `begin`.
+    """Loads a block of tokens.
 
     Args:
-        rewards: rewards if ESTIMATOR is "reward", else log-probabilities.
+        tokens: (rewards, ref, values, mask); log-probabilities unless ESTIMATOR is "reward".
+        place: (row, first token, number of tokens) of the block.
 
     Returns:
         (keep, exists, last, r, v, v_next): mask of kept tokens, mask of steps of the recurrence,
         index of the last step or -1, reward and value (0 where masked), and the value behind each
         step (undefined for the last step).
     """
+    rewards, ref, values, mask = tokens
+    row, begin, count = place
     i = tl.arange(0, BLOCK)
     inside = i < count
     keep, exists = inside, inside
@@ -213,22 +206,14 @@ def load_block(
 
 
 @triton.jit
-def block_steps(
-    r,
-    v,
-    v_next,
-    v_behind,
-    dones,
-    exists,
-    last,
-    row,
-    begin,
-    gamma,
-    decay,
-    VALUES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """(a, b) of each step of a block; the last step has a = 1 (see above)."""
+def block_steps(block, r, v_behind, dones, place, rates, VALUES: tl.constexpr, BLOCK: tl.constexpr):
+    """(a, b) of each step of a block from `load_block`; the last step has a = 1 (see above).
+
+    r: the rewards, with the score added if there is one.
+    """
+    _, exists, last, _, v, v_next = block
+    row, begin, _ = place
+    gamma, decay, _, _ = rates
     i = tl.arange(0, BLOCK)
     a = tl.where(i == last, 1.0, scalar(decay))
     if VALUES:

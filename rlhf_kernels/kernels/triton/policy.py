@@ -310,16 +310,14 @@ def policy_loss(
     grad: bool,
     entropy_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    op, shape = "policy_loss", logprobs.shape
-    losses.check_offsets(op, cu_seqlens, shape[0])
-    divisor, normalizer = losses.divisor_on_device(op, logprobs, normalizer, divisor)
+    sweep = t.begin(
+        "policy_loss", logprobs, cu_seqlens, normalizer, divisor, len(POLICY_METRICS), ROWS
+    )
+    batch, slots, partials, loss, metrics, scale, *_ = sweep
     codes, c = PolicyCodes(*codes), PolicyParams(*params)
-    slots = t.slot_count(shape, cu_seqlens)
-    loss, metrics, scale = losses.results(logprobs, len(POLICY_METRICS), deferred=True)
-    partials = loss.new_empty(ROWS * slots)
     gradient = losses.gradient(logprobs, grad)
     bonus = losses.gradient(logprobs, entropy_grad)
-    batch, spread = t.batch_of(shape, cu_seqlens), advantages.shape != shape
+    spread = advantages.shape != logprobs.shape
     weights, ratios = strided(mask), (strided(logprobs), strided(old))
     sampled = strided(rollout)
     pooled = codes.ratio_level == SEQUENCE_RATIO.value
@@ -360,26 +358,8 @@ def policy_loss(
         bounds = (c.log_ratio_low, c.log_ratio_high)
         slopes = (batch, weights, gradient, partials)
         launch(pooled_kernel, slots, loss, *slopes, *bounds, SEQUENCE_MEAN=sequence_mean, **tile)
-    counted = normalizer is None and divisor == 0.0
-    launch(
-        combine_kernel,
-        1,
-        loss,
-        batch,
-        normalizer,
-        partials,
-        loss,
-        metrics,
-        scale,
-        slots,
-        divisor,
-        c.kl_coef,
-        c.entropy_coef,
-        COUNT_SEQUENCES=counted and codes.aggregation in t.SEQUENCE_COUNTS,
-        ROLLOUT=rollout is not None,
-        GROUP=t.GROUP,
-        warps=t.COMBINE_WARPS,
-    )
+    coefficients, weighted = (c.kl_coef, c.entropy_coef), rollout is not None
+    sweep.combine(combine_kernel, codes.aggregation, *coefficients, ROLLOUT=weighted)
     return loss, metrics, gradient, bonus, scale
 
 

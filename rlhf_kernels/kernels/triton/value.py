@@ -190,14 +190,10 @@ def value_loss(
     aggregation: int,
     grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    op, shape = "value_loss", values.shape
-    losses.check_offsets(op, cu_seqlens, shape[0])
-    divisor, normalizer = losses.divisor_on_device(op, values, normalizer, divisor)
-    slots = t.slot_count(shape, cu_seqlens)
-    loss, metrics, scale = losses.results(values, len(VALUE_METRICS), deferred=True)
-    partials = loss.new_empty(ROWS * slots)
+    sweep = t.begin("value_loss", values, cu_seqlens, normalizer, divisor, len(VALUE_METRICS), ROWS)
+    batch, slots, partials, loss, metrics, scale, *_ = sweep
     gradient = losses.gradient(values, grad)
-    batch, weights = t.batch_of(shape, cu_seqlens), strided(mask)
+    weights = strided(mask)
     sequence_mean = aggregation == SEQ_MEAN_TOKEN_MEAN.value
     tile = {"TILE": t.TILE, "warps": t.WARPS}
     if sequence_mean:
@@ -219,23 +215,7 @@ def value_loss(
         SEQUENCE_MEAN=sequence_mean,
         **tile,
     )
-    counted = normalizer is None and divisor == 0.0
-    launch(
-        combine_kernel,
-        1,
-        loss,
-        batch,
-        normalizer,
-        partials,
-        loss,
-        metrics,
-        scale,
-        slots,
-        divisor,
-        COUNT_SEQUENCES=counted and aggregation in t.SEQUENCE_COUNTS,
-        GROUP=t.GROUP,
-        warps=t.COMBINE_WARPS,
-    )
+    sweep.combine(combine_kernel, aggregation)
     return loss, metrics, gradient, scale
 
 
