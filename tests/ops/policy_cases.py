@@ -11,7 +11,6 @@ from rlhf_kernels.config import policy
 from rlhf_kernels.core.sequences import token_weights
 from rlhf_kernels.kernels import triton
 from rlhf_kernels.testing import (
-    assert_bitwise_equal,
     assert_within_budget,
     generator,
     random_mask,
@@ -111,11 +110,6 @@ def run(function, args, options, **more):
     gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
     metrics = metrics if isinstance(metrics, torch.Tensor) else metrics.tensor
     return loss.detach(), metrics, *gradients
-
-
-def same(backend):
-    """Bitwise for kernels; torch's own reductions depend on shape and strides."""
-    return torch.testing.assert_close if backend == "reference" else assert_bitwise_equal
 
 
 def portion(backend, cases, part, parts):

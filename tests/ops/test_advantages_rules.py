@@ -8,11 +8,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.ops.advantages_cases import MASK_DTYPES, assert_close, case, interpreted, oracle, size
+from tests.ops.bits import same, with_threads
 
 import rlhf_kernels as rk
 from rlhf_kernels.core import env
 from rlhf_kernels.kernels import native
 from rlhf_kernels.testing import DTYPES, assert_bitwise_equal, random_mask
+
+
+def thread_counts(backend):
+    """Where only the CPU's kernels run in torch's threads."""
+    return (1, 2, 4) if backend == "cpu" else (torch.get_num_threads(),)
 
 
 def layouts(x):
@@ -59,13 +65,6 @@ def test_views_equal_contiguous_bitwise(backend):
     )
 
 
-def same(backend):
-    """Bitwise for kernels; torch's own loops depend on shape and strides."""
-    if backend == "reference":
-        return lambda a, e: torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
-    return assert_bitwise_equal
-
-
 # What is computed for each sequence by itself, from the inputs of `case` and "scores".
 SCANS = {
     "gae": lambda scores, **x: rk.gae(**x, gamma=0.99),
@@ -94,7 +93,7 @@ def test_a_row_does_not_depend_on_its_surroundings(backend, name, masked):
     inputs = case(2, packed=False, rows=rows, cols=cols)
     inputs.pop("cu_seqlens")
     inputs["scores"] = torch.randn(rows)
-    compare = same(backend)
+    compare = same(backend, rtol=1e-5, atol=1e-5)
 
     def scan(inputs, **options):
         return SCANS[name](**inputs, **options, masked=masked)
@@ -104,13 +103,8 @@ def test_a_row_does_not_depend_on_its_surroundings(backend, name, masked):
             compare(a, e)
 
     whole = scan(inputs)
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 4) if backend == "cpu" else (before,):
-            torch.set_num_threads(threads)
-            check(scan(inputs), whole)
-    finally:
-        torch.set_num_threads(before)
+    for again in with_threads(lambda: scan(inputs), thread_counts(backend)):
+        check(again, whole)
     order = torch.arange(rows).flip(0)
     check(scan({k: v[order] for k, v in inputs.items()}), [w[order] for w in whole])
     for i in (rows - 1,) if interpreted(backend) else (0, 5, rows - 1):
@@ -177,16 +171,11 @@ def test_cpu_bits_do_not_depend_on_gaps_or_on_what_ends_a_sequence(density):
 def test_whitening_does_not_depend_on_threads_or_shape(backend):
     x = torch.randn(13, 1777)
     mask = random_mask(13, 1777)
-    compare = same(backend)
+    compare = same(backend, rtol=1e-5, atol=1e-5)
     expected = rk.whiten(x, mask=mask)
     compare(rk.whiten(x.flatten(), mask=mask.flatten()), expected.flatten())
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 4) if backend == "cpu" else (before,):
-            torch.set_num_threads(threads)
-            assert_bitwise_equal(rk.whiten(x, mask=mask), expected)
-    finally:
-        torch.set_num_threads(before)
+    for again in with_threads(lambda: rk.whiten(x, mask=mask), thread_counts(backend)):
+        assert_bitwise_equal(again, expected)
     if interpreted(backend):
         x, mask = x[:3, :140], mask[:3, :140]
     fused = rk.gae(x, x, mask=mask, whiten=True).advantages

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.ops.bits import assert_same_bits, check_upstream, with_threads
 from tests.ops.logprobs_cases import OPTIONS, check_against_oracle, problem, run
 
 import rlhf_kernels as rk
@@ -62,29 +63,14 @@ def test_many_leading_dimensions(backend):
 def test_strided_labels_and_upstream_gradients(backend):
     logits, _ = problem(12, 70, torch.float32)
     labels = torch.randint(0, 70, (12, 3), dtype=torch.int32)[:, 1]
-    upstream = torch.randn(12, 5)[:, 2]
-    logprobs = rk.token_logprobs(logits, labels).logprobs
-    (strided,) = torch.autograd.grad(logprobs, logits, upstream, retain_graph=True)
-    (plain,) = torch.autograd.grad(logprobs, logits, upstream.contiguous(), retain_graph=True)
-    assert_bitwise_equal(strided, plain)
-    # sum() hands over a stride-0 gradient.
-    (summed,) = torch.autograd.grad(logprobs.sum(), logits, retain_graph=True)
-    (ones,) = torch.autograd.grad(logprobs, logits, torch.ones(12))
-    assert_bitwise_equal(summed, ones)
+    check_upstream(rk.token_logprobs(logits, labels).logprobs, logits)
 
 
 def test_row_invariance():
     logits, labels = problem(33, 5003, torch.bfloat16)
     whole = run(rk.token_logprobs, logits, labels, torch.ones(2, 33))
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 4):
-            torch.set_num_threads(count)
-            again = run(rk.token_logprobs, logits, labels, torch.ones(2, 33))
-            for a, e in zip(again, whole, strict=True):
-                assert_bitwise_equal(a, e)
-    finally:
-        torch.set_num_threads(threads)
+    for again in with_threads(lambda: run(rk.token_logprobs, logits, labels, torch.ones(2, 33))):
+        assert_same_bits(again, whole)
     order = torch.randperm(33)
     shuffled = run(
         rk.token_logprobs, logits.detach()[order].requires_grad_(), labels[order], torch.ones(2, 33)

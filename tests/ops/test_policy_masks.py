@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from tests.ops.bits import same
 from tests.ops.policy_cases import (
     BASES,
     CORRECTIONS,
@@ -15,7 +16,6 @@ from tests.ops.policy_cases import (
     make_inputs,
     portion,
     run,
-    same,
 )
 
 import rlhf_kernels as rk

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.ops.bits import BAD_BATCHES, check_compiled, check_threads
 from tests.ops.policy_cases import (
     BASES,
     CORRECTIONS,
@@ -23,23 +24,14 @@ from rlhf_kernels import reference
 from rlhf_kernels.config import policy as policy_config
 from rlhf_kernels.core import env
 from rlhf_kernels.core.sequences import token_weights
-from rlhf_kernels.testing import DTYPES, assert_bitwise_equal, to_float64
+from rlhf_kernels.testing import DTYPES, to_float64
 
 
 @pytest.mark.parametrize("shape", ((3, 20000), (70, 600)))
 def test_threads_do_not_change_bits(shape):
     args, options = make_inputs(*shape)
     config = Config(**EVERYTHING, ratio_level="sequence", aggregation="seq-mean-token-mean")
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 4):
-            torch.set_num_threads(threads)
-            results.append(run(rk.policy_loss, args, options, config=config))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        for a, b in zip(other, results[0], strict=True):
-            assert_bitwise_equal(a, b)
+    check_threads(lambda: run(rk.policy_loss, args, options, config=config))
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -96,10 +88,7 @@ def test_bad_data_poisons_the_triton_backend(monkeypatch):
     args, options = make_inputs(3, 8)
     flat = [t.detach().reshape(-1) for t in args]
     config = Config(entropy_coef=0.1)
-    bad = [([0, 8, 20], 1.0), ([1, 8, 24], 1.0), ([0, 30, 24], 1.0), ([0, 16, 8, 24], 1.0)]
-    bad += [([-5, 8, 24], 1.0), ([0, 2**40, 24], 1.0), ([24, 0, 24], 1.0)]
-    bad += [([0, 24], v) for v in (0.0, -1.0, math.nan, math.inf)]
-    for offsets, divisor in bad:
+    for offsets, divisor in BAD_BATCHES:
         inputs = [t.clone() for t in flat]
         entropy = options["entropy"].detach().reshape(-1).requires_grad_()
         inputs[0].requires_grad_()
@@ -122,12 +111,6 @@ def test_bad_data_poisons_the_triton_backend(monkeypatch):
 
 def test_compile_without_graph_breaks(backend):
     config = Config(**EVERYTHING)
-    compiles = 0
-
-    def count(module, _):
-        nonlocal compiles
-        compiles += 1
-        return module.forward
 
     def step(logprobs, old, advantages, mask, ref, entropy):
         loss, metrics = rk.policy_loss(
@@ -135,19 +118,9 @@ def test_compile_without_graph_breaks(backend):
         )
         return 1.5 * loss, metrics["k3_ref"], metrics.tensor
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=count)
-    traced = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
-    for cols in (5, 16, 33, 100, 700):
-        args, options = make_inputs(4, cols)
-        inputs = (*args, options["ref_logprobs"], options["entropy"])
-        expected = step(*inputs)
-        g = torch.autograd.grad(expected[0], (args[0], options["entropy"]))
-        compiled(*inputs)
-        actual = traced(*inputs)
-        h = torch.autograd.grad(actual[0], (args[0], options["entropy"]))
-        for a, b in zip((*actual, *h), (*expected, *g), strict=True):
-            assert_bitwise_equal(a, b)
-    assert compiles <= 2
+    inputs = (make_inputs(4, cols) for cols in (5, 16, 33, 100, 700))
+    batches = ((*args, more["ref_logprobs"], more["entropy"]) for args, more in inputs)
+    check_compiled(step, batches, lambda batch: (batch[0], batch[-1]))
 
 
 @pytest.mark.parametrize("kernels", ["cpu", pytest.param("triton", marks=pytest.mark.slow)])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from tests.ops.bits import check_threads, check_upstream
 from tests.ops.support_cases import (
     HIDDEN,
     VOCAB,
@@ -73,13 +74,7 @@ def test_integer_types_and_strides(backend):
 def test_strided_and_expanded_upstream_gradients(backend):
     logits, labels, support = problem((6, 40, 5), torch.float32)
     logprobs = rk.token_logprobs(logits, labels, support=support).logprobs
-    upstream = torch.randn(3, 5)[:, 2]
-    (strided,) = torch.autograd.grad(logprobs, logits, upstream, retain_graph=True)
-    (plain,) = torch.autograd.grad(logprobs, logits, upstream.contiguous(), retain_graph=True)
-    assert_bitwise_equal(strided, plain)
-    (summed,) = torch.autograd.grad(logprobs.sum(), logits, retain_graph=True)
-    (ones,) = torch.autograd.grad(logprobs, logits, torch.ones(3))
-    assert_bitwise_equal(summed, ones)
+    check_upstream(logprobs, logits)
 
 
 def test_one_token_and_no_tokens(backend):
@@ -107,23 +102,13 @@ def test_bits_do_not_depend_on_threads():
     (operands, labels, support), _ = invariance_problem(40)
     upstream = torch.randn(2, 40)
     logits = (operands[0] @ operands[1].T).detach().requires_grad_()
-    threads = torch.get_num_threads()
-    runs = []
-    try:
-        for count in (1, 2, 4):
-            torch.set_num_threads(count)
-            with rk.use_backend("cpu"):
-                runs.append(
-                    (
-                        *run_head(operands, labels, support, upstream),
-                        *run(logits, labels, support, upstream),
-                    )
-                )
-    finally:
-        torch.set_num_threads(threads)
-    for other in runs[1:]:
-        for a, e in zip(other, runs[0], strict=True):
-            assert_bitwise_equal(a, e)
+
+    def both():
+        head = run_head(operands, labels, support, upstream)
+        return *head, *run(logits, labels, support, upstream)
+
+    with rk.use_backend("cpu"):
+        check_threads(both)
 
 
 def test_a_token_does_not_depend_on_its_batch(backend):

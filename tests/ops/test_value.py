@@ -8,6 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.ops.bits import BAD_BATCHES, check_compiled, check_threads, same
+
 import rlhf_kernels as rk
 from rlhf_kernels import reference
 from rlhf_kernels.config.enums import AGGREGATIONS
@@ -45,11 +47,6 @@ def check(args, **options):
     assert_within_budget(actual[1], oracle[1], plain[1], scale=1.0)
     assert_within_budget(actual[2], oracle[2], plain[2])
     return oracle
-
-
-def same(backend):
-    """How equal results of one backend are that ought to be the same."""
-    return torch.testing.assert_close if backend == "reference" else assert_bitwise_equal
 
 
 def divisor(aggregation):
@@ -284,16 +281,7 @@ def test_views_integer_masks_and_upstream(backend):
 @pytest.mark.parametrize("shape", ((3, 20000), (70, 600)))
 def test_threads_do_not_change_bits(shape):
     args = make_inputs(*shape)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 4):
-            torch.set_num_threads(threads)
-            results.append(run(rk.value_loss, args, clip_range=0.3))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        for a, b in zip(other, results[0], strict=True):
-            assert_bitwise_equal(a, b)
+    check_threads(lambda: run(rk.value_loss, args, clip_range=0.3))
 
 
 @pytest.mark.parametrize("kernels", ("cpu", "triton"))
@@ -306,10 +294,7 @@ def test_opcheck(kernels):
 
 def test_bad_data_poisons_the_triton_backend(monkeypatch):
     values, *rest = [t.detach().reshape(-1) for t in make_inputs(3, 8)]
-    bad = [([0, 8, 20], 1.0), ([1, 8, 24], 1.0), ([0, 30, 24], 1.0), ([0, 16, 8, 24], 1.0)]
-    bad += [([-5, 8, 24], 1.0), ([0, 2**40, 24], 1.0), ([24, 0, 24], 1.0)]
-    bad += [([0, 24], v) for v in (0.0, -1.0, math.nan, math.inf)]
-    for offsets, divided in bad:
+    for offsets, divided in BAD_BATCHES:
         args = (values.clone().requires_grad_(), *rest)
         options = {"cu_seqlens": torch.tensor(offsets), "normalizer": torch.tensor(divided)}
         with rk.use_backend("triton"):
@@ -322,29 +307,12 @@ def test_bad_data_poisons_the_triton_backend(monkeypatch):
 
 
 def test_compile_without_graph_breaks(backend):
-    compiles = 0
-
-    def count(module, _):
-        nonlocal compiles
-        compiles += 1
-        return module.forward
-
     def step(values, old, returns, mask):
         loss, metrics = rk.value_loss(values, old, returns, mask=mask, clip_range=0.3)
         return 1.5 * loss, metrics["clip_frac"], metrics.tensor
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=count)
-    traced = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
-    for cols in (5, 16, 33, 100, 700):
-        args = make_inputs(4, cols)
-        expected = step(*args)
-        compiled(*args)
-        actual = traced(*args)
-        for a, b in zip(actual, expected, strict=True):
-            assert_bitwise_equal(a, b)
-        grads = [torch.autograd.grad(o[0], args[0])[0] for o in (actual, expected)]
-        assert_bitwise_equal(*grads)
-    assert compiles <= 2
+    batches = (make_inputs(4, cols) for cols in (5, 16, 33, 100, 700))
+    check_compiled(step, batches, lambda batch: batch[:1])
 
 
 @pytest.mark.parametrize("kernels", ["cpu", pytest.param("triton", marks=pytest.mark.slow)])
