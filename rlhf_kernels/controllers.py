@@ -8,7 +8,19 @@ from torch import Tensor
 from .core import checks, option_checks
 
 
-class FixedKLController:
+class _Controller:
+    value: float
+
+    def state_dict(self) -> dict[str, float]:
+        """The coefficient as a plain number, without what is configuration."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Restores the result of `state_dict`."""
+        self.value = float(state["value"])
+
+
+class FixedKLController(_Controller):
     """A constant KL coefficient.
 
     Args:
@@ -22,16 +34,8 @@ class FixedKLController:
         """Returns the coefficient, unchanged."""
         return self.value
 
-    def state_dict(self) -> dict[str, float]:
-        """The state as plain numbers."""
-        return {"value": self.value}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restores the result of `state_dict`."""
-        self.value = float(state["value"])
-
-
-class AdaptiveKLController:
+class AdaptiveKLController(_Controller):
     """A KL coefficient that adapts to a target KL (Ziegler et al., 1909.08593, section 2.2).
 
     Each update: value *= 1 + clip(kl / target - 1, -0.2, 0.2) * n_steps / horizon.
@@ -67,14 +71,6 @@ class AdaptiveKLController:
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         self.value *= 1.0 + error * n_steps / self.horizon
         return self.value
-
-    def state_dict(self) -> dict[str, float]:
-        """The state as plain numbers, without target and horizon, which are configuration."""
-        return {"value": self.value}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restores the result of `state_dict`."""
-        self.value = float(state["value"])
 
 
 class RunningMoments:

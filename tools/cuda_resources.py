@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tools.tables import table
+from tools.tables import options_of_report, table
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
@@ -193,11 +193,7 @@ def markdown(found: dict[str, list[Resources]], date: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, action="append")
-    parser.add_argument("--report", type=Path, help="where the Markdown table goes")
-    parser.add_argument("--date", help="of the report")
-    options = parser.parse_args()
-    if options.report and not options.date:
-        parser.error("--report needs --date")
+    options = options_of_report(parser)
     archs = tuple(options.arch or (80, 90, 100))
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         found = list(pool.map(lambda f: report(f, archs), sources()))

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from tools import cuda_budgets, cuda_resources, head_traffic
 from tools.cuda_budgets import Budget
+from tools.tables import options_of_report, table
 
 ARCHS = (90, 100)
 # The architectures of cuda_resources, so that both gates share one compilation.
@@ -378,39 +379,36 @@ def markdown(found: dict[tuple[str, int], Figures], date: str) -> str:
         "multiprocessor. Waits: times that a thread waits for loads. Narrow: loads and stores of",
         "less than 16 bytes. Instructions and exponentials (MUFU) are per unit.",
         "",
-        "| kernel | target | unit | issued | MUFU | registers | blocks | KiB | waits | narrow |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
+    head = ("kernel", "target", "unit", "issued", "MUFU", "registers", "blocks", "KiB", "waits")
+    rows = []
     for (name, arch), f in found.items():
         narrow = (sum(n for w, n in kind.items() if w < 16) for kind in (f.loads, f.stores))
         cells = [name, f"sm_{arch}", budgets[name].unit, f"{f.instructions:.2f}"]
         cells += [f"{f.exponentials:.2f}", f.registers, f.blocks, f"{f.in_flight:.0f}", f.waits]
-        lines.append("| " + " | ".join(map(str, [*cells, " + ".join(map(str, narrow))])) + " |")
+        rows.append([*map(str, cells), " + ".join(map(str, narrow))])
     lines += [
+        *table((*head, "narrow"), rows, left=3),
         "",
         "What instructions and exponentials (MUFU) allow, in TB/s, and the least of these and of a",
         "copy as a share of the copy: " + ", ".join(f"{g.name} {g.copy} TB/s" for g in GPUS) + ".",
         "Latency and contention come on top.",
         "",
-        "| kernel | " + " | ".join(f"{g.name}: issue | MUFU | share" for g in GPUS) + " |",
-        "|---|" + "--:|" * 3 * len(GPUS),
     ]
+    head = ("kernel", *(cell for g in GPUS for cell in (f"{g.name}: issue", "MUFU", "share")))
+    rows = []
     for name, budget in budgets.items():
         cells = [name]
         for gpu in GPUS:
             issue, exponentials, share = bounds(found[name, gpu.arch], budget, gpu)
             cells += [f"{issue:.1f}", f"{exponentials:.1f}".replace("inf", "-"), f"{share:.0%}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n" + head_traffic.markdown()
+        rows.append(cells)
+    return "\n".join([*lines, *table(head, rows)]) + "\n" + head_traffic.markdown()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--report", type=Path, help="where the Markdown table goes")
-    parser.add_argument("--date", help="of the report")
-    options = parser.parse_args()
-    if options.report and not options.date:
-        parser.error("--report needs --date")
+    options = options_of_report(parser)
     found = {
         (budget.name, arch): figures(budget, arch)
         for budget in cuda_budgets.BUDGETS

@@ -7,6 +7,8 @@ predictions: nothing was measured.
 
 from typing import NamedTuple
 
+from tools.tables import table
+
 #: The design's shape of a head: tokens, width and vocabulary, in chunks of so many tokens.
 TOKENS, WIDTH, VOCABULARY, CHUNK = 8192, 4096, 151_936, 4096
 #: Name -> bfloat16 TFLOP/s of the data sheet (dense), copy rate in TB/s.
@@ -70,13 +72,9 @@ def markdown() -> str:
         f"three bare products at {PRODUCT_SHARE:.0%} of the data sheet's rate. Least: the bytes of",
         "products are hidden behind their arithmetic. Most: only as many as bare ones move are.",
         "",
-        "| | least | most |",
-        "|---|--:|--:|",
     ]
-    for name in GPUS:
-        low, high = ratios(name)
-        lines.append(f"| {name} | {low:.2f} | {high:.2f} |")
-    return "\n".join(lines) + "\n"
+    rows = [[name, *(f"{x:.2f}" for x in ratios(name))] for name in GPUS]
+    return "\n".join([*lines, *table(("GPU", "least", "most"), rows)]) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,21 @@
-"""Markdown tables and the format of numbers in them."""
+"""Reports: Markdown tables, the format of numbers in them, and where they go."""
 
+import argparse
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 #: Alignment of columns: words on the left, figures on the right.
 WORDS, FIGURE = "---|", "---:|"
+
+
+def options_of_report(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parses the command line with two more options: --report and the --date that it needs."""
+    parser.add_argument("--report", type=Path, help="where the Markdown table goes")
+    parser.add_argument("--date", help="of the report")
+    options = parser.parse_args()
+    if options.report and not options.date:
+        parser.error("--report needs --date")
+    return options
 
 
 def table(

@@ -42,7 +42,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime import JITFunction, driver  # noqa: E402
 
-from tools.tables import table  # noqa: E402
+from tools.tables import options_of_report, table  # noqa: E402
 
 import rlhf_kernels.kernels.triton  # noqa: E402
 from rlhf_kernels.kernels import backends  # noqa: E402
@@ -408,11 +408,7 @@ def main() -> int:
     parser.add_argument("--record", action="store_true", help="list the launches, compile nothing")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--json", type=Path, help="where results go")
-    parser.add_argument("--report", type=Path, help="where the Markdown table goes")
-    parser.add_argument("--date", help="of the report")
-    options = parser.parse_args()
-    if options.report and not options.date:
-        parser.error("--report needs --date")
+    options = options_of_report(parser)
     # Workers are forked, and a team of threads would not survive a fork.
     torch.set_num_threads(1)
     module = importlib.import_module(options.cases)

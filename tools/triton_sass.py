@@ -20,7 +20,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from tools import cuda_sass, triton_aot
 from tools.cuda_budgets import VOCABULARY
-from tools.tables import table
+from tools.tables import options_of_report, table
 
 import rlhf_kernels as rk
 
@@ -269,12 +268,8 @@ def markdown(found: dict[tuple[Point, int], Figures], missing: list[str], date: 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--report", type=Path, help="where the Markdown table goes")
-    parser.add_argument("--date", help="of the report")
     parser.add_argument("--ours", action="store_true", help="leave out other libraries")
-    options = parser.parse_args()
-    if options.report and not options.date:
-        parser.error("--report needs --date")
+    options = options_of_report(parser)
     missing = [name for name in ("TRL", "Liger") if options.ours or not installed(name)]
     found = {
         (point, arch): figures(point, arch)

@@ -212,6 +212,21 @@ def kernels_of(rows: Rows, empty: Empty, group: str) -> ShardKernels:
     return ShardKernels(Kernels(rows, empty, reduce), whole)
 
 
+def check_tokens(
+    op: str,
+    vocab: int,
+    labels: Tensor,
+    temperatures: float | Tensor | None,
+    keep: Tensor,
+    group: str,
+) -> None:
+    """Raises for bad labels and temperatures of kept tokens; with a group, those of any rank."""
+    if group:
+        exchange_metadata(op, vocab, labels, temperatures, keep, group)
+    else:
+        checks.token_data(op, labels, temperatures, keep, vocab)
+
+
 def token_logprobs(
     kernels: Kernels,
     logits: Tensor,

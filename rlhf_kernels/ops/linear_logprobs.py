@@ -280,10 +280,7 @@ def linear_token_logprobs(
     if backend == backends.REFERENCE:
         keep, effective = labels != arguments.ignore_index, arguments.effective_temperature()
         checks.kept_tokens(op, keep, batching.kept_tokens)
-        if shards:
-            shard.exchange_metadata(op, weight.shape[0], labels, effective, keep, shards)
-        else:
-            checks.token_data(op, labels, effective, keep, weight.shape[0])
+        shard.check_tokens(op, weight.shape[0], labels, effective, keep, shards)
         return named_result(
             *reference.linear_token_logprobs(
                 hidden, weight, labels, bias=bias, **arguments._asdict(), group=shards

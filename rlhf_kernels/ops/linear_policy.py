@@ -262,10 +262,7 @@ def linear_policy_loss(
     )
     if backend == backends.REFERENCE:
         keep, effective = mask != 0, arguments.effective_temperature()
-        if shards:
-            shard.exchange_metadata(op, weight.shape[0], labels, effective, keep, shards)
-        else:
-            checks.token_data(op, labels, effective, keep, weight.shape[0])
+        shard.check_tokens(op, weight.shape[0], labels, effective, keep, shards)
         checks.kept_tokens(op, keep, batching.kept_tokens)
         checks.offsets_valid(op, cu_seqlens, labels.shape[0])
         checks.divisor_positive(op, count)

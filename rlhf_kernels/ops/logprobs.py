@@ -290,12 +290,8 @@ def token_logprobs(
         if inplace_backward:
             raise ValueError(f"{op}: the reference backend has no inplace_backward")
         keep = labels != arguments.ignore_index
-        if shards:
-            shard.exchange_metadata(
-                op, logits.shape[-1], labels, arguments.temperature, keep, shards
-            )
-        else:
-            checks.token_data(op, labels, arguments.temperature, keep, logits.shape[-1])
+        temperature, vocab = arguments.temperature, logits.shape[-1]
+        shard.check_tokens(op, vocab, labels, temperature, keep, shards)
         return named_result(
             *reference.token_logprobs(logits, labels, **arguments.of_logits(), group=shards)
         )
