@@ -15,6 +15,15 @@ import rlhf_kernels as rk
 from rlhf_kernels.ops import _operator
 
 BACKENDS = ("reference", "cpu")
+each_backend = pytest.mark.parametrize(
+    "op, name",
+    [
+        (op, name)
+        for op in cases.OPERATIONS
+        # Plain torch is the same everywhere.
+        for name in (("auto",) if op in cases.PLAIN else BACKENDS)
+    ],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -92,11 +101,10 @@ def test_two_compiled_calls_are_eager(op):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("op", cases.OPERATIONS)
+@each_backend
 def test_compiled_is_eager(op, name):
     """Every value of every option, with every choice of the inputs that need gradients."""
-    with _backend(op, name):
+    with rk.use_backend(name):
         for call in cases.calls(op):
             for needs in cases.wanted(call):
                 torch._dynamo.reset()
@@ -104,10 +112,9 @@ def test_compiled_is_eager(op, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("op", cases.OPERATIONS)
+@each_backend
 def test_compiled_is_eager_with_all_combinations(op, name):
-    with _backend(op, name):
+    with rk.use_backend(name):
         for i, call in enumerate(cases.calls(op, full=True)):
             choices = cases.wanted(call)
             torch._dynamo.reset()
@@ -120,12 +127,6 @@ def test_inductor(op):
     for call, needs in list(_rotating(op))[:2]:
         torch._dynamo.reset()
         _compare_compiled(call, needs, compiler="inductor")
-
-
-def _backend(op, name):
-    """The backend by name; those that are plain torch everywhere are not any backend's."""
-    plain = op in cases.PLAIN
-    return rk.use_backend("auto" if plain else name)
 
 
 @pytest.mark.parametrize("op", ("value_loss", "policy_loss", "linear_policy_loss"))
@@ -180,8 +181,7 @@ def _memory(tensors):
     return [t.untyped_storage()._cdata for t in tensors if t is not None]
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("op", cases.OPERATIONS)
+@each_backend
 def test_results_share_no_memory(op, name, monkeypatch):
     """Neither with one another nor with an argument: the public results and the operators'."""
     checked = []
@@ -200,7 +200,7 @@ def test_results_share_no_memory(op, name, monkeypatch):
         return results
 
     monkeypatch.setattr(_operator.Operator, "__call__", call_operator)
-    with _backend(op, name):
+    with rk.use_backend(name):
         for call in cases.calls(op, full=op not in ("policy_loss", "linear_policy_loss")):
             for needs in cases.wanted(call):
                 tensors = cases.leaves(call, needs)
@@ -229,7 +229,7 @@ class _Module(torch.nn.Module):
 @pytest.mark.parametrize("op", cases.OPERATIONS)
 def test_export(op, strict):
     for name in BACKENDS if strict else ("cpu",):
-        with _backend(op, name):
+        with rk.use_backend(name):
             for call in cases.calls(op)[-1 if not strict else 0 :]:
                 expected = cases.outputs(call.run(call.tensors))
                 program = torch.export.export(
@@ -258,7 +258,7 @@ def _step(call, needs):
 @pytest.mark.parametrize("op", cases.OPERATIONS)
 def test_make_fx(op, mode):
     for name in BACKENDS:
-        with _backend(op, name):
+        with rk.use_backend(name):
             for call, needs in list(_rotating(op))[: 2 if mode == "symbolic" else 4]:
                 run = _step(call, needs)
                 expected = run(call.tensors)
