@@ -90,8 +90,8 @@ PYBIND11_MODULE(_cpu, m) {
       "Pre-faults the pages of a fresh buffer that will be written completely.");
   m.def("freed_pages_leave", &freed_pages_leave, py::arg("devices") = "/sys/bus/virtio/devices",
         "Whether a hypervisor takes back the pages that this machine frees.");
-  m.def("learn_dtypes", &TensorView::learn_dtypes,
-        "Takes the code in abi.h of each dtype of torch.");
+  m.def("learn_torch", &TensorView::learn_torch,
+        "Takes torch.Tensor, and the code in abi.h of each dtype of torch.");
   // See module_cuda.cpp.
   m.attr("gpu") = false;
   m.attr("emulated") = false;

@@ -64,8 +64,8 @@ PYBIND11_MODULE(RK_MODULE, m) {
       "rlhf_kernels.kernels.native.";
   m.attr("architectures") = architectures();
   // GPU kernels report bad data by NaN results, not by a status.
-  m.def("learn_dtypes", &TensorView::learn_dtypes,
-        "Takes the code in abi.h of each dtype of torch.");
+  m.def("learn_torch", &TensorView::learn_torch,
+        "Takes torch.Tensor, and the code in abi.h of each dtype of torch.");
   m.attr("gpu") = true;
   m.def("driver_version", &cuda::driver_version, "1000 * major + 10 * minor; 0 without a driver.");
   m.def("runtime_version", &cuda::runtime_version, "The CUDA version that this is built with.");

@@ -4,12 +4,22 @@ import pytest
 import torch
 
 from rlhf_kernels.kernels import native
+from rlhf_kernels.kernels.native.boundary import DTYPE_CODES
 
 cpu = native.module("cpu")
 pytestmark = pytest.mark.skipif(cpu is None, reason="needs the CPU extension")
 
 A, B, C = 2, 3, 4
 PLAIN = torch.arange(A * B * C, dtype=torch.float32).reshape(A, B, C) / 7
+
+
+@pytest.fixture(params=["as torch offers", "by attributes"], autouse=True)
+def reading(request):
+    """Both ways to read a tensor: by the DLPack interface of a new torch, and without it."""
+    if request.param == "by attributes":
+        cpu.learn_torch(int, DTYPE_CODES)  # a type that has no such interface
+    yield
+    cpu.learn_torch(torch.Tensor, DTYPE_CODES)
 
 
 def penalty(x, out=None):
@@ -52,6 +62,24 @@ def test_a_broadcast_input_is_read_where_it_lies():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtypes_are_told_apart(dtype):
     assert torch.equal(penalty(PLAIN.to(dtype)), PLAIN.to(dtype).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool])
+def test_dtypes_of_masks_are_told_apart(dtype):
+    mask = torch.tensor([[0, 1, 1], [1, 0, 1]]).to(dtype)
+    x, out, moments = torch.ones(2, 3), torch.empty(2, 3), torch.empty(6, dtype=torch.float64)
+    cpu.whiten(2, 3, x, mask, False, True, 1.0, moments, out, 1)
+    assert torch.equal(out, mask.float())
+
+
+@pytest.mark.parametrize("parameter", [False, True])
+def test_a_tensor_that_needs_a_gradient_is_read(parameter):
+    x = torch.nn.Parameter(PLAIN.clone()) if parameter else PLAIN.clone().requires_grad_()
+    assert torch.equal(penalty(x), PLAIN)
+
+
+def test_a_view_is_read_from_where_it_starts():
+    assert torch.equal(penalty(torch.cat([PLAIN, PLAIN + 1])[A:]), PLAIN + 1)
 
 
 def test_a_tensor_of_no_dimension_is_one_token():

@@ -153,7 +153,7 @@ FOLDERS = (
     (("rlhf_kernels", "ops"), ".py", {"linear", "model"}),
     (("rlhf_kernels", "kernels", "native"), ".py", {"boundary"}),
     (("rlhf_kernels", "kernels", "triton"), ".py", set()),
-    (("csrc", "bind"), ".h", {"tensor"}),
+    (("csrc", "bind"), ".h", {"tensor", "dlpack"}),
     (("csrc", "cpu"), ".h", {"all", "kernels", "memory", "parallel", "rows", "tokens", "vec"}),
     (("csrc", "cuda"), ".cu", {"device"}),
     (("benchmarks", "points"), ".py", {"conftest", "head"}),

@@ -45,9 +45,9 @@ def exec_builder(extension: ModuleType) -> Callable[..., Exec]:
     `<op>_scratch(*sizes)` bytes. The scratch comes from torch's allocator and lives as long as the
     result: keep the result until the call returns.
 
-    Also tells the extension the dtypes of torch.
+    Also tells the extension what torch's tensors and dtypes are.
     """
-    extension.learn_dtypes(DTYPE_CODES)
+    extension.learn_torch(Tensor, DTYPE_CODES)
     if not extension.gpu:
         return _threads
 
