@@ -76,7 +76,8 @@ struct RowOptions {
 
 // token_logprobs. `stats` is fp32 [rows, cols, 3], contiguous: row maximum m (NaN for a row of only
 // NaN and -inf), s = sum exp((x-m)/T), and with `entropy` the mean of (x-m)/T, which equals
-// log s - entropy. `temperatures` (fp32) overrides the temperature of the options.
+// log s - entropy; on the CPU it may be null, where no gradient follows. `temperatures` (fp32)
+// overrides the temperature of the options.
 struct LogprobsArgs {
   int64_t rows, cols, vocab;
   Tensor logits, labels, temperatures;

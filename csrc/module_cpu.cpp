@@ -14,8 +14,9 @@
 #include <omp.h>
 #endif
 
-#include "bind/kl.h"
 #include "bind/advantages.h"
+#include "bind/arguments.h"
+#include "bind/kl.h"
 #include "bind/logprobs.h"
 #include "bind/policy.h"
 #include "bind/support.h"
@@ -91,7 +92,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("freed_pages_leave", &freed_pages_leave, py::arg("devices") = "/sys/bus/virtio/devices",
         "Whether a hypervisor takes back the pages that this machine frees.");
   m.def("learn_torch", &TensorView::learn_torch,
-        "Takes torch.Tensor, and the code in abi.h of each dtype of torch.");
+        "Takes torch's types of tensors, and the code in abi.h of each of its dtypes.");
+  m.def("plain", &plain, "See bind/arguments.h.");
   // See module_cuda.cpp.
   m.attr("gpu") = false;
   m.attr("emulated") = false;

@@ -9,23 +9,24 @@ void bind_advantages(pybind11::module_& m, Table table) {
   const auto fp32 = [](const Tensor& t) { return static_cast<float*>(t.data); };
   const auto fp64 = [](const Tensor& t) { return static_cast<double*>(t.data); };
   const auto int64 = [](const Tensor& t) { return static_cast<int64_t*>(t.data); };
-  m.def("gae", [=](int64_t rows, int64_t cols, int64_t sequences, In offsets, In rewards, In values,
-                   In mask, In dones, In bootstrap, In scores, In logprobs, In ref_logprobs,
-                   double kl_coef, int32_t kl_estimator, double reward_clip, double gamma,
-                   double lam, bool carry, bool whiten, Out advantages, Out returns, Out shaped,
-                   Out moments, double whiten_eps, Exec exec) {
-    const GaeArgs args{rows,          cols,         sequences,     offsets,      rewards,
+  m.def("gae", [=](In offsets, In rewards, In values, In mask, In dones, In bootstrap, In scores,
+                   In logprobs, In ref_logprobs, double kl_coef, int32_t kl_estimator,
+                   double reward_clip, double gamma, double lam, bool carry, bool whiten,
+                   Out advantages, Out returns, Out shaped, Out moments, double whiten_eps,
+                   Exec exec) {
+    const int64_t sequences = offsets.given ? offsets.cols - 1 : returns.rows;
+    const GaeArgs args{returns.rows,  returns.cols, sequences,     offsets,      rewards,
                        values,        mask,         dones,         bootstrap,    scores,
                        logprobs,      ref_logprobs, kl_coef,       kl_estimator, reward_clip,
                        gamma,         lam,          carry,         whiten,       fp32(advantages),
                        fp32(returns), fp32(shaped), fp64(moments), whiten_eps,   exec};
-    return launch(exec, rows * cols, [&] { return table().gae(args); });
+    return launch(exec, returns.rows * returns.cols, [&] { return table().gae(args); });
   });
-  m.def("whiten", [=](int64_t rows, int64_t cols, In x, In mask, bool shift_mean, bool unbiased,
-                      double eps, Out moments, Out out, Exec exec) {
-    const WhitenArgs args{rows, cols,          x,         mask, shift_mean, unbiased,
-                          eps,  fp64(moments), fp32(out), exec};
-    return launch(exec, rows * cols, [&] { return table().whiten(args); });
+  m.def("whiten", [=](In x, In mask, bool shift_mean, bool unbiased, double eps, Out moments,
+                      Out out, Exec exec) {
+    const WhitenArgs args{x.rows, x.cols,        x,         mask, shift_mean, unbiased,
+                          eps,    fp64(moments), fp32(out), exec};
+    return launch(exec, x.rows * x.cols, [&] { return table().whiten(args); });
   });
   m.def("group_advantages", [=](int64_t count, In rewards, In greedy, In order, In sorted_ids,
                                 int64_t group_size, int32_t baseline, int32_t scale, double eps,

@@ -28,26 +28,49 @@ struct Exchange {
   void* current_stream;
 };
 
-// The table of a tensor type, or null where it has none that we can read.
-inline const Exchange* exchange_of(pybind11::handle tensor_type) {
-  const auto capsule =
-      pybind11::getattr(tensor_type, "__dlpack_c_exchange_api__", pybind11::none());
-  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
-  const auto* found =
-      static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  return found->major == 1 && found->view != nullptr ? found : nullptr;
+// torch as rlhf_kernels/kernels/native/boundary.py tells of it. `exchange` is null where this torch
+// has no such interface.
+struct Torch {
+  PyTypeObject *tensor = nullptr, *parameter = nullptr;
+  const Exchange* exchange = nullptr;
+};
+inline Torch& torch() {
+  static Torch found;
+  return found;
 }
+
+inline void learn(pybind11::type tensor, pybind11::type parameter) {
+  torch().tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
+  torch().parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
+  torch().exchange = nullptr;
+  constexpr auto kName = "dlpack_exchange_api";
+  const auto table = pybind11::getattr(tensor, "__dlpack_c_exchange_api__", pybind11::none());
+  if (!PyCapsule_IsValid(table.ptr(), kName)) return;
+  const auto* found = static_cast<const Exchange*>(PyCapsule_GetPointer(table.ptr(), kName));
+  if (found->major == 1 && found->view != nullptr) torch().exchange = found;
+}
+
+// False where torch does not have the interface, or does not describe this object by it: a fake or
+// sparse tensor, say. Needs the GIL.
+inline bool view(pybind11::handle object, View* out) {
+  if (torch().exchange == nullptr || !PyObject_TypeCheck(object.ptr(), torch().tensor))
+    return false;
+  if (torch().exchange->view(object.ptr(), out) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
+enum Kind : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBFloat = 4, kTruth = 6 };
 
 // The code in abi.h of a view's dtype, or -1 where no kernel takes it.
 inline int32_t dtype_of(const View& v) {
-  constexpr uint8_t kInt = 0, kFloat = 2, kBFloat = 4, kBool = 6;
   if (v.lanes != 1) return -1;
   switch (v.kind) {
     case kFloat:
       return v.bits == 32 ? kFloat32 : v.bits == 16 ? kFloat16 : v.bits == 64 ? kFloat64 : -1;
     case kBFloat: return v.bits == 16 ? kBFloat16 : -1;
     case kInt: return v.bits == 64 ? kInt64 : v.bits == 32 ? kInt32 : -1;
-    case kBool: return v.bits == 8 ? rk::kBool : -1;
+    case kTruth: return v.bits == 8 ? kBool : -1;
     default: return -1;
   }
 }

@@ -6,36 +6,37 @@ namespace rk {
 
 template <class Table>
 void bind_kl(pybind11::module_& m, Table table) {
-  m.def("kl_divergence",
-        [table](int64_t rows, int64_t cols, int64_t vocab, InRows logits, InRows ref_logits,
-                double temperature, bool reverse, Out kl, Out stats, Exec exec) {
-          const KlArgs args{rows,    cols,       vocab,
-                            logits,  ref_logits, temperature,
-                            reverse, kl,         static_cast<float*>(stats.data),
-                            exec};
-          return launch(exec, rows * cols * vocab, [&] { return table().kl_divergence(args); });
-        });
-  m.def("kl_divergence_backward", [table](int64_t rows, int64_t cols, int64_t vocab, InRows logits,
-                                          InRows ref_logits, double temperature, bool reverse,
-                                          In stats, In grad_kl, OutRows grad_logits, Exec exec) {
-    const KlBackwardArgs args{
-        rows,       cols,        vocab,   logits,
-        ref_logits, temperature, reverse, static_cast<const float*>(stats.data),
-        grad_kl,    grad_logits, exec};
-    return launch(exec, rows * cols * vocab, [&] { return table().kl_divergence_backward(args); });
+  m.def("kl_divergence", [table](InRows logits, InRows ref_logits, double temperature, bool reverse,
+                                 Out kl, Out stats, Exec exec) {
+    const KlArgs args{logits.rows, logits.cols, logits.last,
+                      logits,      ref_logits,  temperature,
+                      reverse,     kl,          static_cast<float*>(stats.data),
+                      exec};
+    return launch(exec, logits.rows * logits.cols * logits.last,
+                  [&] { return table().kl_divergence(args); });
   });
-  m.def("kl_penalty", [table](int64_t rows, int64_t cols, In logprobs, In ref_logprobs,
-                              int32_t estimator, Out out, Exec exec) {
-    const KlPenaltyArgs args{rows, cols, logprobs, ref_logprobs, estimator, false, {}, out, exec};
-    return launch(exec, rows * cols, [&] { return table().kl_penalty(args); });
-  });
-  m.def("kl_penalty_backward",
-        [table](int64_t rows, int64_t cols, In logprobs, In ref_logprobs, int32_t estimator,
-                bool straight_through, In grad, Out out, Exec exec) {
-          const KlPenaltyArgs args{rows, cols, logprobs, ref_logprobs, estimator, straight_through,
-                                   grad, out,  exec};
-          return launch(exec, rows * cols, [&] { return table().kl_penalty_backward(args); });
+  m.def("kl_divergence_backward",
+        [table](InRows logits, InRows ref_logits, double temperature, bool reverse, In stats,
+                In grad_kl, OutRows grad_logits, Exec exec) {
+          const KlBackwardArgs args{
+              logits.rows, logits.cols, logits.last, logits,
+              ref_logits,  temperature, reverse,     static_cast<const float*>(stats.data),
+              grad_kl,     grad_logits, exec};
+          return launch(exec, logits.rows * logits.cols * logits.last,
+                        [&] { return table().kl_divergence_backward(args); });
         });
+  m.def("kl_penalty", [table](In logprobs, In ref_logprobs, int32_t estimator, Out out, Exec exec) {
+    const KlPenaltyArgs args{
+        logprobs.rows, logprobs.cols, logprobs, ref_logprobs, estimator, false, {}, out, exec};
+    return launch(exec, logprobs.rows * logprobs.cols, [&] { return table().kl_penalty(args); });
+  });
+  m.def("kl_penalty_backward", [table](In logprobs, In ref_logprobs, int32_t estimator,
+                                       bool straight_through, In grad, Out out, Exec exec) {
+    const KlPenaltyArgs args{logprobs.rows,    logprobs.cols, logprobs, ref_logprobs, estimator,
+                             straight_through, grad,          out,      exec};
+    return launch(exec, logprobs.rows * logprobs.cols,
+                  [&] { return table().kl_penalty_backward(args); });
+  });
 }
 
 }  // namespace rk

@@ -6,25 +6,25 @@ namespace rk {
 
 template <class Table>
 void bind_logprobs(pybind11::module_& m, Table table) {
-  m.def("token_logprobs", [table](int64_t rows, int64_t cols, int64_t vocab, InRows logits,
-                                  In labels, In temperatures, RowOptions options, Out logprobs,
-                                  Out entropy, Out stats, Exec exec) {
+  m.def("token_logprobs", [table](InRows logits, In labels, In temperatures, RowOptions options,
+                                  Out logprobs, Out entropy, Out stats, Exec exec) {
     const LogprobsArgs args{
-        rows,         cols,    vocab,    logits,  labels,
-        temperatures, options, logprobs, entropy, static_cast<float*>(stats.data),
+        labels.rows,  labels.cols, logits.last, logits,  labels,
+        temperatures, options,     logprobs,    entropy, static_cast<float*>(stats.data),
         exec};
-    return launch(exec, rows * cols * vocab, [&] { return table().token_logprobs(args); });
+    return launch(exec, labels.rows * labels.cols * logits.last,
+                  [&] { return table().token_logprobs(args); });
   });
-  m.def("token_logprobs_backward", [table](int64_t rows, int64_t cols, int64_t vocab, InRows logits,
-                                           In labels, In temperatures, RowOptions options, In stats,
-                                           In grad_logprobs, In grad_entropy, OutRows grad_logits,
-                                           Exec exec) {
-    const LogprobsBackwardArgs args{
-        rows,          cols,         vocab,       logits,
-        labels,        temperatures, options,     static_cast<const float*>(stats.data),
-        grad_logprobs, grad_entropy, grad_logits, exec};
-    return launch(exec, rows * cols * vocab, [&] { return table().token_logprobs_backward(args); });
-  });
+  m.def("token_logprobs_backward",
+        [table](InRows logits, In labels, In temperatures, RowOptions options, In stats,
+                In grad_logprobs, In grad_entropy, OutRows grad_logits, Exec exec) {
+          const LogprobsBackwardArgs args{
+              labels.rows,   labels.cols,  logits.last, logits,
+              labels,        temperatures, options,     static_cast<const float*>(stats.data),
+              grad_logprobs, grad_entropy, grad_logits, exec};
+          return launch(exec, labels.rows * labels.cols * logits.last,
+                        [&] { return table().token_logprobs_backward(args); });
+        });
 }
 
 }  // namespace rk

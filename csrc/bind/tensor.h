@@ -14,7 +14,10 @@ namespace rk {
 // is copied, and the copy lives until the call returns; an output must lie so.
 enum class Layout { kGrid, kRows };
 template <Layout kLayout, bool kInput>
-struct Argument : Tensor {};
+struct Argument : Tensor {
+  // The tokens as a grid, and the size of the dimension after them: the vocabulary of kRows.
+  int64_t rows = 0, cols = 0, last = 1;
+};
 using In = Argument<Layout::kGrid, true>;
 using InRows = Argument<Layout::kRows, true>;
 using Out = Argument<Layout::kGrid, false>;
@@ -60,6 +63,13 @@ class TensorView {
   int64_t size(int from_end) const { return shape_[dims_ - from_end]; }
   int64_t stride(int from_end) const { return strides_[dims_ - from_end]; }
 
+  // The product of the sizes before the last `trailing`.
+  int64_t count(int trailing) const {
+    int64_t product = 1;
+    for (int i = 0; i < dims_ - trailing; ++i) product *= shape_[i];
+    return product;
+  }
+
   bool contiguous() const {
     int64_t expected = 1;
     for (int i = dims_ - 1; i >= 0 && numel_ > 0; --i) {
@@ -101,10 +111,10 @@ class TensorView {
       throw pybind11::value_error("tensor has no memory (fake or meta tensor)");
   }
 
-  // torch.Tensor, and its dtypes by their codes in abi.h: rlhf_kernels/kernels/native/boundary.py.
-  static void learn_torch(const pybind11::type& tensor, const pybind11::dict& dtypes) {
-    tensor_type() = tensor.inc_ref().ptr();
-    exchange() = dlpack::exchange_of(tensor);
+  // torch's types of tensors, and its dtypes by their codes in abi.h.
+  static void learn_torch(const pybind11::type& tensor, const pybind11::type& parameter,
+                          const pybind11::dict& dtypes) {
+    dlpack::learn(tensor, parameter);
     for (const auto& [dtype, code] : dtypes) {
       const auto i = code.template cast<size_t>();
       if (i >= kDtypes) throw pybind11::value_error("dtype code beyond those of abi.h");
@@ -133,25 +143,10 @@ class TensorView {
     static PyObject* found[kDtypes] = {};
     return found;
   }
-  static PyObject*& tensor_type() {
-    static PyObject* found = nullptr;
-    return found;
-  }
-  static const dlpack::Exchange*& exchange() {
-    static const dlpack::Exchange* found = nullptr;
-    return found;
-  }
 
-  // False where torch does not have the interface, or refuses this tensor.
   bool read_view() {
-    if (exchange() == nullptr) return false;
-    auto* const type = reinterpret_cast<PyTypeObject*>(tensor_type());
-    if (!PyObject_TypeCheck(tensor_.ptr(), type)) return false;
     dlpack::View view;
-    if (exchange()->view(tensor_.ptr(), &view) != 0) {
-      PyErr_Clear();
-      return false;
-    }
+    if (!dlpack::view(tensor_, &view)) return false;
     dtype_ = dlpack::dtype_of(view);
     data_ = static_cast<char*>(view.data) + view.byte_offset;
     dims_ = view.dims;
@@ -231,9 +226,14 @@ inline bool row_strides(const TensorView& t, Tensor* value) {
   return t.leading(2, &value->stride0);
 }
 
-template <Layout kLayout>
-inline bool describe(const TensorView& t, Tensor* value) {
-  if (kLayout == Layout::kGrid ? !grid_strides(t, value) : !row_strides(t, value)) return false;
+template <Layout kLayout, bool kInput>
+inline bool describe(const TensorView& t, Argument<kLayout, kInput>* value) {
+  constexpr bool kOfRows = kLayout == Layout::kRows;
+  if (kOfRows ? !row_strides(t, value) : !grid_strides(t, value)) return false;
+  constexpr int kTrailing = kOfRows ? 2 : 1;
+  value->rows = t.count(kTrailing);
+  value->cols = t.dims() >= kTrailing ? t.size(kTrailing) : 1;
+  if (kOfRows) value->last = t.size(1);
   t.describe(value);
   return true;
 }
@@ -252,13 +252,13 @@ struct type_caster<rk::Argument<kLayout, kInput>> {
     if (source.is_none()) return true;
     const rk::TensorView tensor(source);
     const bool negative = tensor.negative();
-    if (!negative && rk::describe<kLayout>(tensor, &value)) return true;
+    if (!negative && rk::describe(tensor, &value)) return true;
     if (!kInput) throw value_error("a result's memory is not as the kernel writes it");
     copy_ = negative ? tensor.resolve_neg() : tensor.contiguous_copy();
     const rk::TensorView plain(copy_);
-    if (rk::describe<kLayout>(plain, &value)) return true;
+    if (rk::describe(plain, &value)) return true;
     copy_ = plain.contiguous_copy();
-    return rk::describe<kLayout>(rk::TensorView(copy_), &value);
+    return rk::describe(rk::TensorView(copy_), &value);
   }
 
  private:

@@ -145,12 +145,12 @@ void logprobs_row(const LogprobsArgs& a, int64_t row) {
   const int64_t i = row / a.cols, j = row % a.cols;
   float* logprob = static_cast<float*>(a.logprobs.data) + row;
   float* entropy = kEntropy ? static_cast<float*>(a.entropy.data) + row : nullptr;
-  float* stats = a.stats + 3 * row;
+  float* stats = a.stats == nullptr ? nullptr : a.stats + 3 * row;
   const int64_t label = load_label(a.labels, i, j);
   if (label == a.options.ignore_index) {
     *logprob = 0.0f;
     if (kEntropy) *entropy = 0.0f;
-    stats[0] = 0.0f, stats[1] = 1.0f, stats[2] = 0.0f;
+    if (stats != nullptr) stats[0] = 0.0f, stats[1] = 1.0f, stats[2] = 0.0f;
     return;
   }
   const double inv_t = 1.0 / row_temperature(a, i, j);
@@ -163,11 +163,14 @@ void logprobs_row(const LogprobsArgs& a, int64_t row) {
   const bool hidden_nan = r.s != r.s;
   *logprob =
       empty ? __builtin_nanf("") : static_cast<float>(logprob_from_stats(xy, r.m, r.s, inv_t));
-  // A NaN among only -inf must not make a vocabulary shard look empty.
-  stats[0] = empty && hidden_nan ? __builtin_nanf("") : r.m;
-  stats[1] = empty ? __builtin_nanf("") : static_cast<float>(r.s);
+  if (!kEntropy && stats == nullptr) return;
   const double mean = r.t / r.s * inv_t;
-  stats[2] = empty ? __builtin_nanf("") : static_cast<float>(mean);
+  if (stats != nullptr) {
+    // A NaN among only -inf must not make a vocabulary shard look empty.
+    stats[0] = empty && hidden_nan ? __builtin_nanf("") : r.m;
+    stats[1] = empty ? __builtin_nanf("") : static_cast<float>(r.s);
+    stats[2] = empty ? __builtin_nanf("") : static_cast<float>(mean);
+  }
   if (kEntropy) *entropy = empty ? __builtin_nanf("") : static_cast<float>(log(r.s) - mean);
 }
 

@@ -13,6 +13,10 @@ Empty = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
+# Looked up once, as small calls look for them again and again.
+_empty_like, _FP32, _CONTIGUOUS = torch.empty_like, torch.float32, torch.contiguous_format
+
+
 def plain_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=device)
 
@@ -22,12 +26,17 @@ def fp32_like(t: Tensor) -> Tensor:
 
     torch reads the shape of a tensor much faster than one that it is given.
     """
-    return torch.empty_like(t, dtype=torch.float32, memory_format=torch.contiguous_format)
+    return _empty_like(t, dtype=_FP32, memory_format=_CONTIGUOUS)
 
 
 def constant(t: MaybeTensor) -> MaybeTensor:
     """`t`, detached if it requires a gradient."""
     return t.detach() if t is not None and t.requires_grad else t
+
+
+def constants(*tensors: Tensor | None) -> list[Tensor | None]:
+    """`constant` of each."""
+    return [t.detach() if t is not None and t.requires_grad else t for t in tensors]
 
 
 def materialized(t: Tensor) -> Tensor:

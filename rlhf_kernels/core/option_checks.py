@@ -4,9 +4,11 @@ A number is a Python or numpy number, or a 0-d tensor, whose value is then read 
 tensor that requires a gradient or is on the meta device is refused. A bool is not a number.
 """
 
+import functools
 import math
 import numbers
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +17,27 @@ _NUMBER = (int, float, torch.SymInt, torch.SymFloat)
 _INTEGER = (int, torch.SymInt)
 _INT64 = (-(2**63), 2**63 - 1)
 _LARGEST = 1e308
+
+
+# What an equal value of the same type can stand for; not a tensor, whose value may change.
+_REPEATED = frozenset((int, float, bool, str, type(None)))
+
+Checked = TypeVar("Checked")
+
+
+def remembered(check: Callable[..., Checked]) -> Callable[..., Checked]:
+    """`check`, whose arguments are options, made once for the same options: calls repeat theirs.
+
+    A check that raises is made again.
+    """
+    known = functools.lru_cache(maxsize=64, typed=True)(check)
+
+    def run(*options: object) -> Checked:
+        if _REPEATED.issuperset(map(type, options)) and not torch.compiler.is_compiling():
+            return known(*options)
+        return check(*options)
+
+    return run
 
 
 def _scalar(value: object) -> object:
@@ -87,6 +110,8 @@ def number(op: str, name: str, value: Any) -> float:
 
 def positive(op: str, name: str, value: object) -> float:
     """Requires a finite number above zero."""
+    if type(value) is float and 0.0 < value < math.inf:  # the common case
+        return value
     value = number(op, name, value)
     if not value > 0:
         raise ValueError(f"{op}: {name} must be a finite number > 0, got {shown(value)}")
@@ -103,6 +128,8 @@ def non_negative(op: str, name: str, value: object) -> float:
 
 def rate(op: str, name: str, value: object) -> float:
     """Requires a number in [0, 1]."""
+    if type(value) is float and 0.0 <= value <= 1.0:  # the common case
+        return value
     value = number(op, name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{op}: {name} must be in [0, 1], got {shown(value)}")

@@ -59,8 +59,8 @@ class RowArguments(NamedTuple):
 
         scale * x under a cap c and a temperature T is x under c / scale and T / scale.
         """
-        temperature = self.effective_temperature()
         cap = 0.0 if self.softcap is None else self.softcap / self.logit_scale
+        temperature = self.effective_temperature()
         if isinstance(temperature, Tensor):
             return temperature, RowOptions(1.0, cap, self.entropy, self.ignore_index)
         return None, RowOptions(temperature, cap, self.entropy, self.ignore_index)
@@ -68,7 +68,7 @@ class RowArguments(NamedTuple):
 
 def checked(
     op: str,
-    labels: object,
+    labels: Any,
     name: str,
     rows: Tensor,
     temperature: object,
@@ -76,20 +76,41 @@ def checked(
     logit_scale: object = 1.0,
     entropy: object = False,
     ignore_index: object = -100,
+    *,
+    fit: bool = False,
 ) -> RowArguments:
     """Requires one label for each row of the argument `name` [..., K], and valid options.
+
+    `fit`: that `checks.plain` has found rows and labels to be so.
 
     Returns:
         The arguments. A temperature per token is expanded to the shape of the labels and detached.
     """
-    labels = checks.labels(op, "labels", labels)
-    column = "V" if name == "logits" else "H"
-    checks.same_shape(op, "labels", labels, f"{name} without {column}", rows.shape[:-1])
-    checks.same_device(op, "labels", labels, name, rows.device)
+    if not fit:
+        labels = checks.labels(op, "labels", labels)
+        column = "V" if name == "logits" else "H"
+        checks.same_shape(op, "labels", labels, f"{name} without {column}", rows.shape[:-1])
+        checks.same_device(op, "labels", labels, name, rows.device)
+    if isinstance(temperature, Tensor):
+        temperature = _per_token(op, temperature, labels)
+    return _of_options(op, temperature, softcap, logit_scale, entropy, ignore_index)
+
+
+@option_checks.remembered
+def _of_options(
+    op: str,
+    temperature: float | Tensor,
+    softcap: object,
+    logit_scale: object,
+    entropy: object,
+    ignore_index: object,
+) -> RowArguments:
     if softcap is not None:
         softcap = option_checks.positive(op, "softcap", softcap)
     arguments = RowArguments(
-        _temperature(op, temperature, labels),
+        temperature
+        if isinstance(temperature, Tensor)
+        else option_checks.positive(op, "temperature", temperature),
         softcap,
         option_checks.positive(op, "logit_scale", logit_scale),
         option_checks.flag(op, "entropy", entropy),
@@ -116,9 +137,7 @@ def without_masked(op: str, labels: Tensor, mask: object, ignore_index: int) -> 
     return labels.masked_fill(kept == 0, ignore_index)
 
 
-def _temperature(op: str, value: object, labels: Tensor) -> float | Tensor:
-    if not isinstance(value, Tensor):
-        return option_checks.positive(op, "temperature", value)
+def _per_token(op: str, value: Tensor, labels: Tensor) -> Tensor:
     checks.floating(op, "temperature", value, double=True)
     checks.same_device(op, "temperature", value, "labels", labels.device)
     try:

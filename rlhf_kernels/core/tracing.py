@@ -6,6 +6,9 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
+#: torch.compiler.is_compiling, which torch.compile knows by this name too.
+compiling = torch.compiler.is_compiling
+
 #: The number of active dispatch modes: make_fx, torch.export, fake tensors, FLOP counters.
 dispatch_modes = torch._C._len_torch_dispatch_stack
 

@@ -15,8 +15,8 @@ from .products import Head
 
 def forward(
     kernels: Kernels | LabelKernels, operands: Operands, targets: Targets, batching: Batching
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probabilities [...], entropies [...] or empty, statistics [..., 3]) of labels [...]."""
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(log-probabilities [...], entropies [...] if wanted, statistics [..., 3]) of labels [...]."""
     op, weight, options = "linear_token_logprobs", operands.weight, targets.options
     shape, labels = targets.labels.shape, flat(targets.labels)
     temperatures = flat(targets.temperatures)
@@ -35,11 +35,11 @@ def forward(
         )
         return (
             logprobs.view(shape),
-            entropies.view(shape) if options.entropy else entropies,
+            None if entropies is None else entropies.view(shape),
             stats.view(*shape, 3),
         )
     logprobs = zeros_or_nan(keep, batching.kept_tokens)
-    entropies = logprobs.clone() if options.entropy else logprobs.new_empty(0)
+    entropies = logprobs.clone() if options.entropy else None
     stats = logprobs.new_empty((*labels.shape, 3))
     for part in tokens.chunks(of_chunk.size):
         logits = head.project(head.states(tokens, part))
@@ -47,11 +47,11 @@ def forward(
         lp, h, s = kernels.rows.token_logprobs(logits, *own, options)
         tokens.put(logprobs, part, lp)
         tokens.put(stats, part, s)
-        if options.entropy:
+        if entropies is not None and h is not None:
             tokens.put(entropies, part, h)
     return (
         logprobs.view(shape),
-        entropies.view(shape) if options.entropy else entropies,
+        None if entropies is None else entropies.view(shape),
         stats.view(*shape, 3),
     )
 

@@ -10,7 +10,6 @@ from ..core import checks
 from ..core.layout import MaybeTensor
 from ..core.sentinels import SHARD_IGNORED
 from ..core.sequences import per_token, sequence_sum, token_weights
-from ..kernels import losses
 from ..kernels.rows import Kernels, LabelKernels
 from . import devices
 from .arguments import Batching, Operands, PolicyArguments, Targets
@@ -34,12 +33,15 @@ _SEQUENCE_CORRECTION = CORRECTION_CODES.index("sequence")
 _NONE = Tokens(0, None)
 
 
-def _complete(found: tuple[Tensor, ...], weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _complete(
+    found: tuple[Tensor | None, ...], weight: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """A policy loss's gradients in log-probabilities and entropy, times `weight` and its scale."""
     *_, g, h, scale = found
-    for factor in (weight, scale if losses.is_deferred(scale) else None):
+    assert g is not None  # it was asked for
+    for factor in (weight, scale):
         if factor is not None:
-            g, h = g * factor, h if h.numel() == 0 else h * factor
+            g, h = g * factor, None if h is None else h * factor
     return g, h
 
 
@@ -103,6 +105,7 @@ class _PolicySweep:
         hidden = self.head.states(tokens, part)
         logits = self.head.project(hidden)
         logprobs, entropy, stats = self._kernels.rows.token_logprobs(logits, *own, self._options)
+        assert entropy is not None  # the options ask for it
         tokens.put(self.logprobs, part, logprobs)
         tokens.put(self.entropy, part, entropy)
         tokens.put(self._stats, part, stats)
@@ -146,7 +149,7 @@ class _PolicySweep:
             )  # fmt: skip
             g, h = _complete(found, tokens.take(weights, part))
             out = gradients.of_logits(logits)
-            self._gradient(out, tokens, tile, logits, stats, g[0], h[0] if bonus else None)
+            self._gradient(out, tokens, tile, logits, stats, g[0], None if h is None else h[0])
             gradients.add(tokens, tile, hidden, out)
         return gradients
 
@@ -183,8 +186,10 @@ class _PolicySweep:
             out, logits, labels, own[1], stats, g, h, self._options._replace(ignore_index=ignored)
         )
 
-    def policy_loss(self, grad: bool) -> tuple[Tensor, ...]:
-        """(loss, metrics, gradients) of all tokens from the recorded log-probabilities."""
+    def policy_loss(
+        self, grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """(loss, metrics, gradients, their scale) from the recorded log-probabilities."""
         given = self._policy
         shape, ref = given.mask.shape, given.ref_logprobs
         if self.ref_logprobs is not None:
@@ -246,7 +251,7 @@ def forward(
         sweep.logprobs_of(tokens)
         sweep.logprobs_of(idle)
         g, h = _complete(sweep.policy_loss(grad=True))
-        g, bonus = flat(g), flat(h) if policy.entropy_bonus else None
+        g, bonus = flat(g), flat(h)
         if counts:
             tokens = select(g != 0 if bonus is None else (g != 0) | (bonus != 0))
         gradients = sweep.backward(tokens, g, bonus, needs)

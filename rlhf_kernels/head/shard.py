@@ -114,7 +114,7 @@ def _check(op: str, metadata: list[dict[str, int]]) -> None:
 
 def combine(
     targets: Targets, of_shard: Tensor, stats: Tensor, group: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """(log-probabilities, entropies, stats) over all shards from those over this rank's.
 
     Args:
@@ -147,11 +147,7 @@ def combine(
 
     kept = local != SHARD_IGNORED
     found = torch.where(kept, _ordered_sum(own), 0.0).float()
-    h = (
-        torch.where(kept, total.log() - mean, 0.0).float()
-        if options.entropy
-        else found.new_empty(0)
-    )
+    h = torch.where(kept, total.log() - mean, 0.0).float() if options.entropy else None
     of_all = [torch.where(kept, x, other) for x, other in ((top, 0.0), (total, 1.0), (mean, 0.0))]
     return found, h, torch.stack(of_all, -1).float()
 
@@ -172,7 +168,7 @@ class ShardRows:
 
     def token_logprobs(
         self, logits: Tensor, local: Tensor, temperatures: Tensor | None, options: RowOptions
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         options = options._replace(ignore_index=SHARD_IGNORED)
         found, _, stats = self._rows.token_logprobs(logits, local, temperatures, options)
         return combine(Targets(local, temperatures, options), found, stats, self._group)
@@ -234,7 +230,7 @@ def token_logprobs(
     temperatures: Tensor | None,
     options: RowOptions,
     group: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(log-probabilities, entropies, statistics, labels as columns of this shard)."""
     keep = labels != options.ignore_index
     shards = exchange_metadata(
@@ -247,7 +243,7 @@ def token_logprobs(
 
 def linear_token_logprobs(
     kernels: Kernels, operands: Operands, targets: Targets, batching: Batching, group: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """As `logprobs.forward`, and the labels as columns of this shard."""
     labels, temperatures, options = targets
     op, keep = "linear_token_logprobs", labels != options.ignore_index

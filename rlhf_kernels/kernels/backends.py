@@ -156,7 +156,7 @@ def select(op: str, device: torch.device, kernel: str | None = None) -> str:
         if kernel not in backend.launchers:
             raise RuntimeError(f"{op}: backend {_forced!r} does not have this operation")
         return _forced
-    for backend in _order(device.type):
+    for backend in _ORDER.get(device.type, ()):
         if kernel in backend.launchers and (backend.name == "cpu" or _suits(backend.name, device)):
             return backend.name
     if not torch.compiler.is_compiling():

@@ -12,11 +12,15 @@ from ..core.row_options import RowOptions
 from ..core.sentinels import SHARD_IGNORED
 
 
-def results(labels: Tensor, options: RowOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for log-probabilities [...], entropies [...] or [0], statistics [..., 3], fp32."""
+def results(labels: Tensor, options: RowOptions) -> tuple[Tensor, Tensor | None]:
+    """Memory for log-probabilities [...], and entropies [...] if wanted, fp32."""
     logprobs = fp32_like(labels)
-    entropies = torch.empty_like(logprobs) if options.entropy else logprobs.new_empty(0)
-    return logprobs, entropies, logprobs.new_empty((*labels.shape, 3))
+    return logprobs, torch.empty_like(logprobs) if options.entropy else None
+
+
+def statistics(logprobs: Tensor) -> Tensor:
+    """Memory for the statistics [..., 3] that go with log-probabilities [...]."""
+    return logprobs.new_empty(*logprobs.shape, 3)
 
 
 def launchers(
@@ -25,7 +29,8 @@ def launchers(
     """Launchers by operator name, from the functions of a backend that launch its kernels.
 
     `forward` takes logits, labels, temperatures and options, and writes its last arguments: the
-    log-probabilities, the entropies or None, and the statistics. `backward` takes what
+    log-probabilities, the entropies or None, and the statistics, which are None only where the
+    kernels are not `on_device` and no backward pass will need them. `backward` takes what
     `token_logprobs_backward_into` takes. Neither is called without a token. Kernels that are not
     `on_device` validate the data themselves.
     """
@@ -40,13 +45,17 @@ def launchers(
             checks.temperatures_positive("token_logprobs", temperatures, keep)
 
     def token_logprobs(
-        logits: Tensor, labels: Tensor, temperatures: Tensor | None, options: RowOptions
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        logprobs, entropies, stats = results(labels, options)
+        logits: Tensor,
+        labels: Tensor,
+        temperatures: Tensor | None,
+        options: RowOptions,
+        grad: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        logprobs, entropies = results(labels, options)
+        stats = statistics(logprobs) if grad or on_device else None
         if labels.numel() > 0:
             check(labels, temperatures, logits.shape[-1], options)
-            wanted = entropies if options.entropy else None
-            forward(logits, labels, temperatures, options, logprobs, wanted, stats)
+            forward(logits, labels, temperatures, options, logprobs, entropies, stats)
         return logprobs, entropies, stats
 
     def token_logprobs_backward_into(

@@ -20,8 +20,8 @@ class LabelRows(Protocol):
 
     def token_logprobs(
         self, logits: Tensor, labels: Tensor, temperatures: Tensor | None, options: RowOptions, /
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(log-probabilities [N], entropies [N] or empty, statistics [N, 3])."""
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(log-probabilities [N], entropies [N] if wanted, statistics [N, 3])."""
 
     def token_logprobs_backward_into(
         self,
@@ -57,8 +57,11 @@ class LabelRows(Protocol):
         grad: bool,
         entropy_grad: bool,
         /,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(loss, metrics, gradient of logprobs, of entropy, scale) of tokens [B, T] or [N]."""
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """(loss, metrics, gradient of logprobs, of entropy, scale) of tokens [B, T] or [N].
+
+        A gradient that is not wanted is None; see kernels/losses.py for the scale.
+        """
 
 
 class Rows(LabelRows, Protocol):

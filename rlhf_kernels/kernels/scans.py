@@ -58,10 +58,9 @@ def begin(
         ValueError: bad offsets on a GPU with RLHF_KERNELS_CHECK=1.
     """
     returns = fp32_like(like)
+    advantages = None if values is None else torch.empty_like(returns)
     results = ScanResults(
-        None if values is None else torch.empty_like(returns),
-        returns,
-        None if scores is None else torch.empty_like(returns),
+        advantages, returns, None if scores is None else torch.empty_like(returns)
     )
     if on_device and env.CHECK:
         checks.offsets_valid(op, cu_seqlens, like.shape[0])

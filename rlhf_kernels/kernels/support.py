@@ -46,21 +46,22 @@ def launchers(
 
     def run(
         op: str, rows: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         *inputs, options = args
         tokens = Tokens(*inputs)
-        found, entropies, stats = logprobs.results(tokens.labels, options)
+        found, entropies = logprobs.results(tokens.labels, options)
+        stats = logprobs.statistics(found)
         kept = found.new_empty(tokens.indices.shape)
         vocab = rows.shape[-1] if weight is None else weight.shape[0]
         if found.numel() > 0:
             if on_device and env.CHECK:
                 keep = tokens.labels != options.ignore_index
                 checks.support_data(op, *tokens, keep, vocab)
-            outs = (found, entropies if options.entropy else None, stats, kept)
+            outs = (found, entropies, stats, kept)
             forward(op, vocab, rows, weight, bias, tokens, options, *outs)
         return found, entropies, stats, kept
 
-    def token_logprobs_support(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    def token_logprobs_support(logits: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
         return run("token_logprobs", logits, None, None, *args)
 
     def token_logprobs_support_backward(kept: Tensor, *args: Any) -> Tensor:
@@ -71,7 +72,7 @@ def launchers(
             scatter(vocab, out, kept, tokens, *inputs)
         return out
 
-    def linear_token_logprobs_support(*args: Any) -> tuple[Tensor, ...]:
+    def linear_token_logprobs_support(*args: Any) -> tuple[Tensor | None, ...]:
         return run("linear_token_logprobs", *args)
 
     def linear_token_logprobs_support_backward(

@@ -140,40 +140,44 @@ class Operator(Generic[R]):
         self._with_tensors = [at for at, g in enumerate(self._groups) if g and g.has_tensors]
         flat = (g.schema if g else t for g, t in zip(self._groups, arguments, strict=True))
         _LIBRARY.define(f"{name}({', '.join(flat)}) -> {results}")
-        _LIBRARY.impl(name, self._gathered(self._run), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"rlhf_kernels::{name}", self._gathered(fake), lib=_LIBRARY)
+        _LIBRARY.impl(name, self._traceable(self._run), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"rlhf_kernels::{name}", self._traceable(fake), lib=_LIBRARY)
         self._registered = getattr(torch.ops.rlhf_kernels, name).default
 
     def _run(self, *args: Any) -> R:
         backend = backends.get(args[-1])
-        if self._algorithm is not None:
-            return self._algorithm(backend.kernels, *args[:-1])
-        launcher: Callable[..., R] = backend.launchers[self.name]
-        return launcher(*args[:-1])
+        if self._algorithm is None:
+            launcher: Callable[..., R] = backend.launchers[self.name]
+            return launcher(*args[:-1])
+        return self._algorithm(backend.kernels, *args[:-1])
 
-    def _gathered(self, f: Callable[..., R]) -> Callable[..., R]:
-        """`f` with the schema's arguments, which it gathers into groups."""
-        if not any(self._groups):
-            return f
+    def _traceable(self, f: Callable[..., R]) -> Callable[..., R]:
+        """`f` with the schema's arguments, which it gathers into groups, and the schema's results.
 
-        def run(*flat: Any) -> R:
+        A schema has no place for a result that is None; an empty tensor stands for it.
+        """
+
+        def run(*flat: Any) -> Any:
             rest = iter(flat)
-            return f(*[next(rest) if g is None else g.gathered(rest) for g in self._groups])
+            found = f(*[next(rest) if g is None else g.gathered(rest) for g in self._groups])
+            if not isinstance(found, tuple):
+                return found
+            like = next(t for t in found if t is not None)
+            return tuple(like.new_empty(0) if t is None else t for t in found)
 
         return run
 
     def __call__(self, *args: Any) -> R:
-        if torch.compiler.is_compiling() or tracing.dispatch_modes():
+        if tracing.compiling() or tracing.dispatch_modes() or tracing.transform() is not None:
             return self._dispatch(args)
-        plain = tracing.transform() is None and _PLAIN.issuperset(map(type, args))
+        if not _PLAIN.issuperset(map(type, args)):
+            return self._dispatch(args)
         for at in self._with_tensors:
-            plain = plain and _PLAIN.issuperset(map(type, args[at] or ()))
-        if not plain:
-            return self._dispatch(args)
-        backend = backends.get(args[-1])
+            if not _PLAIN.issuperset(map(type, args[at] or ())):
+                return self._dispatch(args)
         if self._algorithm is not None:
-            return self._algorithm(backend.kernels, *args[:-1])
-        launcher: Callable[..., R] = backend.launchers[self.name]
+            return self._run(*args)
+        launcher: Callable[..., R] = backends.get(args[-1]).launchers[self.name]
         return launcher(*args[:-1])
 
     def _dispatch(self, args: tuple[Any, ...]) -> R:
@@ -352,7 +356,8 @@ def define(
         name: operator name, also the key of its launcher in each backend.
         schema: arguments and results; the last argument is `str backend`. A group such as
             `RowOptions options` expands to one argument per field; see `_group`.
-        fake: returns empty results with the right shapes and dtypes from the same arguments.
+        fake: returns empty results with the right shapes and dtypes from the same arguments; None
+            for a result that the launcher does not return.
         algorithm: runs instead of a launcher; takes the backend's `Kernels`, then the arguments.
     """
     return Operator(name, schema, fake, algorithm)

@@ -20,7 +20,7 @@ from ..config.enums import (
     Scale,
 )
 from ..core import checks, option_checks
-from ..core.layout import constant
+from ..core.layout import constant, constants
 from ..core.option_checks import shown
 from ..kernels import backends
 from ._operator import Operator, define
@@ -86,21 +86,13 @@ def _of_sequences(op: str, name: str, t: object) -> Tensor:
     return constant(checks.real(op, name, t))
 
 
-def _check_scan(
+def _check_tokens(
     op: str,
     tokens: dict[str, Tensor | None],
     masks: dict[str, Tensor | None],
-    sequences: dict[str, Tensor | None],
     cu_seqlens: Tensor | None,
-    rates: dict[str, float],
-    masked: str,
-) -> tuple[Any, ...]:
-    """Checks the arguments common to the scans; the first of `tokens` sets shape and device.
-
-    Returns:
-        The values of tokens, masks, sequences and rates in one flat list, as kernels take them.
-        Integer rewards, scores and bootstrap values become float32.
-    """
+) -> tuple[Tensor | None, ...]:
+    """The values of tokens and masks, checked; integer rewards become float32."""
     like, first = next(iter(tokens.items()))
     found: list[Tensor | None] = []
     for name, t in tokens.items():
@@ -108,10 +100,9 @@ def _check_scan(
             t = checks.real(op, name, t)
         elif t is not None or name != "ref_logprobs":
             checks.floating(op, name, t, double=True)
-        found.append(constant(t))
+        found.append(t)
     assert first is not None  # the loop has raised otherwise
-    dims = 2 if cu_seqlens is None else 1
-    if first.dim() != dims:
+    if first.dim() != (2 if cu_seqlens is None else 1):
         expected = "[B, T]" if cu_seqlens is None else "[N], packed as cu_seqlens says,"
         raise ValueError(f"{op}: {like} must be {expected}, got {shown(first.shape)}")
     for name, t in masks.items():
@@ -120,29 +111,48 @@ def _check_scan(
         if t is not None and t is not first:
             checks.same_shape(op, name, t, like, first.shape)
             checks.same_device(op, name, t, like, first.device)
-    count = first.shape[0]
+    return tuple(found)
+
+
+def _check_scan(
+    op: str,
+    kinds: str,
+    tokens: dict[str, Tensor | None],
+    masks: dict[str, Tensor | None],
+    sequences: dict[str, Tensor | None],
+    cu_seqlens: Tensor | None,
+    masked: str,
+) -> tuple[Any, ...]:
+    """Checks the arguments common to the scans; the first of `tokens` sets shape and device.
+
+    `kinds`: of tokens and masks, as `checks.plain` takes them.
+
+    Returns:
+        The values of tokens, masks and sequences in one flat list, as kernels take them.
+        Integer rewards, scores and bootstrap values become float32. Before them, whether none of
+        the tensors can be float64, which the reference accepts but kernels do not.
+    """
+    found: tuple[Tensor | None, ...] = (*tokens.values(), *masks.values())
+    first: Any = found[0]
+    plain = checks.plain(kinds, *found)
+    if not plain or cu_seqlens is not None or first.dim() != 2:
+        found = _check_tokens(op, tokens, masks, cu_seqlens)
     if cu_seqlens is not None:
         checks.offsets(op, cu_seqlens)
-        checks.same_device(op, "cu_seqlens", cu_seqlens, like, first.device)
-        count = cu_seqlens.shape[0] - 1
+        checks.same_device(op, "cu_seqlens", cu_seqlens, next(iter(tokens)), first.device)
     for name, t in sequences.items():
         if t is not None or name == "scores":
-            t = constant(checks.real(op, name, t))
+            t, plain = checks.real(op, name, t), False
+            count = first.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             if t.shape != (count,):
                 raise ValueError(
                     f"{op}: {name} must have one entry per sequence, ({count},), "
                     f"got {shown(t.shape)}"
                 )
-            checks.same_device(op, name, t, like, first.device)
-        found.append(t)
+            checks.same_device(op, name, t, next(iter(tokens)), first.device)
+        found = (*found, t)
     option_checks.one_of(op, "masked", masked, MASKED_STEPS)
-    return *found, *(option_checks.rate(op, name, value) for name, value in rates.items())
-
-
-def _kernel_dtypes(op: str, **tensors: Tensor | None) -> None:
-    """Raises TypeError for float64, which the reference accepts but kernels do not."""
-    for name, t in tensors.items():
-        checks.not_double(op, name, t)
+    return plain, *constants(*found)
 
 
 def gae(
@@ -193,10 +203,12 @@ def gae(
             do not start at 0, decrease, or do not end at N.
     """
     op = "gae"
-    rewards, values, mask, dones, bootstrap_values, gamma, lam = _check_scan(
-        op, {"rewards": rewards, "values": values}, {"mask": mask, "dones": dones},
-        {"bootstrap_values": bootstrap_values}, cu_seqlens, {"gamma": gamma, "lam": lam}, masked,
+    plain, rewards, values, mask, dones, bootstrap_values = _check_scan(
+        op, "ffMM", {"rewards": rewards, "values": values}, {"mask": mask, "dones": dones},
+        {"bootstrap_values": bootstrap_values}, cu_seqlens, masked,
     )  # fmt: skip
+    gamma = option_checks.rate(op, "gamma", gamma)
+    lam = option_checks.rate(op, "lam", lam)
     whiten = option_checks.flag(op, "whiten", whiten)
     backend = backends.select(op, rewards.device)
     if backend == backends.REFERENCE:
@@ -215,7 +227,8 @@ def gae(
                 whiten=whiten,
             )
         )
-    _kernel_dtypes(op, rewards=rewards, values=values, bootstrap_values=bootstrap_values)
+    if not plain:
+        checks.not_double(op, rewards=rewards, values=values, bootstrap_values=bootstrap_values)
     return Advantages(
         *_gae(
             rewards, values, mask, cu_seqlens, dones, bootstrap_values,
@@ -253,10 +266,11 @@ def discounted_returns(
         TypeError, ValueError: as in `gae`.
     """
     op = "discounted_returns"
-    rewards, mask, dones, bootstrap_values, gamma = _check_scan(
-        op, {"rewards": rewards}, {"mask": mask, "dones": dones},
-        {"bootstrap_values": bootstrap_values}, cu_seqlens, {"gamma": gamma}, masked,
+    plain, rewards, mask, dones, bootstrap_values = _check_scan(
+        op, "fMM", {"rewards": rewards}, {"mask": mask, "dones": dones},
+        {"bootstrap_values": bootstrap_values}, cu_seqlens, masked,
     )  # fmt: skip
+    gamma = option_checks.rate(op, "gamma", gamma)
     backend = backends.select(op, rewards.device)
     if backend == backends.REFERENCE:
         checks.offsets_valid(op, cu_seqlens, rewards.shape[0])
@@ -269,7 +283,8 @@ def discounted_returns(
             gamma=gamma,
             masked=masked,
         )
-    _kernel_dtypes(op, rewards=rewards, bootstrap_values=bootstrap_values)
+    if not plain:
+        checks.not_double(op, rewards=rewards, bootstrap_values=bootstrap_values)
     return _discounted_returns(
         rewards, mask, cu_seqlens, dones, bootstrap_values, gamma, masked, backend
     )
@@ -320,10 +335,12 @@ def ppo_advantages(
         TypeError, ValueError: as in `gae`.
     """
     op = "ppo_advantages"
-    logprobs, ref_logprobs, values, mask, scores, gamma, lam = _check_scan(
-        op, {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values},
-        {"mask": mask}, {"scores": scores}, cu_seqlens, {"gamma": gamma, "lam": lam}, masked,
+    _, logprobs, ref_logprobs, values, mask, scores = _check_scan(
+        op, "fFfM", {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values},
+        {"mask": mask}, {"scores": scores}, cu_seqlens, masked,
     )  # fmt: skip
+    gamma = option_checks.rate(op, "gamma", gamma)
+    lam = option_checks.rate(op, "lam", lam)
     whiten = option_checks.flag(op, "whiten", whiten)
     kl_coef = option_checks.number(op, "kl_coef", kl_coef)
     option_checks.one_of(op, "kl_estimator", kl_estimator, PLAIN_KL_ESTIMATORS)
@@ -349,7 +366,9 @@ def ppo_advantages(
                 reward_clip=reward_clip,
             )
         )
-    _kernel_dtypes(op, scores=scores, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
+    checks.not_double(
+        op, scores=scores, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values
+    )
     return PPOAdvantages(
         *_ppo_advantages(
             scores, logprobs, ref_logprobs, values, mask, cu_seqlens, kl_coef, kl_estimator,
@@ -472,5 +491,5 @@ def whiten(
     backend = backends.select(op, x.device)
     if backend == backends.REFERENCE:
         return reference.whiten(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps)
-    _kernel_dtypes(op, x=x)
+    checks.not_double(op, x=x)
     return _whiten(x, mask, shift_mean, unbiased, eps, backend)

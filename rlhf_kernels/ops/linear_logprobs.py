@@ -27,25 +27,27 @@ from .logprobs import TokenLogprobs, TokenLogprobsEntropy, named_result
 from .support import Support, linear_token_logprobs_support
 
 
-def _forward_fake(operands: Operands, targets: Targets, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(
+    operands: Operands, targets: Targets, *_: Any
+) -> tuple[Tensor, Tensor | None, Tensor]:
     shape = targets.labels.shape
     logprobs = operands.hidden.new_empty(shape, dtype=torch.float32)
     return (
         logprobs,
-        logprobs.new_empty(shape if targets.options.entropy else (0,)),
+        logprobs.new_empty(shape) if targets.options.entropy else None,
         logprobs.new_empty((*shape, 3)),
     )
 
 
 _ARGS = "Operands operands, Targets targets, Batching batching"
-_forward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
+_forward: Operator[tuple[Tensor, Tensor | None, Tensor]] = define(
     "linear_token_logprobs",
     f"({_ARGS}, str backend) -> (Tensor, Tensor, Tensor)",
     _forward_fake,
     head.forward,
 )
 # Also returns the labels as columns of this rank's shard, for the backward pass.
-_sharded_forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor]] = define(
+_sharded_forward: Operator[tuple[Tensor, Tensor | None, Tensor, Tensor]] = define(
     "sharded_linear_token_logprobs",
     f"({_ARGS}, str group, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda operands, targets, *_: (

@@ -37,23 +37,31 @@ def _check_inplace(logits: Tensor) -> None:
 
 def _forward_fake(
     logits: Tensor, labels: Tensor, temperatures: Tensor | None, options: RowOptions, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     shape = labels.shape
     return (
         logits.new_empty(shape, dtype=torch.float32),
-        logits.new_empty(shape if options.entropy else (0,), dtype=torch.float32),
+        logits.new_empty(shape, dtype=torch.float32) if options.entropy else None,
         logits.new_empty((*shape, 3), dtype=torch.float32),
     )
 
 
+def _statistics_fake(
+    *args: Any, grad: bool, backend: str
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `_forward_fake`; a backend on the CPU leaves out the statistics if no gradient follows."""
+    logprobs, entropies, stats = _forward_fake(*args)
+    return logprobs, entropies, stats if grad or backend in backends.GPU else None
+
+
 _ROWS = "Tensor logits, Tensor labels, Tensor? temperatures"
-_forward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
+_forward: Operator[tuple[Tensor, Tensor | None, Tensor | None]] = define(
     "token_logprobs",
-    f"({_ROWS}, RowOptions options, str backend) -> (Tensor, Tensor, Tensor)",
-    _forward_fake,
+    f"({_ROWS}, RowOptions options, bool grad, str backend) -> (Tensor, Tensor, Tensor)",
+    lambda *args: _statistics_fake(*args[:-2], grad=args[-2], backend=args[-1]),
 )
 # Also returns the labels as columns of this shard; with them the usual backward kernel applies.
-_sharded_forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor]] = define(
+_sharded_forward: Operator[tuple[Tensor, Tensor | None, Tensor, Tensor]] = define(
     "sharded_token_logprobs",
     f"({_ROWS}, RowOptions options, str group, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda *args: (*_forward_fake(*args), args[1].new_empty(args[1].shape, dtype=torch.int64)),
@@ -86,13 +94,14 @@ class _TokenLogprobs(torch.autograd.Function):
         inplace_backward: bool,
         group: str,
         backend: str,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         args = (logits, labels, temperatures, options)
+        stats: Tensor | None
         if group:
             logprobs, entropies, stats, labels = _sharded_forward(*args, group, backend)
             options = options._replace(ignore_index=SHARD_IGNORED)
         else:
-            logprobs, entropies, stats = _forward(*args, backend)
+            logprobs, entropies, stats = _forward(*args, True, backend)
         ctx.set_materialize_grads(False)
         remember(ctx, logits)
         ctx.save_for_backward(logits, labels, temperatures, stats)
@@ -271,14 +280,17 @@ def token_logprobs(
     rank.
     """
     op = "token_logprobs"
-    checks.floating(op, "logits", logits, double=True)
+    plain = checks.plain("rl", logits, labels)
+    if not plain:
+        checks.floating(op, "logits", logits, double=True)
     shards = groups.name(op, group)
     if logits.dim() == 0 or (logits.shape[-1] == 0 and not shards):
         raise ValueError(f"{op}: logits must be [..., V] with V >= 1, got {shown(logits.shape)}")
     arguments = row_options.checked(
-        op, labels, "logits", logits, temperature, softcap, 1.0, entropy, ignore_index
+        op, labels, "logits", logits, temperature, softcap, 1.0, entropy, ignore_index, fit=plain
     )
-    labels = row_options.without_masked(op, labels, mask, arguments.ignore_index)
+    if mask is not None:
+        labels = row_options.without_masked(op, labels, mask, arguments.ignore_index)
     inplace_backward = option_checks.flag(op, "inplace_backward", inplace_backward)
     if support is not None:
         if inplace_backward or shards:
@@ -295,7 +307,8 @@ def token_logprobs(
         return named_result(
             *reference.token_logprobs(logits, labels, **arguments.of_logits(), group=shards)
         )
-    checks.not_double(op, "logits", logits)
+    if not plain:
+        checks.not_double(op, logits=logits)
     if inplace_backward:
         _check_inplace(logits)
     rows = (logits, labels, *arguments.split())
@@ -304,5 +317,5 @@ def token_logprobs(
     if shards:
         logprobs, entropies, *_ = _sharded_forward(*rows, shards, backend)
     else:
-        logprobs, entropies, _ = _forward(*rows, backend)
+        logprobs, entropies, _ = _forward(*rows, False, backend)
     return named_result(logprobs, entropies if arguments.entropy else None)

@@ -10,7 +10,7 @@ from .. import reference
 from ..config.metrics import POLICY_METRICS
 from ..config.policy import PolicyLossConfig
 from ..core import checks, tracing
-from ..core.layout import constant
+from ..core.layout import constant, constants
 from ..core.option_checks import shown
 from ..kernels import backends, losses
 from ._metrics import Metrics, register_metrics
@@ -83,7 +83,7 @@ def _forward_fake(
     rollout: Tensor | None, entropy: Tensor | None, cu_seqlens: Tensor | None,
     normalizer: Tensor | None, divisor: float, codes: list[int], params: list[float],
     grad: bool, entropy_grad: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     deferred = backend in backends.GPU
     loss, metrics, scale = losses.results(logprobs, len(POLICY_METRICS), deferred)
     gradient = losses.gradient(logprobs, grad)
@@ -92,7 +92,7 @@ def _forward_fake(
     return loss, metrics, gradient, bonus, scale
 
 
-_forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = define(
+_forward: Operator[tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]] = define(
     "policy_loss",
     "(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
     "Tensor? rollout_logprobs, Tensor? entropy, Tensor? cu_seqlens, Tensor? normalizer, "
@@ -131,7 +131,7 @@ def times(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def scaled(
-    gradients: list[Tensor], dtypes: list[torch.dtype], scale: Tensor, upstream: Tensor,
+    gradients: list[Tensor], dtypes: list[torch.dtype], scale: Tensor | None, upstream: Tensor,
     backend: str,
 ) -> list[Tensor]:  # fmt: skip
     """One or two gradients times scale and upstream, each in its dtype; see kernels/losses.py."""
@@ -267,19 +267,23 @@ def policy_loss(
     if old_logprobs is None:
         checks.floating(op, "logprobs", logprobs, double=True)
         old_logprobs = logprobs.detach()
-    mask = checks.token_inputs(
-        op,
-        {
-            "logprobs": logprobs,
-            "old_logprobs": old_logprobs,
-            "ref_logprobs": ref_logprobs,
-            "rollout_logprobs": rollout_logprobs,
-            "entropy": entropy,
-        },
-        mask,
-        cu_seqlens,
-    )
-    advantages = check_advantages(op, advantages, logprobs, cu_seqlens)
+    kinds, given = "ffFFFm", (logprobs, old_logprobs, ref_logprobs, rollout_logprobs, entropy, mask)
+    plain = checks.plain(kinds, *given) and cu_seqlens is None and logprobs.dim() == 2
+    if not plain:
+        mask = checks.token_inputs(
+            op,
+            {
+                "logprobs": logprobs,
+                "old_logprobs": old_logprobs,
+                "ref_logprobs": ref_logprobs,
+                "rollout_logprobs": rollout_logprobs,
+                "entropy": entropy,
+            },
+            mask,
+            cu_seqlens,
+        )
+    if not checks.plain("ff", logprobs, advantages):
+        plain, advantages = False, check_advantages(op, advantages, logprobs, cu_seqlens)
     check_config(op, config, ref_logprobs, rollout_logprobs, normalizer)
     if config.entropy_coef != 0 and entropy is None:
         raise ValueError(
@@ -305,15 +309,16 @@ def policy_loss(
             config=config,
         )
         return PolicyLoss(loss, PolicyMetrics(metrics))
-    for name, t in (
-        ("logprobs", logprobs),
-        ("old_logprobs", old_logprobs),
-        ("advantages", advantages),
-        ("ref_logprobs", ref_logprobs),
-        ("rollout_logprobs", rollout_logprobs),
-        ("entropy", entropy),
-    ):
-        checks.not_double(op, name, t)
+    if not plain:
+        checks.not_double(
+            op,
+            logprobs=logprobs,
+            old_logprobs=old_logprobs,
+            advantages=advantages,
+            ref_logprobs=ref_logprobs,
+            rollout_logprobs=rollout_logprobs,
+            entropy=entropy,
+        )
     enabled = torch.is_grad_enabled()
     grad = enabled and logprobs.requires_grad
     entropy_grad = (
@@ -321,18 +326,12 @@ def policy_loss(
     )
     if not entropy_grad:
         entropy = constant(entropy)
-    constants = (
-        constant(old_logprobs),
-        constant(advantages),
-        mask,
-        constant(ref_logprobs),
-        constant(rollout_logprobs),
-    )
+    fixed = constants(old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs)
     options = (
         cu_seqlens, count, divisor, *config_numbers(config), grad, entropy_grad, backend
     )  # fmt: skip
     if grad or entropy_grad or tracing.forward_mode():
-        loss, metrics = apply(op, _PolicyLoss, logprobs, entropy, *constants, *options)
+        loss, metrics = apply(op, _PolicyLoss, logprobs, entropy, *fixed, *options)
     else:
-        loss, metrics, *_ = _forward(constant(logprobs), *constants, entropy, *options)
+        loss, metrics, *_ = _forward(constant(logprobs), *fixed, entropy, *options)
     return PolicyLoss(loss, PolicyMetrics(metrics))

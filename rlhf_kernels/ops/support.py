@@ -32,11 +32,11 @@ def _forward_fake(
     indices: Tensor,
     options: RowOptions,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     logprobs = like.new_empty(labels.shape, dtype=torch.float32)
     return (
         logprobs,
-        logprobs.new_empty(labels.shape if options.entropy else (0,)),
+        logprobs.new_empty(labels.shape) if options.entropy else None,
         logprobs.new_empty((*labels.shape, 3)),
         logprobs.new_empty(indices.shape),
     )
@@ -49,7 +49,7 @@ _BACKWARD = (
     "RowOptions options"
 )
 # The fourth result, `kept`, is the logit of each entry. The backward pass needs no other logits.
-_forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor]] = define(
+_forward: Operator[tuple[Tensor, Tensor | None, Tensor, Tensor]] = define(
     "token_logprobs_support",
     f"(Tensor logits, {_FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward_fake,
@@ -59,7 +59,7 @@ _backward: Operator[Tensor] = define(
     f"({_BACKWARD}, SymInt vocab, ScalarType dtype, str backend) -> Tensor",
     lambda kept, labels, *args: kept.new_empty((*labels.shape, args[-3]), dtype=args[-2]),
 )
-_head_forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor]] = define(
+_head_forward: Operator[tuple[Tensor, Tensor | None, Tensor, Tensor]] = define(
     "linear_token_logprobs_support",
     f"(Tensor hidden, Tensor weight, Tensor? bias, {_FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda hidden, weight, bias, *args: _forward_fake(hidden, *args),
@@ -74,7 +74,7 @@ _head_backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
 
 class _TokenLogprobsSupport(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
         *tokens, options, backend = args
         logprobs, entropies, stats, kept = _forward(logits, *args)
         # The logits are not saved, so their memory can be freed.
@@ -99,7 +99,7 @@ class _LinearTokenLogprobsSupport(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         *tokens, options, backend = args
         logprobs, entropies, stats, kept = _head_forward(hidden, weight, bias, *args)
         remember(ctx, hidden, weight, bias)

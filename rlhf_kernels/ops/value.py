@@ -20,13 +20,13 @@ def _forward_fake(
     values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, cu_seqlens: Tensor | None,
     normalizer: Tensor | None, divisor: float, clip_range: float, aggregation: int, grad: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     deferred = backend in backends.GPU
     loss, metrics, scale = losses.results(values, len(VALUE_METRICS), deferred)
     return loss, metrics, losses.gradient(values, grad), scale
 
 
-_forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor]] = define(
+_forward: Operator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = define(
     "value_loss",
     "(Tensor values, Tensor old_values, Tensor returns, Tensor mask, Tensor? cu_seqlens, "
     "Tensor? normalizer, float divisor, float clip_range, int aggregation, bool grad, "
@@ -121,8 +121,10 @@ def value_loss(
         ValueError: shapes or devices that do not match; bad options, cu_seqlens or normalizer.
     """
     op = "value_loss"
-    tokens = {"values": values, "old_values": old_values, "returns": returns}
-    mask = checks.token_inputs(op, tokens, mask, cu_seqlens)
+    plain = checks.plain("fffm", values, old_values, returns, mask)
+    if not plain or cu_seqlens is not None or values.dim() != 2:
+        tokens = {"values": values, "old_values": old_values, "returns": returns}
+        mask = checks.token_inputs(op, tokens, mask, cu_seqlens)
     option_checks.one_of(op, "aggregation", aggregation, AGGREGATIONS)
     if aggregation == "constant" and normalizer is None:
         raise ValueError(f"{op}: normalizer must be given with the aggregation 'constant'")
@@ -145,8 +147,8 @@ def value_loss(
             normalizer=divisor or count,
         )
         return ValueLoss(loss, ValueMetrics(metrics))
-    for name, t in tokens.items():
-        checks.not_double(op, name, t)
+    if not plain:
+        checks.not_double(op, values=values, old_values=old_values, returns=returns)
     grad = torch.is_grad_enabled() and values.requires_grad
     args = (
         constant(old_values), constant(returns), mask, cu_seqlens, count, divisor,

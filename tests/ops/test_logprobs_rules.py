@@ -260,9 +260,10 @@ def test_opcheck(case):
         logits, labels = logits[:0], labels[:0]
     if case == "options":
         temperatures, softcap, entropy = torch.rand(4, 3) + 0.5, 9.0, False
-    args = (logits, labels, temperatures, 1.0, softcap, entropy, -100, "cpu")
-    torch.library.opcheck(torch.ops.rlhf_kernels.token_logprobs.default, args)
-    stats = torch.ops.rlhf_kernels.token_logprobs(*args)[2]
+    args = (logits, labels, temperatures, 1.0, softcap, entropy, -100)
+    op = torch.ops.rlhf_kernels.token_logprobs.default
+    torch.library.opcheck(op, (*args, case != "no grad", "cpu"))
+    *_, stats = op(*args, True, "cpu")
     grad = torch.randn(labels.shape)
     upstream = (grad, grad if entropy else None)
     back = (logits, labels, temperatures, stats, *upstream, 1.0, softcap, entropy)

@@ -25,9 +25,14 @@ def _moments(tokens: Tensor) -> Tensor:
 
 
 def _flags(t: MaybeTensor) -> MaybeTensor:
-    if t is not None and t.dtype not in (torch.bool, torch.int64, torch.int32):
-        t = t != 0
-    return t
+    return t if t is None or t.dtype in b.FLAGS else t != 0
+
+
+def _scratch_of(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, bool]:
+    """Arguments of gae_scratch: sequences, the last dimension, whether they are packed."""
+    if cu_seqlens is None:
+        return tokens.shape[0], tokens.shape[1], False
+    return cu_seqlens.shape[0] - 1, tokens.shape[0], True
 
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
@@ -55,12 +60,9 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         results, done = scans.begin(op, tokens, cu_seqlens, values, scores, gpu)
         if done:
             return results
-        sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         moments = _moments(tokens) if whiten else None
         rewards, logprobs = (tokens, None) if scores is None else (None, tokens)
         code, position = extension.gae(
-            *b.grid(tokens.shape),
-            sequences,
             cu_seqlens,
             rewards,
             values,
@@ -80,7 +82,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             *results,
             moments,
             scans.WHITEN_EPS,
-            make_exec(tokens, "gae", sequences, tokens.shape[-1], cu_seqlens is not None),
+            make_exec(tokens, "gae", lambda: _scratch_of(tokens, cu_seqlens)),
         )
         if code == b.BAD_OFFSETS:
             assert cu_seqlens is not None  # the kernel read a bad entry
@@ -94,9 +96,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         if x.numel() == 0:
             return out
         moments = _moments(x)
-        extension.whiten(
-            *b.grid(x.shape), x, _flags(mask), shift_mean, unbiased, eps, moments, out, make_exec(x)
-        )
+        extension.whiten(x, _flags(mask), shift_mean, unbiased, eps, moments, out, make_exec(x))
         return out
 
     def group_advantages(

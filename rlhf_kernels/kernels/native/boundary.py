@@ -11,9 +11,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ...core.layout import as_grid, as_upstream, grid, materialized
+from ...core.layout import MaybeTensor, grid, materialized
 
-__all__ = ["as_grid", "as_upstream", "empty", "exec_builder", "grid", "materialized"]
+__all__ = ["as_fp32", "as_upstream", "empty", "exec_builder", "grid", "materialized"]
 
 # csrc/abi.h: DType
 DTYPE_CODES = {
@@ -25,6 +25,8 @@ DTYPE_CODES = {
     torch.bool: 5,
     torch.float64: 6,
 }
+# The dtypes of masks that kernels read.
+FLAGS = (torch.bool, torch.int64, torch.int32)
 # csrc/abi.h: StatusCode
 OK, LABEL_OUT_OF_RANGE, BAD_TEMPERATURE, BAD_OFFSETS, OUT_OF_MEMORY = 0, 1, 2, 3, 4
 BAD_INDPTR, INDEX_OUT_OF_RANGE, INDEX_REPEATED = 5, 6, 7
@@ -33,26 +35,40 @@ BAD_INDPTR, INDEX_OUT_OF_RANGE, INDEX_REPEATED = 5, 6, 7
 Exec = int | tuple[int, int, int, Tensor | None]
 
 
-def _threads(like: Tensor, op: str | None = None, *sizes: int) -> Exec:
+Sizes = Callable[[], tuple[int, ...]]
+
+
+def as_fp32(t: MaybeTensor) -> MaybeTensor:
+    """`t` in the one dtype in which kernels read temperatures, biases and upstream gradients."""
+    return t if t is None or t.dtype is torch.float32 else t.float()
+
+
+def as_upstream(t: Tensor | None) -> Tensor | None:
+    """As `layout.as_upstream`: None for the empty gradient of a result that was not requested."""
+    return None if t is None or t.numel() == 0 else as_fp32(t)
+
+
+def _threads(like: Tensor, op: str | None = None, sizes: Sizes | None = None) -> Exec:
     return torch.get_num_threads()
 
 
 def exec_builder(extension: ModuleType) -> Callable[..., Exec]:
-    """The function `make_exec(like, op=None, *sizes)` that builds an extension's Exec argument.
+    """The function `make_exec(like, op=None, sizes=None)` that builds an extension's Exec argument.
 
     Exec is the last argument of every native function. For the CPU it is torch's number of threads.
     For CUDA it holds the device of `like`, its current stream and, if `op` is given, scratch of
-    `<op>_scratch(*sizes)` bytes. The scratch comes from torch's allocator and lives as long as the
-    result: keep the result until the call returns.
+    `<op>_scratch(*sizes())` bytes. The scratch comes from torch's allocator and lives as long as
+    the result: keep the result until the call returns.
 
     Also tells the extension what torch's tensors and dtypes are.
     """
-    extension.learn_torch(Tensor, DTYPE_CODES)
+    extension.learn_torch(Tensor, torch.nn.Parameter, DTYPE_CODES)
     if not extension.gpu:
         return _threads
 
-    def make_exec(like: Tensor, op: str | None = None, *sizes: int) -> Exec:
-        size = getattr(extension, f"{op}_scratch")(*sizes) if op is not None else 0
+    def make_exec(like: Tensor, op: str | None = None, sizes: Sizes | None = None) -> Exec:
+        given = () if sizes is None else sizes()
+        size = getattr(extension, f"{op}_scratch")(*given) if op is not None else 0
         scratch = torch.empty(size, dtype=torch.uint8, device=like.device) if size else None
         address = 0 if scratch is None else scratch.data_ptr()
         device = like.device.index

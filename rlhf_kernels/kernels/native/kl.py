@@ -18,20 +18,22 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     def kl_divergence(
         logits: Tensor, ref_logits: Tensor, temperature: float, reverse: bool
     ) -> tuple[Tensor, Tensor]:
-        shape, vocab = logits.shape[:-1], logits.shape[-1]
+        shape = logits.shape[:-1]
         kl = torch.empty(shape, dtype=torch.float32, device=logits.device)
         stats = torch.empty((*shape, 5), dtype=torch.float32, device=logits.device)
         if kl.numel() > 0:
             extension.kl_divergence(
-                *b.grid(shape),
-                vocab,
                 logits,
                 ref_logits,
                 temperature,
                 reverse,
                 kl,
                 stats,
-                make_exec(logits, "kl_divergence", kl.numel(), vocab, logits.element_size()),
+                make_exec(
+                    logits,
+                    "kl_divergence",
+                    lambda: (kl.numel(), logits.shape[-1], logits.element_size()),
+                ),
             )
         return kl, stats
 
@@ -44,12 +46,9 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         temperature: float,
         reverse: bool,
     ) -> None:
-        shape, vocab = logits.shape[:-1], logits.shape[-1]
         if out.numel() > 0:
-            grad = b.as_grid(grad, torch.float32)
+            grad = b.as_fp32(grad)
             extension.kl_divergence_backward(
-                *b.grid(shape),
-                vocab,
                 logits,
                 ref_logits,
                 temperature,
@@ -57,7 +56,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
                 stats,
                 grad,
                 out,
-                make_exec(logits, "kl_divergence_backward", shape.numel()),
+                make_exec(logits, "kl_divergence_backward", lambda: (grad.numel(),)),
             )
 
     def kl_divergence_backward(logits: Tensor, *args: Any) -> Tensor:
@@ -69,7 +68,6 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         out = torch.empty(logprobs.shape, dtype=torch.float32, device=logprobs.device)
         if out.numel() > 0:
             extension.kl_penalty(
-                *b.grid(out.shape),
                 logprobs,
                 ref_logprobs,
                 PLAIN_KL_ESTIMATORS.index(estimator.removesuffix("+")),
@@ -83,9 +81,8 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     ) -> Tensor:
         out = torch.empty(logprobs.shape, dtype=logprobs.dtype, device=logprobs.device)
         if out.numel() > 0:
-            grad = b.as_grid(grad, torch.float32)
+            grad = b.as_fp32(grad)
             extension.kl_penalty_backward(
-                *b.grid(out.shape),
                 logprobs,
                 ref_logprobs,
                 PLAIN_KL_ESTIMATORS.index(estimator.removesuffix("+")),

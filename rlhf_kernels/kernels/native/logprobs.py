@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from ...core import checks
@@ -12,15 +11,14 @@ from .. import logprobs
 from . import boundary as b
 
 
-def _raise(
+def _error(
     status: tuple[int, int], labels: Tensor, temperatures: Tensor | None, vocab: int
-) -> None:
+) -> Exception:
     code, position = status
     if code == b.LABEL_OUT_OF_RANGE:
-        raise checks.out_of_range("token_logprobs", position, labels, vocab)
-    if code == b.BAD_TEMPERATURE:
-        assert temperatures is not None  # the kernel read a bad one
-        raise checks.bad_temperature("token_logprobs", position, temperatures)
+        return checks.out_of_range("token_logprobs", position, labels, vocab)
+    assert code == b.BAD_TEMPERATURE and temperatures is not None  # the kernel read a bad one
+    return checks.bad_temperature("token_logprobs", position, temperatures)
 
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
@@ -34,18 +32,21 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         options: RowOptions,
         *results: Tensor | None,
     ) -> None:
-        vocab, temperatures = logits.shape[-1], b.as_grid(temperatures, torch.float32)
+        temperatures = b.as_fp32(temperatures)
         status = extension.token_logprobs(
-            *b.grid(labels.shape),
-            vocab,
             logits,
             labels,
             temperatures,
             options,
             *results,
-            make_exec(logits, "token_logprobs", labels.numel(), vocab, logits.element_size()),
+            make_exec(
+                logits,
+                "token_logprobs",
+                lambda: (labels.numel(), logits.shape[-1], logits.element_size()),
+            ),
         )
-        _raise(status, labels, temperatures, vocab)
+        if status[0] != b.OK:
+            raise _error(status, labels, temperatures, logits.shape[-1])
 
     def backward(
         out: Tensor,
@@ -57,12 +58,10 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         grad_entropy: Tensor | None,
         options: RowOptions,
     ) -> None:
-        vocab, temperatures = logits.shape[-1], b.as_grid(temperatures, torch.float32)
+        temperatures = b.as_fp32(temperatures)
         grad_logprobs = b.as_upstream(grad_logprobs)
         grad_entropy = b.as_upstream(grad_entropy)
         status = extension.token_logprobs_backward(
-            *b.grid(labels.shape),
-            vocab,
             logits,
             labels,
             temperatures,
@@ -71,8 +70,9 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             grad_logprobs,
             grad_entropy,
             out,
-            make_exec(logits, "token_logprobs_backward", labels.numel()),
+            make_exec(logits, "token_logprobs_backward", lambda: (labels.numel(),)),
         )
-        _raise(status, labels, temperatures, vocab)
+        if status[0] != b.OK:
+            raise _error(status, labels, temperatures, logits.shape[-1])
 
     return logprobs.launchers(forward, backward, extension.gpu)

@@ -14,12 +14,13 @@ from . import boundary as b
 
 def flags(mask: Tensor) -> Tensor:
     """The mask as bool, int32 or int64; copies only other dtypes."""
-    if mask.dtype in (torch.uint8, torch.int8):
+    dtype = mask.dtype
+    if dtype in b.FLAGS:
+        return mask
+    if dtype in (torch.uint8, torch.int8):
         # Native code treats any nonzero byte as true.
-        mask = b.materialized(mask).view(torch.bool)
-    elif mask.dtype not in (torch.bool, torch.int64, torch.int32):
-        mask = mask != 0
-    return mask
+        return b.materialized(mask).view(torch.bool)
+    return mask != 0
 
 
 def divisor_on(
@@ -47,14 +48,14 @@ def sequences(
     return *losses.sequences(like.shape, cu_seqlens), cu_seqlens
 
 
-def raise_status(op: str, status: tuple[int, int], cu_seqlens: Tensor | None, total: int) -> None:
-    """Raises the error that a kernel reported."""
+def raise_status(op: str, status: tuple[int, int], cu_seqlens: Tensor | None, like: Tensor) -> None:
+    """Raises the error that a kernel over tokens `like` reported, if it did."""
     code, position = status
     if code == b.BAD_OFFSETS:
         assert cu_seqlens is not None  # the kernel read a bad entry
-        raise checks.bad_offsets(op, position, cu_seqlens, total)
+        raise checks.bad_offsets(op, position, cu_seqlens, like.numel())
     if code == b.OUT_OF_MEMORY:
-        raise MemoryError(f"{op}: no memory for {total} tokens' partial sums")
+        raise MemoryError(f"{op}: no memory for {like.numel()} tokens' partial sums")
 
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
@@ -76,7 +77,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         params: Sequence[float],
         grad: bool,
         entropy_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         op = "policy_loss"
         loss, metrics, scale = losses.results(logprobs, len(POLICY_METRICS), gpu)
         policy_grad = losses.gradient(logprobs, grad)
@@ -101,12 +102,12 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             params,
             loss,
             metrics,
-            scale if gpu else None,
-            policy_grad if grad else None,
-            bonus if entropy_grad else None,
-            make_exec(logprobs, op, *tokens[:2], cu_seqlens is not None),
+            scale,
+            policy_grad,
+            bonus,
+            make_exec(logprobs, op, lambda: (*tokens[:2], cu_seqlens is not None)),
         )
-        raise_status(op, status, cu_seqlens, logprobs.numel())
+        raise_status(op, status, cu_seqlens, logprobs)
         return loss, metrics, policy_grad, bonus, scale
 
     def loss_backward(

@@ -45,7 +45,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         *results: Tensor | None,
     ) -> None:
         labels, temperatures, indptr, indices = tokens
-        bias, temperatures = b.as_grid(bias, torch.float32), b.as_grid(temperatures, torch.float32)
+        bias, temperatures = b.as_fp32(bias), b.as_fp32(temperatures)
         status = extension.support_logprobs(
             *b.grid(labels.shape),
             vocab,
@@ -77,7 +77,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     ) -> Tensor:
         """The gradient of the kept logits; also scatters it into `out` if that is given."""
         labels, temperatures, indptr, indices = tokens
-        dz, temperatures = torch.empty_like(kept), b.as_grid(temperatures, torch.float32)
+        dz, temperatures = torch.empty_like(kept), b.as_fp32(temperatures)
         grad_logprobs = b.as_upstream(grad_logprobs)
         grad_entropy = b.as_upstream(grad_entropy)
         status = extension.support_backward(

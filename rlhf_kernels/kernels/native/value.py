@@ -26,7 +26,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         clip_range: float,
         aggregation: int,
         grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         op = "value_loss"
         loss, metrics, scale = losses.results(values, len(VALUE_METRICS), gpu)
         gradient = losses.gradient(values, grad)
@@ -46,11 +46,11 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             clip_range,
             loss,
             metrics,
-            scale if gpu else None,
-            gradient if grad else None,
-            make_exec(values, op, *tokens[:2], cu_seqlens is not None),
+            scale,
+            gradient,
+            make_exec(values, op, lambda: (*tokens[:2], cu_seqlens is not None)),
         )
-        policy.raise_status(op, status, cu_seqlens, values.numel())
+        policy.raise_status(op, status, cu_seqlens, values)
         return loss, metrics, gradient, scale
 
     return {"value_loss": value_loss}

@@ -69,7 +69,7 @@ class Sweep(NamedTuple):
     partials: Tensor
     loss: Tensor
     metrics: Tensor
-    scale: Tensor
+    scale: Tensor | None
     divisor: float
     normalizer: Tensor | None
 

@@ -309,7 +309,7 @@ def policy_loss(
     params: Sequence[float],
     grad: bool,
     entropy_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     sweep = t.begin(
         "policy_loss", logprobs, cu_seqlens, normalizer, divisor, len(POLICY_METRICS), ROWS
     )
@@ -340,8 +340,8 @@ def policy_loss(
         strided(ref),
         sampled,
         strided(entropy),
-        gradient if grad else None,
-        bonus if entropy_grad else None,
+        gradient,
+        bonus,
         partials,
         c,
         OBJECTIVE=codes.objective,

@@ -189,7 +189,7 @@ def value_loss(
     clip_range: float,
     aggregation: int,
     grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     sweep = t.begin("value_loss", values, cu_seqlens, normalizer, divisor, len(VALUE_METRICS), ROWS)
     batch, slots, partials, loss, metrics, scale, *_ = sweep
     gradient = losses.gradient(values, grad)
@@ -208,7 +208,7 @@ def value_loss(
         strided(values),
         strided(old),
         strided(returns),
-        gradient if grad else None,
+        gradient,
         partials,
         float(clip_range),
         CLIP=clip_range > 0,
