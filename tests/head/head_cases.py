@@ -76,7 +76,7 @@ def policy_bounds_of(leaves, tokens, constants, **options):
     return policy_bounds(HeadBounds(*leaves, temperature=0.8), tokens, constants, **options)
 
 
-def drawn(tokens, width, vocab, dtype):
-    hidden = torch.randn(tokens, width).to(dtype).requires_grad_()
+def drawn(tokens, width, vocab, dtype=torch.float32, *, peak=1.0):
+    hidden = (torch.randn(tokens, width) * peak).to(dtype).requires_grad_()
     weight = (torch.randn(vocab, width) / width**0.5).to(dtype).requires_grad_()
     return hidden, weight, torch.randint(0, vocab, (tokens,))

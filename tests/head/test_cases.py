@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.head.bounds import HeadBounds, assert_all_within, logprobs_bounds
+from tests.head.head_cases import drawn
 
 import rlhf_kernels as rk
 from rlhf_kernels.testing import DTYPES, assert_bitwise_equal, gradients, to_float64
@@ -38,23 +39,17 @@ def assert_within_bounds(leaves, labels, upstream, parts=None, **options):
     return actual
 
 
-def operands(tokens, width, vocab, dtype=torch.float32, *, peak=1.0):
-    hidden = (torch.randn(tokens, width) * peak).to(dtype).requires_grad_()
-    weight = (torch.randn(vocab, width) / width**0.5).to(dtype).requires_grad_()
-    return hidden, weight, torch.randint(0, vocab, (tokens,))
-
-
 @pytest.mark.parametrize("vocab", [50_257, 129_920])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_vocabularies_that_no_block_divides(vocab, dtype):
-    hidden, weight, labels = operands(5, 16, vocab, dtype)
+    hidden, weight, labels = drawn(5, 16, vocab, dtype)
     labels[-1] = vocab - 1
     with rk.use_backend("cpu"):
         assert_within_bounds((hidden, weight), labels, (torch.randn(5), torch.randn(5)))
 
 
 def test_a_vocabulary_that_no_block_divides_interpreted():
-    hidden, weight, labels = operands(2, 8, 50_257)
+    hidden, weight, labels = drawn(2, 8, 50_257)
     with rk.use_backend("triton"):
         assert_within_bounds((hidden, weight), labels, (torch.randn(2), torch.randn(2)))
 
@@ -62,7 +57,7 @@ def test_a_vocabulary_that_no_block_divides_interpreted():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_peaked_rows(backend, dtype):
     """The largest logit stands far above the rest: p is 1 to all digits, and p - 1 cancels."""
-    hidden, weight, labels = operands(12, 32, 517, dtype, peak=30.0)
+    hidden, weight, labels = drawn(12, 32, 517, dtype, peak=30.0)
     labels[::2] = (hidden @ weight.T).argmax(-1)[::2]
     actual = assert_within_bounds((hidden, weight), labels, (torch.randn(12), torch.randn(12)))
     assert (actual[0] <= 0).all()
@@ -72,7 +67,7 @@ def test_peaked_rows(backend, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_padded_vocabulary(backend, dtype):
     """Rows that pad the vocabulary: a bias of -inf takes them out, with a gradient of zero."""
-    hidden, weight, labels = operands(7, 16, 160, dtype)
+    hidden, weight, labels = drawn(7, 16, 160, dtype)
     bias = torch.zeros(160, dtype=dtype)
     bias[150:] = -torch.inf
     bias.requires_grad_()
@@ -86,7 +81,7 @@ def test_padded_vocabulary(backend, dtype):
 
 
 def test_more_tokens_than_a_grid_dimension():
-    hidden, weight, labels = operands(70_001, 4, 11)
+    hidden, weight, labels = drawn(70_001, 4, 11)
     with rk.use_backend("cpu"):
         assert_within_bounds((hidden, weight), labels, (torch.randn(70_001),) * 2)
 
@@ -94,7 +89,7 @@ def test_more_tokens_than_a_grid_dimension():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weight_gradient_over_many_chunks(dtype):
     """Sums of 200 chunks do not lose small terms: fp32 between chunks, whatever the dtype."""
-    hidden, weight, labels = operands(200, 16, 67, dtype)
+    hidden, weight, labels = drawn(200, 16, 67, dtype)
     upstream = (torch.rand(200) + 0.5, torch.zeros(200))
     with rk.use_backend("cpu"):
         assert_within_bounds(
@@ -106,7 +101,7 @@ def test_weight_gradient_over_many_chunks(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_number_of_chunks(backend, dtype, chunks):
     """Sums start, continue and end differently; vocabulary above one block of the sum."""
-    hidden, weight, labels = operands(20, 8, 1500 if backend == "cpu" else 67, dtype)
+    hidden, weight, labels = drawn(20, 8, 1500 if backend == "cpu" else 67, dtype)
     upstream = (torch.randn(20), torch.randn(20))
     size = -(-20 // chunks)
     assert_within_bounds(
@@ -117,7 +112,7 @@ def test_every_number_of_chunks(backend, dtype, chunks):
 @pytest.mark.parametrize("which", ["hidden", "weight", "bias"])
 def test_gradient_of_one_input_alone(backend, which):
     names = ("hidden", "weight", "bias")
-    hidden, weight, labels = operands(9, 8, 33)
+    hidden, weight, labels = drawn(9, 8, 33)
     leaves = [hidden, weight, torch.randn(33).requires_grad_()]
     everything = torch.autograd.grad(ours(*leaves[:2], labels, leaves[2])[0].sum(), leaves)
     alone = [t.detach().requires_grad_(n == which) for n, t in zip(names, leaves, strict=True)]
@@ -128,7 +123,7 @@ def test_gradient_of_one_input_alone(backend, which):
 
 
 def test_a_second_backward_gives_the_same(backend):
-    hidden, weight, labels = operands(9, 8, 33)
+    hidden, weight, labels = drawn(9, 8, 33)
     old, advantages = torch.randn(1, 9) - 3, torch.randn(1, 9)
     mask = torch.ones(1, 9, dtype=torch.bool)
     loss = ours(hidden, weight, labels)[0].sum()
@@ -146,7 +141,7 @@ def test_a_second_backward_gives_the_same(backend):
 
 
 def test_upstream_scales_the_policy_gradient(backend):
-    hidden, weight, labels = operands(9, 8, 33)
+    hidden, weight, labels = drawn(9, 8, 33)
 
     def loss():
         return rk.linear_policy_loss(
@@ -163,7 +158,7 @@ def test_upstream_scales_the_policy_gradient(backend):
 
 
 def test_weight_gradients_repeat_bitwise(backend):
-    hidden, weight, labels = operands(40, 16, 131, torch.bfloat16)
+    hidden, weight, labels = drawn(40, 16, 131, torch.bfloat16)
     found = [
         torch.autograd.grad(ours(hidden, weight, labels, chunk_tokens=16)[0].sum(), weight)[0]
         for _ in range(3)

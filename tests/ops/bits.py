@@ -21,6 +21,13 @@ BAD_BATCHES = (
     *(([0, 24], normalizer) for normalizer in (0.0, -1.0, math.nan, math.inf)),
 )
 
+#: A tensor [B, T] behind other strides.
+VIEWS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda t: torch.cat([t[:, :1], t], 1)[:, 1:],
+    lambda t: t.t().contiguous().t(),
+    lambda t: torch.stack([t, t], -1).reshape(t.shape[0], -1)[:, ::2],
+)
+
 
 def same(backend: str, **tolerances: float) -> Callable[..., None]:
     """How to compare what ought to be the same: bitwise for kernels, not for the reference.

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.ops.bits import BAD_BATCHES, check_compiled, check_threads, same
+from tests.ops.bits import BAD_BATCHES, VIEWS, check_compiled, check_threads, same
 
 import rlhf_kernels as rk
 from rlhf_kernels import reference
@@ -256,11 +256,7 @@ def test_views_integer_masks_and_upstream(backend):
     args = make_inputs(7, 65)
     expected = run(rk.value_loss, args, clip_range=0.3)
     compare = same(backend)
-    for view in (
-        lambda t: torch.cat([t[:, :1], t], 1)[:, 1:],
-        lambda t: t.t().contiguous().t(),
-        lambda t: torch.stack([t, t], -1).reshape(7, -1)[:, ::2],
-    ):
+    for view in VIEWS:
         moved = [view(t.detach()).requires_grad_(t.requires_grad) for t in args]
         for a, b in zip(run(rk.value_loss, moved, clip_range=0.3), expected, strict=True):
             compare(a.contiguous(), b)
