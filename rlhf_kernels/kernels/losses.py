@@ -6,6 +6,7 @@ backends return complete gradients and no `scale`. What is not there is None to 
 empty tensor in traced code, whose operators cannot return None.
 """
 
+from collections.abc import Callable
 from typing import TypeGuard
 
 import torch
@@ -79,3 +80,27 @@ def check_offsets(op: str, cu_seqlens: Tensor | None, total: int) -> None:
     """With RLHF_KERNELS_CHECK=1, raises for bad offsets; else they make GPU results NaN."""
     if env.CHECK:
         checks.offsets_valid(op, cu_seqlens, total)
+
+
+def backward_launcher(scale_into: Callable[..., None]) -> Callable[..., list[Tensor]]:
+    """Launcher of loss_backward.
+
+    `scale_into` takes one or two gradients, the scale and the upstream gradient, and writes its
+    last two arguments. The second gradient and result are None where there is one.
+    """
+
+    def loss_backward(
+        first: Tensor,
+        second: Tensor | None,
+        scale: Tensor,
+        upstream: Tensor,
+        first_dtype: torch.dtype,
+        second_dtype: torch.dtype,
+    ) -> list[Tensor]:
+        out = torch.empty_like(first, dtype=first_dtype)
+        other = None if second is None else torch.empty_like(second, dtype=second_dtype)
+        if first.numel() > 0:
+            scale_into(first, second, scale, upstream, out, other)
+        return [out] if other is None else [out, other]
+
+    return loss_backward

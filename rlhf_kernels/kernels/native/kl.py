@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...config.enums import PLAIN_KL_ESTIMATORS
+from .. import kl
 from . import boundary as b
 
 
@@ -15,27 +14,27 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, bound to an extension module."""
     make_exec = b.exec_builder(extension)
 
-    def kl_divergence(
-        logits: Tensor, ref_logits: Tensor, temperature: float, reverse: bool
-    ) -> tuple[Tensor, Tensor]:
-        shape = logits.shape[:-1]
-        kl = torch.empty(shape, dtype=torch.float32, device=logits.device)
-        stats = torch.empty((*shape, 5), dtype=torch.float32, device=logits.device)
-        if kl.numel() > 0:
-            extension.kl_divergence(
+    def forward(
+        logits: Tensor,
+        ref_logits: Tensor,
+        temperature: float,
+        reverse: bool,
+        divergences: Tensor,
+        stats: Tensor,
+    ) -> None:
+        extension.kl_divergence(
+            logits,
+            ref_logits,
+            temperature,
+            reverse,
+            divergences,
+            stats,
+            make_exec(
                 logits,
-                ref_logits,
-                temperature,
-                reverse,
-                kl,
-                stats,
-                make_exec(
-                    logits,
-                    "kl_divergence",
-                    lambda: (kl.numel(), logits.shape[-1], logits.element_size()),
-                ),
-            )
-        return kl, stats
+                "kl_divergence",
+                lambda: (divergences.numel(), logits.shape[-1], logits.element_size()),
+            ),
+        )
 
     def backward(
         out: Tensor,
@@ -46,58 +45,27 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         temperature: float,
         reverse: bool,
     ) -> None:
-        if out.numel() > 0:
-            grad = b.as_fp32(grad)
-            extension.kl_divergence_backward(
-                logits,
-                ref_logits,
-                temperature,
-                reverse,
-                stats,
-                grad,
-                out,
-                make_exec(logits, "kl_divergence_backward", lambda: (grad.numel(),)),
-            )
+        extension.kl_divergence_backward(
+            logits,
+            ref_logits,
+            temperature,
+            reverse,
+            stats,
+            b.as_fp32(grad),
+            out,
+            make_exec(logits, "kl_divergence_backward", lambda: (grad.numel(),)),
+        )
 
-    def kl_divergence_backward(logits: Tensor, *args: Any) -> Tensor:
-        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        backward(out, logits, *args)
-        return out
+    def penalty(
+        logprobs: Tensor, ref_logprobs: Tensor, grad: Tensor | None, estimator: str, out: Tensor
+    ) -> None:
+        code = PLAIN_KL_ESTIMATORS.index(estimator.removesuffix("+"))
+        if grad is None:
+            extension.kl_penalty(logprobs, ref_logprobs, code, out, make_exec(logprobs))
+            return
+        straight, grad = estimator.endswith("+"), b.as_fp32(grad)
+        extension.kl_penalty_backward(
+            logprobs, ref_logprobs, code, straight, grad, out, make_exec(logprobs)
+        )
 
-    def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
-        out = torch.empty(logprobs.shape, dtype=torch.float32, device=logprobs.device)
-        if out.numel() > 0:
-            extension.kl_penalty(
-                logprobs,
-                ref_logprobs,
-                PLAIN_KL_ESTIMATORS.index(estimator.removesuffix("+")),
-                out,
-                make_exec(logprobs),
-            )
-        return out
-
-    def kl_penalty_backward(
-        logprobs: Tensor, ref_logprobs: Tensor, grad: Tensor, estimator: str
-    ) -> Tensor:
-        out = torch.empty(logprobs.shape, dtype=logprobs.dtype, device=logprobs.device)
-        if out.numel() > 0:
-            grad = b.as_fp32(grad)
-            extension.kl_penalty_backward(
-                logprobs,
-                ref_logprobs,
-                PLAIN_KL_ESTIMATORS.index(estimator.removesuffix("+")),
-                estimator.endswith("+"),
-                grad,
-                out,
-                make_exec(logprobs),
-            )
-        return out
-
-    return {
-        "kl_divergence": kl_divergence,
-        "kl_divergence_backward": kl_divergence_backward,
-        # Only for the fused head; not an operator.
-        "kl_divergence_backward_into": backward,
-        "kl_penalty": kl_penalty,
-        "kl_penalty_backward": kl_penalty_backward,
-    }
+    return kl.launchers(forward, backward, penalty)

@@ -110,29 +110,8 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         raise_status(op, status, cu_seqlens, logprobs)
         return loss, metrics, policy_grad, bonus, scale
 
-    def loss_backward(
-        first: Tensor,
-        second: Tensor | None,
-        scale: Tensor,
-        upstream: Tensor,
-        first_dtype: torch.dtype,
-        second_dtype: torch.dtype,
-    ) -> list[Tensor]:
-        outs = [torch.empty_like(first, dtype=first_dtype)]
-        if second is not None:
-            outs.append(torch.empty_like(second, dtype=second_dtype))
-        if first.numel() > 0:
-            extension.loss_backward(
-                first.numel(),
-                first,
-                second,
-                scale,
-                upstream,
-                outs[0],
-                outs[1] if second is not None else None,
-                make_exec(first),
-            )
-        return outs
+    def scale_into(first: Tensor, *others: Tensor | None) -> None:
+        extension.loss_backward(first.numel(), first, *others, make_exec(first))
 
     def scale_inplace(values: Tensor, factor: Tensor) -> Tensor:
         """values [...], contiguous, times the 0-d factor; touches none where that is 1."""
@@ -144,5 +123,6 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     # Gradients from the CPU kernels are complete and need no loss_backward. Scaling in place is of
     # use to the head alone; not an operator.
     if gpu:
-        table |= {"loss_backward": loss_backward, "scale_inplace": scale_inplace}
+        table["loss_backward"] = losses.backward_launcher(scale_into)
+        table["scale_inplace"] = scale_inplace
     return table

@@ -6,7 +6,6 @@ t = sum e_P ((x_P - m_P) - (x_Q - m_Q)). The difference is taken element by elem
 accurate where the two rows are close. Parts are those of token_logprobs.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.layout import as_rows, grid
+from .. import kl as shared
 from ._launch import kernel, launch, tile_count, warps_of
 from ._math import LOG2E, exp_parts, scalar, tree_sum, tree_sums
 from ._strided import alignment, in_units, strided, strided_rows, token_at
@@ -264,15 +264,16 @@ def penalty_kernel(
     tl.store(out + first + tl.arange(0, BLOCK), value.to(out.dtype.element_ty), mask=inside)
 
 
-def kl_divergence(
-    logits: Tensor, ref_logits: Tensor, temperature: float, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    shape, vocab = logits.shape[:-1], logits.shape[-1]
-    kl = torch.empty(shape, dtype=torch.float32, device=logits.device)
-    stats = kl.new_empty((*shape, 5))
-    if kl.numel() == 0:
-        return kl, stats
-    (rows, cols), tiles = grid(shape), tile_count(vocab, TILE)
+def _forward(
+    logits: Tensor,
+    ref_logits: Tensor,
+    temperature: float,
+    reverse: bool,
+    kl: Tensor,
+    stats: Tensor,
+) -> None:
+    (rows, cols), vocab = grid(kl.shape), logits.shape[-1]
+    tiles = tile_count(vocab, TILE)
     logits, ref_logits = as_rows(logits), as_rows(ref_logits)
     p, q = (logits, ref_logits) if reverse else (ref_logits, logits)
     partials = kl.new_empty(rows * cols * tiles * PARTS * 5)
@@ -284,7 +285,6 @@ def kl_divergence(
     launch(partial_kernel, rows * cols * tiles, p, *tensors, *sizes, scale, **tile)
     parts, group = tiles * PARTS, {"REVERSE": reverse, "GROUP": GROUP, "warps": 1}
     launch(combine_kernel, rows * cols, p, partials, kl, stats, parts, scale, **group)
-    return kl, stats
 
 
 def _backward(
@@ -296,8 +296,6 @@ def _backward(
     temperature: float,
     reverse: bool,
 ) -> None:
-    if out.numel() == 0:
-        return
     (rows, cols), vocab = grid(logits.shape[:-1]), logits.shape[-1]
     logits, ref_logits = as_rows(logits), as_rows(ref_logits)
     coefficients, scale = stats.new_empty(rows * cols * 4), float(temperature)
@@ -336,44 +334,17 @@ def _backward(
     )
 
 
-def kl_divergence_backward(logits: Tensor, *args: Any) -> Tensor:
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _backward(out, logits, *args)
-    return out
-
-
 def _penalty(
     logprobs: Tensor, ref_logprobs: Tensor, grad: Tensor | None, estimator: str, out: Tensor
-) -> Tensor:
-    if out.numel() == 0:
-        return out
+) -> None:
+    # With "+" the gradient is that of k2.
+    straight = grad is not None and estimator.endswith("+")
     rows, cols = grid(out.shape)
     inputs = (strided(logprobs), strided(ref_logprobs), strided(grad, torch.float32))
-    constants: dict[str, Any] = {"ESTIMATOR": estimator, "BLOCK": TOKENS, "warps": 4}
+    constants: dict[str, Any] = {"ESTIMATOR": "k2" if straight else estimator.removesuffix("+")}
+    constants |= {"BLOCK": TOKENS, "warps": 4}
     programs = tile_count(rows * cols, TOKENS)
     launch(penalty_kernel, programs, logprobs, *inputs, out, rows * cols, cols, **constants)
-    return out
 
 
-def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
-    out = torch.empty(logprobs.shape, dtype=torch.float32, device=logprobs.device)
-    return _penalty(logprobs, ref_logprobs, None, estimator.removesuffix("+"), out)
-
-
-def kl_penalty_backward(
-    logprobs: Tensor, ref_logprobs: Tensor, grad: Tensor, estimator: str
-) -> Tensor:
-    out = torch.empty(logprobs.shape, dtype=logprobs.dtype, device=logprobs.device)
-    # With "+" the gradient is that of k2.
-    slope = "k2" if estimator.endswith("+") else estimator
-    return _penalty(logprobs, ref_logprobs, grad, slope, out)
-
-
-LAUNCHERS: dict[str, Callable[..., object]] = {
-    "kl_divergence": kl_divergence,
-    "kl_divergence_backward": kl_divergence_backward,
-    # Only for the fused head; not an operator.
-    "kl_divergence_backward_into": _backward,
-    "kl_penalty": kl_penalty,
-    "kl_penalty_backward": kl_penalty_backward,
-}
+LAUNCHERS = shared.launchers(_forward, _backward, _penalty)

@@ -14,7 +14,6 @@ through a sequence's ratio. The backward pass is one launch.
 
 from collections.abc import Callable, Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -389,26 +388,21 @@ def backward_kernel(
         scale_tile(second + begin, second_out + begin, i, i < left, factor)
 
 
-def loss_backward(
+def _scale_into(
     first: Tensor,
     second: Tensor | None,
     scale: Tensor,
     upstream: Tensor,
-    first_dtype: torch.dtype,
-    second_dtype: torch.dtype,
-) -> list[Tensor]:
-    outs = [torch.empty_like(first, dtype=first_dtype)]
-    if second is not None:
-        outs.append(torch.empty_like(second, dtype=second_dtype))
-    count = first.numel()
-    gradients, results = (first, second), (outs[0], None if second is None else outs[1])
-    factors, tile = (scale, materialized(upstream)), {"TILE": BACKWARD_TILE, "warps": t.WARPS}
+    first_out: Tensor,
+    second_out: Tensor | None,
+) -> None:
+    count, factors = first.numel(), (scale, materialized(upstream))
+    tensors, tile = (first, second, first_out, second_out), {"TILE": BACKWARD_TILE}
     programs = tile_count(count, BACKWARD_TILE)
-    launch(backward_kernel, programs, first, *gradients, *results, *factors, count, **tile)
-    return outs
+    launch(backward_kernel, programs, first, *tensors, *factors, count, **tile, warps=t.WARPS)
 
 
 LAUNCHERS: dict[str, Callable[..., object]] = {
     "policy_loss": policy_loss,
-    "loss_backward": loss_backward,
+    "loss_backward": losses.backward_launcher(_scale_into),
 }
