@@ -25,6 +25,13 @@ TRAINED, FROZEN = "default", "reference"
 
 # Adapter types that change layers in place, so the base model's forward pass applies them.
 _KINDS = ("LORA", "IA3", "LOHA", "LOKR", "OFT", "VERA", "HRA", "LN_TUNING")
+# Options that replace parts of the base model or of its structure.
+_UNSUPPORTED = ("trainable_token_indices", "target_parameters", "layer_replication")
+
+# Ways to start LoRA that subtract something random, or of some data, from the base model's weights.
+_RANDOM_BASES = ("pissa_niter", "corda", "lora_ga")
+# Ways that leave the base model's weights as they are.
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +64,23 @@ def find_adapter(path: str, *, setting: str) -> Adapter | None:
     kind = getattr(config.peft_type, "value", str(config.peft_type))
     if getattr(config, "alora_invocation_tokens", None) or getattr(config, "arrow_config", None):
         kind = "activated LORA"
-    if getattr(config, "trainable_token_indices", None):
-        kind = f"{kind} with trainable_token_indices"
+    kind += "".join(f" with {option}" for option in _UNSUPPORTED if getattr(config, option, None))
     expected = f"an adapter that is one of {', '.join(_KINDS)}"
     if kind not in _KINDS:
         raise UserError(f"{setting}: expected {expected}, found {kind} in {path}")
+    start = getattr(config, "init_lora_weights", True)
+    if isinstance(start, str) and start.startswith(_RANDOM_BASES):
+        fix = "save it with path_initial_model_for_weight_conversion, which makes it a plain one"
+        found = f"init_lora_weights {start!r}, which changed the base model beyond recovery"
+        raise UserError(f"{setting}: the adapter in {path} has {found}; {fix}")
     base = config.base_model_name_or_path
     if not base:
         raise UserError(f"{setting}: the adapter in {path} names no base model")
     if Path(base).exists() and Path(path).exists() and Path(base).samefile(path):
         raise UserError(f"{setting}: the adapter in {path} names its own folder as base model")
+    if (Path(base) / "adapter_config.json").is_file():
+        found = f"the adapter in {path} is one of {base}, which is an adapter too"
+        raise UserError(f"{setting}: {found}; merge that one into its base model first")
     return Adapter(path, config)
 
 
@@ -220,7 +234,10 @@ def check_output(policy: nn.Module, *, setting: str) -> None:
 def merged(model: nn.Module) -> PreTrainedModel:
     """A copy of the base model with the adapter merged into its weights, or of a plain model."""
     twin = copy.deepcopy(model)
-    return twin.merge_and_unload() if hasattr(twin, "merge_and_unload") else twin
+    if not hasattr(twin, "merge_and_unload"):
+        return twin
+    with blamed_on("model", "its adapter cannot be merged into its base model"):
+        return twin.merge_and_unload()
 
 
 def is_new(policy: nn.Module) -> bool:
@@ -231,15 +248,20 @@ def is_new(policy: nn.Module) -> bool:
 
 
 def can_freeze_twin(policy: nn.Module) -> bool:
-    """Whether the adapter trains no weights of the base model, so a frozen copy can coexist."""
+    """Whether the adapter has no weights of the base model, so a frozen copy can coexist."""
     config = policy.peft_config[TRAINED]
-    return config.peft_type == "LORA" and config.bias == "none"
+    if config.peft_type != "LORA" or config.bias != "none":
+        return False
+    # With others (PiSSA, OLoRA, LoftQ) every new adapter subtracts its start from the base model.
+    return config.init_lora_weights in _PLAIN_STARTS
 
 
 def freeze_twin(policy: nn.Module) -> None:
     """Adds a frozen copy of the adapter for the reference policy."""
     config = copy.deepcopy(policy.peft_config[TRAINED])
     config.inference_mode = True
+    # The policy's own dropout has been turned off.
+    config.lora_dropout = 0.0
     policy.add_adapter(FROZEN, config)
     policy.set_adapter(TRAINED)
     trained = dict(policy.named_parameters())

@@ -14,6 +14,7 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..config.preference import SORTED
+from .adapters import find_adapter
 from .algorithms import ALGORITHMS, loss_config
 from .config import (
     DataConfig,
@@ -146,6 +147,29 @@ def check_output(folder: Path) -> None:
     require(there.is_dir(), "output_dir", "a folder", f"the file {there}")
     expected = "a folder that can be written to"
     require(os.access(there, os.W_OK | os.X_OK), "output_dir", expected, str(there))
+
+
+def check_base(folder: Path, model: ModelConfig) -> None:
+    """Requires that a saved adapter will not take the place of its own base model.
+
+    Args:
+        folder: output folder of the run.
+        model: its settings.
+    """
+    if model.model is None:
+        return
+    found = find_adapter(model.model, setting="model") if _is_adapter(model.model) else None
+    base = found.base if found else model.model if model.lora_rank else None
+    for name in ("policy", "reward"):
+        place = folder / name
+        own = base is not None and os.path.exists(base) and place.exists()
+        taken = own and place.samefile(str(base))
+        expected = f"another folder: the adapter would replace its own base model {base}"
+        require(not taken, "output_dir", expected, str(folder))
+
+
+def _is_adapter(path: str) -> bool:
+    return (Path(path) / "adapter_config.json").is_file()
 
 
 def check_model(name: str, path: str) -> None:

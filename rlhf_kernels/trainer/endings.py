@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .chat import rendered
 from .config import UserError
-from .forward import causal_lm
+from .forward import causal_lm, vocabulary
 
 _TURN = "sentinel"
 
@@ -41,7 +41,7 @@ def end_token_ids(
     }
     if tokenizer is not None:
         declared.update(_turn_end(tokenizer))
-    size = model.get_input_embeddings().num_embeddings
+    size = vocabulary(model)
     return tuple(sorted(token for token in declared if 0 <= token < size))
 
 

@@ -65,6 +65,14 @@ def causal_lm(policy: nn.Module) -> PreTrainedModel:
     return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
 
 
+def vocabulary(model: PreTrainedModel) -> int:
+    """The number of tokens that the model has embeddings for."""
+    table = model.get_input_embeddings()
+    # An adapter may wrap the table, and some models have another module in its place.
+    size = getattr(getattr(table, "base_layer", table), "num_embeddings", None)
+    return model.config.get_text_config().vocab_size if size is None else size
+
+
 def lm_head(policy: nn.Module, batch: Batch) -> Head:
     """The hidden states that predict the completion's tokens, with the LM head."""
     model = causal_lm(policy)

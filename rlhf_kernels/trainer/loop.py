@@ -40,6 +40,7 @@ class Loop:
         self.same = {
             "settings": stage.settings | {"processes": self.accelerator.num_processes},
             "data": resume.identities(stage.task, trainer),
+            "models": resume.model_identities(stage.settings),
         }
 
     def begin(self) -> None:

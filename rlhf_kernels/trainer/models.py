@@ -8,9 +8,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from . import adapters
-from .config import ModelConfig, require
+from .config import ModelConfig
 from .data import Batch
-from .forward import Head, causal_lm, hidden_states, lm_head
+from .forward import Head, causal_lm, hidden_states, lm_head, vocabulary
 from .loading import build, load, load_settings, small_llama
 from .modes import settled, use_checkpointing
 from .probe import prove
@@ -23,6 +23,7 @@ from .scalar import (
     sequence_rewards,
     values,
 )
+from .tokenizers import check_vocabulary
 
 __all__ = [
     "Batch",
@@ -85,8 +86,7 @@ def build_policy(
         with adapters.named_base(found, setting="model"):
             load_settings(path, setting="model")
             model, _ = load(AutoModelForCausalLM, path, config, setting="model")
-    rows = model.get_input_embeddings().num_embeddings
-    require(len(tokenizer) <= rows, "model", f"embeddings of {len(tokenizer)} tokens", rows)
+    check_vocabulary(tokenizer, vocabulary(model), setting="model")
     policy: nn.Module = model
     if found is not None:
         policy = adapters.load_adapter(model, found, config, setting="model", task="CAUSAL_LM")

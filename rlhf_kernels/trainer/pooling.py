@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from .data import position_ids
 from .errors import UserError
+from .forward import vocabulary
 from .trials import position_limit
 
 # An id that no token has.
@@ -75,12 +76,7 @@ def _sparse(model: PreTrainedModel) -> bool:
 def _padding(model: PreTrainedModel) -> int:
     """The model's padding token, which its class may use to find the end of a text."""
     pad = model.config.get_text_config().pad_token_id
-    return pad if pad is not None and 0 <= pad < _rows(model) else 0
-
-
-def _rows(model: PreTrainedModel) -> int:
-    embeddings = model.get_input_embeddings()
-    return getattr(embeddings, "num_embeddings", model.config.get_text_config().vocab_size)
+    return pad if pad is not None and 0 <= pad < vocabulary(model) else 0
 
 
 @contextlib.contextmanager
@@ -114,7 +110,7 @@ def padding_side(model: PreTrainedModel) -> str | None:
     longest = 23 if limit is None else min(23, limit)
     generator = torch.Generator().manual_seed(0)
     lengths = sorted({min(n, longest) for n in (1, 4, 7, 12, 17, 23)})
-    usual = [i for i in range(_rows(model)) if i not in _special(model)][:1000]
+    usual = [i for i in range(vocabulary(model)) if i not in _special(model)][:1000]
     choice = torch.randint(len(usual), (len(lengths), longest), generator=generator)
     ids = torch.tensor(usual)[choice].to(model.device)
     columns = torch.arange(longest, device=model.device)

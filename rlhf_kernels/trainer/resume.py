@@ -1,8 +1,9 @@
 """Resuming: finds the checkpoint and checks that settings and data are unchanged."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from . import checkpoint
 from .checkpoint import CheckpointError
 from .config import UserError, require
 from .folder import set_aside
+from .reward_functions import is_function
 from .tree import check_like, generator_states
 
 # Settings that do not affect training. The content of the data counts, not its path.
@@ -23,6 +25,9 @@ _ROUNDING = {
     "threads", "device", "processes", "micro_batch_size", "generation_batch_size",
     "gradient_checkpointing",
 }  # fmt: skip
+# Weights, settings and tokenizers of a model. Any training changes nearly all weights.
+_MODEL_FILES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
+_BLOCK, _BLOCKS = 1 << 14, 1 << 12
 # The setting that names the rows of each part of the data.
 _DATA = {"train": "data", "held_out": "eval_data", "ptx": "ptx_data"}
 
@@ -82,6 +87,41 @@ def identities(task: Any, trainer: Any) -> dict[str, str]:
     return found | ({"ptx": identity(ptx.train)} if ptx is not None else {})
 
 
+def model_identities(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The hash of each model that the settings name by a folder, by setting and path.
+
+    A checkpoint has trained weights only; a reference, a base model and rewards come from these.
+    """
+    named = [settings.get("model"), settings.get("critic_model")]
+    named += [p for p in settings.get("reward_funcs", ()) if not is_function(p)]
+    folders = dict.fromkeys(path for path in named if path is not None and Path(path).is_dir())
+    return {path: _model_identity(Path(path)) for path in folders}
+
+
+def _model_identity(folder: Path) -> str:
+    found = hashlib.sha256()
+    for file in sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES and p.is_file()):
+        found.update(f"{file.name} {file.stat().st_size}\n".encode())
+        for block in _samples(file):
+            found.update(block)
+    settings = folder / "adapter_config.json"
+    if settings.is_file():
+        with contextlib.suppress(ValueError, TypeError):
+            base = json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"]
+            found.update(_model_identity(Path(base)).encode() if Path(base).is_dir() else b"")
+    return found.hexdigest()
+
+
+def _samples(file: Path) -> Iterator[bytes]:
+    """The content of a file; of a large one, which would take long to read, blocks all over it."""
+    size = file.stat().st_size
+    step = max(_BLOCK, size // _BLOCKS)
+    with file.open("rb") as opened:
+        for start in range(0, size, step):
+            opened.seek(start)
+            yield opened.read(_BLOCK)
+
+
 def check_same(
     path: Path,
     saved: Mapping[str, Any],
@@ -94,8 +134,8 @@ def check_same(
 
     Args:
         path: the checkpoint, for messages.
-        saved: `settings` and `data` of the checkpoint.
-        now: `settings` and `data` of this run.
+        saved: `settings`, `data` and `models` of the checkpoint.
+        now: `settings`, `data` and `models` of this run.
         changed: whether they may differ.
         say: receives messages about allowed differences.
 
@@ -113,6 +153,12 @@ def check_same(
     differ = [f"{n} was {old[n]!r}, is {new[n]!r}" for n in names if n not in _ROUNDING]
     data = [k for k, v in now["data"].items() if identity_of.get(k) != v]
     differ += [f"{_DATA[k]} has other rows" for k in data]
+    files = saved["models"] if isinstance(saved.get("models"), dict) else {}
+    differ += [
+        f"{path} has other weights or settings"
+        for path, found in now["models"].items()
+        if files.get(path, found) != found
+    ]
     if differ and not changed:
         raise UserError(
             f"{path}: {'; '.join(differ)}; --resume needs the settings and data of the checkpoint, "

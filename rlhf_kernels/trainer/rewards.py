@@ -14,6 +14,7 @@ from transformers import TrainerState
 
 from .config import ModelConfig, UserError
 from .data import collate, load_tokenizer, whole_tokens
+from .forward import causal_lm, vocabulary
 from .models import load_reward_model, sequence_rewards
 from .reward_functions import (
     RewardFunction,
@@ -25,6 +26,7 @@ from .reward_functions import (
     results,
     reward_name,
 )
+from .tokenizers import check_vocabulary
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
@@ -160,6 +162,7 @@ class RewardModel:
         self.__name__ = Path(path).name
         self.tokenizer = load_tokenizer(path, setting="reward_funcs", ends=False)
         self.model = load_reward_model(path, config).requires_grad_(False).to(device)
+        check_vocabulary(self.tokenizer, vocabulary(causal_lm(self.model)), setting="reward_funcs")
 
     @torch.no_grad()
     def __call__(

@@ -23,6 +23,7 @@ from .online import OnlineTrainer
 from .rewards import load_rewards
 from .rollout import Collector
 from .stage import OFFLINE, Stage
+from .tokenizers import check_alike
 from .vllm_engine import VLLMEngine
 
 
@@ -126,6 +127,8 @@ def _online(stage: Stage, *, fresh: bool) -> OnlineTrainer:
         device=accelerator.device,
     )  # fmt: skip
     rewards.check(columns)
+    if isinstance(config, PPOConfig) and config.critic_model is not None:
+        check_alike(task.tokenizer, config.critic_model, setting="critic_model")
     policy = models.build_policy(
         stage.model, task.tokenizer, max_length=stage.max_length, device=accelerator.device
     )

@@ -19,11 +19,12 @@ from .classes import scalar_class
 from .config import ModelConfig, require
 from .data import Batch
 from .errors import UserError, blamed_on, named_by
-from .forward import causal_lm, hidden_states
+from .forward import causal_lm, hidden_states, vocabulary
 from .loading import build, load, load_settings, names, small_llama
 from .modes import recompute, settled, use_checkpointing
 from .pooling import own_logits, padding_side
 from .probe import prove_states
+from .tokenizers import check_vocabulary
 
 
 def values(critic: PreTrainedModel, batch: Batch) -> Tensor:
@@ -153,8 +154,7 @@ def build_reward_model(
     if new:
         warnings.warn(f"model: {names(new)} of {config.model} are new: untrained", stacklevel=2)
     base = causal_lm(model)
-    rows = base.get_input_embeddings().num_embeddings
-    require(len(tokenizer) <= rows, "model", f"embeddings of {len(tokenizer)} tokens", rows)
+    check_vocabulary(tokenizer, vocabulary(base), setting="model")
     text = base.config.get_text_config()
     if text.pad_token_id is None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         # Scoring more than one row needs a padding token. If the end token were the padding token,
@@ -168,7 +168,9 @@ def _check_gradients(model: nn.Module) -> None:
     """Requires that the score, as `sequence_rewards` computes it, is differentiable."""
     base = causal_lm(model)
     end = getattr(base.config.get_text_config(), "eos_token_id", None) or 1
-    ids = torch.full((1, 4), end[0] if isinstance(end, list) else end, device=base.device)
+    end = end[0] if isinstance(end, list) else end
+    # An end token beyond the vocabulary is a common default of configurations.
+    ids = torch.full((1, 4), end if 0 <= end < vocabulary(base) else 1, device=base.device)
     weight = next(p for p in model.parameters() if p.requires_grad)
     with blamed_on("model", f"{type(base).__name__} cannot be trained"):
         score = sequence_rewards(model, Batch(ids, torch.ones_like(ids, dtype=torch.bool), ids))
@@ -189,6 +191,9 @@ def build_critic(policy: nn.Module, config: ModelConfig, path: str | None = None
         _prove(critic, policy)
         return critic
     reward = load_reward_model(path, config, setting="critic_model")
+    sizes = [vocabulary(causal_lm(network)) for network in (policy, reward)]
+    expected = f"embeddings of the policy's {sizes[0]} tokens in {path}"
+    require(sizes[0] <= sizes[1], "critic_model", expected, sizes[1])
     critic = _ready(adapters.merged(reward), config).to(policy.device).requires_grad_(True)
     critic.packs = causal_lm(reward).packs
     _check_critic(critic, path)
@@ -225,8 +230,8 @@ def _check_critic(critic: PreTrainedModel, path: str) -> None:
     expected = f"critic_model: expected a decoder with a linear score in {path}, found {name}"
     if scalar_head(critic) is None:
         raise UserError(f"{expected}, which has no linear head over its hidden states")
-    vocabulary = critic.get_input_embeddings().num_embeddings
-    ids = 1 + torch.arange(6, device=critic.device)[None] % (vocabulary - 1)
+    size = vocabulary(critic)
+    ids = 1 + torch.arange(6, device=critic.device)[None] % (size - 1)
     every = torch.ones_like(ids, dtype=torch.bool)
     with torch.no_grad():
         try:

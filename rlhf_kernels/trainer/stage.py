@@ -77,6 +77,8 @@ class Stage:
         expected = "a folder without checkpoints (--resume continues them)"
         require(newest is None or bool(continued), "output_dir", expected, str(newest))
         checks.check_models(self.model, self.own)
+        if self.run.save_model:
+            checks.check_base(self.out, self.model)
         for path in self.settings.get("reward_funcs", ()):
             if is_function(path):
                 load_reward(path)

@@ -100,3 +100,32 @@ def load_tokenizer(
         require(token is not None, setting, "a tokenizer with a padding or end token", model)
         tokenizer.pad_token = token
     return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, *, setting: str) -> None:
+    """Requires that a model has embeddings, `rows` of them, for every token of its tokenizer."""
+    # Numbers may have holes, so the last one counts, and not how many there are.
+    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    expected = f"embeddings of {number + 1} tokens, the last {token!r}"
+    require(number < rows, setting, expected, rows)
+
+
+def check_alike(tokenizer: PreTrainedTokenizerBase, path: str, *, setting: str) -> None:
+    """Requires that the tokenizer in a model's folder, if there is one, has the same tokens.
+
+    The model will read tokens of `tokenizer`. Added tokens may differ, as names of special tokens
+    and unused ones do.
+
+    Raises:
+        UserError: names a number that stands for two different tokens.
+    """
+    if Path(path).is_dir() and not [*Path(path).glob("*token*"), *Path(path).glob("vocab*")]:
+        return
+    other = load_tokenizer(path, setting=setting, ends=False)
+    added = {*tokenizer.added_tokens_decoder, *other.added_tokens_decoder}
+    theirs = {number: token for token, number in other.get_vocab().items()}
+    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        found = theirs.get(number, "no token")
+        same = number in added or found == token
+        expected = f"the policy's tokenizer, in which {number} is {token!r}"
+        require(same, setting, f"a model with {expected}", f"{found} in that of {path}")

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import UserError
 from .data import Batch
-from .forward import Form, backbone, head_over, hidden_states
+from .forward import Form, backbone, head_over, hidden_states, vocabulary
 
 #: The tokens of prompts and completions.
 Rows = list[tuple[list[int], list[int]]]
@@ -215,7 +215,7 @@ def random_tokens(model: PreTrainedModel, count: int, generator: torch.Generator
     text = model.config.get_text_config(decoder=True)
     settings = {**vars(model.config), **vars(text)}
     special = {v for k, v in settings.items() if "token" in k and isinstance(v, int)}
-    size = model.get_input_embeddings().num_embeddings
+    size = vocabulary(model)
     drawn = torch.randperm(size, generator=generator)[: count + len(special)].tolist()
     tokens = [token for token in drawn if token not in special] or drawn
     # The tokens are distinct if the vocabulary has enough.

@@ -22,7 +22,7 @@ from tests.trainer.trainer_tools import (
     write_jsonl,
 )
 
-from rlhf_kernels.trainer import adapters, models, run
+from rlhf_kernels.trainer import adapters, checks, models, run
 from rlhf_kernels.trainer.config import ModelConfig, UserError
 from rlhf_kernels.trainer.data import bpe_tokenizer
 
@@ -135,6 +135,10 @@ def test_an_adapter_is_trained_further_and_its_model_is_the_reference(
         lora(bias="all"),
         lora(modules_to_save=["lm_head", "embed_tokens"]),
         lora(rank_pattern={"q_proj": 2}),
+        lora(lora_dropout=0.5),
+        lora(target_modules=["embed_tokens", "q_proj"]),
+        lora(init_lora_weights="pissa"),
+        lora(init_lora_weights="olora"),
         peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
         peft.LoHaConfig(r=2, target_modules=["q_proj"]),
         peft.LoKrConfig(r=2, target_modules=["q_proj"]),
@@ -143,7 +147,10 @@ def test_an_adapter_is_trained_further_and_its_model_is_the_reference(
         peft.HRAConfig(r=2, target_modules=["q_proj"]),
         peft.LNTuningConfig(target_modules=["input_layernorm"]),
     ],
-    ids="dora rslora bias saved ranks ia3 loha lokr oft vera hra norms".split(),
+    ids=(
+        "dora rslora bias saved ranks dropout embeddings pissa olora "
+        "ia3 loha lokr oft vera hra norms"
+    ).split(),
 )
 def test_other_adapters_are_trained_further(tmp_path, tokenizer, config):
     base = base_model(tmp_path / "base", tokenizer, attention_bias=True)
@@ -201,6 +208,17 @@ def test_adapters_that_cannot_be_trained_are_refused_by_name(tmp_path, tokenizer
     odd = saved_adapter(tmp_path / "tokens", base, tokenizer, tokens)
     with pytest.raises(UserError, match="found LORA with trainable_token_indices"):
         policy_of(odd, tokenizer)
+    # Their base model is not that of the folder: peft itself loads another model from these.
+    for options, said in (
+        ({"init_lora_weights": "pissa_niter_4"}, "has init_lora_weights 'pissa_niter_4'"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "found LORA with layer_replication"),
+    ):
+        odd = saved_adapter(tmp_path / next(iter(options)), base, tokenizer, lora(**options))
+        with pytest.raises(UserError, match=said):
+            policy_of(odd, tokenizer)
+    odd = saved_adapter(tmp_path / "biased", base, tokenizer, lora(lora_bias=True))
+    with pytest.raises(UserError, match="its adapter cannot be merged"):
+        models.build_critic(policy_of(odd, tokenizer), ModelConfig())
     head = lora(target_modules=["lm_head"])
     odd = saved_adapter(tmp_path / "head", base, tokenizer, head)
     with pytest.raises(UserError, match="leaves the LM head alone"):
@@ -219,10 +237,28 @@ def test_adapters_that_cannot_be_trained_are_refused_by_name(tmp_path, tokenizer
         settings.write_text(json.dumps(content | {"base_model_name_or_path": name}))
         with pytest.raises(UserError, match=said):
             policy_of(path, tokenizer)
+    # One adapter upon another.
+    settings.write_text(json.dumps(content))
+    upon = json.loads((tmp_path / "biased" / "adapter_config.json").read_text())
+    upon = json.dumps(upon | {"base_model_name_or_path": path})
+    (tmp_path / "biased" / "adapter_config.json").write_text(upon)
+    with pytest.raises(UserError, match=f"one of {path}, which is an adapter too; merge that one"):
+        policy_of(str(tmp_path / "biased"), tokenizer)
     # Weights of other names are not left out in silence.
     settings.write_text(json.dumps(content | {"target_modules": ["q_proj"]}))
     with pytest.raises(UserError, match="has beyond the model's weights"):
         policy_of(path, tokenizer)
+
+
+def test_an_adapter_does_not_replace_its_own_base_model(tmp_path, tokenizer):
+    base = base_model(tmp_path / "policy", tokenizer)
+    path = saved_adapter(tmp_path / "sft", base, tokenizer, lora())
+    for options in ({"model": base, "lora_rank": 4}, {"model": path}):
+        with pytest.raises(UserError, match=f"output_dir: .* replace its own base model {base}"):
+            checks.check_base(tmp_path, ModelConfig(**options))
+        checks.check_base(tmp_path / "other", ModelConfig(**options))
+    checks.check_base(tmp_path, ModelConfig(model=base))
+    checks.check_base(tmp_path, ModelConfig(lora_rank=4))
 
 
 def test_an_adapter_of_a_built_model_is_saved_merged(tmp_path):

@@ -137,6 +137,21 @@ def test_settings_and_data_have_to_be_the_same(tmp_path, capsys):
     assert "no checkpoint in" in capsys.readouterr().out
 
 
+def test_models_have_to_be_the_same(tmp_path, capsys):
+    base, out = tmp_path / "base", tmp_path / "out"
+    assert train(base, "--total_steps 1") == 0
+    flags = f"--model {base / 'policy'} --lora_rank 2 --save_steps 1 --total_steps"
+    assert train(out, f"{flags} 1") == 0
+    assert train(out, f"{flags} 2 --resume") == 0
+    # Another training wrote the base model anew: the checkpoint has the adapter alone.
+    assert train(base, "--total_steps 2") == 0
+    capsys.readouterr()
+    assert train(out, f"{flags} 3 --resume") == 2
+    line = told(capsys)
+    assert f"{base / 'policy'} has other weights or settings; --resume needs" in line
+    assert train(out, f"{flags} 3 --resume --resume_changed") == 0
+
+
 def test_a_second_run_in_a_folder_is_refused(tmp_path, capsys):
     out = tmp_path / "out"
     holder = subprocess.Popen(

@@ -17,9 +17,10 @@ from tests.trainer.trainer_tools import one_thread, tiny_policy, tiny_task  # no
 
 from rlhf_kernels.trainer import adapters, models
 from rlhf_kernels.trainer.config import ModelConfig, UserError
-from rlhf_kernels.trainer.data import Batch, bpe_tokenizer
+from rlhf_kernels.trainer.data import Batch, bpe_tokenizer, load_tokenizer
 from rlhf_kernels.trainer.modes import recompute, settled, use_checkpointing
 from rlhf_kernels.trainer.rewards import RewardModel
+from rlhf_kernels.trainer.tokenizers import check_alike
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,37 @@ def test_architectures_without_a_classifier_get_a_scalar_head(made, tmp_path, to
     critic = models.build_critic(policy, ModelConfig(), str(out))
     value = models.scalar_head(critic)(models.hidden_states(critic, batch))[0, -1, 0]
     torch.testing.assert_close(value, expected[0], atol=1e-5, rtol=1e-5)
+
+
+def test_an_end_token_beyond_the_vocabulary_is_no_fault(tmp_path, tokenizer):
+    # The default of GPT-2's configuration, 50256.
+    config = small_config(GPT2Config, vocab_size=300, eos_token_id=50256)
+    path = saved(tmp_path / "base", AutoModelForCausalLM.from_config(config), tokenizer)
+    with pytest.warns(UserWarning, match=r"score.weight of .* are new"):
+        reward = models.build_reward_model(ModelConfig(model=path), tokenizer, max_length=32)
+    models.sequence_rewards(reward, rows_of(config)).sum().backward()
+
+
+def test_a_critic_reads_the_policys_tokens(tmp_path, tokenizer):
+    policy = tiny_policy(tiny_task())
+    path = saved(tmp_path / "few", small_classifier("llama", vocab_size=8), tokenizer)
+    size = policy.config.vocab_size
+    with pytest.raises(UserError, match=f"critic_model: expected .* policy's {size} tokens .* 8"):
+        models.build_critic(policy, ModelConfig(), path)
+    with pytest.raises(UserError, match=r"reward_funcs: expected embeddings of \d+ tokens.* 8"):
+        RewardModel(path, ModelConfig(), torch.device("cpu"))
+    check_alike(tokenizer, path, setting="critic_model")
+    other = bpe_tokenizer(["entirely other words than those"], 300)
+    with pytest.raises(
+        UserError, match=r"critic_model: .* in which \d+ is '.*', found .* in that of"
+    ):
+        check_alike(other, path, setting="critic_model")
+    # Names of special tokens may differ, and a folder may have no tokenizer.
+    renamed = load_tokenizer(path)
+    renamed.add_special_tokens({"pad_token": "<new>"})
+    check_alike(renamed, path, setting="critic_model")
+    small_classifier("llama").save_pretrained(tmp_path / "bare")
+    check_alike(other, str(tmp_path / "bare"), setting="critic_model")
 
 
 def test_an_encoder_is_no_critic(tmp_path, tokenizer):
