@@ -18,6 +18,7 @@ from .formats import (
     numbered,
     one_line,
     optional,
+    stem_of,
 )
 
 # Split names as in "train-00000-of-00002.parquet", "test/part.jsonl", as `datasets` finds them.
@@ -26,6 +27,9 @@ _SPLIT = re.compile(
     r"(?![a-z])",
     re.IGNORECASE,
 )
+
+# Numbered shards as `datasets` writes them: "train-00000-of-00002".
+_SHARD = re.compile(r"(.*)-(\d{1,6})-of-(\d{1,6})")
 
 # Files beside downloaded datasets: cards, indices, scripts. The ending "" is LICENSE's.
 _INDICES = ("dataset_infos.json", "dataset_info.json")
@@ -103,7 +107,32 @@ def _folder(folder: Path) -> Iterator[Placed]:
                 f"{folder}: expected every name to tell a split, as that of {files[0]} does, found "
                 f"{_some(unused)}; rename or move them, or name a file or a pattern"
             )
+    _check_shards(folder, files)
     return _shards(str(folder), [folder / name for name in files])
+
+
+def _check_shards(folder: Path, files: list[Path]) -> None:
+    """Raises UserError if a file lies there twice, or a shard of a numbered series is missing."""
+    seen: dict[Path, Path] = {}
+    for name in files:
+        first = seen.setdefault(stem_of(name), name)
+        if first is not name:
+            raise UserError(
+                f"{folder}: expected every file once, found {first} and {name}; move one of them, "
+                "or name a file or a pattern"
+            )
+    series: dict[tuple[str, str], set[int]] = {}
+    for stem in seen:
+        if number := _SHARD.fullmatch(str(stem)):
+            series.setdefault((number[1], number[3]), set()).add(int(number[2]))
+    for (start, count), numbers in series.items():
+        lost = [i for i in range(int(count)) if i not in numbers][:1]
+        if lost and len(numbers) < int(count):
+            name = f"{start}-{lost[0]:0{len(count)}d}-of-{count}"
+            raise UserError(
+                f"{folder}: expected {int(count)} files {start}-*-of-{count}, found {len(numbers)} "
+                f"without {name}; get it, or name a pattern"
+            )
 
 
 def _some(names: list[str]) -> str:

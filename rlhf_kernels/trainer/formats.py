@@ -75,6 +75,14 @@ def format_of(path: Path) -> str | None:
     return next((e for e in _endings(path) if e not in compressions), None)
 
 
+def stem_of(path: Path) -> Path:
+    """The path without the endings that name its format and compression."""
+    known = {*FORMATS, *(e for endings in _COMPRESSIONS.values() for e in endings)}
+    while path.suffix[1:].lower() in known:
+        path = path.with_suffix("")
+    return path
+
+
 def file_objects(path: Path) -> Iterator[Placed]:
     try:
         raw = path.read_bytes()

@@ -217,6 +217,32 @@ def test_no_file_of_a_folder_is_left_out_unsaid(tmp_path, unused):
     assert contents(tmp_path) == WANTED * 2
 
 
+@pytest.mark.parametrize("twin", ["a.jsonl.gz", "a.json", "a.ndjson", "A.JSONL.gz"])
+def test_a_file_that_lies_there_twice_is_not_read_twice(tmp_path, twin):
+    # The held-out rows of one would be among the training rows of the other.
+    first = "A.jsonl" if twin[0] == "A" else "a.jsonl"
+    for name, text in ((first, LINES.encode()), (twin, LINES.encode())):
+        (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    with pytest.raises(UserError, match=r"expected every file once, found .* and .*; move one"):
+        read_rows(str(tmp_path), "supervised")
+    assert contents(tmp_path / twin) == WANTED
+    assert contents(f"{tmp_path}/{first}*") in (WANTED, WANTED * 2)
+
+
+def test_a_shard_that_is_missing_is_told(tmp_path):
+    for name in ("train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl", "train-a.jsonl"):
+        (tmp_path / name).write_text(LINES)
+    said = r"expected 3 files train-.*-of-00003, found 2 without train-00001-of-00003; get it"
+    with pytest.raises(UserError, match=said):
+        read_rows(str(tmp_path), "supervised")
+    assert contents(f"{tmp_path}/train-0*") == WANTED * 2
+    (tmp_path / "train-00001-of-00003.jsonl").write_text(LINES)
+    assert contents(tmp_path) == WANTED * 4
+    # Some begin to count at one.
+    (tmp_path / "train-00000-of-00003.jsonl").rename(tmp_path / "train-00003-of-00003.jsonl")
+    assert contents(tmp_path) == WANTED * 4
+
+
 @pytest.mark.parametrize("split", ["", "train-"])
 @pytest.mark.parametrize(
     "unread",
