@@ -112,7 +112,8 @@ def aggregate_kernel(
             start = (blocks - 1 - block) * BLOCK
             place = row, begin + start, count - start
             loaded = load_block(tokens, place, kl_coef, ESTIMATOR, CARRY, BLOCK)
-            keep, exists, last, r, v, _ = loaded
+            # Not `_`: that name has a value before the loop, of another type.
+            keep, exists, last, r, v, _v_next = loaded
             # The value after the block is left out here; it is part of u.
             a, b = block_steps(loaded, r, 0.0, dones, place, rates, values is not None, BLOCK)
             ahead_value = tl.full((), 0.0, tl.float64)
@@ -223,7 +224,7 @@ def scan_kernel(
             start = (blocks - 1 - block) * BLOCK
             place = row, begin + start, count - start
             loaded = load_block(tokens, place, kl_coef, ESTIMATOR, CARRY, BLOCK)
-            keep, exists, last, r, v, _ = loaded
+            keep, exists, last, r, v, _v_next = loaded
             at = row * cols + begin + start + i
             inside = i < count - start
             if scores is not None:
