@@ -203,10 +203,15 @@ def gae(
             do not start at 0, decrease, or do not end at N.
     """
     op = "gae"
-    plain, rewards, values, mask, dones, bootstrap_values = _check_scan(
-        op, "ffMM", {"rewards": rewards, "values": values}, {"mask": mask, "dones": dones},
-        {"bootstrap_values": bootstrap_values}, cu_seqlens, masked,
-    )  # fmt: skip
+    plain = checks.plain("ffMM", rewards, values, mask, dones) and rewards.dim() == 2
+    if not plain or cu_seqlens is not None or bootstrap_values is not None:
+        plain, rewards, values, mask, dones, bootstrap_values = _check_scan(
+            op, "ffMM", {"rewards": rewards, "values": values}, {"mask": mask, "dones": dones},
+            {"bootstrap_values": bootstrap_values}, cu_seqlens, masked,
+        )  # fmt: skip
+    else:
+        rewards, values = constant(rewards), constant(values)
+        option_checks.one_of(op, "masked", masked, MASKED_STEPS)
     gamma = option_checks.rate(op, "gamma", gamma)
     lam = option_checks.rate(op, "lam", lam)
     whiten = option_checks.flag(op, "whiten", whiten)

@@ -313,7 +313,11 @@ def token_logprobs(
         _check_inplace(logits)
     rows = (logits, labels, *arguments.split())
     if (torch.is_grad_enabled() and logits.requires_grad) or tracing.forward_mode():
-        return named_result(*apply(op, _TokenLogprobs, *rows, inplace_backward, shards, backend))
+        args = (*rows, inplace_backward, shards, backend)
+        return named_result(*apply(op, _TokenLogprobs, *args, plain=plain))
+    if not plain:
+        # A tensor that outlived a transform of torch.func asks for a gradient, and has no memory.
+        rows = (layout.constant(logits), *rows[1:])
     if shards:
         logprobs, entropies, *_ = _sharded_forward(*rows, shards, backend)
     else:

@@ -331,7 +331,7 @@ def policy_loss(
         cu_seqlens, count, divisor, *config_numbers(config), grad, entropy_grad, backend
     )  # fmt: skip
     if grad or entropy_grad or tracing.forward_mode():
-        loss, metrics = apply(op, _PolicyLoss, logprobs, entropy, *fixed, *options)
+        loss, metrics = apply(op, _PolicyLoss, logprobs, entropy, *fixed, *options, plain=plain)
     else:
         loss, metrics, *_ = _forward(constant(logprobs), *fixed, entropy, *options)
     return PolicyLoss(loss, PolicyMetrics(metrics))

@@ -121,8 +121,8 @@ def value_loss(
         ValueError: shapes or devices that do not match; bad options, cu_seqlens or normalizer.
     """
     op = "value_loss"
-    plain = checks.plain("fffm", values, old_values, returns, mask)
-    if not plain or cu_seqlens is not None or values.dim() != 2:
+    plain = checks.plain("fffm", values, old_values, returns, mask) and values.dim() == 2
+    if not plain or cu_seqlens is not None:
         tokens = {"values": values, "old_values": old_values, "returns": returns}
         mask = checks.token_inputs(op, tokens, mask, cu_seqlens)
     option_checks.one_of(op, "aggregation", aggregation, AGGREGATIONS)
@@ -155,7 +155,7 @@ def value_loss(
         0.0 if clip_range is None else clip_range, AGGREGATIONS.index(aggregation), grad, backend,
     )  # fmt: skip
     if grad or tracing.forward_mode():
-        loss, metrics = apply(op, _ValueLoss, values, *args)
+        loss, metrics = apply(op, _ValueLoss, values, *args, plain=plain)
     else:
         loss, metrics, *_ = _forward(constant(values), *args)
     return ValueLoss(loss, ValueMetrics(metrics))

@@ -143,3 +143,13 @@ def test_no_gradient_is_recorded_where_none_is_asked_for(name, context):
     with context():
         assert call(x).grad_fn is None
     assert call(x.detach()).grad_fn is None
+
+
+@pytest.mark.parametrize("name", ["token_logprobs", "policy_loss", "value_loss", "gae"])
+@pytest.mark.parametrize("asks", [False, True], ids=["no gradient", "gradient"])
+def test_a_tensor_that_outlived_a_transform_is_its_values(name, asks):
+    call, shape = CALLS[name]
+    x, kept = torch.linspace(-2, -1, B * T * V)[: torch.Size(shape).numel()].view(shape), []
+    torch.func.grad(lambda t: (kept.append(t * 1), t.sum())[1])(x)
+    with rk.use_backend("cpu"), torch.set_grad_enabled(asks):
+        assert torch.equal(call(kept[0]), call(x))
