@@ -167,18 +167,23 @@ class Operator(Generic[R]):
 
         return run
 
-    def __call__(self, *args: Any) -> R:
-        if tracing.compiling() or tracing.dispatch_modes() or tracing.transform() is not None:
+    def __call__(self, *args: Any, plain: bool = False) -> R:
+        """The result for `args`; `plain`: whether `checks.plain` has found all its tensors so."""
+        if tracing.dispatch_modes() or not (plain or self._eager(args)):
             return self._dispatch(args)
-        if not _PLAIN.issuperset(map(type, args)):
-            return self._dispatch(args)
-        for at in self._with_tensors:
-            if not _PLAIN.issuperset(map(type, args[at] or ())):
-                return self._dispatch(args)
         if self._algorithm is not None:
             return self._run(*args)
         launcher: Callable[..., R] = backends.get(args[-1]).launchers[self.name]
         return launcher(*args[:-1])
+
+    def _eager(self, args: tuple[Any, ...]) -> bool:
+        """Whether no transform is in force and a launcher takes the arguments as they are."""
+        if tracing.compiling() or tracing.transform() is not None:
+            return False
+        eager = _PLAIN.issuperset(map(type, args))
+        for at in self._with_tensors:
+            eager = eager and _PLAIN.issuperset(map(type, args[at] or ()))
+        return eager
 
     def _dispatch(self, args: tuple[Any, ...]) -> R:
         flat: list[Any] = []

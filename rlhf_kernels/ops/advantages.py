@@ -237,7 +237,7 @@ def gae(
     return Advantages(
         *_gae(
             rewards, values, mask, cu_seqlens, dones, bootstrap_values,
-            gamma, lam, masked, whiten, backend,
+            gamma, lam, masked, whiten, backend, plain=plain and cu_seqlens is None,
         )
     )  # fmt: skip
 

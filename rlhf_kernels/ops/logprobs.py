@@ -284,7 +284,7 @@ def token_logprobs(
     if not plain:
         checks.floating(op, "logits", logits, double=True)
     shards = groups.name(op, group)
-    if logits.dim() == 0 or (logits.shape[-1] == 0 and not shards):
+    if logits.dim() == 0 or (logits.size(-1) == 0 and not shards):
         raise ValueError(f"{op}: logits must be [..., V] with V >= 1, got {shown(logits.shape)}")
     arguments = row_options.checked(
         op, labels, "logits", logits, temperature, softcap, 1.0, entropy, ignore_index, fit=plain
@@ -321,5 +321,6 @@ def token_logprobs(
     if shards:
         logprobs, entropies, *_ = _sharded_forward(*rows, shards, backend)
     else:
-        logprobs, entropies, _ = _forward(*rows, False, backend)
+        whole = plain and mask is None and rows[2] is None
+        logprobs, entropies, _ = _forward(*rows, False, backend, plain=whole)
     return named_result(logprobs, entropies if arguments.entropy else None)
