@@ -169,7 +169,8 @@ class Operator(Generic[R]):
 
     def __call__(self, *args: Any, plain: bool = False) -> R:
         """The result for `args`; `plain`: whether `checks.plain` has found all its tensors so."""
-        if tracing.dispatch_modes() or not (plain or self._eager(args)):
+        # In this order: torch.compile does not trace the count of modes.
+        if not (plain or self._eager(args)) or tracing.dispatch_modes():
             return self._dispatch(args)
         if self._algorithm is not None:
             return self._run(*args)
