@@ -291,12 +291,12 @@ class _Unrecorded:
     def set_materialize_grads(self, _: bool) -> None: ...
 
 
-def apply(op: str, function: type[torch.autograd.Function], *args: Any, plain: bool = False) -> Any:
+def apply(op: str, function: Any, *args: Any, plain: bool = False) -> Any:
     """The result of operation `op`, recorded for a backward pass if an input asks for a gradient.
 
     Args:
         op: name for errors.
-        function: computes the operation and its gradient.
+        function: the autograd.Function that computes the operation and its gradient.
         args: of its forward.
         plain: whether `checks.plain` has found all tensors that may need a gradient to be so.
 
