@@ -252,6 +252,22 @@ struct PolicyArgs {
   Exec exec;
 };
 
+// Rows of fp32 logits [tokens, vocab] of a policy loss whose tokens stand alone: token ratio, no
+// correction by sequences. Writes log-probabilities and entropies (fp32), and the gradient in the
+// logits of the sum of the tokens' losses times `weights` (fp32); fp32 or bfloat16, and
+// `grad_logits` may share the memory of `logits`. Without `old_logprobs` each token's own. A label
+// of ignore_index masks the token. GPU only.
+struct PolicyRowsArgs {
+  int64_t tokens, vocab;
+  Tensor logits, labels, temperatures;
+  RowOptions options;
+  Tensor old_logprobs, advantages, ref_logprobs, rollout_logprobs, weights;
+  PolicyConfig config;
+  Tensor logprobs, entropy;
+  Tensor grad_logits;
+  Exec exec;
+};
+
 // Writes first, and second if second_out is given (fp32 [count]), times scale and upstream. GPU
 // only.
 struct LossBackwardArgs {

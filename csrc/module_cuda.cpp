@@ -29,6 +29,7 @@ struct Kernels {
   decltype(&cuda::kl_penalty) kl_penalty = cuda::kl_penalty;
   decltype(&cuda::kl_penalty_backward) kl_penalty_backward = cuda::kl_penalty_backward;
   decltype(&cuda::policy_loss) policy_loss = cuda::policy_loss;
+  decltype(&cuda::policy_rows) policy_rows = cuda::policy_rows;
   decltype(&cuda::loss_backward) loss_backward = cuda::loss_backward;
   decltype(&cuda::scale) scale = cuda::scale;
   decltype(&cuda::value_loss) value_loss = cuda::value_loss;
@@ -86,6 +87,10 @@ PYBIND11_MODULE(RK_MODULE, m) {
   bind_policy(m, table);
   bind_loss_backward(m, table);
   m.def("policy_loss_scratch", &cuda::policy_loss_scratch);
+  bind_policy_rows(m, table);
+  m.def("policy_rows_scratch", &cuda::policy_rows_scratch);
+  m.def("policy_rows_suits", &cuda::policy_rows_suits,
+        "Whether policy_rows takes less time than the kernels that it stands for.");
   bind_value(m, table);
   m.def("value_loss_scratch", &cuda::value_loss_scratch);
   bind_advantages(m, table);

@@ -27,7 +27,7 @@ class Limit:
 class Budget:
     """A kernel, its fast path and its limits. A thread works on `units` units; the fast path
     executes at least holds[pattern] operations of each pattern. A tile has `columns` of a row; 0
-    means that tiles have no padding."""
+    means that tiles have no padding. With `loop` the path is an iteration of a loop."""
 
     name: str
     file: str
@@ -41,6 +41,7 @@ class Budget:
     sm_90: Limit
     sm_100: Limit
     threads: int = 256
+    loop: bool = False
 
     def limits(self, arch: int) -> Limit:
         """The limits for sm_90 or sm_100."""
@@ -65,7 +66,7 @@ def _tokens(loads: int, stores: int, more: dict[str, int], flags: int = 2) -> di
     return {r"LDG\.E\.128": loads, r"LDG\.E$": flags, r"STG\.E\.128": stores} | more
 
 
-_LOGPROBS, _KL = "logprobs.cu", "kl.cu"
+_LOGPROBS, _KL, _ROWS = "logprobs.cu", "kl.cu", "policy_rows.cu"
 
 # fmt: off
 BUDGETS = (
@@ -125,5 +126,16 @@ BUDGETS = (
     Budget("loss backward, bf16", "policy.cu", "backward_kernel<BF16>", "token", 16, 0,
            _tokens(4, 2, {}, flags=0), 6,
            Limit(4.5, 32, 128, 2, 2, 0), Limit(4.0, 28, 128, 2, 2, 0)),
+    # The two passes over a row: an iteration of each of the kernel's loops. The second reads what
+    # the first left in L2. Where a narrow store is allowed it is the label's, by one lane of a row.
+    Budget("policy_rows, sums, fp32", _ROWS, "rows_kernel<BF16, false>", "logit", 32, 1024,
+           _row(8, 32), 4,
+           Limit(9.7, 64, 128, 1, 0, 0), Limit(9.3, 64, 128, 1, 0, 0), threads=512, loop=True),
+    Budget("policy_rows, gradient, bf16 of fp32", _ROWS, "rows_kernel<BF16, false>", "logit", 16,
+           512, _row(4, 16, 2), 2,
+           Limit(8.4, 64, 64, 1, 0, 0), Limit(8.3, 64, 64, 1, 0, 1), threads=512, loop=True),
+    Budget("policy_rows + entropy, gradient, bf16 of fp32", _ROWS, "rows_kernel<BF16, true>",
+           "logit", 16, 512, _row(4, 16, 2), 2,
+           Limit(10.7, 64, 64, 1, 0, 0), Limit(10.3, 64, 64, 1, 0, 1), threads=512, loop=True),
 )
 # fmt: on

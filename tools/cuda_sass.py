@@ -319,7 +319,7 @@ def figures(budget: Budget, arch: int) -> Figures:
     code = functions(compiled, arch).get(budget.kernel)
     if code is None or len(needs) != 1:
         raise LookupError(f"{budget.file} has no kernel {budget.kernel} for sm_{arch}")
-    path = fast_path(code, budget.holds)
+    path = (loop_path if budget.loop else fast_path)(code, budget.holds)
     share = budget.waste / budget.units
     most, waits = memory(path)
     blocks = blocks_per_multiprocessor(needs[0].registers, needs[0].shared, budget.threads)

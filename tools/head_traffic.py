@@ -1,8 +1,9 @@
 """Bytes that linear_policy_loss moves on a GPU, and what they let its time be.
 
-For a loss whose tokens stand alone, with bfloat16 operands: three products, and two passes of row
-kernels over each chunk's logits. tests/head/test_gpu_way.py counts the same bytes. Times are
-predictions: nothing was measured.
+For a loss whose tokens stand alone, with bfloat16 operands: three products, and row kernels over
+each chunk's logits. CUDA's one kernel (csrc/cuda/policy_rows.cu) reads these from memory once, and
+then from L2; the three kernels that it stands for, which Triton has, read them twice. The tests of
+the head count the same bytes. Times are predictions: nothing was measured.
 """
 
 from typing import NamedTuple
@@ -32,7 +33,7 @@ class Traffic(NamedTuple):
     rounding: int
 
 
-def traffic(tokens: int, width: int, vocabulary: int, chunk: int) -> Traffic:
+def traffic(tokens: int, width: int, vocabulary: int, chunk: int, *, one_kernel: bool) -> Traffic:
     """The bytes of a head in chunks of `chunk` tokens, all of which have a gradient."""
     logits, weight, hidden = tokens * vocabulary, vocabulary * width, tokens * width
     chunks = -(-tokens // chunk)
@@ -43,14 +44,15 @@ def traffic(tokens: int, width: int, vocabulary: int, chunk: int) -> Traffic:
     sums = 2 * weight if chunks == 1 else 4 * weight + 8 * weight * (chunks - 1)
     third = 2 * logits + 2 * hidden + sums
     bare = 3 * 2 * (logits + weight + hidden)
-    # Statistics read fp32; the gradient reads fp32 and writes 16 bits.
-    return Traffic(bare, first + second + third, 10 * logits, 6 * weight if chunks > 1 else 0)
+    # Statistics read fp32; the gradient reads fp32, unless from L2, and writes 16 bits.
+    rows = (6 if one_kernel else 10) * logits
+    return Traffic(bare, first + second + third, rows, 6 * weight if chunks > 1 else 0)
 
 
-def ratios(gpu: str) -> tuple[float, float]:
+def ratios(gpu: str, *, one_kernel: bool) -> tuple[float, float]:
     """The time of a call by that of its three products: with the bytes of products hidden behind
     their arithmetic, and with none hidden that bare products have not."""
-    t = traffic(TOKENS, WIDTH, VOCABULARY, CHUNK)
+    t = traffic(TOKENS, WIDTH, VOCABULARY, CHUNK, one_kernel=one_kernel)
     tflops, copy = GPUS[gpu]
     products = 3 * 2 * TOKENS * WIDTH * VOCABULARY / (PRODUCT_SHARE * tflops * 1e12)
     passes = (t.rows + t.rounding) / (copy * 1e12)
@@ -60,21 +62,31 @@ def ratios(gpu: str) -> tuple[float, float]:
 
 def markdown() -> str:
     """The table of the report."""
-    t = traffic(TOKENS, WIDTH, VOCABULARY, CHUNK)
-    bare, products, rows, rounding = (f"{x / 1e9:.1f} GB" for x in t)
+    one, three = (
+        traffic(TOKENS, WIDTH, VOCABULARY, CHUNK, one_kernel=one_kernel)
+        for one_kernel in (True, False)
+    )
+    bare, products, rows, rounding = (f"{x / 1e9:.1f} GB" for x in one)
     lines = [
         "",
         "## The head",
         "",
         f"`linear_policy_loss`, {TOKENS} tokens x {WIDTH} x {VOCABULARY}, bf16, chunks of {CHUNK}:",
-        f"row kernels move {rows}, rounding the weight's gradient {rounding}, products {products};",
+        f"the one kernel over rows of logits moves {rows} to and from memory, three kernels move",
+        f"{three.rows / 1e9:.1f} GB; rounding the weight's gradient moves {rounding}, products",
+        f"{products};",
         f"three bare products move {bare}. The table has the time of a call, divided by that of",
         f"three bare products at {PRODUCT_SHARE:.0%} of the data sheet's rate. Least: the bytes of",
         "products are hidden behind their arithmetic. Most: only as many as bare ones move are.",
+        "Row kernels are taken to move their bytes at the copy rate.",
         "",
     ]
-    rows = [[name, *(f"{x:.2f}" for x in ratios(name))] for name in GPUS]
-    return "\n".join([*lines, *table(("GPU", "least", "most"), rows)]) + "\n"
+    rows_of = [
+        [name, *(f"{x:.2f}" for way in (True, False) for x in ratios(name, one_kernel=way))]
+        for name in GPUS
+    ]
+    head = ("GPU", "one kernel: least", "most", "three kernels: least", "most")
+    return "\n".join([*lines, *table(head, rows_of)]) + "\n"
 
 
 if __name__ == "__main__":

@@ -69,6 +69,23 @@ void bind_policy(pybind11::module_& m, Table table) {
 }
 
 template <class Table>
+void bind_policy_rows(pybind11::module_& m, Table table) {
+  m.def("policy_rows",
+        [table](InRows logits, In labels, In temperatures, RowOptions options, In old_logprobs,
+                In advantages, In ref_logprobs, In rollout_logprobs, In weights,
+                const pybind11::object& codes, const pybind11::object& params, Out logprobs,
+                Out entropy, OutRows grad_logits, Exec exec) {
+          const int64_t tokens = labels.rows * labels.cols;
+          const PolicyRowsArgs args{
+              tokens,       logits.last,      logits,       labels,
+              temperatures, options,          old_logprobs, advantages,
+              ref_logprobs, rollout_logprobs, weights,      policy_config(codes, params),
+              logprobs,     entropy,          grad_logits,  exec};
+          return launch(exec, tokens * logits.last, [&] { return table().policy_rows(args); });
+        });
+}
+
+template <class Table>
 void bind_loss_backward(pybind11::module_& m, Table table) {
   const auto fp32 = [](const Tensor& t) { return static_cast<const float*>(t.data); };
   m.def("loss_backward", [=](int64_t count, In first, In second, In scale, In upstream,

@@ -29,6 +29,11 @@ Status policy_loss(const PolicyArgs& a);
 Status loss_backward(const LossBackwardArgs& a);
 Status scale(const ScaleArgs& a);
 
+int64_t policy_rows_scratch(int64_t tokens, int64_t vocab);
+// Whether policy_rows takes less time than the kernels that it stands for.
+bool policy_rows_suits(int64_t vocab, const RowOptions& options);
+Status policy_rows(const PolicyRowsArgs& a);
+
 int64_t value_loss_scratch(int64_t sequences, int64_t cols, bool packed);
 Status value_loss(const ValueArgs& a);
 

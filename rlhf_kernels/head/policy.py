@@ -10,7 +10,7 @@ from ..core import checks
 from ..core.layout import MaybeTensor
 from ..core.sentinels import SHARD_IGNORED
 from ..core.sequences import per_token, sequence_sum, token_weights
-from ..kernels.rows import Kernels, LabelKernels
+from ..kernels.rows import Kernels, LabelKernels, TokenConstants
 from . import devices
 from .arguments import Batching, Operands, PolicyArguments, Targets
 from .chunks import (
@@ -80,6 +80,9 @@ class _PolicySweep:
                 self._labels = torch.where(keep, self._labels.long(), SHARD_IGNORED)
         heads = 1 if reference is None else 2
         self._chunk = Chunk.of(batching.chunk_tokens, weight, heads)
+        self._one_kernel = kernels.rows.policy_rows_for(
+            weight.device, weight.shape[0], self._options
+        )
         self._backward_chunk = functools.partial(Chunk.backward, batching.chunk_tokens, weight)
         # The gradient's sum over chunks costs more than the logits again, in a second sweep.
         self.recomputes = prefer_recompute(batching.chunk_tokens, weight, count, heads)
@@ -91,30 +94,42 @@ class _PolicySweep:
         self.ref_logprobs = None if reference is None else torch.zeros_like(self.logprobs)
         self._stats = self.logprobs.new_empty((*keep.shape, 3))
 
-    def _forward(
-        self, tokens: Tokens, part: slice
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """A chunk's (hidden, logits, log-probabilities, entropy, stats, reference's), recorded."""
-        own = tokens.take(self._labels, part), tokens.take(self._temperatures, part)
+    def _rows(self, tokens: Tokens, part: slice) -> tuple[Tensor, MaybeTensor]:
+        """(labels, temperatures) of a chunk."""
+        return tokens.take(self._labels, part), tokens.take(self._temperatures, part)
+
+    def _logits(self, tokens: Tokens, part: slice) -> tuple[Tensor, Tensor, MaybeTensor]:
+        """A chunk's (hidden, logits, the reference's log-probabilities, recorded)."""
         ref = None
         if self._ref is not None and self.ref_logprobs is not None:
             logits = self._ref.project(self._ref.states(tokens, part))
             plain = self._options._replace(entropy=False)
+            own = self._rows(tokens, part)
             ref, _, _ = self._kernels.rows.token_logprobs(logits, *own, plain)
             tokens.put(self.ref_logprobs, part, ref)
         hidden = self.head.states(tokens, part)
-        logits = self.head.project(hidden)
+        return hidden, self.head.project(hidden), ref
+
+    def _forward(
+        self, tokens: Tokens, part: slice, logits: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A chunk's (log-probabilities, entropy, stats)."""
+        own = self._rows(tokens, part)
         logprobs, entropy, stats = self._kernels.rows.token_logprobs(logits, *own, self._options)
         assert entropy is not None  # the options ask for it
+        return logprobs, entropy, stats
+
+    def _record(self, tokens: Tokens, part: slice, logprobs: Tensor, entropy: Tensor) -> None:
         tokens.put(self.logprobs, part, logprobs)
         tokens.put(self.entropy, part, entropy)
-        tokens.put(self._stats, part, stats)
-        return hidden, logits, logprobs, entropy, stats, ref
 
     def logprobs_of(self, tokens: Tokens) -> None:
-        """Log-probabilities of `tokens`; no gradient."""
+        """Log-probabilities of `tokens`, and the statistics of their rows; no gradient."""
         for part in tokens.chunks(self._chunk.size):
-            self._forward(tokens, part)
+            _, logits, _ = self._logits(tokens, part)
+            logprobs, entropy, stats = self._forward(tokens, part, logits)
+            self._record(tokens, part, logprobs, entropy)
+            tokens.put(self._stats, part, stats)
 
     def fused(
         self, tokens: Tokens, advantages: Tensor, weights: Tensor, needs: list[bool]
@@ -128,30 +143,52 @@ class _PolicySweep:
             needs: which gradients are wanted.
         """
         gradients = Gradients(self.head, needs, self._kernels.reduce)
-        policy, bonus = self._policy, self._policy.entropy_bonus
+        policy = self._policy
         old, given_ref = flat(policy.old_logprobs), flat(policy.ref_logprobs)
         rollout = flat(policy.rollout_logprobs)
-        codes = policy.codes._replace(aggregation=AGGREGATIONS.index("constant"))
         for tile in tokens.tiles(self._chunk, self.head.weight.shape[0]):
             part = tile.tokens
-            hidden, logits, logprobs, entropy, stats, ref = self._forward(tokens, part)
-            if ref is None:
-                ref = tokens.take(given_ref, part)
-
-            def row(t: MaybeTensor) -> MaybeTensor:
-                return None if t is None else t.unsqueeze(0)
-
-            own_old = logprobs if old is None else tokens.take(old, part)
-            found = self._kernels.rows.policy_loss(
-                row(logprobs), row(own_old), row(tokens.take(advantages, part)),
-                row(tokens.kept(part, logprobs.device)), row(ref), row(tokens.take(rollout, part)),
-                row(entropy) if bonus else None, None, None, 1.0, codes, policy.params, True, bonus,
-            )  # fmt: skip
-            g, h = _complete(found, tokens.take(weights, part))
+            hidden, logits, ref = self._logits(tokens, part)
+            constants = TokenConstants(
+                tokens.take(old, part),
+                tokens.take(advantages, part),
+                tokens.take(given_ref, part) if ref is None else ref,
+                tokens.take(rollout, part),
+                tokens.take(weights, part),
+            )
             out = gradients.of_logits(logits)
-            self._gradient(out, tokens, tile, logits, stats, g[0], None if h is None else h[0])
+            if self._one_kernel is None:
+                self._in_three_kernels(out, tokens, tile, logits, constants)
+            else:
+                own = self._rows(tokens, part)
+                found = self._one_kernel(
+                    out, logits, *own, self._options, constants, policy.codes, policy.params
+                )
+                self._record(tokens, part, *found)
             gradients.add(tokens, tile, hidden, out)
         return gradients
+
+    def _in_three_kernels(
+        self, out: Tensor, tokens: Tokens, tile: Tile, logits: Tensor, constants: TokenConstants
+    ) -> None:
+        """Writes the gradient of a chunk's logits; records log-probabilities and entropies."""
+        policy, bonus, part = self._policy, self._policy.entropy_bonus, tile.tokens
+        logprobs, entropy, stats = self._forward(tokens, part, logits)
+        self._record(tokens, part, logprobs, entropy)
+        old, advantages, ref, rollout, weights = constants
+
+        def row(t: MaybeTensor) -> MaybeTensor:
+            return None if t is None else t.unsqueeze(0)
+
+        found = self._kernels.rows.policy_loss(
+            row(logprobs), row(logprobs if old is None else old), row(advantages),
+            row(tokens.kept(part, logprobs.device)), row(ref), row(rollout),
+            row(entropy) if bonus else None, None, None, 1.0,
+            policy.codes._replace(aggregation=AGGREGATIONS.index("constant")), policy.params, True,
+            bonus,
+        )  # fmt: skip
+        g, h = _complete(found, weights)
+        self._gradient(out, tokens, tile, logits, stats, g[0], None if h is None else h[0])
 
     def backward(self, tokens: Tokens, g: Tensor, h: Tensor | None, needs: list[bool]) -> Gradients:
         """The second sweep: gradients from those of the log-probabilities and entropies, [N]."""

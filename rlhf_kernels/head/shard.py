@@ -166,6 +166,9 @@ class ShardRows:
         self._rows, self._group = rows, group
         self.policy_loss = rows.policy_loss
 
+    def policy_rows_for(self, *_: Any) -> None:
+        """The ranks exchange statistics before any has a log-probability."""
+
     def token_logprobs(
         self, logits: Tensor, local: Tensor, temperatures: Tensor | None, options: RowOptions
     ) -> tuple[Tensor, Tensor | None, Tensor]:

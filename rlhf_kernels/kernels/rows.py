@@ -3,13 +3,51 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from ..config.policy import PolicyCodes, PolicyParams
 from ..core.layout import Empty
 from ..core.row_options import RowOptions
 
 #: Sums a tensor over the ranks of a sharded vocabulary.
 Reduce = Callable[[Tensor], Tensor]
+
+
+class TokenConstants(NamedTuple):
+    """What the tokens [N] of a policy loss have beside their log-probabilities.
+
+    old_logprobs: None for the tokens' own.
+    weights: of each token in the loss, fp32.
+    """
+
+    old_logprobs: Tensor | None
+    advantages: Tensor
+    ref_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None
+    weights: Tensor
+
+
+class PolicyRows(Protocol):
+    """A kernel from logits to their gradient by a policy loss whose tokens stand alone."""
+
+    def __call__(
+        self,
+        out: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        temperatures: Tensor | None,
+        options: RowOptions,
+        constants: TokenConstants,
+        codes: PolicyCodes,
+        params: PolicyParams,
+        /,
+    ) -> tuple[Tensor, Tensor]:
+        """(log-probabilities [N], entropies [N]) of fp32 logits [N, V]; writes their gradient.
+
+        The same bits as those of token_logprobs, policy_loss and token_logprobs_backward_into. A
+        label of ignore_index masks its token. `out` may be the logits, or bfloat16.
+        """
 
 
 class LabelRows(Protocol):
@@ -62,6 +100,11 @@ class LabelRows(Protocol):
 
         A gradient that is not wanted is None; see kernels/losses.py for the scale.
         """
+
+    def policy_rows_for(
+        self, device: torch.device, vocab: int, options: RowOptions, /
+    ) -> PolicyRows | None:
+        """The one kernel where it takes less time than those it stands for; else None."""
 
 
 class Rows(LabelRows, Protocol):

@@ -6,6 +6,7 @@ done in fp32, whose sums they stand for.
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 from unittest import mock
 
@@ -22,12 +23,14 @@ _MATRIX = {"mm": torch.mm, "addmm": torch.addmm}
 _WAITING = ("nonzero", "_local_scalar_dense", "masked_select", "_unique2", "bincount", "equal")
 # Arguments of a row kernel that hold rows of logits, its result among them; how often it launches.
 _ROW_KERNELS = {
-    "token_logprobs": (3,),
-    "token_logprobs_backward": (3, 10),
-    "kl_divergence": (3, 4),
-    "kl_divergence_backward": (3, 4, 9),
+    "token_logprobs": (0,),
+    "token_logprobs_backward": (0, 7),
+    "kl_divergence": (0, 1),
+    "kl_divergence_backward": (0, 1, 6),
+    "policy_rows": (0, 13),
 }
 _LAUNCHES = 2
+_ONE_LAUNCH = ("scale", "policy_rows")
 
 
 @dataclasses.dataclass
@@ -39,6 +42,7 @@ class Cost:
     products: bytes that they read and write.
     rows: bytes of logits and of their gradients to and from row kernels.
     rest: (operator, bytes that it reads and writes) of everything else.
+    kernels: how often each kernel of this package is launched.
     """
 
     syncs: int = 0
@@ -46,6 +50,7 @@ class Cost:
     products: int = 0
     rows: int = 0
     rest: list[tuple[str, int]] = dataclasses.field(default_factory=list)
+    kernels: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def rest_of(self, at_least: int) -> list[tuple[str, int]]:
         """The operators that move so many bytes."""
@@ -116,7 +121,9 @@ def _mixed(name: str, watch: _Watch | None, cost: Cost):
 
 def _rows(name: str, function, cost: Cost):
     def call(*args):
-        cost.launches += 1 if name == "scale" else _LAUNCHES
+        launches = 1 if name in _ONE_LAUNCH else _LAUNCHES
+        cost.launches += launches
+        cost.kernels[name] += launches
         if name == "scale":
             cost.rest.append((name, 2 * _size(args[1])))
         cost.rows += sum(_size(args[i]) for i in _ROW_KERNELS.get(name, ()))

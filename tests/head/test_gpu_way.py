@@ -185,7 +185,7 @@ def test_launches_and_bytes_of_a_call(name, chunks_of_call):
     assert cost.products == expected + 2 * logits + 2 * hidden + sums
     if sweeps == 1:
         # What the report predicts from.
-        predicted = head_traffic.traffic(TOKENS, H, V, size)
+        predicted = head_traffic.traffic(TOKENS, H, V, size, one_kernel=False)
         assert (cost.products, cost.rows) == (predicted.products, predicted.rows)
     # Nothing else reads or writes the logits of a chunk; the gradient of the weight is rounded, and
     # scaled in its place.

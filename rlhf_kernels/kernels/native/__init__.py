@@ -14,11 +14,21 @@ import torch
 
 from ...core import env
 from ...core.layout import Empty, plain_empty
-from . import advantages, boundary, kl, logprobs, policy, support, value
+from . import (
+    advantages,
+    architectures,
+    boundary,
+    kl,
+    logprobs,
+    policy,
+    policy_rows,
+    support,
+    value,
+)
 
 _NAMES = {"cpu": "_cpu", "cuda": "_cuda"}
 # One module per operation, each with launchers(extension) -> {operator name: launcher}.
-_OPS = (logprobs, support, kl, advantages, policy, value)
+_OPS = (logprobs, support, kl, advantages, policy, policy_rows, value)
 
 
 def _load(backend: str) -> tuple[ModuleType | None, str | None]:
@@ -95,25 +105,8 @@ def emulated(backend: str) -> bool:
     return extension is not None and extension.emulated
 
 
-# Whether each device index is supported; cached by `suits`.
-_SUITED: dict[int | None, bool] = {}
-
-
 def suits(device: torch.device) -> bool:
     """Whether the CUDA extension has code for a device: machine code for its compute capability, or
     PTX of an earlier one.
     """
-    suited = _SUITED.get(device.index)
-    if suited is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        codes = [(kind, int(n)) for kind, _, n in (a.partition("_") for a in _architectures())]
-        suited = any(
-            10 * major + minor >= n and (kind == "compute" or n // 10 == major) for kind, n in codes
-        )
-        _SUITED[device.index] = suited
-    return suited
-
-
-def _architectures() -> tuple[str, ...]:
-    extension = module("cuda")
-    return () if extension is None else tuple(extension.architectures)
+    return architectures.suit(architectures.of(module("cuda")), device)
