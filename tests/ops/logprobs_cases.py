@@ -54,14 +54,14 @@ def check_against_oracle(logits, labels, *, run_kernel=run_here, **options):
         oracle[0].abs(), torch.tensor(math.log(max(2, z.shape[-1])), dtype=torch.float64)
     )
     softcap = options.get("softcap")
+    t = torch.as_tensor(options.get("temperature", 1.0), dtype=torch.float64).reshape(-1, 1)
     if softcap is not None:
-        scale = scale + softcap
+        # A capped logit is rounded before it is divided.
+        z = softcap * torch.tanh(z / softcap)
+        scale = scale + (z.abs() / t).amax(-1)
     assert_within_budget(actual[0], oracle[0], plain[0], scale=scale)
     assert_within_budget(actual[1], oracle[1], plain[1], scale=scale)
     # dz_j = p_j (g + h (log p_j + H)); p_j is as exact as its exponent, which rounds with its size.
-    t = torch.as_tensor(options.get("temperature", 1.0), dtype=torch.float64).reshape(-1, 1)
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
     logp = torch.log_softmax(z / t, -1)
     g, h = upstream.double().abs().unsqueeze(-1)
     amplitude = g + h * (logp.abs() + oracle[1].detach().abs().unsqueeze(-1))
