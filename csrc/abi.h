@@ -94,7 +94,7 @@ struct LogprobsBackwardArgs {
   Tensor logits, labels, temperatures;
   RowOptions options;
   const float* stats;
-  Tensor grad_logprobs, grad_entropy;
+  Tensor grad_logprobs, grad_entropy, grad_lse;
   Tensor grad_logits;
   Exec exec;
 };

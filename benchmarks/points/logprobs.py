@@ -110,7 +110,7 @@ def eager_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def _ours(entropy: bool) -> Provider:
     def ours(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         result = rk.token_logprobs(logits, labels, entropy=entropy)
-        return tuple(result) if entropy else (result.logprobs,)
+        return result[: 1 + entropy]
 
     return ours
 

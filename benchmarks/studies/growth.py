@@ -65,7 +65,7 @@ def differentiated(function: Callable[..., Any], leaves: Sequence[Tensor]) -> Ca
 
     def call() -> tuple[Tensor, ...]:
         found = function(*leaves)
-        outputs = (found,) if isinstance(found, Tensor) else tuple(found)
+        outputs = (found,) if isinstance(found, Tensor) else [o for o in found if o is not None]
         return *outputs, *torch.autograd.grad([o.sum() for o in outputs], leaves)
 
     return call

@@ -17,11 +17,11 @@ void bind_logprobs(pybind11::module_& m, Table table) {
   });
   m.def("token_logprobs_backward",
         [table](InRows logits, In labels, In temperatures, RowOptions options, In stats,
-                In grad_logprobs, In grad_entropy, OutRows grad_logits, Exec exec) {
+                In grad_logprobs, In grad_entropy, In grad_lse, OutRows grad_logits, Exec exec) {
           const LogprobsBackwardArgs args{
               labels.rows,   labels.cols,  logits.last, logits,
               labels,        temperatures, options,     static_cast<const float*>(stats.data),
-              grad_logprobs, grad_entropy, grad_logits, exec};
+              grad_logprobs, grad_entropy, grad_lse, grad_logits, exec};
           return launch(exec, labels.rows * labels.cols * logits.last,
                         [&] { return table().token_logprobs_backward(args); });
         });

@@ -290,14 +290,14 @@ struct type_caster<rk::Exec> {
   }
 };
 
-// From the tuple RowOptions of rlhf_kernels/core/row_options.py. Its field `entropy` (2) is not
-// used: the entropy tensor is given or not.
+// From the tuple RowOptions of rlhf_kernels/core/row_options.py. Kernels use neither `entropy` (2),
+// as the entropy tensor is given or not, nor what lies beyond `ignore_index` (3).
 template <>
 struct type_caster<rk::RowOptions> {
   PYBIND11_TYPE_CASTER(rk::RowOptions, const_name("RowOptions"));
 
   bool load(handle source, bool) {
-    if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 4) return false;
+    if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) < 4) return false;
     const auto item = [&](int i) { return PyTuple_GET_ITEM(source.ptr(), i); };
     value.temperature = PyFloat_AsDouble(item(0));
     value.softcap = PyFloat_AsDouble(item(1));

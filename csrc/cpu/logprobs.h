@@ -174,7 +174,7 @@ void logprobs_row(const LogprobsArgs& a, int64_t row) {
   if (kEntropy) *entropy = empty ? __builtin_nanf("") : static_cast<float>(log(r.s) - mean);
 }
 
-// dz_j = p_j (-g - h (log p_j + H)) / T, plus g / T at the label; p = exp((x - m) / T) / s.
+// dz_j = p_j (l - g - h (log p_j + H)) / T, plus g / T at the label; p = exp((x - m) / T) / s.
 // log p_j + H is computed as (x_j - m) / T minus its mean, which does not cancel at large or small
 // temperatures.
 template <class E, bool kChange, bool kEntropy>
@@ -186,10 +186,11 @@ void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
   };
   const float g = upstream(a.grad_logprobs);
   const float h = kEntropy ? upstream(a.grad_entropy) : 0.0f;
+  const double of_lse = upstream(a.grad_lse);
   const int64_t label = load_label(a.labels, i, j);
   S* out =
       static_cast<S*>(a.grad_logits.data) + i * a.grad_logits.stride0 + j * a.grad_logits.stride1;
-  if (label == a.options.ignore_index || (g == 0.0f && h == 0.0f)) {
+  if (label == a.options.ignore_index || (g == 0.0f && h == 0.0f && of_lse == 0.0)) {
     memset(out, 0, sizeof(S) * static_cast<size_t>(a.vocab));
     return;
   }
@@ -206,7 +207,7 @@ void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
   const Vec rate = splat(static_cast<float>(inv_t * kLog2e));
   const Vec lowest = splat(static_cast<float>(kExpMin / inv_t));
   // dz = e * (a0 + a1 * (x - m) / T): the entropy term is linear in log p.
-  const Vec a0 = splat(static_cast<float>((-g + h * mean) / s * inv_t));
+  const Vec a0 = splat(static_cast<float>((-(g - of_lse) + h * mean) / s * inv_t));
   const Vec a1 = splat(static_cast<float>(-h / s * inv_t)),
             over_t = splat(static_cast<float>(inv_t));
   const auto gradient = [&](Vec raw) {
@@ -231,7 +232,8 @@ void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
   }
   if (label == kLabelElsewhere) return;
   const double distance = (static_cast<double>(xy) - stats[0]) * inv_t;
-  const double at_label = label_gradient(logprob, distance, mean, g, h, inv_t);
+  double at_label = label_gradient(logprob, distance, mean, g, h, inv_t);
+  if (of_lse != 0.0) at_label += of_lse * exp(logprob) * inv_t;
   E::set(out + label, static_cast<float>(at_label / logits.inverse_slope(raw_label)));
 }
 

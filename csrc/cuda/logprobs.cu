@@ -58,12 +58,14 @@ __global__ void __launch_bounds__(kCombineThreads)
     return g.given ? static_cast<const float*>(g.data)[token_at(g, row, a.cols)] : 0.0f;
   };
   const float g = upstream(a.grad_logprobs), h = upstream(a.grad_entropy);
+  const float of_lse = upstream(a.grad_lse);
   const int64_t label = row_label(a, row);
   const float* stats = a.stats + 3 * row;
-  out[row] = label != a.options.ignore_index && (g != 0.0f || h != 0.0f)
-                 ? row_coefficients(a.options, a.vocab, label, label_logit<E>(a, row, label),
-                                    row_temperature(a, row), stats[0], stats[1], stats[2], g, h)
-                 : no_gradient();
+  out[row] =
+      label != a.options.ignore_index && (g != 0.0f || h != 0.0f || of_lse != 0.0f)
+          ? row_coefficients(a.options, a.vocab, label, label_logit<E>(a, row, label),
+                             row_temperature(a, row), stats[0], stats[1], stats[2], g, h, of_lse)
+          : no_gradient();
 }
 
 // A tile of the gradient by a warp.

@@ -174,12 +174,12 @@ __device__ __forceinline__ RowStatistics row_statistics(const RowOptions& option
   return row;
 }
 
-// Those of a row that is not ignored from its m, s and mean and the upstream gradients g and h; x
-// as in row_statistics.
+// Those of a row that is not ignored from its m, s and mean and the upstream gradients g, h and
+// that of the log-sum-exp; x as in row_statistics.
 __device__ __forceinline__ Coefficients row_coefficients(const RowOptions& options, int64_t vocab,
                                                          int64_t label, float x, double temperature,
                                                          float m, double s, double mean, float g,
-                                                         float h) {
+                                                         float h, float of_lse = 0.0f) {
   Coefficients all = no_gradient();
   Slopes& c = all.slopes;
   const double rate = 1.0 / temperature;
@@ -187,10 +187,13 @@ __device__ __forceinline__ Coefficients row_coefficients(const RowOptions& optio
   const double logprob = logprob_from_stats(own.z, m, s, rate);
   c.m = m;
   c.rate2 = static_cast<float>(rate) * kLog2e;
-  c.a0 = static_cast<float>((-g + h * mean) / s * rate);
+  c.a0 = static_cast<float>((-(static_cast<double>(g) - of_lse) + h * mean) / s * rate);
   c.a1 = static_cast<float>(-h / s * rate / static_cast<double>(kLog2e));
+  // Their weights cancel beside a gradient at the label: not a row without one.
+  if (of_lse != 0.0f && c.a0 == 0.0f && c.a1 == 0.0f) c.a0 = 0x1p-126f;
   const double distance = (static_cast<double>(own.z) - m) * rate;
-  const double dz = label_gradient(logprob, distance, mean, g, h, rate);
+  double dz = label_gradient(logprob, distance, mean, g, h, rate);
+  if (of_lse != 0.0f) dz += of_lse * exp(logprob) * rate;
   all.at_label = static_cast<float>(dz * own.slope);
   if (is_known(label, vocab)) all.label = label;
   return all;
@@ -236,8 +239,8 @@ __device__ __forceinline__ void gradients(const Slopes& c, const LogitOptions<kC
   }
 }
 
-// A tile of dz = p (-g - h (log p + H)) / T, plus g / T at the label, of the row at x, by a warp; O
-// is the dtype of dz. c: the slopes of `coefficients`, which are read again for the label.
+// A tile of dz = p (l - g - h (log p + H)) / T, plus g / T at the label, of the row at x, by a
+// warp; O is the dtype of dz. c: the slopes of `coefficients`, which are read again for the label.
 template <class E, class O, bool kChange, bool kEntropy>
 __device__ __forceinline__ void gradient_tile(uint32_t index, int64_t vocab,
                                               const RowOptions& row_options, const Slopes& c,

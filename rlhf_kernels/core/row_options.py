@@ -23,12 +23,22 @@ class RowOptions(NamedTuple):
     softcap: c of c tanh(x / c), 0 for none.
     entropy: whether to compute entropies.
     ignore_index: label of tokens to skip.
+    lse: whether the log-sum-exp is wanted, which no kernel computes: the statistics hold it.
     """
 
     temperature: float
     softcap: float
     entropy: bool
     ignore_index: int
+    lse: bool = False
+
+
+class RowResults(NamedTuple):
+    """What `token_logprobs` gives per token [...]; None where it was not asked for."""
+
+    logprobs: Tensor
+    entropy: Tensor | None = None
+    lse: Tensor | None = None
 
 
 class RowArguments(NamedTuple):
@@ -39,6 +49,7 @@ class RowArguments(NamedTuple):
     logit_scale: float
     entropy: bool
     ignore_index: int
+    lse: bool = False
 
     def of_logits(self) -> dict[str, Any]:
         """Keyword arguments for a reference over logits, which takes no logit_scale."""
@@ -46,7 +57,8 @@ class RowArguments(NamedTuple):
 
     def of_policy_loss(self) -> dict[str, Any]:
         """Keyword arguments for the reference of a loss, which skips tokens by its mask."""
-        return {k: v for k, v in self._asdict().items() if k not in ("entropy", "ignore_index")}
+        others = ("entropy", "ignore_index", "lse")
+        return {k: v for k, v in self._asdict().items() if k not in others}
 
     def effective_temperature(self) -> float | Tensor:
         """The temperature to apply to unscaled logits, temperature / logit_scale."""
@@ -61,9 +73,10 @@ class RowArguments(NamedTuple):
         """
         cap = 0.0 if self.softcap is None else self.softcap / self.logit_scale
         temperature = self.effective_temperature()
+        others = (cap, self.entropy, self.ignore_index, self.lse)
         if isinstance(temperature, Tensor):
-            return temperature, RowOptions(1.0, cap, self.entropy, self.ignore_index)
-        return None, RowOptions(temperature, cap, self.entropy, self.ignore_index)
+            return temperature, RowOptions(1.0, *others)
+        return None, RowOptions(temperature, *others)
 
 
 def checked(
@@ -76,6 +89,7 @@ def checked(
     logit_scale: object = 1.0,
     entropy: object = False,
     ignore_index: object = -100,
+    lse: object = False,
     *,
     fit: bool = False,
 ) -> RowArguments:
@@ -93,7 +107,7 @@ def checked(
         checks.same_device(op, "labels", labels, name, rows.device)
     if isinstance(temperature, Tensor):
         temperature = _per_token(op, temperature, labels)
-    return _of_options(op, temperature, softcap, logit_scale, entropy, ignore_index)
+    return _of_options(op, temperature, softcap, logit_scale, entropy, ignore_index, lse)
 
 
 @option_checks.remembered
@@ -104,6 +118,7 @@ def _of_options(
     logit_scale: object,
     entropy: object,
     ignore_index: object,
+    lse: object,
 ) -> RowArguments:
     if softcap is not None:
         softcap = option_checks.positive(op, "softcap", softcap)
@@ -115,6 +130,7 @@ def _of_options(
         option_checks.positive(op, "logit_scale", logit_scale),
         option_checks.flag(op, "entropy", entropy),
         option_checks.integer(op, "ignore_index", ignore_index),
+        option_checks.flag(op, "lse", lse),
     )
     # Fields by name: torch.compile of torch 2.6 cannot slice a named tuple.
     rules = (arguments.temperature, arguments.softcap, arguments.logit_scale)

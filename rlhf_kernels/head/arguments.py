@@ -34,12 +34,13 @@ class Upstream(NamedTuple):
     """What the gradients of log-probabilities are computed from.
 
     stats: statistics of the rows, fp32 [..., 3].
-    grad_logprobs, grad_entropy: upstream gradients [...]; None counts as zero.
+    grad_logprobs, grad_entropy, grad_lse: upstream gradients [...]; None counts as zero.
     """
 
     stats: Tensor
     grad_logprobs: Tensor | None
     grad_entropy: Tensor | None
+    grad_lse: Tensor | None
 
 
 class PolicyArguments(NamedTuple):

@@ -40,7 +40,8 @@ def forward(
         )
     logprobs = zeros_or_nan(keep, batching.kept_tokens)
     entropies = logprobs.clone() if options.entropy else None
-    stats = logprobs.new_empty((*labels.shape, 3))
+    # Of a token without a product as well: a log-sum-exp is computed from them.
+    stats = logprobs.unsqueeze(-1).repeat(1, 3)
     for part in tokens.chunks(of_chunk.size):
         logits = head.project(head.states(tokens, part))
         own = tokens.take(labels, part), tokens.take(temperatures, part)
@@ -67,15 +68,18 @@ def backward(
     """Gradients of hidden, weight and bias; empty where `needs` says no."""
     weight, options = operands.weight, targets.options
     labels, temperatures = flat(targets.labels), flat(targets.temperatures)
-    g, h = flat(upstream.grad_logprobs), flat(upstream.grad_entropy)
-    stats = upstream.stats.view(-1, 3)
+    stats, *given = upstream
+    g, h, of_lse = (flat(t) for t in given)
+    stats = stats.view(-1, 3)
     keep = labels != options.ignore_index
     if batching.kept_tokens < 0:
         # A token without an upstream gradient adds nothing: clipped, no advantage, prompt, tool.
-        used = [t != 0 for t in (g, h) if t is not None]
+        used = [t != 0 for t in (g, h, of_lse) if t is not None]
         keep &= functools.reduce(torch.logical_or, used)
     elif (enough := covered(keep, batching.kept_tokens)) is not None:
-        g, h = (None if t is None else torch.where(enough, t, torch.nan) for t in (g, h))
+        g, h, of_lse = (
+            None if t is None else torch.where(enough, t, torch.nan) for t in (g, h, of_lse)
+        )
     tokens = select(keep, batching.kept_tokens)
     of_chunk = Chunk.backward(batching.chunk_tokens, weight, tokens.count)
     head = Head.of(operands, of_chunk, tokens.count, kernels.empty)
@@ -89,6 +93,7 @@ def backward(
         kernels.rows.token_logprobs_backward_into(
             out, logits, own, tokens.take(temperatures, part), tokens.take(stats, part),
             tokens.take(g, part), tokens.take(h, part), options._replace(ignore_index=ignored),
+            tokens.take(of_lse, part),
         )  # fmt: skip
 
     gradients.sweep(tokens, of_chunk, backward)

@@ -186,11 +186,11 @@ class ShardRows:
         grad_logprobs: Tensor | None,
         grad_entropy: Tensor | None,
         options: RowOptions,
+        grad_lse: Tensor | None = None,
     ) -> None:
         options = options._replace(ignore_index=SHARD_IGNORED)
-        self._rows.token_logprobs_backward_into(
-            out, logits, local, temperatures, stats, grad_logprobs, grad_entropy, options
-        )
+        upstream = (grad_logprobs, grad_entropy, options, grad_lse)
+        self._rows.token_logprobs_backward_into(out, logits, local, temperatures, stats, *upstream)
 
 
 class ShardKernels(NamedTuple):

@@ -79,10 +79,11 @@ def _logprobs_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     _check(logits, index, temperature)
     labels, skipped = _labels(index, row_mask)
-    logprobs, entropy = rk.token_logprobs(
+    found = rk.token_logprobs(
         logits, labels, temperature=temperature, entropy=True, ignore_index=skipped
     )
-    return logprobs, entropy if entropy_requires_grad else entropy.detach()
+    entropy = found.entropy if entropy_requires_grad else found.entropy.detach()
+    return found.logprobs, entropy
 
 
 def _chunked_head(original: Any) -> Callable[..., tuple]:

@@ -168,7 +168,8 @@ def _fused_linear(
     if input_ids.shape != hidden_states.shape[:-1]:
         raise Unsupported("labels of another shape than the hidden states' rows")
     head = Head(hidden_states, vocab_weights, None)
-    return tuple(head.token_logprobs(input_ids.long(), temperature=temperature, entropy=True))
+    found = head.token_logprobs(input_ids.long(), temperature=temperature, entropy=True)
+    return found.logprobs, found.entropy
 
 
 _PolicyOptions = tuple[tuple[str, Any], ...]

@@ -23,6 +23,16 @@ def statistics(logprobs: Tensor) -> Tensor:
     return logprobs.new_empty(*logprobs.shape, 3)
 
 
+def log_sum_exp(
+    labels: Tensor, temperatures: Tensor | None, stats: Tensor, options: RowOptions
+) -> Tensor:
+    """log sum_j exp(z_j) of rows [...], fp32, from their statistics [..., 3]; 0 where ignored."""
+    # Their product may be far above the distances that the statistics are sums of.
+    m, s, _ = stats.double().unbind(-1)
+    scaled = m / (options.temperature if temperatures is None else temperatures.float().double())
+    return torch.where(labels == options.ignore_index, 0.0, scaled + s.log()).float()
+
+
 def launchers(
     forward: Callable[..., None], backward: Callable[..., None], on_device: bool
 ) -> dict[str, Callable[..., object]]:
@@ -67,10 +77,12 @@ def launchers(
         grad_logprobs: Tensor | None,
         grad_entropy: Tensor | None,
         options: RowOptions,
+        *further: Tensor | None,
     ) -> None:
         if out.numel() > 0:
             check(labels, temperatures, logits.shape[-1], options)
-            backward(out, logits, labels, temperatures, stats, grad_logprobs, grad_entropy, options)
+            upstream = (grad_logprobs, grad_entropy, options, *further)
+            backward(out, logits, labels, temperatures, stats, *upstream)
 
     def token_logprobs_backward(logits: Tensor, labels: Tensor, *args: Any) -> Tensor:
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)

@@ -71,6 +71,7 @@ class LabelRows(Protocol):
         grad_logprobs: Tensor | None,
         grad_entropy: Tensor | None,
         options: RowOptions,
+        grad_lse: Tensor | None = None,
         /,
     ) -> None:
         """Writes the gradient of the logits to `out`, which may be the logits.

@@ -164,7 +164,11 @@ _OF_PPO = dict.fromkeys(("ref_logprobs", "rollout_logprobs", "entropy"), GIVEN)
 # No clipping: rounding would decide the gradient of a ratio at the bound.
 _REINFORCE = PolicyLossConfig.reinforce()
 _OPERANDS = ("hidden", "weight", "bias")
-_ROWS = ({"temperature": 0.7, "entropy": True}, {"support": GIVEN, "entropy": True})
+_ROWS = (
+    {"temperature": 0.7, "entropy": True},
+    {"temperature": 0.7, "entropy": True, "lse": True},
+    {"support": GIVEN, "entropy": True},
+)
 # Moderate logits: a gradient is a difference of them, and its rounding grows with their size.
 _NEAR = _all(lambda x: x.floats(*x.shape, x.vocabulary), "logits", "ref_logits")
 _FAR = _all(Inputs.tokens, "logprobs", "ref_logprobs")

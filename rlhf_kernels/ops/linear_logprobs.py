@@ -23,7 +23,7 @@ from ._operator import (
     remember,
     select,
 )
-from .logprobs import TokenLogprobs, TokenLogprobsEntropy, named_result
+from .logprobs import TokenLogprobs, TokenLogprobsEntropy, asked_for, by_name, named_result
 from .support import Support, linear_token_logprobs_support
 
 
@@ -91,22 +91,21 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         ctx.save_for_backward(*operands, targets.labels, targets.temperatures, stats)
         ctx.options, ctx.batching = targets.options, batching
         ctx.group, ctx.backend = group, backend
-        return (logprobs, entropies) if targets.options.entropy else (logprobs,)
+        of_rows = (targets.labels, targets.temperatures)
+        return asked_for(targets.options, *of_rows, logprobs, entropies, stats)
 
     @staticmethod
     @once_differentiable("linear_token_logprobs")
-    def backward(
-        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
-    ) -> InputGradients:
+    def backward(ctx: Any, *gradients: Tensor | None) -> InputGradients:
         nothing = (None,) * 6
-        if grad_logprobs is None and grad_entropy is None:
+        if all(g is None for g in gradients):
             return (None, None, None, *nothing)
         needs = list(ctx.needs_input_grad[:3])
         *operands, labels, temperatures, stats = ctx.saved_tensors
         args = (
             Operands(*operands),
             Targets(labels, temperatures, ctx.options),
-            Upstream(stats, grad_logprobs, grad_entropy),
+            Upstream(stats, *by_name(ctx.options, gradients)),
             ctx.batching,
             needs,
         )
@@ -130,6 +129,7 @@ def linear_token_logprobs(
     logit_scale: float = 1.0,
     entropy: Literal[False] = False,
     ignore_index: int = -100,
+    lse: bool = False,
     chunk_tokens: int | None = None,
     kept_tokens: int | None = None,
     batch_invariant: bool = False,
@@ -151,6 +151,7 @@ def linear_token_logprobs(
     logit_scale: float = 1.0,
     entropy: Literal[True],
     ignore_index: int = -100,
+    lse: bool = False,
     chunk_tokens: int | None = None,
     kept_tokens: int | None = None,
     batch_invariant: bool = False,
@@ -172,6 +173,7 @@ def linear_token_logprobs(
     logit_scale: float = 1.0,
     entropy: bool,
     ignore_index: int = -100,
+    lse: bool = False,
     chunk_tokens: int | None = None,
     kept_tokens: int | None = None,
     batch_invariant: bool = False,
@@ -192,6 +194,7 @@ def linear_token_logprobs(
     logit_scale: float = 1.0,
     entropy: bool = False,
     ignore_index: int = -100,
+    lse: bool = False,
     chunk_tokens: int | None = None,
     kept_tokens: int | None = None,
     batch_invariant: bool = False,
@@ -226,6 +229,7 @@ def linear_token_logprobs(
         logit_scale: a number between 2^-60 and 2^60 (Cohere, Granite).
         entropy: also return the entropy.
         ignore_index: label of tokens to skip.
+        lse: also return the log-sum-exp.
         chunk_tokens: tokens of a chunk. None: as many as fit 128 MiB of logits on CPU; 4096 on a
             GPU, or as many as fit 4 GiB. With None the backward pass on CPU works in blocks of the
             vocabulary instead of tokens: it writes the gradient of the weight once and sums only
@@ -249,11 +253,11 @@ def linear_token_logprobs(
             row is summed alone: chunk_tokens, kept_tokens and batch_invariant change nothing.
 
     Returns:
-        TokenLogprobs(logprobs [...], entropy None), or with entropy=True
-        TokenLogprobsEntropy(logprobs [...], entropy [...]), float32, differentiable in hidden,
-        weight and bias. Logits of 16-bit operands are summed in fp32 and stay fp32, except that the
-        GEMM on CPU rounds logits of bfloat16 operands to bfloat16. For float16, a CPU multiplies
-        blocks widened to fp32.
+        TokenLogprobs(logprobs, entropy, lse), each [...] and float32, None where not asked for,
+        differentiable in hidden, weight and bias; with entropy=True a TokenLogprobsEntropy. Logits
+        of 16-bit operands are summed in fp32 and stay fp32, except that the GEMM on CPU rounds
+        logits of bfloat16 operands to bfloat16. For float16, a CPU multiplies blocks widened to
+        fp32.
 
     Raises:
         TypeError, ValueError, IndexError: as in `token_logprobs`; operands whose shapes or dtypes
@@ -264,7 +268,16 @@ def linear_token_logprobs(
     names = ("hidden", "weight", "bias")
     hidden, weight, bias = check_head(op, hidden, weight, bias, names, sharded=bool(shards))
     arguments = row_options.checked(
-        op, labels, "hidden", hidden, temperature, softcap, logit_scale, entropy, ignore_index
+        op,
+        labels,
+        "hidden",
+        hidden,
+        temperature,
+        softcap,
+        logit_scale,
+        entropy,
+        ignore_index,
+        lse,
     )
     labels = row_options.without_masked(op, labels, mask, arguments.ignore_index)
     backend = select(op, hidden.device)
@@ -293,4 +306,4 @@ def linear_token_logprobs(
     found = apply(
         op, _LinearTokenLogprobs, hidden, weight, bias, *tokens, batching, shards, backend
     )
-    return named_result(*found)
+    return named_result(*by_name(tokens[-1], found))

@@ -269,14 +269,14 @@ def linear_policy_loss(
         of_rows = arguments.of_policy_loss()
         if ref_head is not None:
             states, head_weight, head_bias = ref_head
-            ref_logprobs, _ = reference.linear_token_logprobs(
+            ref_logprobs = reference.linear_token_logprobs(
                 states,
                 head_weight,
                 labels.masked_fill(mask == 0, -100),
                 bias=head_bias,
                 **of_rows,
                 group=shards,
-            )
+            ).logprobs
         loss, metrics = reference.linear_policy_loss(
             hidden,
             weight,

@@ -1,5 +1,6 @@
-"""token_logprobs: log-probability and entropy of tokens from their logits."""
+"""token_logprobs: log-probability, entropy and more of tokens from their logits."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -8,10 +9,11 @@ from torch import Tensor
 from .. import reference
 from ..core import checks, groups, layout, option_checks, row_options, tracing
 from ..core.option_checks import shown
-from ..core.row_options import RowOptions
+from ..core.row_options import RowOptions, RowResults
 from ..core.sentinels import SHARD_IGNORED
 from ..head import shard
 from ..kernels import backends
+from ..kernels.logprobs import log_sum_exp
 from ._operator import InputGradients, Operator, apply, define, once_differentiable, remember
 from .support import Support, token_logprobs_support
 
@@ -69,7 +71,7 @@ _sharded_forward: Operator[tuple[Tensor, Tensor | None, Tensor, Tensor]] = defin
 )
 _BACKWARD_ARGS = (
     "Tensor labels, Tensor? temperatures, Tensor stats, Tensor? grad_logprobs, "
-    "Tensor? grad_entropy, RowOptions options, str backend"
+    "Tensor? grad_entropy, RowOptions options, Tensor? grad_lse, str backend"
 )
 _backward: Operator[Tensor] = define(
     "token_logprobs_backward",
@@ -81,6 +83,29 @@ _backward_inplace: Operator[None] = define(
     f"(Tensor(a!) logits, {_BACKWARD_ARGS}) -> ()",
     lambda *_: None,
 )
+
+
+def asked_for(
+    options: RowOptions,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    logprobs: Tensor,
+    entropies: Tensor | None,
+    stats: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The results that the options ask for, of what an operator returns, in the order of fields."""
+    found = (logprobs, entropies) if options.entropy else (logprobs,)
+    if stats is None or not options.lse:
+        return found
+    return (*found, log_sum_exp(labels, temperatures, stats, options))
+
+
+def by_name(options: RowOptions, found: Sequence[Any]) -> RowResults:
+    """Results that the options ask for, or their gradients, with None for the others."""
+    if options.entropy or not options.lse:
+        return RowResults(*found)
+    logprobs, lse = found
+    return RowResults(logprobs, None, lse)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -107,19 +132,18 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.save_for_backward(logits, labels, temperatures, stats)
         ctx.options, ctx.backend = options, backend
         ctx.inplace = inplace_backward
-        return (logprobs, entropies) if options.entropy else (logprobs,)
+        return asked_for(options, labels, temperatures, logprobs, entropies, stats)
 
     @staticmethod
     @once_differentiable("token_logprobs")
-    def backward(
-        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
-    ) -> InputGradients:
+    def backward(ctx: Any, *gradients: Tensor | None) -> InputGradients:
         nothing = (None,) * 6
-        if grad_logprobs is None and grad_entropy is None:
+        if all(g is None for g in gradients):
             return (None, *nothing)
         logits, labels, temperatures, stats = ctx.saved_tensors
+        g = by_name(ctx.options, gradients)
         args = (
-            labels, temperatures, stats, grad_logprobs, grad_entropy, ctx.options, ctx.backend
+            labels, temperatures, stats, g.logprobs, g.entropy, ctx.options, g.lse, ctx.backend
         )  # fmt: skip
         if not ctx.inplace:
             return (_backward(logits, *args), *nothing)
@@ -131,10 +155,14 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 class TokenLogprobs(NamedTuple):
-    """Result of `token_logprobs` and `linear_token_logprobs` without entropy."""
+    """Result of `token_logprobs` and `linear_token_logprobs` without entropy.
+
+    Any: what is not asked for is None, which a type checker knows of the entropy alone.
+    """
 
     logprobs: Tensor
     entropy: None = None
+    lse: Tensor | Any = None
 
 
 class TokenLogprobsEntropy(NamedTuple):
@@ -142,15 +170,16 @@ class TokenLogprobsEntropy(NamedTuple):
 
     logprobs: Tensor
     entropy: Tensor
+    lse: Tensor | Any = None
 
 
 def named_result(
-    logprobs: Tensor, entropy: Tensor | None = None
+    logprobs: Tensor, entropy: Tensor | None = None, lse: Tensor | None = None
 ) -> TokenLogprobs | TokenLogprobsEntropy:
     """The public result for the tensors that an implementation returns."""
     if entropy is None:
-        return TokenLogprobs(logprobs)
-    return TokenLogprobsEntropy(logprobs, entropy)
+        return TokenLogprobs(logprobs, None, lse)
+    return TokenLogprobsEntropy(logprobs, entropy, lse)
 
 
 @overload
@@ -163,6 +192,7 @@ def token_logprobs(
     softcap: float | None = None,
     entropy: Literal[False] = False,
     ignore_index: int = -100,
+    lse: bool = False,
     inplace_backward: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
@@ -179,6 +209,7 @@ def token_logprobs(
     softcap: float | None = None,
     entropy: Literal[True],
     ignore_index: int = -100,
+    lse: bool = False,
     inplace_backward: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
@@ -195,6 +226,7 @@ def token_logprobs(
     softcap: float | None = None,
     entropy: bool,
     ignore_index: int = -100,
+    lse: bool = False,
     inplace_backward: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
@@ -210,6 +242,7 @@ def token_logprobs(
     softcap: float | None = None,
     entropy: bool = False,
     ignore_index: int = -100,
+    lse: bool = False,
     inplace_backward: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
@@ -217,9 +250,9 @@ def token_logprobs(
     """Log-probability of each label, and optionally the entropy of the token's distribution.
 
     With z = logits / temperature, or softcap * tanh(logits / softcap) / temperature:
-    logprob = z_y - log sum_j exp(z_j) and entropy = -sum_j p_j log p_j, p = softmax(z). Both are
-    differentiable in logits. The forward pass reads the logits once; the backward pass reads and
-    writes them once. TRL calls this `selective_log_softmax`, verl `logprobs_from_logits`.
+    lse = log sum_j exp(z_j), logprob = z_y - lse and entropy = -sum_j p_j log p_j, p = softmax(z).
+    All are differentiable in logits. The forward pass reads the logits once; the backward pass
+    reads and writes them once. TRL calls this `selective_log_softmax`, verl `logprobs_from_logits`.
 
     With `group` the vocabulary is sharded over the ranks of the group (tensor parallelism). Ranks
     hold consecutive column ranges of any size, including 0, and all ranks pass the same labels. The
@@ -241,7 +274,8 @@ def token_logprobs(
             RLHF_KERNELS_CHECK=1.
         softcap: cap of the final logits (Gemma 2), applied before temperature; None for none.
         entropy: also return the entropy.
-        ignore_index: label of tokens to skip: result 0, gradient exactly 0, logits never read.
+        ignore_index: label of tokens to skip: results 0, gradient exactly 0, logits never read.
+        lse: also return the log-sum-exp (for a z-loss).
         inplace_backward: write the gradient into the memory of `logits`, which saves a buffer. Only
             for logits that nothing else needs; a later use in the same graph raises in autograd.
         group: process group over which V is sharded. logits are then this rank's [..., V_rank];
@@ -261,15 +295,15 @@ def token_logprobs(
             only they are saved for the backward pass.
 
     Returns:
-        TokenLogprobs(logprobs [...], entropy None), or with entropy=True
-        TokenLogprobsEntropy(logprobs [...], entropy [...]), float32. A row that holds NaN or +inf,
+        TokenLogprobs(logprobs, entropy, lse), each [...] and float32, None where not asked for;
+        with entropy=True a TokenLogprobsEntropy with the same fields. A row that holds NaN or +inf,
         or only -inf, gives NaN; a label whose logit is -inf gives -inf, as in torch.
 
     Raises:
         TypeError: wrong dtype or type of an argument.
         ValueError: shapes or devices that do not match; temperature or softcap not between 2^-60
             and 2^60; inplace_backward on a leaf, on overlapping memory, under torch.compile, on the
-            reference backend, or with support; group and support together; on CPU an indptr that
+            reference backend, or with support; group or lse with support; on CPU an indptr that
             does not start at 0, decreases, or does not end at nnz, or a repeated token id in a
             support.
         IndexError: on CPU, a label or kept token id outside [0, V), with its position; it is never
@@ -287,7 +321,17 @@ def token_logprobs(
     if logits.dim() == 0 or (logits.size(-1) == 0 and not shards):
         raise ValueError(f"{op}: logits must be [..., V] with V >= 1, got {shown(logits.shape)}")
     arguments = row_options.checked(
-        op, labels, "logits", logits, temperature, softcap, 1.0, entropy, ignore_index, fit=plain
+        op,
+        labels,
+        "logits",
+        logits,
+        temperature,
+        softcap,
+        1.0,
+        entropy,
+        ignore_index,
+        lse,
+        fit=plain,
     )
     if mask is not None:
         labels = row_options.without_masked(op, labels, mask, arguments.ignore_index)
@@ -312,15 +356,18 @@ def token_logprobs(
     if inplace_backward:
         _check_inplace(logits)
     rows = (logits, labels, *arguments.split())
+    _, _, temperatures, options = rows
     if (torch.is_grad_enabled() and logits.requires_grad) or tracing.forward_mode():
         args = (*rows, inplace_backward, shards, backend)
-        return named_result(*apply(op, _TokenLogprobs, *args, plain=plain))
+        found = apply(op, _TokenLogprobs, *args, plain=plain)
+        return named_result(*by_name(options, found))
     if not plain:
         # A tensor that outlived a transform of torch.func asks for a gradient, and has no memory.
         rows = (layout.constant(logits), *rows[1:])
     if shards:
-        logprobs, entropies, *_ = _sharded_forward(*rows, shards, backend)
+        *results, _ = _sharded_forward(*rows, shards, backend)
     else:
         whole = plain and mask is None and rows[2] is None
-        logprobs, entropies, _ = _forward(*rows, False, backend, plain=whole)
-    return named_result(logprobs, entropies if arguments.entropy else None)
+        # The log-sum-exp is computed from the statistics.
+        results = [*_forward(*rows, options.lse, backend, plain=whole)]
+    return named_result(*by_name(options, asked_for(options, labels, temperatures, *results)))

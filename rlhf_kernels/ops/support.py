@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..core import checks
-from ..core.row_options import RowArguments, RowOptions
+from ..core.row_options import RowArguments, RowOptions, RowResults
 from ..head.arguments import Operands
 from ..kernels import backends
 from ._operator import (
@@ -72,6 +72,11 @@ _head_backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
 )
 
 
+def _check_arguments(op: str, arguments: RowArguments) -> None:
+    if arguments.lse:
+        raise ValueError(f"{op}: support gives log-probabilities and entropies alone, without lse")
+
+
 class _TokenLogprobsSupport(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
@@ -125,9 +130,10 @@ class _LinearTokenLogprobsSupport(torch.autograd.Function):
 
 def token_logprobs_support(
     logits: Tensor, labels: Tensor, support: Support, arguments: RowArguments
-) -> tuple[Tensor, Tensor | None]:
+) -> RowResults:
     """`token_logprobs` over a support; expects all other arguments to be checked."""
     op = "token_logprobs"
+    _check_arguments(op, arguments)
     pair = checks.support(op, support, labels.numel(), labels.device)
     backend = backends.select(op, logits.device, f"{op}_support")
     if backend == backends.REFERENCE:
@@ -137,8 +143,7 @@ def token_logprobs_support(
     checks.floating(op, "logits", logits)
     temperatures, options = arguments.split()
     tokens = (labels, temperatures, *pair)
-    logprobs, *entropies = apply(op, _TokenLogprobsSupport, logits, *tokens, options, backend)
-    return logprobs, entropies[0] if options.entropy else None
+    return RowResults(*apply(op, _TokenLogprobsSupport, logits, *tokens, options, backend))
 
 
 def linear_token_logprobs_support(
@@ -148,9 +153,10 @@ def linear_token_logprobs_support(
     labels: Tensor,
     support: Support,
     arguments: RowArguments,
-) -> tuple[Tensor, Tensor | None]:
+) -> RowResults:
     """`linear_token_logprobs` over a support; expects all other arguments to be checked."""
     op = "linear_token_logprobs"
+    _check_arguments(op, arguments)
     pair = checks.support(op, support, labels.numel(), labels.device)
     backend = backends.select(op, hidden.device, f"{op}_support")
     if backend == backends.REFERENCE:
@@ -164,5 +170,5 @@ def linear_token_logprobs_support(
     hidden = hidden.to(weight.dtype)
     temperatures, options = arguments.split()
     head, tokens = (hidden, weight, bias), (labels, temperatures, *pair)
-    logprobs, *entropies = apply(op, _LinearTokenLogprobsSupport, *head, *tokens, options, backend)
-    return logprobs, entropies[0] if options.entropy else None
+    inputs = (*head, *tokens, options, backend)
+    return RowResults(*apply(op, _LinearTokenLogprobsSupport, *inputs))

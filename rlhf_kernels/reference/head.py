@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..config.policy import PolicyLossConfig
+from ..core.row_options import RowResults
 from . import shard
 from ._common import compute
 from .kl import kl_divergence
@@ -31,7 +32,7 @@ def linear_token_logprobs(
     ignore_index: int = -100,
     group: str = "",
     **options: Any,
-) -> tuple[Tensor, Tensor | None]:
+) -> RowResults:
     """`token_logprobs` of the head's logits, with its options; see `linear_token_logprobs`."""
     # NaN in an ignored token's hidden state must not reach the gradient of the weight.
     keep = (labels != ignore_index).unsqueeze(-1)
@@ -96,7 +97,7 @@ def linear_policy_loss(
     softcap of `linear_token_logprobs`.
     """
     labels = labels.masked_fill(mask == 0, -100)
-    logprobs, entropy = linear_token_logprobs(
+    found = linear_token_logprobs(
         hidden,
         weight,
         labels,
@@ -106,13 +107,13 @@ def linear_policy_loss(
         **options,
     )
     return policy_loss(
-        logprobs,
-        logprobs.detach() if old_logprobs is None else old_logprobs,
+        found.logprobs,
+        found.logprobs.detach() if old_logprobs is None else old_logprobs,
         advantages,
         mask,
         ref_logprobs=ref_logprobs,
         rollout_logprobs=rollout_logprobs,
-        entropy=entropy,
+        entropy=found.entropy,
         cu_seqlens=cu_seqlens,
         normalizer=normalizer,
         config=config,

@@ -1,4 +1,4 @@
-"""Reference of token log-probabilities and entropy."""
+"""Reference of token log-probabilities, entropy and log-sum-exp."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core import tracing
+from ..core.row_options import RowResults
 from . import shard
 from ._common import compute, distances, per_row, with_options
 
@@ -58,6 +59,26 @@ class _Entropy(torch.autograd.Function):
         return torch.where(grad.unsqueeze(-1) == 0, 0, grad.unsqueeze(-1) * slope)
 
 
+class _LogSumExp(torch.autograd.Function):
+    """log sum_j e^d_j of d [..., V]; a zero upstream gradient gives a zero row."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(d: Tensor) -> Tensor:
+        return torch.logsumexp(d, -1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (d,) = ctx.saved_tensors
+        grad = grad.unsqueeze(-1)
+        return torch.where(grad == 0, 0, grad * torch.softmax(d, -1))
+
+
 def _weights(d: Tensor) -> tuple[Tensor, Tensor]:
     """p = softmax(d) and the mean of d under p, [..., 1]; a term with p = 0 is 0, even at -inf."""
     p = torch.softmax(d, -1)
@@ -71,10 +92,13 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,
     entropy: bool = False,
     ignore_index: int = -100,
+    lse: bool = False,
     group: str = "",
     **options: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """log softmax(z)_y and H = -sum_j p_j log p_j of z = with_options(logits) / temperature.
+) -> RowResults:
+    """log softmax(z)_y, H = -sum_j p_j log p_j and log sum_j exp(z_j) of logits.
+
+    z = with_options(logits) / temperature.
 
     Args:
         logits: [..., V].
@@ -82,11 +106,9 @@ def token_logprobs(
         temperature: a number, or a tensor that broadcasts to the shape of labels.
         entropy: also return H.
         ignore_index: tokens with this label have result 0 and gradient 0, whatever their logits.
+        lse: also return log sum_j exp(z_j).
         group: name of the process group over which V is sharded; "" for none.
         options: those of `with_options`.
-
-    Returns:
-        (logprobs [...], entropy [...] or None).
     """
     if group:
         return shard.token_logprobs(
@@ -95,14 +117,18 @@ def token_logprobs(
             temperature=temperature,
             entropy=entropy,
             ignore_index=ignore_index,
+            lse=lse,
             group=group,
             **options,
         )
     tracing.refuse_tangents("token_logprobs", logits)
     keep = labels != ignore_index
     z = with_options(torch.where(keep.unsqueeze(-1), compute(logits), 0), **options)
-    d = distances(z, per_row(temperature, keep))
+    rates = per_row(temperature, keep)
+    d = distances(z, rates)
     logprobs = torch.where(keep, _LogProb.apply(d, torch.where(keep, labels, 0).long()), 0)
-    if not entropy:
-        return logprobs, None
-    return logprobs, torch.where(keep, _Entropy.apply(d), 0)
+    of_entropy = torch.where(keep, _Entropy.apply(d), 0) if entropy else None
+    if not lse:
+        return RowResults(logprobs, of_entropy)
+    top = (z.detach().amax(-1, keepdim=True) / rates).squeeze(-1)
+    return RowResults(logprobs, of_entropy, torch.where(keep, _LogSumExp.apply(d) + top, 0))

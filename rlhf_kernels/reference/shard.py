@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core import groups
+from ..core.row_options import RowResults
 from ._common import compute, per_row, with_options
 
 
@@ -50,16 +51,17 @@ def token_logprobs(
     temperature: float | Tensor,
     entropy: bool,
     ignore_index: int,
+    lse: bool,
     group: str,
     **options: Any,
-) -> tuple[Tensor, Tensor | None]:
+) -> RowResults:
     """`token_logprobs` of logits [..., V_rank]; labels [...] count from rank 0's first column."""
     keep = labels != ignore_index
     z = with_options(torch.where(keep.unsqueeze(-1), compute(logits), 0), **options)
     # amax needs one column, but a shard may be empty.
     z = torch.nn.functional.pad(z, (0, 1), value=-torch.inf)
-    d = z - groups.maximum(z.detach().amax(-1), group).unsqueeze(-1)
-    d = d / per_row(temperature, keep)
+    top, rates = groups.maximum(z.detach().amax(-1), group), per_row(temperature, keep)
+    d = (z - top.unsqueeze(-1)) / rates
     e = d.exp()
     # From here on only sums over the ranks are used, so results are the same on every rank.
     log_s = _Summed.apply(e.sum(-1), group).log()
@@ -70,8 +72,12 @@ def token_logprobs(
     own = d.gather(-1, torch.where(owned, local, 0).unsqueeze(-1)).squeeze(-1)
     own = _Summed.apply(torch.where(owned, own, 0), group)
     logprobs = torch.where(keep, own - log_s, 0)
-    if not entropy:
-        return logprobs, None
-    # The limit of d e^d at d = -inf is 0; the product would be NaN.
-    weighted = _Summed.apply((e * torch.where(e > 0, d, 0)).sum(-1), group)
-    return logprobs, torch.where(keep, log_s - weighted / log_s.exp(), 0)
+    of_entropy = of_lse = None
+    if entropy:
+        # The limit of d e^d at d = -inf is 0; the product would be NaN.
+        weighted = _Summed.apply((e * torch.where(e > 0, d, 0)).sum(-1), group)
+        of_entropy = torch.where(keep, log_s - weighted / log_s.exp(), 0)
+    if lse:
+        scaled = (top.unsqueeze(-1) / rates).squeeze(-1)
+        of_lse = torch.where(keep, log_s + scaled, 0)
+    return RowResults(logprobs, of_entropy, of_lse)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.row_options import RowResults
 from ._common import compute, with_options
 from .head import head_logits
 from .logprobs import token_logprobs
@@ -38,8 +39,9 @@ def token_logprobs_support(
     temperature: float | Tensor = 1.0,
     entropy: bool = False,
     ignore_index: int = -100,
+    lse: bool = False,
     **options: Any,
-) -> tuple[Tensor, Tensor | None]:
+) -> RowResults:
     """`token_logprobs` with every logit outside the token's support at -inf.
 
     Args:
@@ -50,10 +52,8 @@ def token_logprobs_support(
         temperature: as in `token_logprobs`.
         entropy: also return the entropy over the support.
         ignore_index: as in `token_logprobs`.
+        lse: also return the log-sum-exp over the support.
         options: those of `with_options`.
-
-    Returns:
-        (logprobs [...], entropy [...] or None).
     """
     mask = support_mask(indptr, indices, labels != ignore_index, logits.shape[-1])
     # Masked before the options too: NaN outside the support must reach no value or gradient.
@@ -64,6 +64,7 @@ def token_logprobs_support(
         temperature=temperature,
         entropy=entropy,
         ignore_index=ignore_index,
+        lse=lse,
     )
 
 
@@ -78,7 +79,7 @@ def linear_token_logprobs_support(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     **options: Any,
-) -> tuple[Tensor, Tensor | None]:
+) -> RowResults:
     """`token_logprobs_support` of the head's logits, with its options."""
     keep = (labels != ignore_index).unsqueeze(-1)
     return token_logprobs_support(

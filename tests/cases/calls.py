@@ -137,6 +137,12 @@ CHOICES: dict[str, tuple[dict[str, tuple[Any, ...]], ...]] = {
             "support": (ABSENT, ABSENT, GIVEN, GIVEN),
             "chunk_tokens": (None, 2),
         },
+        {
+            "lse": (True,),
+            "entropy": (False, True),
+            "temperature": (1.0, GIVEN),
+            "kept_tokens": (None, N),
+        },
     ),
     "policy_loss": ({**_POLICY, "entropy": (GIVEN,)},),
     "ppo_advantages": (
@@ -160,6 +166,7 @@ CHOICES: dict[str, tuple[dict[str, tuple[Any, ...]], ...]] = {
             "ignore_index": (-100, 3),
             "support": (ABSENT, GIVEN, ABSENT),
         },
+        {"lse": (True,), "entropy": (False, True), "temperature": (GIVEN, 1.0)},
     ),
     "value_loss": (
         {

@@ -34,7 +34,7 @@ def test_token_logprobs_match_fp64(backend, options, dtype):
     upstream[:, 0, 6:9] = 0
 
     def run(function, h, w, b, up, **more):
-        logprobs, entropy = function(h, w, labels, bias=b, entropy=True, **more)
+        logprobs, entropy, *_ = function(h, w, labels, bias=b, entropy=True, **more)
         loss = (logprobs * up[0]).sum() + (entropy * up[1]).sum()
         return (logprobs, entropy, *torch.autograd.grad(loss, (h, w, b)))
 
@@ -101,12 +101,10 @@ def test_policy_loss_is_the_composition(backend, packed):
         rk.linear_policy_loss, leaves, tokens, **constants, cu_seqlens=cu_seqlens, config=config
     )
     logits = hidden @ weight.T + bias
-    logprobs, entropy = rk.token_logprobs(
-        logits, labels.masked_fill(~mask, -100), temperature=0.8, entropy=True
-    )
+    own = rk.token_logprobs(logits, labels.masked_fill(~mask, -100), temperature=0.8, entropy=True)
     result = rk.policy_loss(
-        logprobs, old, advantages, mask=mask, entropy=entropy, cu_seqlens=cu_seqlens, config=config,
-        **constants,
+        own.logprobs, old, advantages, mask=mask, entropy=own.entropy, cu_seqlens=cu_seqlens,
+        config=config, **constants,
     )  # fmt: skip
     gradients = torch.autograd.grad(result.loss, leaves)
     composed = (result.loss, result.metrics.tensor, *gradients)
@@ -231,7 +229,7 @@ def test_batch_invariance(kernels, dtype):
 
     def run(rows):
         h = hidden.detach()[rows].requires_grad_()
-        lp, entropy = rk.linear_token_logprobs(h, weight, labels[rows], entropy=True, **options)
+        own = rk.linear_token_logprobs(h, weight, labels[rows], entropy=True, **options)
         kl = rk.linear_kl_divergence(
             h, weight, hidden.detach()[rows].flip(-1), weight.detach(), **options
         )
@@ -240,8 +238,8 @@ def test_batch_invariance(kernels, dtype):
             mask=torch.ones(len(rows), 1, dtype=torch.bool),
             config=rk.PolicyLossConfig.reinforce(aggregation="constant", normalizer=3.0), **options,
         ).loss  # fmt: skip
-        total = (lp.sum() + entropy.sum(), loss, kl.sum())
-        return lp, entropy, kl, *(torch.autograd.grad(t, h)[0] for t in total)
+        total = (own.logprobs.sum() + own.entropy.sum(), loss, kl.sum())
+        return own.logprobs, own.entropy, kl, *(torch.autograd.grad(t, h)[0] for t in total)
 
     with rk.use_backend(kernels):
         whole = run(torch.arange(70))
@@ -399,11 +397,12 @@ def test_gradients_are_contiguous_whatever_the_strides(backend, masked):
 def test_opcheck(kept):
     hidden, weight, bias, labels = (t.detach() for t in operands())
     op = torch.ops.rlhf_kernels.linear_token_logprobs
-    args = (hidden, weight, bias, labels, None, 0.9, 0.0, True, -100, 16, kept)
+    options = (0.9, 0.0, True, -100, True)
+    args = (hidden, weight, bias, labels, None, *options, 16, kept)
     torch.library.opcheck(op.default, (*args, "cpu"))
     stats = op(*args, "cpu")[2]
     g = torch.randn(B, T)
-    back = (hidden, weight, bias, labels, None, 0.9, 0.0, True, -100, stats, g, g, 16, kept)
+    back = (hidden, weight, bias, labels, None, *options, stats, g, g, g, 16, kept)
     torch.library.opcheck(
         torch.ops.rlhf_kernels.linear_token_logprobs_backward.default,
         (*back, [True, True, False], "cpu"),
@@ -415,11 +414,11 @@ def test_compiles_without_graph_break(given):
     torch._dynamo.reset()
 
     def step(hidden, weight, labels):
-        logprobs, entropy = rk.linear_token_logprobs(
+        found = rk.linear_token_logprobs(
             hidden * 1, weight, labels, entropy=True,
             kept_tokens=labels.numel() if given else None,
         )  # fmt: skip
-        return logprobs.sum() - 0.01 * entropy.sum()
+        return found.logprobs.sum() - 0.01 * found.entropy.sum()
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     hidden, weight, _, labels = operands(bias=False)
@@ -438,6 +437,6 @@ def test_gradcheck_of_the_reference():
     torch.autograd.gradcheck(
         lambda h, w, b: reference.linear_token_logprobs(
             h, w, labels[:, :3] % 9, bias=b, softcap=5.0, logit_scale=0.5, entropy=True
-        ),
+        )[:2],
         leaves,
     )

@@ -7,6 +7,8 @@ from tests.head.bounds import HeadBounds, assert_all_within, logprobs_bounds, po
 from tests.head.head_cases import CONFIGS, operands, policy_bounds_of, policy_problem
 from tests.head.shard_ranks import Ranks
 from tests.ops.logprobs_cases import check_against_oracle, problem, run_here
+from tests.ops.row_results_cases import EVERY, FIELDS
+from tests.ops.row_results_cases import check as check_every
 
 import rlhf_kernels as rk
 from rlhf_kernels import reference
@@ -71,6 +73,22 @@ def test_token_logprobs_match_fp64(backend, ranks, sizes, options):
     # The first and the last label of the vocabulary.
     labels[:2] = torch.tensor([0, sum(sizes) - 1])
     check_against_oracle(logits, labels, run_kernel=run, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "temperature": 0.7}], ids=str)
+def test_every_result_matches_fp64(backend, ranks, options):
+    sizes = [7, 0, 51]
+
+    def run(logits, labels, upstream, **options):
+        results, gradients = on_ranks(
+            ranks, sizes, "token_logprobs", backend, {"logits": logits, "labels": labels},
+            {"logits": -1}, [*upstream.values()], options=EVERY | options,
+        )  # fmt: skip
+        return dict(zip(FIELDS, results, strict=True)) | {"gradient": gradients["logits"]}
+
+    logits, labels = problem(6, sum(sizes), torch.float32)
+    labels[:2] = torch.tensor([0, sum(sizes) - 1])
+    check_every(logits, labels, run_kernel=run, **options)
 
 
 def test_gradient_penalty_of_the_reference(ranks):
@@ -191,7 +209,7 @@ def test_head_matches_fp64(backend, ranks, blocks, sizes, dtype):
         budget=2000 if blocks else None,
     )  # fmt: skip
     h, w, b = leaves = to_float64((hidden, weight, bias))
-    exact = reference.linear_token_logprobs(h, w, labels, bias=b, **options)
+    exact = reference.linear_token_logprobs(h, w, labels, bias=b, **options)[:2]
     exact_gradients = torch.autograd.grad(exact, leaves, list(upstream.double()))
     actual = (*results, gradients["hidden"], gradients["weight"], gradients["bias"])
     del options["entropy"]

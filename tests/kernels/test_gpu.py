@@ -278,7 +278,7 @@ def _masked_head(hidden, weight, labels, mask, **options):
     leaf = hidden.detach().requires_grad_()
     found = rk.linear_token_logprobs(leaf, weight, labels, mask, entropy=True, **options)
     (gradient,) = torch.autograd.grad(
-        [found.logprobs, found.entropy], leaf, [torch.ones_like(x) for x in found]
+        [found.logprobs, found.entropy], leaf, [torch.ones_like(x) for x in found[:2]]
     )
     return found.logprobs.detach(), found.entropy.detach(), gradient
 

@@ -54,7 +54,7 @@ def head_problem(sizes, dtype, *, vocab=VOCAB, hidden=HIDDEN, outside=(), seed=0
 
 def run(logits, labels, support, upstream, **options):
     """(logprobs, entropy, gradient)"""
-    found = rk.token_logprobs(logits, labels, support=support, entropy=True, **options)
+    found = rk.token_logprobs(logits, labels, support=support, entropy=True, **options)[:2]
     return *found, *torch.autograd.grad(found, logits, list(upstream))
 
 
@@ -63,14 +63,14 @@ def run_head(operands, labels, support, upstream, **options):
     hidden, weight, bias = operands
     found = rk.linear_token_logprobs(
         hidden, weight, labels, bias=bias, support=support, entropy=True, **options
-    )
+    )[:2]
     wanted = [t for t in operands if t is not None and t.requires_grad]
     return *found, *torch.autograd.grad(found, wanted, list(upstream))
 
 
 def dense(function, inputs, labels, support, upstream, **options):
     """The same of a definition, on inputs of its own dtype."""
-    found = function(*inputs, labels, *support, entropy=True, **options)
+    found = function(*inputs, labels, *support, entropy=True, **options)[:2]
     wanted = [t for t in (*inputs, options.get("bias")) if t is not None and t.requires_grad]
     return *found, *torch.autograd.grad(found, wanted, [u.to(found[0].dtype) for u in upstream])
 

@@ -31,7 +31,7 @@ def test_no_tokens_padded(backend, b, t):
     labels, logits = torch.zeros(b, t, dtype=torch.long), torch.randn(b, t, 5)
     ones = torch.ones(b)
     config = rk.PolicyLossConfig.ppo(kl_coef=0.1, correction_level="token", correction_max=2.0)
-    run(lambda z: tuple(rk.token_logprobs(z, labels, entropy=True)), logits)
+    run(lambda z: rk.token_logprobs(z, labels, entropy=True)[:2], logits)
     run(rk.kl_divergence, logits, logits)
     run(lambda a, c: rk.kl_penalty(a, c, estimator="k3"), x, x)
     run(lambda r, v: tuple(rk.gae(r, v, mask=keep, bootstrap_values=ones, whiten=True)), x, x)
@@ -100,7 +100,7 @@ def test_no_tokens_or_no_columns_of_a_head(backend, n, width):
     keep, config = torch.ones(1, n, dtype=torch.bool), rk.PolicyLossConfig.ppo()
 
     def logprobs(h, w, bias):
-        return tuple(rk.linear_token_logprobs(h, w, labels, bias=bias, entropy=True))
+        return rk.linear_token_logprobs(h, w, labels, bias=bias, entropy=True)[:2]
 
     def loss(h, w, bias):
         return rk.linear_policy_loss(
@@ -124,7 +124,7 @@ def test_no_words_or_no_columns_under_a_support(backend, n, width, entries):
     lists = torch.arange(n + 1) * entries, words.repeat(n)
     leaves = [t.clone().requires_grad_() for t in (h, w, bias)]
     arguments = RowArguments(1.0, None, 1.0, False, -100)
-    got, _ = linear_token_logprobs_support(*leaves, labels, lists, arguments)
+    got = linear_token_logprobs_support(*leaves, labels, lists, arguments).logprobs
     got.sum().backward()
     if n and not entries:
         assert got.isnan().all() and not any(t.grad.any() for t in leaves)
@@ -136,7 +136,8 @@ def test_no_words_or_no_columns_under_a_support(backend, n, width, entries):
         want[words] = n * ((torch.arange(entries) == entries - 1).double() - kept.exp())
         torch.testing.assert_close(leaves[2].grad.double(), want)
     alone = bias.clone().requires_grad_()
-    linear_token_logprobs_support(h, w, alone, labels, lists, arguments)[0].sum().backward()
+    found = linear_token_logprobs_support(h, w, alone, labels, lists, arguments)
+    found.logprobs.sum().backward()
     assert torch.equal(alone.grad, leaves[2].grad)
     logits = torch.randn(n, 7)
     run(lambda z: rk.token_logprobs(z, labels, support=lists).logprobs.nan_to_num(), logits)

@@ -193,11 +193,11 @@ def test_inplace_backward():
     expected = run(rk.token_logprobs, logits, labels, torch.ones(2, 6))
     head = logits * 1
     address = head.data_ptr()
-    logprobs, entropy = rk.token_logprobs(head, labels, entropy=True, inplace_backward=True)
+    found = rk.token_logprobs(head, labels, entropy=True, inplace_backward=True)
     version = head._version
     seen = []
     head.register_hook(lambda g: seen.append(g))
-    (logprobs.sum() + entropy.sum()).backward()
+    (found.logprobs.sum() + found.entropy.sum()).backward()
     assert seen[0].data_ptr() == address
     assert head._version > version
     assert_bitwise_equal(logits.grad, expected[2])
@@ -245,7 +245,7 @@ def test_gradcheck_of_the_reference():
     labels = torch.tensor([1, -100, 6])
     for options in OPTIONS:
         torch.autograd.gradcheck(
-            lambda x, o=options: reference.token_logprobs(x, labels, entropy=True, **o), logits
+            lambda x, o=options: reference.token_logprobs(x, labels, entropy=True, **o)[:2], logits
         )
 
 
@@ -260,16 +260,15 @@ def test_opcheck(case):
         logits, labels = logits[:0], labels[:0]
     if case == "options":
         temperatures, softcap, entropy = torch.rand(4, 3) + 0.5, 9.0, False
-    args = (logits, labels, temperatures, 1.0, softcap, entropy, -100)
+    options = (1.0, softcap, entropy, -100, False)
+    args = (logits, labels, temperatures, *options)
     op = torch.ops.rlhf_kernels.token_logprobs.default
     torch.library.opcheck(op, (*args, case != "no grad", "cpu"))
     *_, stats = op(*args, True, "cpu")
     grad = torch.randn(labels.shape)
     upstream = (grad, grad if entropy else None)
-    back = (logits, labels, temperatures, stats, *upstream, 1.0, softcap, entropy)
-    torch.library.opcheck(
-        torch.ops.rlhf_kernels.token_logprobs_backward.default, (*back, -100, "cpu")
-    )
+    back = (logits, labels, temperatures, stats, *upstream, *options, grad, "cpu")
+    torch.library.opcheck(torch.ops.rlhf_kernels.token_logprobs_backward.default, back)
 
 
 def test_compiles_without_graph_break_or_recompilation():

@@ -57,10 +57,12 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         grad_logprobs: Tensor | None,
         grad_entropy: Tensor | None,
         options: RowOptions,
+        grad_lse: Tensor | None = None,
     ) -> None:
         temperatures = b.as_fp32(temperatures)
         grad_logprobs = b.as_upstream(grad_logprobs)
         grad_entropy = b.as_upstream(grad_entropy)
+        grad_lse = b.as_upstream(grad_lse)
         status = extension.token_logprobs_backward(
             logits,
             labels,
@@ -69,6 +71,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             stats,
             grad_logprobs,
             grad_entropy,
+            grad_lse,
             out,
             make_exec(logits, "token_logprobs_backward", lambda: (labels.numel(),)),
         )

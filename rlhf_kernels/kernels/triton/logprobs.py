@@ -33,6 +33,7 @@ ROWS = 64
 GROUP = 128
 # exp of a smaller number is below the normal floats and counts as zero.
 LOWEST = tl.constexpr(-87.0)
+TINY = tl.constexpr(2.0**-126)
 ELSEWHERE = tl.constexpr(sentinels.ELSEWHERE)
 SHARD_IGNORED = tl.constexpr(sentinels.SHARD_IGNORED)
 
@@ -214,6 +215,7 @@ def coefficients_kernel(
     stats,
     grad_logprobs,
     grad_entropy,
+    grad_lse,
     coefficients,
     rows,
     cols,
@@ -239,6 +241,9 @@ def coefficients_kernel(
     if temperatures is None:
         t = tl.full((BLOCK,), 0.0, tl.float32) + t
     skip = (label == ignore_index) | ((g == 0.0) & (h == 0.0))
+    if grad_lse is not None:
+        of_lse = tl.load(token_at(grad_lse, row, cols), mask=valid, other=0)
+        skip = (label == ignore_index) | ((g == 0.0) & (h == 0.0) & (of_lse == 0.0))
     rate = 1.0 / t.to(tl.float64)
     of_row = row.to(tl.int64)
     m = tl.load(stats + of_row * 3, mask=valid, other=0.0)
@@ -249,9 +254,17 @@ def coefficients_kernel(
     z, slope = with_options(z, row_options)
     # dz = e (a0 + a1 log2 e): the entropy term is linear in log p.
     a0 = (-g + h * mean) / s * rate
+    if grad_lse is not None:
+        a0 = (of_lse.to(tl.float64) - g + h * mean) / s * rate
     a1 = -h / s * rate / LOG2E
+    if grad_lse is not None:
+        # Their weights cancel beside a gradient at the label: not a row without one.
+        a0 = tl.where((of_lse != 0.0) & (a0 == 0.0) & (a1 == 0.0), TINY, a0)
     distance = (z - m).to(tl.float64) * rate
-    own = label_gradient(distance - tl.log(s), distance, mean, g, h) * rate * slope
+    logprob = distance - tl.log(s)
+    own = label_gradient(logprob, distance, mean, g, h) * rate * slope
+    if grad_lse is not None:
+        own += of_lse * tl.exp(logprob) * rate * slope
     out = coefficients + of_row * 5
     tl.store(out, m, mask=valid)
     tl.store(out + 1, rate.to(tl.float32), mask=valid)
@@ -371,10 +384,12 @@ def _backward(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     options: RowOptions,
+    grad_lse: Tensor | None = None,
 ) -> None:
     (rows, cols), vocab = grid(labels.shape), logits.shape[-1]
     logits, tokens, of_rows = as_rows(logits), strided(labels), packed(options)
     g, h = strided(as_upstream(grad_logprobs)), strided(as_upstream(grad_entropy))
+    of_lse = strided(as_upstream(grad_lse))
     coefficients, x = stats.new_empty(rows * cols * 5), strided_rows(logits)
     launch(
         coefficients_kernel,
@@ -386,6 +401,7 @@ def _backward(
         stats,
         g,
         h,
+        of_lse,
         coefficients,
         rows * cols,
         cols,

@@ -37,8 +37,8 @@ def _token_logprobs(vocab: int) -> Iterator[Case]:
         logits: Tensor, labels: Tensor, upstream: Tensor, temperature: Tensor | float = 1.0
     ) -> tuple[Tensor, ...]:
         logits = logits.detach().requires_grad_()
-        out = rk.token_logprobs(logits, labels, temperature=temperature, entropy=True)
-        return (*out, backward(tuple(out), logits, upstream))
+        out = rk.token_logprobs(logits, labels, temperature=temperature, entropy=True)[:2]
+        return (*out, backward(out, logits, upstream))
 
     def make() -> Arguments:
         labels = torch.tensor([0, vocab - 1, vocab // 2])

@@ -13,8 +13,8 @@ def step(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> dict[s
     entropy: Tensor = new.entropy
     nothing: None = old.entropy
     assert nothing is None
-    logprobs, second = rk.linear_token_logprobs(hidden, weight, labels, entropy=True)
-    total: Tensor = logprobs + second
+    more = rk.linear_token_logprobs(hidden, weight, labels, entropy=True, lse=True)
+    total: Tensor = more.logprobs + more.entropy + more.lse.square()
     advantages = rk.group_advantages(torch.ones(2), 2, baseline="leave-one-out", scale="none")
     config = rk.PolicyLossConfig.grpo(kl_coef=0.0, aggregation="seq-mean-token-mean")
     theirs = (
