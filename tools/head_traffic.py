@@ -78,7 +78,8 @@ def markdown() -> str:
         f"three bare products move {bare}. The table has the time of a call, divided by that of",
         f"three bare products at {PRODUCT_SHARE:.0%} of the data sheet's rate. Least: the bytes of",
         "products are hidden behind their arithmetic. Most: only as many as bare ones move are.",
-        "Row kernels are taken to move their bytes at the copy rate.",
+        "Row kernels are taken to move their bytes at the copy rate, and what the one kernel reads",
+        "from L2 to take no time: L2 passes on as many bytes as before, at a rate not known here.",
         "",
     ]
     rows_of = [

@@ -192,8 +192,11 @@ bool policy_rows_suits(int64_t vocab, const RowOptions& options) {
 Status policy_rows(const PolicyRowsArgs& a) {
   const OnDevice guard(a.exec);
   const int64_t tiles = ceil_div(a.vocab, kTileColumns), blocks = row_blocks(tiles);
-  if (tiles == 0 || blocks > kMaxCluster || a.options.change_logits())
-    throw std::runtime_error("rlhf_kernels: no policy_rows for this vocabulary and these options");
+  const int32_t out = a.grad_logits.dtype;
+  if (tiles == 0 || blocks > kMaxCluster || a.options.change_logits() ||
+      a.logits.dtype != kFloat32 || (out != kFloat32 && out != kBFloat16))
+    throw std::runtime_error(
+        "rlhf_kernels: no policy_rows for this vocabulary, these options or dtypes");
   const TokenTensors given{
       {a.old_logprobs, a.advantages, a.ref_logprobs, a.rollout_logprobs, a.weights}};
   const auto enqueue = [&](auto result) {
@@ -209,7 +212,7 @@ Status policy_rows(const PolicyRowsArgs& a) {
                        static_cast<float4*>(a.exec.scratch));
     });
   };
-  a.grad_logits.dtype == kBFloat16 ? enqueue(BF16{}) : enqueue(F32{});
+  out == kBFloat16 ? enqueue(BF16{}) : enqueue(F32{});
   return {};
 }
 

@@ -20,6 +20,7 @@ from .chunks import (
     covered,
     flat,
     localized,
+    logits_dtype,
     prefer_recompute,
     select,
     split,
@@ -80,9 +81,11 @@ class _PolicySweep:
                 self._labels = torch.where(keep, self._labels.long(), SHARD_IGNORED)
         heads = 1 if reference is None else 2
         self._chunk = Chunk.of(batching.chunk_tokens, weight, heads)
-        self._one_kernel = kernels.rows.policy_rows_for(
-            weight.device, weight.shape[0], self._options
-        )
+        self._one_kernel = None
+        if logits_dtype(weight.device, weight.dtype) == torch.float32:
+            self._one_kernel = kernels.rows.policy_rows_for(
+                weight.device, weight.shape[0], self._options
+            )
         self._backward_chunk = functools.partial(Chunk.backward, batching.chunk_tokens, weight)
         # The gradient's sum over chunks costs more than the logits again, in a second sweep.
         self.recomputes = prefer_recompute(batching.chunk_tokens, weight, count, heads)
@@ -94,11 +97,11 @@ class _PolicySweep:
         self.ref_logprobs = None if reference is None else torch.zeros_like(self.logprobs)
         self._stats = self.logprobs.new_empty((*keep.shape, 3))
 
-    def _rows(self, tokens: Tokens, part: slice) -> tuple[Tensor, MaybeTensor]:
+    def _rows(self, tokens: Tokens, part: slice) -> tuple[Tensor, Tensor | None]:
         """(labels, temperatures) of a chunk."""
         return tokens.take(self._labels, part), tokens.take(self._temperatures, part)
 
-    def _logits(self, tokens: Tokens, part: slice) -> tuple[Tensor, Tensor, MaybeTensor]:
+    def _logits(self, tokens: Tokens, part: slice) -> tuple[Tensor, Tensor, Tensor | None]:
         """A chunk's (hidden, logits, the reference's log-probabilities, recorded)."""
         ref = None
         if self._ref is not None and self.ref_logprobs is not None:

@@ -132,7 +132,9 @@ def test_rows_of_as_many_blocks_as_make_a_cluster():
     assert not suits(LEAST, capped)
     few = Rows(1, 7)
     few.options = capped
-    for refused in (Rows(1, MOST + 1), few):
+    half = Rows(1, 7)
+    half.logits = half.logits.half()
+    for refused in (Rows(1, MOST + 1), few, half):
         with pytest.raises(RuntimeError, match="no policy_rows for"):
             refused.same(PPO)
 

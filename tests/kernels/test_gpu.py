@@ -33,6 +33,8 @@ from tests.kernels.gpu_faults import FAULTS, examples, results
 
 import rlhf_kernels as rk
 from rlhf_kernels.core import env
+from rlhf_kernels.core.row_options import RowOptions
+from rlhf_kernels.core.sentinels import SHARD_IGNORED
 from rlhf_kernels.kernels import backends, native, triton
 from rlhf_kernels.ops import _calls
 from rlhf_kernels.testing import DTYPES, assert_within_budget, to_float64
@@ -310,6 +312,43 @@ def test_a_graph_of_a_head_replays_with_another_mask(device):
         for a, e in zip(captured, _masked_head(*inputs), strict=True):
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
             assert (a.abs().amax(-1) if a.dim() == 3 else a.abs()).count_nonzero() == kept
+
+
+# Of one block to a row, of several, and of as many as make a cluster.
+@pytest.mark.parametrize("vocab", (20_000, 50_257, 262_144))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_one_kernel_of_a_policy_loss_has_the_bits_of_three(
+    cuda, kernels, monkeypatch, vocab, dtype
+):
+    rows = backends.get(kernels).kernels.rows
+    options = RowOptions(1.0, 0.0, True, SHARD_IGNORED)
+    if rows.policy_rows_for(cuda, vocab, options) is None:
+        pytest.skip("three kernels here")
+    g = torch.Generator().manual_seed(vocab)
+    tokens, width = 300, 32
+    hidden, weight = torch.randn(tokens, width, generator=g), torch.randn(vocab, width, generator=g)
+    labels = torch.randint(vocab, (tokens,), generator=g)
+    old, advantages = torch.randn(2, tokens, generator=g)
+    mask = torch.rand(tokens, generator=g) < 0.9
+    operands = [t.to(cuda, dtype).requires_grad_() for t in (hidden, weight / 4)]
+    given = [t.to(cuda) for t in (labels, old - 12, advantages, mask)]
+    offsets = torch.tensor([0, tokens], device=cuda)
+    found = []
+    for config in (
+        rk.PolicyLossConfig.ppo(),
+        rk.PolicyLossConfig.ppo(kl_coef=0.1, entropy_coef=0.01, dual_clip=3.0),
+    ):
+        ref = {"ref_logprobs": given[1] + 0.1} if config.kl_coef else {}
+        for one in (True, False):
+            with monkeypatch.context() as patch:
+                if not one:
+                    patch.setattr(rows, "policy_rows_for", lambda *_: None)
+                loss, metrics = rk.linear_policy_loss(
+                    *operands, *given, cu_seqlens=offsets, chunk_tokens=128, config=config, **ref
+                )
+            gradients = torch.autograd.grad(loss, operands)
+            found.append((loss.detach(), metrics.tensor, *gradients))
+        assert_all_equal(*found[-2:])
 
 
 @each_call
