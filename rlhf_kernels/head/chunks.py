@@ -222,17 +222,22 @@ def select(keep: Tensor, at_most: int = -1) -> Tokens:
     return Tokens(at_most, index, ~keep.index_select(0, index))
 
 
-def split(keep: Tensor, idle: Tensor) -> tuple[Tokens, Tokens]:
-    """The tokens where `keep` [N] without `idle` [N] and with it, for one host synchronisation."""
+def split(keep: Tensor, idle: Tensor, number: Tensor | None) -> tuple[Tokens, Tokens, int]:
+    """The tokens where `keep` [N] without `idle` [N] and with it, and `number`, int64 [] or 0.
+
+    All of it for one host synchronisation.
+    """
     busy, rest = keep & ~idle, keep & idle
     if devices.is_cpu(keep.device):
-        return select(busy), select(rest)
+        return select(busy), select(rest), 0 if number is None else int(number)
     # Three groups, each in order.
     order = torch.argsort(2 - busy.to(torch.uint8) - keep.to(torch.uint8), stable=True)
-    first, both = torch.stack((busy.sum(), keep.sum())).tolist()
+    zero = order.new_zeros(())
+    read = torch.stack((busy.sum(), keep.sum(), zero if number is None else number))
+    first, both, given = read.tolist()
     size = keep.shape[0]
     busy_index = None if first == size else order[:first]
-    return Tokens(first, busy_index), Tokens(both - first, order[first:both])
+    return Tokens(first, busy_index), Tokens(both - first, order[first:both]), given
 
 
 def covered(keep: Tensor, at_most: int) -> Tensor | None:

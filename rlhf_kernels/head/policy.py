@@ -17,6 +17,7 @@ from .chunks import (
     Chunk,
     Tile,
     Tokens,
+    chunk_size,
     covered,
     flat,
     localized,
@@ -251,10 +252,15 @@ def forward(
     reference: Operands | None,
     batching: Batching,
     needs: list[bool],
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, metrics, gradients of hidden, weight and bias); those empty where not needed.
 
-    `reference`: the head of the reference policy, or None.
+    Args:
+        kernels, operands, targets, policy, batching, needs: as the operator's.
+        reference: the head of the reference policy, or None.
+        columns: int64 [], of which the device's budget is to hold a chunk, where batching has no
+            size of it. None: those of the weights.
     """
     # Where they may not be looked at, the kernel that is given these poisons the loss.
     checks.divisor_positive("linear_policy_loss", policy.normalizer)
@@ -272,7 +278,12 @@ def forward(
         policy.codes.ratio_level == _TOKEN_RATIO
         and policy.codes.correction_level != _SEQUENCE_CORRECTION
     )
-    tokens, idle = _selected(policy, advantages, offsets, alone, batching.kept_tokens, any(needs))
+    tokens, idle, widest = _selected(
+        policy, advantages, offsets, alone, batching.kept_tokens, any(needs), columns
+    )
+    if columns is not None:
+        size = chunk_size(operands.weight.device, widest, operands.weight.dtype)
+        batching = batching._replace(chunk_tokens=size)
     count = tokens.count + idle.count
     sweep = _PolicySweep(kernels, operands, targets, policy, reference, batching, count)
     if not any(needs):
@@ -306,23 +317,29 @@ def _selected(
     alone: bool,
     kept_tokens: int,
     grad: bool,
-) -> tuple[Tokens, Tokens]:
-    """(unmasked tokens, those of them that surely have no gradient, if it is worth while)."""
+    columns: Tensor | None,
+) -> tuple[Tokens, Tokens, int]:
+    """(unmasked tokens, those of them that surely have no gradient, columns).
+
+    The second are told apart only where that is worth while; columns are 0 for None.
+    """
     keep, params = policy.mask != 0, policy.params
     if kept_tokens >= 0:
-        return select(flat(keep), kept_tokens), _NONE
+        return select(flat(keep), kept_tokens), _NONE, 0 if columns is None else int(columns)
     # No advantage, no gradient.
     linear = params.kl_coef == 0 and not policy.entropy_bonus and params.penalty_coef == 0
     # Where a second sweep counts again, it knows better.
     counts_again = not alone and devices.is_cpu(keep.device)
     if not grad or not linear or counts_again:
-        return select(flat(keep)), _NONE
-    if alone:
+        if columns is None:
+            return select(flat(keep)), _NONE, 0
+        idle = torch.zeros_like(keep)
+    elif alone:
         idle = advantages == 0
     else:
         moving = ((advantages != 0) & keep).to(torch.float32)
         idle = (sequence_sum(moving, offsets) == 0).expand(keep.shape)
-    return split(flat(keep), flat(idle))
+    return split(flat(keep), flat(idle), columns)
 
 
 def _weights(policy: PolicyArguments, offsets: Tensor | None, good: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ from ..core.layout import Empty
 from ..core.row_options import RowOptions
 from ..core.sentinels import ELSEWHERE, NOWHERE, SHARD_IGNORED
 from ..kernels.rows import Kernels, LabelKernels, Rows
-from . import chunks, logprobs
+from . import logprobs
 from . import policy as policy_loss
 from .arguments import Batching, Operands, PolicyArguments, Targets
 
@@ -281,12 +281,12 @@ def linear_policy_loss(
     shards = exchange_metadata(
         op, weight.shape[0], targets.labels, targets.temperatures, keep, group
     )
-    # The ranks exchange in every chunk, so all take the chunks of the largest shard. Its size is
-    # a host synchronisation on a GPU.
+    # The ranks exchange in every chunk, so all take the chunks of the largest shard.
+    columns = None
     if batching.chunk_tokens == 0:
-        columns = (1 if reference is None else 2) * int(shards.sizes.max())
-        chunk = chunks.chunk_size(weight.device, columns, weight.dtype)
-        batching = batching._replace(chunk_tokens=chunk)
+        columns = (1 if reference is None else 2) * shards.sizes.max()
     targets = targets._replace(labels=shards.localized(targets.labels, keep))
     whole = kernels_of(kernels.rows, kernels.empty, group).whole
-    return policy_loss.forward(whole, operands, targets, policy, reference, batching, needs)
+    return policy_loss.forward(
+        whole, operands, targets, policy, reference, batching, needs, columns
+    )

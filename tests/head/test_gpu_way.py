@@ -111,6 +111,33 @@ def test_the_host_waits_once_a_pass(name):
         assert cost.syncs == forward + backward
 
 
+@pytest.fixture
+def group(tmp_path):
+    """A process group of this process alone."""
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "kl"])
+def test_the_host_waits_once_a_pass_over_a_sharded_vocabulary_too(name, group):
+    op, options, forward, backward = CALLS[name]
+    problem = Problem()
+    with gpu_way.taken():
+        expected = problem.run(op, **options)
+    with gpu_way.counted() as cost:
+        results = problem.call(op, **options, group=group)
+        assert cost.syncs == forward
+        results[0].sum().backward()
+        assert cost.syncs == forward + backward
+    with gpu_way.taken():
+        found = problem.run(op, **options, group=group)
+    for a, e in zip(found, expected, strict=True):
+        eps = torch.finfo(a.dtype).eps
+        torch.testing.assert_close(a, e, rtol=4 * eps, atol=4 * eps * float(e.abs().max()))
+
+
 @pytest.mark.parametrize("more", ("exact", "some", "all"))
 @each_call
 def test_nothing_waits_where_the_number_of_tokens_is_given(name, more):
