@@ -324,6 +324,22 @@ struct GaeArgs {
   Exec exec;
 };
 
+// `gae` with more options; `values` are given.
+//
+// `gae.dones` are the terminated steps. After a truncated step the value is that of `cut_values`,
+// of the shape of the tokens. `gammas` and `lams` replace the numbers if they are given: one rate
+// per token where `*_per_step` is set, else one per sequence along stride1. A rate outside [0, 1]
+// makes results NaN. If `decoupled`, the returns are those of value_lam or `value_lams`, and the
+// advantages those of lam.
+struct GeneralGaeArgs {
+  GaeArgs gae;
+  Tensor truncated, cut_values;
+  Tensor gammas, lams, value_lams;
+  bool gamma_per_step, lam_per_step, value_lam_per_step;
+  bool decoupled;
+  double value_lam;
+};
+
 struct WhitenArgs {
   int64_t rows, cols;
   Tensor x, mask;

@@ -34,6 +34,7 @@ struct Kernels {
   decltype(&cuda::scale) scale = cuda::scale;
   decltype(&cuda::value_loss) value_loss = cuda::value_loss;
   decltype(&cuda::gae) gae = cuda::gae;
+  decltype(&cuda::general_gae) general_gae = cuda::general_gae;
   decltype(&cuda::whiten) whiten = cuda::whiten;
   decltype(&cuda::group_advantages) group_advantages = cuda::group_advantages;
 };
@@ -95,4 +96,5 @@ PYBIND11_MODULE(RK_MODULE, m) {
   m.def("value_loss_scratch", &cuda::value_loss_scratch);
   bind_advantages(m, table);
   m.def("gae_scratch", &cuda::gae_scratch);
+  m.def("general_gae_scratch", &cuda::general_gae_scratch);
 }

@@ -22,6 +22,25 @@ void bind_advantages(pybind11::module_& m, Table table) {
                        fp32(returns), fp32(shaped), fp64(moments), whiten_eps,   exec};
     return launch(exec, returns.rows * returns.cols, [&] { return table().gae(args); });
   });
+  m.def("general_gae", [=](In offsets, In rewards, In values, In mask, In terminated, In truncated,
+                           In cut_values, In bootstrap, In scores, In logprobs, In ref_logprobs,
+                           double kl_coef, int32_t kl_estimator, double reward_clip, In gammas,
+                           double gamma, bool gamma_per_step, In lams, double lam,
+                           bool lam_per_step, In value_lams, double value_lam,
+                           bool value_lam_per_step, bool decoupled, bool carry, bool whiten,
+                           Out advantages, Out returns, Out shaped, Out moments, double whiten_eps,
+                           Exec exec) {
+    const int64_t sequences = offsets.given ? offsets.cols - 1 : returns.rows;
+    const GaeArgs gae{returns.rows,  returns.cols, sequences,     offsets,      rewards,
+                      values,        mask,         terminated,    bootstrap,    scores,
+                      logprobs,      ref_logprobs, kl_coef,       kl_estimator, reward_clip,
+                      gamma,         lam,          carry,         whiten,       fp32(advantages),
+                      fp32(returns), fp32(shaped), fp64(moments), whiten_eps,   exec};
+    const GeneralGaeArgs args{
+        gae,          truncated,          cut_values, gammas,   lams, value_lams, gamma_per_step,
+        lam_per_step, value_lam_per_step, decoupled,  value_lam};
+    return launch(exec, returns.rows * returns.cols, [&] { return table().general_gae(args); });
+  });
   m.def("whiten", [=](In x, In mask, bool shift_mean, bool unbiased, double eps, Out moments,
                       Out out, Exec exec) {
     const WhitenArgs args{x.rows, x.cols,        x,         mask, shift_mean, unbiased,

@@ -1,4 +1,5 @@
-// Advantages: the scans of advantages_scan.h, whitening and group baselines.
+// Advantages: the scans of advantages_scan.h and advantages_general.h, whitening and group
+// baselines.
 #pragma once
 
 namespace rk {
@@ -141,22 +142,38 @@ Status whiten(const WhitenArgs& a) {
   return {};
 }
 
-Status gae(const GaeArgs& a) {
+namespace scan {
+
+// Runs `body` unless the offsets are bad or there are no tokens; then whitens if configured.
+template <class F>
+inline Status checked(const GaeArgs& a, const F& body) {
   if (a.offsets.given) {
     const Status status = check_offsets({a.sequences, a.cols, a.offsets, {}});
     if (status.code != kOk) return status;
   }
   if (a.rows * a.cols == 0) return {};
-  if (a.values.given)
-    scan::run<true>(a);
-  else
-    scan::run<false>(a);
+  body();
   if (a.whiten) {
     const Tensor advantages{a.advantages, kFloat32, a.cols, 1, true};
-    scan::whiten_tokens({a.rows, a.cols, advantages, a.mask, true, true, a.whiten_eps, a.moments,
-                         a.advantages, a.exec});
+    whiten_tokens({a.rows, a.cols, advantages, a.mask, true, true, a.whiten_eps, a.moments,
+                   a.advantages, a.exec});
   }
   return {};
+}
+
+}  // namespace scan
+
+Status gae(const GaeArgs& a) {
+  return scan::checked(a, [&] {
+    if (a.values.given)
+      scan::run<true>(a);
+    else
+      scan::run<false>(a);
+  });
+}
+
+Status general_gae(const GeneralGaeArgs& a) {
+  return scan::checked(a.gae, [&] { scan::run_general(a); });
 }
 
 Status group_advantages(const GroupAdvantagesArgs& args) {

@@ -112,38 +112,57 @@ struct Steps {
   Doubles advantage, value;
 };
 
-template <bool kValues>
-struct Recurrence {
-  const Doubles gamma, one, two, four, powers;
+// The suffix scan with one factor: A_t = x_t + d A_{t+1}, last vector first.
+struct Chain {
+  const Doubles one, two, four, powers;
   const double all;
-  // Advantage and value that follow the next vector.
+  // The advantage that follows the next vector.
   double advantage;
-  Doubles value;
 
-  Recurrence(const Factors& f, const Next& next)
-      : gamma(splat(f.gamma)),
-        one(splat(f.power(1))),
+  Chain(const Factors& f, double behind)
+      : one(splat(f.power(1))),
         two(splat(f.power(2))),
         four(splat(f.power(4))),
         powers(load(f.powers)),
         all(f.all),
-        advantage(next.advantage),
-        value(splat(static_cast<double>(next.value))) {}
+        advantage(behind) {}
 
-  Steps steps(const float* rewards, const float* values) {
-    Steps s;
+  Doubles steps(Doubles x) {
     const Doubles zero = splat(0.0);
-    Doubles x = load_doubles(rewards);
-    if (kValues) {
-      s.value = load_doubles(values);
-      x = sub(fma(gamma, later<1>(s.value, value), x), s.value);
-      value = s.value;
-    }
     x = fma(one, later<1>(x, zero), x);
     x = fma(two, later<2>(x, zero), x);
     if constexpr (kDoubles > 4) x = fma(four, later<4>(x, zero), x);
-    s.advantage = fma(powers, splat(advantage), x);
+    const Doubles found = fma(powers, splat(advantage), x);
     advantage = multiply_add(all, advantage, first(x));
+    return found;
+  }
+};
+
+template <bool kValues>
+struct Recurrence {
+  const Doubles gamma;
+  Chain chain;
+  // The value that follows the next vector.
+  Doubles value;
+
+  Recurrence(const Factors& f, const Next& next)
+      : gamma(splat(f.gamma)),
+        chain(f, next.advantage),
+        value(splat(static_cast<double>(next.value))) {}
+
+  // Rewards, with values the temporal differences; `own` receives the values.
+  Doubles differences(const float* rewards, const float* values, Doubles& own) {
+    Doubles x = load_doubles(rewards);
+    if (kValues) {
+      own = load_doubles(values);
+      x = sub(fma(gamma, later<1>(own, value), x), own);
+      value = own;
+    }
+    return x;
+  }
+  Steps steps(const float* rewards, const float* values) {
+    Steps s;
+    s.advantage = chain.steps(differences(rewards, values, s.value));
     return s;
   }
 };
@@ -171,7 +190,7 @@ inline void recur(const Factors& f, const float* rewards, const float* values, i
     store_steps<kValues>(recurrence.steps(rewards + k, kValues ? values + k : nullptr),
                          kValues ? advantages + k : nullptr, returns + k);
   const int64_t rest = k + kDoubles;
-  if (rest < n) next = {recurrence.advantage, kValues ? values[rest] : 0.0f};
+  if (rest < n) next = {recurrence.chain.advantage, kValues ? values[rest] : 0.0f};
   if (rest > 0) {
     float r[kDoubles] = {}, v[kDoubles] = {}, x[kDoubles], y[kDoubles];
     const size_t bytes = sizeof(float) * static_cast<size_t>(rest);

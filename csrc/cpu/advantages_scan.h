@@ -316,9 +316,9 @@ inline int64_t sequence_from(const GaeArgs& a, int64_t at) {
   return low;
 }
 
-template <bool kValues>
-void run(const GaeArgs& a) {
-  const Factors factors(a.gamma, kValues ? a.gamma * a.lam : a.gamma);
+// Calls body(begin, end) on a team of threads, for ranges that make up all sequences.
+template <class F>
+void for_sequences(const GaeArgs& a, const F& body) {
   const int64_t rows = kItemTokens / a.cols + 1;
   const int64_t items =
       a.offsets.given ? (a.cols + kItemTokens - 1) / kItemTokens : (a.rows + rows - 1) / rows;
@@ -330,6 +330,14 @@ void run(const GaeArgs& a) {
       begin = sequence_from(a, item * kItemTokens);
       end = sequence_from(a, (item + 1) * kItemTokens);
     }
+    body(begin, end);
+  });
+}
+
+template <bool kValues>
+void run(const GaeArgs& a) {
+  const Factors factors(a.gamma, kValues ? a.gamma * a.lam : a.gamma);
+  for_sequences(a, [&](int64_t begin, int64_t end) {
     Walk w;
     Window window;
     for (int64_t s = end - 1; s >= begin; --s) walk_sequence<kValues>(a, factors, s, w, window);

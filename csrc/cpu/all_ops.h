@@ -23,6 +23,7 @@
 #include "value.h"
 #include "advantages_recurrence.h"
 #include "advantages_scan.h"
+#include "advantages_general.h"
 #include "advantages.h"
 
 namespace rk {
@@ -46,6 +47,7 @@ const Kernels RK_CONCAT(kernels_, RK_ISA) = {
     policy_loss,
     value_loss,
     gae,
+    general_gae,
     whiten,
     group_advantages,
 };

@@ -18,6 +18,7 @@ struct Kernels {
   Status (*policy_loss)(const PolicyArgs&);
   Status (*value_loss)(const ValueArgs&);
   Status (*gae)(const GaeArgs&);
+  Status (*general_gae)(const GeneralGaeArgs&);
   Status (*whiten)(const WhitenArgs&);
   Status (*group_advantages)(const GroupAdvantagesArgs&);
 };

@@ -40,6 +40,8 @@ Status value_loss(const ValueArgs& a);
 // Zero bytes where one block scans each whole sequence.
 int64_t gae_scratch(int64_t sequences, int64_t cols, bool packed);
 Status gae(const GaeArgs& a);
+int64_t general_gae_scratch(bool packed);
+Status general_gae(const GeneralGaeArgs& a);
 Status whiten(const WhitenArgs& a);
 Status group_advantages(const GroupAdvantagesArgs& a);
 

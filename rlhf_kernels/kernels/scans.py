@@ -75,6 +75,84 @@ def begin(
     return results, False
 
 
+class Rates(NamedTuple):
+    """Rates of a general scan: one number, or a tensor with one per sequence or one per token."""
+
+    gammas: Tensor | None
+    gamma: float
+    lams: Tensor | None
+    lam: float
+    value_lams: Tensor | None
+    value_lam: float
+    #: Whether the returns have a lam of their own.
+    decoupled: bool
+
+    def per_step(self, sequences: int) -> tuple[bool, bool, bool]:
+        """Whether gammas, lams and value_lams have one rate per token."""
+        gammas, lams, value_lams = (
+            t is not None and t.shape != (sequences,)
+            for t in (self.gammas, self.lams, self.value_lams)
+        )
+        return gammas, lams, value_lams
+
+
+def general_launcher(scan: Callable[..., ScanResults]) -> Callable[..., object]:
+    """The launcher of general_gae, from the scan function of a backend.
+
+    `scan` takes the operation's name, the tokens, cu_seqlens, mask, masked, values, terminated,
+    truncated, cut_values, bootstrap_values, Rates, whiten, scores, ref_logprobs, kl_coef,
+    kl_estimator and reward_clip.
+    """
+
+    def general_gae(
+        tokens: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        terminated: Tensor | None,
+        truncated: Tensor | None,
+        cut_values: Tensor | None,
+        bootstrap_values: Tensor | None,
+        scores: Tensor | None,
+        ref_logprobs: Tensor | None,
+        kl_coef: float,
+        kl_estimator: str,
+        reward_clip: float | None,
+        gammas: Tensor | None,
+        gamma: float,
+        lams: Tensor | None,
+        lam: float,
+        value_lams: Tensor | None,
+        value_lam: float,
+        decoupled: bool,
+        masked: str,
+        whiten: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        advantages, returns, shaped = scan(
+            "gae" if scores is None else "ppo_advantages",
+            tokens,
+            cu_seqlens,
+            mask,
+            masked,
+            values,
+            terminated,
+            truncated,
+            cut_values,
+            bootstrap_values,
+            Rates(gammas, gamma, lams, lam, value_lams, value_lam, decoupled),
+            whiten,
+            scores,
+            ref_logprobs,
+            kl_coef,
+            kl_estimator,
+            reward_clip,
+        )
+        assert advantages is not None  # a scan with values
+        return advantages, returns, returns.new_empty(0) if shaped is None else shaped
+
+    return general_gae
+
+
 def launchers(scan: Callable[..., ScanResults]) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, from the scan function of a backend.
 

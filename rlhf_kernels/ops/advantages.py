@@ -23,6 +23,7 @@ from ..core import checks, option_checks
 from ..core.layout import constant, constants
 from ..core.option_checks import shown
 from ..kernels import backends
+from . import advantages_general as general
 from ._operator import Operator, define
 
 
@@ -155,6 +156,22 @@ def _check_scan(
     return plain, *constants(*found)
 
 
+def _check_shaping(
+    op: str,
+    whiten: bool,
+    kl_coef: float,
+    kl_estimator: PlainKlEstimator,
+    reward_clip: float | None,
+) -> tuple[bool, float, PlainKlEstimator, float | None]:
+    """The checked options of the shaped rewards and of whitening, in this order."""
+    whiten = option_checks.flag(op, "whiten", whiten)
+    kl_coef = option_checks.number(op, "kl_coef", kl_coef)
+    option_checks.one_of(op, "kl_estimator", kl_estimator, PLAIN_KL_ESTIMATORS)
+    if reward_clip is not None:
+        reward_clip = option_checks.positive(op, "reward_clip", reward_clip)
+    return whiten, kl_coef, kl_estimator, reward_clip
+
+
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -162,16 +179,23 @@ def gae(
     *,
     cu_seqlens: Tensor | None = None,
     dones: Tensor | None = None,
+    terminated: Tensor | None = None,
+    truncated: Tensor | None = None,
     bootstrap_values: Tensor | None = None,
-    gamma: float = 1.0,
-    lam: float = 0.95,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
+    value_lam: float | Tensor | None = None,
     masked: MaskedSteps = "carry",
     whiten: bool = False,
 ) -> Advantages:
     """Generalised advantage estimation (Schulman et al., 1506.02438).
 
-    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, returns = A + V.
+    delta_t = r_t + gamma_t V_{t+1} - V_t, A_t = delta_t + gamma_t lam_t A_{t+1}, returns = A + V.
     lam = 0 is TD(0), lam = 1 Monte Carlo. Results are detached: constants of the loss.
+
+    At a terminated step V_{t+1} and A_{t+1} are 0. At a truncated step V_{t+1} is the bootstrap
+    value and A_{t+1} is 0. A step that is both is terminated. This is what gymnasium's two flags
+    mean, and what torchrl and Stable-Baselines3 compute from them.
 
     Args:
         rewards: [B, T], or packed [N] with `cu_seqlens`; float32, bfloat16 or float16; integers and
@@ -181,15 +205,27 @@ def gae(
             None keeps everything.
         cu_seqlens: [S+1] int32 or int64; sequence s is tokens cu_seqlens[s] to cu_seqlens[s+1].
         dones: the shape and dtypes of mask; nonzero where the step ended its episode. No later
-            value or advantage enters such a step.
-        bootstrap_values: [B], or [S] if packed: value after the last step of a truncated sequence.
-            0 if None.
-        gamma: discount, in [0, 1].
-        lam: decay of the estimator, in [0, 1].
+            value or advantage enters such a step. Another name of `terminated`; where a trainer's
+            dones include truncated steps, pass terminated and truncated instead.
+        terminated: the shape and dtypes of mask; nonzero where the episode ended in this step.
+        truncated: the shape and dtypes of mask; nonzero where the episode was cut off after this
+            step. Needs `bootstrap_values`.
+        bootstrap_values: the value of the state that follows. [B], or [S] if packed: after the end
+            of each sequence; of its steps, only the last kept one may then be truncated (checked
+            on CPU; elsewhere an earlier one receives the same value). Or in the shape of rewards:
+            read at truncated steps and at the last step of each sequence, and 0 where masked. 0 if
+            None.
+        gamma: discount, in [0, 1]: a number, or a tensor of floating or integer dtype. A tensor has
+            one entry per sequence, [B] or packed [S], or one per step, in the shape of rewards.
+            Packed with S = N it has one per sequence. Entries outside [0, 1] raise on CPU and give
+            NaN elsewhere. As numbers, entries of fp32 tensors are those of fp32.
+        lam: decay of the estimator, like gamma. VAPO's (2504.05118) has one entry per sequence.
+        value_lam: the lam of the returns, like gamma; None for `lam`. Advantages keep `lam`
+            (VC-PPO, 2503.01491, and VAPO: value_lam=1.0). Costs no second pass.
         masked: how masked steps count. "carry" (verl, NeMo-RL, AReaL): not at all; the steps before
             and after are neighbours. "zero" (OpenRLHF): as steps with reward 0 and value 0, which
-            discount the advantage that passes through; their `dones` apply, and `bootstrap_values`
-            follow the padding.
+            discount the advantage that passes through; their `dones`, `truncated` and rates apply,
+            and `bootstrap_values` [B] follow the padding.
         whiten: give advantages zero mean and unit variance over the mask, as `whiten` does. verl's
             gae is whiten=True; OpenRLHF's is masked="zero", then whiten(unbiased=False, eps=0).
 
@@ -199,14 +235,30 @@ def gae(
 
     Raises:
         TypeError: wrong dtype or type of an argument.
-        ValueError: shapes or devices that do not match; an unknown option; on CPU, cu_seqlens that
-            do not start at 0, decrease, or do not end at N.
+        ValueError: shapes or devices that do not match; an unknown option; dones beside terminated
+            or truncated; truncated without bootstrap_values; on CPU, cu_seqlens that do not start
+            at 0, decrease, or do not end at N.
     """
     op = "gae"
+    of_ends = "dones"
+    usual = bootstrap_values is terminated is truncated is value_lam is None
+    if not usual or type(gamma) is not float or type(lam) is not float:
+        of_ends, dones = general.the_ends(op, dones, terminated, truncated)
+        if general.needed(gamma, lam, value_lam, truncated, bootstrap_values, rewards, cu_seqlens):
+            flags = {"mask": mask, of_ends: dones, "truncated": truncated}
+            _, rewards, values, mask, dones, truncated = _check_scan(
+                op, "ffMMM", {"rewards": rewards, "values": values}, flags, {}, cu_seqlens, masked
+            )
+            whiten = option_checks.flag(op, "whiten", whiten)
+            advantages, returns, _ = general.scan(
+                op, "rewards", rewards, values, mask, cu_seqlens, dones, truncated,
+                bootstrap_values, gamma, lam, value_lam, masked, whiten,
+            )  # fmt: skip
+            return Advantages(advantages, returns)
     plain = checks.plain("ffMM", rewards, values, mask, dones) and rewards.dim() == 2
     if not plain or cu_seqlens is not None or bootstrap_values is not None:
         plain, rewards, values, mask, dones, bootstrap_values = _check_scan(
-            op, "ffMM", {"rewards": rewards, "values": values}, {"mask": mask, "dones": dones},
+            op, "ffMM", {"rewards": rewards, "values": values}, {"mask": mask, of_ends: dones},
             {"bootstrap_values": bootstrap_values}, cu_seqlens, masked,
         )  # fmt: skip
     else:
@@ -305,8 +357,12 @@ def ppo_advantages(
     kl_coef: float = 0.0,
     kl_estimator: PlainKlEstimator = "k1",
     cu_seqlens: Tensor | None = None,
-    gamma: float = 1.0,
-    lam: float = 0.95,
+    terminated: Tensor | None = None,
+    truncated: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
+    value_lam: float | Tensor | None = None,
     masked: MaskedSteps = "carry",
     whiten: bool = True,
     reward_clip: float | None = None,
@@ -326,8 +382,12 @@ def ppo_advantages(
         kl_coef: weight of the penalty, a finite number; with 0, `ref_logprobs` are not read.
         kl_estimator: "k1", "k2", "k3" or "abs".
         cu_seqlens: as in `gae`.
+        terminated: as in `gae`.
+        truncated: as in `gae`.
+        bootstrap_values: as in `gae`, also without truncated steps.
         gamma: as in `gae`.
         lam: as in `gae`.
+        value_lam: as in `gae`.
         masked: as in `gae`.
         whiten: as in `gae`.
         reward_clip: scores are clipped to [-reward_clip, reward_clip]; None for no clipping.
@@ -340,17 +400,30 @@ def ppo_advantages(
         TypeError, ValueError: as in `gae`.
     """
     op = "ppo_advantages"
+    more = terminated is not None or bootstrap_values is not None
+    if more or general.needed(gamma, lam, value_lam, truncated, None, None, None):
+        tokens = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values}
+        flags = {"mask": mask, "terminated": terminated, "truncated": truncated}
+        _, logprobs, ref_logprobs, values, mask, terminated, truncated, scores = _check_scan(
+            op, "fFfMMM", tokens, flags, {"scores": scores}, cu_seqlens, masked
+        )
+        whiten, *rules = _check_shaping(op, whiten, kl_coef, kl_estimator, reward_clip)
+        return PPOAdvantages(
+            *general.scan(
+                op, "logprobs", logprobs, values, mask, cu_seqlens, terminated, truncated,
+                bootstrap_values, gamma, lam, value_lam, masked, whiten,
+                general.Shaping(scores, ref_logprobs, *rules),
+            )
+        )  # fmt: skip
     _, logprobs, ref_logprobs, values, mask, scores = _check_scan(
         op, "fFfM", {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values},
         {"mask": mask}, {"scores": scores}, cu_seqlens, masked,
     )  # fmt: skip
     gamma = option_checks.rate(op, "gamma", gamma)
     lam = option_checks.rate(op, "lam", lam)
-    whiten = option_checks.flag(op, "whiten", whiten)
-    kl_coef = option_checks.number(op, "kl_coef", kl_coef)
-    option_checks.one_of(op, "kl_estimator", kl_estimator, PLAIN_KL_ESTIMATORS)
-    if reward_clip is not None:
-        reward_clip = option_checks.positive(op, "reward_clip", reward_clip)
+    whiten, kl_coef, kl_estimator, reward_clip = _check_shaping(
+        op, whiten, kl_coef, kl_estimator, reward_clip
+    )
     backend = backends.select(op, logprobs.device)
     if backend == backends.REFERENCE:
         checks.offsets_valid(op, cu_seqlens, logprobs.shape[0])

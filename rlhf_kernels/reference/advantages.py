@@ -1,5 +1,7 @@
 """Reference of advantages, returns and whitening."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,26 @@ def _pack(x: Tensor, cu_seqlens: Tensor | None, total: int) -> Tensor:
     return x[ids, tokens - cu_seqlens[ids]]
 
 
+def _rate(rate: float | Tensor, rewards: Tensor, cu_seqlens: Tensor | None) -> float | Tensor:
+    """A rate as one factor per step of the padded `rewards`; a number stays a number.
+
+    A tensor has one rate per sequence or one per token. A rate outside [0, 1] becomes NaN.
+    """
+    if not isinstance(rate, Tensor):
+        return rate
+    rate = torch.where((rate >= 0) & (rate <= 1), rate.to(rewards.dtype), torch.nan)
+    if rate.dim() == 1 and rate.shape[0] == rewards.shape[0]:
+        return rate.unsqueeze(-1).expand(rewards.shape)
+    return _pad(rate, cu_seqlens)
+
+
+class Cuts(NamedTuple):
+    """Truncated steps: flags and the values of the states that follow, in the shape of tokens."""
+
+    truncated: Tensor
+    values: Tensor
+
+
 def _scan(
     rewards: Tensor,
     values: Tensor,
@@ -45,9 +67,10 @@ def _scan(
     dones: Tensor | None,
     next_value: Tensor | float,
     next_advantage: Tensor | float,
-    gamma: float,
-    lam: float,
+    gamma: float | Tensor,
+    lam: float | Tensor,
     masked: str,
+    cuts: Cuts | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence A_t = r_t + gamma V_{t+1} - V_t + gamma lam A_{t+1}; returns (A, keep)."""
     keep = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask != 0
@@ -56,15 +79,27 @@ def _scan(
     exists = _pad(torch.ones_like(keep) if masked == "zero" else keep, cu_seqlens)
     done = _pad(torch.zeros_like(keep) if dones is None else dones != 0, cu_seqlens)
     rewards, values = _pad(rewards, cu_seqlens), _pad(values, cu_seqlens)
+    gamma, lam = _rate(gamma, rewards, cu_seqlens), _rate(lam, rewards, cu_seqlens)
+    decay = gamma * lam
+    ends, after = done, None
+    if cuts is not None:
+        truncated = _pad(cuts.truncated != 0, cu_seqlens)
+        after = torch.where(keep, compute(cuts.values), 0)
+        after = torch.where(truncated & ~done, _pad(after, cu_seqlens), 0)
+        ends = done | truncated
     next_value = rewards.new_zeros(rewards.shape[0]) + next_value
     next_advantage = rewards.new_zeros(rewards.shape[0]) + next_advantage
+
+    def at(rate: float | Tensor, t: int) -> float | Tensor:
+        return rate[:, t] if isinstance(rate, Tensor) else rate
+
     advantages = []
     for t in reversed(range(rewards.shape[1])):
         # A done step takes nothing from later steps. where, not a product: 0 * NaN is NaN.
-        value_ahead = torch.where(done[:, t], 0, next_value)
-        advantage_ahead = torch.where(done[:, t], 0, next_advantage)
-        delta = rewards[:, t] + gamma * value_ahead - values[:, t]
-        advantage = delta + gamma * lam * advantage_ahead
+        value_ahead = torch.where(ends[:, t], 0 if after is None else after[:, t], next_value)
+        advantage_ahead = torch.where(ends[:, t], 0, next_advantage)
+        delta = rewards[:, t] + at(gamma, t) * value_ahead - values[:, t]
+        advantage = delta + at(decay, t) * advantage_ahead
         next_advantage = torch.where(exists[:, t], advantage, next_advantage)
         next_value = torch.where(exists[:, t], values[:, t], next_value)
         advantages.append(next_advantage)
@@ -80,22 +115,31 @@ def gae(
     cu_seqlens: Tensor | None = None,
     dones: Tensor | None = None,
     bootstrap_values: Tensor | None = None,
-    gamma: float = 1.0,
-    lam: float = 0.95,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
     masked: str = "carry",
     whiten: bool = False,
+    cuts: Cuts | None = None,
+    value_lam: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation; see `rlhf_kernels.gae`.
+
+    `bootstrap_values` are those behind the end of each sequence.
 
     Returns:
         (advantages, returns), exactly 0 at masked positions.
     """
     rewards, values = compute(rewards), compute(values)
     bootstrap = 0.0 if bootstrap_values is None else compute(bootstrap_values)
-    advantages, keep = _scan(
-        rewards, values, mask, cu_seqlens, dones, bootstrap, 0.0, gamma, lam, masked
-    )
-    returns = torch.where(keep, advantages + values, 0)
+
+    def advantages_of(lam: float | Tensor) -> tuple[Tensor, Tensor]:
+        return _scan(
+            rewards, values, mask, cu_seqlens, dones, bootstrap, 0.0, gamma, lam, masked, cuts
+        )
+
+    advantages, keep = advantages_of(lam)
+    of_returns = advantages if value_lam is None else advantages_of(value_lam)[0]
+    returns = torch.where(keep, of_returns + values, 0)
     return (_whiten(advantages, keep) if whiten else advantages), returns
 
 
@@ -127,11 +171,15 @@ def ppo_advantages(
     kl_coef: float = 0.0,
     kl_estimator: str = "k1",
     cu_seqlens: Tensor | None = None,
-    gamma: float = 1.0,
-    lam: float = 0.95,
+    dones: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
     masked: str = "carry",
     whiten: bool = True,
     reward_clip: float | None = None,
+    cuts: Cuts | None = None,
+    value_lam: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reward shaping, GAE and whitening; see `rlhf_kernels.ppo_advantages`.
 
@@ -157,10 +205,14 @@ def ppo_advantages(
         values,
         mask=keep,
         cu_seqlens=cu_seqlens,
+        dones=dones,
+        bootstrap_values=bootstrap_values,
         gamma=gamma,
         lam=lam,
         masked=masked,
         whiten=whiten,
+        cuts=cuts,
+        value_lam=value_lam,
     )
     return advantages, returns, rewards
 

@@ -89,6 +89,69 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             raise checks.bad_offsets(op, position, cu_seqlens, tokens.shape[0])
         return results
 
+    def general(
+        op: str,
+        tokens: Tensor,
+        cu_seqlens: Tensor | None,
+        mask: Tensor | None,
+        masked: str,
+        values: Tensor,
+        terminated: Tensor | None,
+        truncated: Tensor | None,
+        cut_values: Tensor | None,
+        bootstrap_values: Tensor | None,
+        rates: scans.Rates,
+        whiten: bool,
+        scores: Tensor | None,
+        ref_logprobs: Tensor | None,
+        kl_coef: float,
+        kl_estimator: str,
+        reward_clip: float | None,
+    ) -> scans.ScanResults:
+        results, done = scans.begin(op, tokens, cu_seqlens, values, scores, gpu)
+        if done:
+            return results
+        sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        moments = _moments(tokens) if whiten else None
+        rewards, logprobs = (tokens, None) if scores is None else (None, tokens)
+        of_gamma, of_lam, of_value_lam = rates.per_step(sequences)
+        code, position = extension.general_gae(
+            cu_seqlens,
+            rewards,
+            values,
+            _flags(mask),
+            _flags(terminated),
+            _flags(truncated),
+            cut_values,
+            bootstrap_values,
+            scores,
+            logprobs,
+            ref_logprobs,
+            kl_coef,
+            PLAIN_KL_ESTIMATORS.index(kl_estimator),
+            0.0 if reward_clip is None else reward_clip,
+            rates.gammas,
+            rates.gamma,
+            of_gamma,
+            rates.lams,
+            rates.lam,
+            of_lam,
+            rates.value_lams,
+            rates.value_lam,
+            of_value_lam,
+            rates.decoupled,
+            masked == "carry",
+            whiten,
+            *results,
+            moments,
+            scans.WHITEN_EPS,
+            make_exec(tokens, "general_gae", lambda: (cu_seqlens is not None,)),
+        )
+        if code == b.BAD_OFFSETS:
+            assert cu_seqlens is not None  # the kernel read a bad entry
+            raise checks.bad_offsets(op, position, cu_seqlens, tokens.shape[0])
+        return results
+
     def whiten(
         x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float
     ) -> Tensor:
@@ -135,6 +198,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
 
     return {
         **scans.launchers(scan),
+        "general_gae": scans.general_launcher(general),
         "group_advantages": group_advantages,
         "whiten": whiten,
     }

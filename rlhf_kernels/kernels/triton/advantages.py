@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -27,14 +26,17 @@ from .. import scans
 from ._launch import INTERPRETED, kernel, launch, tile_count
 from ._math import scalar
 from ._strided import strided
+from .advantages_general import general_gae
 from .advantages_groups import group_advantages
 from .advantages_moments import apply_moments, merge_moments, store_moments, whiten
 from .advantages_scan import (
+    CHECKED,
     CUT,
     FIELDS,
     ahead_both,
     before,
     block_steps,
+    check_offsets,
     compose,
     load_block,
     locate,
@@ -53,23 +55,6 @@ BLOCK = 32 if INTERPRETED else 1024
 WARPS = 4
 # Tiles that a program composes at a time.
 GROUP = 16 if INTERPRETED else 64
-# Entries of cu_seqlens that are checked at a time.
-CHECKED = 1024
-
-
-@triton.jit
-def check_offsets(offsets, bad, sequences, total, CHECKED: tl.constexpr):
-    """Stores whether cu_seqlens are bad: not from 0 to total, or decreasing."""
-    wrong = tl.zeros((CHECKED,), tl.int32)
-    for start in range(0, sequences + 1, CHECKED):
-        i = start + tl.arange(0, CHECKED)
-        inside = i <= sequences
-        entry = tl.load(offsets + i, mask=inside, other=0).to(tl.int64)
-        before = tl.load(offsets + i - 1, mask=inside & (i > 0), other=0).to(tl.int64)
-        good = (entry >= before) & tl.where(i == 0, entry == 0, True)
-        good = good & tl.where(i == sequences, entry == total, True)
-        wrong = tl.where(inside & (good == 0), 1, wrong)
-    tl.store(bad, tl.max(wrong, axis=0))
 
 
 @kernel
@@ -349,6 +334,7 @@ def _scan(
 
 LAUNCHERS: dict[str, Callable[..., object]] = {
     **scans.launchers(_scan),
+    "general_gae": general_gae,
     "group_advantages": group_advantages,
     "whiten": whiten,
 }

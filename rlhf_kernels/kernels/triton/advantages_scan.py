@@ -22,6 +22,8 @@ CUT = tl.constexpr(-1.0)
 # Fields of a tile's aggregate: p, q, the value of its first step, whether it has a kept token, and
 # the alternative q if its last kept token receives the sequence's score.
 FIELDS = tl.constexpr(5)
+# Entries of cu_seqlens that are checked at a time.
+CHECKED = 1024
 
 
 @triton.jit
@@ -53,6 +55,21 @@ def nearer(behind, index):
 def offset_at(offsets, s, total):
     """cu_seqlens[s] clamped to [0, total], so that bad offsets never give bad addresses."""
     return tl.minimum(tl.maximum(tl.load(offsets + s).to(tl.int64), 0), total)
+
+
+@triton.jit
+def check_offsets(offsets, bad, sequences, total, CHECKED: tl.constexpr):
+    """Stores whether cu_seqlens are bad: not from 0 to total, or decreasing."""
+    wrong = tl.zeros((CHECKED,), tl.int32)
+    for start in range(0, sequences + 1, CHECKED):
+        i = start + tl.arange(0, CHECKED)
+        inside = i <= sequences
+        entry = tl.load(offsets + i, mask=inside, other=0).to(tl.int64)
+        before = tl.load(offsets + i - 1, mask=inside & (i > 0), other=0).to(tl.int64)
+        good = (entry >= before) & tl.where(i == 0, entry == 0, True)
+        good = good & tl.where(i == sequences, entry == total, True)
+        wrong = tl.where(inside & (good == 0), 1, wrong)
+    tl.store(bad, tl.max(wrong, axis=0))
 
 
 @triton.jit

@@ -1,0 +1,298 @@
+"""gae and ppo_advantages with rates as tensors, truncated steps, or a lam of the returns alone.
+
+They have an operator and kernels of their own, so that calls without these options cost what they
+always did.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..core import checks, option_checks
+from ..core.layout import constant, fp32_like
+from ..core.option_checks import shown
+from ..kernels import backends
+from ..reference.advantages import Cuts
+from ._operator import Operator, define
+
+#: A rate: a number, one per sequence, or one per step.
+Rate = float | Tensor
+
+
+def _general_fake(tokens: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
+    shaped = others[_SCORES] is not None
+    rest = fp32_like(tokens) if shaped else tokens.new_empty(0, dtype=torch.float32)
+    return fp32_like(tokens), fp32_like(tokens), rest
+
+
+#: Where _general_fake has `scores` among its other arguments.
+_SCORES = 7
+
+_general_gae: Operator[tuple[Tensor, Tensor, Tensor]] = define(
+    "general_gae",
+    "(Tensor tokens, Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor? terminated, "
+    "Tensor? truncated, Tensor? cut_values, Tensor? bootstrap_values, Tensor? scores, "
+    "Tensor? ref_logprobs, float kl_coef, str kl_estimator, float? reward_clip, Tensor? gammas, "
+    "float gamma, Tensor? lams, float lam, Tensor? value_lams, float value_lam, bool decoupled, "
+    "str masked, bool whiten, str backend) -> (Tensor, Tensor, Tensor)",
+    _general_fake,
+)
+
+
+class Shaping(NamedTuple):
+    """What ppo_advantages makes its rewards of, besides the log-probabilities."""
+
+    scores: Tensor
+    ref_logprobs: Tensor | None
+    kl_coef: float
+    kl_estimator: str
+    reward_clip: float | None
+
+
+_NO_SHAPING = (None, None, 0.0, "k1", None)
+
+
+def _is_tensor(rate: object) -> bool:
+    """Whether a rate is no number; a 0-d tensor is one."""
+    return isinstance(rate, Tensor) and rate.dim() > 0
+
+
+def needed(
+    gamma: object,
+    lam: object,
+    value_lam: object,
+    truncated: object,
+    bootstrap_values: object,
+    like: object,
+    cu_seqlens: object,
+) -> bool:
+    """Whether a call needs the operator of this module."""
+    if truncated is not None or value_lam is not None or _is_tensor(gamma) or _is_tensor(lam):
+        return True
+    if not isinstance(bootstrap_values, Tensor) or not isinstance(like, Tensor):
+        return False
+    if bootstrap_values.shape != like.shape:
+        return False
+    sequences = cu_seqlens.shape[0] - 1 if isinstance(cu_seqlens, Tensor) else -1
+    return bootstrap_values.shape != (sequences,)
+
+
+def the_ends(op: str, dones: object, terminated: object, truncated: object) -> tuple[str, object]:
+    """(name, flags) of the terminated steps.
+
+    Raises:
+        ValueError: dones together with one of the others.
+    """
+    if dones is None:
+        return "terminated", terminated
+    if terminated is not None or truncated is not None:
+        raise ValueError(
+            f"{op}: dones are the terminated steps; beside terminated or truncated they must be "
+            "None, and terminated = done & ~truncated"
+        )
+    return "dones", dones
+
+
+class _Tokens(NamedTuple):
+    """The tokens of a call, checked."""
+
+    first: Tensor
+    name: str
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    masked: str
+
+    @property
+    def sequences(self) -> int:
+        if self.cu_seqlens is None:
+            return self.first.shape[0]
+        return self.cu_seqlens.shape[0] - 1
+
+    def per_sequence(self, x: Tensor) -> bool:
+        """Whether a checked tensor has one entry per sequence, not one per token."""
+        return x.dim() == 1 and x.shape[0] == self.sequences
+
+    def keep(self) -> Tensor:
+        """The mask as bool."""
+        if self.mask is None:
+            return torch.ones_like(self.first, dtype=torch.bool)
+        return self.mask != 0
+
+    def spread(self, x: Tensor) -> Tensor:
+        """One entry per sequence as one per token; a tensor per token unchanged."""
+        if not self.per_sequence(x):
+            return x
+        if self.cu_seqlens is None:
+            return x.unsqueeze(-1).expand(self.first.shape)
+        tokens = torch.arange(self.first.shape[0], device=x.device)
+        ids = torch.searchsorted(self.cu_seqlens[1:].contiguous(), tokens, right=True)
+        # Without sequences there is no entry to take, and with bad offsets no right one.
+        return x[ids.clamp(max=max(self.sequences - 1, 0))] if self.sequences else x.new_zeros(0)
+
+    def last(self, keep: Tensor) -> Tensor:
+        """The position of the last kept token of each sequence, -1 if it has none; flat if packed.
+
+        Bad offsets give positions without meaning, but none out of range.
+        """
+        total = self.first.shape[-1]
+        places = torch.where(keep, torch.arange(total, device=keep.device), -1)
+        if self.cu_seqlens is None:
+            return places.amax(1) if total else places.new_full((self.sequences,), -1)
+        if not total:
+            return places.new_full((self.sequences,), -1)
+        starts, ends = self.cu_seqlens[:-1].long(), self.cu_seqlens[1:].long()
+        found = places.cummax(0).values[(ends - 1).clamp(0, total - 1)]
+        return torch.where((found >= starts) & (ends > starts), found, -1)
+
+
+def _shaped(op: str, name: str, value: object, tokens: _Tokens) -> Tensor:
+    """A tensor of real numbers, one per sequence or one per token."""
+    found = constant(checks.real(op, name, value))
+    if not tokens.per_sequence(found) and found.shape != tokens.first.shape:
+        raise ValueError(
+            f"{op}: {name} must have one entry per sequence, ({shown(tokens.sequences)},), or the "
+            f"shape of {tokens.name}, {shown(tokens.first.shape)}, got {shown(found.shape)}"
+        )
+    checks.same_device(op, name, found, tokens.name, tokens.first.device)
+    return found
+
+
+def _rate(op: str, name: str, value: object, tokens: _Tokens) -> Rate:
+    """A checked rate; the values of a tensor are checked where the host may read them."""
+    if not _is_tensor(value):
+        return option_checks.rate(op, name, value)
+    found = _shaped(op, name, value, tokens)
+    if checks.can_read_on_host(found):
+        bad = ~((found >= 0) & (found <= 1))
+        if bad.any():
+            used = tokens.keep() if tokens.masked == "carry" else torch.ones_like(tokens.keep())
+            bad = tokens.spread(bad) & used
+        if bad.any():
+            at = int(bad.reshape(-1).nonzero()[0])
+            raise ValueError(
+                f"{op}: {name} must be in [0, 1], got {tokens.spread(found).reshape(-1)[at].item()}"
+                f" at the token of flat position {at}"
+            )
+    return found
+
+
+def _ends(
+    op: str, bootstrap_values: object, truncated: Tensor | None, tokens: _Tokens
+) -> tuple[Tensor | None, Tensor | None]:
+    """(values after truncated steps in the shape of tokens, value after each sequence's end)."""
+    if bootstrap_values is None:
+        if truncated is not None:
+            raise ValueError(f"{op}: truncated steps need bootstrap_values")
+        return None, None
+    found = _shaped(op, "bootstrap_values", bootstrap_values, tokens)
+    keep = tokens.keep()
+    if tokens.per_sequence(found):
+        if truncated is None:
+            return None, found
+        if checks.can_read_on_host(truncated):
+            place = torch.arange(keep.shape[-1], device=keep.device)
+            early = (truncated != 0) & keep & (place < tokens.spread(tokens.last(keep)))
+            if early.any():
+                raise ValueError(
+                    f"{op}: bootstrap_values must have the shape of {tokens.name} where a step "
+                    "before the end of its sequence is truncated, flat position "
+                    f"{int(early.reshape(-1).nonzero()[0])} here"
+                )
+        return tokens.spread(found), found
+    if not keep.shape[-1]:
+        return found, found.new_zeros(tokens.sequences)
+    last = tokens.last(keep)
+    if tokens.masked == "zero":
+        # A masked step at the end has the value 0, and so has what follows it.
+        end = tokens.last(torch.ones_like(keep))
+        last = torch.where(last == end, last, -1)
+    at = last.clamp(min=0)
+    ends = found[at] if found.dim() == 1 else found.gather(1, at.unsqueeze(-1)).squeeze(-1)
+    return (None if truncated is None else found), torch.where(last < 0, 0, ends)
+
+
+def scan(
+    op: str,
+    name: str,
+    first: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    terminated: Tensor | None,
+    truncated: Tensor | None,
+    bootstrap_values: object,
+    gamma: object,
+    lam: object,
+    value_lam: object,
+    masked: str,
+    whiten: bool,
+    shaping: Shaping | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(advantages, returns, shaped rewards or a tensor without elements).
+
+    Args:
+        op: the operation, for messages.
+        name: of the argument `first`: rewards, or with `shaping` log-probabilities.
+        first: [B, T] or packed [N], as all tensors over tokens checked.
+        values: of the shape of `first`.
+        mask: of the shape of `first`.
+        cu_seqlens: checked offsets.
+        terminated: flags.
+        truncated: flags.
+        bootstrap_values: as the caller of `op` gave them.
+        gamma: as the caller of `op` gave it.
+        lam: as the caller of `op` gave it.
+        value_lam: as the caller of `op` gave it; None for `lam`.
+        masked: checked option.
+        whiten: checked option.
+        shaping: of ppo_advantages.
+    """
+    backend = backends.select(op, first.device)
+    if backend == backends.REFERENCE:
+        checks.offsets_valid(op, cu_seqlens, first.shape[0])
+    elif checks.can_read_on_host(first):
+        # What follows indexes with the offsets; a kernel would find bad ones too late.
+        checks.offsets_valid(op, cu_seqlens, first.shape[0])
+    tokens = _Tokens(first, name, mask, cu_seqlens, masked)
+    gamma, lam = _rate(op, "gamma", gamma, tokens), _rate(op, "lam", lam, tokens)
+    if value_lam is not None:
+        value_lam = _rate(op, "value_lam", value_lam, tokens)
+    cut_values, end = _ends(op, bootstrap_values, truncated, tokens)
+    if backend == backends.REFERENCE:
+        cuts = None
+        if truncated is not None:
+            assert cut_values is not None
+            cuts = Cuts(truncated, cut_values)
+        options = {
+            "cu_seqlens": cu_seqlens,
+            "dones": terminated,
+            "bootstrap_values": end,
+            "gamma": gamma,
+            "lam": lam,
+            "masked": masked,
+            "whiten": whiten,
+            "cuts": cuts,
+            "value_lam": value_lam,
+        }
+        if shaping is None:
+            found = reference.gae(first, values, mask=mask, **options)
+            return *found, found[0].new_empty(0)
+        scores, ref, coef, estimator, clip = shaping
+        options |= {"kl_coef": coef, "kl_estimator": estimator, "reward_clip": clip}
+        return reference.ppo_advantages(scores, first, ref, values, mask, **options)
+    rates: dict[str, Rate] = {"gamma": gamma, "lam": lam}
+    rates["value_lam"] = lam if value_lam is None else value_lam
+    flat: list[Tensor | float | None] = []
+    for rate in rates.values():
+        flat += [rate, 0.0] if isinstance(rate, Tensor) else [None, rate]
+    doubles = {name: first, "values": values, "bootstrap_values": end, **rates}
+    if shaping is not None:
+        doubles |= {"scores": shaping.scores, "ref_logprobs": shaping.ref_logprobs}
+    checks.not_double(op, **{k: t for k, t in doubles.items() if isinstance(t, Tensor)})
+    return _general_gae(
+        first, values, mask, cu_seqlens, terminated, truncated, cut_values, end,
+        *(_NO_SHAPING if shaping is None else shaping), *flat, value_lam is not None, masked,
+        whiten, backend,
+    )  # fmt: skip
