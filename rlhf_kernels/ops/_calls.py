@@ -116,7 +116,8 @@ ARGUMENTS: dict[str, Maker] = {
     # One sign only: terms of both signs would cancel and hide errors.
     "advantages": lambda x: x.tokens().abs(),
     "mask": Inputs.mask,
-    "dones": lambda x: ~x.mask(),
+    **_all(lambda x: ~x.mask(), "dones", "terminated", "truncated"),
+    **_all(lambda x: x.sequences().sigmoid(), "gamma", "lam", "value_lam"),
     "cu_seqlens": lambda x: x.size * torch.arange(x.rows + 1, device=x.device),
     **_all(Inputs.sequences, "scores", "bootstrap_values", *_PAIRS, *_REWARDS),
     **_all(lambda x: x.sequences().abs(), "weights", "margin"),
@@ -181,7 +182,7 @@ _STEPS = {"mask": GIVEN, "gamma": 0.99}
 #: Public operation -> how it is called. A new operation adds an entry here.
 OPERATIONS: dict[Callable[..., Any], Operation] = {
     discounted_returns: Operation(examples=(_STEPS,)),
-    gae: Operation(examples=({**_STEPS, "whiten": True},)),
+    gae: Operation(examples=({**_STEPS, "whiten": True}, {**_STEPS, "lam": GIVEN})),
     group_advantages: Operation(examples=({"groups": 4},), others={"rewards": Inputs.samples}),
     kl_divergence: Operation(("logits",), ({"temperature": 0.7},), 1, _NEAR),
     kl_penalty: Operation(("logprobs",), ({"estimator": "k3"},), others=_FAR),

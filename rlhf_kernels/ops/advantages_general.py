@@ -4,7 +4,7 @@ They have an operator and kernels of their own, so that calls without these opti
 always did.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -59,6 +59,11 @@ def _is_tensor(rate: object) -> bool:
     return isinstance(rate, Tensor) and rate.dim() > 0
 
 
+def _is_plain(t: object) -> TypeGuard[Tensor]:
+    """Whether `t` is a tensor that has a shape."""
+    return isinstance(t, Tensor) and not t.is_nested
+
+
 def needed(
     gamma: object,
     lam: object,
@@ -71,12 +76,12 @@ def needed(
     """Whether a call needs the operator of this module."""
     if truncated is not None or value_lam is not None or _is_tensor(gamma) or _is_tensor(lam):
         return True
-    if not isinstance(bootstrap_values, Tensor) or not isinstance(like, Tensor):
+    if not _is_plain(bootstrap_values) or not _is_plain(like):
         return False
     if bootstrap_values.shape != like.shape:
         return False
-    sequences = cu_seqlens.shape[0] - 1 if isinstance(cu_seqlens, Tensor) else -1
-    return bootstrap_values.shape != (sequences,)
+    per_sequence = isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1
+    return not per_sequence or bootstrap_values.shape[0] != cu_seqlens.shape[0] - 1
 
 
 def the_ends(op: str, dones: object, terminated: object, truncated: object) -> tuple[str, object]:

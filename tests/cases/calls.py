@@ -46,7 +46,7 @@ def _mask(x: Inputs) -> torch.Tensor:
 _MAKERS = {
     "advantages": Inputs.tokens,
     "mask": _mask,
-    "dones": lambda x: ~_mask(x),
+    **dict.fromkeys(("dones", "terminated", "truncated"), lambda x: ~_mask(x)),
     "desirable": lambda _: torch.tensor([True, False]),
     "groups": lambda _: torch.tensor([5, 1, 5, 5, 1, 9, 9, 9]),
     "shared_lengths": lambda _: torch.tensor([2, 1]),
@@ -72,6 +72,17 @@ _STEPS = {
     "dones": (ABSENT, GIVEN),
     "bootstrap_values": (ABSENT, GIVEN),
     "gamma": (0.9,),
+    "masked": ("carry", "zero"),
+}
+_per_step = lambda x: x.tokens().sigmoid()  # noqa: E731
+_RATES = {
+    "mask": (GIVEN,),
+    "terminated": (GIVEN,),
+    "truncated": (GIVEN,),
+    "bootstrap_values": (Inputs.tokens,),
+    "gamma": (GIVEN, _per_step),
+    "lam": (_per_step, GIVEN),
+    "value_lam": (GIVEN, 1.0),
     "masked": ("carry", "zero"),
 }
 _POLICY = {
@@ -101,7 +112,7 @@ def _preferences() -> Iterator[dict[str, tuple[Any, ...]]]:
 #: makes a tensor from the inputs.
 CHOICES: dict[str, tuple[dict[str, tuple[Any, ...]], ...]] = {
     "discounted_returns": (_STEPS,),
-    "gae": ({**_STEPS, "whiten": (False, True)},),
+    "gae": ({**_STEPS, "whiten": (False, True)}, _RATES),
     "group_advantages": (
         {
             "groups": (2, GIVEN),
@@ -153,6 +164,7 @@ CHOICES: dict[str, tuple[dict[str, tuple[Any, ...]], ...]] = {
             "whiten": (True, False),
             "reward_clip": (None, 1.0),
         },
+        _RATES,
     ),
     "preference_loss": tuple(_preferences()),
     "reward_model_loss": ({"margin": (None, 0.5, GIVEN), "center_coef": (0.0, 0.1)},),

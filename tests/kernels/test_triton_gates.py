@@ -139,6 +139,7 @@ LAUNCHES = {
     ),
     "kl_penalty": (["kl.penalty_kernel"], ["kl.penalty_kernel"]),
     "gae": (["advantages.scan_kernel"], []),
+    "gae_general": (["advantages_general.general_kernel"], []),
     "discounted_returns": (["advantages.scan_kernel"], []),
     "ppo_advantages": (["advantages.scan_kernel"], []),
     "whiten": (

@@ -50,6 +50,7 @@ def examples() -> Iterator[Case]:
     for function, dtype in itertools.product(_calls.OPERATIONS, DTYPES):
         for call in _calls.examples(function, inputs(4, 64, dtype)):
             name = call.op + "_support" * ("indptr" in call.tensors)
+            name += "_general" * ("lam" in call.tensors)
             yield Case(f"example/{name}/{label({'dtype': dtype})}", call)
 
 

@@ -70,6 +70,8 @@ def token_sweeps() -> Iterator[Case]:
             x = inputs(count, length)
             steps: dict[str, Any] = {"mask": GIVEN, "gamma": gamma}
             yield sweep(name, rk.gae, x, **steps, lam=lam)
+            general = {"lam": GIVEN, "value_lam": lam, "bootstrap_values": GIVEN}
+            yield case(f"sweep/gae_general/{name}", rk.gae, x, **steps, **general)
             yield sweep(name, rk.discounted_returns, x, **steps)
             yield sweep(name, rk.ppo_advantages, x, **steps, lam=lam, scores=x.tokens()[:, 0],
                         kl_coef=(0.1, 1, 2, 3.5)[n], reward_clip=(1, 16, 2.5, 3)[n])  # fmt: skip

@@ -73,6 +73,9 @@ def _bad_values(call, name):
         "margin",
         "groups",
         "kl",
+        "gamma",
+        "lam",
+        "value_lam",
     ):
         optional = "None" in annotation
         bad = NO_TENSORS if optional else NO_TENSORS | {"None": None}

@@ -155,7 +155,7 @@ def general_kernel(
         start = begin + (blocks - 1 - block).to(tl.int64) * BLOCK
         left = begin + count - start
         keep, exists, last, r, v, v_next = load_block(
-            rewards, ref, values, mask, row, start, left, kl_coef, ESTIMATOR, CARRY, BLOCK
+            (rewards, ref, values, mask), (row, start, left), kl_coef, ESTIMATOR, CARRY, BLOCK
         )
         at = row * cols + start + i
         inside = i < left
