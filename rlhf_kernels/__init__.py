@@ -9,10 +9,10 @@ from .ops.advantages import (
     PPOAdvantages,
     discounted_returns,
     gae,
-    group_advantages,
     ppo_advantages,
     whiten,
 )
+from .ops.group_advantages import group_advantages, optimal_token_baseline
 from .ops.kl import kl_divergence, kl_penalty
 from .ops.linear_kl import linear_kl_divergence
 from .ops.linear_logprobs import linear_token_logprobs
@@ -60,6 +60,7 @@ __all__ = [
     "linear_kl_divergence",
     "linear_policy_loss",
     "linear_token_logprobs",
+    "optimal_token_baseline",
     "policy_loss",
     "ppo_advantages",
     "preference_loss",

@@ -45,6 +45,11 @@ Baseline = Literal["mean", "leave-one-out", "greedy", "none"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 Scale = Literal["group", "batch", "none"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
+#: Others of them, which are plain torch on every backend.
+PlainBaseline = Literal["length-mean", "log-mean-exp", "pass@k", "batch-mean"]
+PLAIN_BASELINES: tuple[PlainBaseline, ...] = get_args(PlainBaseline)
+PlainScale = Literal["leave-one-out", "mean"]
+PLAIN_SCALES: tuple[PlainScale, ...] = get_args(PlainScale)
 
 #: Losses of preference_loss.
 PreferenceLossName = Literal[

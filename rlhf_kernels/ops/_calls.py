@@ -16,7 +16,8 @@ from ..core import checks
 from ..kernels.backends import REFERENCE
 from ._metrics import Metrics
 from ._operator import select
-from .advantages import discounted_returns, gae, group_advantages, ppo_advantages, whiten
+from .advantages import discounted_returns, gae, ppo_advantages, whiten
+from .group_advantages import group_advantages, optimal_token_baseline
 from .kl import kl_divergence, kl_penalty
 from .linear_kl import linear_kl_divergence
 from .linear_logprobs import linear_token_logprobs
@@ -124,6 +125,9 @@ ARGUMENTS: dict[str, Maker] = {
     **_all(lambda x: 1 + x.integers(8, x.rows), *_LENGTHS),
     "desirable": lambda x: x.integers(2, x.rows),
     "greedy_rewards": Inputs.samples,
+    "lengths": lambda x: 1 + x.integers(8, 4 * x.rows),
+    "component_weights": lambda x: x.floats(2),
+    **_all(lambda x: x.tokens().sigmoid(), "collision", "importance_weights"),
     "groups": lambda x: torch.arange(4 * x.rows, device=x.device) // 4,
     **_all(lambda x: x.floats(*x.shape, x.vocabulary, scale=4.0), "logits", "ref_logits"),
     "labels": Inputs.labels,
@@ -190,6 +194,9 @@ OPERATIONS: dict[Callable[..., Any], Operation] = {
     linear_kl_divergence: Operation(_OPERANDS, ({"temperature": 0.7},), 2),
     linear_policy_loss: Operation(_OPERANDS, ({"config": _REINFORCE},), 2, _WHOLE),
     linear_token_logprobs: Operation(_OPERANDS, _ROWS, 2),
+    optimal_token_baseline: Operation(
+        examples=({"mask": GIVEN, "groups": 1},), others={"logprobs": lambda x: -x.tokens().abs()}
+    ),
     policy_loss: Operation(("logprobs", "entropy"), ({**_OF_PPO, "config": _PPO},)),
     ppo_advantages: Operation(examples=({**_STEPS, "kl_coef": 0.05},), others=_FAR),
     preference_loss: Operation(_PAIRS, (dict.fromkeys(_PAIRS[2:], GIVEN),)),

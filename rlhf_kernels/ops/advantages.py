@@ -1,4 +1,4 @@
-"""Advantages: GAE, discounted returns, PPO's shaped rewards, group baselines and whitening.
+"""Advantages: GAE, discounted returns, PPO's shaped rewards and whitening.
 
 Nothing here is differentiable: advantages and returns are constants of the loss.
 """
@@ -10,14 +10,10 @@ from torch import Tensor
 
 from .. import reference
 from ..config.enums import (
-    BASELINES,
     MASKED_STEPS,
     PLAIN_KL_ESTIMATORS,
-    SCALES,
-    Baseline,
     MaskedSteps,
     PlainKlEstimator,
-    Scale,
 )
 from ..core import checks, option_checks
 from ..core.layout import constant, constants
@@ -51,12 +47,6 @@ _ppo_advantages: Operator[tuple[Tensor, Tensor, Tensor]] = define(
     "bool whiten, float? reward_clip, str backend) -> (Tensor, Tensor, Tensor)",
     lambda scores, logprobs, *_: (_fp32(logprobs), _fp32(logprobs), _fp32(logprobs)),
 )
-_group_advantages: Operator[Tensor] = define(
-    "group_advantages",
-    "(Tensor rewards, Tensor? group_ids, int group_size, str baseline, str scale, "
-    "Tensor? greedy_rewards, float eps, str backend) -> Tensor",
-    lambda rewards, *_: _fp32(rewards),
-)
 _whiten: Operator[Tensor] = define(
     "whiten",
     "(Tensor x, Tensor? mask, bool shift_mean, bool unbiased, float eps, str backend) -> Tensor",
@@ -77,14 +67,6 @@ class PPOAdvantages(NamedTuple):
     advantages: Tensor
     returns: Tensor
     rewards: Tensor
-
-
-def _of_sequences(op: str, name: str, t: object) -> Tensor:
-    """Checked rewards of whole sequences; integers become float64, the dtype of the statistics."""
-    if isinstance(t, Tensor) and t.dtype is not torch.bool and not t.is_floating_point():
-        checks.integers(op, name, t)
-        return t.double()
-    return constant(checks.real(op, name, t))
 
 
 def _check_tokens(
@@ -453,83 +435,6 @@ def ppo_advantages(
             gamma, lam, masked, whiten, reward_clip, backend,
         )
     )  # fmt: skip
-
-
-def group_advantages(
-    rewards: Tensor,
-    groups: int | Tensor,
-    *,
-    baseline: Baseline = "mean",
-    scale: Scale = "group",
-    greedy_rewards: Tensor | None = None,
-    eps: float = 1e-6,
-) -> Tensor:
-    """Rewards of whole sequences relative to the other answers to the same prompt.
-
-    GRPO (2402.03300): "mean", "group". Dr.GRPO (2503.20783): "mean", "none". RLOO (2402.14740):
-    "leave-one-out", "none". REINFORCE++ (2501.03262): "none" or "mean", "batch". ReMax
-    (2310.10505): "greedy", "none". Statistics are fp64 and relative to a group's first reward, so a
-    large common offset costs no precision.
-
-    Args:
-        rewards: [B], floating, integer or bool.
-        groups: size of consecutive groups, which divides B; or an integer tensor [B] with the group
-            id of each sequence, where groups may differ in size and be in any order.
-        baseline: value to subtract: "mean" of the group, mean of the others in the group
-            ("leave-one-out"), `greedy_rewards` ("greedy"), or "none".
-        scale: "group" divides by the std of the group's rewards + eps. "batch" subtracts the batch
-            mean after the baseline, then divides by the batch std + eps. "none" does not divide.
-            Standard deviations are unbiased.
-        greedy_rewards: [B], the reward of the greedy answer to each sequence's prompt.
-        eps: added to the standard deviation, >= 0. TRL's is 1e-4, verl's 1e-6, OpenRLHF's 1e-9.
-
-    Returns:
-        Advantages [B], float32, detached. Exactly 0 where the standard deviation to divide by is 0
-        (equal rewards, groups of one); with scale "none" the baselines "mean" and "leave-one-out"
-        also give exactly 0 there. A NaN or infinite reward makes only its own group NaN (with
-        "batch", the whole batch).
-
-    Raises:
-        TypeError: wrong dtype or type of an argument.
-        ValueError: shapes or devices that do not match; an unknown option; a group size that does
-            not divide B; greedy_rewards without baseline "greedy", or vice versa.
-    """
-    op = "group_advantages"
-    rewards = _of_sequences(op, "rewards", rewards)
-    if rewards.dim() != 1:
-        raise ValueError(f"{op}: rewards must be [B], got {shown(rewards.shape)}")
-    option_checks.one_of(op, "baseline", baseline, BASELINES)
-    option_checks.one_of(op, "scale", scale, SCALES)
-    eps = option_checks.non_negative(op, "eps", eps)
-    if isinstance(groups, Tensor) and groups.dim() > 0:
-        checks.integers(op, "groups", groups)
-        checks.same_shape(op, "groups", groups, "rewards", rewards.shape)
-        checks.same_device(op, "groups", groups, "rewards", rewards.device)
-    else:
-        groups = option_checks.integer(
-            op, "groups", groups, low=1, what=" or an integer tensor [B]"
-        )
-        if rewards.shape[0] % groups:
-            raise ValueError(
-                f"{op}: groups must divide the number of rewards, "
-                f"{shown(rewards.shape[0])}, got {shown(groups)}"
-            )
-    if (greedy_rewards is None) == (baseline == "greedy"):
-        raise ValueError(
-            f"{op}: greedy_rewards belong to baseline 'greedy'; got baseline {baseline!r} "
-            f"{'without' if greedy_rewards is None else 'with'} greedy_rewards"
-        )
-    if greedy_rewards is not None:
-        greedy_rewards = _of_sequences(op, "greedy_rewards", greedy_rewards)
-        checks.same_shape(op, "greedy_rewards", greedy_rewards, "rewards", rewards.shape)
-        checks.same_device(op, "greedy_rewards", greedy_rewards, "rewards", rewards.device)
-    backend = backends.select(op, rewards.device)
-    if backend == backends.REFERENCE:
-        return reference.group_advantages(
-            rewards, groups, baseline=baseline, scale=scale, greedy_rewards=greedy_rewards, eps=eps
-        ).float()
-    ids, size = (groups, 0) if isinstance(groups, Tensor) else (None, groups)
-    return _group_advantages(rewards, ids, size, baseline, scale, greedy_rewards, eps, backend)
 
 
 def whiten(

@@ -4,7 +4,8 @@ They compute in fp32, or in fp64 for fp64 inputs. They define the operations, an
 tested against them.
 """
 
-from .advantages import discounted_returns, gae, group_advantages, ppo_advantages, whiten
+from .advantages import discounted_returns, gae, ppo_advantages, whiten
+from .groups import group_advantages, optimal_token_baseline
 from .head import linear_kl_divergence, linear_policy_loss, linear_token_logprobs
 from .kl import kl_divergence, kl_penalty
 from .logprobs import token_logprobs
@@ -24,6 +25,7 @@ __all__ = [
     "linear_policy_loss",
     "linear_token_logprobs",
     "linear_token_logprobs_support",
+    "optimal_token_baseline",
     "policy_loss",
     "ppo_advantages",
     "preference_loss",

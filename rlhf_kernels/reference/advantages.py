@@ -217,63 +217,6 @@ def ppo_advantages(
     return advantages, returns, rewards
 
 
-def _numbered(ids: Tensor) -> Tensor:
-    """Arbitrary ids [B] renumbered from 0; no shape depends on the values of the ids."""
-    ids, order = ids.long().sort(stable=True)
-    change = torch.ones_like(ids)
-    change[1:] = ids[1:] != ids[:-1]
-    return torch.zeros_like(ids).scatter(0, order, change.cumsum(0) - 1)
-
-
-def group_advantages(
-    rewards: Tensor,
-    groups: int | Tensor,
-    *,
-    baseline: str = "mean",
-    scale: str = "group",
-    greedy_rewards: Tensor | None = None,
-    eps: float = 1e-6,
-) -> Tensor:
-    """Rewards [B] relative to their group; see `rlhf_kernels.group_advantages`.
-
-    Statistics are fp64 and use differences to the group's first reward. A common offset therefore
-    costs no precision, and equal rewards have a standard deviation of exactly zero.
-    """
-    r = rewards.double()
-    index = torch.arange(len(r), device=r.device)
-    group = _numbered(groups) if isinstance(groups, Tensor) else index // groups
-    # B slots hold any number of groups; unused slots stay empty.
-    count = torch.zeros_like(index).index_add(0, group, torch.ones_like(index))
-    first = torch.zeros_like(index).scatter_reduce(0, group, index, "amin", include_self=False)
-
-    def total(x: Tensor) -> Tensor:
-        return x.new_zeros(len(count)).index_add(0, group, x)
-
-    shifted = r - r[first][group]
-    centred = shifted - (total(shifted) / count)[group]
-    if baseline == "mean":
-        a = centred
-    elif baseline == "leave-one-out":
-        # r_i - mean of the others = n / (n - 1) * (r_i - mean of all)
-        a = centred * (count / (count - 1).clamp(min=1))[group]
-    elif baseline == "greedy":
-        assert greedy_rewards is not None
-        a = r - greedy_rewards.double()
-    else:
-        a = r
-    if scale == "group":
-        std = (total(centred.square()) / (count - 1).clamp(min=1)).sqrt()[group]
-        a = torch.where(std == 0, 0, a / (std + eps))
-    elif scale == "batch":
-        if baseline in ("none", "greedy") and len(a):
-            # The other baselines already give a mean of zero.
-            a = a - a[0]
-            a = a - a.mean()
-        std = (a.square().sum() / max(len(a) - 1, 1)).sqrt()
-        a = torch.where(std == 0, 0, a / (std + eps))
-    return a.to(compute(rewards).dtype)
-
-
 def whiten(
     x: Tensor,
     mask: Tensor | None = None,

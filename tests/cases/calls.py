@@ -19,7 +19,13 @@ from rlhf_kernels.testing import generator
 B, T, V, H = 2, 3, 7, 4
 N = B * T
 #: Compositions of torch's own operations, which no kernel serves.
-PLAIN = ("kto_loss", "preference_loss", "reward_model_loss", "sequence_logprobs")
+PLAIN = (
+    "kto_loss",
+    "optimal_token_baseline",
+    "preference_loss",
+    "reward_model_loss",
+    "sequence_logprobs",
+)
 FUNCTIONS = {function.__name__: function for function in _calls.OPERATIONS}
 OPERATIONS = tuple(FUNCTIONS)
 Config = rk.PolicyLossConfig
@@ -120,6 +126,18 @@ CHOICES: dict[str, tuple[dict[str, tuple[Any, ...]], ...]] = {
             "scale": ("group", "batch", "none"),
         },
         {"groups": (2,), "baseline": ("greedy",), "greedy_rewards": (GIVEN,)},
+        {
+            "groups": (2, GIVEN),
+            "baseline": ("log-mean-exp", "pass@k", "batch-mean"),
+            "scale": ("leave-one-out", "mean", "none"),
+        },
+        {
+            "groups": (GIVEN,),
+            "rewards": (lambda x: x.floats(4 * x.rows, 2),),
+            "baseline": ("length-mean",),
+            "lengths": (GIVEN,),
+            "component_weights": (GIVEN,),
+        },
     ),
     "kl_divergence": (
         {"mask": (ABSENT, GIVEN), "direction": ("reverse", "forward"), "temperature": (1.0, 0.7)},
@@ -153,6 +171,14 @@ CHOICES: dict[str, tuple[dict[str, tuple[Any, ...]], ...]] = {
             "entropy": (False, True),
             "temperature": (1.0, GIVEN),
             "kept_tokens": (None, N),
+        },
+    ),
+    "optimal_token_baseline": (
+        {
+            "groups": (1, lambda x: torch.tensor([3, 3])),
+            "mask": (ABSENT, GIVEN),
+            "importance_weights": (ABSENT, GIVEN),
+            "zero_tail": (True, False),
         },
     ),
     "policy_loss": ({**_POLICY, "entropy": (GIVEN,)},),

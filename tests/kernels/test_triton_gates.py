@@ -164,6 +164,8 @@ def extras(op: str, name: str) -> tuple[list[str], list[str]]:
     """What the call `name` launches before and behind the kernels that `op` always launches."""
     if op == "group_advantages":
         return [], ["advantages_groups.batch_kernel"] if "scale=batch" in name else []
+    if op == "gae_general":
+        return ["advantages_general.offsets_kernel"] if "packed" in name else [], []
     if op not in SCANS:
         return [], []
     # A row of several tiles, or rows of unknown length.

@@ -214,6 +214,18 @@ def scans(full: bool) -> Iterator[Case]:
         yield from varied(function, variants)
 
 
+def general(full: bool) -> Iterator[Case]:
+    """gae with rates per sequence and per step, truncated steps and a lam of the returns."""
+    for layout, masked in (("padded", "carry"), ("packed", "zero")):
+        x = inputs_of(layout, BF16)
+        steps = x.tokens().sigmoid()
+        rates = {"gamma": steps, "lam": GIVEN, "value_lam": steps}
+        ends = {"terminated": GIVEN, "truncated": GIVEN, "bootstrap_values": x.tokens()}
+        for flags in ({}, {"mask": GIVEN, **ends}):
+            name = f"gae_general/{layout},ends={bool(flags)}"
+            yield case(name, rk.gae, x, layout, masked=masked, **rates, **flags)
+
+
 def statistics(full: bool) -> Iterator[Case]:
     combine = products if full else one_by_one
     yield from varied(rk.whiten, combine(
@@ -311,6 +323,6 @@ def value(full: bool) -> Iterator[Case]:
 def cases(full: bool) -> Iterator[Case]:
     """All calls: options one at a time, or with `full` any two of them together."""
     yield from examples()
-    for of in (rows, scans, statistics, policy, value):
+    for of in (rows, scans, general, statistics, policy, value):
         yield from of(full)
     yield from triton_sweeps.cases()

@@ -361,6 +361,40 @@ def test_group_advantages(backend, name, verl_options, options):
         assert ours[i].item() == pytest.approx(a, rel=1e-6, abs=1e-6)
 
 
+def test_opo_and_pass_at_k(backend):
+    rewards, scores, mask, ids, index = outcome()
+    ours = rk.group_advantages(
+        scores, ids, baseline="length-mean", scale="none", lengths=mask.sum(-1)
+    )
+    per_token = torch.where(mask, ours.unsqueeze(-1), 0)
+    same_where_kept(per_token, estimate("opo", rewards.double(), mask, index), mask)
+    for divides in (True, False):
+        config = core_algos.AlgoConfig(norm_adv_by_std_in_grpo=divides)
+        theirs = estimate("grpo_passk", rewards.double(), mask, index, config=config)
+        scale = "group" if divides else "none"
+        ours = rk.group_advantages(scores, ids, baseline="pass@k", scale=scale)
+        same_where_kept(torch.where(mask, ours.unsqueeze(-1), 0), theirs, mask)
+
+
+@pytest.mark.parametrize("name", ("optimal_token_baseline", "tir_optimal_token_baseline"))
+@pytest.mark.parametrize("zero_tail", (True, False))
+def test_optimal_token_baseline(backend, name, zero_tail):
+    rewards, _, mask, ids, index = outcome()
+    if name == "optimal_token_baseline":
+        # It counts the columns of a row, TIR-OTB the kept tokens: the same without gaps.
+        mask = torch.arange(mask.shape[1]) < mask.sum(-1, keepdim=True)
+    g = torch.Generator().manual_seed(0)
+    more = torch.randn(rewards.shape, generator=g)
+    logprobs, collision, weights = (torch.rand(rewards.shape, generator=g) for _ in range(3))
+    options = {"old_log_probs": -logprobs.double(), "sum_pi_squared": collision.double()}
+    options |= {"rollout_is_weights": weights.double(), "handle_zero_tail": zero_tail}
+    theirs = estimate(name, more.double(), mask, index, **options)
+    ours = rk.optimal_token_baseline(
+        more, -logprobs, collision, ids, mask, importance_weights=weights, zero_tail=zero_tail
+    )
+    same_where_kept(ours.advantages, theirs, mask)
+
+
 def test_groups_of_one_differ(backend):
     """By design: verl keeps the reward, which has no baseline; here there is nothing to learn."""
     rewards, scores, mask, _, _ = outcome(2)
