@@ -12,7 +12,7 @@ from .ops.advantages import (
     ppo_advantages,
     whiten,
 )
-from .ops.group_advantages import group_advantages, optimal_token_baseline
+from .ops.advantages_groups import group_advantages, optimal_token_baseline
 from .ops.kl import kl_divergence, kl_penalty
 from .ops.linear_kl import linear_kl_divergence
 from .ops.linear_logprobs import linear_token_logprobs

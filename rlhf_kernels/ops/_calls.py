@@ -17,7 +17,7 @@ from ..kernels.backends import REFERENCE
 from ._metrics import Metrics
 from ._operator import select
 from .advantages import discounted_returns, gae, ppo_advantages, whiten
-from .group_advantages import group_advantages, optimal_token_baseline
+from .advantages_groups import group_advantages, optimal_token_baseline
 from .kl import kl_divergence, kl_penalty
 from .linear_kl import linear_kl_divergence
 from .linear_logprobs import linear_token_logprobs

@@ -382,8 +382,8 @@ def ppo_advantages(
         TypeError, ValueError: as in `gae`.
     """
     op = "ppo_advantages"
-    more = terminated is not None or bootstrap_values is not None
-    if more or general.needed(gamma, lam, value_lam, truncated, None, None, None):
+    usual = bootstrap_values is terminated is truncated is value_lam is None
+    if not usual or general.needed(gamma, lam, value_lam, truncated, None, None, None):
         tokens = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values}
         flags = {"mask": mask, "terminated": terminated, "truncated": truncated}
         _, logprobs, ref_logprobs, values, mask, terminated, truncated, scores = _check_scan(

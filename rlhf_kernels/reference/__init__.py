@@ -5,7 +5,7 @@ tested against them.
 """
 
 from .advantages import discounted_returns, gae, ppo_advantages, whiten
-from .groups import group_advantages, optimal_token_baseline
+from .advantages_groups import group_advantages, optimal_token_baseline
 from .head import linear_kl_divergence, linear_policy_loss, linear_token_logprobs
 from .kl import kl_divergence, kl_penalty
 from .logprobs import token_logprobs

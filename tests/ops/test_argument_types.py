@@ -81,7 +81,9 @@ def _bad_values(call, name):
         bad = NO_TENSORS if optional else NO_TENSORS | {"None": None}
         return bad | ({"0-d": torch.tensor(1)} if name != "x" else {})
     if name == "groups":
-        return NO_INTEGERS | {"sparse": NO_TENSORS["sparse"], "None": None}
+        bad = NO_INTEGERS | {"sparse": NO_TENSORS["sparse"], "None": None}
+        # The ids of two sequences.
+        return {k: v for k, v in bad.items() if call.op == "group_advantages" or k != "two"}
     bad = NO_NUMBERS | {"sparse": NO_TENSORS["sparse"], "complex tensor": torch.tensor(1j)}
     return bad if "None" in annotation else bad | {"None": None}
 
