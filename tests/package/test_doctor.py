@@ -24,9 +24,11 @@ def test_json_report():
     assert report["versions"]["rlhf_kernels"] == rk.__version__
     assert report["backends"]["cpu"] == {"available": True, "reason": None}
     assert report["cpu_extension"]["isa"] == report["cpu_extension"]["isas"][-1]
-    # Losses over a number per sequence are a few lines of torch; everything else has kernels.
+    # Losses over a number per sequence, and a baseline of prefix sums, are a few lines of torch;
+    # everything else has kernels.
     selected = report["selected"]["cpu"]
     plain = {"preference_loss", "kto_loss", "reward_model_loss", "sequence_logprobs"}
+    plain.add("optimal_token_baseline")
     assert {name for name, backend in selected.items() if backend == "torch"} == plain
     assert {backend for name, backend in selected.items() if name not in plain} == {"cpu"}
     names = {c["operation"] for c in report["self_check"]}
