@@ -15,6 +15,7 @@ from transformers.utils import find_adapter_config_file
 
 from .config import ModelConfig, require
 from .errors import UserError, blamed_on
+from .finite import check_weights
 from .loading import names
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ TRAINED, FROZEN = "default", "reference"
 # Adapter types that change layers in place, so the base model's forward pass applies them.
 _KINDS = ("LORA", "IA3", "LOHA", "LOKR", "OFT", "VERA", "HRA", "LN_TUNING")
 # Options that replace parts of the base model or of its structure.
-_UNSUPPORTED = ("trainable_token_indices", "target_parameters", "layer_replication")
+_UNSUPPORTED = ("trainable_token_indices", "layer_replication")
 
 # Ways to start LoRA that subtract something random, or of some data, from the base model's weights.
 _RANDOM_BASES = ("pissa_niter", "corda", "lora_ga")
@@ -210,6 +211,7 @@ def load_adapter(
         if found:
             text = f"{setting}: the adapter in {adapter.path} {what} weights {names(found)}"
             raise UserError(text)
+    check_weights(setting, policy)
     policy.continued = True
     return _kept(policy, model)
 
@@ -250,7 +252,7 @@ def is_new(policy: nn.Module) -> bool:
 def can_freeze_twin(policy: nn.Module) -> bool:
     """Whether the adapter has no weights of the base model, so a frozen copy can coexist."""
     config = policy.peft_config[TRAINED]
-    if config.peft_type != "LORA" or config.bias != "none":
+    if config.peft_type != "LORA" or config.bias != "none" or config.target_parameters:
         return False
     # With others (PiSSA, OLoRA, LoftQ) every new adapter subtracts its start from the base model.
     return config.init_lora_weights in _PLAIN_STARTS

@@ -34,5 +34,6 @@ def scalar_class(
     parents = [c for c in causal.__mro__ if issubclass(c, PreTrainedModel)]
     parent = next(c for c in parents[1:] if c.__name__.endswith("PreTrainedModel"))
     name = parent.__name__.replace("PreTrainedModel", "ForSequenceClassification")
-    prefix = {"base_model_prefix": causal.base_model_prefix, "__module__": __name__}
+    # transformers looks into the source of a class's module for what the architecture supports.
+    prefix = {"base_model_prefix": causal.base_model_prefix, "__module__": causal.__module__}
     return type(name, (GenericForSequenceClassification, parent), prefix)

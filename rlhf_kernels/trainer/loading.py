@@ -17,6 +17,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from .config import ModelConfig, require
 from .errors import UserError, blamed_on, one_line
+from .finite import check_weights
 
 
 def names(found: Sequence[str], most: int = 3) -> str:
@@ -133,6 +134,7 @@ def load(
     left = [k for k in extra if not may_be_left(model, k)]
     if left:
         warnings.warn(f"{setting}: {cls} has no place for {names(left)} of {path}", stacklevel=2)
+    check_weights(setting, model)
     if getattr(model, "is_quantized", False):
         method = getattr(model.config.quantization_config, "quant_method", "quantised")
         adapts = config.lora_rank > 0

@@ -388,7 +388,7 @@ class OnlineTrainer:
             return loss, named
 
         functions = [
-            Micro(function, index, lambda index: self._row_name(int(index[0])))
+            Micro(function, index, lambda number: self._row_name(int(number)))
             for index in self.learner.micro(self.learner.share(part))
         ]
         if self.ptx is None:

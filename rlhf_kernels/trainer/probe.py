@@ -99,19 +99,28 @@ def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
         UserError: a forward pass changed the weights, which training and saving do not expect.
     """
     keep_scale(model)
-    written = {name: weight._version for name, weight in model.named_parameters()}
+    before = {name: (p._version, _norm(p)) for name, p in model.named_parameters()}
     devices = [model.device] if model.device.type == "cuda" else []
     training = model.training
     with torch.random.fork_rng(devices), torch.no_grad():
         model.eval()
         yield
     model.train(training)
-    changed = [name for name, p in model.named_parameters() if p._version != written.get(name)]
+    changed = [
+        name
+        for name, p in model.named_parameters()
+        if p._version != before[name][0] and _norm(p) != before[name][1]
+    ]
     if changed:
         raise UserError(
             f"model: {name_of(model)} changes its own weights in a forward pass ({changed[0]}): "
             "expected one that computes only"
         )
+
+
+def _norm(weight: Tensor) -> float:
+    """The norm of a weight: an adapter of experts' weights writes them as they are in each pass."""
+    return float(torch.linalg.vector_norm(weight.detach().float()))
 
 
 def _settle_form(model: PreTrainedModel, max_length: int, packing: bool) -> list[Trial]:

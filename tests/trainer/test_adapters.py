@@ -10,6 +10,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,
     LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
     OPTConfig,
 )
 
@@ -189,6 +191,36 @@ def test_adapters_of_other_architectures(tmp_path, tokenizer, config):
         bare = AutoModelForCausalLM.from_pretrained(base)
         off = hidden(reference(_Networks(fresh), ROWS))
         torch.testing.assert_close(off, bare(input_ids=IDS).logits[:, 2:-1])
+
+
+@pytest.mark.parametrize("made", [MixtralConfig, OlmoeConfig])
+def test_experts_take_adapters(tmp_path, tokenizer, made):
+    # transformers keeps the weights of all experts in one parameter, which is no linear layer.
+    few = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1}
+    config = made(**SIZES | few, intermediate_size=32, num_key_value_heads=2)
+    base = base_model(tmp_path / "base", tokenizer, config)
+    bare = logits_of(AutoModelForCausalLM.from_pretrained(base))
+    fresh = policy_of(base, tokenizer, lora_rank=2)
+    assert torch.equal(logits_of(fresh), bare)
+    off = models.Reference(fresh)
+    disturb(fresh)
+    torch.testing.assert_close(hidden(off(_Networks(fresh), ROWS)), bare[:, 2:-1])
+    models.lm_head(fresh, ROWS).logprobs(ROWS.labels).sum().backward()
+    experts = [p for n, p in fresh.named_parameters() if p.requires_grad and "experts" in n]
+    assert experts and all(p.grad.any() for p in experts)
+    moved = logits_of(fresh)
+    assert (moved - bare).abs().max() > 0.01
+    adapters.save_network(fresh, tmp_path / "out", fresh.state_dict())
+    again = policy_of(str(tmp_path / "out"), tokenizer)
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits_of(again), moved) and torch.equal(logits_of(theirs), moved)
+    reference = models.Reference(again)
+    # OLMoE has no classifier in transformers: its critic's class is ours.
+    critic = models.build_critic(again, ModelConfig())
+    expected = models.hidden_states(models.causal_lm(again), ROWS)
+    torch.testing.assert_close(models.hidden_states(critic, ROWS), expected, atol=1e-5, rtol=1e-5)
+    disturb(again)
+    torch.testing.assert_close(hidden(reference(_Networks(again), ROWS)), moved[:, 2:-1])
 
 
 def test_adapters_that_cannot_be_trained_are_refused_by_name(tmp_path, tokenizer):

@@ -342,6 +342,26 @@ def test_losses_of_an_online_step(name, monkeypatch):
     assert same(trainer, before)
 
 
+@pytest.mark.parametrize("micro", [0, 4])
+def test_an_online_loss_names_its_completions(monkeypatch, micro):
+    trainer = online_trainer("ppo", epochs=1, mini_batch_size=16, micro_batch_size=micro)
+    before, plain, held = state(trainer), models.Head.policy_loss, []
+
+    def bad(head, labels, *args, **kwargs):
+        # The completion at the end of the first micro-batch, whatever is beside it.
+        held.extend([] if held else [labels[-1].clone()])
+        found = plain(head, labels, *args, **kwargs)
+        own = bool((labels == held[0]).all(1).any())
+        return found._replace(loss=found.loss * (math.nan if own else 1.0))
+
+    monkeypatch.setattr(models.Head, "policy_loss", bad)
+    row = (micro or 16) - 1
+    where = rf"step 0, micro-batch 1 of {16 // (micro or 16)}, loss is not finite: completion {row}"
+    with pytest.raises(NonFinite, match=rf"{where} \('.*' -> '.*'\); weights stay"):
+        trainer.step()
+    assert same(trainer, before)
+
+
 def test_evaluation_that_is_not_finite():
     trainer = sft()
     plain, wanted = type(trainer.objective).loss, trainer.held_out[2]
