@@ -181,6 +181,9 @@ def _tokens(
     except Exception as error:
         reason = _outside(tokenizer, texts) or (str(error).strip().splitlines() or [""])[0]
         raise UserError(f"tokenizer: cannot encode {texts[-1][:80]!r}: {reason}") from error
+    beyond = getattr(tokenizer, "beyond", {})
+    lost = next((beyond[i] for row in rows for i in row if i in beyond), None) if beyond else None
+    require(lost is None, "tokenizer", "only tokens that the model has embeddings for", lost)
     opening = _edges(tokenizer)[0] if text else []
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     # The text or the tokenizer may have written the opening tokens already: never repeat them.

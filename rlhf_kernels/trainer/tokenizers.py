@@ -103,11 +103,18 @@ def load_tokenizer(
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, *, setting: str) -> None:
-    """Requires that a model has embeddings, `rows` of them, for every token of its tokenizer."""
-    # Numbers may have holes, so the last one counts, and not how many there are.
-    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    expected = f"embeddings of {number + 1} tokens, the last {token!r}"
-    require(number < rows, setting, expected, rows)
+    """Requires that a model has embeddings, `rows` of them, for the tokens of its tokenizer.
+
+    Added tokens may lie beyond: transformers adds one to tokenizers of Qwen2's class, and that of
+    Gemma 3 has one for images. `tokenizer.beyond` keeps them; rows that hold one are refused.
+    """
+    beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= rows}
+    needed = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    last = max(beyond, default=0)
+    expected = f"embeddings of {last + 1} tokens, the last {beyond.get(last)!r}"
+    added = beyond.keys() <= tokenizer.added_tokens_decoder.keys() and not beyond.keys() & needed
+    require(added, setting, expected, rows)
+    tokenizer.beyond = beyond
 
 
 def check_alike(tokenizer: PreTrainedTokenizerBase, path: str, *, setting: str) -> None:

@@ -33,7 +33,26 @@ from rlhf_kernels.trainer.data import (
 )
 from rlhf_kernels.trainer.encoding import pair_tokens
 from rlhf_kernels.trainer.objectives import DPO, RewardModelling
-from rlhf_kernels.trainer.tokenizers import bpe_tokenizer
+from rlhf_kernels.trainer.tokenizers import bpe_tokenizer, check_vocabulary
+
+
+def test_added_tokens_without_embeddings_are_refused_where_they_stand():
+    tokenizer = bpe_tokenizer(["what is one and two"] * 3, 270)
+    size = len(tokenizer)
+    check_vocabulary(tokenizer, size, setting="model")
+    with pytest.raises(UserError, match=f"model: expected embeddings of {size} tokens, the last"):
+        check_vocabulary(tokenizer, size - 1, setting="model")
+    tokenizer.add_tokens(["<image>"])
+    check_vocabulary(tokenizer, size, setting="model")
+    assert row_tokens(tokenizer, "what is", " one")[1][-1] == tokenizer.eos_token_id
+    for prompt, completion in (("what <image>", " one"), ("what", " is <image>")):
+        with pytest.raises(UserError, match="has embeddings for, found '<image>'"):
+            row_tokens(tokenizer, prompt, completion)
+    check_vocabulary(tokenizer, size + 1, setting="model")
+    assert size in row_tokens(tokenizer, "what", " is <image>")[1]
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    with pytest.raises(UserError, match=f"embeddings of {size + 2} tokens, the last '<padding>'"):
+        check_vocabulary(tokenizer, size + 1, setting="model")
 
 
 def _common(one, other):
