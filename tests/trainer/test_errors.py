@@ -189,6 +189,7 @@ ppo --num_layers 0 | num_layers: expected >= 1
 ppo --num_heads -1 | num_heads: expected >= 1
 ppo --lora_rank -1 | lora_rank: expected >= 0
 ppo --lora_rank 4 --lora_alpha -3 | lora_alpha: expected >= 1
+ppo --lora_alpha 8 | lora_alpha: expected lora_rank > 0 with it, or a model that is an adapter
 ppo --vocab_size 100 | vocab_size: expected >= 258
 ppo --max_operand 0 | max_operand: expected >= 1
 ppo --max_operand 100000000 | max_operand: expected at most 1000
