@@ -162,7 +162,6 @@ class RewardModel:
         self.__name__ = Path(path).name
         self.tokenizer = load_tokenizer(path, setting="reward_funcs", ends=False)
         self.model = load_reward_model(path, config).requires_grad_(False).to(device)
-        check_vocabulary(self.tokenizer, vocabulary(causal_lm(self.model)), setting="reward_funcs")
 
     @torch.no_grad()
     def __call__(
@@ -192,6 +191,10 @@ def load_rewards(
         load_reward(path) if is_function(path) else RewardModel(path, config, device)
         for path in paths
     ] or list(default)
+    for function in functions:
+        if isinstance(function, RewardModel):
+            rows = vocabulary(causal_lm(function.model))
+            check_vocabulary(function.tokenizer, rows, setting="reward_funcs")
     weights = list(weights) or [1.0] * len(functions)
     if len(weights) != len(functions):
         raise UserError(f"reward_weights: expected {len(functions)} numbers, found {len(weights)}")

@@ -19,7 +19,7 @@ from rlhf_kernels.trainer import adapters, models
 from rlhf_kernels.trainer.config import ModelConfig, UserError
 from rlhf_kernels.trainer.data import Batch, bpe_tokenizer, load_tokenizer
 from rlhf_kernels.trainer.modes import recompute, settled, use_checkpointing
-from rlhf_kernels.trainer.rewards import RewardModel
+from rlhf_kernels.trainer.rewards import RewardModel, load_rewards
 from rlhf_kernels.trainer.tokenizers import check_alike
 
 
@@ -163,7 +163,7 @@ def test_a_critic_reads_the_policys_tokens(tmp_path, tokenizer):
     with pytest.raises(UserError, match=f"critic_model: expected .* policy's {size} tokens .* 8"):
         models.build_critic(policy, ModelConfig(), path)
     with pytest.raises(UserError, match=r"reward_funcs: expected embeddings of \d+ tokens.* 8"):
-        RewardModel(path, ModelConfig(), torch.device("cpu"))
+        load_rewards([path], [], default=[], config=ModelConfig(), device=torch.device("cpu"))
     check_alike(tokenizer, path, setting="critic_model")
     other = bpe_tokenizer(["entirely other words than those"], 300)
     with pytest.raises(
