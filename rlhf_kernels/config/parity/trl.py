@@ -4,7 +4,7 @@ The advantages that go with them:
 
     GRPO                          group_advantages(r, G, eps=1e-4), or scale="none"
     GRPO, scale_rewards="batch"   group_advantages(r, G, scale="none") / (r.std() + 1e-4)
-    GRPO, normalize_then_sum      the weighted sum x of group_advantages(r_k, G, eps=1e-4), then
+    GRPO, normalize_then_sum      x = group_advantages(r [B, K], G, component_weights=w, eps=1e-4),
                                   group_advantages(x, G, baseline="none", scale="batch", eps=1e-4)
     RLOO                          group_advantages(r, G, baseline="leave-one-out", scale="none")
     RLOO, normalize_advantages    the same with scale="batch", eps=1e-4

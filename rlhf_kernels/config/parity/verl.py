@@ -9,6 +9,13 @@ The advantages that go with them:
     remax                         discounted_returns(rewards, mask=m) less the greedy rewards
     reinforce_plus_plus           whiten(discounted_returns(rewards, mask=m, gamma=gamma), m)
     reinforce_plus_plus_baseline  whiten(group_advantages(r, ids, scale="none") per token, m)
+    opo                           group_advantages(r, ids, baseline="length-mean", scale="none",
+                                  lengths=m.sum(-1))
+    grpo_passk                    group_advantages(r, ids, baseline="pass@k"), or scale="none"
+    gdpo                          whiten(group_advantages(r [B, K], ids, component_weights=w) per
+                                  token, m)
+    optimal_token_baseline, and   optimal_token_baseline(rewards, logprobs, collision, ids, m)
+    tir_optimal_token_baseline
 
 A group of one has advantage = reward in verl, advantage 0 here.
 """

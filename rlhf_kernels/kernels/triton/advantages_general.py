@@ -37,8 +37,8 @@ from .advantages_scan import (
     sequence_at,
 )
 
-# Steps that a program scans at a time.
-BLOCK = 32 if INTERPRETED else 1024
+# Steps that a program scans at a time, in fp64: twice as many would not fit the registers.
+BLOCK = 32 if INTERPRETED else 512
 WARPS = 4
 
 
