@@ -389,12 +389,14 @@ def ppo_advantages(
         _, logprobs, ref_logprobs, values, mask, terminated, truncated, scores = _check_scan(
             op, "fFfMMM", tokens, flags, {"scores": scores}, cu_seqlens, masked
         )
-        whiten, *rules = _check_shaping(op, whiten, kl_coef, kl_estimator, reward_clip)
+        whiten, kl_coef, kl_estimator, reward_clip = _check_shaping(
+            op, whiten, kl_coef, kl_estimator, reward_clip
+        )
         return PPOAdvantages(
             *general.scan(
                 op, "logprobs", logprobs, values, mask, cu_seqlens, terminated, truncated,
                 bootstrap_values, gamma, lam, value_lam, masked, whiten,
-                general.Shaping(scores, ref_logprobs, *rules),
+                general.Shaping(scores, ref_logprobs, kl_coef, kl_estimator, reward_clip),
             )
         )  # fmt: skip
     _, logprobs, ref_logprobs, values, mask, scores = _check_scan(

@@ -4,7 +4,7 @@ They have an operator and kernels of their own, so that calls without these opti
 always did.
 """
 
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from ..reference.advantages import Cuts
 from ._operator import Operator, define
 
 #: A rate: a number, one per sequence, or one per step.
-Rate = float | Tensor
+Rate: TypeAlias = float | Tensor
 
 
 def _general_fake(tokens: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,11 +80,14 @@ def needed(
         return False
     if bootstrap_values.shape != like.shape:
         return False
-    per_sequence = isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1
-    return not per_sequence or bootstrap_values.shape[0] != cu_seqlens.shape[0] - 1
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1:
+        return True
+    return bootstrap_values.shape[0] != cu_seqlens.shape[0] - 1
 
 
-def the_ends(op: str, dones: object, terminated: object, truncated: object) -> tuple[str, object]:
+def the_ends(
+    op: str, dones: Tensor | None, terminated: Tensor | None, truncated: Tensor | None
+) -> tuple[str, Tensor | None]:
     """(name, flags) of the terminated steps.
 
     Raises:
@@ -270,7 +273,7 @@ def scan(
         if truncated is not None:
             assert cut_values is not None
             cuts = Cuts(truncated, cut_values)
-        options = {
+        options: dict[str, Any] = {
             "cu_seqlens": cu_seqlens,
             "dones": terminated,
             "bootstrap_values": end,

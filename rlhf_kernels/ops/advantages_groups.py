@@ -42,7 +42,9 @@ def _of_sequences(op: str, name: str, t: object) -> Tensor:
     return constant(checks.real(op, name, t))
 
 
-def _check_groups(op: str, groups: object, like: str, count: int, device: torch.device) -> object:
+def _check_groups(
+    op: str, groups: object, like: str, count: int, device: torch.device
+) -> int | Tensor:
     """Checked groups of `count` sequences: a size that divides it, or an id for each."""
     if isinstance(groups, Tensor) and groups.dim() > 0:
         checks.integers(op, "groups", groups)
@@ -169,7 +171,7 @@ def group_advantages(
         checks.same_device(op, "component_weights", component_weights, "rewards", rewards.device)
     backend = backends.select(op, rewards.device)
     if rewards.dim() == 2:
-        options = {"baseline": baseline, "scale": scale, "tau": tau, "eps": eps}
+        options: dict[str, Any] = {"baseline": baseline, "scale": scale, "tau": tau, "eps": eps}
         options |= {"greedy_rewards": greedy_rewards, "lengths": lengths}
         return _sum_of_components(rewards, component_weights, groups, **options)
     plain = baseline in PLAIN_BASELINES or scale in PLAIN_SCALES
