@@ -77,13 +77,16 @@ struct RowOptions {
 // token_logprobs. `stats` is fp32 [rows, cols, 3], contiguous: row maximum m (NaN for a row of only
 // NaN and -inf), s = sum exp((x-m)/T), and with `entropy` the mean of (x-m)/T, which equals
 // log s - entropy; on the CPU it may be null, where no gradient follows. `temperatures` (fp32)
-// overrides the temperature of the options.
+// overrides the temperature of the options. `collision` is the sum of the squared probabilities,
+// `argmax` (int64) the first of the largest logits or, if there is one, of the NaN; -1 where
+// ignored.
 struct LogprobsArgs {
   int64_t rows, cols, vocab;
   Tensor logits, labels, temperatures;
   RowOptions options;
   Tensor logprobs, entropy;
   float* stats;
+  Tensor collision, argmax;
   Exec exec;
 };
 
@@ -94,7 +97,9 @@ struct LogprobsBackwardArgs {
   Tensor logits, labels, temperatures;
   RowOptions options;
   const float* stats;
-  Tensor grad_logprobs, grad_entropy, grad_lse;
+  Tensor grad_logprobs, grad_entropy, grad_lse, grad_collision;
+  // The result of the forward pass, where it has a gradient.
+  Tensor collision;
   Tensor grad_logits;
   Exec exec;
 };

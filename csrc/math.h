@@ -24,6 +24,16 @@ RK_HD double label_gradient(double logprob, double distance, double mean, double
   return g * inv_temperature;
 }
 
+// T times what the log-sum-exp and the sum of the squared probabilities add to it.
+RK_HD double further_label_gradient(double logprob, double collision, double g_lse,
+                                    double g_collision) {
+  const double p = exp(logprob);
+  double g = 0.0;
+  if (g_lse != 0.0) g += g_lse * p;
+  if (g_collision != 0.0) g += 2.0 * g_collision * p * (p - collision);
+  return g;
+}
+
 // Whether an effective temperature (divided by logit_scale) is within the bounds of
 // rlhf_kernels/core/temperature_rules.py.
 RK_HD bool good_temperature(double t) { return t >= 0x1p-60 && t <= 0x1p60; }

@@ -6,22 +6,25 @@ namespace rk {
 
 template <class Table>
 void bind_logprobs(pybind11::module_& m, Table table) {
-  m.def("token_logprobs", [table](InRows logits, In labels, In temperatures, RowOptions options,
-                                  Out logprobs, Out entropy, Out stats, Exec exec) {
-    const LogprobsArgs args{
-        labels.rows,  labels.cols, logits.last, logits,  labels,
-        temperatures, options,     logprobs,    entropy, static_cast<float*>(stats.data),
-        exec};
-    return launch(exec, labels.rows * labels.cols * logits.last,
-                  [&] { return table().token_logprobs(args); });
-  });
+  m.def("token_logprobs",
+        [table](InRows logits, In labels, In temperatures, RowOptions options, Out logprobs,
+                Out entropy, Out stats, Out collision, Out argmax, Exec exec) {
+          const LogprobsArgs args{
+              labels.rows,  labels.cols, logits.last, logits,  labels,
+              temperatures, options,     logprobs,    entropy, static_cast<float*>(stats.data),
+              collision,    argmax,      exec};
+          return launch(exec, labels.rows * labels.cols * logits.last,
+                        [&] { return table().token_logprobs(args); });
+        });
   m.def("token_logprobs_backward",
         [table](InRows logits, In labels, In temperatures, RowOptions options, In stats,
-                In grad_logprobs, In grad_entropy, In grad_lse, OutRows grad_logits, Exec exec) {
+                In grad_logprobs, In grad_entropy, In grad_lse, In grad_collision, In collision,
+                OutRows grad_logits, Exec exec) {
           const LogprobsBackwardArgs args{
               labels.rows,   labels.cols,  logits.last, logits,
               labels,        temperatures, options,     static_cast<const float*>(stats.data),
-              grad_logprobs, grad_entropy, grad_lse, grad_logits, exec};
+              grad_logprobs, grad_entropy, grad_lse,    grad_collision,
+              collision,     grad_logits,  exec};
           return launch(exec, labels.rows * labels.cols * logits.last,
                         [&] { return table().token_logprobs_backward(args); });
         });

@@ -13,11 +13,15 @@ namespace {
 constexpr int64_t kBlock = 4096;
 constexpr int kUnroll = 4;
 
-// The reduction of one row: maximum of the logits, sum of e, sum of e * (x - m).
+// The reduction of one row: maximum of the logits, sum of e, sum of e * (x - m), sum of e * e; and
+// the largest logit before the options, with the start of the first block that has it.
 struct RowSums {
   float m = -__builtin_inff();
   double s = 0.0;
   double t = 0.0;
+  double q = 0.0;
+  float top = -__builtin_inff();
+  int64_t top_block = 0;
 };
 
 template <class E>
@@ -51,13 +55,13 @@ struct SumsOptions {
 
 // Adds a block of n logits to the sums, whose reference point is r.m. With kNext, returns the
 // maximum of the next full block.
-template <class E, bool kChange, bool kEntropy, bool kNext>
+template <class E, bool kChange, bool kEntropy, bool kSquares, bool kNext>
 inline float add_block(RowSums& r, const typename E::Storage* p, int64_t n,
                        const SumsOptions<kChange>& o) {
   const Vec m = splat(r.m);
-  Vec s[kUnroll], t[kUnroll], next[kUnroll];
+  Vec s[kUnroll], t[kUnroll], q[kUnroll], next[kUnroll];
   for (int u = 0; u < kUnroll; ++u) {
-    s[u] = t[u] = splat(0.0f);
+    s[u] = t[u] = q[u] = splat(0.0f);
     next[u] = splat(-__builtin_inff());
   }
   const auto accumulate = [&](int u, Vec z) {
@@ -65,6 +69,11 @@ inline float add_block(RowSums& r, const typename E::Storage* p, int64_t n,
     const Vec e = exp_scaled(d, o.rate);
     s[u] = add(s[u], e);
     if constexpr (kEntropy) t[u] = fma(e, d, t[u]);
+    if constexpr (kSquares) {
+      // Squares of smaller ones are no normal floats, and slow; the row's sum is 1 at least.
+      const Vec normal = max(splat(1e-18f), e);
+      q[u] = fma(normal, normal, q[u]);
+    }
   };
   int64_t i = 0;
   for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
@@ -84,10 +93,11 @@ inline float add_block(RowSums& r, const typename E::Storage* p, int64_t n,
   }
   r.s += reduce_add(add(add(s[0], s[1]), add(s[2], s[3])));
   if constexpr (kEntropy) r.t += reduce_add(add(add(t[0], t[1]), add(t[2], t[3])));
+  if constexpr (kSquares) r.q += reduce_add(add(add(q[0], q[1]), add(q[2], q[3])));
   return reduce_max(max(max(next[0], next[1]), max(next[2], next[3])));
 }
 
-template <class E, bool kChange, bool kEntropy>
+template <class E, bool kChange, bool kEntropy, bool kSquares>
 inline RowSums row_sums(const typename E::Storage* x, int64_t vocab,
                         const LogitOptions<kChange>& logits, double inv_t) {
   RowSums r;
@@ -98,7 +108,9 @@ inline RowSums row_sums(const typename E::Storage* x, int64_t vocab,
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const typename E::Storage* p = x + start;
     const int64_t n = vocab - start < kBlock ? vocab - start : kBlock;
-    const float bm = logits.value(known ? next : block_max<E>(p, n));
+    const float top = known ? next : block_max<E>(p, n);
+    if (top > r.top) r.top = top, r.top_block = start;
+    const float bm = logits.value(top);
     known = false;
     if (bm == -__builtin_inff()) {
       // A block of only -inf adds nothing, unless the maximum has hidden a NaN.
@@ -112,16 +124,32 @@ inline RowSums row_sums(const typename E::Storage* x, int64_t vocab,
         const double scale = exp(shift * inv_t);
         r.t = scale * (r.t + r.s * shift);
         r.s *= scale;
+        r.q *= scale * scale;
       }
       r.m = bm;
     }
     known = vocab - start >= 2 * kBlock;
     if (known)
-      next = add_block<E, kChange, kEntropy, true>(r, p, n, options);
+      next = add_block<E, kChange, kEntropy, kSquares, true>(r, p, n, options);
     else
-      add_block<E, kChange, kEntropy, false>(r, p, n, options);
+      add_block<E, kChange, kEntropy, kSquares, false>(r, p, n, options);
   }
   return r;
+}
+
+// The first of the largest logits of a row with these sums; the first NaN if there is one.
+template <class E>
+inline int64_t row_argmax(const typename E::Storage* x, int64_t vocab, const RowSums& r) {
+  if (r.s != r.s) {
+    for (int64_t i = 0; i < vocab; ++i)
+      if (const float v = E::get(x + i); v != v) return i;
+  }
+  constexpr int64_t kStep = 16 * kLanes;
+  int64_t start = r.top_block;
+  while (start + kStep < vocab && block_max<E>(x + start, kStep) != r.top) start += kStep;
+  for (int64_t i = start; i < vocab; ++i)
+    if (E::get(x + i) == r.top) return i;
+  return 0;
 }
 
 // Finds bad data before a label is used as an index and before anything is written.
@@ -140,16 +168,21 @@ inline Status check_tokens(const Args& a) {
   return {};
 }
 
-template <class E, bool kChange, bool kEntropy>
+template <class E, bool kChange, bool kEntropy, bool kSquares = false>
 void logprobs_row(const LogprobsArgs& a, int64_t row) {
   const int64_t i = row / a.cols, j = row % a.cols;
   float* logprob = static_cast<float*>(a.logprobs.data) + row;
-  float* entropy = kEntropy ? static_cast<float*>(a.entropy.data) + row : nullptr;
+  const bool wanted = kEntropy && (!kSquares || a.entropy.given);
+  float* entropy = wanted ? static_cast<float*>(a.entropy.data) + row : nullptr;
+  float* collision = kSquares ? static_cast<float*>(a.collision.data) + row : nullptr;
+  int64_t* argmax = a.argmax.given ? static_cast<int64_t*>(a.argmax.data) + row : nullptr;
   float* stats = a.stats == nullptr ? nullptr : a.stats + 3 * row;
   const int64_t label = load_label(a.labels, i, j);
   if (label == a.options.ignore_index) {
     *logprob = 0.0f;
-    if (kEntropy) *entropy = 0.0f;
+    if (wanted) *entropy = 0.0f;
+    if (kSquares) *collision = 0.0f;
+    if (argmax != nullptr) *argmax = -1;
     if (stats != nullptr) stats[0] = 0.0f, stats[1] = 1.0f, stats[2] = 0.0f;
     return;
   }
@@ -157,12 +190,15 @@ void logprobs_row(const LogprobsArgs& a, int64_t row) {
   const LogitOptions<kChange> logits(a.options);
   const auto* x = static_cast<const typename E::Storage*>(a.logits.data) + i * a.logits.stride0 +
                   j * a.logits.stride1;
-  const RowSums r = row_sums<E, kChange, kEntropy>(x, a.vocab, logits, inv_t);
+  const RowSums r = row_sums<E, kChange, kEntropy, kSquares>(x, a.vocab, logits, inv_t);
   const float xy = logits.value(label == kLabelElsewhere ? __builtin_nanf("") : E::get(x + label));
   const bool empty = r.m == -__builtin_inff();
   const bool hidden_nan = r.s != r.s;
   *logprob =
       empty ? __builtin_nanf("") : static_cast<float>(logprob_from_stats(xy, r.m, r.s, inv_t));
+  if (argmax != nullptr) *argmax = row_argmax<E>(x, a.vocab, r);
+  if constexpr (kSquares)
+    *collision = empty ? __builtin_nanf("") : static_cast<float>(r.q / (r.s * r.s));
   if (!kEntropy && stats == nullptr) return;
   const double mean = r.t / r.s * inv_t;
   if (stats != nullptr) {
@@ -171,13 +207,14 @@ void logprobs_row(const LogprobsArgs& a, int64_t row) {
     stats[1] = empty ? __builtin_nanf("") : static_cast<float>(r.s);
     stats[2] = empty ? __builtin_nanf("") : static_cast<float>(mean);
   }
-  if (kEntropy) *entropy = empty ? __builtin_nanf("") : static_cast<float>(log(r.s) - mean);
+  if (wanted) *entropy = empty ? __builtin_nanf("") : static_cast<float>(log(r.s) - mean);
 }
 
-// dz_j = p_j (l - g - h (log p_j + H)) / T, plus g / T at the label; p = exp((x - m) / T) / s.
+// dz_j = p_j (l - g - h (log p_j + H) + 2 c (p_j - C)) / T, plus g / T at the label, where C is the
+// sum of the squared p; p = exp((x - m) / T) / s.
 // log p_j + H is computed as (x_j - m) / T minus its mean, which does not cancel at large or small
 // temperatures.
-template <class E, bool kChange, bool kEntropy>
+template <class E, bool kChange, bool kEntropy, bool kSquares = false>
 void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
   using S = typename E::Storage;
   const int64_t i = row / a.cols, j = row % a.cols;
@@ -187,10 +224,11 @@ void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
   const float g = upstream(a.grad_logprobs);
   const float h = kEntropy ? upstream(a.grad_entropy) : 0.0f;
   const double of_lse = upstream(a.grad_lse);
+  const double c = kSquares ? 2.0 * upstream(a.grad_collision) : 0.0;
   const int64_t label = load_label(a.labels, i, j);
   S* out =
       static_cast<S*>(a.grad_logits.data) + i * a.grad_logits.stride0 + j * a.grad_logits.stride1;
-  if (label == a.options.ignore_index || (g == 0.0f && h == 0.0f && of_lse == 0.0)) {
+  if (label == a.options.ignore_index || (g == 0.0f && h == 0.0f && of_lse == 0.0 && c == 0.0)) {
     memset(out, 0, sizeof(S) * static_cast<size_t>(a.vocab));
     return;
   }
@@ -206,6 +244,10 @@ void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
   const Vec m = splat(stats[0]);
   const Vec rate = splat(static_cast<float>(inv_t * kLog2e));
   const Vec lowest = splat(static_cast<float>(kExpMin / inv_t));
+  // The square's part, e * a2 * (e - mass), cancels no more than p - C does.
+  const double collision = kSquares ? upstream(a.collision) : 0.0f;
+  const Vec a2 = splat(static_cast<float>(c / (s * s) * inv_t));
+  const Vec mass = splat(static_cast<float>(collision * s));
   // dz = e * (a0 + a1 * (x - m) / T): the entropy term is linear in log p.
   const Vec a0 = splat(static_cast<float>((-(g - of_lse) + h * mean) / s * inv_t));
   const Vec a1 = splat(static_cast<float>(-h / s * inv_t)),
@@ -214,7 +256,11 @@ void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
     const Logits x = logits(raw);
     const Vec d = sub(x.z, m);
     const Vec near = max(lowest, d), e = exp_scaled(near, rate);
-    Vec dz = kEntropy ? mul(e, fma(a1, mul(near, over_t), a0)) : mul(e, a0);
+    Vec dz;
+    if constexpr (kSquares)
+      dz = mul(e, fma(a2, sub(e, mass), fma(a1, mul(near, over_t), a0)));
+    else
+      dz = kEntropy ? mul(e, fma(a1, mul(near, over_t), a0)) : mul(e, a0);
     if constexpr (kChange) dz = mul(dz, x.slope);
     return select_less(d, lowest, splat(0.0f), dz);
   };
@@ -233,7 +279,8 @@ void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
   if (label == kLabelElsewhere) return;
   const double distance = (static_cast<double>(xy) - stats[0]) * inv_t;
   double at_label = label_gradient(logprob, distance, mean, g, h, inv_t);
-  if (of_lse != 0.0) at_label += of_lse * exp(logprob) * inv_t;
+  if (of_lse != 0.0 || c != 0.0)
+    at_label += further_label_gradient(logprob, collision, of_lse, 0.5 * c) * inv_t;
   E::set(out + label, static_cast<float>(at_label / logits.inverse_slope(raw_label)));
 }
 
@@ -248,10 +295,24 @@ struct LogprobsBackward {
   }
 };
 
+template <class E, bool kChange, bool>
+struct SquaresForward {
+  static void row(const LogprobsArgs& a, int64_t r) { logprobs_row<E, kChange, true, true>(a, r); }
+};
+template <class E, bool kChange, bool>
+struct SquaresBackward {
+  static void row(const LogprobsBackwardArgs& a, int64_t r) {
+    logprobs_backward_row<E, kChange, true, true>(a, r);
+  }
+};
+
 Status token_logprobs(const LogprobsArgs& a) {
   const Status status = check_tokens(a);
   if (status.code != kOk) return status;
-  const auto row = pick<LogprobsForward, LogprobsArgs>(a.logits.dtype, a.options, a.entropy.given);
+  const auto row =
+      a.collision.given
+          ? pick<SquaresForward, LogprobsArgs>(a.logits.dtype, a.options, true)
+          : pick<LogprobsForward, LogprobsArgs>(a.logits.dtype, a.options, a.entropy.given);
   parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) { row(a, r); });
   return {};
 }
@@ -262,8 +323,10 @@ Status token_logprobs_backward(const LogprobsBackwardArgs& a) {
   const bool in_place = a.grad_logits.data == a.logits.data;
   const int64_t row_bytes = a.vocab * dtype_size(a.grad_logits.dtype);
   const FreshPages pages(in_place ? nullptr : a.grad_logits.data, a.rows * a.cols * row_bytes);
-  const auto row =
-      pick<LogprobsBackward, LogprobsBackwardArgs>(a.logits.dtype, a.options, a.grad_entropy.given);
+  const auto row = a.grad_collision.given ? pick<SquaresBackward, LogprobsBackwardArgs>(
+                                                a.logits.dtype, a.options, true)
+                                          : pick<LogprobsBackward, LogprobsBackwardArgs>(
+                                                a.logits.dtype, a.options, a.grad_entropy.given);
   parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) {
     pages.prepare(r * row_bytes, row_bytes);
     row(a, r);

@@ -28,6 +28,51 @@ __global__ void __launch_bounds__(kRowThreads, kChange ? 3 : 4)
   if (threadIdx.x % kWarp == 0) partials[tile.id] = make_float4(r.m, r.s, r.t, 0.0f);
 }
 
+// The same with q in the last place.
+template <class E, bool kChange>
+__global__ void __launch_bounds__(kRowThreads, kChange ? 2 : 3)
+    squares_kernel(const LogprobsArgs a, const RowTiles tiles, float rate_of_all,
+                   const LogitValues value, float4* partials) {
+  constexpr int kColumns = tile_columns(kSlots, sizeof(typename E::Storage));
+  const Tile tile(tiles);
+  if (tile.id >= tiles.total) return;
+  if (load_integer(a.labels, tile.of(a.labels)) == a.options.ignore_index) return;
+  const int64_t first = static_cast<int64_t>(tile.index) * kColumns;
+  Pack<E> slots[kSlots];
+  load_tile<E>(tile.start<E>(a.logits) + first, a.vocab - first, -__builtin_inff(), slots);
+  const float rate =
+      a.temperatures.given
+          ? 1.0f / static_cast<const float*>(a.temperatures.data)[tile.of(a.temperatures)]
+          : rate_of_all;
+  const auto r = tile_sums<E, kChange, true, true>(slots, a.vocab - first, value, rate);
+  if (threadIdx.x % kWarp == 0) partials[tile.id] = make_float4(r.m, r.s, r.t, r.q);
+}
+
+// After combine_kernel: the sum of the squared probabilities and the most likely column of a row,
+// where they are wanted; a warp to a row.
+template <class E>
+__global__ void __launch_bounds__(kCombineThreads)
+    further_kernel(const LogprobsArgs a, uint32_t tiles, const float4* partials) {
+  const int64_t row =
+      static_cast<int64_t>(blockIdx.x) * (kCombineThreads / kWarp) + threadIdx.x / kWarp;
+  if (row >= a.rows * a.cols) return;
+  const bool ignored = row_label(a, row) == a.options.ignore_index;
+  const float4* own = partials + row * tiles;
+  if (a.collision.given) {
+    const float rate = static_cast<float>(1.0 / row_temperature(a, row));
+    const float* stats = a.stats + 3 * row;
+    const double sum = ignored ? 0.0 : row_collision(own, tiles, rate, stats[0], stats[1]);
+    if (threadIdx.x % kWarp == 0)
+      static_cast<float*>(a.collision.data)[row] = static_cast<float>(sum);
+  }
+  if (a.argmax.given) {
+    const int64_t found =
+        ignored ? -1
+                : row_argmax<E>(row_logits<E>(a, row), a.vocab, own, tiles, order_slack(a.options));
+    if (threadIdx.x % kWarp == 0) static_cast<int64_t*>(a.argmax.data)[row] = found;
+  }
+}
+
 // Log-probability, entropy and statistics of a row; a warp to a row.
 template <class E>
 __global__ void __launch_bounds__(kCombineThreads)
@@ -58,14 +103,15 @@ __global__ void __launch_bounds__(kCombineThreads)
     return g.given ? static_cast<const float*>(g.data)[token_at(g, row, a.cols)] : 0.0f;
   };
   const float g = upstream(a.grad_logprobs), h = upstream(a.grad_entropy);
-  const float of_lse = upstream(a.grad_lse);
+  const float of_lse = upstream(a.grad_lse), of_collision = upstream(a.grad_collision);
   const int64_t label = row_label(a, row);
   const float* stats = a.stats + 3 * row;
-  out[row] =
-      label != a.options.ignore_index && (g != 0.0f || h != 0.0f || of_lse != 0.0f)
-          ? row_coefficients(a.options, a.vocab, label, label_logit<E>(a, row, label),
-                             row_temperature(a, row), stats[0], stats[1], stats[2], g, h, of_lse)
-          : no_gradient();
+  out[row] = label != a.options.ignore_index &&
+                     (g != 0.0f || h != 0.0f || of_lse != 0.0f || of_collision != 0.0f)
+                 ? row_coefficients(a.options, a.vocab, label, label_logit<E>(a, row, label),
+                                    row_temperature(a, row), stats[0], stats[1], stats[2], g, h,
+                                    of_lse, of_collision, upstream(a.collision))
+                 : no_gradient();
 }
 
 // A tile of the gradient by a warp.
@@ -77,6 +123,19 @@ __global__ void __launch_bounds__(kRowThreads, kBackwardBlocks<E, kChange, kEntr
   if (tile.id >= tiles.total) return;
   const Slopes c = coefficients[tile.token].slopes;
   gradient_tile<E, O, kChange, kEntropy>(
+      tile.index, a.vocab, a.options, c, coefficients + tile.token, tile.start<E>(a.logits),
+      const_cast<typename O::Storage*>(tile.start<O>(a.grad_logits)));
+}
+
+// The same with the squares' part.
+template <class E, class O, bool kChange>
+__global__ void __launch_bounds__(kRowThreads, 2)
+    squares_backward_kernel(const LogprobsBackwardArgs a, const RowTiles tiles,
+                            const Coefficients* coefficients) {
+  const Tile tile(tiles);
+  if (tile.id >= tiles.total) return;
+  const Slopes c = coefficients[tile.token].slopes;
+  gradient_tile<E, O, kChange, true, true>(
       tile.index, a.vocab, a.options, c, coefficients + tile.token, tile.start<E>(a.logits),
       const_cast<typename O::Storage*>(tile.start<O>(a.grad_logits)));
 }
@@ -100,6 +159,11 @@ Status token_logprobs(const LogprobsArgs& a) {
   for_dtype(a.logits.dtype, [&](auto element) {
     using E = decltype(element);
     for_flag(a.options.change_logits(), [&](auto change) {
+      if (a.collision.given) {
+        RK_ENQUEUE(a.exec, all.blocks(), kRowThreads, (squares_kernel<E, change.value>), a, all,
+                   rate, value, partials);
+        return;
+      }
       for_flag(a.entropy.given, [&](auto entropy) {
         RK_ENQUEUE(a.exec, all.blocks(), kRowThreads,
                    (partial_kernel<E, change.value, entropy.value>), a, all, rate, value, partials);
@@ -107,6 +171,9 @@ Status token_logprobs(const LogprobsArgs& a) {
     });
     RK_ENQUEUE(a.exec, ceil_div(tokens, kCombineThreads / kWarp), kCombineThreads,
                combine_kernel<E>, a, static_cast<uint32_t>(tiles), partials);
+    if (a.collision.given || a.argmax.given)
+      RK_ENQUEUE(a.exec, ceil_div(tokens, kCombineThreads / kWarp), kCombineThreads,
+                 further_kernel<E>, a, static_cast<uint32_t>(tiles), partials);
   });
   return {};
 }
@@ -124,6 +191,11 @@ Status token_logprobs_backward(const LogprobsBackwardArgs& a) {
     RK_ENQUEUE(a.exec, ceil_div(tokens, kCombineThreads), kCombineThreads, coefficients_kernel<E>,
                a, coefficients);
     for_flag(a.options.change_logits(), [&](auto change) {
+      if (a.grad_collision.given) {
+        RK_ENQUEUE(a.exec, all.blocks(), kRowThreads, (squares_backward_kernel<E, O, change.value>),
+                   a, all, coefficients);
+        return;
+      }
       for_flag(a.grad_entropy.given, [&](auto entropy) {
         RK_ENQUEUE(a.exec, all.blocks(), kRowThreads,
                    (backward_kernel<E, O, change.value, entropy.value>), a, all, coefficients);

@@ -20,10 +20,12 @@ struct alignas(16) Coefficients {
   // Column of the label, negative where the row has none, and the gradient there.
   int64_t label;
   float at_label;
+  // Of e e a2, the squares' part.
+  float a2;
 };
 // Of a row without a gradient.
 __device__ __forceinline__ Coefficients no_gradient() {
-  return {{0.0f, 0.0f, 0.0f, 0.0f}, -1, 0.0f};
+  return {{0.0f, 0.0f, 0.0f, 0.0f}, -1, 0.0f, 0.0f};
 }
 
 template <class E, class Args>
@@ -41,15 +43,16 @@ __device__ __forceinline__ float label_logit(const Args& a, int64_t row, int64_t
   return is_known(label, a.vocab) ? E::get(row_logits<E>(a, row)[label]) : 0.0f;
 }
 
-// s and t of a lane's slots around m, the maximum of the tile.
-template <class E, bool kEntropy>
+// s, t and q of a lane's slots around m, the maximum of the tile.
+template <class E, bool kEntropy, bool kSquares>
 __device__ __forceinline__ Sums<float> lane_sums(Pack<E> (&slots)[kSlots], float m, float rate) {
-  float s = 0.0f, t = 0.0f;
+  float s = 0.0f, t = 0.0f, q = 0.0f;
   const float rate2 = rate * kLog2e;
   const auto add = [&](float d) {
     const float e = exp2_fast(d * rate2);
     s += e;
     if constexpr (kEntropy) t = fmaf(e, d, t);
+    if constexpr (kSquares) q = fmaf(e, e, q);
   };
   const auto add_all = [&](const auto& distance) {
 #pragma unroll
@@ -65,14 +68,14 @@ __device__ __forceinline__ Sums<float> lane_sums(Pack<E> (&slots)[kSlots], float
     const float lowest = kLowest / rate;
     add_all([&](float d) { return max_nan(lowest, d); });
   }
-  return {m, s, t * rate};
+  return {m, s, t * rate, q};
 }
 
 // The same for logits that the options change, the largest of them m; `left` columns are the row's.
-template <class E, bool kEntropy>
+template <class E, bool kEntropy, bool kSquares>
 __device__ __forceinline__ Sums<float> changed_sums(const Pack<E> (&slots)[kSlots], int64_t left,
                                                     float m, const LogitValues& value, float rate) {
-  float s = 0.0f, t = 0.0f;
+  float s = 0.0f, t = 0.0f, q = 0.0f;
   const float rate2 = rate * kLog2e;
   // Options may make -inf finite: what lies beyond the row must stay out by its position.
   const auto sums = [&](auto whole) {
@@ -84,6 +87,7 @@ __device__ __forceinline__ Sums<float> changed_sums(const Pack<E> (&slots)[kSlot
         const bool inside = whole.value || slot_column<E>(k) + w < left;
         s += inside ? e : 0.0f;
         if constexpr (kEntropy) t = inside ? fmaf(e, d, t) : t;
+        if constexpr (kSquares) q = inside ? fmaf(e, e, q) : q;
       }
     }
   };
@@ -91,17 +95,17 @@ __device__ __forceinline__ Sums<float> changed_sums(const Pack<E> (&slots)[kSlot
     sums(std::true_type{});
   else
     sums(std::false_type{});
-  return {m, s, t * rate};
+  return {m, s, t * rate, q};
 }
 
-// (m, s, t) of a warp's tile of which `left` columns are the row's.
-template <class E, bool kChange, bool kEntropy>
+// The sums of a warp's tile of which `left` columns are the row's.
+template <class E, bool kChange, bool kEntropy, bool kSquares = false>
 __device__ __forceinline__ Sums<float> tile_sums(Pack<E> (&slots)[kSlots], int64_t left,
                                                  const LogitValues& value, float rate) {
   const float minus_inf = -__builtin_inff();
   Sums<float> r{tile_max<E>(slots), 0.0f, 0.0f};
   if constexpr (kChange) {
-    r = changed_sums<E, kEntropy>(slots, left, value(r.m), value, rate);
+    r = changed_sums<E, kEntropy, kSquares>(slots, left, value(r.m), value, rate);
   } else if (r.m == minus_inf) {
     // A tile of nothing but -inf adds nothing. The maximum hides a NaN, which belongs in the sums.
 #pragma unroll
@@ -110,10 +114,11 @@ __device__ __forceinline__ Sums<float> tile_sums(Pack<E> (&slots)[kSlots], int64
       for (int w = 0; w < kWidth<E>; ++w)
         r.s += slots[k].get(w) == slots[k].get(w) ? 0.0f : slots[k].get(w);
   } else {
-    r = lane_sums<E, kEntropy>(slots, r.m, rate);
+    r = lane_sums<E, kEntropy, kSquares>(slots, r.m, rate);
   }
   r.s = warp_reduce(r.s, Sum{});
   if constexpr (kEntropy) r.t = warp_reduce(r.t, Sum{});
+  if constexpr (kSquares) r.q = warp_reduce(r.q, Sum{});
   return r;
 }
 
@@ -140,6 +145,66 @@ __device__ __forceinline__ Sums<double> combine_tiles(const float4* partials, in
     r = {top, before.s + warp_reduce(now.s, Sum{}), before.t + warp_reduce(now.t, Sum{})};
   }
   return r;
+}
+
+// The sum of the squared probabilities of a row with these m and s from its tiles, by a warp.
+__device__ __forceinline__ double row_collision(const float4* partials, int64_t tiles, float rate,
+                                                float m, double s) {
+  double q = 0.0;
+  for (int64_t start = 0; start < tiles; start += kWarp) {
+    const int64_t tile = start + threadIdx.x % kWarp;
+    float4 x = make_float4(m, 0.0f, 0.0f, 0.0f);
+    if (tile < tiles) x = partials[tile];
+    const float distance = x.w == 0.0f ? 0.0f : (x.x - m) * rate;
+    const double weight = exp2_fast(distance * kLog2e);
+    q += warp_reduce(weight * weight * x.w, Sum{});
+  }
+  return q / (s * s);
+}
+
+// A logit's place in their order, NaN above all and both zeros the same.
+__device__ __forceinline__ uint32_t order_of(float x) {
+  if (x != x) return 0xffffffffu;
+  const uint32_t bits = __float_as_uint(x + 0.0f);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+struct Later {
+  __device__ __forceinline__ uint32_t operator()(uint32_t a, uint32_t b) const {
+    return a > b ? a : b;
+  }
+};
+struct Earlier {
+  __device__ __forceinline__ uint32_t operator()(uint32_t a, uint32_t b) const {
+    return a < b ? a : b;
+  }
+};
+
+// The first of the largest logits of the row at x, the first NaN if there is one, by a warp. Only
+// tiles that may hold it are read: those with the row's maximum, or a NaN in their sums. Under a
+// cap the maxima of tiles are in the order of the logits but for `slack`.
+template <class E>
+__device__ __forceinline__ int64_t row_argmax(const typename E::Storage* x, int64_t vocab,
+                                              const float4* partials, int64_t tiles, float slack) {
+  constexpr int kColumns = tile_columns(kSlots, sizeof(typename E::Storage));
+  const int lane = threadIdx.x % kWarp;
+  float top = -__builtin_inff();
+  for (int64_t tile = lane; tile < tiles; tile += kWarp) top = fmaxf(top, partials[tile].x);
+  top = warp_reduce(top, Max{}) - slack;
+  uint32_t most = 0, at = 0;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const float4 sums = partials[tile];
+    if (sums.x < top && sums.y == sums.y) continue;
+    const int64_t first = tile * kColumns;
+    const int64_t end = first + kColumns < vocab ? first + kColumns : vocab;
+    // A lane's columns come in order: the first of the largest stays.
+    for (int64_t k = first + lane; k < end; k += kWarp) {
+      const uint32_t own = order_of(E::get(x[k]));
+      if (own > most) most = own, at = static_cast<uint32_t>(k);
+    }
+  }
+  const uint32_t best = warp_reduce(most, Later{});
+  return warp_reduce(most == best ? at : 0xffffffffu, Earlier{});
 }
 
 // What a row's kernels give; that of an ignored row.
@@ -174,12 +239,15 @@ __device__ __forceinline__ RowStatistics row_statistics(const RowOptions& option
   return row;
 }
 
-// Those of a row that is not ignored from its m, s and mean and the upstream gradients g, h and
-// that of the log-sum-exp; x as in row_statistics.
+// Those of a row that is not ignored from its m, s and mean and the upstream gradients: g, h, of
+// the log-sum-exp, and of the sum of the squared probabilities, `collision`; x as in
+// row_statistics.
 __device__ __forceinline__ Coefficients row_coefficients(const RowOptions& options, int64_t vocab,
                                                          int64_t label, float x, double temperature,
                                                          float m, double s, double mean, float g,
-                                                         float h, float of_lse = 0.0f) {
+                                                         float h, float of_lse = 0.0f,
+                                                         float of_collision = 0.0f,
+                                                         double collision = 0.0) {
   Coefficients all = no_gradient();
   Slopes& c = all.slopes;
   const double rate = 1.0 / temperature;
@@ -189,20 +257,27 @@ __device__ __forceinline__ Coefficients row_coefficients(const RowOptions& optio
   c.rate2 = static_cast<float>(rate) * kLog2e;
   c.a0 = static_cast<float>((-(static_cast<double>(g) - of_lse) + h * mean) / s * rate);
   c.a1 = static_cast<float>(-h / s * rate / static_cast<double>(kLog2e));
+  if (of_collision != 0.0f) {
+    const double slope = 2.0 * of_collision / s * rate;
+    c.a0 = static_cast<float>((-(static_cast<double>(g) - of_lse) + h * mean) / s * rate -
+                              slope * collision);
+    all.a2 = static_cast<float>(slope / s);
+  }
   // Their weights cancel beside a gradient at the label: not a row without one.
   if (of_lse != 0.0f && c.a0 == 0.0f && c.a1 == 0.0f) c.a0 = 0x1p-126f;
   const double distance = (static_cast<double>(own.z) - m) * rate;
   double dz = label_gradient(logprob, distance, mean, g, h, rate);
-  if (of_lse != 0.0f) dz += of_lse * exp(logprob) * rate;
+  if (of_lse != 0.0f || of_collision != 0.0f)
+    dz += further_label_gradient(logprob, collision, of_lse, of_collision) * rate;
   all.at_label = static_cast<float>(dz * own.slope);
   if (is_known(label, vocab)) all.label = label;
   return all;
 }
 
 // Overwrites a lane's slots with their gradients, without the label's own term.
-template <class E, bool kChange, bool kEntropy, int kCount>
+template <class E, bool kChange, bool kEntropy, bool kSquares = false, int kCount>
 __device__ __forceinline__ void gradients(const Slopes& c, const LogitOptions<kChange>& options,
-                                          Pack<E> (&slots)[kCount]) {
+                                          Pack<E> (&slots)[kCount], float a2 = 0.0f) {
   const auto each = [&](const auto& gradient) {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
@@ -217,10 +292,11 @@ __device__ __forceinline__ void gradients(const Slopes& c, const LogitOptions<kC
   };
   const auto scaled = [&](float e, float log2_e) {
     // Added, so that no zero has a sign.
+    if constexpr (kSquares) return fmaf(e, fmaf(a2, e, fmaf(c.a1, log2_e, c.a0)), 0.0f);
     return fmaf(e, kEntropy ? fmaf(c.a1, log2_e, c.a0) : c.a0, 0.0f);
   };
   // In a row that is NaN, a logit without weight still has no gradient.
-  const bool number = c.a0 * 0.0f == 0.0f && c.a1 * 0.0f == 0.0f;
+  const bool number = c.a0 * 0.0f == 0.0f && c.a1 * 0.0f == 0.0f && a2 * 0.0f == 0.0f;
   if (!kChange && number && (!kEntropy || floor_weighs_nothing<E>(c.m, c.rate2))) {
     if constexpr (kEntropy) raise_to<E>(floor_of<E>(), slots);
     each([&](float x) {
@@ -239,22 +315,25 @@ __device__ __forceinline__ void gradients(const Slopes& c, const LogitOptions<kC
   }
 }
 
-// A tile of dz = p (l - g - h (log p + H)) / T, plus g / T at the label, of the row at x, by a
-// warp; O is the dtype of dz. c: the slopes of `coefficients`, which are read again for the label.
-template <class E, class O, bool kChange, bool kEntropy>
+// A tile of dz = p (l - g - h (log p + H) + 2 c (p - C)) / T, plus g / T at the label, of the row
+// at x, by a warp; O is the dtype of dz. c: the slopes of `coefficients`, which are read again for
+// the label.
+template <class E, class O, bool kChange, bool kEntropy, bool kSquares = false>
 __device__ __forceinline__ void gradient_tile(uint32_t index, int64_t vocab,
                                               const RowOptions& row_options, const Slopes& c,
                                               const Coefficients* coefficients,
                                               const typename E::Storage* x,
                                               typename O::Storage* out) {
   const Window<E, kWindowSlots<E, O, kBackwardSlots>, O> window(index, vocab, out, x, x);
-  if (c.a0 == 0.0f && c.a1 == 0.0f) {
+  const float a2 = kSquares ? coefficients->a2 : 0.0f;
+  if (c.a0 == 0.0f && c.a1 == 0.0f && a2 == 0.0f) {
     window.clear(out);
     return;
   }
   const LogitOptions<kChange> options(row_options);
-  window.map(x, x, out,
-             [&](auto& slots, const auto&) { gradients<E, kChange, kEntropy>(c, options, slots); });
+  window.map(x, x, out, [&](auto& slots, const auto&) {
+    gradients<E, kChange, kEntropy, kSquares>(c, options, slots, a2);
+  });
   // By the lane that has just stored this column.
   const int64_t label = coefficients->label, at = label - window.first;
   if (label >= 0 && at >= 0 && at < window.kColumns &&

@@ -60,6 +60,11 @@ struct AnyLogitOptions {
   }
 };
 
+// By how much rounding may move a logit under these options out of the order of the logits.
+__device__ __forceinline__ float order_slack(const RowOptions& o) {
+  return static_cast<float>(o.softcap) * 0x1p-20f;
+}
+
 template <class Args>
 __device__ __forceinline__ double row_temperature(const Args& a, int64_t row) {
   if (!a.temperatures.given) return a.options.temperature;
@@ -73,11 +78,12 @@ __device__ __forceinline__ int64_t row_label(const Args& a, int64_t row) {
 
 // ---- Sums of tiles ------------------------------------------------------------------------------
 
-// Maximum m, s = sum of e = exp((x - m) / T) and t = sum of e (x - m) / T over some columns.
+// Maximum m, s = sum of e = exp((x - m) / T), t = sum of e (x - m) / T and q = sum of e e, where it
+// is wanted, over some columns.
 template <class T>
 struct Sums {
   float m;
-  T s, t;
+  T s, t, q = 0;
 };
 
 }  // namespace

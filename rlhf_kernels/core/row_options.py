@@ -24,6 +24,8 @@ class RowOptions(NamedTuple):
     entropy: whether to compute entropies.
     ignore_index: label of tokens to skip.
     lse: whether the log-sum-exp is wanted, which no kernel computes: the statistics hold it.
+    collision: whether the sum of the squared probabilities is wanted.
+    argmax: whether the most likely token is wanted.
     """
 
     temperature: float
@@ -31,6 +33,8 @@ class RowOptions(NamedTuple):
     entropy: bool
     ignore_index: int
     lse: bool = False
+    collision: bool = False
+    argmax: bool = False
 
 
 class RowResults(NamedTuple):
@@ -38,7 +42,9 @@ class RowResults(NamedTuple):
 
     logprobs: Tensor
     entropy: Tensor | None = None
+    collision: Tensor | None = None
     lse: Tensor | None = None
+    argmax: Tensor | None = None
 
 
 class RowArguments(NamedTuple):
@@ -50,6 +56,8 @@ class RowArguments(NamedTuple):
     entropy: bool
     ignore_index: int
     lse: bool = False
+    collision: bool = False
+    argmax: bool = False
 
     def of_logits(self) -> dict[str, Any]:
         """Keyword arguments for a reference over logits, which takes no logit_scale."""
@@ -57,7 +65,7 @@ class RowArguments(NamedTuple):
 
     def of_policy_loss(self) -> dict[str, Any]:
         """Keyword arguments for the reference of a loss, which skips tokens by its mask."""
-        others = ("entropy", "ignore_index", "lse")
+        others = ("entropy", "ignore_index", "lse", "collision", "argmax")
         return {k: v for k, v in self._asdict().items() if k not in others}
 
     def effective_temperature(self) -> float | Tensor:
@@ -73,7 +81,9 @@ class RowArguments(NamedTuple):
         """
         cap = 0.0 if self.softcap is None else self.softcap / self.logit_scale
         temperature = self.effective_temperature()
-        others = (cap, self.entropy, self.ignore_index, self.lse)
+        others = (
+            cap, self.entropy, self.ignore_index, self.lse, self.collision, self.argmax
+        )  # fmt: skip
         if isinstance(temperature, Tensor):
             return temperature, RowOptions(1.0, *others)
         return None, RowOptions(temperature, *others)
@@ -90,6 +100,8 @@ def checked(
     entropy: object = False,
     ignore_index: object = -100,
     lse: object = False,
+    collision: object = False,
+    argmax: object = False,
     *,
     fit: bool = False,
 ) -> RowArguments:
@@ -107,7 +119,8 @@ def checked(
         checks.same_device(op, "labels", labels, name, rows.device)
     if isinstance(temperature, Tensor):
         temperature = _per_token(op, temperature, labels)
-    return _of_options(op, temperature, softcap, logit_scale, entropy, ignore_index, lse)
+    results = (lse, collision, argmax)
+    return _of_options(op, temperature, softcap, logit_scale, entropy, ignore_index, *results)
 
 
 @option_checks.remembered
@@ -119,6 +132,8 @@ def _of_options(
     entropy: object,
     ignore_index: object,
     lse: object,
+    collision: object,
+    argmax: object,
 ) -> RowArguments:
     if softcap is not None:
         softcap = option_checks.positive(op, "softcap", softcap)
@@ -131,6 +146,8 @@ def _of_options(
         option_checks.flag(op, "entropy", entropy),
         option_checks.integer(op, "ignore_index", ignore_index),
         option_checks.flag(op, "lse", lse),
+        option_checks.flag(op, "collision", collision),
+        option_checks.flag(op, "argmax", argmax),
     )
     # Fields by name: torch.compile of torch 2.6 cannot slice a named tuple.
     rules = (arguments.temperature, arguments.softcap, arguments.logit_scale)

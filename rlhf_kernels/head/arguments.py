@@ -34,13 +34,16 @@ class Upstream(NamedTuple):
     """What the gradients of log-probabilities are computed from.
 
     stats: statistics of the rows, fp32 [..., 3].
-    grad_logprobs, grad_entropy, grad_lse: upstream gradients [...]; None counts as zero.
+    collisions: sums of the squared probabilities [...], where these are wanted.
+    grad_logprobs and the like: upstream gradients [...]; None counts as zero.
     """
 
     stats: Tensor
+    collisions: Tensor | None
     grad_logprobs: Tensor | None
     grad_entropy: Tensor | None
     grad_lse: Tensor | None
+    grad_collision: Tensor | None
 
 
 class PolicyArguments(NamedTuple):

@@ -15,8 +15,11 @@ from .products import Head
 
 def forward(
     kernels: Kernels | LabelKernels, operands: Operands, targets: Targets, batching: Batching
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(log-probabilities [...], entropies [...] if wanted, statistics [..., 3]) of labels [...]."""
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Of labels [...]: log-probabilities [...], entropies [...] if wanted, statistics [..., 3].
+
+    And sums of squared probabilities and most likely tokens [...], if wanted.
+    """
     op, weight, options = "linear_token_logprobs", operands.weight, targets.options
     shape, labels = targets.labels.shape, flat(targets.labels)
     temperatures = flat(targets.temperatures)
@@ -30,31 +33,37 @@ def forward(
     head = Head.of(operands, of_chunk, tokens.count, kernels.empty)
     if tokens.fill(of_chunk):
         logits = head.project(head.states(tokens, tokens.whole))
-        logprobs, entropies, stats = kernels.rows.token_logprobs(
-            logits, labels, temperatures, options
-        )
-        return (
-            logprobs.view(shape),
-            None if entropies is None else entropies.view(shape),
-            stats.view(*shape, 3),
-        )
+        found = kernels.rows.token_logprobs(logits, labels, temperatures, options)
+        return _shaped(shape, *found)
     logprobs = zeros_or_nan(keep, batching.kept_tokens)
     entropies = logprobs.clone() if options.entropy else None
     # Of a token without a product as well: a log-sum-exp is computed from them.
     stats = logprobs.unsqueeze(-1).repeat(1, 3)
+    collisions = logprobs.clone() if options.collision else None
+    ids = logprobs.new_full(logprobs.shape, -1, dtype=torch.int64) if options.argmax else None
+    results = (logprobs, entropies, stats, collisions, ids)
     for part in tokens.chunks(of_chunk.size):
         logits = head.project(head.states(tokens, part))
         own = tokens.take(labels, part), tokens.take(temperatures, part)
-        lp, h, s = kernels.rows.token_logprobs(logits, *own, options)
-        tokens.put(logprobs, part, lp)
-        tokens.put(stats, part, s)
-        if entropies is not None and h is not None:
-            tokens.put(entropies, part, h)
-    return (
-        logprobs.view(shape),
-        None if entropies is None else entropies.view(shape),
-        stats.view(*shape, 3),
+        found = kernels.rows.token_logprobs(logits, *own, options)
+        for whole, of_part in zip(results, found, strict=True):
+            if whole is not None and of_part is not None:
+                tokens.put(whole, part, of_part)
+    return _shaped(shape, *results)
+
+
+def _shaped(
+    shape: torch.Size,
+    logprobs: Tensor,
+    entropies: Tensor | None,
+    stats: Tensor,
+    *further: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Results of flat tokens in the shape of the labels."""
+    entropies, collisions, ids = (
+        None if t is None else t.view(shape) for t in (entropies, *further)
     )
+    return logprobs.view(shape), entropies, stats.view(*shape, 3), collisions, ids
 
 
 def backward(
@@ -68,18 +77,15 @@ def backward(
     """Gradients of hidden, weight and bias; empty where `needs` says no."""
     weight, options = operands.weight, targets.options
     labels, temperatures = flat(targets.labels), flat(targets.temperatures)
-    stats, *given = upstream
-    g, h, of_lse = (flat(t) for t in given)
-    stats = stats.view(-1, 3)
+    stats, collision, *given = upstream
+    stats, collision, given = stats.view(-1, 3), flat(collision), [flat(t) for t in given]
     keep = labels != options.ignore_index
     if batching.kept_tokens < 0:
         # A token without an upstream gradient adds nothing: clipped, no advantage, prompt, tool.
-        used = [t != 0 for t in (g, h, of_lse) if t is not None]
+        used = [t != 0 for t in given if t is not None]
         keep &= functools.reduce(torch.logical_or, used)
     elif (enough := covered(keep, batching.kept_tokens)) is not None:
-        g, h, of_lse = (
-            None if t is None else torch.where(enough, t, torch.nan) for t in (g, h, of_lse)
-        )
+        given = [None if t is None else torch.where(enough, t, torch.nan) for t in given]
     tokens = select(keep, batching.kept_tokens)
     of_chunk = Chunk.backward(batching.chunk_tokens, weight, tokens.count)
     head = Head.of(operands, of_chunk, tokens.count, kernels.empty)
@@ -90,10 +96,10 @@ def backward(
         own, ignored = localized(
             tokens.take(labels, part), tile.columns, weight.shape[0], options.ignore_index
         )
+        g, h, *further = (tokens.take(t, part) for t in (*given, collision))
         kernels.rows.token_logprobs_backward_into(
             out, logits, own, tokens.take(temperatures, part), tokens.take(stats, part),
-            tokens.take(g, part), tokens.take(h, part), options._replace(ignore_index=ignored),
-            tokens.take(of_lse, part),
+            g, h, options._replace(ignore_index=ignored), *further,
         )  # fmt: skip
 
     gradients.sweep(tokens, of_chunk, backward)

@@ -109,7 +109,7 @@ class _PolicySweep:
             logits = self._ref.project(self._ref.states(tokens, part))
             plain = self._options._replace(entropy=False)
             own = self._rows(tokens, part)
-            ref, _, _ = self._kernels.rows.token_logprobs(logits, *own, plain)
+            ref, *_ = self._kernels.rows.token_logprobs(logits, *own, plain)
             tokens.put(self.ref_logprobs, part, ref)
         hidden = self.head.states(tokens, part)
         return hidden, self.head.project(hidden), ref
@@ -119,7 +119,8 @@ class _PolicySweep:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """A chunk's (log-probabilities, entropy, stats)."""
         own = self._rows(tokens, part)
-        logprobs, entropy, stats = self._kernels.rows.token_logprobs(logits, *own, self._options)
+        found = self._kernels.rows.token_logprobs(logits, *own, self._options)
+        logprobs, entropy, stats, *_ = found
         assert entropy is not None  # the options ask for it
         return logprobs, entropy, stats
 

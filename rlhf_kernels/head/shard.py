@@ -33,9 +33,14 @@ class Shards(NamedTuple):
     sizes: Tensor
     rank: int
 
+    @property
+    def first(self) -> Tensor:
+        """This rank's first column."""
+        return self.sizes[: self.rank].sum()
+
     def localized(self, labels: Tensor, keep: Tensor) -> Tensor:
         """Labels as columns of this shard, ELSEWHERE, or SHARD_IGNORED where `keep` is false."""
-        local = labels.long() - self.sizes[: self.rank].sum()
+        local = labels.long() - self.first
         owned = (local >= 0) & (local < self.sizes[self.rank])
         known = (labels >= 0) & (labels < self.sizes.sum())
         local = torch.where(owned, local, torch.where(known, ELSEWHERE, NOWHERE))
@@ -112,23 +117,36 @@ def _check(op: str, metadata: list[dict[str, int]]) -> None:
                 )
 
 
+#: What the row kernels give: log-probabilities, entropies, statistics, sums of squared
+#: probabilities, most likely tokens.
+Results = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]
+
+
 def combine(
-    targets: Targets, of_shard: Tensor, stats: Tensor, group: str
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(log-probabilities, entropies, stats) over all shards from those over this rank's.
+    targets: Targets,
+    of_shard: Tensor,
+    stats: Tensor,
+    collisions: Tensor | None,
+    ids: Tensor | None,
+    group: str,
+) -> Results:
+    """Results over all shards from those over this rank's.
 
     Args:
         targets: labels from `Shards.localized`, [...], temperatures and options: the temperature
             of all tokens where none are given; whether entropies are wanted, and the mean is one.
         of_shard: log-probabilities of the row kernel given them, fp32 [...].
         stats: of the row kernel, fp32 [..., 3]: m, s, mean.
+        collisions, ids: of the row kernel, [...] or None; ids are those of the whole vocabulary.
         group: name of the group.
     """
     local, temperatures, options = targets
     # No log-probability is positive.
     of_shard = torch.where(local == ELSEWHERE, torch.inf, of_shard)
-    parts = torch.stack([*stats.unbind(-1), of_shard])
-    m, s, mean, own = groups.gather(parts, group).double().unbind(1)
+    parts = [*stats.unbind(-1), of_shard]
+    if collisions is not None:
+        parts.append(collisions)
+    m, s, mean, own, *squares = groups.gather(torch.stack(parts), group).double().unbind(1)
     rate = (
         1.0 / options.temperature if temperatures is None else 1.0 / temperatures.float().double()
     )
@@ -149,11 +167,37 @@ def combine(
     found = torch.where(kept, _ordered_sum(own), 0.0).float()
     h = torch.where(kept, total.log() - mean, 0.0).float() if options.entropy else None
     of_all = [torch.where(kept, x, other) for x, other in ((top, 0.0), (total, 1.0), (mean, 0.0))]
-    return found, h, torch.stack(of_all, -1).float()
+    if squares:
+        of_ranks = torch.where(share == 0.0, 0.0, share.square() * squares[0])
+        collisions = torch.where(kept, _ordered_sum(of_ranks), 0.0).float()
+    if ids is not None:
+        # NaN is above all numbers. Columns there are none of have no place.
+        order = torch.where(s.isnan() & (m.abs() != torch.inf), torch.inf, m.clamp(-1e300, 1e300))
+        ids = _first_of_largest(order, groups.gather(ids, group))
+    return found, h, torch.stack(of_all, -1).float(), collisions, ids
+
+
+def _first_of_largest(order: Tensor, ids: Tensor) -> Tensor:
+    """The id [...] of the rank with the largest place in the order [ranks, ...], the first of such.
+
+    A negative id has none.
+    """
+    best, found = torch.full_like(order[0], -torch.inf), torch.full_like(ids[0], -1)
+    for place, own in zip(order.unbind(), ids.unbind(), strict=True):
+        better = (place > best) & (own >= 0)
+        best, found = torch.where(better, place, best), torch.where(better, own, found)
+    return found
 
 
 def _ordered_sum(of_ranks: Tensor) -> Tensor:
     return functools.reduce(torch.add, of_ranks.unbind())
+
+
+def _global(ids: Tensor | None, first: Tensor | None, columns: int) -> Tensor | None:
+    """Ids of this shard's `columns` as those of the whole vocabulary; -1 where there is none."""
+    if ids is None or first is None:
+        return ids
+    return torch.where(ids >= 0, ids + first, -1) if columns else torch.full_like(ids, -1)
 
 
 class ShardRows:
@@ -170,11 +214,21 @@ class ShardRows:
         """The ranks exchange statistics before any has a log-probability."""
 
     def token_logprobs(
-        self, logits: Tensor, local: Tensor, temperatures: Tensor | None, options: RowOptions
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        self,
+        logits: Tensor,
+        local: Tensor,
+        temperatures: Tensor | None,
+        options: RowOptions,
+        first: Tensor | None = None,
+    ) -> Results:
+        """`first`: the first column of this shard; only a most likely token needs it."""
         options = options._replace(ignore_index=SHARD_IGNORED)
-        found, _, stats = self._rows.token_logprobs(logits, local, temperatures, options)
-        return combine(Targets(local, temperatures, options), found, stats, self._group)
+        found, _, *rest = self._rows.token_logprobs(logits, local, temperatures, options)
+        stats, collisions, ids = rest
+        targets = Targets(local, temperatures, options)
+        return combine(
+            targets, found, stats, collisions, _global(ids, first, logits.shape[-1]), self._group
+        )
 
     def token_logprobs_backward_into(
         self,
@@ -186,10 +240,10 @@ class ShardRows:
         grad_logprobs: Tensor | None,
         grad_entropy: Tensor | None,
         options: RowOptions,
-        grad_lse: Tensor | None = None,
+        *further: Tensor | None,
     ) -> None:
         options = options._replace(ignore_index=SHARD_IGNORED)
-        upstream = (grad_logprobs, grad_entropy, options, grad_lse)
+        upstream = (grad_logprobs, grad_entropy, options, *further)
         self._rows.token_logprobs_backward_into(out, logits, local, temperatures, stats, *upstream)
 
 
@@ -233,15 +287,16 @@ def token_logprobs(
     temperatures: Tensor | None,
     options: RowOptions,
     group: str,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """(log-probabilities, entropies, statistics, labels as columns of this shard)."""
+) -> tuple[Tensor | None, ...]:
+    """`Results`, and the labels as columns of this shard."""
     keep = labels != options.ignore_index
     shards = exchange_metadata(
         "token_logprobs", logits.shape[-1], labels, temperatures, keep, group
     )
     local = shards.localized(labels, keep)
     rows = kernels_of(kernels.rows, kernels.empty, group).whole.rows
-    return *rows.token_logprobs(logits, local, temperatures, options), local
+    found = rows.token_logprobs(logits, local, temperatures, options, shards.first)
+    return *found, local
 
 
 def linear_token_logprobs(
@@ -256,8 +311,9 @@ def linear_token_logprobs(
     targets = Targets(local, temperatures, options._replace(ignore_index=SHARD_IGNORED))
     # Chunks need no exchange: there is one at the end.
     own = kernels_of(kernels.rows, kernels.empty, group).own
-    found, _, stats = logprobs.forward(own, operands, targets, batching)
-    return *combine(targets, found, stats, group), local
+    found, _, stats, collisions, ids = logprobs.forward(own, operands, targets, batching)
+    ids = _global(ids, shards.first, vocab)
+    return *combine(targets, found, stats, collisions, ids, group), local
 
 
 def linear_token_logprobs_backward(kernels: Kernels, *args: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,6 +23,14 @@ def statistics(logprobs: Tensor) -> Tensor:
     return logprobs.new_empty(*logprobs.shape, 3)
 
 
+def further_results(logprobs: Tensor, options: RowOptions) -> tuple[Tensor | None, Tensor | None]:
+    """Memory for sums of squared probabilities, fp32, and for most likely tokens, int64."""
+    collisions = torch.empty_like(logprobs) if options.collision else None
+    return collisions, logprobs.new_empty(
+        logprobs.shape, dtype=torch.int64
+    ) if options.argmax else None
+
+
 def log_sum_exp(
     labels: Tensor, temperatures: Tensor | None, stats: Tensor, options: RowOptions
 ) -> Tensor:
@@ -40,7 +48,8 @@ def launchers(
 
     `forward` takes logits, labels, temperatures and options, and writes its last arguments: the
     log-probabilities, the entropies or None, and the statistics, which are None only where the
-    kernels are not `on_device` and no backward pass will need them. `backward` takes what
+    kernels are not `on_device` and no backward pass will need them, the sums of squared
+    probabilities or None, and the most likely tokens or None. `backward` takes what
     `token_logprobs_backward_into` takes. Neither is called without a token. Kernels that are not
     `on_device` validate the data themselves.
     """
@@ -60,13 +69,14 @@ def launchers(
         temperatures: Tensor | None,
         options: RowOptions,
         grad: bool = True,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         logprobs, entropies = results(labels, options)
         stats = statistics(logprobs) if grad or on_device else None
+        further = further_results(logprobs, options)
         if labels.numel() > 0:
             check(labels, temperatures, logits.shape[-1], options)
-            forward(logits, labels, temperatures, options, logprobs, entropies, stats)
-        return logprobs, entropies, stats
+            forward(logits, labels, temperatures, options, logprobs, entropies, stats, *further)
+        return logprobs, entropies, stats, *further
 
     def token_logprobs_backward_into(
         out: Tensor,

@@ -58,8 +58,11 @@ class LabelRows(Protocol):
 
     def token_logprobs(
         self, logits: Tensor, labels: Tensor, temperatures: Tensor | None, options: RowOptions, /
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(log-probabilities [N], entropies [N] if wanted, statistics [N, 3])."""
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+        """(log-probabilities [N], entropies [N] if wanted, statistics [N, 3]), and if wanted [N].
+
+        The last two are sums of squared probabilities and most likely tokens.
+        """
 
     def token_logprobs_backward_into(
         self,
@@ -72,6 +75,8 @@ class LabelRows(Protocol):
         grad_entropy: Tensor | None,
         options: RowOptions,
         grad_lse: Tensor | None = None,
+        grad_collision: Tensor | None = None,
+        collision: Tensor | None = None,
         /,
     ) -> None:
         """Writes the gradient of the logits to `out`, which may be the logits.

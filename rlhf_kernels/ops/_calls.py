@@ -171,7 +171,8 @@ _REINFORCE = PolicyLossConfig.reinforce()
 _OPERANDS = ("hidden", "weight", "bias")
 _ROWS = (
     {"temperature": 0.7, "entropy": True},
-    {"temperature": 0.7, "entropy": True, "lse": True},
+    {"temperature": 0.7, "lse": True},
+    {"temperature": 0.7, "entropy": True, "lse": True, "collision": True, "argmax": True},
     {"support": GIVEN, "entropy": True},
 )
 # Moderate logits: a gradient is a difference of them, and its rounding grows with their size.

@@ -1,5 +1,6 @@
 """linear_token_logprobs: log-probabilities from hidden states, with logits only in chunks."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -27,29 +28,30 @@ from .logprobs import TokenLogprobs, TokenLogprobsEntropy, asked_for, by_name, n
 from .support import Support, linear_token_logprobs_support
 
 
-def _forward_fake(
-    operands: Operands, targets: Targets, *_: Any
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def _forward_fake(operands: Operands, targets: Targets, *_: Any) -> shard.Results:
     shape = targets.labels.shape
     logprobs = operands.hidden.new_empty(shape, dtype=torch.float32)
     return (
         logprobs,
         logprobs.new_empty(shape) if targets.options.entropy else None,
         logprobs.new_empty((*shape, 3)),
+        logprobs.new_empty(shape) if targets.options.collision else None,
+        logprobs.new_empty(shape, dtype=torch.int64) if targets.options.argmax else None,
     )
 
 
 _ARGS = "Operands operands, Targets targets, Batching batching"
-_forward: Operator[tuple[Tensor, Tensor | None, Tensor]] = define(
+_RESULTS = "Tensor, Tensor, Tensor, Tensor, Tensor"
+_forward: Operator[shard.Results] = define(
     "linear_token_logprobs",
-    f"({_ARGS}, str backend) -> (Tensor, Tensor, Tensor)",
+    f"({_ARGS}, str backend) -> ({_RESULTS})",
     _forward_fake,
     head.forward,
 )
 # Also returns the labels as columns of this rank's shard, for the backward pass.
-_sharded_forward: Operator[tuple[Tensor, Tensor | None, Tensor, Tensor]] = define(
+_sharded_forward: Operator[tuple[Any, ...]] = define(
     "sharded_linear_token_logprobs",
-    f"({_ARGS}, str group, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"({_ARGS}, str group, str backend) -> ({_RESULTS}, Tensor)",
     lambda operands, targets, *_: (
         *_forward_fake(operands, targets),
         targets.labels.new_empty(targets.labels.shape, dtype=torch.int64),
@@ -79,20 +81,23 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         """`args`: the fields of Operands and Targets; batching, group, backend."""
         operands, targets = Operands(*args[:3]), Targets(*args[3:6])
         batching, group, backend = args[6:]
+        results: Sequence[Any]
         if group:
-            found = _sharded_forward(operands, targets, batching, group, backend)
-            logprobs, entropies, stats, local = found
+            *results, local = _sharded_forward(operands, targets, batching, group, backend)
             options = targets.options._replace(ignore_index=SHARD_IGNORED)
             targets = targets._replace(labels=local, options=options)
         else:
-            logprobs, entropies, stats = _forward(operands, targets, batching, backend)
+            results = _forward(operands, targets, batching, backend)
+        _, _, stats, collisions, ids = results
         ctx.set_materialize_grads(False)
         remember(ctx, *operands)
-        ctx.save_for_backward(*operands, targets.labels, targets.temperatures, stats)
+        ctx.save_for_backward(*operands, targets.labels, targets.temperatures, stats, collisions)
+        if ids is not None:
+            ctx.mark_non_differentiable(ids)
         ctx.options, ctx.batching = targets.options, batching
         ctx.group, ctx.backend = group, backend
         of_rows = (targets.labels, targets.temperatures)
-        return asked_for(targets.options, *of_rows, logprobs, entropies, stats)
+        return asked_for(targets.options, *of_rows, *results)
 
     @staticmethod
     @once_differentiable("linear_token_logprobs")
@@ -101,11 +106,12 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         if all(g is None for g in gradients):
             return (None, None, None, *nothing)
         needs = list(ctx.needs_input_grad[:3])
-        *operands, labels, temperatures, stats = ctx.saved_tensors
+        *operands, labels, temperatures, stats, collisions = ctx.saved_tensors
+        g = by_name(ctx.options, gradients)
         args = (
             Operands(*operands),
             Targets(labels, temperatures, ctx.options),
-            Upstream(stats, *by_name(ctx.options, gradients)),
+            Upstream(stats, collisions, g.logprobs, g.entropy, g.lse, g.collision),
             ctx.batching,
             needs,
         )
@@ -130,6 +136,8 @@ def linear_token_logprobs(
     entropy: Literal[False] = False,
     ignore_index: int = -100,
     lse: bool = False,
+    collision: bool = False,
+    argmax: bool = False,
     chunk_tokens: int | None = None,
     kept_tokens: int | None = None,
     batch_invariant: bool = False,
@@ -152,6 +160,8 @@ def linear_token_logprobs(
     entropy: Literal[True],
     ignore_index: int = -100,
     lse: bool = False,
+    collision: bool = False,
+    argmax: bool = False,
     chunk_tokens: int | None = None,
     kept_tokens: int | None = None,
     batch_invariant: bool = False,
@@ -174,6 +184,8 @@ def linear_token_logprobs(
     entropy: bool,
     ignore_index: int = -100,
     lse: bool = False,
+    collision: bool = False,
+    argmax: bool = False,
     chunk_tokens: int | None = None,
     kept_tokens: int | None = None,
     batch_invariant: bool = False,
@@ -195,6 +207,8 @@ def linear_token_logprobs(
     entropy: bool = False,
     ignore_index: int = -100,
     lse: bool = False,
+    collision: bool = False,
+    argmax: bool = False,
     chunk_tokens: int | None = None,
     kept_tokens: int | None = None,
     batch_invariant: bool = False,
@@ -229,7 +243,7 @@ def linear_token_logprobs(
         logit_scale: a number between 2^-60 and 2^60 (Cohere, Granite).
         entropy: also return the entropy.
         ignore_index: label of tokens to skip.
-        lse: also return the log-sum-exp.
+        lse, collision, argmax: as in `token_logprobs`.
         chunk_tokens: tokens of a chunk. None: as many as fit 128 MiB of logits on CPU; 4096 on a
             GPU, or as many as fit 4 GiB. With None the backward pass on CPU works in blocks of the
             vocabulary instead of tokens: it writes the gradient of the weight once and sums only
@@ -253,11 +267,10 @@ def linear_token_logprobs(
             row is summed alone: chunk_tokens, kept_tokens and batch_invariant change nothing.
 
     Returns:
-        TokenLogprobs(logprobs, entropy, lse), each [...] and float32, None where not asked for,
-        differentiable in hidden, weight and bias; with entropy=True a TokenLogprobsEntropy. Logits
-        of 16-bit operands are summed in fp32 and stay fp32, except that the GEMM on CPU rounds
-        logits of bfloat16 operands to bfloat16. For float16, a CPU multiplies blocks widened to
-        fp32.
+        TokenLogprobs(logprobs, entropy, collision, lse, argmax) or TokenLogprobsEntropy as in
+        `token_logprobs`, differentiable in hidden, weight and bias. Logits of 16-bit operands are
+        summed in fp32 and stay fp32, except that the GEMM on CPU rounds logits of bfloat16 operands
+        to bfloat16. For float16, a CPU multiplies blocks widened to fp32.
 
     Raises:
         TypeError, ValueError, IndexError: as in `token_logprobs`; operands whose shapes or dtypes
@@ -278,6 +291,8 @@ def linear_token_logprobs(
         entropy,
         ignore_index,
         lse,
+        collision,
+        argmax,
     )
     labels = row_options.without_masked(op, labels, mask, arguments.ignore_index)
     backend = select(op, hidden.device)

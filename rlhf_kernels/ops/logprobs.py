@@ -37,41 +37,47 @@ def _check_inplace(logits: Tensor) -> None:
         )
 
 
+#: Log-probabilities, entropies, statistics, sums of squared probabilities, most likely tokens.
+_Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
 def _forward_fake(
     logits: Tensor, labels: Tensor, temperatures: Tensor | None, options: RowOptions, *_: Any
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     shape = labels.shape
     return (
         logits.new_empty(shape, dtype=torch.float32),
         logits.new_empty(shape, dtype=torch.float32) if options.entropy else None,
         logits.new_empty((*shape, 3), dtype=torch.float32),
+        logits.new_empty(shape, dtype=torch.float32) if options.collision else None,
+        logits.new_empty(shape, dtype=torch.int64) if options.argmax else None,
     )
 
 
-def _statistics_fake(
-    *args: Any, grad: bool, backend: str
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _statistics_fake(*args: Any, grad: bool, backend: str) -> _Results:
     """As `_forward_fake`; a backend on the CPU leaves out the statistics if no gradient follows."""
-    logprobs, entropies, stats = _forward_fake(*args)
-    return logprobs, entropies, stats if grad or backend in backends.GPU else None
+    logprobs, entropies, stats, *further = _forward_fake(*args)
+    return logprobs, entropies, stats if grad or backend in backends.GPU else None, *further
 
 
 _ROWS = "Tensor logits, Tensor labels, Tensor? temperatures"
-_forward: Operator[tuple[Tensor, Tensor | None, Tensor | None]] = define(
+_RESULTS = "Tensor, Tensor, Tensor, Tensor, Tensor"
+_forward: Operator[_Results] = define(
     "token_logprobs",
-    f"({_ROWS}, RowOptions options, bool grad, str backend) -> (Tensor, Tensor, Tensor)",
+    f"({_ROWS}, RowOptions options, bool grad, str backend) -> ({_RESULTS})",
     lambda *args: _statistics_fake(*args[:-2], grad=args[-2], backend=args[-1]),
 )
 # Also returns the labels as columns of this shard; with them the usual backward kernel applies.
-_sharded_forward: Operator[tuple[Tensor, Tensor | None, Tensor, Tensor]] = define(
+_sharded_forward: Operator[tuple[Any, ...]] = define(
     "sharded_token_logprobs",
-    f"({_ROWS}, RowOptions options, str group, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"({_ROWS}, RowOptions options, str group, str backend) -> ({_RESULTS}, Tensor)",
     lambda *args: (*_forward_fake(*args), args[1].new_empty(args[1].shape, dtype=torch.int64)),
     shard.token_logprobs,
 )
 _BACKWARD_ARGS = (
     "Tensor labels, Tensor? temperatures, Tensor stats, Tensor? grad_logprobs, "
-    "Tensor? grad_entropy, RowOptions options, Tensor? grad_lse, str backend"
+    "Tensor? grad_entropy, RowOptions options, Tensor? grad_lse, Tensor? grad_collision, "
+    "Tensor? collisions, str backend"
 )
 _backward: Operator[Tensor] = define(
     "token_logprobs_backward",
@@ -92,20 +98,28 @@ def asked_for(
     logprobs: Tensor,
     entropies: Tensor | None,
     stats: Tensor | None,
+    collisions: Tensor | None,
+    ids: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """The results that the options ask for, of what an operator returns, in the order of fields."""
     found = (logprobs, entropies) if options.entropy else (logprobs,)
-    if stats is None or not options.lse:
-        return found
-    return (*found, log_sum_exp(labels, temperatures, stats, options))
+    if options.collision:
+        found = (*found, collisions)
+    if options.lse and stats is not None:
+        found = (*found, log_sum_exp(labels, temperatures, stats, options))
+    return (*found, ids) if options.argmax else found
 
 
 def by_name(options: RowOptions, found: Sequence[Any]) -> RowResults:
     """Results that the options ask for, or their gradients, with None for the others."""
-    if options.entropy or not options.lse:
+    if not (options.collision or options.lse or options.argmax):
         return RowResults(*found)
-    logprobs, lse = found
-    return RowResults(logprobs, None, lse)
+    logprobs, *rest = found
+    wanted = (options.entropy, options.collision, options.lse, options.argmax)
+    named = []
+    for given in wanted:
+        named.append(rest.pop(0) if given else None)
+    return RowResults(logprobs, *named)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -121,18 +135,21 @@ class _TokenLogprobs(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor | None, ...]:
         args = (logits, labels, temperatures, options)
-        stats: Tensor | None
+        results: Sequence[Any]
         if group:
-            logprobs, entropies, stats, labels = _sharded_forward(*args, group, backend)
+            *results, labels = _sharded_forward(*args, group, backend)
             options = options._replace(ignore_index=SHARD_IGNORED)
         else:
-            logprobs, entropies, stats = _forward(*args, True, backend)
+            results = _forward(*args, True, backend)
         ctx.set_materialize_grads(False)
         remember(ctx, logits)
-        ctx.save_for_backward(logits, labels, temperatures, stats)
+        _, _, stats, collisions, ids = results
+        ctx.save_for_backward(logits, labels, temperatures, stats, collisions)
+        if ids is not None:
+            ctx.mark_non_differentiable(ids)
         ctx.options, ctx.backend = options, backend
         ctx.inplace = inplace_backward
-        return asked_for(options, labels, temperatures, logprobs, entropies, stats)
+        return asked_for(options, labels, temperatures, *results)
 
     @staticmethod
     @once_differentiable("token_logprobs")
@@ -140,10 +157,11 @@ class _TokenLogprobs(torch.autograd.Function):
         nothing = (None,) * 6
         if all(g is None for g in gradients):
             return (None, *nothing)
-        logits, labels, temperatures, stats = ctx.saved_tensors
+        logits, labels, temperatures, stats, collisions = ctx.saved_tensors
         g = by_name(ctx.options, gradients)
         args = (
-            labels, temperatures, stats, g.logprobs, g.entropy, ctx.options, g.lse, ctx.backend
+            labels, temperatures, stats, g.logprobs, g.entropy, ctx.options, g.lse, g.collision,
+            collisions, ctx.backend,
         )  # fmt: skip
         if not ctx.inplace:
             return (_backward(logits, *args), *nothing)
@@ -162,7 +180,9 @@ class TokenLogprobs(NamedTuple):
 
     logprobs: Tensor
     entropy: None = None
+    collision: Tensor | Any = None
     lse: Tensor | Any = None
+    argmax: Tensor | Any = None
 
 
 class TokenLogprobsEntropy(NamedTuple):
@@ -170,16 +190,18 @@ class TokenLogprobsEntropy(NamedTuple):
 
     logprobs: Tensor
     entropy: Tensor
+    collision: Tensor | Any = None
     lse: Tensor | Any = None
+    argmax: Tensor | Any = None
 
 
 def named_result(
-    logprobs: Tensor, entropy: Tensor | None = None, lse: Tensor | None = None
+    logprobs: Tensor, entropy: Tensor | None = None, *further: Tensor | None
 ) -> TokenLogprobs | TokenLogprobsEntropy:
     """The public result for the tensors that an implementation returns."""
     if entropy is None:
-        return TokenLogprobs(logprobs, None, lse)
-    return TokenLogprobsEntropy(logprobs, entropy, lse)
+        return TokenLogprobs(logprobs, None, *further)
+    return TokenLogprobsEntropy(logprobs, entropy, *further)
 
 
 @overload
@@ -193,6 +215,8 @@ def token_logprobs(
     entropy: Literal[False] = False,
     ignore_index: int = -100,
     lse: bool = False,
+    collision: bool = False,
+    argmax: bool = False,
     inplace_backward: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
@@ -210,6 +234,8 @@ def token_logprobs(
     entropy: Literal[True],
     ignore_index: int = -100,
     lse: bool = False,
+    collision: bool = False,
+    argmax: bool = False,
     inplace_backward: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
@@ -227,6 +253,8 @@ def token_logprobs(
     entropy: bool,
     ignore_index: int = -100,
     lse: bool = False,
+    collision: bool = False,
+    argmax: bool = False,
     inplace_backward: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
@@ -243,6 +271,8 @@ def token_logprobs(
     entropy: bool = False,
     ignore_index: int = -100,
     lse: bool = False,
+    collision: bool = False,
+    argmax: bool = False,
     inplace_backward: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
@@ -250,9 +280,10 @@ def token_logprobs(
     """Log-probability of each label, and optionally the entropy of the token's distribution.
 
     With z = logits / temperature, or softcap * tanh(logits / softcap) / temperature:
-    lse = log sum_j exp(z_j), logprob = z_y - lse and entropy = -sum_j p_j log p_j, p = softmax(z).
-    All are differentiable in logits. The forward pass reads the logits once; the backward pass
-    reads and writes them once. TRL calls this `selective_log_softmax`, verl `logprobs_from_logits`.
+    lse = log sum_j exp(z_j), logprob = z_y - lse, and with p = softmax(z) entropy =
+    -sum_j p_j log p_j and collision = sum_j p_j^2. All are differentiable in logits. The forward
+    pass reads the logits once; the backward pass reads and writes them once. TRL calls this
+    `selective_log_softmax`, verl `logprobs_from_logits`.
 
     With `group` the vocabulary is sharded over the ranks of the group (tensor parallelism). Ranks
     hold consecutive column ranges of any size, including 0, and all ranks pass the same labels. The
@@ -276,6 +307,9 @@ def token_logprobs(
         entropy: also return the entropy.
         ignore_index: label of tokens to skip: results 0, gradient exactly 0, logits never read.
         lse: also return the log-sum-exp (for a z-loss).
+        collision: also return sum_j p_j^2 (for an optimal token baseline, or WPO's weights).
+        argmax: also return the id of the most likely token, int64, which is -1 for a token to skip:
+            the first of the largest logits, or the first NaN if there is one.
         inplace_backward: write the gradient into the memory of `logits`, which saves a buffer. Only
             for logits that nothing else needs; a later use in the same graph raises in autograd.
         group: process group over which V is sharded. logits are then this rank's [..., V_rank];
@@ -295,17 +329,18 @@ def token_logprobs(
             only they are saved for the backward pass.
 
     Returns:
-        TokenLogprobs(logprobs, entropy, lse), each [...] and float32, None where not asked for;
-        with entropy=True a TokenLogprobsEntropy with the same fields. A row that holds NaN or +inf,
-        or only -inf, gives NaN; a label whose logit is -inf gives -inf, as in torch.
+        TokenLogprobs(logprobs, entropy, collision, lse, argmax), each [...], float32 but for the
+        ids, None where not asked for; with entropy=True a TokenLogprobsEntropy of the same fields.
+        A row that holds NaN or +inf, or only -inf, gives NaN; a label whose logit is -inf gives
+        -inf, as in torch.
 
     Raises:
         TypeError: wrong dtype or type of an argument.
         ValueError: shapes or devices that do not match; temperature or softcap not between 2^-60
             and 2^60; inplace_backward on a leaf, on overlapping memory, under torch.compile, on the
-            reference backend, or with support; group or lse with support; on CPU an indptr that
-            does not start at 0, decreases, or does not end at nnz, or a repeated token id in a
-            support.
+            reference backend, or with support; group, lse, collision or argmax with support; on CPU
+            an indptr that does not start at 0, decreases, or does not end at nnz, or a repeated
+            token id in a support.
         IndexError: on CPU, a label or kept token id outside [0, V), with its position; it is never
             used as an index. On a GPU it gives NaN instead, and a repeated token id gives an
             undefined result, unless RLHF_KERNELS_CHECK=1.
@@ -331,6 +366,8 @@ def token_logprobs(
         entropy,
         ignore_index,
         lse,
+        collision,
+        argmax,
         fit=plain,
     )
     if mask is not None:

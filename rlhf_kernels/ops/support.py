@@ -73,8 +73,11 @@ _head_backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
 
 
 def _check_arguments(op: str, arguments: RowArguments) -> None:
-    if arguments.lse:
-        raise ValueError(f"{op}: support gives log-probabilities and entropies alone, without lse")
+    if arguments.lse or arguments.collision or arguments.argmax:
+        raise ValueError(
+            f"{op}: support gives log-probabilities and entropies alone, neither lse nor collision "
+            "nor argmax"
+        )
 
 
 class _TokenLogprobsSupport(torch.autograd.Function):

@@ -79,6 +79,37 @@ class _LogSumExp(torch.autograd.Function):
         return torch.where(grad == 0, 0, grad * torch.softmax(d, -1))
 
 
+class _Collision(torch.autograd.Function):
+    """C = sum_j p_j^2 of p = softmax(d), d [..., V]; dC/dd = 2 p (p - C)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(d: Tensor) -> Tensor:
+        return torch.softmax(d, -1).square().sum(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (d,) = ctx.saved_tensors
+        p, grad = torch.softmax(d, -1), grad.unsqueeze(-1)
+        slope = 2 * p * (p - p.square().sum(-1, keepdim=True))
+        return torch.where(grad == 0, 0, grad * slope)
+
+
+def first_of_largest(logits: Tensor) -> Tensor:
+    """The id [...] of the first of the largest logits [..., V]; of the first NaN if any."""
+    # torch.argmax gives any of several on a GPU.
+    logits = logits.detach()
+    nan = logits.isnan()
+    hit = torch.where(nan.any(-1, keepdim=True), nan, logits == logits.amax(-1, keepdim=True))
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    return torch.where(hit, ids, logits.shape[-1]).amin(-1)
+
+
 def _weights(d: Tensor) -> tuple[Tensor, Tensor]:
     """p = softmax(d) and the mean of d under p, [..., 1]; a term with p = 0 is 0, even at -inf."""
     p = torch.softmax(d, -1)
@@ -93,12 +124,14 @@ def token_logprobs(
     entropy: bool = False,
     ignore_index: int = -100,
     lse: bool = False,
+    collision: bool = False,
+    argmax: bool = False,
     group: str = "",
     **options: Any,
 ) -> RowResults:
-    """log softmax(z)_y, H = -sum_j p_j log p_j and log sum_j exp(z_j) of logits.
+    """log p_y, H = -sum_j p_j log p_j, sum_j p_j^2, log sum_j exp(z_j) and argmax_j of logits.
 
-    z = with_options(logits) / temperature.
+    p = softmax(z), z = with_options(logits) / temperature.
 
     Args:
         logits: [..., V].
@@ -107,6 +140,8 @@ def token_logprobs(
         entropy: also return H.
         ignore_index: tokens with this label have result 0 and gradient 0, whatever their logits.
         lse: also return log sum_j exp(z_j).
+        collision: also return sum_j p_j^2.
+        argmax: also return the id of the largest logit; -1 for an ignored token.
         group: name of the process group over which V is sharded; "" for none.
         options: those of `with_options`.
     """
@@ -118,6 +153,8 @@ def token_logprobs(
             entropy=entropy,
             ignore_index=ignore_index,
             lse=lse,
+            collision=collision,
+            argmax=argmax,
             group=group,
             **options,
         )
@@ -128,7 +165,10 @@ def token_logprobs(
     d = distances(z, rates)
     logprobs = torch.where(keep, _LogProb.apply(d, torch.where(keep, labels, 0).long()), 0)
     of_entropy = torch.where(keep, _Entropy.apply(d), 0) if entropy else None
+    squares = torch.where(keep, _Collision.apply(d), 0) if collision else None
+    ids = torch.where(keep, first_of_largest(logits), -1) if argmax else None
     if not lse:
-        return RowResults(logprobs, of_entropy)
+        return RowResults(logprobs, of_entropy, squares, None, ids)
     top = (z.detach().amax(-1, keepdim=True) / rates).squeeze(-1)
-    return RowResults(logprobs, of_entropy, torch.where(keep, _LogSumExp.apply(d) + top, 0))
+    of_lse = torch.where(keep, _LogSumExp.apply(d) + top, 0)
+    return RowResults(logprobs, of_entropy, squares, of_lse, ids)

@@ -52,6 +52,8 @@ def token_logprobs(
     entropy: bool,
     ignore_index: int,
     lse: bool,
+    collision: bool,
+    argmax: bool,
     group: str,
     **options: Any,
 ) -> RowResults:
@@ -72,7 +74,7 @@ def token_logprobs(
     own = d.gather(-1, torch.where(owned, local, 0).unsqueeze(-1)).squeeze(-1)
     own = _Summed.apply(torch.where(owned, own, 0), group)
     logprobs = torch.where(keep, own - log_s, 0)
-    of_entropy = of_lse = None
+    of_entropy = of_lse = squares = ids = None
     if entropy:
         # The limit of d e^d at d = -inf is 0; the product would be NaN.
         weighted = _Summed.apply((e * torch.where(e > 0, d, 0)).sum(-1), group)
@@ -80,4 +82,25 @@ def token_logprobs(
     if lse:
         scaled = (top.unsqueeze(-1) / rates).squeeze(-1)
         of_lse = torch.where(keep, log_s + scaled, 0)
-    return RowResults(logprobs, of_entropy, of_lse)
+    if collision:
+        sums = _Summed.apply(e.square().sum(-1), group)
+        squares = torch.where(keep, sums / (2 * log_s).exp(), 0)
+    if argmax:
+        ids = torch.where(keep, _first_of_largest(logits, sizes, rank, group), -1)
+    return RowResults(logprobs, of_entropy, squares, of_lse, ids)
+
+
+def _first_of_largest(logits: Tensor, sizes: Tensor, rank: int, group: str) -> Tensor:
+    """The id [...] of the first of the largest logits of all ranks; of the first NaN if any."""
+    # Padded, as a shard may be empty.
+    x = torch.nn.functional.pad(compute(logits.detach()), (0, 1), value=-torch.inf)
+    nan = x.isnan()
+    some = groups.maximum(nan.any(-1).float(), group).unsqueeze(-1) > 0
+    top = groups.maximum(torch.where(nan, -torch.inf, x).amax(-1), group).unsqueeze(-1)
+    hit = torch.where(some, nan, x == top)
+    first, total = sizes[:rank].sum(), sizes.sum()
+    ids = torch.arange(x.shape[-1], device=x.device) + first
+    hit = hit & (ids < first + sizes[rank])
+    # fp64 holds ids exactly; their smallest is the largest of their negatives.
+    own = torch.where(hit, ids, total).amin(-1)
+    return -groups.maximum(-own.double(), group).long()

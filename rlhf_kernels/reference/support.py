@@ -40,6 +40,8 @@ def token_logprobs_support(
     entropy: bool = False,
     ignore_index: int = -100,
     lse: bool = False,
+    collision: bool = False,
+    argmax: bool = False,
     **options: Any,
 ) -> RowResults:
     """`token_logprobs` with every logit outside the token's support at -inf.
@@ -53,6 +55,8 @@ def token_logprobs_support(
         entropy: also return the entropy over the support.
         ignore_index: as in `token_logprobs`.
         lse: also return the log-sum-exp over the support.
+        collision: also return the sum of the squared probabilities.
+        argmax: also return the most likely token.
         options: those of `with_options`.
     """
     mask = support_mask(indptr, indices, labels != ignore_index, logits.shape[-1])
@@ -65,6 +69,8 @@ def token_logprobs_support(
         entropy=entropy,
         ignore_index=ignore_index,
         lse=lse,
+        collision=collision,
+        argmax=argmax,
     )
 
 

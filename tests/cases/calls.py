@@ -167,7 +167,9 @@ CHOICES: dict[str, tuple[dict[str, tuple[Any, ...]], ...]] = {
             "chunk_tokens": (None, 2),
         },
         {
-            "lse": (True,),
+            "lse": (True, False),
+            "collision": (False, True),
+            "argmax": (True, False),
             "entropy": (False, True),
             "temperature": (1.0, GIVEN),
             "kept_tokens": (None, N),
@@ -204,7 +206,13 @@ CHOICES: dict[str, tuple[dict[str, tuple[Any, ...]], ...]] = {
             "ignore_index": (-100, 3),
             "support": (ABSENT, GIVEN, ABSENT),
         },
-        {"lse": (True,), "entropy": (False, True), "temperature": (GIVEN, 1.0)},
+        {
+            "lse": (True, False),
+            "collision": (False, True),
+            "argmax": (True, False),
+            "entropy": (False, True),
+            "temperature": (GIVEN, 1.0),
+        },
     ),
     "value_loss": (
         {

@@ -24,7 +24,7 @@ _WAITING = ("nonzero", "_local_scalar_dense", "masked_select", "_unique2", "binc
 # Arguments of a row kernel that hold rows of logits, its result among them; how often it launches.
 _ROW_KERNELS = {
     "token_logprobs": (0,),
-    "token_logprobs_backward": (0, 8),
+    "token_logprobs_backward": (0, 10),
     "kl_divergence": (0, 1),
     "kl_divergence_backward": (0, 1, 6),
     "policy_rows": (0, 13),

@@ -397,12 +397,12 @@ def test_gradients_are_contiguous_whatever_the_strides(backend, masked):
 def test_opcheck(kept):
     hidden, weight, bias, labels = (t.detach() for t in operands())
     op = torch.ops.rlhf_kernels.linear_token_logprobs
-    options = (0.9, 0.0, True, -100, True)
+    options = (0.9, 0.0, True, -100, True, True, True)
     args = (hidden, weight, bias, labels, None, *options, 16, kept)
     torch.library.opcheck(op.default, (*args, "cpu"))
-    stats = op(*args, "cpu")[2]
+    _, _, stats, collisions, _ = op(*args, "cpu")
     g = torch.randn(B, T)
-    back = (hidden, weight, bias, labels, None, *options, stats, g, g, g, 16, kept)
+    back = (hidden, weight, bias, labels, None, *options, stats, collisions, g, g, g, g, 16, kept)
     torch.library.opcheck(
         torch.ops.rlhf_kernels.linear_token_logprobs_backward.default,
         (*back, [True, True, False], "cpu"),

@@ -57,7 +57,7 @@ def three_kernels(out, logits, labels, temperatures, options, constants, config)
     """What the head does without the one kernel; (log-probabilities, entropies)."""
     rows = backends.get("cuda").kernels.rows
     codes, params = config._codes, config._params
-    logprobs, entropy, stats = rows.token_logprobs(logits, labels, temperatures, options)
+    logprobs, entropy, stats, *_ = rows.token_logprobs(logits, labels, temperatures, options)
     old, advantages, ref, rollout, weights = constants
     given = (logprobs, logprobs if old is None else old, advantages, labels != SHARD_IGNORED)
     bonus = params.entropy_coef != 0

@@ -84,7 +84,8 @@ def test_every_result_matches_fp64(backend, ranks, options):
             ranks, sizes, "token_logprobs", backend, {"logits": logits, "labels": labels},
             {"logits": -1}, [*upstream.values()], options=EVERY | options,
         )  # fmt: skip
-        return dict(zip(FIELDS, results, strict=True)) | {"gradient": gradients["logits"]}
+        names = (*FIELDS, "argmax")
+        return dict(zip(names, results, strict=True)) | {"gradient": gradients["logits"]}
 
     logits, labels = problem(6, sum(sizes), torch.float32)
     labels[:2] = torch.tensor([0, sum(sizes) - 1])

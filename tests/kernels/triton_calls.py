@@ -90,7 +90,7 @@ class _SixteenBits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         launcher = triton.launchers()["token_logprobs"]
-        logprobs, entropies, stats = launcher(logits, labels, None, _SixteenBits.OPTIONS)
+        logprobs, entropies, stats, *_ = launcher(logits, labels, None, _SixteenBits.OPTIONS)
         ctx.save_for_backward(logits, labels, stats)
         return logprobs, entropies
 

@@ -8,8 +8,9 @@ import torch
 import rlhf_kernels as rk
 from rlhf_kernels.testing import assert_within_budget, generator, to_float64
 
-FIELDS = ("logprobs", "entropy", "lse")
-EVERY = dict.fromkeys(FIELDS[1:], True)
+#: The results that have a gradient.
+FIELDS = ("logprobs", "entropy", "collision", "lse")
+EVERY = dict.fromkeys((*FIELDS[1:], "argmax"), True)
 
 
 def plain(logits, labels, *, temperature=1.0, softcap=None):
@@ -23,13 +24,15 @@ def plain(logits, labels, *, temperature=1.0, softcap=None):
     return {
         "logprobs": logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1),
         "entropy": entropy,
+        "collision": p.square().sum(-1),
         "lse": z.logsumexp(-1),
+        "argmax": logits.detach().argmax(-1),
     }
 
 
 def ours(logits, labels, **options):
     found = rk.token_logprobs(logits, labels, **EVERY, **options)
-    return {name: getattr(found, name) for name in FIELDS}
+    return {name: getattr(found, name) for name in (*FIELDS, "argmax")}
 
 
 def run(function, logits, labels, upstream, **options):
@@ -59,8 +62,10 @@ def check(logits, labels, upstream=None, *, run_kernel=None, **options):
     size = ((z / t).abs().amax(-1) + math.log(max(2, z.shape[-1]))) * (1 + (cap or 0.0))
     for name in FIELDS:
         assert_within_budget(found[name], exact[name], working[name], scale=size)
+    assert found["argmax"].dtype is torch.int64
+    assert torch.equal(found["argmax"], exact["argmax"])
     logp = (z / t).log_softmax(-1)
-    g = sum(u.double().abs() for u in upstream.values()).unsqueeze(-1)
+    g = 2 * sum(u.double().abs() for u in upstream.values()).unsqueeze(-1)
     amplitude = g * (1 + logp.abs() + exact["entropy"].detach().abs().unsqueeze(-1))
     # p is as exact as its exponent. Probabilities below the smallest normal float count as zero.
     tiny = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps

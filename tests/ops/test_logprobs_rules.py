@@ -260,14 +260,26 @@ def test_opcheck(case):
         logits, labels = logits[:0], labels[:0]
     if case == "options":
         temperatures, softcap, entropy = torch.rand(4, 3) + 0.5, 9.0, False
-    options = (1.0, softcap, entropy, -100, False)
+    further = not entropy
+    options = (1.0, softcap, entropy, -100, False, further, further)
     args = (logits, labels, temperatures, *options)
     op = torch.ops.rlhf_kernels.token_logprobs.default
     torch.library.opcheck(op, (*args, case != "no grad", "cpu"))
-    *_, stats = op(*args, True, "cpu")
+    _, _, stats, collisions, _ = op(*args, True, "cpu")
     grad = torch.randn(labels.shape)
     upstream = (grad, grad if entropy else None)
-    back = (logits, labels, temperatures, stats, *upstream, *options, grad, "cpu")
+    back = (
+        logits,
+        labels,
+        temperatures,
+        stats,
+        *upstream,
+        *options,
+        grad,
+        collisions,
+        collisions,
+        "cpu",
+    )
     torch.library.opcheck(torch.ops.rlhf_kernels.token_logprobs_backward.default, back)
 
 

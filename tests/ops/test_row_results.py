@@ -28,20 +28,20 @@ def test_options_match_fp64(backend, options):
     check(*problem(6, 4173, torch.float32), **options)
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", (*FIELDS, "argmax"))
 def test_one_result_alone(backend, name):
     """It has the bits that it has among others, and a gradient of its own."""
     logits, labels = problem(4, 301, torch.float32)
     together = ours(logits, labels)
     alone = rk.token_logprobs(logits, labels, **({name: True} if name != "logprobs" else {}))
     asked = {"logprobs", name}
-    for field in FIELDS:
+    for field in together:
         if field in asked:
             assert_bitwise_equal(getattr(alone, field), together[field])
         else:
             assert getattr(alone, field) is None
-    upstream = {name: torch.randn(4)}
-    check(logits, labels, upstream)
+    if name != "argmax":
+        check(logits, labels, {name: torch.randn(4)})
 
 
 def test_temperatures_at_their_bounds(backend):
@@ -77,11 +77,11 @@ def test_ignored_rows_and_rows_without_an_upstream_gradient(backend):
     temperature = torch.tensor([1.0, math.nan, 1.0, 1.0, 0.0, 1.0])
     found = run(ours, dirty, labels, upstream, temperature=temperature)
     for name, a in found.items():
-        assert (a[[1, 4]] == 0).all()
+        assert (a[[1, 4]] == (-1 if name == "argmax" else 0)).all()
         if name == "gradient":
             assert (a[2] == 0).all()
         else:
-            assert a[2].isnan()
+            assert a[2] == 7 if name == "argmax" else a[2].isnan()
         assert_bitwise_equal(a[[0, 3, 5]], clean[name][[0, 3, 5]])
 
 
@@ -90,6 +90,11 @@ def test_rows_of_infinities(backend):
     logits[0], logits[1, 2050], logits[2, :4000] = -math.inf, math.inf, -math.inf
     logits[3, 4], logits[4, 4099] = math.nan, -math.inf
     found = run(ours, logits, labels, {"lse": torch.ones(5)})
+    assert torch.equal(found["argmax"], logits.argmax(-1))
+    assert found["argmax"].tolist()[:2] == [0, 2050] and found["argmax"][3] == 4
+    assert found["collision"].isnan().tolist() == [True, True, False, True, False]
+    squares = logits[[2, 4]].softmax(-1).square().sum(-1)
+    torch.testing.assert_close(found["collision"][[2, 4]], squares)
     assert found["lse"].isnan().tolist() == [True, True, False, True, False]
     finite = logits[[2, 4]]
     torch.testing.assert_close(found["lse"][[2, 4]], finite.logsumexp(-1))
@@ -107,6 +112,37 @@ def test_gradients_that_cancel_except_at_the_label(backend):
     torch.testing.assert_close(found["gradient"], expected, rtol=1e-6, atol=rounding)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_first_of_the_most_likely_tokens(backend, dtype, softcap):
+    """Of equal logits the lowest id, wherever the kernels cut a row; a cap hides no difference."""
+    vocab = 3 * 8192 + 5
+    logits = torch.full((7, vocab), -3.0, dtype=dtype)
+    for row, columns in enumerate(([0, vocab - 1], [4095, 4096], [8191, 8192, 9000], [vocab - 1],
+                                   [2047, 2048], [17, 20000])):  # fmt: skip
+        logits[row, columns] = 40.0
+    logits[5, 20000], logits[5, 23000] = 41.0, 41.0
+    logits[6, 100], logits[6, 3000] = -0.0, 0.0
+    labels = torch.zeros(7, dtype=torch.int64)
+    found = rk.token_logprobs(logits, labels, argmax=True, softcap=softcap).argmax
+    assert found.tolist() == [0, 4095, 8191, vocab - 1, 2047, 20000, 100]
+    nan = logits.clone()
+    nan[:, [5000, 9000]] = math.nan
+    assert (rk.token_logprobs(nan, labels, argmax=True).argmax == 5000).all()
+    nan[:, :] = -math.inf
+    nan[:, vocab - 2] = math.nan
+    assert (rk.token_logprobs(nan, labels, argmax=True).argmax == vocab - 2).all()
+
+
+def test_the_squares_of_a_row_that_is_nearly_certain(backend):
+    """p - sum p^2 is small there, and so is the gradient."""
+    logits = torch.zeros(3, 5000)
+    logits[0, 17], logits[1, 4999], logits[2, :2] = 20.0, 100.0, 60.0
+    labels = torch.tensor([17, 3, 0])
+    check(logits, labels, {"collision": torch.ones(3)})
+    check(logits, labels)
+
+
 def test_inplace_backward():
     logits, labels = problem(6, 500, torch.bfloat16)
     upstream = weights(6)
@@ -122,11 +158,11 @@ def test_inplace_backward():
 def test_a_support_is_refused():
     logits, labels = problem(2, 9, torch.float32)
     support = (torch.tensor([0, 1, 2]), torch.tensor([3, 4]))
-    with pytest.raises(ValueError, match="support gives log-probabilities and entropies alone"):
-        rk.token_logprobs(logits, labels, support=support, lse=True)
-    with pytest.raises(ValueError, match="support gives log-probabilities and entropies alone"):
-        rk.linear_token_logprobs(logits, logits, labels, support=support, lse=True)
-    for name in FIELDS[1:]:
+    for name in ("lse", "collision", "argmax"):
+        for form in (rk.token_logprobs, lambda x, *a, **k: rk.linear_token_logprobs(x, x, *a, **k)):
+            with pytest.raises(ValueError, match="support gives log-probabilities and entropies"):
+                form(logits, labels, support=support, **{name: True})
+    for name in EVERY:
         with pytest.raises(TypeError, match=f"{name} must be a bool"):
             rk.token_logprobs(logits, labels, **{name: 1})
 
@@ -138,7 +174,7 @@ def test_gradcheck_of_the_reference():
 
         def every(x, o=options):
             found = reference.token_logprobs(x, labels, **EVERY, **o)
-            return tuple(t for t in found if t.is_floating_point())
+            return found[:4]
 
         torch.autograd.gradcheck(every, logits)
         torch.autograd.gradgradcheck(every, logits)
@@ -161,7 +197,7 @@ def of_head(operands, labels, upstream, **options):
     """The fields and the gradients of the operands."""
     leaves = [t.detach().clone().requires_grad_() for t in operands]
     found = rk.linear_token_logprobs(*leaves[:2], labels, bias=leaves[2], **EVERY, **options)
-    fields = {name: getattr(found, name) for name in FIELDS}
+    fields = {name: getattr(found, name) for name in (*FIELDS, "argmax")}
     total = sum((fields[k] * u).sum() for k, u in upstream.items())
     return fields, torch.autograd.grad(total, leaves)
 
@@ -188,6 +224,8 @@ def test_a_head_matches_fp64(backend, options, dtype):
     for name in FIELDS:
         assert (fields[name][~kept] == 0).all()
         torch.testing.assert_close(fields[name][kept].double(), exact[name], rtol=1e-5, atol=1e-5)
+    assert torch.equal(fields["argmax"][kept], exact["argmax"])
+    assert (fields["argmax"][~kept] == -1).all()
     total = sum((exact[k] * upstream[k][kept].double()).sum() for k in upstream)
     tolerance = 2e-5 if dtype is torch.float32 else 8 * torch.finfo(dtype).eps
     for a, e in zip(gradients, torch.autograd.grad(total, leaves), strict=True):

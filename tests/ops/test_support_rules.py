@@ -312,7 +312,7 @@ def test_opcheck(case):
         bias, needs = None, [True, False, False]
     ops = torch.ops.rlhf_kernels
     logits = torch.randn(labels.numel(), VOCAB)
-    options = (1.0, softcap, entropy, -100, False)
+    options = (1.0, softcap, entropy, -100, False, False, False)
     tokens = (labels, temperatures, *support)
     upstream = (torch.randn(labels.shape), torch.randn(labels.shape) if entropy else None)
     args = (logits, *tokens, *options, "cpu")

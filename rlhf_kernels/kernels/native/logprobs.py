@@ -58,11 +58,14 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         grad_entropy: Tensor | None,
         options: RowOptions,
         grad_lse: Tensor | None = None,
+        grad_collision: Tensor | None = None,
+        collision: Tensor | None = None,
     ) -> None:
         temperatures = b.as_fp32(temperatures)
         grad_logprobs = b.as_upstream(grad_logprobs)
         grad_entropy = b.as_upstream(grad_entropy)
         grad_lse = b.as_upstream(grad_lse)
+        grad_collision = b.as_upstream(grad_collision)
         status = extension.token_logprobs_backward(
             logits,
             labels,
@@ -72,6 +75,8 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             grad_logprobs,
             grad_entropy,
             grad_lse,
+            grad_collision,
+            collision,
             out,
             make_exec(logits, "token_logprobs_backward", lambda: (labels.numel(),)),
         )

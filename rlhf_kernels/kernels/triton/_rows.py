@@ -19,6 +19,11 @@ def packed(options: RowOptions) -> tuple[float | None, ...]:
     return float(options.temperature), float(options.softcap) if options.softcap > 0 else None
 
 
+def order_slack(options: RowOptions) -> float:
+    """By how much rounding may move a logit under the options out of the order of the logits."""
+    return options.softcap * 2.0**-20
+
+
 @triton.jit
 def with_options(x, row_options):
     """Logits after the options, before the temperature divides them, and the slope of this map.

@@ -17,7 +17,7 @@ from ...core.row_options import RowOptions
 from .. import logprobs as shared
 from ._launch import kernel, launch, tile_count, warps_of
 from ._math import LOG2E, good_temperature, scalar, tree_sum, tree_sums
-from ._rows import packed, row_temperature, with_options
+from ._rows import order_slack, packed, row_temperature, with_options
 from ._strided import alignment, in_units, strided, strided_rows, token_at
 from ._tiles import LEAST, load_blocks, tile_bounds, tops
 
@@ -44,6 +44,7 @@ def partial_kernel(
     labels,
     temperatures,
     partials,
+    squares,
     cols,
     tiles,
     vocab,
@@ -54,7 +55,10 @@ def partial_kernel(
     TILE: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """(m, s, t) of the parts of a tile; vocab and strides are counted in units of ALIGN."""
+    """(m, s, t) of the parts of a tile, and the sums of e e in `squares` if that is given.
+
+    vocab and strides are counted in units of ALIGN.
+    """
     pid = tl.program_id(0)
     row, tile = pid // tiles, pid % tiles
     label = tl.load(token_at(labels, row, cols))
@@ -66,6 +70,7 @@ def partial_kernel(
         m, base = tops(z)
         rate = 1.0 / temperature
         s, t = tl.zeros_like(z[0]), tl.zeros_like(z[0])
+        q = tl.zeros_like(z[0])
         for k in tl.static_range(len(z)):
             d = z[k] - base
             if ENTROPY:
@@ -75,11 +80,15 @@ def partial_kernel(
             s += e
             if ENTROPY:
                 t = tl.fma(e, d, t)
+            if squares is not None:
+                q = tl.fma(e, e, q)
         out = partials + (pid.to(tl.int64) * PARTS + tl.arange(0, PARTS)) * 3
         tl.store(out, m)
         tl.store(out + 1, tree_sums(s))
         if ENTROPY:
             tl.store(out + 2, tree_sums(t) * rate)
+        if squares is not None:
+            tl.store(squares + pid.to(tl.int64) * PARTS + tl.arange(0, PARTS), tree_sums(q))
 
 
 @triton.jit
@@ -192,6 +201,98 @@ def combine_kernel(
     tl.store(out + 2, mean)
 
 
+@kernel
+def collision_kernel(
+    labels,
+    temperatures,
+    partials,
+    squares,
+    stats,
+    collisions,
+    cols,
+    parts,
+    row_options,
+    ignore_index,
+    GROUP: tl.constexpr,
+):
+    """The sum of the squared probabilities of one row from those of its parts, in fp64."""
+    row = tl.program_id(0)
+    collision = 0.0
+    if tl.load(token_at(labels, row, cols)) != ignore_index:
+        temperature = row_temperature(row_options, temperatures, row, cols)
+        rate = (1.0 / scalar(temperature).to(tl.float64)).to(tl.float32)
+        m = tl.load(stats + row.to(tl.int64) * 3)
+        s = tl.load(stats + row.to(tl.int64) * 3 + 1).to(tl.float64)
+        total = tl.full((), 0.0, tl.float64)
+        for start in range(0, parts, GROUP):
+            part = start + tl.arange(0, GROUP)
+            inside = part < parts
+            at = row.to(tl.int64) * parts + part
+            part_m = tl.load(partials + at * 3, mask=inside, other=0.0)
+            q = tl.load(squares + at, mask=inside, other=0.0).to(tl.float64)
+            _, weight = rebased(part_m, q, m, rate)
+            total += tree_sum(weight * weight * q, GROUP)
+        collision = (total / (s * s)).to(tl.float32)
+    tl.store(collisions + row, collision)
+
+
+@triton.jit
+def order_of(x):
+    """A logit's place in their order as int32, NaN above all and both zeros the same."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(x != x, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
+
+
+@kernel
+def argmax_kernel(
+    logits,
+    labels,
+    partials,
+    ids,
+    cols,
+    parts,
+    vocab,
+    slack,
+    ignore_index,
+    TILE: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """The first of the largest logits of one row; the first NaN if there is one.
+
+    Only tiles that may hold it are read: those with the row's maximum, or a NaN in their sums.
+    Under a cap the maxima of tiles are in the order of the logits but for `slack`.
+    """
+    row = tl.program_id(0)
+    found = tl.full((), -1, tl.int64)
+    if tl.load(token_at(labels, row, cols)) != ignore_index:
+        of_row = partials + row.to(tl.int64) * parts * 3
+        top = tl.full((), float("-inf"), tl.float32)
+        for start in range(0, parts, GROUP):
+            part = start + tl.arange(0, GROUP)
+            at = of_row + part.to(tl.int64) * 3
+            part_m = tl.load(at, mask=part < parts, other=float("-inf"))
+            top = tl.maximum(top, tl.max(part_m, axis=0))
+        top -= slack
+        best = tl.full((), -0x7FFFFFFF - 1, tl.int32)
+        column = tl.arange(0, TILE)
+        for start in range(0, parts, PARTS):
+            at = of_row + (start + tl.arange(0, PARTS)).to(tl.int64) * 3
+            part_m, part_s = tl.load(at), tl.load(at + 1)
+            out = (part_m < top) & (part_s == part_s)
+            if tl.min(out.to(tl.int32), axis=0) == 0:
+                first = (tl.full((), 0, tl.int64) + start // PARTS) * TILE
+                count = tl.minimum(vocab - first, TILE).to(tl.int32)
+                at = token_at(logits, row, cols) + first + column
+                x = tl.load(at, mask=column < count, other=0.0)
+                order = tl.where(column < count, order_of(x.to(tl.float32)), -0x7FFFFFFF - 1)
+                own = tl.max(order, axis=0)
+                hit = tl.min(tl.where(order == own, column, TILE), axis=0)
+                found = tl.where(own > best, first + hit, found)
+                best = tl.maximum(best, own)
+    tl.store(ids + row, found)
+
+
 @triton.jit
 def label_gradient(logprob, distance, mean, g, h):
     """T times the gradient of the label's own logit, in fp64.
@@ -216,7 +317,10 @@ def coefficients_kernel(
     grad_logprobs,
     grad_entropy,
     grad_lse,
+    grad_collision,
+    collisions,
     coefficients,
+    squares,
     rows,
     cols,
     vocab,
@@ -243,7 +347,10 @@ def coefficients_kernel(
     skip = (label == ignore_index) | ((g == 0.0) & (h == 0.0))
     if grad_lse is not None:
         of_lse = tl.load(token_at(grad_lse, row, cols), mask=valid, other=0)
-        skip = (label == ignore_index) | ((g == 0.0) & (h == 0.0) & (of_lse == 0.0))
+        skip = skip & ((label == ignore_index) | (of_lse == 0.0))
+    if grad_collision is not None:
+        of_collision = tl.load(token_at(grad_collision, row, cols), mask=valid, other=0)
+        skip = skip & ((label == ignore_index) | (of_collision == 0.0))
     rate = 1.0 / t.to(tl.float64)
     of_row = row.to(tl.int64)
     m = tl.load(stats + of_row * 3, mask=valid, other=0.0)
@@ -257,6 +364,11 @@ def coefficients_kernel(
     if grad_lse is not None:
         a0 = (of_lse.to(tl.float64) - g + h * mean) / s * rate
     a1 = -h / s * rate / LOG2E
+    if grad_collision is not None:
+        collision = tl.load(collisions + of_row, mask=valid, other=0.0).to(tl.float64)
+        slope_of_squares = 2.0 * of_collision.to(tl.float64) / s * rate
+        a0 -= tl.where(of_collision == 0.0, 0.0, slope_of_squares * collision)
+        a2 = tl.where(of_collision == 0.0, 0.0, slope_of_squares / s)
     if grad_lse is not None:
         # Their weights cancel beside a gradient at the label: not a row without one.
         a0 = tl.where((of_lse != 0.0) & (a0 == 0.0) & (a1 == 0.0), TINY, a0)
@@ -265,6 +377,11 @@ def coefficients_kernel(
     own = label_gradient(logprob, distance, mean, g, h) * rate * slope
     if grad_lse is not None:
         own += of_lse * tl.exp(logprob) * rate * slope
+    if grad_collision is not None:
+        p = tl.exp(logprob)
+        further = 2.0 * of_collision * p * (p - collision) * rate * slope
+        own += tl.where(of_collision == 0.0, 0.0, further)
+        tl.store(squares + of_row, tl.where(skip, 0.0, a2).to(tl.float32), mask=valid)
     out = coefficients + of_row * 5
     tl.store(out, m, mask=valid)
     tl.store(out + 1, rate.to(tl.float32), mask=valid)
@@ -278,6 +395,7 @@ def backward_kernel(
     logits,
     labels,
     coefficients,
+    squares,
     out,
     cols,
     tiles,
@@ -292,11 +410,14 @@ def backward_kernel(
     row, tile = pid // tiles, pid % tiles
     of_row = coefficients + row.to(tl.int64) * 5
     a0, a1 = tl.load(of_row + 2), tl.load(of_row + 3)
+    a2 = 0.0
+    if squares is not None:
+        a2 = tl.load(squares + row)
     first, count = tile_bounds(tile, vocab, ALIGN, TILE)
     column = tl.arange(0, TILE)
     inside = column < count
     to = token_at(out, row, cols, ALIGN) + first + column
-    if (a0 == 0.0) & (a1 == 0.0):
+    if (a0 == 0.0) & (a1 == 0.0) & (a2 == 0.0):
         tl.store(to, tl.zeros((TILE,), tl.float32).to(to.dtype.element_ty), mask=inside)
     else:
         m, rate, own = tl.load(of_row), tl.load(of_row + 1), tl.load(of_row + 4)
@@ -310,6 +431,8 @@ def backward_kernel(
         dz = e * a0
         if ENTROPY:
             dz = e * (a0 + a1 * log2_e)
+        if squares is not None:
+            dz += e * (a2 * e)
         dz *= slope
         # Exactly zero, even at -inf, where e d is NaN.
         dz = tl.where(d * rate < LOWEST, 0.0, dz)
@@ -328,10 +451,13 @@ def _forward(
     logprobs: Tensor,
     entropies: Tensor | None,
     stats: Tensor,
+    collisions: Tensor | None = None,
+    ids: Tensor | None = None,
 ) -> None:
     (rows, cols), vocab = grid(labels.shape), logits.shape[-1]
     logits, tiles = as_rows(logits), tile_count(vocab, TILE)
     partials = logprobs.new_empty(rows * cols * tiles * PARTS * 3)
+    squares = None if collisions is None else logprobs.new_empty(rows * cols * tiles * PARTS)
     x = strided_rows(logits)
     align = alignment(vocab, x)
     tokens, of_rows = (strided(labels), strided(temperatures, torch.float32)), packed(options)
@@ -344,6 +470,7 @@ def _forward(
             in_units(x, align),
             *tokens,
             partials,
+            squares,
             cols,
             tiles,
             vocab // align,
@@ -373,6 +500,42 @@ def _forward(
         GROUP=GROUP,
         warps=1,
     )
+    if collisions is not None:
+        launch(
+            collision_kernel,
+            rows * cols,
+            logits,
+            *tokens,
+            partials,
+            squares,
+            stats,
+            collisions,
+            cols,
+            tiles * PARTS,
+            of_rows,
+            options.ignore_index,
+            GROUP=GROUP,
+            warps=1,
+        )
+    if ids is not None:
+        launch(
+            argmax_kernel,
+            rows * cols,
+            logits,
+            x,
+            tokens[0],
+            partials,
+            ids,
+            cols,
+            tiles * PARTS,
+            vocab,
+            order_slack(options),
+            options.ignore_index,
+            TILE=TILE,
+            PARTS=PARTS,
+            GROUP=GROUP,
+            warps=4,
+        )
 
 
 def _backward(
@@ -385,11 +548,14 @@ def _backward(
     grad_entropy: Tensor | None,
     options: RowOptions,
     grad_lse: Tensor | None = None,
+    grad_collision: Tensor | None = None,
+    collision: Tensor | None = None,
 ) -> None:
     (rows, cols), vocab = grid(labels.shape), logits.shape[-1]
     logits, tokens, of_rows = as_rows(logits), strided(labels), packed(options)
     g, h = strided(as_upstream(grad_logprobs)), strided(as_upstream(grad_entropy))
     of_lse = strided(as_upstream(grad_lse))
+    squares = None if grad_collision is None else stats.new_empty(rows * cols)
     coefficients, x = stats.new_empty(rows * cols * 5), strided_rows(logits)
     launch(
         coefficients_kernel,
@@ -402,7 +568,10 @@ def _backward(
         g,
         h,
         of_lse,
+        strided(as_upstream(grad_collision)),
+        collision,
         coefficients,
+        squares,
         rows * cols,
         cols,
         vocab,
@@ -420,6 +589,7 @@ def _backward(
         in_units(x, align),
         tokens,
         coefficients,
+        squares,
         in_units(to, align),
         cols,
         tiles,
