@@ -89,10 +89,12 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         else:
             results = _forward(operands, targets, batching, backend)
         _, _, stats, collisions, ids = results
+        # Traced, what is not wanted is an empty tensor.
+        collisions = collisions if targets.options.collision else None
         ctx.set_materialize_grads(False)
         remember(ctx, *operands)
         ctx.save_for_backward(*operands, targets.labels, targets.temperatures, stats, collisions)
-        if ids is not None:
+        if targets.options.argmax:
             ctx.mark_non_differentiable(ids)
         ctx.options, ctx.batching = targets.options, batching
         ctx.group, ctx.backend = group, backend

@@ -144,8 +144,10 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         remember(ctx, logits)
         _, _, stats, collisions, ids = results
+        # Traced, what is not wanted is an empty tensor.
+        collisions = collisions if options.collision else None
         ctx.save_for_backward(logits, labels, temperatures, stats, collisions)
-        if ids is not None:
+        if options.argmax:
             ctx.mark_non_differentiable(ids)
         ctx.options, ctx.backend = options, backend
         ctx.inplace = inplace_backward
