@@ -304,6 +304,50 @@ struct ValueArgs {
   Exec exec;
 };
 
+// Of what a weight of mismatch_weights is; kNoWeight: all are 1. Any but a token's is a sequence's.
+enum MismatchLevel : int32_t {
+  kNoWeight = 0,
+  kTokenWeight = 1,
+  kSequenceWeight = 2,
+  kGeometricWeight = 3,
+  kSequenceMeanWeight = 4,
+  kSequenceMaxWeight = 5
+};
+
+// With the names and the order of MismatchParams in rlhf_kernels/config/mismatch.py. An absent
+// bound is +-3e38, never infinite.
+struct MismatchParams {
+  float clamp, low, high, log_low, log_high;
+  float count_low, count_high, count_log_low, count_log_high;
+  float token_low, token_high, extreme_low, extreme_high;
+  float sum_low, sum_high, mean_low, mean_high;
+  float sum_k2, mean_k2, sum_k3, mean_k3;
+};
+
+struct MismatchMetrics {
+  float weight_mean, weight_std, weight_min, weight_max, ess;
+  float fraction_low, fraction_high, raw_min, raw_max;
+  float seq_weight_mean, seq_weight_std, seq_weight_min, seq_weight_max;
+  float seq_max_deviation, seq_fraction_low, seq_fraction_high, norm_factor;
+  float kl, k3_kl, chi2_token, chi2_seq;
+  float training_ppl, training_log_ppl, rollout_ppl, rollout_log_ppl;
+  float log_ppl_diff, log_ppl_abs_diff, log_ppl_diff_min, log_ppl_diff_max, ppl_ratio;
+  float rejected, rejected_sequences, missing, sequences, tokens;
+};
+
+// mismatch_weights. `mode` is a CorrectionMode. `drop`: a token without a ratio leaves the mask,
+// else its ratio is 1. `weights` and `kept` are contiguous.
+struct MismatchArgs {
+  LossTokens tokens;
+  Tensor old_logprobs, rollout_logprobs;
+  int32_t level, mode;
+  bool drop, normalize;
+  MismatchParams params;
+  Tensor weights, kept;
+  MismatchMetrics* metrics;
+  Exec exec;
+};
+
 // gae, discounted_returns and ppo_advantages: one reverse scan. Padded [rows, cols]: sequence s is
 // row s. Packed: rows = 1, and sequence s is columns offsets[s] to offsets[s + 1]. `bootstrap` and
 // `scores` have one entry per sequence along stride1. Without `values` the scan computes discounted

@@ -18,6 +18,7 @@
 #include "bind/arguments.h"
 #include "bind/kl.h"
 #include "bind/logprobs.h"
+#include "bind/mismatch.h"
 #include "bind/policy.h"
 #include "bind/support.h"
 #include "bind/value.h"
@@ -109,5 +110,6 @@ PYBIND11_MODULE(_cpu, m) {
   bind_kl(m, table);
   bind_policy(m, table);
   bind_value(m, table);
+  bind_mismatch(m, table);
   bind_advantages(m, table);
 }

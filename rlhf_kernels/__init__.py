@@ -18,6 +18,7 @@ from .ops.linear_kl import linear_kl_divergence
 from .ops.linear_logprobs import linear_token_logprobs
 from .ops.linear_policy import linear_policy_loss
 from .ops.logprobs import TokenLogprobs, TokenLogprobsEntropy, token_logprobs
+from .ops.mismatch import MismatchMetrics, MismatchWeights, mismatch_weights
 from .ops.model_head import Head
 from .ops.policy import PolicyLoss, PolicyMetrics, policy_loss
 from .ops.preference import (
@@ -39,6 +40,8 @@ __all__ = [
     "FixedKLController",
     "Head",
     "KTOLoss",
+    "MismatchMetrics",
+    "MismatchWeights",
     "PPOAdvantages",
     "PolicyLoss",
     "PolicyLossConfig",
@@ -60,6 +63,7 @@ __all__ = [
     "linear_kl_divergence",
     "linear_policy_loss",
     "linear_token_logprobs",
+    "mismatch_weights",
     "optimal_token_baseline",
     "policy_loss",
     "ppo_advantages",

@@ -15,9 +15,9 @@ Fields fields_from(pybind11::handle values) {
   static_assert(std::is_standard_layout_v<Fields> && std::is_trivially_copyable_v<Fields>);
   constexpr Py_ssize_t kCount = sizeof(Fields) / sizeof(T);
   if (!PyTuple_Check(values.ptr()) && !PyList_Check(values.ptr()))
-    throw pybind11::type_error("policy_loss: codes and params must be tuples or lists");
+    throw pybind11::type_error("codes and params must be tuples or lists");
   if (PySequence_Fast_GET_SIZE(values.ptr()) != kCount)
-    throw pybind11::value_error("policy_loss: codes and params are not those of PolicyLossConfig");
+    throw pybind11::value_error("codes or params of another number than their struct has");
   T numbers[kCount];
   for (Py_ssize_t i = 0; i < kCount; ++i) {
     PyObject* const item = PySequence_Fast_GET_ITEM(values.ptr(), i);

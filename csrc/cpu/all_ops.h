@@ -12,6 +12,7 @@
 #include "vec.h"
 #include "../advantages_math.h"
 #include "../math.h"
+#include "../mismatch_math.h"
 #include "../policy_math.h"
 
 #include "tokens.h"
@@ -21,6 +22,7 @@
 #include "kl.h"
 #include "policy.h"
 #include "value.h"
+#include "mismatch.h"
 #include "advantages_recurrence.h"
 #include "advantages_scan.h"
 #include "advantages_general.h"
@@ -46,6 +48,7 @@ const Kernels RK_CONCAT(kernels_, RK_ISA) = {
     kl_penalty_backward,
     policy_loss,
     value_loss,
+    mismatch_weights,
     gae,
     general_gae,
     whiten,

@@ -17,6 +17,7 @@ struct Kernels {
   Status (*kl_penalty_backward)(const KlPenaltyArgs&);
   Status (*policy_loss)(const PolicyArgs&);
   Status (*value_loss)(const ValueArgs&);
+  Status (*mismatch_weights)(const MismatchArgs&);
   Status (*gae)(const GaeArgs&);
   Status (*general_gae)(const GeneralGaeArgs&);
   Status (*whiten)(const WhitenArgs&);

@@ -33,6 +33,16 @@ CORRECTION_CODES: tuple[CorrectionLevel | None, ...] = (None, *CORRECTION_LEVELS
 CorrectionMode = Literal["truncate", "mask"]
 CORRECTION_MODES: tuple[CorrectionMode, ...] = get_args(CorrectionMode)
 
+#: What one importance weight of mismatch_weights is of; None for no weights, all 1.
+MismatchLevel = Literal["token", "sequence", "geometric", "sequence-mean", "sequence-max"]
+MISMATCH_LEVELS: tuple[MismatchLevel, ...] = get_args(MismatchLevel)
+#: The integer is the position in this tuple: 0 for no weights.
+MISMATCH_CODES: tuple[MismatchLevel | None, ...] = (None, *MISMATCH_LEVELS)
+
+#: What a token without a ratio means to mismatch_weights.
+Missing = Literal["raise", "one", "drop"]
+MISSING: tuple[Missing, ...] = get_args(Missing)
+
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant"]
 AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
 

@@ -8,3 +8,13 @@ POLICY_METRICS = (
     *("entropy", "ess", "correction_mean", "tokens"),
 )
 VALUE_METRICS = ("loss", "clip_frac", "value_mean", "return_mean", "explained_variance", "tokens")
+MISMATCH_METRICS = (
+    *("weight_mean", "weight_std", "weight_min", "weight_max", "ess"),
+    *("fraction_low", "fraction_high", "raw_min", "raw_max"),
+    *("seq_weight_mean", "seq_weight_std", "seq_weight_min", "seq_weight_max"),
+    *("seq_max_deviation", "seq_fraction_low", "seq_fraction_high", "norm_factor"),
+    *("kl", "k3_kl", "chi2_token", "chi2_seq"),
+    *("training_ppl", "training_log_ppl", "rollout_ppl", "rollout_log_ppl"),
+    *("log_ppl_diff", "log_ppl_abs_diff", "log_ppl_diff_min", "log_ppl_diff_max", "ppl_ratio"),
+    *("rejected", "rejected_sequences", "missing", "sequences", "tokens"),
+)

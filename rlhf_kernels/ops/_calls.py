@@ -23,6 +23,7 @@ from .linear_kl import linear_kl_divergence
 from .linear_logprobs import linear_token_logprobs
 from .linear_policy import linear_policy_loss
 from .logprobs import token_logprobs
+from .mismatch import mismatch_weights
 from .policy import policy_loss
 from .preference import kto_loss, preference_loss, reward_model_loss, sequence_logprobs
 from .value import value_loss
@@ -183,6 +184,7 @@ _WHOLE: dict[str, Maker] = {
     "mask": lambda x: torch.ones(x.shape, dtype=torch.bool, device=x.device)
 }
 _STEPS = {"mask": GIVEN, "gamma": 0.99}
+_SEQUENCES_TIS = {"preset": "verl-seq-is", "reject": {"seq_mean_k3": 0.05}, "normalize": True}
 
 #: Public operation -> how it is called. A new operation adds an entry here.
 OPERATIONS: dict[Callable[..., Any], Operation] = {
@@ -195,6 +197,7 @@ OPERATIONS: dict[Callable[..., Any], Operation] = {
     linear_kl_divergence: Operation(_OPERANDS, ({"temperature": 0.7},), 2),
     linear_policy_loss: Operation(_OPERANDS, ({"config": _REINFORCE},), 2, _WHOLE),
     linear_token_logprobs: Operation(_OPERANDS, _ROWS, 2),
+    mismatch_weights: Operation(examples=({"preset": "icepop"}, _SEQUENCES_TIS)),
     optimal_token_baseline: Operation(
         examples=({"mask": GIVEN, "groups": 1},), others={"logprobs": lambda x: -x.tokens().abs()}
     ),

@@ -9,6 +9,7 @@ from .advantages_groups import group_advantages, optimal_token_baseline
 from .head import linear_kl_divergence, linear_policy_loss, linear_token_logprobs
 from .kl import kl_divergence, kl_penalty
 from .logprobs import token_logprobs
+from .mismatch import mismatch_weights
 from .policy import policy_loss
 from .preference import kto_loss, preference_loss, reward_model_loss, sequence_logprobs
 from .support import linear_token_logprobs_support, token_logprobs_support
@@ -25,6 +26,7 @@ __all__ = [
     "linear_policy_loss",
     "linear_token_logprobs",
     "linear_token_logprobs_support",
+    "mismatch_weights",
     "optimal_token_baseline",
     "policy_loss",
     "ppo_advantages",

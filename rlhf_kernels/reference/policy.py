@@ -5,14 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..config.policy import LOG_RATIO_BOUND, UNBOUNDED, PolicyLossConfig
+from ..config.policy import LOG_RATIO_BOUND, LOG_WEIGHT_BOUND, UNBOUNDED, PolicyLossConfig
 from ..core.layout import MaybeTensor
 from ..core.sequences import per_token, sequence_sum, token_weights
 from ._common import clamped, compute
 from .kl import kl_estimate, sloped
-
-# csrc/policy_math.h: kLogWeightBound.
-LOG_WEIGHT_BOUND = 1e30
 
 
 def _extreme(x: Tensor, any_token: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:

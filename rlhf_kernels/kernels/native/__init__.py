@@ -20,6 +20,7 @@ from . import (
     boundary,
     kl,
     logprobs,
+    mismatch,
     policy,
     policy_rows,
     support,
@@ -28,7 +29,7 @@ from . import (
 
 _NAMES = {"cpu": "_cpu", "cuda": "_cuda"}
 # One module per operation, each with launchers(extension) -> {operator name: launcher}.
-_OPS = (logprobs, support, kl, advantages, policy, policy_rows, value)
+_OPS = (logprobs, support, kl, advantages, policy, policy_rows, value, mismatch)
 
 
 def _load(backend: str) -> tuple[ModuleType | None, str | None]:
