@@ -127,6 +127,14 @@ RK_HD bool rejects_sequence(const MismatchSequence& q, const MismatchParams& p) 
          is_outside(s[kK3Of] / n, -kUnbounded, p.mean_k3);
 }
 
+// Whether there is a criterion of sequences.
+RK_HD bool judges_sequences(const MismatchParams& p) {
+  const float low = max(max(p.extreme_low, p.sum_low), p.mean_low);
+  const float high = min(min(p.extreme_high, p.sum_high), p.mean_high);
+  const float estimates = min(min(p.sum_k2, p.mean_k2), min(p.sum_k3, p.mean_k3));
+  return low > -kUnbounded || min(high, estimates) < kUnbounded;
+}
+
 // A sequence's weight: its logarithm, without bounds, and bounded.
 struct UnitWeight {
   float y, raw, w;

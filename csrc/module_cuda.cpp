@@ -10,6 +10,7 @@
 #include "bind/advantages.h"
 #include "bind/kl.h"
 #include "bind/logprobs.h"
+#include "bind/mismatch.h"
 #include "bind/policy.h"
 #include "bind/support.h"
 #include "bind/value.h"
@@ -33,6 +34,7 @@ struct Kernels {
   decltype(&cuda::loss_backward) loss_backward = cuda::loss_backward;
   decltype(&cuda::scale) scale = cuda::scale;
   decltype(&cuda::value_loss) value_loss = cuda::value_loss;
+  decltype(&cuda::mismatch_weights) mismatch_weights = cuda::mismatch_weights;
   decltype(&cuda::gae) gae = cuda::gae;
   decltype(&cuda::general_gae) general_gae = cuda::general_gae;
   decltype(&cuda::whiten) whiten = cuda::whiten;
@@ -94,6 +96,8 @@ PYBIND11_MODULE(RK_MODULE, m) {
         "Whether policy_rows takes less time than the kernels that it stands for.");
   bind_value(m, table);
   m.def("value_loss_scratch", &cuda::value_loss_scratch);
+  bind_mismatch(m, table);
+  m.def("mismatch_weights_scratch", &cuda::mismatch_weights_scratch);
   bind_advantages(m, table);
   m.def("gae_scratch", &cuda::gae_scratch);
   m.def("general_gae_scratch", &cuda::general_gae_scratch);

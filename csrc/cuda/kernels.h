@@ -37,6 +37,9 @@ Status policy_rows(const PolicyRowsArgs& a);
 int64_t value_loss_scratch(int64_t sequences, int64_t cols, bool packed);
 Status value_loss(const ValueArgs& a);
 
+int64_t mismatch_weights_scratch(int64_t sequences, int64_t cols, bool packed);
+Status mismatch_weights(const MismatchArgs& a);
+
 // Zero bytes where one block scans each whole sequence.
 int64_t gae_scratch(int64_t sequences, int64_t cols, bool packed);
 Status gae(const GaeArgs& a);

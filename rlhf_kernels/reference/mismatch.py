@@ -138,10 +138,10 @@ def mismatch_weights(
 
     def spread(where: Tensor, t: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor]:
         """(mean, standard deviation) of t, whose values lie about 1."""
-        off, n = over(where, t - 1), where.sum()
+        n, off = where.sum(), over(where, t - 1)
         variance = over(where, (t - 1) ** 2) - off * off
         variance = torch.where(n > 1, variance * n / (n - int(unbiased)).clamp(min=1), 0)
-        return torch.where(n > 0, 1 + off, 0), variance.clamp(min=0).sqrt()
+        return over(where, t), variance.clamp(min=0).sqrt()
 
     def ends(where: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(smallest, largest) of t; NaN if one is, 0 without any."""

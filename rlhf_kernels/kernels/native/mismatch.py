@@ -3,11 +3,9 @@
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
-from ...config.metrics import MISMATCH_METRICS
-from ...core.layout import fp32_like
+from .. import losses
 from . import boundary as b
 from . import policy
 
@@ -28,14 +26,12 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         params: Sequence[float],
     ) -> tuple[Tensor, Tensor, Tensor]:
         op = "mismatch_weights"
-        weights = fp32_like(old)
-        kept = torch.empty_like(weights, dtype=torch.bool)
-        metrics = weights.new_empty(len(MISMATCH_METRICS))
+        weights, kept, metrics = results = losses.mismatch_results(old)
         tokens = policy.sequences(op, old, cu_seqlens, gpu)
-        if tokens is None:
-            metrics.zero_()
-            metrics[MISMATCH_METRICS.index("norm_factor")] = 1.0
-            return weights, kept, metrics
+        # On the host the kernel validates the offsets, and so must run.
+        if (gpu or tokens is None) and losses.mismatch_of_none(results, cu_seqlens):
+            return results
+        assert tokens is not None  # there is a token
         status = extension.mismatch_weights(
             *tokens,
             policy.flags(mask),
@@ -52,6 +48,6 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             make_exec(old, op, *tokens[:2], cu_seqlens is not None),
         )
         policy.raise_status(op, status, cu_seqlens, old.numel())
-        return weights, kept, metrics
+        return results
 
     return {"mismatch_weights": mismatch_weights}
