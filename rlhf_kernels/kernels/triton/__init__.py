@@ -30,10 +30,10 @@ def _load() -> str | None:
 
         if not hasattr(triton, "knobs"):  # absent in the Triton of torch 2.6 and 2.7
             return f"triton {triton.__version__} is too old: expected 3.4 or later"
-        from . import _launch, advantages, kl, logprobs, policy, support, value
+        from . import _launch, advantages, kl, logprobs, mismatch, policy, support, value
     except ImportError as error:
         return f"triton could not be imported: {error}"
-    for op in (logprobs, kl, support, advantages, policy, value):
+    for op in (logprobs, kl, support, advantages, policy, value, mismatch):
         _LAUNCHERS.update(op.LAUNCHERS)
     _INTERPRETED = _launch.INTERPRETED
     return None
