@@ -9,11 +9,12 @@ from torch import Tensor
 from .. import reference
 from ..config.enums import MISSING, CorrectionMode, MismatchLevel, Missing
 from ..config.metrics import MISMATCH_METRICS
-from ..config.mismatch import PRESETS, Bound, MismatchOptions, encoded
+from ..config.mismatch import PRESETS, Bound, MismatchOptions
 from ..core import checks, option_checks, tracing
 from ..core.layout import constant, fp32_like
 from ..kernels import backends
 from ._metrics import Metrics, register_metrics
+from ._mismatch import encoded
 from ._operator import Operator, define
 
 _WEIGHTS: Operator[tuple[Tensor, Tensor, Tensor]] = define(
@@ -164,10 +165,12 @@ def mismatch_weights(
         ValueError: shapes or devices that do not match; bad options or cu_seqlens; missing ratios.
     """
     op = "mismatch_weights"
-    # A loss may be without them; weights are not.
-    checks.floating(op, "rollout_logprobs", rollout_logprobs, double=True)
-    tokens = {"old_logprobs": old_logprobs, "rollout_logprobs": rollout_logprobs}
-    mask = checks.token_inputs(op, tokens, mask, cu_seqlens)
+    plain = checks.plain("ffm", old_logprobs, rollout_logprobs, mask)
+    if not plain or cu_seqlens is not None or old_logprobs.dim() != 2:
+        # A loss may be without them; weights are not.
+        checks.floating(op, "rollout_logprobs", rollout_logprobs, double=True)
+        tokens = {"old_logprobs": old_logprobs, "rollout_logprobs": rollout_logprobs}
+        mask = checks.token_inputs(op, tokens, mask, cu_seqlens)
     of = _check_preset(op, preset)
     codes = encoded(
         op,
@@ -200,8 +203,8 @@ def mismatch_weights(
                 params=codes[2],
             )
     else:
-        for name, t in tokens.items():
-            checks.not_double(op, name, t)
+        if not plain:
+            checks.not_double(op, old_logprobs=old, rollout_logprobs=rollout)
         weights, kept, metrics = _WEIGHTS(
             old, rollout, mask, cu_seqlens, *codes[:2], drop, normalize, tuple(codes[2]), backend
         )

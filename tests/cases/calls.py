@@ -175,6 +175,20 @@ CHOICES: dict[str, tuple[dict[str, tuple[Any, ...]], ...]] = {
             "kept_tokens": (None, N),
         },
     ),
+    "mismatch_weights": (
+        {
+            "mask": (GIVEN, lambda x: _mask(x).float()),
+            "level": ("token", "sequence", "geometric", "sequence-mean", "sequence-max"),
+            "mode": ("truncate", "mask"),
+            "high": (None, 1.5),
+            "normalize": (False, True),
+            "missing": ("raise", "one", "drop"),
+        },
+        {
+            "preset": ("verl-k3-rs", "seq-mask-tis"),
+            "veto": (None, 0.9),
+            "reject": (None, {"token_k2": 0.02, "seq_sum_ratio": 2.0}),
+            "missing": ("one",),
     "optimal_token_baseline": (
         {
             "groups": (1, lambda x: torch.tensor([3, 3])),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import rlhf_kernels as rk
-from rlhf_kernels.config import enums, metrics, policy
+from rlhf_kernels.config import enums, metrics, mismatch, policy
 from rlhf_kernels.core import row_options
 from rlhf_kernels.kernels.native import boundary
 
@@ -27,6 +27,7 @@ def fields(struct):
     [
         ("PolicyCodes", "int32_t", policy.PolicyCodes._fields),
         ("PolicyParams", "float", policy.PolicyParams._fields),
+        ("MismatchParams", "float", mismatch.MismatchParams._fields),
     ],
 )
 def test_a_policy_config_crosses_in_the_order_of_its_fields(struct, kind, names):
@@ -88,7 +89,11 @@ def test_a_policy_config_is_encoded_under_the_right_names():
 
 @pytest.mark.parametrize(
     ("struct", "names"),
-    [("PolicyMetrics", metrics.POLICY_METRICS), ("ValueMetrics", metrics.VALUE_METRICS)],
+    [
+        ("PolicyMetrics", metrics.POLICY_METRICS),
+        ("ValueMetrics", metrics.VALUE_METRICS),
+        ("MismatchMetrics", metrics.MISMATCH_METRICS),
+    ],
 )
 def test_metrics_lie_in_the_order_of_their_names(struct, names):
     assert fields(struct) == [("float", name) for name in names]
@@ -103,6 +108,7 @@ ENUMS = {
     "CorrectionLevel": (enums.CORRECTION_CODES, "k", "Correction", "_CORRECTION"),
     "CorrectionMode": (enums.CORRECTION_MODES, "k", "", ""),
     "Aggregation": (enums.AGGREGATIONS, "k", "", ""),
+    "MismatchLevel": (enums.MISMATCH_CODES, "k", "Weight", None),
     "Baseline": (enums.BASELINES, "kBaseline", "", None),
     "Scale": (enums.SCALES, "kScale", "", None),
 }

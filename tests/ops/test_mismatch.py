@@ -14,6 +14,7 @@ import rlhf_kernels as rk
 from rlhf_kernels.config.enums import MISMATCH_LEVELS
 from rlhf_kernels.config.metrics import MISMATCH_METRICS
 from rlhf_kernels.config.mismatch import CRITERIA, PRESETS
+from rlhf_kernels.ops._mismatch import encoded
 from rlhf_kernels.testing import (
     DTYPES,
     assert_bitwise_equal,
@@ -341,8 +342,6 @@ def test_the_presets_by_their_formulas(backend):
 def test_opcheck(kernels):
     old, rollout, mask = make_inputs(3, 20)
     op = torch.ops.rlhf_kernels.mismatch_weights.default
-    from rlhf_kernels.config.mismatch import encoded
-
     for level in ("token", "sequence"):
         level, mode, params = encoded("x", level, "truncate", None, 2.0, None, 0.1, None)
         for normalize in (True, False):

@@ -158,7 +158,7 @@ FOLDERS = (
     (("csrc", "cuda"), ".cu", {"device"}),
     (("benchmarks", "points"), ".py", {"conftest", "head"}),
 )
-FAMILIES = {"logprobs", "kl", "advantages", "policy", "value", "support"}
+FAMILIES = {"logprobs", "kl", "advantages", "policy", "value", "support", "mismatch"}
 
 
 @pytest.mark.parametrize(

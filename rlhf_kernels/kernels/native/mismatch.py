@@ -45,9 +45,9 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             weights,
             kept,
             metrics,
-            make_exec(old, op, *tokens[:2], cu_seqlens is not None),
+            make_exec(old, op, lambda: (*tokens[:2], cu_seqlens is not None)),
         )
-        policy.raise_status(op, status, cu_seqlens, old.numel())
+        policy.raise_status(op, status, cu_seqlens, old)
         return results
 
     return {"mismatch_weights": mismatch_weights}
