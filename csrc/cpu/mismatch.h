@@ -15,6 +15,18 @@ struct MismatchBlock {
   uint8_t* kept;
 };
 
+// A sum of which exp is taken, with what its additions round off.
+struct Compensated {
+  Lanes sum = Lanes(0.0f), rest = Lanes(0.0f);
+
+  void add(Lanes x) {
+    const Lanes next = sum + x, added = next - sum;
+    rest = rest + ((sum - (next - added)) + (x - added));
+    sum = next;
+  }
+  double total() const { return reduce_add(sum.v) + reduce_add(rest.v); }
+};
+
 // Adds n tokens to the sums; writes what is kept and, with kTokens, the weights.
 template <bool kTokens>
 void mismatch_block(const MismatchArgs& a, const MismatchBlock& b, int64_t n, MismatchSequence& q) {
@@ -24,6 +36,7 @@ void mismatch_block(const MismatchArgs& a, const MismatchBlock& b, int64_t n, Mi
   V sums[kMismatchSums];
   for (V& s : sums) s = zero;
   V least(far), most(-far), least_weight(far), most_weight(-far);
+  Compensated log_ratio, near;
   alignas(64) float keep[kLanes];
   for (int64_t i = 0; i < n; i += kLanes) {
     prefetch_ahead<F32, 1>(b.old + i);
@@ -42,8 +55,8 @@ void mismatch_block(const MismatchArgs& a, const MismatchBlock& b, int64_t n, Mi
     const V rejected = m * outside(t.near, p.token_low, p.token_high);
     sums[kTokensOf] = sums[kTokensOf] + m;
     sums[kRejectedOf] = sums[kRejectedOf] + rejected;
-    sums[kLogRatioOf] = sums[kLogRatioOf] + t.x;
-    sums[kNearOf] = sums[kNearOf] + t.near;
+    log_ratio.add(t.x);
+    near.add(t.near);
     sums[kOldOf] = sums[kOldOf] + t.old;
     sums[kRolloutOf] = sums[kRolloutOf] + t.rollout;
     sums[kK2Of] = fma(half * t.near, t.near, sums[kK2Of]);
@@ -72,6 +85,8 @@ void mismatch_block(const MismatchArgs& a, const MismatchBlock& b, int64_t n, Mi
   }
   for (int s = 0; s < (kTokens ? kMismatchSums : kPlainSums); ++s)
     q.sums[s] += reduce_add(sums[s].v);
+  q.sums[kLogRatioOf] += log_ratio.total();
+  q.sums[kNearOf] += near.total();
   merge_ends(q.ends, {lane_min(least), reduce_max(most.v), lane_min(least_weight),
                       reduce_max(most_weight.v)});
 }

@@ -175,7 +175,7 @@ def mismatch_weights(
     codes = encoded(
         op,
         of.get("level") if level is None else level,
-        mode or of.get("mode", "truncate"),
+        of.get("mode", "truncate") if mode is None else mode,
         of.get("low") if low is None else low,
         of.get("high") if high is None else high,
         of.get("reject") if reject is None else reject,

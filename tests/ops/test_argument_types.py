@@ -66,7 +66,7 @@ def _bad_values(call, name):
         optional = "None" in annotation
         return {k: v for k, v in NO_INTEGERS.items() if not (optional and v is None)}
     if "Literal" in annotation:
-        return NO_NAMES
+        return {k: v for k, v in NO_NAMES.items() if v is not None or "None" not in annotation}
     if "Tensor" in annotation and name not in (
         "normalizer",
         "temperature",
