@@ -184,7 +184,12 @@ _WHOLE: dict[str, Maker] = {
     "mask": lambda x: torch.ones(x.shape, dtype=torch.bool, device=x.device)
 }
 _STEPS = {"mask": GIVEN, "gamma": 0.99}
-_SEQUENCES_TIS = {"preset": "verl-seq-is", "reject": {"seq_mean_k3": 0.05}, "normalize": True}
+_SEQUENCE_TIS = {
+    "preset": "verl-seq-is",
+    "reject": {"seq_mean_k3": 0.05},
+    "normalize": True,
+    "missing": "drop",
+}
 
 #: Public operation -> how it is called. A new operation adds an entry here.
 OPERATIONS: dict[Callable[..., Any], Operation] = {
@@ -197,6 +202,7 @@ OPERATIONS: dict[Callable[..., Any], Operation] = {
     linear_kl_divergence: Operation(_OPERANDS, ({"temperature": 0.7},), 2),
     linear_policy_loss: Operation(_OPERANDS, ({"config": _REINFORCE},), 2, _WHOLE),
     linear_token_logprobs: Operation(_OPERANDS, _ROWS, 2),
+    mismatch_weights: Operation(examples=({"preset": "icepop", "missing": "one"}, _SEQUENCE_TIS)),
     mismatch_weights: Operation(examples=({"preset": "icepop"}, _SEQUENCES_TIS)),
     optimal_token_baseline: Operation(
         examples=({"mask": GIVEN, "groups": 1},), others={"logprobs": lambda x: -x.tokens().abs()}

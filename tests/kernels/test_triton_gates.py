@@ -151,6 +151,10 @@ LAUNCHES = {
         [],
     ),
     "group_advantages": (["advantages_groups.group_kernel"], []),
+    "mismatch_weights": (
+        ["mismatch.tile_kernel", "mismatch_judge.judge_kernel", "mismatch.finish_kernel"],
+        [],
+    ),
     "policy_loss": (
         ["policy.policy_kernel", "policy.combine_kernel"],
         ["policy.backward_kernel"],

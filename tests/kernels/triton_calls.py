@@ -26,6 +26,7 @@ from tests.kernels.triton_case import (
 
 import rlhf_kernels as rk
 from rlhf_kernels import PolicyLossConfig
+from rlhf_kernels.config import enums
 from rlhf_kernels.config import policy as policy_config
 from rlhf_kernels.core.row_options import RowOptions
 from rlhf_kernels.kernels import triton
@@ -320,9 +321,17 @@ def value(full: bool) -> Iterator[Case]:
     ))  # fmt: skip
 
 
+def mismatch(full: bool) -> Iterator[Case]:
+    yield from varied(rk.mismatch_weights, (pairs if full else one_by_one)(
+        level=enums.MISMATCH_CODES, mode=enums.CORRECTION_MODES, missing=("one", "drop"),
+        normalize=(False, True), layout=LAYOUTS, mask=MASKS, dtype=DTYPES,
+    ))  # fmt: skip
+
+
 def cases(full: bool) -> Iterator[Case]:
     """All calls: options one at a time, or with `full` any two of them together."""
     yield from examples()
+    for of in (rows, scans, statistics, policy, value, mismatch):
     for of in (rows, scans, general, statistics, policy, value):
         yield from of(full)
     yield from triton_sweeps.cases()
