@@ -66,7 +66,8 @@ def _bad_values(call, name):
         optional = "None" in annotation
         return {k: v for k, v in NO_INTEGERS.items() if not (optional and v is None)}
     if "Literal" in annotation:
-        return {k: v for k, v in NO_NAMES.items() if v is not None or "None" not in annotation}
+        optional = "Optional" in annotation or "None" in annotation
+        return {k: v for k, v in NO_NAMES.items() if not (optional and v is None)}
     if "Tensor" in annotation and name not in (
         "normalizer",
         "temperature",
