@@ -203,7 +203,6 @@ OPERATIONS: dict[Callable[..., Any], Operation] = {
     linear_policy_loss: Operation(_OPERANDS, ({"config": _REINFORCE},), 2, _WHOLE),
     linear_token_logprobs: Operation(_OPERANDS, _ROWS, 2),
     mismatch_weights: Operation(examples=({"preset": "icepop", "missing": "one"}, _SEQUENCE_TIS)),
-    mismatch_weights: Operation(examples=({"preset": "icepop"}, _SEQUENCES_TIS)),
     optimal_token_baseline: Operation(
         examples=({"mask": GIVEN, "groups": 1},), others={"logprobs": lambda x: -x.tokens().abs()}
     ),

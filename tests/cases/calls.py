@@ -189,6 +189,8 @@ CHOICES: dict[str, tuple[dict[str, tuple[Any, ...]], ...]] = {
             "veto": (None, 0.9),
             "reject": (None, {"token_k2": 0.02, "seq_sum_ratio": 2.0}),
             "missing": ("one",),
+        },
+    ),
     "optimal_token_baseline": (
         {
             "groups": (1, lambda x: torch.tensor([3, 3])),

@@ -331,7 +331,6 @@ def mismatch(full: bool) -> Iterator[Case]:
 def cases(full: bool) -> Iterator[Case]:
     """All calls: options one at a time, or with `full` any two of them together."""
     yield from examples()
-    for of in (rows, scans, statistics, policy, value, mismatch):
-    for of in (rows, scans, general, statistics, policy, value):
+    for of in (rows, scans, general, statistics, policy, value, mismatch):
         yield from of(full)
     yield from triton_sweeps.cases()
