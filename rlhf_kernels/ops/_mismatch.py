@@ -117,7 +117,9 @@ def encoded(
     if veto is not None:
         passing["extreme_low"] = math.log(option_checks.positive(op, "veto", veto))
     if reject is not None and not isinstance(reject, Mapping):
-        raise TypeError(f"{op}: reject must map criteria to bounds, got {type(reject).__name__}")
+        raise TypeError(
+            f"{op}: reject must map criteria to bounds, got {option_checks.shown(reject)}"
+        )
     for name, bound in (reject or {}).items():
         field, lowest, highest = _criterion(op, name, bound)
         if field in passing:
