@@ -43,14 +43,21 @@ CASES = 300
 
 # Calls a kernel directly with a row of one column more than its memory holds.
 OVERRUN = """
-import sys, torch
+import ctypes, sys, torch
+from rlhf_kernels.core.row_options import RowOptions
 from rlhf_kernels.kernels import native
 from rlhf_kernels.kernels.native import boundary
 kernels, cols = native.module("cpu"), int(sys.argv[1])
 boundary.exec_builder(kernels)
-x, y = torch.randn(1, 1, 1000), torch.zeros(1, 1, dtype=torch.int64)
-out, stats = torch.zeros(1, 1), torch.zeros(1, 1, 3)
-kernels.token_logprobs(1, 1, cols, x, y, None, (1.0, 0.0, False, -100), out, None, stats, 1)
+malloc = ctypes.CDLL(None).malloc
+malloc.restype = ctypes.c_void_p
+memory = malloc(4 * 1000)
+ctypes.memset(memory, 0, 4 * 1000)
+# The tensor's shape may say more than there is.
+x = torch.frombuffer((ctypes.c_float * cols).from_address(memory), dtype=torch.float32)
+y, out, stats = torch.zeros(1, dtype=torch.int64), torch.zeros(1), torch.zeros(1, 3)
+options = RowOptions(1.0, 0.0, False, -100)
+kernels.token_logprobs(x.view(1, cols), y, None, options, out, None, stats, None, None, 1)
 """
 # The compiler must not know the number.
 OVERFLOW = """

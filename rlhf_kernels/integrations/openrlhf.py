@@ -134,7 +134,7 @@ def _actor_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if len(given) != 1 or output["logits"] is not given[0]:
             _not_the_head.add(type(model))
             raise Unsupported(f"{type(model).__name__} does more to its logits than its head")
-        logprobs, entropy = Head(given[0], head.weight, head.bias).token_logprobs(
+        found = Head(given[0], head.weight, head.bias).token_logprobs(
             labels, temperature=float(self.temperature), entropy=return_entropy
         )
         # These are hidden states, which no caller must mistake for logits.
@@ -147,9 +147,9 @@ def _actor_forward(original: Callable[..., Any]) -> Callable[..., Any]:
                 )
             return x[:, :-1]
 
-        logprobs = padded(logprobs)
-        if return_entropy:
-            output.entropy = padded(entropy)
+        logprobs = padded(found.logprobs)
+        if found.entropy is not None:
+            output.entropy = padded(found.entropy)
         if action_mask is not None:
             logprobs = torch.where(action_mask != 0, logprobs[:, -action_mask.shape[1] :], 0)
         return (logprobs, output) if return_output else logprobs

@@ -127,7 +127,7 @@ def _head(
     if unknown:
         raise Unsupported(f"output {min(unknown)!r}")
     head = Head(hidden, weight, bias)
-    logprobs, entropy = head.token_logprobs(
+    found = head.token_logprobs(
         targets,
         temperature=temperature,
         softcap=softcap,
@@ -138,9 +138,9 @@ def _head(
     )
     with head.no_autocast(), torch.no_grad():
         rest = _statistics(
-            head, targets, temperature, softcap, logit_scale, outputs, logprobs, entropy
+            head, targets, temperature, softcap, logit_scale, outputs, found.logprobs, found.entropy
         )
-    return logprobs, entropy, *rest
+    return found.logprobs, found.entropy, *rest
 
 
 def _statistics(

@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.head.bounds import HeadBounds, assert_all_within, logprobs_bounds
-from tests.head.head_cases import CONFIGS, policy_bounds_of, policy_problem, run_policy
-from tests.head.test_cases import assert_within_bounds, operands
+from tests.head.head_cases import CONFIGS, operands, policy_bounds_of, policy_problem, run_policy
+from tests.head.test_cases import assert_within_bounds
 
 import rlhf_kernels as rk
 from rlhf_kernels import reference
