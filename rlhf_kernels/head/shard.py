@@ -223,8 +223,8 @@ class ShardRows:
     ) -> Results:
         """`first`: the first column of this shard; only a most likely token needs it."""
         options = options._replace(ignore_index=SHARD_IGNORED)
-        found, _, *rest = self._rows.token_logprobs(logits, local, temperatures, options)
-        stats, collisions, ids = rest
+        rows = self._rows.token_logprobs(logits, local, temperatures, options)
+        found, _, stats, collisions, ids = rows
         targets = Targets(local, temperatures, options)
         return combine(
             targets, found, stats, collisions, _global(ids, first, logits.shape[-1]), self._group
@@ -243,26 +243,30 @@ class ShardRows:
         *further: Tensor | None,
     ) -> None:
         options = options._replace(ignore_index=SHARD_IGNORED)
-        upstream = (grad_logprobs, grad_entropy, options, *further)
-        self._rows.token_logprobs_backward_into(out, logits, local, temperatures, stats, *upstream)
+        self._rows.token_logprobs_backward_into(
+            out, logits, local, temperatures, stats, grad_logprobs, grad_entropy, options, *further
+        )
 
 
 class ShardKernels(NamedTuple):
     """A backend's kernels for a shard of the vocabulary.
 
-    own: over this rank's columns alone. whole: over all, the ranks exchanging as they go.
+    own: over this rank's columns alone. whole: over all, the ranks exchanging as they go, by the
+    kernels `rows`.
     """
 
     own: Kernels
     whole: LabelKernels
+    rows: ShardRows
 
 
 @functools.cache
 def kernels_of(rows: Rows, empty: Empty, group: str) -> ShardKernels:
     """The kernels of a group, made once."""
     reduce = functools.partial(groups.sum_, group=group)
-    whole = LabelKernels(ShardRows(rows, group), empty, reduce)
-    return ShardKernels(Kernels(rows, empty, reduce), whole)
+    over_all = ShardRows(rows, group)
+    whole = LabelKernels(over_all, empty, reduce)
+    return ShardKernels(Kernels(rows, empty, reduce), whole, over_all)
 
 
 def check_tokens(
@@ -294,14 +298,14 @@ def token_logprobs(
         "token_logprobs", logits.shape[-1], labels, temperatures, keep, group
     )
     local = shards.localized(labels, keep)
-    rows = kernels_of(kernels.rows, kernels.empty, group).whole.rows
+    rows = kernels_of(kernels.rows, kernels.empty, group).rows
     found = rows.token_logprobs(logits, local, temperatures, options, shards.first)
     return *found, local
 
 
 def linear_token_logprobs(
     kernels: Kernels, operands: Operands, targets: Targets, batching: Batching, group: str
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     """As `logprobs.forward`, and the labels as columns of this shard."""
     labels, temperatures, options = targets
     op, keep = "linear_token_logprobs", labels != options.ignore_index

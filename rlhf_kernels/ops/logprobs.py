@@ -56,8 +56,9 @@ def _forward_fake(
 
 def _statistics_fake(*args: Any, grad: bool, backend: str) -> _Results:
     """As `_forward_fake`; a backend on the CPU leaves out the statistics if no gradient follows."""
-    logprobs, entropies, stats, *further = _forward_fake(*args)
-    return logprobs, entropies, stats if grad or backend in backends.GPU else None, *further
+    logprobs, entropies, stats, collisions, ids = _forward_fake(*args)
+    kept = stats if grad or backend in backends.GPU else None
+    return logprobs, entropies, kept, collisions, ids
 
 
 _ROWS = "Tensor logits, Tensor labels, Tensor? temperatures"

@@ -52,6 +52,7 @@ def examples() -> Iterator[Case]:
         for call in _calls.examples(function, inputs(4, 64, dtype)):
             name = call.op + "_support" * ("indptr" in call.tensors)
             name += "_general" * ("lam" in call.tensors)
+            name += "".join(f"_{r}" for r in ("lse", "collision") if call.options.get(r))
             yield Case(f"example/{name}/{label({'dtype': dtype})}", call)
 
 
