@@ -7,7 +7,7 @@ from typing import Any
 from .process import SKIPPED, Result, Run, kernel_backends, missing, status
 
 # The most important files come first, because time may run out; the head's points take longest.
-BENCH_FILES = tuple("logprobs kl advantages policy head value support preference".split())
+BENCH_FILES = tuple("logprobs kl advantages policy head value mismatch support preference".split())
 # Even then each point has at least 20 rounds of a few milliseconds.
 OURS_SECONDS = 0.5
 #: Peers are compared on these shapes: logits 8192×151936 and two of 4096×131072, the head of

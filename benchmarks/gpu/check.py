@@ -53,9 +53,9 @@ from .sanitizer import part_sanitizer
 RESERVE = 15
 # Tests of operations; the other tests cover the CPU, the package or the trainer.
 _OPERATION_TESTS = (
-    "logprobs logprobs_rules policy policy_rules policy_masks kl advantages advantages_rules value "
-    "preference support support_rules tiles token_loads extremes fp16 empty interface missing meta "
-    "masks"
+    "logprobs logprobs_rules row_results policy policy_rules policy_masks kl advantages "
+    "advantages_rules advantages_general advantages_groups value mismatch preference support "
+    "support_rules tiles token_loads extremes fp16 empty interface missing meta masks"
 ).split()
 TEST_FILES = ("head/test_head", "head/test_cases", *(f"ops/test_{n}" for n in _OPERATION_TESTS))
 # Processes of pytest on one GPU: most of the time is compilation, which runs on the CPU.

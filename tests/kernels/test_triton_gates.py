@@ -139,7 +139,7 @@ LAUNCHES = {
     ),
     "kl_penalty": (["kl.penalty_kernel"], ["kl.penalty_kernel"]),
     "gae": (["advantages.scan_kernel"], []),
-    "gae_general": (["advantages_general.general_kernel"], []),
+    "general_gae": (["advantages_general.general_kernel"], []),
     "discounted_returns": (["advantages.scan_kernel"], []),
     "ppo_advantages": (["advantages.scan_kernel"], []),
     "whiten": (
@@ -168,7 +168,7 @@ def extras(op: str, name: str) -> tuple[list[str], list[str]]:
     """What the call `name` launches before and behind the kernels that `op` always launches."""
     if op == "group_advantages":
         return [], ["advantages_groups.batch_kernel"] if "scale=batch" in name else []
-    if op == "gae_general":
+    if op == "general_gae":
         return ["advantages_general.offsets_kernel"] if "packed" in name else [], []
     if op not in SCANS:
         return [], []

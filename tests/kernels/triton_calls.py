@@ -1,6 +1,7 @@
 """Calls of every operation that between them reach every Triton kernel and code variant."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -49,10 +50,13 @@ NORMALIZERS = (None, 7.0, GIVEN)
 def examples() -> Iterator[Case]:
     """What `warmup` runs."""
     for function, dtype in itertools.product(_calls.OPERATIONS, DTYPES):
+        named = Counter[str]()
         for call in _calls.examples(function, inputs(4, 64, dtype)):
             name = call.op + "_support" * ("indptr" in call.tensors)
-            name += "_general" * ("lam" in call.tensors)
-            name += "".join(f"_{r}" for r in ("lse", "collision") if call.options.get(r))
+            name = "general_" * ("lam" in call.tensors) + name
+            named[name] += 1
+            # Further examples of the same kernels.
+            name += f"_{named[name]}" * (named[name] > 1)
             yield Case(f"example/{name}/{label({'dtype': dtype})}", call)
 
 
@@ -224,7 +228,7 @@ def general(full: bool) -> Iterator[Case]:
         rates = {"gamma": steps, "lam": GIVEN, "value_lam": steps}
         ends = {"terminated": GIVEN, "truncated": GIVEN, "bootstrap_values": x.tokens()}
         for flags in ({}, {"mask": GIVEN, **ends}):
-            name = f"gae_general/{layout},ends={bool(flags)}"
+            name = f"general_gae/{layout},ends={bool(flags)}"
             yield case(name, rk.gae, x, layout, masked=masked, **rates, **flags)
 
 

@@ -71,7 +71,7 @@ def token_sweeps() -> Iterator[Case]:
             steps: dict[str, Any] = {"mask": GIVEN, "gamma": gamma}
             yield sweep(name, rk.gae, x, **steps, lam=lam)
             general = {"lam": GIVEN, "value_lam": lam, "bootstrap_values": GIVEN}
-            yield case(f"sweep/gae_general/{name}", rk.gae, x, **steps, **general)
+            yield case(f"sweep/general_gae/{name}", rk.gae, x, **steps, **general)
             yield sweep(name, rk.discounted_returns, x, **steps)
             yield sweep(name, rk.ppo_advantages, x, **steps, lam=lam, scores=x.tokens()[:, 0],
                         kl_coef=(0.1, 1, 2, 3.5)[n], reward_clip=(1, 16, 2.5, 3)[n])  # fmt: skip
@@ -91,6 +91,9 @@ def token_sweeps() -> Iterator[Case]:
             options["normalizer"] = (3.0, 1, 16, 2.5)[n]
             yield sweep(f"{kind} normalizer/{n}", rk.policy_loss, x, **options)
             yield sweep(name, rk.value_loss, x, clip_range=(0.2, 1, 16, 2)[n])
+            bounds = {"low": (0.5, 0, 0.25, 1)[n], "high": (2.0, 1, 16, 2.5)[n]}
+            options = {"level": "sequence", "veto": (1e-4, 1e-3, 0.5, 1)[n], "missing": "one"}
+            yield sweep(name, rk.mismatch_weights, x, **bounds, **options)
 
 
 def packed_sweeps() -> Iterator[Case]:
