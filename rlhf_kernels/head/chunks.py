@@ -232,12 +232,11 @@ def split(keep: Tensor, idle: Tensor, number: Tensor | None) -> tuple[Tokens, To
         return select(busy), select(rest), 0 if number is None else int(number)
     # Three groups, each in order.
     order = torch.argsort(2 - busy.to(torch.uint8) - keep.to(torch.uint8), stable=True)
-    zero = order.new_zeros(())
-    read = torch.stack((busy.sum(), keep.sum(), zero if number is None else number))
-    first, both, given = read.tolist()
+    counts = [busy.sum(), keep.sum()] + ([] if number is None else [number])
+    first, both, *given = torch.stack(counts).tolist()
     size = keep.shape[0]
     busy_index = None if first == size else order[:first]
-    return Tokens(first, busy_index), Tokens(both - first, order[first:both]), given
+    return Tokens(first, busy_index), Tokens(both - first, order[first:both]), sum(given)
 
 
 def covered(keep: Tensor, at_most: int) -> Tensor | None:

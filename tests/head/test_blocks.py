@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.head.bounds import HeadBounds, assert_all_within, logprobs_bounds
-from tests.head.head_cases import CONFIGS, operands, policy_bounds_of, policy_problem, run_policy
+from tests.head.head_cases import CONFIGS, drawn, policy_bounds_of, policy_problem, run_policy
 from tests.head.test_cases import assert_within_bounds
 
 import rlhf_kernels as rk
@@ -58,7 +58,7 @@ IN_BLOCKS = [64, 64, 64, 8]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_within_bounds(blocks, dtype):
-    hidden, weight, labels = operands(TOKENS, 16, VOCAB, dtype)
+    hidden, weight, labels = drawn(TOKENS, 16, VOCAB, dtype)
     # At the ends of blocks.
     labels[:5] = torch.tensor([0, 63, 64, 128, VOCAB - 1])
     upstream = (torch.randn(TOKENS), torch.randn(TOKENS))
@@ -75,7 +75,7 @@ def test_within_bounds(blocks, dtype):
 )
 def test_options_and_skipped_tokens(blocks, dtype, options):
     """Also tokens in an order of their own, and a gradient of hidden rounded once in the end."""
-    hidden, weight, labels = operands(TOKENS, 16, VOCAB, dtype)
+    hidden, weight, labels = drawn(TOKENS, 16, VOCAB, dtype)
     bias = torch.randn(VOCAB).to(dtype).requires_grad_()
     labels[[3, 4, 30]] = -100
     upstream = torch.randn(TOKENS)
@@ -98,8 +98,8 @@ def test_options_and_skipped_tokens(blocks, dtype, options):
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kl_divergence(blocks, direction, dtype):
-    hidden, weight, _ = operands(TOKENS, 16, VOCAB, dtype)
-    ref_hidden, ref_weight, _ = operands(TOKENS, 8, VOCAB, dtype)
+    hidden, weight, _ = drawn(TOKENS, 16, VOCAB, dtype)
+    ref_hidden, ref_weight, _ = drawn(TOKENS, 8, VOCAB, dtype)
     mask = torch.rand(TOKENS) < 0.9
     upstream = torch.randn(TOKENS)
 
@@ -122,7 +122,7 @@ def test_more_tokens_than_a_block_takes(blocks, monkeypatch):
     for most in (19, 13, 5):
         monkeypatch.setattr(head_chunks, "_BLOCK_TOKENS", most)
         for dtype in DTYPES:
-            hidden, weight, labels = operands(TOKENS, 16, VOCAB, dtype)
+            hidden, weight, labels = drawn(TOKENS, 16, VOCAB, dtype)
             upstream = (torch.randn(TOKENS), torch.randn(TOKENS))
             assert_within_bounds((hidden, weight), labels, upstream, {"tokens": most, "words": 64})
     assert min(blocks) < VOCAB
@@ -149,7 +149,7 @@ def test_policy_loss(blocks, monkeypatch, name, dtype):
 
 
 def test_a_named_chunk_or_batch_invariance_keeps_chunks_of_tokens(blocks):
-    hidden, weight, labels = operands(TOKENS, 16, VOCAB, torch.bfloat16)
+    hidden, weight, labels = drawn(TOKENS, 16, VOCAB, torch.bfloat16)
     for options in ({"chunk_tokens": 16}, {"batch_invariant": True}):
         rk.linear_token_logprobs(hidden, weight, labels, **options).logprobs.sum().backward()
     assert set(blocks) == {VOCAB}
@@ -157,7 +157,7 @@ def test_a_named_chunk_or_batch_invariance_keeps_chunks_of_tokens(blocks):
 
 def test_memory_holds_no_second_gradient_of_the_weight(blocks):
     """In 16 bits the backward pass makes no fp32 tensor of the weight's size."""
-    hidden, weight, labels = operands(TOKENS, 16, 64 * VOCAB, torch.bfloat16)
+    hidden, weight, labels = drawn(TOKENS, 16, 64 * VOCAB, torch.bfloat16)
     logprobs = rk.linear_token_logprobs(hidden, weight, labels).logprobs
     with Made() as made:
         logprobs.sum().backward()
