@@ -102,7 +102,11 @@ class ModelConfig:
     hidden_size: int = _doc("built model: width", 128)
     num_layers: int = _doc("built model: layers", 2)
     num_heads: int = _doc("built model: attention heads", 4)
-    dtype: str = _doc("of the weights: float32 or bfloat16", "float32")
+    dtype: str = _doc(
+        "of the weights: float32, or bfloat16, which loses updates below 1/512 of a weight; "
+        "mixed_precision bf16 keeps them",
+        "float32",
+    )
     attn_implementation: str | None = _doc("sdpa, flash_attention_2, ...; unset = best", None)
     packing: bool = _doc("no padding in training passes; always so with flash attention", False)
     gradient_checkpointing: bool = _doc("recompute activations in the backward pass", False)
