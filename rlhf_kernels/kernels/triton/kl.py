@@ -17,9 +17,10 @@ from ...core.layout import as_rows, grid
 from .. import kl as shared
 from ._launch import kernel, launch, tile_count, warps_of
 from ._math import LOG2E, exp_parts, scalar, tree_sum, tree_sums
+from ._maxima import raised
 from ._strided import alignment, in_units, strided, strided_rows, token_at
 from ._tiles import load_blocks, tile_bounds, tops
-from .logprobs import GROUP, LOWEST, ROWS, raised
+from .logprobs import GROUP, LOWEST, ROWS
 
 # Columns per program, 32 of each row per thread: two rows need as many registers as the single row
 # of token_logprobs.

@@ -15,9 +15,11 @@ from ...core import sentinels
 from ...core.layout import as_rows, as_upstream, grid
 from ...core.row_options import RowOptions
 from .. import logprobs as shared
+from . import logprobs_results as results
 from ._launch import kernel, launch, tile_count, warps_of
-from ._math import LOG2E, good_temperature, scalar, tree_sum, tree_sums
-from ._rows import order_slack, packed, row_temperature, with_options
+from ._math import LOG2E, good_temperature, scalar, tree_sums
+from ._maxima import merged
+from ._rows import packed, row_temperature, with_options
 from ._strided import alignment, in_units, strided, strided_rows, token_at
 from ._tiles import LEAST, load_blocks, tile_bounds, tops
 
@@ -92,43 +94,6 @@ def partial_kernel(
 
 
 @triton.jit
-def raised(m, top):
-    """(the larger of m and top; the same, or 0 for -inf: what distances are taken from).
-
-    This maximum may lose a NaN, but the sums have it too.
-    """
-    top = tl.where(m > top, m, top)
-    return top, tl.where(top == float("-inf"), 0.0, top)
-
-
-@triton.jit
-def rebased(m, s, base, rate):
-    """((m - base) rate, its exponential): moves sums around m to the reference point `base`."""
-    # Only -inf has no reference point and a sum of 0; its distance is 0.
-    shift = tl.where(s == 0.0, 0.0, (m - base) * rate)
-    return shift, tl.exp2(shift * LOG2E).to(tl.float64)
-
-
-@triton.jit
-def merged(m, s, t, top, part_m, part_s, part_t, rate, ENTROPY: tl.constexpr, N: tl.constexpr):
-    """(m, s, t) of a row, of which [N] more parts have the maximum `top`; s and t are fp64.
-
-    N = 1: a part is a number, not a block.
-    """
-    top, base = raised(m, top)
-    shift, weight = rebased(part_m, part_s, base, rate)
-    before, kept = rebased(m, s, base, rate)
-    if ENTROPY:
-        # Logits masked with the lowest float may have distance -inf and weight 0.
-        moved = tl.where(weight == 0.0, 0.0, weight * (part_t + part_s * shift))
-        moved = moved if N == 1 else tree_sum(moved, N)
-        t = tl.where(kept == 0.0, 0.0, kept * (t + s * before)) + moved
-    more = weight * part_s
-    more = more if N == 1 else tree_sum(more, N)
-    return top, kept * s + more, t
-
-
-@triton.jit
 def combine_parts(partials, parts, rate, ENTROPY: tl.constexpr, GROUP: tl.constexpr):
     """(m, s, t) of a row from those of its parts, in order; s and t are fp64."""
     m = tl.full((), float("-inf"), tl.float32)
@@ -199,98 +164,6 @@ def combine_kernel(
     tl.store(out, m)
     tl.store(out + 1, s)
     tl.store(out + 2, mean)
-
-
-@kernel
-def collision_kernel(
-    labels,
-    temperatures,
-    partials,
-    squares,
-    stats,
-    collisions,
-    cols,
-    parts,
-    row_options,
-    ignore_index,
-    GROUP: tl.constexpr,
-):
-    """The sum of the squared probabilities of one row from those of its parts, in fp64."""
-    row = tl.program_id(0)
-    collision = 0.0
-    if tl.load(token_at(labels, row, cols)) != ignore_index:
-        temperature = row_temperature(row_options, temperatures, row, cols)
-        rate = (1.0 / scalar(temperature).to(tl.float64)).to(tl.float32)
-        m = tl.load(stats + row.to(tl.int64) * 3)
-        s = tl.load(stats + row.to(tl.int64) * 3 + 1).to(tl.float64)
-        total = tl.full((), 0.0, tl.float64)
-        for start in range(0, parts, GROUP):
-            part = start + tl.arange(0, GROUP)
-            inside = part < parts
-            at = row.to(tl.int64) * parts + part
-            part_m = tl.load(partials + at * 3, mask=inside, other=0.0)
-            q = tl.load(squares + at, mask=inside, other=0.0).to(tl.float64)
-            _, weight = rebased(part_m, q, m, rate)
-            total += tree_sum(weight * weight * q, GROUP)
-        collision = (total / (s * s)).to(tl.float32)
-    tl.store(collisions + row, collision)
-
-
-@triton.jit
-def order_of(x):
-    """A logit's place in their order as int32, NaN above all and both zeros the same."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(x != x, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
-
-
-@kernel
-def argmax_kernel(
-    logits,
-    labels,
-    partials,
-    ids,
-    cols,
-    parts,
-    vocab,
-    slack,
-    ignore_index,
-    TILE: tl.constexpr,
-    PARTS: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """The first of the largest logits of one row; the first NaN if there is one.
-
-    Only tiles that may hold it are read: those with the row's maximum, or a NaN in their sums.
-    Under a cap the maxima of tiles are in the order of the logits but for `slack`.
-    """
-    row = tl.program_id(0)
-    found = tl.full((), -1, tl.int64)
-    if tl.load(token_at(labels, row, cols)) != ignore_index:
-        of_row = partials + row.to(tl.int64) * parts * 3
-        top = tl.full((), float("-inf"), tl.float32)
-        for start in range(0, parts, GROUP):
-            part = start + tl.arange(0, GROUP)
-            at = of_row + part.to(tl.int64) * 3
-            part_m = tl.load(at, mask=part < parts, other=float("-inf"))
-            top = tl.maximum(top, tl.max(part_m, axis=0))
-        top -= slack
-        best = tl.full((), -0x7FFFFFFF - 1, tl.int32)
-        column = tl.arange(0, TILE)
-        for start in range(0, parts, PARTS):
-            at = of_row + (start + tl.arange(0, PARTS)).to(tl.int64) * 3
-            part_m, part_s = tl.load(at), tl.load(at + 1)
-            out = (part_m < top) & (part_s == part_s)
-            if tl.min(out.to(tl.int32), axis=0) == 0:
-                first = (tl.full((), 0, tl.int64) + start // PARTS) * TILE
-                count = tl.minimum(vocab - first, TILE).to(tl.int32)
-                at = token_at(logits, row, cols) + first + column
-                x = tl.load(at, mask=column < count, other=0.0)
-                order = tl.where(column < count, order_of(x.to(tl.float32)), -0x7FFFFFFF - 1)
-                own = tl.max(order, axis=0)
-                hit = tl.min(tl.where(order == own, column, TILE), axis=0)
-                found = tl.where(own > best, first + hit, found)
-                best = tl.maximum(best, own)
-    tl.store(ids + row, found)
 
 
 @triton.jit
@@ -500,42 +373,13 @@ def _forward(
         GROUP=GROUP,
         warps=1,
     )
-    if collisions is not None:
-        launch(
-            collision_kernel,
-            rows * cols,
-            logits,
-            *tokens,
-            partials,
-            squares,
-            stats,
-            collisions,
-            cols,
-            tiles * PARTS,
-            of_rows,
-            options.ignore_index,
-            GROUP=GROUP,
-            warps=1,
+    if collisions is not None and squares is not None:
+        results.collision(
+            collisions, logits, tokens, partials, squares, stats, cols, options, GROUP
         )
     if ids is not None:
-        launch(
-            argmax_kernel,
-            rows * cols,
-            logits,
-            x,
-            tokens[0],
-            partials,
-            ids,
-            cols,
-            tiles * PARTS,
-            vocab,
-            order_slack(options),
-            options.ignore_index,
-            TILE=TILE,
-            PARTS=PARTS,
-            GROUP=GROUP,
-            warps=4,
-        )
+        sizes = {"TILE": TILE, "PARTS": PARTS, "GROUP": GROUP}
+        results.argmax(ids, logits, x, tokens[0], partials, cols, options, **sizes)
 
 
 def _backward(
