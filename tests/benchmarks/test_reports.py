@@ -279,6 +279,7 @@ def test_a_run_writes_json_table_and_picture_and_what_follows_adds_to_them(tmp_p
     text = (tmp_path / "smoke.json").read_text()
     data = json.loads(text)
     ops = {"token_logprobs", "kl_divergence", "gae packed", "policy_loss", "value_loss"}
+    ops |= {"mismatch_weights"}
     ops |= {"token_logprobs, support", "preference_loss", "sequence_logprobs"}
     assert {b["extra_info"]["op"] for b in data["benchmarks"]} == ops
     assert data["failures"] == [] and data["machine_info"]["backend"] == "cpu"

@@ -67,7 +67,7 @@ def test_opcheck_of_the_backward():
     ],
 )
 def test_launches_of_the_triton_backend(monkeypatch, config, forward):
-    from rlhf_kernels.kernels.triton import policy
+    from rlhf_kernels.kernels.triton import _tokens, policy
 
     launched, launch = [], policy.launch
 
@@ -75,7 +75,8 @@ def test_launches_of_the_triton_backend(monkeypatch, config, forward):
         launched.append(kernel.fn.__name__.removesuffix("_kernel"))
         launch(kernel, *args, **options)
 
-    monkeypatch.setattr(policy, "launch", listen)
+    for module in (policy, _tokens):
+        monkeypatch.setattr(module, "launch", listen)
     args, options = make_inputs(3, 1100)
     with rk.use_backend("triton"):
         loss = rk.policy_loss(*args[:3], mask=args[3], **options, config=config).loss
