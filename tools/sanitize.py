@@ -33,7 +33,9 @@ OPTIONS = {
 TESTS = (
     *("ops/logprobs", "head/head", "head/cases", "head/blocks", "head/bounds", "head/shard"),
     *("ops/logprobs_rules", "ops/kl", "ops/policy", "ops/policy_rules", "ops/policy_masks"),
+    *("ops/row_results", "head/policy_rows", "ops/mismatch"),
     *("ops/value", "ops/advantages", "ops/advantages_rules", "ops/preference"),
+    *("ops/advantages_general", "ops/advantages_groups"),
     *("ops/support", "ops/support_rules"),
     *("kernels/backends", "kernels/memory", "package/registration"),
 )
