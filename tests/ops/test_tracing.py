@@ -194,8 +194,8 @@ def test_results_share_no_memory(op, name, monkeypatch):
 
     launch = _operator.Operator.__call__
 
-    def call_operator(self, *args):
-        results = launch(self, *args)
+    def call_operator(self, *args, **how):
+        results = launch(self, *args, **how)
         apart(cases.outputs(results), cases.outputs(args), self.name)
         return results
 
