@@ -311,11 +311,11 @@ RK_HD MismatchMetrics mismatch_metrics(const MismatchTotals& total, int32_t leve
   const auto token = [&](int i) { return number(t[i] / n); };
   const auto sequence = [&](int i) { return number(t[i] / sequences); };
   // The ends have skipped a NaN, but the sum has not.
-  const auto end = [&](float x, int sum) {
-    return t[sum] == t[sum] ? number(some ? x : 0.0) : static_cast<float>(t[sum]);
+  const auto end = [&](float x, double sum) {
+    return sum == sum ? number(some ? x : 0.0) : static_cast<float>(sum);
   };
   // Without weights there is no ratio that may be NaN.
-  const int raw_sum = level == kNoWeight ? kTokensIn : kLogRatioIn;
+  const double raw_sum = level == kNoWeight ? t[kTokensIn] : t[kLogRatioIn];
   const bool log_ends = level == kTokenWeight;
   const float raw_least = total.least[kRawEnd], raw_most = total.most[kRawEnd];
   const float least = total.least[kSeqEnd], most = total.most[kSeqEnd];
@@ -323,8 +323,8 @@ RK_HD MismatchMetrics mismatch_metrics(const MismatchTotals& total, int32_t leve
   MismatchMetrics m;
   m.weight_mean = token(kWeightIn);
   m.weight_std = number(deviation(t[kOffIn] / n, t[kOffSquareIn] / n, t[kTokensIn], 0.0));
-  m.weight_min = end(total.least[kWeightEnd], kWeightIn);
-  m.weight_max = end(total.most[kWeightEnd], kWeightIn);
+  m.weight_min = end(total.least[kWeightEnd], t[kWeightIn]);
+  m.weight_max = end(total.most[kWeightEnd], t[kWeightIn]);
   m.ess = number(square == 0.0 ? 0.0 : mean * mean / square);
   m.fraction_low = number(t[kLowIn] / units);
   m.fraction_high = number(t[kHighIn] / units);
@@ -333,9 +333,9 @@ RK_HD MismatchMetrics mismatch_metrics(const MismatchTotals& total, int32_t leve
   m.seq_weight_mean = sequence(kSeqWeight);
   m.seq_weight_std =
       number(deviation(t[kSeqOff] / sequences, t[kSeqOffSquare] / sequences, t[kSequences], 1.0));
-  m.seq_weight_min = end(least, kSeqWeight);
-  m.seq_weight_max = end(most, kSeqWeight);
-  m.seq_max_deviation = end(max(fabsf(least - 1.0f), fabsf(most - 1.0f)), kSeqWeight);
+  m.seq_weight_min = end(least, t[kSeqWeight]);
+  m.seq_weight_max = end(most, t[kSeqWeight]);
+  m.seq_max_deviation = end(max(fabsf(least - 1.0f), fabsf(most - 1.0f)), t[kSeqWeight]);
   m.seq_fraction_low = sequence(kSeqLow);
   m.seq_fraction_high = sequence(kSeqHigh);
   m.norm_factor = number(factor);
@@ -349,8 +349,8 @@ RK_HD MismatchMetrics mismatch_metrics(const MismatchTotals& total, int32_t leve
   m.rollout_log_ppl = sequence(kRolloutLog);
   m.log_ppl_diff = sequence(kDifference);
   m.log_ppl_abs_diff = sequence(kAbsDifference);
-  m.log_ppl_diff_min = end(total.least[kDifferenceEnd], kDifference);
-  m.log_ppl_diff_max = end(total.most[kDifferenceEnd], kDifference);
+  m.log_ppl_diff_min = end(total.least[kDifferenceEnd], t[kDifference]);
+  m.log_ppl_diff_max = end(total.most[kDifferenceEnd], t[kDifference]);
   m.ppl_ratio = sequence(kPplRatio);
   m.rejected = token(kRejectedIn);
   m.rejected_sequences = sequence(kTouched);

@@ -49,9 +49,9 @@ __global__ void __launch_bounds__(kRowThreads, kChange ? 2 : 3)
 }
 
 // After combine_kernel: the sum of the squared probabilities and the most likely column of a row,
-// where they are wanted; a warp to a row.
+// where they are wanted; a warp to a row. Of more blocks at a time sm_80 would spill.
 template <class E>
-__global__ void __launch_bounds__(kCombineThreads)
+__global__ void __launch_bounds__(kCombineThreads, 4)
     further_kernel(const LogprobsArgs a, uint32_t tiles, const float4* partials) {
   const int64_t row =
       static_cast<int64_t>(blockIdx.x) * (kCombineThreads / kWarp) + threadIdx.x / kWarp;

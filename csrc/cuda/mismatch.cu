@@ -151,6 +151,7 @@ __global__ void __launch_bounds__(kTokenThreads)
   const float wrong = t.offsets.given && wrong_offsets<kTokenThreads>(t) ? 1.0f : 0.0f;
   const bool bad = block_reduce<kTokenThreads>(wrong, Max{}, warps) > 0.0f;
   if (threadIdx.x != 0) return;
+#pragma unroll
   for (int i = 0; i < kMismatchTotals; ++i) total.sums[i] = sums[i];
   const double factor = norm_factor(total, a.level, a.normalize);
   *a.metrics = mismatch_metrics(total, a.level, factor, bad ? __builtin_nan("") : kNoFault);
