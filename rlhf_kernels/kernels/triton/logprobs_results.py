@@ -83,21 +83,22 @@ def argmax_kernel(
         top = tl.full((), float("-inf"), tl.float32)
         for start in range(0, parts, GROUP):
             part = start + tl.arange(0, GROUP)
-            at = of_row + part.to(tl.int64) * 3
-            part_m = tl.load(at, mask=part < parts, other=float("-inf"))
-            top = tl.maximum(top, tl.max(part_m, axis=0))
+            own_m = tl.load(of_row + part.to(tl.int64) * 3, mask=part < parts, other=float("-inf"))
+            top = tl.maximum(top, tl.max(own_m, axis=0))
         top -= slack
         best = tl.full((), -0x7FFFFFFF - 1, tl.int32)
         column = tl.arange(0, TILE)
-        for start in range(0, parts, PARTS):
-            at = of_row + (start + tl.arange(0, PARTS)).to(tl.int64) * 3
-            part_m, part_s = tl.load(at), tl.load(at + 1)
+        # A name has one type in a loop.
+        for begin in range(0, parts, PARTS):
+            of_parts = of_row + (begin + tl.arange(0, PARTS)).to(tl.int64) * 3
+            part_m, part_s = tl.load(of_parts), tl.load(of_parts + 1)
             out = (part_m < top) & (part_s == part_s)
             if tl.min(out.to(tl.int32), axis=0) == 0:
-                first = (tl.full((), 0, tl.int64) + start // PARTS) * TILE
+                first = (tl.full((), 0, tl.int64) + begin // PARTS) * TILE
                 count = tl.minimum(vocab - first, TILE).to(tl.int32)
-                at = token_at(logits, row, cols) + first + column
-                x = tl.load(at, mask=column < count, other=0.0)
+                x = tl.load(
+                    token_at(logits, row, cols) + first + column, mask=column < count, other=0.0
+                )
                 order = tl.where(column < count, order_of(x.to(tl.float32)), -0x7FFFFFFF - 1)
                 own = tl.max(order, axis=0)
                 hit = tl.min(tl.where(order == own, column, TILE), axis=0)
