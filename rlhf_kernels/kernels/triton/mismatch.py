@@ -199,7 +199,7 @@ def mismatch_weights(
         NORMALIZE=normalize,
         GROUP=JUDGED,
         TILE=t.TILE,
-        warps=t.COMBINE_WARPS,
+        warps=4,
     )
     launch(finish_kernel, slots, weights, batch, weights, kept, verdicts, LEVEL=level, **tile)
     return results

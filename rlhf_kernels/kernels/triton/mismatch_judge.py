@@ -41,7 +41,7 @@ from .policy_math import clamp, flag
 # Rows of a block of sums of sequences; a power of two.
 BLOCK = tl.constexpr(32)
 # Sequences that the judging program takes at a time.
-JUDGED = 16 if INTERPRETED else 128
+JUDGED = 16 if INTERPRETED else 32
 
 
 @triton.jit
