@@ -259,7 +259,7 @@ def test_bad_arguments(backend):
         (ValueError, "without greedy", lambda: rk.group_advantages(flat, 2, baseline="greedy")),
         (ValueError, "with greedy", lambda: rk.group_advantages(flat, 2, greedy_rewards=flat)),
         (ValueError, "scale must be one of", lambda: rk.group_advantages(flat, 2, scale="std")),
-        (ValueError, r"rewards must be \[B\]", lambda: rk.group_advantages(x, 2)),
+        (ValueError, r"rewards must be \[B\]", lambda: rk.group_advantages(x[None], 2)),
         (ValueError, "eps must be >= 0", lambda: rk.whiten(x, eps=-1.0)),
         (ValueError, "mask must have the shape", lambda: rk.whiten(x, mask=flat.bool())),
     ):
