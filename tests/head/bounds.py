@@ -116,6 +116,21 @@ class SoftmaxBounds:
         """Of the entropies."""
         return self._entropy_error().view(*shape)
 
+    def lse(self, shape: Sequence[int] = (-1,)) -> Tensor:
+        """Of the log-sum-exps."""
+        peak = self.x.amax(-1, keepdim=True).abs()
+        size = torch.clamp(peak, min=torch.tensor(self.x.shape[-1]).log())
+        # That of the largest logit is in `sum_error` already, which is of all logits' errors.
+        return (self.sum_error + C * EPS * size).view(*shape)
+
+    def collision(self, shape: Sequence[int] = (-1,)) -> Tensor:
+        """Of the sums of squared probabilities."""
+        return self._collision_error().view(*shape)
+
+    def _collision_error(self) -> Tensor:
+        each = self.p_error * (2 * self.p + self.p_error)
+        return (each + C * EPS * self.p.square()).sum(-1, keepdim=True)
+
     def _entropy_error(self) -> Tensor:
         entropy = -(self.p * self.plogp).sum(-1, keepdim=True)
         carried = (self.p * (self.plogp + entropy).abs() * self.x_error).sum(-1, keepdim=True)
@@ -132,8 +147,11 @@ class SoftmaxBounds:
         h: Tensor | None = None,
         g_error: Tensor | None = None,
         h_error: Tensor | None = None,
+        *,
+        of_collision: Tensor | None = None,
+        of_lse: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(gradient, bound) of the logits [N, V] from those of log-probabilities and entropies.
+        """(gradient, bound) of the logits [N, V] from those of the results of rows.
 
         Args:
             labels: negative ones give no gradient.
@@ -141,6 +159,8 @@ class SoftmaxBounds:
             h: upstream of the entropies, or None.
             g_error: bound of the error that g carries.
             h_error: bound of the error that h carries.
+            of_collision: upstream of the sums of squared probabilities, or None.
+            of_lse: upstream of the log-sum-exps, or None.
         """
         kept = (labels >= 0).reshape(-1, 1)
 
@@ -150,6 +170,7 @@ class SoftmaxBounds:
             return torch.where(kept, flat, 0)
 
         g, h, g_error, h_error = (column(t) for t in (g, h, g_error, h_error))
+        c, z = column(of_collision), column(of_lse)
         hit = torch.zeros_like(self.p).scatter_(-1, labels.reshape(-1, 1).clamp(min=0).long(), 1.0)
         entropy = -(self.p * self.plogp).sum(-1, keepdim=True)
         depth = self.plogp + entropy
@@ -159,6 +180,17 @@ class SoftmaxBounds:
             self.p_error * depth.abs() + self.p * (self.logp_error + self._entropy_error())
         )
         steps = g.abs() * (hit + self.p) + h.abs() * self.p * (self.plogp.abs() + entropy)
+        # Of p^2 and of the log-sum-exp: 2 p (p - collision) and p.
+        collision = self.p.square().sum(-1, keepdim=True)
+        excess = self.p - collision
+        gx = gx + 2 * c * self.p * excess + z * self.p
+        carried += (
+            2
+            * c.abs()
+            * (self.p_error * excess.abs() + self.p * (self.p_error + self._collision_error()))
+        )
+        carried += z.abs() * self.p_error
+        steps += 2 * c.abs() * self.p * (self.p + collision) + z.abs() * self.p
         return self._through_slope(gx, carried + C * EPS * steps)
 
     def kl(self, ref: "SoftmaxBounds", reverse: bool, shape: Sequence[int] = (-1,)) -> Tensor:

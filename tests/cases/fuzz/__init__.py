@@ -5,12 +5,20 @@ softmax or a product inside, its bound is that of `tests/head/bounds.py`; else i
 the exact result when every input changes by a rounding, which is the error of the best algorithm.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests.cases.fuzz.advantages import (
+    discounted_returns,
+    gae,
+    group_advantages,
+    optimal_token_baseline,
+    ppo_advantages,
+    whiten,
+)
 from tests.cases.fuzz.draw import INVARIANT, Case, Draw
 from tests.cases.fuzz.rows import (
     kl_divergence,
@@ -20,27 +28,26 @@ from tests.cases.fuzz.rows import (
     token_logprobs,
 )
 from tests.cases.fuzz.tokens import (
-    discounted_returns,
-    gae,
-    group_advantages,
     kl_penalty,
     kto_loss,
+    mismatch_weights,
     policy_loss,
-    ppo_advantages,
     preference_loss,
     reward_model_loss,
     sequence_logprobs,
     value_loss,
-    whiten,
 )
 
 import rlhf_kernels as rk
-from rlhf_kernels.ops import _calls
+from rlhf_kernels.config.metrics import MISMATCH_METRICS
+from rlhf_kernels.ops._metrics import Metrics
 from rlhf_kernels.testing import assert_within_bound, to_float64
 
 EPS = torch.finfo(torch.float32).eps
 # Roundings of a result beside those of its inputs; a term of SAPO has a dozen, its sum some more.
 ROUNDINGS, SAPO_ROUNDINGS = 8.0, 16.0
+# Not moved: they are exact in float32, and one of 1 has no larger neighbour.
+RATES = ("gamma", "lam", "value_lam")
 # Steps below the normal numbers of float32 may flush to zero.
 FLUSHED = 1e-37
 
@@ -48,7 +55,7 @@ CASES = (
     *(token_logprobs, token_logprobs, kl_divergence, linear_token_logprobs, linear_token_logprobs),
     *(linear_kl_divergence, linear_policy_loss, policy_loss, policy_loss, value_loss, kl_penalty),
     *(gae, gae, discounted_returns, ppo_advantages, group_advantages, whiten, sequence_logprobs),
-    *(preference_loss, kto_loss, reward_model_loss),
+    *(preference_loss, kto_loss, reward_model_loss, mismatch_weights, optimal_token_baseline),
 )
 
 
@@ -58,9 +65,20 @@ def make(seed: int, interpreted: bool) -> Case:
     return d.pick(*CASES)(d)
 
 
+def results_of(value: Any) -> Iterator[Tensor]:
+    """Tensors in a result: a tensor, a tuple of results, or metrics; integers as fp32 numbers."""
+    if isinstance(value, tuple):
+        for item in value:
+            yield from results_of(item)
+        return
+    value = value.tensor if isinstance(value, Metrics) else value
+    if isinstance(value, Tensor):
+        yield value if value.is_floating_point() else value.float()
+
+
 def run(case: Case, arguments: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     """(results followed by gradients, upstream gradients)"""
-    results = list(_calls.tensors(getattr(rk, case.op)(**arguments)))
+    results = list(results_of(getattr(rk, case.op)(**arguments)))
     tensors = [t for t in arguments.values() if isinstance(t, Tensor) and t.requires_grad]
     outputs = [r for r in results if r.requires_grad]
     if not tensors or not outputs:
@@ -96,23 +114,30 @@ def scan_roundings(case: Case, backend: str) -> tuple[Tensor, Tensor]:
     given = {k: v for k, v in to_float64(case.arguments).items() if k != "whiten"}
     values = given["values"].abs()
     plain = getattr(rk, case.op)(**given)
-    sizes = torch.zeros_like(values)
-    ends = {k: given.get(k) for k in ("mask", "dones", "cu_seqlens")}
+    names = ("mask", "dones", "terminated", "truncated", "cu_seqlens", "masked", "gamma")
+    options = {k: given[k] for k in (*names, "bootstrap_values") if k in given}
+    if options.get("bootstrap_values") is not None:
+        options["bootstrap_values"] = options["bootstrap_values"].abs()
+    sizes = of_returns = torch.zeros_like(values)
     if backend == "triton":
-        ends |= {"gamma": given["gamma"], "masked": given["masked"]}
-        if given.get("bootstrap_values") is not None:
-            ends["bootstrap_values"] = given["bootstrap_values"].abs()
         rewards = plain.rewards if case.op == "ppo_advantages" else given["rewards"]
-        next_values = rk.gae(sizes, values, lam=0.0, **ends).advantages + values
+        next_values = rk.gae(sizes, values, lam=0.0, **options).advantages + values
         steps = rewards.abs() + next_values + values
-        sizes = rk.gae(steps, sizes, lam=given["lam"], **ends).advantages
+        none = torch.zeros_like(values)
+        if options.get("bootstrap_values") is not None:
+            options["bootstrap_values"] = torch.zeros_like(options["bootstrap_values"])
+        lams = {k: given[k] for k in ("lam", "value_lam") if k in given}
+        found = rk.gae(steps, none, **lams, **options)
+        sizes, of_returns = found.advantages, found.returns
     if not case.arguments["whiten"]:
-        return sizes, sizes
-    kept = slice(None) if ends["mask"] is None else ends["mask"] != 0
+        return sizes, of_returns
+    kept = slice(None) if given["mask"] is None else given["mask"] != 0
     before = sizes + plain.advantages.abs()
+    if plain.advantages[kept].numel() < 2:
+        return sizes, of_returns
     # The errors of mean and deviation add to that of the token itself.
     most = before.nan_to_num(0.0, 0.0, 0.0).max() if before.numel() else 0.0
-    return (before + most) / plain.advantages[kept].std(), sizes
+    return (before + most) / plain.advantages[kept].std(), of_returns
 
 
 def sensitivity(case: Case, exact: Sequence[Tensor], backend: str) -> list[Tensor]:
@@ -128,7 +153,7 @@ def sensitivity(case: Case, exact: Sequence[Tensor], backend: str) -> list[Tenso
 
     worst = [torch.zeros_like(e) for e in exact]
     for _ in range(8):
-        found, _ = run(case, {k: moved(v) for k, v in case.arguments.items()})
+        found, _ = run(case, {k: v if k in RATES else moved(v) for k, v in case.arguments.items()})
         worst = [
             torch.maximum(w, (f - e).abs().nan_to_num(0.0, 0.0, 0.0))
             for w, f, e in zip(worst, found, exact, strict=True)
@@ -144,6 +169,16 @@ def sensitivity(case: Case, exact: Sequence[Tensor], backend: str) -> list[Tenso
         sizes = cancelling_slopes(case.arguments)
         for i in range(3, len(worst)):
             worst[i] = worst[i] + EPS * sizes
+    if case.op == "mismatch_weights":
+        for name in ("weight", "seq_weight"):
+            mean, std = (MISMATCH_METRICS.index(f"{name}_{of}") for of in ("mean", "std"))
+            off, deviation = exact[2][mean] - 1, exact[2][std]
+            size = torch.hypot(off, deviation).nan_to_num(0.0, 0.0, 0.0)
+            worst[2][std] += EPS / ROUNDINGS * size
+            if name == "weight" and case.arguments["level"] == "token":
+                # The root of a difference of squares of distances from 1, sums in float32.
+                moved_root = torch.hypot(deviation, (2 * EPS) ** 0.5 * size) - deviation
+                worst[2][std] += moved_root.nan_to_num(0.0, 0.0, 0.0) / ROUNDINGS
     if "lam" in case.arguments:
         for i, size in enumerate(scan_roundings(case, backend)):
             worst[i] = worst[i] + EPS / ROUNDINGS * size.nan_to_num(0.0, 0.0, 0.0)

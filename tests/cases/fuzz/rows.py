@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.cases.fuzz.draw import INVARIANT, Case, Draw
 from tests.cases.fuzz.tokens import per_token, policy_config_of
-from tests.head.bounds import HeadBounds, SoftmaxBounds, logprobs_bounds, policy_bounds
+from tests.head.bounds import HeadBounds, SoftmaxBounds, policy_bounds
 from tests.ops.support_cases import within
 
 from rlhf_kernels import reference
@@ -66,6 +66,40 @@ def judged(labels: Tensor, kept: Tensor | None) -> Tensor:
     return labels if kept is None else labels.where(kept.any(-1).view(labels.shape), -1)
 
 
+#: Results beside the log-probabilities, in the order in which they are returned.
+FURTHER = ("entropy", "collision", "lse", "argmax")
+
+
+def further(d: Draw, given: tuple[Tensor, Tensor] | None) -> dict[str, bool]:
+    """Which of the FURTHER results are asked for; with a support only the entropy may be."""
+    usual = d.chance(0.5) or given is not None
+    return {n: d.chance(0.5) and (n == "entropy" or not usual) for n in FURTHER}
+
+
+def row_bounds(rows: SoftmaxBounds, known: Tensor, asked: dict[str, bool]) -> list[Tensor]:
+    """Of the log-probabilities and what is asked for beside them; 0 for ignored tokens."""
+    found = {"logprobs": rows.logprobs(known), "entropy": rows.entropy(known.shape),
+             "collision": rows.collision(known.shape), "lse": rows.lse(known.shape),
+             "argmax": torch.zeros(known.shape)}  # fmt: skip
+    return [torch.where(known >= 0, b, 0) for n, b in found.items() if asked.get(n, True)]
+
+
+def words_apart(rows: SoftmaxBounds, best: Tensor) -> Tensor:
+    """Of the most likely word: how far from it there are words that rounding may put first."""
+    x, error = rows.x, rows.x_error
+    near = x + error >= (x - error).amax(-1, keepdim=True)
+    ids = torch.arange(x.shape[-1])
+    apart = torch.where(near, (ids - best.reshape(-1, 1)).abs(), 0).amax(-1)
+    return torch.where(best.reshape(-1) >= 0, apart, 0).view(best.shape)
+
+
+def upstreams(given: Sequence[Tensor], asked: dict[str, bool]) -> dict[str, Tensor]:
+    """The upstream gradients by the names of `SoftmaxBounds.token_gradient`."""
+    names = {"entropy": "h", "collision": "of_collision", "lse": "of_lse"}
+    found = ["g", *(name for result, name in names.items() if asked[result])]
+    return dict(zip(found, given, strict=True))
+
+
 def token_logprobs(d: Draw) -> Case:
     shape = (d.size(40),) if d.chance(0.6) else (d.size(5), d.size(9))
     vocab = d.size(300_000 // max(1, torch.Size(shape).numel()), 1)
@@ -82,13 +116,13 @@ def token_logprobs(d: Draw) -> Case:
         kept = within(given, z.shape)
         rows = SoftmaxBounds(z, torch.zeros_like(z), x.dtype, kept=kept, **options)
         known = judged(torch.where(y == ignored, -1, y.long()), kept)
-        bound = torch.where(known >= 0, rows.logprobs(known), 0)
-        gradient = rows.token_gradient(known, *upstream)[1] if upstream else None
-        found = [bound, torch.where(known >= 0, rows.entropy(known.shape), 0), gradient]
-        return [b for b, e in zip(found, (True, entropy, x.requires_grad), strict=True) if e]
+        found = row_bounds(rows, known, asked)
+        if upstream:
+            found.append(rows.token_gradient(known, **upstreams(upstream, asked))[1])
+        return found
 
-    entropy = d.chance(0.5)
-    arguments = {"logits": x, "labels": y, **options, "entropy": entropy}
+    asked = further(d, given)
+    arguments = {"logits": x, "labels": y, **options, **asked}
     arguments |= {"ignore_index": ignored, "support": given}
     return Case("token_logprobs", arguments, d, bounds)
 
@@ -144,19 +178,25 @@ def linear_token_logprobs(d: Draw) -> Case:
     options = row_options(d, (count,)) | {"logit_scale": d.pick(1.0, 1.0, 0.3)}
     given = support(d, count, vocab) if d.chance(0.2) else None
     parts = chunks(d) if given is None else {}
-    entropy = d.chance(0.5)
+    asked = further(d, given)
 
     def bounds(exact: Sequence[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
         kept = within(given, (count, vocab))
         rows = HeadBounds(hidden, weight, bias, kept=kept, **options)
+        known = judged(y.long(), kept)
+        found = row_bounds(rows, known, asked)
+        if asked["argmax"]:
+            found[-1] = words_apart(rows, exact[len(found) - 1])
+        if not upstream:
+            return found
+        gradient = rows.token_gradient(known, **upstreams(upstream, asked))
         size = of_chunk(parts) if parts else None
-        up = upstream or (torch.zeros(count),)
-        found = logprobs_bounds(rows, judged(y.long(), kept), up, tokens=size, words=64)
-        wanted = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
-        return [b for b, e in zip(found, (True, entropy, *wanted), strict=True) if e]
+        products = rows.products(gradient, tokens=size, words=64)
+        leaves = zip((hidden, weight, bias), products, strict=True)
+        return found + [b for t, b in leaves if t is not None and t.requires_grad]
 
     arguments = {"hidden": hidden, "weight": weight, "labels": y, "bias": bias, **options}
-    arguments |= {"entropy": entropy, "support": given, **parts}
+    arguments |= {**asked, "support": given, **parts}
     return Case("linear_token_logprobs", arguments, d, bounds)
 
 

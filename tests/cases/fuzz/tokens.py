@@ -1,4 +1,4 @@
-"""Random calls of operations on tokens, sequences and pairs."""
+"""Random calls of losses and of other operations on tokens and pairs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +9,8 @@ from torch import Tensor
 from tests.cases.fuzz.draw import Case, Draw
 
 import rlhf_kernels as rk
-from rlhf_kernels.config import policy, preference
-from rlhf_kernels.config.enums import PREFERENCE_LOSSES
+from rlhf_kernels.config import enums, policy, preference
+from rlhf_kernels.config.mismatch import CRITERIA
 
 
 def policy_config_of(d: Draw, smooth: bool = False) -> rk.PolicyLossConfig:
@@ -84,64 +84,36 @@ def kl_penalty(d: Draw) -> Case:
                                "estimator": estimator}, d)  # fmt: skip
 
 
-def _steps(d: Draw, names: Sequence[str]) -> tuple[dict[str, Any], int]:
-    shape, offsets, sequences = d.tokens()
-    mask = d.mask(shape) if d.chance(0.7) else None
-    scale = d.pick(1.0, 1.0, 1e3)
-    given = {n: d.hidden(d.floats(*shape, scale=scale), mask) for n in names}
-    options = {"mask": mask, "cu_seqlens": offsets, "masked": d.pick("carry", "zero")}
-    return given | options, sequences
-
-
-def _ends(d: Draw, shape: Sequence[int], sequences: int) -> dict[str, Any]:
-    dones = d.mask(shape, 0.05) if d.chance(0.4) else None
-    bootstrap = d.floats(sequences) if d.chance(0.4) else None
-    return {"dones": dones, "bootstrap_values": bootstrap, "gamma": d.pick(0.0, 0.9, 0.99, 1.0)}
-
-
-def gae(d: Draw) -> Case:
-    arguments, sequences = _steps(d, ("rewards", "values"))
-    arguments |= _ends(d, arguments["rewards"].shape, sequences)
-    arguments |= {"lam": d.pick(0.0, 0.5, 0.95, 1.0), "whiten": d.chance(0.3)}
-    return Case("gae", arguments, d, beside=(1, "values"))
-
-
-def discounted_returns(d: Draw) -> Case:
-    arguments, sequences = _steps(d, ("rewards",))
-    return Case(
-        "discounted_returns", arguments | _ends(d, arguments["rewards"].shape, sequences), d
+def mismatch_weights(d: Draw) -> Case:
+    shape, offsets, _ = d.tokens()
+    mask, spread = d.mask(shape), d.pick(0.003, 0.1, 1.0)
+    base = -3 * torch.rand(shape, generator=d.torch)
+    # Options that decide compare logarithms with numbers that are no 16-bit float's.
+    dtype = d.dtype()
+    old, rollout = (
+        (base + d.normal(*shape) * spread).to(dtype if d.chance(0.7) else d.dtype())
+        for _ in range(2)
     )
-
-
-def ppo_advantages(d: Draw) -> Case:
-    arguments, sequences = _steps(d, ("logprobs", "ref_logprobs", "values"))
-    arguments |= {"scores": d.floats(sequences), "kl_coef": d.pick(0.0, 0.05),
-                  "kl_estimator": d.pick("k1", "k2", "abs"), "gamma": d.pick(0.0, 0.99, 1.0),
-                  "lam": d.pick(0.0, 0.95, 1.0), "whiten": d.chance(0.5),
-                  "reward_clip": d.pick(None, 0.7)}  # fmt: skip
-    return Case("ppo_advantages", arguments, d, beside=(1, "values"))
-
-
-def group_advantages(d: Draw) -> Case:
-    size, groups = d.random.randint(1, 9), d.size(200)
-    count = size * groups
-    rewards = d.floats(count, scale=d.pick(1.0, 100.0)) if d.chance(0.7) else (
-        d.laid_out(d.integers(0, 2, count).float()))  # fmt: skip
-    baseline = d.pick("mean", "leave-one-out", "greedy", "none")
-    ids = size if d.chance(0.5) else d.integers(-3, max(groups, 1), count)
-    greedy = d.floats(count) if baseline == "greedy" else None
-    arguments = {"rewards": rewards, "groups": ids, "baseline": baseline,
-                 "scale": d.pick("group", "batch", "none"), "greedy_rewards": greedy,
-                 "eps": d.pick(1e-6, 1e-4)}  # fmt: skip
-    return Case("group_advantages", arguments, d)
-
-
-def whiten(d: Draw) -> Case:
-    shape = d.tokens()[0]
-    mask = d.mask(shape) if d.chance(0.7) else None
-    x = d.hidden(d.laid_out(d.normal(*shape) + d.pick(0.0, 1e3)), mask)
-    arguments = {"x": x, "mask": mask, "shift_mean": d.chance(0.5), "unbiased": d.chance(0.5)}
-    return Case("whiten", arguments, d)
+    missing = d.pick("raise", *enums.MISSING)
+    if missing != "raise":
+        rollout[torch.rand(shape, generator=d.torch) < 0.05] = torch.nan
+    near = 1 + 1.37 * spread
+    reject = {}
+    for name in d.random.sample(CRITERIA, d.pick(0, 0, 1, 2)):
+        bound = d.pick(near, (None, near), (1 / near**2, near))
+        # Divergences, and the largest of a sequence, have one bound.
+        bound = near if name.startswith("seq_max") else bound
+        reject[name] = 0.73 * spread**2 if name.endswith(("k2", "k3")) else bound
+    level = d.pick(*enums.MISMATCH_CODES)
+    arguments = {"old_logprobs": d.hidden(d.laid_out(old), mask),
+                 "rollout_logprobs": d.hidden(d.laid_out(rollout), mask),
+                 "mask": mask, "cu_seqlens": offsets, "level": level,
+                 "mode": d.pick(*enums.CORRECTION_MODES), "reject": reject or None,
+                 "veto": d.pick(None, None, 0.5 / near), "normalize": d.chance(0.3),
+                 "missing": missing, "log_ratio_clamp": d.pick(None, None, 20.0, 0.61)}  # fmt: skip
+    if level is not None:
+        arguments |= {"low": d.pick(None, 0.97 / near), "high": d.pick(None, 0.98 * near)}
+    return Case("mismatch_weights", arguments, d)
 
 
 def sequence_logprobs(d: Draw) -> Case:
@@ -153,7 +125,7 @@ def sequence_logprobs(d: Draw) -> Case:
 
 
 def preference_loss(d: Draw) -> Case:
-    count, scale, kind = d.size(300), d.pick(1.0, 30.0), d.pick(*PREFERENCE_LOSSES)
+    count, scale, kind = d.size(300), d.pick(1.0, 30.0), d.pick(*enums.PREFERENCE_LOSSES)
     names = ["chosen_logprobs", "rejected_logprobs", "ref_chosen_logprobs", "ref_rejected_logprobs"]
     if kind in preference.REFERENCE_FREE:
         names = names[:2]
