@@ -55,10 +55,12 @@ def test_a_wrong_digit_is_found(monkeypatch, op):
     run = fuzz_cases.run
 
     def wrong(case, arguments):
-        """Float64 is the oracle's; the others are off by a thousandth, in 16 bits by a tenth."""
+        """Calls in float64 are the oracle's; others are off by a thousandth, 16 bits by a tenth."""
         results, upstream = run(case, arguments)
-        factors = {torch.float64: 1.0, torch.float32: 1.001}
-        return [r * factors.get(r.dtype, 1.1) for r in results], upstream
+        given = [v for v in arguments.values() if isinstance(v, torch.Tensor)]
+        if any(t.dtype == torch.float64 for t in given):
+            return results, upstream
+        return [r * (1.001 if r.dtype == torch.float32 else 1.1) for r in results], upstream
 
     seeds = [seed for seed in cases_of(op, 5) if fuzz.run_case(seed, ["cpu"]) is None]
     assert len(seeds) >= 4
