@@ -91,16 +91,17 @@ struct LogprobsArgs {
 };
 
 // The gradient of token_logprobs. `grad_logits` may share the memory of `logits`. An upstream
-// gradient that is not given counts as zero.
+// gradient that is not given counts as zero. What only the rarer ones need stands last: a GPU reads
+// neighbouring arguments of a kernel together, so that their places decide how many instructions
+// the common gradient takes.
 struct LogprobsBackwardArgs {
   int64_t rows, cols, vocab;
   Tensor logits, labels, temperatures;
   RowOptions options;
   const float* stats;
-  Tensor grad_logprobs, grad_entropy, grad_lse, grad_collision;
-  // The result of the forward pass, where it has a gradient.
-  Tensor collision;
-  Tensor grad_logits;
+  Tensor grad_logprobs, grad_entropy, grad_logits;
+  // `collision` is the result of the forward pass, where it has a gradient.
+  Tensor grad_lse, grad_collision, collision;
   Exec exec;
 };
 

@@ -21,10 +21,10 @@ void bind_logprobs(pybind11::module_& m, Table table) {
                 In grad_logprobs, In grad_entropy, In grad_lse, In grad_collision, In collision,
                 OutRows grad_logits, Exec exec) {
           const LogprobsBackwardArgs args{
-              labels.rows,   labels.cols,  logits.last, logits,
-              labels,        temperatures, options,     static_cast<const float*>(stats.data),
-              grad_logprobs, grad_entropy, grad_lse,    grad_collision,
-              collision,     grad_logits,  exec};
+              labels.rows,    labels.cols,  logits.last, logits,
+              labels,         temperatures, options,     static_cast<const float*>(stats.data),
+              grad_logprobs,  grad_entropy, grad_logits, grad_lse,
+              grad_collision, collision,    exec};
           return launch(exec, labels.rows * labels.cols * logits.last,
                         [&] { return table().token_logprobs_backward(args); });
         });

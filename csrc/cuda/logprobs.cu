@@ -4,13 +4,27 @@
 namespace rk::cuda {
 namespace {
 
-// Blocks of the backward that a multiprocessor holds: as many as spill no register.
-template <class E, bool kChange, bool kEntropy>
-constexpr int kBackwardBlocks = kChange ? 2 : (kEntropy && std::is_same_v<E, F16> ? 4 : 6);
+// Blocks that a multiprocessor holds: as many as spill no register.
+template <bool kChange, bool kSquares>
+constexpr int kForwardBlocks = (kChange ? 3 : 4) - kSquares;
+template <class E, bool kChange, bool kEntropy, bool kSquares>
+constexpr int kBackwardBlocks =
+    kChange || kSquares ? 2 : (kEntropy && std::is_same_v<E, F16> ? 4 : 6);
 
-// (m, s, t) of one tile of one row, by a warp. partials: [rows * cols, tiles].
-template <class E, bool kChange, bool kEntropy>
-__global__ void __launch_bounds__(kRowThreads, kChange ? 3 : 4)
+// Calls f with two flags: whether the entropy's terms are wanted and whether those of the squares
+// are, which come with the entropy's.
+template <class F>
+void for_terms(bool entropy, bool squares, const F& f) {
+  if (squares)
+    f(std::true_type{}, std::true_type{});
+  else
+    for_flag(entropy, [&](auto flag) { f(flag, std::false_type{}); });
+}
+
+// (m, s, t, q) of one tile of one row, by a warp; 0 for t and q where they are not wanted.
+// partials: [rows * cols, tiles].
+template <class E, bool kChange, bool kEntropy, bool kSquares>
+__global__ void __launch_bounds__(kRowThreads, (kForwardBlocks<kChange, kSquares>))
     partial_kernel(const LogprobsArgs a, const RowTiles tiles, float rate_of_all,
                    const LogitValues value, float4* partials) {
   constexpr int kColumns = tile_columns(kSlots, sizeof(typename E::Storage));
@@ -24,27 +38,7 @@ __global__ void __launch_bounds__(kRowThreads, kChange ? 3 : 4)
       a.temperatures.given
           ? 1.0f / static_cast<const float*>(a.temperatures.data)[tile.of(a.temperatures)]
           : rate_of_all;
-  const Sums<float> r = tile_sums<E, kChange, kEntropy>(slots, a.vocab - first, value, rate);
-  if (threadIdx.x % kWarp == 0) partials[tile.id] = make_float4(r.m, r.s, r.t, 0.0f);
-}
-
-// The same with q in the last place.
-template <class E, bool kChange>
-__global__ void __launch_bounds__(kRowThreads, kChange ? 2 : 3)
-    squares_kernel(const LogprobsArgs a, const RowTiles tiles, float rate_of_all,
-                   const LogitValues value, float4* partials) {
-  constexpr int kColumns = tile_columns(kSlots, sizeof(typename E::Storage));
-  const Tile tile(tiles);
-  if (tile.id >= tiles.total) return;
-  if (load_integer(a.labels, tile.of(a.labels)) == a.options.ignore_index) return;
-  const int64_t first = static_cast<int64_t>(tile.index) * kColumns;
-  Pack<E> slots[kSlots];
-  load_tile<E>(tile.start<E>(a.logits) + first, a.vocab - first, -__builtin_inff(), slots);
-  const float rate =
-      a.temperatures.given
-          ? 1.0f / static_cast<const float*>(a.temperatures.data)[tile.of(a.temperatures)]
-          : rate_of_all;
-  const auto r = tile_sums<E, kChange, true, true>(slots, a.vocab - first, value, rate);
+  const auto r = tile_sums<E, kChange, kEntropy, kSquares>(slots, a.vocab - first, value, rate);
   if (threadIdx.x % kWarp == 0) partials[tile.id] = make_float4(r.m, r.s, r.t, r.q);
 }
 
@@ -115,27 +109,14 @@ __global__ void __launch_bounds__(kCombineThreads)
 }
 
 // A tile of the gradient by a warp.
-template <class E, class O, bool kChange, bool kEntropy>
-__global__ void __launch_bounds__(kRowThreads, kBackwardBlocks<E, kChange, kEntropy>)
+template <class E, class O, bool kChange, bool kEntropy, bool kSquares>
+__global__ void __launch_bounds__(kRowThreads, (kBackwardBlocks<E, kChange, kEntropy, kSquares>))
     backward_kernel(const LogprobsBackwardArgs a, const RowTiles tiles,
                     const Coefficients* coefficients) {
   const Tile tile(tiles);
   if (tile.id >= tiles.total) return;
   const Slopes c = coefficients[tile.token].slopes;
-  gradient_tile<E, O, kChange, kEntropy>(
-      tile.index, a.vocab, a.options, c, coefficients + tile.token, tile.start<E>(a.logits),
-      const_cast<typename O::Storage*>(tile.start<O>(a.grad_logits)));
-}
-
-// The same with the squares' part.
-template <class E, class O, bool kChange>
-__global__ void __launch_bounds__(kRowThreads, 2)
-    squares_backward_kernel(const LogprobsBackwardArgs a, const RowTiles tiles,
-                            const Coefficients* coefficients) {
-  const Tile tile(tiles);
-  if (tile.id >= tiles.total) return;
-  const Slopes c = coefficients[tile.token].slopes;
-  gradient_tile<E, O, kChange, true, true>(
+  gradient_tile<E, O, kChange, kEntropy, kSquares>(
       tile.index, a.vocab, a.options, c, coefficients + tile.token, tile.start<E>(a.logits),
       const_cast<typename O::Storage*>(tile.start<O>(a.grad_logits)));
 }
@@ -159,14 +140,10 @@ Status token_logprobs(const LogprobsArgs& a) {
   for_dtype(a.logits.dtype, [&](auto element) {
     using E = decltype(element);
     for_flag(a.options.change_logits(), [&](auto change) {
-      if (a.collision.given) {
-        RK_ENQUEUE(a.exec, all.blocks(), kRowThreads, (squares_kernel<E, change.value>), a, all,
-                   rate, value, partials);
-        return;
-      }
-      for_flag(a.entropy.given, [&](auto entropy) {
+      for_terms(a.entropy.given, a.collision.given, [&](auto entropy, auto squares) {
         RK_ENQUEUE(a.exec, all.blocks(), kRowThreads,
-                   (partial_kernel<E, change.value, entropy.value>), a, all, rate, value, partials);
+                   (partial_kernel<E, change.value, entropy.value, squares.value>), a, all, rate,
+                   value, partials);
       });
     });
     RK_ENQUEUE(a.exec, ceil_div(tokens, kCombineThreads / kWarp), kCombineThreads,
@@ -191,14 +168,10 @@ Status token_logprobs_backward(const LogprobsBackwardArgs& a) {
     RK_ENQUEUE(a.exec, ceil_div(tokens, kCombineThreads), kCombineThreads, coefficients_kernel<E>,
                a, coefficients);
     for_flag(a.options.change_logits(), [&](auto change) {
-      if (a.grad_collision.given) {
-        RK_ENQUEUE(a.exec, all.blocks(), kRowThreads, (squares_backward_kernel<E, O, change.value>),
-                   a, all, coefficients);
-        return;
-      }
-      for_flag(a.grad_entropy.given, [&](auto entropy) {
+      for_terms(a.grad_entropy.given, a.grad_collision.given, [&](auto entropy, auto squares) {
         RK_ENQUEUE(a.exec, all.blocks(), kRowThreads,
-                   (backward_kernel<E, O, change.value, entropy.value>), a, all, coefficients);
+                   (backward_kernel<E, O, change.value, entropy.value, squares.value>), a, all,
+                   coefficients);
       });
     });
   });
