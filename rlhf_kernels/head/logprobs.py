@@ -13,12 +13,29 @@ from .gradients import Gradients
 from .products import Head
 
 
+def logit_of(logits: Tensor, ids: Tensor) -> Tensor:
+    """The logit of each id [...], fp32, from logits [..., V]; -inf for a negative id or V = 0."""
+    if logits.shape[-1] == 0:
+        return torch.full(ids.shape, -torch.inf, device=ids.device)
+    found = logits.gather(-1, ids.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return torch.where(ids < 0, -torch.inf, found.float())
+
+
 def forward(
-    kernels: Kernels | LabelKernels, operands: Operands, targets: Targets, batching: Batching
+    kernels: Kernels | LabelKernels,
+    operands: Operands,
+    targets: Targets,
+    batching: Batching,
+    largest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """Of labels [...]: log-probabilities [...], entropies [...] if wanted, statistics [..., 3].
 
     And sums of squared probabilities and most likely tokens [...], if wanted.
+
+    Args:
+        kernels, operands, targets, batching: as the operator's.
+        largest: fp32 [N] of all tokens, -inf; receives the logit of each most likely token. None
+            where it is not wanted.
     """
     op, weight, options = "linear_token_logprobs", operands.weight, targets.options
     shape, labels = targets.labels.shape, flat(targets.labels)
@@ -34,6 +51,8 @@ def forward(
     if tokens.fill(of_chunk):
         logits = head.project(head.states(tokens, tokens.whole))
         found = kernels.rows.token_logprobs(logits, labels, temperatures, options)
+        if largest is not None and found[-1] is not None:
+            largest.copy_(logit_of(logits, found[-1]))
         return _shaped(shape, *found)
     logprobs = zeros_or_nan(keep, batching.kept_tokens)
     entropies = logprobs.clone() if options.entropy else None
@@ -49,6 +68,8 @@ def forward(
         for whole, of_part in zip(results, found, strict=True):
             if whole is not None and of_part is not None:
                 tokens.put(whole, part, of_part)
+        if largest is not None and found[-1] is not None:
+            tokens.put(largest, part, logit_of(logits, found[-1]))
     return _shaped(shape, *results)
 
 

@@ -122,12 +122,30 @@ def _check(op: str, metadata: list[dict[str, int]]) -> None:
 Results = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]
 
 
+class MostLikely(NamedTuple):
+    """The most likely tokens of one shard.
+
+    ids: int64 [...] in the whole vocabulary, negative where there is none.
+    logits: their logits without cap and temperature, fp32 [...].
+    """
+
+    ids: Tensor
+    logits: Tensor
+
+    @classmethod
+    def of(cls, ids: Tensor, logits: Tensor, first: Tensor, columns: int) -> "MostLikely":
+        """From `ids` within a shard of so many columns, which begins at column `first`."""
+        if columns == 0:
+            return cls(torch.full_like(ids, -1), logits)
+        return cls(torch.where(ids >= 0, ids + first, -1), logits)
+
+
 def combine(
     targets: Targets,
     of_shard: Tensor,
     stats: Tensor,
     collisions: Tensor | None,
-    ids: Tensor | None,
+    most_likely: MostLikely | None,
     group: str,
 ) -> Results:
     """Results over all shards from those over this rank's.
@@ -137,7 +155,8 @@ def combine(
             of all tokens where none are given; whether entropies are wanted, and the mean is one.
         of_shard: log-probabilities of the row kernel given them, fp32 [...].
         stats: of the row kernel, fp32 [..., 3]: m, s, mean.
-        collisions, ids: of the row kernel, [...] or None; ids are those of the whole vocabulary.
+        collisions: of the row kernel, fp32 [...], or None.
+        most_likely: of the row kernel, or None.
         group: name of the group.
     """
     local, temperatures, options = targets
@@ -146,7 +165,9 @@ def combine(
     parts = [*stats.unbind(-1), of_shard]
     if collisions is not None:
         parts.append(collisions)
-    m, s, mean, own, *squares = groups.gather(torch.stack(parts), group).double().unbind(1)
+    if most_likely is not None:
+        parts.append(most_likely.logits)
+    m, s, mean, own, *further = groups.gather(torch.stack(parts), group).double().unbind(1)
     rate = (
         1.0 / options.temperature if temperatures is None else 1.0 / temperatures.float().double()
     )
@@ -167,13 +188,14 @@ def combine(
     found = torch.where(kept, _ordered_sum(own), 0.0).float()
     h = torch.where(kept, total.log() - mean, 0.0).float() if options.entropy else None
     of_all = [torch.where(kept, x, other) for x, other in ((top, 0.0), (total, 1.0), (mean, 0.0))]
-    if squares:
-        of_ranks = torch.where(share == 0.0, 0.0, share.square() * squares[0])
+    if collisions is not None:
+        of_ranks = torch.where(share == 0.0, 0.0, share.square() * further[0])
         collisions = torch.where(kept, _ordered_sum(of_ranks), 0.0).float()
-    if ids is not None:
-        # NaN is above all numbers. Columns there are none of have no place.
-        order = torch.where(s.isnan() & (m.abs() != torch.inf), torch.inf, m.clamp(-1e300, 1e300))
-        ids = _first_of_largest(order, groups.gather(ids, group))
+    ids = None
+    if most_likely is not None:
+        # NaN is above all numbers, infinity too.
+        order = further[-1].clamp(-1e300, 1e300).nan_to_num(nan=torch.inf)
+        ids = _first_of_largest(order, groups.gather(most_likely.ids, group))
     return found, h, torch.stack(of_all, -1).float(), collisions, ids
 
 
@@ -191,13 +213,6 @@ def _first_of_largest(order: Tensor, ids: Tensor) -> Tensor:
 
 def _ordered_sum(of_ranks: Tensor) -> Tensor:
     return functools.reduce(torch.add, of_ranks.unbind())
-
-
-def _global(ids: Tensor | None, first: Tensor | None, columns: int) -> Tensor | None:
-    """Ids of this shard's `columns` as those of the whole vocabulary; -1 where there is none."""
-    if ids is None or first is None:
-        return ids
-    return torch.where(ids >= 0, ids + first, -1) if columns else torch.full_like(ids, -1)
 
 
 class ShardRows:
@@ -225,10 +240,12 @@ class ShardRows:
         options = options._replace(ignore_index=SHARD_IGNORED)
         rows = self._rows.token_logprobs(logits, local, temperatures, options)
         found, _, stats, collisions, ids = rows
+        most_likely = None
+        if ids is not None and first is not None:
+            largest = logprobs.logit_of(logits, ids)
+            most_likely = MostLikely.of(ids, largest, first, logits.shape[-1])
         targets = Targets(local, temperatures, options)
-        return combine(
-            targets, found, stats, collisions, _global(ids, first, logits.shape[-1]), self._group
-        )
+        return combine(targets, found, stats, collisions, most_likely, self._group)
 
     def token_logprobs_backward_into(
         self,
@@ -315,9 +332,15 @@ def linear_token_logprobs(
     targets = Targets(local, temperatures, options._replace(ignore_index=SHARD_IGNORED))
     # Chunks need no exchange: there is one at the end.
     own = kernels_of(kernels.rows, kernels.empty, group).own
-    found, _, stats, collisions, ids = logprobs.forward(own, operands, targets, batching)
-    ids = _global(ids, shards.first, vocab)
-    return *combine(targets, found, stats, collisions, ids, group), local
+    largest = None
+    if options.argmax:
+        largest = torch.full((labels.numel(),), -torch.inf, device=labels.device)
+    rows = logprobs.forward(own, operands, targets, batching, largest)
+    found, _, stats, collisions, ids = rows
+    most_likely = None
+    if ids is not None and largest is not None:
+        most_likely = MostLikely.of(ids, largest.view(labels.shape), shards.first, vocab)
+    return *combine(targets, found, stats, collisions, most_likely, group), local
 
 
 def linear_token_logprobs_backward(kernels: Kernels, *args: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -92,6 +92,35 @@ def test_every_result_matches_fp64(backend, ranks, options):
     check_every(logits, labels, run_kernel=run, **options)
 
 
+@pytest.mark.parametrize("chunk_tokens", [None, 4])
+def test_the_most_likely_token_is_that_of_the_whole_vocabulary(backend, ranks, chunk_tokens):
+    """Of equal logits on two ranks the first; NaN above infinity; a cap hides no difference."""
+    sizes, inf, nan = [3, 0, 4], torch.inf, torch.nan
+    logits = torch.tensor([
+        [0.0, inf, 1.0, 2.0, nan, 0.0, 0.0], [0.0, nan, 1.0, inf, nan, 0.0, 0.0],
+        [40.0, 0.0, 0.0, 1.0, 41.0, 0.0, 41.0], [-inf] * 7,
+        [-inf] * 3 + [-inf, -1.0, -1.0, -inf], [0.0, 3.0, 1.0, 3.0, 2.0, 0.0, 0.0],
+        [5.0, inf, 1.0, inf, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0],
+    ])  # fmt: skip
+    expected = [4, 1, 4, 0, 4, 1, 1, -1]
+    labels = torch.zeros(len(logits), dtype=torch.int64)
+    labels[-1] = -100
+    options = {"argmax": True, "softcap": 2.0}
+    (_, ids), _ = on_ranks(
+        ranks, sizes, "token_logprobs", backend, {"logits": logits, "labels": labels},
+        {"logits": -1}, [], options=options,
+    )  # fmt: skip
+    assert ids.tolist() == expected
+    # A product has no place for NaN in one column alone, but the bias has.
+    for row, label, place in zip(logits, labels, expected, strict=True):
+        head = {"hidden": torch.zeros(6, 2), "weight": torch.zeros(7, 2), "bias": row}
+        (_, ids), _ = on_ranks(
+            ranks, sizes, "linear_token_logprobs", backend, head | {"labels": label.expand(6)},
+            {"weight": 0, "bias": 0}, [], options=options | {"chunk_tokens": chunk_tokens},
+        )  # fmt: skip
+        assert ids.tolist() == [place] * 6
+
+
 def test_gradient_penalty_of_the_reference(ranks):
     """Its second derivatives are exact, also those that pass through another rank's shard."""
     sizes = [3, 1, 6]
