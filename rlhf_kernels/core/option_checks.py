@@ -110,7 +110,7 @@ def number(op: str, name: str, value: Any) -> float:
 
 def positive(op: str, name: str, value: object) -> float:
     """Requires a finite number above zero."""
-    if type(value) is float and 0.0 < value < math.inf:  # the common case
+    if type(value) is float and 0.0 < value <= _LARGEST:  # the common case
         return value
     value = number(op, name, value)
     if not value > 0:

@@ -305,6 +305,10 @@ _WRONG = {
         lambda k: rk.value_loss(_Y, _Y, _Y, _KEEP, clip_range=k),
         (0.2, 0.3, -1.0, _INF, _NAN, "a"),
     ),
+    "tau": (
+        lambda k: rk.group_advantages(_LABELS.float(), 3, baseline="log-mean-exp", tau=k),
+        (0.5, 0.7, -1.0, 0.0, 1.7e308, _INF, _NAN, "a"),
+    ),
     "groups": (lambda k: rk.group_advantages(_LABELS.float(), groups=k), (2, 3, 4, 0, "a")),
     "shape": (lambda k: rk.kl_penalty(_X, torch.ones(6, k)), (8, 8, 4, 5)),
     "labels": (lambda k: rk.token_logprobs(_X, torch.zeros(k).long()), (6, 6, 4, 5)),
