@@ -6,6 +6,7 @@ Baselines and scales that no kernel has are computed here on every backend.
 import torch
 from torch import Tensor
 
+from ..config.enums import PLAIN_BASELINES, PLAIN_SCALES
 from ._common import compute
 from .advantages import _pack, _pad
 
@@ -95,6 +96,9 @@ def group_advantages(
     Statistics are fp64 and use differences to the group's first reward. A common offset therefore
     costs no precision, and equal rewards have a standard deviation of exactly zero.
     """
+    if baseline in PLAIN_BASELINES or scale in PLAIN_SCALES:
+        # Differences of infinite rewards would depend on which of a group comes first.
+        rewards = torch.where(rewards.isfinite(), rewards, torch.nan)
     g = _Groups(rewards, groups)
     r = g.r
     centred = g.shifted - g.mean(g.shifted)

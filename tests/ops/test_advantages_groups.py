@@ -101,17 +101,25 @@ def test_one_that_differs_is_not_divided_by_the_others_std(backend):
         torch.testing.assert_close(found[0].double(), exact, rtol=1e-6, atol=0)
 
 
-def test_nan_poisons_its_group_alone(backend):
+@pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf))
+def test_a_reward_that_is_not_finite_poisons_its_group_alone(backend, bad):
     for options in ({"scale": "mean"}, {"scale": "leave-one-out"}, {"baseline": "pass@k"},
-                    {"baseline": "log-mean-exp"},
-                    {"baseline": "length-mean", "lengths": torch.ones(9)}):  # fmt: skip
+                    {"baseline": "pass@k", "scale": "none"},
+                    {"baseline": "log-mean-exp", "scale": "none"},
+                    {"baseline": "length-mean", "lengths": torch.ones(9), "scale": "none"},
+                    {"baseline": "none", "scale": "mean"}):  # fmt: skip
         rewards = torch.rand(9)
         clean = rk.group_advantages(rewards, 3, **options)
-        rewards[4] = torch.nan
-        dirty = rk.group_advantages(rewards, 3, **options)
-        assert dirty[3:6].isnan().all()
-        others = [0, 1, 2, 6, 7, 8]
-        assert_bitwise_equal(dirty[others], clean[others])
+        # Differences are taken to the first of a group.
+        for at in (3, 4):
+            spoiled = rewards.clone()
+            spoiled[at] = bad
+            dirty = rk.group_advantages(spoiled, 3, **options)
+            assert dirty[3:6].isnan().all(), options
+            others = [0, 1, 2, 6, 7, 8]
+            assert_bitwise_equal(dirty[others], clean[others])
+            whole = rk.group_advantages(spoiled, 3, baseline="batch-mean", scale="none")
+            assert whole.isnan().all()
 
 
 def test_components(backend):
