@@ -252,7 +252,9 @@ def is_new(policy: nn.Module) -> bool:
 def can_freeze_twin(policy: nn.Module) -> bool:
     """Whether the adapter has no weights of the base model, so a frozen copy can coexist."""
     config = policy.peft_config[TRAINED]
-    if config.peft_type != "LORA" or config.bias != "none" or config.target_parameters:
+    # peft has target_parameters from 0.17 on.
+    parameters = getattr(config, "target_parameters", None)
+    if config.peft_type != "LORA" or config.bias != "none" or parameters:
         return False
     # With others (PiSSA, OLoRA, LoftQ) every new adapter subtracts its start from the base model.
     return config.init_lora_weights in _PLAIN_STARTS

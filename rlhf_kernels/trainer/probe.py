@@ -109,7 +109,7 @@ def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
     changed = [
         name
         for name, p in model.named_parameters()
-        if p._version != before[name][0] and _norm(p) != before[name][1]
+        if name not in before or (p._version != before[name][0] and _norm(p) != before[name][1])
     ]
     if changed:
         raise UserError(
@@ -119,7 +119,10 @@ def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _norm(weight: Tensor) -> float:
-    """The norm of a weight: an adapter of experts' weights writes them as they are in each pass."""
+    """The norm of a weight, which tells whether a pass that wrote to the weight changed it.
+
+    An adapter of experts' weights writes them back as they were in every pass.
+    """
     return float(torch.linalg.vector_norm(weight.detach().float()))
 
 

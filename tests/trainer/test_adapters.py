@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import pytest
 import torch
@@ -221,6 +222,14 @@ def test_experts_take_adapters(tmp_path, tokenizer, made):
     torch.testing.assert_close(models.hidden_states(critic, ROWS), expected, atol=1e-5, rtol=1e-5)
     disturb(again)
     torch.testing.assert_close(hidden(reference(_Networks(again), ROWS)), moved[:, 2:-1])
+
+
+def test_a_peft_without_target_parameters_has_a_frozen_copy():
+    config = types.SimpleNamespace(peft_type="LORA", bias="none", init_lora_weights=True)
+    policy = types.SimpleNamespace(peft_config={adapters.TRAINED: config})
+    assert adapters.can_freeze_twin(policy)
+    config.target_parameters = ["experts.down_proj"]
+    assert not adapters.can_freeze_twin(policy)
 
 
 def test_adapters_that_cannot_be_trained_are_refused_by_name(tmp_path, tokenizer):

@@ -189,6 +189,12 @@ def test_weights_that_a_pass_changes():
     factor = 0.5
     with pytest.raises(UserError, match=r"changes its own weights .*\(model.unused\)"):
         probe.prove(model, max_length=16)
+    factor = 1.0
+    model.register_forward_hook(
+        lambda *_: model.register_parameter("late", torch.nn.Parameter(torch.ones(1)))
+    )
+    with pytest.raises(UserError, match=r"changes its own weights .*\(late\)"):
+        probe.prove(model, max_length=16)
 
 
 def test_a_model_whose_settings_do_not_fit_is_one_sentence():
