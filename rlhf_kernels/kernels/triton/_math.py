@@ -48,10 +48,10 @@ def power_of_two(n):
 
 
 @triton.jit
-def exp_parts(x):
-    """exp(x), exp(x) - 1 and exp(x) - 1 - x for |x| <= 80, fp32: `exp_parts` of csrc/policy_math.h.
+def exp_reduced(x):
+    """(n, mx, m1) with exp(x) = 2^n (1 + m1), fp32; n is integral, and m1 at most 2^0.5 - 1.
 
-    Exactly 1, 0, 0 at x = 0; NaN for NaN.
+    m1 - mx is x - n ln 2: for n = 0, mx is exp(x) - 1 - x.
     """
     n = tl.floor(x * 1.44269504 + 0.5)
     # ln 2 in two parts; the first has so few bits that its product with n is exact.
@@ -63,7 +63,16 @@ def exp_parts(x):
     q = q * f + 1.6666667e-1
     q = q * f + 0.5
     mx = f * f * q
-    m1 = f + mx
+    return n, mx, f + mx
+
+
+@triton.jit
+def exp_parts(x):
+    """exp(x), exp(x) - 1 and exp(x) - 1 - x for |x| <= 80, fp32: `exp_parts` of csrc/policy_math.h.
+
+    Exactly 1, 0, 0 at x = 0; NaN for NaN.
+    """
+    n, mx, m1 = exp_reduced(x)
     s = power_of_two(n)
     em1 = s * m1 + (s - 1.0)
     return s * m1 + s, em1, tl.where(tl.abs(n) < 0.5, mx, em1 - x)

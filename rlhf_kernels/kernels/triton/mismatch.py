@@ -93,10 +93,9 @@ def tile_kernel(
     tl.store(kept_out + to, stays, mask=inside)
     out = partials + pid
     column = tl.arange(0, 8)
-    sums = column_sums(
-        join8(flag(kept), lost, flag(rejected), x, near, before, sampled, 0.5 * near * near),
-        TILE, 8,
-    )  # fmt: skip
+    half_square = 0.5 * near * near
+    sums = join8(flag(kept), lost, flag(rejected), x, near, before, sampled, half_square)
+    sums = column_sums(sums, TILE, 8)
     tl.store(out + column * slots, sums)
     w, off = tl.zeros_like(x), tl.zeros_like(x)
     low, high = w, w

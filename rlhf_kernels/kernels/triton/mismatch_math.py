@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ...config import enums
 from ...config.policy import UNBOUNDED
-from ._math import power_of_two
+from ._math import exp_reduced, power_of_two
 from .policy_math import TRUNCATE, clamp
 
 NONE, TOKEN, SEQUENCE, GEOMETRIC, SEQUENCE_MEAN, SEQUENCE_MAX = (
@@ -23,17 +23,7 @@ ABSENT, BOUND = tl.constexpr(UNBOUNDED), tl.constexpr(1.0e30)
 @triton.jit
 def exp_whole(x):
     """exp(x), exp(x) - 1 and exp(x) - 1 - x for any fp32 x; inf and 0 beyond the floats."""
-    z = clamp(x, -110.0, 90.0)
-    n = tl.floor(z * 1.44269504 + 0.5)
-    f = n * 2.12194440e-4 + (n * -0.693359375 + z)
-    q = 1.9899517e-4
-    q = q * f + 1.3933830e-3
-    q = q * f + 8.3332984e-3
-    q = q * f + 4.1666463e-2
-    q = q * f + 1.6666667e-1
-    q = q * f + 0.5
-    mx = f * f * q
-    m1 = f + mx
+    n, mx, m1 = exp_reduced(clamp(x, -110.0, 90.0))
     # 2^n as two factors within the range of floats. Only the last product may round again.
     half = tl.floor(n * 0.5)
     s = power_of_two(half)
