@@ -6,13 +6,12 @@ from .kernels.backends import available_backends, use_backend
 from .ops._calls import warmup
 from .ops.advantages import (
     Advantages,
-    PPOAdvantages,
     discounted_returns,
     gae,
-    ppo_advantages,
     whiten,
 )
 from .ops.advantages_groups import group_advantages, optimal_token_baseline
+from .ops.advantages_shaped import PPOAdvantages, ppo_advantages
 from .ops.kl import kl_divergence, kl_penalty
 from .ops.linear_kl import linear_kl_divergence
 from .ops.linear_logprobs import linear_token_logprobs

@@ -75,8 +75,44 @@ def begin(
     return results, False
 
 
+class Steps(NamedTuple):
+    """Tensors of a general scan over tokens [B, T], or packed [N] with cu_seqlens.
+
+    tokens: rewards; with scores the policy's log-probabilities.
+    cut_values: the values after truncated steps, in the shape of tokens.
+    bootstrap_values: the value after the end of each sequence.
+    """
+
+    tokens: Tensor
+    values: Tensor
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    terminated: Tensor | None
+    truncated: Tensor | None
+    cut_values: Tensor | None
+    bootstrap_values: Tensor | None
+
+    @property
+    def sequences(self) -> int:
+        """The number of sequences."""
+        return self.tokens.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+
+class Shaping(NamedTuple):
+    """What ppo_advantages makes its rewards of, besides the log-probabilities; nothing for gae."""
+
+    scores: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    kl_coef: float = 0.0
+    kl_estimator: str = "k1"
+    reward_clip: float | None = None
+
+
 class Rates(NamedTuple):
-    """Rates of a general scan: one number, or a tensor with one per sequence or one per token."""
+    """Rates of a general scan: one number, or a tensor with one per sequence or one per token.
+
+    decoupled: whether the returns have a lam of their own.
+    """
 
     gammas: Tensor | None
     gamma: float
@@ -84,7 +120,6 @@ class Rates(NamedTuple):
     lam: float
     value_lams: Tensor | None
     value_lam: float
-    #: Whether the returns have a lam of their own.
     decoupled: bool
 
     def per_step(self, sequences: int) -> tuple[bool, bool, bool]:
@@ -96,59 +131,24 @@ class Rates(NamedTuple):
         return gammas, lams, value_lams
 
 
-def general_launcher(scan: Callable[..., ScanResults]) -> Callable[..., object]:
-    """The launcher of general_gae, from the scan function of a backend.
+def general_launcher(scan: Callable[..., None], on_device: bool) -> Callable[..., object]:
+    """The launcher of general_gae, from the function of a backend that launches its kernel.
 
-    `scan` takes the operation's name, the tokens, cu_seqlens, mask, masked, values, terminated,
-    truncated, cut_values, bootstrap_values, Rates, whiten, scores, ref_logprobs, kl_coef,
-    kl_estimator and reward_clip.
+    `scan` takes the operation's name, the results that it writes, and the launcher's arguments.
+    `on_device` is as in `begin`.
     """
 
     def general_gae(
-        tokens: Tensor,
-        values: Tensor,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        terminated: Tensor | None,
-        truncated: Tensor | None,
-        cut_values: Tensor | None,
-        bootstrap_values: Tensor | None,
-        scores: Tensor | None,
-        ref_logprobs: Tensor | None,
-        kl_coef: float,
-        kl_estimator: str,
-        reward_clip: float | None,
-        gammas: Tensor | None,
-        gamma: float,
-        lams: Tensor | None,
-        lam: float,
-        value_lams: Tensor | None,
-        value_lam: float,
-        decoupled: bool,
-        masked: str,
-        whiten: bool,
+        steps: Steps, shaping: Shaping, rates: Rates, masked: str, whiten: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        advantages, returns, shaped = scan(
-            "gae" if scores is None else "ppo_advantages",
-            tokens,
-            cu_seqlens,
-            mask,
-            masked,
-            values,
-            terminated,
-            truncated,
-            cut_values,
-            bootstrap_values,
-            Rates(gammas, gamma, lams, lam, value_lams, value_lam, decoupled),
-            whiten,
-            scores,
-            ref_logprobs,
-            kl_coef,
-            kl_estimator,
-            reward_clip,
-        )
-        assert advantages is not None  # a scan with values
-        return advantages, returns, returns.new_empty(0) if shaped is None else shaped
+        op = "gae" if shaping.scores is None else "ppo_advantages"
+        given = (steps.tokens, steps.cu_seqlens, steps.values, shaping.scores)
+        results, done = begin(op, *given, on_device)
+        if not done:
+            scan(op, results, steps, shaping, rates, masked, whiten)
+        advantages, returns = results.of_values()
+        shaped = returns.new_empty(0) if results.shaped is None else results.shaped
+        return advantages, returns, shaped
 
     return general_gae
 

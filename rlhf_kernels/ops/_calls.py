@@ -16,8 +16,9 @@ from ..core import checks
 from ..kernels.backends import REFERENCE
 from ._metrics import Metrics
 from ._operator import select
-from .advantages import discounted_returns, gae, ppo_advantages, whiten
+from .advantages import discounted_returns, gae, whiten
 from .advantages_groups import group_advantages, optimal_token_baseline
+from .advantages_shaped import ppo_advantages
 from .kl import kl_divergence, kl_penalty
 from .linear_kl import linear_kl_divergence
 from .linear_logprobs import linear_token_logprobs

@@ -22,12 +22,16 @@ from ..core import tracing
 from ..core.row_options import RowOptions
 from ..head.arguments import Batching, Divergence, Operands, PolicyArguments, Targets, Upstream
 from ..kernels import backends
+from ..kernels.scans import Rates, Shaping, Steps
 
 _LIBRARY = torch.library.Library("rlhf_kernels", "DEF")
 # Arguments that a schema has field by field.
 _GROUPS: dict[str, type] = {
     t.__name__: t
-    for t in (RowOptions, Operands, Targets, Upstream, PolicyArguments, Divergence, Batching)
+    for t in (
+        *(RowOptions, Operands, Targets, Upstream, PolicyArguments, Divergence, Batching),
+        *(Steps, Shaping, Rates),
+    )
 }
 # The other types of their fields.
 _SCHEMA_TYPES: dict[Any, str] = {
@@ -37,6 +41,8 @@ _SCHEMA_TYPES: dict[Any, str] = {
     int: "int",
     Annotated[int, "SymInt"]: "SymInt",
     float: "float",
+    float | None: "float?",
+    str: "str",
     PolicyCodes: "int[]",
     PolicyParams: "float[]",
 }

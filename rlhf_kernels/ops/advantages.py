@@ -1,56 +1,39 @@
-"""Advantages: GAE, discounted returns, PPO's shaped rewards and whitening.
+"""Advantages: GAE, discounted returns and whitening.
 
 Nothing here is differentiable: advantages and returns are constants of the loss.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import reference
-from ..config.enums import (
-    MASKED_STEPS,
-    PLAIN_KL_ESTIMATORS,
-    MaskedSteps,
-    PlainKlEstimator,
-)
+from ..config.enums import MASKED_STEPS, MaskedSteps
 from ..core import checks, option_checks
-from ..core.layout import constant, constants
+from ..core.layout import constant, constants, fp32_like
 from ..core.option_checks import shown
 from ..kernels import backends
 from . import advantages_general as general
 from ._operator import Operator, define
-
-
-def _fp32(like: Tensor) -> Tensor:
-    return like.new_empty(like.shape, dtype=torch.float32)
-
 
 _gae: Operator[tuple[Tensor, Tensor]] = define(
     "gae",
     "(Tensor rewards, Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor? dones, "
     "Tensor? bootstrap_values, float gamma, float lam, str masked, bool whiten, str backend) "
     "-> (Tensor, Tensor)",
-    lambda rewards, *_: (_fp32(rewards), _fp32(rewards)),
+    lambda rewards, *_: (fp32_like(rewards), fp32_like(rewards)),
 )
 _discounted_returns: Operator[Tensor] = define(
     "discounted_returns",
     "(Tensor rewards, Tensor? mask, Tensor? cu_seqlens, Tensor? dones, Tensor? bootstrap_values, "
     "float gamma, str masked, str backend) -> Tensor",
-    lambda rewards, *_: _fp32(rewards),
-)
-_ppo_advantages: Operator[tuple[Tensor, Tensor, Tensor]] = define(
-    "ppo_advantages",
-    "(Tensor scores, Tensor logprobs, Tensor? ref_logprobs, Tensor values, Tensor? mask, "
-    "Tensor? cu_seqlens, float kl_coef, str kl_estimator, float gamma, float lam, str masked, "
-    "bool whiten, float? reward_clip, str backend) -> (Tensor, Tensor, Tensor)",
-    lambda scores, logprobs, *_: (_fp32(logprobs), _fp32(logprobs), _fp32(logprobs)),
+    lambda rewards, *_: fp32_like(rewards),
 )
 _whiten: Operator[Tensor] = define(
     "whiten",
     "(Tensor x, Tensor? mask, bool shift_mean, bool unbiased, float eps, str backend) -> Tensor",
-    lambda x, *_: _fp32(x),
+    lambda x, *_: fp32_like(x),
 )
 
 
@@ -61,18 +44,10 @@ class Advantages(NamedTuple):
     returns: Tensor
 
 
-class PPOAdvantages(NamedTuple):
-    """Result of `ppo_advantages`."""
-
-    advantages: Tensor
-    returns: Tensor
-    rewards: Tensor
-
-
 def _check_tokens(
     op: str,
-    tokens: dict[str, Tensor | None],
-    masks: dict[str, Tensor | None],
+    tokens: Mapping[str, Tensor | None],
+    masks: Mapping[str, Tensor | None],
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """The values of tokens and masks, checked; integer rewards become float32."""
@@ -97,12 +72,12 @@ def _check_tokens(
     return tuple(found)
 
 
-def _check_scan(
+def check_scan(
     op: str,
     kinds: str,
-    tokens: dict[str, Tensor | None],
-    masks: dict[str, Tensor | None],
-    sequences: dict[str, Tensor | None],
+    tokens: Mapping[str, Tensor | None],
+    masks: Mapping[str, Tensor | None],
+    sequences: Mapping[str, Tensor | None],
     cu_seqlens: Tensor | None,
     masked: str,
 ) -> tuple[Any, ...]:
@@ -136,22 +111,6 @@ def _check_scan(
         found = (*found, t)
     option_checks.one_of(op, "masked", masked, MASKED_STEPS)
     return plain, *constants(*found)
-
-
-def _check_shaping(
-    op: str,
-    whiten: bool,
-    kl_coef: float,
-    kl_estimator: PlainKlEstimator,
-    reward_clip: float | None,
-) -> tuple[bool, float, PlainKlEstimator, float | None]:
-    """The checked options of the shaped rewards and of whitening, in this order."""
-    whiten = option_checks.flag(op, "whiten", whiten)
-    kl_coef = option_checks.number(op, "kl_coef", kl_coef)
-    option_checks.one_of(op, "kl_estimator", kl_estimator, PLAIN_KL_ESTIMATORS)
-    if reward_clip is not None:
-        reward_clip = option_checks.positive(op, "reward_clip", reward_clip)
-    return whiten, kl_coef, kl_estimator, reward_clip
 
 
 def gae(
@@ -228,21 +187,22 @@ def gae(
         of_ends, dones = general.the_ends(op, dones, terminated, truncated)
         if general.needed(gamma, lam, value_lam, truncated, bootstrap_values, rewards, cu_seqlens):
             flags = {"mask": mask, of_ends: dones, "truncated": truncated}
-            _, rewards, values, mask, dones, truncated = _check_scan(
-                op, "ffMMM", {"rewards": rewards, "values": values}, flags, {}, cu_seqlens, masked
+            tokens = {"rewards": rewards, "values": values}
+            _, rewards, values, mask, dones, truncated = check_scan(
+                op, "ffMMM", tokens, flags, {}, cu_seqlens, masked
             )
             whiten = option_checks.flag(op, "whiten", whiten)
-            advantages, returns, _ = general.scan(
-                op, "rewards", rewards, values, mask, cu_seqlens, dones, truncated,
-                bootstrap_values, gamma, lam, value_lam, masked, whiten,
-            )  # fmt: skip
-            return Advantages(advantages, returns)
+            checked = general.Tokens("rewards", rewards, values, mask, cu_seqlens, masked)
+            ends = general.Ends(dones, truncated, bootstrap_values)
+            found = general.scan(op, checked, ends, (gamma, lam, value_lam), whiten)
+            return Advantages(*found[:2])
     plain = checks.plain("ffMM", rewards, values, mask, dones) and rewards.dim() == 2
     if not plain or cu_seqlens is not None or bootstrap_values is not None:
-        plain, rewards, values, mask, dones, bootstrap_values = _check_scan(
-            op, "ffMM", {"rewards": rewards, "values": values}, {"mask": mask, of_ends: dones},
-            {"bootstrap_values": bootstrap_values}, cu_seqlens, masked,
-        )  # fmt: skip
+        tokens, flags = {"rewards": rewards, "values": values}, {"mask": mask, of_ends: dones}
+        end = {"bootstrap_values": bootstrap_values}
+        plain, rewards, values, mask, dones, bootstrap_values = check_scan(
+            op, "ffMM", tokens, flags, end, cu_seqlens, masked
+        )
     else:
         rewards, values = constant(rewards), constant(values)
         option_checks.one_of(op, "masked", masked, MASKED_STEPS)
@@ -305,10 +265,10 @@ def discounted_returns(
         TypeError, ValueError: as in `gae`.
     """
     op = "discounted_returns"
-    plain, rewards, mask, dones, bootstrap_values = _check_scan(
-        op, "fMM", {"rewards": rewards}, {"mask": mask, "dones": dones},
-        {"bootstrap_values": bootstrap_values}, cu_seqlens, masked,
-    )  # fmt: skip
+    flags, end = {"mask": mask, "dones": dones}, {"bootstrap_values": bootstrap_values}
+    plain, rewards, mask, dones, bootstrap_values = check_scan(
+        op, "fMM", {"rewards": rewards}, flags, end, cu_seqlens, masked
+    )
     gamma = option_checks.rate(op, "gamma", gamma)
     backend = backends.select(op, rewards.device)
     if backend == backends.REFERENCE:
@@ -327,116 +287,6 @@ def discounted_returns(
     return _discounted_returns(
         rewards, mask, cu_seqlens, dones, bootstrap_values, gamma, masked, backend
     )
-
-
-def ppo_advantages(
-    scores: Tensor,
-    logprobs: Tensor,
-    ref_logprobs: Tensor | None,
-    values: Tensor,
-    mask: Tensor | None = None,
-    *,
-    kl_coef: float = 0.0,
-    kl_estimator: PlainKlEstimator = "k1",
-    cu_seqlens: Tensor | None = None,
-    terminated: Tensor | None = None,
-    truncated: Tensor | None = None,
-    bootstrap_values: Tensor | None = None,
-    gamma: float | Tensor = 1.0,
-    lam: float | Tensor = 0.95,
-    value_lam: float | Tensor | None = None,
-    masked: MaskedSteps = "carry",
-    whiten: bool = True,
-    reward_clip: float | None = None,
-) -> PPOAdvantages:
-    """Shaped rewards (InstructGPT, 2203.02155), their GAE and its whitening, in one pass.
-
-    r_t = -kl_coef * KL_t, plus the sequence's score at its last kept token. With
-    x = logprob - ref_logprob, KL_t is x (k1), x^2 / 2 (k2), exp(-x) - 1 + x (k3) or |x| (abs).
-    Results are detached: constants of the loss.
-
-    Args:
-        scores: [B], or [S] if packed: the reward of each sequence. Unused if no token is kept.
-        logprobs: [B, T], or packed [N] with `cu_seqlens`: log-probabilities of the sampling policy.
-        ref_logprobs: the shape of logprobs; None for no KL penalty.
-        values: the shape of logprobs.
-        mask: the shape of logprobs; as in `gae`.
-        kl_coef: weight of the penalty, a finite number; with 0, `ref_logprobs` are not read.
-        kl_estimator: "k1", "k2", "k3" or "abs".
-        cu_seqlens: as in `gae`.
-        terminated: as in `gae`.
-        truncated: as in `gae`.
-        bootstrap_values: as in `gae`, also without truncated steps.
-        gamma: as in `gae`.
-        lam: as in `gae`.
-        value_lam: as in `gae`.
-        masked: as in `gae`.
-        whiten: as in `gae`.
-        reward_clip: scores are clipped to [-reward_clip, reward_clip]; None for no clipping.
-
-    Returns:
-        PPOAdvantages(advantages, returns, rewards), float32 in the shape of logprobs; exactly 0 at
-        masked positions. `rewards` are the shaped rewards, whose `gae` are the other two.
-
-    Raises:
-        TypeError, ValueError: as in `gae`.
-    """
-    op = "ppo_advantages"
-    usual = bootstrap_values is terminated is truncated is value_lam is None
-    if not usual or general.needed(gamma, lam, value_lam, truncated, None, None, None):
-        tokens = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values}
-        flags = {"mask": mask, "terminated": terminated, "truncated": truncated}
-        _, logprobs, ref_logprobs, values, mask, terminated, truncated, scores = _check_scan(
-            op, "fFfMMM", tokens, flags, {"scores": scores}, cu_seqlens, masked
-        )
-        whiten, kl_coef, kl_estimator, reward_clip = _check_shaping(
-            op, whiten, kl_coef, kl_estimator, reward_clip
-        )
-        return PPOAdvantages(
-            *general.scan(
-                op, "logprobs", logprobs, values, mask, cu_seqlens, terminated, truncated,
-                bootstrap_values, gamma, lam, value_lam, masked, whiten,
-                general.Shaping(scores, ref_logprobs, kl_coef, kl_estimator, reward_clip),
-            )
-        )  # fmt: skip
-    _, logprobs, ref_logprobs, values, mask, scores = _check_scan(
-        op, "fFfM", {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values},
-        {"mask": mask}, {"scores": scores}, cu_seqlens, masked,
-    )  # fmt: skip
-    gamma = option_checks.rate(op, "gamma", gamma)
-    lam = option_checks.rate(op, "lam", lam)
-    whiten, kl_coef, kl_estimator, reward_clip = _check_shaping(
-        op, whiten, kl_coef, kl_estimator, reward_clip
-    )
-    backend = backends.select(op, logprobs.device)
-    if backend == backends.REFERENCE:
-        checks.offsets_valid(op, cu_seqlens, logprobs.shape[0])
-        return PPOAdvantages(
-            *reference.ppo_advantages(
-                scores,
-                logprobs,
-                ref_logprobs,
-                values,
-                mask,
-                kl_coef=kl_coef,
-                kl_estimator=kl_estimator,
-                cu_seqlens=cu_seqlens,
-                gamma=gamma,
-                lam=lam,
-                masked=masked,
-                whiten=whiten,
-                reward_clip=reward_clip,
-            )
-        )
-    checks.not_double(
-        op, scores=scores, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values
-    )
-    return PPOAdvantages(
-        *_ppo_advantages(
-            scores, logprobs, ref_logprobs, values, mask, cu_seqlens, kl_coef, kl_estimator,
-            gamma, lam, masked, whiten, reward_clip, backend,
-        )
-    )  # fmt: skip
 
 
 def whiten(

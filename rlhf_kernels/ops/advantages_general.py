@@ -14,44 +14,28 @@ from ..core import checks, option_checks
 from ..core.layout import constant, fp32_like
 from ..core.option_checks import shown
 from ..kernels import backends
+from ..kernels.scans import Rates, Shaping, Steps
 from ..reference.advantages import Cuts
 from ._operator import Operator, define
 
+#: The `Shaping` of gae.
+NO_SHAPING = Shaping()
 #: A rate: a number, one per sequence, or one per step.
 Rate: TypeAlias = float | Tensor
 
 
-def _general_fake(tokens: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
-    shaped = others[_SCORES] is not None
-    rest = fp32_like(tokens) if shaped else tokens.new_empty(0, dtype=torch.float32)
-    return fp32_like(tokens), fp32_like(tokens), rest
+def _general_fake(steps: Steps, shaping: Shaping, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    like = steps.tokens
+    rest = like.new_empty(0, dtype=torch.float32) if shaping.scores is None else fp32_like(like)
+    return fp32_like(like), fp32_like(like), rest
 
-
-#: Where _general_fake has `scores` among its other arguments.
-_SCORES = 7
 
 _general_gae: Operator[tuple[Tensor, Tensor, Tensor]] = define(
     "general_gae",
-    "(Tensor tokens, Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor? terminated, "
-    "Tensor? truncated, Tensor? cut_values, Tensor? bootstrap_values, Tensor? scores, "
-    "Tensor? ref_logprobs, float kl_coef, str kl_estimator, float? reward_clip, Tensor? gammas, "
-    "float gamma, Tensor? lams, float lam, Tensor? value_lams, float value_lam, bool decoupled, "
-    "str masked, bool whiten, str backend) -> (Tensor, Tensor, Tensor)",
+    "(Steps steps, Shaping shaping, Rates rates, str masked, bool whiten, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
     _general_fake,
 )
-
-
-class Shaping(NamedTuple):
-    """What ppo_advantages makes its rewards of, besides the log-probabilities."""
-
-    scores: Tensor
-    ref_logprobs: Tensor | None
-    kl_coef: float
-    kl_estimator: str
-    reward_clip: float | None
-
-
-_NO_SHAPING = (None, None, 0.0, "k1", None)
 
 
 def _is_tensor(rate: object) -> bool:
@@ -103,11 +87,24 @@ def the_ends(
     return "dones", dones
 
 
-class _Tokens(NamedTuple):
-    """The tokens of a call, checked."""
+class Ends(NamedTuple):
+    """How the steps of a call end: checked flags, and bootstrap_values as the caller gave them."""
 
-    first: Tensor
+    terminated: Tensor | None
+    truncated: Tensor | None
+    bootstrap_values: object
+
+
+class Tokens(NamedTuple):
+    """The tokens of a call, checked.
+
+    name: of the argument `first`: rewards, or with `Shaping` log-probabilities.
+    first: [B, T] or packed [N]; values and mask have its shape.
+    """
+
     name: str
+    first: Tensor
+    values: Tensor
     mask: Tensor | None
     cu_seqlens: Tensor | None
     masked: str
@@ -155,7 +152,7 @@ class _Tokens(NamedTuple):
         return torch.where((found >= starts) & (ends > starts), found, -1)
 
 
-def _shaped(op: str, name: str, value: object, tokens: _Tokens) -> Tensor:
+def _shaped(op: str, name: str, value: object, tokens: Tokens) -> Tensor:
     """A tensor of real numbers, one per sequence or one per token."""
     found = constant(checks.real(op, name, value))
     if not tokens.per_sequence(found) and found.shape != tokens.first.shape:
@@ -167,7 +164,7 @@ def _shaped(op: str, name: str, value: object, tokens: _Tokens) -> Tensor:
     return found
 
 
-def _rate(op: str, name: str, value: object, tokens: _Tokens) -> Rate:
+def _rate(op: str, name: str, value: object, tokens: Tokens) -> Rate:
     """A checked rate; the values of a tensor are checked where the host may read them."""
     if not _is_tensor(value):
         return option_checks.rate(op, name, value)
@@ -186,10 +183,14 @@ def _rate(op: str, name: str, value: object, tokens: _Tokens) -> Rate:
     return found
 
 
-def _ends(
-    op: str, bootstrap_values: object, truncated: Tensor | None, tokens: _Tokens
-) -> tuple[Tensor | None, Tensor | None]:
+def _split(rate: Rate) -> tuple[Tensor | None, float]:
+    """A rate as kernels take it: (tensor, 0), or (None, number)."""
+    return (rate, 0.0) if isinstance(rate, Tensor) else (None, rate)
+
+
+def _ends(op: str, ends: Ends, tokens: Tokens) -> tuple[Tensor | None, Tensor | None]:
     """(values after truncated steps in the shape of tokens, value after each sequence's end)."""
+    _, truncated, bootstrap_values = ends
     if bootstrap_values is None:
         if truncated is not None:
             raise ValueError(f"{op}: truncated steps need bootstrap_values")
@@ -217,57 +218,37 @@ def _ends(
         end = tokens.last(torch.ones_like(keep))
         last = torch.where(last == end, last, -1)
     at = last.clamp(min=0)
-    ends = found[at] if found.dim() == 1 else found.gather(1, at.unsqueeze(-1)).squeeze(-1)
-    return (None if truncated is None else found), torch.where(last < 0, 0, ends)
+    after = found[at] if found.dim() == 1 else found.gather(1, at.unsqueeze(-1)).squeeze(-1)
+    return (None if truncated is None else found), torch.where(last < 0, 0, after)
 
 
 def scan(
     op: str,
-    name: str,
-    first: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    terminated: Tensor | None,
-    truncated: Tensor | None,
-    bootstrap_values: object,
-    gamma: object,
-    lam: object,
-    value_lam: object,
-    masked: str,
+    tokens: Tokens,
+    ends: Ends,
+    rates: tuple[object, object, object],
     whiten: bool,
-    shaping: Shaping | None = None,
+    shaping: Shaping = NO_SHAPING,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(advantages, returns, shaped rewards or a tensor without elements).
 
     Args:
         op: the operation, for messages.
-        name: of the argument `first`: rewards, or with `shaping` log-probabilities.
-        first: [B, T] or packed [N], as all tensors over tokens checked.
-        values: of the shape of `first`.
-        mask: of the shape of `first`.
-        cu_seqlens: checked offsets.
-        terminated: flags.
-        truncated: flags.
-        bootstrap_values: as the caller of `op` gave them.
-        gamma: as the caller of `op` gave it.
-        lam: as the caller of `op` gave it.
-        value_lam: as the caller of `op` gave it; None for `lam`.
-        masked: checked option.
+        tokens: checked.
+        ends: of the steps.
+        rates: gamma, lam and value_lam as the caller of `op` gave them; value_lam None for lam.
         whiten: checked option.
         shaping: of ppo_advantages.
     """
+    _, first, values, mask, cu_seqlens, masked = tokens
     backend = backends.select(op, first.device)
-    if backend == backends.REFERENCE:
-        checks.offsets_valid(op, cu_seqlens, first.shape[0])
-    elif checks.can_read_on_host(first):
+    if backend == backends.REFERENCE or checks.can_read_on_host(first):
         # What follows indexes with the offsets; a kernel would find bad ones too late.
         checks.offsets_valid(op, cu_seqlens, first.shape[0])
-    tokens = _Tokens(first, name, mask, cu_seqlens, masked)
-    gamma, lam = _rate(op, "gamma", gamma, tokens), _rate(op, "lam", lam, tokens)
-    if value_lam is not None:
-        value_lam = _rate(op, "value_lam", value_lam, tokens)
-    cut_values, end = _ends(op, bootstrap_values, truncated, tokens)
+    gamma, lam = _rate(op, "gamma", rates[0], tokens), _rate(op, "lam", rates[1], tokens)
+    value_lam = None if rates[2] is None else _rate(op, "value_lam", rates[2], tokens)
+    cut_values, end = _ends(op, ends, tokens)
+    terminated, truncated, _ = ends
     if backend == backends.REFERENCE:
         cuts = None
         if truncated is not None:
@@ -284,23 +265,17 @@ def scan(
             "cuts": cuts,
             "value_lam": value_lam,
         }
-        if shaping is None:
+        scores, ref, coef, estimator, clip = shaping
+        if scores is None:
             found = reference.gae(first, values, mask=mask, **options)
             return *found, found[0].new_empty(0)
-        scores, ref, coef, estimator, clip = shaping
         options |= {"kl_coef": coef, "kl_estimator": estimator, "reward_clip": clip}
         return reference.ppo_advantages(scores, first, ref, values, mask, **options)
-    rates: dict[str, Rate] = {"gamma": gamma, "lam": lam}
-    rates["value_lam"] = lam if value_lam is None else value_lam
-    flat: list[Tensor | float | None] = []
-    for rate in rates.values():
-        flat += [rate, 0.0] if isinstance(rate, Tensor) else [None, rate]
-    doubles = {name: first, "values": values, "bootstrap_values": end, **rates}
-    if shaping is not None:
-        doubles |= {"scores": shaping.scores, "ref_logprobs": shaping.ref_logprobs}
+    of_returns = lam if value_lam is None else value_lam
+    doubles: dict[str, Rate | None] = {tokens.name: first, "values": values}
+    doubles |= {"bootstrap_values": end, "gamma": gamma, "lam": lam, "value_lam": of_returns}
+    doubles |= {"scores": shaping.scores, "ref_logprobs": shaping.ref_logprobs}
     checks.not_double(op, **{k: t for k, t in doubles.items() if isinstance(t, Tensor)})
-    return _general_gae(
-        first, values, mask, cu_seqlens, terminated, truncated, cut_values, end,
-        *(_NO_SHAPING if shaping is None else shaping), *flat, value_lam is not None, masked,
-        whiten, backend,
-    )  # fmt: skip
+    steps = Steps(first, values, mask, cu_seqlens, terminated, truncated, cut_values, end)
+    split = Rates(*_split(gamma), *_split(lam), *_split(of_returns), value_lam is not None)
+    return _general_gae(steps, shaping, split, masked, whiten, backend)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from ...config.enums import BASELINES, PLAIN_KL_ESTIMATORS, SCALES
-from ...core import checks
 from ...core.layout import MaybeTensor, fp32_like
 from .. import scans
 from . import boundary as b
+from . import policy
 
 # csrc/abi.h: GaeArgs. The workspace holds three doubles per chunk, and three more on a GPU.
 _CHUNK_TOKENS = 2048
@@ -62,7 +62,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             return results
         moments = _moments(tokens) if whiten else None
         rewards, logprobs = (tokens, None) if scores is None else (None, tokens)
-        code, position = extension.gae(
+        status = extension.gae(
             cu_seqlens,
             rewards,
             values,
@@ -84,46 +84,32 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             scans.WHITEN_EPS,
             make_exec(tokens, "gae", lambda: _scratch_of(tokens, cu_seqlens)),
         )
-        if code == b.BAD_OFFSETS:
-            assert cu_seqlens is not None  # the kernel read a bad entry
-            raise checks.bad_offsets(op, position, cu_seqlens, tokens.shape[0])
+        if status[0] != b.OK:
+            policy.raise_status(op, status, cu_seqlens, tokens)
         return results
 
     def general(
         op: str,
-        tokens: Tensor,
-        cu_seqlens: Tensor | None,
-        mask: Tensor | None,
-        masked: str,
-        values: Tensor,
-        terminated: Tensor | None,
-        truncated: Tensor | None,
-        cut_values: Tensor | None,
-        bootstrap_values: Tensor | None,
+        results: scans.ScanResults,
+        steps: scans.Steps,
+        shaping: scans.Shaping,
         rates: scans.Rates,
+        masked: str,
         whiten: bool,
-        scores: Tensor | None,
-        ref_logprobs: Tensor | None,
-        kl_coef: float,
-        kl_estimator: str,
-        reward_clip: float | None,
-    ) -> scans.ScanResults:
-        results, done = scans.begin(op, tokens, cu_seqlens, values, scores, gpu)
-        if done:
-            return results
-        sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    ) -> None:
+        tokens, values, mask, cu_seqlens, terminated, truncated, *ends = steps
+        scores, ref_logprobs, kl_coef, kl_estimator, reward_clip = shaping
         moments = _moments(tokens) if whiten else None
         rewards, logprobs = (tokens, None) if scores is None else (None, tokens)
-        of_gamma, of_lam, of_value_lam = rates.per_step(sequences)
-        code, position = extension.general_gae(
+        of_gamma, of_lam, of_value_lam = rates.per_step(steps.sequences)
+        status = extension.general_gae(
             cu_seqlens,
             rewards,
             values,
             _flags(mask),
             _flags(terminated),
             _flags(truncated),
-            cut_values,
-            bootstrap_values,
+            *ends,
             scores,
             logprobs,
             ref_logprobs,
@@ -147,10 +133,8 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             scans.WHITEN_EPS,
             make_exec(tokens, "general_gae", lambda: (cu_seqlens is not None,)),
         )
-        if code == b.BAD_OFFSETS:
-            assert cu_seqlens is not None  # the kernel read a bad entry
-            raise checks.bad_offsets(op, position, cu_seqlens, tokens.shape[0])
-        return results
+        if status[0] != b.OK:
+            policy.raise_status(op, status, cu_seqlens, tokens)
 
     def whiten(
         x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float
@@ -198,7 +182,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
 
     return {
         **scans.launchers(scan),
-        "general_gae": scans.general_launcher(general),
+        "general_gae": scans.general_launcher(general, gpu),
         "group_advantages": group_advantages,
         "whiten": whiten,
     }

@@ -28,7 +28,7 @@ from ._math import scalar
 from ._strided import strided
 from .advantages_general import general_gae
 from .advantages_groups import group_advantages
-from .advantages_moments import apply_moments, merge_moments, store_moments, whiten
+from .advantages_moments import merge_moments, store_moments, whiten, whiten_scan
 from .advantages_scan import (
     CHECKED,
     CUT,
@@ -326,9 +326,7 @@ def _scan(
         **constants,
     )
     if partials is not None:
-        assert advantages is not None  # only scans with values are whitened
-        rules: dict[str, Any] = {"shift_mean": True, "unbiased": True, "eps": scans.WHITEN_EPS}
-        apply_moments(strided(advantages), kept, partials, advantages, **rules)
+        whiten_scan(advantages, kept, partials)
     return results
 
 

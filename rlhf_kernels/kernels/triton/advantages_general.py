@@ -14,13 +14,12 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .. import scans
 from ._launch import INTERPRETED, kernel, launch
 from ._math import scalar
 from ._strided import strided
-from .advantages_moments import apply_moments, merge_moments, store_moments
+from .advantages_moments import merge_moments, store_moments, whiten_scan
 from .advantages_scan import (
     CHECKED,
     CUT,
@@ -199,60 +198,45 @@ def general_kernel(
 
 def _general(
     op: str,
-    tokens: Tensor,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    masked: str,
-    values: Tensor,
-    terminated: Tensor | None,
-    truncated: Tensor | None,
-    cut_values: Tensor | None,
-    bootstrap_values: Tensor | None,
+    results: scans.ScanResults,
+    steps: scans.Steps,
+    shaping: scans.Shaping,
     rates: scans.Rates,
+    masked: str,
     whiten: bool,
-    scores: Tensor | None,
-    ref_logprobs: Tensor | None,
-    kl_coef: float,
-    kl_estimator: str,
-    reward_clip: float | None,
-) -> scans.ScanResults:
-    results, done = scans.begin(op, tokens, cu_seqlens, values, scores, on_device=True)
-    if done:
-        return results
-    advantages, returns, shaped = results
+) -> None:
+    (advantages, returns, shaped), sequences = results, steps.sequences
+    scores, ref_logprobs, kl_coef, kl_estimator, reward_clip = shaping
     cols = returns.shape[-1]
     offsets = bad = None
-    if cu_seqlens is None:
-        sequences = returns.shape[0]
-    else:
-        sequences = cu_seqlens.shape[0] - 1
-        offsets, bad = cu_seqlens.contiguous(), returns.new_empty(1, dtype=torch.int32)
+    if steps.cu_seqlens is not None:
+        offsets, bad = steps.cu_seqlens.contiguous(), returns.new_empty(1, dtype=torch.int32)
         launch(offsets_kernel, 1, returns, offsets, bad, sequences, cols, CHECKED=CHECKED, warps=1)
     penalty = ref_logprobs is not None and kl_coef != 0
     numbers = (rates.gamma, rates.lam, rates.value_lam, kl_coef, reward_clip or 0.0)
     of_gamma, of_lam, of_value_lam = rates.per_step(sequences)
     constants: dict[str, Any] = {
         "ESTIMATOR": "reward" if scores is None else kl_estimator if penalty else "none",
-        "CARRY": masked == "carry" and mask is not None,
+        "CARRY": masked == "carry" and steps.mask is not None,
         "GAMMA_PER_STEP": of_gamma,
         "LAM_PER_STEP": of_lam,
         "VALUE_LAM_PER_STEP": of_value_lam,
         "DECOUPLED": rates.decoupled,
     }
-    kept = strided(mask)
+    kept = strided(steps.mask)
     partials = returns.new_empty(3 * sequences, dtype=torch.float64) if whiten else None
     launch(
         general_kernel,
         sequences,
         returns,
-        strided(tokens),
+        strided(steps.tokens),
         strided(ref_logprobs if penalty else None),
-        strided(values),
+        strided(steps.values),
         kept,
-        strided(terminated),
-        strided(truncated),
-        strided(cut_values),
-        strided(bootstrap_values),
+        strided(steps.terminated),
+        strided(steps.truncated),
+        strided(steps.cut_values),
+        strided(steps.bootstrap_values),
         strided(scores),
         offsets,
         bad,
@@ -272,10 +256,7 @@ def _general(
         **constants,
     )
     if partials is not None:
-        assert advantages is not None  # a scan with values
-        rules: dict[str, Any] = {"shift_mean": True, "unbiased": True, "eps": scans.WHITEN_EPS}
-        apply_moments(strided(advantages), kept, partials, advantages, **rules)
-    return results
+        whiten_scan(advantages, kept, partials)
 
 
-general_gae = scans.general_launcher(_general)
+general_gae = scans.general_launcher(_general, on_device=True)

@@ -5,12 +5,15 @@ formula. A common offset therefore costs no precision, and equal elements have a
 zero.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...core.layout import grid
+from ..scans import WHITEN_EPS
 from ._launch import kernel, launch, tile_count
 from ._math import scalar, tree_sum
 from ._strided import Strided, strided
@@ -185,6 +188,13 @@ def apply_moments(
         TILE=TILE,
         warps=WARPS,
     )
+
+
+def whiten_scan(advantages: Tensor | None, mask: Strided | None, partials: Tensor) -> None:
+    """Two launches: whitens the advantages of a scan in place by the moments of its tiles."""
+    assert advantages is not None  # only scans with values are whitened
+    rules: dict[str, Any] = {"shift_mean": True, "unbiased": True, "eps": WHITEN_EPS}
+    apply_moments(strided(advantages), mask, partials, advantages, **rules)
 
 
 def whiten(x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float) -> Tensor:

@@ -94,8 +94,8 @@ def tile_kernel(
     out = partials + pid
     column = tl.arange(0, 8)
     half_square = 0.5 * near * near
-    sums = join8(flag(kept), lost, flag(rejected), x, near, before, sampled, half_square)
-    sums = column_sums(sums, TILE, 8)
+    terms = join8(flag(kept), lost, flag(rejected), x, near, before, sampled, half_square)
+    sums = column_sums(terms, TILE, 8)
     tl.store(out + column * slots, sums)
     w, off = tl.zeros_like(x), tl.zeros_like(x)
     low, high = w, w
