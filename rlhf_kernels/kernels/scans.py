@@ -75,12 +75,15 @@ def begin(
     return results, False
 
 
-class Steps(NamedTuple):
-    """Tensors of a general scan over tokens [B, T], or packed [N] with cu_seqlens.
+class GeneralScan(NamedTuple):
+    """The arguments of general_gae, for tokens [B, T], or packed [N] with cu_seqlens.
 
     tokens: rewards; with scores the policy's log-probabilities.
     cut_values: the values after truncated steps, in the shape of tokens.
     bootstrap_values: the value after the end of each sequence.
+    scores to reward_clip: of ppo_advantages; scores are None for gae.
+    gammas to value_lam: each rate is a number, or a tensor with one per sequence or one per token.
+    decoupled: whether the returns have a lam of their own.
     """
 
     tokens: Tensor
@@ -91,29 +94,11 @@ class Steps(NamedTuple):
     truncated: Tensor | None
     cut_values: Tensor | None
     bootstrap_values: Tensor | None
-
-    @property
-    def sequences(self) -> int:
-        """The number of sequences."""
-        return self.tokens.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
-
-
-class Shaping(NamedTuple):
-    """What ppo_advantages makes its rewards of, besides the log-probabilities; nothing for gae."""
-
-    scores: Tensor | None = None
-    ref_logprobs: Tensor | None = None
-    kl_coef: float = 0.0
-    kl_estimator: str = "k1"
-    reward_clip: float | None = None
-
-
-class Rates(NamedTuple):
-    """Rates of a general scan: one number, or a tensor with one per sequence or one per token.
-
-    decoupled: whether the returns have a lam of their own.
-    """
-
+    scores: Tensor | None
+    ref_logprobs: Tensor | None
+    kl_coef: float
+    kl_estimator: str
+    reward_clip: float | None
     gammas: Tensor | None
     gamma: float
     lams: Tensor | None
@@ -121,34 +106,36 @@ class Rates(NamedTuple):
     value_lams: Tensor | None
     value_lam: float
     decoupled: bool
+    masked: str
+    whiten: bool
 
-    def per_step(self, sequences: int) -> tuple[bool, bool, bool]:
+    def rates_per_step(self, sequences: int) -> tuple[bool, bool, bool]:
         """Whether gammas, lams and value_lams have one rate per token."""
-        gammas, lams, value_lams = (
-            t is not None and t.shape != (sequences,)
-            for t in (self.gammas, self.lams, self.value_lams)
+        gammas, lams, value_lams = self.gammas, self.lams, self.value_lams
+        return (
+            gammas is not None and gammas.shape != (sequences,),
+            lams is not None and lams.shape != (sequences,),
+            value_lams is not None and value_lams.shape != (sequences,),
         )
-        return gammas, lams, value_lams
 
 
-def general_launcher(scan: Callable[..., None], on_device: bool) -> Callable[..., object]:
+def general_launcher(run: Callable[..., None], on_device: bool) -> Callable[..., object]:
     """The launcher of general_gae, from the function of a backend that launches its kernel.
 
-    `scan` takes the operation's name, the results that it writes, and the launcher's arguments.
-    `on_device` is as in `begin`.
+    `run` takes the operation's name, a `GeneralScan`, the number of sequences, and the results that
+    it writes. `on_device` is as in `begin`.
     """
 
-    def general_gae(
-        steps: Steps, shaping: Shaping, rates: Rates, masked: str, whiten: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        op = "gae" if shaping.scores is None else "ppo_advantages"
-        given = (steps.tokens, steps.cu_seqlens, steps.values, shaping.scores)
-        results, done = begin(op, *given, on_device)
+    def general_gae(scan: GeneralScan) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, cu_seqlens, scores = scan.tokens, scan.cu_seqlens, scan.scores
+        op = "gae" if scores is None else "ppo_advantages"
+        results, done = begin(op, tokens, cu_seqlens, scan.values, scores, on_device)
         if not done:
-            scan(op, results, steps, shaping, rates, masked, whiten)
-        advantages, returns = results.of_values()
-        shaped = returns.new_empty(0) if results.shaped is None else results.shaped
-        return advantages, returns, shaped
+            sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            run(op, scan, sequences, results)
+        advantages, returns, shaped = results
+        assert advantages is not None  # a scan with values
+        return advantages, returns, returns.new_empty(0) if shaped is None else shaped
 
     return general_gae
 

@@ -22,7 +22,7 @@ from ..core import tracing
 from ..core.row_options import RowOptions
 from ..head.arguments import Batching, Divergence, Operands, PolicyArguments, Targets, Upstream
 from ..kernels import backends
-from ..kernels.scans import Rates, Shaping, Steps
+from ..kernels.scans import GeneralScan
 
 _LIBRARY = torch.library.Library("rlhf_kernels", "DEF")
 # Arguments that a schema has field by field.
@@ -30,7 +30,7 @@ _GROUPS: dict[str, type] = {
     t.__name__: t
     for t in (
         *(RowOptions, Operands, Targets, Upstream, PolicyArguments, Divergence, Batching),
-        *(Steps, Shaping, Rates),
+        GeneralScan,
     )
 }
 # The other types of their fields.

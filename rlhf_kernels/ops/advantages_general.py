@@ -14,28 +14,38 @@ from ..core import checks, option_checks
 from ..core.layout import constant, fp32_like
 from ..core.option_checks import shown
 from ..kernels import backends
-from ..kernels.scans import Rates, Shaping, Steps
+from ..kernels.scans import GeneralScan
 from ..reference.advantages import Cuts
 from ._operator import Operator, define
 
-#: The `Shaping` of gae.
-NO_SHAPING = Shaping()
 #: A rate: a number, one per sequence, or one per step.
 Rate: TypeAlias = float | Tensor
 
 
-def _general_fake(steps: Steps, shaping: Shaping, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    like = steps.tokens
-    rest = like.new_empty(0, dtype=torch.float32) if shaping.scores is None else fp32_like(like)
+def _general_fake(scan: GeneralScan, _: str) -> tuple[Tensor, Tensor, Tensor]:
+    like = scan.tokens
+    rest = like.new_empty(0, dtype=torch.float32) if scan.scores is None else fp32_like(like)
     return fp32_like(like), fp32_like(like), rest
 
 
 _general_gae: Operator[tuple[Tensor, Tensor, Tensor]] = define(
     "general_gae",
-    "(Steps steps, Shaping shaping, Rates rates, str masked, bool whiten, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
+    "(GeneralScan scan, str backend) -> (Tensor, Tensor, Tensor)",
     _general_fake,
 )
+
+
+class Shaping(NamedTuple):
+    """What ppo_advantages makes its rewards of, besides the log-probabilities."""
+
+    scores: Tensor | None
+    ref_logprobs: Tensor | None
+    kl_coef: float
+    kl_estimator: str
+    reward_clip: float | None
+
+
+_NO_SHAPING = Shaping(None, None, 0.0, "k1", None)
 
 
 def _is_tensor(rate: object) -> bool:
@@ -228,7 +238,7 @@ def scan(
     ends: Ends,
     rates: tuple[object, object, object],
     whiten: bool,
-    shaping: Shaping = NO_SHAPING,
+    shaping: Shaping = _NO_SHAPING,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(advantages, returns, shaped rewards or a tensor without elements).
 
@@ -249,6 +259,7 @@ def scan(
     value_lam = None if rates[2] is None else _rate(op, "value_lam", rates[2], tokens)
     cut_values, end = _ends(op, ends, tokens)
     terminated, truncated, _ = ends
+    scores, ref_logprobs, kl_coef, kl_estimator, reward_clip = shaping
     if backend == backends.REFERENCE:
         cuts = None
         if truncated is not None:
@@ -265,17 +276,46 @@ def scan(
             "cuts": cuts,
             "value_lam": value_lam,
         }
-        scores, ref, coef, estimator, clip = shaping
         if scores is None:
             found = reference.gae(first, values, mask=mask, **options)
             return *found, found[0].new_empty(0)
-        options |= {"kl_coef": coef, "kl_estimator": estimator, "reward_clip": clip}
-        return reference.ppo_advantages(scores, first, ref, values, mask, **options)
+        options |= {"kl_coef": kl_coef, "kl_estimator": kl_estimator, "reward_clip": reward_clip}
+        return reference.ppo_advantages(scores, first, ref_logprobs, values, mask, **options)
     of_returns = lam if value_lam is None else value_lam
-    doubles: dict[str, Rate | None] = {tokens.name: first, "values": values}
-    doubles |= {"bootstrap_values": end, "gamma": gamma, "lam": lam, "value_lam": of_returns}
-    doubles |= {"scores": shaping.scores, "ref_logprobs": shaping.ref_logprobs}
-    checks.not_double(op, **{k: t for k, t in doubles.items() if isinstance(t, Tensor)})
-    steps = Steps(first, values, mask, cu_seqlens, terminated, truncated, cut_values, end)
-    split = Rates(*_split(gamma), *_split(lam), *_split(of_returns), value_lam is not None)
-    return _general_gae(steps, shaping, split, masked, whiten, backend)
+    (gammas, gamma), (lams, lam), (value_lams, of_returns) = map(_split, (gamma, lam, of_returns))
+    checks.not_double(
+        op,
+        **{tokens.name: first},
+        values=values,
+        bootstrap_values=end,
+        gamma=gammas,
+        lam=lams,
+        value_lam=value_lams,
+        scores=scores,
+        ref_logprobs=ref_logprobs,
+    )
+    wanted = GeneralScan(
+        first,
+        values,
+        mask,
+        cu_seqlens,
+        terminated,
+        truncated,
+        cut_values,
+        end,
+        scores,
+        ref_logprobs,
+        kl_coef,
+        kl_estimator,
+        reward_clip,
+        gammas,
+        gamma,
+        lams,
+        lam,
+        value_lams,
+        of_returns,
+        value_lam is not None,
+        masked,
+        whiten,
+    )
+    return _general_gae(wanted, backend)

@@ -12,7 +12,6 @@ from ..config.enums import PLAIN_KL_ESTIMATORS, MaskedSteps, PlainKlEstimator
 from ..core import checks, option_checks
 from ..core.layout import fp32_like
 from ..kernels import backends
-from ..kernels.scans import Shaping
 from . import advantages_general as general
 from ._operator import Operator, define
 from .advantages import check_scan
@@ -115,7 +114,7 @@ def ppo_advantages(
         )
         checked = general.Tokens("logprobs", logprobs, values, mask, cu_seqlens, masked)
         ends = general.Ends(terminated, truncated, bootstrap_values)
-        shaping = Shaping(scores, ref_logprobs, kl_coef, kl_estimator, reward_clip)
+        shaping = general.Shaping(scores, ref_logprobs, kl_coef, kl_estimator, reward_clip)
         rates = (gamma, lam, value_lam)
         return PPOAdvantages(*general.scan(op, checked, ends, rates, whiten, shaping))
     _, logprobs, ref_logprobs, values, mask, scores = check_scan(

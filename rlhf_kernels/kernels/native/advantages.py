@@ -89,47 +89,40 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         return results
 
     def general(
-        op: str,
-        results: scans.ScanResults,
-        steps: scans.Steps,
-        shaping: scans.Shaping,
-        rates: scans.Rates,
-        masked: str,
-        whiten: bool,
+        op: str, scan: scans.GeneralScan, sequences: int, results: scans.ScanResults
     ) -> None:
-        tokens, values, mask, cu_seqlens, terminated, truncated, *ends = steps
-        scores, ref_logprobs, kl_coef, kl_estimator, reward_clip = shaping
-        moments = _moments(tokens) if whiten else None
-        rewards, logprobs = (tokens, None) if scores is None else (None, tokens)
-        of_gamma, of_lam, of_value_lam = rates.per_step(steps.sequences)
+        tokens, cu_seqlens = scan.tokens, scan.cu_seqlens
+        rewards, logprobs = (tokens, None) if scan.scores is None else (None, tokens)
+        of_gamma, of_lam, of_value_lam = scan.rates_per_step(sequences)
         status = extension.general_gae(
             cu_seqlens,
             rewards,
-            values,
-            _flags(mask),
-            _flags(terminated),
-            _flags(truncated),
-            *ends,
-            scores,
+            scan.values,
+            _flags(scan.mask),
+            _flags(scan.terminated),
+            _flags(scan.truncated),
+            scan.cut_values,
+            scan.bootstrap_values,
+            scan.scores,
             logprobs,
-            ref_logprobs,
-            kl_coef,
-            PLAIN_KL_ESTIMATORS.index(kl_estimator),
-            0.0 if reward_clip is None else reward_clip,
-            rates.gammas,
-            rates.gamma,
+            scan.ref_logprobs,
+            scan.kl_coef,
+            PLAIN_KL_ESTIMATORS.index(scan.kl_estimator),
+            0.0 if scan.reward_clip is None else scan.reward_clip,
+            scan.gammas,
+            scan.gamma,
             of_gamma,
-            rates.lams,
-            rates.lam,
+            scan.lams,
+            scan.lam,
             of_lam,
-            rates.value_lams,
-            rates.value_lam,
+            scan.value_lams,
+            scan.value_lam,
             of_value_lam,
-            rates.decoupled,
-            masked == "carry",
-            whiten,
+            scan.decoupled,
+            scan.masked == "carry",
+            scan.whiten,
             *results,
-            moments,
+            _moments(tokens) if scan.whiten else None,
             scans.WHITEN_EPS,
             make_exec(tokens, "general_gae", lambda: (cu_seqlens is not None,)),
         )

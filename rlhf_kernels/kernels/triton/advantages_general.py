@@ -196,53 +196,44 @@ def general_kernel(
         store_moments(partials, sequence, n, mean, m2)
 
 
-def _general(
-    op: str,
-    results: scans.ScanResults,
-    steps: scans.Steps,
-    shaping: scans.Shaping,
-    rates: scans.Rates,
-    masked: str,
-    whiten: bool,
-) -> None:
-    (advantages, returns, shaped), sequences = results, steps.sequences
-    scores, ref_logprobs, kl_coef, kl_estimator, reward_clip = shaping
+def _general(_: str, scan: scans.GeneralScan, sequences: int, results: scans.ScanResults) -> None:
+    advantages, returns, shaped = results
     cols = returns.shape[-1]
     offsets = bad = None
-    if steps.cu_seqlens is not None:
-        offsets, bad = steps.cu_seqlens.contiguous(), returns.new_empty(1, dtype=torch.int32)
+    if scan.cu_seqlens is not None:
+        offsets, bad = scan.cu_seqlens.contiguous(), returns.new_empty(1, dtype=torch.int32)
         launch(offsets_kernel, 1, returns, offsets, bad, sequences, cols, CHECKED=CHECKED, warps=1)
-    penalty = ref_logprobs is not None and kl_coef != 0
-    numbers = (rates.gamma, rates.lam, rates.value_lam, kl_coef, reward_clip or 0.0)
-    of_gamma, of_lam, of_value_lam = rates.per_step(sequences)
+    penalty = scan.ref_logprobs is not None and scan.kl_coef != 0
+    numbers = (scan.gamma, scan.lam, scan.value_lam, scan.kl_coef, scan.reward_clip or 0.0)
+    of_gamma, of_lam, of_value_lam = scan.rates_per_step(sequences)
     constants: dict[str, Any] = {
-        "ESTIMATOR": "reward" if scores is None else kl_estimator if penalty else "none",
-        "CARRY": masked == "carry" and steps.mask is not None,
+        "ESTIMATOR": "reward" if scan.scores is None else scan.kl_estimator if penalty else "none",
+        "CARRY": scan.masked == "carry" and scan.mask is not None,
         "GAMMA_PER_STEP": of_gamma,
         "LAM_PER_STEP": of_lam,
         "VALUE_LAM_PER_STEP": of_value_lam,
-        "DECOUPLED": rates.decoupled,
+        "DECOUPLED": scan.decoupled,
     }
-    kept = strided(steps.mask)
-    partials = returns.new_empty(3 * sequences, dtype=torch.float64) if whiten else None
+    kept = strided(scan.mask)
+    partials = returns.new_empty(3 * sequences, dtype=torch.float64) if scan.whiten else None
     launch(
         general_kernel,
         sequences,
         returns,
-        strided(steps.tokens),
-        strided(ref_logprobs if penalty else None),
-        strided(steps.values),
+        strided(scan.tokens),
+        strided(scan.ref_logprobs if penalty else None),
+        strided(scan.values),
         kept,
-        strided(steps.terminated),
-        strided(steps.truncated),
-        strided(steps.cut_values),
-        strided(steps.bootstrap_values),
-        strided(scores),
+        strided(scan.terminated),
+        strided(scan.truncated),
+        strided(scan.cut_values),
+        strided(scan.bootstrap_values),
+        strided(scan.scores),
         offsets,
         bad,
-        strided(rates.gammas),
-        strided(rates.lams),
-        strided(rates.value_lams),
+        strided(scan.gammas),
+        strided(scan.lams),
+        strided(scan.value_lams),
         # float(): an int has another type and would compile another kernel.
         tuple(float(x) for x in numbers),
         sequences,
