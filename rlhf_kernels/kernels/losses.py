@@ -12,7 +12,6 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from ..config.metrics import MISMATCH_METRICS
 from ..core import checks, env
 from ..core.layout import fp32_like
 
@@ -105,29 +104,3 @@ def backward_launcher(scale_into: Callable[..., None]) -> Callable[..., list[Ten
         return [out] if other is None else [out, other]
 
     return loss_backward
-
-
-def mismatch_results(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised weights, kept tokens and metrics of mismatch_weights."""
-    weights = fp32_like(like)
-    return (
-        weights,
-        torch.empty_like(weights, dtype=torch.bool),
-        weights.new_empty(len(MISMATCH_METRICS)),
-    )
-
-
-def mismatch_of_none(results: tuple[Tensor, Tensor, Tensor], cu_seqlens: Tensor | None) -> bool:
-    """Fills the results where there is no sequence to judge; whether that is so.
-
-    Tokens in no sequence have NaN for weights: the host knows that the offsets are bad.
-    """
-    weights, kept, metrics = results
-    if weights.numel() > 0 and (cu_seqlens is None or cu_seqlens.shape[0] > 1):
-        return False
-    weights.fill_(float("nan"))
-    kept.fill_(True)
-    metrics.fill_(0.0 if weights.numel() == 0 else float("nan"))
-    if weights.numel() == 0:
-        metrics[MISMATCH_METRICS.index("norm_factor")] = 1.0
-    return True

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..config.mismatch import MismatchParams
 from ..config.policy import PolicyCodes, PolicyParams
 from ..core import tracing
 from ..core.row_options import RowOptions
 from ..head.arguments import Batching, Divergence, Operands, PolicyArguments, Targets, Upstream
 from ..kernels import backends
+from ..kernels.mismatch import MismatchRules
 from ..kernels.scans import GeneralScan
 
 _LIBRARY = torch.library.Library("rlhf_kernels", "DEF")
@@ -30,7 +32,7 @@ _GROUPS: dict[str, type] = {
     t.__name__: t
     for t in (
         *(RowOptions, Operands, Targets, Upstream, PolicyArguments, Divergence, Batching),
-        GeneralScan,
+        *(GeneralScan, MismatchRules),
     )
 }
 # The other types of their fields.
@@ -45,12 +47,15 @@ _SCHEMA_TYPES: dict[Any, str] = {
     str: "str",
     PolicyCodes: "int[]",
     PolicyParams: "float[]",
+    MismatchParams: "float[]",
 }
+# Those that are lists in a schema.
+_LISTS = (PolicyCodes, PolicyParams, MismatchParams)
 # Argument types that a launcher accepts directly.
 _PLAIN = frozenset(
     (
         *(Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list),
-        *(torch.dtype, PolicyCodes, PolicyParams, *_GROUPS.values()),
+        *(torch.dtype, *_LISTS, *_GROUPS.values()),
     )
 )
 
@@ -71,7 +76,7 @@ class _Group:
     def __init__(self, kind: Any, prefix: str, optional: bool) -> None:
         self._kind, self._optional = kind, optional
         #: Whether one of the fields may be a tensor.
-        self.has_tensors: bool = kind is not RowOptions
+        self.has_tensors: bool = kind not in (RowOptions, MismatchRules)
         self._fields: list[_Group | Callable[[Any], Any] | None] = []
         schema: list[str] = []
         for name, field in kind.__annotations__.items():
@@ -109,7 +114,7 @@ class _Group:
 
 def _of_sequence(kind: Any) -> Callable[[Any], Any] | None:
     """Makes a field of a list in the schema's arguments; None for a field that is its argument."""
-    return (lambda t: kind(*t)) if kind in (PolicyCodes, PolicyParams) else None
+    return (lambda t: kind(*t)) if kind in _LISTS else None
 
 
 def _group(argument: str) -> _Group | None:

@@ -13,14 +13,15 @@ from ..config.mismatch import PRESETS, Bound, MismatchOptions
 from ..core import checks, option_checks, tracing
 from ..core.layout import constant, fp32_like
 from ..kernels import backends
+from ..kernels.mismatch import MismatchRules
 from ._metrics import Metrics, register_metrics
 from ._mismatch import encoded
 from ._operator import Operator, define
 
 _WEIGHTS: Operator[tuple[Tensor, Tensor, Tensor]] = define(
     "mismatch_weights",
-    "(Tensor old_logprobs, Tensor rollout_logprobs, Tensor mask, Tensor? cu_seqlens, int level, "
-    "int mode, bool drop, bool normalize, float[] params, str backend) -> (Tensor, Tensor, Tensor)",
+    "(Tensor old_logprobs, Tensor rollout_logprobs, Tensor mask, Tensor? cu_seqlens, "
+    "MismatchRules rules, str backend) -> (Tensor, Tensor, Tensor)",
     lambda old, *_: (
         fp32_like(old),
         old.new_empty(old.shape, dtype=torch.bool),
@@ -172,7 +173,7 @@ def mismatch_weights(
         tokens = {"old_logprobs": old_logprobs, "rollout_logprobs": rollout_logprobs}
         mask = checks.token_inputs(op, tokens, mask, cu_seqlens)
     of = _check_preset(op, preset)
-    codes = encoded(
+    level_code, mode_code, params = encoded(
         op,
         of.get("level") if level is None else level,
         of.get("mode", "truncate") if mode is None else mode,
@@ -184,7 +185,7 @@ def mismatch_weights(
     )
     option_checks.one_of(op, "missing", missing, MISSING)
     normalize = option_checks.flag(op, "normalize", normalize)
-    drop = missing == "drop"
+    rules = MismatchRules(level_code, mode_code, missing == "drop", normalize, params)
     old, rollout = constant(old_logprobs), constant(rollout_logprobs)
 
     backend = backends.select(op, old.device)
@@ -192,22 +193,12 @@ def mismatch_weights(
         checks.offsets_valid(op, cu_seqlens, old.shape[0])
         with torch.no_grad():
             weights, kept, metrics = reference.mismatch_weights(
-                old,
-                rollout,
-                mask,
-                cu_seqlens=cu_seqlens,
-                level=codes[0],
-                mode=codes[1],
-                drop=drop,
-                normalize=normalize,
-                params=codes[2],
+                old, rollout, mask, cu_seqlens=cu_seqlens, **rules._asdict()
             )
     else:
         if not plain:
             checks.not_double(op, old_logprobs=old, rollout_logprobs=rollout)
-        weights, kept, metrics = _WEIGHTS(
-            old, rollout, mask, cu_seqlens, *codes[:2], drop, normalize, tuple(codes[2]), backend
-        )
+        weights, kept, metrics = _WEIGHTS(old, rollout, mask, cu_seqlens, rules, backend)
     found = MismatchMetrics(metrics)
     if missing == "raise":
         _check_present(op, found["missing"], old, rollout, mask)

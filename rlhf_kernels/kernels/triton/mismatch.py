@@ -5,14 +5,11 @@ metrics, and finish_kernel for what a sequence, the batch or bad offsets decide.
 those of csrc/mismatch_math.h.
 """
 
-from collections.abc import Callable, Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...config.mismatch import MismatchParams
-from .. import losses
+from .. import mismatch as shared
 from . import _tokens as t
 from ._launch import kernel, launch
 from ._strided import strided
@@ -146,25 +143,20 @@ def finish_kernel(batch, weights, kept_out, verdicts, LEVEL: tl.constexpr, TILE:
         tl.store(kept_out + to, stays, mask=inside)
 
 
-def mismatch_weights(
+def _judge(
     old: Tensor,
     rollout: Tensor,
     mask: Tensor,
     cu_seqlens: Tensor | None,
-    level: int,
-    mode: int,
-    drop: bool,
-    normalize: bool,
-    params: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor]:
-    losses.check_offsets("mismatch_weights", cu_seqlens, old.shape[0])
-    weights, kept, metrics = results = losses.mismatch_results(old)
-    if losses.mismatch_of_none(results, cu_seqlens):
-        return results
+    rules: shared.MismatchRules,
+    weights: Tensor,
+    kept: Tensor,
+    metrics: Tensor,
+) -> None:
+    level, mode, drop, normalize, p = rules
     slots, batch = t.slot_count(old.shape, cu_seqlens), t.batch_of(old.shape, cu_seqlens)
     partials = weights.new_empty(ROWS * slots)
     verdicts = weights.new_empty(2 * batch[1] + 2)
-    p = MismatchParams(*params)
     tile = {"TILE": t.TILE, "warps": t.WARPS}
     launch(
         tile_kernel,
@@ -201,7 +193,6 @@ def mismatch_weights(
         warps=4,
     )
     launch(finish_kernel, slots, weights, batch, weights, kept, verdicts, LEVEL=level, **tile)
-    return results
 
 
-LAUNCHERS: dict[str, Callable[..., object]] = {"mismatch_weights": mismatch_weights}
+LAUNCHERS = shared.launchers(_judge, on_device=True)
