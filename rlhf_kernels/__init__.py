@@ -16,7 +16,8 @@ from .ops.kl import kl_divergence, kl_penalty
 from .ops.linear_kl import linear_kl_divergence
 from .ops.linear_logprobs import linear_token_logprobs
 from .ops.linear_policy import linear_policy_loss
-from .ops.logprobs import TokenLogprobs, TokenLogprobsEntropy, token_logprobs
+from .ops.logprobs import token_logprobs
+from .ops.logprobs_results import TokenLogprobs, TokenLogprobsEntropy
 from .ops.mismatch import MismatchMetrics, MismatchWeights, mismatch_weights
 from .ops.model_head import Head
 from .ops.policy import PolicyLoss, PolicyMetrics, policy_loss

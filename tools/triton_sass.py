@@ -127,7 +127,15 @@ POINTS = (
         limit=(12.7, 80, 96),
     ),
     Point(_BOTH, "TRL", "logprob_entropy._forward_kernel", _trl, "BLOCK_SIZE", True, 2),
-    Point(_BACKWARD, "ours", "logprobs.backward_kernel", lambda: _ours(True), "TILE", False, 4),
+    Point(
+        _BACKWARD,
+        "ours",
+        "logprobs_backward.backward_kernel",
+        lambda: _ours(True),
+        "TILE",
+        False,
+        4,
+    ),
     Point(_BACKWARD, "TRL", "logprob_entropy._backward_kernel", _trl, "BLOCK_SIZE", False, 4),
     Point(
         "KL divergence", "ours", "kl.partial_kernel", _ours_kl, "TILE", False, 4, "pair", 2,

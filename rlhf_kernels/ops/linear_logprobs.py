@@ -24,7 +24,13 @@ from ._operator import (
     remember,
     select,
 )
-from .logprobs import TokenLogprobs, TokenLogprobsEntropy, asked_for, by_name, named_result
+from .logprobs_results import (
+    TokenLogprobs,
+    TokenLogprobsEntropy,
+    asked_for,
+    by_name,
+    named_result,
+)
 from .support import Support, linear_token_logprobs_support
 
 

@@ -1,7 +1,7 @@
 """token_logprobs: log-probability, entropy and more of tokens from their logits."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -9,12 +9,12 @@ from torch import Tensor
 from .. import reference
 from ..core import checks, groups, layout, option_checks, row_options, tracing
 from ..core.option_checks import shown
-from ..core.row_options import RowOptions, RowResults
+from ..core.row_options import RowOptions
 from ..core.sentinels import SHARD_IGNORED
 from ..head import shard
 from ..kernels import backends
-from ..kernels.logprobs import log_sum_exp
 from ._operator import InputGradients, Operator, apply, define, once_differentiable, remember
+from .logprobs_results import TokenLogprobs, TokenLogprobsEntropy, asked_for, by_name, named_result
 from .support import Support, token_logprobs_support
 
 
@@ -92,37 +92,6 @@ _backward_inplace: Operator[None] = define(
 )
 
 
-def asked_for(
-    options: RowOptions,
-    labels: Tensor,
-    temperatures: Tensor | None,
-    logprobs: Tensor,
-    entropies: Tensor | None,
-    stats: Tensor | None,
-    collisions: Tensor | None,
-    ids: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """The results that the options ask for, of what an operator returns, in the order of fields."""
-    found = (logprobs, entropies) if options.entropy else (logprobs,)
-    if options.collision:
-        found = (*found, collisions)
-    if options.lse and stats is not None:
-        found = (*found, log_sum_exp(labels, temperatures, stats, options))
-    return (*found, ids) if options.argmax else found
-
-
-def by_name(options: RowOptions, found: Sequence[Any]) -> RowResults:
-    """Results that the options ask for, or their gradients, with None for the others."""
-    if not (options.collision or options.lse or options.argmax):
-        return RowResults(*found)
-    logprobs, *rest = found
-    wanted = (options.entropy, options.collision, options.lse, options.argmax)
-    named = []
-    for given in wanted:
-        named.append(rest.pop(0) if given else None)
-    return RowResults(logprobs, *named)
-
-
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -173,38 +142,6 @@ class _TokenLogprobs(torch.autograd.Function):
         # Autograd does not see this write; the new version makes other uses of these logits raise.
         torch.autograd.graph.increment_version(logits)
         return (memory, *nothing)
-
-
-class TokenLogprobs(NamedTuple):
-    """Result of `token_logprobs` and `linear_token_logprobs` without entropy.
-
-    Any: what is not asked for is None, which a type checker knows of the entropy alone.
-    """
-
-    logprobs: Tensor
-    entropy: None = None
-    collision: Tensor | Any = None
-    lse: Tensor | Any = None
-    argmax: Tensor | Any = None
-
-
-class TokenLogprobsEntropy(NamedTuple):
-    """Result of `token_logprobs` and `linear_token_logprobs` with `entropy=True`."""
-
-    logprobs: Tensor
-    entropy: Tensor
-    collision: Tensor | Any = None
-    lse: Tensor | Any = None
-    argmax: Tensor | Any = None
-
-
-def named_result(
-    logprobs: Tensor, entropy: Tensor | None = None, *further: Tensor | None
-) -> TokenLogprobs | TokenLogprobsEntropy:
-    """The public result for the tensors that an implementation returns."""
-    if entropy is None:
-        return TokenLogprobs(logprobs, None, *further)
-    return TokenLogprobsEntropy(logprobs, entropy, *further)
 
 
 @overload

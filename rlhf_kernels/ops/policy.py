@@ -327,9 +327,7 @@ def policy_loss(
     if not entropy_grad:
         entropy = constant(entropy)
     fixed = constants(old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs)
-    options = (
-        cu_seqlens, count, divisor, *config_numbers(config), grad, entropy_grad, backend
-    )  # fmt: skip
+    options = (cu_seqlens, count, divisor, *config_numbers(config), grad, entropy_grad, backend)
     if grad or entropy_grad or tracing.forward_mode():
         loss, metrics = apply(op, _PolicyLoss, logprobs, entropy, *fixed, *options, plain=plain)
     else:

@@ -122,7 +122,7 @@ def test_every_operation_is_recorded(recorded):
 LAUNCHES = {
     "token_logprobs": (
         ["logprobs.partial_kernel", "logprobs.combine_kernel"],
-        ["logprobs.coefficients_kernel", "logprobs.backward_kernel"],
+        ["logprobs_backward.coefficients_kernel", "logprobs_backward.backward_kernel"],
     ),
     "token_logprobs_support": (
         ["support.check_kernel", "support.rows_kernel"],
@@ -157,9 +157,12 @@ LAUNCHES = {
     ),
     "policy_loss": (
         ["policy.policy_kernel", "policy.combine_kernel"],
-        ["policy.backward_kernel"],
+        ["policy_backward.backward_kernel"],
     ),
-    "value_loss": (["value.value_kernel", "value.combine_kernel"], ["policy.backward_kernel"]),
+    "value_loss": (
+        ["value.value_kernel", "value.combine_kernel"],
+        ["policy_backward.backward_kernel"],
+    ),
 }
 SCANS = ("gae", "discounted_returns", "ppo_advantages")
 
@@ -255,7 +258,8 @@ class TestTraffic:
     @pytest.mark.parametrize("entropy", [False, True])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     def test_token_logprobs(self, dtype, entropy):
-        from rlhf_kernels.kernels.triton.logprobs import BACKWARD_TILE, PARTS, TILE
+        from rlhf_kernels.kernels.triton.logprobs import PARTS, TILE
+        from rlhf_kernels.kernels.triton.logprobs_backward import TILE as BACKWARD_TILE
 
         rows, vocab = 4, TILE + BACKWARD_TILE + 3
         tiles, backward_tiles = 2, 4

@@ -17,7 +17,7 @@ from tests.kernels.guarded_memory import SIDES, GuardedMemory
 from tests.kernels.quick_interpreter import quicken
 
 import rlhf_kernels as rk
-from rlhf_kernels.kernels.triton import _tokens, advantages, policy
+from rlhf_kernels.kernels.triton import _tokens, advantages, policy_backward
 from rlhf_kernels.kernels.triton._launch import kernel, launch
 
 
@@ -74,7 +74,7 @@ def main() -> None:
         bad_kernel(*options.bad_kernel)
     quicken()
     # As small as the interpreter's tiles of the scans, so that sequences here have several.
-    _tokens.TILE = policy.BACKWARD_TILE = advantages.TILE
+    _tokens.TILE = policy_backward.TILE = advantages.TILE
     with rk.use_backend("triton"):
         if options.operation:
             torch.save(results(options.operation), options.file)

@@ -20,7 +20,8 @@ from ._math import LOG2E, exp_parts, scalar, tree_sum, tree_sums
 from ._maxima import raised
 from ._strided import alignment, in_units, strided, strided_rows, token_at
 from ._tiles import load_blocks, tile_bounds, tops
-from .logprobs import GROUP, LOWEST, ROWS
+from .logprobs import GROUP
+from .logprobs_backward import LOWEST, ROWS
 
 # Columns per program, 32 of each row per thread: two rows need as many registers as the single row
 # of token_logprobs.

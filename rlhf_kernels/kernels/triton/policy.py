@@ -14,16 +14,14 @@ through a sequence's ratio. The backward pass is one launch.
 
 from collections.abc import Callable, Sequence
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...config.metrics import POLICY_METRICS
 from ...config.policy import PolicyCodes, PolicyParams
-from ...core.layout import materialized
 from .. import losses
 from . import _tokens as t
-from ._launch import kernel, launch, tile_count
+from ._launch import kernel, launch
 from ._math import scalar
 from ._strided import strided
 from ._tokens import (
@@ -42,6 +40,7 @@ from ._tokens import (
     sequence_total,
     token_index,
 )
+from .policy_backward import scale_into
 from .policy_math import (
     NO_CORRECTION,
     PENALTY,
@@ -72,9 +71,6 @@ SUMS = tl.constexpr(16)
 FIRST, COUNT, SLOPE = tl.constexpr(3), tl.constexpr(3 + 14), tl.constexpr(3 + 15)
 R_MIN, R_MAX, TILE_INDEX = tl.constexpr(19), tl.constexpr(20), tl.constexpr(21)
 ROWS = 22
-# Elements per program of loss_backward, and per 16-byte load.
-BACKWARD_TILE = 4096
-ALIGN = tl.constexpr(4)
 
 
 @kernel
@@ -362,47 +358,7 @@ def policy_loss(
     return loss, metrics, gradient, bonus, scale
 
 
-@triton.jit
-def scale_tile(gradient, out, i, inside, factor):
-    g = tl.load(gradient + i, mask=inside, other=0.0) * factor
-    tl.store(out + i, g.to(out.dtype.element_ty), mask=inside)
-
-
-@kernel(aligned=("first", "second", "first_out", "second_out"))
-def backward_kernel(
-    first, second, first_out, second_out, scale, upstream, count, TILE: tl.constexpr
-):
-    """gradient * (scale * upstream) for one tile of one or two gradients."""
-    begin = tl.program_id(0).to(tl.int64) * TILE
-    factor = tl.load(scale) * tl.load(upstream).to(tl.float32)
-    i = tl.arange(0, TILE)
-    left = tl.minimum(count - begin, TILE).to(tl.int32)
-    # First full groups of ALIGN elements, with 16-byte loads for any count; then the remainder.
-    grouped = i // ALIGN < left // ALIGN
-    scale_tile(first + begin, first_out + begin, i, grouped, factor)
-    if second is not None:
-        scale_tile(second + begin, second_out + begin, i, grouped, factor)
-    i = left // ALIGN * ALIGN + tl.arange(0, ALIGN)
-    scale_tile(first + begin, first_out + begin, i, i < left, factor)
-    if second is not None:
-        scale_tile(second + begin, second_out + begin, i, i < left, factor)
-
-
-def _scale_into(
-    first: Tensor,
-    second: Tensor | None,
-    scale: Tensor,
-    upstream: Tensor,
-    first_out: Tensor,
-    second_out: Tensor | None,
-) -> None:
-    count, factors = first.numel(), (scale, materialized(upstream))
-    tensors, tile = (first, second, first_out, second_out), {"TILE": BACKWARD_TILE}
-    programs = tile_count(count, BACKWARD_TILE)
-    launch(backward_kernel, programs, first, *tensors, *factors, count, **tile, warps=t.WARPS)
-
-
 LAUNCHERS: dict[str, Callable[..., object]] = {
     "policy_loss": policy_loss,
-    "loss_backward": losses.backward_launcher(_scale_into),
+    "loss_backward": losses.backward_launcher(scale_into),
 }

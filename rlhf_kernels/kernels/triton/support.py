@@ -20,7 +20,7 @@ from ._math import LOG2E, good_temperature, scalar, tree_sum
 from ._maxima import merged
 from ._rows import packed, row_temperature, with_options
 from ._strided import strided, strided_rows, token_at
-from .logprobs import LOWEST, label_gradient
+from .logprobs_backward import LOWEST, label_gradient
 from .support_products import entries_of, owners, store_products, store_sums
 
 # Entries that a token's program takes at a time. Few lists are longer, and 512 would spill

@@ -1,0 +1,72 @@
+"""Results of token_logprobs and linear_token_logprobs: those that the options ask for, by name."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..core.row_options import RowOptions, RowResults
+from ..kernels.logprobs import log_sum_exp
+
+
+def asked_for(
+    options: RowOptions,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    logprobs: Tensor,
+    entropies: Tensor | None,
+    stats: Tensor | None,
+    collisions: Tensor | None,
+    ids: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The results that the options ask for, of what an operator returns, in the order of fields."""
+    found = (logprobs, entropies) if options.entropy else (logprobs,)
+    if options.collision:
+        found = (*found, collisions)
+    if options.lse and stats is not None:
+        found = (*found, log_sum_exp(labels, temperatures, stats, options))
+    return (*found, ids) if options.argmax else found
+
+
+def by_name(options: RowOptions, found: Sequence[Any]) -> RowResults:
+    """Results that the options ask for, or their gradients, with None for the others."""
+    if not (options.collision or options.lse or options.argmax):
+        return RowResults(*found)
+    logprobs, *rest = found
+    wanted = (options.entropy, options.collision, options.lse, options.argmax)
+    named = []
+    for given in wanted:
+        named.append(rest.pop(0) if given else None)
+    return RowResults(logprobs, *named)
+
+
+class TokenLogprobs(NamedTuple):
+    """Result of `token_logprobs` and `linear_token_logprobs` without entropy.
+
+    Any: what is not asked for is None, which a type checker knows of the entropy alone.
+    """
+
+    logprobs: Tensor
+    entropy: None = None
+    collision: Tensor | Any = None
+    lse: Tensor | Any = None
+    argmax: Tensor | Any = None
+
+
+class TokenLogprobsEntropy(NamedTuple):
+    """Result of `token_logprobs` and `linear_token_logprobs` with `entropy=True`."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    collision: Tensor | Any = None
+    lse: Tensor | Any = None
+    argmax: Tensor | Any = None
+
+
+def named_result(
+    logprobs: Tensor, entropy: Tensor | None = None, *further: Tensor | None
+) -> TokenLogprobs | TokenLogprobsEntropy:
+    """The public result for the tensors that an implementation returns."""
+    if entropy is None:
+        return TokenLogprobs(logprobs, None, *further)
+    return TokenLogprobsEntropy(logprobs, entropy, *further)
