@@ -172,18 +172,24 @@ def load_tile(x, s, first, i, inside):
 
 
 @triton.jit
-def own_tile(batch, mask, TILE: tl.constexpr):
-    """The tile of this program: (s, k, length, at, i, inside, kept).
+def tile_tokens(batch, TILE: tl.constexpr):
+    """The tile of this program: (s, k, length, at, i, inside).
 
     It is tile k of sequence s, which has `length` tokens, and starts at token `at`, counted as for
     `load_tile`. Blocks [TILE]: the index of each token within the tile, whether the sequence has
-    that token, whether it is unmasked.
+    that token.
     """
     s, k, begin, length = slot_tile(batch, TILE)
     i = tl.arange(0, TILE)
     left = tl.where(k >= 0, length - k.to(tl.int64) * TILE, 0)
     inside = i < tl.minimum(left, TILE).to(tl.int32)
-    at = begin + k.to(tl.int64) * TILE
+    return s, k, length, begin + k.to(tl.int64) * TILE, i, inside
+
+
+@triton.jit
+def own_tile(batch, mask, TILE: tl.constexpr):
+    """`tile_tokens`, and behind these the block [TILE] of whether a token is unmasked."""
+    s, k, length, at, i, inside = tile_tokens(batch, TILE)
     return s, k, length, at, i, inside, load_tile(mask, s, at, i, inside) != 0
 
 

@@ -19,7 +19,7 @@ from ._tokens import (
     join8,
     load_kept,
     own_tile,
-    slot_tile,
+    tile_tokens,
     token_index,
 )
 from .mismatch_judge import JUDGED, judge_kernel
@@ -120,15 +120,13 @@ def finish_kernel(batch, weights, kept_out, verdicts, LEVEL: tl.constexpr, TILE:
     _, sequences, cols = batch
     if tl.load(verdicts + 2 * sequences + 1) != 0.0:
         # Sequences mean nothing: plain tiles.
-        at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-        tl.store(weights + at, tl.full((TILE,), float("nan"), tl.float32), mask=at < cols)
-        tl.store(kept_out + at, tl.full((TILE,), 1, tl.int1), mask=at < cols)
+        to = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+        tl.store(weights + to, tl.full((TILE,), float("nan"), tl.float32), mask=to < cols)
+        tl.store(kept_out + to, tl.full((TILE,), 1, tl.int1), mask=to < cols)
     else:
-        s, k, begin, length = slot_tile(batch, TILE)
-        i = tl.arange(0, TILE)
-        left = tl.where(k >= 0, length - k.to(tl.int64) * TILE, 0)
-        inside = i < tl.minimum(left, TILE).to(tl.int32)
-        to = token_index(batch, s, begin + k.to(tl.int64) * TILE + i)
+        # Not `_`: that name has a value before, of another type.
+        s, _k, _length, at, i, inside = tile_tokens(batch, TILE)
+        to = token_index(batch, s, at + i)
         factor = tl.load(verdicts + 2 * sequences)
         there = s < sequences
         rejected = tl.load(verdicts + sequences + s, mask=there, other=0.0)
