@@ -5,10 +5,14 @@
 #pragma once
 #include <stdint.h>
 
+// A function of host and device. RK_HD_INLINE: always inlined, so that a compiler contracts
+// products and sums of its callers as if its body stood there.
 #if defined(__CUDACC__)
 #define RK_HD __host__ __device__ __forceinline__
+#define RK_HD_INLINE RK_HD
 #else
 #define RK_HD inline
+#define RK_HD_INLINE inline __attribute__((always_inline))
 #endif
 
 namespace rk {

@@ -9,25 +9,14 @@ namespace {
 // exp_parts for any x: inf and 0 where exp leaves the range of floats, denormals included.
 template <class V>
 RK_HD ExpParts<V> exp_whole(V x) {
-  const V magic(12582912.0f);
-  const V z = clamp(x, V(-110.0f), V(90.0f));
-  const V n = fma(z, V(1.44269504f), magic) - magic;
-  const V f = fma(n, V(2.12194440e-4f), fma(n, V(-0.693359375f), z));
-  V q(1.9899517e-4f);
-  q = fma(q, f, V(1.3933830e-3f));
-  q = fma(q, f, V(8.3332984e-3f));
-  q = fma(q, f, V(4.1666463e-2f));
-  q = fma(q, f, V(1.6666667e-1f));
-  q = fma(q, f, V(0.5f));
-  const V mx = f * f * q;
-  const V m1 = f + mx;
+  const ReducedExp<V> r = reduced_exp(clamp(x, V(-110.0f), V(90.0f)));
   // 2^n as two factors within the range of floats. Only the last product may round again.
-  const V half = fma(n, V(0.5f), magic) - magic;
+  const V half = nearest(r.n, V(0.5f));
   const V s = scale2(V(1.0f), half);
-  const V e = fma(s, m1, s) * scale2(V(1.0f), n - half);
-  const V near = scale2(V(1.0f), clamp(n, V(-100.0f), V(100.0f)));
-  const V em1 = select_less(abs(n), V(100.0f), fma(near, m1, near - V(1.0f)), e - V(1.0f));
-  return {e, em1, select_less(abs(n), V(0.5f), mx, em1 - x)};
+  const V e = fma(s, r.m1, s) * scale2(V(1.0f), r.n - half);
+  const V near = scale2(V(1.0f), clamp(r.n, V(-100.0f), V(100.0f)));
+  const V em1 = select_less(abs(r.n), V(100.0f), fma(near, r.m1, near - V(1.0f)), e - V(1.0f));
+  return {e, em1, select_less(abs(r.n), V(0.5f), r.mx, em1 - x)};
 }
 
 // A token that is in the mask: its log-ratio x and that clamped, exp of this with its parts, and

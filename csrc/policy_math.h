@@ -32,19 +32,23 @@ RK_HD V clamp(V x, V low, V high) {
   return min(high, max(low, x));
 }
 
-// exp(x), exp(x) - 1 and exp(x) - 1 - x for |x| <= 80; NaN for NaN; exactly 1, 0, 0 at x = 0.
-// x = n ln 2 + f and exp(f) = 1 + f + f^2 q(f), with q a minimax polynomial of degree 5 (relative
-// error 1e-8). exp is within 1.5 units in the last place. The other two are as accurate for
-// |x| < ln(2) / 2, and never worse than torch.expm1(x) - x.
+// The integer nearest to x * factor.
 template <class V>
-struct ExpParts {
-  V e, em1, em1mx;
+RK_HD_INLINE V nearest(V x, V factor) {
+  const V magic(12582912.0f);  // 1.5 * 2^23
+  return fma(x, factor, magic) - magic;
+}
+
+// x = n ln 2 + f with integral n, as parts of exp(f): m1 = exp(f) - 1 and mx = exp(f) - 1 - f.
+template <class V>
+struct ReducedExp {
+  V n, m1, mx;
 };
 
+// exp(f) = 1 + f + f^2 q(f), with q a minimax polynomial of degree 5 (relative error 1e-8).
 template <class V>
-RK_HD ExpParts<V> exp_parts(V x) {
-  const V magic(12582912.0f);  // 1.5 * 2^23 rounds to the nearest integer
-  const V n = fma(x, V(1.44269504f), magic) - magic;
+RK_HD_INLINE ReducedExp<V> reduced_exp(V x) {
+  const V n = nearest(x, V(1.44269504f));
   // ln 2 in two parts; the first has so few bits that its product with n is exact.
   const V f = fma(n, V(2.12194440e-4f), fma(n, V(-0.693359375f), x));
   V q(1.9899517e-4f);
@@ -54,11 +58,24 @@ RK_HD ExpParts<V> exp_parts(V x) {
   q = fma(q, f, V(1.6666667e-1f));
   q = fma(q, f, V(0.5f));
   const V mx = f * f * q;
-  const V m1 = f + mx;
-  const V s = scale2(V(1.0f), n);
-  const V em1 = fma(s, m1, s - V(1.0f));
+  return {n, f + mx, mx};
+}
+
+// exp(x), exp(x) - 1 and exp(x) - 1 - x for |x| <= 80; NaN for NaN; exactly 1, 0, 0 at x = 0.
+// exp is within 1.5 units in the last place. The other two are as accurate for |x| < ln(2) / 2, and
+// never worse than torch.expm1(x) - x.
+template <class V>
+struct ExpParts {
+  V e, em1, em1mx;
+};
+
+template <class V>
+RK_HD ExpParts<V> exp_parts(V x) {
+  const ReducedExp<V> r = reduced_exp(x);
+  const V s = scale2(V(1.0f), r.n);
+  const V em1 = fma(s, r.m1, s - V(1.0f));
   // n is 0 exactly where |n| < 1.
-  return {fma(s, m1, s), em1, select_less(abs(n), V(0.5f), mx, em1 - x)};
+  return {fma(s, r.m1, s), em1, select_less(abs(r.n), V(0.5f), r.mx, em1 - x)};
 }
 
 // Estimate of the KL divergence and its slope, from x = logprob - ref_logprob.

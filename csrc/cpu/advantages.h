@@ -153,11 +153,7 @@ inline Status checked(const GaeArgs& a, const F& body) {
   }
   if (a.rows * a.cols == 0) return {};
   body();
-  if (a.whiten) {
-    const Tensor advantages{a.advantages, kFloat32, a.cols, 1, true};
-    whiten_tokens({a.rows, a.cols, advantages, a.mask, true, true, a.whiten_eps, a.moments,
-                   a.advantages, a.exec});
-  }
+  if (a.whiten) whiten_tokens(whitening_args(a));
   return {};
 }
 

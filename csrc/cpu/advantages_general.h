@@ -110,27 +110,20 @@ struct SequenceFactors {
       : advantages(gamma, gamma * lam), returns(gamma, gamma * value_lam), decoupled(a.decoupled) {}
 };
 
-// A window's steps in vectors, as in `recur_window`.
+// A window's steps in vectors.
 inline void recur_vectors(const GeneralGaeArgs& a, const SequenceFactors& f, GeneralWalk& w,
                           GeneralWindow& x, const float* r, const float* v, float* advantages,
                           float* returns) {
-  int64_t end = x.steps + w.pending;
-  if ((a.gae.dones.given || a.truncated.given) && load_ends(a, w, x) > 0) {
-    for (int64_t k = x.steps - 1; k >= 0; --k) {
-      if (!x.done[k]) continue;
-      const int64_t begin = k + 1;
-      if (begin < x.steps)
-        f.recur(r + begin, v + begin, end - begin, w, advantages + begin, returns + begin);
-      w.next = {0.0, x.ends[k]};
-      w.other = 0.0;
-      end = begin;
-    }
-  }
-  f.recur(r, v, end, w, advantages, returns);
-  w.pending = end % kDoubles;
-  const size_t bytes = sizeof(float) * static_cast<size_t>(w.pending);
-  memcpy(w.pending_rewards, r, bytes);
-  memcpy(w.pending_values, v, bytes);
+  const bool any_done = (a.gae.dones.given || a.truncated.given) && load_ends(a, w, x) > 0;
+  recur_episodes<true>(
+      w, x, any_done, r, v,
+      [&](int64_t begin, int64_t n) {
+        f.recur(r + begin, v + begin, n, w, advantages + begin, returns + begin);
+      },
+      [&](int64_t k) {
+        w.next = {0.0, x.ends[k]};
+        w.other = 0.0;
+      });
 }
 
 // The rate of each step of a window.
@@ -180,35 +173,13 @@ inline void walk_general(const GeneralGaeArgs& general, bool singly, int64_t seq
   begin_walk(a, sequence, w);
   w.other = 0.0;
   if (!singly || a.carry) skip_masked_end(a, w, x);
-  while (w.left > 0) {
-    next_window(a, w, x);
-    if (x.steps == 0) {
-      zero_results(a, w, x);
-      continue;
-    }
-    const int64_t t = w.start + x.begin, at = w.row * a.cols + t;
-    const float* rewards;
-    if (a.scores.given) {
-      // Without a kept token the score stays for an earlier window; all rewards are 0 then.
-      rewards = x.kept > 0 ? shaped_rewards(a, w, x) : x.rewards;
-      zero_masked(rewards, x.keep, x.n, a.shaped + at);
-    } else {
-      rewards = load_tokens(a.rewards, w.row, t, x.n, x.rewards);
-    }
-    const bool in_place = x.kept == x.n && w.pending == 0;
-    const float* r = to_steps(w, x, rewards, w.pending_rewards, x.rewards);
-    const float* v =
-        to_steps(w, x, load_tokens(a.values, w.row, t, x.n, x.values), w.pending_values, x.values);
-    float* advantages = in_place ? a.advantages + at : x.advantages;
-    float* returns = in_place ? a.returns + at : x.returns;
-    if (singly)
-      recur_singly(general, w, x, r, v, advantages, returns);
-    else
-      recur_vectors(general, factors, w, x, r, v, advantages, returns);
-    if (in_place) continue;
-    write_tokens(x, advantages, a.advantages + at);
-    write_tokens(x, returns, a.returns + at);
-  }
+  walk_windows<true>(a, w, x,
+                     [&](const float* r, const float* v, float* advantages, float* returns) {
+                       if (singly)
+                         recur_singly(general, w, x, r, v, advantages, returns);
+                       else
+                         recur_vectors(general, factors, w, x, r, v, advantages, returns);
+                     });
 }
 
 void run_general(const GeneralGaeArgs& a) {

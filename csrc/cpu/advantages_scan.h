@@ -249,35 +249,34 @@ inline int64_t load_dones(const GaeArgs& a, const Walk& w, Window& x) {
   return count;
 }
 
-// The recurrence over a window's steps. It restarts at each done step, which nothing follows.
-template <bool kValues>
-inline void recur_window(const GaeArgs& a, const Factors& f, Walk& w, Window& x, const float* r,
-                         const float* v, float* advantages, float* returns) {
+// The recurrence over a window's steps. It restarts at each done step, if there is one:
+// recur(begin, n) computes the results of n steps, restart(k) sets what is behind step k. The steps
+// that fill no vector are pending.
+template <bool kValues, class Recur, class Restart>
+inline void recur_episodes(Walk& w, const Window& x, bool any_done, const float* r, const float* v,
+                           const Recur& recur, const Restart& restart) {
   int64_t end = x.steps + w.pending;
-  if (a.dones.given && load_dones(a, w, x) > 0) {
+  if (any_done) {
     for (int64_t k = x.steps - 1; k >= 0; --k) {
       if (!x.done[k]) continue;
       const int64_t begin = k + 1;
       // Otherwise only pending steps remain, which have their results.
-      if (begin < x.steps)
-        recur<kValues>(f, r + begin, kValues ? v + begin : nullptr, end - begin, w.next,
-                       kValues ? advantages + begin : nullptr, returns + begin);
-      w.next = {0.0, 0.0f};
+      if (begin < x.steps) recur(begin, end - begin);
+      restart(k);
       end = begin;
     }
   }
-  recur<kValues>(f, r, v, end, w.next, advantages, returns);
+  recur(0, end);
   w.pending = end % kDoubles;
   const size_t bytes = sizeof(float) * static_cast<size_t>(w.pending);
   memcpy(w.pending_rewards, r, bytes);
   if (kValues) memcpy(w.pending_values, v, bytes);
 }
 
-template <bool kValues>
-inline void walk_sequence(const GaeArgs& a, const Factors& f, int64_t sequence, Walk& w,
-                          Window& x) {
-  begin_walk(a, sequence, w);
-  skip_masked_end(a, w, x);
+// Walks from `w` to the start of the sequence. window(rewards, values, advantages, returns)
+// computes the results of the steps of window x; without kValues there are only returns.
+template <bool kValues, class F>
+inline void walk_windows(const GaeArgs& a, Walk& w, Window& x, const F& window) {
   while (w.left > 0) {
     next_window(a, w, x);
     if (x.steps == 0) {
@@ -285,9 +284,14 @@ inline void walk_sequence(const GaeArgs& a, const Factors& f, int64_t sequence, 
       continue;
     }
     const int64_t t = w.start + x.begin, at = w.row * a.cols + t;
-    const float* rewards =
-        a.scores.given ? shaped_rewards(a, w, x) : load_tokens(a.rewards, w.row, t, x.n, x.rewards);
-    if (a.scores.given) zero_masked(rewards, x.keep, x.n, a.shaped + at);
+    const float* rewards;
+    if (a.scores.given) {
+      // Without a kept token the score stays for an earlier window; all rewards are 0 then.
+      rewards = x.kept > 0 ? shaped_rewards(a, w, x) : x.rewards;
+      zero_masked(rewards, x.keep, x.n, a.shaped + at);
+    } else {
+      rewards = load_tokens(a.rewards, w.row, t, x.n, x.rewards);
+    }
     const bool in_place = x.kept == x.n && w.pending == 0;
     const float* r = to_steps(w, x, rewards, w.pending_rewards, x.rewards);
     const float* v = nullptr;
@@ -296,11 +300,29 @@ inline void walk_sequence(const GaeArgs& a, const Factors& f, int64_t sequence, 
                    x.values);
     float* advantages = in_place && kValues ? a.advantages + at : x.advantages;
     float* returns = in_place ? a.returns + at : x.returns;
-    recur_window<kValues>(a, f, w, x, r, v, advantages, returns);
+    window(r, v, advantages, returns);
     if (in_place) continue;
     if (kValues) write_tokens(x, advantages, a.advantages + at);
     write_tokens(x, returns, a.returns + at);
   }
+}
+
+template <bool kValues>
+inline void walk_sequence(const GaeArgs& a, const Factors& f, int64_t sequence, Walk& w,
+                          Window& x) {
+  begin_walk(a, sequence, w);
+  skip_masked_end(a, w, x);
+  walk_windows<kValues>(
+      a, w, x, [&](const float* r, const float* v, float* advantages, float* returns) {
+        const bool any_done = a.dones.given && load_dones(a, w, x) > 0;
+        recur_episodes<kValues>(
+            w, x, any_done, r, v,
+            [&](int64_t begin, int64_t n) {
+              recur<kValues>(f, r + begin, kValues ? v + begin : nullptr, n, w.next,
+                             kValues ? advantages + begin : nullptr, returns + begin);
+            },
+            [&](int64_t) { w.next = {0.0, 0.0f}; });
+      });
 }
 
 // The first sequence that begins at token `at` or later.

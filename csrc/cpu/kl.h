@@ -119,15 +119,11 @@ inline PairSums pair_sums(const typename E::Storage* xp, const typename E::Stora
 
 template <class E>
 void kl_row(const KlArgs& a, int64_t row) {
-  using S = typename E::Storage;
   const int64_t i = row / a.cols, j = row % a.cols;
-  const auto at = [&](const Tensor& x) {
-    return static_cast<const S*>(x.data) + i * x.stride0 + j * x.stride1;
-  };
   const double inv_t = 1.0 / a.temperature;
   const Tensor& p = a.reverse ? a.logits : a.ref_logits;
   const Tensor& q = a.reverse ? a.ref_logits : a.logits;
-  const PairSums r = pair_sums<E>(at(p), at(q), a.vocab, inv_t);
+  const PairSums r = pair_sums<E>(row_at<E>(p, i, j), row_at<E>(q, i, j), a.vocab, inv_t);
   const float minus_inf = -__builtin_inff();
   double kl = __builtin_nan("");
   if (r.p.m != minus_inf && r.q.m != minus_inf) {
@@ -152,19 +148,13 @@ template <class E, bool kReverse>
 void kl_backward_row(const KlBackwardArgs& a, int64_t row) {
   using S = typename E::Storage;
   const int64_t i = row / a.cols, j = row % a.cols;
-  const float g =
-      static_cast<const float*>(a.grad_kl.data)[i * a.grad_kl.stride0 + j * a.grad_kl.stride1];
-  S* out =
-      static_cast<S*>(a.grad_logits.data) + i * a.grad_logits.stride0 + j * a.grad_logits.stride1;
+  const float g = upstream_at(a.grad_kl, i, j);
+  S* out = row_at<E>(a.grad_logits, i, j);
   if (g == 0.0f) {
     memset(out, 0, sizeof(S) * static_cast<size_t>(a.vocab));
     return;
   }
-  const auto at = [&](const Tensor& x) {
-    return static_cast<const S*>(x.data) + i * x.stride0 + j * x.stride1;
-  };
-  const S* x = at(a.logits);
-  const S* ref = at(a.ref_logits);
+  const S *x = row_at<E>(a.logits, i, j), *ref = row_at<E>(a.ref_logits, i, j);
   const float* stats = a.stats + 5 * row;
   const double inv_t = 1.0 / a.temperature;
   const float mean = stats[4];
@@ -215,8 +205,6 @@ Status kl_divergence(const KlArgs& a) {
 }
 
 Status kl_divergence_backward(const KlBackwardArgs& a) {
-  const int64_t row_bytes = a.vocab * dtype_size(a.grad_logits.dtype);
-  const FreshPages pages(a.grad_logits.data, a.rows * a.cols * row_bytes);
   const auto choose = [&](auto e) {
     using E = decltype(e);
     return a.reverse ? kl_backward_row<E, true> : kl_backward_row<E, false>;
@@ -224,10 +212,7 @@ Status kl_divergence_backward(const KlBackwardArgs& a) {
   const auto row = a.logits.dtype == kBFloat16  ? choose(BF16{})
                    : a.logits.dtype == kFloat16 ? choose(F16{})
                                                 : choose(F32{});
-  parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) {
-    pages.prepare(r * row_bytes, row_bytes);
-    row(a, r);
-  });
+  for_gradient_rows(a, a.grad_logits.data, row);
   return {};
 }
 

@@ -188,8 +188,7 @@ void logprobs_row(const LogprobsArgs& a, int64_t row) {
   }
   const double inv_t = 1.0 / row_temperature(a, i, j);
   const LogitOptions<kChange> logits(a.options);
-  const auto* x = static_cast<const typename E::Storage*>(a.logits.data) + i * a.logits.stride0 +
-                  j * a.logits.stride1;
+  const auto* x = row_at<E>(a.logits, i, j);
   const RowSums r = row_sums<E, kChange, kEntropy, kSquares>(x, a.vocab, logits, inv_t);
   const float xy = logits.value(label == kLabelElsewhere ? __builtin_nanf("") : E::get(x + label));
   const bool empty = r.m == -__builtin_inff();
@@ -218,21 +217,18 @@ template <class E, bool kChange, bool kEntropy, bool kSquares = false>
 void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
   using S = typename E::Storage;
   const int64_t i = row / a.cols, j = row % a.cols;
-  const auto upstream = [&](const Tensor& g) {
-    return g.given ? static_cast<const float*>(g.data)[i * g.stride0 + j * g.stride1] : 0.0f;
-  };
+  const auto upstream = [&](const Tensor& g) { return upstream_at(g, i, j); };
   const float g = upstream(a.grad_logprobs);
   const float h = kEntropy ? upstream(a.grad_entropy) : 0.0f;
   const double of_lse = upstream(a.grad_lse);
   const double c = kSquares ? 2.0 * upstream(a.grad_collision) : 0.0;
   const int64_t label = load_label(a.labels, i, j);
-  S* out =
-      static_cast<S*>(a.grad_logits.data) + i * a.grad_logits.stride0 + j * a.grad_logits.stride1;
+  S* out = row_at<E>(a.grad_logits, i, j);
   if (label == a.options.ignore_index || (g == 0.0f && h == 0.0f && of_lse == 0.0 && c == 0.0)) {
     memset(out, 0, sizeof(S) * static_cast<size_t>(a.vocab));
     return;
   }
-  const S* x = static_cast<const S*>(a.logits.data) + i * a.logits.stride0 + j * a.logits.stride1;
+  const S* x = row_at<E>(a.logits, i, j);
   const double inv_t = 1.0 / row_temperature(a, i, j);
   const float* stats = a.stats + 3 * row;
   const double s = stats[1], mean = stats[2];
@@ -321,16 +317,11 @@ Status token_logprobs_backward(const LogprobsBackwardArgs& a) {
   const Status status = check_tokens(a);
   if (status.code != kOk) return status;
   const bool in_place = a.grad_logits.data == a.logits.data;
-  const int64_t row_bytes = a.vocab * dtype_size(a.grad_logits.dtype);
-  const FreshPages pages(in_place ? nullptr : a.grad_logits.data, a.rows * a.cols * row_bytes);
   const auto row = a.grad_collision.given ? pick<SquaresBackward, LogprobsBackwardArgs>(
                                                 a.logits.dtype, a.options, true)
                                           : pick<LogprobsBackward, LogprobsBackwardArgs>(
                                                 a.logits.dtype, a.options, a.grad_entropy.given);
-  parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) {
-    pages.prepare(r * row_bytes, row_bytes);
-    row(a, r);
-  });
+  for_gradient_rows(a, in_place ? nullptr : a.grad_logits.data, row);
   return {};
 }
 

@@ -58,6 +58,29 @@ inline double row_temperature(const Args& a, int64_t i, int64_t j) {
   return static_cast<const float*>(t.data)[i * t.stride0 + j * t.stride1];
 }
 
+// The row of logits, or of their gradient, of token (i, j).
+template <class E>
+inline typename E::Storage* row_at(const Tensor& t, int64_t i, int64_t j) {
+  return static_cast<typename E::Storage*>(t.data) + i * t.stride0 + j * t.stride1;
+}
+
+// What token (i, j) has in an fp32 tensor; 0 without the tensor.
+inline float upstream_at(const Tensor& g, int64_t i, int64_t j) {
+  return g.given ? static_cast<const float*>(g.data)[i * g.stride0 + j * g.stride1] : 0.0f;
+}
+
+// Calls row(a, r) for every row r, on a team of threads; each writes a row of `grad_logits`.
+// `fresh` is their memory if nobody has written to it yet, else null.
+template <class Args, class Row>
+inline void for_gradient_rows(const Args& a, void* fresh, const Row& row) {
+  const int64_t row_bytes = a.vocab * dtype_size(a.grad_logits.dtype);
+  const FreshPages pages(fresh, a.rows * a.cols * row_bytes);
+  parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) {
+    pages.prepare(r * row_bytes, row_bytes);
+    row(a, r);
+  });
+}
+
 // Picks the instantiation for a dtype, for options that change logits, and for a flag.
 template <template <class, bool, bool> class F, class Args>
 inline auto pick(int32_t dtype, const RowOptions& options, bool entropy)

@@ -60,11 +60,6 @@ inline Status check_support(const Args& a, uint64_t* seen) {
   return status;
 }
 
-template <class E>
-inline const typename E::Storage* row_at(const Tensor& t, int64_t i, int64_t j) {
-  return static_cast<const typename E::Storage*>(t.data) + i * t.stride0 + j * t.stride1;
-}
-
 // Products of R rows with x, with separate sums, while the next R rows are prefetched. The bits of
 // a product do not depend on the other rows.
 template <class E, int R>
@@ -182,11 +177,8 @@ void support_row(const SupportArgs& a, int64_t token) {
 template <bool kChange, bool kEntropy>
 void support_gradient(const SupportBackwardArgs& a, int64_t token, Range range) {
   const int64_t i = token / a.cols, j = token % a.cols;
-  const auto upstream = [&](const Tensor& g) {
-    return g.given ? static_cast<const float*>(g.data)[i * g.stride0 + j * g.stride1] : 0.0f;
-  };
   const int64_t label = load_label(a.labels, i, j), n = range.end - range.begin;
-  float g = upstream(a.grad_logprobs), h = upstream(a.grad_entropy);
+  float g = upstream_at(a.grad_logprobs, i, j), h = upstream_at(a.grad_entropy, i, j);
   if (label == a.options.ignore_index || n == 0 || (g == 0.0f && h == 0.0f)) {
     // If all supports are empty, dz has no memory, and memset does not accept null.
     if (n > 0) memset(a.dz + range.begin, 0, sizeof(float) * static_cast<size_t>(n));
@@ -207,10 +199,8 @@ void support_backward_row(const SupportBackwardArgs& a, int64_t token) {
   const Range range = entries_of(a.support, token);
   support_gradient<kChange, kEntropy>(a, token, range);
   if (!a.grad_logits.given) return;
-  using S = typename E::Storage;
-  S* out = static_cast<S*>(a.grad_logits.data) + (token / a.cols) * a.grad_logits.stride0 +
-           (token % a.cols) * a.grad_logits.stride1;
-  memset(out, 0, sizeof(S) * static_cast<size_t>(a.vocab));
+  auto* out = row_at<E>(a.grad_logits, token / a.cols, token % a.cols);
+  memset(out, 0, sizeof *out * static_cast<size_t>(a.vocab));
   for (int64_t e = range.begin; e < range.end; ++e)
     // A token with zero gradient may be ignored, and then its entries were not checked.
     if (a.dz[e] != 0.0f) E::set(out + load_index(a.support.indices, e), a.dz[e]);
@@ -240,14 +230,9 @@ Status support_logprobs(const SupportArgs& a) {
 Status support_backward(const SupportBackwardArgs& a) {
   const Status status = check_support(a, nullptr);
   if (status.code != kOk) return status;
-  const int64_t row_bytes = a.vocab * dtype_size(a.grad_logits.dtype);
-  const FreshPages pages(a.grad_logits.data, a.rows * a.cols * row_bytes);
   const auto row = pick<SupportBackward, SupportBackwardArgs>(a.grad_logits.dtype, a.options,
                                                               a.grad_entropy.given);
-  parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) {
-    pages.prepare(r * row_bytes, row_bytes);
-    row(a, r);
-  });
+  for_gradient_rows(a, a.grad_logits.data, row);
   return {};
 }
 

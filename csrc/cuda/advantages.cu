@@ -9,22 +9,18 @@
 // Tiles are counted from the start of each sequence. Where every row is one tile, `scan` is the
 // only launch. Otherwise `aggregate` runs first and finds the map of each tile; `scan` composes the
 // maps behind its own tile. No block waits for another. Rows of one short tile share a block.
-#include "../advantages_math.h"
-#include "../policy_math.h"
-#include "slots.cuh"
+#include "advantages.cuh"
 
 namespace rk::cuda {
 namespace {
 
-// Consecutive steps of a thread; warps of a middle tile and of a whole one. The emulator's tiles
-// are shorter, so that short tests cross their borders.
+// Warps of a middle tile and of a whole one.
 #ifdef RK_EMULATED
-constexpr int kSteps = kSide, kMiddle = 1, kWarps = 2;
+constexpr int kMiddle = 1, kWarps = 2;
 #else
-constexpr int kSteps = 2 * kSide, kMiddle = 4, kWarps = 16;
+constexpr int kMiddle = 4, kWarps = 16;
 #endif
-constexpr int kScanThreads = kWarps * kWarp;
-constexpr int kChunk = kWarp * kSteps, kScanTile = kWarps * kChunk;
+constexpr int kScanThreads = kWarps * kWarp, kScanTile = kWarps * kChunk;
 
 // u behind some steps -> u ahead of them: p u + q, q alone where p is kCut.
 struct Map {
@@ -69,10 +65,6 @@ struct Aggregate {
   double scored, kept;
 };
 
-struct Larger {
-  __device__ __forceinline__ int operator()(int a, int b) const { return a > b ? a : b; }
-};
-
 // What the warps of a block tell one another: each one's map, and a position in its tile.
 struct Shared {
   Map totals[kWarps];
@@ -102,54 +94,18 @@ struct Group {
   }
 };
 
-// A thread's steps: rewards, without the score, and values, 0 where they are masked.
-struct Steps : OwnTokens<kSteps, kSide> {
-  // Bit j of each: step j is not masked; step j takes part (a masked one does unless "carry" skips
-  // it); step j is the last of its episode.
-  unsigned kept, exists, done;
-  float rewards[kSteps], values[kSteps];
+// A thread's steps and the maps that they make.
+struct Steps : OwnSteps {
+  // Bit j: step j is the last of its episode.
+  unsigned done;
 
   __device__ __forceinline__ Steps(const GaeArgs& a, const TokenTile& tile, int own)
-      : OwnTokens(tile, tile.begin + tile.k * kScanTile, own) {
-    kept = a.mask.given ? flags(a.mask, inside) : inside;
-    exists = a.carry ? kept : inside;
+      : OwnSteps(a, tile, tile.begin + tile.k * kScanTile, own) {
     done = a.dones.given ? flags(a.dones, exists) : 0u;
-    const bool shaped = a.ref_logprobs.given && a.kl_coef != 0.0;
-#pragma unroll
-    for (int j = 0; j < kSteps; ++j) rewards[j] = values[j] = 0.0f;
-    if (!a.scores.given) {
-      load(kept, Numbers{a.rewards, rewards}, Numbers{a.values, values, a.values.given});
-    } else {
-      float ref[kSteps] = {};
-      load(kept, Numbers{a.logprobs, rewards, shaped}, Numbers{a.ref_logprobs, ref, shaped},
-           Numbers{a.values, values, a.values.given});
-      if (shaped) {
-#pragma unroll
-        for (int j = 0; j < kSteps; ++j) {
-          const float kl = kl_penalty_term(rewards[j] - ref[j], a.kl_estimator).value;
-          rewards[j] = kept >> j & 1 ? static_cast<float>(-a.kl_coef * kl) : 0.0f;
-        }
-      }
-    }
+    load_rewards(a, a.values.given);
   }
   // Whether every step is there, counts, and hands on what is behind it.
   __device__ __forceinline__ bool plain() const { return kept == kAll && done == 0; }
-  // The last unmasked step, -1 if there is none.
-  __device__ __forceinline__ int last_kept() const {
-    int last = -1;
-#pragma unroll
-    for (int j = 0; j < kSteps; ++j)
-      if (kept >> j & 1) last = j;
-    return last;
-  }
-  __device__ __forceinline__ void add_score(int step, float score) {
-#pragma unroll
-    for (int j = 0; j < kSteps; ++j)
-      if (j == step) rewards[j] += score;
-  }
-  __device__ __forceinline__ double surplus(int j) const {
-    return static_cast<double>(rewards[j]) - values[j];
-  }
   // The map of step j alone.
   __device__ __forceinline__ double offers(int j, double gamma, double decay) const {
     return ::fma(decay, surplus(j), gamma * values[j]);
@@ -193,11 +149,6 @@ struct Steps : OwnTokens<kSteps, kSide> {
     }
   }
 };
-
-__device__ __forceinline__ float score_of(const GaeArgs& a, int64_t sequence) {
-  return clipped_score(load_float(a.scores, sequence * a.scores.stride1),
-                       static_cast<float>(a.reward_clip));
-}
 
 // Each warp's last unmasked step of the tile to shared.last, -1 if it has none.
 __device__ __forceinline__ void find_last_kept(const Steps& steps, int own, Shared& shared) {
@@ -363,17 +314,7 @@ Status gae(const GaeArgs& a) {
     scan(std::integral_constant<int, kMiddle>{});
   else
     scan(std::integral_constant<int, kWarps>{});
-  if (!a.whiten) return {};
-  return whiten({a.rows,
-                 a.cols,
-                 {a.advantages, kFloat32, a.cols, 1, true},
-                 a.mask,
-                 true,
-                 true,
-                 a.whiten_eps,
-                 a.moments,
-                 a.advantages,
-                 a.exec});
+  return a.whiten ? whiten(whitening_args(a)) : Status{};
 }
 
 }  // namespace rk::cuda

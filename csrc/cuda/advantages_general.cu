@@ -6,21 +6,18 @@
 // steps, a warp its threads; the states behind the warps of a tile then follow one from another. A
 // warp's steps are counted from the start of the sequence, so the number of warps changes no bit.
 // Everything is fp64.
-#include "../advantages_math.h"
-#include "../policy_math.h"
-#include "slots.cuh"
+#include "advantages.cuh"
 
 namespace rk::cuda {
 namespace {
 
-// Consecutive steps of a thread, and the most warps of a block.
+// The most warps of a block.
 #ifdef RK_EMULATED
-constexpr int kSteps = kSide, kMostWarps = 2;
+constexpr int kMostWarps = 2;
 #else
-constexpr int kSteps = 2 * kSide, kMostWarps = 16;
+constexpr int kMostWarps = 16;
 #endif
 constexpr int kThreads = kMostWarps * kWarp;
-constexpr int kChunk = kWarp * kSteps;
 
 // What a step needs of the one behind it; `other` is the advantage of the chain of the returns.
 struct State {
@@ -90,10 +87,6 @@ __device__ __forceinline__ Map lane_behind(const Map& map, int behind) {
   return static_cast<int>(threadIdx.x) % kWarp + behind < kWarp ? found : identity();
 }
 
-struct Larger {
-  __device__ __forceinline__ int operator()(int a, int b) const { return a > b ? a : b; }
-};
-
 struct Shared {
   Map totals[kMostWarps];
   int last[kMostWarps];
@@ -116,76 +109,43 @@ struct Rate {
   __device__ __forceinline__ double at(float own) const { return per_step ? checked(own) : number; }
 };
 
-// A thread's steps.
+// A thread's steps, with their own rates, and the maps that they make.
 template <bool kDecoupled>
-struct Steps : OwnTokens<kSteps, kSide> {
-  using Base = OwnTokens<kSteps, kSide>;
-  using typename Base::Numbers;
-  // Bit j: step j is not masked; it takes part; nothing behind it passes.
-  unsigned kept, exists, ends;
-  float rewards[kSteps], values[kSteps], after[kSteps];
-  float gammas[kSteps], lams[kSteps], value_lams[kSteps];
+struct Steps : OwnSteps {
+  // Bit j: nothing behind step j passes.
+  unsigned ends;
+  float after[kSteps], gammas[kSteps], lams[kSteps], value_lams[kSteps];
 
   __device__ __forceinline__ Steps(const GeneralGaeArgs& general, const TokenTile& tile,
                                    int64_t tile_begin, int own)
-      : Base(tile, tile_begin, own) {
+      : OwnSteps(general.gae, tile, tile_begin, own) {
     const GaeArgs& a = general.gae;
-    kept = a.mask.given ? this->flags(a.mask, this->inside) : this->inside;
-    exists = a.carry ? kept : this->inside;
-    ends = a.dones.given ? this->flags(a.dones, exists) : 0u;
-    const unsigned cut =
-        general.truncated.given ? this->flags(general.truncated, exists) & ~ends : 0u;
+    ends = a.dones.given ? flags(a.dones, exists) : 0u;
+    const unsigned cut = general.truncated.given ? flags(general.truncated, exists) & ~ends : 0u;
     ends |= cut;
-    const bool shaped = a.ref_logprobs.given && a.kl_coef != 0.0;
 #pragma unroll
-    for (int j = 0; j < kSteps; ++j)
-      rewards[j] = values[j] = after[j] = gammas[j] = lams[j] = value_lams[j] = 0.0f;
-    if (!a.scores.given) {
-      this->load(kept, Numbers{a.rewards, rewards}, Numbers{a.values, values});
-    } else {
-      float ref[kSteps] = {};
-      this->load(kept, Numbers{a.logprobs, rewards, shaped}, Numbers{a.ref_logprobs, ref, shaped},
-                 Numbers{a.values, values});
-      if (shaped) {
-#pragma unroll
-        for (int j = 0; j < kSteps; ++j) {
-          const float kl = kl_penalty_term(rewards[j] - ref[j], a.kl_estimator).value;
-          rewards[j] = kept >> j & 1 ? static_cast<float>(-a.kl_coef * kl) : 0.0f;
-        }
-      }
-    }
-    if (cut & kept) this->load(cut & kept, Numbers{general.cut_values, after});
-    if (general.gamma_per_step) this->load(exists, Numbers{general.gammas, gammas});
-    if (general.lam_per_step) this->load(exists, Numbers{general.lams, lams});
+    for (int j = 0; j < kSteps; ++j) after[j] = gammas[j] = lams[j] = value_lams[j] = 0.0f;
+    load_rewards(a, true);
+    if (cut & kept) load(cut & kept, Numbers{general.cut_values, after});
+    if (general.gamma_per_step) load(exists, Numbers{general.gammas, gammas});
+    if (general.lam_per_step) load(exists, Numbers{general.lams, lams});
     if (kDecoupled && general.value_lam_per_step)
-      this->load(exists, Numbers{general.value_lams, value_lams});
-  }
-  __device__ __forceinline__ int last_kept() const {
-    int last = -1;
-#pragma unroll
-    for (int j = 0; j < kSteps; ++j)
-      if (kept >> j & 1) last = j;
-    return last;
-  }
-  __device__ __forceinline__ void add_score(int step, float score) {
-#pragma unroll
-    for (int j = 0; j < kSteps; ++j)
-      if (j == step) rewards[j] += score;
+      load(exists, Numbers{general.value_lams, value_lams});
   }
   // The map of step j alone.
   __device__ __forceinline__ Map step(int j, const Rate& gamma, const Rate& lam,
                                       const Rate& value_lam) const {
     Map map = identity();
     if (!(exists >> j & 1)) return map;
-    const double rate = gamma.at(gammas[j]), surplus = static_cast<double>(rewards[j]) - values[j];
+    const double rate = gamma.at(gammas[j]), own = surplus(j);
     map.value = values[j];
     if (ends >> j & 1) {
       map.flags = kExists | kEnds;
-      map.advantage.rest = map.other.rest = ::fma(rate, static_cast<double>(after[j]), surplus);
+      map.advantage.rest = map.other.rest = ::fma(rate, static_cast<double>(after[j]), own);
     } else {
       map.flags = kExists;
-      map.advantage = {rate, rate * lam.at(lams[j]), surplus};
-      if (kDecoupled) map.other = {rate, rate * value_lam.at(value_lams[j]), surplus};
+      map.advantage = {rate, rate * lam.at(lams[j]), own};
+      if (kDecoupled) map.other = {rate, rate * value_lam.at(value_lams[j]), own};
     }
     return map;
   }
@@ -269,9 +229,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int step = steps.last_kept();
       const int last = last_of_tile(step >= 0 ? own + step : -1, warps, shared);
       if (last >= 0) {
-        steps.add_score(last - own,
-                        clipped_score(load_float(a.scores, tile.sequence * a.scores.stride1),
-                                      static_cast<float>(a.reward_clip)));
+        steps.add_score(last - own, score_of(a, tile.sequence));
         scored = false;
       }
     }
@@ -320,17 +278,7 @@ Status general_gae(const GeneralGaeArgs& general) {
     RK_ENQUEUE(a.exec, a.sequences, warps * kWarp, general_kernel<true>, general, t, warps, bad);
   else
     RK_ENQUEUE(a.exec, a.sequences, warps * kWarp, general_kernel<false>, general, t, warps, bad);
-  if (!a.whiten) return {};
-  return whiten({a.rows,
-                 a.cols,
-                 {a.advantages, kFloat32, a.cols, 1, true},
-                 a.mask,
-                 true,
-                 true,
-                 a.whiten_eps,
-                 a.moments,
-                 a.advantages,
-                 a.exec});
+  return a.whiten ? whiten(whitening_args(a)) : Status{};
 }
 
 }  // namespace rk::cuda

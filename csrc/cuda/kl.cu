@@ -125,8 +125,7 @@ __device__ __forceinline__ PairSums<double> combine_pairs(const PairSums<float>*
 // Divergence of a row pair and its statistics; a warp to a row.
 __global__ void __launch_bounds__(kCombineThreads)
     combine_kernel(const KlArgs a, uint32_t tiles, const PairSums<float>* partials) {
-  const int64_t row =
-      static_cast<int64_t>(blockIdx.x) * (kCombineThreads / kWarp) + threadIdx.x / kWarp;
+  const int64_t row = row_of_warp();
   if (row >= a.rows * a.cols) return;
   const double rate = 1.0 / a.temperature;
   const PairSums<double> r = combine_pairs(partials + row * tiles, tiles, static_cast<float>(rate));

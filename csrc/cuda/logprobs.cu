@@ -47,8 +47,7 @@ __global__ void __launch_bounds__(kRowThreads, (kForwardBlocks<kChange, kSquares
 template <class E>
 __global__ void __launch_bounds__(kCombineThreads, 4)
     further_kernel(const LogprobsArgs a, uint32_t tiles, const float4* partials) {
-  const int64_t row =
-      static_cast<int64_t>(blockIdx.x) * (kCombineThreads / kWarp) + threadIdx.x / kWarp;
+  const int64_t row = row_of_warp();
   if (row >= a.rows * a.cols) return;
   const bool ignored = row_label(a, row) == a.options.ignore_index;
   const float4* own = partials + row * tiles;
@@ -71,8 +70,7 @@ __global__ void __launch_bounds__(kCombineThreads, 4)
 template <class E>
 __global__ void __launch_bounds__(kCombineThreads)
     combine_kernel(const LogprobsArgs a, uint32_t tiles, const float4* partials) {
-  const int64_t row =
-      static_cast<int64_t>(blockIdx.x) * (kCombineThreads / kWarp) + threadIdx.x / kWarp;
+  const int64_t row = row_of_warp();
   if (row >= a.rows * a.cols) return;
   const int64_t label = row_label(a, row);
   RowStatistics r;
@@ -93,9 +91,7 @@ __global__ void __launch_bounds__(kCombineThreads)
     coefficients_kernel(const LogprobsBackwardArgs a, Coefficients* out) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kCombineThreads + threadIdx.x;
   if (row >= a.rows * a.cols) return;
-  const auto upstream = [&](const Tensor& g) {
-    return g.given ? static_cast<const float*>(g.data)[token_at(g, row, a.cols)] : 0.0f;
-  };
+  const auto upstream = [&](const Tensor& g) { return upstream_at(g, row, a.cols); };
   const float g = upstream(a.grad_logprobs), h = upstream(a.grad_entropy);
   const float of_lse = upstream(a.grad_lse), of_collision = upstream(a.grad_collision);
   const int64_t label = row_label(a, row);

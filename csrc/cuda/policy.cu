@@ -43,10 +43,30 @@ struct Larger {
   __device__ __forceinline__ float operator()(float a, float b) const { return a > b ? a : b; }
 };
 
+// Extremes of a warp to its place in `shared`, and, after a barrier, those of the block from it,
+// for thread 0.
+using WarpExtremes = float[2][kTokenThreads / kWarp];
+__device__ __forceinline__ void share_extremes(float& r_min, float& r_max, WarpExtremes& shared) {
+  r_min = warp_reduce(r_min, Smaller{});
+  r_max = warp_reduce(r_max, Larger{});
+  if (threadIdx.x % kWarp == 0) {
+    shared[0][threadIdx.x / kWarp] = r_min;
+    shared[1][threadIdx.x / kWarp] = r_max;
+  }
+}
+__device__ __forceinline__ void block_extremes(const WarpExtremes& shared, float& r_min,
+                                               float& r_max) {
+  for (int w = 1; w < kTokenThreads / kWarp; ++w) {
+    r_min = Smaller{}(r_min, shared[0][w]);
+    r_max = Larger{}(r_max, shared[1][w]);
+  }
+}
+
 template <int kObjective>
 __global__ void __launch_bounds__(kTokenThreads, 2)
     policy_kernel(const PolicyArgs a, float* partials, int64_t slots) {
-  __shared__ float shared[kSums][kColumn], sums[kSums], extremes[2][kTokenThreads / kWarp];
+  __shared__ float shared[kSums][kColumn], sums[kSums];
+  __shared__ WarpExtremes extremes;
   const PolicyConfig& c = a.config;
   const Tokens own(a.tokens, blockIdx.x);
   const bool token_ratio = c.ratio_level == kTokenRatio;
@@ -121,21 +141,13 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
   if (a.grad_entropy.given) own.store(static_cast<float*>(a.grad_entropy.data) + place, bonuses);
   s[kBonus] = s[kEntropy];
   // These may step over a NaN; the sum of r does not.
-  r_min = warp_reduce(r_min, Smaller{});
-  r_max = warp_reduce(r_max, Larger{});
-  if (threadIdx.x % kWarp == 0) {
-    extremes[0][threadIdx.x / kWarp] = r_min;
-    extremes[1][threadIdx.x / kWarp] = r_max;
-  }
+  share_extremes(r_min, r_max, extremes);
   column_sums(s, shared, sums);
   float* out = partials + blockIdx.x;
   if (threadIdx.x < kSums)
     out[(kFirst + threadIdx.x) * slots] = sums[threadIdx.x] * (threadIdx.x < kLow ? weight : 1.0f);
   if (threadIdx.x == 0) {
-    for (int w = 1; w < kTokenThreads / kWarp; ++w) {
-      r_min = Smaller{}(r_min, extremes[0][w]);
-      r_max = Larger{}(r_max, extremes[1][w]);
-    }
+    block_extremes(extremes, r_min, r_max);
     out[kRMin * slots] = r_min;
     out[kRMax * slots] = r_max;
     out[kTileIndex * slots] = static_cast<float>(own.tile.k);
@@ -161,7 +173,7 @@ __global__ void __launch_bounds__(kTokenThreads)
 __global__ void __launch_bounds__(kTokenThreads)
     combine_kernel(const PolicyArgs a, const float* partials, int64_t slots) {
   __shared__ double shared[kSums][kColumn], sums[kSums];
-  __shared__ float extremes[2][kTokenThreads / kWarp];
+  __shared__ WarpExtremes extremes;
   double s[kSums] = {};
   float r_min = 3.0e38f, r_max = -3.0e38f;
   for (int64_t slot = threadIdx.x; slot < slots; slot += kTokenThreads) {
@@ -170,23 +182,13 @@ __global__ void __launch_bounds__(kTokenThreads)
     r_min = Smaller{}(r_min, partials[kRMin * slots + slot]);
     r_max = Larger{}(r_max, partials[kRMax * slots + slot]);
   }
-  r_min = warp_reduce(r_min, Smaller{});
-  r_max = warp_reduce(r_max, Larger{});
-  if (threadIdx.x % kWarp == 0) {
-    extremes[0][threadIdx.x / kWarp] = r_min;
-    extremes[1][threadIdx.x / kWarp] = r_max;
-  }
-  const bool by_sequence =
-      a.config.aggregation == kSeqMeanTokenMean || a.config.aggregation == kSeqMeanTokenSum;
-  const bool counted = by_sequence && !a.normalizer.given && a.divisor == 0.0;
+  share_extremes(r_min, r_max, extremes);
+  const bool counted = divides_by_sequences(a.config.aggregation, a.normalizer, a.divisor);
   const Batch batch = look_at_batch(a.tokens, partials + (kFirst + kCount) * slots,
                                     partials + kTileIndex * slots, slots, counted, shared, sums);
   column_sums(s, shared, sums);
   if (threadIdx.x != 0) return;
-  for (int w = 1; w < kTokenThreads / kWarp; ++w) {
-    r_min = Smaller{}(r_min, extremes[0][w]);
-    r_max = Larger{}(r_max, extremes[1][w]);
-  }
+  block_extremes(extremes, r_min, r_max);
   const double tokens = sums[kCount];
   const double factor =
       loss_scale(a.normalizer, a.divisor, counted ? batch.sequences : tokens, batch.bad_offsets);

@@ -71,6 +71,11 @@ __device__ __forceinline__ double row_temperature(const Args& a, int64_t row) {
   return static_cast<const float*>(a.temperatures.data)[token_at(a.temperatures, row, a.cols)];
 }
 
+// What row `row` has in an fp32 tensor; 0 without the tensor.
+__device__ __forceinline__ float upstream_at(const Tensor& g, int64_t row, int64_t cols) {
+  return g.given ? static_cast<const float*>(g.data)[token_at(g, row, cols)] : 0.0f;
+}
+
 template <class Args>
 __device__ __forceinline__ int64_t row_label(const Args& a, int64_t row) {
   return load_integer(a.labels, token_at(a.labels, row, a.cols));

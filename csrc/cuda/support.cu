@@ -174,10 +174,8 @@ __global__ void __launch_bounds__(kListThreads)
 __global__ void __launch_bounds__(kListThreads) gradient_kernel(const SupportBackwardArgs a) {
   __shared__ float owns[kListThreads / kWarp];
   const int64_t row = blockIdx.x, label = row_label(a, row);
-  const auto upstream = [&](const Tensor& g) {
-    return g.given ? static_cast<const float*>(g.data)[token_at(g, row, a.cols)] : 0.0f;
-  };
-  const float g = upstream(a.grad_logprobs), h = upstream(a.grad_entropy);
+  const float g = upstream_at(a.grad_logprobs, row, a.cols);
+  const float h = upstream_at(a.grad_entropy, row, a.cols);
   const List list = list_at(a.support.indptr, row, a.support.entries);
   if (label == a.options.ignore_index || (g == 0.0f && h == 0.0f)) {
     for (int64_t e = list.begin + threadIdx.x; e < list.end; e += kListThreads) a.dz[e] = 0.0f;

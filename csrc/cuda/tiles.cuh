@@ -13,6 +13,10 @@ namespace {
 constexpr int kRowThreads = 256, kRowWarps = kRowThreads / kWarp;
 // Threads of a kernel that has a warp, or a thread, per row.
 constexpr int kCombineThreads = 128;
+// The row of this warp.
+__device__ __forceinline__ int64_t row_of_warp() {
+  return static_cast<int64_t>(blockIdx.x) * (kCombineThreads / kWarp) + threadIdx.x / kWarp;
+}
 
 // n / d for n below 2^31 by a multiplication, exact (Granlund and Montgomery, 1994).
 struct Divisor {

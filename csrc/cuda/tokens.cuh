@@ -119,6 +119,13 @@ __device__ __forceinline__ Batch look_at_batch(const LossTokens& t, const float*
   return batch;
 }
 
+// Whether the divisor is the number of sequences.
+__device__ __forceinline__ bool divides_by_sequences(int32_t aggregation, const Tensor& normalizer,
+                                                     double divisor) {
+  const bool by_sequence = aggregation == kSeqMeanTokenMean || aggregation == kSeqMeanTokenSum;
+  return by_sequence && !normalizer.given && divisor == 0.0;
+}
+
 // 1 / the divisor: the one given, else `count`, at least 1. NaN if it is no divisor.
 __device__ __forceinline__ double loss_scale(const Tensor& normalizer, double divisor, double count,
                                              bool bad_offsets) {

@@ -84,8 +84,7 @@ __global__ void __launch_bounds__(kTokenThreads)
     s[kReturn] += n * at(kReturnMean, slot);
     s[kError] += n * at(kErrorMean, slot);
   }
-  const bool by_sequence = a.aggregation == kSeqMeanTokenMean || a.aggregation == kSeqMeanTokenSum;
-  const bool counted = by_sequence && !a.normalizer.given && a.divisor == 0.0;
+  const bool counted = divides_by_sequences(a.aggregation, a.normalizer, a.divisor);
   const Batch batch = look_at_batch(a.tokens, partials + (kFirst + kCount) * slots,
                                     partials + kTileIndex * slots, slots, counted, shared, sums);
   column_sums(s, shared, sums);
