@@ -52,13 +52,20 @@ def sequence_ids(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     return ids.clamp(max=cu_seqlens.shape[0] - 2)
 
 
-def per_token(x: Tensor, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """x unchanged if it has the shape of tokens; else one value per sequence, expanded to it."""
-    if x.shape == tokens.shape:
-        return x
+def spread(x: Tensor, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """One value per sequence, [B] or [S], for each of its tokens, in the shape of `tokens`."""
     if cu_seqlens is None:
         return x.unsqueeze(-1).expand_as(tokens)
     return x[sequence_ids(tokens, cu_seqlens)]
+
+
+def per_token(x: Tensor, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """x unchanged if it has the shape of tokens; else one value per sequence, expanded to it.
+
+    For arguments that a caller may give either way. Packed, with as many sequences as tokens, x has
+    one value per token.
+    """
+    return x if x.shape == tokens.shape else spread(x, tokens, cu_seqlens)
 
 
 def token_weights(

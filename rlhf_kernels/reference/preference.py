@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config.preference import AVERAGED, REFERENCE_FREE
-from ..core.sequences import per_token, sequence_ids, sequence_sums
+from ..core.sequences import sequence_ids, sequence_sums, spread
 from ._common import clamped, compute
 
 
@@ -28,7 +28,7 @@ def sequence_logprobs(
     """
     mask = kept = mask != 0
     if shared_lengths is not None:
-        shared = _positions(mask, cu_seqlens) <= per_token(shared_lengths, mask, cu_seqlens)
+        shared = _positions(mask, cu_seqlens) <= spread(shared_lengths, mask, cu_seqlens)
         kept = mask & shared if ld_alpha == 0 else mask
     x = torch.where(kept, compute(logprobs), 0)
     if shared_lengths is not None:

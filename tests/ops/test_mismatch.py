@@ -238,6 +238,21 @@ def test_packed_equals_padded(backend, options):
 
 
 @pytest.mark.parametrize("level", LEVELS)
+def test_as_many_sequences_as_tokens_are_no_tokens(backend, level):
+    """An empty sequence makes up for one of two tokens."""
+    old, rollout, mask = make_inputs(1, 3, keep=1.0)
+    options = {"level": level, "reject": {"seq_sum_k2": 4e-4}}
+    found = rk.mismatch_weights(old[0], rollout[0], mask[0], **options,
+                                cu_seqlens=torch.tensor([0, 2, 2, 3]))  # fmt: skip
+    inside = torch.tensor([[True, True, False], [False, False, False], [True, False, False]])
+    padded = [t[0].new_zeros(3, 3).masked_scatter(inside, t[0]) for t in (old, rollout)]
+    expected = rk.mismatch_weights(*padded, inside, **options)
+    same(backend)(found.weights, expected.weights[inside])
+    assert torch.equal(found.mask, expected.mask[inside])
+    assert found.mask.any() and not found.mask.all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
 def test_a_sequence_does_not_depend_on_its_surroundings(backend, level):
     # A row spans several tiles of Triton's and CUDA's kernels, and on the CPU several pieces.
     rows, cols = 3, 17000 if backend == "cpu" else 2100

@@ -368,6 +368,11 @@ def test_ld_dpo():
         padded = rk.sequence_logprobs(logprobs, mask & inside, **options)
         packed = rk.sequence_logprobs(logprobs[inside], mask[inside], cu_seqlens=offsets, **options)
         torch.testing.assert_close(packed, padded)
+    # As many sequences as tokens, by an empty one.
+    three = -torch.tensor([1.0, 2.0, 4.0])
+    options = {"shared_lengths": torch.tensor([2, 0, 0]), "cu_seqlens": torch.tensor([0, 2, 2, 3])}
+    found = rk.sequence_logprobs(three, three < 0, ld_alpha=0.5, **options)
+    assert found.tolist() == [-3.0, 0.0, -2.0]
     # What is left out may be anything.
     logprobs = torch.tensor([[-1.0, -math.inf]])
     options = {"shared_lengths": torch.tensor([1]), "ld_alpha": 0.0}
