@@ -33,13 +33,14 @@ CORRECTION_CODES: tuple[CorrectionLevel | None, ...] = (None, *CORRECTION_LEVELS
 CorrectionMode = Literal["truncate", "mask"]
 CORRECTION_MODES: tuple[CorrectionMode, ...] = get_args(CorrectionMode)
 
-#: What one importance weight of mismatch_weights is of; None for no weights, all 1.
+#: What has one importance weight in mismatch_weights: a token, or a sequence, whose weight is the
+#: product, geometric mean, mean or largest of its ratios. None: all weights are 1.
 MismatchLevel = Literal["token", "sequence", "geometric", "sequence-mean", "sequence-max"]
 MISMATCH_LEVELS: tuple[MismatchLevel, ...] = get_args(MismatchLevel)
 #: The integer is the position in this tuple: 0 for no weights.
 MISMATCH_CODES: tuple[MismatchLevel | None, ...] = (None, *MISMATCH_LEVELS)
 
-#: What a token without a ratio means to mismatch_weights.
+#: What mismatch_weights does about a token without a ratio.
 Missing = Literal["raise", "one", "drop"]
 MISSING: tuple[Missing, ...] = get_args(Missing)
 
@@ -55,7 +56,7 @@ Baseline = Literal["mean", "leave-one-out", "greedy", "none"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 Scale = Literal["group", "batch", "none"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
-#: Others of them, which are plain torch on every backend.
+#: Further baselines and scales, which plain torch computes on every backend.
 PlainBaseline = Literal["length-mean", "log-mean-exp", "pass@k", "batch-mean"]
 PLAIN_BASELINES: tuple[PlainBaseline, ...] = get_args(PlainBaseline)
 PlainScale = Literal["leave-one-out", "mean"]

@@ -60,7 +60,7 @@ class MismatchParams(NamedTuple):
     high: float
     log_low: float
     log_high: float
-    #: Beyond these a weight counts for the fractions of the metrics.
+    #: The metrics' fractions count weights beyond these.
     count_low: float
     count_high: float
     count_log_low: float

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 #: would overflow fp32, and inf times an advantage of 0 is NaN.
 LOG_RATIO_BOUND = 40.0
 
-#: Log-ratios of old and rollout are clamped to +-this: infinities of both signs may be summed.
+#: Log-ratios of old and rollout are clamped to +-this, so that infinities of both signs may be
+#: summed.
 LOG_WEIGHT_BOUND = 1e30
 
 # Stands for an absent upper bound; -UNBOUNDED stands for an absent lower bound.

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import env, option_checks, temperature_rules, tracing
 from .option_checks import shown
 
-# The look of `plain`, in native code; None where that is not built.
+# The native code of `plain`; None where the extension is not built.
 _plain: Callable[..., bool] | None
 try:
     _plain = importlib.import_module("rlhf_kernels._cpu").plain
@@ -46,10 +46,11 @@ def tensor(op: str, name: str, value: Any) -> Tensor:
 
 
 def plain(kinds: str, *tensors: object) -> bool:
-    """Whether these arguments are as most are, so that no check would refuse or convert one.
+    """Whether native code finds at one look that no check would refuse or convert an argument.
 
-    They are then strided tensors of one shape and device, and of the dtypes that kernels take. One
-    look takes a tenth of the time of check after check. False says nothing.
+    The arguments are then strided tensors of one shape and device, and of the dtypes that kernels
+    take. The look takes a tenth of the time of the checks one by one. False says nothing about the
+    arguments: the checks then have to decide.
 
     Args:
         kinds: a letter for each: see csrc/bind/arguments.h.
@@ -69,7 +70,7 @@ def floating(op: str, name: str, value: object, *, double: bool = False) -> Tens
 
 
 def not_double(op: str, **values: Tensor | None) -> None:
-    """Requires of tensors that `floating` has found, float64 allowed, that they are not that."""
+    """Refuses float64 among tensors that `floating` has accepted with `double`."""
     for name, value in values.items():
         if value is not None and value.dtype is torch.float64:
             floating(op, name, value)

@@ -19,16 +19,16 @@ _INT64 = (-(2**63), 2**63 - 1)
 _LARGEST = 1e308
 
 
-# What an equal value of the same type can stand for; not a tensor, whose value may change.
+# Types of options whose equal values can stand for one another. A tensor's value may change.
 _REPEATED = frozenset((int, float, bool, str, type(None)))
 
 Checked = TypeVar("Checked")
 
 
 def remembered(check: Callable[..., Checked]) -> Callable[..., Checked]:
-    """`check`, whose arguments are options, made once for the same options: calls repeat theirs.
+    """`check`, a function of options, with the results for recent options cached.
 
-    A check that raises is made again.
+    Most calls have the options of the call before. A check that raises is not cached.
     """
     known = functools.lru_cache(maxsize=64, typed=True)(check)
 

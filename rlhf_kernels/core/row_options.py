@@ -23,7 +23,7 @@ class RowOptions(NamedTuple):
     softcap: c of c tanh(x / c), 0 for none.
     entropy: whether to compute entropies.
     ignore_index: label of tokens to skip.
-    lse: whether the log-sum-exp is wanted, which no kernel computes: the statistics hold it.
+    lse: whether the log-sum-exp is wanted. It is computed from the statistics, not by kernels.
     collision: whether the sum of the squared probabilities is wanted.
     argmax: whether the most likely token is wanted.
     """
@@ -107,7 +107,7 @@ def checked(
 ) -> RowArguments:
     """Requires one label for each row of the argument `name` [..., K], and valid options.
 
-    `fit`: that `checks.plain` has found rows and labels to be so.
+    `fit`: whether `checks.plain` has found that rows and labels fit.
 
     Returns:
         The arguments. A temperature per token is expanded to the shape of the labels and detached.

@@ -30,9 +30,9 @@ def forward_mode() -> bool:
 
 
 def stand_for_several(*values: object) -> bool:
-    """Whether a tensor among `values` is several, as `is_grads_batched` makes upstream gradients.
+    """Whether a tensor among `values` is a batch: upstream gradients are with `is_grads_batched`.
 
-    Those of torch.func.vmap are told by `transform`.
+    `transform` recognises the batches of torch.func.vmap.
     """
     return any(isinstance(value, Tensor) and is_legacy_batchedtensor(value) for value in values)
 

@@ -223,9 +223,9 @@ def select(keep: Tensor, at_most: int = -1) -> Tokens:
 
 
 def split(keep: Tensor, idle: Tensor, number: Tensor | None) -> tuple[Tokens, Tokens, int]:
-    """The tokens where `keep` [N] without `idle` [N] and with it, and `number`, int64 [] or 0.
+    """Busy tokens (`keep` [N] without `idle` [N]), idle ones (both), and `number` as an int.
 
-    All of it for one host synchronisation.
+    One host synchronisation reads all three. `number` is int64 [], or None, which gives 0.
     """
     busy, rest = keep & ~idle, keep & idle
     if devices.is_cpu(keep.device):

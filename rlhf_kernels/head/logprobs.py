@@ -28,9 +28,10 @@ def forward(
     batching: Batching,
     largest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Of labels [...]: log-probabilities [...], entropies [...] if wanted, statistics [..., 3].
+    """The results for labels [...], as kernels/rows.py describes those of a chunk.
 
-    And sums of squared probabilities and most likely tokens [...], if wanted.
+    They are log-probabilities, entropies, statistics [..., 3], sums of squared probabilities and
+    most likely tokens. The entropies and the last two are None where not wanted.
 
     Args:
         kernels, operands, targets, batching: as the operator's.

@@ -260,8 +260,8 @@ def forward(
     Args:
         kernels, operands, targets, policy, batching, needs: as the operator's.
         reference: the head of the reference policy, or None.
-        columns: int64 [], of which the device's budget is to hold a chunk, where batching has no
-            size of it. None: those of the weights.
+        columns: int64 [], the columns of logits per token that the size of a chunk is computed
+            from, where `batching` names no size. None: those of the weights.
     """
     # Where they may not be looked at, the kernel that is given these poisons the loss.
     checks.divisor_positive("linear_policy_loss", policy.normalizer)
@@ -320,9 +320,10 @@ def _selected(
     grad: bool,
     columns: Tensor | None,
 ) -> tuple[Tokens, Tokens, int]:
-    """(unmasked tokens, those of them that surely have no gradient, columns).
+    """(tokens that may have a gradient, unmasked tokens that surely have none, columns).
 
-    The second are told apart only where that is worth while; columns are 0 for None.
+    The second are separated only where that saves time; else they are empty and all unmasked tokens
+    are among the first. columns is 0 for None.
     """
     keep, params = policy.mask != 0, policy.params
     if kept_tokens >= 0:

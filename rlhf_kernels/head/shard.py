@@ -200,9 +200,9 @@ def combine(
 
 
 def _first_of_largest(order: Tensor, ids: Tensor) -> Tensor:
-    """The id [...] of the rank with the largest place in the order [ranks, ...], the first of such.
+    """The id [...] of the rank whose entry of `order` [ranks, ...] is largest; of such the first.
 
-    A negative id has none.
+    Ranks with a negative id take no part.
     """
     best, found = torch.full_like(order[0], -torch.inf), torch.full_like(ids[0], -1)
     for place, own in zip(order.unbind(), ids.unbind(), strict=True):
@@ -226,7 +226,7 @@ class ShardRows:
         self.policy_loss = rows.policy_loss
 
     def policy_rows_for(self, *_: Any) -> None:
-        """The ranks exchange statistics before any has a log-probability."""
+        """None: the ranks must exchange statistics before any has a log-probability."""
 
     def token_logprobs(
         self,
@@ -268,8 +268,8 @@ class ShardRows:
 class ShardKernels(NamedTuple):
     """A backend's kernels for a shard of the vocabulary.
 
-    own: over this rank's columns alone. whole: over all, the ranks exchanging as they go, by the
-    kernels `rows`.
+    own: over this rank's columns alone.
+    whole: over all columns, for which the ranks exchange as they go; its row kernels are `rows`.
     """
 
     own: Kernels

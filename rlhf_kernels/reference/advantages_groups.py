@@ -51,7 +51,7 @@ class _Groups:
 
 
 def _runner_up(g: _Groups) -> Tensor:
-    """For the best reward of a group what it exceeds the second best by; 0 for all others."""
+    """By how much the best reward of a group exceeds the second best; 0 for all others."""
     best = -g.least(-g.shifted)[g.of]
     # Equal ones at the top exceed nothing; one of them must count as the second best.
     place = torch.where(g.shifted == best, g.index, len(g.index))

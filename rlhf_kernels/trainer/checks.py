@@ -228,11 +228,11 @@ def check_models(model: ModelConfig, own: Sequence[Any]) -> None:
         if path is not None:
             check_model(name, path)
     path = model.model
-    # Of a name on the hub it is known later whether it is an adapter's.
-    plain = path is None or (Path(path).is_dir() and not _is_adapter(path))
-    scaled = model.lora_alpha is None or bool(model.lora_rank) or not plain
+    # Whether a name on the hub is an adapter's is not known yet.
+    no_adapter = path is None or (Path(path).is_dir() and not _is_adapter(path))
+    unused = model.lora_alpha is not None and not model.lora_rank and no_adapter
     expected = "lora_rank > 0 with it, or a model that is an adapter"
-    require(scaled, "lora_alpha", expected, model.lora_alpha)
+    require(not unused, "lora_alpha", expected, model.lora_alpha)
 
 
 def check_rows(

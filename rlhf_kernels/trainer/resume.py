@@ -25,9 +25,11 @@ _ROUNDING = {
     "threads", "device", "processes", "micro_batch_size", "generation_batch_size",
     "gradient_checkpointing",
 }  # fmt: skip
-# Weights, settings and tokenizers of a model. Any training changes nearly all weights.
+# Weights, settings and tokenizers of a model.
 _MODEL_FILES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
-_BLOCK, _BLOCKS = 1 << 14, 1 << 12
+# Bytes of a sample of a large file, and the number of samples. Training changes nearly all weights,
+# so samples show it.
+_SAMPLE, _SAMPLES = 1 << 14, 1 << 12
 # The setting that names the rows of each part of the data.
 _DATA = {"train": "data", "held_out": "eval_data", "ptx": "ptx_data"}
 
@@ -113,13 +115,13 @@ def _model_identity(folder: Path) -> str:
 
 
 def _samples(file: Path) -> Iterator[bytes]:
-    """The content of a file; of a large one, which would take long to read, blocks all over it."""
+    """The content of a file; samples all over a large one, which would take long to read."""
     size = file.stat().st_size
-    step = max(_BLOCK, size // _BLOCKS)
+    step = max(_SAMPLE, size // _SAMPLES)
     with file.open("rb") as opened:
         for start in range(0, size, step):
             opened.seek(start)
-            yield opened.read(_BLOCK)
+            yield opened.read(_SAMPLE)
 
 
 def check_same(
