@@ -48,6 +48,8 @@ RK_HD float clipped_score(float score, float clip) {
 struct GroupStatistics {
   double n, first, mean, spread;
 };
+// A mean that is infinite becomes NaN: differences to it would depend on which reward comes first.
+RK_HD double finite_mean(double mean) { return mean + 0.0 * mean; }
 RK_HD double others_of(double n) { return n > 1.0 ? n - 1.0 : 1.0; }
 
 // A reward minus its group's baseline, divided by the group's spread if so configured.

@@ -57,7 +57,7 @@ RK_HD V outside(V x, float low, float high) {
 }
 
 // Sums over the unmasked tokens of a sequence, in the order in which kernels accumulate them. Those
-// from kWeight on are of the weights of tokens, bounded: the level's only if it is kTokenWeight.
+// from kWeightOf on are of the weights of tokens, bounded: the level's only if it is kTokenWeight.
 enum MismatchSum {
   kTokensOf,
   kMissingOf,

@@ -1,5 +1,5 @@
 // The part of DLPack 1's C exchange interface that reads a tensor in place. torch.Tensor has it as
-// __dlpack_c_exchange_api__ in torch 2.13; older versions of torch lack it.
+// __dlpack_c_exchange_api__ in torch 2.13. Where a tensor lacks it, its Python attributes are read.
 #pragma once
 #include <pybind11/pybind11.h>
 

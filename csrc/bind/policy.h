@@ -1,6 +1,7 @@
 // Python signature of policy_loss. codes and params are the encoded PolicyLossConfig.
 #pragma once
 #include <cstring>
+#include <string>
 #include <type_traits>
 #include <utility>
 
@@ -17,7 +18,9 @@ Fields fields_from(pybind11::handle values) {
   if (!PyTuple_Check(values.ptr()) && !PyList_Check(values.ptr()))
     throw pybind11::type_error("codes and params must be tuples or lists");
   if (PySequence_Fast_GET_SIZE(values.ptr()) != kCount)
-    throw pybind11::value_error("codes or params of another number than their struct has");
+    throw pybind11::value_error("codes or params: expected " + std::to_string(kCount) +
+                                " numbers, got " +
+                                std::to_string(PySequence_Fast_GET_SIZE(values.ptr())));
   T numbers[kCount];
   for (Py_ssize_t i = 0; i < kCount; ++i) {
     PyObject* const item = PySequence_Fast_GET_ITEM(values.ptr(), i);

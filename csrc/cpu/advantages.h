@@ -105,7 +105,7 @@ template <class F>
 inline void group(const GroupAdvantagesArgs& a, int64_t n, const F& member) {
   GroupStatistics s{static_cast<double>(n), reward_at(a.rewards, member(0)), 0.0, 0.0};
   for (int64_t k = 0; k < n; ++k) s.mean += reward_at(a.rewards, member(k)) - s.first;
-  s.mean /= s.n;
+  s.mean = finite_mean(s.mean / s.n);
   double m2 = 0.0;
   for (int64_t k = 0; k < n; ++k) {
     const double d = reward_at(a.rewards, member(k)) - s.first - s.mean;

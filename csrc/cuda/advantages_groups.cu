@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1) group_kernel(const GroupAdva
   if (zero_mean(a.baseline) || a.scale == kScaleGroup) {
     for (int64_t k = first; k < end; k += kWarp)
       s.mean += reward_at(a.rewards, member(k)) - s.first;
-    s.mean = warp_reduce(s.mean, Sum{}) / s.n;
+    s.mean = finite_mean(warp_reduce(s.mean, Sum{}) / s.n);
     double m2 = 0.0;
     for (int64_t k = first; k < end; k += kWarp) {
       const double d = reward_at(a.rewards, member(k)) - s.first - s.mean;

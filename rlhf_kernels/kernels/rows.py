@@ -59,9 +59,9 @@ class LabelRows(Protocol):
     def token_logprobs(
         self, logits: Tensor, labels: Tensor, temperatures: Tensor | None, options: RowOptions, /
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-        """(log-probabilities [N], entropies [N] if wanted, statistics [N, 3]), and if wanted [N].
+        """(log-probabilities, entropies, statistics, sums of squared probabilities, argmax).
 
-        The last two are sums of squared probabilities and most likely tokens.
+        All are [N], but the statistics are [N, 3]. What the options do not ask for is None.
         """
 
     def token_logprobs_backward_into(

@@ -131,7 +131,8 @@ def group_advantages(
         Advantages [B], float32, detached. Exactly 0 where the standard deviation to divide by is 0
         (equal rewards, groups of one), but for "leave-one-out"; with scale "none" the baselines of
         a group but "greedy" also give exactly 0 there. A NaN or infinite reward makes only its own
-        group NaN (with "batch" and "batch-mean", the whole batch).
+        group NaN; with "batch" and "batch-mean" the whole batch; with "none" or "greedy" and scale
+        "none" only itself, and it stays infinite.
 
     Raises:
         TypeError: wrong dtype or type of an argument.

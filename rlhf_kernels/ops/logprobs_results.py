@@ -23,7 +23,8 @@ def asked_for(
     found = (logprobs, entropies) if options.entropy else (logprobs,)
     if options.collision:
         found = (*found, collisions)
-    if options.lse and stats is not None:
+    if options.lse:
+        assert stats is not None
         found = (*found, log_sum_exp(labels, temperatures, stats, options))
     return (*found, ids) if options.argmax else found
 

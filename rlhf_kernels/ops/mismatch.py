@@ -83,7 +83,7 @@ def _check_preset(op: str, preset: str | None) -> MismatchOptions:
 
 
 def _check_present(op: str, count: Tensor, old: Tensor, rollout: Tensor, mask: Tensor) -> None:
-    """Raises ValueError for the first token of the mask without a ratio; `count` is of them all."""
+    """Raises ValueError for the first token of the mask without a ratio; `count` says how many."""
     expected = f"{op}: rollout_logprobs must not be NaN at an unmasked token with missing='raise'"
     if count.is_meta:
         return
@@ -131,7 +131,7 @@ def mismatch_weights(
             geometric mean is in [0.5, 5]. verl's, whose log-ratios are clamped to +-20:
             "verl-token-is", "verl-token-icepop", "verl-seq-is", "verl-seq-is-rs", "verl-geo-rs",
             "verl-k3-rs".
-        level: of what a weight is. "token": a token's ratio. Or one weight for a sequence:
+        level: what has a weight of its own. "token": a token's ratio. Or one weight for a sequence:
             "sequence" the product of its ratios, "geometric" their geometric mean, "sequence-mean"
             their mean, "sequence-max" the largest. None: all weights are 1.
         mode: "truncate" (default): clamp weights to [low, high]. "mask": 0 outside.

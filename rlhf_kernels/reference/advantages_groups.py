@@ -6,7 +6,6 @@ Baselines and scales that no kernel has are computed here on every backend.
 import torch
 from torch import Tensor
 
-from ..config.enums import PLAIN_BASELINES, PLAIN_SCALES
 from ._common import compute
 from .advantages import _pack, _pad
 
@@ -96,7 +95,7 @@ def group_advantages(
     Statistics are fp64 and use differences to the group's first reward. A common offset therefore
     costs no precision, and equal rewards have a standard deviation of exactly zero.
     """
-    if baseline in PLAIN_BASELINES or scale in PLAIN_SCALES:
+    if baseline not in ("none", "greedy") or scale not in ("none", "batch"):
         # Differences of infinite rewards would depend on which of a group comes first.
         rewards = torch.where(rewards.isfinite(), rewards, torch.nan)
     g = _Groups(rewards, groups)

@@ -83,6 +83,8 @@ def group_kernel(
             _, inside, r = members(rewards, order, start + tl.arange(0, BLOCK), end)
             mean += tree_sum(tl.where(inside, r - first, 0.0), BLOCK)
         mean /= n
+        # Infinity becomes NaN: differences to it would depend on which reward comes first.
+        mean += 0.0 * mean
         for start in range(begin, end, BLOCK):
             _, inside, r = members(rewards, order, start + tl.arange(0, BLOCK), end)
             d = tl.where(inside, r - first - mean, 0.0)
