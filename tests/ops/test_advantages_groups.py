@@ -104,8 +104,8 @@ def test_one_that_differs_is_not_divided_by_the_others_std(backend):
 @pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf))
 def test_a_reward_that_is_not_finite_poisons_its_group_alone(backend, bad):
     for options in ({}, {"scale": "none"}, {"baseline": "leave-one-out", "scale": "none"},
-                    {"baseline": "none"}, {"scale": "mean"}, {"scale": "leave-one-out"}, {"baseline": "pass@k"},
-                    {"baseline": "pass@k", "scale": "none"},
+                    {"baseline": "none"}, {"scale": "mean"}, {"scale": "leave-one-out"},
+                    {"baseline": "pass@k"}, {"baseline": "pass@k", "scale": "none"},
                     {"baseline": "log-mean-exp", "scale": "none"},
                     {"baseline": "length-mean", "lengths": torch.ones(9), "scale": "none"},
                     {"baseline": "none", "scale": "mean"}):  # fmt: skip
