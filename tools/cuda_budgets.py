@@ -118,7 +118,7 @@ BUDGETS = (
            Limit(66.0, 64, 68, 2, 2, 0), Limit(66.3, 64, 64, 3, 2, 0), threads=512),
     Budget("policy_loss with gradient, clip, fp32", "policy.cu", "policy_kernel<0>", "token", 8, 0,
            _tokens(6, 2, {"F2I": 8, "FADD": 104, "BAR": 2}), 17,
-           Limit(132.2, 96, 48, 3, 4, 0), Limit(128.0, 103, 48, 3, 2, 0)),
+           Limit(128.5, 96, 48, 2, 2, 0), Limit(123.8, 103, 48, 2, 2, 0)),
     Budget("value_loss with gradient, fp32", "value.cu", "value_kernel", "token", 8, 0,
            _tokens(6, 2, {"FFMA": 16, "BAR": 4}), 17,
            Limit(61.0, 64, 96, 3, 4, 0), Limit(59.2, 71, 72, 3, 2, 0)),
