@@ -225,7 +225,11 @@ def random_mask(rows: int, cols: int, *, keep: float = 0.7, seed: int = 0) -> Te
 
 
 def check_operation(
-    function: Callable[..., Any], device: torch.device, dtype: torch.dtype = torch.float32
+    function: Callable[..., Any],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    size: int = 1031,
 ) -> dict[str, Any]:
     """Compares an operation, forward and gradient, with its reference in fp64 on the same inputs.
 
@@ -233,6 +237,7 @@ def check_operation(
         function: a public operation, such as `rlhf_kernels.gae`.
         device: device of the tensors.
         dtype: dtype of the floating inputs.
+        size: tokens of a row, or the vocabulary of an operation on logits or a head.
 
     Returns:
         operation, device, dtype, `error` (the largest, in roundings of the result's dtype, or of
@@ -246,7 +251,7 @@ def check_operation(
         "error": None,
         "ok": False,
     }
-    inputs = _calls.Inputs(5, 1031, dtype, device, torch.Generator().manual_seed(0))
+    inputs = _calls.Inputs(5, size, dtype, device, torch.Generator().manual_seed(0))
     # On CPU the library rounds logits of 16-bit operands to 16 bits.
     product = torch.finfo(dtype).eps if function.__name__.startswith("linear_") else 0.0
     try:

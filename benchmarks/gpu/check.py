@@ -200,7 +200,7 @@ def part_smoke(run: Run) -> Result:
     found = [json.loads(line) for line in lines if line.endswith("}")]
     bad = [x for x in found if not x["ok"]]
     failures = [
-        "{operation} {backend} {dtype}: ".format(**x)
+        "{operation} {backend} {dtype} size {size}: ".format(**x)
         + x.get("message", f"off by {x['error']} roundings")
         for x in bad
     ]

@@ -6,6 +6,7 @@ import re
 import sys
 from typing import Any
 
+from . import profiled
 from .process import DONE, FAILED, SKIPPED, Result, Run, find_tool, kernel_backends, status
 
 #: Metric -> its name in the report. A sector has 32 bytes.
@@ -23,8 +24,8 @@ METRICS = {
     "smsp__inst_executed.sum": "warp instructions",
 }
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis")
-#: Calls of `profiled.py`. They run six kernels, because two of them have a backward pass.
-CALLS = ("token_logprobs", "gae", "kl_divergence", "policy_loss")
+#: Calls of `profiled.py`. They run seven kernels, because two of them have a backward pass.
+CALLS = ("token_logprobs", "policy_rows", "gae", "kl_divergence", "policy_loss")
 # Messages of ncu on machines that do not permit counters.
 _REFUSED = ("ERR_NVGPUCTRPERM", "LibraryNotLoaded", "Failed to initialize", "not supported")
 
@@ -69,7 +70,7 @@ def _command(run: Run, tool: str | None, call: str, backend: str, table: str) ->
 
 
 def part_ncu(run: Run) -> Result:
-    """Memory workload, issue utilisation and L2 sectors of six kernels; one process per call."""
+    """Memory workload, issue utilisation and L2 sectors of seven kernels; one process per call."""
     tool = find_tool(run, "ncu")
     backend = kernel_backends(run)[0]
     if run.device == "cpu":
@@ -97,6 +98,8 @@ def part_ncu(run: Run) -> Result:
         if not rows and any(word in said for word in _REFUSED):
             reason = " ".join(said.split())[-300:]
             return {"status": SKIPPED, "reason": f"ncu cannot count here: {reason}"}
+        if code == 0 and profiled.ABSENT in said:
+            continue
         if code != 0 or not rows:
             failures.append(f"{call}: " + ("\n".join(said.splitlines()[-5:]) or "no kernel"))
         codes.append(code)

@@ -3,7 +3,8 @@
     python -m benchmarks.gpu.smoke --device cuda --backends cuda,triton --out smoke.jsonl
 
 This is the doctor's check for a named backend: 5 rows of 1031, forward and gradient, in fp32 and
-bf16. Each result is written immediately as a line of JSON, so that a crash loses only one.
+bf16; and again with a larger vocabulary where another kernel serves it. Each result is written
+immediately as a line of JSON, so that a crash loses only one.
 """
 
 import json
@@ -19,6 +20,9 @@ from rlhf_kernels.testing import check_operation
 from .. import make_parser
 
 DTYPES = (torch.float32, torch.bfloat16)
+SIZE = 1031
+#: Sizes that a further kernel serves, by operation: CUDA's policy_rows takes large vocabularies.
+FURTHER_SIZES = {"linear_policy_loss": (20_011,)}
 
 
 def main() -> int:
@@ -37,11 +41,12 @@ def main() -> int:
         for dtype in DTYPES:
             for backend in options.backends.split(","):
                 for function in functions:
-                    with backends.use_backend(backend):
-                        found = check_operation(function, device, dtype)
-                    found["backend"] = backend
-                    print(json.dumps(found), file=out, flush=True)
-                    bad += not found["ok"]
+                    for size in (SIZE, *FURTHER_SIZES.get(function.__name__, ())):
+                        with backends.use_backend(backend):
+                            found = check_operation(function, device, dtype, size=size)
+                        found |= {"backend": backend, "size": size}
+                        print(json.dumps(found), file=out, flush=True)
+                        bad += not found["ok"]
     return 1 if bad else 0
 
 

@@ -27,7 +27,8 @@ inline bool is_of_kind(const dlpack::View& v, char kind) {
 // Whether all tensors are strided torch.Tensors of one shape and device, each of the kind that its
 // letter says: `f` floating, of a dtype that kernels take; `l` labels, of 32 or 64 bits; `m` a
 // mask, bool or integer; `r` rows of logits, which have a dimension more. A capital allows None,
-// but not for the first. False also where this torch does not tell.
+// but not for the first. False also where this torch does not tell, or for a tensor without memory,
+// as torch.func.functionalize makes them.
 inline bool plain(const pybind11::str& kinds, const pybind11::args& tensors) {
   Py_ssize_t count = 0;
   const char* const letters = PyUnicode_AsUTF8AndSize(kinds.ptr(), &count);
@@ -47,6 +48,8 @@ inline bool plain(const pybind11::str& kinds, const pybind11::args& tensors) {
     if (i == 0) first = v;
     if (v.dims != first.dims || !std::equal(v.shape, v.shape + v.dims, first.shape)) return false;
     if (v.device_type != first.device_type || v.device_id != first.device_id) return false;
+    const bool empty = std::find(v.shape, v.shape + v.dims, 0) != v.shape + v.dims;
+    if (v.data == nullptr && !empty) return false;
   }
   return true;
 }

@@ -271,8 +271,8 @@ def forward(
     keep = flat(policy.mask) != 0
     checks.kept_tokens("linear_policy_loss", keep, batching.kept_tokens)
     enough = covered(keep, batching.kept_tokens)
-    if enough is not None:
-        good = enough if good is None else good & enough
+    # Whether offsets, bound and normalizer are what they must be; None where they surely are.
+    good = _both(_both(good, enough), _good_divisor(policy))
     advantages = per_token(policy.advantages, policy.mask, offsets)
     # Whether tokens stand alone: their gradient is known as soon as their log-probability is.
     alone = (
@@ -303,6 +303,9 @@ def forward(
         sweep.logprobs_of(tokens)
         sweep.logprobs_of(idle)
         g, h = _complete(sweep.policy_loss(grad=True))
+        if enough is not None:
+            # Also of a sequence all of whose tokens were multiplied; the rest poisons the scale.
+            g, h = (None if t is None else torch.where(enough, t, torch.nan) for t in (g, h))
         g, bonus = flat(g), flat(h)
         if counts:
             tokens = select(g != 0 if bonus is None else (g != 0) | (bonus != 0))
@@ -342,6 +345,21 @@ def _selected(
         moving = ((advantages != 0) & keep).to(torch.float32)
         idle = (sequence_sum(moving, offsets) == 0).expand(keep.shape)
     return split(flat(keep), flat(idle), columns)
+
+
+def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Whether both, where None is true."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a & b
+
+
+def _good_divisor(policy: PolicyArguments) -> Tensor | None:
+    """Whether a normalizer that the host may not read is one, 0-d bool; None for any other."""
+    count = policy.normalizer
+    if count is None or checks.can_read_on_host(count):
+        return None
+    return (count > 0) & (count < torch.inf)
 
 
 def _weights(policy: PolicyArguments, offsets: Tensor | None, good: Tensor | None) -> Tensor:

@@ -5,16 +5,20 @@ import json
 import re
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
 
 from tests.benchmarks.test_gpu_check import options
+from tests.head import gpu_way
+from tests.kernels import emulated_cuda, gpu_faults
 
 import rlhf_kernels as rk
 from benchmarks import ROOT
 from benchmarks.gpu import bench, check, ncu, prebuilt, process, profiled, smoke
 from rlhf_kernels.kernels import backends
+from rlhf_kernels.testing import check_operation
 
 NAMES = ",".join(f'"{m}"' for m in ncu.METRICS)
 UNITS = ",".join('"%"' for _ in ncu.METRICS)
@@ -37,6 +41,8 @@ if "{{fails}}" == call:
     print("RuntimeError: of the call"); sys.exit(1)
 if "{{fails}}" == "all":
     print("==ERROR== ERR_NVGPUCTRPERM"); sys.exit(1)
+if "{{fails}}" == "" and call == "policy_rows":
+    print({profiled.ABSENT!r}); sys.exit(0)
 open(words[words.index("--log-file") + 1], "w").write({TABLE!r})
 """
 
@@ -64,7 +70,8 @@ def test_the_ncu_part(monkeypatch, tmp_path, fails, outcome):
     if outcome == "skipped":
         assert "ERR_NVGPUCTRPERM" in result["reason"]
         return
-    assert {k["call"] for k in result["kernels"]} == set(ncu.CALLS) - {fails}
+    # Without a failure the tool says that the backend lacks this kernel.
+    assert {k["call"] for k in result["kernels"]} == set(ncu.CALLS) - {fails or "policy_rows"}
     assert len(result["failures"]) == bool(fails)
     assert not fails or "RuntimeError: of the call" in result["failures"][0]
 
@@ -73,7 +80,32 @@ def test_the_ncu_part(monkeypatch, tmp_path, fails, outcome):
 def test_what_is_profiled_runs(call):
     assert set(ncu.CALLS) == set(profiled.CALLS)
     with rk.use_backend("cpu"):
-        profiled.CALLS[call](torch.device("cpu"), small=True)()
+        work = profiled.CALLS[call](torch.device("cpu"), small=True)
+        assert (work is None) == (call == "policy_rows")
+        if work is not None:
+            work()
+
+
+def test_the_kernel_of_large_vocabularies_is_smoked_profiled_and_sanitized(monkeypatch, capsys):
+    """In the emulator: the doctor's size does not reach it."""
+    device, function = torch.device("cpu"), rk.linear_policy_loss
+    (size,) = smoke.FURTHER_SIZES[function.__name__]
+    extension = emulated_cuda.load()
+    kernel = mock.Mock(wraps=extension.policy_rows)
+    monkeypatch.setattr(extension, "policy_rows", kernel)
+    with emulated_cuda.installed(), gpu_way.taken(), rk.use_backend("cuda"):
+        for dtype in smoke.DTYPES:
+            assert check_operation(function, device, dtype, size=smoke.SIZE)["ok"]
+            assert kernel.call_count == 0
+            assert check_operation(function, device, dtype, size=size)["ok"]
+            assert kernel.call_count == 1
+            kernel.reset_mock()
+        profiled.CALLS["policy_rows"](device, small=True)()
+        assert kernel.call_count == 1
+        kernel.reset_mock()
+    with emulated_cuda.installed():
+        assert gpu_faults.large_rows(device, "cuda") == kernel.call_count > 1
+    assert gpu_faults.large_rows(device, "cpu") == 0
 
 
 @pytest.mark.parametrize("wrong", [False, True], ids=["right", "wrong"])
@@ -96,7 +128,7 @@ def test_the_smoke_test_tells_wrong_from_right(monkeypatch, tmp_path, wrong):
         backends.install(before)
     assert (result["status"], result["passed"]) == (("failed", 2) if wrong else ("done", 4))
     assert [f.split(": ")[0] for f in result["failures"]] == (
-        ["gae cpu float32", "gae cpu bfloat16"] if wrong else []
+        ["gae cpu float32 size 1031", "gae cpu bfloat16 size 1031"] if wrong else []
     )
 
 

@@ -163,16 +163,36 @@ def test_too_small_a_number_raises_or_gives_nan(name, monkeypatch):
     op, options, *_ = CALLS[name]
     problem = Problem()
     few = {"kept_tokens": problem.kept - 1, **options}
+    first = {"kept_tokens": int(problem.mask[0].sum()), **options}
     with pytest.raises(ValueError, match=f"kept_tokens must be at least .*, {problem.kept}, got"):
         problem.call(op, **few)
     # As on a GPU, where nobody looks.
     monkeypatch.setattr(checks, "can_read_on_host", lambda t: False)
     with gpu_way.taken():
         results = problem.run(op, **few)
-    assert results[0].isnan().any()
-    assert results[-1].isnan().any()
+        # A sequence of which nothing is missing, and none of the other.
+        whole = problem.run(op, **first)
+    for *found, gradient in (results, whole):
+        assert found[0].isnan().any() and found[-1][problem.mask].isnan().any()
+        assert gradient.isnan().all()
     results = problem.run(op, **options | {"kept_tokens": problem.kept})
     assert all(r.isfinite().all() for r in results)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name.startswith("policy")])
+@pytest.mark.parametrize("divisor", (-1.0, 0.0, torch.inf, -torch.inf, torch.nan))
+def test_a_bad_normalizer_gives_nan(name, divisor, monkeypatch):
+    op, options, *_ = CALLS[name]
+    problem = Problem()
+    with pytest.raises(ValueError, match="normalizer must be a finite number > 0"):
+        problem.run(op, normalizer=torch.tensor(divisor), **options)
+    # As on a GPU, where nobody looks.
+    monkeypatch.setattr(checks, "can_read_on_host", lambda t: False)
+    with gpu_way.taken():
+        loss, _, hidden, weight = problem.run(op, normalizer=torch.tensor(divisor), **options)
+        assert loss.isnan() and hidden.isnan().any() and weight.isnan().all()
+        results = problem.run(op, normalizer=torch.tensor(3.0), **options)
+        assert all(r.isfinite().all() for r in results)
 
 
 # Bytes per logit to and from row kernels, forward and backward; heads; most launches of a call of

@@ -16,7 +16,11 @@ from torch import Tensor
 from tests.cases.faults import OPERATIONS, Case
 from tests.cases.layouts import layouts
 
+import rlhf_kernels as rk
+from rlhf_kernels.core.row_options import RowOptions
+from rlhf_kernels.core.sentinels import SHARD_IGNORED
 from rlhf_kernels.kernels import backends, triton
+from rlhf_kernels.kernels.rows import TokenConstants
 from rlhf_kernels.ops import _calls
 
 #: (operation, case) of data that RLHF_KERNELS_CHECK=1 refuses.
@@ -50,6 +54,28 @@ def _laid_out(call: _calls.Call, index: int) -> _calls.Call:
     return call._replace(tensors=call.tensors | views).requiring(*call.differentiable)
 
 
+def large_rows(device: torch.device, backend: str) -> int:
+    """Runs the one kernel of a head's large vocabularies on good, ignored and bad rows.
+
+    Returns how often; 0 where the backend has no such kernel for this device.
+    """
+    rows, config = backends.get(backend).kernels.rows, rk.PolicyLossConfig.ppo(entropy_coef=0.1)
+    options = RowOptions(1.0, 0.0, True, SHARD_IGNORED)
+    runs = 0
+    for vocab, gradient in ((20_011, torch.bfloat16), (50_257, torch.float32)):
+        kernel = rows.policy_rows_for(device, vocab, options)
+        if kernel is None:
+            continue
+        labels = torch.tensor([0, vocab - 1, SHARD_IGNORED, vocab, -1, 7], device=device)
+        logits = torch.randn(len(labels), vocab, device=device)
+        logits[-1] = -torch.inf
+        constants = TokenConstants(*torch.randn(5, len(labels), device=device))
+        out = logits if gradient == logits.dtype else torch.empty_like(logits, dtype=gradient)
+        kernel(out, logits, labels, None, options, constants, config._codes, config._params)
+        runs += 1
+    return runs
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
@@ -67,9 +93,10 @@ def main() -> int:
         calls = [(n, c) for n, c in examples(device) if n.split()[0] in has][:: options.every]
         for _, call in calls:
             call()
+    runs = large_rows(device, options.backend)
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-    print(f"{len(faults)} faults, {len(calls)} layouts")
+    print(f"{len(faults)} faults, {len(calls)} layouts, {runs} large vocabularies")
     return 0
 
 

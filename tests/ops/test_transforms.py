@@ -91,6 +91,13 @@ def test_vmap_gives_what_one_call_each_does(name):
     torch.testing.assert_close(torch.func.vmap(call)(x), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_functionalize_changes_nothing(name):
+    call, shape = CALLS[name]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.func.functionalize(call)(x), call(x))
+
+
 @pytest.mark.parametrize("implementation", ["cpu", "reference"])
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "gae"])
 def test_a_tangent_is_refused_and_not_dropped(name, implementation):
