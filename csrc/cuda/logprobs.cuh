@@ -296,8 +296,12 @@ __device__ __forceinline__ void gradients(const Slopes& c, const LogitOptions<kC
     return fmaf(e, kEntropy ? fmaf(c.a1, log2_e, c.a0) : c.a0, 0.0f);
   };
   // In a row that is NaN, a logit without weight still has no gradient.
-  const bool number = c.a0 * 0.0f == 0.0f && c.a1 * 0.0f == 0.0f && a2 * 0.0f == 0.0f;
-  if (!kChange && number && (!kEntropy || floor_weighs_nothing<E>(c.m, c.rate2))) {
+  // Nor where the slope times the largest distance is none: under a low temperature, or a large
+  // upstream gradient.
+  const float least = (floor_of<E>() - c.m) * c.rate2;
+  const bool number =
+      c.a0 * 0.0f == 0.0f && (kEntropy ? c.a1 * least : c.a1) * 0.0f == 0.0f && a2 * 0.0f == 0.0f;
+  if (!kChange && number && (!kEntropy || least < -130.0f)) {
     if constexpr (kEntropy) raise_to<E>(floor_of<E>(), slots);
     each([&](float x) {
       const float log2_e = (x - c.m) * c.rate2;

@@ -309,12 +309,12 @@ __device__ __forceinline__ Ends lane_ends(const Pack<E> (&slots)[kSlots]) {
 // finite, and products of it with their weight are 0.
 template <class E>
 __device__ __forceinline__ constexpr float floor_of() {
-  return E::kLeast > -1.0e38f ? E::kLeast : -1.0e38f;
+  return E::kLeast > -1.0e30f ? E::kLeast : -1.0e30f;
 }
 // Whether that holds for all logits below the floor, in a row or tile with the maximum m.
 template <class E>
 __device__ __forceinline__ bool floor_weighs_nothing(float m, float rate2) {
-  return fabsf(m) < 1.0e37f && (floor_of<E>() - m) * rate2 < -130.0f;
+  return fabsf(m) < 1.0e30f && (floor_of<E>() - m) * rate2 < -130.0f;
 }
 // A lane's logits, none below the floor.
 template <class E, int kSlots>

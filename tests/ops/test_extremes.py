@@ -143,6 +143,27 @@ def test_a_16_bit_temperature_is_divided_in_fp32(backend, dtype):
                 assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 1e-3])
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+def test_logits_without_weight_have_no_gradient_of_the_entropy(backend, dtype, temperature, scale):
+    """However far below: their distance times the slope of the entropy may be no number."""
+    y = torch.tensor([1, 3, 5])
+    if dtype == torch.float16:  # which ends at 65504
+        scale = min(scale, 8.0)
+    for low in (-INF, torch.finfo(dtype).min, -1e38, -1e20):
+        x = torch.randn(3, 41).to(dtype)
+        # Within fp16, which rounds the lowest of the others to -inf.
+        x[:, ::2] = low
+        call = lambda z: scale * rk.token_logprobs(z, y, temperature=temperature, entropy=True)[1]  # noqa: E731
+        _, slope = gradient(call, x)
+        assert slope.isfinite().all() and (slope[:, ::2] == 0).all(), low
+        with rk.use_backend("reference"):
+            _, want = gradient(call, x.double())
+        size = scale / temperature * (1 + want.abs().amax() * temperature / scale)
+        close(slope, want, size, rtol=max(4e-6, 2 * torch.finfo(dtype).eps))
+
+
 # ---- KL -----------------------------------------------------------------------------------------
 
 
