@@ -153,17 +153,17 @@ def policy_kernel(
         bonus = load_kept(entropy, s, at, i, kept)
     if LEVEL == TOKEN_RATIO:
         slope = within(x, c.log_ratio_low, c.log_ratio_high, slope)
-    to = token_index(batch, s, at + i)
+    to = token_index(batch, s, at)
     if grad is not None:
         g = direct
         if LEVEL == TOKEN_RATIO:
             g += slope
         elif LEVEL != SEQUENCE_RATIO:
             g += tl.where(learns, slope, 0.0)
-        tl.store(grad + to, tl.where(kept, g * weight, 0.0), mask=inside)
+        tl.store(grad + to + i, tl.where(kept, g * weight, 0.0), mask=inside)
     if grad_entropy is not None:
         g = -c.entropy_coef * weight
-        tl.store(grad_entropy + to, tl.where(kept, g, 0.0), mask=inside)
+        tl.store(grad_entropy + to + i, tl.where(kept, g, 0.0), mask=inside)
     r_kept = tl.where(kept, r, 0.0)
     low, high = tl.where(kept, low, 0.0), tl.where(kept, high, 0.0)
     count = tl.where(kept, 1.0, 0.0)
