@@ -68,7 +68,7 @@ class _Tokens(NamedTuple):
         """The sum of t over the unmasked tokens of each sequence, fp64."""
         return sequence_sums(torch.where(self.mask, t, 0), self.cu_seqlens)
 
-    def count(self) -> Tensor:
+    def counts(self) -> Tensor:
         """The number of unmasked tokens of each sequence, fp64."""
         return self.sums(torch.ones_like(self.x))
 
@@ -98,7 +98,7 @@ def _tokens(
 def _rejected(tokens: _Tokens, p: MismatchParams) -> Tensor:
     """The unmasked tokens that a criterion rejects, by themselves or with their sequence."""
     x, near = tokens.x, tokens.near
-    length = tokens.count().clamp(min=1)
+    length = tokens.counts().clamp(min=1)
     least, most = sequence_extremes(near, tokens.mask, tokens.cu_seqlens)
     whole = (least < p.extreme_low) | (most > p.extreme_high)
     for estimate, of_sum, of_mean in (
@@ -128,7 +128,7 @@ def _units(tokens: _Tokens, of: MismatchLevel | None, p: MismatchParams) -> _Uni
     near, dtype = tokens.near, tokens.x.dtype
     if of == "token":
         return _Units(tokens.mask, near.exp(), near)
-    count, total = tokens.count(), tokens.sums(tokens.x)
+    count, total = tokens.counts(), tokens.sums(tokens.x)
     some, length = count > 0, count.clamp(min=1)
     if of == "sequence-mean":
         raw = (tokens.sums(near.exp()) / length).to(dtype)
@@ -177,7 +177,7 @@ def _weight_metrics(
     tokens: _Tokens, units: _Units, w: Tensor, of: MismatchLevel | None, p: MismatchParams
 ) -> list[Tensor]:
     """The metrics up to seq_fraction_high; w are the bounded weights of the tokens."""
-    dtype, mask, count = w.dtype, tokens.mask, tokens.count()
+    dtype, mask, count = w.dtype, tokens.mask, tokens.counts()
     s, some, length = _Statistics(dtype), count > 0, count.clamp(min=1)
     mean, square = s.mean(mask, w), s.mean(mask, w * w)
     own = (tokens.sums(w) / length).to(dtype)
@@ -198,7 +198,7 @@ def _weight_metrics(
 
 def _policy_metrics(tokens: _Tokens, p: MismatchParams) -> list[Tensor]:
     """The metrics from kl to ppl_ratio, which compare the two policies."""
-    x, mask, count = tokens.x, tokens.mask, tokens.count()
+    x, mask, count = tokens.x, tokens.mask, tokens.counts()
     s, some, length = _Statistics(x.dtype), count > 0, count.clamp(min=1)
     total, excess = tokens.sums(x), torch.expm1(tokens.near)
     old, rollout = (-(tokens.sums(t) / length) for t in (tokens.old, tokens.rollout))
@@ -250,7 +250,7 @@ def mismatch_weights(
     of_tokens = unit_weights if of == "token" else spread(unit_weights, x, cu_seqlens)
     w = torch.where(unmasked, of_tokens, 0)
 
-    s, some = _Statistics(x.dtype), tokens.count() > 0
+    s, some = _Statistics(x.dtype), tokens.counts() > 0
     factor = x.new_ones(())
     if normalize:
         mean = s.mean(units.some, unit_weights)
