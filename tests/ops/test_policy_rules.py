@@ -67,7 +67,7 @@ def test_opcheck_of_the_backward():
     ],
 )
 def test_launches_of_the_triton_backend(monkeypatch, config, forward):
-    from rlhf_kernels.kernels.triton import _tokens, policy
+    from rlhf_kernels.kernels.triton import _tokens, policy, policy_backward
 
     launched, launch = [], policy.launch
 
@@ -75,7 +75,7 @@ def test_launches_of_the_triton_backend(monkeypatch, config, forward):
         launched.append(kernel.fn.__name__.removesuffix("_kernel"))
         launch(kernel, *args, **options)
 
-    for module in (policy, _tokens):
+    for module in (policy, policy_backward, _tokens):
         monkeypatch.setattr(module, "launch", listen)
     args, options = make_inputs(3, 1100)
     with rk.use_backend("triton"):
