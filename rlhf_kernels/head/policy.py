@@ -305,8 +305,8 @@ def forward(
         g, h = _complete(sweep.policy_loss(grad=True))
         if enough is not None:
             # Also of a sequence all of whose tokens were multiplied; the rest poisons the scale.
-            g, h = (torch.where(enough, g, torch.nan),
-                    None if h is None else torch.where(enough, h, torch.nan))  # fmt: skip
+            g = torch.where(enough, g, torch.nan)
+            h = None if h is None else torch.where(enough, h, torch.nan)
         g, bonus = flat(g), flat(h)
         if counts:
             tokens = select(g != 0 if bonus is None else (g != 0) | (bonus != 0))
