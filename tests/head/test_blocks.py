@@ -157,7 +157,7 @@ def test_a_named_chunk_or_batch_invariance_keeps_chunks_of_tokens(blocks):
 
 def test_memory_holds_no_second_gradient_of_the_weight(blocks):
     """In 16 bits the backward pass makes no fp32 tensor of the weight's size."""
-    hidden, weight, labels = drawn(TOKENS, 16, 16 * VOCAB, torch.bfloat16)
+    hidden, weight, labels = drawn(TOKENS, 16, 64 * VOCAB, torch.bfloat16)
     logprobs = rk.linear_token_logprobs(hidden, weight, labels).logprobs
     with Made() as made:
         logprobs.sum().backward()

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tests.cases import calls as cases
-from tests.ops.advantages_cases import interpreted
 
 import rlhf_kernels as rk
 from rlhf_kernels.core import checks
@@ -112,22 +111,15 @@ def test_first_derivatives_in_every_way(backend, op):
             leaf.grad.detach().mul_(0.5)
 
 
-# Their calls outnumber the dtypes of masks.
-MANY_CALLS = ("linear_policy_loss", "policy_loss", "mismatch_weights")
-
-
 @pytest.mark.parametrize("op", MASKED)
 def test_masks_of_every_dtype(backend, op):
-    dtypes = (torch.int64, torch.uint8, torch.float32, torch.bfloat16, torch.float64)
-    for i, call in enumerate(cases.calls(op)):
+    for call in cases.calls(op):
         if "mask" not in call.tensors:
             continue
         mask = call.tensors["mask"] != 0
         names = [n for n in ("mask", "dones") if n in call.tensors]
         expected = call.run({**call.tensors, "mask": mask})
-        # Operations that are called with many options take turns in the interpreter.
-        turns = dtypes[i % 5 :][:1] if interpreted(backend) and op in MANY_CALLS else dtypes
-        for dtype in turns:
+        for dtype in (torch.int64, torch.uint8, torch.float32, torch.bfloat16, torch.float64):
             own = {n: (call.tensors[n] != 0).to(dtype) for n in names}
             _same(call.run({**call.tensors, **own}), expected)
         for name in names:
