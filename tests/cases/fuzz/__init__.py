@@ -182,12 +182,16 @@ def sensitivity(case: Case, exact: Sequence[Tensor], backend: str) -> list[Tenso
                 worst[2][std] += moved_root.nan_to_num(0.0, 0.0, 0.0) / ROUNDINGS
     config = case.arguments.get("config")
     if case.op == "policy_loss" and config.kl_importance_weighted and config.kl_estimator == "abs+":
-        # |x| by the ratio's slope and x by the estimator's cancel below 0, whatever the inputs. The
-        # ratios here are below 3.
-        plain = dataclasses.replace(config, kl_importance_weighted=False)
-        found, _ = run(case, to_float64(case.arguments) | {"config": plain})
-        if case.arguments["logprobs"].requires_grad:
-            worst[2] += 3 * EPS * found[2].abs().nan_to_num(0.0, 0.0, 0.0)
+        # |x| by the ratio's slope and x by the estimator's cancel below 0, whatever the inputs.
+        # With k1+ they add there: what that changes is the sum of their sizes.
+        given = to_float64(case.arguments)
+        if given["logprobs"].requires_grad:
+            added, none = (
+                run(case, given | {"config": dataclasses.replace(config, **change)})[0][2]
+                for change in ({"kl_estimator": "k1+"}, {"kl_coef": 0.0})
+            )
+            size = (added - none).abs().nan_to_num(0.0, 0.0, 0.0)
+            worst[2] += EPS / ROUNDINGS * size
     if "lam" in case.arguments:
         for i, size in enumerate(scan_roundings(case, backend)):
             worst[i] = worst[i] + EPS / ROUNDINGS * size.nan_to_num(0.0, 0.0, 0.0)
