@@ -26,6 +26,11 @@ from .trials import Pass, Rows, Trial, name_of, position_limit, trials
 
 T = TypeVar("T")
 
+# Integers by their size; elements that are hashed at a time, which a cache holds; a hash's factor.
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_DIGESTED = 2**16
+_PRIME = 0x100000001B3
+
 _INSTEAD = {
     Form.PADDED: "its passes are padded",
     Form.ALIGNED: "its passes are padded on the right only",
@@ -99,7 +104,7 @@ def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
         UserError: a forward pass changed the weights, which training and saving do not expect.
     """
     keep_scale(model)
-    before = {name: (p._version, _norm(p)) for name, p in model.named_parameters()}
+    before = {name: (p._version, _digest(p)) for name, p in model.named_parameters()}
     devices = [model.device] if model.device.type == "cuda" else []
     training = model.training
     with torch.random.fork_rng(devices), torch.no_grad():
@@ -109,7 +114,7 @@ def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
     changed = [
         name
         for name, p in model.named_parameters()
-        if name not in before or (p._version != before[name][0] and _norm(p) != before[name][1])
+        if name not in before or (p._version != before[name][0] and _digest(p) != before[name][1])
     ]
     if changed:
         raise UserError(
@@ -118,12 +123,20 @@ def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
         )
 
 
-def _norm(weight: Tensor) -> float:
-    """The norm of a weight, which tells whether a pass that wrote to the weight changed it.
+def _digest(weight: Tensor) -> int:
+    """A hash of a weight's bits in their order, to tell whether a pass that wrote to it changed it.
 
-    An adapter of experts' weights writes them back as they were in every pass.
+    An adapter of experts' weights writes them back as they were in every pass. Sums of integers do
+    not depend on the order in which a device adds them.
     """
-    return float(torch.linalg.vector_norm(weight.detach().float()))
+    words = weight.detach().reshape(-1).view(_WORDS[weight.element_size()])
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(2**62, (min(_DIGESTED, len(words)),), generator=generator)
+    factors = factors.to(weight.device) * 2 + 1
+    found = len(words)
+    for part in words.split(_DIGESTED):
+        found = (found * _PRIME + int((part * factors[: len(part)]).sum())) % 2**64
+    return found
 
 
 def _settle_form(model: PreTrainedModel, max_length: int, packing: bool) -> list[Trial]:

@@ -177,24 +177,53 @@ def test_weights_that_a_pass_changes():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert model.config.rescale_every == 2
     model = _fresh("llama")
-    model.model.unused = torch.nn.Parameter(torch.ones(3))
+    model.model.unused = torch.nn.Parameter(torch.tensor([1.0, 2.0, 4.0]))
+
+    once = []
 
     def written(*_):
-        model.model.unused.mul_(factor)
+        if not once or change is _same:
+            once.append(model.model.unused.copy_(change(model.model.unused)))
+
+    def _same(weight):
+        return weight.clone()
 
     model.register_forward_hook(written)
     # Adapters of experts write their weights back as they were.
-    factor = 1.0
+    change = _same
     probe.prove(model, max_length=16)
-    factor = 0.5
-    with pytest.raises(UserError, match=r"changes its own weights .*\(model.unused\)"):
-        probe.prove(model, max_length=16)
-    factor = 1.0
+    lowest = torch.tensor([1, 0, 0], dtype=torch.int32)
+    for change in (
+        *(lambda w: 0.5 * w, torch.neg, lambda w: w.flip(0), lambda w: w.roll(1)),
+        # The lowest bit of one element.
+        lambda w: (w.view(torch.int32) ^ lowest).view(torch.float32),
+    ):
+        once.clear()
+        with pytest.raises(UserError, match=r"changes its own weights .*\(model.unused\)"):
+            probe.prove(model, max_length=16)
+    change = _same
     model.register_forward_hook(
         lambda *_: model.register_parameter("late", torch.nn.Parameter(torch.ones(1)))
     )
     with pytest.raises(UserError, match=r"changes its own weights .*\(late\)"):
         probe.prove(model, max_length=16)
+
+
+def test_a_digest_is_of_the_bits_in_their_order():
+    size = probe._DIGESTED
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.uint8):
+        weight = torch.arange(3 * size + 7).remainder(251).to(dtype)
+        parts = weight[size : 2 * size], weight[:size], weight[2 * size :]
+        palindrome = weight[[0, 1, 1, 0]], weight[[1, 0, 0, 1]]
+        found = [probe._digest(w) for w in (weight, torch.cat(parts), weight[:-1], *palindrome)]
+        assert len(set(found)) == len(found)
+        # The layout does not matter, and a NaN is a number like others.
+        strided = weight.repeat_interleave(2)[::2]
+        assert probe._digest(strided) == found[0]
+    nan = torch.full((3,), torch.nan)
+    assert probe._digest(nan) == probe._digest(nan.clone())
+    assert probe._digest(torch.zeros(3)) != probe._digest(-torch.zeros(3))
+    assert probe._digest(torch.empty(0)) == 0
 
 
 def test_a_model_whose_settings_do_not_fit_is_one_sentence():
