@@ -129,42 +129,68 @@ def _require_whole(
     """Raises UserError if the template drops tools, tool calls or messages.
 
     Renders the conversation again with a unique mark in each of them, because a function's name or
-    a short content may also occur elsewhere in the text. The contents of users and assistants are
-    not marked: every template renders them, and may rewrite an assistant's earlier ones.
+    a short content may also occur elsewhere in the text. A template that interprets a marked value
+    may reject it; the others are then marked one by one, and the value itself is expected.
+    """
+    conversation, tools, marks = _marked(messages, template)
+    if not marks:
+        return
+    try:
+        whole = _written(tokenizer, conversation, {**template, "tools": tools})
+        found = [new in whole for _, _, new in marks]
+    except Exception:
+        found = []
+        for index, (_, value, new) in enumerate(marks):
+            conversation, tools, _ = _marked(messages, template, index)
+            try:
+                found.append(new in _written(tokenizer, conversation, {**template, "tools": tools}))
+            except Exception:
+                found.append(value in text)
+    for written, (what, value, _) in zip(found, marks, strict=True):
+        expected = "a template that writes it: take another, or leave this out of the row"
+        require(written, f"chat template: {what}", expected, value)
+
+
+def _marked(
+    messages: Sequence[dict[str, Any]], template: Mapping[str, Any], only: int | None = None
+) -> tuple[list[dict[str, Any]], list[Any] | None, list[tuple[str, str, str]]]:
+    """Messages and tools with marks in what a template may drop; all marks, or `only` one.
+
+    The contents of users and assistants are not marked: every template renders them, and may
+    rewrite an assistant's earlier ones.
+
+    Returns:
+        (messages, tools, (kind, value, value with its mark) of each mark)
     """
     marks: list[tuple[str, str, str]] = []
 
     def mark(what: str, value: str, start: str = "") -> str:
         marks.append((what, value, f"{start}Zebra{len(marks)}x"))
-        return marks[-1][2]
+        return marks[-1][2] if only in (None, len(marks) - 1) else value
 
     def renamed(what: str, function: dict[str, Any]) -> dict[str, Any]:
         name = function.get("name")
-        return function | {"name": mark(what, name, name)} if isinstance(name, str) else function
+        if not isinstance(name, str):
+            return function
+        changed = mark(what, name, name)
+        if what == "'tool_calls'":
+            called[name] = changed
+        return function | {"name": changed}
 
+    called: dict[str, str] = {}
     conversation = []
     for message in messages:
         marked = _with_calls(message, functools.partial(renamed, "'tool_calls'"))
         if message["role"] not in ("user", "assistant") and content(message).strip():
             what = f"a message of role {message['role']!r}"
             marked = marked | {"content": mark(what, content(message))}
-        called = {name: new for what, name, new in marks if what == "'tool_calls'"}
         if message["role"] == "tool" and message.get("name") in called:
             marked = marked | {"name": called[message["name"]]}
         conversation.append(marked)
     tools = [
         _changed(t, functools.partial(renamed, "'tools'")) for t in template.get("tools") or ()
     ]
-    if not marks:
-        return
-    try:
-        again = _written(tokenizer, conversation, {**template, "tools": tools or None})
-    except Exception:
-        # The template interprets a marked value. Then only check that the names occur at all.
-        again, marks = text, [(what, name, name) for what, name, new in marks if name in new]
-    for what, value, new in marks:
-        expected = "a template that writes it: take another, or leave this out of the row"
-        require(new in again, f"chat template: {what}", expected, value)
+    return conversation, tools or None, marks
 
 
 def holds(text: str, answer: Sequence[dict[str, Any]]) -> bool:

@@ -154,6 +154,32 @@ def test_what_a_template_leaves_out_is_told_whatever_else_stands_there():
         assert encode_row(tokenizer, parse_row({"messages": row}, "supervised"))
 
 
+def test_what_a_template_leaves_out_is_told_if_it_rejects_a_marked_name():
+    known = (
+        "{% for m in messages %}{% for c in m['tool_calls'] or [] %}"
+        "{% if c['function']['name'] not in ['add', 'sub'] %}{{ raise_exception('unknown tool') }}"
+        "{% endif %}{% endfor %}{% endfor %}"
+    )
+    system = {"role": "system", "content": "hello"}
+    calls = [system, USER, _calling({"a": 1}), {"role": "tool", "content": "hello"}, GOOD]
+    encode_row(_chat(known + TOOLS), parse_row({"messages": calls, "tools": SCHEMA}, "supervised"))
+    users = "{% if m['role'] in ('user', 'assistant') %}{{ m['content'] }}{% endif %}"
+    no_system = TOOLS.replace("{{ m['content'] }}", users)
+    no_tools = TOOLS.replace("{{ t['function']['name'] + '\n' }}", "")
+    no_calls = TOOLS.replace("c['function']['name']", "'' ")
+    assert len({TOOLS, no_system, no_tools, no_calls}) == 4
+    for template, tools, what in (
+        # The user says it as well.
+        (no_system, SCHEMA, "role 'system'"),
+        # The call has the same name.
+        (no_tools, SCHEMA, "'tools'"),
+        (no_calls, None, "'tool_calls'"),
+    ):
+        row = {"messages": calls, "tools": tools}
+        with pytest.raises(UserError, match=f"chat template: .*{what}.*expected a template that"):
+            encode_row(_chat(known + template), parse_row(row, "supervised"))
+
+
 def test_arguments_of_calls_as_json_texts_are_written_once():
     items = TOOLS.replace(
         "(c['function']['arguments'] | tojson)", "c['function']['arguments'].items() | string"
