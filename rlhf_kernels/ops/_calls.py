@@ -279,14 +279,14 @@ def example(function: Callable[..., Any], inputs: Inputs) -> Call:
     return next(examples(function, inputs))
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Floating tensors in a result: a tensor, a tuple of results, or metrics."""
+def tensors(value: Any, *, integers: bool = False) -> Iterator[Tensor]:
+    """Floating tensors, or with `integers` all, in a tensor, a tuple of results, or metrics."""
     if isinstance(value, tuple):
         for item in value:
-            yield from tensors(item)
+            yield from tensors(item, integers=integers)
         return
     value = value.tensor if isinstance(value, Metrics) else value
-    if isinstance(value, Tensor) and value.is_floating_point():
+    if isinstance(value, Tensor) and (integers or value.is_floating_point()):
         yield value
 
 

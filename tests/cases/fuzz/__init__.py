@@ -6,7 +6,7 @@ the exact result when every input changes by a rounding, which is the error of t
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ from tests.cases.fuzz.tokens import (
 
 import rlhf_kernels as rk
 from rlhf_kernels.config.metrics import MISMATCH_METRICS
-from rlhf_kernels.ops._metrics import Metrics
+from rlhf_kernels.ops._calls import tensors
 from rlhf_kernels.testing import assert_within_bound, to_float64
 
 EPS = torch.finfo(torch.float32).eps
@@ -66,23 +66,13 @@ def make(seed: int, interpreted: bool) -> Case:
     return d.pick(*CASES)(d)
 
 
-def results_of(value: Any) -> Iterator[Tensor]:
-    """Tensors in a result: a tensor, a tuple of results, or metrics; integers as fp32 numbers."""
-    if isinstance(value, tuple):
-        for item in value:
-            yield from results_of(item)
-        return
-    value = value.tensor if isinstance(value, Metrics) else value
-    if isinstance(value, Tensor):
-        yield value if value.is_floating_point() else value.float()
-
-
 def run(case: Case, arguments: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     """(results followed by gradients, upstream gradients)"""
-    results = list(results_of(getattr(rk, case.op)(**arguments)))
-    tensors = [t for t in arguments.values() if isinstance(t, Tensor) and t.requires_grad]
+    results = list(tensors(getattr(rk, case.op)(**arguments), integers=True))
+    results = [r if r.is_floating_point() else r.float() for r in results]
+    leaves = [t for t in arguments.values() if isinstance(t, Tensor) and t.requires_grad]
     outputs = [r for r in results if r.requires_grad]
-    if not tensors or not outputs:
+    if not leaves or not outputs:
         return [r.detach() for r in results], []
     g = torch.Generator().manual_seed(1)
     upstream = []
@@ -92,7 +82,7 @@ def run(case: Case, arguments: dict[str, Any]) -> tuple[list[Tensor], list[Tenso
         # The upstream gradient of a sum is one number, expanded.
         up = torch.tensor(0.7).expand(o.shape) if i % 2 == 0 and case.draw.expanded_upstream else up
         upstream.append(up.to(o.dtype))
-    found = torch.autograd.grad(outputs, tensors, upstream, materialize_grads=True)
+    found = torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True)
     return [*(r.detach() for r in results), *found], upstream
 
 
