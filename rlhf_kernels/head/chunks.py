@@ -208,9 +208,11 @@ def select(keep: Tensor, at_most: int = -1) -> Tokens:
     Args:
         keep: bool.
         at_most: the number of them or more; so many tokens are then taken, whatever `keep` says.
+            For 0 it is one, so that a wrong bound has a token whose gradient shows it.
             Negative: they are counted, which on a GPU is a host synchronisation.
     """
     size = keep.shape[0]
+    at_most = 1 if at_most == 0 else at_most
     if at_most < 0:
         index = keep.nonzero().squeeze(-1)
         count = index.shape[0]

@@ -172,11 +172,18 @@ def test_too_small_a_number_raises_or_gives_nan(name, monkeypatch):
         results = problem.run(op, **few)
         # A sequence of which nothing is missing, and none of the other.
         whole = problem.run(op, **first)
-    for *found, gradient in (results, whole):
+        none = problem.run(op, **options | {"kept_tokens": 0})
+    for *found, gradient in (results, whole, none):
         assert found[0].isnan().any() and found[-1][problem.mask].isnan().any()
         assert gradient.isnan().all()
     results = problem.run(op, **options | {"kept_tokens": problem.kept})
     assert all(r.isfinite().all() for r in results)
+    # No token, as said.
+    problem.mask[:] = False
+    problem.spoil()
+    with gpu_way.taken():
+        *_, hidden, weight = problem.run(op, **options | {"kept_tokens": 0})
+    assert (hidden == 0).all() and (weight == 0).all()
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name.startswith("policy")])
