@@ -80,11 +80,23 @@ def kernel(function: Any = None, *, aligned: tuple[str, ...] = ()) -> Any:
 
 
 def launch(
-    kernel: Any, programs: int, on: Tensor, *args: Any, warps: int, **constants: Any
+    kernel: Any,
+    programs: int,
+    on: Tensor,
+    *args: Any,
+    warps: int,
+    registers: int | None = None,
+    **constants: Any,
 ) -> None:
-    """Runs `kernel` with a one-dimensional grid on the device and current stream of `on`."""
+    """Runs `kernel` with a one-dimensional grid on the device and current stream of `on`.
+
+    `registers` is the largest number per thread, for NVIDIA's assembler: without one it may prefer
+    another block a multiprocessor to registers for all values, and keep some in memory.
+    """
     # kernel[grid](...) would do the same through one more call.
     constants |= {"num_warps": warps, "enable_fp_fusion": True}
+    if registers is not None and not INTERPRETED and _is_nvidia(triton.runtime.driver.active):
+        constants["maxnreg"] = registers
     device = on.device
     if device.type == "cpu" or _current(device):
         kernel.run(*args, grid=(programs,), warmup=False, **constants)
@@ -96,6 +108,11 @@ def launch(
 def _current(device: torch.device) -> bool:
     index: int = getattr(torch, device.type).current_device()
     return index == device.index
+
+
+@functools.cache
+def _is_nvidia(driver: Any) -> bool:
+    return bool(driver.get_current_target().backend == "cuda")
 
 
 @functools.cache

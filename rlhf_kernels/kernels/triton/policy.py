@@ -71,6 +71,8 @@ SUMS = tl.constexpr(16)
 FIRST, COUNT, SLOPE = tl.constexpr(3), tl.constexpr(3 + 14), tl.constexpr(3 + 15)
 R_MIN, R_MAX, TILE_INDEX = tl.constexpr(19), tl.constexpr(20), tl.constexpr(21)
 ROWS = 22
+# Three blocks a multiprocessor. With four, some options spill.
+REGISTERS = 80
 
 
 @kernel
@@ -347,6 +349,7 @@ def policy_loss(
         CORRECTION=codes.correction_level,
         MODE=codes.correction_mode,
         SEQUENCE_MEAN=sequence_mean,
+        registers=REGISTERS,
         **tile,
     )
     if pooled and grad:
