@@ -8,7 +8,8 @@ from torch import Tensor
 from ..core.layout import Empty
 from ..kernels.rows import Reduce
 from .chunks import Chunk, Tile, Tokens, gradient_dtype, logits_dtype
-from .products import Head, add_product, blocks, in_fp16, matmul_into, widens
+from .gemm import blocks, hidden_into, in_fp16, matmul_into, widens
+from .products import Head
 
 # Above this many tokens, transposing the product is cheaper on a CPU than a transposed operand.
 _TURNED_TOKENS = 2048
@@ -97,19 +98,19 @@ class Gradients:
         if self._reduce is not None:
             dtype = logits_dtype(g.device, dtype)
         if tokens.index is None and dtype == out.dtype and head.padded is None:
-            matmul_into(out[part], g, head.weight)
+            hidden_into(out[part], g, head.weight)
             return
         g = self._padded(g)
         rows = g.new_empty((g.shape[0], head.weight.shape[1]), dtype=dtype)
-        matmul_into(rows, g, head.weight)
+        hidden_into(rows, g, head.weight)
         tokens.put(out, part, rows[:count].to(out.dtype))
 
     def _add_hidden_fp16(self, out: Tensor, tokens: Tokens, part: slice, g: Tensor) -> None:
         head, count = self._head, g.shape[0]
         g = self._padded(g)
-        rows = g.new_zeros((g.shape[0], head.weight.shape[1]))
+        rows = g.new_empty((g.shape[0], head.weight.shape[1]))
         if widens(head.weight):
-            add_product(rows, g, head.weight)
+            hidden_into(rows, g, head.weight)
         else:
             g, unit = in_fp16(g, (1,))
             matmul_into(rows, g, head.weight)
@@ -127,7 +128,7 @@ class Gradients:
                 else g.new_zeros((g.shape[0], weight.shape[1]), dtype=torch.float32)
             )
         if g.dtype == torch.float32:
-            add_product(self._of_tokens, g, weight[tile.columns])
+            hidden_into(self._of_tokens, g, weight[tile.columns], add=True)
         else:
             self._of_tokens += g @ weight[tile.columns]
         if tile.columns.stop == weight.shape[0] and not in_place:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.kernels import emulated_cuda
 
 from rlhf_kernels.core import checks, tracing
-from rlhf_kernels.head import devices, products
+from rlhf_kernels.head import devices, gemm
 
 _MATRIX = {"mm": torch.mm, "addmm": torch.addmm}
 # What the host waits for; those of an index are in `_syncs`.
@@ -139,7 +139,7 @@ def taken(watch: _Watch | None = None, cost: Cost | None = None) -> Iterator[Non
         patch = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731
         patch(devices, "is_cpu", lambda device: False)
         patch(devices, "mixes", lambda device: True)
-        patch(products, "_MIXED_PRODUCTS", True)
+        patch(gemm, "_MIXED_PRODUCTS", True)
         for name in _MATRIX:
             patch(torch, name, _mixed(name, watch, cost))
         yield

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rlhf_kernels as rk
-from rlhf_kernels.head.products import in_fp16
+from rlhf_kernels.head.gemm import in_fp16
 
 INF, NAN = float("inf"), float("nan")
 

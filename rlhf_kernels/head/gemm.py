@@ -1,0 +1,156 @@
+"""The three products of a head: logits, the gradient of hidden states, and that of the weight.
+
+A product goes to the library that is fastest at it on this CPU, by a table of measurements. It is
+never timed at run time: libraries add in different orders, so the choice decides bits.
+"""
+
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import devices
+
+Operation = Literal["logits", "hidden"]
+
+# Rows of an fp16 weight that are widened at a time.
+_WIDE_ROWS = 1024
+# Whether torch.mm and torch.addmm take out_dtype: from torch 2.8 on.
+_MIXED_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype")
+# Below this exponent of two scaled gradients stay: fp16 ends at 2^16.
+_FP16_EXPONENT = 15
+
+# fp32 products that oneDNN does faster than torch.mm, by vendor and family of CPUs with AVX-512.
+# torch.mm calls MKL, which uses AVX-512 on CPUs of its own vendor only. GFLOP/s of two threads,
+# torch.mm / oneDNN:
+#
+#   CPU                  tokens  words x hidden    logits           hidden           weight
+#   AMD 25 (Zen 4)          672   49152 x 576     154 / 182        187 / 188        144 / 112
+#                           208  151936 x 1024    130 / 171        156 / 170        155 / 102
+#                            16   49152 x 576      47 / 90          60 / 107
+#   AMD 26 (Zen 5)      three shapes           153-210 / 307-401     / 200-266        / 208-267
+#
+# The gradient of the weight stays with torch.mm: on Zen 4 it is faster at it.
+_FASTER_BY_ONEDNN: dict[tuple[str, int], frozenset[Operation]] = {
+    ("AuthenticAMD", 25): frozenset(("logits", "hidden")),
+    ("AuthenticAMD", 26): frozenset(("logits", "hidden")),
+}
+# oneDNN's results are copied to where they belong: so many bytes at a time, which a cache holds.
+_COPIED_BYTES = 8 * 2**20
+# Fewer rows or columns at a time would slow the product down.
+_COPIED_ROWS, _COPIED_COLUMNS = 256, 1024
+
+
+def logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    """out [n, columns] = hidden [n, H] @ weight [columns, H].T."""
+    if widens(weight):
+        wide = hidden.float()
+        for rows in blocks(weight.shape[0], _WIDE_ROWS):
+            logits_into(out[:, rows], wide, weight[rows].float())
+    elif _by_onednn("logits", out, hidden, weight):
+        most = max(_COPIED_BYTES // (out.shape[0] * out.itemsize), _COPIED_COLUMNS)
+        for rows in blocks(weight.shape[0], most):
+            out[:, rows] = _linear(hidden, weight[rows])
+    else:
+        matmul_into(out, hidden, weight.T)
+
+
+def hidden_into(out: Tensor, g: Tensor, weight: Tensor, add: bool = False) -> None:
+    """out [n, H] = g [n, columns] @ weight [columns, H], or out += that."""
+    if widens(weight):
+        for rows in blocks(weight.shape[0], _WIDE_ROWS):
+            hidden_into(out, g[:, rows], weight[rows].float(), add or rows.start > 0)
+    elif _by_onednn("hidden", out, g, weight):
+        most = max(_COPIED_BYTES // (out.shape[1] * out.itemsize), _COPIED_ROWS)
+        for rows in blocks(out.shape[0], most):
+            product = _linear(g[rows], weight.T)
+            out[rows].add_(product) if add else out[rows].copy_(product)
+    else:
+        matmul_into(out, g, weight, add)
+
+
+@functools.cache
+def _onednn_operations() -> frozenset[Operation]:
+    """What oneDNN multiplies on this machine."""
+    if not (torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return frozenset()
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    vendor = re.search(r"^vendor_id\s*:\s*(\S+)", text, re.M)
+    family = re.search(r"^cpu family\s*:\s*(\d+)", text, re.M)
+    if not (vendor and family and re.search(r"^flags\s*:.*\bavx512f\b", text, re.M)):
+        return frozenset()
+    return _FASTER_BY_ONEDNN.get((vendor[1], int(family[1])), frozenset())
+
+
+def _by_onednn(operation: Operation, out: Tensor, a: Tensor, weight: Tensor) -> bool:
+    return (
+        operation in _onednn_operations()
+        and out.dtype == a.dtype == weight.dtype == torch.float32
+        and devices.is_cpu(out.device)
+        and min(out.numel(), a.numel()) > 0
+        and _has_plain_rows(weight)
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+def _has_plain_rows(t: Tensor) -> bool:
+    return t.stride(1) == 1 and t.stride(0) >= t.shape[1]
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T by oneDNN."""
+    x = x if _has_plain_rows(x) else x.contiguous()
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return product
+
+
+def matmul_into(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
+    """out = a @ b, or out += a @ b, in fp32 sums; also into fp32 from 16-bit operands, on a GPU.
+
+    Before torch 2.8 such a product needs operands in fp32: those of b are made in blocks.
+    """
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    elif not _MIXED_PRODUCTS:
+        wide = a.float()
+        for columns in blocks(b.shape[1], _WIDE_ROWS):
+            part = out[:, columns]
+            torch.addmm(part, wide, b[:, columns].float(), beta=float(add), out=part)
+    elif add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def widens(t: Tensor) -> bool:
+    """Whether products take this operand in fp32."""
+    return t.dtype == torch.float16 and not devices.mixes(t.device)
+
+
+def blocks(size: int, most: int) -> Iterator[slice]:
+    for start in range(0, size, most):
+        yield slice(start, min(start + most, size))
+
+
+def in_fp16(g: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """(fp16, unit) with g [n, columns] = fp16 * unit: powers of two that use fp16's range.
+
+    A loss is scaled so that gradients stay in that range; they are taken before this scale is
+    known. One unit for all, dims (0, 1), or one per token, dims (1,), whose bits then depend on no
+    other token.
+    """
+    if g.numel() == 0:
+        return g.half(), g.new_ones((1, 1))
+    top = torch.maximum(g.amax(dims, keepdim=True), -g.amin(dims, keepdim=True))
+    exponent = (_FP16_EXPONENT - torch.frexp(top).exponent).clamp(-100, 100)
+    one = torch.ones_like(top)
+    scaled = torch.empty_like(g, dtype=torch.float16)
+    torch.mul(g, torch.ldexp(one, exponent), out=scaled)
+    return scaled, torch.ldexp(one, -exponent)
