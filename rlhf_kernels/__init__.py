@@ -3,6 +3,7 @@
 from .config.policy import PolicyLossConfig
 from .controllers import AdaptiveKLController, FixedKLController, RunningMoments
 from .kernels.backends import available_backends, use_backend
+from .ops._availability import Support, supports
 from .ops._calls import warmup
 from .ops.advantages import (
     Advantages,
@@ -49,6 +50,7 @@ __all__ = [
     "PreferenceLoss",
     "RewardModelLoss",
     "RunningMoments",
+    "Support",
     "TokenLogprobs",
     "TokenLogprobsEntropy",
     "ValueLoss",
@@ -70,6 +72,7 @@ __all__ = [
     "preference_loss",
     "reward_model_loss",
     "sequence_logprobs",
+    "supports",
     "token_logprobs",
     "use_backend",
     "value_loss",

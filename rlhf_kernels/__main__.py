@@ -18,8 +18,8 @@ from . import __version__
 from .core.env import BACKEND_NAMES
 from .kernels import backends as kernel_backends
 from .kernels import native
+from .ops._availability import supports
 from .ops._calls import OPERATIONS
-from .ops._operator import select
 from .testing import check_operation
 
 # Variables that affect how kernels are selected or run.
@@ -76,13 +76,8 @@ def devices() -> list[torch.device]:
 
 
 def _selected(operation: str, device: torch.device) -> str:
-    if not hasattr(torch.ops.rlhf_kernels, operation):
-        # Such an operation is no operator: it is a few lines of torch on one number per sequence.
-        return "torch"
-    try:
-        return select(operation, device)
-    except RuntimeError as error:
-        return f"none: {error}"
+    backend, reason = supports(operation, device=device)
+    return f"none: {reason}" if backend is None else backend
 
 
 def _checked(

@@ -130,6 +130,18 @@ def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
 
 
 def select(op: str, device: torch.device, kernel: str | None = None) -> str:
+    """The backend for `op` on `device`; warns once if a missing one leaves it to the reference.
+
+    Args and errors as in `chosen`.
+    """
+    name = chosen(op, device, kernel)
+    if name == REFERENCE and _forced == "auto" and not torch.compiler.is_compiling():
+        for backend in _order(device.type):
+            _warn_once(backend.name)
+    return name
+
+
+def chosen(op: str, device: torch.device, kernel: str | None = None) -> str:
     """The backend for `op` on `device`.
 
     Args:
@@ -162,10 +174,21 @@ def select(op: str, device: torch.device, kernel: str | None = None) -> str:
     for backend in _ORDER.get(device.type, ()):
         if kernel in backend.launchers and (backend.name == "cpu" or _suits(backend.name, device)):
             return backend.name
-    if not torch.compiler.is_compiling():
-        for backend in _order(device.type):
-            _warn_once(backend.name)
     return REFERENCE
+
+
+def why_reference(op: str, device: torch.device, kernel: str | None = None) -> str:
+    """Why no kernels serve `op` on `device`, where `chosen` names the reference."""
+    if _forced == REFERENCE:
+        return "the reference backend is selected by name"
+    reasons = []
+    for backend in _order(device.type):
+        reason = unavailable_reason(backend.name)
+        if reason is None:
+            has = (op if kernel is None else kernel) in backend.launchers
+            reason = f"it is built without code for {device}" if has else "it lacks this operation"
+        reasons.append(f"{backend.name}: {reason}")
+    return "; ".join(reasons) or f"no backend has kernels for {device.type} tensors"
 
 
 def _warn_once(backend: str) -> None:

@@ -343,8 +343,8 @@ def graph_is_kept() -> bool:
     return True if _keeps_graph is None else bool(_keeps_graph())
 
 
-# Operations over a head -> the row kernel that each uses; they have no kernel of their own.
-_ROW_KERNELS = {
+#: Operations over a head -> the row kernel that each uses; they have no kernel of their own.
+ROW_KERNELS = {
     "linear_kl_divergence": "kl_divergence",
     "linear_policy_loss": "token_logprobs",
     "linear_token_logprobs": "token_logprobs",
@@ -353,7 +353,7 @@ _ROW_KERNELS = {
 
 def select(op: str, device: torch.device) -> str:
     """The backend for a public operation on `device`; errors as `backends.select`."""
-    return backends.select(op, device, _ROW_KERNELS.get(op, op))
+    return backends.select(op, device, ROW_KERNELS.get(op, op))
 
 
 def head_gradients_fake(operands: Operands, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
