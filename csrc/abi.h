@@ -109,6 +109,26 @@ struct LogprobsBackwardArgs {
   Exec exec;
 };
 
+// token_logprobs with `count` labels per token, [rows, cols, count] of unit stride over count.
+// `rows` is the call for the tokens: its label is kLabelElsewhere, or kShardIgnored where all
+// labels of a token have `ignore_index`, or else a bad one; what becomes of its `logprobs` means
+// nothing. `of_labels` is fp32, contiguous. Each has the bits that it has as the only label.
+struct ManyLabelsArgs {
+  LogprobsArgs rows;
+  int64_t count, ignore_index;
+  Tensor labels;
+  float* of_labels;
+};
+
+// The gradient of the above. In `rows`, `grad_logprobs` is the sum of a token's upstream gradients;
+// `grad_of_labels` are these, fp32 as `labels` lie. `work` is scratch [rows, cols, count].
+struct ManyLabelsBackwardArgs {
+  LogprobsBackwardArgs rows;
+  int64_t count, ignore_index;
+  Tensor labels, grad_of_labels;
+  double* work;
+};
+
 // The kept token ids of each token, as a sparse matrix in CSR form: token n kept the half-open
 // range [indptr[n], indptr[n + 1]) of indices. `entries` is the length of indices.
 struct Support {

@@ -34,6 +34,11 @@ RK_HD double further_label_gradient(double logprob, double collision, double g_l
   return g;
 }
 
+// T times what upstream gradients of other labels of the same token, g_others in sum, add to it.
+RK_HD double other_labels_gradient(double logprob, double g_others) {
+  return -g_others * exp(logprob);
+}
+
 // Whether an effective temperature (divided by logit_scale) is within the bounds of
 // rlhf_kernels/core/temperature_rules.py.
 RK_HD bool good_temperature(double t) { return t >= 0x1p-60 && t <= 0x1p60; }

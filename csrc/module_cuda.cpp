@@ -22,6 +22,8 @@ namespace {
 struct Kernels {
   decltype(&cuda::token_logprobs) token_logprobs = cuda::token_logprobs;
   decltype(&cuda::token_logprobs_backward) token_logprobs_backward = cuda::token_logprobs_backward;
+  decltype(&cuda::many_logprobs) many_logprobs = cuda::many_logprobs;
+  decltype(&cuda::many_logprobs_backward) many_logprobs_backward = cuda::many_logprobs_backward;
   decltype(&cuda::support_logprobs) support_logprobs = cuda::support_logprobs;
   decltype(&cuda::support_backward) support_backward = cuda::support_backward;
   decltype(&cuda::support_head_backward) support_head_backward = cuda::support_head_backward;

@@ -18,6 +18,7 @@
 #include "tokens.h"
 #include "rows.h"
 #include "logprobs.h"
+#include "logprobs_many.h"
 #include "support.h"
 #include "kl.h"
 #include "policy.h"
@@ -39,6 +40,8 @@ const Kernels RK_CONCAT(kernels_, RK_ISA) = {
     RK_STRING(RK_ISA),
     token_logprobs,
     token_logprobs_backward,
+    many_logprobs,
+    many_logprobs_backward,
     support_logprobs,
     support_backward,
     support_head_backward,

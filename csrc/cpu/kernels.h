@@ -8,6 +8,8 @@ struct Kernels {
   const char* isa;
   Status (*token_logprobs)(const LogprobsArgs&);
   Status (*token_logprobs_backward)(const LogprobsBackwardArgs&);
+  Status (*many_logprobs)(const ManyLabelsArgs&);
+  Status (*many_logprobs_backward)(const ManyLabelsBackwardArgs&);
   Status (*support_logprobs)(const SupportArgs&);
   Status (*support_backward)(const SupportBackwardArgs&);
   Status (*support_head_backward)(const SupportHeadArgs&);

@@ -168,8 +168,16 @@ inline Status check_tokens(const Args& a) {
   return {};
 }
 
-template <class E, bool kChange, bool kEntropy, bool kSquares = false>
-void logprobs_row(const LogprobsArgs& a, int64_t row) {
+// Without further labels a row has no more to do.
+struct NoMore {
+  template <class... Row>
+  void operator()(const Row&...) const {}
+};
+
+// more(x, logits, r, inv_t) is called for a row that is not ignored: its logits, their options,
+// their sums, and 1 / T.
+template <class E, bool kChange, bool kEntropy, bool kSquares = false, class More = NoMore>
+void logprobs_row(const LogprobsArgs& a, int64_t row, const More& more = {}) {
   const int64_t i = row / a.cols, j = row % a.cols;
   float* logprob = static_cast<float*>(a.logprobs.data) + row;
   const bool wanted = kEntropy && (!kSquares || a.entropy.given);
@@ -190,6 +198,7 @@ void logprobs_row(const LogprobsArgs& a, int64_t row) {
   const LogitOptions<kChange> logits(a.options);
   const auto* x = row_at<E>(a.logits, i, j);
   const RowSums r = row_sums<E, kChange, kEntropy, kSquares>(x, a.vocab, logits, inv_t);
+  more(x, logits, r, inv_t);
   const float xy = logits.value(label == kLabelElsewhere ? __builtin_nanf("") : E::get(x + label));
   const bool empty = r.m == -__builtin_inff();
   const bool hidden_nan = r.s != r.s;

@@ -11,6 +11,9 @@ int64_t token_logprobs_scratch(int64_t tokens, int64_t vocab, int64_t element_si
 int64_t token_logprobs_backward_scratch(int64_t tokens);
 Status token_logprobs(const LogprobsArgs& a);
 Status token_logprobs_backward(const LogprobsBackwardArgs& a);
+// With the scratch of those above.
+Status many_logprobs(const ManyLabelsArgs& a);
+Status many_logprobs_backward(const ManyLabelsBackwardArgs& a);
 
 int64_t support_logprobs_scratch();
 Status support_logprobs(const SupportArgs& a);

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import env, option_checks, temperature_rules, tracing
+from .layout import any_of_token
 from .option_checks import shown
 
 # The native code of `plain`; None where the extension is not built.
@@ -256,9 +257,10 @@ def temperatures_positive(op: str, temperature: float | Tensor | None, keep: Ten
 def token_data(
     op: str, labels: Tensor, temperature: float | Tensor | None, keep: Tensor, vocab: int
 ) -> None:
-    """`labels_in_range` and `temperatures_positive`."""
+    """`labels_in_range` and `temperatures_positive`; labels may be [..., K], `keep` like them."""
     labels_in_range(op, labels, keep, vocab)
-    temperatures_positive(op, temperature, keep)
+    if isinstance(temperature, Tensor):
+        temperatures_positive(op, temperature, any_of_token(keep, temperature.dim()))
 
 
 def kept_tokens(op: str, keep: Tensor, given: int) -> None:

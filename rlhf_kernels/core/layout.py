@@ -29,6 +29,11 @@ def fp32_like(t: Tensor) -> Tensor:
     return _empty_like(t, dtype=_FP32, memory_format=_CONTIGUOUS)
 
 
+def any_of_token(flags: Tensor, dims: int) -> Tensor:
+    """Flags [...] of tokens of so many dimensions; of those [..., K], whether any of a token's."""
+    return flags if flags.dim() == dims else flags.any(-1)
+
+
 def constant(t: MaybeTensor) -> MaybeTensor:
     """`t`, detached if it requires a gradient."""
     return t.detach() if t is not None and t.requires_grad else t

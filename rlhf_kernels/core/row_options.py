@@ -8,6 +8,7 @@ object.
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import checks, option_checks, sentinels, temperature_rules
@@ -38,7 +39,10 @@ class RowOptions(NamedTuple):
 
 
 class RowResults(NamedTuple):
-    """What `token_logprobs` gives per token [...]; None where it was not asked for."""
+    """What `token_logprobs` gives per token [...]; None where it was not asked for.
+
+    The log-probabilities have the shape of the labels, which may be [..., K].
+    """
 
     logprobs: Tensor
     entropy: Tensor | None = None
@@ -104,10 +108,12 @@ def checked(
     argmax: object = False,
     *,
     fit: bool = False,
+    several: bool = False,
 ) -> RowArguments:
-    """Requires one label for each row of the argument `name` [..., K], and valid options.
+    """Requires one label for each row of the argument `name` [..., H], and valid options.
 
-    `fit`: whether `checks.plain` has found that rows and labels fit.
+    `fit`: whether `checks.plain` has found that rows and labels fit. `several`: labels with a
+    dimension more, [..., K], are right too.
 
     Returns:
         The arguments. A temperature per token is expanded to the shape of the labels and detached.
@@ -115,12 +121,24 @@ def checked(
     if not fit:
         labels = checks.labels(op, "labels", labels)
         column = "V" if name == "logits" else "H"
-        checks.same_shape(op, "labels", labels, f"{name} without {column}", rows.shape[:-1])
+        if several and labels.dim() == rows.dim():
+            _check_several(op, labels, f"{name} [..., {column}]", rows)
+        else:
+            checks.same_shape(op, "labels", labels, f"{name} without {column}", rows.shape[:-1])
         checks.same_device(op, "labels", labels, name, rows.device)
     if isinstance(temperature, Tensor):
-        temperature = _per_token(op, temperature, labels)
+        temperature = _per_token(op, temperature, rows.shape[:-1], labels)
     results = (lse, collision, argmax)
     return _of_options(op, temperature, softcap, logit_scale, entropy, ignore_index, *results)
+
+
+def _check_several(op: str, labels: Tensor, like: str, rows: Tensor) -> None:
+    """Requires K labels [..., K] for each row of `rows`, the argument `like`, with K >= 1."""
+    if labels.shape[:-1] != rows.shape[:-1] or labels.shape[-1] == 0:
+        raise ValueError(
+            f"{op}: labels must be [...] or [..., K], K >= 1 labels per token, for {like} of shape "
+            f"{shown(rows.shape)}, got {shown(labels.shape)}"
+        )
 
 
 @option_checks.remembered
@@ -160,23 +178,33 @@ def _of_options(
     return arguments
 
 
-def without_masked(op: str, labels: Tensor, mask: object, ignore_index: int) -> Tensor:
-    """The labels [...] with `ignore_index` where the argument `mask` is zero; None keeps all."""
-    kept = checks.row_mask(op, mask, "labels", labels.shape, labels.device)
+def without_masked(
+    op: str, labels: Tensor, mask: object, ignore_index: int, several: bool = False
+) -> Tensor:
+    """The labels [...] with `ignore_index` where the argument `mask` is zero; None keeps all.
+
+    `several`: the labels are [..., K], and the mask [...] is of tokens.
+    """
+    like, shape = "labels", labels.shape
+    if several:
+        like, shape = "labels without K", labels.shape[:-1]
+    kept = checks.row_mask(op, mask, like, shape, labels.device)
     if kept is None:
         return labels
+    kept = kept.unsqueeze(-1) if several else kept
     if not -(2**31) <= ignore_index < 2**31:  # int32 would truncate it to a valid label
         labels = labels.long()
     return labels.masked_fill(kept == 0, ignore_index)
 
 
-def _per_token(op: str, value: Tensor, labels: Tensor) -> Tensor:
+def _per_token(op: str, value: Tensor, shape: torch.Size, labels: Tensor) -> Tensor:
     checks.floating(op, "temperature", value, double=True)
     checks.same_device(op, "temperature", value, "labels", labels.device)
     try:
-        return value.detach().expand(labels.shape)
+        return value.detach().expand(shape)
     except RuntimeError:
+        like = "labels" if labels.dim() == len(shape) else "labels without K"
         raise ValueError(
-            f"{op}: temperature must broadcast to the shape of labels, {shown(labels.shape)}, "
+            f"{op}: temperature must broadcast to the shape of {like}, {shown(shape)}, "
             f"got {shown(value.shape)}"
         ) from None

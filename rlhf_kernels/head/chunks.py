@@ -257,15 +257,24 @@ def flat(t: MaybeTensor) -> MaybeTensor:
     return None if t is None else t.reshape(-1)
 
 
+def flat_labels(t: MaybeTensor, dims: int) -> MaybeTensor:
+    """As `flat`, of tokens of so many dimensions; what has one more, [..., K], as [N, K]."""
+    several = t is not None and t.dim() > dims
+    return t.reshape(-1, t.shape[-1]) if t is not None and several else flat(t)
+
+
 def localized(labels: Tensor, columns: slice, vocab: int, ignore: int) -> tuple[Tensor, int]:
     """(labels, ignore_index) for a row kernel that is given some columns of the vocabulary.
 
-    No label is to be ignored: those tokens were dropped.
+    Tokens to ignore were dropped, but of several labels of a token, [n, K], some may be ignored.
     """
     if columns.stop - columns.start == vocab:
         return labels, ignore
-    labels = labels.long()
+    labels, given = labels.long(), labels
     known = ((labels >= 0) & (labels < vocab)) | (labels == ELSEWHERE)
     owned = (labels >= columns.start) & (labels < columns.stop)
     local = torch.where(known, ELSEWHERE, NOWHERE)
-    return torch.where(owned, labels - columns.start, local), SHARD_IGNORED
+    local = torch.where(owned, labels - columns.start, local)
+    if given.dim() > 1:
+        local = torch.where(given == ignore, SHARD_IGNORED, local)
+    return local, SHARD_IGNORED

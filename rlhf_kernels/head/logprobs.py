@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.layout import any_of_token
 from ..kernels.rows import Kernels, LabelKernels
 from .arguments import Batching, Operands, Targets, Upstream
-from .chunks import Chunk, Tile, covered, flat, localized, select, zeros_or_nan
+from .chunks import Chunk, Tile, covered, flat, flat_labels, localized, select, zeros_or_nan
 from .gradients import Gradients
 from .products import Head
 
@@ -39,12 +40,13 @@ def forward(
             where it is not wanted.
     """
     op, weight, options = "linear_token_logprobs", operands.weight, targets.options
-    shape, labels = targets.labels.shape, flat(targets.labels)
-    temperatures = flat(targets.temperatures)
-    keep = labels != options.ignore_index
+    shape, dims = targets.labels.shape, operands.hidden.dim() - 1
+    labels, temperatures = flat_labels(targets.labels, dims), flat(targets.temperatures)
+    wanted = labels != options.ignore_index
     # The labels of a shard were found good before.
     if kernels.reduce is None:
-        checks.token_data(op, labels, temperatures, keep, weight.shape[0])
+        checks.token_data(op, labels, temperatures, wanted, weight.shape[0])
+    keep = any_of_token(wanted, 1)
     checks.kept_tokens(op, keep, batching.kept_tokens)
     tokens = select(keep, batching.kept_tokens)
     of_chunk = Chunk.of(batching.chunk_tokens, weight)
@@ -54,13 +56,16 @@ def forward(
         found = kernels.rows.token_logprobs(logits, labels, temperatures, options)
         if largest is not None and found[-1] is not None:
             largest.copy_(logit_of(logits, found[-1]))
-        return _shaped(shape, *found)
-    logprobs = zeros_or_nan(keep, batching.kept_tokens)
-    entropies = logprobs.clone() if options.entropy else None
+        return _shaped(shape, dims, *found)
+    empty = zeros_or_nan(keep, batching.kept_tokens)
+    logprobs = empty
+    if labels.dim() > 1:
+        logprobs = empty.unsqueeze(-1).repeat(1, labels.shape[1]).masked_fill_(~wanted, 0)
+    entropies = empty.clone() if options.entropy else None
     # Of a token without a product as well: a log-sum-exp is computed from them.
-    stats = logprobs.unsqueeze(-1).repeat(1, 3)
-    collisions = logprobs.clone() if options.collision else None
-    ids = logprobs.new_full(logprobs.shape, -1, dtype=torch.int64) if options.argmax else None
+    stats = empty.unsqueeze(-1).repeat(1, 3)
+    collisions = empty.clone() if options.collision else None
+    ids = empty.new_full(empty.shape, -1, dtype=torch.int64) if options.argmax else None
     results = (logprobs, entropies, stats, collisions, ids)
     for part in tokens.chunks(of_chunk.size):
         logits = head.project(head.states(tokens, part))
@@ -71,21 +76,23 @@ def forward(
                 tokens.put(whole, part, of_part)
         if largest is not None and found[-1] is not None:
             tokens.put(largest, part, logit_of(logits, found[-1]))
-    return _shaped(shape, *results)
+    return _shaped(shape, dims, *results)
 
 
 def _shaped(
     shape: torch.Size,
+    dims: int,
     logprobs: Tensor,
     entropies: Tensor | None,
     stats: Tensor,
     *further: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Results of flat tokens in the shape of the labels."""
+    """Results of flat tokens in the shape of the labels, of which the first `dims` are tokens'."""
+    tokens = shape[:dims]
     entropies, collisions, ids = (
-        None if t is None else t.view(shape) for t in (entropies, *further)
+        None if t is None else t.view(tokens) for t in (entropies, *further)
     )
-    return logprobs.view(shape), entropies, stats.view(*shape, 3), collisions, ids
+    return logprobs.view(shape), entropies, stats.view(*tokens, 3), collisions, ids
 
 
 def backward(
@@ -98,13 +105,17 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; empty where `needs` says no."""
     weight, options = operands.weight, targets.options
-    labels, temperatures = flat(targets.labels), flat(targets.temperatures)
+    dims = operands.hidden.dim() - 1
+    labels, temperatures = flat_labels(targets.labels, dims), flat(targets.temperatures)
     stats, collision, *given = upstream
-    stats, collision, given = stats.view(-1, 3), flat(collision), [flat(t) for t in given]
-    keep = labels != options.ignore_index
+    stats, collision = stats.view(-1, 3), flat(collision)
+    given = [flat_labels(t, dims) for t in given]
+    wanted = labels != options.ignore_index
+    keep = any_of_token(wanted, 1)
     if batching.kept_tokens < 0:
         # A token without an upstream gradient adds nothing: clipped, no advantage, prompt, tool.
         used = [t != 0 for t in given if t is not None]
+        used = [t if t.dim() == 1 else (t & wanted).any(-1) for t in used]
         keep &= functools.reduce(torch.logical_or, used)
     elif (enough := covered(keep, batching.kept_tokens)) is not None:
         given = [None if t is None else torch.where(enough, t, torch.nan) for t in given]

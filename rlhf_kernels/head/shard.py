@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core import checks, groups, temperature_rules
-from ..core.layout import Empty
+from ..core.layout import Empty, any_of_token
 from ..core.row_options import RowOptions
 from ..core.sentinels import ELSEWHERE, NOWHERE, SHARD_IGNORED
 from ..kernels.rows import Kernels, LabelKernels, Rows
@@ -88,7 +88,7 @@ def _summary(labels: Tensor, temperatures: float | Tensor | None, keep: Tensor) 
     low, high = kept.argmin(), kept.argmax()
     bad = torch.zeros_like(keep)
     if isinstance(temperatures, Tensor):
-        bad = temperature_rules.bad(temperatures) & keep
+        bad = temperature_rules.bad(temperatures) & any_of_token(keep, temperatures.dim())
     bad = bad.reshape(-1).nonzero()
     first_bad = int(bad[0]) if bad.numel() else -1
     return [
@@ -151,9 +151,10 @@ def combine(
     """Results over all shards from those over this rank's.
 
     Args:
-        targets: labels from `Shards.localized`, [...], temperatures and options: the temperature
-            of all tokens where none are given; whether entropies are wanted, and the mean is one.
-        of_shard: log-probabilities of the row kernel given them, fp32 [...].
+        targets: labels from `Shards.localized`, [...] or [..., K], temperatures and options: the
+            temperature of all tokens where none are given; whether entropies are wanted, and the
+            mean is one.
+        of_shard: log-probabilities of the row kernel given them, fp32 like the labels.
         stats: of the row kernel, fp32 [..., 3]: m, s, mean.
         collisions: of the row kernel, fp32 [...], or None.
         most_likely: of the row kernel, or None.
@@ -162,12 +163,19 @@ def combine(
     local, temperatures, options = targets
     # No log-probability is positive.
     of_shard = torch.where(local == ELSEWHERE, torch.inf, of_shard)
-    parts = [*stats.unbind(-1), of_shard]
+    several = of_shard.dim() == stats.dim()
+    parts = [*stats.unbind(-1)] if several else [*stats.unbind(-1), of_shard]
     if collisions is not None:
         parts.append(collisions)
     if most_likely is not None:
         parts.append(most_likely.logits)
-    m, s, mean, own, *further = groups.gather(torch.stack(parts), group).double().unbind(1)
+    sent = torch.stack(parts)
+    if several:
+        sent = torch.cat([sent, of_shard.movedim(-1, 0)])
+    received = groups.gather(sent, group).double()
+    m, s, mean, *further = received[:, : len(parts)].unbind(1)
+    # The labels' dimension follows that of the ranks.
+    own = received[:, len(parts) :] if several else further.pop(0)
     rate = (
         1.0 / options.temperature if temperatures is None else 1.0 / temperatures.float().double()
     )
@@ -182,15 +190,18 @@ def combine(
     log_share = torch.where(empty, -torch.inf, s.log() + shift) - total.log()
     share = log_share.exp()
     mean = _ordered_sum(torch.where(share == 0.0, 0.0, share * (mean + shift)))
-    own = torch.where(own == torch.inf, 0.0, torch.where(empty, 0.0, own) + log_share)
+    of_ranks = [t.unsqueeze(1) if several else t for t in (empty, log_share)]
+    own = torch.where(own == torch.inf, 0.0, torch.where(of_ranks[0], 0.0, own) + of_ranks[1])
 
-    kept = local != SHARD_IGNORED
-    found = torch.where(kept, _ordered_sum(own), 0.0).float()
+    wanted = local != SHARD_IGNORED
+    found = _ordered_sum(own).movedim(0, -1) if several else _ordered_sum(own)
+    found = torch.where(wanted, found, 0.0).float()
+    kept = any_of_token(wanted, m.dim() - 1)
     h = torch.where(kept, total.log() - mean, 0.0).float() if options.entropy else None
     of_all = [torch.where(kept, x, other) for x, other in ((top, 0.0), (total, 1.0), (mean, 0.0))]
     if collisions is not None:
-        of_ranks = torch.where(share == 0.0, 0.0, share.square() * further[0])
-        collisions = torch.where(kept, _ordered_sum(of_ranks), 0.0).float()
+        squares = torch.where(share == 0.0, 0.0, share.square() * further[0])
+        collisions = torch.where(kept, _ordered_sum(squares), 0.0).float()
     ids = None
     if most_likely is not None:
         # NaN is above all numbers, infinity too.
@@ -334,12 +345,13 @@ def linear_token_logprobs(
     own = kernels_of(kernels.rows, kernels.empty, group).own
     largest = None
     if options.argmax:
-        largest = torch.full((labels.numel(),), -torch.inf, device=labels.device)
+        tokens = operands.hidden.shape[:-1].numel()
+        largest = torch.full((tokens,), -torch.inf, device=labels.device)
     rows = logprobs.forward(own, operands, targets, batching, largest)
     found, _, stats, collisions, ids = rows
     most_likely = None
     if ids is not None and largest is not None:
-        most_likely = MostLikely.of(ids, largest.view(labels.shape), shards.first, vocab)
+        most_likely = MostLikely.of(ids, largest.view(ids.shape), shards.first, vocab)
     return *combine(targets, found, stats, collisions, most_likely, group), local
 
 

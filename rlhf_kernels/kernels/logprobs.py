@@ -1,15 +1,54 @@
 """Shared by the native and Triton launchers of token_logprobs: results, checks and outputs."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core import checks, env
-from ..core.layout import fp32_like
+from ..core.layout import any_of_token, as_upstream, fp32_like
 from ..core.row_options import RowOptions
-from ..core.sentinels import SHARD_IGNORED
+from ..core.sentinels import ELSEWHERE, NOWHERE, SHARD_IGNORED
+
+
+class ManyLabels(NamedTuple):
+    """K labels per token, beside a label of each token of `tokens_of`.
+
+    labels: [..., K].
+    ignore_index: of these labels.
+    logprobs: fp32 [..., K], which a forward pass writes; None for a backward pass.
+    grad_logprobs: upstream gradient [..., K] of a backward pass, or None.
+    """
+
+    labels: Tensor
+    ignore_index: int
+    logprobs: Tensor | None = None
+    grad_logprobs: Tensor | None = None
+
+    def total(self) -> Tensor | None:
+        """The sum of each token's upstream gradients [...], fp32."""
+        if self.grad_logprobs is None:
+            return None
+        kept = torch.where(self.labels == self.ignore_index, 0.0, self.grad_logprobs)
+        return kept.sum(-1, dtype=torch.float64).float()
+
+
+def tokens_of(labels: Tensor, options: RowOptions, vocab: int | None) -> tuple[Tensor, RowOptions]:
+    """One label per token of labels [..., K], for kernels that need none but sum the token's row.
+
+    Returns:
+        int64 [...], and options with its label to skip. With `vocab`, one outside it gives one that
+        makes the row NaN.
+    """
+    keep = labels != options.ignore_index
+    found = torch.where(keep.any(-1), ELSEWHERE, SHARD_IGNORED)
+    if vocab is not None:
+        known = (labels >= 0) & (labels < vocab)
+        if options.ignore_index == SHARD_IGNORED:
+            known |= labels == ELSEWHERE
+        found = torch.where((keep & ~known).any(-1), NOWHERE, found)
+    return found, options._replace(ignore_index=SHARD_IGNORED)
 
 
 def results(labels: Tensor, options: RowOptions) -> tuple[Tensor, Tensor | None]:
@@ -38,7 +77,8 @@ def log_sum_exp(
     # Their product may be far above the distances that the statistics are sums of.
     m, s, _ = stats.double().unbind(-1)
     scaled = m / (options.temperature if temperatures is None else temperatures.float().double())
-    return torch.where(labels == options.ignore_index, 0.0, scaled + s.log()).float()
+    keep = any_of_token(labels != options.ignore_index, scaled.dim())
+    return torch.where(keep, scaled + s.log(), 0.0).float()
 
 
 def launchers(
@@ -51,7 +91,9 @@ def launchers(
     kernels are not `on_device` and no backward pass will need them, the sums of squared
     probabilities or None, and the most likely tokens or None. `backward` takes what
     `token_logprobs_backward_into` takes. Neither is called without a token. Kernels that are not
-    `on_device` validate the data themselves.
+    `on_device` validate the data themselves. Labels [..., K] of logits [..., V] are `ManyLabels`,
+    which both take last; the labels are then those of `tokens_of`, and the log-probabilities and
+    the upstream gradient those of tokens.
     """
 
     def check(labels: Tensor, temperatures: Tensor | None, vocab: int, options: RowOptions) -> None:
@@ -61,6 +103,8 @@ def launchers(
             # Labels of a vocabulary shard were validated before.
             if options.ignore_index != SHARD_IGNORED:
                 checks.labels_in_range("token_logprobs", labels, keep, vocab)
+            if temperatures is not None:
+                keep = any_of_token(keep, temperatures.dim())
             checks.temperatures_positive("token_logprobs", temperatures, keep)
 
     def token_logprobs(
@@ -70,12 +114,19 @@ def launchers(
         options: RowOptions,
         grad: bool = True,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        logprobs, entropies = results(labels, options)
+        given, of_rows, many = labels, options, None
+        if labels.dim() == logits.dim():
+            given, of_rows = tokens_of(labels, options, logits.shape[-1] if on_device else None)
+            many = ManyLabels(labels, options.ignore_index, fp32_like(labels))
+        logprobs, entropies = results(given, of_rows)
         stats = statistics(logprobs) if grad or on_device else None
-        further = further_results(logprobs, options)
+        further = further_results(logprobs, of_rows)
         if labels.numel() > 0:
             check(labels, temperatures, logits.shape[-1], options)
-            forward(logits, labels, temperatures, options, logprobs, entropies, stats, *further)
+            outs = (logprobs, entropies, stats, *further)
+            forward(logits, given, temperatures, of_rows, *outs, many)
+        if many is not None and many.logprobs is not None:
+            logprobs = many.logprobs
         return logprobs, entropies, stats, *further
 
     def token_logprobs_backward_into(
@@ -91,7 +142,14 @@ def launchers(
     ) -> None:
         if out.numel() > 0:
             check(labels, temperatures, logits.shape[-1], options)
-            upstream = (grad_logprobs, grad_entropy, options, *further)
+            many = None
+            if labels.dim() == logits.dim():
+                many = ManyLabels(labels, options.ignore_index, None, as_upstream(grad_logprobs))
+                grad_logprobs = many.total()
+                # A bad label has left its row NaN statistics.
+                labels, options = tokens_of(labels, options, None)
+            further = (*further, *(None,) * (3 - len(further)))
+            upstream = (grad_logprobs, grad_entropy, options, *further, many)
             backward(out, logits, labels, temperatures, stats, *upstream)
 
     def token_logprobs_backward(logits: Tensor, labels: Tensor, *args: Any) -> Tensor:

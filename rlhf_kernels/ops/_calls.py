@@ -142,13 +142,20 @@ ARGUMENTS: dict[str, Maker] = {
 }
 
 
+@dataclass(frozen=True)
 class _Given:
+    make: Maker | None = None
+
     def __repr__(self) -> str:
-        return "given"
+        return "given" if self.make is None else "several"
 
 
 #: An option with this value becomes the tensor that ARGUMENTS makes for it.
 GIVEN: Any = _Given()
+#: Labels [..., 3], two of them equal.
+SEVERAL: Any = _Given(
+    lambda x: torch.stack([x.labels(), x.integers(x.vocabulary, *x.shape), x.labels()], -1)
+)
 
 
 class Operation(NamedTuple):
@@ -176,6 +183,7 @@ _ROWS = (
     {"temperature": 0.7, "lse": True},
     {"temperature": 0.7, "entropy": True, "lse": True, "collision": True, "argmax": True},
     {"support": GIVEN, "entropy": True},
+    {"labels": SEVERAL, "temperature": 0.7, "entropy": True},
 )
 # Moderate logits: a gradient is a difference of them, and its rounding grows with their size.
 _NEAR = _all(lambda x: x.floats(*x.shape, x.vocabulary), "logits", "ref_logits")
@@ -249,8 +257,8 @@ class Call(NamedTuple):
 def call(function: Callable[..., Any], inputs: Inputs, **options: Any) -> Call:
     """A call of `function` with its required arguments, made from `inputs`, and with `options`.
 
-    An option that is GIVEN becomes a tensor from `inputs`. Packed inputs add their `cu_seqlens`.
-    No tensor requires a gradient.
+    An option that is GIVEN, or SEVERAL labels, becomes a tensor from `inputs`. Packed inputs add
+    their `cu_seqlens`. No tensor requires a gradient.
     """
     operation, parameters = OPERATIONS[function], inspect.signature(function).parameters
     inputs = inputs.over_vocabulary(operation.length) if operation.length else inputs
@@ -259,8 +267,8 @@ def call(function: Callable[..., Any], inputs: Inputs, **options: Any) -> Call:
         packed = name == "cu_seqlens" and inputs.packed
         if name in ARGUMENTS and (packed or parameter.default is parameter.empty):
             given.setdefault(name, GIVEN)
-        if given.get(name) is GIVEN:
-            given[name] = makers[name](inputs)
+        if isinstance(marked := given.get(name), _Given):
+            given[name] = (marked.make or makers[name])(inputs)
     given |= zip(SUPPORT, given.pop("support", None) or (), strict=False)
     names = [k for k in (*parameters, *SUPPORT) if isinstance(given.get(k), Tensor)]
     tensors = {name: given.pop(name) for name in names}

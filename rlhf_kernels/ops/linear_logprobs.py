@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import reference
 from ..core import checks, groups, row_options
+from ..core.layout import any_of_token
 from ..core.sentinels import SHARD_IGNORED
 from ..head import logprobs as head
 from ..head import shard
@@ -31,12 +32,12 @@ from .logprobs_results import (
     by_name,
     named_result,
 )
-from .support import Support, linear_token_logprobs_support
+from .support import Support, check_one_label, linear_token_logprobs_support
 
 
 def _forward_fake(operands: Operands, targets: Targets, *_: Any) -> shard.Results:
-    shape = targets.labels.shape
-    logprobs = operands.hidden.new_empty(shape, dtype=torch.float32)
+    shape = operands.hidden.shape[:-1]
+    logprobs = operands.hidden.new_empty(targets.labels.shape, dtype=torch.float32)
     return (
         logprobs,
         logprobs.new_empty(shape) if targets.options.entropy else None,
@@ -243,7 +244,8 @@ def linear_token_logprobs(
         weight: [V, H], dtype of hidden; or float32 with 16-bit hidden states, which are then upcast
             chunk by chunk for a product in fp32. Under autocast any of these dtypes; operands are
             cast as F.linear casts them. Gradients have each operand's own dtype.
-        labels: [...], int64 or int32.
+        labels: [...], or [..., K] for K labels per token, int64 or int32, as in `token_logprobs`.
+            The head is multiplied once for all.
         mask: as in `token_logprobs`; masked tokens are not multiplied.
         bias: [V], or None.
         temperature: as in `token_logprobs`; the bounds hold for temperature / logit_scale.
@@ -301,8 +303,10 @@ def linear_token_logprobs(
         lse,
         collision,
         argmax,
+        several=True,
     )
-    labels = row_options.without_masked(op, labels, mask, arguments.ignore_index)
+    several = labels.dim() == hidden.dim()
+    labels = row_options.without_masked(op, labels, mask, arguments.ignore_index, several)
     backend = select(op, hidden.device)
     batching = check_batching(
         op, chunk_tokens, kept_tokens, batch_invariant, weight, weight.shape[0], backend
@@ -310,6 +314,7 @@ def linear_token_logprobs(
     if support is not None:
         if shards:
             raise ValueError(f"{op}: support and group do not go together")
+        check_one_label(op, several)
         checks.kept_tokens(op, labels != arguments.ignore_index, batching.kept_tokens)
         return named_result(
             *linear_token_logprobs_support(hidden, weight, bias, labels, support, arguments)
@@ -317,7 +322,8 @@ def linear_token_logprobs(
 
     if backend == backends.REFERENCE:
         keep, effective = labels != arguments.ignore_index, arguments.effective_temperature()
-        checks.kept_tokens(op, keep, batching.kept_tokens)
+        of_tokens = any_of_token(keep, hidden.dim() - 1)
+        checks.kept_tokens(op, of_tokens, batching.kept_tokens)
         shard.check_tokens(op, weight.shape[0], labels, effective, keep, shards)
         return named_result(
             *reference.linear_token_logprobs(

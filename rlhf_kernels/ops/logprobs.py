@@ -15,7 +15,7 @@ from ..head import shard
 from ..kernels import backends
 from ._operator import InputGradients, Operator, apply, define, once_differentiable, remember
 from .logprobs_results import TokenLogprobs, TokenLogprobsEntropy, asked_for, by_name, named_result
-from .support import Support, token_logprobs_support
+from .support import Support, check_one_label, token_logprobs_support
 
 
 def _check_inplace(logits: Tensor) -> None:
@@ -44,9 +44,9 @@ _Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | N
 def _forward_fake(
     logits: Tensor, labels: Tensor, temperatures: Tensor | None, options: RowOptions, *_: Any
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    shape = labels.shape
+    shape = logits.shape[:-1]
     return (
-        logits.new_empty(shape, dtype=torch.float32),
+        logits.new_empty(labels.shape, dtype=torch.float32),
         logits.new_empty(shape, dtype=torch.float32) if options.entropy else None,
         logits.new_empty((*shape, 3), dtype=torch.float32),
         logits.new_empty(shape, dtype=torch.float32) if options.collision else None,
@@ -227,14 +227,17 @@ def token_logprobs(
 
     With `group` the vocabulary is sharded over the ranks of the group (tensor parallelism). Ranks
     hold consecutive column ranges of any size, including 0, and all ranks pass the same labels. The
-    forward pass exchanges four floats per token, the backward pass nothing. Every rank gets the
+    forward pass exchanges four floats per token and one per further label, the backward pass
+    nothing. Every rank gets the
     complete result with the same bits and computes the same loss from it. The gradient of a rank's
     logits is that of this one loss, as without a group.
 
     Args:
         logits: [..., V], float32, bfloat16 or float16. Any [N, V] or [B, T, V] view with unit
             stride over V is read where it lies: `logits[:, :-1]` costs no copy.
-        labels: [...], int64 or int32.
+        labels: [...], int64 or int32; or [..., K] for K >= 1 labels per token (a teacher's top k,
+            or candidates): as many dimensions as logits. Each has the log-probability, to the bit,
+            that it has alone, and gradients of equal labels of a token add up.
         mask: [...]; bool or integer, nonzero = keep, or floating with only 0 and 1. Masked tokens
             are skipped like tokens with `ignore_index`, whatever their labels. None keeps
             everything.
@@ -245,7 +248,8 @@ def token_logprobs(
             RLHF_KERNELS_CHECK=1.
         softcap: cap of the final logits (Gemma 2), applied before temperature; None for none.
         entropy: also return the entropy.
-        ignore_index: label of tokens to skip: results 0, gradient exactly 0, logits never read.
+        ignore_index: label of tokens to skip: results 0, gradient exactly 0, logits never read. Of
+            K labels each can be skipped; the token is where all are.
         lse: also return the log-sum-exp (for a z-loss).
         collision: also return sum_j p_j^2 (for an optimal token baseline, or WPO's weights).
         argmax: also return the id of the most likely token, int64, which is -1 for a token to skip:
@@ -270,15 +274,16 @@ def token_logprobs(
 
     Returns:
         TokenLogprobs(logprobs, entropy, collision, lse, argmax), each [...], float32 but for the
-        ids, None where not asked for; with entropy=True a TokenLogprobsEntropy of the same fields.
-        A row that holds NaN or +inf, or only -inf, gives NaN; a label whose logit is -inf gives
-        -inf, as in torch.
+        ids, None where not asked for, and logprobs like the labels; with entropy=True a
+        TokenLogprobsEntropy of the same fields. A row that holds NaN or +inf, or only -inf, gives
+        NaN; a label whose logit is -inf gives -inf, as in torch.
 
     Raises:
         TypeError: wrong dtype or type of an argument.
         ValueError: shapes or devices that do not match; temperature or softcap not between 2^-60
             and 2^60; inplace_backward on a leaf, on overlapping memory, under torch.compile, on the
-            reference backend, or with support; group, lse, collision or argmax with support; on CPU
+            reference backend, or with support; group, lse, collision, argmax or labels [..., K]
+            with support; on CPU
             an indptr that does not start at 0, decreases, or does not end at nnz, or a repeated
             token id in a support.
         IndexError: on CPU, a label or kept token id outside [0, V), with its position; it is never
@@ -309,13 +314,16 @@ def token_logprobs(
         collision,
         argmax,
         fit=plain,
+        several=True,
     )
+    several = labels.dim() == logits.dim()
     if mask is not None:
-        labels = row_options.without_masked(op, labels, mask, arguments.ignore_index)
+        labels = row_options.without_masked(op, labels, mask, arguments.ignore_index, several)
     inplace_backward = option_checks.flag(op, "inplace_backward", inplace_backward)
     if support is not None:
         if inplace_backward or shards:
             raise ValueError(f"{op}: support goes with neither inplace_backward nor group")
+        check_one_label(op, several)
         return named_result(*token_logprobs_support(logits, labels, support, arguments))
 
     backend = backends.select(op, logits.device)

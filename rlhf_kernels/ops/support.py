@@ -80,6 +80,14 @@ def _check_arguments(op: str, arguments: RowArguments) -> None:
         )
 
 
+def check_one_label(op: str, several: bool) -> None:
+    """Refuses labels [..., K] beside a support."""
+    if several:
+        raise ValueError(
+            f"{op}: support goes with one label per token, [...]; call once for each of K labels"
+        )
+
+
 class _TokenLogprobsSupport(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor | None, ...]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..config.policy import PolicyLossConfig
+from ..core.layout import any_of_token
 from ..core.row_options import RowResults
 from . import shard
 from ._common import compute
@@ -35,7 +36,7 @@ def linear_token_logprobs(
 ) -> RowResults:
     """`token_logprobs` of the head's logits, with its options; see `linear_token_logprobs`."""
     # NaN in an ignored token's hidden state must not reach the gradient of the weight.
-    keep = (labels != ignore_index).unsqueeze(-1)
+    keep = any_of_token(labels != ignore_index, hidden.dim() - 1).unsqueeze(-1)
     hidden = torch.where(keep, hidden, 0)
     if group:
         hidden = shard.copied(compute(hidden), group)

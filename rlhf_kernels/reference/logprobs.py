@@ -6,19 +6,20 @@ import torch
 from torch import Tensor
 
 from ..core import tracing
+from ..core.layout import any_of_token
 from ..core.row_options import RowResults
 from . import shard
 from ._common import compute, distances, per_row, with_options
 
 
 class _LogProb(torch.autograd.Function):
-    """log softmax(d)_y of d [..., V] and y [...]; a zero upstream gradient gives a zero row."""
+    """log softmax(d)_y of d [..., V] and y [..., K]; no upstream gradient gives a zero row."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(d: Tensor, y: Tensor) -> Tensor:
-        return torch.log_softmax(d, -1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
+        return torch.log_softmax(d, -1).gather(-1, y)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -27,11 +28,10 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         d, y = ctx.saved_tensors
-        grad = grad.unsqueeze(-1)
-        slope = -grad * torch.log_softmax(d, -1).exp()
-        slope = slope.scatter_add(-1, y.unsqueeze(-1), grad)
+        slope = -grad.sum(-1, keepdim=True) * torch.log_softmax(d, -1).exp()
+        slope = slope.scatter_add(-1, y, grad)
         # where, not a product: 0 * NaN is NaN.
-        return torch.where(grad == 0, 0, slope), None
+        return torch.where((grad == 0).all(-1, keepdim=True), 0, slope), None
 
 
 class _Entropy(torch.autograd.Function):
@@ -135,8 +135,8 @@ def token_logprobs(
 
     Args:
         logits: [..., V].
-        labels: [...], integers in [0, V) or `ignore_index`.
-        temperature: a number, or a tensor that broadcasts to the shape of labels.
+        labels: [...] or [..., K], integers in [0, V) or `ignore_index`.
+        temperature: a number, or a tensor that broadcasts to the shape of the tokens.
         entropy: also return H.
         ignore_index: tokens with this label have result 0 and gradient 0, whatever their logits.
         lse: also return log sum_j exp(z_j).
@@ -159,11 +159,14 @@ def token_logprobs(
             **options,
         )
     tracing.refuse_tangents("token_logprobs", logits)
-    keep = labels != ignore_index
+    wanted, several = labels != ignore_index, labels.dim() == logits.dim()
+    keep = any_of_token(wanted, logits.dim() - 1)
     z = with_options(torch.where(keep.unsqueeze(-1), compute(logits), 0), **options)
     rates = per_row(temperature, keep)
     d = distances(z, rates)
-    logprobs = torch.where(keep, _LogProb.apply(d, torch.where(keep, labels, 0).long()), 0)
+    y = torch.where(wanted, labels, 0).long()
+    found = _LogProb.apply(d, y if several else y.unsqueeze(-1))
+    logprobs = torch.where(wanted, found if several else found.squeeze(-1), 0)
     of_entropy = torch.where(keep, _Entropy.apply(d), 0) if entropy else None
     squares = torch.where(keep, _Collision.apply(d), 0) if collision else None
     ids = torch.where(keep, first_of_largest(logits), -1) if argmax else None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core import groups
+from ..core.layout import any_of_token
 from ..core.row_options import RowResults
 from ._common import compute, per_row, with_options
 
@@ -57,8 +58,9 @@ def token_logprobs(
     group: str,
     **options: Any,
 ) -> RowResults:
-    """`token_logprobs` of logits [..., V_rank]; labels [...] count from rank 0's first column."""
-    keep = labels != ignore_index
+    """`token_logprobs` of logits [..., V_rank]; labels count from rank 0's first column."""
+    several, wanted = labels.dim() == logits.dim(), labels != ignore_index
+    keep = any_of_token(wanted, logits.dim() - 1)
     z = with_options(torch.where(keep.unsqueeze(-1), compute(logits), 0), **options)
     # amax needs one column, but a shard may be empty.
     z = torch.nn.functional.pad(z, (0, 1), value=-torch.inf)
@@ -70,10 +72,12 @@ def token_logprobs(
     sizes = groups.gather(torch.tensor(logits.shape[-1], device=logits.device), group)
     rank = groups.rank(group)
     local = labels.long() - sizes[:rank].sum()
-    owned = keep & (local >= 0) & (local < sizes[rank])
-    own = d.gather(-1, torch.where(owned, local, 0).unsqueeze(-1)).squeeze(-1)
+    owned = wanted & (local >= 0) & (local < sizes[rank])
+    columns = torch.where(owned, local, 0)
+    own = d.gather(-1, columns if several else columns.unsqueeze(-1))
+    own = own if several else own.squeeze(-1)
     own = _Summed.apply(torch.where(owned, own, 0), group)
-    logprobs = torch.where(keep, own - log_s, 0)
+    logprobs = torch.where(wanted, own - (log_s.unsqueeze(-1) if several else log_s), 0)
     of_entropy = of_lse = squares = ids = None
     if entropy:
         # The limit of d e^d at d = -inf is 0; the product would be NaN.

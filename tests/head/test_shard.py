@@ -6,7 +6,9 @@ import torch
 from tests.head.bounds import HeadBounds, assert_all_within, logprobs_bounds, policy_bounds
 from tests.head.head_cases import CONFIGS, operands, policy_bounds_of, policy_problem
 from tests.head.shard_ranks import Ranks
+from tests.ops import many_labels_cases
 from tests.ops.logprobs_cases import check_against_oracle, problem, run_here
+from tests.ops.many_labels_cases import head as many_labels_head
 from tests.ops.row_results_cases import EVERY, FIELDS
 from tests.ops.row_results_cases import check as check_every
 
@@ -90,6 +92,45 @@ def test_every_result_matches_fp64(backend, ranks, options):
     logits, labels = problem(6, sum(sizes), torch.float32)
     labels[:2] = torch.tensor([0, sum(sizes) - 1])
     check_every(logits, labels, run_kernel=run, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 3.0, "temperature": OPTIONS[2]["temperature"]}]
+)
+def test_several_labels_match_fp64(backend, ranks, options):
+    sizes = [7, 0, 51]
+
+    def run(logits, labels, upstream, **options):
+        results, gradients = on_ranks(
+            ranks, sizes, "token_logprobs", backend, {"logits": logits, "labels": labels},
+            {"logits": -1}, [*upstream.values()], options=EVERY | options,
+        )  # fmt: skip
+        names = (*FIELDS, "argmax")
+        return dict(zip(names, results, strict=True)) | {"gradient": gradients["logits"]}
+
+    logits, labels = many_labels_cases.problem(6, sum(sizes), torch.float32, 4)
+    labels[3] = torch.tensor([0, sum(sizes) - 1, 6, 7])
+    many_labels_cases.check(logits, labels, run_kernel=run, **options)
+
+
+@pytest.mark.parametrize("request_", [{}, {"budget": 256}, {"blind": True}], ids=str)
+def test_several_labels_of_a_head(backend, ranks, request_):
+    """Those of every rank, and the gradients, are those of the whole head."""
+    sizes = [70, 0, 189]
+    (hidden, weight, bias), labels = many_labels_head()
+    upstream = [u for u in many_labels_cases.upstreams(labels).values()]
+    arguments = {"hidden": hidden, "weight": weight, "bias": bias}
+    arguments = {k: t.requires_grad_() for k, t in arguments.items()} | {"labels": labels}
+    results, gradients = on_ranks(
+        ranks, sizes, "linear_token_logprobs", backend, arguments, {"weight": 0, "bias": 0},
+        upstream, options=EVERY, **request_,
+    )  # fmt: skip
+    with rk.use_backend("reference"):
+        expected = rk.linear_token_logprobs(**arguments, **EVERY)
+    leaves = [arguments[k] for k in gradients]
+    slopes = torch.autograd.grad(expected[:4], leaves, upstream)
+    for a, e in zip([*results, *gradients.values()], [*expected, *slopes], strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=2e-5 * float(e.detach().abs().max()))
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 4])

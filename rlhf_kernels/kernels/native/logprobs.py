@@ -2,20 +2,28 @@
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...core import checks
 from ...core.row_options import RowOptions
 from .. import logprobs
+from ..logprobs import ManyLabels
 from . import boundary as b
 
 
 def _error(
-    status: tuple[int, int], labels: Tensor, temperatures: Tensor | None, vocab: int
+    status: tuple[int, int],
+    labels: Tensor,
+    temperatures: Tensor | None,
+    vocab: int,
+    many: ManyLabels | None,
 ) -> Exception:
     code, position = status
     if code == b.LABEL_OUT_OF_RANGE:
+        labels = labels if many is None else many.labels
         return checks.out_of_range("token_logprobs", position, labels, vocab)
     assert code == b.BAD_TEMPERATURE and temperatures is not None  # the kernel read a bad one
     return checks.bad_temperature("token_logprobs", position, temperatures)
@@ -30,15 +38,22 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         labels: Tensor,
         temperatures: Tensor | None,
         options: RowOptions,
-        *results: Tensor | None,
+        *outs: Any,
     ) -> None:
         temperatures = b.as_fp32(temperatures)
-        status = extension.token_logprobs(
+        *results, many = outs
+        launch = extension.token_logprobs
+        of_labels: tuple[Any, ...] = ()
+        if many is not None:
+            launch = extension.many_logprobs
+            of_labels = (many.labels, many.ignore_index, many.logprobs)
+        status = launch(
             logits,
             labels,
             temperatures,
             options,
             *results,
+            *of_labels,
             make_exec(
                 logits,
                 "token_logprobs",
@@ -46,7 +61,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             ),
         )
         if status[0] != b.OK:
-            raise _error(status, labels, temperatures, logits.shape[-1])
+            raise _error(status, labels, temperatures, logits.shape[-1], many)
 
     def backward(
         out: Tensor,
@@ -57,16 +72,23 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         grad_logprobs: Tensor | None,
         grad_entropy: Tensor | None,
         options: RowOptions,
-        grad_lse: Tensor | None = None,
-        grad_collision: Tensor | None = None,
-        collision: Tensor | None = None,
+        grad_lse: Tensor | None,
+        grad_collision: Tensor | None,
+        collision: Tensor | None,
+        many: ManyLabels | None,
     ) -> None:
         temperatures = b.as_fp32(temperatures)
         grad_logprobs = b.as_upstream(grad_logprobs)
         grad_entropy = b.as_upstream(grad_entropy)
         grad_lse = b.as_upstream(grad_lse)
         grad_collision = b.as_upstream(grad_collision)
-        status = extension.token_logprobs_backward(
+        launch = extension.token_logprobs_backward
+        of_labels: tuple[Any, ...] = ()
+        if many is not None:
+            launch = extension.many_logprobs_backward
+            work = torch.empty(many.labels.shape, dtype=torch.float64, device=out.device)
+            of_labels = (many.labels, many.ignore_index, many.grad_logprobs, work)
+        status = launch(
             logits,
             labels,
             temperatures,
@@ -78,9 +100,10 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             grad_collision,
             collision,
             out,
+            *of_labels,
             make_exec(logits, "token_logprobs_backward", lambda: (labels.numel(),)),
         )
         if status[0] != b.OK:
-            raise _error(status, labels, temperatures, logits.shape[-1])
+            raise _error(status, labels, temperatures, logits.shape[-1], many)
 
     return logprobs.launchers(forward, backward, extension.gpu)

@@ -88,3 +88,18 @@ def tanh_parts(u):
     # A NaN fails both comparisons and stays.
     th = tl.where(u < 0.0, -th, tl.where(u >= 0.0, th, u))
     return th, tl.where(u == u, slope, u)
+
+
+@triton.jit
+def label_gradient(logprob, distance, mean, g, h):
+    """T times the gradient of the label's own logit, in fp64.
+
+    1 - p is computed without cancellation, and log p + H as distance - mean, with
+    distance = (z - m) / T.
+    """
+    p = tl.exp(logprob)
+    # 1 - exp(logprob) by its series where it would cancel.
+    rest = tl.where(logprob > -1.0e-4, -logprob * (1.0 + logprob * (0.5 + logprob / 6.0)), 1.0 - p)
+    # p log p is 0 at p = 0, even where log p is -inf.
+    bend = tl.where((h == 0.0) | (p == 0.0), 0.0, h * p * (distance - mean))
+    return g * rest - bend

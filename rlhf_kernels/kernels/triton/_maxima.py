@@ -41,3 +41,23 @@ def merged(m, s, t, top, part_m, part_s, part_t, rate, ENTROPY: tl.constexpr, N:
     more = weight * part_s
     more = more if N == 1 else tree_sum(more, N)
     return top, kept * s + more, t
+
+
+@triton.jit
+def combine_parts(partials, parts, rate, ENTROPY: tl.constexpr, GROUP: tl.constexpr):
+    """(m, s, t) of a row from those of its parts, in order; s and t are fp64."""
+    m = tl.full((), float("-inf"), tl.float32)
+    s = tl.full((), 0.0, tl.float64)
+    t = tl.full((), 0.0, tl.float64)
+    for start in range(0, parts, GROUP):
+        part = start + tl.arange(0, GROUP)
+        inside = part < parts
+        at = partials + part.to(tl.int64) * 3
+        part_m = tl.load(at, mask=inside, other=float("-inf"))
+        part_s = tl.load(at + 1, mask=inside, other=0.0).to(tl.float64)
+        part_t = part_s
+        if ENTROPY:
+            part_t = tl.load(at + 2, mask=inside, other=0.0).to(tl.float64)
+        top = tl.max(part_m, axis=0)
+        m, s, t = merged(m, s, t, top, part_m, part_s, part_t, rate, ENTROPY, GROUP)
+    return m, s, t

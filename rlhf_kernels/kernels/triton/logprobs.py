@@ -7,7 +7,6 @@ bits do not depend on its batch, and a few rows fill the device as well as many.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -15,10 +14,11 @@ from ...core import sentinels
 from ...core.layout import as_rows, grid
 from ...core.row_options import RowOptions
 from .. import logprobs as shared
+from . import logprobs_many
 from . import logprobs_results as results
 from ._launch import kernel, launch, tile_count, warps_of
 from ._math import LOG2E, good_temperature, scalar, tree_sums
-from ._maxima import merged
+from ._maxima import combine_parts
 from ._rows import packed, row_temperature, with_options
 from ._strided import alignment, in_units, strided, strided_rows, token_at
 from ._tiles import LEAST, load_blocks, tile_bounds, tops
@@ -86,26 +86,6 @@ def partial_kernel(
             tl.store(squares + pid.to(tl.int64) * PARTS + tl.arange(0, PARTS), tree_sums(q))
 
 
-@triton.jit
-def combine_parts(partials, parts, rate, ENTROPY: tl.constexpr, GROUP: tl.constexpr):
-    """(m, s, t) of a row from those of its parts, in order; s and t are fp64."""
-    m = tl.full((), float("-inf"), tl.float32)
-    s = tl.full((), 0.0, tl.float64)
-    t = tl.full((), 0.0, tl.float64)
-    for start in range(0, parts, GROUP):
-        part = start + tl.arange(0, GROUP)
-        inside = part < parts
-        at = partials + part.to(tl.int64) * 3
-        part_m = tl.load(at, mask=inside, other=float("-inf"))
-        part_s = tl.load(at + 1, mask=inside, other=0.0).to(tl.float64)
-        part_t = part_s
-        if ENTROPY:
-            part_t = tl.load(at + 2, mask=inside, other=0.0).to(tl.float64)
-        top = tl.max(part_m, axis=0)
-        m, s, t = merged(m, s, t, top, part_m, part_s, part_t, rate, ENTROPY, GROUP)
-    return m, s, t
-
-
 @kernel
 def combine_kernel(
     logits,
@@ -167,8 +147,9 @@ def _forward(
     logprobs: Tensor,
     entropies: Tensor | None,
     stats: Tensor,
-    collisions: Tensor | None = None,
-    ids: Tensor | None = None,
+    collisions: Tensor | None,
+    ids: Tensor | None,
+    many: shared.ManyLabels | None,
 ) -> None:
     (rows, cols), vocab = grid(labels.shape), logits.shape[-1]
     logits, tiles = as_rows(logits), tile_count(vocab, TILE)
@@ -223,6 +204,8 @@ def _forward(
     if ids is not None:
         sizes = {"TILE": TILE, "PARTS": PARTS, "GROUP": GROUP}
         results.argmax(ids, logits, x, tokens[0], partials, cols, options, **sizes)
+    if many is not None:
+        logprobs_many.forward(many, x, tokens, partials, stats, cols, options, GROUP)
 
 
 LAUNCHERS = shared.launchers(_forward, backward, on_device=True)

@@ -1,14 +1,15 @@
 """The gradient of token_logprobs: coefficients of each row, then tiles of the vocabulary."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...core.layout import as_rows, as_upstream, grid
 from ...core.row_options import RowOptions
+from ..logprobs import ManyLabels
+from . import logprobs_many
 from ._launch import kernel, launch, tile_count
-from ._math import LOG2E
+from ._math import LOG2E, label_gradient
 from ._rows import packed, row_temperature, with_options
 from ._strided import alignment, in_units, strided, strided_rows, token_at
 from ._tiles import tile_bounds
@@ -22,21 +23,6 @@ ROWS = 64
 # exp of a smaller number is below the normal floats and counts as zero.
 LOWEST = tl.constexpr(-87.0)
 TINY = tl.constexpr(2.0**-126)
-
-
-@triton.jit
-def label_gradient(logprob, distance, mean, g, h):
-    """T times the gradient of the label's own logit, in fp64.
-
-    1 - p is computed without cancellation, and log p + H as distance - mean, with
-    distance = (z - m) / T.
-    """
-    p = tl.exp(logprob)
-    # 1 - exp(logprob) by its series where it would cancel.
-    rest = tl.where(logprob > -1.0e-4, -logprob * (1.0 + logprob * (0.5 + logprob / 6.0)), 1.0 - p)
-    # p log p is 0 at p = 0, even where log p is -inf.
-    bend = tl.where((h == 0.0) | (p == 0.0), 0.0, h * p * (distance - mean))
-    return g * rest - bend
 
 
 @kernel
@@ -183,29 +169,32 @@ def backward(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     options: RowOptions,
-    grad_lse: Tensor | None = None,
-    grad_collision: Tensor | None = None,
-    collision: Tensor | None = None,
+    grad_lse: Tensor | None,
+    grad_collision: Tensor | None,
+    collision: Tensor | None,
+    many: ManyLabels | None,
 ) -> None:
     (rows, cols), vocab = grid(labels.shape), logits.shape[-1]
     logits, tokens, of_rows = as_rows(logits), strided(labels), packed(options)
     g, h = strided(as_upstream(grad_logprobs)), strided(as_upstream(grad_entropy))
     of_lse = strided(as_upstream(grad_lse))
     squares = None if grad_collision is None else stats.new_empty(rows * cols)
+    of_collision, rates = strided(as_upstream(grad_collision)), strided(temperatures, torch.float32)
     coefficients, x = stats.new_empty(rows * cols * 5), strided_rows(logits)
+    upstream = (g, h, of_lse, of_collision, collision)
+    at_labels = None
+    if many is not None:
+        of_row = (tokens, rates, stats, *upstream)
+        at_labels = logprobs_many.gradients(many, x, of_row, cols, options)
     launch(
         coefficients_kernel,
         tile_count(rows * cols, ROWS),
         logits,
         x,
         tokens,
-        strided(temperatures, torch.float32),
+        rates,
         stats,
-        g,
-        h,
-        of_lse,
-        strided(as_upstream(grad_collision)),
-        collision,
+        *upstream,
         coefficients,
         squares,
         rows * cols,
@@ -236,3 +225,5 @@ def backward(
         TILE=TILE,
         warps=WARPS,
     )
+    if many is not None and at_labels is not None:
+        logprobs_many.scatter(many, at_labels, to, tokens, cols, vocab)

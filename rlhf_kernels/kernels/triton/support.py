@@ -16,11 +16,11 @@ from ...core.layout import as_rows, as_upstream, grid
 from ...core.row_options import RowOptions
 from .. import support
 from ._launch import kernel, launch
-from ._math import LOG2E, good_temperature, scalar, tree_sum
+from ._math import LOG2E, good_temperature, label_gradient, scalar, tree_sum
 from ._maxima import merged
 from ._rows import packed, row_temperature, with_options
 from ._strided import strided, strided_rows, token_at
-from .logprobs_backward import LOWEST, label_gradient
+from .logprobs_backward import LOWEST
 from .support_products import entries_of, owners, store_products, store_sums
 
 # Entries that a token's program takes at a time. Few lists are longer, and 512 would spill

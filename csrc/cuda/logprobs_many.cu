@@ -1,0 +1,157 @@
+// token_logprobs with several labels per token: the kernels of a row without a label, and beside
+// them one that reads the labels' logits and one that writes their gradients. A warp to a row.
+#include "logprobs.cuh"
+
+namespace rk::cuda {
+namespace {
+
+// The labels of a row, a lane's every kWarp-th.
+struct OwnLabels {
+  const Tensor& t;
+  int64_t at, ignore_index, vocab;
+
+  template <class Args>
+  __device__ __forceinline__ OwnLabels(const Args& a, int64_t row)
+      : t(a.labels),
+        at(token_at(a.labels, row, a.rows.cols)),
+        ignore_index(a.ignore_index),
+        vocab(a.rows.vocab) {}
+
+  __device__ __forceinline__ int64_t operator[](int64_t k) const { return load_integer(t, at + k); }
+  // Whether it has a column here.
+  __device__ __forceinline__ bool has_column(int64_t y) const {
+    return y != ignore_index && is_known(y, vocab);
+  }
+};
+
+template <class Args>
+__device__ __forceinline__ bool is_ignored(const Args& rows, int64_t row) {
+  return row_label(rows, row) == rows.options.ignore_index;
+}
+
+// After the kernels of token_logprobs: the log-probability of each label from the sums of the
+// tiles.
+template <class E>
+__global__ void __launch_bounds__(kCombineThreads)
+    labels_kernel(const ManyLabelsArgs a, uint32_t tiles, const float4* partials) {
+  const LogprobsArgs& rows = a.rows;
+  const int64_t row = row_of_warp();
+  if (row >= rows.rows * rows.cols) return;
+  const int lane = threadIdx.x % kWarp;
+  float* out = a.of_labels + row * a.count;
+  if (is_ignored(rows, row)) {
+    for (int64_t k = lane; k < a.count; k += kWarp) out[k] = 0.0f;
+    return;
+  }
+  const double rate = 1.0 / row_temperature(rows, row);
+  const Sums<double> r = combine_tiles(partials + row * tiles, tiles, static_cast<float>(rate));
+  // A row that is poisoned has poisoned statistics.
+  const float s = rows.stats[3 * row + 1], poison = s == s ? 0.0f : s;
+  const OwnLabels labels(a, row);
+  const auto* x = row_logits<E>(rows, row);
+  const AnyLogitOptions logits(rows.options);
+  for (int64_t k = lane; k < a.count; k += kWarp) {
+    const int64_t y = labels[k];
+    float found = y == labels.ignore_index ? 0.0f : __builtin_nanf("");
+    if (labels.has_column(y)) {
+      const float z = logits(E::get(x[y])).z;
+      found = static_cast<float>(logprob_from_stats(z, r.m, r.s, rate)) + poison;
+    }
+    out[k] = found;
+  }
+}
+
+// Before the kernels of its backward: the gradient at each label's column into `work`. Equal labels
+// all get that of the sum of their upstream gradients.
+template <class E>
+__global__ void __launch_bounds__(kCombineThreads)
+    label_gradients_kernel(const ManyLabelsBackwardArgs a) {
+  const LogprobsBackwardArgs& rows = a.rows;
+  const int64_t row = row_of_warp();
+  if (row >= rows.rows * rows.cols || is_ignored(rows, row)) return;
+  const OwnLabels labels(a, row);
+  const float* given = nullptr;
+  if (a.grad_of_labels.given)
+    given = static_cast<const float*>(a.grad_of_labels.data) +
+            token_at(a.grad_of_labels, row, rows.cols);
+  const auto upstream = [&](const Tensor& g) { return upstream_at(g, row, rows.cols); };
+  const double total = upstream(rows.grad_logprobs);
+  const float h = upstream(rows.grad_entropy), of_lse = upstream(rows.grad_lse);
+  const float of_collision = upstream(rows.grad_collision);
+  const bool others = total != 0.0 || h != 0.0f || of_lse != 0.0f || of_collision != 0.0f;
+  const double rate = 1.0 / row_temperature(rows, row);
+  const float* stats = rows.stats + 3 * row;
+  const double m = stats[0], s = stats[1], mean = stats[2];
+  const auto* x = row_logits<E>(rows, row);
+  const AnyLogitOptions logits(rows.options);
+  for (int64_t k = threadIdx.x % kWarp; k < a.count; k += kWarp) {
+    const int64_t y = labels[k];
+    if (!labels.has_column(y)) continue;
+    double g = 0.0;
+    if (given != nullptr)
+      for (int64_t other = 0; other < a.count; ++other)
+        if (labels[other] == y) g += given[other];
+    double dz = 0.0;
+    if (g != 0.0 || others) {
+      const Logit own = logits(E::get(x[y]));
+      const double logprob = logprob_from_stats(own.z, m, s, rate);
+      const double distance = (static_cast<double>(own.z) - m) * rate;
+      dz = label_gradient(logprob, distance, mean, g, h, rate);
+      if (of_lse != 0.0f || of_collision != 0.0f)
+        dz +=
+            further_label_gradient(logprob, upstream(rows.collision), of_lse, of_collision) * rate;
+      if (total != g) dz += other_labels_gradient(logprob, total - g) * rate;
+      dz *= own.slope;
+    }
+    a.work[row * a.count + k] = dz;
+  }
+}
+
+// After them: from `work` to the labels' columns.
+template <class O>
+__global__ void __launch_bounds__(kCombineThreads) scatter_kernel(const ManyLabelsBackwardArgs a) {
+  const LogprobsBackwardArgs& rows = a.rows;
+  const int64_t row = row_of_warp();
+  if (row >= rows.rows * rows.cols || is_ignored(rows, row)) return;
+  const OwnLabels labels(a, row);
+  auto* out = static_cast<typename O::Storage*>(rows.grad_logits.data) +
+              token_at(rows.grad_logits, row, rows.cols);
+  for (int64_t k = threadIdx.x % kWarp; k < a.count; k += kWarp) {
+    const int64_t y = labels[k];
+    if (labels.has_column(y)) out[y] = O::put(static_cast<float>(a.work[row * a.count + k]));
+  }
+}
+
+}  // namespace
+
+Status many_logprobs(const ManyLabelsArgs& a) {
+  const LogprobsArgs& rows = a.rows;
+  const Status status = token_logprobs(rows);
+  if (status.code != kOk) return status;
+  const OnDevice guard(rows.exec);
+  const int64_t warps = ceil_div(rows.rows * rows.cols, kCombineThreads / kWarp);
+  for_dtype(rows.logits.dtype, [&](auto element) {
+    using E = decltype(element);
+    const int64_t tiles = ceil_div(rows.vocab, tile_columns(kSlots, sizeof(typename E::Storage)));
+    RK_ENQUEUE(rows.exec, warps, kCombineThreads, labels_kernel<E>, a, static_cast<uint32_t>(tiles),
+               static_cast<const float4*>(rows.exec.scratch));
+  });
+  return {};
+}
+
+Status many_logprobs_backward(const ManyLabelsBackwardArgs& a) {
+  const LogprobsBackwardArgs& rows = a.rows;
+  const OnDevice guard(rows.exec);
+  const int64_t warps = ceil_div(rows.rows * rows.cols, kCombineThreads / kWarp);
+  for_dtype(rows.logits.dtype, [&](auto element) {
+    RK_ENQUEUE(rows.exec, warps, kCombineThreads, label_gradients_kernel<decltype(element)>, a);
+  });
+  const Status status = token_logprobs_backward(rows);
+  if (status.code != kOk) return status;
+  for_dtype(rows.grad_logits.dtype, [&](auto result) {
+    RK_ENQUEUE(rows.exec, warps, kCombineThreads, scatter_kernel<decltype(result)>, a);
+  });
+  return {};
+}
+
+}  // namespace rk::cuda
