@@ -60,7 +60,7 @@ def labels_kernel(
         temperature = row_temperature(row_options, temperatures, row, cols)
         rate = 1.0 / scalar(temperature).to(tl.float64)
         of_row = partials + row.to(tl.int64) * parts * 3
-        m, s, unused = combine_parts(of_row, parts, rate.to(tl.float32), False, GROUP)
+        m, s, _unused = combine_parts(of_row, parts, rate.to(tl.float32), False, GROUP)
         log_s = tl.log(s)
         # A row that is poisoned has poisoned statistics.
         own_s = tl.load(stats + row.to(tl.int64) * 3 + 1)
