@@ -3,18 +3,21 @@
 // A row is read once from memory, in blocks that fit the L1 cache: first the block's maximum, then
 // the sums of e = exp((x - m) / T) and e * (x - m). While one block is summed, the maximum of the
 // next is taken, so that memory is always busy. Each sum has four accumulators within a block and a
-// double across blocks. Block boundaries depend only on the vocabulary, so a row's bits do not
-// depend on its batch.
+// double across the blocks of a span; spans are added in order. With fewer rows than threads, these
+// share the spans of a row. Boundaries depend only on the vocabulary, so a row's bits depend
+// neither on its batch nor on threads.
 #pragma once
 
 namespace rk {
 namespace {
 
 constexpr int64_t kBlock = 4096;
+constexpr int64_t kSpan = 4 * kBlock;
 constexpr int kUnroll = 4;
 
-// The reduction of one row: maximum of the logits, sum of e, sum of e * (x - m), sum of e * e; and
-// the largest logit before the options, with the start of the first block that has it.
+// The reduction of a row or a span of it: maximum of the logits, sum of e, sum of e * (x - m), sum
+// of e * e; and the largest logit before the options, with the start of the first block that has
+// it.
 struct RowSums {
   float m = -__builtin_inff();
   double s = 0.0;
@@ -97,43 +100,93 @@ inline float add_block(RowSums& r, const typename E::Storage* p, int64_t n,
   return reduce_max(max(max(next[0], next[1]), max(next[2], next[3])));
 }
 
+// Moves the reference point of the sums up to m, if it is lower: scales every e by exp(m - m') and
+// lowers every (x - m).
+inline void raise_to(RowSums& r, float m, double inv_t) {
+  if (!(m > r.m)) return;
+  if (r.s != 0.0) {
+    const double shift = static_cast<double>(r.m) - m;
+    const double scale = exp(shift * inv_t);
+    r.t = scale * (r.t + r.s * shift);
+    r.s *= scale;
+    r.q *= scale * scale;
+  }
+  r.m = m;
+}
+
+// Adds the sums of the span after it.
+inline void add_span(RowSums& r, RowSums span, double inv_t) {
+  if (span.top > r.top) r.top = span.top, r.top_block = span.top_block;
+  raise_to(r, span.m, inv_t);
+  raise_to(span, r.m, inv_t);
+  r.s += span.s;
+  r.t += span.t;
+  r.q += span.q;
+}
+
+// The sums of logits [begin, end) of a row.
 template <class E, bool kChange, bool kEntropy, bool kSquares>
-inline RowSums row_sums(const typename E::Storage* x, int64_t vocab,
-                        const LogitOptions<kChange>& logits, double inv_t) {
+inline RowSums span_sums(const typename E::Storage* x, int64_t begin, int64_t end,
+                         const SumsOptions<kChange>& options, double inv_t) {
   RowSums r;
-  const SumsOptions<kChange> options{logits, splat(static_cast<float>(inv_t * kLog2e)),
-                                     splat(static_cast<float>(kExpMin / inv_t))};
   float next = 0.0f;
   bool known = false;
-  for (int64_t start = 0; start < vocab; start += kBlock) {
+  for (int64_t start = begin; start < end; start += kBlock) {
     const typename E::Storage* p = x + start;
-    const int64_t n = vocab - start < kBlock ? vocab - start : kBlock;
+    const int64_t n = end - start < kBlock ? end - start : kBlock;
     const float top = known ? next : block_max<E>(p, n);
     if (top > r.top) r.top = top, r.top_block = start;
-    const float bm = logits.value(top);
+    const float bm = options.logits.value(top);
     known = false;
     if (bm == -__builtin_inff()) {
       // A block of only -inf adds nothing, unless the maximum has hidden a NaN.
       if (has_nan<E>(p, n)) r.s = __builtin_nan("");
       continue;
     }
-    if (bm > r.m) {
-      if (r.s != 0.0) {
-        // Moving the reference point by m' - m scales every e and lowers every (x - m).
-        const double shift = static_cast<double>(r.m) - bm;
-        const double scale = exp(shift * inv_t);
-        r.t = scale * (r.t + r.s * shift);
-        r.s *= scale;
-        r.q *= scale * scale;
-      }
-      r.m = bm;
-    }
-    known = vocab - start >= 2 * kBlock;
+    raise_to(r, bm, inv_t);
+    known = end - start >= 2 * kBlock;
     if (known)
       next = add_block<E, kChange, kEntropy, kSquares, true>(r, p, n, options);
     else
       add_block<E, kChange, kEntropy, kSquares, false>(r, p, n, options);
   }
+  return r;
+}
+
+inline int64_t span_count(int64_t vocab) { return (vocab + kSpan - 1) / kSpan; }
+
+// Whether a team shares the spans of a row.
+inline bool shares_row(int64_t vocab, int32_t threads) {
+  return threads > 1 && vocab > kSpan && !in_team();
+}
+
+// Threads that take rows: one, if all of them end a row's spans sooner than each its own row.
+inline int32_t threads_of_rows(int64_t rows, int64_t vocab, int32_t threads) {
+  const int64_t spans = span_count(vocab);
+  return rows * ((spans + threads - 1) / threads) < spans && rows < threads ? 1 : threads;
+}
+
+template <class E, bool kChange, bool kEntropy, bool kSquares>
+inline RowSums row_sums(const typename E::Storage* x, int64_t vocab,
+                        const LogitOptions<kChange>& logits, double inv_t, int32_t threads) {
+  const SumsOptions<kChange> options{logits, splat(static_cast<float>(inv_t * kLog2e)),
+                                     splat(static_cast<float>(kExpMin / inv_t))};
+  const auto span = [&](int64_t i) {
+    const int64_t begin = i * kSpan;
+    const int64_t end = vocab - begin < kSpan ? vocab : begin + kSpan;
+    return span_sums<E, kChange, kEntropy, kSquares>(x, begin, end, options, inv_t);
+  };
+  RowSums r;
+  const int64_t spans = span_count(vocab);
+  if (shares_row(vocab, threads)) {
+    const Scratch<RowSums> found(spans);
+    if (found.data != nullptr) {
+      parallel_for(spans, threads, [&](int64_t i) { found[i] = span(i); });
+      for (int64_t i = 0; i < spans; ++i) add_span(r, found[i], inv_t);
+      return r;
+    }
+  }
+  for (int64_t i = 0; i < spans; ++i) add_span(r, span(i), inv_t);
   return r;
 }
 
@@ -197,7 +250,8 @@ void logprobs_row(const LogprobsArgs& a, int64_t row, const More& more = {}) {
   const double inv_t = 1.0 / row_temperature(a, i, j);
   const LogitOptions<kChange> logits(a.options);
   const auto* x = row_at<E>(a.logits, i, j);
-  const RowSums r = row_sums<E, kChange, kEntropy, kSquares>(x, a.vocab, logits, inv_t);
+  const RowSums r =
+      row_sums<E, kChange, kEntropy, kSquares>(x, a.vocab, logits, inv_t, a.exec.threads);
   more(x, logits, r, inv_t);
   const float xy = logits.value(label == kLabelElsewhere ? __builtin_nanf("") : E::get(x + label));
   const bool empty = r.m == -__builtin_inff();
@@ -269,17 +323,26 @@ void logprobs_backward_row(const LogprobsBackwardArgs& a, int64_t row) {
     if constexpr (kChange) dz = mul(dz, x.slope);
     return select_less(d, lowest, splat(0.0f), dz);
   };
-  int64_t k = 0;
-  for (; k + kUnroll * kLanes <= a.vocab; k += kUnroll * kLanes) {
-    prefetch_ahead<E, kUnroll>(x + k);
-    prefetch_ahead<E, kUnroll, true>(out + k);
-    Vec dz[kUnroll];
-    for (int u = 0; u < kUnroll; ++u) dz[u] = gradient(E::load(x + k + u * kLanes));
-    for (int u = 0; u < kUnroll; ++u) E::store(out + k + u * kLanes, dz[u]);
-  }
-  for (; k < a.vocab; k += kLanes) {
-    const int n = a.vocab - k < kLanes ? static_cast<int>(a.vocab - k) : kLanes;
-    store_partial<E>(out + k, gradient(load_partial<E>(x + k, n, 0.0f)), n);
+  const auto columns = [&](int64_t k, int64_t end) {
+    for (; k + kUnroll * kLanes <= end; k += kUnroll * kLanes) {
+      prefetch_ahead<E, kUnroll>(x + k);
+      prefetch_ahead<E, kUnroll, true>(out + k);
+      Vec dz[kUnroll];
+      for (int u = 0; u < kUnroll; ++u) dz[u] = gradient(E::load(x + k + u * kLanes));
+      for (int u = 0; u < kUnroll; ++u) E::store(out + k + u * kLanes, dz[u]);
+    }
+    for (; k < end; k += kLanes) {
+      const int n = end - k < kLanes ? static_cast<int>(end - k) : kLanes;
+      store_partial<E>(out + k, gradient(load_partial<E>(x + k, n, 0.0f)), n);
+    }
+  };
+  if (shares_row(a.vocab, a.exec.threads)) {
+    parallel_for(span_count(a.vocab), a.exec.threads, [&](int64_t i) {
+      const int64_t begin = i * kSpan;
+      columns(begin, a.vocab - begin < kSpan ? a.vocab : begin + kSpan);
+    });
+  } else {
+    columns(0, a.vocab);
   }
   if (label == kLabelElsewhere) return;
   const double distance = (static_cast<double>(xy) - stats[0]) * inv_t;
@@ -318,7 +381,8 @@ Status token_logprobs(const LogprobsArgs& a) {
       a.collision.given
           ? pick<SquaresForward, LogprobsArgs>(a.logits.dtype, a.options, true)
           : pick<LogprobsForward, LogprobsArgs>(a.logits.dtype, a.options, a.entropy.given);
-  parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) { row(a, r); });
+  const int64_t rows = a.rows * a.cols;
+  parallel_for(rows, threads_of_rows(rows, a.vocab, a.exec.threads), [&](int64_t r) { row(a, r); });
   return {};
 }
 
@@ -330,7 +394,8 @@ Status token_logprobs_backward(const LogprobsBackwardArgs& a) {
                                                 a.logits.dtype, a.options, true)
                                           : pick<LogprobsBackward, LogprobsBackwardArgs>(
                                                 a.logits.dtype, a.options, a.grad_entropy.given);
-  for_gradient_rows(a, in_place ? nullptr : a.grad_logits.data, row);
+  const int32_t threads = threads_of_rows(a.rows * a.cols, a.vocab, a.exec.threads);
+  for_gradient_rows(a, in_place ? nullptr : a.grad_logits.data, threads, row);
   return {};
 }
 

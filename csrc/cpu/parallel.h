@@ -1,5 +1,8 @@
 // Work is cut into items whose boundaries do not depend on the thread count, so neither do results.
 #pragma once
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #include <stdint.h>
 
 namespace rk {
@@ -19,6 +22,15 @@ inline void parallel_for(int64_t items, [[maybe_unused]] int32_t threads, const 
   }
 #endif
   for (int64_t i = 0; i < items; ++i) body(i);
+}
+
+// Whether the caller is one of a team already, whose work is not to be shared out again.
+inline bool in_team() {
+#ifdef _OPENMP
+  return omp_in_parallel() != 0;
+#else
+  return false;
+#endif
 }
 
 }  // namespace

@@ -69,16 +69,21 @@ inline float upstream_at(const Tensor& g, int64_t i, int64_t j) {
   return g.given ? static_cast<const float*>(g.data)[i * g.stride0 + j * g.stride1] : 0.0f;
 }
 
-// Calls row(a, r) for every row r, on a team of threads; each writes a row of `grad_logits`.
+// Calls row(a, r) for every row r, on a team of `threads`; each writes a row of `grad_logits`.
 // `fresh` is their memory if nobody has written to it yet, else null.
 template <class Args, class Row>
-inline void for_gradient_rows(const Args& a, void* fresh, const Row& row) {
+inline void for_gradient_rows(const Args& a, void* fresh, int32_t threads, const Row& row) {
   const int64_t row_bytes = a.vocab * dtype_size(a.grad_logits.dtype);
   const FreshPages pages(fresh, a.rows * a.cols * row_bytes);
-  parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) {
+  parallel_for(a.rows * a.cols, threads, [&](int64_t r) {
     pages.prepare(r * row_bytes, row_bytes);
     row(a, r);
   });
+}
+
+template <class Args, class Row>
+inline void for_gradient_rows(const Args& a, void* fresh, const Row& row) {
+  for_gradient_rows(a, fresh, a.exec.threads, row);
 }
 
 // Picks the instantiation for a dtype, for options that change logits, and for a flag.
