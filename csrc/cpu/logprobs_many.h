@@ -167,7 +167,9 @@ Status many_logprobs(const ManyLabelsArgs& a) {
   const auto row = rows.collision.given
                        ? pick<ManySquaresForward, ManyLabelsArgs>(dtype, rows.options, true)
                        : pick<ManyForward, ManyLabelsArgs>(dtype, rows.options, rows.entropy.given);
-  parallel_for(rows.rows * rows.cols, rows.exec.threads, [&](int64_t r) { row(a, r); });
+  const int64_t count = rows.rows * rows.cols;
+  parallel_for(count, threads_of_rows(count, rows.vocab, rows.exec.threads),
+               [&](int64_t r) { row(a, r); });
   return {};
 }
 
@@ -181,7 +183,8 @@ Status many_logprobs_backward(const ManyLabelsBackwardArgs& a) {
                                                    dtype, rows.options, true)
                                              : pick<ManyBackward, ManyLabelsBackwardArgs>(
                                                    dtype, rows.options, rows.grad_entropy.given);
-  for_gradient_rows(rows, in_place ? nullptr : rows.grad_logits.data,
+  const int32_t threads = threads_of_rows(rows.rows * rows.cols, rows.vocab, rows.exec.threads);
+  for_gradient_rows(rows, in_place ? nullptr : rows.grad_logits.data, threads,
                     [&](const LogprobsBackwardArgs&, int64_t r) { row(a, r); });
   return {};
 }

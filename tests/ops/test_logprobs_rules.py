@@ -16,6 +16,7 @@ from rlhf_kernels.core import env
 from rlhf_kernels.testing import (
     DTYPES,
     assert_bitwise_equal,
+    generator,
 )
 
 
@@ -338,3 +339,42 @@ def test_more_than_2_31_elements(backend):
     assert abs(result[0].item() - uniform) < 1e-4
     expected = 20.0 - math.log(vocab - 1 + math.exp(20.0))
     assert abs(result[-1].item() - expected) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_that_share_a_row(dtype):
+    """Fewer rows than threads: each row's spans of 16384 logits go to all of them."""
+    options = (
+        {},
+        {"entropy": True, "softcap": 20.0, "temperature": 0.7},
+        {"entropy": True, "collision": True, "argmax": True, "lse": True},
+    )
+    for count, vocabulary in ((1, 16385), (2, 3 * 16384), (3, 40001), (1, 151936)):
+        x = (4 * torch.randn(count, vocabulary, generator=generator(vocabulary))).to(dtype)
+        # The largest in the last span; a span without weight; NaN that a maximum may hide.
+        x[0, -1] = 40
+        hard = x.clone()
+        hard[-1, :16384] = -torch.inf
+        hidden = hard.clone()
+        hidden[-1, 100] = torch.nan
+        labels = torch.full((count,), vocabulary - 2)
+        for logits in (x, hard, hidden):
+            for more in options:
+
+                def run(logits=logits, labels=labels, more=more):
+                    leaf = logits.clone().requires_grad_()
+                    found = [t for t in rk.token_logprobs(leaf, labels, **more) if t is not None]
+                    sums = [t for t in found if t.requires_grad]
+                    upstream = [torch.full_like(t, 0.7) for t in sums]
+                    return [t.detach() for t in found] + [
+                        *torch.autograd.grad(sums, leaf, upstream)
+                    ]
+
+                with rk.use_backend("cpu"):
+                    first, *others = with_threads(run)
+                for other in others:
+                    assert_same_bits(other, first)
+        exact = torch.log_softmax(hard.double(), -1)[:, -2]
+        with rk.use_backend("cpu"):
+            found = rk.token_logprobs(hard, labels).logprobs
+        torch.testing.assert_close(found.double(), exact, rtol=2e-6, atol=2e-6)
