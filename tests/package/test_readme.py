@@ -111,7 +111,7 @@ def test_every_command_is_run_or_skipped_for_a_reason(place):
         more = next((flags for start, flags in SHORTER.items() if line.startswith(start)), "")
         run(f"{line} {more}", place)
         ran.append(line)
-    assert [line.split()[0] for line in ran] == ["python", "rlhf-kernels"]
+    assert [line.split()[0] for line in ran] == ["python", "python", "rlhf-kernels"]
     # The default output folder, in the current one.
     log = (place / "runs" / "grpo" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(log[0])["reward/score"] > 0
