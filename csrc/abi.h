@@ -226,7 +226,12 @@ struct KlPenaltyArgs {
 // named tuples in rlhf_kernels/config/policy.py. An absent bound is +-3e38, never infinite.
 enum Objective : int32_t { kClip = 0, kPenalty = 1, kReinforce = 2, kCispo = 3, kSapo = 4 };
 enum RatioLevel : int32_t { kTokenRatio = 0, kSequenceRatio = 1, kSequenceTokenRatio = 2 };
-enum CorrectionLevel : int32_t { kNoCorrection = 0, kTokenCorrection = 1, kSequenceCorrection = 2 };
+enum CorrectionLevel : int32_t {
+  kNoCorrection = 0,
+  kTokenCorrection = 1,
+  kSequenceCorrection = 2,
+  kGeometricCorrection = 3
+};
 enum CorrectionMode : int32_t { kTruncate = 0, kMask = 1 };
 enum Aggregation : int32_t {
   kTokenMean = 0,
@@ -234,15 +239,25 @@ enum Aggregation : int32_t {
   kSeqMeanTokenSum = 2,
   kConstant = 3
 };
+enum KlWeight : int32_t {
+  kNoKlWeight = 0,
+  kRatioKlWeight = 1,
+  kDetachedRatioKlWeight = 2,
+  kOneKlWeight = 3
+};
+enum Gate : int32_t { kNoGate = 0, kTvGate = 1, kBinaryKlGate = 2, kRatioGate = 3 };
+enum GateAnchor : int32_t { kOldAnchor = 0, kRolloutAnchor = 1 };
 struct PolicyCodes {
-  int32_t objective, ratio_level, kl_estimator, kl_straight_through, kl_importance_weighted;
+  int32_t objective, ratio_level, kl_estimator, kl_straight_through, kl_weight;
   int32_t correction_level, correction_mode, aggregation;
+  int32_t gate, gate_against, gate_two_sided, kl_weight_capped;
 };
 struct PolicyParams {
   float clip_low, clip_high, dual_clip, delta, log_ratio_low, log_ratio_high;
   float penalty_coef, sapo_tau_pos, sapo_tau_neg;
   float kl_coef, kl_input_low, kl_input_high, kl_value_clamp, entropy_coef;
   float correction_low, correction_high;
+  float gate_low, gate_high, kl_weight_max;
 };
 struct PolicyConfig : PolicyCodes, PolicyParams {};
 
@@ -257,6 +272,7 @@ struct LossTokens {
 struct PolicyMetrics {
   float loss, pg_loss, kl_loss, entropy_loss;
   float clip_frac_low, clip_frac_high, dual_clip_frac;
+  float gate_frac_low, gate_frac_high;
   float ratio_mean, ratio_min, ratio_max;
   float k1_old, k3_old, k1_ref, k3_ref;
   float entropy, ess, correction_mean, tokens;
@@ -265,8 +281,9 @@ struct ValueMetrics {
   float loss, clip_frac, value_mean, return_mean, explained_variance, tokens;
 };
 
-// policy_loss with its gradient. A tensor with one value per sequence has stride1 = 0. `divisor` 0
-// means the count that the aggregation implies. On a GPU the divisor may be read from `normalizer`;
+// policy_loss with its gradient. A tensor with one value per sequence has stride1 = 0. `weights`
+// scale the terms of the tokens; on a GPU a bad one makes them NaN. `divisor` 0 means the count
+// that the aggregation implies. On a GPU the divisor may be read from `normalizer`;
 // the gradients, fp32 and contiguous, are unscaled, and the backward pass multiplies them by
 // `scale` = 1 / divisor. On the CPU `normalizer` and `scale` are null.
 struct PolicyArgs {
@@ -279,6 +296,7 @@ struct PolicyArgs {
   PolicyMetrics* metrics;
   float* scale;
   Tensor grad_logprobs, grad_entropy;
+  Tensor weights;
   Exec exec;
 };
 

@@ -146,6 +146,68 @@ RK_HD V correction_weight(V x, const PolicyConfig& c) {
   return select_less(w, low, zero, select_less(high, w, zero, w));
 }
 
+// Whether w is a sequence's, not a token's.
+RK_HD bool corrects_by_sequence(const PolicyConfig& c) {
+  return c.correction_level >= kSequenceCorrection;
+}
+
+// Whether a loss takes options that only the kernels for all options know.
+RK_HD bool has_further_options(const PolicyConfig& c) {
+  return c.gate != kNoGate || c.kl_weight > kRatioKlWeight || c.kl_weight_capped;
+}
+
+// Where a gate drops a token from the objective: 1 at its lower and at its upper bound, else 0.
+template <class V>
+struct GateTerm {
+  V low, high;
+};
+
+// What the others' probability counts as at least, in the binary divergence.
+constexpr float kLeastOther = 1.0e-8f;
+
+template <class V>
+RK_HD GateTerm<V> policy_gate(V logprob, V anchor, V a, const PolicyConfig& c) {
+  const V zero(0.0f), one(1.0f), low(c.gate_low), high(c.gate_high), least(kLeastOther);
+  if (c.gate == kRatioGate) {
+    const V x = logprob - anchor;
+    return {select_less(x, low, one, zero), select_less(high, x, one, zero)};
+  }
+  GateTerm<V> t;
+  if (c.gate == kTvGate) {
+    const V moved = exp_parts(saturated(logprob)).e - exp_parts(saturated(anchor)).e;
+    t = {select_less(moved, low, one, zero), select_less(high, moved, one, zero)};
+  } else {
+    const V of_p = min(zero, logprob), of_q = min(zero, anchor);
+    const V x = saturated(of_p - of_q);
+    const ExpParts<V> p = exp_parts(saturated(of_p)), q = exp_parts(saturated(of_q));
+    // The divergence -q x + (1 - q) log((1 - q) / (1 - p)) exceeds a bound where the quotient
+    // exceeds exp((bound + q x) / (1 - q)).
+    const V of_others = least - q.em1, others = least - p.em1, known = q.e * x;
+    const auto exceeds = [&](V bound) {
+      const V quotient = exp_parts(saturated((bound + known) / -q.em1)).e;
+      return select_less(quotient * others, of_others, one, zero);
+    };
+    t = {select_less(x, zero, exceeds(low), zero), select_less(zero, x, exceeds(high), zero)};
+  }
+  if (c.gate_two_sided) return t;
+  return {select_less(a, zero, t.low, zero), select_less(zero, a, t.high, zero)};
+}
+
+// With the gate of `c`: changes w and the logprob of the objective of a token that is dropped.
+template <class V>
+RK_HD GateTerm<V> drop_token(V& logprob, V& w, V old, V rollout, bool rollout_given, V a,
+                             const PolicyConfig& c) {
+  const V zero(0.0f);
+  const bool against_rollout = c.gate_against == kRolloutAnchor && rollout_given;
+  const V anchor = against_rollout ? select_number(rollout, rollout, old) : old;
+  const GateTerm<V> t = policy_gate(logprob, anchor, a, c);
+  const V dropped = t.low + t.high;
+  w = select_less(zero, dropped, zero, w);
+  // 0 times the logarithm of 0 would be NaN.
+  logprob = select_less(zero, dropped, zero, logprob);
+  return t;
+}
+
 // The objective of one token. `direct` is the part of d loss / d logprob that does not pass through
 // the ratio; `ratio` is d loss / d log r. low, high and dual are 1 where that bound takes effect.
 template <class V>
@@ -245,6 +307,25 @@ RK_HD KlTerm<V> policy_kl(V x, const PolicyConfig& c) {
   return {value, slope, plain.em1mx};
 }
 
+// What the slope of the weight of a KL term adds: through the log-ratio, and directly.
+template <class V>
+struct KlWeightSlopes {
+  V ratio, direct;
+};
+
+// Multiplies value and slope of k by the weight of `c` for a token with the ratio r.
+template <class V>
+RK_HD KlWeightSlopes<V> weigh_kl(KlTerm<V>& k, V r, const PolicyConfig& c) {
+  const V zero(0.0f), most(c.kl_weight_max);
+  if (c.kl_weight == kNoKlWeight) return {zero, zero};
+  if (c.kl_weight == kOneKlWeight) return {zero, k.value};
+  const V w = min(most, r);
+  k.value = k.value * w;
+  k.slope = k.slope * w;
+  if (c.kl_weight == kDetachedRatioKlWeight) return {zero, zero};
+  return {select_less(most, r, zero, k.value), zero};
+}
+
 // Half the squared error, its slope, and 1 where the error of the clipped value is larger.
 template <class V>
 struct ValueTerm {
@@ -270,6 +351,7 @@ RK_HD ValueTerm<V> value_term(V value, V old, V target, V range, bool clip) {
 struct PolicySums {
   double pg, kl, bonus;
   double low, high, dual, r, rr, x, k3, x_ref, k3_ref, entropy, w, tokens;
+  double gate_low, gate_high;
   float r_min, r_max;
 };
 
@@ -295,6 +377,8 @@ RK_HD PolicyMetrics policy_metrics(const PolicyConfig& c, const PolicySums& s, d
   m.clip_frac_low = mean(s.low);
   m.clip_frac_high = mean(s.high);
   m.dual_clip_frac = mean(s.dual);
+  m.gate_frac_low = mean(s.gate_low);
+  m.gate_frac_high = mean(s.gate_high);
   m.ratio_mean = mean(s.r);
   m.ratio_min = static_cast<float>((some ? s.r_min : 0.0) + lost);
   m.ratio_max = static_cast<float>((some ? s.r_max : 0.0) + lost);

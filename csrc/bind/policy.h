@@ -45,11 +45,12 @@ void bind_policy(pybind11::module_& m, Table table) {
   m.def("policy_loss",
         [table](int64_t sequences, int64_t cols, In offsets, In mask, In logprobs, In old_logprobs,
                 In advantages, bool advantage_per_sequence, In ref_logprobs, In rollout_logprobs,
-                In entropy, double divisor, In normalizer, const pybind11::object& codes,
-                const pybind11::object& params, Out loss, Out metrics, Out scale, Out grad_logprobs,
-                Out grad_entropy, Exec exec) {
-          if (advantage_per_sequence)  // one after another, each for all tokens of its row
-            advantages.stride0 = std::exchange(advantages.stride1, 0);
+                In entropy, In weights, bool weight_per_sequence, double divisor, In normalizer,
+                const pybind11::object& codes, const pybind11::object& params, Out loss,
+                Out metrics, Out scale, Out grad_logprobs, Out grad_entropy, Exec exec) {
+          // One after another, each for all tokens of its row.
+          if (advantage_per_sequence) advantages.stride0 = std::exchange(advantages.stride1, 0);
+          if (weight_per_sequence) weights.stride0 = std::exchange(weights.stride1, 0);
           const PolicyArgs args{{sequences, cols, offsets, mask},
                                 logprobs,
                                 old_logprobs,
@@ -65,6 +66,7 @@ void bind_policy(pybind11::module_& m, Table table) {
                                 static_cast<float*>(scale.data),
                                 grad_logprobs,
                                 grad_entropy,
+                                weights,
                                 exec};
           return launch(exec, tokens_of(sequences, cols, offsets),
                         [&] { return table().policy_loss(args); });

@@ -14,17 +14,22 @@ struct SequenceRatio {
 };
 
 struct PolicyBlock {
-  const float *mask, *logprobs, *old, *advantages, *ref, *rollout, *entropy;
+  const float *mask, *logprobs, *old, *advantages, *ref, *rollout, *entropy, *weights;
   float *grad, *grad_entropy;
 };
 
+// How much of a loss its code knows. Plain: ratio per token and only the four inputs that every
+// loss has; without the other branches all sums stay in registers. Usual: all but weights and what
+// has_further_options. Full: everything.
+enum class Extent { kPlain, kUsual, kFull };
+
 // Adds n tokens to the sums. For a sequence-level ratio, returns the sum of their slopes w.r.t. the
-// log-ratio. kPlain: ratio per token and only the four inputs that every loss has; without the
-// other branches all sums stay in registers.
-template <int kObjective, bool kPlain>
+// log-ratio.
+template <int kObjective, Extent kExtent>
 double policy_block(const PolicyConfig& config, const PolicyBlock& b, int64_t n,
                     const SequenceRatio& q, double weight, PolicySums& sums) {
   using V = Lanes;
+  constexpr bool kPlain = kExtent == Extent::kPlain, kFull = kExtent == Extent::kFull;
   // A local copy: the compiler knows that no store to a gradient changes it.
   const PolicyConfig c = config;
   // With coefficient 0 the KL is only a metric; 0 * NaN would be NaN.
@@ -32,13 +37,13 @@ double policy_block(const PolicyConfig& config, const PolicyBlock& b, int64_t n,
   const V zero(0.0f), kl_coef(c.kl_coef), token_weight(static_cast<float>(weight));
   const bool token_ratio = kPlain || c.ratio_level == kTokenRatio;
   const bool pooled = !kPlain && c.ratio_level == kSequenceRatio;
-  const bool token_correction = c.correction_level != kSequenceCorrection;
+  const bool token_correction = !corrects_by_sequence(c);
   const bool with_ref = !kPlain && b.ref, with_rollout = !kPlain && b.rollout;
   const bool with_entropy = !kPlain && b.entropy;
   const Ratio<V> sequence{V(q.ratio.r), V(q.ratio.em1), V(q.ratio.em1mx), V(q.ratio.log)};
   V pg = zero, kl = zero, low = zero, high = zero, dual = zero, r = zero, rr = zero, x_sum = zero;
   V k3 = zero, x_ref = zero, k3_ref = zero, entropy = zero, w_sum = zero, slope = zero;
-  V r_min(3.0e38f), r_max(-3.0e38f);
+  V gate_low = zero, gate_high = zero, bonus = zero, r_min(3.0e38f), r_max(-3.0e38f);
   for (int64_t i = 0; i < n; i += kLanes) {
     prefetch_ahead<F32, 1>(b.logprobs + i);
     prefetch_ahead<F32, 1>(b.old + i);
@@ -57,9 +62,23 @@ double policy_block(const PolicyConfig& config, const PolicyBlock& b, int64_t n,
       w_sum = fma(w, m, w_sum);
       if (c.correction_level == kNoCorrection) w = V(1.0f);
     }
-    PolicyTerm<V> t = policy_objective<kObjective>(ratio, logprob, a, w, c);
+    V objective_logprob = logprob;
+    if constexpr (kFull) {
+      if (c.gate != kNoGate) {
+        const V rollout = with_rollout ? kept(b.rollout) : zero;
+        const GateTerm<V> gate = drop_token(objective_logprob, w, old, rollout, with_rollout, a, c);
+        gate_low = fma(gate.low, m, gate_low);
+        gate_high = fma(gate.high, m, gate_high);
+      }
+    }
+    PolicyTerm<V> t = policy_objective<kObjective>(ratio, objective_logprob, a, w, c);
     if constexpr (kObjective == kPenalty) t.loss = t.loss * m, t.ratio = t.ratio * m;
-    pg = pg + t.loss;
+    V own_weight(1.0f);
+    if constexpr (kFull) {
+      if (b.weights) own_weight = kept(b.weights);
+    }
+    const auto weighed = [&](V x) { return kFull ? x * own_weight : x; };
+    pg = pg + weighed(t.loss);
     if constexpr (kObjective == kClip || kObjective == kCispo) {
       low = fma(t.low, m, low);
       high = fma(t.high, m, high);
@@ -68,17 +87,27 @@ double policy_block(const PolicyConfig& config, const PolicyBlock& b, int64_t n,
     if (with_ref) {
       const V d = logprob - kept(b.ref);
       KlTerm<V> k = policy_kl(d, c);
-      if (c.kl_importance_weighted) {
+      if constexpr (kFull) {
+        const KlWeightSlopes<V> s = weigh_kl(k, ratio.r, c);
+        if (weighs_kl) {
+          t.ratio = fma(kl_coef, s.ratio, t.ratio);
+          t.direct = fma(kl_coef, s.direct, t.direct);
+        }
+      } else if (c.kl_weight == kRatioKlWeight) {
         k.value = k.value * ratio.r;
         k.slope = k.slope * ratio.r;
         if (weighs_kl) t.ratio = fma(kl_coef, k.value, t.ratio);
       }
-      kl = kl + k.value;
+      kl = kl + weighed(k.value);
       if (weighs_kl) t.direct = fma(kl_coef, k.slope, t.direct);
       x_ref = x_ref + d;
       k3_ref = k3_ref + k.k3;
     }
-    if (with_entropy) entropy = entropy + kept(b.entropy);
+    if (with_entropy) {
+      const V h = kept(b.entropy);
+      entropy = entropy + h;
+      if constexpr (kFull) bonus = bonus + weighed(h);
+    }
     r = fma(ratio.r, m, r);
     rr = fma(ratio.r * ratio.r, m, rr);
     r_min = select_less(zero, m, min(r_min, ratio.r), r_min);
@@ -86,14 +115,16 @@ double policy_block(const PolicyConfig& config, const PolicyBlock& b, int64_t n,
     x_sum = x_sum + x;
     k3 = k3 + own.em1mx;
     if (token_ratio) t.ratio = inside_clamp(x, t.ratio, c);
-    if (pooled) slope = slope + t.ratio;
+    if (pooled) slope = slope + weighed(t.ratio);
     if (b.grad) {
       V g = t.direct;
       if (token_ratio || (!pooled && q.inside)) g = g + t.ratio;
-      store(b.grad + i, select_less(zero, m, g * token_weight, zero).v);
+      store(b.grad + i, select_less(zero, m, weighed(g * token_weight), zero).v);
     }
-    if (with_entropy && b.grad_entropy)
-      store(b.grad_entropy + i, select_less(zero, m, V(-c.entropy_coef) * token_weight, zero).v);
+    if (with_entropy && b.grad_entropy) {
+      const V h = weighed(V(-c.entropy_coef) * token_weight);
+      store(b.grad_entropy + i, select_less(zero, m, h, zero).v);
+    }
   }
   sums.pg += weight * reduce_add(pg.v);
   sums.k3 += reduce_add(k3.v);
@@ -111,31 +142,37 @@ double policy_block(const PolicyConfig& config, const PolicyBlock& b, int64_t n,
     sums.k3_ref += reduce_add(k3_ref.v);
   }
   if (with_rollout) sums.w += reduce_add(w_sum.v);
+  if constexpr (kFull) {
+    sums.gate_low += reduce_add(gate_low.v);
+    sums.gate_high += reduce_add(gate_high.v);
+  }
   if (with_entropy) {
     const double h = reduce_add(entropy.v);
     sums.entropy += h;
-    sums.bonus += weight * h;
+    sums.bonus += weight * (kFull ? reduce_add(bonus.v) : h);
   }
   return reduce_add(slope.v);
 }
 
 using PolicyBlockFunction = double (*)(const PolicyConfig&, const PolicyBlock&, int64_t,
                                        const SequenceRatio&, double, PolicySums&);
-template <bool kPlain>
+template <Extent kExtent>
 PolicyBlockFunction policy_block_of(int32_t objective) {
   switch (objective) {
-    case kPenalty: return policy_block<kPenalty, kPlain>;
-    case kReinforce: return policy_block<kReinforce, kPlain>;
-    case kCispo: return policy_block<kCispo, kPlain>;
-    case kSapo: return policy_block<kSapo, kPlain>;
-    default: return policy_block<kClip, kPlain>;
+    case kPenalty: return policy_block<kPenalty, kExtent>;
+    case kReinforce: return policy_block<kReinforce, kExtent>;
+    case kCispo: return policy_block<kCispo, kExtent>;
+    case kSapo: return policy_block<kSapo, kExtent>;
+    default: return policy_block<kClip, kExtent>;
   }
 }
 inline PolicyBlockFunction policy_block_function(const PolicyArgs& a) {
+  if (a.weights.given || has_further_options(a.config))
+    return policy_block_of<Extent::kFull>(a.config.objective);
   const bool more = a.ref_logprobs.given || a.rollout_logprobs.given || a.entropy.given;
   if (!more && a.config.ratio_level == kTokenRatio)
-    return policy_block_of<true>(a.config.objective);
-  return policy_block_of<false>(a.config.objective);
+    return policy_block_of<Extent::kPlain>(a.config.objective);
+  return policy_block_of<Extent::kUsual>(a.config.objective);
 }
 
 // Counts the tokens of one piece; also sums logprob - old with `ratios`, log_weight with `weights`.
@@ -171,7 +208,8 @@ inline SequenceRatio sequence_ratio(const PolicyConfig& c, const SequenceSums& s
   const float x = s.tokens > 0.0 ? static_cast<float>(s.log_ratio / s.tokens) : 0.0f;
   q.ratio = policy_ratio(x, c);
   q.inside = inside_clamp(x, 1.0f, c) != 0.0f;
-  q.w = correction_weight(static_cast<float>(s.log_weight), c);
+  const bool mean = c.correction_level == kGeometricCorrection && s.tokens > 0.0;
+  q.w = correction_weight(static_cast<float>(mean ? s.log_weight / s.tokens : s.log_weight), c);
   return q;
 }
 
@@ -205,7 +243,7 @@ Status policy_loss(const PolicyArgs& a) {
   if (!piece_sums.data || !sequences.data || !partial.data) return {kOutOfMemory, -1};
 
   const bool log_ratio = c.ratio_level != kTokenRatio;
-  const bool log_weight = c.correction_level == kSequenceCorrection;
+  const bool log_weight = corrects_by_sequence(c);
   const bool counted =
       log_ratio || log_weight || c.aggregation == kSeqMeanTokenMean || a.divisor == 0.0;
   if (counted) {
@@ -222,7 +260,7 @@ Status policy_loss(const PolicyArgs& a) {
     const Piece& p = plan.piece[index];
     const SequenceRatio q = sequence_ratio(c, sequences[p.sequence]);
     const double weight = sequence_weight(c.aggregation, divisor, sequences[p.sequence].tokens);
-    alignas(64) float buffers[8][kTokenBlock];
+    alignas(64) float buffers[9][kTokenBlock];
     for_blocks(t, p, [&](int64_t begin, int64_t n, const float* mask, int64_t count) {
       const auto at = [&](const Tensor& x) { return token_at(t, x, p.sequence, begin); };
       if (count == 0) {
@@ -241,6 +279,7 @@ Status policy_loss(const PolicyArgs& a) {
                               in(a.ref_logprobs, 3),
                               in(a.rollout_logprobs, 4),
                               in(a.entropy, 5),
+                              in(a.weights, 8),
                               out(a.grad_logprobs, 6),
                               out(a.grad_entropy, 7)};
       partial[item].tokens += static_cast<double>(count);
@@ -271,6 +310,7 @@ Status policy_loss(const PolicyArgs& a) {
     sums.r += s.r, sums.rr += s.rr, sums.x += s.x, sums.k3 += s.k3;
     sums.x_ref += s.x_ref, sums.k3_ref += s.k3_ref;
     sums.entropy += s.entropy, sums.w += s.w, sums.tokens += s.tokens;
+    sums.gate_low += s.gate_low, sums.gate_high += s.gate_high;
     sums.r_min = min(s.r_min, sums.r_min), sums.r_max = max(s.r_max, sums.r_max);
   }
   if (!a.rollout_logprobs.given) sums.w = sums.tokens;

@@ -34,7 +34,7 @@ enum : int {
 // Rows of the scratch [kRows, slots]: statistics, sums, the extremes of the ratio, and which tile
 // of its sequence the slot is.
 constexpr int kFirst = kStatistics, kRMin = kFirst + kSums, kRMax = kRMin + 1,
-              kTileIndex = kRMax + 1, kRows = kTileIndex + 1;
+              kTileIndex = kRMax + 1, kGates = kTileIndex + 1, kRows = kGates + 2;
 
 struct Smaller {
   __device__ __forceinline__ float operator()(float a, float b) const { return a < b ? a : b; }
@@ -62,7 +62,13 @@ __device__ __forceinline__ void block_extremes(const WarpExtremes& shared, float
   }
 }
 
-template <int kObjective>
+// The caller's weight of a token; NaN if it is none.
+__device__ __forceinline__ float good_weight(float x) {
+  return x >= 0.0f && x < __builtin_inff() ? x : __builtin_nanf("");
+}
+
+// kFull: the tokens have weights, or the loss what has_further_options, or a geometric correction.
+template <int kObjective, bool kFull>
 __global__ void __launch_bounds__(kTokenThreads, 2)
     policy_kernel(const PolicyArgs a, float* partials, int64_t slots) {
   __shared__ float shared[kSums][kColumn], sums[kSums];
@@ -77,6 +83,8 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
            N{a.ref_logprobs, refs, a.ref_logprobs.given},
            N{a.rollout_logprobs, rollouts, a.rollout_logprobs.given},
            N{a.entropy, entropies, a.entropy.given});
+  float weights[kPerThread];
+  if constexpr (kFull) own.load(own.kept, N{a.weights, weights, a.weights.given});
 
   // What a token takes from its sequence.
   Ratio<float> sequence{1.0f, 0.0f, 0.0f, 0.0f};
@@ -92,32 +100,46 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
       learns = inside_clamp(mean, 1.0f, c) != 0.0f;
     }
   }
-  if (c.correction_level == kSequenceCorrection && a.rollout_logprobs.given)
-    sequence_w = correction_weight(
-        static_cast<float>(sequence_total(partials + kLogWeight * slots, own.tile)), c);
+  if (corrects_by_sequence(c) && a.rollout_logprobs.given) {
+    double total = sequence_total(partials + kLogWeight * slots, own.tile);
+    if constexpr (kFull) {
+      if (c.correction_level == kGeometricCorrection)
+        total *= sequence_share(partials, slots, own.tile);
+    }
+    sequence_w = correction_weight(static_cast<float>(total), c);
+  }
 
-  float s[kSums] = {};
+  float s[kSums] = {}, gates[2] = {};
   float r_min = 3.0e38f, r_max = -3.0e38f, gradients[kPerThread], bonuses[kPerThread];
 #pragma unroll
   for (int j = 0; j < kPerThread; ++j) {
     float g = 0.0f, h = 0.0f;
     if (own.keeps(j)) {
-      const PolicyToken x =
-          policy_token<kObjective>({logprobs[j], olds[j], advantages[j], refs[j], rollouts[j],
-                                    a.ref_logprobs.given, a.rollout_logprobs.given},
-                                   c, sequence, sequence_w);
+      const PolicyToken x = policy_token<kObjective, kFull>(
+          {logprobs[j], olds[j], advantages[j], refs[j], rollouts[j], a.ref_logprobs.given,
+           a.rollout_logprobs.given},
+          c, sequence, sequence_w);
       s[kW] += x.weight;
       const PolicyTerm<float>& t = x.term;
+      const float own_weight = kFull && a.weights.given ? good_weight(weights[j]) : 1.0f;
+      const auto weighed = [&](float y) { return kFull ? y * own_weight : y; };
+      if constexpr (kFull) {
+        gates[0] += x.gate.low;
+        gates[1] += x.gate.high;
+      }
       if (a.ref_logprobs.given) {
-        s[kKl] += x.kl.value;
+        s[kKl] += weighed(x.kl.value);
         s[kXRef] += x.log_ref;
         s[kRefK3] += x.kl.k3;
       }
-      s[kPg] += t.loss;
+      s[kPg] += weighed(t.loss);
       s[kLow] += t.low;
       s[kHigh] += t.high;
       s[kDual] += t.dual;
-      if (a.entropy.given) s[kEntropy] += entropies[j];
+      if (a.entropy.given) {
+        s[kEntropy] += entropies[j];
+        if constexpr (kFull) s[kBonus] += weighed(entropies[j]);
+      }
       const float r = x.ratio.r;
       s[kR] += r;
       s[kRr] = fmaf(r, r, s[kRr]);
@@ -126,11 +148,11 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
       s[kCount] += 1.0f;
       r_min = Smaller{}(r_min, r);
       r_max = Larger{}(r_max, r);
-      s[kSlope] += t.ratio;
+      s[kSlope] += weighed(t.ratio);
       g = t.direct;
       if (token_ratio || (c.ratio_level != kSequenceRatio && learns)) g += t.ratio;
-      g *= weight;
-      h = -c.entropy_coef * weight;
+      g = weighed(g * weight);
+      h = weighed(-c.entropy_coef * weight);
     }
     gradients[j] = g;
     bonuses[j] = h;
@@ -139,7 +161,7 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
   if (a.grad_logprobs.given)
     own.store(static_cast<float*>(a.grad_logprobs.data) + place, gradients);
   if (a.grad_entropy.given) own.store(static_cast<float*>(a.grad_entropy.data) + place, bonuses);
-  s[kBonus] = s[kEntropy];
+  if constexpr (!kFull) s[kBonus] = s[kEntropy];
   // These may step over a NaN; the sum of r does not.
   share_extremes(r_min, r_max, extremes);
   column_sums(s, shared, sums);
@@ -151,6 +173,12 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
     out[kRMin * slots] = r_min;
     out[kRMax * slots] = r_max;
     out[kTileIndex * slots] = static_cast<float>(own.tile.k);
+  }
+  if constexpr (kFull) {
+    if (c.gate == kNoGate) return;
+    __shared__ float gate_sums[2];
+    column_sums(gates, shared, gate_sums);
+    if (threadIdx.x < 2) out[(kGates + threadIdx.x) * slots] = gate_sums[threadIdx.x];
   }
 }
 
@@ -187,6 +215,14 @@ __global__ void __launch_bounds__(kTokenThreads)
   const Batch batch = look_at_batch(a.tokens, partials + (kFirst + kCount) * slots,
                                     partials + kTileIndex * slots, slots, counted, shared, sums);
   column_sums(s, shared, sums);
+  double gate_sums[2] = {};
+  if (a.config.gate != kNoGate) {
+    for (int64_t slot = threadIdx.x; slot < slots; slot += kTokenThreads)
+      for (int i = 0; i < 2; ++i) gate_sums[i] += partials[(kGates + i) * slots + slot];
+    __shared__ double gates[2];
+    column_sums(gate_sums, shared, gates);
+    for (int i = 0; i < 2; ++i) gate_sums[i] = gates[i];
+  }
   if (threadIdx.x != 0) return;
   block_extremes(extremes, r_min, r_max);
   const double tokens = sums[kCount];
@@ -208,6 +244,8 @@ __global__ void __launch_bounds__(kTokenThreads)
                          sums[kEntropy],
                          sums[kW],
                          tokens,
+                         gate_sums[0],
+                         gate_sums[1],
                          r_min,
                          r_max};
   // NaN where the factor is NaN.
@@ -313,13 +351,18 @@ Status policy_loss(const PolicyArgs& a) {
   auto* partials = static_cast<float*>(a.exec.scratch);
   const int64_t slots = token_slots<kTokenTile>(t.sequences, t.cols, t.offsets.given);
   const bool by_sequence = c.ratio_level != kTokenRatio;
-  const bool by_weight = c.correction_level == kSequenceCorrection;
+  const bool by_weight = corrects_by_sequence(c);
+  const bool full =
+      a.weights.given || has_further_options(c) || c.correction_level == kGeometricCorrection;
   if (by_sequence || by_weight || c.aggregation == kSeqMeanTokenMean)
     RK_ENQUEUE(a.exec, slots, kTokenThreads, statistics_kernel, t,
                by_sequence ? a.logprobs : Tensor{}, a.old_logprobs,
                by_weight ? a.rollout_logprobs : Tensor{}, partials, slots);
   for_objective(c.objective, [&](auto objective) {
-    RK_ENQUEUE(a.exec, slots, kTokenThreads, policy_kernel<objective.value>, a, partials, slots);
+    for_flag(full, [&](auto all) {
+      RK_ENQUEUE(a.exec, slots, kTokenThreads, (policy_kernel<objective.value, all.value>), a,
+                 partials, slots);
+    });
   });
   if (c.ratio_level == kSequenceRatio && a.grad_logprobs.given)
     RK_ENQUEUE(a.exec, slots, kTokenThreads, pooled_kernel, a, partials, slots);

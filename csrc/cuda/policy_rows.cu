@@ -65,6 +65,7 @@ __device__ __forceinline__ void as_if_used(float x) {
 #endif
 }
 
+template <bool kFull>
 __device__ __forceinline__ TokenGradient token_gradient(const PolicyConfig& c,
                                                         const TokenTensors& given,
                                                         const float* numbers, float logprob) {
@@ -78,7 +79,7 @@ __device__ __forceinline__ TokenGradient token_gradient(const PolicyConfig& c,
   const Ratio<float> no_sequence{1.0f, 0.0f, 0.0f, 0.0f};
   float g = 0.0f;
   for_objective(c.objective, [&](auto objective) {
-    const PolicyToken t = policy_token<objective.value>(x, c, no_sequence, 1.0f);
+    const PolicyToken t = policy_token<objective.value, kFull>(x, c, no_sequence, 1.0f);
     g = t.term.direct + t.term.ratio;
     as_if_used(t.old_k3);
     as_if_used(t.term.loss);
@@ -103,8 +104,8 @@ __device__ __forceinline__ void write_gradient(const PolicyRowsArgs& a, const Ro
     gradient_tile<F32, O, false, kBonus>(i, a.vocab, a.options, slopes, coefficients, x, out);
 }
 
-// O is the dtype of the gradient. partials: [tokens, tiles].
-template <class O, bool kBonus>
+// O is the dtype of the gradient; kFull: the loss has_further_options. partials: [tokens, tiles].
+template <class O, bool kBonus, bool kFull>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     rows_kernel(const PolicyRowsArgs a, const TokenTensors given, const RowShares shares,
                 float4* partials) {
@@ -158,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         a.temperatures.given ? static_cast<double>(temperature_at()) : a.options.temperature;
     const RowStatistics r = row_statistics(a.options, a.vocab, shared.label, shared.logit,
                                            temperature, partials, shares.tiles);
-    const TokenGradient t = token_gradient(a.config, given, shared.numbers, r.logprob);
+    const TokenGradient t = token_gradient<kFull>(a.config, given, shared.numbers, r.logprob);
     const float h = kBonus ? t.h : 0.0f;
     const Coefficients found =
         t.g != 0.0f || h != 0.0f ? row_coefficients(a.options, a.vocab, shared.label, shared.logit,
@@ -207,9 +208,11 @@ Status policy_rows(const PolicyRowsArgs& a) {
         Divisor(blocks), static_cast<uint32_t>(tiles), static_cast<uint32_t>(windows),
         1.0f / static_cast<float>(a.options.temperature), LogitValues(a.options)};
     for_flag(a.config.entropy_coef != 0.0f, [&](auto bonus) {
-      enqueue_clusters(a.exec, a.tokens, static_cast<unsigned>(blocks), kThreads,
-                       rows_kernel<O, bonus.value>, a, given, shares,
-                       static_cast<float4*>(a.exec.scratch));
+      for_flag(has_further_options(a.config), [&](auto full) {
+        enqueue_clusters(a.exec, a.tokens, static_cast<unsigned>(blocks), kThreads,
+                         rows_kernel<O, bonus.value, full.value>, a, given, shares,
+                         static_cast<float4*>(a.exec.scratch));
+      });
     });
   };
   out == kBFloat16 ? enqueue(BF16{}) : enqueue(F32{});

@@ -18,11 +18,12 @@ struct PolicyToken {
   Ratio<float> ratio;
   KlTerm<float> kl;
   float log_ratio, old_k3, log_ref, weight;
+  GateTerm<float> gate;
 };
 
 // An unmasked token. sequence, sequence_weight: the ratio and the weight of its sequence, for a
-// loss that takes those.
-template <int kObjective>
+// loss that takes those. kFull: the loss may have what has_further_options.
+template <int kObjective, bool kFull>
 __device__ __forceinline__ PolicyToken policy_token(const TokenNumbers& x, const PolicyConfig& c,
                                                     const Ratio<float>& sequence,
                                                     float sequence_weight) {
@@ -35,18 +36,29 @@ __device__ __forceinline__ PolicyToken policy_token(const TokenNumbers& x, const
   t.weight = 1.0f;
   float w = 1.0f;
   if (x.rollout_given) {
-    t.weight = c.correction_level == kSequenceCorrection
-                   ? sequence_weight
-                   : correction_weight(log_weight(x.old, x.rollout), c);
+    t.weight = corrects_by_sequence(c) ? sequence_weight
+                                       : correction_weight(log_weight(x.old, x.rollout), c);
     if (c.correction_level != kNoCorrection) w = t.weight;
   }
-  t.term = policy_objective<kObjective>(t.ratio, x.logprob, x.advantage, w, c);
+  float objective_logprob = x.logprob;
+  t.gate = {0.0f, 0.0f};
+  if constexpr (kFull) {
+    if (c.gate != kNoGate)
+      t.gate = drop_token(objective_logprob, w, x.old, x.rollout, x.rollout_given, x.advantage, c);
+  }
+  t.term = policy_objective<kObjective>(t.ratio, objective_logprob, x.advantage, w, c);
   if (x.ref_given) {
     t.log_ref = x.logprob - x.ref;
     t.kl = policy_kl(t.log_ref, c);
     // Without a coefficient it is only a metric: 0 * NaN would be NaN.
     const bool weighs = c.kl_coef != 0.0f;
-    if (c.kl_importance_weighted) {
+    if constexpr (kFull) {
+      const KlWeightSlopes<float> s = weigh_kl(t.kl, t.ratio.r, c);
+      if (weighs) {
+        t.term.ratio = fmaf(c.kl_coef, s.ratio, t.term.ratio);
+        t.term.direct = fmaf(c.kl_coef, s.direct, t.term.direct);
+      }
+    } else if (c.kl_weight == kRatioKlWeight) {
       t.kl.value *= t.ratio.r;
       t.kl.slope *= t.ratio.r;
       if (weighs) t.term.ratio = fmaf(c.kl_coef, t.kl.value, t.term.ratio);

@@ -25,13 +25,29 @@ RatioLevel = Literal["token", "sequence", "sequence-token"]
 RATIO_LEVELS: tuple[RatioLevel, ...] = get_args(RatioLevel)
 
 #: Levels of the importance correction; None means no correction.
-CorrectionLevel = Literal["token", "sequence"]
+CorrectionLevel = Literal["token", "sequence", "geometric"]
 CORRECTION_LEVELS: tuple[CorrectionLevel, ...] = get_args(CorrectionLevel)
 #: The integer is the position in this tuple: 0 for no correction.
 CORRECTION_CODES: tuple[CorrectionLevel | None, ...] = (None, *CORRECTION_LEVELS)
 
 CorrectionMode = Literal["truncate", "mask"]
 CORRECTION_MODES: tuple[CorrectionMode, ...] = get_args(CorrectionMode)
+
+#: The weight of a token's KL term; None is 1, a constant.
+KlWeight = Literal["ratio", "detached-ratio", "one"]
+KL_WEIGHTS: tuple[KlWeight, ...] = get_args(KlWeight)
+#: The integer is the position in this tuple: 0 for no weight.
+KL_WEIGHT_CODES: tuple[KlWeight | None, ...] = (None, *KL_WEIGHTS)
+
+#: What drops a token from the objective; None drops nothing.
+Gate = Literal["tv", "binary_kl", "ratio"]
+GATES: tuple[Gate, ...] = get_args(Gate)
+#: The integer is the position in this tuple: 0 for no gate.
+GATE_CODES: tuple[Gate | None, ...] = (None, *GATES)
+
+#: The policy with whose log-probabilities a gate compares the current ones.
+GateAnchor = Literal["old", "rollout"]
+GATE_ANCHORS: tuple[GateAnchor, ...] = get_args(GateAnchor)
 
 #: What has one importance weight in mismatch_weights: a token, or a sequence, whose weight is the
 #: product, geometric mean, mean or largest of its ratios. None: all weights are 1.

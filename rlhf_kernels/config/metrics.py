@@ -3,6 +3,7 @@
 POLICY_METRICS = (
     *("loss", "pg_loss", "kl_loss", "entropy_loss"),
     *("clip_frac_low", "clip_frac_high", "dual_clip_frac"),
+    *("gate_frac_low", "gate_frac_high"),
     *("ratio_mean", "ratio_min", "ratio_max"),
     *("k1_old", "k3_old", "k1_ref", "k3_ref"),
     *("entropy", "ess", "correction_mean", "tokens"),

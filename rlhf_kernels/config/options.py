@@ -6,7 +6,10 @@ from .enums import (
     Aggregation,
     CorrectionLevel,
     CorrectionMode,
+    Gate,
+    GateAnchor,
     KlEstimator,
+    KlWeight,
     Objective,
     RatioLevel,
 )
@@ -29,11 +32,17 @@ class CommonOptions(TypedDict, total=False):
     kl_coef: float
     kl_input_clamp: Clamp
     kl_value_clamp: float | None
-    kl_importance_weighted: bool
+    kl_weight: KlWeight | None
+    kl_weight_max: float | None
     correction_level: CorrectionLevel | None
     correction_mode: CorrectionMode
     correction_min: float | None
     correction_max: float | None
+    gate: Gate | None
+    gate_low: float | None
+    gate_high: float | None
+    gate_against: GateAnchor
+    gate_two_sided: bool
     log_ratio_clamp: Clamp
     aggregation: Aggregation
     normalizer: float | None

@@ -3,21 +3,25 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, Concatenate, NamedTuple, ParamSpec
+from typing import TYPE_CHECKING, ClassVar, Concatenate, ParamSpec
 
 from .enums import (
     AGGREGATIONS,
-    CORRECTION_CODES,
     CORRECTION_LEVELS,
     CORRECTION_MODES,
+    GATE_ANCHORS,
+    GATES,
     KL_ESTIMATORS,
+    KL_WEIGHTS,
     OBJECTIVES,
-    PLAIN_KL_ESTIMATORS,
     RATIO_LEVELS,
     Aggregation,
     CorrectionLevel,
     CorrectionMode,
+    Gate,
+    GateAnchor,
     KlEstimator,
+    KlWeight,
     Objective,
     RatioLevel,
 )
@@ -25,63 +29,17 @@ from .options import Clamp, PolicyLossOptions
 from .parity.openrlhf import openrlhf
 from .parity.trl import trl
 from .parity.verl import verl
+from .policy_codes import (
+    LOG_RATIO_BOUND,
+    UNBOUNDED,
+    PolicyCodes,
+    PolicyParams,
+    codes_of,
+    params_of,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-#: Every log-ratio is clamped to +-40 before exp(), whatever the options. Products of larger ratios
-#: would overflow fp32, and inf times an advantage of 0 is NaN.
-LOG_RATIO_BOUND = 40.0
-
-#: Log-ratios of old and rollout are clamped to +-this, so that infinities of both signs may be
-#: summed.
-LOG_WEIGHT_BOUND = 1e30
-
-# Stands for an absent upper bound; -UNBOUNDED stands for an absent lower bound.
-UNBOUNDED = 3.0e38
-
-
-class PolicyCodes(NamedTuple):
-    """The choices of a PolicyLossConfig as integers: positions in the tuples of config/enums.py.
-
-    The operators take them as an int[] in this order, which is that of csrc/abi.h: PolicyCodes.
-    """
-
-    objective: int
-    ratio_level: int
-    #: Position in PLAIN_KL_ESTIMATORS, ignoring a "+".
-    kl_estimator: int
-    #: 1 for an estimator with "+", which has the gradient of k2.
-    kl_straight_through: int
-    kl_importance_weighted: int
-    #: Position in CORRECTION_CODES.
-    correction_level: int
-    correction_mode: int
-    aggregation: int
-
-
-class PolicyParams(NamedTuple):
-    """The numbers of a PolicyLossConfig. An absent upper bound is UNBOUNDED, a lower -UNBOUNDED.
-
-    The operators take them as a float[] in this order, which is that of csrc/abi.h: PolicyParams.
-    """
-
-    clip_low: float
-    clip_high: float
-    dual_clip: float
-    delta: float
-    log_ratio_low: float
-    log_ratio_high: float
-    penalty_coef: float
-    sapo_tau_pos: float
-    sapo_tau_neg: float
-    kl_coef: float
-    kl_input_low: float
-    kl_input_high: float
-    kl_value_clamp: float
-    entropy_coef: float
-    correction_low: float
-    correction_high: float
 
 
 def _bounded(value: float) -> float:
@@ -89,6 +47,10 @@ def _bounded(value: float) -> float:
     if abs(value) >= 2**63:
         return float(min(max(value, -UNBOUNDED), UNBOUNDED)) if abs(value) < math.inf else value
     return value
+
+
+def _log(x: float) -> float:
+    return math.log(x) if x > 0 else -math.inf
 
 
 def _bounds(clamp: Clamp) -> tuple[float, float]:
@@ -113,7 +75,8 @@ class PolicyLossConfig:
     """Options of `policy_loss`. Immutable; checked on construction.
 
     With x_t = logprobs_t - old_logprobs_t, A the advantage and r = exp(x) the ratio, a token's term
-    is `w * objective + kl_coef * KL_ref - entropy_coef * entropy`, aggregated over the mask.
+    is `w * objective + kl_coef * KL_ref - entropy_coef * entropy`, times its weight if the call has
+    any, aggregated over the mask.
 
     Attributes:
         objective: "clip": max(-A min(r, delta), -A clip(r, 1 - clip_low, 1 + clip_high)), for A < 0
@@ -140,12 +103,15 @@ class PolicyLossConfig:
             outside.
         kl_value_clamp: c: clamp of the estimate to [-c, c]; gradient 0 outside. A "+" estimator
             keeps the gradient of the unclamped k2 through both clamps.
-        kl_importance_weighted: multiply the estimate by r and differentiate through r. The gradient
-            is then unbiased (TRL, DeepSeek-V3.2).
+        kl_weight: what multiplies the estimate, or None. "ratio": r, differentiated too, so that
+            the gradient is unbiased (TRL, DeepSeek-V3.2). "detached-ratio": r as a constant. "one":
+            1, with the gradient of a ratio of 1 (on-policy, unbiased without old).
+        kl_weight_max: cap of r in that weight, which has gradient 0 above it, or None.
         entropy_coef: weight of the entropy bonus; 0 for none.
         correction_level: importance correction w for the mismatch between rollout engine and
             trainer, or None. "token": w = exp(old - rollout). "sequence": w = exp of the sum of
-            old - rollout over the sequence's unmasked tokens. w is detached and scales only the
+            old - rollout over the sequence's unmasked tokens; "geometric": of their mean. w is
+            detached and scales only the
             policy-gradient term; for "penalty", not its KL part.
         correction_mode: "truncate": clamp w to [correction_min, correction_max]. "mask": set w to 0
             outside these bounds. The difference old - rollout counts as 0 where the rollout
@@ -154,6 +120,18 @@ class PolicyLossConfig:
             cancel.
         correction_min: lower cap, or None.
         correction_max: upper cap, or None.
+        gate: what drops a token from the objective, or None. A dropped token's policy-gradient term
+            is multiplied by a constant 0, as with a correction weight of 0; its KL and entropy
+            stay. p and q are the token's probabilities under the current policy and under that of
+            gate_against. "tv": drops where p - q > gate_high and A > 0, and where p - q < -gate_low
+            and A < 0 (DPPO's total variation). "binary_kl": likewise where p > q, and p < q, and
+            the divergence KL(q || p) of this token against all others exceeds gate_high, and
+            gate_low; the probability of the others counts as at least 1e-8. "ratio": drops where
+            p / q is outside [gate_low, gate_high], whatever A (IcePop on the current policy).
+        gate_low: the lower bound, or None.
+        gate_high: the upper bound, or None.
+        gate_against: "old" or "rollout". At a NaN the rollout counts as equal to old.
+        gate_two_sided: "tv" and "binary_kl" drop at both bounds, whatever A.
         log_ratio_clamp: c or (low, high): clamp of log r; gradient 0 outside, so a token (or
             sequence) outside stops learning. None leaves only the saturation at +-40, which applies
             to every exponential here.
@@ -180,12 +158,18 @@ class PolicyLossConfig:
     kl_estimator: KlEstimator = "k3"
     kl_input_clamp: Clamp = None
     kl_value_clamp: float | None = None
-    kl_importance_weighted: bool = False
+    kl_weight: KlWeight | None = None
+    kl_weight_max: float | None = None
     entropy_coef: float = 0.0
     correction_level: CorrectionLevel | None = None
     correction_mode: CorrectionMode = "truncate"
     correction_min: float | None = None
     correction_max: float | None = None
+    gate: Gate | None = None
+    gate_low: float | None = None
+    gate_high: float | None = None
+    gate_against: GateAnchor = "old"
+    gate_two_sided: bool = False
     log_ratio_clamp: Clamp = 20.0
     aggregation: Aggregation = "token-mean"
     normalizer: float | None = None
@@ -198,8 +182,8 @@ class PolicyLossConfig:
         self._check_values()
         self._check_combinations()
         # Encoded once here; each call only passes the two tuples.
-        object.__setattr__(self, "_codes", self._encode_codes())
-        object.__setattr__(self, "_params", self._encode_params())
+        object.__setattr__(self, "_codes", codes_of(self))
+        object.__setattr__(self, "_params", params_of(self))
 
     def _check_values(self) -> None:
         for name, allowed in (
@@ -207,22 +191,27 @@ class PolicyLossConfig:
             ("ratio_level", RATIO_LEVELS),
             ("kl_estimator", KL_ESTIMATORS),
             ("correction_mode", CORRECTION_MODES),
+            ("gate_against", GATE_ANCHORS),
             ("aggregation", AGGREGATIONS),
         ):
             if getattr(self, name) not in allowed:
                 self._fail(name, f"one of {', '.join(allowed)}")
         if self.correction_level is not None and self.correction_level not in CORRECTION_LEVELS:
             self._fail("correction_level", f"None or one of {', '.join(CORRECTION_LEVELS)}")
-        for name in ("clip_absolute", "kl_importance_weighted"):
+        if self.gate is not None and self.gate not in GATES:
+            self._fail("gate", f"None or one of {', '.join(GATES)}")
+        if self.kl_weight is not None and self.kl_weight not in KL_WEIGHTS:
+            self._fail("kl_weight", f"None or one of {', '.join(KL_WEIGHTS)}")
+        for name in ("clip_absolute", "gate_two_sided"):
             if not isinstance(getattr(self, name), bool):
                 self._fail(name, "a bool")
-        for name in ("clip_low", "clip_high", "correction_min"):
+        for name in ("clip_low", "clip_high", "correction_min", "gate_low", "gate_high"):
             self._number(name, optional=True)
         for name in ("penalty_coef", "kl_coef", "entropy_coef"):
             self._number(name)
         for name in ("dual_clip", "delta"):
             self._number(name, above=1.0, optional=True)
-        for name in ("kl_value_clamp", "correction_max", "normalizer"):
+        for name in ("kl_value_clamp", "kl_weight_max", "correction_max", "normalizer"):
             self._number(name, above=0.0, optional=True)
         for name in ("sapo_tau_pos", "sapo_tau_neg"):
             self._number(name, above=0.0)
@@ -248,11 +237,29 @@ class PolicyLossConfig:
         low_cap, high_cap = self.correction_min, self.correction_max
         capped = low_cap is not None or high_cap is not None
         if self.correction_level is None and capped:
-            self._fail("correction_level", "'token' or 'sequence' where a correction cap is given")
+            self._fail("correction_level", "a level where a correction cap is given")
         if self.correction_level is not None and not capped:
             self._fail("correction_max", "a number, or correction_min, with a correction_level")
         if low_cap is not None and high_cap is not None and low_cap > high_cap:
             self._fail("correction_min", f"at most correction_max, {self.correction_max}")
+        if self.kl_weight_max is not None and self.kl_weight not in ("ratio", "detached-ratio"):
+            self._fail("kl_weight_max", "None where kl_weight is no ratio")
+        self._check_gate()
+
+    def _check_gate(self) -> None:
+        low, high = self.gate_low, self.gate_high
+        bounded = low is not None or high is not None
+        if self.gate is None:
+            if bounded:
+                self._fail("gate", f"one of {', '.join(GATES)} where a gate bound is given")
+            if self.gate_against != "old":
+                self._fail("gate_against", "'old' without a gate")
+        elif not bounded:
+            self._fail("gate_high", "a number, or gate_low, with a gate")
+        if self.gate_two_sided and self.gate not in ("tv", "binary_kl"):
+            self._fail("gate_two_sided", "False, but with the gate 'tv' or 'binary_kl'")
+        if self.gate == "ratio" and low is not None and high is not None and low > high:
+            self._fail("gate_low", f"at most gate_high, {high}")
 
     def _fail(self, name: str, expected: str) -> None:
         value = getattr(self, name)
@@ -311,43 +318,15 @@ class PolicyLossConfig:
         low = 0.0 if self.correction_min is None else self.correction_min
         return low, math.inf if self.correction_max is None else self.correction_max
 
-    def _encode_codes(self) -> PolicyCodes:
-        return PolicyCodes(
-            objective=OBJECTIVES.index(self.objective),
-            ratio_level=RATIO_LEVELS.index(self.ratio_level),
-            kl_estimator=PLAIN_KL_ESTIMATORS.index(self.kl_estimator.removesuffix("+")),
-            kl_straight_through=int(self.kl_estimator.endswith("+")),
-            kl_importance_weighted=int(self.kl_importance_weighted),
-            correction_level=CORRECTION_CODES.index(self.correction_level),
-            correction_mode=CORRECTION_MODES.index(self.correction_mode),
-            aggregation=AGGREGATIONS.index(self.aggregation),
-        )
-
-    def _encode_params(self) -> PolicyParams:
-        clip_low, clip_high = self.clip_bounds()
-        log_ratio_low, log_ratio_high = self.log_ratio_bounds()
-        kl_input_low, kl_input_high = self.kl_input_bounds()
-        correction_low, correction_high = self.correction_bounds()
-        params = PolicyParams(
-            clip_low=clip_low,
-            clip_high=clip_high,
-            dual_clip=math.inf if self.dual_clip is None else self.dual_clip,
-            delta=math.inf if self.delta is None else self.delta,
-            log_ratio_low=log_ratio_low,
-            log_ratio_high=log_ratio_high,
-            penalty_coef=self.penalty_coef,
-            sapo_tau_pos=self.sapo_tau_pos,
-            sapo_tau_neg=self.sapo_tau_neg,
-            kl_coef=self.kl_coef,
-            kl_input_low=kl_input_low,
-            kl_input_high=kl_input_high,
-            kl_value_clamp=math.inf if self.kl_value_clamp is None else self.kl_value_clamp,
-            entropy_coef=self.entropy_coef,
-            correction_low=correction_low,
-            correction_high=correction_high,
-        )
-        # Finite bounds: a bound times an advantage of 0 must be 0, not NaN.
-        return PolicyParams(*(float(min(max(v, -UNBOUNDED), UNBOUNDED)) for v in params))
+    def gate_bounds(self) -> tuple[float, float]:
+        """(low, high) of what the gate compares; see `PolicyParams`."""
+        low, high = self.gate_low, self.gate_high
+        if self.gate == "ratio":
+            return -math.inf if low is None else _log(low), math.inf if high is None else _log(high)
+        upper = math.inf if high is None else high
+        if self.gate == "binary_kl":
+            return math.inf if low is None else low, upper
+        return -math.inf if low is None else -low, upper
 
     @classmethod
     def ppo(cls, **options: "Unpack[PolicyLossOptions]") -> "PolicyLossConfig":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import env, option_checks, temperature_rules, tracing
+from . import env, option_checks, sequences, temperature_rules, tracing
 from .layout import any_of_token
 from .option_checks import shown
 
@@ -272,6 +272,30 @@ def kept_tokens(op: str, keep: Tensor, given: int) -> None:
         raise ValueError(
             f"{op}: kept_tokens must be at least the number of tokens that are kept, {count}, got "
             f"{given}"
+        )
+
+
+def loss_weights(op: str, weights: Tensor | None, keep: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Raises ValueError for the first bad weight under `keep`, if the host may read weights.
+
+    Args:
+        op: operation, for the message.
+        weights: as `keep`, or one per sequence.
+        keep: bool, [B, T], or packed [N] with cu_seqlens.
+        cu_seqlens: offsets of packed sequences.
+    """
+    if weights is None or not can_read_on_host(weights):
+        return
+    own = weights
+    if weights.shape != keep.shape:
+        offsets_valid(op, cu_seqlens, keep.shape[0])
+        own = sequences.spread(weights, keep, cu_seqlens)
+    bad = ~((own >= 0) & (own < math.inf)) & keep
+    if bad.any():
+        position = int(bad.reshape(-1).nonzero()[0])
+        raise ValueError(
+            f"{op}: weights must be finite numbers >= 0, got {own.reshape(-1)[position].item()} "
+            f"for the token at flat position {position}"
         )
 
 

@@ -68,6 +68,17 @@ def per_token(x: Tensor, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return x if x.shape == tokens.shape else spread(x, tokens, cu_seqlens)
 
 
+def loss_weights(weights: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The caller's weight of each token's term, in the shape of the mask, in fp32 or fp64.
+
+    NaN where it is negative or not finite; 0 where the bool mask is false.
+    """
+    own = per_token(weights, mask, cu_seqlens)
+    own = own if own.dtype is torch.float64 else own.float()
+    own = torch.where((own >= 0) & (own < torch.inf), own, torch.nan)
+    return torch.where(mask, own, 0)
+
+
 def token_weights(
     mask: Tensor,
     aggregation: str,

@@ -7,7 +7,7 @@ from typing import Annotated, NamedTuple
 
 from torch import Tensor
 
-from ..config.policy import PolicyCodes, PolicyParams
+from ..config.policy_codes import PolicyCodes, PolicyParams
 from ..core.row_options import RowOptions
 
 
@@ -59,6 +59,7 @@ class PolicyArguments(NamedTuple):
     mask: Tensor
     ref_logprobs: Tensor | None
     rollout_logprobs: Tensor | None
+    weights: Tensor | None
     cu_seqlens: Tensor | None
     normalizer: Tensor | None
     divisor: float

@@ -9,7 +9,7 @@ from ..config.enums import AGGREGATIONS, CORRECTION_CODES, RATIO_LEVELS
 from ..core import checks
 from ..core.layout import MaybeTensor
 from ..core.sentinels import SHARD_IGNORED
-from ..core.sequences import per_token, sequence_sum, token_weights
+from ..core.sequences import loss_weights, per_token, sequence_sum, token_weights
 from ..kernels.rows import Kernels, LabelKernels, TokenConstants
 from . import devices
 from .arguments import Batching, Operands, PolicyArguments, Targets
@@ -188,7 +188,7 @@ class _PolicySweep:
         found = self._kernels.rows.policy_loss(
             row(logprobs), row(logprobs if old is None else old), row(advantages),
             row(tokens.kept(part, logprobs.device)), row(ref), row(rollout),
-            row(entropy) if bonus else None, None, None, 1.0,
+            row(entropy) if bonus else None, None, None, None, 1.0,
             policy.codes._replace(aggregation=AGGREGATIONS.index("constant")), policy.params, True,
             bonus,
         )  # fmt: skip
@@ -240,8 +240,8 @@ class _PolicySweep:
         old = logprobs if given.old_logprobs is None else given.old_logprobs
         return self._kernels.rows.policy_loss(
             logprobs, old, given.advantages, given.mask, ref, given.rollout_logprobs,
-            self.entropy.view(shape), given.cu_seqlens, given.normalizer, given.divisor,
-            given.codes, given.params, grad, grad and given.entropy_bonus,
+            self.entropy.view(shape), given.weights, given.cu_seqlens, given.normalizer,
+            given.divisor, given.codes, given.params, grad, grad and given.entropy_bonus,
         )  # fmt: skip
 
 
@@ -268,6 +268,7 @@ def forward(
     offsets, good = checks.usable_offsets(
         "linear_policy_loss", policy.cu_seqlens, policy.mask.shape[0]
     )
+    checks.loss_weights("linear_policy_loss", policy.weights, policy.mask != 0, offsets)
     keep = flat(policy.mask) != 0
     checks.kept_tokens("linear_policy_loss", keep, batching.kept_tokens)
     enough = covered(keep, batching.kept_tokens)
@@ -277,7 +278,7 @@ def forward(
     # Whether tokens stand alone: their gradient is known as soon as their log-probability is.
     alone = (
         policy.codes.ratio_level == _TOKEN_RATIO
-        and policy.codes.correction_level != _SEQUENCE_CORRECTION
+        and policy.codes.correction_level < _SEQUENCE_CORRECTION
     )
     tokens, idle, widest = _selected(
         policy, advantages, offsets, alone, batching.kept_tokens, any(needs), columns
@@ -364,10 +365,12 @@ def _good_divisor(policy: PolicyArguments) -> Tensor | None:
 
 
 def _weights(policy: PolicyArguments, offsets: Tensor | None, good: Tensor | None) -> Tensor:
-    """The weight of each token in the loss, as the mask; NaN where `good` is false."""
+    """The factor of each token's term in the loss, as the mask; NaN where `good` is false."""
     mask = policy.mask
     count = policy.normalizer if policy.normalizer is not None else policy.divisor or None
     aggregation = AGGREGATIONS[policy.codes.aggregation]
     weights = token_weights(mask != 0, aggregation, count, torch.float32, offsets)
+    if policy.weights is not None:
+        weights = weights * loss_weights(policy.weights, mask != 0, offsets)
     weights = weights.expand(mask.shape)
     return weights if good is None else torch.where(good, weights, torch.nan)

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..config.policy import PolicyCodes, PolicyParams
+from ..config.policy_codes import PolicyCodes, PolicyParams
 from ..core.layout import Empty
 from ..core.row_options import RowOptions
 
@@ -93,6 +93,7 @@ class LabelRows(Protocol):
         ref_logprobs: Tensor | None,
         rollout_logprobs: Tensor | None,
         entropy: Tensor | None,
+        weights: Tensor | None,
         cu_seqlens: Tensor | None,
         normalizer: Tensor | None,
         divisor: float,

@@ -174,6 +174,15 @@ class Operation(NamedTuple):
 _PPO = PolicyLossConfig.ppo(
     dual_clip=3.0, kl_coef=0.05, entropy_coef=0.01, correction_level="token", correction_max=2.0
 )
+# And what few losses have: weights, a gate, a weight of the KL.
+_GATED = PolicyLossConfig.gspo(
+    gate="tv",
+    gate_high=0.2,
+    kl_coef=0.05,
+    kl_weight="detached-ratio",
+    correction_level="geometric",
+    correction_max=2.0,
+)
 _OF_PPO = dict.fromkeys(("ref_logprobs", "rollout_logprobs", "entropy"), GIVEN)
 # No clipping: rounding would decide the gradient of a ratio at the bound.
 _REINFORCE = PolicyLossConfig.reinforce()
@@ -215,7 +224,10 @@ OPERATIONS: dict[Callable[..., Any], Operation] = {
     optimal_token_baseline: Operation(
         examples=({"mask": GIVEN, "groups": 1},), others={"logprobs": lambda x: -x.tokens().abs()}
     ),
-    policy_loss: Operation(("logprobs", "entropy"), ({**_OF_PPO, "config": _PPO},)),
+    policy_loss: Operation(
+        ("logprobs", "entropy"),
+        ({**_OF_PPO, "config": _PPO}, {**_OF_PPO, "weights": GIVEN, "config": _GATED}),
+    ),
     ppo_advantages: Operation(examples=({**_STEPS, "kl_coef": 0.05},), others=_FAR),
     preference_loss: Operation(_PAIRS, (dict.fromkeys(_PAIRS[2:], GIVEN),)),
     reward_model_loss: Operation(_REWARDS, ({"center_coef": 0.01},)),

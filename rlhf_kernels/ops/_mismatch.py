@@ -12,7 +12,7 @@ from ..config.enums import (
     MismatchLevel,
 )
 from ..config.mismatch import CRITERIA, RATIOS, Bound, MismatchParams
-from ..config.policy import LOG_WEIGHT_BOUND, UNBOUNDED
+from ..config.policy_codes import LOG_WEIGHT_BOUND, UNBOUNDED
 from ..core import option_checks
 
 

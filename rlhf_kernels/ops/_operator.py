@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..config.mismatch import MismatchParams
-from ..config.policy import PolicyCodes, PolicyParams
+from ..config.policy_codes import PolicyCodes, PolicyParams
 from ..core import tracing
 from ..core.row_options import RowOptions
 from ..head.arguments import Batching, Divergence, Operands, PolicyArguments, Targets, Upstream

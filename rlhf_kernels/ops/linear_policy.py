@@ -29,8 +29,8 @@ from .policy import (
     PPO,
     PolicyLoss,
     PolicyMetrics,
-    check_advantages,
     check_config,
+    check_spread,
     config_numbers,
     times,
 )
@@ -111,9 +111,9 @@ class _LinearPolicyLoss(torch.autograd.Function):
         Operands, or three times None; batching, group, backend. Autograd sees no tensor in a tuple.
         """
         operands, targets = Operands(*args[:3]), Targets(*args[3:6])
-        policy, ref_hidden = PolicyArguments(*args[6:16]), args[16]
-        reference = None if ref_hidden is None else Operands(*args[16:19])
-        batching, group, backend = args[19:]
+        policy, ref_hidden = PolicyArguments(*args[6:17]), args[17]
+        reference = None if ref_hidden is None else Operands(*args[17:20])
+        batching, group, backend = args[20:]
         ctx.needs, ctx.backend = list(ctx.needs_input_grad[:3]), backend
         ctx.nothing = (None,) * (len(args) - 3)
         inputs = (operands, targets, policy, reference, batching, ctx.needs)
@@ -157,6 +157,7 @@ def linear_policy_loss(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
+    weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     chunk_tokens: int | None = None,
@@ -175,10 +176,10 @@ def linear_policy_loss(
     only forward.
 
     Four products are still needed where a token's gradient depends on its whole sequence
-    (ratio_level "sequence" or "sequence-token", correction_level "sequence"): a first sweep then
-    computes the log-probabilities. Four are also used on CPU with 16-bit operands and V > 32768,
-    where chunks hold so few tokens that summing the weight's gradient over chunks in fp32 would
-    cost more than recomputing the logits.
+    (ratio_level "sequence" or "sequence-token", correction_level "sequence" or "geometric"): a
+    first sweep then computes the log-probabilities. Four are also used on CPU with 16-bit operands
+    and V > 32768, where chunks hold so few tokens that summing the weight's gradient over chunks in
+    fp32 would cost more than recomputing the logits.
 
     With `group` the vocabulary is sharded over the ranks of the group as in
     `linear_token_logprobs`, that of the reference policy too. Loss and metrics have the same bits
@@ -203,6 +204,7 @@ def linear_policy_loss(
         ref_weight: head [V, H'] of the reference policy; required with ref_hidden.
         ref_bias: bias [V] of the reference head, or None.
         rollout_logprobs: as in `policy_loss`.
+        weights: as in `policy_loss`.
         cu_seqlens: as in `policy_loss`.
         normalizer: as in `policy_loss`.
         chunk_tokens: as in `linear_token_logprobs`, the same on every rank of group. None: as many
@@ -242,7 +244,9 @@ def linear_policy_loss(
         like = "old_logprobs", old_logprobs
     mask = checks.token_inputs(op, tokens, mask, cu_seqlens, like)
     checks.same_shape(op, "labels", labels, like[0], like[1].shape)
-    advantages = check_advantages(op, advantages, like[1], cu_seqlens, like[0])
+    advantages = check_spread(op, "advantages", advantages, like[1], cu_seqlens, like[0])
+    if weights is not None:
+        weights = check_spread(op, "weights", weights, like[1], cu_seqlens, like[0])
     ref_head = _check_ref_head(
         hidden, weight, ref_logprobs, ref_hidden, ref_weight, ref_bias, bool(shards)
     )
@@ -266,6 +270,7 @@ def linear_policy_loss(
         checks.kept_tokens(op, keep, batching.kept_tokens)
         checks.offsets_valid(op, cu_seqlens, labels.shape[0])
         checks.divisor_positive(op, count)
+        checks.loss_weights(op, weights, keep, cu_seqlens)
         of_rows = arguments.of_policy_loss()
         if ref_head is not None:
             states, head_weight, head_bias = ref_head
@@ -288,17 +293,23 @@ def linear_policy_loss(
             **of_rows,
             ref_logprobs=ref_logprobs,
             rollout_logprobs=rollout_logprobs,
+            weights=weights,
             cu_seqlens=cu_seqlens,
             normalizer=divisor or count,
             config=config,
             group=shards,
         )
         return PolicyLoss(loss, PolicyMetrics(metrics))
-    for name, t in {"hidden": hidden, "advantages": advantages, **tokens}.items():
+    for name, t in {
+        "hidden": hidden,
+        "advantages": advantages,
+        "weights": weights,
+        **tokens,
+    }.items():
         if t is not None:
             checks.floating(op, name, t)
     temperatures, options = arguments.split()
-    constants = (old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs)
+    constants = (old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs, weights)
     loss, metrics = apply(
         op,
         _LinearPolicyLoss,

@@ -25,25 +25,26 @@ from ._operator import (
 )
 
 
-def check_advantages(
+def check_spread(
     op: str,
-    advantages: object,
+    name: str,
+    value: object,
     logprobs: Tensor,
     cu_seqlens: Tensor | None,
     like: str = "logprobs",
 ) -> Tensor:
-    """Requires one advantage per token or per sequence of the argument `like`; integers become
+    """Requires one number per token or per sequence of the argument `like`; integers become
     float32.
     """
-    advantages = checks.real(op, "advantages", advantages)
-    checks.same_device(op, "advantages", advantages, like, logprobs.device)
+    value = checks.real(op, name, value)
+    checks.same_device(op, name, value, like, logprobs.device)
     sequences = logprobs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if advantages.shape != logprobs.shape and advantages.shape != (sequences,):
+    if value.shape != logprobs.shape and value.shape != (sequences,):
         raise ValueError(
-            f"{op}: advantages must have the shape of {like}, {shown(logprobs.shape)}, or one "
-            f"entry per sequence, ({shown(sequences)},), got {shown(advantages.shape)}"
+            f"{op}: {name} must have the shape of {like}, {shown(logprobs.shape)}, or one "
+            f"entry per sequence, ({shown(sequences)},), got {shown(value.shape)}"
         )
-    return advantages
+    return value
 
 
 def check_config(
@@ -63,6 +64,8 @@ def check_config(
             f"{op}: rollout_logprobs must be given, since correction_level is "
             f"{config.correction_level!r}"
         )
+    if config.gate_against == "rollout" and rollout_logprobs is None:
+        raise ValueError(f"{op}: rollout_logprobs must be given, since gate_against is 'rollout'")
     if config.aggregation == "constant" and config.normalizer is None and normalizer is None:
         raise ValueError(f"{op}: normalizer must be given with the aggregation 'constant'")
 
@@ -80,9 +83,9 @@ def config_numbers(config: PolicyLossConfig) -> tuple[Sequence[int], Sequence[fl
 
 def _forward_fake(
     logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, ref: Tensor | None,
-    rollout: Tensor | None, entropy: Tensor | None, cu_seqlens: Tensor | None,
-    normalizer: Tensor | None, divisor: float, codes: list[int], params: list[float],
-    grad: bool, entropy_grad: bool, backend: str,
+    rollout: Tensor | None, entropy: Tensor | None, weights: Tensor | None,
+    cu_seqlens: Tensor | None, normalizer: Tensor | None, divisor: float, codes: list[int],
+    params: list[float], grad: bool, entropy_grad: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     deferred = backend in backends.GPU
     loss, metrics, scale = losses.results(logprobs, len(POLICY_METRICS), deferred)
@@ -95,9 +98,9 @@ def _forward_fake(
 _forward: Operator[tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]] = define(
     "policy_loss",
     "(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
-    "Tensor? rollout_logprobs, Tensor? entropy, Tensor? cu_seqlens, Tensor? normalizer, "
-    "float divisor, int[] codes, float[] params, bool grad, bool entropy_grad, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? rollout_logprobs, Tensor? entropy, Tensor? weights, Tensor? cu_seqlens, "
+    "Tensor? normalizer, float divisor, int[] codes, float[] params, bool grad, "
+    "bool entropy_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_fake,
 )
 
@@ -186,6 +189,7 @@ class PolicyMetrics(Metrics):
     clip_frac_low: tokens clipped at the lower bound (for "clip" only where A < 0: gradient 0).
     clip_frac_high: tokens clipped at the upper bound (for "clip" only where A > 0).
     dual_clip_frac: tokens with A < 0 and a ratio above dual_clip or delta.
+    gate_frac_low, gate_frac_high: tokens that the gate drops at its lower and its upper bound.
     ratio_mean, ratio_min, ratio_max: statistics of the ratio that the objective uses.
     k1_old, k3_old: estimates of KL(old || new) from each token's log-ratio, k3 after its clamp.
     k1_ref, k3_ref: estimates of KL(new || ref), without the clamps of the loss term.
@@ -220,6 +224,7 @@ def policy_loss(
     ref_logprobs: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
     entropy: Tensor | None = None,
+    weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     config: PolicyLossConfig = PPO,
@@ -246,9 +251,12 @@ def policy_loss(
         ref_logprobs: same shape, of the reference policy. Required if kl_coef is not 0; otherwise
             they only add the metrics k1_ref and k3_ref.
         rollout_logprobs: same shape, as reported by the rollout engine. Required for importance
-            correction; otherwise they only add the metric correction_mean. At a NaN the rollout
-            counts as equal to old.
+            correction and for a gate against them; otherwise they only add the metric
+            correction_mean. At a NaN the rollout counts as equal to old.
         entropy: same shape. Required if entropy_coef is not 0; otherwise only a metric.
+        weights: same shape, or one per sequence, as advantages. Finite numbers >= 0, by which the
+            whole terms of the tokens are multiplied: objective, KL and entropy. The divisor stays,
+            and of the metrics only the loss and its three terms change. None: all 1.
         cu_seqlens: offsets [S + 1] of packed sequences, int32 or int64.
         normalizer: number or 0-d tensor > 0; overrides config.normalizer. A tensor is not read on
             the host, except on CPU.
@@ -261,7 +269,8 @@ def policy_loss(
     Raises:
         TypeError: wrong dtype or type of an argument; a floating mask with values besides 0 and 1.
         ValueError: shapes or devices that do not match, a missing input that config requires, bad
-            cu_seqlens or normalizer.
+            cu_seqlens, normalizer or weights. On a GPU bad values of these tensors make the results
+            NaN instead, unless RLHF_KERNELS_CHECK=1.
     """
     op = "policy_loss"
     if old_logprobs is None:
@@ -283,7 +292,10 @@ def policy_loss(
             cu_seqlens,
         )
     if not checks.plain("ff", logprobs, advantages):
-        plain, advantages = False, check_advantages(op, advantages, logprobs, cu_seqlens)
+        plain = False
+        advantages = check_spread(op, "advantages", advantages, logprobs, cu_seqlens)
+    if weights is not None and not checks.plain("ff", logprobs, weights):
+        plain, weights = False, check_spread(op, "weights", weights, logprobs, cu_seqlens)
     check_config(op, config, ref_logprobs, rollout_logprobs, normalizer)
     if config.entropy_coef != 0 and entropy is None:
         raise ValueError(
@@ -296,6 +308,7 @@ def policy_loss(
     if backend == backends.REFERENCE:
         checks.offsets_valid(op, cu_seqlens, logprobs.shape[0])
         checks.divisor_positive(op, count)
+        checks.loss_weights(op, weights, mask != 0, cu_seqlens)
         loss, metrics = reference.policy_loss(
             logprobs,
             old_logprobs,
@@ -304,6 +317,7 @@ def policy_loss(
             ref_logprobs=ref_logprobs,
             rollout_logprobs=rollout_logprobs,
             entropy=entropy,
+            weights=weights,
             cu_seqlens=cu_seqlens,
             normalizer=divisor or count,
             config=config,
@@ -318,6 +332,7 @@ def policy_loss(
             ref_logprobs=ref_logprobs,
             rollout_logprobs=rollout_logprobs,
             entropy=entropy,
+            weights=weights,
         )
     enabled = torch.is_grad_enabled()
     grad = enabled and logprobs.requires_grad
@@ -327,7 +342,10 @@ def policy_loss(
     if not entropy_grad:
         entropy = constant(entropy)
     fixed = constants(old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs)
-    options = (cu_seqlens, count, divisor, *config_numbers(config), grad, entropy_grad, backend)
+    options = (
+        *(constant(weights), cu_seqlens, count, divisor),
+        *(*config_numbers(config), grad, entropy_grad, backend),
+    )
     if grad or entropy_grad or tracing.forward_mode():
         loss, metrics = apply(op, _PolicyLoss, logprobs, entropy, *fixed, *options, plain=plain)
     else:

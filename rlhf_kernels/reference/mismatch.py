@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..config.enums import CORRECTION_MODES, MISMATCH_CODES, MismatchLevel
 from ..config.mismatch import MismatchParams
-from ..config.policy import LOG_WEIGHT_BOUND, UNBOUNDED
+from ..config.policy_codes import LOG_WEIGHT_BOUND, UNBOUNDED
 from ..core.sequences import sequence_ids, sequence_sums, spread
 from ._common import compute
 

@@ -5,9 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..config.policy import LOG_RATIO_BOUND, LOG_WEIGHT_BOUND, UNBOUNDED, PolicyLossConfig
+from ..config.policy import PolicyLossConfig
+from ..config.policy_codes import LOG_RATIO_BOUND, LOG_WEIGHT_BOUND, UNBOUNDED
 from ..core.layout import MaybeTensor
-from ..core.sequences import per_token, sequence_sum, token_weights
+from ..core.sequences import loss_weights, per_token, sequence_sum, token_weights
 from ._common import clamped, compute
 from .kl import kl_estimate, sloped
 
@@ -30,6 +31,15 @@ def kl_term(x: Tensor, config: PolicyLossConfig) -> Tensor:
     return value
 
 
+def kl_weight(r: Tensor, lp: Tensor, config: PolicyLossConfig) -> Tensor:
+    """The factor of the KL estimate."""
+    if config.kl_weight == "one":
+        return 1 + (lp - lp.detach())
+    most = UNBOUNDED if config.kl_weight_max is None else config.kl_weight_max
+    w = clamped(r, -UNBOUNDED, most)
+    return w.detach() if config.kl_weight == "detached-ratio" else w
+
+
 def estimate(x: Tensor, estimator: str) -> Tensor:
     """Schulman's estimators of KL(p || q) from x = log p - log q at a sample of p."""
     if estimator == "k3":
@@ -47,11 +57,13 @@ def token_log_weight(old: Tensor, rollout: Tensor) -> Tensor:
 
 
 def correction_weight(
-    log_weight: Tensor, cu_seqlens: Tensor | None, config: PolicyLossConfig
+    log_weight: Tensor, length: Tensor, cu_seqlens: Tensor | None, config: PolicyLossConfig
 ) -> Tensor:
-    """w = exp of `token_log_weight` or of its sequence sum, then truncated or masked."""
-    if config.correction_level == "sequence":
+    """w = exp of `token_log_weight`, of its sequence sum or of its mean; truncated or masked."""
+    if config.correction_level in ("sequence", "geometric"):
         log_weight = sequence_sum(log_weight, cu_seqlens)
+    if config.correction_level == "geometric":
+        log_weight = log_weight / length
     w = log_weight.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
     low, high = config.correction_bounds()
     if config.correction_mode == "truncate":
@@ -84,6 +96,35 @@ def objective_term(
     return w * term
 
 
+def dropped_tokens(
+    lp: Tensor, anchor: Tensor, a: Tensor, config: PolicyLossConfig
+) -> tuple[Tensor, Tensor]:
+    """Bool masks of the tokens that the gate drops at its lower and at its upper bound."""
+    low, high = config.gate_bounds()
+    if config.gate is None:
+        nowhere = torch.zeros_like(lp, dtype=torch.bool)
+        return nowhere, nowhere
+    if config.gate == "ratio":
+        return lp - anchor < low, lp - anchor > high
+
+    def bounded(x: Tensor) -> Tensor:
+        return x.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+
+    if config.gate == "tv":
+        moved = bounded(lp).exp() - bounded(anchor).exp()
+        below, above = moved < low, moved > high
+    else:
+        p, q = bounded(lp.clamp(max=0)), bounded(anchor.clamp(max=0))
+        # As everywhere, an infinite log-ratio saturates.
+        x = bounded(lp.clamp(max=0) - anchor.clamp(max=0))
+        others = (1e-8 - torch.expm1(q)) / (1e-8 - torch.expm1(p))
+        kl = -q.exp() * x - torch.expm1(q) * others.log()
+        below, above = (x < 0) & (kl > low), (x > 0) & (kl > high)
+    if config.gate_two_sided:
+        return below, above
+    return below & (a < 0), above & (a > 0)
+
+
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -93,6 +134,7 @@ def policy_loss(
     ref_logprobs: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
     entropy: Tensor | None = None,
+    weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     config: PolicyLossConfig,
@@ -105,6 +147,7 @@ def policy_loss(
         advantages: same shape, or one per sequence; constant.
         mask: bool or integer, nonzero = keep. Values at masked tokens have no effect.
         entropy: same shape.
+        weights: same shape, or one per sequence; constant. NaN results for a bad one.
         cu_seqlens: [S + 1].
         normalizer: overrides config.normalizer.
         config: options.
@@ -136,16 +179,28 @@ def policy_loss(
 
     w: Tensor | float = 1.0
     if rollout is not None:
-        w = correction_weight(token_log_weight(old, rollout), cu_seqlens, config)
+        w = correction_weight(token_log_weight(old, rollout), length, cu_seqlens, config)
     applied = w if config.correction_level is not None else 1.0
-    pg_term = objective_term(r, log_r, lp, a, applied, config)
+    anchor = old
+    if rollout is not None and config.gate_against == "rollout":
+        anchor = torch.where(rollout.isnan(), old, rollout)
+    gates = dropped_tokens(lp.detach(), anchor, a, config)
+    if config.gate is not None:
+        dropped = gates[0] | gates[1]
+        applied = torch.where(dropped, 0, torch.as_tensor(applied, dtype=lp.dtype))
+        # 0 times the logarithm of 0 would be NaN.
+        pg_term = objective_term(r, log_r, torch.where(dropped, 0, lp), a, applied, config)
+    else:
+        pg_term = objective_term(r, log_r, lp, a, applied, config)
     kl = torch.zeros_like(lp) if ref is None else kl_term(lp - ref, config)
-    if config.kl_importance_weighted:
-        kl = kl * r
+    if config.kl_weight is not None:
+        kl = kl * kl_weight(r, lp, config)
 
     if normalizer is None:
         normalizer = config.normalizer
     weight = token_weights(mask, config.aggregation, normalizer, lp.dtype, cu_seqlens)
+    if weights is not None:
+        weight = weight * loss_weights(weights.detach(), mask, cu_seqlens)
 
     def aggregate(term: Tensor) -> Tensor:
         return torch.where(mask, weight * term, 0).sum()
@@ -174,7 +229,7 @@ def policy_loss(
         metrics = torch.stack(
             [
                 *(loss, pg_loss, kl_loss, entropy_loss),
-                *(mean(flag.to(lp.dtype)) for flag in (low, high, dual)),
+                *(mean(flag.to(lp.dtype)) for flag in (low, high, dual, *gates)),
                 *(mean(r), ratio_min, ratio_max),
                 *(mean(-token_x), mean(torch.expm1(k3_x) - k3_x)),
                 *(mean(ref_x), mean(estimate(ref_x, "k3"))),

@@ -83,9 +83,9 @@ def openrlhf(
         kl_init_coef: weight of this KL. Apply a controller's updates with
             dataclasses.replace(config, kl_coef=...).
         kl_estimator: k1, k2 or k3.
-        kl_unbiased_gradient: not expressible: OpenRLHF weights by the capped, detached ratio. Where
-            old_logprobs equal logprobs, dataclasses.replace(config, kl_estimator="k3+") has the
-            same gradient.
+        kl_unbiased_gradient: not expressible: OpenRLHF weights the gradient, but not the value.
+            dataclasses.replace(config, kl_estimator="k2+", kl_weight="detached-ratio",
+            kl_weight_max=10) has the same gradient.
         entropy_coef: weight of the entropy bonus; None is 0.
         **options: fields of PolicyLossConfig; they override the above.
 
@@ -108,7 +108,7 @@ def openrlhf(
         why = "OpenRLHF averages KL and entropy over tokens, but the objective over sequences"
         inexpressible("openrlhf", "kl_use_loss or entropy_coef beside means by sequence", why)
     if kl_use_loss and kl_unbiased_gradient:
-        why = "its weight is the capped, detached ratio"
+        why = "it weights the gradient but not the value; see kl_weight for both"
         inexpressible("openrlhf", "kl_unbiased_gradient", why)
     if is_correction_level != "off":
         if gspo:

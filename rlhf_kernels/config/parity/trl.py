@@ -138,7 +138,7 @@ def trl(
         "ratio_level": importance_sampling_level,
         "log_ratio_clamp": None,
         "kl_coef": beta,
-        "kl_importance_weighted": use_bias_correction_kl,
+        "kl_weight": "ratio" if use_bias_correction_kl else None,
         "entropy_coef": entropy_coef,
     }
     high = epsilon if epsilon_high is None else epsilon_high

@@ -30,7 +30,7 @@ from ._common import Config, inexpressible, one_of, refuse
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-LossMode = Literal["vanilla", "gspo", "sapo", "cispo", "gpg"]
+LossMode = Literal["vanilla", "gspo", "sapo", "cispo", "gpg", "dppo_tv", "dppo_kl"]
 AggregationMode = Literal[
     "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm",
     "seq-mean-token-mean",
@@ -41,7 +41,7 @@ KlLossType = Literal[
 ]  # fmt: skip
 _INEXPRESSIBLE = {
     **dict.fromkeys(
-        ("clip_cov", "kl_cov", "geo_mean", "dppo_tv", "dppo_kl", "dro"),
+        ("clip_cov", "kl_cov", "geo_mean", "dro"),
         "its objective is not implemented here",
     ),
     "bypass_mode": "use loss_mode='vanilla' and pass the rollout's logprobs as old_logprobs",
@@ -90,8 +90,9 @@ def verl(
     The log-ratio is clamped to +-20 (gspo: to at most 10), the dual clip is 3 by default, and k3
     has its input clamped to +-20 and its value to +-10. gspo is the token form: the ratio of the
     sequence, the gradient of the token's own logprob. verl's metric pg_clipfrac is clip_frac_low +
-    clip_frac_high here, its pg_clipfrac_lower is dual_clip_frac, and its ppo_kl is k1_old (verl
-    computes it after the clamp).
+    clip_frac_high here (for dppo_tv and dppo_kl gate_frac_low + gate_frac_high), its
+    pg_clipfrac_lower is dual_clip_frac, and its ppo_kl is k1_old (verl computes it after the
+    clamp).
 
     The normalizer; dp_size is the number of ranks over which gradients are averaged:
 
@@ -102,12 +103,13 @@ def verl(
 
     Args:
         cls: PolicyLossConfig.
-        loss_mode: vanilla, gspo, sapo, cispo or gpg.
+        loss_mode: vanilla, gspo, sapo, cispo, gpg, dppo_tv or dppo_kl.
         loss_agg_mode: as in the table. sapo's objective is always seq-mean-token-mean.
         clip_ratio: replaces clip_ratio_low or clip_ratio_high where that is None, as in verl.
-        clip_ratio_low: lower clip distance.
-        clip_ratio_high: upper clip distance.
-        clip_ratio_c: dual clip of vanilla.
+        clip_ratio_low: lower clip distance; of dppo the bound of the divergence where the
+            advantage is negative.
+        clip_ratio_high: upper clip distance; of dppo the bound where the advantage is positive.
+        clip_ratio_c: dual clip of vanilla; of dppo the cap of the detached ratio.
         tau_pos: sapo's tau where the advantage is positive.
         tau_neg: sapo's tau where it is not.
         entropy_coeff: weight of the entropy bonus.
@@ -126,7 +128,7 @@ def verl(
 
     Raises:
         ValueError: an unknown option, or one that cannot be expressed (clip_cov, kl_cov, geo_mean,
-            dppo_tv, dppo_kl, dro, bypass_mode).
+            dro, bypass_mode).
     """
     refuse("verl", "loss_mode", loss_mode, _INEXPRESSIBLE)
     one_of("verl", "loss_mode", loss_mode, get_args(LossMode))
@@ -153,6 +155,17 @@ def verl(
         fields |= clips | {"ratio_level": "sequence-token", "log_ratio_clamp": unbounded}
     elif loss_mode == "cispo":
         fields |= clips | {"objective": "cispo", "log_ratio_clamp": 20.0}
+    elif loss_mode in ("dppo_tv", "dppo_kl"):
+        fields |= {
+            "objective": "cispo",
+            "clip_low": None,
+            "clip_high": clip_ratio_c,
+            "clip_absolute": True,
+            "log_ratio_clamp": 20.0,
+            "gate": "tv" if loss_mode == "dppo_tv" else "binary_kl",
+            "gate_low": clips["clip_low"],
+            "gate_high": clips["clip_high"],
+        }
     elif loss_mode == "gpg":
         fields["objective"] = "reinforce"
     else:

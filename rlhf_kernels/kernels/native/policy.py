@@ -70,6 +70,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         ref: Tensor | None,
         rollout: Tensor | None,
         entropy: Tensor | None,
+        weights: Tensor | None,
         cu_seqlens: Tensor | None,
         normalizer: Tensor | None,
         divisor: float,
@@ -86,6 +87,8 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         tokens = sequences(op, logprobs, cu_seqlens, gpu)
         if tokens is None:
             return loss.zero_(), metrics.zero_(), policy_grad, bonus, scale
+        check_weights = losses.check_weights if gpu else checks.loss_weights
+        check_weights(op, weights, mask != 0, cu_seqlens)
         status = extension.policy_loss(
             *tokens,
             flags(mask),
@@ -96,6 +99,8 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             ref,
             rollout,
             entropy,
+            weights,
+            weights is not None and weights.shape != logprobs.shape,
             divisor,
             normalizer,
             codes,

@@ -6,7 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ...config.policy import PolicyCodes, PolicyParams
+from ...config.policy_codes import PolicyCodes, PolicyParams
 from ...core.layout import fp32_like
 from ...core.row_options import RowOptions
 from ..rows import PolicyRows, TokenConstants

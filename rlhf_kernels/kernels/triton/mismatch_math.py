@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ...config import enums
-from ...config.policy import UNBOUNDED
+from ...config.policy_codes import UNBOUNDED
 from ._math import exp_reduced, power_of_two
 from .policy_math import TRUNCATE, clamp
 

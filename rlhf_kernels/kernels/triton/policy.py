@@ -18,12 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ...config.metrics import POLICY_METRICS
-from ...config.policy import PolicyCodes, PolicyParams
+from ...config.policy_codes import PolicyCodes, PolicyParams
 from .. import losses
 from . import _tokens as t
 from ._launch import kernel, launch
 from ._math import scalar
-from ._strided import strided
+from ._strided import Strided, strided
 from ._tokens import (
     LOG_RATIO,
     LOG_WEIGHT,
@@ -42,17 +42,26 @@ from ._tokens import (
 )
 from .policy_backward import scale_into
 from .policy_math import (
+    GEOMETRIC_CORRECTION,
     NO_CORRECTION,
+    NO_GATE,
+    NO_KL_WEIGHT,
+    ONE_KL_WEIGHT,
     PENALTY,
+    RATIO_KL_WEIGHT,
+    ROLLOUT_ANCHOR,
     SEQ_MEAN_TOKEN_MEAN,
     SEQUENCE_CORRECTION,
     SEQUENCE_RATIO,
     TOKEN_RATIO,
     correction_weight,
+    flag,
     log_weight,
+    policy_gate,
     policy_kl,
     policy_objective,
     policy_ratio,
+    weigh_kl,
     within,
 )
 
@@ -60,7 +69,9 @@ from .policy_math import (
 _slot = POLICY_METRICS.index
 LOSS, PG_LOSS = tl.constexpr(_slot("loss")), tl.constexpr(_slot("pg_loss"))
 KL_LOSS, ENTROPY_LOSS = tl.constexpr(_slot("kl_loss")), tl.constexpr(_slot("entropy_loss"))
-CLIP_FRACTIONS, RATIO_MEAN = tl.constexpr(_slot("clip_frac_low")), tl.constexpr(_slot("ratio_mean"))
+CLIP_FRACTIONS = tl.constexpr(_slot("clip_frac_low"))
+GATE_FRACTIONS = tl.constexpr(_slot("gate_frac_low"))
+RATIO_MEAN = tl.constexpr(_slot("ratio_mean"))
 RATIO_MIN, RATIO_MAX = tl.constexpr(_slot("ratio_min")), tl.constexpr(_slot("ratio_max"))
 K1_OLD, OTHER_MEANS = tl.constexpr(_slot("k1_old")), tl.constexpr(_slot("k3_old"))
 ESS, CORRECTION_MEAN = tl.constexpr(_slot("ess")), tl.constexpr(_slot("correction_mean"))
@@ -70,9 +81,11 @@ TOKEN_COUNT = tl.constexpr(_slot("tokens"))
 SUMS = tl.constexpr(16)
 FIRST, COUNT, SLOPE = tl.constexpr(3), tl.constexpr(3 + 14), tl.constexpr(3 + 15)
 R_MIN, R_MAX, TILE_INDEX = tl.constexpr(19), tl.constexpr(20), tl.constexpr(21)
-ROWS = 22
-# Three blocks a multiprocessor. With four, some options spill.
-REGISTERS = 80
+# The two sums of a gate.
+GATES = tl.constexpr(22)
+ROWS = 24
+# Three blocks a multiprocessor. With four, some options spill. Two with what few losses have.
+REGISTERS, MORE_REGISTERS = 80, 128
 
 
 @kernel
@@ -85,6 +98,7 @@ def policy_kernel(
     ref,
     rollout,
     entropy,
+    weights,
     grad,
     grad_entropy,
     partials,
@@ -93,9 +107,13 @@ def policy_kernel(
     LEVEL: tl.constexpr,
     ESTIMATOR: tl.constexpr,
     STRAIGHT: tl.constexpr,
-    WEIGHTED: tl.constexpr,
+    KL_WEIGHT: tl.constexpr,
+    KL_CAPPED: tl.constexpr,
     CORRECTION: tl.constexpr,
     MODE: tl.constexpr,
+    GATE: tl.constexpr,
+    ANCHOR: tl.constexpr,
+    TWO_SIDED: tl.constexpr,
     SEQUENCE_MEAN: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -126,15 +144,33 @@ def policy_kernel(
     if rollout is not None:
         sampled = load_kept(rollout, s, at, i, kept)
         log_w = log_weight(before, sampled)
-        if CORRECTION == SEQUENCE_CORRECTION:
+        if CORRECTION == SEQUENCE_CORRECTION or CORRECTION == GEOMETRIC_CORRECTION:
             total = sequence_total(partials + LOG_WEIGHT * slots, k, length, TILE)
+            if CORRECTION == GEOMETRIC_CORRECTION:
+                n = sequence_total(partials + TOKENS * slots, k, length, TILE)
+                total *= inverse(tl.where(n > 1.0, n, 1.0))
             log_w = zero + total.to(tl.float32)
         correction = correction_weight(log_w, c, MODE)
         w_sum = tl.where(kept, correction, 0.0)
         if CORRECTION != NO_CORRECTION:
             w = correction
+    of_objective = logprob
+    if GATE != NO_GATE:
+        anchor = before
+        if ANCHOR == ROLLOUT_ANCHOR:
+            anchor = load_kept(rollout, s, at, i, kept)
+            anchor = tl.where(anchor == anchor, anchor, before)
+        below, above = policy_gate(logprob, anchor, a, c, GATE, TWO_SIDED)
+        dropped = below | above
+        w = tl.where(dropped, 0.0, w)
+        # 0 times the logarithm of 0 would be NaN.
+        of_objective = tl.where(dropped, 0.0, logprob)
+        gates = tl.join(flag(below & kept), flag(above & kept))
+        gates = column_sums(gates, TILE, 2)
+        place = tl.arange(0, 2)
+        tl.store(partials + (GATES + place) * slots + pid, gates)
     loss, direct, slope, low, high, dual = policy_objective(
-        r, rm1, ratio_k3, logprob, a, w, c, OBJECTIVE
+        r, rm1, ratio_k3, of_objective, a, w, c, OBJECTIVE
     )
     if OBJECTIVE == PENALTY and LEVEL != TOKEN_RATIO:
         # Only these terms can be nonzero at masked tokens, whose inputs are 0.
@@ -143,16 +179,25 @@ def policy_kernel(
     if ref is not None:
         x_ref = logprob - load_kept(ref, s, at, i, kept)
         kl, kl_slope, k3_ref = policy_kl(x_ref, c, ESTIMATOR, STRAIGHT)
-        if WEIGHTED:
-            kl, kl_slope = kl * r, kl_slope * r
+        if KL_WEIGHT != NO_KL_WEIGHT:
+            kl, kl_slope, through, added = weigh_kl(kl, kl_slope, r, c, KL_WEIGHT, KL_CAPPED)
         # With coefficient 0 the KL is only a metric; 0 * NaN would be NaN.
         if c.kl_coef != 0.0:
-            if WEIGHTED:
-                slope += c.kl_coef * kl
+            if KL_WEIGHT == RATIO_KL_WEIGHT:
+                slope += c.kl_coef * through
+            if KL_WEIGHT == ONE_KL_WEIGHT:
+                kl_slope += added
             direct += c.kl_coef * kl_slope
     bonus = zero
     if entropy is not None:
         bonus = load_kept(entropy, s, at, i, kept)
+    weighted_bonus = bonus
+    share = weight
+    if weights is not None:
+        own = load_kept(weights, s, at, i, kept)
+        own = tl.where((own >= 0.0) & (own < float("inf")), own, float("nan"))
+        loss, kl, slope = loss * own, kl * own, slope * own
+        weighted_bonus, direct, share = bonus * own, direct * own, weight * own
     if LEVEL == TOKEN_RATIO:
         slope = within(x, c.log_ratio_low, c.log_ratio_high, slope)
     to = token_index(batch, s, at)
@@ -164,14 +209,14 @@ def policy_kernel(
             g += tl.where(learns, slope, 0.0)
         tl.store(grad + to + i, tl.where(kept, g * weight, 0.0), mask=inside)
     if grad_entropy is not None:
-        g = -c.entropy_coef * weight
+        g = -c.entropy_coef * share
         tl.store(grad_entropy + to + i, tl.where(kept, g, 0.0), mask=inside)
     r_kept = tl.where(kept, r, 0.0)
     low, high = tl.where(kept, low, 0.0), tl.where(kept, high, 0.0)
     count = tl.where(kept, 1.0, 0.0)
     # Order of the columns: pg, kl, bonus; low, high, dual; r, rr; x, k3, x_ref, k3_ref; entropy; w;
     # tokens; slope.
-    even = join8(loss, bonus, high, r_kept, x, x_ref, bonus, count)
+    even = join8(loss, weighted_bonus, high, r_kept, x, x_ref, bonus, count)
     odd = join8(kl, low, dual, r_kept * r, k3, k3_ref, w_sum, slope)
     sums = column_sums(tl.join(even, odd), TILE, SUMS)
     column = tl.arange(0, SUMS)
@@ -222,6 +267,7 @@ def combine_kernel(
     entropy_coef,
     COUNT_SEQUENCES: tl.constexpr,
     ROLLOUT: tl.constexpr,
+    GATED: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """Loss, metrics and 1 / divisor from the partial sums of all slots, in fp64."""
@@ -245,6 +291,14 @@ def combine_kernel(
                     partials + COUNT * slots, partials + TILE_INDEX * slots, slot, slots, last
                 )
                 found += opens
+    gates = tl.zeros((GROUP, 2), tl.float64)
+    if GATED:
+        place = tl.arange(0, 2)[None, :]
+        for start in range(0, slots, GROUP):
+            slot = start + tl.arange(0, GROUP)[:, None]
+            at = partials + (GATES + place) * slots + slot
+            gates += tl.load(at, mask=slot < slots, other=0.0).to(tl.float64)
+    gates = column_sums(gates, GROUP, 2)
     sums = column_sums(total, GROUP, SUMS)
     tokens = pick(sums, 14, SUMS)
     count = tokens
@@ -278,6 +332,9 @@ def combine_kernel(
     for j in tl.static_range(3):
         fraction = pick(sums, 3 + j, SUMS) * share + fault
         tl.store(metrics + CLIP_FRACTIONS + j, fraction.to(tl.float32))
+    for j in tl.static_range(2):
+        fraction = pick(gates, j, 2) * share + fault
+        tl.store(metrics + GATE_FRACTIONS + j, fraction.to(tl.float32))
     tl.store(metrics + RATIO_MEAN, (r * share + fault).to(tl.float32))
     tl.store(metrics + RATIO_MIN, tl.where(some, low, 0.0) + fault.to(tl.float32))
     tl.store(metrics + RATIO_MAX, tl.where(some, high, 0.0) + fault.to(tl.float32))
@@ -299,6 +356,7 @@ def policy_loss(
     ref: Tensor | None,
     rollout: Tensor | None,
     entropy: Tensor | None,
+    weights: Tensor | None,
     cu_seqlens: Tensor | None,
     normalizer: Tensor | None,
     divisor: float,
@@ -314,29 +372,38 @@ def policy_loss(
     codes, c = PolicyCodes(*codes), PolicyParams(*params)
     gradient = losses.gradient(logprobs, grad)
     bonus = losses.gradient(logprobs, entropy_grad)
-    spread = advantages.shape != logprobs.shape
-    weights, ratios = strided(mask), (strided(logprobs), strided(old))
+    losses.check_weights("policy_loss", weights, mask, cu_seqlens)
+
+    def spread(x: Tensor | None) -> Strided | None:
+        if x is None or x.shape == logprobs.shape:
+            return strided(x)
+        return t.per_sequence(x)
+
+    kept, ratios = strided(mask), (strided(logprobs), strided(old))
     sampled = strided(rollout)
     pooled = codes.ratio_level == SEQUENCE_RATIO.value
     by_sequence = codes.ratio_level != TOKEN_RATIO.value
-    by_weight = codes.correction_level == SEQUENCE_CORRECTION.value
+    by_weight = codes.correction_level >= SEQUENCE_CORRECTION.value
     sequence_mean = codes.aggregation == SEQ_MEAN_TOKEN_MEAN.value
+    of_kl = codes.kl_weight > RATIO_KL_WEIGHT.value or codes.kl_weight_capped
+    further = weights is not None or codes.gate != NO_GATE.value or of_kl
     tile = {"TILE": t.TILE, "warps": t.WARPS}
     if by_sequence or by_weight or sequence_mean:
         sums = {"RATIO": by_sequence, "WEIGHT": by_weight}
-        tensors = (weights, *ratios, sampled, partials)
+        tensors = (kept, *ratios, sampled, partials)
         launch(t.statistics_kernel, slots, loss, batch, *tensors, **sums, **tile)
     launch(
         policy_kernel,
         slots,
         loss,
         batch,
-        weights,
+        kept,
         *ratios,
-        t.per_sequence(advantages) if spread else strided(advantages),
+        spread(advantages),
         strided(ref),
         sampled,
         strided(entropy),
+        spread(weights),
         gradient,
         bonus,
         partials,
@@ -345,19 +412,23 @@ def policy_loss(
         LEVEL=codes.ratio_level,
         ESTIMATOR=codes.kl_estimator,
         STRAIGHT=codes.kl_straight_through,
-        WEIGHTED=codes.kl_importance_weighted,
+        KL_WEIGHT=codes.kl_weight,
+        KL_CAPPED=codes.kl_weight_capped,
         CORRECTION=codes.correction_level,
         MODE=codes.correction_mode,
+        GATE=codes.gate,
+        ANCHOR=codes.gate_against,
+        TWO_SIDED=codes.gate_two_sided,
         SEQUENCE_MEAN=sequence_mean,
-        registers=REGISTERS,
+        registers=MORE_REGISTERS if further else REGISTERS,
         **tile,
     )
     if pooled and grad:
         bounds = (c.log_ratio_low, c.log_ratio_high)
-        slopes = (batch, weights, gradient, partials)
+        slopes = (batch, kept, gradient, partials)
         launch(pooled_kernel, slots, loss, *slopes, *bounds, SEQUENCE_MEAN=sequence_mean, **tile)
-    coefficients, weighted = (c.kl_coef, c.entropy_coef), rollout is not None
-    sweep.combine(combine_kernel, codes.aggregation, *coefficients, ROLLOUT=weighted)
+    has = {"ROLLOUT": rollout is not None, "GATED": codes.gate != NO_GATE.value}
+    sweep.combine(combine_kernel, codes.aggregation, c.kl_coef, c.entropy_coef, **has)
     return loss, metrics, gradient, bonus, scale
 
 

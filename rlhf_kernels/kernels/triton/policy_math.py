@@ -22,7 +22,14 @@ def _codes(names: tuple[object, ...]) -> Iterator[tl.constexpr]:
 CLIP, PENALTY, REINFORCE, CISPO, SAPO = _codes(enums.OBJECTIVES)
 TOKEN_RATIO, SEQUENCE_RATIO, SEQUENCE_TOKEN_RATIO = _codes(enums.RATIO_LEVELS)
 K1, K2, K3, ABS = _codes(enums.PLAIN_KL_ESTIMATORS)
-NO_CORRECTION, TOKEN_CORRECTION, SEQUENCE_CORRECTION = _codes(enums.CORRECTION_CODES)
+NO_CORRECTION, TOKEN_CORRECTION, SEQUENCE_CORRECTION, GEOMETRIC_CORRECTION = _codes(
+    enums.CORRECTION_CODES
+)
+NO_KL_WEIGHT, RATIO_KL_WEIGHT, DETACHED_RATIO_KL_WEIGHT, ONE_KL_WEIGHT = _codes(
+    enums.KL_WEIGHT_CODES
+)
+NO_GATE, TV_GATE, BINARY_KL_GATE, RATIO_GATE = _codes(enums.GATE_CODES)
+OLD_ANCHOR, ROLLOUT_ANCHOR = _codes(enums.GATE_ANCHORS)
 TRUNCATE, MASK = _codes(enums.CORRECTION_MODES)
 TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, CONSTANT = _codes(enums.AGGREGATIONS)
 # Every exp(x) here clamps x to +-40: LOG_RATIO_BOUND of config/policy.py.
@@ -71,6 +78,38 @@ def correction_weight(x, c, MODE: tl.constexpr):
 @triton.jit
 def flag(condition):
     return tl.where(condition, 1.0, 0.0)
+
+
+@triton.jit
+def exceeds(bound, known, q_less_1, others, of_others):
+    """Whether the divergence of `policy_gate` exceeds a bound: see csrc/policy_math.h."""
+    quotient, _, _ = exp_parts(clamp((bound + known) / -q_less_1, -BOUND, BOUND))
+    return quotient * others < of_others
+
+
+@triton.jit
+def policy_gate(logprob, anchor, a, c, GATE: tl.constexpr, TWO_SIDED: tl.constexpr):
+    """Whether the gate drops a token at its lower, and at its upper bound."""
+    if GATE == RATIO_GATE:
+        x = logprob - anchor
+        low, high = x < c.gate_low, x > c.gate_high
+    else:
+        if GATE == TV_GATE:
+            p, _, _ = exp_parts(clamp(logprob, -BOUND, BOUND))
+            q, _, _ = exp_parts(clamp(anchor, -BOUND, BOUND))
+            low, high = p - q < c.gate_low, p - q > c.gate_high
+        else:
+            of_p = tl.where(logprob > 0.0, 0.0, logprob)
+            of_q = tl.where(anchor > 0.0, 0.0, anchor)
+            x = clamp(of_p - of_q, -BOUND, BOUND)
+            _, p_less_1, _ = exp_parts(clamp(of_p, -BOUND, BOUND))
+            q, q_less_1, _ = exp_parts(clamp(of_q, -BOUND, BOUND))
+            known, others, of_others = q * x, 1.0e-8 - p_less_1, 1.0e-8 - q_less_1
+            low = (x < 0.0) & exceeds(c.gate_low, known, q_less_1, others, of_others)
+            high = (x > 0.0) & exceeds(c.gate_high, known, q_less_1, others, of_others)
+        if not TWO_SIDED:
+            low, high = low & (a < 0.0), high & (a > 0.0)
+    return low, high
 
 
 @triton.jit
@@ -143,6 +182,24 @@ def policy_kl(x, c, ESTIMATOR: tl.constexpr, STRAIGHT: tl.constexpr):
         # The gradient of k2, as if without both clamps.
         slope = x
     return value, slope, k3
+
+
+@triton.jit
+def weigh_kl(kl, kl_slope, r, c, WEIGHT: tl.constexpr, CAPPED: tl.constexpr):
+    """Value and slope of a KL term times its weight; the weight's slopes, by log r and directly."""
+    through, direct = tl.zeros_like(kl), tl.zeros_like(kl)
+    if WEIGHT == ONE_KL_WEIGHT:
+        direct = kl
+    elif WEIGHT != NO_KL_WEIGHT:
+        w = r
+        if CAPPED:
+            w = tl.where(r > c.kl_weight_max, c.kl_weight_max, r)
+        kl, kl_slope = kl * w, kl_slope * w
+        if WEIGHT == RATIO_KL_WEIGHT:
+            through = kl
+            if CAPPED:
+                through = tl.where(r > c.kl_weight_max, 0.0, kl)
+    return kl, kl_slope, through, direct
 
 
 @triton.jit
