@@ -70,8 +70,13 @@ _CONFIGS = (
     Config(ratio_level="sequence-token", dual_clip=3.0),
     Config(correction_level="sequence", correction_max=2.0, delta=4.0),
     Config(correction_level="token", correction_mode="mask", correction_max=2.0),
-    Config(kl_coef=0.1, kl_estimator="k3+", kl_importance_weighted=True),
+    Config(kl_coef=0.1, kl_estimator="k3+", kl_weight="ratio"),
     Config(entropy_coef=0.1, aggregation="constant", normalizer=5.0),
+    Config(
+        gate="tv", gate_low=0.1, gate_high=0.2, correction_level="geometric", correction_max=2.0
+    ),
+    Config(gate="binary_kl", gate_high=0.2, kl_coef=0.1, kl_weight="detached-ratio"),
+    Config(gate="ratio", gate_high=2.0, gate_against="rollout", kl_coef=0.1, kl_weight="one"),
 )
 _STEPS = {
     "mask": (ABSENT, GIVEN, lambda x: _mask(x).float()),
@@ -95,6 +100,7 @@ _POLICY = {
     "config": _CONFIGS,
     "ref_logprobs": (GIVEN,),
     "rollout_logprobs": (GIVEN,),
+    "weights": (ABSENT, GIVEN),
     "normalizer": (ABSENT, 4.0, GIVEN),
 }
 _number = ARGUMENTS["normalizer"]

@@ -63,8 +63,8 @@ def three_kernels(out, logits, labels, temperatures, options, constants, config)
     bonus = params.entropy_coef != 0
     found = rows.policy_loss(
         *(None if t is None else t.unsqueeze(0) for t in (*given, ref, rollout, entropy)),
-        None, None, 1.0, codes._replace(aggregation=AGGREGATIONS.index("constant")), params, True,
-        bonus,
+        None, None, None, 1.0,
+        codes._replace(aggregation=AGGREGATIONS.index("constant")), params, True, bonus,
     )  # fmt: skip
     g, h = _complete(found, weights)
     upstream = g[0], h[0] if bonus else None
@@ -104,7 +104,7 @@ class Rows:
 
 PPO = rk.PolicyLossConfig.ppo()
 EVERY = rk.PolicyLossConfig.ppo(
-    kl_coef=0.1, entropy_coef=0.01, dual_clip=3.0, delta=1.4, kl_importance_weighted=True
+    kl_coef=0.1, entropy_coef=0.01, dual_clip=3.0, delta=1.4, kl_weight="ratio"
 )
 
 
@@ -153,6 +153,14 @@ OBJECTIVES = {
         f"kl {estimator}": rk.PolicyLossConfig.ppo(kl_coef=0.2, kl_estimator=estimator)
         for estimator in ("k1", "k2", "abs", "k3+")
     },
+    "gate tv": rk.PolicyLossConfig.ppo(gate="tv", gate_low=0.01, gate_high=0.005),
+    "gate kl": rk.PolicyLossConfig.cispo(
+        gate="binary_kl", gate_low=1e-3, gate_high=1e-3, gate_against="rollout"
+    ),
+    "gate ratio": rk.PolicyLossConfig.reinforce(
+        gate="ratio", gate_low=0.8, gate_high=1.2, kl_coef=0.2, kl_weight="one"
+    ),
+    "capped": rk.PolicyLossConfig.ppo(kl_coef=0.2, kl_weight="ratio", kl_weight_max=1.1),
     "weights, cut": rk.PolicyLossConfig.ppo(correction_level="token", correction_max=1.1),
     "weights, masked": rk.PolicyLossConfig.ppo(
         correction_level="token", correction_mode="mask", correction_min=0.8

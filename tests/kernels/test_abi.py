@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import rlhf_kernels as rk
-from rlhf_kernels.config import enums, metrics, mismatch, policy
+from rlhf_kernels.config import enums, metrics, mismatch, policy_codes
 from rlhf_kernels.core import row_options
 from rlhf_kernels.kernels.native import boundary
 
@@ -25,8 +25,8 @@ def fields(struct):
 @pytest.mark.parametrize(
     ("struct", "kind", "names"),
     [
-        ("PolicyCodes", "int32_t", policy.PolicyCodes._fields),
-        ("PolicyParams", "float", policy.PolicyParams._fields),
+        ("PolicyCodes", "int32_t", policy_codes.PolicyCodes._fields),
+        ("PolicyParams", "float", policy_codes.PolicyParams._fields),
         ("MismatchParams", "float", mismatch.MismatchParams._fields),
     ],
 )
@@ -68,19 +68,22 @@ def test_a_policy_config_is_encoded_under_the_right_names():
     config = rk.PolicyLossConfig(
         objective="cispo", ratio_level="sequence-token", clip_low=0.1, clip_high=0.3,
         kl_coef=0.04, kl_estimator="abs+", kl_input_clamp=(-0.5, 0.75), kl_value_clamp=0.9,
-        kl_importance_weighted=True, entropy_coef=0.01, correction_level="sequence",
+        kl_weight="ratio", kl_weight_max=1.5, gate="tv", gate_low=0.5,
+        gate_against="rollout", gate_two_sided=True, entropy_coef=0.01, correction_level="sequence",
         correction_mode="mask", correction_min=0.25, correction_max=4.0, sapo_tau_pos=1.25,
         sapo_tau_neg=1.5, log_ratio_clamp=(-2.0, 3.0), aggregation="seq-mean-token-sum",
     )  # fmt: skip
-    assert config._codes == policy.PolicyCodes(
+    assert config._codes == policy_codes.PolicyCodes(
         objective=3, ratio_level=2, kl_estimator=3, kl_straight_through=1,
-        kl_importance_weighted=1, correction_level=2, correction_mode=1, aggregation=2,
+        kl_weight=1, correction_level=2, correction_mode=1, aggregation=2, gate=1, gate_against=1,
+        gate_two_sided=1, kl_weight_capped=1,
     )  # fmt: skip
-    assert config._params == policy.PolicyParams(
+    assert config._params == policy_codes.PolicyParams(
         clip_low=0.9, clip_high=1.3, dual_clip=3.0e38, delta=3.0e38, log_ratio_low=-2.0,
         log_ratio_high=3.0, penalty_coef=0.0, sapo_tau_pos=1.25, sapo_tau_neg=1.5, kl_coef=0.04,
         kl_input_low=-0.5, kl_input_high=0.75, kl_value_clamp=0.9, entropy_coef=0.01,
-        correction_low=0.25, correction_high=4.0,
+        correction_low=0.25, correction_high=4.0, gate_low=-0.5, gate_high=3.0e38,
+        kl_weight_max=1.5,
     )  # fmt: skip
     bounds = rk.PolicyLossConfig(dual_clip=3.0, delta=2.0)._params
     assert (bounds.dual_clip, bounds.delta) == (3.0, 2.0)
@@ -107,6 +110,9 @@ ENUMS = {
     "RatioLevel": (enums.RATIO_LEVELS, "k", "Ratio", "_RATIO"),
     "CorrectionLevel": (enums.CORRECTION_CODES, "k", "Correction", "_CORRECTION"),
     "CorrectionMode": (enums.CORRECTION_MODES, "k", "", ""),
+    "KlWeight": (enums.KL_WEIGHT_CODES, "k", "KlWeight", "_KL_WEIGHT"),
+    "Gate": (enums.GATE_CODES, "k", "Gate", "_GATE"),
+    "GateAnchor": (enums.GATE_ANCHORS, "k", "Anchor", "_ANCHOR"),
     "Aggregation": (enums.AGGREGATIONS, "k", "", ""),
     "MismatchLevel": (enums.MISMATCH_CODES, "k", "Weight", None),
     "Baseline": (enums.BASELINES, "kBaseline", "", None),
@@ -125,7 +131,7 @@ def members(enum):
 @pytest.mark.parametrize("enum", ENUMS)
 def test_an_enum_has_the_names_of_its_tuple_in_order(enum):
     names, before, after, _ = ENUMS[enum]
-    words = ["".join(map(str.capitalize, (n or "no").split("-"))) for n in names]
+    words = ["".join(map(str.capitalize, re.split("[-_]", n or "no"))) for n in names]
     assert members(enum) == {f"{before}{word}{after}": i for i, word in enumerate(words)}
 
 

@@ -266,10 +266,17 @@ def policy_options(v: dict[str, Any]) -> dict[str, Any]:
     if v["kl"] is not None:
         estimator, _, weighted = v["kl"].partition(" ")
         options |= {"kl_coef": 0.1, "kl_estimator": estimator}
-        options["kl_importance_weighted"] = bool(weighted)
+        options["kl_weight"] = weighted.removesuffix(" capped") or None
+        if weighted.endswith("capped"):
+            options["kl_weight_max"] = 10.0
     if v["correction"] is not None:
         level, mode = v["correction"]
         options |= {"correction_level": level, "correction_mode": mode, "correction_max": 2.0}
+    if v["gate"] is not None:
+        gate, _, more = v["gate"].partition(" ")
+        options |= {"gate": gate, "gate_low": 0.1, "gate_high": 0.2}
+        options["gate_against"] = "rollout" if more == "rollout" else "old"
+        options["gate_two_sided"] = more == "two-sided"
     if v["entropy"] in ("bonus", "constant bonus"):
         options["entropy_coef"] = 0.01
     return options
@@ -282,8 +289,19 @@ def policy(full: bool) -> Iterator[Case]:
         "objective": policy_config.OBJECTIVES,
         "ratio_level": policy_config.RATIO_LEVELS,
         "aggregation": policy_config.AGGREGATIONS,
-        "kl": (None, *estimators, "k3 weighted", "k3+ weighted"),
+        "kl": (
+            None,
+            *estimators,
+            "k3 ratio",
+            "k3+ ratio",
+            "k3 ratio capped",
+            "k2 detached-ratio",
+            "k2 detached-ratio capped",
+            "k3 one",
+        ),
         "correction": (None, *itertools.product(levels, modes)),
+        "gate": (None, *enums.GATES, "tv rollout", "tv two-sided", "binary_kl rollout"),
+        "weights": (None, "tokens", "sequences"),
         "entropy": (None, "metric", "bonus", "constant bonus"),
         "given": ("what is needed", "all"),
         "layout": LAYOUTS,
@@ -296,22 +314,27 @@ def policy(full: bool) -> Iterator[Case]:
     variants = list((pairs if full else one_by_one)(**axes))
     first = {k: v[0] for k, v in axes.items()}
     # Everything that needs registers, at every level.
-    most = {"kl": "k3+ weighted", "correction": ("sequence", "mask"), "entropy": "bonus"}
+    most = {"kl": "k3+ ratio", "correction": ("sequence", "mask"), "entropy": "bonus"}
+    # And what few losses have.
+    full = most | {"kl": "k3 ratio capped", "gate": "binary_kl rollout", "weights": "tokens"}
     variants += [first | most | {"ratio_level": level, "objective": objective, "layout": layout}
                  for level in policy_config.RATIO_LEVELS
                  for objective, layout in (("clip", "padded"), ("sapo", "packed"))]  # fmt: skip
+    variants += [first | full | {"ratio_level": level} for level in policy_config.RATIO_LEVELS]
     calls = {label(v): (v, PolicyLossConfig(**policy_options(v))) for v in variants}
     calls |= {name: (first, config) for name, config in presets()}
     for name, (v, config) in calls.items():
         x = inputs_of(v["layout"], v["dtype"])
         needs = {
             "ref_logprobs": config.kl_coef,
-            "rollout_logprobs": config.correction_level,
+            "rollout_logprobs": config.correction_level or config.gate_against == "rollout",
             "entropy": v["entropy"] or config.entropy_coef,
         }
         options = {k: GIVEN for k, need in needs.items() if need or v["given"] == "all"}
         constant = config.aggregation == "constant"
         options["normalizer"] = v["normalizer"] or (7.0 if constant else None)
+        if v["weights"] is not None:
+            options["weights"] = (x.tokens() if v["weights"] == "tokens" else x.sequences()).abs()
         if v["advantages"] == "sequences":
             options["advantages"] = x.sequences()
         grads = ("logprobs",) * v["grad"] + ("entropy",) * (v["entropy"] == "bonus")

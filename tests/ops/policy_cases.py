@@ -62,7 +62,7 @@ def make_config(base, aggregation, correction, estimator, weighted):
         **correction,
         aggregation=aggregation,
         kl_estimator=estimator,
-        kl_importance_weighted=weighted,
+        kl_weight="ratio" if weighted else None,
         normalizer=7.5 if aggregation == "constant" else None,
     )
 
@@ -128,7 +128,7 @@ def check(args, options, config):
     parts = [
         run(reference.policy_loss, *wide, config=dataclasses.replace(config, **off))[2]
         for off in (
-            {"kl_importance_weighted": False},
+            {"kl_weight": None, "kl_weight_max": None},
             {"kl_coef": 0.0},
             {"kl_coef": 0.0, "penalty_coef": 0.0},
         )

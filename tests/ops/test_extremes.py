@@ -369,7 +369,7 @@ def test_a_reference_without_weight_is_a_metric_alone(backend):
     x, mask = torch.tensor([[-1.0, -2.0, -3.0]]), torch.ones(1, 3, dtype=torch.bool)
     operands = torch.randn(1, 3, 4), torch.randn(5, 4)
     labels = torch.zeros(1, 3, dtype=torch.int64)
-    for config in (rk.PolicyLossConfig.ppo(), rk.PolicyLossConfig(kl_importance_weighted=True)):
+    for config in (rk.PolicyLossConfig.ppo(), rk.PolicyLossConfig(kl_weight="ratio")):
         found = []
         for ref in (None, torch.tensor([[NAN, -1.0, INF]])):
             lp, hidden = x.clone().requires_grad_(), operands[0].clone().requires_grad_()

@@ -23,7 +23,7 @@ def missing_calls():
         config(entropy_coef=0.1),
         *(config(kl_coef=0.1, kl_estimator=e) for e in ("k1", "k2", "k3", "abs", "k3+")),
         config(kl_coef=0.1, kl_input_clamp=2.0, kl_value_clamp=1.0),
-        config(kl_coef=0.1, kl_importance_weighted=True),
+        config(kl_coef=0.1, kl_weight="ratio"),
     ]  # fmt: skip
     tokens = {
         "logprobs": old + 0.1, "old_logprobs": old, "advantages": advantages,

@@ -74,7 +74,7 @@ def test_16_bit_gradients_are_rounded_once(backend, level, dtype):
         leaves = [t.to(of).requires_grad_() for t in (logprobs, entropy)]
         loss = rk.policy_loss(
             leaves[0], *args[1:], entropy=leaves[1], **options,
-            config=Config(ratio_level=level, kl_importance_weighted=True, **EVERYTHING),
+            config=Config(ratio_level=level, kl_weight="ratio", **EVERYTHING),
         ).loss  # fmt: skip
         found.append([g.to(dtype) for g in torch.autograd.grad(0.7 * loss, leaves)])
     for half, single in zip(*found, strict=True):
@@ -151,7 +151,7 @@ def scalar_loss(config, lp, frozen, old, adv, mask, ref, rollout, entropy):
             kl = clamp(kl, -config.kl_value_clamp, config.kl_value_clamp)
             if straight:
                 kl += x * x / 2 - fx * fx / 2
-            term += config.kl_coef * kl * (r if config.kl_importance_weighted else 1)
+            term += config.kl_coef * kl * (r if config.kl_weight else 1)
             row.append(term - config.entropy_coef * entropy[i][t])
         terms.append(row)
         lengths.append(n)
@@ -186,7 +186,7 @@ def test_against_a_scalar_loop(backend, objective):
     "config",
     [
         Config.ppo(dual_clip=1.9, kl_coef=0.1, entropy_coef=0.1),
-        Config.gspo(clip_low=0.1, clip_high=0.1, kl_coef=0.1, kl_importance_weighted=True),
+        Config.gspo(clip_low=0.1, clip_high=0.1, kl_coef=0.1, kl_weight="ratio"),
         Config.sapo(kl_coef=0.1, kl_estimator="k2", ratio_level="sequence"),
         Config.ppo_penalty(correction_level="sequence", correction_max=2.0, kl_estimator="k1"),
         Config.rloo(kl_coef=0.1, kl_input_clamp=0.5, kl_value_clamp=0.1),

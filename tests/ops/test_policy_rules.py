@@ -42,8 +42,9 @@ def test_opcheck(kernels):
     lists = list(config._codes), list(config._params)
     op = torch.ops.rlhf_kernels.policy_loss.default
     for grads in ((True, True), (False, False)):
-        torch.library.opcheck(op, (*inputs, None, None, 0.0, *lists, *grads, kernels))
+        torch.library.opcheck(op, (*inputs, None, None, None, 0.0, *lists, *grads, kernels))
     strided = [t.t().contiguous().t() for t in inputs]
+    strided.append(torch.rand(3))
     torch.library.opcheck(op, (*strided, None, torch.tensor(5.0), 0.0, *lists, True, True, kernels))
 
 

@@ -181,6 +181,27 @@ def check_metrics(loss_mode, terms, rollout, batch, ours, theirs):
         assert ours["dual_clip_frac"] > 0.02
 
 
+@pytest.mark.parametrize("loss_mode", ("dppo_tv", "dppo_kl"))
+def test_gated_losses(backend, loss_mode):
+    batch = make_batch(6, 40)
+    # Probabilities, of which no part is above 1.
+    lower = {k: getattr(batch, k).detach() - 2.3 for k in ("logprobs", "old", "ref", "rollout")}
+    lower["logprobs"].requires_grad_()
+    batch = batch._replace(**lower)
+    bounds = {"clip_ratio_low": 0.011, "clip_ratio_high": 0.012}
+    if loss_mode == "dppo_kl":
+        bounds = {"clip_ratio_low": 0.0031, "clip_ratio_high": 0.0027}
+    terms = {"entropy_coeff": 0.05, "use_kl_loss": True, "kl_loss_coef": 0.3, "clip_ratio_c": 1.4}
+    for rollout in ROLLOUT[:2]:
+        ours, theirs = check(
+            batch, loss_mode, "token-mean", distributed=False, rollout=rollout, **terms, **bounds
+        )
+        close(ours["pg_loss"], theirs["actor/pg_loss"], 10 * FP32, scale=0.1)
+        dropped = ours["gate_frac_low"] + ours["gate_frac_high"]
+        close(dropped, theirs["actor/pg_clipfrac"], FP32)
+        assert ours["gate_frac_low"] > 0.02 and ours["gate_frac_high"] > 0.02
+
+
 @pytest.mark.parametrize("kl_loss_type", KL_TYPES)
 def test_kl_loss_and_its_clamps(backend, kl_loss_type):
     batch = make_batch(4, 9)
@@ -230,7 +251,7 @@ def test_defaults_are_those_of_actor_config():
 
 def test_every_policy_loss_is_offered_or_refused():
     preset = rk.PolicyLossConfig.verl
-    offered = ("vanilla", "gspo", "sapo", "cispo", "gpg")
+    offered = ("vanilla", "gspo", "sapo", "cispo", "gpg", "dppo_tv", "dppo_kl")
     for name in core_algos.POLICY_LOSS_REGISTRY:
         if name in offered:
             assert preset(name)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.cases.fuzz.draw import INVARIANT, Case, Draw
-from tests.cases.fuzz.tokens import per_token, policy_config_of
+from tests.cases.fuzz.tokens import per_token, policy_config_of, weights_of
 from tests.head.bounds import HeadBounds, SoftmaxBounds, policy_bounds
 from tests.ops.support_cases import within
 
@@ -240,6 +240,8 @@ def linear_policy_loss(d: Draw) -> Case:
     old = start + 0.3 * d.normal(rows, cols)
     constants = {"ref_logprobs": start + 0.3 * d.normal(rows, cols),
                  "rollout_logprobs": old + 0.2 * d.normal(rows, cols)}  # fmt: skip
+    weights = weights_of(d, (rows, cols), rows, False)
+    constants |= {} if weights is None else {"weights": weights}
     tokens = (y.long(), old, per_token(d, (rows, cols), rows, False), mask)
     hidden, weight, bias = leaves(d, (hidden, weight, bias))
     parts = chunks(d)

@@ -27,12 +27,20 @@ def policy_config_of(d: Draw, smooth: bool = False) -> rk.PolicyLossConfig:
                     "correction_mode": mode, "correction_max": 50.0 if smooth else 1.3}  # fmt: skip
     if not smooth and d.chance(0.3):
         options |= {"log_ratio_clamp": (-0.9, 1.1), "kl_input_clamp": 0.6, "kl_value_clamp": 0.5}
+    if not smooth and d.chance(0.3):
+        gate = d.pick(*enums.GATES)
+        low, high = (0.83, 1.19) if gate == "ratio" else (0.0317, 0.0271)
+        options |= {"gate": gate, "gate_low": d.pick(None, low), "gate_high": high,
+                    "gate_against": d.pick(*enums.GATE_ANCHORS),
+                    "gate_two_sided": gate != "ratio" and d.chance(0.3)}  # fmt: skip
+    options["kl_weight"] = d.pick(None, None, None, *enums.KL_WEIGHTS)
+    if not smooth and options["kl_weight"] in ("ratio", "detached-ratio"):
+        options["kl_weight_max"] = d.pick(None, 1.17)
     estimators = ("k2", "k3") if smooth else policy.KL_ESTIMATORS
     aggregation = d.pick(*policy.AGGREGATIONS)
     return rk.PolicyLossConfig(
         **options,
         kl_estimator=d.pick(*estimators),
-        kl_importance_weighted=d.chance(0.3),
         entropy_coef=d.pick(0.0, 0.02),
         aggregation=aggregation,
         normalizer=7.5 if aggregation == "constant" else d.pick(None, None, 11.0),
@@ -47,6 +55,11 @@ def per_token(d: Draw, shape: Sequence[int], sequences: int, packed: bool) -> Te
     return d.laid_out(a.masked_fill(zero, 0))
 
 
+def weights_of(d: Draw, shape: Sequence[int], sequences: int, packed: bool) -> Tensor | None:
+    """Weights per token or per sequence, or None."""
+    return per_token(d, shape, sequences, packed).abs() if d.chance(0.4) else None
+
+
 def policy_loss(d: Draw) -> Case:
     shape, offsets, sequences = d.tokens()
     mask = d.mask(shape)
@@ -59,6 +72,7 @@ def policy_loss(d: Draw) -> Case:
                  "advantages": per_token(d, shape, sequences, offsets is not None), "mask": mask,
                  "ref_logprobs": near(0.3), "rollout_logprobs": near(0.3),
                  "entropy": d.wanted(d.hidden(d.floats(*shape), mask)), "cu_seqlens": offsets,
+                 "weights": weights_of(d, shape, sequences, offsets is not None),
                  "normalizer": d.pick(None, None, 3.5, torch.tensor(9.0)),
                  "config": policy_config_of(d)}  # fmt: skip
     return Case("policy_loss", arguments, d)
