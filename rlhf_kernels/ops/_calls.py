@@ -176,6 +176,9 @@ _PPO = PolicyLossConfig.ppo(
 )
 # And what few losses have: weights, a gate, a weight of the KL.
 _GATED = PolicyLossConfig.gspo(
+    clip_low=0.2,
+    clip_high=0.2,
+    entropy_coef=0.01,
     gate="tv",
     gate_high=0.2,
     kl_coef=0.05,

@@ -177,7 +177,7 @@ def test_bad_offsets_name_the_operation(backend, op, monkeypatch):
                     continue
                 bad = torch.tensor(offsets, dtype=dtype)
                 tensors = {**call.tensors, "cu_seqlens": bad}
-                for name in ("scores", "bootstrap_values"):
+                for name in ("scores", "bootstrap_values", "weights"):
                     if name in tensors:
                         tensors[name] = torch.zeros(len(offsets) - 1)
                 # Also with gaps between the entries.
