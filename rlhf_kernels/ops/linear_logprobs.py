@@ -32,7 +32,13 @@ from .logprobs_results import (
     by_name,
     named_result,
 )
-from .support import Support, check_one_label, linear_token_logprobs_support
+from .support import (
+    Support,
+    check_empty_support,
+    check_one_label,
+    linear_token_logprobs_support,
+    support_or_whole,
+)
 
 
 def _forward_fake(operands: Operands, targets: Targets, *_: Any) -> shard.Results:
@@ -152,6 +158,7 @@ def linear_token_logprobs(
     batch_invariant: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
+    empty_support: Literal["nan", "whole"] = "nan",
 ) -> TokenLogprobs: ...
 
 
@@ -176,6 +183,7 @@ def linear_token_logprobs(
     batch_invariant: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
+    empty_support: Literal["nan", "whole"] = "nan",
 ) -> TokenLogprobsEntropy: ...
 
 
@@ -200,6 +208,7 @@ def linear_token_logprobs(
     batch_invariant: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
+    empty_support: Literal["nan", "whole"] = "nan",
 ) -> TokenLogprobs | TokenLogprobsEntropy: ...
 
 
@@ -223,6 +232,7 @@ def linear_token_logprobs(
     batch_invariant: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
+    empty_support: Literal["nan", "whole"] = "nan",
 ) -> TokenLogprobs | TokenLogprobsEntropy:
     """`token_logprobs` from hidden states, without ever holding all of the LM head's logits.
 
@@ -242,8 +252,11 @@ def linear_token_logprobs(
     Args:
         hidden: [..., H], float32, bfloat16 or float16.
         weight: [V, H], dtype of hidden; or float32 with 16-bit hidden states, which are then upcast
-            chunk by chunk for a product in fp32. Under autocast any of these dtypes; operands are
-            cast as F.linear casts them. Gradients have each operand's own dtype.
+            chunk by chunk for a product in fp32. It takes the time of fp32 products, of TF32 where
+            torch allows it: 16-bit hidden states are exact in TF32, the weight is rounded. Under
+            autocast any of these dtypes; operands are cast as F.linear casts them, an fp32 head
+            too: for logits in fp32 call under torch.autocast(device_type, enabled=False). Gradients
+            have each operand's own dtype.
         labels: [...], or [..., K] for K labels per token, int64 or int32, as in `token_logprobs`.
             The head is multiplied once for all.
         mask: as in `token_logprobs`; masked tokens are not multiplied.
@@ -275,6 +288,8 @@ def linear_token_logprobs(
             `token_logprobs`. Only the rows of the weight for these ids are multiplied, in fp32 and
             without chunks, and only these rows have a gradient. No pass counts tokens, and every
             row is summed alone: chunk_tokens, kept_tokens and batch_invariant change nothing.
+        empty_support: as in `token_logprobs`. With "whole" the tokens whose support is empty go
+            through the head in chunks, as without a support.
 
     Returns:
         TokenLogprobs(logprobs, entropy, collision, lse, argmax) or TokenLogprobsEntropy as in
@@ -311,11 +326,38 @@ def linear_token_logprobs(
     batching = check_batching(
         op, chunk_tokens, kept_tokens, batch_invariant, weight, weight.shape[0], backend
     )
+    if type(empty_support) is not str or empty_support != "nan":
+        check_empty_support(op, empty_support, support)
     if support is not None:
         if shards:
             raise ValueError(f"{op}: support and group do not go together")
         check_one_label(op, several)
         checks.kept_tokens(op, labels != arguments.ignore_index, batching.kept_tokens)
+        if empty_support == "whole":
+            return support_or_whole(
+                op,
+                labels,
+                support,
+                arguments.ignore_index,
+                lambda own, of_own: linear_token_logprobs(
+                    hidden,
+                    weight,
+                    own,
+                    bias=bias,
+                    temperature=temperature,
+                    softcap=softcap,
+                    logit_scale=logit_scale,
+                    entropy=entropy,
+                    ignore_index=ignore_index,
+                    lse=lse,
+                    collision=collision,
+                    argmax=argmax,
+                    chunk_tokens=chunk_tokens,
+                    kept_tokens=kept_tokens,
+                    batch_invariant=batch_invariant,
+                    support=of_own,
+                ),
+            )
         return named_result(
             *linear_token_logprobs_support(hidden, weight, bias, labels, support, arguments)
         )

@@ -15,7 +15,13 @@ from ..head import shard
 from ..kernels import backends
 from ._operator import InputGradients, Operator, apply, define, once_differentiable, remember
 from .logprobs_results import TokenLogprobs, TokenLogprobsEntropy, asked_for, by_name, named_result
-from .support import Support, check_one_label, token_logprobs_support
+from .support import (
+    Support,
+    check_empty_support,
+    check_one_label,
+    support_or_whole,
+    token_logprobs_support,
+)
 
 
 def _check_inplace(logits: Tensor) -> None:
@@ -160,6 +166,7 @@ def token_logprobs(
     inplace_backward: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
+    empty_support: Literal["nan", "whole"] = "nan",
 ) -> TokenLogprobs: ...
 
 
@@ -179,6 +186,7 @@ def token_logprobs(
     inplace_backward: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
+    empty_support: Literal["nan", "whole"] = "nan",
 ) -> TokenLogprobsEntropy: ...
 
 
@@ -198,6 +206,7 @@ def token_logprobs(
     inplace_backward: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
+    empty_support: Literal["nan", "whole"] = "nan",
 ) -> TokenLogprobs | TokenLogprobsEntropy: ...
 
 
@@ -216,6 +225,7 @@ def token_logprobs(
     inplace_backward: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
+    empty_support: Literal["nan", "whole"] = "nan",
 ) -> TokenLogprobs | TokenLogprobsEntropy:
     """Log-probability of each label, and optionally the entropy of the token's distribution.
 
@@ -267,10 +277,12 @@ def token_logprobs(
             Logits outside the support count as -inf after the cap: log-probability and entropy are
             renormalised over the support, and the gradient outside it is 0. A label outside its
             support, which the sampler cannot have drawn, gives -inf and a gradient in the kept
-            logits. A token with an empty support gives NaN and gradient 0. Give tokens of prompts
-            and tools `ignore_index`; their entries are not read. For tokens sampled from the whole
-            vocabulary, make a separate call without support. Only the kept logits are read, and
-            only they are saved for the backward pass.
+            logits. Give tokens of prompts and tools `ignore_index`; their entries are not read.
+            Only the kept logits are read, and only they are saved for the backward pass.
+        empty_support: what a token has whose support is empty. "nan": NaN, and gradient 0. "whole":
+            its distribution is over the whole vocabulary, for samplers that record a support only
+            where they cut one. Each token is still read by one of two passes alone, but the
+            gradient is the sum of theirs, with a second buffer of its size, and logits are saved.
 
     Returns:
         TokenLogprobs(logprobs, entropy, collision, lse, argmax), each [...], float32 but for the
@@ -320,10 +332,31 @@ def token_logprobs(
     if mask is not None:
         labels = row_options.without_masked(op, labels, mask, arguments.ignore_index, several)
     inplace_backward = option_checks.flag(op, "inplace_backward", inplace_backward)
+    if type(empty_support) is not str or empty_support != "nan":
+        check_empty_support(op, empty_support, support)
     if support is not None:
         if inplace_backward or shards:
             raise ValueError(f"{op}: support goes with neither inplace_backward nor group")
         check_one_label(op, several)
+        if empty_support == "whole":
+            return support_or_whole(
+                op,
+                labels,
+                support,
+                arguments.ignore_index,
+                lambda own, of_own: token_logprobs(
+                    logits,
+                    own,
+                    temperature=temperature,
+                    softcap=softcap,
+                    entropy=entropy,
+                    ignore_index=ignore_index,
+                    lse=lse,
+                    collision=collision,
+                    argmax=argmax,
+                    support=of_own,
+                ),
+            )
         return named_result(*token_logprobs_support(logits, labels, support, arguments))
 
     backend = backends.select(op, logits.device)

@@ -1,12 +1,13 @@
 """Log-probabilities over the token ids that the sampler kept (`support` of public functions)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..core import checks
+from ..core import checks, option_checks, row_options
 from ..core.row_options import RowArguments, RowOptions, RowResults
 from ..head.arguments import Operands
 from ..kernels import backends
@@ -19,6 +20,7 @@ from ._operator import (
     once_differentiable,
     remember,
 )
+from .logprobs_results import TokenLogprobs, TokenLogprobsEntropy
 
 #: (indptr [N + 1], indices [nnz]): the token ids that the sampler kept for each token.
 Support = tuple[Tensor, Tensor]
@@ -78,6 +80,43 @@ def _check_arguments(op: str, arguments: RowArguments) -> None:
             f"{op}: support gives log-probabilities and entropies alone, neither lse nor collision "
             "nor argmax"
         )
+
+
+#: What a token with an empty support has: NaN, or the whole vocabulary as its distribution.
+EMPTY_SUPPORT = ("nan", "whole")
+
+
+def check_empty_support(op: str, value: object, support: object) -> None:
+    """Requires an `empty_support` other than the default, which goes with a support alone."""
+    option_checks.one_of(op, "empty_support", value, EMPTY_SUPPORT)
+    if support is None:
+        raise ValueError(f"{op}: empty_support={value!r} needs a support")
+
+
+def support_or_whole(
+    op: str,
+    labels: Tensor,
+    support: Support,
+    ignore_index: int,
+    run: Callable[[Tensor, Support | None], TokenLogprobs | TokenLogprobsEntropy],
+) -> TokenLogprobs | TokenLogprobsEntropy:
+    """Results over each token's support, or over the whole vocabulary where that is empty.
+
+    Args:
+        op: name for errors.
+        labels: [...], with `ignore_index` for tokens to skip.
+        support: of all tokens.
+        ignore_index: label to skip.
+        run: the operation for labels of which some more are skipped, over a support or none.
+    """
+    indptr, _ = checks.support(op, support, labels.numel(), labels.device)
+    empty = (indptr[1:] == indptr[:-1]).view(labels.shape)
+    of_kept = run(row_options.without_masked(op, labels, ~empty, ignore_index), support)
+    of_whole = run(row_options.without_masked(op, labels, empty, ignore_index), None)
+    logprobs = torch.where(empty, of_whole.logprobs, of_kept.logprobs)
+    if of_kept.entropy is None or of_whole.entropy is None:
+        return TokenLogprobs(logprobs)
+    return TokenLogprobsEntropy(logprobs, torch.where(empty, of_whole.entropy, of_kept.entropy))
 
 
 def check_one_label(op: str, several: bool) -> None:
