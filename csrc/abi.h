@@ -184,10 +184,23 @@ struct SupportHeadArgs {
   Exec exec;
 };
 
+// Options of a divergence beside its direction and temperature; see core/pair_options.py. `beta` is
+// that of the generalised Jensen-Shannon divergence, 0 for none. The caps are of the two tensors of
+// logits, 0 for none. `ref_scale` multiplies the reference's logits after their cap.
+struct PairOptions {
+  double beta, softcap, ref_softcap, ref_scale;
+
+  // Whether they change a logit before the temperature divides it.
+  RK_HD bool change_logits() const {
+    return softcap > 0.0 || ref_softcap > 0.0 || ref_scale != 1.0;
+  }
+};
+
 // kl_divergence over the whole vocabulary. `stats` is fp32 [rows, cols, 5], contiguous: m and s of
 // the policy, m and s of the reference, and the mean under P of (x_P - m_P) - (x_Q - m_Q). This
 // mean is finite exactly where the divergence is. reverse = KL(policy || ref), else
-// KL(ref || policy).
+// KL(ref || policy). With beta the last is KL(policy || mixture) instead, and `reverse` is true.
+// `entropy` is the policy's.
 struct KlArgs {
   int64_t rows, cols, vocab;
   Tensor logits, ref_logits;
@@ -196,6 +209,11 @@ struct KlArgs {
   Tensor kl;
   float* stats;
   Exec exec;
+  PairOptions options;
+  Tensor entropy;
+
+  // Whether the kernels for options are needed.
+  bool general() const { return options.beta > 0.0 || options.change_logits() || entropy.given; }
 };
 
 struct KlBackwardArgs {
@@ -206,6 +224,9 @@ struct KlBackwardArgs {
   const float* stats;
   Tensor grad_kl, grad_logits;
   Exec exec;
+  PairOptions options;
+
+  bool general() const { return options.beta > 0.0 || options.change_logits(); }
 };
 
 // The enums below have the names and the order of tuples in rlhf_kernels/config/enums.py.

@@ -13,7 +13,7 @@ from .ops.advantages import (
 )
 from .ops.advantages_groups import group_advantages, optimal_token_baseline
 from .ops.advantages_shaped import PPOAdvantages, ppo_advantages
-from .ops.kl import kl_divergence, kl_penalty
+from .ops.kl import KlDivergence, kl_divergence, kl_penalty
 from .ops.linear_kl import linear_kl_divergence
 from .ops.linear_logprobs import linear_token_logprobs
 from .ops.linear_policy import linear_policy_loss
@@ -41,6 +41,7 @@ __all__ = [
     "FixedKLController",
     "Head",
     "KTOLoss",
+    "KlDivergence",
     "MismatchMetrics",
     "MismatchWeights",
     "PPOAdvantages",

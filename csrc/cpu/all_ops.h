@@ -11,6 +11,7 @@
 #include "parallel.h"
 #include "vec.h"
 #include "../advantages_math.h"
+#include "../kl_math.h"
 #include "../math.h"
 #include "../mismatch_math.h"
 #include "../policy_math.h"
@@ -20,6 +21,8 @@
 #include "logprobs.h"
 #include "logprobs_many.h"
 #include "support.h"
+#include "kl_sums.h"
+#include "kl_general.h"
 #include "kl.h"
 #include "policy.h"
 #include "value.h"
@@ -46,6 +49,7 @@ const Kernels RK_CONCAT(kernels_, RK_ISA) = {
     support_backward,
     support_head_backward,
     kl_divergence,
+    kl_mixture,
     kl_divergence_backward,
     kl_penalty,
     kl_penalty_backward,

@@ -1,145 +1,16 @@
 // KL divergence between two rows of logits over the whole vocabulary, and the per-token estimators.
-//
-// P is the weighting distribution (policy for reverse, reference for forward), Q the other one:
-// KL = sum P (log P - log Q) = t / s_P - (log s_P - log s_Q), t = sum e_P ((x_P - m_P) - (x_Q -
-// m_Q)). The difference is taken element by element, so t is accurate where the two rows are close.
 #pragma once
 
 namespace rk {
 namespace {
 
-// The reduction of a pair of rows. P is the weighting distribution.
-struct PairSums {
-  RowSums p, q;  // p.t is the sum above; q.t is unused
-};
-
-// Moves the reference point of a row's sums from r.m to m. Returns the factor that scales every e.
-inline double rebase(RowSums& r, float m, double inv_t) {
-  double scale = 1.0;
-  if (r.s != 0.0) scale = exp((static_cast<double>(r.m) - m) * inv_t);
-  r.s *= scale;
-  r.m = m;
-  return scale;
-}
-
-// Half a block of each row, so that both together fit the L1 cache.
-constexpr int64_t kPairBlock = kBlock / 2;
-constexpr int kPairUnroll = 2;
-
-struct PairMax {
-  float p, q;
-};
-
-// Adds a block of n pairs of logits to the sums. With kNext, returns the maxima of the next full
-// block, as add_block does for one row.
-template <class E, bool kNext>
-inline PairMax add_pairs(PairSums& r, const typename E::Storage* xp, const typename E::Storage* xq,
-                         int64_t n, Vec rate, Vec lowest) {
-  const float minus_inf = -__builtin_inff();
-  const Vec zero = splat(0.0f);
-  // A row of only -inf so far has no reference point yet; its sums are 0 with any.
-  const Vec vp = splat(r.p.m == minus_inf ? 0.0f : r.p.m);
-  const Vec vq = splat(r.q.m == minus_inf ? 0.0f : r.q.m);
-  Vec sp[kPairUnroll], sq[kPairUnroll], t[kPairUnroll], next_p[kPairUnroll], next_q[kPairUnroll];
-  for (int u = 0; u < kPairUnroll; ++u) {
-    sp[u] = sq[u] = t[u] = zero;
-    next_p[u] = next_q[u] = splat(minus_inf);
-  }
-  const auto accumulate = [&](int u, Vec zp, Vec zq) {
-    const Vec dp = sub(zp, vp), dq = sub(zq, vq);
-    // Weights below the range of exp are exactly zero, so that a reference logit of -inf does not
-    // give 0 * inf, and sums over only -inf stay 0.
-    const Vec ep = select_less(dp, lowest, zero, exp_scaled(max(lowest, dp), rate));
-    const Vec eq = select_less(dq, lowest, zero, exp_scaled(max(lowest, dq), rate));
-    sp[u] = add(sp[u], ep);
-    sq[u] = add(sq[u], eq);
-    const Vec term = mul(ep, sub(dp, dq));
-    t[u] = add(t[u], select_less(dp, lowest, zero, term));
-  };
-  int64_t i = 0;
-  for (; i + kPairUnroll * kLanes <= n; i += kPairUnroll * kLanes) {
-    prefetch_ahead<E, kPairUnroll>(xp + i + kPairBlock);
-    prefetch_ahead<E, kPairUnroll>(xq + i + kPairBlock);
-    for (int u = 0; u < kPairUnroll; ++u) {
-      const int64_t k = i + u * kLanes;
-      accumulate(u, E::load(xp + k), E::load(xq + k));
-      if constexpr (kNext) {
-        next_p[u] = max(next_p[u], E::load(xp + kPairBlock + k));
-        next_q[u] = max(next_q[u], E::load(xq + kPairBlock + k));
-      }
-    }
-  }
-  for (; i < n; i += kLanes) {
-    const int left = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
-    accumulate(0, load_partial<E>(xp + i, left, minus_inf),
-               load_partial<E>(xq + i, left, minus_inf));
-  }
-  r.p.s += reduce_add(add(sp[0], sp[1]));
-  r.q.s += reduce_add(add(sq[0], sq[1]));
-  r.p.t += reduce_add(add(t[0], t[1]));
-  return {reduce_max(max(next_p[0], next_p[1])), reduce_max(max(next_q[0], next_q[1]))};
-}
-
-template <class E>
-inline PairSums pair_sums(const typename E::Storage* xp, const typename E::Storage* xq,
-                          int64_t vocab, double inv_t) {
-  const float minus_inf = -__builtin_inff();
-  PairSums r;
-  const Vec rate = splat(static_cast<float>(inv_t * kLog2e));
-  const Vec lowest = splat(static_cast<float>(kExpMin / inv_t));
-  PairMax next{};
-  bool known = false;
-  for (int64_t start = 0; start < vocab; start += kPairBlock) {
-    const int64_t n = vocab - start < kPairBlock ? vocab - start : kPairBlock;
-    const float mp = known ? next.p : block_max<E>(xp + start, n);
-    const float mq = known ? next.q : block_max<E>(xq + start, n);
-    if (mp > r.p.m) {
-      // The new maximum m' also lowers every x_P - m_P by m' - m.
-      const double shift = static_cast<double>(r.p.m) - mp;
-      const bool any = r.p.s != 0.0;
-      const double scale = rebase(r.p, mp, inv_t);
-      // Weights that underflow contribute 0, even if their terms were infinite.
-      if (any) r.p.t = scale == 0.0 ? 0.0 : scale * r.p.t + r.p.s * shift;
-    }
-    if (mq > r.q.m) {
-      // Raises every -(x_Q - m_Q) by m' - m; skipped while the reference has seen only -inf.
-      if (r.p.s != 0.0 && r.q.m != minus_inf) r.p.t += r.p.s * (static_cast<double>(mq) - r.q.m);
-      rebase(r.q, mq, inv_t);
-    }
-    if (mp == minus_inf && has_nan<E>(xp + start, n)) r.p.s = __builtin_nan("");
-    if (mq == minus_inf && has_nan<E>(xq + start, n)) r.q.s = __builtin_nan("");
-    known = vocab - start >= 2 * kPairBlock;
-    if (known)
-      next = add_pairs<E, true>(r, xp + start, xq + start, n, rate, lowest);
-    else
-      add_pairs<E, false>(r, xp + start, xq + start, n, rate, lowest);
-  }
-  return r;
-}
-
 template <class E>
 void kl_row(const KlArgs& a, int64_t row) {
   const int64_t i = row / a.cols, j = row % a.cols;
-  const double inv_t = 1.0 / a.temperature;
   const Tensor& p = a.reverse ? a.logits : a.ref_logits;
   const Tensor& q = a.reverse ? a.ref_logits : a.logits;
-  const PairSums r = pair_sums<E>(row_at<E>(p, i, j), row_at<E>(q, i, j), a.vocab, inv_t);
-  const float minus_inf = -__builtin_inff();
-  double kl = __builtin_nan("");
-  if (r.p.m != minus_inf && r.q.m != minus_inf) {
-    kl = r.p.t / r.p.s * inv_t - (log(r.p.s) - log(r.q.s));
-    // A KL divergence is never negative (Gibbs), but rounding may make it so. NaN stays.
-    if (kl < 0.0) kl = 0.0;
-  }
-  static_cast<float*>(a.kl.data)[row] = static_cast<float>(kl);
-  float* stats = a.stats + 5 * row;
-  const RowSums& policy = a.reverse ? r.p : r.q;
-  const RowSums& ref = a.reverse ? r.q : r.p;
-  stats[0] = policy.m, stats[1] = static_cast<float>(policy.s);
-  stats[2] = ref.m, stats[3] = static_cast<float>(ref.s);
-  // The mean difference, not the divergence: the gradient does not need the logarithms, whose
-  // difference loses digits by cancellation.
-  stats[4] = static_cast<float>(kl != kl ? kl : r.p.t / r.p.s);
+  const PairRow<false> of_row{1.0 / a.temperature, {}, {}};
+  store_divergence(a, row, pair_sums<E>(row_at<E>(p, i, j), row_at<E>(q, i, j), a.vocab, of_row));
 }
 
 // Gradient w.r.t. the policy's logits. Reverse: p_j (log p_j - log q_j - KL) / T, which is p_j / T
@@ -197,9 +68,21 @@ void kl_backward_row(const KlBackwardArgs& a, int64_t row) {
 }
 
 Status kl_divergence(const KlArgs& a) {
-  const auto row = a.logits.dtype == kBFloat16  ? kl_row<BF16>
-                   : a.logits.dtype == kFloat16 ? kl_row<F16>
-                                                : kl_row<F32>;
+  const auto choose = [&](auto e) {
+    using E = decltype(e);
+    return a.general() ? general_kl_row<E> : kl_row<E>;
+  };
+  const auto row = a.logits.dtype == kBFloat16  ? choose(BF16{})
+                   : a.logits.dtype == kFloat16 ? choose(F16{})
+                                                : choose(F32{});
+  parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) { row(a, r); });
+  return {};
+}
+
+Status kl_mixture(const KlArgs& a) {
+  const auto row = a.logits.dtype == kBFloat16  ? mixture_row<BF16>
+                   : a.logits.dtype == kFloat16 ? mixture_row<F16>
+                                                : mixture_row<F32>;
   parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) { row(a, r); });
   return {};
 }
@@ -207,6 +90,10 @@ Status kl_divergence(const KlArgs& a) {
 Status kl_divergence_backward(const KlBackwardArgs& a) {
   const auto choose = [&](auto e) {
     using E = decltype(e);
+    if (a.options.beta > 0.0) return general_backward_row<E, Divergence::kMixture>;
+    if (a.general())
+      return a.reverse ? general_backward_row<E, Divergence::kReverse>
+                       : general_backward_row<E, Divergence::kForward>;
     return a.reverse ? kl_backward_row<E, true> : kl_backward_row<E, false>;
   };
   const auto row = a.logits.dtype == kBFloat16  ? choose(BF16{})

@@ -32,6 +32,7 @@ inline Lanes max(Lanes a, Lanes b) { return max(a.v, b.v); }
 inline Lanes min(Lanes a, Lanes b) { return min(a.v, b.v); }
 inline Lanes abs(Lanes a) { return abs(a.v); }
 inline Lanes scale2(Lanes x, Lanes n) { return scale2(x.v, n.v); }
+inline Lanes exponent(Lanes x) { return exponent(x.v); }
 inline Lanes select_less(Lanes a, Lanes b, Lanes yes, Lanes no) {
   return select_less(a.v, b.v, yes.v, no.v);
 }

@@ -102,6 +102,8 @@ inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
 }
 // x * 2^n for integral n in [-126, 127]
 inline Vec scale2(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
+// floor(log2 x) of normal x > 0
+inline Vec exponent(Vec x) { return _mm512_getexp_ps(x); }
 
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
@@ -151,6 +153,10 @@ inline Vec scale2(Vec x, Vec n) {
       _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   return _mm256_mul_ps(x, _mm256_castsi256_ps(e));
 }
+inline Vec exponent(Vec x) {
+  const __m256i e = _mm256_srai_epi32(_mm256_castps_si256(x), 23);
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(e, _mm256_set1_epi32(127)));
+}
 
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
@@ -195,6 +201,9 @@ inline Vec abs(Vec a) { return reinterpret_cast<Vec>(reinterpret_cast<VecI>(a) &
 inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) { return a < b ? yes : no; }
 inline Vec scale2(Vec x, Vec n) {
   return x * reinterpret_cast<Vec>((__builtin_convertvector(n, VecI) + 127) << 23);
+}
+inline Vec exponent(Vec x) {
+  return __builtin_convertvector((reinterpret_cast<VecI>(x) >> 23) - 127, Vec);
 }
 
 inline Vec load(const float* p) {

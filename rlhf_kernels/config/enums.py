@@ -14,8 +14,9 @@ PLAIN_KL_ESTIMATORS: tuple[PlainKlEstimator, ...] = get_args(PlainKlEstimator)
 KlEstimator = Literal["k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+"]
 KL_ESTIMATORS: tuple[KlEstimator, ...] = get_args(KlEstimator)
 
-#: Directions of kl_divergence: reverse KL(policy || ref), forward KL(ref || policy).
-Direction = Literal["reverse", "forward"]
+#: Directions of kl_divergence: reverse KL(policy || ref), forward KL(ref || policy), and the
+#: generalised Jensen-Shannon divergence between them.
+Direction = Literal["reverse", "forward", "jsd"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 
 Objective = Literal["clip", "penalty", "reinforce", "cispo", "sapo"]

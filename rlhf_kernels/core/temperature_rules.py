@@ -17,21 +17,29 @@ _EXPECTED = "between 2^-60 and 2^60 (8.7e-19 and 1.2e18)"
 
 
 def check(
-    op: str, temperature: float | Tensor, softcap: float | None = None, logit_scale: float = 1.0
+    op: str,
+    temperature: float | Tensor,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    prefix: str = "",
 ) -> None:
-    """Raises ValueError for a number out of bounds. Does not read a temperature tensor."""
+    """Raises ValueError for a number out of bounds. Does not read a temperature tensor.
+
+    `prefix` goes before the names of the options in a message.
+    """
     if logit_scale != 1.0:
-        _within(op, "logit_scale", logit_scale)
+        _within(op, prefix, "logit_scale", logit_scale)
     if softcap is not None:
-        _within(op, "softcap", softcap, logit_scale)
+        _within(op, prefix, "softcap", softcap, logit_scale)
     if not isinstance(temperature, Tensor):
-        _within(op, "temperature", temperature, logit_scale)
+        _within(op, prefix, "temperature", temperature, logit_scale)
 
 
-def _within(op: str, name: str, value: float, logit_scale: float = 1.0) -> None:
+def _within(op: str, prefix: str, name: str, value: float, logit_scale: float = 1.0) -> None:
     # Multiplied instead of value / logit_scale, which may overflow.
     if not LOWEST * logit_scale <= value <= HIGHEST * logit_scale:
-        scaled = "" if logit_scale == 1.0 else f" / logit_scale ({shown(logit_scale)})"
+        name = prefix + name
+        scaled = "" if logit_scale == 1.0 else f" / {prefix}logit_scale ({shown(logit_scale)})"
         raise ValueError(f"{op}: {name}{scaled} must lie {_EXPECTED}, got {name} {shown(value)}")
 
 

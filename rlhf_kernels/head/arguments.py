@@ -8,6 +8,7 @@ from typing import Annotated, NamedTuple
 from torch import Tensor
 
 from ..config.policy_codes import PolicyCodes, PolicyParams
+from ..core.pair_options import PairOptions
 from ..core.row_options import RowOptions
 
 
@@ -85,8 +86,7 @@ class Batching(NamedTuple):
 
 
 class Divergence(NamedTuple):
-    """Options of a divergence of two heads: mask [...] or None; reverse is KL(policy || ref)."""
+    """What a divergence of two heads takes beside them: the mask [...], or None, and options."""
 
     mask: Tensor | None
-    temperature: float
-    reverse: bool
+    options: PairOptions

@@ -17,9 +17,9 @@ def forward(
     reference: Operands,
     divergence: Divergence,
     batching: Batching,
-) -> tuple[Tensor, Tensor]:
-    """(divergences [...], statistics [..., 5]) of the tokens of hidden [..., H]."""
-    mask, temperature, reverse = divergence
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of hidden [..., H]: divergences [...], statistics [..., 5], entropies [...] if wanted."""
+    mask, options = divergence
     shape, device = operands.hidden.shape[:-1], operands.hidden.device
     keep = (
         torch.ones(shape.numel(), dtype=torch.bool, device=device)
@@ -34,17 +34,23 @@ def forward(
     if tokens.fill(of_chunk):
         logits = head.project(head.states(tokens, tokens.whole))
         ref_logits = ref.project(ref.states(tokens, tokens.whole))
-        kl, stats = kernels.rows.kl_divergence(logits, ref_logits, temperature, reverse)
-        return tokens.of_kept(kl, tokens.whole).view(shape), stats.view(*shape, 5)
+        kl, stats, entropies = kernels.rows.kl_divergence(logits, ref_logits, options)
+        if entropies is not None:
+            entropies = tokens.of_kept(entropies, tokens.whole).view(shape)
+        return tokens.of_kept(kl, tokens.whole).view(shape), stats.view(*shape, 5), entropies
     kl = zeros_or_nan(keep, batching.kept_tokens)
+    entropies = kl.clone() if options.entropy else None
     stats = kl.new_empty((*kl.shape, 5))
     for part in tokens.chunks(of_chunk.size):
         logits = head.project(head.states(tokens, part))
         ref_logits = ref.project(ref.states(tokens, part))
-        found, s = kernels.rows.kl_divergence(logits, ref_logits, temperature, reverse)
+        found, s, h = kernels.rows.kl_divergence(logits, ref_logits, options)
         tokens.put(kl, part, tokens.of_kept(found, part))
         tokens.put(stats, part, s)
-    return kl.view(shape), stats.view(*shape, 5)
+        if entropies is not None and h is not None:
+            tokens.put(entropies, part, tokens.of_kept(h, part))
+    of_policy = None if entropies is None else entropies.view(shape)
+    return kl.view(shape), stats.view(*shape, 5), of_policy
 
 
 def backward(
@@ -58,7 +64,7 @@ def backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; empty where `needs` says no."""
-    mask, temperature, reverse = divergence
+    mask, options = divergence
     grad, stats = flat(grad), stats.view(-1, 5)
     if batching.kept_tokens < 0:
         keep = grad != 0
@@ -78,9 +84,7 @@ def backward(
         part = tile.tokens
         ref_logits = ref.project(ref.states(tokens, part), tile.columns)
         own, g = tokens.take(stats, part), tokens.of_kept(tokens.take(grad, part), part)
-        kernels.rows.kl_divergence_backward_into(
-            out, logits, ref_logits, own, g, temperature, reverse
-        )
+        kernels.rows.kl_divergence_backward_into(out, logits, ref_logits, own, g, options)
 
     gradients.sweep(tokens, of_chunk, backward)
     return gradients.results(operands.hidden.shape)

@@ -6,26 +6,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.pair_options import PairOptions
+
 
 def launchers(
-    forward: Callable[..., None], backward: Callable[..., None], penalty: Callable[..., None]
+    forward: Callable[..., None],
+    mixture: Callable[..., None],
+    backward: Callable[..., None],
+    penalty: Callable[..., None],
 ) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, from the functions of a backend that launch its kernels.
 
-    `forward` takes logits, ref_logits, temperature and reverse, and writes its last arguments: the
-    divergences and the statistics. `backward` takes what `kl_divergence_backward_into` takes.
-    `penalty` takes logprobs, ref_logprobs, the upstream gradient or None, and the estimator, and
-    writes its last argument: the gradient or the penalty. None is called without a token.
+    `forward` takes logits, ref_logits and options, and writes its last arguments: the divergences,
+    the statistics, and the entropies or None. `mixture` takes what `kl_mixture_into` takes.
+    `backward` takes what `kl_divergence_backward_into` takes. `penalty` takes logprobs,
+    ref_logprobs, the upstream gradient or None, and the estimator, and writes its last argument:
+    the gradient or the penalty. None is called without a token.
     """
 
     def kl_divergence(
-        logits: Tensor, ref_logits: Tensor, temperature: float, reverse: bool
-    ) -> tuple[Tensor, Tensor]:
+        logits: Tensor, ref_logits: Tensor, options: PairOptions
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         kl = torch.empty(logits.shape[:-1], dtype=torch.float32, device=logits.device)
         stats = kl.new_empty((*kl.shape, 5))
+        entropies = torch.empty_like(kl) if options.entropy else None
         if kl.numel() > 0:
-            forward(logits, ref_logits, temperature, reverse, kl, stats)
-        return kl, stats
+            forward(logits, ref_logits, options, kl, stats, entropies)
+        return kl, stats, entropies
+
+    def kl_mixture_into(
+        kl: Tensor, stats: Tensor, logits: Tensor, ref_logits: Tensor, options: PairOptions
+    ) -> None:
+        if kl.numel() > 0:
+            mixture(kl, stats, logits, ref_logits, options)
 
     def kl_divergence_backward_into(
         out: Tensor,
@@ -33,11 +46,10 @@ def launchers(
         ref_logits: Tensor,
         stats: Tensor,
         grad: Tensor,
-        temperature: float,
-        reverse: bool,
+        options: PairOptions,
     ) -> None:
         if out.numel() > 0:
-            backward(out, logits, ref_logits, stats, grad, temperature, reverse)
+            backward(out, logits, ref_logits, stats, grad, options)
 
     def kl_divergence_backward(logits: Tensor, *args: Any) -> Tensor:
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -61,7 +73,8 @@ def launchers(
     return {
         "kl_divergence": kl_divergence,
         "kl_divergence_backward": kl_divergence_backward,
-        # Only for the fused head; not an operator.
+        # Only for the fused head; not operators.
+        "kl_mixture_into": kl_mixture_into,
         "kl_divergence_backward_into": kl_divergence_backward_into,
         "kl_penalty": kl_penalty,
         "kl_penalty_backward": kl_penalty_backward,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..config.policy_codes import PolicyCodes, PolicyParams
 from ..core.layout import Empty
+from ..core.pair_options import PairOptions
 from ..core.row_options import RowOptions
 
 #: Sums a tensor over the ranks of a sharded vocabulary.
@@ -120,9 +121,17 @@ class Rows(LabelRows, Protocol):
     def __hash__(self) -> int: ...
 
     def kl_divergence(
-        self, logits: Tensor, ref_logits: Tensor, temperature: float, reverse: bool, /
-    ) -> tuple[Tensor, Tensor]:
-        """(divergences [N], statistics [N, 5])."""
+        self, logits: Tensor, ref_logits: Tensor, options: PairOptions, /
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(divergences [N], statistics [N, 5], the policy's entropies [N] or None)."""
+
+    def kl_mixture_into(
+        self, kl: Tensor, stats: Tensor, logits: Tensor, ref_logits: Tensor, options: PairOptions, /
+    ) -> None:
+        """Writes what these columns add to divergences with beta, and to the last statistics.
+
+        The others of stats [N, 5] are over all columns.
+        """
 
     def kl_divergence_backward_into(
         self,
@@ -131,8 +140,7 @@ class Rows(LabelRows, Protocol):
         ref_logits: Tensor,
         stats: Tensor,
         grad: Tensor,
-        temperature: float,
-        reverse: bool,
+        options: PairOptions,
         /,
     ) -> None:
         """Writes the gradient of the logits to `out`, which may be the logits.

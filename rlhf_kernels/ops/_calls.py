@@ -197,6 +197,10 @@ _ROWS = (
     {"support": GIVEN, "entropy": True},
     {"labels": SEVERAL, "temperature": 0.7, "entropy": True},
 )
+_DIVERGENCES = (
+    {"temperature": 0.7},
+    {"direction": "jsd", "ref_softcap": 20.0, "ref_temperature": 0.8, "entropy": True},
+)
 # Moderate logits: a gradient is a difference of them, and its rounding grows with their size.
 _NEAR = _all(lambda x: x.floats(*x.shape, x.vocabulary), "logits", "ref_logits")
 _FAR = _all(Inputs.tokens, "logprobs", "ref_logprobs")
@@ -217,10 +221,10 @@ OPERATIONS: dict[Callable[..., Any], Operation] = {
     discounted_returns: Operation(examples=(_STEPS,)),
     gae: Operation(examples=({**_STEPS, "whiten": True}, {**_STEPS, "lam": GIVEN})),
     group_advantages: Operation(examples=({"groups": 4},), others={"rewards": Inputs.samples}),
-    kl_divergence: Operation(("logits",), ({"temperature": 0.7},), 1, _NEAR),
+    kl_divergence: Operation(("logits",), _DIVERGENCES, 1, _NEAR),
     kl_penalty: Operation(("logprobs",), ({"estimator": "k3"},), others=_FAR),
     kto_loss: Operation(("logprobs", "ref_logprobs"), ({"kl": 0.1},), others=_SUMS),
-    linear_kl_divergence: Operation(_OPERANDS, ({"temperature": 0.7},), 2),
+    linear_kl_divergence: Operation(_OPERANDS, _DIVERGENCES, 2),
     linear_policy_loss: Operation(_OPERANDS, ({"config": _REINFORCE},), 2, _WHOLE),
     linear_token_logprobs: Operation(_OPERANDS, _ROWS, 2),
     mismatch_weights: Operation(examples=({"preset": "icepop", "missing": "one"}, _SEQUENCE_TIS)),

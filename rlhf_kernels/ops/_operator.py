@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..config.mismatch import MismatchParams
 from ..config.policy_codes import PolicyCodes, PolicyParams
 from ..core import tracing
+from ..core.pair_options import PairOptions
 from ..core.row_options import RowOptions
 from ..head.arguments import Batching, Divergence, Operands, PolicyArguments, Targets, Upstream
 from ..kernels import backends
@@ -32,7 +33,7 @@ _GROUPS: dict[str, type] = {
     t.__name__: t
     for t in (
         *(RowOptions, Operands, Targets, Upstream, PolicyArguments, Divergence, Batching),
-        *(GeneralScan, MismatchRules),
+        *(PairOptions, GeneralScan, MismatchRules),
     )
 }
 # The other types of their fields.
@@ -76,7 +77,7 @@ class _Group:
     def __init__(self, kind: Any, prefix: str, optional: bool) -> None:
         self._kind, self._optional = kind, optional
         #: Whether one of the fields may be a tensor.
-        self.has_tensors: bool = kind not in (RowOptions, MismatchRules)
+        self.has_tensors: bool = kind not in (RowOptions, PairOptions, MismatchRules)
         self._fields: list[_Group | Callable[[Any], Any] | None] = []
         schema: list[str] = []
         for name, field in kind.__annotations__.items():

@@ -1,30 +1,37 @@
 """kl_divergence over the whole vocabulary, and kl_penalty, its per-token estimators."""
 
-from typing import Any
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..config.enums import DIRECTIONS, KL_ESTIMATORS, Direction, KlEstimator
-from ..core import checks, option_checks, temperature_rules
+from ..core import checks, option_checks, pair_options
 from ..core.option_checks import shown
+from ..core.pair_options import SAME, PairOptions, Same
 from ..kernels import backends
 from ._operator import InputGradients, Operator, apply, define, once_differentiable, remember
 
-_divergence: Operator[tuple[Tensor, Tensor]] = define(
+
+def _forward_fake(
+    logits: Tensor, ref_logits: Tensor, options: PairOptions, *_: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    shape = logits.shape[:-1]
+    kl = logits.new_empty(shape, dtype=torch.float32)
+    return kl, kl.new_empty((*shape, 5)), kl.new_empty(shape) if options.entropy else None
+
+
+_divergence: Operator[tuple[Tensor, Tensor, Tensor | None]] = define(
     "kl_divergence",
-    "(Tensor logits, Tensor ref_logits, float temperature, bool reverse, str backend) "
-    "-> (Tensor, Tensor)",
-    lambda logits, *_: (
-        logits.new_empty(logits.shape[:-1], dtype=torch.float32),
-        logits.new_empty((*logits.shape[:-1], 5), dtype=torch.float32),
-    ),
+    "(Tensor logits, Tensor ref_logits, PairOptions options, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    _forward_fake,
 )
 _divergence_backward: Operator[Tensor] = define(
     "kl_divergence_backward",
-    "(Tensor logits, Tensor ref_logits, Tensor stats, Tensor grad, float temperature, "
-    "bool reverse, str backend) -> Tensor",
+    "(Tensor logits, Tensor ref_logits, Tensor stats, Tensor grad, PairOptions options, "
+    "str backend) -> Tensor",
     lambda logits, *_: logits.new_empty(logits.shape),
 )
 _penalty: Operator[Tensor] = define(
@@ -39,28 +46,33 @@ _penalty_backward: Operator[Tensor] = define(
 )
 
 
+class KlDivergence(NamedTuple):
+    """Result of `kl_divergence` and `linear_kl_divergence` with `entropy=True`; fp32 [...]."""
+
+    kl: Tensor
+    entropy: Tensor
+
+
 class _KlDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        ref_logits: Tensor,
-        temperature: float,
-        reverse: bool,
-        backend: str,
-    ) -> Tensor:
-        kl, stats = _divergence(logits, ref_logits, temperature, reverse, backend)
+        ctx: Any, logits: Tensor, ref_logits: Tensor, options: PairOptions, backend: str
+    ) -> Any:
+        kl, stats, entropies = _divergence(logits, ref_logits, options, backend)
         remember(ctx, logits)
         ctx.save_for_backward(logits, ref_logits, stats)
-        ctx.options = (temperature, reverse, backend)
-        return kl
+        ctx.options = (options, backend)
+        if not options.entropy:
+            return kl
+        ctx.mark_non_differentiable(entropies)
+        return kl, entropies
 
     @staticmethod
     @once_differentiable("kl_divergence")
-    def backward(ctx: Any, grad: Tensor) -> InputGradients:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> InputGradients:
         logits, ref_logits, stats = ctx.saved_tensors
         gradient = _divergence_backward(logits, ref_logits, stats, grad, *ctx.options)
-        return gradient, None, None, None, None
+        return gradient, None, None, None
 
 
 class _KlPenalty(torch.autograd.Function):
@@ -79,6 +91,16 @@ class _KlPenalty(torch.autograd.Function):
         return _penalty_backward(*ctx.saved_tensors, grad, *ctx.options), None, None, None
 
 
+def result(found: Any, options: PairOptions, mask: Tensor | None = None) -> Tensor | KlDivergence:
+    """The public result for what an implementation returns; 0 where the mask is."""
+    kl, of_policy = found if options.entropy else (found, None)
+    if mask is not None:
+        kl = torch.where(mask != 0, kl, 0)
+        of_policy = None if of_policy is None else torch.where(mask != 0, of_policy, 0)
+    return kl if of_policy is None else KlDivergence(kl, of_policy)
+
+
+@overload
 def kl_divergence(
     logits: Tensor,
     ref_logits: Tensor,
@@ -86,31 +108,100 @@ def kl_divergence(
     *,
     direction: Direction = "reverse",
     temperature: float = 1.0,
-) -> Tensor:
-    """Exact per-token KL divergence over the whole vocabulary.
+    beta: float | None = None,
+    ref_temperature: float | Same = SAME,
+    softcap: float | None = None,
+    ref_softcap: float | Same | None = SAME,
+    entropy: Literal[False] = False,
+) -> Tensor: ...
 
-    reverse: KL(policy || ref) = sum_j p_j (log p_j - log q_j), the KL term of RLHF.
-    forward: KL(ref || policy), the loss of distillation. Here p = softmax(logits / temperature) and
-    q = softmax(ref_logits / temperature). The forward pass reads each tensor once. Differentiable
-    in `logits` only.
+
+@overload
+def kl_divergence(
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None = None,
+    *,
+    direction: Direction = "reverse",
+    temperature: float = 1.0,
+    beta: float | None = None,
+    ref_temperature: float | Same = SAME,
+    softcap: float | None = None,
+    ref_softcap: float | Same | None = SAME,
+    entropy: Literal[True],
+) -> KlDivergence: ...
+
+
+@overload
+def kl_divergence(
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None = None,
+    *,
+    direction: Direction = "reverse",
+    temperature: float = 1.0,
+    beta: float | None = None,
+    ref_temperature: float | Same = SAME,
+    softcap: float | None = None,
+    ref_softcap: float | Same | None = SAME,
+    entropy: bool,
+) -> Tensor | KlDivergence: ...
+
+
+def kl_divergence(
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None = None,
+    *,
+    direction: Direction = "reverse",
+    temperature: float = 1.0,
+    beta: float | None = None,
+    ref_temperature: float | Same = SAME,
+    softcap: float | None = None,
+    ref_softcap: float | Same | None = SAME,
+    entropy: bool = False,
+) -> Tensor | KlDivergence:
+    """Exact per-token divergence of two models over the whole vocabulary.
+
+    With p = softmax(logits / temperature) of the policy (the student) and
+    q = softmax(ref_logits / ref_temperature) of the reference (the teacher):
+
+    reverse: KL(p || q) = sum_j p_j (log p_j - log q_j), the KL term of RLHF and of on-policy
+        distillation.
+    forward: KL(q || p), the loss of distillation.
+    jsd: the generalised Jensen-Shannon divergence of GKD, beta KL(q || m) + (1 - beta) KL(p || m)
+        with m = (1 - beta) p + beta q. As in TRL and Liger, beta = 0 is defined as forward and
+        beta = 1 as reverse: the formula itself is 0 there, and its slope in beta is that of the
+        forward divergence at 0 and of the reverse one at 1.
+
+    The forward pass reads each tensor once, with "jsd" twice. Differentiable in `logits` only.
 
     Args:
         logits: policy's logits [..., V], float32, bfloat16 or float16.
         ref_logits: reference's logits, same shape and dtype; a constant.
         mask: [...]; bool or integer, nonzero = keep, or floating with only 0 and 1. Masked tokens
             give 0 and no gradient, whatever their logits. None keeps everything.
-        direction: "reverse" or "forward".
+        direction: "reverse", "forward" or "jsd".
         temperature: a number between 2^-60 and 2^60; divides both tensors.
+        beta: with "jsd" a number in [0, 1]; None is 0.5. None with the other directions.
+        ref_temperature: divides ref_logits instead; "same" is `temperature`.
+        softcap: c of c * tanh(logits / c), before the temperature (Gemma 2); None for none. It caps
+            both tensors unless ref_softcap is given.
+        ref_softcap: caps ref_logits instead; None for none, "same" is `softcap`. A teacher of
+            another family needs its own: give what its configuration has.
+        entropy: also return the policy's entropy, which has no gradient.
 
     Returns:
-        [...], float32, never negative. +inf where the second distribution is 0 for a token to which
-        the first gives mass. NaN for a row that holds NaN or +inf, or only -inf. The gradient of an
-        infinite forward divergence is still (p - q) / T; that of an infinite reverse divergence is
-        NaN where p > 0, else 0.
+        [...], float32, never negative; with entropy=True a KlDivergence(kl, entropy). +inf where
+        the second distribution is 0 for a token to which the first gives mass; never with "jsd".
+        NaN for a row that holds NaN or +inf, or only -inf. The gradient of an infinite forward
+        divergence is still (p - q) / T; that of an infinite reverse divergence is NaN where p > 0,
+        else 0.
 
     Raises:
         TypeError: wrong dtype, or dtypes that differ.
-        ValueError: shapes or devices that differ, unknown direction, temperature out of bounds.
+        ValueError: shapes or devices that differ, unknown direction, a beta outside [0, 1] or
+            without "jsd", a temperature or cap out of bounds.
     """
     op = "kl_divergence"
     checks.floating(op, "logits", logits, double=True)
@@ -121,20 +212,28 @@ def kl_divergence(
     checks.same_device(op, "ref_logits", ref_logits, "logits", logits.device)
     checks.same_dtype(op, "ref_logits", ref_logits, "logits", logits.dtype)
     option_checks.one_of(op, "direction", direction, DIRECTIONS)
-    temperature = option_checks.positive(op, "temperature", temperature)
+    options = pair_options.checked(
+        op, direction, beta, temperature, ref_temperature, softcap, ref_softcap, entropy
+    )
     mask = checks.row_mask(op, mask, "logits without V", logits.shape[:-1], logits.device)
-    temperature_rules.check(op, temperature)
     backend = backends.select(op, logits.device)
     if backend == backends.REFERENCE:
-        kl = reference.kl_divergence(
-            logits, ref_logits, direction=direction, temperature=temperature
+        found = reference.kl_divergence(
+            logits,
+            ref_logits,
+            direction=direction,
+            beta=beta,
+            temperature=temperature,
+            ref_temperature=ref_temperature,
+            softcap=softcap,
+            ref_softcap=ref_softcap,
+            entropy=options.entropy,
         )
     else:
         checks.floating(op, "logits", logits)
-        reverse = direction == "reverse"
-        kl = apply(op, _KlDivergence, logits, ref_logits.detach(), temperature, reverse, backend)
+        found = apply(op, _KlDivergence, logits, ref_logits.detach(), options, backend)
     # Kernels give a row with zero upstream gradient a zero gradient, even if it holds NaN.
-    return kl if mask is None else torch.where(mask != 0, kl, 0)
+    return result(found, options, mask)
 
 
 def kl_penalty(

@@ -1,13 +1,14 @@
 """linear_kl_divergence: the KL divergence of two LM heads, from hidden states."""
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..config.enums import DIRECTIONS, Direction
-from ..core import checks, option_checks, temperature_rules
+from ..core import checks, option_checks, pair_options
+from ..core.pair_options import SAME, Same
 from ..head import kl as head
 from ..head.arguments import Divergence, Operands
 from ..kernels import backends
@@ -22,15 +23,24 @@ from ._operator import (
     remember,
     select,
 )
+from .kl import KlDivergence, result
 
 _ARGS = "Operands operands, Operands ref_, Divergence divergence"
-_forward: Operator[tuple[Tensor, Tensor]] = define(
+
+
+def _forward_fake(
+    operands: Operands, ref: Operands, divergence: Divergence, *_: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    shape = operands.hidden.shape[:-1]
+    kl = operands.hidden.new_empty(shape, dtype=torch.float32)
+    entropies = kl.new_empty(shape) if divergence.options.entropy else None
+    return kl, kl.new_empty((*shape, 5)), entropies
+
+
+_forward: Operator[tuple[Tensor, Tensor, Tensor | None]] = define(
     "linear_kl_divergence",
-    f"({_ARGS}, Batching batching, str backend) -> (Tensor, Tensor)",
-    lambda operands, *_: (
-        operands.hidden.new_empty(operands.hidden.shape[:-1], dtype=torch.float32),
-        operands.hidden.new_empty((*operands.hidden.shape[:-1], 5), dtype=torch.float32),
-    ),
+    f"({_ARGS}, Batching batching, str backend) -> (Tensor, Tensor, Tensor)",
+    _forward_fake,
     head.forward,
 )
 _backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
@@ -44,29 +54,106 @@ _backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
 
 class _LinearKlDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
+    def forward(ctx: Any, *args: Any) -> Any:
         """`args`: the fields of both heads' Operands and of Divergence; batching, backend."""
         operands, reference = Operands(*args[:3]), Operands(*args[3:6])
-        divergence = Divergence(*args[6:9])
-        batching, backend = args[9:]
-        kl, stats = _forward(operands, reference, divergence, batching, backend)
+        divergence = Divergence(*args[6:8])
+        batching, backend = args[8:]
+        kl, stats, entropies = _forward(operands, reference, divergence, batching, backend)
         remember(ctx, *operands)
         ctx.save_for_backward(*operands, *reference, divergence.mask, stats)
-        ctx.options = (divergence.temperature, divergence.reverse)
-        ctx.batching, ctx.backend = batching, backend
-        return kl
+        ctx.options, ctx.batching, ctx.backend = divergence.options, batching, backend
+        if not divergence.options.entropy:
+            return kl
+        ctx.mark_non_differentiable(entropies)
+        return kl, entropies
 
     @staticmethod
     @once_differentiable("linear_kl_divergence")
-    def backward(ctx: Any, grad: Tensor) -> InputGradients:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> InputGradients:
         needs = list(ctx.needs_input_grad[:3])
         *heads, mask, stats = ctx.saved_tensors
         found = _backward(
-            Operands(*heads[:3]), Operands(*heads[3:]), Divergence(mask, *ctx.options), stats, grad,
+            Operands(*heads[:3]), Operands(*heads[3:]), Divergence(mask, ctx.options), stats, grad,
             ctx.batching, needs, ctx.backend,
         )  # fmt: skip
         gradients = (g if need else None for g, need in zip(found, needs, strict=True))
-        return (*gradients, *(None,) * 8)
+        return (*gradients, *(None,) * 7)
+
+
+@overload
+def linear_kl_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    direction: Direction = "reverse",
+    temperature: float = 1.0,
+    chunk_tokens: int | None = None,
+    kept_tokens: int | None = None,
+    batch_invariant: bool = False,
+    beta: float | None = None,
+    ref_temperature: float | Same = SAME,
+    softcap: float | None = None,
+    ref_softcap: float | Same | None = SAME,
+    ref_logit_scale: float | Same = SAME,
+    entropy: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def linear_kl_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    direction: Direction = "reverse",
+    temperature: float = 1.0,
+    chunk_tokens: int | None = None,
+    kept_tokens: int | None = None,
+    batch_invariant: bool = False,
+    beta: float | None = None,
+    ref_temperature: float | Same = SAME,
+    softcap: float | None = None,
+    ref_softcap: float | Same | None = SAME,
+    ref_logit_scale: float | Same = SAME,
+    entropy: Literal[True],
+) -> KlDivergence: ...
+
+
+@overload
+def linear_kl_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    direction: Direction = "reverse",
+    temperature: float = 1.0,
+    chunk_tokens: int | None = None,
+    kept_tokens: int | None = None,
+    batch_invariant: bool = False,
+    beta: float | None = None,
+    ref_temperature: float | Same = SAME,
+    softcap: float | None = None,
+    ref_softcap: float | Same | None = SAME,
+    ref_logit_scale: float | Same = SAME,
+    entropy: bool,
+) -> Tensor | KlDivergence: ...
 
 
 def linear_kl_divergence(
@@ -84,11 +171,17 @@ def linear_kl_divergence(
     chunk_tokens: int | None = None,
     kept_tokens: int | None = None,
     batch_invariant: bool = False,
-) -> Tensor:
+    beta: float | None = None,
+    ref_temperature: float | Same = SAME,
+    softcap: float | None = None,
+    ref_softcap: float | Same | None = SAME,
+    ref_logit_scale: float | Same = SAME,
+    entropy: bool = False,
+) -> Tensor | KlDivergence:
     """`kl_divergence` between two LM heads, without ever holding all logits of either in memory.
 
-    Both heads' logits are computed in chunks of tokens, once forward and once more backward.
-    reverse: KL(policy || ref); forward: KL(ref || policy), the loss of distillation.
+    Both heads' logits are computed in chunks of tokens, once forward and once more backward. The
+    divergences are those of `kl_divergence`.
 
     Args:
         hidden: policy's hidden states [..., H], float32, bfloat16 or float16.
@@ -100,15 +193,19 @@ def linear_kl_divergence(
         mask: [...]; bool or integer, nonzero = keep, or floating with only 0 and 1. Masked tokens
             are not multiplied and give 0.
         logit_scale: a finite number > 0 that multiplies the logits of both heads.
-        direction: "reverse" or "forward".
+        direction, beta: as in `kl_divergence`.
         temperature: a number that divides the logits of both heads; temperature / logit_scale must
             lie between 2^-60 and 2^60.
         chunk_tokens: as in `linear_token_logprobs`.
         kept_tokens: as in `linear_token_logprobs`, by the mask.
         batch_invariant: as in `linear_token_logprobs`.
+        softcap: cap of the logits of both heads after logit_scale, as in `kl_divergence`.
+        ref_temperature, ref_softcap, ref_logit_scale: the reference's own; "same" is the policy's.
+        entropy: also return the policy's entropy, which has no gradient.
 
     Returns:
         [...], float32, differentiable in hidden, weight and bias; values as in `kl_divergence`.
+        With entropy=True a KlDivergence(kl, entropy).
 
     Raises:
         TypeError, ValueError: as in `kl_divergence`; operands whose shapes or dtypes do not match.
@@ -122,9 +219,10 @@ def linear_kl_divergence(
     checks.same_dtype(op, "ref_weight", ref_weight, "weight", weight.dtype)
     mask = checks.row_mask(op, mask, "hidden without H", hidden.shape[:-1], hidden.device)
     option_checks.one_of(op, "direction", direction, DIRECTIONS)
-    temperature = option_checks.positive(op, "temperature", temperature)
-    logit_scale = option_checks.positive(op, "logit_scale", logit_scale)
-    temperature_rules.check(op, temperature, None, logit_scale)
+    scales = (logit_scale, ref_logit_scale)
+    options = pair_options.checked(
+        op, direction, beta, temperature, ref_temperature, softcap, ref_softcap, entropy, *scales
+    )
 
     backend = select(op, hidden.device)
     batching = check_batching(
@@ -136,7 +234,7 @@ def linear_kl_divergence(
         else:
             keep = mask != 0
         checks.kept_tokens(op, keep, batching.kept_tokens)
-        return reference.linear_kl_divergence(
+        found = reference.linear_kl_divergence(
             hidden,
             weight,
             ref_hidden,
@@ -145,13 +243,17 @@ def linear_kl_divergence(
             ref_bias=ref_bias,
             mask=mask,
             logit_scale=logit_scale,
+            ref_logit_scale=ref_logit_scale,
             direction=direction,
+            beta=beta,
             temperature=temperature,
+            ref_temperature=ref_temperature,
+            softcap=softcap,
+            ref_softcap=ref_softcap,
+            entropy=options.entropy,
         )
-    checks.floating(op, "hidden", hidden)
-    kl: Tensor = apply(
-        op, _LinearKlDivergence, hidden, weight, bias, ref_hidden, ref_weight, ref_bias,
-        mask, temperature / logit_scale,
-        direction == "reverse", batching, backend,
-    )  # fmt: skip
-    return kl
+    else:
+        checks.floating(op, "hidden", hidden)
+        heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+        found = apply(op, _LinearKlDivergence, *heads, mask, options, batching, backend)
+    return result(found, options)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..config.policy import PolicyLossConfig
 from ..core.layout import any_of_token
+from ..core.pair_options import SAME
 from ..core.row_options import RowResults
 from . import shard
 from ._common import compute
@@ -59,20 +60,25 @@ def linear_kl_divergence(
     ref_bias: Tensor | None = None,
     mask: Tensor | None = None,
     logit_scale: float = 1.0,
-    direction: str = "reverse",
-    temperature: float = 1.0,
-) -> Tensor:
+    ref_logit_scale: float | str = SAME,
+    entropy: bool = False,
+    **options: Any,
+) -> Any:
     """`kl_divergence` between two heads; see `rlhf_kernels.linear_kl_divergence`."""
     keep = hidden.new_ones(hidden.shape[:-1], dtype=torch.bool) if mask is None else mask != 0
     hidden = torch.where(keep.unsqueeze(-1), hidden, 0)
     ref_hidden = torch.where(keep.unsqueeze(-1), ref_hidden, 0)
-    kl = kl_divergence(
+    ref_scale = logit_scale if isinstance(ref_logit_scale, str) else ref_logit_scale
+    found = kl_divergence(
         head_logits(hidden, weight, bias, logit_scale),
-        head_logits(ref_hidden, ref_weight, ref_bias, logit_scale).detach(),
-        direction=direction,
-        temperature=temperature,
+        head_logits(ref_hidden, ref_weight, ref_bias, ref_scale).detach(),
+        entropy=entropy,
+        **options,
     )
-    return torch.where(keep, kl, 0)
+    if entropy:
+        kl, of_policy = found
+        return torch.where(keep, kl, 0), torch.where(keep, of_policy, 0)
+    return torch.where(keep, found, 0)
 
 
 def linear_policy_loss(

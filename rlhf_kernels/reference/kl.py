@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..core import tracing
-from ._common import compute, distances
+from ..core.pair_options import SAME
+from ._common import compute, distances, with_options
 
 
 def _mean_difference(p: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -51,6 +52,71 @@ class _Divergence(torch.autograd.Function):
         return torch.where(grad == 0, 0, grad * slope), None, None
 
 
+class _Mixture(torch.autograd.Function):
+    """beta KL(q || m) + (1 - beta) KL(p || m) of p = softmax(x) and q = softmax(y).
+
+    m = (1 - beta) p + beta q. Gradient in x: (1 - beta) p_j (log(p_j / m_j) - KL(p || m)).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor, beta: float) -> Tensor:
+        logp, logq = torch.log_softmax(x, -1), torch.log_softmax(y, -1)
+        of_p, of_q = _mixture_terms(logp, logq, beta)
+        mean_p = _mean_difference(logp.exp(), of_p, torch.zeros_like(of_p))
+        mean_q = _mean_difference(logq.exp(), of_q, torch.zeros_like(of_q))
+        kl = (beta * mean_q + (1 - beta) * mean_p).squeeze(-1)
+        return torch.where(kl < 0, 0, kl)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.beta = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logp, logq = (torch.log_softmax(t, -1) for t in ctx.saved_tensors)
+        p, grad = logp.exp(), grad.unsqueeze(-1)
+        of_p, _ = _mixture_terms(logp, logq, ctx.beta)
+        excess = of_p - _mean_difference(p, of_p, torch.zeros_like(of_p))
+        slope = torch.where(p > 0, (1 - ctx.beta) * p * excess, p)
+        return torch.where(grad == 0, 0, grad * slope), None, None
+
+
+def _mixture_terms(logp: Tensor, logq: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """log(p / m) and log(q / m), m = (1 - beta) p + beta q; NaN where p and q are 0.
+
+    Relative to the larger of p and q, so nothing overflows and close p and q lose no digits.
+    """
+    d = logp - logq
+    smaller = d < 0
+    log_m = torch.log1p(torch.where(smaller, 1 - beta, beta) * torch.expm1(-d.abs()))
+    return torch.where(smaller, d - log_m, -log_m), torch.where(smaller, -log_m, -log_m - d)
+
+
+class _Capped(torch.autograd.Function):
+    """cap * tanh(x / cap). A zero upstream gradient gives zero, even where x is NaN."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, cap: float) -> Tensor:
+        return with_options(x, softcap=cap)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.cap = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        # 1 - tanh^2 would cancel near the cap.
+        slope = torch.cosh(x / ctx.cap).square().reciprocal()
+        return torch.where(grad == 0, 0, grad * slope), None
+
+
 class _Sloped(torch.autograd.Function):
     """A zero upstream gradient gives zero, even where the slope is infinite."""
 
@@ -79,25 +145,60 @@ class _Sloped(torch.autograd.Function):
         return torch.where(grad == 0, 0, grad * slope), None, None
 
 
+def _scaled_distances(z: Tensor, softcap: float | None, temperature: float) -> Tensor:
+    z = compute(z)
+    if softcap is not None:
+        z = _Capped.apply(z, softcap)
+    return distances(z, temperature)
+
+
+def _entropy(x: Tensor) -> Tensor:
+    """The entropies [...] of softmax(x); they have no gradient."""
+    logp = torch.log_softmax(x.detach(), -1)
+    p = logp.exp()
+    return -(p * torch.where(p > 0, logp, 0)).sum(-1)
+
+
 def kl_divergence(
-    logits: Tensor, ref_logits: Tensor, *, direction: str = "reverse", temperature: float = 1.0
-) -> Tensor:
+    logits: Tensor,
+    ref_logits: Tensor,
+    *,
+    direction: str = "reverse",
+    beta: float | None = None,
+    temperature: float = 1.0,
+    ref_temperature: float | str = SAME,
+    softcap: float | None = None,
+    ref_softcap: float | str | None = SAME,
+    entropy: bool = False,
+) -> Any:
     """sum_j P_j (log P_j - log Q_j); (P, Q) = (policy, ref) for reverse, (ref, policy) for forward.
 
     Args:
         logits: [..., V] of the policy, differentiated.
         ref_logits: [..., V] of the reference, a constant.
-        direction: "reverse" or "forward".
-        temperature: divides both tensors.
+        direction: "reverse", "forward", or "jsd" for the generalised Jensen-Shannon divergence.
+        beta: of "jsd", in [0, 1].
+        temperature, ref_temperature: divide the logits; "same" is the policy's.
+        softcap, ref_softcap: caps of the logits.
+        entropy: also returns the policy's entropies.
 
     Returns:
-        The divergence [...], never negative.
+        The divergence [...], never negative; with `entropy` (divergence, entropy).
     """
     tracing.refuse_tangents("kl_divergence", logits)
-    policy = distances(compute(logits), temperature)
-    ref = distances(compute(ref_logits).detach(), temperature)
-    kl: Tensor = _Divergence.apply(policy, ref, direction == "reverse")
-    return kl
+    own_cap = softcap if isinstance(ref_softcap, str) else ref_softcap
+    own_temperature = temperature if isinstance(ref_temperature, str) else ref_temperature
+    policy = _scaled_distances(logits, softcap, temperature)
+    ref = _scaled_distances(ref_logits.detach(), own_cap, own_temperature)
+    if direction == "jsd":
+        beta = 0.5 if beta is None else beta
+        if beta in (0.0, 1.0):
+            direction = "reverse" if beta else "forward"
+    if direction == "jsd":
+        kl = _Mixture.apply(policy, ref, beta)
+    else:
+        kl = _Divergence.apply(policy, ref, direction == "reverse")
+    return (kl, _entropy(policy)) if entropy else kl
 
 
 def kl_estimate(x: Tensor, estimator: str) -> Tensor:

@@ -147,6 +147,14 @@ CHOICES: dict[str, tuple[dict[str, tuple[Any, ...]], ...]] = {
     ),
     "kl_divergence": (
         {"mask": (ABSENT, GIVEN), "direction": ("reverse", "forward"), "temperature": (1.0, 0.7)},
+        {
+            "direction": ("jsd", "forward", "reverse"),
+            "softcap": (None, 5.0),
+            "ref_softcap": (None, 4.0),
+            "ref_temperature": ("same", 0.8),
+            "entropy": (True, False),
+            "mask": (GIVEN, ABSENT),
+        },
     ),
     "kl_penalty": (
         {"mask": (GIVEN, ABSENT), "estimator": ("k1", "k2", "k3", "abs", "k1+", "k3+")},
@@ -159,6 +167,14 @@ CHOICES: dict[str, tuple[dict[str, tuple[Any, ...]], ...]] = {
             "mask": (ABSENT, GIVEN, lambda x: _mask(x).float()),
             "direction": ("reverse", "forward"),
             "logit_scale": (1.0, 0.5),
+        },
+        {
+            "direction": ("jsd", "forward"),
+            "beta": (None,),
+            "softcap": (None, 5.0),
+            "ref_logit_scale": ("same", 0.8),
+            "entropy": (True, False),
+            "chunk_tokens": (None, 2),
         },
     ),
     "linear_policy_loss": ({**_POLICY, **_HEAD},),

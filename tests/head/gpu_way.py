@@ -26,7 +26,7 @@ _ROW_KERNELS = {
     "token_logprobs": (0,),
     "token_logprobs_backward": (0, 10),
     "kl_divergence": (0, 1),
-    "kl_divergence_backward": (0, 1, 6),
+    "kl_divergence_backward": (0, 1, 7),
     "policy_rows": (0, 13),
 }
 _LAUNCHES = 2

@@ -11,6 +11,7 @@ from tools import head_traffic
 
 import rlhf_kernels as rk
 from rlhf_kernels.core import checks, tracing
+from rlhf_kernels.core.pair_options import PairOptions
 from rlhf_kernels.core.row_options import RowOptions
 from rlhf_kernels.head import chunks
 from rlhf_kernels.kernels import backends
@@ -354,14 +355,17 @@ def test_a_gradient_in_16_bits_is_that_in_fp32_rounded(name, vocab):
         _, _, stats, *_ = kernels.token_logprobs(logits, labels, None, options)
         kernels.token_logprobs_backward_into(out, logits, labels, None, stats, g, h, options)
 
-    def divergence(reverse):
+    def divergence(*options):
+        options = PairOptions(0.7, *options)
+
         def run(out, logits, ref):
-            _, stats = kernels.kl_divergence(logits, ref, 0.7, reverse)
-            kernels.kl_divergence_backward_into(out, logits, ref, stats, g, 0.7, reverse)
+            _, stats, _ = kernels.kl_divergence(logits, ref, options)
+            kernels.kl_divergence_backward_into(out, logits, ref, stats, g, options)
 
         return run
 
-    for run in (logprobs, divergence(True), divergence(False)):
+    jsd = divergence(True, 0.3, 4.0, 2.0, 1.1)
+    for run in (logprobs, divergence(True), divergence(False), jsd):
         exact = torch.empty_like(logits)
         run(exact, logits, ref)
         assert exact.nan_to_num().abs().max() > 0

@@ -7,7 +7,7 @@ import pytest
 
 import rlhf_kernels as rk
 from rlhf_kernels.config import enums, metrics, mismatch, policy_codes
-from rlhf_kernels.core import row_options
+from rlhf_kernels.core import pair_options, row_options
 from rlhf_kernels.kernels.native import boundary
 
 ABI = Path(rk.__file__).parent.parent / "csrc" / "abi.h"
@@ -42,26 +42,33 @@ def test_options_of_rows_cross_in_the_order_of_their_fields():
     assert fields("RowOptions") == expected
 
 
-# Of each part that reads options of rows: its files, and the one of them that may name an option.
+def test_options_of_pairs_of_rows_cross_in_the_order_of_their_fields():
+    names = [name for _, name in fields("PairOptions")]
+    options = pair_options.PairOptions(0.7, True, 0.1, 2.0, 3.0, 4.0)
+    assert options.native == tuple(getattr(options, name) for name in names)
+
+
+# Of each part that reads options: its files, and those of them that may name an option, of rows and
+# of pairs of rows.
 READERS = [
-    ("csrc/bind/*.h", "tensor.h"),
-    ("csrc/cpu/*.h", "rows.h"),
-    ("csrc/cuda/*.cu*", "rows.cuh"),
-    ("rlhf_kernels/kernels/**/*.py", "_rows.py"),
-    ("rlhf_kernels/head/*.py", None),
-    ("rlhf_kernels/ops/_*.py", None),
+    ("csrc/bind/*.h", {"tensor.h"}),
+    ("csrc/cpu/*.h", {"rows.h", "kl_general.h"}),
+    ("csrc/cuda/*.cu*", {"rows.cuh", "kl_general.cu"}),
+    ("rlhf_kernels/kernels/**/*.py", {"_rows.py", "_pairs.py"}),
+    ("rlhf_kernels/head/*.py", set()),
+    ("rlhf_kernels/ops/_*.py", set()),
 ]
 
 
-@pytest.mark.parametrize(("files", "reader"), READERS, ids=[files for files, _ in READERS])
-def test_one_file_of_each_part_reads_an_option_that_changes_logits(files, reader):
+@pytest.mark.parametrize(("files", "readers"), READERS, ids=[files for files, _ in READERS])
+def test_one_file_of_each_part_reads_an_option_that_changes_logits(files, readers):
     """So a new option changes that file alone; other files carry the tuple whole."""
     paths = sorted(ABI.parents[1].glob(files))
     assert len(paths) > 3
     naming = {p.name for p in paths if re.search(r"\bsoftcap\b", p.read_text())}
     # A kernel that unpacks the tuple itself breaks with each new field.
     naming |= {p.name for p in paths if re.search(r"= row_options$", p.read_text(), re.MULTILINE)}
-    assert naming == ({reader} if reader else set())
+    assert naming == readers
 
 
 def test_a_policy_config_is_encoded_under_the_right_names():

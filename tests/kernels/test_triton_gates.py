@@ -137,7 +137,7 @@ LAUNCHES = {
         ["kl.partial_kernel", "kl.combine_kernel"],
         ["kl.coefficients_kernel", "kl.backward_kernel"],
     ),
-    "kl_penalty": (["kl.penalty_kernel"], ["kl.penalty_kernel"]),
+    "kl_penalty": (["kl_penalty.penalty_kernel"], ["kl_penalty.penalty_kernel"]),
     "gae": (["advantages.scan_kernel"], []),
     "general_gae": (["advantages_general.general_kernel"], []),
     "discounted_returns": (["advantages.scan_kernel"], []),

@@ -29,6 +29,8 @@ import rlhf_kernels as rk
 from rlhf_kernels import PolicyLossConfig
 from rlhf_kernels.config import enums
 from rlhf_kernels.config import policy as policy_config
+from rlhf_kernels.core import pair_options
+from rlhf_kernels.core.pair_options import PairOptions
 from rlhf_kernels.core.row_options import RowOptions
 from rlhf_kernels.kernels import triton
 from rlhf_kernels.ops import _calls
@@ -113,17 +115,17 @@ class _SixteenBitsOfTwo(torch.autograd.Function):
     """The divergence of fp32 logits, whose gradient is written in bfloat16."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ref_logits: Tensor, reverse: bool) -> Tensor:
-        kl, stats = triton.launchers()["kl_divergence"](logits, ref_logits, 0.7, reverse)
+    def forward(ctx: Any, logits: Tensor, ref_logits: Tensor, options: PairOptions) -> Tensor:
+        kl, stats, _ = triton.launchers()["kl_divergence"](logits, ref_logits, options)
         ctx.save_for_backward(logits, ref_logits, stats)
-        ctx.reverse = reverse
+        ctx.options = options
         return kl
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         logits, ref_logits, stats = ctx.saved_tensors
         out = torch.empty_like(logits, dtype=BF16)
-        arguments = (out, logits, ref_logits, stats, grad, 0.7, ctx.reverse)
+        arguments = (out, logits, ref_logits, stats, grad, ctx.options)
         triton.launchers()["kl_divergence_backward_into"](*arguments)
         return out.to(logits.dtype), None, None
 
@@ -138,13 +140,14 @@ def sixteen_bits() -> Iterator[Case]:
                 function=lambda logits, labels: _SixteenBits.apply(logits, labels)
             )
         )
-        for direction in ("reverse", "forward"):
+        for direction in enums.DIRECTIONS:
             name = f"kl_divergence/bf16 of fp32,layout={layout!r},direction={direction!r}"
             made = case(name, rk.kl_divergence, x, layout)
+            of = pair_options.checked("kl_divergence", direction, None, 0.7)
             yield made._replace(
                 call=made.call._replace(
-                    function=lambda logits, ref_logits, reverse=direction == "reverse": (
-                        _SixteenBitsOfTwo.apply(logits, ref_logits, reverse)
+                    function=lambda logits, ref_logits, of=of: _SixteenBitsOfTwo.apply(
+                        logits, ref_logits, of
                     )
                 )
             )
@@ -186,8 +189,11 @@ def rows(full: bool) -> Iterator[Case]:
     head = products(**axes) if full else some
     yield from varied(rk.linear_token_logprobs, head, "_support")
 
-    axes = {"dtype": DTYPES, "layout": ROW_LAYOUTS, "direction": ("reverse", "forward")}
+    axes = {"dtype": DTYPES, "layout": ROW_LAYOUTS, "direction": enums.DIRECTIONS}
     yield from varied(rk.kl_divergence, combine(**axes))
+    axes |= {"entropy": (True, False), "softcap": (None, 30.0), "ref_softcap": (None, 20.0)}
+    axes |= {"ref_temperature": ("same", 0.9)}
+    yield from varied(rk.kl_divergence, one_by_one(**axes))
     # One tensor at an address that is a multiple of 16, the other not.
     logits = made.call.tensors["logits"]
     shifted = laid(logits, "shifted")

@@ -65,7 +65,8 @@ def _bad_values(call, name):
     if name in INTEGERS:
         optional = "None" in annotation
         return {k: v for k, v in NO_INTEGERS.items() if not (optional and v is None)}
-    if "Literal" in annotation:
+    # "same" or a number is no name.
+    if "Literal" in annotation and "float" not in annotation:
         optional = "Optional" in annotation or "None" in annotation
         return {k: v for k, v in NO_NAMES.items() if not (optional and v is None)}
     if "Tensor" in annotation and name not in (

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import rlhf_kernels as rk
 from rlhf_kernels import reference
+from rlhf_kernels.core.pair_options import PairOptions
 from rlhf_kernels.testing import (
     DTYPES,
     RAGGED_SIZES,
@@ -273,10 +274,12 @@ def test_gradcheck_of_the_references():
 def test_opcheck():
     logits, ref = torch.randn(4, 3, 21), torch.randn(4, 3, 21)
     ops = torch.ops.rlhf_kernels
-    for reverse in (True, False):
-        torch.library.opcheck(ops.kl_divergence.default, (logits, ref, 0.9, reverse, "cpu"))
-        stats = ops.kl_divergence(logits, ref, 0.9, reverse, "cpu")[1]
-        args = (logits, ref, stats, torch.randn(4, 3), 0.9, reverse, "cpu")
+    plain = PairOptions(0.9)
+    capped = PairOptions(0.9, True, 0.3, 5.0, 3.0, 1.2, True)
+    for options in (plain, plain._replace(reverse=False), capped):
+        torch.library.opcheck(ops.kl_divergence.default, (logits, ref, *options, "cpu"))
+        stats = ops.kl_divergence(logits, ref, *options, "cpu")[1]
+        args = (logits, ref, stats, torch.randn(4, 3), *options, "cpu")
         torch.library.opcheck(ops.kl_divergence_backward.default, args)
     x, y = torch.randn(4, 9), torch.randn(9, 4).t()
     torch.library.opcheck(ops.kl_penalty.default, (x, y, "k3", "cpu"))

@@ -6,6 +6,7 @@ from types import ModuleType
 from torch import Tensor
 
 from ...config.enums import PLAIN_KL_ESTIMATORS
+from ...core.pair_options import PairOptions
 from .. import kl
 from . import boundary as b
 
@@ -17,16 +18,39 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
     def forward(
         logits: Tensor,
         ref_logits: Tensor,
-        temperature: float,
-        reverse: bool,
+        options: PairOptions,
         divergences: Tensor,
         stats: Tensor,
+        entropies: Tensor | None,
     ) -> None:
         extension.kl_divergence(
             logits,
             ref_logits,
-            temperature,
-            reverse,
+            options.temperature,
+            options.reverse,
+            options.native,
+            divergences,
+            stats,
+            entropies,
+            make_exec(
+                logits,
+                "kl_divergence",
+                lambda: (divergences.numel(), logits.shape[-1], logits.element_size()),
+            ),
+        )
+
+    def mixture(
+        divergences: Tensor,
+        stats: Tensor,
+        logits: Tensor,
+        ref_logits: Tensor,
+        options: PairOptions,
+    ) -> None:
+        extension.kl_mixture(
+            logits,
+            ref_logits,
+            options.temperature,
+            options.native,
             divergences,
             stats,
             make_exec(
@@ -42,14 +66,14 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         ref_logits: Tensor,
         stats: Tensor,
         grad: Tensor,
-        temperature: float,
-        reverse: bool,
+        options: PairOptions,
     ) -> None:
         extension.kl_divergence_backward(
             logits,
             ref_logits,
-            temperature,
-            reverse,
+            options.temperature,
+            options.reverse,
+            options.native,
             stats,
             b.as_fp32(grad),
             out,
@@ -68,4 +92,4 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             logprobs, ref_logprobs, code, straight, grad, out, make_exec(logprobs)
         )
 
-    return kl.launchers(forward, backward, penalty)
+    return kl.launchers(forward, mixture, backward, penalty)

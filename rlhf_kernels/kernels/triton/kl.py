@@ -1,12 +1,13 @@
-"""kl_divergence: parts of both rows reduced in parallel, then combined in order; and kl_penalty.
+"""kl_divergence: parts of both rows reduced in parallel, then combined in order.
 
 P is the weighting distribution (policy for reverse, reference for forward), Q the other one:
 KL = t / (T s_P) - (log s_P - log s_Q), where e = exp((x - m) / T), s = sum e and
 t = sum e_P ((x_P - m_P) - (x_Q - m_Q)). The difference is taken element by element, so t is
 accurate where the two rows are close. Parts are those of token_logprobs.
-"""
 
-from typing import Any
+Options that are off are None, for which Triton compiles a variant: `pair` has the cap and the scale
+of P's logits, then those of Q's.
+"""
 
 import torch
 import triton
@@ -14,12 +15,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.layout import as_rows, grid
+from ...core.pair_options import PairOptions
 from .. import kl as shared
+from . import kl_mixture
 from ._launch import kernel, launch, tile_count, warps_of
-from ._math import LOG2E, exp_parts, scalar, tree_sum, tree_sums
+from ._math import LOG2E, scalar, tree_sum, tree_sums
 from ._maxima import raised
+from ._pairs import log_of_ratio, mixture_terms, packed, scaled, weight_of
+from ._rows import with_options
 from ._strided import alignment, in_units, strided, strided_rows, token_at
 from ._tiles import load_blocks, tile_bounds, tops
+from .kl_penalty import penalty
 from .logprobs import GROUP
 from .logprobs_backward import LOWEST, ROWS
 
@@ -29,14 +35,15 @@ TILE = 4096
 PARTS = 4
 # Of the gradient, which has the same tiles.
 BACKWARD_WARPS = 8
-# Tokens per program of kl_penalty.
-TOKENS = 1024
 
 
 @triton.jit
-def weight_of(d, rate):
-    """exp(rate d), or exactly 0 below the normal floats; a term with weight 0 is ignored."""
-    return tl.where(d * rate < LOWEST, 0.0, tl.exp2(d * (rate * LOG2E)))
+def scaled_blocks(blocks, scale):
+    """The blocks of a tile, each times `scale`."""
+    found = ()
+    for k in tl.static_range(len(blocks)):
+        found += (blocks[k] * scale,)
+    return found
 
 
 @kernel(aligned=("p", "q"))
@@ -44,32 +51,46 @@ def partial_kernel(
     p,
     q,
     partials,
+    own_sums,
     cols,
     tiles,
     vocab,
     temperature,
+    pair,
     ALIGN: tl.constexpr,
+    REVERSE: tl.constexpr,
     TILE: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """(m_P, s_P, m_Q, s_Q, t) of the parts of a tile; ALIGN is the unit of vocab and strides."""
+    """(m_P, s_P, m_Q, s_Q, t) of the parts of a tile; ALIGN is the unit of vocab and strides.
+
+    With own_sums also the sum of e (x - m) of the policy, which is P with REVERSE.
+    """
     pid = tl.program_id(0)
     row, tile = pid // tiles, pid % tiles
     first, count = tile_bounds(tile, vocab, ALIGN, TILE)
-    row_options = (temperature, None)
+    cap_p, scale_p, cap_q, scale_q = pair
     x_p, x_q = token_at(p, row, cols, ALIGN) + first, token_at(q, row, cols, ALIGN) + first
-    z_p = load_blocks(x_p, count, row_options, TILE, PARTS)
-    z_q = load_blocks(x_q, count, row_options, TILE, PARTS)
+    z_p = load_blocks(x_p, count, (temperature, cap_p), TILE, PARTS)
+    z_q = load_blocks(x_q, count, (temperature, cap_q), TILE, PARTS)
+    if scale_p is not None:
+        z_p = scaled_blocks(z_p, scale_p)
+    if scale_q is not None:
+        z_q = scaled_blocks(z_q, scale_q)
     m_p, base_p = tops(z_p)
     m_q, base_q = tops(z_q)
     rate2 = 1.0 / temperature * LOG2E
     s_p, s_q, t = tl.zeros_like(z_p[0]), tl.zeros_like(z_p[0]), tl.zeros_like(z_p[0])
+    own = tl.zeros_like(z_p[0])
     for k in tl.static_range(len(z_p)):
         d_p, d_q = z_p[k] - base_p, z_q[k] - base_q
         log2_e = d_p * rate2
         e = tl.exp2(log2_e)
         s_p += e
         s_q += tl.exp2(d_q * rate2)
+        if own_sums is not None:
+            d = d_p if REVERSE else d_q
+            own = tl.fma(tl.exp2(d * rate2), tl.where(d * rate2 < LOWEST * LOG2E, 0.0, d), own)
         # A term with a weight below the normal floats is 0, even where Q's logit is -inf.
         t = tl.fma(e, tl.where(log2_e < LOWEST * LOG2E, 0.0, d_p - d_q), t)
     out = partials + (pid.to(tl.int64) * PARTS + tl.arange(0, PARTS)) * 5
@@ -78,6 +99,8 @@ def partial_kernel(
     tl.store(out + 2, m_q)
     tl.store(out + 3, tree_sums(s_q))
     tl.store(out + 4, tree_sums(t))
+    if own_sums is not None:
+        tl.store(own_sums + pid.to(tl.int64) * PARTS + tl.arange(0, PARTS), tree_sums(own))
 
 
 @triton.jit
@@ -122,9 +145,34 @@ def combine_pairs(partials, parts, rate, GROUP: tl.constexpr):
     return m_p, s_p, m_q, s_q, t
 
 
+@triton.jit
+def combine_own(partials, own_sums, parts, m, rate, REVERSE: tl.constexpr, GROUP: tl.constexpr):
+    """The sum of e (x - m) of the policy over a row from those of its parts, in order; fp64."""
+    u = tl.full((), 0.0, tl.float64)
+    for start in range(0, parts, GROUP):
+        part = start + tl.arange(0, GROUP)
+        inside = part < parts
+        at = partials + part.to(tl.int64) * 5 + (0 if REVERSE else 2)
+        part_m = tl.load(at, mask=inside, other=float("-inf"))
+        part_s = tl.load(at + 1, mask=inside, other=0.0).to(tl.float64)
+        part_u = tl.load(own_sums + part, mask=inside, other=0.0).to(tl.float64)
+        shift, weight = rebased(part_m, part_s, m, rate)
+        term = tl.where(weight == 0.0, 0.0, weight * (part_u + part_s * shift))
+        u += tree_sum(term, GROUP)
+    return u
+
+
 @kernel
 def combine_kernel(
-    partials, kl, stats, parts, temperature, REVERSE: tl.constexpr, GROUP: tl.constexpr
+    partials,
+    own_sums,
+    kl,
+    stats,
+    entropies,
+    parts,
+    temperature,
+    REVERSE: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """Divergence of one row and its statistics: m, s of the policy, of the reference, t / s_P."""
     row = tl.program_id(0).to(tl.int64)
@@ -146,16 +194,30 @@ def combine_kernel(
     # The mean difference, not the divergence: the gradient does not need the logarithms, whose
     # difference loses digits by cancellation.
     tl.store(out + 4, tl.where(value == value, (t / s_p).to(tl.float32), value))
+    if entropies is not None:
+        m, s = (m_p, s_p) if REVERSE else (m_q, s_q)
+        sums = own_sums + row * parts
+        u = combine_own(of_row, sums, parts, m, rate.to(tl.float32), REVERSE, GROUP)
+        entropy = (tl.log(s) - u / s * rate).to(tl.float32)
+        tl.store(entropies + row, tl.where(m > float("-inf"), entropy, float("nan")))
 
 
 @kernel
 def coefficients_kernel(
-    stats, grad, coefficients, rows, cols, temperature, REVERSE: tl.constexpr, BLOCK: tl.constexpr
+    stats,
+    grad,
+    coefficients,
+    rows,
+    cols,
+    temperature,
+    beta,
+    REVERSE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Coefficients of the backward pass, [rows, 4]: m of the policy, m of the reference, a, b.
 
     Reverse: dz = e a (x - m - (y - m') - b) / T. Forward: dz = e a - e' b. a and b are 0 for a row
-    without gradient.
+    without gradient. With beta [rows, 5]: dz = e a (log(p / m) - b), and log(s / s').
     """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = row < rows
@@ -171,15 +233,22 @@ def coefficients_kernel(
     poison = mean - mean
     if not REVERSE:
         poison = tl.where(mean == mean, 0.0, mean)
-    scaled = g.to(tl.float64) / scalar(temperature).to(tl.float64) + poison
-    a, b = scaled / s, mean
+    upstream = g.to(tl.float64) / scalar(temperature).to(tl.float64)
+    width = 4
+    if beta is not None:
+        upstream *= 1.0 - scalar(beta).to(tl.float64)
+        width = 5
+    upstream += poison
+    a, b = upstream / s, mean
     if not REVERSE:
-        b = scaled / ref_s
-    out = coefficients + row.to(tl.int64) * 4
+        b = upstream / ref_s
+    out = coefficients + row.to(tl.int64) * width
     tl.store(out, m, mask=valid)
     tl.store(out + 1, ref_m, mask=valid)
     tl.store(out + 2, tl.where(g == 0.0, 0.0, a).to(tl.float32), mask=valid)
     tl.store(out + 3, tl.where(g == 0.0, 0.0, b).to(tl.float32), mask=valid)
+    if beta is not None:
+        tl.store(out + 4, (tl.log(s) - tl.log(ref_s)).to(tl.float32), mask=valid)
 
 
 @kernel(aligned=("logits", "ref_logits", "out"))
@@ -192,14 +261,20 @@ def backward_kernel(
     tiles,
     vocab,
     temperature,
+    pair,
+    beta,
     ALIGN: tl.constexpr,
     REVERSE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One tile of p (log p - log q - KL) g / T (reverse) or (p - q) g / T (forward)."""
+    """One tile of p (log p - log q - KL) g / T (reverse) or (p - q) g / T (forward).
+
+    With beta of (1 - beta) p (log p - log m - KL(p || m)) g / T. `pair` has the policy's cap and
+    scale first.
+    """
     pid = tl.program_id(0)
     row, tile = pid // tiles, pid % tiles
-    of_row = coefficients + row.to(tl.int64) * 4
+    of_row = coefficients + row.to(tl.int64) * (4 if beta is None else 5)
     a, b = tl.load(of_row + 2), tl.load(of_row + 3)
     first, count = tile_bounds(tile, vocab, ALIGN, TILE)
     column = tl.arange(0, TILE)
@@ -211,82 +286,62 @@ def backward_kernel(
         m, ref_m = tl.load(of_row), tl.load(of_row + 1)
         x = token_at(logits, row, cols, ALIGN) + first
         y = token_at(ref_logits, row, cols, ALIGN) + first
-        d = tl.load(x + column, mask=inside, other=0.0).to(tl.float32) - m
-        ref_d = tl.load(y + column, mask=inside, other=0.0).to(tl.float32) - ref_m
+        cap, _, ref_cap, ref_scale = pair
+        own = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+        own, slope = with_options(own, (temperature, cap))
+        ref = tl.load(y + column, mask=inside, other=0.0).to(tl.float32)
+        ref, _ = with_options(ref, (temperature, ref_cap))
+        d = own - m
+        ref_d = scaled(ref, ref_scale) - ref_m
         rate = 1.0 / temperature
         e = weight_of(d, rate)
-        if REVERSE:
+        if beta is not None:
+            log_ratio = log_of_ratio(d, ref_d, rate, tl.load(of_row + 4))
+            excess = mixture_terms(log_ratio, scalar(beta))[0] - b
+            dz = tl.where(e == 0.0, 0.0, e * a * excess)
+        elif REVERSE:
             dz = tl.where(e == 0.0, 0.0, e * a * ((d - ref_d - b) * rate))
         else:
             ref_e = weight_of(ref_d, rate)
             # Selected, not multiplied: a and b are NaN for a row without a finite divergence.
             dz = tl.where(e == 0.0, 0.0, e * a) - tl.where(ref_e == 0.0, 0.0, ref_e * b)
+        if cap is not None:
+            dz = tl.where(dz == 0.0, 0.0, dz * slope)
         tl.store(to, dz.to(to.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def k3_parts(x):
-    """exp(-x) - 1 + x and its slope, for any x."""
-    y = -x
-    near = tl.where(y > 80.0, 80.0, tl.where(y < -80.0, -80.0, y))
-    _, em1, em1mx = exp_parts(near)
-    # Beyond the range of exp_parts, exp(y) = e^16 exp(y - 16); above y = 96 it is infinite.
-    far = exp_parts(tl.where(y > 96.0, 80.0, tl.where(y > 80.0, y - 16.0, 0.0)))[0] * 8886110.5
-    # At x = -inf the sum would be inf - inf = NaN.
-    far_value = tl.where(far > 3.4e38, far, far + (x - 1.0))
-    value = tl.where(y > 80.0, far_value, tl.where(y < -80.0, x - 1.0, em1mx))
-    return value, tl.where(y > 80.0, -far, -em1)
-
-
-@kernel
-def penalty_kernel(
-    logprobs, ref_logprobs, grad, out, tokens, cols, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The estimate of each token, or its slope times the upstream gradient; `out` is contiguous."""
-    first, count = tile_bounds(tl.program_id(0), tokens, 1, BLOCK)
-    inside = tl.arange(0, BLOCK) < count
-    # Indices have the dtype of the token count: 32 bits up to 2^31 tokens.
-    i = first.to(tokens.dtype) + tl.arange(0, BLOCK)
-    x = tl.load(token_at(logprobs, i, cols), mask=inside, other=0.0)
-    ref = tl.load(token_at(ref_logprobs, i, cols), mask=inside, other=0)
-    x = x.to(tl.float32) - ref.to(tl.float32)
-    if ESTIMATOR == "k1":
-        value, slope = x, 1.0
-    elif ESTIMATOR == "k2":
-        value, slope = 0.5 * x * x, x
-    elif ESTIMATOR == "k3":
-        value, slope = k3_parts(x)
-    else:
-        # A NaN fails both comparisons and stays.
-        value, slope = tl.abs(x), tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, x))
-    if grad is not None:
-        g = tl.load(token_at(grad, i, cols), mask=inside, other=0.0)
-        # A zero upstream gradient gives 0, even where the slope is NaN.
-        value = tl.where(g == 0.0, 0.0, g * slope)
-    tl.store(out + first + tl.arange(0, BLOCK), value.to(out.dtype.element_ty), mask=inside)
 
 
 def _forward(
     logits: Tensor,
     ref_logits: Tensor,
-    temperature: float,
-    reverse: bool,
+    options: PairOptions,
     kl: Tensor,
     stats: Tensor,
+    entropies: Tensor | None,
 ) -> None:
     (rows, cols), vocab = grid(kl.shape), logits.shape[-1]
     tiles = tile_count(vocab, TILE)
-    logits, ref_logits = as_rows(logits), as_rows(ref_logits)
-    p, q = (logits, ref_logits) if reverse else (ref_logits, logits)
+    x, y = as_rows(logits), as_rows(ref_logits)
+    own_cap, own_scale, ref_cap, ref_scale = packed(options)
+    p, q, pair = x, y, (own_cap, own_scale, ref_cap, ref_scale)
+    if not options.reverse:
+        p, q, pair = y, x, (ref_cap, ref_scale, own_cap, own_scale)
     partials = kl.new_empty(rows * cols * tiles * PARTS * 5)
-    x, y = strided_rows(p), strided_rows(q)
-    align = alignment(vocab, x, y)
-    tensors = (in_units(x, align), in_units(y, align), partials)
-    sizes, scale = (cols, tiles, vocab // align), float(temperature)
-    tile = {"ALIGN": align, "TILE": TILE, "PARTS": PARTS, "warps": warps_of(32 * PARTS)}
-    launch(partial_kernel, rows * cols * tiles, p, *tensors, *sizes, scale, **tile)
-    parts, group = tiles * PARTS, {"REVERSE": reverse, "GROUP": GROUP, "warps": 1}
-    launch(combine_kernel, rows * cols, p, partials, kl, stats, parts, scale, **group)
+    own_sums = None if entropies is None else kl.new_empty(rows * cols * tiles * PARTS)
+    of_p, of_q = strided_rows(p), strided_rows(q)
+    align = alignment(vocab, of_p, of_q)
+    tensors = (in_units(of_p, align), in_units(of_q, align), partials, own_sums)
+    sizes, scale = (cols, tiles, vocab // align), float(options.temperature)
+    # Only the entropy's sums depend on it.
+    tile = {"ALIGN": align, "REVERSE": options.reverse or entropies is None, "TILE": TILE}
+    tile |= {"PARTS": PARTS, "warps": warps_of(32 * PARTS)}
+    if tiles:
+        launch(partial_kernel, rows * cols * tiles, p, *tensors, *sizes, scale, pair, **tile)
+    parts = tiles * PARTS
+    results = (partials, own_sums, kl, stats, entropies, parts, scale)
+    of_row = {"REVERSE": options.reverse, "GROUP": GROUP, "warps": 1}
+    launch(combine_kernel, rows * cols, p, *results, **of_row)
+    if options.beta > 0:
+        kl_mixture.mixture(kl, stats, logits, ref_logits, options)
 
 
 def _backward(
@@ -295,12 +350,12 @@ def _backward(
     ref_logits: Tensor,
     stats: Tensor,
     grad: Tensor,
-    temperature: float,
-    reverse: bool,
+    options: PairOptions,
 ) -> None:
     (rows, cols), vocab = grid(logits.shape[:-1]), logits.shape[-1]
     logits, ref_logits = as_rows(logits), as_rows(ref_logits)
-    coefficients, scale = stats.new_empty(rows * cols * 4), float(temperature)
+    scale, beta = float(options.temperature), options.beta or None
+    coefficients = stats.new_empty(rows * cols * (4 if beta is None else 5))
     launch(
         coefficients_kernel,
         tile_count(rows * cols, ROWS),
@@ -311,7 +366,8 @@ def _backward(
         rows * cols,
         cols,
         scale,
-        REVERSE=reverse,
+        beta,
+        REVERSE=options.reverse,
         BLOCK=ROWS,
         warps=2,
     )
@@ -329,24 +385,13 @@ def _backward(
         tiles,
         vocab // align,
         scale,
+        packed(options),
+        beta,
         ALIGN=align,
-        REVERSE=reverse,
+        REVERSE=options.reverse,
         TILE=TILE,
         warps=BACKWARD_WARPS,
     )
 
 
-def _penalty(
-    logprobs: Tensor, ref_logprobs: Tensor, grad: Tensor | None, estimator: str, out: Tensor
-) -> None:
-    # With "+" the gradient is that of k2.
-    straight = grad is not None and estimator.endswith("+")
-    rows, cols = grid(out.shape)
-    inputs = (strided(logprobs), strided(ref_logprobs), strided(grad, torch.float32))
-    constants: dict[str, Any] = {"ESTIMATOR": "k2" if straight else estimator.removesuffix("+")}
-    constants |= {"BLOCK": TOKENS, "warps": 4}
-    programs = tile_count(rows * cols, TOKENS)
-    launch(penalty_kernel, programs, logprobs, *inputs, out, rows * cols, cols, **constants)
-
-
-LAUNCHERS = shared.launchers(_forward, _backward, _penalty)
+LAUNCHERS = shared.launchers(_forward, kl_mixture.mixture, _backward, penalty)

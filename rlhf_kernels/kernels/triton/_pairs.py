@@ -1,0 +1,81 @@
+"""Pairs of rows of logits in kernels: their options, weights, and terms of a mixture of both.
+
+`pair` is a tuple of the cap and the scale of one row's logits, then those of the other's; None for
+what is off.
+"""
+
+import triton
+import triton.language as tl
+
+from ...core.pair_options import PairOptions
+from ._math import LOG2E, exp_parts
+from .logprobs_backward import LOWEST
+
+
+def packed(options: PairOptions) -> tuple[float | None, ...]:
+    """`pair` of the policy and the reference."""
+    # float(): an int has another type and would compile another kernel.
+    caps = (float(c) if c > 0 else None for c in (options.softcap, options.ref_softcap))
+    own, ref = caps
+    return own, None, ref, None if options.ref_scale == 1.0 else float(options.ref_scale)
+
+
+@triton.jit
+def scaled(z, scale):
+    """Logits, or blocks of them, times the scale of the reference's."""
+    if scale is not None:
+        z = z * scale
+    return z
+
+
+@triton.jit
+def weight_of(d, rate):
+    """exp(rate d), or exactly 0 below the normal floats; a term with weight 0 is ignored."""
+    return tl.where(d * rate < LOWEST, 0.0, tl.exp2(d * (rate * LOG2E)))
+
+
+@triton.jit
+def log_of_ratio(d, ref_d, rate, log_ratio):
+    """log(p / q) from the distances of both; finite where a probability is 0."""
+    lowest = LOWEST / rate
+    # A NaN fails the comparison and stays.
+    d, ref_d = tl.where(d < lowest, lowest, d), tl.where(ref_d < lowest, lowest, ref_d)
+    return (d - ref_d) * rate - log_ratio
+
+
+@triton.jit
+def log_of_sum(v, total):
+    """log(1 + v) for v in (-1, 0] and total = 1 + v: `log_of_sum` of csrc/kl_math.h."""
+    bits = (total * 1.41421356).to(tl.int32, bitcast=True)
+    n = ((bits >> 23) - 127).to(tl.float32)
+    # The mantissa is within sqrt(0.5) and sqrt(2). Where it is the sum itself, v has more digits.
+    mantissa = (total.to(tl.int32, bitcast=True) - (n.to(tl.int32) << 23)).to(
+        tl.float32, bitcast=True
+    )
+    x = tl.where(n < -0.5, mantissa - 1.0, v)
+    # The mantissa of a NaN is a number.
+    x = tl.where(total == total, x, total)
+    z = x * x
+    q = x * 7.0376836292e-2 - 1.1514610310e-1
+    q = q * x + 1.1676998740e-1
+    q = q * x - 1.2420140846e-1
+    q = q * x + 1.4249322787e-1
+    q = q * x - 1.6668057665e-1
+    q = q * x + 2.0000714765e-1
+    q = q * x - 2.4999993993e-1
+    q = q * x + 3.3333331174e-1
+    q = n * -2.12194440e-4 + q * x * z
+    return n * 0.693359375 + (x + (q - 0.5 * z))
+
+
+@triton.jit
+def mixture_terms(d, beta):
+    """(log(p / m), log(q / m)) from d = log(p / q): `mixture_terms` of csrc/kl_math.h."""
+    other = 1.0 - beta
+    # A NaN fails the comparison and stays.
+    a = tl.where(tl.abs(d) > 80.0, -80.0, -tl.abs(d))
+    smaller = d < 0.0
+    c, rest = tl.where(smaller, other, beta), tl.where(smaller, beta, other)
+    e, em1, _ = exp_parts(a)
+    log_m = log_of_sum(c * em1, c * e + rest)
+    return tl.where(smaller, d - log_m, -log_m), tl.where(smaller, -log_m, -log_m - d)
