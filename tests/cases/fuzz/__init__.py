@@ -22,6 +22,7 @@ from tests.cases.fuzz.advantages import (
 )
 from tests.cases.fuzz.draw import INVARIANT, Case, Draw
 from tests.cases.fuzz.rows import (
+    divergence_of_two,
     kl_divergence,
     linear_kl_divergence,
     linear_policy_loss,
@@ -54,7 +55,8 @@ FLUSHED = 1e-37
 
 CASES = (
     *(token_logprobs, token_logprobs, kl_divergence, linear_token_logprobs, linear_token_logprobs),
-    *(linear_kl_divergence, linear_policy_loss, policy_loss, policy_loss, value_loss, kl_penalty),
+    *(divergence_of_two, linear_kl_divergence, linear_policy_loss, policy_loss, policy_loss),
+    *(value_loss, kl_penalty),
     *(gae, gae, discounted_returns, ppo_advantages, group_advantages, whiten, sequence_logprobs),
     *(preference_loss, kto_loss, reward_model_loss, mismatch_weights, optimal_token_baseline),
 )

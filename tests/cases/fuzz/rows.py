@@ -1,5 +1,6 @@
 """Random calls of operations on logits, with the bounds of their softmaxes and products."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from tests.cases.fuzz.draw import INVARIANT, Case, Draw
 from tests.cases.fuzz.tokens import per_token, policy_config_of, weights_of
-from tests.head.bounds import HeadBounds, SoftmaxBounds, policy_bounds
+from tests.head.bounds import EPS, HeadBounds, SoftmaxBounds, policy_bounds
 from tests.ops.support_cases import within
 
 from rlhf_kernels import reference
@@ -145,6 +146,51 @@ def kl_divergence(d: Draw) -> Case:
 
     direction = "reverse" if reverse else "forward"
     arguments = {"logits": d.wanted(x), "ref_logits": r, "temperature": t, "direction": direction}
+    return Case("kl_divergence", arguments, d, bounds)
+
+
+def _options_of_two(d: Draw) -> dict[str, Any]:
+    """Options of a divergence, those of each model on their own."""
+    found: dict[str, Any] = {"direction": d.pick("jsd", "jsd", "reverse", "forward")}
+    found |= {"temperature": d.pick(1.0, 0.7, 2.0), "softcap": d.pick(None, None, 5.0, 30.0)}
+    if found["direction"] == "jsd":
+        found["beta"] = d.pick(None, 0.1, 0.9, 0.0, 1.0)
+    for name, *choices in (("ref_temperature", 0.8, 1.5), ("ref_softcap", None, 8.0)):
+        if d.chance(0.4):
+            found[name] = d.pick(*choices)
+    return found | {"entropy": d.chance(0.5)}
+
+
+def divergence_of_two(d: Draw) -> Case:
+    """kl_divergence with options of each model, a mixture, and the entropy."""
+    shape, dtype = (d.size(40),), d.dtype()
+    vocab = d.size(100_000 // max(1, shape[0]), 1)
+    scale, options = d.pick(1.0, 3.0, 10.0), _options_of_two(d)
+    x, r = (d.floats(*shape, vocab, scale=scale, dtype=dtype) for _ in range(2))
+    caps = options["softcap"], options.get("ref_softcap", options["softcap"])
+    rates = options["temperature"], options.get("ref_temperature", options["temperature"])
+
+    def bounds(exact: Sequence[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
+        z, w = (
+            (t.detach().double() if c is None else c * torch.tanh(t.detach().double() / c)) / rate
+            for t, c, rate in zip((x, r), caps, rates, strict=True)
+        )
+        logp, logq = z.log_softmax(-1), w.log_softmax(-1)
+        # What the terms of the sums are differences of.
+        size = torch.maximum(z.abs().amax(-1), w.abs().amax(-1)) + math.log(vocab + 1)
+        of_rows = 24 * EPS * size
+        found = [of_rows] * (1 + options["entropy"])
+        if upstream:
+            # A difference of exponents, each with its own rounding, times what it multiplies.
+            amplitude = (1 + logp.abs() + logq.abs() + size.unsqueeze(-1)) / rates[0]
+            amplitude *= 1 + (logp - logq).abs() + exact[0].unsqueeze(-1)
+            mass = torch.maximum(logp.exp(), logq.exp())
+            rounded = torch.finfo(dtype).eps * exact[-1].abs()
+            slopes = mass * upstream[0].double().abs().unsqueeze(-1) * amplitude
+            found.append(24 * EPS * slopes + rounded)
+        return found
+
+    arguments = {"logits": d.wanted(x), "ref_logits": r, **options}
     return Case("kl_divergence", arguments, d, bounds)
 
 
