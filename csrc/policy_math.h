@@ -184,7 +184,8 @@ RK_HD GateTerm<V> policy_gate(V logprob, V anchor, V a, const PolicyConfig& c) {
     // exceeds exp((bound + q x) / (1 - q)).
     const V of_others = least - q.em1, others = least - p.em1, known = q.e * x;
     const auto exceeds = [&](V bound) {
-      const V quotient = exp_parts(saturated((bound + known) / -q.em1)).e;
+      // Of a certain token 1 - q is 0 here, not -0, which would turn the sign round.
+      const V quotient = exp_parts(saturated((bound + known) / (zero - q.em1))).e;
       return select_less(quotient * others, of_others, one, zero);
     };
     t = {select_less(x, zero, exceeds(low), zero), select_less(zero, x, exceeds(high), zero)};

@@ -210,6 +210,23 @@ def test_of_the_head_match_fp64(backend, options):
         assert named["gate_frac_low"] > 0 and named["gate_frac_high"] > 0
 
 
+@pytest.mark.parametrize("gate", GATES, ids=str)
+def test_tokens_that_were_certain(backend, gate):
+    """Log-probabilities of 0, and above it by a rounding, as they come from 16 bits."""
+    old = torch.tensor([0.0, -0.0, 1e-3, -1e-9, -1e-4, -0.5]).repeat(9)
+    gaps = (0.0, 1e-3, -1e-3, -0.1, -0.7, -5.0, -60.0, 0.2, 2e-3)
+    logprobs = old + torch.tensor(gaps).repeat_interleave(6)
+    anchors = {"rollout_logprobs": old[:, None]} if gate.get("gate_against") == "rollout" else {}
+    mask, config = torch.ones(54, 1, dtype=torch.bool), Config(objective="reinforce", **gate)
+    for advantage in (1.5, -1.5):
+        args = (logprobs[:, None], old[:, None], torch.full((54, 1), advantage), mask)
+        found = rk.policy_loss(*args, **anchors, config=config).metrics
+        exact = reference.policy_loss(*to_float64(args), **to_float64(anchors), config=config)[1]
+        exact = dict(zip(POLICY_METRICS, exact.tolist(), strict=True))
+        for name in ("gate_frac_low", "gate_frac_high"):
+            assert round(54 * float(found[name])) == round(54 * exact[name]), (advantage, name)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

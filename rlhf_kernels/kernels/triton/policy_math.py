@@ -83,7 +83,7 @@ def flag(condition):
 @triton.jit
 def exceeds(bound, known, q_less_1, others, of_others):
     """Whether the divergence of `policy_gate` exceeds a bound: see csrc/policy_math.h."""
-    quotient, _, _ = exp_parts(clamp((bound + known) / -q_less_1, -BOUND, BOUND))
+    quotient, _, _ = exp_parts(clamp((bound + known) / (0.0 - q_less_1), -BOUND, BOUND))
     return quotient * others < of_others
 
 
