@@ -20,7 +20,7 @@ WHEELS ?=
 # The Python of the GPU machine, for which `make gpu-extensions` builds.
 GPU_PYTHON ?= python3.12
 
-.PHONY: venv test test-all demo bench bench-full bench-compare gpu-check gpu-extensions triton-report cuda-report sanitize fuzz lint \
+.PHONY: venv test test-all demo bench bench-full bench-compare gpu-check gpu-extensions triton-report cuda-report variants sanitize fuzz lint \
 	format clean
 
 venv: $(INSTALLED)
@@ -88,6 +88,10 @@ cuda-report: venv
 	$(BIN)/python -m tools.cuda_resources --report benchmarks/results/cuda-resources.md --date $(DATE)
 	$(BIN)/python -m tools.cuda_sass --report benchmarks/results/cuda-sass.md --date $(DATE)
 	$(BIN)/python -m tools.triton_sass --report benchmarks/results/triton-sass.md --date $(DATE)
+
+# The losses and estimators of the field, our calls, and their differences from the formulas.
+variants: venv
+	$(BIN)/python -m tools.variants --report docs/variants.md
 
 # Address and undefined behaviour, in the kernels; needs GCC.
 sanitize: venv
