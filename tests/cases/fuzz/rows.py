@@ -47,6 +47,15 @@ def labels(d: Draw, shape: Sequence[int], vocab: int, ignored: int = -100) -> Te
     return torch.where(skipped, ignored, found).to(found.dtype)
 
 
+def several_labels(d: Draw, shape: Sequence[int], vocab: int, ignored: int = -100) -> Tensor:
+    """As `labels`, or some for each token, of which some come twice."""
+    count = d.pick(0, 0, 0, 1, 2, 5)
+    if count == 0:
+        return labels(d, shape, vocab, ignored)
+    found = labels(d, (*shape, count), vocab, ignored)
+    return torch.cat([found, found[..., :1]], -1) if d.chance(0.3) else found
+
+
 def row_options(d: Draw, shape: Sequence[int]) -> dict[str, Any]:
     return {"temperature": temperature(d, shape), "softcap": d.pick(None, None, 5.0, 30.0)}
 
@@ -77,12 +86,33 @@ def further(d: Draw, given: tuple[Tensor, Tensor] | None) -> dict[str, bool]:
     return {n: d.chance(0.5) and (n == "entropy" or not usual) for n in FURTHER}
 
 
-def row_bounds(rows: SoftmaxBounds, known: Tensor, asked: dict[str, bool]) -> list[Tensor]:
+def row_bounds(
+    rows: SoftmaxBounds, known: Tensor, several: bool, asked: dict[str, bool]
+) -> list[Tensor]:
     """Of the log-probabilities and what is asked for beside them; 0 for ignored tokens."""
-    found = {"logprobs": rows.logprobs(known), "entropy": rows.entropy(known.shape),
-             "collision": rows.collision(known.shape), "lse": rows.lse(known.shape),
-             "argmax": torch.zeros(known.shape)}  # fmt: skip
-    return [torch.where(known >= 0, b, 0) for n, b in found.items() if asked.get(n, True)]
+    own = known.amax(-1) if several else known
+    if several:
+        of_labels = torch.stack([rows.logprobs(k) for k in known.unbind(-1)], -1)
+    else:
+        of_labels = rows.logprobs(known)
+    of_labels = torch.where(known >= 0, of_labels, 0)
+    found = {"entropy": rows.entropy(own.shape), "collision": rows.collision(own.shape),
+             "lse": rows.lse(own.shape), "argmax": torch.zeros(own.shape)}  # fmt: skip
+    return [of_labels, *(torch.where(own >= 0, b, 0) for n, b in found.items() if asked[n])]
+
+
+def token_gradient(
+    rows: SoftmaxBounds, known: Tensor, several: bool, g: Tensor, **others: Tensor
+) -> tuple[Tensor, Tensor]:
+    """That of the rows; of several labels per token the sum of theirs."""
+    if not several:
+        return rows.token_gradient(known, g, **others)
+    own = known.amax(-1)
+    found, bound = rows.token_gradient(own, torch.zeros(own.shape), **others)
+    for label, upstream in zip(known.unbind(-1), g.unbind(-1), strict=True):
+        more, of_more = rows.token_gradient(label, upstream)
+        found, bound = found + more, bound + of_more
+    return found, bound
 
 
 def words_apart(rows: SoftmaxBounds, best: Tensor) -> Tensor:
@@ -108,18 +138,19 @@ def token_logprobs(d: Draw) -> Case:
     # A row that is not a distribution has a result, but no meaningful gradient.
     x = d.laid_out(with_faults(d, x)) if faulty else d.wanted(d.laid_out(x))
     ignored = d.pick(-100, -1, vocab + 3)
-    y = labels(d, shape, vocab, ignored)
+    y = several_labels(d, shape, vocab, ignored)
+    several = y.dim() == x.dim()
     options = row_options(d, shape)
-    given = support(d, y.numel(), vocab) if d.chance(0.2) else None
+    given = support(d, y.numel(), vocab) if not several and d.chance(0.2) else None
 
     def bounds(exact: Sequence[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
         z = x.detach().double().reshape(-1, vocab)
         kept = within(given, z.shape)
         rows = SoftmaxBounds(z, torch.zeros_like(z), x.dtype, kept=kept, **options)
         known = judged(torch.where(y == ignored, -1, y.long()), kept)
-        found = row_bounds(rows, known, asked)
+        found = row_bounds(rows, known, several, asked)
         if upstream:
-            found.append(rows.token_gradient(known, **upstreams(upstream, asked))[1])
+            found.append(token_gradient(rows, known, several, **upstreams(upstream, asked))[1])
         return found
 
     asked = further(d, given)
@@ -220,9 +251,10 @@ def linear_token_logprobs(d: Draw) -> Case:
     count, dtype = d.size(300), d.dtype()
     vocab = d.size(40_000 // max(1, count), 1)
     hidden, weight, bias = leaves(d, head(d, count, dtype, vocab))
-    y = labels(d, (count,), vocab)
+    y = several_labels(d, (count,), vocab)
+    several = y.dim() > 1
     options = row_options(d, (count,)) | {"logit_scale": d.pick(1.0, 1.0, 0.3)}
-    given = support(d, count, vocab) if d.chance(0.2) else None
+    given = support(d, count, vocab) if not several and d.chance(0.2) else None
     parts = chunks(d) if given is None else {}
     asked = further(d, given)
 
@@ -230,12 +262,12 @@ def linear_token_logprobs(d: Draw) -> Case:
         kept = within(given, (count, vocab))
         rows = HeadBounds(hidden, weight, bias, kept=kept, **options)
         known = judged(y.long(), kept)
-        found = row_bounds(rows, known, asked)
+        found = row_bounds(rows, known, several, asked)
         if asked["argmax"]:
             found[-1] = words_apart(rows, exact[len(found) - 1])
         if not upstream:
             return found
-        gradient = rows.token_gradient(known, **upstreams(upstream, asked))
+        gradient = token_gradient(rows, known, several, **upstreams(upstream, asked))
         size = of_chunk(parts) if parts else None
         products = rows.products(gradient, tokens=size, words=64)
         leaves = zip((hidden, weight, bias), products, strict=True)
