@@ -300,6 +300,25 @@ class TestTraffic:
         assert backward.bytes_read == count * (vocab + 1) * size + of_rows
         assert backward.bytes_written == rows * vocab * size + rows * 5 * 4
 
+    def test_several_labels(self):
+        """A row once, whatever the number of labels, and each label's own logit beside it."""
+        logits = torch.randn(4, 700, dtype=torch.bfloat16).requires_grad_()
+        labels = torch.tensor([[0, 5, -100], [-100] * 3, [699, 3, 350], [7, 7, 1]])
+        kept = (labels != -100).any(-1)
+        at_labels = torch.zeros(4, 701, dtype=torch.int64)
+        at_labels.scatter_add_(1, labels.where(labels >= 0, 700), torch.ones_like(labels))
+        at_labels = at_labels[:, :700]
+        once = kept[:, None].expand(4, 700).long()
+        with self.traffic() as forward:
+            result = rk.token_logprobs(logits, labels)
+        assert torch.equal(forward.reads(logits), once + at_labels)
+        assert (forward.writes(result.logprobs) == 1).all()
+        with self.traffic() as backward:
+            (grad,) = torch.autograd.grad(result.logprobs.sum(), logits)
+        assert torch.equal(backward.reads(logits), once + at_labels)
+        assert torch.equal(backward.writes(grad), 1 + at_labels)
+        assert (backward.reads(grad) == 0).all()
+
     @pytest.mark.parametrize("direction", ["reverse", "forward"])
     def test_kl_divergence(self, direction):
         from rlhf_kernels.kernels.triton.kl import PARTS, TILE
