@@ -307,7 +307,9 @@ def test_distributed_tensors_are_named(tmp_path):
         mesh = init_device_mesh("cpu", (1,))
         for op in cases.OPERATIONS:
             call = cases.calls(op)[0]
-            for name, t in call.tensors.items():
+            heads = [n for n in call.tensors if n in ("weight", "ref_weight")]
+            biases = {n.replace("weight", "bias"): call.tensors[n][:, 0] for n in heads}
+            for name, t in (call.tensors | biases).items():
                 if t.dim() == 0:
                     continue
                 given = {**call.tensors, name: distribute_tensor(t, mesh, [Shard(0)])}
