@@ -1,7 +1,7 @@
 """A PolicyLossConfig as numbers: how operators and kernels take its options."""
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from .enums import (
     AGGREGATIONS,
@@ -14,9 +14,6 @@ from .enums import (
     PLAIN_KL_ESTIMATORS,
     RATIO_LEVELS,
 )
-
-if TYPE_CHECKING:
-    from .policy import PolicyLossConfig
 
 #: Every log-ratio is clamped to +-40 before exp(), whatever the options. Products of larger ratios
 #: would overflow fp32, and inf times an advantage of 0 is NaN.
@@ -82,7 +79,7 @@ class PolicyParams(NamedTuple):
     kl_weight_max: float
 
 
-def codes_of(config: "PolicyLossConfig") -> PolicyCodes:
+def codes_of(config: Any) -> PolicyCodes:
     """The choices of a configuration."""
     return PolicyCodes(
         objective=OBJECTIVES.index(config.objective),
@@ -100,7 +97,7 @@ def codes_of(config: "PolicyLossConfig") -> PolicyCodes:
     )
 
 
-def params_of(config: "PolicyLossConfig") -> PolicyParams:
+def params_of(config: Any) -> PolicyParams:
     """The numbers of a configuration, all of them finite."""
     clip_low, clip_high = config.clip_bounds()
     log_ratio_low, log_ratio_high = config.log_ratio_bounds()
