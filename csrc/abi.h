@@ -266,7 +266,7 @@ enum KlWeight : int32_t {
   kDetachedRatioKlWeight = 2,
   kOneKlWeight = 3
 };
-enum Gate : int32_t { kNoGate = 0, kTvGate = 1, kBinaryKlGate = 2, kRatioGate = 3 };
+enum Gate : int32_t { kNoGate = 0, kTvGate = 1, kBinaryKlGate = 2, kRatioGate = 3, kOpsmGate = 4 };
 enum GateAnchor : int32_t { kOldAnchor = 0, kRolloutAnchor = 1 };
 struct PolicyCodes {
   int32_t objective, ratio_level, kl_estimator, kl_straight_through, kl_weight;

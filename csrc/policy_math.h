@@ -165,9 +165,12 @@ struct GateTerm {
 // What the others' probability counts as at least, in the binary divergence.
 constexpr float kLeastOther = 1.0e-8f;
 
+// `distance`: the mean of anchor - logprob over the token's sequence, for a gate by sequences.
 template <class V>
-RK_HD GateTerm<V> policy_gate(V logprob, V anchor, V a, const PolicyConfig& c) {
+RK_HD GateTerm<V> policy_gate(V logprob, V anchor, V a, V distance, const PolicyConfig& c) {
   const V zero(0.0f), one(1.0f), low(c.gate_low), high(c.gate_high), least(kLeastOther);
+  if (c.gate == kOpsmGate)
+    return {select_less(a, zero, select_less(low, distance, one, zero), zero), zero};
   if (c.gate == kRatioGate) {
     const V x = logprob - anchor;
     return {select_less(x, low, one, zero), select_less(high, x, one, zero)};
@@ -194,14 +197,26 @@ RK_HD GateTerm<V> policy_gate(V logprob, V anchor, V a, const PolicyConfig& c) {
   return {select_less(a, zero, t.low, zero), select_less(zero, a, t.high, zero)};
 }
 
+// Whether a gate compares with the rollout.
+RK_HD bool gates_against_rollout(const PolicyConfig& c, bool rollout_given) {
+  return c.gate_against == kRolloutAnchor && rollout_given;
+}
+
+// `distance` of policy_gate from a sequence's sums: logprob - old, log_weight and its tokens.
+RK_HD double gate_distance(const PolicyConfig& c, bool rollout_given, double log_ratio,
+                           double log_weight, double tokens) {
+  const double away = log_ratio + (gates_against_rollout(c, rollout_given) ? log_weight : 0.0);
+  return -away / (tokens > 1.0 ? tokens : 1.0);
+}
+
 // With the gate of `c`: changes w and the logprob of the objective of a token that is dropped.
 template <class V>
 RK_HD GateTerm<V> drop_token(V& logprob, V& w, V old, V rollout, bool rollout_given, V a,
-                             const PolicyConfig& c) {
+                             V distance, const PolicyConfig& c) {
   const V zero(0.0f);
-  const bool against_rollout = c.gate_against == kRolloutAnchor && rollout_given;
+  const bool against_rollout = gates_against_rollout(c, rollout_given);
   const V anchor = against_rollout ? select_number(rollout, rollout, old) : old;
-  const GateTerm<V> t = policy_gate(logprob, anchor, a, c);
+  const GateTerm<V> t = policy_gate(logprob, anchor, a, distance, c);
   const V dropped = t.low + t.high;
   w = select_less(zero, dropped, zero, w);
   // 0 times the logarithm of 0 would be NaN.

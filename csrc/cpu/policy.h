@@ -9,7 +9,7 @@ namespace {
 // Values of a sequence that its tokens share.
 struct SequenceRatio {
   Ratio<float> ratio;
-  float w;
+  float w, distance;
   bool inside;
 };
 
@@ -66,7 +66,8 @@ double policy_block(const PolicyConfig& config, const PolicyBlock& b, int64_t n,
     if constexpr (kFull) {
       if (c.gate != kNoGate) {
         const V rollout = with_rollout ? kept(b.rollout) : zero;
-        const GateTerm<V> gate = drop_token(objective_logprob, w, old, rollout, with_rollout, a, c);
+        const GateTerm<V> gate =
+            drop_token(objective_logprob, w, old, rollout, with_rollout, a, V(q.distance), c);
         gate_low = fma(gate.low, m, gate_low);
         gate_high = fma(gate.high, m, gate_high);
       }
@@ -203,10 +204,13 @@ inline void policy_count(const PolicyArgs& a, const Piece& p, bool ratios, bool 
   });
 }
 
-inline SequenceRatio sequence_ratio(const PolicyConfig& c, const SequenceSums& s) {
+inline SequenceRatio sequence_ratio(const PolicyArgs& a, const SequenceSums& s) {
+  const PolicyConfig& c = a.config;
   SequenceRatio q{};
   const float x = s.tokens > 0.0 ? static_cast<float>(s.log_ratio / s.tokens) : 0.0f;
   q.ratio = policy_ratio(x, c);
+  q.distance = static_cast<float>(
+      gate_distance(c, a.rollout_logprobs.given, s.log_ratio, s.log_weight, s.tokens));
   q.inside = inside_clamp(x, 1.0f, c) != 0.0f;
   const bool mean = c.correction_level == kGeometricCorrection && s.tokens > 0.0;
   q.w = correction_weight(static_cast<float>(mean ? s.log_weight / s.tokens : s.log_weight), c);
@@ -242,8 +246,10 @@ Status policy_loss(const PolicyArgs& a) {
   const Scratch<PolicySums> partial(plan.items);
   if (!piece_sums.data || !sequences.data || !partial.data) return {kOutOfMemory, -1};
 
-  const bool log_ratio = c.ratio_level != kTokenRatio;
-  const bool log_weight = corrects_by_sequence(c);
+  const bool gated = c.gate == kOpsmGate;
+  const bool log_ratio = c.ratio_level != kTokenRatio || gated;
+  const bool log_weight =
+      corrects_by_sequence(c) || (gated && gates_against_rollout(c, a.rollout_logprobs.given));
   const bool counted =
       log_ratio || log_weight || c.aggregation == kSeqMeanTokenMean || a.divisor == 0.0;
   if (counted) {
@@ -258,7 +264,7 @@ Status policy_loss(const PolicyArgs& a) {
   for (int64_t i = 0; i < plan.items; ++i) partial[i].r_min = 3.0e38f, partial[i].r_max = -3.0e38f;
   plan.for_pieces(a.exec.threads, [&](int64_t index, int64_t item) {
     const Piece& p = plan.piece[index];
-    const SequenceRatio q = sequence_ratio(c, sequences[p.sequence]);
+    const SequenceRatio q = sequence_ratio(a, sequences[p.sequence]);
     const double weight = sequence_weight(c.aggregation, divisor, sequences[p.sequence].tokens);
     alignas(64) float buffers[9][kTokenBlock];
     for_blocks(t, p, [&](int64_t begin, int64_t n, const float* mask, int64_t count) {
@@ -295,7 +301,7 @@ Status policy_loss(const PolicyArgs& a) {
     plan.for_pieces(a.exec.threads, [&](int64_t index, int64_t) {
       const Piece& p = plan.piece[index];
       const SequenceSums& s = sequences[p.sequence];
-      if (s.tokens == 0.0 || s.slope == 0.0 || !sequence_ratio(c, s).inside) return;
+      if (s.tokens == 0.0 || s.slope == 0.0 || !sequence_ratio(a, s).inside) return;
       const double weight = sequence_weight(c.aggregation, divisor, s.tokens);
       add_pooled(a, p, static_cast<float>(weight * s.slope / s.tokens));
     });

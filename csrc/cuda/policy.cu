@@ -109,6 +109,17 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
     sequence_w = correction_weight(static_cast<float>(total), c);
   }
 
+  float distance = 0.0f;
+  if constexpr (kFull) {
+    if (c.gate == kOpsmGate) {
+      const bool more = gates_against_rollout(c, a.rollout_logprobs.given);
+      distance = static_cast<float>(
+          gate_distance(c, more, sequence_total(partials + kLogRatio * slots, own.tile),
+                        more ? sequence_total(partials + kLogWeight * slots, own.tile) : 0.0,
+                        sequence_total(partials + kTokens * slots, own.tile)));
+    }
+  }
+
   float s[kSums] = {}, gates[2] = {};
   float r_min = 3.0e38f, r_max = -3.0e38f, gradients[kPerThread], bonuses[kPerThread];
 #pragma unroll
@@ -118,7 +129,7 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
       const PolicyToken x = policy_token<kObjective, kFull>(
           {logprobs[j], olds[j], advantages[j], refs[j], rollouts[j], a.ref_logprobs.given,
            a.rollout_logprobs.given},
-          c, sequence, sequence_w);
+          c, sequence, sequence_w, distance);
       s[kW] += x.weight;
       const PolicyTerm<float>& t = x.term;
       const float own_weight = kFull && a.weights.given ? good_weight(weights[j]) : 1.0f;
@@ -354,10 +365,14 @@ Status policy_loss(const PolicyArgs& a) {
   const bool by_weight = corrects_by_sequence(c);
   const bool full =
       a.weights.given || has_further_options(c) || c.correction_level == kGeometricCorrection;
-  if (by_sequence || by_weight || c.aggregation == kSeqMeanTokenMean)
+  const bool by_distance = c.gate == kOpsmGate;
+  const bool log_ratios = by_sequence || by_distance;
+  const bool log_weights =
+      by_weight || (by_distance && gates_against_rollout(c, a.rollout_logprobs.given));
+  if (log_ratios || log_weights || c.aggregation == kSeqMeanTokenMean)
     RK_ENQUEUE(a.exec, slots, kTokenThreads, statistics_kernel, t,
-               by_sequence ? a.logprobs : Tensor{}, a.old_logprobs,
-               by_weight ? a.rollout_logprobs : Tensor{}, partials, slots);
+               log_ratios ? a.logprobs : Tensor{}, a.old_logprobs,
+               log_weights ? a.rollout_logprobs : Tensor{}, partials, slots);
   for_objective(c.objective, [&](auto objective) {
     for_flag(full, [&](auto all) {
       RK_ENQUEUE(a.exec, slots, kTokenThreads, (policy_kernel<objective.value, all.value>), a,

@@ -21,12 +21,13 @@ struct PolicyToken {
   GateTerm<float> gate;
 };
 
-// An unmasked token. sequence, sequence_weight: the ratio and the weight of its sequence, for a
-// loss that takes those. kFull: the loss may have what has_further_options.
+// An unmasked token. sequence, sequence_weight, distance: the ratio and the weight of its sequence,
+// and that of policy_gate, for a loss that takes those. kFull: the loss may have what
+// has_further_options.
 template <int kObjective, bool kFull>
 __device__ __forceinline__ PolicyToken policy_token(const TokenNumbers& x, const PolicyConfig& c,
                                                     const Ratio<float>& sequence,
-                                                    float sequence_weight) {
+                                                    float sequence_weight, float distance = 0.0f) {
   const bool token_ratio = c.ratio_level == kTokenRatio;
   PolicyToken t;
   t.log_ratio = x.logprob - x.old;
@@ -44,7 +45,8 @@ __device__ __forceinline__ PolicyToken policy_token(const TokenNumbers& x, const
   t.gate = {0.0f, 0.0f};
   if constexpr (kFull) {
     if (c.gate != kNoGate)
-      t.gate = drop_token(objective_logprob, w, x.old, x.rollout, x.rollout_given, x.advantage, c);
+      t.gate = drop_token(objective_logprob, w, x.old, x.rollout, x.rollout_given, x.advantage,
+                          distance, c);
   }
   t.term = policy_objective<kObjective>(t.ratio, objective_logprob, x.advantage, w, c);
   if (x.ref_given) {

@@ -41,7 +41,7 @@ KL_WEIGHTS: tuple[KlWeight, ...] = get_args(KlWeight)
 KL_WEIGHT_CODES: tuple[KlWeight | None, ...] = (None, *KL_WEIGHTS)
 
 #: What drops a token from the objective; None drops nothing.
-Gate = Literal["tv", "binary_kl", "ratio"]
+Gate = Literal["tv", "binary_kl", "ratio", "opsm"]
 GATES: tuple[Gate, ...] = get_args(Gate)
 #: The integer is the position in this tuple: 0 for no gate.
 GATE_CODES: tuple[Gate | None, ...] = (None, *GATES)

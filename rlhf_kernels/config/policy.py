@@ -128,6 +128,8 @@ class PolicyLossConfig:
             the divergence KL(q || p) of this token against all others exceeds gate_high, and
             gate_low; the probability of the others counts as at least 1e-8. "ratio": drops where
             p / q is outside [gate_low, gate_high], whatever A (IcePop on the current policy).
+            "opsm": drops where A < 0 and the mean of log(q / p) over the unmasked tokens of the
+            sequence exceeds gate_low (TRL's and slime's off-policy sequence masks).
         gate_low: the lower bound, or None.
         gate_high: the upper bound, or None.
         gate_against: "old" or "rollout". At a NaN the rollout counts as equal to old.
@@ -254,6 +256,11 @@ class PolicyLossConfig:
                 self._fail("gate", f"one of {', '.join(GATES)} where a gate bound is given")
             if self.gate_against != "old":
                 self._fail("gate_against", "'old' without a gate")
+        elif self.gate == "opsm":
+            if low is None:
+                self._fail("gate_low", "a number with the gate 'opsm'")
+            if high is not None:
+                self._fail("gate_high", "None with the gate 'opsm'")
         elif not bounded:
             self._fail("gate_high", "a number, or gate_low, with a gate")
         if self.gate_two_sided and self.gate not in ("tv", "binary_kl"):
@@ -324,6 +331,8 @@ class PolicyLossConfig:
         if self.gate == "ratio":
             return -math.inf if low is None else _log(low), math.inf if high is None else _log(high)
         upper = math.inf if high is None else high
+        if self.gate == "opsm":
+            return -math.inf if low is None else low, math.inf
         if self.gate == "binary_kl":
             return math.inf if low is None else low, upper
         return -math.inf if low is None else -low, upper

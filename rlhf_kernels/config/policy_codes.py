@@ -73,7 +73,7 @@ class PolicyParams(NamedTuple):
     entropy_coef: float
     correction_low: float
     correction_high: float
-    #: Of p - q, of the divergence, or of the log-ratio.
+    #: Of p - q, of the divergence, of the log-ratio, or of the mean of its negative.
     gate_low: float
     gate_high: float
     kl_weight_max: float

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..config.enums import AGGREGATIONS, CORRECTION_CODES, RATIO_LEVELS
+from ..config.enums import AGGREGATIONS, CORRECTION_CODES, GATE_CODES, RATIO_LEVELS
 from ..core import checks
 from ..core.layout import MaybeTensor
 from ..core.sentinels import SHARD_IGNORED
@@ -32,6 +32,7 @@ from .products import Head
 
 _TOKEN_RATIO = RATIO_LEVELS.index("token")
 _SEQUENCE_CORRECTION = CORRECTION_CODES.index("sequence")
+_OPSM_GATE = GATE_CODES.index("opsm")
 _NONE = Tokens(0, None)
 
 
@@ -279,6 +280,7 @@ def forward(
     alone = (
         policy.codes.ratio_level == _TOKEN_RATIO
         and policy.codes.correction_level < _SEQUENCE_CORRECTION
+        and policy.codes.gate != _OPSM_GATE
     )
     tokens, idle, widest = _selected(
         policy, advantages, offsets, alone, batching.kept_tokens, any(needs), columns

@@ -176,10 +176,10 @@ def linear_policy_loss(
     only forward.
 
     Four products are still needed where a token's gradient depends on its whole sequence
-    (ratio_level "sequence" or "sequence-token", correction_level "sequence" or "geometric"): a
-    first sweep then computes the log-probabilities. Four are also used on CPU with 16-bit operands
-    and V > 32768, where chunks hold so few tokens that summing the weight's gradient over chunks in
-    fp32 would cost more than recomputing the logits.
+    (ratio_level "sequence" or "sequence-token", correction_level "sequence" or "geometric", gate
+    "opsm"): a first sweep then computes the log-probabilities. Four are also used on CPU with
+    16-bit operands and V > 32768, where chunks hold so few tokens that summing the weight's
+    gradient over chunks in fp32 would cost more than recomputing the logits.
 
     With `group` the vocabulary is sharded over the ranks of the group as in
     `linear_token_logprobs`, that of the reference policy too. Loss and metrics have the same bits

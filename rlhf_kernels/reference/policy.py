@@ -97,13 +97,18 @@ def objective_term(
 
 
 def dropped_tokens(
-    lp: Tensor, anchor: Tensor, a: Tensor, config: PolicyLossConfig
+    lp: Tensor, anchor: Tensor, a: Tensor, distance: Tensor, config: PolicyLossConfig
 ) -> tuple[Tensor, Tensor]:
-    """Bool masks of the tokens that the gate drops at its lower and at its upper bound."""
+    """Bool masks of the tokens that the gate drops at its lower and at its upper bound.
+
+    `distance`: the mean of anchor - lp over each token's sequence.
+    """
     low, high = config.gate_bounds()
+    nowhere = torch.zeros_like(lp, dtype=torch.bool)
     if config.gate is None:
-        nowhere = torch.zeros_like(lp, dtype=torch.bool)
         return nowhere, nowhere
+    if config.gate == "opsm":
+        return (a < 0) & (distance > low), nowhere
     if config.gate == "ratio":
         return lp - anchor < low, lp - anchor > high
 
@@ -184,7 +189,11 @@ def policy_loss(
     anchor = old
     if rollout is not None and config.gate_against == "rollout":
         anchor = torch.where(rollout.isnan(), old, rollout)
-    gates = dropped_tokens(lp.detach(), anchor, a, config)
+    distance = lp.new_zeros(())
+    if config.gate == "opsm":
+        away = token_log_weight(anchor, lp.detach())
+        distance = sequence_sum(away, cu_seqlens) / length
+    gates = dropped_tokens(lp.detach(), anchor, a, distance, config)
     if config.gate is not None:
         dropped = gates[0] | gates[1]
         applied = torch.where(dropped, 0, torch.as_tensor(applied, dtype=lp.dtype))

@@ -280,7 +280,7 @@ def policy_options(v: dict[str, Any]) -> dict[str, Any]:
         options |= {"correction_level": level, "correction_mode": mode, "correction_max": 2.0}
     if v["gate"] is not None:
         gate, _, more = v["gate"].partition(" ")
-        options |= {"gate": gate, "gate_low": 0.1, "gate_high": 0.2}
+        options |= {"gate": gate, "gate_low": 0.1, "gate_high": None if gate == "opsm" else 0.2}
         options["gate_against"] = "rollout" if more == "rollout" else "old"
         options["gate_two_sided"] = more == "two-sided"
     if v["entropy"] in ("bonus", "constant bonus"):
@@ -306,7 +306,14 @@ def policy(full: bool) -> Iterator[Case]:
             "k3 one",
         ),
         "correction": (None, *itertools.product(levels, modes)),
-        "gate": (None, *enums.GATES, "tv rollout", "tv two-sided", "binary_kl rollout"),
+        "gate": (
+            None,
+            *enums.GATES,
+            "tv rollout",
+            "tv two-sided",
+            "binary_kl rollout",
+            "opsm rollout",
+        ),
         "weights": (None, "tokens", "sequences"),
         "entropy": (None, "metric", "bonus", "constant bonus"),
         "given": ("what is needed", "all"),

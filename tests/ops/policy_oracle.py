@@ -73,6 +73,8 @@ def _dropped(
     high = torch.inf if config.gate_high is None else config.gate_high
     if config.gate is None:
         return p < 0, p < 0
+    if config.gate == "opsm":
+        return (a < 0) & ((anchor - lp).mean() > low), p < 0
     if config.gate == "ratio":
         return p / q < low, p / q > high
     size = (p - q).abs()

@@ -30,6 +30,10 @@ GATES = (
     {"gate": "ratio", "gate_low": 0.61, "gate_high": 1.57},
     {"gate": "ratio", "gate_high": 1.3, "gate_against": "rollout"},
 )
+SEQUENCE_GATES = (
+    {"gate": "opsm", "gate_low": 0.013},
+    {"gate": "opsm", "gate_low": 0.11, "gate_against": "rollout"},
+)
 KL_WEIGHTS = (
     {"kl_weight": "detached-ratio"},
     {"kl_weight": "detached-ratio", "kl_weight_max": 1.1},
@@ -51,7 +55,7 @@ def configs():
     """Every base with several gates, weights of the KL and corrections."""
     kinds = [itertools.cycle(x) for x in (KL_WEIGHTS, CORRECTIONS, ("k3", "k1", "k2", "abs"))]
     aggregations = itertools.cycle(policy_config.AGGREGATIONS)
-    for gate, base in itertools.product(({}, *GATES), BASES):
+    for gate, base in itertools.product(({}, *GATES, *SEQUENCE_GATES), BASES):
         weight, correction, estimator = map(next, kinds)
         aggregation = next(aggregations)
         yield Config(
@@ -97,7 +101,7 @@ def test_matches_the_formula(backend, part):
             assert (named[f"gate_frac_{side}"] > 0) == (bound is not None), (config, side)
 
 
-@pytest.mark.parametrize("gate", enums.GATES)
+@pytest.mark.parametrize("gate", [g for g in enums.GATES if g != "opsm"])
 def test_a_gate_drops_the_objective_and_nothing_else(backend, gate):
     lp = torch.tensor([[-0.1, -2.0, -0.5, -0.5, -1.0, -3.0]], requires_grad=True)
     old = torch.tensor([[-2.0, -0.1, -0.6, -0.4, -0.1, -1.0]])
@@ -186,7 +190,9 @@ def test_bits_of_rows_packing_masks_and_compilation(backend):
     check_compiled(step, batches, lambda batch: (batch[0],))
 
 
-@pytest.mark.parametrize("options", (*GATES[::3], *KL_WEIGHTS[1:4], CORRECTIONS[1]), ids=str)
+@pytest.mark.parametrize(
+    "options", (*GATES[::3], *SEQUENCE_GATES, *KL_WEIGHTS[1:4], CORRECTIONS[1]), ids=str
+)
 def test_of_the_head_match_fp64(backend, options):
     leaves, tokens, constants = policy_problem()
     constants = constants | {"weights": torch.rand(tokens[0].shape) + 0.1}
@@ -196,6 +202,9 @@ def test_of_the_head_match_fp64(backend, options):
         options = {**options, "gate_low": 1e-4, "gate_high": 1e-4}
     if options.get("gate") == "ratio":
         options = {**options, "gate_low": 0.87, "gate_high": 1.13}
+    if options.get("gate") == "opsm":
+        # A sequence or two have moved away from old.
+        options, tokens = {**options, "gate_low": 0.0}, (tokens[0], tokens[1] + 0.1, *tokens[2:])
     config = Config(kl_coef=0.3, entropy_coef=0.05, **options)
     actual = run_policy(
         rk.linear_policy_loss, leaves, tokens, **constants, config=config, chunk_tokens=16
@@ -207,7 +216,8 @@ def test_of_the_head_match_fp64(backend, options):
     assert_all_within(actual, exact, policy_bounds_of(leaves, tokens, constants, config=config))
     if config.gate is not None:
         named = dict(zip(POLICY_METRICS, actual[1].tolist(), strict=True))
-        assert named["gate_frac_low"] > 0 and named["gate_frac_high"] > 0
+        assert named["gate_frac_low"] > 0
+        assert (named["gate_frac_high"] > 0) == (config.gate_high is not None)
 
 
 @pytest.mark.parametrize("gate", GATES, ids=str)
@@ -231,6 +241,8 @@ def test_tokens_that_were_certain(backend, gate):
     ("options", "message"),
     [
         ({"gate": "kl", "gate_high": 0.1}, "gate must be None or one of"),
+        ({"gate": "opsm"}, "gate_low must be a number"),
+        ({"gate": "opsm", "gate_low": 0.1, "gate_high": 0.2}, "gate_high must be None"),
         ({"gate": "tv"}, "gate_high must be a number, or gate_low"),
         ({"gate_low": 0.1}, "gate must be one of"),
         ({"gate": "tv", "gate_low": -0.1}, "gate_low must be a finite number >= 0"),

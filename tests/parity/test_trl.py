@@ -63,7 +63,8 @@ def trainer(loss_type, **settings):
         _entropy_bonus_enabled=args.entropy_coef != 0,
         use_adaptive_entropy=False,
         top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
+        off_policy_mask_threshold=args.off_policy_mask_threshold,
+        get_off_policy_mask=grpo_trainer.GRPOTrainer.get_off_policy_mask,
         use_vllm=args.use_vllm,
         vllm_importance_sampling_correction=args.vllm_importance_sampling_correction,
         aux_loss_enabled=False,
@@ -111,6 +112,7 @@ def grpo_loss(loss_type, batch, items, **settings):
     }
     if stand_in.use_vllm:
         inputs["importance_sampling_ratio"] = vllm_weights(batch, stand_in.args)
+        inputs["sampling_per_token_logps"] = batch.rollout
     loss = grpo_trainer.GRPOTrainer._compute_loss(stand_in, None, inputs)
     return loss, {name: values[-1] for name, values in stand_in._metrics["train"].items()}
 
@@ -195,6 +197,15 @@ def test_entropy_bonus(backend, loss_type):
     # Where the items of the generation batch are this micro-batch's share of them.
     items = int(batch.mask.sum()) * PROCESSES * STEPS_PER_GENERATION
     check(loss_type, batch, items, entropy_coef=0.125)
+
+
+@pytest.mark.parametrize("vllm", (False, True))
+def test_off_policy_sequence_mask(backend, vllm):
+    batch = make_batch(12, 20, per_sequence=True)
+    settings = {"off_policy_mask_threshold": 0.011, "use_vllm": vllm}
+    for loss_type in ("dapo", "cispo"):
+        ours, _ = check(loss_type, batch, vllm_importance_sampling_mode="token_mask", **settings)
+        assert 0 < ours["gate_frac_low"] < 1 and ours["kl_loss"] > 0
 
 
 def test_first_step_without_old_logprobs(backend):
@@ -291,7 +302,6 @@ def test_what_cannot_be_expressed_is_refused():
         ({"loss_type": "ppo"}, "loss_type must be one of"),
         ({"importance_sampling_level": "word"}, "importance_sampling_level must be one of"),
         ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=0.2 cannot be expressed"),
-        ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold=0.5 cannot"),
         ({"use_adaptive_entropy": True}, "use_adaptive_entropy cannot be expressed"),
         ({"loss_type": "grpo", "entropy_coef": 0.1}, "entropy_coef with loss_type='grpo' cannot"),
         ({"use_vllm": True, "vllm_importance_sampling_mode": "x"}, "must be one of token_truncate"),

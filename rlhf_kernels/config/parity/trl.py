@@ -101,7 +101,9 @@ def trl(
         entropy_coef: weight of the entropy bonus.
         use_adaptive_entropy: not expressible; use dataclasses.replace(config, entropy_coef=...).
         top_entropy_quantile: not expressible below 1.
-        off_policy_mask_threshold: not expressible.
+        off_policy_mask_threshold: drops the objective of sequences with A < 0 whose mean log-ratio
+            of the sampling policy to the current one exceeds this. With use_vllm the sampling
+            policy's are the rollout_logprobs, else the old_logprobs.
         sapo_temperature_pos: tau where the advantage is positive.
         sapo_temperature_neg: tau where it is not.
         use_vllm: the samples came from vLLM; pass rollout_logprobs.
@@ -127,9 +129,6 @@ def trl(
     if top_entropy_quantile < 1:
         why = "its mask applies to the objective, not to the KL term"
         inexpressible("trl", f"top_entropy_quantile={top_entropy_quantile}", why)
-    if off_policy_mask_threshold is not None:
-        why = "its mask applies to the objective, not to the KL term"
-        inexpressible("trl", f"off_policy_mask_threshold={off_policy_mask_threshold}", why)
     if entropy_coef != 0 and loss_type not in ("bnpo", "dapo", "cispo"):
         why = "TRL takes its mean over tokens; subtract entropy_coef * entropy[mask].mean() instead"
         inexpressible("trl", f"entropy_coef with loss_type={loss_type!r}", why)
@@ -141,6 +140,9 @@ def trl(
         "kl_weight": "ratio" if use_bias_correction_kl else None,
         "entropy_coef": entropy_coef,
     }
+    if off_policy_mask_threshold is not None:
+        anchor = "rollout" if use_vllm else "old"
+        fields |= {"gate": "opsm", "gate_low": off_policy_mask_threshold, "gate_against": anchor}
     high = epsilon if epsilon_high is None else epsilon_high
     if loss_type == "cispo":
         fields |= {"objective": "cispo", "clip_low": None, "clip_high": high, "clip_absolute": True}

@@ -47,6 +47,7 @@ from .policy_math import (
     NO_GATE,
     NO_KL_WEIGHT,
     ONE_KL_WEIGHT,
+    OPSM_GATE,
     PENALTY,
     RATIO_KL_WEIGHT,
     ROLLOUT_ANCHOR,
@@ -156,11 +157,20 @@ def policy_kernel(
             w = correction
     of_objective = logprob
     if GATE != NO_GATE:
-        anchor = before
-        if ANCHOR == ROLLOUT_ANCHOR:
-            anchor = load_kept(rollout, s, at, i, kept)
-            anchor = tl.where(anchor == anchor, anchor, before)
-        below, above = policy_gate(logprob, anchor, a, c, GATE, TWO_SIDED)
+        if GATE == OPSM_GATE:
+            away = sequence_total(partials + LOG_RATIO * slots, k, length, TILE)
+            if ANCHOR == ROLLOUT_ANCHOR:
+                away += sequence_total(partials + LOG_WEIGHT * slots, k, length, TILE)
+            n = sequence_total(partials + TOKENS * slots, k, length, TILE)
+            away *= inverse(tl.where(n > 1.0, n, 1.0))
+            distance = zero - away.to(tl.float32)
+            below, above = (a < 0.0) & (distance > c.gate_low), zero > 0.0
+        else:
+            anchor = before
+            if ANCHOR == ROLLOUT_ANCHOR:
+                anchor = load_kept(rollout, s, at, i, kept)
+                anchor = tl.where(anchor == anchor, anchor, before)
+            below, above = policy_gate(logprob, anchor, a, c, GATE, TWO_SIDED)
         dropped = below | above
         w = tl.where(dropped, 0.0, w)
         # 0 times the logarithm of 0 would be NaN.
@@ -388,8 +398,11 @@ def policy_loss(
     of_kl = codes.kl_weight > RATIO_KL_WEIGHT.value or codes.kl_weight_capped
     further = weights is not None or codes.gate != NO_GATE.value or of_kl
     tile = {"TILE": t.TILE, "warps": t.WARPS}
-    if by_sequence or by_weight or sequence_mean:
-        sums = {"RATIO": by_sequence, "WEIGHT": by_weight}
+    by_distance = codes.gate == OPSM_GATE.value
+    log_ratios = by_sequence or by_distance
+    log_weights = by_weight or (by_distance and codes.gate_against == ROLLOUT_ANCHOR.value)
+    if log_ratios or log_weights or sequence_mean:
+        sums = {"RATIO": log_ratios, "WEIGHT": log_weights}
         tensors = (kept, *ratios, sampled, partials)
         launch(t.statistics_kernel, slots, loss, batch, *tensors, **sums, **tile)
     launch(

@@ -29,10 +29,10 @@ def policy_config_of(d: Draw, smooth: bool = False) -> rk.PolicyLossConfig:
         options |= {"log_ratio_clamp": (-0.9, 1.1), "kl_input_clamp": 0.6, "kl_value_clamp": 0.5}
     if not smooth and d.chance(0.3):
         gate = d.pick(*enums.GATES)
-        low, high = (0.83, 1.19) if gate == "ratio" else (0.0317, 0.0271)
-        options |= {"gate": gate, "gate_low": d.pick(None, low), "gate_high": high,
-                    "gate_against": d.pick(*enums.GATE_ANCHORS),
-                    "gate_two_sided": gate != "ratio" and d.chance(0.3)}  # fmt: skip
+        low, high = {"ratio": (0.83, 1.19), "opsm": (0.0317, None)}.get(gate, (0.0317, 0.0271))
+        options |= {"gate": gate, "gate_low": low if gate == "opsm" else d.pick(None, low),
+                    "gate_high": high, "gate_against": d.pick(*enums.GATE_ANCHORS),
+                    "gate_two_sided": gate in ("tv", "binary_kl") and d.chance(0.3)}  # fmt: skip
     options["kl_weight"] = d.pick(None, None, None, *enums.KL_WEIGHTS)
     if not smooth and options["kl_weight"] in ("ratio", "detached-ratio"):
         options["kl_weight_max"] = d.pick(None, 1.17)
