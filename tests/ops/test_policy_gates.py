@@ -128,16 +128,19 @@ def test_a_gate_drops_the_objective_and_nothing_else(backend, gate):
 def test_extremes_of_gates(backend, gate):
     """Infinite and absent log-probabilities: dropped where their probability left the bounds."""
     inf, nan = math.inf, math.nan
-    lp = torch.tensor([[-inf, -0.1, 0.0, 0.0, 1e-7, -50.0, -inf, nan]]).requires_grad_()
-    old = torch.tensor([[-0.1, -inf, 0.0, -3.0, 0.0, -50.0, -inf, -1.0]])
-    a = torch.tensor([[-1.0, 1.0, 1.0, 1.0, -1.0, 1.0, 1.0, 1.0]])
-    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0]])
+    # The last two that are kept: an old probability of 1, near and far.
+    lp = torch.tensor(
+        [[-inf, -0.1, 0.0, 0.0, 1e-7, -50.0, -1e-4, -1.5, -inf, nan]], requires_grad=True
+    )
+    old = torch.tensor([[-0.1, -inf, 0.0, -3.0, 0.0, -50.0, 0.0, 0.0, -inf, -1.0]])
+    a = torch.tensor([[-1.0, 1.0, 1.0, 1.0, -1.0, 1.0, -1.0, -1.0, 1.0, 1.0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1, 0, 0]])
     config = Config(objective="reinforce", aggregation="constant", normalizer=1.0, **gate)
     loss, metrics = rk.policy_loss(lp, old, a, mask, config=config)
     (g,) = torch.autograd.grad(loss, lp)
-    kept = torch.tensor([[0, 0, 1, 0, 1, 1, 0, 0]])
+    kept = torch.tensor([[0, 0, 1, 0, 1, 1, 1, 0, 0, 0]])
     assert torch.equal(g, -a * kept) and loss.isfinite()
-    assert metrics["gate_frac_low"] == 1 / 6 and metrics["gate_frac_high"] == 2 / 6
+    assert metrics["gate_frac_low"] == 2 / 8 and metrics["gate_frac_high"] == 2 / 8
     # Against a rollout that is missing, as against old.
     there = dataclasses.replace(config, gate_against="rollout")
     missing = torch.full_like(old, nan)

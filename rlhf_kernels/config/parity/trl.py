@@ -141,8 +141,8 @@ def trl(
         "entropy_coef": entropy_coef,
     }
     if off_policy_mask_threshold is not None:
-        anchor = "rollout" if use_vllm else "old"
-        fields |= {"gate": "opsm", "gate_low": off_policy_mask_threshold, "gate_against": anchor}
+        fields |= {"gate": "opsm", "gate_low": off_policy_mask_threshold}
+        fields["gate_against"] = "rollout" if use_vllm else "old"
     high = epsilon if epsilon_high is None else epsilon_high
     if loss_type == "cispo":
         fields |= {"objective": "cispo", "clip_low": None, "clip_high": high, "clip_absolute": True}
