@@ -173,7 +173,11 @@ def sensitivity(case: Case, exact: Sequence[Tensor], backend: str) -> list[Tenso
                 moved_root = torch.hypot(deviation, (2 * EPS) ** 0.5 * size) - deviation
                 worst[2][std] += moved_root.nan_to_num(0.0, 0.0, 0.0) / ROUNDINGS
     config = case.arguments.get("config")
-    if case.op == "policy_loss" and config.kl_weight == "ratio" and config.kl_estimator == "abs+":
+    if (
+        case.op == "policy_loss"
+        and config.kl_weight in ("ratio", "one")
+        and config.kl_estimator == "abs+"
+    ):
         # |x| by the ratio's slope and x by the estimator's cancel below 0, whatever the inputs.
         # With k1+ they add there: what that changes is the sum of their sizes.
         given = to_float64(case.arguments)
