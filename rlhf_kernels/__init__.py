@@ -14,6 +14,7 @@ from .ops.advantages import (
 from .ops.advantages_groups import group_advantages, optimal_token_baseline
 from .ops.advantages_shaped import PPOAdvantages, ppo_advantages
 from .ops.kl import KlDivergence, kl_divergence, kl_penalty
+from .ops.kl_topk import topk_divergence
 from .ops.linear_kl import linear_kl_divergence
 from .ops.linear_logprobs import linear_token_logprobs
 from .ops.linear_policy import linear_policy_loss
@@ -75,6 +76,7 @@ __all__ = [
     "sequence_logprobs",
     "supports",
     "token_logprobs",
+    "topk_divergence",
     "use_backend",
     "value_loss",
     "warmup",

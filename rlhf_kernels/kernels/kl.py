@@ -11,17 +11,15 @@ from ..core.pair_options import PairOptions
 
 def launchers(
     forward: Callable[..., None],
-    mixture: Callable[..., None],
     backward: Callable[..., None],
     penalty: Callable[..., None],
 ) -> dict[str, Callable[..., object]]:
     """Launchers by operator name, from the functions of a backend that launch its kernels.
 
     `forward` takes logits, ref_logits and options, and writes its last arguments: the divergences,
-    the statistics, and the entropies or None. `mixture` takes what `kl_mixture_into` takes.
-    `backward` takes what `kl_divergence_backward_into` takes. `penalty` takes logprobs,
-    ref_logprobs, the upstream gradient or None, and the estimator, and writes its last argument:
-    the gradient or the penalty. None is called without a token.
+    the statistics, and the entropies or None. `backward` takes what `kl_divergence_backward_into`
+    takes. `penalty` takes logprobs, ref_logprobs, the upstream gradient or None, and the estimator,
+    and writes its last argument: the gradient or the penalty. None is called without a token.
     """
 
     def kl_divergence(
@@ -33,12 +31,6 @@ def launchers(
         if kl.numel() > 0:
             forward(logits, ref_logits, options, kl, stats, entropies)
         return kl, stats, entropies
-
-    def kl_mixture_into(
-        kl: Tensor, stats: Tensor, logits: Tensor, ref_logits: Tensor, options: PairOptions
-    ) -> None:
-        if kl.numel() > 0:
-            mixture(kl, stats, logits, ref_logits, options)
 
     def kl_divergence_backward_into(
         out: Tensor,
@@ -73,8 +65,7 @@ def launchers(
     return {
         "kl_divergence": kl_divergence,
         "kl_divergence_backward": kl_divergence_backward,
-        # Only for the fused head; not operators.
-        "kl_mixture_into": kl_mixture_into,
+        # Only for the fused head; not an operator.
         "kl_divergence_backward_into": kl_divergence_backward_into,
         "kl_penalty": kl_penalty,
         "kl_penalty_backward": kl_penalty_backward,

@@ -125,14 +125,6 @@ class Rows(LabelRows, Protocol):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(divergences [N], statistics [N, 5], the policy's entropies [N] or None)."""
 
-    def kl_mixture_into(
-        self, kl: Tensor, stats: Tensor, logits: Tensor, ref_logits: Tensor, options: PairOptions, /
-    ) -> None:
-        """Writes what these columns add to divergences with beta, and to the last statistics.
-
-        The others of stats [N, 5] are over all columns.
-        """
-
     def kl_divergence_backward_into(
         self,
         out: Tensor,

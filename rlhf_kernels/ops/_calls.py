@@ -20,6 +20,7 @@ from .advantages import discounted_returns, gae, whiten
 from .advantages_groups import group_advantages, optimal_token_baseline
 from .advantages_shaped import ppo_advantages
 from .kl import kl_divergence, kl_penalty
+from .kl_topk import topk_divergence
 from .linear_kl import linear_kl_divergence
 from .linear_logprobs import linear_token_logprobs
 from .linear_policy import linear_policy_loss
@@ -204,6 +205,8 @@ _DIVERGENCES = (
 # Moderate logits: a gradient is a difference of them, and its rounding grows with their size.
 _NEAR = _all(lambda x: x.floats(*x.shape, x.vocabulary), "logits", "ref_logits")
 _FAR = _all(Inputs.tokens, "logprobs", "ref_logprobs")
+# Four tokens with half of the mass or less.
+_TOPK = _all(lambda x: -2.5 - x.floats(*x.shape, 4).abs(), "logprobs", "ref_logprobs")
 _SUMS = _all(Inputs.sequences, "logprobs", "ref_logprobs")
 _WHOLE: dict[str, Maker] = {
     "mask": lambda x: torch.ones(x.shape, dtype=torch.bool, device=x.device)
@@ -240,6 +243,7 @@ OPERATIONS: dict[Callable[..., Any], Operation] = {
     reward_model_loss: Operation(_REWARDS, ({"center_coef": 0.01},)),
     sequence_logprobs: Operation(("logprobs",), others=_FAR),
     token_logprobs: Operation(("logits",), _ROWS, 1),
+    topk_divergence: Operation(("logprobs",), ({"direction": "jsd"},), others=_TOPK),
     value_loss: Operation(("values",), ({"clip_range": 0.2},)),
     whiten: Operation(examples=({"mask": GIVEN},)),
 }

@@ -8,6 +8,7 @@ from .advantages import discounted_returns, gae, ppo_advantages, whiten
 from .advantages_groups import group_advantages, optimal_token_baseline
 from .head import linear_kl_divergence, linear_policy_loss, linear_token_logprobs
 from .kl import kl_divergence, kl_penalty
+from .kl_topk import topk_divergence
 from .logprobs import token_logprobs
 from .mismatch import mismatch_weights
 from .policy import policy_loss
@@ -35,6 +36,7 @@ __all__ = [
     "sequence_logprobs",
     "token_logprobs",
     "token_logprobs_support",
+    "topk_divergence",
     "value_loss",
     "whiten",
 ]

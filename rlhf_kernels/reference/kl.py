@@ -63,7 +63,7 @@ class _Mixture(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, y: Tensor, beta: float) -> Tensor:
         logp, logq = torch.log_softmax(x, -1), torch.log_softmax(y, -1)
-        of_p, of_q = _mixture_terms(logp, logq, beta)
+        of_p, of_q = mixture_terms(logp, logq, beta)
         mean_p = _mean_difference(logp.exp(), of_p, torch.zeros_like(of_p))
         mean_q = _mean_difference(logq.exp(), of_q, torch.zeros_like(of_q))
         kl = (beta * mean_q + (1 - beta) * mean_p).squeeze(-1)
@@ -78,13 +78,13 @@ class _Mixture(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logp, logq = (torch.log_softmax(t, -1) for t in ctx.saved_tensors)
         p, grad = logp.exp(), grad.unsqueeze(-1)
-        of_p, _ = _mixture_terms(logp, logq, ctx.beta)
+        of_p, _ = mixture_terms(logp, logq, ctx.beta)
         excess = of_p - _mean_difference(p, of_p, torch.zeros_like(of_p))
         slope = torch.where(p > 0, (1 - ctx.beta) * p * excess, p)
         return torch.where(grad == 0, 0, grad * slope), None, None
 
 
-def _mixture_terms(logp: Tensor, logq: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def mixture_terms(logp: Tensor, logq: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """log(p / m) and log(q / m), m = (1 - beta) p + beta q; NaN where p and q are 0.
 
     Relative to the larger of p and q, so nothing overflows and close p and q lose no digits.

@@ -25,6 +25,7 @@ PLAIN = (
     "preference_loss",
     "reward_model_loss",
     "sequence_logprobs",
+    "topk_divergence",
 )
 FUNCTIONS = {function.__name__: function for function in _calls.OPERATIONS}
 OPERATIONS = tuple(FUNCTIONS)
@@ -252,6 +253,7 @@ CHOICES: dict[str, tuple[dict[str, tuple[Any, ...]], ...]] = {
             "temperature": (GIVEN, 1.0),
         },
     ),
+    "topk_divergence": ({"mask": (ABSENT, GIVEN), "direction": ("forward", "reverse", "jsd")},),
     "value_loss": (
         {
             "clip_range": (None, 0.2),

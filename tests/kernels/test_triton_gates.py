@@ -171,6 +171,9 @@ def extras(op: str, name: str) -> tuple[list[str], list[str]]:
     """What the call `name` launches before and behind the kernels that `op` always launches."""
     if op == "group_advantages":
         return [], ["advantages_groups.batch_kernel"] if "scale=batch" in name else []
+    if op == "kl_divergence":
+        of_mixture = ("constants_kernel", "mixture_kernel", "mixture_combine_kernel")
+        return [], [f"kl_mixture.{kernel}" for kernel in of_mixture] if "jsd" in name else []
     if op == "general_gae":
         return ["advantages_general.offsets_kernel"] if "packed" in name else [], []
     if op not in SCANS:

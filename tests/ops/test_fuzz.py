@@ -30,7 +30,7 @@ def test_fixed_cases_of_other_backends_find_nothing():
 
 def test_every_operation_has_cases():
     computing = {n for n in rk.__all__ if n[0].islower()}
-    computing -= {"available_backends", "use_backend", "warmup"}
+    computing -= {"available_backends", "supports", "use_backend", "warmup"}
     assert {c.__name__ for c in fuzz_cases.CASES} == computing
 
 

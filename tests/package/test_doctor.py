@@ -28,7 +28,7 @@ def test_json_report():
     # everything else has kernels.
     selected = report["selected"]["cpu"]
     plain = {"preference_loss", "kto_loss", "reward_model_loss", "sequence_logprobs"}
-    plain.add("optimal_token_baseline")
+    plain |= {"optimal_token_baseline", "topk_divergence"}
     assert {name for name, backend in selected.items() if backend == "torch"} == plain
     assert {backend for name, backend in selected.items() if name not in plain} == {"cpu"}
     names = {c["operation"] for c in report["self_check"]}

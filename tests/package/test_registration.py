@@ -233,8 +233,8 @@ def test_a_backend_takes_what_its_row_kernels_are_given(name):
 
 def test_every_launcher_is_a_registered_operator():
     launchers = set(backends.get("cpu").launchers)
-    # Only the head uses these, because it says where the results go.
-    launchers -= {"kl_divergence_backward_into", "token_logprobs_backward_into", "kl_mixture_into"}
+    # Only the head uses these, because it says where the gradient goes.
+    launchers -= {"kl_divergence_backward_into", "token_logprobs_backward_into"}
     assert "token_logprobs" in launchers
     for name in launchers:
         schema = getattr(torch.ops.rlhf_kernels, name).default._schema

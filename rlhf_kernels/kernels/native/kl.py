@@ -39,27 +39,6 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             ),
         )
 
-    def mixture(
-        divergences: Tensor,
-        stats: Tensor,
-        logits: Tensor,
-        ref_logits: Tensor,
-        options: PairOptions,
-    ) -> None:
-        extension.kl_mixture(
-            logits,
-            ref_logits,
-            options.temperature,
-            options.native,
-            divergences,
-            stats,
-            make_exec(
-                logits,
-                "kl_divergence",
-                lambda: (divergences.numel(), logits.shape[-1], logits.element_size()),
-            ),
-        )
-
     def backward(
         out: Tensor,
         logits: Tensor,
@@ -92,4 +71,4 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             logprobs, ref_logprobs, code, straight, grad, out, make_exec(logprobs)
         )
 
-    return kl.launchers(forward, mixture, backward, penalty)
+    return kl.launchers(forward, backward, penalty)

@@ -394,4 +394,4 @@ def _backward(
     )
 
 
-LAUNCHERS = shared.launchers(_forward, kl_mixture.mixture, _backward, penalty)
+LAUNCHERS = shared.launchers(_forward, _backward, penalty)

@@ -100,7 +100,7 @@ def mixture_combine_kernel(partials, kl, stats, tiles, beta, GROUP: tl.constexpr
 def mixture(
     kl: Tensor, stats: Tensor, logits: Tensor, ref_logits: Tensor, options: PairOptions
 ) -> None:
-    """`kl_mixture_into` of kernels/rows.py, of at least one token."""
+    """Overwrites kl, and the last of the statistics of both rows; of at least one token."""
     (rows, cols), vocab = grid(kl.shape), logits.shape[-1]
     tiles, beta = tile_count(vocab, TILE), float(options.beta)
     logits, ref_logits = as_rows(logits), as_rows(ref_logits)

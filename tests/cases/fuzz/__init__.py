@@ -22,7 +22,6 @@ from tests.cases.fuzz.advantages import (
 )
 from tests.cases.fuzz.draw import INVARIANT, Case, Draw
 from tests.cases.fuzz.rows import (
-    divergence_of_two,
     kl_divergence,
     linear_kl_divergence,
     linear_policy_loss,
@@ -37,6 +36,7 @@ from tests.cases.fuzz.tokens import (
     preference_loss,
     reward_model_loss,
     sequence_logprobs,
+    topk_divergence,
     value_loss,
 )
 
@@ -55,8 +55,8 @@ FLUSHED = 1e-37
 
 CASES = (
     *(token_logprobs, token_logprobs, kl_divergence, linear_token_logprobs, linear_token_logprobs),
-    *(divergence_of_two, linear_kl_divergence, linear_policy_loss, policy_loss, policy_loss),
-    *(value_loss, kl_penalty),
+    *(kl_divergence, linear_kl_divergence, linear_policy_loss, policy_loss, policy_loss),
+    *(value_loss, kl_penalty, topk_divergence),
     *(gae, gae, discounted_returns, ppo_advantages, group_advantages, whiten, sequence_logprobs),
     *(preference_loss, kto_loss, reward_model_loss, mismatch_weights, optimal_token_baseline),
 )

@@ -159,27 +159,6 @@ def token_logprobs(d: Draw) -> Case:
     return Case("token_logprobs", arguments, d, bounds)
 
 
-def kl_divergence(d: Draw) -> Case:
-    shape = (d.size(40),) if d.chance(0.6) else (d.size(5), d.size(9))
-    vocab, dtype = d.size(300_000 // max(1, torch.Size(shape).numel()), 1), d.dtype()
-    scale = d.pick(1.0, 3.0, 10.0)
-    x, r = (d.floats(*shape, vocab, scale=scale, dtype=dtype) for _ in range(2))
-    t, reverse = d.pick(1.0, 0.7, 2.0), d.chance(0.5)
-
-    def bounds(exact: Sequence[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
-        p, q = (
-            SoftmaxBounds(z.reshape(-1, vocab), torch.zeros(z.numel() // vocab, vocab), dtype,
-                          temperature=t)
-            for z in (x.detach().double(), r.detach().double())
-        )  # fmt: skip
-        found = [p.kl(q, reverse, shape)]
-        return found + ([p.kl_gradient(q, reverse, upstream[0])[1]] if upstream else [])
-
-    direction = "reverse" if reverse else "forward"
-    arguments = {"logits": d.wanted(x), "ref_logits": r, "temperature": t, "direction": direction}
-    return Case("kl_divergence", arguments, d, bounds)
-
-
 def _options_of_two(d: Draw) -> dict[str, Any]:
     """Options of a divergence, those of each model on their own."""
     found: dict[str, Any] = {"direction": d.pick("jsd", "jsd", "reverse", "forward")}
@@ -192,7 +171,7 @@ def _options_of_two(d: Draw) -> dict[str, Any]:
     return found | {"entropy": d.chance(0.5)}
 
 
-def divergence_of_two(d: Draw) -> Case:
+def _divergence_of_two(d: Draw) -> Case:
     """kl_divergence with options of each model, a mixture, and the entropy."""
     shape, dtype = (d.size(40),), d.dtype()
     vocab = d.size(100_000 // max(1, shape[0]), 1)
@@ -222,6 +201,29 @@ def divergence_of_two(d: Draw) -> Case:
         return found
 
     arguments = {"logits": d.wanted(x), "ref_logits": r, **options}
+    return Case("kl_divergence", arguments, d, bounds)
+
+
+def kl_divergence(d: Draw) -> Case:
+    if d.chance(0.5):
+        return _divergence_of_two(d)
+    shape = (d.size(40),) if d.chance(0.6) else (d.size(5), d.size(9))
+    vocab, dtype = d.size(300_000 // max(1, torch.Size(shape).numel()), 1), d.dtype()
+    scale = d.pick(1.0, 3.0, 10.0)
+    x, r = (d.floats(*shape, vocab, scale=scale, dtype=dtype) for _ in range(2))
+    t, reverse = d.pick(1.0, 0.7, 2.0), d.chance(0.5)
+
+    def bounds(exact: Sequence[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
+        p, q = (
+            SoftmaxBounds(z.reshape(-1, vocab), torch.zeros(z.numel() // vocab, vocab), dtype,
+                          temperature=t)
+            for z in (x.detach().double(), r.detach().double())
+        )  # fmt: skip
+        found = [p.kl(q, reverse, shape)]
+        return found + ([p.kl_gradient(q, reverse, upstream[0])[1]] if upstream else [])
+
+    direction = "reverse" if reverse else "forward"
+    arguments = {"logits": d.wanted(x), "ref_logits": r, "temperature": t, "direction": direction}
     return Case("kl_divergence", arguments, d, bounds)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.cases.fuzz.draw import Case, Draw
+from tests.head.bounds import EPS
 
 import rlhf_kernels as rk
 from rlhf_kernels.config import enums, policy, preference
@@ -128,6 +129,31 @@ def mismatch_weights(d: Draw) -> Case:
     if level is not None:
         arguments |= {"low": d.pick(None, 0.97 / near), "high": d.pick(None, 0.98 * near)}
     return Case("mismatch_weights", arguments, d)
+
+
+def topk_divergence(d: Draw) -> Case:
+    shape, k = (d.size(40),), d.size(20, 1)
+    # Of one token more than are given.
+    own, ref = ((d.normal(*shape, k + 1) * 2).log_softmax(-1)[..., :k] for _ in range(2))
+    mask = d.mask(shape) if d.chance(0.5) else None
+    arguments = {"logprobs": d.wanted(own), "ref_logprobs": ref, "mask": mask}
+    arguments["direction"] = d.pick("forward", "reverse", "jsd")
+
+    def bounds(exact: Sequence[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
+        logp, logq = own.detach().double(), ref.double()
+        of_p, of_q = (1 - x.exp().sum(-1) for x in (logp, logq))
+        size = 1 + logp.abs().amax(-1) + logq.abs().amax(-1)
+        # The rest is a difference, rounded as 1 is.
+        rounded = 1 / of_p + 1 / of_q
+        found = [24 * EPS * (size + (of_p + of_q) * rounded)]
+        if upstream:
+            ratio = (of_p / of_q).log().abs() + of_q / of_p + 1
+            slopes = torch.maximum(logp.exp(), logq.exp()) * size.unsqueeze(-1) ** 2
+            slopes = slopes + logp.exp() * (rounded * ratio).unsqueeze(-1)
+            found.append(24 * EPS * slopes * upstream[0].double().abs().unsqueeze(-1))
+        return found
+
+    return Case("topk_divergence", arguments, d, bounds)
 
 
 def sequence_logprobs(d: Draw) -> Case:
