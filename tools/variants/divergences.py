@@ -46,6 +46,12 @@ def jsd(p, q, beta):
     return beta * kl(q, m) + (1 - beta) * kl(p, m)
 
 
+def at_ids(x, ids):
+    """Log-probabilities of some ids, and of none of them."""
+    found = log_softmax(x, -1).gather(-1, ids)
+    return torch.cat([found, torch.log1p(-found.exp().sum(-1, keepdim=True))], -1)
+
+
 def capped(x, cap):
     return log_softmax(cap * torch.tanh(x / cap), -1)
 
@@ -73,6 +79,11 @@ VARIANTS = (
             "rk.linear_kl_divergence(hidden, weight, ref_hidden, ref_weight, direction='jsd', "
             "beta=0.3)",
             lambda t: jsd(*heads(t), 0.3)),
+    Variant("forward KL over the teacher's top K and the rest", "TRL, verl, unsloth",
+            "rk.topk_divergence(rk.token_logprobs(student, ids).logprobs, given)",
+            lambda t: kl(at_ids(t.teacher, t.ids), at_ids(t.student, t.ids)),
+            where=(("given", "torch.log_softmax(teacher, -1).gather(-1, ids)"),),
+            note="`linear_token_logprobs(hidden, weight, ids)` where there are no logits."),
 )  # fmt: skip
 
 FAMILY = Family(

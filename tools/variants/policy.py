@@ -172,18 +172,15 @@ VARIANTS = (
     ),
     Variant(
         "off-policy sequence mask", "TRL, slime, miles, unsloth (OPSM)",
-        "rk.policy_loss(logprobs, old, advantages * keep, mask, ref_logprobs=ref, "
-        "config=C(kl_coef=0.04))",
+        "rk.policy_loss(logprobs, old, advantages, mask, ref_logprobs=ref, "
+        "rollout_logprobs=rollout, config=C(kl_coef=0.04, gate='opsm', gate_low=0.0, "
+        "gate_against='rollout'))",
         lambda t: mean(
             clipped(ratio(t), t.advantages)
             * ((t.advantages >= 0) | (row(t.rollout - t.logprobs, t.mask) <= 0.0)).double()
             + 0.04 * k3(t), t
         ),
-        where=(
-            ("kl", "((rollout - logprobs) * mask).sum(1, keepdim=True).detach()"),
-            ("keep", "(advantages >= 0) | (kl <= 0.0)"),
-        ),
-        note="ms-swift drops the KL of these tokens as well: pass `keep` as `weights`.",
+        note="ms-swift drops the KL of these tokens as well: pass what is kept as `weights`.",
     ),
     Variant(
         "top entropy quantile", "TRL", FOLD.format("advantages * keep", ""),
