@@ -34,6 +34,7 @@ TESTS = (
     *("ops/logprobs", "head/head", "head/cases", "head/blocks", "head/bounds", "head/shard"),
     *("ops/logprobs_rules", "ops/kl", "ops/policy", "ops/policy_rules", "ops/policy_masks"),
     *("ops/row_results", "head/policy_rows", "ops/mismatch"),
+    *("ops/many_labels", "ops/policy_gates", "ops/kl_options", "head/kl_options"),
     *("ops/value", "ops/advantages", "ops/advantages_rules", "ops/preference"),
     *("ops/advantages_general", "ops/advantages_groups"),
     *("ops/support", "ops/support_rules"),
