@@ -85,8 +85,8 @@ R_MIN, R_MAX, TILE_INDEX = tl.constexpr(19), tl.constexpr(20), tl.constexpr(21)
 # The two sums of a gate.
 GATES = tl.constexpr(22)
 ROWS = 24
-# Three blocks a multiprocessor. With four, some options spill. Two with what few losses have.
-REGISTERS, MORE_REGISTERS = 80, 128
+# Two blocks a multiprocessor, which keep enough loads in flight. With more, some options spill.
+REGISTERS = 128
 
 
 @kernel
@@ -395,8 +395,6 @@ def policy_loss(
     by_sequence = codes.ratio_level != TOKEN_RATIO.value
     by_weight = codes.correction_level >= SEQUENCE_CORRECTION.value
     sequence_mean = codes.aggregation == SEQ_MEAN_TOKEN_MEAN.value
-    of_kl = codes.kl_weight > RATIO_KL_WEIGHT.value or codes.kl_weight_capped
-    further = weights is not None or codes.gate != NO_GATE.value or of_kl
     tile = {"TILE": t.TILE, "warps": t.WARPS}
     by_distance = codes.gate == OPSM_GATE.value
     log_ratios = by_sequence or by_distance
@@ -433,7 +431,7 @@ def policy_loss(
         ANCHOR=codes.gate_against,
         TWO_SIDED=codes.gate_two_sided,
         SEQUENCE_MEAN=sequence_mean,
-        registers=MORE_REGISTERS if further else REGISTERS,
+        registers=REGISTERS,
         **tile,
     )
     if pooled and grad:
