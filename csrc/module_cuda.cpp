@@ -28,7 +28,6 @@ struct Kernels {
   decltype(&cuda::support_backward) support_backward = cuda::support_backward;
   decltype(&cuda::support_head_backward) support_head_backward = cuda::support_head_backward;
   decltype(&cuda::kl_divergence) kl_divergence = cuda::kl_divergence;
-  decltype(&cuda::kl_mixture) kl_mixture = cuda::kl_mixture;
   decltype(&cuda::kl_divergence_backward) kl_divergence_backward = cuda::kl_divergence_backward;
   decltype(&cuda::kl_penalty) kl_penalty = cuda::kl_penalty;
   decltype(&cuda::kl_penalty_backward) kl_penalty_backward = cuda::kl_penalty_backward;

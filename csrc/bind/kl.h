@@ -31,25 +31,6 @@ void bind_kl(pybind11::module_& m, Table table) {
     return launch(exec, logits.rows * logits.cols * logits.last,
                   [&] { return table().kl_divergence(args); });
   });
-  // Overwrites the divergences and the last statistics by their terms over these columns, from
-  // statistics over all of them.
-  m.def("kl_mixture", [table](InRows logits, InRows ref_logits, double temperature,
-                              const Pair& options, Out kl, Out stats, Exec exec) {
-    const KlArgs args{logits.rows,
-                      logits.cols,
-                      logits.last,
-                      logits,
-                      ref_logits,
-                      temperature,
-                      true,
-                      kl,
-                      static_cast<float*>(stats.data),
-                      exec,
-                      pair_options(options),
-                      {}};
-    return launch(exec, logits.rows * logits.cols * logits.last,
-                  [&] { return table().kl_mixture(args); });
-  });
   m.def("kl_divergence_backward",
         [table](InRows logits, InRows ref_logits, double temperature, bool reverse,
                 const Pair& options, In stats, In grad_kl, OutRows grad_logits, Exec exec) {

@@ -49,7 +49,6 @@ const Kernels RK_CONCAT(kernels_, RK_ISA) = {
     support_backward,
     support_head_backward,
     kl_divergence,
-    kl_mixture,
     kl_divergence_backward,
     kl_penalty,
     kl_penalty_backward,

@@ -14,7 +14,6 @@ struct Kernels {
   Status (*support_backward)(const SupportBackwardArgs&);
   Status (*support_head_backward)(const SupportHeadArgs&);
   Status (*kl_divergence)(const KlArgs&);
-  Status (*kl_mixture)(const KlArgs&);
   Status (*kl_divergence_backward)(const KlBackwardArgs&);
   Status (*kl_penalty)(const KlPenaltyArgs&);
   Status (*kl_penalty_backward)(const KlPenaltyArgs&);

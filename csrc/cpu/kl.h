@@ -79,14 +79,6 @@ Status kl_divergence(const KlArgs& a) {
   return {};
 }
 
-Status kl_mixture(const KlArgs& a) {
-  const auto row = a.logits.dtype == kBFloat16  ? mixture_row<BF16>
-                   : a.logits.dtype == kFloat16 ? mixture_row<F16>
-                                                : mixture_row<F32>;
-  parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) { row(a, r); });
-  return {};
-}
-
 Status kl_divergence_backward(const KlBackwardArgs& a) {
   const auto choose = [&](auto e) {
     using E = decltype(e);

@@ -23,7 +23,6 @@ Status support_head_backward(const SupportHeadArgs& a);
 int64_t kl_divergence_scratch(int64_t tokens, int64_t vocab, int64_t element_size);
 int64_t kl_divergence_backward_scratch(int64_t tokens);
 Status kl_divergence(const KlArgs& a);
-Status kl_mixture(const KlArgs& a);
 Status kl_divergence_backward(const KlBackwardArgs& a);
 Status kl_penalty(const KlPenaltyArgs& a);
 Status kl_penalty_backward(const KlPenaltyArgs& a);

@@ -281,10 +281,8 @@ void for_kind(const KlBackwardArgs& a, const F& f) {
     f(std::integral_constant<Divergence, Divergence::kForward>{});
 }
 
-}  // namespace
-
+// The terms of a mixture, from the statistics of both rows.
 Status kl_mixture(const KlArgs& a) {
-  const OnDevice guard(a.exec);
   const int64_t tokens = a.rows * a.cols;
   auto* constants = static_cast<RowConstants*>(a.exec.scratch);
   auto* partials =
@@ -305,6 +303,8 @@ Status kl_mixture(const KlArgs& a) {
              mixture_combine_kernel, a, static_cast<uint32_t>(tiles), partials);
   return {};
 }
+
+}  // namespace
 
 Status general_divergence(const KlArgs& a) {
   const OnDevice guard(a.exec);
