@@ -53,11 +53,13 @@ from .sanitizer import part_sanitizer
 RESERVE = 15
 # Tests of operations; the other tests cover the CPU, the package or the trainer.
 _OPERATION_TESTS = (
-    "logprobs logprobs_rules row_results policy policy_rules policy_masks kl advantages "
+    "logprobs logprobs_rules row_results many_labels policy policy_rules policy_masks "
+    "policy_gates policy_weights kl kl_options kl_topk empty_support advantages "
     "advantages_rules advantages_general advantages_groups value mismatch preference support "
     "support_rules tiles token_loads extremes fp16 empty interface missing meta masks"
 ).split()
-TEST_FILES = ("head/test_head", "head/test_cases", *(f"ops/test_{n}" for n in _OPERATION_TESTS))
+_HEAD_TESTS = ("head/test_head", "head/test_cases", "head/test_kl_options")
+TEST_FILES = (*_HEAD_TESTS, *(f"ops/test_{n}" for n in _OPERATION_TESTS))
 # Processes of pytest on one GPU: most of the time is compilation, which runs on the CPU.
 WORKERS = 12
 # Selects a few tests of each file.
