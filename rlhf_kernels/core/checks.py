@@ -275,18 +275,18 @@ def kept_tokens(op: str, keep: Tensor, given: int) -> None:
         )
 
 
-def loss_weights(op: str, weights: Tensor | None, keep: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Raises ValueError for the first bad weight under `keep`, if the host may read weights.
+def loss_weights(op: str, weights: Tensor | None, mask: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Raises ValueError for the first bad weight under `mask`, if the host may read weights.
 
     Args:
         op: operation, for the message.
-        weights: as `keep`, or one per sequence.
-        keep: bool, [B, T], or packed [N] with cu_seqlens.
+        weights: as `mask`, or one per sequence.
+        mask: nonzero = keep, [B, T], or packed [N] with cu_seqlens.
         cu_seqlens: offsets of packed sequences.
     """
     if weights is None or not can_read_on_host(weights):
         return
-    own = weights
+    own, keep = weights, mask != 0
     if weights.shape != keep.shape:
         offsets_valid(op, cu_seqlens, keep.shape[0])
         own = sequences.spread(weights, keep, cu_seqlens)

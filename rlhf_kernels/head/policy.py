@@ -269,7 +269,7 @@ def forward(
     offsets, good = checks.usable_offsets(
         "linear_policy_loss", policy.cu_seqlens, policy.mask.shape[0]
     )
-    checks.loss_weights("linear_policy_loss", policy.weights, policy.mask != 0, offsets)
+    checks.loss_weights("linear_policy_loss", policy.weights, policy.mask, offsets)
     keep = flat(policy.mask) != 0
     checks.kept_tokens("linear_policy_loss", keep, batching.kept_tokens)
     enough = covered(keep, batching.kept_tokens)

@@ -85,7 +85,7 @@ def check_offsets(op: str, cu_seqlens: Tensor | None, total: int) -> None:
 def check_weights(op: str, weights: Tensor | None, mask: Tensor, cu_seqlens: Tensor | None) -> None:
     """With RLHF_KERNELS_CHECK=1, raises for bad weights; else they make GPU results NaN."""
     if env.CHECK:
-        checks.loss_weights(op, weights, mask != 0, cu_seqlens)
+        checks.loss_weights(op, weights, mask, cu_seqlens)
 
 
 def backward_launcher(scale_into: Callable[..., None]) -> Callable[..., list[Tensor]]:

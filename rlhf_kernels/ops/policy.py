@@ -308,7 +308,7 @@ def policy_loss(
     if backend == backends.REFERENCE:
         checks.offsets_valid(op, cu_seqlens, logprobs.shape[0])
         checks.divisor_positive(op, count)
-        checks.loss_weights(op, weights, mask != 0, cu_seqlens)
+        checks.loss_weights(op, weights, mask, cu_seqlens)
         loss, metrics = reference.policy_loss(
             logprobs,
             old_logprobs,

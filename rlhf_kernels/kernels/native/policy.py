@@ -88,7 +88,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         if tokens is None:
             return loss.zero_(), metrics.zero_(), policy_grad, bonus, scale
         check_weights = losses.check_weights if gpu else checks.loss_weights
-        check_weights(op, weights, mask != 0, cu_seqlens)
+        check_weights(op, weights, mask, cu_seqlens)
         status = extension.policy_loss(
             *tokens,
             flags(mask),

@@ -32,6 +32,7 @@ from .logprobs_backward import LOWEST, ROWS
 # Columns per program, 32 of each row per thread: two rows need as many registers as the single row
 # of token_logprobs.
 TILE = 4096
+TINY = tl.constexpr(2.0**-126)
 PARTS = 4
 # Of the gradient, which has the same tiles.
 BACKWARD_WARPS = 8
@@ -306,7 +307,9 @@ def backward_kernel(
             # Selected, not multiplied: a and b are NaN for a row without a finite divergence.
             dz = tl.where(e == 0.0, 0.0, e * a) - tl.where(ref_e == 0.0, 0.0, ref_e * b)
         if cap is not None:
-            dz = tl.where(dz == 0.0, 0.0, dz * slope)
+            # A logit far beyond the cap: what is below the normal floats counts as zero.
+            capped = dz * slope
+            dz = tl.where((dz == 0.0) | (tl.abs(capped) < TINY), 0.0, capped)
         tl.store(to, dz.to(to.dtype.element_ty), mask=inside)
 
 
