@@ -38,16 +38,16 @@ struct PairLogits {
 
 // Calls f(k, w) for the columns of a lane's slots that are among the `left` of the row. A cap makes
 // what lies beyond the row finite, so it must stay out by its position.
-template <class E, class F>
+template <class E, int kCount = kSlots, class F>
 __device__ __forceinline__ void for_columns(int64_t left, const F& f) {
   const auto each = [&](auto whole) {
 #pragma unroll
-    for (int k = 0; k < kSlots; ++k)
+    for (int k = 0; k < kCount; ++k)
 #pragma unroll
       for (int w = 0; w < kWidth<E>; ++w)
         if (whole.value || slot_column<E>(k) + w < left) f(k, w);
   };
-  if (left >= tile_columns(kSlots, sizeof(typename E::Storage)))
+  if (left >= tile_columns(kCount, sizeof(typename E::Storage)))
     each(std::true_type{});
   else
     each(std::false_type{});
@@ -146,21 +146,27 @@ struct alignas(8) MixtureSums {
   float of_p, of_q;
 };
 
+// With more, 16-bit logits spill on sm_100. The sums of these tiles lie where those of larger ones
+// were.
+constexpr int kMixtureSlots = 2;
+static_assert(kSlots == 2 * kMixtureSlots);
+static_assert(2 * sizeof(MixtureSums) <= sizeof(PairSums<float>) + sizeof(float));
+
 // Those of one tile of one row pair, by a warp.
 template <class E>
 __global__ void __launch_bounds__(kRowThreads, 2)
     mixture_kernel(const KlArgs a, float rate, float beta, float other, const PairLogits of,
                    const RowTiles tiles, const RowConstants* constants, MixtureSums* partials) {
-  constexpr int kColumns = tile_columns(kSlots, sizeof(typename E::Storage));
+  constexpr int kColumns = tile_columns(kMixtureSlots, sizeof(typename E::Storage));
   const Tile tile(tiles);
   if (tile.id >= tiles.total) return;
   const int64_t first = static_cast<int64_t>(tile.index) * kColumns;
-  Pack<E> slots[kSlots], ref_slots[kSlots];
+  Pack<E> slots[kMixtureSlots], ref_slots[kMixtureSlots];
   load_tile<E>(tile.start<E>(a.logits) + first, a.vocab - first, 0.0f, slots);
   load_tile<E>(tile.start<E>(a.ref_logits) + first, a.vocab - first, 0.0f, ref_slots);
   const RowConstants c = constants[tile.token];
   float of_p = 0.0f, of_q = 0.0f;
-  for_columns<E>(a.vocab - first, [&](int k, int w) {
+  for_columns<E, kMixtureSlots>(a.vocab - first, [&](int k, int w) {
     const float d = of.own(slots[k].get(w)) - c.m, ref_d = of.ref(ref_slots[k].get(w)) - c.ref_m;
     const auto log_of = mixture_terms(log_of_ratio(d, ref_d, rate, c.log_ratio), beta, other);
     of_p = fmaf(weight_of(d, rate) * c.weight, log_of.of_p, of_p);
@@ -287,7 +293,8 @@ Status kl_mixture(const KlArgs& a) {
   auto* constants = static_cast<RowConstants*>(a.exec.scratch);
   auto* partials =
       reinterpret_cast<MixtureSums*>(static_cast<char*>(a.exec.scratch) + tokens * kRowConstants);
-  const int64_t tiles = ceil_div(a.vocab, tile_columns(kSlots, element_size(a.logits.dtype)));
+  const int64_t tiles =
+      ceil_div(a.vocab, tile_columns(kMixtureSlots, element_size(a.logits.dtype)));
   const RowTiles all(a.rows, a.cols, tiles);
   const float rate = 1.0f / static_cast<float>(a.temperature);
   const float beta = static_cast<float>(a.options.beta);
