@@ -203,7 +203,8 @@ def expected_launches(op: str, name: str) -> tuple[list[str], list[str]]:
     level = preset.ratio_level if preset else options.get("ratio_level", "token")
     aggregation = preset.aggregation if preset else options.get("aggregation")
     by_sequence = aggregation == "seq-mean-token-mean" or level != "token"
-    if by_sequence or options.get("correction") == "'sequence'":
+    sums = options.get("correction") in ("'sequence'", "'geometric'") or "opsm" in last
+    if by_sequence or sums:
         forward = ["_tokens.statistics_kernel", *forward]
     if level == "sequence":
         forward = [*forward[:-1], "policy.pooled_kernel", forward[-1]]
