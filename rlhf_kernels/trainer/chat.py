@@ -7,8 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .cells import Text, content
+from .cells import Text
 from .config import UserError, require
+from .marks import Conversation, require_whole
 
 # Fields in which datasets keep a model's reasoning beside the content.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -50,7 +51,10 @@ def rendered(
         raise UserError(
             f"chat template: {type(error).__name__}: {reason[:200]} (roles: {roles})"
         ) from error
-    _require_whole(tokenizer, messages, template, text)
+    require_whole(
+        lambda messages, tools: _written(tokenizer, messages, {**template, "tools": tools}),
+        Conversation(messages, template.get("tools") or ()),
+    )
     return text
 
 
@@ -118,79 +122,6 @@ def _parsed(function: dict[str, Any]) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError):
         return function
     return function | {"arguments": arguments} if isinstance(arguments, dict) else function
-
-
-def _require_whole(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[dict[str, Any]],
-    template: Mapping[str, Any],
-    text: str,
-) -> None:
-    """Raises UserError if the template drops tools, tool calls or messages.
-
-    Renders the conversation again with a unique mark in each of them, because a function's name or
-    a short content may also occur elsewhere in the text. A template that interprets a marked value
-    may reject it; the others are then marked one by one, and the value itself is expected.
-    """
-    conversation, tools, marks = _marked(messages, template)
-    if not marks:
-        return
-    try:
-        whole = _written(tokenizer, conversation, {**template, "tools": tools})
-        found = [new in whole for _, _, new in marks]
-    except Exception:
-        found = []
-        for index, (_, value, new) in enumerate(marks):
-            conversation, tools, _ = _marked(messages, template, index)
-            try:
-                found.append(new in _written(tokenizer, conversation, {**template, "tools": tools}))
-            except Exception:
-                found.append(value in text)
-    for written, (what, value, _) in zip(found, marks, strict=True):
-        expected = "a template that writes it: take another, or leave this out of the row"
-        require(written, f"chat template: {what}", expected, value)
-
-
-def _marked(
-    messages: Sequence[dict[str, Any]], template: Mapping[str, Any], only: int | None = None
-) -> tuple[list[dict[str, Any]], list[Any] | None, list[tuple[str, str, str]]]:
-    """Messages and tools with marks in what a template may drop; all marks, or `only` one.
-
-    The contents of users and assistants are not marked: every template renders them, and may
-    rewrite an assistant's earlier ones.
-
-    Returns:
-        (messages, tools, (kind, value, value with its mark) of each mark)
-    """
-    marks: list[tuple[str, str, str]] = []
-
-    def mark(what: str, value: str, start: str = "") -> str:
-        marks.append((what, value, f"{start}Zebra{len(marks)}x"))
-        return marks[-1][2] if only in (None, len(marks) - 1) else value
-
-    def renamed(what: str, function: dict[str, Any]) -> dict[str, Any]:
-        name = function.get("name")
-        if not isinstance(name, str):
-            return function
-        changed = mark(what, name, name)
-        if what == "'tool_calls'":
-            called[name] = changed
-        return function | {"name": changed}
-
-    called: dict[str, str] = {}
-    conversation = []
-    for message in messages:
-        marked = _with_calls(message, functools.partial(renamed, "'tool_calls'"))
-        if message["role"] not in ("user", "assistant") and content(message).strip():
-            what = f"a message of role {message['role']!r}"
-            marked = marked | {"content": mark(what, content(message))}
-        if message["role"] == "tool" and message.get("name") in called:
-            marked = marked | {"name": called[message["name"]]}
-        conversation.append(marked)
-    tools = [
-        _changed(t, functools.partial(renamed, "'tools'")) for t in template.get("tools") or ()
-    ]
-    return conversation, tools or None, marks
 
 
 def holds(text: str, answer: Sequence[dict[str, Any]]) -> bool:

@@ -2,12 +2,12 @@
 
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from tests.cases.combinations import covering, products
+from tests.cases.combinations import covering
 
 import rlhf_kernels as rk
 from rlhf_kernels.config.enums import PREFERENCE_LOSSES
@@ -279,10 +279,10 @@ def _call(op: str, x: Inputs, options: dict[str, Any]) -> Call:
     return call._replace(tensors=tensors, differentiable=moving)
 
 
-def calls(op: str, *, full: bool = False) -> list[Call]:
-    """Calls of an operation: all combinations of options, or a few that hold each value once."""
+def calls(op: str, combine: Callable[..., Iterator[dict[str, Any]]] = covering) -> list[Call]:
+    """Calls of an operation with combinations of its options: a few that hold each value once."""
     may_pack = "cu_seqlens" in inspect.signature(FUNCTIONS[op]).parameters
-    combine, found, g = products if full else covering, [], generator(0)
+    found, g = [], generator(0)
     for choices, packed in itertools.product(CHOICES[op], (False, True)[: 1 + may_pack]):
         x = Inputs(B, T, torch.float32, g.device, g, packed, V, H, _MAKERS)
         for options in combine(**choices):

@@ -180,6 +180,52 @@ def test_what_a_template_leaves_out_is_told_if_it_rejects_a_marked_name():
             encode_row(_chat(known + template), parse_row(row, "supervised"))
 
 
+KNOWN = (
+    "{% for t in tools or [] %}{% if t['function']['name'] not in ['add', 'sub'] %}"
+    "{{ raise_exception('unknown tool') }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% for c in m['tool_calls'] or [] %}"
+    "{% if c['function']['name'] not in ['add', 'sub'] %}{{ raise_exception('unknown call') }}"
+    "{% endif %}{% endfor %}{% if m['role'] == 'system' and m['content'] not in ['', 'hello'] %}"
+    "{{ raise_exception('unknown words') }}{% endif %}{% endfor %}"
+)
+# Called is what is among the tools.
+AMONG_TOOLS = (
+    "{% for m in messages %}{% for c in m['tool_calls'] or [] %}"
+    "{% if c['function']['name'] not in (tools | map(attribute='function.name') | list) %}"
+    "{{ raise_exception('unknown call') }}{% endif %}{% endfor %}{% endfor %}"
+)
+SYSTEM = {"role": "system", "content": "hello"}
+
+
+@pytest.mark.parametrize("checks", (KNOWN, AMONG_TOOLS))
+def test_what_a_template_leaves_out_is_told_if_it_rejects_every_mark(checks):
+    """All of the values stand elsewhere in the text too."""
+    asks = {"role": "user", "content": "hello, use add and sub"}
+    calls = [SYSTEM, asks, _calling({"a": 1}), {"role": "tool", "content": "3"}, GOOD]
+    tools = [*SCHEMA, {"type": "function", "function": {"name": "sub"}}]
+    row = {"messages": calls, "tools": tools}
+    whole = encode_row(_chat(checks + TOOLS), parse_row(row, "supervised"))
+    assert whole == encode_row(_chat(TOOLS), parse_row(row, "supervised"))
+    users = "{% if m['role'] in ('user', 'assistant', 'tool') %}{{ m['content'] }}{% endif %}"
+    for old, new, what in (
+        ("{{ m['content'] }}", users, "role 'system'"),
+        ("{{ t['function']['name'] + '\n' }}", "", "'tools'.*'add'"),
+        ("for t in tools or []", "for t in (tools or [])[:1]", "'tools'.*'sub'"),
+        ("c['function']['name']", "'' ", "'tool_calls'"),
+    ):
+        assert old in TOOLS
+        template = _chat(checks + TOOLS.replace(old, new))
+        with pytest.raises(UserError, match=f"chat template: .*{what}"):
+            encode_row(template, parse_row(row, "supervised"))
+
+
+def test_a_template_that_no_other_conversation_passes_is_refused():
+    only = "{% if messages[0]['content'] != 'hello' %}{{ raise_exception('no') }}{% endif %}"
+    row = {"messages": [SYSTEM, USER, GOOD]}
+    with pytest.raises(UserError, match=r"role 'system'.*renders the conversation also without it"):
+        encode_row(_chat(only + CHATML), parse_row(row, "supervised"))
+
+
 def test_arguments_of_calls_as_json_texts_are_written_once():
     items = TOOLS.replace(
         "(c['function']['arguments'] | tojson)", "c['function']['arguments'].items() | string"
