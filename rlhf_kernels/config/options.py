@@ -27,8 +27,6 @@ class CommonOptions(TypedDict, total=False):
     clip_high: float | None
     clip_absolute: bool
     penalty_coef: float
-    sapo_tau_pos: float
-    sapo_tau_neg: float
     kl_coef: float
     kl_input_clamp: Clamp
     kl_value_clamp: float | None
@@ -53,5 +51,7 @@ class PolicyLossOptions(CommonOptions, total=False):
 
     dual_clip: float | None
     delta: float | None
+    sapo_tau_pos: float
+    sapo_tau_neg: float
     kl_estimator: KlEstimator
     entropy_coef: float

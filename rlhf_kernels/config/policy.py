@@ -26,7 +26,13 @@ from .enums import (
     RatioLevel,
 )
 from .options import Clamp, PolicyLossOptions
+from .parity.areal import areal
+from .parity.nemo_rl import nemo_rl
 from .parity.openrlhf import openrlhf
+from .parity.prime_rl import prime_rl
+from .parity.skyrl import skyrl
+from .parity.slime import slime
+from .parity.tinker import tinker
 from .parity.trl import trl
 from .parity.verl import verl
 from .policy_codes import (
@@ -416,3 +422,9 @@ class PolicyLossConfig:
     trl = _preset(trl)
     verl = _preset(verl)
     openrlhf = _preset(openrlhf)
+    nemo_rl = _preset(nemo_rl)
+    skyrl = _preset(skyrl)
+    prime_rl = _preset(prime_rl)
+    areal = _preset(areal)
+    slime = _preset(slime)
+    tinker = _preset(tinker)

@@ -5,9 +5,10 @@ fp64 to many digits, which says that the formulas are the same; our fp32 must th
 fp32 precision, so that two results which are wrong together are seen too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -42,6 +43,36 @@ def all_close(actual: tuple, expected: tuple, tolerance: float) -> None:
     close(*loss, tolerance, scale=float(expected[1].abs().sum()))
     for pair in gradients:
         close(*pair, tolerance)
+
+
+def written_out(formula: Callable[..., Tensor], **options: Any) -> Callable[[Batch], tuple]:
+    """A trainer's loss from its formula, as `compare_policy_loss` takes it: without metrics."""
+    return lambda batch: (formula(batch, **options), {})
+
+
+def row_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """[B, 1]: the sum of x over the unmasked tokens of each row."""
+    return torch.where(mask, x, 0).sum(-1, keepdim=True)
+
+
+def row_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """[B, 1]: the mean of x over the unmasked tokens of each row; 0 for a row without any."""
+    return row_sum(x, mask) / mask.sum(-1, keepdim=True).clamp(min=1)
+
+
+def refused(preset: Callable[..., Any], cases: Iterable[tuple[dict[str, Any], str]]) -> None:
+    """Every case is options of the preset and a pattern of the message of its ValueError."""
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            preset(**options)
+
+
+def probable(batch: Batch) -> Batch:
+    """The batch with logarithms of probabilities, of which no part is above 1."""
+    names = ("logprobs", "old", "ref", "rollout")
+    lower = {name: getattr(batch, name).detach() - 2.3 for name in names}
+    lower["logprobs"].requires_grad_()
+    return batch._replace(**lower)
 
 
 def compare_policy_loss(

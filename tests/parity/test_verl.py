@@ -21,7 +21,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.parity.comparison import FP32, close, compare_policy_loss, compare_token_logprobs
+from tests.parity.comparison import (
+    FP32,
+    close,
+    compare_policy_loss,
+    compare_token_logprobs,
+    probable,
+)
 from tools.policy_batches import Batch, make_batch
 
 import rlhf_kernels as rk
@@ -183,11 +189,7 @@ def check_metrics(loss_mode, terms, rollout, batch, ours, theirs):
 
 @pytest.mark.parametrize("loss_mode", ("dppo_tv", "dppo_kl"))
 def test_gated_losses(backend, loss_mode):
-    batch = make_batch(6, 40)
-    # Probabilities, of which no part is above 1.
-    lower = {k: getattr(batch, k).detach() - 2.3 for k in ("logprobs", "old", "ref", "rollout")}
-    lower["logprobs"].requires_grad_()
-    batch = batch._replace(**lower)
+    batch = probable(make_batch(6, 40))
     bounds = {"clip_ratio_low": 0.011, "clip_ratio_high": 0.012}
     if loss_mode == "dppo_kl":
         bounds = {"clip_ratio_low": 0.0031, "clip_ratio_high": 0.0027}

@@ -29,6 +29,11 @@ def inexpressible(preset: str, what: str, why: str) -> NoReturn:
     raise ValueError(f"PolicyLossConfig.{preset}: {what} cannot be expressed: {why}")
 
 
+def require(preset: str, name: str, expected: str) -> NoReturn:
+    """Raises ValueError for options that the trainer does not combine."""
+    raise ValueError(f"PolicyLossConfig.{preset}: {name} must be {expected}")
+
+
 def refuse(preset: str, name: str, value: str, reasons: Mapping[str, str]) -> None:
     """Raises ValueError with the reason if the trainer's option `value` cannot be expressed."""
     if value in reasons:

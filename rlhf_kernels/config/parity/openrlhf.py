@@ -35,6 +35,8 @@ class Options(CommonOptions, total=False):
     """Fields of PolicyLossConfig that are not also arguments of OpenRLHF."""
 
     delta: float | None
+    sapo_tau_pos: float
+    sapo_tau_neg: float
 
 
 def openrlhf(

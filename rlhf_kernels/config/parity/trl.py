@@ -41,6 +41,8 @@ class Options(CommonOptions, total=False):
 
     dual_clip: float | None
     kl_estimator: KlEstimator
+    sapo_tau_pos: float
+    sapo_tau_neg: float
 
 
 def trl(

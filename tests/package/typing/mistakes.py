@@ -17,6 +17,12 @@ rk.PolicyLossConfig.trl(clip_lwo=0.3)  # wrong
 rk.PolicyLossConfig.verl(loss_agg_mode="tokenmean")  # wrong
 rk.PolicyLossConfig.verl(rollout_is="tokens")  # wrong
 rk.PolicyLossConfig.openrlhf(kl_estimator="k3+")  # wrong
+rk.PolicyLossConfig.nemo_rl(reference_policy_kl_type="k4")  # wrong
+rk.PolicyLossConfig.skyrl("dppo", dppo_type="tv")  # wrong
+rk.PolicyLossConfig.prime_rl("custom")  # wrong
+rk.PolicyLossConfig.areal(rejection_sampling={"metric": "k3"})  # wrong
+rk.PolicyLossConfig.slime(kl_loss_type="kl")  # wrong
+rk.PolicyLossConfig.tinker("stable_reinforce")  # wrong
 rk.kl_penalty(x, x, estimator="k4")  # wrong
 rk.kl_divergence(x, x, direction="backward")  # wrong
 rk.group_advantages(labels, 2, baseline="loo")  # wrong

@@ -21,6 +21,12 @@ def step(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> dict[s
         rk.PolicyLossConfig.trl("cispo", epsilon_high=5.0, kl_estimator="k3+"),
         rk.PolicyLossConfig.verl(use_kl_loss=True, kl_loss_type="low_var_kl+", clip_high=0.28),
         rk.PolicyLossConfig.openrlhf("gspo", delta=2.0),
+        rk.PolicyLossConfig.nemo_rl(ratio_clip_c=3.0, entropy_coef=0.01),
+        rk.PolicyLossConfig.skyrl("dual_clip", use_kl_loss=False, clip_high=0.28),
+        rk.PolicyLossConfig.prime_rl("ipo", ipo_threshold=0.2),
+        rk.PolicyLossConfig.areal(use_decoupled_loss=True, rejection_sampling={"upper": 2.0}),
+        rk.PolicyLossConfig.slime("gspo", eps_clip=3e-4, eps_clip_high=4e-4),
+        rk.PolicyLossConfig.tinker("dro", beta=0.05),
     )
     assert isinstance(theirs[0], rk.PolicyLossConfig)
     own = rk.PolicyLossConfig(objective="cispo", kl_estimator="k3+", aggregation="token-mean")
