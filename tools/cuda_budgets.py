@@ -36,7 +36,7 @@ class Budget:
     units: int
     columns: int
     holds: dict[str, int]
-    # Bytes per unit read from and written to memory.
+    # Bytes per unit read from and written to memory; 0 where caches have them.
     traffic: int
     sm_90: Limit
     sm_100: Limit
@@ -67,6 +67,7 @@ def _tokens(loads: int, stores: int, more: dict[str, int], flags: int = 2) -> di
 
 
 _LOGPROBS, _KL, _ROWS = "logprobs.cu", "kl.cu", "policy_rows.cu"
+_MANY, _SUPPORT, _GENERAL = "logprobs_many.cu", "support.cu", "kl_general.cu"
 
 # fmt: off
 BUDGETS = (
@@ -119,6 +120,22 @@ BUDGETS = (
     Budget("policy_loss with gradient, clip, fp32", "policy.cu", "policy_kernel<0, false>",
            "token", 8, 0, _tokens(6, 2, {"F2I": 8, "FADD": 104, "BAR": 2}), 17,
            Limit(128.5, 96, 48, 2, 2, 0), Limit(123.8, 103, 48, 2, 2, 0)),
+    # With a gate every token has the exponentials of both its probabilities.
+    Budget("policy_loss with gradient and weights, fp32", "policy.cu", "policy_kernel<0, true>",
+           "token", 8, 0, _tokens(8, 2, {"F2I": 8, "FADD": 104}), 21,
+           Limit(145.2, 112, 96, 2, 2, 0), Limit(146.5, 115, 96, 3, 2, 0)),
+    Budget("policy_loss with gradient, weights and gate tv, fp32", "policy.cu",
+           "policy_kernel<0, true>", "token", 8, 0, _tokens(8, 2, {"F2I": 24}), 21,
+           Limit(195.0, 112, 96, 2, 2, 0), Limit(198.2, 115, 96, 2, 2, 0)),
+    Budget("policy_loss with gradient and everything given, gate tv, fp32", "policy.cu",
+           "policy_kernel<0, true>", "token", 8, 0, _tokens(14, 2, {"F2I": 24}), 33,
+           Limit(197.0, 112, 112, 2, 2, 0), Limit(200.2, 115, 112, 2, 2, 0)),
+    Budget("policy_loss, statistics of sequences, fp32", "policy.cu", "statistics_kernel",
+           "token", 8, 0, _tokens(4, 0, {"BAR": 2}), 9,
+           Limit(32.8, 40, 96, 2, 4, 0), Limit(27.8, 44, 80, 2, 2, 0)),
+    Budget("policy_loss, slopes of sequences, fp32", "policy.cu", "pooled_kernel", "token", 8, 0,
+           _tokens(2, 2, {}), 9,
+           Limit(32.7, 43, 40, 3, 4, 0), Limit(29.3, 40, 96, 1, 8, 0)),
     Budget("value_loss with gradient, fp32", "value.cu", "value_kernel", "token", 8, 0,
            _tokens(6, 2, {"FFMA": 16, "BAR": 4}), 17,
            Limit(61.0, 64, 96, 3, 4, 0), Limit(59.2, 71, 72, 3, 2, 0)),
@@ -128,6 +145,37 @@ BUDGETS = (
     Budget("loss backward, bf16", "policy.cu", "backward_kernel<BF16>", "token", 16, 0,
            _tokens(4, 2, {}, flags=0), 6,
            Limit(4.5, 32, 128, 2, 2, 0), Limit(4.0, 28, 128, 2, 2, 0)),
+    # Beside the kernels of a row: each of a lane's labels, and, where labels have gradients, 32
+    # others that may be equal to it.
+    Budget("token_logprobs of several labels, bf16", _MANY, "labels_kernel<BF16>", "label", 1, 0,
+           {r"LDG\.E\.64": 1, r"LDG\.E\.U16": 1, "STG": 1}, 14,
+           Limit(72.0, 40, 12, 2, 2, 1), Limit(47.0, 40, 12, 2, 2, 1), threads=128, loop=True),
+    Budget("token_logprobs of several labels backward, equal labels", _MANY,
+           "label_gradients_kernel<BF16>", "pair of labels", 32, 0, {r"LDS\.128": 8}, 0,
+           Limit(3.5, 58, 0, 0, 0, 0), Limit(3.6, 56, 0, 0, 0, 0), threads=128, loop=True),
+    Budget("token_logprobs of several labels backward, bf16", _MANY, "label_gradients_kernel<BF16>",
+           "label", 1, 0, {r"LDG\.E\.64": 1, r"LDG\.E\.U16": 1, "STG": 1}, 18,
+           Limit(98.0, 58, 8, 2, 2, 1), Limit(90.0, 56, 9, 3, 3, 1), threads=128, loop=True),
+    Budget("token_logprobs of several labels backward, stores of bf16", _MANY,
+           "scatter_kernel<BF16>", "label", 1, 0, {r"LDG\.E\.64": 2, "STG": 1}, 18,
+           Limit(31.0, 30, 16, 2, 2, 1), Limit(27.0, 26, 16, 2, 2, 1), threads=128, loop=True),
+    # Products of a weight's kept rows, lists of kept tokens, and sums of rows. The compiler takes
+    # two or more entries of a list in an iteration.
+    Budget("support, products, bf16", _SUPPORT, "products_kernel<BF16>", "column", 16, 0,
+           {r"LDG\.E\.128": 4}, 2,
+           Limit(4.5, 32, 128, 1, 0, 0), Limit(4.1, 32, 96, 2, 0, 0), loop=True),
+    Budget("support, logits of a list, bf16", _SUPPORT, "rows_kernel<BF16>", "entry", 1, 0,
+           {r"LDG\.E\.64": 1, r"LDG\.E\.U16": 1, "STG": 1}, 14,
+           Limit(71.0, 44, 10, 3, 3, 1), Limit(71.0, 60, 8, 3, 3, 1), threads=128, loop=True),
+    Budget("support, sums of a list", _SUPPORT, "rows_kernel<BF16>", "iteration", 1, 0,
+           {r"MUFU\.EX2": 1}, 0,
+           Limit(40.0, 44, 10, 1, 2, 0), Limit(126.0, 60, 32, 1, 8, 0), threads=128, loop=True),
+    Budget("support backward, a list", _SUPPORT, "gradient_kernel", "entry", 1, 0,
+           {r"MUFU\.EX2": 1, "STG": 1, r"LDG\.E\.64": 1}, 16,
+           Limit(55.0, 63, 8, 2, 2, 1), Limit(61.0, 48, 11, 2, 3, 1), threads=128, loop=True),
+    Budget("support backward, sums of rows, bf16", _SUPPORT, "sums_kernel<BF16>", "column", 32, 0,
+           {r"LDG\.E\.128": 4, r"LDG\.E\.64": 8}, 2,
+           Limit(8.1, 96, 40, 3, 12, 0), Limit(8.4, 119, 32, 3, 12, 0), threads=128, loop=True),
     # The two passes over a row: an iteration of each of the kernel's loops. The second reads what
     # the first left in L2. Where a narrow store is allowed it is the label's, by one lane of a row.
     Budget("policy_rows, sums, fp32", _ROWS, "rows_kernel<BF16, false, false>", "logit", 32, 1024,

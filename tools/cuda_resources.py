@@ -99,8 +99,10 @@ def short_names(mangled: list[str]) -> list[str]:
     if not mangled or shutil.which("c++filt") is None:
         return mangled
     names = subprocess.check_output(["c++filt"], input="\n".join(mangled), text=True).splitlines()
-    short = [re.sub(r"^void |rk::cuda::|\(anonymous namespace\)::|\(rk::.*$", "", n) for n in names]
-    return [re.sub(r"\(bool\)", "", n) for n in short]
+    plain = [re.sub(r"^void |\brk::(cuda::)?|\(anonymous namespace\)::", "", n) for n in names]
+    # Numbers of a template have their type before them where it is bool or an enumeration.
+    plain = [re.sub(r"\(\w+\)(?=\d|true|false)", "", n) for n in plain]
+    return [n.partition("(")[0] for n in plain]
 
 
 def _readable(found: list[Resources]) -> list[Resources]:

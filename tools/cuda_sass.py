@@ -117,7 +117,10 @@ def functions(compiled: Path, arch: int) -> dict[str, list[Instruction]]:
         env=os.environ | {"PATH": path},
     ).stdout
     found = listing(text)
-    return dict(zip(cuda_resources.short_names(list(found)), found.values(), strict=True))
+    names = cuda_resources.short_names(list(found))
+    if len(set(names)) != len(names):
+        raise ValueError(f"kernels of {compiled.name} share a name: {sorted(names)}")
+    return dict(zip(names, found.values(), strict=True))
 
 
 def listing(text: str) -> dict[str, list[Instruction]]:
@@ -398,6 +401,8 @@ def markdown(found: dict[tuple[str, int], Figures], date: str) -> str:
     head = ("kernel", *(cell for g in GPUS for cell in (f"{g.name}: issue", "MUFU", "share")))
     rows = []
     for name, budget in budgets.items():
+        if budget.traffic == 0:
+            continue
         cells = [name]
         for gpu in GPUS:
             issue, exponentials, share = bounds(found[name, gpu.arch], budget, gpu)

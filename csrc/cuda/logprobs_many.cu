@@ -61,19 +61,65 @@ __global__ void __launch_bounds__(kCombineThreads)
   }
 }
 
+// Labels that are compared at a time, by their lower halves, with those of a warp's lanes.
+constexpr int kCompared = 128;
+
+// The sum of given[other] over the row's labels `other` that equal y, in order; 0 where y has no
+// column. All lanes of a warp take part; `low` is the warp's own.
+__device__ __forceinline__ double sum_of_equals(const OwnLabels& labels, int64_t count, int64_t y,
+                                                const float* given, uint32_t* low) {
+  const uint32_t own = static_cast<uint32_t>(y);
+  double sum = 0.0;
+  for (int64_t start = 0; start < count; start += kCompared) {
+    const int64_t left = count - start;
+    __syncwarp();
+#pragma unroll
+    for (int i = threadIdx.x % kWarp; i < kCompared; i += kWarp)
+      low[i] = i < left ? static_cast<uint32_t>(labels[start + i]) : 0xffffffffu;
+    __syncwarp();
+    for (int first = 0; first < kCompared && first < left; first += kWarp) {
+      uint32_t alike = 0;
+#pragma unroll
+      for (int i = 0; i < kWarp; i += 4) {
+        const uint4 x = *reinterpret_cast<const uint4*>(low + first + i);
+        alike |= x.x == own ? 1u << i : 0u;
+        alike |= x.y == own ? 2u << i : 0u;
+        alike |= x.z == own ? 4u << i : 0u;
+        alike |= x.w == own ? 8u << i : 0u;
+      }
+      if (!labels.has_column(y)) alike = 0;
+      for (; alike != 0; alike &= alike - 1) {
+        const int64_t other = start + first + __ffs(static_cast<int>(alike)) - 1;
+        if (other < count && labels[other] == y) sum += given[other];
+      }
+    }
+  }
+  return sum;
+}
+
 // Before the kernels of its backward: the gradient at each label's column into `work`. Equal labels
 // all get that of the sum of their upstream gradients.
 template <class E>
-__global__ void __launch_bounds__(kCombineThreads)
+__global__ void __launch_bounds__(kCombineThreads, 8)
     label_gradients_kernel(const ManyLabelsBackwardArgs a) {
+  alignas(16) __shared__ uint32_t low[kCombineThreads / kWarp][kCompared];
   const LogprobsBackwardArgs& rows = a.rows;
   const int64_t row = row_of_warp();
   if (row >= rows.rows * rows.cols || is_ignored(rows, row)) return;
   const OwnLabels labels(a, row);
-  const float* given = nullptr;
-  if (a.grad_of_labels.given)
-    given = static_cast<const float*>(a.grad_of_labels.data) +
-            token_at(a.grad_of_labels, row, rows.cols);
+  // Each lane's own sums first, into `work`: with all else that a row needs they would spill.
+  double* work = a.work + row * a.count;
+  const bool given = a.grad_of_labels.given;
+  if (given) {
+    const float* grads = static_cast<const float*>(a.grad_of_labels.data) +
+                         token_at(a.grad_of_labels, row, rows.cols);
+    for (int64_t first = 0; first < a.count; first += kWarp) {
+      const int64_t k = first + threadIdx.x % kWarp;
+      const int64_t y = k < a.count ? labels[k] : labels.ignore_index;
+      const double sum = sum_of_equals(labels, a.count, y, grads, low[threadIdx.x / kWarp]);
+      if (k < a.count) work[k] = sum;
+    }
+  }
   const auto upstream = [&](const Tensor& g) { return upstream_at(g, row, rows.cols); };
   const double total = upstream(rows.grad_logprobs);
   const float h = upstream(rows.grad_entropy), of_lse = upstream(rows.grad_lse);
@@ -87,10 +133,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   for (int64_t k = threadIdx.x % kWarp; k < a.count; k += kWarp) {
     const int64_t y = labels[k];
     if (!labels.has_column(y)) continue;
-    double g = 0.0;
-    if (given != nullptr)
-      for (int64_t other = 0; other < a.count; ++other)
-        if (labels[other] == y) g += given[other];
+    const double g = given ? work[k] : 0.0;
     double dz = 0.0;
     if (g != 0.0 || others) {
       const Logit own = logits(E::get(x[y]));
@@ -103,7 +146,7 @@ __global__ void __launch_bounds__(kCombineThreads)
       if (total != g) dz += other_labels_gradient(logprob, total - g) * rate;
       dz *= own.slope;
     }
-    a.work[row * a.count + k] = dz;
+    work[k] = dz;
   }
 }
 

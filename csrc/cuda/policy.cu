@@ -79,12 +79,17 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
   float logprobs[kPerThread], olds[kPerThread], advantages[kPerThread], refs[kPerThread],
       rollouts[kPerThread], entropies[kPerThread];
   using N = Tokens::Numbers;
-  own.load(own.kept, N{a.logprobs, logprobs}, N{a.old_logprobs, olds}, N{a.advantages, advantages},
-           N{a.ref_logprobs, refs, a.ref_logprobs.given},
-           N{a.rollout_logprobs, rollouts, a.rollout_logprobs.given},
-           N{a.entropy, entropies, a.entropy.given});
+  const auto load = [&](const auto&... more) {
+    own.load(own.kept, N{a.logprobs, logprobs}, N{a.old_logprobs, olds},
+             N{a.advantages, advantages}, N{a.ref_logprobs, refs, a.ref_logprobs.given},
+             N{a.rollout_logprobs, rollouts, a.rollout_logprobs.given},
+             N{a.entropy, entropies, a.entropy.given}, more...);
+  };
   float weights[kPerThread];
-  if constexpr (kFull) own.load(own.kept, N{a.weights, weights, a.weights.given});
+  if constexpr (kFull)
+    load(N{a.weights, weights, a.weights.given});
+  else
+    load();
 
   // What a token takes from its sequence.
   Ratio<float> sequence{1.0f, 0.0f, 0.0f, 0.0f};
@@ -203,9 +208,12 @@ __global__ void __launch_bounds__(kTokenThreads)
   if (a.config.aggregation == kSeqMeanTokenMean) share *= each;
   const float slope = inside_clamp(static_cast<float>(mean), static_cast<float>(share), a.config);
   float* grad = static_cast<float*>(a.grad_logprobs.data) + own.place(a.tokens);
+  float sums[kPerThread];
+  own.fetch(grad, sums);
 #pragma unroll
   for (int j = 0; j < kPerThread; ++j)
-    if (own.keeps(j)) grad[own.behind(j)] += slope;
+    if (own.keeps(j)) sums[j] += slope;
+  own.store(grad, sums);
 }
 
 // Loss, metrics and 1 / divisor from the partial sums of all slots, in fp64.

@@ -171,6 +171,17 @@ struct OwnTokens {
     (mask(numbers), ...);
   }
 
+  // What `store` would overwrite; 0 where there is no token.
+  __device__ __forceinline__ void fetch(const float* out, float (&x)[kCount]) const {
+    if (inside == kAll && misaligned(out) == 0) {
+#pragma unroll
+      for (int s = 0; s < kCount / kSide; ++s) load_side(out + behind(s * kSide), x + s * kSide);
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) x[j] = has(j) ? out[behind(j)] : 0.0f;
+  }
+
   // Stores to the tokens that exist; `out` points at the first one's.
   __device__ __forceinline__ void store(float* out, const float (&x)[kCount]) const {
     if (inside == kAll && misaligned(out) == 0) {

@@ -12,6 +12,8 @@ namespace {
 constexpr int kCheckThreads = 1024, kProductThreads = 256, kListThreads = 128, kSumThreads = 128;
 // Entries whose sum is taken by itself before it joins the sum of a list, and those in flight.
 constexpr int kTerms = 128, kAhead = 4;
+// Pairs of 16 bytes that a lane of a product has in flight.
+constexpr int kPairs = 2;
 
 // Entries [begin, end) of list i, inside [0, entries) whatever `starts` says.
 struct List {
@@ -94,12 +96,24 @@ __global__ void __launch_bounds__(kProductThreads)
   const S* x = static_cast<const S*>(a.logits.data) + token_at(a.logits, low, a.cols);
   const S* y = static_cast<const S*>(a.weight.data) + id * a.weight.stride1;
   float sum = 0.0f;
-  for (int64_t c = threadIdx.x % kWarp * kWidth<E>; c < a.width; c += kWarp * kWidth<E>) {
-    const Pack<E> p = load_columns<E>(x, c, a.width, aligned);
-    const Pack<E> q = load_columns<E>(y, c, a.width, aligned);
+  const auto add = [&](const Pack<E>& p, const Pack<E>& q) {
 #pragma unroll
     for (int w = 0; w < kWidth<E>; ++w) sum = fmaf(p.get(w), q.get(w), sum);
+  };
+  constexpr int kStep = kWarp * kWidth<E>;
+  int64_t c = threadIdx.x % kWarp * kWidth<E>;
+  // All loads of an iteration in flight.
+  if (aligned) {
+    for (; c + (kPairs - 1) * kStep + kWidth<E> <= a.width; c += kPairs * kStep) {
+      Pack<E> p[kPairs], q[kPairs];
+#pragma unroll
+      for (int k = 0; k < kPairs; ++k) p[k].load(x + c + k * kStep), q[k].load(y + c + k * kStep);
+#pragma unroll
+      for (int k = 0; k < kPairs; ++k) add(p[k], q[k]);
+    }
   }
+  for (; c < a.width; c += kStep)
+    add(load_columns<E>(x, c, a.width, aligned), load_columns<E>(y, c, a.width, aligned));
   sum = warp_reduce(sum, Sum{});
   if (threadIdx.x % kWarp != 0) return;
   if (a.bias.given) sum += static_cast<const float*>(a.bias.data)[id * a.bias.stride1];
@@ -221,7 +235,8 @@ __global__ void __launch_bounds__(kListThreads) gradient_kernel(const SupportBac
 // Columns of one row of `out`: the sum of dz times rows of `source` over a list of entries.
 struct RowSums {
   Tensor source;
-  int64_t cols, limit, width, entries;
+  Divisor cols;
+  int64_t limit, width, entries;
   // List i is starts[i] to starts[i + 1], in `order` if `sorted`; `rows` is the row of each entry.
   Tensor starts;
   bool sorted;
@@ -229,6 +244,57 @@ struct RowSums {
   Tensor rows;
   const float* dz;
   Tensor out, bias;
+};
+
+// Entries of a list, their factors, and where their rows start in the source.
+template <class S>
+struct Terms {
+  float factors[kAhead];
+  const S* rows[kAhead];
+
+  // Those from `first` on, before `end`. Each load is in flight with its likes: no branch between.
+  __device__ __forceinline__ Terms(const RowSums& a, int64_t first, int64_t end) {
+    int64_t entries[kAhead], of[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) entries[k] = first + k < end ? first + k : end - 1;
+    if (a.sorted) {
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) entries[k] = a.order[entries[k]];
+    }
+    load_integers(a.rows, entries, of);
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) factors[k] = a.dz[entries[k]];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      // An entry with a factor of 0 may have an id outside the vocabulary: no row to read.
+      const bool there = first + k < end && of[k] >= 0 && of[k] < a.limit;
+      const uint32_t row = there ? static_cast<uint32_t>(of[k]) : 0u;
+      const uint32_t high = a.cols.quotient(row), low = row - high * a.cols.divisor;
+      rows[k] =
+          static_cast<const S*>(a.source.data) + high * a.source.stride0 + low * a.source.stride1;
+      // The product of this zero and 0, added to a sum, changes no bit of any.
+      if (!there || factors[k] == 0.0f) factors[k] = -0.0f;
+    }
+  }
+  __device__ __forceinline__ bool reads(int k) const { return factors[k] != 0.0f; }
+
+ private:
+  // Numbers `places` of a tensor.
+  template <class T>
+  static __device__ __forceinline__ void load_as(const Tensor& t, const int64_t (&places)[kAhead],
+                                                 int64_t (&x)[kAhead]) {
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) x[k] = static_cast<const T*>(t.data)[places[k] * t.stride1];
+  }
+  static __device__ __forceinline__ void load_integers(const Tensor& t,
+                                                       const int64_t (&places)[kAhead],
+                                                       int64_t (&x)[kAhead]) {
+    switch (t.dtype) {
+      case kInt64: return load_as<int64_t>(t, places, x);
+      case kInt32: return load_as<int32_t>(t, places, x);
+      default: return load_as<uint8_t>(t, places, x);
+    }
+  }
 };
 
 template <class E>
@@ -240,47 +306,53 @@ __global__ void __launch_bounds__(kSumThreads, 4)
   const uint32_t block = blockIdx.x % blocks;
   const int64_t column = (static_cast<int64_t>(block) * kSumThreads + threadIdx.x) * kWidth<E>;
   const List list = list_at(a.starts, i, a.entries);
-  const auto entry_at = [&](int64_t j) { return a.sorted ? a.order[j] : j; };
   if (a.out.given) {
+    const bool whole = aligned && column + kWidth<E> <= a.width;
     float total[kWidth<E>] = {};
     for (int64_t first = list.begin; first < list.end; first += kTerms) {
       const int64_t end = first + kTerms < list.end ? first + kTerms : list.end;
       float sum[kWidth<E>] = {};
       for (int64_t j = first; j < end; j += kAhead) {
-        float factors[kAhead];
-        Pack<E> terms[kAhead];
+        const Terms<S> of(a, j, end);
+        Pack<E> terms[kAhead] = {};
+        if (whole) {
 #pragma unroll
-        for (int k = 0; k < kAhead; ++k) {
-          factors[k] = 0.0f;
-          terms[k] = Pack<E>{};
-          if (j + k >= end) continue;
-          const int64_t entry = entry_at(j + k);
-          const int64_t row = load_integer(a.rows, entry * a.rows.stride1);
-          // An entry with a factor of 0 may have an id outside the vocabulary: no row to read.
-          if (row >= 0 && row < a.limit) factors[k] = a.dz[entry];
-          if (factors[k] != 0.0f)
-            terms[k] = load_columns<E>(
-                static_cast<const S*>(a.source.data) + token_at(a.source, row, a.cols), column,
-                a.width, aligned);
+          for (int k = 0; k < kAhead; ++k)
+            if (of.reads(k)) terms[k].load(of.rows[k] + column);
+        } else {
+#pragma unroll
+          for (int k = 0; k < kAhead; ++k)
+            if (of.reads(k)) terms[k] = load_columns<E>(of.rows[k], column, a.width, false);
         }
 #pragma unroll
         for (int k = 0; k < kAhead; ++k)
 #pragma unroll
-          for (int w = 0; w < kWidth<E>; ++w)
-            sum[w] = factors[k] != 0.0f ? fmaf(factors[k], terms[k].get(w), sum[w]) : sum[w];
+          for (int w = 0; w < kWidth<E>; ++w) sum[w] = fmaf(of.factors[k], terms[k].get(w), sum[w]);
       }
 #pragma unroll
       for (int w = 0; w < kWidth<E>; ++w) total[w] += sum[w];
     }
-    S* out = static_cast<S*>(a.out.data) + i * a.width;
+    S* out = static_cast<S*>(a.out.data) + i * a.width + column;
+    if (column + kWidth<E> <= a.width && misaligned(out) == 0) {
+      Pack<E> pack;
 #pragma unroll
-    for (int w = 0; w < kWidth<E>; ++w)
-      if (column + w < a.width) out[column + w] = E::put(total[w]);
+      for (int w = 0; w < 4; ++w) {
+        float both[kPerWord<E>];
+#pragma unroll
+        for (int h = 0; h < kPerWord<E>; ++h) both[h] = total[w * kPerWord<E> + h];
+        pack.words[w] = E::word(both);
+      }
+      pack.store(out);
+    } else {
+#pragma unroll
+      for (int w = 0; w < kWidth<E>; ++w)
+        if (column + w < a.width) out[w] = E::put(total[w]);
+    }
   }
   if (!a.bias.given || block != 0) return;
   double sum = 0.0;
   for (int64_t j = list.begin + threadIdx.x; j < list.end; j += kSumThreads)
-    sum += a.dz[entry_at(j)];
+    sum += a.dz[a.sorted ? a.order[j] : j];
   sum = block_reduce<kSumThreads>(sum, Sum{}, shared);
   if (threadIdx.x == 0) static_cast<float*>(a.bias.data)[i] = static_cast<float>(sum);
 }
@@ -327,14 +399,15 @@ Status support_head_backward(const SupportHeadArgs& a) {
   for_dtype(a.hidden.dtype, [&](auto element) {
     using E = decltype(element);
     if (a.grad_hidden.given)
-      enqueue_sums<E>(a.exec,
-                      {a.weight, a.vocab, a.vocab, a.width, a.support.entries, a.support.indptr,
-                       false, nullptr, a.support.indices, a.dz, a.grad_hidden, Tensor{}},
-                      a.rows * a.cols);
+      enqueue_sums<E>(
+          a.exec,
+          {a.weight, Divisor(a.vocab), a.vocab, a.width, a.support.entries, a.support.indptr, false,
+           nullptr, a.support.indices, a.dz, a.grad_hidden, Tensor{}},
+          a.rows * a.cols);
     if (a.grad_weight.given || a.grad_bias.given)
       enqueue_sums<E>(a.exec,
                       {a.hidden,
-                       a.cols,
+                       Divisor(a.cols),
                        a.rows * a.cols,
                        a.width,
                        a.support.entries,

@@ -1,6 +1,7 @@
 """The main CUDA kernels within the budgets of their machine code, and the tool that reads it."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -153,6 +154,32 @@ def test_a_kernel_over_its_budget_is_refused(worse, said):
     assert at_limit.problems(budget, 90) == []
     [problem] = replace(at_limit, **worse).problems(budget, 90)
     assert said in problem
+
+
+# The path of the first kernel of cuda_bad_kernels.cu, at its limit.
+SUMS = cuda_budgets.Budget(
+    "sums of rows", str(Path(__file__).parent / "cuda_bad_kernels.cu"), "good_kernel", "column", 4,
+    0, {r"LDG\.E\.128": 4}, 4, *[cuda_budgets.Limit(12.5, 28, 128, 2, 4, 0)] * 2,
+)  # fmt: skip
+
+
+@needs_tools
+@pytest.mark.parametrize("arch", cuda_sass.ARCHS)
+@pytest.mark.parametrize(
+    "kernel,said",
+    [
+        ("good", []),
+        ("splitting", ["4 stores of less than 16 bytes"]),
+        ("waiting", ["5 waits for memory", "KiB of loads in flight"]),
+        ("dividing", ["instructions per column"]),
+        ("spilling", ["bytes of spills"]),
+    ],
+)
+def test_the_gate_refuses_bad_kernels(kernel, said, arch):
+    budget = replace(SUMS, kernel=f"{kernel}_kernel")
+    problems = cuda_sass.figures(budget, arch).problems(budget, arch)
+    assert bool(problems) == bool(said)
+    assert [s for s in said if not any(s in p for p in problems)] == []
 
 
 def test_bounds_of_a_kernel():

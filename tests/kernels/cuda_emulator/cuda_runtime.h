@@ -234,6 +234,7 @@ inline void __syncwarp(unsigned = 0xffffffffu) {
   emulator::wait(emulator::state.warps[warp], emulator::state.warp_alive[warp]);
 }
 inline void __threadfence() {}
+inline int __ffs(int x) { return __builtin_ffs(x); }
 
 template <class T>
 inline T __shfl_sync(unsigned mask, T x, int lane) {
