@@ -17,7 +17,14 @@ import inspect
 import pytest
 import torch
 
-from tests.parity.comparison import FP32, close, compare_policy_loss, compare_token_logprobs
+from tests.parity.comparison import (
+    FP32,
+    close,
+    compare_policy_loss,
+    compare_token_logprobs,
+    probable,
+    row_mean,
+)
 from tools import openrlhf_stubs
 from tools.policy_batches import make_batch
 
@@ -115,10 +122,48 @@ def test_importance_correction(backend, mode):
 
 
 @installed
+@pytest.mark.parametrize("level", ("token", "seq"))
+@pytest.mark.parametrize("gating", ("ratio", "tv", "binary_kl"))
+def test_gates_that_fold_into_the_advantages(level, gating):
+    """As the messages say; the gates of two constants have no field."""
+    batch = probable(make_batch(7, 13))
+    m, x = batch.mask, batch.old - batch.rollout
+    p, q = batch.rollout.exp(), batch.old.exp()
+    most = 0.02 if level == "token" else 0.014
+    threshold = {"tv": (0.0, most), "binary_kl": (0.0, 0.004)}.get(gating, (0.97, 1.04))
+    if level == "token" and gating == "ratio":
+        threshold = (0.8, 1.2)
+    statistic = (p - q).abs()
+    if gating == "binary_kl":
+        statistic = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    if level == "seq":
+        statistic = row_mean(statistic, m).expand_as(x)
+    weights = torch.where(statistic <= threshold[1], x.exp(), 0)
+    if gating == "ratio":
+        criterion = "token_ratio" if level == "token" else "seq_mean_ratio"
+        weights = rk.mismatch_weights(
+            batch.old, batch.rollout, m, level="token", reject={criterion: threshold}
+        ).weights
+    assert 0.05 < (weights[m] == 0).float().mean() < 0.9
+    ours = rk.policy_loss(
+        batch.logprobs, batch.old, batch.advantages * weights, m,
+        config=rk.PolicyLossConfig.openrlhf(**CLIPS),
+    ).loss  # fmt: skip
+    gate = {"is_correction_level": level, "is_correction_gating": gating}
+    gate |= {"is_correction_threshold": threshold}
+    expected, _ = actor_loss(batch, "ppo", distributed=False, **CLIPS, **gate)
+    slopes = [torch.autograd.grad(x, batch.logprobs)[0] for x in (ours, expected)]
+    close(ours.detach(), expected.detach(), FP32, scale=float(slopes[1].abs().sum()))
+    close(*slopes, 3 * FP32)
+
+
+@installed
 def test_gspo_to_the_rollout(backend):
     """What its gspo does with a correction level: the rollout's logprobs are the old ones."""
     batch = make_batch()
-    config = rk.PolicyLossConfig.openrlhf("gspo", **CLIPS)
+    config = rk.PolicyLossConfig.openrlhf("gspo", is_correction_level="token", **CLIPS)
+    other = {"is_correction_level": "seq", "is_correction_gating": "tv"}
+    assert config == rk.PolicyLossConfig.openrlhf("gspo", **CLIPS, **other)
 
     def theirs(moved):
         return actor_loss(
@@ -219,9 +264,10 @@ def test_what_cannot_be_expressed_is_refused():
         ({"token_level_loss": False, "entropy_coef": 0.1}, "beside means by sequence cannot"),
         ({"kl_use_loss": True, "kl_unbiased_gradient": True}, "kl_unbiased_gradient cannot"),
         ({"kl_use_loss": True, "kl_estimator": "k3+"}, "kl_estimator must be one of"),
-        ({"is_correction_level": "seq"}, "is_correction_level='seq' cannot"),
-        (token | {"policy_loss_type": "gspo"}, "is_correction_level with gspo cannot"),
-        (token | {"is_correction_gating": "tv"}, "is_correction_gating='tv' cannot"),
+        ({"is_correction_level": "seq"}, "is_correction_level='seq' cannot.*mismatch_weights"),
+        ({"is_correction_level": "row"}, "is_correction_level must be one of"),
+        (token | {"is_correction_gating": "tv"}, "is_correction_gating='tv' cannot.*or by 0"),
+        (token | {"is_correction_gating": "kl"}, "is_correction_gating must be one of"),
         (token | {"is_correction_mode": "drop"}, "is_correction_mode must be one of"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -279,6 +279,44 @@ def test_masks_fold(criterion, options):
     close(found.weights, (keep & m).float(), FP32)
 
 
+def test_losses_by_covariance_fold():
+    """With the tokens of the largest covariance given, as the messages say."""
+    batch = make_batch(seed=4)
+    a, m = batch.advantages, batch.mask
+    chosen = torch.zeros_like(m)
+    chosen[1, ::3] = True
+    chosen &= m
+    count = float(m.sum())
+
+    def ours(config, advantages, mask=m):
+        return rk.policy_loss(
+            batch.logprobs, batch.old, advantages, mask, ref_logprobs=batch.old,
+            normalizer=count, config=config,
+        ).loss  # fmt: skip
+
+    options = {"use_kl_loss": False} | CLIPS
+    x = batch.logprobs - batch.old
+    unclipped = -a * x.exp()
+    clip_cov = torch.maximum(unclipped, -a * x.exp().clamp(0.8, 1.28)) * ~chosen
+    kl_cov = torch.where(chosen, unclipped + 0.7 * x.abs(), unclipped)
+    plain = preset(**options, log_ratio_clamp=None)
+    pull = preset("importance_sampling", **options, kl_coef=0.7, kl_estimator="abs")
+    for found, term in (
+        (ours(plain, a * ~chosen), clip_cov),
+        (
+            ours(preset("importance_sampling", **options), a)
+            + ours(pull, torch.zeros_like(a), chosen),
+            kl_cov,
+        ),
+    ):
+        expected = torch.where(m, term, 0).sum() / count
+        slopes = [
+            torch.autograd.grad(x, batch.logprobs, retain_graph=True)[0] for x in (found, expected)
+        ]
+        close(found.detach(), expected.detach(), FP32, scale=float(slopes[1].abs().sum()))
+        close(*slopes, 3 * FP32)
+
+
 def test_what_is_refused():
     refused(
         preset,

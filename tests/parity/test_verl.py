@@ -40,6 +40,7 @@ if importlib.util.find_spec("verl") is None:
 
 import verl.utils.torch_functional as verl_F
 from tensordict import TensorDict
+from verl.trainer.config.algorithm import RolloutCorrectionConfig
 from verl.trainer.ppo import core_algos, rollout_corr_helper
 from verl.utils import tensordict_utils
 from verl.workers.config import ActorConfig, PolicyLossConfig
@@ -68,13 +69,15 @@ def normalizer(loss_agg_mode):
     }.get(loss_agg_mode, GLOBAL_BATCH / DP_SIZE)
 
 
-def actor_loss(batch: Batch, loss_mode: str, *, distributed: bool, weights=None, **actor):
+def actor_loss(
+    batch: Batch, loss_mode: str, *, distributed: bool, weights=None, policy=None, **actor
+):
     """(loss, metrics) of verl's ppo_loss."""
     config = ActorConfig(
         strategy="fsdp",
         rollout_n=1,
         use_dynamic_bsz=True,
-        policy_loss=PolicyLossConfig(loss_mode=loss_mode),
+        policy_loss=PolicyLossConfig(loss_mode=loss_mode, **(policy or {})),
         loss_scale_factor=SCALE_FACTOR,
         **actor,
     )
@@ -204,6 +207,95 @@ def test_gated_losses(backend, loss_mode):
         assert ours["gate_frac_low"] > 0.02 and ours["gate_frac_high"] > 0.02
 
 
+def test_dro():
+    """Its penalty pulls to old: ours has it as the reference."""
+    batch = make_batch()
+    batch = batch._replace(ref=batch.old)
+    for distributed, mode in ((True, "token-mean"), (False, "seq-mean-token-mean")):
+        actor = ACTOR | {"loss_agg_mode": mode, "entropy_coeff": 0.05}
+
+        def theirs(batch, distributed=distributed, actor=actor):
+            policy = {"dro_beta": 0.3}
+            return actor_loss(batch, "dro", distributed=distributed, policy=policy, **actor)
+
+        ours, metrics = compare_policy_loss(
+            theirs,
+            batch,
+            rk.PolicyLossConfig.verl("dro", dro_beta=0.3, **actor),
+            normalizer=normalizer(mode) if distributed else None,
+            exact=EXACT,
+        )
+        close(ours["k1_old"], metrics["actor/ppo_kl"], 10 * FP32, scale=0.1)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "rollout_is", "threshold"),
+    (
+        ("ppo_clip", None, 2.0),
+        ("ppo_clip", "sequence", 1.1),
+        ("reinforce", None, 2.0),
+        ("reinforce", "token", 1.25),
+        ("reinforce", "token", "0.8_1.3"),
+    ),
+)
+def test_bypass_mode(loss_type, rollout_is, threshold):
+    """The old log-probabilities are the rollout's; the weight is of the current ones."""
+    correction = {"loss_type": loss_type, "rollout_is": rollout_is}
+    correction |= {"rollout_is_threshold": threshold}
+    actor = ACTOR | {"loss_agg_mode": "token-mean", "use_kl_loss": True, "kl_loss_coef": 0.3}
+    policy = {"rollout_correction": RolloutCorrectionConfig(bypass_mode=True, **correction)}
+
+    def theirs(batch):
+        return actor_loss(batch, "bypass_mode", distributed=True, policy=policy, **actor)
+
+    config = rk.PolicyLossConfig.verl("bypass_mode", **actor, **correction)
+    ours, metrics = compare_policy_loss(
+        theirs, make_batch(), config, normalizer=normalizer("token-mean"), exact=EXACT
+    )
+    close(ours["k1_old"], metrics["actor/ppo_kl"], 10 * FP32, scale=0.1)
+    if threshold == "0.8_1.3":
+        assert ours["gate_frac_low"] > 0.05 and ours["gate_frac_high"] > 0.05
+
+
+def test_what_folds_into_weights():
+    """What the messages of refused options say to pass instead."""
+    batch = make_batch(seed=2)
+    m = batch.mask
+
+    def ours(config, advantages, **arguments):
+        return rk.policy_loss(
+            batch.logprobs, batch.old, advantages, m,
+            normalizer=normalizer("token-mean"), config=config, **arguments,
+        ).loss  # fmt: skip
+
+    def same(found, loss_mode, correction=None, weights=None, **policy):
+        if correction is not None:
+            policy["rollout_correction"] = RolloutCorrectionConfig(bypass_mode=True, **correction)
+        expected, _ = actor_loss(
+            batch, loss_mode, distributed=True, weights=weights, policy=policy, **ACTOR
+        )
+        slopes = [torch.autograd.grad(x, batch.logprobs)[0] for x in (found, expected)]
+        close(found.detach(), expected.detach(), FP32, scale=float(slopes[1].abs().sum()))
+        close(*slopes, 3 * FP32)
+
+    preset = rk.PolicyLossConfig.verl
+    level = {"level": "sequence", "high": 1.5, "log_ratio_clamp": 20}
+    found = rk.mismatch_weights(batch.logprobs.detach(), batch.old, m, **level)
+    config = preset("bypass_mode", loss_type="reinforce")
+    reinforce = {"loss_type": "reinforce", "rollout_is": "sequence", "rollout_is_threshold": 1.5}
+    same(ours(config, batch.advantages * found.weights), "bypass_mode", reinforce)
+    found = rk.mismatch_weights(batch.old, batch.rollout, m, **level)
+    config = preset("dro", dro_beta=0.3)
+    loss = ours(config, batch.advantages, weights=found.weights, ref_logprobs=batch.old)
+    same(loss, "dro", weights=rollout_weights(batch, "sequence", 1.5), dro_beta=0.3)
+    found = rk.mismatch_weights(batch.old, batch.rollout, m, **level, normalize=True)
+    weights = rollout_corr_helper.compute_rollout_correction_weights(
+        batch.old - batch.rollout, m.long(), "sequence", 1.5, rollout_is_batch_normalize=True
+    )[0]
+    loss = ours(preset(**ACTOR), batch.advantages * found.weights)
+    same(loss, "vanilla", weights=weights)
+
+
 @pytest.mark.parametrize("kl_loss_type", KL_TYPES)
 def test_kl_loss_and_its_clamps(backend, kl_loss_type):
     batch = make_batch(4, 9)
@@ -246,6 +338,10 @@ def test_defaults_are_those_of_actor_config():
         rollout_corr_helper.compute_rollout_correction_and_rejection_mask
     ).parameters
     assert ours == {name: theirs[name].default for name in ours} and len(ours) == 4
+    ours = inspect.signature(rk.PolicyLossConfig.verl).parameters
+    assert ours["dro_beta"].default == PolicyLossConfig.__dataclass_fields__["dro_beta"].default
+    loss_type = RolloutCorrectionConfig.__dataclass_fields__["loss_type"]
+    assert ours["loss_type"].default == loss_type.default
     preset = rk.PolicyLossConfig.verl
     assert preset(clip_ratio=0.3).clip_high == 0.2
     assert preset(clip_ratio=0.3, clip_ratio_high=None).clip_high == 0.3
@@ -253,14 +349,18 @@ def test_defaults_are_those_of_actor_config():
 
 def test_every_policy_loss_is_offered_or_refused():
     preset = rk.PolicyLossConfig.verl
-    offered = ("vanilla", "gspo", "sapo", "cispo", "gpg", "dppo_tv", "dppo_kl")
+    offered = ("vanilla", "gspo", "sapo", "cispo", "gpg", "dppo_tv", "dppo_kl", "bypass_mode")
     for name in core_algos.POLICY_LOSS_REGISTRY:
-        if name in offered:
+        if name == "dro":
+            assert preset(name, dro_beta=0.1)
+        elif name in offered:
             assert preset(name)
         else:
             with pytest.raises(ValueError, match=f"loss_mode='{name}' cannot be expressed"):
                 preset(name)
     assert len(core_algos.POLICY_LOSS_REGISTRY) == 12
+    dro = {"loss_mode": "dro", "dro_beta": 0.1}
+    reinforce = {"loss_mode": "bypass_mode", "loss_type": "reinforce"}
     for options, message in (
         ({"loss_mode": "ppo"}, "loss_mode must be one of"),
         ({"loss_agg_mode": "mean"}, "loss_agg_mode must be one of"),
@@ -270,6 +370,11 @@ def test_every_policy_loss_is_offered_or_refused():
         ({"rollout_is": "token", "rollout_is_threshold": "a_b"}, "a number or 'low_high'"),
         ({"rollout_is": "word"}, "rollout_is must be one of"),
         ({"loss_mode": "sapo", "use_kl_loss": True}, "'sapo' with 'token-mean' cannot"),
+        ({"loss_mode": "dro"}, "dro_beta must be a number > 0"),
+        (dro | {"use_kl_loss": True}, "the penalty has it: add a second call"),
+        (dro | {"rollout_is": "token"}, "weights the penalty too: pass the weights"),
+        (reinforce | {"rollout_is": "sequence"}, "multiply the advantages by mismatch_weights"),
+        (reinforce | {"loss_type": "ppo"}, "loss_type must be one of ppo_clip, reinforce"),
     ):
         with pytest.raises(ValueError, match=message):
             preset(**options)

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 LossType = Literal["ppo", "gspo"]
-#: OpenRLHF also has "seq" and another gating; neither can be expressed.
-SamplingLevel = Literal["off", "token"]
+#: "seq", and the two divergences, with gspo only.
+SamplingLevel = Literal["off", "token", "seq"]
 SamplingMode = Literal["mask", "clip"]
-Gating = Literal["ratio"]
+Gating = Literal["ratio", "binary_kl", "tv"]
 Estimator = Literal["k1", "k2", "k3"]
 
 
@@ -76,10 +76,11 @@ def openrlhf(
         clip_eps_high: upper clip distance.
         dual_clip: c > 1, or None.
         token_level_loss: mean over tokens; else mean over sequences of their means.
-        is_correction_level: "off" or "token". With gspo only "off": OpenRLHF would take the ratio
-            to the rollout policy; pass the rollout's logprobs as old_logprobs instead.
+        is_correction_level: "off" or "token"; "seq" folds into the advantages, see its error. With
+            gspo any level but "off" means the ratio to the rollout policy: pass the rollout's
+            logprobs as old_logprobs. Gating, mode and threshold then have no effect.
         is_correction_mode: "mask" (weights outside the threshold become 0) or "clip".
-        is_correction_gating: "ratio".
+        is_correction_gating: "ratio"; a divergence folds into the advantages, see its error.
         is_correction_threshold: (low, high).
         kl_use_loss: add the KL to the reference policy to the loss.
         kl_init_coef: weight of this KL. Apply a controller's updates with
@@ -99,28 +100,26 @@ def openrlhf(
             divergence gating, unbiased KL gradient, KL or entropy beside means by sequence).
     """
     one_of("openrlhf", "policy_loss_type", policy_loss_type, get_args(LossType))
-    one_of(
-        "openrlhf", "is_correction_level", is_correction_level, (*get_args(SamplingLevel), "seq")
-    )
+    levels, gatings = get_args(SamplingLevel), get_args(Gating)
+    one_of("openrlhf", "is_correction_level", is_correction_level, levels)
+    one_of("openrlhf", "is_correction_gating", is_correction_gating, gatings)
     one_of("openrlhf", "is_correction_mode", is_correction_mode, get_args(SamplingMode))
     one_of("openrlhf", "kl_estimator", kl_estimator, get_args(Estimator))
     gspo = policy_loss_type == "gspo"
     by_sequence = gspo or not token_level_loss
     if by_sequence and (kl_use_loss or entropy_coef):
-        why = "OpenRLHF averages KL and entropy over tokens, but the objective over sequences"
+        why = (
+            "OpenRLHF averages KL and entropy over tokens, but the objective over sequences: take "
+            "token_level_loss=True and multiply the advantages, of ppo, by the number of tokens "
+            "over that of sequences times the length of each"
+        )
         inexpressible("openrlhf", "kl_use_loss or entropy_coef beside means by sequence", why)
     if kl_use_loss and kl_unbiased_gradient:
         why = "it weights the gradient but not the value; see kl_weight for both"
         inexpressible("openrlhf", "kl_unbiased_gradient", why)
-    if is_correction_level != "off":
-        if gspo:
-            why = "OpenRLHF takes the ratio to the rollout: pass its logprobs as old_logprobs"
-            inexpressible("openrlhf", "is_correction_level with gspo", why)
-        why = "OpenRLHF gates by the geometric mean but keeps the weights of the tokens"
-        refuse("openrlhf", "is_correction_level", is_correction_level, {"seq": why})
-        if is_correction_gating != "ratio":
-            why = "only the ratio gates here"
-            inexpressible("openrlhf", f"is_correction_gating={is_correction_gating!r}", why)
+    corrected = is_correction_level != "off" and not gspo
+    if corrected:
+        _check_gate(is_correction_level, is_correction_gating)
 
     fields: PolicyLossOptions = {
         "ratio_level": "sequence" if gspo else "token",
@@ -135,7 +134,7 @@ def openrlhf(
         fields |= {"kl_coef": kl_init_coef, "kl_estimator": kl_estimator, "kl_value_clamp": 10.0}
         if kl_estimator == "k3":
             fields["kl_input_clamp"] = (-10.0, math.inf)
-    if is_correction_level != "off":
+    if corrected:
         low, high = is_correction_threshold
         fields |= {
             "correction_level": "token",
@@ -144,3 +143,24 @@ def openrlhf(
             "correction_max": high,
         }
     return cls(**fields | cast(PolicyLossOptions, options))
+
+
+def _check_gate(level: str, gating: str) -> None:
+    """Refuses gates of another statistic than the weight, with what does the same."""
+    if gating != "ratio":
+        p, q = "rollout.exp()", "old.exp()"
+        statistic = f"abs({p} - {q})" if gating == "tv" else "the binary KL"
+        if level == "seq":
+            statistic = f"the mean over its sequence of {statistic}"
+        why = (
+            "it drops by the divergence of two constants and keeps exp(old - rollout) as the "
+            f"weight: multiply the advantages by this weight, or by 0 where {statistic} is above "
+            "the threshold"
+        )
+        inexpressible("openrlhf", f"is_correction_gating={gating!r}", why)
+    why = (
+        "it drops by the geometric mean of a sequence but keeps the weights of the tokens: "
+        "multiply the advantages by mismatch_weights(old, rollout, mask, level='token', "
+        "reject={'seq_mean_ratio': is_correction_threshold}).weights"
+    )
+    refuse("openrlhf", "is_correction_level", level, {"seq": why})

@@ -39,7 +39,8 @@ _INEXPRESSIBLE = {
     ),
     "kl_cov": (
         "it adds a KL to old_logprobs over the tokens of the largest covariance alone: add a "
-        "second call over these, with kl_estimator='abs' and the old_logprobs as ref_logprobs"
+        "second call over these to the loss without clips, with advantages of 0, "
+        "kl_estimator='abs' and the old_logprobs as ref_logprobs"
     ),
 }
 _AGGREGATIONS: dict[Reduction, Aggregation] = {

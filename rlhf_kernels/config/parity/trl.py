@@ -34,6 +34,10 @@ _CORRECTIONS: dict[SamplingMode, tuple[CorrectionLevel, CorrectionMode]] = {
     "sequence_truncate": ("sequence", "truncate"),
     "sequence_mask": ("sequence", "mask"),
 }
+_VESPO = (
+    "its weight of a sequence is a function of the current ratio: use loss_type='dapo' with "
+    "objective='reinforce' and multiply the advantages by the detached weight"
+)
 
 
 class Options(CommonOptions, total=False):
@@ -102,10 +106,11 @@ def trl(
         use_bias_correction_kl: multiply the KL estimate by the ratio.
         entropy_coef: weight of the entropy bonus.
         use_adaptive_entropy: not expressible; use dataclasses.replace(config, entropy_coef=...).
-        top_entropy_quantile: not expressible below 1.
+        top_entropy_quantile: below 1 folds into the advantages; see its error.
         off_policy_mask_threshold: drops the objective of sequences with A < 0 whose mean log-ratio
             of the sampling policy to the current one exceeds this. With use_vllm the sampling
-            policy's are the rollout_logprobs, else the old_logprobs.
+            policy's are the rollout_logprobs, else the old_logprobs. A NaN among these counts as a
+            log-ratio of 0 in TRL, here as old_logprobs.
         sapo_temperature_pos: tau where the advantage is positive.
         sapo_temperature_neg: tau where it is not.
         use_vllm: the samples came from vLLM; pass rollout_logprobs.
@@ -121,7 +126,7 @@ def trl(
     Raises:
         ValueError: an unknown option, or one that cannot be expressed (loss_type="vespo").
     """
-    refuse("trl", "loss_type", loss_type, {"vespo": "its gamma weights are not supported"})
+    refuse("trl", "loss_type", loss_type, {"vespo": _VESPO})
     one_of("trl", "loss_type", loss_type, get_args(LossType))
     levels = get_args(SamplingLevel)
     one_of("trl", "importance_sampling_level", importance_sampling_level, levels)
@@ -129,7 +134,7 @@ def trl(
         why = "update with dataclasses.replace(config, entropy_coef=...) between steps"
         inexpressible("trl", "use_adaptive_entropy", why)
     if top_entropy_quantile < 1:
-        why = "its mask applies to the objective, not to the KL term"
+        why = "set the advantages of the other tokens to 0: its mask is of the objective alone"
         inexpressible("trl", f"top_entropy_quantile={top_entropy_quantile}", why)
     if entropy_coef != 0 and loss_type not in ("bnpo", "dapo", "cispo"):
         why = "TRL takes its mean over tokens; subtract entropy_coef * entropy[mask].mean() instead"

@@ -25,12 +25,15 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from ..enums import Aggregation, CorrectionLevel, KlEstimator
 from ..options import PolicyLossOptions
-from ._common import Config, inexpressible, one_of, refuse
+from ._common import Config, inexpressible, one_of, refuse, require
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-LossMode = Literal["vanilla", "gspo", "sapo", "cispo", "gpg", "dppo_tv", "dppo_kl"]
+LossMode = Literal[
+    "vanilla", "gspo", "sapo", "cispo", "gpg", "dppo_tv", "dppo_kl", "dro", "bypass_mode"
+]  # fmt: skip
+BypassLoss = Literal["ppo_clip", "reinforce"]
 AggregationMode = Literal[
     "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm",
     "seq-mean-token-mean",
@@ -40,11 +43,16 @@ KlLossType = Literal[
     "kl+", "k1+", "abs+", "mse+", "k2+", "low_var_kl+", "k3+",
 ]  # fmt: skip
 _INEXPRESSIBLE = {
-    **dict.fromkeys(
-        ("clip_cov", "kl_cov", "geo_mean", "dro"),
-        "its objective is not implemented here",
+    "clip_cov": (
+        "it drops tokens drawn at random among those of a large covariance: set their advantages "
+        "to 0 and use loss_mode='vanilla'"
     ),
-    "bypass_mode": "use loss_mode='vanilla' and pass the rollout's logprobs as old_logprobs",
+    "kl_cov": (
+        "it adds a KL to old_logprobs over the tokens of the largest covariance alone: add a "
+        "second call over these to the loss without clips, with advantages of 0, "
+        "kl_estimator='abs' and the old_logprobs as ref_logprobs"
+    ),
+    "geo_mean": "the clip is of a token's log-ratio, before the mean over its sequence",
 }
 
 _KL_ESTIMATORS: dict[KlLossType, KlEstimator] = {
@@ -82,10 +90,12 @@ def verl(
     rollout_is_threshold: float | str = 2.0,
     rollout_is_batch_normalize: bool = False,
     rollout_rs: str | None = None,
+    loss_type: BypassLoss = "ppo_clip",
+    dro_beta: float | None = None,
     **options: "Unpack[PolicyLossOptions]",
 ) -> Config:
-    """The actor's loss of verl (`ppo_loss`); names and defaults of its ActorConfig, checked against
-    0.9.1.
+    """The actor's loss of verl (`ppo_loss`); names and defaults of its ActorConfig and, for
+    rollout_*, loss_type and dro_beta, of the parts of it. Checked against 0.9.1.
 
     The log-ratio is clamped to +-20 (gspo: to at most 10), the dual clip is 3 by default, and k3
     has its input clamped to +-20 and its value to +-10. gspo is the token form: the ratio of the
@@ -93,6 +103,10 @@ def verl(
     clip_frac_high here (for dppo_tv and dppo_kl gate_frac_low + gate_frac_high), its
     pg_clipfrac_lower is dual_clip_frac, and its ppo_kl is k1_old (verl computes it after the
     clamp).
+
+    In bypass_mode the rollout's logprobs are the old_logprobs. With loss_type="ppo_clip" rollout_is
+    then has no effect on the loss, with "reinforce" it weights by the ratio of the current policy.
+    dro pulls to old: pass the old_logprobs as ref_logprobs too.
 
     The normalizer; dp_size is the number of ranks over which gradients are averaged:
 
@@ -103,7 +117,7 @@ def verl(
 
     Args:
         cls: PolicyLossConfig.
-        loss_mode: vanilla, gspo, sapo, cispo, gpg, dppo_tv or dppo_kl.
+        loss_mode: vanilla, gspo, sapo, cispo, gpg, dppo_tv, dppo_kl, dro or bypass_mode.
         loss_agg_mode: as in the table. sapo's objective is always seq-mean-token-mean.
         clip_ratio: replaces clip_ratio_low or clip_ratio_high where that is None, as in verl.
         clip_ratio_low: lower clip distance; of dppo the bound of the divergence where the
@@ -119,8 +133,10 @@ def verl(
         rollout_is: "token" or "sequence" importance weights exp(old - rollout), or None.
         rollout_is_threshold: upper cap of the weights, or "low_high": weights outside become 0
             (IcePop).
-        rollout_is_batch_normalize: not expressible.
+        rollout_is_batch_normalize: folds into the advantages; see its error.
         rollout_rs: not expressible; reject samples in the mask, as verl does.
+        loss_type: of bypass_mode, "ppo_clip" or "reinforce".
+        dro_beta: weight of dro's penalty beta / 2 (logprob - old)^2.
         **options: fields of PolicyLossConfig; they override the above.
 
     Returns:
@@ -128,15 +144,27 @@ def verl(
 
     Raises:
         ValueError: an unknown option, or one that cannot be expressed (clip_cov, kl_cov, geo_mean,
-            dro, bypass_mode).
+            dro with a KL or weights, reinforce with weights of sequences).
     """
     refuse("verl", "loss_mode", loss_mode, _INEXPRESSIBLE)
     one_of("verl", "loss_mode", loss_mode, get_args(LossMode))
     one_of("verl", "loss_agg_mode", loss_agg_mode, _AGGREGATIONS)
     if rollout_is_batch_normalize:
-        inexpressible("verl", "rollout_is_batch_normalize", "weights are not normalised here")
+        why = (
+            "a weight then depends on the batch: multiply the advantages by "
+            "mismatch_weights(old, rollout, mask, level=rollout_is, high=rollout_is_threshold, "
+            "log_ratio_clamp=20, normalize=True).weights"
+        )
+        inexpressible("verl", "rollout_is_batch_normalize", why)
     if rollout_rs is not None:
-        inexpressible("verl", f"rollout_rs={rollout_rs!r}", "reject samples in the mask instead")
+        why = (
+            "reject samples in the mask instead, by mismatch_weights(old, rollout, mask, "
+            "log_ratio_clamp=20, reject={rollout_rs: rollout_rs_threshold}).mask"
+        )
+        inexpressible("verl", f"rollout_rs={rollout_rs!r}", why)
+    if loss_mode == "bypass_mode":
+        one_of("verl", "loss_type", loss_type, get_args(BypassLoss))
+    clipped = loss_mode == "vanilla" or (loss_mode == "bypass_mode" and loss_type == "ppo_clip")
 
     fields: PolicyLossOptions = {
         "entropy_coef": entropy_coeff,
@@ -148,7 +176,7 @@ def verl(
         "clip_low": clip_ratio if clip_ratio_low is None else clip_ratio_low,
         "clip_high": clip_ratio if clip_ratio_high is None else clip_ratio_high,
     }
-    if loss_mode == "vanilla":
+    if clipped:
         fields |= clips | {"dual_clip": clip_ratio_c, "log_ratio_clamp": 20.0}
     elif loss_mode == "gspo":
         unbounded = (-math.inf, 10.0)
@@ -168,6 +196,10 @@ def verl(
         }
     elif loss_mode == "gpg":
         fields["objective"] = "reinforce"
+    elif loss_mode == "dro":
+        fields |= _dro(dro_beta, use_kl_loss, rollout_is)
+    elif loss_mode == "bypass_mode":
+        fields |= _reinforce(rollout_is, rollout_is_threshold)
     else:
         if loss_agg_mode != "seq-mean-token-mean" and (entropy_coeff != 0 or use_kl_loss):
             why = "verl aggregates its objective by sequence means, but the other terms like this"
@@ -188,9 +220,54 @@ def verl(
             fields |= {"kl_input_clamp": 20.0, "kl_value_clamp": 10.0}
     if rollout_is is not None:
         one_of("verl", "rollout_is", rollout_is, ("token", "sequence"))
+    if rollout_is is not None and loss_mode != "bypass_mode":
         fields["correction_level"] = rollout_is
         fields |= _threshold(rollout_is_threshold)
     return cls(**fields | options)
+
+
+def _dro(beta: float | None, use_kl_loss: bool, rollout_is: str | None) -> PolicyLossOptions:
+    """The fields of dro."""
+    if beta is None or beta <= 0:
+        require("verl", "dro_beta", "a number > 0 with loss_mode='dro'")
+    if use_kl_loss:
+        why = "there is one slot for a policy to pull to, and the penalty has it: add a second call"
+        inexpressible("verl", "use_kl_loss with loss_mode='dro'", why)
+    if rollout_is is not None:
+        why = (
+            "verl weights the penalty too: pass the weights, without entropy_coeff, as weights= of "
+            "the loss, by mismatch_weights(old, rollout, mask, level=rollout_is, "
+            "high=rollout_is_threshold, log_ratio_clamp=20).weights"
+        )
+        inexpressible("verl", "rollout_is with loss_mode='dro'", why)
+    return {"objective": "reinforce", "kl_coef": beta, "kl_estimator": "k2"}
+
+
+def _reinforce(rollout_is: str | None, threshold: float | str) -> PolicyLossOptions:
+    """The fields of bypass_mode's reinforce: a detached weight, which is the current ratio."""
+    if rollout_is is None:
+        return {"objective": "reinforce"}
+    if rollout_is == "sequence":
+        why = (
+            "no objective has the product of a sequence's ratios: multiply the advantages by "
+            "mismatch_weights(logprobs.detach(), rollout, mask, level='sequence', "
+            "high=rollout_is_threshold, log_ratio_clamp=20).weights and pass rollout_is=None"
+        )
+        inexpressible("verl", "rollout_is='sequence' with loss_type='reinforce'", why)
+    bounds = _threshold(threshold)
+    fields: PolicyLossOptions = {
+        "objective": "cispo",
+        "clip_low": None,
+        "clip_high": None,
+        "log_ratio_clamp": 20.0,
+    }
+    if bounds["correction_mode"] == "truncate":
+        return fields | {"clip_high": bounds["correction_max"], "clip_absolute": True}
+    return fields | {
+        "gate": "ratio",
+        "gate_low": bounds["correction_min"],
+        "gate_high": bounds["correction_max"],
+    }
 
 
 def _threshold(threshold: float | str) -> PolicyLossOptions:
