@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..core import checks
+from ..core import data_checks
 from ..kernels.rows import Kernels
 from .arguments import Batching, Divergence, Operands
 from .chunks import Chunk, Tile, covered, flat, select, zeros_or_nan
@@ -26,7 +26,7 @@ def forward(
         if mask is None
         else flat(mask) != 0
     )
-    checks.kept_tokens("linear_kl_divergence", keep, batching.kept_tokens)
+    data_checks.kept_tokens("linear_kl_divergence", keep, batching.kept_tokens)
     tokens = select(keep, batching.kept_tokens)
     of_chunk = Chunk.of(batching.chunk_tokens, operands.weight, heads=2)
     head = Head.of(operands, of_chunk, tokens.count, kernels.empty)

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..core import checks
+from ..core import data_checks
 from ..core.layout import any_of_token
 from ..kernels.rows import Kernels, LabelKernels
 from .arguments import Batching, Operands, Targets, Upstream
@@ -45,9 +45,9 @@ def forward(
     wanted = labels != options.ignore_index
     # The labels of a shard were found good before.
     if kernels.reduce is None:
-        checks.token_data(op, labels, temperatures, wanted, weight.shape[0])
+        data_checks.token_data(op, labels, temperatures, wanted, weight.shape[0])
     keep = any_of_token(wanted, 1)
-    checks.kept_tokens(op, keep, batching.kept_tokens)
+    data_checks.kept_tokens(op, keep, batching.kept_tokens)
     tokens = select(keep, batching.kept_tokens)
     of_chunk = Chunk.of(batching.chunk_tokens, weight)
     head = Head.of(operands, of_chunk, tokens.count, kernels.empty)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..config.enums import AGGREGATIONS, CORRECTION_CODES, GATE_CODES, RATIO_LEVELS
-from ..core import checks
+from ..core import data_checks
 from ..core.layout import MaybeTensor
 from ..core.sentinels import SHARD_IGNORED
 from ..core.sequences import loss_weights, per_token, sequence_sum, token_weights
@@ -73,7 +73,7 @@ class _PolicySweep:
         keep = flat(policy.mask) != 0
         # The labels of a shard were found good before.
         if kernels.reduce is None:
-            checks.token_data(
+            data_checks.token_data(
                 "linear_policy_loss", self._labels, self._temperatures, keep, weight.shape[0]
             )
             # Of the others, where they may not be looked at, none may be SHARD_IGNORED: -1 gives
@@ -265,13 +265,13 @@ def forward(
             from, where `batching` names no size. None: those of the weights.
     """
     # Where they may not be looked at, the kernel that is given these poisons the loss.
-    checks.divisor_positive("linear_policy_loss", policy.normalizer)
-    offsets, good = checks.usable_offsets(
+    data_checks.divisor_positive("linear_policy_loss", policy.normalizer)
+    offsets, good = data_checks.usable_offsets(
         "linear_policy_loss", policy.cu_seqlens, policy.mask.shape[0]
     )
-    checks.loss_weights("linear_policy_loss", policy.weights, policy.mask, offsets)
+    data_checks.loss_weights("linear_policy_loss", policy.weights, policy.mask, offsets)
     keep = flat(policy.mask) != 0
-    checks.kept_tokens("linear_policy_loss", keep, batching.kept_tokens)
+    data_checks.kept_tokens("linear_policy_loss", keep, batching.kept_tokens)
     enough = covered(keep, batching.kept_tokens)
     # Whether offsets, bound and normalizer are what they must be; None where they surely are.
     good = _both(_both(good, enough), _good_divisor(policy))
@@ -361,7 +361,7 @@ def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 def _good_divisor(policy: PolicyArguments) -> Tensor | None:
     """Whether a normalizer that the host may not read is one, 0-d bool; None for any other."""
     count = policy.normalizer
-    if count is None or checks.can_read_on_host(count):
+    if count is None or data_checks.can_read_on_host(count):
         return None
     return (count > 0) & (count < torch.inf)
 

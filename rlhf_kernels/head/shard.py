@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import checks, groups, temperature_rules
+from ..core import data_checks, groups, temperature_rules
 from ..core.layout import Empty, any_of_token
 from ..core.row_options import RowOptions
 from ..core.sentinels import ELSEWHERE, NOWHERE, SHARD_IGNORED
@@ -66,7 +66,7 @@ def exchange_metadata(
         ValueError: likewise a bad temperature, labels that are not the same on every rank, or
             shards that are all empty.
     """
-    readable = checks.can_read_on_host(labels)
+    readable = data_checks.can_read_on_host(labels)
     metadata = torch.full((len(_FIELDS),), vocab, dtype=torch.int64, device=labels.device)
     if readable:
         metadata[1:] = metadata.new_tensor(_summary(labels, temperatures, keep))
@@ -309,7 +309,7 @@ def check_tokens(
     if group:
         exchange_metadata(op, vocab, labels, temperatures, keep, group)
     else:
-        checks.token_data(op, labels, temperatures, keep, vocab)
+        data_checks.token_data(op, labels, temperatures, keep, vocab)
 
 
 def token_logprobs(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import checks, env
+from ..core import data_checks, env
 from ..core.layout import any_of_token, as_upstream, fp32_like
 from ..core.row_options import RowOptions
 from ..core.sentinels import ELSEWHERE, NOWHERE, SHARD_IGNORED
@@ -102,10 +102,10 @@ def launchers(
             keep = labels != options.ignore_index
             # Labels of a vocabulary shard were validated before.
             if options.ignore_index != SHARD_IGNORED:
-                checks.labels_in_range("token_logprobs", labels, keep, vocab)
+                data_checks.labels_in_range("token_logprobs", labels, keep, vocab)
             if temperatures is not None:
                 keep = any_of_token(keep, temperatures.dim())
-            checks.temperatures_positive("token_logprobs", temperatures, keep)
+            data_checks.temperatures_positive("token_logprobs", temperatures, keep)
 
     def token_logprobs(
         logits: Tensor,

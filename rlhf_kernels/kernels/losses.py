@@ -12,7 +12,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from ..core import checks, env
+from ..core import data_checks, env
 from ..core.layout import fp32_like
 
 
@@ -57,7 +57,7 @@ def divisor_on_host(op: str, normalizer: Tensor | None, divisor: float) -> float
     """The number to divide by; 0 if the kernel must count."""
     if normalizer is None:
         return float(divisor)
-    checks.divisor_positive(op, normalizer)
+    data_checks.divisor_positive(op, normalizer)
     return float(normalizer)
 
 
@@ -72,20 +72,20 @@ def divisor_on_device(
     if normalizer is None or normalizer.device != like.device:
         return divisor_on_host(op, normalizer, divisor), None
     if env.CHECK:
-        checks.divisor_positive(op, normalizer)
+        data_checks.divisor_positive(op, normalizer)
     return 0.0, normalizer
 
 
 def check_offsets(op: str, cu_seqlens: Tensor | None, total: int) -> None:
     """With RLHF_KERNELS_CHECK=1, raises for bad offsets; else they make GPU results NaN."""
     if env.CHECK:
-        checks.offsets_valid(op, cu_seqlens, total)
+        data_checks.offsets_valid(op, cu_seqlens, total)
 
 
 def check_weights(op: str, weights: Tensor | None, mask: Tensor, cu_seqlens: Tensor | None) -> None:
     """With RLHF_KERNELS_CHECK=1, raises for bad weights; else they make GPU results NaN."""
     if env.CHECK:
-        checks.loss_weights(op, weights, mask, cu_seqlens)
+        data_checks.loss_weights(op, weights, mask, cu_seqlens)
 
 
 def backward_launcher(scale_into: Callable[..., None]) -> Callable[..., list[Tensor]]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..config.metrics import MISMATCH_METRICS
 from ..config.mismatch import MismatchParams
-from ..core import checks
+from ..core import data_checks
 from ..core.layout import fp32_like
 from . import losses
 
@@ -67,7 +67,7 @@ def launchers(judge: Callable[..., None], on_device: bool) -> dict[str, Callable
         if on_device:
             losses.check_offsets("mismatch_weights", cu_seqlens, old.shape[0])
         elif old.numel() == 0:
-            checks.offsets_valid("mismatch_weights", cu_seqlens, 0)
+            data_checks.offsets_valid("mismatch_weights", cu_seqlens, 0)
         if (on_device or old.numel() == 0) and _of_none(results, cu_seqlens):
             return results
         judge(old, rollout, mask, cu_seqlens, rules, *results)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import checks, env
+from ..core import data_checks, env
 from ..core.layout import fp32_like
 
 #: eps that `whiten=True` adds to the variance; the default of `whiten`, and of verl.
@@ -63,7 +63,7 @@ def begin(
         advantages, returns, None if scores is None else torch.empty_like(returns)
     )
     if on_device and env.CHECK:
-        checks.offsets_valid(op, cu_seqlens, like.shape[0])
+        data_checks.offsets_valid(op, cu_seqlens, like.shape[0])
     if like.numel() == 0:
         return results, on_device or cu_seqlens is None
     if on_device and cu_seqlens is not None and cu_seqlens.shape[0] == 1:

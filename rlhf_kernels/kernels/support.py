@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import checks, env
+from ..core import data_checks, env
 from . import logprobs
 
 #: Memory for the gradients of (hidden, weight, bias); None where not wanted. That of the bias is
@@ -56,7 +56,7 @@ def launchers(
         if found.numel() > 0:
             if on_device and env.CHECK:
                 keep = tokens.labels != options.ignore_index
-                checks.support_data(op, *tokens, keep, vocab)
+                data_checks.support_data(op, *tokens, keep, vocab)
             outs = (found, entropies, stats, kept)
             forward(op, vocab, rows, weight, bias, tokens, options, *outs)
         return found, entropies, stats, kept

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..config.enums import MASKED_STEPS, MaskedSteps
-from ..core import checks, option_checks
+from ..core import checks, data_checks, option_checks
 from ..core.layout import constant, constants, fp32_like
 from ..core.option_checks import shown
 from ..kernels import backends
@@ -211,7 +211,7 @@ def gae(
     whiten = option_checks.flag(op, "whiten", whiten)
     backend = backends.select(op, rewards.device)
     if backend == backends.REFERENCE:
-        checks.offsets_valid(op, cu_seqlens, rewards.shape[0])
+        data_checks.offsets_valid(op, cu_seqlens, rewards.shape[0])
         return Advantages(
             *reference.gae(
                 rewards,
@@ -272,7 +272,7 @@ def discounted_returns(
     gamma = option_checks.rate(op, "gamma", gamma)
     backend = backends.select(op, rewards.device)
     if backend == backends.REFERENCE:
-        checks.offsets_valid(op, cu_seqlens, rewards.shape[0])
+        data_checks.offsets_valid(op, cu_seqlens, rewards.shape[0])
         return reference.discounted_returns(
             rewards,
             mask=mask,

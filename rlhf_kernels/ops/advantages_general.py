@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..core import checks, option_checks
+from ..core import checks, data_checks, option_checks
 from ..core.layout import constant, fp32_like
 from ..core.option_checks import shown
 from ..kernels import backends
@@ -179,7 +179,7 @@ def _rate(op: str, name: str, value: object, tokens: Tokens) -> Rate:
     if not _is_tensor(value):
         return option_checks.rate(op, name, value)
     found = _shaped(op, name, value, tokens)
-    if checks.can_read_on_host(found):
+    if data_checks.can_read_on_host(found):
         bad = ~((found >= 0) & (found <= 1))
         if bad.any():
             used = tokens.keep() if tokens.masked == "carry" else torch.ones_like(tokens.keep())
@@ -210,7 +210,7 @@ def _ends(op: str, ends: Ends, tokens: Tokens) -> tuple[Tensor | None, Tensor | 
     if tokens.per_sequence(found):
         if truncated is None:
             return None, found
-        if checks.can_read_on_host(truncated):
+        if data_checks.can_read_on_host(truncated):
             place = torch.arange(keep.shape[-1], device=keep.device)
             early = (truncated != 0) & keep & (place < tokens.spread(tokens.last(keep)))
             if early.any():
@@ -252,9 +252,9 @@ def scan(
     """
     _, first, values, mask, cu_seqlens, masked = tokens
     backend = backends.select(op, first.device)
-    if backend == backends.REFERENCE or checks.can_read_on_host(first):
+    if backend == backends.REFERENCE or data_checks.can_read_on_host(first):
         # What follows indexes with the offsets; a kernel would find bad ones too late.
-        checks.offsets_valid(op, cu_seqlens, first.shape[0])
+        data_checks.offsets_valid(op, cu_seqlens, first.shape[0])
     gamma, lam = _rate(op, "gamma", rates[0], tokens), _rate(op, "lam", rates[1], tokens)
     value_lam = None if rates[2] is None else _rate(op, "value_lam", rates[2], tokens)
     cut_values, end = _ends(op, ends, tokens)

@@ -19,7 +19,7 @@ from ..config.enums import (
     PlainScale,
     Scale,
 )
-from ..core import checks, option_checks
+from ..core import checks, data_checks, option_checks
 from ..core.layout import constant
 from ..core.option_checks import shown
 from ..kernels import backends
@@ -160,7 +160,7 @@ def group_advantages(
         lengths = _of_sequences(op, "lengths", lengths)
         checks.same_shape(op, "lengths", lengths, "rewards", sequences)
         checks.same_device(op, "lengths", lengths, "rewards", rewards.device)
-        if checks.can_read_on_host(lengths) and not (lengths >= 0).all():
+        if data_checks.can_read_on_host(lengths) and not (lengths >= 0).all():
             raise ValueError(f"{op}: lengths must be >= 0")
     if component_weights is not None:
         component_weights = constant(checks.real(op, "component_weights", component_weights))
@@ -240,7 +240,7 @@ def optimal_token_baseline(
     mask = checks.token_inputs(op, tokens, mask, cu_seqlens)
     zero_tail = option_checks.flag(op, "zero_tail", zero_tail)
     eps = option_checks.non_negative(op, "eps", eps)
-    offsets, good = checks.usable_offsets(op, cu_seqlens, rewards.shape[0])
+    offsets, good = data_checks.usable_offsets(op, cu_seqlens, rewards.shape[0])
     count = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     groups = _check_groups(op, groups, "sequences", count, rewards.device)
     advantages, returns = reference.optimal_token_baseline(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..config.enums import PLAIN_KL_ESTIMATORS, MaskedSteps, PlainKlEstimator
-from ..core import checks, option_checks
+from ..core import checks, data_checks, option_checks
 from ..core.layout import fp32_like
 from ..kernels import backends
 from . import advantages_general as general
@@ -127,7 +127,7 @@ def ppo_advantages(
     )
     backend = backends.select(op, logprobs.device)
     if backend == backends.REFERENCE:
-        checks.offsets_valid(op, cu_seqlens, logprobs.shape[0])
+        data_checks.offsets_valid(op, cu_seqlens, logprobs.shape[0])
         return PPOAdvantages(
             *reference.ppo_advantages(
                 scores,

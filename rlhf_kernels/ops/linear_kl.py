@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..config.enums import DIRECTIONS, Direction
-from ..core import checks, option_checks, pair_options
+from ..core import checks, data_checks, option_checks, pair_options
 from ..core.pair_options import SAME, Same
 from ..head import kl as head
 from ..head.arguments import Divergence, Operands
@@ -233,7 +233,7 @@ def linear_kl_divergence(
             keep = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
         else:
             keep = mask != 0
-        checks.kept_tokens(op, keep, batching.kept_tokens)
+        data_checks.kept_tokens(op, keep, batching.kept_tokens)
         found = reference.linear_kl_divergence(
             hidden,
             weight,

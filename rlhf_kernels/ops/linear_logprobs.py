@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..core import checks, groups, row_options
+from ..core import checks, data_checks, groups, row_options
 from ..core.layout import any_of_token
 from ..core.sentinels import SHARD_IGNORED
 from ..head import logprobs as head
@@ -332,7 +332,7 @@ def linear_token_logprobs(
         if shards:
             raise ValueError(f"{op}: support and group do not go together")
         check_one_label(op, several)
-        checks.kept_tokens(op, labels != arguments.ignore_index, batching.kept_tokens)
+        data_checks.kept_tokens(op, labels != arguments.ignore_index, batching.kept_tokens)
         if empty_support == "whole":
             return support_or_whole(
                 op,
@@ -365,7 +365,7 @@ def linear_token_logprobs(
     if backend == backends.REFERENCE:
         keep, effective = labels != arguments.ignore_index, arguments.effective_temperature()
         of_tokens = any_of_token(keep, hidden.dim() - 1)
-        checks.kept_tokens(op, of_tokens, batching.kept_tokens)
+        data_checks.kept_tokens(op, of_tokens, batching.kept_tokens)
         shard.check_tokens(op, weight.shape[0], labels, effective, keep, shards)
         return named_result(
             *reference.linear_token_logprobs(

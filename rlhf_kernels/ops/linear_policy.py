@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..config.metrics import POLICY_METRICS
 from ..config.policy import PolicyLossConfig
-from ..core import checks, groups, row_options, tracing
+from ..core import checks, data_checks, groups, row_options, tracing
 from ..head import devices, shard
 from ..head import policy as head
 from ..head.arguments import Operands, PolicyArguments, Targets
@@ -267,10 +267,10 @@ def linear_policy_loss(
     if backend == backends.REFERENCE:
         keep, effective = mask != 0, arguments.effective_temperature()
         shard.check_tokens(op, weight.shape[0], labels, effective, keep, shards)
-        checks.kept_tokens(op, keep, batching.kept_tokens)
-        checks.offsets_valid(op, cu_seqlens, labels.shape[0])
-        checks.divisor_positive(op, count)
-        checks.loss_weights(op, weights, keep, cu_seqlens)
+        data_checks.kept_tokens(op, keep, batching.kept_tokens)
+        data_checks.offsets_valid(op, cu_seqlens, labels.shape[0])
+        data_checks.divisor_positive(op, count)
+        data_checks.loss_weights(op, weights, keep, cu_seqlens)
         of_rows = arguments.of_policy_loss()
         if ref_head is not None:
             states, head_weight, head_bias = ref_head

@@ -10,7 +10,7 @@ from .. import reference
 from ..config.enums import MISSING, CorrectionMode, MismatchLevel, Missing
 from ..config.metrics import MISMATCH_METRICS
 from ..config.mismatch import PRESETS, Bound, MismatchOptions
-from ..core import checks, option_checks, tracing
+from ..core import checks, data_checks, option_checks, tracing
 from ..core.layout import constant, fp32_like
 from ..kernels import backends
 from ..kernels.mismatch import MismatchRules
@@ -190,7 +190,7 @@ def mismatch_weights(
 
     backend = backends.select(op, old.device)
     if backend == backends.REFERENCE:
-        checks.offsets_valid(op, cu_seqlens, old.shape[0])
+        data_checks.offsets_valid(op, cu_seqlens, old.shape[0])
         with torch.no_grad():
             weights, kept, metrics = reference.mismatch_weights(
                 old, rollout, mask, cu_seqlens=cu_seqlens, **rules._asdict()

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import reference
 from ..config.metrics import POLICY_METRICS
 from ..config.policy import PolicyLossConfig
-from ..core import checks, tracing
+from ..core import checks, data_checks, tracing
 from ..core.layout import constant, constants
 from ..core.option_checks import shown
 from ..kernels import backends, losses
@@ -306,9 +306,9 @@ def policy_loss(
 
     backend = backends.select(op, logprobs.device)
     if backend == backends.REFERENCE:
-        checks.offsets_valid(op, cu_seqlens, logprobs.shape[0])
-        checks.divisor_positive(op, count)
-        checks.loss_weights(op, weights, mask, cu_seqlens)
+        data_checks.offsets_valid(op, cu_seqlens, logprobs.shape[0])
+        data_checks.divisor_positive(op, count)
+        data_checks.loss_weights(op, weights, mask, cu_seqlens)
         loss, metrics = reference.policy_loss(
             logprobs,
             old_logprobs,

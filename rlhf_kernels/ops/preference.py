@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import reference
 from ..config import preference as rules
 from ..config.enums import F_DIVERGENCES, PREFERENCE_LOSSES, FDivergence, PreferenceLossName
-from ..core import checks, option_checks
+from ..core import checks, data_checks, option_checks
 from ..core.option_checks import shown
 
 
@@ -139,7 +139,7 @@ def sequence_logprobs(
     mask = checks.token_inputs(op, {"logprobs": logprobs}, mask, cu_seqlens)
     average = option_checks.flag(op, "average", average)
     ld_alpha = option_checks.rate(op, "ld_alpha", ld_alpha)
-    cu_seqlens, good = checks.usable_offsets(op, cu_seqlens, logprobs.shape[0])
+    cu_seqlens, good = data_checks.usable_offsets(op, cu_seqlens, logprobs.shape[0])
     if shared_lengths is not None:
         checks.integers(op, "shared_lengths", shared_lengths)
         count = logprobs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..core import checks, option_checks, row_options
+from ..core import checks, data_checks, option_checks, row_options
 from ..core.row_options import RowArguments, RowOptions, RowResults
 from ..head.arguments import Operands
 from ..kernels import backends
@@ -188,7 +188,7 @@ def token_logprobs_support(
     backend = backends.select(op, logits.device, f"{op}_support")
     if backend == backends.REFERENCE:
         keep = labels != arguments.ignore_index
-        checks.support_data(op, labels, arguments.temperature, *pair, keep, logits.shape[-1])
+        data_checks.support_data(op, labels, arguments.temperature, *pair, keep, logits.shape[-1])
         return reference.token_logprobs_support(logits, labels, *pair, **arguments.of_logits())
     checks.floating(op, "logits", logits)
     temperatures, options = arguments.split()
@@ -211,7 +211,7 @@ def linear_token_logprobs_support(
     backend = backends.select(op, hidden.device, f"{op}_support")
     if backend == backends.REFERENCE:
         keep, temperature = labels != arguments.ignore_index, arguments.effective_temperature()
-        checks.support_data(op, labels, temperature, *pair, keep, weight.shape[0])
+        data_checks.support_data(op, labels, temperature, *pair, keep, weight.shape[0])
         return reference.linear_token_logprobs_support(
             hidden, weight, labels, *pair, bias=bias, **arguments._asdict()
         )

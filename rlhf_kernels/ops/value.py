@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..config.enums import AGGREGATIONS, Aggregation
 from ..config.metrics import VALUE_METRICS
-from ..core import checks, option_checks, tracing
+from ..core import checks, data_checks, option_checks, tracing
 from ..core.layout import constant
 from ..kernels import backends, losses
 from ._metrics import Metrics, register_metrics
@@ -134,8 +134,8 @@ def value_loss(
 
     backend = backends.select(op, values.device)
     if backend == backends.REFERENCE:
-        checks.offsets_valid(op, cu_seqlens, values.shape[0])
-        checks.divisor_positive(op, count)
+        data_checks.offsets_valid(op, cu_seqlens, values.shape[0])
+        data_checks.divisor_positive(op, count)
         loss, metrics = reference.value_loss(
             values,
             old_values,

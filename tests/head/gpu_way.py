@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels import emulated_cuda
 
-from rlhf_kernels.core import checks, tracing
+from rlhf_kernels.core import data_checks, tracing
 from rlhf_kernels.head import devices, gemm
 
 _MATRIX = {"mm": torch.mm, "addmm": torch.addmm}
@@ -154,7 +154,7 @@ def counted() -> Iterator[Cost]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(taken(watch, cost))
         patch = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731
-        patch(checks, "can_read_on_host", lambda t: False)
+        patch(data_checks, "can_read_on_host", lambda t: False)
         # Or an operator would be seen instead of what it is made of.
         patch(tracing, "dispatch_modes", lambda: 0)
         for name in (*_ROW_KERNELS, "policy_loss", "loss_backward", "scale"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import rlhf_kernels as rk
-from rlhf_kernels.core import checks, env
+from rlhf_kernels.core import data_checks, env
 from rlhf_kernels.head import chunks
 from rlhf_kernels.testing import assert_bitwise_equal
 
@@ -84,7 +84,7 @@ def call(
     if compiled:
         # Not inductor: what it compiles is not in question here.
         function = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
-    can_read_on_host = (lambda _: False) if blind else checks.can_read_on_host
+    can_read_on_host = (lambda _: False) if blind else data_checks.can_read_on_host
     emulated = contextlib.nullcontext()
     if backend == "cuda" and all(t.device.type == "cpu" for t in leaves.values()):
         from tests.kernels import emulated_cuda
@@ -93,7 +93,7 @@ def call(
     with (
         emulated,
         rk.use_backend(backend),
-        mock.patch.object(checks, "can_read_on_host", can_read_on_host),
+        mock.patch.object(data_checks, "can_read_on_host", can_read_on_host),
         mock.patch.object(env, "CHECK", checked),
         mock.patch.dict(chunks.CHUNK_BYTES, {} if budget is None else {"cpu": budget}),
     ):

@@ -10,7 +10,7 @@ from tests.kernels import emulated_cuda
 from tools import head_traffic
 
 import rlhf_kernels as rk
-from rlhf_kernels.core import checks, tracing
+from rlhf_kernels.core import data_checks, tracing
 from rlhf_kernels.core.pair_options import PairOptions
 from rlhf_kernels.core.row_options import RowOptions
 from rlhf_kernels.head import chunks
@@ -168,7 +168,7 @@ def test_too_small_a_number_raises_or_gives_nan(name, monkeypatch):
     with pytest.raises(ValueError, match=f"kept_tokens must be at least .*, {problem.kept}, got"):
         problem.call(op, **few)
     # As on a GPU, where nobody looks.
-    monkeypatch.setattr(checks, "can_read_on_host", lambda t: False)
+    monkeypatch.setattr(data_checks, "can_read_on_host", lambda t: False)
     with gpu_way.taken():
         results = problem.run(op, **few)
         # A sequence of which nothing is missing, and none of the other.
@@ -195,7 +195,7 @@ def test_a_bad_normalizer_gives_nan(name, divisor, monkeypatch):
     with pytest.raises(ValueError, match="normalizer must be a finite number > 0"):
         problem.run(op, normalizer=torch.tensor(divisor), **options)
     # As on a GPU, where nobody looks.
-    monkeypatch.setattr(checks, "can_read_on_host", lambda t: False)
+    monkeypatch.setattr(data_checks, "can_read_on_host", lambda t: False)
     with gpu_way.taken():
         loss, _, hidden, weight = problem.run(op, normalizer=torch.tensor(divisor), **options)
         assert loss.isnan() and hidden.isnan().any() and weight.isnan().all()

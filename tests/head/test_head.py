@@ -21,7 +21,7 @@ from tests.head.head_cases import (
 import rlhf_kernels as rk
 from rlhf_kernels import reference
 from rlhf_kernels.config.metrics import POLICY_METRICS
-from rlhf_kernels.core import checks
+from rlhf_kernels.core import data_checks
 from rlhf_kernels.testing import assert_bitwise_equal, to_float64
 
 
@@ -282,7 +282,7 @@ def test_policy_loss_finds_bad_labels_of_kept_tokens(backend, bad, monkeypatch):
         run()
     if backend == "triton":
         # As on a GPU, where nobody looks: no label is skipped.
-        monkeypatch.setattr(checks, "can_read_on_host", lambda t: False)
+        monkeypatch.setattr(data_checks, "can_read_on_host", lambda t: False)
         assert run().isnan()
 
 

@@ -393,7 +393,7 @@ def test_bad_offsets(backend, monkeypatch):
         with monkeypatch.context() as patch:
             if backend in ("cuda", "triton"):
                 # What a device would do: a CPU tensor can always be read.
-                patch.setattr(rk.core.checks, "can_read_on_host", lambda t: False)
+                patch.setattr(rk.core.data_checks, "can_read_on_host", lambda t: False)
                 found = rk.gae(flat, flat, **options, truncated=flat > 0, bootstrap_values=flat)
                 assert all(t.isnan().all() for t in found)
                 patch.undo()
@@ -411,7 +411,7 @@ def test_bad_rates(backend, monkeypatch):
     with pytest.raises(ValueError, match=r"gamma must be in \[0, 1\], got nan"):
         rk.gae(x, x, gamma=torch.tensor([0.5, torch.nan]))
     # Where the host may not look, the steps that use the rate are NaN, and no others.
-    monkeypatch.setattr(rk.core.checks, "can_read_on_host", lambda t: False)
+    monkeypatch.setattr(rk.core.data_checks, "can_read_on_host", lambda t: False)
     found = rk.gae(x, x, lam=bad).advantages
     assert found[1, :3].isnan().all() and not found[0].isnan().any()
     assert not found[1, 3:].isnan().any()

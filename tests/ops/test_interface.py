@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.cases import calls as cases
 
 import rlhf_kernels as rk
-from rlhf_kernels.core import checks
+from rlhf_kernels.core import checks, data_checks
 
 DIFFERENTIABLE = [op for op in cases.OPERATIONS if cases.calls(op)[0].differentiable]
 MASKED = [op for op in cases.OPERATIONS if any("mask" in c.tensors for c in cases.calls(op))]
@@ -193,7 +193,7 @@ def test_bad_offsets_name_the_operation(backend, op, monkeypatch):
 
 
 def test_offsets_that_may_not_be_looked_at_poison(monkeypatch):
-    monkeypatch.setattr(checks, "can_read_on_host", lambda t: False)
+    monkeypatch.setattr(data_checks, "can_read_on_host", lambda t: False)
     x, mask = torch.zeros(6), torch.ones(6, dtype=torch.bool)
     for offsets in BAD_OFFSETS:
         bad = torch.tensor(offsets)

@@ -337,11 +337,11 @@ def test_a_head_multiplies_once_for_all_labels(monkeypatch):
 
 def test_a_bound_of_kept_tokens_that_is_too_small(monkeypatch):
     """NaN on a GPU."""
-    from rlhf_kernels.core import checks
+    from rlhf_kernels.core import data_checks
 
     operands, labels = head()
     kept = labels >= 0
-    monkeypatch.setattr(checks, "can_read_on_host", lambda _: False)
+    monkeypatch.setattr(data_checks, "can_read_on_host", lambda _: False)
     with rk.use_backend("cpu"):
         fields, _ = of_head(operands, labels, upstreams(labels), kept_tokens=9)
     assert fields["logprobs"][kept].isnan().any() and fields["entropy"].isnan().any()

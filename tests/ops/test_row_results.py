@@ -235,10 +235,10 @@ def test_a_head_matches_fp64(backend, options, dtype):
 
 def test_a_bound_of_kept_tokens_that_is_too_small(monkeypatch):
     """NaN on a GPU, whatever lies in the memory of the statistics."""
-    from rlhf_kernels.core import checks
+    from rlhf_kernels.core import data_checks
 
     operands, labels = head()
-    monkeypatch.setattr(checks, "can_read_on_host", lambda _: False)
+    monkeypatch.setattr(data_checks, "can_read_on_host", lambda _: False)
     with rk.use_backend("cpu"):
         fields, _ = of_head(operands, labels, weights(21), kept_tokens=9)
     assert all(fields[name][labels >= 0].isnan().any() for name in FIELDS)

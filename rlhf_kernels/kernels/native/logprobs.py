@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core import checks
+from ...core import data_checks
 from ...core.row_options import RowOptions
 from .. import logprobs
 from ..logprobs import ManyLabels
@@ -24,9 +24,9 @@ def _error(
     code, position = status
     if code == b.LABEL_OUT_OF_RANGE:
         labels = labels if many is None else many.labels
-        return checks.out_of_range("token_logprobs", position, labels, vocab)
+        return data_checks.out_of_range("token_logprobs", position, labels, vocab)
     assert code == b.BAD_TEMPERATURE and temperatures is not None  # the kernel read a bad one
-    return checks.bad_temperature("token_logprobs", position, temperatures)
+    return data_checks.bad_temperature("token_logprobs", position, temperatures)
 
 
 def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...config.metrics import POLICY_METRICS
-from ...core import checks
+from ...core import data_checks
 from .. import losses
 from . import boundary as b
 
@@ -43,7 +43,7 @@ def sequences(
     if gpu:
         losses.check_offsets(op, cu_seqlens, like.shape[0])
     elif like.numel() == 0:
-        checks.offsets_valid(op, cu_seqlens, 0)
+        data_checks.offsets_valid(op, cu_seqlens, 0)
         return None
     return *losses.sequences(like.shape, cu_seqlens), cu_seqlens
 
@@ -53,7 +53,7 @@ def raise_status(op: str, status: tuple[int, int], cu_seqlens: Tensor | None, li
     code, position = status
     if code == b.BAD_OFFSETS:
         assert cu_seqlens is not None  # the kernel read a bad entry
-        raise checks.bad_offsets(op, position, cu_seqlens, like.numel())
+        raise data_checks.bad_offsets(op, position, cu_seqlens, like.numel())
     if code == b.OUT_OF_MEMORY:
         raise MemoryError(f"{op}: no memory for {like.numel()} tokens' partial sums")
 
@@ -87,7 +87,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         tokens = sequences(op, logprobs, cu_seqlens, gpu)
         if tokens is None:
             return loss.zero_(), metrics.zero_(), policy_grad, bonus, scale
-        check_weights = losses.check_weights if gpu else checks.loss_weights
+        check_weights = losses.check_weights if gpu else data_checks.loss_weights
         check_weights(op, weights, mask, cu_seqlens)
         status = extension.policy_loss(
             *tokens,

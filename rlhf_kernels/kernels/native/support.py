@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core import checks
+from ...core import data_checks
 from ...core.row_options import RowOptions
 from .. import support
 from . import boundary as b
@@ -21,16 +21,16 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         code, position = status
         labels, temperatures, indptr, indices = tokens
         if code == b.LABEL_OUT_OF_RANGE:
-            raise checks.out_of_range(op, position, labels, vocab)
+            raise data_checks.out_of_range(op, position, labels, vocab)
         if code == b.BAD_TEMPERATURE:
             assert temperatures is not None  # the kernel read a bad one
-            raise checks.bad_temperature(op, position, temperatures)
+            raise data_checks.bad_temperature(op, position, temperatures)
         if code == b.BAD_INDPTR:
-            raise checks.bad_indptr(op, position, indptr, indices.shape[0])
+            raise data_checks.bad_indptr(op, position, indptr, indices.shape[0])
         if code == b.INDEX_OUT_OF_RANGE:
-            raise checks.bad_index(op, position, indices, vocab)
+            raise data_checks.bad_index(op, position, indices, vocab)
         if code == b.INDEX_REPEATED:
-            raise checks.repeated_index(op, position, indices)
+            raise data_checks.repeated_index(op, position, indices)
         if code == b.OUT_OF_MEMORY:
             raise MemoryError(f"{op}: no memory for a bit per token id of the vocabulary, {vocab}")
 
