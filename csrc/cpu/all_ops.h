@@ -22,7 +22,7 @@
 #include "logprobs_many.h"
 #include "support.h"
 #include "kl_sums.h"
-#include "kl_general.h"
+#include "kl_mixture.h"
 #include "kl.h"
 #include "policy.h"
 #include "value.h"

@@ -4,18 +4,58 @@
 namespace rk {
 namespace {
 
-template <class E>
+enum class Divergence { kReverse, kForward, kMixture };
+
+// The divergence of a row pair and its statistics from its sums.
+inline void store_divergence(const KlArgs& a, int64_t row, const PairSums& r) {
+  const double inv_t = 1.0 / a.temperature;
+  const float minus_inf = -__builtin_inff();
+  double kl = __builtin_nan("");
+  if (r.p.m != minus_inf && r.q.m != minus_inf) {
+    kl = r.p.t / r.p.s * inv_t - (log(r.p.s) - log(r.q.s));
+    // A KL divergence is never negative (Gibbs), but rounding may make it so. NaN stays.
+    if (kl < 0.0) kl = 0.0;
+  }
+  static_cast<float*>(a.kl.data)[row] = static_cast<float>(kl);
+  float* stats = a.stats + 5 * row;
+  const RowSums& policy = a.reverse ? r.p : r.q;
+  const RowSums& ref = a.reverse ? r.q : r.p;
+  stats[0] = policy.m, stats[1] = static_cast<float>(policy.s);
+  stats[2] = ref.m, stats[3] = static_cast<float>(ref.s);
+  // The mean difference, not the divergence: the gradient does not need the logarithms, whose
+  // difference loses digits by cancellation.
+  stats[4] = static_cast<float>(kl != kl ? kl : r.p.t / r.p.s);
+}
+
+// The policy's entropy from the sums of its row.
+inline void store_entropy(const KlArgs& a, int64_t row, const RowSums& policy, double u) {
+  const double h = log(policy.s) - u / policy.s * (1.0 / a.temperature);
+  static_cast<float*>(a.entropy.data)[row] =
+      policy.m == -__builtin_inff() ? __builtin_nanf("") : static_cast<float>(h);
+}
+
+template <class E, bool kGeneral>
 void kl_row(const KlArgs& a, int64_t row) {
   const int64_t i = row / a.cols, j = row % a.cols;
   const Tensor& p = a.reverse ? a.logits : a.ref_logits;
   const Tensor& q = a.reverse ? a.ref_logits : a.logits;
-  const PairRow<false> of_row{1.0 / a.temperature, {}, {}};
-  store_divergence(a, row, pair_sums<E>(row_at<E>(p, i, j), row_at<E>(q, i, j), a.vocab, of_row));
+  const PairLogits<kGeneral> of(a.options);
+  const PairRow<kGeneral> of_row{1.0 / a.temperature, a.reverse ? of.own : of.ref,
+                                 a.reverse ? of.ref : of.own, a.reverse};
+  const PairSums r = pair_sums<E>(row_at<E>(p, i, j), row_at<E>(q, i, j), a.vocab, of_row);
+  store_divergence(a, row, r);
+  if constexpr (kGeneral) {
+    if (a.entropy.given) store_entropy(a, row, a.reverse ? r.p : r.q, r.u);
+    // Without a logit that is finite it is NaN already.
+    const bool finite = r.p.m != -__builtin_inff() && r.q.m != -__builtin_inff();
+    if (a.options.beta > 0.0 && finite) mixture_row<E>(a, row);
+  }
 }
 
 // Gradient w.r.t. the policy's logits. Reverse: p_j (log p_j - log q_j - KL) / T, which is p_j / T
 // times the difference (x - m - (y - m')) / T minus its mean under p. Forward: (p_j - q_j) / T.
-template <class E, bool kReverse>
+// Mixture: (1 - beta) p_j (log(p_j / m_j) - KL(p || m)) / T. Times the slope of the policy's cap.
+template <class E, Divergence kKind, bool kGeneral>
 void kl_backward_row(const KlBackwardArgs& a, int64_t row) {
   using S = typename E::Storage;
   const int64_t i = row / a.cols, j = row % a.cols;
@@ -25,72 +65,72 @@ void kl_backward_row(const KlBackwardArgs& a, int64_t row) {
     memset(out, 0, sizeof(S) * static_cast<size_t>(a.vocab));
     return;
   }
-  const S *x = row_at<E>(a.logits, i, j), *ref = row_at<E>(a.ref_logits, i, j);
+  const S *x = row_at<E>(a.logits, i, j), *y = row_at<E>(a.ref_logits, i, j);
   const float* stats = a.stats + 5 * row;
-  const double inv_t = 1.0 / a.temperature;
+  const PairLogits<kGeneral> of(a.options);
+  const PairStatistics pair(stats, a.temperature);
   const float mean = stats[4];
   // An infinite reverse divergence has a NaN gradient, as differences to its mean are NaN. An
   // infinite forward divergence has a finite gradient.
-  const float poison = kReverse || mean != mean ? mean - mean : 0.0f;
-  const Vec rate = splat(static_cast<float>(inv_t * kLog2e));
-  const Vec lowest = splat(static_cast<float>(kExpMin / inv_t));
-  const Vec mp = splat(stats[0]), mq = splat(stats[2]), zero = splat(0.0f);
-  const Vec wp = splat(static_cast<float>(g * inv_t / stats[1] + poison));
-  const Vec wq = splat(static_cast<float>(g * inv_t / stats[3] + poison));
-  const Vec scale = splat(static_cast<float>(inv_t)), offset = splat(mean);
-  const auto gradient = [&](Vec zp, Vec zq) {
-    const Vec dp = sub(zp, mp), dq = sub(zq, mq);
-    const Vec ep = exp_scaled(max(lowest, dp), rate);
-    if constexpr (kReverse) {
-      const Vec dz = mul(mul(ep, wp), mul(sub(sub(dp, dq), offset), scale));
-      return select_less(dp, lowest, zero, dz);
-    } else {
-      const Vec p = select_less(dp, lowest, zero, mul(ep, wp));
-      const Vec eq = exp_scaled(max(lowest, dq), rate);
-      return sub(p, select_less(dq, lowest, zero, mul(eq, wq)));
+  const float poison = kKind != Divergence::kForward || mean != mean ? mean - mean : 0.0f;
+  const double part = kKind == Divergence::kMixture ? 1.0 - a.options.beta : 1.0;
+  const double scaled = kGeneral ? g * part / a.temperature : g * (1.0 / a.temperature);
+  const Vec weight = splat(static_cast<float>(scaled / stats[1] + poison));
+  const Vec ref_weight = splat(static_cast<float>(scaled / stats[3] + poison));
+  const Vec offset = splat(mean);
+  const Vec log_ratio = kKind == Divergence::kMixture ? log_ratio_of(stats) : offset;
+  const Lanes beta(static_cast<float>(a.options.beta));
+  const Lanes other(static_cast<float>(1.0 - a.options.beta));
+  const auto gradient = [&](Vec zx, Vec zy) {
+    const Logits policy = of.own(zx);
+    const Vec d = sub(policy.z, pair.m), ref_d = sub(of.ref.values(zy), pair.ref_m);
+    const auto sloped = [&](Vec dz) { return kGeneral ? mul(dz, policy.slope) : dz; };
+    if constexpr (kKind == Divergence::kForward)
+      return sub(sloped(pair.weighted(d, weight)), sloped(pair.weighted(ref_d, ref_weight)));
+    Vec excess = mul(sub(sub(d, ref_d), offset), pair.scale);
+    if constexpr (kKind == Divergence::kMixture) {
+      const Lanes log_of(pair.log_of_ratio(d, ref_d, log_ratio));
+      excess = sub(mixture_terms(log_of, beta, other).of_p.v, offset);
     }
+    return pair.kept(d, mul(sloped(pair.term(d, weight)), excess));
   };
+  constexpr int kUnroll = kGeneral ? 1 : 2;
   int64_t k = 0;
-  for (; k + 2 * kLanes <= a.vocab; k += 2 * kLanes) {
-    prefetch_ahead<E, 2>(x + k);
-    prefetch_ahead<E, 2>(ref + k);
-    prefetch_ahead<E, 2, true>(out + k);
-    const Vec d0 = gradient(E::load(x + k), E::load(ref + k));
-    const Vec d1 = gradient(E::load(x + k + kLanes), E::load(ref + k + kLanes));
-    E::store(out + k, d0);
-    E::store(out + k + kLanes, d1);
+  for (; k + kUnroll * kLanes <= a.vocab; k += kUnroll * kLanes) {
+    prefetch_ahead<E, kUnroll>(x + k);
+    prefetch_ahead<E, kUnroll>(y + k);
+    prefetch_ahead<E, kUnroll, true>(out + k);
+    Vec dz[kUnroll];
+    for (int u = 0; u < kUnroll; ++u)
+      dz[u] = gradient(E::load(x + k + u * kLanes), E::load(y + k + u * kLanes));
+    for (int u = 0; u < kUnroll; ++u) E::store(out + k + u * kLanes, dz[u]);
   }
   for (; k < a.vocab; k += kLanes) {
     const int n = a.vocab - k < kLanes ? static_cast<int>(a.vocab - k) : kLanes;
-    store_partial<E>(
-        out + k, gradient(load_partial<E>(x + k, n, 0.0f), load_partial<E>(ref + k, n, 0.0f)), n);
+    store_partial<E>(out + k,
+                     gradient(load_partial<E>(x + k, n, 0.0f), load_partial<E>(y + k, n, 0.0f)), n);
   }
 }
 
 Status kl_divergence(const KlArgs& a) {
-  const auto choose = [&](auto e) {
+  const auto row = for_dtype(a.logits.dtype, [&](auto e) {
     using E = decltype(e);
-    return a.general() ? general_kl_row<E> : kl_row<E>;
-  };
-  const auto row = a.logits.dtype == kBFloat16  ? choose(BF16{})
-                   : a.logits.dtype == kFloat16 ? choose(F16{})
-                                                : choose(F32{});
+    return a.general() ? kl_row<E, true> : kl_row<E, false>;
+  });
   parallel_for(a.rows * a.cols, a.exec.threads, [&](int64_t r) { row(a, r); });
   return {};
 }
 
 Status kl_divergence_backward(const KlBackwardArgs& a) {
-  const auto choose = [&](auto e) {
+  const auto row = for_dtype(a.logits.dtype, [&](auto e) {
     using E = decltype(e);
-    if (a.options.beta > 0.0) return general_backward_row<E, Divergence::kMixture>;
+    if (a.options.beta > 0.0) return kl_backward_row<E, Divergence::kMixture, true>;
     if (a.general())
-      return a.reverse ? general_backward_row<E, Divergence::kReverse>
-                       : general_backward_row<E, Divergence::kForward>;
-    return a.reverse ? kl_backward_row<E, true> : kl_backward_row<E, false>;
-  };
-  const auto row = a.logits.dtype == kBFloat16  ? choose(BF16{})
-                   : a.logits.dtype == kFloat16 ? choose(F16{})
-                                                : choose(F32{});
+      return a.reverse ? kl_backward_row<E, Divergence::kReverse, true>
+                       : kl_backward_row<E, Divergence::kForward, true>;
+    return a.reverse ? kl_backward_row<E, Divergence::kReverse, false>
+                     : kl_backward_row<E, Divergence::kForward, false>;
+  });
   for_gradient_rows(a, a.grad_logits.data, row);
   return {};
 }

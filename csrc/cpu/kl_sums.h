@@ -17,26 +17,36 @@ struct PairSums {
 // A logit of one of the two rows, in fp32: capped, then scaled. Unchanged without kGeneral.
 template <bool kGeneral>
 struct PairLogit {
-  float cap = 0.0f, scale = 1.0f;
+  LogitOptions<kGeneral> capped;
+  float scale;
+
+  PairLogit(double cap, double factor)
+      : capped(RowOptions{1.0, cap, 0}), scale(static_cast<float>(factor)) {}
 
   Vec values(Vec x) const {
     if constexpr (!kGeneral) return x;
-    if (cap > 0.0f) x = mul(splat(cap), tanh(mul(x, splat(1.0f / cap))));
+    if (capped.cap > 0.0f) x = capped.values(x);
     return mul(x, splat(scale));
   }
   // The slope leaves out the scale: that of the policy is 1.
   Logits operator()(Vec x) const {
-    if (!(cap > 0.0f)) return {mul(x, splat(scale)), splat(1.0f)};
-    const TanhSlope th = tanh_slope(mul(x, splat(1.0f / cap)));
-    return {mul(mul(splat(cap), th.value), splat(scale)), th.slope};
+    if (!kGeneral || !(capped.cap > 0.0f)) return {values(x), splat(1.0f)};
+    const Logits z = capped(x);
+    return {mul(z.z, splat(scale)), z.slope};
   }
-  // With the bits of a block's.
   float value(float x) const {
     if constexpr (!kGeneral) return x;
-    float lanes[kLanes];
-    store(lanes, values(splat(x)));
-    return lanes[0];
+    return value_alone(x, [&](Vec block) { return values(block); });
   }
+};
+
+// Those of the policy and of the reference.
+template <bool kGeneral>
+struct PairLogits {
+  PairLogit<kGeneral> own, ref;
+
+  explicit PairLogits(const PairOptions& o)
+      : own(o.softcap, 1.0), ref(o.ref_softcap, o.ref_scale) {}
 };
 
 // What the sums of a pair of rows depend on. `own_p`: the policy is P.
@@ -44,7 +54,7 @@ template <bool kGeneral>
 struct PairRow {
   double inv_t;
   PairLogit<kGeneral> p, q;
-  bool own_p = true;
+  bool own_p;
 };
 
 // Moves the reference point of a row's sums from r.m to m. Returns the factor that scales every e.

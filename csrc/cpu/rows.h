@@ -9,6 +9,14 @@ struct Logits {
   Vec z, slope;
 };
 
+// One logit, with the bits that `values` gives it in a block.
+template <class Values>
+inline float value_alone(float x, const Values& values) {
+  float lanes[kLanes];
+  store(lanes, values(splat(x)));
+  return lanes[0];
+}
+
 // Applies RowOptions to logits; without kChange (RowOptions::change_logits) logits stay unchanged.
 template <bool kChange>
 struct LogitOptions {
@@ -33,9 +41,7 @@ struct LogitOptions {
   // For one logit: its value, with the bits of a block, and in double the inverse of its slope.
   float value(float x) const {
     if constexpr (!kChange) return x;
-    float lanes[kLanes];
-    store(lanes, values(splat(x)));
-    return lanes[0];
+    return value_alone(x, [&](Vec block) { return values(block); });
   }
   double inverse_slope(float x) const {
     if constexpr (!kChange) return 1.0;
@@ -90,16 +96,11 @@ inline void for_gradient_rows(const Args& a, void* fresh, const Row& row) {
 template <template <class, bool, bool> class F, class Args>
 inline auto pick(int32_t dtype, const RowOptions& options, bool entropy)
     -> void (*)(const Args&, int64_t) {
-  const auto flags = [&](auto e) -> void (*)(const Args&, int64_t) {
+  return for_dtype(dtype, [&](auto e) -> void (*)(const Args&, int64_t) {
     using E = decltype(e);
     if (options.change_logits()) return entropy ? F<E, true, true>::row : F<E, true, false>::row;
     return entropy ? F<E, false, true>::row : F<E, false, false>::row;
-  };
-  switch (dtype) {
-    case kBFloat16: return flags(BF16{});
-    case kFloat16: return flags(F16{});
-    default: return flags(F32{});
-  }
+  });
 }
 
 }  // namespace

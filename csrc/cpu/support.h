@@ -358,11 +358,7 @@ Status support_head_backward(const SupportHeadArgs& a) {
       for (int64_t v = chunk * kRows; v < end; ++v) weight_gradient<E>(a, v);
     });
   };
-  switch (a.hidden.dtype) {
-    case kBFloat16: each(BF16{}); break;
-    case kFloat16: each(F16{}); break;
-    default: each(F32{});
-  }
+  for_dtype(a.hidden.dtype, each);
   return {};
 }
 

@@ -318,6 +318,16 @@ inline void prefetch(const typename E::Storage* p) {
   for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + b);
 }
 
+// Calls f(E{}) with the element type of a floating dtype.
+template <class F>
+inline auto for_dtype(int32_t dtype, const F& f) {
+  switch (dtype) {
+    case kBFloat16: return f(BF16{});
+    case kFloat16: return f(F16{});
+    default: return f(F32{});
+  }
+}
+
 // Prefetches upcoming lines of a stream that is now at p into the L2 cache, which can have more
 // outstanding misses than L1. kStore: the lines will be written.
 template <class E, int vectors, bool kStore = false>
