@@ -15,17 +15,16 @@ struct alignas(16) Coefficients {
 // Logits within, of both rows, leave every distance and every difference of two finite.
 constexpr float kFinite = 1.0e38f;
 
-// A lane's sums of a tile; kFinite: every logit lies within.
+// Adds a lane's sums of a tile; kAllFinite: every logit lies within kFinite.
 template <class E, bool kAllFinite>
-__device__ __forceinline__ void add_pairs(const Pack<E> (&p)[kSlots], const Pack<E> (&q)[kSlots],
-                                          float base_p, float base_q, float rate,
-                                          PairSums<float>& r) {
+__device__ __forceinline__ void add_pairs(const PairTile<E, kSlots>& tile, float base_p,
+                                          float base_q, float rate, PairSums<float>& r) {
   const float rate2 = rate * kLog2e;
 #pragma unroll
   for (int k = 0; k < kSlots; ++k) {
 #pragma unroll
     for (int w = 0; w < kWidth<E>; ++w) {
-      const float d_p = p[k].get(w) - base_p, d_q = q[k].get(w) - base_q;
+      const float d_p = tile.p[k].get(w) - base_p, d_q = tile.q[k].get(w) - base_q;
       const float e = exp2_fast(d_p * rate2);
       r.s_p += e;
       r.s_q += exp2_fast(d_q * rate2);
@@ -40,50 +39,28 @@ template <class E>
 __global__ void __launch_bounds__(kRowThreads, 4)
     partial_kernel(const Tensor p, const Tensor q, int64_t vocab, float rate, const RowTiles tiles,
                    PairSums<float>* partials) {
-  constexpr int kColumns = tile_columns(kSlots, sizeof(typename E::Storage));
   const Tile tile(tiles);
   if (tile.id >= tiles.total) return;
-  const float minus_inf = -__builtin_inff();
-  const int64_t first = static_cast<int64_t>(tile.index) * kColumns;
-  Pack<E> slots_p[kSlots], slots_q[kSlots];
-  load_tile<E>(tile.start<E>(p) + first, vocab - first, minus_inf, slots_p);
-  load_tile<E>(tile.start<E>(q) + first, vocab - first, minus_inf, slots_q);
-  const Ends ends_p = lane_ends<E>(slots_p), ends_q = lane_ends<E>(slots_q);
-  PairSums<float> r{warp_reduce(ends_p.most, MaxNan{}), 0.0f, warp_reduce(ends_q.most, MaxNan{}),
-                    0.0f, 0.0f};
-  // A tile of nothing but -inf has no reference point; its sums are zero around any.
-  const float base_p = r.m_p == minus_inf ? 0.0f : r.m_p;
-  const float base_q = r.m_q == minus_inf ? 0.0f : r.m_q;
-  const float least = fminf(ends_p.least, ends_q.least);
-  if (least > -kFinite && r.m_p < kFinite && r.m_q < kFinite)
-    add_pairs<E, true>(slots_p, slots_q, base_p, base_q, rate, r);
-  else
-    add_pairs<E, false>(slots_p, slots_q, base_p, base_q, rate, r);
-  r.s_p = warp_reduce(r.s_p, Sum{});
-  r.s_q = warp_reduce(r.s_q, Sum{});
-  r.t = warp_reduce(r.t, Sum{});
-  if (threadIdx.x % kWarp == 0) partials[tile.id] = r;
+  const auto same = [](float x) { return x; };
+  const PairSums<float> sums =
+      tile_sums<E>(tile, p, q, vocab, same, same,
+                   [&](const auto& slots, float base_p, float base_q, float least, auto& r) {
+                     if (least > -kFinite && r.m_p < kFinite && r.m_q < kFinite)
+                       add_pairs<E, true>(slots, base_p, base_q, rate, r);
+                     else
+                       add_pairs<E, false>(slots, base_p, base_q, rate, r);
+                   });
+  if (threadIdx.x % kWarp == 0) partials[tile.id] = sums;
 }
 
 __global__ void __launch_bounds__(kCombineThreads)
     coefficients_kernel(const KlBackwardArgs a, Coefficients* out) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kCombineThreads + threadIdx.x;
-  if (row >= a.rows * a.cols) return;
-  const float g = static_cast<const float*>(a.grad_kl.data)[token_at(a.grad_kl, row, a.cols)];
-  Coefficients c{0.0f, 0.0f, 0.0f, 0.0f};
-  if (g != 0.0f) {
-    const float* stats = a.stats + 5 * row;
-    const double s = stats[1], ref_s = stats[3], mean = stats[4];
-    // An infinite reverse divergence leaves no number as the difference to its mean. The forward
-    // divergence has a gradient there.
-    const double poison = a.reverse || mean != mean ? mean - mean : 0.0;
-    const double scaled = g / a.temperature + poison;
-    c.m = stats[0];
-    c.ref_m = stats[2];
-    c.a = static_cast<float>(scaled / s / (a.reverse ? a.temperature : 1.0));
-    c.b = static_cast<float>(a.reverse ? mean : scaled / ref_s);
-  }
-  out[row] = c;
+  row_coefficients(a, !a.reverse, 1.0, out, [&](const float* stats, double scaled) {
+    const double s = stats[1], ref_s = stats[3];
+    return Coefficients{
+        stats[0], stats[2], static_cast<float>(scaled / s / (a.reverse ? a.temperature : 1.0)),
+        static_cast<float>(a.reverse ? static_cast<double>(stats[4]) : scaled / ref_s)};
+  });
 }
 
 // Overwrites a lane's slots of x with their gradients. kAllFinite: every pair's divergence has a
@@ -96,29 +73,19 @@ __device__ __forceinline__ void gradients(const Coefficients& c, float rate2, Pa
     raise_to<E>(floor_of<E>(), x);
     raise_to<E>(E::kLeast, y);
   }
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float dz[kPerWord<E>];
-#pragma unroll
-      for (int w = 0; w < kPerWord<E>; ++w) {
-        const float d = x[k].get(i * kPerWord<E> + w) - c.m;
-        const float ref_d = y[k].get(i * kPerWord<E> + w) - c.ref_m;
-        const float e = exp2_fast(d * rate2);
-        if constexpr (kReverse) {
-          // Added, so that no zero has a sign.
-          dz[w] = kAllFinite || e != 0.0f ? fmaf(e * c.a, d - ref_d - c.b, 0.0f) : 0.0f;
-        } else {
-          const float ref_e = exp2_fast(ref_d * rate2);
-          // Selected: a and b may be the NaN of a row without a finite divergence.
-          dz[w] = kAllFinite ? fmaf(e, c.a, -(ref_e * c.b))
-                             : (e == 0.0f ? 0.0f : e * c.a) - (ref_e == 0.0f ? 0.0f : ref_e * c.b);
-        }
-      }
-      x[k].words[i] = E::word(dz);
+  overwrite<E>(x, [&](int k, int w) {
+    const float d = x[k].get(w) - c.m, ref_d = y[k].get(w) - c.ref_m;
+    const float e = exp2_fast(d * rate2);
+    if constexpr (kReverse) {
+      // Added, so that no zero has a sign.
+      return kAllFinite || e != 0.0f ? fmaf(e * c.a, d - ref_d - c.b, 0.0f) : 0.0f;
+    } else {
+      const float ref_e = exp2_fast(ref_d * rate2);
+      // Selected: a and b may be the NaN of a row without a finite divergence.
+      return kAllFinite ? fmaf(e, c.a, -(ref_e * c.b))
+                        : (e == 0.0f ? 0.0f : e * c.a) - (ref_e == 0.0f ? 0.0f : ref_e * c.b);
     }
-  }
+  });
 }
 
 // One tile of p (log p - log q - KL) g / T (reverse) or (p - q) g / T (forward), by a warp; O is
@@ -127,26 +94,18 @@ template <class E, class O, bool kReverse>
 __global__ void __launch_bounds__(kRowThreads, 4)
     backward_kernel(const KlBackwardArgs a, float rate, const RowTiles tiles,
                     const Coefficients* coefficients) {
-  using S = typename E::Storage;
   const Tile tile(tiles);
   if (tile.id >= tiles.total) return;
   const Coefficients c = coefficients[tile.token];
-  const S *x = tile.start<E>(a.logits), *y = tile.start<E>(a.ref_logits);
-  auto* out = const_cast<typename O::Storage*>(tile.start<O>(a.grad_logits));
-  const Window<E, kWindowSlots<E, O, kSlots>, O> window(tile.index, a.vocab, out, x, y);
-  if (c.a == 0.0f && c.b == 0.0f) {
-    window.clear(out);
-    return;
-  }
-  const float rate2 = rate * kLog2e;
-  const bool finite = c.a * 0.0f == 0.0f && c.b * 0.0f == 0.0f && fabsf(c.ref_m) < 1.0e30f &&
-                      floor_weighs_nothing<E>(c.m, rate2);
-  if (finite)
-    window.map(x, y, out,
-               [&](auto& own, auto& ref) { gradients<E, kReverse, true>(c, rate2, own, ref); });
-  else
-    window.map(x, y, out,
-               [&](auto& own, auto& ref) { gradients<E, kReverse, false>(c, rate2, own, ref); });
+  gradient_tile<E, O>(a, tile, c, [&](const auto& map) {
+    const float rate2 = rate * kLog2e;
+    const bool finite = c.a * 0.0f == 0.0f && c.b * 0.0f == 0.0f && fabsf(c.ref_m) < 1.0e30f &&
+                        floor_weighs_nothing<E>(c.m, rate2);
+    if (finite)
+      map([&](auto& own, auto& ref) { gradients<E, kReverse, true>(c, rate2, own, ref); });
+    else
+      map([&](auto& own, auto& ref) { gradients<E, kReverse, false>(c, rate2, own, ref); });
+  });
 }
 
 template <bool kBackward>
@@ -186,9 +145,8 @@ int64_t kl_divergence_backward_scratch(int64_t tokens) { return tokens * kRowCon
 Status kl_divergence(const KlArgs& a) {
   if (a.general()) return general_divergence(a);
   const OnDevice guard(a.exec);
-  const int64_t tokens = a.rows * a.cols;
   auto* partials = static_cast<PairSums<float>*>(a.exec.scratch);
-  const int64_t tiles = ceil_div(a.vocab, tile_columns(kSlots, element_size(a.logits.dtype)));
+  const int64_t tiles = pair_tiles(a, kSlots);
   const RowTiles all(a.rows, a.cols, tiles);
   const float rate = 1.0f / static_cast<float>(a.temperature);
   const Tensor& p = a.reverse ? a.logits : a.ref_logits;
@@ -197,8 +155,7 @@ Status kl_divergence(const KlArgs& a) {
     RK_ENQUEUE(a.exec, all.blocks(), kRowThreads, partial_kernel<decltype(element)>, p, q, a.vocab,
                rate, all, partials);
   });
-  RK_ENQUEUE(a.exec, ceil_div(tokens, kCombineThreads / kWarp), kCombineThreads, combine_kernel, a,
-             static_cast<uint32_t>(tiles), partials);
+  enqueue_combine(a, tiles, partials);
   return {};
 }
 
@@ -210,12 +167,9 @@ Status kl_divergence_backward(const KlBackwardArgs& a) {
   const float rate = 1.0f / static_cast<float>(a.temperature);
   RK_ENQUEUE(a.exec, ceil_div(tokens, kCombineThreads), kCombineThreads, coefficients_kernel, a,
              coefficients);
-  for_gradient(a.logits.dtype, a.grad_logits.dtype, [&](auto element, auto result) {
+  for_gradient_tiles(a, [&](auto element, auto result, const RowTiles& all) {
     using E = decltype(element);
     using O = decltype(result);
-    const RowTiles all(
-        a.rows, a.cols,
-        window_tiles(a.vocab, kWindowSlots<E, O, kSlots>, sizeof(typename O::Storage)));
     for_flag(a.reverse, [&](auto reverse) {
       RK_ENQUEUE(a.exec, all.blocks(), kRowThreads, (backward_kernel<E, O, reverse.value>), a, rate,
                  all, coefficients);

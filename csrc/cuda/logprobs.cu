@@ -158,9 +158,7 @@ Status token_logprobs_backward(const LogprobsBackwardArgs& a) {
   for_gradient(a.logits.dtype, a.grad_logits.dtype, [&](auto element, auto result) {
     using E = decltype(element);
     using O = decltype(result);
-    const RowTiles all(
-        a.rows, a.cols,
-        window_tiles(a.vocab, kWindowSlots<E, O, kBackwardSlots>, sizeof(typename O::Storage)));
+    const RowTiles all(a.rows, a.cols, window_tiles<E, O, kBackwardSlots>(a.vocab));
     RK_ENQUEUE(a.exec, ceil_div(tokens, kCombineThreads), kCombineThreads, coefficients_kernel<E>,
                a, coefficients);
     for_flag(a.options.change_logits(), [&](auto change) {

@@ -77,24 +77,12 @@ __device__ __forceinline__ Sums<float> changed_sums(const Pack<E> (&slots)[kSlot
                                                     float m, const LogitValues& value, float rate) {
   float s = 0.0f, t = 0.0f, q = 0.0f;
   const float rate2 = rate * kLog2e;
-  // Options may make -inf finite: what lies beyond the row must stay out by its position.
-  const auto sums = [&](auto whole) {
-#pragma unroll
-    for (int k = 0; k < kSlots; ++k) {
-#pragma unroll
-      for (int w = 0; w < kWidth<E>; ++w) {
-        const float d = value(slots[k].get(w)) - m, e = exp2_fast(d * rate2);
-        const bool inside = whole.value || slot_column<E>(k) + w < left;
-        s += inside ? e : 0.0f;
-        if constexpr (kEntropy) t = inside ? fmaf(e, d, t) : t;
-        if constexpr (kSquares) q = inside ? fmaf(e, e, q) : q;
-      }
-    }
-  };
-  if (left >= tile_columns(kSlots, sizeof(typename E::Storage)))
-    sums(std::true_type{});
-  else
-    sums(std::false_type{});
+  for_columns<E, kSlots>(left, [&](int k, int w, bool inside) {
+    const float d = value(slots[k].get(w)) - m, e = exp2_fast(d * rate2);
+    s += inside ? e : 0.0f;
+    if constexpr (kEntropy) t = inside ? fmaf(e, d, t) : t;
+    if constexpr (kSquares) q = inside ? fmaf(e, e, q) : q;
+  });
   return {m, s, t * rate, q};
 }
 
@@ -279,16 +267,7 @@ template <class E, bool kChange, bool kEntropy, bool kSquares = false, int kCoun
 __device__ __forceinline__ void gradients(const Slopes& c, const LogitOptions<kChange>& options,
                                           Pack<E> (&slots)[kCount], float a2 = 0.0f) {
   const auto each = [&](const auto& gradient) {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float dz[kPerWord<E>];
-#pragma unroll
-        for (int w = 0; w < kPerWord<E>; ++w) dz[w] = gradient(slots[k].get(i * kPerWord<E> + w));
-        slots[k].words[i] = E::word(dz);
-      }
-    }
+    overwrite<E>(slots, [&](int k, int w) { return gradient(slots[k].get(w)); });
   };
   const auto scaled = [&](float e, float log2_e) {
     // Added, so that no zero has a sign.

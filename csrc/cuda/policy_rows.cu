@@ -202,8 +202,7 @@ Status policy_rows(const PolicyRowsArgs& a) {
       {a.old_logprobs, a.advantages, a.ref_logprobs, a.rollout_logprobs, a.weights}};
   const auto enqueue = [&](auto result) {
     using O = decltype(result);
-    const int64_t windows =
-        window_tiles(a.vocab, kWindowSlots<F32, O, kBackwardSlots>, sizeof(typename O::Storage));
+    const int64_t windows = window_tiles<F32, O, kBackwardSlots>(a.vocab);
     const RowShares shares{
         Divisor(blocks), static_cast<uint32_t>(tiles), static_cast<uint32_t>(windows),
         1.0f / static_cast<float>(a.options.temperature), LogitValues(a.options)};

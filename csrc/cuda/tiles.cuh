@@ -134,6 +134,38 @@ __device__ __forceinline__ void load_tile(const typename E::Storage* x, int64_t 
   }
 }
 
+// Calls f(k, w, inside) for the columns of a lane's slots: whether column w of slot k is among the
+// `left` of the row. Options may make what lies beyond the row finite, so it must stay out by its
+// position.
+template <class E, int kCount, class F>
+__device__ __forceinline__ void for_columns(int64_t left, const F& f) {
+  const auto each = [&](auto whole) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k)
+#pragma unroll
+      for (int w = 0; w < kWidth<E>; ++w) f(k, w, whole.value || slot_column<E>(k) + w < left);
+  };
+  if (left >= tile_columns(kCount, sizeof(typename E::Storage)))
+    each(std::true_type{});
+  else
+    each(std::false_type{});
+}
+
+// Overwrites a lane's slots with f(k, w) for column w of slot k, which may read that column.
+template <class E, int kCount, class F>
+__device__ __forceinline__ void overwrite(Pack<E> (&slots)[kCount], const F& f) {
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float x[kPerWord<E>];
+#pragma unroll
+      for (int w = 0; w < kPerWord<E>; ++w) x[w] = f(k, i * kPerWord<E> + w);
+      slots[k].words[i] = E::word(x);
+    }
+  }
+}
+
 // Slots of a window with kLoads 16-byte loads of E a lane, for gradients O.
 template <class E, class O, int kLoads>
 constexpr int kWindowSlots = kLoads * kWidth<E> / kWidth<O>;
@@ -259,9 +291,11 @@ struct Window {
 };
 
 // The tiles of a row's windows: rows that start behind a multiple of 16 bytes need more.
-inline int64_t window_tiles(int64_t vocab, int slots, int64_t element_size) {
-  return vocab == 0 ? 0
-                    : ceil_div(vocab + 16 / element_size - 1, tile_columns(slots, element_size));
+template <class E, class O, int kLoads>
+int64_t window_tiles(int64_t vocab) {
+  constexpr int64_t kSize = sizeof(typename O::Storage);
+  if (vocab == 0) return 0;
+  return ceil_div(vocab + 16 / kSize - 1, tile_columns(kWindowSlots<E, O, kLoads>, kSize));
 }
 
 // The largest logit of a warp's tile, -inf if there is no number.
