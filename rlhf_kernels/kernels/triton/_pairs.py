@@ -1,4 +1,4 @@
-"""Pairs of rows of logits in kernels: their options, weights, and terms of a mixture of both.
+"""Pairs of rows of logits in kernels: their options, statistics, weights, and terms of a mixture.
 
 `pair` is a tuple of the cap and the scale of one row's logits, then those of the other's; None for
 what is off.
@@ -9,6 +9,7 @@ import triton.language as tl
 
 from ...core.pair_options import PairOptions
 from ._math import LOG2E, exp_parts
+from ._rows import with_options
 from .logprobs_backward import LOWEST
 
 
@@ -22,10 +23,44 @@ def packed(options: PairOptions) -> tuple[float | None, ...]:
 
 @triton.jit
 def scaled(z, scale):
-    """Logits, or blocks of them, times the scale of the reference's."""
+    """Logits times their scale."""
     if scale is not None:
         z = z * scale
     return z
+
+
+@triton.jit
+def scaled_blocks(blocks, scale):
+    """The blocks of a tile, each times their scale."""
+    found = ()
+    for k in tl.static_range(len(blocks)):
+        found += (scaled(blocks[k], scale),)
+    return found
+
+
+@triton.jit
+def row_stats(stats, row, valid):
+    """m and s of both rows of a pair, as kl_divergence keeps them; s is fp64."""
+    at = stats + row.to(tl.int64) * 5
+    m = tl.load(at, mask=valid, other=0.0)
+    s = tl.load(at + 1, mask=valid, other=1.0).to(tl.float64)
+    ref_m = tl.load(at + 2, mask=valid, other=0.0)
+    ref_s = tl.load(at + 3, mask=valid, other=1.0).to(tl.float64)
+    return m, s, ref_m, ref_s
+
+
+@triton.jit
+def distances(x, y, inside, m, ref_m, temperature, pair):
+    """(distance of the logits at x to m, their slope, distance of those at y to ref_m).
+
+    `pair` has the options of the policy, then of the reference. Only what is `inside` is read.
+    """
+    cap, _, ref_cap, ref_scale = pair
+    own = tl.load(x, mask=inside, other=0.0).to(tl.float32)
+    own, slope = with_options(own, (temperature, cap))
+    ref = tl.load(y, mask=inside, other=0.0).to(tl.float32)
+    ref, _ = with_options(ref, (temperature, ref_cap))
+    return own - m, slope, scaled(ref, ref_scale) - ref_m
 
 
 @triton.jit

@@ -21,8 +21,15 @@ from . import kl_mixture
 from ._launch import kernel, launch, tile_count, warps_of
 from ._math import LOG2E, scalar, tree_sum, tree_sums
 from ._maxima import raised
-from ._pairs import log_of_ratio, mixture_terms, packed, scaled, weight_of
-from ._rows import with_options
+from ._pairs import (
+    distances,
+    log_of_ratio,
+    mixture_terms,
+    packed,
+    row_stats,
+    scaled_blocks,
+    weight_of,
+)
 from ._strided import alignment, in_units, strided, strided_rows, token_at
 from ._tiles import load_blocks, tile_bounds, tops
 from .kl_penalty import penalty
@@ -36,15 +43,6 @@ TINY = tl.constexpr(2.0**-126)
 PARTS = 4
 # Of the gradient, which has the same tiles.
 BACKWARD_WARPS = 8
-
-
-@triton.jit
-def scaled_blocks(blocks, scale):
-    """The blocks of a tile, each times `scale`."""
-    found = ()
-    for k in tl.static_range(len(blocks)):
-        found += (blocks[k] * scale,)
-    return found
 
 
 @kernel(aligned=("p", "q"))
@@ -74,10 +72,7 @@ def partial_kernel(
     x_p, x_q = token_at(p, row, cols, ALIGN) + first, token_at(q, row, cols, ALIGN) + first
     z_p = load_blocks(x_p, count, (temperature, cap_p), TILE, PARTS)
     z_q = load_blocks(x_q, count, (temperature, cap_q), TILE, PARTS)
-    if scale_p is not None:
-        z_p = scaled_blocks(z_p, scale_p)
-    if scale_q is not None:
-        z_q = scaled_blocks(z_q, scale_q)
+    z_p, z_q = scaled_blocks(z_p, scale_p), scaled_blocks(z_q, scale_q)
     m_p, base_p = tops(z_p)
     m_q, base_q = tops(z_q)
     rate2 = 1.0 / temperature * LOG2E
@@ -106,7 +101,10 @@ def partial_kernel(
 
 @triton.jit
 def rebased(m, s, base, rate):
-    """(m - base, exp(rate (m - base))): moves sums around m to the reference point `base`."""
+    """(m - base, exp(rate (m - base))): moves sums around m to the reference point `base`.
+
+    In fp64, unlike that of _maxima: what is near is subtracted from t.
+    """
     # Empty sums have no reference point; their distance is 0.
     shift = tl.where(s == 0.0, 0.0, m.to(tl.float64) - base.to(tl.float64))
     return shift, weight_of(shift.to(tl.float32), rate).to(tl.float64)
@@ -223,12 +221,8 @@ def coefficients_kernel(
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = row < rows
     g = tl.load(token_at(grad, row, cols), mask=valid, other=0.0)
-    at = stats + row.to(tl.int64) * 5
-    m = tl.load(at, mask=valid, other=0.0)
-    s = tl.load(at + 1, mask=valid, other=1.0).to(tl.float64)
-    ref_m = tl.load(at + 2, mask=valid, other=0.0)
-    ref_s = tl.load(at + 3, mask=valid, other=1.0).to(tl.float64)
-    mean = tl.load(at + 4, mask=valid, other=0.0).to(tl.float64)
+    m, s, ref_m, ref_s = row_stats(stats, row, valid)
+    mean = tl.load(stats + row.to(tl.int64) * 5 + 4, mask=valid, other=0.0).to(tl.float64)
     # An infinite reverse divergence has a NaN gradient, as differences to its mean are NaN. An
     # infinite forward divergence has a finite gradient.
     poison = mean - mean
@@ -285,15 +279,9 @@ def backward_kernel(
         tl.store(to, tl.zeros((TILE,), tl.float32).to(to.dtype.element_ty), mask=inside)
     else:
         m, ref_m = tl.load(of_row), tl.load(of_row + 1)
-        x = token_at(logits, row, cols, ALIGN) + first
-        y = token_at(ref_logits, row, cols, ALIGN) + first
-        cap, _, ref_cap, ref_scale = pair
-        own = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-        own, slope = with_options(own, (temperature, cap))
-        ref = tl.load(y + column, mask=inside, other=0.0).to(tl.float32)
-        ref, _ = with_options(ref, (temperature, ref_cap))
-        d = own - m
-        ref_d = scaled(ref, ref_scale) - ref_m
+        x = token_at(logits, row, cols, ALIGN) + first + column
+        y = token_at(ref_logits, row, cols, ALIGN) + first + column
+        d, slope, ref_d = distances(x, y, inside, m, ref_m, temperature, pair)
         rate = 1.0 / temperature
         e = weight_of(d, rate)
         if beta is not None:
@@ -306,7 +294,7 @@ def backward_kernel(
             ref_e = weight_of(ref_d, rate)
             # Selected, not multiplied: a and b are NaN for a row without a finite divergence.
             dz = tl.where(e == 0.0, 0.0, e * a) - tl.where(ref_e == 0.0, 0.0, ref_e * b)
-        if cap is not None:
+        if pair[0] is not None:
             # A logit far beyond the cap: what is below the normal floats counts as zero.
             capped = dz * slope
             dz = tl.where((dz == 0.0) | (tl.abs(capped) < TINY), 0.0, capped)

@@ -10,8 +10,7 @@ from ...core.layout import as_rows, grid
 from ...core.pair_options import PairOptions
 from ._launch import kernel, launch, tile_count
 from ._math import scalar, tree_sum
-from ._pairs import log_of_ratio, mixture_terms, packed, scaled, weight_of
-from ._rows import with_options
+from ._pairs import distances, log_of_ratio, mixture_terms, packed, row_stats, weight_of
 from ._strided import alignment, in_units, strided_rows, token_at
 from ._tiles import tile_bounds
 from .logprobs import GROUP
@@ -26,12 +25,10 @@ def constants_kernel(stats, constants, rows, BLOCK: tl.constexpr):
     """[rows, 5]: m of both, 1 / s of both, log(s / s')."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = row < rows
-    at = stats + row.to(tl.int64) * 5
-    s = tl.load(at + 1, mask=valid, other=1.0).to(tl.float64)
-    ref_s = tl.load(at + 3, mask=valid, other=1.0).to(tl.float64)
+    m, s, ref_m, ref_s = row_stats(stats, row, valid)
     out = constants + row.to(tl.int64) * 5
-    tl.store(out, tl.load(at, mask=valid, other=0.0), mask=valid)
-    tl.store(out + 1, tl.load(at + 2, mask=valid, other=0.0), mask=valid)
+    tl.store(out, m, mask=valid)
+    tl.store(out + 1, ref_m, mask=valid)
     tl.store(out + 2, (1.0 / s).to(tl.float32), mask=valid)
     tl.store(out + 3, (1.0 / ref_s).to(tl.float32), mask=valid)
     tl.store(out + 4, (tl.log(s) - tl.log(ref_s)).to(tl.float32), mask=valid)
@@ -58,16 +55,11 @@ def mixture_kernel(
     first, count = tile_bounds(tile, vocab, ALIGN, TILE)
     column = tl.arange(0, TILE)
     inside = column < count
-    cap, _, ref_cap, ref_scale = pair
     of_row = constants + row.to(tl.int64) * 5
-    x = token_at(logits, row, cols, ALIGN) + first
-    y = token_at(ref_logits, row, cols, ALIGN) + first
-    own = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-    own, _ = with_options(own, (temperature, cap))
-    ref = tl.load(y + column, mask=inside, other=0.0).to(tl.float32)
-    ref, _ = with_options(ref, (temperature, ref_cap))
-    d = own - tl.load(of_row)
-    ref_d = scaled(ref, ref_scale) - tl.load(of_row + 1)
+    x = token_at(logits, row, cols, ALIGN) + first + column
+    y = token_at(ref_logits, row, cols, ALIGN) + first + column
+    m, ref_m = tl.load(of_row), tl.load(of_row + 1)
+    d, _, ref_d = distances(x, y, inside, m, ref_m, temperature, pair)
     rate = 1.0 / temperature
     log_ratio = log_of_ratio(d, ref_d, rate, tl.load(of_row + 4))
     of_p, of_q = mixture_terms(log_ratio, scalar(beta))
