@@ -1,9 +1,9 @@
-// Terms of the generalised Jensen-Shannon divergence. V is as in policy_math.h; it also has
+// Terms of the generalised Jensen-Shannon divergence. V is as in exp_math.h; it also has
 // exponent(x), the integral floor(log2 x) of normal x > 0.
 #pragma once
 #include <string.h>
 
-#include "policy_math.h"
+#include "exp_math.h"
 
 namespace rk {
 namespace {

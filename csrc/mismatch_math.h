@@ -1,5 +1,5 @@
 // Terms of mismatch_weights: of a token, of a sequence from its tokens' sums, of the batch from its
-// sequences. V is as in policy_math.h.
+// sequences. V is as in exp_math.h.
 #pragma once
 #include "policy_math.h"
 

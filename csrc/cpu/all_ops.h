@@ -11,6 +11,7 @@
 #include "parallel.h"
 #include "vec.h"
 #include "../advantages_math.h"
+#include "../exp_math.h"
 #include "../kl_math.h"
 #include "../math.h"
 #include "../mismatch_math.h"

@@ -15,7 +15,7 @@ constexpr int64_t kPieceTokens = 16384;
 // Work items group pieces to at least this many tokens.
 constexpr int64_t kItemTokens = 8192;
 
-// A vector with the operators that policy_math.h uses.
+// A vector with the operators that exp_math.h names.
 struct Lanes {
   Vec v;
   Lanes() = default;

@@ -1,4 +1,4 @@
-"""The metrics of the losses, in the order in which kernels write them (csrc/abi.h)."""
+"""The metrics of the losses, in the order in which kernels write them (csrc/abi_losses.h)."""
 
 POLICY_METRICS = (
     *("loss", "pg_loss", "kl_loss", "entropy_loss"),

@@ -48,7 +48,7 @@ PRESETS: dict[str, MismatchOptions] = {
 
 
 class MismatchParams(NamedTuple):
-    """The numbers of a call, those of csrc/abi.h: MismatchParams in its order.
+    """The numbers of a call, those of csrc/abi_losses.h: MismatchParams in its order.
 
     Every criterion is an interval: of a token's log-ratio, of the smallest and largest of a
     sequence, and of its sums and means. An absent bound is +-UNBOUNDED.

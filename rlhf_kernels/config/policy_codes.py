@@ -30,7 +30,7 @@ UNBOUNDED = 3.0e38
 class PolicyCodes(NamedTuple):
     """The choices of a PolicyLossConfig as integers: positions in the tuples of config/enums.py.
 
-    The operators take them as an int[] in this order, which is that of csrc/abi.h: PolicyCodes.
+    The operators take them as an int[] in this order, that of csrc/abi_losses.h: PolicyCodes.
     """
 
     objective: int
@@ -54,7 +54,7 @@ class PolicyCodes(NamedTuple):
 class PolicyParams(NamedTuple):
     """The numbers of a PolicyLossConfig. An absent upper bound is UNBOUNDED, a lower -UNBOUNDED.
 
-    The operators take them as a float[] in this order, which is that of csrc/abi.h: PolicyParams.
+    The operators take them as a float[] in this order, that of csrc/abi_losses.h: PolicyParams.
     """
 
     clip_low: float

@@ -1,4 +1,4 @@
-"""The names and orders that Python, C++ and Triton must share, read from csrc/abi.h."""
+"""The names and orders that Python, C++ and Triton must share, read from csrc/abi_*.h."""
 
 import re
 from pathlib import Path
@@ -10,14 +10,15 @@ from rlhf_kernels.config import enums, metrics, mismatch, policy_codes
 from rlhf_kernels.core import pair_options, row_options
 from rlhf_kernels.kernels.native import boundary
 
-ABI = Path(rk.__file__).parent.parent / "csrc" / "abi.h"
+CSRC = Path(rk.__file__).parent.parent / "csrc"
+ABI = "".join(p.read_text() for p in sorted(CSRC.glob("abi*.h")))
 
-pytestmark = pytest.mark.skipif(not ABI.is_file(), reason="needs the source tree")
+pytestmark = pytest.mark.skipif(not ABI, reason="needs the source tree")
 
 
 def fields(struct):
     """(type, name) of every member of a struct of abi.h, in order."""
-    body = re.search(rf"struct {struct} {{(.*?)}};", ABI.read_text(), re.DOTALL)[1]
+    body = re.search(rf"struct {struct} {{(.*?)}};", ABI, re.DOTALL)[1]
     lines = re.findall(r"(\w+)\s+([\w\s,]+);", re.sub(r"//.*", "", body))
     return [(kind, name.strip()) for kind, names in lines for name in names.split(",")]
 
@@ -63,7 +64,7 @@ READERS = [
 @pytest.mark.parametrize(("files", "readers"), READERS, ids=[files for files, _ in READERS])
 def test_one_file_of_each_part_reads_an_option_that_changes_logits(files, readers):
     """So a new option changes that file alone; other files carry the tuple whole."""
-    paths = sorted(ABI.parents[1].glob(files))
+    paths = sorted(CSRC.parent.glob(files))
     assert len(paths) > 3
     naming = {p.name for p in paths if re.search(r"\bsoftcap\b", p.read_text())}
     # A kernel that unpacks the tuple itself breaks with each new field.
@@ -129,7 +130,7 @@ ENUMS = {
 
 def members(enum):
     """{name: value} of an enum of abi.h."""
-    body = re.search(rf"enum {enum} : int32_t {{(.*?)}};", ABI.read_text(), re.DOTALL)[1]
+    body = re.search(rf"enum {enum} : int32_t {{(.*?)}};", ABI, re.DOTALL)[1]
     found = re.findall(r"(\w+) = (\d+)", re.sub(r"//.*", "", body))
     assert len(found) == body.count("=")
     return {name: int(value) for name, value in found}
@@ -143,7 +144,7 @@ def test_an_enum_has_the_names_of_its_tuple_in_order(enum):
 
 
 def test_no_enum_of_choices_is_left_out():
-    found = set(re.findall(r"enum (\w+) :", ABI.read_text()))
+    found = set(re.findall(r"enum (\w+) :", ABI))
     assert found == {*ENUMS, "DType", "StatusCode"}
 
 

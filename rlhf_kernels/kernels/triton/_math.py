@@ -68,7 +68,7 @@ def exp_reduced(x):
 
 @triton.jit
 def exp_parts(x):
-    """exp(x), exp(x) - 1 and exp(x) - 1 - x for |x| <= 80, fp32: `exp_parts` of csrc/policy_math.h.
+    """exp(x), exp(x) - 1 and exp(x) - 1 - x for |x| <= 80, fp32: `exp_parts` of csrc/exp_math.h.
 
     Exactly 1, 0, 0 at x = 0; NaN for NaN.
     """
