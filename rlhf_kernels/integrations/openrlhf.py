@@ -17,7 +17,6 @@ import functools
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -27,7 +26,6 @@ from torch import Tensor, nn
 import rlhf_kernels as rk
 
 from ._common import (
-    Head,
     logits_entropy,
     require_constant,
     require_floating,
@@ -35,126 +33,12 @@ from ._common import (
     require_mask,
     require_temperature,
 )
+from ._openrlhf_actor import actor_forward
 from ._patch import Hook, IncompatibleError, Integration, Report, Unsupported
 
 __all__ = ["IncompatibleError", "Report", "patch", "patched", "report", "setup", "unpatch"]
 
 _INTEGRATION = Integration("openrlhf", ("0.11", "0.12"))
-_IGNORED = -100
-
-# Models whose forward changes the logits after the head, as a call has shown.
-_not_the_head: set[type] = set()
-
-
-def _lm_head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
-    """The model without its wrappers, and its LM head."""
-    while hasattr(model, "module"):
-        model = model.module
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    try:
-        rk.Head.from_model(model, check=False)
-    except ValueError as error:
-        raise Unsupported(str(error).removeprefix("Head.from_model: ")) from None
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        raise Unsupported(f"an LM head that is a {type(head).__name__}")
-    if type(model) in _not_the_head:
-        raise Unsupported(f"{type(model).__name__} does more to its logits than its head")
-    return model, head
-
-
-@contextlib.contextmanager
-def _passing_through(head: nn.Linear) -> Iterator[list[Tensor]]:
-    """Makes the head return its input, and records the input in the list."""
-    given: list[Tensor] = []
-
-    def forward(hidden: Tensor) -> Tensor:
-        given.append(hidden)
-        return hidden
-
-    head.forward = forward
-    try:
-        yield given
-    finally:
-        del head.forward
-
-
-def _actor_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    functions = sys.modules[original.__module__]
-
-    def forward(
-        self: nn.Module,
-        sequences: Tensor,
-        action_mask: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        return_output: bool = False,
-        allgather_logits: bool = False,
-        return_logprobs: bool = False,
-        ring_attn_group: Any = None,
-        packed_seq_lens: list[int] | None = None,
-        return_entropy: bool = False,
-        **mm_inputs: Any,
-    ) -> Any:
-        if action_mask is None and not return_logprobs:
-            raise Unsupported("a call for the logits")
-        if mm_inputs or getattr(self, "is_vlm", False):
-            raise Unsupported("a vision-language model")
-        if return_entropy and not return_output:
-            raise Unsupported("an entropy without the output that carries it")
-        require_temperature(self.temperature)
-        model, head = _lm_head(self.model)
-        # Check before the model runs; its hidden states will have the dtype of its parameters.
-        Head(head.weight.new_empty(0, head.weight.shape[1]), head.weight, head.bias)
-
-        packing = self.packing_samples
-        if packing:
-            inputs, position_ids, labels, pad, indices = functions.unpad_and_slice_tensor(
-                sequences, attention_mask, ring_attn_group
-            )
-        else:
-            inputs, labels = sequences, sequences.roll(-1, 1)
-            position_ids = (attention_mask.long().cumsum(-1) - 1).masked_fill(
-                attention_mask == 0, 1
-            )
-        if action_mask is not None and ring_attn_group is None:
-            # Tokens of prompts and padding need no log-probabilities.
-            steps = action_mask.shape[1]
-            wanted = torch.zeros_like(sequences, dtype=torch.bool)
-            wanted[:, -1 - steps : -1] = action_mask != 0
-            if packing:
-                wanted = wanted.flatten()[indices].unsqueeze(0)
-            labels = labels.masked_fill(~wanted, _IGNORED)
-        with _passing_through(head) as given:
-            output = self.model(
-                inputs,
-                attention_mask=None if packing else attention_mask,
-                position_ids=position_ids,
-            )
-        if len(given) != 1 or output["logits"] is not given[0]:
-            _not_the_head.add(type(model))
-            raise Unsupported(f"{type(model).__name__} does more to its logits than its head")
-        found = Head(given[0], head.weight, head.bias).token_logprobs(
-            labels, temperature=float(self.temperature), entropy=return_entropy
-        )
-        # These are hidden states, which no caller must mistake for logits.
-        output["logits"] = None
-
-        def padded(x: Tensor) -> Tensor:
-            if packing:
-                x = functions.gather_and_pad_tensor(
-                    x, ring_attn_group, pad, indices, *sequences.shape
-                )
-            return x[:, :-1]
-
-        logprobs = padded(found.logprobs)
-        if found.entropy is not None:
-            output.entropy = padded(found.entropy)
-        if action_mask is not None:
-            logprobs = torch.where(action_mask != 0, logprobs[:, -action_mask.shape[1] :], 0)
-        return (logprobs, output) if return_output else logprobs
-
-    return forward
 
 
 def _log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
@@ -340,7 +224,7 @@ _HOOKS = (
             "self, sequences, action_mask, attention_mask, return_output, allgather_logits, "
             "return_logprobs, ring_attn_group, packed_seq_lens, return_entropy, **mm_inputs",
         ),
-        _actor_forward,
+        actor_forward,
         everywhere=False,
         makes_ours=True,
     ),
