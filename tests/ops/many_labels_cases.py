@@ -1,15 +1,13 @@
-"""Several labels per token: their results from the formulas, and how ours are judged."""
+"""Several labels per token: their results from the formulas."""
 
 import math
 
 import torch
 
-from tests.ops.row_results_cases import FIELDS, plain, weights
+from tests.ops import row_results_cases
+from tests.ops.row_results_cases import plain, weights
 
-import rlhf_kernels as rk
-from rlhf_kernels.testing import assert_within_budget, generator, to_float64
-
-EVERY = dict.fromkeys((*FIELDS[1:], "argmax"), True)
+from rlhf_kernels.testing import generator
 
 
 def problem(rows, vocab, dtype, count, *, seed=0):
@@ -47,49 +45,10 @@ def exact_fields(logits, labels, **options):
     return found | {"logprobs": torch.where(wanted, logp.gather(-1, labels.clamp(min=0)), 0)}
 
 
-def ours(logits, labels, **options):
-    found = rk.token_logprobs(logits, labels, **EVERY, **options)
-    return {name: getattr(found, name) for name in (*FIELDS, "argmax")}
-
-
-def run(function, logits, labels, upstream, **options):
-    """The fields, and under "gradient" that of their sum weighted by `upstream`."""
-    leaf = logits.detach().clone().requires_grad_()
-    found = function(leaf, labels, **options)
-    total = sum((found[k] * u.to(found[k].dtype)).sum() for k, u in upstream.items())
-    return found | {"gradient": torch.autograd.grad(total, leaf)[0]}
-
-
-def check(logits, labels, upstream=None, *, run_kernel=None, **options):
-    """Every field, and the gradient of all together, within the budget of the fp64 result."""
+def check(logits, labels, upstream=None, **options):
+    """`row_results_cases.check` of several labels per token."""
     upstream = upstreams(labels) if upstream is None else upstream
-    if run_kernel is None:
-        found = run(ours, logits, labels, upstream, **options)
-    else:
-        found = run_kernel(logits, labels, upstream, **options)
-    working = run(exact_fields, logits, labels, upstream, **options)
-    exact = run(exact_fields, to_float64(logits), labels, upstream, **to_float64(options))
-    z, cap = logits.detach().double(), options.get("softcap")
-    z = z if cap is None else cap * torch.tanh(z / cap)
-    t = torch.as_tensor(options.get("temperature", 1.0), dtype=torch.float64).reshape(-1, 1)
-    size = (z / t).abs().amax(-1) + math.log(max(2, z.shape[-1]))
-    for name in FIELDS:
-        scale = size.unsqueeze(-1) if name == "logprobs" else size
-        assert_within_budget(found[name], exact[name], working[name], scale=scale)
-    assert torch.equal(found["argmax"], exact["argmax"])
-    logp = (z / t).log_softmax(-1)
-    g = 2 * sum(u.double().abs().reshape(len(z), -1).sum(-1, keepdim=True)
-                for u in upstream.values())  # fmt: skip
-    amplitude = g * (1 + logp.abs() + exact["entropy"].detach().abs().unsqueeze(-1))
-    tiny = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
-    scale = (logp.exp() * (1 + logp.abs()) + tiny) * amplitude / t * (1 + (cap or 0.0) / t)
-    # At its own column a label's upstream gradient stands alone, and that of equal ones adds up.
-    at_labels = torch.zeros_like(z).scatter_add_(
-        -1, labels.clamp(min=0), upstream["logprobs"].double().abs()
-    )
-    assert_within_budget(found["gradient"], exact["gradient"], working["gradient"],
-                         scale=scale + at_labels / t)  # fmt: skip
-    return found
+    return row_results_cases.check(logits, labels, upstream, formulas=exact_fields, **options)
 
 
 def head(seed=0, dtype=torch.float32, count=4):

@@ -47,13 +47,17 @@ def weights(rows, seed=0):
     return dict(zip(FIELDS, torch.randn(len(FIELDS), rows, generator=generator(seed)), strict=True))
 
 
-def check(logits, labels, upstream=None, *, run_kernel=None, **options):
-    """Every field, and the gradient of all together, within the budget of the fp64 result."""
+def check(logits, labels, upstream=None, *, run_kernel=None, formulas=plain, **options):
+    """Every field, and the gradient of all together, within the budget of the fp64 result.
+
+    `labels` are one per token, or with the `formulas` of many_labels_cases several.
+    """
+    several = labels.dim() > 1
     upstream = weights(len(labels)) if upstream is None else upstream
     kernel = functools.partial(run, ours) if run_kernel is None else run_kernel
     found = kernel(logits, labels, upstream, **options)
-    working = run(plain, logits, labels, upstream, **options)
-    exact = run(plain, to_float64(logits), labels, upstream, **to_float64(options))
+    working = run(formulas, logits, labels, upstream, **options)
+    exact = run(formulas, to_float64(logits), labels, upstream, **to_float64(options))
     z = logits.detach().double()
     cap = options.get("softcap")
     z = z if cap is None else cap * torch.tanh(z / cap)
@@ -61,16 +65,22 @@ def check(logits, labels, upstream=None, *, run_kernel=None, **options):
     # The largest logit and the logarithm of the sum: what the results are differences of.
     size = (z / t).abs().amax(-1) + math.log(max(2, z.shape[-1]))
     for name in FIELDS:
-        assert_within_budget(found[name], exact[name], working[name], scale=size)
+        scale = size.unsqueeze(-1) if several and name == "logprobs" else size
+        assert_within_budget(found[name], exact[name], working[name], scale=scale)
     assert found["argmax"].dtype is torch.int64
     assert torch.equal(found["argmax"], exact["argmax"])
     logp = (z / t).log_softmax(-1)
-    g = 2 * sum(u.double().abs() for u in upstream.values()).unsqueeze(-1)
+    g = 2 * sum(u.double().abs().reshape(len(z), -1).sum(-1, keepdim=True)
+                for u in upstream.values())  # fmt: skip
     amplitude = g * (1 + logp.abs() + exact["entropy"].detach().abs().unsqueeze(-1))
     # p is as exact as its exponent. Probabilities below the smallest normal float count as zero.
     tiny = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
     scale = (logp.exp() * (1 + logp.abs()) + tiny) * amplitude / t
     # Near the cap, and for equal logits, tanh leaves one rounding of the cap.
     scale = scale * (1 + (cap or 0.0) / t)
+    if several:
+        # At its own column a label's upstream gradient stands alone; that of equal ones adds up.
+        alone = upstream["logprobs"].double().abs()
+        scale += torch.zeros_like(z).scatter_add_(-1, labels.clamp(min=0), alone) / t
     assert_within_budget(found["gradient"], exact["gradient"], working["gradient"], scale=scale)
     return found

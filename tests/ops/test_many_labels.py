@@ -7,16 +7,8 @@ import torch
 
 from tests.ops import logprobs_cases
 from tests.ops import row_results_cases as one
-from tests.ops.many_labels_cases import (
-    EVERY,
-    check,
-    exact_fields,
-    head,
-    ours,
-    problem,
-    run,
-    upstreams,
-)
+from tests.ops.many_labels_cases import check, exact_fields, head, problem, upstreams
+from tests.ops.row_results_cases import EVERY, ours, run
 
 import rlhf_kernels as rk
 from rlhf_kernels import reference
