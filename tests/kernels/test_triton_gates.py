@@ -156,7 +156,7 @@ LAUNCHES = {
         [],
     ),
     "policy_loss": (
-        ["policy.policy_kernel", "policy.combine_kernel"],
+        ["policy.policy_kernel", "policy_combine.combine_kernel"],
         ["policy_backward.backward_kernel"],
     ),
     "value_loss": (
