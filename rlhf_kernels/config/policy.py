@@ -5,16 +5,8 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, Concatenate, ParamSpec
 
+from . import policy_checks
 from .enums import (
-    AGGREGATIONS,
-    CORRECTION_LEVELS,
-    CORRECTION_MODES,
-    GATE_ANCHORS,
-    GATES,
-    KL_ESTIMATORS,
-    KL_WEIGHTS,
-    OBJECTIVES,
-    RATIO_LEVELS,
     Aggregation,
     CorrectionLevel,
     CorrectionMode,
@@ -37,7 +29,6 @@ from .parity.trl import trl
 from .parity.verl import verl
 from .policy_codes import (
     LOG_RATIO_BOUND,
-    UNBOUNDED,
     PolicyCodes,
     PolicyParams,
     codes_of,
@@ -46,13 +37,6 @@ from .policy_codes import (
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-def _bounded(value: float) -> float:
-    """The value; one that exceeds int64 becomes a float within +-UNBOUNDED (infinities stay)."""
-    if abs(value) >= 2**63:
-        return float(min(max(value, -UNBOUNDED), UNBOUNDED)) if abs(value) < math.inf else value
-    return value
 
 
 def _log(x: float) -> float:
@@ -187,127 +171,11 @@ class PolicyLossConfig:
         _params: ClassVar[PolicyParams]
 
     def __post_init__(self) -> None:
-        self._check_values()
-        self._check_combinations()
+        policy_checks.values(self)
+        policy_checks.combinations(self)
         # Encoded once here; each call only passes the two tuples.
         object.__setattr__(self, "_codes", codes_of(self))
         object.__setattr__(self, "_params", params_of(self))
-
-    def _check_values(self) -> None:
-        for name, allowed in (
-            ("objective", OBJECTIVES),
-            ("ratio_level", RATIO_LEVELS),
-            ("kl_estimator", KL_ESTIMATORS),
-            ("correction_mode", CORRECTION_MODES),
-            ("gate_against", GATE_ANCHORS),
-            ("aggregation", AGGREGATIONS),
-        ):
-            if getattr(self, name) not in allowed:
-                self._fail(name, f"one of {', '.join(allowed)}")
-        if self.correction_level is not None and self.correction_level not in CORRECTION_LEVELS:
-            self._fail("correction_level", f"None or one of {', '.join(CORRECTION_LEVELS)}")
-        if self.gate is not None and self.gate not in GATES:
-            self._fail("gate", f"None or one of {', '.join(GATES)}")
-        if self.kl_weight is not None and self.kl_weight not in KL_WEIGHTS:
-            self._fail("kl_weight", f"None or one of {', '.join(KL_WEIGHTS)}")
-        for name in ("clip_absolute", "gate_two_sided"):
-            if not isinstance(getattr(self, name), bool):
-                self._fail(name, "a bool")
-        for name in ("clip_low", "clip_high", "correction_min", "gate_low", "gate_high"):
-            self._number(name, optional=True)
-        for name in ("penalty_coef", "kl_coef", "entropy_coef"):
-            self._number(name)
-        for name in ("dual_clip", "delta"):
-            self._number(name, above=1.0, optional=True)
-        for name in ("kl_value_clamp", "kl_weight_max", "correction_max", "normalizer"):
-            self._number(name, above=0.0, optional=True)
-        for name in ("sapo_tau_pos", "sapo_tau_neg"):
-            self._number(name, above=0.0)
-        for name in ("kl_input_clamp", "log_ratio_clamp"):
-            self._clamp(name)
-
-    def _check_combinations(self) -> None:
-        low, high = self.clip_bounds()
-        if self.clip_low is not None and low < 0:
-            self._fail("clip_low", "at most 1, since 1 - clip_low is a ratio")
-        if low > high:
-            self._fail("clip_low", f"a bound not above that of clip_high, {high}")
-        if self.objective != "clip":
-            for name in ("dual_clip", "delta"):
-                if getattr(self, name) is not None:
-                    self._fail(name, f"None: the objective {self.objective!r} has no such bound")
-        if self.delta is not None and self.delta <= high:
-            self._fail("delta", f"above the upper clip bound, {high}")
-        if self.objective != "penalty" and self.penalty_coef != 0:
-            self._fail("penalty_coef", f"0 with the objective {self.objective!r}")
-        if self.objective == "reinforce" and self.ratio_level != "token":
-            self._fail("ratio_level", "token: the objective 'reinforce' has no ratio")
-        low_cap, high_cap = self.correction_min, self.correction_max
-        capped = low_cap is not None or high_cap is not None
-        if self.correction_level is None and capped:
-            self._fail("correction_level", "a level where a correction cap is given")
-        if self.correction_level is not None and not capped:
-            self._fail("correction_max", "a number, or correction_min, with a correction_level")
-        if low_cap is not None and high_cap is not None and low_cap > high_cap:
-            self._fail("correction_min", f"at most correction_max, {self.correction_max}")
-        if self.kl_weight_max is not None and self.kl_weight not in ("ratio", "detached-ratio"):
-            self._fail("kl_weight_max", "None where kl_weight is no ratio")
-        self._check_gate()
-
-    def _check_gate(self) -> None:
-        low, high = self.gate_low, self.gate_high
-        bounded = low is not None or high is not None
-        if self.gate is None:
-            if bounded:
-                self._fail("gate", f"one of {', '.join(GATES)} where a gate bound is given")
-            if self.gate_against != "old":
-                self._fail("gate_against", "'old' without a gate")
-        elif self.gate == "opsm":
-            if low is None:
-                self._fail("gate_low", "a number with the gate 'opsm'")
-            if high is not None:
-                self._fail("gate_high", "None with the gate 'opsm'")
-        elif not bounded:
-            self._fail("gate_high", "a number, or gate_low, with a gate")
-        if self.gate_two_sided and self.gate not in ("tv", "binary_kl"):
-            self._fail("gate_two_sided", "False, but with the gate 'tv' or 'binary_kl'")
-        if self.gate == "ratio" and low is not None and high is not None and low > high:
-            self._fail("gate_low", f"at most gate_high, {high}")
-
-    def _fail(self, name: str, expected: str) -> None:
-        value = getattr(self, name)
-        # Python refuses to print very long integers.
-        long = isinstance(value, int) and value.bit_length() > 128
-        got = f"an integer of {value.bit_length()} bits" if long else repr(value)
-        raise ValueError(f"PolicyLossConfig: {name} must be {expected}, got {got}")
-
-    def _number(self, name: str, *, above: float | None = None, optional: bool = False) -> None:
-        value = getattr(self, name)
-        if value is None and optional:
-            return
-        limit = "a finite number " + (">= 0" if above is None else f"> {above:g}")
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        # math.isfinite would overflow on an integer too long for a double.
-        finite = number and abs(value) < math.inf
-        if finite and isinstance(value, int):
-            finite = value.bit_length() <= 1023
-        if not finite:
-            self._fail(name, limit + (" or None" if optional else ""))
-        if (value < 0) if above is None else (value <= above):
-            self._fail(name, limit + (" or None" if optional else ""))
-        if name != "normalizer":
-            object.__setattr__(self, name, _bounded(value))
-
-    def _clamp(self, name: str) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        pair = value if isinstance(value, tuple) else (0, value)
-        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in pair)
-        if not (numbers and len(pair) == 2 and pair[0] <= 0 < pair[1]):
-            self._fail(name, "None, a number > 0 or a tuple (low <= 0, high > 0)")
-        bounded = tuple(_bounded(v) for v in pair)
-        object.__setattr__(self, name, bounded if value is pair else bounded[1])
 
     def clip_bounds(self) -> tuple[float, float]:
         """(low, high) of the clipped ratio; -inf and inf where there is no bound."""

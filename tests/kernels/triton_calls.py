@@ -28,7 +28,6 @@ from tests.kernels.triton_case import (
 import rlhf_kernels as rk
 from rlhf_kernels import PolicyLossConfig
 from rlhf_kernels.config import enums
-from rlhf_kernels.config import policy as policy_config
 from rlhf_kernels.core import pair_options
 from rlhf_kernels.core.pair_options import PairOptions
 from rlhf_kernels.core.row_options import RowOptions
@@ -289,12 +288,12 @@ def policy_options(v: dict[str, Any]) -> dict[str, Any]:
 
 
 def policy(full: bool) -> Iterator[Case]:
-    levels, modes = policy_config.CORRECTION_LEVELS, policy_config.CORRECTION_MODES
-    estimators = policy_config.KL_ESTIMATORS
+    levels, modes = enums.CORRECTION_LEVELS, enums.CORRECTION_MODES
+    estimators = enums.KL_ESTIMATORS
     axes = {
-        "objective": policy_config.OBJECTIVES,
-        "ratio_level": policy_config.RATIO_LEVELS,
-        "aggregation": policy_config.AGGREGATIONS,
+        "objective": enums.OBJECTIVES,
+        "ratio_level": enums.RATIO_LEVELS,
+        "aggregation": enums.AGGREGATIONS,
         "kl": (
             None,
             *estimators,
@@ -331,9 +330,9 @@ def policy(full: bool) -> Iterator[Case]:
     # And what few losses have.
     full = most | {"kl": "k3 ratio capped", "gate": "binary_kl rollout", "weights": "tokens"}
     variants += [first | most | {"ratio_level": level, "objective": objective, "layout": layout}
-                 for level in policy_config.RATIO_LEVELS
+                 for level in enums.RATIO_LEVELS
                  for objective, layout in (("clip", "padded"), ("sapo", "packed"))]  # fmt: skip
-    variants += [first | full | {"ratio_level": level} for level in policy_config.RATIO_LEVELS]
+    variants += [first | full | {"ratio_level": level} for level in enums.RATIO_LEVELS]
     calls = {label(v): (v, PolicyLossConfig(**policy_options(v))) for v in variants}
     calls |= {name: (first, config) for name, config in presets()}
     for name, (v, config) in calls.items():
@@ -357,7 +356,7 @@ def policy(full: bool) -> Iterator[Case]:
 
 def value(full: bool) -> Iterator[Case]:
     yield from varied(rk.value_loss, (pairs if full else one_by_one)(
-        clip_range=(0.2, None), aggregation=policy_config.AGGREGATIONS, layout=LAYOUTS,
+        clip_range=(0.2, None), aggregation=enums.AGGREGATIONS, layout=LAYOUTS,
         normalizer=NORMALIZERS, grad=(True, False), mask=MASKS, dtype=DTYPES,
     ))  # fmt: skip
 

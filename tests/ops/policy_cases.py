@@ -7,7 +7,7 @@ import torch
 
 import rlhf_kernels as rk
 from rlhf_kernels import reference
-from rlhf_kernels.config import policy
+from rlhf_kernels.config import enums
 from rlhf_kernels.core.sequences import token_weights
 from rlhf_kernels.kernels import triton
 from rlhf_kernels.testing import (
@@ -50,7 +50,7 @@ CORRECTIONS = (
 
 BASES = [
     {"objective": o, "ratio_level": level} | OF_OBJECTIVE[o]
-    for o, level in itertools.product(OF_OBJECTIVE, policy.RATIO_LEVELS)
+    for o, level in itertools.product(OF_OBJECTIVE, enums.RATIO_LEVELS)
     if o != "reinforce" or level == "token"
 ]
 
@@ -74,11 +74,11 @@ KERNELS = ("cpu", "triton")
 def grid(objective):
     """Objective x level x aggregation x correction, estimators cycling; then all estimators."""
     bases = [b for b in BASES if b["objective"] == objective]
-    estimators = itertools.cycle(policy.KL_ESTIMATORS)
+    estimators = itertools.cycle(enums.KL_ESTIMATORS)
     weighted = itertools.cycle((False, True, True))
-    for base, *rest in itertools.product(bases, policy.AGGREGATIONS, CORRECTIONS):
+    for base, *rest in itertools.product(bases, enums.AGGREGATIONS, CORRECTIONS):
         yield make_config(base, *rest, next(estimators), next(weighted))
-    for base, estimator in itertools.product(bases, policy.KL_ESTIMATORS):
+    for base, estimator in itertools.product(bases, enums.KL_ESTIMATORS):
         yield make_config(base, "token-mean", CORRECTIONS[1], estimator, True)
 
 

@@ -22,7 +22,7 @@ from tests.ops.policy_cases import (
 
 import rlhf_kernels as rk
 from rlhf_kernels import reference
-from rlhf_kernels.config import policy
+from rlhf_kernels.config import enums
 from rlhf_kernels.config.metrics import POLICY_METRICS
 from rlhf_kernels.kernels import triton
 from rlhf_kernels.testing import DTYPES, assert_bitwise_equal, to_float64
@@ -48,7 +48,7 @@ def test_matches_fp64(backend, objective):
 @pytest.mark.parametrize("base", BASES, ids=lambda b: f"{b['objective']}-{b['ratio_level']}")
 def test_matches_fp64_full_product(backend, base):
     args, options = make_inputs()
-    rest = (policy.AGGREGATIONS, CORRECTIONS, policy.KL_ESTIMATORS, (False, True))
+    rest = (enums.AGGREGATIONS, CORRECTIONS, enums.KL_ESTIMATORS, (False, True))
     for choice in itertools.product(*rest):
         check(args, options, make_config(base, *choice))
 
@@ -62,7 +62,7 @@ def test_lengths_and_dtypes(backend, cols, dtype):
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-@pytest.mark.parametrize("level", policy.RATIO_LEVELS)
+@pytest.mark.parametrize("level", enums.RATIO_LEVELS)
 def test_16_bit_gradients_are_rounded_once(backend, level, dtype):
     # A token's own slope and its share of the sequence's may cancel: only their sum is rounded.
     if backend == "triton" and triton.interpreted() and dtype == torch.bfloat16:

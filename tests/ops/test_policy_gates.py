@@ -16,7 +16,6 @@ from tests.ops.policy_cases import BASES, Config, make_inputs, portion, run
 import rlhf_kernels as rk
 from rlhf_kernels import reference
 from rlhf_kernels.config import enums
-from rlhf_kernels.config import policy as policy_config
 from rlhf_kernels.config.metrics import POLICY_METRICS
 from rlhf_kernels.testing import assert_bitwise_equal, to_float64
 
@@ -54,7 +53,7 @@ CORRECTIONS = (
 def configs():
     """Every base with several gates, weights of the KL and corrections."""
     kinds = [itertools.cycle(x) for x in (KL_WEIGHTS, CORRECTIONS, ("k3", "k1", "k2", "abs"))]
-    aggregations = itertools.cycle(policy_config.AGGREGATIONS)
+    aggregations = itertools.cycle(enums.AGGREGATIONS)
     for gate, base in itertools.product(({}, *GATES, *SEQUENCE_GATES), BASES):
         weight, correction, estimator = map(next, kinds)
         aggregation = next(aggregations)

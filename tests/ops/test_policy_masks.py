@@ -19,7 +19,7 @@ from tests.ops.policy_cases import (
 )
 
 import rlhf_kernels as rk
-from rlhf_kernels.config import policy as policy_config
+from rlhf_kernels.config import enums
 from rlhf_kernels.config.metrics import POLICY_METRICS
 from rlhf_kernels.testing import assert_bitwise_equal
 
@@ -88,7 +88,7 @@ def test_advantages_per_sequence(backend):
         assert_bitwise_equal(a, b)
 
 
-@pytest.mark.parametrize("aggregation", policy_config.AGGREGATIONS)
+@pytest.mark.parametrize("aggregation", enums.AGGREGATIONS)
 def test_packed_equals_padded(backend, aggregation):
     lengths = [700, 0, 1, 33, 512, 700]
     args, options = make_inputs(6, 700)
@@ -102,7 +102,7 @@ def test_packed_equals_padded(backend, aggregation):
     flat_options = {k: pack(v) for k, v in options.items()} | {"cu_seqlens": cu_seqlens}
     padded = (*args[:3], args[3] & inside)
     compare = same(backend)
-    part = policy_config.AGGREGATIONS.index(aggregation)
+    part = enums.AGGREGATIONS.index(aggregation)
     for base in portion(backend, BASES, part, 4):
         config = make_config(base, aggregation, CORRECTIONS[3], "k3", True)
         one = run(rk.policy_loss, padded, options, config=config)
@@ -161,13 +161,13 @@ def test_a_sequence_does_not_depend_on_its_surroundings(backend, config):
     check(packed, [p[inside] if p.dim() == 2 else p for p in padded])
 
 
-@pytest.mark.parametrize("aggregation", policy_config.AGGREGATIONS)
+@pytest.mark.parametrize("aggregation", enums.AGGREGATIONS)
 def test_micro_batches_add_up(backend, aggregation):
     args, options = make_inputs(9, 150)
     counts = {"token-mean": int(args[3].sum()), "constant": 9 * 150}
     normalizer = counts.get(aggregation, int(args[3].any(-1).sum()))
     compare = same(backend)
-    part = policy_config.AGGREGATIONS.index(aggregation)
+    part = enums.AGGREGATIONS.index(aggregation)
     for base in portion(backend, BASES, part, 4):
         config = make_config(base, aggregation, CORRECTIONS[1], "k3+", False)
         whole = run(rk.policy_loss, args, options, config=config, normalizer=normalizer)

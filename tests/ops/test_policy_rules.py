@@ -21,7 +21,7 @@ from tests.ops.policy_cases import (
 
 import rlhf_kernels as rk
 from rlhf_kernels import reference
-from rlhf_kernels.config import policy as policy_config
+from rlhf_kernels.config import enums
 from rlhf_kernels.core import env
 from rlhf_kernels.core.sequences import token_weights
 from rlhf_kernels.testing import DTYPES, to_float64
@@ -134,9 +134,9 @@ def test_compile_without_graph_breaks(backend):
     keep=st.sampled_from((0.0, 0.3, 0.9, 1.0)),
     dtype=st.sampled_from(DTYPES),
     base=st.sampled_from(BASES),
-    aggregation=st.sampled_from(policy_config.AGGREGATIONS),
+    aggregation=st.sampled_from(enums.AGGREGATIONS),
     correction=st.sampled_from(CORRECTIONS),
-    estimator=st.sampled_from(policy_config.KL_ESTIMATORS),
+    estimator=st.sampled_from(enums.KL_ESTIMATORS),
     weighted=st.booleans(),
 )
 def test_fuzz(

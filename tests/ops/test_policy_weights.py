@@ -14,7 +14,7 @@ from tests.ops.policy_cases import BASES, Config, make_inputs, portion, run
 
 import rlhf_kernels as rk
 from rlhf_kernels import reference
-from rlhf_kernels.config import policy as policy_config
+from rlhf_kernels.config import enums
 from rlhf_kernels.config.metrics import POLICY_METRICS
 from rlhf_kernels.core import env
 from rlhf_kernels.testing import assert_bitwise_equal, generator, to_float64
@@ -37,7 +37,7 @@ def configs():
         itertools.cycle(("k3", "k1", "k2", "abs")),
         itertools.cycle((None, "ratio", "ratio")),
     )
-    for base, aggregation in itertools.product(BASES, policy_config.AGGREGATIONS):
+    for base, aggregation in itertools.product(BASES, enums.AGGREGATIONS):
         yield Config(
             **base, **TERMS, **next(corrections), aggregation=aggregation,
             kl_estimator=next(estimators), kl_weight=next(weighted),
@@ -142,7 +142,7 @@ def test_bad_weights(backend, bad, monkeypatch):
 
 
 @pytest.mark.parametrize("of", ("tokens", "sequences"))
-@pytest.mark.parametrize("level", policy_config.RATIO_LEVELS)
+@pytest.mark.parametrize("level", enums.RATIO_LEVELS)
 def test_of_the_head_match_fp64(backend, level, of):
     leaves, tokens, constants = policy_problem()
     shape = tokens[0].shape

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import rlhf_kernels as rk
-from rlhf_kernels.config import policy
+from rlhf_kernels.config import options
 
 HERE = Path(__file__).parent / "typing"
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ def test_the_script_runs():
 
 def test_the_options_of_presets_are_the_fields():
     fields = {f.name: f.type for f in dataclasses.fields(rk.PolicyLossConfig)}
-    assert policy.PolicyLossOptions.__annotations__ == fields
+    assert options.PolicyLossOptions.__annotations__ == fields
 
 
 def _mypy(tmp_path):
