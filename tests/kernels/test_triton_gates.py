@@ -4,6 +4,7 @@ They compile for every GPU we name without spilling; they launch what their desi
 write each element as often as it says, and are not compiled anew for another length or coefficient.
 """
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.cases import combinations
 from tests.run_python import run_python
 
 import rlhf_kernels as rk
@@ -82,6 +84,22 @@ def test_the_gate_refuses_bad_kernels(tmp_path):
     assert "forgotten_kernel is never launched" in problems
     # A helper is no kernel.
     assert not any("helper" in name for name in result["kernels"])
+    # What two options do together is seen where every two values meet.
+    assert not any(p.startswith("meeting_kernel") for p in problems)
+    result = run_tool(tmp_path, "--cases", cases, "--target", "sm_90", "--full")
+    found = [p for p in result["problems"] if "meeting_kernel on sm_90" in p and "spilled" in p]
+    assert found and all("A=True B=True" in p for p in found)
+
+
+def test_every_two_values_of_two_options_meet():
+    sizes = {"a": 5, "b": 3, "c": 4, "d": 2, "e": 6}
+    axes = {name: tuple(range(size)) for name, size in sizes.items()}
+    rows = list(combinations.pairs(**axes))
+    for a, b in itertools.combinations(sizes, 2):
+        assert len({(row[a], row[b]) for row in rows}) == sizes[a] * sizes[b]
+    # Not a product in disguise: the two largest axes need 30.
+    assert len(rows) <= 45
+    assert rows == list(combinations.pairs(**axes))
 
 
 def test_main_kernels_keep_to_the_limits_of_their_machine_code():

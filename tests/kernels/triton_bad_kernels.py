@@ -1,5 +1,6 @@
 """Kernels that the gate of triton_aot.py must refuse: that it can fail is tested with these."""
 
+import functools
 import sys
 from collections.abc import Iterator
 
@@ -7,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tests.cases.combinations import one_by_one, pairs
 from tests.kernels.triton_case import Case
 
 from rlhf_kernels.kernels.triton._launch import kernel, launch
@@ -22,6 +24,18 @@ def spilling_kernel(x, BLOCK: tl.constexpr):
     values = tl.load(x + at)
     total = tl.sum(values, axis=0)
     tl.store(x + at, tl.exp(values - total))
+
+
+@kernel
+def meeting_kernel(x, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
+    """As the one above where two of its options meet; with either alone it holds no values."""
+    at = tl.arange(0, BLOCK)
+    if A and B:
+        values = tl.load(x + at)
+        total = tl.sum(values, axis=0)
+        tl.store(x + at, tl.exp(values - total))
+    elif C:
+        tl.store(x + at, 1.0)
 
 
 @kernel
@@ -74,3 +88,7 @@ def cases(full: bool) -> Iterator[Case]:
         "narrow": lambda: launch(narrow_kernel, 1, x, x, 9, ALIGN=4, BLOCK=1024, warps=4),
     }.items():
         yield Case(name, Call(lambda call=call: call() or (), {}, {}, ()))
+    size = {"BLOCK": 1 << 16, "warps": 16}
+    for v in (pairs if full else one_by_one)(A=(False, True), B=(False, True), C=(False, True)):
+        call = functools.partial(launch, meeting_kernel, 1, x, x, **v, **size)
+        yield Case(f"meeting/{v}", Call(lambda call=call: call() or (), {}, {}, ()))

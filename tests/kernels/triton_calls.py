@@ -154,7 +154,7 @@ def sixteen_bits() -> Iterator[Case]:
 
 def rows(full: bool) -> Iterator[Case]:
     yield from sixteen_bits()
-    combine = products if full else one_by_one
+    combine = pairs if full else one_by_one
     axes = {
         "dtype": DTYPES,
         "layout": ROW_LAYOUTS,
@@ -185,14 +185,14 @@ def rows(full: bool) -> Iterator[Case]:
     first = {k: v[:1] for k, v in axes.items() if k not in ("dtype", "layout")}
     some = [*products(**{k: axes[k] for k in ("dtype", "layout")} | first)]
     some += [dict(v, bias=None) for v in some if v["dtype"] is DTYPES[0]]
-    head = products(**axes) if full else some
+    head = [*some, *pairs(**axes)] if full else some
     yield from varied(rk.linear_token_logprobs, head, "_support")
 
     axes = {"dtype": DTYPES, "layout": ROW_LAYOUTS, "direction": enums.DIRECTIONS}
     yield from varied(rk.kl_divergence, combine(**axes))
     axes |= {"entropy": (True, False), "softcap": (None, 30.0), "ref_softcap": (None, 20.0)}
     axes |= {"ref_temperature": ("same", 0.9)}
-    yield from varied(rk.kl_divergence, one_by_one(**axes))
+    yield from varied(rk.kl_divergence, combine(**axes))
     # One tensor at an address that is a multiple of 16, the other not.
     logits = made.call.tensors["logits"]
     shifted = laid(logits, "shifted")
@@ -238,7 +238,7 @@ def general(full: bool) -> Iterator[Case]:
 
 
 def statistics(full: bool) -> Iterator[Case]:
-    combine = products if full else one_by_one
+    combine = pairs if full else one_by_one
     yield from varied(rk.whiten, combine(
         dtype=DTYPES, layout=("padded", "strided"), mask=(torch.bool, None, torch.int64),
         shift_mean=(True, False),
@@ -369,7 +369,7 @@ def mismatch(full: bool) -> Iterator[Case]:
 
 
 def cases(full: bool) -> Iterator[Case]:
-    """All calls: options one at a time, or with `full` any two of them together."""
+    """All calls: options one at a time, or with `full` every two of their values together."""
     yield from examples()
     for of in (rows, scans, general, statistics, policy, value, mismatch):
         yield from of(full)
