@@ -52,7 +52,11 @@ class RowResults(NamedTuple):
 
 
 class RowArguments(NamedTuple):
-    """Options as a caller passes them, checked. The temperature may be a tensor, one per token."""
+    """Options as a caller passes them, checked. The temperature may be a tensor, one per token.
+
+    `kernels` are what `split` gives kernels; `checked` fills it in where no option is a tensor, and
+    remembers it with the rest.
+    """
 
     temperature: float | Tensor
     softcap: float | None
@@ -62,14 +66,22 @@ class RowArguments(NamedTuple):
     lse: bool = False
     collision: bool = False
     argmax: bool = False
+    kernels: RowOptions | None = None
+
+    def of_head(self) -> dict[str, Any]:
+        """Keyword arguments for a reference over a head."""
+        return self._without("kernels")
 
     def of_logits(self) -> dict[str, Any]:
         """Keyword arguments for a reference over logits, which takes no logit_scale."""
-        return {k: v for k, v in self._asdict().items() if k != "logit_scale"}
+        return self._without("kernels", "logit_scale")
 
     def of_policy_loss(self) -> dict[str, Any]:
         """Keyword arguments for the reference of a loss, which skips tokens by its mask."""
-        others = ("entropy", "ignore_index", "lse", "collision", "argmax")
+        results = ("entropy", "lse", "collision", "argmax")
+        return self._without("kernels", "ignore_index", *results)
+
+    def _without(self, *others: str) -> dict[str, Any]:
         return {k: v for k, v in self._asdict().items() if k not in others}
 
     def effective_temperature(self) -> float | Tensor:
@@ -83,6 +95,8 @@ class RowArguments(NamedTuple):
 
         scale * x under a cap c and a temperature T is x under c / scale and T / scale.
         """
+        if self.kernels is not None:
+            return None, self.kernels
         cap = 0.0 if self.softcap is None else self.softcap / self.logit_scale
         temperature = self.effective_temperature()
         others = (
@@ -175,7 +189,8 @@ def _of_options(
             f"{op}: ignore_index must not be {arguments.ignore_index}, which kernels reserve for "
             "sharded vocabularies"
         )
-    return arguments
+    temperatures, kernels = arguments.split()
+    return arguments if temperatures is not None else arguments._replace(kernels=kernels)
 
 
 def without_masked(

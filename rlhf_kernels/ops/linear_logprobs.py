@@ -31,6 +31,7 @@ from .logprobs_results import (
     asked_for,
     by_name,
     named_result,
+    named_results,
 )
 from .support import (
     Support,
@@ -369,7 +370,7 @@ def linear_token_logprobs(
         shard.check_tokens(op, weight.shape[0], labels, effective, keep, shards)
         return named_result(
             *reference.linear_token_logprobs(
-                hidden, weight, labels, bias=bias, **arguments._asdict(), group=shards
+                hidden, weight, labels, bias=bias, **arguments.of_head(), group=shards
             )
         )
     checks.floating(op, "hidden", hidden)
@@ -377,4 +378,4 @@ def linear_token_logprobs(
     found = apply(
         op, _LinearTokenLogprobs, hidden, weight, bias, *tokens, batching, shards, backend
     )
-    return named_result(*by_name(tokens[-1], found))
+    return named_results(tokens[-1], found)

@@ -14,7 +14,14 @@ from ..core.sentinels import SHARD_IGNORED
 from ..head import shard
 from ..kernels import backends
 from ._operator import InputGradients, Operator, apply, define, once_differentiable, remember
-from .logprobs_results import TokenLogprobs, TokenLogprobsEntropy, asked_for, by_name, named_result
+from .logprobs_results import (
+    TokenLogprobs,
+    TokenLogprobsEntropy,
+    asked_for,
+    by_name,
+    named_result,
+    named_results,
+)
 from .support import (
     Support,
     check_empty_support,
@@ -378,14 +385,15 @@ def token_logprobs(
     if (torch.is_grad_enabled() and logits.requires_grad) or tracing.forward_mode():
         args = (*rows, inplace_backward, shards, backend)
         found = apply(op, _TokenLogprobs, *args, plain=plain)
-        return named_result(*by_name(options, found))
+        return named_results(options, found)
     if not plain:
         # A tensor that outlived a transform of torch.func asks for a gradient, and has no memory.
         rows = (layout.constant(logits), *rows[1:])
+    results: Sequence[Any]
     if shards:
         *results, _ = _sharded_forward(*rows, shards, backend)
     else:
         whole = plain and mask is None and rows[2] is None
         # The log-sum-exp is computed from the statistics.
-        results = [*_forward(*rows, options.lse, backend, plain=whole)]
-    return named_result(*by_name(options, asked_for(options, labels, temperatures, *results)))
+        results = _forward(*rows, options.lse, backend, plain=whole)
+    return named_results(options, asked_for(options, labels, temperatures, *results))

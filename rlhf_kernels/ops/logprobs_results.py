@@ -71,3 +71,13 @@ def named_result(
     if entropy is None:
         return TokenLogprobs(logprobs, None, *further)
     return TokenLogprobsEntropy(logprobs, entropy, *further)
+
+
+def named_results(
+    options: RowOptions, found: Sequence[Any]
+) -> TokenLogprobs | TokenLogprobsEntropy:
+    """The public result for the results that the options ask for."""
+    # By far the most frequent; half a microsecond less.
+    if len(found) == 1:
+        return TokenLogprobs(found[0])
+    return named_result(*by_name(options, found))

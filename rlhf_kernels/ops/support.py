@@ -213,7 +213,7 @@ def linear_token_logprobs_support(
         keep, temperature = labels != arguments.ignore_index, arguments.effective_temperature()
         data_checks.support_data(op, labels, temperature, *pair, keep, weight.shape[0])
         return reference.linear_token_logprobs_support(
-            hidden, weight, labels, *pair, bias=bias, **arguments._asdict()
+            hidden, weight, labels, *pair, bias=bias, **arguments.of_head()
         )
     checks.floating(op, "hidden", hidden)
     # The copy has the size of the hidden states, which is small beside logits.
