@@ -34,6 +34,7 @@ from ._common import (
     require_temperature,
 )
 from ._openrlhf_actor import actor_forward
+from ._openrlhf_gate import clipped, gated_weights, gates_by_another_statistic, masked_mean
 from ._patch import Hook, IncompatibleError, Integration, Report, Unsupported
 
 __all__ = ["IncompatibleError", "Report", "patch", "patched", "report", "setup", "unpatch"]
@@ -84,11 +85,6 @@ def _policy_config(policy_loss_type: str, **options: Any) -> rk.PolicyLossConfig
     return rk.PolicyLossConfig.openrlhf(policy_loss_type, **options)
 
 
-def _mean(x: Tensor, mask: Tensor) -> Tensor:
-    kept = mask != 0
-    return torch.where(kept, x, 0).sum() / kept.sum().clamp(min=1)
-
-
 def _normalizer(
     by_token: bool, dp_size: int, tokens: float | None, sequences: float | None
 ) -> float | Tensor | None:
@@ -131,7 +127,14 @@ def _policy_loss(
     options = {"clip_eps_low": self.clip_eps_low, "clip_eps_high": self.clip_eps_high}
     options |= {"dual_clip": self.dual_clip, "token_level_loss": self.token_level_loss}
     gspo = self.policy_loss_type == "gspo"
-    if corrected and not gspo:
+    gated = corrected and not gspo and gates_by_another_statistic(self)
+    filtered = clip_ratio = None
+    if gated:
+        clip_ratio = masked_mean(clipped(self, log_probs - old_log_probs, advantages), mask)
+        weights, filtered = gated_weights(self, old_log_probs, rollout_log_probs, mask)
+        # Every objective is linear in the magnitude of an advantage, and weights are >= 0.
+        advantages = advantages * weights
+    elif corrected and not gspo:
         options |= {
             "is_correction_level": self.is_correction_level,
             "is_correction_mode": self.is_correction_mode,
@@ -148,19 +151,23 @@ def _policy_loss(
         rollout_log_probs if corrected and gspo else old_log_probs,
         advantages,
         mask=mask,
-        rollout_logprobs=rollout_log_probs if corrected and not gspo else None,
+        rollout_logprobs=rollout_log_probs if corrected and not gspo and not gated else None,
         normalizer=_normalizer(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size),
         config=config,
     )
-    clip_ratio = metrics["clip_frac_low"] + metrics["clip_frac_high"]
+    if clip_ratio is None:
+        clip_ratio = metrics["clip_frac_low"] + metrics["clip_frac_high"]
     if not corrected or gspo:
-        kl = metrics["k1_old"] if not gspo else _mean(old_log_probs - log_probs.detach(), mask)
+        kl = metrics["k1_old"]
+        if gspo:
+            kl = masked_mean(old_log_probs - log_probs.detach(), mask)
         return loss, clip_ratio, kl, None, None
-    low, high = self.is_correction_threshold
     difference = old_log_probs - rollout_log_probs
-    weight = difference.exp()
-    filtered = _mean(((weight < low) | (weight > high)).float(), mask)
-    return loss, clip_ratio, metrics["k1_old"], _mean(-difference, mask), filtered
+    if filtered is None:
+        low, high = self.is_correction_threshold
+        weight = difference.exp()
+        filtered = masked_mean(((weight < low) | (weight > high)).float(), mask)
+    return loss, clip_ratio, metrics["k1_old"], masked_mean(-difference, mask), filtered
 
 
 def _value_loss(

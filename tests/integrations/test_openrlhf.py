@@ -248,7 +248,6 @@ def test_kl(estimator, unbiased, old):
         close(a, b, 2 * FP32)
 
 
-SEQUENCE_LEVEL = {"is_correction_level": "seq", "is_correction_threshold": (0.5, 2.0)}
 LOSSES = (
     {},
     {"dual_clip": 1.75},
@@ -261,7 +260,20 @@ LOSSES = (
         "is_correction_mode": "clip",
         "is_correction_threshold": [0.8, 1.2],
     },
-    SEQUENCE_LEVEL,
+    {"is_correction_level": "seq", "is_correction_threshold": (0.95, 1.03)},
+    *(
+        {
+            "is_correction_level": level,
+            "is_correction_gating": gating,
+            "is_correction_threshold": [0.0, most],
+        }
+        for level, gating, most in (
+            ("token", "tv", 0.05),
+            ("seq", "tv", 0.035),
+            ("token", "binary_kl", 0.02),
+            ("seq", "binary_kl", 0.01),
+        )
+    ),
 )
 
 
@@ -284,10 +296,9 @@ def test_policy_loss(options, distributed):
     expected = once()
     with openrlhf.patched():
         found = once()
-    if options is SEQUENCE_LEVEL:
-        assert not openrlhf.report().served and "seq" in str(openrlhf.report())
-    else:
-        assert openrlhf.report().served == {"PolicyLoss.forward": 1}
+    assert openrlhf.report().served == {"PolicyLoss.forward": 1}
+    if options.get("is_correction_level", "off") != "off" and "policy_loss_type" not in options:
+        assert 0.05 < expected[4] < 0.95
     close(found[0], expected[0], 2 * FP32, scale=float(expected[-1].abs().sum()))
     close(found[-1], expected[-1], 4 * FP32)
     assert expected[1] > 0.05

@@ -70,6 +70,7 @@ VARIANTS = (
     Variant(
         "dual clip", "verl, OpenRLHF, NeMo-RL, AReaL (c_clip), slime", PPO.format("dual_clip=3.0"),
         lambda t: mean(dual(t), t),
+        note="AReaL's bound, c times the absolute advantage, binds for negative advantages alone.",
         theirs=verl("vanilla", clip_ratio_c=3.0)),
     Variant(
         "two-sided clip", "TRL (delta), INTELLECT-2", PPO.format("delta=1.6"),
@@ -369,6 +370,8 @@ VARIANTS = (
             clipped(ratio(t), t.advantages)
             + 0.04 * k3(t) * torch.exp(t.logprobs - t.logprobs.detach()), t
         ),
+        note="Its clamps (`kl_input_clamp=20, kl_value_clamp=10`) end the weight's gradient too, "
+        "which ours do not.",
     ),
     Variant(
         "KL weighted by the detached ratio, at most 10", "OpenRLHF",
