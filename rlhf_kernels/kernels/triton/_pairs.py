@@ -50,15 +50,15 @@ def row_stats(stats, row, valid):
 
 
 @triton.jit
-def distances(x, y, inside, m, ref_m, temperature, pair):
-    """(distance of the logits at x to m, their slope, distance of those at y to ref_m).
+def distances(x, y, column, inside, m, ref_m, temperature, pair):
+    """(distance to m, slope) of the policy's logits at x + column, and that to ref_m of those at y.
 
     `pair` has the options of the policy, then of the reference. Only what is `inside` is read.
     """
     cap, _, ref_cap, ref_scale = pair
-    own = tl.load(x, mask=inside, other=0.0).to(tl.float32)
+    own = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
     own, slope = with_options(own, (temperature, cap))
-    ref = tl.load(y, mask=inside, other=0.0).to(tl.float32)
+    ref = tl.load(y + column, mask=inside, other=0.0).to(tl.float32)
     ref, _ = with_options(ref, (temperature, ref_cap))
     return own - m, slope, scaled(ref, ref_scale) - ref_m
 

@@ -279,9 +279,9 @@ def backward_kernel(
         tl.store(to, tl.zeros((TILE,), tl.float32).to(to.dtype.element_ty), mask=inside)
     else:
         m, ref_m = tl.load(of_row), tl.load(of_row + 1)
-        x = token_at(logits, row, cols, ALIGN) + first + column
-        y = token_at(ref_logits, row, cols, ALIGN) + first + column
-        d, slope, ref_d = distances(x, y, inside, m, ref_m, temperature, pair)
+        x = token_at(logits, row, cols, ALIGN) + first
+        y = token_at(ref_logits, row, cols, ALIGN) + first
+        d, slope, ref_d = distances(x, y, column, inside, m, ref_m, temperature, pair)
         rate = 1.0 / temperature
         e = weight_of(d, rate)
         if beta is not None:

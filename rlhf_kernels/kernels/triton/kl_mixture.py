@@ -56,10 +56,10 @@ def mixture_kernel(
     column = tl.arange(0, TILE)
     inside = column < count
     of_row = constants + row.to(tl.int64) * 5
-    x = token_at(logits, row, cols, ALIGN) + first + column
-    y = token_at(ref_logits, row, cols, ALIGN) + first + column
+    x = token_at(logits, row, cols, ALIGN) + first
+    y = token_at(ref_logits, row, cols, ALIGN) + first
     m, ref_m = tl.load(of_row), tl.load(of_row + 1)
-    d, _, ref_d = distances(x, y, inside, m, ref_m, temperature, pair)
+    d, _, ref_d = distances(x, y, column, inside, m, ref_m, temperature, pair)
     rate = 1.0 / temperature
     log_ratio = log_of_ratio(d, ref_d, rate, tl.load(of_row + 4))
     of_p, of_q = mixture_terms(log_ratio, scalar(beta))
