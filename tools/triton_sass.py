@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tools import cuda_sass, triton_aot
+from tools import cuda_code, cuda_sass, triton_aot, triton_record
 from tools.cuda_budgets import VOCABULARY
 from tools.tables import options_of_report, table
 
@@ -57,7 +57,7 @@ class Point:
 
 
 class Call(NamedTuple):
-    """A call in the form that `triton_aot.record` takes: it is a case and its call in one."""
+    """A call in the form that `triton_record.record` takes: it is a case and its call in one."""
 
     name: str
     function: Callable[..., Any]
@@ -175,9 +175,9 @@ def installed(library: str) -> bool:
     return importlib.util.find_spec({"TRL": "trl", "Liger": "liger_kernel"}[library]) is not None
 
 
-def instructions(cubin: bytes) -> list[cuda_sass.Instruction]:
+def instructions(cubin: bytes) -> list[cuda_code.Instruction]:
     """The instructions of the one kernel in a cubin."""
-    tool = cuda_sass.disassembler()
+    tool = cuda_code.disassembler()
     assert tool is not None  # triton compiled the cubin
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -190,7 +190,7 @@ def instructions(cubin: bytes) -> list[cuda_sass.Instruction]:
             check=True,
             env=os.environ | {"PATH": path},
         ).stdout
-    (code,) = cuda_sass.listing(text).values()
+    (code,) = cuda_code.listing(text).values()
     return code
 
 
@@ -200,8 +200,8 @@ def figures(point: Point, arch: int) -> Figures:
     Raises:
         LookupError: the call launches no such kernel, or its code has no such path.
     """
-    target = triton_aot.TARGETS[f"sm_{arch}"]
-    recorder, _ = triton_aot.record(target, [point.call()])
+    target = triton_record.TARGETS[f"sm_{arch}"]
+    recorder, _ = triton_record.record(target, [point.call()])
     chosen = [v for v in recorder.variants.values() if v.kernel == point.kernel]
     if len(chosen) != 1:
         found = sorted(v.kernel for v in recorder.variants.values())
@@ -213,12 +213,12 @@ def figures(point: Point, arch: int) -> Figures:
     # A thread's columns of one row.
     units = columns // (32 * warps)
     code = instructions(binary.asm["cubin"])
-    path_of = cuda_sass.loop_path if point.loops else cuda_sass.fast_path
+    path_of = cuda_code.loop_path if point.loops else cuda_code.fast_path
     path = path_of(code, {r"MUFU\.EX2": units * point.exponentials})
     share = -(-VOCABULARY // columns) * columns / VOCABULARY / units
     usage = triton_aot.cubin_usage(binary.asm["cubin"])
     blocks = triton_aot.nvidia_blocks(target, usage["REG"], warps, binary.metadata.shared)
-    flying, _ = cuda_sass.memory(path)
+    flying, _ = cuda_code.memory(path)
     return Figures(
         instructions=len(path) * share,
         exponentials=sum(x.operation.startswith("MUFU") for x in path) * share,

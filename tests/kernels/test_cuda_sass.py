@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tools import cuda_budgets, cuda_resources, cuda_sass
+from tools import cuda_budgets, cuda_code, cuda_resources, cuda_sass
 
 needs_tools = pytest.mark.skipif(
-    cuda_resources.nvcc() is None or cuda_sass.disassembler() is None,
+    cuda_resources.nvcc() is None or cuda_code.disassembler() is None,
     reason="needs nvcc and the disassembler of the triton package",
 )
 FILES = sorted({b.file for b in cuda_budgets.BUDGETS})
@@ -22,10 +22,10 @@ def test_kernels_keep_to_their_budgets(file, arch):
     assert [p for b in own for p in cuda_sass.figures(b, arch).problems(b, arch)] == []
 
 
-def code(text: str) -> list[cuda_sass.Instruction]:
+def code(text: str) -> list[cuda_code.Instruction]:
     """Instructions of 16 bytes, one a line."""
     return [
-        cuda_sass.Instruction(16 * i, line.strip())
+        cuda_code.Instruction(16 * i, line.strip())
         for i, line in enumerate(text.strip().split("\n"))
     ]
 
@@ -57,16 +57,16 @@ BRANCHES = code("""
     ],
 )
 def test_the_fast_path_is_the_cheapest_that_holds_what_it_must(holds, addresses):
-    path = cuda_sass.fast_path(BRANCHES, holds)
+    path = cuda_code.fast_path(BRANCHES, holds)
     assert [x.address // 16 for x in path] == addresses
 
 
 def test_the_cheapest_iteration_of_a_loop():
-    path = cuda_sass.loop_path(BRANCHES, {r"LDG\.E\.U16": 1})
+    path = cuda_code.loop_path(BRANCHES, {r"LDG\.E\.U16": 1})
     assert [x.address // 16 for x in path] == [2, 3, 4]
     # The exponentials are outside the loop.
     with pytest.raises(LookupError, match="no loop"):
-        cuda_sass.loop_path(BRANCHES, {"MUFU": 1})
+        cuda_code.loop_path(BRANCHES, {"MUFU": 1})
 
 
 # The short way calls a subroutine; a shuffle has another one for a warp that has parted.
@@ -87,7 +87,7 @@ WAYS = code("""
 
 
 def test_slow_ways_are_not_the_fast_path():
-    path = cuda_sass.fast_path(WAYS, {})
+    path = cuda_code.fast_path(WAYS, {})
     assert [x.address // 16 for x in path] == [0, 4, 5, 6, 7, 8]
 
 
@@ -95,7 +95,7 @@ def test_slow_ways_are_not_the_fast_path():
 def test_a_path_that_is_not_there_is_an_error(holds):
     # A loop counts once: it cannot make up for what the path lacks.
     with pytest.raises(LookupError, match="no path"):
-        cuda_sass.fast_path(BRANCHES, holds)
+        cuda_code.fast_path(BRANCHES, holds)
 
 
 TOGETHER = code("""
@@ -125,12 +125,12 @@ CHAINED = code("""
     "path,most,waits", [(TOGETHER, 17, 1), (ONE_BY_ONE, 16, 2), (CHAINED, 8, 2)]
 )
 def test_loads_that_wait_for_one_another_are_seen(path, most, waits):
-    assert cuda_sass.memory(path) == (most, waits)
+    assert cuda_code.memory(path) == (most, waits)
 
 
 def test_widths_of_loads_and_stores():
-    assert cuda_sass._widths(TOGETHER, "LDG") == {1: 1, 16: 1}
-    assert cuda_sass._widths(CHAINED, "STG") == {16: 1}
+    assert cuda_code.widths(TOGETHER, "LDG") == {1: 1, 16: 1}
+    assert cuda_code.widths(CHAINED, "STG") == {16: 1}
     sizes = [x.width for x in code("LDG.E.U16 R1\nLDG.E.64.CONSTANT R1\nSTG.E R1\nLDG.E.U8 R1")]
     assert sizes == [2, 8, 4, 1]
 
