@@ -87,7 +87,8 @@ RK_HD GateTerm<V> policy_gate(V logprob, V anchor, V a, V distance, const Policy
   if (c.gate == kOpsmGate)
     return {select_less(a, zero, select_less(low, distance, one, zero), zero), zero};
   if (c.gate == kRatioGate) {
-    const V x = logprob - anchor;
+    // An infinite log-ratio is not beyond a bound that is absent.
+    const V most(kUnbounded), x = clamp(logprob - anchor, -most, most);
     return {select_less(x, low, one, zero), select_less(high, x, one, zero)};
   }
   GateTerm<V> t;

@@ -62,6 +62,8 @@ def logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
 def hidden_into(out: Tensor, g: Tensor, weight: Tensor, add: bool = False) -> None:
     """out [n, H] = g [n, columns] @ weight [columns, H], or out += that."""
     if widens(weight):
+        if weight.shape[0] == 0 and not add:  # a shard without columns
+            out.zero_()
         for rows in blocks(weight.shape[0], _WIDE_ROWS):
             hidden_into(out, g[:, rows], weight[rows].float(), add or rows.start > 0)
     elif _by_onednn("hidden", out, g, weight):

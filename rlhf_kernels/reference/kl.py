@@ -91,7 +91,9 @@ def mixture_terms(logp: Tensor, logq: Tensor, beta: float) -> tuple[Tensor, Tens
     """
     d = logp - logq
     smaller = d < 0
-    log_m = torch.log1p(torch.where(smaller, 1 - beta, beta) * torch.expm1(-d.abs()))
+    # Not abs, whose slope of 0 at 0 is neither side's.
+    below = torch.where(smaller, d, -d)
+    log_m = torch.log1p(torch.where(smaller, 1 - beta, beta) * torch.expm1(below))
     return torch.where(smaller, d - log_m, -log_m), torch.where(smaller, -log_m, -log_m - d)
 
 

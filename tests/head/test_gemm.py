@@ -130,6 +130,10 @@ def test_fp16_is_widened(library, add):
     assert_within_product_bound(logits, hidden.float(), weight.float().T, torch.zeros(8, 17))
     assert_within_product_bound(out, g, weight.float(), before)
     assert bool(library[1]) == library[0]
+    # A shard without columns adds nothing, and what was in the memory is not read.
+    out = before.clone() if add else torch.full((8, 4), torch.nan)
+    gemm.hidden_into(out, g[:, :0], weight[:0], add)
+    assert torch.equal(out, before)
 
 
 @pytest.mark.parametrize("vendor, family, flags, expected", [

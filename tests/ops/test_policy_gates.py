@@ -149,6 +149,22 @@ def test_extremes_of_gates(backend, gate):
     assert rk.policy_loss(lp, old, a, mask * 0 + 1, config=config).loss.isnan()
 
 
+def test_an_infinite_ratio_is_within_a_bound_that_is_absent(backend):
+    inf = math.inf
+    lp = torch.tensor([[-inf, -0.5, -1.0, -1.0, -1.0]])
+    old = torch.tensor([[-1.0, -inf, -1.0, -3.0, -0.1]])
+    args = (lp, old, torch.ones(1, 5), torch.ones(1, 5, dtype=torch.bool))
+    for bounds, low, high in (
+        ({"gate_high": 1.5}, 0, 2),
+        ({"gate_low": 0.5}, 2, 0),
+        ({"gate_low": 0.0, "gate_high": 1.5}, 0, 2),
+        ({"gate_low": 1e-30, "gate_high": 1e30}, 1, 1),
+    ):
+        metrics = rk.policy_loss(*args, config=Config(gate="ratio", **bounds)).metrics
+        found = [round(5 * float(metrics[f"gate_frac_{side}"])) for side in ("low", "high")]
+        assert found == [low, high], bounds
+
+
 def test_bits_of_rows_packing_masks_and_compilation(backend):
     lengths = [130, 0, 1, 33, 130]
     args, options = drawn(5, 130)

@@ -4,9 +4,8 @@ import triton
 import triton.language as tl
 
 from ...config import enums
-from ...config.policy_codes import UNBOUNDED
 from ._math import exp_reduced, power_of_two
-from .policy_math import TRUNCATE, clamp
+from .policy_math import ABSENT, TRUNCATE, clamp
 
 NONE, TOKEN, SEQUENCE, GEOMETRIC, SEQUENCE_MEAN, SEQUENCE_MAX = (
     tl.constexpr(i) for i in range(len(enums.MISMATCH_CODES))
@@ -17,7 +16,7 @@ NONE, TOKEN, SEQUENCE, GEOMETRIC, SEQUENCE_MEAN, SEQUENCE_MAX = (
     S_EXCESS, S_EXCESS2, S_WEIGHT, S_WEIGHT2, S_OFF, S_OFF2, S_LOW, S_HIGH,
 ) = (tl.constexpr(i) for i in range(18))  # fmt: skip
 SUMS, ENDS = tl.constexpr(18), tl.constexpr(4)
-ABSENT, BOUND = tl.constexpr(UNBOUNDED), tl.constexpr(1.0e30)
+BOUND = tl.constexpr(1.0e30)
 
 
 @triton.jit

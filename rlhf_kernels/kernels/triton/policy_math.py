@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ...config import enums
+from ...config.policy_codes import UNBOUNDED
 from ._math import exp_parts
 
 
@@ -34,6 +35,8 @@ TRUNCATE, MASK = _codes(enums.CORRECTION_MODES)
 TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, CONSTANT = _codes(enums.AGGREGATIONS)
 # Every exp(x) here clamps x to +-40: LOG_RATIO_BOUND of config/policy.py.
 BOUND = tl.constexpr(40.0)
+# Stands for an absent upper bound, and its negative for a lower one.
+ABSENT = tl.constexpr(UNBOUNDED)
 
 
 @triton.jit
@@ -91,7 +94,8 @@ def exceeds(bound, known, q_less_1, others, of_others):
 def policy_gate(logprob, anchor, a, c, GATE: tl.constexpr, TWO_SIDED: tl.constexpr):
     """Whether the gate drops a token at its lower, and at its upper bound."""
     if GATE == RATIO_GATE:
-        x = logprob - anchor
+        # An infinite log-ratio is not beyond a bound that is absent.
+        x = clamp(logprob - anchor, -ABSENT, ABSENT)
         low, high = x < c.gate_low, x > c.gate_high
     else:
         if GATE == TV_GATE:
