@@ -121,6 +121,15 @@ def test_against_a_scalar_loop(backend):
             assert found.entropy[i].item() == pytest.approx(entropy, rel=3e-6)
 
 
+def test_the_policys_share_keeps_its_digits(backend):
+    """The gradient has the factor 1 - beta, of which a difference in fp32 has few digits."""
+    logits, ref = pair(3, 300)
+    options = {"direction": "jsd", "beta": 1 - 1e-6}
+    *_, found = run(ours, logits, ref, torch.ones(3), **options)
+    *_, exact = run(plain, logits.double(), ref.double(), torch.ones(3), **options)
+    assert (found - exact).abs().max() < 2e-6 * exact.abs().max()
+
+
 def test_ends_of_beta_are_the_other_directions(backend):
     logits, ref = pair(4, 700)
     for beta, direction in ((0, "forward"), (1, "reverse")):

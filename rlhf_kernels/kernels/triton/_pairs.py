@@ -1,14 +1,15 @@
 """Pairs of rows of logits in kernels: their options, statistics, weights, and terms of a mixture.
 
 `pair` is a tuple of the cap and the scale of one row's logits, then those of the other's; None for
-what is off.
+what is off. `beta` is (beta, 1 - beta) of a mixture, or None: a kernel knows both in fp32, and their
+difference from 1 would lose the digits of a small share.
 """
 
 import triton
 import triton.language as tl
 
 from ...core.pair_options import PairOptions
-from ._math import LOG2E, exp_parts
+from ._math import LOG2E, exp_parts, scalar
 from ._rows import with_options
 from .logprobs_backward import LOWEST
 
@@ -19,6 +20,11 @@ def packed(options: PairOptions) -> tuple[float | None, ...]:
     caps = (float(c) if c > 0 else None for c in (options.softcap, options.ref_softcap))
     own, ref = caps
     return own, None, ref, None if options.ref_scale == 1.0 else float(options.ref_scale)
+
+
+def shares(options: PairOptions) -> tuple[float, float] | None:
+    """`beta` of a kernel."""
+    return (float(options.beta), 1.0 - options.beta) if options.beta > 0 else None
 
 
 @triton.jit
@@ -106,11 +112,11 @@ def log_of_sum(v, total):
 @triton.jit
 def mixture_terms(d, beta):
     """(log(p / m), log(q / m)) from d = log(p / q): `mixture_terms` of csrc/kl_math.h."""
-    other = 1.0 - beta
+    share, other = scalar(beta[0]), scalar(beta[1])
     # A NaN fails the comparison and stays.
     a = tl.where(tl.abs(d) > 80.0, -80.0, -tl.abs(d))
     smaller = d < 0.0
-    c, rest = tl.where(smaller, other, beta), tl.where(smaller, beta, other)
+    c, rest = tl.where(smaller, other, share), tl.where(smaller, share, other)
     e, em1, _ = exp_parts(a)
     log_m = log_of_sum(c * em1, c * e + rest)
     return tl.where(smaller, d - log_m, -log_m), tl.where(smaller, -log_m, -log_m - d)

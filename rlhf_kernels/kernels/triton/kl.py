@@ -28,6 +28,7 @@ from ._pairs import (
     packed,
     row_stats,
     scaled_blocks,
+    shares,
     weight_of,
 )
 from ._strided import alignment, in_units, strided, strided_rows, token_at
@@ -231,7 +232,7 @@ def coefficients_kernel(
     upstream = g.to(tl.float64) / scalar(temperature).to(tl.float64)
     width = 4
     if beta is not None:
-        upstream *= 1.0 - scalar(beta).to(tl.float64)
+        upstream *= scalar(beta[1]).to(tl.float64)
         width = 5
     upstream += poison
     a, b = upstream / s, mean
@@ -286,7 +287,7 @@ def backward_kernel(
         e = weight_of(d, rate)
         if beta is not None:
             log_ratio = log_of_ratio(d, ref_d, rate, tl.load(of_row + 4))
-            excess = mixture_terms(log_ratio, scalar(beta))[0] - b
+            excess = mixture_terms(log_ratio, beta)[0] - b
             dz = tl.where(e == 0.0, 0.0, e * a * excess)
         elif REVERSE:
             dz = tl.where(e == 0.0, 0.0, e * a * ((d - ref_d - b) * rate))
@@ -345,7 +346,7 @@ def _backward(
 ) -> None:
     (rows, cols), vocab = grid(logits.shape[:-1]), logits.shape[-1]
     logits, ref_logits = as_rows(logits), as_rows(ref_logits)
-    scale, beta = float(options.temperature), options.beta or None
+    scale, beta = float(options.temperature), shares(options)
     coefficients = stats.new_empty(rows * cols * (4 if beta is None else 5))
     launch(
         coefficients_kernel,

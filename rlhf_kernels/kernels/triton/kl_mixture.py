@@ -10,7 +10,15 @@ from ...core.layout import as_rows, grid
 from ...core.pair_options import PairOptions
 from ._launch import kernel, launch, tile_count
 from ._math import scalar, tree_sum
-from ._pairs import distances, log_of_ratio, mixture_terms, packed, row_stats, weight_of
+from ._pairs import (
+    distances,
+    log_of_ratio,
+    mixture_terms,
+    packed,
+    row_stats,
+    shares,
+    weight_of,
+)
 from ._strided import alignment, in_units, strided_rows, token_at
 from ._tiles import tile_bounds
 from .logprobs import GROUP
@@ -62,7 +70,7 @@ def mixture_kernel(
     d, _, ref_d = distances(x, y, column, inside, m, ref_m, temperature, pair)
     rate = 1.0 / temperature
     log_ratio = log_of_ratio(d, ref_d, rate, tl.load(of_row + 4))
-    of_p, of_q = mixture_terms(log_ratio, scalar(beta))
+    of_p, of_q = mixture_terms(log_ratio, beta)
     p = weight_of(d, rate) * tl.load(of_row + 2)
     q = weight_of(ref_d, rate) * tl.load(of_row + 3)
     out = partials + pid.to(tl.int64) * 2
@@ -82,8 +90,7 @@ def mixture_combine_kernel(partials, kl, stats, tiles, beta, GROUP: tl.constexpr
         at = partials + (row * tiles + tile) * 2
         of_p += tree_sum(tl.load(at, mask=inside, other=0.0).to(tl.float64), GROUP)
         of_q += tree_sum(tl.load(at + 1, mask=inside, other=0.0).to(tl.float64), GROUP)
-    weight = scalar(beta).to(tl.float64)
-    value = weight * of_q + (1.0 - weight) * of_p
+    value = scalar(beta[0]).to(tl.float64) * of_q + scalar(beta[1]).to(tl.float64) * of_p
     # Never negative, but rounding may make it so. NaN stays.
     tl.store(kl + row, tl.where(value < 0.0, 0.0, value).to(tl.float32))
     tl.store(stats + row * 5 + 4, of_p.to(tl.float32))
@@ -94,7 +101,7 @@ def mixture(
 ) -> None:
     """Overwrites kl, and the last of the statistics of both rows; of at least one token."""
     (rows, cols), vocab = grid(kl.shape), logits.shape[-1]
-    tiles, beta = tile_count(vocab, TILE), float(options.beta)
+    tiles, beta = tile_count(vocab, TILE), shares(options)
     logits, ref_logits = as_rows(logits), as_rows(ref_logits)
     constants = kl.new_empty(rows * cols * 5)
     partials = kl.new_empty(rows * cols * tiles * 2)
