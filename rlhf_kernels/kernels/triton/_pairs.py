@@ -1,8 +1,8 @@
 """Pairs of rows of logits in kernels: their options, statistics, weights, and terms of a mixture.
 
 `pair` is a tuple of the cap and the scale of one row's logits, then those of the other's; None for
-what is off. `beta` is (beta, 1 - beta) of a mixture, or None: a kernel knows both in fp32, and their
-difference from 1 would lose the digits of a small share.
+what is off. `beta` is (beta, 1 - beta) of a mixture, or None: a kernel has numbers in fp32, where
+the difference from 1 would lose the digits of a small share.
 """
 
 import triton

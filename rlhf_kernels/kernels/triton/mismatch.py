@@ -24,7 +24,6 @@ from ._tokens import (
 )
 from .mismatch_judge import JUDGED, judge_kernel
 from .mismatch_math import (
-    ABSENT,
     BOUND,
     ENDS,
     S_K3,
@@ -35,7 +34,7 @@ from .mismatch_math import (
     exp_whole,
     is_outside,
 )
-from .policy_math import clamp, flag
+from .policy_math import ABSENT, clamp, flag
 
 # Rows of the scratch [ROWS, slots].
 ROWS = SUMS.value + ENDS.value

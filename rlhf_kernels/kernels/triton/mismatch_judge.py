@@ -6,7 +6,6 @@ import triton.language as tl
 from ._launch import INTERPRETED, kernel
 from ._tokens import bad_offsets, pick
 from .mismatch_math import (
-    ABSENT,
     GEOMETRIC,
     NONE,
     S_EXCESS,
@@ -36,7 +35,7 @@ from .mismatch_math import (
     exp_whole,
     is_outside,
 )
-from .policy_math import clamp, flag
+from .policy_math import ABSENT, clamp, flag
 
 # Rows of a block of sums of sequences; a power of two.
 BLOCK = tl.constexpr(32)
