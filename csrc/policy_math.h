@@ -5,10 +5,10 @@
 namespace rk {
 namespace {
 
-// An absent bound: UNBOUNDED of config/policy.py.
+// An absent bound: UNBOUNDED of config/policy_codes.py.
 constexpr float kUnbounded = 3.0e38f;
 
-// Every exp(x) here clamps x to +-40: LOG_RATIO_BOUND of config/policy.py.
+// Every exp(x) here clamps x to +-40: LOG_RATIO_BOUND of config/policy_codes.py.
 constexpr float kLogRatioBound = 40.0f;
 
 template <class V>

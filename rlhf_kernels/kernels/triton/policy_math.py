@@ -33,7 +33,7 @@ NO_GATE, TV_GATE, BINARY_KL_GATE, RATIO_GATE, OPSM_GATE = _codes(enums.GATE_CODE
 OLD_ANCHOR, ROLLOUT_ANCHOR = _codes(enums.GATE_ANCHORS)
 TRUNCATE, MASK = _codes(enums.CORRECTION_MODES)
 TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, CONSTANT = _codes(enums.AGGREGATIONS)
-# Every exp(x) here clamps x to +-40: LOG_RATIO_BOUND of config/policy.py.
+# Every exp(x) here clamps x to +-40: LOG_RATIO_BOUND of config/policy_codes.py.
 BOUND = tl.constexpr(40.0)
 # Stands for an absent upper bound, and its negative for a lower one.
 ABSENT = tl.constexpr(UNBOUNDED)
