@@ -71,7 +71,7 @@ def areal(
     **options: "Unpack[Options]",
 ) -> Config:
     """The actor's loss of AReaL (`grpo_loss_fn`); names and defaults of its PPOActorConfig. Read in
-    May 2026.
+    1.0.4.
 
     The log-ratio is not clamped. AReaL writes its dual clip as c |A|, which binds only where A < 0:
     it is dual_clip=c_clip. Its proximal_logprobs (prox_logp) are the old_logprobs here, recomputed

@@ -105,10 +105,12 @@ def skyrl(
         seq_mean_token_sum_norm    B L                             n / L
         prompt_mean                1; advantages / (P N_p)         B n / (P N_p)
 
-    B counts rows without an unmasked token; normalizer=None excludes them. SkyRL averages the
-    entropy over tokens of a micro-batch. The bonus is therefore accepted only with the two token
-    means and without KL; with token_mean it equals SkyRL if micro-batches have equal numbers of
-    tokens.
+    SkyRL sums the gradients of ranks; divide the normalizer by their number where gradients are
+    averaged. B counts rows without an unmasked token; normalizer=None excludes them.
+
+    SkyRL averages the entropy over tokens of a micro-batch. The bonus is therefore accepted only
+    with the two token means and without KL; with token_mean it equals SkyRL if micro-batches have
+    equal numbers of tokens.
 
     SkyRL's metric clip_ratio is clip_frac_low + clip_frac_high here (cispo: of any sign of the
     advantage; dppo and rollout_is: gate_frac_low + gate_frac_high); policy_kl is kl_loss, and
