@@ -14,6 +14,7 @@ through a sequence's ratio. The backward pass is one launch.
 
 from collections.abc import Callable, Sequence
 
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -77,6 +78,27 @@ from .policy_math import (
 REGISTERS = 128
 
 
+@triton.jit
+def sequence_log_weight(partials, slots, k, length, CORRECTION: tl.constexpr, TILE: tl.constexpr):
+    """The logarithm of the weight of a tile's sequence: a sum over its tokens, or their mean."""
+    total = sequence_total(partials + LOG_WEIGHT * slots, k, length, TILE)
+    if CORRECTION == GEOMETRIC_CORRECTION:
+        n = sequence_total(partials + TOKENS * slots, k, length, TILE)
+        total *= inverse(tl.where(n > 1.0, n, 1.0))
+    return total.to(tl.float32)
+
+
+@triton.jit
+def sequence_log_distance(partials, slots, k, length, ANCHOR: tl.constexpr, TILE: tl.constexpr):
+    """The mean of logprob - anchor over the tokens of a tile's sequence, as a gate takes it."""
+    away = sequence_total(partials + LOG_RATIO * slots, k, length, TILE)
+    if ANCHOR == ROLLOUT_ANCHOR:
+        away += sequence_total(partials + LOG_WEIGHT * slots, k, length, TILE)
+    n = sequence_total(partials + TOKENS * slots, k, length, TILE)
+    away *= inverse(tl.where(n > 1.0, n, 1.0))
+    return away.to(tl.float32)
+
+
 @kernel
 def policy_kernel(
     batch,
@@ -134,11 +156,7 @@ def policy_kernel(
         sampled = load_kept(rollout, s, at, i, kept)
         log_w = log_weight(before, sampled)
         if CORRECTION == SEQUENCE_CORRECTION or CORRECTION == GEOMETRIC_CORRECTION:
-            total = sequence_total(partials + LOG_WEIGHT * slots, k, length, TILE)
-            if CORRECTION == GEOMETRIC_CORRECTION:
-                n = sequence_total(partials + TOKENS * slots, k, length, TILE)
-                total *= inverse(tl.where(n > 1.0, n, 1.0))
-            log_w = zero + total.to(tl.float32)
+            log_w = zero + sequence_log_weight(partials, slots, k, length, CORRECTION, TILE)
         correction = correction_weight(log_w, c, MODE)
         w_sum = tl.where(kept, correction, 0.0)
         if CORRECTION != NO_CORRECTION:
@@ -146,12 +164,7 @@ def policy_kernel(
     of_objective = logprob
     if GATE != NO_GATE:
         if GATE == OPSM_GATE:
-            away = sequence_total(partials + LOG_RATIO * slots, k, length, TILE)
-            if ANCHOR == ROLLOUT_ANCHOR:
-                away += sequence_total(partials + LOG_WEIGHT * slots, k, length, TILE)
-            n = sequence_total(partials + TOKENS * slots, k, length, TILE)
-            away *= inverse(tl.where(n > 1.0, n, 1.0))
-            distance = zero - away.to(tl.float32)
+            distance = zero - sequence_log_distance(partials, slots, k, length, ANCHOR, TILE)
             below, above = (a < 0.0) & (distance > c.gate_low), zero > 0.0
         else:
             anchor = before
