@@ -93,7 +93,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("freed_pages_leave", &freed_pages_leave, py::arg("devices") = "/sys/bus/virtio/devices",
         "Whether a hypervisor takes back the pages that this machine frees.");
   m.def("learn_torch", &TensorView::learn_torch,
-        "Takes torch's types of tensors, and the code in abi.h of each of its dtypes.");
+        "Takes torch's types of tensors, and the code in abi_types.h of each of its dtypes.");
   m.def("plain", &plain, "See bind/arguments.h.");
   // See module_cuda.cpp.
   m.attr("gpu") = false;

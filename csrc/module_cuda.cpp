@@ -71,7 +71,7 @@ PYBIND11_MODULE(RK_MODULE, m) {
   m.attr("architectures") = architectures();
   // GPU kernels report bad data by NaN results, not by a status.
   m.def("learn_torch", &TensorView::learn_torch,
-        "Takes torch's types of tensors, and the code in abi.h of each of its dtypes.");
+        "Takes torch's types of tensors, and the code in abi_types.h of each of its dtypes.");
   m.attr("gpu") = true;
   m.def("driver_version", &cuda::driver_version, "1000 * major + 10 * minor; 0 without a driver.");
   m.def("runtime_version", &cuda::runtime_version, "The CUDA version that this is built with.");

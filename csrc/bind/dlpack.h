@@ -62,7 +62,7 @@ inline bool view(pybind11::handle object, View* out) {
 
 enum Kind : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBFloat = 4, kTruth = 6 };
 
-// The code in abi.h of a view's dtype, or -1 where no kernel takes it.
+// The code in abi_types.h of a view's dtype, or -1 where no kernel takes it.
 inline int32_t dtype_of(const View& v) {
   if (v.lanes != 1) return -1;
   switch (v.kind) {

@@ -10,7 +10,7 @@
 namespace rk {
 
 // Fills a struct whose fields are all of type T from a tuple or list of the same length, in the
-// order of the fields in abi.h.
+// order of the fields in abi_losses.h.
 template <class Fields, class T>
 Fields fields_from(pybind11::handle values) {
   static_assert(std::is_standard_layout_v<Fields> && std::is_trivially_copyable_v<Fields>);

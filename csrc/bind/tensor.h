@@ -111,13 +111,13 @@ class TensorView {
       throw pybind11::value_error("tensor has no memory (fake or meta tensor)");
   }
 
-  // torch's types of tensors, and its dtypes by their codes in abi.h.
+  // torch's types of tensors, and its dtypes by their codes in abi_types.h.
   static void learn_torch(const pybind11::type& tensor, const pybind11::type& parameter,
                           const pybind11::dict& dtypes) {
     dlpack::learn(tensor, parameter);
     for (const auto& [dtype, code] : dtypes) {
       const auto i = code.template cast<size_t>();
-      if (i >= kDtypes) throw pybind11::value_error("dtype code beyond those of abi.h");
+      if (i >= kDtypes) throw pybind11::value_error("dtype code beyond those of abi_types.h");
       known_dtypes()[i] = dtype.inc_ref().ptr();
     }
   }

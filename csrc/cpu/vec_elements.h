@@ -67,13 +67,5 @@ inline float load_scalar(const void* data, int32_t dtype, int64_t index) {
   }
 }
 
-inline void store_scalar(void* data, int32_t dtype, int64_t index, float value) {
-  switch (dtype) {
-    case kBFloat16: static_cast<uint16_t*>(data)[index] = float_to_bf16(value); break;
-    case kFloat16: static_cast<uint16_t*>(data)[index] = float_to_half(value); break;
-    default: static_cast<float*>(data)[index] = value;
-  }
-}
-
 }  // namespace
 }  // namespace rk

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kThreads = 256, kPerThread = 8;
 constexpr int kTile = kThreads * kPerThread;
-static_assert(kTile == 2048, "the moments of abi.h");
+static_assert(kTile == 2048, "the moments of abi_advantages.h");
 constexpr int kCombineThreads = 1024;
 
 // This thread's tokens of a tile.

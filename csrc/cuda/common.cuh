@@ -255,7 +255,7 @@ __device__ __forceinline__ void store_float(const Tensor& t, int64_t at, float x
   }
 }
 
-// An integer of any dtype that abi.h has.
+// An integer of any dtype that abi_types.h has.
 __device__ __forceinline__ int64_t load_integer(const Tensor& t, int64_t at) {
   switch (t.dtype) {
     case kInt64: return static_cast<const int64_t*>(t.data)[at];

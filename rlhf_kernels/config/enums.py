@@ -1,7 +1,7 @@
 """The values of string options: for each option a type for annotations and a tuple for checks.
 
-Native code takes a choice as its position in the tuple; csrc/abi.h has an enum of the same names in
-the same order.
+Native code takes a choice as its position in the tuple; csrc/abi_*.h have an enum of the same names
+in the same order.
 """
 
 from typing import Literal, get_args

@@ -34,7 +34,7 @@ class PairOptions(NamedTuple):
 
     @property
     def native(self) -> tuple[float, float, float, float]:
-        """PairOptions of csrc/abi.h."""
+        """PairOptions of csrc/abi_rows.h."""
         return self.beta, self.softcap, self.ref_softcap, self.ref_scale
 
 

@@ -2,7 +2,7 @@
 
 A new option is added here, in the public functions, and once per backend where it changes a logit:
 reference/_common.py, csrc/cpu/rows.h, csrc/cuda/rows.cuh, kernels/triton/_rows.py. Its C++ field is
-in csrc/abi.h and is filled in csrc/bind/tensor.h. All other code passes the options on as one
+in csrc/abi_rows.h and is filled in csrc/bind/tensor.h. All other code passes the options on as one
 object.
 """
 

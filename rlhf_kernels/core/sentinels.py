@@ -1,7 +1,7 @@
 """Sentinel labels of the row kernels: skipped tokens, and labels outside this vocabulary shard.
 
-csrc/abi.h and kernels/triton/logprobs.py define the same values. A caller's label never equals a
-sentinel: all sentinels are below -1, and a bad label is refused or clamped to -1 first.
+csrc/abi_rows.h defines the same values of the first two. A caller's label never equals a sentinel:
+all sentinels are below -1, and a bad label is refused or clamped to -1 first.
 """
 
 # The label is owned by another shard of the vocabulary (kLabelElsewhere). Valid only with

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not ABI, reason="needs the source tree")
 
 
 def fields(struct):
-    """(type, name) of every member of a struct of abi.h, in order."""
+    """(type, name) of every member of a struct of abi_*.h, in order."""
     body = re.search(rf"struct {struct} {{(.*?)}};", ABI, re.DOTALL)[1]
     lines = re.findall(r"(\w+)\s+([\w\s,]+);", re.sub(r"//.*", "", body))
     return [(kind, name.strip()) for kind, names in lines for name in names.split(",")]
@@ -110,7 +110,7 @@ def test_metrics_lie_in_the_order_of_their_names(struct, names):
     assert fields(struct) == [("float", name) for name in names]
 
 
-# By enum of abi.h: the tuple of names, what the enum's own names have before and after each, and
+# By enum of abi_*.h: the tuple of names, what the enum's own names have before and after each, and
 # the names of the same constants in the Triton kernels, which have less of it.
 ENUMS = {
     "KlEstimator": (enums.PLAIN_KL_ESTIMATORS, "k", "", ""),
@@ -129,7 +129,7 @@ ENUMS = {
 
 
 def members(enum):
-    """{name: value} of an enum of abi.h."""
+    """{name: value} of an enum of abi_*.h."""
     body = re.search(rf"enum {enum} : int32_t {{(.*?)}};", ABI, re.DOTALL)[1]
     found = re.findall(r"(\w+) = (\d+)", re.sub(r"//.*", "", body))
     assert len(found) == body.count("=")

@@ -12,7 +12,8 @@ from .. import scans
 from . import boundary as b
 from . import policy
 
-# csrc/abi.h: GaeArgs. The workspace holds three doubles per chunk, and three more on a GPU.
+# csrc/abi_advantages.h: GaeArgs. The workspace holds three doubles per chunk, and three more on a
+# GPU.
 _CHUNK_TOKENS = 2048
 
 

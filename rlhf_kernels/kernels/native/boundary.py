@@ -15,7 +15,7 @@ from ...core.layout import MaybeTensor, grid, materialized
 
 __all__ = ["as_fp32", "as_upstream", "empty", "exec_builder", "grid", "materialized"]
 
-# csrc/abi.h: DType
+# csrc/abi_types.h: DType
 DTYPE_CODES = {
     torch.float32: 0,
     torch.bfloat16: 1,
@@ -27,7 +27,7 @@ DTYPE_CODES = {
 }
 # The dtypes of masks that kernels read.
 FLAGS = (torch.bool, torch.int64, torch.int32)
-# csrc/abi.h: StatusCode
+# csrc/abi_types.h: StatusCode
 OK, LABEL_OUT_OF_RANGE, BAD_TEMPERATURE, BAD_OFFSETS, OUT_OF_MEMORY = 0, 1, 2, 3, 4
 BAD_INDPTR, INDEX_OUT_OF_RANGE, INDEX_REPEATED = 5, 6, 7
 

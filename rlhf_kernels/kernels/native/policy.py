@@ -39,7 +39,7 @@ def divisor_on(
 def sequences(
     op: str, like: Tensor, cu_seqlens: Tensor | None, gpu: bool
 ) -> tuple[int, int, Tensor | None] | None:
-    """(sequences, cols, offsets) of csrc/abi.h: LossTokens; None if there is nothing to compute."""
+    """(sequences, cols, offsets), as LossTokens of csrc/abi_losses.h; None if there is no token."""
     if gpu:
         losses.check_offsets(op, cu_seqlens, like.shape[0])
     elif like.numel() == 0:

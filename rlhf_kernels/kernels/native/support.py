@@ -120,7 +120,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
                 starts, order, owner = by_token_id(dz, indptr, indices, vocab)
             else:
                 starts = torch.empty(vocab + 1, dtype=torch.int64, device=kept.device)
-                # csrc/abi.h: SupportUse
+                # csrc/abi_rows.h: SupportUse
                 uses = starts.new_empty(2 * indices.shape[0])
         extension.support_head_backward(
             *b.grid(labels.shape),
