@@ -17,6 +17,9 @@ struct RowOptions {
   double temperature, softcap;
   int64_t ignore_index;
 
+  // A cap alone, for rows that have no other option.
+  static RowOptions of_cap(double softcap) { return {1.0, softcap, 0}; }
+
   // Whether the options change a logit before the temperature divides it.
   RK_HD bool change_logits() const { return softcap > 0.0; }
 };

@@ -21,7 +21,7 @@ struct PairLogit {
   float scale;
 
   PairLogit(double cap, double factor)
-      : capped(RowOptions{1.0, cap, 0}), scale(static_cast<float>(factor)) {}
+      : capped(RowOptions::of_cap(cap)), scale(static_cast<float>(factor)) {}
 
   Vec values(Vec x) const {
     if constexpr (!kGeneral) return x;

@@ -17,7 +17,7 @@ struct PairLogit {
   float scale;
 
   PairLogit(double cap, double factor)
-      : value(RowOptions{1.0, cap, 0}), scale(static_cast<float>(factor)) {}
+      : value(RowOptions::of_cap(cap)), scale(static_cast<float>(factor)) {}
   // The fast value, for sums.
   __device__ __forceinline__ float operator()(float x) const {
     return (value.cap > 0.0f ? value(x) : x) * scale;

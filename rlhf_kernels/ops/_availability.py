@@ -1,13 +1,22 @@
 """Which backend serves an operation, asked without a call."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
 from ..core.checks import FLOATING
 from ..kernels import backends
-from ._calls import OPERATIONS
 from ._operator import ROW_KERNELS
+
+#: Names of operations.
+OperationName = Literal[
+    "discounted_returns", "gae", "group_advantages", "kl_divergence", "kl_penalty", "kto_loss",
+    "linear_kl_divergence", "linear_policy_loss", "linear_token_logprobs", "mismatch_weights",
+    "optimal_token_baseline", "policy_loss", "ppo_advantages", "preference_loss",
+    "reward_model_loss", "sequence_logprobs", "token_logprobs", "topk_divergence", "value_loss",
+    "whiten",
+]  # fmt: skip
+OPERATION_NAMES: tuple[OperationName, ...] = get_args(OperationName)
 
 #: What serves operations without kernels of their own.
 TORCH = "torch"
@@ -43,7 +52,7 @@ def _serving(op: str, device: torch.device) -> Support:
 
 
 def supports(
-    op: str,
+    op: OperationName,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -60,9 +69,8 @@ def supports(
         ValueError: there is no such operation; the dtype is not floating.
         RuntimeError: torch does not know the device.
     """
-    if op not in {function.__name__ for function in OPERATIONS}:
-        names = ", ".join(function.__name__ for function in OPERATIONS)
-        raise ValueError(f"supports: op must be one of {names}, got {op!r}")
+    if op not in OPERATION_NAMES:
+        raise ValueError(f"supports: op must be one of {', '.join(OPERATION_NAMES)}, got {op!r}")
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"supports: dtype must be a torch.dtype, got {type(dtype).__name__}")
     if not dtype.is_floating_point:

@@ -11,7 +11,7 @@ from tests.run_python import BLOCK_EXTENSION, run_python
 import rlhf_kernels as rk
 from rlhf_kernels.kernels import backends, triton
 from rlhf_kernels.ops import _calls
-from rlhf_kernels.ops._availability import Support
+from rlhf_kernels.ops._availability import OPERATION_NAMES, Support
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e5m2)
 
@@ -24,6 +24,10 @@ def _call(function, dtype, device):
     call = _calls.example(function, inputs)
     own = {k: t.to(dtype) if t.is_floating_point() else t for k, t in call.tensors.items()}
     return call.run({k: t.detach().to(device) for k, t in own.items()})
+
+
+def test_names_are_those_of_the_operations():
+    assert sorted(OPERATION_NAMES) == sorted(f.__name__ for f in _calls.OPERATIONS)
 
 
 @pytest.mark.parametrize("name", ("auto", "reference", "cpu"))

@@ -1,6 +1,7 @@
 """Launching kernels: device, grid, and the arguments that Triton may specialise on."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -85,18 +86,20 @@ def launch(
     on: Tensor,
     *args: Any,
     warps: int,
-    registers: int | None = None,
+    registers: int | Mapping[int, int] | None = None,
     **constants: Any,
 ) -> None:
     """Runs `kernel` with a one-dimensional grid on the device and current stream of `on`.
 
-    `registers` is the largest number per thread, for NVIDIA's assembler: without one it may prefer
-    another block a multiprocessor to registers for all values, and keep some in memory.
+    `registers` is the largest number per thread, for NVIDIA's assembler, or by the major number of
+    the compute capability: without one it may prefer another block a multiprocessor to registers
+    for all values, and keep some in memory.
     """
     # kernel[grid](...) would do the same through one more call.
     constants |= {"num_warps": warps, "enable_fp_fusion": True}
-    if registers is not None and not INTERPRETED and _is_nvidia(triton.runtime.driver.active):
-        constants["maxnreg"] = registers
+    if registers is not None and not INTERPRETED:
+        most = _most(registers, triton.runtime.driver.active)
+        constants |= {"maxnreg": most} if most else {}
     device = on.device
     if device.type == "cpu" or _current(device):
         kernel.run(*args, grid=(programs,), warmup=False, **constants)
@@ -111,8 +114,17 @@ def _current(device: torch.device) -> bool:
 
 
 @functools.cache
-def _is_nvidia(driver: Any) -> bool:
-    return bool(driver.get_current_target().backend == "cuda")
+def _capability(driver: Any) -> int:
+    """The major number of NVIDIA's compute capability, 0 elsewhere."""
+    target = driver.get_current_target()
+    return int(target.arch) // 10 if target.backend == "cuda" else 0
+
+
+def _most(registers: int | Mapping[int, int], driver: Any) -> int | None:
+    capability = _capability(driver)
+    if not capability:
+        return None
+    return registers if isinstance(registers, int) else registers.get(capability)
 
 
 @functools.cache

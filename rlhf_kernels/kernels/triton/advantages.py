@@ -55,6 +55,8 @@ BLOCK = 32 if INTERPRETED else 1024
 WARPS = 4
 # Tiles that a program composes at a time.
 GROUP = 16 if INTERPRETED else 64
+# On compute capability 10 the assembler would rather keep 8 bytes of some variants in memory.
+SCAN_REGISTERS = {10: 168}
 
 
 @kernel
@@ -323,6 +325,7 @@ def _scan(
         partials,
         rates,
         GROUP=GROUP,
+        registers=SCAN_REGISTERS,
         **constants,
     )
     if partials is not None:

@@ -42,7 +42,8 @@ from .logprobs_backward import LOWEST, ROWS
 TILE = 4096
 TINY = tl.constexpr(2.0**-126)
 PARTS = 4
-# Of the gradient, which has the same tiles.
+# Of the gradient, which has the same tiles, but for fp32 logits of a policy with a cap: with its
+# derivative a block of whole tiles would be the only one of its multiprocessor, by its registers.
 BACKWARD_WARPS = 8
 
 
@@ -364,7 +365,8 @@ def _backward(
         warps=2,
     )
     x, y, to = strided_rows(logits), strided_rows(ref_logits), strided_rows(out)
-    tiles, align = tile_count(vocab, TILE), alignment(vocab, x, y, to)
+    tile = TILE // 2 if options.softcap and logits.dtype == torch.float32 else TILE
+    tiles, align = tile_count(vocab, tile), alignment(vocab, x, y, to)
     launch(
         backward_kernel,
         rows * cols * tiles,
@@ -381,7 +383,7 @@ def _backward(
         beta,
         ALIGN=align,
         REVERSE=options.reverse,
-        TILE=TILE,
+        TILE=tile,
         warps=BACKWARD_WARPS,
     )
 
