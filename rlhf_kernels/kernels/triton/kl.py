@@ -365,7 +365,8 @@ def _backward(
         warps=2,
     )
     x, y, to = strided_rows(logits), strided_rows(ref_logits), strided_rows(out)
-    tile = TILE // 2 if options.softcap and logits.dtype == torch.float32 else TILE
+    own, *_ = pair = packed(options)
+    tile = TILE if own is None or logits.dtype != torch.float32 else TILE // 2
     tiles, align = tile_count(vocab, tile), alignment(vocab, x, y, to)
     launch(
         backward_kernel,
@@ -379,7 +380,7 @@ def _backward(
         tiles,
         vocab // align,
         scale,
-        packed(options),
+        pair,
         beta,
         ALIGN=align,
         REVERSE=options.reverse,
