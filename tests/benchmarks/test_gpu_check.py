@@ -150,7 +150,7 @@ def test_every_benchmark_and_every_test_of_the_backends_is_run_and_every_name_ex
     modules = set(re.findall(r'"-m", "((?:tests|tools|benchmarks)[\w.]+)"', source))
     files |= {m.replace(".", "/") + ".py" for m in modules}
     assert len(files) >= 4 and all((ROOT / f).is_file() for f in files), files
-    targets = (ROOT / "tools/triton_aot.py").read_text()
+    targets = (ROOT / "tools/triton_record.py").read_text()
     assert all(f'"sm_{capability}": Target(' in targets for capability in check.AHEAD_OF_TIME)
 
 
