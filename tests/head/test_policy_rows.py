@@ -98,6 +98,8 @@ class Rows:
             else:
                 found.append((*kernel(*given, config._codes, config._params), out))
         for one, three in zip(*found, strict=True):
+            # A GPU has one NaN. Of the emulator's two, the host's compiler chooses for each kernel.
+            one, three = (x.masked_fill(x.isnan(), torch.nan) for x in (one, three))
             assert_bitwise_equal(one, three)
         return found[0]
 
