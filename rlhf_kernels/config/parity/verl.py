@@ -23,7 +23,7 @@ A group of one has advantage = reward in verl, advantage 0 here.
 import math
 from typing import TYPE_CHECKING, Literal, get_args
 
-from ..enums import Aggregation, CorrectionLevel, KlEstimator
+from ..enums import Aggregation, KlEstimator
 from ..options import PolicyLossOptions
 from ._common import Config, inexpressible, one_of, refuse, require
 
@@ -86,7 +86,7 @@ def verl(
     use_kl_loss: bool = False,
     kl_loss_coef: float = 0.001,
     kl_loss_type: KlLossType = "low_var_kl",
-    rollout_is: CorrectionLevel | None = None,
+    rollout_is: Literal["token", "sequence"] | None = None,
     rollout_is_threshold: float | str = 2.0,
     rollout_is_batch_normalize: bool = False,
     rollout_rs: str | None = None,

@@ -33,6 +33,7 @@ rk.preference_loss(x, x, x, x, loss=["sigmoid", "itpo"])  # wrong
 rk.preference_loss(x, x, f_divergence="js")  # wrong
 rk.kto_loss(x, x, x)  # wrong
 rk.use_backend("gpu")  # wrong
+rk.supports("gaee")  # wrong
 rk.policy_loss(x, x, x, keep, x)  # wrong
 rk.policy_loss(x, x, x)  # wrong
 rk.token_logprobs(x, labels).entropy.sum()  # wrong
