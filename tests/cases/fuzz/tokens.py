@@ -10,7 +10,7 @@ from tests.cases.fuzz.draw import Case, Draw
 from tests.head.bounds import EPS
 
 import rlhf_kernels as rk
-from rlhf_kernels.config import enums, policy, preference
+from rlhf_kernels.config import enums, preference
 from rlhf_kernels.config.mismatch import CRITERIA
 
 
@@ -21,10 +21,10 @@ def policy_config_of(d: Draw, smooth: bool = False) -> rk.PolicyLossConfig:
     if objective == "clip" and d.chance(0.5):
         options |= {"dual_clip": d.pick(None, 1.9), "delta": d.pick(None, 2.5)}
     if objective != "reinforce":
-        options["ratio_level"] = d.pick("token", *policy.RATIO_LEVELS)
+        options["ratio_level"] = d.pick("token", *enums.RATIO_LEVELS)
     if d.chance(0.4):
-        mode = "truncate" if smooth else d.pick(*policy.CORRECTION_MODES)
-        options |= {"correction_level": d.pick(*policy.CORRECTION_LEVELS),
+        mode = "truncate" if smooth else d.pick(*enums.CORRECTION_MODES)
+        options |= {"correction_level": d.pick(*enums.CORRECTION_LEVELS),
                     "correction_mode": mode, "correction_max": 50.0 if smooth else 1.3}  # fmt: skip
     if not smooth and d.chance(0.3):
         options |= {"log_ratio_clamp": (-0.9, 1.1), "kl_input_clamp": 0.6, "kl_value_clamp": 0.5}
@@ -37,8 +37,8 @@ def policy_config_of(d: Draw, smooth: bool = False) -> rk.PolicyLossConfig:
     options["kl_weight"] = d.pick(None, None, None, *enums.KL_WEIGHTS)
     if not smooth and options["kl_weight"] in ("ratio", "detached-ratio"):
         options["kl_weight_max"] = d.pick(None, 1.17)
-    estimators = ("k2", "k3") if smooth else policy.KL_ESTIMATORS
-    aggregation = d.pick(*policy.AGGREGATIONS)
+    estimators = ("k2", "k3") if smooth else enums.KL_ESTIMATORS
+    aggregation = d.pick(*enums.AGGREGATIONS)
     return rk.PolicyLossConfig(
         **options,
         kl_estimator=d.pick(*estimators),
@@ -81,7 +81,7 @@ def policy_loss(d: Draw) -> Case:
 
 def value_loss(d: Draw) -> Case:
     shape, offsets, _ = d.tokens()
-    mask, aggregation = d.mask(shape), d.pick(*policy.AGGREGATIONS)
+    mask, aggregation = d.mask(shape), d.pick(*enums.AGGREGATIONS)
     given = {n: d.hidden(d.floats(*shape), mask) for n in ("values", "old_values", "returns")}
     normalizer = 7.5 if aggregation == "constant" else d.pick(None, 3.5, torch.tensor(9.0))
     d.wanted(given["values"])
@@ -94,7 +94,7 @@ def value_loss(d: Draw) -> Case:
 def kl_penalty(d: Draw) -> Case:
     shape = d.tokens()[0]
     x = d.floats(*shape, scale=d.pick(1.0, 30.0))
-    estimator = d.pick(*policy.KL_ESTIMATORS)
+    estimator = d.pick(*enums.KL_ESTIMATORS)
     return Case("kl_penalty", {"logprobs": d.wanted(x), "ref_logprobs": d.floats(*shape),
                                "estimator": estimator}, d)  # fmt: skip
 
