@@ -176,10 +176,17 @@ inline PolicyBlockFunction policy_block_function(const PolicyArgs& a) {
   return policy_block_of<Extent::kUsual>(a.config.objective);
 }
 
-// Counts the tokens of one piece; also sums logprob - old with `ratios`, log_weight with `weights`.
-inline void policy_count(const PolicyArgs& a, const Piece& p, bool ratios, bool weights,
+// What policy_count sums beside the tokens.
+struct PolicyCounts {
+  bool ratios, weights, distances;
+};
+
+// Counts the tokens of one piece; also sums logprob - old, log_weight and how far a gate by
+// sequences finds them from its anchor.
+inline void policy_count(const PolicyArgs& a, const Piece& p, const PolicyCounts& wanted,
                          SequenceSums& out) {
   const LossTokens& t = a.tokens;
+  const bool against_rollout = gates_against_rollout(a.config, a.rollout_logprobs.given);
   alignas(64) float logprobs[kTokenBlock], old[kTokenBlock], rollout[kTokenBlock];
   for_blocks(t, p, [&](int64_t begin, int64_t n, const float* mask, int64_t count) {
     out.tokens += static_cast<double>(count);
@@ -187,20 +194,27 @@ inline void policy_count(const PolicyArgs& a, const Piece& p, bool ratios, bool 
     const auto block = [&](const Tensor& x, float* buffer) {
       return read_block(x, token_at(t, x, p.sequence, begin), n, buffer);
     };
-    const auto add = [&](const float* x, const float* y, double& sum, const auto& term) {
+    const auto add = [&](double& sum, const auto& term) {
       Lanes s(0.0f);
       for (int64_t i = 0; i < n; i += kLanes)
-        s = s + select_less(Lanes(0.0f), Lanes(load(mask + i)),
-                            term(Lanes(load(x + i)), Lanes(load(y + i))), Lanes(0.0f));
+        s = s + select_less(Lanes(0.0f), Lanes(load(mask + i)), term(i), Lanes(0.0f));
       sum += reduce_add(s.v);
     };
-    if (!ratios && !weights) return;
-    const float* y = block(a.old_logprobs, old);
-    if (ratios)
-      add(block(a.logprobs, logprobs), y, out.log_ratio, [](Lanes u, Lanes v) { return u - v; });
-    if (weights)
-      add(y, block(a.rollout_logprobs, rollout), out.log_weight,
-          [](Lanes u, Lanes v) { return log_weight(u, v); });
+    if (!wanted.ratios && !wanted.weights && !wanted.distances) return;
+    const float *x = nullptr, *y = block(a.old_logprobs, old), *z = y;
+    if (wanted.ratios || wanted.distances) x = block(a.logprobs, logprobs);
+    if (wanted.weights || (wanted.distances && against_rollout))
+      z = block(a.rollout_logprobs, rollout);
+    if (wanted.ratios)
+      add(out.log_ratio, [&](int64_t i) { return Lanes(load(x + i)) - Lanes(load(y + i)); });
+    if (wanted.weights)
+      add(out.log_weight,
+          [&](int64_t i) { return log_weight(Lanes(load(y + i)), Lanes(load(z + i))); });
+    if (wanted.distances)
+      add(out.distance, [&](int64_t i) {
+        const Lanes anchor = gate_anchor(Lanes(load(y + i)), Lanes(load(z + i)), against_rollout);
+        return log_weight(anchor, Lanes(load(x + i)));
+      });
   });
 }
 
@@ -209,8 +223,7 @@ inline SequenceRatio sequence_ratio(const PolicyArgs& a, const SequenceSums& s) 
   SequenceRatio q{};
   const float x = s.tokens > 0.0 ? static_cast<float>(s.log_ratio / s.tokens) : 0.0f;
   q.ratio = policy_ratio(x, c);
-  q.distance = static_cast<float>(
-      gate_distance(c, a.rollout_logprobs.given, s.log_ratio, s.log_weight, s.tokens));
+  q.distance = s.tokens > 0.0 ? static_cast<float>(s.distance / s.tokens) : 0.0f;
   q.inside = inside_clamp(x, 1.0f, c) != 0.0f;
   const bool mean = c.correction_level == kGeometricCorrection && s.tokens > 0.0;
   q.w = correction_weight(static_cast<float>(mean ? s.log_weight / s.tokens : s.log_weight), c);
@@ -246,15 +259,13 @@ Status policy_loss(const PolicyArgs& a) {
   const Scratch<PolicySums> partial(plan.items);
   if (!piece_sums.data || !sequences.data || !partial.data) return {kOutOfMemory, -1};
 
-  const bool gated = c.gate == kOpsmGate;
-  const bool log_ratio = c.ratio_level != kTokenRatio || gated;
-  const bool log_weight =
-      corrects_by_sequence(c) || (gated && gates_against_rollout(c, a.rollout_logprobs.given));
-  const bool counted =
-      log_ratio || log_weight || c.aggregation == kSeqMeanTokenMean || a.divisor == 0.0;
+  const PolicyCounts wanted{c.ratio_level != kTokenRatio, corrects_by_sequence(c),
+                            c.gate == kOpsmGate};
+  const bool counted = wanted.ratios || wanted.weights || wanted.distances ||
+                       c.aggregation == kSeqMeanTokenMean || a.divisor == 0.0;
   if (counted) {
     plan.for_pieces(a.exec.threads, [&](int64_t p, int64_t) {
-      policy_count(a, plan.piece[p], log_ratio, log_weight, piece_sums[p]);
+      policy_count(a, plan.piece[p], wanted, piece_sums[p]);
     });
     add_pieces(plan, piece_sums, sequences);
   }

@@ -220,7 +220,7 @@ inline void for_blocks(const LossTokens& t, const Piece& p, const F& body) {
 
 // Number of unmasked tokens of a piece or a sequence, and sums over them.
 struct SequenceSums {
-  double tokens, log_ratio, log_weight, slope;
+  double tokens, log_ratio, log_weight, distance, slope;
 };
 
 inline void add_pieces(const Plan& plan, const Scratch<SequenceSums>& pieces,
@@ -230,6 +230,7 @@ inline void add_pieces(const Plan& plan, const Scratch<SequenceSums>& pieces,
     s.tokens += pieces[p].tokens;
     s.log_ratio += pieces[p].log_ratio;
     s.log_weight += pieces[p].log_weight;
+    s.distance += pieces[p].distance;
   }
 }
 

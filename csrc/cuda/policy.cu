@@ -116,13 +116,9 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
 
   float distance = 0.0f;
   if constexpr (kFull) {
-    if (c.gate == kOpsmGate) {
-      const bool more = gates_against_rollout(c, a.rollout_logprobs.given);
-      distance = static_cast<float>(
-          gate_distance(c, more, sequence_total(partials + kLogRatio * slots, own.tile),
-                        more ? sequence_total(partials + kLogWeight * slots, own.tile) : 0.0,
-                        sequence_total(partials + kTokens * slots, own.tile)));
-    }
+    if (c.gate == kOpsmGate)
+      distance = static_cast<float>(sequence_total(partials + kDistance * slots, own.tile) *
+                                    sequence_share(partials, slots, own.tile));
   }
 
   float s[kSums] = {}, gates[2] = {};
@@ -374,13 +370,14 @@ Status policy_loss(const PolicyArgs& a) {
   const bool full =
       a.weights.given || has_further_options(c) || c.correction_level == kGeometricCorrection;
   const bool by_distance = c.gate == kOpsmGate;
-  const bool log_ratios = by_sequence || by_distance;
-  const bool log_weights =
-      by_weight || (by_distance && gates_against_rollout(c, a.rollout_logprobs.given));
-  if (log_ratios || log_weights || c.aggregation == kSeqMeanTokenMean)
-    RK_ENQUEUE(a.exec, slots, kTokenThreads, statistics_kernel, t,
-               log_ratios ? a.logprobs : Tensor{}, a.old_logprobs,
-               log_weights ? a.rollout_logprobs : Tensor{}, partials, slots);
+  const bool against_rollout = gates_against_rollout(c, a.rollout_logprobs.given);
+  if (by_sequence || by_weight || by_distance || c.aggregation == kSeqMeanTokenMean)
+    for_flag(by_distance, [&](auto gated) {
+      RK_ENQUEUE(a.exec, slots, kTokenThreads, statistics_kernel<gated.value>, t,
+                 by_sequence || by_distance ? a.logprobs : Tensor{}, a.old_logprobs,
+                 by_weight || (by_distance && against_rollout) ? a.rollout_logprobs : Tensor{},
+                 against_rollout, partials, slots);
+    });
   for_objective(c.objective, [&](auto objective) {
     for_flag(full, [&](auto all) {
       RK_ENQUEUE(a.exec, slots, kTokenThreads, (policy_kernel<objective.value, all.value>), a,

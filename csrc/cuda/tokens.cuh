@@ -11,7 +11,7 @@ constexpr int kPerThread = 2 * kSide, kTokenTile = kTokenThreads * kPerThread;
 // A thread in sixteen folds a column of a block's sums; the padding keeps their banks apart.
 constexpr int kFold = 16, kColumn = kTokenThreads + kFold;
 // The first rows of the scratch [rows, slots], of statistics_kernel.
-enum : int { kTokens, kLogRatio, kLogWeight, kStatistics };
+enum : int { kTokens, kLogRatio, kLogWeight, kDistance, kStatistics };
 
 // This thread's tokens of a tile.
 struct Tokens : OwnTokens<kPerThread, kTokenThreads * kSide> {
@@ -67,25 +67,29 @@ __device__ __forceinline__ double sequence_share(const float* partials, int64_t 
 }
 
 // Unmasked tokens of each slot, their sums of logprob - old and of log_weight where `logprobs`
-// and `rollout` are given.
+// and `rollout` are given; with kGated how far a gate by sequences finds them from its anchor.
+template <bool kGated>
 __global__ void __launch_bounds__(kTokenThreads)
     statistics_kernel(const LossTokens t, const Tensor logprobs, const Tensor old,
-                      const Tensor rollout, float* partials, int64_t slots) {
-  __shared__ float shared[3][kColumn], sums[3];
+                      const Tensor rollout, bool against_rollout, float* partials, int64_t slots) {
+  constexpr int kColumns = kGated ? kStatistics : kDistance;
+  __shared__ float shared[kColumns][kColumn], sums[kColumns];
   const Tokens own(t, blockIdx.x);
-  float x[kPerThread], y[kPerThread], z[kPerThread], found[3] = {0.0f, 0.0f, 0.0f};
+  float x[kPerThread], y[kPerThread], z[kPerThread], found[kColumns] = {};
 #pragma unroll
-  for (int j = 0; j < kPerThread; ++j) found[0] += own.keeps(j) ? 1.0f : 0.0f;
+  for (int j = 0; j < kPerThread; ++j) found[kTokens] += own.keeps(j) ? 1.0f : 0.0f;
   own.load(own.kept, Tokens::Numbers{old, y, logprobs.given || rollout.given},
            Tokens::Numbers{logprobs, x, logprobs.given},
            Tokens::Numbers{rollout, z, rollout.given});
 #pragma unroll
   for (int j = 0; j < kPerThread; ++j) {
-    if (logprobs.given) found[1] += x[j] - y[j];
-    if (rollout.given) found[2] += log_weight(y[j], z[j]);
+    if (logprobs.given) found[kLogRatio] += x[j] - y[j];
+    if (rollout.given) found[kLogWeight] += log_weight(y[j], z[j]);
+    if constexpr (kGated)
+      found[kDistance] += log_weight(gate_anchor(y[j], z[j], against_rollout), x[j]);
   }
   column_sums(found, shared, sums);
-  if (threadIdx.x < kStatistics) partials[threadIdx.x * slots + blockIdx.x] = sums[threadIdx.x];
+  if (threadIdx.x < kColumns) partials[threadIdx.x * slots + blockIdx.x] = sums[threadIdx.x];
 }
 
 // Whether slot is the first of its sequence with a token; `tile` says which of the sequence each

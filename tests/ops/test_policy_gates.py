@@ -149,6 +149,31 @@ def test_extremes_of_gates(backend, gate):
     assert rk.policy_loss(lp, old, a, mask * 0 + 1, config=config).loss.isnan()
 
 
+def test_extremes_of_a_gate_by_sequences(backend):
+    """An infinite log-probability decides only over its own sequence and its own anchor."""
+    inf, nan = math.inf, math.nan
+    # By rows: old is -inf where the rollout is a number, where it is missing, where both are -inf
+    # and the policy too; a policy that gave up a token; a masked NaN.
+    lp = torch.tensor([[-1.5, -1.2], [-1.5, -1.2], [-inf, -1.5], [-inf, -1.0], [nan, -1.5]])
+    old = torch.tensor([[-inf, -1.3], [-inf, -1.3], [-inf, -1.0], [-1.0, -1.0], [nan, -1.6]])
+    rollout = torch.tensor([[-1.1, -1.0], [nan, -0.1], [-inf, -1.0], [-1.0, -1.0], [nan, -1.0]])
+    mask = torch.tensor([[1, 1], [1, 1], [1, 1], [1, 1], [0, 1]])
+    lp.requires_grad_()
+    a = torch.full_like(old, -1.0)
+    options = {"objective": "reinforce", "aggregation": "constant", "normalizer": 1.0}
+    for anchor, kept in (("old", [1, 1, 0, 0, 1]), ("rollout", [0, 1, 0, 0, 0])):
+        config = Config(**options, gate="opsm", gate_low=0.11, gate_against=anchor)
+        loss, metrics = rk.policy_loss(lp, old, a, mask, rollout_logprobs=rollout, config=config)
+        (g,) = torch.autograd.grad(loss, lp)
+        expected = torch.tensor(kept)[:, None] * mask
+        assert torch.equal(g, expected.float()), (anchor, g)
+        assert metrics["gate_frac_low"].item() == pytest.approx(
+            float((mask - expected).sum()) / float(mask.sum())
+        )
+        there = torch.where(expected.bool(), lp.detach(), 0).sum()
+        torch.testing.assert_close(loss.detach(), there)
+
+
 def test_an_infinite_ratio_is_within_a_bound_that_is_absent(backend):
     inf = math.inf
     lp = torch.tensor([[-inf, -0.5, -1.0, -1.0, -1.0]])

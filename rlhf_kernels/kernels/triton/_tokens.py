@@ -26,7 +26,7 @@ from .policy_math import SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, log_weight
 TILE = 1024
 WARPS = 8
 # Rows of the scratch [rows, slots] that statistics_kernel writes; they come first.
-TOKENS, LOG_RATIO, LOG_WEIGHT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+TOKENS, LOG_RATIO, LOG_WEIGHT, DISTANCE = (tl.constexpr(i) for i in range(4))
 # Aggregations whose implied divisor is the number of sequences with an unmasked token.
 SEQUENCE_COUNTS = (SEQ_MEAN_TOKEN_MEAN.value, SEQ_MEAN_TOKEN_SUM.value)
 # Slots that the combining program takes at a time. Few in the interpreter, which scans element by
@@ -324,21 +324,32 @@ def statistics_kernel(
     partials,
     RATIO: tl.constexpr,
     WEIGHT: tl.constexpr,
+    GATED: tl.constexpr,
+    AGAINST_ROLLOUT: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Per slot: number of unmasked tokens, and their sums of logprob - old and of log_weight."""
+    """Per slot: number of unmasked tokens, and their sums of logprob - old and of log_weight.
+
+    GATED: also how far a gate by sequences finds them from its anchor.
+    """
     pid, slots = tl.program_id(0), tl.num_programs(0)
     s, _, _, at, i, _, kept = own_tile(batch, mask, TILE)
     count = tl.where(kept, 1.0, 0.0)
-    ratio, weight = tl.zeros_like(count), tl.zeros_like(count)
-    if RATIO or WEIGHT:
+    ratio, weight, distance = tl.zeros_like(count), tl.zeros_like(count), tl.zeros_like(count)
+    if RATIO or WEIGHT or GATED:
         before = load_kept(old, s, at, i, kept)
-        if RATIO:
-            now = load_kept(logprobs, s, at, i, kept)
-            ratio = now - before
-        if WEIGHT:
+        anchor = before
+        if WEIGHT or AGAINST_ROLLOUT:
             sampled = load_kept(rollout, s, at, i, kept)
-            weight = log_weight(before, sampled)
-    sums = column_sums(join4(count, ratio, weight, tl.zeros_like(count)), TILE, 4)
-    column = tl.arange(0, 4)
-    tl.store(partials + (TOKENS + column) * slots + pid, sums, mask=column < 3)
+            if WEIGHT:
+                weight = log_weight(before, sampled)
+            if AGAINST_ROLLOUT:
+                anchor = tl.where(sampled == sampled, sampled, before)
+        if RATIO or GATED:
+            now = load_kept(logprobs, s, at, i, kept)
+            if RATIO:
+                ratio = now - before
+            if GATED:
+                distance = log_weight(anchor, now)
+    sums = column_sums(join4(count, ratio, weight, distance), TILE, 4)
+    tl.store(partials + (TOKENS + tl.arange(0, 4)) * slots + pid, sums)

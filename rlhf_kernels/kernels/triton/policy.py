@@ -26,6 +26,7 @@ from ._launch import kernel, launch
 from ._math import scalar
 from ._strided import Strided, strided
 from ._tokens import (
+    DISTANCE,
     LOG_RATIO,
     LOG_WEIGHT,
     TOKENS,
@@ -89,14 +90,11 @@ def sequence_log_weight(partials, slots, k, length, CORRECTION: tl.constexpr, TI
 
 
 @triton.jit
-def sequence_log_distance(partials, slots, k, length, ANCHOR: tl.constexpr, TILE: tl.constexpr):
-    """The mean of logprob - anchor over the tokens of a tile's sequence, as a gate takes it."""
-    away = sequence_total(partials + LOG_RATIO * slots, k, length, TILE)
-    if ANCHOR == ROLLOUT_ANCHOR:
-        away += sequence_total(partials + LOG_WEIGHT * slots, k, length, TILE)
+def sequence_distance(partials, slots, k, length, TILE: tl.constexpr):
+    """The mean of anchor - logprob over the tokens of a tile's sequence, as a gate takes it."""
+    away = sequence_total(partials + DISTANCE * slots, k, length, TILE)
     n = sequence_total(partials + TOKENS * slots, k, length, TILE)
-    away *= inverse(tl.where(n > 1.0, n, 1.0))
-    return away.to(tl.float32)
+    return (away * inverse(tl.where(n > 1.0, n, 1.0))).to(tl.float32)
 
 
 @kernel
@@ -164,7 +162,7 @@ def policy_kernel(
     of_objective = logprob
     if GATE != NO_GATE:
         if GATE == OPSM_GATE:
-            distance = zero - sequence_log_distance(partials, slots, k, length, ANCHOR, TILE)
+            distance = zero + sequence_distance(partials, slots, k, length, TILE)
             below, above = (a < 0.0) & (distance > c.gate_low), zero > 0.0
         else:
             anchor = before
@@ -303,10 +301,10 @@ def policy_loss(
     sequence_mean = codes.aggregation == SEQ_MEAN_TOKEN_MEAN.value
     tile = {"TILE": t.TILE, "warps": t.WARPS}
     by_distance = codes.gate == OPSM_GATE.value
-    log_ratios = by_sequence or by_distance
-    log_weights = by_weight or (by_distance and codes.gate_against == ROLLOUT_ANCHOR.value)
-    if log_ratios or log_weights or sequence_mean:
-        sums = {"RATIO": log_ratios, "WEIGHT": log_weights}
+    if by_sequence or by_weight or by_distance or sequence_mean:
+        against = by_distance and codes.gate_against == ROLLOUT_ANCHOR.value
+        sums = {"RATIO": by_sequence, "WEIGHT": by_weight}
+        sums |= {"GATED": by_distance, "AGAINST_ROLLOUT": against}
         tensors = (kept, *ratios, sampled, partials)
         launch(t.statistics_kernel, slots, loss, batch, *tensors, **sums, **tile)
     launch(

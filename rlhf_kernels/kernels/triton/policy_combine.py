@@ -21,11 +21,11 @@ TOKEN_COUNT = tl.constexpr(_slot("tokens"))
 # Rows of the scratch [ROWS, slots] after the statistics: the sums of policy_kernel, and the tile
 # number of each slot in its sequence.
 SUMS = tl.constexpr(16)
-FIRST, COUNT, SLOPE = tl.constexpr(3), tl.constexpr(3 + 14), tl.constexpr(3 + 15)
-R_MIN, R_MAX, TILE_INDEX = tl.constexpr(19), tl.constexpr(20), tl.constexpr(21)
+FIRST, COUNT, SLOPE = tl.constexpr(4), tl.constexpr(4 + 14), tl.constexpr(4 + 15)
+R_MIN, R_MAX, TILE_INDEX = tl.constexpr(20), tl.constexpr(21), tl.constexpr(22)
 # The two sums of a gate.
-GATES = tl.constexpr(22)
-ROWS = 24
+GATES = tl.constexpr(23)
+ROWS = 25
 
 
 @kernel

@@ -38,10 +38,10 @@ M_LOSS, M_CLIP_FRAC, M_VALUE_MEAN, M_RETURN_MEAN, M_EXPLAINED_VARIANCE, M_TOKENS
 )
 # Rows of the scratch [ROWS, slots] after the statistics: sums; mean and sum of squared deviations
 # of the returns and of the errors; the tile number of each slot in its sequence.
-LOSS, CLIPPED, VALUE, COUNT = (tl.constexpr(i) for i in range(3, 7))
-RETURN_MEAN, ERROR_MEAN, RETURN_M2, ERROR_M2 = (tl.constexpr(i) for i in range(7, 11))
-TILE_INDEX = tl.constexpr(11)
-ROWS = 12
+LOSS, CLIPPED, VALUE, COUNT = (tl.constexpr(i) for i in range(4, 8))
+RETURN_MEAN, ERROR_MEAN, RETURN_M2, ERROR_M2 = (tl.constexpr(i) for i in range(8, 12))
+TILE_INDEX = tl.constexpr(12)
+ROWS = 13
 # Two units in the last place of a float near 1.
 MEAN_ROUNDINGS = tl.constexpr(2.0**-22)
 
@@ -198,7 +198,8 @@ def value_loss(
     tile = {"TILE": t.TILE, "warps": t.WARPS}
     if sequence_mean:
         counts = (batch, weights, None, None, None, partials)
-        launch(t.statistics_kernel, slots, loss, *counts, RATIO=False, WEIGHT=False, **tile)
+        sums = {"RATIO": False, "WEIGHT": False, "GATED": False, "AGAINST_ROLLOUT": False}
+        launch(t.statistics_kernel, slots, loss, *counts, **sums, **tile)
     launch(
         value_kernel,
         slots,
