@@ -43,19 +43,37 @@ _DISK = (
 )  # fmt: skip
 
 
+_STATUS = """Exit status: 0 done, 2 an error that you can mend (one line; --traceback shows more),
+130 interrupted, 1 anything else."""
+
+
+def _stages() -> str:
+    return "\n".join(f"  {name:<22}{text}" for name, text in TRAINERS.items())
+
+
 def usage() -> str:
-    lines = [f"  {name:<22}{text}" for name, text in TRAINERS.items()]
-    return "\n".join(
-        [
-            "usage: rlhf-kernels train STAGE [--config FILE.yaml] [--flag value ...] [--traceback]",
-            "",
-            "stages (settings: rlhf-kernels train STAGE --help):",
-            *lines,
-            "",
-            "Exit status: 0 done, 2 an error that you can mend (one line; --traceback shows more),",
-            "130 interrupted, 1 anything else.",
-        ]
-    )
+    return f"""usage: rlhf-kernels COMMAND ... [--traceback]
+
+commands:
+  train STAGE           train a model (train STAGE [--config FILE.yaml] [--flag value ...])
+  doctor                what is installed, which kernels run here, and whether they are right
+                        (--json; --integrations: what of TRL, verl and OpenRLHF is replaced)
+
+stages (settings: rlhf-kernels train STAGE --help):
+{_stages()}
+
+benchmarks: make bench, in a checkout of the repository.
+
+{_STATUS}"""
+
+
+def _train_usage() -> str:
+    return f"""usage: rlhf-kernels train STAGE [--config FILE.yaml] [--flag value ...] [--traceback]
+
+stages (settings: rlhf-kernels train STAGE --help):
+{_stages()}
+
+{_STATUS}"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,11 +95,19 @@ def _run(args: list[str]) -> int:
     if not args:
         print(usage(), file=sys.stderr)
         return 2
-    if args[0] in ("-h", "--help") or args[1:2] in (["-h"], ["--help"]):
+    if args[0] in ("-h", "--help"):
         print(usage())
         return 0
+    if args[0] == "doctor":
+        # It imports every backend, which training does not need.
+        return int(importlib.import_module("rlhf_kernels.__main__").main(args[1:]))
     if args[0] != "train":
-        raise UserError(f"unknown command {args[0]!r}; {_hint(args[0], ['train'])}")
+        known = ["train", "doctor"]
+        hint = f"did you mean 'train {args[0]}'?" if args[0] in TRAINERS else _hint(args[0], known)
+        raise UserError(f"unknown command {args[0]!r}; {hint}")
+    if args[1:2] in (["-h"], ["--help"]):
+        print(_train_usage())
+        return 0
     if len(args) < 2 or args[1] not in TRAINERS:
         found = repr(args[1]) if len(args) > 1 else "none"
         raise UserError(f"train: expected a stage, found {found}; {_hint(found, list(TRAINERS))}")

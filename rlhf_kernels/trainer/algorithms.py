@@ -138,10 +138,13 @@ ALGORITHMS = {
 }  # fmt: skip
 
 
+#: Settings of the policy loss that are None unless the user gives them.
+LOSS_SETTINGS = ("objective", "clip_low", "clip_high", "dual_clip", "aggregation")
+
+
 def loss_config(algorithm: Algorithm, config: OnlineConfig) -> rk.PolicyLossConfig:
     """The policy loss of the algorithm, overridden by the settings that the user gave."""
-    names = ("objective", "clip_low", "clip_high", "dual_clip", "aggregation")
-    options = {n: getattr(config, n) for n in names if getattr(config, n) is not None}
+    options = {n: getattr(config, n) for n in LOSS_SETTINGS if getattr(config, n) is not None}
     options |= {"entropy_coef": config.entropy_coef, "kl_coef": 0.0}
     if algorithm.kl == "loss":
         options |= {"kl_coef": config.kl_coef, "kl_estimator": config.kl_estimator}

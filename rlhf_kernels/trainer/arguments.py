@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from argparse import Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -12,6 +13,8 @@ from transformers import HfArgumentParser
 
 from .errors import UserError, require
 
+# What help shows for a value of each type.
+_VALUES = {"int": "N", "float": "X", "string_to_bool": "BOOL"}
 _KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
 
 
@@ -36,11 +39,30 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Help(ArgumentDefaultsHelpFormatter):
+    """One line a setting where it fits; no default where the text says what unset means."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
+
+    def _format_action_invocation(self, action: Action) -> str:
+        if action.dest == "help":
+            return super()._format_action_invocation(action)
+        # A dash for an underscore is accepted too, and not shown.
+        kind = getattr(action.type, "__name__", "")
+        values = self._format_args(action, _VALUES.get(kind, "TEXT"))
+        return f"{action.option_strings[0]} {values}".rstrip()
+
+    def _get_help_string(self, action: Action) -> str | None:
+        unset = action.default is None or action.default == []
+        return action.help if unset else super()._get_help_string(action)
+
+
 class _Parser(HfArgumentParser):
     """Raises UserError instead of printing the usage and exiting."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **options)
+        super().__init__(*args, allow_abbrev=False, formatter_class=_Help, **options)
         # Before Python 3.14 argparse mistakes -1e-3 and -inf for flags.
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
 
@@ -132,8 +154,31 @@ def _as_flags(content: Any, kinds: Mapping[str, Any], help_command: str) -> list
     return flags
 
 
+def _parser(
+    classes: Sequence[type], prog: str, defaults: Mapping[str, Any], implied: Mapping[str, Any]
+) -> _Parser:
+    usage = f"{prog} [--config FILE.yaml] [--setting value ...] [--traceback]"
+    parser = _Parser(classes, prog=prog, usage=usage)
+    parser.set_defaults(**defaults)
+    for action in parser._actions:
+        if action.default is None and implied.get(action.dest) is not None:
+            action.help = f"{action.help} (default: {implied[action.dest]})"
+        if action.option_strings[0].startswith("--no_"):
+            action.help = f"the same as --{action.dest} false"
+            action.default = None
+    # Help shows what a run writes after what it does.
+    parser._action_groups.sort(key=lambda group: group.title == "run and output")
+    parser.add_argument("--config", action="append", help="YAML file of the settings below")
+    return parser
+
+
 def parse_config(
-    classes: Sequence[type], argv: Sequence[str], *, prog: str, defaults: Mapping[str, Any]
+    classes: Sequence[type],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    defaults: Mapping[str, Any],
+    implied: Mapping[str, Any] = {},
 ) -> tuple[Any, ...]:
     """Makes dataclass instances from `--config file.yaml` and flags; flags override the file.
 
@@ -142,13 +187,13 @@ def parse_config(
         argv: arguments after the subcommand.
         prog: name shown by `--help`.
         defaults: defaults of this subcommand that differ from the dataclasses'.
+        implied: what it takes for settings that are unset; `--help` shows these.
 
     Raises:
         UserError: names the setting, and the file if the value comes from it.
     """
-    parser, kinds, help_command = _Parser(classes, prog=prog), _kinds(classes), f"{prog} --help"
-    parser.set_defaults(**defaults)
-    parser.add_argument("--config", action="append", help="YAML file of the settings below")
+    parser, kinds = _parser(classes, prog, defaults, implied), _kinds(classes)
+    help_command = f"{prog} --help"
     given, rest = parser.parse_known_args(argv)
     if rest:
         if rest[0].startswith("-"):

@@ -134,6 +134,13 @@ def label_cell(value: Any) -> bool:
     return bool(found)
 
 
+def transcript(value: Any) -> Any:
+    """A conversation as lines `role: content`; any other value as it is."""
+    if not (isinstance(value, list) and value and all(isinstance(m, dict) for m in value)):
+        return value
+    return "\n".join(f"{m.get('role')}: {content(m)}" for m in value)
+
+
 def spoken(text: Text | None) -> str:
     """The text, or the joined contents of a conversation."""
     if text is None or isinstance(text, str):

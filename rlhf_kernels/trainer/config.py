@@ -67,6 +67,8 @@ def _plain(config: Any) -> None:
 class RunConfig:
     """Settings that every stage shares: output, seed, precision, checkpoints, resuming."""
 
+    _argument_group_name = "run and output"
+
     output_dir: str = _doc("folder for metrics, curves, samples and checkpoints", "runs/trainer")
     seed: int = _doc("seed of weights, data order and sampling", 0)
     device: Literal["auto", "cpu"] = _doc("auto: accelerate's choice", "auto")
@@ -97,6 +99,8 @@ class RunConfig:
 @dataclass
 class ModelConfig:
     """The trained model: a Hugging Face path, or a small Llama built from these sizes."""
+
+    _argument_group_name = "model"
 
     model: str | None = _doc("path or hub name of a causal LM; unset builds one", None)
     hidden_size: int = _doc("built model: width", 128)
@@ -134,6 +138,8 @@ class ModelConfig:
 class DataConfig:
     """The rows and their tokenizer: TRL's columns, standard or conversational."""
 
+    _argument_group_name = "data"
+
     data: str | None = _doc("file, folder, pattern or hub dataset; unset = arithmetic", None)
     eval_data: str | None = _doc("rows to evaluate on; unset = eval_size of data", None)
     max_operand: int = _doc("arithmetic: largest operand", 99)
@@ -160,6 +166,8 @@ class DataConfig:
 class OptimConfig:
     """Steps and AdamW."""
 
+    _argument_group_name = "optimisation"
+
     total_steps: int = _doc("steps; one is a batch (online: a rollout)", 100)
     batch_size: int = _doc("rows (online: completions) per step, over all processes", 512)
     micro_batch_size: int = _doc("rows per forward pass of a process; 0 = all", 0)
@@ -184,6 +192,8 @@ class OptimConfig:
 class RewardConfig:
     """Pairwise reward model: -log sigmoid(r_w - r_l - margin) + center_coef (r_w + r_l)^2."""
 
+    _argument_group_name = "algorithm"
+
     margin: float = _doc("margin of every pair; a column 'margin' of the data wins", 0.0)
     center_coef: float = _doc("weight of the centring term", 0.0)
 
@@ -195,6 +205,8 @@ class RewardConfig:
 @dataclass
 class DPOConfig:
     """Direct preference optimisation."""
+
+    _argument_group_name = "algorithm"
 
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
@@ -257,6 +269,8 @@ class DPOConfig:
 class KTOConfig:
     """Kahneman-Tversky optimisation."""
 
+    _argument_group_name = "algorithm"
+
     loss_type: Literal["kto", "apo_zero_unpaired"] = _doc(
         "kto, or apo_zero_unpaired: without the KL baseline", "kto"
     )
@@ -275,6 +289,8 @@ class KTOConfig:
 @dataclass
 class OnlineConfig:
     """Rollouts, their rewards and the policy loss. Unset = the algorithm's own value."""
+
+    _argument_group_name = "algorithm"
 
     reward_funcs: list[str] = field(
         default_factory=list,

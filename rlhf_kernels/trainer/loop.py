@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from . import adapters, checkpoint, folder, report, resume
+from .cells import transcript
 from .config import require
 from .errors import blamed_on
 from .finite import NonFinite
@@ -181,14 +182,15 @@ class Loop:
         stage, before = self.stage, self.extra["before"]
         shown = zip(stage.task.held_out, before["texts"], after["texts"], strict=False)
         samples = [
-            {"prompt": row.prompt, "answer": row.completion, "before": b, "after": a}
+            {"prompt": row.prompt, "answer": row.answer, "before": b, "after": a}
             for row, b, a in list(shown)[: stage.settings.get("num_samples")]
         ]
         for column, values in after.get("logged", {}).items():
             for i, sample in enumerate(samples):
                 sample[column] = values[i] if i < len(values) else None
         if samples:
-            stage.say("\n" + report.table(list(samples[0]), [list(s.values()) for s in samples]))
+            texts = [[report.in_short(str(transcript(v))) for v in s.values()] for s in samples]
+            stage.say("\n" + report.table(list(samples[0]), texts))
         seconds = self._seconds(rows)
         old, new = before["scores"], after["scores"]
         cells = [(key, f"{old[key]:.4f}", f"{new[key]:.4f}") for key in new]
@@ -205,9 +207,18 @@ class Loop:
         }
         weights = self.trainer.learner.weights() if stage.run.save_model else {}
         folder.on_main(self.accelerator, lambda: self._write(rows, summary, weights))
-        total = summary["total_seconds"]
-        stage.say(f"\n{total:.0f} s in all; curves, samples and metrics in {self.out}/")
+        stage.say(f"\n{summary['total_seconds']:.0f} s in all. {self._next()}")
         return summary
+
+    def _next(self) -> str:
+        """What to look at, and how the next stage takes the model."""
+        text = f"Look at curves.png, metrics.jsonl and summary.json in {self.out}/."
+        if not self.stage.run.save_model:
+            return text
+        kind = "reward" if self.stage.name == "reward" else "policy"
+        flag = "reward_funcs" if kind == "reward" else "model"
+        text += f" The {kind} model is {self.out / kind}: rlhf-kernels train STAGE --{flag} "
+        return text + str(self.out / kind)
 
     def _seconds(self, rows: Sequence[dict[str, float]]) -> dict[str, float]:
         """The mean seconds of each part of a step; prints their shares."""

@@ -116,6 +116,12 @@ def plot_curves(rows: Sequence[dict[str, float]], path: Path) -> None:
     write_whole(path, picture.getvalue())
 
 
+def in_short(text: str) -> str:
+    """The text without its middle if a cell of `table` does not hold it."""
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= 48 else f"{text[:23]}…{text[-24:]}"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A text table with aligned columns; line breaks are escaped and long cells are cut."""
     cells = [[str(value).replace("\n", "\\n") for value in row] for row in (header, *rows)]

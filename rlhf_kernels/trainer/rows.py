@@ -48,6 +48,11 @@ class Row(NamedTuple):
         return not self == other
 
     @property
+    def answer(self) -> Any:
+        """What the rewards compare a completion with, or the completion of the data."""
+        return self.columns.get("answer", self.completion)
+
+    @property
     def template(self) -> dict[str, Any]:
         """The row's own arguments of the chat template."""
         return template_arguments(self.columns)

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 import rlhf_kernels as rk
 
 from . import checkpoint, checks
-from .algorithms import ALGORITHMS
+from .algorithms import ALGORITHMS, LOSS_SETTINGS
 from .config import (
     DataConfig,
     DPOConfig,
@@ -55,13 +55,24 @@ def settings_of(name: str) -> tuple[tuple[type, ...], str, dict[str, Any]]:
     return classes, kind, {"output_dir": f"runs/{name}"} | defaults
 
 
+def _implied(name: str) -> dict[str, Any]:
+    """What an online algorithm takes for settings of its loss that are unset."""
+    if name in OFFLINE:
+        return {}
+    loss = ALGORITHMS[name].loss()
+    return {key: getattr(loss, key) for key in LOSS_SETTINGS}
+
+
 class Stage:
     """The settings, accelerator, data and output folder of a stage."""
 
     def __init__(self, name: str, argv: Sequence[str]) -> None:
         self.name, self.started = name, time.perf_counter()
         classes, kind, defaults = settings_of(name)
-        found = parse_config(classes, argv, prog=f"rlhf-kernels train {name}", defaults=defaults)
+        found = parse_config(
+            classes, argv, prog=f"rlhf-kernels train {name}", defaults=defaults,
+            implied=_implied(name),
+        )  # fmt: skip
         self.run: RunConfig
         self.model: ModelConfig
         self.data: DataConfig

@@ -11,6 +11,7 @@ import torch
 
 from tests.trainer.trainer_tools import accelerator, online_trainer
 
+from rlhf_kernels import __main__ as doctor
 from rlhf_kernels import cli
 from rlhf_kernels.trainer import learner, run
 from rlhf_kernels.trainer.config import UserError
@@ -27,7 +28,8 @@ def lines(capsys):
     ("args", "words"),
     [
         (["trian", "ppo"], "unknown command 'trian'; did you mean 'train'?"),
-        (["ppo"], "unknown command 'ppo'"),
+        (["ppo"], "unknown command 'ppo'; did you mean 'train ppo'?"),
+        (["docter"], "unknown command 'docter'; did you mean 'doctor'?"),
         (["train"], "expected a stage, found none; one of: sft, reward, dpo, kto, ppo"),
         (["train", "gropo"], "found 'gropo'; did you mean 'grpo'?"),
         (["train", "--config", "x.yaml"], "found '--config'; one of: sft"),
@@ -50,10 +52,45 @@ def test_help_of_each_stage(stage, capsys):
     assert ("--critic_model" in text) == (stage == "ppo")
 
 
+def test_help_is_in_groups_and_shows_the_stages_own_values(capsys):
+    def help_of(stage):
+        with pytest.raises(SystemExit):
+            cli.main(["train", stage, "--help"])
+        return " ".join(capsys.readouterr().out.split())
+
+    names = ("model", "data", "optimisation", "algorithm", "run and output")
+    for stage in ("sft", "dpo", "ppo", "dapo"):
+        text = help_of(stage)
+        # sft has no settings of its own.
+        own = [name for name in names if (stage, name) != ("sft", "algorithm")]
+        places = [text.index(f" {name}: --") for name in own]
+        assert places == sorted(places)
+        assert "(default: None)" not in text and "(default: [])" not in text
+        assert f"(default: runs/{stage})" in text
+    assert "--clip_high X the ratio's clip above 1 (default: 0.28)" in help_of("dapo")
+    assert "--clip_high X the ratio's clip above 1 (default: 0.2)" in help_of("ppo")
+    assert "--objective TEXT clip, penalty, reinforce, cispo or sapo (default: cispo)" in (
+        help_of("cispo")
+    )
+    assert "--learning_rate X peak rate of the trained model (default: 1e-06)" in help_of("dpo")
+    assert "--no_save_model the same as --save_model false" in help_of("sft")
+
+
 def test_help_of_all(capsys):
     for args in (["--help"], ["-h"], ["train", "--help"]):
         assert cli.main(args) == 0
-        assert "reinforce++_baseline" in capsys.readouterr().out
+        text = capsys.readouterr().out
+        assert "reinforce++_baseline" in text
+        assert ("doctor" in text and "make bench" in text) == (args[0] != "train")
+
+
+def test_the_doctor_is_a_command(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["doctor", "--help"])
+    assert stopped.value.code == 0 and "--integrations" in capsys.readouterr().out
+    given = []
+    monkeypatch.setattr(doctor, "main", lambda args: given.append(args) or 1)
+    assert cli.main(["doctor", "--json"]) == 1 and given == [["--json"]]
 
 
 @pytest.mark.parametrize("position", [0, 1, 2, 4])

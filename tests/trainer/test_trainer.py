@@ -11,6 +11,7 @@ from tests.trainer.trainer_tools import (
     CPU,
     one_thread,  # noqa: F401
     online_trainer,
+    tiny_policy,
     tiny_task,
     write_jsonl,
 )
@@ -208,6 +209,42 @@ def test_cli_trains_on_a_file_and_continues_from_its_model(tmp_path):
     was, now = summary["samples"][:4], resumed["samples"][:4]
     assert [s["after"] for s in was] == [s["before"] for s in now]
     assert AutoModelForCausalLM.from_pretrained(again / "policy").config.vocab_size <= 300
+
+
+def test_what_a_run_on_conversations_shows(tmp_path, capsys):
+    """Conversations as text, the answer that was scored, and what to do next."""
+    task = tiny_task()
+    task.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    model = tmp_path / "model"
+    tiny_policy(task).save_pretrained(model)
+    task.tokenizer.save_pretrained(model)
+    rows = [
+        {"prompt": [{"role": "user", "content": f"{i}+{j}="}], "answer": f"{i + j}"}
+        for i in range(6)
+        for j in range(6)
+    ]
+    (tmp_path / "score.py").write_text(
+        "def score(completions, answer, **_):\n    return [float(len(a)) for a in answer]\n"
+    )
+    flags = ["--model", str(model), "--data", str(write_jsonl(tmp_path / "sums.jsonl", rows))]
+    flags += ["--eval_size", "4", "--batch_size", "8", "--num_generations", "2"]
+    flags += ["--total_steps", "1", "--num_samples", "3", "--threads", "1", "--device", "cpu"]
+    flags += ["--reward_funcs", f"{tmp_path / 'score.py'}:score"]
+    out = tmp_path / "out"
+    assert cli.main(["train", "dr_grpo", *flags, "--output_dir", str(out)]) == 0
+    text, samples = capsys.readouterr().out, json.loads((out / "summary.json").read_text())
+    header, _, *shown = next(
+        part for part in text.split("\n\n") if part.lstrip().startswith("prompt")
+    ).splitlines()
+    assert header.split()[:2] == ["prompt", "answer"] and len(shown) == 3
+    for line, sample in zip(shown, samples["samples"], strict=True):
+        ((message),) = sample["prompt"]
+        first, second = message["content"].rstrip("=").split("+")
+        answer = str(int(first) + int(second))
+        assert line.split()[:3] == ["user:", message["content"], answer]
+        assert sample["answer"] == answer
+    assert "'role'" not in text and '"kl_coef"' not in text
+    assert f"rlhf-kernels train STAGE --model {out / 'policy'}" in text
 
 
 def test_missing_extra_is_named(monkeypatch, capsys):
