@@ -23,7 +23,7 @@ from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.workers.utils import losses
 
 from tests.parity.comparison import FP32, close, with_gradients
-from tests.parity.test_verl import (
+from tests.parity.verl_cases import (
     AGGREGATIONS,
     DP_SIZE,
     GLOBAL_BATCH,

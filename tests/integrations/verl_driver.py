@@ -43,7 +43,7 @@ from verl.trainer.ppo import core_algos
 from verl.workers.utils import losses
 
 from tests.parity.comparison import FP32, close
-from tests.parity.test_verl import outcome
+from tests.parity.verl_cases import outcome
 
 from rlhf_kernels.integrations import verl as integration
 

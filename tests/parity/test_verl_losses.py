@@ -1,14 +1,10 @@
-"""Parity with verl 0.9.1: advantages, KL estimates, losses, whitening, log-probabilities.
+"""Parity with verl 0.9.1: losses of policy and value, KL estimates, log-probabilities.
 
 The actor's loss is compared through `ppo_loss`, the function that its workers call, with the policy
 losses from its registry. Masks have gaps inside rows and one row that is wholly masked. Different
 by design:
 
-- What verl leaves at masked positions is carried values, products with garbage or whitened zeros;
-  here it is 0. Tests compare unmasked positions, and that ours are 0 elsewhere.
 - verl multiplies by the mask in places; here NaN under the mask changes nothing.
-- A group of one has advantage 0 here; verl takes its reward as it is.
-- verl computes group statistics in fp32, ours are fp64.
 - verl's `kl_penalty` clamps k3; here that is an option of the loss (PolicyLossConfig.verl sets it).
 - Its bfloat16 log-probabilities are bfloat16 on CPU, ours float32.
 """
@@ -17,9 +13,17 @@ import importlib.util
 import inspect
 import math
 
-import numpy as np
 import pytest
+
+# Not importorskip: an import that fails where verl is installed must show.
+if importlib.util.find_spec("verl") is None:
+    pytest.skip("needs verl, which `make test` installs", allow_module_level=True)
+
 import torch
+import verl.utils.torch_functional as verl_F
+from verl.trainer.config.algorithm import RolloutCorrectionConfig
+from verl.trainer.ppo import core_algos, rollout_corr_helper
+from verl.workers.config import ActorConfig, PolicyLossConfig
 
 from tests.parity.comparison import (
     FP32,
@@ -28,119 +32,24 @@ from tests.parity.comparison import (
     compare_token_logprobs,
     probable,
 )
-from tools.policy_batches import Batch, make_batch
+from tests.parity.verl_cases import (
+    ACTOR,
+    AGGREGATIONS,
+    DP_SIZE,
+    EXACT,
+    GLOBAL_BATCH,
+    GLOBAL_TOKENS,
+    SCALE_FACTOR,
+    actor_loss,
+    check,
+    normalizer,
+    rollout_weights,
+)
+from tools.policy_batches import make_batch
 
 import rlhf_kernels as rk
 from rlhf_kernels import reference
 from rlhf_kernels.testing import random_mask
-
-# Not importorskip: an import that fails where verl is installed must show.
-if importlib.util.find_spec("verl") is None:
-    pytest.skip("needs verl, which `make test` installs", allow_module_level=True)
-
-import verl.utils.torch_functional as verl_F
-from tensordict import TensorDict
-from verl.trainer.config.algorithm import RolloutCorrectionConfig
-from verl.trainer.ppo import core_algos, rollout_corr_helper
-from verl.utils import tensordict_utils
-from verl.workers.config import ActorConfig, PolicyLossConfig
-from verl.workers.utils import losses
-
-DP_SIZE, GLOBAL_TOKENS, GLOBAL_BATCH, SCALE_FACTOR = 2, 301, 11, 24
-AGGREGATIONS = (
-    "token-mean",
-    "token-sum",
-    "seq-mean-token-sum",
-    "seq-mean-token-sum-norm",
-    "seq-mean-token-mean",
-)
-# Bounds within reach of the batches.
-ACTOR = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_c": 1.75, "tau_neg": 1.5}
-# verl adds 1e-8 to the lengths that it divides by.
-EXACT = 1e-7
-
-
-def normalizer(loss_agg_mode):
-    """As the docstring of PolicyLossConfig.verl has it."""
-    return {
-        "token-mean": GLOBAL_TOKENS / DP_SIZE,
-        "token-sum": 1 / DP_SIZE,
-        "seq-mean-token-sum-norm": GLOBAL_BATCH * SCALE_FACTOR / DP_SIZE,
-    }.get(loss_agg_mode, GLOBAL_BATCH / DP_SIZE)
-
-
-def actor_loss(
-    batch: Batch, loss_mode: str, *, distributed: bool, weights=None, policy=None, **actor
-):
-    """(loss, metrics) of verl's ppo_loss."""
-    config = ActorConfig(
-        strategy="fsdp",
-        rollout_n=1,
-        use_dynamic_bsz=True,
-        policy_loss=PolicyLossConfig(loss_mode=loss_mode, **(policy or {})),
-        loss_scale_factor=SCALE_FACTOR,
-        **actor,
-    )
-    rows, cols = batch.mask.shape
-    # A prompt of one token, so that verl's shift by one lands on the responses.
-    tensors = {
-        "prompts": torch.ones(rows, 1, dtype=torch.long),
-        "responses": torch.ones(rows, cols, dtype=torch.long),
-        "attention_mask": torch.ones(rows, 1 + cols, dtype=torch.long),
-        "response_mask": batch.mask.long(),
-        "old_log_probs": batch.old,
-        "advantages": batch.advantages,
-        "ref_log_prob": batch.ref,
-    }
-    if weights is not None:
-        tensors["rollout_is_weights"] = weights
-    data = TensorDict(tensors, batch_size=rows)
-    tensordict_utils.assign_non_tensor(
-        data,
-        dp_size=DP_SIZE if distributed else 1,
-        batch_num_tokens=GLOBAL_TOKENS if distributed else None,
-        global_batch_size=GLOBAL_BATCH if distributed else None,
-    )
-
-    def packed(x):
-        return torch.cat([x, x.new_zeros(rows, 1)], dim=1).flatten()
-
-    output = {"log_probs": packed(batch.logprobs), "entropy": packed(batch.entropy)}
-    loss, metrics = losses.ppo_loss(config, output, data)
-    return loss, {k: getattr(v, "values", [v])[0] for k, v in metrics.items()}
-
-
-def rollout_weights(batch, rollout_is, threshold):
-    return rollout_corr_helper.compute_rollout_correction_weights(
-        batch.old - batch.rollout, batch.mask.long(), rollout_is, threshold
-    )[0]
-
-
-def check(batch, loss_mode, loss_agg_mode, *, distributed, rollout=None, exact=EXACT, **actor):
-    """The whole of verl's actor loss against ours; metrics of both."""
-    actor = ACTOR | actor | {"loss_agg_mode": loss_agg_mode}
-    correction = {}
-    if rollout is not None:
-        correction = dict(zip(("rollout_is", "rollout_is_threshold"), rollout, strict=True))
-    divisor = normalizer(loss_agg_mode)
-    if loss_mode == "sapo":
-        divisor = GLOBAL_BATCH / DP_SIZE
-    if not distributed:
-        sequences = float(batch.mask.any(-1).sum())
-        divisor = sequences * SCALE_FACTOR if loss_agg_mode == "seq-mean-token-sum-norm" else None
-
-    def theirs(batch):
-        weights = None if rollout is None else rollout_weights(batch, *rollout)
-        return actor_loss(batch, loss_mode, distributed=distributed, weights=weights, **actor)
-
-    return compare_policy_loss(
-        theirs,
-        batch,
-        rk.PolicyLossConfig.verl(loss_mode, **actor, **correction),
-        normalizer=divisor,
-        exact=exact,
-    )
-
 
 KL_TYPES = ("low_var_kl", "kl+", "mse", "abs+", "k3+", "k1", "k2+", "abs")
 ROLLOUT = (None, ("token", 1.25), ("sequence", 1.5), ("token", "0.8_1.2"), ("sequence", "0.5_2.0"))
@@ -411,168 +320,6 @@ def test_kl_penalty(backend, kind, suffix):
     for a, o in zip(actual, oracle, strict=True):
         close(a, o, FP32)
         assert o.abs().max() > 0.1
-
-
-def same_where_kept(actual, theirs, mask, tolerance=FP32):
-    """Equal at unmasked positions, and ours exactly 0 elsewhere."""
-    mask = mask.bool()
-    close(actual[mask], theirs[mask], tolerance)
-    assert (actual[~mask] == 0).all() and theirs[mask].abs().max() > 0.1
-
-
-@pytest.mark.parametrize(("gamma", "lam"), ((1.0, 1.0), (0.99, 0.95), (0.9, 0.0)))
-@pytest.mark.parametrize("shape", ((4, 9), (6, 37)))
-def test_gae(backend, shape, gamma, lam):
-    rewards, values = torch.randn(2, *shape)
-    mask = random_mask(*shape)
-    ours = rk.gae(rewards, values, mask=mask, gamma=gamma, lam=lam, whiten=True)
-    raw = rk.gae(rewards, values, mask=mask, gamma=gamma, lam=lam)
-    wide = rewards.double(), values.double(), mask.double(), gamma, lam
-    oracle = core_algos.compute_gae_advantage_return(*wide)
-    defined = reference.gae(*wide[:2], mask=mask, gamma=gamma, lam=lam, whiten=True)
-    for a, b, d in zip(ours, oracle, defined, strict=True):
-        same_where_kept(a, b, mask)
-        same_where_kept(d, b, mask, EXACT)
-    # verl's masked_whiten of our raw advantages is our whitening of them.
-    same_where_kept(ours.advantages, verl_F.masked_whiten(raw.advantages.double(), mask), mask)
-
-
-def test_gae_carries_over_masked_steps(backend):
-    values, rewards = torch.tensor([[1.0, 1, 5, 5, 1]]), torch.tensor([[0.0, 0, 0, 0, 2]])
-    mask = torch.tensor([[1, 1, 0, 0, 1]])
-    expected = torch.tensor([[0.9025, 0.95, 0, 0, 1]])
-    close(rk.gae(rewards, values, mask=mask).advantages, expected, FP32)
-    _, returns = core_algos.compute_gae_advantage_return(rewards, values, mask, 1.0, 0.95)
-    same_where_kept(torch.where(mask == 1, expected + values, 0), returns, mask)
-
-
-def outcome(rows=9, cols=7):
-    """Token rewards with the score on the last kept token, ragged groups, mask with gaps."""
-    mask = random_mask(rows, cols)
-    last = (mask.cumsum(1) == mask.sum(1, keepdim=True)) & mask
-    scores = torch.randn(rows).where(mask.any(-1), 0)
-    ids = torch.tensor([3, 1, 3, 7, 1, 3, 7, 1, 1])[:rows]
-    index = np.array([f"prompt-{i}" for i in ids])
-    return torch.where(last, scores.unsqueeze(-1), 0), scores, mask, ids, index
-
-
-def estimate(name, rewards, mask, index, **options):
-    function = core_algos.get_adv_estimator_fn(name)
-    return function(token_level_rewards=rewards, response_mask=mask.long(), index=index, **options)[
-        0
-    ]
-
-
-@pytest.mark.parametrize(
-    ("name", "verl_options", "options"),
-    (
-        ("grpo", {}, {}),
-        ("grpo_vectorized", {}, {}),
-        ("grpo", {"norm_adv_by_std_in_grpo": False}, {"scale": "none"}),
-        ("rloo", {}, {"baseline": "leave-one-out", "scale": "none"}),
-        ("rloo_vectorized", {}, {"baseline": "leave-one-out", "scale": "none"}),
-    ),
-)
-def test_group_advantages(backend, name, verl_options, options):
-    rewards, scores, mask, ids, index = outcome()
-    ours = rk.group_advantages(scores, ids, **options)
-    per_token = torch.where(mask, ours.unsqueeze(-1), 0)
-    same_where_kept(per_token, estimate(name, rewards, mask, index, **verl_options), mask, 1e-5)
-    s, g = scores.double().numpy(), ids.numpy()
-    for i in range(len(s)):
-        group = s[g == g[i]]
-        a = s[i] - group.mean()
-        if options.get("baseline"):
-            a *= len(group) / (len(group) - 1)
-        if not options.get("scale"):
-            a /= group.std(ddof=1) + 1e-6
-        assert ours[i].item() == pytest.approx(a, rel=1e-6, abs=1e-6)
-
-
-def test_opo_and_pass_at_k(backend):
-    rewards, scores, mask, ids, index = outcome()
-    ours = rk.group_advantages(
-        scores, ids, baseline="length-mean", scale="none", lengths=mask.sum(-1)
-    )
-    per_token = torch.where(mask, ours.unsqueeze(-1), 0)
-    same_where_kept(per_token, estimate("opo", rewards.double(), mask, index), mask)
-    for divides in (True, False):
-        config = core_algos.AlgoConfig(norm_adv_by_std_in_grpo=divides)
-        theirs = estimate("grpo_passk", rewards.double(), mask, index, config=config)
-        scale = "group" if divides else "none"
-        ours = rk.group_advantages(scores, ids, baseline="pass@k", scale=scale)
-        same_where_kept(torch.where(mask, ours.unsqueeze(-1), 0), theirs, mask)
-
-
-@pytest.mark.parametrize("name", ("optimal_token_baseline", "tir_optimal_token_baseline"))
-@pytest.mark.parametrize("zero_tail", (True, False))
-def test_optimal_token_baseline(backend, name, zero_tail):
-    rewards, _, mask, ids, index = outcome()
-    if name == "optimal_token_baseline":
-        # It counts the columns of a row, TIR-OTB the kept tokens: the same without gaps.
-        mask = torch.arange(mask.shape[1]) < mask.sum(-1, keepdim=True)
-    g = torch.Generator().manual_seed(0)
-    more = torch.randn(rewards.shape, generator=g)
-    logprobs, collision, weights = (torch.rand(rewards.shape, generator=g) for _ in range(3))
-    options = {"old_log_probs": -logprobs.double(), "sum_pi_squared": collision.double()}
-    options |= {"rollout_is_weights": weights.double(), "handle_zero_tail": zero_tail}
-    theirs = estimate(name, more.double(), mask, index, **options)
-    ours = rk.optimal_token_baseline(
-        more, -logprobs, collision, ids, mask, importance_weights=weights, zero_tail=zero_tail
-    )
-    same_where_kept(ours.advantages, theirs, mask)
-
-
-def test_groups_of_one_differ(backend):
-    """By design: verl keeps the reward, which has no baseline; here there is nothing to learn."""
-    rewards, scores, mask, _, _ = outcome(2)
-    alone = np.array(["a", "b"])
-    close(estimate("grpo", rewards, mask, alone), scores.unsqueeze(-1) * mask, 2e-6)
-    assert (rk.group_advantages(scores, 1) == 0).all() and scores.abs().min() > 0.1
-
-
-def test_remax(backend):
-    rewards, scores, mask, _, index = outcome()
-    greedy = torch.randn(len(scores))
-    theirs = estimate("remax", rewards, mask, index, reward_baselines=greedy)
-    returns = rk.discounted_returns(rewards, mask=mask)
-    same_where_kept(torch.where(mask, returns - greedy.unsqueeze(-1), 0), theirs, mask)
-    # A score on the last token alone is the reward of the sequence.
-    ours = rk.group_advantages(scores, 1, baseline="greedy", scale="none", greedy_rewards=greedy)
-    same_where_kept(torch.where(mask, ours.unsqueeze(-1), 0), theirs, mask)
-    close(ours, scores.double() - greedy.double(), FP32)
-
-
-@pytest.mark.parametrize("gamma", (1.0, 0.9))
-def test_reinforce_plus_plus(backend, gamma):
-    _, _, mask, _, index = outcome()
-    rewards = torch.randn(mask.shape)
-    config = core_algos.AlgoConfig(gamma=gamma)
-    theirs = estimate("reinforce_plus_plus", rewards.double(), mask, index, config=config)
-    ours = rk.whiten(rk.discounted_returns(rewards, mask=mask, gamma=gamma), mask=mask)
-    same_where_kept(ours, theirs, mask)
-    kept = ours[mask].double()
-    assert abs(kept.mean()) < 1e-6 and kept.var() == pytest.approx(1, rel=1e-6)
-
-
-def test_reinforce_plus_plus_baseline(backend):
-    rewards, scores, mask, ids, index = outcome()
-    theirs = estimate("reinforce_plus_plus_baseline", rewards.double(), mask, index)
-    centred = rk.group_advantages(scores, ids, scale="none")
-    ours = rk.whiten(centred.unsqueeze(-1).expand(mask.shape), mask=mask)
-    same_where_kept(ours, theirs, mask)
-    kept = ours[mask].double()
-    assert abs(kept.mean()) < 1e-6 and kept.var() == pytest.approx(1, rel=1e-6)
-
-
-@pytest.mark.parametrize("shift_mean", (True, False))
-def test_whiten(backend, shift_mean):
-    x, mask = 3 * torch.randn(6, 37) + 5, random_mask(6, 37)
-    ours = rk.whiten(x, mask=mask, shift_mean=shift_mean)
-    same_where_kept(ours, verl_F.masked_whiten(x.double(), mask, shift_mean), mask)
-    kept = x[mask].double()
-    closed = (kept - kept.mean()) / (kept.var() + 1e-8).sqrt() + (0 if shift_mean else kept.mean())
-    close(ours[mask], closed, FP32)
 
 
 @pytest.mark.parametrize("distributed", (False, True))
