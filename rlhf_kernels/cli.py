@@ -28,6 +28,7 @@ TRAINERS = {
     "reinforce++": "REINFORCE++: PPO-clip, whitened return to go",
     "reinforce++_baseline": "REINFORCE++ with the group's mean as baseline",
     "remax": "REINFORCE with the greedy completion as baseline",
+    "distill": "on-policy distillation: reverse KL per token to a teacher, no reward",
 }
 MODULE = "rlhf_kernels.trainer.run"
 

@@ -85,7 +85,7 @@ def page(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="*", help="algorithms; none: all")
+    parser.add_argument("names", nargs="*", help="algorithms; none: all with a reward")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--out", type=Path, default=Path("runs/algorithms"))
     options = parser.parse_args()
@@ -96,7 +96,8 @@ def main() -> None:
     results = json.loads(FIGURES.read_text()) if FIGURES.exists() else {"rows": {}}
     weights = (start / "model.safetensors").stat().st_size // 4
     results["model"] = f"{weights / 1e6:.2f} million weights"
-    for name in options.names or ALGORITHMS:
+    rewarded = [name for name, algorithm in ALGORITHMS.items() if not algorithm.teacher]
+    for name in options.names or rewarded:
         results["rows"][name] = run(name, start, options.out, options.steps)
         FIGURES.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         PAGE.write_text(page(results), encoding="utf-8")

@@ -83,6 +83,18 @@ def returns_to_go(*, whiten: bool, group_baseline: bool = False) -> Callable[[Ou
     return advantages
 
 
+def to_teacher(rollout: Outcome) -> Estimate:
+    """On-policy distillation: each sampled token's log-ratio of teacher and policy, no reward.
+
+    Its mean over samples is minus KL(policy || teacher), and the policy gradient with it as the
+    advantage is the gradient of that KL at the tokens that were sampled (2306.13649, reverse KL;
+    a discount of 0, because a token's divergence does not count its successors').
+    """
+    assert rollout.ref_logprobs is not None  # the teacher's
+    ratio = rollout.ref_logprobs - rollout.logprobs
+    return torch.where(rollout.mask, rollout.kl_coef * ratio, 0.0), None
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """An online algorithm.
@@ -94,6 +106,7 @@ class Algorithm:
         defaults: settings whose default differs from OnlineConfig's.
         critic: whether the algorithm trains a critic.
         greedy: whether the baseline is the score of a greedy completion of each prompt.
+        teacher: whether the reference is a teacher given by path; rewards are only shown.
     """
 
     advantages: Callable[[Outcome], Estimate]
@@ -102,6 +115,7 @@ class Algorithm:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     critic: bool = False
     greedy: bool = False
+    teacher: bool = False
 
     @property
     def grouped(self) -> bool:
@@ -135,6 +149,7 @@ ALGORITHMS = {
         {"num_generations": 8, "kl_coef": 0.01},
     ),
     "remax": Algorithm(group("greedy", "none"), _Loss.rloo, "reward", greedy=True),
+    "distill": Algorithm(to_teacher, _Loss.ppo, "reward", {"kl_coef": 1.0}, teacher=True),
 }  # fmt: skip
 
 

@@ -22,6 +22,11 @@ def exact_match(
     return [float(end and text.strip() == wanted) for text, wanted, end in rows]
 
 
+def ended(completions: Sequence[str], finished: Sequence[bool], **_: Any) -> list[float]:
+    """1 if the completion ends with an end token, else 0."""
+    return [float(end) for end in finished]
+
+
 def answer_format(completions: Sequence[str], finished: Sequence[bool], **_: Any) -> list[float]:
     """1 if the completion ends with `#### <number>` and an end token, else 0."""
     rows = zip(completions, finished, strict=True)

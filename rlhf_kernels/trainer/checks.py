@@ -77,6 +77,11 @@ def check_settings(
         if isinstance(config, OnlineConfig):
             if config.engine == "vllm" and not run.dry_run:
                 _needs("vllm", "engine", config.engine)
+            taught, teacher = ALGORITHMS[name].teacher, config.teacher_model
+            expected = "a path or hub name" if taught else f"no value with {name}"
+            require((teacher is not None) == taught, "teacher_model", expected, teacher)
+            used = config.kl_coef > 0
+            require(used or not taught, "kl_coef", f"> 0 with {name}", config.kl_coef)
             alone = count == 1 or not config.sft_steps
             expected = "0 with several processes; use the sft stage"
             require(alone, "sft_steps", expected, config.sft_steps)
@@ -222,6 +227,7 @@ def check_models(model: ModelConfig, own: Sequence[Any]) -> None:
     for config in own:
         if isinstance(config, OnlineConfig):
             named += [("reward_funcs", p) for p in config.reward_funcs if not is_function(p)]
+            named.append(("teacher_model", config.teacher_model))
         if isinstance(config, PPOConfig):
             named.append(("critic_model", config.critic_model))
     for name, path in dict.fromkeys(named):

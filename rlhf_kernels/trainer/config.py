@@ -314,6 +314,7 @@ class OnlineConfig:
     entropy_coef: float = _doc("entropy bonus", 0.0)
     penalty_coef: float = _doc("objective penalty: first weight of KL(old || new)", 1.0)
     penalty_target: float = _doc("KL per token it adapts to: halved or doubled; 0 = fixed", 0.0)
+    teacher_model: str | None = _doc("distill: path or hub name of the teacher", None)
     kl_coef: float = _doc("weight of the KL to the reference; 0 = no reference", 0.0)
     kl_estimator: Literal["k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+"] = _doc(
         "of the KL to the reference; those with + in the loss only", "k1"

@@ -48,7 +48,8 @@ class Loop:
         """Starts a run at its first step."""
         self.extra = {"before": self.trainer.evaluate()}
         reference = self.trainer.reference
-        if self.stage.settings.get("sft_steps") and reference is not None:
+        own = self.stage.settings.get("teacher_model") is None
+        if own and self.stage.settings.get("sft_steps") and reference is not None:
             # The supervised phase made these weights, so no file holds them.
             self.extra["reference"] = reference.state_dict()
 

@@ -70,27 +70,28 @@ def build_policy(
     *,
     max_length: int,
     device: torch.device | str = "cpu",
+    setting: str = "model",
 ) -> nn.Module:
     """A causal LM from a path, or a small Llama with random weights, tested on its device.
 
     If the path holds an adapter, training continues it and its base model stays frozen. With
-    `lora_rank` any other model gets a new adapter, which is trained alone.
+    `lora_rank` any other model gets a new adapter, which is trained alone. Errors name `setting`.
     """
     found = None
     if config.model is None:
         settings = small_llama(config, tokenizer, max_length=max_length)
         model = build(AutoModelForCausalLM, settings, config)
     else:
-        found = adapters.find_adapter(config.model, setting="model")
+        found = adapters.find_adapter(config.model, setting=setting)
         path = found.base if found else config.model
-        with adapters.named_base(found, setting="model"):
-            load_settings(path, setting="model")
-            model, _ = load(AutoModelForCausalLM, path, config, setting="model")
-    check_vocabulary(tokenizer, vocabulary(model), setting="model")
+        with adapters.named_base(found, setting=setting):
+            load_settings(path, setting=setting)
+            model, _ = load(AutoModelForCausalLM, path, config, setting=setting)
+    check_vocabulary(tokenizer, vocabulary(model), setting=setting)
     policy: nn.Module = model
     if found is not None:
-        policy = adapters.load_adapter(model, found, config, setting="model", task="CAUSAL_LM")
-        adapters.check_output(policy, setting="model")
+        policy = adapters.load_adapter(model, found, config, setting=setting, task="CAUSAL_LM")
+        adapters.check_output(policy, setting=setting)
     elif config.lora_rank:
         policy = adapters.new_adapter(model, config, task="CAUSAL_LM")
     settled(policy)

@@ -20,13 +20,18 @@ class Reference:
     Args:
         policy: the policy before accelerate wraps it.
         moved: whether this run has trained it, or a checkpoint will restore a trained reference.
+        teacher: a model that is the reference instead.
     """
 
-    def __init__(self, policy: nn.Module, *, moved: bool = False) -> None:
+    def __init__(
+        self, policy: nn.Module, *, moved: bool = False, teacher: nn.Module | None = None
+    ) -> None:
         self.model: nn.Module | None = None
         self.adapter: str | None = None
         self._policy = policy
-        if not hasattr(policy, "peft_config"):
+        if teacher is not None:
+            self.model = settled(teacher.requires_grad_(False))
+        elif not hasattr(policy, "peft_config"):
             self.model = self._copy(policy)
         elif moved or not adapters.is_new(policy):
             if adapters.can_freeze_twin(policy):

@@ -94,7 +94,7 @@ def model_identities(settings: Mapping[str, Any]) -> dict[str, str]:
 
     A checkpoint has trained weights only; a reference, a base model and rewards come from these.
     """
-    named = [settings.get("model"), settings.get("critic_model")]
+    named = [settings.get(name) for name in ("model", "critic_model", "teacher_model")]
     named += [p for p in settings.get("reward_funcs", ()) if not is_function(p)]
     folders = dict.fromkeys(path for path in named if path is not None and Path(path).is_dir())
     return {path: _model_identity(Path(path)) for path in folders}

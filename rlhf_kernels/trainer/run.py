@@ -11,6 +11,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from . import answers, folder, models, resume
+from .algorithms import ALGORITHMS
 from .config import OnlineConfig, PPOConfig, require
 from .data import read_rows
 from .generation import Engine, TransformersEngine
@@ -113,7 +114,10 @@ def _online(stage: Stage, *, fresh: bool) -> OnlineTrainer:
     default = [answers.exact_match]
     if stage.data.data is not None:
         default = [answers.answer_format, answers.answer_correct]
-        scored = bool(config.reward_funcs) or "answer" in columns
+        if ALGORITHMS[stage.name].teacher and "answer" not in columns:
+            # Nothing is learnt from it; the table shows it.
+            default = [answers.ended]
+        scored = bool(config.reward_funcs) or "answer" in columns or default == [answers.ended]
         expected = f"one: {stage.data.data} has no column 'answer' for the built-in rewards"
         require(scored, "reward_funcs", expected, config.reward_funcs)
     ptx_rows = task.train
@@ -127,16 +131,26 @@ def _online(stage: Stage, *, fresh: bool) -> OnlineTrainer:
         device=accelerator.device,
     )  # fmt: skip
     rewards.check(columns)
-    if isinstance(config, PPOConfig) and config.critic_model is not None:
-        check_alike(task.tokenizer, config.critic_model, setting="critic_model")
+    others = {"critic_model": getattr(config, "critic_model", None)}
+    others["teacher_model"] = config.teacher_model
+    for setting, path in others.items():
+        if path is not None:
+            check_alike(task.tokenizer, path, setting=setting)
     policy = models.build_policy(
         stage.model, task.tokenizer, max_length=stage.max_length, device=accelerator.device
     )
     if config.sft_steps and fresh:
         _warm_start(stage, config, policy)
-    reference = None
+    reference, teacher = None, None
+    if config.teacher_model is not None:
+        # A teacher has no new adapter, and keeps no activations.
+        own = {"model": config.teacher_model, "lora_rank": 0, "gradient_checkpointing": False}
+        teacher = models.build_policy(
+            dataclasses.replace(stage.model, **own), task.tokenizer, max_length=stage.max_length,
+            device=accelerator.device, setting="teacher_model",
+        )  # fmt: skip
     if config.kl_coef:
-        reference = models.Reference(policy, moved=bool(config.sft_steps))
+        reference = models.Reference(policy, moved=bool(config.sft_steps), teacher=teacher)
     networks, rates = {"policy": policy}, {"policy": stage.optim.learning_rate}
     joint_clip = False
     if isinstance(config, PPOConfig):

@@ -64,7 +64,11 @@ def old_and_new(call):
     return old, new
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+# A teacher has its own test: what it teaches is no reward.
+REWARDED = [name for name, algorithm in ALGORITHMS.items() if not algorithm.teacher]
+
+
+@pytest.mark.parametrize("name", REWARDED)
 @pytest.mark.parametrize("micro_batch_size", [0, 8])
 def test_first_ratio_is_exactly_one(name, micro_batch_size, calls):
     trainer = online_trainer(name, epochs=1, micro_batch_size=micro_batch_size, dynamic_sampling=1)
@@ -178,12 +182,65 @@ _FAST = {"learning_rate": 5e-3, "warmup_steps": 1, "batch_size": 64, "total_step
 _OPTIONS = {"ppo": {"critic_learning_rate": 5e-3, "epochs": 1}, "gspo": {"mini_batch_size": 32}}
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", REWARDED)
 def test_algorithm_raises_the_reward(name):
     trainer = online_trainer(name, **_FAST | {"kl_coef": 0.0} | _OPTIONS.get(name, {}))
     rewards = [trainer.step()["reward"] for _ in range(20)]
     assert rewards[0] < 0.15
     assert sum(rewards[-3:]) / 3 > 0.5, rewards
+
+
+def test_distillation_has_the_gradient_of_the_reverse_kl_at_the_sampled_tokens():
+    task = tiny_task()
+    teacher = tiny_policy(task, seed=7)
+    trainer = online_trainer(
+        "distill", teacher=teacher, kl_coef=0.5, max_grad_norm=1e9, temperature=0.7
+    )
+    policy, seen = models.causal_lm(trainer.learner.networks.policy), {}
+    samples = trainer.rollout()[1]
+    trainer.rollout = lambda: ([], samples)
+
+    def step(*_, **__):
+        seen.update((n, p.grad.clone()) for n, p in policy.named_parameters())
+        return torch.ones(1)
+
+    trainer.learner.step = step
+    trainer.step()
+    batch = samples.batch
+
+    def logprobs(model):
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        found = (logits / 0.7).log_softmax(-1)[:, :-1].gather(-1, batch.input_ids[:, 1:, None])
+        return found.squeeze(-1)[:, -batch.completion_mask.shape[1] :]
+
+    own = logprobs(policy)
+    with torch.no_grad():
+        apart = logprobs(teacher) - own
+    loss = -(0.5 * apart * own)[batch.completion_mask].mean()
+    policy.zero_grad()
+    loss.backward()
+    assert max(g.abs().max() for g in seen.values()) > 1e-3
+    for n, p in policy.named_parameters():
+        torch.testing.assert_close(seen[n], p.grad, atol=1e-6, rtol=1e-3, msg=lambda m, n=n: n + m)
+
+
+def test_distillation_approaches_the_teacher_and_ignores_rewards():
+    teacher = tiny_policy(tiny_task(), seed=7)
+    with torch.no_grad():
+        # Far from uniform.
+        teacher.lm_head.weight.mul_(8.0)
+    before = [p.clone() for p in teacher.parameters()]
+    trainer = online_trainer("distill", teacher=teacher, **_FAST)
+    kl = [trainer.step()["kl"] for _ in range(20)]
+    assert sum(kl[-3:]) / 3 < 0.6 * kl[0], kl
+    assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))
+    runs = []
+    for reward in (0.0, 5.0):
+        trainer = online_trainer("distill", teacher=teacher)
+        same = [lambda completions, r=reward, **_: [r] * len(completions)]
+        trainer.sample.rewards.functions[:] = same
+        runs.append([trainer.step()["kl"] for _ in range(2)])
+    assert runs[0] == runs[1]
 
 
 def test_kl_penalty_holds_the_policy_back():

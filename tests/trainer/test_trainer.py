@@ -211,6 +211,41 @@ def test_cli_trains_on_a_file_and_continues_from_its_model(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(again / "policy").config.vocab_size <= 300
 
 
+def test_distillation_from_a_path(tmp_path, capsys):
+    """The teacher stays what its folder holds, no reward is needed, and a run continues."""
+    task = tiny_task()
+    teacher = tiny_policy(task, seed=3)
+    for name, model in (("teacher", teacher), ("student", tiny_policy(task))):
+        model.save_pretrained(tmp_path / name)
+        task.tokenizer.save_pretrained(tmp_path / name)
+    data = write_jsonl(tmp_path / "sums.jsonl", [{"prompt": f"{i}+{i}="} for i in range(40)])
+    flags = ["--model", str(tmp_path / "student"), "--data", data, "--eval_size", "4"]
+    flags += ["--batch_size", "8", "--threads", "1", "--device", "cpu", "--save_steps", "1"]
+    taught = ["--teacher_model", str(tmp_path / "teacher")]
+
+    def run(name, *more):
+        out = ["--output_dir", str(tmp_path / name), *more]
+        assert cli.main(["train", "distill", *flags, *out]) == 0
+        return (tmp_path / name / "policy" / "model.safetensors").read_bytes()
+
+    whole = run("whole", *taught, "--total_steps", "3")
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert summary["held_out_after"].keys() == {"ended"}
+    log = [json.loads(x) for x in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["kl"] > 0 and row["policy/grad_norm"] > 0 for row in log)
+    earlier = ("--total_steps", "3", "--resume_from", "checkpoint-00000002")
+    assert run("whole", *taught, *earlier) == whole
+    capsys.readouterr()
+    for words, args in (
+        ("teacher_model: expected a path or hub name, found None", ["distill", *flags]),
+        ("teacher_model: expected no value with grpo", ["grpo", *flags, *taught]),
+        ("kl_coef: expected > 0 with distill", ["distill", *flags, *taught, "--kl_coef", "0"]),
+        ("teacher_model: expected a folder", ["distill", *flags, "--teacher_model", "./none"]),
+    ):
+        assert cli.main(["train", *args, "--output_dir", str(tmp_path / "wrong")]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_what_a_run_on_conversations_shows(tmp_path, capsys):
     """Conversations as text, the answer that was scored, and what to do next."""
     task = tiny_task()

@@ -85,7 +85,7 @@ def supervised_batch(task: Task, rows):
 _OPTIM = OptimConfig.__dataclass_fields__
 
 
-def online_trainer(name: str = "ppo", *, policy=None, seed: int = 0, **options: Any):
+def online_trainer(name: str = "ppo", *, policy=None, teacher=None, seed: int = 0, **options: Any):
     """An OnlineTrainer on `sevens`; options of its configurations."""
     task = tiny_task()
     policy = policy or tiny_policy(task, seed)
@@ -95,7 +95,7 @@ def online_trainer(name: str = "ppo", *, policy=None, seed: int = 0, **options: 
     made = PPOConfig if ALGORITHMS[name].critic else OnlineConfig
     config = made(**ALGORITHMS[name].defaults | own)
     networks, rates = {"policy": policy}, {"policy": optim.learning_rate}
-    reference = models.Reference(policy) if config.kl_coef else None
+    reference = models.Reference(policy, teacher=teacher) if config.kl_coef else None
     joint = False
     if ALGORITHMS[name].critic:
         networks["critic"] = models.build_critic(policy, ModelConfig())
