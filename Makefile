@@ -5,6 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 PARITY := .venv/parity
+DOCS := .venv/docs
 NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/cuda/*)
 
 # Two threads a worker reach the parallel paths of the kernels; passive: workers share the cores.
@@ -21,7 +22,7 @@ WHEELS ?=
 GPU_PYTHON ?= python3.12
 
 .PHONY: venv test test-all demo bench bench-full bench-compare gpu-check gpu-extensions triton-report cuda-report variants sanitize fuzz lint \
-	format clean
+	format docs clean
 
 venv: $(INSTALLED)
 
@@ -116,6 +117,14 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
+
+# The site, in build/site; its index.html opens without a server.
+$(DOCS): pyproject.toml constraints.txt | $(INSTALLED)
+	$(BIN)/python -m pip install -c constraints.txt 'rlhf-kernels[docs]'
+	@touch $@
+
+docs: venv $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv .venv-gpu build dist *.egg-info rlhf_kernels/*.so .pytest_cache .ruff_cache .hypothesis

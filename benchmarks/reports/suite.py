@@ -2,9 +2,9 @@
 
     python -m benchmarks.reports.suite benchmarks/results/<name>.json [--readme]
 
-Writes <name>.md and <name>.svg beside the JSON and prints the Markdown. Results of `growth` and
-`whole_step` under the same name become sections. With --readme it only prints the tables of the
-README.
+Writes <name>.md, <name>.svg and the README's picture <name>-short.svg beside the JSON and prints
+the Markdown. Results of `growth` and `whole_step` under the same name become sections. With
+--readme it only prints the tables of docs/benchmarks.md.
 """
 
 import json
@@ -43,7 +43,7 @@ TARGETED = (
     *("test_linear_policy_loss[fp32]", "test_linear_policy_loss[bf16]"),
     *("test_linear_token_logprobs[fp32-logprobs]", "test_linear_token_logprobs[bf16-logprobs]"),
 )
-#: The rows of the README's two tables; the second is for the fused head, and shows memory.
+#: The rows of two tables of docs/benchmarks.md; the second is for the head, and shows memory.
 README = (
     *(_logprobs(shape)[i] for shape, i in (("fp32", 2), ("fp32", 5), ("bf16", 5))),
     *("test_kl_divergence[fp32-forward]", "test_gae[16x131072]", "test_group_advantages"),
@@ -53,6 +53,11 @@ README_HEAD = tuple(
     f"test_linear_{op}"
     for dtype in ("bf16", "fp32")
     for op in (f"policy_loss[{dtype}]", f"token_logprobs[{dtype}-logprobs]")
+)
+#: The points of the README's picture.
+SHORT = (
+    *(_logprobs("bf16")[5], "test_kl_divergence[fp32-forward]", "test_gae[16x131072]"),
+    *("test_policy_loss[64x2048]", *README_HEAD[:2]),
 )
 
 
@@ -329,11 +334,11 @@ def markdown(data: Entry, entries: list[Entry], pictures: list[str]) -> str:
 
 
 def picture(entries: list[Entry], file: Path, note: str) -> None:
-    """Draws each provider's share of the limit, for points with targets and a forward pass."""
+    """Draws each provider's share of the limit."""
     groups = []
     for e in entries:
         of_ours = of_limit(e)
-        if not e["targets"] or e["mode"] == "backward" or of_ours is None:
+        if of_ours is None:
             continue
         found = []
         for name, p in e["providers"].items():
@@ -358,7 +363,7 @@ def read(file: Path) -> tuple[Entry, list[Entry]]:
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("json", type=Path, help="results of a run")
-    parser.add_argument("--readme", action="store_true", help="print the README's tables alone")
+    parser.add_argument("--readme", action="store_true", help="print those tables alone")
     args = parser.parse_args(argv)
     data, entries = read(args.json)
     m = data["machine_info"]
@@ -372,7 +377,10 @@ def main(argv: list[str] | None = None) -> None:
     if any(e["targets"] for e in entries):
         file = args.json.with_suffix(".svg")
         note = f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}, {data['datetime'][:10]}"
-        picture(entries, file, note)
+        picture([e for e in entries if e["targets"] and e["mode"] != "backward"], file, note)
+        short = [e for e in entries if e["name"] in SHORT]
+        if short:
+            picture(short, file.with_stem(f"{file.stem}-short"), note)
         pictures.append(file.name)
     text = markdown(data, entries, pictures)
     # Add sections for studies under the same name.

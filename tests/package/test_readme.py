@@ -26,7 +26,7 @@ from rlhf_kernels.trainer.tokenizers import bpe_tokenizer
 
 ROOT = Path(__file__).parents[2]
 README, TRAINER = ROOT / "README.md", ROOT / "docs" / "trainer.md"
-DOCS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 
 # Lines of README that no test runs, and why.
