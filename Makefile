@@ -27,10 +27,12 @@ GPU_PYTHON ?= python3.12
 venv: $(INSTALLED)
 
 # Editable: Python files are used where they lie, the extension is rebuilt when its sources change.
-# Without the CUDA kernels, unless asked for: minutes of nvcc, and the tests compile them themselves.
+# Not without the CPU kernels. Without the CUDA kernels, unless asked for: minutes of nvcc, and the
+# tests compile them themselves.
 $(INSTALLED): pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	RLHF_KERNELS_CUDA=$${RLHF_KERNELS_CUDA-0} $(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	RLHF_KERNELS_CPU=1 RLHF_KERNELS_CUDA=$${RLHF_KERNELS_CUDA-0} \
+		$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 
 # The trainers that the parity tests call. verl and OpenRLHF without their dependencies: they want an

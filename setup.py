@@ -1,11 +1,14 @@
 """Compiles the native extensions. Needs setuptools, pybind11 and GCC or Clang, but not torch.
 
-`_cpu` is always built: csrc/cpu/isa_<name>.cpp hold the same kernels once per instruction set, each
-compiled with its own flags. The module selects one of them when it is imported.
+`_cpu`: csrc/cpu/isa_<name>.cpp hold the same kernels once per instruction set, each compiled with
+its own flags. The module selects one of them when it is imported.
 
-`_cuda` is built from csrc/cuda/*.cu if nvcc is found. RLHF_KERNELS_CUDA=1 makes a failure an error,
-0 skips it, unset warns. RLHF_KERNELS_CUDA_ARCHS, or else TORCH_CUDA_ARCH_LIST, names the
-architectures, as in "80;90;100+PTX".
+`_cuda` is built from csrc/cuda/*.cu if nvcc is found. RLHF_KERNELS_CUDA_ARCHS, or else
+TORCH_CUDA_ARCH_LIST, names the architectures, as in "80;90;100+PTX".
+
+RLHF_KERNELS_CPU=1 and RLHF_KERNELS_CUDA=1 make a failure an error, 0 skips the extension. Unset, a
+failure leaves the extension out and is said in one line: the package then has the plain-torch
+reference, Triton and what was built.
 """
 
 import os
@@ -23,7 +26,7 @@ from pathlib import Path
 from pybind11 import get_include
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+from setuptools.errors import CCompilerError, CompileError
 
 # Used if CFLAGS contain -fsanitize=... (make sanitize), so that reports name functions and lines.
 SANITIZED_FLAGS = ["-O1", "-g1", "-fno-omit-frame-pointer"]
@@ -144,10 +147,21 @@ class BuildExt(build_ext):
         return None
 
     def build_extension(self, ext: Extension) -> None:
+        try:
+            self._build_extension(ext)
+        except (CCompilerError, OSError) as error:
+            if not ext.optional:
+                raise
+            said = " ".join(str(error).split())
+            said = said if len(said) <= 600 else f"{said[:400]} ... {said[-200:]}"
+            variable = ext.name.upper().replace(".", "")
+            note(f"built without {ext.name} ({variable}=1 makes this an error): {said}")
+
+    def _build_extension(self, ext: Extension) -> None:
         if self.compiler.compiler_type != "unix":
             raise CompileError(
-                "rlhf_kernels needs GCC or Clang: its kernels use their vector types. On Windows "
-                "install it under WSL."
+                "needs GCC or Clang: the kernels use their vector types. On Windows install under "
+                "WSL."
             )
         for name in ("compiler_so_cxx", "compiler_cxx", "linker_so", "linker_so_cxx"):
             setattr(self.compiler, name, without_fast_math(getattr(self.compiler, name)))
@@ -161,8 +175,8 @@ class BuildExt(build_ext):
         error = self._error("int main() { return 0; }\n", COMPILE_FLAGS)
         if error is not None:
             raise CompileError(
-                "rlhf_kernels needs GCC 9+ or Clang 12+ with C++17 (Debian: apt install g++; or "
-                f"set CXX). The compiler said: {error}"
+                "needs GCC 9+ or Clang 12+ with C++17 (Debian: apt install g++; or set CXX). The "
+                f"compiler said: {error}"
             )
         isas = ["baseline"]
         # Probe the compiler rather than the machine, because it may be cross-compiling.
@@ -248,23 +262,30 @@ class BuildExt(build_ext):
         note(f"built {ext.name} for {', '.join(archs)}: {size:.1f} MiB")
 
 
+SOURCES = {
+    "CPU": ["csrc/module_cpu.cpp", "csrc/cpu/memory.cpp"],
+    "CUDA": ["csrc/module_cuda.cpp"],
+}
+
+
 def extensions() -> list[Extension]:
-    """The extensions. Unless it is required, `_cuda` is optional: its failure only warns."""
-    common = {"include_dirs": [get_include()], "language": "c++"}
-    cpu = ["csrc/module_cpu.cpp", "csrc/cpu/memory.cpp"]
-    found = [Extension("rlhf_kernels._cpu", sources=cpu, **common)]
-    wanted = os.environ.get("RLHF_KERNELS_CUDA", "").strip()
-    if wanted not in ("", "0", "1"):
-        raise SystemExit(f"RLHF_KERNELS_CUDA: expected 0, 1 or nothing, got {wanted!r}")
-    if wanted == "1" and find_nvcc() is None:
-        # Fail before `_cpu` is built, which takes a minute.
-        raise SystemExit(
-            "RLHF_KERNELS_CUDA=1, but nvcc was not found; set CUDA_HOME to where CUDA is installed"
-        )
-    if wanted != "0":
-        cuda = Extension("rlhf_kernels._cuda", sources=["csrc/module_cuda.cpp"], **common)
-        cuda.optional = wanted != "1"
-        found.append(cuda)
+    """The extensions; optional unless their variable requires them."""
+    found = []
+    for name, sources in SOURCES.items():
+        variable = f"RLHF_KERNELS_{name}"
+        wanted = os.environ.get(variable, "").strip()
+        if wanted not in ("", "0", "1"):
+            raise SystemExit(f"{variable}: expected 0, 1 or nothing, got {wanted!r}")
+        if name == "CUDA" and wanted == "1" and find_nvcc() is None:
+            # Fail before `_cpu` is built, which takes a minute.
+            raise SystemExit(
+                f"{variable}=1, but nvcc was not found; set CUDA_HOME to where CUDA is installed"
+            )
+        if wanted != "0":
+            options = {"include_dirs": [get_include()], "language": "c++"}
+            one = Extension(f"rlhf_kernels._{name.lower()}", sources=sources, **options)
+            one.optional = wanted != "1"
+            found.append(one)
     return found
 
 

@@ -20,7 +20,7 @@ from .kernels import backends as kernel_backends
 from .kernels import native
 from .ops._availability import supports
 from .ops._calls import OPERATIONS
-from .testing import check_operation
+from .testing import ROUNDINGS, check_operation
 
 # Variables that affect how kernels are selected or run.
 _VARIABLES = re.compile(r"(RLHF_KERNELS|OMP|GOMP|KMP|MKL|TRITON|CUDA_VISIBLE)_\w+$")
@@ -170,7 +170,7 @@ def render(r: dict[str, Any]) -> str:
         (
             f"{c['operation']} {c['dtype']} {c['device']}",
             f"{'ok  ' if c['ok'] else 'FAIL'}  {c['backend']}, "
-            + c.get("message", f"largest error {c['error']} roundings"),
+            + c.get("message", f"largest error {c['error']} of {ROUNDINGS} roundings"),
         )
         for c in r["self_check"]
     ]

@@ -22,7 +22,7 @@ from .ops import _calls
 RAGGED_SIZES = (1, 7, 31, 127, 257, 4096, 4099, 8200)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Roundings by which `check_operation` lets an element be off. Coarse: the tests allow far less.
-_ROUNDINGS = 64
+ROUNDINGS = 64
 
 
 def generator(seed: int) -> torch.Generator:
@@ -269,7 +269,7 @@ def check_operation(
         else:
             result["message"] = "a result is not finite"
         # max(errors) could miss a NaN, depending on its position.
-        result["ok"] = all(error <= _ROUNDINGS for error in errors)
+        result["ok"] = all(error <= ROUNDINGS for error in errors)
     except Exception as error:
         # The report states what is broken instead of aborting.
         result["message"] = f"{type(error).__name__}: {error}"

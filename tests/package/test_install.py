@@ -85,11 +85,17 @@ def _files_of_the_repository() -> set[str]:
 
 
 @pytest.fixture
-def wheel(tmp_path) -> Path:
-    """A wheel built from the unpacked sdist."""
+def tree(tmp_path) -> Path:
+    """The unpacked sdist."""
     with tarfile.open(_build_sdist(tmp_path)) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
-    [tree] = (tmp_path / "unpacked").iterdir()
+    [found] = (tmp_path / "unpacked").iterdir()
+    return found
+
+
+@pytest.fixture
+def wheel(tree, tmp_path) -> Path:
+    """A wheel built from the unpacked sdist."""
     (tmp_path / "wheel").mkdir()
     return _build(tree, "build_wheel", tmp_path / "wheel")
 
@@ -117,24 +123,66 @@ def _install(wheel: Path, folder: Path) -> None:
     Path(purelib, "torch-of-the-tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
 
+def _run(home: Path, *command: str, cwd: Path, **variables: str) -> str:
+    """Output of a program of the environment `home`, without this one's variables."""
+    ignored = ("RLHF_KERNELS", "PYTHON")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(ignored)}
+    done = subprocess.run(
+        [home / "bin" / command[0], *command[1:]],
+        cwd=cwd,
+        env=kept | variables,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_without_a_compiler_the_package_installs_pure_and_says_so(tree, tmp_path):
+    nothing = {"CC": "/nowhere/cc", "CXX": "/nowhere/c++", "RLHF_KERNELS_CPU": ""}
+    command = [sys.executable, "-c", BUILD, "build_wheel", str(tmp_path)]
+    variables = os.environ | {"RLHF_KERNELS_CUDA": "0"} | nothing
+
+    def build(**more: str) -> subprocess.CompletedProcess:
+        env = variables | more
+        return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+
+    done = build(RLHF_KERNELS_CPU="1")
+    assert done.returncode != 0 and not list(tmp_path.glob("*.whl"))
+    assert "needs GCC 9+ or Clang 12+ with C++17" in done.stderr
+    assert "RLHF_KERNELS_CPU: expected 0, 1 or nothing, got 'yes'" in (
+        build(RLHF_KERNELS_CPU="yes").stderr
+    )
+    done = build()
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("rlhf_kernels: ")]
+    assert "built without rlhf_kernels._cpu (RLHF_KERNELS_CPU=1 makes this an error)" in line
+    assert "apt install g++" in line and "Traceback" not in done.stderr
+    [wheel] = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "rlhf_kernels/reference/policy.py" in names and not [n for n in names if ".so" in n]
+
+    home = tmp_path / "venv"
+    _install(wheel, home)
+    report = json.loads(_run(home, "python", "-m", "rlhf_kernels", "--json", cwd=tmp_path))
+    assert report["ok"] and report["selected"]["cpu"]["token_logprobs"] == "reference"
+    reason = report["backends"]["cpu"]["reason"]
+    assert "was not built" in reason and "RLHF_KERNELS_CPU=1 pip install" in reason
+    code = (
+        "import torch, rlhf_kernels as rk; "
+        "print(rk.token_logprobs(torch.zeros(2, 4), torch.tensor([1, 2])).logprobs.tolist())"
+    )
+    assert "-1.386" in _run(home, "python", "-c", code, cwd=tmp_path)
+
+
 # One test: building takes 15 s, and each worker of pytest-xdist would build its own.
 def test_wheel_from_sdist_works_in_a_fresh_environment(wheel, tmp_path):
     _check_contents(wheel)
     home = tmp_path / "venv"
     _install(wheel, home)
-    ignored = ("RLHF_KERNELS", "PYTHON")
-    variables = {k: v for k, v in os.environ.items() if not k.startswith(ignored)}
 
     def run(*command: str) -> str:
-        done = subprocess.run(
-            [home / "bin" / command[0], *command[1:]],
-            cwd=tmp_path / "wheel",
-            env=variables,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        return _run(home, *command, cwd=tmp_path / "wheel")
 
     report = json.loads(run("python", "-m", "rlhf_kernels", "--json"))
     assert report["backends"]["cpu"]["available"]

@@ -28,15 +28,24 @@ from . import (
 )
 
 _NAMES = {"cpu": "_cpu", "cuda": "_cuda"}
+# What each needs when the package is installed.
+_NEEDED = {"cpu": "a C++ compiler", "cuda": "nvcc"}
 # One module per operation, each with launchers(extension) -> {operator name: launcher}.
 _OPS = (logprobs, support, kl, advantages, policy, policy_rows, value, mismatch)
 
 
 def _load(backend: str) -> tuple[ModuleType | None, str | None]:
+    name = f"rlhf_kernels.{_NAMES[backend]}"
     try:
-        module = importlib.import_module(f"rlhf_kernels.{_NAMES[backend]}")
+        module = importlib.import_module(name)
     except ImportError as error:
-        return None, f"extension {_NAMES[backend]} could not be imported: {error}"
+        said = str(error)
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            said = (
+                f"it was not built, which needs {_NEEDED[backend]} where the package is installed; "
+                f"with RLHF_KERNELS_{backend.upper()}=1 pip install says what is missing"
+            )
+        return None, f"extension {_NAMES[backend]} could not be imported: {said}"
     if backend == "cpu" and env.CPU_ISA is not None:
         if env.CPU_ISA not in module.isa_names():
             raise ValueError(
