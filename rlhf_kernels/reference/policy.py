@@ -1,6 +1,7 @@
 """Reference of the policy loss."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +32,36 @@ def kl_term(x: Tensor, config: PolicyLossConfig) -> Tensor:
     return value
 
 
+class _GradientAlone(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.clone()
+
+
+def gradient_alone(x: Tensor) -> Tensor:
+    """0 with the gradient of x: x - x.detach(), also where x is infinite."""
+    found: Tensor = _GradientAlone.apply(x)
+    return found
+
+
 def kl_weight(r: Tensor, lp: Tensor, config: PolicyLossConfig) -> Tensor:
     """The factor of the KL estimate."""
     if config.kl_weight == "one":
-        return 1 + (lp - lp.detach())
+        return 1 + gradient_alone(lp)
     most = UNBOUNDED if config.kl_weight_max is None else config.kl_weight_max
     w = clamped(r, -UNBOUNDED, most)
     return w.detach() if config.kl_weight == "detached-ratio" else w
@@ -179,7 +206,7 @@ def policy_loss(
     if config.ratio_level == "sequence-token":
         # The value is s; inside the clamp the gradient is that of the token's own logprob.
         inside = (log_r == x).to(lp.dtype)
-        log_r = log_r.detach() + inside * (lp - lp.detach())
+        log_r = log_r.detach() + inside * gradient_alone(lp)
     r, log_r = log_r.exp().expand_as(lp), log_r.expand_as(lp)
 
     w: Tensor | float = 1.0

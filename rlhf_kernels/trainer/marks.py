@@ -136,9 +136,18 @@ def _with_tool(conversation: Conversation, piece: Piece, name: str) -> Conversat
     return conversation
 
 
+def _copied(conversation: Conversation) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Messages, their calls and tools that share nothing, though an object may stand twice."""
+    messages = [copy.deepcopy(message) for message in conversation.messages]
+    for message in messages:
+        if message.get("tool_calls"):
+            message["tool_calls"] = [copy.deepcopy(call) for call in message["tool_calls"]]
+    return messages, [copy.deepcopy(tool) for tool in conversation.tools]
+
+
 def _changed(conversation: Conversation, values: Mapping[Piece, str]) -> Conversation:
     """The conversation with other values of some pieces."""
-    messages, tools = copy.deepcopy((list(conversation.messages), list(conversation.tools)))
+    messages, tools = _copied(conversation)
     called = {piece.value: new for piece, new in values.items() if piece.what == CALL}
     for piece, new in values.items():
         if piece.what == TOOL:
@@ -154,7 +163,7 @@ def _changed(conversation: Conversation, values: Mapping[Piece, str]) -> Convers
 
 
 def _without(conversation: Conversation, piece: Piece) -> Conversation:
-    messages, tools = copy.deepcopy((list(conversation.messages), list(conversation.tools)))
+    messages, tools = _copied(conversation)
     if piece.what == TOOL:
         del tools[piece.index]
     elif piece.what == CALL:

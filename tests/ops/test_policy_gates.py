@@ -174,6 +174,22 @@ def test_extremes_of_a_gate_by_sequences(backend):
         torch.testing.assert_close(loss.detach(), there)
 
 
+@pytest.mark.parametrize(
+    "options", [{"ratio_level": "sequence-token"}, {"kl_weight": "one"}], ids=str
+)
+def test_a_token_that_the_policy_gave_up_has_a_finite_loss(backend, options):
+    lp = torch.tensor([[-1.0, -math.inf]], requires_grad=True)
+    old, a = torch.tensor([[-1.0, -2.0]]), torch.tensor([[1.0, -1.0]])
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    loss, metrics = rk.policy_loss(lp, old, a, mask, config=Config(**options))
+    (g,) = torch.autograd.grad(loss, lp)
+    assert metrics["kl_loss"] == 0
+    # The second token's ratio is 0, clipped to 0.8; with it that of the sequence.
+    value, first = (0.4, 0.0) if "ratio_level" in options else (-0.1, -0.5)
+    torch.testing.assert_close(loss.detach(), torch.tensor(value))
+    assert torch.equal(g, torch.tensor([[first, 0.0]]))
+
+
 def test_an_infinite_ratio_is_within_a_bound_that_is_absent(backend):
     inf = math.inf
     lp = torch.tensor([[-inf, -0.5, -1.0, -1.0, -1.0]])

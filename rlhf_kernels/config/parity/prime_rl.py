@@ -42,9 +42,11 @@ def prime_rl(
                   the old_logprobs as above. Drops tokens whose probability fell by more than 0.2
         ce        advantages of 1: the negative log-likelihood
 
-    The normalizer is the component's number of tokens, those of the mask with a weight other than
-    0, over all ranks; prime-rl sums gradients. rl_weights, ce_weights and ref_kl_weights go in as
-    `weights=`. Components add up: one call for each.
+    The normalizer is the component's number of tokens over all ranks; prime-rl sums gradients. For
+    default and ipo these are the tokens of the mask with a weight other than 0. For ce and ref_kl
+    they are those with a weight other than 0, and the mask is `weights != 0`, whatever prime-rl's
+    own loss mask: observations have a weight for ce. rl_weights, ce_weights and ref_kl_weights go
+    in as `weights=`. Components add up: one call for each.
 
     prime-rl's metrics is_masked_low and is_masked_high are gate_frac_low and gate_frac_high here;
     its is_masked also counts tokens with an advantage of 0 at the lower bound. Its mismatch_kl is

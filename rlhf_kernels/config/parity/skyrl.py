@@ -90,7 +90,8 @@ def skyrl(
     Log-ratios are clamped to +-20 (gspo: to at most 10, importance_sampling: not clamped); k3 has
     its input clamped to +-20 and its value to +-10. gspo is the token form. rollout_is, dppo and
     cispo with cispo_anchor="rollout" take the ratio to the rollout: pass its logprobs as
-    old_logprobs. cross_entropy takes advantages of 1.
+    old_logprobs. cross_entropy takes advantages of 1 and no loss_reduction: its normalizer is N in
+    supervised training, and 1 (a sum) in RL.
 
     SkyRL averages its KL over the rows' means whatever the loss_reduction. With use_kl_loss the
     aggregation is therefore that, and the advantages take the difference. For a mini-batch of all
@@ -215,8 +216,10 @@ def skyrl(
         }
     # Neither KL nor entropy beside cross_entropy.
     with_kl = use_kl_loss and name != "cross_entropy"
-    fields["aggregation"] = _AGGREGATIONS["sequence_mean" if with_kl else loss_reduction]
-    if loss_reduction == "prompt_mean" and not with_kl:
+    # SkyRL's reduction scales advantages, which cross_entropy does not look at.
+    reduction = "token_mean" if name == "cross_entropy" else loss_reduction
+    fields["aggregation"] = _AGGREGATIONS["sequence_mean" if with_kl else reduction]
+    if reduction == "prompt_mean" and not with_kl:
         fields["normalizer"] = 1.0
     if with_kl:
         fields |= _kl(kl_estimator_type, kl_loss_coef)
