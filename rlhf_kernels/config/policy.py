@@ -107,7 +107,7 @@ class PolicyLossConfig:
             outside these bounds. The difference old - rollout counts as 0 where the rollout
             log-probability is NaN (some engines report NaN for a nearly certain token), and where
             both are -inf. An infinite difference saturates; two of opposite sign in a sequence
-            cancel.
+            cancel, and its finite differences may be lost beside them.
         correction_min: lower cap, or None.
         correction_max: upper cap, or None.
         gate: what drops a token from the objective, or None. A dropped token's policy-gradient term
