@@ -25,7 +25,10 @@ OPERATIONS = sorted(set((DOCS / "operations").glob("*.md")) - {DOCS / "operation
 RUN = ROOT / "benchmarks" / "results" / "intel-xeon-2-cores.md"
 
 # Pages whose Python needs a model or a batch of the reader's: these tests give it one.
-PRESUMES = {"integrations.md": "test_python_of_the_integrations of test_readme.py"}
+PRESUMES = {
+    DOCS / "integrations.md": "test_python_of_the_integrations of test_readme.py",
+    DOCS / "operations" / "index.md": "test_python_of_a_step_of_ppo of test_readme.py",
+}
 # Sections of a page of an operation; other pages of the folder lack some.
 SECTIONS = ["Formula", "Shapes", "Which trainer's function it replaces", "Measured"]
 SECTIONS += ["When not to use it", "Example", "Reference"]
@@ -79,8 +82,8 @@ def test_python_of_a_page(path, capsys):
     """Every Python block, one after another in one namespace; the others state a language."""
     code = [text for language, text in fences(path) if language == "python"]
     assert {language for language, _ in fences(path)} <= {"", "python", "text"}
-    if path.name in PRESUMES:
-        pytest.skip(f"run by {PRESUMES[path.name]}")
+    if path in PRESUMES:
+        pytest.skip(f"run by {PRESUMES[path]}")
     if path.name == "head.md":
         pytest.importorskip("transformers")
     space: dict[str, object] = {}

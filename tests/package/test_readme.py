@@ -1,4 +1,4 @@
-"""README's and docs/trainer.md's commands and examples, run as they are written."""
+"""Commands of README and docs/, and the examples that presume a model, run as they are written."""
 
 import json
 import os
@@ -29,9 +29,10 @@ README, TRAINER = ROOT / "README.md", ROOT / "docs" / "trainer.md"
 DOCS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 
-# Lines of README that no test runs, and why.
+# Lines that no test runs, and why.
 SKIPPED = {
     "make ": "sets up an environment and runs the suite that this is a part of",
+    "RLHF_KERNELS_CUDA=1 pip install": "needs nvcc; test_cuda_build.py builds",
     "pip install": "needs a package index; test_install.py installs without one",
     "accelerate launch": "its configuration asks for eight GPUs; its second half is run alone",
 }
@@ -105,7 +106,7 @@ def run(command: str, folder: Path) -> str:
 
 def test_every_command_is_run_or_skipped_for_a_reason(place):
     ran = []
-    for line in [*commands(README), *commands(TRAINER)]:
+    for line in (line for path in DOCS for line in commands(path)):
         if line.startswith(tuple(SKIPPED)):
             continue
         more = next((flags for start, flags in SHORTER.items() if line.startswith(start)), "")
@@ -118,7 +119,7 @@ def test_every_command_is_run_or_skipped_for_a_reason(place):
 
 
 def test_the_half_of_a_launch_that_is_ours(place, monkeypatch, capsys):
-    (line,) = [line for line in commands(README) if line.startswith("accelerate launch")]
+    (line,) = [line for line in commands(TRAINER) if line.startswith("accelerate launch")]
     launcher, module, rest = line.partition(" -m rlhf_kernels.trainer ")
     assert module and (place / re.search(r"--config_file (\S+)", launcher)[1]).is_file()
     monkeypatch.chdir(place)
@@ -152,9 +153,33 @@ def test_every_flag_that_is_mentioned_exists():
     assert {"reward_funcs", "resume", "dry_run", "config"} <= found.keys()
 
 
-def test_python_of_the_readme(monkeypatch):
-    """Every Python block, one after another, in a namespace of what the text presumes."""
-    use, head, patch = blocks(README, "python")
+def test_python_of_the_readme():
+    """The step on a model of transformers; then the patch, which is taken back."""
+    pytest.importorskip("transformers")
+    step, patch = blocks(README, "python")
+    torch.manual_seed(0)
+    model = small_model("llama")
+    ids = torch.randint(3, 90, (16, 7))
+    given = {
+        "model": model, "input_ids": ids, "rewards": torch.rand(16),
+        "mask": torch.ones(16, 6).bool(), "print": lambda *_: None,
+    }  # fmt: skip
+    exec(compile(step, "README: A step of GRPO", "exec"), given)
+    metrics = given["result"].metrics.as_dict()
+    assert metrics["ratio_min"] == metrics["ratio_max"] == 1 and metrics["tokens"] == 16 * 6
+    assert model.get_output_embeddings().weight.grad.abs().sum() > 0
+    trl = pytest.importorskip("rlhf_kernels.integrations.trl")
+    pytest.importorskip("trl")
+    try:
+        exec(compile(patch, "README: the patch", "exec"), given)
+        assert trl.report()
+    finally:
+        trl.unpatch()
+
+
+def test_python_of_a_step_of_ppo():
+    """The two blocks of the table of operations, in a namespace of what the text presumes."""
+    use, head = blocks(ROOT / "docs" / "operations" / "index.md", "python")
     torch.manual_seed(0)
     tokens, words, units = 6, 30, 8
 
@@ -175,21 +200,14 @@ def test_python_of_the_readme(monkeypatch):
         "old_logprobs": old, "ref_logprobs": old.clone(), "mask": torch.ones_like(old).bool(),
         "new_values": torch.ones_like(values).requires_grad_(), "print": lambda *_: None,
     }  # fmt: skip
-    exec(compile(use, "README: Use", "exec"), given)
+    exec(compile(use, "operations: from logits", "exec"), given)
     logits = model(ids).logits[:, :-1] / 0.9
     expected = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     torch.testing.assert_close(given["logprobs"], expected)
     assert output.weight.grad.abs().sum() > 0 and given["new_values"].grad is not None
     given["config"] = rk.PolicyLossConfig.dapo()
-    exec(compile(head, "README: The LM head, fused", "exec"), given)
+    exec(compile(head, "operations: from hidden states", "exec"), given)
     assert given["policy"].loss.isfinite()
-    trl = pytest.importorskip("rlhf_kernels.integrations.trl")
-    pytest.importorskip("trl")
-    try:
-        exec(compile(patch, "README: Drop-in", "exec"), given)
-        assert trl.report()
-    finally:
-        trl.unpatch()
 
 
 def test_python_of_the_integrations():
