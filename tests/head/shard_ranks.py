@@ -9,9 +9,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from tests.kernels.quick_interpreter import quicken
+
 import rlhf_kernels as rk
 from rlhf_kernels.core import data_checks, env
 from rlhf_kernels.head import chunks
+from rlhf_kernels.kernels import triton
 from rlhf_kernels.testing import assert_bitwise_equal
 
 TIMEOUT = 120
@@ -131,6 +134,9 @@ def _squares(results: list[Tensor], leaves: list[Tensor], upstream: list[Tensor]
 
 def _serve(rank: int, ranks: int, store: str, pipe: Any) -> None:
     torch.set_num_threads(1)
+    # A new process has Triton's interpreter as it comes.
+    if triton.interpreted():
+        quicken()
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks
     )

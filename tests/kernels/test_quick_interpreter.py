@@ -1,10 +1,18 @@
 """The changes to Triton's interpreter that make the other tests quick leave it right."""
 
+import dataclasses
+import hashlib
+from pathlib import Path
+
 import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 
+from tests.run_python import run_python
+
+import rlhf_kernels as rk
 from rlhf_kernels.kernels.triton._launch import INTERPRETED, kernel, launch
 from rlhf_kernels.kernels.triton.advantages_scan import ahead, ahead_both, ahead_cut
 
@@ -69,3 +77,41 @@ def test_the_language_is_itself_again_after_a_launch():
     out = torch.empty(6, SIZE)
     launch(scans_kernel, 1, out, torch.ones(2, SIZE), out, N=SIZE, REVERSE=False, warps=1)
     assert {name: getattr(tl, name) for name in dir(tl)} | vars(tl.tensor) == before
+
+
+def digest():
+    """Of the bits of results without scans, of blocks, scalars and pointers."""
+    found = hashlib.sha256()
+    logits = torch.randn(3, 301, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits.requires_grad_()
+    with rk.use_backend("triton"):
+        out = rk.token_logprobs(logits, torch.tensor([0, -100, 300]), entropy=True, softcap=5.0)
+        loss, metrics = rk.policy_loss(
+            logits, logits.detach() + 0.1, logits.detach(), mask=logits > 0,
+            config=rk.PolicyLossConfig.gspo(),
+        )  # fmt: skip
+        (grad,) = torch.autograd.grad([out.logprobs.sum() + out.entropy.sum() + loss], logits)
+    for t in (out.logprobs, out.entropy, loss, metrics.tensor, grad.float()):
+        found.update(t.detach().numpy().tobytes())
+    return found.hexdigest()
+
+
+def test_bits_are_those_of_the_interpreter_as_it_comes():
+    script = "from tests.kernels.test_quick_interpreter import digest; print(digest())"
+    root = str(Path(__file__).parents[2])
+    done = run_python("-W", "ignore", "-c", script, PYTHONPATH=root, TRITON_INTERPRET="1")
+    assert done.stdout.strip() == digest()
+
+
+@kernel
+def sum_kernel(x, out):
+    tl.store(out, tl.load(x) + tl.load(x + 1))
+
+
+def test_a_debug_build_still_sees_integers_that_overflow(monkeypatch):
+    x, out = torch.tensor([2**31 - 1, 1], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    launch(sum_kernel, 1, out, x, out, warps=1)
+    builder = interpreter.interpreter_builder
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
+    with pytest.raises(Exception, match="int32 overflow detected"):
+        launch(sum_kernel, 1, out, x, out, warps=1)
