@@ -120,7 +120,8 @@ format: venv
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
 
-# The site, in build/site; its index.html opens without a server.
+# The site, in build/site. Pages open from the disk; its search needs a server:
+# python -m http.server -d build/site
 $(DOCS): pyproject.toml constraints.txt | $(INSTALLED)
 	$(BIN)/python -m pip install -c constraints.txt 'rlhf-kernels[docs]'
 	@touch $@

@@ -13,6 +13,15 @@ ROOT = Path(__file__).parents[1]
 #: Files outside docs/ that the site has, at their paths in the repository.
 PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/results/*.md")
 PICTURES = ("benchmarks/results/*.svg",)
+#: Pages whose tables need the width.
+WIDE = ("variants.md", "algorithms.md", "benchmarks.md")
+# The third column has calls of a hundred characters, the last one sentences.
+_WIDE_CALLS = """
+<style>
+.md-typeset td:nth-child(3) { min-width: 20rem; }
+.md-typeset td:nth-child(7):not(:empty) { min-width: 9rem; }
+</style>
+"""
 
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
@@ -60,6 +69,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         found = site_link(name, target)
         return text if found is None else f"{picture}[{text}]({found})"
 
+    if source in WIDE or source.startswith("benchmarks/results/"):
+        # Its tables take the place of the table of contents.
+        page.meta["hide"] = ["toc"]
+        markdown += _WIDE_CALLS if source == "variants.md" else ""
     # Code is left as it is: an index followed by a call looks like a link.
     parts = re.split(r"(^```.*?^```$|`[^`\n]+`)", markdown, flags=re.MULTILINE | re.DOTALL)
     return "".join(p if p.startswith("`") else _LINK.sub(linked, p) for p in parts)
