@@ -36,6 +36,7 @@ from tools.triton_record import (
     Target,
     Variant,
     brief,
+    cover,
     kernels,
     package_modules,
     record,
@@ -239,7 +240,9 @@ def main() -> int:
     parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
     parser.add_argument("--cases", default=CASES, help="module that lists the calls")
     parser.add_argument("--full", action="store_true", help="the whole cross product of options")
-    parser.add_argument("--brief", action="store_true", help="one variant per kernel and dtypes")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--cover", action="store_true", help="each value of each argument once")
+    group.add_argument("--brief", action="store_true", help="the largest variants of each dtype")
     parser.add_argument("--record", action="store_true", help="list the launches, compile nothing")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--json", type=Path, help="where results go")
@@ -258,13 +261,14 @@ def main() -> int:
         "kernels": sorted(kernels(modules)),
         "captured": sorted(captured),
         "launches": launches,
+        "variants": [(v.kernel, v.label()) for r in recorded.values() for v in r.variants.values()],
     }
     problems = [f"{kernel} is never launched" for kernel in kernels(modules) - captured]
     if not options.record:
         jobs = []
+        choose = cover if options.cover else brief if options.brief else list
         for name, r in recorded.items():
-            chosen = brief(r.variants.values()) if options.brief else r.variants.values()
-            jobs += [(v, name) for v in chosen]
+            jobs += [(v, name) for v in choose(r.variants.values())]
         done = compile_all(jobs, options.processes)
         problems += [failure for failure in done if isinstance(failure, str)]
         results = [r for r in done if isinstance(r, Resources)]

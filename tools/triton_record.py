@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import json
 import pkgutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -73,9 +73,19 @@ class Variant:
         parts += [f"{names[path]}:{n}={v}" for path, a in self.attributes.items() for n, v in a]
         return " ".join(parts).replace("tt.", "")
 
-    def floats(self) -> str:
-        """The dtypes of the floating tensors, in order."""
-        return " ".join(t for _, _, t in self._members() if t in ("*fp32", "*bf16", "*fp16"))
+    def types(self) -> set[str]:
+        """The types of its tensors."""
+        return {f"{name}:{t}" for name, _, t in self._members() if t[0] == "*"}
+
+    def values(self) -> set[str]:
+        """The value of every argument: its constant, or its type and what is known of it."""
+        found = {f"{name}={value}" for name, value in self.options.items()}
+        for name, path, t in self._members():
+            if path in self.constants:
+                found.add(f"{name}={self.constants[path]}")
+            else:
+                found |= {f"{name}:{t}", f"{name} {sorted(self.attributes.get(path, []))}"}
+        return found
 
     def switched_off(self) -> int:
         """The number of its absent arguments and options that are off, which add no code."""
@@ -158,14 +168,27 @@ def record(target: Target, cases: Iterable[Any]) -> tuple[Recorder, dict[str, li
     return recorder, launches
 
 
+def cover(
+    variants: Iterable[Variant], of: Callable[[Variant], set[str]] = Variant.values
+) -> list[Variant]:
+    """Few variants that have between them all that `of` finds in any variant of each kernel. Of
+    equally good choices that with the fewest options switched off, which needs the most registers.
+    """
+    left = list(variants)
+    found = [{(v.kernel, value) for value in (*of(v), "any")} for v in left]
+    missing = set().union(*found)
+    chosen = []
+    while missing:
+        gains = [(len(f & missing), -v.switched_off()) for f, v in zip(found, left, strict=True)]
+        best = gains.index(max(gains))
+        missing -= found[best]
+        chosen.append(left[best])
+    return chosen
+
+
 def brief(variants: Iterable[Variant]) -> list[Variant]:
-    """One variant per kernel and dtypes: that with the fewest options switched off."""
-    chosen: dict[tuple[str, str], Variant] = {}
-    for v in variants:
-        best = chosen.setdefault((v.kernel, v.floats()), v)
-        if v.switched_off() < best.switched_off():
-            chosen[v.kernel, v.floats()] = v
-    return list(chosen.values())
+    """The largest variants of each kernel: every type of every tensor, few options switched off."""
+    return cover(variants, Variant.types)
 
 
 def kernels(modules: Iterable[ModuleType]) -> set[str]:
