@@ -1,23 +1,11 @@
 """PolicyLossConfig: the choice of policy loss, with every constant on which trainers differ."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, Concatenate, ParamSpec
 
 from . import policy_checks
-from .enums import (
-    Aggregation,
-    CorrectionLevel,
-    CorrectionMode,
-    Gate,
-    GateAnchor,
-    KlEstimator,
-    KlWeight,
-    Objective,
-    RatioLevel,
-)
-from .options import Clamp, PolicyLossOptions
+from .options import PolicyLossOptions
 from .parity.areal import areal
 from .parity.nemo_rl import nemo_rl
 from .parity.openrlhf import openrlhf
@@ -27,28 +15,11 @@ from .parity.slime import slime
 from .parity.tinker import tinker
 from .parity.trl import trl
 from .parity.verl import verl
-from .policy_codes import (
-    LOG_RATIO_BOUND,
-    PolicyCodes,
-    PolicyParams,
-    codes_of,
-    params_of,
-)
+from .policy_codes import PolicyCodes, PolicyParams
+from .policy_fields import PolicyFields, codes_of, params_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-def _log(x: float) -> float:
-    return math.log(x) if x > 0 else -math.inf
-
-
-def _bounds(clamp: Clamp) -> tuple[float, float]:
-    """(low, high) of a clamp: None means no clamp, c means (-c, c)."""
-    if clamp is None:
-        return -math.inf, math.inf
-    return clamp if isinstance(clamp, tuple) else (-clamp, clamp)
-
 
 P = ParamSpec("P")
 
@@ -61,7 +32,7 @@ def _preset(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicyLossConfig:
+class PolicyLossConfig(PolicyFields):
     """Options of `policy_loss`. Immutable; checked on construction.
 
     With x_t = logprobs_t - old_logprobs_t, A the advantage and r = exp(x) the ratio, a token's term
@@ -136,36 +107,6 @@ class PolicyLossConfig:
             to the loss of the step exactly.
     """
 
-    objective: Objective = "clip"
-    ratio_level: RatioLevel = "token"
-    clip_low: float | None = 0.2
-    clip_high: float | None = 0.2
-    clip_absolute: bool = False
-    dual_clip: float | None = None
-    delta: float | None = None
-    penalty_coef: float = 0.0
-    sapo_tau_pos: float = 1.0
-    sapo_tau_neg: float = 1.05
-    kl_coef: float = 0.0
-    kl_estimator: KlEstimator = "k3"
-    kl_input_clamp: Clamp = None
-    kl_value_clamp: float | None = None
-    kl_weight: KlWeight | None = None
-    kl_weight_max: float | None = None
-    entropy_coef: float = 0.0
-    correction_level: CorrectionLevel | None = None
-    correction_mode: CorrectionMode = "truncate"
-    correction_min: float | None = None
-    correction_max: float | None = None
-    gate: Gate | None = None
-    gate_low: float | None = None
-    gate_high: float | None = None
-    gate_against: GateAnchor = "old"
-    gate_two_sided: bool = False
-    log_ratio_clamp: Clamp = 20.0
-    aggregation: Aggregation = "token-mean"
-    normalizer: float | None = None
-
     if TYPE_CHECKING:  # no fields; see __post_init__
         _codes: ClassVar[PolicyCodes]
         _params: ClassVar[PolicyParams]
@@ -176,40 +117,6 @@ class PolicyLossConfig:
         # Encoded once here; each call only passes the two tuples.
         object.__setattr__(self, "_codes", codes_of(self))
         object.__setattr__(self, "_params", params_of(self))
-
-    def clip_bounds(self) -> tuple[float, float]:
-        """(low, high) of the clipped ratio; -inf and inf where there is no bound."""
-        low = -math.inf if self.clip_low is None else self.clip_low
-        high = math.inf if self.clip_high is None else self.clip_high
-        if self.clip_absolute:
-            return low, high
-        return (1 - low if self.clip_low is not None else low, 1 + high)
-
-    def log_ratio_bounds(self) -> tuple[float, float]:
-        """(low, high) of the log-ratio, within the saturation at +-LOG_RATIO_BOUND."""
-        low, high = _bounds(self.log_ratio_clamp)
-        return max(low, -LOG_RATIO_BOUND), min(high, LOG_RATIO_BOUND)
-
-    def kl_input_bounds(self) -> tuple[float, float]:
-        """(low, high) of logprob - ref."""
-        return _bounds(self.kl_input_clamp)
-
-    def correction_bounds(self) -> tuple[float, float]:
-        """(low, high) of the correction weight."""
-        low = 0.0 if self.correction_min is None else self.correction_min
-        return low, math.inf if self.correction_max is None else self.correction_max
-
-    def gate_bounds(self) -> tuple[float, float]:
-        """(low, high) of what the gate compares; see `PolicyParams`."""
-        low, high = self.gate_low, self.gate_high
-        if self.gate == "ratio":
-            return -math.inf if low is None else _log(low), math.inf if high is None else _log(high)
-        upper = math.inf if high is None else high
-        if self.gate == "opsm":
-            return -math.inf if low is None else low, math.inf
-        if self.gate == "binary_kl":
-            return math.inf if low is None else low, upper
-        return -math.inf if low is None else -low, upper
 
     @classmethod
     def ppo(cls, **options: "Unpack[PolicyLossOptions]") -> "PolicyLossConfig":

@@ -1,7 +1,6 @@
 """What a PolicyLossConfig may be: each option's values, and which options go together."""
 
 import math
-from typing import Any
 
 from .enums import (
     AGGREGATIONS,
@@ -15,6 +14,7 @@ from .enums import (
     RATIO_LEVELS,
 )
 from .policy_codes import UNBOUNDED
+from .policy_fields import PolicyFields
 
 
 def _bounded(value: float) -> float:
@@ -24,7 +24,7 @@ def _bounded(value: float) -> float:
     return value
 
 
-def values(config: Any) -> None:
+def values(config: PolicyFields) -> None:
     """Raises ValueError for the first bad value. Numbers beyond int64 become floats."""
     for name, allowed in (
         ("objective", OBJECTIVES),
@@ -59,7 +59,7 @@ def values(config: Any) -> None:
         _clamp(config, name)
 
 
-def combinations(config: Any) -> None:
+def combinations(config: PolicyFields) -> None:
     """Raises ValueError for the first option that another one forbids."""
     low, high = config.clip_bounds()
     if config.clip_low is not None and low < 0:
@@ -89,7 +89,7 @@ def combinations(config: Any) -> None:
     _gate(config)
 
 
-def _gate(config: Any) -> None:
+def _gate(config: PolicyFields) -> None:
     low, high = config.gate_low, config.gate_high
     bounded = low is not None or high is not None
     if config.gate is None:
@@ -110,7 +110,7 @@ def _gate(config: Any) -> None:
         _fail(config, "gate_low", f"at most gate_high, {high}")
 
 
-def _fail(config: Any, name: str, expected: str) -> None:
+def _fail(config: PolicyFields, name: str, expected: str) -> None:
     value = getattr(config, name)
     # Python refuses to print very long integers.
     long = isinstance(value, int) and value.bit_length() > 128
@@ -118,7 +118,9 @@ def _fail(config: Any, name: str, expected: str) -> None:
     raise ValueError(f"PolicyLossConfig: {name} must be {expected}, got {got}")
 
 
-def _number(config: Any, name: str, *, above: float | None = None, optional: bool = False) -> None:
+def _number(
+    config: PolicyFields, name: str, *, above: float | None = None, optional: bool = False
+) -> None:
     value = getattr(config, name)
     if value is None and optional:
         return
@@ -136,7 +138,7 @@ def _number(config: Any, name: str, *, above: float | None = None, optional: boo
         object.__setattr__(config, name, _bounded(value))
 
 
-def _clamp(config: Any, name: str) -> None:
+def _clamp(config: PolicyFields, name: str) -> None:
     value = getattr(config, name)
     if value is None:
         return

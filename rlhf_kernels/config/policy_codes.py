@@ -1,19 +1,6 @@
-"""A PolicyLossConfig as numbers: how operators and kernels take its options."""
+"""The numbers that operators and kernels take for a PolicyLossConfig."""
 
-import math
-from typing import Any, NamedTuple
-
-from .enums import (
-    AGGREGATIONS,
-    CORRECTION_CODES,
-    CORRECTION_MODES,
-    GATE_ANCHORS,
-    GATE_CODES,
-    KL_WEIGHT_CODES,
-    OBJECTIVES,
-    PLAIN_KL_ESTIMATORS,
-    RATIO_LEVELS,
-)
+from typing import NamedTuple
 
 #: Every log-ratio is clamped to +-40 before exp(), whatever the options. Products of larger ratios
 #: would overflow fp32, and inf times an advantage of 0 is NaN.
@@ -77,53 +64,3 @@ class PolicyParams(NamedTuple):
     gate_low: float
     gate_high: float
     kl_weight_max: float
-
-
-def codes_of(config: Any) -> PolicyCodes:
-    """The choices of a configuration."""
-    return PolicyCodes(
-        objective=OBJECTIVES.index(config.objective),
-        ratio_level=RATIO_LEVELS.index(config.ratio_level),
-        kl_estimator=PLAIN_KL_ESTIMATORS.index(config.kl_estimator.removesuffix("+")),
-        kl_straight_through=int(config.kl_estimator.endswith("+")),
-        kl_weight=KL_WEIGHT_CODES.index(config.kl_weight),
-        correction_level=CORRECTION_CODES.index(config.correction_level),
-        correction_mode=CORRECTION_MODES.index(config.correction_mode),
-        aggregation=AGGREGATIONS.index(config.aggregation),
-        gate=GATE_CODES.index(config.gate),
-        gate_against=GATE_ANCHORS.index(config.gate_against),
-        gate_two_sided=int(config.gate_two_sided),
-        kl_weight_capped=int(config.kl_weight_max is not None),
-    )
-
-
-def params_of(config: Any) -> PolicyParams:
-    """The numbers of a configuration, all of them finite."""
-    clip_low, clip_high = config.clip_bounds()
-    log_ratio_low, log_ratio_high = config.log_ratio_bounds()
-    kl_input_low, kl_input_high = config.kl_input_bounds()
-    correction_low, correction_high = config.correction_bounds()
-    gate_low, gate_high = config.gate_bounds()
-    params = PolicyParams(
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=math.inf if config.dual_clip is None else config.dual_clip,
-        delta=math.inf if config.delta is None else config.delta,
-        log_ratio_low=log_ratio_low,
-        log_ratio_high=log_ratio_high,
-        penalty_coef=config.penalty_coef,
-        sapo_tau_pos=config.sapo_tau_pos,
-        sapo_tau_neg=config.sapo_tau_neg,
-        kl_coef=config.kl_coef,
-        kl_input_low=kl_input_low,
-        kl_input_high=kl_input_high,
-        kl_value_clamp=math.inf if config.kl_value_clamp is None else config.kl_value_clamp,
-        entropy_coef=config.entropy_coef,
-        correction_low=correction_low,
-        correction_high=correction_high,
-        gate_low=gate_low,
-        gate_high=gate_high,
-        kl_weight_max=math.inf if config.kl_weight_max is None else config.kl_weight_max,
-    )
-    # Finite bounds: a bound times an advantage of 0 must be 0, not NaN.
-    return PolicyParams(*(float(min(max(v, -UNBOUNDED), UNBOUNDED)) for v in params))
