@@ -7,7 +7,7 @@ call takes the first available backend in its device's order of preference that 
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import torch
 
@@ -15,26 +15,31 @@ from ..core import env
 from ..core.env import BACKEND_NAMES, BackendName
 from ..core.layout import Empty, plain_empty
 from . import native, triton
-from .rows import Kernels, Rows
+from .launchers import Launchers
+from .rows import Kernels
 
 REFERENCE: Final = "reference"
-
-# A launcher has the arguments and results of its operator.
-Launcher = Callable[..., Any]
 
 # Losses of these backends return unscaled gradients and a scale to multiply by: on a GPU a token's
 # gradient is written before all tokens are counted.
 GPU = ("cuda", "triton")
 
 
+def _absent(*_: Any) -> Any:
+    raise NotImplementedError("the backend does not have this kernel")
+
+
 class RowKernels:
-    """The launchers of a backend as attributes; the `Rows` of a backend that has all of them."""
+    """The `Rows` of a backend: launchers as attributes."""
 
-    def __init__(self, launchers: Mapping[str, Launcher]) -> None:
-        vars(self).update(launchers)
-
-    def policy_rows_for(self, *_: Any) -> None:
-        """No backend but CUDA's has this kernel, whose launcher then hides this method."""
+    def __init__(self, launchers: Launchers) -> None:
+        self.token_logprobs = launchers.get("token_logprobs", _absent)
+        self.token_logprobs_backward_into = launchers.get("token_logprobs_backward_into", _absent)
+        self.policy_loss = launchers.get("policy_loss", _absent)
+        self.kl_divergence = launchers.get("kl_divergence", _absent)
+        self.kl_divergence_backward_into = launchers.get("kl_divergence_backward_into", _absent)
+        # Only CUDA has it.
+        self.policy_rows_for = launchers.get("policy_rows_for", lambda *_: None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Backend:
     name: its name in `use_backend`.
     devices: device types that it serves.
     launchers: by operator name; empty if the backend is not available.
+    by_name: the same for a caller to whom the name is a variable.
     empty: allocates large buffers.
     simulated: its kernels run on the CPU, for tests. It then serves tensors of any device except
         meta, but only if selected by name.
@@ -52,14 +58,17 @@ class Backend:
 
     name: str
     devices: tuple[str, ...]
-    launchers: Mapping[str, Launcher]
+    launchers: Launchers
     empty: Empty = plain_empty
     simulated: bool = False
     kernels: Kernels = dataclasses.field(init=False, repr=False, compare=False)
+    by_name: Mapping[str, Callable[..., Any]] = dataclasses.field(
+        init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
-        rows = cast(Rows, RowKernels(self.launchers))
-        object.__setattr__(self, "kernels", Kernels(rows, self.empty))
+        object.__setattr__(self, "kernels", Kernels(RowKernels(self.launchers), self.empty))
+        object.__setattr__(self, "by_name", self.launchers)
 
 
 def of_extension(name: str, devices: tuple[str, ...]) -> Backend:

@@ -1,20 +1,34 @@
 """Shared by the native and Triton launchers of kl_divergence and kl_penalty: results, outputs."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from ..core.pair_options import PairOptions
+from .rows import Maybe
+
+BackwardInto = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, PairOptions], None]
+
+
+class Launchers(TypedDict, total=False):
+    """By operator name."""
+
+    kl_divergence: Callable[[Tensor, Tensor, PairOptions], tuple[Tensor, Tensor, Maybe]]
+    kl_divergence_backward: Callable[[Tensor, Tensor, Tensor, Tensor, PairOptions], Tensor]
+    # Only for the fused head; not an operator.
+    kl_divergence_backward_into: BackwardInto
+    kl_penalty: Callable[[Tensor, Tensor, str], Tensor]
+    kl_penalty_backward: Callable[[Tensor, Tensor, Tensor, str], Tensor]
 
 
 def launchers(
-    forward: Callable[..., None],
-    backward: Callable[..., None],
-    penalty: Callable[..., None],
-) -> dict[str, Callable[..., object]]:
-    """Launchers by operator name, from the functions of a backend that launch its kernels.
+    forward: Callable[[Tensor, Tensor, PairOptions, Tensor, Tensor, Maybe], None],
+    backward: BackwardInto,
+    penalty: Callable[[Tensor, Tensor, Maybe, str, Tensor], None],
+) -> Launchers:
+    """Launchers from the functions of a backend that launch its kernels.
 
     `forward` takes logits, ref_logits and options, and writes its last arguments: the divergences,
     the statistics, and the entropies or None. `backward` takes what `kl_divergence_backward_into`
@@ -43,9 +57,11 @@ def launchers(
         if out.numel() > 0:
             backward(out, logits, ref_logits, stats, grad, options)
 
-    def kl_divergence_backward(logits: Tensor, *args: Any) -> Tensor:
+    def kl_divergence_backward(
+        logits: Tensor, ref_logits: Tensor, stats: Tensor, grad: Tensor, options: PairOptions
+    ) -> Tensor:
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        kl_divergence_backward_into(out, logits, *args)
+        kl_divergence_backward_into(out, logits, ref_logits, stats, grad, options)
         return out
 
     def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
@@ -65,7 +81,6 @@ def launchers(
     return {
         "kl_divergence": kl_divergence,
         "kl_divergence_backward": kl_divergence_backward,
-        # Only for the fused head; not an operator.
         "kl_divergence_backward_into": kl_divergence_backward_into,
         "kl_penalty": kl_penalty,
         "kl_penalty_backward": kl_penalty_backward,

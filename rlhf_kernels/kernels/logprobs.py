@@ -1,7 +1,7 @@
 """Shared by the native and Triton launchers of token_logprobs: results, checks and outputs."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -10,6 +10,40 @@ from ..core import data_checks, env
 from ..core.layout import any_of_token, as_upstream, fp32_like
 from ..core.row_options import RowOptions
 from ..core.sentinels import ELSEWHERE, NOWHERE, SHARD_IGNORED
+from .rows import Maybe
+
+#: Log-probabilities, entropies, statistics, sums of squared probabilities, most likely tokens. Any:
+#: the statistics are None only to a caller who says that no backward pass will need them.
+Results = tuple[Tensor, Maybe, Tensor | Any, Maybe, Maybe]
+
+
+class _Forward(Protocol):
+    def __call__(
+        self, logits: Tensor, labels: Tensor, temperatures: Maybe, options: RowOptions,
+        grad: bool = True, /,
+    ) -> Results: ...  # fmt: skip
+
+
+class _BackwardInto(Protocol):
+    def __call__(
+        self, out: Tensor, logits: Tensor, labels: Tensor, temperatures: Maybe, stats: Tensor,
+        grad_logprobs: Maybe, grad_entropy: Maybe, options: RowOptions,
+        grad_lse: Maybe = None, grad_collision: Maybe = None, collision: Maybe = None, /,
+    ) -> None: ...  # fmt: skip
+
+
+class Launchers(TypedDict, total=False):
+    """By operator name."""
+
+    token_logprobs: _Forward
+    token_logprobs_backward: Callable[
+        [Tensor, Tensor, Maybe, Tensor, Maybe, Maybe, RowOptions, Maybe, Maybe, Maybe], Tensor
+    ]
+    token_logprobs_backward_inplace: Callable[
+        [Tensor, Tensor, Maybe, Tensor, Maybe, Maybe, RowOptions, Maybe, Maybe, Maybe], None
+    ]
+    # Only for the fused head; not an operator.
+    token_logprobs_backward_into: _BackwardInto
 
 
 class ManyLabels(NamedTuple):
@@ -32,6 +66,15 @@ class ManyLabels(NamedTuple):
             return None
         kept = torch.where(self.labels == self.ignore_index, 0.0, self.grad_logprobs)
         return kept.sum(-1, dtype=torch.float64).float()
+
+
+_ForwardKernel = Callable[
+    [Tensor, Tensor, Maybe, RowOptions, ManyLabels | None, Tensor, Maybe, Maybe, Maybe, Maybe], None
+]
+_BackwardKernel = Callable[
+    [Tensor, Tensor, Tensor, Maybe, Tensor, Maybe, Maybe, RowOptions, Maybe, Maybe, Maybe,
+     ManyLabels | None], None,
+]  # fmt: skip
 
 
 def tokens_of(labels: Tensor, options: RowOptions, vocab: int | None) -> tuple[Tensor, RowOptions]:
@@ -81,19 +124,17 @@ def log_sum_exp(
     return torch.where(keep, scaled + s.log(), 0.0).float()
 
 
-def launchers(
-    forward: Callable[..., None], backward: Callable[..., None], on_device: bool
-) -> dict[str, Callable[..., object]]:
-    """Launchers by operator name, from the functions of a backend that launch its kernels.
+def launchers(forward: _ForwardKernel, backward: _BackwardKernel, on_device: bool) -> Launchers:
+    """Launchers from the functions of a backend that launch its kernels.
 
-    `forward` takes logits, labels, temperatures and options, and writes its last arguments: the
-    log-probabilities, the entropies or None, and the statistics, which are None only where the
-    kernels are not `on_device` and no backward pass will need them, the sums of squared
+    `forward` takes logits, labels, temperatures, options and `ManyLabels`, and writes its last
+    arguments: the log-probabilities, the entropies or None, and the statistics, which are None only
+    where the kernels are not `on_device` and no backward pass will need them, the sums of squared
     probabilities or None, and the most likely tokens or None. `backward` takes what
-    `token_logprobs_backward_into` takes. Neither is called without a token. Kernels that are not
-    `on_device` validate the data themselves. Labels [..., K] of logits [..., V] are `ManyLabels`,
-    which both take last; the labels are then those of `tokens_of`, and the log-probabilities and
-    the upstream gradient those of tokens.
+    `token_logprobs_backward_into` takes, and `ManyLabels`. Neither is called without a token.
+    Kernels that are not `on_device` validate the data themselves. Labels [..., K] of logits
+    [..., V] are `ManyLabels`; the labels are then those of `tokens_of`, and the log-probabilities
+    and the upstream gradient those of tokens.
     """
 
     def check(labels: Tensor, temperatures: Tensor | None, vocab: int, options: RowOptions) -> None:
@@ -113,7 +154,7 @@ def launchers(
         temperatures: Tensor | None,
         options: RowOptions,
         grad: bool = True,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    ) -> Results:
         given, of_rows, many = labels, options, None
         if labels.dim() == logits.dim():
             given, of_rows = tokens_of(labels, options, logits.shape[-1] if on_device else None)
@@ -124,7 +165,7 @@ def launchers(
         if labels.numel() > 0:
             check(labels, temperatures, logits.shape[-1], options)
             outs = (logprobs, entropies, stats, *further)
-            forward(logits, given, temperatures, of_rows, *outs, many)
+            forward(logits, given, temperatures, of_rows, many, *outs)
         if many is not None and many.logprobs is not None:
             logprobs = many.logprobs
         return logprobs, entropies, stats, *further
@@ -138,7 +179,9 @@ def launchers(
         grad_logprobs: Tensor | None,
         grad_entropy: Tensor | None,
         options: RowOptions,
-        *further: Tensor | None,
+        grad_lse: Tensor | None = None,
+        grad_collision: Tensor | None = None,
+        collision: Tensor | None = None,
     ) -> None:
         if out.numel() > 0:
             check(labels, temperatures, logits.shape[-1], options)
@@ -148,10 +191,10 @@ def launchers(
                 grad_logprobs = many.total()
                 # A bad label has left its row NaN statistics.
                 labels, options = tokens_of(labels, options, None)
-            further = (*further, *(None,) * (3 - len(further)))
-            upstream = (grad_logprobs, grad_entropy, options, *further, many)
-            backward(out, logits, labels, temperatures, stats, *upstream)
+            upstream = (grad_logprobs, grad_entropy, options, grad_lse, grad_collision)
+            backward(out, logits, labels, temperatures, stats, *upstream, collision, many)
 
+    # Their arguments stand in `Launchers`; here they are only passed on.
     def token_logprobs_backward(logits: Tensor, labels: Tensor, *args: Any) -> Tensor:
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
         token_logprobs_backward_into(out, logits, labels, *args)
@@ -164,6 +207,5 @@ def launchers(
         "token_logprobs": token_logprobs,
         "token_logprobs_backward": token_logprobs_backward,
         "token_logprobs_backward_inplace": token_logprobs_backward_inplace,
-        # Only for the fused head; not an operator.
         "token_logprobs_backward_into": token_logprobs_backward_into,
     }

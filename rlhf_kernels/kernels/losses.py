@@ -6,14 +6,35 @@ backends return complete gradients and no `scale`. What is not there is None to 
 empty tensor in traced code, whose operators cannot return None.
 """
 
-from collections.abc import Callable
-from typing import TypeGuard
+from collections.abc import Callable, Sequence
+from typing import TypedDict, TypeGuard
 
 import torch
 from torch import Tensor
 
 from ..core import data_checks, env
 from ..core.layout import fp32_like
+from ..core.row_options import RowOptions
+from .rows import Maybe, PolicyRows
+
+_Backward = Callable[[Tensor, Maybe, Tensor, Tensor, torch.dtype, torch.dtype], list[Tensor]]
+
+
+class Launchers(TypedDict, total=False):
+    """By operator name; those from `loss_backward` on are of GPUs alone."""
+
+    policy_loss: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, float,
+         Sequence[int], Sequence[float], bool, bool], tuple[Tensor, Tensor, Maybe, Maybe, Maybe],
+    ]  # fmt: skip
+    value_loss: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Maybe, Maybe, float, float, int, bool],
+        tuple[Tensor, Tensor, Maybe, Maybe],
+    ]
+    loss_backward: _Backward
+    # Only for the fused head; not operators.
+    scale_inplace: Callable[[Tensor, Tensor], Tensor]
+    policy_rows_for: Callable[[torch.device, int, RowOptions], PolicyRows | None]
 
 
 def results(like: Tensor, metrics: int, deferred: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -88,7 +109,9 @@ def check_weights(op: str, weights: Tensor | None, mask: Tensor, cu_seqlens: Ten
         data_checks.loss_weights(op, weights, mask, cu_seqlens)
 
 
-def backward_launcher(scale_into: Callable[..., None]) -> Callable[..., list[Tensor]]:
+def backward_launcher(
+    scale_into: Callable[[Tensor, Maybe, Tensor, Tensor, Tensor, Maybe], None],
+) -> _Backward:
     """Launcher of loss_backward.
 
     `scale_into` takes one or two gradients, the scale and the upstream gradient, and writes its

@@ -1,7 +1,7 @@
 """Shared by the native and Triton launchers of mismatch_weights: options, results, their checks."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from ..config.mismatch import MismatchParams
 from ..core import data_checks
 from ..core.layout import fp32_like
 from . import losses
+from .rows import Maybe
 
 #: Weights and kept tokens in the shape of the tokens, and metrics.
 Results = tuple[Tensor, Tensor, Tensor]
@@ -31,6 +32,15 @@ class MismatchRules(NamedTuple):
     params: MismatchParams
 
 
+class Launchers(TypedDict, total=False):
+    """By operator name."""
+
+    mismatch_weights: Callable[[Tensor, Tensor, Tensor, Maybe, MismatchRules], Results]
+
+
+_Judge = Callable[[Tensor, Tensor, Tensor, Maybe, MismatchRules, Tensor, Tensor, Tensor], None]
+
+
 def _of_none(results: Results, cu_seqlens: Tensor | None) -> bool:
     """Fills the results where there is no sequence to judge; whether that is so.
 
@@ -47,8 +57,8 @@ def _of_none(results: Results, cu_seqlens: Tensor | None) -> bool:
     return True
 
 
-def launchers(judge: Callable[..., None], on_device: bool) -> dict[str, Callable[..., object]]:
-    """The launcher by its operator's name, from the function of a backend that launches its kernel.
+def launchers(judge: _Judge, on_device: bool) -> Launchers:
+    """The launcher from the function of a backend that launches its kernel.
 
     `judge` takes the launcher's arguments and writes its last ones: weights, kept tokens, metrics.
     A kernel on the host validates the offsets itself, so it must run wherever there are tokens.

@@ -11,6 +11,9 @@ from ..core.layout import Empty
 from ..core.pair_options import PairOptions
 from ..core.row_options import RowOptions
 
+#: What may be absent.
+Maybe = Tensor | None
+
 #: Sums a tensor over the ranks of a sharded vocabulary.
 Reduce = Callable[[Tensor], Tensor]
 

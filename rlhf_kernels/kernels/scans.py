@@ -1,13 +1,14 @@
 """Shared by the native and Triton launchers of gae, discounted_returns and ppo_advantages."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
 from ..core import data_checks, env
 from ..core.layout import fp32_like
+from .rows import Maybe
 
 #: eps that `whiten=True` adds to the variance; the default of `whiten`, and of verl.
 WHITEN_EPS = 1e-8
@@ -119,7 +120,39 @@ class GeneralScan(NamedTuple):
         )
 
 
-def general_launcher(run: Callable[..., None], on_device: bool) -> Callable[..., object]:
+_General = Callable[[GeneralScan], tuple[Tensor, Tensor, Tensor]]
+
+
+class Launchers(TypedDict, total=False):
+    """By operator name, of all operations on advantages."""
+
+    gae: Callable[
+        [Tensor, Tensor, Maybe, Maybe, Maybe, Maybe, float, float, str, bool], tuple[Tensor, Tensor]
+    ]
+    discounted_returns: Callable[[Tensor, Maybe, Maybe, Maybe, Maybe, float, str], Tensor]
+    ppo_advantages: Callable[
+        [Tensor, Tensor, Maybe, Tensor, Maybe, Maybe, float, str, float, float, str, bool,
+         float | None], tuple[Tensor, Tensor, Tensor],
+    ]  # fmt: skip
+    general_gae: _General
+    group_advantages: Callable[[Tensor, Maybe, int, str, str, Maybe, float], Tensor]
+    whiten: Callable[[Tensor, Maybe, bool, bool, float], Tensor]
+
+
+class Scan(Protocol):
+    """The scan function of a backend, of tokens: rewards; with scores log-probabilities."""
+
+    def __call__(
+        self, op: str, tokens: Tensor, cu_seqlens: Maybe, mask: Maybe, masked: str, gamma: float,
+        lam: float = ..., values: Maybe = ..., dones: Maybe = ..., bootstrap_values: Maybe = ...,
+        whiten: bool = ..., scores: Maybe = ..., ref_logprobs: Maybe = ..., kl_coef: float = ...,
+        kl_estimator: str = ..., reward_clip: float | None = ...,
+    ) -> ScanResults: ...  # fmt: skip
+
+
+def general_launcher(
+    run: Callable[[str, GeneralScan, int, ScanResults], None], on_device: bool
+) -> _General:
     """The launcher of general_gae, from the function of a backend that launches its kernel.
 
     `run` takes the operation's name, a `GeneralScan`, the number of sequences, and the results that
@@ -140,13 +173,8 @@ def general_launcher(run: Callable[..., None], on_device: bool) -> Callable[...,
     return general_gae
 
 
-def launchers(scan: Callable[..., ScanResults]) -> dict[str, Callable[..., object]]:
-    """Launchers by operator name, from the scan function of a backend.
-
-    `scan` takes the operation's name, the tokens (rewards; for ppo_advantages the policy's
-    log-probabilities), cu_seqlens, mask, masked, gamma, lam, values, dones, bootstrap_values and
-    whiten; for ppo_advantages also scores, ref_logprobs, kl_coef, kl_estimator and reward_clip.
-    """
+def launchers(scan: Scan) -> Launchers:
+    """Launchers of gae, discounted_returns and ppo_advantages from a backend's scan function."""
 
     def gae(
         rewards: Tensor,
@@ -161,18 +189,9 @@ def launchers(scan: Callable[..., ScanResults]) -> dict[str, Callable[..., objec
         whiten: bool,
     ) -> tuple[Tensor, Tensor]:
         return scan(
-            "gae",
-            rewards,
-            cu_seqlens,
-            mask,
-            masked,
-            gamma,
-            lam,
-            values,
-            dones,
-            bootstrap_values,
+            "gae", rewards, cu_seqlens, mask, masked, gamma, lam, values, dones, bootstrap_values,
             whiten,
-        ).of_values()
+        ).of_values()  # fmt: skip
 
     def discounted_returns(
         rewards: Tensor,
@@ -202,22 +221,8 @@ def launchers(scan: Callable[..., ScanResults]) -> dict[str, Callable[..., objec
         reward_clip: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         return scan(
-            "ppo_advantages",
-            logprobs,
-            cu_seqlens,
-            mask,
-            masked,
-            gamma,
-            lam,
-            values,
-            None,
-            None,
-            whiten,
-            scores,
-            ref_logprobs,
-            kl_coef,
-            kl_estimator,
-            reward_clip,
-        ).of_scores()
+            "ppo_advantages", logprobs, cu_seqlens, mask, masked, gamma, lam, values, None, None,
+            whiten, scores, ref_logprobs, kl_coef, kl_estimator, reward_clip,
+        ).of_scores()  # fmt: skip
 
     return {"gae": gae, "discounted_returns": discounted_returns, "ppo_advantages": ppo_advantages}

@@ -5,13 +5,15 @@ are their logits; the backward pass needs no other logits.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from ..core import data_checks, env
+from ..core.row_options import RowOptions
 from . import logprobs
+from .rows import Maybe
 
 #: Memory for the gradients of (hidden, weight, bias); None where not wanted. That of the bias is
 #: fp32, the others have the dtypes of their operands.
@@ -27,26 +29,60 @@ class Tokens(NamedTuple):
     indices: Tensor
 
 
+class Backward(NamedTuple):
+    """What a backward pass has of its forward pass, the upstream gradients (or None), options."""
+
+    kept: Tensor
+    tokens: Tokens
+    stats: Tensor
+    grad_logprobs: Tensor | None
+    grad_entropy: Tensor | None
+    options: RowOptions
+
+
+#: Log-probabilities, entropies, statistics, kept.
+Results = tuple[Tensor, Maybe, Tensor, Tensor]
+
+
+class Launchers(TypedDict, total=False):
+    """By operator name."""
+
+    token_logprobs_support: Callable[[Tensor, Tensor, Maybe, Tensor, Tensor, RowOptions], Results]
+    token_logprobs_support_backward: Callable[
+        [Tensor, Tensor, Maybe, Tensor, Tensor, Tensor, Maybe, Maybe, RowOptions, int, torch.dtype],
+        Tensor,
+    ]
+    linear_token_logprobs_support: Callable[
+        [Tensor, Tensor, Maybe, Tensor, Maybe, Tensor, Tensor, RowOptions], Results
+    ]
+    linear_token_logprobs_support_backward: Callable[
+        [Tensor, Tensor, Maybe, Tensor, Tensor, Maybe, Tensor, Tensor, Tensor, Maybe, Maybe,
+         RowOptions, Sequence[bool]], tuple[Tensor, Tensor, Tensor],
+    ]  # fmt: skip
+
+
 def launchers(
-    forward: Callable[..., None],
-    scatter: Callable[..., None],
-    head_backward: Callable[..., None],
+    forward: Callable[
+        [str, int, Tensor, Maybe, Maybe, Tokens, RowOptions, Tensor, Maybe, Tensor, Tensor], None
+    ],
+    scatter: Callable[[int, Tensor, Backward], None],
+    head_backward: Callable[[HeadGradients, Tensor, Tensor, Backward], None],
     on_device: bool,
-) -> dict[str, Callable[..., object]]:
-    """Launchers by operator name, from the functions of a backend that launch its kernels.
+) -> Launchers:
+    """Launchers from the functions of a backend that launch its kernels.
 
     `forward` takes the operation's name, the size of the vocabulary, logits or hidden, weight and
     bias or None, `Tokens` and options, and writes its last arguments: the log-probabilities, the
-    entropies or None, the statistics, kept. `scatter` takes that size, the gradient of the logits
-    that it writes, kept, `Tokens`, statistics, both upstream gradients and options. `head_backward`
-    takes the `HeadGradients` that it writes, hidden, weight, and the same from kept on. None is
-    called without a token. Kernels `on_device` expect zeros where no logit was kept. The others
-    write them, and validate the data themselves.
+    entropies or None, the statistics, kept. `scatter` takes that size, and the gradient of the
+    logits that it writes. `head_backward` takes the `HeadGradients` that it writes, hidden, weight.
+    None is called without a token. Kernels `on_device` expect zeros where no logit was kept. The
+    others write them, and validate the data themselves.
     """
 
+    # The arguments stand in `Launchers`; most are only passed on, in `Tokens` and `Backward`.
     def run(
         op: str, rows: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Any
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    ) -> Results:
         *inputs, options = args
         tokens = Tokens(*inputs)
         found, entropies = logprobs.results(tokens.labels, options)
@@ -61,38 +97,39 @@ def launchers(
             forward(op, vocab, rows, weight, bias, tokens, options, *outs)
         return found, entropies, stats, kept
 
-    def token_logprobs_support(logits: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    def token_logprobs_support(logits: Tensor, *args: Any) -> Results:
         return run("token_logprobs", logits, None, None, *args)
 
     def token_logprobs_support_backward(kept: Tensor, *args: Any) -> Tensor:
-        tokens, (*inputs, vocab, dtype) = Tokens(*args[:4]), args[4:]
+        tokens, (*rest, vocab, dtype) = Tokens(*args[:4]), args[4:]
         make = torch.zeros if on_device else torch.empty
         out = make((*tokens.labels.shape, vocab), dtype=dtype, device=kept.device)
         if out.numel() > 0 and (kept.numel() > 0 or not on_device):
-            scatter(vocab, out, kept, tokens, *inputs)
+            scatter(vocab, out, Backward(kept, tokens, *rest))
         return out
 
-    def linear_token_logprobs_support(*args: Any) -> tuple[Tensor | None, ...]:
+    def linear_token_logprobs_support(*args: Any) -> Results:
         return run("linear_token_logprobs", *args)
 
     def linear_token_logprobs_support_backward(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor, *args: Any
-    ) -> tuple[Tensor, ...]:
-        tokens, (*inputs, needs) = Tokens(*args[:4]), args[4:]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, (*rest, needs) = Tokens(*args[:4]), args[4:]
         likes = ((hidden, hidden.shape), (weight, weight.shape), (kept, weight.shape[:1]))
         gradients = [
             like.new_empty(shape) if need else None
             for (like, shape), need in zip(likes, needs, strict=True)
         ]
         if tokens.labels.numel() > 0 and kept.numel() > 0:
-            head_backward(gradients, hidden, weight, kept, tokens, *inputs)
+            head_backward(gradients, hidden, weight, Backward(kept, tokens, *rest))
         else:
             gradients = [None if t is None else t.zero_() for t in gradients]
         dtypes = (hidden.dtype, weight.dtype, hidden.dtype if bias is None else bias.dtype)
-        return tuple(
+        of_hidden, of_weight, of_bias = (
             hidden.new_empty(0) if t is None else t.to(dtype)
             for t, dtype in zip(gradients, dtypes, strict=True)
         )
+        return of_hidden, of_weight, of_bias
 
     return {
         "token_logprobs_support": token_logprobs_support,

@@ -159,7 +159,7 @@ class Operator(Generic[R]):
     def _run(self, *args: Any) -> R:
         backend = backends.get(args[-1])
         if self._algorithm is None:
-            launcher: Callable[..., R] = backend.launchers[self.name]
+            launcher: Callable[..., R] = backend.by_name[self.name]
             return launcher(*args[:-1])
         return self._algorithm(backend.kernels, *args[:-1])
 
@@ -186,7 +186,7 @@ class Operator(Generic[R]):
             return self._dispatch(args)
         if self._algorithm is not None:
             return self._run(*args)
-        launcher: Callable[..., R] = backends.get(args[-1]).launchers[self.name]
+        launcher: Callable[..., R] = backends.get(args[-1]).by_name[self.name]
         return launcher(*args[:-1])
 
     def _eager(self, args: tuple[Any, ...]) -> bool:

@@ -5,6 +5,7 @@ import graphlib
 import inspect
 import re
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tests.cases import calls as cases
 
 import rlhf_kernels as rk
 from rlhf_kernels.kernels import backends, rows
+from rlhf_kernels.kernels.launchers import Launchers
 from rlhf_kernels.ops import _calls
 
 PACKAGE = Path(rk.__file__).parent
@@ -209,26 +211,60 @@ def test_benchmarks_import_no_tests():
             assert "tests" not in {name.partition(".")[0] for name in names}, file
 
 
-@pytest.mark.parametrize("name", ("cpu", "triton"))
-def test_a_backend_takes_what_its_row_kernels_are_given(name):
-    """`Rows` says it to the type checker; the table of launchers is not typed."""
-    launchers = backends.get(name).launchers
-    if not launchers:
+@pytest.mark.parametrize("name", ("cpu", "cuda", "triton"))
+def test_launchers_have_the_signatures_of_the_table(name):
+    """What the type checker compares, in the functions that run: bound to an extension, made once.
+
+    The head's kernels have those of `Rows` too.
+    """
+    table = backends.get(name).launchers
+    if not table:
         pytest.skip(f"{name} is not available")
-    kernels = {n: f for c in rows.Rows.__mro__ for n, f in vars(c).items() if n[0] != "_"}
-    assert "token_logprobs" in kernels and "kl_divergence" in kernels
-    # Only CUDA has it.
-    del kernels["policy_rows_for"]
-    for operator, kernel in kernels.items():
-        _, *given = inspect.signature(kernel).parameters.values()
-        taken = list(inspect.signature(launchers[operator]).parameters.values())
-        # What the head never gives.
-        taken = [p for p in taken if p.default is p.empty]
+    types = get_type_hints(Launchers)
+    assert table.keys() <= types.keys() and "token_logprobs" in table
+    for operator, launcher in table.items():
+        call = types[operator]
+        if isinstance(call, type):  # a protocol
+            wanted = _annotations(call.__call__)[1:]
+        else:
+            arguments, result = get_args(call)
+            wanted = [*arguments, result]
+        *taken, result = _annotations(launcher)
+        assert result == wanted.pop(), operator
         # One launcher may pass on what another names.
-        if taken[-1].kind is taken[-1].VAR_POSITIONAL:
+        if taken[-1] is Any:
             taken.pop()
-            given = given[: len(taken)]
-        assert taken and [p.annotation for p in taken] == [p.annotation for p in given], operator
+            wanted = wanted[: len(taken)]
+        assert taken == wanted, operator
+    kernels = {n: f for c in rows.Rows.__mro__ for n, f in vars(c).items() if n[0] != "_"}
+    assert "policy_loss" in kernels and "kl_divergence" in kernels
+    for operator in kernels.keys() & table.keys():
+        _, *given, _ = _annotations(kernels[operator])
+        assert _annotations(table[operator])[: len(given)] == given, operator
+
+
+def _annotations(function) -> list:
+    """Of the parameters, then of the result."""
+    signature = inspect.signature(function)
+    return [p.annotation for p in signature.parameters.values()] + [signature.return_annotation]
+
+
+def test_what_launches_triton_kernels_is_typed():
+    """mypy allows functions without types there, because kernels are such."""
+    kernels = typed = 0
+    for file in (PACKAGE / "kernels" / "triton").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            names = {ast.unparse(d).partition("(")[0] for d in node.decorator_list}
+            if names & {"kernel", "triton.jit"}:
+                kernels += 1
+                continue
+            a, typed = node.args, typed + 1
+            arguments = [*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg]
+            bare = [t.arg for t in arguments if t is not None and t.annotation is None]
+            assert not set(bare) - {"self"} and node.returns, f"{file.name}: {node.name} {bare}"
+    assert kernels > 60 and typed > 50
 
 
 def test_every_launcher_is_a_registered_operator():

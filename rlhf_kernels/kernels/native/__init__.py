@@ -6,7 +6,6 @@ torch is imported before the extensions, because `_cpu` shares its OpenMP runtim
 
 import functools
 import importlib
-from collections.abc import Callable
 from types import ModuleType
 
 # Before the extensions, so that libgomp is loaded.
@@ -14,6 +13,7 @@ import torch
 
 from ...core import env
 from ...core.layout import Empty, plain_empty
+from ..launchers import Launchers
 from . import (
     advantages,
     architectures,
@@ -30,8 +30,6 @@ from . import (
 _NAMES = {"cpu": "_cpu", "cuda": "_cuda"}
 # What each needs when the package is installed.
 _NEEDED = {"cpu": "a C++ compiler", "cuda": "nvcc"}
-# One module per operation, each with launchers(extension) -> {operator name: launcher}.
-_OPS = (logprobs, support, kl, advantages, policy, policy_rows, value, mismatch)
 
 
 def _load(backend: str) -> tuple[ModuleType | None, str | None]:
@@ -73,12 +71,21 @@ def _cuda_reason(module: ModuleType) -> str | None:
 _MODULES = {backend: _load(backend) for backend in _NAMES}
 
 
-def launchers(backend: str) -> dict[str, Callable[..., object]]:
+def launchers(backend: str) -> Launchers:
     """Launchers of a native backend by operator name; empty if it cannot run here."""
     extension, reason = _MODULES[backend]
     if extension is None or reason is not None:
         return {}
-    return {name: launcher for op in _OPS for name, launcher in op.launchers(extension).items()}
+    return {
+        **logprobs.launchers(extension),
+        **support.launchers(extension),
+        **kl.launchers(extension),
+        **advantages.launchers(extension),
+        **policy.launchers(extension),
+        **policy_rows.launchers(extension),
+        **value.launchers(extension),
+        **mismatch.launchers(extension),
+    }
 
 
 def install(

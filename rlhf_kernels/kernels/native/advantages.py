@@ -1,6 +1,5 @@
 """Launchers of the advantage operations for the native backends."""
 
-from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -36,8 +35,8 @@ def _scratch_of(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, bo
     return cu_seqlens.shape[0] - 1, tokens.shape[0], True
 
 
-def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
-    """Launchers by operator name, bound to an extension module."""
+def launchers(extension: ModuleType) -> scans.Launchers:
+    """Launchers bound to an extension module."""
     make_exec, gpu = b.exec_builder(extension), extension.gpu
 
     def scan(

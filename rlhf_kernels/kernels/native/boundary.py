@@ -7,6 +7,7 @@ else a call needs.
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,8 +35,15 @@ BAD_INDPTR, INDEX_OUT_OF_RANGE, INDEX_REPEATED = 5, 6, 7
 # csrc/bind/tensor.h: Exec
 Exec = int | tuple[int, int, int, Tensor | None]
 
-
 Sizes = Callable[[], tuple[int, ...]]
+
+
+class MakeExec(Protocol):
+    """What `exec_builder` returns."""
+
+    def __call__(
+        self, like: Tensor, op: str | None = None, sizes: Sizes | None = None, /
+    ) -> Exec: ...
 
 
 def as_fp32(t: MaybeTensor) -> MaybeTensor:
@@ -52,7 +60,7 @@ def _threads(like: Tensor, op: str | None = None, sizes: Sizes | None = None) ->
     return torch.get_num_threads()
 
 
-def exec_builder(extension: ModuleType) -> Callable[..., Exec]:
+def exec_builder(extension: ModuleType) -> MakeExec:
     """The function `make_exec(like, op=None, sizes=None)` that builds an extension's Exec argument.
 
     Exec is the last argument of every native function. For the CPU it is torch's number of threads.

@@ -1,6 +1,5 @@
 """Launchers of kl_divergence and kl_penalty for the native backends."""
 
-from collections.abc import Callable
 from types import ModuleType
 
 from torch import Tensor
@@ -11,8 +10,8 @@ from .. import kl
 from . import boundary as b
 
 
-def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
-    """Launchers by operator name, bound to an extension module."""
+def launchers(extension: ModuleType) -> kl.Launchers:
+    """Launchers bound to an extension module."""
     make_exec = b.exec_builder(extension)
 
     def forward(

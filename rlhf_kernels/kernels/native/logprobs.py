@@ -1,6 +1,5 @@
 """Launchers of token_logprobs for the native backends."""
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -29,8 +28,8 @@ def _error(
     return data_checks.bad_temperature("token_logprobs", position, temperatures)
 
 
-def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
-    """Launchers by operator name, bound to an extension module."""
+def launchers(extension: ModuleType) -> logprobs.Launchers:
+    """Launchers bound to an extension module."""
     make_exec = b.exec_builder(extension)
 
     def forward(
@@ -38,10 +37,10 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         labels: Tensor,
         temperatures: Tensor | None,
         options: RowOptions,
-        *outs: Any,
+        many: ManyLabels | None,
+        *results: Tensor | None,
     ) -> None:
         temperatures = b.as_fp32(temperatures)
-        *results, many = outs
         launch = extension.token_logprobs
         of_labels: tuple[Any, ...] = ()
         if many is not None:

@@ -1,6 +1,5 @@
 """Launcher of mismatch_weights for the native backends."""
 
-from collections.abc import Callable
 from types import ModuleType
 
 from torch import Tensor
@@ -10,8 +9,8 @@ from . import boundary as b
 from . import policy
 
 
-def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
-    """Launchers by operator name, bound to an extension module."""
+def launchers(extension: ModuleType) -> mismatch.Launchers:
+    """Launchers bound to an extension module."""
     make_exec, gpu = b.exec_builder(extension), extension.gpu
 
     def judge(

@@ -1,6 +1,6 @@
 """Launcher of policy_loss for the native backends, and helpers of the losses over tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -58,8 +58,8 @@ def raise_status(op: str, status: tuple[int, int], cu_seqlens: Tensor | None, li
         raise MemoryError(f"{op}: no memory for {like.numel()} tokens' partial sums")
 
 
-def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
-    """Launchers by operator name, bound to an extension module."""
+def launchers(extension: ModuleType) -> losses.Launchers:
+    """Launchers bound to an extension module."""
     make_exec, gpu = b.exec_builder(extension), extension.gpu
 
     def policy_loss(
@@ -124,7 +124,7 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
             extension.scale(values.numel(), values.view(-1), factor, make_exec(values))
         return values
 
-    table: dict[str, Callable[..., object]] = {"policy_loss": policy_loss}
+    table: losses.Launchers = {"policy_loss": policy_loss}
     # Gradients from the CPU kernels are complete and need no loss_backward. Scaling in place is of
     # use to the head alone; not an operator.
     if gpu:

@@ -1,6 +1,5 @@
 """Launcher of policy_rows: in one kernel from a head's logits to their gradient; CUDA only."""
 
-from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -9,12 +8,13 @@ from torch import Tensor
 from ...config.policy_codes import PolicyCodes, PolicyParams
 from ...core.layout import fp32_like
 from ...core.row_options import RowOptions
+from .. import losses
 from ..rows import PolicyRows, TokenConstants
 from . import architectures
 from . import boundary as b
 
 
-def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
+def launchers(extension: ModuleType) -> losses.Launchers:
     """`policy_rows_for` of an extension module for a GPU; not an operator."""
     if not extension.gpu:
         return {}

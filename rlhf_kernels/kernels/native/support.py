@@ -1,8 +1,6 @@
 """Launchers of token_logprobs over a support for the native backends."""
 
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +11,8 @@ from .. import support
 from . import boundary as b
 
 
-def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
-    """Launchers by operator name, bound to an extension module."""
+def launchers(extension: ModuleType) -> support.Launchers:
+    """Launchers bound to an extension module."""
     make_exec, gpu = b.exec_builder(extension), extension.gpu
 
     def check(op: str, status: tuple[int, int], tokens: support.Tokens, vocab: int) -> None:
@@ -68,14 +66,10 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         op: str,
         vocab: int,
         out: Tensor | None,
-        kept: Tensor,
-        tokens: support.Tokens,
-        stats: Tensor,
-        grad_logprobs: Tensor | None,
-        grad_entropy: Tensor | None,
-        options: RowOptions,
+        given: support.Backward,
     ) -> Tensor:
         """The gradient of the kept logits; also scatters it into `out` if that is given."""
+        kept, tokens, stats, grad_logprobs, grad_entropy, options = given
         labels, temperatures, indptr, indices = tokens
         dz, temperatures = torch.empty_like(kept), b.as_fp32(temperatures)
         grad_logprobs = b.as_upstream(grad_logprobs)
@@ -100,26 +94,24 @@ def launchers(extension: ModuleType) -> dict[str, Callable[..., object]]:
         check(op, status, tokens, vocab)
         return dz
 
-    def scatter(*args: Any) -> None:
-        gradient("token_logprobs", *args)
+    def scatter(vocab: int, out: Tensor, given: support.Backward) -> None:
+        gradient("token_logprobs", vocab, out, given)
 
     def head_backward(
         gradients: support.HeadGradients,
         hidden: Tensor,
         weight: Tensor,
-        kept: Tensor,
-        tokens: support.Tokens,
-        *inputs: Any,
+        given: support.Backward,
     ) -> None:
         (vocab, width), (_, *sums) = weight.shape, gradients
-        labels, _, indptr, indices = tokens
-        dz = gradient("linear_token_logprobs", vocab, None, kept, tokens, *inputs)
+        labels, _, indptr, indices = given.tokens
+        dz = gradient("linear_token_logprobs", vocab, None, given)
         starts = uses = order = owner = None
         if any(t is not None for t in sums):
             if gpu:
                 starts, order, owner = by_token_id(dz, indptr, indices, vocab)
             else:
-                starts = torch.empty(vocab + 1, dtype=torch.int64, device=kept.device)
+                starts = torch.empty(vocab + 1, dtype=torch.int64, device=dz.device)
                 # csrc/abi_rows.h: SupportUse
                 uses = starts.new_empty(2 * indices.shape[0])
         extension.support_head_backward(

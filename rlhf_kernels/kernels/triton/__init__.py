@@ -7,18 +7,19 @@ interpreter. Loading on first use would fail under torch.compile, which cannot t
 
 import importlib.util
 import os
-from collections.abc import Callable
 
 import torch
 
-_LAUNCHERS: dict[str, Callable[..., object]] = {}
+from ..launchers import Launchers
+
+_LAUNCHERS: Launchers = {}
 _REASON: str | None = None
 _INTERPRETED = False
 
 
 def _load() -> str | None:
     """Fills the table of launchers; returns None, or why Triton is not available."""
-    global _INTERPRETED
+    global _INTERPRETED, _LAUNCHERS
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     version = torch.version
@@ -33,8 +34,15 @@ def _load() -> str | None:
         from . import _launch, advantages, kl, logprobs, mismatch, policy, support, value
     except ImportError as error:
         return f"triton could not be imported: {error}"
-    for op in (logprobs, kl, support, advantages, policy, value, mismatch):
-        _LAUNCHERS.update(op.LAUNCHERS)
+    _LAUNCHERS = {
+        **logprobs.LAUNCHERS,
+        **kl.LAUNCHERS,
+        **support.LAUNCHERS,
+        **advantages.LAUNCHERS,
+        **policy.LAUNCHERS,
+        **value.LAUNCHERS,
+        **mismatch.LAUNCHERS,
+    }
     _INTERPRETED = _launch.INTERPRETED
     return None
 
@@ -52,6 +60,6 @@ def interpreted() -> bool:
     return _INTERPRETED
 
 
-def launchers() -> dict[str, Callable[..., object]]:
+def launchers() -> Launchers:
     """Launchers by operator name; empty if Triton is not available."""
     return _LAUNCHERS

@@ -15,7 +15,6 @@ launch reads the same 9 again, from the L2 cache except for the largest batches.
 9. `whiten` alone moves 14.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -333,7 +332,7 @@ def _scan(
     return results
 
 
-LAUNCHERS: dict[str, Callable[..., object]] = {
+LAUNCHERS: scans.Launchers = {
     **scans.launchers(_scan),
     "general_gae": general_gae,
     "group_advantages": group_advantages,

@@ -389,4 +389,4 @@ def _backward(
     )
 
 
-LAUNCHERS = shared.launchers(_forward, _backward, penalty)
+LAUNCHERS: shared.Launchers = shared.launchers(_forward, _backward, penalty)

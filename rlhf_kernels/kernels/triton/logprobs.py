@@ -144,13 +144,14 @@ def _forward(
     labels: Tensor,
     temperatures: Tensor | None,
     options: RowOptions,
+    many: shared.ManyLabels | None,
     logprobs: Tensor,
     entropies: Tensor | None,
-    stats: Tensor,
+    stats: Tensor | None,
     collisions: Tensor | None,
     ids: Tensor | None,
-    many: shared.ManyLabels | None,
 ) -> None:
+    assert stats is not None  # on a device they are always wanted
     (rows, cols), vocab = grid(labels.shape), logits.shape[-1]
     logits, tiles = as_rows(logits), tile_count(vocab, TILE)
     partials = logprobs.new_empty(rows * cols * tiles * PARTS * 3)
@@ -208,4 +209,4 @@ def _forward(
         logprobs_many.forward(many, x, tokens, partials, stats, cols, options, GROUP)
 
 
-LAUNCHERS = shared.launchers(_forward, backward, on_device=True)
+LAUNCHERS: shared.Launchers = shared.launchers(_forward, backward, on_device=True)

@@ -192,4 +192,4 @@ def _judge(
     launch(finish_kernel, slots, weights, batch, weights, kept, verdicts, LEVEL=level, **tile)
 
 
-LAUNCHERS = shared.launchers(_judge, on_device=True)
+LAUNCHERS: shared.Launchers = shared.launchers(_judge, on_device=True)

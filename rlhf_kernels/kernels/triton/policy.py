@@ -12,7 +12,7 @@ That is two launches for token-level losses, three with sequence sums, four if t
 through a sequence's ratio. The backward pass is one launch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -347,7 +347,7 @@ def policy_loss(
     return loss, metrics, gradient, bonus, scale
 
 
-LAUNCHERS: dict[str, Callable[..., object]] = {
+LAUNCHERS: losses.Launchers = {
     "policy_loss": policy_loss,
     "loss_backward": losses.backward_launcher(scale_into),
 }

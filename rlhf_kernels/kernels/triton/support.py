@@ -5,8 +5,6 @@ so one token with a long list costs no more than many with short lists. Work on 
 the token's entries. The bits of an entry or a token do not depend on its neighbours.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -268,14 +266,10 @@ def _gradient(
     out: Tensor | None,
     dz: Tensor | None,
     token_ids: Tensor | None,
-    kept: Tensor,
-    tokens: support.Tokens,
-    stats: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    options: RowOptions,
+    given: support.Backward,
 ) -> None:
     """Writes the gradient into `out` (all zeros before), or per entry into dz and token_ids."""
+    kept, tokens, stats, grad_logprobs, grad_entropy, options = given
     labels, temperatures, indptr, indices = tokens
     _, cols = grid(labels.shape)
     launch(
@@ -301,22 +295,21 @@ def _gradient(
     )
 
 
-def _scatter(vocab: int, out: Tensor, *args: Any) -> None:
-    _gradient(vocab, out, None, None, *args)
+def _scatter(vocab: int, out: Tensor, given: support.Backward) -> None:
+    _gradient(vocab, out, None, None, given)
 
 
 def _head_backward(
     gradients: support.HeadGradients,
     hidden: Tensor,
     weight: Tensor,
-    kept: Tensor,
-    tokens: support.Tokens,
-    *inputs: Any,
+    given: support.Backward,
 ) -> None:
     vocab, (of_hidden, of_weight, of_bias) = weight.shape[0], gradients
+    kept, tokens = given.kept, given.tokens
     labels, indptr, indices = tokens.labels, tokens.indptr.contiguous(), tokens.indices.contiguous()
     dz, token_ids = torch.empty_like(kept), torch.empty_like(kept, dtype=torch.int32)
-    _gradient(vocab, None, dz, token_ids, kept, tokens, *inputs)
+    _gradient(vocab, None, dz, token_ids, given)
     if of_hidden is not None:
         store_sums(as_rows(weight), indptr, None, indices, dz, of_hidden, None, vocab, vocab)
     if of_weight is not None or of_bias is not None:
@@ -329,4 +322,4 @@ def _head_backward(
         store_sums(as_rows(hidden), *entries, of_weight, of_bias, cols, tokens_in_all)
 
 
-LAUNCHERS = support.launchers(_forward, _scatter, _head_backward, on_device=True)
+LAUNCHERS: support.Launchers = support.launchers(_forward, _scatter, _head_backward, on_device=True)

@@ -4,8 +4,6 @@ Launches value_kernel and combine_kernel, after statistics_kernel if the aggrega
 number of tokens of each sequence. The backward pass is that of policy_loss.
 """
 
-from collections.abc import Callable
-
 import triton.language as tl
 from torch import Tensor
 
@@ -220,4 +218,4 @@ def value_loss(
     return loss, metrics, gradient, scale
 
 
-LAUNCHERS: dict[str, Callable[..., object]] = {"value_loss": value_loss}
+LAUNCHERS: losses.Launchers = {"value_loss": value_loss}
