@@ -40,7 +40,7 @@ def scaled_blocks(blocks, scale):
     """The blocks of a tile, each times their scale."""
     found = ()
     for k in tl.static_range(len(blocks)):
-        found += (scaled(blocks[k], scale),)
+        found += (scaled(blocks[k], scale),)  # type: ignore[assignment]
     return found
 
 

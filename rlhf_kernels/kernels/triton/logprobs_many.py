@@ -17,7 +17,7 @@ from ._launch import kernel, launch
 from ._math import good_temperature, label_gradient, scalar
 from ._maxima import combine_parts
 from ._rows import packed, row_temperature, with_options
-from ._strided import strided_rows, token_at
+from ._strided import Strided, strided_rows, token_at
 
 SHARD_IGNORED = tl.constexpr(sentinels.SHARD_IGNORED)
 # Labels that a program takes at a time.
@@ -162,8 +162,8 @@ def scatter_kernel(
 
 def forward(
     many: ManyLabels,
-    x: Any,
-    tokens: tuple[Any, Any],
+    x: Strided,
+    tokens: tuple[Strided, Strided | None],
     partials: Tensor,
     stats: Tensor,
     cols: int,
@@ -207,7 +207,7 @@ def forward(
 
 
 def gradients(
-    many: ManyLabels, x: Any, of_row: tuple[Any, ...], cols: int, options: RowOptions
+    many: ManyLabels, x: Strided, of_row: tuple[Any, ...], cols: int, options: RowOptions
 ) -> Tensor:
     """The gradient at each label's column, fp32 [..., K].
 
@@ -242,7 +242,7 @@ def gradients(
 
 
 def scatter(
-    many: ManyLabels, at_labels: Tensor, out: Any, tokens: Any, cols: int, vocab: int
+    many: ManyLabels, at_labels: Tensor, out: Strided, tokens: Strided, cols: int, vocab: int
 ) -> None:
     """Writes what `gradients` found to the labels' columns of `out`, as a kernel takes it."""
     launch(

@@ -1,7 +1,5 @@
 """Further results of token_logprobs from what its forward pass leaves of a row's parts."""
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,7 +9,7 @@ from ._launch import kernel, launch
 from ._math import scalar, tree_sum
 from ._maxima import rebased
 from ._rows import order_slack, packed, row_temperature
-from ._strided import token_at
+from ._strided import Strided, token_at
 
 
 @kernel
@@ -110,7 +108,7 @@ def argmax_kernel(
 def collision(
     out: Tensor,
     logits: Tensor,
-    tokens: tuple[Any, Any],
+    tokens: tuple[Strided, Strided | None],
     partials: Tensor,
     squares: Tensor,
     stats: Tensor,
@@ -153,8 +151,8 @@ def collision(
 def argmax(
     out: Tensor,
     logits: Tensor,
-    x: Any,
-    labels: Any,
+    x: Strided,
+    labels: Strided,
     partials: Tensor,
     cols: int,
     options: RowOptions,
