@@ -1,4 +1,4 @@
-"""Measures the peak memory of the README's points, each provider in a fresh process.
+"""Measures the peak memory of the points of docs/benchmarks.md, each provider in a fresh process.
 
     python -m benchmarks.studies.memory benchmarks/results/<name>.json
 

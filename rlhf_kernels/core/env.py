@@ -1,4 +1,4 @@
-"""Environment variables, read once at import. The README has the table."""
+"""Environment variables, read once at import. docs/backends.md has the table."""
 
 import os
 from typing import Literal, get_args
