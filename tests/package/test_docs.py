@@ -177,6 +177,20 @@ def test_figures_of_whole_runs_are_in_their_results():
     """Figures in sentences, beside the file that has them."""
     targets = RUN.read_text().partition("## Targets")[2].partition("## Every point")[0]
     assert (targets.count("| met |"), targets.count("| missed |")) == (27, 7)
+    points = {tuple(c[:2]): c for c in tables(RUN.read_text()) if len(c) == 13}
+    head, readme = points["operation", "shape"], (ROOT / "README.md").read_text()
+    for op, label, text in (
+        ("token_logprobs + entropy", "bf16 256×151936",
+         "{÷ eager} eager torch, {÷ compile} `torch.compile`, {÷ TRL} TRL, {÷ verl} verl"),
+        ("linear_policy_loss", "bf16 4096×1024×32768",
+         "{÷ eager} eager torch, {÷ TRL} TRL, {÷ Liger} Liger; 87 % of the rate"),
+    ):  # fmt: skip
+        row = dict(zip(head, points[f"{op}, forward+backward", label], strict=True))
+        assert f"| {text.format_map(row)}" in readme
+    assert row["of the limit"] == "87% GEMMs"
+    held = "eager 1536*, TRL 4112*, verl 466, Liger 455, ours 214*"
+    assert f"- linear_policy_loss, bf16 4096×1024×32768: {held}\n" in RUN.read_text()
+    assert "| 214 MiB; eager torch 1536, TRL 4112, Liger 455 |" in readme
     trainers = (ROOT / "benchmarks" / "results" / "integrations.md").read_text()
     rows = {cells[0]: cells[1:] for cells in tables(trainers)}
     kl = [float(c[2].rstrip("×")) for n, c in rows.items() if n.startswith("OpenRLHF KL")]
