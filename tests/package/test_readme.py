@@ -112,7 +112,7 @@ def test_every_command_is_run_or_skipped_for_a_reason(place):
         more = next((flags for start, flags in SHORTER.items() if line.startswith(start)), "")
         run(f"{line} {more}", place)
         ran.append(line)
-    assert [line.split()[0] for line in ran] == ["python", "python", "rlhf-kernels"]
+    assert [line.split()[0] for line in ran] == [*["python"] * 3, "rlhf-kernels"]
     # The default output folder, in the current one.
     log = (place / "runs" / "grpo" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(log[0])["reward/score"] > 0
@@ -154,9 +154,9 @@ def test_every_flag_that_is_mentioned_exists():
 
 
 def test_python_of_the_readme():
-    """The step on a model of transformers; then the patch, which is taken back."""
+    """The step, on a model of transformers."""
     pytest.importorskip("transformers")
-    step, patch = blocks(README, "python")
+    step, _ = blocks(README, "python")
     torch.manual_seed(0)
     model = small_model("llama")
     ids = torch.randint(3, 90, (16, 7))
@@ -168,13 +168,21 @@ def test_python_of_the_readme():
     metrics = given["result"].metrics.as_dict()
     assert metrics["ratio_min"] == metrics["ratio_max"] == 1 and metrics["tokens"] == 16 * 6
     assert model.get_output_embeddings().weight.grad.abs().sum() > 0
-    trl = pytest.importorskip("rlhf_kernels.integrations.trl")
+
+
+def test_python_of_the_patches():
+    """Patch and report, as README and docs/integrations.md have them; taken back at the end."""
     pytest.importorskip("trl")
-    try:
-        exec(compile(patch, "README: the patch", "exec"), given)
-        assert trl.report()
-    finally:
-        trl.unpatch()
+    trl = pytest.importorskip("rlhf_kernels.integrations.trl")
+    report, patch = blocks(ROOT / "docs" / "integrations.md", "python")[:2]
+    for code in (blocks(README, "python")[1], patch):
+        shown: list[str] = []
+        try:
+            exec(compile(code, "the patch", "exec"), {})
+            exec(compile(report, "the report", "exec"), {"print": shown.append})
+        finally:
+            trl.unpatch()
+        assert shown and shown[0]
 
 
 def test_python_of_a_step_of_ppo():
@@ -213,7 +221,7 @@ def test_python_of_a_step_of_ppo():
 def test_python_of_the_integrations():
     """The loop and the subclass of docs/integrations.md, on a model and a batch made up here."""
     transformers = pytest.importorskip("transformers")
-    loop, subclass = blocks(ROOT / "docs" / "integrations.md", "python")
+    _, _, loop, subclass = blocks(ROOT / "docs" / "integrations.md", "python")
     torch.manual_seed(0)
     model = small_model("llama")
     ids = torch.randint(3, 90, (16, 7))
