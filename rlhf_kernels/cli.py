@@ -101,7 +101,7 @@ def _run(args: list[str]) -> int:
         return 0
     if args[0] == "doctor":
         # It imports every backend, which training does not need.
-        return int(importlib.import_module("rlhf_kernels.__main__").main(args[1:]))
+        return int(importlib.import_module(f"{__package__}.__main__").main(args[1:]))
     if args[0] != "train":
         known = ["train", "doctor"]
         hint = f"did you mean 'train {args[0]}'?" if args[0] in TRAINERS else _hint(args[0], known)
