@@ -6,7 +6,7 @@
 // of a sequence's ratio to the gradient of its tokens; combine, of one block, which adds the
 // partial sums in order.
 #include "policy_token.cuh"
-#include "tokens.cuh"
+#include "statistics.cuh"
 
 namespace rk::cuda {
 namespace {
@@ -105,6 +105,15 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
       learns = inside_clamp(mean, 1.0f, c) != 0.0f;
     }
   }
+  float distance = 0.0f;
+  if constexpr (kFull) {
+    if (c.gate == kOpsmGate) {
+      const double total = sequence_total(partials + kDistance * slots, own.tile);
+      const double tokens = sequence_total(partials + kTokens * slots, own.tile);
+      distance = static_cast<float>(total / (tokens > 1.0 ? tokens : 1.0));
+    }
+  }
+
   if (corrects_by_sequence(c) && a.rollout_logprobs.given) {
     double total = sequence_total(partials + kLogWeight * slots, own.tile);
     if constexpr (kFull) {
@@ -112,13 +121,6 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
         total *= sequence_share(partials, slots, own.tile);
     }
     sequence_w = correction_weight(static_cast<float>(total), c);
-  }
-
-  float distance = 0.0f;
-  if constexpr (kFull) {
-    if (c.gate == kOpsmGate)
-      distance = static_cast<float>(sequence_total(partials + kDistance * slots, own.tile) *
-                                    sequence_share(partials, slots, own.tile));
   }
 
   float s[kSums] = {}, gates[2] = {};

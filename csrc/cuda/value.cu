@@ -2,7 +2,7 @@
 //
 // Launched as policy_loss is, whose backward it shares: value and combine, before them the
 // sequences' statistics where the aggregation needs each one's tokens.
-#include "tokens.cuh"
+#include "statistics.cuh"
 
 namespace rk::cuda {
 namespace {

@@ -1,7 +1,6 @@
 """Reference of the policy loss."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,30 +31,9 @@ def kl_term(x: Tensor, config: PolicyLossConfig) -> Tensor:
     return value
 
 
-class _GradientAlone(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return torch.zeros_like(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return tangent.clone()
-
-
 def gradient_alone(x: Tensor) -> Tensor:
-    """0 with the gradient of x: x - x.detach(), also where x is infinite."""
-    found: Tensor = _GradientAlone.apply(x)
-    return found
+    """0 with the gradient of x. Where x is infinite a clamp has cut its gradient: 0 there."""
+    return torch.where(x.isinf(), 0, x - x.detach())
 
 
 def kl_weight(r: Tensor, lp: Tensor, config: PolicyLossConfig) -> Tensor:
