@@ -31,10 +31,12 @@ enum : int {
   kSlope,
   kSums
 };
-// Rows of the scratch [kRows, slots]: statistics, sums, the extremes of the ratio, and which tile
-// of its sequence the slot is.
+// Rows of the scratch [kRows, slots]: statistics, sums, the extremes of the ratio, which tile of
+// its sequence the slot is, sums of a gate, and a sequence's distances from old and from the
+// rollout.
 constexpr int kFirst = kStatistics, kRMin = kFirst + kSums, kRMax = kRMin + 1,
-              kTileIndex = kRMax + 1, kGates = kTileIndex + 1, kRows = kGates + 2;
+              kTileIndex = kRMax + 1, kGates = kTileIndex + 1, kDistance = kGates + 2,
+              kRows = kDistance + 2;
 
 struct Smaller {
   __device__ __forceinline__ float operator()(float a, float b) const { return a < b ? a : b; }
@@ -60,6 +62,11 @@ __device__ __forceinline__ void block_extremes(const WarpExtremes& shared, float
     r_min = Smaller{}(r_min, shared[0][w]);
     r_max = Larger{}(r_max, shared[1][w]);
   }
+}
+
+// The mean distance of a gate by sequences, from sums of logprob less the anchor.
+__device__ __forceinline__ double gate_distance(double to_old, double to_rollout, double tokens) {
+  return -(to_old + to_rollout) / (tokens > 1.0 ? tokens : 1.0);
 }
 
 // The caller's weight of a token; NaN if it is none.
@@ -105,15 +112,6 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
       learns = inside_clamp(mean, 1.0f, c) != 0.0f;
     }
   }
-  float distance = 0.0f;
-  if constexpr (kFull) {
-    if (c.gate == kOpsmGate) {
-      const double total = sequence_total(partials + kDistance * slots, own.tile);
-      const double tokens = sequence_total(partials + kTokens * slots, own.tile);
-      distance = static_cast<float>(total / (tokens > 1.0 ? tokens : 1.0));
-    }
-  }
-
   if (corrects_by_sequence(c) && a.rollout_logprobs.given) {
     double total = sequence_total(partials + kLogWeight * slots, own.tile);
     if constexpr (kFull) {
@@ -121,6 +119,17 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
         total *= sequence_share(partials, slots, own.tile);
     }
     sequence_w = correction_weight(static_cast<float>(total), c);
+  }
+
+  float distance = 0.0f;
+  if constexpr (kFull) {
+    if (c.gate == kOpsmGate) {
+      const bool more = gates_against_rollout(c, a.rollout_logprobs.given);
+      distance = static_cast<float>(
+          gate_distance(sequence_total(partials + kDistance * slots, own.tile),
+                        more ? sequence_total(partials + (kDistance + 1) * slots, own.tile) : 0.0,
+                        sequence_total(partials + kTokens * slots, own.tile)));
+    }
   }
 
   float s[kSums] = {}, gates[2] = {};
@@ -375,8 +384,8 @@ Status policy_loss(const PolicyArgs& a) {
   const bool against_rollout = gates_against_rollout(c, a.rollout_logprobs.given);
   if (by_sequence || by_weight || by_distance || c.aggregation == kSeqMeanTokenMean)
     for_flag(by_distance, [&](auto gated) {
-      RK_ENQUEUE(a.exec, slots, kTokenThreads, statistics_kernel<gated.value>, t,
-                 by_sequence || by_distance ? a.logprobs : Tensor{}, a.old_logprobs,
+      RK_ENQUEUE(a.exec, slots, kTokenThreads, (statistics_kernel < gated.value ? kDistance : 0 >),
+                 t, by_sequence || by_distance ? a.logprobs : Tensor{}, a.old_logprobs,
                  by_weight || (by_distance && against_rollout) ? a.rollout_logprobs : Tensor{},
                  against_rollout, partials, slots);
     });

@@ -6,12 +6,14 @@ namespace rk::cuda {
 namespace {
 
 // Unmasked tokens of each slot, their sums of logprob - old and of log_weight where `logprobs`
-// and `rollout` are given; with kGated how far a gate by sequences finds them from its anchor.
-template <bool kGated>
+// and `rollout` are given. With a row kDistance, for a gate by sequences, the sum of logprob less
+// the gate's anchor: in this row what is of old, in the next what is of the rollout.
+template <int kDistance>
 __global__ void __launch_bounds__(kTokenThreads)
     statistics_kernel(const LossTokens t, const Tensor logprobs, const Tensor old,
                       const Tensor rollout, bool against_rollout, float* partials, int64_t slots) {
-  constexpr int kColumns = kGated ? kStatistics : kDistance;
+  constexpr bool kGated = kDistance > 0;
+  constexpr int kColumns = kGated ? kStatistics + 1 : kStatistics;
   __shared__ float shared[kColumns][kColumn], sums[kColumns];
   const Tokens own(t, blockIdx.x);
   float x[kPerThread], y[kPerThread], z[kPerThread], found[kColumns] = {};
@@ -25,10 +27,15 @@ __global__ void __launch_bounds__(kTokenThreads)
     if (logprobs.given) found[kLogRatio] += x[j] - y[j];
     if (rollout.given) found[kLogWeight] += log_weight(y[j], z[j]);
     if constexpr (kGated)
-      found[kDistance] += log_weight(gate_anchor(y[j], z[j], against_rollout), x[j]);
+      found[kColumns - 1] -= log_weight(gate_anchor(y[j], z[j], against_rollout), x[j]);
   }
   column_sums(found, shared, sums);
-  if (threadIdx.x < kColumns) partials[threadIdx.x * slots + blockIdx.x] = sums[threadIdx.x];
+  if (threadIdx.x < kStatistics) partials[threadIdx.x * slots + blockIdx.x] = sums[threadIdx.x];
+  if (kGated && threadIdx.x == kStatistics) {
+    const float sum = sums[kColumns - 1];
+    partials[kDistance * slots + blockIdx.x] = against_rollout ? 0.0f : sum;
+    partials[(kDistance + 1) * slots + blockIdx.x] = sum;
+  }
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ constexpr int kPerThread = 2 * kSide, kTokenTile = kTokenThreads * kPerThread;
 // A thread in sixteen folds a column of a block's sums; the padding keeps their banks apart.
 constexpr int kFold = 16, kColumn = kTokenThreads + kFold;
 // The first rows of the scratch [rows, slots], of statistics_kernel.
-enum : int { kTokens, kLogRatio, kLogWeight, kDistance, kStatistics };
+enum : int { kTokens, kLogRatio, kLogWeight, kStatistics };
 
 // This thread's tokens of a tile.
 struct Tokens : OwnTokens<kPerThread, kTokenThreads * kSide> {
