@@ -6,7 +6,7 @@
 // of a sequence's ratio to the gradient of its tokens; combine, of one block, which adds the
 // partial sums in order.
 #include "policy_token.cuh"
-#include "statistics.cuh"
+#include "tokens.cuh"
 
 namespace rk::cuda {
 namespace {
@@ -31,12 +31,10 @@ enum : int {
   kSlope,
   kSums
 };
-// Rows of the scratch [kRows, slots]: statistics, sums, the extremes of the ratio, which tile of
-// its sequence the slot is, sums of a gate, and a sequence's distances from old and from the
-// rollout.
+// Rows of the scratch [kRows, slots]: statistics, sums, the extremes of the ratio, and which tile
+// of its sequence the slot is.
 constexpr int kFirst = kStatistics, kRMin = kFirst + kSums, kRMax = kRMin + 1,
-              kTileIndex = kRMax + 1, kGates = kTileIndex + 1, kDistance = kGates + 2,
-              kRows = kDistance + 2;
+              kTileIndex = kRMax + 1, kGates = kTileIndex + 1, kRows = kGates + 2;
 
 struct Smaller {
   __device__ __forceinline__ float operator()(float a, float b) const { return a < b ? a : b; }
@@ -62,11 +60,6 @@ __device__ __forceinline__ void block_extremes(const WarpExtremes& shared, float
     r_min = Smaller{}(r_min, shared[0][w]);
     r_max = Larger{}(r_max, shared[1][w]);
   }
-}
-
-// The mean distance of a gate by sequences, from sums of logprob less the anchor.
-__device__ __forceinline__ double gate_distance(double to_old, double to_rollout, double tokens) {
-  return -(to_old + to_rollout) / (tokens > 1.0 ? tokens : 1.0);
 }
 
 // The caller's weight of a token; NaN if it is none.
@@ -126,8 +119,8 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
     if (c.gate == kOpsmGate) {
       const bool more = gates_against_rollout(c, a.rollout_logprobs.given);
       distance = static_cast<float>(
-          gate_distance(sequence_total(partials + kDistance * slots, own.tile),
-                        more ? sequence_total(partials + (kDistance + 1) * slots, own.tile) : 0.0,
+          gate_distance(c, more, sequence_total(partials + kLogRatio * slots, own.tile),
+                        more ? sequence_total(partials + kLogWeight * slots, own.tile) : 0.0,
                         sequence_total(partials + kTokens * slots, own.tile)));
     }
   }
@@ -381,14 +374,13 @@ Status policy_loss(const PolicyArgs& a) {
   const bool full =
       a.weights.given || has_further_options(c) || c.correction_level == kGeometricCorrection;
   const bool by_distance = c.gate == kOpsmGate;
-  const bool against_rollout = gates_against_rollout(c, a.rollout_logprobs.given);
-  if (by_sequence || by_weight || by_distance || c.aggregation == kSeqMeanTokenMean)
-    for_flag(by_distance, [&](auto gated) {
-      RK_ENQUEUE(a.exec, slots, kTokenThreads, (statistics_kernel < gated.value ? kDistance : 0 >),
-                 t, by_sequence || by_distance ? a.logprobs : Tensor{}, a.old_logprobs,
-                 by_weight || (by_distance && against_rollout) ? a.rollout_logprobs : Tensor{},
-                 against_rollout, partials, slots);
-    });
+  const bool log_ratios = by_sequence || by_distance;
+  const bool log_weights =
+      by_weight || (by_distance && gates_against_rollout(c, a.rollout_logprobs.given));
+  if (log_ratios || log_weights || c.aggregation == kSeqMeanTokenMean)
+    RK_ENQUEUE(a.exec, slots, kTokenThreads, statistics_kernel, t,
+               log_ratios ? a.logprobs : Tensor{}, a.old_logprobs,
+               log_weights ? a.rollout_logprobs : Tensor{}, partials, slots);
   for_objective(c.objective, [&](auto objective) {
     for_flag(full, [&](auto all) {
       RK_ENQUEUE(a.exec, slots, kTokenThreads, (policy_kernel<objective.value, all.value>), a,

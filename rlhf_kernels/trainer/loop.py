@@ -208,18 +208,18 @@ class Loop:
         }
         weights = self.trainer.learner.weights() if stage.run.save_model else {}
         folder.on_main(self.accelerator, lambda: self._write(rows, summary, weights))
-        stage.say(f"\n{summary['total_seconds']:.0f} s in all. {self._next()}")
+        total, text = summary["total_seconds"], f"curves, samples and metrics in {self.out}/"
+        stage.say(f"\n{total:.0f} s in all; {text}{self._next()}")
         return summary
 
     def _next(self) -> str:
-        """What to look at, and how the next stage takes the model."""
-        text = f"Look at curves.png, metrics.jsonl and summary.json in {self.out}/."
+        """How the next stage takes the model."""
         if not self.stage.run.save_model:
-            return text
-        kind = "reward" if self.stage.name == "reward" else "policy"
-        flag = "reward_funcs" if kind == "reward" else "model"
-        text += f" The {kind} model is {self.out / kind}: rlhf-kernels train STAGE --{flag} "
-        return text + str(self.out / kind)
+            return ""
+        name, flag = (
+            ("reward", "reward_funcs") if self.stage.name == "reward" else ("policy", "model")
+        )
+        return f"; next: rlhf-kernels train STAGE --{flag} {self.out / name}"
 
     def _seconds(self, rows: Sequence[dict[str, float]]) -> dict[str, float]:
         """The mean seconds of each part of a step; prints their shares."""

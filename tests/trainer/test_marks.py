@@ -15,8 +15,8 @@ MESSAGES = [{"role": "user", "content": "Where?"}, ASK, FOUND, ASK, FOUND]
 
 
 def written(messages, tools):
-    names = [tool["function"]["name"] for tool in tools]
-    calls = [[c["function"]["name"] for c in m.get("tool_calls", ())] for m in messages]
+    names = [tool["function"]["name"] for tool in tools or ()]
+    calls = [[c["function"]["name"] for c in m.get("tool_calls") or ()] for m in messages]
     return f"{names} {calls} {[m.get('content', '') for m in messages]}"
 
 
