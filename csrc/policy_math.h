@@ -118,13 +118,6 @@ RK_HD bool gates_against_rollout(const PolicyConfig& c, bool rollout_given) {
   return c.gate_against == kRolloutAnchor && rollout_given;
 }
 
-// `distance` of policy_gate from a sequence's sums: logprob - old, log_weight and its tokens.
-RK_HD double gate_distance(const PolicyConfig& c, bool rollout_given, double log_ratio,
-                           double log_weight, double tokens) {
-  const double away = log_ratio + (gates_against_rollout(c, rollout_given) ? log_weight : 0.0);
-  return -away / (tokens > 1.0 ? tokens : 1.0);
-}
-
 // What a gate compares with: old, also where a rollout is missing.
 template <class V>
 RK_HD V gate_anchor(V old, V rollout, bool against_rollout) {
@@ -136,8 +129,7 @@ template <class V>
 RK_HD GateTerm<V> drop_token(V& logprob, V& w, V old, V rollout, bool rollout_given, V a,
                              V distance, const PolicyConfig& c) {
   const V zero(0.0f);
-  const bool against_rollout = gates_against_rollout(c, rollout_given);
-  const V anchor = against_rollout ? select_number(rollout, rollout, old) : old;
+  const V anchor = gate_anchor(old, rollout, gates_against_rollout(c, rollout_given));
   const GateTerm<V> t = policy_gate(logprob, anchor, a, distance, c);
   const V dropped = t.low + t.high;
   w = select_less(zero, dropped, zero, w);

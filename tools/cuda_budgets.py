@@ -1,7 +1,8 @@
 """Budgets for the machine code of csrc/cuda's main kernels, which cuda_sass checks.
 
 The limits apply to the fast path of aligned, full tiles; the padding of tiles is counted for the
-largest vocabulary in use. A limit is tightened when its kernel improves, and never widened.
+largest vocabulary in use. A limit is tightened when its kernel improves. It is widened for
+exactness alone, by what that costs, with the reason beside it.
 """
 
 from dataclasses import dataclass
@@ -144,14 +145,16 @@ BUDGETS = (
     Budget("policy_loss with gradient, clip, fp32", "policy.cu", "policy_kernel<0, false>",
            "token", 8, 0, _tokens(6, 2, {"F2I": 8, "FADD": 104, "BAR": 2}), 17,
            Limit(128.5, 96, 48, 2, 2, 0), Limit(123.8, 103, 48, 2, 2, 0)),
-    # With a gate every token has the exponentials of both its probabilities.
+    # With a gate every token has the exponentials of both its probabilities. Since a sequence's
+    # distance has a row of its own, so that infinities do not spoil it, a thread executes one
+    # instruction more on sm_90: 145.125 -> 145.25 and 197.0 -> 197.125 per token.
     Budget("policy_loss with gradient and weights, fp32", "policy.cu", "policy_kernel<0, true>",
            "token", 8, 0, _tokens(8, 2, {"F2I": 8, "FADD": 104}), 21,
-           Limit(145.2, 112, 96, 2, 2, 0), Limit(146.5, 115, 96, 3, 2, 0)),
+           Limit(145.3, 112, 96, 2, 2, 0), Limit(146.5, 115, 96, 3, 2, 0)),
     Budget("policy_loss with gradient and everything given, gate tv, fp32", "policy.cu",
            "policy_kernel<0, true>", "token", 8, 0, _tokens(14, 2, {"F2I": 24}), 33,
-           Limit(197.0, 112, 112, 2, 2, 0), Limit(200.2, 115, 112, 2, 2, 0)),
-    Budget("policy_loss, statistics of sequences, fp32", "policy.cu", "statistics_kernel",
+           Limit(197.2, 112, 112, 2, 2, 0), Limit(200.2, 115, 112, 2, 2, 0)),
+    Budget("policy_loss, statistics of sequences, fp32", "policy.cu", "statistics_kernel<false>",
            "token", 8, 0, _tokens(4, 0, {"BAR": 2}), 9,
            Limit(32.8, 40, 96, 2, 4, 0), Limit(27.8, 44, 80, 2, 2, 0)),
     Budget("policy_loss, slopes of sequences, fp32", "policy.cu", "pooled_kernel", "token", 8, 0,

@@ -6,7 +6,7 @@
 // of a sequence's ratio to the gradient of its tokens; combine, of one block, which adds the
 // partial sums in order.
 #include "policy_token.cuh"
-#include "tokens.cuh"
+#include "statistics.cuh"
 
 namespace rk::cuda {
 namespace {
@@ -31,10 +31,10 @@ enum : int {
   kSlope,
   kSums
 };
-// Rows of the scratch [kRows, slots]: statistics, sums, the extremes of the ratio, and which tile
-// of its sequence the slot is.
-constexpr int kFirst = kStatistics, kRMin = kFirst + kSums, kRMax = kRMin + 1,
-              kTileIndex = kRMax + 1, kGates = kTileIndex + 1, kRows = kGates + 2;
+// Rows of the scratch [kRows, slots]: statistics, which tile of its sequence the slot is, a gate's
+// distance, sums, the extremes of the ratio, and sums of a gate.
+constexpr int kTileIndex = kStatistics, kDistance = kTileIndex + 1, kFirst = kDistance + 1,
+              kRMin = kFirst + kSums, kRMax = kRMin + 1, kGates = kRMax + 1, kRows = kGates + 2;
 
 struct Smaller {
   __device__ __forceinline__ float operator()(float a, float b) const { return a < b ? a : b; }
@@ -116,13 +116,9 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
 
   float distance = 0.0f;
   if constexpr (kFull) {
-    if (c.gate == kOpsmGate) {
-      const bool more = gates_against_rollout(c, a.rollout_logprobs.given);
-      distance = static_cast<float>(
-          gate_distance(c, more, sequence_total(partials + kLogRatio * slots, own.tile),
-                        more ? sequence_total(partials + kLogWeight * slots, own.tile) : 0.0,
-                        sequence_total(partials + kTokens * slots, own.tile)));
-    }
+    if (c.gate == kOpsmGate)
+      distance = static_cast<float>(sequence_total(partials + kDistance * slots, own.tile) *
+                                    sequence_share(partials, slots, own.tile));
   }
 
   float s[kSums] = {}, gates[2] = {};
@@ -369,18 +365,20 @@ Status policy_loss(const PolicyArgs& a) {
   const PolicyConfig& c = a.config;
   auto* partials = static_cast<float*>(a.exec.scratch);
   const int64_t slots = token_slots<kTokenTile>(t.sequences, t.cols, t.offsets.given);
+  float* distances = partials + kDistance * slots;
   const bool by_sequence = c.ratio_level != kTokenRatio;
   const bool by_weight = corrects_by_sequence(c);
   const bool full =
       a.weights.given || has_further_options(c) || c.correction_level == kGeometricCorrection;
   const bool by_distance = c.gate == kOpsmGate;
-  const bool log_ratios = by_sequence || by_distance;
-  const bool log_weights =
-      by_weight || (by_distance && gates_against_rollout(c, a.rollout_logprobs.given));
-  if (log_ratios || log_weights || c.aggregation == kSeqMeanTokenMean)
-    RK_ENQUEUE(a.exec, slots, kTokenThreads, statistics_kernel, t,
-               log_ratios ? a.logprobs : Tensor{}, a.old_logprobs,
-               log_weights ? a.rollout_logprobs : Tensor{}, partials, slots);
+  const bool against_rollout = gates_against_rollout(c, a.rollout_logprobs.given);
+  if (by_sequence || by_weight || by_distance || c.aggregation == kSeqMeanTokenMean)
+    for_flag(by_distance, [&](auto gated) {
+      RK_ENQUEUE(a.exec, slots, kTokenThreads, statistics_kernel<gated.value>, t,
+                 by_sequence || by_distance ? a.logprobs : Tensor{}, a.old_logprobs,
+                 by_weight || (by_distance && against_rollout) ? a.rollout_logprobs : Tensor{},
+                 against_rollout, partials, distances, slots);
+    });
   for_objective(c.objective, [&](auto objective) {
     for_flag(full, [&](auto all) {
       RK_ENQUEUE(a.exec, slots, kTokenThreads, (policy_kernel<objective.value, all.value>), a,

@@ -66,28 +66,6 @@ __device__ __forceinline__ double sequence_share(const float* partials, int64_t 
   return 1.0 / (tokens > 1.0 ? tokens : 1.0);
 }
 
-// Unmasked tokens of each slot, their sums of logprob - old and of log_weight where `logprobs`
-// and `rollout` are given.
-__global__ void __launch_bounds__(kTokenThreads)
-    statistics_kernel(const LossTokens t, const Tensor logprobs, const Tensor old,
-                      const Tensor rollout, float* partials, int64_t slots) {
-  __shared__ float shared[3][kColumn], sums[3];
-  const Tokens own(t, blockIdx.x);
-  float x[kPerThread], y[kPerThread], z[kPerThread], found[3] = {0.0f, 0.0f, 0.0f};
-#pragma unroll
-  for (int j = 0; j < kPerThread; ++j) found[0] += own.keeps(j) ? 1.0f : 0.0f;
-  own.load(own.kept, Tokens::Numbers{old, y, logprobs.given || rollout.given},
-           Tokens::Numbers{logprobs, x, logprobs.given},
-           Tokens::Numbers{rollout, z, rollout.given});
-#pragma unroll
-  for (int j = 0; j < kPerThread; ++j) {
-    if (logprobs.given) found[1] += x[j] - y[j];
-    if (rollout.given) found[2] += log_weight(y[j], z[j]);
-  }
-  column_sums(found, shared, sums);
-  if (threadIdx.x < kStatistics) partials[threadIdx.x * slots + blockIdx.x] = sums[threadIdx.x];
-}
-
 // Whether slot is the first of its sequence with a token; `tile` says which of the sequence each
 // slot is. Empty slots between two with tokens are looked at once.
 __device__ __forceinline__ bool opens_sequence(const float* tokens, const float* tile,

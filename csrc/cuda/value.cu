@@ -2,7 +2,7 @@
 //
 // Launched as policy_loss is, whose backward it shares: value and combine, before them the
 // sequences' statistics where the aggregation needs each one's tokens.
-#include "tokens.cuh"
+#include "statistics.cuh"
 
 namespace rk::cuda {
 namespace {
@@ -123,8 +123,8 @@ Status value_loss(const ValueArgs& a) {
   auto* partials = static_cast<float*>(a.exec.scratch);
   const int64_t slots = token_slots<kTokenTile>(t.sequences, t.cols, t.offsets.given);
   if (a.aggregation == kSeqMeanTokenMean)
-    RK_ENQUEUE(a.exec, slots, kTokenThreads, statistics_kernel, t, Tensor{}, Tensor{}, Tensor{},
-               partials, slots);
+    RK_ENQUEUE(a.exec, slots, kTokenThreads, statistics_kernel<false>, t, Tensor{}, Tensor{},
+               Tensor{}, false, partials, nullptr, slots);
   RK_ENQUEUE(a.exec, slots, kTokenThreads, value_kernel, a, partials, slots);
   RK_ENQUEUE(a.exec, 1, kTokenThreads, combine_kernel, a, partials, slots);
   return {};

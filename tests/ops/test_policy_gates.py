@@ -151,8 +151,6 @@ def test_extremes_of_gates(backend, gate):
 
 def test_extremes_of_a_gate_by_sequences(backend):
     """An infinite log-probability decides only over its own sequence and its own anchor."""
-    if backend == "cuda":
-        pytest.skip("open: CUDA sums logprob - old and old - rollout, which infinities spoil")
     inf, nan = math.inf, math.nan
     # By rows: old is -inf where the rollout is a number, where it is missing, where both are -inf
     # and the policy too; a policy that gave up a token; a masked NaN.
