@@ -11,6 +11,7 @@ failure leaves the extension out and is said in one line: the package then has t
 reference, Triton and what was built.
 """
 
+import errno
 import os
 import platform
 import re
@@ -149,7 +150,10 @@ class BuildExt(build_ext):
     def build_extension(self, ext: Extension) -> None:
         try:
             self._build_extension(ext)
-        except (CCompilerError, OSError) as error:
+        except CCompilerError as error:
+            # A full disk says nothing about the machine: what could be built is not left out.
+            if os.strerror(errno.ENOSPC) in str(error):
+                ext.optional = False
             if not ext.optional:
                 raise
             said = " ".join(str(error).split())

@@ -153,6 +153,13 @@ def test_without_a_compiler_the_package_installs_pure_and_says_so(tree, tmp_path
     assert "RLHF_KERNELS_CPU: expected 0, 1 or nothing, got 'yes'" in (
         build(RLHF_KERNELS_CPU="yes").stderr
     )
+    # A full disk is no missing compiler.
+    full = tmp_path / "c++"
+    full.write_text("#!/bin/sh\necho 'error writing to x.o: No space left on device' >&2; exit 1\n")
+    full.chmod(0o755)
+    done = build(CXX=str(full))
+    assert done.returncode != 0 and "No space left on device" in done.stderr
+    assert not list(tmp_path.glob("*.whl"))
     done = build()
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("rlhf_kernels: ")]
