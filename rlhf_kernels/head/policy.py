@@ -187,12 +187,22 @@ class _PolicySweep:
             return None if t is None else t.unsqueeze(0)
 
         found = self._kernels.rows.policy_loss(
-            row(logprobs), row(logprobs if old is None else old), row(advantages),
-            row(tokens.kept(part, logprobs.device)), row(ref), row(rollout),
-            row(entropy) if bonus else None, None, None, None, 1.0,
-            policy.codes._replace(aggregation=AGGREGATIONS.index("constant")), policy.params, True,
+            row(logprobs),
+            row(logprobs if old is None else old),
+            row(advantages),
+            row(tokens.kept(part, logprobs.device)),
+            row(ref),
+            row(rollout),
+            row(entropy) if bonus else None,
+            None,
+            None,
+            None,
+            1.0,
+            policy.codes._replace(aggregation=AGGREGATIONS.index("constant")),
+            policy.params,
+            True,
             bonus,
-        )  # fmt: skip
+        )
         g, h = _complete(found, weights)
         self._gradient(out, tokens, tile, logits, stats, g[0], None if h is None else h[0])
 
@@ -240,10 +250,22 @@ class _PolicySweep:
         logprobs = self.logprobs.view(shape)
         old = logprobs if given.old_logprobs is None else given.old_logprobs
         return self._kernels.rows.policy_loss(
-            logprobs, old, given.advantages, given.mask, ref, given.rollout_logprobs,
-            self.entropy.view(shape), given.weights, given.cu_seqlens, given.normalizer,
-            given.divisor, given.codes, given.params, grad, grad and given.entropy_bonus,
-        )  # fmt: skip
+            logprobs,
+            old,
+            given.advantages,
+            given.mask,
+            ref,
+            given.rollout_logprobs,
+            self.entropy.view(shape),
+            given.weights,
+            given.cu_seqlens,
+            given.normalizer,
+            given.divisor,
+            given.codes,
+            given.params,
+            grad,
+            grad and given.entropy_bonus,
+        )
 
 
 def forward(

@@ -53,10 +53,17 @@ def group(baseline: str, scale: str) -> Callable[[Outcome], Estimate]:
 def _gae(rollout: Outcome, scores: Tensor, values: Tensor, **options: Any) -> Estimate:
     """Generalised advantage estimates of the KL-shaped reward."""
     found = timed(
-        rk.ppo_advantages, scores, rollout.logprobs, rollout.ref_logprobs, values,
-        mask=rollout.mask, kl_coef=rollout.kl_coef, kl_estimator=rollout.config.kl_estimator,
-        gamma=rollout.config.gamma, **options,
-    )  # fmt: skip
+        rk.ppo_advantages,
+        scores,
+        rollout.logprobs,
+        rollout.ref_logprobs,
+        values,
+        mask=rollout.mask,
+        kl_coef=rollout.kl_coef,
+        kl_estimator=rollout.config.kl_estimator,
+        gamma=rollout.config.gamma,
+        **options,
+    )
     return found.advantages, found.returns
 
 

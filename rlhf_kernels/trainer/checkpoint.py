@@ -260,6 +260,12 @@ def load(path: Path, stage: str) -> dict[str, Any]:
             for name, form in forms.items()
         }
     except (
-        OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError, SafetensorError,
-    ) as error:  # fmt: skip
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+        SafetensorError,
+    ) as error:
         raise CheckpointError(f"{path / _STATE}: no states of a checkpoint ({error})") from error

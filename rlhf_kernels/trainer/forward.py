@@ -43,16 +43,25 @@ class Head(NamedTuple):
     def logprobs(self, labels: Tensor, *, temperature: float = 1.0) -> Tensor:
         """Log-probabilities of the labels, fp32 [B, T]; 0 where a label is -100."""
         return timed(
-            rk.linear_token_logprobs, self.hidden, self.weight, labels,
-            temperature=temperature, **self._options(),
-        ).logprobs  # fmt: skip
+            rk.linear_token_logprobs,
+            self.hidden,
+            self.weight,
+            labels,
+            temperature=temperature,
+            **self._options(),
+        ).logprobs
 
     def policy_loss(self, labels: Tensor, *args: Tensor, **options: Any) -> rk.PolicyLoss:
         """`linear_policy_loss` with this head."""
         return timed(
-            rk.linear_policy_loss, self.hidden, self.weight, labels, *args,
-            **self._options(), **options,
-        )  # fmt: skip
+            rk.linear_policy_loss,
+            self.hidden,
+            self.weight,
+            labels,
+            *args,
+            **self._options(),
+            **options,
+        )
 
     def logits(self) -> Tensor:
         """The logits, fp32 [B, T, V]."""

@@ -51,13 +51,16 @@ class TransformersEngine:
         found = self.learner.forward(
             lambda networks: [
                 generate(
-                    causal_lm(networks.policy), *part, temperature=temperature,
+                    causal_lm(networks.policy),
+                    *part,
+                    temperature=temperature,
                     eos_token_id=ends,
-                    pad_token_id=self.tokenizer.pad_token_id, any_alive=self.learner.any_alive,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    any_alive=self.learner.any_alive,
                 )
                 for part in parts
             ]
-        )  # fmt: skip
+        )
         batches, logprobs = zip(*found, strict=True)
         return Generation(Batch(*map(torch.cat, zip(*batches, strict=True))), torch.cat(logprobs))
 

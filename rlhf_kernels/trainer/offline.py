@@ -41,8 +41,9 @@ class OfflineTrainer:
         self.held_out = self._encode(held_out, "held-out")
         self.dropped = len(train) + len(held_out) - len(self.train) - len(self.held_out)
         for name, given, kept in (
-            ("training", train, self.train), ("held-out", held_out, self.held_out),
-        ):  # fmt: skip
+            ("training", train, self.train),
+            ("held-out", held_out, self.held_out),
+        ):
             if given and not kept:
                 found = f"the completions of all {len(given)} {name} rows are longer; raise it"
                 raise UserError(f"max_new_tokens: expected rows whose completions fit: {found}")

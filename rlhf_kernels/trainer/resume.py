@@ -219,8 +219,14 @@ def put(path: Path, states: Mapping[str, Any], trainer: Any, *, new_data: Sequen
             trainer.reference.load_state_dict(states["reference"])
         checkpoint.set_generator_states(states["generators"])
     except (
-        AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError,
-    ) as error:  # fmt: skip
+        AttributeError,
+        IndexError,
+        KeyError,
+        OverflowError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         told = f"no {error}" if isinstance(error, KeyError) else error
         raise CheckpointError(f"{path}: not of this model and these settings: {told}") from error
 

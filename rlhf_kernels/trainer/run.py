@@ -127,9 +127,12 @@ def _online(stage: Stage, *, fresh: bool) -> OnlineTrainer:
         expected = f"at least a mini-batch of {size} rows"
         require(len(ptx_rows) >= size, "ptx_data", expected, len(ptx_rows))
     rewards = load_rewards(
-        config.reward_funcs, config.reward_weights, default=default, config=stage.model,
+        config.reward_funcs,
+        config.reward_weights,
+        default=default,
+        config=stage.model,
         device=accelerator.device,
-    )  # fmt: skip
+    )
     rewards.check(columns)
     others = {"critic_model": getattr(config, "critic_model", None)}
     others["teacher_model"] = config.teacher_model
@@ -146,9 +149,12 @@ def _online(stage: Stage, *, fresh: bool) -> OnlineTrainer:
         # A teacher has no new adapter, and keeps no activations.
         own = {"model": config.teacher_model, "lora_rank": 0, "gradient_checkpointing": False}
         teacher = models.build_policy(
-            dataclasses.replace(stage.model, **own), task.tokenizer, max_length=stage.max_length,
-            device=accelerator.device, setting="teacher_model",
-        )  # fmt: skip
+            dataclasses.replace(stage.model, **own),
+            task.tokenizer,
+            max_length=stage.max_length,
+            device=accelerator.device,
+            setting="teacher_model",
+        )
     if config.kl_coef:
         reference = models.Reference(policy, moved=bool(config.sft_steps), teacher=teacher)
     networks, rates = {"policy": policy}, {"policy": stage.optim.learning_rate}
@@ -166,9 +172,12 @@ def _online(stage: Stage, *, fresh: bool) -> OnlineTrainer:
     engine: Engine = TransformersEngine(learner, task.tokenizer, batch_size=size)
     if config.engine == "vllm" and not stage.run.dry_run:
         engine = VLLMEngine(
-            learner, task.tokenizer, stage.out / "vllm", max_length=stage.max_length,
+            learner,
+            task.tokenizer,
+            stage.out / "vllm",
+            max_length=stage.max_length,
             memory=config.vllm_memory,
-        )  # fmt: skip
+        )
     sample = Collector(
         learner, task, rewards, engine, max_new_tokens=stage.data.max_new_tokens, seed=seed
     )

@@ -83,9 +83,14 @@ def _open(
         _one_output(settings, base, setting)
         cls = scalar_class(settings, setting=setting)
         model, new = load(
-            cls, base, config, setting=setting, num_labels=1,
-            may_be_new=_is_head, may_be_left=_is_lm_head,
-        )  # fmt: skip
+            cls,
+            base,
+            config,
+            setting=setting,
+            num_labels=1,
+            may_be_new=_is_head,
+            may_be_left=_is_lm_head,
+        )
     wrapped: nn.Module = model
     heads = _head_modules(model, new)
     if found is not None:

@@ -70,9 +70,12 @@ class Stage:
         self.name, self.started = name, time.perf_counter()
         classes, kind, defaults = settings_of(name)
         found = parse_config(
-            classes, argv, prog=f"rlhf-kernels train {name}", defaults=defaults,
+            classes,
+            argv,
+            prog=f"rlhf-kernels train {name}",
+            defaults=defaults,
             implied=_implied(name),
-        )  # fmt: skip
+        )
         self.run: RunConfig
         self.model: ModelConfig
         self.data: DataConfig

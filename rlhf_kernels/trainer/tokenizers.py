@@ -93,8 +93,10 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     require(
         tokenizer.eos_token_id is not None or not ends,
-        setting, "a tokenizer with an end token", model,
-    )  # fmt: skip
+        setting,
+        "a tokenizer with an end token",
+        model,
+    )
     if tokenizer.pad_token_id is None:
         token = tokenizer.eos_token or tokenizer.sep_token
         require(token is not None, setting, "a tokenizer with a padding or end token", model)

@@ -22,9 +22,16 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 LossType = Literal[
-    "regular", "dual_clip", "gspo", "cispo", "sapo", "rollout_is", "dppo", "importance_sampling",
+    "regular",
+    "dual_clip",
+    "gspo",
+    "cispo",
+    "sapo",
+    "rollout_is",
+    "dppo",
+    "importance_sampling",
     "cross_entropy",
-]  # fmt: skip
+]
 Reduction = Literal[
     "token_mean", "token_mean_legacy", "sequence_mean", "seq_mean_token_sum_norm", "prompt_mean"
 ]
