@@ -81,8 +81,6 @@ def tile_kernel(
         before = tl.where(kept, before, 0.0)
         sampled = tl.where(kept, sampled, 0.0)
     near = clamp(x, -p.clamp, p.clamp)
-    e, em1, em1mx = exp_whole(near)
-    ratio = tl.where(kept, e, 0.0)
     rejected = kept & is_outside(near, p.token_low, p.token_high)
     stays = kept & ~rejected
     to = token_index(batch, s, at + i)
@@ -93,6 +91,9 @@ def tile_kernel(
     terms = join8(flag(kept), lost, flag(rejected), x, near, before, sampled, half_square)
     sums = column_sums(terms, TILE, 8)
     tl.store(out + column * slots, sums)
+    # Behind the first sums, across which their blocks would have to be kept in registers.
+    e, em1, em1mx = exp_whole(near)
+    ratio = tl.where(kept, e, 0.0)
     w, off = tl.zeros_like(x), tl.zeros_like(x)
     low, high = w, w
     if LEVEL == TOKEN:
