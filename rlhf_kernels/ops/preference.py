@@ -94,6 +94,14 @@ def _check_references(op: str, names: Sequence[str], references: dict[str, Tenso
         raise ValueError(f"{op}: {next(iter(given))} must be {found}")
 
 
+def _beta(op: str, value: object) -> float:
+    """Requires a beta that is neither 0 nor infinite where it meets fp32."""
+    beta = option_checks.positive(op, "beta", value)
+    if not 2.0**-126 <= beta <= 3.4e38:
+        raise ValueError(f"{op}: beta must be within float32's range, got {shown(beta)}")
+    return beta
+
+
 def _check_options(op: str, names: Sequence[str], options: dict[str, Any]) -> None:
     option_checks.one_of(op, "f_divergence", options["f_divergence"], F_DIVERGENCES)
     smoothing = options["label_smoothing"]
@@ -203,7 +211,8 @@ def preference_loss(
     - "cpo": -(1 - s) S(beta (c - r)) - s S(beta (r - c)), arXiv:2401.08417; its whole objective is
       loss=("cpo", "sft").
     - "simpo": as "cpo" of beta (C - R) - gamma, arXiv:2405.14734.
-    - "alphapo": as "simpo" of (1 - exp(-alpha C)) / alpha, R too, arXiv:2501.03884.
+    - "alphapo": as "simpo" of (1 - exp(-alpha C)) / alpha, R too, arXiv:2501.03884; exponents are
+      cut off at 80.
     - "orpo": -beta S(log odds(C) - log odds(R)), odds(x) = exp(x) / (1 - exp(x)),
       arXiv:2403.07691; its whole objective is loss=("sft", "orpo").
 
@@ -223,7 +232,7 @@ def preference_loss(
         ref_rejected_logprobs: [B].
         loss: a name, or several of them: the losses are added.
         loss_weights: one number per loss; None for ones.
-        beta: strength of the implicit KL, > 0.
+        beta: strength of the implicit KL, > 0 and within float32's range.
         label_smoothing: probability that a pair is labelled wrongly, in [0, 0.5): "sigmoid",
             "robust", "exo_pair", "aot", "aot_unpaired", "cpo", "simpo", "alphapo". Losses beside
             one of these are not smoothed. TRL's DPO smooths all of these but "sigmoid".
@@ -286,7 +295,7 @@ def preference_loss(
             ref_rejected_logprobs,
             loss=names,
             loss_weights=_loss_weights(op, names, loss_weights),
-            beta=option_checks.positive(op, "beta", beta),
+            beta=_beta(op, beta),
             chosen_lengths=chosen_lengths,
             rejected_lengths=rejected_lengths,
             weights=weights,
@@ -318,7 +327,7 @@ def kto_loss(
         desirable: [B] bool or integer, nonzero = desirable.
         kl: estimate of KL(policy || reference), a number or a 0-d tensor, constant: the mean of
             logprob - ref over answers that belong to other prompts, over all processes.
-        beta: strength of the implicit KL, > 0.
+        beta: strength of the implicit KL, > 0 and within float32's range.
         desirable_weight: >= 0.
         undesirable_weight: >= 0.
 
@@ -348,7 +357,7 @@ def kto_loss(
             ref_logprobs,
             desirable,
             kl=kl,
-            beta=option_checks.positive(op, "beta", beta),
+            beta=_beta(op, beta),
             desirable_weight=option_checks.non_negative(op, "desirable_weight", desirable_weight),
             undesirable_weight=option_checks.non_negative(
                 op, "undesirable_weight", undesirable_weight

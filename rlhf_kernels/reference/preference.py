@@ -51,6 +51,8 @@ def _positions(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 #: The largest exponent of an f-divergence: its square is still finite in fp32.
 _LARGEST_EXPONENT = 40.0
+#: That of AlphaPO's rewards, which are finite in fp32 for any usual alpha and beta.
+_LARGEST_POWER = 80.0
 
 
 class _Pairs(NamedTuple):
@@ -87,21 +89,24 @@ class _Pairs(NamedTuple):
     def _slope(self, x: Tensor) -> Tensor:
         """f'(u) at log u = x."""
         if self.f_divergence == "forward_kl":
-            return _power(x, -1.0)
+            return _power(x, -1.0, _LARGEST_EXPONENT)
         if self.f_divergence == "js_divergence":
             return F.logsigmoid(x) + math.log(2)
         if self.f_divergence == "alpha_divergence":
-            return _power(x, self.f_alpha - 1)
+            return _power(x, self.f_alpha - 1, _LARGEST_EXPONENT)
         return x
 
 
-def _power(x: Tensor, a: float) -> Tensor:
-    """(exp(a x) - 1) / a, x at a = 0; the exponent is cut off where fp32 would overflow."""
+def _power(x: Tensor, a: float, most: float = math.inf) -> Tensor:
+    """(exp(a x) - 1) / a, x at a = 0; the exponent is cut off at `most`."""
     if abs(a) < 1e-6:
         return x
-    exponent = clamped(a * x, -math.inf, _LARGEST_EXPONENT)
-    # The slope of expm1 is made from its result, which far below 0 is -1.
-    return torch.where(exponent < -1, torch.exp(exponent) - 1, torch.expm1(exponent)) / a
+    return _expm1(clamped(a * x, -math.inf, most)) / a
+
+
+def _expm1(x: Tensor) -> Tensor:
+    """exp(x) - 1; the slope of torch's is made from its result, which far below 0 is -1."""
+    return torch.where(x < -1, torch.exp(x) - 1, torch.expm1(x))
 
 
 def _sigmoid(x: Tensor) -> Tensor:
@@ -226,8 +231,20 @@ def _simpo(p: _Pairs) -> Tensor:
 
 
 def _alphapo(p: _Pairs) -> Tensor:
-    chosen, rejected = (_power(x, -p.alpha) for x in p.per_token(p.policy))
-    return _smoothed(p.beta * (chosen - rejected) - p.gamma, p.smoothing)
+    """(1 - exp(-alpha C)) / alpha less that of R, from the larger of the two exponents.
+
+    Each alone may overflow where the loss and its gradient are 0; the larger is cut off.
+    """
+    chosen, rejected = p.per_token(p.policy)
+    if abs(p.alpha) < 1e-6:
+        return _smoothed(p.beta * (chosen - rejected) - p.gamma, p.smoothing)
+    chosen, rejected = -p.alpha * chosen, -p.alpha * rejected
+    ahead = rejected >= chosen
+    high, low = torch.where(ahead, rejected, chosen), torch.where(ahead, chosen, rejected)
+    # Its slope stays beyond the cut: a loss that is too large is not flat.
+    cut = torch.where(high > _LARGEST_POWER, _LARGEST_POWER + (high - high.detach()), high)
+    share = torch.exp(cut) * -_expm1(low - high) / p.alpha
+    return _smoothed(p.beta * torch.where(ahead, share, -share) - p.gamma, p.smoothing)
 
 
 def _orpo(p: _Pairs) -> Tensor:
@@ -269,7 +286,7 @@ def _shown_rewards(p: _Pairs, first: str) -> tuple[Tensor, Tensor]:
     if first in AVERAGED:
         found = p.per_token(found)
     if first == "alphapo":
-        found = _power(found[0], -p.alpha), _power(found[1], -p.alpha)
+        found = tuple(_power(x, -p.alpha, _LARGEST_POWER) for x in found)
     return p.beta * found[0].detach(), p.beta * found[1].detach()
 
 

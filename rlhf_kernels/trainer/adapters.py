@@ -77,6 +77,11 @@ def find_adapter(path: str, *, setting: str) -> Adapter | None:
     base = config.base_model_name_or_path
     if not base:
         raise UserError(f"{setting}: the adapter in {path} names no base model")
+    folder = Path(path)
+    stored = (peft.utils.SAFETENSORS_WEIGHTS_NAME, peft.utils.WEIGHTS_NAME)
+    if folder.is_dir() and not any((folder / name).is_file() for name in stored):
+        # peft would look for it on the hub.
+        raise UserError(f"{setting}: the adapter in {path} lacks its weights ({stored[0]})")
     if Path(base).exists() and Path(path).exists() and Path(base).samefile(path):
         raise UserError(f"{setting}: the adapter in {path} names its own folder as base model")
     if (Path(base) / "adapter_config.json").is_file():

@@ -161,15 +161,21 @@ def newest(folder: Path) -> Path | None:
 
 
 def _claims(path: Path) -> bool:
-    """Whether a folder's manifest is the trainer's, or is too damaged to decide."""
+    """Whether a folder's manifest is the trainer's, or is too damaged to decide.
+
+    Without a format in its manifest, or without a manifest, it is the trainer's if it has the state
+    of a run: to pass over it would be to start again, or from an older one, without a word.
+    """
     try:
         manifest = json.loads(_text(path / _MANIFEST))
     except FileNotFoundError:
-        return False
+        manifest = None
     except (OSError, ValueError, RecursionError):
         return True
     kind = manifest.get("format") if isinstance(manifest, dict) else None
-    return isinstance(kind, str) and kind.startswith(_FAMILY)
+    if isinstance(kind, str):
+        return kind.startswith(_FAMILY)
+    return os.path.lexists(path / _STATE)
 
 
 def whole(folder: Path, stage: str) -> list[Path]:

@@ -1,10 +1,12 @@
 """Checks settings before anything is read or written; they need neither data nor models."""
 
+import dataclasses
 import importlib.util
 import json
 import os
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,26 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def _given(config: Any, names: Sequence[str], **defaults: Any) -> dict[str, Any]:
+    """Those of some settings that have another value than their default."""
+    usual = {f.name: f.default for f in dataclasses.fields(config)} | defaults
+    values = {name: getattr(config, name) for name in names}
+    return {name: value for name, value in values.items() if value != usual[name]}
+
+
+def _say_unused(found: Mapping[str, Any], why: str) -> None:
+    """Says which settings are not read, as a file of settings may hold those of several runs."""
+    for name, value in found.items():
+        warnings.warn(f"{name}: {value!r} is not used {why}", stacklevel=2)
+
+
 def check_settings(
-    name: str, run: RunConfig, model: ModelConfig, optim: OptimConfig, own: Sequence[Any]
+    name: str,
+    run: RunConfig,
+    model: ModelConfig,
+    data: DataConfig,
+    optim: OptimConfig,
+    own: Sequence[Any],
 ) -> None:
     """Requires settings that agree with each other, the machine and the installed packages.
 
@@ -63,6 +83,11 @@ def check_settings(
         require(there, "mixed_precision", "'no' or 'bf16' without a GPU", precision)
     _check_attention(model.attn_implementation)
     _check_size(model)
+    if model.model is not None:
+        sizes = _given(model, ("hidden_size", "num_layers", "num_heads"))
+        _say_unused(sizes, f"with model {model.model}")
+    if data.data is not None:
+        _say_unused(_given(data, ("max_operand", "operators")), f"with data {data.data}")
     if model.lora_rank:
         _needs("peft", "lora_rank", model.lora_rank)
     for config in own:
@@ -110,6 +135,20 @@ def check_online(name: str, config: OnlineConfig, optim: OptimConfig, count: int
         raise UserError(str(error).removeprefix("PolicyLossConfig: ")) from error
     penal = loss.objective == "penalty" or not target
     require(penal, "penalty_target", "0 without objective penalty", target)
+    for used, why, names in (
+        (loss.objective == "penalty", "without objective penalty", ("penalty_coef",)),
+        (config.correction != "none", "without correction", ("correction_mode", "correction_max")),
+        (config.kl_coef > 0, "where kl_coef is 0", ("kl_estimator",)),
+        (config.kl_target > 0, "where kl_target is 0", ("kl_horizon",)),
+        (
+            loss.objective not in ("reinforce", "penalty"),
+            f"with objective {loss.objective}, which does not clip",
+            ("clip_low", "clip_high"),
+        ),
+    ):
+        unread = {} if used else _given(config, names, **algorithm.defaults)
+        for setting, value in unread.items():
+            require(False, setting, f"no value {why}", value)
 
 
 def _check_trackers(names: Sequence[str]) -> None:
@@ -148,6 +187,12 @@ def _check_attention(name: str | None) -> None:
 
 def check_output(folder: Path) -> None:
     """Requires that the folder can be created and written to; creates nothing."""
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        require(False, "output_dir", f"a folder that there can be ({error.strerror})", str(folder))
     there = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
     require(there.is_dir(), "output_dir", "a folder", f"the file {there}")
     expected = "a folder that can be written to"
@@ -170,6 +215,11 @@ def check_base(folder: Path, model: ModelConfig) -> None:
         own = base is not None and os.path.exists(base) and place.exists()
         taken = own and place.samefile(str(base))
         expected = f"another folder: the adapter would replace its own base model {base}"
+        require(not taken, "output_dir", expected, str(folder))
+        # A resumed run would start from what it has trained, and take that for its reference.
+        own = os.path.exists(model.model) and place.exists()
+        taken = own and place.samefile(model.model)
+        expected = f"another folder: what is trained would replace the model {model.model}"
         require(not taken, "output_dir", expected, str(folder))
 
 

@@ -1,7 +1,6 @@
 """Settings: dataclasses whose field names are the YAML keys and the command-line flags."""
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -32,7 +31,7 @@ def _share(config: Any, *names: str) -> None:
 
 
 #: Losses and learning rates are computed in fp32, where larger numbers are infinite.
-LARGEST = 3.4e38
+SMALLEST, LARGEST = 2.0**-126, 3.4e38
 
 
 def _choices(kind: Any) -> tuple[str, ...]:
@@ -51,7 +50,8 @@ def _plain(config: Any) -> None:
             require(known, one.name, f"one of {', '.join(choices)}", values)
         for value in values if isinstance(values, list) else [values]:
             if isinstance(value, float):
-                finite = math.isfinite(value) and abs(value) <= LARGEST
+                # A smaller one is 0, or loses digits, where it meets fp32.
+                finite = value == 0 or SMALLEST <= abs(value) <= LARGEST
                 require(finite, one.name, "a finite number (of fp32's range)", value)
             elif isinstance(value, int):
                 require(abs(value) < 2**62, one.name, "a number below 2**62", value)
@@ -145,7 +145,7 @@ class DataConfig:
     max_operand: int = _doc("arithmetic: largest operand", 99)
     operators: str = _doc("arithmetic: any of + and -", "+-")
     vocab_size: int = _doc("built model: size of the BPE vocabulary trained on data", 4096)
-    eval_size: int = _doc("rows held out from every training phase", 512)
+    eval_size: int = _doc("rows held out of data, or the first of eval_data", 512)
     max_prompt_tokens: int = _doc(
         "rows with a longer prompt are dropped (their number is said)", 256
     )

@@ -1,8 +1,10 @@
 """Loads models, and checks which weights transformers left out or initialised."""
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import GENERATION_CONFIG_NAME, is_flash_attn_2_available
 
 from .config import ModelConfig, require
 from .errors import UserError, blamed_on, one_line
@@ -86,6 +88,19 @@ def build(auto: Any, settings: PretrainedConfig, config: ModelConfig) -> PreTrai
         return _packs(make(settings, **_options(config)), config)
 
 
+def _check_generation(setting: str, path: str) -> None:
+    """Requires that a folder's generation configuration, where it has one, can be read.
+
+    transformers passes over one that it cannot read, and the tokens that end a completion with it.
+    """
+    file = Path(path) / GENERATION_CONFIG_NAME
+    if not file.is_file():
+        return
+    with blamed_on(setting, f"{file} cannot be read"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+    require(isinstance(content, dict), setting, f"a JSON object in {file}", content)
+
+
 def load(
     auto: Any,
     path: str,
@@ -113,6 +128,7 @@ def load(
     Raises:
         UserError: the path cannot be loaded, lacks weights or has weights of other shapes.
     """
+    _check_generation(setting, path)
     with blamed_on(setting, f"{path} cannot be loaded"):
         model, report = auto.from_pretrained(
             path, output_loading_info=True, **_options(config), **more

@@ -202,15 +202,21 @@ def accepted(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict
     return {name: value for name, value in arguments.items() if name in found[0]}
 
 
-def check_arguments(name: str, function: Callable[..., Any], given: Sequence[str]) -> None:
-    """Raises UserError if the function requires an argument that is not given."""
+def check_arguments(
+    name: str, function: Callable[..., Any], own: Sequence[str], columns: Sequence[str]
+) -> None:
+    """Raises UserError if the function requires what is neither the trainer's own nor a column."""
     named, _ = _parameters(function) or ({}, True)
+    given = {*own, *columns}
     missing = [
         parameter for parameter, needed in named.items() if needed and parameter not in given
     ]
     if missing:
-        columns = ", ".join(sorted(set(given))) or "none"
-        raise UserError(f"{name}: expected a column {missing[0]!r} in the data, found {columns}")
+        found = ", ".join(sorted(set(columns))) or "none beside what it trains on"
+        raise UserError(
+            f"{name}: expected a column {missing[0]!r} in the data, found {found}; the trainer's "
+            f"own arguments are {', '.join(own)}"
+        )
 
 
 _PLAIN = frozenset({str, bytes, int, float, bool, type(None)})

@@ -52,6 +52,8 @@ class Rewards:
         state: the `trainer_state` that functions see.
         metrics: values of `log_metric` since `forget`.
         extra: values of `log_extra` for the `seen` samples since `forget`, a list per column.
+        columns: names of the data's columns, which functions get even if no row of a batch has
+            them: what they are called with must not depend on the order of the rows.
     """
 
     functions: list[RewardFunction]
@@ -60,6 +62,7 @@ class Rewards:
     state: TrainerState = field(default_factory=TrainerState)
     metrics: dict[str, list[float]] = field(default_factory=dict)
     extra: dict[str, list[Any]] = field(default_factory=dict)
+    columns: tuple[str, ...] = ()
     seen: int = 0
 
     @property
@@ -67,11 +70,16 @@ class Rewards:
         return _distinct(self.labels or [reward_name(f) for f in self.functions])
 
     def check(self, columns: Sequence[str]) -> None:
-        """Raises UserError if a function needs a column that the data lacks."""
+        """Notes the data's columns.
+
+        Raises:
+            UserError: a function needs a column that the data lacks.
+        """
         given = ("prompts", "completions", "completion_ids", "finished")
         given += ("trainer_state", "log_extra", "log_metric")
+        self.columns = tuple(columns)
         for name, function in zip(self.names, self.functions, strict=True):
-            check_arguments(name, function, [*given, *columns])
+            check_arguments(name, function, given, columns)
 
     def __call__(
         self,
@@ -87,12 +95,17 @@ class Rewards:
                 is not finite in fp32; or no function scored some sample.
         """
         count = len(prompts)
-        given = columns | {
-            "prompts": list(prompts),
-            "completions": list(completions),
-            "completion_ids": list(completion_ids),
-            "trainer_state": self.state,
-        }
+        absent = {name: [None] * count for name in self.columns}
+        given = (
+            absent
+            | columns
+            | {
+                "prompts": list(prompts),
+                "completions": list(completions),
+                "completion_ids": list(completion_ids),
+                "trainer_state": self.state,
+            }
+        )
         arguments = [
             given
             | {
@@ -173,7 +186,10 @@ class RewardModel:
             for prompt, completion, end in samples
         ]
         batch = collate(self.tokenizer, rows, self.model.device)
-        return sequence_rewards(self.model, batch).tolist()
+        try:
+            return sequence_rewards(self.model, batch).tolist()
+        except UserError as error:
+            raise UserError(f"reward_funcs: {self.__name__}: {error}") from error
 
 
 def load_rewards(

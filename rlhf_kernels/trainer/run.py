@@ -133,7 +133,8 @@ def _online(stage: Stage, *, fresh: bool) -> OnlineTrainer:
         config=stage.model,
         device=accelerator.device,
     )
-    rewards.check(columns)
+    held_out = (name for row in task.held_out for name in row.columns)
+    rewards.check(list(dict.fromkeys([*columns, *held_out])))
     others = {"critic_model": getattr(config, "critic_model", None)}
     others["teacher_model"] = config.teacher_model
     for setting, path in others.items():

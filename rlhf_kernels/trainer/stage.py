@@ -84,7 +84,7 @@ class Stage:
         self.settings = {k: v for group in found for k, v in dataclasses.asdict(group).items()}
         self.out = Path(self.run.output_dir)
         # These checks need neither data nor models, so they run before any reading or writing.
-        checks.check_settings(name, self.run, self.model, self.optim, self.own)
+        checks.check_settings(name, self.run, self.model, self.data, self.optim, self.own)
         checks.check_output(self.out)
         newest = checkpoint.newest(self.out)
         continued = self.run.resume or self.run.resume_from or self.run.dry_run

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import rlhf_kernels as rk
 from rlhf_kernels import reference
@@ -171,6 +172,39 @@ def test_great_margins(loss):
                 far_exponents = f != "reverse_kl" or loss in ("alphapo", "discopop")
                 tolerance = 2e-3 if far_exponents else 4e-5
                 torch.testing.assert_close(g.double(), e, rtol=tolerance, atol=1e-17)
+
+
+@pytest.mark.parametrize(
+    "alpha, chosen, rejected",
+    [(8, -6, -5.5), (2, -25, -21), (8, -6, -6), (50, -6, -6.5), (3, 0, -100), (-8, -6, -5.5)],
+)
+def test_alphapo_at_far_exponents(alpha, chosen, rejected):
+    """Also where each exponent alone overflows, but the loss and its gradient are 0."""
+    found = [torch.tensor([float(x)], requires_grad=True) for x in (chosen, rejected)]
+    loss = rk.preference_loss(*found, loss="alphapo", alpha=alpha, beta=1.0, gamma=0.0).loss
+    wide = [x.detach().double().requires_grad_() for x in found]
+    rewards = [(1 - torch.exp(-alpha * x)) / alpha for x in wide]
+    exact = -F.logsigmoid(rewards[0] - rewards[1]).mean()
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-30)
+    for got, right in zip(gradients(loss, found), gradients(exact, wide), strict=True):
+        # An exponent carries the rounding of its argument.
+        torch.testing.assert_close(got.double(), right, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("beta", (1e-46, 1e39, 1e300))
+@pytest.mark.parametrize("function", (rk.preference_loss, rk.kto_loss))
+def test_a_beta_beyond_fp32_is_refused(function, beta):
+    one = torch.zeros(2)
+    more = {"desirable": one == 0, "kl": 0.0} if function is rk.kto_loss else {}
+    with pytest.raises(ValueError, match="beta must be within float32's range"):
+        function(one, one, *([] if more else [one, one]), beta=beta, **more)
+
+
+def test_alphapo_beyond_the_cut_is_not_flat():
+    found = [torch.tensor([x], requires_grad=True) for x in (-60.0, -50.0)]
+    loss = rk.preference_loss(*found, loss="alphapo", alpha=2.0, beta=1.0).loss
+    chosen, rejected = gradients(loss, found)
+    assert 1e34 < loss < math.inf and chosen < -1e34 and 0 < rejected < -chosen
 
 
 def test_tails_keep_their_slope():

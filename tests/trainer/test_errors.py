@@ -98,6 +98,12 @@ def _write(folder):
     for name, text in (("adapter", json.dumps(adapter)), ("adapter_broken", "{")):
         (folder / name).mkdir()
         (folder / name / "adapter_config.json").write_text(text)
+    (folder / "weightless").mkdir()
+    (folder / "weightless" / "adapter_config.json").write_text(json.dumps(adapter))
+    save_file({}, folder / "adapter" / "adapter_model.safetensors")
+    for name, text in (("broken_generation", "{"), ("listed_generation", "[]")):
+        copy(name)
+        (folder / name / "generation_config.json").write_text(text)
         tokenizer.save_pretrained(folder / name)
     short = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=16)
     AutoModelForCausalLM.from_config(short).save_pretrained(folder / "short")
@@ -208,6 +214,8 @@ ppo --learning_rate inf | learning_rate: expected a finite number
 ppo --learning_rate 1e400 | learning_rate: expected a finite number
 ppo --learning_rate -inf | learning_rate: expected a finite number
 ppo --learning_rate 1e39 | learning_rate: expected a finite number
+ppo --learning_rate 1e-46 | learning_rate: expected a finite number of fp32's range
+dpo --beta 1e-300 --data {f}/sft.jsonl | beta: expected a finite number of fp32's range
 ppo --learning_rate -1e-3 | learning_rate: expected >= 0, found -0.001
 ppo --learning_rate fast | learning_rate: expected a number, found 'fast'
 ppo --lr-schedule step | lr_schedule: expected one of constant, linear, cosine, found 'step'
@@ -245,6 +253,13 @@ ppo --lam -0.1 | lam: expected a number from 0 to 1
 ppo --correction both | correction: expected one of
 ppo --correction token --correction_mode clip | correction_mode: expected one of
 ppo --correction token --correction_max 0 | correction_max: expected > 0
+ppo --correction_max 5 | correction_max: expected no value without correction, found 5.0
+ppo --correction_mode mask | correction_mode: expected no value without correction
+ppo --penalty_coef 2 | penalty_coef: expected no value without objective penalty
+grpo --num_generations 2 --kl_coef 0 --kl_estimator k2 | kl_estimator: expected no value kl_coef
+ppo --kl_horizon 5 | kl_horizon: expected no value where kl_target is 0
+ppo --objective reinforce --clip_low 0.9 | clip_low: expected no value with objective reinforce
+ppo --objective penalty --clip_high 0.9 | clip_high: expected no value with objective penalty
 ppo --reward_clip -1 | reward_clip: expected >= 0
 ppo --overlong_buffer -1 | overlong_buffer: expected >= 0
 ppo --overlong_buffer 9 --max_new_tokens 8 | overlong_buffer: expected at most max_new_token
@@ -328,6 +343,9 @@ sft --model {f}/truncated | model: truncated cannot be loaded
 sft --model {f}/garbage | model: garbage cannot be loaded
 sft --model {f}/partial | model: partial which lacks up_proj
 sft --model {f}/adapter | model: adapter
+sft --model {f}/weightless | model: weightless lacks its weights (adapter_model.safetensors)
+sft --model {f}/broken_generation | model: generation_config.json cannot be read
+ppo --model {f}/listed_generation | model: expected a JSON object in generation_config.json
 sft --model {f}/adapter_broken | model: adapter_broken
 sft --model {f}/short --data {f}/long.jsonl --eval_size 8 --batch_size 8 | model: positions for 16
 sft --model {f}/short --attn_implementation no/such-kernel | model: short cannot be loaded

@@ -42,6 +42,23 @@ def test_a_damaged_newest_checkpoint_names_the_whole_ones(tmp_path, capsys):
     assert "resume_from: expected a checkpoint in" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("manifest", ("{}", "[]", "null", '{"step": 2}', None))
+@pytest.mark.parametrize("every", (False, True))
+def test_a_manifest_without_its_entries_is_not_passed_over(tmp_path, capsys, manifest, every):
+    """Neither does the run start again, nor go on from an older checkpoint."""
+    out = tmp_path / "out"
+    for step in (1, 2):
+        save(out, step)
+        file = out / f"checkpoint-{step:08d}" / "manifest.json"
+        if step == 2 or every:
+            file.write_text(manifest) if manifest else file.unlink()
+    assert train(out, "--total_steps 4 --resume") == 2
+    line = told(capsys)
+    assert "checkpoint-00000002: no manifest of a checkpoint" in line
+    assert ("whole: checkpoint-00000001" in line) != every
+    assert names(out) == ["checkpoint-00000001", "checkpoint-00000002"]
+
+
 @pytest.mark.parametrize(
     "flags", ["--output_dir N", "--model N", "--model a/N", "--resume_from N", "--data N"]
 )

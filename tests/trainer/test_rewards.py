@@ -281,12 +281,30 @@ def test_functions_are_given_what_they_name():
     assert seen["everything"] == names | {"log_extra", "log_metric"}
 
 
+def test_a_column_that_no_row_of_a_batch_has_is_none():
+    """What a function is called with does not depend on the order of the rows."""
+    seen = []
+
+    def score(completions, answer, hint="unset"):
+        seen.append((answer, hint))
+        return [1.0] * len(completions)
+
+    rewards = Rewards([score], [1.0])
+    rewards.check(["answer", "hint"])
+    rewards(["p"] * 2, ["a", "b"], [[1]] * 2, {"answer": [1, None], "hint": [None, 2]})
+    rewards(["p"] * 2, ["a", "b"], [[1]] * 2, {})
+    assert seen == [([1, None], [None, 2]), ([None, None], [None, None])]
+
+
 def test_a_missing_column_is_named():
     def score(completions, solution, **_):
         return [1.0] * len(completions)
 
-    with pytest.raises(UserError, match=r"^score: expected a column 'solution' in the data, fo"):
+    told = r"^score: expected a column 'solution' in the data, found answer; the trainer's own "
+    with pytest.raises(UserError, match=told + "arguments are prompts, completions, "):
         Rewards([score], [1.0]).check(["answer"])
+    with pytest.raises(UserError, match="found none beside what it trains on; the trainer's own"):
+        Rewards([score], [1.0]).check([])
     Rewards([score, lambda **_: [], functools.partial(score, solution=[])], [1.0] * 3).check(
         ["solution"]
     )
