@@ -102,8 +102,9 @@ def group_advantages(
     `group_advantages(x, groups, baseline="none", scale="batch")` of the result.
 
     Statistics are fp64 and relative to a group's first reward, so a large common offset costs no
-    precision while rewards are exact in fp64 (integers to 2^53). "length-mean", "log-mean-exp", "pass@k" and "batch-mean", and the scales
-    "leave-one-out" and "mean", are plain torch on every backend.
+    precision while rewards are exact in fp64 (integers to 2^53). "length-mean", "log-mean-exp",
+    "pass@k" and "batch-mean", and the scales "leave-one-out" and "mean", are plain torch on every
+    backend.
 
     Args:
         rewards: [B], floating, integer or bool; or [B, K], K rewards of each sequence. Each column

@@ -286,7 +286,8 @@ def _shown_rewards(p: _Pairs, first: str) -> tuple[Tensor, Tensor]:
     if first in AVERAGED:
         found = p.per_token(found)
     if first == "alphapo":
-        found = tuple(_power(x, -p.alpha, _LARGEST_POWER) for x in found)
+        chosen, rejected = (_power(x, -p.alpha, _LARGEST_POWER) for x in found)
+        found = chosen, rejected
     return p.beta * found[0].detach(), p.beta * found[1].detach()
 
 
