@@ -27,6 +27,16 @@ def content(message: dict[str, Any]) -> str:
     return str(message.get("content") or "")
 
 
+def starts_with_assistant(answer: Text) -> bool:
+    """Whether an answer may continue an assistant's message."""
+    return isinstance(answer, str) or answer[0]["role"] == "assistant"
+
+
+def ends_with_assistant(prompt: Text) -> bool:
+    """Whether a prompt is a conversation whose last message may be continued."""
+    return bool(prompt) and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
+
+
 def _found(row: dict[str, Any], key: str) -> Any:
     return row[key] if key in row else "no such column"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .cells import Text
+from .cells import Text, content, ends_with_assistant
 from .config import UserError, require
 from .marks import Conversation, require_whole
 
@@ -16,14 +16,49 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def start_text(
-    tokenizer: PreTrainedTokenizerBase, prompt: Text, template: Mapping[str, Any]
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Text,
+    template: Mapping[str, Any],
+    *,
+    apart: bool = False,
 ) -> str:
-    """The text of a prompt, up to the start of its completion."""
+    """The text of a prompt, up to the start of its completion.
+
+    A completion continues an assistant's message at the end of the prompt, as in TRL, unless it is
+    `apart`, a message of its own.
+    """
     if isinstance(prompt, str):
         return prompt
     if not prompt:
         return ""
-    return rendered(tokenizer, prompt, template, add_generation_prompt=True)
+    if apart or not ends_with_assistant(prompt):
+        return rendered(tokenizer, prompt, template, add_generation_prompt=True)
+    # Without options first, so that what is wrong with the conversation itself is told as ever.
+    rendered(tokenizer, prompt, template)
+    last = prompt[-1]
+    called = last.get("tool_calls")
+    expected = "text alone in an assistant's message at its end, for the completion to continue"
+    require(not called, "prompt", f"{expected}, without tool calls", called)
+    try:
+        return _written(tokenizer, prompt, template, continue_final_message=True)
+    except Exception as error:
+        raise UserError(
+            "chat template: expected one that writes the assistant's message at the prompt's end "
+            "as it is, for the completion to continue: take another, or end the prompt with a "
+            f"user's message, found {last.get('content')!r:.80}"
+        ) from error
+
+
+def continued(
+    prompt: list[dict[str, Any]], answer: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The prompt without its last message, and the answer with that message's beginning."""
+    last, first = prompt[-1], answer[0]
+    other = [k for k in last.keys() & first.keys() - {"role", "content"} if last[k] != first[k]]
+    expected = "one value in the prompt's last message and in the answer that continues it"
+    require(not other, repr(next(iter(other), "")), expected, [first.get(k) for k in other])
+    text = content(last) + content(first)
+    return prompt[:-1], [{**last, **first, "content": text}, *answer[1:]]
 
 
 def rendered(
@@ -144,16 +179,25 @@ def _wants_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 @functools.lru_cache(maxsize=16)
 def _probed_parts(tokenizer: PreTrainedTokenizerBase, _: str) -> bool:
-    word = "Zebra"
-    message = {"role": "user", "content": word}
-    found = []
-    for form in (message, _in_parts(message)):
+    word, other, extra = "Zebra", "Okapi", "Quagga"
+
+    def text(value: Any) -> str:
         try:
-            found.append(word in tokenizer.apply_chat_template([form], tokenize=False))
+            message = {"role": "user", "content": value}
+            return str(tokenizer.apply_chat_template([message], tokenize=False))
         except Exception:
             # A conversation that the template rejects is reported later, with its row.
-            found.append(False)
-    return found == [False, True]
+            return ""
+
+    # A template that reads strings, if only their first letters, is given strings.
+    if text(word) != text(other):
+        return False
+    # Python's or JSON's form of the parts holds the word too: it shows a field that no template
+    # reads, or else the names of the fields.
+    found = text([{extra: extra, "type": "text", "text": word}])
+    plain = text(word) + text([])
+    traces = (extra, "'type'", '"type"', "{'", '{"')
+    return word in found and not any(t in found and t not in plain for t in traces)
 
 
 def stripped(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

@@ -144,6 +144,7 @@ def load_task(config: DataConfig, kind: str, *, seed: int, model: str | None = N
     if config.data is None:
         needed = {
             "preference": "a file of preferences",
+            "pair": "a file of preferences",
             "unpaired": "a file of labelled completions",
         }
         require(kind not in needed, "data", needed.get(kind, ""), None)
@@ -159,7 +160,7 @@ def load_task(config: DataConfig, kind: str, *, seed: int, model: str | None = N
     require(bool(train), "eval_size", left, config.eval_size)
     if model is not None:
         # A reward model may be an encoder, which has no end token.
-        tokenizer = load_tokenizer(model, ends=kind != "preference")
+        tokenizer = load_tokenizer(model, ends=kind not in ("preference", "pair"))
     elif config.data is None:
         tokenizer = character_tokenizer("0123456789+-=")
     else:

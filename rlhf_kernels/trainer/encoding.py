@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .cells import Text
-from .chat import holds, rendered, start_text, stripped
+from .cells import Text, ends_with_assistant, starts_with_assistant
+from .chat import continued, holds, rendered, start_text, stripped
 from .config import UserError, require
 from .rows import Row
 
@@ -32,14 +32,20 @@ _NO_ARGUMENTS: Mapping[str, Any] = {}
 
 
 def prompt_tokens(
-    tokenizer: PreTrainedTokenizerBase, prompt: Text, template: Mapping[str, Any] = _NO_ARGUMENTS
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Text,
+    template: Mapping[str, Any] = _NO_ARGUMENTS,
+    *,
+    apart: bool = False,
 ) -> list[int]:
     """The tokens of a prompt, with the tokenizer's opening tokens but no closing ones.
 
-    A conversation is rendered with the chat template, up to the start of the answer; `template`
-    has further arguments of the chat template.
+    A conversation is rendered with the chat template, up to the start of the answer, which
+    continues an assistant's message at its end unless it is `apart`; `template` has further
+    arguments of the chat template.
     """
-    return _tokens(tokenizer, [start_text(tokenizer, prompt, template)], isinstance(prompt, str))[0]
+    start = start_text(tokenizer, prompt, template, apart=apart)
+    return _tokens(tokenizer, [start], isinstance(prompt, str))[0]
 
 
 def row_tokens(
@@ -47,13 +53,15 @@ def row_tokens(
     prompt: Text,
     completion: Text,
     template: Mapping[str, Any] = _NO_ARGUMENTS,
+    *,
+    apart: bool = False,
 ) -> tuple[list[int], list[int]]:
     """The tokens of prompt and completion; the completion ends with the end token.
 
     Without a prompt, the tokenizer's opening tokens serve as the prompt, or else the first token,
     because nothing predicts it.
     """
-    first, (rest,) = _split(tokenizer, prompt, [completion], template)
+    first, (rest,) = _split(tokenizer, prompt, [completion], template, apart=apart)
     if not first:
         first, rest = rest[:1], rest[1:]
     return first, rest + _closing(tokenizer, rest)
@@ -67,13 +75,14 @@ def pair_tokens(
     template: Mapping[str, Any] = _NO_ARGUMENTS,
     *,
     scored: bool = False,
+    apart: bool = False,
 ) -> tuple[list[int], list[int], list[int]]:
     """The tokens of a prompt and its two completions, with end tokens.
 
     The prompt is empty if the completions have no common beginning. `scored` closes them for a
     reward model, as `whole_tokens` does.
     """
-    first, rests = _split(tokenizer, prompt, [chosen, rejected], template)
+    first, rests = _split(tokenizer, prompt, [chosen, rejected], template, apart=apart)
     text = isinstance(chosen, str)
     close = functools.partial(_ending, tokenizer, text=text) if scored else None
     one, two = (r + (close(r) if close else _closing(tokenizer, r)) for r in rests)
@@ -106,7 +115,7 @@ def whole_tokens(
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
     """`prompt_tokens` of a row; errors name the row."""
     with naming(row):
-        return prompt_tokens(tokenizer, row.prompt, row.template)
+        return prompt_tokens(tokenizer, row.prompt, row.template, apart=row.is_apart)
 
 
 def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int], list[int]]:
@@ -114,7 +123,7 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int],
     with naming(row):
         expected = "a completion: without it nothing can be learned"
         require(row.completion is not None, "row", expected, row.prompt)
-        return row_tokens(tokenizer, row.prompt, row.completion, row.template)
+        return row_tokens(tokenizer, row.prompt, row.completion, row.template, apart=row.is_apart)
 
 
 def encode_pair(
@@ -123,7 +132,13 @@ def encode_pair(
     """`pair_tokens` of a row; errors name the row."""
     with naming(row):
         return pair_tokens(
-            tokenizer, row.prompt, row.chosen, row.rejected, row.template, scored=scored
+            tokenizer,
+            row.prompt,
+            row.chosen,
+            row.rejected,
+            row.template,
+            scored=scored,
+            apart=row.is_apart,
         )
 
 
@@ -146,17 +161,22 @@ def _split(
     prompt: Text,
     completions: Sequence[Text],
     template: Mapping[str, Any],
+    *,
+    apart: bool = False,
 ) -> tuple[list[int], list[list[int]]]:
     """The common first tokens, at most the prompt's, and the rest of each text; not closed."""
     text = isinstance(completions[0], str)
-    start = start_text(tokenizer, prompt, template)
+    apart = apart or not all(starts_with_assistant(c) for c in completions)
+    start = start_text(tokenizer, prompt, template, apart=apart)
     if text:
         wholes = [f"{prompt}{completion}" for completion in completions]
     else:
+        open_end = ends_with_assistant(prompt) and not apart
+        parts = [continued(prompt, c) if open_end else (prompt, c) for c in completions]
         # After the end token of an answer, templates add more, usually a line break.
-        found = (rendered(tokenizer, [*prompt, *c], template) for c in completions)
+        found = (rendered(tokenizer, [*before, *answer], template) for before, answer in parts)
         wholes = [stripped(tokenizer, whole) for whole in found]
-        if not all(map(holds, wholes, completions)):
+        if not all(holds(whole, answer) for whole, (_, answer) in zip(wholes, parts, strict=True)):
             warnings.warn(_DROPS, stacklevel=2)
     alone, *ids = _tokens(tokenizer, [start, *wholes], text)
     require(all(ids), "text", "at least one token", completions[0])

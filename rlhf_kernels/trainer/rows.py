@@ -5,19 +5,32 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .answers import final_number
-from .cells import Text, content, json_cell, label_cell, margin_cell, spoken, string_cell, text_cell
+from .cells import (
+    Text,
+    content,
+    ends_with_assistant,
+    json_cell,
+    label_cell,
+    margin_cell,
+    spoken,
+    starts_with_assistant,
+    string_cell,
+    text_cell,
+)
 from .config import UserError, require
 from .files import read_objects
 
 # Columns of a question, of its input, and of its answer. A line break ends question and input.
 _QUESTIONS = (
-    ("question", (), ("answer", "response")),
-    ("query", (), ("response", "answer")),
-    ("instruction", ("input", "context"), ("output", "response")),
+    ("question", ("answer", "response")),
+    ("query", ("response", "answer")),
+    ("instruction", ("output", "response")),
 )
+_INPUTS = ("input", "context")
 # Columns that hold a prompt in some datasets and something else in others.
 _UNMAPPED = ("input", "problem", "context", "history", "conversation")
 _SYSTEMS = ("system", "system_prompt")
+_SYSTEM_ROLES = ("system", "developer")
 # Arguments that the trainer itself passes to reward functions.
 _RESERVED = ("prompts", "completions", "completion_ids", "finished", "trainer_state")
 _RESERVED += ("log_extra", "log_metric")
@@ -31,7 +44,9 @@ _LAST_WORD = re.compile(rf" ?[^\s{_UNSPACED}]*\Z")
 class Row(NamedTuple):
     """A prompt, what may follow it, the columns for reward functions, and its origin.
 
-    `origin` is the file and the line or row, for errors; comparisons ignore it.
+    `origin` is the file and the line or row, for errors; comparisons ignore it. `apart`: what
+    follows an assistant's message at the prompt's end is a message of its own, as a whole
+    conversation has it; otherwise it continues that message.
     """
 
     prompt: Text
@@ -40,9 +55,10 @@ class Row(NamedTuple):
     rejected: Text | None = None
     columns: dict[str, Any] = {}  # noqa: RUF012 - a NamedTuple's default, never changed
     origin: str = ""
+    apart: bool = False
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Row) and self[:5] == other[:5]
+        return isinstance(other, Row) and (*self[:5], self.apart) == (*other[:5], other.apart)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -51,6 +67,12 @@ class Row(NamedTuple):
     def answer(self) -> Any:
         """What the rewards compare a completion with, or the completion of the data."""
         return self.columns.get("answer", self.completion)
+
+    @property
+    def is_apart(self) -> bool:
+        """`apart`, or what follows is no assistant's message and cannot continue one."""
+        answers = (a for a in (self.completion, self.chosen, self.rejected) if a)
+        return self.apart or not all(map(starts_with_assistant, answers))
 
     @property
     def template(self) -> dict[str, Any]:
@@ -84,10 +106,10 @@ def read_rows(path: str, kind: str) -> list[Row]:
 def parse_rows(row: Any, kind: str) -> list[Row]:
     """The rows of an object: one, or two where KTO is given a preference."""
     if kind == "unpaired" and isinstance(row, dict) and "label" not in row and "chosen" in row:
-        pair = parse_row(row, "preference")
+        pair = parse_row(row, "pair")
         answers = ((pair.chosen, True), (pair.rejected, False))
         return [
-            Row(pair.prompt, answer, columns=pair.columns | {"label": label})
+            Row(pair.prompt, answer, columns=pair.columns | {"label": label}, apart=pair.apart)
             for answer, label in answers
         ]
     return [parse_row(row, kind)]
@@ -98,7 +120,8 @@ def parse_row(row: Any, kind: str) -> Row:
 
     Args:
         row: an object of the dataset.
-        kind: "supervised", "preference", "unpaired" or "prompt".
+        kind: "supervised", "preference" (with the column `margin`), "pair" (a preference without
+            it), "unpaired" or "prompt".
 
     Raises:
         UserError: columns are missing or have values of another type.
@@ -109,12 +132,13 @@ def parse_row(row: Any, kind: str) -> Row:
         for name in _RESERVED:
             expected = "a column of another name: the trainer gives reward functions its own"
             require(name not in row, repr(name), expected, row.get(name))
-    made = _preference if kind == "preference" else _supervised
+    made = _preference if kind in ("preference", "pair") else _supervised
     parsed = made(row, "supervised" if kind == "unpaired" else kind, columns)
     if kind == "unpaired":
         columns["label"] = label_cell(row.get("label"))
     if kind == "prompt":
         require(bool(parsed.prompt), "'messages'", "something to answer", parsed.completion)
+    parsed = _with_system(row, parsed)
     if not isinstance(parsed.prompt, str):
         for name, form in (("tools", list), ("chat_template_kwargs", dict)):
             if name in row:
@@ -129,7 +153,7 @@ def _supervised(row: dict[str, Any], kind: str, columns: dict[str, Any]) -> Row:
         prompt = text_cell(row, "prompt")
         if kind != "supervised" and row.get("completion") is None:
             return Row(prompt, columns=columns)
-        return Row(*_joined(prompt, text_cell(row, "completion")), columns=columns)
+        return Row(*_joined(prompt, text_cell(row, "completion"), "completion"), columns=columns)
     for name in ("messages", "conversations"):
         if name in row:
             columns.pop(name, None)
@@ -152,28 +176,24 @@ def _lacks_completion(row: dict[str, Any]) -> bool:
 def _dialogue(name: str, row: dict[str, Any], kind: str, columns: dict[str, Any]) -> Row:
     messages = text_cell(row, name)
     require(isinstance(messages, list), repr(name), "a list of messages", messages)
-    system = row.get("system")
-    if name == "conversations" and isinstance(system, str) and system:
-        if messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system}, *messages]
     answered = messages[-1]["role"] == "assistant"
     require(answered or kind == "prompt", f"{name!r}", "an assistant's at the end", messages)
     cut = len(messages) - answered
-    return Row(messages[:cut], messages[cut:] or None, columns=columns)
+    # Online, what a prompt ends with is continued, whatever came after it in the data.
+    apart = kind != "prompt" and ends_with_assistant(messages[:cut])
+    return Row(messages[:cut], messages[cut:] or None, columns=columns, apart=apart)
 
 
 def _question(row: dict[str, Any]) -> tuple[str, tuple[str, ...]] | None:
     """The prompt made from the columns of a question, and the possible names of its answer."""
-    for name, more, answers in _QUESTIONS:
+    for name, answers in _QUESTIONS:
         if name in row:
             # LLaMA-Factory has earlier turns in 'history', which a text cannot hold.
             expected = "nothing: give earlier turns as 'messages'"
             require(not row.get("history"), "'history'", expected, row.get("history"))
-            # Orca has a system prompt, which precedes the question.
-            first = [key for key in _SYSTEMS if row.get(key) not in (None, "")]
-            parts = [string_cell(row, key) for key in (*first, name)]
             # Alpaca's input is empty or null if the instruction needs none.
-            parts += [string_cell(row, extra) for extra in more if row.get(extra) not in (None, "")]
+            more = [extra for extra in _INPUTS if row.get(extra) not in (None, "")]
+            parts = [string_cell(row, key) for key in (name, *more)]
             return "".join(part + "\n" for part in parts), answers
     return None
 
@@ -195,7 +215,8 @@ def _preference(row: dict[str, Any], kind: str, columns: dict[str, Any]) -> Row:
     chosen, rejected = text_cell(row, "chosen"), text_cell(row, "rejected")
     differ = type(chosen) is type(rejected) and chosen != rejected
     require(differ, "'chosen' and 'rejected'", "two answers of one form that differ", chosen)
-    if "margin" in row:
+    columns.pop("margin", None)
+    if kind == "preference" and "margin" in row:
         columns["margin"] = margin_cell(row["margin"])
     if "prompt" in row:
         prompt: Text | None = text_cell(row, "prompt")
@@ -205,10 +226,11 @@ def _preference(row: dict[str, Any], kind: str, columns: dict[str, Any]) -> Row:
         asked = _question(row)
         prompt = asked[0] if asked else None
     turns = [] if isinstance(chosen, str) else [m["role"] for m in chosen]
-    if prompt is None and "user" not in turns:
-        prompt = _asked_before(row)
+    if prompt is None:
+        prompt = _asked_before(row, whole="user" in turns)
     if prompt is not None and not (isinstance(prompt, str) and "user" in turns):
-        (asked, first), (again, second) = _joined(prompt, chosen), _joined(prompt, rejected)
+        asked, first = _joined(prompt, chosen, "chosen")
+        again, second = _joined(prompt, rejected, "rejected")
         same = asked == again and first != second
         require(same, "'chosen' and 'rejected'", "different answers to one prompt", chosen)
         return Row(asked, None, first, second, columns)
@@ -218,26 +240,38 @@ def _preference(row: dict[str, Any], kind: str, columns: dict[str, Any]) -> Row:
     # Ultrafeedback repeats the prompt in both conversations.
     held = prompt is None or prompt.strip() in spoken(chosen[:cut])
     require(held, "'prompt'", "a text that both conversations begin with", prompt)
-    return Row(chosen[:cut], None, chosen[cut:], rejected[cut:], columns)
+    for name, rest in (("chosen", chosen[cut:]), ("rejected", rejected[cut:])):
+        # Two conversations that have no common beginning begin with a question each.
+        asks = prompt is not None and chosen[cut - 1]["role"] != "assistant"
+        _require_answer(name, rest, anywhere=not asks)
+    apart = ends_with_assistant(chosen[:cut])
+    return Row(chosen[:cut], None, chosen[cut:], rejected[cut:], columns, apart=apart)
 
 
-def _asked_before(row: dict[str, Any]) -> Text | None:
-    """The prompt of answers without own prompt: `messages` that end with a user's, or None."""
+def _asked_before(row: dict[str, Any], *, whole: bool) -> Text | None:
+    """The prompt of answers without own prompt: `messages` that end with a user's, or None.
+
+    `whole`: the answers are conversations, which may have the prompt themselves.
+    """
     if row.get("messages"):
         messages = text_cell(row, "messages")
         asks = isinstance(messages, list) and messages[-1]["role"] != "assistant"
+        if whole and not asks:
+            # Ultrafeedback repeats the chosen conversation.
+            return None
         require(asks, "'messages'", "a conversation that 'chosen' and 'rejected' answer", messages)
         return messages
-    found = next((name for name in _UNMAPPED if row.get(name)), None)
+    found = None if whole else next((name for name in _UNMAPPED if row.get(name)), None)
     expected = "the prompt of 'chosen' and 'rejected' in a column 'prompt'; rename the column"
     require(found is None, repr(found), expected, row.get(str(found)))
     return None
 
 
-def _joined(prompt: Text, answer: Text) -> tuple[Text, Text]:
+def _joined(prompt: Text, answer: Text, name: str) -> tuple[Text, Text]:
     """Prompt and answer in the same form; an answer that repeats the prompt loses it.
 
     If only one is a text, it becomes a message of the user (prompt) or the assistant (answer).
+    `name` is the answer's column, for errors.
     """
     if isinstance(prompt, str) and isinstance(answer, str):
         return prompt, answer
@@ -248,17 +282,63 @@ def _joined(prompt: Text, answer: Text) -> tuple[Text, Text]:
         if users:
             cut = next((i for i in reversed(users) if prompt.strip() in content(answer[i])), None)
             require(cut is not None, "'prompt'", "a text that the conversation repeats", prompt)
-            return answer[: cut + 1], _reply(answer[cut + 1 :])
+            return answer[: cut + 1], _reply(name, answer[cut + 1 :])
         cut = sum(m["role"] == "system" for m in answer[:1])
-        return [*answer[:cut], {"role": "user", "content": prompt}], _reply(answer[cut:])
+        return [*answer[:cut], {"role": "user", "content": prompt}], _reply(name, answer[cut:])
+    first = [m for m in (*answer[:1], *prompt[:1]) if m["role"] in _SYSTEM_ROLES]
+    if first == answer[:1] and answer[1 : 1 + len(prompt)] == prompt:
+        # A whole conversation, with a system message that the prompt column lacks.
+        return [*first, *prompt], _reply(name, answer[1 + len(prompt) :])
     sizes = range(min(len(prompt), len(answer)), 0, -1)
     repeated = next((n for n in sizes if prompt[-n:] == answer[:n]), 0)
-    return prompt, _reply(answer[repeated:])
+    return prompt, _reply(name, answer[repeated:])
 
 
-def _reply(answer: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _reply(name: str, answer: list[dict[str, Any]]) -> list[dict[str, Any]]:
     require(bool(answer), "answer", "a message after the prompt", answer)
+    _require_answer(name, answer)
     return answer
+
+
+def _require_answer(name: str, answer: Text, *, anywhere: bool = False) -> None:
+    """Requires that a conversation begins with an answer, or else has one `anywhere`.
+
+    What users and systems say is learned with a completion, so none may begin with it.
+    """
+    if isinstance(answer, str):
+        return
+    answers = any(m["role"] == "assistant" for m in answer)
+    require(answers, repr(name), "an assistant's message after the prompt", answer)
+    asks = not anywhere and answer[0]["role"] in ("user", *_SYSTEM_ROLES)
+    expected = "an answer alone, or a conversation that begins with the prompt's own messages"
+    require(not asks, repr(name), expected, answer)
+
+
+def _with_system(row: dict[str, Any], parsed: Row) -> Row:
+    """The row with the text of a column `system` or `system_prompt` before its prompt."""
+    names = [name for name in _SYSTEMS if row.get(name) not in (None, "")]
+    texts = [string_cell(row, name) for name in names]
+    require(len({*texts}) < 2, "'system' and 'system_prompt'", "one text, or equal ones", texts)
+    if not texts:
+        return parsed
+    name, text = repr(names[0]), texts[0]
+    answers = [a for a in (parsed.completion, parsed.chosen, parsed.rejected) if a]
+    if isinstance(parsed.prompt, str):
+        if "prompt" in row or _question(row) is not None:
+            return parsed._replace(prompt=f"{text}\n{parsed.prompt}")
+        # Whole texts, which have no place for it.
+        held = all(text in f"{parsed.prompt}{answer}" for answer in answers)
+        require(held, name, "a text that the row's text holds, or a column 'prompt'", text)
+        return parsed
+    found = [
+        [content(m).strip() for m in (*parsed.prompt, *answer) if m["role"] in _SYSTEM_ROLES]
+        for answer in answers or [[]]
+    ]
+    if any(found):
+        held = all(text.strip() in said for said in found)
+        require(held, name, "what the conversation's system message says, or no column", text)
+        return parsed
+    return parsed._replace(prompt=[{"role": "system", "content": text}, *parsed.prompt])
 
 
 def _common_prompt(chosen: Text, rejected: Text) -> int:

@@ -50,6 +50,13 @@ SUPERVISED = [
     ({"instruction": "Add.", "context": "1 2", "response": "3"}, "Add.\n1 2\n", "3"),
     ({"query": "Add.", "response": "3"}, "Add.\n", "3"),
     ({"question": "Add.", "answer": "3"}, "Add.\n", "3"),
+    ({"question": "Add.", "context": "1 2", "answer": "3"}, "Add.\n1 2\n", "3"),
+    ({"query": "Add.", "input": "1 2", "context": "", "response": "3"}, "Add.\n1 2\n", "3"),
+    # Whole conversations beside the prompt, with and without the system message.
+    ({"prompt": [USER], "completion": [SYSTEM, USER, YES]}, [SYSTEM, USER], [YES]),
+    ({"prompt": [SYSTEM, USER], "completion": [SYSTEM, USER, YES]}, [SYSTEM, USER], [YES]),
+    # Several turns that begin with the assistant's.
+    ({"prompt": [USER], "completion": [YES, MORE, NO]}, [USER], [YES, MORE, NO]),
 ]  # fmt: skip
 PREFERENCES = [
     # Ultrafeedback.
@@ -70,6 +77,15 @@ PREFERENCES = [
     ({"messages": [USER], "chosen": YES, "rejected": [NO]}, [USER], [YES], [NO]),
     ({"messages": [USER, YES], "chosen": [USER, YES], "rejected": [USER, NO]},
      [USER], [YES], [NO]),
+    ({"prompt": [USER], "chosen": [SYSTEM, USER, YES], "rejected": [SYSTEM, USER, NO]},
+     [SYSTEM, USER], [YES], [NO]),
+    ({"prompt": [USER], "chosen": [YES, MORE, YES], "rejected": [NO]},
+     [USER], [YES, MORE, YES], [NO]),
+    ({"messages": [SYSTEM, USER], "chosen": [USER, YES], "rejected": [USER, NO]},
+     [SYSTEM, USER], [YES], [NO]),
+    ({"messages": [USER], "chosen": [YES, MORE, YES], "rejected": [NO]},
+     [USER], [YES, MORE, YES], [NO]),
+    ({"question": "Why?", "context": "x", "chosen": "A", "rejected": "B"}, "Why?\nx\n", "A", "B"),
     ({"chosen": "A", "rejected": "B", "input": ""}, "", "A", "B"),
     ({"question": "Why?", "chosen": "A", "rejected": "B", "system": "s"}, "s\nWhy?\n", "A", "B"),
     ({"question": "Why?", "chosen": "A", "rejected": "B", "system": ""}, "Why?\n", "A", "B"),
@@ -117,6 +133,69 @@ def test_unpaired_forms(row, expected):
     assert [(r.prompt, r.completion, r.columns["label"]) for r in found] == expected
 
 
+ONE, TWO = {"chosen": [YES], "rejected": [NO]}, {"completion": [YES]}
+SYSTEMS = [
+    ("preference", {"conversations": said(("human", "Hi")), **ONE}, [USER]),
+    ("preference", {"conversations": [USER], "chosen": "Hello", "rejected": "Go"}, [USER]),
+    ("preference", {"messages": [USER], **ONE}, [USER]),
+    ("preference", {"prompt": [USER], **ONE}, [USER]),
+    ("preference", {"prompt": "Hi", **ONE}, [USER]),
+    ("preference", {"prompt": "Hi", "chosen": [USER, YES], "rejected": [USER, NO]}, [USER]),
+    ("preference", {"chosen": [USER, YES], "rejected": [USER, NO]}, [USER]),
+    ("preference", {"question": "Why?", **ONE}, [USER | {"content": "Why?\n"}]),
+    ("unpaired", {"prompt": [USER], **ONE}, [USER]),
+    ("unpaired", {"prompt": [USER], **TWO, "label": True}, [USER]),
+    ("supervised", {"prompt": [USER], **TWO}, [USER]),
+    ("supervised", {"prompt": "Hi", **TWO}, [USER]),
+    ("supervised", {"prompt": [USER], "completion": "Hello"}, [USER]),
+    ("supervised", {"messages": [USER, YES]}, [USER]),
+    ("supervised", {"messages": [YES]}, []),
+    ("supervised", {"conversations": [USER, YES, MORE, NO]}, [USER, YES, MORE]),
+    ("prompt", {"prompt": [USER]}, [USER]),
+    ("prompt", {"messages": [USER]}, [USER]),
+]
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+@pytest.mark.parametrize(("kind", "row", "prompt"), SYSTEMS)
+def test_a_system_column_is_the_first_message_of_a_conversation(kind, row, prompt, column):
+    for empty in ({}, {column: None}, {column: ""}):
+        assert parse_rows(row | empty, kind)[0].prompt == prompt
+    for more in ({}, {"system": "Be brief.", "system_prompt": "Be brief."}):
+        for found in parse_rows(row | {column: "Be brief."} | more, kind):
+            assert found.prompt == [SYSTEM, *prompt]
+            assert found[1:4] == parse_rows(row, kind)[0][1:4] or kind == "unpaired"
+    with pytest.raises(UserError, match=f"{column!r}: expected a text, found 3"):
+        parse_rows(row | {column: 3}, kind)
+    for name in ("prompt", "messages", "conversations"):
+        if isinstance(row.get(name), list) and prompt:
+            own = row | {name: [SYSTEM, *row[name]]}
+            assert parse_rows(own | {column: "Be brief."}, kind)[0].prompt == [SYSTEM, *prompt]
+            with pytest.raises(UserError, match=f"{column!r}: expected what the conversation's sy"):
+                parse_rows(own | {column: "Be long."}, kind)
+    with pytest.raises(UserError, match="'system' and 'system_prompt': expected one text"):
+        parse_rows(row | {"system": "a", "system_prompt": "b"}, kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "prompt"),
+    [
+        ("preference", {"prompt": "p", "chosen": "A", "rejected": "B"}, "s\np"),
+        ("preference", {"question": "Why?", "chosen": "A", "rejected": "B"}, "s\nWhy?\n"),
+        ("unpaired", {"prompt": "p", "completion": "A", "label": True}, "s\np"),
+        ("supervised", {"prompt": "p", "completion": "A"}, "s\np"),
+        ("supervised", {"instruction": "Do.", "output": "A"}, "s\nDo.\n"),
+        ("prompt", {"prompt": "p"}, "s\np"),
+        # Whole texts that hold it.
+        ("supervised", {"text": "system: s, user: q"}, ""),
+        ("preference", {"chosen": "s q A", "rejected": "s q B"}, "s q"),
+    ],
+)
+def test_a_system_column_precedes_texts(kind, row, prompt):
+    for column in ("system", "system_prompt"):
+        assert parse_rows(row | {column: "s"}, kind)[0].prompt == prompt
+
+
 @pytest.mark.parametrize("label", [None, 2, "good", [True], float("nan")])
 def test_unpaired_labels_that_are_neither_true_nor_false(label):
     with pytest.raises(UserError, match="'label': expected true or false"):
@@ -145,6 +224,15 @@ def test_margins_are_finite_numbers():
     for margin in bad:
         with pytest.raises(UserError, match="'margin': expected a finite number"):
             parse_row(pair | {"margin": margin}, "preference")
+
+
+def test_a_margin_that_no_loss_uses_does_not_matter():
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    for margin in (None, "big", 2.0):
+        row = pair | {"margin": margin}
+        assert parse_row(row, "pair") == parse_row(pair | {"margin": 1.0}, "pair")
+        assert "margin" not in parse_row(row, "pair").columns
+        assert [r.completion for r in parse_rows(row, "unpaired")] == ["a", "b"]
 
 
 def test_arguments_of_the_chat_template_are_columns():
@@ -196,6 +284,28 @@ BAD = [
     ("supervised", {"instruction": "x"}, "'output': expected a text, found 'no such column'"),
     ("supervised", {"prompt": "Bye", "completion": [USER, YES]}, "'prompt': .*conversation rep"),
     ("supervised", {"prompt": [USER], "completion": [USER]}, "answer: expected a message after"),
+    # What a user or a system says is no answer.
+    ("supervised", {"prompt": [USER], "completion": [MORE]}, "'completion': expected an assistant"),
+    ("supervised", {"prompt": "Hi", "completion": [USER, MORE]}, "'completion': expected an assis"),
+    ("supervised", {"prompt": [USER], "completion": [MORE, YES]}, "'completion': expected an answ"),
+    ("supervised", {"prompt": "Hi", "completion": [USER, MORE, YES]}, "'completion': .*own messag"),
+    ("supervised", {"prompt": [USER], "completion": [USER, MORE, YES]}, "'completion': expected a"),
+    ("supervised", {"prompt": [SYSTEM, USER], "completion": [SYSTEM | {"content": "x"}, USER, YES]},
+     "'completion': expected an answer alone, or a conversation that begins with the prompt's own"),
+    ("prompt", {"prompt": [USER], "completion": [MORE]}, "'completion': expected an assistant's"),
+    ("preference", {"prompt": [USER], "chosen": [MORE, YES], "rejected": [MORE, NO]}, "'chosen': "),
+    ("preference", {"prompt": [USER], "chosen": [YES], "rejected": [MORE, NO]}, "'rejected': expe"),
+    ("preference", {"prompt": [USER], "chosen": [YES], "rejected": [MORE]}, "'rejected': .*assist"),
+    ("preference", {"prompt": [USER], "chosen": [SYSTEM, USER, YES], "rejected": [USER, NO]},
+     "different answers to one prompt"),
+    ("preference", {"messages": [USER], "chosen": [MORE, YES], "rejected": [MORE, NO]}, "'chosen'"),
+    ("preference", {"conversations": [USER], "chosen": MORE, "rejected": NO}, "'chosen': expected"),
+    ("preference", {"chosen": [USER, YES], "rejected": [USER, MORE]}, "'rejected': expected an as"),
+    ("preference", {"prompt": "Hi", "chosen": [USER, MORE, YES], "rejected": [USER, USER, NO]},
+     "'chosen': expected an answer alone"),
+    # Whole texts have no place for a system column.
+    ("supervised", {"text": "q a", "system": "s"}, "'system': expected a text that the row's text"),
+    ("preference", {"chosen": "A", "rejected": "B", "system_prompt": "s"}, "'system_prompt': expe"),
     ("supervised", {"chosen": "a", "rejected": "b"}, "found .'chosen', 'rejected'."),
     ("supervised", {"messages": [USER, YES], "tools": "{"}, "'tools': expected JSON"),
     ("supervised", {"messages": [USER, YES], "tools": [1]}, "'tools': expected a list of JSON sch"),

@@ -279,6 +279,37 @@ def test_content_in_parts_is_text():
 
 
 @pytest.mark.parametrize(
+    "read",
+    ("content[:3]", "content | first", "content | join('-')", "content | list", "content | string",
+     "content | upper", "content | tojson", "content[:3] | tojson", "content | reverse | string"),
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:the chat template leaves out")
+def test_templates_that_change_strings_are_given_strings(read):
+    """A string, not the parts whose Python form holds the same words."""
+    template = f"{{% for m in messages %}}{{{{ m['role'] + ':' + (m.{read}) | string }}}}</s>"
+    tokenizer = _chat(template + "{% endfor %}")
+    user = {"role": "user", "content": "hello you"}
+    found = "".join(_decoded(tokenizer, {"messages": [user, GOOD]}))
+    assert found == tokenizer.apply_chat_template([user, GOOD], tokenize=False)
+    assert "type" not in found and found.startswith("user:") and "hello" not in read
+    if read == "content[:3]":
+        assert found == "user:hel</s>assistant:it </s>"
+
+
+def test_content_as_python_writes_it_is_never_a_part():
+    """Of templates that reject strings or write nothing of them, as of those that show parts."""
+    for read in ("m.content[0] | string", "m.content[0].values() | list", "m.content[0].items()"):
+        leaks = "{% for m in messages %}{% if m.content is string %}{{ raise_exception('no') }}"
+        tokenizer = _chat(leaks + "{% endif %}{{ " + read + " }}{% endfor %}")
+        with pytest.raises(UserError, match=r"chat template: .*no"):
+            _decoded(tokenizer, {"messages": [USER, GOOD]})
+    # A template's own braces are none of these.
+    only = "{% if messages[0].content is string %}{{ raise_exception('no') }}{% endif %}"
+    tokenizer = _chat(only + "{'type': 1} " + PARTS)
+    assert "".join(_decoded(tokenizer, {"messages": [USER, GOOD]})).startswith("{'type': 1} user:h")
+
+
+@pytest.mark.parametrize(
     ("template", "row", "match"),
     [
         (None, {"messages": [USER, GOOD]}, "chat template: the tokenizer has none"),
