@@ -362,6 +362,17 @@ def test_too_few_rows_are_counted(tmp_path, options, match):
         load_task(DataConfig(data=path, vocab_size=300, **options), "supervised", seed=0)
 
 
+def test_the_stage_that_uses_a_margin_names_the_row_without_one(tmp_path):
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    path = write_jsonl(tmp_path / "a.jsonl", [pair | {"margin": 1}, pair | {"margin": None}] * 2)
+    config = DataConfig(data=path, eval_size=1, vocab_size=300)
+    assert len(load_task(config, "pair", seed=0).train) == 3
+    with pytest.raises(UserError, match=r"a.jsonl:2: 'margin': expected a finite number .* None"):
+        load_task(config, "preference", seed=0)
+    with pytest.raises(UserError, match="data: expected a file of preferences"):
+        load_task(DataConfig(), "pair", seed=0)
+
+
 def test_dropped_rows_are_counted(tmp_path):
     rows = [{"prompt": "1" * (3 + i % 2), "completion": "1"} for i in range(8)]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
