@@ -189,7 +189,8 @@ def _probed_parts(tokenizer: PreTrainedTokenizerBase, _: str) -> bool:
             # A conversation that the template rejects is reported later, with its row.
             return ""
 
-    # A template that reads strings, if only their first letters, is given strings.
+    # A template that reads strings, if only their first letters, is given strings. The words are
+    # equally long: one that takes letters for parts may write something for each.
     if text(word) != text(other):
         return False
     # Python's or JSON's form of the parts holds the word too: it shows a field that no template

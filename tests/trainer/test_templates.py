@@ -276,6 +276,9 @@ def test_content_in_parts_is_text():
     assert _decoded(_chat(CHATML), row)[0] == "<s>user\nhello</s>\n<s>assistant\n"
     # A template that reads nothing but parts.
     assert _decoded(_chat(PARTS), row) == ("user:hello</s>", "assistant:it is</s>")
+    # One that takes a string's letters for other parts.
+    images = PARTS.replace("{% endif %}", "{% else %}<image>{% endif %}")
+    assert _decoded(_chat(images), row) == ("user:hello</s>", "assistant:it is</s>")
 
 
 @pytest.mark.parametrize(
