@@ -57,6 +57,20 @@ MISMATCH_LEVELS: tuple[MismatchLevel, ...] = get_args(MismatchLevel)
 #: The integer is the position in this tuple: 0 for no weights.
 MISMATCH_CODES: tuple[MismatchLevel | None, ...] = (None, *MISMATCH_LEVELS)
 
+#: Options of mismatch_weights by name: config/mismatch.py has what each sets.
+MismatchPreset = Literal[
+    "tis",
+    "icepop",
+    "mis",
+    "seq-mask-tis",
+    "verl-token-is",
+    "verl-token-icepop",
+    "verl-seq-is",
+    "verl-seq-is-rs",
+    "verl-geo-rs",
+    "verl-k3-rs",
+]
+
 #: What mismatch_weights does about a token without a ratio.
 Missing = Literal["raise", "one", "drop"]
 MISSING: tuple[Missing, ...] = get_args(Missing)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple, TypedDict
 
-from .enums import CorrectionMode, MismatchLevel
+from .enums import CorrectionMode, MismatchLevel, MismatchPreset
 
 #: Bound of a criterion: a number u, or (low, high) with None for an absent one.
 Bound = float | tuple[float | None, float | None]
@@ -33,7 +33,7 @@ _SEQUENCE_TIS: MismatchOptions = {"level": "sequence", "mode": "truncate", "high
 _OF_VERL: MismatchOptions = {"log_ratio_clamp": _VERL_CLAMP}
 
 #: Preset -> its options. Those of verl are its RolloutCorrectionConfig's, with its clamp.
-PRESETS: dict[str, MismatchOptions] = {
+PRESETS: dict[MismatchPreset, MismatchOptions] = {
     "tis": _TIS,
     "icepop": _ICEPOP,
     "mis": {"level": "sequence", "mode": "mask", "high": 2.0},

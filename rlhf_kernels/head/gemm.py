@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from . import devices
 
@@ -19,8 +20,12 @@ Operation = Literal["logits", "hidden"]
 
 # Rows of an fp16 weight that are widened at a time.
 _WIDE_ROWS = 1024
+# Rows of a product that are added to an older sum at a time.
+_SUMMED_ROWS = 16384
 # Whether torch.mm and torch.addmm take out_dtype: from torch 2.8 on.
 _MIXED_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype")
+# Whether torch.addmm then adds to a tensor of out_dtype; the first ones want that of the operands.
+_MIXED_SUMS = TorchVersion(torch.__version__) >= (2, 11)
 # Below this exponent of two scaled gradients stay: fp16 ends at 2^16.
 _FP16_EXPONENT = 15
 
@@ -125,8 +130,11 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
         for columns in blocks(b.shape[1], _WIDE_ROWS):
             part = out[:, columns]
             torch.addmm(part, wide, b[:, columns].float(), beta=float(add), out=part)
-    elif add:
+    elif add and _MIXED_SUMS:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    elif add:
+        for rows in blocks(a.shape[0], _SUMMED_ROWS):
+            out[rows] += torch.mm(a[rows], b, out_dtype=out.dtype)
     else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..config.enums import MISSING, CorrectionMode, MismatchLevel, Missing
+from ..config.enums import MISSING, CorrectionMode, MismatchLevel, MismatchPreset, Missing
 from ..config.metrics import MISMATCH_METRICS
 from ..config.mismatch import PRESETS, Bound, MismatchOptions
 from ..core import checks, data_checks, option_checks, tracing
@@ -75,7 +75,7 @@ class MismatchWeights(NamedTuple):
     metrics: MismatchMetrics
 
 
-def _check_preset(op: str, preset: str | None) -> MismatchOptions:
+def _check_preset(op: str, preset: MismatchPreset | None) -> MismatchOptions:
     if preset is None:
         return {}
     option_checks.one_of(op, "preset", preset, tuple(PRESETS))
@@ -102,7 +102,7 @@ def mismatch_weights(
     rollout_logprobs: Tensor,
     mask: Tensor,
     *,
-    preset: str | None = None,
+    preset: MismatchPreset | None = None,
     level: MismatchLevel | None = None,
     mode: CorrectionMode | None = None,
     low: float | None = None,

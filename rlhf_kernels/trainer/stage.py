@@ -37,7 +37,7 @@ from .reward_functions import is_function, load_reward
 OFFLINE: dict[str, tuple[tuple[type, ...], str, dict[str, Any]]] = {
     "sft": ((), "supervised", {"learning_rate": 2e-5}),
     "reward": ((RewardConfig,), "preference", {"learning_rate": 1e-4}),
-    "dpo": ((DPOConfig,), "preference", {"learning_rate": 1e-6}),
+    "dpo": ((DPOConfig,), "pair", {"learning_rate": 1e-6}),
     "kto": ((KTOConfig,), "unpaired", {"learning_rate": 1e-6}),
 }
 

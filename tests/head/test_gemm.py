@@ -8,9 +8,12 @@ from rlhf_kernels.head import gemm
 CALLS = {"mm": torch.mm, "addmm": torch.addmm}
 
 
-@pytest.fixture(params=[True, False], ids=["out_dtype", "no out_dtype"])
+@pytest.fixture(params=["sums", "products", None], ids=["2.11", "2.8", "2.6"])
 def signature(request, monkeypatch):
-    """torch.mm and torch.addmm with the argument out_dtype, done in fp32, or without it."""
+    """torch.mm and torch.addmm with the argument out_dtype, done in fp32, or without it.
+
+    "products": addmm adds to a tensor of the operands' dtype alone.
+    """
     seen = []
 
     def mixed(name):
@@ -18,6 +21,8 @@ def signature(request, monkeypatch):
             seen.append((name, out_dtype))
             if out_dtype is not None:
                 assert request.param, "a torch before 2.8 has no out_dtype"
+                same = operands[0].dtype == operands[-1].dtype
+                assert same or request.param == "sums", "self and mat2 must have the same dtype"
                 operands = [t.to(out_dtype) for t in operands]
             return CALLS[name](*operands, out=out, **options)
 
@@ -25,8 +30,10 @@ def signature(request, monkeypatch):
 
     for name in CALLS:
         monkeypatch.setattr(torch, name, mixed(name))
-    monkeypatch.setattr(gemm, "_MIXED_PRODUCTS", request.param)
+    monkeypatch.setattr(gemm, "_MIXED_PRODUCTS", request.param is not None)
+    monkeypatch.setattr(gemm, "_MIXED_SUMS", request.param == "sums")
     monkeypatch.setattr(gemm, "_WIDE_ROWS", 3)
+    monkeypatch.setattr(gemm, "_SUMMED_ROWS", 2)
     return request.param, seen
 
 
@@ -40,7 +47,9 @@ def test_sixteen_bits_into_fp32(signature, dtype, add):
     gemm.matmul_into(out, a, b, add)
     torch.testing.assert_close(out, expected.float(), rtol=1e-5, atol=1e-5)
     mixed, seen = signature
-    assert seen == ([("addmm" if add else "mm", torch.float32)] if mixed else [("addmm", None)] * 3)
+    whole, parts = [("addmm" if add else "mm", torch.float32)], [("mm", torch.float32)] * 3
+    by_torch = {"sums": whole, "products": parts if add else whole, None: [("addmm", None)] * 3}
+    assert seen == by_torch[mixed]
 
 
 @pytest.mark.parametrize("add", [False, True])
@@ -55,6 +64,7 @@ def test_operands_of_one_dtype_need_neither(signature, add):
 def test_detection_follows_the_version_of_torch():
     version = tuple(int(n) for n in torch.__version__.split(".")[:2])
     assert gemm._MIXED_PRODUCTS == (version >= (2, 8))
+    assert gemm._MIXED_SUMS == (version >= (2, 11))
 
 
 @pytest.fixture(params=[True, False], ids=["oneDNN", "torch.mm"])
