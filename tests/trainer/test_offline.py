@@ -359,3 +359,20 @@ def test_rows_that_are_too_long_are_counted_and_never_all_dropped():
     for train, held_out, name in ((rows[2:], [], "2 training"), (rows, rows[3:], "1 held-out")):
         with pytest.raises(UserError, match=f"max_new_tokens: .* of all {name} rows are longer"):
             OfflineTrainer(learner, SFT(task.tokenizer, 4), train, held_out, OptimConfig(), seed=0)
+
+
+def test_a_margin_of_null_stops_the_reward_stage_alone(tmp_path, capsys):
+    rows = [
+        {"prompt": f"p{i} ", "chosen": f"a{i}", "rejected": f"b{i}", "margin": None}
+        for i in range(12)
+    ]
+    flags = f"--data {write_jsonl(tmp_path / 'd.jsonl', rows)} --vocab_size 280 --total_steps 1"
+    sizes = (
+        "--device cpu --hidden_size 16 --num_layers 1 --num_heads 2 --batch_size 4 --eval_size 4"
+    )
+    for stage, status in (("dpo", 0), ("kto", 0), ("reward", 2)):
+        out = ["--output_dir", str(tmp_path / stage)]
+        assert cli.main(["train", stage, *flags.split(), *sizes.split(), *out]) == status
+    assert "d.jsonl:1: 'margin': expected a finite number of fp32, found None" in (
+        capsys.readouterr().err
+    )
