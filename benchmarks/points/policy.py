@@ -10,8 +10,8 @@ from ..harness import Point, against, exact, points, sized
 from ..harness.peers import peer, verl_actor_config
 from ..harness.ragged import described, offsets, padded, response_lengths
 
-# With so few tokens, the host time of a call dominates.
-HOST_SHAPES = {"4x16": (4, 16)}
+# With so few tokens, the host time of a call dominates; also without gradients.
+HOST_SHAPES = {"4x16": (4, 16), "4x16-forward": (4, 16)}
 SHAPES = {"64x2048": (64, 2048), "2048x2048": (2048, 2048)}
 FULL_SHAPES = {"64x512": (64, 512), "8x32768": (8, 32768)}
 GPU_SHAPES = {f"gpu-{name}": shape for name, shape in SHAPES.items()}
@@ -19,11 +19,18 @@ TARGETS = {"64x2048": {"eager": 8, "compile": 1.5}, "2048x2048": {"copy": 0.5}}
 # The host may take 10 µs for forward and 10 µs for backward.
 GPU_AT_MOST = {"gpu-64x2048": {"host": 20e-6}}
 CLIP = 0.2
+# Bytes of a token by mode: three tensors and the bool mask are read, the gradient is written.
+MOVED = {"forward": 13, "forward+backward": 17}
 # All providers compute the same loss: clip 0.2 on both sides, no dual clip. Created once, as usual.
 OPTIONS = {"clip_low": CLIP, "clip_high": CLIP}
 CONFIG, GRPO = rk.PolicyLossConfig.ppo(**OPTIONS), rk.PolicyLossConfig.grpo(kl_coef=0.0, **OPTIONS)
 # The maximum length of a packed sequence.
 LONGEST = 8192
+
+
+def mode_of(name: str) -> str:
+    """The mode of a point, of a shape's name."""
+    return "forward" if name.endswith("-forward") else "forward+backward"
 
 
 def terms(logprobs: Tensor, old: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,8 +74,10 @@ def _exact(logprobs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", points(HOST_SHAPES | SHAPES, GPU_SHAPES, FULL_SHAPES))
 def test_policy_loss(point: Point, name: str) -> None:
     shape = point.size((4, 50), (HOST_SHAPES | SHAPES | FULL_SHAPES | GPU_SHAPES)[name])
+    mode = mode_of(name)
+    backward = mode != "forward"
     old = -torch.rand(shape, device=point.device) * 5
-    logprobs = _steps(old)
+    logprobs = _steps(old).requires_grad_(backward)
     advantages = torch.randn_like(old) + 0.5
     mask = padded(shape, point.device)
     verl = peer("verl.trainer.ppo.core_algos", "compute_policy_loss_vanilla")
@@ -81,12 +90,13 @@ def test_policy_loss(point: Point, name: str) -> None:
     point(
         op="policy_loss",
         label=sized(old.dtype, *shape),
-        mode="forward+backward",
+        mode=mode,
         inputs=(logprobs, old, advantages, mask, mask.float(), mask.long()),
         providers=against(eager, ours, others={"verl": verl and config and vanilla}),
-        oracle=lambda: exact(lambda x: _exact(x, old, advantages)[mask].mean(), [logprobs]),
-        # Three tensors and the bool mask are read, the gradient is written.
-        moved=17 * logprobs.numel(),
+        oracle=lambda: exact(
+            lambda x: _exact(x, old, advantages)[mask].mean(), [logprobs], gradient=backward
+        ),
+        moved=MOVED[mode] * logprobs.numel(),
         targets=TARGETS.get(name, {}),
         at_most=GPU_AT_MOST.get(name, {}),
         outputs=1,

@@ -9,7 +9,7 @@ import rlhf_kernels as rk
 from ..harness import Point, against, exact, points, sized
 from ..harness.peers import peer
 from ..harness.ragged import padded
-from .policy import FULL_SHAPES, GPU_SHAPES, HOST_SHAPES, SHAPES
+from .policy import FULL_SHAPES, GPU_SHAPES, HOST_SHAPES, MOVED, SHAPES, mode_of
 
 CLIP = 0.2
 
@@ -42,7 +42,9 @@ def test_value_loss(point: Point, name: str) -> None:
     change = 0.2 * torch.randn_like(old)
     # No value is so near a branch that rounding decides it; the oracle could not check it.
     change.masked_fill_((change.abs() - CLIP).abs() < 1e-4, 0)
-    values = (old + change).requires_grad_()
+    mode = mode_of(name)
+    backward = mode != "forward"
+    values = (old + change).requires_grad_(backward)
     returns = old + torch.randn_like(old)
     middle = old + (change + change.clamp(-CLIP, CLIP)) / 2
     returns += torch.where((returns - middle).abs() < 1e-4, 0.1, 0.0)
@@ -56,13 +58,12 @@ def test_value_loss(point: Point, name: str) -> None:
     point(
         op="value_loss",
         label=sized(old.dtype, *shape),
-        mode="forward+backward",
+        mode=mode,
         inputs=(values, old, returns, mask, mask.float(), mask.long()),
         providers=against(
             eager, ours, others={"verl": verl and (lambda v, o, r, *m: verl(v, r, o, m[-1], CLIP))}
         ),
-        oracle=lambda: exact(loss, [values]),
-        # Three tensors and the bool mask are read, the gradient is written.
-        moved=17 * values.numel(),
+        oracle=lambda: exact(loss, [values], gradient=backward),
+        moved=MOVED[mode] * values.numel(),
         outputs=1,
     )
