@@ -216,11 +216,6 @@ def check_base(folder: Path, model: ModelConfig) -> None:
         taken = own and place.samefile(str(base))
         expected = f"another folder: the adapter would replace its own base model {base}"
         require(not taken, "output_dir", expected, str(folder))
-        # A resumed run would start from what it has trained, and take that for its reference.
-        own = os.path.exists(model.model) and place.exists()
-        taken = own and place.samefile(model.model)
-        expected = f"another folder: what is trained would replace the model {model.model}"
-        require(not taken, "output_dir", expected, str(folder))
 
 
 def _is_adapter(path: str) -> bool:
