@@ -25,7 +25,7 @@ _SUMMED_ROWS = 16384
 # Whether torch.mm and torch.addmm take out_dtype: from torch 2.8 on.
 _MIXED_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype")
 # Whether torch.addmm then adds to a tensor of out_dtype; the first ones want that of the operands.
-_MIXED_SUMS = TorchVersion(torch.__version__) >= (2, 11)
+_MIXED_SUMS = TorchVersion(torch.__version__) >= "2.11"
 # Below this exponent of two scaled gradients stay: fp16 ends at 2^16.
 _FP16_EXPONENT = 15
 
