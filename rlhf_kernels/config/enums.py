@@ -57,6 +57,27 @@ MISMATCH_LEVELS: tuple[MismatchLevel, ...] = get_args(MismatchLevel)
 #: The integer is the position in this tuple: 0 for no weights.
 MISMATCH_CODES: tuple[MismatchLevel | None, ...] = (None, *MISMATCH_LEVELS)
 
+#: What `reject` of mismatch_weights judges: the token, or a sequence by the sum, the mean or the
+#: largest of its tokens; and the estimator of their divergence, as verl writes them.
+MismatchCriterion = Literal[
+    "token_ratio",
+    "token_k1",
+    "token_k2",
+    "token_k3",
+    "seq_sum_ratio",
+    "seq_sum_k1",
+    "seq_sum_k2",
+    "seq_sum_k3",
+    "seq_mean_ratio",
+    "seq_mean_k1",
+    "seq_mean_k2",
+    "seq_mean_k3",
+    "seq_max_ratio",
+    "seq_max_k1",
+    "seq_max_k2",
+    "seq_max_k3",
+]
+
 #: Options of mismatch_weights by name: config/mismatch.py has what each sets.
 MismatchPreset = Literal[
     "tis",

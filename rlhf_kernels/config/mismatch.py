@@ -1,17 +1,17 @@
 """The options of mismatch_weights: criteria, presets, and the numbers that kernels take."""
 
 from collections.abc import Mapping
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict, get_args
 
-from .enums import CorrectionMode, MismatchLevel, MismatchPreset
+from .enums import CorrectionMode, MismatchCriterion, MismatchLevel, MismatchPreset
 
 #: Bound of a criterion: a number u, or (low, high) with None for an absent one.
 Bound = float | tuple[float | None, float | None]
 
-_SCOPES = ("token", "seq_sum", "seq_mean", "seq_max")
-RATIOS, DIVERGENCES = ("ratio", "k1"), ("k2", "k3")
-#: Names of the criteria of `reject`: a scope and an estimator, as verl writes them.
-CRITERIA = tuple(f"{scope}_{of}" for scope in _SCOPES for of in (*RATIOS, *DIVERGENCES))
+#: Names of the criteria of `reject`.
+CRITERIA: tuple[MismatchCriterion, ...] = get_args(MismatchCriterion)
+#: The estimators whose criteria bound a ratio from both sides.
+RATIOS = ("ratio", "k1")
 #: Where verl clamps logarithms of ratios.
 _VERL_CLAMP = 20.0
 
@@ -23,7 +23,7 @@ class MismatchOptions(TypedDict, total=False):
     mode: CorrectionMode
     low: float
     high: float
-    reject: Mapping[str, Bound]
+    reject: Mapping[MismatchCriterion, Bound]
     log_ratio_clamp: float
 
 

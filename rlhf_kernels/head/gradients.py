@@ -9,7 +9,7 @@ from ..core.layout import Empty
 from ..kernels.rows import Reduce
 from .chunks import Chunk, Tile, Tokens, gradient_dtype, logits_dtype
 from .gemm import blocks, hidden_into, in_fp16, matmul_into, widens
-from .products import Head
+from .products import TiledHead
 
 # Above this many tokens, transposing the product is cheaper on a CPU than a transposed operand.
 _TURNED_TOKENS = 2048
@@ -26,7 +26,9 @@ class Gradients:
     of fp16 operands are fp32 to the end.
     """
 
-    def __init__(self, head: Head, needs: Sequence[bool], reduce: Reduce | None = None) -> None:
+    def __init__(
+        self, head: TiledHead, needs: Sequence[bool], reduce: Reduce | None = None
+    ) -> None:
         hidden, weight, bias = needs
         self._head, self._reduce = head, reduce
         wide = reduce is not None or head.hidden.dtype == torch.float16

@@ -8,7 +8,7 @@ from ..kernels.rows import Kernels
 from .arguments import Batching, Divergence, Operands
 from .chunks import Chunk, Tile, covered, flat, select, zeros_or_nan
 from .gradients import Gradients
-from .products import Head
+from .products import TiledHead
 
 
 def forward(
@@ -29,8 +29,8 @@ def forward(
     data_checks.kept_tokens("linear_kl_divergence", keep, batching.kept_tokens)
     tokens = select(keep, batching.kept_tokens)
     of_chunk = Chunk.of(batching.chunk_tokens, operands.weight, heads=2)
-    head = Head.of(operands, of_chunk, tokens.count, kernels.empty)
-    ref = Head.of(reference, of_chunk, tokens.count, kernels.empty)
+    head = TiledHead.of(operands, of_chunk, tokens.count, kernels.empty)
+    ref = TiledHead.of(reference, of_chunk, tokens.count, kernels.empty)
     if tokens.fill(of_chunk):
         logits = head.project(head.states(tokens, tokens.whole))
         ref_logits = ref.project(ref.states(tokens, tokens.whole))
@@ -76,8 +76,8 @@ def backward(
             grad = torch.where(enough, grad, torch.nan)
     tokens = select(keep, batching.kept_tokens)
     of_chunk = Chunk.backward(batching.chunk_tokens, operands.weight, tokens.count, heads=2)
-    head = Head.of(operands, of_chunk, tokens.count, kernels.empty)
-    ref = Head.of(reference, of_chunk, tokens.count, kernels.empty)
+    head = TiledHead.of(operands, of_chunk, tokens.count, kernels.empty)
+    ref = TiledHead.of(reference, of_chunk, tokens.count, kernels.empty)
     gradients = Gradients(head, needs)
 
     def backward(out: Tensor, logits: Tensor, tile: Tile) -> None:

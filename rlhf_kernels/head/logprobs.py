@@ -11,7 +11,7 @@ from ..kernels.rows import Kernels, LabelKernels
 from .arguments import Batching, Operands, Targets, Upstream
 from .chunks import Chunk, Tile, covered, flat, flat_labels, localized, select, zeros_or_nan
 from .gradients import Gradients
-from .products import Head
+from .products import TiledHead
 
 
 def logit_of(logits: Tensor, ids: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def forward(
     data_checks.kept_tokens(op, keep, batching.kept_tokens)
     tokens = select(keep, batching.kept_tokens)
     of_chunk = Chunk.of(batching.chunk_tokens, weight)
-    head = Head.of(operands, of_chunk, tokens.count, kernels.empty)
+    head = TiledHead.of(operands, of_chunk, tokens.count, kernels.empty)
     if tokens.fill(of_chunk):
         logits = head.project(head.states(tokens, tokens.whole))
         found = kernels.rows.token_logprobs(logits, labels, temperatures, options)
@@ -121,7 +121,7 @@ def backward(
         given = [None if t is None else torch.where(enough, t, torch.nan) for t in given]
     tokens = select(keep, batching.kept_tokens)
     of_chunk = Chunk.backward(batching.chunk_tokens, weight, tokens.count)
-    head = Head.of(operands, of_chunk, tokens.count, kernels.empty)
+    head = TiledHead.of(operands, of_chunk, tokens.count, kernels.empty)
     gradients = Gradients(head, needs, kernels.reduce)
 
     def backward(out: Tensor, logits: Tensor, tile: Tile) -> None:

@@ -28,7 +28,7 @@ from .chunks import (
     zeros_or_nan,
 )
 from .gradients import Gradients
-from .products import Head
+from .products import TiledHead
 
 _TOKEN_RATIO = RATIO_LEVELS.index("token")
 _SEQUENCE_CORRECTION = CORRECTION_CODES.index("sequence")
@@ -92,8 +92,8 @@ class _PolicySweep:
         # The gradient's sum over chunks costs more than the logits again, in a second sweep.
         self.recomputes = prefer_recompute(batching.chunk_tokens, weight, count, heads)
         shared = (self._chunk, count, kernels.empty)
-        self.head = Head.of(operands, *shared)
-        self._ref = None if reference is None else Head.of(reference, *shared)
+        self.head = TiledHead.of(operands, *shared)
+        self._ref = None if reference is None else TiledHead.of(reference, *shared)
         self.logprobs = zeros_or_nan(keep, batching.kept_tokens)
         self.entropy = torch.zeros_like(self.logprobs)
         self.ref_logprobs = None if reference is None else torch.zeros_like(self.logprobs)
@@ -212,7 +212,7 @@ class _PolicySweep:
         operands = self.head.operands
         # Their buffers give way to the next.
         del self.head, self._ref
-        head = Head.of(operands, chunk, tokens.count, self._kernels.empty)
+        head = TiledHead.of(operands, chunk, tokens.count, self._kernels.empty)
         gradients = Gradients(head, needs, self._kernels.reduce)
 
         def backward(out: Tensor, logits: Tensor, tile: Tile) -> None:

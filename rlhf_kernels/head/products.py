@@ -10,7 +10,7 @@ from .arguments import Operands
 from .chunks import Chunk, Tokens, logits_dtype
 
 
-class Head(NamedTuple):
+class TiledHead(NamedTuple):
     """A head's operands and the buffers of a tile: logits, and hidden states where it is exact."""
 
     hidden: Tensor
@@ -21,7 +21,7 @@ class Head(NamedTuple):
     empty: Empty
 
     @classmethod
-    def of(cls, operands: Operands, chunk: Chunk, count: int, empty: Empty) -> "Head":
+    def of(cls, operands: Operands, chunk: Chunk, count: int, empty: Empty) -> "TiledHead":
         """For `count` of the tokens of hidden [..., H]."""
         hidden, weight, bias = operands
         hidden = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])

@@ -77,7 +77,7 @@ def logits_entropy(logits: Tensor) -> Tensor:
     return rk.token_logprobs(logits, labels, entropy=True).entropy
 
 
-class Head:
+class CastHead:
     """Hidden states and an LM head in the dtype of the trainer's own product.
 
     This is the autocast dtype, or else that of the hidden states. Casts are part of the graph, so

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import rlhf_kernels as rk
 
-from ._common import Head, require_temperature
+from ._common import CastHead, require_temperature
 from ._patch import Unsupported
 
 _IGNORED = -100
@@ -99,7 +99,7 @@ def actor_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         require_temperature(self.temperature)
         model, head = _lm_head(self.model)
         # Check before the model runs; its hidden states will have the dtype of its parameters.
-        Head(head.weight.new_empty(0, head.weight.shape[1]), head.weight, head.bias)
+        CastHead(head.weight.new_empty(0, head.weight.shape[1]), head.weight, head.bias)
 
         packing = self.packing_samples
         if packing:
@@ -122,7 +122,7 @@ def actor_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if len(given) != 1 or output["logits"] is not given[0]:
             _not_the_head.add(type(model))
             raise Unsupported(f"{type(model).__name__} does more to its logits than its head")
-        found = Head(given[0], head.weight, head.bias).token_logprobs(
+        found = CastHead(given[0], head.weight, head.bias).token_logprobs(
             labels, temperature=float(self.temperature), entropy=return_entropy
         )
         # These are hidden states, which no caller must mistake for logits.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from ._common import Head, logits_entropy, require_kernels, require_logits, require_temperature
+from ._common import CastHead, logits_entropy, require_kernels, require_logits, require_temperature
 from ._patch import Hook, IncompatibleError, Integration, Report, Unsupported
 
 __all__ = ["IncompatibleError", "Report", "patch", "patched", "report", "unpatch"]
@@ -126,7 +126,7 @@ def _head(
     unknown = set(outputs) - {"log_probs", *_OPTIONAL_OUTPUTS}
     if unknown:
         raise Unsupported(f"output {min(unknown)!r}")
-    head = Head(hidden, weight, bias)
+    head = CastHead(hidden, weight, bias)
     found = head.token_logprobs(
         targets,
         temperature=temperature,
@@ -144,7 +144,7 @@ def _head(
 
 
 def _statistics(
-    head: Head,
+    head: CastHead,
     targets: Tensor,
     temperature: float,
     softcap: float | None,

@@ -24,7 +24,7 @@ from torch import Tensor
 import rlhf_kernels as rk
 
 from ._common import (
-    Head,
+    CastHead,
     logits_entropy,
     require_constant,
     require_floating,
@@ -167,7 +167,7 @@ def _fused_linear(
 ) -> tuple[Tensor, Tensor]:
     if input_ids.shape != hidden_states.shape[:-1]:
         raise Unsupported("labels of another shape than the hidden states' rows")
-    head = Head(hidden_states, vocab_weights, None)
+    head = CastHead(hidden_states, vocab_weights, None)
     found = head.token_logprobs(input_ids.long(), temperature=temperature, entropy=True)
     return found.logprobs, found.entropy
 

@@ -5,7 +5,7 @@ are their logits; the backward pass needs no other logits.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -47,18 +47,15 @@ Results = tuple[Tensor, Maybe, Tensor, Tensor]
 class Launchers(TypedDict, total=False):
     """By operator name."""
 
-    token_logprobs_support: Callable[[Tensor, Tensor, Maybe, Tensor, Tensor, RowOptions], Results]
+    token_logprobs_support: Callable[[Tensor, Tokens, RowOptions], Results]
     token_logprobs_support_backward: Callable[
-        [Tensor, Tensor, Maybe, Tensor, Tensor, Tensor, Maybe, Maybe, RowOptions, int, torch.dtype],
-        Tensor,
+        [Tensor, Tokens, Tensor, Maybe, Maybe, RowOptions, int, torch.dtype], Tensor
     ]
-    linear_token_logprobs_support: Callable[
-        [Tensor, Tensor, Maybe, Tensor, Maybe, Tensor, Tensor, RowOptions], Results
-    ]
+    linear_token_logprobs_support: Callable[[Tensor, Tensor, Maybe, Tokens, RowOptions], Results]
     linear_token_logprobs_support_backward: Callable[
-        [Tensor, Tensor, Maybe, Tensor, Tensor, Maybe, Tensor, Tensor, Tensor, Maybe, Maybe,
-         RowOptions, Sequence[bool]], tuple[Tensor, Tensor, Tensor],
-    ]  # fmt: skip
+        [Tensor, Tensor, Maybe, Tensor, Tokens, Tensor, Maybe, Maybe, RowOptions, Sequence[bool]],
+        tuple[Tensor, Tensor, Tensor],
+    ]
 
 
 def launchers(
@@ -79,12 +76,14 @@ def launchers(
     others write them, and validate the data themselves.
     """
 
-    # The arguments stand in `Launchers`; most are only passed on, in `Tokens` and `Backward`.
     def run(
-        op: str, rows: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Any
+        op: str,
+        rows: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        tokens: Tokens,
+        options: RowOptions,
     ) -> Results:
-        *inputs, options = args
-        tokens = Tokens(*inputs)
         found, entropies = logprobs.results(tokens.labels, options)
         stats = logprobs.statistics(found)
         kept = found.new_empty(tokens.indices.shape)
@@ -97,31 +96,51 @@ def launchers(
             forward(op, vocab, rows, weight, bias, tokens, options, *outs)
         return found, entropies, stats, kept
 
-    def token_logprobs_support(logits: Tensor, *args: Any) -> Results:
-        return run("token_logprobs", logits, None, None, *args)
+    def token_logprobs_support(logits: Tensor, tokens: Tokens, options: RowOptions) -> Results:
+        return run("token_logprobs", logits, None, None, tokens, options)
 
-    def token_logprobs_support_backward(kept: Tensor, *args: Any) -> Tensor:
-        tokens, (*rest, vocab, dtype) = Tokens(*args[:4]), args[4:]
+    def token_logprobs_support_backward(
+        kept: Tensor,
+        tokens: Tokens,
+        stats: Tensor,
+        grad_logprobs: Tensor | None,
+        grad_entropy: Tensor | None,
+        options: RowOptions,
+        vocab: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
         make = torch.zeros if on_device else torch.empty
         out = make((*tokens.labels.shape, vocab), dtype=dtype, device=kept.device)
         if out.numel() > 0 and (kept.numel() > 0 or not on_device):
-            scatter(vocab, out, Backward(kept, tokens, *rest))
+            rest = Backward(kept, tokens, stats, grad_logprobs, grad_entropy, options)
+            scatter(vocab, out, rest)
         return out
 
-    def linear_token_logprobs_support(*args: Any) -> Results:
-        return run("linear_token_logprobs", *args)
+    def linear_token_logprobs_support(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tokens, options: RowOptions
+    ) -> Results:
+        return run("linear_token_logprobs", hidden, weight, bias, tokens, options)
 
     def linear_token_logprobs_support_backward(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor, *args: Any
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kept: Tensor,
+        tokens: Tokens,
+        stats: Tensor,
+        grad_logprobs: Tensor | None,
+        grad_entropy: Tensor | None,
+        options: RowOptions,
+        needs: Sequence[bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, (*rest, needs) = Tokens(*args[:4]), args[4:]
         likes = ((hidden, hidden.shape), (weight, weight.shape), (kept, weight.shape[:1]))
         gradients = [
             like.new_empty(shape) if need else None
             for (like, shape), need in zip(likes, needs, strict=True)
         ]
         if tokens.labels.numel() > 0 and kept.numel() > 0:
-            head_backward(gradients, hidden, weight, Backward(kept, tokens, *rest))
+            rest = Backward(kept, tokens, stats, grad_logprobs, grad_entropy, options)
+            head_backward(gradients, hidden, weight, rest)
         else:
             gradients = [None if t is None else t.zero_() for t in gradients]
         dtypes = (hidden.dtype, weight.dtype, hidden.dtype if bias is None else bias.dtype)

@@ -9,6 +9,7 @@ from ..config.enums import (
     MISMATCH_CODES,
     MISMATCH_LEVELS,
     CorrectionMode,
+    MismatchCriterion,
     MismatchLevel,
 )
 from ..config.mismatch import CRITERIA, RATIOS, Bound, MismatchParams
@@ -74,7 +75,7 @@ def encoded(
     mode: CorrectionMode,
     low: float | None,
     high: float | None,
-    reject: Mapping[str, Bound] | None,
+    reject: Mapping[MismatchCriterion, Bound] | None,
     veto: float | None,
     log_ratio_clamp: float | None,
 ) -> tuple[int, int, MismatchParams]:

@@ -11,7 +11,8 @@ from ..core import checks, option_checks, pair_options
 from ..core.option_checks import shown
 from ..core.pair_options import SAME, PairOptions, Same
 from ..kernels import backends
-from ._operator import InputGradients, Operator, apply, define, once_differentiable, remember
+from ._autograd import InputGradients, apply, once_differentiable, remember
+from ._operator import Operator, define
 
 
 def _forward_fake(

@@ -10,19 +10,11 @@ from ..config.enums import DIRECTIONS, Direction
 from ..core import checks, data_checks, option_checks, pair_options
 from ..core.pair_options import SAME, Same
 from ..head import kl as head
-from ..head.arguments import Divergence, Operands
+from ..head.arguments import Batching, Divergence, Operands
 from ..kernels import backends
+from ._autograd import InputGradients, apply, gathered, once_differentiable, remember
 from ._heads import check_batching, check_head, check_ref_head
-from ._operator import (
-    InputGradients,
-    Operator,
-    apply,
-    define,
-    head_gradients_fake,
-    once_differentiable,
-    remember,
-    select,
-)
+from ._operator import Operator, define, head_gradients_fake, select
 from .kl import KlDivergence, result
 
 _ARGS = "Operands operands, Operands ref_, Divergence divergence"
@@ -43,11 +35,26 @@ _forward: Operator[tuple[Tensor, Tensor, Tensor | None]] = define(
     _forward_fake,
     head.forward,
 )
+
+
+def _backward_fake(
+    operands: Operands,
+    ref: Operands,
+    divergence: Divergence,
+    stats: Tensor,
+    grad: Tensor,
+    batching: Batching,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return head_gradients_fake(operands, needs)
+
+
 _backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
     "linear_kl_divergence_backward",
     f"({_ARGS}, Tensor stats, Tensor grad, Batching batching, bool[] needs, str backend) "
     "-> (Tensor, Tensor, Tensor)",
-    lambda operands, *rest: head_gradients_fake(operands, rest[-2]),
+    _backward_fake,
     head.backward,
 )
 
@@ -56,9 +63,9 @@ class _LinearKlDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
         """`args`: the fields of both heads' Operands and of Divergence; batching, backend."""
-        operands, reference = Operands(*args[:3]), Operands(*args[3:6])
-        divergence = Divergence(*args[6:8])
-        batching, backend = args[8:]
+        operands, reference, divergence, batching, backend = gathered(
+            args, Operands, Operands, Divergence
+        )
         kl, stats, entropies = _forward(operands, reference, divergence, batching, backend)
         remember(ctx, *operands)
         ctx.save_for_backward(*operands, *reference, divergence.mask, stats)

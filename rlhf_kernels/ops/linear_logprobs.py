@@ -12,19 +12,11 @@ from ..core.layout import any_of_token
 from ..core.sentinels import SHARD_IGNORED
 from ..head import logprobs as head
 from ..head import shard
-from ..head.arguments import Operands, Targets, Upstream
+from ..head.arguments import Batching, Operands, Targets, Upstream
 from ..kernels import backends
+from ._autograd import InputGradients, apply, gathered, once_differentiable, remember
 from ._heads import check_batching, check_head
-from ._operator import (
-    InputGradients,
-    Operator,
-    apply,
-    define,
-    head_gradients_fake,
-    once_differentiable,
-    remember,
-    select,
-)
+from ._operator import Operator, define, head_gradients_fake, select
 from .logprobs_results import (
     TokenLogprobs,
     TokenLogprobsEntropy,
@@ -75,16 +67,29 @@ _sharded_forward: Operator[tuple[Any, ...]] = define(
 _BACKWARD_ARGS = (
     "Operands operands, Targets targets, Upstream upstream, Batching batching, bool[] needs"
 )
+
+
+def _backward_fake(
+    operands: Operands,
+    targets: Targets,
+    upstream: Upstream,
+    batching: Batching,
+    needs: list[bool],
+    *_: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return head_gradients_fake(operands, needs)
+
+
 _backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
     "linear_token_logprobs_backward",
     f"({_BACKWARD_ARGS}, str backend) -> (Tensor, Tensor, Tensor)",
-    lambda operands, *rest: head_gradients_fake(operands, rest[-2]),
+    _backward_fake,
     head.backward,
 )
 _sharded_backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
     "sharded_linear_token_logprobs_backward",
     f"({_BACKWARD_ARGS}, str group, str backend) -> (Tensor, Tensor, Tensor)",
-    lambda operands, *rest: head_gradients_fake(operands, rest[-3]),
+    _backward_fake,
     shard.linear_token_logprobs_backward,
 )
 
@@ -93,8 +98,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> InputGradients:
         """`args`: the fields of Operands and Targets; batching, group, backend."""
-        operands, targets = Operands(*args[:3]), Targets(*args[3:6])
-        batching, group, backend = args[6:]
+        operands, targets, batching, group, backend = gathered(args, Operands, Targets)
         results: Sequence[Any]
         if group:
             *results, local = _sharded_forward(operands, targets, batching, group, backend)

@@ -11,20 +11,11 @@ from ..config.policy import PolicyLossConfig
 from ..core import checks, data_checks, groups, row_options, tracing
 from ..head import devices, shard
 from ..head import policy as head
-from ..head.arguments import Operands, PolicyArguments, Targets
+from ..head.arguments import Batching, Operands, PolicyArguments, Targets
 from ..kernels import backends, losses
+from ._autograd import InputGradients, apply, gathered, graph_is_kept, once_differentiable, remember
 from ._heads import check_batching, check_head, check_ref_head
-from ._operator import (
-    InputGradients,
-    Operator,
-    apply,
-    define,
-    graph_is_kept,
-    head_gradients_fake,
-    once_differentiable,
-    remember,
-    select,
-)
+from ._operator import Operator, define, head_gradients_fake, select
 from .policy import (
     PPO,
     PolicyLoss,
@@ -56,9 +47,16 @@ def _check_ref_head(
     return check_ref_head(op, hidden, weight, ref_hidden, ref_weight, ref_bias, sharded=sharded)
 
 
-def _fake(operands: Operands, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake(
+    operands: Operands,
+    targets: Targets,
+    policy: PolicyArguments,
+    ref: Operands | None,
+    batching: Batching,
+    needs: list[bool],
+    *_: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     scalar = operands.hidden.new_empty((), dtype=torch.float32)
-    *_, needs, _ = rest
     of_hidden, of_weight, of_bias = (
         g.new_empty(g.shape, dtype=losses.waiting_dtype(g.dtype)) if need else g
         for g, need in zip(head_gradients_fake(operands, needs), needs, strict=True)
@@ -77,7 +75,7 @@ _forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = define(
 _sharded_forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = define(
     "sharded_linear_policy_loss",
     f"({_ARGS}, str group, str backend) -> {_RESULTS}",
-    lambda *args: _fake(*args[:-1]),
+    _fake,
     shard.linear_policy_loss,
 )
 
@@ -108,14 +106,14 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         """`args`: the fields of Operands, Targets and PolicyArguments and of the reference's
-        Operands, or three times None; batching, group, backend. Autograd sees no tensor in a tuple.
+        Operands, or None for each; batching, group, backend.
         """
-        operands, targets = Operands(*args[:3]), Targets(*args[3:6])
-        policy, ref_hidden = PolicyArguments(*args[6:17]), args[17]
-        reference = None if ref_hidden is None else Operands(*args[17:20])
-        batching, group, backend = args[20:]
-        ctx.needs, ctx.backend = list(ctx.needs_input_grad[:3]), backend
-        ctx.nothing = (None,) * (len(args) - 3)
+        operands, targets, policy, ref, batching, group, backend = gathered(
+            args, Operands, Targets, PolicyArguments, Operands
+        )
+        ctx.needs, ctx.backend = list(ctx.needs_input_grad[: len(operands)]), backend
+        ctx.nothing = (None,) * (len(args) - len(operands))
+        reference = None if ref.hidden is None else ref
         inputs = (operands, targets, policy, reference, batching, ctx.needs)
         if group:
             loss, metrics, *gradients = _sharded_forward(*inputs, group, backend)

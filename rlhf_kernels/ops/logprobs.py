@@ -13,7 +13,8 @@ from ..core.row_options import RowOptions
 from ..core.sentinels import SHARD_IGNORED
 from ..head import shard
 from ..kernels import backends
-from ._operator import InputGradients, Operator, apply, define, once_differentiable, remember
+from ._autograd import InputGradients, apply, once_differentiable, remember
+from ._operator import Operator, define
 from .logprobs_results import (
     TokenLogprobs,
     TokenLogprobsEntropy,
@@ -67,9 +68,18 @@ def _forward_fake(
     )
 
 
-def _statistics_fake(*args: Any, grad: bool, backend: str) -> _Results:
+def _statistics_fake(
+    logits: Tensor,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    options: RowOptions,
+    grad: bool,
+    backend: str,
+) -> _Results:
     """As `_forward_fake`; a backend on the CPU leaves out the statistics if no gradient follows."""
-    logprobs, entropies, stats, collisions, ids = _forward_fake(*args)
+    logprobs, entropies, stats, collisions, ids = _forward_fake(
+        logits, labels, temperatures, options
+    )
     kept = stats if grad or backend in backends.GPU else None
     return logprobs, entropies, kept, collisions, ids
 
@@ -79,13 +89,16 @@ _RESULTS = "Tensor, Tensor, Tensor, Tensor, Tensor"
 _forward: Operator[_Results] = define(
     "token_logprobs",
     f"({_ROWS}, RowOptions options, bool grad, str backend) -> ({_RESULTS})",
-    lambda *args: _statistics_fake(*args[:-2], grad=args[-2], backend=args[-1]),
+    _statistics_fake,
 )
 # Also returns the labels as columns of this shard; with them the usual backward kernel applies.
 _sharded_forward: Operator[tuple[Any, ...]] = define(
     "sharded_token_logprobs",
     f"({_ROWS}, RowOptions options, str group, str backend) -> ({_RESULTS}, Tensor)",
-    lambda *args: (*_forward_fake(*args), args[1].new_empty(args[1].shape, dtype=torch.int64)),
+    lambda logits, labels, *rest: (
+        *_forward_fake(logits, labels, *rest),
+        labels.new_empty(labels.shape, dtype=torch.int64),
+    ),
     shard.token_logprobs,
 )
 _BACKWARD_ARGS = (

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..config.enums import MISSING, CorrectionMode, MismatchLevel, MismatchPreset, Missing
+from ..config.enums import (
+    MISSING,
+    CorrectionMode,
+    MismatchCriterion,
+    MismatchLevel,
+    MismatchPreset,
+    Missing,
+)
 from ..config.metrics import MISMATCH_METRICS
 from ..config.mismatch import PRESETS, Bound, MismatchOptions
 from ..core import checks, data_checks, option_checks, tracing
@@ -107,7 +114,7 @@ def mismatch_weights(
     mode: CorrectionMode | None = None,
     low: float | None = None,
     high: float | None = None,
-    reject: Mapping[str, Bound] | None = None,
+    reject: Mapping[MismatchCriterion, Bound] | None = None,
     veto: float | None = None,
     normalize: bool = False,
     missing: Missing = "raise",

@@ -13,16 +13,9 @@ from ..core import checks, data_checks, tracing
 from ..core.layout import constant, constants
 from ..core.option_checks import shown
 from ..kernels import backends, losses
+from ._autograd import InputGradients, apply, graph_is_kept, once_differentiable, remember
 from ._metrics import Metrics, register_metrics
-from ._operator import (
-    InputGradients,
-    Operator,
-    apply,
-    define,
-    graph_is_kept,
-    once_differentiable,
-    remember,
-)
+from ._operator import Operator, define
 
 
 def check_spread(

@@ -11,15 +11,9 @@ from ..core import checks, data_checks, option_checks, row_options
 from ..core.row_options import RowArguments, RowOptions, RowResults
 from ..head.arguments import Operands
 from ..kernels import backends
-from ._operator import (
-    InputGradients,
-    Operator,
-    apply,
-    define,
-    head_gradients_fake,
-    once_differentiable,
-    remember,
-)
+from ..kernels.support import Tokens
+from ._autograd import InputGradients, apply, once_differentiable, remember
+from ._operator import Operator, define, head_gradients_fake
 from .logprobs_results import TokenLogprobs, TokenLogprobsEntropy
 
 #: (indptr [N + 1], indices [nnz]): the token ids that the sampler kept for each token.
@@ -28,26 +22,53 @@ Support = tuple[Tensor, Tensor]
 
 def _forward_fake(
     like: Tensor,
-    labels: Tensor,
-    temperatures: Tensor | None,
-    indptr: Tensor,
-    indices: Tensor,
+    tokens: Tokens,
     options: RowOptions,
     backend: str,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    logprobs = like.new_empty(labels.shape, dtype=torch.float32)
+    shape = tokens.labels.shape
+    logprobs = like.new_empty(shape, dtype=torch.float32)
     return (
         logprobs,
-        logprobs.new_empty(labels.shape) if options.entropy else None,
-        logprobs.new_empty((*labels.shape, 3)),
-        logprobs.new_empty(indices.shape),
+        logprobs.new_empty(shape) if options.entropy else None,
+        logprobs.new_empty((*shape, 3)),
+        logprobs.new_empty(tokens.indices.shape),
     )
 
 
-_TOKENS = "Tensor labels, Tensor? temperatures, Tensor indptr, Tensor indices"
-_FORWARD = f"{_TOKENS}, RowOptions options, str backend"
+def _backward_fake(
+    kept: Tensor,
+    tokens: Tokens,
+    stats: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    options: RowOptions,
+    vocab: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    return kept.new_empty((*tokens.labels.shape, vocab), dtype=dtype)
+
+
+def _head_backward_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kept: Tensor,
+    tokens: Tokens,
+    stats: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    options: RowOptions,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return head_gradients_fake(Operands(hidden, weight, bias), needs)
+
+
+_FORWARD = "Tokens tokens, RowOptions options, str backend"
 _BACKWARD = (
-    f"Tensor kept, {_TOKENS}, Tensor stats, Tensor? grad_logprobs, Tensor? grad_entropy, "
+    "Tensor kept, Tokens tokens, Tensor stats, Tensor? grad_logprobs, Tensor? grad_entropy, "
     "RowOptions options"
 )
 # The fourth result, `kept`, is the logit of each entry. The backward pass needs no other logits.
@@ -59,18 +80,18 @@ _forward: Operator[tuple[Tensor, Tensor | None, Tensor, Tensor]] = define(
 _backward: Operator[Tensor] = define(
     "token_logprobs_support_backward",
     f"({_BACKWARD}, SymInt vocab, ScalarType dtype, str backend) -> Tensor",
-    lambda kept, labels, *args: kept.new_empty((*labels.shape, args[-3]), dtype=args[-2]),
+    _backward_fake,
 )
 _head_forward: Operator[tuple[Tensor, Tensor | None, Tensor, Tensor]] = define(
     "linear_token_logprobs_support",
     f"(Tensor hidden, Tensor weight, Tensor? bias, {_FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda hidden, weight, bias, *args: _forward_fake(hidden, *args),
+    lambda hidden, weight, bias, *rest: _forward_fake(hidden, *rest),
 )
 _head_backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
     "linear_token_logprobs_support_backward",
     f"(Tensor hidden, Tensor weight, Tensor? bias, {_BACKWARD}, bool[] needs, str backend) -> "
     "(Tensor, Tensor, Tensor)",
-    lambda *args: head_gradients_fake(Operands(*args[:3]), args[-2]),
+    _head_backward_fake,
 )
 
 
@@ -129,13 +150,23 @@ def check_one_label(op: str, several: bool) -> None:
 
 class _TokenLogprobsSupport(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-        *tokens, options, backend = args
-        logprobs, entropies, stats, kept = _forward(logits, *args)
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        temperatures: Tensor | None,
+        indptr: Tensor,
+        indices: Tensor,
+        options: RowOptions,
+        backend: str,
+    ) -> tuple[Tensor | None, ...]:
+        tokens = Tokens(labels, temperatures, indptr, indices)
+        logprobs, entropies, stats, kept = _forward(logits, tokens, options, backend)
         # The logits are not saved, so their memory can be freed.
         remember(ctx, logits)
         ctx.save_for_backward(kept, *tokens, stats)
-        ctx.options = (options, logits.shape[-1], logits.dtype, backend)
+        ctx.options, ctx.backend = options, backend
+        ctx.vocab, ctx.dtype = logits.shape[-1], logits.dtype
         ctx.set_materialize_grads(False)
         return (logprobs, entropies) if options.entropy else (logprobs,)
 
@@ -144,19 +175,42 @@ class _TokenLogprobsSupport(torch.autograd.Function):
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
     ) -> InputGradients:
-        gradient = None
-        if grad_logprobs is not None or grad_entropy is not None:
-            gradient = _backward(*ctx.saved_tensors, grad_logprobs, grad_entropy, *ctx.options)
-        return (gradient, *(None,) * 6)
+        nothing = (None,) * 6
+        if grad_logprobs is None and grad_entropy is None:
+            return (None, *nothing)
+        kept, *tokens, stats = ctx.saved_tensors
+        gradient = _backward(
+            kept,
+            Tokens(*tokens),
+            stats,
+            grad_logprobs,
+            grad_entropy,
+            ctx.options,
+            ctx.vocab,
+            ctx.dtype,
+            ctx.backend,
+        )
+        return (gradient, *nothing)
 
 
 class _LinearTokenLogprobsSupport(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        temperatures: Tensor | None,
+        indptr: Tensor,
+        indices: Tensor,
+        options: RowOptions,
+        backend: str,
     ) -> tuple[Tensor | None, ...]:
-        *tokens, options, backend = args
-        logprobs, entropies, stats, kept = _head_forward(hidden, weight, bias, *args)
+        tokens = Tokens(labels, temperatures, indptr, indices)
+        logprobs, entropies, stats, kept = _head_forward(
+            hidden, weight, bias, tokens, options, backend
+        )
         remember(ctx, hidden, weight, bias)
         ctx.save_for_backward(hidden, weight, bias, kept, *tokens, stats)
         ctx.options, ctx.backend = options, backend
@@ -171,9 +225,20 @@ class _LinearTokenLogprobsSupport(torch.autograd.Function):
         nothing = (None,) * 6
         if grad_logprobs is None and grad_entropy is None:
             return (None, None, None, *nothing)
+        hidden, weight, bias, kept, *tokens, stats = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         found = _head_backward(
-            *ctx.saved_tensors, grad_logprobs, grad_entropy, ctx.options, needs, ctx.backend
+            hidden,
+            weight,
+            bias,
+            kept,
+            Tokens(*tokens),
+            stats,
+            grad_logprobs,
+            grad_entropy,
+            ctx.options,
+            needs,
+            ctx.backend,
         )
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), *nothing)
 

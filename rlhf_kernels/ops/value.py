@@ -11,8 +11,9 @@ from ..config.metrics import VALUE_METRICS
 from ..core import checks, data_checks, option_checks, tracing
 from ..core.layout import constant
 from ..kernels import backends, losses
+from ._autograd import InputGradients, apply, once_differentiable, remember
 from ._metrics import Metrics, register_metrics
-from ._operator import InputGradients, Operator, apply, define, once_differentiable, remember
+from ._operator import Operator, define
 from .policy import scaled
 
 

@@ -15,7 +15,7 @@ from rlhf_kernels.core.layout import plain_empty
 from rlhf_kernels.head import chunks as head_chunks
 from rlhf_kernels.head import gradients
 from rlhf_kernels.head.gradients import _Sum
-from rlhf_kernels.head.products import Head
+from rlhf_kernels.head.products import TiledHead
 from rlhf_kernels.testing import DTYPES, assert_within_bound, product_bound, to_float64
 
 TOKENS, VOCAB = 37, 200
@@ -25,14 +25,14 @@ TOKENS, VOCAB = 37, 200
 def blocks(request, monkeypatch):
     """The words of each product of a backward pass, whose budget holds 64 of VOCAB at a time."""
     seen = []
-    project = Head.project
+    project = TiledHead.project
 
     def watched(head, hidden, words=slice(None)):
         logits = project(head, hidden, words)
         seen.append(logits.shape[1])
         return logits
 
-    monkeypatch.setattr(Head, "project", watched)
+    monkeypatch.setattr(TiledHead, "project", watched)
     monkeypatch.setitem(head_chunks.CHUNK_BYTES, "cpu", 64 * TOKENS * 2)
     with rk.use_backend(request.param):
         yield seen

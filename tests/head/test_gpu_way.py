@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.head import gpu_way
 from tests.head.head_cases import drawn
 from tests.kernels import emulated_cuda
+from tests.kernels.launchers import with_launchers
 from tools import head_traffic
 
 import rlhf_kernels as rk
@@ -307,11 +308,10 @@ class _Factors(TorchDispatchMode):
 @pytest.mark.parametrize("traced", (False, True))
 def test_no_upstream_gradient_is_rounded_to_16_bits(traced, kept, monkeypatch):
     # As Triton's backend, which has no kernel for it.
-    monkeypatch.delitem(backends.get("cuda").launchers, "scale_inplace")
     if not traced:
         monkeypatch.setattr(tracing, "dispatch_modes", lambda: 0)
     problem = Problem()
-    with gpu_way.taken():
+    with gpu_way.taken(), with_launchers("cuda", scale_inplace=None):
         loss, _ = problem.call("linear_policy_loss")
         with _Factors() as factors:
             torch.autograd.grad(

@@ -13,6 +13,7 @@ import torch
 from tests.head import gpu_way
 from tests.kernels import emulated_cuda
 from tests.kernels.guarded_memory import GuardedMemory
+from tests.kernels.launchers import with_launchers
 from tools import head_traffic
 
 import rlhf_kernels as rk
@@ -45,8 +46,7 @@ def one_kernel():
 @contextlib.contextmanager
 def chosen(kernel):
     """`kernel`, or None, whatever the vocabulary."""
-    rows = backends.get("cuda").kernels.rows
-    with mock.patch.object(rows, "policy_rows_for", lambda *_: kernel):
+    with with_launchers("cuda", policy_rows_for=lambda *_: kernel):
         yield
 
 

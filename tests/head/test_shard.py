@@ -14,6 +14,8 @@ from tests.ops.row_results_cases import check as check_every
 
 import rlhf_kernels as rk
 from rlhf_kernels import reference
+from rlhf_kernels.head import shard
+from rlhf_kernels.kernels import backends
 from rlhf_kernels.testing import assert_bitwise_equal, to_float64
 
 # Two ranks and three, uneven, with empty shards in each place, and larger than one block.
@@ -67,6 +69,14 @@ def logprobs_on(ranks, sizes, backend, logits, labels, upstream, **options):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(o) or "plain")
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_kernels_of_a_group_are_made_once():
+    kernels = backends.get("cpu").kernels
+    first = shard.kernels_of(kernels.rows, kernels.empty, "0")
+    again = backends.get("cpu").kernels
+    assert shard.kernels_of(again.rows, again.empty, "0") is first
+    assert shard.kernels_of(again.rows, again.empty, "1") is not first
+
+
 def test_token_logprobs_match_fp64(backend, ranks, sizes, options):
     def run(logits, labels, upstream, **options):
         return logprobs_on(ranks, sizes, backend, logits, labels, upstream, **options)

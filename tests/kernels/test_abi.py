@@ -161,12 +161,38 @@ def test_dtypes_and_status_codes_are_those_of_the_boundary():
 
 def test_the_triton_kernels_have_the_same_integers():
     pytest.importorskip("triton")
-    from rlhf_kernels.kernels.triton import policy_math, value
+    from rlhf_kernels.kernels.triton import mismatch_math, policy_math, value
 
     for names, _, _, after in ENUMS.values():
         if after is not None:
             for i, name in enumerate(names):
                 constant = (name or "no").replace("-", "_").upper() + after
                 assert getattr(policy_math, constant).value == i, constant
+    for i, name in enumerate(enums.MISMATCH_CODES):
+        constant = (name or "none").replace("-", "_").upper()
+        assert getattr(mismatch_math, constant).value == i, constant
     for i, name in enumerate(metrics.VALUE_METRICS):
         assert getattr(value, f"M_{name.upper()}").value == i, name
+
+
+def of_source(name, enum):
+    """Members of an enum of a header in csrc whose values count from 0, without their k."""
+    body = re.search(rf"enum {enum} {{(.*?)}};", (CSRC / name).read_text(), re.DOTALL)[1]
+    found = re.findall(r"(\w+)(.*?)(?:,|$)", re.sub(r"//.*", "", body).strip())
+    assert not any(value.strip() for _, value in found)
+    return [member.removeprefix("k") for member, _ in found]
+
+
+def test_sums_and_totals_of_mismatch_weights_have_one_order():
+    pytest.importorskip("triton")
+    from rlhf_kernels.kernels.triton import mismatch_judge, mismatch_math
+
+    orders = (("MismatchSum", mismatch_math, "S_"), ("MismatchTotal", mismatch_judge, ""))
+    for enum, module, prefix in orders:
+        *names, _ = of_source("mismatch_math.h", enum)
+        for i, name in enumerate(names):
+            words = re.sub(r"(?<=[a-z\d])(?=[A-Z])", "_", re.sub("(Of|In)$", "", name)).upper()
+            constant = prefix + words.replace("_SQUARE", "2")
+            assert getattr(module, constant).value == i, constant
+        if prefix:
+            assert module.SUMS.value == len(names)

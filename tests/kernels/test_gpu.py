@@ -30,6 +30,7 @@ from tests.kernels.gpu_calls import (
     run,
 )
 from tests.kernels.gpu_faults import FAULTS, examples, results
+from tests.kernels.launchers import with_launchers
 
 import rlhf_kernels as rk
 from rlhf_kernels.core import env
@@ -317,9 +318,7 @@ def test_a_graph_of_a_head_replays_with_another_mask(device):
 # Of one block to a row, of several, and of as many as make a cluster.
 @pytest.mark.parametrize("vocab", (20_000, 50_257, 262_144))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
-def test_one_kernel_of_a_policy_loss_has_the_bits_of_three(
-    cuda, kernels, monkeypatch, vocab, dtype
-):
+def test_one_kernel_of_a_policy_loss_has_the_bits_of_three(cuda, kernels, vocab, dtype):
     rows = backends.get(kernels).kernels.rows
     options = RowOptions(1.0, 0.0, True, SHARD_IGNORED)
     if rows.policy_rows_for(cuda, vocab, options) is None:
@@ -340,9 +339,8 @@ def test_one_kernel_of_a_policy_loss_has_the_bits_of_three(
     ):
         ref = {"ref_logprobs": given[1] + 0.1} if config.kl_coef else {}
         for one in (True, False):
-            with monkeypatch.context() as patch:
-                if not one:
-                    patch.setattr(rows, "policy_rows_for", lambda *_: None)
+            other = {} if one else {"policy_rows_for": lambda *_: None}
+            with with_launchers(kernels, **other):
                 loss, metrics = rk.linear_policy_loss(
                     *operands, *given, cu_seqlens=offsets, chunk_tokens=128, config=config, **ref
                 )

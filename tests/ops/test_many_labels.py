@@ -310,15 +310,15 @@ def test_a_head_matches_fp64(backend, options, dtype, monkeypatch):
 
 
 def test_a_head_multiplies_once_for_all_labels(monkeypatch):
-    from rlhf_kernels.head.products import Head
+    from rlhf_kernels.head.products import TiledHead
 
-    rows, project = [], Head.project
+    rows, project = [], TiledHead.project
 
     def counted(self, states, *args):
         rows.append(len(states))
         return project(self, states, *args)
 
-    monkeypatch.setattr(Head, "project", counted)
+    monkeypatch.setattr(TiledHead, "project", counted)
     operands, labels = head(count=40)
     labels[10:] = -100
     with rk.use_backend("cpu"):

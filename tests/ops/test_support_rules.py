@@ -22,6 +22,7 @@ import rlhf_kernels as rk
 from rlhf_kernels.core import env
 from rlhf_kernels.core.row_options import RowOptions
 from rlhf_kernels.kernels import native, triton
+from rlhf_kernels.kernels.support import Tokens
 from rlhf_kernels.kernels.triton import support_products
 from rlhf_kernels.testing import DTYPES, assert_bitwise_equal, generator
 
@@ -276,17 +277,17 @@ def test_memory_of_the_linear_form(backend, monkeypatch):
     operands, labels, support = head_problem((kept,) * rows, torch.float32, vocab=200, hidden=64)
     hidden, weight, bias = (t.detach() for t in operands)
     launchers = triton.launchers() if backend == "triton" else native.launchers(backend)
-    tokens, options = (labels, None, *support), RowOptions(1.0, 0.0, True, -100)
+    tokens, options = Tokens(labels, None, *support), RowOptions(1.0, 0.0, True, -100)
     for needs, limit in (([True, False, False], rows * 64), ([True, True, True], 200 * 64)):
         with Sizes() as sizes:
             _, _, stats, logits = launchers["linear_token_logprobs_support"](
-                hidden, weight, bias, *tokens, options
+                hidden, weight, bias, tokens, options
             )
         assert 0 < sizes.largest <= rows * 64
         upstream = torch.ones(rows)
         with Sizes() as sizes:
             found = launchers["linear_token_logprobs_support_backward"](
-                hidden, weight, bias, logits, *tokens, stats, upstream, upstream, options, needs,
+                hidden, weight, bias, logits, tokens, stats, upstream, upstream, options, needs,
             )  # fmt: skip
         assert 0 < sizes.largest <= limit
         assert [t.numel() > 0 for t in found] == needs

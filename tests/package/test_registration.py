@@ -116,6 +116,13 @@ def test_the_package_is_seven_levels_deep_and_sixteen_places_wide():
     assert levels["ops"] > levels["head"] > levels["kernels"] > levels["core"]
 
 
+def test_only_operations_call_the_reference():
+    """Kernels and the head compute everything themselves."""
+    users = {module for module, file in MODULES.items() if "reference" in _imports(file)[0]}
+    outside = {module for module in users if _area(module) not in ("ops", "reference", "")}
+    assert users and not outside
+
+
 def test_import_parser_sees_relative_imports():
     inside, outside = _imports(PACKAGE / "ops" / "logprobs.py")
     assert {"kernels.backends", "core.checks", "reference", "ops._operator"} <= inside

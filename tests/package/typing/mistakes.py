@@ -30,6 +30,7 @@ rk.group_advantages(labels, 2, scale="std")  # wrong
 rk.gae(x, x, masked="skip")  # wrong
 rk.mismatch_weights(x, x, keep, preset="tiss")  # wrong
 rk.mismatch_weights(x, x, keep, level="seq")  # wrong
+rk.mismatch_weights(x, x, keep, reject={"seq_mean_k5": 0.1})  # wrong
 rk.preference_loss(x, x, x, x, loss="sigmod")  # wrong
 rk.preference_loss(x, x, x, x, loss=["sigmoid", "itpo"])  # wrong
 rk.preference_loss(x, x, f_divergence="js")  # wrong
