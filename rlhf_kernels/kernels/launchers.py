@@ -1,13 +1,13 @@
 """The table of a backend's launchers; each family has the types of its own."""
 
-from . import kl, logprobs, losses, mismatch, scans, support
+from . import advantages, kl, logprobs, losses, mismatch, support
 
 
 class Launchers(
     logprobs.Launchers,
     support.Launchers,
     kl.Launchers,
-    scans.Launchers,
+    advantages.Launchers,
     losses.Launchers,
     mismatch.Launchers,
     total=False,

@@ -20,8 +20,8 @@ from ..core.pair_options import PairOptions
 from ..core.row_options import RowOptions
 from ..head.arguments import Batching, Divergence, Operands, PolicyArguments, Targets, Upstream
 from ..kernels import backends
+from ..kernels.advantages import GeneralScan
 from ..kernels.mismatch import MismatchRules
-from ..kernels.scans import GeneralScan
 from ..kernels.support import Tokens
 
 _LIBRARY = torch.library.Library("rlhf_kernels", "DEF")

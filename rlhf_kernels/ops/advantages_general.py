@@ -14,7 +14,7 @@ from ..core import checks, data_checks, option_checks
 from ..core.layout import constant, fp32_like
 from ..core.option_checks import shown
 from ..kernels import backends
-from ..kernels.scans import GeneralScan
+from ..kernels.advantages import GeneralScan
 from ..reference.advantages import Cuts
 from ._operator import Operator, define
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...config.enums import BASELINES, PLAIN_KL_ESTIMATORS, SCALES
 from ...core.layout import MaybeTensor, fp32_like
-from .. import scans
+from .. import advantages
 from . import boundary as b
 from . import policy
 
@@ -35,7 +35,7 @@ def _scratch_of(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, bo
     return cu_seqlens.shape[0] - 1, tokens.shape[0], True
 
 
-def launchers(extension: ModuleType) -> scans.Launchers:
+def launchers(extension: ModuleType) -> advantages.Launchers:
     """Launchers bound to an extension module."""
     make_exec, gpu = b.exec_builder(extension), extension.gpu
 
@@ -56,8 +56,8 @@ def launchers(extension: ModuleType) -> scans.Launchers:
         kl_coef: float = 0.0,
         kl_estimator: str = "k1",
         reward_clip: float | None = None,
-    ) -> scans.ScanResults:
-        results, done = scans.begin(op, tokens, cu_seqlens, values, scores, gpu)
+    ) -> advantages.ScanResults:
+        results, done = advantages.begin(op, tokens, cu_seqlens, values, scores, gpu)
         if done:
             return results
         moments = _moments(tokens) if whiten else None
@@ -81,7 +81,7 @@ def launchers(extension: ModuleType) -> scans.Launchers:
             whiten,
             *results,
             moments,
-            scans.WHITEN_EPS,
+            advantages.WHITEN_EPS,
             make_exec(tokens, "gae", lambda: _scratch_of(tokens, cu_seqlens)),
         )
         if status[0] != b.OK:
@@ -89,7 +89,7 @@ def launchers(extension: ModuleType) -> scans.Launchers:
         return results
 
     def general(
-        op: str, scan: scans.GeneralScan, sequences: int, results: scans.ScanResults
+        op: str, scan: advantages.GeneralScan, sequences: int, results: advantages.ScanResults
     ) -> None:
         tokens, cu_seqlens = scan.tokens, scan.cu_seqlens
         rewards, logprobs = (tokens, None) if scan.scores is None else (None, tokens)
@@ -123,7 +123,7 @@ def launchers(extension: ModuleType) -> scans.Launchers:
             scan.whiten,
             *results,
             _moments(tokens) if scan.whiten else None,
-            scans.WHITEN_EPS,
+            advantages.WHITEN_EPS,
             make_exec(tokens, "general_gae", lambda: (cu_seqlens is not None,)),
         )
         if status[0] != b.OK:
@@ -174,8 +174,8 @@ def launchers(extension: ModuleType) -> scans.Launchers:
         return out
 
     return {
-        **scans.launchers(scan),
-        "general_gae": scans.general_launcher(general, gpu),
+        **advantages.launchers(scan),
+        "general_gae": advantages.general_launcher(general, gpu),
         "group_advantages": group_advantages,
         "whiten": whiten,
     }

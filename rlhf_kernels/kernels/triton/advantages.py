@@ -21,7 +21,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .. import scans
+from ..advantages import Launchers, ScanResults, begin, launchers
 from ._launch import INTERPRETED, kernel, launch, tile_count
 from ._math import scalar
 from ._strided import strided
@@ -267,8 +267,8 @@ def _scan(
     kl_coef: float = 0.0,
     kl_estimator: str = "k1",
     reward_clip: float | None = None,
-) -> scans.ScanResults:
-    results, done = scans.begin(op, tokens, cu_seqlens, values, scores, on_device=True)
+) -> ScanResults:
+    results, done = begin(op, tokens, cu_seqlens, values, scores, on_device=True)
     if done:
         return results
     advantages, returns, shaped = results
@@ -333,8 +333,8 @@ def _scan(
     return results
 
 
-LAUNCHERS: scans.Launchers = {
-    **scans.launchers(_scan),
+LAUNCHERS: Launchers = {
+    **launchers(_scan),
     "general_gae": general_gae,
     "group_advantages": group_advantages,
     "whiten": whiten,

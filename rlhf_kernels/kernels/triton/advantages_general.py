@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import scans
+from ..advantages import GeneralScan, ScanResults, general_launcher
 from ._launch import INTERPRETED, kernel, launch
 from ._math import scalar
 from ._strided import strided
@@ -196,7 +196,7 @@ def general_kernel(
         store_moments(partials, sequence, n, mean, m2)
 
 
-def _general(_: str, scan: scans.GeneralScan, sequences: int, results: scans.ScanResults) -> None:
+def _general(_: str, scan: GeneralScan, sequences: int, results: ScanResults) -> None:
     advantages, returns, shaped = results
     cols = returns.shape[-1]
     offsets = bad = None
@@ -250,4 +250,4 @@ def _general(_: str, scan: scans.GeneralScan, sequences: int, results: scans.Sca
         whiten_scan(advantages, kept, partials)
 
 
-general_gae = scans.general_launcher(_general, on_device=True)
+general_gae = general_launcher(_general, on_device=True)

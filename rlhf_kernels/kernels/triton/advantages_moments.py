@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.layout import grid
-from ..scans import WHITEN_EPS
+from ..advantages import WHITEN_EPS
 from ._launch import kernel, launch, tile_count
 from ._math import scalar, tree_sum
 from ._strided import Strided, strided
