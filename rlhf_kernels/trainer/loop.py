@@ -42,6 +42,7 @@ class Loop:
             "settings": stage.settings | {"processes": self.accelerator.num_processes},
             "data": resume.identities(stage.task, trainer),
             "models": resume.model_identities(stage.settings),
+            "code": resume.code_identities(stage.settings),
         }
 
     def begin(self) -> None:

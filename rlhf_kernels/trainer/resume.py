@@ -11,7 +11,7 @@ from . import checkpoint
 from .checkpoint import CheckpointError
 from .config import UserError, require
 from .folder import set_aside
-from .reward_functions import is_function
+from .reward_functions import is_function, source_of
 from .tree import check_like, generator_states
 
 # Settings that do not affect training. The content of the data counts, not its path.
@@ -100,6 +100,16 @@ def model_identities(settings: Mapping[str, Any]) -> dict[str, str]:
     return {path: _model_identity(Path(path)) for path in folders}
 
 
+def code_identities(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The hash of the file that defines each reward function, by the function's path."""
+    files = {p: source_of(p) for p in settings.get("reward_funcs", ()) if is_function(p)}
+    return {
+        path: hashlib.sha256(file.read_bytes()).hexdigest()
+        for path, file in files.items()
+        if file is not None and file.is_file()
+    }
+
+
 def _model_identity(folder: Path) -> str:
     found = hashlib.sha256()
     for file in sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES and p.is_file()):
@@ -136,8 +146,8 @@ def check_same(
 
     Args:
         path: the checkpoint, for messages.
-        saved: `settings`, `data` and `models` of the checkpoint.
-        now: `settings`, `data` and `models` of this run.
+        saved: `settings`, `data`, `models` and `code` of the checkpoint.
+        now: the same of this run.
         changed: whether they may differ.
         say: receives messages about allowed differences.
 
@@ -155,12 +165,7 @@ def check_same(
     differ = [f"{n} was {old[n]!r}, is {new[n]!r}" for n in names if n not in _ROUNDING]
     data = [k for k, v in now["data"].items() if identity_of.get(k) != v]
     differ += [f"{_DATA[k]} has other rows" for k in data]
-    files = saved["models"] if isinstance(saved.get("models"), dict) else {}
-    differ += [
-        f"{path} has other weights or settings"
-        for path, found in now["models"].items()
-        if files.get(path, found) != found
-    ]
+    differ += [f"{path} has other weights or settings" for path in _others("models", saved, now)]
     if differ and not changed:
         raise UserError(
             f"{path}: {'; '.join(differ)}; --resume needs the settings and data of the checkpoint, "
@@ -168,10 +173,19 @@ def check_same(
         )
     if differ:
         say(f"continuing with other settings: {'; '.join(differ)}")
+    for function in _others("code", saved, now):
+        # No error: a function that raised may be mended by now.
+        say(f"reward_funcs: the file of {function!r} has changed since {path}")
     if rounding:
         values = ", ".join(f"{n} {old[n]!r} -> {new[n]!r}" for n in rounding)
         say(f"not bitwise as if uninterrupted: {values}")
     return data
+
+
+def _others(kind: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Paths under which the checkpoint has another hash of this kind than the run."""
+    before = saved[kind] if isinstance(saved.get(kind), dict) else {}
+    return [path for path, found in now[kind].items() if before.get(path, found) != found]
 
 
 def _run_entries(

@@ -84,10 +84,25 @@ def load_reward(path: str) -> RewardFunction:
     return function
 
 
+def _file(module: str) -> tuple[Path, bool]:
+    """The file that a module has as a path or in the current folder; whether it is a path."""
+    is_file = module.endswith(".py") or "/" in module or os.sep in module
+    return Path(module if is_file else f"{module}.py").expanduser(), is_file
+
+
+def source_of(path: str) -> Path | None:
+    """The file of the module that `load_reward` has imported; None where none is known."""
+    module = path.replace("::", ":").rpartition(":")[0]
+    file, _ = _file(module)
+    if file.is_file():
+        return file
+    found = getattr(sys.modules.get(module), "__file__", None)
+    return None if found is None else Path(found)
+
+
 def _imported(module: str, path: str) -> ModuleType:
     """Imports a module by its name or the path of its file."""
-    is_file = module.endswith(".py") or "/" in module or os.sep in module
-    file = Path(module if is_file else f"{module}.py").expanduser()
+    file, is_file = _file(module)
     if is_file and not file.is_file():
         raise UserError(f"reward_funcs: {path!r}: no file {str(file)!r}")
     try:

@@ -169,6 +169,25 @@ def test_models_have_to_be_the_same(tmp_path, capsys):
     assert train(out, f"{flags} 3 --resume --resume_changed") == 0
 
 
+def test_a_changed_reward_function_goes_on_and_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out = tmp_path / "rewards_of_a_run.py", tmp_path / "out"
+    code.write_text(
+        "def score(completions, **_):\n    return [float(len(c)) for c in completions]\n"
+    )
+    flags = (
+        f"--reward_funcs {code}:score --sft_steps 1 --max_new_tokens 3 --save_steps 1 --total_steps"
+    )
+    assert train(out, f"{flags} 1", "grpo") == 0
+    capsys.readouterr()
+    assert train(out, f"{flags} 2 --resume", "grpo") == 0
+    assert "has changed since" not in capsys.readouterr().out
+    code.write_text(code.read_text() + "# mended\n")
+    assert train(out, f"{flags} 3 --resume", "grpo") == 0
+    said = f"reward_funcs: the file of '{code}:score' has changed since"
+    assert said in capsys.readouterr().out
+
+
 def test_a_second_run_in_a_folder_is_refused(tmp_path, capsys):
     out = tmp_path / "out"
     holder = subprocess.Popen(
