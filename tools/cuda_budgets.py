@@ -70,6 +70,8 @@ def _tokens(loads: int, stores: int, more: dict[str, int], flags: int = 2) -> di
 
 _LOGPROBS, _KL, _ROWS = "logprobs.cu", "kl.cu", "policy_rows.cu"
 _MANY, _SUPPORT, _GENERAL = "logprobs_many.cu", "support.cu", "kl_general.cu"
+_MISMATCH, _GENERAL_GAE = "mismatch.cu", "advantages_general.cu"
+_WHITEN, _GROUPS = "advantages_whiten.cu", "advantages_groups.cu"
 
 # fmt: off
 BUDGETS = (
@@ -79,6 +81,11 @@ BUDGETS = (
     Budget("token_logprobs + entropy, bf16", _LOGPROBS,
            "partial_kernel<BF16, false, true, false>", "logit", 64, 2048, _row(8, 64), 2,
            Limit(8.9, 63, 128, 2, 1, 0), Limit(8.9, 62, 128, 2, 1, 0)),
+    # Rows that are not aligned are read by two loads for every 16 bytes.
+    Budget("token_logprobs, odd vocabulary, bf16", _LOGPROBS,
+           "partial_kernel<BF16, false, false, false>", "logit", 64, 2048,
+           _row(8, 64) | {"LDG": 17}, 2,
+           Limit(7.9, 60, 160, 2, 9, 0), Limit(7.8, 62, 192, 2, 9, 0)),
     Budget("token_logprobs + entropy, odd vocabulary, bf16", _LOGPROBS,
            "partial_kernel<BF16, false, true, false>", "logit", 64, 2048,
            _row(8, 64) | {"LDG": 17}, 2,
@@ -90,6 +97,10 @@ BUDGETS = (
            "partial_kernel<BF16, true, false, false>", "logit", 64, 2048,
            _row(8, 128) | {r"MUFU\.RCP": 64}, 2,
            Limit(19.5, 80, 96, 2, 1, 0), Limit(17.4, 80, 96, 2, 1, 0)),
+    Budget("token_logprobs + entropy, softcap, bf16", _LOGPROBS,
+           "partial_kernel<BF16, true, true, false>", "logit", 64, 2048,
+           _row(8, 128) | {r"MUFU\.RCP": 64}, 2,
+           Limit(20.7, 80, 96, 2, 1, 0), Limit(18.6, 80, 96, 2, 1, 0)),
     Budget("token_logprobs backward, bf16", _LOGPROBS,
            "backward_kernel<BF16, BF16, false, false, false>", "logit", 32, 1024, _row(4, 32, 4), 4,
            Limit(9.0, 40, 96, 3, 1, 0), Limit(8.8, 40, 96, 3, 1, 0)),
@@ -102,8 +113,38 @@ BUDGETS = (
     Budget("token_logprobs + entropy backward, bf16 of fp32", _LOGPROBS,
            "backward_kernel<F32, BF16, false, true, false>", "logit", 16, 512, _row(4, 16, 2), 6,
            Limit(13.5, 40, 96, 3, 1, 0), Limit(13.2, 40, 96, 3, 1, 0)),
+    # Tiles of a gradient start where 16 bytes do: rows of an odd vocabulary take the paths above,
+    # but for a row's first and last tile. An iteration there has one slot, which is whole or, at
+    # the row's ends, goes column by column. The same holds for kl_divergence.
+    Budget("token_logprobs backward, odd vocabulary, ends of rows, bf16", _LOGPROBS,
+           "backward_kernel<BF16, BF16, false, false, false>", "logit", 8, 0, _row(1, 8, 1), 4,
+           Limit(9.5, 40, 24, 1, 0, 0), Limit(8.5, 40, 24, 1, 0, 0), loop=True),
+    Budget("token_logprobs + entropy backward, odd vocabulary, ends of rows, bf16", _LOGPROBS,
+           "backward_kernel<BF16, BF16, false, true, false>", "logit", 8, 0, _row(1, 8, 1), 4,
+           Limit(11.3, 40, 24, 1, 0, 0), Limit(10.3, 40, 24, 1, 0, 0), loop=True),
+    Budget("token_logprobs backward, odd vocabulary, columns at ends, bf16", _LOGPROBS,
+           "backward_kernel<BF16, BF16, false, false, false>", "logit", 8, 0,
+           {r"LDG\.E\.U16": 8, r"MUFU\.EX2": 8, r"STG\.E\.U16": 8}, 4,
+           Limit(19.2, 40, 21, 2, 8, 8), Limit(18.5, 40, 15, 2, 8, 8), loop=True),
+    # The slope of a cap takes two exact divisions. On sm_90 the compiler moves loads of fp32 logits
+    # behind the arithmetic of the slot before.
+    Budget("token_logprobs backward, softcap, bf16", _LOGPROBS,
+           "backward_kernel<BF16, BF16, true, false, false>", "logit", 32, 1024, _row(4, 32, 4), 4,
+           Limit(62.2, 48, 80, 3, 1, 0), Limit(62.8, 45, 80, 3, 1, 0)),
+    Budget("token_logprobs + entropy backward, softcap, bf16", _LOGPROBS,
+           "backward_kernel<BF16, BF16, true, true, false>", "logit", 32, 1024, _row(4, 32, 4), 4,
+           Limit(63.2, 48, 80, 3, 1, 0), Limit(63.1, 46, 80, 3, 1, 0)),
+    Budget("token_logprobs backward, softcap, bf16 of fp32", _LOGPROBS,
+           "backward_kernel<F32, BF16, true, false, false>", "logit", 16, 512, _row(4, 16, 2), 6,
+           Limit(64.2, 48, 20, 6, 1, 0), Limit(64.6, 46, 80, 3, 1, 0)),
+    Budget("token_logprobs + entropy backward, softcap, bf16 of fp32", _LOGPROBS,
+           "backward_kernel<F32, BF16, true, true, false>", "logit", 16, 512, _row(4, 16, 2), 6,
+           Limit(65.2, 48, 20, 6, 1, 0), Limit(65.6, 47, 80, 3, 1, 0)),
     Budget("kl_divergence, bf16", _KL, "partial_kernel<BF16>", "pair", 32, 1024, _row(8, 64), 4,
            Limit(17.7, 63, 128, 1, 0, 0), Limit(17.8, 64, 128, 1, 0, 0)),
+    Budget("kl_divergence, odd vocabulary, bf16", _KL, "partial_kernel<BF16>", "pair", 32, 1024,
+           _row(8, 64) | {"LDG": 16}, 4,
+           Limit(19.7, 63, 80, 2, 8, 0), Limit(18.8, 64, 224, 1, 4, 0)),
     Budget("kl_divergence backward, reverse, bf16", _KL, "backward_kernel<BF16, BF16, true>",
            "pair", 32, 1024, _row(8, 32, 4), 6,
            Limit(16.2, 64, 128, 2, 0, 0), Limit(15.5, 64, 128, 2, 0, 0)),
@@ -139,9 +180,57 @@ BUDGETS = (
     Budget("kl_divergence backward, mixture, bf16 of fp32", _GENERAL,
            "backward_kernel<F32, BF16, 2>", "pair", 16, 512, _row(8, 16, 2), 10,
            Limit(86.2, 59, 128, 2, 1, 0), Limit(73.3, 77, 96, 2, 1, 0)),
+    # A thread has one token; the estimator k3. A token's place takes a division for each tensor.
+    Budget("kl_penalty, k3, fp32", _KL, "penalty_kernel<false>", "token", 1, 0,
+           {r"LDG\.E$": 2, r"STG\.E$": 1, r"F2I\.TRUNC": 1}, 12,
+           Limit(137.0, 20, 16, 1, 2, 1), Limit(164.0, 24, 24, 2, 4, 1)),
+    Budget("kl_penalty backward, k3, fp32", _KL, "penalty_kernel<true>", "token", 1, 0,
+           {r"LDG\.E$": 3, r"STG\.E$": 1, r"F2I\.TRUNC": 1}, 16,
+           Limit(175.0, 20, 16, 2, 3, 1), Limit(212.0, 24, 24, 3, 6, 1)),
     Budget("gae with mask, fp32", "advantages.cu", "scan_kernel<16>", "token", 8, 0,
            _tokens(4, 4, {"DFMA": 24, "F2F": 48, "SHFL": 24}), 17,
            Limit(66.0, 64, 68, 2, 2, 0), Limit(66.3, 64, 64, 3, 2, 0), threads=512),
+    # A tile of the walk along a sequence, one rate for all its steps, every step composed with the
+    # one behind it; the path may take steps as masked, which saves it a few instructions.
+    # offsets_kernel, a warp that looks at cu_seqlens, has no budget.
+    Budget("gae of rates with mask, fp32", _GENERAL_GAE, "general_kernel<false>", "token", 8, 0,
+           _tokens(4, 4, {"DFMA": 44, "SHFL": 54}), 17,
+           Limit(124.9, 102, 32, 2, 2, 0), Limit(142.7, 120, 32, 2, 2, 0), threads=512, loop=True),
+    Budget("gae of rates with mask, lambda of the returns, fp32", _GENERAL_GAE,
+           "general_kernel<true>", "token", 8, 0, _tokens(4, 4, {"DFMA": 88, "SHFL": 90}), 17,
+           Limit(171.8, 124, 32, 2, 2, 0), Limit(206.0, 124, 32, 2, 2, 0), threads=512, loop=True),
+    # Tokens of any strides, one load each; a token's place takes a division for each tensor.
+    Budget("whiten with mask, moments of tiles, fp32", _WHITEN, "moments_kernel", "token", 8, 0,
+           {r"LDG\.E$": 8, r"LDG\.E\.U8": 8}, 5,
+           Limit(127.4, 52, 40, 1, 16, 0), Limit(126.0, 48, 41, 8, 16, 0)),
+    Budget("whiten with mask, result, fp32", _WHITEN, "apply_kernel", "token", 8, 0,
+           {r"LDG\.E$": 8, r"LDG\.E\.U8": 8, "STG": 8}, 9,
+           Limit(105.9, 60, 40, 2, 19, 8), Limit(114.9, 52, 33, 9, 19, 8)),
+    # An iteration of its first loop; one block for all tiles.
+    Budget("whiten, moments of all tiles", _WHITEN, "combine_kernel", "tile", 1, 0,
+           {r"LDG\.E\.64": 2}, 0,
+           Limit(15.0, 32, 32, 1, 2, 0), Limit(13.0, 32, 32, 1, 2, 0), threads=1024, loop=True),
+    # A group of a given size of up to 32, by a warp: its mean, its spread and its advantages.
+    Budget("group_advantages, mean and spread of a group, fp32", _GROUPS, "group_kernel", "reward",
+           1, 0, {r"LDG\.E$": 4, "SHFL": 20, r"STG\.E$": 1, r"MUFU\.RCP64H": 3}, 8,
+           Limit(382.0, 48, 20, 6, 7, 2), Limit(368.0, 72, 14, 7, 11, 1), threads=128),
+    Budget("group_advantages, spread of the batch", _GROUPS, "batch_kernel", "reward", 4, 0,
+           {r"LDG\.E\.64": 4, "STG": 4}, 0,
+           Limit(29.0, 42, 8, 4, 4, 4), Limit(23.8, 37, 8, 4, 4, 4), threads=1024, loop=True),
+    # A token that is kept takes 15 fused multiplications and additions, 13 without weights.
+    Budget("mismatch_weights of tokens, fp32", _MISMATCH, "tile_kernel<true>", "token", 8, 0,
+           _tokens(4, 2, {"FFMA": 120}), 14,
+           Limit(147.5, 64, 64, 3, 4, 8), Limit(142.4, 64, 64, 3, 2, 8)),
+    Budget("mismatch_weights of sequences, fp32", _MISMATCH, "tile_kernel<false>", "token", 8, 0,
+           _tokens(4, 0, {"FFMA": 104}), 10,
+           Limit(116.9, 54, 64, 3, 4, 8), Limit(114.4, 56, 64, 3, 2, 8)),
+    # One block judges all sequences, each thread every 256th of them: an iteration adds a tile.
+    Budget("mismatch_weights, sums of sequences", _MISMATCH, "judge_kernel", "tile", 1, 0,
+           {r"LDG\.E$": 24}, 0,
+           Limit(255.0, 128, 10, 7, 26, 2), Limit(245.0, 128, 8, 9, 24, 2), loop=True),
+    Budget("mismatch_weights of tokens, normalised", _MISMATCH, "finish_kernel", "token", 4, 0,
+           {r"LDG\.E$": 4, r"STG\.E$": 4, r"MUFU\.RCP": 4}, 8,
+           Limit(14.3, 24, 8, 4, 4, 4), Limit(18.3, 25, 8, 4, 4, 12), loop=True),
     Budget("policy_loss with gradient, clip, fp32", "policy.cu", "policy_kernel<0, false>",
            "token", 8, 0, _tokens(6, 2, {"F2I": 8, "FADD": 104, "BAR": 2}), 17,
            Limit(128.5, 96, 48, 2, 2, 0), Limit(123.8, 103, 48, 2, 2, 0)),
