@@ -38,8 +38,9 @@ ARCHS = (90, 100)
 class Point:
     """A kernel that a library's call launches.
 
-    `columns` names the constant that says how many columns of a row a program takes, or with
-    `loops` an iteration of its loop; `traffic` are bytes read and written per unit.
+    `columns` names the constant that says how many columns of a row, or tokens, a program takes, or
+    with `loops` an iteration of its loop; `traffic` are bytes read and written per unit. The path
+    executes at least `exponentials` per unit, and what `holds` says of a thread.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Point:
     traffic: int
     unit: str = "logit"
     exponentials: int = 1
+    holds: tuple[tuple[str, int], ...] = ()
     # Of our kernels: the most instructions per unit and registers, the least KiB in flight. A limit
     # is tightened when its kernel gets better, and never widened to pass.
     limit: tuple[float, int, float] | None = None
@@ -108,8 +110,21 @@ def _liger() -> Call:
     return Call("Liger", fused_selective_log_softmax, (logits, labels), {"temperature": 1.0})
 
 
-def _ours_kl() -> Call:
-    return Call("ours", rk.kl_divergence, (_logits(), _logits(grad=False)), {})
+def _ours_kl(direction: str = "reverse") -> Call:
+    logits = _logits(), _logits(grad=False)
+    return Call("ours", rk.kl_divergence, logits, {"direction": direction})
+
+
+def _tokens(function: Callable[..., Any], differentiable: bool = True, **options: Any) -> Call:
+    """A call of an operation over fp32 tokens, all of whose tensors are full, with a mask."""
+    numbers = [torch.zeros(2, 4096, requires_grad=differentiable and i == 0) for i in range(3)]
+    mask = torch.ones(2, 4096, dtype=torch.bool)
+    return Call("ours", function, (*numbers, mask), options)
+
+
+def _gae() -> Call:
+    function = lambda rewards, values, _, mask: rk.gae(rewards, values, mask)  # noqa: E731
+    return _tokens(function, differentiable=False)
 
 
 _LOGPROB, _BOTH, _BACKWARD = (
@@ -128,18 +143,53 @@ POINTS = (
     ),
     Point(_BOTH, "TRL", "logprob_entropy._forward_kernel", _trl, "BLOCK_SIZE", True, 2),
     Point(
-        _BACKWARD,
-        "ours",
-        "logprobs_backward.backward_kernel",
-        lambda: _ours(True),
-        "TILE",
-        False,
+        "backward of log-probability", "ours", "logprobs_backward.backward_kernel",
+        lambda: _ours(False), "TILE", False, 4,
+        limit=(21.7, 32, 104),
+    ),
+    Point(
+        _BACKWARD, "ours", "logprobs_backward.backward_kernel", lambda: _ours(True), "TILE", False,
         4,
+        limit=(22.8, 36, 78),
     ),
     Point(_BACKWARD, "TRL", "logprob_entropy._backward_kernel", _trl, "BLOCK_SIZE", False, 4),
     Point(
         "KL divergence", "ours", "kl.partial_kernel", _ours_kl, "TILE", False, 4, "pair", 2,
         limit=(25.6, 80, 96),
+    ),
+    Point(
+        "backward of KL divergence, reverse", "ours", "kl.backward_kernel", _ours_kl, "TILE", False,
+        6, "pair",
+        limit=(27.8, 40, 60),
+    ),
+    Point(
+        "backward of KL divergence, forward", "ours", "kl.backward_kernel",
+        lambda: _ours_kl("forward"), "TILE", False, 6, "pair", 2,
+        limit=(32.8, 36, 80),
+    ),
+    Point(
+        "policy loss with gradient", "ours", "policy.policy_kernel",
+        lambda: _tokens(rk.policy_loss), "TILE", False, 17, "token", 0,
+        (("LDG", 16), (r"STG", 4), ("FRND", 4)),
+        limit=(219.8, 59, 16),
+    ),
+    Point(
+        "value loss with gradient", "ours", "value.value_kernel",
+        lambda: _tokens(rk.value_loss, clip_range=0.2), "TILE", False, 17, "token", 0,
+        (("LDG", 16), ("STG", 4)),
+        limit=(163.3, 40, 27),
+    ),
+    # An iteration scans a block of a tile.
+    Point(
+        "gae", "ours", "advantages.scan_kernel", _gae, "BLOCK", True, 17, "token", 0,
+        (("LDG", 24), ("STG", 16), ("SHFL", 60)),
+        limit=(148.5, 153, 34.5),
+    ),
+    Point(
+        "backward of the losses", "ours", "policy_backward.backward_kernel",
+        lambda: _tokens(rk.policy_loss), "TILE", False, 8, "token", 0,
+        ((r"LDG\.E\.128", 4), (r"STG\.E\.128", 4)),
+        limit=(6.0, 32, 144),
     ),
 )  # fmt: skip
 
@@ -214,8 +264,11 @@ def figures(point: Point, arch: int) -> Figures:
     units = columns // (32 * warps)
     code = instructions(binary.asm["cubin"])
     path_of = cuda_code.loop_path if point.loops else cuda_code.fast_path
-    path = path_of(code, {r"MUFU\.EX2": units * point.exponentials})
-    share = -(-VOCABULARY // columns) * columns / VOCABULARY / units
+    exponentials = {r"MUFU\.EX2": units * point.exponentials} if point.exponentials else {}
+    path = path_of(code, exponentials | dict(point.holds))
+    # Tiles of tokens have no padding.
+    tiled = 1.0 if point.unit == "token" else -(-VOCABULARY // columns) * columns / VOCABULARY
+    share = tiled / units
     usage = triton_aot.cubin_usage(binary.asm["cubin"])
     blocks = triton_aot.nvidia_blocks(target, usage["REG"], warps, binary.metadata.shared)
     flying, _ = cuda_code.memory(path)
@@ -232,7 +285,10 @@ def figures(point: Point, arch: int) -> Figures:
 def bounds(point: Point, f: Figures, gpu: cuda_sass.Gpu) -> tuple[float, float]:
     """The TB/s that instructions and exponentials allow, and that as a share of a copy's."""
     clocks = gpu.multiprocessors * gpu.clock * 1e9 * point.traffic / 1e12
-    rate = clocks * min(cuda_sass.ISSUED / f.instructions, cuda_sass.EXPONENTIALS / f.exponentials)
+    rate = clocks * cuda_sass.ISSUED / f.instructions
+    # Those of a thread's preamble are too few to be a bound.
+    if point.exponentials:
+        rate = min(rate, clocks * cuda_sass.EXPONENTIALS / f.exponentials)
     return rate, min(1.0, rate / gpu.copy)
 
 
@@ -263,7 +319,8 @@ def markdown(found: dict[tuple[Point, int], Figures], missing: list[str], date: 
             f"Nothing was measured.{absent}",
             f"The logits are bf16, the vocabulary is {VOCABULARY:,}. Instructions and",
             "exponentials (MUFU) are per logit, for a divergence per pair, padding of tiles",
-            "included; if the kernel loops over its row, those of an iteration. KiB: loads in",
+            "included, for losses and gae per fp32 token with a mask; if the kernel loops over its",
+            "row, those of an iteration. KiB: loads in",
             "flight on a multiprocessor, in a loop those of an iteration. The rates are what",
             "instructions and exponentials allow, also as a share of a copy. Latency and barriers",
             "come on top.",
