@@ -1,14 +1,14 @@
-"""Counts the machine code of Triton kernels: ours beside those of TRL and Liger, if installed.
+"""Counts the machine code of Triton kernels: ours beside others' of the libraries installed.
 
     python -m tools.triton_sass                                   # sm_90 and sm_100
-    python -m tools.triton_sass --ours                            # without TRL and Liger
+    python -m tools.triton_sass --ours                            # without other libraries
     python -m tools.triton_sass --report benchmarks/results/triton-sass.md --date 2026-01-31
 
 Each library's own function is called on bf16 rows of Qwen's vocabulary. What it would launch is
 recorded and compiled by `tools.triton_aot`. The fast path is counted per logit as in
 `tools.cuda_sass`: the whole path, with the padding of tiles, or an iteration if the kernel loops
-over its row. Our kernels must keep to the limits of `POINTS`: otherwise the exit status is 1. No
-GPU is needed, and nothing is measured.
+over its row. Our kernels must keep to the limits of `tools.triton_points`: otherwise the exit
+status is 1. No GPU is needed, and nothing is measured.
 """
 
 import argparse
@@ -18,180 +18,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
 
 from tools import cuda_code, cuda_sass, triton_aot, triton_record
 from tools.cuda_budgets import VOCABULARY
 from tools.tables import options_of_report, table
-
-import rlhf_kernels as rk
+from tools.triton_points import MODULES, POINTS, Point
 
 ARCHS = (90, 100)
-
-
-@dataclass(frozen=True)
-class Point:
-    """A kernel that a library's call launches.
-
-    `columns` names the constant that says how many columns of a row, or tokens, a program takes, or
-    with `loops` an iteration of its loop; `traffic` are bytes read and written per unit. The path
-    executes at least `exponentials` per unit, and what `holds` says of a thread.
-    """
-
-    name: str
-    library: str
-    kernel: str
-    call: Callable[[], "Call"]
-    columns: str
-    loops: bool
-    traffic: int
-    unit: str = "logit"
-    exponentials: int = 1
-    holds: tuple[tuple[str, int], ...] = ()
-    # Of our kernels: the most instructions per unit and registers, the least KiB in flight. A limit
-    # is tightened when its kernel gets better, and never widened to pass.
-    limit: tuple[float, int, float] | None = None
-
-
-class Call(NamedTuple):
-    """A call in the form that `triton_record.record` takes: it is a case and its call in one."""
-
-    name: str
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    options: dict[str, Any]
-
-    @property
-    def call(self) -> "Call":
-        return self
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return {str(i): t for i, t in enumerate(self.args)}
-
-    def run(self) -> Any:
-        return self.function(*self.args, **self.options)
-
-    def outputs(self, result: Any) -> Any:
-        return result
-
-
-def _logits(grad: bool = True) -> Tensor:
-    return torch.zeros(2, VOCABULARY, dtype=torch.bfloat16, requires_grad=grad)
-
-
-def _ours(entropy: bool) -> Call:
-    labels = torch.zeros(2, dtype=torch.int64)
-    function: Any = rk.token_logprobs
-    if not entropy:
-        function = lambda *args: rk.token_logprobs(*args).logprobs  # noqa: E731
-    return Call("ours", function, (_logits(), labels), {"entropy": True} if entropy else {})
-
-
-def _trl() -> Call:
-    from trl.kernels import selective_log_softmax_and_entropy
-
-    return Call(
-        "TRL", selective_log_softmax_and_entropy, (_logits(), torch.zeros(2, dtype=torch.int64)), {}
-    )
-
-
-def _liger() -> Call:
-    from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
-
-    # It drops the last of three positions.
-    logits = torch.zeros(1, 3, VOCABULARY, dtype=torch.bfloat16)
-    labels = torch.zeros(1, 2, dtype=torch.int64)
-    return Call("Liger", fused_selective_log_softmax, (logits, labels), {"temperature": 1.0})
-
-
-def _ours_kl(direction: str = "reverse") -> Call:
-    logits = _logits(), _logits(grad=False)
-    return Call("ours", rk.kl_divergence, logits, {"direction": direction})
-
-
-def _tokens(function: Callable[..., Any], differentiable: bool = True, **options: Any) -> Call:
-    """A call of an operation over fp32 tokens, all of whose tensors are full, with a mask."""
-    numbers = [torch.zeros(2, 4096, requires_grad=differentiable and i == 0) for i in range(3)]
-    mask = torch.ones(2, 4096, dtype=torch.bool)
-    return Call("ours", function, (*numbers, mask), options)
-
-
-def _gae() -> Call:
-    function = lambda rewards, values, _, mask: rk.gae(rewards, values, mask)  # noqa: E731
-    return _tokens(function, differentiable=False)
-
-
-_LOGPROB, _BOTH, _BACKWARD = (
-    *("log-probability", "log-probability and entropy"),
-    "backward of log-probability and entropy",
-)
-POINTS = (
-    Point(
-        _LOGPROB, "ours", "logprobs.partial_kernel", lambda: _ours(False), "TILE", False, 2,
-        limit=(10.2, 80, 96),
-    ),
-    Point(_LOGPROB, "Liger", "grpo_loss._selective_log_softmax_kernel", _liger, "BLOCK_N", True, 2),
-    Point(
-        _BOTH, "ours", "logprobs.partial_kernel", lambda: _ours(True), "TILE", False, 2,
-        limit=(12.7, 80, 96),
-    ),
-    Point(_BOTH, "TRL", "logprob_entropy._forward_kernel", _trl, "BLOCK_SIZE", True, 2),
-    Point(
-        "backward of log-probability", "ours", "logprobs_backward.backward_kernel",
-        lambda: _ours(False), "TILE", False, 4,
-        limit=(21.7, 32, 104),
-    ),
-    Point(
-        _BACKWARD, "ours", "logprobs_backward.backward_kernel", lambda: _ours(True), "TILE", False,
-        4,
-        limit=(22.8, 36, 78),
-    ),
-    Point(_BACKWARD, "TRL", "logprob_entropy._backward_kernel", _trl, "BLOCK_SIZE", False, 4),
-    Point(
-        "KL divergence", "ours", "kl.partial_kernel", _ours_kl, "TILE", False, 4, "pair", 2,
-        limit=(25.6, 80, 96),
-    ),
-    Point(
-        "backward of KL divergence, reverse", "ours", "kl.backward_kernel", _ours_kl, "TILE", False,
-        6, "pair",
-        limit=(27.8, 40, 60),
-    ),
-    Point(
-        "backward of KL divergence, forward", "ours", "kl.backward_kernel",
-        lambda: _ours_kl("forward"), "TILE", False, 6, "pair", 2,
-        limit=(32.8, 36, 80),
-    ),
-    Point(
-        "policy loss with gradient", "ours", "policy.policy_kernel",
-        lambda: _tokens(rk.policy_loss), "TILE", False, 17, "token", 0,
-        (("LDG", 16), (r"STG", 4), ("FRND", 4)),
-        limit=(219.8, 59, 16),
-    ),
-    Point(
-        "value loss with gradient", "ours", "value.value_kernel",
-        lambda: _tokens(rk.value_loss, clip_range=0.2), "TILE", False, 17, "token", 0,
-        (("LDG", 16), ("STG", 4)),
-        limit=(163.3, 40, 27),
-    ),
-    # An iteration scans a block of a tile.
-    Point(
-        "gae", "ours", "advantages.scan_kernel", _gae, "BLOCK", True, 17, "token", 0,
-        (("LDG", 24), ("STG", 16), ("SHFL", 60)),
-        limit=(148.5, 153, 34.5),
-    ),
-    Point(
-        "backward of the losses", "ours", "policy_backward.backward_kernel",
-        lambda: _tokens(rk.policy_loss), "TILE", False, 8, "token", 0,
-        ((r"LDG\.E\.128", 4), (r"STG\.E\.128", 4)),
-        limit=(6.0, 32, 144),
-    ),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -222,7 +56,7 @@ class Figures:
 
 
 def installed(library: str) -> bool:
-    return importlib.util.find_spec({"TRL": "trl", "Liger": "liger_kernel"}[library]) is not None
+    return importlib.util.find_spec(MODULES[library]) is not None
 
 
 def instructions(cubin: bytes) -> list[cuda_code.Instruction]:
@@ -307,7 +141,7 @@ def markdown(found: dict[tuple[Point, int], Figures], missing: list[str], date: 
         rows.append(cells)
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}"
-        for name in ("triton", "trl", "liger-kernel")
+        for name in ("triton", "trl", "liger-kernel", "flash-attn")
         if importlib.util.find_spec(name.replace("-", "_"))
     )
     absent = f" Not installed: {', '.join(missing)}." if missing else ""
@@ -320,10 +154,9 @@ def markdown(found: dict[tuple[Point, int], Figures], missing: list[str], date: 
             f"The logits are bf16, the vocabulary is {VOCABULARY:,}. Instructions and",
             "exponentials (MUFU) are per logit, for a divergence per pair, padding of tiles",
             "included, for losses and gae per fp32 token with a mask; if the kernel loops over its",
-            "row, those of an iteration. KiB: loads in",
-            "flight on a multiprocessor, in a loop those of an iteration. The rates are what",
-            "instructions and exponentials allow, also as a share of a copy. Latency and barriers",
-            "come on top.",
+            "row, those of an iteration. KiB: loads in flight on a multiprocessor, in a loop those",
+            "of an iteration. The rates are what instructions and exponentials allow, also as a",
+            "share of a copy. Latency and barriers come on top.",
             "",
             *table(head, rows, left=3),
             "",
@@ -335,11 +168,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--ours", action="store_true", help="leave out other libraries")
     options = options_of_report(parser)
-    missing = [name for name in ("TRL", "Liger") if options.ours or not installed(name)]
+    missing = [name for name in MODULES if options.ours or not installed(name)]
     found = {
         (point, arch): figures(point, arch)
         for point in POINTS
-        if point.library not in missing
+        if not point.library.startswith(tuple(missing))
         for arch in ARCHS
     }
     text = markdown(found, missing, options.date or "a day not given")
