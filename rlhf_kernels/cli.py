@@ -3,6 +3,7 @@
 import difflib
 import errno
 import importlib
+import io
 import os
 import sys
 import time
@@ -82,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     shown = "--traceback" in args
     args = [arg for arg in args if arg != "--traceback"]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Data may hold characters that the terminal's encoding lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _run(args)
     except KeyboardInterrupt:
@@ -161,7 +165,7 @@ def _mendable(error: Exception) -> str | None:
     if out_of_memory(error):
         return _MEMORY
     if isinstance(error, BrokenPipeError) and error.filename is None:
-        return "standard output: nobody reads it any more; --resume continues from a checkpoint"
+        return "standard output: nobody reads it any more; what the output folder has is whole"
     if isinstance(error, FileNotFoundError) and error.filename is None:
         # Only an error of the current folder has no file name.
         return "the current folder: it was deleted; change to another one"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from decimal import Decimal
 from typing import Any
 
@@ -19,6 +20,12 @@ _ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
+
+# A list of messages as text: JSON, or as Python or NumPy print it.
+_PRINTED = re.compile(r"\s*\[\s*\{.*\}\s*\]\s*", re.DOTALL)
+_PRINTED_ROLE = re.compile(
+    rf"[\"'](role|from)[\"']\s*:\s*[\"'](user|assistant|system|developer|tool|{'|'.join(_ROLES)})[\"']"
+)
 
 _LARGEST = float.fromhex("0x1.fffffep+127")
 
@@ -45,7 +52,14 @@ def string_cell(row: dict[str, Any], key: str) -> str:
     """A cell that must hold a non-empty text."""
     value = row.get(key)
     require(isinstance(value, str) and bool(value), repr(key), "a text", _found(row, key))
-    return _encodable(repr(key), str(value))
+    return _plain(repr(key), str(value))
+
+
+def _plain(name: str, text: str) -> str:
+    """A text of a cell. Tables export a conversation as its text, which no template would see."""
+    printed = _PRINTED.fullmatch(text) and _PRINTED_ROLE.search(text)
+    require(not printed, name, "a list of messages, not the text of one", text)
+    return _encodable(name, text)
 
 
 def _encodable(name: str, text: str) -> str:
@@ -66,7 +80,7 @@ def text_cell(row: dict[str, Any], key: str) -> Text:
     good = bool(value) and (isinstance(value, str) or conversation)
     require(good, repr(key), "a text or a list of messages", _found(row, key))
     if isinstance(value, str):
-        return _encodable(repr(key), value)
+        return _plain(repr(key), value)
     return [_message(repr(key), f" in message {i}", m) for i, m in enumerate(value, start=1)]
 
 

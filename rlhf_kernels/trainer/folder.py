@@ -100,7 +100,7 @@ def writing(what: Path | str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{what}: cannot be written ({_reason(error)}); what was saved before is whole: "
-            "see to the disk, then --resume continues from the last checkpoint"
+            "see to the disk, then --resume continues from the last checkpoint, if there is one"
         ) from error
 
 

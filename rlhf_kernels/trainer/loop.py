@@ -1,10 +1,11 @@
 """The training loop: steps, checkpoints, interrupts and the final report."""
 
+import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -12,14 +13,18 @@ from tqdm import tqdm
 from . import adapters, checkpoint, folder, report, resume
 from .cells import transcript
 from .config import require
-from .errors import blamed_on
+from .errors import UserError, blamed_on
 from .finite import NonFinite
 from .interrupts import Interrupted, Interrupts
 from .offline import OfflineTrainer
 from .online import OnlineTrainer
+from .probe import digest_of
 from .stage import Stage
 
 _SHOWN = ("loss", "accuracy", "margin", "reward", "kl", "entropy")
+
+
+_Stop = TypeVar("_Stop", NonFinite, Interrupted, UserError)
 
 
 class Loop:
@@ -38,6 +43,8 @@ class Loop:
         self.run_config, self.out, self.accelerator = stage.run, stage.out, stage.accelerator
         #: Part of every checkpoint: the evaluation before training, and a reference without path.
         self.extra: dict[str, Any] = {}
+        #: Hashes of the trained weights before the first step; None in a run that continues.
+        self.start: dict[str, int] | None = None
         self.same = {
             "settings": stage.settings | {"processes": self.accelerator.num_processes},
             "data": resume.identities(stage.task, trainer),
@@ -47,12 +54,19 @@ class Loop:
 
     def begin(self) -> None:
         """Starts a run at its first step."""
+        self.start = self._digests()
         self.extra = {"before": self.trainer.evaluate()}
         reference = self.trainer.reference
         own = self.stage.settings.get("teacher_model") is None
         if own and self.stage.settings.get("sft_steps") and reference is not None:
             # The supervised phase made these weights, so no file holds them.
             self.extra["reference"] = reference.state_dict()
+
+    def _digests(self) -> dict[str, int]:
+        """A hash of each trained weight; of none where they are sharded."""
+        learner = self.trainer.learner
+        named = () if learner.sharded else learner.networks.named_parameters()
+        return {name: digest_of(p) for name, p in named if p.requires_grad}
 
     def continue_from(self, path: Path, states: dict[str, Any]) -> None:
         """Continues from a checkpoint, which must have the same settings and data."""
@@ -71,20 +85,36 @@ class Loop:
     def run(self) -> dict[str, Any]:
         """Takes the remaining steps, evaluates and reports; returns the summary."""
         rows = self.fit()
-        try:
+        with self._kept():
             summary = self.finish(rows, self.trainer.evaluate())
-        except (Interrupted, NonFinite) as error:
-            # All steps are done, so a checkpoint keeps them. With several processes the others may
-            # be elsewhere and could not take part in writing it.
-            if self.accelerator.num_processes == 1 and not getattr(error, "broken", False):
-                with self.signals.waiting():
-                    self.save()
-            self._tell(error)
-            raise
         with blamed_on("report_to", "not all was logged"):
             for tracker in self.accelerator.trackers:
                 tracker.finish()
         return summary
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Saves a checkpoint where the code inside, after the last step, cannot end.
+
+        With several processes the others may be elsewhere and could not take part in writing it.
+        """
+        try:
+            yield
+        except (Interrupted, UserError) as error:
+            newest = checkpoint.newest(self.out)
+            saved = newest is not None and checkpoint.step_of(newest) == self.trainer.steps_done
+            mended = isinstance(error, UserError) and not isinstance(error, NonFinite)
+            broken = self.accelerator.num_processes > 1 or getattr(error, "broken", False)
+            if not (broken or (mended and saved)):
+                with self.signals.waiting():
+                    try:
+                        self.save()
+                    except UserError:
+                        # What kept the report from the disk may keep this from it too.
+                        if not mended:
+                            raise
+            self._tell(error)
+            raise
 
     def fit(self) -> list[dict[str, float]]:
         """Steps until the end or an interrupt, which saves; returns the metrics of all steps."""
@@ -124,6 +154,12 @@ class Loop:
                 self.save(before)
             self._tell(error)
             raise
+        except UserError as error:
+            # A reward function raised, before the step changed anything.
+            if self.trainer.steps_done and (error.shared or self.accelerator.num_processes == 1):
+                self.save(before)
+                self._tell(error)
+            raise
 
     def _save_where_due(self, log: report.MetricsLog | None) -> None:
         done, every = self.trainer.steps_done, self.run_config.save_steps
@@ -137,7 +173,7 @@ class Loop:
         if stop:
             raise self._tell(Interrupted())
 
-    def _tell(self, error: NonFinite | Interrupted) -> NonFinite | Interrupted:
+    def _tell(self, error: _Stop) -> _Stop:
         """Tells the user where --resume would continue."""
         if isinstance(error, Interrupted):
             error.told = True
@@ -180,7 +216,7 @@ class Loop:
     # --- the end -----------------------------------------------------------------------------
 
     def finish(self, rows: Sequence[dict[str, float]], after: dict[str, Any]) -> dict[str, Any]:
-        """Prints the results; saves models, curves and the summary, which it returns."""
+        """Saves models, curves and the summary, which it returns; then prints the results."""
         stage, before = self.stage, self.extra["before"]
         shown = zip(stage.task.held_out, before["texts"], after["texts"], strict=False)
         samples = [
@@ -190,13 +226,7 @@ class Loop:
         for column, values in after.get("logged", {}).items():
             for i, sample in enumerate(samples):
                 sample[column] = values[i] if i < len(values) else None
-        if samples:
-            texts = [[report.in_short(str(transcript(v))) for v in s.values()] for s in samples]
-            stage.say("\n" + report.table(list(samples[0]), texts))
-        seconds = self._seconds(rows)
-        old, new = before["scores"], after["scores"]
-        cells = [(key, f"{old[key]:.4f}", f"{new[key]:.4f}") for key in new]
-        stage.say("\n" + report.table(("held-out rows", "before", "after"), cells))
+        seconds, old, new = self._seconds(rows), before["scores"], after["scores"]
         summary = {
             "stage": stage.name,
             "task": stage.task.name,
@@ -209,6 +239,23 @@ class Loop:
         }
         weights = self.trainer.learner.weights() if stage.run.save_model else {}
         folder.on_main(self.accelerator, lambda: self._write(rows, summary, weights))
+        if samples:
+            texts = [[report.in_short(str(transcript(v))) for v in s.values()] for s in samples]
+            stage.say("\n" + report.table(list(samples[0]), texts))
+        cells = [(key, f"{old[key]:.4f}", f"{new[key]:.4f}") for key in new]
+        stage.say("\n" + report.table(("held-out rows", "before", "after"), cells))
+        if "generate" in seconds:
+            step = seconds["step"]
+            stage.say(
+                f"\na step took {step:.2f} s: {seconds['generate'] / step:.0%} generation and "
+                f"rewards, {seconds['kernels'] / step:.0%} our kernels, the rest forward, backward "
+                "and optimizer"
+            )
+        if self.start and rows and self.start == self._digests():
+            stage.say(
+                f"no weight has changed in {len(rows)} steps: look at learning_rate, warmup_steps, "
+                "max_grad_norm and what the loss is made of"
+            )
         total, text = summary["total_seconds"], f"curves, samples and metrics in {self.out}/"
         stage.say(f"\n{total:.0f} s in all; {text}{self._next()}")
         return summary
@@ -223,19 +270,11 @@ class Loop:
         return f"; next: rlhf-kernels train STAGE --{flag} {self.out / name}"
 
     def _seconds(self, rows: Sequence[dict[str, float]]) -> dict[str, float]:
-        """The mean seconds of each part of a step; prints their shares."""
+        """The mean seconds of each part of a step."""
         keys = [k for k in dict.fromkeys(k for row in rows for k in row) if k.startswith("time/")]
-        found = {
+        return {
             k.removeprefix("time/"): sum(row.get(k, 0.0) for row in rows) / len(rows) for k in keys
         }
-        if "generate" in found:
-            step = found["step"]
-            self.stage.say(
-                f"\na step took {step:.2f} s: {found['generate'] / step:.0%} generation and "
-                f"rewards, {found['kernels'] / step:.0%} our kernels, the rest forward, backward "
-                "and optimizer"
-            )
-        return found
 
     def _write(
         self,
@@ -256,6 +295,7 @@ class Loop:
 
                 with folder.writing(self.out / name):
                     folder.replace_folder(self.out / name, write)
-        text = json.dumps(summary, indent=2) + "\n"
+        # A column of the data may hold what JSON has no form for.
+        text = json.dumps(report.finite(summary), indent=2, default=str) + "\n"
         with folder.writing(self.out / "summary.json"):
             folder.write_whole(self.out / "summary.json", text.encode())

@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
+
+# Before the import, which looks for the backend that a notebook names to its commands.
+os.environ["MPLBACKEND"] = "Agg"
+import matplotlib
 
 matplotlib.use("Agg")
 
@@ -58,6 +61,15 @@ class MetricsLog:
 def _line(row: dict[str, float]) -> str:
     """A row as JSON; NaN and infinity, which JSON lacks, become null."""
     return json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """The value with null for NaN and infinity."""
+    if isinstance(value, dict):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _kept(path: Path, steps_done: int) -> list[dict[str, float]]:

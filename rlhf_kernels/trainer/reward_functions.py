@@ -288,6 +288,8 @@ def _undone() -> Iterator[None]:
     """Restores process-wide state that foreign code may change, because training depends on it."""
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     gradients, folder = torch.is_grad_enabled(), None
+    precision, device = torch.get_float32_matmul_precision(), torch.get_default_device()
+    autocast = {d: torch.is_autocast_enabled(d) for d in ("cpu", "cuda")}
     with contextlib.suppress(OSError):
         # The current folder may have been deleted.
         folder = Path.cwd()
@@ -299,6 +301,12 @@ def _undone() -> Iterator[None]:
                 os.chdir(folder)
         torch.set_default_dtype(dtype)
         torch.set_grad_enabled(gradients)
+        for kind, enabled in autocast.items():
+            torch.set_autocast_enabled(kind, enabled)
+        if torch.get_float32_matmul_precision() != precision:
+            torch.set_float32_matmul_precision(precision)
+        if torch.get_default_device() != device:
+            torch.set_default_device(None if device.type == "cpu" else device)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
 
@@ -309,7 +317,8 @@ def results(
 ) -> list[Any]:
     """The result of each function, or `_Raised` with its exception.
 
-    Working folder, threads, default dtype and gradient mode are restored afterwards.
+    Working folder, threads, default dtype and device, gradient mode, autocast and the precision of
+    products are restored afterwards.
     """
     found: list[Any] = []
     for function, given in zip(functions, arguments, strict=True):

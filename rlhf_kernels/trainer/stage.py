@@ -108,6 +108,12 @@ class Stage:
         engine = str(self.accelerator.distributed_type.value)
         expected = "processes of DDP or FSDP (no other engine's checkpoints are written)"
         require(engine not in ("DEEPSPEED", "MEGATRON_LM"), "accelerate", expected, engine)
+        steps = self.accelerator.gradient_accumulation_steps
+        expected = "gradient_accumulation_steps 1 (micro_batch_size cuts a batch)"
+        require(steps == 1, "accelerate", expected, steps)
+        dynamo = str(self.accelerator.state.dynamo_plugin.backend.value)
+        expected = "no dynamo backend: models are not compiled here"
+        require(dynamo == "NO", "accelerate", expected, dynamo)
         # The accelerator knows the precision that accelerate launch chose for an unset setting.
         self.settings["mixed_precision"] = str(self.accelerator.mixed_precision)
         transformers.set_seed(self.run.seed)
@@ -143,6 +149,20 @@ class Stage:
             if rows:
                 limit = getattr(self.data, setting)
                 self.say(f"{rows} rows are longer than {setting} {limit} and are dropped")
+        short = {p.dtype for p in weights if p.requires_grad and p.element_size() < 4}
+        if short:
+            # Half of a step between neighbours.
+            lost = max(torch.finfo(dtype).eps / 2 for dtype in short)
+            self.say(
+                f"trained weights of 16 bits: an update below {lost:.1g} of a weight is lost; "
+                "mixed_precision bf16 keeps them in float32"
+            )
+        steps, rising = self.optim.total_steps, self.optim.warmup_steps
+        if steps < rising:
+            self.say(
+                f"warmup_steps {rising} are more than total_steps {steps}: the learning rate stays "
+                f"below {steps / rising:.2g} of learning_rate"
+            )
         self.say(
             f"{self.name} on {self.task.name}: {train} training and {held_out} held-out rows that "
             f"are not too long; {parts}, vocabulary "

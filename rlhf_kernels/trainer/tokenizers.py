@@ -91,6 +91,10 @@ def load_tokenizer(
     # For a damaged file the library raises a bare Exception.
     with blamed_on(setting, f"no tokenizer can be loaded from {model!r}"):
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    drawn = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    dropout = getattr(drawn, "dropout", None)
+    expected = "a tokenizer that gives a text the same tokens each time (no dropout)"
+    require(not dropout, setting, expected, dropout)
     require(
         tokenizer.eos_token_id is not None or not ends,
         setting,

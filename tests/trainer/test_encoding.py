@@ -1,6 +1,7 @@
 """Rows as tokens: what tokenizers add, boundaries that tokens span."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -238,3 +239,15 @@ def test_reward_models_read_what_they_were_trained_on(tmp_path, monkeypatch):
         # What was cut off has no end, except an encoder's.
         end = [] if around == AROUND[-1] else [tokenizer.eos_token_id]
         assert found[1] + end == whole_tokens(tokenizer, "two", " it")
+
+
+def test_a_tokenizer_that_draws_its_tokens_is_refused(tmp_path):
+    tokenizer = bpe_tokenizer(TEXTS, 400)
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path))("one").input_ids == tokenizer("one").input_ids
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["dropout"] = 0.1
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"model: expected .* the same tokens each time .* 0\.1"):
+        load_tokenizer(str(tmp_path))

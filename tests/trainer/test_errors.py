@@ -453,6 +453,20 @@ def test_an_engine_whose_checkpoints_are_not_ours(told, monkeypatch):
     assert "accelerate: expected processes of DDP or FSDP" in told("ppo")
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps 1"),
+        ("DYNAMO_BACKEND", "EAGER", "no dynamo backend"),
+    ],
+)
+def test_what_accelerate_would_change_unseen_is_refused(
+    told, monkeypatch, variable, value, expected
+):
+    monkeypatch.setenv(f"ACCELERATE_{variable}", value)
+    assert f"accelerate: expected {expected}" in told("sft --device cpu")
+
+
 def test_a_tracker_that_cannot_start_is_one_line(files, tmp_path, capsys, monkeypatch):
     def failing(*_, **__):
         raise RuntimeError("api_key not configured\n(no-tty)")

@@ -207,6 +207,9 @@ def test_functions_leave_the_process_as_it_was(tmp_path, monkeypatch):
         torch.set_grad_enabled(False)
         torch.set_num_threads(torch.get_num_threads() + 1)
         os.chdir("elsewhere")
+        torch.set_default_device("meta")
+        torch.set_float32_matmul_precision("medium")
+        torch.autocast("cpu", dtype=torch.bfloat16).__enter__()
     """
     change = textwrap.dedent(change)
     body = textwrap.indent(change, "    ")
@@ -219,7 +222,13 @@ def test_functions_leave_the_process_as_it_was(tmp_path, monkeypatch):
         assert torch.is_grad_enabled()
         assert torch.get_num_threads() == threads
         assert Path.cwd() == tmp_path
+        assert torch.get_default_device() == torch.device("cpu")
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.is_autocast_enabled("cpu")
     finally:
+        torch.set_default_device(None)
+        torch.set_float32_matmul_precision("highest")
+        torch.set_autocast_enabled("cpu", False)
         torch.set_default_dtype(torch.float32)
         torch.set_grad_enabled(True)
         torch.set_num_threads(threads)

@@ -14,6 +14,8 @@ from rlhf_kernels.trainer.rows import parse_rows, template_arguments
 USER, MORE = {"role": "user", "content": "Hi"}, {"role": "user", "content": "And?"}
 YES, NO = {"role": "assistant", "content": "Hello"}, {"role": "assistant", "content": "Go"}
 SYSTEM = {"role": "system", "content": "Be brief."}
+ASKED = [USER, YES]
+PRINTED = "[{'content': 'Hi', 'role': 'user'}\n {'content': 'Hello', 'role': 'assistant'}]"
 
 
 def said(*pairs):
@@ -235,6 +237,16 @@ def test_a_margin_that_no_loss_uses_does_not_matter():
         assert [r.completion for r in parse_rows(row, "unpaired")] == ["a", "b"]
 
 
+def test_texts_that_are_json_stay_texts():
+    """But for conversations: they are what a model is to answer with."""
+    texts = (
+        '[{"name": "add", "role": "tool call"}]', '{"role": "user", "content": "a"}', "[{}]",
+        'A list: [{"role": "user"}]', '[{"from": "Paris", "value": 3}]', '[1, {"role": "chef"}]',
+    )  # fmt: skip
+    for text in texts:
+        assert parse_row({"prompt": "p", "completion": text}, "supervised").completion == text
+
+
 def test_arguments_of_the_chat_template_are_columns():
     tools = [{"type": "function", "function": {"name": "add", "x": None}}]
     row = {"prompt": [USER], "tools": tools, "chat_template_kwargs": '{"thinking": false}'}
@@ -262,6 +274,12 @@ def test_columns_of_any_type_reach_reward_functions():
 
 BAD = [
     ("supervised", {"prompt": "a\ud800", "completion": "b"}, "'prompt': .*half a surrogate pair"),
+    # A conversation as its text: JSON, and as Python and NumPy print it.
+    ("supervised", {"prompt": json.dumps(ASKED), "completion": "b"}, "'prompt': .*not the text"),
+    ("supervised", {"prompt": "a", "completion": str(ASKED)}, "'completion': .*not the text"),
+    ("supervised", {"text": json.dumps(ASKED, indent=1)}, "'text': .*not the text"),
+    ("pair", {"chosen": PRINTED, "rejected": PRINTED}, "'chosen': .*not the text"),
+    ("prompt", {"prompt": '[{"from": "human", "value": "a"}]'}, "'prompt': .*not the text"),
     ("supervised", {"text": "a\udfffb"}, "'text': .*half a surrogate pair.*at character 1"),
     ("supervised", {"messages": [USER, YES | {"content": "\ud800"}]}, "'messages' in message 2: "),
     ("supervised", {"prompt": None, "completion": "b"}, "'prompt': expected a text .*found None"),

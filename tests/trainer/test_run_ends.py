@@ -1,0 +1,139 @@
+"""The end of a run: what it leaves where its report cannot be told, and what it says of itself."""
+
+import datetime
+import decimal
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.trainer.resume_cases import names, told, train
+from tests.trainer.trainer_tools import one_thread, write_jsonl  # noqa: F401
+
+from rlhf_kernels.trainer import report
+from rlhf_kernels.trainer.stage import Stage
+
+WHOLE = ["curves.png", "metrics.jsonl", "policy", "summary.json"]
+SMALL = (
+    "--device cpu --threads 1 --hidden_size 16 --num_layers 1 --num_heads 2 --batch_size 8 "
+    "--eval_size 8 --max_operand 9 --total_steps 2"
+)
+
+
+def test_models_are_saved_before_anything_is_told(tmp_path, capsys, monkeypatch):
+    say = Stage.say
+
+    def unread(self, text):
+        if "held-out rows  " in text:
+            raise BrokenPipeError(32, "Broken pipe")
+        say(self, text)
+
+    monkeypatch.setattr(Stage, "say", unread)
+    assert train(tmp_path / "out", "--total_steps 2") == 2
+    assert "nobody reads it any more; what the output folder has is whole" in told(capsys)
+    assert names(tmp_path / "out") == WHOLE
+
+
+@pytest.mark.parametrize("name", ("curves.png", "summary.json"))
+def test_a_report_that_cannot_be_written_costs_no_step(tmp_path, capsys, name):
+    (tmp_path / name).mkdir()
+    assert train(tmp_path, "--total_steps 2") == 2
+    line = told(capsys)
+    assert "cannot be written" in line and line.endswith("--resume continues from step 2")
+    (tmp_path / name).rmdir()
+    assert train(tmp_path, "--total_steps 2 --resume") == 0
+    assert set(names(tmp_path)) == {*WHOLE, "checkpoint-00000002"}
+
+
+@pytest.mark.parametrize("encoding", ("ascii", "latin-1"))
+def test_texts_that_the_terminal_has_no_characters_for(tmp_path, encoding):
+    rows = [{"prompt": f"é世🙂 {i}", "answer": "世"} for i in range(24)]
+    data, code = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "rewards.py"
+    code.write_text(
+        "def score(completions, **_):\n    return [1.0 * len(c) for c in completions]\n"
+    )
+    more = f"--data {data} --vocab_size 300 --reward_funcs {code}:score --max_new_tokens 3"
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_kernels.cli", "train", "grpo", *SMALL.split(), *more.split(),
+         "--sft_steps", "0", "--output_dir", out],
+        capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert b"\\u4e16" in done.stdout and names(out) == WHOLE
+
+
+def test_columns_that_json_has_no_form_for(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    day = datetime.date(2026, 11, 30)
+    cells = {"decimal": decimal.Decimal("1.50"), "date": day, "number": math.nan, "bytes": b"\xff"}
+    code = tmp_path / "rewards.py"
+    code.write_text(
+        "def score(completions, **_):\n    return [1.0 * len(c) for c in completions]\n"
+    )
+    for name, cell in cells.items():
+        table = pyarrow.table({"prompt": [f"a {i}" for i in range(24)], "answer": [cell] * 24})
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+        out = tmp_path / name
+        more = f"--data {tmp_path / name}.parquet --vocab_size 300 --max_new_tokens 3"
+        assert train(out, f"{more} --reward_funcs {code}:score --total_steps 1", "grpo") == 0
+        summary = json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)
+        answer = summary["samples"][0]["answer"]
+        assert answer == (None if name == "number" else str(cell)), name
+
+
+def test_a_reward_function_that_raises_loses_no_step(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rewards_that_raise.py").write_text(
+        "import os\n"
+        "calls = []\n"
+        "def score(completions, trainer_state, **_):\n"
+        "    if trainer_state.global_step == 2 and not os.path.exists('mended'):\n"
+        "        raise RuntimeError('no server')\n"
+        "    return [1.0 * len(c) for c in completions]\n"
+    )
+    flags = "--reward_funcs rewards_that_raise:score --max_new_tokens 3 --total_steps 4"
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert train(out, flags, "grpo") == 2
+    line = told(capsys)
+    assert "no server" in line and line.endswith("--resume continues from step 2")
+    (tmp_path / "mended").touch()
+    assert train(out, f"{flags} --resume", "grpo") == 0
+    assert train(whole, flags, "grpo") == 0
+    weights = [p / "policy" / "model.safetensors" for p in (out, whole)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--learning_rate 1e-30", "no weight has changed in 2 steps"),
+        ("--max_grad_norm 1e-37 --weight_decay 0", "no weight has changed in 2 steps"),
+        ("--dtype bfloat16", "trained weights of 16 bits: an update below 0.004 of a weight"),
+        ("--warmup_steps 8", "warmup_steps 8 are more than total_steps 2"),
+        ("", None),
+    ],
+)
+def test_what_cannot_train_is_said(tmp_path, capsys, flags, said):
+    assert train(tmp_path, f"--total_steps 2 {flags}") == 0
+    text = capsys.readouterr().out
+    if said is not None:
+        assert said in text
+    else:
+        assert "no weight" not in text and "16 bits" not in text and "warmup" not in text
+
+
+@pytest.mark.parametrize("named", ("module://matplotlib_inline.backend_inline", "none such"))
+def test_a_notebooks_backend_is_not_looked_for(named):
+    code = "import rlhf_kernels.trainer.report"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"MPLBACKEND": named})
+
+
+def test_finite():
+    value = {1: [math.nan, 2.0, (math.inf, "NaN")], "b": None}
+    assert report.finite(value) == {"1": [None, 2.0, [None, "NaN"]], "b": None}
