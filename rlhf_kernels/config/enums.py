@@ -78,6 +78,10 @@ MismatchCriterion = Literal[
     "seq_max_k3",
 ]
 
+#: What a token with an empty support has: NaN, or the whole vocabulary as its distribution.
+EmptySupport = Literal["nan", "whole"]
+EMPTY_SUPPORT: tuple[EmptySupport, ...] = get_args(EmptySupport)
+
 #: Options of mismatch_weights by name: config/mismatch.py has what each sets.
 MismatchPreset = Literal[
     "tis",

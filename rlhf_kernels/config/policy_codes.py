@@ -60,7 +60,8 @@ class PolicyParams(NamedTuple):
     entropy_coef: float
     correction_low: float
     correction_high: float
-    #: Of p - q, of the divergence, of the log-ratio, or of the mean of its negative.
+    #: Bounds of what the gate compares: p - q ("tv"), the divergence ("binary_kl"), log(p / q)
+    #: ("ratio") or a sequence's mean of log(q / p) ("opsm").
     gate_low: float
     gate_high: float
     kl_weight_max: float

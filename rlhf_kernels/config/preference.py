@@ -7,13 +7,14 @@ from .enums import PREFERENCE_LOSSES, PreferenceLossName
 
 NAMES: tuple[str, ...] = PREFERENCE_LOSSES
 
-#: They never read the reference.
+#: Losses that never read the reference.
 REFERENCE_FREE: tuple[PreferenceLossName, ...] = ("cpo", "simpo", "alphapo", "orpo", "sft")
-#: They read it where it is given; without it they are what CPO's trainers call by these names.
+#: Losses that read it where it is given. Without it they are what CPO's trainers call by these
+#: names.
 REFERENCE_OPTIONAL: tuple[PreferenceLossName, ...] = ("sigmoid", "hinge", "ipo")
-#: They read means over the tokens of a sequence.
+#: Losses of the means over the tokens of a sequence.
 AVERAGED: tuple[PreferenceLossName, ...] = ("ipo", "sigmoid_norm", "simpo", "alphapo", "orpo")
-#: Their term of a pair depends on the other pairs of the batch.
+#: Losses whose term of a pair depends on the other pairs of the batch.
 SORTED: tuple[PreferenceLossName, ...] = ("aot", "aot_unpaired")
 #: Functions of the difference of two rewards: in any other the unknown normaliser of an
 #: f-divergence would stay. The last one has no reward.

@@ -38,6 +38,24 @@ class PairOptions(NamedTuple):
         return self.beta, self.softcap, self.ref_softcap, self.ref_scale
 
 
+class _Model(NamedTuple):
+    """Options of one of the two models, as a caller gives them."""
+
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+
+    @property
+    def divisor(self) -> float:
+        """Of logits without a scale: scale * x under a temperature T is x under T / scale."""
+        return self.temperature / self.logit_scale
+
+    @property
+    def cap(self) -> float:
+        """Of logits without a scale; 0 for none."""
+        return 0.0 if self.softcap is None else self.softcap / self.logit_scale
+
+
 def _direction(op: str, direction: object, beta: object) -> tuple[bool, float]:
     """`reverse` and `beta` of PairOptions."""
     weight = 0.5 if beta is None else option_checks.rate(op, "beta", beta)
@@ -85,33 +103,31 @@ def checked(
         under c / scale and T / scale.
     """
     reverse, weight = _direction(op, direction, beta)
-    own = (
+    own = _Model(
         option_checks.positive(op, "temperature", temperature),
         _cap(op, "softcap", softcap),
         option_checks.positive(op, "logit_scale", logit_scale),
     )
-    temperature_rules.check(op, *own)
+    temperature_rules.check(op, own.temperature, own.softcap, own.logit_scale)
     wanted = option_checks.flag(op, "entropy", entropy)
-    effective = own[0] / own[2]
-    cap = 0.0 if own[1] is None else own[1] / own[2]
-    given = (
-        _same(op, "ref_temperature", ref_temperature),
-        _same(op, "ref_softcap", ref_softcap),
-        _same(op, "ref_logit_scale", ref_logit_scale),
+    ref = _Model(
+        own.temperature
+        if _same(op, "ref_temperature", ref_temperature)
+        else option_checks.positive(op, "ref_temperature", ref_temperature),
+        own.softcap
+        if _same(op, "ref_softcap", ref_softcap)
+        else _cap(op, "ref_softcap", ref_softcap),
+        own.logit_scale
+        if _same(op, "ref_logit_scale", ref_logit_scale)
+        else option_checks.positive(op, "ref_logit_scale", ref_logit_scale),
     )
-    if all(given):
-        return PairOptions(effective, reverse, weight, cap, cap, 1.0, wanted)
-    ref = (
-        own[0] if given[0] else option_checks.positive(op, "ref_temperature", ref_temperature),
-        own[1] if given[1] else _cap(op, "ref_softcap", ref_softcap),
-        own[2] if given[2] else option_checks.positive(op, "ref_logit_scale", ref_logit_scale),
-    )
-    temperature_rules.check(op, *ref, prefix="ref_")
-    ref_cap = 0.0 if ref[1] is None else ref[1] / ref[2]
-    scale = effective / (ref[0] / ref[2])
+    if ref == own:
+        return PairOptions(own.divisor, reverse, weight, own.cap, own.cap, 1.0, wanted)
+    temperature_rules.check(op, ref.temperature, ref.softcap, ref.logit_scale, prefix="ref_")
+    scale = own.divisor / ref.divisor
     if not temperature_rules.LOWEST <= scale <= temperature_rules.HIGHEST:
         raise ValueError(
             f"{op}: the temperatures of the two models, each over its logit_scale, must be within "
             f"a factor of 2^60 of each other, got a factor of {shown(scale)}"
         )
-    return PairOptions(effective, reverse, weight, cap, ref_cap, scale, wanted)
+    return PairOptions(own.divisor, reverse, weight, own.cap, ref.cap, scale, wanted)

@@ -26,7 +26,8 @@ GPU_CHUNK_BYTES, GPU_CHUNK_TOKENS = 4 * 2**30, 4096
 _CHUNK_MULTIPLE, _COLUMNS_MULTIPLE = 16, 64
 # More tokens make no product faster.
 _EXACT_TOKENS = 8192
-# Most tokens beside blocks of columns: more would leave the budget too few columns at a time.
+# The largest number of tokens of a chunk that takes blocks of columns: more would leave the budget
+# too few columns at a time.
 _BLOCK_TOKENS = 32768
 # Chunks of fewer tokens spend more on an fp32 sum of a 16-bit weight's gradient, which is read and
 # written for each, than a further product would cost.

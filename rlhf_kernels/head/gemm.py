@@ -24,7 +24,8 @@ _WIDE_ROWS = 1024
 _SUMMED_ROWS = 16384
 # Whether torch.mm and torch.addmm take out_dtype: from torch 2.8 on.
 _MIXED_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype")
-# Whether torch.addmm then adds to a tensor of out_dtype; the first ones want that of the operands.
+# Whether torch.addmm then adds to a tensor of out_dtype; torch 2.8 to 2.10 take only one of the
+# operands' dtype.
 _MIXED_SUMS = TorchVersion(torch.__version__) >= "2.11"
 # Below this exponent of two scaled gradients stay: fp16 ends at 2^16.
 _FP16_EXPONENT = 15
@@ -33,7 +34,7 @@ _FP16_EXPONENT = 15
 # torch.mm calls MKL, which uses AVX-512 on CPUs of its own vendor only. GFLOP/s of two threads,
 # torch.mm / oneDNN:
 #
-#   CPU                  tokens  words x hidden    logits           hidden           weight
+#   CPU                  tokens  vocab x hidden    logits           hidden           weight
 #   AMD 25 (Zen 4)          672   49152 x 576     154 / 182        187 / 188        144 / 112
 #                           208  151936 x 1024    130 / 171        156 / 170        155 / 102
 #                            16   49152 x 576      47 / 90          60 / 107

@@ -40,12 +40,13 @@ def _complete(
     found: tuple[Tensor | None, ...], weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """A policy loss's gradients in log-probabilities and entropy, times `weight` and its scale."""
-    *_, g, h, scale = found
-    assert g is not None  # it was asked for
+    *_, of_logprobs, of_entropy, scale = found
+    assert of_logprobs is not None  # it was asked for
     for factor in (weight, scale):
         if factor is not None:
-            g, h = g * factor, None if h is None else h * factor
-    return g, h
+            of_logprobs = of_logprobs * factor
+            of_entropy = None if of_entropy is None else of_entropy * factor
+    return of_logprobs, of_entropy
 
 
 class _PolicySweep:
@@ -76,8 +77,8 @@ class _PolicySweep:
             data_checks.token_data(
                 "linear_policy_loss", self._labels, self._temperatures, keep, weight.shape[0]
             )
-            # Of the others, where they may not be looked at, none may be SHARD_IGNORED: -1 gives
-            # NaN.
+            # On a GPU labels are not validated, and a bad one could equal SHARD_IGNORED. As -1 it
+            # makes its token NaN.
             self._labels = self._labels.clamp(min=-1)
             if batching.kept_tokens >= 0:
                 self._labels = torch.where(keep, self._labels.long(), SHARD_IGNORED)
@@ -99,7 +100,7 @@ class _PolicySweep:
         self.ref_logprobs = None if reference is None else torch.zeros_like(self.logprobs)
         self._stats = self.logprobs.new_empty((*keep.shape, 3))
 
-    def _rows(self, tokens: Tokens, part: slice) -> tuple[Tensor, Tensor | None]:
+    def _labels_of(self, tokens: Tokens, part: slice) -> tuple[Tensor, Tensor | None]:
         """(labels, temperatures) of a chunk."""
         return tokens.take(self._labels, part), tokens.take(self._temperatures, part)
 
@@ -109,7 +110,7 @@ class _PolicySweep:
         if self._ref is not None and self.ref_logprobs is not None:
             logits = self._ref.project(self._ref.states(tokens, part))
             plain = self._options._replace(entropy=False)
-            own = self._rows(tokens, part)
+            own = self._labels_of(tokens, part)
             ref, *_ = self._kernels.rows.token_logprobs(logits, *own, plain)
             tokens.put(self.ref_logprobs, part, ref)
         hidden = self.head.states(tokens, part)
@@ -119,7 +120,7 @@ class _PolicySweep:
         self, tokens: Tokens, part: slice, logits: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """A chunk's (log-probabilities, entropy, stats)."""
-        own = self._rows(tokens, part)
+        own = self._labels_of(tokens, part)
         found = self._kernels.rows.token_logprobs(logits, *own, self._options)
         logprobs, entropy, stats, *_ = found
         assert entropy is not None  # the options ask for it
@@ -166,7 +167,7 @@ class _PolicySweep:
             if self._one_kernel is None:
                 self._in_three_kernels(out, tokens, tile, logits, constants)
             else:
-                own = self._rows(tokens, part)
+                own = self._labels_of(tokens, part)
                 found = self._one_kernel(
                     out, logits, *own, self._options, constants, policy.codes, policy.params
                 )
@@ -178,10 +179,12 @@ class _PolicySweep:
         self, out: Tensor, tokens: Tokens, tile: Tile, logits: Tensor, constants: TokenConstants
     ) -> None:
         """Writes the gradient of a chunk's logits; records log-probabilities and entropies."""
-        policy, bonus, part = self._policy, self._policy.entropy_bonus, tile.tokens
+        policy, part, bonus = self._policy, tile.tokens, self._policy.entropy_bonus
+        weights = cu_seqlens = normalizer = None
+        divisor, grad = 1.0, True
         logprobs, entropy, stats = self._forward(tokens, part, logits)
         self._record(tokens, part, logprobs, entropy)
-        old, advantages, ref, rollout, weights = constants
+        old, advantages, ref, rollout, factors = constants
 
         def row(t: MaybeTensor) -> MaybeTensor:
             return None if t is None else t.unsqueeze(0)
@@ -194,16 +197,16 @@ class _PolicySweep:
             row(ref),
             row(rollout),
             row(entropy) if bonus else None,
-            None,
-            None,
-            None,
-            1.0,
+            weights,
+            cu_seqlens,
+            normalizer,
+            divisor,
             policy.codes._replace(aggregation=AGGREGATIONS.index("constant")),
             policy.params,
-            True,
+            grad,
             bonus,
         )
-        g, h = _complete(found, weights)
+        g, h = _complete(found, factors)
         self._gradient(out, tokens, tile, logits, stats, g[0], None if h is None else h[0])
 
     def backward(self, tokens: Tokens, g: Tensor, h: Tensor | None, needs: list[bool]) -> Gradients:
@@ -286,7 +289,7 @@ def forward(
         columns: int64 [], the columns of logits per token that the size of a chunk is computed
             from, where `batching` names no size. None: those of the weights.
     """
-    # Where they may not be looked at, the kernel that is given these poisons the loss.
+    # Where the host cannot read these tensors, the kernel of the loss makes it NaN for bad ones.
     data_checks.divisor_positive("linear_policy_loss", policy.normalizer)
     offsets, good = data_checks.usable_offsets(
         "linear_policy_loss", policy.cu_seqlens, policy.mask.shape[0]
@@ -295,7 +298,7 @@ def forward(
     keep = flat(policy.mask) != 0
     data_checks.kept_tokens("linear_policy_loss", keep, batching.kept_tokens)
     enough = covered(keep, batching.kept_tokens)
-    # Whether offsets, bound and normalizer are what they must be; None where they surely are.
+    # Whether offsets, kept_tokens and normalizer are valid, 0-d; None where the host has seen it.
     good = _both(_both(good, enough), _good_divisor(policy))
     advantages = per_token(policy.advantages, policy.mask, offsets)
     # Whether tokens stand alone: their gradient is known as soon as their log-probability is.
@@ -332,10 +335,10 @@ def forward(
             # Also of a sequence all of whose tokens were multiplied; the rest poisons the scale.
             g = torch.where(enough, g, torch.nan)
             h = None if h is None else torch.where(enough, h, torch.nan)
-        g, bonus = flat(g), flat(h)
+        g, h = flat(g), flat(h)
         if counts:
-            tokens = select(g != 0 if bonus is None else (g != 0) | (bonus != 0))
-        gradients = sweep.backward(tokens, g, bonus, needs)
+            tokens = select(g != 0 if h is None else (g != 0) | (h != 0))
+        gradients = sweep.backward(tokens, g, h, needs)
     loss, metrics, *_ = sweep.policy_loss(grad=False)
     return loss, metrics, *gradients.results(operands.hidden.shape, late=True)
 

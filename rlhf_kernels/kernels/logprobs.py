@@ -117,7 +117,7 @@ def log_sum_exp(
     labels: Tensor, temperatures: Tensor | None, stats: Tensor, options: RowOptions
 ) -> Tensor:
     """log sum_j exp(z_j) of rows [...], fp32, from their statistics [..., 3]; 0 where ignored."""
-    # Their product may be far above the distances that the statistics are sums of.
+    # m / T may be far above log s, which fp32 would lose beside it.
     m, s, _ = stats.double().unbind(-1)
     scaled = m / (options.temperature if temperatures is None else temperatures.float().double())
     keep = any_of_token(labels != options.ignore_index, scaled.dim())

@@ -26,7 +26,7 @@ from ..kernels.support import Tokens
 
 _LIBRARY = torch.library.Library("rlhf_kernels", "DEF")
 # Arguments that a schema has field by field.
-_GROUPS: dict[str, type] = {
+_TUPLES: dict[str, type] = {
     t.__name__: t
     for t in (
         *(RowOptions, Operands, Targets, Upstream, PolicyArguments, Divergence, Batching),
@@ -53,15 +53,15 @@ _LISTS = (PolicyCodes, PolicyParams, MismatchParams)
 _PLAIN = frozenset(
     (
         *(Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list),
-        *(torch.dtype, *_LISTS, *_GROUPS.values()),
+        *(torch.dtype, *_LISTS, *_TUPLES.values()),
     )
 )
 
 R = TypeVar("R")
 
 
-class _Group:
-    """A named tuple among an operator's arguments, which the schema has field by field.
+class _Fields:
+    """A named tuple among an operator's arguments, which the schema spells field by field.
 
     Args:
         kind: the named tuple.
@@ -73,11 +73,11 @@ class _Group:
         self._kind, self._optional = kind, optional
         #: Whether one of the fields may be a tensor.
         self.has_tensors: bool = kind not in (RowOptions, PairOptions, MismatchRules)
-        self._fields: list[_Group | Callable[[Any], Any] | None] = []
+        self._fields: list[_Fields | Callable[[Any], Any] | None] = []
         schema: list[str] = []
         for name, field in kind.__annotations__.items():
-            if field in _GROUPS.values():
-                inner = _Group(field, prefix, optional)
+            if field in _TUPLES.values():
+                inner = _Fields(field, prefix, optional)
                 self._fields.append(inner)
                 schema.append(inner.schema)
                 continue
@@ -90,7 +90,7 @@ class _Group:
         """The schema's arguments of `value`."""
         flat = []
         for field, part in zip(self._fields, value or (None,) * len(self._fields), strict=True):
-            if isinstance(field, _Group):
+            if isinstance(field, _Fields):
                 flat += field.flattened(part)
             else:
                 flat.append(part)
@@ -100,7 +100,7 @@ class _Group:
         """The inverse of `flattened`; takes what belongs to the tuple from `flat`."""
         parts = []
         for field in self._fields:
-            if isinstance(field, _Group):
+            if isinstance(field, _Fields):
                 parts.append(field.gathered(flat))
             else:
                 part = next(flat)
@@ -113,16 +113,16 @@ def _of_sequence(kind: Any) -> Callable[[Any], Any] | None:
     return (lambda t: kind(*t)) if kind in _LISTS else None
 
 
-def _group(argument: str) -> _Group | None:
-    """The group that an argument of a schema names; None if it names none.
+def _fields_of(argument: str) -> _Fields | None:
+    """The named tuple that an argument of a schema stands for; None if it stands for none.
 
     `Operands operands` has the fields' names, `Operands ref_` those with the prefix `ref_`, and
     `Operands? ref_` may be None.
     """
     kind, _, name = argument.partition(" ")
     optional, prefix = kind.endswith("?"), name if name.endswith("_") else ""
-    group = _GROUPS.get(kind.removesuffix("?"))
-    return None if group is None else _Group(group, prefix, optional)
+    found = _TUPLES.get(kind.removesuffix("?"))
+    return None if found is None else _Fields(found, prefix, optional)
 
 
 class Operator(Generic[R]):
@@ -142,10 +142,10 @@ class Operator(Generic[R]):
         self.name, self._algorithm = name, algorithm
         head, _, results = schema.removeprefix("(").partition(") -> ")
         arguments = head.split(", ")
-        # By position; None where an argument is no group.
-        self._groups = [_group(t) for t in arguments]
-        self._with_tensors = [at for at, g in enumerate(self._groups) if g and g.has_tensors]
-        flat = (g.schema if g else t for g, t in zip(self._groups, arguments, strict=True))
+        # By position; None where an argument is no named tuple.
+        self._fields = [_fields_of(t) for t in arguments]
+        self._with_tensors = [at for at, g in enumerate(self._fields) if g and g.has_tensors]
+        flat = (g.schema if g else t for g, t in zip(self._fields, arguments, strict=True))
         _LIBRARY.define(f"{name}({', '.join(flat)}) -> {results}")
         _LIBRARY.impl(name, self._traceable(self._run), "CompositeExplicitAutograd")
         torch.library.register_fake(f"rlhf_kernels::{name}", self._traceable(fake), lib=_LIBRARY)
@@ -159,14 +159,14 @@ class Operator(Generic[R]):
         return self._algorithm(backend.kernels, *args[:-1])
 
     def _traceable(self, f: Callable[..., R]) -> Callable[..., R]:
-        """`f` with the schema's arguments, which it gathers into groups, and the schema's results.
+        """`f` with the schema's arguments, which it gathers into tuples, and the schema's results.
 
         A schema has no place for a result that is None; an empty tensor stands for it.
         """
 
         def run(*flat: Any) -> Any:
             rest = iter(flat)
-            found = f(*[next(rest) if g is None else g.gathered(rest) for g in self._groups])
+            found = f(*[next(rest) if g is None else g.gathered(rest) for g in self._fields])
             if not isinstance(found, tuple):
                 return found
             like = next(t for t in found if t is not None)
@@ -195,8 +195,8 @@ class Operator(Generic[R]):
 
     def _dispatch(self, args: tuple[Any, ...]) -> R:
         flat: list[Any] = []
-        for group, argument in zip(self._groups, args, strict=True):
-            flat += [argument] if group is None else group.flattened(argument)
+        for fields, argument in zip(self._fields, args, strict=True):
+            flat += [argument] if fields is None else fields.flattened(argument)
         result: R = self._registered(*flat)
         return result
 
@@ -238,8 +238,8 @@ def define(
 
     Args:
         name: operator name, also the key of its launcher in each backend.
-        schema: arguments and results; the last argument is `str backend`. A group such as
-            `RowOptions options` expands to one argument per field; see `_group`.
+        schema: arguments and results; the last argument is `str backend`. A named tuple such as
+            `RowOptions options` expands to one argument per field; see `_fields_of`.
         fake: returns empty results with the right shapes and dtypes from the same arguments; None
             for a result that the launcher does not return.
         algorithm: runs instead of a launcher; takes the backend's `Kernels`, then the arguments.

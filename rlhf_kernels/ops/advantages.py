@@ -246,7 +246,7 @@ def discounted_returns(
     gamma: float = 1.0,
     masked: MaskedSteps = "carry",
 ) -> Tensor:
-    """Return to go, G_t = r_t + gamma G_{t+1} (REINFORCE, REINFORCE++).
+    """Return to go, G_t = r_t + gamma G_{t+1} (REINFORCE, Williams 1992; REINFORCE++, 2501.03262).
 
     Args:
         rewards: [B, T], or packed [N] with `cu_seqlens`; float32, bfloat16 or float16; integers and

@@ -19,6 +19,8 @@ def topk_divergence(
 ) -> Tensor:
     """Per-token divergence from a teacher, of its K most likely tokens and one bucket for the rest.
 
+    On-policy distillation (GKD, 2306.13649) from a teacher of whom no more is known.
+
     The policy's and the teacher's distributions over K + 1 outcomes: the K tokens, and that it is
     none of them, whose probability is 1 minus theirs. The teacher's logits are never needed, and
     the policy's K log-probabilities come from one call with K labels per token:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..config.enums import EmptySupport
 from ..core import checks, data_checks, groups, row_options
 from ..core.layout import any_of_token
 from ..core.sentinels import SHARD_IGNORED
@@ -163,7 +164,7 @@ def linear_token_logprobs(
     batch_invariant: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
-    empty_support: Literal["nan", "whole"] = "nan",
+    empty_support: EmptySupport = "nan",
 ) -> TokenLogprobs: ...
 
 
@@ -188,7 +189,7 @@ def linear_token_logprobs(
     batch_invariant: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
-    empty_support: Literal["nan", "whole"] = "nan",
+    empty_support: EmptySupport = "nan",
 ) -> TokenLogprobsEntropy: ...
 
 
@@ -213,7 +214,7 @@ def linear_token_logprobs(
     batch_invariant: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
-    empty_support: Literal["nan", "whole"] = "nan",
+    empty_support: EmptySupport = "nan",
 ) -> TokenLogprobs | TokenLogprobsEntropy: ...
 
 
@@ -237,7 +238,7 @@ def linear_token_logprobs(
     batch_invariant: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
-    empty_support: Literal["nan", "whole"] = "nan",
+    empty_support: EmptySupport = "nan",
 ) -> TokenLogprobs | TokenLogprobsEntropy:
     """`token_logprobs` from hidden states, without ever holding all of the LM head's logits.
 

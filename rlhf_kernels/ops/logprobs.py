@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..config.enums import EmptySupport
 from ..core import checks, groups, layout, option_checks, row_options, tracing
 from ..core.option_checks import shown
 from ..core.row_options import RowOptions
@@ -186,7 +187,7 @@ def token_logprobs(
     inplace_backward: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
-    empty_support: Literal["nan", "whole"] = "nan",
+    empty_support: EmptySupport = "nan",
 ) -> TokenLogprobs: ...
 
 
@@ -206,7 +207,7 @@ def token_logprobs(
     inplace_backward: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
-    empty_support: Literal["nan", "whole"] = "nan",
+    empty_support: EmptySupport = "nan",
 ) -> TokenLogprobsEntropy: ...
 
 
@@ -226,7 +227,7 @@ def token_logprobs(
     inplace_backward: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
-    empty_support: Literal["nan", "whole"] = "nan",
+    empty_support: EmptySupport = "nan",
 ) -> TokenLogprobs | TokenLogprobsEntropy: ...
 
 
@@ -245,7 +246,7 @@ def token_logprobs(
     inplace_backward: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
     support: Support | None = None,
-    empty_support: Literal["nan", "whole"] = "nan",
+    empty_support: EmptySupport = "nan",
 ) -> TokenLogprobs | TokenLogprobsEntropy:
     """Log-probability of each label, and optionally the entropy of the token's distribution.
 

@@ -84,8 +84,7 @@ def _forward_fake(
     loss, metrics, scale = losses.results(logprobs, len(POLICY_METRICS), deferred)
     gradient = losses.gradient(logprobs, grad)
     like = logprobs if entropy is None else entropy
-    bonus = losses.gradient(like, entropy_grad)
-    return loss, metrics, gradient, bonus, scale
+    return loss, metrics, gradient, losses.gradient(like, entropy_grad), scale
 
 
 _forward: Operator[tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]] = define(
@@ -224,9 +223,10 @@ def policy_loss(
 ) -> PolicyLoss:
     """Policy-gradient loss of PPO, GRPO, DAPO, GSPO, CISPO, SAPO, REINFORCE and related methods.
 
-    `PolicyLossConfig` documents the formula. Differentiable in logprobs, and in entropy where
-    config.entropy_coef is not 0; everything else is a constant. The kernel backends compute loss,
-    metrics and gradient in one pass over the tokens; backward only scales the gradient.
+    `PolicyLossConfig` documents the formula, with the paper of each method. Differentiable in
+    logprobs, and in entropy where config.entropy_coef is not 0; everything else is a constant. The
+    kernel backends compute loss, metrics and gradient in one pass over the tokens; backward only
+    scales the gradient.
 
     Where new and old log-probabilities are equal, the ratio is exactly 1, and the clip fractions
     and the KL to old are exactly 0. Log-ratios saturate (config.log_ratio_clamp, and always at

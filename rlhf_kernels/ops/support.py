@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..config.enums import EMPTY_SUPPORT
 from ..core import checks, data_checks, option_checks, row_options
 from ..core.row_options import RowArguments, RowOptions, RowResults
 from ..head.arguments import Operands
@@ -101,10 +102,6 @@ def _check_arguments(op: str, arguments: RowArguments) -> None:
             f"{op}: support gives log-probabilities and entropies alone, neither lse nor collision "
             "nor argmax"
         )
-
-
-#: What a token with an empty support has: NaN, or the whole vocabulary as its distribution.
-EMPTY_SUPPORT = ("nan", "whole")
 
 
 def check_empty_support(op: str, value: object, support: object) -> None:

@@ -82,11 +82,11 @@ def launchers(extension: ModuleType) -> losses.Launchers:
         op = "policy_loss"
         loss, metrics, scale = losses.results(logprobs, len(POLICY_METRICS), gpu)
         policy_grad = losses.gradient(logprobs, grad)
-        bonus = losses.gradient(logprobs if entropy is None else entropy, entropy_grad)
+        entropy_gradient = losses.gradient(logprobs if entropy is None else entropy, entropy_grad)
         divisor, normalizer = divisor_on(op, logprobs, normalizer, divisor, gpu)
         tokens = sequences(op, logprobs, cu_seqlens, gpu)
         if tokens is None:
-            return loss.zero_(), metrics.zero_(), policy_grad, bonus, scale
+            return loss.zero_(), metrics.zero_(), policy_grad, entropy_gradient, scale
         check_weights = losses.check_weights if gpu else data_checks.loss_weights
         check_weights(op, weights, mask, cu_seqlens)
         status = extension.policy_loss(
@@ -109,11 +109,11 @@ def launchers(extension: ModuleType) -> losses.Launchers:
             metrics,
             scale,
             policy_grad,
-            bonus,
+            entropy_gradient,
             make_exec(logprobs, op, lambda: (*tokens[:2], cu_seqlens is not None)),
         )
         raise_status(op, status, cu_seqlens, logprobs)
-        return loss, metrics, policy_grad, bonus, scale
+        return loss, metrics, policy_grad, entropy_gradient, scale
 
     def scale_into(first: Tensor, *others: Tensor | None) -> None:
         extension.loss_backward(first.numel(), first, *others, make_exec(first))

@@ -87,7 +87,8 @@ def coefficients_kernel(
         a0 -= tl.where(of_collision == 0.0, 0.0, slope_of_squares * collision)
         a2 = tl.where(of_collision == 0.0, 0.0, slope_of_squares / s)
     if grad_lse is not None:
-        # Their weights cancel beside a gradient at the label: not a row without one.
+        # a0 may cancel to 0 beside a gradient at the label. TINY keeps the row from being taken
+        # for one without a gradient.
         a0 = tl.where((of_lse != 0.0) & (a0 == 0.0) & (a1 == 0.0), TINY, a0)
     distance = (z - m).to(tl.float64) * rate
     logprob = distance - tl.log(s)

@@ -197,16 +197,16 @@ def policy_kernel(
             if KL_WEIGHT == ONE_KL_WEIGHT:
                 kl_slope += added
             direct += c.kl_coef * kl_slope
-    bonus = zero
+    h = zero
     if entropy is not None:
-        bonus = load_kept(entropy, s, at, i, kept)
-    weighted_bonus = bonus
+        h = load_kept(entropy, s, at, i, kept)
+    weighted_h = h
     share = weight
     if weights is not None:
         own = load_kept(weights, s, at, i, kept)
         own = tl.where((own >= 0.0) & (own < float("inf")), own, float("nan"))
         loss, kl, slope = loss * own, kl * own, slope * own
-        weighted_bonus, direct, share = bonus * own, direct * own, weight * own
+        weighted_h, direct, share = h * own, direct * own, weight * own
     if LEVEL == TOKEN_RATIO:
         slope = within(x, c.log_ratio_low, c.log_ratio_high, slope)
     to = token_index(batch, s, at)
@@ -223,9 +223,8 @@ def policy_kernel(
     r_kept = tl.where(kept, r, 0.0)
     low, high = tl.where(kept, low, 0.0), tl.where(kept, high, 0.0)
     count = tl.where(kept, 1.0, 0.0)
-    # Order of the columns: pg, kl, bonus; low, high, dual; r, rr; x, k3, x_ref, k3_ref; entropy; w;
-    # tokens; slope.
-    even = join8(loss, weighted_bonus, high, r_kept, x, x_ref, bonus, count)
+    # Those of policy_combine._SUMS, the even ones and the odd ones.
+    even = join8(loss, weighted_h, high, r_kept, x, x_ref, h, count)
     odd = join8(kl, low, dual, r_kept * r, k3, k3_ref, w_sum, slope)
     sums = column_sums(tl.join(even, odd), TILE, SUMS)
     column = tl.arange(0, SUMS)
@@ -285,7 +284,7 @@ def policy_loss(
     batch, slots, partials, loss, metrics, scale, *_ = sweep
     codes, c = PolicyCodes(*codes), PolicyParams(*params)
     gradient = losses.gradient(logprobs, grad)
-    bonus = losses.gradient(logprobs, entropy_grad)
+    entropy_gradient = losses.gradient(logprobs, entropy_grad)
     losses.check_weights("policy_loss", weights, mask, cu_seqlens)
 
     def spread(x: Tensor | None) -> Strided | None:
@@ -320,7 +319,7 @@ def policy_loss(
         strided(entropy),
         spread(weights),
         gradient,
-        bonus,
+        entropy_gradient,
         partials,
         c,
         OBJECTIVE=codes.objective,
@@ -344,7 +343,7 @@ def policy_loss(
         launch(pooled_kernel, slots, loss, *slopes, *bounds, SEQUENCE_MEAN=sequence_mean, **tile)
     has = {"ROLLOUT": rollout is not None, "GATED": codes.gate != NO_GATE.value}
     sweep.combine(combine_kernel, codes.aggregation, c.kl_coef, c.entropy_coef, **has)
-    return loss, metrics, gradient, bonus, scale
+    return loss, metrics, gradient, entropy_gradient, scale
 
 
 LAUNCHERS: losses.Launchers = {

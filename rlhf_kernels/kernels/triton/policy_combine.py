@@ -20,12 +20,27 @@ ESS, CORRECTION_MEAN = tl.constexpr(_slot("ess")), tl.constexpr(_slot("correctio
 TOKEN_COUNT = tl.constexpr(_slot("tokens"))
 # Rows of the scratch [ROWS, slots] after the statistics: the sums of policy_kernel, and the tile
 # number of each slot in its sequence.
-SUMS = tl.constexpr(16)
-FIRST, COUNT, SLOPE = tl.constexpr(4), tl.constexpr(4 + 14), tl.constexpr(4 + 15)
-R_MIN, R_MAX, TILE_INDEX = tl.constexpr(20), tl.constexpr(21), tl.constexpr(22)
+_SUMS = (
+    *("pg", "kl", "entropy_bonus", "clip_low", "clip_high", "dual_clip", "ratio", "ratio_square"),
+    *("log_ratio", "k3", "ref_log_ratio", "ref_k3", "entropy", "weight", "tokens", "slope"),
+)
+_sum = _SUMS.index
+SUMS = tl.constexpr(len(_SUMS))
+S_PG, S_KL = tl.constexpr(_sum("pg")), tl.constexpr(_sum("kl"))
+S_BONUS, S_CLIPPED = tl.constexpr(_sum("entropy_bonus")), tl.constexpr(_sum("clip_low"))
+S_RATIO, S_RATIO_SQUARE = tl.constexpr(_sum("ratio")), tl.constexpr(_sum("ratio_square"))
+# Those from k3 on are of metrics that follow one another.
+S_LOG_RATIO, S_MEANS = tl.constexpr(_sum("log_ratio")), tl.constexpr(_sum("k3"))
+S_WEIGHT, S_TOKENS = tl.constexpr(_sum("weight")), tl.constexpr(_sum("tokens"))
+_STATISTICS = 4
+FIRST = tl.constexpr(_STATISTICS)
+COUNT = tl.constexpr(_STATISTICS + _sum("tokens"))
+SLOPE = tl.constexpr(_STATISTICS + _sum("slope"))
+_AFTER = _STATISTICS + len(_SUMS)
+R_MIN, R_MAX, TILE_INDEX = (tl.constexpr(_AFTER + i) for i in range(3))
 # The two sums of a gate.
-GATES = tl.constexpr(23)
-ROWS = 25
+GATES = tl.constexpr(_AFTER + 3)
+ROWS = _AFTER + 5
 
 
 @kernel
@@ -75,7 +90,7 @@ def combine_kernel(
             gates += tl.load(at, mask=slot < slots, other=0.0).to(tl.float64)
     gates = column_sums(gates, GROUP, 2)
     sums = column_sums(total, GROUP, SUMS)
-    tokens = pick(sums, 14, SUMS)
+    tokens = pick(sums, S_TOKENS, SUMS)
     count = tokens
     if COUNT_SEQUENCES:
         count = tl.sum(found, axis=0).to(tl.float64)
@@ -86,26 +101,26 @@ def combine_kernel(
     n = tl.where(tokens > 1.0, tokens, 1.0)
     share = inverse(n)
     some = tokens > 0.0
-    pg, kl = pick(sums, 0, SUMS) * factor, pick(sums, 1, SUMS) * factor
-    bonus = pick(sums, 2, SUMS) * factor
+    pg, kl = pick(sums, S_PG, SUMS) * factor, pick(sums, S_KL, SUMS) * factor
+    bonus = pick(sums, S_BONUS, SUMS) * factor
     value = pg
     # A term with coefficient 0 is skipped, since it may be infinite.
     value += tl.where(kl_coef != 0.0, scalar(kl_coef).to(tl.float64) * kl, 0.0)
     value -= tl.where(entropy_coef != 0.0, scalar(entropy_coef).to(tl.float64) * bonus, 0.0)
-    r, rr = pick(sums, 6, SUMS), pick(sums, 7, SUMS)
+    r, rr = pick(sums, S_RATIO, SUMS), pick(sums, S_RATIO_SQUARE, SUMS)
     # Minimum and maximum may have skipped a NaN, but the sum has not.
     lost = (r - r).to(tl.float32)
     low, high = tl.min(r_min, axis=0) + lost, tl.max(r_max, axis=0) + lost
     w = tl.where(some, 1.0, 0.0).to(tl.float64)
     if ROLLOUT:
-        w = pick(sums, 13, SUMS) * share
+        w = pick(sums, S_WEIGHT, SUMS) * share
     tl.store(loss, value.to(tl.float32))
     tl.store(metrics + LOSS, value.to(tl.float32))
     tl.store(metrics + PG_LOSS, pg.to(tl.float32))
     tl.store(metrics + KL_LOSS, kl.to(tl.float32))
     tl.store(metrics + ENTROPY_LOSS, bonus.to(tl.float32))
     for j in tl.static_range(3):
-        fraction = pick(sums, 3 + j, SUMS) * share + fault
+        fraction = pick(sums, S_CLIPPED + j, SUMS) * share + fault
         tl.store(metrics + CLIP_FRACTIONS + j, fraction.to(tl.float32))
     for j in tl.static_range(2):
         fraction = pick(gates, j, 2) * share + fault
@@ -113,9 +128,9 @@ def combine_kernel(
     tl.store(metrics + RATIO_MEAN, (r * share + fault).to(tl.float32))
     tl.store(metrics + RATIO_MIN, tl.where(some, low, 0.0) + fault.to(tl.float32))
     tl.store(metrics + RATIO_MAX, tl.where(some, high, 0.0) + fault.to(tl.float32))
-    tl.store(metrics + K1_OLD, (fault - pick(sums, 8, SUMS) * share).to(tl.float32))
+    tl.store(metrics + K1_OLD, (fault - pick(sums, S_LOG_RATIO, SUMS) * share).to(tl.float32))
     for j in tl.static_range(4):
-        mean = pick(sums, 9 + j, SUMS) * share + fault
+        mean = pick(sums, S_MEANS + j, SUMS) * share + fault
         tl.store(metrics + OTHER_MEANS + j, mean.to(tl.float32))
     size = tl.where(some, r * r / tl.where(some, n * rr, 1.0), 0.0)
     tl.store(metrics + ESS, (size + fault).to(tl.float32))

@@ -115,8 +115,8 @@ def token_gradient(
     return found, bound
 
 
-def words_apart(rows: SoftmaxBounds, best: Tensor) -> Tensor:
-    """Of the most likely word: how far from it there are words that rounding may put first."""
+def tokens_apart(rows: SoftmaxBounds, best: Tensor) -> Tensor:
+    """How far from the most likely token there are tokens that rounding may put first."""
     x, error = rows.x, rows.x_error
     near = x + error >= (x - error).amax(-1, keepdim=True)
     ids = torch.arange(x.shape[-1])
@@ -266,7 +266,7 @@ def linear_token_logprobs(d: Draw) -> Case:
         known = judged(y.long(), kept)
         found = row_bounds(rows, known, several, asked)
         if asked["argmax"]:
-            found[-1] = words_apart(rows, exact[len(found) - 1])
+            found[-1] = tokens_apart(rows, exact[len(found) - 1])
         if not upstream:
             return found
         gradient = token_gradient(rows, known, several, **upstreams(upstream, asked))
