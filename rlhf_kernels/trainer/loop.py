@@ -18,7 +18,7 @@ from .finite import NonFinite
 from .interrupts import Interrupted, Interrupts
 from .offline import OfflineTrainer
 from .online import OnlineTrainer
-from .probe import digest_of
+from .probe import digests
 from .stage import Stage
 
 _SHOWN = ("loss", "accuracy", "margin", "reward", "kl", "entropy")
@@ -63,10 +63,9 @@ class Loop:
             self.extra["reference"] = reference.state_dict()
 
     def _digests(self) -> dict[str, int]:
-        """A hash of each trained weight; of none where they are sharded."""
         learner = self.trainer.learner
-        named = () if learner.sharded else learner.networks.named_parameters()
-        return {name: digest_of(p) for name, p in named if p.requires_grad}
+        # Of shards no process has the whole.
+        return {} if learner.sharded else digests(learner.networks)
 
     def continue_from(self, path: Path, states: dict[str, Any]) -> None:
         """Continues from a checkpoint, which must have the same settings and data."""

@@ -104,7 +104,7 @@ def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
         UserError: a forward pass changed the weights, which training and saving do not expect.
     """
     keep_scale(model)
-    before = {name: (p._version, digest_of(p)) for name, p in model.named_parameters()}
+    before = {name: (p._version, _digest(p)) for name, p in model.named_parameters()}
     devices = [model.device] if model.device.type == "cuda" else []
     training = model.training
     with torch.random.fork_rng(devices), torch.no_grad():
@@ -114,7 +114,7 @@ def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
     changed = [
         name
         for name, p in model.named_parameters()
-        if name not in before or (p._version != before[name][0] and digest_of(p) != before[name][1])
+        if name not in before or (p._version != before[name][0] and _digest(p) != before[name][1])
     ]
     if changed:
         raise UserError(
@@ -123,7 +123,7 @@ def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
         )
 
 
-def digest_of(weight: Tensor) -> int:
+def _digest(weight: Tensor) -> int:
     """A hash of a weight's bits in their order, to tell whether a pass that wrote to it changed it.
 
     An adapter of experts' weights writes them back as they were in every pass. Sums of integers do
@@ -137,6 +137,11 @@ def digest_of(weight: Tensor) -> int:
     for part in words.split(_DIGESTED):
         found = (found * _PRIME + int((part * factors[: len(part)]).sum())) % 2**64
     return found
+
+
+def digests(networks: nn.Module) -> dict[str, int]:
+    """A hash of each trained weight by its name, to tell whether training changed any."""
+    return {name: _digest(p) for name, p in networks.named_parameters() if p.requires_grad}
 
 
 def _settle_form(model: PreTrainedModel, max_length: int, packing: bool) -> list[Trial]:

@@ -69,14 +69,6 @@ def logprobs_on(ranks, sizes, backend, logits, labels, upstream, **options):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(o) or "plain")
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_kernels_of_a_group_are_made_once():
-    kernels = backends.get("cpu").kernels
-    first = shard.kernels_of(kernels.rows, kernels.empty, "0")
-    again = backends.get("cpu").kernels
-    assert shard.kernels_of(again.rows, again.empty, "0") is first
-    assert shard.kernels_of(again.rows, again.empty, "1") is not first
-
-
 def test_token_logprobs_match_fp64(backend, ranks, sizes, options):
     def run(logits, labels, upstream, **options):
         return logprobs_on(ranks, sizes, backend, logits, labels, upstream, **options)
@@ -459,3 +451,11 @@ def test_group_is_checked():
             rk.token_logprobs(logits, labels, group=group)
     with pytest.raises(ValueError, match="V >= 1"):
         rk.token_logprobs(logits[:, :0], labels)
+
+
+def test_kernels_of_a_group_are_made_once():
+    kernels = backends.get("cpu").kernels
+    first = shard.kernels_of(kernels.rows, kernels.empty, "0")
+    again = backends.get("cpu").kernels
+    assert shard.kernels_of(again.rows, again.empty, "0") is first
+    assert shard.kernels_of(again.rows, again.empty, "1") is not first
