@@ -295,6 +295,7 @@ class Loop:
                 with folder.writing(self.out / name):
                     folder.replace_folder(self.out / name, write)
         # A column of the data may hold what JSON has no form for.
-        text = json.dumps(report.finite(summary), indent=2, default=str) + "\n"
+        plain = report.finite(summary) | {"config": summary["config"]}
+        text = json.dumps(plain, indent=2, default=str) + "\n"
         with folder.writing(self.out / "summary.json"):
             folder.write_whole(self.out / "summary.json", text.encode())

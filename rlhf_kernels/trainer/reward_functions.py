@@ -283,13 +283,22 @@ def _awaited(waiting: Sequence[Awaitable[Any]]) -> list[Any]:
     return asyncio.run_coroutine_threadsafe(gather(), _loop()).result()
 
 
+def _autocast_nesting() -> int:
+    """How many autocast contexts are open."""
+    torch.autocast_increment_nesting()
+    return int(torch.autocast_decrement_nesting())
+
+
 @contextlib.contextmanager
 def _undone() -> Iterator[None]:
     """Restores process-wide state that foreign code may change, because training depends on it."""
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     gradients, folder = torch.is_grad_enabled(), None
     precision, device = torch.get_float32_matmul_precision(), torch.get_default_device()
-    autocast = {d: torch.is_autocast_enabled(d) for d in ("cpu", "cuda")}
+    autocast = {
+        d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
+    }
+    nesting = _autocast_nesting()
     with contextlib.suppress(OSError):
         # The current folder may have been deleted.
         folder = Path.cwd()
@@ -301,8 +310,13 @@ def _undone() -> Iterator[None]:
                 os.chdir(folder)
         torch.set_default_dtype(dtype)
         torch.set_grad_enabled(gradients)
-        for kind, enabled in autocast.items():
+        for kind, (enabled, lower) in autocast.items():
             torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, lower)
+        # Only at depth 0 does torch drop its casts of the weights, which training changes.
+        for _ in range(_autocast_nesting() - nesting):
+            torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()
         if torch.get_float32_matmul_precision() != precision:
             torch.set_float32_matmul_precision(precision)
         if torch.get_default_device() != device:

@@ -234,6 +234,24 @@ def test_functions_leave_the_process_as_it_was(tmp_path, monkeypatch):
         torch.set_num_threads(threads)
 
 
+def test_an_open_autocast_leaves_no_old_casts_of_the_weights():
+    def score(completions, **_):
+        torch.autocast("cpu", dtype=torch.float16).__enter__()
+        return [1.0] * len(completions)
+
+    lower = torch.get_autocast_dtype("cpu")
+    table(score)
+    assert torch.get_autocast_dtype("cpu") is lower
+    weight, x = torch.ones(4, 4, requires_grad=True), torch.ones(1, 4)
+    sums = []
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            sums.append((x @ weight).sum().item())
+        with torch.no_grad():
+            weight.mul_(2)
+    assert sums == [16.0, 32.0]
+
+
 class _Own(BaseException):
     """What `except Exception` does not catch, as pytest's and asyncio's."""
 
