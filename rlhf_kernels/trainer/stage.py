@@ -160,8 +160,8 @@ class Stage:
         steps, rising = self.optim.total_steps, self.optim.warmup_steps
         if steps < rising:
             self.say(
-                f"warmup_steps {rising} are more than total_steps {steps}: the rate reaches no more "
-                f"than {steps / rising:.2g} of learning_rate"
+                f"warmup_steps {rising} are more than total_steps {steps}: the rate reaches no "
+                f"more than {steps / rising:.2g} of learning_rate"
             )
         self.say(
             f"{self.name} on {self.task.name}: {train} training and {held_out} held-out rows that "
