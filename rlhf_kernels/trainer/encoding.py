@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .cells import Text, ends_with_assistant, starts_with_assistant
+from .cells import Text, content, ends_with_assistant, starts_with_assistant
 from .chat import continued, holds, rendered, start_text, stripped
 from .config import UserError, require
 from .rows import Row
@@ -27,6 +27,18 @@ _DIFFERS = (
 _DROPS = (
     "the chat template leaves out a part of an answer, mostly its reasoning: what it leaves out is "
     "not learned; use a template that writes it"
+)
+_ENDS = (
+    "a text has the tokenizer's end token before its end: it is learned as an end; take it out "
+    "where no end is meant"
+)
+_SPECIAL = (
+    "a message has a special token of the tokenizer in its content: it is read as that token, as "
+    "where the chat template writes it; take it out where it is meant as text"
+)
+_UNKNOWN = (
+    "the tokenizer has no tokens for some characters of the data: they are learned as its unknown "
+    "token"
 )
 _NO_ARGUMENTS: Mapping[str, Any] = {}
 
@@ -45,6 +57,7 @@ def prompt_tokens(
     arguments of the chat template.
     """
     start = start_text(tokenizer, prompt, template, apart=apart)
+    _warn_of_special(tokenizer, prompt)
     return _tokens(tokenizer, [start], isinstance(prompt, str))[0]
 
 
@@ -183,7 +196,21 @@ def _split(
     size = min(_common(alone, whole) for whole in ids)
     if size < len(alone):
         warnings.warn(_DIFFERS, stacklevel=2)
-    return alone[:size], [whole[size:] for whole in ids]
+    rests = [whole[size:] for whole in ids]
+    _warn_of_special(tokenizer, prompt, *completions)
+    if text and any(tokenizer.eos_token_id in rest[:-1] for rest in rests):
+        warnings.warn(_ENDS, stacklevel=2)
+    unknown = tokenizer.unk_token_id
+    if unknown not in (None, tokenizer.eos_token_id) and any(unknown in rest for rest in rests):
+        warnings.warn(_UNKNOWN, stacklevel=2)
+    return alone[:size], rests
+
+
+def _warn_of_special(tokenizer: PreTrainedTokenizerBase, *texts: Text) -> None:
+    """Warns of special tokens in messages, which no template keeps from being read as such."""
+    said = [content(m) for text in texts if not isinstance(text, str) for m in text]
+    if any(token in text for text in said for token in tokenizer.all_special_tokens):
+        warnings.warn(_SPECIAL, stacklevel=2)
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
@@ -201,6 +228,9 @@ def _tokens(
     except Exception as error:
         reason = _outside(tokenizer, texts) or (str(error).strip().splitlines() or [""])[0]
         raise UserError(f"tokenizer: cannot encode {texts[-1][:80]!r}: {reason}") from error
+    for given in texts if _drops(tokenizer) else ():
+        dropped = _dropped(tokenizer, given)
+        require(not dropped, "tokenizer", f"tokens for each character of {given[:40]!r}", dropped)
     beyond = getattr(tokenizer, "beyond", {})
     lost = next((beyond[i] for row in rows for i in row if i in beyond), None) if beyond else None
     require(lost is None, "tokenizer", "only tokens that the model has embeddings for", lost)
@@ -220,6 +250,34 @@ def _outside(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> str:
         except Exception:
             refused.append(character)
     return f"no tokens for {refused}" if refused else ""
+
+
+@functools.lru_cache(maxsize=16)
+def _drops(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer drops characters that it does not know, as BPE without bytes does."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        return False
+    try:
+        return not all(_keeps(tokenizer, c) for c in ("\u00e9", "\u4e2d", "\ua66e", "\U00012000"))
+    except Exception:
+        # It raises for what it does not know.
+        return False
+
+
+def _keeps(tokenizer: PreTrainedTokenizerBase, character: str) -> bool:
+    ids = tokenizer(character, add_special_tokens=False)["input_ids"]
+    known = tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
+    return not known or character in tokenizer.decode(ids)
+
+
+def _dropped(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    """The characters of a text that no token stands for, white space aside."""
+    for token in tokenizer.get_added_vocab():
+        text = text.replace(token, " ")
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    found = {*(text if normalizer is None else normalizer.normalize_str(text))}
+    # Offsets would not tell: they are counted without the characters that were dropped.
+    return sorted(c for c in found if not (c.isspace() or _keeps(tokenizer, c)))
 
 
 def _edges(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -67,6 +67,8 @@ class Learner:
         self._pending: list[tuple[Callable[[Networks], Any], Tensor]] = []
         #: How many updates in a row were skipped because they were not finite.
         self.skipped = 0
+        #: How many updates this process has made.
+        self.updates = 0
 
     @property
     def networks(self) -> Networks:
@@ -181,6 +183,7 @@ class Learner:
             return torch.full_like(norms, math.nan)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * rate_factor(self.config, step)
+        self.updates += 1
         try:
             self.optimizer.step()
         except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from .stage import Stage
 _SHOWN = ("loss", "accuracy", "margin", "reward", "kl", "entropy")
 
 
-_Stop = TypeVar("_Stop", NonFinite, Interrupted, UserError)
+_Stop = TypeVar("_Stop", bound=BaseException)
 
 
 class Loop:
@@ -45,6 +46,8 @@ class Loop:
         self.extra: dict[str, Any] = {}
         #: Hashes of the trained weights before the first step; None in a run that continues.
         self.start: dict[str, int] | None = None
+        #: Whether the output folder has models and report, so that nothing can be lost.
+        self.written = False
         self.same = {
             "settings": stage.settings | {"processes": self.accelerator.num_processes},
             "data": resume.identities(stage.task, trainer),
@@ -99,7 +102,9 @@ class Loop:
         """
         try:
             yield
-        except (Interrupted, UserError) as error:
+        except (Interrupted, Exception) as error:
+            if self.written and not isinstance(error, Interrupted):
+                raise
             newest = checkpoint.newest(self.out)
             saved = newest is not None and checkpoint.step_of(newest) == self.trainer.steps_done
             mended = isinstance(error, UserError) and not isinstance(error, NonFinite)
@@ -110,7 +115,7 @@ class Loop:
                         self.save()
                     except UserError:
                         # What kept the report from the disk may keep this from it too.
-                        if not mended:
+                        if isinstance(error, Interrupted):
                             raise
             self._tell(error)
             raise
@@ -144,19 +149,23 @@ class Loop:
         return log.rows if log is not None else []
 
     def _step(self) -> dict[str, float]:
-        before = self._own_states()
+        before, learner = self._own_states(), self.trainer.learner
+        updates, alone = learner.updates, self.accelerator.num_processes == 1
         try:
             return self.trainer.step()
         except NonFinite as error:
-            # Unless `broken`, the step has not changed the weights, or only by its finite updates.
+            # A step of several updates may have made finite ones. They stay, and --resume takes the
+            # step again from its beginning.
             if not error.broken:
                 self.save(before)
             self._tell(error)
             raise
-        except UserError as error:
-            # A reward function raised, before the step changed anything.
-            if self.trainer.steps_done and (error.shared or self.accelerator.num_processes == 1):
-                self.save(before)
+        except Exception as error:
+            # Such as a reward function's. Without an update the weights are the last step's.
+            same = learner.updates == updates and self.trainer.steps_done
+            if same and (alone or getattr(error, "shared", False)):
+                with contextlib.suppress(UserError):
+                    self.save(before)
                 self._tell(error)
             raise
 
@@ -184,8 +193,11 @@ class Loop:
             where = f"--resume continues from step {checkpoint.step_of(newest)}"
         if isinstance(error, Interrupted):
             self.stage.say(f"interrupted; {where}")
-        else:
+        elif isinstance(error, UserError):
             error.args = (f"{error}; {where}",)
+        else:
+            # Its type decides what is told of it.
+            print(where, file=sys.stderr)
         return error
 
     def _own_states(self) -> dict[str, Any]:
@@ -238,6 +250,7 @@ class Loop:
         }
         weights = self.trainer.learner.weights() if stage.run.save_model else {}
         folder.on_main(self.accelerator, lambda: self._write(rows, summary, weights))
+        self.written = True
         if samples:
             texts = [[report.in_short(str(transcript(v))) for v in s.values()] for s in samples]
             stage.say("\n" + report.table(list(samples[0]), texts))

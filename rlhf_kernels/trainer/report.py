@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 
-# Before the import, which looks for the backend that a notebook names to its commands.
-os.environ["MPLBACKEND"] = "Agg"
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-
 from .folder import write_whole, writing
+
+# The import looks for the backend that a notebook names to its commands; a picture needs none.
+_named = os.environ.pop("MPLBACKEND", None)
+from matplotlib.figure import Figure  # noqa: E402
+
+if _named is not None:
+    os.environ["MPLBACKEND"] = _named
 
 
 def peak_memory_gib() -> float:
@@ -117,14 +116,14 @@ def plot_curves(rows: Sequence[dict[str, float]], path: Path) -> None:
         # A finished run that is resumed after its log was deleted has no rows.
         return
     size = (4 * len(shown), 3.4)
-    figure, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False)
     for axis, (key, title) in zip(axes[0], shown.items(), strict=True):
         axis.plot([row["step"] for row in rows], [row.get(key, math.nan) for row in rows])
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
-    plt.close(figure)
     write_whole(path, picture.getvalue())
 
 

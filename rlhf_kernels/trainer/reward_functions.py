@@ -338,7 +338,11 @@ def results(
     for function, given in zip(functions, arguments, strict=True):
         try:
             own = {name: copied(value) for name, value in given.items()}
-            found.append(function(**accepted(function, own)))
+            result = function(**accepted(function, own))
+            for stream in ("stdout", "stderr"):
+                if getattr(getattr(sys, stream), "closed", False):
+                    raise ValueError(f"it closed sys.{stream}")
+            found.append(result)
         except (Interrupted, KeyboardInterrupt):
             # These come from a signal of the user, not from the function.
             raise

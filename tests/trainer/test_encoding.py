@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import warnings
 
 import pytest
 import torch
-from transformers import ByT5Tokenizer, CanineTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import ByT5Tokenizer, CanineTokenizer, PreTrainedTokenizerFast
 
 from tests.trainer.encoding_cases import (
     AROUND,
@@ -251,3 +253,80 @@ def test_a_tokenizer_that_draws_its_tokens_is_refused(tmp_path):
     file.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"model: expected .* the same tokens each time .* 0\.1"):
         load_tokenizer(str(tmp_path))
+
+
+def test_an_end_token_within_a_text_is_told():
+    tokenizer = bpe_tokenizer(TEXTS, 400)
+    end = tokenizer.eos_token
+    ids = tokenizer(["one", " two"]).input_ids
+    for completion in (f"one{end} two", f"one{end} two{end}"):
+        with pytest.warns(UserWarning, match="end token before its end: it is learned as an end"):
+            _, found = row_tokens(tokenizer, "", completion)
+        expected = [*ids[0], tokenizer.eos_token_id, *ids[1], tokenizer.eos_token_id]
+        assert found == expected[1:]
+    with pytest.warns(UserWarning, match="end token before its end"):
+        pair_tokens(tokenizer, "one", " two", f" it{end} two")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # At the end it is the end; a prompt, as one with examples, is not learned.
+        assert row_tokens(tokenizer, "one", f" two{end}") == row_tokens(tokenizer, "one", " two")
+        row_tokens(tokenizer, f"one{end}one", " two")
+
+
+def test_a_special_token_within_a_message_is_told():
+    tokenizer = bpe_tokenizer(TEXTS, 400)
+    end = tokenizer.eos_token
+    asked, bad = [{"role": "user", "content": "one"}], [{"role": "user", "content": f"one{end}"}]
+    answer, worse = ([{"role": "assistant", "content": f"it{e}"}] for e in ("", end))
+    for call, *found in (
+        (row_tokens, bad, answer),
+        (row_tokens, asked, worse),
+        (pair_tokens, asked, answer, worse),
+        (prompt_tokens, bad),
+        (whole_tokens, asked, worse),
+    ):
+        with pytest.warns(UserWarning, match="a message has a special token .* in its content"):
+            call(tokenizer, *found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        row_tokens(tokenizer, asked, answer)
+        prompt_tokens(tokenizer, asked)
+
+
+def _own(model, trainer, **special):
+    """A tokenizer without an alphabet of bytes, trained on ASCII."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.train_from_iterator(["one and two caf\u00e9"] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", **special)
+
+
+def test_characters_that_a_tokenizer_would_drop_are_refused():
+    trainer = trainers.BpeTrainer(vocab_size=80, special_tokens=["<eos>"], show_progress=False)
+    tokenizer = _own(models.BPE(), trainer)
+    # Without an unknown token BPE leaves out what it does not know.
+    assert tokenizer("one").input_ids == tokenizer("\u4e2done\u00fc").input_ids
+    for prompt, completion in (("one", " tw\u00fc"), ("\u4e2d", " two"), ("one a", "\u0301")):
+        with pytest.raises(UserError, match="tokenizer: expected tokens for each character"):
+            row_tokens(tokenizer, prompt, completion)
+    with pytest.raises(UserError, match=r"of 'z\u00fc one', found \['z', '\u00fc'\]"):
+        prompt_tokens(tokenizer, "z\u00fc one")
+    # White space, an end token and an accent that the normalizer joins are no loss.
+    decomposed = row_tokens(tokenizer, "one\n\t", " cafe\u0301<eos>")
+    assert decomposed == row_tokens(tokenizer, "one\n\t", " caf\u00e9")
+
+
+def test_characters_unknown_to_a_tokenizer_are_told():
+    special = ["<unk>", "<eos>"]
+    trainer = trainers.BpeTrainer(vocab_size=80, special_tokens=special, show_progress=False)
+    tokenizer = _own(models.BPE(unk_token="<unk>"), trainer, unk_token="<unk>")
+    with pytest.warns(UserWarning, match="no tokens for some characters .* its unknown token"):
+        _, found = row_tokens(tokenizer, "one", " tw\u00fc")
+    assert tokenizer.unk_token_id in found
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        row_tokens(tokenizer, "one", " two")
+        # Bytes stand for every character.
+        row_tokens(bpe_tokenizer(TEXTS, 400), "one", " \u4e2d\U00012000")

@@ -9,11 +9,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.trainer.resume_cases import names, told, train
 from tests.trainer.trainer_tools import one_thread, write_jsonl  # noqa: F401
 
 from rlhf_kernels.trainer import report
+from rlhf_kernels.trainer.learner import Learner
 from rlhf_kernels.trainer.stage import Stage
 
 WHOLE = ["curves.png", "metrics.jsonl", "policy", "summary.json"]
@@ -109,6 +111,80 @@ def test_a_reward_function_that_raises_loses_no_step(tmp_path, capsys, monkeypat
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+@pytest.mark.parametrize("updates", (1, 2))
+def test_an_error_of_ours_or_of_memory_loses_no_finished_step(
+    tmp_path, capsys, monkeypatch, updates
+):
+    flags = "--total_steps 4 --max_new_tokens 3"
+    flags += f" --mini_batch_size {8 // updates}"
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert train(whole, flags, "grpo") == 0
+    step, calls = Learner.step, []
+
+    def failing(self, number, **options):
+        calls.append(number)
+        # In the third step, before its first update.
+        if len(calls) == 2 * updates + 1:
+            raise torch.OutOfMemoryError("none left")
+        return step(self, number, **options)
+
+    monkeypatch.setattr(Learner, "step", failing)
+    capsys.readouterr()
+    assert train(out, flags, "grpo") == 2
+    text = capsys.readouterr().err
+    assert "--resume continues from step 2" in text and "out of memory; try" in text
+    assert train(out, f"{flags} --resume", "grpo") == 0
+    weights = [p / "policy" / "model.safetensors" for p in (out, whole)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_weights_within_a_step_are_not_saved_as_its_beginning(tmp_path, capsys, monkeypatch):
+    flags = "--total_steps 4 --max_new_tokens 3 --mini_batch_size 4"
+    step, calls = Learner.step, []
+
+    def failing(self, number, **options):
+        calls.append(number)
+        # In the third step, after its first update.
+        if len(calls) == 6:
+            raise torch.OutOfMemoryError("none left")
+        return step(self, number, **options)
+
+    monkeypatch.setattr(Learner, "step", failing)
+    assert train(tmp_path, flags, "grpo") == 2
+    assert "out of memory; try" in told(capsys) and names(tmp_path) == ["metrics.jsonl"]
+
+
+def test_an_unexpected_error_at_the_end_leaves_a_checkpoint(tmp_path, capsys, monkeypatch):
+    def failing(*_):
+        raise KeyError("a fault of ours")
+
+    monkeypatch.setattr(report, "plot_curves", failing)
+    assert train(tmp_path, "--total_steps 2") == 1
+    text = capsys.readouterr().err
+    assert "--resume continues from step 2" in text and "a fault of ours" in text
+    monkeypatch.undo()
+    assert train(tmp_path, "--total_steps 2 --resume") == 0
+    assert set(names(tmp_path)) == {*WHOLE, "checkpoint-00000002"}
+
+
+def test_a_reward_function_that_closes_standard_output_is_named(tmp_path):
+    code = tmp_path / "rewards.py"
+    code.write_text(
+        "import sys\n"
+        "def score(completions, **_):\n"
+        "    sys.stdout.close()\n"
+        "    return [1.0 * len(c) for c in completions]\n"
+    )
+    more = f"--reward_funcs {code}:score --max_new_tokens 3 --sft_steps 0"
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_kernels.cli", "train", "grpo", *SMALL.split(), *more.split(),
+         "--output_dir", tmp_path / "out"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "score: raised ValueError: it closed sys.stdout" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -130,7 +206,7 @@ def test_what_cannot_train_is_said(tmp_path, capsys, flags, said):
 
 @pytest.mark.parametrize("named", ("module://matplotlib_inline.backend_inline", "none such"))
 def test_a_notebooks_backend_is_not_looked_for(named):
-    code = "import rlhf_kernels.trainer.report"
+    code = f"import os, rlhf_kernels.trainer.report; assert os.environ['MPLBACKEND'] == {named!r}"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"MPLBACKEND": named})
 
 
