@@ -24,8 +24,10 @@ _ROLES = {
 # A list of messages as text: JSON, or as Python or NumPy print it.
 _PRINTED = re.compile(r"\s*\[\s*\{.*\}\s*\]\s*", re.DOTALL)
 _PRINTED_ROLE = re.compile(
-    rf"[\"'](role|from)[\"']\s*:\s*[\"'](user|assistant|system|developer|tool|{'|'.join(_ROLES)})[\"']"
+    rf"[\"'](?:role|from)[\"']\s*:\s*[\"'](user|assistant|system|developer|tool|{'|'.join(_ROLES)})[\"']"
 )
+_PRINTED_CONTENT = re.compile(r"[\"'](content|value)[\"']\s*:")
+_ASKING = ("user", "human", "system", "developer")
 
 _LARGEST = float.fromhex("0x1.fffffep+127")
 
@@ -48,17 +50,22 @@ def _found(row: dict[str, Any], key: str) -> Any:
     return row[key] if key in row else "no such column"
 
 
-def string_cell(row: dict[str, Any], key: str) -> str:
-    """A cell that must hold a non-empty text."""
+def string_cell(row: dict[str, Any], key: str, *, answers: bool = False) -> str:
+    """A cell that must hold a non-empty text, which `answers` a text or asks."""
     value = row.get(key)
     require(isinstance(value, str) and bool(value), repr(key), "a text", _found(row, key))
-    return _plain(repr(key), str(value))
+    return _plain(repr(key), str(value), answers=answers)
 
 
-def _plain(name: str, text: str) -> str:
-    """A text of a cell. Tables export a conversation as its text, which no template would see."""
-    printed = _PRINTED.fullmatch(text) and _PRINTED_ROLE.search(text)
-    require(not printed, name, "a list of messages, not the text of one", text)
+def _plain(name: str, text: str, *, answers: bool = False) -> str:
+    """A text of a cell. Tables export a conversation as its text, which no template would see.
+
+    What answers a text may be JSON of people with roles, or a request, which a user's message ends.
+    """
+    roles = _PRINTED_ROLE.findall(text) if _PRINTED.fullmatch(text) else []
+    printed = roles and len(_PRINTED_CONTENT.findall(text)) >= len(roles)
+    asks = answers and roles and roles[-1] in _ASKING
+    require(not printed or asks, name, "a list of messages, not the text of one", text)
     return _encodable(name, text)
 
 
@@ -71,8 +78,8 @@ def _encodable(name: str, text: str) -> str:
     return text
 
 
-def text_cell(row: dict[str, Any], key: str) -> Text:
-    """A cell that must hold a non-empty text or conversation."""
+def text_cell(row: dict[str, Any], key: str, *, answers: bool = False) -> Text:
+    """A cell that must hold a non-empty text or conversation; `answers` as in `string_cell`."""
     value = row.get(key)
     # LLaMA-Factory's preference data has a single message here.
     value = [value] if isinstance(value, dict) else value
@@ -80,7 +87,7 @@ def text_cell(row: dict[str, Any], key: str) -> Text:
     good = bool(value) and (isinstance(value, str) or conversation)
     require(good, repr(key), "a text or a list of messages", _found(row, key))
     if isinstance(value, str):
-        return _plain(repr(key), value)
+        return _plain(repr(key), value, answers=answers)
     return [_message(repr(key), f" in message {i}", m) for i, m in enumerate(value, start=1)]
 
 

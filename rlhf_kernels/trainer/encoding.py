@@ -7,12 +7,14 @@ spans the boundary belongs to the completion.
 
 import contextlib
 import functools
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from . import characters
 from .cells import Text, content, ends_with_assistant, starts_with_assistant
 from .chat import continued, holds, rendered, start_text, stripped
 from .config import UserError, require
@@ -37,8 +39,7 @@ _SPECIAL = (
     "where the chat template writes it; take it out where it is meant as text"
 )
 _UNKNOWN = (
-    "the tokenizer has no tokens for some characters of the data: they are learned as its unknown "
-    "token"
+    "the tokenizer has no tokens for some characters of the data: they become its unknown token"
 )
 _NO_ARGUMENTS: Mapping[str, Any] = {}
 
@@ -200,17 +201,23 @@ def _split(
     _warn_of_special(tokenizer, prompt, *completions)
     if text and any(tokenizer.eos_token_id in rest[:-1] for rest in rests):
         warnings.warn(_ENDS, stacklevel=2)
-    unknown = tokenizer.unk_token_id
-    if unknown not in (None, tokenizer.eos_token_id) and any(unknown in rest for rest in rests):
-        warnings.warn(_UNKNOWN, stacklevel=2)
     return alone[:size], rests
 
 
 def _warn_of_special(tokenizer: PreTrainedTokenizerBase, *texts: Text) -> None:
     """Warns of special tokens in messages, which no template keeps from being read as such."""
-    said = [content(m) for text in texts if not isinstance(text, str) for m in text]
-    if any(token in text for text in said for token in tokenizer.all_special_tokens):
+    if getattr(tokenizer, "split_special_tokens", False):
+        return
+    special = _special(tokenizer, len(tokenizer))
+    said = (content(m) for text in texts if not isinstance(text, str) for m in text)
+    if any(map(special.search, said)):
         warnings.warn(_SPECIAL, stacklevel=2)
+
+
+@functools.lru_cache(maxsize=16)
+def _special(tokenizer: PreTrainedTokenizerBase, _: int) -> re.Pattern[str]:
+    tokens = filter(None, tokenizer.all_special_tokens)
+    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
@@ -228,12 +235,14 @@ def _tokens(
     except Exception as error:
         reason = _outside(tokenizer, texts) or (str(error).strip().splitlines() or [""])[0]
         raise UserError(f"tokenizer: cannot encode {texts[-1][:80]!r}: {reason}") from error
-    for given in texts if _drops(tokenizer) else ():
-        dropped = _dropped(tokenizer, given)
-        require(not dropped, "tokenizer", f"tokens for each character of {given[:40]!r}", dropped)
+    for given in texts:
+        lost = characters.dropped(tokenizer, given)
+        require(not lost, "tokenizer", f"tokens for each character of {given[:40]!r}", lost)
+    if any(characters.unknown(tokenizer).intersection(row) for row in rows):
+        warnings.warn(_UNKNOWN, stacklevel=2)
     beyond = getattr(tokenizer, "beyond", {})
-    lost = next((beyond[i] for row in rows for i in row if i in beyond), None) if beyond else None
-    require(lost is None, "tokenizer", "only tokens that the model has embeddings for", lost)
+    found = next((beyond[i] for row in rows for i in row if i in beyond), None) if beyond else None
+    require(found is None, "tokenizer", "only tokens that the model has embeddings for", found)
     opening = _edges(tokenizer)[0] if text else []
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     # The text or the tokenizer may have written the opening tokens already: never repeat them.
@@ -250,34 +259,6 @@ def _outside(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> str:
         except Exception:
             refused.append(character)
     return f"no tokens for {refused}" if refused else ""
-
-
-@functools.lru_cache(maxsize=16)
-def _drops(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer drops characters that it does not know, as BPE without bytes does."""
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        return False
-    try:
-        return not all(_keeps(tokenizer, c) for c in ("\u00e9", "\u4e2d", "\ua66e", "\U00012000"))
-    except Exception:
-        # It raises for what it does not know.
-        return False
-
-
-def _keeps(tokenizer: PreTrainedTokenizerBase, character: str) -> bool:
-    ids = tokenizer(character, add_special_tokens=False)["input_ids"]
-    known = tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
-    return not known or character in tokenizer.decode(ids)
-
-
-def _dropped(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
-    """The characters of a text that no token stands for, white space aside."""
-    for token in tokenizer.get_added_vocab():
-        text = text.replace(token, " ")
-    normalizer = tokenizer.backend_tokenizer.normalizer
-    found = {*(text if normalizer is None else normalizer.normalize_str(text))}
-    # Offsets would not tell: they are counted without the characters that were dropped.
-    return sorted(c for c in found if not (c.isspace() or _keeps(tokenizer, c)))
 
 
 def _edges(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -23,6 +23,8 @@ from .config import UserError
 
 T = TypeVar("T")
 _LOCK = ".lock"
+#: The end of a message about the disk, for where it is not known what was saved.
+RESUMES = ", then --resume continues from the last checkpoint, if there is one"
 
 
 def sync(path: Path) -> None:
@@ -100,7 +102,7 @@ def writing(what: Path | str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{what}: cannot be written ({_reason(error)}); what was saved before is whole: "
-            "see to the disk, then --resume continues from the last checkpoint, if there is one"
+            f"see to the disk{RESUMES}"
         ) from error
 
 
@@ -125,7 +127,9 @@ def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T | None:
     if accelerator.num_processes > 1:
         broadcast_object_list(told)
     if told[0] is not None:
-        raise raised or UserError(told[0])
+        error = raised or UserError(told[0])
+        error.shared = True
+        raise error
     return result
 
 

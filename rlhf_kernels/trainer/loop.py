@@ -96,10 +96,12 @@ class Loop:
 
     @contextlib.contextmanager
     def _kept(self) -> Iterator[None]:
-        """Saves a checkpoint where the code inside, after the last step, cannot end.
+        """Saves a checkpoint where the code inside, after a whole step, cannot end.
 
-        With several processes the others may be elsewhere and could not take part in writing it.
+        With several processes the others may be elsewhere and could not take part in writing it,
+        unless all raised the error.
         """
+        before = self._own_states()
         try:
             yield
         except (Interrupted, Exception) as error:
@@ -108,11 +110,11 @@ class Loop:
             newest = checkpoint.newest(self.out)
             saved = newest is not None and checkpoint.step_of(newest) == self.trainer.steps_done
             mended = isinstance(error, UserError) and not isinstance(error, NonFinite)
-            broken = self.accelerator.num_processes > 1 or getattr(error, "broken", False)
-            if not (broken or (mended and saved)):
+            needless = getattr(error, "broken", False) or (mended and saved)
+            if self._together(error) and not needless:
                 with self.signals.waiting():
                     try:
-                        self.save()
+                        self.save(before)
                     except UserError:
                         # What kept the report from the disk may keep this from it too.
                         if isinstance(error, Interrupted):
@@ -139,23 +141,25 @@ class Loop:
             while trainer.steps_done < total:
                 row = self._step()
                 row["peak_memory_gib"] = report.peak_memory_gib()
-                folder.on_main(self.accelerator, lambda row=row: log.write(row))
-                with blamed_on("report_to", f"step {int(row['step'])} is not logged"):
-                    self.accelerator.log(row, step=int(row["step"]))
-                values = ", ".join(f"{k} {row[k]:.3f}" for k in _SHOWN if k in row)
-                bar.set_postfix_str(values, refresh=False)
-                bar.update()
+                with self._kept():
+                    folder.on_main(self.accelerator, lambda row=row: log.write(row))
+                    with blamed_on("report_to", f"step {int(row['step'])} is not logged"):
+                        self.accelerator.log(row, step=int(row["step"]))
+                    values = ", ".join(f"{k} {row[k]:.3f}" for k in _SHOWN if k in row)
+                    bar.set_postfix_str(values, refresh=False)
+                    bar.update()
                 self._save_where_due(log)
         return log.rows if log is not None else []
 
     def _step(self) -> dict[str, float]:
         before, learner = self._own_states(), self.trainer.learner
-        updates, alone = learner.updates, self.accelerator.num_processes == 1
+        updates, skipped = learner.updates, learner.skipped
         try:
             return self.trainer.step()
         except NonFinite as error:
             # A step of several updates may have made finite ones. They stay, and --resume takes the
             # step again from its beginning.
+            learner.skipped = skipped
             if not error.broken:
                 self.save(before)
             self._tell(error)
@@ -163,11 +167,16 @@ class Loop:
         except Exception as error:
             # Such as a reward function's. Without an update the weights are the last step's.
             same = learner.updates == updates and self.trainer.steps_done
-            if same and (alone or getattr(error, "shared", False)):
+            if same and self._together(error):
+                learner.skipped = skipped
                 with contextlib.suppress(UserError):
                     self.save(before)
                 self._tell(error)
             raise
+
+    def _together(self, error: BaseException) -> bool:
+        """Whether every process is where the error was raised, so that they can save."""
+        return self.accelerator.num_processes == 1 or getattr(error, "shared", False)
 
     def _save_where_due(self, log: report.MetricsLog | None) -> None:
         done, every = self.trainer.steps_done, self.run_config.save_steps
@@ -194,10 +203,10 @@ class Loop:
         if isinstance(error, Interrupted):
             self.stage.say(f"interrupted; {where}")
         elif isinstance(error, UserError):
-            error.args = (f"{error}; {where}",)
+            error.args = (f"{str(error).removesuffix(folder.RESUMES)}; {where}",)
         else:
             # Its type decides what is told of it.
-            print(where, file=sys.stderr)
+            tqdm.write(where, file=sys.stderr)
         return error
 
     def _own_states(self) -> dict[str, Any]:
@@ -294,7 +303,7 @@ class Loop:
         summary: dict[str, Any],
         weights: dict[str, torch.Tensor],
     ) -> None:
-        with folder.writing(self.out):
+        with folder.writing(self.out / "curves.png"):
             report.plot_curves(rows, self.out / "curves.png")
         if self.stage.run.save_model:
             for name, network in self.trainer.learner.networks.named_children():

@@ -9,7 +9,6 @@ gets only the arguments that it names. `async` functions run concurrently.
 """
 
 import asyncio
-import contextlib
 import copy
 import functools
 import importlib
@@ -22,7 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Real
@@ -35,6 +34,7 @@ import numpy
 import torch
 
 from .errors import UserError
+from .foreign import undone
 from .interrupts import Interrupted
 
 Rewards = list[float | None]
@@ -107,7 +107,7 @@ def _imported(module: str, path: str) -> ModuleType:
         raise UserError(f"reward_funcs: {path!r}: no file {str(file)!r}")
     try:
         # A file in the current folder takes precedence over an installed module of that name.
-        with _undone():
+        with undone():
             return _from_file(file.resolve()) if file.is_file() else _from_name(module)
     except (KeyboardInterrupt, Interrupted):
         raise
@@ -283,66 +283,20 @@ def _awaited(waiting: Sequence[Awaitable[Any]]) -> list[Any]:
     return asyncio.run_coroutine_threadsafe(gather(), _loop()).result()
 
 
-def _autocast_nesting() -> int:
-    """How many autocast contexts are open."""
-    torch.autocast_increment_nesting()
-    return int(torch.autocast_decrement_nesting())
-
-
-@contextlib.contextmanager
-def _undone() -> Iterator[None]:
-    """Restores process-wide state that foreign code may change, because training depends on it."""
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    gradients, folder = torch.is_grad_enabled(), None
-    precision, device = torch.get_float32_matmul_precision(), torch.get_default_device()
-    autocast = {
-        d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
-    }
-    nesting = _autocast_nesting()
-    with contextlib.suppress(OSError):
-        # The current folder may have been deleted.
-        folder = Path.cwd()
-    try:
-        yield
-    finally:
-        if folder is not None:
-            with contextlib.suppress(OSError):
-                os.chdir(folder)
-        torch.set_default_dtype(dtype)
-        torch.set_grad_enabled(gradients)
-        for kind, (enabled, lower) in autocast.items():
-            torch.set_autocast_enabled(kind, enabled)
-            torch.set_autocast_dtype(kind, lower)
-        # Only at depth 0 does torch drop its casts of the weights, which training changes.
-        for _ in range(_autocast_nesting() - nesting):
-            torch.autocast_decrement_nesting()
-        torch.clear_autocast_cache()
-        if torch.get_float32_matmul_precision() != precision:
-            torch.set_float32_matmul_precision(precision)
-        if torch.get_default_device() != device:
-            torch.set_default_device(None if device.type == "cpu" else device)
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
-
-
-@_undone()
+@undone()
 def results(
     functions: Sequence[RewardFunction], arguments: Sequence[Mapping[str, Any]]
 ) -> list[Any]:
     """The result of each function, or `_Raised` with its exception.
 
-    Working folder, threads, default dtype and device, gradient mode, autocast and the precision of
-    products are restored afterwards.
+    Working folder, threads, default dtype and device, gradient mode, autocast, the precision of
+    products and the standard streams are restored afterwards.
     """
     found: list[Any] = []
     for function, given in zip(functions, arguments, strict=True):
         try:
             own = {name: copied(value) for name, value in given.items()}
-            result = function(**accepted(function, own))
-            for stream in ("stdout", "stderr"):
-                if getattr(getattr(sys, stream), "closed", False):
-                    raise ValueError(f"it closed sys.{stream}")
-            found.append(result)
+            found.append(function(**accepted(function, own)))
         except (Interrupted, KeyboardInterrupt):
             # These come from a signal of the user, not from the function.
             raise

@@ -153,7 +153,8 @@ def _supervised(row: dict[str, Any], kind: str, columns: dict[str, Any]) -> Row:
         prompt = text_cell(row, "prompt")
         if kind != "supervised" and row.get("completion") is None:
             return Row(prompt, columns=columns)
-        return Row(*_joined(prompt, text_cell(row, "completion"), "completion"), columns=columns)
+        completion = text_cell(row, "completion", answers=isinstance(prompt, str))
+        return Row(*_joined(prompt, completion, "completion"), columns=columns)
     for name in ("messages", "conversations"):
         if name in row:
             columns.pop(name, None)
@@ -205,7 +206,7 @@ def _answered(
     gsm8k = "question" in row and name == "answer"
     if kind == "prompt" and not gsm8k and row.get(name) is None:
         return Row(prompt, columns=columns)
-    answer = string_cell(row, name)
+    answer = string_cell(row, name, answers=True)
     scored = kind == "supervised" or not gsm8k or final_number(answer) is not None
     require(scored, "'answer'", "an end in '#### <number>'", answer[-40:])
     return Row(prompt, answer, columns=columns)

@@ -61,6 +61,22 @@ flags += "--micro_batch_size 2 --eval_size 8 --vocab_size 280 --total_steps 3"
 rows = [*flags.split(), "--data", sys.argv[1], "--output_dir", sys.argv[2]]
 sys.exit(cli.main(["train", "sft", *rows]))
 """
+# A reward function that raises on the second process, in the last evaluation.
+_ENDS = """
+import os, sys
+from rlhf_kernels import cli
+def score(completions, trainer_state, **_):
+    last = trainer_state.global_step == 2 and os.path.exists(sys.argv[1])
+    if os.environ["RANK"] == "1" and last:
+        raise RuntimeError("no server")
+    return [1.0 * len(c) for c in completions]
+if __name__ == "__main__":
+    flags = "--device cpu --threads 1 --hidden_size 16 --num_layers 1 --num_heads 2 --batch_size 8 "
+    flags += "--eval_size 8 --total_steps 2 --max_operand 9 --max_new_tokens 3 --sft_steps 0"
+    flags += " --resume"
+    rows = [*flags.split(), "--reward_funcs", f"{__file__}:score", "--output_dir", sys.argv[2]]
+    sys.exit(cli.main(["train", "grpo", *rows]))
+"""
 _SEVENS = """
 def sevens(prompts, completions, completion_ids, **columns):
     return [c.count("7") / 5 for c in completions]
@@ -171,6 +187,25 @@ def test_processes_agree_on_what_is_not_finite(folder):
     assert "--resume continues from step 1" in outputs[0]
     held = load_file(folder / "out" / "checkpoint-00000001" / "learner.safetensors")
     assert all(weight.isfinite().all() for weight in held.values())
+
+
+def test_processes_that_all_stop_at_the_end_save(folder):
+    (folder / "train.py").write_text(_ENDS)
+    broken, out = folder / "broken", folder / "out"
+    broken.touch()
+    (out / "curves.png").mkdir(parents=True)
+    for said, step in (("no server", "2"), ("curves.png: cannot be written", "2")):
+        runs = start_two(folder, str(out), str(broken))
+        outputs = [run.communicate(timeout=900)[0] for run in runs]
+        assert [run.returncode for run in runs] == [2, 2], outputs
+        assert said in outputs[0] and f"--resume continues from step {step}" in outputs[0]
+        assert (out / "checkpoint-00000002" / "learner.safetensors").exists()
+        broken.unlink(missing_ok=True)
+    (out / "curves.png").rmdir()
+    runs = start_two(folder, str(out), str(broken))
+    outputs = [run.communicate(timeout=900)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    assert (out / "policy" / "model.safetensors").exists()
 
 
 @pytest.mark.slow

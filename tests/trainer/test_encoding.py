@@ -6,8 +6,7 @@ import warnings
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import ByT5Tokenizer, CanineTokenizer, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, CanineTokenizer
 
 from tests.trainer.encoding_cases import (
     AROUND,
@@ -293,40 +292,9 @@ def test_a_special_token_within_a_message_is_told():
         prompt_tokens(tokenizer, asked)
 
 
-def _own(model, trainer, **special):
-    """A tokenizer without an alphabet of bytes, trained on ASCII."""
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.train_from_iterator(["one and two caf\u00e9"] * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", **special)
-
-
-def test_characters_that_a_tokenizer_would_drop_are_refused():
-    trainer = trainers.BpeTrainer(vocab_size=80, special_tokens=["<eos>"], show_progress=False)
-    tokenizer = _own(models.BPE(), trainer)
-    # Without an unknown token BPE leaves out what it does not know.
-    assert tokenizer("one").input_ids == tokenizer("\u4e2done\u00fc").input_ids
-    for prompt, completion in (("one", " tw\u00fc"), ("\u4e2d", " two"), ("one a", "\u0301")):
-        with pytest.raises(UserError, match="tokenizer: expected tokens for each character"):
-            row_tokens(tokenizer, prompt, completion)
-    with pytest.raises(UserError, match=r"of 'z\u00fc one', found \['z', '\u00fc'\]"):
-        prompt_tokens(tokenizer, "z\u00fc one")
-    # White space, an end token and an accent that the normalizer joins are no loss.
-    decomposed = row_tokens(tokenizer, "one\n\t", " cafe\u0301<eos>")
-    assert decomposed == row_tokens(tokenizer, "one\n\t", " caf\u00e9")
-
-
-def test_characters_unknown_to_a_tokenizer_are_told():
-    special = ["<unk>", "<eos>"]
-    trainer = trainers.BpeTrainer(vocab_size=80, special_tokens=special, show_progress=False)
-    tokenizer = _own(models.BPE(unk_token="<unk>"), trainer, unk_token="<unk>")
-    with pytest.warns(UserWarning, match="no tokens for some characters .* its unknown token"):
-        _, found = row_tokens(tokenizer, "one", " tw\u00fc")
-    assert tokenizer.unk_token_id in found
+def test_a_special_token_that_the_tokenizer_reads_as_text_is_not_told():
+    tokenizer = bpe_tokenizer(TEXTS, 400)
+    tokenizer.split_special_tokens = True
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        row_tokens(tokenizer, "one", " two")
-        # Bytes stand for every character.
-        row_tokens(bpe_tokenizer(TEXTS, 400), "one", " \u4e2d\U00012000")
+        prompt_tokens(tokenizer, [{"role": "user", "content": "one<eos>"}])

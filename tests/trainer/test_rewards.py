@@ -2,10 +2,13 @@
 
 import asyncio
 import functools
+import io
 import math
+import sys
 import textwrap
 from decimal import Decimal
 from fractions import Fraction
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +235,54 @@ def test_functions_leave_the_process_as_it_was(tmp_path, monkeypatch):
         torch.set_default_dtype(torch.float32)
         torch.set_grad_enabled(True)
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ("fp32_precision", "cuda.matmul.fp32_precision"))
+def test_functions_may_use_the_newer_names_of_precision(tmp_path, monkeypatch, name):
+    """After them torch refuses to be asked by the older one."""
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("a torch without these names")
+    monkeypatch.chdir(tmp_path)
+    holder = attrgetter(name.rpartition(".")[0])(torch.backends) if "." in name else torch.backends
+    before = holder.fp32_precision
+    change = f"torch.backends.{name} = 'tf32'\n"
+    code = f"import torch\n{change}def score(completions, **_):\n    {change}"
+    (tmp_path / "precise_rewards.py").write_text(f"{code}    return [1.0] * len(completions)\n")
+    try:
+        assert table(load_reward("precise_rewards:score")).tolist() == [[1.0]] * 3
+        assert holder.fp32_precision == before
+        assert torch.get_float32_matmul_precision() == "highest"
+        # A program that has used them before, whose choice stays.
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert table(load_reward("precise_rewards:score")).tolist() == [[1.0]] * 3
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+        holder.fp32_precision = before
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_functions_neither_close_nor_keep_a_standard_stream(capsys, stream, waits):
+    def done():
+        print("told", file=getattr(sys, stream))
+        getattr(sys, stream).close()
+        setattr(sys, stream, io.StringIO())
+        print("lost", file=getattr(sys, stream))
+
+    def score(completions, **_):
+        done()
+        return [1.0] * len(completions)
+
+    async def later(completions, **_):
+        done()
+        return [1.0] * len(completions)
+
+    before = getattr(sys, stream)
+    assert table(later if waits else score).tolist() == [[1.0]] * 3
+    assert getattr(sys, stream) is before and not before.closed
+    print("after", file=getattr(sys, stream))
+    assert getattr(capsys.readouterr(), stream[3:]).split() == ["told", "after"]
 
 
 def test_an_open_autocast_leaves_no_old_casts_of_the_weights():

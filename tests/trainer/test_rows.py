@@ -272,6 +272,22 @@ def test_columns_of_any_type_reach_reward_functions():
     assert parse_row({"prompt": "p"} | extra, "prompt").columns == extra
 
 
+TEAM = json.dumps([{"name": "Ann", "role": "developer"}, {"name": "Bob", "role": "user"}])
+REQUEST = json.dumps([{"role": "system", "content": "Brief."}, {"role": "user", "content": "Hi"}])
+
+
+@pytest.mark.parametrize("answer", [TEAM, REQUEST, json.dumps([{"from": "tool", "to": "user"}])])
+def test_answers_of_json_are_texts(answer):
+    """They answer a text, and are no conversation that ends with an answer."""
+    for row in (
+        {"prompt": "List our team, or a request.", "completion": answer},
+        {"question": "Which?", "answer": answer},
+        {"instruction": "List our team.", "output": answer},
+    ):
+        parsed = parse_row(row, "supervised")
+        assert parsed.completion == answer and isinstance(parsed.prompt, str)
+
+
 BAD = [
     ("supervised", {"prompt": "a\ud800", "completion": "b"}, "'prompt': .*half a surrogate pair"),
     # A conversation as its text: JSON, and as Python and NumPy print it.

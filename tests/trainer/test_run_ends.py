@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from tests.trainer.resume_cases import names, told, train
 from tests.trainer.trainer_tools import one_thread, write_jsonl  # noqa: F401
@@ -167,22 +168,75 @@ def test_an_unexpected_error_at_the_end_leaves_a_checkpoint(tmp_path, capsys, mo
     assert set(names(tmp_path)) == {*WHOLE, "checkpoint-00000002"}
 
 
-def test_a_reward_function_that_closes_standard_output_is_named(tmp_path):
-    code = tmp_path / "rewards.py"
-    code.write_text(
-        "import sys\n"
-        "def score(completions, **_):\n"
-        "    sys.stdout.close()\n"
-        "    return [1.0 * len(c) for c in completions]\n"
+def test_a_final_evaluation_that_fails_is_begun_anew(tmp_path, capsys, monkeypatch):
+    """With the same random numbers, as that of a run that did not fail."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "drawn_rewards.py").write_text(
+        "import os, random\n"
+        "def score(completions, trainer_state, **_):\n"
+        "    drawn = [random.random() for _ in completions]\n"
+        "    if trainer_state.global_step == 2 and os.path.exists('broken'):\n"
+        "        raise RuntimeError('no server')\n"
+        "    return drawn\n"
     )
-    more = f"--reward_funcs {code}:score --max_new_tokens 3 --sft_steps 0"
-    done = subprocess.run(
-        [sys.executable, "-m", "rlhf_kernels.cli", "train", "grpo", *SMALL.split(), *more.split(),
-         "--output_dir", tmp_path / "out"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "score: raised ValueError: it closed sys.stdout" in done.stderr
+    flags = "--reward_funcs drawn_rewards:score --max_new_tokens 3 --total_steps 2"
+    (tmp_path / "broken").touch()
+    assert train(tmp_path / "out", flags, "grpo") == 2
+    assert told(capsys).endswith("; --resume continues from step 2")
+    (tmp_path / "broken").unlink()
+    assert train(tmp_path / "out", f"{flags} --resume", "grpo") == 0
+    assert train(tmp_path / "whole", flags, "grpo") == 0
+    one, two = (
+        json.loads((tmp_path / out / "summary.json").read_text()) for out in ("out", "whole")
+    )
+    for key in ("held_out_before", "held_out_after", "samples"):
+        assert one[key] == two[key]
+
+
+def test_a_tracker_that_fails_loses_no_step(tmp_path, capsys, monkeypatch):
+    log = Accelerator.log
+
+    def failing(self, values, step, **options):
+        if step == 2:
+            raise ConnectionError("tracker down")
+        return log(self, values, step=step, **options)
+
+    monkeypatch.setattr(Accelerator, "log", failing)
+    assert train(tmp_path, "--total_steps 4") == 2
+    line = told(capsys)
+    assert "report_to: step 2 is not logged: ConnectionError: tracker down" in line
+    assert line.endswith("--resume continues from step 3")
+    monkeypatch.undo()
+    assert train(tmp_path, "--total_steps 4 --resume") == 0
+
+
+def test_an_update_passed_over_is_counted_once(tmp_path, capsys, monkeypatch):
+    """Where the step that passed it over failed later and is taken again."""
+    flags = "--total_steps 4 --max_new_tokens 3 --mini_batch_size 4 --skip_nonfinite 1"
+    pick, calls, broken = Learner._not_finite, [], [True]
+
+    def not_finite(self, norms):
+        calls.append(1)
+        found = pick(self, norms)
+        # In the third step the first update is not finite, whenever it is taken.
+        return "loss" if len(calls) == 5 else found
+
+    step, steps = Learner.step, []
+
+    def failing(self, number, **options):
+        steps.append(1)
+        if len(steps) == 6 and broken[0]:
+            raise torch.OutOfMemoryError("none left")
+        return step(self, number, **options)
+
+    monkeypatch.setattr(Learner, "_not_finite", not_finite)
+    monkeypatch.setattr(Learner, "_explain", lambda self, what: what)
+    monkeypatch.setattr(Learner, "step", failing)
+    assert train(tmp_path, flags, "grpo") == 2
+    assert "--resume continues from step 2" in capsys.readouterr().err
+    broken[0] = False
+    calls[:] = [1] * 4
+    assert train(tmp_path, f"{flags} --resume", "grpo") == 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,104 @@
+"""Undoes what a user's code, such as a reward function, does to state of the whole process."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# What torch has a precision of fp32 products for.
+_PRECISIONS = (
+    *("", "cuda.matmul", "cudnn", "cudnn.conv", "cudnn.rnn"),
+    *("mkldnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"),
+)
+
+
+class _Lent:
+    """A standard stream that stays open whatever is done with it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def close(self) -> None:
+        self._stream.flush()
+
+    def __enter__(self) -> "_Lent":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@contextlib.contextmanager
+def undone() -> Iterator[None]:
+    """Restores process-wide state that foreign code may change, because training depends on it."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    gradients, folder = torch.is_grad_enabled(), None
+    precision, precisions = _precision(), _precisions()
+    device = torch.get_default_device()
+    autocast = {
+        d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
+    }
+    nesting = _autocast_nesting()
+    streams = sys.stdout, sys.stderr
+    with contextlib.suppress(OSError):
+        # The current folder may have been deleted.
+        folder = Path.cwd()
+    sys.stdout, sys.stderr = (None if stream is None else _Lent(stream) for stream in streams)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                os.chdir(folder)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(gradients)
+        for kind, (enabled, lower) in autocast.items():
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, lower)
+        # Only at depth 0 does torch drop its casts of the weights, which training changes.
+        for _ in range(_autocast_nesting() - nesting):
+            torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()
+        if precision is not None and _precision() != precision:
+            torch.set_float32_matmul_precision(precision)
+        for holder, value in precisions:
+            if holder.fp32_precision != value:
+                holder.fp32_precision = value
+        if torch.get_default_device() != device:
+            torch.set_default_device(None if device.type == "cpu" else device)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+
+
+def _autocast_nesting() -> int:
+    """How many autocast contexts are open."""
+    torch.autocast_increment_nesting()
+    return int(torch.autocast_decrement_nesting())
+
+
+def _precision() -> str | None:
+    """The precision of products by its older name; None where a newer one forbids to ask for it."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
+def _precisions() -> list[tuple[Any, str]]:
+    """What has a precision, with its precision; empty in a torch without these names."""
+    found = []
+    for path in _PRECISIONS:
+        holder: Any = torch.backends
+        with contextlib.suppress(AttributeError):
+            for name in filter(None, path.split(".")):
+                holder = getattr(holder, name)
+            found.append((holder, holder.fp32_precision))
+    return found
