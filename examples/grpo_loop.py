@@ -94,17 +94,17 @@ def main(argv: list[str] | None = None) -> list[float]:
         advantages = rk.group_advantages(rewards.to(ids.device), options.group)
         positions = attention.cumsum(1) - attention
         inputs = {"attention_mask": attention, "position_ids": positions}
-        old = None
+        old = None  # itself is the policy that sampled: the first ratio is exactly 1
         for _ in range(options.updates):
             hidden = model.base_model(ids, **inputs).last_hidden_state[:, :-1]
-            if old is None:  # the policy that sampled: in the first update the ratio is exactly 1
-                with torch.no_grad():
-                    arguments = {"labels": labels, "mask": mask, **head.arguments()}
-                    old = rk.linear_token_logprobs(hidden, **arguments).logprobs
+            arguments = {"labels": labels, "mask": mask, **head.arguments()}
             loss, _ = rk.linear_policy_loss(
-                hidden, labels=labels, old_logprobs=old, advantages=advantages, mask=mask,
-                config=rk.PolicyLossConfig.dapo(), **head.arguments(),
+                hidden, old_logprobs=old, advantages=advantages,
+                config=rk.PolicyLossConfig.dapo(), **arguments,
             )  # fmt: skip
+            if old is None and options.updates > 1:
+                with torch.no_grad():
+                    old = rk.linear_token_logprobs(hidden, **arguments).logprobs
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
