@@ -4,24 +4,31 @@ Most have bytes for them, or an unknown token, or raise. BPE with neither leaves
 """
 
 import functools
+import itertools
 import json
-import re
-from collections.abc import Iterable, Iterator
+import unicodedata
 
-from tokenizers import models, pre_tokenizers
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
-_BYTES = frozenset(pre_tokenizers.ByteLevel.alphabet())
+# In UTF-8 every byte that there is: the first two rows of its table, and a character of each first
+# byte of longer ones.
+_EVERY_BYTE = "".join(
+    map(
+        chr,
+        [*range(0x800), *range(0x800, 0xD800, 0x800), 0xE000, *range(0x10000, 0x110000, 0x10000)],
+    )
+)
 
 
 def dropped(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
-    """The characters of a text that the tokenizer leaves out, as its vocabulary has them."""
-    return sorted(set(_lost(tokenizer, text))) if _may_drop(tokenizer) else []
+    """The characters of a text that the tokenizer leaves out, sorted."""
+    return _dropped(tokenizer, text) if _may_drop(tokenizer, len(tokenizer)) else []
 
 
 def unknown(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The tokens that stand for what the vocabulary lacks, and for nothing else."""
-    return _unknown(tokenizer) - {tokenizer.eos_token_id, tokenizer.pad_token_id, None}
+    return _unknown(tokenizer) - {tokenizer.eos_token_id, tokenizer.pad_token_id}
 
 
 @functools.lru_cache(maxsize=16)
@@ -38,64 +45,37 @@ def _unknown(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 
 @functools.lru_cache(maxsize=16)
-def _may_drop(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _may_drop(tokenizer: PreTrainedTokenizerBase, _: int) -> bool:
     """Whether it is BPE without an unknown token whose vocabulary lacks some bytes."""
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        return False
-    backend = tokenizer.backend_tokenizer
-    model = backend.model
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if not isinstance(model, models.BPE) or model.unk_token is not None:
         return False
-    if model.byte_fallback:
-        return not _has_bytes(tokenizer, range(256))
-    # Without bytes this letter stands for itself.
-    letters = {*"".join(_words(tokenizer, "\u4e2d"))}
-    if not letters or not letters <= _BYTES:
-        return True
-    places = ((True, False), (False, False), (False, True), (True, True))
-    forms = (_form(model, byte, *place) for byte in _BYTES for place in places)
-    return any(backend.token_to_id(form) is None for form in forms)
+    # Within a word a byte has another form than alone.
+    varies = model.continuing_subword_prefix or model.end_of_word_suffix
+    return bool(varies) or bool(_dropped(tokenizer, _EVERY_BYTE))
 
 
-def _lost(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[str]:
-    """The characters for which BPE finds no symbol to begin its merges with."""
-    backend = tokenizer.backend_tokenizer
-    model = backend.model
-    for piece in _added(tokenizer, len(tokenizer)).split(text):
-        for word in _words(tokenizer, piece):
-            if model.ignore_merges and backend.token_to_id(word) is not None:
-                continue
-            last = len(word) - 1
-            for place, character in enumerate(word):
-                form = _form(model, character, place == 0, place == last)
-                if backend.token_to_id(form) is None and not (
-                    model.byte_fallback and _has_bytes(tokenizer, form.encode())
-                ):
-                    yield character
+def _dropped(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    copy, number = _with_unknown(tokenizer, len(tokenizer))
+    copy.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
+    found = copy.encode(text, add_special_tokens=False)
+    places = zip(found.ids, found.offsets, strict=True)
+    lost = [place for i, place in places if i == number]
+    # A normalizer may have joined a letter and what follows it.
+    return sorted({text[start:end] + _accents(text[end:]) for start, end in lost})
 
 
-def _has_bytes(tokenizer: PreTrainedTokenizerBase, numbers: Iterable[int]) -> bool:
-    names = (f"<0x{number:02X}>" for number in numbers)
-    return all(tokenizer.backend_tokenizer.token_to_id(name) is not None for name in names)
-
-
-def _form(model: models.BPE, character: str, first: bool, last: bool) -> str:
-    """A character as the vocabulary spells it at a place in a word."""
-    before = "" if first else model.continuing_subword_prefix or ""
-    return before + character + ((model.end_of_word_suffix or "") if last else "")
-
-
-def _words(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
-    backend = tokenizer.backend_tokenizer
-    if backend.normalizer is not None:
-        text = backend.normalizer.normalize_str(text)
-    if backend.pre_tokenizer is None:
-        return [text]
-    return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+def _accents(text: str) -> str:
+    return "".join(itertools.takewhile(unicodedata.combining, text[:8]))
 
 
 @functools.lru_cache(maxsize=16)
-def _added(tokenizer: PreTrainedTokenizerBase, _: int) -> re.Pattern[str]:
-    """Added tokens, which stand for themselves before anything else is read; longest first."""
-    tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, filter(None, tokens))) or r"(?!)")
+def _with_unknown(tokenizer: PreTrainedTokenizerBase, _: int) -> tuple[Tokenizer, int]:
+    """A copy of the tokenizer that has an unknown token, and that token."""
+    form = json.loads(tokenizer.backend_tokenizer.to_str())
+    name, vocabulary = "\0unknown", form["model"]["vocab"]
+    # Added tokens are numbered anew, behind it.
+    vocabulary[name] = number = max(vocabulary.values(), default=-1) + 1
+    form["model"] |= {"unk_token": name, "fuse_unk": False}
+    form |= {"truncation": None, "padding": None, "post_processor": None}
+    return Tokenizer.from_str(json.dumps(form)), number

@@ -4,7 +4,15 @@ import re
 import warnings
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from tests.trainer.encoding_cases import TEXTS
@@ -93,11 +101,32 @@ def test_dropped_characters_are_named():
     for kind, text, lost in (
         ("metaspace", "\u4e2d one\n", "['\\n', '\u4e2d']"),
         ("legacy", "x = [1]", "['=', '[', ']']"),
-        ("joined accents", "cafe\u0301 u\u0308", "['\u00fc']"),
+        ("joined accents", "cafe\u0301 u\u0308", "['u\u0308']"),
     ):
         with pytest.raises(UserError) as raised:
             prompt_tokens(_bpe(kind), text)
         assert str(raised.value).endswith(f"found {lost}")
+
+
+def test_added_tokens_are_found_as_the_tokenizer_finds_them():
+    tokenizer = _bpe("metaspace")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.add_tokens(
+        [
+            AddedToken("<|user|>", rstrip=True, normalized=False),
+            AddedToken("<u>", single_word=True, normalized=False),
+            AddedToken("<THINK>", normalized=True),
+        ]
+    )
+    for text in ("<|user|>\n one", "one <u> two", "<think> one", "<THINK> one", "one<eos>"):
+        assert prompt_tokens(tokenizer, text)
+    for text, lost in (("<|user|>one\n", "['\\n']"), ("one<u>two", "['<', '>']")):
+        with pytest.raises(UserError) as raised:
+            prompt_tokens(tokenizer, text)
+        assert str(raised.value).endswith(f"found {lost}")
+    tokenizer.split_special_tokens = True
+    with pytest.raises(UserError, match=r"found \['<', '>'\]"):
+        prompt_tokens(tokenizer, "one <eos>")
 
 
 def test_characters_unknown_to_a_tokenizer_are_told():
