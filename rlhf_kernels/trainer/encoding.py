@@ -216,7 +216,9 @@ def _warn_of_special(tokenizer: PreTrainedTokenizerBase, *texts: Text) -> None:
 
 @functools.lru_cache(maxsize=16)
 def _special(tokenizer: PreTrainedTokenizerBase, _: int) -> re.Pattern[str]:
-    tokens = filter(None, tokenizer.all_special_tokens)
+    added = tokenizer.added_tokens_decoder.values()
+    marks = {str(token) for token in added if getattr(token, "special", False)}
+    tokens = filter(None, {*tokenizer.all_special_tokens, *marks})
     return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,19 @@ _PRECISIONS = (
 
 
 class _Lent:
-    """A standard stream that stays open whatever is done with it."""
+    """A standard stream, or its buffer, that stays open whatever is done with it."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        found = getattr(self._stream, name)
+        # Another wrapper around it would close it when that goes.
+        return _Lent(found) if name in ("buffer", "raw") else found
+
+    def detach(self) -> "_Lent":
+        found: _Lent = self.buffer if hasattr(self._stream, "buffer") else self.raw
+        return found
 
     def close(self) -> None:
         self._stream.flush()
@@ -46,7 +54,7 @@ def undone() -> Iterator[None]:
         d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
     }
     nesting = _autocast_nesting()
-    streams = sys.stdout, sys.stderr
+    streams, handlers = (sys.stdout, sys.stderr), _handlers()
     with contextlib.suppress(OSError):
         # The current folder may have been deleted.
         folder = Path.cwd()
@@ -55,6 +63,9 @@ def undone() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = streams
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
         if folder is not None:
             with contextlib.suppress(OSError):
                 os.chdir(folder)
@@ -76,6 +87,16 @@ def undone() -> Iterator[None]:
             torch.set_default_device(None if device.type == "cpu" else device)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
+
+
+def _handlers() -> dict[int, Any]:
+    """Who handles the signals that end a run; only the main thread may ask and set."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    found = {number: signal.getsignal(number) for number in numbers}
+    # None: it was not set from Python.
+    return {number: handler for number, handler in found.items() if handler is not None}
 
 
 def _autocast_nesting() -> int:

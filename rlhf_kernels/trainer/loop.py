@@ -104,7 +104,7 @@ class Loop:
         before = self._own_states()
         try:
             yield
-        except (Interrupted, Exception) as error:
+        except (Interrupted, KeyboardInterrupt, Exception) as error:
             if self.written and not isinstance(error, Interrupted):
                 raise
             newest = checkpoint.newest(self.out)
@@ -164,7 +164,7 @@ class Loop:
                 self.save(before)
             self._tell(error)
             raise
-        except Exception as error:
+        except (KeyboardInterrupt, Exception) as error:
             # Such as a reward function's. Without an update the weights are the last step's.
             same = learner.updates == updates and self.trainer.steps_done
             if same and self._together(error):

@@ -290,7 +290,7 @@ def results(
     """The result of each function, or `_Raised` with its exception.
 
     Working folder, threads, default dtype and device, gradient mode, autocast, the precision of
-    products and the standard streams are restored afterwards.
+    products, the standard streams and the handlers of signals are restored afterwards.
     """
     found: list[Any] = []
     for function, given in zip(functions, arguments, strict=True):

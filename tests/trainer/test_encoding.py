@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from transformers import ByT5Tokenizer, CanineTokenizer
+from transformers import AddedToken, ByT5Tokenizer, CanineTokenizer
 
 from tests.trainer.encoding_cases import (
     AROUND,
@@ -290,6 +290,16 @@ def test_a_special_token_within_a_message_is_told():
         warnings.simplefilter("error")
         row_tokens(tokenizer, asked, answer)
         prompt_tokens(tokenizer, asked)
+
+
+def test_special_tokens_without_a_name_are_told():
+    tokenizer = bpe_tokenizer(TEXTS, 400)
+    tokenizer.add_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<think>")])
+    with pytest.warns(UserWarning, match="a message has a special token"):
+        prompt_tokens(tokenizer, [{"role": "user", "content": "one<|im_start|>system"}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prompt_tokens(tokenizer, [{"role": "user", "content": "<think>one"}])
 
 
 def test_a_special_token_that_the_tokenizer_reads_as_text_is_not_told():

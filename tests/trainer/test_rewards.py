@@ -1,9 +1,12 @@
 """Reward functions: where they are found, what they are given, what they may return."""
 
 import asyncio
+import codecs
 import functools
+import gc
 import io
 import math
+import signal
 import sys
 import textwrap
 from decimal import Decimal
@@ -283,6 +286,54 @@ def test_functions_neither_close_nor_keep_a_standard_stream(capsys, stream, wait
     assert getattr(sys, stream) is before and not before.closed
     print("after", file=getattr(sys, stream))
     assert getattr(capsys.readouterr(), stream[3:]).split() == ["told", "after"]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_functions_may_wrap_a_standard_stream(waits):
+    """As many do for UTF-8; the wrapper closes what it wraps when it goes."""
+    below = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="replace")
+    before, sys.stdout = sys.stdout, below
+
+    def done():
+        sys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8")
+        print("told", flush=True)
+        sys.stdout = codecs.getwriter("utf-8")(sys.stdout.detach())
+        print("again", flush=True)
+
+    def score(completions, **_):
+        done()
+        return [1.0] * len(completions)
+
+    async def later(completions, **_):
+        done()
+        return [1.0] * len(completions)
+
+    try:
+        assert table(later if waits else score).tolist() == [[1.0]] * 3
+        gc.collect()
+        assert sys.stdout is below and not below.closed and not below.buffer.closed
+        print("after", flush=True)
+        assert below.buffer.getvalue().split() == [b"told", b"again", b"after"]
+    finally:
+        sys.stdout = before
+
+
+def test_functions_leave_the_handlers_of_signals(monkeypatch):
+    def score(completions, **_):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return [1.0] * len(completions)
+
+    def mine(*_):
+        pass
+
+    before = {number: signal.signal(number, mine) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        table(score)
+        assert [signal.getsignal(number) for number in before] == [mine, mine]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_an_open_autocast_leaves_no_old_casts_of_the_weights():

@@ -193,6 +193,30 @@ def test_a_final_evaluation_that_fails_is_begun_anew(tmp_path, capsys, monkeypat
         assert one[key] == two[key]
 
 
+@pytest.mark.parametrize("place", ("step", "end"))
+def test_a_keyboard_interrupt_of_a_function_loses_no_step(tmp_path, capsys, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    # In the third step of four, or after the last one.
+    (tmp_path / f"{place}_rewards.py").write_text(
+        "import os\n"
+        "def score(completions, trainer_state, **_):\n"
+        f"    wanted = {2 if place == 'step' else 4}\n"
+        "    if trainer_state.global_step == wanted and os.path.exists('pressed'):\n"
+        "        raise KeyboardInterrupt\n"
+        "    return [1.0 * len(c) for c in completions]\n"
+    )
+    flags = f"--reward_funcs {place}_rewards:score --max_new_tokens 3 --total_steps 4"
+    (tmp_path / "pressed").touch()
+    assert train(tmp_path / "out", flags, "grpo") == 130
+    said = "--resume continues from step " + ("2" if place == "step" else "4")
+    assert said in capsys.readouterr().err
+    (tmp_path / "pressed").unlink()
+    assert train(tmp_path / "out", f"{flags} --resume", "grpo") == 0
+    assert train(tmp_path / "whole", flags, "grpo") == 0
+    weights = [tmp_path / out / "policy" / "model.safetensors" for out in ("out", "whole")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
 def test_a_tracker_that_fails_loses_no_step(tmp_path, capsys, monkeypatch):
     log = Accelerator.log
 
