@@ -208,7 +208,8 @@ def _answered(
         return Row(prompt, columns=columns)
     answer = string_cell(row, name, answers=True)
     scored = kind == "supervised" or not gsm8k or final_number(answer) is not None
-    require(scored, "'answer'", "an end in '#### <number>'", answer[-40:])
+    expected = "an end in '#### <number>', or a column 'prompt' in the place of 'question'"
+    require(scored, "'answer'", expected, answer[-40:])
     return Row(prompt, answer, columns=columns)
 
 

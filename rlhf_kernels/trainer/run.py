@@ -113,13 +113,7 @@ def _online(stage: Stage, *, fresh: bool) -> OnlineTrainer:
     columns = list(dict.fromkeys(name for row in task.train for name in row.columns))
     default = [answers.exact_match]
     if stage.data.data is not None:
-        default = [answers.answer_format, answers.answer_correct]
-        if ALGORITHMS[stage.name].teacher and "answer" not in columns:
-            # Nothing is learnt from it; the table shows it.
-            default = [answers.ended]
-        scored = bool(config.reward_funcs) or "answer" in columns or default == [answers.ended]
-        expected = f"one: {stage.data.data} has no column 'answer' for the built-in rewards"
-        require(scored, "reward_funcs", expected, config.reward_funcs)
+        default = _of_answers(stage, config)
     ptx_rows = task.train
     if config.ptx_data is not None:
         ptx_rows = read_rows(config.ptx_data, "supervised")
@@ -185,6 +179,23 @@ def _online(stage: Stage, *, fresh: bool) -> OnlineTrainer:
     return OnlineTrainer(
         stage.name, learner, sample, reference, stage.optim, config, seed=seed, ptx=ptx
     )
+
+
+def _of_answers(stage: Stage, config: OnlineConfig) -> list[Any]:
+    """The built-in rewards for answers of a file, where no others are given."""
+    rows = [*stage.task.train, *stage.task.held_out]
+    other = next((row for row in rows if not answers.is_numbered(row.columns.get("answer"))), None)
+    if other is not None and ALGORITHMS[stage.name].teacher:
+        # Nothing is learnt from it; the table shows it.
+        return [answers.ended]
+    if not config.reward_funcs and other is not None:
+        held = any("answer" in row.columns for row in rows)
+        expected = f"one: {stage.data.data} has no column 'answer' for the built-in rewards"
+        if held:
+            expected = "one: the built-in rewards need an 'answer' that ends in '#### <number>'"
+        found = f"{other.origin}: {other.columns.get('answer')!r}" if held else config.reward_funcs
+        require(False, "reward_funcs", expected, found)
+    return [answers.answer_format, answers.answer_correct]
 
 
 def _warm_start(stage: Stage, config: OnlineConfig, policy: torch.nn.Module) -> None:

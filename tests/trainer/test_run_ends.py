@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from tests.trainer.resume_cases import names, told, train
 from tests.trainer.trainer_tools import one_thread, write_jsonl  # noqa: F401
 
-from rlhf_kernels.trainer import report
+from rlhf_kernels.trainer import answers, report
 from rlhf_kernels.trainer.learner import Learner
 from rlhf_kernels.trainer.stage import Stage
 
@@ -261,6 +261,39 @@ def test_an_update_passed_over_is_counted_once(tmp_path, capsys, monkeypatch):
     broken[0] = False
     calls[:] = [1] * 4
     assert train(tmp_path, f"{flags} --resume", "grpo") == 0
+
+
+# Answers of rows of their own: a text, a number, none, a conversation's.
+@pytest.mark.parametrize("answer", ["42", 42, None])
+def test_answers_that_the_built_in_rewards_cannot_read(tmp_path, capsys, answer):
+    rows = [{"prompt": f"a {i}", "answer": "#### 1" if i < 20 else answer} for i in range(24)]
+    data, code = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "lengths.py"
+    code.write_text(
+        "def score(completions, **_):\n    return [1.0 * len(c) for c in completions]\n"
+    )
+    flags = f"--data {data} --vocab_size 300 --max_new_tokens 3 --total_steps 2 --sft_steps 0"
+    assert train(tmp_path / "out", flags, "grpo") == 2
+    line = told(capsys)
+    assert "reward_funcs: expected one: the built-in rewards need an 'answer' that ends in" in line
+    assert "rows.jsonl:2" in line
+    assert train(tmp_path / "out", f"{flags} --reward_funcs {code}:score", "grpo") == 0
+    # Distillation learns from no reward.
+    teacher = tmp_path / "out" / "policy"
+    more = f"{flags} --model {teacher} --teacher_model {teacher}"
+    assert train(tmp_path / "distilled", more, "distill") == 0
+    assert (
+        "ended"
+        in json.loads((tmp_path / "distilled" / "summary.json").read_text())["held_out_after"]
+    )
+
+
+def test_built_in_rewards_read_conversations():
+    said = ["it is #### 4", "it is 4", "#### 5"]
+    for form in (said, [[{"role": "assistant", "content": text}] for text in said]):
+        given = {"answer": ["so\n#### 4"] * 3, "finished": [True] * 3}
+        assert answers.answer_correct(form, **given) == [1.0, 0.0, 0.0]
+        assert answers.answer_format(form, given["finished"]) == [1.0, 0.0, 1.0]
+        assert answers.exact_match(form, ["it is 4"] * 3, given["finished"]) == [0.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize(
