@@ -1,5 +1,10 @@
 """The model class of reward models and critics: transformers' own, or a head on a base model."""
 
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -7,8 +12,37 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .errors import UserError
+
+
+class _OfLastToken(GenericForSequenceClassification):
+    """A linear head on any base model, also one without positions, cache or padding token.
+
+    transformers' own forward pass asks all models for these, which state-space and recurrent ones
+    do not have.
+    """
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **options: Any,
+    ) -> SequenceClassifierOutput:
+        base = getattr(self, self.base_model_prefix)
+        known = inspect.signature(base.forward).parameters
+        given = {"attention_mask": attention_mask, "position_ids": position_ids}
+        options |= {k: v for k, v in given.items() if v is not None and k in known}
+        logits = self.score(base(input_ids, **options)[0])
+        rows = torch.arange(len(input_ids), device=logits.device)
+        pad = getattr(self.config.get_text_config(), "pad_token_id", None)
+        if pad is None and len(input_ids) != 1:
+            raise ValueError("rows of several lengths need a padding token")
+        columns = torch.arange(input_ids.shape[1], device=logits.device)
+        last = columns.expand_as(input_ids) if pad is None else columns * (input_ids != pad)
+        return SequenceClassifierOutput(logits=logits[rows, last.argmax(-1)])
 
 
 def scalar_class(
@@ -36,4 +70,4 @@ def scalar_class(
     name = parent.__name__.replace("PreTrainedModel", "ForSequenceClassification")
     # transformers looks into the source of a class's module for what the architecture supports.
     prefix = {"base_model_prefix": causal.base_model_prefix, "__module__": causal.__module__}
-    return type(name, (GenericForSequenceClassification, parent), prefix)
+    return type(name, (_OfLastToken, parent), prefix)

@@ -75,7 +75,7 @@ def _sparse(model: PreTrainedModel) -> bool:
 
 def _padding(model: PreTrainedModel) -> int:
     """The model's padding token, which its class may use to find the end of a text."""
-    pad = model.config.get_text_config().pad_token_id
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     return pad if pad is not None and 0 <= pad < vocabulary(model) else 0
 
 

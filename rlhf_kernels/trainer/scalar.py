@@ -161,7 +161,8 @@ def build_reward_model(
     base = causal_lm(model)
     check_vocabulary(tokenizer, vocabulary(base), setting="model")
     text = base.config.get_text_config()
-    if text.pad_token_id is None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+    padding = getattr(text, "pad_token_id", None)
+    if padding is None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         # Scoring more than one row needs a padding token. If the end token were the padding token,
         # the class would no longer read the score at the end token.
         base.config.pad_token_id = text.pad_token_id = tokenizer.pad_token_id

@@ -6,9 +6,12 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     FalconConfig,
+    FalconMambaConfig,
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
     OPTConfig,
 )
 
@@ -121,9 +124,19 @@ def test_a_row_beyond_the_positions_is_refused_with_its_number(tmp_path, tokeniz
     models.sequence_rewards(loaded, batch.rows(slice(1, 4)))
 
 
-@pytest.mark.parametrize("made", [GraniteConfig, CohereConfig])
+# Without positions and a cache of keys.
+_STATES = {
+    MambaConfig: {"state_size": 4, "time_step_rank": 4},
+    FalconMambaConfig: {"state_size": 4, "time_step_rank": 4},
+    Mamba2Config: {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1},
+}
+
+
+@pytest.mark.parametrize(
+    "made", [GraniteConfig, CohereConfig, MambaConfig, Mamba2Config, FalconMambaConfig]
+)
 def test_architectures_without_a_classifier_get_a_scalar_head(made, tmp_path, tokenizer):
-    config = small_config(made, vocab_size=300, tie_word_embeddings=True)
+    config = small_config(made, vocab_size=300, tie_word_embeddings=True, **_STATES.get(made, {}))
     torch.manual_seed(0)
     path = saved(tmp_path / "base", AutoModelForCausalLM.from_config(config), tokenizer)
     policy = models.build_policy(ModelConfig(model=path), tokenizer, max_length=32)
