@@ -112,6 +112,8 @@ class CastHead:
         softcap: float | None = None,
         logit_scale: float = 1.0,
         entropy: bool = False,
+        collision: bool = False,
+        argmax: bool = False,
         ignore_index: int = -100,
     ) -> rk.TokenLogprobs:
         """`rk.linear_token_logprobs` with this head."""
@@ -128,5 +130,7 @@ class CastHead:
                 softcap=softcap,
                 logit_scale=logit_scale,
                 entropy=entropy,
+                collision=collision,
+                argmax=argmax,
                 ignore_index=ignore_index,
             )

@@ -11,7 +11,6 @@ has no LM head. TRL's function serves each call that ours cannot serve; report()
 
 import contextlib
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,8 +25,8 @@ from ._patch import Hook, IncompatibleError, Integration, Report, Unsupported
 __all__ = ["IncompatibleError", "Report", "patch", "patched", "report", "unpatch"]
 
 _INTEGRATION = Integration("trl", ("1.0", "2.0"))
-# Maximum bytes of logits at a time, for the rows whose statistics need logits.
-_STATISTICS_BYTES = 128 * 2**20
+# Maximum bytes of logits at a time, for the mean of capped ones.
+_LOGITS_BYTES = 128 * 2**20
 
 # Signatures of the chunked head in TRL 1.15 and later, in 1.13 and 1.14, and in 1.4 to 1.12.
 _HEADS = (
@@ -133,67 +132,39 @@ def _head(
         softcap=softcap,
         logit_scale=logit_scale,
         entropy="entropy" in outputs,
+        collision="log_sum_sq_probs" in outputs,
+        argmax="is_top1" in outputs,
         # TRL has no label for rows to skip: it passes 0 for rows without a label.
         ignore_index=_no_label(targets),
     )
-    with head.no_autocast(), torch.no_grad():
-        rest = _statistics(
-            head, targets, temperature, softcap, logit_scale, outputs, found.logprobs, found.entropy
-        )
-    return found.logprobs, found.entropy, *rest
+    mean = None
+    if "mean_logits" in outputs:
+        with head.no_autocast(), torch.no_grad():
+            mean = _mean_logits(head, softcap, logit_scale) / temperature
+    # TRL has these two for its metrics alone.
+    log_sum_sq = None if found.collision is None else found.collision.detach().log()
+    is_top1 = None if found.argmax is None else found.argmax == targets
+    return found.logprobs, found.entropy, log_sum_sq, mean, is_top1
 
 
-def _statistics(
-    head: CastHead,
-    targets: Tensor,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    outputs: tuple[str, ...],
-    logprobs: Tensor,
-    entropy: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(log_sum_sq_probs, mean_logits, is_top1) of TRL's metrics, with as few logits as possible.
+def _mean_logits(head: CastHead, softcap: float | None, logit_scale: float) -> Tensor:
+    """The mean [N] of each row's logits.
 
-    The mean of linear logits is a product with the mean of the weight's rows. A label with
-    p > 1/2 is the most likely token. One with p < exp(-entropy) is not, because the most likely
-    token has at least that probability. Logits are computed only for the other rows.
+    That of linear logits is a product with the mean of the weight's rows; capped ones are computed
+    a part of the rows at a time.
     """
     hidden, weight, bias = head.hidden, head.weight, head.bias
-    log_sum_sq = mean = top = None
-    rows = torch.zeros_like(targets, dtype=torch.bool)
-    if "is_top1" in outputs:
-        top = logprobs > math.log(0.5) + 1e-3
-        rows |= ~top
-        if entropy is not None:
-            rows &= logprobs >= -entropy - 1e-3
-    if "mean_logits" in outputs and softcap is None:
-        column = weight.mean(0, dtype=torch.float32)
-        mean = torch.mv(hidden.float(), column)
+    if softcap is None:
+        mean = torch.mv(hidden.float(), weight.mean(0, dtype=torch.float32))
         if bias is not None:
             mean += bias.mean(dtype=torch.float32)
-        mean *= logit_scale / temperature
-    elif "mean_logits" in outputs:
-        mean = torch.empty_like(logprobs)
-        rows.fill_(True)
-    if "log_sum_sq_probs" in outputs:
-        log_sum_sq = torch.empty_like(logprobs)
-        rows.fill_(True)
-
-    vocab = weight.shape[0]
-    for part in rows.nonzero().squeeze(-1).split(max(_STATISTICS_BYTES // (4 * vocab), 1)):
-        logits = torch.nn.functional.linear(hidden[part], weight, bias).float() * logit_scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        logits /= temperature
-        if top is not None:
-            # argmax returns the first of equal maxima, as in TRL.
-            top[part] = logits.argmax(-1) == targets[part]
-        if mean is not None and softcap is not None:
-            mean[part] = logits.mean(-1)
-        if log_sum_sq is not None:
-            log_sum_sq[part] = torch.logsumexp(2 * logits, -1) - 2 * torch.logsumexp(logits, -1)
-    return log_sum_sq, mean, top
+        return mean * logit_scale
+    rows = max(_LOGITS_BYTES // (4 * weight.shape[0]), 1)
+    means = []
+    for part in hidden.split(rows):
+        logits = torch.nn.functional.linear(part, weight, bias).float() * logit_scale
+        means.append((softcap * torch.tanh(logits / softcap)).mean(-1))
+    return torch.cat(means)
 
 
 def _compact(device: torch.device) -> bool:
