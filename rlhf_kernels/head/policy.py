@@ -10,7 +10,7 @@ from ..core import data_checks
 from ..core.layout import MaybeTensor
 from ..core.sentinels import SHARD_IGNORED
 from ..core.sequences import loss_weights, per_token, sequence_sum, token_weights
-from ..kernels.rows import Kernels, LabelKernels, TokenConstants
+from ..kernels.rows import Kernels, LabelKernels, LossResults, TokenConstants
 from . import devices
 from .arguments import Batching, Operands, PolicyArguments, Targets
 from .chunks import (
@@ -242,9 +242,7 @@ class _PolicySweep:
             out, logits, labels, own[1], stats, g, h, self._options._replace(ignore_index=ignored)
         )
 
-    def policy_loss(
-        self, grad: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    def policy_loss(self, grad: bool) -> LossResults:
         """(loss, metrics, gradients, their scale) from the recorded log-probabilities."""
         given = self._policy
         shape, ref = given.mask.shape, given.ref_logprobs

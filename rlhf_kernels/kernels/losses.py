@@ -6,7 +6,7 @@ backends return complete gradients and no `scale`. What is not there is None to 
 empty tensor in traced code, whose operators cannot return None.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypedDict, TypeGuard
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core import data_checks, env
 from ..core.layout import fp32_like
 from ..core.row_options import RowOptions
-from .rows import Maybe, PolicyRows
+from .rows import Maybe, PolicyLoss, PolicyRows
 
 _Backward = Callable[[Tensor, Maybe, Tensor, Tensor, torch.dtype, torch.dtype], list[Tensor]]
 
@@ -23,10 +23,7 @@ _Backward = Callable[[Tensor, Maybe, Tensor, Tensor, torch.dtype, torch.dtype], 
 class Launchers(TypedDict, total=False):
     """By operator name; those from `loss_backward` on are of GPUs alone."""
 
-    policy_loss: Callable[
-        [Tensor, Tensor, Tensor, Tensor, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, float,
-         Sequence[int], Sequence[float], bool, bool], tuple[Tensor, Tensor, Maybe, Maybe, Maybe],
-    ]  # fmt: skip
+    policy_loss: PolicyLoss
     value_loss: Callable[
         [Tensor, Tensor, Tensor, Tensor, Maybe, Maybe, float, float, int, bool],
         tuple[Tensor, Tensor, Maybe, Maybe],

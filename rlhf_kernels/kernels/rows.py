@@ -32,6 +32,35 @@ class TokenConstants(NamedTuple):
     weights: Tensor
 
 
+#: (loss, metrics, gradient of logprobs, of entropy, scale); what is not wanted is None. For the
+#: scale see kernels/losses.py.
+LossResults = tuple[Tensor, Tensor, Maybe, Maybe, Maybe]
+
+
+class PolicyLoss(Protocol):
+    """A kernel from tokens [B, T], or packed [N], to their loss and its gradient."""
+
+    def __call__(
+        self,
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        ref_logprobs: Tensor | None,
+        rollout_logprobs: Tensor | None,
+        entropy: Tensor | None,
+        weights: Tensor | None,
+        cu_seqlens: Tensor | None,
+        normalizer: Tensor | None,
+        divisor: float,
+        codes: Sequence[int],
+        params: Sequence[float],
+        grad: bool,
+        entropy_grad: bool,
+        /,
+    ) -> LossResults: ...
+
+
 class PolicyRows(Protocol):
     """A kernel from logits to their gradient by a policy loss whose tokens stand alone."""
 
@@ -88,29 +117,9 @@ class LabelRows(Protocol):
         On a GPU `out` may also be bfloat16 where they are fp32.
         """
 
-    def policy_loss(
-        self,
-        logprobs: Tensor,
-        old_logprobs: Tensor,
-        advantages: Tensor,
-        mask: Tensor,
-        ref_logprobs: Tensor | None,
-        rollout_logprobs: Tensor | None,
-        entropy: Tensor | None,
-        weights: Tensor | None,
-        cu_seqlens: Tensor | None,
-        normalizer: Tensor | None,
-        divisor: float,
-        codes: Sequence[int],
-        params: Sequence[float],
-        grad: bool,
-        entropy_grad: bool,
-        /,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """(loss, metrics, gradient of logprobs, of entropy, scale) of tokens [B, T] or [N].
-
-        A gradient that is not wanted is None; see kernels/losses.py for the scale.
-        """
+    @property
+    def policy_loss(self) -> PolicyLoss:
+        """The loss of the tokens, as of the operator."""
 
     def policy_rows_for(
         self, device: torch.device, vocab: int, options: RowOptions, /

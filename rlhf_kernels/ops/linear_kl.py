@@ -188,7 +188,8 @@ def linear_kl_divergence(
     """`kl_divergence` between two LM heads, without ever holding all logits of either in memory.
 
     Both heads' logits are computed in chunks of tokens, once forward and once more backward. The
-    divergences are those of `kl_divergence`.
+    divergences are those of `kl_divergence`. Its use is on-policy distillation (Agarwal et al.,
+    2306.13649), or an exact KL in the place of an estimate.
 
     Args:
         hidden: policy's hidden states [..., H], float32, bfloat16 or float16.

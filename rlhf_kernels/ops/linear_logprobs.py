@@ -246,7 +246,8 @@ def linear_token_logprobs(
     once forward and once more backward. Tokens with `ignore_index` are dropped before the product.
     The backward pass skips tokens whose upstream gradient is zero (clipped tokens, zero advantage,
     prompts). The gradient of the weight is accumulated over chunks in fp32; a frozen weight has no
-    gradient buffer.
+    gradient buffer. Heads without all their logits: Wijmans et al., 2411.09009 (by blocks of the
+    vocabulary), and Hsu et al., 2410.10989 (by chunks of tokens).
 
     With `group` the vocabulary is sharded over the ranks of the group as in `token_logprobs`.
     weight and bias are this rank's rows; hidden and all per-token arguments are the same on every

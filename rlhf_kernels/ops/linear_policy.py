@@ -169,9 +169,9 @@ def linear_policy_loss(
     The value, metrics and gradients are those of
     `policy_loss(*token_logprobs(hidden @ weight.T, labels, entropy=True), ...)`. A chunk's logits
     are overwritten by their gradient in the forward pass, so that three matrix products suffice
-    where recomputing the logits in the backward pass takes four. Masked tokens are never
-    multiplied. Tokens without a gradient (zero advantage, no KL or entropy term) are multiplied
-    only forward.
+    where recomputing the logits in the backward pass takes four (for cross-entropy: Hsu et al.,
+    2410.10989). Masked tokens are never multiplied. Tokens without a gradient (zero advantage, no
+    KL or entropy term) are multiplied only forward.
 
     Four products are still needed where a token's gradient depends on its whole sequence
     (ratio_level "sequence" or "sequence-token", correction_level "sequence" or "geometric", gate

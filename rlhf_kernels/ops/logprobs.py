@@ -259,9 +259,8 @@ def token_logprobs(
     With `group` the vocabulary is sharded over the ranks of the group (tensor parallelism). Ranks
     hold consecutive column ranges of any size, including 0, and all ranks pass the same labels. The
     forward pass exchanges four floats per token and one per further label, the backward pass
-    nothing. Every rank gets the
-    complete result with the same bits and computes the same loss from it. The gradient of a rank's
-    logits is that of this one loss, as without a group.
+    nothing. Every rank gets the complete result with the same bits and computes the same loss from
+    it. The gradient of a rank's logits is that of this one loss, as without a group.
 
     Args:
         logits: [..., V], float32, bfloat16 or float16. Any [N, V] or [B, T, V] view with unit

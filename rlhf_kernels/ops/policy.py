@@ -13,6 +13,7 @@ from ..core import checks, data_checks, tracing
 from ..core.layout import constant, constants
 from ..core.option_checks import shown
 from ..kernels import backends, losses
+from ..kernels.rows import LossResults
 from ._autograd import InputGradients, apply, graph_is_kept, once_differentiable, remember
 from ._metrics import Metrics, register_metrics
 from ._operator import Operator, define
@@ -79,7 +80,7 @@ def _forward_fake(
     rollout: Tensor | None, entropy: Tensor | None, weights: Tensor | None,
     cu_seqlens: Tensor | None, normalizer: Tensor | None, divisor: float, codes: list[int],
     params: list[float], grad: bool, entropy_grad: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+) -> LossResults:  # fmt: skip
     deferred = backend in backends.GPU
     loss, metrics, scale = losses.results(logprobs, len(POLICY_METRICS), deferred)
     gradient = losses.gradient(logprobs, grad)
@@ -87,7 +88,7 @@ def _forward_fake(
     return loss, metrics, gradient, losses.gradient(like, entropy_grad), scale
 
 
-_forward: Operator[tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]] = define(
+_forward: Operator[LossResults] = define(
     "policy_loss",
     "(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
     "Tensor? rollout_logprobs, Tensor? entropy, Tensor? weights, Tensor? cu_seqlens, "

@@ -43,6 +43,14 @@ def test_options_of_rows_cross_in_the_order_of_their_fields():
     assert fields("RowOptions") == expected
 
 
+def test_options_of_rows_are_read_at_their_places():
+    text = (CSRC / "bind" / "tensor.h").read_text()
+    read = re.findall(r"value\.(\w+) = Py\w+\(item\((\d+)\)\);", text)
+    assert {name for name, _ in read} == {name for _, name in fields("RowOptions")}
+    for name, place in read:
+        assert row_options.RowOptions._fields[int(place)] == name
+
+
 def test_options_of_pairs_of_rows_cross_in_the_order_of_their_fields():
     names = [name for _, name in fields("PairOptions")]
     options = pair_options.PairOptions(0.7, True, 0.1, 2.0, 3.0, 4.0)

@@ -39,6 +39,7 @@ KlEstimatorType = Literal["k1", "k2", "k3", "abs"]
 Anchor = Literal["old", "rollout"]
 DppoType = Literal["binary_tv", "binary_kl"]
 TisRatioType = Literal["token", "sequence"]
+SequenceMaskMetric = Literal["product", "geometric"]
 _INEXPRESSIBLE = {
     "clip_cov": (
         "it drops tokens drawn at random among those of a large covariance: set their advantages "
@@ -84,7 +85,7 @@ def skyrl(
     tis_ratio_type: TisRatioType | None = None,
     token_tis_ratio_clip_high: float = 2.0,
     sequence_tis_ratio_clip_high: float = 5.0,
-    sequence_mask_metric: str | None = None,
+    sequence_mask_metric: SequenceMaskMetric | None = None,
     outlier_token_is_threshold_low: float | None = None,
     outlier_token_is_threshold_high: float | None = None,
     token_mask_is_threshold_low: float | None = None,
@@ -278,4 +279,4 @@ def _check_masks(
             )
             inexpressible("skyrl", name, why)
     if sequence is not None:
-        one_of("skyrl", "sequence_mask_metric", sequence, ("product", "geometric"))
+        one_of("skyrl", "sequence_mask_metric", sequence, get_args(SequenceMaskMetric))

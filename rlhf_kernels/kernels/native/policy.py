@@ -9,6 +9,7 @@ from torch import Tensor
 from ...config.metrics import POLICY_METRICS
 from ...core import data_checks
 from .. import losses
+from ..rows import LossResults
 from . import boundary as b
 
 
@@ -78,7 +79,7 @@ def launchers(extension: ModuleType) -> losses.Launchers:
         params: Sequence[float],
         grad: bool,
         entropy_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    ) -> LossResults:
         op = "policy_loss"
         loss, metrics, scale = losses.results(logprobs, len(POLICY_METRICS), gpu)
         policy_grad = losses.gradient(logprobs, grad)

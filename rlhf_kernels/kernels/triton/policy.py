@@ -21,6 +21,7 @@ from torch import Tensor
 from ...config.metrics import POLICY_METRICS
 from ...config.policy_codes import PolicyCodes, PolicyParams
 from .. import losses
+from ..rows import LossResults
 from . import _tokens as t
 from ._launch import kernel, launch
 from ._math import scalar
@@ -277,7 +278,7 @@ def policy_loss(
     params: Sequence[float],
     grad: bool,
     entropy_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> LossResults:
     sweep = t.begin(
         "policy_loss", logprobs, cu_seqlens, normalizer, divisor, len(POLICY_METRICS), ROWS
     )
