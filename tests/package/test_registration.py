@@ -246,7 +246,10 @@ def test_launchers_have_the_signatures_of_the_table(name):
     kernels = {n: f for c in rows.Rows.__mro__ for n, f in vars(c).items() if n[0] != "_"}
     assert "policy_loss" in kernels and "kl_divergence" in kernels
     for operator in kernels.keys() & table.keys():
-        _, *given, _ = _annotations(kernels[operator])
+        kernel = kernels[operator]
+        if isinstance(kernel, property):  # of a protocol's type
+            kernel = _annotations(kernel.fget)[-1].__call__
+        _, *given, _ = _annotations(kernel)
         assert _annotations(table[operator])[: len(given)] == given, operator
 
 
