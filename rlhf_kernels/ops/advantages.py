@@ -113,6 +113,37 @@ def check_scan(
     return plain, *constants(*found)
 
 
+def _general_gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    of_ends: str,
+    ends: general.Ends,
+    cu_seqlens: Tensor | None,
+    rates: tuple[object, object, object],
+    masked: MaskedSteps,
+    whiten: bool,
+) -> Advantages:
+    """`gae` with truncated steps, or rates that are tensors or the returns' own.
+
+    `of_ends` is what the caller calls the terminated steps.
+    """
+    op = "gae"
+    _, rewards, values, mask, terminated, truncated = check_scan(
+        op,
+        "ffMMM",
+        {"rewards": rewards, "values": values},
+        {"mask": mask, of_ends: ends.terminated, "truncated": ends.truncated},
+        {},
+        cu_seqlens,
+        masked,
+    )
+    tokens = general.Tokens("rewards", rewards, values, mask, cu_seqlens, masked)
+    ends = ends._replace(terminated=terminated, truncated=truncated)
+    flag = option_checks.flag(op, "whiten", whiten)
+    return Advantages(*general.scan(op, tokens, ends, rates, flag)[:2])
+
+
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -186,16 +217,11 @@ def gae(
     if not usual or type(gamma) is not float or type(lam) is not float:
         of_ends, dones = general.the_ends(op, dones, terminated, truncated)
         if general.needed(gamma, lam, value_lam, truncated, bootstrap_values, rewards, cu_seqlens):
-            flags = {"mask": mask, of_ends: dones, "truncated": truncated}
-            tokens = {"rewards": rewards, "values": values}
-            _, rewards, values, mask, dones, truncated = check_scan(
-                op, "ffMMM", tokens, flags, {}, cu_seqlens, masked
-            )
-            whiten = option_checks.flag(op, "whiten", whiten)
-            checked = general.Tokens("rewards", rewards, values, mask, cu_seqlens, masked)
             ends = general.Ends(dones, truncated, bootstrap_values)
-            found = general.scan(op, checked, ends, (gamma, lam, value_lam), whiten)
-            return Advantages(*found[:2])
+            rates = gamma, lam, value_lam
+            return _general_gae(
+                rewards, values, mask, of_ends, ends, cu_seqlens, rates, masked, whiten
+            )
     plain = checks.plain("ffMM", rewards, values, mask, dones) and rewards.dim() == 2
     if not plain or cu_seqlens is not None or bootstrap_values is not None:
         tokens, flags = {"rewards": rewards, "values": values}, {"mask": mask, of_ends: dones}
