@@ -236,6 +236,17 @@ __device__ __forceinline__ int64_t token_at(const Tensor& t, int64_t row, int64_
   return row / cols * t.stride0 + row % cols * t.stride1;
 }
 
+// Whether the tokens of the grid lie at equal distances, one row behind the other.
+inline bool evenly_spaced(const Tensor& t, int64_t rows, int64_t cols) {
+  return !t.given || rows <= 1 || t.stride0 == cols * t.stride1;
+}
+
+// As token_at; without its division where the host has found the tokens evenly spaced.
+template <bool kEven>
+__device__ __forceinline__ int64_t token_at(const Tensor& t, int64_t row, int64_t cols) {
+  return kEven ? row * t.stride1 : token_at(t, row, cols);
+}
+
 // A number of any floating dtype as fp32.
 __device__ __forceinline__ float load_float(const Tensor& t, int64_t at) {
   switch (t.dtype) {

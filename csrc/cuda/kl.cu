@@ -4,7 +4,7 @@
 namespace rk::cuda {
 namespace {
 
-constexpr int kPenaltyThreads = 256;
+constexpr int kPenaltyThreads = 256, kPenaltyTokens = 4;
 
 // Reverse: dz = e a (x - m - (y - m') - b). Forward: dz = e a - e' b. a and b are 0 where the row
 // takes no gradient.
@@ -108,28 +108,70 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   });
 }
 
-template <bool kBackward>
+// A thread's tokens, of all its tile or of what there is of the last one. kEven: all tensors are
+// evenly spaced; kFloat: and of fp32.
+template <bool kBackward, bool kEven, bool kFloat, bool kFull>
+__device__ __forceinline__ void penalties(const KlPenaltyArgs& a, int32_t estimator,
+                                          int64_t first) {
+  const auto inside = [&](int j) { return kFull || first + j * kPenaltyThreads < a.rows * a.cols; };
+  const auto load = [&](const Tensor& t, int j) {
+    const int64_t at = token_at<kEven>(t, first + j * kPenaltyThreads, a.cols);
+    return kFloat ? static_cast<const float*>(t.data)[at] : load_float(t, at);
+  };
+  float x[kPenaltyTokens], ref[kPenaltyTokens], g[kPenaltyTokens];
+  // All loads in flight before the first use.
+#pragma unroll
+  for (int j = 0; j < kPenaltyTokens; ++j) {
+    if (!inside(j)) continue;
+    x[j] = load(a.logprobs, j);
+    ref[j] = load(a.ref_logprobs, j);
+    if constexpr (kBackward) g[j] = load(a.grad, j);
+  }
+#pragma unroll
+  for (int j = 0; j < kPenaltyTokens; ++j) {
+    if (!inside(j)) continue;
+    const KlPenalty p = kl_penalty_term(x[j] - ref[j], estimator);
+    float y = p.value;
+    // A token without upstream gradient takes none, whatever its value.
+    if constexpr (kBackward) y = g[j] == 0.0f ? 0.0f : g[j] * p.slope;
+    const int64_t at = first + j * kPenaltyThreads;
+    if constexpr (kFloat)
+      static_cast<float*>(a.out.data)[at] = y;
+    else
+      store_float(a.out, at, y);
+  }
+}
+
+template <bool kBackward, bool kEven, bool kFloat>
 __global__ void __launch_bounds__(kPenaltyThreads)
     penalty_kernel(const KlPenaltyArgs a, int32_t estimator) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kPenaltyThreads + threadIdx.x;
-  if (i >= a.rows * a.cols) return;
-  const float x = load_float(a.logprobs, token_at(a.logprobs, i, a.cols)) -
-                  load_float(a.ref_logprobs, token_at(a.ref_logprobs, i, a.cols));
-  const KlPenalty p = kl_penalty_term(x, estimator);
-  if constexpr (kBackward) {
-    const float g = load_float(a.grad, token_at(a.grad, i, a.cols));
-    // A token without upstream gradient takes none, whatever its value.
-    store_float(a.out, i, g == 0.0f ? 0.0f : g * p.slope);
-  } else {
-    store_float(a.out, i, p.value);
-  }
+  constexpr int64_t tile = kPenaltyThreads * kPenaltyTokens;
+  const int64_t first = blockIdx.x * tile + threadIdx.x;
+  if ((blockIdx.x + 1) * tile <= a.rows * a.cols)
+    penalties<kBackward, kEven, kFloat, true>(a, estimator, first);
+  else
+    penalties<kBackward, kEven, kFloat, false>(a, estimator, first);
 }
 
 template <bool kBackward>
 Status run_penalty(const KlPenaltyArgs& a, int32_t estimator) {
   const OnDevice guard(a.exec);
-  RK_ENQUEUE(a.exec, ceil_div(a.rows * a.cols, kPenaltyThreads), kPenaltyThreads,
-             penalty_kernel<kBackward>, a, estimator);
+  const auto every = [&](const auto& holds) {
+    return holds(a.logprobs) && holds(a.ref_logprobs) && (!kBackward || holds(a.grad));
+  };
+  const bool even = every([&](const Tensor& t) { return evenly_spaced(t, a.rows, a.cols); });
+  const bool plain =
+      even && a.out.dtype == kFloat32 && every([](const Tensor& t) { return t.dtype == kFloat32; });
+  const int64_t blocks = ceil_div(a.rows * a.cols, kPenaltyThreads * kPenaltyTokens);
+  const auto enqueue = [&](const auto& kernel) {
+    RK_ENQUEUE(a.exec, blocks, kPenaltyThreads, kernel, a, estimator);
+  };
+  if (plain)
+    enqueue(penalty_kernel<kBackward, true, true>);
+  else if (even)
+    enqueue(penalty_kernel<kBackward, true, false>);
+  else
+    enqueue(penalty_kernel<kBackward, false, false>);
   return {};
 }
 

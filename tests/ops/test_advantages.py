@@ -313,6 +313,26 @@ def test_whiten(backend, shift_mean, unbiased):
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 700), (2, 1024), (9, 455)])
+def test_whiten_has_the_same_bits_in_every_layout(backend, shape, dtype):
+    """Evenly spaced tokens have kernels of their own, and so have tiles that are full."""
+    x, mask = torch.randn(shape).to(dtype), torch.rand(shape) < 0.8
+    for kind in (torch.bool, torch.int32, torch.int64):
+        flags, found = mask.to(kind), rk.whiten(x, mask.to(kind))
+        for given in (
+            (torch.stack([x, x], -1)[..., 0], torch.stack([flags, flags], -1)[..., 0]),
+            (torch.cat([x, x], 1)[:, : shape[1]], flags),
+            (x, torch.cat([flags, flags], 1)[:, : shape[1]]),
+            (x.t().contiguous().t(), flags.t().contiguous().t()),
+        ):
+            assert_bitwise_equal(rk.whiten(*given), found)
+    kept = x.double()[mask]
+    if len(kept) > 1:
+        expected = torch.where(mask, (x.double() - kept.mean()) / (kept.var() + 1e-8).sqrt(), 0)
+        assert_close(found, expected)
+
+
 def test_whiten_without_spread(backend):
     one = torch.tensor([5.0, 7.0])
     only = torch.tensor([True, False])

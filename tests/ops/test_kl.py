@@ -241,6 +241,34 @@ def test_penalty_is_zero_on_equal_inputs_and_saturates_without_nan(backend):
         assert not kl.isnan().any() and not gradient.isnan().any()
 
 
+def _layouts(values):
+    """The same values [B, T]: contiguous, cut out, two elements apart, column by column."""
+    cut = torch.cat([torch.cat([values] * 2, 1)] * 2)[: len(values), : values.shape[1]]
+    return (values, cut, torch.stack([values] * 2, -1)[..., 0], values.t().contiguous().t())
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "float16")])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 341), (2, 1024), (7, 300)])
+def test_penalty_has_the_same_bits_in_every_layout(backend, shape, dtypes):
+    """Evenly spaced tokens have kernels of their own, and so have tiles that are full."""
+    logprobs, ref = (torch.randn(shape).to(getattr(torch, name)) for name in dtypes)
+    found = [
+        run(rk.kl_penalty, x.detach().requires_grad_(), r, g, estimator="k3")
+        for x, r, g in zip(*map(_layouts, (logprobs, ref, torch.randn(shape))), strict=True)
+    ]
+    found += [
+        run(rk.kl_penalty, logprobs.detach().requires_grad_(), r, torch.ones(()).expand(shape),
+            estimator="k3")
+        for r in _layouts(ref)
+    ]  # fmt: skip
+    for value, _ in found[1:]:
+        assert_bitwise_equal(value, found[0][0])
+    for _, gradient in found[1:4]:
+        assert_bitwise_equal(gradient, found[0][1])
+    for _, gradient in found[5:]:
+        assert_bitwise_equal(gradient, found[4][1])
+
+
 def test_penalty_layouts(backend):
     store = torch.randn(5, 2 * 21)
     views = (store[:, ::2], store[:, 1::2])
