@@ -9,7 +9,7 @@ template <bool kChange, bool kSquares>
 constexpr int kForwardBlocks = (kChange ? 3 : 4) - kSquares;
 template <class E, bool kChange, bool kEntropy, bool kSquares>
 constexpr int kBackwardBlocks =
-    kChange || kSquares ? 2 : (kEntropy && std::is_same_v<E, F16> ? 4 : 6);
+    kSquares ? 2 : (kChange ? 3 : (kEntropy && std::is_same_v<E, F16> ? 4 : 6));
 
 // Calls f with two flags: whether the entropy's terms are wanted and whether those of the squares
 // are, which come with the entropy's.
@@ -107,13 +107,13 @@ __global__ void __launch_bounds__(kCombineThreads)
 // A tile of the gradient by a warp.
 template <class E, class O, bool kChange, bool kEntropy, bool kSquares>
 __global__ void __launch_bounds__(kRowThreads, (kBackwardBlocks<E, kChange, kEntropy, kSquares>))
-    backward_kernel(const LogprobsBackwardArgs a, const RowTiles tiles,
+    backward_kernel(const LogprobsBackwardArgs a, const RowTiles tiles, const LogitValues value,
                     const Coefficients* coefficients) {
   const Tile tile(tiles);
   if (tile.id >= tiles.total) return;
   const Slopes c = coefficients[tile.token].slopes;
   gradient_tile<E, O, kChange, kEntropy, kSquares>(
-      tile.index, a.vocab, a.options, c, coefficients + tile.token, tile.start<E>(a.logits),
+      tile.index, a.vocab, value, c, coefficients + tile.token, tile.start<E>(a.logits),
       const_cast<typename O::Storage*>(tile.start<O>(a.grad_logits)));
 }
 
@@ -155,6 +155,7 @@ Status token_logprobs_backward(const LogprobsBackwardArgs& a) {
   const OnDevice guard(a.exec);
   const int64_t tokens = a.rows * a.cols;
   auto* coefficients = static_cast<Coefficients*>(a.exec.scratch);
+  const LogitValues value(a.options);
   for_gradient(a.logits.dtype, a.grad_logits.dtype, [&](auto element, auto result) {
     using E = decltype(element);
     using O = decltype(result);
@@ -165,7 +166,7 @@ Status token_logprobs_backward(const LogprobsBackwardArgs& a) {
       for_terms(a.grad_entropy.given, a.grad_collision.given, [&](auto entropy, auto squares) {
         RK_ENQUEUE(a.exec, all.blocks(), kRowThreads,
                    (backward_kernel<E, O, change.value, entropy.value, squares.value>), a, all,
-                   coefficients);
+                   value, coefficients);
       });
     });
   });

@@ -207,7 +207,7 @@ __device__ __forceinline__ RowStatistics row_statistics(const RowOptions& option
   const double rate = 1.0 / temperature;
   const Sums<double> r = combine_tiles(partials, tiles, static_cast<float>(rate));
   const bool known = is_known(label, vocab);
-  const float z = AnyLogitOptions(options)(x).z;
+  const float z = LogitOptions(options)(x).z;
   // A label outside the vocabulary, a bad temperature and a row of -inf poison the row.
   const bool elsewhere = label == kLabelElsewhere && options.ignore_index == kShardIgnored;
   const bool good =
@@ -239,7 +239,7 @@ __device__ __forceinline__ Coefficients row_coefficients(const RowOptions& optio
   Coefficients all = no_gradient();
   Slopes& c = all.slopes;
   const double rate = 1.0 / temperature;
-  const Logit own = AnyLogitOptions(options)(x);
+  const Logit own = LogitOptions(options)(x);
   const double logprob = logprob_from_stats(own.z, m, s, rate);
   c.m = m;
   c.rate2 = static_cast<float>(rate) * kLog2e;
@@ -264,7 +264,7 @@ __device__ __forceinline__ Coefficients row_coefficients(const RowOptions& optio
 
 // Overwrites a lane's slots with their gradients, without the label's own term.
 template <class E, bool kChange, bool kEntropy, bool kSquares = false, int kCount>
-__device__ __forceinline__ void gradients(const Slopes& c, const LogitOptions<kChange>& options,
+__device__ __forceinline__ void gradients(const Slopes& c, const LogitValues& value,
                                           Pack<E> (&slots)[kCount], float a2 = 0.0f) {
   const auto each = [&](const auto& gradient) {
     overwrite<E>(slots, [&](int k, int w) { return gradient(slots[k].get(w)); });
@@ -288,7 +288,7 @@ __device__ __forceinline__ void gradients(const Slopes& c, const LogitOptions<kC
     });
   } else {
     each([&](float x) {
-      const Logit z = options(x);
+      const Logit z = kChange ? value.with_slope(x) : Logit{x, 1.0f};
       const float log2_e = (z.z - c.m) * c.rate2, e = exp2_fast(log2_e);
       float dz = scaled(e, log2_e);
       if constexpr (kChange) dz *= z.slope;
@@ -303,7 +303,7 @@ __device__ __forceinline__ void gradients(const Slopes& c, const LogitOptions<kC
 // the label.
 template <class E, class O, bool kChange, bool kEntropy, bool kSquares = false>
 __device__ __forceinline__ void gradient_tile(uint32_t index, int64_t vocab,
-                                              const RowOptions& row_options, const Slopes& c,
+                                              const LogitValues& value, const Slopes& c,
                                               const Coefficients* coefficients,
                                               const typename E::Storage* x,
                                               typename O::Storage* out) {
@@ -313,9 +313,8 @@ __device__ __forceinline__ void gradient_tile(uint32_t index, int64_t vocab,
     window.clear(out);
     return;
   }
-  const LogitOptions<kChange> options(row_options);
   window.map(x, x, out, [&](auto& slots, const auto&) {
-    gradients<E, kChange, kEntropy, kSquares>(c, options, slots, a2);
+    gradients<E, kChange, kEntropy, kSquares>(c, value, slots, a2);
   });
   // By the lane that has just stored this column.
   const int64_t label = coefficients->label, at = label - window.first;

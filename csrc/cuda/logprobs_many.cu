@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   const float s = rows.stats[3 * row + 1], poison = s == s ? 0.0f : s;
   const OwnLabels labels(a, row);
   const auto* x = row_logits<E>(rows, row);
-  const AnyLogitOptions logits(rows.options);
+  const LogitOptions logits(rows.options);
   for (int64_t k = lane; k < a.count; k += kWarp) {
     const int64_t y = labels[k];
     float found = y == labels.ignore_index ? 0.0f : __builtin_nanf("");
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kCombineThreads, 8)
   const float* stats = rows.stats + 3 * row;
   const double m = stats[0], s = stats[1], mean = stats[2];
   const auto* x = row_logits<E>(rows, row);
-  const AnyLogitOptions logits(rows.options);
+  const LogitOptions logits(rows.options);
   for (int64_t k = threadIdx.x % kWarp; k < a.count; k += kWarp) {
     const int64_t y = labels[k];
     if (!labels.has_column(y)) continue;

@@ -101,7 +101,7 @@ __device__ __forceinline__ void write_gradient(const PolicyRowsArgs& a, const Ro
   auto* out = static_cast<typename O::Storage*>(a.grad_logits.data) + row * a.grad_logits.stride1;
 #pragma unroll 1
   for (uint32_t i = first; i < shares.windows; i += shares.blocks.divisor * kWarps)
-    gradient_tile<F32, O, false, kBonus>(i, a.vocab, a.options, slopes, coefficients, x, out);
+    gradient_tile<F32, O, false, kBonus>(i, a.vocab, shares.value, slopes, coefficients, x, out);
 }
 
 // O is the dtype of the gradient; kFull: the loss has_further_options. partials: [tokens, tiles].

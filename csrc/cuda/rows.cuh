@@ -12,23 +12,23 @@ struct Logit {
   float z, slope;
 };
 
-// A logit as RowOptions change it; unchanged without kChange (RowOptions::change_logits).
-template <bool kChange>
+// A label's logit as RowOptions change it, by kernels that have no variant for options that do.
 struct LogitOptions {
+  bool change;
   float cap;
 
   __device__ __forceinline__ explicit LogitOptions(const RowOptions& o)
-      : cap(static_cast<float>(o.softcap)) {}
+      : change(o.change_logits()), cap(static_cast<float>(o.softcap)) {}
   __device__ __forceinline__ Logit operator()(float x) const {
-    if constexpr (!kChange) return {x, 1.0f};
+    if (!change) return {x, 1.0f};
     const TanhParts p = tanh_parts(x / cap);
     return {cap * p.value, p.slope};
   }
 };
 
-// The values alone, at a third of the cost, for the sums over a row. Where |x| is small beside the
-// cap they come from tanh's series; elsewhere they are within two roundings of the cap. Within that
-// error they keep the order of the logits.
+// Logits under a cap at a third of the cost, for all columns of a row. Where |x| is small beside
+// the cap they come from tanh's series; elsewhere they are within two roundings of the cap. Within
+// that error they keep the order of the logits.
 struct LogitValues {
   float cap, rate2, near, third, fifth;
 
@@ -45,18 +45,11 @@ struct LogitValues {
     const float x2 = x * x;
     return fabsf(x) < near ? fmaf(x2 * x, fmaf(x2, fifth, third), x) : far;
   }
-};
-
-// The same for kernels without a variant of their own for options that change logits.
-struct AnyLogitOptions {
-  bool change;
-  LogitOptions<true> changed;
-
-  __device__ __forceinline__ explicit AnyLogitOptions(const RowOptions& o)
-      : change(o.change_logits()), changed(o) {}
-  __device__ __forceinline__ Logit operator()(float x) const {
-    if (!change) return {x, 1.0f};
-    return changed(x);
+  // The slope is 1 - tanh(u)^2 = 4 e / (1 + e)^2, e = exp(-2 |u|), which cancels at no end.
+  __device__ __forceinline__ Logit with_slope(float x) const {
+    const float e = exp2_fast(fabsf(x) * rate2), r = reciprocal_fast(1.0f + e), er = e * r;
+    const float far = copysignf(fmaf(-2.0f * cap, er, cap), x), x2 = x * x;
+    return {fabsf(x) < near ? fmaf(x2 * x, fmaf(x2, fifth, third), x) : far, 4.0f * er * r};
   }
 };
 

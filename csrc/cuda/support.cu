@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kListThreads)
   if (label != a.options.ignore_index) {
     const double temperature = row_temperature(a, row), rate = 1.0 / temperature;
     const float rate32 = static_cast<float>(rate);
-    const AnyLogitOptions options(a.options);
+    const LogitOptions options(a.options);
     const List list = list_at(a.support.indptr, row, a.support.entries);
     const auto* x =
         static_cast<const typename E::Storage*>(a.logits.data) + token_at(a.logits, row, a.cols);
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kListThreads) gradient_kernel(const SupportBac
   }
   const double rate = 1.0 / row_temperature(a, row);
   const float rate32 = static_cast<float>(rate);
-  const AnyLogitOptions options(a.options);
+  const LogitOptions options(a.options);
   const float* stats = a.stats + 3 * row;
   const float m = stats[0];
   const double s = stats[1], mean = stats[2];
