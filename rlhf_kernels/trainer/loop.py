@@ -141,8 +141,9 @@ class Loop:
             while trainer.steps_done < total:
                 row = self._step()
                 row["peak_memory_gib"] = report.peak_memory_gib()
+                # Not kept: a checkpoint behind a row that the disk did not take would lack it.
+                folder.on_main(self.accelerator, lambda row=row: log.write(row))
                 with self._kept():
-                    folder.on_main(self.accelerator, lambda row=row: log.write(row))
                     with blamed_on("report_to", f"step {int(row['step'])} is not logged"):
                         self.accelerator.log(row, step=int(row["step"]))
                     values = ", ".join(f"{k} {row[k]:.3f}" for k in _SHOWN if k in row)
