@@ -66,7 +66,8 @@ struct Elements {
 // Calls f with Elements<...>, the thread's own.
 template <class E, bool kEven, class F>
 __device__ __forceinline__ void with_elements(const WhitenArgs& a, const F& f) {
-  if ((static_cast<int64_t>(blockIdx.x) + 1) * kTile <= a.rows * a.cols)
+  // Divisions spill registers where they are in both branches.
+  if (kEven && (static_cast<int64_t>(blockIdx.x) + 1) * kTile <= a.rows * a.cols)
     f(Elements<E, kEven, true>(a));
   else
     f(Elements<E, kEven, false>(a));

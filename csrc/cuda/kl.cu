@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kPenaltyThreads)
     penalty_kernel(const KlPenaltyArgs a, int32_t estimator) {
   constexpr int64_t tile = kPenaltyThreads * kPenaltyTokens;
   const int64_t first = blockIdx.x * tile + threadIdx.x;
-  if ((blockIdx.x + 1) * tile <= a.rows * a.cols)
+  if (kEven && (blockIdx.x + 1) * tile <= a.rows * a.cols)
     penalties<kBackward, kEven, kFloat, true>(a, estimator, first);
   else
     penalties<kBackward, kEven, kFloat, false>(a, estimator, first);
