@@ -76,14 +76,13 @@ class PolicyArguments(NamedTuple):
 class Batching(NamedTuple):
     """How tokens are cut into products.
 
-    chunk_tokens: of a chunk, at most; None for the device's budget.
-    kept_tokens: how many are kept, or more, as the caller knows it; None to count them.
-    exact: whether every product has exactly chunk_tokens rows, however few tokens there are.
+    chunk_tokens: of a chunk; 0 for the device's budget, negative where every product has exactly so
+        many.
+    kept_tokens: how many are kept, or more, as the caller knows it; negative to count them.
     """
 
-    chunk_tokens: int | None
-    kept_tokens: Annotated[int | None, "SymInt"]
-    exact: bool = False
+    chunk_tokens: int
+    kept_tokens: Annotated[int, "SymInt"]
 
 
 class Divergence(NamedTuple):

@@ -28,7 +28,7 @@ def forward(
     )
     data_checks.kept_tokens("linear_kl_divergence", keep, batching.kept_tokens)
     tokens = select(keep, batching.kept_tokens)
-    of_chunk = Chunk.of(batching, operands.weight, heads=2)
+    of_chunk = Chunk.of(batching.chunk_tokens, operands.weight, heads=2)
     head = TiledHead.of(operands, of_chunk, tokens.count, kernels.empty)
     ref = TiledHead.of(reference, of_chunk, tokens.count, kernels.empty)
     if tokens.fill(of_chunk):
@@ -66,7 +66,7 @@ def backward(
     """Gradients of hidden, weight and bias; empty where `needs` says no."""
     mask, options = divergence
     grad, stats = flat(grad), stats.view(-1, 5)
-    if batching.kept_tokens is None:
+    if batching.kept_tokens < 0:
         keep = grad != 0
         if mask is not None:
             keep &= flat(mask) != 0
@@ -75,7 +75,7 @@ def backward(
         if (enough := covered(keep, batching.kept_tokens)) is not None:
             grad = torch.where(enough, grad, torch.nan)
     tokens = select(keep, batching.kept_tokens)
-    of_chunk = Chunk.backward(batching, operands.weight, tokens.count, heads=2)
+    of_chunk = Chunk.backward(batching.chunk_tokens, operands.weight, tokens.count, heads=2)
     head = TiledHead.of(operands, of_chunk, tokens.count, kernels.empty)
     ref = TiledHead.of(reference, of_chunk, tokens.count, kernels.empty)
     gradients = Gradients(head, needs)

@@ -49,7 +49,7 @@ def forward(
     keep = any_of_token(wanted, 1)
     data_checks.kept_tokens(op, keep, batching.kept_tokens)
     tokens = select(keep, batching.kept_tokens)
-    of_chunk = Chunk.of(batching, weight)
+    of_chunk = Chunk.of(batching.chunk_tokens, weight)
     head = TiledHead.of(operands, of_chunk, tokens.count, kernels.empty)
     if tokens.fill(of_chunk):
         logits = head.project(head.states(tokens, tokens.whole))
@@ -112,7 +112,7 @@ def backward(
     given = [flat_labels(t, dims) for t in given]
     wanted = labels != options.ignore_index
     keep = any_of_token(wanted, 1)
-    if batching.kept_tokens is None:
+    if batching.kept_tokens < 0:
         # A token without an upstream gradient adds nothing: clipped, no advantage, prompt, tool.
         used = [t != 0 for t in given if t is not None]
         used = [t if t.dim() == 1 else (t & wanted).any(-1) for t in used]
@@ -120,7 +120,7 @@ def backward(
     elif (enough := covered(keep, batching.kept_tokens)) is not None:
         given = [None if t is None else torch.where(enough, t, torch.nan) for t in given]
     tokens = select(keep, batching.kept_tokens)
-    of_chunk = Chunk.backward(batching, weight, tokens.count)
+    of_chunk = Chunk.backward(batching.chunk_tokens, weight, tokens.count)
     head = TiledHead.of(operands, of_chunk, tokens.count, kernels.empty)
     gradients = Gradients(head, needs, kernels.reduce)
 

@@ -80,18 +80,18 @@ class _PolicySweep:
             # On a GPU labels are not validated, and a bad one could equal SHARD_IGNORED. As -1 it
             # makes its token NaN.
             self._labels = self._labels.clamp(min=-1)
-            if batching.kept_tokens is not None:
+            if batching.kept_tokens >= 0:
                 self._labels = torch.where(keep, self._labels.long(), SHARD_IGNORED)
         heads = 1 if reference is None else 2
-        self._chunk = Chunk.of(batching, weight, heads)
+        self._chunk = Chunk.of(batching.chunk_tokens, weight, heads)
         self._one_kernel = None
         if logits_dtype(weight.device, weight.dtype) == torch.float32:
             self._one_kernel = kernels.rows.policy_rows_for(
                 weight.device, weight.shape[0], self._options
             )
-        self._backward_chunk = functools.partial(Chunk.backward, batching, weight)
+        self._backward_chunk = functools.partial(Chunk.backward, batching.chunk_tokens, weight)
         # The gradient's sum over chunks costs more than the logits again, in a second sweep.
-        self.recomputes = prefer_recompute(batching, weight, count, heads)
+        self.recomputes = prefer_recompute(batching.chunk_tokens, weight, count, heads)
         shared = (self._chunk, count, kernels.empty)
         self.head = TiledHead.of(operands, *shared)
         self._ref = None if reference is None else TiledHead.of(reference, *shared)
@@ -323,7 +323,7 @@ def forward(
     else:
         # The gradient of a token needs its whole sequence, or is better left until all the
         # log-probabilities are known: a first sweep for those.
-        counts = batching.kept_tokens is None and devices.is_cpu(keep.device)
+        counts = batching.kept_tokens < 0 and devices.is_cpu(keep.device)
         if counts and idle.count > 0:
             tokens, idle = select(keep), _NONE
         sweep.logprobs_of(tokens)
@@ -346,7 +346,7 @@ def _selected(
     advantages: Tensor,
     offsets: Tensor | None,
     alone: bool,
-    kept_tokens: int | None,
+    kept_tokens: int,
     grad: bool,
     columns: Tensor | None,
 ) -> tuple[Tokens, Tokens, int]:
@@ -356,7 +356,7 @@ def _selected(
     are among the first. columns is 0 for None.
     """
     keep, params = policy.mask != 0, policy.params
-    if kept_tokens is not None:
+    if kept_tokens >= 0:
         return select(flat(keep), kept_tokens), _NONE, 0 if columns is None else int(columns)
     # No advantage, no gradient.
     linear = params.kl_coef == 0 and not policy.entropy_bonus and params.penalty_coef == 0

@@ -378,7 +378,7 @@ def linear_policy_loss(
     )
     # The ranks exchange in every chunk, so all take the chunks of the largest shard.
     columns = None
-    if batching.chunk_tokens is None:
+    if batching.chunk_tokens == 0:
         columns = (1 if reference is None else 2) * shards.sizes.max()
     targets = targets._replace(labels=shards.localized(targets.labels, keep))
     whole = kernels_of(kernels.rows, kernels.empty, group).whole
