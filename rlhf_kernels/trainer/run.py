@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from . import answers, folder, models, resume
 from .algorithms import ALGORITHMS
-from .config import OnlineConfig, PPOConfig, require
+from .config import OnlineConfig, PPOConfig, UserError, require
 from .data import read_rows
 from .generation import Engine, TransformersEngine
 from .interrupts import Interrupted, Interrupts, interrupts
@@ -189,12 +189,12 @@ def _of_answers(stage: Stage, config: OnlineConfig) -> list[Any]:
         # Nothing is learnt from it; the table shows it.
         return [answers.ended]
     if not config.reward_funcs and other is not None:
-        held = any("answer" in row.columns for row in rows)
+        if any("answer" in row.columns for row in rows):
+            found = f"{other.columns.get('answer')!r:.80} in {other.origin}"
+            needed = "the built-in rewards need an 'answer' that ends in '#### <number>'"
+            raise UserError(f"reward_funcs: expected one: {needed}, found {found}")
         expected = f"one: {stage.data.data} has no column 'answer' for the built-in rewards"
-        if held:
-            expected = "one: the built-in rewards need an 'answer' that ends in '#### <number>'"
-        found = f"{other.origin}: {other.columns.get('answer')!r}" if held else config.reward_funcs
-        require(False, "reward_funcs", expected, found)
+        require(False, "reward_funcs", expected, config.reward_funcs)
     return [answers.answer_format, answers.answer_correct]
 
 
