@@ -1,6 +1,7 @@
-"""What a tokenizer does to the characters of a text that its vocabulary lacks.
+"""What a tokenizer does to the characters of a text that it has no tokens for.
 
-Most have bytes for them, or an unknown token, or raise. BPE with neither leaves them out.
+For those that its vocabulary lacks most have bytes, or an unknown token, or raise. BPE with neither
+leaves them out. A pre-tokenizer or a normalizer may take out others.
 """
 
 import functools
@@ -24,6 +25,34 @@ _EVERY_BYTE = "".join(
 def dropped(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
     """The characters of a text that the tokenizer leaves out, sorted."""
     return _dropped(tokenizer, text) if _may_drop(tokenizer, len(tokenizer)) else []
+
+
+def removed(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The characters but for white space that no token comes from, as the tokenizer is built so."""
+    if not _removes(tokenizer):
+        return ""
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    end, between = 0, []
+    for start, stop in [*found["offset_mapping"], (len(text), len(text))]:
+        between.append(text[end:start])
+        end = max(end, stop)
+    lost = set("".join(between))
+    return "".join(sorted(c for c in lost if not c.isspace() and not unicodedata.combining(c)))
+
+
+@functools.lru_cache(maxsize=16)
+def _removes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether what comes before the vocabulary leaves out characters that a pattern finds."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        return False
+    form = json.loads(tokenizer.backend_tokenizer.to_str())
+    steps, deletes = [form["pre_tokenizer"], form["normalizer"]], False
+    while steps:
+        step = steps.pop() or {}
+        steps += step.get("pretokenizers", []) + step.get("normalizers", [])
+        deletes |= step.get("behavior") == "Removed" or step.get("type") == "CharDelimiterSplit"
+        deletes |= step.get("type") == "Replace" and step["content"] == ""
+    return deletes
 
 
 def unknown(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -155,7 +155,9 @@ class DataConfig:
         _plain(self)
         ops = self.operators
         require(bool(ops) and set(ops) <= set("+-"), "operators", "'+', '-' or '+-'", ops)
-        _at_least(self, 1, "max_operand", "eval_size", "max_prompt_tokens", "max_new_tokens")
+        _at_least(self, 1, "max_operand", "max_prompt_tokens", "max_new_tokens")
+        measured = ">= 1 (every run measures itself on held-out rows; one is enough)"
+        require(self.eval_size >= 1, "eval_size", measured, self.eval_size)
         # The task builds all problems at once: this bound gives two million.
         require(self.max_operand <= 1000, "max_operand", "at most 1000", self.max_operand)
         # The vocabulary contains the 256 bytes, the end token and the padding token.

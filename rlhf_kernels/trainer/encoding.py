@@ -41,6 +41,10 @@ _SPECIAL = (
 _UNKNOWN = (
     "the tokenizer has no tokens for some characters of the data: they become its unknown token"
 )
+_REMOVES = (
+    "the tokenizer is built to leave out some characters of the data (its normalizer or "
+    "pre-tokenizer removes them): they are neither read nor learned"
+)
 _NO_ARGUMENTS: Mapping[str, Any] = {}
 
 
@@ -240,6 +244,8 @@ def _tokens(
     for given in texts:
         lost = characters.dropped(tokenizer, given)
         require(not lost, "tokenizer", f"tokens for each character of {given[:40]!r}", lost)
+    if any(characters.removed(tokenizer, given) for given in texts):
+        warnings.warn(_REMOVES, stacklevel=2)
     if any(characters.unknown(tokenizer).intersection(row) for row in rows):
         warnings.warn(_UNKNOWN, stacklevel=2)
     beyond = getattr(tokenizer, "beyond", {})

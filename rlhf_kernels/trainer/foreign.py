@@ -1,11 +1,14 @@
 """Undoes what a user's code, such as a reward function, does to state of the whole process."""
 
 import contextlib
+import functools
+import operator
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,14 @@ _PRECISIONS = (
     *("", "cuda.matmul", "cudnn", "cudnn.conv", "cudnn.rnn"),
     *("mkldnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"),
 )
+# What torch has switches for that change numbers: where, and their names.
+_SUMS = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+_SWITCHES = (
+    ("mkldnn", ("enabled", "deterministic")),
+    ("cudnn", ("enabled", "benchmark", "deterministic")),
+    ("cuda.matmul", _SUMS),
+)
+_ATTENTIONS = ("flash", "mem_efficient", "math", "cudnn")
 
 
 class _Lent:
@@ -46,8 +57,8 @@ class _Lent:
 @contextlib.contextmanager
 def undone() -> Iterator[None]:
     """Restores process-wide state that foreign code may change, because training depends on it."""
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    gradients, folder = torch.is_grad_enabled(), None
+    values = [(get, set_, get()) for get, set_ in _states()]
+    filters, folder = warnings.filters[:], None
     precision, precisions = _precision(), _precisions()
     device = torch.get_default_device()
     autocast = {
@@ -69,8 +80,6 @@ def undone() -> Iterator[None]:
         if folder is not None:
             with contextlib.suppress(OSError):
                 os.chdir(folder)
-        torch.set_default_dtype(dtype)
-        torch.set_grad_enabled(gradients)
         for kind, (enabled, lower) in autocast.items():
             torch.set_autocast_enabled(kind, enabled)
             torch.set_autocast_dtype(kind, lower)
@@ -85,8 +94,41 @@ def undone() -> Iterator[None]:
                 holder.fp32_precision = value
         if torch.get_default_device() != device:
             torch.set_default_device(None if device.type == "cpu" else device)
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
+        for get, set_, value in values:
+            if get() != value:
+                set_(value)
+        if warnings.filters != filters:
+            warnings.filters[:] = filters
+            with warnings.catch_warnings():
+                pass  # So that Python asks them anew.
+
+
+def _states() -> list[tuple[Callable[[], Any], Callable[[Any], object]]]:
+    """How values of the whole process are asked for and set."""
+    found: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
+        (torch.get_num_threads, torch.set_num_threads),
+        (torch.get_default_dtype, torch.set_default_dtype),
+        (torch.is_grad_enabled, torch.set_grad_enabled),
+        (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+        (_flushes, torch.set_flush_denormal),
+    ]
+    for path, names in _SWITCHES:
+        holder = operator.attrgetter(path)(torch.backends)
+        for name in names:
+            if hasattr(holder, name):
+                get = functools.partial(getattr, holder, name)
+                found.append((get, functools.partial(setattr, holder, name)))
+    for name in _ATTENTIONS:
+        switch = getattr(torch.backends.cuda, f"enable_{name}_sdp", None)
+        if switch is not None:
+            found.append((getattr(torch.backends.cuda, f"{name}_sdp_enabled"), switch))
+    return found
+
+
+def _flushes() -> bool:
+    """Whether numbers below the smallest normal one become zero."""
+    least = torch.tensor(torch.finfo(torch.float32).tiny, device="cpu", dtype=torch.float32)
+    return not bool(least / 2)
 
 
 def _handlers() -> dict[int, Any]:

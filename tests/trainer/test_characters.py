@@ -156,3 +156,30 @@ def test_characters_unknown_to_a_tokenizer_are_told():
         row_tokens(bytes_alone, "one", " \u4e2d\U00012000")
         bytes_alone.backend_tokenizer.decoder = decoders.Fuse()
         row_tokens(bytes_alone, "one", " \u4e2d\n\u00e9")
+
+
+REMOVING = {
+    "punctuation": (None, pre_tokenizers.Punctuation("removed"), "a,b", "one"),
+    "split": (None, pre_tokenizers.Split("x", "removed"), "axb", "one,"),
+    "delimiter": (None, pre_tokenizers.CharDelimiterSplit("_"), "a_b", "one,"),
+    "replaced": (normalizers.Replace(",", ""), None, "a,b", "one."),
+}
+
+
+@pytest.mark.parametrize("kind", REMOVING)
+def test_characters_that_a_tokenizer_is_built_to_remove_are_told(kind):
+    normalizer, words, text, kept = REMOVING[kind]
+    tokenizer = bpe_tokenizer(TEXTS, 400)
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizer
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, whole] if words else [whole])
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == "ab"
+    for given in ((text, "c"), ("a", text)):
+        with pytest.warns(UserWarning, match="built to leave out some characters of the data"):
+            row_tokens(tokenizer, *given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        row_tokens(tokenizer, "one\n ", kept)
+        row_tokens(tokenizer, "one\n two", " caf\u00e9 e\u0301 \u4e2d\t")
+        assert prompt_tokens(tokenizer, tokenizer.eos_token)

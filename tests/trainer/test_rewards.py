@@ -9,6 +9,7 @@ import math
 import signal
 import sys
 import textwrap
+import warnings
 from decimal import Decimal
 from fractions import Fraction
 from operator import attrgetter
@@ -238,6 +239,31 @@ def test_functions_leave_the_process_as_it_was(tmp_path, monkeypatch):
         torch.set_default_dtype(torch.float32)
         torch.set_grad_enabled(True)
         torch.set_num_threads(threads)
+
+
+def test_functions_leave_the_switches_of_numbers_as_they_were():
+    def score(completions, **_):
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_flush_denormal(True)
+        torch.backends.mkldnn.enabled = False
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.enable_flash_sdp(False)
+        warnings.simplefilter("ignore")
+        return [1.0] * len(completions)
+
+    tiny = torch.full((100_000,), torch.finfo(torch.float32).tiny)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert table(score).tolist() == [[1.0]] * 3
+        with pytest.warns(UserWarning, match="still told"):
+            warnings.warn("still told", stacklevel=1)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert (tiny / 2).count_nonzero() == len(tiny)
+    assert torch.backends.mkldnn.enabled
+    assert not torch.backends.cudnn.benchmark
+    assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    assert torch.backends.cuda.flash_sdp_enabled()
 
 
 @pytest.mark.parametrize("name", ("fp32_precision", "cuda.matmul.fp32_precision"))
