@@ -112,7 +112,7 @@ def new_adapter(
     import peft
 
     _check_rank(model, config.lora_rank, heads)
-    inside = [n for n, _ in model.named_modules() if _within(n, heads)]
+    excluded = [n for n, _ in model.named_modules() if _within(n, heads) or _bypassed(model, n)]
     settings = peft.LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or 32,
@@ -120,10 +120,16 @@ def new_adapter(
         lora_dropout=0.0,
         task_type=task,
         modules_to_save=list(heads) or None,
-        exclude_modules=inside or None,
+        exclude_modules=excluded or None,
     )
     with blamed_on("lora_rank", f"{type(model).__name__} takes no adapters"):
         return _kept(peft.get_peft_model(model, settings, adapter_name=TRAINED), model)
+
+
+def _bypassed(model: PreTrainedModel, name: str) -> bool:
+    """Whether a state-space mixer reads the layer's weight alone, so that no adapter counts."""
+    kinds = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+    return model.config.model_type in kinds and name.endswith((".out_proj", ".conv1d"))
 
 
 def _check_rank(model: PreTrainedModel, rank: int, heads: Sequence[str]) -> None:
@@ -134,7 +140,7 @@ def _check_rank(model: PreTrainedModel, rank: int, heads: Sequence[str]) -> None
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
         and module is not output
-        and not _within(name, heads)
+        and not (_within(name, heads) or _bypassed(model, name))
     }
     if ranks:
         name = max(ranks, key=ranks.__getitem__)

@@ -7,7 +7,7 @@ from typing import Any
 
 from .cells import Text, spoken
 
-_FINAL_NUMBER = re.compile(r"####[ \t]*(-?\$?\d[\d,]*(?:\.\d+)?)\s*\Z")
+_FINAL_NUMBER = re.compile(r"####[ \t]*(-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)\s*\Z")
 
 
 def final_number(text: str) -> Decimal | None:

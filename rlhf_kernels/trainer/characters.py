@@ -7,10 +7,12 @@ leaves them out. A pre-tokenizer or a normalizer may take out others.
 import functools
 import itertools
 import json
+import re
 import unicodedata
+from collections.abc import Sequence
 
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 # In UTF-8 every byte that there is: the first two rows of its table, and a character of each first
 # byte of longer ones.
@@ -27,24 +29,46 @@ def dropped(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
     return _dropped(tokenizer, text) if _may_drop(tokenizer, len(tokenizer)) else []
 
 
-def removed(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The characters but for white space that no token comes from, as the tokenizer is built so."""
-    if not _removes(tokenizer):
-        return ""
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    end, between = 0, []
-    for start, stop in [*found["offset_mapping"], (len(text), len(text))]:
-        between.append(text[end:start])
-        end = max(end, stop)
-    lost = set("".join(between))
-    return "".join(sorted(c for c in lost if not c.isspace() and not unicodedata.combining(c)))
+def removes(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether the tokenizer is built to leave out characters of the text, white space aside."""
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        return False
+    vanishes = _Vanishing.of(tokenizer)
+    if any(map(vanishes.__getitem__, set(text))):
+        # Added tokens are found before the text is normalized.
+        added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        outside = re.split("|".join(map(re.escape, added)), text) if added else [text]
+        if any(map(vanishes.__getitem__, set("".join(outside)))):
+            return True
+    return _removes(tokenizer) and _has_gaps(tokenizer, text)
+
+
+class _Vanishing(dict[str, bool]):
+    """By character: whether a tokenizer's normalizer takes it out, or puts a space in its place."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._normalizer = tokenizer.backend_tokenizer.normalizer
+        self._none = {self._normalized("ab"), self._normalized("a b")}
+
+    @staticmethod
+    @functools.lru_cache(maxsize=16)
+    def of(tokenizer: PreTrainedTokenizerBase) -> "_Vanishing":
+        return _Vanishing(tokenizer)
+
+    def _normalized(self, text: str) -> str:
+        found: str = text if self._normalizer is None else self._normalizer.normalize_str(text)
+        return found
+
+    def __missing__(self, character: str) -> bool:
+        # An accent that is taken off leaves its letter.
+        kept = character.isspace() or bool(unicodedata.combining(character))
+        found = self[character] = not kept and self._normalized(f"a{character}b") in self._none
+        return found
 
 
 @functools.lru_cache(maxsize=16)
 def _removes(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether what comes before the vocabulary leaves out characters that a pattern finds."""
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        return False
+    """Whether what comes before the vocabulary leaves out what a pattern finds."""
     form = json.loads(tokenizer.backend_tokenizer.to_str())
     steps, deletes = [form["pre_tokenizer"], form["normalizer"]], False
     while steps:
@@ -55,9 +79,32 @@ def _removes(tokenizer: PreTrainedTokenizerBase) -> bool:
     return deletes
 
 
-def unknown(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that stand for what the vocabulary lacks, and for nothing else."""
-    return _unknown(tokenizer) - {tokenizer.eos_token_id, tokenizer.pad_token_id}
+def _has_gaps(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether no token comes from some characters, white space and accents aside."""
+    end = 0
+    for start, stop in [*_encoded(tokenizer, text)["offset_mapping"], (len(text), len(text))]:
+        if any(not c.isspace() and not unicodedata.combining(c) for c in text[end:start]):
+            return True
+        end = max(end, stop)
+    return False
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> BatchEncoding:
+    return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+
+
+def unknown(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> bool:
+    """Whether a token of a text, whose tokens are `ids`, stands for what the vocabulary lacks."""
+    found = _unknown(tokenizer)
+    if found.isdisjoint(ids):
+        return False
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        return not (found - {tokenizer.eos_token_id, tokenizer.pad_token_id}).isdisjoint(ids)
+    # The same token may be another thing too, such as the end, which a text may hold as that.
+    names = {i: tokenizer.convert_ids_to_tokens(i) for i in found}
+    tokens = _encoded(tokenizer, text)
+    places = zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
+    return any(i in names and text[slice(*place)].strip() != names[i] for i, place in places)
 
 
 @functools.lru_cache(maxsize=16)

@@ -244,9 +244,9 @@ def _tokens(
     for given in texts:
         lost = characters.dropped(tokenizer, given)
         require(not lost, "tokenizer", f"tokens for each character of {given[:40]!r}", lost)
-    if any(characters.removed(tokenizer, given) for given in texts):
+    if any(characters.removes(tokenizer, given) for given in texts):
         warnings.warn(_REMOVES, stacklevel=2)
-    if any(characters.unknown(tokenizer).intersection(row) for row in rows):
+    if any(characters.unknown(tokenizer, *given) for given in zip(texts, rows, strict=True)):
         warnings.warn(_UNKNOWN, stacklevel=2)
     beyond = getattr(tokenizer, "beyond", {})
     found = next((beyond[i] for row in rows for i in row if i in beyond), None) if beyond else None
@@ -259,14 +259,22 @@ def _tokens(
 
 
 def _outside(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> str:
-    """A message about the characters that the tokenizer cannot encode."""
-    refused = []
-    for character in sorted(set("".join(texts))):
+    """A message about the words, or characters of them, that the tokenizer cannot encode."""
+
+    def refuses(text: str) -> bool:
         try:
-            tokenizer(character, add_special_tokens=False)
+            tokenizer(text, add_special_tokens=False)
         except Exception:
-            refused.append(character)
-    return f"no tokens for {refused}" if refused else ""
+            return True
+        return False
+
+    refused = set()
+    for word in {word for text in texts for word in text.split()}:
+        if refuses(word):
+            bad = {c for c in word if refuses(c)}
+            # A vocabulary of words has none for most characters, those of its words too.
+            refused |= {word} if bad == set(word) else bad
+    return f"no tokens for {sorted(refused)}" if refused else ""
 
 
 def _edges(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

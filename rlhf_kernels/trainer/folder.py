@@ -148,14 +148,30 @@ def opened(folder: Path, accelerator: Accelerator) -> Iterator[None]:
             "would train alone; add --device cpu, or launch as many as there are GPUs"
         )
     descriptor = on_main(accelerator, lambda: _lock(folder))
+    _locks.add(descriptor)
     try:
         yield
     finally:
+        _locks.discard(descriptor)
         if descriptor is not None:
             # The lock is still held: a run that opened the file meanwhile will see it is deleted.
             with contextlib.suppress(OSError):
                 (folder / _LOCK).unlink()
             os.close(descriptor)
+
+
+_locks: set[int | None] = set()
+
+
+def _in_child() -> None:
+    """A process that a reward function forks holds no lock: it may outlive the run."""
+    while _locks:
+        descriptor = _locks.pop()
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 def _lock(folder: Path) -> int:

@@ -65,7 +65,7 @@ def undone() -> Iterator[None]:
         d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
     }
     nesting = _autocast_nesting()
-    streams, handlers = (sys.stdout, sys.stderr), _handlers()
+    streams, handlers, hooks = (sys.stdout, sys.stderr), _handlers(), _hooks()
     with contextlib.suppress(OSError):
         # The current folder may have been deleted.
         folder = Path.cwd()
@@ -97,6 +97,10 @@ def undone() -> Iterator[None]:
         for get, set_, value in values:
             if get() != value:
                 set_(value)
+        for held, entries in hooks:
+            if held != entries:
+                held.clear()
+                held.update(entries)
         if warnings.filters != filters:
             warnings.filters[:] = filters
             with warnings.catch_warnings():
@@ -123,6 +127,12 @@ def _states() -> list[tuple[Callable[[], Any], Callable[[Any], object]]]:
         if switch is not None:
             found.append((getattr(torch.backends.cuda, f"{name}_sdp_enabled"), switch))
     return found
+
+
+def _hooks() -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
+    """The tables of hooks that all modules call, each with its entries."""
+    tables = vars(torch.nn.modules.module).items()
+    return [(t, dict(t)) for name, t in tables if name.startswith("_global_") and t is not None]
 
 
 def _flushes() -> bool:

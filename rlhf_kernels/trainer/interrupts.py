@@ -1,9 +1,11 @@
 """Ctrl-C, SIGTERM and SIGHUP end a run with a message, status 130 and valid checkpoints."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 
 class Interrupted(SystemExit):
@@ -53,8 +55,28 @@ def interrupts() -> Iterator[Interrupts]:
     if threading.current_thread() is not threading.main_thread():
         numbers = ()
     before = {number: signal.signal(number, found.note) for number in numbers}
+    _before.append(before)
     try:
         yield found
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        _before.remove(before)
+        _restore(before)
+
+
+# What handled the signals before each `interrupts` that is open.
+_before: list[dict[int, Any]] = []
+
+
+def _restore(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        # None: it was not set from Python.
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _in_child() -> None:
+    """A process that a reward function forks dies of a signal, as its parent may wait for it to."""
+    while _before:
+        _restore(_before.pop())
+
+
+os.register_at_fork(after_in_child=_in_child)

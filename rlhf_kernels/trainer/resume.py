@@ -78,6 +78,8 @@ def identity(rows: Sequence[Any]) -> str:
     for row in rows:
         # The file and line of a row are not part of its identity.
         content = row[:5] if hasattr(row, "origin") else row
+        if getattr(row, "apart", False):
+            content = (*content, "apart")
         found.update(json.dumps(content, default=str).encode() + b"\n")
     return found.hexdigest()
 

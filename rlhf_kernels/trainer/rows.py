@@ -87,6 +87,10 @@ def template_arguments(columns: Mapping[str, Any]) -> dict[str, Any]:
     return tools | (columns.get("chat_template_kwargs") or {})
 
 
+# Of a prompt, by whether it is a text.
+_FORMS = ("conversation", "text")
+
+
 def read_rows(path: str, kind: str) -> list[Row]:
     """The rows of a file, a folder, a glob pattern or a hub dataset.
 
@@ -100,6 +104,12 @@ def read_rows(path: str, kind: str) -> list[Row]:
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
     require(bool(rows), path, "at least one row", 0)
+    first, *others = (isinstance(row.prompt, str) for row in rows)
+    if (not first) in others:
+        place = rows[1 + others.index(not first)].origin
+        # The chat template is for conversations only, and reward functions expect one form.
+        expected = f"a {_FORMS[first]}, as {rows[0].origin} has, or all rows in one form"
+        raise UserError(f"{place}: expected {expected}; found a {_FORMS[not first]}")
     return rows
 
 

@@ -16,6 +16,7 @@ from transformers import (
     OPTConfig,
 )
 
+from tests.trainer import model_zoo
 from tests.trainer.trainer_tools import (
     one_thread,  # noqa: F401
     supervised,
@@ -425,3 +426,20 @@ def test_the_critic_starts_from_the_policys_adapter(tmp_path, tokenizer):
     expected = models.hidden_states(models.causal_lm(policy), ROWS)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(models.values(critic, ROWS), torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba"])
+def test_adapters_of_models_whose_mixers_read_some_weights_alone(tmp_path, kind):
+    """peft refuses those layers; the others are adapted."""
+    pytest.importorskip("peft")
+    model = model_zoo.small_model(kind)
+    config = ModelConfig(model=str(tmp_path), lora_rank=2)
+    wrapped = adapters.new_adapter(model, config, task="CAUSAL_LM")
+    adapted = {n.split(".lora_A")[0] for n, _ in wrapped.named_parameters() if ".lora_A" in n}
+    assert {name.rpartition(".")[2] for name in adapted} - {"x_proj", "dt_proj"} == {"in_proj"}
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(weight)
+    before = logits_of(model_zoo.small_model(kind))
+    with torch.no_grad():
+        assert not torch.equal(wrapped(input_ids=IDS).logits, before)

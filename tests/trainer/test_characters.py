@@ -6,6 +6,7 @@ import warnings
 import pytest
 from tokenizers import (
     AddedToken,
+    Regex,
     Tokenizer,
     decoders,
     models,
@@ -156,6 +157,60 @@ def test_characters_unknown_to_a_tokenizer_are_told():
         row_tokens(bytes_alone, "one", " \u4e2d\U00012000")
         bytes_alone.backend_tokenizer.decoder = decoders.Fuse()
         row_tokens(bytes_alone, "one", " \u4e2d\n\u00e9")
+
+
+@pytest.mark.parametrize("mark", ("pad_token", "eos_token", "both"))
+def test_an_unknown_token_that_marks_something_else_too(mark):
+    """As in GPT-2's settings, or a vocabulary whose first token is both."""
+    words = Tokenizer(models.WordLevel({"<e>": 0, "<m>": 1, "hello": 2}, unk_token="<m>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    marks = {"unk_token": "<m>", "eos_token": "<e>"}
+    marks |= dict.fromkeys(("pad_token", "eos_token") if mark == "both" else (mark,), "<m>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **marks)
+    for text, ids in (("hello zebra", [2, 1]), ("zebra", [1]), ("<m> zebra", [1, 1])):
+        with pytest.warns(UserWarning, match="no tokens for some characters"):
+            assert prompt_tokens(tokenizer, text) == ids
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the tokenizer has no tokens")
+        prompt_tokens(tokenizer, "hello <m> hello")
+        row_tokens(tokenizer, "hello", " hello <m>")
+
+
+def test_words_that_a_vocabulary_lacks_are_named():
+    words = Tokenizer(models.WordLevel({"<e>": 0, "hello": 1, "you": 2}))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<e>")
+    assert prompt_tokens(tokenizer, "hello you") == [1, 2]
+    with pytest.raises(UserError, match=r"cannot encode 'hello zebra': no tokens for \['zebra'\]"):
+        prompt_tokens(tokenizer, "hello zebra")
+
+
+ORDINARY = "Caf\u00e9 \u4e2d\u6587, e\u0301; it's 42!\t\n\u00a0<eos> \u0928\u092e"
+LOST = {
+    "control characters": (normalizers.BertNormalizer(lowercase=False), "\x07"),
+    "zero width": (normalizers.BertNormalizer(lowercase=True), "\u200b"),
+    "soft hyphen": (normalizers.BertNormalizer(lowercase=False), "\u00ad"),
+    "nmt": (normalizers.Nmt(), "\u200d"),
+    "vowel signs": (
+        normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
+        "\u0947",
+    ),
+    "by a space": (normalizers.Replace(Regex("[\u00a1-\u00bf]"), " "), "\u00bf"),
+}
+
+
+@pytest.mark.parametrize("kind", LOST)
+def test_characters_that_a_normalizer_takes_out_are_told(kind):
+    normalizer, lost = LOST[kind]
+    tokenizer = bpe_tokenizer(TEXTS, 400)
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    with pytest.warns(UserWarning, match="built to leave out some characters of the data"):
+        prompt_tokens(tokenizer, f"one{lost} two")
+    tokenizer.add_tokens([AddedToken(f"<{lost}>", normalized=False)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prompt_tokens(tokenizer, ORDINARY.replace("<eos>", tokenizer.eos_token))
+        prompt_tokens(tokenizer, f"one <{lost}> two")
 
 
 REMOVING = {

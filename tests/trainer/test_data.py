@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+from decimal import Decimal
 
 import pytest
 import torch
@@ -39,6 +40,10 @@ def test_final_number():
     assert answers.final_number("so\n#### 1,234") == 1234
     assert answers.final_number("#### -3.50\n") == answers.final_number("####-3.5")
     assert answers.final_number("#### $12") == 12
+    assert answers.final_number("#### 1,234,567.5") == Decimal("1234567.5")
+    # A comma that is not before thousands: 5.5 in many countries, or a list.
+    for text in ("#### 5,5", "#### 1,23", "#### 1234,567", "#### 5,,,", "#### 5,", "#### ,500"):
+        assert answers.final_number(text) is None, text
     for text in ("12", "#### ", "#### 12 apples", "#### 12\nmore", "#### 12 #### x", "#### 1\n2"):
         assert answers.final_number(text) is None, text
 

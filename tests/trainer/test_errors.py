@@ -46,6 +46,11 @@ def _write(folder):
     trainer_tools.write_jsonl(folder / "pairs.jsonl", pairs)
     trainer_tools.write_jsonl(folder / "broken.jsonl", [*prompts[:2], '{"prompt": '])
     trainer_tools.write_jsonl(folder / "columns.jsonl", [{"query_text": "a"}])
+    talk = [
+        {"prompt": [{"role": "user", "content": r["prompt"]}], "completion": "2"} for r in prompts
+    ]
+    trainer_tools.write_jsonl(folder / "forms.jsonl", [*prompts[:3], talk[3], *prompts[4:]])
+    trainer_tools.write_jsonl(folder / "talks.jsonl", [*talk[:5], *prompts[5:]])
     (folder / "empty.jsonl").write_text("")
     (folder / "binary.jsonl").write_bytes(bytes(range(256)))
     (folder / "data.xyz").write_text("a")
@@ -318,6 +323,8 @@ sft --data {f}/sft.jsonl --eval_size 8 --batch_size 64 | batch_size: expected at
 sft --data {f}/sft.jsonl --eval_size 8 --max_prompt_tokens 1 | max_prompt_tokens
 sft --data {f}/sft.jsonl --eval_size 8 --batch_size 8 --max_new_tokens 1 | max_new_tokens
 sft --data {f}/sft.jsonl --eval_size 8 --eval_data {f}/none.jsonl | none.jsonl
+sft --data {f}/forms.jsonl | forms.jsonl:4 expected a text, as forms.jsonl:1 found a conversation
+sft --data {f}/talks.jsonl | talks.jsonl:6 expected a conversation
 sft --data {f}/mixed | mixed: expected every name to tell a split train.jsonl extra.jsonl
 sft --data no-such-owner-here/no-such-data | no-such-owner-here/no-such-data
 reward | data: expected a file of preferences

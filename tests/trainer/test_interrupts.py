@@ -1,7 +1,11 @@
 """Runs that are told to end: signals at every moment."""
 
 import contextlib
+import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -9,6 +13,7 @@ from tests.trainer.resume_cases import names, train
 from tests.trainer.trainer_tools import one_thread, rows_without_times, write_jsonl  # noqa: F401
 
 from rlhf_kernels.trainer import checkpoint, folder
+from rlhf_kernels.trainer.config import UserError
 from rlhf_kernels.trainer.interrupts import Interrupted, Interrupts, interrupts
 from rlhf_kernels.trainer.offline import OfflineTrainer
 
@@ -77,3 +82,55 @@ def test_signals_are_patient_only_where_they_are_told_to():
     assert stop.value.code == 130
     with contextlib.suppress(Interrupted), interrupts():
         signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_process_that_a_reward_function_forks_dies_of_signals(number):
+    """A limit of time for code that is run, as its parent waits for the end of it."""
+    before = signal.getsignal(number)
+    with interrupts() as state, state.waiting():
+        ready, writes = os.pipe()
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(KeyboardInterrupt):
+                os.write(writes, b"1")
+                while True:
+                    time.sleep(0.01)
+            os._exit(7)
+        os.read(ready, 1)
+        os.kill(child, number)
+        _, status = os.waitpid(child, 0)
+        assert state.seen == 0
+    ended = os.waitstatus_to_exitcode(status)
+    assert ended == (7 if before is signal.default_int_handler else -number)
+    assert signal.getsignal(number) is before
+
+
+KILLED = """
+import os, pathlib, signal, sys, time
+import accelerate
+from rlhf_kernels.trainer import folder
+with folder.opened(pathlib.Path(sys.argv[1]), accelerate.Accelerator(cpu=True)):
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)
+        time.sleep(100)
+        os._exit(0)
+    sys.stdin.readline()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_process_that_outlives_a_killed_run_does_not_hold_its_folder(tmp_path):
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    run = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    helper = int(run.stdout.readline())
+    try:
+        # The helper has not let go the lock of the run.
+        with pytest.raises(UserError, match=rf"another run \(process {run.pid} on"):
+            folder._lock(tmp_path)
+        run.communicate(b"\n")
+        assert run.returncode == -signal.SIGKILL
+        os.kill(helper, 0)
+        os.close(folder._lock(tmp_path))
+    finally:
+        os.kill(helper, signal.SIGKILL)

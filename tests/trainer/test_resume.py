@@ -15,8 +15,9 @@ from tests.trainer.resume_cases import names, save, told, train
 from tests.trainer.trainer_tools import one_thread, rows_without_times, write_jsonl  # noqa: F401
 
 from rlhf_kernels import cli
-from rlhf_kernels.trainer import checkpoint, folder, loop
+from rlhf_kernels.trainer import checkpoint, folder, loop, resume
 from rlhf_kernels.trainer.report import MetricsLog
+from rlhf_kernels.trainer.rows import parse_row
 
 
 def test_a_damaged_newest_checkpoint_names_the_whole_ones(tmp_path, capsys):
@@ -111,6 +112,19 @@ def test_pipes_are_not_waited_for(tmp_path, capsys, name):
     os.mkfifo(tmp_path / name)
     assert train(tmp_path, "--resume") == 2
     assert "is not a file" in told(capsys)
+
+
+def test_rows_that_begin_after_an_assistants_message_are_other_rows():
+    """The same messages: continued as they stand, or a message of their own after it."""
+    user, first, second = (
+        {"role": role, "content": text}
+        for role, text in (("user", "hi"), ("assistant", "a"), ("assistant", "b"))
+    )
+    apart = parse_row({"messages": [user, first, second]}, "supervised")
+    joined = parse_row({"prompt": [user, first], "completion": [second]}, "supervised")
+    assert apart[:5] == joined[:5] and apart.apart and not joined.apart
+    assert resume.identity([apart]) != resume.identity([joined])
+    assert resume.identity([joined]) == resume.identity([joined._replace(origin="elsewhere")])
 
 
 def test_settings_and_data_have_to_be_the_same(tmp_path, capsys):

@@ -250,6 +250,7 @@ def test_functions_leave_the_switches_of_numbers_as_they_were():
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.enable_flash_sdp(False)
         warnings.simplefilter("ignore")
+        torch.nn.modules.module.register_module_forward_hook(lambda *given: given[-1] * 0)
         return [1.0] * len(completions)
 
     tiny = torch.full((100_000,), torch.finfo(torch.float32).tiny)
@@ -264,6 +265,7 @@ def test_functions_leave_the_switches_of_numbers_as_they_were():
     assert not torch.backends.cudnn.benchmark
     assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.nn.Identity()(tiny).count_nonzero() == len(tiny)
 
 
 @pytest.mark.parametrize("name", ("fp32_precision", "cuda.matmul.fp32_precision"))
