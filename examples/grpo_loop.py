@@ -98,10 +98,8 @@ def main(argv: list[str] | None = None) -> list[float]:
         for _ in range(options.updates):
             hidden = model.base_model(ids, **inputs).last_hidden_state[:, :-1]
             arguments = {"labels": labels, "mask": mask, **head.arguments()}
-            loss, _ = rk.linear_policy_loss(
-                hidden, old_logprobs=old, advantages=advantages,
-                config=rk.PolicyLossConfig.dapo(), **arguments,
-            )  # fmt: skip
+            policy = {"advantages": advantages, "config": rk.PolicyLossConfig.dapo()}
+            loss, _ = rk.linear_policy_loss(hidden, old_logprobs=old, **policy, **arguments)
             if old is None and options.updates > 1:
                 with torch.no_grad():
                     old = rk.linear_token_logprobs(hidden, **arguments).logprobs

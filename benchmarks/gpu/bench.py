@@ -1,4 +1,4 @@
-"""The benchmark suite in `gpu_check`, as two parts: ours alone, and ours beside its peers."""
+"""The benchmark suite in `make gpu-check`, as two parts: ours alone, and ours beside its peers."""
 
 import json
 from pathlib import Path

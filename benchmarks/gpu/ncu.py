@@ -1,4 +1,4 @@
-"""Hardware counters of the main kernels from Nsight Compute: the part `ncu` of `gpu_check`."""
+"""Hardware counters of the main kernels from Nsight Compute: the part `ncu` of `make gpu-check`."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Utilities for the parts of `gpu_check`: processes with a time limit, packages from wheels."""
+"""What parts of `make gpu-check` share: processes with a time limit, packages from wheels."""
 
 import argparse
 import importlib.util

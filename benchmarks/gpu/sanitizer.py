@@ -1,4 +1,4 @@
-"""compute-sanitizer on invalid data and odd layouts: the part `sanitizer` of `gpu_check`."""
+"""compute-sanitizer on invalid data and odd layouts: the part `sanitizer` of `make gpu-check`."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""The report of `gpu_check`: report.json and report.md from the results of its parts."""
+"""The report of `make gpu-check`: report.json and report.md from the results of its parts."""
 
 import json
 import re

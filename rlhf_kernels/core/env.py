@@ -23,6 +23,6 @@ _check = os.environ.get("RLHF_KERNELS_CHECK", "").strip() or "0"
 if _check not in ("0", "1"):
     raise ValueError(f"RLHF_KERNELS_CHECK: expected 0 or 1, got {_check!r}")
 
-#: Whether GPU calls validate labels, temperatures, offsets and normalizer first. Bad values then
-#: raise, at the cost of a host sync, instead of turning the result into NaN.
+#: Whether GPU calls validate labels, temperatures, offsets, normalizer, weights and supports first.
+#: Bad values then raise, at the cost of a host sync, instead of turning the result into NaN.
 CHECK: bool = _check == "1"

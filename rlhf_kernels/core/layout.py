@@ -1,4 +1,4 @@
-"""Strides of token tensors: how a kernel reads a tensor of almost any layout without a copy."""
+"""Memory and strides of tensors: a kernel reads almost any layout without a copy."""
 
 from collections.abc import Callable
 from typing import TypeVar

@@ -99,9 +99,7 @@ class RowArguments(NamedTuple):
             return None, self.kernels
         cap = 0.0 if self.softcap is None else self.softcap / self.logit_scale
         temperature = self.effective_temperature()
-        others = (
-            cap, self.entropy, self.ignore_index, self.lse, self.collision, self.argmax
-        )  # fmt: skip
+        others = (cap, self.entropy, self.ignore_index, self.lse, self.collision, self.argmax)
         if isinstance(temperature, Tensor):
             return temperature, RowOptions(1.0, *others)
         return None, RowOptions(temperature, *others)

@@ -162,7 +162,7 @@ class Tokens:
         return slice(0, self.count)
 
     def fill(self, chunk: Chunk) -> bool:
-        """Whether they are all tokens of the operation, in a single chunk: its results are its."""
+        """Whether one chunk has all tokens of the operation: its results are the operation's."""
         return self.index is None and 0 < self.count <= chunk.size
 
     def chunks(self, size: int) -> Iterator[slice]:

@@ -27,7 +27,7 @@ _MIXED_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype")
 # Whether torch.addmm then adds to a tensor of out_dtype; torch 2.8 to 2.10 take only one of the
 # operands' dtype.
 _MIXED_SUMS = TorchVersion(torch.__version__) >= "2.11"
-# Below this exponent of two scaled gradients stay: fp16 ends at 2^16.
+# Scaled gradients are kept below 2 to this power: fp16 ends at 2^16.
 _FP16_EXPONENT = 15
 
 # fp32 products that oneDNN does faster than torch.mm, by vendor and family of CPUs with AVX-512.

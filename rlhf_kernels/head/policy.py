@@ -90,7 +90,7 @@ class _PolicySweep:
                 weight.device, weight.shape[0], self._options
             )
         self._backward_chunk = functools.partial(Chunk.backward, batching.chunk_tokens, weight)
-        # The gradient's sum over chunks costs more than the logits again, in a second sweep.
+        # Summing a gradient over chunks costs more than computing the logits in a second sweep.
         self.recomputes = prefer_recompute(batching.chunk_tokens, weight, count, heads)
         shared = (self._chunk, count, kernels.empty)
         self.head = TiledHead.of(operands, *shared)
@@ -213,7 +213,7 @@ class _PolicySweep:
         """The second sweep: gradients from those of the log-probabilities and entropies, [N]."""
         chunk = self._backward_chunk(tokens.count)
         operands = self.head.operands
-        # Their buffers give way to the next.
+        # Free their buffers before the next head is allocated.
         del self.head, self._ref
         head = TiledHead.of(operands, chunk, tokens.count, self._kernels.empty)
         gradients = Gradients(head, needs, self._kernels.reduce)
@@ -330,7 +330,7 @@ def forward(
         sweep.logprobs_of(idle)
         g, h = _complete(sweep.policy_loss(grad=True))
         if enough is not None:
-            # Also of a sequence all of whose tokens were multiplied; the rest poisons the scale.
+            # If kept_tokens was too small, every gradient is NaN, those of complete sequences too.
             g = torch.where(enough, g, torch.nan)
             h = None if h is None else torch.where(enough, h, torch.nan)
         g, h = flat(g), flat(h)
@@ -360,7 +360,7 @@ def _selected(
         return select(flat(keep), kept_tokens), _NONE, 0 if columns is None else int(columns)
     # No advantage, no gradient.
     linear = params.kl_coef == 0 and not policy.entropy_bonus and params.penalty_coef == 0
-    # Where a second sweep counts again, it knows better.
+    # A second sweep selects by the true gradients, so that tokens without one stay in the first.
     counts_again = not alone and devices.is_cpu(keep.device)
     if not grad or not linear or counts_again:
         if columns is None:

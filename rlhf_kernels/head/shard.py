@@ -91,9 +91,8 @@ def _summary(labels: Tensor, temperatures: float | Tensor | None, keep: Tensor) 
         bad = temperature_rules.bad(temperatures) & any_of_token(keep, temperatures.dim())
     bad = bad.reshape(-1).nonzero()
     first_bad = int(bad[0]) if bad.numel() else -1
-    return [
-        count, int(checksum), int(kept[low]), int(low), int(kept[high]), int(high), first_bad
-    ]  # fmt: skip
+    ends = [int(kept[low]), int(low), int(kept[high]), int(high)]
+    return [count, int(checksum), *ends, first_bad]
 
 
 def _check(op: str, metadata: list[dict[str, int]]) -> None:
@@ -204,7 +203,7 @@ def combine(
         collisions = torch.where(kept, _ordered_sum(squares), 0.0).float()
     ids = None
     if most_likely is not None:
-        # NaN is above all numbers, infinity too.
+        # In this order: NaN, infinity, numbers.
         order = further[-1].clamp(-1e300, 1e300).nan_to_num(nan=torch.inf)
         ids = _first_of_largest(order, groups.gather(most_likely.ids, group))
     return found, h, torch.stack(of_all, -1).float(), collisions, ids

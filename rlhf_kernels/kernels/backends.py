@@ -6,7 +6,6 @@ call takes the first available backend in its device's order of preference that 
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
@@ -19,10 +18,6 @@ from .launchers import Launchers
 from .rows import Kernels
 
 REFERENCE: Final = "reference"
-
-# Losses of these backends return unscaled gradients and a scale to multiply by: on a GPU a token's
-# gradient is written before all tokens are counted.
-GPU = ("cuda", "triton")
 
 
 def _absent(*_: Any) -> Any:
@@ -49,7 +44,8 @@ class Backend:
     name: its name in `use_backend`.
     devices: device types that it serves.
     launchers: by operator name; empty if the backend is not available.
-    by_name: the same for a caller to whom the name is a variable.
+    gpu: its kernels are written for a GPU. Losses then return unscaled gradients and a scale to
+        multiply by, because a token's gradient is written before all tokens are counted.
     empty: allocates large buffers.
     simulated: its kernels run on the CPU, for tests. It then serves tensors of any device except
         meta, but only if selected by name.
@@ -59,22 +55,20 @@ class Backend:
     name: str
     devices: tuple[str, ...]
     launchers: Launchers
+    gpu: bool
     empty: Empty = plain_empty
     simulated: bool = False
     kernels: Kernels = dataclasses.field(init=False, repr=False, compare=False)
-    by_name: Mapping[str, Callable[..., Any]] = dataclasses.field(
-        init=False, repr=False, compare=False
-    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernels", Kernels(RowKernels(self.launchers), self.empty))
-        object.__setattr__(self, "by_name", self.launchers)
 
 
 def of_extension(name: str, devices: tuple[str, ...]) -> Backend:
     """The backend of a native extension in its current state."""
     empty = native.empty(name) if name == "cpu" else plain_empty
-    return Backend(name, devices, native.launchers(name), empty, native.emulated(name))
+    launchers, emulated = native.launchers(name), native.emulated(name)
+    return Backend(name, devices, launchers, name == "cuda", empty, emulated)
 
 
 # In order of preference; the reference, which torch runs on any device, comes last. Filled at
@@ -83,7 +77,7 @@ _BACKENDS: dict[str, Backend] = {
     "cpu": of_extension("cpu", ("cpu",)),
     "cuda": of_extension("cuda", ("cuda",)),
     "triton": Backend(
-        "triton", ("cuda", "xpu"), triton.launchers(), simulated=triton.interpreted()
+        "triton", ("cuda", "xpu"), triton.launchers(), gpu=True, simulated=triton.interpreted()
     ),
 }
 _forced: str = env.BACKEND

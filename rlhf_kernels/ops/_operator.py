@@ -7,8 +7,9 @@ calls (torch.compile, fake tensors, tensor subclasses, transforms of torch.func)
 operator.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Generic, TypeVar
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,14 +27,11 @@ from ..kernels.support import Tokens
 
 _LIBRARY = torch.library.Library("rlhf_kernels", "DEF")
 # Arguments that a schema has field by field.
-_TUPLES: dict[str, type] = {
-    t.__name__: t
-    for t in (
-        *(RowOptions, Operands, Targets, Upstream, PolicyArguments, Divergence, Batching),
-        *(PairOptions, GeneralScan, MismatchRules, Tokens),
-    )
-}
-# The other types of their fields.
+_TUPLES = (
+    *(RowOptions, Operands, Targets, Upstream, PolicyArguments, Divergence, Batching),
+    *(PairOptions, GeneralScan, MismatchRules, Tokens),
+)
+# The other types of arguments and of their fields.
 _SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
@@ -43,6 +41,10 @@ _SCHEMA_TYPES: dict[Any, str] = {
     float: "float",
     float | None: "float?",
     str: "str",
+    torch.dtype: "ScalarType",
+    list[bool]: "bool[]",
+    list[int]: "int[]",
+    list[float]: "float[]",
     PolicyCodes: "int[]",
     PolicyParams: "float[]",
     MismatchParams: "float[]",
@@ -53,7 +55,7 @@ _LISTS = (PolicyCodes, PolicyParams, MismatchParams)
 _PLAIN = frozenset(
     (
         *(Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list),
-        *(torch.dtype, *_LISTS, *_TUPLES.values()),
+        *(torch.dtype, *_LISTS, *_TUPLES),
     )
 )
 
@@ -72,15 +74,17 @@ class _Fields:
     def __init__(self, kind: Any, prefix: str, optional: bool) -> None:
         self._kind, self._optional = kind, optional
         #: Whether one of the fields may be a tensor.
-        self.has_tensors: bool = kind not in (RowOptions, PairOptions, MismatchRules)
+        self.has_tensors = False
         self._fields: list[_Fields | Callable[[Any], Any] | None] = []
         schema: list[str] = []
         for name, field in kind.__annotations__.items():
-            if field in _TUPLES.values():
+            if field in _TUPLES:
                 inner = _Fields(field, prefix, optional)
                 self._fields.append(inner)
                 schema.append(inner.schema)
+                self.has_tensors |= inner.has_tensors
                 continue
+            self.has_tensors |= field in (Tensor, Tensor | None)
             self._fields.append(_of_sequence(field))
             mark = "?" if optional and not _SCHEMA_TYPES[field].endswith("?") else ""
             schema.append(f"{_SCHEMA_TYPES[field]}{mark} {prefix}{name}")
@@ -113,16 +117,26 @@ def _of_sequence(kind: Any) -> Callable[[Any], Any] | None:
     return (lambda t: kind(*t)) if kind in _LISTS else None
 
 
-def _fields_of(argument: str) -> _Fields | None:
-    """The named tuple that an argument of a schema stands for; None if it stands for none.
+def _fields_of(name: str, kind: Any) -> _Fields | None:
+    """The named tuple that an argument is, or None.
 
-    `Operands operands` has the fields' names, `Operands ref_` those with the prefix `ref_`, and
-    `Operands? ref_` may be None.
+    The schema has the names of its fields, with the argument's name before them if that ends in
+    `_`: `ref_: Operands | None` is `Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias`.
     """
-    kind, _, name = argument.partition(" ")
-    optional, prefix = kind.endswith("?"), name if name.endswith("_") else ""
-    found = _TUPLES.get(kind.removesuffix("?"))
-    return None if found is None else _Fields(found, prefix, optional)
+    kinds = [k for k in typing.get_args(kind) or (kind,) if k in _TUPLES]
+    if not kinds:
+        return None
+    return _Fields(kinds[0], name if name.endswith("_") else "", optional=kinds[0] is not kind)
+
+
+def _results_of(kind: Any) -> str:
+    """The results in a schema, which has an empty tensor for None."""
+    if kind is type(None):
+        return "()"
+    if kind == list[Tensor]:
+        return "Tensor[]"
+    parts = [] if kind is Tensor else ["Tensor"] * len(typing.get_args(kind))
+    return f"({', '.join(parts)})" if parts else "Tensor"
 
 
 class Operator(Generic[R]):
@@ -135,17 +149,20 @@ class Operator(Generic[R]):
     def __init__(
         self,
         name: str,
-        schema: str,
         fake: Callable[..., R],
         algorithm: Callable[..., R] | None,
+        mutates: str | None,
     ) -> None:
         self.name, self._algorithm = name, algorithm
-        head, _, results = schema.removeprefix("(").partition(") -> ")
-        arguments = head.split(", ")
+        kinds = typing.get_type_hints(fake, include_extras=True)
+        results = _results_of(kinds.pop("return"))
         # By position; None where an argument is no named tuple.
-        self._fields = [_fields_of(t) for t in arguments]
+        self._fields = [_fields_of(*argument) for argument in kinds.items()]
         self._with_tensors = [at for at, g in enumerate(self._fields) if g and g.has_tensors]
-        flat = (g.schema if g else t for g, t in zip(self._fields, arguments, strict=True))
+        flat = []
+        for (argument, kind), fields in zip(kinds.items(), self._fields, strict=True):
+            mark = "(a!)" if argument == mutates else ""
+            flat.append(fields.schema if fields else f"{_SCHEMA_TYPES[kind]}{mark} {argument}")
         _LIBRARY.define(f"{name}({', '.join(flat)}) -> {results}")
         _LIBRARY.impl(name, self._traceable(self._run), "CompositeExplicitAutograd")
         torch.library.register_fake(f"rlhf_kernels::{name}", self._traceable(fake), lib=_LIBRARY)
@@ -154,8 +171,9 @@ class Operator(Generic[R]):
     def _run(self, *args: Any) -> R:
         backend = backends.get(args[-1])
         if self._algorithm is None:
-            launcher: Callable[..., R] = backend.by_name[self.name]
-            return launcher(*args[:-1])
+            launchers: Mapping[str, Any] = backend.launchers
+            found: R = launchers[self.name](*args[:-1])
+            return found
         return self._algorithm(backend.kernels, *args[:-1])
 
     def _traceable(self, f: Callable[..., R]) -> Callable[..., R]:
@@ -181,8 +199,9 @@ class Operator(Generic[R]):
             return self._dispatch(args)
         if self._algorithm is not None:
             return self._run(*args)
-        launcher: Callable[..., R] = backends.get(args[-1]).by_name[self.name]
-        return launcher(*args[:-1])
+        launchers: Mapping[str, Any] = backends.get(args[-1]).launchers
+        found: R = launchers[self.name](*args[:-1])
+        return found
 
     def _eager(self, args: tuple[Any, ...]) -> bool:
         """Whether no transform is in force and a launcher takes the arguments as they are."""
@@ -225,23 +244,26 @@ def head_gradients_fake(operands: Operands, needs: list[bool]) -> tuple[Tensor, 
     return empty(hidden, of_hidden), empty(weight, of_weight), empty(bias, of_bias)
 
 
-def define(
-    name: str,
-    schema: str,
-    fake: Callable[..., R],
-    algorithm: Callable[..., R] | None = None,
-) -> Operator[R]:
-    """Registers `rlhf_kernels::<name>`.
+class _Registering(Protocol):
+    def __call__(self, fake: Callable[..., R]) -> Operator[R]: ...
 
-    The schema is not inferred by torch.library.infer_schema: that knows no named tuple, and takes
-    every integer to be symbolic.
+
+def define(
+    name: str, algorithm: Callable[..., Any] | None = None, *, mutates: str | None = None
+) -> _Registering:
+    """Registers `rlhf_kernels::<name>`, whose arguments and results are those of what it decorates.
+
+    That returns empty results with the right shapes and dtypes, and None for a result that the
+    launcher does not return. The schema is made of its annotations: torch.library.infer_schema
+    knows no named tuple, and takes every integer to be symbolic.
 
     Args:
         name: operator name, also the key of its launcher in each backend.
-        schema: arguments and results; the last argument is `str backend`. A named tuple such as
-            `RowOptions options` expands to one argument per field; see `_fields_of`.
-        fake: returns empty results with the right shapes and dtypes from the same arguments; None
-            for a result that the launcher does not return.
         algorithm: runs instead of a launcher; takes the backend's `Kernels`, then the arguments.
+        mutates: the argument that the operator overwrites.
     """
-    return Operator(name, schema, fake, algorithm)
+
+    def registered(fake: Callable[..., R]) -> Operator[R]:
+        return Operator(name, fake, algorithm, mutates)
+
+    return registered

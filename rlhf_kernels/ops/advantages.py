@@ -15,26 +15,45 @@ from ..core.layout import constant, constants, fp32_like
 from ..core.option_checks import shown
 from ..kernels import backends
 from . import advantages_general as general
-from ._operator import Operator, define
+from ._operator import define
 
-_gae: Operator[tuple[Tensor, Tensor]] = define(
-    "gae",
-    "(Tensor rewards, Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor? dones, "
-    "Tensor? bootstrap_values, float gamma, float lam, str masked, bool whiten, str backend) "
-    "-> (Tensor, Tensor)",
-    lambda rewards, *_: (fp32_like(rewards), fp32_like(rewards)),
-)
-_discounted_returns: Operator[Tensor] = define(
-    "discounted_returns",
-    "(Tensor rewards, Tensor? mask, Tensor? cu_seqlens, Tensor? dones, Tensor? bootstrap_values, "
-    "float gamma, str masked, str backend) -> Tensor",
-    lambda rewards, *_: fp32_like(rewards),
-)
-_whiten: Operator[Tensor] = define(
-    "whiten",
-    "(Tensor x, Tensor? mask, bool shift_mean, bool unbiased, float eps, str backend) -> Tensor",
-    lambda x, *_: fp32_like(x),
-)
+
+@define("gae")
+def _gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dones: Tensor | None,
+    bootstrap_values: Tensor | None,
+    gamma: float,
+    lam: float,
+    masked: str,
+    whiten: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return fp32_like(rewards), fp32_like(rewards)
+
+
+@define("discounted_returns")
+def _discounted_returns(
+    rewards: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dones: Tensor | None,
+    bootstrap_values: Tensor | None,
+    gamma: float,
+    masked: str,
+    backend: str,
+) -> Tensor:
+    return fp32_like(rewards)
+
+
+@define("whiten")
+def _whiten(
+    x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float, backend: str
+) -> Tensor:
+    return fp32_like(x)
 
 
 class Advantages(NamedTuple):

@@ -16,23 +16,17 @@ from ..core.option_checks import shown
 from ..kernels import backends
 from ..kernels.advantages import GeneralScan
 from ..reference.advantages import Cuts
-from ._operator import Operator, define
+from ._operator import define
 
 #: A rate: a number, one per sequence, or one per step.
 Rate: TypeAlias = float | Tensor
 
 
-def _general_fake(scan: GeneralScan, _: str) -> tuple[Tensor, Tensor, Tensor]:
+@define("general_gae")
+def _general_gae(scan: GeneralScan, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     like = scan.tokens
     rest = like.new_empty(0, dtype=torch.float32) if scan.scores is None else fp32_like(like)
     return fp32_like(like), fp32_like(like), rest
-
-
-_general_gae: Operator[tuple[Tensor, Tensor, Tensor]] = define(
-    "general_gae",
-    "(GeneralScan scan, str backend) -> (Tensor, Tensor, Tensor)",
-    _general_fake,
-)
 
 
 class Shaping(NamedTuple):

@@ -23,15 +23,22 @@ from ..core import checks, data_checks, option_checks
 from ..core.layout import constant
 from ..core.option_checks import shown
 from ..kernels import backends
-from ._operator import Operator, define
+from ._operator import define
 from .advantages import Advantages
 
-_group_advantages: Operator[Tensor] = define(
-    "group_advantages",
-    "(Tensor rewards, Tensor? group_ids, int group_size, str baseline, str scale, "
-    "Tensor? greedy_rewards, float eps, str backend) -> Tensor",
-    lambda rewards, *_: rewards.new_empty(rewards.shape, dtype=torch.float32),
-)
+
+@define("group_advantages")
+def _group_advantages(
+    rewards: Tensor,
+    group_ids: Tensor | None,
+    group_size: int,
+    baseline: str,
+    scale: str,
+    greedy_rewards: Tensor | None,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    return rewards.new_empty(rewards.shape, dtype=torch.float32)
 
 
 def _of_sequences(op: str, name: str, t: object) -> Tensor:

@@ -13,16 +13,28 @@ from ..core import checks, data_checks, option_checks
 from ..core.layout import fp32_like
 from ..kernels import backends
 from . import advantages_general as general
-from ._operator import Operator, define
+from ._operator import define
 from .advantages import check_scan
 
-_ppo_advantages: Operator[tuple[Tensor, Tensor, Tensor]] = define(
-    "ppo_advantages",
-    "(Tensor scores, Tensor logprobs, Tensor? ref_logprobs, Tensor values, Tensor? mask, "
-    "Tensor? cu_seqlens, float kl_coef, str kl_estimator, float gamma, float lam, str masked, "
-    "bool whiten, float? reward_clip, str backend) -> (Tensor, Tensor, Tensor)",
-    lambda scores, logprobs, *_: (fp32_like(logprobs), fp32_like(logprobs), fp32_like(logprobs)),
-)
+
+@define("ppo_advantages")
+def _ppo_advantages(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    values: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kl_coef: float,
+    kl_estimator: str,
+    gamma: float,
+    lam: float,
+    masked: str,
+    whiten: bool,
+    reward_clip: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return fp32_like(logprobs), fp32_like(logprobs), fp32_like(logprobs)
 
 
 class PPOAdvantages(NamedTuple):

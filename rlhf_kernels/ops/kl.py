@@ -12,39 +12,40 @@ from ..core.option_checks import shown
 from ..core.pair_options import SAME, PairOptions, Same
 from ..kernels import backends
 from ._autograd import InputGradients, apply, once_differentiable, remember
-from ._operator import Operator, define
+from ._operator import define
 
 
-def _forward_fake(
-    logits: Tensor, ref_logits: Tensor, options: PairOptions, *_: Any
+@define("kl_divergence")
+def _divergence(
+    logits: Tensor, ref_logits: Tensor, options: PairOptions, backend: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     shape = logits.shape[:-1]
     kl = logits.new_empty(shape, dtype=torch.float32)
     return kl, kl.new_empty((*shape, 5)), kl.new_empty(shape) if options.entropy else None
 
 
-_divergence: Operator[tuple[Tensor, Tensor, Tensor | None]] = define(
-    "kl_divergence",
-    "(Tensor logits, Tensor ref_logits, PairOptions options, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
-    _forward_fake,
-)
-_divergence_backward: Operator[Tensor] = define(
-    "kl_divergence_backward",
-    "(Tensor logits, Tensor ref_logits, Tensor stats, Tensor grad, PairOptions options, "
-    "str backend) -> Tensor",
-    lambda logits, *_: logits.new_empty(logits.shape),
-)
-_penalty: Operator[Tensor] = define(
-    "kl_penalty",
-    "(Tensor logprobs, Tensor ref_logprobs, str estimator, str backend) -> Tensor",
-    lambda logprobs, *_: logprobs.new_empty(logprobs.shape, dtype=torch.float32),
-)
-_penalty_backward: Operator[Tensor] = define(
-    "kl_penalty_backward",
-    "(Tensor logprobs, Tensor ref_logprobs, Tensor grad, str estimator, str backend) -> Tensor",
-    lambda logprobs, *_: logprobs.new_empty(logprobs.shape),
-)
+@define("kl_divergence_backward")
+def _divergence_backward(
+    logits: Tensor,
+    ref_logits: Tensor,
+    stats: Tensor,
+    grad: Tensor,
+    options: PairOptions,
+    backend: str,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@define("kl_penalty")
+def _penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, backend: str) -> Tensor:
+    return logprobs.new_empty(logprobs.shape, dtype=torch.float32)
+
+
+@define("kl_penalty_backward")
+def _penalty_backward(
+    logprobs: Tensor, ref_logprobs: Tensor, grad: Tensor, estimator: str, backend: str
+) -> Tensor:
+    return logprobs.new_empty(logprobs.shape)
 
 
 class KlDivergence(NamedTuple):

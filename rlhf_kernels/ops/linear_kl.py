@@ -14,14 +14,13 @@ from ..head.arguments import Batching, Divergence, Operands
 from ..kernels import backends
 from ._autograd import InputGradients, apply, gathered, once_differentiable, remember
 from ._heads import check_batching, check_head, check_ref_head
-from ._operator import Operator, define, head_gradients_fake, select
+from ._operator import define, head_gradients_fake, select
 from .kl import KlDivergence, result
 
-_ARGS = "Operands operands, Operands ref_, Divergence divergence"
 
-
-def _forward_fake(
-    operands: Operands, ref: Operands, divergence: Divergence, *_: Any
+@define("linear_kl_divergence", head.forward)
+def _forward(
+    operands: Operands, ref_: Operands, divergence: Divergence, batching: Batching, backend: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     shape = operands.hidden.shape[:-1]
     kl = operands.hidden.new_empty(shape, dtype=torch.float32)
@@ -29,17 +28,10 @@ def _forward_fake(
     return kl, kl.new_empty((*shape, 5)), entropies
 
 
-_forward: Operator[tuple[Tensor, Tensor, Tensor | None]] = define(
-    "linear_kl_divergence",
-    f"({_ARGS}, Batching batching, str backend) -> (Tensor, Tensor, Tensor)",
-    _forward_fake,
-    head.forward,
-)
-
-
-def _backward_fake(
+@define("linear_kl_divergence_backward", head.backward)
+def _backward(
     operands: Operands,
-    ref: Operands,
+    ref_: Operands,
     divergence: Divergence,
     stats: Tensor,
     grad: Tensor,
@@ -48,15 +40,6 @@ def _backward_fake(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return head_gradients_fake(operands, needs)
-
-
-_backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
-    "linear_kl_divergence_backward",
-    f"({_ARGS}, Tensor stats, Tensor grad, Batching batching, bool[] needs, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
-    _backward_fake,
-    head.backward,
-)
 
 
 class _LinearKlDivergence(torch.autograd.Function):

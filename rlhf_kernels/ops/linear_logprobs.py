@@ -17,7 +17,7 @@ from ..head.arguments import Batching, Operands, Targets, Upstream
 from ..kernels import backends
 from ._autograd import InputGradients, apply, gathered, once_differentiable, remember
 from ._heads import check_batching, check_head
-from ._operator import Operator, define, head_gradients_fake, select
+from ._operator import define, head_gradients_fake, select
 from .logprobs_results import (
     TokenLogprobs,
     TokenLogprobsEntropy,
@@ -35,7 +35,23 @@ from .support import (
 )
 
 
-def _forward_fake(operands: Operands, targets: Targets, *_: Any) -> shard.Results:
+@define("linear_token_logprobs", head.forward)
+def _forward(
+    operands: Operands, targets: Targets, batching: Batching, backend: str
+) -> shard.Results:
+    return _results(operands, targets)
+
+
+@define("sharded_linear_token_logprobs", shard.linear_token_logprobs)
+def _sharded_forward(
+    operands: Operands, targets: Targets, batching: Batching, group: str, backend: str
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Also returns the labels as columns of this rank's shard, for the backward pass."""
+    labels = targets.labels.new_empty(targets.labels.shape, dtype=torch.int64)
+    return *_results(operands, targets), labels
+
+
+def _results(operands: Operands, targets: Targets) -> shard.Results:
     shape = operands.hidden.shape[:-1]
     logprobs = operands.hidden.new_empty(targets.labels.shape, dtype=torch.float32)
     return (
@@ -47,52 +63,29 @@ def _forward_fake(operands: Operands, targets: Targets, *_: Any) -> shard.Result
     )
 
 
-_ARGS = "Operands operands, Targets targets, Batching batching"
-_RESULTS = "Tensor, Tensor, Tensor, Tensor, Tensor"
-_forward: Operator[shard.Results] = define(
-    "linear_token_logprobs",
-    f"({_ARGS}, str backend) -> ({_RESULTS})",
-    _forward_fake,
-    head.forward,
-)
-# Also returns the labels as columns of this rank's shard, for the backward pass.
-_sharded_forward: Operator[tuple[Any, ...]] = define(
-    "sharded_linear_token_logprobs",
-    f"({_ARGS}, str group, str backend) -> ({_RESULTS}, Tensor)",
-    lambda operands, targets, *_: (
-        *_forward_fake(operands, targets),
-        targets.labels.new_empty(targets.labels.shape, dtype=torch.int64),
-    ),
-    shard.linear_token_logprobs,
-)
-_BACKWARD_ARGS = (
-    "Operands operands, Targets targets, Upstream upstream, Batching batching, bool[] needs"
-)
-
-
-def _backward_fake(
+@define("linear_token_logprobs_backward", head.backward)
+def _backward(
     operands: Operands,
     targets: Targets,
     upstream: Upstream,
     batching: Batching,
     needs: list[bool],
-    *_: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return head_gradients_fake(operands, needs)
 
 
-_backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
-    "linear_token_logprobs_backward",
-    f"({_BACKWARD_ARGS}, str backend) -> (Tensor, Tensor, Tensor)",
-    _backward_fake,
-    head.backward,
-)
-_sharded_backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
-    "sharded_linear_token_logprobs_backward",
-    f"({_BACKWARD_ARGS}, str group, str backend) -> (Tensor, Tensor, Tensor)",
-    _backward_fake,
-    shard.linear_token_logprobs_backward,
-)
+@define("sharded_linear_token_logprobs_backward", shard.linear_token_logprobs_backward)
+def _sharded_backward(
+    operands: Operands,
+    targets: Targets,
+    upstream: Upstream,
+    batching: Batching,
+    needs: list[bool],
+    group: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return head_gradients_fake(operands, needs)
 
 
 class _LinearTokenLogprobs(torch.autograd.Function):

@@ -15,7 +15,7 @@ from ..head.arguments import Batching, Operands, PolicyArguments, Targets
 from ..kernels import backends, losses
 from ._autograd import InputGradients, apply, gathered, graph_is_kept, once_differentiable, remember
 from ._heads import check_batching, check_head, check_ref_head
-from ._operator import Operator, define, head_gradients_fake, select
+from ._operator import define, head_gradients_fake, select
 from .policy import (
     PPO,
     PolicyLoss,
@@ -47,15 +47,11 @@ def _check_ref_head(
     return check_ref_head(op, hidden, weight, ref_hidden, ref_weight, ref_bias, sharded=sharded)
 
 
-def _fake(
-    operands: Operands,
-    targets: Targets,
-    policy: PolicyArguments,
-    ref: Operands | None,
-    batching: Batching,
-    needs: list[bool],
-    *_: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+_Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _results(operands: Operands, needs: list[bool]) -> _Results:
+    """Loss, metrics and the gradients of hidden states, weight and bias."""
     scalar = operands.hidden.new_empty((), dtype=torch.float32)
     of_hidden, of_weight, of_bias = (
         g.new_empty(g.shape, dtype=losses.waiting_dtype(g.dtype)) if need else g
@@ -64,20 +60,31 @@ def _fake(
     return scalar, scalar.new_empty((len(POLICY_METRICS),)), of_hidden, of_weight, of_bias
 
 
-_ARGS = (
-    "Operands operands, Targets targets, PolicyArguments policy, Operands? ref_, "
-    "Batching batching, bool[] needs"
-)
-_RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
-_forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = define(
-    "linear_policy_loss", f"({_ARGS}, str backend) -> {_RESULTS}", _fake, head.forward
-)
-_sharded_forward: Operator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = define(
-    "sharded_linear_policy_loss",
-    f"({_ARGS}, str group, str backend) -> {_RESULTS}",
-    _fake,
-    shard.linear_policy_loss,
-)
+@define("linear_policy_loss", head.forward)
+def _forward(
+    operands: Operands,
+    targets: Targets,
+    policy: PolicyArguments,
+    ref_: Operands | None,
+    batching: Batching,
+    needs: list[bool],
+    backend: str,
+) -> _Results:
+    return _results(operands, needs)
+
+
+@define("sharded_linear_policy_loss", shard.linear_policy_loss)
+def _sharded_forward(
+    operands: Operands,
+    targets: Targets,
+    policy: PolicyArguments,
+    ref_: Operands | None,
+    batching: Batching,
+    needs: list[bool],
+    group: str,
+    backend: str,
+) -> _Results:
+    return _results(operands, needs)
 
 
 def _scale_inplace(values: Tensor, factor: Tensor) -> Tensor:

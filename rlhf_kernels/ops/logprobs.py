@@ -15,7 +15,7 @@ from ..core.sentinels import SHARD_IGNORED
 from ..head import shard
 from ..kernels import backends
 from ._autograd import InputGradients, apply, once_differentiable, remember
-from ._operator import Operator, define
+from ._operator import define
 from .logprobs_results import (
     TokenLogprobs,
     TokenLogprobsEntropy,
@@ -56,9 +56,7 @@ def _check_inplace(logits: Tensor) -> None:
 _Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def _forward_fake(
-    logits: Tensor, labels: Tensor, temperatures: Tensor | None, options: RowOptions, *_: Any
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+def _results(logits: Tensor, labels: Tensor, options: RowOptions) -> shard.Results:
     shape = logits.shape[:-1]
     return (
         logits.new_empty(labels.shape, dtype=torch.float32),
@@ -69,7 +67,8 @@ def _forward_fake(
     )
 
 
-def _statistics_fake(
+@define("token_logprobs")
+def _forward(
     logits: Tensor,
     labels: Tensor,
     temperatures: Tensor | None,
@@ -77,46 +76,57 @@ def _statistics_fake(
     grad: bool,
     backend: str,
 ) -> _Results:
-    """As `_forward_fake`; a backend on the CPU leaves out the statistics if no gradient follows."""
-    logprobs, entropies, stats, collisions, ids = _forward_fake(
-        logits, labels, temperatures, options
-    )
-    kept = stats if grad or backend in backends.GPU else None
+    """A backend on the CPU leaves out the statistics if no gradient follows."""
+    logprobs, entropies, stats, collisions, ids = _results(logits, labels, options)
+    kept = stats if grad or backends.get(backend).gpu else None
     return logprobs, entropies, kept, collisions, ids
 
 
-_ROWS = "Tensor logits, Tensor labels, Tensor? temperatures"
-_RESULTS = "Tensor, Tensor, Tensor, Tensor, Tensor"
-_forward: Operator[_Results] = define(
-    "token_logprobs",
-    f"({_ROWS}, RowOptions options, bool grad, str backend) -> ({_RESULTS})",
-    _statistics_fake,
-)
-# Also returns the labels as columns of this shard; with them the usual backward kernel applies.
-_sharded_forward: Operator[tuple[Any, ...]] = define(
-    "sharded_token_logprobs",
-    f"({_ROWS}, RowOptions options, str group, str backend) -> ({_RESULTS}, Tensor)",
-    lambda logits, labels, *rest: (
-        *_forward_fake(logits, labels, *rest),
-        labels.new_empty(labels.shape, dtype=torch.int64),
-    ),
-    shard.token_logprobs,
-)
-_BACKWARD_ARGS = (
-    "Tensor labels, Tensor? temperatures, Tensor stats, Tensor? grad_logprobs, "
-    "Tensor? grad_entropy, RowOptions options, Tensor? grad_lse, Tensor? grad_collision, "
-    "Tensor? collisions, str backend"
-)
-_backward: Operator[Tensor] = define(
-    "token_logprobs_backward",
-    f"(Tensor logits, {_BACKWARD_ARGS}) -> Tensor",
-    lambda logits, *_: logits.new_empty(logits.shape),
-)
-_backward_inplace: Operator[None] = define(
-    "token_logprobs_backward_inplace",
-    f"(Tensor(a!) logits, {_BACKWARD_ARGS}) -> ()",
-    lambda *_: None,
-)
+@define("sharded_token_logprobs", shard.token_logprobs)
+def _sharded_forward(
+    logits: Tensor,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    options: RowOptions,
+    group: str,
+    backend: str,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Also returns the labels as columns of this shard; with them the usual backward applies."""
+    return *_results(logits, labels, options), labels.new_empty(labels.shape, dtype=torch.int64)
+
+
+@define("token_logprobs_backward")
+def _backward(
+    logits: Tensor,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    stats: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    options: RowOptions,
+    grad_lse: Tensor | None,
+    grad_collision: Tensor | None,
+    collisions: Tensor | None,
+    backend: str,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@define("token_logprobs_backward_inplace", mutates="logits")
+def _backward_inplace(
+    logits: Tensor,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    stats: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    options: RowOptions,
+    grad_lse: Tensor | None,
+    grad_collision: Tensor | None,
+    collisions: Tensor | None,
+    backend: str,
+) -> None:
+    return None
 
 
 class _TokenLogprobs(torch.autograd.Function):

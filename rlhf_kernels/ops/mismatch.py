@@ -23,18 +23,21 @@ from ..kernels import backends
 from ..kernels.mismatch import MismatchRules
 from ._metrics import Metrics, register_metrics
 from ._mismatch import encoded
-from ._operator import Operator, define
+from ._operator import define
 
-_WEIGHTS: Operator[tuple[Tensor, Tensor, Tensor]] = define(
-    "mismatch_weights",
-    "(Tensor old_logprobs, Tensor rollout_logprobs, Tensor mask, Tensor? cu_seqlens, "
-    "MismatchRules rules, str backend) -> (Tensor, Tensor, Tensor)",
-    lambda old, *_: (
-        fp32_like(old),
-        old.new_empty(old.shape, dtype=torch.bool),
-        old.new_empty(len(MISMATCH_METRICS), dtype=torch.float32),
-    ),
-)
+
+@define("mismatch_weights")
+def _weights(
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+    rules: MismatchRules,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kept = old_logprobs.new_empty(old_logprobs.shape, dtype=torch.bool)
+    metrics = old_logprobs.new_empty(len(MISMATCH_METRICS), dtype=torch.float32)
+    return fp32_like(old_logprobs), kept, metrics
 
 
 class MismatchMetrics(Metrics):
@@ -205,7 +208,7 @@ def mismatch_weights(
     else:
         if not plain:
             checks.not_double(op, old_logprobs=old, rollout_logprobs=rollout)
-        weights, kept, metrics = _WEIGHTS(old, rollout, mask, cu_seqlens, rules, backend)
+        weights, kept, metrics = _weights(old, rollout, mask, cu_seqlens, rules, backend)
     found = MismatchMetrics(metrics)
     if missing == "raise":
         _check_present(op, found["missing"], old, rollout, mask)

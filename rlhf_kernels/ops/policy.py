@@ -16,7 +16,7 @@ from ..kernels import backends, losses
 from ..kernels.rows import LossResults
 from ._autograd import InputGradients, apply, graph_is_kept, once_differentiable, remember
 from ._metrics import Metrics, register_metrics
-from ._operator import Operator, define
+from ._operator import define
 
 
 def check_spread(
@@ -75,43 +75,44 @@ def config_numbers(config: PolicyLossConfig) -> tuple[Sequence[int], Sequence[fl
     return config._codes, config._params
 
 
-def _forward_fake(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, ref: Tensor | None,
-    rollout: Tensor | None, entropy: Tensor | None, weights: Tensor | None,
-    cu_seqlens: Tensor | None, normalizer: Tensor | None, divisor: float, codes: list[int],
-    params: list[float], grad: bool, entropy_grad: bool, backend: str,
-) -> LossResults:  # fmt: skip
-    deferred = backend in backends.GPU
+@define("policy_loss")
+def _forward(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    weights: Tensor | None,
+    cu_seqlens: Tensor | None,
+    normalizer: Tensor | None,
+    divisor: float,
+    codes: list[int],
+    params: list[float],
+    grad: bool,
+    entropy_grad: bool,
+    backend: str,
+) -> LossResults:
+    deferred = backends.get(backend).gpu
     loss, metrics, scale = losses.results(logprobs, len(POLICY_METRICS), deferred)
     gradient = losses.gradient(logprobs, grad)
     like = logprobs if entropy is None else entropy
     return loss, metrics, gradient, losses.gradient(like, entropy_grad), scale
 
 
-_forward: Operator[LossResults] = define(
-    "policy_loss",
-    "(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
-    "Tensor? rollout_logprobs, Tensor? entropy, Tensor? weights, Tensor? cu_seqlens, "
-    "Tensor? normalizer, float divisor, int[] codes, float[] params, bool grad, "
-    "bool entropy_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward_fake,
-)
-
-
-def _backward_fake(
-    first: Tensor, second: Tensor | None, scale: Tensor, upstream: Tensor,
-    first_dtype: torch.dtype, second_dtype: torch.dtype, backend: str,
-) -> list[Tensor]:  # fmt: skip
+@define("loss_backward")
+def _backward(
+    first: Tensor,
+    second: Tensor | None,
+    scale: Tensor,
+    upstream: Tensor,
+    first_dtype: torch.dtype,
+    second_dtype: torch.dtype,
+    backend: str,
+) -> list[Tensor]:
     pairs = ((first, first_dtype), (second, second_dtype))
     return [torch.empty_like(g, dtype=dtype) for g, dtype in pairs if g is not None]
-
-
-_backward: Operator[list[Tensor]] = define(
-    "loss_backward",
-    "(Tensor first, Tensor? second, Tensor scale, Tensor upstream, ScalarType first_dtype, "
-    "ScalarType second_dtype, str backend) -> Tensor[]",
-    _backward_fake,
-)
 
 
 def times(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,7 @@
 """Log-probabilities over the token ids that the sampler kept (`support` of public functions)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -14,19 +14,18 @@ from ..head.arguments import Operands
 from ..kernels import backends
 from ..kernels.support import Tokens
 from ._autograd import InputGradients, apply, once_differentiable, remember
-from ._operator import Operator, define, head_gradients_fake
+from ._operator import define, head_gradients_fake
 from .logprobs_results import TokenLogprobs, TokenLogprobsEntropy
 
 #: (indptr [N + 1], indices [nnz]): the token ids that the sampler kept for each token.
 Support = tuple[Tensor, Tensor]
 
 
-def _forward_fake(
-    like: Tensor,
-    tokens: Tokens,
-    options: RowOptions,
-    backend: str,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+_Results = tuple[Tensor, Tensor | None, Tensor, Tensor]
+
+
+def _results(like: Tensor, tokens: Tokens, options: RowOptions) -> _Results:
+    """The fourth, `kept`, is the logit of each entry: a backward pass needs no other logits."""
     shape = tokens.labels.shape
     logprobs = like.new_empty(shape, dtype=torch.float32)
     return (
@@ -37,21 +36,40 @@ def _forward_fake(
     )
 
 
-def _backward_fake(
+@define("token_logprobs_support")
+def _forward(logits: Tensor, tokens: Tokens, options: RowOptions, backend: str) -> _Results:
+    return _results(logits, tokens, options)
+
+
+@define("token_logprobs_support_backward")
+def _backward(
     kept: Tensor,
     tokens: Tokens,
     stats: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     options: RowOptions,
-    vocab: int,
+    vocab: Annotated[int, "SymInt"],
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
     return kept.new_empty((*tokens.labels.shape, vocab), dtype=dtype)
 
 
-def _head_backward_fake(
+@define("linear_token_logprobs_support")
+def _head_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tokens,
+    options: RowOptions,
+    backend: str,
+) -> _Results:
+    return _results(hidden, tokens, options)
+
+
+@define("linear_token_logprobs_support_backward")
+def _head_backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -65,35 +83,6 @@ def _head_backward_fake(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return head_gradients_fake(Operands(hidden, weight, bias), needs)
-
-
-_FORWARD = "Tokens tokens, RowOptions options, str backend"
-_BACKWARD = (
-    "Tensor kept, Tokens tokens, Tensor stats, Tensor? grad_logprobs, Tensor? grad_entropy, "
-    "RowOptions options"
-)
-# The fourth result, `kept`, is the logit of each entry. The backward pass needs no other logits.
-_forward: Operator[tuple[Tensor, Tensor | None, Tensor, Tensor]] = define(
-    "token_logprobs_support",
-    f"(Tensor logits, {_FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _forward_fake,
-)
-_backward: Operator[Tensor] = define(
-    "token_logprobs_support_backward",
-    f"({_BACKWARD}, SymInt vocab, ScalarType dtype, str backend) -> Tensor",
-    _backward_fake,
-)
-_head_forward: Operator[tuple[Tensor, Tensor | None, Tensor, Tensor]] = define(
-    "linear_token_logprobs_support",
-    f"(Tensor hidden, Tensor weight, Tensor? bias, {_FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda hidden, weight, bias, *rest: _forward_fake(hidden, *rest),
-)
-_head_backward: Operator[tuple[Tensor, Tensor, Tensor]] = define(
-    "linear_token_logprobs_support_backward",
-    f"(Tensor hidden, Tensor weight, Tensor? bias, {_BACKWARD}, bool[] needs, str backend) -> "
-    "(Tensor, Tensor, Tensor)",
-    _head_backward_fake,
-)
 
 
 def _check_arguments(op: str, arguments: RowArguments) -> None:

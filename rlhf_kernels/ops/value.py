@@ -13,27 +13,27 @@ from ..core.layout import constant
 from ..kernels import backends, losses
 from ._autograd import InputGradients, apply, once_differentiable, remember
 from ._metrics import Metrics, register_metrics
-from ._operator import Operator, define
+from ._operator import define
 from .policy import scaled
 
 
-def _forward_fake(
-    values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, cu_seqlens: Tensor | None,
-    normalizer: Tensor | None, divisor: float, clip_range: float, aggregation: int, grad: bool,
+@define("value_loss")
+def _forward(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+    normalizer: Tensor | None,
+    divisor: float,
+    clip_range: float,
+    aggregation: int,
+    grad: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    deferred = backend in backends.GPU
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    deferred = backends.get(backend).gpu
     loss, metrics, scale = losses.results(values, len(VALUE_METRICS), deferred)
     return loss, metrics, losses.gradient(values, grad), scale
-
-
-_forward: Operator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = define(
-    "value_loss",
-    "(Tensor values, Tensor old_values, Tensor returns, Tensor mask, Tensor? cu_seqlens, "
-    "Tensor? normalizer, float divisor, float clip_range, int aggregation, bool grad, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _forward_fake,
-)
 
 
 class _ValueLoss(torch.autograd.Function):

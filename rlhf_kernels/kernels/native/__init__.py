@@ -1,7 +1,8 @@
 """Native extensions: loading, and the launchers of each.
 
-This package has one module of launchers per operation; only `boundary` reads tensor addresses.
-torch is imported before the extensions, because `_cpu` shares its OpenMP runtime.
+A family of operations has one module of launchers. Tensors are read in csrc/bind/tensor.h;
+`boundary` takes the addresses of scratch and of buffers to fault in. torch is imported before the
+extensions, because `_cpu` shares its OpenMP runtime.
 """
 
 import functools

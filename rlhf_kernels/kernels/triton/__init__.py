@@ -1,8 +1,9 @@
 """Triton kernels: NVIDIA, AMD and Intel GPUs, and any tensor under Triton's interpreter.
 
-This package has one module per operation with its kernels and, in `LAUNCHERS`, its launchers by
-operator name. The modules are loaded at import if torch has a GPU or TRITON_INTERPRET=1 selects the
-interpreter. Loading on first use would fail under torch.compile, which cannot trace an import.
+`<family>.py` has a family's launchers by operator name in `LAUNCHERS`, and its main kernels; other
+files have further kernels. The modules are loaded at import if torch has a GPU or
+TRITON_INTERPRET=1 selects the interpreter. Loading on first use would fail under torch.compile,
+which cannot trace an import.
 """
 
 import importlib.util
