@@ -27,7 +27,9 @@ using OutRows = Argument<Layout::kRows, false>;
 // the GIL.
 constexpr int64_t kShortWork = 1 << 14;
 
-// Runs a kernel over so many elements. On a GPU, where a launch may wait, always without the GIL.
+// Runs a kernel over so many elements. On a GPU always without the GIL, as torch's own operators:
+// a launch waits where the stream's queue is full, and what is in it may be a function of the host
+// that needs the GIL.
 template <class F>
 inline std::pair<int, long long> launch(const Exec& exec, int64_t elements, const F& kernel) {
   Status status;

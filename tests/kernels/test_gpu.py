@@ -315,8 +315,8 @@ def test_a_graph_of_a_head_replays_with_another_mask(device):
             assert (a.abs().amax(-1) if a.dim() == 3 else a.abs()).count_nonzero() == kept
 
 
-# Of one block to a row, of several, and of as many as make a cluster.
-@pytest.mark.parametrize("vocab", (20_000, 50_257, 262_144))
+# One block to a row, two, four, five (no power of two), and eight, the most of a cluster.
+@pytest.mark.parametrize("vocab", (20_000, 50_257, 128_256, 151_936, 262_144))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 def test_one_kernel_of_a_policy_loss_has_the_bits_of_three(cuda, kernels, vocab, dtype):
     rows = backends.get(kernels).kernels.rows
