@@ -27,6 +27,10 @@ _MIXED_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype")
 # Whether torch.addmm then adds to a tensor of out_dtype; torch 2.8 to 2.10 take only one of the
 # operands' dtype.
 _MIXED_SUMS = TorchVersion(torch.__version__) >= "2.11"
+# With AMX oneDNN multiplies bfloat16 in groups of so many columns of the first operand. It reads the
+# last group whole, times zero (torch 2.13): NaN or infinity behind a row, in the next row or in a gap
+# between rows, would make this row NaN.
+_AMX_COLUMNS = 32
 # Scaled gradients are kept below 2 to this power: fp16 ends at 2^16.
 _FP16_EXPONENT = 15
 
@@ -125,7 +129,13 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
     Before torch 2.8 such a product needs operands in fp32: those of b are made in blocks.
     """
     if out.dtype == a.dtype:
+        reads_on = _reads_on(a)
+        # The smaller of both is looked through, or copied.
+        if reads_on and (add or a.numel() <= out.numel()):
+            a, reads_on = _with_zeros_behind(a), False
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+        if reads_on and bool(out.isnan().any()):
+            torch.mm(_with_zeros_behind(a), b, out=out)
     elif not _MIXED_PRODUCTS:
         wide = a.float()
         for columns in blocks(b.shape[1], _WIDE_ROWS):
@@ -138,6 +148,30 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
             out[rows] += torch.mm(a[rows], b, out_dtype=out.dtype)
     else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+@functools.cache
+def _has_amx() -> bool:
+    # Older versions of torch cannot be asked.
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)())
+
+
+def _reads_on(a: Tensor) -> bool:
+    """Whether a product with `a` reads what lies behind its rows."""
+    return (
+        a.dtype == torch.bfloat16
+        and a.shape[1] % _AMX_COLUMNS != 0
+        and a.stride(1) == 1
+        and devices.is_cpu(a.device)
+        and _has_amx()
+    )
+
+
+def _with_zeros_behind(a: Tensor) -> Tensor:
+    """A copy whose rows have zeros behind them, as far as a product reads."""
+    columns = a.shape[1]
+    copy = a.new_zeros((a.shape[0], columns + -columns % _AMX_COLUMNS))[:, :columns]
+    return copy.copy_(a)
 
 
 def widens(t: Tensor) -> bool:

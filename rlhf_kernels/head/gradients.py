@@ -132,7 +132,9 @@ class Gradients:
         if g.dtype == torch.float32:
             hidden_into(self._of_tokens, g, weight[tile.columns], add=True)
         else:
-            self._of_tokens += g @ weight[tile.columns]
+            product = g.new_empty((g.shape[0], weight.shape[1]))
+            hidden_into(product, g, weight[tile.columns])
+            self._of_tokens += product
         if tile.columns.stop == weight.shape[0] and not in_place:
             tokens.put(out, tile.tokens, self._of_tokens.to(out.dtype))
 

@@ -227,7 +227,8 @@ class SoftmaxBounds:
 
     def _through_slope(self, gx: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         gz = gx * self.slope
-        error = error * self.slope + gx.abs() * self.slope_error
+        # With the product of both errors: where gx and slope are 0 it is all there is.
+        error = error * (self.slope + self.slope_error) + gx.abs() * self.slope_error
         return gz, error + self._ulps * half_ulp(gz.abs() + error, self.dtype)
 
 

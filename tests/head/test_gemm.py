@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import rlhf_kernels as rk
 from rlhf_kernels.head import gemm
 
 CALLS = {"mm": torch.mm, "addmm": torch.addmm}
@@ -177,3 +178,64 @@ def test_whoever_turns_onednn_off_has_torch_mm(library):
         gemm.logits_into(out, hidden, weight)
         gemm.hidden_into(torch.empty(8, 4), out, weight)
     assert not library[1]
+
+
+# Multiples of what a library multiplies at a time, and sizes that are none.
+WIDTHS = (1, 7, 32, 33, 41, 100, 577, 640, 1001)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("gap", (0, 4))
+def test_a_row_of_a_product_reads_no_other(width, gap, dtype):
+    """Some libraries read on behind a row, times zero: NaN there would come to this row."""
+    g = torch.Generator().manual_seed(width)
+    memory = torch.full((70, width + gap), torch.nan, dtype=dtype)
+    a = memory[:, :width]
+    a.copy_(torch.randn(a.shape, generator=g))
+    a[5], a[40] = torch.nan, torch.inf
+    others = torch.ones(70).bool()
+    others[[5, 40]] = False
+    weight = torch.randn(48, width, generator=g).to(dtype)
+    out = torch.empty(70, 48, dtype=torch.float32 if dtype == torch.float16 else dtype)
+    products = {
+        "logits": lambda: gemm.logits_into(out, a, weight),
+        "hidden": lambda: gemm.hidden_into(out, a, weight.T.contiguous()),
+        "wide": lambda: gemm.hidden_into(out[:, :16], a, weight.T[:, :16].contiguous()),
+    }
+    for name, product in products.items():
+        if dtype == torch.float16:
+            a = memory[:, :width].float() if name != "logits" else memory[:, :width]
+        product()
+        rows = out[:, :16] if name == "wide" else out
+        assert rows[others].isfinite().all(), name
+        exact = a[others].double() @ weight.T.double()[:, : rows.shape[1]]
+        scale = a[others].double().abs() @ weight.T.double().abs()[:, : rows.shape[1]]
+        error = (rows[others].double() - exact).abs()
+        assert (
+            error
+            <= 4 * torch.finfo(torch.float32).eps * scale + torch.finfo(out.dtype).eps * exact.abs()
+        ).all()
+        assert not rows[~others].isfinite().any(), name
+
+
+@pytest.mark.parametrize("vocab", (40, 1001))
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_a_tokens_gradient_reads_no_others(vocab, dtype):
+    g = torch.Generator().manual_seed(vocab)
+    hidden = torch.full((40, 45), torch.nan, dtype=dtype)[:, :41]
+    hidden.copy_(torch.randn(40, 41, generator=g))
+    hidden.requires_grad_()
+    weight = torch.randn(vocab, 41, generator=g).to(dtype).requires_grad_()
+    labels = torch.randint(vocab, (40,), generator=g)
+    with rk.use_backend("cpu"):
+        found = rk.linear_token_logprobs(hidden, weight, labels).logprobs
+        kl = rk.linear_kl_divergence(hidden, weight, hidden.detach() * 1.1, weight.detach())
+    assert found.isfinite().all() and kl.isfinite().all()
+    upstream = torch.ones(40)
+    upstream[7] = torch.nan
+    for result in (found, kl):
+        (gradient,) = torch.autograd.grad(result, hidden, upstream, retain_graph=True)
+        assert gradient.isnan().all(1).nonzero().flatten().tolist() == [7]
+        assert gradient[torch.arange(40) != 7].isfinite().all()

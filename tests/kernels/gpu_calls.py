@@ -20,6 +20,9 @@ each_call = pytest.mark.parametrize("function", [*KERNELS, *HEADS], ids=lambda f
 
 
 def example(function, device, *, rows=5, size=1031, dtype=torch.float32, seed=0):
+    if function is rk.linear_policy_loss:
+        # From 15,361 on one kernel of CUDA's makes statistics, loss and gradient of a row.
+        size = max(size, 20_011)
     g = torch.Generator().manual_seed(seed)
     call = _calls.example(function, _calls.Inputs(rows, size, dtype, device, g))
     if function in HEADS:
