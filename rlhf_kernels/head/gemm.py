@@ -27,9 +27,9 @@ _MIXED_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype")
 # Whether torch.addmm then adds to a tensor of out_dtype; torch 2.8 to 2.10 take only one of the
 # operands' dtype.
 _MIXED_SUMS = TorchVersion(torch.__version__) >= "2.11"
-# With AMX oneDNN multiplies bfloat16 in groups of so many columns of the first operand. It reads the
-# last group whole, times zero (torch 2.13): NaN or infinity behind a row, which is in the next row
-# or in a gap between rows, would make this row NaN.
+# With AMX oneDNN multiplies bfloat16 in groups of so many columns of the first operand. It reads
+# the last one whole, times zero (torch 2.13): NaN or infinity behind a row, which is in the next
+# row or in a gap between rows, would make this row NaN.
 _AMX_COLUMNS = 32
 # Scaled gradients are kept below 2 to this power: fp16 ends at 2^16.
 _FP16_EXPONENT = 15
