@@ -360,7 +360,7 @@ def main(argv: list[str] | None = None) -> int:
     run = Run(options)
     reason = refusal(run)
     if reason:
-        print(f"gpu-check: cannot use device {run.device!r}: {reason}", file=sys.stderr)
+        print(f"gpu_check: cannot use device {run.device!r}: {reason}", file=sys.stderr)
         return 2
     for name in set(named) & {"ours", "peers"}:
         (run.out / f"{name}-points.jsonl").unlink(missing_ok=True)
