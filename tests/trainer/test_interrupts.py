@@ -132,9 +132,13 @@ def test_a_process_that_outlives_a_killed_run_does_not_hold_its_folder(tmp_path)
         # The helper has not let go the lock of the run.
         with pytest.raises(UserError, match=rf"another run \(process {run.pid} on"):
             folder._lock(tmp_path)
-        run.communicate(b"\n")
-        assert run.returncode == -signal.SIGKILL
+        run.stdin.write(b"\n")
+        run.stdin.flush()
+        # Not to the end of its output, which the helper holds open.
+        assert run.wait() == -signal.SIGKILL
         os.kill(helper, 0)
         os.close(folder._lock(tmp_path))
     finally:
         os.kill(helper, signal.SIGKILL)
+        run.stdin.close()
+        run.stdout.close()
