@@ -35,12 +35,30 @@ def removes(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
         return False
     vanishes = _Vanishing.of(tokenizer)
     if any(map(vanishes.__getitem__, set(text))):
-        # Added tokens are found before the text is normalized.
-        added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-        outside = re.split("|".join(map(re.escape, added)), text) if added else [text]
-        if any(map(vanishes.__getitem__, set("".join(outside)))):
+        outside = set("".join(_between_added(tokenizer, text)))
+        if any(map(vanishes.__getitem__, outside)):
             return True
     return _removes(tokenizer) and _has_gaps(tokenizer, text)
+
+
+def missing_words(tokenizer: PreTrainedTokenizerBase, text: str) -> set[str] | None:
+    """Of a vocabulary of whole words: those of the text that it lacks; None for others."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not isinstance(backend.model, models.WordLevel):
+        return None
+    parts = _between_added(tokenizer, text)
+    if backend.normalizer is not None:
+        parts = [backend.normalizer.normalize_str(part) for part in parts]
+    if backend.pre_tokenizer is not None:
+        split = backend.pre_tokenizer.pre_tokenize_str
+        parts = [word for part in parts for word, _ in split(part)]
+    return {word for word in parts if word and backend.model.token_to_id(word) is None}
+
+
+def _between_added(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    """The parts of a text between added tokens, which are found before anything else is done."""
+    added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+    return re.split("|".join(map(re.escape, added)), text) if added else [text]
 
 
 class _Vanishing(dict[str, bool]):

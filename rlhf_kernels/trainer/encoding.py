@@ -269,10 +269,13 @@ def _outside(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> str:
         return False
 
     refused = set()
-    for word in {word for text in texts for word in text.split()}:
-        if refuses(word):
+    for text in texts:
+        missing = characters.missing_words(tokenizer, text)
+        if missing is not None:
+            refused |= missing
+            continue
+        for word in filter(refuses, set(text.split())):
             bad = {c for c in word if refuses(c)}
-            # A vocabulary of words has none for most characters, those of its words too.
             refused |= {word} if bad == set(word) else bad
     return f"no tokens for {sorted(refused)}" if refused else ""
 

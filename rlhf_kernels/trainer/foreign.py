@@ -13,11 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import overrides
+from torch.utils import _device, _python_dispatch
 
 # What torch has a precision of fp32 products for.
 _PRECISIONS = (
     *("", "cuda.matmul", "cudnn", "cudnn.conv", "cudnn.rnn"),
     *("mkldnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"),
+)
+# Two older names, which set some of these too.
+_OLDER: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (
+        functools.partial(getattr, torch.backends.cudnn, "allow_tf32"),
+        functools.partial(setattr, torch.backends.cudnn, "allow_tf32"),
+    ),
 )
 # What torch has switches for that change numbers: where, and their names.
 _SUMS = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
@@ -59,13 +69,16 @@ def undone() -> Iterator[None]:
     """Restores process-wide state that foreign code may change, because training depends on it."""
     values = [(get, set_, get()) for get, set_ in _states()]
     filters, folder = warnings.filters[:], None
-    precision, precisions = _precision(), _precisions()
-    device = torch.get_default_device()
+    older = [(get, set_, _asked(get)) for get, set_ in _OLDER]
+    precisions = _precisions()
     autocast = {
         d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
     }
     nesting = _autocast_nesting()
     streams, handlers, hooks = (sys.stdout, sys.stderr), _handlers(), _hooks()
+    functions, device = overrides._get_current_function_mode_stack(), _device.CURRENT_DEVICE
+    default = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+    dispatched, saved = torch._C._len_torch_dispatch_stack(), _saved_tensors_hooks()
     with contextlib.suppress(OSError):
         # The current folder may have been deleted.
         folder = Path.cwd()
@@ -74,6 +87,17 @@ def undone() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = streams
+        # First: a mode that was entered and not left changes what torch's own functions do below.
+        while torch._C._len_torch_dispatch_stack() > dispatched:
+            _python_dispatch._pop_mode()
+        while torch._C._len_torch_function_stack():
+            overrides._pop_mode()
+        for mode in functions:
+            overrides._push_mode(mode)
+        # torch.device() is a mode too, and the default device one that torch keeps.
+        _device.CURRENT_DEVICE, torch._GLOBAL_DEVICE_CONTEXT.device_context = device, default
+        while _saved_tensors_hooks() not in (saved, None):
+            torch._C._autograd._pop_saved_tensors_default_hooks()
         for number, handler in handlers.items():
             if signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
@@ -87,13 +111,12 @@ def undone() -> Iterator[None]:
         for _ in range(_autocast_nesting() - nesting):
             torch.autocast_decrement_nesting()
         torch.clear_autocast_cache()
-        if precision is not None and _precision() != precision:
-            torch.set_float32_matmul_precision(precision)
+        for get, set_, value in older:
+            if value is not None and _asked(get) != value:
+                set_(value)
         for holder, value in precisions:
             if holder.fp32_precision != value:
                 holder.fp32_precision = value
-        if torch.get_default_device() != device:
-            torch.set_default_device(None if device.type == "cpu" else device)
         for get, set_, value in values:
             if get() != value:
                 set_(value)
@@ -105,6 +128,18 @@ def undone() -> Iterator[None]:
             warnings.filters[:] = filters
             with warnings.catch_warnings():
                 pass  # So that Python asks them anew.
+
+
+@contextlib.contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Raises where foreign code leaves inference mode on, which no other code can switch off."""
+    before = torch.is_inference_mode_enabled()
+    yield
+    if torch.is_inference_mode_enabled() != before:
+        raise RuntimeError(
+            "it entered torch.inference_mode() and did not leave it, so nothing can be trained; "
+            "use it in a with statement"
+        )
 
 
 def _states() -> list[tuple[Callable[[], Any], Callable[[Any], object]]]:
@@ -135,6 +170,12 @@ def _hooks() -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
     return [(t, dict(t)) for name, t in tables if name.startswith("_global_") and t is not None]
 
 
+def _saved_tensors_hooks() -> tuple[Any, Any] | None:
+    """The innermost pair of hooks for what autograd saves."""
+    found: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return found
+
+
 def _flushes() -> bool:
     """Whether numbers below the smallest normal one become zero."""
     least = torch.tensor(torch.finfo(torch.float32).tiny, device="cpu", dtype=torch.float32)
@@ -157,10 +198,10 @@ def _autocast_nesting() -> int:
     return int(torch.autocast_decrement_nesting())
 
 
-def _precision() -> str | None:
-    """The precision of products by its older name; None where a newer one forbids to ask for it."""
+def _asked(get: Callable[[], Any]) -> Any:
+    """A precision of products by its older name; None where a newer one forbids to ask for it."""
     try:
-        return torch.get_float32_matmul_precision()
+        return get()
     except RuntimeError:
         return None
 

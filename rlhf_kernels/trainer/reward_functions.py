@@ -34,7 +34,7 @@ import numpy
 import torch
 
 from .errors import UserError
-from .foreign import undone
+from .foreign import outside_inference_mode, undone
 from .interrupts import Interrupted
 
 Rewards = list[float | None]
@@ -107,7 +107,7 @@ def _imported(module: str, path: str) -> ModuleType:
         raise UserError(f"reward_funcs: {path!r}: no file {str(file)!r}")
     try:
         # A file in the current folder takes precedence over an installed module of that name.
-        with undone():
+        with undone(), outside_inference_mode():
             return _from_file(file.resolve()) if file.is_file() else _from_name(module)
     except (KeyboardInterrupt, Interrupted):
         raise
@@ -290,13 +290,16 @@ def results(
     """The result of each function, or `_Raised` with its exception.
 
     Working folder, threads, default dtype and device, gradient mode, autocast, the precision of
-    products, the standard streams and the handlers of signals are restored afterwards.
+    products, modes and hooks of torch, the standard streams and the handlers of signals are
+    restored afterwards.
     """
     found: list[Any] = []
     for function, given in zip(functions, arguments, strict=True):
         try:
             own = {name: copied(value) for name, value in given.items()}
-            found.append(function(**accepted(function, own)))
+            with outside_inference_mode():
+                result = function(**accepted(function, own))
+            found.append(result)
         except (Interrupted, KeyboardInterrupt):
             # These come from a signal of the user, not from the function.
             raise

@@ -185,6 +185,15 @@ def test_words_that_a_vocabulary_lacks_are_named():
         prompt_tokens(tokenizer, "hello zebra")
 
 
+def test_a_missing_word_is_named_whose_letters_are_words():
+    vocabulary = {w: i for i, w in enumerate(("<e>", "hello", "z", "e", "-", "Zebra"))}
+    words = Tokenizer(models.WordLevel(vocabulary))
+    words.normalizer, words.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<e>")
+    with pytest.raises(UserError, match=r"no tokens for \['ze', 'zebra'\]"):
+        prompt_tokens(tokenizer, "hello-Zebra z<e>e-ze z e")
+
+
 ORDINARY = "Caf\u00e9 \u4e2d\u6587, e\u0301; it's 42!\t\n\u00a0<eos> \u0928\u092e"
 LOST = {
     "control characters": (normalizers.BertNormalizer(lowercase=False), "\x07"),

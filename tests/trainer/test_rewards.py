@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerState
 
 from tests.trainer.trainer_tools import (
@@ -247,6 +249,7 @@ def test_functions_leave_the_switches_of_numbers_as_they_were():
         torch.set_flush_denormal(True)
         torch.backends.mkldnn.enabled = False
         torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.enable_flash_sdp(False)
         warnings.simplefilter("ignore")
@@ -263,9 +266,74 @@ def test_functions_leave_the_switches_of_numbers_as_they_were():
     assert (tiny / 2).count_nonzero() == len(tiny)
     assert torch.backends.mkldnn.enabled
     assert not torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.allow_tf32
     assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     assert torch.backends.cuda.flash_sdp_enabled()
     assert torch.nn.Identity()(tiny).count_nonzero() == len(tiny)
+
+
+def _nothing(result):
+    with torch._C.DisableTorchFunction():
+        return torch.zeros_like(result) if isinstance(result, torch.Tensor) else result
+
+
+class _Nothing(TorchFunctionMode):
+    """Every function of torch gives zeros."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return _nothing(func(*args, **(kwargs or {})))
+
+
+class _Dispatched(TorchDispatchMode):
+    """Every kernel of torch gives zeros."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return _nothing(func(*args, **(kwargs or {})))
+
+
+MODES = {
+    "function": _Nothing,
+    "dispatch": _Dispatched,
+    "saved tensors": lambda: torch.autograd.graph.saved_tensors_hooks(torch.zeros_like, id),
+    "device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("kinds", [*((kind,) for kind in MODES), tuple(MODES)], ids=str)
+def test_functions_leave_no_mode_entered(kinds):
+    kept = []
+
+    def score(completions, **_):
+        for kind in kinds * 2:
+            kept.append(MODES[kind]())
+            kept[-1].__enter__()
+        return [1.0] * len(completions)
+
+    value = torch.full((3,), 2.0, requires_grad=True)
+    # A mode of the caller's own stays.
+    doubled = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t * 2)
+    with doubled, torch.device("cpu"):
+        assert table(score).tolist() == [[1.0]] * 3
+        (value * value).sum().backward()
+        assert torch.ones(1).device.type == "cpu"
+    assert value.grad.tolist() == [8.0] * 3
+    assert len(kept) == 2 * len(kinds)
+
+
+def test_a_function_that_stays_in_inference_mode_is_named():
+    kept = []
+
+    def score(completions, **_):
+        kept.append(torch.inference_mode())
+        kept[-1].__enter__()
+        return [1.0] * len(completions)
+
+    try:
+        with pytest.raises(UserError, match=r"score.*entered torch.inference_mode\(\)"):
+            table(score)
+    finally:
+        kept.clear()
+    assert not torch.is_inference_mode_enabled()
 
 
 @pytest.mark.parametrize("name", ("fp32_precision", "cuda.matmul.fp32_precision"))
