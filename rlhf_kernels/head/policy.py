@@ -1,6 +1,7 @@
 """linear_policy_loss: loss and gradients chunk by chunk, a chunk's logits turned into their own."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from ..core import data_checks
 from ..core.layout import MaybeTensor
 from ..core.sentinels import SHARD_IGNORED
 from ..core.sequences import loss_weights, per_token, sequence_sum, token_weights
-from ..kernels.rows import Kernels, LabelKernels, LossResults, TokenConstants
+from ..kernels.rows import Kernels, LabelKernels, LossResults, PolicyTokens, TokenConstants
 from . import devices
 from .arguments import Batching, Operands, PolicyArguments, Targets
 from .chunks import (
@@ -180,8 +181,6 @@ class _PolicySweep:
     ) -> None:
         """Writes the gradient of a chunk's logits; records log-probabilities and entropies."""
         policy, part, bonus = self._policy, tile.tokens, self._policy.entropy_bonus
-        weights = cu_seqlens = normalizer = None
-        divisor, grad = 1.0, True
         logprobs, entropy, stats = self._forward(tokens, part, logits)
         self._record(tokens, part, logprobs, entropy)
         old, advantages, ref, rollout, factors = constants
@@ -189,23 +188,22 @@ class _PolicySweep:
         def row(t: MaybeTensor) -> MaybeTensor:
             return None if t is None else t.unsqueeze(0)
 
-        found = self._kernels.rows.policy_loss(
-            row(logprobs),
-            row(logprobs if old is None else old),
-            row(advantages),
-            row(tokens.kept(part, logprobs.device)),
-            row(ref),
-            row(rollout),
-            row(entropy) if bonus else None,
-            weights,
-            cu_seqlens,
-            normalizer,
-            divisor,
-            policy.codes._replace(aggregation=AGGREGATIONS.index("constant")),
-            policy.params,
-            grad,
-            bonus,
+        given = PolicyTokens(
+            logprobs=logprobs.unsqueeze(0),
+            old_logprobs=(logprobs if old is None else old).unsqueeze(0),
+            advantages=advantages.unsqueeze(0),
+            mask=tokens.kept(part, logprobs.device).unsqueeze(0),
+            ref_logprobs=row(ref),
+            rollout_logprobs=row(rollout),
+            entropy=row(entropy) if bonus else None,
+            weights=None,
+            cu_seqlens=None,
+            normalizer=None,
+            divisor=1.0,
+            codes=policy.codes._replace(aggregation=AGGREGATIONS.index("constant")),
+            params=policy.params,
         )
+        found = self._kernels.rows.policy_loss(given, True, bonus)
         g, h = _complete(found, factors)
         self._gradient(out, tokens, tile, logits, stats, g[0], None if h is None else h[0])
 
@@ -249,24 +247,15 @@ class _PolicySweep:
         if self.ref_logprobs is not None:
             ref = self.ref_logprobs.view(shape)
         logprobs = self.logprobs.view(shape)
-        old = logprobs if given.old_logprobs is None else given.old_logprobs
-        return self._kernels.rows.policy_loss(
-            logprobs,
-            old,
-            given.advantages,
-            given.mask,
-            ref,
-            given.rollout_logprobs,
-            self.entropy.view(shape),
-            given.weights,
-            given.cu_seqlens,
-            given.normalizer,
-            given.divisor,
-            given.codes,
-            given.params,
-            grad,
-            grad and given.entropy_bonus,
-        )
+        own: dict[str, Any] = {
+            "logprobs": logprobs,
+            "entropy": self.entropy.view(shape),
+            "ref_logprobs": ref,
+        }
+        if given.old_logprobs is None:
+            own["old_logprobs"] = logprobs
+        tokens = PolicyTokens(**{**given._asdict(), **own})
+        return self._kernels.rows.policy_loss(tokens, grad, grad and given.entropy_bonus)
 
 
 def forward(

@@ -1,6 +1,6 @@
 """Row kernels: the types of the kernels that the head needs from a backend."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -32,33 +32,39 @@ class TokenConstants(NamedTuple):
     weights: Tensor
 
 
+class PolicyTokens(NamedTuple):
+    """All that a policy loss of tokens [B, T], or packed [N] with cu_seqlens, is computed from.
+
+    advantages, weights: one per token, or one per sequence.
+    entropy: of the tokens; None for a loss and metrics without it.
+    normalizer, divisor: the aggregation divides by the tensor or the number; None and 0 for the
+        count that it implies.
+    """
+
+    logprobs: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    mask: Tensor
+    ref_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None
+    entropy: Tensor | None
+    weights: Tensor | None
+    cu_seqlens: Tensor | None
+    normalizer: Tensor | None
+    divisor: float
+    codes: PolicyCodes
+    params: PolicyParams
+
+
 #: (loss, metrics, gradient of logprobs, of entropy, scale); what is not wanted is None. For the
 #: scale see kernels/losses.py.
 LossResults = tuple[Tensor, Tensor, Maybe, Maybe, Maybe]
 
 
 class PolicyLoss(Protocol):
-    """A kernel from tokens [B, T], or packed [N], to their loss and its gradient."""
+    """A kernel from tokens to their loss, and to the gradients that are asked for."""
 
-    def __call__(
-        self,
-        logprobs: Tensor,
-        old_logprobs: Tensor,
-        advantages: Tensor,
-        mask: Tensor,
-        ref_logprobs: Tensor | None,
-        rollout_logprobs: Tensor | None,
-        entropy: Tensor | None,
-        weights: Tensor | None,
-        cu_seqlens: Tensor | None,
-        normalizer: Tensor | None,
-        divisor: float,
-        codes: Sequence[int],
-        params: Sequence[float],
-        grad: bool,
-        entropy_grad: bool,
-        /,
-    ) -> LossResults: ...
+    def __call__(self, given: PolicyTokens, grad: bool, entropy_grad: bool, /) -> LossResults: ...
 
 
 class PolicyRows(Protocol):

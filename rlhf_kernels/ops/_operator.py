@@ -23,13 +23,14 @@ from ..head.arguments import Batching, Divergence, Operands, PolicyArguments, Ta
 from ..kernels import backends
 from ..kernels.advantages import GeneralScan
 from ..kernels.mismatch import MismatchRules
+from ..kernels.rows import PolicyTokens
 from ..kernels.support import Tokens
 
 _LIBRARY = torch.library.Library("rlhf_kernels", "DEF")
 # Arguments that a schema has field by field.
 _TUPLES = (
     *(RowOptions, Operands, Targets, Upstream, PolicyArguments, Divergence, Batching),
-    *(PairOptions, GeneralScan, MismatchRules, Tokens),
+    *(PairOptions, GeneralScan, MismatchRules, PolicyTokens, Tokens),
 )
 # The other types of arguments and of their fields.
 _SCHEMA_TYPES: dict[Any, str] = {

@@ -1,6 +1,5 @@
 """policy_loss: the clipped losses of PPO, GRPO and their family, with their gradient."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,12 +8,20 @@ from torch import Tensor
 from .. import reference
 from ..config.metrics import POLICY_METRICS
 from ..config.policy import PolicyLossConfig
+from ..config.policy_codes import PolicyCodes, PolicyParams
 from ..core import checks, data_checks, tracing
-from ..core.layout import constant, constants
+from ..core.layout import constant
 from ..core.option_checks import shown
 from ..kernels import backends, losses
-from ..kernels.rows import LossResults
-from ._autograd import InputGradients, apply, graph_is_kept, once_differentiable, remember
+from ..kernels.rows import LossResults, PolicyTokens
+from ._autograd import (
+    InputGradients,
+    apply,
+    gathered,
+    graph_is_kept,
+    once_differentiable,
+    remember,
+)
 from ._metrics import Metrics, register_metrics
 from ._operator import define
 
@@ -64,40 +71,23 @@ def check_config(
         raise ValueError(f"{op}: normalizer must be given with the aggregation 'constant'")
 
 
-def config_numbers(config: PolicyLossConfig) -> tuple[Sequence[int], Sequence[float]]:
+def config_numbers(config: PolicyLossConfig) -> tuple[PolicyCodes, PolicyParams]:
     """The codes and parameters of a configuration, as operators take them.
 
     torch.compile lifts the floats of an object into the graph at their first use. This first use
     must not be inside an autograd.Function, whose graph is separate and hidden from a second call.
     """
     if torch.compiler.is_compiling():
-        return config._codes, [float(p) for p in config._params]
+        return config._codes, PolicyParams(*[float(p) for p in config._params])
     return config._codes, config._params
 
 
 @define("policy_loss")
-def _forward(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    ref_logprobs: Tensor | None,
-    rollout_logprobs: Tensor | None,
-    entropy: Tensor | None,
-    weights: Tensor | None,
-    cu_seqlens: Tensor | None,
-    normalizer: Tensor | None,
-    divisor: float,
-    codes: list[int],
-    params: list[float],
-    grad: bool,
-    entropy_grad: bool,
-    backend: str,
-) -> LossResults:
-    deferred = backends.get(backend).gpu
+def _forward(tokens: PolicyTokens, grad: bool, entropy_grad: bool, backend: str) -> LossResults:
+    logprobs, deferred = tokens.logprobs, backends.get(backend).gpu
     loss, metrics, scale = losses.results(logprobs, len(POLICY_METRICS), deferred)
     gradient = losses.gradient(logprobs, grad)
-    like = logprobs if entropy is None else entropy
+    like = logprobs if tokens.entropy is None else tokens.entropy
     return loss, metrics, gradient, losses.gradient(like, entropy_grad), scale
 
 
@@ -141,22 +131,22 @@ def scaled(
     return [times(g, upstream, dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
 
 
+# The fields of PolicyTokens that may have a gradient.
+_DIFFERENTIABLE = tuple(map(PolicyTokens._fields.index, ("logprobs", "entropy")))
+
+
 class _PolicyLoss(torch.autograd.Function):
     """The forward pass computes the gradient too; backward only scales it."""
 
     @staticmethod
-    def forward(ctx: Any, logprobs: Tensor, entropy: Tensor | None, *args: Any) -> InputGradients:
-        old, advantages, mask, ref, rollout, *options = args
-        loss, metrics, *gradients, scale = _forward(
-            logprobs, old, advantages, mask, ref, rollout, entropy, *options
-        )
-        *_, grad, entropy_grad, ctx.backend = options
-        ctx.wanted = (grad, entropy_grad)
-        inputs = zip(gradients, (logprobs, entropy), ctx.wanted, strict=True)
+    def forward(ctx: Any, *args: Any) -> InputGradients:
+        """`args`: the fields of PolicyTokens; grad, entropy_grad, backend."""
+        tokens, *ctx.wanted, ctx.backend = gathered(args, PolicyTokens)
+        loss, metrics, *gradients, scale = _forward(tokens, *ctx.wanted, ctx.backend)
+        inputs = zip(gradients, (tokens.logprobs, tokens.entropy), ctx.wanted, strict=True)
         kept = [(g, t.dtype) for g, t, wanted in inputs if wanted and t is not None]
-        ctx.dtypes = [dtype for _, dtype in kept]
-        ctx.nothing = (None,) * len(args)
-        remember(ctx, logprobs, entropy)
+        ctx.dtypes, ctx.count = [dtype for _, dtype in kept], len(args)
+        remember(ctx, tokens.logprobs, tokens.entropy)
         ctx.save_for_backward(scale, *(g for g, _ in kept))
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
@@ -165,11 +155,14 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable("policy_loss")
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> InputGradients:
+        of_inputs: list[Tensor | None] = [None] * ctx.count
         if upstream is None:
-            return (None, None, *ctx.nothing)
+            return tuple(of_inputs)
         scale, *gradients = ctx.saved_tensors
         results = iter(scaled(gradients, ctx.dtypes, scale, upstream, ctx.backend))
-        return (*(next(results) if wanted else None for wanted in ctx.wanted), *ctx.nothing)
+        for at, wanted in zip(_DIFFERENTIABLE, ctx.wanted, strict=True):
+            of_inputs[at] = next(results) if wanted else None
+        return tuple(of_inputs)
 
 
 class PolicyMetrics(Metrics):
@@ -334,15 +327,25 @@ def policy_loss(
     entropy_grad = (
         enabled and config.entropy_coef != 0 and entropy is not None and entropy.requires_grad
     )
-    if not entropy_grad:
-        entropy = constant(entropy)
-    fixed = constants(old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs)
-    options = (
-        *(constant(weights), cu_seqlens, count, divisor),
-        *(*config_numbers(config), grad, entropy_grad, backend),
+    recorded = grad or entropy_grad or tracing.forward_mode()
+    codes, params = config_numbers(config)
+    tokens = PolicyTokens(
+        logprobs=logprobs if recorded else constant(logprobs),
+        old_logprobs=constant(old_logprobs),
+        advantages=constant(advantages),
+        mask=constant(mask),
+        ref_logprobs=constant(ref_logprobs),
+        rollout_logprobs=constant(rollout_logprobs),
+        entropy=entropy if entropy_grad else constant(entropy),
+        weights=constant(weights),
+        cu_seqlens=cu_seqlens,
+        normalizer=count,
+        divisor=divisor,
+        codes=codes,
+        params=params,
     )
-    if grad or entropy_grad or tracing.forward_mode():
-        loss, metrics = apply(op, _PolicyLoss, logprobs, entropy, *fixed, *options, plain=plain)
+    if recorded:
+        loss, metrics = apply(op, _PolicyLoss, *tokens, grad, entropy_grad, backend, plain=plain)
     else:
-        loss, metrics, *_ = _forward(constant(logprobs), *fixed, entropy, *options)
+        loss, metrics, *_ = _forward(tokens, grad, entropy_grad, backend)
     return PolicyLoss(loss, PolicyMetrics(metrics))

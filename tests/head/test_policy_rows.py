@@ -23,7 +23,7 @@ from rlhf_kernels.core.sentinels import SHARD_IGNORED
 from rlhf_kernels.head import shard
 from rlhf_kernels.head.policy import _complete
 from rlhf_kernels.kernels import backends
-from rlhf_kernels.kernels.rows import TokenConstants
+from rlhf_kernels.kernels.rows import PolicyTokens, TokenConstants
 from rlhf_kernels.testing import assert_bitwise_equal, generator
 
 CPU = torch.device("cpu")
@@ -61,11 +61,12 @@ def three_kernels(out, logits, labels, temperatures, options, constants, config)
     old, advantages, ref, rollout, weights = constants
     given = (logprobs, logprobs if old is None else old, advantages, labels != SHARD_IGNORED)
     bonus = params.entropy_coef != 0
-    found = rows.policy_loss(
+    tokens = PolicyTokens(
         *(None if t is None else t.unsqueeze(0) for t in (*given, ref, rollout, entropy)),
         None, None, None, 1.0,
-        codes._replace(aggregation=AGGREGATIONS.index("constant")), params, True, bonus,
+        codes._replace(aggregation=AGGREGATIONS.index("constant")), params,
     )  # fmt: skip
+    found = rows.policy_loss(tokens, True, bonus)
     g, h = _complete(found, weights)
     upstream = g[0], h[0] if bonus else None
     rows.token_logprobs_backward_into(out, logits, labels, temperatures, stats, *upstream, options)

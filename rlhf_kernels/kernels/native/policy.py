@@ -1,6 +1,5 @@
 """Launcher of policy_loss for the native backends, and helpers of the losses over tokens."""
 
-from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 from ...config.metrics import POLICY_METRICS
 from ...core import data_checks
 from .. import losses
-from ..rows import LossResults
+from ..rows import LossResults, PolicyTokens
 from . import boundary as b
 
 
@@ -63,28 +62,13 @@ def launchers(extension: ModuleType) -> losses.Launchers:
     """Launchers bound to an extension module."""
     make_exec, gpu = b.exec_builder(extension), extension.gpu
 
-    def policy_loss(
-        logprobs: Tensor,
-        old: Tensor,
-        advantages: Tensor,
-        mask: Tensor,
-        ref: Tensor | None,
-        rollout: Tensor | None,
-        entropy: Tensor | None,
-        weights: Tensor | None,
-        cu_seqlens: Tensor | None,
-        normalizer: Tensor | None,
-        divisor: float,
-        codes: Sequence[int],
-        params: Sequence[float],
-        grad: bool,
-        entropy_grad: bool,
-    ) -> LossResults:
+    def policy_loss(given: PolicyTokens, grad: bool, entropy_grad: bool) -> LossResults:
         op = "policy_loss"
+        logprobs, old, advantages, mask, ref, rollout, entropy, weights, cu_seqlens = given[:9]
         loss, metrics, scale = losses.results(logprobs, len(POLICY_METRICS), gpu)
         policy_grad = losses.gradient(logprobs, grad)
         entropy_gradient = losses.gradient(logprobs if entropy is None else entropy, entropy_grad)
-        divisor, normalizer = divisor_on(op, logprobs, normalizer, divisor, gpu)
+        divisor, normalizer = divisor_on(op, logprobs, given.normalizer, given.divisor, gpu)
         tokens = sequences(op, logprobs, cu_seqlens, gpu)
         if tokens is None:
             return loss.zero_(), metrics.zero_(), policy_grad, entropy_gradient, scale
@@ -104,8 +88,8 @@ def launchers(extension: ModuleType) -> losses.Launchers:
             weights is not None and weights.shape != logprobs.shape,
             divisor,
             normalizer,
-            codes,
-            params,
+            given.codes,
+            given.params,
             loss,
             metrics,
             scale,

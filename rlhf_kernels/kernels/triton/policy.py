@@ -12,16 +12,13 @@ That is two launches for token-level losses, three with sequence sums, four if t
 through a sequence's ratio. The backward pass is one launch.
 """
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...config.metrics import POLICY_METRICS
-from ...config.policy_codes import PolicyCodes, PolicyParams
 from .. import losses
-from ..rows import LossResults
+from ..rows import LossResults, PolicyTokens
 from . import _tokens as t
 from ._launch import kernel, launch
 from ._math import scalar
@@ -262,39 +259,22 @@ def pooled_kernel(
     tl.store(to, tl.load(to, mask=kept, other=0.0) + share, mask=kept)
 
 
-def policy_loss(
-    logprobs: Tensor,
-    old: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    ref: Tensor | None,
-    rollout: Tensor | None,
-    entropy: Tensor | None,
-    weights: Tensor | None,
-    cu_seqlens: Tensor | None,
-    normalizer: Tensor | None,
-    divisor: float,
-    codes: Sequence[int],
-    params: Sequence[float],
-    grad: bool,
-    entropy_grad: bool,
-) -> LossResults:
-    sweep = t.begin(
-        "policy_loss", logprobs, cu_seqlens, normalizer, divisor, len(POLICY_METRICS), ROWS
-    )
+def policy_loss(given: PolicyTokens, grad: bool, entropy_grad: bool) -> LossResults:
+    logprobs, codes, c, cu_seqlens = given.logprobs, given.codes, given.params, given.cu_seqlens
+    divisor = given.normalizer, given.divisor
+    sweep = t.begin("policy_loss", logprobs, cu_seqlens, *divisor, len(POLICY_METRICS), ROWS)
     batch, slots, partials, loss, metrics, scale, *_ = sweep
-    codes, c = PolicyCodes(*codes), PolicyParams(*params)
     gradient = losses.gradient(logprobs, grad)
     entropy_gradient = losses.gradient(logprobs, entropy_grad)
-    losses.check_weights("policy_loss", weights, mask, cu_seqlens)
+    losses.check_weights("policy_loss", given.weights, given.mask, cu_seqlens)
 
     def spread(x: Tensor | None) -> Strided | None:
         if x is None or x.shape == logprobs.shape:
             return strided(x)
         return t.per_sequence(x)
 
-    kept, ratios = strided(mask), (strided(logprobs), strided(old))
-    sampled = strided(rollout)
+    kept, ratios = strided(given.mask), (strided(logprobs), strided(given.old_logprobs))
+    sampled = strided(given.rollout_logprobs)
     pooled = codes.ratio_level == SEQUENCE_RATIO.value
     by_sequence = codes.ratio_level != TOKEN_RATIO.value
     by_weight = codes.correction_level >= SEQUENCE_CORRECTION.value
@@ -314,11 +294,11 @@ def policy_loss(
         batch,
         kept,
         *ratios,
-        spread(advantages),
-        strided(ref),
+        spread(given.advantages),
+        strided(given.ref_logprobs),
         sampled,
-        strided(entropy),
-        spread(weights),
+        strided(given.entropy),
+        spread(given.weights),
         gradient,
         entropy_gradient,
         partials,
@@ -342,7 +322,7 @@ def policy_loss(
         bounds = (c.log_ratio_low, c.log_ratio_high)
         slopes = (batch, kept, gradient, partials)
         launch(pooled_kernel, slots, loss, *slopes, *bounds, SEQUENCE_MEAN=sequence_mean, **tile)
-    has = {"ROLLOUT": rollout is not None, "GATED": codes.gate != NO_GATE.value}
+    has = {"ROLLOUT": sampled is not None, "GATED": codes.gate != NO_GATE.value}
     sweep.combine(combine_kernel, codes.aggregation, c.kl_coef, c.entropy_coef, **has)
     return loss, metrics, gradient, entropy_gradient, scale
 
