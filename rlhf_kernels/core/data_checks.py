@@ -64,9 +64,9 @@ def token_data(
         temperatures_positive(op, temperature, any_of_token(keep, temperature.dim()))
 
 
-def kept_tokens(op: str, keep: Tensor, given: int) -> None:
-    """Raises ValueError if `keep` is true more often than `given`, unless this is negative."""
-    if given < 0 or not can_read_on_host(keep):
+def kept_tokens(op: str, keep: Tensor, given: int | None) -> None:
+    """Raises ValueError if `keep` is true more often than `given`, unless this is None."""
+    if given is None or not can_read_on_host(keep):
         return
     count = int(keep.sum())
     if count > given:

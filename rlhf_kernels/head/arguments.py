@@ -74,15 +74,33 @@ class PolicyArguments(NamedTuple):
 
 
 class Batching(NamedTuple):
-    """How tokens are cut into products.
+    """How tokens are cut into products, in two integers: all that a schema gets.
 
-    chunk_tokens: of a chunk; 0 for the device's budget, negative where every product has exactly so
-        many.
-    kept_tokens: how many are kept, or more, as the caller knows it; negative to count them.
+    The algorithms read the properties.
     """
 
     chunk_tokens: int
     kept_tokens: Annotated[int, "SymInt"]
+
+    @classmethod
+    def of(cls, tokens: int | None, kept: int | None, *, exact: bool) -> "Batching":
+        """Chunks of `tokens`, or of what the device's budget holds; `kept` tokens, or counted."""
+        return cls((-1 if exact else 1) * (tokens or 0), -1 if kept is None else kept)
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of a chunk; None for what the device's budget holds."""
+        return abs(self.chunk_tokens) or None
+
+    @property
+    def exact(self) -> bool:
+        """Whether every product has exactly so many tokens."""
+        return self.chunk_tokens < 0
+
+    @property
+    def kept(self) -> int | None:
+        """How many tokens are kept, or more, as the caller knows it; None to count them."""
+        return None if self.kept_tokens < 0 else self.kept_tokens
 
 
 class Divergence(NamedTuple):

@@ -15,9 +15,10 @@ from torch import Tensor
 from ..core.layout import MaybeTensor
 from ..core.sentinels import ELSEWHERE, NOWHERE, SHARD_IGNORED
 from . import devices
+from .arguments import Batching
 
 #: Bytes of logits in flight on a CPU.
-CHUNK_BYTES = {"cpu": 128 * 2**20}
+CPU_CHUNK_BYTES = 128 * 2**20
 #: On a GPU bytes of logits and of their gradient where it has memory of its own, and the most
 #: tokens. Chunks must fill the GPU, and each rereads the fp32 gradient of the weight: with 4096
 #: tokens that is a twentieth of the time of its products.
@@ -39,7 +40,7 @@ def chunk_size(device: torch.device, vocab: int, dtype: torch.dtype) -> int:
     # A shard of a vocabulary may be empty.
     columns, logits = max(vocab, 1), logits_dtype(device, dtype)
     if devices.is_cpu(device):
-        tokens = CHUNK_BYTES["cpu"] // (columns * logits.itemsize)
+        tokens = CPU_CHUNK_BYTES // (columns * logits.itemsize)
     else:
         own = gradient_dtype(dtype)
         size = logits.itemsize + (0 if own == logits else own.itemsize)
@@ -84,36 +85,36 @@ class Chunk(NamedTuple):
     exact: bool
 
     @classmethod
-    def of(cls, chunk: int, weight: Tensor, heads: int = 1) -> "Chunk":
+    def of(cls, batching: Batching, weight: Tensor, heads: int = 1) -> "Chunk":
         """Some tokens, all columns.
 
         Args:
-            chunk: an operator's argument: tokens, 0 for the device's budget, negative where exact.
+            batching: how many, or the device's budget.
             weight: [V, H].
             heads: buffers that share the budget.
         """
         vocab = weight.shape[0]
-        size = abs(chunk) or chunk_size(weight.device, heads * vocab, weight.dtype)
-        return cls(size, max(vocab, 1), chunk < 0)
+        size = batching.tokens or chunk_size(weight.device, heads * vocab, weight.dtype)
+        return cls(size, max(vocab, 1), batching.exact)
 
     @classmethod
-    def backward(cls, chunk: int, weight: Tensor, count: int, heads: int = 1) -> "Chunk":
+    def backward(cls, batching: Batching, weight: Tensor, count: int, heads: int = 1) -> "Chunk":
         """For gradients of `count` tokens whose statistics are known; arguments as in `of`.
 
         On a CPU, if the budget does not hold all logits and the vocabulary is larger than `count`,
         a chunk is many tokens by a block of columns. One product then gives a block of the weight's
         gradient, and only the smaller gradient of hidden is summed over blocks, in fp32.
         """
-        whole = cls.of(chunk, weight, heads)
+        whole = cls.of(batching, weight, heads)
         if (
-            chunk != 0
+            batching.tokens is not None
             or not devices.is_cpu(weight.device)
             or whole.size >= min(count, whole.columns)
         ):
             return whole
         tokens = min(count, _BLOCK_TOKENS)
         size = logits_dtype(weight.device, weight.dtype).itemsize
-        columns = CHUNK_BYTES["cpu"] // (heads * tokens * size)
+        columns = CPU_CHUNK_BYTES // (heads * tokens * size)
         return cls(tokens, max(columns // _COLUMNS_MULTIPLE, 1) * _COLUMNS_MULTIPLE, False)
 
     def rows(self, count: int) -> int:
@@ -121,11 +122,11 @@ class Chunk(NamedTuple):
         return self.size if self.exact else min(self.size, max(count, 1))
 
 
-def prefer_recompute(chunk: int, weight: Tensor, count: int, heads: int = 1) -> bool:
+def prefer_recompute(batching: Batching, weight: Tensor, count: int, heads: int = 1) -> bool:
     """Whether a gradient of the weight, summed over chunks, costs more than a product again."""
-    size = Chunk.of(chunk, weight, heads).size
+    size = Chunk.of(batching, weight, heads).size
     return (
-        chunk == 0
+        batching.tokens is None
         and devices.is_cpu(weight.device)
         and logits_dtype(weight.device, weight.dtype) != torch.float32
         and size < _SUM_TOKENS
@@ -203,21 +204,21 @@ class Tokens:
         return rows.masked_fill(dropped.view(-1, *[1] * (rows.dim() - 1)), 0)
 
 
-def select(keep: Tensor, at_most: int = -1) -> Tokens:
+def select(keep: Tensor, at_most: int | None = None) -> Tokens:
     """The tokens where `keep` [N].
 
     Args:
         keep: bool.
         at_most: the number of them or more; so many tokens are then taken, whatever `keep` says.
             For 0 it is one, so that a wrong bound has a token whose gradient shows it.
-            Negative: they are counted, which on a GPU is a host synchronisation.
+            None: they are counted, which on a GPU is a host synchronisation.
     """
     size = keep.shape[0]
-    at_most = 1 if at_most == 0 else at_most
-    if at_most < 0:
+    if at_most is None:
         index = keep.nonzero().squeeze(-1)
         count = index.shape[0]
         return Tokens(count, None if count == size else index)
+    at_most = max(at_most, 1)
     if at_most >= size:
         return Tokens(size, None, ~keep)
     # Those to keep come first, in order.
@@ -242,15 +243,16 @@ def split(keep: Tensor, idle: Tensor, number: Tensor | None) -> tuple[Tokens, To
     return Tokens(first, busy_index), Tokens(both - first, order[first:both]), sum(given)
 
 
-def covered(keep: Tensor, at_most: int) -> Tensor | None:
+def covered(keep: Tensor, at_most: int | None) -> Tensor | None:
     """Whether `select` takes all that `keep` says, 0-d bool; None where it surely does."""
-    return None if at_most < 0 or at_most >= keep.shape[0] else keep.sum() <= at_most
+    return None if at_most is None or at_most >= keep.shape[0] else keep.sum() <= at_most
 
 
-def zeros_or_nan(keep: Tensor, at_most: int) -> Tensor:
+def zeros_or_nan(keep: Tensor, at_most: int | None) -> Tensor:
     """fp32 [N] for the results of the tokens that `select` takes; NaN for those it should have."""
     zeros = torch.zeros(keep.shape, dtype=torch.float32, device=keep.device)
-    return zeros.masked_fill_(keep, torch.nan) if 0 <= at_most < keep.shape[0] else zeros
+    sure = at_most is None or at_most >= keep.shape[0]
+    return zeros if sure else zeros.masked_fill_(keep, torch.nan)
 
 
 def flat(t: MaybeTensor) -> MaybeTensor:

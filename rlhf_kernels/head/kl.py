@@ -26,9 +26,9 @@ def forward(
         if mask is None
         else flat(mask) != 0
     )
-    data_checks.kept_tokens("linear_kl_divergence", keep, batching.kept_tokens)
-    tokens = select(keep, batching.kept_tokens)
-    of_chunk = Chunk.of(batching.chunk_tokens, operands.weight, heads=2)
+    data_checks.kept_tokens("linear_kl_divergence", keep, batching.kept)
+    tokens = select(keep, batching.kept)
+    of_chunk = Chunk.of(batching, operands.weight, heads=2)
     head = TiledHead.of(operands, of_chunk, tokens.count, kernels.empty)
     ref = TiledHead.of(reference, of_chunk, tokens.count, kernels.empty)
     if tokens.fill(of_chunk):
@@ -38,7 +38,7 @@ def forward(
         if entropies is not None:
             entropies = tokens.of_kept(entropies, tokens.whole).view(shape)
         return tokens.of_kept(kl, tokens.whole).view(shape), stats.view(*shape, 5), entropies
-    kl = zeros_or_nan(keep, batching.kept_tokens)
+    kl = zeros_or_nan(keep, batching.kept)
     entropies = kl.clone() if options.entropy else None
     stats = kl.new_empty((*kl.shape, 5))
     for part in tokens.chunks(of_chunk.size):
@@ -66,16 +66,16 @@ def backward(
     """Gradients of hidden, weight and bias; empty where `needs` says no."""
     mask, options = divergence
     grad, stats = flat(grad), stats.view(-1, 5)
-    if batching.kept_tokens < 0:
+    if batching.kept is None:
         keep = grad != 0
         if mask is not None:
             keep &= flat(mask) != 0
     else:
         keep = torch.ones_like(grad, dtype=torch.bool) if mask is None else flat(mask) != 0
-        if (enough := covered(keep, batching.kept_tokens)) is not None:
+        if (enough := covered(keep, batching.kept)) is not None:
             grad = torch.where(enough, grad, torch.nan)
-    tokens = select(keep, batching.kept_tokens)
-    of_chunk = Chunk.backward(batching.chunk_tokens, operands.weight, tokens.count, heads=2)
+    tokens = select(keep, batching.kept)
+    of_chunk = Chunk.backward(batching, operands.weight, tokens.count, heads=2)
     head = TiledHead.of(operands, of_chunk, tokens.count, kernels.empty)
     ref = TiledHead.of(reference, of_chunk, tokens.count, kernels.empty)
     gradients = Gradients(head, needs)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..core import data_checks
 from ..core.layout import any_of_token
-from ..kernels.rows import Kernels, LabelKernels
+from ..kernels.rows import Kernels, LabelKernels, LabelResults
 from .arguments import Batching, Operands, Targets, Upstream
 from .chunks import Chunk, Tile, covered, flat, flat_labels, localized, select, zeros_or_nan
 from .gradients import Gradients
@@ -28,11 +28,8 @@ def forward(
     targets: Targets,
     batching: Batching,
     largest: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """The results for labels [...], as kernels/rows.py describes those of a chunk.
-
-    They are log-probabilities, entropies, statistics [..., 3], sums of squared probabilities and
-    most likely tokens. The entropies and the last two are None where not wanted.
+) -> LabelResults:
+    """The results for the labels, whose logits are computed chunk by chunk.
 
     Args:
         kernels, operands, targets, batching: as the operator's.
@@ -47,17 +44,17 @@ def forward(
     if kernels.reduce is None:
         data_checks.token_data(op, labels, temperatures, wanted, weight.shape[0])
     keep = any_of_token(wanted, 1)
-    data_checks.kept_tokens(op, keep, batching.kept_tokens)
-    tokens = select(keep, batching.kept_tokens)
-    of_chunk = Chunk.of(batching.chunk_tokens, weight)
+    data_checks.kept_tokens(op, keep, batching.kept)
+    tokens = select(keep, batching.kept)
+    of_chunk = Chunk.of(batching, weight)
     head = TiledHead.of(operands, of_chunk, tokens.count, kernels.empty)
     if tokens.fill(of_chunk):
         logits = head.project(head.states(tokens, tokens.whole))
         found = kernels.rows.token_logprobs(logits, labels, temperatures, options)
-        if largest is not None and found[-1] is not None:
-            largest.copy_(logit_of(logits, found[-1]))
-        return _shaped(shape, dims, *found)
-    empty = zeros_or_nan(keep, batching.kept_tokens)
+        if largest is not None and found.argmax is not None:
+            largest.copy_(logit_of(logits, found.argmax))
+        return _shaped(shape, dims, found)
+    empty = zeros_or_nan(keep, batching.kept)
     logprobs = empty
     if labels.dim() > 1:
         logprobs = empty.unsqueeze(-1).repeat(1, labels.shape[1]).masked_fill_(~wanted, 0)
@@ -66,7 +63,7 @@ def forward(
     stats = empty.unsqueeze(-1).repeat(1, 3)
     collisions = empty.clone() if options.collision else None
     ids = empty.new_full(empty.shape, -1, dtype=torch.int64) if options.argmax else None
-    results = (logprobs, entropies, stats, collisions, ids)
+    results = LabelResults(logprobs, entropies, stats, collisions, ids)
     for part in tokens.chunks(of_chunk.size):
         logits = head.project(head.states(tokens, part))
         own = tokens.take(labels, part), tokens.take(temperatures, part)
@@ -74,25 +71,19 @@ def forward(
         for whole, of_part in zip(results, found, strict=True):
             if whole is not None and of_part is not None:
                 tokens.put(whole, part, of_part)
-        if largest is not None and found[-1] is not None:
-            tokens.put(largest, part, logit_of(logits, found[-1]))
-    return _shaped(shape, dims, *results)
+        if largest is not None and found.argmax is not None:
+            tokens.put(largest, part, logit_of(logits, found.argmax))
+    return _shaped(shape, dims, results)
 
 
-def _shaped(
-    shape: torch.Size,
-    dims: int,
-    logprobs: Tensor,
-    entropies: Tensor | None,
-    stats: Tensor,
-    *further: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+def _shaped(shape: torch.Size, dims: int, flat: LabelResults) -> LabelResults:
     """Results of flat tokens in the shape of the labels, of which the first `dims` are tokens'."""
     tokens = shape[:dims]
-    entropies, collisions, ids = (
-        None if t is None else t.view(tokens) for t in (entropies, *further)
+    entropy, collision, argmax = (
+        None if t is None else t.view(tokens) for t in (flat.entropy, flat.collision, flat.argmax)
     )
-    return logprobs.view(shape), entropies, stats.view(*tokens, 3), collisions, ids
+    stats = flat.stats.view(*tokens, 3)
+    return LabelResults(flat.logprobs.view(shape), entropy, stats, collision, argmax)
 
 
 def backward(
@@ -112,15 +103,15 @@ def backward(
     given = [flat_labels(t, dims) for t in given]
     wanted = labels != options.ignore_index
     keep = any_of_token(wanted, 1)
-    if batching.kept_tokens < 0:
+    if batching.kept is None:
         # A token without an upstream gradient adds nothing: clipped, no advantage, prompt, tool.
         used = [t != 0 for t in given if t is not None]
         used = [t if t.dim() == 1 else (t & wanted).any(-1) for t in used]
         keep &= functools.reduce(torch.logical_or, used)
-    elif (enough := covered(keep, batching.kept_tokens)) is not None:
+    elif (enough := covered(keep, batching.kept)) is not None:
         given = [None if t is None else torch.where(enough, t, torch.nan) for t in given]
-    tokens = select(keep, batching.kept_tokens)
-    of_chunk = Chunk.backward(batching.chunk_tokens, weight, tokens.count)
+    tokens = select(keep, batching.kept)
+    of_chunk = Chunk.backward(batching, weight, tokens.count)
     head = TiledHead.of(operands, of_chunk, tokens.count, kernels.empty)
     gradients = Gradients(head, needs, kernels.reduce)
 

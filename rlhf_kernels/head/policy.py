@@ -37,13 +37,11 @@ _OPSM_GATE = GATE_CODES.index("opsm")
 _NONE = Tokens(0, None)
 
 
-def _complete(
-    found: tuple[Tensor | None, ...], weight: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+def _complete(found: LossResults, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """A policy loss's gradients in log-probabilities and entropy, times `weight` and its scale."""
-    *_, of_logprobs, of_entropy, scale = found
+    of_logprobs, of_entropy = found.of_logprobs, found.of_entropy
     assert of_logprobs is not None  # it was asked for
-    for factor in (weight, scale):
+    for factor in (weight, found.scale):
         if factor is not None:
             of_logprobs = of_logprobs * factor
             of_entropy = None if of_entropy is None else of_entropy * factor
@@ -81,22 +79,22 @@ class _PolicySweep:
             # On a GPU labels are not validated, and a bad one could equal SHARD_IGNORED. As -1 it
             # makes its token NaN.
             self._labels = self._labels.clamp(min=-1)
-            if batching.kept_tokens >= 0:
+            if batching.kept is not None:
                 self._labels = torch.where(keep, self._labels.long(), SHARD_IGNORED)
         heads = 1 if reference is None else 2
-        self._chunk = Chunk.of(batching.chunk_tokens, weight, heads)
+        self._chunk = Chunk.of(batching, weight, heads)
         self._one_kernel = None
         if logits_dtype(weight.device, weight.dtype) == torch.float32:
             self._one_kernel = kernels.rows.policy_rows_for(
                 weight.device, weight.shape[0], self._options
             )
-        self._backward_chunk = functools.partial(Chunk.backward, batching.chunk_tokens, weight)
+        self._backward_chunk = functools.partial(Chunk.backward, batching, weight)
         # Summing a gradient over chunks costs more than computing the logits in a second sweep.
-        self.recomputes = prefer_recompute(batching.chunk_tokens, weight, count, heads)
+        self.recomputes = prefer_recompute(batching, weight, count, heads)
         shared = (self._chunk, count, kernels.empty)
         self.head = TiledHead.of(operands, *shared)
         self._ref = None if reference is None else TiledHead.of(reference, *shared)
-        self.logprobs = zeros_or_nan(keep, batching.kept_tokens)
+        self.logprobs = zeros_or_nan(keep, batching.kept)
         self.entropy = torch.zeros_like(self.logprobs)
         self.ref_logprobs = None if reference is None else torch.zeros_like(self.logprobs)
         self._stats = self.logprobs.new_empty((*keep.shape, 3))
@@ -112,7 +110,7 @@ class _PolicySweep:
             logits = self._ref.project(self._ref.states(tokens, part))
             plain = self._options._replace(entropy=False)
             own = self._labels_of(tokens, part)
-            ref, *_ = self._kernels.rows.token_logprobs(logits, *own, plain)
+            ref = self._kernels.rows.token_logprobs(logits, *own, plain).logprobs
             tokens.put(self.ref_logprobs, part, ref)
         hidden = self.head.states(tokens, part)
         return hidden, self.head.project(hidden), ref
@@ -123,9 +121,8 @@ class _PolicySweep:
         """A chunk's (log-probabilities, entropy, stats)."""
         own = self._labels_of(tokens, part)
         found = self._kernels.rows.token_logprobs(logits, *own, self._options)
-        logprobs, entropy, stats, *_ = found
-        assert entropy is not None  # the options ask for it
-        return logprobs, entropy, stats
+        assert found.entropy is not None  # the options ask for it
+        return found.logprobs, found.entropy, found.stats
 
     def _record(self, tokens: Tokens, part: slice, logprobs: Tensor, entropy: Tensor) -> None:
         tokens.put(self.logprobs, part, logprobs)
@@ -283,8 +280,8 @@ def forward(
     )
     data_checks.loss_weights("linear_policy_loss", policy.weights, policy.mask, offsets)
     keep = flat(policy.mask) != 0
-    data_checks.kept_tokens("linear_policy_loss", keep, batching.kept_tokens)
-    enough = covered(keep, batching.kept_tokens)
+    data_checks.kept_tokens("linear_policy_loss", keep, batching.kept)
+    enough = covered(keep, batching.kept)
     # Whether offsets, kept_tokens and normalizer are valid, 0-d; None where the host has seen it.
     good = _both(_both(good, enough), _good_divisor(policy))
     advantages = per_token(policy.advantages, policy.mask, offsets)
@@ -295,7 +292,7 @@ def forward(
         and policy.codes.gate != _OPSM_GATE
     )
     tokens, idle, widest = _selected(
-        policy, advantages, offsets, alone, batching.kept_tokens, any(needs), columns
+        policy, advantages, offsets, alone, batching.kept, any(needs), columns
     )
     if columns is not None:
         size = chunk_size(operands.weight.device, widest, operands.weight.dtype)
@@ -312,7 +309,7 @@ def forward(
     else:
         # The gradient of a token needs its whole sequence, or is better left until all the
         # log-probabilities are known: a first sweep for those.
-        counts = batching.kept_tokens < 0 and devices.is_cpu(keep.device)
+        counts = batching.kept is None and devices.is_cpu(keep.device)
         if counts and idle.count > 0:
             tokens, idle = select(keep), _NONE
         sweep.logprobs_of(tokens)
@@ -335,7 +332,7 @@ def _selected(
     advantages: Tensor,
     offsets: Tensor | None,
     alone: bool,
-    kept_tokens: int,
+    kept: int | None,
     grad: bool,
     columns: Tensor | None,
 ) -> tuple[Tokens, Tokens, int]:
@@ -345,8 +342,8 @@ def _selected(
     are among the first. columns is 0 for None.
     """
     keep, params = policy.mask != 0, policy.params
-    if kept_tokens >= 0:
-        return select(flat(keep), kept_tokens), _NONE, 0 if columns is None else int(columns)
+    if kept is not None:
+        return select(flat(keep), kept), _NONE, 0 if columns is None else int(columns)
     # No advantage, no gradient.
     linear = params.kl_coef == 0 and not policy.entropy_bonus and params.penalty_coef == 0
     # A second sweep selects by the true gradients, so that tokens without one stay in the first.

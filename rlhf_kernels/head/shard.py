@@ -21,7 +21,7 @@ from ..core import data_checks, groups, temperature_rules
 from ..core.layout import Empty, any_of_token
 from ..core.row_options import RowOptions
 from ..core.sentinels import ELSEWHERE, NOWHERE, SHARD_IGNORED
-from ..kernels.rows import Kernels, LabelKernels, Rows
+from ..kernels.rows import Kernels, LabelKernels, LabelResults, Rows
 from . import logprobs
 from . import policy as policy_loss
 from .arguments import Batching, Operands, PolicyArguments, Targets
@@ -116,9 +116,19 @@ def _check(op: str, metadata: list[dict[str, int]]) -> None:
                 )
 
 
-#: What the row kernels give: log-probabilities, entropies, statistics, sums of squared
-#: probabilities, most likely tokens.
-Results = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]
+class ShardResults(NamedTuple):
+    """`LabelResults` over all shards, and the labels as columns of this one: int64, like them."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    stats: Tensor
+    collision: Tensor | None
+    argmax: Tensor | None
+    local: Tensor
+
+    @property
+    def rows(self) -> LabelResults:
+        return LabelResults(*self[:-1])
 
 
 class MostLikely(NamedTuple):
@@ -140,37 +150,31 @@ class MostLikely(NamedTuple):
 
 
 def combine(
-    targets: Targets,
-    of_shard: Tensor,
-    stats: Tensor,
-    collisions: Tensor | None,
-    most_likely: MostLikely | None,
-    group: str,
-) -> Results:
+    targets: Targets, of_shard: LabelResults, most_likely: MostLikely | None, group: str
+) -> LabelResults:
     """Results over all shards from those over this rank's.
 
     Args:
         targets: labels from `Shards.localized`, [...] or [..., K], temperatures and options: the
             temperature of all tokens where none are given; whether entropies are wanted, and the
             mean is one.
-        of_shard: log-probabilities of the row kernel given them, fp32 like the labels.
-        stats: of the row kernel, fp32 [..., 3]: m, s, mean.
-        collisions: of the row kernel, fp32 [...], or None.
-        most_likely: of the row kernel, or None.
+        of_shard: of the row kernel given them; its statistics are m, s, mean.
+        most_likely: of this shard, or None.
         group: name of the group.
     """
     local, temperatures, options = targets
+    stats, collisions = of_shard.stats, of_shard.collision
     # No log-probability is positive.
-    of_shard = torch.where(local == ELSEWHERE, torch.inf, of_shard)
-    several = of_shard.dim() == stats.dim()
-    parts = [*stats.unbind(-1)] if several else [*stats.unbind(-1), of_shard]
+    logprobs = torch.where(local == ELSEWHERE, torch.inf, of_shard.logprobs)
+    several = logprobs.dim() == stats.dim()
+    parts = [*stats.unbind(-1)] if several else [*stats.unbind(-1), logprobs]
     if collisions is not None:
         parts.append(collisions)
     if most_likely is not None:
         parts.append(most_likely.logits)
     sent = torch.stack(parts)
     if several:
-        sent = torch.cat([sent, of_shard.movedim(-1, 0)])
+        sent = torch.cat([sent, logprobs.movedim(-1, 0)])
     received = groups.gather(sent, group).double()
     m, s, mean, *further = received[:, : len(parts)].unbind(1)
     # The labels' dimension follows that of the ranks.
@@ -206,7 +210,7 @@ def combine(
         # In this order: NaN, infinity, numbers.
         order = further[-1].clamp(-1e300, 1e300).nan_to_num(nan=torch.inf)
         ids = _first_of_largest(order, groups.gather(most_likely.ids, group))
-    return found, h, torch.stack(of_all, -1).float(), collisions, ids
+    return LabelResults(found, h, torch.stack(of_all, -1).float(), collisions, ids)
 
 
 def _first_of_largest(order: Tensor, ids: Tensor) -> Tensor:
@@ -245,17 +249,15 @@ class ShardRows:
         temperatures: Tensor | None,
         options: RowOptions,
         first: Tensor | None = None,
-    ) -> Results:
+    ) -> LabelResults:
         """`first`: the first column of this shard; only a most likely token needs it."""
         options = options._replace(ignore_index=SHARD_IGNORED)
         rows = self._rows.token_logprobs(logits, local, temperatures, options)
-        found, _, stats, collisions, ids = rows
         most_likely = None
-        if ids is not None and first is not None:
-            largest = logprobs.logit_of(logits, ids)
-            most_likely = MostLikely.of(ids, largest, first, logits.shape[-1])
-        targets = Targets(local, temperatures, options)
-        return combine(targets, found, stats, collisions, most_likely, self._group)
+        if rows.argmax is not None and first is not None:
+            largest = logprobs.logit_of(logits, rows.argmax)
+            most_likely = MostLikely.of(rows.argmax, largest, first, logits.shape[-1])
+        return combine(Targets(local, temperatures, options), rows, most_likely, self._group)
 
     def token_logprobs_backward_into(
         self,
@@ -318,8 +320,8 @@ def token_logprobs(
     temperatures: Tensor | None,
     options: RowOptions,
     group: str,
-) -> tuple[Tensor | None, ...]:
-    """`Results`, and the labels as columns of this shard."""
+) -> ShardResults:
+    """`token_logprobs` of logits [..., columns of this rank]; arguments as the operator's."""
     keep = labels != options.ignore_index
     shards = exchange_metadata(
         "token_logprobs", logits.shape[-1], labels, temperatures, keep, group
@@ -327,13 +329,13 @@ def token_logprobs(
     local = shards.localized(labels, keep)
     rows = kernels_of(kernels.rows, kernels.empty, group).rows
     found = rows.token_logprobs(logits, local, temperatures, options, shards.first)
-    return *found, local
+    return ShardResults(*found, local)
 
 
 def linear_token_logprobs(
     kernels: Kernels, operands: Operands, targets: Targets, batching: Batching, group: str
-) -> tuple[Tensor | None, ...]:
-    """As `logprobs.forward`, and the labels as columns of this shard."""
+) -> ShardResults:
+    """As `logprobs.forward`."""
     labels, temperatures, options = targets
     op, keep = "linear_token_logprobs", labels != options.ignore_index
     vocab = operands.weight.shape[0]
@@ -347,11 +349,11 @@ def linear_token_logprobs(
         tokens = operands.hidden.shape[:-1].numel()
         largest = torch.full((tokens,), -torch.inf, device=labels.device)
     rows = logprobs.forward(own, operands, targets, batching, largest)
-    found, _, stats, collisions, ids = rows
     most_likely = None
-    if ids is not None and largest is not None:
-        most_likely = MostLikely.of(ids, largest.view(ids.shape), shards.first, vocab)
-    return *combine(targets, found, stats, collisions, most_likely, group), local
+    if rows.argmax is not None and largest is not None:
+        largest = largest.view(rows.argmax.shape)
+        most_likely = MostLikely.of(rows.argmax, largest, shards.first, vocab)
+    return ShardResults(*combine(targets, rows, most_likely, group), local)
 
 
 def linear_token_logprobs_backward(kernels: Kernels, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -377,7 +379,7 @@ def linear_policy_loss(
     )
     # The ranks exchange in every chunk, so all take the chunks of the largest shard.
     columns = None
-    if batching.chunk_tokens == 0:
+    if batching.tokens is None:
         columns = (1 if reference is None else 2) * shards.sizes.max()
     targets = targets._replace(labels=shards.localized(targets.labels, keep))
     whole = kernels_of(kernels.rows, kernels.empty, group).whole

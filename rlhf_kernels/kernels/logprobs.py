@@ -10,18 +10,14 @@ from ..core import data_checks, env
 from ..core.layout import any_of_token, as_upstream, fp32_like
 from ..core.row_options import RowOptions
 from ..core.sentinels import ELSEWHERE, NOWHERE, SHARD_IGNORED
-from .rows import Maybe
-
-#: Log-probabilities, entropies, statistics, sums of squared probabilities, most likely tokens. Any:
-#: the statistics are None only to a caller who says that no backward pass will need them.
-Results = tuple[Tensor, Maybe, Tensor | Any, Maybe, Maybe]
+from .rows import LabelResults, Maybe
 
 
 class _Forward(Protocol):
     def __call__(
         self, logits: Tensor, labels: Tensor, temperatures: Maybe, options: RowOptions,
         grad: bool = True, /,
-    ) -> Results: ...  # fmt: skip
+    ) -> LabelResults: ...  # fmt: skip
 
 
 class _BackwardInto(Protocol):
@@ -154,7 +150,7 @@ def launchers(forward: _ForwardKernel, backward: _BackwardKernel, on_device: boo
         temperatures: Tensor | None,
         options: RowOptions,
         grad: bool = True,
-    ) -> Results:
+    ) -> LabelResults:
         given, of_rows, many = labels, options, None
         if labels.dim() == logits.dim():
             given, of_rows = tokens_of(labels, options, logits.shape[-1] if on_device else None)
@@ -168,7 +164,7 @@ def launchers(forward: _ForwardKernel, backward: _BackwardKernel, on_device: boo
             forward(logits, given, temperatures, of_rows, many, *outs)
         if many is not None and many.logprobs is not None:
             logprobs = many.logprobs
-        return logprobs, entropies, stats, *further
+        return LabelResults(logprobs, entropies, stats, *further)
 
     def token_logprobs_backward_into(
         out: Tensor,

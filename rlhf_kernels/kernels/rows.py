@@ -1,7 +1,7 @@
 """Row kernels: the types of the kernels that the head needs from a backend."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -56,9 +56,19 @@ class PolicyTokens(NamedTuple):
     params: PolicyParams
 
 
-#: (loss, metrics, gradient of logprobs, of entropy, scale); what is not wanted is None. For the
-#: scale see kernels/losses.py.
-LossResults = tuple[Tensor, Tensor, Maybe, Maybe, Maybe]
+class LossResults(NamedTuple):
+    """Results of a policy loss, fp32.
+
+    loss, metrics: 0-d, and one number for each of POLICY_METRICS.
+    of_logprobs, of_entropy: gradients in the tokens' shape; None where not asked for.
+    scale: what these are still to be multiplied by; see kernels/losses.py.
+    """
+
+    loss: Tensor
+    metrics: Tensor
+    of_logprobs: Tensor | None
+    of_entropy: Tensor | None
+    scale: Tensor | None
 
 
 class PolicyLoss(Protocol):
@@ -89,19 +99,29 @@ class PolicyRows(Protocol):
         """
 
 
-class LabelRows(Protocol):
-    """Kernels over rows of logits [N, V] with one label each, and over log-probabilities.
+class LabelResults(NamedTuple):
+    """Results of rows of logits [..., V] for their labels [...] or [..., K]; fp32 but `argmax`.
 
-    `statistics` are the per-row values that the backward pass needs.
+    logprobs: like the labels.
+    entropy: [...], or None where the options do not ask for it.
+    stats: [..., 3], what the backward pass needs. Any: None to a caller who says that none comes.
+    collision: sums of squared probabilities [...], or None.
+    argmax: the most likely tokens [...], int64, or None.
     """
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    stats: Tensor | Any
+    collision: Tensor | None
+    argmax: Tensor | None
+
+
+class LabelRows(Protocol):
+    """Kernels over rows of logits [N, V] with one label each, and over log-probabilities."""
 
     def token_logprobs(
         self, logits: Tensor, labels: Tensor, temperatures: Tensor | None, options: RowOptions, /
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-        """(log-probabilities, entropies, statistics, sums of squared probabilities, argmax).
-
-        All are [N], but the statistics are [N, 3]. What the options do not ask for is None.
-        """
+    ) -> LabelResults: ...
 
     def token_logprobs_backward_into(
         self,

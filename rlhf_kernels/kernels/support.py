@@ -40,8 +40,18 @@ class Backward(NamedTuple):
     options: RowOptions
 
 
-#: Log-probabilities, entropies, statistics, kept.
-Results = tuple[Tensor, Maybe, Tensor, Tensor]
+class Results(NamedTuple):
+    """Results of tokens [...], fp32.
+
+    entropy: [...], or None where the options do not ask for it.
+    stats: [..., 3], what the backward pass needs.
+    kept: the logits of the supports' entries, one behind the other.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    stats: Tensor
+    kept: Tensor
 
 
 class Launchers(TypedDict, total=False):
@@ -94,7 +104,7 @@ def launchers(
                 data_checks.support_data(op, *tokens, keep, vocab)
             outs = (found, entropies, stats, kept)
             forward(op, vocab, rows, weight, bias, tokens, options, *outs)
-        return found, entropies, stats, kept
+        return Results(found, entropies, stats, kept)
 
     def token_logprobs_support(logits: Tensor, tokens: Tokens, options: RowOptions) -> Results:
         return run("token_logprobs", logits, None, None, tokens, options)

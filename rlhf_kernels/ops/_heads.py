@@ -128,11 +128,11 @@ def check_batching(
         chunk_tokens = option_checks.integer(
             op, "chunk_tokens", chunk_tokens, low=1, what=" or None"
         )
-    kept = -1
     if kept_tokens is not None:
-        kept = option_checks.integer(op, "kept_tokens", kept_tokens, low=0, what=" or None")
+        kept_tokens = option_checks.integer(op, "kept_tokens", kept_tokens, low=0, what=" or None")
     if not option_checks.flag(op, "batch_invariant", batch_invariant):
-        return Batching(chunk_tokens or 0, kept)
+        return Batching.of(chunk_tokens, kept_tokens, exact=False)
     if backend == backends.REFERENCE:
         raise ValueError(f"{op}: the reference backend has no batch_invariant")
-    return Batching(-exact_size(chunk_tokens, weight.device, columns, weight.dtype), kept)
+    size = exact_size(chunk_tokens, weight.device, columns, weight.dtype)
+    return Batching.of(size, kept_tokens, exact=True)

@@ -136,8 +136,10 @@ def _results_of(kind: Any) -> str:
         return "()"
     if kind == list[Tensor]:
         return "Tensor[]"
-    parts = [] if kind is Tensor else ["Tensor"] * len(typing.get_args(kind))
-    return f"({', '.join(parts)})" if parts else "Tensor"
+    if kind is Tensor:
+        return "Tensor"
+    count = len(getattr(kind, "_fields", ()) or typing.get_args(kind))
+    return f"({', '.join(['Tensor'] * count)})"
 
 
 class Operator(Generic[R]):
@@ -156,7 +158,10 @@ class Operator(Generic[R]):
     ) -> None:
         self.name, self._algorithm = name, algorithm
         kinds = typing.get_type_hints(fake, include_extras=True)
-        results = _results_of(kinds.pop("return"))
+        of_result = kinds.pop("return")
+        results = _results_of(of_result)
+        # The dispatcher returns a tuple without names.
+        self._named = of_result if hasattr(of_result, "_fields") else None
         # By position; None where an argument is no named tuple.
         self._fields = [_fields_of(*argument) for argument in kinds.items()]
         self._with_tensors = [at for at, g in enumerate(self._fields) if g and g.has_tensors]
@@ -217,8 +222,9 @@ class Operator(Generic[R]):
         flat: list[Any] = []
         for fields, argument in zip(self._fields, args, strict=True):
             flat += [argument] if fields is None else fields.flattened(argument)
-        result: R = self._registered(*flat)
-        return result
+        result: Any = self._registered(*flat)
+        named: R = result if self._named is None else self._named(*result)
+        return named
 
 
 #: Operations over a head -> the row kernel that each uses; they have no kernel of their own.

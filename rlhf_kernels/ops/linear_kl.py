@@ -224,7 +224,7 @@ def linear_kl_divergence(
             keep = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
         else:
             keep = mask != 0
-        data_checks.kept_tokens(op, keep, batching.kept_tokens)
+        data_checks.kept_tokens(op, keep, batching.kept)
         found = reference.linear_kl_divergence(
             hidden,
             weight,

@@ -1,6 +1,5 @@
 """linear_token_logprobs: log-probabilities from hidden states, with logits only in chunks."""
 
-from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -15,6 +14,7 @@ from ..head import logprobs as head
 from ..head import shard
 from ..head.arguments import Batching, Operands, Targets, Upstream
 from ..kernels import backends
+from ..kernels.rows import LabelResults
 from ._autograd import InputGradients, apply, gathered, once_differentiable, remember
 from ._heads import check_batching, check_head
 from ._operator import define, head_gradients_fake, select
@@ -38,23 +38,23 @@ from .support import (
 @define("linear_token_logprobs", head.forward)
 def _forward(
     operands: Operands, targets: Targets, batching: Batching, backend: str
-) -> shard.Results:
+) -> LabelResults:
     return _results(operands, targets)
 
 
 @define("sharded_linear_token_logprobs", shard.linear_token_logprobs)
 def _sharded_forward(
     operands: Operands, targets: Targets, batching: Batching, group: str, backend: str
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Also returns the labels as columns of this rank's shard, for the backward pass."""
-    labels = targets.labels.new_empty(targets.labels.shape, dtype=torch.int64)
-    return *_results(operands, targets), labels
+) -> shard.ShardResults:
+    """The backward pass needs the labels as columns of this rank's shard."""
+    local = targets.labels.new_empty(targets.labels.shape, dtype=torch.int64)
+    return shard.ShardResults(*_results(operands, targets), local)
 
 
-def _results(operands: Operands, targets: Targets) -> shard.Results:
+def _results(operands: Operands, targets: Targets) -> LabelResults:
     shape = operands.hidden.shape[:-1]
     logprobs = operands.hidden.new_empty(targets.labels.shape, dtype=torch.float32)
-    return (
+    return LabelResults(
         logprobs,
         logprobs.new_empty(shape) if targets.options.entropy else None,
         logprobs.new_empty((*shape, 3)),
@@ -93,25 +93,23 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> InputGradients:
         """`args`: the fields of Operands and Targets; batching, group, backend."""
         operands, targets, batching, group, backend = gathered(args, Operands, Targets)
-        results: Sequence[Any]
         if group:
-            *results, local = _sharded_forward(operands, targets, batching, group, backend)
+            found = _sharded_forward(operands, targets, batching, group, backend)
             options = targets.options._replace(ignore_index=SHARD_IGNORED)
-            targets = targets._replace(labels=local, options=options)
+            results, targets = found.rows, targets._replace(labels=found.local, options=options)
         else:
             results = _forward(operands, targets, batching, backend)
-        _, _, stats, collisions, ids = results
         # Traced, what is not wanted is an empty tensor.
-        collisions = collisions if targets.options.collision else None
+        collision = results.collision if targets.options.collision else None
         ctx.set_materialize_grads(False)
         remember(ctx, *operands)
-        ctx.save_for_backward(*operands, targets.labels, targets.temperatures, stats, collisions)
+        of_rows = (targets.labels, targets.temperatures)
+        ctx.save_for_backward(*operands, *of_rows, results.stats, collision)
         if targets.options.argmax:
-            ctx.mark_non_differentiable(ids)
+            ctx.mark_non_differentiable(results.argmax)
         ctx.options, ctx.batching = targets.options, batching
         ctx.group, ctx.backend = group, backend
-        of_rows = (targets.labels, targets.temperatures)
-        return asked_for(targets.options, *of_rows, *results)
+        return asked_for(targets.options, *of_rows, results)
 
     @staticmethod
     @once_differentiable("linear_token_logprobs")
@@ -332,7 +330,7 @@ def linear_token_logprobs(
         if shards:
             raise ValueError(f"{op}: support and group do not go together")
         check_one_label(op, several)
-        data_checks.kept_tokens(op, labels != arguments.ignore_index, batching.kept_tokens)
+        data_checks.kept_tokens(op, labels != arguments.ignore_index, batching.kept)
         if empty_support == "whole":
             return support_or_whole(
                 op,
@@ -365,7 +363,7 @@ def linear_token_logprobs(
     if backend == backends.REFERENCE:
         keep, effective = labels != arguments.ignore_index, arguments.effective_temperature()
         of_tokens = any_of_token(keep, hidden.dim() - 1)
-        data_checks.kept_tokens(op, of_tokens, batching.kept_tokens)
+        data_checks.kept_tokens(op, of_tokens, batching.kept)
         shard.check_tokens(op, weight.shape[0], labels, effective, keep, shards)
         return named_result(
             *reference.linear_token_logprobs(

@@ -272,7 +272,7 @@ def linear_policy_loss(
     if backend == backends.REFERENCE:
         keep, effective = mask != 0, arguments.effective_temperature()
         shard.check_tokens(op, weight.shape[0], labels, effective, keep, shards)
-        data_checks.kept_tokens(op, keep, batching.kept_tokens)
+        data_checks.kept_tokens(op, keep, batching.kept)
         data_checks.offsets_valid(op, cu_seqlens, labels.shape[0])
         data_checks.divisor_positive(op, count)
         data_checks.loss_weights(op, weights, keep, cu_seqlens)

@@ -1,6 +1,5 @@
 """token_logprobs: log-probability, entropy and more of tokens from their logits."""
 
-from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -14,6 +13,7 @@ from ..core.row_options import RowOptions
 from ..core.sentinels import SHARD_IGNORED
 from ..head import shard
 from ..kernels import backends
+from ..kernels.rows import LabelResults
 from ._autograd import InputGradients, apply, once_differentiable, remember
 from ._operator import define
 from .logprobs_results import (
@@ -52,13 +52,9 @@ def _check_inplace(logits: Tensor) -> None:
         )
 
 
-#: Log-probabilities, entropies, statistics, sums of squared probabilities, most likely tokens.
-_Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-
-
-def _results(logits: Tensor, labels: Tensor, options: RowOptions) -> shard.Results:
+def _results(logits: Tensor, labels: Tensor, options: RowOptions) -> LabelResults:
     shape = logits.shape[:-1]
-    return (
+    return LabelResults(
         logits.new_empty(labels.shape, dtype=torch.float32),
         logits.new_empty(shape, dtype=torch.float32) if options.entropy else None,
         logits.new_empty((*shape, 3), dtype=torch.float32),
@@ -75,11 +71,10 @@ def _forward(
     options: RowOptions,
     grad: bool,
     backend: str,
-) -> _Results:
+) -> LabelResults:
     """A backend on the CPU leaves out the statistics if no gradient follows."""
-    logprobs, entropies, stats, collisions, ids = _results(logits, labels, options)
-    kept = stats if grad or backends.get(backend).gpu else None
-    return logprobs, entropies, kept, collisions, ids
+    results = _results(logits, labels, options)
+    return results if grad or backends.get(backend).gpu else results._replace(stats=None)
 
 
 @define("sharded_token_logprobs", shard.token_logprobs)
@@ -90,9 +85,10 @@ def _sharded_forward(
     options: RowOptions,
     group: str,
     backend: str,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Also returns the labels as columns of this shard; with them the usual backward applies."""
-    return *_results(logits, labels, options), labels.new_empty(labels.shape, dtype=torch.int64)
+) -> shard.ShardResults:
+    """With the labels as columns of this shard the usual backward applies."""
+    local = labels.new_empty(labels.shape, dtype=torch.int64)
+    return shard.ShardResults(*_results(logits, labels, options), local)
 
 
 @define("token_logprobs_backward")
@@ -142,23 +138,22 @@ class _TokenLogprobs(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor | None, ...]:
         args = (logits, labels, temperatures, options)
-        results: Sequence[Any]
         if group:
-            *results, labels = _sharded_forward(*args, group, backend)
+            found = _sharded_forward(*args, group, backend)
+            results, labels = found.rows, found.local
             options = options._replace(ignore_index=SHARD_IGNORED)
         else:
             results = _forward(*args, True, backend)
         ctx.set_materialize_grads(False)
         remember(ctx, logits)
-        _, _, stats, collisions, ids = results
         # Traced, what is not wanted is an empty tensor.
-        collisions = collisions if options.collision else None
-        ctx.save_for_backward(logits, labels, temperatures, stats, collisions)
+        collision = results.collision if options.collision else None
+        ctx.save_for_backward(logits, labels, temperatures, results.stats, collision)
         if options.argmax:
-            ctx.mark_non_differentiable(ids)
+            ctx.mark_non_differentiable(results.argmax)
         ctx.options, ctx.backend = options, backend
         ctx.inplace = inplace_backward
-        return asked_for(options, labels, temperatures, *results)
+        return asked_for(options, labels, temperatures, results)
 
     @staticmethod
     @once_differentiable("token_logprobs")
@@ -412,11 +407,10 @@ def token_logprobs(
     if not plain:
         # A tensor that outlived a transform of torch.func asks for a gradient, and has no memory.
         rows = (layout.constant(logits), *rows[1:])
-    results: Sequence[Any]
     if shards:
-        *results, _ = _sharded_forward(*rows, shards, backend)
+        results = _sharded_forward(*rows, shards, backend).rows
     else:
         whole = plain and mask is None and rows[2] is None
         # The log-sum-exp is computed from the statistics.
         results = _forward(*rows, options.lse, backend, plain=whole)
-    return named_results(options, asked_for(options, labels, temperatures, *results))
+    return named_results(options, asked_for(options, labels, temperatures, results))

@@ -7,26 +7,21 @@ from torch import Tensor
 
 from ..core.row_options import RowOptions, RowResults
 from ..kernels.logprobs import log_sum_exp
+from ..kernels.rows import LabelResults
 
 
 def asked_for(
-    options: RowOptions,
-    labels: Tensor,
-    temperatures: Tensor | None,
-    logprobs: Tensor,
-    entropies: Tensor | None,
-    stats: Tensor | None,
-    collisions: Tensor | None,
-    ids: Tensor | None,
+    options: RowOptions, labels: Tensor, temperatures: Tensor | None, results: LabelResults
 ) -> tuple[Tensor | None, ...]:
     """The results that the options ask for, of what an operator returns, in the order of fields."""
-    found = (logprobs, entropies) if options.entropy else (logprobs,)
+    found: tuple[Tensor | None, ...] = (results.logprobs,)
+    if options.entropy:
+        found = (*found, results.entropy)
     if options.collision:
-        found = (*found, collisions)
+        found = (*found, results.collision)
     if options.lse:
-        assert stats is not None
-        found = (*found, log_sum_exp(labels, temperatures, stats, options))
-    return (*found, ids) if options.argmax else found
+        found = (*found, log_sum_exp(labels, temperatures, results.stats, options))
+    return (*found, results.argmax) if options.argmax else found
 
 
 def by_name(options: RowOptions, found: Sequence[Any]) -> RowResults:

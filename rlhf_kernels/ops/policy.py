@@ -88,7 +88,7 @@ def _forward(tokens: PolicyTokens, grad: bool, entropy_grad: bool, backend: str)
     loss, metrics, scale = losses.results(logprobs, len(POLICY_METRICS), deferred)
     gradient = losses.gradient(logprobs, grad)
     like = logprobs if tokens.entropy is None else tokens.entropy
-    return loss, metrics, gradient, losses.gradient(like, entropy_grad), scale
+    return LossResults(loss, metrics, gradient, losses.gradient(like, entropy_grad), scale)
 
 
 @define("loss_backward")
@@ -142,15 +142,16 @@ class _PolicyLoss(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> InputGradients:
         """`args`: the fields of PolicyTokens; grad, entropy_grad, backend."""
         tokens, *ctx.wanted, ctx.backend = gathered(args, PolicyTokens)
-        loss, metrics, *gradients, scale = _forward(tokens, *ctx.wanted, ctx.backend)
+        found = _forward(tokens, *ctx.wanted, ctx.backend)
+        gradients = (found.of_logprobs, found.of_entropy)
         inputs = zip(gradients, (tokens.logprobs, tokens.entropy), ctx.wanted, strict=True)
         kept = [(g, t.dtype) for g, t, wanted in inputs if wanted and t is not None]
         ctx.dtypes, ctx.count = [dtype for _, dtype in kept], len(args)
         remember(ctx, tokens.logprobs, tokens.entropy)
-        ctx.save_for_backward(scale, *(g for g, _ in kept))
-        ctx.mark_non_differentiable(metrics)
+        ctx.save_for_backward(found.scale, *(g for g, _ in kept))
+        ctx.mark_non_differentiable(found.metrics)
         ctx.set_materialize_grads(False)
-        return loss, metrics
+        return found.loss, found.metrics
 
     @staticmethod
     @once_differentiable("policy_loss")

@@ -12,7 +12,7 @@ from ..core import checks, data_checks, option_checks, row_options
 from ..core.row_options import RowArguments, RowOptions, RowResults
 from ..head.arguments import Operands
 from ..kernels import backends
-from ..kernels.support import Tokens
+from ..kernels.support import Results, Tokens
 from ._autograd import InputGradients, apply, once_differentiable, remember
 from ._operator import define, head_gradients_fake
 from .logprobs_results import TokenLogprobs, TokenLogprobsEntropy
@@ -21,14 +21,10 @@ from .logprobs_results import TokenLogprobs, TokenLogprobsEntropy
 Support = tuple[Tensor, Tensor]
 
 
-_Results = tuple[Tensor, Tensor | None, Tensor, Tensor]
-
-
-def _results(like: Tensor, tokens: Tokens, options: RowOptions) -> _Results:
-    """The fourth, `kept`, is the logit of each entry: a backward pass needs no other logits."""
+def _results(like: Tensor, tokens: Tokens, options: RowOptions) -> Results:
     shape = tokens.labels.shape
     logprobs = like.new_empty(shape, dtype=torch.float32)
-    return (
+    return Results(
         logprobs,
         logprobs.new_empty(shape) if options.entropy else None,
         logprobs.new_empty((*shape, 3)),
@@ -37,7 +33,7 @@ def _results(like: Tensor, tokens: Tokens, options: RowOptions) -> _Results:
 
 
 @define("token_logprobs_support")
-def _forward(logits: Tensor, tokens: Tokens, options: RowOptions, backend: str) -> _Results:
+def _forward(logits: Tensor, tokens: Tokens, options: RowOptions, backend: str) -> Results:
     return _results(logits, tokens, options)
 
 
@@ -64,7 +60,7 @@ def _head_forward(
     tokens: Tokens,
     options: RowOptions,
     backend: str,
-) -> _Results:
+) -> Results:
     return _results(hidden, tokens, options)
 
 

@@ -98,7 +98,7 @@ def call(
         rk.use_backend(backend),
         mock.patch.object(data_checks, "can_read_on_host", can_read_on_host),
         mock.patch.object(env, "CHECK", checked),
-        mock.patch.dict(chunks.CHUNK_BYTES, {} if budget is None else {"cpu": budget}),
+        mock.patch.object(chunks, "CPU_CHUNK_BYTES", budget or chunks.CPU_CHUNK_BYTES),
     ):
         results = [*function(**arguments, **options, group=group)]
         results = [getattr(r, "tensor", r) if op == "linear_policy_loss" and i else r

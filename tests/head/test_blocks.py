@@ -33,7 +33,7 @@ def blocks(request, monkeypatch):
         return logits
 
     monkeypatch.setattr(TiledHead, "project", watched)
-    monkeypatch.setitem(head_chunks.CHUNK_BYTES, "cpu", 64 * TOKENS * 2)
+    monkeypatch.setattr(head_chunks, "CPU_CHUNK_BYTES", 64 * TOKENS * 2)
     with rk.use_backend(request.param):
         yield seen
 
@@ -133,7 +133,7 @@ def test_more_tokens_than_a_block_takes(blocks, monkeypatch):
 def test_policy_loss(blocks, monkeypatch, name, dtype):
     """Two sweeps where a sum over chunks would be dear: 16-bit weights, more than two chunks."""
     monkeypatch.setattr(head_chunks, "_CHUNK_MULTIPLE", 8)
-    monkeypatch.setitem(head_chunks.CHUNK_BYTES, "cpu", 8 * 131 * dtype.itemsize)
+    monkeypatch.setattr(head_chunks, "CPU_CHUNK_BYTES", 8 * 131 * dtype.itemsize)
     leaves, tokens, constants = policy_problem(dtype)
     given = dict(constants, config=CONFIGS[name])
     found = run_policy(rk.linear_policy_loss, leaves, tokens, **given)

@@ -147,7 +147,7 @@ def test_exact_products_are_no_larger_than_they_gain_by():
     cpu = torch.device("cpu")
     for vocab, asked in [(15, None), (15, 10**9), (1, None), (50_000, 10**9)]:
         size = chunks.exact_size(asked, cpu, vocab, torch.float32)
-        assert size <= 8192 and size * vocab * 4 <= 16 * chunks.CHUNK_BYTES["cpu"]
+        assert size <= 8192 and size * vocab * 4 <= 16 * chunks.CPU_CHUNK_BYTES
     # What was right before stays.
     for vocab in (32_768, 151_936):
         for dtype in (torch.float32, torch.bfloat16):

@@ -286,7 +286,7 @@ def test_a_head_matches_fp64(backend, options, dtype, monkeypatch):
     options = dict(options)
     if budget := options.pop("blocks", None):
         # The backward pass on a CPU takes blocks of columns.
-        monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", budget)
+        monkeypatch.setattr(chunks, "CPU_CHUNK_BYTES", budget)
     if backend == "reference" and "batch_invariant" in options:
         pytest.skip("the reference has no batch_invariant")
     operands, labels = head(dtype=dtype)

@@ -71,7 +71,8 @@ def launchers(extension: ModuleType) -> losses.Launchers:
         divisor, normalizer = divisor_on(op, logprobs, given.normalizer, given.divisor, gpu)
         tokens = sequences(op, logprobs, cu_seqlens, gpu)
         if tokens is None:
-            return loss.zero_(), metrics.zero_(), policy_grad, entropy_gradient, scale
+            loss, metrics = loss.zero_(), metrics.zero_()
+            return LossResults(loss, metrics, policy_grad, entropy_gradient, scale)
         check_weights = losses.check_weights if gpu else data_checks.loss_weights
         check_weights(op, weights, mask, cu_seqlens)
         status = extension.policy_loss(
@@ -98,7 +99,7 @@ def launchers(extension: ModuleType) -> losses.Launchers:
             make_exec(logprobs, op, lambda: (*tokens[:2], cu_seqlens is not None)),
         )
         raise_status(op, status, cu_seqlens, logprobs)
-        return loss, metrics, policy_grad, entropy_gradient, scale
+        return LossResults(loss, metrics, policy_grad, entropy_gradient, scale)
 
     def scale_into(first: Tensor, *others: Tensor | None) -> None:
         extension.loss_backward(first.numel(), first, *others, make_exec(first))

@@ -324,7 +324,7 @@ def policy_loss(given: PolicyTokens, grad: bool, entropy_grad: bool) -> LossResu
         launch(pooled_kernel, slots, loss, *slopes, *bounds, SEQUENCE_MEAN=sequence_mean, **tile)
     has = {"ROLLOUT": sampled is not None, "GATED": codes.gate != NO_GATE.value}
     sweep.combine(combine_kernel, codes.aggregation, c.kl_coef, c.entropy_coef, **has)
-    return loss, metrics, gradient, entropy_gradient, scale
+    return LossResults(loss, metrics, gradient, entropy_gradient, scale)
 
 
 LAUNCHERS: losses.Launchers = {
