@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ...config.enums import BASELINES, PLAIN_KL_ESTIMATORS, SCALES
-from ...core.layout import MaybeTensor, fp32_like
+from ...core.layout import fp32_like
 from .. import advantages
 from . import boundary as b
-from . import policy
+from ._tokens import flags, raise_status
 
 # csrc/abi_advantages.h: GaeArgs. The workspace holds three doubles per chunk, and three more on a
 # GPU.
@@ -22,10 +22,6 @@ def _workspace(size: int, dtype: torch.dtype, like: Tensor) -> Tensor:
 
 def _moments(tokens: Tensor) -> Tensor:
     return _workspace(3 * (tokens.numel() // _CHUNK_TOKENS + 2), torch.float64, tokens)
-
-
-def _flags(t: MaybeTensor) -> MaybeTensor:
-    return t if t is None or t.dtype in b.FLAGS else t != 0
 
 
 def _scratch_of(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, bool]:
@@ -66,8 +62,8 @@ def launchers(extension: ModuleType) -> advantages.Launchers:
             cu_seqlens,
             rewards,
             values,
-            _flags(mask),
-            _flags(dones),
+            flags(mask),
+            flags(dones),
             bootstrap_values,
             scores,
             logprobs,
@@ -85,7 +81,7 @@ def launchers(extension: ModuleType) -> advantages.Launchers:
             make_exec(tokens, "gae", lambda: _scratch_of(tokens, cu_seqlens)),
         )
         if status[0] != b.OK:
-            policy.raise_status(op, status, cu_seqlens, tokens)
+            raise_status(op, status, cu_seqlens, tokens)
         return results
 
     def general(
@@ -98,9 +94,9 @@ def launchers(extension: ModuleType) -> advantages.Launchers:
             cu_seqlens,
             rewards,
             scan.values,
-            _flags(scan.mask),
-            _flags(scan.terminated),
-            _flags(scan.truncated),
+            flags(scan.mask),
+            flags(scan.terminated),
+            flags(scan.truncated),
             scan.cut_values,
             scan.bootstrap_values,
             scan.scores,
@@ -127,7 +123,7 @@ def launchers(extension: ModuleType) -> advantages.Launchers:
             make_exec(tokens, "general_gae", lambda: (cu_seqlens is not None,)),
         )
         if status[0] != b.OK:
-            policy.raise_status(op, status, cu_seqlens, tokens)
+            raise_status(op, status, cu_seqlens, tokens)
 
     def whiten(
         x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float
@@ -136,7 +132,7 @@ def launchers(extension: ModuleType) -> advantages.Launchers:
         if x.numel() == 0:
             return out
         moments = _moments(x)
-        extension.whiten(x, _flags(mask), shift_mean, unbiased, eps, moments, out, make_exec(x))
+        extension.whiten(x, flags(mask), shift_mean, unbiased, eps, moments, out, make_exec(x))
         return out
 
     def group_advantages(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import losses, mismatch
 from . import boundary as b
-from . import policy
+from ._tokens import flags, raise_status
 
 
 def launchers(extension: ModuleType) -> mismatch.Launchers:
@@ -25,13 +25,13 @@ def launchers(extension: ModuleType) -> mismatch.Launchers:
         status = extension.mismatch_weights(
             *batch,
             cu_seqlens,
-            policy.flags(mask),
+            flags(mask),
             old,
             rollout,
             *rules,
             *results,
             make_exec(old, op, lambda: (*batch, cu_seqlens is not None)),
         )
-        policy.raise_status(op, status, cu_seqlens, old)
+        raise_status(op, status, cu_seqlens, old)
 
     return mismatch.launchers(judge, gpu)

@@ -7,7 +7,7 @@ from torch import Tensor
 from ...config.metrics import VALUE_METRICS
 from .. import losses
 from . import boundary as b
-from . import policy
+from ._tokens import begin, flags, raise_status
 
 
 def launchers(extension: ModuleType) -> losses.Launchers:
@@ -27,15 +27,15 @@ def launchers(extension: ModuleType) -> losses.Launchers:
         grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         op = "value_loss"
-        loss, metrics, scale = losses.results(values, len(VALUE_METRICS), gpu)
+        tokens, loss, metrics, scale, divisor, normalizer = begin(
+            op, values, cu_seqlens, normalizer, divisor, len(VALUE_METRICS), gpu
+        )
         gradient = losses.gradient(values, grad)
-        divisor, normalizer = policy.divisor_on(op, values, normalizer, divisor, gpu)
-        tokens = policy.sequences(op, values, cu_seqlens, gpu)
         if tokens is None:
-            return loss.zero_(), metrics.zero_(), gradient, scale
+            return loss, metrics, gradient, scale
         status = extension.value_loss(
             *tokens,
-            policy.flags(mask),
+            flags(mask),
             values,
             old,
             returns,
@@ -49,7 +49,7 @@ def launchers(extension: ModuleType) -> losses.Launchers:
             gradient,
             make_exec(values, op, lambda: (*tokens[:2], cu_seqlens is not None)),
         )
-        policy.raise_status(op, status, cu_seqlens, values)
+        raise_status(op, status, cu_seqlens, values)
         return loss, metrics, gradient, scale
 
     return {"value_loss": value_loss}
