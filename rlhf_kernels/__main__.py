@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,7 +18,7 @@ from . import __version__
 from .core.env import BACKEND_NAMES
 from .kernels import backends as kernel_backends
 from .kernels import native
-from .ops._availability import supports
+from .ops._availability import OperationName, supports
 from .ops._calls import OPERATIONS
 from .testing import ROUNDINGS, check_operation
 
@@ -70,13 +70,13 @@ def _backend_line(name: str, state: dict[str, Any], cuda: dict[str, Any] | None)
 def devices() -> list[torch.device]:
     """The CPU, and the accelerator if torch has one."""
     found = [torch.device("cpu")]
-    if torch.accelerator.is_available():
-        found.append(torch.accelerator.current_accelerator())
-    return found
+    available = torch.accelerator.is_available()
+    accelerator = torch.accelerator.current_accelerator() if available else None
+    return found if accelerator is None else [*found, accelerator]
 
 
 def _selected(operation: str, device: torch.device) -> str:
-    backend, reason = supports(operation, device=device)
+    backend, reason = supports(cast(OperationName, operation), device=device)
     return f"none: {reason}" if backend is None else backend
 
 

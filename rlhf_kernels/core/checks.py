@@ -3,7 +3,6 @@
 Messages name the argument, the expectation and the value. Those of values are in `data_checks`.
 """
 
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,12 +12,8 @@ from torch import Tensor
 from . import option_checks, tracing
 from .option_checks import shown
 
-# The native code of `plain`; None where the extension is not built.
-_plain: Callable[..., bool] | None
-try:
-    _plain = importlib.import_module("rlhf_kernels._cpu").plain
-except ImportError:
-    _plain = None
+# The native code of `plain`, from `kernels.native`; None where the extension is not built.
+_plain: Callable[..., bool] | None = None
 # Arguments per token that may be None.
 _OPTIONAL = ("old_logprobs", "ref_logprobs", "rollout_logprobs", "entropy")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,12 +42,17 @@ def tensor(op: str, name: str, value: Any) -> Tensor:
     return found
 
 
-def plain(kinds: str, *tensors: object) -> bool:
-    """Whether native code finds at one look that no check would refuse or convert an argument.
+def use_native(function: Callable[..., bool]) -> None:
+    """Lets `plain` ask this function."""
+    global _plain
+    _plain = function
 
-    The arguments are then strided tensors of one shape and device, and of the dtypes that kernels
-    take. The look takes a tenth of the time of the checks one by one. False says nothing about the
-    arguments: the checks then have to decide.
+
+def plain(kinds: str, *tensors: object) -> bool:
+    """Whether the arguments need no check one by one, as a quick test in native code tells.
+
+    They are then strided tensors of one shape and device, of dtypes that kernels take. The test
+    takes a tenth of the time of those checks. After False the checks have to decide.
 
     Args:
         kinds: a letter for each: see csrc/bind/arguments.h.

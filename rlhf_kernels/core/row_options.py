@@ -54,8 +54,8 @@ class RowResults(NamedTuple):
 class RowArguments(NamedTuple):
     """Options as a caller passes them, checked. The temperature may be a tensor, one per token.
 
-    `kernels` are what `split` gives kernels; `checked` fills it in where no option is a tensor, and
-    remembers it with the rest.
+    `for_kernels` is what `split` gives kernels; `checked` fills it in where no option is a tensor,
+    and remembers it with the rest.
     """
 
     temperature: float | Tensor
@@ -66,20 +66,20 @@ class RowArguments(NamedTuple):
     lse: bool = False
     collision: bool = False
     argmax: bool = False
-    kernels: RowOptions | None = None
+    for_kernels: RowOptions | None = None
 
     def of_head(self) -> dict[str, Any]:
         """Keyword arguments for a reference over a head."""
-        return self._without("kernels")
+        return self._without("for_kernels")
 
     def of_logits(self) -> dict[str, Any]:
         """Keyword arguments for a reference over logits, which takes no logit_scale."""
-        return self._without("kernels", "logit_scale")
+        return self._without("for_kernels", "logit_scale")
 
     def of_policy_loss(self) -> dict[str, Any]:
         """Keyword arguments for the reference of a loss, which skips tokens by its mask."""
         results = ("entropy", "lse", "collision", "argmax")
-        return self._without("kernels", "ignore_index", *results)
+        return self._without("for_kernels", "ignore_index", *results)
 
     def _without(self, *others: str) -> dict[str, Any]:
         return {k: v for k, v in self._asdict().items() if k not in others}
@@ -95,14 +95,19 @@ class RowArguments(NamedTuple):
 
         scale * x under a cap c and a temperature T is x under c / scale and T / scale.
         """
-        if self.kernels is not None:
-            return None, self.kernels
-        cap = 0.0 if self.softcap is None else self.softcap / self.logit_scale
+        if self.for_kernels is not None:
+            return None, self.for_kernels
         temperature = self.effective_temperature()
-        others = (cap, self.entropy, self.ignore_index, self.lse, self.collision, self.argmax)
-        if isinstance(temperature, Tensor):
-            return temperature, RowOptions(1.0, *others)
-        return None, RowOptions(temperature, *others)
+        of_tokens = temperature if isinstance(temperature, Tensor) else None
+        return of_tokens, RowOptions(
+            temperature=1.0 if isinstance(temperature, Tensor) else temperature,
+            softcap=0.0 if self.softcap is None else self.softcap / self.logit_scale,
+            entropy=self.entropy,
+            ignore_index=self.ignore_index,
+            lse=self.lse,
+            collision=self.collision,
+            argmax=self.argmax,
+        )
 
 
 def checked(
@@ -110,6 +115,7 @@ def checked(
     labels: Any,
     name: str,
     rows: Tensor,
+    *,
     temperature: object,
     softcap: object,
     logit_scale: object = 1.0,
@@ -118,7 +124,6 @@ def checked(
     lse: object = False,
     collision: object = False,
     argmax: object = False,
-    *,
     fit: bool = False,
     several: bool = False,
 ) -> RowArguments:
@@ -167,17 +172,17 @@ def _of_options(
 ) -> RowArguments:
     if softcap is not None:
         softcap = option_checks.positive(op, "softcap", softcap)
+    if not isinstance(temperature, Tensor):
+        temperature = option_checks.positive(op, "temperature", temperature)
     arguments = RowArguments(
-        temperature
-        if isinstance(temperature, Tensor)
-        else option_checks.positive(op, "temperature", temperature),
-        softcap,
-        option_checks.positive(op, "logit_scale", logit_scale),
-        option_checks.flag(op, "entropy", entropy),
-        option_checks.integer(op, "ignore_index", ignore_index),
-        option_checks.flag(op, "lse", lse),
-        option_checks.flag(op, "collision", collision),
-        option_checks.flag(op, "argmax", argmax),
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=option_checks.positive(op, "logit_scale", logit_scale),
+        entropy=option_checks.flag(op, "entropy", entropy),
+        ignore_index=option_checks.integer(op, "ignore_index", ignore_index),
+        lse=option_checks.flag(op, "lse", lse),
+        collision=option_checks.flag(op, "collision", collision),
+        argmax=option_checks.flag(op, "argmax", argmax),
     )
     # Fields by name: torch.compile of torch 2.6 cannot slice a named tuple.
     rules = (arguments.temperature, arguments.softcap, arguments.logit_scale)
@@ -187,8 +192,8 @@ def _of_options(
             f"{op}: ignore_index must not be {arguments.ignore_index}, which kernels reserve for "
             "sharded vocabularies"
         )
-    temperatures, kernels = arguments.split()
-    return arguments if temperatures is not None else arguments._replace(kernels=kernels)
+    temperatures, options = arguments.split()
+    return arguments if temperatures is not None else arguments._replace(for_kernels=options)
 
 
 def without_masked(

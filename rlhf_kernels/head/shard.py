@@ -289,9 +289,9 @@ class ShardKernels(NamedTuple):
     rows: ShardRows
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def kernels_of(rows: Rows, empty: Empty, group: str) -> ShardKernels:
-    """The kernels of a group, made once."""
+    """The kernels of a group, made once; those of destroyed groups go in time."""
     reduce = functools.partial(groups.sum_, group=group)
     over_all = ShardRows(rows, group)
     whole = LabelKernels(over_all, empty, reduce)

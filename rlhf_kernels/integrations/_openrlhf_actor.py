@@ -28,6 +28,7 @@ def _lm_head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     try:
+        # For what it refuses. What the model does to its logits behind the head, a call shows.
         rk.Head.from_model(model, check=False)
     except ValueError as error:
         raise Unsupported(str(error).removeprefix("Head.from_model: ")) from None

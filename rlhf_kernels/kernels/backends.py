@@ -9,6 +9,7 @@ import warnings
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from ..core import env
 from ..core.env import BACKEND_NAMES, BackendName
@@ -24,6 +25,11 @@ def _absent(*_: Any) -> Any:
     raise NotImplementedError("the backend does not have this kernel")
 
 
+def _scale_inplace(values: Tensor, factor: Tensor) -> Tensor:
+    # A 0-d factor would be rounded to the dtype of the values.
+    return values.mul_(factor.unsqueeze(0))
+
+
 class RowKernels:
     """The `Rows` of a backend: launchers as attributes."""
 
@@ -33,7 +39,8 @@ class RowKernels:
         self.policy_loss = launchers.get("policy_loss", _absent)
         self.kl_divergence = launchers.get("kl_divergence", _absent)
         self.kl_divergence_backward_into = launchers.get("kl_divergence_backward_into", _absent)
-        # Only CUDA has it.
+        # Only CUDA has these two.
+        self.scale_inplace = launchers.get("scale_inplace", _scale_inplace)
         self.policy_rows_for = launchers.get("policy_rows_for", lambda *_: None)
 
 

@@ -109,17 +109,6 @@ def further_results(logprobs: Tensor, options: RowOptions) -> tuple[Tensor | Non
     ) if options.argmax else None
 
 
-def log_sum_exp(
-    labels: Tensor, temperatures: Tensor | None, stats: Tensor, options: RowOptions
-) -> Tensor:
-    """log sum_j exp(z_j) of rows [...], fp32, from their statistics [..., 3]; 0 where ignored."""
-    # m / T may be far above log s, which fp32 would lose beside it.
-    m, s, _ = stats.double().unbind(-1)
-    scaled = m / (options.temperature if temperatures is None else temperatures.float().double())
-    keep = any_of_token(labels != options.ignore_index, scaled.dim())
-    return torch.where(keep, scaled + s.log(), 0.0).float()
-
-
 def launchers(forward: _ForwardKernel, backward: _BackwardKernel, on_device: bool) -> Launchers:
     """Launchers from the functions of a backend that launch its kernels.
 

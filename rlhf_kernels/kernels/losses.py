@@ -7,7 +7,7 @@ empty tensor in traced code, whose operators cannot return None.
 """
 
 from collections.abc import Callable
-from typing import TypedDict, TypeGuard
+from typing import NamedTuple, TypedDict, TypeGuard
 
 import torch
 from torch import Tensor
@@ -20,14 +20,40 @@ from .rows import Maybe, PolicyLoss, PolicyRows
 _Backward = Callable[[Tensor, Maybe, Tensor, Tensor, torch.dtype, torch.dtype], list[Tensor]]
 
 
+class ValueTokens(NamedTuple):
+    """All that a value loss of tokens [B, T], or packed [N] with cu_seqlens, is computed from.
+
+    normalizer, divisor: the aggregation divides by the tensor or the number; None and 0 for the
+        count that it implies.
+    clip_range: 0 for no clipping.
+    aggregation: position in AGGREGATIONS.
+    """
+
+    values: Tensor
+    old_values: Tensor
+    returns: Tensor
+    mask: Tensor
+    cu_seqlens: Tensor | None
+    normalizer: Tensor | None
+    divisor: float
+    clip_range: float
+    aggregation: int
+
+
+class ValueResults(NamedTuple):
+    """Results of a value loss, fp32; fields as those of `rows.LossResults`."""
+
+    loss: Tensor
+    metrics: Tensor
+    of_values: Tensor | None
+    scale: Tensor | None
+
+
 class Launchers(TypedDict, total=False):
     """By operator name; those from `loss_backward` on are of GPUs alone."""
 
     policy_loss: PolicyLoss
-    value_loss: Callable[
-        [Tensor, Tensor, Tensor, Tensor, Maybe, Maybe, float, float, int, bool],
-        tuple[Tensor, Tensor, Maybe, Maybe],
-    ]
+    value_loss: Callable[[ValueTokens, bool], ValueResults]
     loss_backward: _Backward
     # Only for the fused head; not operators.
     scale_inplace: Callable[[Tensor, Tensor], Tensor]

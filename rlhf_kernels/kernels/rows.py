@@ -158,6 +158,9 @@ class Rows(LabelRows, Protocol):
 
     def __hash__(self) -> int: ...
 
+    def scale_inplace(self, values: Tensor, factor: Tensor, /) -> Tensor:
+        """values [...], multiplied by the fp32 0-d factor where they lie."""
+
     def kl_divergence(
         self, logits: Tensor, ref_logits: Tensor, options: PairOptions, /
     ) -> tuple[Tensor, Tensor, Tensor | None]:

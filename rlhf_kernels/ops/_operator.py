@@ -22,6 +22,7 @@ from ..core.row_options import RowOptions
 from ..head.arguments import Batching, Divergence, Operands, PolicyArguments, Targets, Upstream
 from ..kernels import backends
 from ..kernels.advantages import GeneralScan
+from ..kernels.losses import ValueTokens
 from ..kernels.mismatch import MismatchRules
 from ..kernels.rows import PolicyTokens
 from ..kernels.support import Tokens
@@ -30,7 +31,7 @@ _LIBRARY = torch.library.Library("rlhf_kernels", "DEF")
 # Arguments that a schema has field by field.
 _TUPLES = (
     *(RowOptions, Operands, Targets, Upstream, PolicyArguments, Divergence, Batching),
-    *(PairOptions, GeneralScan, MismatchRules, PolicyTokens, Tokens),
+    *(PairOptions, GeneralScan, MismatchRules, PolicyTokens, Tokens, ValueTokens),
 )
 # The other types of arguments and of their fields.
 _SCHEMA_TYPES: dict[Any, str] = {

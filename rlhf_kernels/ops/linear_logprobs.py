@@ -9,6 +9,7 @@ from .. import reference
 from ..config.enums import EmptySupport
 from ..core import checks, data_checks, groups, row_options
 from ..core.layout import any_of_token
+from ..core.row_options import RowArguments
 from ..core.sentinels import SHARD_IGNORED
 from ..head import logprobs as head
 from ..head import shard
@@ -27,7 +28,7 @@ from .logprobs_results import (
     named_results,
 )
 from .support import (
-    Support,
+    SamplingMask,
     check_empty_support,
     check_one_label,
     linear_token_logprobs_support,
@@ -134,6 +135,35 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), *nothing)
 
 
+def _over_vocabulary(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    arguments: RowArguments,
+    batching: Batching,
+    shards: str,
+    backend: str,
+) -> TokenLogprobs | TokenLogprobsEntropy:
+    """`linear_token_logprobs` without a support, of checked arguments."""
+    op = "linear_token_logprobs"
+    if backend == backends.REFERENCE:
+        keep, effective = labels != arguments.ignore_index, arguments.effective_temperature()
+        of_tokens = any_of_token(keep, hidden.dim() - 1)
+        data_checks.kept_tokens(op, of_tokens, batching.kept)
+        shard.check_tokens(op, weight.shape[0], labels, effective, keep, shards)
+        return named_result(
+            *reference.linear_token_logprobs(
+                hidden, weight, labels, bias=bias, **arguments.of_head(), group=shards
+            )
+        )
+    checks.floating(op, "hidden", hidden)
+    temperatures, options = arguments.split()
+    inputs = (hidden, weight, bias, labels, temperatures, options)
+    found = apply(op, _LinearTokenLogprobs, *inputs, batching, shards, backend)
+    return named_results(options, found)
+
+
 @overload
 def linear_token_logprobs(
     hidden: Tensor,
@@ -154,7 +184,7 @@ def linear_token_logprobs(
     kept_tokens: int | None = None,
     batch_invariant: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
-    support: Support | None = None,
+    support: SamplingMask | None = None,
     empty_support: EmptySupport = "nan",
 ) -> TokenLogprobs: ...
 
@@ -179,7 +209,7 @@ def linear_token_logprobs(
     kept_tokens: int | None = None,
     batch_invariant: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
-    support: Support | None = None,
+    support: SamplingMask | None = None,
     empty_support: EmptySupport = "nan",
 ) -> TokenLogprobsEntropy: ...
 
@@ -204,7 +234,7 @@ def linear_token_logprobs(
     kept_tokens: int | None = None,
     batch_invariant: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
-    support: Support | None = None,
+    support: SamplingMask | None = None,
     empty_support: EmptySupport = "nan",
 ) -> TokenLogprobs | TokenLogprobsEntropy: ...
 
@@ -228,7 +258,7 @@ def linear_token_logprobs(
     kept_tokens: int | None = None,
     batch_invariant: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
-    support: Support | None = None,
+    support: SamplingMask | None = None,
     empty_support: EmptySupport = "nan",
 ) -> TokenLogprobs | TokenLogprobsEntropy:
     """`token_logprobs` from hidden states, without ever holding all of the LM head's logits.
@@ -302,20 +332,21 @@ def linear_token_logprobs(
     op = "linear_token_logprobs"
     shards = groups.name(op, group)
     names = ("hidden", "weight", "bias")
-    hidden, weight, bias = check_head(op, hidden, weight, bias, names, sharded=bool(shards))
+    head = check_head(op, hidden, weight, bias, names, sharded=bool(shards))
+    hidden, weight, bias = head
     arguments = row_options.checked(
         op,
         labels,
         "hidden",
         hidden,
-        temperature,
-        softcap,
-        logit_scale,
-        entropy,
-        ignore_index,
-        lse,
-        collision,
-        argmax,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        entropy=entropy,
+        ignore_index=ignore_index,
+        lse=lse,
+        collision=collision,
+        argmax=argmax,
         several=True,
     )
     several = labels.dim() == hidden.dim()
@@ -337,42 +368,8 @@ def linear_token_logprobs(
                 labels,
                 support,
                 arguments.ignore_index,
-                lambda own, of_own: linear_token_logprobs(
-                    hidden,
-                    weight,
-                    own,
-                    bias=bias,
-                    temperature=temperature,
-                    softcap=softcap,
-                    logit_scale=logit_scale,
-                    entropy=entropy,
-                    ignore_index=ignore_index,
-                    lse=lse,
-                    collision=collision,
-                    argmax=argmax,
-                    chunk_tokens=chunk_tokens,
-                    kept_tokens=kept_tokens,
-                    batch_invariant=batch_invariant,
-                    support=of_own,
-                ),
+                lambda own: linear_token_logprobs_support(*head, own, support, arguments),
+                lambda own: _over_vocabulary(*head, own, arguments, batching, shards, backend),
             )
-        return named_result(
-            *linear_token_logprobs_support(hidden, weight, bias, labels, support, arguments)
-        )
-
-    if backend == backends.REFERENCE:
-        keep, effective = labels != arguments.ignore_index, arguments.effective_temperature()
-        of_tokens = any_of_token(keep, hidden.dim() - 1)
-        data_checks.kept_tokens(op, of_tokens, batching.kept)
-        shard.check_tokens(op, weight.shape[0], labels, effective, keep, shards)
-        return named_result(
-            *reference.linear_token_logprobs(
-                hidden, weight, labels, bias=bias, **arguments.of_head(), group=shards
-            )
-        )
-    checks.floating(op, "hidden", hidden)
-    tokens = (labels, *arguments.split())
-    found = apply(
-        op, _LinearTokenLogprobs, hidden, weight, bias, *tokens, batching, shards, backend
-    )
-    return named_results(tokens[-1], found)
+        return named_result(*linear_token_logprobs_support(*head, labels, support, arguments))
+    return _over_vocabulary(*head, labels, arguments, batching, shards, backend)

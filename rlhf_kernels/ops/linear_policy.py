@@ -87,24 +87,18 @@ def _sharded_forward(
     return _results(operands, needs)
 
 
-def _scale_inplace(values: Tensor, factor: Tensor) -> Tensor:
-    """values [...] times the fp32 0-d factor, which torch on a GPU would round to their dtype."""
-    return values.mul_(factor.unsqueeze(0))
-
-
 def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """gradient * upstream in `dtype`; in the gradient's own memory where nobody needs it again.
 
     A second gradient of the weight would double the memory of the largest tensor in the call.
     """
     if tracing.active(upstream) or tracing.transform() is not None:
-        # As in `_scale_inplace`.
+        # torch on a GPU would round a 0-d factor to the dtype of the gradient.
         return (gradient * upstream.unsqueeze(0)).to(dtype)
     if devices.is_cpu(upstream.device):
         return times(gradient, upstream, dtype)
-    scale = backends.get(backend).launchers.get("scale_inplace", _scale_inplace)
-    scaled: Tensor = scale(gradient.clone() if graph_is_kept() else gradient, upstream)
-    return scaled.to(dtype)
+    memory = gradient.clone() if graph_is_kept() else gradient
+    return backends.get(backend).kernels.rows.scale_inplace(memory, upstream).to(dtype)
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
@@ -235,7 +229,14 @@ def linear_policy_loss(
     names = ("hidden", "weight", "bias")
     hidden, weight, bias = check_head(op, hidden, weight, bias, names, sharded=bool(shards))
     arguments = row_options.checked(
-        op, labels, "hidden", hidden, temperature, softcap, logit_scale, entropy=True
+        op,
+        labels,
+        "hidden",
+        hidden,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        entropy=True,
     )
     tokens = {
         "old_logprobs": old_logprobs,

@@ -9,7 +9,7 @@ from .. import reference
 from ..config.enums import EmptySupport
 from ..core import checks, groups, layout, option_checks, row_options, tracing
 from ..core.option_checks import shown
-from ..core.row_options import RowOptions
+from ..core.row_options import RowArguments, RowOptions
 from ..core.sentinels import SHARD_IGNORED
 from ..head import shard
 from ..kernels import backends
@@ -25,7 +25,7 @@ from .logprobs_results import (
     named_results,
 )
 from .support import (
-    Support,
+    SamplingMask,
     check_empty_support,
     check_one_label,
     support_or_whole,
@@ -176,6 +176,53 @@ class _TokenLogprobs(torch.autograd.Function):
         return (memory, *nothing)
 
 
+def _over_vocabulary(
+    logits: Tensor,
+    labels: Tensor,
+    arguments: RowArguments,
+    masked: bool,
+    inplace_backward: bool = False,
+    shards: str = "",
+    plain: bool = False,
+) -> TokenLogprobs | TokenLogprobsEntropy:
+    """`token_logprobs` without a support, of checked arguments.
+
+    `masked`: whether the labels are another tensor than the caller's. `plain`: as `checks.plain`
+    has found of the caller's tensors.
+    """
+    op = "token_logprobs"
+    backend = backends.select(op, logits.device)
+    if backend == backends.REFERENCE:
+        if inplace_backward:
+            raise ValueError(f"{op}: the reference backend has no inplace_backward")
+        keep = labels != arguments.ignore_index
+        temperature, vocab = arguments.temperature, logits.shape[-1]
+        shard.check_tokens(op, vocab, labels, temperature, keep, shards)
+        return named_result(
+            *reference.token_logprobs(logits, labels, **arguments.of_logits(), group=shards)
+        )
+    if not plain:
+        checks.not_double(op, logits=logits)
+    if inplace_backward:
+        _check_inplace(logits)
+    temperatures, options = arguments.split()
+    rows = (logits, labels, temperatures, options)
+    if (torch.is_grad_enabled() and logits.requires_grad) or tracing.forward_mode():
+        args = (*rows, inplace_backward, shards, backend)
+        found = apply(op, _TokenLogprobs, *args, plain=plain)
+        return named_results(options, found)
+    if not plain:
+        # A tensor that outlived a transform of torch.func asks for a gradient, and has no memory.
+        rows = (layout.constant(logits), *rows[1:])
+    if shards:
+        results = _sharded_forward(*rows, shards, backend).rows
+    else:
+        whole = plain and not masked and temperatures is None
+        # The log-sum-exp is computed from the statistics.
+        results = _forward(*rows, options.lse, backend, plain=whole)
+    return named_results(options, asked_for(options, labels, temperatures, results))
+
+
 @overload
 def token_logprobs(
     logits: Tensor,
@@ -191,7 +238,7 @@ def token_logprobs(
     argmax: bool = False,
     inplace_backward: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
-    support: Support | None = None,
+    support: SamplingMask | None = None,
     empty_support: EmptySupport = "nan",
 ) -> TokenLogprobs: ...
 
@@ -211,7 +258,7 @@ def token_logprobs(
     argmax: bool = False,
     inplace_backward: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
-    support: Support | None = None,
+    support: SamplingMask | None = None,
     empty_support: EmptySupport = "nan",
 ) -> TokenLogprobsEntropy: ...
 
@@ -231,7 +278,7 @@ def token_logprobs(
     argmax: bool = False,
     inplace_backward: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
-    support: Support | None = None,
+    support: SamplingMask | None = None,
     empty_support: EmptySupport = "nan",
 ) -> TokenLogprobs | TokenLogprobsEntropy: ...
 
@@ -250,7 +297,7 @@ def token_logprobs(
     argmax: bool = False,
     inplace_backward: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
-    support: Support | None = None,
+    support: SamplingMask | None = None,
     empty_support: EmptySupport = "nan",
 ) -> TokenLogprobs | TokenLogprobsEntropy:
     """Log-probability of each label, and optionally the entropy of the token's distribution.
@@ -342,14 +389,13 @@ def token_logprobs(
         labels,
         "logits",
         logits,
-        temperature,
-        softcap,
-        1.0,
-        entropy,
-        ignore_index,
-        lse,
-        collision,
-        argmax,
+        temperature=temperature,
+        softcap=softcap,
+        entropy=entropy,
+        ignore_index=ignore_index,
+        lse=lse,
+        collision=collision,
+        argmax=argmax,
         fit=plain,
         several=True,
     )
@@ -369,48 +415,10 @@ def token_logprobs(
                 labels,
                 support,
                 arguments.ignore_index,
-                lambda own, of_own: token_logprobs(
-                    logits,
-                    own,
-                    temperature=temperature,
-                    softcap=softcap,
-                    entropy=entropy,
-                    ignore_index=ignore_index,
-                    lse=lse,
-                    collision=collision,
-                    argmax=argmax,
-                    support=of_own,
-                ),
+                lambda own: token_logprobs_support(logits, own, support, arguments),
+                lambda own: _over_vocabulary(logits, own, arguments, masked=True),
             )
         return named_result(*token_logprobs_support(logits, labels, support, arguments))
-
-    backend = backends.select(op, logits.device)
-    if backend == backends.REFERENCE:
-        if inplace_backward:
-            raise ValueError(f"{op}: the reference backend has no inplace_backward")
-        keep = labels != arguments.ignore_index
-        temperature, vocab = arguments.temperature, logits.shape[-1]
-        shard.check_tokens(op, vocab, labels, temperature, keep, shards)
-        return named_result(
-            *reference.token_logprobs(logits, labels, **arguments.of_logits(), group=shards)
-        )
-    if not plain:
-        checks.not_double(op, logits=logits)
-    if inplace_backward:
-        _check_inplace(logits)
-    rows = (logits, labels, *arguments.split())
-    _, _, temperatures, options = rows
-    if (torch.is_grad_enabled() and logits.requires_grad) or tracing.forward_mode():
-        args = (*rows, inplace_backward, shards, backend)
-        found = apply(op, _TokenLogprobs, *args, plain=plain)
-        return named_results(options, found)
-    if not plain:
-        # A tensor that outlived a transform of torch.func asks for a gradient, and has no memory.
-        rows = (layout.constant(logits), *rows[1:])
-    if shards:
-        results = _sharded_forward(*rows, shards, backend).rows
-    else:
-        whole = plain and mask is None and rows[2] is None
-        # The log-sum-exp is computed from the statistics.
-        results = _forward(*rows, options.lse, backend, plain=whole)
-    return named_results(options, asked_for(options, labels, temperatures, results))
+    return _over_vocabulary(
+        logits, labels, arguments, mask is not None, inplace_backward, shards, plain
+    )

@@ -3,11 +3,23 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from ..core.layout import any_of_token
 from ..core.row_options import RowOptions, RowResults
-from ..kernels.logprobs import log_sum_exp
 from ..kernels.rows import LabelResults
+
+
+def _log_sum_exp(
+    labels: Tensor, temperatures: Tensor | None, stats: Tensor, options: RowOptions
+) -> Tensor:
+    """log sum_j exp(z_j) of rows [...], fp32, from their statistics [..., 3]; 0 where ignored."""
+    # m / T may be far above log s, which fp32 would lose beside it.
+    m, s, _ = stats.double().unbind(-1)
+    scaled = m / (options.temperature if temperatures is None else temperatures.float().double())
+    keep = any_of_token(labels != options.ignore_index, scaled.dim())
+    return torch.where(keep, scaled + s.log(), 0.0).float()
 
 
 def asked_for(
@@ -20,7 +32,7 @@ def asked_for(
     if options.collision:
         found = (*found, results.collision)
     if options.lse:
-        found = (*found, log_sum_exp(labels, temperatures, results.stats, options))
+        found = (*found, _log_sum_exp(labels, temperatures, results.stats, options))
     return (*found, results.argmax) if options.argmax else found
 
 

@@ -22,8 +22,8 @@ from ..core.layout import constant, fp32_like
 from ..kernels import backends
 from ..kernels.mismatch import MismatchRules
 from ._metrics import Metrics, register_metrics
-from ._mismatch import encoded
 from ._operator import define
+from .mismatch_options import encoded
 
 
 @define("mismatch_weights")

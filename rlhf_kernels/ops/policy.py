@@ -265,9 +265,10 @@ def policy_loss(
     if old_logprobs is None:
         checks.floating(op, "logprobs", logprobs, double=True)
         old_logprobs = logprobs.detach()
-    kinds, given = "ffFFFm", (logprobs, old_logprobs, ref_logprobs, rollout_logprobs, entropy, mask)
-    plain = checks.plain(kinds, *given) and cu_seqlens is None and logprobs.dim() == 2
-    if not plain:
+    given = (logprobs, old_logprobs, ref_logprobs, rollout_logprobs, entropy, mask)
+    padded = cu_seqlens is None and isinstance(logprobs, Tensor) and logprobs.dim() == 2
+    plain = padded and checks.plain("ffFFFmf", *given, advantages)
+    if not plain and not (padded and checks.plain("ffFFFm", *given)):
         mask = checks.token_inputs(
             op,
             {
@@ -280,8 +281,7 @@ def policy_loss(
             mask,
             cu_seqlens,
         )
-    if not checks.plain("ff", logprobs, advantages):
-        plain = False
+    if not plain:
         advantages = check_spread(op, "advantages", advantages, logprobs, cu_seqlens)
     if weights is not None and not checks.plain("ff", logprobs, weights):
         plain, weights = False, check_spread(op, "weights", weights, logprobs, cu_seqlens)
@@ -348,5 +348,6 @@ def policy_loss(
     if recorded:
         loss, metrics = apply(op, _PolicyLoss, *tokens, grad, entropy_grad, backend, plain=plain)
     else:
-        loss, metrics, *_ = _forward(tokens, grad, entropy_grad, backend)
+        seen = plain and count is None
+        loss, metrics, *_ = _forward(tokens, grad, entropy_grad, backend, plain=seen)
     return PolicyLoss(loss, PolicyMetrics(metrics))

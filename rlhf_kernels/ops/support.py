@@ -18,7 +18,7 @@ from ._operator import define, head_gradients_fake
 from .logprobs_results import TokenLogprobs, TokenLogprobsEntropy
 
 #: (indptr [N + 1], indices [nnz]): the token ids that the sampler kept for each token.
-Support = tuple[Tensor, Tensor]
+SamplingMask = tuple[Tensor, Tensor]
 
 
 def _results(like: Tensor, tokens: Tokens, options: RowOptions) -> Results:
@@ -99,9 +99,10 @@ def check_empty_support(op: str, value: object, support: object) -> None:
 def support_or_whole(
     op: str,
     labels: Tensor,
-    support: Support,
+    support: SamplingMask,
     ignore_index: int,
-    run: Callable[[Tensor, Support | None], TokenLogprobs | TokenLogprobsEntropy],
+    over_kept: Callable[[Tensor], RowResults],
+    over_all: Callable[[Tensor], TokenLogprobs | TokenLogprobsEntropy],
 ) -> TokenLogprobs | TokenLogprobsEntropy:
     """Results over each token's support, or over the whole vocabulary where that is empty.
 
@@ -110,12 +111,13 @@ def support_or_whole(
         labels: [...], with `ignore_index` for tokens to skip.
         support: of all tokens.
         ignore_index: label to skip.
-        run: the operation for labels of which some more are skipped, over a support or none.
+        over_kept: the operation over the support, for labels of which some more are skipped.
+        over_all: the same over the whole vocabulary.
     """
     indptr, _ = checks.support(op, support, labels.numel(), labels.device)
     empty = (indptr[1:] == indptr[:-1]).view(labels.shape)
-    of_kept = run(row_options.without_masked(op, labels, ~empty, ignore_index), support)
-    of_whole = run(row_options.without_masked(op, labels, empty, ignore_index), None)
+    of_kept = over_kept(row_options.without_masked(op, labels, ~empty, ignore_index))
+    of_whole = over_all(row_options.without_masked(op, labels, empty, ignore_index))
     logprobs = torch.where(empty, of_whole.logprobs, of_kept.logprobs)
     if of_kept.entropy is None or of_whole.entropy is None:
         return TokenLogprobs(logprobs)
@@ -226,7 +228,7 @@ class _LinearTokenLogprobsSupport(torch.autograd.Function):
 
 
 def token_logprobs_support(
-    logits: Tensor, labels: Tensor, support: Support, arguments: RowArguments
+    logits: Tensor, labels: Tensor, support: SamplingMask, arguments: RowArguments
 ) -> RowResults:
     """`token_logprobs` over a support; expects all other arguments to be checked."""
     op = "token_logprobs"
@@ -248,7 +250,7 @@ def linear_token_logprobs_support(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    support: Support,
+    support: SamplingMask,
     arguments: RowArguments,
 ) -> RowResults:
     """`linear_token_logprobs` over a support; expects all other arguments to be checked."""

@@ -11,44 +11,34 @@ from ..config.metrics import VALUE_METRICS
 from ..core import checks, data_checks, option_checks, tracing
 from ..core.layout import constant
 from ..kernels import backends, losses
-from ._autograd import InputGradients, apply, once_differentiable, remember
+from ..kernels.losses import ValueResults, ValueTokens
+from ._autograd import InputGradients, apply, gathered, once_differentiable, remember
 from ._metrics import Metrics, register_metrics
 from ._operator import define
 from .policy import scaled
 
 
 @define("value_loss")
-def _forward(
-    values: Tensor,
-    old_values: Tensor,
-    returns: Tensor,
-    mask: Tensor,
-    cu_seqlens: Tensor | None,
-    normalizer: Tensor | None,
-    divisor: float,
-    clip_range: float,
-    aggregation: int,
-    grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    deferred = backends.get(backend).gpu
+def _forward(tokens: ValueTokens, grad: bool, backend: str) -> ValueResults:
+    values, deferred = tokens.values, backends.get(backend).gpu
     loss, metrics, scale = losses.results(values, len(VALUE_METRICS), deferred)
-    return loss, metrics, losses.gradient(values, grad), scale
+    return ValueResults(loss, metrics, losses.gradient(values, grad), scale)
 
 
 class _ValueLoss(torch.autograd.Function):
     """The forward pass computes the gradient too; backward only scales it."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        loss, metrics, grad, scale = _forward(values, *args)
-        ctx.dtype, ctx.backend = values.dtype, args[-1]
-        ctx.nothing = (None,) * len(args)
-        remember(ctx, values)
-        ctx.save_for_backward(grad, scale)
-        ctx.mark_non_differentiable(metrics)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        """`args`: the fields of ValueTokens; grad, backend."""
+        tokens, grad, ctx.backend = gathered(args, ValueTokens)
+        found = _forward(tokens, grad, ctx.backend)
+        ctx.dtype, ctx.nothing = tokens.values.dtype, (None,) * (len(args) - 1)
+        remember(ctx, tokens.values)
+        ctx.save_for_backward(found.of_values, found.scale)
+        ctx.mark_non_differentiable(found.metrics)
         ctx.set_materialize_grads(False)
-        return loss, metrics
+        return found.loss, found.metrics
 
     @staticmethod
     @once_differentiable("value_loss")
@@ -124,8 +114,8 @@ def value_loss(
     op = "value_loss"
     plain = checks.plain("fffm", values, old_values, returns, mask) and values.dim() == 2
     if not plain or cu_seqlens is not None:
-        tokens = {"values": values, "old_values": old_values, "returns": returns}
-        mask = checks.token_inputs(op, tokens, mask, cu_seqlens)
+        given = {"values": values, "old_values": old_values, "returns": returns}
+        mask = checks.token_inputs(op, given, mask, cu_seqlens)
     option_checks.one_of(op, "aggregation", aggregation, AGGREGATIONS)
     if aggregation == "constant" and normalizer is None:
         raise ValueError(f"{op}: normalizer must be given with the aggregation 'constant'")
@@ -151,12 +141,21 @@ def value_loss(
     if not plain:
         checks.not_double(op, values=values, old_values=old_values, returns=returns)
     grad = torch.is_grad_enabled() and values.requires_grad
-    args = (
-        constant(old_values), constant(returns), mask, cu_seqlens, count, divisor,
-        0.0 if clip_range is None else clip_range, AGGREGATIONS.index(aggregation), grad, backend,
-    )  # fmt: skip
-    if grad or tracing.forward_mode():
-        loss, metrics = apply(op, _ValueLoss, values, *args, plain=plain)
+    recorded = grad or tracing.forward_mode()
+    tokens = ValueTokens(
+        values=values if recorded else constant(values),
+        old_values=constant(old_values),
+        returns=constant(returns),
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        normalizer=count,
+        divisor=divisor,
+        clip_range=0.0 if clip_range is None else clip_range,
+        aggregation=AGGREGATIONS.index(aggregation),
+    )
+    if recorded:
+        loss, metrics = apply(op, _ValueLoss, *tokens, grad, backend, plain=plain)
     else:
-        loss, metrics, *_ = _forward(constant(values), *args)
+        seen = plain and cu_seqlens is None and count is None
+        loss, metrics, *_ = _forward(tokens, grad, backend, plain=seen)
     return ValueLoss(loss, ValueMetrics(metrics))

@@ -32,41 +32,27 @@ class Head(NamedTuple):
     """The hidden states `[B, T, H]` that predict the completion's tokens, and the LM head."""
 
     hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    scale: float
-
-    def _options(self) -> dict[str, Any]:
-        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.scale}
+    head: rk.Head
 
     def logprobs(self, labels: Tensor, *, temperature: float = 1.0) -> Tensor:
         """Log-probabilities of the labels, fp32 [B, T]; 0 where a label is -100."""
         return timed(
             rk.linear_token_logprobs,
             self.hidden,
-            self.weight,
-            labels,
+            labels=labels,
             temperature=temperature,
-            **self._options(),
+            **self.head.arguments(),
         ).logprobs
 
     def policy_loss(self, labels: Tensor, *args: Tensor, **options: Any) -> rk.PolicyLoss:
         """`linear_policy_loss` with this head."""
-        return timed(
-            rk.linear_policy_loss,
-            self.hidden,
-            self.weight,
-            labels,
-            *args,
-            **self._options(),
-            **options,
-        )
+        weight, bias, softcap, logit_scale = self.head
+        options |= {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
+        return timed(rk.linear_policy_loss, self.hidden, weight, labels, *args, **options)
 
     def logits(self) -> Tensor:
         """The logits, fp32 [B, T, V]."""
-        logits = nn.functional.linear(self.hidden, self.weight, self.bias).float() * self.scale
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+        return self.head.logits(self.hidden)
 
 
 def causal_lm(policy: nn.Module) -> PreTrainedModel:
@@ -94,7 +80,7 @@ def head_over(model: PreTrainedModel, hidden: Tensor) -> Head:
     head = rk.Head.from_model(model, check=False)
     # Autocast leaves the weights fp32, but the head needs the dtype of the hidden states.
     weight, bias = (None if t is None else t.to(hidden.dtype) for t in (head.weight, head.bias))
-    return Head(hidden, weight, bias, head.softcap, head.logit_scale)
+    return Head(hidden, head._replace(weight=weight, bias=bias))
 
 
 def accepted(model: nn.Module, **inputs: Any) -> dict[str, Any]:

@@ -63,7 +63,7 @@ READERS = [
     ("csrc/bind/*.h", {"tensor.h"}),
     ("csrc/cpu/*.h", {"rows.h", "kl_sums.h"}),
     ("csrc/cuda/*.cu*", {"rows.cuh", "kl_general.cu"}),
-    ("rlhf_kernels/kernels/**/*.py", {"_rows.py", "_pairs.py"}),
+    ("rlhf_kernels/kernels/**/*.py", {"_rows.py", "kl_pairs.py"}),
     ("rlhf_kernels/head/*.py", set()),
     ("rlhf_kernels/ops/_*.py", set()),
 ]

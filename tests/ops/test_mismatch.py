@@ -15,7 +15,7 @@ import rlhf_kernels as rk
 from rlhf_kernels.config.enums import MISMATCH_LEVELS
 from rlhf_kernels.config.metrics import MISMATCH_METRICS
 from rlhf_kernels.config.mismatch import CRITERIA, PRESETS
-from rlhf_kernels.ops._mismatch import encoded
+from rlhf_kernels.ops.mismatch_options import encoded
 from rlhf_kernels.testing import (
     DTYPES,
     assert_bitwise_equal,

@@ -150,9 +150,20 @@ def test_native_code_includes_no_torch():
         assert not re.search(r'#\s*include\s*[<"](torch|ATen|c10)', source.read_text()), source
 
 
+# What families share has a name that begins with `_`.
+SHARED = {
+    "ops": {"_autograd", "_availability", "_calls", "_heads", "_metrics", "_operator"},
+    "native": {"_tokens"},
+    "triton": {"_launch", "_math", "_maxima", "_rows", "_strided", "_tiles", "_tokens"},
+    "reference": {"_common"},
+}
+
+
 def _families(*parts: str, suffix: str = ".py") -> set[str]:
     """The first words of the names of files in a folder, but for those that families share."""
     names = {file.name.removesuffix(suffix) for file in ROOT.joinpath(*parts).glob(f"*{suffix}")}
+    shared = {name for name in names if name.startswith("_")} - {"__init__"}
+    assert shared == SHARED.get(parts[-1], set())
     return {name.partition("_")[0] for name in names} - {""}
 
 

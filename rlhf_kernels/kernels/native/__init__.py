@@ -1,8 +1,8 @@
 """Native extensions: loading, and the launchers of each.
 
-A family of operations has one module of launchers. Tensors are read in csrc/bind/tensor.h;
-`boundary` takes the addresses of scratch and of buffers to fault in. torch is imported before the
-extensions, because `_cpu` shares its OpenMP runtime.
+Each family of operations has a module of launchers. csrc/bind/tensor.h reads the tensors;
+`boundary` reads the addresses of scratch memory, and of buffers whose pages it makes present. torch
+is imported before the extensions, because `_cpu` shares its OpenMP runtime.
 """
 
 import functools
@@ -12,7 +12,7 @@ from types import ModuleType
 # Before the extensions, so that libgomp is loaded.
 import torch
 
-from ...core import env
+from ...core import checks, env
 from ...core.layout import Empty, plain_empty
 from ..launchers import Launchers
 from . import (
@@ -45,13 +45,17 @@ def _load(backend: str) -> tuple[ModuleType | None, str | None]:
                 f"with RLHF_KERNELS_{backend.upper()}=1 pip install says what is missing"
             )
         return None, f"extension {_NAMES[backend]} could not be imported: {said}"
-    if backend == "cpu" and env.CPU_ISA is not None:
-        if env.CPU_ISA not in module.isa_names():
-            raise ValueError(
-                f"RLHF_KERNELS_CPU_ISA: expected one of {', '.join(module.isa_names())}, "
-                f"got {env.CPU_ISA!r}"
-            )
-        module.select_isa(env.CPU_ISA)
+    if backend == "cpu":
+        if not hasattr(module, "plain"):
+            return None, f"extension {_NAMES[backend]} is of an older version: build it again"
+        checks.use_native(module.plain)
+        if env.CPU_ISA is not None:
+            if env.CPU_ISA not in module.isa_names():
+                raise ValueError(
+                    f"RLHF_KERNELS_CPU_ISA: expected one of {', '.join(module.isa_names())}, "
+                    f"got {env.CPU_ISA!r}"
+                )
+            module.select_isa(env.CPU_ISA)
     return module, _cuda_reason(module) if backend == "cuda" else None
 
 

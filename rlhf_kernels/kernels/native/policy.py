@@ -17,8 +17,8 @@ def launchers(extension: ModuleType) -> losses.Launchers:
     make_exec, gpu = b.exec_builder(extension), extension.gpu
 
     def policy_loss(given: PolicyTokens, grad: bool, entropy_grad: bool) -> LossResults:
-        op = "policy_loss"
-        logprobs, old, advantages, mask, ref, rollout, entropy, weights, cu_seqlens = given[:9]
+        op, logprobs, advantages = "policy_loss", given.logprobs, given.advantages
+        entropy, weights, cu_seqlens = given.entropy, given.weights, given.cu_seqlens
         begun = begin(
             op, logprobs, cu_seqlens, given.normalizer, given.divisor, len(POLICY_METRICS), gpu
         )
@@ -29,16 +29,16 @@ def launchers(extension: ModuleType) -> losses.Launchers:
         if tokens is None:
             return results
         check_weights = losses.check_weights if gpu else data_checks.loss_weights
-        check_weights(op, weights, mask, cu_seqlens)
+        check_weights(op, weights, given.mask, cu_seqlens)
         status = extension.policy_loss(
             *tokens,
-            flags(mask),
+            flags(given.mask),
             logprobs,
-            old,
+            given.old_logprobs,
             advantages,
             advantages.shape != logprobs.shape,
-            ref,
-            rollout,
+            given.ref_logprobs,
+            given.rollout_logprobs,
             entropy,
             weights,
             weights is not None and weights.shape != logprobs.shape,

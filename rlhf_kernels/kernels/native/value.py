@@ -2,10 +2,9 @@
 
 from types import ModuleType
 
-from torch import Tensor
-
 from ...config.metrics import VALUE_METRICS
 from .. import losses
+from ..losses import ValueResults, ValueTokens
 from . import boundary as b
 from ._tokens import begin, flags, raise_status
 
@@ -14,35 +13,25 @@ def launchers(extension: ModuleType) -> losses.Launchers:
     """Launchers bound to an extension module."""
     make_exec, gpu = b.exec_builder(extension), extension.gpu
 
-    def value_loss(
-        values: Tensor,
-        old: Tensor,
-        returns: Tensor,
-        mask: Tensor,
-        cu_seqlens: Tensor | None,
-        normalizer: Tensor | None,
-        divisor: float,
-        clip_range: float,
-        aggregation: int,
-        grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        op = "value_loss"
+    def value_loss(given: ValueTokens, grad: bool) -> ValueResults:
+        op, values, cu_seqlens = "value_loss", given.values, given.cu_seqlens
         tokens, loss, metrics, scale, divisor, normalizer = begin(
-            op, values, cu_seqlens, normalizer, divisor, len(VALUE_METRICS), gpu
+            op, values, cu_seqlens, given.normalizer, given.divisor, len(VALUE_METRICS), gpu
         )
         gradient = losses.gradient(values, grad)
+        results = ValueResults(loss, metrics, gradient, scale)
         if tokens is None:
-            return loss, metrics, gradient, scale
+            return results
         status = extension.value_loss(
             *tokens,
-            flags(mask),
+            flags(given.mask),
             values,
-            old,
-            returns,
+            given.old_values,
+            given.returns,
             divisor,
             normalizer,
-            aggregation,
-            clip_range,
+            given.aggregation,
+            given.clip_range,
             loss,
             metrics,
             scale,
@@ -50,6 +39,6 @@ def launchers(extension: ModuleType) -> losses.Launchers:
             make_exec(values, op, lambda: (*tokens[:2], cu_seqlens is not None)),
         )
         raise_status(op, status, cu_seqlens, values)
-        return loss, metrics, gradient, scale
+        return results
 
     return {"value_loss": value_loss}

@@ -21,7 +21,9 @@ from . import kl_mixture
 from ._launch import kernel, launch, tile_count, warps_of
 from ._math import LOG2E, scalar, tree_sum, tree_sums
 from ._maxima import raised
-from ._pairs import (
+from ._strided import alignment, in_units, strided, strided_rows, token_at
+from ._tiles import load_blocks, tile_bounds, tops
+from .kl_pairs import (
     distances,
     log_of_ratio,
     mixture_terms,
@@ -31,8 +33,6 @@ from ._pairs import (
     shares,
     weight_of,
 )
-from ._strided import alignment, in_units, strided, strided_rows, token_at
-from ._tiles import load_blocks, tile_bounds, tops
 from .kl_penalty import penalty
 from .logprobs import GROUP
 from .logprobs_backward import LOWEST, ROWS

@@ -10,7 +10,9 @@ from ...core.layout import as_rows, grid
 from ...core.pair_options import PairOptions
 from ._launch import kernel, launch, tile_count
 from ._math import scalar, tree_sum
-from ._pairs import (
+from ._strided import alignment, in_units, strided_rows, token_at
+from ._tiles import tile_bounds
+from .kl_pairs import (
     distances,
     log_of_ratio,
     mixture_terms,
@@ -19,8 +21,6 @@ from ._pairs import (
     shares,
     weight_of,
 )
-from ._strided import alignment, in_units, strided_rows, token_at
-from ._tiles import tile_bounds
 from .logprobs import GROUP
 from .logprobs_backward import ROWS
 

@@ -5,10 +5,10 @@ number of tokens of each sequence. The backward pass is that of policy_loss.
 """
 
 import triton.language as tl
-from torch import Tensor
 
 from ...config.metrics import VALUE_METRICS
 from .. import losses
+from ..losses import ValueResults, ValueTokens
 from . import _tokens as t
 from ._launch import kernel, launch
 from ._math import scalar
@@ -31,15 +31,26 @@ from ._tokens import (
 from .policy_math import SEQ_MEAN_TOKEN_MEAN, value_term
 
 # Positions of the metrics.
-M_LOSS, M_CLIP_FRAC, M_VALUE_MEAN, M_RETURN_MEAN, M_EXPLAINED_VARIANCE, M_TOKENS = (
-    tl.constexpr(i) for i in range(len(VALUE_METRICS))
+_metric = VALUE_METRICS.index
+M_LOSS, M_CLIP_FRAC = tl.constexpr(_metric("loss")), tl.constexpr(_metric("clip_frac"))
+M_VALUE_MEAN = tl.constexpr(_metric("value_mean"))
+M_RETURN_MEAN = tl.constexpr(_metric("return_mean"))
+M_EXPLAINED_VARIANCE = tl.constexpr(_metric("explained_variance"))
+M_TOKENS = tl.constexpr(_metric("tokens"))
+# The sums of a tile. The means of returns and errors are stored in place of their sums.
+_SUMS = ("loss", "clipped", "value", "count", "return", "error")
+S_LOSS, S_CLIPPED, S_VALUE, S_COUNT, S_RETURN, S_ERROR = (
+    tl.constexpr(_SUMS.index(name)) for name in _SUMS
 )
-# Rows of the scratch [ROWS, slots] after the statistics: sums; mean and sum of squared deviations
-# of the returns and of the errors; the tile number of each slot in its sequence.
-LOSS, CLIPPED, VALUE, COUNT = (tl.constexpr(i) for i in range(4, 8))
-RETURN_MEAN, ERROR_MEAN, RETURN_M2, ERROR_M2 = (tl.constexpr(i) for i in range(8, 12))
-TILE_INDEX = tl.constexpr(12)
-ROWS = 13
+# How many of them are stored as they are: those before the first mean.
+STORED = tl.constexpr(_SUMS.index("return"))
+# Rows of the scratch [ROWS, slots] after the statistics.
+_ROWS = ("loss", "clipped", "value", "count", "return_mean", "error_mean", "return_m2", "error_m2")
+_STATISTICS = 4
+LOSS, CLIPPED, VALUE, COUNT, RETURN_MEAN, ERROR_MEAN, RETURN_M2, ERROR_M2, TILE_INDEX = (
+    tl.constexpr(_STATISTICS + i) for i in range(len(_ROWS) + 1)
+)
+ROWS = _STATISTICS + len(_ROWS) + 1
 # Two units in the last place of a float near 1.
 MEAN_ROUNDINGS = tl.constexpr(2.0**-22)
 
@@ -79,8 +90,8 @@ def value_kernel(
     error = target - v
     count = tl.where(kept, 1.0, 0.0)
     sums = column_sums(join8(term, clipped, v, count, target, error, zero, zero), TILE, 8)
-    n = tl.maximum(pick(sums, 3, 8), 1.0)
-    target_mean, error_mean = pick(sums, 4, 8) / n, pick(sums, 5, 8) / n
+    n = tl.maximum(pick(sums, S_COUNT, 8), 1.0)
+    target_mean, error_mean = pick(sums, S_RETURN, 8) / n, pick(sums, S_ERROR, 8) / n
     # Deviations are taken from the rounded mean; subtracting their own mean corrects for this.
     target_off = tl.where(kept, target - target_mean, 0.0)
     error_off = tl.where(kept, error - error_mean, 0.0)
@@ -89,8 +100,8 @@ def value_kernel(
     off_mean, error_off_mean = pick(off, 0, 4) / n, pick(off, 1, 4) / n
     out = partials + pid
     column = tl.arange(0, 8)
-    sums *= tl.where(column == 0, weight, 1.0)
-    tl.store(out + (LOSS + column) * slots, sums, mask=column < 4)
+    sums *= tl.where(column == S_LOSS, weight, 1.0)
+    tl.store(out + (LOSS + column) * slots, sums, mask=column < STORED)
     tl.store(out + RETURN_MEAN * slots, target_mean + off_mean)
     tl.store(out + ERROR_MEAN * slots, error_mean + error_off_mean)
     tl.store(out + RETURN_M2 * slots, pick(off, 2, 4) - n * off_mean * off_mean)
@@ -136,9 +147,9 @@ def combine_kernel(
                 found += opens
     zero = tl.zeros_like(terms)
     sums = column_sums(join8(terms, clipped, values, counts, targets, errors, zero, zero), GROUP, 8)
-    tokens = pick(sums, 3, 8)
+    tokens = pick(sums, S_COUNT, 8)
     share = inverse(tl.where(tokens > 1.0, tokens, 1.0))
-    target_mean, error_mean = pick(sums, 4, 8) * share, pick(sums, 5, 8) * share
+    target_mean, error_mean = pick(sums, S_RETURN, 8) * share, pick(sums, S_ERROR, 8) * share
     # Squared deviations within tiles, plus those between the means of tiles.
     target_m2, error_m2 = zero, zero
     for start in range(0, slots, UNROLL * GROUP):
@@ -165,34 +176,25 @@ def combine_kernel(
     factor = loss_scale(batch, normalizer, divisor, count, GROUP)
     # NaN if the factor is NaN, else 0.
     fault = factor - factor
-    value = (pick(sums, 0, 8) * factor).to(tl.float32)
+    value = (pick(sums, S_LOSS, 8) * factor).to(tl.float32)
     tl.store(scale, factor.to(tl.float32))
     tl.store(loss, value)
     tl.store(metrics + M_LOSS, value)
-    tl.store(metrics + M_CLIP_FRAC, (pick(sums, 1, 8) * share + fault).to(tl.float32))
-    tl.store(metrics + M_VALUE_MEAN, (pick(sums, 2, 8) * share + fault).to(tl.float32))
+    tl.store(metrics + M_CLIP_FRAC, (pick(sums, S_CLIPPED, 8) * share + fault).to(tl.float32))
+    tl.store(metrics + M_VALUE_MEAN, (pick(sums, S_VALUE, 8) * share + fault).to(tl.float32))
     tl.store(metrics + M_RETURN_MEAN, (target_mean + fault).to(tl.float32))
     tl.store(metrics + M_EXPLAINED_VARIANCE, (explained + fault).to(tl.float32))
     tl.store(metrics + M_TOKENS, (tokens + fault).to(tl.float32))
 
 
-def value_loss(
-    values: Tensor,
-    old: Tensor,
-    returns: Tensor,
-    mask: Tensor,
-    cu_seqlens: Tensor | None,
-    normalizer: Tensor | None,
-    divisor: float,
-    clip_range: float,
-    aggregation: int,
-    grad: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    sweep = t.begin("value_loss", values, cu_seqlens, normalizer, divisor, len(VALUE_METRICS), ROWS)
+def value_loss(given: ValueTokens, grad: bool) -> ValueResults:
+    values, cu_seqlens, clip_range = given.values, given.cu_seqlens, given.clip_range
+    divisor = given.normalizer, given.divisor
+    sweep = t.begin("value_loss", values, cu_seqlens, *divisor, len(VALUE_METRICS), ROWS)
     batch, slots, partials, loss, metrics, scale, *_ = sweep
     gradient = losses.gradient(values, grad)
-    weights = strided(mask)
-    sequence_mean = aggregation == SEQ_MEAN_TOKEN_MEAN.value
+    weights = strided(given.mask)
+    sequence_mean = given.aggregation == SEQ_MEAN_TOKEN_MEAN.value
     tile = {"TILE": t.TILE, "warps": t.WARPS}
     if sequence_mean:
         counts = (batch, weights, None, None, None, partials)
@@ -205,8 +207,8 @@ def value_loss(
         batch,
         weights,
         strided(values),
-        strided(old),
-        strided(returns),
+        strided(given.old_values),
+        strided(given.returns),
         gradient,
         partials,
         float(clip_range),
@@ -214,8 +216,8 @@ def value_loss(
         SEQUENCE_MEAN=sequence_mean,
         **tile,
     )
-    sweep.combine(combine_kernel, aggregation)
-    return loss, metrics, gradient, scale
+    sweep.combine(combine_kernel, given.aggregation)
+    return ValueResults(loss, metrics, gradient, scale)
 
 
 LAUNCHERS: losses.Launchers = {"value_loss": value_loss}
