@@ -39,7 +39,7 @@ class RowOptions(NamedTuple):
 
 
 class RowResults(NamedTuple):
-    """What `token_logprobs` gives per token [...]; None where it was not asked for.
+    """Results of `token_logprobs` per token [...]; None where the options do not ask for one.
 
     The log-probabilities have the shape of the labels, which may be [..., K].
     """

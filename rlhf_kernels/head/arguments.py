@@ -13,7 +13,7 @@ from ..core.row_options import RowOptions
 
 
 class Operands(NamedTuple):
-    """What an LM head multiplies: hidden states [..., H] and weight [V, H]; bias [V], or None."""
+    """Hidden states [..., H], the weight [V, H] of an LM head, and its bias [V] or None."""
 
     hidden: Tensor
     weight: Tensor
@@ -32,7 +32,7 @@ class Targets(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """What the gradients of log-probabilities are computed from.
+    """Statistics of a forward pass, and the upstream gradients of its results.
 
     stats: statistics of the rows, fp32 [..., 3].
     collisions: sums of the squared probabilities [...], where these are wanted.
@@ -104,7 +104,7 @@ class Batching(NamedTuple):
 
 
 class Divergence(NamedTuple):
-    """What a divergence of two heads takes beside them: the mask [...], or None, and options."""
+    """The mask [...] of a divergence of two heads, or None, and its options."""
 
     mask: Tensor | None
     options: PairOptions

@@ -61,18 +61,19 @@ def exact_size(
 
 
 def logits_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """What the GEMM leaves its fp32 sums in: fp32 where the library can from 16-bit operands.
+    """The dtype of the logits that a product of operands of `dtype` gives.
 
-    And for fp16, whose range a gradient leaves: its products then take operands in fp32, which
-    CPUs without fp16 arithmetic multiply many times as fast.
+    It is fp32 where the library can give that from 16-bit operands. For fp16 it always is, because
+    gradients leave the range of fp16. The operands are then widened to fp32, which CPUs without
+    fp16 arithmetic multiply many times as fast.
     """
     return torch.float32 if devices.mixes(device) or dtype == torch.float16 else dtype
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the gradient of logits is rounded to, of operands of `dtype`: what their products take.
+    """The dtype to which the gradient of logits is rounded: that of the operands of its products.
 
-    fp16 ones are scaled first.
+    Those of fp16 operands stay fp32 until they are scaled.
     """
     return torch.float32 if dtype == torch.float16 else dtype
 

@@ -1,13 +1,13 @@
-"""What the head does in another way on another kind of device."""
+"""Facts about kinds of devices on which the head decides."""
 
 import torch
 
 
 def is_cpu(device: torch.device) -> bool:
-    """Whether the host reads a number without waiting, and blocks of a product stay in a cache."""
+    """Whether numbers are read without waiting, and a cache holds blocks of products."""
     return device.type == "cpu"
 
 
 def mixes(device: torch.device) -> bool:
-    """Whether products of 16-bit operands may leave their fp32 sums in fp32: cuBLAS, hipBLASLt."""
+    """Whether 16-bit operands can have an fp32 product: from cuBLAS and hipBLASLt."""
     return device.type == "cuda"

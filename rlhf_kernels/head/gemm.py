@@ -87,7 +87,7 @@ def hidden_into(out: Tensor, g: Tensor, weight: Tensor, add: bool = False) -> No
 
 @functools.cache
 def _onednn_operations() -> frozenset[Operation]:
-    """What oneDNN multiplies on this machine."""
+    """The products that oneDNN computes on this machine."""
     if not (torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return frozenset()
     try:

@@ -201,10 +201,17 @@ class _PolicySweep:
             params=policy.params,
         )
         found = self._kernels.rows.policy_loss(given, True, bonus)
-        g, h = _complete(found, factors)
-        self._gradient(out, tokens, tile, logits, stats, g[0], None if h is None else h[0])
+        of_logprobs, of_entropy = _complete(found, factors)
+        of_entropy = None if of_entropy is None else of_entropy[0]
+        self._gradient(out, tokens, tile, logits, stats, of_logprobs[0], of_entropy)
 
-    def backward(self, tokens: Tokens, g: Tensor, h: Tensor | None, needs: list[bool]) -> Gradients:
+    def backward(
+        self,
+        tokens: Tokens,
+        of_logprobs: Tensor,
+        of_entropy: Tensor | None,
+        needs: list[bool],
+    ) -> Gradients:
         """The second sweep: gradients from those of the log-probabilities and entropies, [N]."""
         chunk = self._backward_chunk(tokens.count)
         operands = self.head.operands
@@ -214,8 +221,9 @@ class _PolicySweep:
         gradients = Gradients(head, needs, self._kernels.reduce)
 
         def backward(out: Tensor, logits: Tensor, tile: Tile) -> None:
-            stats, own = tokens.take(self._stats, tile.tokens), tokens.take(g, tile.tokens)
-            self._gradient(out, tokens, tile, logits, stats, own, tokens.take(h, tile.tokens))
+            part = tile.tokens
+            stats, own = tokens.take(self._stats, part), tokens.take(of_logprobs, part)
+            self._gradient(out, tokens, tile, logits, stats, own, tokens.take(of_entropy, part))
 
         gradients.sweep(tokens, chunk, backward)
         return gradients
@@ -227,14 +235,20 @@ class _PolicySweep:
         tile: Tile,
         logits: Tensor,
         stats: Tensor,
-        g: Tensor,
-        h: Tensor | None,
+        of_logprobs: Tensor,
+        of_entropy: Tensor | None,
     ) -> None:
-        labels = tokens.take(self._labels, tile.tokens)
-        own = labels, tokens.take(self._temperatures, tile.tokens)
+        labels, temperatures = self._labels_of(tokens, tile.tokens)
         labels, ignored = localized(labels, tile.columns, self._vocab, SHARD_IGNORED)
         self._kernels.rows.token_logprobs_backward_into(
-            out, logits, labels, own[1], stats, g, h, self._options._replace(ignore_index=ignored)
+            out,
+            logits,
+            labels,
+            temperatures,
+            stats,
+            of_logprobs,
+            of_entropy,
+            self._options._replace(ignore_index=ignored),
         )
 
     def policy_loss(self, grad: bool) -> LossResults:

@@ -219,9 +219,9 @@ def _first_of_largest(order: Tensor, ids: Tensor) -> Tensor:
     Ranks with a negative id take no part.
     """
     best, found = torch.full_like(order[0], -torch.inf), torch.full_like(ids[0], -1)
-    for place, own in zip(order.unbind(), ids.unbind(), strict=True):
-        better = (place > best) & (own >= 0)
-        best, found = torch.where(better, place, best), torch.where(better, own, found)
+    for of_rank, own in zip(order.unbind(), ids.unbind(), strict=True):
+        better = (of_rank > best) & (own >= 0)
+        best, found = torch.where(better, of_rank, best), torch.where(better, own, found)
     return found
 
 

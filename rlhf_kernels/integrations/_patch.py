@@ -24,7 +24,7 @@ class IncompatibleError(RuntimeError):
 
 
 class Report(NamedTuple):
-    """What an integration found and did in this process.
+    """The names that an integration found and replaced in this process, and its calls.
 
     Attributes:
         package: name of the trainer's package.

@@ -74,11 +74,12 @@ _BackwardKernel = Callable[
 
 
 def tokens_of(labels: Tensor, options: RowOptions, vocab: int | None) -> tuple[Tensor, RowOptions]:
-    """One label per token of labels [..., K], for kernels that need none but sum the token's row.
+    """One label per token for labels [..., K], with which a kernel sums the token's row once.
 
     Returns:
-        int64 [...], and options with its label to skip. With `vocab`, one outside it gives one that
-        makes the row NaN.
+        Labels [...], int64, and the options with the label that skips a token. A row is skipped
+        where all K labels are. Where `vocab` is given and one of K lies outside, the row becomes
+        NaN.
     """
     keep = labels != options.ignore_index
     found = torch.where(keep.any(-1), ELSEWHERE, SHARD_IGNORED)

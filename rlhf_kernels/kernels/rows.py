@@ -11,7 +11,7 @@ from ..core.layout import Empty
 from ..core.pair_options import PairOptions
 from ..core.row_options import RowOptions
 
-#: What may be absent.
+#: A tensor that may be absent.
 Maybe = Tensor | None
 
 #: Sums a tensor over the ranks of a sharded vocabulary.
@@ -19,10 +19,10 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 class TokenConstants(NamedTuple):
-    """What the tokens [N] of a policy loss have beside their log-probabilities.
+    """The constants of tokens [N] in a policy loss.
 
-    old_logprobs: None for the tokens' own.
-    weights: of each token in the loss, fp32.
+    old_logprobs: None where they are the log-probabilities themselves.
+    weights: the weight of each token in the loss, fp32.
     """
 
     old_logprobs: Tensor | None
@@ -78,7 +78,7 @@ class PolicyLoss(Protocol):
 
 
 class PolicyRows(Protocol):
-    """A kernel from logits to their gradient by a policy loss whose tokens stand alone."""
+    """A kernel from logits to the gradient of a policy loss in which no token needs another."""
 
     def __call__(
         self,
@@ -104,7 +104,7 @@ class LabelResults(NamedTuple):
 
     logprobs: like the labels.
     entropy: [...], or None where the options do not ask for it.
-    stats: [..., 3], what the backward pass needs. Any: None to a caller who says that none comes.
+    stats: [..., 3], for the backward pass; None, which its type hides, if the caller needs none.
     collision: sums of squared probabilities [...], or None.
     argmax: the most likely tokens [...], int64, or None.
     """
@@ -150,7 +150,7 @@ class LabelRows(Protocol):
     def policy_rows_for(
         self, device: torch.device, vocab: int, options: RowOptions, /
     ) -> PolicyRows | None:
-        """The one kernel where it takes less time than those it stands for; else None."""
+        """The one kernel, where it takes less time than the three that it replaces; else None."""
 
 
 class Rows(LabelRows, Protocol):

@@ -30,7 +30,7 @@ class Tokens(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """What a backward pass has of its forward pass, the upstream gradients (or None), options."""
+    """The inputs of a backward pass: what its forward pass kept, and the upstream gradients."""
 
     kept: Tensor
     tokens: Tokens

@@ -38,7 +38,7 @@ class Support(NamedTuple):
 
 
 def _serving(op: str, device: torch.device) -> Support:
-    """What `supports` returns for a dtype that the backend takes."""
+    """The result of `supports` for a dtype that the backend takes."""
     if not hasattr(torch.ops.rlhf_kernels, op):
         return Support(TORCH, "it is a few lines of torch")
     kernel = ROW_KERNELS.get(op, op)

@@ -140,7 +140,10 @@ class OfflineTrainer:
 
 
 def wilson_interval(share: float, count: float, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % confidence interval of a proportion of `count` trials (Wilson 1927)."""
+    """The 95 % confidence interval of a proportion of `count` trials (Wilson 1927).
+
+    Shares of weighted rows are no whole numbers of trials, which libraries require.
+    """
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     spread = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return middle - z * spread / (1 + z * z / count), middle + z * spread / (1 + z * z / count)

@@ -57,7 +57,7 @@ def batch_of(shape: torch.Size, cu_seqlens: Tensor | None) -> Batch:
 
 
 class Sweep(NamedTuple):
-    """What the launches of one call of a loss share.
+    """Shapes, memory and divisor that the launches of one call of a loss share.
 
     partials: scratch [rows, slots], the statistics first.
     loss, metrics, scale: results, uninitialised.

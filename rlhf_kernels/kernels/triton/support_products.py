@@ -73,8 +73,8 @@ def products_kernel(
     token_id = tl.load(indices + entry, mask=read, other=-1).to(tl.int64)
     read &= (token_id >= 0) & (token_id < vocab)
     x = token_at(hidden, token, cols, ALIGN)
-    words, _, stride = weight
-    w = words + token_id * stride * ALIGN
+    weights, _, stride = weight
+    w = weights + token_id * stride * ALIGN
     acc = tl.zeros((ROWS, COLS), tl.float32)
     for start in range(0, width * ALIGN, COLS):
         column = start + tl.arange(0, COLS)
@@ -174,15 +174,15 @@ def store_products(
         indptr, indices: the support, contiguous.
     """
     weight, (vocab, width), entries = as_rows(weight), weight.shape, indices.shape[0]
-    rows, words = strided_rows(hidden), strided_rows(weight)
-    align = alignment(width, rows, words)
+    rows, weights = strided_rows(hidden), strided_rows(weight)
+    align = alignment(width, rows, weights)
     tile = PRODUCT_ROWS if align > 1 else PRODUCT_ROWS_UNALIGNED
     launch(
         products_kernel,
         tile_count(entries, tile),
         hidden,
         in_units(rows, align),
-        in_units(words, align),
+        in_units(weights, align),
         strided(bias, torch.float32),
         labels,
         indices,
