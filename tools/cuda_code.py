@@ -37,9 +37,14 @@ class Instruction:
     text: str
 
     @functools.cached_property
+    def unpredicated(self) -> str:
+        """The operation and its operands."""
+        return re.sub(r"^@!?U?P\w+\s+", "", self.text)
+
+    @functools.cached_property
     def operation(self) -> str:
         """The operation without predicate and operands, as in LDG.E.128."""
-        return re.sub(r"^@!?U?P\w+\s+", "", self.text).split()[0]
+        return self.unpredicated.split()[0]
 
     @functools.cached_property
     def unconditional(self) -> bool:
@@ -180,7 +185,9 @@ def _cheapest(
     ]
     patterns = [re.compile(p) for p in holds]
     wanted = tuple(holds.values())
-    has = [tuple(sum(bool(p.match(x.operation)) for x in b.body) for p in patterns) for b in blocks]
+    has = [
+        tuple(sum(bool(p.match(x.unpredicated)) for x in b.body) for p in patterns) for b in blocks
+    ]
 
     def met(before: tuple[int, ...], block: int) -> tuple[int, ...]:
         return tuple(min(w, m + h) for w, m, h in zip(wanted, before, has[block], strict=True))

@@ -54,6 +54,9 @@ BRANCHES = code("""
         ({r"LDG\.E\.U16": 1}, [0, 1, 2, 3, 4, 5]),
         ({"MUFU": 1}, [0, 1, 6, 7, 8, 9, 5]),
         ({"MUFU": 2}, [0, 1, 6, 7, 8, 9, 10, 11, 5]),
+        # By its operands too.
+        ({r"LDG\.E\.\w+ R8, desc\S*\[R4\.64\]": 1}, [0, 1, 6, 7, 8, 9, 5]),
+        ({r"MUFU\.EX2 R9": 1}, [0, 1, 6, 7, 8, 9, 10, 11, 5]),
     ],
 )
 def test_the_fast_path_is_the_cheapest_that_holds_what_it_must(holds, addresses):
