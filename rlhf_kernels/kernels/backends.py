@@ -5,6 +5,7 @@ call takes the first available backend in its device's order of preference that 
 """
 
 import dataclasses
+import sys
 import warnings
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from .launchers import Launchers
 from .rows import Kernels
 
 REFERENCE: Final = "reference"
+_PACKAGE = __name__.partition(".")[0] + "."
 
 
 def _absent(*_: Any) -> Any:
@@ -209,8 +211,16 @@ def _warn_once(backend: str) -> None:
             f"rlhf_kernels: backend {backend!r} is not available ({reason}); using the plain-torch "
             "reference. Run `python -m rlhf_kernels` for details.",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=_caller(),
         )
+
+
+def _caller() -> int:
+    """How far up the call of the package is, as `warnings.warn` in the caller of this counts it."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 class use_backend:

@@ -32,7 +32,14 @@ class Head(NamedTuple):
     """The hidden states `[B, T, H]` that predict the completion's tokens, and the LM head."""
 
     hidden: Tensor
-    head: rk.Head
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+    @property
+    def _alone(self) -> rk.Head:
+        return rk.Head(self.weight, self.bias, self.softcap, self.logit_scale)
 
     def logprobs(self, labels: Tensor, *, temperature: float = 1.0) -> Tensor:
         """Log-probabilities of the labels, fp32 [B, T]; 0 where a label is -100."""
@@ -41,18 +48,18 @@ class Head(NamedTuple):
             self.hidden,
             labels=labels,
             temperature=temperature,
-            **self.head.arguments(),
+            **self._alone.arguments(),
         ).logprobs
 
     def policy_loss(self, labels: Tensor, *args: Tensor, **options: Any) -> rk.PolicyLoss:
         """`linear_policy_loss` with this head."""
-        weight, bias, softcap, logit_scale = self.head
-        options |= {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
+        options |= self._alone.arguments()
+        weight = options.pop("weight")
         return timed(rk.linear_policy_loss, self.hidden, weight, labels, *args, **options)
 
     def logits(self) -> Tensor:
         """The logits, fp32 [B, T, V]."""
-        return self.head.logits(self.hidden)
+        return self._alone.logits(self.hidden)
 
 
 def causal_lm(policy: nn.Module) -> PreTrainedModel:
@@ -80,7 +87,7 @@ def head_over(model: PreTrainedModel, hidden: Tensor) -> Head:
     head = rk.Head.from_model(model, check=False)
     # Autocast leaves the weights fp32, but the head needs the dtype of the hidden states.
     weight, bias = (None if t is None else t.to(hidden.dtype) for t in (head.weight, head.bias))
-    return Head(hidden, head._replace(weight=weight, bias=bias))
+    return Head(hidden, weight, bias, head.softcap, head.logit_scale)
 
 
 def accepted(model: nn.Module, **inputs: Any) -> dict[str, Any]:

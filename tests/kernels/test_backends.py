@@ -131,6 +131,25 @@ with rk.use_backend("reference"):
     run_python("-c", BLOCK_EXTENSION + CALL + code)
 
 
+@pytest.mark.parametrize(
+    "call",
+    (
+        "rk.linear_token_logprobs(torch.randn(2, 4), torch.randn(5, 4), torch.tensor([1, 2]))",
+        "rk.whiten(torch.randn(2, 4))",
+    ),
+)
+def test_the_warning_points_at_the_caller_of_any_operation(call):
+    code = f"""
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    {call}
+[warned] = [w for w in caught if "blocked for this test" in str(w.message)]
+assert warned.filename == "<string>", warned.filename
+"""
+    run_python("-c", BLOCK_EXTENSION + CALL + code)
+
+
 def test_missing_extension_that_was_named_raises_at_the_call():
     code = BLOCK_EXTENSION + CALL + "call()"
     done = run_python("-c", code, check=False, RLHF_KERNELS_BACKEND="cpu")
