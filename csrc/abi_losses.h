@@ -8,7 +8,12 @@ namespace rk {
 // Options of the policy loss. PolicyCodes and PolicyParams have the names and the order of the
 // named tuples in rlhf_kernels/config/policy_codes.py. An absent bound is +-3e38, never infinite.
 enum Objective : int32_t { kClip = 0, kPenalty = 1, kReinforce = 2, kCispo = 3, kSapo = 4 };
-enum RatioLevel : int32_t { kTokenRatio = 0, kSequenceRatio = 1, kSequenceTokenRatio = 2 };
+enum RatioLevel : int32_t {
+  kTokenRatio = 0,
+  kSequenceRatio = 1,
+  kSequenceTokenRatio = 2,
+  kClippedSequenceRatio = 3
+};
 enum CorrectionLevel : int32_t {
   kNoCorrection = 0,
   kTokenCorrection = 1,

@@ -66,9 +66,44 @@ RK_HD bool corrects_by_sequence(const PolicyConfig& c) {
   return c.correction_level >= kSequenceCorrection;
 }
 
+// Whether each token's log-ratio is clipped before the mean of its sequence. clip_low and clip_high
+// are then bounds of log-ratios.
+RK_HD bool clips_tokens(const PolicyConfig& c) { return c.ratio_level == kClippedSequenceRatio; }
+
+// Whether the tokens of a sequence share the slope of its ratio.
+RK_HD bool pools_slopes(const PolicyConfig& c) {
+  return c.ratio_level == kSequenceRatio || clips_tokens(c);
+}
+
 // Whether a loss takes options that only the kernels for all options know.
 RK_HD bool has_further_options(const PolicyConfig& c) {
-  return c.gate != kNoGate || c.kl_weight > kRatioKlWeight || c.kl_weight_capped;
+  return c.gate != kNoGate || c.kl_weight > kRatioKlWeight || c.kl_weight_capped || clips_tokens(c);
+}
+
+// The log-ratio x of a token in the mean of a sequence that clips its tokens.
+template <class V>
+RK_HD V clipped_log_ratio(V x, V a, float clip_low, float clip_high) {
+  const V low(clip_low), high(clip_high);
+  return select_less(V(0.0f), a, select_less(high, x, high, x), select_less(x, low, low, x));
+}
+
+// share, or 0 where the clip has cut x.
+template <class V>
+RK_HD V unclipped_share(V x, V a, V share, const PolicyConfig& c) {
+  const V low(c.clip_low), high(c.clip_high), zero(0.0f);
+  return select_less(zero, a, select_less(high, x, zero, share), select_less(x, low, zero, share));
+}
+
+// 1 where the clip of a token's log-ratio takes effect, at its lower and at its upper bound.
+template <class V>
+struct TokenClip {
+  V low, high;
+};
+template <class V>
+RK_HD TokenClip<V> token_clip(V x, V a, const PolicyConfig& c) {
+  const V zero(0.0f), one(1.0f), low(c.clip_low), high(c.clip_high);
+  return {select_less(a, zero, select_less(x, low, one, zero), zero),
+          select_less(zero, a, select_less(high, x, one, zero), zero)};
 }
 
 // Where a gate drops a token from the objective: 1 at its lower and at its upper bound, else 0.

@@ -23,6 +23,7 @@ TRAINERS = {
     "dr_grpo": "GRPO without its deviation and length biases",
     "dapo": "GRPO with clip-higher, token mean and dynamic sampling",
     "gspo": "GRPO with the ratio of whole sequences",
+    "gmpo": "GRPO with the geometric mean of clipped ratios",
     "cispo": "clipped importance weights, no token dropped",
     "rloo": "REINFORCE with the leave-one-out baseline",
     "reinforce": "REINFORCE with a running baseline",

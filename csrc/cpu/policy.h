@@ -36,7 +36,7 @@ double policy_block(const PolicyConfig& config, const PolicyBlock& b, int64_t n,
   const bool weighs_kl = c.kl_coef != 0.0f;
   const V zero(0.0f), kl_coef(c.kl_coef), token_weight(static_cast<float>(weight));
   const bool token_ratio = kPlain || c.ratio_level == kTokenRatio;
-  const bool pooled = !kPlain && c.ratio_level == kSequenceRatio;
+  const bool pooled = !kPlain && pools_slopes(c);
   const bool token_correction = !corrects_by_sequence(c);
   const bool with_ref = !kPlain && b.ref, with_rollout = !kPlain && b.rollout;
   const bool with_entropy = !kPlain && b.entropy;
@@ -84,6 +84,13 @@ double policy_block(const PolicyConfig& config, const PolicyBlock& b, int64_t n,
       low = fma(t.low, m, low);
       high = fma(t.high, m, high);
       if constexpr (kObjective == kClip) dual = dual + t.dual;
+    }
+    if constexpr (kFull && kObjective == kPenalty) {
+      if (clips_tokens(c)) {
+        const TokenClip<V> cut = token_clip(x, a, c);
+        low = fma(cut.low, m, low);
+        high = fma(cut.high, m, high);
+      }
     }
     if (with_ref) {
       const V d = logprob - kept(b.ref);
@@ -178,16 +185,17 @@ inline PolicyBlockFunction policy_block_function(const PolicyArgs& a) {
 
 // What policy_count sums beside the tokens.
 struct PolicyCounts {
-  bool ratios, weights, distances;
+  bool ratios, weights, distances, clips;
 };
 
-// Counts the tokens of one piece; also sums logprob - old, log_weight and how far a gate by
-// sequences finds them from its anchor.
+// Counts the tokens of one piece; also sums logprob - old, clipped if a config does so, log_weight
+// and how far a gate by sequences finds them from its anchor.
 inline void policy_count(const PolicyArgs& a, const Piece& p, const PolicyCounts& wanted,
                          SequenceSums& out) {
   const LossTokens& t = a.tokens;
   const bool against_rollout = gates_against_rollout(a.config, a.rollout_logprobs.given);
   alignas(64) float logprobs[kTokenBlock], old[kTokenBlock], rollout[kTokenBlock];
+  alignas(64) float advantages[kTokenBlock];
   for_blocks(t, p, [&](int64_t begin, int64_t n, const float* mask, int64_t count) {
     out.tokens += static_cast<double>(count);
     if (count == 0) return;
@@ -205,7 +213,13 @@ inline void policy_count(const PolicyArgs& a, const Piece& p, const PolicyCounts
     if (wanted.ratios || wanted.distances) x = block(a.logprobs, logprobs);
     if (wanted.weights || (wanted.distances && against_rollout))
       z = block(a.rollout_logprobs, rollout);
-    if (wanted.ratios)
+    if (wanted.clips) {
+      const float* gains = block(a.advantages, advantages);
+      add(out.log_ratio, [&](int64_t i) {
+        return clipped_log_ratio(Lanes(load(x + i)) - Lanes(load(y + i)), Lanes(load(gains + i)),
+                                 a.config.clip_low, a.config.clip_high);
+      });
+    } else if (wanted.ratios)
       add(out.log_ratio, [&](int64_t i) { return Lanes(load(x + i)) - Lanes(load(y + i)); });
     if (wanted.weights)
       add(out.log_weight,
@@ -230,19 +244,30 @@ inline SequenceRatio sequence_ratio(const PolicyArgs& a, const SequenceSums& s) 
   return q;
 }
 
-// Adds `share`, a token's share of its sequence's slope, to the gradient of the unmasked tokens.
+// Adds `share`, a token's share of its sequence's slope, to the gradient of the unmasked tokens, but
+// for those that the sequence's ratio has clipped.
 inline void add_pooled(const PolicyArgs& a, const Piece& p, float share) {
   const LossTokens& t = a.tokens;
   const Tensor& g = a.grad_logprobs;
-  alignas(64) float buffer[kTokenBlock];
+  const bool clips = clips_tokens(a.config);
+  alignas(64) float buffer[kTokenBlock], inputs[3][kTokenBlock];
   for_blocks(t, p, [&](int64_t begin, int64_t n, const float* mask, int64_t count) {
     if (count == 0) return;
     const int64_t at = token_at(t, g, p.sequence, begin);
     const float* from = read_block(g, at, n, buffer);
     float* to = result_block(g, at, n, buffer);
+    const auto block = [&](const Tensor& x, int i) {
+      return clips ? read_block(x, token_at(t, x, p.sequence, begin), n, inputs[i]) : nullptr;
+    };
+    const float *logprobs = block(a.logprobs, 0), *old = block(a.old_logprobs, 1);
+    const float* advantages = block(a.advantages, 2);
     for (int64_t i = 0; i < n; i += kLanes) {
       const Lanes x = load(from + i);
-      store(to + i, select_less(Lanes(0.0f), Lanes(load(mask + i)), x + Lanes(share), x).v);
+      Lanes own(share);
+      if (clips)
+        own = unclipped_share(Lanes(load(logprobs + i)) - Lanes(load(old + i)),
+                              Lanes(load(advantages + i)), own, a.config);
+      store(to + i, select_less(Lanes(0.0f), Lanes(load(mask + i)), x + own, x).v);
     }
     write_block(g, at, n, buffer);
   });
@@ -260,7 +285,7 @@ Status policy_loss(const PolicyArgs& a) {
   if (!piece_sums.data || !sequences.data || !partial.data) return {kOutOfMemory, -1};
 
   const PolicyCounts wanted{c.ratio_level != kTokenRatio, corrects_by_sequence(c),
-                            c.gate == kOpsmGate};
+                            c.gate == kOpsmGate, clips_tokens(c)};
   const bool counted = wanted.ratios || wanted.weights || wanted.distances ||
                        c.aggregation == kSeqMeanTokenMean || a.divisor == 0.0;
   if (counted) {
@@ -306,7 +331,7 @@ Status policy_loss(const PolicyArgs& a) {
     });
   });
 
-  if (c.ratio_level == kSequenceRatio && a.grad_logprobs.given) {
+  if (pools_slopes(c) && a.grad_logprobs.given) {
     for (int64_t p = 0; p < plan.pieces; ++p)
       sequences[plan.piece[p].sequence].slope += piece_sums[p].slope;
     plan.for_pieces(a.exec.threads, [&](int64_t index, int64_t) {

@@ -138,6 +138,10 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
       if constexpr (kFull) {
         gates[0] += x.gate.low;
         gates[1] += x.gate.high;
+        if (kObjective == kPenalty && clips_tokens(c)) {
+          const TokenClip<float> cut = token_clip(x.log_ratio, advantages[j], c);
+          s[kLow] += cut.low, s[kHigh] += cut.high;
+        }
       }
       if (a.ref_logprobs.given) {
         s[kKl] += weighed(x.kl.value);
@@ -162,7 +166,7 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
       r_max = Larger{}(r_max, r);
       s[kSlope] += weighed(t.ratio);
       g = t.direct;
-      if (token_ratio || (c.ratio_level != kSequenceRatio && learns)) g += t.ratio;
+      if (token_ratio || (c.ratio_level == kSequenceTokenRatio && learns)) g += t.ratio;
       g = weighed(g * weight);
       h = weighed(-c.entropy_coef * weight);
     }
@@ -194,7 +198,9 @@ __global__ void __launch_bounds__(kTokenThreads, 2)
   }
 }
 
-// Adds to each unmasked token its share of the slope of its sequence's ratio.
+// Adds to each unmasked token its share of the slope of its sequence's ratio; kClips: but to those
+// that the ratio has clipped.
+template <bool kClips>
 __global__ void __launch_bounds__(kTokenThreads)
     pooled_kernel(const PolicyArgs a, const float* partials, int64_t slots) {
   const Tokens own(a.tokens, blockIdx.x);
@@ -206,9 +212,18 @@ __global__ void __launch_bounds__(kTokenThreads)
   float* grad = static_cast<float*>(a.grad_logprobs.data) + own.place(a.tokens);
   float sums[kPerThread];
   own.fetch(grad, sums);
+  if constexpr (kClips) {
+    float x[kPerThread], y[kPerThread], gains[kPerThread];
+    own.load(own.kept, Tokens::Numbers{a.logprobs, x}, Tokens::Numbers{a.old_logprobs, y},
+             Tokens::Numbers{a.advantages, gains});
 #pragma unroll
-  for (int j = 0; j < kPerThread; ++j)
-    if (own.keeps(j)) sums[j] += slope;
+    for (int j = 0; j < kPerThread; ++j)
+      if (own.keeps(j)) sums[j] += unclipped_share(x[j] - y[j], gains[j], slope, a.config);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kPerThread; ++j)
+      if (own.keeps(j)) sums[j] += slope;
+  }
   own.store(grad, sums);
 }
 
@@ -374,10 +389,13 @@ Status policy_loss(const PolicyArgs& a) {
   const bool against_rollout = gates_against_rollout(c, a.rollout_logprobs.given);
   if (by_sequence || by_weight || by_distance || c.aggregation == kSeqMeanTokenMean)
     for_flag(by_distance, [&](auto gated) {
-      RK_ENQUEUE(a.exec, slots, kTokenThreads, statistics_kernel<gated.value>, t,
-                 by_sequence || by_distance ? a.logprobs : Tensor{}, a.old_logprobs,
-                 by_weight || (by_distance && against_rollout) ? a.rollout_logprobs : Tensor{},
-                 against_rollout, partials, distances, slots);
+      for_flag(clips_tokens(c), [&](auto clips) {
+        RK_ENQUEUE(a.exec, slots, kTokenThreads, (statistics_kernel<gated.value, clips.value>), t,
+                   by_sequence || by_distance ? a.logprobs : Tensor{}, a.old_logprobs,
+                   by_weight || (by_distance && against_rollout) ? a.rollout_logprobs : Tensor{},
+                   against_rollout, partials, distances, slots, a.advantages, c.clip_low,
+                   c.clip_high);
+      });
     });
   for_objective(c.objective, [&](auto objective) {
     for_flag(full, [&](auto all) {
@@ -385,8 +403,10 @@ Status policy_loss(const PolicyArgs& a) {
                  partials, slots);
     });
   });
-  if (c.ratio_level == kSequenceRatio && a.grad_logprobs.given)
-    RK_ENQUEUE(a.exec, slots, kTokenThreads, pooled_kernel, a, partials, slots);
+  if (pools_slopes(c) && a.grad_logprobs.given)
+    for_flag(clips_tokens(c), [&](auto clips) {
+      RK_ENQUEUE(a.exec, slots, kTokenThreads, pooled_kernel<clips.value>, a, partials, slots);
+    });
   RK_ENQUEUE(a.exec, 1, kTokenThreads, combine_kernel, a, partials, slots);
   return {};
 }

@@ -123,8 +123,8 @@ Status value_loss(const ValueArgs& a) {
   auto* partials = static_cast<float*>(a.exec.scratch);
   const int64_t slots = token_slots<kTokenTile>(t.sequences, t.cols, t.offsets.given);
   if (a.aggregation == kSeqMeanTokenMean)
-    RK_ENQUEUE(a.exec, slots, kTokenThreads, statistics_kernel<false>, t, Tensor{}, Tensor{},
-               Tensor{}, false, partials, nullptr, slots);
+    RK_ENQUEUE(a.exec, slots, kTokenThreads, (statistics_kernel<false, false>), t, Tensor{},
+               Tensor{}, Tensor{}, false, partials, nullptr, slots, Tensor{}, 0.0f, 0.0f);
   RK_ENQUEUE(a.exec, slots, kTokenThreads, value_kernel, a, partials, slots);
   RK_ENQUEUE(a.exec, 1, kTokenThreads, combine_kernel, a, partials, slots);
   return {};

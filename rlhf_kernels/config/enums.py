@@ -22,7 +22,7 @@ DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 Objective = Literal["clip", "penalty", "reinforce", "cispo", "sapo"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 
-RatioLevel = Literal["token", "sequence", "sequence-token"]
+RatioLevel = Literal["token", "sequence", "sequence-token", "clipped-sequence"]
 RATIO_LEVELS: tuple[RatioLevel, ...] = get_args(RatioLevel)
 
 #: Levels of the importance correction; None means no correction.

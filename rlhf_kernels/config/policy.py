@@ -1,6 +1,7 @@
 """PolicyLossConfig: the choice of policy loss, with every constant on which trainers differ."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, Concatenate, ParamSpec
 
@@ -48,6 +49,9 @@ class PolicyLossConfig(PolicyFields):
         ratio_level: "token": r_t = exp(x_t). "sequence": every token of a sequence has the ratio
             s = exp(mean of x over its unmasked tokens), differentiated through s (GSPO, as in TRL).
             "sequence-token": value s, gradient sg(s) d logprob_t (GSPO-token, as in verl).
+            "clipped-sequence": s of log-ratios that are clipped token by token, x at most
+            log(1 + clip_high) where A > 0, else at least log(1 - clip_low); the objective is
+            -A s, and clipped tokens have no gradient through s (GMPO, as in TRL and verl).
         clip_low: lower clip distance; None for no lower bound.
         clip_high: upper clip distance; None for no upper bound.
         clip_absolute: clip_low and clip_high are the bounds themselves, not distances from 1
@@ -158,6 +162,18 @@ class PolicyLossConfig(PolicyFields):
             ratio_level="sequence",
             clip_low=3e-4,
             clip_high=4e-4,
+            aggregation="seq-mean-token-mean",
+        )
+        return cls(**defaults | options)
+
+    @classmethod
+    def gmpo(cls, **options: "Unpack[PolicyLossOptions]") -> "PolicyLossConfig":
+        """GMPO, Zhao et al. 2025 (arXiv:2507.20673): geometric mean of ratios within e^+-0.4."""
+        defaults = PolicyLossOptions(
+            ratio_level="clipped-sequence",
+            clip_low=math.exp(-0.4),
+            clip_high=math.exp(0.4),
+            clip_absolute=True,
             aggregation="seq-mean-token-mean",
         )
         return cls(**defaults | options)

@@ -14,7 +14,7 @@ from .enums import (
     RATIO_LEVELS,
 )
 from .policy_codes import UNBOUNDED
-from .policy_fields import PolicyFields
+from .policy_fields import PolicyFields, clips_tokens
 
 
 def _bounded(value: float) -> float:
@@ -76,6 +76,15 @@ def combinations(config: PolicyFields) -> None:
         _fail(config, "penalty_coef", f"0 with the objective {config.objective!r}")
     if config.objective == "reinforce" and config.ratio_level != "token":
         _fail(config, "ratio_level", "token: the objective 'reinforce' has no ratio")
+    if clips_tokens(config):
+        if config.objective != "clip":
+            _fail(config, "objective", "'clip' with the ratio_level 'clipped-sequence'")
+        for name in ("dual_clip", "delta"):
+            if getattr(config, name) is not None:
+                _fail(config, name, "None with the ratio_level 'clipped-sequence'")
+        if not low <= 1 <= high:
+            bounds = "bounds on both sides of 1 with the ratio_level 'clipped-sequence'"
+            _fail(config, "clip_low" if low > 1 else "clip_high", bounds)
     low_cap, high_cap = config.correction_min, config.correction_max
     capped = low_cap is not None or high_cap is not None
     if config.correction_level is None and capped:

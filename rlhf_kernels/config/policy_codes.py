@@ -44,6 +44,7 @@ class PolicyParams(NamedTuple):
     The operators take them as a float[] in this order, that of csrc/abi_losses.h: PolicyParams.
     """
 
+    #: Bounds of the ratio; with the ratio of "clipped-sequence" of the log-ratio.
     clip_low: float
     clip_high: float
     dual_clip: float

@@ -107,10 +107,17 @@ class PolicyFields:
         return -math.inf if low is None else -low, upper
 
 
+def clips_tokens(config: PolicyFields) -> bool:
+    """Whether the clip is of each token's log-ratio, before the mean over its sequence."""
+    return config.ratio_level == "clipped-sequence"
+
+
 def codes_of(config: PolicyFields) -> PolicyCodes:
     """The choices of a configuration."""
+    # Behind the clip of tokens the objective is -A s: the penalty's, with coefficient 0.
+    objective: Objective = "penalty" if clips_tokens(config) else config.objective
     return PolicyCodes(
-        objective=OBJECTIVES.index(config.objective),
+        objective=OBJECTIVES.index(objective),
         ratio_level=RATIO_LEVELS.index(config.ratio_level),
         kl_estimator=PLAIN_KL_ESTIMATORS.index(config.kl_estimator.removesuffix("+")),
         kl_straight_through=int(config.kl_estimator.endswith("+")),
@@ -128,6 +135,8 @@ def codes_of(config: PolicyFields) -> PolicyCodes:
 def params_of(config: PolicyFields) -> PolicyParams:
     """The numbers of a configuration, all of them finite."""
     clip_low, clip_high = config.clip_bounds()
+    if clips_tokens(config):
+        clip_low, clip_high = _log(clip_low), _log(clip_high)
     log_ratio_low, log_ratio_high = config.log_ratio_bounds()
     kl_input_low, kl_input_high = config.kl_input_bounds()
     correction_low, correction_high = config.correction_bounds()

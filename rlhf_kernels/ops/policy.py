@@ -217,7 +217,7 @@ def policy_loss(
     normalizer: float | Tensor | None = None,
     config: PolicyLossConfig = PPO,
 ) -> PolicyLoss:
-    """Policy-gradient loss of PPO, GRPO, DAPO, GSPO, CISPO, SAPO, REINFORCE and related methods.
+    """Policy-gradient loss of PPO, GRPO, DAPO, GSPO, GMPO, CISPO, SAPO, REINFORCE and others.
 
     `PolicyLossConfig` documents the formula, with the paper of each method. Differentiable in
     logprobs, and in entropy where config.entropy_coef is not 0; everything else is a constant. The

@@ -1,5 +1,6 @@
 """Reference of the policy loss."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from ..config.policy import PolicyLossConfig
 from ..config.policy_codes import LOG_RATIO_BOUND, LOG_WEIGHT_BOUND, UNBOUNDED
+from ..config.policy_fields import clips_tokens
 from ..core.layout import MaybeTensor
 from ..core.sequences import loss_weights, per_token, sequence_sum, token_weights
 from ._common import clamped, compute
@@ -83,6 +85,8 @@ def objective_term(
     """One token's objective, times the correction weight."""
     low, high = config.clip_bounds()
     a = advantages
+    if clips_tokens(config):
+        return w * (-a * r)
     if config.objective == "reinforce":
         return w * (-a * logprobs)
     if config.objective == "cispo":
@@ -179,7 +183,10 @@ def policy_loss(
     length = sequence_sum(mask.to(lp.dtype), cu_seqlens).clamp(min=1)
 
     token_x = lp - old
-    x = token_x if config.ratio_level == "token" else sequence_sum(token_x, cu_seqlens) / length
+    x = token_x
+    if config.ratio_level != "token":
+        own = torch.where(mask, clipped_log_ratio(token_x, a, config), 0)
+        x = sequence_sum(own, cu_seqlens) / length
     log_r = clamped(x, *config.log_ratio_bounds())
     if config.ratio_level == "sequence-token":
         # The value is s; inside the clamp the gradient is that of the token's own logprob.
@@ -233,7 +240,7 @@ def policy_loss(
         def mean(x: Tensor) -> Tensor:
             return torch.where(mask, x, 0).sum() / tokens.clamp(min=1)
 
-        low, high, dual = clipped_tokens(r, a, config)
+        low, high, dual = clipped_tokens(r, token_x, a, config)
         k3_x = token_x.clamp(*config.log_ratio_bounds())
         ref_x = torch.zeros_like(lp) if ref is None else lp - ref
         any_token = tokens > 0
@@ -256,10 +263,27 @@ def policy_loss(
     return loss, metrics
 
 
-def clipped_tokens(r: Tensor, a: Tensor, config: PolicyLossConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Bool masks of tokens clipped by the lower bound, the upper bound, and dual_clip or delta."""
+def clipped_log_ratio(x: Tensor, a: Tensor, config: PolicyLossConfig) -> Tensor:
+    """The log-ratio of a token in the mean of its sequence."""
+    if not clips_tokens(config):
+        return x
+    params = config._params
+    above = clamped(x, -math.inf, params.clip_high)
+    return torch.where(a > 0, above, clamped(x, params.clip_low, math.inf))
+
+
+def clipped_tokens(
+    r: Tensor, x: Tensor, a: Tensor, config: PolicyLossConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bool masks of tokens clipped by the lower bound, the upper bound, and dual_clip or delta.
+
+    x: the log-ratio of each token, whose ratio r may be that of its sequence.
+    """
     low, high = config.clip_bounds()
     nowhere = torch.zeros_like(r, dtype=torch.bool)
+    if clips_tokens(config):
+        params = config._params
+        return (a < 0) & (x < params.clip_low), (a > 0) & (x > params.clip_high), nowhere
     if config.objective == "cispo":
         return r < low, r > high, nowhere
     if config.objective != "clip":

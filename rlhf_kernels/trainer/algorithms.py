@@ -142,6 +142,7 @@ ALGORITHMS = {
     "dr_grpo": Algorithm(group("mean", "none"), _Loss.dr_grpo, "loss", _GROUPS),
     "dapo": Algorithm(_GRPO, _Loss.dapo, "loss", _GROUPS | {"dynamic_sampling": 4}),
     "gspo": Algorithm(_GRPO, _Loss.gspo, "loss", _GROUPS),
+    "gmpo": Algorithm(_GRPO, _Loss.gmpo, "loss", _GROUPS),
     "cispo": Algorithm(_GRPO, _Loss.cispo, "loss", _GROUPS),
     "rloo": Algorithm(
         group("leave-one-out", "none"), _Loss.rloo, "reward",

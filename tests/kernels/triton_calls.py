@@ -264,9 +264,11 @@ def policy_options(v: dict[str, Any]) -> dict[str, Any]:
     """Options of PolicyLossConfig from the axes of `policy`."""
     options = {k: v[k] for k in ("objective", "aggregation")}
     # The others would be refused together.
-    if v["objective"] != "reinforce":
+    if v["ratio_level"] == "clipped-sequence":
+        options |= {"ratio_level": v["ratio_level"], "objective": "clip"}
+    elif v["objective"] != "reinforce":
         options["ratio_level"] = v["ratio_level"]
-    if v["objective"] == "clip":
+    if options["objective"] == "clip" and v["ratio_level"] != "clipped-sequence":
         options |= {"dual_clip": 3.0, "delta": 2.0}
     if v["kl"] is not None:
         estimator, _, weighted = v["kl"].partition(" ")

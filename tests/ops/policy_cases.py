@@ -51,8 +51,11 @@ CORRECTIONS = (
 BASES = [
     {"objective": o, "ratio_level": level} | OF_OBJECTIVE[o]
     for o, level in itertools.product(OF_OBJECTIVE, enums.RATIO_LEVELS)
-    if o != "reinforce" or level == "token"
+    if (o != "reinforce" or level == "token") and level != "clipped-sequence"
 ]
+# Only the objective "clip" has it.
+BASES.append({"ratio_level": "clipped-sequence", "objective": "clip", "clip_low": 0.2,
+              "clip_high": 0.28})  # fmt: skip
 
 
 def make_config(base, aggregation, correction, estimator, weighted):

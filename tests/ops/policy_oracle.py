@@ -12,10 +12,14 @@ def _ratio(x: Tensor, config: rk.PolicyLossConfig) -> Tensor:
     return log.exp()
 
 
-def _sequence_ratio(x: Tensor, config: rk.PolicyLossConfig) -> Tensor:
-    """The ratios of a sequence's tokens, from their log-ratios."""
+def _sequence_ratio(x: Tensor, a: Tensor, config: rk.PolicyLossConfig) -> Tensor:
+    """The ratios of a sequence's tokens, from their log-ratios and advantages."""
     if config.ratio_level == "token":
         return _ratio(x, config)
+    if config.ratio_level == "clipped-sequence":
+        low, high = (torch.tensor(bound).to(x).log() for bound in config.clip_bounds())
+        cut = torch.where(a > 0, torch.minimum(x, high), torch.maximum(x, low))
+        return _ratio(cut.mean(), config).expand_as(x)
     if config.ratio_level == "sequence":
         return _ratio(x.mean(), config).expand_as(x)
     return _ratio(x.mean().detach() + x - x.detach(), config)
@@ -37,6 +41,8 @@ def _objective(
     r: Tensor, lp: Tensor, a: Tensor, w: Tensor | float, config: rk.PolicyLossConfig
 ) -> Tensor:
     low, high = config.clip_bounds()
+    if config.ratio_level == "clipped-sequence":
+        return -w * a * r
     if config.objective == "reinforce":
         return -w * a * lp
     if config.objective == "cispo":
@@ -113,7 +119,7 @@ def policy_loss(
             t[s][keep] for t in (logprobs, old, ref_logprobs, rollout_logprobs, entropy)
         )
         a, u = (t[s] if t.dim() == 1 else t[s][keep] for t in (advantages, weights))
-        r = _sequence_ratio(lp - before, config)
+        r = _sequence_ratio(lp - before, a.expand_as(lp), config)
         anchor = before if config.gate_against == "old" else rollout
         below, above = _dropped(lp.detach(), anchor, a.expand_as(lp), config)
         gated += torch.stack((below.sum(), above.sum()))

@@ -101,6 +101,10 @@ def scalar_loss(config, lp, frozen, old, adv, mask, ref, rollout, entropy):
     def estimator(x, name):
         return {"k1": x, "k2": x * x / 2, "k3": math.exp(-x) - 1 + x, "abs": abs(x)}[name]
 
+    def cut(x, a):
+        high, low = math.log(1 + config.clip_high), math.log(1 - config.clip_low)
+        return min(x, high) if a > 0 else max(x, low)
+
     terms, lengths = [], []
     for i in range(len(lp)):
         kept = [t for t in range(len(lp[i])) if mask[i][t]]
@@ -114,6 +118,9 @@ def scalar_loss(config, lp, frozen, old, adv, mask, ref, rollout, entropy):
         for t in kept:
             a = adv[i][t]
             x = {"token": lp[i][t] - old[i][t], "sequence": mean_x, "sequence-token": mean_frozen}
+            if config.ratio_level == "clipped-sequence":
+                each = [cut(lp[i][u] - old[i][u], adv[i][u]) for u in kept]
+                x[config.ratio_level] = sum(each) / n
             x = x[config.ratio_level]
             log_r = clamped(x, config.log_ratio_clamp)
             if config.ratio_level == "sequence-token" and log_r == x:
@@ -130,7 +137,9 @@ def scalar_loss(config, lp, frozen, old, adv, mask, ref, rollout, entropy):
                     w = clamp(w, low, high)
                 elif not low <= w <= high:
                     w = 0.0
-            if config.objective == "clip":
+            if config.ratio_level == "clipped-sequence":
+                term = -w * a * r
+            elif config.objective == "clip":
                 clipped = clamp(r, 1 - config.clip_low, 1 + config.clip_high)
                 term = max(-a * min(r, config.delta), -a * clipped)
                 term = w * (min(term, -a * config.dual_clip) if a < 0 else term)

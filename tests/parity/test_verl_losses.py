@@ -116,6 +116,25 @@ def test_gated_losses(backend, loss_mode):
         assert ours["gate_frac_low"] > 0.02 and ours["gate_frac_high"] > 0.02
 
 
+def test_geo_mean(backend):
+    """GMPO: of advantages of sequences, and a mean over all rows, those without a token too."""
+    batch = make_batch(6, 40)
+    each = batch.advantages[:, :1].expand_as(batch.advantages).contiguous()
+    batch = batch._replace(advantages=each)
+    actor = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "loss_agg_mode": "seq-mean-token-mean"}
+    config = rk.PolicyLossConfig.verl("geo_mean", **actor)
+
+    def theirs(batch):
+        return actor_loss(batch, "geo_mean", distributed=False, **actor)
+
+    rows = float(len(each))
+    ours, metrics = compare_policy_loss(theirs, batch, config, normalizer=rows, exact=EXACT)
+    close(ours["k1_old"], metrics["actor/ppo_kl"], 10 * FP32, scale=0.1)
+    assert ours["clip_frac_low"] > 0.02 and ours["clip_frac_high"] > 0.02
+    with pytest.raises(ValueError, match="weights that were capped one by one"):
+        rk.PolicyLossConfig.verl("geo_mean", rollout_is="token", rollout_is_threshold=2.0)
+
+
 def test_dro():
     """Its penalty pulls to old: ours has it as the reference."""
     batch = make_batch()
@@ -258,7 +277,8 @@ def test_defaults_are_those_of_actor_config():
 
 def test_every_policy_loss_is_offered_or_refused():
     preset = rk.PolicyLossConfig.verl
-    offered = ("vanilla", "gspo", "sapo", "cispo", "gpg", "dppo_tv", "dppo_kl", "bypass_mode")
+    offered = ("vanilla", "gspo", "sapo", "cispo", "gpg", "geo_mean", "dppo_tv", "dppo_kl")
+    offered += ("bypass_mode",)
     for name in core_algos.POLICY_LOSS_REGISTRY:
         if name == "dro":
             assert preset(name, dro_beta=0.1)

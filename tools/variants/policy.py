@@ -11,6 +11,7 @@ from tools.variants.policy_formulas import (
     covariance,
     dual,
     fipo,
+    geometric_mean,
     k3,
     mean,
     mismatch,
@@ -292,7 +293,10 @@ VARIANTS = (
     ),
     Variant(
         "GMPO, geo_mean", "verl, TRL",
-        note="no: the clip is of a token's log-ratio before the mean of the sequence.",
+        "rk.policy_loss(logprobs, old, advantages, mask, config=C.gmpo())",
+        lambda t: of_rows(-t.advantages * geometric_mean(t), t),
+        note="TRL and verl give the bounds as log-ratios, +-0.4 here.",
+        theirs=verl("geo_mean", clip_ratio_low=0.4, clip_ratio_high=0.4),
     ),
     Variant(
         "Clip-Cov, KL-Cov", "verl, SkyRL", FOLD.format("advantages * keep", ""),

@@ -87,6 +87,12 @@ def sequence_mismatch(t, *, average):
     return torch.exp(total / t.mask.sum(1, keepdim=True) if average else total)
 
 
+def geometric_mean(t, bound=0.4):
+    x = t.logprobs - t.old
+    cut = torch.where(t.advantages > 0, x.clamp(max=bound), x.clamp(min=-bound))
+    return torch.exp((cut * t.mask).sum(1, keepdim=True) / t.mask.sum(1, keepdim=True))
+
+
 def vespo(t):
     log_w = ((t.logprobs - t.old).clamp(-20, 20) * t.mask).sum(1, keepdim=True).detach()
     log_w = log_w.clamp(math.log(1e-8), 20)

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 LossMode = Literal[
-    "vanilla", "gspo", "sapo", "cispo", "gpg", "dppo_tv", "dppo_kl", "dro", "bypass_mode"
+    "vanilla", "gspo", "sapo", "cispo", "gpg", "geo_mean", "dppo_tv", "dppo_kl", "dro",
+    "bypass_mode",
 ]  # fmt: skip
 BypassLoss = Literal["ppo_clip", "reinforce"]
 AggregationMode = Literal[
@@ -52,7 +53,6 @@ _INEXPRESSIBLE = {
         "second call over these to the loss without clips, with advantages of 0, "
         "kl_estimator='abs' and the old_logprobs as ref_logprobs"
     ),
-    "geo_mean": "the clip is of a token's log-ratio, before the mean over its sequence",
 }
 
 _KL_ESTIMATORS: dict[KlLossType, KlEstimator] = {
@@ -104,6 +104,10 @@ def verl(
     pg_clipfrac_lower is dual_clip_frac, and its ppo_kl is k1_old (verl computes it after the
     clamp).
 
+    geo_mean is GMPO, for advantages of sequences: a mean over all sequences, also those without a
+    token, by which the normalizer counts. Its clips are distances of the log-ratio, and the
+    log-ratio of a sequence is clamped to +-40 here, not in verl.
+
     In bypass_mode the rollout's logprobs are the old_logprobs. With loss_type="ppo_clip" rollout_is
     then has no effect on the loss, with "reinforce" it weights by the ratio of the current policy.
     dro pulls to old: pass the old_logprobs as ref_logprobs too.
@@ -117,8 +121,9 @@ def verl(
 
     Args:
         cls: PolicyLossConfig.
-        loss_mode: vanilla, gspo, sapo, cispo, gpg, dppo_tv, dppo_kl, dro or bypass_mode.
-        loss_agg_mode: as in the table. sapo's objective is always seq-mean-token-mean.
+        loss_mode: vanilla, gspo, sapo, cispo, gpg, geo_mean, dppo_tv, dppo_kl, dro or bypass_mode.
+        loss_agg_mode: as in the table. The objectives of sapo and geo_mean are always
+            seq-mean-token-mean.
         clip_ratio: replaces clip_ratio_low or clip_ratio_high where that is None, as in verl.
         clip_ratio_low: lower clip distance; of dppo the bound of the divergence where the
             advantage is negative.
@@ -143,8 +148,8 @@ def verl(
         PolicyLossConfig.
 
     Raises:
-        ValueError: an unknown option, or one that cannot be expressed (clip_cov, kl_cov, geo_mean,
-            dro with a KL or weights, reinforce with weights of sequences).
+        ValueError: an unknown option, or one that cannot be expressed (clip_cov, kl_cov, geo_mean
+            with weights, dro with a KL or weights, reinforce with weights of sequences).
     """
     refuse("verl", "loss_mode", loss_mode, _INEXPRESSIBLE)
     one_of("verl", "loss_mode", loss_mode, get_args(LossMode))
@@ -203,15 +208,17 @@ def verl(
     else:
         if loss_agg_mode != "seq-mean-token-mean" and (entropy_coeff != 0 or use_kl_loss):
             why = "verl aggregates its objective by sequence means, but the other terms like this"
-            inexpressible("verl", f"loss_mode='sapo' with {loss_agg_mode!r}", why)
-        fields |= {
-            "objective": "sapo",
-            "sapo_tau_pos": tau_pos,
-            "sapo_tau_neg": tau_neg,
-            "log_ratio_clamp": 20.0,
-            "aggregation": "seq-mean-token-mean",
-            "normalizer": None,
-        }
+            inexpressible("verl", f"loss_mode={loss_mode!r} with {loss_agg_mode!r}", why)
+        fields |= {"aggregation": "seq-mean-token-mean", "normalizer": None}
+        if loss_mode == "geo_mean":
+            fields |= _geo_mean(clips, rollout_is)
+        else:
+            fields |= {
+                "objective": "sapo",
+                "sapo_tau_pos": tau_pos,
+                "sapo_tau_neg": tau_neg,
+                "log_ratio_clamp": 20.0,
+            }
     if use_kl_loss:
         one_of("verl", "kl_loss_type", kl_loss_type, _KL_ESTIMATORS)
         estimator = _KL_ESTIMATORS[kl_loss_type]
@@ -224,6 +231,22 @@ def verl(
         fields["correction_level"] = rollout_is
         fields |= _threshold(rollout_is_threshold)
     return cls(**fields | options)
+
+
+def _geo_mean(clips: PolicyLossOptions, rollout_is: str | None) -> PolicyLossOptions:
+    """The fields of geo_mean; `clips` are distances of the log-ratio."""
+    if rollout_is is not None:
+        why = "verl takes the geometric mean of weights that were capped one by one"
+        inexpressible("verl", "rollout_is with loss_mode='geo_mean'", why)
+    low, high = clips["clip_low"], clips["clip_high"]
+    assert low is not None and high is not None
+    return {
+        "ratio_level": "clipped-sequence",
+        "clip_low": math.exp(-low),
+        "clip_high": math.exp(high),
+        "clip_absolute": True,
+        "log_ratio_clamp": None,
+    }
 
 
 def _dro(beta: float | None, use_kl_loss: bool, rollout_is: str | None) -> PolicyLossOptions:

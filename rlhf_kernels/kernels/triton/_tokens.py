@@ -20,7 +20,12 @@ from .. import losses
 from ._launch import INTERPRETED, kernel, launch, tile_count
 from ._math import tree_sum
 from ._strided import Strided, strided
-from .policy_math import SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, log_weight
+from .policy_math import (
+    SEQ_MEAN_TOKEN_MEAN,
+    SEQ_MEAN_TOKEN_SUM,
+    clipped_log_ratio,
+    log_weight,
+)
 
 # Tokens per program, 4 per thread.
 TILE = 1024
@@ -321,7 +326,10 @@ def statistics_kernel(
     logprobs,
     old,
     rollout,
+    advantages,
     partials,
+    clip_low,
+    clip_high,
     RATIO: tl.constexpr,
     WEIGHT: tl.constexpr,
     GATED: tl.constexpr,
@@ -330,7 +338,8 @@ def statistics_kernel(
 ):
     """Per slot: number of unmasked tokens, and their sums of logprob - old and of log_weight.
 
-    GATED: also how far a gate by sequences finds them from its anchor.
+    GATED: also how far a gate by sequences finds them from its anchor. `advantages` are given where
+    the ratio of a sequence clips its tokens.
     """
     pid, slots = tl.program_id(0), tl.num_programs(0)
     s, _, _, at, i, _, kept = own_tile(batch, mask, TILE)
@@ -349,6 +358,9 @@ def statistics_kernel(
             now = load_kept(logprobs, s, at, i, kept)
             if RATIO:
                 ratio = now - before
+                if advantages is not None:
+                    a = load_kept(advantages, s, at, i, kept)
+                    ratio = clipped_log_ratio(ratio, a, clip_low, clip_high)
             if GATED:
                 distance = log_weight(anchor, now)
     sums = column_sums(join4(count, ratio, weight, distance), TILE, 4)

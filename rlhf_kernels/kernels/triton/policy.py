@@ -49,6 +49,7 @@ from .policy_combine import (
     combine_kernel,
 )
 from .policy_math import (
+    CLIPPED_SEQUENCE_RATIO,
     GEOMETRIC_CORRECTION,
     NO_CORRECTION,
     NO_GATE,
@@ -61,6 +62,7 @@ from .policy_math import (
     SEQ_MEAN_TOKEN_MEAN,
     SEQUENCE_CORRECTION,
     SEQUENCE_RATIO,
+    SEQUENCE_TOKEN_RATIO,
     TOKEN_RATIO,
     correction_weight,
     flag,
@@ -69,6 +71,7 @@ from .policy_math import (
     policy_kl,
     policy_objective,
     policy_ratio,
+    unclipped,
     weigh_kl,
     within,
 )
@@ -212,12 +215,15 @@ def policy_kernel(
         g = direct
         if LEVEL == TOKEN_RATIO:
             g += slope
-        elif LEVEL != SEQUENCE_RATIO:
+        elif LEVEL == SEQUENCE_TOKEN_RATIO:
             g += tl.where(learns, slope, 0.0)
         tl.store(grad + to + i, tl.where(kept, g * weight, 0.0), mask=inside)
     if grad_entropy is not None:
         g = -c.entropy_coef * share
         tl.store(grad_entropy + to + i, tl.where(kept, g, 0.0), mask=inside)
+    if LEVEL == CLIPPED_SEQUENCE_RATIO:
+        low = flag((a < 0.0) & (x < c.clip_low))
+        high = flag((a > 0.0) & (x > c.clip_high))
     r_kept = tl.where(kept, r, 0.0)
     low, high = tl.where(kept, low, 0.0), tl.where(kept, high, 0.0)
     count = tl.where(kept, 1.0, 0.0)
@@ -240,12 +246,17 @@ def pooled_kernel(
     mask,
     grad,
     partials,
-    log_ratio_low,
-    log_ratio_high,
+    logprobs,
+    old,
+    advantages,
+    c,
     SEQUENCE_MEAN: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Adds to each unmasked token its share of the slope of its sequence's ratio."""
+    """Adds to each unmasked token its share of the slope of its sequence's ratio.
+
+    `advantages` are given where the ratio clips tokens, which then get none.
+    """
     slots = tl.num_programs(0)
     s, k, length, at, i, _, kept = own_tile(batch, mask, TILE)
     tokens = sequence_total(partials + TOKENS * slots, k, length, TILE)
@@ -254,7 +265,12 @@ def pooled_kernel(
     share = sequence_total(partials + SLOPE * slots, k, length, TILE) * each
     if SEQUENCE_MEAN:
         share *= each
-    share = within(mean.to(tl.float32), log_ratio_low, log_ratio_high, share.to(tl.float32))
+    share = share.to(tl.float32)
+    share = within(mean.to(tl.float32), c.log_ratio_low, c.log_ratio_high, share)
+    if advantages is not None:
+        x = load_kept(logprobs, s, at, i, kept) - load_kept(old, s, at, i, kept)
+        a = load_kept(advantages, s, at, i, kept)
+        share = tl.where(unclipped(x, a, c.clip_low, c.clip_high), share, 0.0)
     to = grad + token_index(batch, s, at + i)
     tl.store(to, tl.load(to, mask=kept, other=0.0) + share, mask=kept)
 
@@ -275,7 +291,10 @@ def policy_loss(given: PolicyTokens, grad: bool, entropy_grad: bool) -> LossResu
 
     kept, ratios = strided(given.mask), (strided(logprobs), strided(given.old_logprobs))
     sampled = strided(given.rollout_logprobs)
-    pooled = codes.ratio_level == SEQUENCE_RATIO.value
+    clips = codes.ratio_level == CLIPPED_SEQUENCE_RATIO.value
+    pooled = clips or codes.ratio_level == SEQUENCE_RATIO.value
+    gains = spread(given.advantages)
+    clipping = gains if clips else None
     by_sequence = codes.ratio_level != TOKEN_RATIO.value
     by_weight = codes.correction_level >= SEQUENCE_CORRECTION.value
     sequence_mean = codes.aggregation == SEQ_MEAN_TOKEN_MEAN.value
@@ -285,8 +304,9 @@ def policy_loss(given: PolicyTokens, grad: bool, entropy_grad: bool) -> LossResu
         against = by_distance and codes.gate_against == ROLLOUT_ANCHOR.value
         sums = {"RATIO": by_sequence, "WEIGHT": by_weight}
         sums |= {"GATED": by_distance, "AGAINST_ROLLOUT": against}
-        tensors = (kept, *ratios, sampled, partials)
-        launch(t.statistics_kernel, slots, loss, batch, *tensors, **sums, **tile)
+        tensors = (kept, *ratios, sampled, clipping, partials)
+        bounds = (c.clip_low, c.clip_high)
+        launch(t.statistics_kernel, slots, loss, batch, *tensors, *bounds, **sums, **tile)
     launch(
         policy_kernel,
         slots,
@@ -294,7 +314,7 @@ def policy_loss(given: PolicyTokens, grad: bool, entropy_grad: bool) -> LossResu
         batch,
         kept,
         *ratios,
-        spread(given.advantages),
+        gains,
         strided(given.ref_logprobs),
         sampled,
         strided(given.entropy),
@@ -319,9 +339,9 @@ def policy_loss(given: PolicyTokens, grad: bool, entropy_grad: bool) -> LossResu
         **tile,
     )
     if pooled and grad:
-        bounds = (c.log_ratio_low, c.log_ratio_high)
-        slopes = (batch, kept, gradient, partials)
-        launch(pooled_kernel, slots, loss, *slopes, *bounds, SEQUENCE_MEAN=sequence_mean, **tile)
+        read = (*ratios, clipping) if clips else (None, None, None)
+        slopes = (batch, kept, gradient, partials, *read, c)
+        launch(pooled_kernel, slots, loss, *slopes, SEQUENCE_MEAN=sequence_mean, **tile)
     has = {"ROLLOUT": sampled is not None, "GATED": codes.gate != NO_GATE.value}
     sweep.combine(combine_kernel, codes.aggregation, c.kl_coef, c.entropy_coef, **has)
     return LossResults(loss, metrics, gradient, entropy_gradient, scale)

@@ -21,7 +21,9 @@ def _codes(names: tuple[object, ...]) -> Iterator[tl.constexpr]:
 
 # The codes of PolicyCodes, in the order of config/enums.py.
 CLIP, PENALTY, REINFORCE, CISPO, SAPO = _codes(enums.OBJECTIVES)
-TOKEN_RATIO, SEQUENCE_RATIO, SEQUENCE_TOKEN_RATIO = _codes(enums.RATIO_LEVELS)
+TOKEN_RATIO, SEQUENCE_RATIO, SEQUENCE_TOKEN_RATIO, CLIPPED_SEQUENCE_RATIO = _codes(
+    enums.RATIO_LEVELS
+)
 K1, K2, K3, ABS = _codes(enums.PLAIN_KL_ESTIMATORS)
 NO_CORRECTION, TOKEN_CORRECTION, SEQUENCE_CORRECTION, GEOMETRIC_CORRECTION = _codes(
     enums.CORRECTION_CODES
@@ -55,6 +57,18 @@ def within(x, low, high, slope):
 def policy_ratio(x, c):
     """r, r - 1 and r - 1 - log r of the clamped log-ratio x."""
     return exp_parts(clamp(x, c.log_ratio_low, c.log_ratio_high))
+
+
+@triton.jit
+def clipped_log_ratio(x, a, low, high):
+    """The log-ratio x of a token in the mean of a sequence that clips its tokens."""
+    return tl.where(a > 0.0, tl.where(x > high, high, x), tl.where(x < low, low, x))
+
+
+@triton.jit
+def unclipped(x, a, low, high):
+    """Whether that clip leaves x."""
+    return ~tl.where(a > 0.0, x > high, x < low)
 
 
 @triton.jit

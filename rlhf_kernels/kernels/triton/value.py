@@ -197,7 +197,7 @@ def value_loss(given: ValueTokens, grad: bool) -> ValueResults:
     sequence_mean = given.aggregation == SEQ_MEAN_TOKEN_MEAN.value
     tile = {"TILE": t.TILE, "warps": t.WARPS}
     if sequence_mean:
-        counts = (batch, weights, None, None, None, partials)
+        counts = (batch, weights, None, None, None, None, partials, 0.0, 0.0)
         sums = {"RATIO": False, "WEIGHT": False, "GATED": False, "AGAINST_ROLLOUT": False}
         launch(t.statistics_kernel, slots, loss, *counts, **sums, **tile)
     launch(

@@ -21,7 +21,10 @@ def policy_config_of(d: Draw, smooth: bool = False) -> rk.PolicyLossConfig:
     if objective == "clip" and d.chance(0.5):
         options |= {"dual_clip": d.pick(None, 1.9), "delta": d.pick(None, 2.5)}
     if objective != "reinforce":
-        options["ratio_level"] = d.pick("token", *enums.RATIO_LEVELS)
+        options["ratio_level"] = d.pick("token", "sequence", "sequence-token")
+    if objective == "clip" and d.chance(0.2):
+        options = {k: v for k, v in options.items() if k not in ("dual_clip", "delta")}
+        options["ratio_level"] = "clipped-sequence"
     if d.chance(0.4):
         mode = "truncate" if smooth else d.pick(*enums.CORRECTION_MODES)
         options |= {"correction_level": d.pick(*enums.CORRECTION_LEVELS),
