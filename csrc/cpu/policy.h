@@ -244,8 +244,8 @@ inline SequenceRatio sequence_ratio(const PolicyArgs& a, const SequenceSums& s) 
   return q;
 }
 
-// Adds `share`, a token's share of its sequence's slope, to the gradient of the unmasked tokens, but
-// for those that the sequence's ratio has clipped.
+// Adds `share`, a token's share of its sequence's slope, to the gradient of the unmasked tokens,
+// but for those that the sequence's ratio has clipped.
 inline void add_pooled(const PolicyArgs& a, const Piece& p, float share) {
   const LossTokens& t = a.tokens;
   const Tensor& g = a.grad_logprobs;
