@@ -17,7 +17,6 @@ from ..kernels.rows import LossResults, PolicyTokens
 from ._autograd import (
     InputGradients,
     apply,
-    gathered,
     graph_is_kept,
     once_differentiable,
     remember,
@@ -140,9 +139,12 @@ class _PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> InputGradients:
-        """`args`: the fields of PolicyTokens; grad, entropy_grad, backend."""
-        tokens, *ctx.wanted, ctx.backend = gathered(args, PolicyTokens)
-        found = _forward(tokens, *ctx.wanted, ctx.backend)
+        """`args`: the fields of PolicyTokens; grad, entropy_grad, backend, whether all its tensors
+        are plain.
+        """
+        *fields, grad, entropy_grad, ctx.backend, plain = args
+        tokens, ctx.wanted = PolicyTokens(*fields), (grad, entropy_grad)
+        found = _forward(tokens, grad, entropy_grad, ctx.backend, plain=plain)
         gradients = (found.of_logprobs, found.of_entropy)
         inputs = zip(gradients, (tokens.logprobs, tokens.entropy), ctx.wanted, strict=True)
         kept = [(g, t.dtype) for g, t, wanted in inputs if wanted and t is not None]
@@ -345,9 +347,10 @@ def policy_loss(
         codes=codes,
         params=params,
     )
+    all_plain = plain and count is None
+    wanted = (grad, entropy_grad, backend)
     if recorded:
-        loss, metrics = apply(op, _PolicyLoss, *tokens, grad, entropy_grad, backend, plain=plain)
+        loss, metrics = apply(op, _PolicyLoss, *tokens, *wanted, all_plain, plain=plain)
     else:
-        seen = plain and count is None
-        loss, metrics, *_ = _forward(tokens, grad, entropy_grad, backend, plain=seen)
+        loss, metrics, *_ = _forward(tokens, *wanted, plain=all_plain)
     return PolicyLoss(loss, PolicyMetrics(metrics))

@@ -12,7 +12,7 @@ from ..core import checks, data_checks, option_checks, tracing
 from ..core.layout import constant
 from ..kernels import backends, losses
 from ..kernels.losses import ValueResults, ValueTokens
-from ._autograd import InputGradients, apply, gathered, once_differentiable, remember
+from ._autograd import InputGradients, apply, once_differentiable, remember
 from ._metrics import Metrics, register_metrics
 from ._operator import define
 from .policy import scaled
@@ -30,9 +30,10 @@ class _ValueLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        """`args`: the fields of ValueTokens; grad, backend."""
-        tokens, grad, ctx.backend = gathered(args, ValueTokens)
-        found = _forward(tokens, grad, ctx.backend)
+        """`args`: the fields of ValueTokens; grad, backend, whether all its tensors are plain."""
+        *fields, grad, ctx.backend, plain = args
+        tokens = ValueTokens(*fields)
+        found = _forward(tokens, grad, ctx.backend, plain=plain)
         ctx.dtype, ctx.nothing = tokens.values.dtype, (None,) * (len(args) - 1)
         remember(ctx, tokens.values)
         ctx.save_for_backward(found.of_values, found.scale)
@@ -153,9 +154,9 @@ def value_loss(
         clip_range=0.0 if clip_range is None else clip_range,
         aggregation=AGGREGATIONS.index(aggregation),
     )
+    all_plain = plain and cu_seqlens is None and count is None
     if recorded:
-        loss, metrics = apply(op, _ValueLoss, *tokens, grad, backend, plain=plain)
+        loss, metrics = apply(op, _ValueLoss, *tokens, grad, backend, all_plain, plain=plain)
     else:
-        seen = plain and cu_seqlens is None and count is None
-        loss, metrics, *_ = _forward(tokens, grad, backend, plain=seen)
+        loss, metrics, *_ = _forward(tokens, grad, backend, plain=all_plain)
     return ValueLoss(loss, ValueMetrics(metrics))
