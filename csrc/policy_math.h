@@ -101,7 +101,9 @@ struct TokenClip {
 };
 template <class V>
 RK_HD TokenClip<V> token_clip(V x, V a, const PolicyConfig& c) {
-  const V zero(0.0f), one(1.0f), low(c.clip_low), high(c.clip_high);
+  const V zero(0.0f), one(1.0f), low(c.clip_low), high(c.clip_high), most(kUnbounded);
+  // An infinite log-ratio is not beyond a bound that is absent.
+  x = clamp(x, -most, most);
   return {select_less(a, zero, select_less(x, low, one, zero), zero),
           select_less(zero, a, select_less(high, x, one, zero), zero)};
 }

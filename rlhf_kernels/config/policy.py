@@ -171,9 +171,8 @@ class PolicyLossConfig(PolicyFields):
         """GMPO, Zhao et al. 2025 (arXiv:2507.20673): geometric mean of ratios within e^+-0.4."""
         defaults = PolicyLossOptions(
             ratio_level="clipped-sequence",
-            clip_low=math.exp(-0.4),
-            clip_high=math.exp(0.4),
-            clip_absolute=True,
+            clip_low=-math.expm1(-0.4),
+            clip_high=math.expm1(0.4),
             aggregation="seq-mean-token-mean",
         )
         return cls(**defaults | options)

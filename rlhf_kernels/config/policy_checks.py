@@ -82,9 +82,10 @@ def combinations(config: PolicyFields) -> None:
         for name in ("dual_clip", "delta"):
             if getattr(config, name) is not None:
                 _fail(config, name, "None with the ratio_level 'clipped-sequence'")
-        if not low <= 1 <= high:
-            bounds = "bounds on both sides of 1 with the ratio_level 'clipped-sequence'"
-            _fail(config, "clip_low" if low > 1 else "clip_high", bounds)
+        if low > 1:
+            _fail(config, "clip_low", "at most 1, a ratio, with the ratio_level 'clipped-sequence'")
+        if high < 1:
+            _fail(config, "clip_high", "at least 1, a ratio, with that ratio_level")
     low_cap, high_cap = config.correction_min, config.correction_max
     capped = low_cap is not None or high_cap is not None
     if config.correction_level is None and capped:

@@ -258,5 +258,5 @@ class use_backend:
 
 
 def current_backend() -> str:
-    """The forced backend's name, or "auto"."""
+    """The name that `use_backend` or RLHF_KERNELS_BACKEND has selected, or "auto"."""
     return _forced

@@ -283,6 +283,8 @@ def clipped_tokens(
     nowhere = torch.zeros_like(r, dtype=torch.bool)
     if clips_tokens(config):
         params = config._params
+        # An infinite log-ratio is not beyond a bound that is absent.
+        x = x.clamp(-UNBOUNDED, UNBOUNDED)
         return (a < 0) & (x < params.clip_low), (a > 0) & (x > params.clip_high), nowhere
     if config.objective == "cispo":
         return r < low, r > high, nowhere

@@ -16,6 +16,8 @@ import torch
 from torch import overrides
 from torch.utils import _device, _python_dispatch
 
+import rlhf_kernels as rk
+
 # What torch has a precision of fp32 products for.
 _PRECISIONS = (
     *("", "cuda.matmul", "cudnn", "cudnn.conv", "cudnn.rnn"),
@@ -145,6 +147,7 @@ def outside_inference_mode() -> Iterator[None]:
 def _states() -> list[tuple[Callable[[], Any], Callable[[Any], object]]]:
     """How values of the whole process are asked for and set."""
     found: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
+        (rk.current_backend, rk.use_backend),
         (torch.get_num_threads, torch.set_num_threads),
         (torch.get_default_dtype, torch.set_default_dtype),
         (torch.is_grad_enabled, torch.set_grad_enabled),

@@ -45,6 +45,19 @@ def test_without_bounds_it_is_the_mean_of_gspo(backend):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("low", (None, 0.0))
+def test_no_bound_clips_no_infinite_ratio(backend, low):
+    logprobs, old = torch.tensor([[-math.inf, -1.0], [-1.0, -1.0]]), torch.full((2, 2), -1.0)
+    old[1, 0] = -math.inf
+    config = Config(
+        ratio_level="clipped-sequence", clip_low=low, clip_high=None, clip_absolute=True
+    )
+    _, metrics = rk.policy_loss(
+        logprobs, old, torch.tensor([-1.0, 1.0]), torch.ones(2, 2), config=config
+    )
+    assert metrics["clip_frac_low"] == metrics["clip_frac_high"] == 0
+
+
 def test_masked_values_and_layouts_change_no_bit(backend):
     args, options = make_inputs(5, 130)
     config = Config.gmpo(kl_coef=0.1, entropy_coef=0.05)
@@ -96,8 +109,8 @@ def test_compiled(backend):
         ({"objective": "penalty"}, "objective must be 'clip' with the ratio_level"),
         ({"dual_clip": 3.0}, "dual_clip must be None with the ratio_level"),
         ({"delta": 3.0}, "delta must be None with the ratio_level"),
-        ({"clip_absolute": True, "clip_low": 1.1, "clip_high": 2.0}, "clip_low must be bounds on"),
-        ({"clip_absolute": True, "clip_low": 0.1, "clip_high": 0.9}, "clip_high must be bounds on"),
+        ({"clip_absolute": True, "clip_low": 1.1, "clip_high": 2.0}, "clip_low must be at most 1"),
+        ({"clip_absolute": True, "clip_low": 0.1, "clip_high": 0.9}, "clip_high must be at least"),
     ],
 )
 def test_what_does_not_go_with_it(options, message):

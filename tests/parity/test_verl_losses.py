@@ -131,6 +131,9 @@ def test_geo_mean(backend):
     ours, metrics = compare_policy_loss(theirs, batch, config, normalizer=rows, exact=EXACT)
     close(ours["k1_old"], metrics["actor/ppo_kl"], 10 * FP32, scale=0.1)
     assert ours["clip_frac_low"] > 0.02 and ours["clip_frac_high"] > 0.02
+    assert rk.PolicyLossConfig.verl("geo_mean", clip_ratio_high=1e3).clip_high is None
+    with pytest.raises(ValueError, match="clip_ratio_low must be a number >= 0"):
+        rk.PolicyLossConfig.verl("geo_mean", clip_ratio_low=-0.1)
     with pytest.raises(ValueError, match="weights that were capped one by one"):
         rk.PolicyLossConfig.verl("geo_mean", rollout_is="token", rollout_is_threshold=2.0)
 

@@ -27,6 +27,7 @@ from tests.trainer.trainer_tools import (
     online_trainer,
 )
 
+import rlhf_kernels as rk
 from rlhf_kernels.trainer.config import UserError
 from rlhf_kernels.trainer.interrupts import Interrupted
 from rlhf_kernels.trainer.reward_functions import load_reward
@@ -254,9 +255,11 @@ def test_functions_leave_the_switches_of_numbers_as_they_were():
         torch.backends.cuda.enable_flash_sdp(False)
         warnings.simplefilter("ignore")
         torch.nn.modules.module.register_module_forward_hook(lambda *given: given[-1] * 0)
+        rk.use_backend("reference")
         return [1.0] * len(completions)
 
     tiny = torch.full((100_000,), torch.finfo(torch.float32).tiny)
+    backend = rk.current_backend()
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert table(score).tolist() == [[1.0]] * 3
@@ -265,6 +268,7 @@ def test_functions_leave_the_switches_of_numbers_as_they_were():
     assert not torch.are_deterministic_algorithms_enabled()
     assert (tiny / 2).count_nonzero() == len(tiny)
     assert torch.backends.mkldnn.enabled
+    assert rk.current_backend() == backend
     assert not torch.backends.cudnn.benchmark
     assert torch.backends.cudnn.allow_tf32
     assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction

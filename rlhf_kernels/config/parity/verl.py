@@ -102,7 +102,8 @@ def verl(
     sequence, the gradient of the token's own logprob. verl's metric pg_clipfrac is clip_frac_low +
     clip_frac_high here (for dppo_tv and dppo_kl gate_frac_low + gate_frac_high), its
     pg_clipfrac_lower is dual_clip_frac, and its ppo_kl is k1_old (verl computes it after the
-    clamp).
+    clamp). Those of geo_mean have no equal here: they count tokens beyond either bound, also where
+    the clip does not take effect.
 
     geo_mean is GMPO, for advantages of sequences: a mean over all sequences, also those without a
     token, by which the normalizer counts. Its clips are distances of the log-ratio, and the
@@ -240,10 +241,14 @@ def _geo_mean(clips: PolicyLossOptions, rollout_is: str | None) -> PolicyLossOpt
         inexpressible("verl", "rollout_is with loss_mode='geo_mean'", why)
     low, high = clips["clip_low"], clips["clip_high"]
     assert low is not None and high is not None
+    for name, distance in (("clip_ratio_low", low), ("clip_ratio_high", high)):
+        if not distance >= 0:
+            require("verl", name, "a number >= 0 with loss_mode='geo_mean'")
     return {
         "ratio_level": "clipped-sequence",
         "clip_low": math.exp(-low),
-        "clip_high": math.exp(high),
+        # Log-ratios saturate far below.
+        "clip_high": None if high > 80 else math.exp(high),
         "clip_absolute": True,
         "log_ratio_clamp": None,
     }

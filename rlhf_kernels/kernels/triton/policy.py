@@ -49,6 +49,7 @@ from .policy_combine import (
     combine_kernel,
 )
 from .policy_math import (
+    ABSENT,
     CLIPPED_SEQUENCE_RATIO,
     GEOMETRIC_CORRECTION,
     NO_CORRECTION,
@@ -64,6 +65,7 @@ from .policy_math import (
     SEQUENCE_RATIO,
     SEQUENCE_TOKEN_RATIO,
     TOKEN_RATIO,
+    clamp,
     correction_weight,
     flag,
     log_weight,
@@ -222,8 +224,10 @@ def policy_kernel(
         g = -c.entropy_coef * share
         tl.store(grad_entropy + to + i, tl.where(kept, g, 0.0), mask=inside)
     if LEVEL == CLIPPED_SEQUENCE_RATIO:
-        low = flag((a < 0.0) & (x < c.clip_low))
-        high = flag((a > 0.0) & (x > c.clip_high))
+        # An infinite log-ratio is not beyond a bound that is absent.
+        bounded = clamp(x, -ABSENT, ABSENT)
+        low = flag((a < 0.0) & (bounded < c.clip_low))
+        high = flag((a > 0.0) & (bounded > c.clip_high))
     r_kept = tl.where(kept, r, 0.0)
     low, high = tl.where(kept, low, 0.0), tl.where(kept, high, 0.0)
     count = tl.where(kept, 1.0, 0.0)
