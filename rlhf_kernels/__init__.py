@@ -2,7 +2,7 @@
 
 from .config.policy import PolicyLossConfig
 from .controllers import AdaptiveKLController, FixedKLController, RunningMoments
-from .kernels.backends import available_backends, current_backend, use_backend
+from .kernels.backends import available_backends, use_backend
 from .ops._availability import Support, supports
 from .ops._calls import warmup
 from .ops.advantages import (
@@ -58,7 +58,6 @@ __all__ = [
     "ValueLoss",
     "ValueMetrics",
     "available_backends",
-    "current_backend",
     "discounted_returns",
     "gae",
     "group_advantages",

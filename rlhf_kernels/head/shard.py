@@ -128,7 +128,8 @@ class ShardResults(NamedTuple):
 
     @property
     def rows(self) -> LabelResults:
-        return LabelResults(*self[:-1])
+        # By name: torch.compile of torch 2.6 cannot slice a named tuple.
+        return LabelResults(self.logprobs, self.entropy, self.stats, self.collision, self.argmax)
 
 
 class MostLikely(NamedTuple):

@@ -249,6 +249,11 @@ class use_backend:
         self._previous = _forced
         _forced = name
 
+    @staticmethod
+    def current() -> str:
+        """The name that `use_backend` or RLHF_KERNELS_BACKEND has selected, or "auto"."""
+        return _forced
+
     def __enter__(self) -> "use_backend":
         return self
 

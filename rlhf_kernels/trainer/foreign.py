@@ -147,7 +147,7 @@ def outside_inference_mode() -> Iterator[None]:
 def _states() -> list[tuple[Callable[[], Any], Callable[[Any], object]]]:
     """How values of the whole process are asked for and set."""
     found: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
-        (rk.current_backend, rk.use_backend),
+        (rk.use_backend.current, rk.use_backend),
         (torch.get_num_threads, torch.set_num_threads),
         (torch.get_default_dtype, torch.set_default_dtype),
         (torch.is_grad_enabled, torch.set_grad_enabled),

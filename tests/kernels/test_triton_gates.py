@@ -235,7 +235,7 @@ def expected_launches(op: str, name: str) -> tuple[list[str], list[str]]:
     sums = options.get("correction") in ("'sequence'", "'geometric'") or "opsm" in last
     if by_sequence or sums:
         forward = ["_tokens.statistics_kernel", *forward]
-    if level == "sequence":
+    if level in ("sequence", "clipped-sequence"):
         forward = [*forward[:-1], "policy.pooled_kernel", forward[-1]]
     return forward, [] if options.get("grad") == "False" else backward
 

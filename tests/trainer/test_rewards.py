@@ -259,7 +259,7 @@ def test_functions_leave_the_switches_of_numbers_as_they_were():
         return [1.0] * len(completions)
 
     tiny = torch.full((100_000,), torch.finfo(torch.float32).tiny)
-    backend = rk.current_backend()
+    backend = rk.use_backend.current()
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert table(score).tolist() == [[1.0]] * 3
@@ -268,7 +268,7 @@ def test_functions_leave_the_switches_of_numbers_as_they_were():
     assert not torch.are_deterministic_algorithms_enabled()
     assert (tiny / 2).count_nonzero() == len(tiny)
     assert torch.backends.mkldnn.enabled
-    assert rk.current_backend() == backend
+    assert rk.use_backend.current() == backend
     assert not torch.backends.cudnn.benchmark
     assert torch.backends.cudnn.allow_tf32
     assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
