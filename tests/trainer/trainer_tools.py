@@ -122,3 +122,11 @@ def timeless(row: dict[str, float]) -> dict[str, float]:
 def write_jsonl(path: Path, rows) -> str:
     path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
     return str(path)
+
+
+def reward_table(*functions, count=3, columns=None, weights=None):
+    """Rewards of `count` samples."""
+    rewards = Rewards(list(functions), weights or [1.0] * len(functions))
+    prompts = [f"p{i}" for i in range(count)]
+    completions = [f"c{i}" for i in range(count)]
+    return rewards(prompts, completions, [[i] for i in range(count)], columns or {})
