@@ -10,8 +10,7 @@ namespace rk {
 // `scores` have one entry per sequence along stride1. Without `values` the scan computes discounted
 // returns and no `advantages`. With `scores` it computes the rewards from scores and
 // log-probabilities and writes them to `shaped`. Results are contiguous. `whiten` whitens the
-// advantages; `moments` is then scratch of 3 doubles per chunk of 2048 tokens (rounded up), plus 3
-// on a GPU.
+// advantages.
 struct GaeArgs {
   int64_t rows, cols, sequences;
   Tensor offsets;
@@ -25,7 +24,6 @@ struct GaeArgs {
   bool carry;
   bool whiten;
   float *advantages, *returns, *shaped;
-  double* moments;
   double whiten_eps;
   Exec exec;
 };
@@ -51,7 +49,6 @@ struct WhitenArgs {
   Tensor x, mask;
   bool shift_mean, unbiased;
   double eps;
-  double* moments;
   float* out;
   Exec exec;
 };
@@ -65,8 +62,8 @@ enum Baseline : int32_t {
 enum Scale : int32_t { kScaleGroup = 0, kScaleBatch = 1, kScaleNone = 2 };
 
 // `rewards` and `greedy` are 1-D along stride1. Groups are consecutive runs of `group_size`
-// rewards. With group_size = 0 they are runs of equal `sorted_ids`, and `order` holds the reward
-// indices in that order. `work` is scratch of `count` doubles on a GPU.
+// rewards; a last one that is shorter only where rewards stand alone. With group_size = 0 they are
+// runs of equal `sorted_ids`, and `order` holds the reward indices in that order.
 struct GroupAdvantagesArgs {
   int64_t count;
   Tensor rewards, greedy;
@@ -74,7 +71,6 @@ struct GroupAdvantagesArgs {
   int64_t group_size;
   int32_t baseline, scale;
   double eps;
-  double* work;
   float* out;
   Exec exec;
 };

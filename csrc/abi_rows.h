@@ -67,12 +67,11 @@ struct ManyLabelsArgs {
 };
 
 // The gradient of the above. In `rows`, `grad_logprobs` is the sum of a token's upstream gradients;
-// `grad_of_labels` are these, fp32 as `labels` lie. `work` is scratch [rows, cols, count].
+// `grad_of_labels` are these, fp32 as `labels` lie.
 struct ManyLabelsBackwardArgs {
   LogprobsBackwardArgs rows;
   int64_t count, ignore_index;
   Tensor labels, grad_of_labels;
-  double* work;
 };
 
 // The kept token ids of each token, as a sparse matrix in CSR form: token n kept the half-open

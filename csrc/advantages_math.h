@@ -33,8 +33,7 @@ RK_HD Whitening whitening(const Moments& all, bool shift_mean, bool unbiased, do
 // The whitening of a scan's advantages, in place.
 inline WhitenArgs whitening_args(const GaeArgs& a) {
   const Tensor advantages{a.advantages, kFloat32, a.cols, 1, true};
-  return {a.rows, a.cols,       advantages, a.mask,       true,
-          true,   a.whiten_eps, a.moments,  a.advantages, a.exec};
+  return {a.rows, a.cols, advantages, a.mask, true, true, a.whiten_eps, a.advantages, a.exec};
 }
 
 // A sequence's score clipped to [-clip, clip]; clip = 0 means no clipping.

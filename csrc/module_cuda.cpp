@@ -84,6 +84,7 @@ PYBIND11_MODULE(RK_MODULE, m) {
   bind_logprobs(m, table);
   m.def("token_logprobs_scratch", &cuda::token_logprobs_scratch);
   m.def("token_logprobs_backward_scratch", &cuda::token_logprobs_backward_scratch);
+  m.def("many_logprobs_backward_scratch", &cuda::many_logprobs_backward_scratch);
   bind_support(m, table);
   m.def("support_logprobs_scratch", &cuda::support_logprobs_scratch);
   bind_kl(m, table);
@@ -103,4 +104,6 @@ PYBIND11_MODULE(RK_MODULE, m) {
   bind_advantages(m, table);
   m.def("gae_scratch", &cuda::gae_scratch);
   m.def("general_gae_scratch", &cuda::general_gae_scratch);
+  m.def("whiten_scratch", &cuda::whiten_scratch);
+  m.def("group_advantages_scratch", &cuda::group_advantages_scratch);
 }

@@ -40,22 +40,20 @@ void bind_logprobs(pybind11::module_& m, Table table) {
     return launch(exec, tokens.rows * tokens.cols * (logits.last + labels.last),
                   [&] { return table().many_logprobs(args); });
   });
-  m.def("many_logprobs_backward",
-        [table](InRows logits, In tokens, In temperatures, RowOptions options, In stats,
-                In grad_logprobs, In grad_entropy, In grad_lse, In grad_collision, In collision,
-                OutRows grad_logits, InRows labels, int64_t ignore_index, InRows grad_of_labels,
-                Out work, Exec exec) {
-          const LogprobsBackwardArgs rows{
-              tokens.rows,    tokens.cols,  logits.last, logits,
-              tokens,         temperatures, options,     static_cast<const float*>(stats.data),
-              grad_logprobs,  grad_entropy, grad_logits, grad_lse,
-              grad_collision, collision,    exec};
-          const ManyLabelsBackwardArgs args{rows,           labels.last,
-                                            ignore_index,   labels,
-                                            grad_of_labels, static_cast<double*>(work.data)};
-          return launch(exec, tokens.rows * tokens.cols * (logits.last + labels.last),
-                        [&] { return table().many_logprobs_backward(args); });
-        });
+  m.def("many_logprobs_backward", [table](InRows logits, In tokens, In temperatures,
+                                          RowOptions options, In stats, In grad_logprobs,
+                                          In grad_entropy, In grad_lse, In grad_collision,
+                                          In collision, OutRows grad_logits, InRows labels,
+                                          int64_t ignore_index, InRows grad_of_labels, Exec exec) {
+    const LogprobsBackwardArgs rows{
+        tokens.rows,    tokens.cols,  logits.last, logits,
+        tokens,         temperatures, options,     static_cast<const float*>(stats.data),
+        grad_logprobs,  grad_entropy, grad_logits, grad_lse,
+        grad_collision, collision,    exec};
+    const ManyLabelsBackwardArgs args{rows, labels.last, ignore_index, labels, grad_of_labels};
+    return launch(exec, tokens.rows * tokens.cols * (logits.last + labels.last),
+                  [&] { return table().many_logprobs_backward(args); });
+  });
 }
 
 }  // namespace rk

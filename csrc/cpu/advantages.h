@@ -66,8 +66,9 @@ inline void parallel_chunks(const WhitenArgs& a, const F& body) {
   });
 }
 
-inline void whiten_tokens(const WhitenArgs& a) {
-  auto* moments = reinterpret_cast<Moments*>(a.moments);
+inline Status whiten_tokens(const WhitenArgs& a) {
+  const Scratch<Moments> moments((a.rows * a.cols + kChunkTokens - 1) / kChunkTokens);
+  if (!moments.data) return {kOutOfMemory, -1};
   parallel_chunks(a, [&](int64_t c, int64_t begin, int64_t n) {
     const Chunk chunk(a, begin, n);
     Moments m{0.0, 0.0, 0.0};
@@ -91,6 +92,7 @@ inline void whiten_tokens(const WhitenArgs& a) {
       out[k] = keep_or_zero(chunk.keep[k], y);
     }
   });
+  return {};
 }
 
 inline double reward_at(const Tensor& x, int64_t i) {
@@ -99,10 +101,10 @@ inline double reward_at(const Tensor& x, int64_t i) {
                              : load_scalar(x.data, x.dtype, at);
 }
 
-// The rewards of one group after baseline and, if configured, scale. `member(k)` for k in [0, n)
-// are its indices.
+// The rewards of one group after baseline and, if configured, scale, into `work`. `member(k)` for k
+// in [0, n) are its indices.
 template <class F>
-inline void group(const GroupAdvantagesArgs& a, int64_t n, const F& member) {
+inline void group(const GroupAdvantagesArgs& a, int64_t n, const F& member, double* work) {
   GroupStatistics s{static_cast<double>(n), reward_at(a.rewards, member(0)), 0.0, 0.0};
   for (int64_t k = 0; k < n; ++k) s.mean += reward_at(a.rewards, member(k)) - s.first;
   s.mean = finite_mean(s.mean / s.n);
@@ -115,32 +117,28 @@ inline void group(const GroupAdvantagesArgs& a, int64_t n, const F& member) {
   for (int64_t k = 0; k < n; ++k) {
     const int64_t i = member(k);
     const double greedy = a.greedy.given ? reward_at(a.greedy, i) : 0.0;
-    a.work[i] = group_advantage(reward_at(a.rewards, i), greedy, s, a.baseline, a.scale, a.eps);
+    work[i] = group_advantage(reward_at(a.rewards, i), greedy, s, a.baseline, a.scale, a.eps);
   }
 }
 
-inline void scale_by_batch(const GroupAdvantagesArgs& a) {
+inline void scale_by_batch(const GroupAdvantagesArgs& a, double* work) {
   // Advantages of equal rewards must be exactly 0.
   if (!zero_mean(a.baseline)) {
-    const double first = a.work[0];
+    const double first = work[0];
     double mean = 0.0;
-    for (int64_t i = 0; i < a.count; ++i) mean += a.work[i] -= first;
+    for (int64_t i = 0; i < a.count; ++i) mean += work[i] -= first;
     mean /= static_cast<double>(a.count);
-    for (int64_t i = 0; i < a.count; ++i) a.work[i] -= mean;
+    for (int64_t i = 0; i < a.count; ++i) work[i] -= mean;
   }
   double m2 = 0.0;
-  for (int64_t i = 0; i < a.count; ++i) m2 += a.work[i] * a.work[i];
+  for (int64_t i = 0; i < a.count; ++i) m2 += work[i] * work[i];
   const double spread = sqrt(m2 / (a.count > 1 ? static_cast<double>(a.count - 1) : 1.0));
-  for (int64_t i = 0; i < a.count; ++i)
-    a.work[i] = spread == 0.0 ? 0.0 : a.work[i] / (spread + a.eps);
+  for (int64_t i = 0; i < a.count; ++i) work[i] = spread == 0.0 ? 0.0 : work[i] / (spread + a.eps);
 }
 
 }  // namespace scan
 
-Status whiten(const WhitenArgs& a) {
-  scan::whiten_tokens(a);
-  return {};
-}
+Status whiten(const WhitenArgs& a) { return scan::whiten_tokens(a); }
 
 namespace scan {
 
@@ -153,8 +151,7 @@ inline Status checked(const GaeArgs& a, const F& body) {
   }
   if (a.rows * a.cols == 0) return {};
   body();
-  if (a.whiten) whiten_tokens(whitening_args(a));
-  return {};
+  return a.whiten ? whiten_tokens(whitening_args(a)) : Status{};
 }
 
 }  // namespace scan
@@ -172,22 +169,20 @@ Status general_gae(const GeneralGaeArgs& a) {
   return scan::checked(a.gae, [&] { scan::run_general(a); });
 }
 
-Status group_advantages(const GroupAdvantagesArgs& args) {
-  const Scratch<double> work(args.count);
+Status group_advantages(const GroupAdvantagesArgs& a) {
+  const Scratch<double> work(a.count);
   if (!work.data) return {kOutOfMemory, -1};
-  GroupAdvantagesArgs a = args;
-  a.work = work.data;
   for (int64_t begin = 0, end = 0; begin < a.count; begin = end) {
     if (a.group_size == 0) {
       while (end < a.count && a.sorted_ids[end] == a.sorted_ids[begin]) ++end;
-      scan::group(a, end - begin, [&](int64_t k) { return a.order[begin + k]; });
+      scan::group(a, end - begin, [&](int64_t k) { return a.order[begin + k]; }, work.data);
     } else {
       end = begin + a.group_size;
-      scan::group(a, end - begin, [&](int64_t k) { return begin + k; });
+      scan::group(a, end - begin, [&](int64_t k) { return begin + k; }, work.data);
     }
   }
-  if (a.scale == kScaleBatch && a.count > 0) scan::scale_by_batch(a);
-  for (int64_t i = 0; i < a.count; ++i) a.out[i] = static_cast<float>(a.work[i]);
+  if (a.scale == kScaleBatch && a.count > 0) scan::scale_by_batch(a, work.data);
+  for (int64_t i = 0; i < a.count; ++i) a.out[i] = static_cast<float>(work[i]);
   return {};
 }
 

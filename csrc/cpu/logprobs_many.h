@@ -125,7 +125,7 @@ void many_backward_row(const ManyLabelsBackwardArgs& a, int64_t row) {
   const LogprobsBackwardArgs& rows = a.rows;
   const int64_t i = row / rows.cols, j = row % rows.cols;
   const bool ignored = load_label(rows.labels, i, j) == rows.options.ignore_index;
-  double* g = a.work + row * a.count;
+  double* g = static_cast<double*>(rows.exec.scratch) + row * a.count;
   // Before the gradient may overwrite the logits.
   if (!ignored) gradients_at_labels<E, kChange>(a, row, g);
   logprobs_backward_row<E, kChange, kEntropy, kSquares>(rows, row);
@@ -173,9 +173,13 @@ Status many_logprobs(const ManyLabelsArgs& a) {
   return {};
 }
 
-Status many_logprobs_backward(const ManyLabelsBackwardArgs& a) {
-  const Status status = check_many(a);
+Status many_logprobs_backward(const ManyLabelsBackwardArgs& given) {
+  const Status status = check_many(given);
   if (status.code != kOk) return status;
+  const Scratch<double> work(given.rows.rows * given.rows.cols * given.count);
+  if (!work.data) return {kOutOfMemory, -1};
+  ManyLabelsBackwardArgs a = given;
+  a.rows.exec.scratch = work.data;
   const LogprobsBackwardArgs& rows = a.rows;
   const int32_t dtype = rows.logits.dtype;
   const bool in_place = rows.grad_logits.data == rows.logits.data;

@@ -283,14 +283,19 @@ __global__ void __launch_bounds__(kScanThreads, 2)
 int64_t scan_slots(int64_t sequences, int64_t cols, bool packed) {
   return token_slots<kScanTile>(sequences, cols, packed);
 }
-// What precedes the aggregates in the scratch: whether the offsets are bad.
+// The scratch of a scan: whether the offsets are bad, then the aggregates. Nothing where one block
+// scans each whole sequence.
 constexpr int64_t kHeader = 16;
+int64_t scan_bytes(int64_t sequences, int64_t cols, bool packed) {
+  if (!packed && cols <= kScanTile) return 0;
+  return kHeader + scan_slots(sequences, cols, packed) * sizeof(Aggregate);
+}
 
 }  // namespace
 
-int64_t gae_scratch(int64_t sequences, int64_t cols, bool packed) {
-  if (!packed && cols <= kScanTile) return 0;
-  return kHeader + scan_slots(sequences, cols, packed) * sizeof(Aggregate);
+int64_t gae_scratch(int64_t sequences, int64_t cols, bool packed, bool whiten) {
+  const int64_t tokens = packed ? cols : sequences * cols;
+  return scan_bytes(sequences, cols, packed) + (whiten ? whiten_scratch(tokens) : 0);
 }
 
 Status gae(const GaeArgs& a) {
@@ -299,8 +304,9 @@ Status gae(const GaeArgs& a) {
   const LossTokens t{a.sequences, a.cols, a.offsets, a.mask};
   const int64_t slots = scan_slots(a.sequences, a.cols, packed);
   auto* scratch = static_cast<char*>(a.exec.scratch);
+  const int64_t bytes = scan_bytes(a.sequences, a.cols, packed);
   auto* bad = packed ? reinterpret_cast<int32_t*>(scratch) : nullptr;
-  auto* aggregates = scratch ? reinterpret_cast<Aggregate*>(scratch + kHeader) : nullptr;
+  auto* aggregates = bytes > 0 ? reinterpret_cast<Aggregate*>(scratch + kHeader) : nullptr;
   if (aggregates)
     RK_ENQUEUE(a.exec, slots + packed, kScanThreads, aggregate_kernel, a, t, slots, aggregates,
                bad);
@@ -314,7 +320,8 @@ Status gae(const GaeArgs& a) {
     scan(std::integral_constant<int, kMiddle>{});
   else
     scan(std::integral_constant<int, kWarps>{});
-  return a.whiten ? whiten(whitening_args(a)) : Status{};
+  if (a.whiten) enqueue_whitening(whitening_args(a), scratch + bytes);
+  return {};
 }
 
 }  // namespace rk::cuda

@@ -262,23 +262,30 @@ int warps_for(int64_t length) {
   return warps;
 }
 
+// What precedes the moments in the scratch: whether the offsets are bad.
+constexpr int64_t kHeader = 16;
+
 }  // namespace
 
-int64_t general_gae_scratch(bool packed) { return packed ? sizeof(int32_t) : 0; }
+int64_t general_gae_scratch(int64_t sequences, int64_t cols, bool packed, bool whiten) {
+  return kHeader + (whiten ? whiten_scratch(packed ? cols : sequences * cols) : 0);
+}
 
 Status general_gae(const GeneralGaeArgs& general) {
   const GaeArgs& a = general.gae;
   const OnDevice guard(a.exec);
   const bool packed = a.offsets.given;
   const LossTokens t{a.sequences, a.cols, a.offsets, a.mask};
-  auto* bad = packed ? static_cast<int32_t*>(a.exec.scratch) : nullptr;
+  auto* scratch = static_cast<char*>(a.exec.scratch);
+  auto* bad = packed ? reinterpret_cast<int32_t*>(scratch) : nullptr;
   if (packed) RK_ENQUEUE(a.exec, 1, kWarp, offsets_kernel, t, bad);
   const int warps = warps_for(packed ? ceil_div(a.cols, a.sequences) : a.cols);
   if (general.decoupled)
     RK_ENQUEUE(a.exec, a.sequences, warps * kWarp, general_kernel<true>, general, t, warps, bad);
   else
     RK_ENQUEUE(a.exec, a.sequences, warps * kWarp, general_kernel<false>, general, t, warps, bad);
-  return a.whiten ? whiten(whitening_args(a)) : Status{};
+  if (a.whiten) enqueue_whitening(whitening_args(a), scratch + kHeader);
+  return {};
 }
 
 }  // namespace rk::cuda

@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1) group_kernel(const GroupAdva
     end = group_end(a.sorted_ids, begin, a.count);
   }
   if (end > a.count) end = a.count;
+  auto* const work = static_cast<double*>(a.exec.scratch);
   const auto member = [&](int64_t k) { return listed ? a.order[k] : k; };
   const int64_t first = begin + threadIdx.x % kWarp;
   GroupStatistics s{static_cast<double>(end - begin), reward_at(a.rewards, member(begin)), 0.0,
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1) group_kernel(const GroupAdva
     const double x =
         group_advantage(reward_at(a.rewards, i), greedy, s, a.baseline, a.scale, a.eps);
     if (a.scale == kScaleBatch)
-      a.work[i] = x;
+      work[i] = x;
     else
       a.out[i] = static_cast<float>(x);
   }
@@ -67,13 +68,14 @@ __global__ void __launch_bounds__(kGroupThreads, 1) group_kernel(const GroupAdva
 // Scales baselined rewards by the standard deviation of all of them; one block.
 __global__ void __launch_bounds__(kBatchThreads) batch_kernel(const GroupAdvantagesArgs a) {
   __shared__ double shared[2][kBatchThreads / kWarp];
+  const auto* const work = static_cast<const double*>(a.exec.scratch);
   double first = 0.0, mean = 0.0, m2 = 0.0;
   if (!zero_mean(a.baseline)) {
-    first = a.work[0];
-    for (int64_t i = threadIdx.x; i < a.count; i += kBatchThreads) mean += a.work[i] - first;
+    first = work[0];
+    for (int64_t i = threadIdx.x; i < a.count; i += kBatchThreads) mean += work[i] - first;
     mean = block_reduce<kBatchThreads>(mean, Sum{}, shared[0]) / a.count;
   }
-  const auto centred = [&](int64_t i) { return a.work[i] - first - mean; };
+  const auto centred = [&](int64_t i) { return work[i] - first - mean; };
   for (int64_t i = threadIdx.x; i < a.count; i += kBatchThreads) m2 += centred(i) * centred(i);
   m2 = block_reduce<kBatchThreads>(m2, Sum{}, shared[1]);
   const double spread = sqrt(m2 / others_of(static_cast<double>(a.count)));
@@ -83,13 +85,12 @@ __global__ void __launch_bounds__(kBatchThreads) batch_kernel(const GroupAdvanta
 
 }  // namespace
 
-Status group_advantages(const GroupAdvantagesArgs& given) {
-  const OnDevice guard(given.exec);
-  GroupAdvantagesArgs a = given;
-  if (!zero_mean(a.baseline) && a.scale != kScaleGroup) {
-    // Every reward stands alone: any grouping gives the same.
-    a.group_size = kWarp;
-  }
+int64_t group_advantages_scratch(int64_t count, bool of_batch) {
+  return of_batch ? count * sizeof(double) : 0;
+}
+
+Status group_advantages(const GroupAdvantagesArgs& a) {
+  const OnDevice guard(a.exec);
   const int64_t warps = a.group_size == 0 ? a.count : ceil_div(a.count, a.group_size);
   RK_ENQUEUE(a.exec, ceil_div(warps, kGroupThreads / kWarp), kGroupThreads, group_kernel, a);
   if (a.scale == kScaleBatch) RK_ENQUEUE(a.exec, 1, kBatchThreads, batch_kernel, a);

@@ -10,7 +10,6 @@ namespace {
 
 constexpr int kThreads = 256, kPerThread = 8;
 constexpr int kTile = kThreads * kPerThread;
-static_assert(kTile == 2048, "the moments of abi_advantages.h");
 constexpr int kCombineThreads = 1024;
 
 // This thread's tokens of a tile, of dtype E. kEven: all tensors are evenly spaced; kFull: no token
@@ -143,10 +142,13 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(const WhitenArgs a, con
 
 }  // namespace
 
-Status whiten(const WhitenArgs& a) {
-  const OnDevice guard(a.exec);
+int64_t whiten_scratch(int64_t tokens) {
+  return sizeof(Whitening) + ceil_div(tokens, kTile) * sizeof(Moments);
+}
+
+void enqueue_whitening(const WhitenArgs& a, void* scratch) {
   const int64_t tiles = ceil_div(a.rows * a.cols, kTile);
-  auto* map = reinterpret_cast<Whitening*>(a.moments);
+  auto* map = static_cast<Whitening*>(scratch);
   auto* partials = reinterpret_cast<Moments*>(map + 1);
   const bool even = evenly_spaced(a.x, a.rows, a.cols) && evenly_spaced(a.mask, a.rows, a.cols);
   for_dtype(a.x.dtype, [&](auto element) {
@@ -160,6 +162,11 @@ Status whiten(const WhitenArgs& a) {
       RK_ENQUEUE(a.exec, tiles, kThreads, apply, a, map);
     });
   });
+}
+
+Status whiten(const WhitenArgs& a) {
+  const OnDevice guard(a.exec);
+  enqueue_whitening(a, a.exec.scratch);
   return {};
 }
 

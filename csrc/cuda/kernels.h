@@ -11,8 +11,9 @@ int64_t token_logprobs_scratch(int64_t tokens, int64_t vocab, int64_t element_si
 int64_t token_logprobs_backward_scratch(int64_t tokens);
 Status token_logprobs(const LogprobsArgs& a);
 Status token_logprobs_backward(const LogprobsBackwardArgs& a);
-// With the scratch of those above.
+// With the scratch of token_logprobs.
 Status many_logprobs(const ManyLabelsArgs& a);
+int64_t many_logprobs_backward_scratch(int64_t tokens, int64_t count);
 Status many_logprobs_backward(const ManyLabelsBackwardArgs& a);
 
 int64_t support_logprobs_scratch();
@@ -43,12 +44,15 @@ Status value_loss(const ValueArgs& a);
 int64_t mismatch_weights_scratch(int64_t sequences, int64_t cols, bool packed);
 Status mismatch_weights(const MismatchArgs& a);
 
-// Zero bytes where one block scans each whole sequence.
-int64_t gae_scratch(int64_t sequences, int64_t cols, bool packed);
+int64_t gae_scratch(int64_t sequences, int64_t cols, bool packed, bool whiten);
 Status gae(const GaeArgs& a);
-int64_t general_gae_scratch(bool packed);
+int64_t general_gae_scratch(int64_t sequences, int64_t cols, bool packed, bool whiten);
 Status general_gae(const GeneralGaeArgs& a);
+int64_t whiten_scratch(int64_t tokens);
 Status whiten(const WhitenArgs& a);
+// The same with scratch at another place, for a caller that is on the device already.
+void enqueue_whitening(const WhitenArgs& a, void* scratch);
+int64_t group_advantages_scratch(int64_t count, bool of_batch);
 Status group_advantages(const GroupAdvantagesArgs& a);
 
 // CUDA versions as 1000 * major + 10 * minor; the driver's is 0 where there is none.

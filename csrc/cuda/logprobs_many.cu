@@ -101,14 +101,14 @@ __device__ __forceinline__ double sum_of_equals(const OwnLabels& labels, int64_t
 // all get that of the sum of their upstream gradients.
 template <class E>
 __global__ void __launch_bounds__(kCombineThreads, 8)
-    label_gradients_kernel(const ManyLabelsBackwardArgs a) {
+    label_gradients_kernel(const ManyLabelsBackwardArgs a, double* of_all) {
   alignas(16) __shared__ uint32_t low[kCombineThreads / kWarp][kCompared];
   const LogprobsBackwardArgs& rows = a.rows;
   const int64_t row = row_of_warp();
   if (row >= rows.rows * rows.cols || is_ignored(rows, row)) return;
   const OwnLabels labels(a, row);
   // Each lane's own sums first, into `work`: with all else that a row needs they would spill.
-  double* work = a.work + row * a.count;
+  double* work = of_all + row * a.count;
   const bool given = a.grad_of_labels.given;
   if (given) {
     const float* grads = static_cast<const float*>(a.grad_of_labels.data) +
@@ -152,7 +152,8 @@ __global__ void __launch_bounds__(kCombineThreads, 8)
 
 // After them: from `work` to the labels' columns.
 template <class O>
-__global__ void __launch_bounds__(kCombineThreads) scatter_kernel(const ManyLabelsBackwardArgs a) {
+__global__ void __launch_bounds__(kCombineThreads)
+    scatter_kernel(const ManyLabelsBackwardArgs a, const double* work) {
   const LogprobsBackwardArgs& rows = a.rows;
   const int64_t row = row_of_warp();
   if (row >= rows.rows * rows.cols || is_ignored(rows, row)) return;
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(kCombineThreads) scatter_kernel(const ManyLabe
               token_at(rows.grad_logits, row, rows.cols);
   for (int64_t k = threadIdx.x % kWarp; k < a.count; k += kWarp) {
     const int64_t y = labels[k];
-    if (labels.has_column(y)) out[y] = O::put(static_cast<float>(a.work[row * a.count + k]));
+    if (labels.has_column(y)) out[y] = O::put(static_cast<float>(work[row * a.count + k]));
   }
 }
 
@@ -182,17 +183,25 @@ Status many_logprobs(const ManyLabelsArgs& a) {
   return {};
 }
 
+int64_t many_logprobs_backward_scratch(int64_t tokens, int64_t count) {
+  return token_logprobs_backward_scratch(tokens) + tokens * count * sizeof(double);
+}
+
 Status many_logprobs_backward(const ManyLabelsBackwardArgs& a) {
   const LogprobsBackwardArgs& rows = a.rows;
   const OnDevice guard(rows.exec);
+  // Behind the scratch of the tokens' own gradient.
+  auto* work = reinterpret_cast<double*>(static_cast<char*>(rows.exec.scratch) +
+                                         token_logprobs_backward_scratch(rows.rows * rows.cols));
   const int64_t warps = ceil_div(rows.rows * rows.cols, kCombineThreads / kWarp);
   for_dtype(rows.logits.dtype, [&](auto element) {
-    RK_ENQUEUE(rows.exec, warps, kCombineThreads, label_gradients_kernel<decltype(element)>, a);
+    RK_ENQUEUE(rows.exec, warps, kCombineThreads, label_gradients_kernel<decltype(element)>, a,
+               work);
   });
   const Status status = token_logprobs_backward(rows);
   if (status.code != kOk) return status;
   for_dtype(rows.grad_logits.dtype, [&](auto result) {
-    RK_ENQUEUE(rows.exec, warps, kCombineThreads, scatter_kernel<decltype(result)>, a);
+    RK_ENQUEUE(rows.exec, warps, kCombineThreads, scatter_kernel<decltype(result)>, a, work);
   });
   return {};
 }

@@ -1,7 +1,7 @@
-"""Shared by the native and Triton launchers of gae, discounted_returns and ppo_advantages."""
+"""Shared by the native and Triton launchers of the advantage operations."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -36,44 +36,31 @@ class ScanResults(NamedTuple):
         return *self.of_values(), self.shaped
 
 
-def begin(
-    op: str,
-    like: Tensor,
-    cu_seqlens: Tensor | None,
-    values: Tensor | None,
-    scores: Tensor | None,
-    on_device: bool,
-) -> tuple[ScanResults, bool]:
-    """(uninitialised results of a scan over tokens `like`, whether the kernel can be skipped).
+class Scan(NamedTuple):
+    """The arguments of gae, discounted_returns or ppo_advantages.
 
-    Args:
-        op: the operation, for messages.
-        like: [B, T], or packed [N] with cu_seqlens.
-        cu_seqlens: offsets.
-        values: given if the scan has advantages.
-        scores: given if the scan has shaped rewards.
-        on_device: whether the kernel runs on a GPU. A kernel on the host validates the offsets
-            itself, so it must run even without tokens.
-
-    Raises:
-        ValueError: bad offsets on a GPU with RLHF_KERNELS_CHECK=1.
+    op: the operation, for messages.
+    tokens: [B, T], or packed [N] with cu_seqlens: rewards; with scores log-probabilities.
+    values: None for discounted_returns.
+    scores to reward_clip: of ppo_advantages; scores are None for the others.
     """
-    returns = fp32_like(like)
-    advantages = None if values is None else torch.empty_like(returns)
-    results = ScanResults(
-        advantages, returns, None if scores is None else torch.empty_like(returns)
-    )
-    if on_device and env.CHECK:
-        data_checks.offsets_valid(op, cu_seqlens, like.shape[0])
-    if like.numel() == 0:
-        return results, on_device or cu_seqlens is None
-    if on_device and cu_seqlens is not None and cu_seqlens.shape[0] == 1:
-        # Without sequences, the offsets cannot end at the number of tokens. The host knows this.
-        for t in results:
-            if t is not None:
-                t.fill_(float("nan"))
-        return results, True
-    return results, False
+
+    op: str
+    tokens: Tensor
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    masked: str
+    gamma: float
+    lam: float = 1.0
+    values: Tensor | None = None
+    dones: Tensor | None = None
+    bootstrap_values: Tensor | None = None
+    whiten: bool = False
+    scores: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    kl_coef: float = 0.0
+    kl_estimator: str = "k1"
+    reward_clip: float | None = None
 
 
 class GeneralScan(NamedTuple):
@@ -120,6 +107,74 @@ class GeneralScan(NamedTuple):
         )
 
 
+class Groups(NamedTuple):
+    """The arguments of group_advantages for rewards [B].
+
+    sorted_ids, order: the group ids, and the indices of the rewards in their order; None where
+        groups are runs of `size` rewards.
+    size: 0 with sorted_ids. It need not divide B if rewards stand alone.
+    """
+
+    rewards: Tensor
+    greedy_rewards: Tensor | None
+    sorted_ids: Tensor | None
+    order: Tensor | None
+    size: int
+    baseline: str
+    scale: str
+    eps: float
+
+
+class Whitening(NamedTuple):
+    """The arguments of whiten."""
+
+    x: Tensor
+    mask: Tensor | None
+    shift_mean: bool
+    unbiased: bool
+    eps: float
+
+
+class Kernels(NamedTuple):
+    """The functions of a backend that launch its kernels, and write results that are allocated.
+
+    general takes the number of sequences beside the arguments.
+    alone: the size of groups where rewards stand alone.
+    on_device: whether the kernels run on a GPU. Those on the host validate offsets themselves, so
+        they must run even without tokens.
+    """
+
+    scan: Callable[[Scan, ScanResults], None]
+    general: Callable[[str, GeneralScan, int, ScanResults], None]
+    groups: Callable[[Groups, Tensor], None]
+    whiten: Callable[[Whitening, Tensor], None]
+    alone: int
+    on_device: bool
+
+
+def _begin(op: str, scan: Scan | GeneralScan, on_device: bool) -> tuple[ScanResults, bool]:
+    """(uninitialised results of a scan, whether the kernel can be skipped).
+
+    Raises:
+        ValueError: bad offsets on a GPU with RLHF_KERNELS_CHECK=1.
+    """
+    cu_seqlens, returns = scan.cu_seqlens, fp32_like(scan.tokens)
+    advantages = None if scan.values is None else torch.empty_like(returns)
+    shaped = None if scan.scores is None else torch.empty_like(returns)
+    results = ScanResults(advantages, returns, shaped)
+    if on_device and env.CHECK:
+        data_checks.offsets_valid(op, cu_seqlens, returns.shape[0])
+    if returns.numel() == 0:
+        return results, on_device or cu_seqlens is None
+    if on_device and cu_seqlens is not None and cu_seqlens.shape[0] == 1:
+        # Without sequences, the offsets cannot end at the number of tokens. The host knows this.
+        for t in results:
+            if t is not None:
+                t.fill_(float("nan"))
+        return results, True
+    return results, False
+
+
 _General = Callable[[GeneralScan], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -139,42 +194,15 @@ class Launchers(TypedDict, total=False):
     whiten: Callable[[Tensor, Maybe, bool, bool, float], Tensor]
 
 
-class Scan(Protocol):
-    """The scan function of a backend, of tokens: rewards; with scores log-probabilities."""
+def launchers(kernels: Kernels) -> Launchers:
+    """The launchers of all operations on advantages, from a backend's kernels."""
+    on_device = kernels.on_device
 
-    def __call__(
-        self, op: str, tokens: Tensor, cu_seqlens: Maybe, mask: Maybe, masked: str, gamma: float,
-        lam: float = ..., values: Maybe = ..., dones: Maybe = ..., bootstrap_values: Maybe = ...,
-        whiten: bool = ..., scores: Maybe = ..., ref_logprobs: Maybe = ..., kl_coef: float = ...,
-        kl_estimator: str = ..., reward_clip: float | None = ...,
-    ) -> ScanResults: ...  # fmt: skip
-
-
-def general_launcher(
-    run: Callable[[str, GeneralScan, int, ScanResults], None], on_device: bool
-) -> _General:
-    """The launcher of general_gae, from the function of a backend that launches its kernel.
-
-    `run` takes the operation's name, a `GeneralScan`, the number of sequences, and the results that
-    it writes. `on_device` is as in `begin`.
-    """
-
-    def general_gae(scan: GeneralScan) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, cu_seqlens, scores = scan.tokens, scan.cu_seqlens, scan.scores
-        op = "gae" if scores is None else "ppo_advantages"
-        results, done = begin(op, tokens, cu_seqlens, scan.values, scores, on_device)
+    def scan(given: Scan) -> ScanResults:
+        results, done = _begin(given.op, given, on_device)
         if not done:
-            sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            run(op, scan, sequences, results)
-        advantages, returns, shaped = results
-        assert advantages is not None  # a scan with values
-        return advantages, returns, returns.new_empty(0) if shaped is None else shaped
-
-    return general_gae
-
-
-def launchers(scan: Scan) -> Launchers:
-    """Launchers of gae, discounted_returns and ppo_advantages from a backend's scan function."""
+            kernels.scan(given, results)
+        return results
 
     def gae(
         rewards: Tensor,
@@ -188,10 +216,8 @@ def launchers(scan: Scan) -> Launchers:
         masked: str,
         whiten: bool,
     ) -> tuple[Tensor, Tensor]:
-        return scan(
-            "gae", rewards, cu_seqlens, mask, masked, gamma, lam, values, dones, bootstrap_values,
-            whiten,
-        ).of_values()  # fmt: skip
+        tokens = ("gae", rewards, mask, cu_seqlens, masked, gamma, lam, values)
+        return scan(Scan(*tokens, dones, bootstrap_values, whiten)).of_values()
 
     def discounted_returns(
         rewards: Tensor,
@@ -202,8 +228,8 @@ def launchers(scan: Scan) -> Launchers:
         gamma: float,
         masked: str,
     ) -> Tensor:
-        tokens = ("discounted_returns", rewards, cu_seqlens, mask, masked, gamma)
-        return scan(*tokens, dones=dones, bootstrap_values=bootstrap_values).returns
+        tokens = ("discounted_returns", rewards, mask, cu_seqlens, masked, gamma)
+        return scan(Scan(*tokens, dones=dones, bootstrap_values=bootstrap_values)).returns
 
     def ppo_advantages(
         scores: Tensor,
@@ -220,9 +246,56 @@ def launchers(scan: Scan) -> Launchers:
         whiten: bool,
         reward_clip: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return scan(
-            "ppo_advantages", logprobs, cu_seqlens, mask, masked, gamma, lam, values, None, None,
-            whiten, scores, ref_logprobs, kl_coef, kl_estimator, reward_clip,
-        ).of_scores()  # fmt: skip
+        tokens = ("ppo_advantages", logprobs, mask, cu_seqlens, masked, gamma, lam, values)
+        shaping = (scores, ref_logprobs, kl_coef, kl_estimator, reward_clip)
+        return scan(Scan(*tokens, None, None, whiten, *shaping)).of_scores()
 
-    return {"gae": gae, "discounted_returns": discounted_returns, "ppo_advantages": ppo_advantages}
+    def general_gae(given: GeneralScan) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, cu_seqlens = given.tokens, given.cu_seqlens
+        op = "gae" if given.scores is None else "ppo_advantages"
+        results, done = _begin(op, given, on_device)
+        if not done:
+            sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            kernels.general(op, given, sequences, results)
+        advantages, returns = results.of_values()
+        shaped = results.shaped
+        return advantages, returns, returns.new_empty(0) if shaped is None else shaped
+
+    def group_advantages(
+        rewards: Tensor,
+        group_ids: Tensor | None,
+        group_size: int,
+        baseline: str,
+        scale: str,
+        greedy_rewards: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        out = fp32_like(rewards)
+        if rewards.numel() == 0:
+            return out
+        sorted_ids = order = None
+        if baseline in ("none", "greedy") and scale != "group":
+            # Every reward stands alone: any grouping gives the same.
+            group_ids, group_size = None, kernels.alone
+        if group_ids is not None:
+            sorted_ids, order = group_ids.long().sort(stable=True)
+        of_groups = (sorted_ids, order, group_size, baseline, scale, float(eps))
+        kernels.groups(Groups(rewards, greedy_rewards, *of_groups), out)
+        return out
+
+    def whiten(
+        x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float
+    ) -> Tensor:
+        out = fp32_like(x)
+        if x.numel() > 0:
+            kernels.whiten(Whitening(x, mask, shift_mean, unbiased, float(eps)), out)
+        return out
+
+    return {
+        "gae": gae,
+        "discounted_returns": discounted_returns,
+        "ppo_advantages": ppo_advantages,
+        "general_gae": general_gae,
+        "group_advantages": group_advantages,
+        "whiten": whiten,
+    }

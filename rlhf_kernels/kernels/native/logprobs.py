@@ -3,7 +3,6 @@
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...core import data_checks
@@ -24,6 +23,8 @@ def _error(
     if code == b.LABEL_OUT_OF_RANGE:
         labels = labels if many is None else many.labels
         return data_checks.out_of_range("token_logprobs", position, labels, vocab)
+    if code == b.OUT_OF_MEMORY and many is not None:
+        return MemoryError(f"token_logprobs: no memory for {many.labels.numel()} labels' gradients")
     assert code == b.BAD_TEMPERATURE and temperatures is not None  # the kernel read a bad one
     return data_checks.bad_temperature("token_logprobs", position, temperatures)
 
@@ -82,11 +83,13 @@ def launchers(extension: ModuleType) -> logprobs.Launchers:
         grad_lse = b.as_upstream(grad_lse)
         grad_collision = b.as_upstream(grad_collision)
         launch = extension.token_logprobs_backward
+        op = "token_logprobs_backward"
+        sizes: tuple[int, ...] = (labels.numel(),)
         of_labels: tuple[Any, ...] = ()
         if many is not None:
             launch = extension.many_logprobs_backward
-            work = torch.empty(many.labels.shape, dtype=torch.float64, device=out.device)
-            of_labels = (many.labels, many.ignore_index, many.grad_logprobs, work)
+            of_labels = (many.labels, many.ignore_index, many.grad_logprobs)
+            op, sizes = "many_logprobs_backward", (labels.numel(), many.labels.shape[-1])
         status = launch(
             logits,
             labels,
@@ -100,7 +103,7 @@ def launchers(extension: ModuleType) -> logprobs.Launchers:
             collision,
             out,
             *of_labels,
-            make_exec(logits, "token_logprobs_backward", lambda: (labels.numel(),)),
+            make_exec(logits, op, lambda: sizes),
         )
         if status[0] != b.OK:
             raise _error(status, labels, temperatures, logits.shape[-1], many)

@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from torch import Tensor
 
-from ..advantages import Launchers, ScanResults, begin, launchers
+from ..advantages import Kernels, Launchers, Scan, ScanResults, launchers
 from ._launch import INTERPRETED, kernel, launch, tile_count
 from ._math import scalar
 from ._strided import strided
-from .advantages_general import general_gae
-from .advantages_groups import group_advantages
+from .advantages_general import general
+from .advantages_groups import BLOCK as GROUP_BLOCK
+from .advantages_groups import groups
 from .advantages_moments import merge_moments, store_moments, whiten, whiten_scan
 from .advantages_scan import (
     CHECKED,
@@ -250,28 +250,9 @@ def scan_kernel(
         store_moments(partials, slot, n, mean, m2)
 
 
-def _scan(
-    op: str,
-    tokens: Tensor,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    masked: str,
-    gamma: float,
-    lam: float = 1.0,
-    values: Tensor | None = None,
-    dones: Tensor | None = None,
-    bootstrap_values: Tensor | None = None,
-    whiten: bool = False,
-    scores: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl_estimator: str = "k1",
-    reward_clip: float | None = None,
-) -> ScanResults:
-    results, done = begin(op, tokens, cu_seqlens, values, scores, on_device=True)
-    if done:
-        return results
+def _scan(scan: Scan, results: ScanResults) -> None:
     advantages, returns, shaped = results
+    cu_seqlens = scan.cu_seqlens
     cols = returns.shape[-1]
     if cu_seqlens is not None:
         sequences, tiles = cu_seqlens.shape[0] - 1, 0
@@ -280,17 +261,18 @@ def _scan(
     else:
         sequences, tiles = returns.shape[0], tile_count(cols, TILE)
         slots, offsets, bad = sequences * tiles, None, None
-    penalty = ref_logprobs is not None and kl_coef != 0
-    ref_logprobs = ref_logprobs if penalty else None
-    estimator = "reward" if scores is None else kl_estimator if penalty else "none"
-    kept = strided(mask)
-    per_token = (strided(tokens), strided(ref_logprobs), strided(values), kept, strided(dones))
-    of_sequences, end = strided(scores), strided(bootstrap_values)
+    penalty = scan.ref_logprobs is not None and scan.kl_coef != 0
+    ref = strided(scan.ref_logprobs if penalty else None)
+    estimator = "reward" if scan.scores is None else scan.kl_estimator if penalty else "none"
+    kept = strided(scan.mask)
+    per_token = (strided(scan.tokens), ref, strided(scan.values), kept, strided(scan.dones))
+    of_sequences, end = strided(scan.scores), strided(scan.bootstrap_values)
     batch = (offsets, cols, tiles, sequences, sequences.bit_length())
     # float(): an int has another type and would compile another kernel.
-    rates = tuple(float(x) for x in (gamma, gamma * lam, kl_coef, reward_clip or 0.0))
+    numbers = (scan.gamma, scan.gamma * scan.lam, scan.kl_coef, scan.reward_clip or 0.0)
+    rates = tuple(float(x) for x in numbers)
     constants: dict[str, Any] = {"ESTIMATOR": estimator, "TILE": TILE, "BLOCK": BLOCK}
-    constants |= {"CARRY": masked == "carry" and mask is not None, "warps": WARPS}
+    constants |= {"CARRY": scan.masked == "carry" and scan.mask is not None, "warps": WARPS}
     aggregates = None
     if offsets is not None or tiles > 1:
         aggregates = returns.new_empty(slots * FIELDS.value, dtype=torch.float64)
@@ -308,7 +290,7 @@ def _scan(
             CHECKED=CHECKED,
             **constants,
         )
-    partials = returns.new_empty(3 * slots, dtype=torch.float64) if whiten else None
+    partials = returns.new_empty(3 * slots, dtype=torch.float64) if scan.whiten else None
     launch(
         scan_kernel,
         slots,
@@ -330,12 +312,8 @@ def _scan(
     )
     if partials is not None:
         whiten_scan(advantages, kept, partials)
-    return results
 
 
-LAUNCHERS: Launchers = {
-    **launchers(_scan),
-    "general_gae": general_gae,
-    "group_advantages": group_advantages,
-    "whiten": whiten,
-}
+LAUNCHERS: Launchers = launchers(
+    Kernels(_scan, general, groups, whiten, alone=GROUP_BLOCK, on_device=True)
+)

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..advantages import GeneralScan, ScanResults, general_launcher
+from ..advantages import GeneralScan, ScanResults
 from ._launch import INTERPRETED, kernel, launch
 from ._math import scalar
 from ._strided import strided
@@ -196,7 +196,8 @@ def general_kernel(
         store_moments(partials, sequence, n, mean, m2)
 
 
-def _general(_: str, scan: GeneralScan, sequences: int, results: ScanResults) -> None:
+def general(_: str, scan: GeneralScan, sequences: int, results: ScanResults) -> None:
+    """One launch, two if packed; whitening adds two."""
     advantages, returns, shaped = results
     cols = returns.shape[-1]
     offsets = bad = None
@@ -248,6 +249,3 @@ def _general(_: str, scan: GeneralScan, sequences: int, results: ScanResults) ->
     )
     if partials is not None:
         whiten_scan(advantages, kept, partials)
-
-
-general_gae = general_launcher(_general, on_device=True)

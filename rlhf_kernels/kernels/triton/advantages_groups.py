@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..advantages import Groups
 from ._launch import kernel, launch, tile_count
 from ._math import scalar, tree_sum
 from ._strided import strided
@@ -132,51 +133,32 @@ def batch_kernel(work, out, count, eps, CENTRE: tl.constexpr, BLOCK: tl.constexp
         tl.store(out + i, tl.where(spread == 0.0, 0.0, d / scale).to(tl.float32), mask=i < count)
 
 
-def group_advantages(
-    rewards: Tensor,
-    group_ids: Tensor | None,
-    group_size: int,
-    baseline: str,
-    scale: str,
-    greedy_rewards: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """One launch, or two for scale "batch", after torch's sort of the ids if they are needed."""
-    out = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
+def groups(given: Groups, out: Tensor) -> None:
+    """One launch, or two for scale "batch"."""
+    rewards, baseline, eps = given.rewards, given.baseline, given.eps
     count = rewards.numel()
-    if count == 0:
-        return out
-    sorted_ids = order = None
-    programs = count
-    if baseline in ("none", "greedy") and scale != "group":
-        # Groups do not matter here, so arbitrary blocks replace them.
-        group_ids, group_size = None, BLOCK
-    if group_ids is None:
-        programs = tile_count(count, group_size)
-    else:
-        sorted_ids, order = group_ids.long().sort(stable=True)
-    batch = scale == "batch"
+    programs = count if given.size == 0 else tile_count(count, given.size)
+    batch = given.scale == "batch"
     work = torch.empty_like(out, dtype=torch.float64) if batch else out
     launch(
         group_kernel,
         programs,
         rewards,
         strided(rewards),
-        strided(greedy_rewards),
-        sorted_ids,
-        order,
+        strided(given.greedy_rewards),
+        given.sorted_ids,
+        given.order,
         work,
         count,
-        group_size,
+        given.size,
         count.bit_length(),
-        float(eps),
+        eps,
         BASELINE=baseline,
-        SCALE=scale,
+        SCALE=given.scale,
         BLOCK=BLOCK,
         warps=1,
     )
     if batch:
         constants = {"CENTRE": baseline in ("none", "greedy"), "BLOCK": BATCH_BLOCK}
         constants["warps"] = _BATCH_WARPS
-        launch(batch_kernel, 1, rewards, work, out, count, float(eps), **constants)
-    return out
+        launch(batch_kernel, 1, rewards, work, out, count, eps, **constants)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.layout import grid
-from ..advantages import WHITEN_EPS
+from ..advantages import WHITEN_EPS, Whitening
 from ._launch import kernel, launch, tile_count
 from ._math import scalar, tree_sum
 from ._strided import Strided, strided
@@ -197,14 +197,11 @@ def whiten_scan(advantages: Tensor | None, mask: Strided | None, partials: Tenso
     apply_moments(strided(advantages), mask, partials, advantages, **rules)
 
 
-def whiten(x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float) -> Tensor:
+def whiten(given: Whitening, out: Tensor) -> None:
     """Three launches; x and mask are read twice."""
-    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    if x.numel() == 0:
-        return out
+    x, mask, shift_mean, unbiased, eps = given
     tiles, count, cols = tile_count(x.numel(), TILE), x.numel(), grid(x.shape)[1]
     partials = torch.empty(3 * tiles, dtype=torch.float64, device=x.device)
     tensors, tile = (strided(x), strided(mask)), {"TILE": TILE, "warps": WARPS}
     launch(moments_kernel, tiles, x, *tensors, partials, count, cols, **tile)
     apply_moments(*tensors, partials, out, shift_mean=shift_mean, unbiased=unbiased, eps=eps)
-    return out
