@@ -130,7 +130,7 @@ def _policy_loss(
     gated = corrected and not gspo and gates_by_another_statistic(self)
     filtered = clip_ratio = None
     if gated:
-        assert rollout_log_probs is not None  # As `corrected`.
+        assert rollout_log_probs is not None  # A correction has been found to have them.
         clip_ratio = masked_mean(clipped(self, log_probs - old_log_probs, advantages), mask)
         weights, filtered = gated_weights(self, old_log_probs, rollout_log_probs, mask)
         # Every objective is linear in the magnitude of an advantage, and weights are >= 0.
@@ -163,7 +163,7 @@ def _policy_loss(
         if gspo:
             kl = masked_mean(old_log_probs - log_probs.detach(), mask)
         return loss, clip_ratio, kl, None, None
-    assert rollout_log_probs is not None  # As `corrected`.
+    assert rollout_log_probs is not None  # A correction has been found to have them.
     difference = old_log_probs - rollout_log_probs
     if filtered is None:
         low, high = self.is_correction_threshold

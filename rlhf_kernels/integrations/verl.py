@@ -180,7 +180,7 @@ _PolicyOptions = tuple[tuple[str, Any], ...]
 
 @functools.lru_cache(maxsize=64)
 def _policy_config(loss_mode: Any, options: _PolicyOptions) -> rk.PolicyLossConfig:
-    return rk.PolicyLossConfig.verl(loss_mode, **dict(options))
+    return rk.PolicyLossConfig.verl(loss_mode, **dict(options))  # It refuses other names.
 
 
 def _normalizer(loss_agg_mode: str, mask: Tensor, info: dict[str, Any]) -> float | Tensor | None:

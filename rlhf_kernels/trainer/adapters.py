@@ -49,7 +49,7 @@ class Adapter:
     @property
     def base(self) -> str:
         base: str | None = self.config.base_model_name_or_path
-        assert base is not None  # `find_adapter` refuses such.
+        assert base is not None  # `find_adapter` refuses an adapter without.
         return base
 
 

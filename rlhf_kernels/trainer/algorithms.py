@@ -70,7 +70,7 @@ def _gae(rollout: Outcome, scores: Tensor, values: Tensor, **options: Any) -> Es
 def generalised(rollout: Outcome) -> Estimate:
     """GAE with the critic's values."""
     config = rollout.config
-    assert isinstance(config, PPOConfig) and rollout.values is not None  # PPO alone has a critic.
+    assert isinstance(config, PPOConfig) and rollout.values is not None  # The stage with a critic.
     options = {"lam": config.lam, "whiten": config.whiten_advantages}
     return _gae(rollout, rollout.scores, rollout.values, **options)
 

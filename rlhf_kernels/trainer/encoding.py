@@ -149,7 +149,7 @@ def encode_pair(
     tokenizer: PreTrainedTokenizerBase, row: Row, *, scored: bool = False
 ) -> tuple[list[int], list[int], list[int]]:
     """`pair_tokens` of a row; errors name the row."""
-    assert row.chosen is not None and row.rejected is not None  # Of a preference.
+    assert row.chosen is not None and row.rejected is not None  # Every preference has both.
     with naming(row):
         return pair_tokens(
             tokenizer,

@@ -133,7 +133,7 @@ class Loop:
         )
 
         def write(row: dict[str, float]) -> None:
-            assert log is not None  # In the main process.
+            assert log is not None  # Only the main process calls it.
             log.write(row)
 
         if self.run_config.report_to:

@@ -52,7 +52,7 @@ class Networks(nn.Module):
     everything that reads weights runs inside the function, including the LM head and the loss.
     """
 
-    # Those that the stage has.
+    # A stage has some of these.
     policy: "adapters.Network"
     reward: "adapters.Network"
     critic: PreTrainedModel

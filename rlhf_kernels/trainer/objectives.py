@@ -156,7 +156,7 @@ class DPO(_Pairwise):
         share = len(items) / size
         terms = []
         if of_pairs:
-            # DPOConfig has checked them.
+            # DPOConfig has checked the names.
             losses: list[Any] = [config.loss_type[i] for i in of_pairs]
             found = rk.preference_loss(
                 *policy,
@@ -278,7 +278,7 @@ class KTO:
         return rk.sequence_logprobs(policy, mask=mask), rk.sequence_logprobs(reference, mask=mask)
 
     def loss(self, networks: models.Networks, items: Sequence[Example], size: float) -> Loss:
-        assert isinstance(size, _KTOSize)  # As `size` makes it.
+        assert isinstance(size, _KTOSize)  # What `KTO.size` returns.
         policy, reference = self._sums(networks, items)
         desirable = torch.tensor([x.desirable for x in items], device=policy.device)
         config = self.config
