@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ class CastHead:
         self.hidden, self.weight = hidden.to(dtype), weight.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
 
-    def no_autocast(self) -> contextlib.AbstractContextManager:
+    def no_autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Turns autocast off: operands are cast already, and products choose their precision."""
         if self._autocast:
             return torch.autocast(self._device, enabled=False)
@@ -115,7 +116,7 @@ class CastHead:
         collision: bool = False,
         argmax: bool = False,
         ignore_index: int = -100,
-    ) -> rk.TokenLogprobs:
+    ) -> rk.TokenLogprobs | rk.TokenLogprobsEntropy:
         """`rk.linear_token_logprobs` with this head."""
         require_temperature(temperature)
         if not 0 < logit_scale < math.inf:

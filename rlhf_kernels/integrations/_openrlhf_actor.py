@@ -21,7 +21,7 @@ _IGNORED = -100
 _not_the_head: set[type] = set()
 
 
-def _lm_head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
+def _lm_head(model: Any) -> tuple[nn.Module, nn.Linear]:
     """The model without its wrappers, and its LM head."""
     while hasattr(model, "module"):
         model = model.module
@@ -49,7 +49,7 @@ def _passing_through(head: nn.Linear) -> Iterator[list[Tensor]]:
         given.append(hidden)
         return hidden
 
-    head.forward = forward
+    head.forward = forward  # type: ignore[assignment, method-assign] # Of this object, for a call.
     try:
         yield given
     finally:
@@ -79,7 +79,7 @@ def actor_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     functions = sys.modules[original.__module__]
 
     def forward(
-        self: nn.Module,
+        self: Any,
         sequences: Tensor,
         action_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -97,6 +97,8 @@ def actor_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             raise Unsupported("a vision-language model")
         if return_entropy and not return_output:
             raise Unsupported("an entropy without the output that carries it")
+        if attention_mask is None:
+            raise Unsupported("no attention mask")
         require_temperature(self.temperature)
         model, head = _lm_head(self.model)
         # Check before the model runs; its hidden states will have the dtype of its parameters.

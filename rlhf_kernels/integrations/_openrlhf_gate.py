@@ -3,8 +3,10 @@
 They are functions of constants, for which PolicyLossConfig has no field: weights of the advantages.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._patch import Unsupported
 
@@ -14,23 +16,23 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(kept, x, 0).sum() / kept.sum().clamp(min=1)
 
 
-def gates_by_another_statistic(loss: nn.Module) -> bool:
+def gates_by_another_statistic(loss: Any) -> bool:
     """Whether it drops by anything but the weight of a token."""
     if loss.is_correction_gating not in ("ratio", "binary_kl", "tv"):
         raise Unsupported(f"is_correction_gating={loss.is_correction_gating!r}")
-    return loss.is_correction_level == "seq" or loss.is_correction_gating != "ratio"
+    by_sequence: bool = loss.is_correction_level == "seq"
+    return by_sequence or loss.is_correction_gating != "ratio"
 
 
-def clipped(loss: nn.Module, log_ratio: Tensor, advantages: Tensor) -> Tensor:
+def clipped(loss: Any, log_ratio: Tensor, advantages: Tensor) -> Tensor:
     """1.0 where ppo clips the ratio, also of tokens whose weight is 0: these have no advantage."""
     ratio = log_ratio.detach().clamp(-20, 20).exp()
     above = (advantages > 0) & (ratio > 1 + loss.clip_eps_high)
-    return (above | ((advantages < 0) & (ratio < 1 - loss.clip_eps_low))).float()
+    found: Tensor = above | ((advantages < 0) & (ratio < 1 - loss.clip_eps_low))
+    return found.float()
 
 
-def gated_weights(
-    loss: nn.Module, old: Tensor, rollout: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor]:
+def gated_weights(loss: Any, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """exp(old - rollout), 0 where OpenRLHF's gate drops; and the fraction that it drops.
 
     The fraction is of tokens, or of sequences where the gate is of these.

@@ -120,7 +120,7 @@ def parameters(value: Any) -> str:
         if p.kind is p.KEYWORD_ONLY and not keyword_only:
             names.append("*")
         keyword_only |= p.kind in (p.KEYWORD_ONLY, p.VAR_POSITIONAL)
-        stars = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        stars = "*" if p.kind is p.VAR_POSITIONAL else "**" if p.kind is p.VAR_KEYWORD else ""
         names.append(stars + p.name)
     return ", ".join(names)
 
@@ -151,7 +151,7 @@ class Integration:
         self.versions = versions
         self.active = False
         self._replacements: dict[str, _Replacement] = {}
-        self._added: dict[str, tuple[dict, str]] = {}
+        self._added: dict[str, tuple[dict[str, Any], str]] = {}
         self._kept: tuple[str, ...] = ()
         self._served: Counter[str] = Counter()
         self._fallbacks: dict[str, Counter[str]] = {}
@@ -185,7 +185,7 @@ class Integration:
             if hook.path in self._replacements:
                 continue
             try:
-                owner = importlib.import_module(hook.module)
+                owner: Any = importlib.import_module(hook.module)
             except Exception as error:
                 # The error may come from another package that the module imports.
                 absent[hook.path] = f"cannot be imported: {error}"
@@ -242,7 +242,7 @@ class Integration:
         module, _, name = path.rpartition(".")
         return getattr(importlib.import_module(module), name)
 
-    def add(self, path: str, registry: dict, key: str, value: Callable[..., Any]) -> None:
+    def add(self, path: str, registry: dict[str, Any], key: str, value: Callable[..., Any]) -> None:
         """Adds an entry to a registry of the package, until unpatch(); `path` names it."""
         if path not in self._added:
             if key in registry:

@@ -18,10 +18,10 @@ import importlib.abc
 import importlib.machinery
 import sys
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import rlhf_kernels as rk
 
@@ -56,7 +56,7 @@ def _compute_approx_kl(
     log_probs: Tensor,
     log_probs_base: Tensor,
     log_probs_old: Tensor | None = None,
-    kl_estimator: str = "k1",
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1",
     unbiased_gradient: bool = False,
 ) -> Tensor:
     if kl_estimator not in ("k1", "k2", "k3"):
@@ -81,7 +81,7 @@ def _compute_approx_kl(
 
 
 @functools.lru_cache(maxsize=64)
-def _policy_config(policy_loss_type: str, **options: Any) -> rk.PolicyLossConfig:
+def _policy_config(policy_loss_type: Literal["ppo", "gspo"], **options: Any) -> rk.PolicyLossConfig:
     return rk.PolicyLossConfig.openrlhf(policy_loss_type, **options)
 
 
@@ -106,7 +106,7 @@ def _require_tokens(action_mask: Tensor | None, first: Tensor, **others: Tensor)
 
 
 def _policy_loss(
-    self: nn.Module,
+    self: Any,
     log_probs: Tensor,
     old_log_probs: Tensor,
     advantages: Tensor,
@@ -119,9 +119,9 @@ def _policy_loss(
     constants = {"old_log_probs": old_log_probs, "advantages": advantages}
     corrected = self.is_correction_level != "off"
     if corrected:
-        constants["rollout_log_probs"] = rollout_log_probs
         if rollout_log_probs is None:
             raise Unsupported("no rollout_log_probs")
+        constants["rollout_log_probs"] = rollout_log_probs
     mask = _require_tokens(action_mask, log_probs, log_probs=log_probs, **constants)
     require_constant(**constants)
     options = {"clip_eps_low": self.clip_eps_low, "clip_eps_high": self.clip_eps_high}
@@ -130,6 +130,7 @@ def _policy_loss(
     gated = corrected and not gspo and gates_by_another_statistic(self)
     filtered = clip_ratio = None
     if gated:
+        assert rollout_log_probs is not None  # A correction has been found to have them.
         clip_ratio = masked_mean(clipped(self, log_probs - old_log_probs, advantages), mask)
         weights, filtered = gated_weights(self, old_log_probs, rollout_log_probs, mask)
         # Every objective is linear in the magnitude of an advantage, and weights are >= 0.
@@ -162,6 +163,7 @@ def _policy_loss(
         if gspo:
             kl = masked_mean(old_log_probs - log_probs.detach(), mask)
         return loss, clip_ratio, kl, None, None
+    assert rollout_log_probs is not None  # A correction has been found to have them.
     difference = old_log_probs - rollout_log_probs
     if filtered is None:
         low, high = self.is_correction_threshold
@@ -171,7 +173,7 @@ def _policy_loss(
 
 
 def _value_loss(
-    self: nn.Module,
+    self: Any,
     values: Tensor,
     old_values: Tensor,
     returns: Tensor,
@@ -208,8 +210,8 @@ def _advantages(
     require_constant(values=values, rewards=rewards)
     if action_mask is not None:
         require_mask(action_mask, rewards.shape)
-    options = {"gamma": gamma, "lam": lambd, "masked": "zero"}
-    return tuple(rk.gae(rewards, values, mask=action_mask, **options))
+    found = rk.gae(rewards, values, mask=action_mask, gamma=gamma, lam=lambd, masked="zero")
+    return found.advantages, found.returns
 
 
 def _returns(self: Any, rewards: Tensor, action_mask: Tensor | None, gamma: float) -> Tensor:

@@ -85,12 +85,12 @@ def _logprobs_and_entropy(
     return found.logprobs, entropy
 
 
-def _chunked_head(original: Any) -> Callable[..., tuple]:
+def _chunked_head(original: Any) -> Callable[..., tuple[Tensor | None, ...]]:
     """ChunkedLogProbFunction.apply with any of its signatures; the chunk_size, a number of
     vocabulary entries, is ignored."""
     signature = inspect.signature(original.forward)
 
-    def apply(*args: Any, **kwargs: Any) -> tuple:
+    def apply(*args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
         call = signature.bind(None, *args, **kwargs)
         call.apply_defaults()
         a = call.arguments

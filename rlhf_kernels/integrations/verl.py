@@ -65,8 +65,10 @@ def _gae(
     gamma, lam = float(gamma), float(lam)
     if not (0 <= gamma <= 1 and 0 <= lam <= 1):
         raise Unsupported("gamma or lam outside [0, 1]")
-    options = {"gamma": gamma, "lam": lam, "whiten": True}
-    return tuple(rk.gae(token_level_rewards, values, mask=response_mask, **options))
+    found = rk.gae(
+        token_level_rewards, values, mask=response_mask, gamma=gamma, lam=lam, whiten=True
+    )
+    return found.advantages, found.returns
 
 
 def _group_ids(index: Any, device: torch.device) -> Tensor:
@@ -102,7 +104,7 @@ def _grpo(
     norm_adv_by_std_in_grpo: bool = True,
     config: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    options = {"scale": "none"}
+    options: dict[str, Any] = {"scale": "none"}
     if norm_adv_by_std_in_grpo:
         options = {"scale": "group", "alone": 1 + epsilon}
     groups = (token_level_rewards, response_mask, index)
@@ -169,6 +171,7 @@ def _fused_linear(
         raise Unsupported("labels of another shape than the hidden states' rows")
     head = CastHead(hidden_states, vocab_weights, None)
     found = head.token_logprobs(input_ids.long(), temperature=temperature, entropy=True)
+    assert found.entropy is not None  # As it was asked for.
     return found.logprobs, found.entropy
 
 
@@ -176,8 +179,8 @@ _PolicyOptions = tuple[tuple[str, Any], ...]
 
 
 @functools.lru_cache(maxsize=64)
-def _policy_config(loss_mode: str, options: _PolicyOptions) -> rk.PolicyLossConfig:
-    return rk.PolicyLossConfig.verl(loss_mode, **dict(options))
+def _policy_config(loss_mode: Any, options: _PolicyOptions) -> rk.PolicyLossConfig:
+    return rk.PolicyLossConfig.verl(loss_mode, **dict(options))  # It refuses other names.
 
 
 def _normalizer(loss_agg_mode: str, mask: Tensor, info: dict[str, Any]) -> float | Tensor | None:
@@ -286,13 +289,15 @@ def _value_loss(
         "global_batch_size": global_batch_size,
         "loss_scale_factor": loss_scale_factor,
     }
+    # The operation refuses other names.
+    aggregation: Any = _AGGREGATIONS.get(loss_agg_mode, loss_agg_mode)
     loss, metrics = rk.value_loss(
         vpreds,
         values,
         returns,
         mask=response_mask,
         clip_range=float(cliprange_value),
-        aggregation=_AGGREGATIONS.get(loss_agg_mode, loss_agg_mode),
+        aggregation=aggregation,
         normalizer=_normalizer(loss_agg_mode, response_mask, info),
     )
     return loss, metrics["clip_frac"]

@@ -6,20 +6,24 @@ import dataclasses
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import find_adapter_config_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .config import ModelConfig, require
 from .errors import UserError, blamed_on
 from .finite import check_weights
 from .loading import names
+from .modes import noted
 
 if TYPE_CHECKING:
     import peft
+
+    #: A model of transformers, or peft's wrapper of one, which passes on its attributes.
+    Network = PreTrainedModel | peft.PeftModel
 
 #: peft's names of the trained adapter and of the reference policy's frozen one.
 TRAINED, FROZEN = "default", "reference"
@@ -44,7 +48,9 @@ class Adapter:
 
     @property
     def base(self) -> str:
-        return self.config.base_model_name_or_path
+        base: str | None = self.config.base_model_name_or_path
+        assert base is not None  # `find_adapter` refuses an adapter without.
+        return base
 
 
 def find_adapter(path: str, *, setting: str) -> Adapter | None:
@@ -106,7 +112,7 @@ def named_base(adapter: Adapter | None, *, setting: str) -> Iterator[None]:
 
 def new_adapter(
     model: PreTrainedModel, config: ModelConfig, *, task: str, heads: Sequence[str] = ()
-) -> nn.Module:
+) -> "peft.PeftModel":
     """Adds new LoRA weights to all linear layers but the `heads`, which are trained whole."""
     # peft is an optional package.
     import peft
@@ -159,8 +165,8 @@ def _within(name: str, modules: Sequence[str]) -> bool:
     return any(name == m or name.startswith(f"{m}.") for m in modules)
 
 
-def _kept(wrapped: nn.Module, model: PreTrainedModel) -> nn.Module:
-    wrapped._no_split_modules = model._no_split_modules
+def _kept(wrapped: "peft.PeftModel", model: PreTrainedModel) -> "peft.PeftModel":
+    noted(wrapped)._no_split_modules = model._no_split_modules
     return wrapped
 
 
@@ -172,7 +178,7 @@ def load_adapter(
     setting: str,
     task: str,
     heads: Sequence[str] = (),
-) -> nn.Module:
+) -> "peft.PeftModel":
     """Adds a stored adapter to `model`, to train it further.
 
     Args:
@@ -189,7 +195,8 @@ def load_adapter(
     # peft is an optional package.
     import peft
 
-    own = copy.deepcopy(adapter.config)
+    # Of any type of adapter; each has fields of its own.
+    own: Any = copy.deepcopy(adapter.config)
     for name, key in (("lora_rank", "r"), ("lora_alpha", "lora_alpha")):
         asked, has = getattr(config, name), getattr(own, key, None)
         same = not asked or asked == has
@@ -203,7 +210,7 @@ def load_adapter(
         stored = peft.utils.load_peft_weights(adapter.path, device="cpu")
         if heads:
             own.inference_mode = False
-            policy = peft.get_peft_model(model, own, adapter_name=TRAINED)
+            policy: peft.PeftModel = peft.get_peft_model(model, own, adapter_name=TRAINED)
             # peft requires all modules that are trained whole; those not stored keep their values.
             fresh = peft.get_peft_model_state_dict(policy, adapter_name=TRAINED)
             fresh |= {k: v for k, v in stored.items() if k in fresh}
@@ -223,7 +230,7 @@ def load_adapter(
             text = f"{setting}: the adapter in {adapter.path} {what} weights {names(found)}"
             raise UserError(text)
     check_weights(setting, policy)
-    policy.continued = True
+    noted(policy).continued = True
     return _kept(policy, model)
 
 
@@ -231,13 +238,14 @@ def _headed(key: str, heads: Sequence[str], prefix: str) -> bool:
     return _within(key.removeprefix(prefix), heads)
 
 
-def check_output(policy: nn.Module, *, setting: str) -> None:
+def check_output(policy: "peft.PeftModel", *, setting: str) -> None:
     """Requires that the weight alone defines the output of the LM head.
 
     Raises:
         UserError: the adapter adds a product or rows of its own to the LM head.
     """
-    head = policy.get_base_model().get_output_embeddings()
+    base: Any = policy.get_base_model()
+    head = base.get_output_embeddings()
     whole = isinstance(head, nn.Linear) or hasattr(head, "modules_to_save")
     if not whole or hasattr(head, "base_layer"):
         expected = "an adapter that leaves the LM head alone or has it among modules_to_save"
@@ -246,11 +254,17 @@ def check_output(policy: nn.Module, *, setting: str) -> None:
 
 def merged(model: nn.Module) -> PreTrainedModel:
     """A copy of the base model with the adapter merged into its weights, or of a plain model."""
-    twin = copy.deepcopy(model)
-    if not hasattr(twin, "merge_and_unload"):
-        return twin
-    with blamed_on("model", "its adapter cannot be merged into its base model"):
-        return twin.merge_and_unload()
+    twin: Any = copy.deepcopy(model)
+    base: PreTrainedModel = twin
+    if hasattr(twin, "merge_and_unload"):
+        with blamed_on("model", "its adapter cannot be merged into its base model"):
+            base = twin.merge_and_unload()
+    return base
+
+
+def is_adapted(network: nn.Module) -> TypeGuard["peft.PeftModel"]:
+    """Whether it is a model with an adapter of peft's."""
+    return hasattr(network, "peft_config")
 
 
 def is_new(policy: nn.Module) -> bool:
@@ -260,20 +274,20 @@ def is_new(policy: nn.Module) -> bool:
     return not any(p.any() for n, p in policy.named_parameters() if ".lora_B." in n)
 
 
-def can_freeze_twin(policy: nn.Module) -> bool:
+def can_freeze_twin(policy: "peft.PeftModel") -> bool:
     """Whether the adapter has no weights of the base model, so a frozen copy can coexist."""
-    config = policy.peft_config[TRAINED]
+    config: Any = policy.peft_config[TRAINED]
     # peft has target_parameters from 0.17 on.
     parameters = getattr(config, "target_parameters", None)
     if config.peft_type != "LORA" or config.bias != "none" or parameters:
         return False
     # With others (PiSSA, OLoRA, LoftQ) every new adapter subtracts its start from the base model.
-    return config.init_lora_weights in _PLAIN_STARTS
+    return bool(config.init_lora_weights in _PLAIN_STARTS)
 
 
-def freeze_twin(policy: nn.Module) -> None:
+def freeze_twin(policy: "peft.PeftModel") -> None:
     """Adds a frozen copy of the adapter for the reference policy."""
-    config = copy.deepcopy(policy.peft_config[TRAINED])
+    config: Any = copy.deepcopy(policy.peft_config[TRAINED])
     config.inference_mode = True
     # The policy's own dropout has been turned off.
     config.lora_dropout = 0.0
@@ -293,7 +307,7 @@ def acting(policy: nn.Module, adapter: str | None) -> Iterator[None]:
 
     peft's own switches reset `requires_grad`, which fails for sharded weights while gathered.
     """
-    layers = [m for m in policy.modules() if hasattr(m, "_disable_adapters")]
+    layers: list[Any] = [m for m in policy.modules() if hasattr(m, "_disable_adapters")]
     before = [(m._disable_adapters, m._active_adapter) for m in layers]
     try:
         for layer in layers:
@@ -318,23 +332,26 @@ def save_network(network: nn.Module, folder: Path, weights: Mapping[str, Tensor]
         folder: is created.
         weights: the unsharded weights of the network by its own names.
     """
-    if not hasattr(network, "peft_config"):
-        network.save_pretrained(folder, state_dict=dict(weights))
+    if not is_adapted(network):
+        plain: Any = network
+        plain.save_pretrained(folder, state_dict=dict(weights))
     elif network.peft_config[TRAINED].base_model_name_or_path:
-        network.save_pretrained(folder, state_dict=dict(weights), selected_adapters=[TRAINED])
+        network.save_pretrained(str(folder), state_dict=dict(weights), selected_adapters=[TRAINED])
     else:
         _whole(network, weights).save_pretrained(folder)
 
 
-def _whole(network: nn.Module, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+def _whole(network: "peft.PeftModel", weights: Mapping[str, Tensor]) -> PreTrainedModel:
     """A merged model made from gathered weights."""
     # peft is an optional package.
     import peft
 
-    base = network.get_base_model()
+    base: Any = network.get_base_model()
     fresh: Any = type(base)(copy.deepcopy(base.config)).to(base.dtype)
-    settings = copy.deepcopy(network.peft_config[TRAINED])
+    settings: Any = copy.deepcopy(network.peft_config[TRAINED])
     wrapped = peft.get_peft_model(fresh, settings, adapter_name=TRAINED)
     own = {k: v for k, v in weights.items() if f".{FROZEN}." not in f"{k}."}
     wrapped.load_state_dict(own)
-    return wrapped.merge_and_unload()
+    whole: Any = wrapped.merge_and_unload()
+    assert isinstance(whole, PreTrainedModel)  # As `base` is.
+    return whole

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from .config import OnlineConfig
+from .config import OnlineConfig, PPOConfig
 from .timing import timed
 
 
@@ -69,7 +69,9 @@ def _gae(rollout: Outcome, scores: Tensor, values: Tensor, **options: Any) -> Es
 
 def generalised(rollout: Outcome) -> Estimate:
     """GAE with the critic's values."""
-    options = {"lam": rollout.config.lam, "whiten": rollout.config.whiten_advantages}
+    config = rollout.config
+    assert isinstance(config, PPOConfig) and rollout.values is not None  # The stage with a critic.
+    options = {"lam": config.lam, "whiten": config.whiten_advantages}
     return _gae(rollout, rollout.scores, rollout.values, **options)
 
 

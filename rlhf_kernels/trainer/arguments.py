@@ -36,7 +36,8 @@ class _Loader(yaml.SafeLoader):
             if key in keys[:i]:
                 line = node.value[i][0].start_mark.line + 1
                 raise UserError(f"{key!r} is set twice, the second time in line {line}")
-        return super().construct_mapping(node, deep)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
 
 
 class _Help(ArgumentDefaultsHelpFormatter):

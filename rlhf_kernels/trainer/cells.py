@@ -63,8 +63,8 @@ def _plain(name: str, text: str, *, answers: bool = False) -> str:
     What answers a text may be JSON of people with roles, or a request, which a user's message ends.
     """
     roles = _PRINTED_ROLE.findall(text) if _PRINTED.fullmatch(text) else []
-    printed = roles and len(_PRINTED_CONTENT.findall(text)) >= len(roles)
-    asks = answers and roles and roles[-1] in _ASKING
+    printed = bool(roles) and len(_PRINTED_CONTENT.findall(text)) >= len(roles)
+    asks = answers and bool(roles) and roles[-1] in _ASKING
     require(not printed or asks, name, "a list of messages, not the text of one", text)
     return _encodable(name, text)
 
@@ -80,7 +80,7 @@ def _encodable(name: str, text: str) -> str:
 
 def text_cell(row: dict[str, Any], key: str, *, answers: bool = False) -> Text:
     """A cell that must hold a non-empty text or conversation; `answers` as in `string_cell`."""
-    value = row.get(key)
+    value: Any = row.get(key)
     # LLaMA-Factory's preference data has a single message here.
     value = [value] if isinstance(value, dict) else value
     conversation = isinstance(value, list) and all(isinstance(m, dict) for m in value)
@@ -100,7 +100,7 @@ def _message(name: str, where: str, message: dict[str, Any]) -> dict[str, Any]:
     for theirs, ours in (("from", "role"), ("value", "content")):
         if theirs in message and ours not in message:
             message = {ours if k == theirs else k: v for k, v in message.items()}
-    role = message.get("role")
+    role: Any = message.get("role")
     require(isinstance(role, str) and bool(role), name, f"a 'role'{where}", message)
     message["role"] = _ROLES.get(role, role)
     if message.get("tool_calls"):

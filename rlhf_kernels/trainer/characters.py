@@ -108,7 +108,9 @@ def _has_gaps(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> BatchEncoding:
-    return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    options = {"return_offsets_mapping": True, "verbose": False}
+    found: BatchEncoding = tokenizer(text, add_special_tokens=False, **options)
+    return found
 
 
 def unknown(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> bool:

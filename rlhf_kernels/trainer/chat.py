@@ -97,7 +97,7 @@ def _written(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[dict[str, Any]],
     template: Mapping[str, Any],
-    **options: bool,
+    **options: Any,
 ) -> str:
     """The rendered text, after converting the messages to a form that the template reads.
 
@@ -117,9 +117,8 @@ def _written(
     written, raised = [], []
     for form in forms:
         try:
-            written.append(
-                tokenizer.apply_chat_template([*form], tokenize=False, **options, **template)
-            )
+            text = tokenizer.apply_chat_template([*form], tokenize=False, **options, **template)
+            written.append(str(text))
         except Exception as error:
             raised.append(error)
         else:

@@ -201,7 +201,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     """
     file = path / _MANIFEST
     try:
-        manifest = json.loads(_text(file))
+        manifest: dict[str, Any] = json.loads(_text(file))
         seal = manifest.pop("seal")
         form = manifest["format"]
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
@@ -236,7 +236,7 @@ def _verified(path: Path) -> dict[str, Any]:
             size, digest = file.stat().st_size, None
             digest = _digest(file) if size == entry["bytes"] else None
         except OSError as error:
-            raise CheckpointError(f"{file}: cannot be read ({os.strerror(error.errno)})") from error
+            raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from error
         if size != entry["bytes"]:
             raise CheckpointError(f"{file}: expected {entry['bytes']} bytes, found {size}")
         if digest != entry["sha256"]:

@@ -95,7 +95,7 @@ def check_settings(
             sort = [x for x in config.loss_type if x in SORTED]
             whole = count == 1 and optim.micro_batch_size in (0, size)
             expected = "no loss that sorts the pairs of a batch where the batch is split"
-            require(whole or not sort, "loss_type", expected, *sort[:1] or [None])
+            require(whole or not sort, "loss_type", expected, next(iter(sort), None))
         if isinstance(config, KTOConfig) and config.loss_type == "kto":
             expected = ">= 2 with loss_type kto, whose baseline mismatches the rows of a batch"
             require(size >= 2, "batch_size", expected, size)

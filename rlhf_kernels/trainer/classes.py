@@ -31,13 +31,15 @@ class _OfLastToken(GenericForSequenceClassification):
         position_ids: Tensor | None = None,
         **options: Any,
     ) -> SequenceClassifierOutput:
+        # What the model's class beside this one has, its configuration among it.
+        model: Any = self
         base = getattr(self, self.base_model_prefix)
         known = inspect.signature(base.forward).parameters
         given = {"attention_mask": attention_mask, "position_ids": position_ids}
         options |= {k: v for k, v in given.items() if v is not None and k in known}
         logits = self.score(base(input_ids, **options)[0])
         rows = torch.arange(len(input_ids), device=logits.device)
-        pad = getattr(self.config.get_text_config(), "pad_token_id", None)
+        pad = getattr(model.config.get_text_config(), "pad_token_id", None)
         if pad is None and len(input_ids) != 1:
             raise ValueError("rows of several lengths need a padding token")
         columns = torch.arange(input_ids.shape[1], device=logits.device)
@@ -56,10 +58,11 @@ def scalar_class(
     Raises:
         UserError: the architecture has no causal LM either.
     """
-    found = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(settings), None)
+    found: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(settings), None)
     if found is not None and not ours:
-        return found[0] if isinstance(found, tuple) else found
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
+        own: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+        return own
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
     kind = settings.model_type
     if causal is None:
         expected = "an architecture for sequence classification or causal language modelling"

@@ -107,7 +107,8 @@ class Sampler:
         if len(self.order) < self.batch_size:
             self.order = torch.randperm(self.count, generator=self.generator)
         chosen, self.order = self.order.split([self.batch_size, len(self.order) - self.batch_size])
-        return chosen.tolist()
+        rows: list[int] = chosen.tolist()
+        return rows
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"order": self.order.clone(), "generator": self.generator.get_state()}

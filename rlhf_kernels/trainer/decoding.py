@@ -51,7 +51,8 @@ class CachedDecoder:
         )
         found = self.model(input_ids=self.ids, **inputs)
         self.state = found[self.name]
-        return found.logits[:, -1]
+        logits: Tensor = found.logits[:, -1]
+        return logits
 
     def append(self, tokens: Tensor, kept: Tensor) -> None:
         """Adds the next token of each row, `[B]`; `kept` is False for finished rows."""

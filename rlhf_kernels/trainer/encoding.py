@@ -141,6 +141,7 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int],
     with naming(row):
         expected = "a completion: without it nothing can be learned"
         require(row.completion is not None, "row", expected, row.prompt)
+        assert row.completion is not None  # As required.
         return row_tokens(tokenizer, row.prompt, row.completion, row.template, apart=row.is_apart)
 
 
@@ -148,6 +149,7 @@ def encode_pair(
     tokenizer: PreTrainedTokenizerBase, row: Row, *, scored: bool = False
 ) -> tuple[list[int], list[int], list[int]]:
     """`pair_tokens` of a row; errors name the row."""
+    assert row.chosen is not None and row.rejected is not None  # Every preference has both.
     with naming(row):
         return pair_tokens(
             tokenizer,
@@ -190,7 +192,9 @@ def _split(
         wholes = [f"{prompt}{completion}" for completion in completions]
     else:
         open_end = ends_with_assistant(prompt) and not apart
-        parts = [continued(prompt, c) if open_end else (prompt, c) for c in completions]
+        assert not isinstance(prompt, str)  # Prompt and completions have one form.
+        messages = [c for c in completions if not isinstance(c, str)]
+        parts = [continued(prompt, c) if open_end else (prompt, c) for c in messages]
         # After the end token of an answer, templates add more, usually a line break.
         found = (rendered(tokenizer, [*before, *answer], template) for before, answer in parts)
         wholes = [stripped(tokenizer, whole) for whole in found]

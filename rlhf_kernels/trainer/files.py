@@ -128,10 +128,10 @@ def _check_shards(folder: Path, files: list[Path]) -> None:
     for (start, count), numbers in series.items():
         lost = [i for i in range(int(count)) if i not in numbers][:1]
         if lost and len(numbers) < int(count):
-            name = f"{start}-{lost[0]:0{len(count)}d}-of-{count}"
+            shard = f"{start}-{lost[0]:0{len(count)}d}-of-{count}"
             raise UserError(
                 f"{folder}: expected {int(count)} files {start}-*-of-{count}, found {len(numbers)} "
-                f"without {name}; get it, or name a pattern"
+                f"without {shard}; get it, or name a pattern"
             )
 
 

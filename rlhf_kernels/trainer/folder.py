@@ -127,9 +127,9 @@ def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T | None:
     if accelerator.num_processes > 1:
         broadcast_object_list(told)
     if told[0] is not None:
-        error = raised or UserError(told[0])
-        error.shared = True
-        raise error
+        everywhere = raised or UserError(told[0])
+        everywhere.shared = True
+        raise everywhere
     return result
 
 

@@ -127,7 +127,8 @@ def undone() -> Iterator[None]:
                 held.clear()
                 held.update(entries)
         if warnings.filters != filters:
-            warnings.filters[:] = filters
+            own: Any = warnings.filters  # A list, which its stubs hide.
+            own[:] = filters
             with warnings.catch_warnings():
                 pass  # So that Python asks them anew.
 

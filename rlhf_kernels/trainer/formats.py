@@ -12,6 +12,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,8 @@ def _decompressed(path: Path, raw: bytes) -> bytes:
         if "zst" in endings:
             arrow = optional("pyarrow", path)
             stream = arrow.CompressedInputStream(arrow.BufferReader(raw), "zstd")
-            return stream.read()
+            found: bytes = stream.read()
+            return found
         if "gz" in endings:
             return gzip.decompress(raw)
         return _streams(raw, bz2.BZ2Decompressor if "bz2" in endings else lzma.LZMADecompressor)
@@ -263,25 +265,32 @@ def _json(path: Path, text: str, *, lines: bool) -> Iterator[Placed]:
             rows = _wrapped(document)
             return numbered(path, [document] if rows is None else rows)
     if len(content) == 1:
-        rows = _wrapped(_parsed(path, *reversed(content[0])))
+        ((number, line),) = content
+        rows = _wrapped(_parsed(path, line, number))
         if rows is not None:
             return numbered(path, rows)
     return ((f"{path}:{number}", _parsed(path, line, number)) for number, line in content)
 
 
+def _past_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    assert found is not None  # The pattern matches nothing too.
+    return found.end()
+
+
 def _array(path: Path, text: str) -> Iterator[Placed]:
     """Parses the elements of a JSON array one by one, so that an error names its row."""
-    position, number = _SPACE.match(text, text.index("[") + 1).end(), 0
+    position, number = _past_space(text, text.index("[") + 1), 0
     while text[position : position + 1] != "]" or number:
         number += 1
         place = f"{path}: row {number}"
-        element, position = _guarded(path, place, lambda at=position: _DECODER.raw_decode(text, at))
+        element, position = _guarded(path, place, partial(_DECODER.raw_decode, text, position))
         yield place, element
-        position = _SPACE.match(text, position).end()
+        position = _past_space(text, position)
         separator = text[position : position + 1]
         if separator != ",":
             break
-        position = _SPACE.match(text, position + 1).end()
+        position = _past_space(text, position + 1)
     rest = text[position + 1 :].strip()
     if text[position : position + 1] != "]" or rest:
         line = text.count("\n", 0, position) + 1

@@ -51,7 +51,7 @@ class Head(NamedTuple):
             **self._alone.arguments(),
         ).logprobs
 
-    def policy_loss(self, labels: Tensor, *args: Tensor, **options: Any) -> rk.PolicyLoss:
+    def policy_loss(self, labels: Tensor, *args: Tensor | None, **options: Any) -> rk.PolicyLoss:
         """`linear_policy_loss` with this head."""
         options |= self._alone.arguments()
         weight = options.pop("weight")
@@ -64,15 +64,18 @@ class Head(NamedTuple):
 
 def causal_lm(policy: nn.Module) -> PreTrainedModel:
     """The causal LM, without the wrapper of an adapter."""
-    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    found: Any = policy
+    model: PreTrainedModel = found.get_base_model() if hasattr(found, "get_base_model") else found
+    return model
 
 
 def vocabulary(model: PreTrainedModel) -> int:
     """The number of tokens that the model has embeddings for."""
     table = model.get_input_embeddings()
     # An adapter may wrap the table, and some models have another module in its place.
-    size = getattr(getattr(table, "base_layer", table), "num_embeddings", None)
-    return model.config.get_text_config().vocab_size if size is None else size
+    found = getattr(getattr(table, "base_layer", table), "num_embeddings", None)
+    size: int = model.config.get_text_config().vocab_size if found is None else found
+    return size
 
 
 def lm_head(policy: nn.Module, batch: Batch) -> Head:
@@ -86,7 +89,8 @@ def head_over(model: PreTrainedModel, hidden: Tensor) -> Head:
     """The model's LM head with hidden states `[B, T, H]`; `check_head` has tested it."""
     head = rk.Head.from_model(model, check=False)
     # Autocast leaves the weights fp32, but the head needs the dtype of the hidden states.
-    weight, bias = (None if t is None else t.to(hidden.dtype) for t in (head.weight, head.bias))
+    weight, bias = head.weight.to(hidden.dtype), head.bias
+    bias = None if bias is None else bias.to(hidden.dtype)
     return Head(hidden, weight, bias, head.softcap, head.logit_scale)
 
 
@@ -106,7 +110,8 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 
 def _base(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
     base = backbone(model)
-    return base(**accepted(base, use_cache=False, **inputs)).last_hidden_state
+    hidden: Tensor = base(**accepted(base, use_cache=False, **inputs)).last_hidden_state
+    return hidden
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch, form: Form | None = None) -> Tensor:

@@ -75,7 +75,7 @@ def generate(
     eos_token_id: int | Sequence[int],
     pad_token_id: int,
     temperature: float = 1.0,
-    any_alive: Callable[[Tensor], bool] = torch.any,
+    any_alive: Callable[[Tensor], bool | Tensor] = torch.any,
 ) -> Generation:
     """Completes prompts as `Engine` specifies.
 

@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from accelerate import Accelerator
@@ -73,11 +73,18 @@ class Learner:
     @property
     def networks(self) -> Networks:
         """The networks without accelerate's wrapper: for saving, not for forward passes."""
-        return self.accelerator.unwrap_model(self.module)
+        networks: Networks = self.accelerator.unwrap_model(self.module)
+        return networks
 
     @property
     def processes(self) -> int:
-        return self.accelerator.num_processes
+        return int(self.accelerator.num_processes)
+
+    @overload
+    def share(self, rows: Tensor) -> Tensor: ...
+
+    @overload
+    def share(self, rows: Sequence[T]) -> Sequence[T]: ...
 
     def share(self, rows: Tensor | Sequence[T]) -> Tensor | Sequence[T]:
         """This process's share of rows that all processes hold."""
@@ -86,7 +93,8 @@ class Learner:
 
     def micro(self, rows: Tensor) -> Sequence[Tensor]:
         """Splits rows of this process into micro-batches."""
-        return rows.split(self.config.micro_batch_size or max(1, len(rows)))
+        parts: Sequence[Tensor] = rows.split(self.config.micro_batch_size or max(1, len(rows)))
+        return parts
 
     def collect(self, own: Tensor, rows: Tensor, count: int) -> Tensor:
         """All `count` rows, on every process, assembled from the `rows` that each process has."""
@@ -98,11 +106,13 @@ class Learner:
     def forward(self, function: Callable[[Networks], T]) -> T:
         """Calls `function` with the networks, weights gathered, without gradients."""
         with torch.no_grad():
-            return self.module(function)
+            result: T = self.module(function)
+        return result
 
     def total(self, x: Tensor) -> Tensor:
         """Sum over the processes."""
-        return self.accelerator.reduce(x, "sum")
+        found: Tensor = self.accelerator.reduce(x, "sum")
+        return found
 
     def means(self, values: Mapping[str, Sequence[float]]) -> dict[str, float]:
         """The mean of each name's values over all processes; processes may have other names."""
@@ -321,9 +331,12 @@ class Learner:
 
     def weights(self) -> dict[str, Tensor]:
         """All weights, unsharded, at least on the main process; every process has to call it."""
-        if self.sharded:
-            return get_model_state_dict(self.module, options=self._sharded())
-        return self.accelerator.get_state_dict(self.module)
+        weights: dict[str, Any] = (
+            get_model_state_dict(self.module, options=self._sharded())
+            if self.sharded
+            else self.accelerator.get_state_dict(self.module)
+        )
+        return weights
 
     def state_dict(self) -> dict[str, Any]:
         """Trained weights and optimizer state, unsharded; every process has to call it."""

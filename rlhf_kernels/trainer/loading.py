@@ -15,11 +15,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import GENERATION_CONFIG_NAME, is_flash_attn_2_available
+from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from .config import ModelConfig, require
 from .errors import UserError, blamed_on, one_line
 from .finite import check_weights
+from .modes import noted
 
 
 def names(found: Sequence[str], most: int = 3) -> str:
@@ -36,7 +38,8 @@ def load_settings(path: str, *, setting: str) -> PretrainedConfig:
         UserError: it cannot be loaded.
     """
     try:
-        return AutoConfig.from_pretrained(path)
+        settings: PretrainedConfig = AutoConfig.from_pretrained(path)
+        return settings
     except (OSError, ValueError, KeyError) as error:
         found = one_line(error)
         inside = [e.name for e in os.scandir(path) if e.is_dir()] if os.path.isdir(path) else []
@@ -77,7 +80,7 @@ def _options(config: ModelConfig) -> dict[str, Any]:
 
 def _packs(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
     flash = _options(config).get("attn_implementation") == "flash_attention_2"
-    model.packs = config.packing or flash
+    noted(model).packs = config.packing or flash
     return model
 
 

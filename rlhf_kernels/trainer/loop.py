@@ -1,6 +1,7 @@
 """The training loop: steps, checkpoints, interrupts and the final report."""
 
 import contextlib
+import functools
 import json
 import sys
 import time
@@ -130,6 +131,11 @@ class Loop:
         log = folder.on_main(
             self.accelerator, lambda: report.MetricsLog(path, steps_done=trainer.steps_done)
         )
+
+        def write(row: dict[str, float]) -> None:
+            assert log is not None  # Only the main process calls it.
+            log.write(row)
+
         if self.run_config.report_to:
             # Trackers accept only simple values.
             plain = {k: str(v) for k, v in self.stage.settings.items()}
@@ -142,7 +148,7 @@ class Loop:
                 row = self._step()
                 row["peak_memory_gib"] = report.peak_memory_gib()
                 # Not kept: a checkpoint behind a row that the disk did not take would lack it.
-                folder.on_main(self.accelerator, lambda row=row: log.write(row))
+                folder.on_main(self.accelerator, functools.partial(write, row))
                 with self._kept():
                     with blamed_on("report_to", f"step {int(row['step'])} is not logged"):
                         self.accelerator.log(row, step=int(row["step"]))

@@ -20,7 +20,7 @@ class Piece(NamedTuple):
     what: str
     value: str
     # Of the tool, or of the message.
-    index: int
+    number: int
     # Of the call in its message.
     call: int = -1
 
@@ -151,11 +151,11 @@ def _changed(conversation: Conversation, values: Mapping[Piece, str]) -> Convers
     called = {piece.value: new for piece, new in values.items() if piece.what == CALL}
     for piece, new in values.items():
         if piece.what == TOOL:
-            _function(tools[piece.index])["name"] = new
+            _function(tools[piece.number])["name"] = new
         elif piece.what == CALL:
-            _function(messages[piece.index]["tool_calls"][piece.call])["name"] = new
+            _function(messages[piece.number]["tool_calls"][piece.call])["name"] = new
         else:
-            messages[piece.index]["content"] = new
+            messages[piece.number]["content"] = new
     for message in messages:
         if message["role"] == "tool" and message.get("name") in called:
             message["name"] = called[message["name"]]
@@ -165,13 +165,13 @@ def _changed(conversation: Conversation, values: Mapping[Piece, str]) -> Convers
 def _without(conversation: Conversation, piece: Piece) -> Conversation:
     messages, tools = _copied(conversation)
     if piece.what == TOOL:
-        del tools[piece.index]
+        del tools[piece.number]
     elif piece.what == CALL:
-        message = messages[piece.index]
+        message = messages[piece.number]
         del message["tool_calls"][piece.call]
         if not message["tool_calls"]:
             del message["tool_calls"]
             message["content"] = content(message)
     else:
-        messages[piece.index]["content"] = ""
+        messages[piece.number]["content"] = ""
     return Conversation(messages, tools)

@@ -5,14 +5,14 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import adapters
 from .config import ModelConfig
 from .data import Batch
 from .forward import Head, causal_lm, hidden_states, lm_head, vocabulary
 from .loading import build, load, load_settings, small_llama
-from .modes import settled, use_checkpointing
+from .modes import moved, noted, settled, use_checkpointing
 from .probe import prove
 from .reference import Reference
 from .scalar import (
@@ -52,6 +52,11 @@ class Networks(nn.Module):
     everything that reads weights runs inside the function, including the LM head and the loss.
     """
 
+    # A stage has some of these.
+    policy: "adapters.Network"
+    reward: "adapters.Network"
+    critic: PreTrainedModel
+
     def __init__(self, **networks: nn.Module) -> None:
         super().__init__()
         for name, network in networks.items():
@@ -71,7 +76,7 @@ def build_policy(
     max_length: int,
     device: torch.device | str = "cpu",
     setting: str = "model",
-) -> nn.Module:
+) -> "adapters.Network":
     """A causal LM from a path, or a small Llama with random weights, tested on its device.
 
     If the path holds an adapter, training continues it and its base model stays frozen. With
@@ -88,7 +93,7 @@ def build_policy(
             load_settings(path, setting=setting)
             model, _ = load(AutoModelForCausalLM, path, config, setting=setting)
     check_vocabulary(tokenizer, vocabulary(model), setting=setting)
-    policy: nn.Module = model
+    policy: adapters.Network = model
     if found is not None:
         policy = adapters.load_adapter(model, found, config, setting=setting, task="CAUSAL_LM")
         adapters.check_output(policy, setting=setting)
@@ -96,6 +101,6 @@ def build_policy(
         policy = adapters.new_adapter(model, config, task="CAUSAL_LM")
     settled(policy)
     use_checkpointing(model, config.gradient_checkpointing)
-    policy.to(device)
-    prove(policy, max_length=max_length, packing=model.packs)
+    moved(policy, device)
+    prove(policy, max_length=max_length, packing=noted(model).packs)
     return policy

@@ -1,12 +1,44 @@
 """How a network runs: without randomness, and optionally with activation checkpointing."""
 
 import copy
+import enum
+from typing import Any, Protocol, TypeVar, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .errors import UserError
+
+N = TypeVar("N", bound=nn.Module)
+
+
+class Notes(Protocol):
+    """What the trainer notes on a network, as attributes of it: how it runs, and what it can do."""
+
+    form: enum.Enum
+    decoding: enum.Enum
+    proved_length: int
+    packs: bool
+    padding: str | None
+    positions: int | None
+    recomputes: tuple[nn.Module, ...]
+    continued: bool
+    # transformers', which accelerate reads.
+    _no_split_modules: set[str] | list[str] | None
+
+
+def noted(network: nn.Module) -> Notes:
+    """The same object; to type checkers every attribute of a module is a tensor or a module."""
+    return cast(Notes, network)
+
+
+def moved(network: N, device: torch.device | str) -> N:
+    """The network on a device; transformers wraps `to` so that it has no type."""
+    module: nn.Module = network
+    module.to(device)
+    return network
 
 
 def _random(name: str) -> bool:
@@ -14,7 +46,7 @@ def _random(name: str) -> bool:
     return "drop" in name
 
 
-def settled(model: nn.Module) -> nn.Module:
+def settled(model: N) -> N:
     """Puts a model in evaluation mode, without dropout in layers that recompute in training mode.
 
     With dropout two passes over the same tokens would differ, and the first ratio would not be 1.
@@ -42,6 +74,7 @@ def keep_scale(model: nn.Module) -> None:
 
     RWKV halves them in place against overflow in fp16; training would change and save them halved.
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, "layers_are_rescaled") and not module.layers_are_rescaled:
             # The model's own configuration is saved and must not change.
@@ -55,7 +88,7 @@ def use_checkpointing(model: PreTrainedModel, wanted: bool) -> None:
     Raises:
         UserError: the model cannot recompute activations.
     """
-    model.recomputes = ()
+    noted(model).recomputes = ()
     if wanted:
         # gradient_checkpointing_enable is transformers' older name of the method.
         name = "activation_checkpointing_enable"
@@ -65,7 +98,8 @@ def use_checkpointing(model: PreTrainedModel, wanted: bool) -> None:
             raise UserError(
                 f"gradient_checkpointing: expected false, found true: {error}"
             ) from error
-        model.recomputes = tuple(m for m in model.modules() if hasattr(m, "gradient_checkpointing"))
+        layers = (m for m in model.modules() if hasattr(m, "gradient_checkpointing"))
+        noted(model).recomputes = tuple(layers)
 
 
 def recompute(model: nn.Module, on: bool) -> None:

@@ -1,6 +1,7 @@
 """What the offline stages minimise: supervised, reward model, preferences and KTO."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -101,6 +102,7 @@ class RewardModelling(_Pairwise):
     """The Bradley-Terry loss, -log sigmoid(r_w - r_l - margin), plus a centring term."""
 
     scored = True
+    config: RewardConfig
 
     def loss(self, networks: models.Networks, items: Sequence[Pair], size: float) -> Loss:
         batch = self.batch(items, networks.reward.device)
@@ -144,7 +146,8 @@ class DPO(_Pairwise):
         plain = config.f_divergence_type == "reverse_kl"
         average = plain and all(name in AVERAGED for name in config.loss_type)
         lengths = batch.completion_mask.sum(-1)
-        counts = dict(zip(("chosen_lengths", "rejected_lengths"), lengths.chunk(2), strict=True))
+        names = ("chosen_lengths", "rejected_lengths")
+        counts: dict[str, Any] = dict(zip(names, lengths.chunk(2), strict=True))
         policy = self._sums(models.lm_head(networks.policy, batch), batch, average)
         reference: tuple[Tensor, ...] = ()
         if self.reference is not None:
@@ -153,10 +156,12 @@ class DPO(_Pairwise):
         share = len(items) / size
         terms = []
         if of_pairs:
+            # DPOConfig has checked the names.
+            losses: list[Any] = [config.loss_type[i] for i in of_pairs]
             found = rk.preference_loss(
                 *policy,
                 *reference,
-                loss=[config.loss_type[i] for i in of_pairs],
+                loss=losses,
                 loss_weights=[weights[i] for i in of_pairs],
                 beta=config.beta,
                 label_smoothing=config.label_smoothing,
@@ -186,7 +191,8 @@ class DPO(_Pairwise):
 
     def _sums(self, head: models.Head, batch: Batch, average: bool) -> tuple[Tensor, ...]:
         """Log-probabilities of the chosen and the rejected completions, summed or averaged."""
-        mask, options = batch.completion_mask, {}
+        mask = batch.completion_mask
+        options: dict[str, Any] = {}
         if self.config.ld_alpha is not None:
             chosen, rejected = mask.sum(-1).chunk(2)
             shared = torch.minimum(chosen, rejected).repeat(2)
@@ -253,7 +259,7 @@ class KTO:
         own = learner.share(mismatched)
         step = learner.config.micro_batch_size or learner.config.batch_size
         parts = [own[start : start + step] for start in range(0, len(own), step)]
-        sums = [learner.forward(lambda n, part=part: self._ratios(n, part)) for part in parts]
+        sums = [learner.forward(partial(self._ratios, items=part)) for part in parts]
         return learner.total(torch.stack(sums).sum()).item() / len(items)
 
     def _ratios(self, networks: models.Networks, items: Sequence[Example]) -> Tensor:
@@ -271,7 +277,8 @@ class KTO:
             reference = self.reference(networks, batch).logprobs(batch.labels)
         return rk.sequence_logprobs(policy, mask=mask), rk.sequence_logprobs(reference, mask=mask)
 
-    def loss(self, networks: models.Networks, items: Sequence[Example], size: _KTOSize) -> Loss:
+    def loss(self, networks: models.Networks, items: Sequence[Example], size: float) -> Loss:
+        assert isinstance(size, _KTOSize)  # What `KTO.size` returns.
         policy, reference = self._sums(networks, items)
         desirable = torch.tensor([x.desirable for x in items], device=policy.device)
         config = self.config

@@ -132,7 +132,7 @@ class OnlineTrainer:
 
     @property
     def _pad_token_id(self) -> int:
-        return self.sample.task.tokenizer.pad_token_id
+        return int(self.sample.task.tokenizer.pad_token_id)
 
     def _greedy(self, rows: Sequence[Row]) -> Tensor:
         """The score of each prompt's greedy completion, repeated for every completion."""
@@ -193,7 +193,11 @@ class OnlineTrainer:
         The first update then has the same shapes, so its ratio is exactly 1.
         """
         micro = [m for part in parts for m in self.learner.micro(self.learner.share(part))]
-        found = [self.learner.forward(lambda n, m=m: function(n, batch.rows(m))) for m in micro]
+
+        def of(rows: Tensor) -> Tensor:
+            return self.learner.forward(lambda networks: function(networks, batch.rows(rows)))
+
+        found = [of(rows) for rows in micro]
         return self.learner.collect(torch.cat(found), torch.cat(micro), len(batch.input_ids))
 
     def _logprobs(self, head: models.Head, batch: Batch) -> Tensor:
@@ -374,7 +378,7 @@ class OnlineTrainer:
             )
             named = prefixed("policy", metrics)
             if isinstance(self.config, PPOConfig):
-                value, metrics = timed(
+                value, value_metrics = timed(
                     rk.value_loss,
                     models.values(networks.critic, rows),
                     own["values"],
@@ -384,7 +388,7 @@ class OnlineTrainer:
                     normalizer=tokens,
                 )
                 loss = loss + self.config.value_coef * value
-                named |= prefixed("value", metrics)
+                named |= prefixed("value", value_metrics)
             return loss, named
 
         functions = [

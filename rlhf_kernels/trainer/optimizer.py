@@ -1,7 +1,6 @@
 """AdamW's learning rate at a step, and its state from a checkpoint."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -27,7 +26,7 @@ def rate_factor(config: OptimConfig, step: int) -> float:
     return min(1.0, (step + 1) / max(1, config.warmup_steps)) * fade
 
 
-def load_adamw(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+def load_adamw(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Restores AdamW's state, with or without accelerate's wrapper.
 
     Args:
@@ -44,7 +43,7 @@ def load_adamw(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     optimizer.load_state_dict(state)
     for weight, moments in optimizer.state.items():
         names = {"step", "exp_avg", "exp_avg_sq"}
-        require(moments.keys() == names, "optimizer", sorted(names), sorted(moments))
+        require(moments.keys() == names, "optimizer", str(sorted(names)), sorted(moments))
         for name in ("exp_avg", "exp_avg_sq"):
             shape = getattr(moments[name], "shape", moments[name])
             require(shape == weight.shape, f"optimizer.{name}", str(weight.shape), shape)

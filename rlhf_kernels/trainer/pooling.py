@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from .data import position_ids
 from .errors import UserError
 from .forward import vocabulary
+from .modes import noted
 from .trials import position_limit
 
 # An id that no token has.
@@ -45,7 +47,8 @@ def own_logits(model: PreTrainedModel, ids: Tensor, kept: Tensor, side: str | No
         options["position_ids"] = position_ids(mask)
     try:
         with _last_column(model):
-            return model(input_ids=ids, **options).logits[:, 0]
+            scores: Tensor = model(input_ids=ids, **options).logits[:, 0]
+            return scores
     except (ValueError, IndexError) as error:
         raise _refused(model, width, error) from error
 
@@ -54,11 +57,13 @@ def _alone(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """The score `[1]` of one text."""
     if _sparse(model):
         # After a short text, the model stops using block-sparse attention: turn it on again.
+        module: Any
         for module in model.modules():
             if hasattr(module, "set_attention_type"):
                 module.set_attention_type("block_sparse")
     try:
-        return model(input_ids=ids[None]).logits[:, 0]
+        score: Tensor = model(input_ids=ids[None]).logits[:, 0]
+        return score
     except (ValueError, IndexError) as error:
         raise _refused(model, len(ids), error) from error
 
@@ -102,11 +107,10 @@ def padding_side(model: PreTrainedModel) -> str | None:
 
     Compares padded rows of a few lengths with each row alone, on the given model.
     """
-    model.positions = position_limit(model)
+    noted(model).positions = limit = position_limit(model)
     if model.config.is_encoder_decoder or _sparse(model):
         # Encoder-decoders read the score at the last end token; all rows need as many of them.
         return None
-    limit = model.positions
     longest = 23 if limit is None else min(23, limit)
     generator = torch.Generator().manual_seed(0)
     lengths = sorted({min(n, longest) for n in (1, 4, 7, 12, 17, 23)})
@@ -144,7 +148,7 @@ def _special(model: PreTrainedModel) -> set[int]:
 
 
 def _check_lengths(model: PreTrainedModel, kept: Tensor) -> None:
-    limit, lengths = model.positions, kept.sum(1)
+    limit, lengths = noted(model).positions, kept.sum(1)
     name = type(model).__name__
     if not lengths.all():
         row = int(lengths.argmin())

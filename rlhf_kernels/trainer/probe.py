@@ -6,6 +6,7 @@ the attention implementation and transformers' version. Every run therefore test
 with its own weights, device and dtype, on a few dozen random tokens.
 """
 
+import enum
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,10 +22,10 @@ from .config import UserError
 from .data import Batch, pad
 from .decoding import Decoding, decoder
 from .forward import Form, causal_lm, hidden_states
-from .modes import keep_scale
+from .modes import keep_scale, noted
 from .trials import Pass, Rows, Trial, name_of, position_limit, trials
 
-T = TypeVar("T")
+T = TypeVar("T", bound=enum.Enum)
 
 # Integers by their size; elements that are hashed at a time, which a cache holds; a hash's factor.
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -62,9 +63,9 @@ def prove(policy: nn.Module, *, max_length: int, packing: bool = False) -> None:
         for witness in {id(t.model): t.model for t in found}.values():
             check_head(witness)
         ways = {how: [_decoding(how)] for how in Decoding}
-        model.decoding = _first(found, ways, Trial.logits, "decode")
-        model.proved_length = max_length
-    if model.decoding is Decoding.WHOLE:
+        noted(model).decoding = decoding = _first(found, ways, Trial.logits, "decode")
+        noted(model).proved_length = max_length
+    if decoding is Decoding.WHOLE:
         _say(model, "its cache", "each new token takes a pass over its whole sequence: slow")
 
 
@@ -154,7 +155,7 @@ def _settle_form(model: PreTrainedModel, max_length: int, packing: bool) -> list
     }
     form = _first(found, ways, lambda trial: trial.hidden, "compute states")
     for proved in (model, *(trial.model for trial in found)):
-        proved.form = form
+        noted(proved).form = form
     if getattr(model, "recomputes", False):
         _check_training_mode(found[0], ways[form][0])
     if form is not next(iter(ways)):

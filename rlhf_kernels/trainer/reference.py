@@ -31,7 +31,7 @@ class Reference:
         self._policy = policy
         if teacher is not None:
             self.model = settled(teacher.requires_grad_(False))
-        elif not hasattr(policy, "peft_config"):
+        elif not adapters.is_adapted(policy):
             self.model = self._copy(policy)
         elif moved or not adapters.is_new(policy):
             if adapters.can_freeze_twin(policy):

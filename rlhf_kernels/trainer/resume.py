@@ -138,7 +138,7 @@ def _samples(file: Path) -> Iterator[bytes]:
 
 def check_same(
     path: Path,
-    saved: Mapping[str, Any],
+    saved: Any,
     now: Mapping[str, Any],
     *,
     changed: bool,

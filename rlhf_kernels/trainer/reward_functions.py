@@ -37,7 +37,7 @@ from .errors import UserError
 from .foreign import outside_inference_mode, undone
 from .interrupts import Interrupted
 
-Rewards = list[float | None]
+Rewards = Sequence[float | None]
 RewardFunction = Callable[..., Rewards | Awaitable[Rewards]]
 
 # --- loading ---------------------------------------------------------------------------------
@@ -79,9 +79,10 @@ def load_reward(path: str) -> RewardFunction:
         text = f"the class {function.__name__}; name an object of it"
         raise UserError(f"reward_funcs: {path!r}: expected a function, found {text}")
     if not callable(function):
-        found = f"{type(function).__name__} {repr(function)[:60]}"
-        raise UserError(f"reward_funcs: {path!r}: expected a function, found {found}")
-    return function
+        text = f"{type(function).__name__} {repr(function)[:60]}"
+        raise UserError(f"reward_funcs: {path!r}: expected a function, found {text}")
+    named: RewardFunction = function
+    return named
 
 
 def _file(module: str) -> tuple[Path, bool]:
@@ -112,10 +113,10 @@ def _imported(module: str, path: str) -> ModuleType:
     except (KeyboardInterrupt, Interrupted):
         raise
     except BaseException as error:  # A script that parses arguments raises SystemExit.
-        missing = isinstance(error, ModuleNotFoundError) and error.name is not None
-        if missing and (module == error.name or module.startswith(f"{error.name}.")):
+        name = error.name if isinstance(error, ModuleNotFoundError) else None
+        if name is not None and (module == name or module.startswith(f"{name}.")):
             where = "in the current folder or among the installed packages"
-            raise UserError(f"reward_funcs: {path!r}: no module {error.name!r} {where}") from error
+            raise UserError(f"reward_funcs: {path!r}: no module {name!r} {where}") from error
         raise UserError(f"reward_funcs: {path!r}: importing it raised {_told(error)}") from error
 
 
@@ -364,10 +365,11 @@ def _as_list(name: str, result: Any, count: int) -> Sequence[Any]:
             return result.detach().cpu().tolist()
     elif isinstance(result, numpy.ndarray):
         if result.ndim == 1:
-            return result.tolist()
+            values: list[Any] = result.tolist()
+            return values
     elif isinstance(result, list | tuple):
         return result
-    shape = getattr(result, "shape", None)
+    shape: Any = getattr(result, "shape", None)
     text = f"{type(result).__name__} {repr(result)[:60]}" if shape is None else ""
     found = "None" if result is None else text or f"{type(result).__name__} of {tuple(shape)}"
     raise UserError(f"{name}: expected a list of {count} rewards, found {found}")

@@ -16,6 +16,7 @@ from .config import ModelConfig, UserError
 from .data import collate, load_tokenizer, whole_tokens
 from .forward import causal_lm, vocabulary
 from .models import load_reward_model, sequence_rewards
+from .modes import moved
 from .reward_functions import (
     RewardFunction,
     check_arguments,
@@ -75,8 +76,8 @@ class Rewards:
         Raises:
             UserError: a function needs a column that the data lacks.
         """
-        given = ("prompts", "completions", "completion_ids", "finished")
-        given += ("trainer_state", "log_extra", "log_metric")
+        given = ["prompts", "completions", "completion_ids", "finished"]
+        given += ["trainer_state", "log_extra", "log_metric"]
         self.columns = tuple(columns)
         for name, function in zip(self.names, self.functions, strict=True):
             check_arguments(name, function, given, columns)
@@ -174,14 +175,14 @@ class RewardModel:
     def __init__(self, path: str, config: ModelConfig, device: torch.device) -> None:
         self.__name__ = Path(path).name
         self.tokenizer = load_tokenizer(path, setting="reward_funcs", ends=False)
-        self.model = load_reward_model(path, config).requires_grad_(False).to(device)
+        self.model = moved(load_reward_model(path, config).requires_grad_(False), device)
 
     @torch.no_grad()
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], finished: Sequence[bool], **_: Any
     ) -> list[float | None]:
         samples = zip(prompts, completions, finished, strict=True)
-        rows = [
+        rows: list[tuple[list[int], list[int]]] = [
             ([], whole_tokens(self.tokenizer, prompt, completion, ended=end))
             for prompt, completion, end in samples
         ]

@@ -32,8 +32,10 @@ _UNMAPPED = ("input", "problem", "context", "history", "conversation")
 _SYSTEMS = ("system", "system_prompt")
 _SYSTEM_ROLES = ("system", "developer")
 # Arguments that the trainer itself passes to reward functions.
-_RESERVED = ("prompts", "completions", "completion_ids", "finished", "trainer_state")
-_RESERVED += ("log_extra", "log_metric")
+_RESERVED = (
+    *("prompts", "completions", "completion_ids", "finished"),
+    *("trainer_state", "log_extra", "log_metric"),
+)
 # Scripts that have no spaces between words.
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef"
@@ -187,6 +189,7 @@ def _lacks_completion(row: dict[str, Any]) -> bool:
 def _dialogue(name: str, row: dict[str, Any], kind: str, columns: dict[str, Any]) -> Row:
     messages = text_cell(row, name)
     require(isinstance(messages, list), repr(name), "a list of messages", messages)
+    assert not isinstance(messages, str)  # As required.
     answered = messages[-1]["role"] == "assistant"
     require(answered or kind == "prompt", f"{name!r}", "an assistant's at the end", messages)
     cut = len(messages) - answered
@@ -241,11 +244,11 @@ def _preference(row: dict[str, Any], kind: str, columns: dict[str, Any]) -> Row:
     if prompt is None:
         prompt = _asked_before(row, whole="user" in turns)
     if prompt is not None and not (isinstance(prompt, str) and "user" in turns):
-        asked, first = _joined(prompt, chosen, "chosen")
+        start, first = _joined(prompt, chosen, "chosen")
         again, second = _joined(prompt, rejected, "rejected")
-        same = asked == again and first != second
+        same = start == again and first != second
         require(same, "'chosen' and 'rejected'", "different answers to one prompt", chosen)
-        return Row(asked, None, first, second, columns)
+        return Row(start, None, first, second, columns)
     cut = _common_prompt(chosen, rejected)
     apart = bool(chosen[cut:]) and bool(rejected[cut:])
     require(apart, "'chosen' and 'rejected'", "that neither begins the other", chosen)
@@ -254,7 +257,8 @@ def _preference(row: dict[str, Any], kind: str, columns: dict[str, Any]) -> Row:
     require(held, "'prompt'", "a text that both conversations begin with", prompt)
     for name, rest in (("chosen", chosen[cut:]), ("rejected", rejected[cut:])):
         # Two conversations that have no common beginning begin with a question each.
-        asks = prompt is not None and chosen[cut - 1]["role"] != "assistant"
+        last = None if isinstance(chosen, str) else chosen[cut - 1]
+        asks = prompt is not None and last is not None and last["role"] != "assistant"
         _require_answer(name, rest, anywhere=not asks)
     apart = ends_with_assistant(chosen[:cut])
     return Row(chosen[:cut], None, chosen[cut:], rejected[cut:], columns, apart=apart)
@@ -294,6 +298,7 @@ def _joined(prompt: Text, answer: Text, name: str) -> tuple[Text, Text]:
         if users:
             cut = next((i for i in reversed(users) if prompt.strip() in content(answer[i])), None)
             require(cut is not None, "'prompt'", "a text that the conversation repeats", prompt)
+            assert cut is not None  # As required.
             return answer[: cut + 1], _reply(name, answer[cut + 1 :])
         cut = sum(m["role"] == "system" for m in answer[:1])
         return [*answer[:cut], {"role": "user", "content": prompt}], _reply(name, answer[cut:])

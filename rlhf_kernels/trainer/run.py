@@ -21,6 +21,7 @@ from .loop import Loop
 from .objectives import DPO, KTO, SFT, RewardModelling
 from .offline import OfflineTrainer
 from .online import OnlineTrainer
+from .reward_functions import RewardFunction
 from .rewards import load_rewards
 from .rollout import Collector
 from .stage import OFFLINE, Stage
@@ -38,7 +39,8 @@ def train(name: str, argv: Sequence[str]) -> dict[str, Any] | None:
         try:
             stage = Stage(name, argv)
             if stage.run.dry_run:
-                return _dry_run(stage)
+                _dry_run(stage)
+                return None
             with folder.opened(stage.out, stage.accelerator):
                 return _train(stage, signals)
         except Interrupted as stop:
@@ -98,7 +100,8 @@ def _offline(stage: Stage) -> OfflineTrainer:
         reference = models.Reference(network) if config.has_reference else None
         objective = DPO(tokenizer, limit, config, reference)
     elif stage.name == "kto":
-        objective = KTO(tokenizer, limit, *stage.own, models.Reference(network))
+        (config,) = stage.own
+        objective = KTO(tokenizer, limit, config, models.Reference(network))
     networks = {"reward" if stage.name == "reward" else "policy": network}
     rates = dict.fromkeys(networks, stage.optim.learning_rate)
     learner = Learner(stage.accelerator, networks, rates, stage.optim)
@@ -111,7 +114,7 @@ def _online(stage: Stage, *, fresh: bool) -> OnlineTrainer:
     accelerator, task, seed = stage.accelerator, stage.task, stage.run.seed
     # Read all files before building any model, because a bad file is then found early.
     columns = list(dict.fromkeys(name for row in task.train for name in row.columns))
-    default = [answers.exact_match]
+    default: list[RewardFunction] = [answers.exact_match]
     if stage.data.data is not None:
         default = _of_answers(stage, config)
     ptx_rows = task.train

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from .data import Batch
 from .errors import UserError, blamed_on, named_by
 from .forward import causal_lm, hidden_states, vocabulary
 from .loading import build, load, load_settings, names, small_llama
-from .modes import recompute, settled, use_checkpointing
+from .modes import N, moved, noted, recompute, settled, use_checkpointing
 from .pooling import own_logits, padding_side
 from .probe import prove_states
 from .tokenizers import check_vocabulary
@@ -30,7 +31,8 @@ from .tokenizers import check_vocabulary
 def values(critic: PreTrainedModel, batch: Batch) -> Tensor:
     """Values `[B, T]` of the states before each token of the completion."""
     hidden = hidden_states(critic, batch)[:, -batch.completion_mask.shape[1] - 1 : -1]
-    return scalar_head(critic)(hidden)[..., 0]
+    found: Tensor = _known_head(critic)(hidden)[..., 0]
+    return found
 
 
 def sequence_rewards(model: nn.Module, batch: Batch) -> Tensor:
@@ -41,16 +43,23 @@ def sequence_rewards(model: nn.Module, batch: Batch) -> Tensor:
     """
     base = causal_lm(model)
     recompute(base, torch.is_grad_enabled())
-    return own_logits(base, batch.input_ids, batch.attention_mask, base.padding)
+    return own_logits(base, batch.input_ids, batch.attention_mask, noted(base).padding)
 
 
-def scalar_head(model: PreTrainedModel) -> nn.Module | None:
+def scalar_head(model: PreTrainedModel) -> nn.Linear | None:
     """The linear layer from hidden states to the number, if the model ends with one."""
     for name in ("score", "classifier"):
         head = getattr(model, name, None)
         if isinstance(head, nn.Linear):
             return head
     return None
+
+
+def _known_head(model: PreTrainedModel) -> nn.Linear:
+    """The scalar head of a model that has been found to have one."""
+    head = scalar_head(model)
+    assert head is not None
+    return head
 
 
 def _is_head(model: PreTrainedModel, key: str) -> bool:
@@ -74,7 +83,7 @@ def _one_output(settings: PretrainedConfig, path: str, setting: str) -> None:
 
 def _open(
     path: str, config: ModelConfig, *, setting: str, trains: bool
-) -> tuple[nn.Module, list[str]]:
+) -> tuple["adapters.Network", list[str]]:
     """A reward model, with the adapter if its path holds one, and the names of new weights."""
     found = adapters.find_adapter(path, setting=setting)
     base = found.base if found else path
@@ -91,7 +100,7 @@ def _open(
             may_be_new=_is_head,
             may_be_left=_is_lm_head,
         )
-    wrapped: nn.Module = model
+    wrapped: adapters.Network = model
     heads = _head_modules(model, new)
     if found is not None:
         kept = found.config.task_type == "SEQ_CLS"
@@ -116,25 +125,26 @@ def _head_modules(model: PreTrainedModel, new: Sequence[str]) -> list[str]:
     return [*above, *sorted(pooled)]
 
 
-def _trained_by(wrapped: nn.Module, key: str) -> bool:
+def _trained_by(wrapped: "adapters.Network", key: str) -> bool:
     """Whether an adapter stores a weight of its base model."""
     module = key.rpartition(".")[0]
-    saved = wrapped.peft_config[adapters.TRAINED].modules_to_save or ()
+    config: Any = wrapped.peft_config[adapters.TRAINED]
+    saved = config.modules_to_save or ()
     return any(f".{module}.".endswith(f".{s}.") or f".{s}." in f".{module}." for s in saved)
 
 
-def _ready(model: nn.Module, config: ModelConfig) -> nn.Module:
+def _ready(model: N, config: ModelConfig) -> N:
     """Turns dropout off, enables checkpointing and finds the padding that the class supports."""
     settled(model)
     base = causal_lm(model)
     use_checkpointing(base, config.gradient_checkpointing)
-    base.padding = padding_side(base)
+    noted(base).padding = padding_side(base)
     return model
 
 
 def load_reward_model(
     path: str, config: ModelConfig, *, setting: str = "reward_funcs"
-) -> nn.Module:
+) -> "adapters.Network":
     """A trained reward model for scoring.
 
     Raises:
@@ -146,14 +156,15 @@ def load_reward_model(
 
 def build_reward_model(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, max_length: int
-) -> nn.Module:
+) -> "adapters.Network":
     """A reward model to train, from a path or as a small Llama with random weights."""
     if config.model is None:
         settings = small_llama(config, tokenizer, max_length=max_length)
-        model = _on_policy(build(AutoModelForCausalLM, settings, config), config)
-        nn.init.normal_(scalar_head(model).weight, std=config.hidden_size**-0.5)
+        plain = _on_policy(build(AutoModelForCausalLM, settings, config), config)
+        nn.init.normal_(_known_head(plain).weight, std=config.hidden_size**-0.5)
+        model: adapters.Network = plain
         if config.lora_rank:
-            model = adapters.new_adapter(model, config, task="SEQ_CLS", heads=["score"])
+            model = adapters.new_adapter(plain, config, task="SEQ_CLS", heads=["score"])
         return _ready(model, config)
     model, new = _open(config.model, config, setting="model", trains=True)
     if new:
@@ -183,7 +194,9 @@ def _check_gradients(model: nn.Module) -> None:
         torch.autograd.grad(score.sum(), weight, allow_unused=True)
 
 
-def build_critic(policy: nn.Module, config: ModelConfig, path: str | None = None) -> nn.Module:
+def build_critic(
+    policy: "adapters.Network", config: ModelConfig, path: str | None = None
+) -> PreTrainedModel:
     """A value model: a reward model from a path, or the policy's base model with a zero head.
 
     All its weights are trained, even if the policy trains an adapter; adapters are merged first.
@@ -193,15 +206,15 @@ def build_critic(policy: nn.Module, config: ModelConfig, path: str | None = None
     """
     config = dataclasses.replace(config, lora_rank=0, lora_alpha=None)
     if path is None:
-        critic = _ready(_on_policy(policy, config), config).to(policy.device)
+        critic = moved(_ready(_on_policy(policy, config), config), policy.device)
         _prove(critic, policy)
         return critic
     reward = load_reward_model(path, config, setting="critic_model")
     sizes = [vocabulary(causal_lm(network)) for network in (policy, reward)]
     expected = f"embeddings of the policy's {sizes[0]} tokens in {path}"
     require(sizes[0] <= sizes[1], "critic_model", expected, sizes[1])
-    critic = _ready(adapters.merged(reward), config).to(policy.device).requires_grad_(True)
-    critic.packs = causal_lm(reward).packs
+    critic = moved(_ready(adapters.merged(reward), config), policy.device).requires_grad_(True)
+    noted(critic).packs = noted(causal_lm(reward)).packs
     _check_critic(critic, path)
     with named_by("critic_model"):
         _prove(critic, policy)
@@ -210,7 +223,7 @@ def build_critic(policy: nn.Module, config: ModelConfig, path: str | None = None
 
 def _prove(critic: PreTrainedModel, policy: nn.Module) -> None:
     length = getattr(causal_lm(policy), "proved_length", 0)
-    prove_states(critic, max_length=length, packing=critic.packs)
+    prove_states(critic, max_length=length, packing=noted(critic).packs)
 
 
 def _on_policy(policy: nn.Module, config: ModelConfig) -> PreTrainedModel:
@@ -225,7 +238,7 @@ def _on_policy(policy: nn.Module, config: ModelConfig) -> PreTrainedModel:
         if plain and critic.base_model.state_dict().keys() == weights.keys():
             break
     critic.base_model.load_state_dict(weights)
-    for weight in scalar_head(critic).parameters():
+    for weight in _known_head(critic).parameters():
         nn.init.zeros_(weight)
     return critic
 
@@ -234,14 +247,15 @@ def _check_critic(critic: PreTrainedModel, path: str) -> None:
     """Requires causal values per token that agree with the model's own score of a text."""
     name = type(critic).__name__
     expected = f"critic_model: expected a decoder with a linear score in {path}, found {name}"
-    if scalar_head(critic) is None:
+    head = scalar_head(critic)
+    if head is None:
         raise UserError(f"{expected}, which has no linear head over its hidden states")
     size = vocabulary(critic)
     ids = 1 + torch.arange(6, device=critic.device)[None] % (size - 1)
     every = torch.ones_like(ids, dtype=torch.bool)
     with torch.no_grad():
         try:
-            found = scalar_head(critic)(hidden_states(critic, Batch(ids, every, every)))[0, :, 0]
+            found = head(hidden_states(critic, Batch(ids, every, every)))[0, :, 0]
             parts = [own_logits(critic, ids[:, : n + 1], every[:, : n + 1], None) for n in (2, 5)]
         except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
             raise UserError(f"{expected}, which does not run as one") from error

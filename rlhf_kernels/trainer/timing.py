@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 class Stopwatch:
@@ -13,7 +15,7 @@ class Stopwatch:
     def __init__(self) -> None:
         self.spans: list[tuple[Any, Any]] = []
 
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         start = self._now()
         result = function(*args, **kwargs)
         self.spans.append((start, self._now()))
@@ -32,8 +34,8 @@ class Stopwatch:
         spans, self.spans = self.spans, []
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-            return sum(start.elapsed_time(end) for start, end in spans) / 1e3
-        return sum(end - start for start, end in spans)
+            return float(sum(start.elapsed_time(end) for start, end in spans) / 1e3)
+        return float(sum(end - start for start, end in spans))
 
 
 #: Every call of an operation of `rlhf_kernels` in a step goes through this stopwatch.

@@ -48,7 +48,8 @@ def unflatten(form: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 def generator_states() -> dict[str, Any]:
     """The states of all global generators; a stage keeps those of its own generators."""
-    kind, keys, *rest = numpy.random.get_state()
+    state: Any = numpy.random.get_state()
+    kind, keys, *rest = state
     numbers = (kind, torch.from_numpy(keys.astype("int64")), *rest)
     states = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numbers}
     if torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +154,9 @@ def trials(model: PreTrainedModel, *, max_length: int) -> list[Trial]:
     # All three rows together have to fit into the model's positions, for packing.
     length = max(8, min(_LENGTH, max_length, limit // 2 if limit else _LENGTH))
     length = min(length, *(border - 1 for border in borders)) if borders else length
-    shapes = {None: [(2, 3), (length - 4, 4), (length // 2 - 2, 2)]}
+    shapes: dict[int | None, list[tuple[int, int]]] = {
+        None: [(2, 3), (length - 4, 4), (length // 2 - 2, 2)]
+    }
     for border in borders:
         if limit is None or border + 7 <= limit:
             shapes[border] = [(3, 4), (border - 2, 6), (border + 4, 3)]
@@ -161,7 +164,8 @@ def trials(model: PreTrainedModel, *, max_length: int) -> list[Trial]:
     def on(witness: PreTrainedModel) -> list[Trial]:
         made = []
         for border, shape in shapes.items():
-            rows = [tuple(random_tokens(witness, n, generator) for n in pair) for pair in shape]
+            draw = partial(random_tokens, witness, generator=generator)
+            rows = [(draw(prompt), draw(completion)) for prompt, completion in shape]
             made.append(Trial(witness, rows, generator, border))
             # Check now: positions of some models depend on the longest sequence so far.
             made[-1].check_causality()
@@ -186,7 +190,7 @@ def _chooses(model: PreTrainedModel) -> bool:
 def _exact(model: PreTrainedModel) -> PreTrainedModel:
     """An fp32 copy with an attention that supports fp32; the model itself if memory is short."""
     try:
-        exact = copy.deepcopy(model).float()
+        exact: PreTrainedModel = copy.deepcopy(model).float()
     except torch.OutOfMemoryError:
         return model
     if "flash" in str(model.config._attn_implementation):

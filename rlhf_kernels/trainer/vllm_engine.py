@@ -49,7 +49,7 @@ class VLLMEngine:
         import vllm
 
         if learner.accelerator.is_main_process:
-            policy.save_pretrained(folder)
+            policy.save_pretrained(str(folder))
         learner.accelerator.wait_for_everyone()
         self.learner, self.tokenizer, self.vllm = learner, tokenizer, vllm
         self.llm = vllm.LLM(

@@ -12,6 +12,7 @@ import torch
 from tests.run_python import run_python
 
 from rlhf_kernels.integrations import NAMES, _patch
+from rlhf_kernels.integrations._openrlhf_actor import actor_forward
 from rlhf_kernels.integrations._patch import Hook, IncompatibleError, Integration, Unsupported
 
 SOURCE = """
@@ -176,6 +177,12 @@ def test_parameters():
 
     assert _patch.parameters(f) == "a, b, *args, c, **rest"
     assert _patch.parameters(g) == "a, *, b"
+
+
+def test_a_forward_of_openrlhf_without_a_mask_is_left_to_it():
+    forward = actor_forward(area)
+    with pytest.raises(Unsupported, match="no attention mask"):
+        forward(object(), torch.zeros(1, 2, dtype=torch.long), return_logprobs=True)
 
 
 def test_nothing_is_imported_before_patch():
