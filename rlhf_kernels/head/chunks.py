@@ -17,7 +17,7 @@ from ..core.sentinels import ELSEWHERE, NOWHERE, SHARD_IGNORED
 from . import devices
 from .arguments import Batching
 
-#: Bytes of logits in flight on a CPU.
+#: Bytes of logits in flight on a CPU, and of what their products need beside them.
 CPU_CHUNK_BYTES = 128 * 2**20
 #: On a GPU bytes of logits and of their gradient where it has memory of its own, and the most
 #: tokens. Chunks must fill the GPU, and each rereads the fp32 gradient of the weight: with 4096
@@ -25,14 +25,14 @@ CPU_CHUNK_BYTES = 128 * 2**20
 GPU_CHUNK_BYTES, GPU_CHUNK_TOKENS = 4 * 2**30, 4096
 # The GEMM's rows come in multiples of this; its columns, where they are part of a vocabulary.
 _CHUNK_MULTIPLE, _COLUMNS_MULTIPLE = 16, 64
+# What a backward pass in 16 bits takes on a CPU whatever the tokens: oneDNN's memory for a product
+# (torch 2.13) and the terms of sums.
+_WORKSPACE_BYTES = 10 * 2**20
 # More tokens make no product faster.
 _EXACT_TOKENS = 8192
 # The largest number of tokens of a chunk that takes blocks of columns: more would leave the budget
 # too few columns at a time.
 _BLOCK_TOKENS = 32768
-# Chunks of fewer tokens spend more on an fp32 sum of a 16-bit weight's gradient, which is read and
-# written for each, than a further product would cost.
-_SUM_TOKENS = 2048
 
 
 def chunk_size(device: torch.device, vocab: int, dtype: torch.dtype) -> int:
@@ -78,6 +78,19 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def _bytes_beside(dtype: torch.dtype, selected: bool) -> int:
+    """Bytes per hidden state's element that a block of a backward pass needs beside its logits.
+
+    `selected`: not all tokens take part, so that their states and the sum of their gradients are
+    copies. Gradients in 16 bits are summed in fp32, and multiply turned states; the states of an
+    fp16 head are widened.
+    """
+    states = dtype.itemsize if selected else 0
+    if dtype == torch.bfloat16:
+        return states + 4 + 2
+    return states + (4 if selected else 0) + (4 if dtype == torch.float16 else 0)
+
+
 class Chunk(NamedTuple):
     """Tokens and columns of a product: at most, or, where `exact`, always that many tokens."""
 
@@ -99,24 +112,31 @@ class Chunk(NamedTuple):
         return cls(size, max(vocab, 1), batching.exact)
 
     @classmethod
-    def backward(cls, batching: Batching, weight: Tensor, count: int, heads: int = 1) -> "Chunk":
-        """For gradients of `count` tokens whose statistics are known; arguments as in `of`.
+    def backward(
+        cls, batching: Batching, weight: Tensor, tokens: "Tokens", heads: int = 1
+    ) -> "Chunk":
+        """For gradients of `tokens` whose statistics are known; arguments as in `of`.
 
-        On a CPU, if the budget does not hold all logits and the vocabulary is larger than `count`,
-        a chunk is many tokens by a block of columns. One product then gives a block of the weight's
-        gradient, and only the smaller gradient of hidden is summed over blocks, in fp32.
+        On a CPU, if the budget does not hold all logits and the vocabulary is larger than their
+        number, a chunk is many tokens by a block of columns. One product then gives a block of the
+        weight's gradient, and only the smaller gradient of hidden is summed over blocks, in fp32.
         """
         whole = cls.of(batching, weight, heads)
         if (
             batching.tokens is not None
             or not devices.is_cpu(weight.device)
-            or whole.size >= min(count, whole.columns)
+            or whole.size >= min(tokens.count, whole.columns)
         ):
             return whole
-        tokens = min(count, _BLOCK_TOKENS)
+        rows = min(tokens.count, _BLOCK_TOKENS)
+        beside = rows * weight.shape[1] * _bytes_beside(weight.dtype, tokens.index is not None)
         size = logits_dtype(weight.device, weight.dtype).itemsize
-        columns = CPU_CHUNK_BYTES // (heads * tokens * size)
-        return cls(tokens, max(columns // _COLUMNS_MULTIPLE, 1) * _COLUMNS_MULTIPLE, False)
+        if size < 4:
+            beside += _WORKSPACE_BYTES
+        # With few columns at a time the products would be slow.
+        memory = max(CPU_CHUNK_BYTES - beside, CPU_CHUNK_BYTES // 4)
+        columns = memory // (heads * rows * size)
+        return cls(rows, max(columns // _COLUMNS_MULTIPLE, 1) * _COLUMNS_MULTIPLE, False)
 
     def rows(self, count: int) -> int:
         """Rows of the buffer for `count` tokens."""
@@ -124,14 +144,15 @@ class Chunk(NamedTuple):
 
 
 def prefer_recompute(batching: Batching, weight: Tensor, count: int, heads: int = 1) -> bool:
-    """Whether a gradient of the weight, summed over chunks, costs more than a product again."""
-    size = Chunk.of(batching, weight, heads).size
+    """Whether a gradient of the weight, summed over chunks, costs more than a product again.
+
+    A sum of 16-bit products is kept in fp32, and read and written for each chunk.
+    """
     return (
         batching.tokens is None
         and devices.is_cpu(weight.device)
         and logits_dtype(weight.device, weight.dtype) != torch.float32
-        and size < _SUM_TOKENS
-        and count > 2 * size
+        and count > Chunk.of(batching, weight, heads).size
     )
 
 
@@ -185,11 +206,11 @@ class Tokens:
         return t.index_select(0, self.index[part])
 
     def put(self, out: Tensor, part: slice, rows: Tensor) -> None:
-        """The inverse of `take`."""
+        """The inverse of `take`; rounds to the dtype of `out`."""
         if self.index is None:
             out[part] = rows
         else:
-            out.index_copy_(0, self.index[part], rows)
+            out.index_copy_(0, self.index[part], rows.to(out.dtype))
 
     def kept(self, part: slice, device: torch.device) -> Tensor:
         """Which tokens of `part` are not dropped, bool."""

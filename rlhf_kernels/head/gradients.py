@@ -15,6 +15,9 @@ from .products import TiledHead
 _TURNED_TOKENS = 2048
 # Rows of a weight gradient that are summed over chunks at a time: their product stays in the cache.
 _SUM_ROWS = 1024
+# Rows of the gradient of hidden that are added to a sum over columns at a time: fewer would slow
+# the product down, and each takes memory of its own.
+_HIDDEN_ROWS = 1024
 # Rows of an fp16 weight whose scaled gradient is added at a time.
 _SCALED_ROWS = 16384
 
@@ -132,11 +135,12 @@ class Gradients:
         if g.dtype == torch.float32:
             hidden_into(self._of_tokens, g, weight[tile.columns], add=True)
         else:
-            product = g.new_empty((g.shape[0], weight.shape[1]))
-            hidden_into(product, g, weight[tile.columns])
-            self._of_tokens += product
+            for rows in blocks(g.shape[0], _HIDDEN_ROWS):
+                term = g.new_empty((g[rows].shape[0], weight.shape[1]))
+                hidden_into(term, g[rows], weight[tile.columns])
+                self._of_tokens[rows] += term
         if tile.columns.stop == weight.shape[0] and not in_place:
-            tokens.put(out, tile.tokens, self._of_tokens.to(out.dtype))
+            tokens.put(out, tile.tokens, self._of_tokens)
 
     def results(self, shape: torch.Size, late: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """(hidden, weight, bias) in the dtypes of the operands; empty where not asked for.
@@ -223,16 +227,13 @@ class _Sum:
             self._rounded = self._empty(like.shape, like.dtype, like.device)
         elif self._total is None and tile.step == 1 and not tile.is_last:
             self._total = self._empty(like.shape, torch.float32, like.device)
+        if not turned and self._total is None:
+            matmul_into(self._rounded[columns], a.T, b, add=tile.step > 0)
+            return
         for start in range(columns.start, columns.stop, _SUM_ROWS):
             rows = slice(start, min(start + _SUM_ROWS, columns.stop))
             rounded = self._rounded[rows]
             part = a[:, rows.start - columns.start : rows.stop - columns.start]
-            if not turned and self._total is None:
-                if tile.step == 0:
-                    torch.mm(part.T, b, out=rounded)
-                else:
-                    rounded.addmm_(part.T, b)
-                continue
             term = part.T @ b if self._b_t is None else (self._b_t @ part).T
             if tile.step == 0:
                 rounded.copy_(term)

@@ -75,7 +75,7 @@ def backward(
         if (enough := covered(keep, batching.kept)) is not None:
             grad = torch.where(enough, grad, torch.nan)
     tokens = select(keep, batching.kept)
-    of_chunk = Chunk.backward(batching, operands.weight, tokens.count, heads=2)
+    of_chunk = Chunk.backward(batching, operands.weight, tokens, heads=2)
     head = TiledHead.of(operands, of_chunk, tokens.count, kernels.empty)
     ref = TiledHead.of(reference, of_chunk, tokens.count, kernels.empty)
     gradients = Gradients(head, needs)

@@ -111,7 +111,7 @@ def backward(
     elif (enough := covered(keep, batching.kept)) is not None:
         given = [None if t is None else torch.where(enough, t, torch.nan) for t in given]
     tokens = select(keep, batching.kept)
-    of_chunk = Chunk.backward(batching, weight, tokens.count)
+    of_chunk = Chunk.backward(batching, weight, tokens)
     head = TiledHead.of(operands, of_chunk, tokens.count, kernels.empty)
     gradients = Gradients(head, needs, kernels.reduce)
 

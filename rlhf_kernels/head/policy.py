@@ -213,7 +213,7 @@ class _PolicySweep:
         needs: list[bool],
     ) -> Gradients:
         """The second sweep: gradients from those of the log-probabilities and entropies, [N]."""
-        chunk = self._backward_chunk(tokens.count)
+        chunk = self._backward_chunk(tokens)
         operands = self.head.operands
         # Free their buffers before the next head is allocated.
         del self.head, self._ref
