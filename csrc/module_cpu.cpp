@@ -25,6 +25,7 @@
 #include "cpu/kernels.h"
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
+#include "cpu/memory_transpose.h"
 
 namespace py = pybind11;
 
@@ -90,6 +91,14 @@ PYBIND11_MODULE(_cpu, m) {
         });
       },
       "Pre-faults the pages of a fresh buffer that will be written completely.");
+  m.def(
+      "transpose",
+      [](In x, Out out, int32_t threads) {
+        const py::gil_scoped_release release;
+        transpose(static_cast<const uint16_t*>(x.data), x.stride0, static_cast<uint16_t*>(out.data),
+                  out.stride0, x.rows, x.cols, threads);
+      },
+      "out [m, n] = x [n, m] transposed, of bfloat16 or float16 with unit strides along rows.");
   m.def("freed_pages_leave", &freed_pages_leave, py::arg("devices") = "/sys/bus/virtio/devices",
         "Whether a hypervisor takes back the pages that this machine frees.");
   m.def("learn_torch", &TensorView::learn_torch,

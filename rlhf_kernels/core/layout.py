@@ -1,7 +1,7 @@
 """Memory and strides of tensors: a kernel reads almost any layout without a copy."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +17,27 @@ MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 _empty_like, _FP32, _CONTIGUOUS = torch.empty_like, torch.float32, torch.contiguous_format
 
 
+def _transpose_into(out: Tensor, x: Tensor) -> None:
+    out.copy_(x.T)
+
+
 def plain_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+class Memory(NamedTuple):
+    """What a backend does with memory for an algorithm over its row kernels.
+
+    empty: allocates a large buffer.
+    transpose_into: out [m, n] = x [n, m].T, of 16-bit dtypes with unit strides along rows.
+    """
+
+    empty: Empty = plain_empty
+    transpose_into: Callable[[Tensor, Tensor], None] = _transpose_into
+
+
+#: torch's own.
+PLAIN_MEMORY = Memory()
 
 
 def fp32_like(t: Tensor) -> Tensor:

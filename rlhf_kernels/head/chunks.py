@@ -27,7 +27,7 @@ GPU_CHUNK_BYTES, GPU_CHUNK_TOKENS = 4 * 2**30, 4096
 _CHUNK_MULTIPLE, _COLUMNS_MULTIPLE = 16, 64
 # What a backward pass in 16 bits takes on a CPU whatever the tokens: oneDNN's memory for a product
 # (torch 2.13) and the terms of sums.
-_WORKSPACE_BYTES = 10 * 2**20
+_WORKSPACE_BYTES = 14 * 2**20
 # More tokens make no product faster.
 _EXACT_TOKENS = 8192
 # The largest number of tokens of a chunk that takes blocks of columns: more would leave the budget

@@ -5,14 +5,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..core.layout import Empty
+from ..core.layout import Memory
 from ..kernels.rows import Reduce
 from .chunks import Chunk, Tile, Tokens, gradient_dtype, logits_dtype
-from .gemm import blocks, hidden_into, in_fp16, matmul_into, widens
+from .gemm import blocks, hidden_into, in_fp16, matmul_into, weight_into, widens
 from .products import TiledHead
 
-# Above this many tokens, transposing the product is cheaper on a CPU than a transposed operand.
-_TURNED_TOKENS = 2048
 # Rows of a weight gradient that are summed over chunks at a time: their product stays in the cache.
 _SUM_ROWS = 1024
 # Rows of the gradient of hidden that are added to a sum over columns at a time: fewer would slow
@@ -42,7 +40,7 @@ class Gradients:
         self._of_logits: Tensor | None = None
         # The gradient of a tile's hidden states, summed over the columns so far.
         self._of_tokens: Tensor
-        self._weight = _Sum(head.weight, head.empty) if weight else None
+        self._weight = _Sum(head.weight, head.memory) if weight else None
         self._bias: Tensor | None = None
         if bias and head.bias is not None:
             self._bias = head.bias.new_zeros(head.bias.shape, dtype=torch.float32)
@@ -57,7 +55,7 @@ class Gradients:
             return logits
         if self._of_logits is None:
             buffer = self._head.logits
-            self._of_logits = self._head.empty(tuple(buffer.shape), dtype, buffer.device)
+            self._of_logits = self._head.memory.empty(tuple(buffer.shape), dtype, buffer.device)
         return self._of_logits[: logits.numel()].view(logits.shape)
 
     def _padded(self, g: Tensor) -> Tensor:
@@ -168,12 +166,11 @@ class Gradients:
 class _Sum:
     """The gradient of a weight, summed over tokens: in fp32, rounded at the end."""
 
-    def __init__(self, like: Tensor, empty: Empty) -> None:
+    def __init__(self, like: Tensor, memory: Memory) -> None:
         self._like = like
-        self._empty = empty
+        self._memory = memory
         self._total: Tensor | None = None
         self._rounded: Tensor | None = None
-        self._b_t: Tensor | None = None
 
     def add_product(self, a: Tensor, b: Tensor, tile: Tile) -> None:
         """Adds a.T @ b, of a tile's a [n, columns] and b [n, H]."""
@@ -183,11 +180,13 @@ class _Sum:
         if a.dtype != torch.float32 and tile.step == 0 and tile.is_last:
             # Nothing to add: the product's own fp32 sums are rounded once.
             if self._rounded is None:
-                self._rounded = self._empty(self._like.shape, self._like.dtype, self._like.device)
+                self._rounded = self._memory.empty(
+                    self._like.shape, self._like.dtype, self._like.device
+                )
             matmul_into(self._rounded[tile.columns], a.T, b)
             return
         if self._total is None:
-            self._total = self._empty(self._like.shape, torch.float32, self._like.device)
+            self._total = self._memory.empty(self._like.shape, torch.float32, self._like.device)
         total = self._total[tile.columns]
         if self._like.dtype == torch.float16:
             self._add_fp16(total, a, b, tile)
@@ -216,33 +215,22 @@ class _Sum:
     def _add_rounded(self, a: Tensor, b: Tensor, tile: Tile) -> None:
         """Adds a.T @ b where the library rounds a product to 16 bits.
 
-        One or two products need no fp32 sum: an addition in 16 bits rounds once. (b.T @ a).T for
-        many tokens: the CPU's matrix units take half the time where neither operand is transposed,
-        and the blocks that are turned round instead stay in the cache.
+        One or two products need no fp32 sum: an addition in 16 bits rounds once.
         """
-        like, columns, turned = self._like, tile.columns, a.shape[0] >= _TURNED_TOKENS
-        if columns.start == 0:
-            self._b_t = b.T.contiguous() if turned else None
+        like, columns = self._like, tile.columns
         if self._rounded is None:
-            self._rounded = self._empty(like.shape, like.dtype, like.device)
+            self._rounded = self._memory.empty(like.shape, like.dtype, like.device)
         elif self._total is None and tile.step == 1 and not tile.is_last:
-            self._total = self._empty(like.shape, torch.float32, like.device)
-        if not turned and self._total is None:
-            matmul_into(self._rounded[columns], a.T, b, add=tile.step > 0)
+            self._total = self._memory.empty(like.shape, torch.float32, like.device)
+        if self._total is None:
+            weight_into(self._rounded[columns], a, b, self._memory, add=tile.step > 0)
             return
         for start in range(columns.start, columns.stop, _SUM_ROWS):
             rows = slice(start, min(start + _SUM_ROWS, columns.stop))
-            rounded = self._rounded[rows]
+            rounded, total = self._rounded[rows], self._total[rows]
             part = a[:, rows.start - columns.start : rows.stop - columns.start]
-            term = part.T @ b if self._b_t is None else (self._b_t @ part).T
-            if tile.step == 0:
-                rounded.copy_(term)
-                continue
-            term = term.contiguous()
-            if self._total is None:
-                rounded += term
-                continue
-            total = self._total[rows]
+            term = torch.empty_like(rounded)
+            weight_into(term, part, b, self._memory)
             if tile.step == 1:
                 total.copy_(rounded)
             total += term

@@ -29,8 +29,8 @@ def forward(
     data_checks.kept_tokens("linear_kl_divergence", keep, batching.kept)
     tokens = select(keep, batching.kept)
     of_chunk = Chunk.of(batching, operands.weight, heads=2)
-    head = TiledHead.of(operands, of_chunk, tokens.count, kernels.empty)
-    ref = TiledHead.of(reference, of_chunk, tokens.count, kernels.empty)
+    head = TiledHead.of(operands, of_chunk, tokens.count, kernels.memory)
+    ref = TiledHead.of(reference, of_chunk, tokens.count, kernels.memory)
     if tokens.fill(of_chunk):
         logits = head.project(head.states(tokens, tokens.whole))
         ref_logits = ref.project(ref.states(tokens, tokens.whole))
@@ -76,8 +76,8 @@ def backward(
             grad = torch.where(enough, grad, torch.nan)
     tokens = select(keep, batching.kept)
     of_chunk = Chunk.backward(batching, operands.weight, tokens, heads=2)
-    head = TiledHead.of(operands, of_chunk, tokens.count, kernels.empty)
-    ref = TiledHead.of(reference, of_chunk, tokens.count, kernels.empty)
+    head = TiledHead.of(operands, of_chunk, tokens.count, kernels.memory)
+    ref = TiledHead.of(reference, of_chunk, tokens.count, kernels.memory)
     gradients = Gradients(head, needs)
 
     def backward(out: Tensor, logits: Tensor, tile: Tile) -> None:

@@ -47,7 +47,7 @@ def forward(
     data_checks.kept_tokens(op, keep, batching.kept)
     tokens = select(keep, batching.kept)
     of_chunk = Chunk.of(batching, weight)
-    head = TiledHead.of(operands, of_chunk, tokens.count, kernels.empty)
+    head = TiledHead.of(operands, of_chunk, tokens.count, kernels.memory)
     if tokens.fill(of_chunk):
         logits = head.project(head.states(tokens, tokens.whole))
         found = kernels.rows.token_logprobs(logits, labels, temperatures, options)
@@ -112,7 +112,7 @@ def backward(
         given = [None if t is None else torch.where(enough, t, torch.nan) for t in given]
     tokens = select(keep, batching.kept)
     of_chunk = Chunk.backward(batching, weight, tokens)
-    head = TiledHead.of(operands, of_chunk, tokens.count, kernels.empty)
+    head = TiledHead.of(operands, of_chunk, tokens.count, kernels.memory)
     gradients = Gradients(head, needs, kernels.reduce)
 
     def backward(out: Tensor, logits: Tensor, tile: Tile) -> None:

@@ -91,7 +91,7 @@ class _PolicySweep:
         self._backward_chunk = functools.partial(Chunk.backward, batching, weight)
         # Summing a gradient over chunks costs more than computing the logits in a second sweep.
         self.recomputes = prefer_recompute(batching, weight, count, heads)
-        shared = (self._chunk, count, kernels.empty)
+        shared = (self._chunk, count, kernels.memory)
         self.head = TiledHead.of(operands, *shared)
         self._ref = None if reference is None else TiledHead.of(reference, *shared)
         self.logprobs = zeros_or_nan(keep, batching.kept)
@@ -217,7 +217,7 @@ class _PolicySweep:
         operands = self.head.operands
         # Free their buffers before the next head is allocated.
         del self.head, self._ref
-        head = TiledHead.of(operands, chunk, tokens.count, self._kernels.empty)
+        head = TiledHead.of(operands, chunk, tokens.count, self._kernels.memory)
         gradients = Gradients(head, needs, self._kernels.reduce)
 
         def backward(out: Tensor, logits: Tensor, tile: Tile) -> None:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..core.layout import Empty
+from ..core.layout import Memory
 from . import gemm
 from .arguments import Operands
 from .chunks import Chunk, Tokens, logits_dtype
@@ -18,18 +18,18 @@ class TiledHead(NamedTuple):
     bias: Tensor | None
     logits: Tensor
     padded: Tensor | None
-    empty: Empty
+    memory: Memory
 
     @classmethod
-    def of(cls, operands: Operands, chunk: Chunk, count: int, empty: Empty) -> "TiledHead":
+    def of(cls, operands: Operands, chunk: Chunk, count: int, memory: Memory) -> "TiledHead":
         """For `count` of the tokens of hidden [..., H]."""
         hidden, weight, bias = operands
         hidden = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
         rows = chunk.rows(count)
         dtype = logits_dtype(weight.device, weight.dtype)
-        logits = empty((rows * min(chunk.columns, weight.shape[0]),), dtype, hidden.device)
+        logits = memory.empty((rows * min(chunk.columns, weight.shape[0]),), dtype, hidden.device)
         padded = weight.new_zeros((rows, hidden.shape[1])) if chunk.exact else None
-        return cls(hidden, weight, bias, logits, padded, empty)
+        return cls(hidden, weight, bias, logits, padded, memory)
 
     @property
     def operands(self) -> Operands:

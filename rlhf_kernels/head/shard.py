@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core import data_checks, groups, temperature_rules
-from ..core.layout import Empty, any_of_token
+from ..core.layout import Memory, any_of_token
 from ..core.row_options import RowOptions
 from ..core.sentinels import ELSEWHERE, NOWHERE, SHARD_IGNORED
 from ..kernels.rows import Kernels, LabelKernels, LabelResults, Rows
@@ -291,12 +291,12 @@ class ShardKernels(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def kernels_of(rows: Rows, empty: Empty, group: str) -> ShardKernels:
+def kernels_of(rows: Rows, memory: Memory, group: str) -> ShardKernels:
     """The kernels of a group, made once; those of destroyed groups go in time."""
     reduce = functools.partial(groups.sum_, group=group)
     over_all = ShardRows(rows, group)
-    whole = LabelKernels(over_all, empty, reduce)
-    return ShardKernels(Kernels(rows, empty, reduce), whole, over_all)
+    whole = LabelKernels(over_all, memory, reduce)
+    return ShardKernels(Kernels(rows, memory, reduce), whole, over_all)
 
 
 def check_tokens(
@@ -328,7 +328,7 @@ def token_logprobs(
         "token_logprobs", logits.shape[-1], labels, temperatures, keep, group
     )
     local = shards.localized(labels, keep)
-    rows = kernels_of(kernels.rows, kernels.empty, group).rows
+    rows = kernels_of(kernels.rows, kernels.memory, group).rows
     found = rows.token_logprobs(logits, local, temperatures, options, shards.first)
     return ShardResults(*found, local)
 
@@ -344,7 +344,7 @@ def linear_token_logprobs(
     local = shards.localized(labels, keep)
     targets = Targets(local, temperatures, options._replace(ignore_index=SHARD_IGNORED))
     # Chunks need no exchange: there is one at the end.
-    own = kernels_of(kernels.rows, kernels.empty, group).own
+    own = kernels_of(kernels.rows, kernels.memory, group).own
     largest = None
     if options.argmax:
         tokens = operands.hidden.shape[:-1].numel()
@@ -360,7 +360,7 @@ def linear_token_logprobs(
 def linear_token_logprobs_backward(kernels: Kernels, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """As `logprobs.backward`, whose arguments come before the group's name."""
     *inputs, group = args
-    return logprobs.backward(kernels_of(kernels.rows, kernels.empty, group).own, *inputs)
+    return logprobs.backward(kernels_of(kernels.rows, kernels.memory, group).own, *inputs)
 
 
 def linear_policy_loss(
@@ -383,7 +383,7 @@ def linear_policy_loss(
     if batching.tokens is None:
         columns = (1 if reference is None else 2) * shards.sizes.max()
     targets = targets._replace(labels=shards.localized(targets.labels, keep))
-    whole = kernels_of(kernels.rows, kernels.empty, group).whole
+    whole = kernels_of(kernels.rows, kernels.memory, group).whole
     return policy_loss.forward(
         whole, operands, targets, policy, reference, batching, needs, columns
     )

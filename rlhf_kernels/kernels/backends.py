@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core import env
 from ..core.env import BACKEND_NAMES, BackendName
-from ..core.layout import Empty, plain_empty
+from ..core.layout import PLAIN_MEMORY, Memory
 from . import native, triton
 from .launchers import Launchers
 from .rows import Kernels
@@ -55,7 +55,7 @@ class Backend:
     launchers: by operator name; empty if the backend is not available.
     gpu: its kernels are written for a GPU. Losses then return unscaled gradients and a scale to
         multiply by, because a token's gradient is written before all tokens are counted.
-    empty: allocates large buffers.
+    memory: allocates and moves large buffers.
     simulated: its kernels run on the CPU, for tests. It then serves tensors of any device except
         meta, but only if selected by name.
     kernels: its kernels as an algorithm over row kernels takes them.
@@ -65,19 +65,19 @@ class Backend:
     devices: tuple[str, ...]
     launchers: Launchers
     gpu: bool
-    empty: Empty = plain_empty
+    memory: Memory = PLAIN_MEMORY
     simulated: bool = False
     kernels: Kernels = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kernels", Kernels(RowKernels(self.launchers), self.empty))
+        object.__setattr__(self, "kernels", Kernels(RowKernels(self.launchers), self.memory))
 
 
 def of_extension(name: str, devices: tuple[str, ...]) -> Backend:
     """The backend of a native extension in its current state."""
-    empty = native.empty(name) if name == "cpu" else plain_empty
+    memory = native.memory(name) if name == "cpu" else PLAIN_MEMORY
     launchers, emulated = native.launchers(name), native.emulated(name)
-    return Backend(name, devices, launchers, name == "cuda", empty, emulated)
+    return Backend(name, devices, launchers, name == "cuda", memory, emulated)
 
 
 # In order of preference; the reference, which torch runs on any device, comes last. Filled at

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..config.policy_codes import PolicyCodes, PolicyParams
-from ..core.layout import Empty
+from ..core.layout import Memory
 from ..core.pair_options import PairOptions
 from ..core.row_options import RowOptions
 
@@ -186,12 +186,12 @@ class Kernels(NamedTuple):
     """The first argument of an algorithm over row kernels.
 
     rows: the kernels of a backend.
-    empty: allocates large buffers.
+    memory: allocates and moves large buffers.
     reduce: sums over the ranks of a sharded vocabulary; None for a whole vocabulary.
     """
 
     rows: Rows
-    empty: Empty
+    memory: Memory
     reduce: Reduce | None = None
 
 
@@ -199,5 +199,5 @@ class LabelKernels(NamedTuple):
     """`Kernels` without divergences, which no backend offers over a sharded vocabulary."""
 
     rows: LabelRows
-    empty: Empty
+    memory: Memory
     reduce: Reduce | None = None

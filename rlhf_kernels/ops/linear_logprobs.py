@@ -164,6 +164,28 @@ def _over_vocabulary(
     return named_results(options, found)
 
 
+def over_support(
+    head: tuple[Tensor, Tensor, Tensor | None],
+    labels: Tensor,
+    support: SamplingMask,
+    empty_support: EmptySupport,
+    arguments: RowArguments,
+    batching: Batching,
+    backend: str,
+) -> TokenLogprobs | TokenLogprobsEntropy:
+    """`linear_token_logprobs` over a support, of checked arguments."""
+    if empty_support == "nan":
+        return named_result(*linear_token_logprobs_support(*head, labels, support, arguments))
+    return support_or_whole(
+        "linear_token_logprobs",
+        labels,
+        support,
+        arguments.ignore_index,
+        lambda own: linear_token_logprobs_support(*head, own, support, arguments),
+        lambda own: _over_vocabulary(*head, own, arguments, batching, "", backend),
+    )
+
+
 @overload
 def linear_token_logprobs(
     hidden: Tensor,
@@ -362,14 +384,5 @@ def linear_token_logprobs(
             raise ValueError(f"{op}: support and group do not go together")
         check_one_label(op, several)
         data_checks.kept_tokens(op, labels != arguments.ignore_index, batching.kept)
-        if empty_support == "whole":
-            return support_or_whole(
-                op,
-                labels,
-                support,
-                arguments.ignore_index,
-                lambda own: linear_token_logprobs_support(*head, own, support, arguments),
-                lambda own: _over_vocabulary(*head, own, arguments, batching, shards, backend),
-            )
-        return named_result(*linear_token_logprobs_support(*head, labels, support, arguments))
+        return over_support(head, labels, support, empty_support, arguments, batching, backend)
     return _over_vocabulary(*head, labels, arguments, batching, shards, backend)

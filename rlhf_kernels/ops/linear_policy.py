@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..config.enums import EmptySupport
 from ..config.metrics import POLICY_METRICS
 from ..config.policy import PolicyLossConfig
 from ..core import checks, data_checks, groups, row_options, tracing
@@ -16,6 +17,8 @@ from ..kernels import backends, losses
 from ._autograd import InputGradients, apply, gathered, graph_is_kept, once_differentiable, remember
 from ._heads import check_batching, check_head, check_ref_head
 from ._operator import define, head_gradients_fake, select
+from .linear_logprobs import over_support
+from .logprobs_results import TokenLogprobsEntropy
 from .policy import (
     PPO,
     PolicyLoss,
@@ -23,8 +26,10 @@ from .policy import (
     check_config,
     check_spread,
     config_numbers,
+    policy_loss,
     times,
 )
+from .support import SamplingMask, check_empty_support
 
 
 def _check_ref_head(
@@ -45,6 +50,28 @@ def _check_ref_head(
     if ref_logprobs is not None:
         raise ValueError(f"{op}: ref_logprobs must be None where ref_hidden is given")
     return check_ref_head(op, hidden, weight, ref_hidden, ref_weight, ref_bias, sharded=sharded)
+
+
+def _over_support(
+    head_of: tuple[Tensor, Tensor, Tensor | None],
+    labels: Tensor,
+    keep: Tensor,
+    support: SamplingMask,
+    empty_support: EmptySupport,
+    arguments: row_options.RowArguments,
+    batching: Batching,
+    backend: str,
+) -> TokenLogprobsEntropy:
+    """Log-probabilities and entropies of the kept tokens over their support."""
+    op = "linear_policy_loss"
+    data_checks.token_data(op, labels, arguments.effective_temperature(), keep, head_of[1].shape[0])
+    data_checks.kept_tokens(op, keep, batching.kept)
+    # On a GPU labels are not validated, and a bad one could be the label to skip. As -1 it makes
+    # its token NaN.
+    labels = torch.where(keep, labels.clamp(min=-1), arguments.ignore_index)
+    found = over_support(head_of, labels, support, empty_support, arguments, batching, backend)
+    assert isinstance(found, TokenLogprobsEntropy)  # the arguments ask for it
+    return found
 
 
 _Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -163,6 +190,8 @@ def linear_policy_loss(
     kept_tokens: int | None = None,
     batch_invariant: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
+    support: SamplingMask | None = None,
+    empty_support: EmptySupport = "nan",
     config: PolicyLossConfig = PPO,
 ) -> PolicyLoss:
     """`policy_loss` from hidden states; the forward pass computes the gradient too.
@@ -177,8 +206,8 @@ def linear_policy_loss(
     Four products are still needed where a token's gradient depends on its whole sequence
     (ratio_level "sequence" or "sequence-token", correction_level "sequence" or "geometric", gate
     "opsm"): a first sweep then computes the log-probabilities. Four are also used on CPU with
-    16-bit operands and V > 32768, where chunks hold so few tokens that summing the weight's
-    gradient over chunks in fp32 would cost more than recomputing the logits.
+    bfloat16 operands and more logits than a chunk holds: summing the weight's gradient over chunks
+    would cost more time and memory than recomputing the logits by blocks of the vocabulary.
 
     With `group` the vocabulary is sharded over the ranks of the group as in
     `linear_token_logprobs`, that of the reference policy too. Loss and metrics have the same bits
@@ -213,6 +242,10 @@ def linear_policy_loss(
             group and without chunk_tokens.
         batch_invariant: as in `linear_token_logprobs`; with group, chunk_tokens must be given.
         group: process group over which V is sharded; None for none.
+        support: the token ids that the sampler kept for each token, as in `linear_token_logprobs`:
+            log-probabilities, those of ref_hidden too, are over these alone, and only their rows of
+            the weight are multiplied. Not with group.
+        empty_support: as in `token_logprobs`.
         config: options; by default those of `PolicyLossConfig.ppo()`.
 
     Returns:
@@ -260,6 +293,11 @@ def linear_policy_loss(
     effective_normalizer = config.normalizer if normalizer is None else normalizer
     count, divisor = checks.divisor(op, effective_normalizer, "hidden", hidden.device)
 
+    if type(empty_support) is not str or empty_support != "nan":
+        check_empty_support(op, empty_support, support)
+    if support is not None and shards:
+        raise ValueError(f"{op}: support and group do not go together")
+
     backend = select(op, hidden.device)
     columns = (2 if ref_head else 1) * weight.shape[0]
     if shards and batch_invariant and chunk_tokens is None:
@@ -270,6 +308,23 @@ def linear_policy_loss(
     batching = check_batching(
         op, chunk_tokens, kept_tokens, batch_invariant, weight, columns, backend
     )
+    if support is not None:
+        keep, over = mask != 0, (support, empty_support, arguments, batching, backend)
+        ref_of = None if ref_head is None else _over_support(ref_head, labels, keep, *over)
+        own = _over_support((hidden, weight, bias), labels, keep, *over)
+        return policy_loss(
+            own.logprobs,
+            old_logprobs,
+            advantages,
+            mask,
+            ref_logprobs=ref_logprobs if ref_of is None else ref_of.logprobs.detach(),
+            rollout_logprobs=rollout_logprobs,
+            entropy=own.entropy if config.entropy_coef else own.entropy.detach(),
+            weights=weights,
+            cu_seqlens=cu_seqlens,
+            normalizer=normalizer,
+            config=config,
+        )
     if backend == backends.REFERENCE:
         keep, effective = mask != 0, arguments.effective_temperature()
         shard.check_tokens(op, weight.shape[0], labels, effective, keep, shards)

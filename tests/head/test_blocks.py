@@ -11,11 +11,12 @@ from tests.head.test_cases import assert_within_bounds
 import rlhf_kernels as rk
 from rlhf_kernels import reference
 from rlhf_kernels.core import sentinels
-from rlhf_kernels.core.layout import plain_empty
+from rlhf_kernels.core.layout import PLAIN_MEMORY
 from rlhf_kernels.head import chunks as head_chunks
-from rlhf_kernels.head import gradients
+from rlhf_kernels.head import gemm, gradients
 from rlhf_kernels.head.gradients import _Sum
 from rlhf_kernels.head.products import TiledHead
+from rlhf_kernels.kernels import backends, native
 from rlhf_kernels.testing import DTYPES, assert_within_bound, product_bound, to_float64
 
 TOKENS, VOCAB = 37, 200
@@ -166,13 +167,17 @@ def test_memory_holds_no_second_gradient_of_the_weight(blocks):
     assert max(shape.numel() for shape in large) < weight.numel()
 
 
-@pytest.mark.parametrize("turned", [1, 1 << 30])
+@pytest.mark.parametrize("transposes", ["not", "torch", "native"])
+@pytest.mark.parametrize("width", [24, 50, 150])
 @pytest.mark.parametrize("chunks", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounded_sum_of_a_weight_gradient(monkeypatch, turned, chunks, dtype):
-    monkeypatch.setattr(gradients, "_TURNED_TOKENS", turned)
+def test_rounded_sum_of_a_weight_gradient(monkeypatch, transposes, width, chunks, dtype):
+    memory = backends.get("cpu").memory if transposes == "native" else PLAIN_MEMORY
+    monkeypatch.setattr(gemm, "_has_amx", lambda: transposes != "not")
+    monkeypatch.setattr(gemm, "_TRANSPOSED_BYTES", 1)
+    monkeypatch.setattr(gemm, "_TRANSPOSED_ROWS", 40)
     monkeypatch.setattr(gradients, "_SUM_ROWS", 64)
-    vocab, width, size = 150, 24, 40
+    vocab, size = 150, 40
     # The gradient of fp16 logits is fp32.
     a = torch.randn(chunks * size, vocab).to(torch.float32 if dtype == torch.float16 else dtype)
     b = torch.randn(chunks * size, width).to(dtype)
@@ -183,10 +188,20 @@ def test_rounded_sum_of_a_weight_gradient(monkeypatch, turned, chunks, dtype):
         head_chunks.Chunk(size, vocab, False),
         head_chunks.Chunk(chunks * size, 64, False),
     ):
-        total = _Sum(torch.empty(vocab, width, dtype=dtype), plain_empty)
+        total = _Sum(torch.empty(vocab, width, dtype=dtype), memory)
         for tile in head_chunks.Tokens(len(a), None).tiles(chunk, vocab):
             total.add_product(a[tile.tokens, tile.columns], b[tile.tokens], tile)
         assert_within_bound(total.result(), products.sum(0), bound)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 7, 32, 33, 100])
+@pytest.mark.parametrize("columns", [1, 8, 127, 128, 300])
+def test_transposed_by_native_code(rows, columns, threads):
+    x = torch.randn(rows, columns + 5).to(torch.bfloat16)[:, 2 : columns + 2]
+    memory = torch.full((columns, rows + 3), 7.0, dtype=torch.bfloat16)
+    native.module("cpu").transpose(x, memory[:, :rows], threads)
+    assert torch.equal(memory[:, :rows], x.T) and (memory[:, rows:] == 7).all()
 
 
 def test_labels_of_a_block():

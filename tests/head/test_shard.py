@@ -455,7 +455,7 @@ def test_group_is_checked():
 
 def test_kernels_of_a_group_are_made_once():
     kernels = backends.get("cpu").kernels
-    first = shard.kernels_of(kernels.rows, kernels.empty, "0")
+    first = shard.kernels_of(kernels.rows, kernels.memory, "0")
     again = backends.get("cpu").kernels
-    assert shard.kernels_of(again.rows, again.empty, "0") is first
-    assert shard.kernels_of(again.rows, again.empty, "1") is not first
+    assert shard.kernels_of(again.rows, again.memory, "0") is first
+    assert shard.kernels_of(again.rows, again.memory, "1") is not first

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 
 from ...core import checks, env
-from ...core.layout import Empty, plain_empty
+from ...core.layout import PLAIN_MEMORY, Memory
 from ..launchers import Launchers
 from . import (
     advantages,
@@ -46,7 +46,7 @@ def _load(backend: str) -> tuple[ModuleType | None, str | None]:
             )
         return None, f"extension {_NAMES[backend]} could not be imported: {said}"
     if backend == "cpu":
-        if not hasattr(module, "plain"):
+        if not hasattr(module, "transpose"):
             return None, f"extension {_NAMES[backend]} is of an older version: build it again"
         checks.use_native(module.plain)
         if env.CPU_ISA is not None:
@@ -106,12 +106,15 @@ def module(backend: str) -> ModuleType | None:
     return _MODULES[backend][0]
 
 
-def empty(backend: str) -> Empty:
-    """The function that allocates large buffers for a native backend."""
+def memory(backend: str) -> Memory:
+    """What a native backend does with large buffers."""
     extension = _MODULES[backend][0]
     if extension is None:
-        return plain_empty
-    return functools.partial(boundary.empty, extension)
+        return PLAIN_MEMORY
+    return Memory(
+        functools.partial(boundary.empty, extension),
+        functools.partial(boundary.transpose_into, extension),
+    )
 
 
 def unavailable_reason(backend: str) -> str | None:

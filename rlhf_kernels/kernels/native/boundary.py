@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ...core.layout import MaybeTensor, grid, materialized
 
-__all__ = ["as_fp32", "as_upstream", "empty", "exec_builder", "grid", "materialized"]
+__all__ = [
+    "as_fp32", "as_upstream", "empty", "exec_builder", "grid", "materialized", "transpose_into"
+]  # fmt: skip
 
 # csrc/abi_types.h: DType
 DTYPE_CODES = {
@@ -95,3 +97,8 @@ def empty(
     t = torch.empty(shape, dtype=dtype, device=device)
     extension.prepare_pages(t.data_ptr(), t.nbytes, torch.get_num_threads())
     return t
+
+
+def transpose_into(extension: ModuleType, out: Tensor, x: Tensor) -> None:
+    """out [m, n] = x [n, m].T, of 16-bit dtypes with unit strides along rows."""
+    extension.transpose(x, out, torch.get_num_threads())
