@@ -268,7 +268,7 @@ constexpr int64_t kHeader = 16;
 }  // namespace
 
 int64_t general_gae_scratch(int64_t sequences, int64_t cols, bool packed, bool whiten) {
-  return kHeader + (whiten ? whiten_scratch(packed ? cols : sequences * cols) : 0);
+  return (packed ? kHeader : 0) + (whiten ? whiten_scratch(packed ? cols : sequences * cols) : 0);
 }
 
 Status general_gae(const GeneralGaeArgs& general) {
@@ -284,7 +284,7 @@ Status general_gae(const GeneralGaeArgs& general) {
     RK_ENQUEUE(a.exec, a.sequences, warps * kWarp, general_kernel<true>, general, t, warps, bad);
   else
     RK_ENQUEUE(a.exec, a.sequences, warps * kWarp, general_kernel<false>, general, t, warps, bad);
-  if (a.whiten) enqueue_whitening(whitening_args(a), scratch + kHeader);
+  if (a.whiten) enqueue_whitening(whitening_args(a), scratch + (packed ? kHeader : 0));
   return {};
 }
 

@@ -17,7 +17,8 @@ from ..core.sentinels import ELSEWHERE, NOWHERE, SHARD_IGNORED
 from . import devices
 from .arguments import Batching
 
-#: Bytes of logits in flight on a CPU, and of what their products need beside them.
+#: Bytes of logits in flight on a CPU. A backward pass counts what its products need beside them, but
+#: leaves a quarter to the logits.
 CPU_CHUNK_BYTES = 128 * 2**20
 #: On a GPU bytes of logits and of their gradient where it has memory of its own, and the most
 #: tokens. Chunks must fill the GPU, and each rereads the fp32 gradient of the weight: with 4096
@@ -291,7 +292,8 @@ def flat_labels(t: MaybeTensor, dims: int) -> MaybeTensor:
 def localized(labels: Tensor, columns: slice, vocab: int, ignore: int) -> tuple[Tensor, int]:
     """(labels, ignore_index) for a row kernel that is given some columns of the vocabulary.
 
-    Tokens to ignore were dropped, but of several labels of a token, [n, K], some may be ignored.
+    Tokens to ignore were mostly dropped, but a number of tokens that the caller gave may include
+    some, and of several labels of a token, [n, K], some may be ignored.
     """
     if columns.stop - columns.start == vocab:
         return labels, ignore
@@ -300,6 +302,4 @@ def localized(labels: Tensor, columns: slice, vocab: int, ignore: int) -> tuple[
     owned = (labels >= columns.start) & (labels < columns.stop)
     local = torch.where(known, ELSEWHERE, NOWHERE)
     local = torch.where(owned, labels - columns.start, local)
-    if given.dim() > 1:
-        local = torch.where(given == ignore, SHARD_IGNORED, local)
-    return local, SHARD_IGNORED
+    return torch.where(given == ignore, SHARD_IGNORED, local), SHARD_IGNORED

@@ -178,7 +178,10 @@ CHOICES: dict[str, tuple[dict[str, tuple[Any, ...]], ...]] = {
             "chunk_tokens": (None, 2),
         },
     ),
-    "linear_policy_loss": ({**_POLICY, **_HEAD},),
+    "linear_policy_loss": (
+        {**_POLICY, **_HEAD},
+        {**_POLICY, **_HEAD, "support": (GIVEN,), "empty_support": ("nan", "whole")},
+    ),
     "linear_token_logprobs": (
         {
             **_HEAD,

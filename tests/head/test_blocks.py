@@ -149,6 +149,41 @@ def test_policy_loss(blocks, monkeypatch, name, dtype):
     assert_all_within(found, exact, bounds)
 
 
+@pytest.mark.parametrize("ignored", ["mask", "labels"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bound_of_the_kept_tokens_that_is_too_large(blocks, dtype, ignored):
+    """Tokens without a label are then multiplied by each block, and have no gradient."""
+    hidden, weight, labels = drawn(TOKENS, 16, VOCAB, dtype)
+    keep = torch.rand(TOKENS) < 0.7
+    options = {"mask": keep} if ignored == "mask" else {}
+    labels = labels if options else labels.masked_fill(~keep, -100)
+    upstream = torch.randn(TOKENS)
+    found = []
+    for bound in (None, int(keep.sum()) + 1, TOKENS):
+        logprobs = rk.linear_token_logprobs(hidden, weight, labels, kept_tokens=bound, **options)
+        slopes = torch.autograd.grad((logprobs.logprobs * upstream).sum(), (hidden, weight))
+        assert blocks[-len(IN_BLOCKS) :] == IN_BLOCKS or bound is None
+        assert (slopes[0][~keep] == 0).all()
+        found.append((logprobs.logprobs, *slopes))
+    for other in found[1:]:
+        for a, e in zip(other, found[0], strict=True):
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(a, e, rtol=8 * eps, atol=8 * eps * e.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["ppo, every term", "gspo"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_policy_loss_with_a_bound_of_its_tokens(blocks, dtype, name):
+    leaves, tokens, constants = policy_problem(dtype)
+    given = dict(constants, config=CONFIGS[name])
+    exact = run_policy(rk.linear_policy_loss, leaves, tokens, **given)
+    count = tokens[0].numel()
+    found = run_policy(rk.linear_policy_loss, leaves, tokens, kept_tokens=count, **given)
+    for a, e in zip(found, exact, strict=True):
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(a, e, rtol=8 * eps, atol=8 * eps * e.abs().max().item())
+
+
 def test_a_named_chunk_or_batch_invariance_keeps_chunks_of_tokens(blocks):
     hidden, weight, labels = drawn(TOKENS, 16, VOCAB, torch.bfloat16)
     for options in ({"chunk_tokens": 16}, {"batch_invariant": True}):

@@ -24,14 +24,17 @@ def scratch(backend, monkeypatch):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("general", [False, True])
-def test_a_whitened_scan_allocates_scratch_once(general, packed, backend, scratch):
+@pytest.mark.parametrize("whiten", [False, True])
+def test_a_scan_allocates_scratch_once(whiten, general, packed, backend, scratch):
     rewards, values = torch.randn(2, 5, 3000)
     offsets = {}
     if packed:
         rewards, values = rewards.flatten(), values.flatten()
         offsets["cu_seqlens"] = torch.tensor([0, 4000, 15000], dtype=torch.int32)
-    rk.gae(rewards, values, whiten=True, value_lam=0.9 if general else None, **offsets)
-    assert scratch() == [torch.uint8] * (backend == "cuda")
+    rk.gae(rewards, values, whiten=whiten, value_lam=0.9 if general else None, **offsets)
+    # A padded scan with rates per step takes a warp or more for each sequence, and no tiles.
+    needed = whiten or packed or not general
+    assert scratch() == [torch.uint8] * (backend == "cuda" and needed)
 
 
 @pytest.mark.parametrize("scale", ["group", "batch"])

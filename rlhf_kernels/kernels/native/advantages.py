@@ -107,7 +107,8 @@ class _Launch:
                 rewards, "group_advantages", lambda: (rewards.numel(), groups.scale == "batch")
             ),
         )
-        raise_status("group_advantages", status, None, rewards)
+        if status[0] == b.OUT_OF_MEMORY:
+            raise MemoryError(f"group_advantages: no memory for {rewards.numel()} rewards in fp64")
 
     def whiten(self, whitening: Whitening, out: Tensor) -> None:
         x, mask, *rules = whitening
