@@ -54,9 +54,9 @@ RESERVE = 15
 # Tests of operations; the other tests cover the CPU, the package or the trainer.
 _OPERATION_TESTS = (
     "logprobs logprobs_rules row_results many_labels policy policy_rules policy_masks "
-    "policy_gates policy_clipped policy_weights policy_support kl kl_options kl_topk empty_support advantages "
-    "advantages_rules advantages_general advantages_groups value mismatch preference support "
-    "support_rules tiles token_loads extremes fp16 empty interface missing meta masks scratch"
+    "policy_gates policy_clipped policy_weights policy_support kl kl_options kl_topk empty_support "
+    "advantages advantages_rules advantages_general advantages_groups value mismatch preference "
+    "support support_rules tiles token_loads extremes fp16 empty interface missing meta masks scratch"
 ).split()
 _HEAD_TESTS = ("head/test_head", "head/test_cases", "head/test_kl_options")
 TEST_FILES = (*_HEAD_TESTS, *(f"ops/test_{n}" for n in _OPERATION_TESTS))

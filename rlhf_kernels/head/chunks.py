@@ -17,8 +17,8 @@ from ..core.sentinels import ELSEWHERE, NOWHERE, SHARD_IGNORED
 from . import devices
 from .arguments import Batching
 
-#: Bytes of logits in flight on a CPU. A backward pass counts what its products need beside them, but
-#: leaves a quarter to the logits.
+#: Bytes of logits in flight on a CPU. A backward pass counts what its products need beside them,
+#: but leaves a quarter to the logits.
 CPU_CHUNK_BYTES = 128 * 2**20
 #: On a GPU bytes of logits and of their gradient where it has memory of its own, and the most
 #: tokens. Chunks must fill the GPU, and each rereads the fp32 gradient of the weight: with 4096
