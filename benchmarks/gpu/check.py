@@ -56,7 +56,8 @@ _OPERATION_TESTS = (
     "logprobs logprobs_rules row_results many_labels policy policy_rules policy_masks "
     "policy_gates policy_clipped policy_weights policy_support kl kl_options kl_topk empty_support "
     "advantages advantages_rules advantages_general advantages_groups value mismatch preference "
-    "support support_rules tiles token_loads extremes fp16 empty interface missing meta masks scratch"
+    "support support_rules tiles token_loads extremes fp16 empty interface missing meta masks "
+    "scratch"
 ).split()
 _HEAD_TESTS = ("head/test_head", "head/test_cases", "head/test_kl_options")
 TEST_FILES = (*_HEAD_TESTS, *(f"ops/test_{n}" for n in _OPERATION_TESTS))
