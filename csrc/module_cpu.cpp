@@ -94,6 +94,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "transpose",
       [](In x, Out out, int32_t threads) {
+        if ((x.cols > 1 && x.stride1 != 1) || (out.cols > 1 && out.stride1 != 1))
+          throw std::invalid_argument("transpose: rows must have unit strides");
         const py::gil_scoped_release release;
         transpose(static_cast<const uint16_t*>(x.data), x.stride0, static_cast<uint16_t*>(out.data),
                   out.stride0, x.rows, x.cols, threads);

@@ -122,7 +122,7 @@ def _transposed(x: Tensor, memory: Memory) -> Tensor:
     out = x.new_empty((columns, rows + behind))
     if behind:
         out[:, rows:] = 0
-    memory.transpose_into(out[:, :rows], x)
+    memory.transpose_into(out[:, :rows], x if _has_plain_rows(x) else x.contiguous())
     return out[:, :rows]
 
 

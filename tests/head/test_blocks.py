@@ -202,11 +202,12 @@ def test_memory_holds_no_second_gradient_of_the_weight(blocks):
     assert max(shape.numel() for shape in large) < weight.numel()
 
 
+@pytest.mark.parametrize("states", ["rows", "columns"])
 @pytest.mark.parametrize("transposes", ["not", "torch", "native"])
 @pytest.mark.parametrize("width", [24, 50, 150])
 @pytest.mark.parametrize("chunks", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounded_sum_of_a_weight_gradient(monkeypatch, transposes, width, chunks, dtype):
+def test_rounded_sum_of_a_weight_gradient(monkeypatch, transposes, states, width, chunks, dtype):
     memory = backends.get("cpu").memory if transposes == "native" else PLAIN_MEMORY
     monkeypatch.setattr(gemm, "_has_amx", lambda: transposes != "not")
     monkeypatch.setattr(gemm, "_TRANSPOSED_BYTES", 1)
@@ -216,6 +217,7 @@ def test_rounded_sum_of_a_weight_gradient(monkeypatch, transposes, width, chunks
     # The gradient of fp16 logits is fp32.
     a = torch.randn(chunks * size, vocab).to(torch.float32 if dtype == torch.float16 else dtype)
     b = torch.randn(chunks * size, width).to(dtype)
+    b = b.T.contiguous().T if states == "columns" else b
     products = a.double().view(chunks, size, -1).mT @ b.double().view(chunks, size, -1)
     # A rounding of each product; that of the sum is the result's own.
     bound = torch.finfo(dtype).eps / 2 * products.abs().sum(0) + product_bound(a.T, b)
@@ -237,6 +239,26 @@ def test_transposed_by_native_code(rows, columns, threads):
     memory = torch.full((columns, rows + 3), 7.0, dtype=torch.bfloat16)
     native.module("cpu").transpose(x, memory[:, :rows], threads)
     assert torch.equal(memory[:, :rows], x.T) and (memory[:, rows:] == 7).all()
+
+
+def test_only_plain_rows_are_transposed_by_native_code():
+    x, out = torch.zeros(6, 5, dtype=torch.bfloat16), torch.zeros(5, 6, dtype=torch.bfloat16)
+    for bad in ((x, torch.zeros(6, 5, dtype=torch.bfloat16).T), (out.T, out)):
+        with pytest.raises(ValueError, match="unit strides"):
+            native.module("cpu").transpose(*bad, 1)
+
+
+def test_hidden_states_of_any_strides(blocks):
+    """With more tokens than a state has elements, and with fewer."""
+    for width in (16, 50):
+        hidden, weight, labels = drawn(TOKENS, width, VOCAB, torch.bfloat16)
+        upstream = torch.randn(TOKENS)
+        found = []
+        for states in (hidden, hidden.detach().T.contiguous().T.requires_grad_()):
+            logprobs = rk.linear_token_logprobs(states, weight, labels).logprobs
+            found.append(torch.autograd.grad((logprobs * upstream).sum(), (states, weight)))
+        for a, e in zip(*found, strict=True):
+            torch.testing.assert_close(a, e, rtol=2e-2, atol=2e-2 * e.abs().max().item())
 
 
 def test_labels_of_a_block():
