@@ -219,6 +219,10 @@ class Tokens:
             return torch.ones(part.stop - part.start, dtype=torch.bool, device=device)
         return ~self.dropped[part]
 
+    def dropped_of(self, part: slice) -> Tensor | None:
+        """Which tokens of `part` are dropped, bool; None where none is."""
+        return None if self.dropped is None else self.dropped[part]
+
     def of_kept(self, rows: Tensor, part: slice) -> Tensor:
         """Rows `part` [n, ...], zero where the token is dropped."""
         if self.dropped is None:
@@ -289,11 +293,13 @@ def flat_labels(t: MaybeTensor, dims: int) -> MaybeTensor:
     return t.reshape(-1, t.shape[-1]) if t is not None and several else flat(t)
 
 
-def localized(labels: Tensor, columns: slice, vocab: int, ignore: int) -> tuple[Tensor, int]:
+def localized(
+    labels: Tensor, columns: slice, vocab: int, ignore: int, dropped: Tensor | None = None
+) -> tuple[Tensor, int]:
     """(labels, ignore_index) for a row kernel that is given some columns of the vocabulary.
 
-    Tokens to ignore were mostly dropped, but a number of tokens that the caller gave may include
-    some, and of several labels of a token, [n, K], some may be ignored.
+    Tokens to ignore were left out, but for those that are `dropped` [n]; and of several labels of a
+    token, [n, K], some may be ignored.
     """
     if columns.stop - columns.start == vocab:
         return labels, ignore
@@ -302,4 +308,8 @@ def localized(labels: Tensor, columns: slice, vocab: int, ignore: int) -> tuple[
     owned = (labels >= columns.start) & (labels < columns.stop)
     local = torch.where(known, ELSEWHERE, NOWHERE)
     local = torch.where(owned, labels - columns.start, local)
-    return torch.where(given == ignore, SHARD_IGNORED, local), SHARD_IGNORED
+    if given.dim() > 1:
+        local = torch.where(given == ignore, SHARD_IGNORED, local)
+    elif dropped is not None:
+        local = torch.where(dropped, SHARD_IGNORED, local)
+    return local, SHARD_IGNORED

@@ -118,7 +118,11 @@ def backward(
     def backward(out: Tensor, logits: Tensor, tile: Tile) -> None:
         part = tile.tokens
         own, ignored = localized(
-            tokens.take(labels, part), tile.columns, weight.shape[0], options.ignore_index
+            tokens.take(labels, part),
+            tile.columns,
+            weight.shape[0],
+            options.ignore_index,
+            tokens.dropped_of(part),
         )
         g, h, *further = (tokens.take(t, part) for t in (*given, collision))
         kernels.rows.token_logprobs_backward_into(

@@ -239,7 +239,8 @@ class _PolicySweep:
         of_entropy: Tensor | None,
     ) -> None:
         labels, temperatures = self._labels_of(tokens, tile.tokens)
-        labels, ignored = localized(labels, tile.columns, self._vocab, SHARD_IGNORED)
+        dropped = tokens.dropped_of(tile.tokens)
+        labels, ignored = localized(labels, tile.columns, self._vocab, SHARD_IGNORED, dropped)
         self._kernels.rows.token_logprobs_backward_into(
             out,
             logits,

@@ -66,6 +66,7 @@ def _over_support(
     op = "linear_policy_loss"
     data_checks.token_data(op, labels, arguments.effective_temperature(), keep, head_of[1].shape[0])
     data_checks.kept_tokens(op, keep, batching.kept)
+    checks.support(op, support, labels.numel(), labels.device)
     # On a GPU labels are not validated, and a bad one could be the label to skip. As -1 it makes
     # its token NaN.
     labels = torch.where(keep, labels.clamp(min=-1), arguments.ignore_index)
@@ -310,6 +311,10 @@ def linear_policy_loss(
     )
     if support is not None:
         keep, over = mask != 0, (support, empty_support, arguments, batching, backend)
+        if cu_seqlens is not None and data_checks.can_read_on_host(cu_seqlens):
+            data_checks.offsets_valid(op, cu_seqlens, labels.shape[0])
+        data_checks.divisor_positive(op, count)
+        data_checks.loss_weights(op, weights, keep, cu_seqlens)
         ref_of = None if ref_head is None else _over_support(ref_head, labels, keep, *over)
         own = _over_support((hidden, weight, bias), labels, keep, *over)
         return policy_loss(
