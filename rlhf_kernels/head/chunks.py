@@ -147,13 +147,13 @@ class Chunk(NamedTuple):
 def prefer_recompute(batching: Batching, weight: Tensor, count: int, heads: int = 1) -> bool:
     """Whether a gradient of the weight, summed over chunks, costs more than a product again.
 
-    A sum of 16-bit products is kept in fp32, and read and written for each chunk.
+    A sum of more than two 16-bit products is kept in fp32, as large as the weight twice.
     """
     return (
         batching.tokens is None
         and devices.is_cpu(weight.device)
         and logits_dtype(weight.device, weight.dtype) != torch.float32
-        and count > Chunk.of(batching, weight, heads).size
+        and count > 2 * Chunk.of(batching, weight, heads).size
     )
 
 

@@ -207,8 +207,8 @@ def linear_policy_loss(
     Four products are still needed where a token's gradient depends on its whole sequence
     (ratio_level "sequence" or "sequence-token", correction_level "sequence" or "geometric", gate
     "opsm"): a first sweep then computes the log-probabilities. Four are also used on CPU with
-    bfloat16 operands and more logits than a chunk holds: summing the weight's gradient over chunks
-    would cost more time and memory than recomputing the logits by blocks of the vocabulary.
+    bfloat16 operands and more logits than two chunks hold: summing the weight's gradient over
+    chunks would take more memory than recomputing the logits by blocks of the vocabulary.
 
     With `group` the vocabulary is sharded over the ranks of the group as in
     `linear_token_logprobs`, that of the reference policy too. Loss and metrics have the same bits
