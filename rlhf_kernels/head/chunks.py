@@ -1,8 +1,8 @@
 """Chunks of tokens, and tiles of tokens and columns, in which a head's logits are computed.
 
 A chunk's logits live in one buffer, which its gradient overwrites: memory is bounded by the chunk
-whatever the batch. Tokens that nothing depends on are dropped before the product. A backward pass
-on a CPU takes blocks of the vocabulary instead of tokens.
+whatever the batch. Tokens that nothing depends on are dropped before the product. On a CPU blocks
+of the vocabulary take the place of chunks of tokens, but where the gradient comes with the logits.
 """
 
 import dataclasses
@@ -18,7 +18,9 @@ from . import devices
 from .arguments import Batching
 
 #: Bytes of logits in flight on a CPU. A backward pass counts what its products need beside them,
-#: but leaves a quarter to the logits.
+#: but leaves a quarter to the logits. Blocks of columns take a quarter where that is enough: a
+#: cache holds them, and the pages of a new buffer cost as much as its row kernels (two threads,
+#: bfloat16, backward of 1024 tokens of Qwen3's head 603 ms, with a quarter 532).
 CPU_CHUNK_BYTES = 128 * 2**20
 #: On a GPU bytes of logits and of their gradient where it has memory of its own, and the most
 #: tokens. Chunks must fill the GPU, and each rereads the fp32 gradient of the weight: with 4096
@@ -34,6 +36,13 @@ _EXACT_TOKENS = 8192
 # The largest number of tokens of a chunk that takes blocks of columns: more would leave the budget
 # too few columns at a time.
 _BLOCK_TOKENS = 32768
+# With fewer columns at a time the products of a backward pass slow down.
+_BACKWARD_COLUMNS = 4096
+# Columns of a row that are reduced at a time on a CPU: always so many, so that its bits depend on
+# its products and the vocabulary alone. Two threads, ms of the forward pass with 4096, 8192, 16384
+# and 32768: SmolLM2's head, 2048 bfloat16 tokens 69, 60, 66, 75; Gemma 3's, 512 197, 190, 191, 188;
+# 4096 fp32 tokens, 1024 x 32768 803, 846, 932, 1093.
+_REDUCED_COLUMNS = 8192
 
 
 def chunk_size(device: torch.device, vocab: int, dtype: torch.dtype) -> int:
@@ -92,12 +101,22 @@ def _bytes_beside(dtype: torch.dtype, selected: bool) -> int:
     return states + (4 if selected else 0) + (4 if dtype == torch.float16 else 0)
 
 
+def _whole_columns(columns: int) -> int:
+    """So many columns or fewer, as a product takes them."""
+    return max(columns // _COLUMNS_MULTIPLE, 1) * _COLUMNS_MULTIPLE
+
+
 class Chunk(NamedTuple):
-    """Tokens and columns of a product: at most, or, where `exact`, always that many tokens."""
+    """Tokens and columns of a product: at most, or, where `exact`, always that many tokens.
+
+    reduced: columns of a row that a row kernel takes at a time, in a pass without the gradient of
+        the logits; their results are merged. None for all.
+    """
 
     size: int
     columns: int
     exact: bool
+    reduced: int | None = None
 
     @classmethod
     def of(cls, batching: Batching, weight: Tensor, heads: int = 1) -> "Chunk":
@@ -110,7 +129,26 @@ class Chunk(NamedTuple):
         """
         vocab = weight.shape[0]
         size = batching.tokens or chunk_size(weight.device, heads * vocab, weight.dtype)
-        return cls(size, max(vocab, 1), batching.exact)
+        by_blocks = batching.tokens is None and devices.is_cpu(weight.device)
+        reduced = _REDUCED_COLUMNS if by_blocks else None
+        return cls(size, max(vocab, 1), batching.exact, reduced)
+
+    @classmethod
+    def forward(cls, batching: Batching, weight: Tensor, count: int, heads: int = 1) -> "Chunk":
+        """For results of `count` tokens without gradients; arguments as in `of`.
+
+        On a CPU, if the logits of all are more than a quarter of the budget, a chunk is many tokens
+        by a block of columns: the more tokens, the less often is the weight read.
+        """
+        whole = cls.of(batching, weight, heads)
+        size = heads * logits_dtype(weight.device, weight.dtype).itemsize
+        memory = CPU_CHUNK_BYTES // 4
+        if whole.reduced is None or count * whole.columns * size <= memory:
+            return whole
+        rows = memory // (size * min(whole.columns, whole.reduced))
+        rows = min(count, max(rows, _CHUNK_MULTIPLE))
+        columns = max(memory // (size * rows * whole.reduced), 1) * whole.reduced
+        return whole._replace(size=rows, columns=min(columns, whole.columns))
 
     @classmethod
     def backward(
@@ -118,26 +156,26 @@ class Chunk(NamedTuple):
     ) -> "Chunk":
         """For gradients of `tokens` whose statistics are known; arguments as in `of`.
 
-        On a CPU, if the budget does not hold all logits and the vocabulary is larger than their
-        number, a chunk is many tokens by a block of columns. One product then gives a block of the
-        weight's gradient, and only the smaller gradient of hidden is summed over blocks, in fp32.
+        On a CPU, if the logits of all are more than a quarter of the budget and the vocabulary is
+        larger than the number of tokens that it holds, a chunk is many tokens by a block of
+        columns. One product then gives a block of the weight's gradient, and only the smaller
+        gradient of hidden is summed over blocks, in fp32.
         """
         whole = cls.of(batching, weight, heads)
+        rows = min(tokens.count, _BLOCK_TOKENS)
+        size = heads * logits_dtype(weight.device, weight.dtype).itemsize
+        least = CPU_CHUNK_BYTES // 4
         if (
-            batching.tokens is not None
-            or not devices.is_cpu(weight.device)
-            or whole.size >= min(tokens.count, whole.columns)
+            whole.reduced is None
+            or whole.size >= whole.columns
+            or tokens.count * whole.columns * size <= least
         ):
             return whole
-        rows = min(tokens.count, _BLOCK_TOKENS)
         beside = rows * weight.shape[1] * _bytes_beside(weight.dtype, tokens.index is not None)
-        size = logits_dtype(weight.device, weight.dtype).itemsize
-        if size < 4:
+        if weight.dtype == torch.bfloat16:
             beside += _WORKSPACE_BYTES
-        # With few columns at a time the products would be slow.
-        memory = max(CPU_CHUNK_BYTES - beside, CPU_CHUNK_BYTES // 4)
-        columns = memory // (heads * rows * size)
-        return cls(rows, max(columns // _COLUMNS_MULTIPLE, 1) * _COLUMNS_MULTIPLE, False)
+        memory = min(CPU_CHUNK_BYTES - beside, rows * size * _BACKWARD_COLUMNS)
+        return cls(rows, _whole_columns(max(memory, least) // (rows * size)), False)
 
     def rows(self, count: int) -> int:
         """Rows of the buffer for `count` tokens."""

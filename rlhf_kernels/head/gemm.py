@@ -35,6 +35,11 @@ _AMX_COLUMNS = 32
 # With AMX: bytes of a gradient of logits, or of the weight, that are transposed at a time; rows of
 # the weight's gradient, of which fewer would slow its product down.
 _TRANSPOSED_BYTES, _TRANSPOSED_ROWS = 4 * 2**20, 512
+# With AMX and two threads oneDNN gives a product of so many rows (exclusive bounds) and fewer
+# columns than these to one thread alone (torch 2.13; with three threads or more it does not).
+# GFLOP/s of [n, 8192] @ [8192, width], by a product and by products of 256 rows: 576 wide, n = 1024
+# 1138 and 1724; 768 wide 1155 and 1877; from n = 1408, or 1024 wide, above 2100 in one.
+_SERIAL_ROWS, _SERIAL_COLUMNS, _PARALLEL_ROWS = (256, 1408), 960, 256
 # Scaled gradients are kept below 2 to this power: fp16 ends at 2^16.
 _FP16_EXPONENT = 15
 
@@ -86,7 +91,22 @@ def hidden_into(out: Tensor, g: Tensor, weight: Tensor, add: bool = False) -> No
             product = _linear(g[rows], weight.T)
             out[rows].add_(product) if add else out[rows].copy_(product)
     else:
-        matmul_into(out, g, weight, add)
+        most = _PARALLEL_ROWS if _is_serial(out) else max(out.shape[0], 1)
+        for rows in blocks(out.shape[0], most):
+            matmul_into(out[rows], g[rows], weight, add)
+
+
+def _is_serial(out: Tensor) -> bool:
+    """Whether oneDNN would compute a product [n, columns] in one of two threads."""
+    few, many = _SERIAL_ROWS
+    return (
+        out.dtype == torch.bfloat16
+        and few < out.shape[0] < many
+        and out.shape[1] < _SERIAL_COLUMNS
+        and devices.is_cpu(out.device)
+        and _has_amx()
+        and torch.get_num_threads() == 2
+    )
 
 
 def weight_into(out: Tensor, g: Tensor, hidden: Tensor, memory: Memory, add: bool = False) -> None:

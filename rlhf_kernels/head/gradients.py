@@ -13,9 +13,9 @@ from .products import TiledHead
 
 # Rows of a weight gradient that are summed over chunks at a time: their product stays in the cache.
 _SUM_ROWS = 1024
-# Rows of the gradient of hidden that are added to a sum over columns at a time: fewer would slow
-# the product down, and each takes memory of its own.
-_HIDDEN_ROWS = 1024
+# Rows and elements of the gradient of hidden that are added to a sum over columns at a time, at
+# least: fewer would slow the product down, and each takes memory of its own.
+_HIDDEN_ROWS, _HIDDEN_ELEMENTS = 1024, 2**20
 # Rows of an fp16 weight whose scaled gradient is added at a time.
 _SCALED_ROWS = 16384
 
@@ -133,7 +133,7 @@ class Gradients:
         if g.dtype == torch.float32:
             hidden_into(self._of_tokens, g, weight[tile.columns], add=True)
         else:
-            for rows in blocks(g.shape[0], _HIDDEN_ROWS):
+            for rows in blocks(g.shape[0], max(_HIDDEN_ROWS, _HIDDEN_ELEMENTS // weight.shape[1])):
                 term = g.new_empty((g[rows].shape[0], weight.shape[1]))
                 hidden_into(term, g[rows], weight[tile.columns])
                 self._of_tokens[rows] += term

@@ -1,25 +1,78 @@
 """linear_token_logprobs: log-probabilities and entropies chunk by chunk, and their gradients."""
 
 import functools
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from ..core import data_checks
 from ..core.layout import any_of_token
-from ..kernels.rows import Kernels, LabelKernels, LabelResults
+from ..core.sentinels import ELSEWHERE
+from ..kernels.rows import Kernels, LabelKernels, LabelResults, LabelRows
 from .arguments import Batching, Operands, Targets, Upstream
-from .chunks import Chunk, Tile, covered, flat, flat_labels, localized, select, zeros_or_nan
+from .chunks import Chunk, Tile, Tokens, covered, flat, flat_labels, localized, select, zeros_or_nan
+from .gemm import blocks
 from .gradients import Gradients
+from .parts import Parts, logit_of, merged
 from .products import TiledHead
 
 
-def logit_of(logits: Tensor, ids: Tensor) -> Tensor:
-    """The logit of each id [...], fp32, from logits [..., V]; -inf for a negative id or V = 0."""
-    if logits.shape[-1] == 0:
-        return torch.full(ids.shape, -torch.inf, device=ids.device)
-    found = logits.gather(-1, ids.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return torch.where(ids < 0, -torch.inf, found.float())
+def of_products(
+    rows: LabelRows,
+    products: Iterable[tuple[int, Tensor]],
+    chunk: Chunk,
+    vocab: int,
+    targets: Targets,
+    dropped: Tensor | None,
+) -> tuple[LabelResults, Tensor | None]:
+    """Results of a chunk of tokens, and the fp32 logits of the most likely ones if they are wanted.
+
+    Args:
+        rows: the row kernels.
+        products: the first column and the logits [n, columns] of each product, in order.
+        chunk: how many columns of a row are reduced at a time.
+        vocab: columns of all products together.
+        targets: of these tokens.
+        dropped: as `Tokens.dropped_of`.
+    """
+    labels, temperatures, options = targets
+    parts = []
+    for first, logits in products:
+        if chunk.reduced is None or chunk.reduced >= vocab:
+            found = rows.token_logprobs(logits, *targets)
+            return found, None if found.argmax is None else logit_of(logits, found.argmax)
+        for columns in blocks(logits.shape[1], chunk.reduced):
+            own = slice(first + columns.start, first + columns.stop)
+            local, ignored = localized(labels, own, vocab, options.ignore_index, dropped)
+            block, as_block = logits[:, columns], options._replace(ignore_index=ignored)
+            found = rows.token_logprobs(block, local, temperatures, as_block)
+            ids, largest = found.argmax, None
+            if ids is not None:
+                largest = logit_of(block, ids)
+                ids = torch.where(ids >= 0, ids + own.start, -1)
+            logprobs = torch.where(local == ELSEWHERE, torch.inf, found.logprobs)
+            parts.append(Parts(found.stats, logprobs, found.collision, ids, largest))
+    of_all = Parts.stack(parts)
+    found = merged(of_all, labels != options.ignore_index, targets)
+    if chunk.reduced is None or found.argmax is None or of_all.largest is None:
+        return found, None
+    of_block = (found.argmax // chunk.reduced).clamp(min=0).unsqueeze(0)
+    return found, of_all.largest.gather(0, of_block)[0]
+
+
+def of_part(
+    rows: LabelRows, head: TiledHead, tokens: Tokens, part: slice, chunk: Chunk, targets: Targets
+) -> tuple[LabelResults, Tensor | None]:
+    """As `of_products`, of some of all tokens, to which the targets belong, flat."""
+    vocab = head.weight.shape[0]
+    states = head.states(tokens, part)
+    # Once where a shard has no columns.
+    starts = range(0, max(vocab, 1), chunk.columns)
+    products = ((t, head.project(states, slice(t, min(t + chunk.columns, vocab)))) for t in starts)
+    own = tokens.take(targets.labels, part), tokens.take(targets.temperatures, part)
+    targets = Targets(*own, targets.options)
+    return of_products(rows, products, chunk, vocab, targets, tokens.dropped_of(part))
 
 
 def forward(
@@ -46,13 +99,13 @@ def forward(
     keep = any_of_token(wanted, 1)
     data_checks.kept_tokens(op, keep, batching.kept)
     tokens = select(keep, batching.kept)
-    of_chunk = Chunk.of(batching, weight)
+    of_chunk = Chunk.forward(batching, weight, tokens.count)
     head = TiledHead.of(operands, of_chunk, tokens.count, kernels.memory)
+    shared = (of_chunk, Targets(labels, temperatures, options))
     if tokens.fill(of_chunk):
-        logits = head.project(head.states(tokens, tokens.whole))
-        found = kernels.rows.token_logprobs(logits, labels, temperatures, options)
-        if largest is not None and found.argmax is not None:
-            largest.copy_(logit_of(logits, found.argmax))
+        found, logits = of_part(kernels.rows, head, tokens, tokens.whole, *shared)
+        if largest is not None and logits is not None:
+            largest.copy_(logits)
         return _shaped(shape, dims, found)
     empty = zeros_or_nan(keep, batching.kept)
     logprobs = empty
@@ -65,14 +118,12 @@ def forward(
     ids = empty.new_full(empty.shape, -1, dtype=torch.int64) if options.argmax else None
     results = LabelResults(logprobs, entropies, stats, collisions, ids)
     for part in tokens.chunks(of_chunk.size):
-        logits = head.project(head.states(tokens, part))
-        own = tokens.take(labels, part), tokens.take(temperatures, part)
-        found = kernels.rows.token_logprobs(logits, *own, options)
-        for whole, of_part in zip(results, found, strict=True):
-            if whole is not None and of_part is not None:
-                tokens.put(whole, part, of_part)
-        if largest is not None and found.argmax is not None:
-            tokens.put(largest, part, logit_of(logits, found.argmax))
+        found, logits = of_part(kernels.rows, head, tokens, part, *shared)
+        for of_all, own in zip(results, found, strict=True):
+            if of_all is not None and own is not None:
+                tokens.put(of_all, part, own)
+        if largest is not None and logits is not None:
+            tokens.put(largest, part, logits)
     return _shaped(shape, dims, results)
 
 

@@ -29,6 +29,7 @@ from .chunks import (
     zeros_or_nan,
 )
 from .gradients import Gradients
+from .logprobs import of_part, of_products
 from .products import TiledHead
 
 _TOKEN_RATIO = RATIO_LEVELS.index("token")
@@ -51,7 +52,8 @@ def _complete(found: LossResults, weight: Tensor | None = None) -> tuple[Tensor,
 class _PolicySweep:
     """The chunks of one `linear_policy_loss`, and the log-probabilities found on the way.
 
-    `count` tokens are unmasked, or taken as if they were.
+    `count` tokens are unmasked, or taken as if they were. `fused`: some of them will be given to
+    the method of this name.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class _PolicySweep:
         reference: Operands | None,
         batching: Batching,
         count: int,
+        fused: bool,
     ) -> None:
         weight = operands.weight
         self._kernels, self._policy = kernels, policy
@@ -82,15 +85,17 @@ class _PolicySweep:
             if batching.kept is not None:
                 self._labels = torch.where(keep, self._labels.long(), SHARD_IGNORED)
         heads = 1 if reference is None else 2
-        self._chunk = Chunk.of(batching, weight, heads)
+        self._chunk = (
+            Chunk.of(batching, weight, heads)
+            if fused
+            else Chunk.forward(batching, weight, count, heads)
+        )
         self._one_kernel = None
         if logits_dtype(weight.device, weight.dtype) == torch.float32:
             self._one_kernel = kernels.rows.policy_rows_for(
                 weight.device, weight.shape[0], self._options
             )
         self._backward_chunk = functools.partial(Chunk.backward, batching, weight)
-        # Summing a gradient over chunks costs more than computing the logits in a second sweep.
-        self.recomputes = prefer_recompute(batching, weight, count, heads)
         shared = (self._chunk, count, kernels.memory)
         self.head = TiledHead.of(operands, *shared)
         self._ref = None if reference is None else TiledHead.of(reference, *shared)
@@ -107,10 +112,10 @@ class _PolicySweep:
         """A chunk's (hidden, logits, the reference's log-probabilities, recorded)."""
         ref = None
         if self._ref is not None and self.ref_logprobs is not None:
-            logits = self._ref.project(self._ref.states(tokens, part))
             plain = self._options._replace(entropy=False)
-            own = self._labels_of(tokens, part)
-            ref = self._kernels.rows.token_logprobs(logits, *own, plain).logprobs
+            targets = Targets(self._labels, self._temperatures, plain)
+            found, _ = of_part(self._kernels.rows, self._ref, tokens, part, self._chunk, targets)
+            ref = found.logprobs
             tokens.put(self.ref_logprobs, part, ref)
         hidden = self.head.states(tokens, part)
         return hidden, self.head.project(hidden), ref
@@ -119,8 +124,9 @@ class _PolicySweep:
         self, tokens: Tokens, part: slice, logits: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """A chunk's (log-probabilities, entropy, stats)."""
-        own = self._labels_of(tokens, part)
-        found = self._kernels.rows.token_logprobs(logits, *own, self._options)
+        targets = Targets(*self._labels_of(tokens, part), self._options)
+        shared = (self._chunk, self._vocab, targets, tokens.dropped_of(part))
+        found, _ = of_products(self._kernels.rows, [(0, logits)], *shared)
         assert found.entropy is not None  # the options ask for it
         return found.logprobs, found.entropy, found.stats
 
@@ -130,11 +136,18 @@ class _PolicySweep:
 
     def logprobs_of(self, tokens: Tokens) -> None:
         """Log-probabilities of `tokens`, and the statistics of their rows; no gradient."""
+        rows = self._kernels.rows
+        targets = Targets(self._labels, self._temperatures, self._options)
+        plain = targets._replace(options=self._options._replace(entropy=False))
         for part in tokens.chunks(self._chunk.size):
-            _, logits, _ = self._logits(tokens, part)
-            logprobs, entropy, stats = self._forward(tokens, part, logits)
-            self._record(tokens, part, logprobs, entropy)
-            tokens.put(self._stats, part, stats)
+            shared = tokens, part, self._chunk
+            if self._ref is not None and self.ref_logprobs is not None:
+                found, _ = of_part(rows, self._ref, *shared, plain)
+                tokens.put(self.ref_logprobs, part, found.logprobs)
+            found, _ = of_part(rows, self.head, *shared, targets)
+            assert found.entropy is not None  # the options ask for it
+            self._record(tokens, part, found.logprobs, found.entropy)
+            tokens.put(self._stats, part, found.stats)
 
     def fused(
         self, tokens: Tokens, advantages: Tensor, weights: Tensor, needs: list[bool]
@@ -313,11 +326,15 @@ def forward(
         size = chunk_size(operands.weight.device, widest, operands.weight.dtype)
         batching = batching._replace(chunk_tokens=size)
     count = tokens.count + idle.count
-    sweep = _PolicySweep(kernels, operands, targets, policy, reference, batching, count)
+    heads = 1 if reference is None else 2
+    # Summing a gradient over chunks costs more than computing the logits in a second sweep.
+    recomputes = prefer_recompute(batching, operands.weight, count, heads)
+    fused = any(needs) and alone and not recomputes
+    sweep = _PolicySweep(kernels, operands, targets, policy, reference, batching, count, fused)
     if not any(needs):
         sweep.logprobs_of(tokens)
         gradients = Gradients(sweep.head, needs)
-    elif alone and not sweep.recomputes:
+    elif fused:
         sweep.logprobs_of(idle)
         weights = _weights(policy, offsets, good)
         gradients = sweep.fused(tokens, flat(advantages), flat(weights), needs)

@@ -1,11 +1,7 @@
 """Row kernels over a vocabulary that is sharded over the ranks of a process group.
 
-Each rank reduces its own columns to (m, s, log p(y), mean): maximum, sum of e = exp((z - m) / T),
-log-probability of the label among these columns and mean of (z - m) / T over them. These are
-gathered and combined in the order of the ranks, so that all ranks hold the same bits. With P the
-share of a shard, log p(y) = log P + log p(y | shard), and the mean over all, whose distance to
-log s is the entropy, is sum P (mean_shard + its distance to the common maximum): neither cancels.
-Shards may differ in size, and be empty.
+Each rank reduces its own columns. The results are gathered and merged in the order of the ranks
+(head/parts.py), so that all ranks hold the same bits. Shards may differ in size, and be empty.
 
 Labels and everything else per token are replicated; the ranks compare what they were given before
 they begin, so that one rank's mistake raises on every rank instead of leaving the others waiting.
@@ -25,6 +21,7 @@ from ..kernels.rows import Kernels, LabelKernels, LabelResults, Rows
 from . import logprobs
 from . import policy as policy_loss
 from .arguments import Batching, Operands, PolicyArguments, Targets
+from .parts import Parts, logit_of, merged
 
 
 class Shards(NamedTuple):
@@ -156,78 +153,30 @@ def combine(
     """Results over all shards from those over this rank's.
 
     Args:
-        targets: labels from `Shards.localized`, [...] or [..., K], temperatures and options: the
-            temperature of all tokens where none are given; whether entropies are wanted, and the
-            mean is one.
+        targets: labels from `Shards.localized`, [...] or [..., K], temperatures and options.
         of_shard: of the row kernel given them; its statistics are m, s, mean.
         most_likely: of this shard, or None.
         group: name of the group.
     """
-    local, temperatures, options = targets
-    stats, collisions = of_shard.stats, of_shard.collision
+    local, stats, collisions = targets.labels, of_shard.stats, of_shard.collision
     # No log-probability is positive.
     logprobs = torch.where(local == ELSEWHERE, torch.inf, of_shard.logprobs)
     several = logprobs.dim() == stats.dim()
-    parts = [*stats.unbind(-1)] if several else [*stats.unbind(-1), logprobs]
-    if collisions is not None:
-        parts.append(collisions)
-    if most_likely is not None:
-        parts.append(most_likely.logits)
-    sent = torch.stack(parts)
-    if several:
-        sent = torch.cat([sent, logprobs.movedim(-1, 0)])
-    received = groups.gather(sent, group).double()
-    m, s, mean, *further = received[:, : len(parts)].unbind(1)
-    # The labels' dimension follows that of the ranks.
-    own = received[:, len(parts) :] if several else further.pop(0)
-    rate = (
-        1.0 / options.temperature if temperatures is None else 1.0 / temperatures.float().double()
+    sent = [*stats.unbind(-1)]
+    for t in (collisions, None if most_likely is None else most_likely.logits):
+        sent += [] if t is None else [t]
+    count = len(sent)
+    sent += [*logprobs.unbind(-1)] if several else [logprobs]
+    received = groups.gather(torch.stack(sent), group)
+    further = [*received[:, 3:count].unbind(1)]
+    parts = Parts(
+        received[:, :3].movedim(1, -1),
+        received[:, count:].movedim(1, -1) if several else received[:, count],
+        further.pop(0) if collisions is not None else None,
+        None if most_likely is None else groups.gather(most_likely.ids, group),
+        further.pop(0) if most_likely is not None else None,
     )
-
-    # Nothing but -inf here.
-    empty = m == -torch.inf
-    # A NaN reaches the sums; the maximum is that of the others, as in a row that is whole.
-    top = torch.where(m.isnan(), -torch.inf, m).amax(0)
-    shift = (m - top) * rate
-    total = _ordered_sum(torch.where(empty, 0.0, s * shift.exp()))
-    total = torch.where(top == -torch.inf, torch.nan, total)
-    log_share = torch.where(empty, -torch.inf, s.log() + shift) - total.log()
-    share = log_share.exp()
-    mean = _ordered_sum(torch.where(share == 0.0, 0.0, share * (mean + shift)))
-    of_ranks = [t.unsqueeze(1) if several else t for t in (empty, log_share)]
-    own = torch.where(own == torch.inf, 0.0, torch.where(of_ranks[0], 0.0, own) + of_ranks[1])
-
-    wanted = local != SHARD_IGNORED
-    found = _ordered_sum(own).movedim(0, -1) if several else _ordered_sum(own)
-    found = torch.where(wanted, found, 0.0).float()
-    kept = any_of_token(wanted, m.dim() - 1)
-    h = torch.where(kept, total.log() - mean, 0.0).float() if options.entropy else None
-    of_all = [torch.where(kept, x, other) for x, other in ((top, 0.0), (total, 1.0), (mean, 0.0))]
-    if collisions is not None:
-        squares = torch.where(share == 0.0, 0.0, share.square() * further[0])
-        collisions = torch.where(kept, _ordered_sum(squares), 0.0).float()
-    ids = None
-    if most_likely is not None:
-        # In this order: NaN, infinity, numbers.
-        order = further[-1].clamp(-1e300, 1e300).nan_to_num(nan=torch.inf)
-        ids = _first_of_largest(order, groups.gather(most_likely.ids, group))
-    return LabelResults(found, h, torch.stack(of_all, -1).float(), collisions, ids)
-
-
-def _first_of_largest(order: Tensor, ids: Tensor) -> Tensor:
-    """The id [...] of the rank whose entry of `order` [ranks, ...] is largest; of such the first.
-
-    Ranks with a negative id take no part.
-    """
-    best, found = torch.full_like(order[0], -torch.inf), torch.full_like(ids[0], -1)
-    for of_rank, own in zip(order.unbind(), ids.unbind(), strict=True):
-        better = (of_rank > best) & (own >= 0)
-        best, found = torch.where(better, of_rank, best), torch.where(better, own, found)
-    return found
-
-
-def _ordered_sum(of_ranks: Tensor) -> Tensor:
-    return functools.reduce(torch.add, of_ranks.unbind())
+    return merged(parts, local != SHARD_IGNORED, targets)
 
 
 class ShardRows:
@@ -256,7 +205,7 @@ class ShardRows:
         rows = self._rows.token_logprobs(logits, local, temperatures, options)
         most_likely = None
         if rows.argmax is not None and first is not None:
-            largest = logprobs.logit_of(logits, rows.argmax)
+            largest = logit_of(logits, rows.argmax)
             most_likely = MostLikely.of(rows.argmax, largest, first, logits.shape[-1])
         return combine(Targets(local, temperatures, options), rows, most_likely, self._group)
 

@@ -239,3 +239,28 @@ def test_a_tokens_gradient_reads_no_others(vocab, dtype):
         (gradient,) = torch.autograd.grad(result, hidden, upstream, retain_graph=True)
         assert gradient.isnan().all(1).nonzero().flatten().tolist() == [7]
         assert gradient[torch.arange(40) != 7].isfinite().all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize(
+    "rows, width", [(256, 576), (257, 576), (1024, 768), (1408, 576), (600, 960)]
+)
+def test_rows_that_onednn_would_give_to_one_of_two_threads(monkeypatch, threads, amx, rows, width):
+    """They are multiplied in parts that it gives to both."""
+    monkeypatch.setattr(gemm, "_has_amx", lambda: amx)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    sizes = []
+    into = gemm.matmul_into
+    monkeypatch.setattr(
+        gemm, "matmul_into", lambda out, *a: (sizes.append(len(out)), into(out, *a))
+    )
+    g, weight = torch.randn(rows, 40).bfloat16(), torch.randn(40, width).bfloat16()
+    for add in (False, True):
+        sizes.clear()
+        out = torch.full((rows, width), float(add)).bfloat16()
+        gemm.hidden_into(out, g, weight, add)
+        parts = amx and threads == 2 and 256 < rows < 1408 and width < 960
+        assert sum(sizes) == rows and max(sizes) == (256 if parts else rows)
+        exact = g.double() @ weight.double() + float(add)
+        torch.testing.assert_close(out.double(), exact, rtol=2**-7, atol=2**-5)
