@@ -95,29 +95,88 @@ inline Status whiten_tokens(const WhitenArgs& a) {
   return {};
 }
 
-inline double reward_at(const Tensor& x, int64_t i) {
-  const int64_t at = i * x.stride1;
-  return x.dtype == kFloat64 ? static_cast<const double*>(x.data)[at]
-                             : load_scalar(x.data, x.dtype, at);
+template <class T>
+inline void copy_rewards(const Tensor& x, int64_t begin, int64_t n, double* out) {
+  const T* p = static_cast<const T*>(x.data) + begin * x.stride1;
+  if (x.stride1 == 1)
+    for (int64_t i = 0; i < n; ++i) out[i] = p[i];
+  else
+    for (int64_t i = 0; i < n; ++i) out[i] = p[i * x.stride1];
 }
 
-// The rewards of one group after baseline and, if configured, scale, into `work`. `member(k)` for k
-// in [0, n) are its indices.
-template <class F>
-inline void group(const GroupAdvantagesArgs& a, int64_t n, const F& member, double* work) {
-  GroupStatistics s{static_cast<double>(n), reward_at(a.rewards, member(0)), 0.0, 0.0};
-  for (int64_t k = 0; k < n; ++k) s.mean += reward_at(a.rewards, member(k)) - s.first;
-  s.mean = finite_mean(s.mean / s.n);
-  double m2 = 0.0;
+// Rewards [begin, begin + n) in double.
+inline void load_rewards(const Tensor& x, int64_t begin, int64_t n, double* out) {
+  if (x.dtype == kFloat64) return copy_rewards<double>(x, begin, n, out);
+  if (x.dtype == kFloat32) return copy_rewards<float>(x, begin, n, out);
+  for (int64_t i = 0; i < n; ++i) out[i] = load_scalar(x.data, x.dtype, (begin + i) * x.stride1);
+}
+
+// Groups whose statistics are computed side by side, and rewards of a work item, on its stack.
+constexpr int64_t kGroupsAtOnce = 8, kItemRewards = 8192;
+
+// Statistics of `lanes` groups: reward k of group l is at(l, k), for k in [0, n). The sums of a
+// group are in the order of its members, whatever stands beside it.
+template <int lanes, class F>
+inline void group_statistics(int64_t n, const F& at, GroupStatistics* s) {
+  const auto size = static_cast<double>(n);
+  double first[lanes], mean[lanes], m2[lanes];
+  for (int l = 0; l < lanes; ++l) first[l] = at(l, 0), mean[l] = m2[l] = 0.0;
+  for (int64_t k = 0; k < n; ++k)
+    for (int l = 0; l < lanes; ++l) mean[l] += at(l, k) - first[l];
+  for (int l = 0; l < lanes; ++l) mean[l] = finite_mean(mean[l] / size);
   for (int64_t k = 0; k < n; ++k) {
-    const double d = reward_at(a.rewards, member(k)) - s.first - s.mean;
-    m2 += d * d;
+    for (int l = 0; l < lanes; ++l) {
+      const double d = at(l, k) - first[l] - mean[l];
+      m2[l] += d * d;
+    }
   }
-  s.spread = sqrt(m2 / others_of(s.n));
-  for (int64_t k = 0; k < n; ++k) {
-    const int64_t i = member(k);
-    const double greedy = a.greedy.given ? reward_at(a.greedy, i) : 0.0;
-    work[i] = group_advantage(reward_at(a.rewards, i), greedy, s, a.baseline, a.scale, a.eps);
+  for (int l = 0; l < lanes; ++l) s[l] = {size, first[l], mean[l], sqrt(m2[l] / others_of(size))};
+}
+
+// The reward at index i after baseline and, if configured, scale.
+inline double rescaled(const GroupAdvantagesArgs& a, const GroupStatistics& s, double reward,
+                       int64_t i) {
+  double greedy = 0.0;
+  if (a.greedy.given) load_rewards(a.greedy, i, 1, &greedy);
+  return group_advantage(reward, greedy, s, a.baseline, a.scale, a.eps);
+}
+
+// Groups [begin, end) of one size, which follow each other; `x` receives their advantages.
+inline void equal_groups(const GroupAdvantagesArgs& a, int64_t begin, int64_t end, double* x) {
+  const int64_t n = a.group_size, groups = end - begin;
+  load_rewards(a.rewards, begin * n, groups * n, x);
+  const auto rescale = [&](int64_t g, const GroupStatistics& s) {
+    double* own = x + g * n;
+    // The usual options in a loop without branches.
+    if (a.baseline == kBaselineMean && a.scale == kScaleGroup && s.spread != 0.0) {
+      for (int64_t k = 0; k < n; ++k) own[k] = (own[k] - s.first - s.mean) / (s.spread + a.eps);
+    } else {
+      for (int64_t k = 0; k < n; ++k) own[k] = rescaled(a, s, own[k], (begin + g) * n + k);
+    }
+  };
+  GroupStatistics s[kGroupsAtOnce];
+  int64_t g = 0;
+  for (; g + kGroupsAtOnce <= groups; g += kGroupsAtOnce) {
+    const double* own = x + g * n;
+    group_statistics<kGroupsAtOnce>(n, [&](int l, int64_t k) { return own[l * n + k]; }, s);
+    for (int64_t l = 0; l < kGroupsAtOnce; ++l) rescale(g + l, s[l]);
+  }
+  for (; g < groups; ++g) {
+    group_statistics<1>(n, [&](int, int64_t k) { return x[g * n + k]; }, s);
+    rescale(g, s[0]);
+  }
+}
+
+// Groups of equal ids; `x` receives all advantages.
+inline void groups_by_id(const GroupAdvantagesArgs& a, double* x) {
+  load_rewards(a.rewards, 0, a.count, x);
+  for (int64_t begin = 0, end = 0; begin < a.count; begin = end) {
+    while (end < a.count && a.sorted_ids[end] == a.sorted_ids[begin]) ++end;
+    const int64_t* member = a.order + begin;
+    GroupStatistics s;
+    group_statistics<1>(end - begin, [&](int, int64_t k) { return x[member[k]]; }, &s);
+    for (int64_t k = 0; k < end - begin; ++k)
+      x[member[k]] = rescaled(a, s, x[member[k]], member[k]);
   }
 }
 
@@ -170,16 +229,26 @@ Status general_gae(const GeneralGaeArgs& a) {
 }
 
 Status group_advantages(const GroupAdvantagesArgs& a) {
+  const int64_t n = a.group_size, groups = n > 0 ? a.count / n : 0;
+  const int64_t at_once = n > 0 ? scan::kItemRewards / n / scan::kGroupsAtOnce : 0;
+  if (at_once > 0 && a.scale != kScaleBatch) {
+    const int64_t size = at_once * scan::kGroupsAtOnce;
+    parallel_for((groups + size - 1) / size, a.exec.threads, [&](int64_t item) {
+      const int64_t begin = item * size, end = begin + size < groups ? begin + size : groups;
+      double x[scan::kItemRewards];
+      scan::equal_groups(a, begin, end, x);
+      for (int64_t i = 0; i < (end - begin) * n; ++i)
+        a.out[begin * n + i] = static_cast<float>(x[i]);
+    });
+    return {};
+  }
   const Scratch<double> work(a.count);
   if (!work.data) return {kOutOfMemory, -1};
-  for (int64_t begin = 0, end = 0; begin < a.count; begin = end) {
-    if (a.group_size == 0) {
-      while (end < a.count && a.sorted_ids[end] == a.sorted_ids[begin]) ++end;
-      scan::group(a, end - begin, [&](int64_t k) { return a.order[begin + k]; }, work.data);
-    } else {
-      end = begin + a.group_size;
-      scan::group(a, end - begin, [&](int64_t k) { return begin + k; }, work.data);
-    }
+  if (n == 0) {
+    scan::groups_by_id(a, work.data);
+  } else {
+    parallel_for(groups, a.exec.threads,
+                 [&](int64_t g) { scan::equal_groups(a, g, g + 1, work.data + g * n); });
   }
   if (a.scale == kScaleBatch && a.count > 0) scan::scale_by_batch(a, work.data);
   for (int64_t i = 0; i < a.count; ++i) a.out[i] = static_cast<float>(work[i]);

@@ -101,6 +101,34 @@ def test_one_that_differs_is_not_divided_by_the_others_std(backend):
         torch.testing.assert_close(found[0].double(), exact, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("scale", ["group", "none"])
+@pytest.mark.parametrize("baseline", ["mean", "leave-one-out"])
+def test_bits_of_a_group_beside_others(backend, baseline, scale, dtype):
+    """Alone, beside more or fewer, given by size or by ids; also what a thread takes at a time."""
+    options = {"baseline": baseline, "scale": scale}
+    large = [(8, 5000), (20_000, 3)] if backend == "cpu" else []
+    for size, count in [(1, 9), (2, 8), (7, 13), (8, 17), (33, 10), *large]:
+        rewards = torch.randn(count, size, generator=generator(size), dtype=torch.float64)
+        rewards[count // 2] = 0.25
+        rewards = rewards.to(dtype)
+        found = rk.group_advantages(rewards.flatten(), size, **options)
+        ids = torch.arange(count).repeat_interleave(size)
+        assert_bitwise_equal(rk.group_advantages(rewards.flatten(), ids, **options), found)
+        apart = torch.stack([rewards, rewards], -1).flatten(0, 1)[:, 0]
+        assert_bitwise_equal(rk.group_advantages(apart, size, **options), found)
+        for group in (0, count // 2, count - 1):
+            alone = rk.group_advantages(rewards[group], size, **options)
+            assert_bitwise_equal(alone, found.view(count, size)[group])
+        exact = rewards.double() - rewards.double().mean(1, keepdim=True)
+        if baseline == "leave-one-out":
+            exact *= size / max(size - 1, 1)
+        if scale == "group":
+            spread = rewards.double().std(1, keepdim=True) if size > 1 else exact
+            exact = torch.where(spread == 0, 0, exact / (spread + 1e-6))
+        torch.testing.assert_close(found.view(count, size), exact.float(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf))
 def test_a_reward_that_is_not_finite_poisons_its_group_alone(backend, bad):
     for options in ({}, {"scale": "none"}, {"baseline": "leave-one-out", "scale": "none"},
