@@ -201,8 +201,11 @@ def without_masked(
 ) -> Tensor:
     """The labels [...] with `ignore_index` where the argument `mask` is zero; None keeps all.
 
+    They are int64 if they could not be compared with `ignore_index` in their own dtype.
     `several`: the labels are [..., K], and the mask [...] is of tokens.
     """
+    if not -(2**31) <= ignore_index < 2**31:  # int32 would truncate it to a valid label
+        labels = labels.long()
     like, shape = "labels", labels.shape
     if several:
         like, shape = "labels without K", labels.shape[:-1]
@@ -210,8 +213,6 @@ def without_masked(
     if kept is None:
         return labels
     kept = kept.unsqueeze(-1) if several else kept
-    if not -(2**31) <= ignore_index < 2**31:  # int32 would truncate it to a valid label
-        labels = labels.long()
     return labels.masked_fill(kept == 0, ignore_index)
 
 

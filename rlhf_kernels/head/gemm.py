@@ -78,8 +78,13 @@ def logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
         matmul_into(out, hidden, weight.T)
 
 
-def hidden_into(out: Tensor, g: Tensor, weight: Tensor, add: bool = False) -> None:
-    """out [n, H] = g [n, columns] @ weight [columns, H], or out += that."""
+def hidden_into(
+    out: Tensor, g: Tensor, weight: Tensor, add: bool = False, *, exact: bool = False
+) -> None:
+    """out [n, H] = g [n, columns] @ weight [columns, H], or out += that.
+
+    exact: one product of n rows: those of another number might have other bits.
+    """
     if widens(weight):
         if weight.shape[0] == 0 and not add:  # a shard without columns
             out.zero_()
@@ -91,7 +96,7 @@ def hidden_into(out: Tensor, g: Tensor, weight: Tensor, add: bool = False) -> No
             product = _linear(g[rows], weight.T)
             out[rows].add_(product) if add else out[rows].copy_(product)
     else:
-        most = _PARALLEL_ROWS if _is_serial(out) else max(out.shape[0], 1)
+        most = max(out.shape[0], 1) if exact or not _is_serial(out) else _PARALLEL_ROWS
         for rows in blocks(out.shape[0], most):
             matmul_into(out[rows], g[rows], weight, add)
 

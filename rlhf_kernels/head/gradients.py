@@ -105,7 +105,7 @@ class Gradients:
             return
         g = self._padded(g)
         rows = g.new_empty((g.shape[0], head.weight.shape[1]), dtype=dtype)
-        hidden_into(rows, g, head.weight)
+        hidden_into(rows, g, head.weight, exact=head.padded is not None)
         tokens.put(out, part, rows[:count].to(out.dtype))
 
     def _add_hidden_fp16(self, out: Tensor, tokens: Tokens, part: slice, g: Tensor) -> None:

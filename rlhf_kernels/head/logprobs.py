@@ -99,7 +99,8 @@ def forward(
     keep = any_of_token(wanted, 1)
     data_checks.kept_tokens(op, keep, batching.kept)
     tokens = select(keep, batching.kept)
-    of_chunk = Chunk.forward(batching, weight, tokens.count)
+    several = labels.shape[1] if labels.dim() > 1 else 1
+    of_chunk = Chunk.forward(batching, weight, tokens.count, labels=several)
     head = TiledHead.of(operands, of_chunk, tokens.count, kernels.memory)
     shared = (of_chunk, Targets(labels, temperatures, options))
     if tokens.fill(of_chunk):
@@ -162,7 +163,8 @@ def backward(
     elif (enough := covered(keep, batching.kept)) is not None:
         given = [None if t is None else torch.where(enough, t, torch.nan) for t in given]
     tokens = select(keep, batching.kept)
-    of_chunk = Chunk.backward(batching, weight, tokens)
+    several = labels.shape[1] if labels.dim() > 1 else 1
+    of_chunk = Chunk.backward(batching, weight, tokens, labels=several)
     head = TiledHead.of(operands, of_chunk, tokens.count, kernels.memory)
     gradients = Gradients(head, needs, kernels.reduce)
 

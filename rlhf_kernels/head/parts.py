@@ -52,9 +52,9 @@ def merged(parts: Parts, wanted: Tensor, targets: Targets) -> LabelResults:
 
     Args:
         parts: of any floating dtype.
-        wanted: which labels are not ignored, bool, like them.
+        wanted: which labels are not ignored, bool, like them. A sentinel is compared in int64.
         targets: temperatures and options are read: the temperature of all tokens where none are
-            given; whether entropies are wanted.
+            given; whether entropies are wanted, and the mean is one.
     """
     _, temperatures, options = targets
     m, s, mean = parts.stats.double().unbind(-1)

@@ -80,10 +80,10 @@ class _PolicySweep:
                 "linear_policy_loss", self._labels, self._temperatures, keep, weight.shape[0]
             )
             # On a GPU labels are not validated, and a bad one could equal SHARD_IGNORED. As -1 it
-            # makes its token NaN.
-            self._labels = self._labels.clamp(min=-1)
+            # makes its token NaN. In int32 SHARD_IGNORED would be 1.
+            self._labels = self._labels.long().clamp(min=-1)
             if batching.kept is not None:
-                self._labels = torch.where(keep, self._labels.long(), SHARD_IGNORED)
+                self._labels = torch.where(keep, self._labels, SHARD_IGNORED)
         heads = 1 if reference is None else 2
         self._chunk = (
             Chunk.of(batching, weight, heads)

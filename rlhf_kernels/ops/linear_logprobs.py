@@ -317,10 +317,10 @@ def linear_token_logprobs(
         entropy: also return the entropy.
         ignore_index: label of tokens to skip.
         lse, collision, argmax: as in `token_logprobs`.
-        chunk_tokens: tokens of a chunk. None: as many as fit 128 MiB of logits on CPU; 4096 on a
-            GPU, or as many as fit 4 GiB. With None both passes on CPU work in blocks of the
-            vocabulary instead of tokens: they merge results of rows in fp64, write the gradient
-            of the weight once and sum only that of hidden in fp32.
+        chunk_tokens: tokens of a chunk. None: on a GPU 4096, or as many as fit 4 GiB of logits. On
+            a CPU both passes then work in blocks of the vocabulary instead of tokens, of 32 MiB of
+            logits or more: they merge results of rows in fp64, write the gradient of the weight
+            once and sum only that of hidden in fp32.
         kept_tokens: an upper bound of the number of tokens that labels and mask keep, where the
             caller knows one. Neither pass then waits for a GPU to count them, so both can be
             captured in a CUDA graph, and the mask may change between replays. Exactly so many

@@ -236,7 +236,8 @@ def linear_policy_loss(
         weights: as in `policy_loss`.
         cu_seqlens: as in `policy_loss`.
         normalizer: as in `policy_loss`.
-        chunk_tokens: as in `linear_token_logprobs`, the same on every rank of group. None: as many
+        chunk_tokens: tokens of a chunk, the same on every rank of group. None: as many as fit 128
+            MiB of logits on a CPU, 4096 or 4 GiB on a GPU; with a group as many
             as fit for the largest shard.
         kept_tokens: as in `linear_token_logprobs`, by the mask. Tokens without a gradient are then
             multiplied like any other. None: counted, with one synchronisation of a GPU; two with

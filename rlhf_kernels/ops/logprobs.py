@@ -400,7 +400,7 @@ def token_logprobs(
         several=True,
     )
     several = labels.dim() == logits.dim()
-    if mask is not None:
+    if mask is not None or not -(2**31) <= arguments.ignore_index < 2**31:
         labels = row_options.without_masked(op, labels, mask, arguments.ignore_index, several)
     inplace_backward = option_checks.flag(op, "inplace_backward", inplace_backward)
     if type(empty_support) is not str or empty_support != "nan":

@@ -200,3 +200,53 @@ def test_the_first_ratio_is_exactly_one(blocks, name):
         config=CONFIGS[name],
     )  # fmt: skip
     assert metrics["ratio_min"] == metrics["ratio_max"] == 1 and metrics["k3_old"] == 0
+
+
+@pytest.mark.parametrize("name", ["ppo, every term", "gspo"])
+@pytest.mark.parametrize("vocab", [VOCAB, BLOCK])
+def test_int32_labels(blocks, name, vocab):
+    """Of the value that a sentinel has in int32, too."""
+    hidden = torch.randn(2, 20, WIDTH, requires_grad=True)
+    weight = torch.randn(vocab, WIDTH, requires_grad=True)
+    labels = torch.randint(4, (2, 20))
+    old, mask = torch.randn(2, 20) - 3, torch.ones(2, 20, dtype=torch.bool)
+    reference = {"ref_hidden": hidden.detach() + 1, "ref_weight": weight.detach()}
+    reference = reference if CONFIGS[name].kl_coef else {}
+    found = []
+    for kind in (torch.int64, torch.int32):
+        loss, metrics = rk.linear_policy_loss(
+            hidden, weight, labels.to(kind), old, torch.randn(2, generator=torch.manual_seed(0)),
+            mask=mask, config=CONFIGS[name], **reference,
+        )  # fmt: skip
+        found.append((loss, metrics.tensor, *torch.autograd.grad(loss, (hidden, weight))))
+    for a, e in zip(*found, strict=True):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "triton", "reference"])
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_an_ignored_label_that_int32_would_truncate(kernels, masked):
+    """2**32 + 1 is 1 there."""
+    hidden, weight, labels = drawn(12, WIDTH, VOCAB)
+    labels[:4] = 1
+    options = {"ignore_index": 2**32 + 1, "mask": torch.arange(12) > 2 if masked else None}
+    with rk.use_backend(kernels):
+        for function, args in (
+            (rk.linear_token_logprobs, (hidden, weight)),
+            (rk.token_logprobs, (hidden @ weight.T,)),
+        ):
+            found = [
+                function(*args, labels.to(t), **options)[0] for t in (torch.int32, torch.int64)
+            ]
+            assert torch.equal(*found)
+            assert (found[0][3:] != 0).all() and bool((found[0][:3] == 0).all()) == masked
+
+
+@torch.no_grad()
+def test_many_labels_of_a_token_take_whole_rows(blocks):
+    hidden, weight, _ = drawn(TOKENS, WIDTH, VOCAB)
+    labels = torch.randint(VOCAB, (TOKENS, chunks._BLOCK_LABELS + 1))
+    found = rk.linear_token_logprobs(hidden, weight, labels, lse=True)
+    assert set(blocks) == {VOCAB}
+    assert_same(found, rk.linear_token_logprobs(hidden, weight, labels, chunk_tokens=8, lse=True))

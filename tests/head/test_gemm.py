@@ -264,3 +264,30 @@ def test_rows_that_onednn_would_give_to_one_of_two_threads(monkeypatch, threads,
         assert sum(sizes) == rows and max(sizes) == (256 if parts else rows)
         exact = g.double() @ weight.double() + float(add)
         torch.testing.assert_close(out.double(), exact, rtol=2**-7, atol=2**-5)
+    sizes.clear()
+    gemm.hidden_into(out, g, weight, exact=True)
+    assert sizes == [rows]
+
+
+def test_batch_invariance_needs_products_of_one_size(monkeypatch):
+    """A row that is in a part of another size could have other bits."""
+    monkeypatch.setattr(gemm, "_has_amx", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    sizes = []
+    into = gemm.matmul_into
+    monkeypatch.setattr(
+        gemm, "matmul_into", lambda out, *a: (sizes.append(len(out)), into(out, *a))
+    )
+    torch.manual_seed(0)
+    weight, labels = torch.randn(500, 768).bfloat16(), torch.randint(500, (600,))
+    hidden = torch.randn(600, 768).bfloat16()
+
+    def gradient(order):
+        x = hidden[order].requires_grad_()
+        options = {"batch_invariant": True, "chunk_tokens": 300}
+        logprobs = rk.linear_token_logprobs(x, weight, labels[order], **options).logprobs
+        return torch.autograd.grad(logprobs.sum(), x)[0]
+
+    order = torch.arange(600)
+    assert torch.equal(gradient(order)[order.flip(0)], gradient(order.flip(0)))
+    assert set(sizes) == {300}
