@@ -25,12 +25,14 @@ def of_products(
     vocab: int,
     targets: Targets,
     dropped: Tensor | None,
+    largest: bool = False,
 ) -> tuple[LabelResults, Tensor | None]:
-    """Results of a chunk of tokens, and the fp32 logits of the most likely ones if they are wanted.
+    """Results of a chunk of tokens, and the fp32 logits of the most likely ones if `largest`.
 
     Args:
         rows: the row kernels.
-        products: the first column and the logits [n, columns] of each product, in order.
+        products: the first column and the logits [n, columns] of each product, in order; one where
+            rows are reduced whole.
         chunk: how many columns of a row are reduced at a time.
         vocab: columns of all products together.
         targets: of these tokens.
@@ -41,28 +43,35 @@ def of_products(
     for first, logits in products:
         if chunk.reduced is None or chunk.reduced >= vocab:
             found = rows.token_logprobs(logits, *targets)
-            return found, None if found.argmax is None else logit_of(logits, found.argmax)
+            ids = found.argmax if largest else None
+            return found, None if ids is None else logit_of(logits, ids)
         for columns in blocks(logits.shape[1], chunk.reduced):
             own = slice(first + columns.start, first + columns.stop)
             local, ignored = localized(labels, own, vocab, options.ignore_index, dropped)
             block, as_block = logits[:, columns], options._replace(ignore_index=ignored)
             found = rows.token_logprobs(block, local, temperatures, as_block)
-            ids, largest = found.argmax, None
+            ids, of_ids = found.argmax, None
             if ids is not None:
-                largest = logit_of(block, ids)
+                of_ids = logit_of(block, ids)
                 ids = torch.where(ids >= 0, ids + own.start, -1)
             logprobs = torch.where(local == ELSEWHERE, torch.inf, found.logprobs)
-            parts.append(Parts(found.stats, logprobs, found.collision, ids, largest))
+            parts.append(Parts(found.stats, logprobs, found.collision, ids, of_ids))
     of_all = Parts.stack(parts)
     found = merged(of_all, labels != options.ignore_index, targets)
-    if chunk.reduced is None or found.argmax is None or of_all.largest is None:
+    if not largest or chunk.reduced is None or found.argmax is None or of_all.largest is None:
         return found, None
     of_block = (found.argmax // chunk.reduced).clamp(min=0).unsqueeze(0)
     return found, of_all.largest.gather(0, of_block)[0]
 
 
 def of_part(
-    rows: LabelRows, head: TiledHead, tokens: Tokens, part: slice, chunk: Chunk, targets: Targets
+    rows: LabelRows,
+    head: TiledHead,
+    tokens: Tokens,
+    part: slice,
+    chunk: Chunk,
+    targets: Targets,
+    largest: bool = False,
 ) -> tuple[LabelResults, Tensor | None]:
     """As `of_products`, of some of all tokens, to which the targets belong, flat."""
     vocab = head.weight.shape[0]
@@ -72,7 +81,8 @@ def of_part(
     products = ((t, head.project(states, slice(t, min(t + chunk.columns, vocab)))) for t in starts)
     own = tokens.take(targets.labels, part), tokens.take(targets.temperatures, part)
     targets = Targets(*own, targets.options)
-    return of_products(rows, products, chunk, vocab, targets, tokens.dropped_of(part))
+    dropped = tokens.dropped_of(part)
+    return of_products(rows, products, chunk, vocab, targets, dropped, largest)
 
 
 def forward(
@@ -102,7 +112,7 @@ def forward(
     several = labels.shape[1] if labels.dim() > 1 else 1
     of_chunk = Chunk.forward(batching, weight, tokens.count, labels=several)
     head = TiledHead.of(operands, of_chunk, tokens.count, kernels.memory)
-    shared = (of_chunk, Targets(labels, temperatures, options))
+    shared = (of_chunk, Targets(labels, temperatures, options), largest is not None)
     if tokens.fill(of_chunk):
         found, logits = of_part(kernels.rows, head, tokens, tokens.whole, *shared)
         if largest is not None and logits is not None:
