@@ -15,7 +15,6 @@ from rlhf_kernels.core.layout import PLAIN_MEMORY
 from rlhf_kernels.head import chunks as head_chunks
 from rlhf_kernels.head import gemm, gradients
 from rlhf_kernels.head.gradients import _Sum
-from rlhf_kernels.head.products import TiledHead
 from rlhf_kernels.kernels import backends, native
 from rlhf_kernels.testing import DTYPES, assert_within_bound, product_bound, to_float64
 
@@ -23,20 +22,11 @@ TOKENS, VOCAB = 37, 200
 
 
 @pytest.fixture(params=["cpu", "triton"])
-def blocks(request, monkeypatch):
+def blocks(request, monkeypatch, columns_multiplied):
     """The words of each product of a backward pass, whose budget holds 64 of VOCAB at a time."""
-    seen = []
-    project = TiledHead.project
-
-    def watched(head, hidden, words=slice(None)):
-        logits = project(head, hidden, words)
-        seen.append(logits.shape[1])
-        return logits
-
-    monkeypatch.setattr(TiledHead, "project", watched)
     monkeypatch.setattr(head_chunks, "CPU_CHUNK_BYTES", 64 * TOKENS * 2)
     with rk.use_backend(request.param):
-        yield seen
+        yield columns_multiplied
 
 
 class Made(TorchDispatchMode):

@@ -7,28 +7,18 @@ from tests.head.head_cases import CONFIGS, drawn, policy_problem, run_policy
 
 import rlhf_kernels as rk
 from rlhf_kernels.head import chunks
-from rlhf_kernels.head.products import TiledHead
 from rlhf_kernels.testing import DTYPES
 
 TOKENS, WIDTH, VOCAB, BLOCK = 40, 16, 200, 64
 
 
 @pytest.fixture(params=["cpu", "triton"])
-def blocks(request, monkeypatch):
+def blocks(request, monkeypatch, columns_multiplied):
     """Columns of each product; a forward pass holds BLOCK fp32 columns of 16 tokens."""
-    seen = []
-    project = TiledHead.project
-
-    def watched(head, hidden, columns=slice(None)):
-        logits = project(head, hidden, columns)
-        seen.append(logits.shape[1])
-        return logits
-
-    monkeypatch.setattr(TiledHead, "project", watched)
     monkeypatch.setattr(chunks, "CPU_CHUNK_BYTES", 4 * 4 * 16 * BLOCK)
     monkeypatch.setattr(chunks, "_REDUCED_COLUMNS", BLOCK)
     with rk.use_backend(request.param):
-        yield seen
+        yield columns_multiplied
 
 
 def in_both_ways(blocks, *args, **options):
